@@ -1,0 +1,27 @@
+"""Packaging: every fact comes from settings.ini, so that it is written once."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["mllm_compress", "mllm_compress.*"]),
+    package_data={"mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    zip_safe=False,
+)

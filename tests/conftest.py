@@ -1,0 +1,46 @@
+"""Shared fixtures: the golden cases and tiny random models that every test may copy."""
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    "Models and inputs with what the original implementation selects on them."
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_llava():
+    "A random 4-layer CLIP + Llama model with its processor; copy it before changing it."
+    from mllm_compress.zoo import load_model
+    return load_model("smoke-llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_bunny():
+    "A random 4-layer SigLIP + Phi model with its processor; copy it before changing it."
+    from mllm_compress.zoo import load_model
+    return load_model("smoke-bunny")
+
+
+FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]
+
+
+@pytest.fixture(scope="session")
+def tiny_lm():
+    "A factory of random plain decoders: tiny_lm('qwen2', layers=4, groups=2, queries=2)."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build(family: str, layers: int = 4, hidden: int = 32, groups: int = 2, queries: int = 2, neurons: int = 48,
+              vocab: int = 64, seed: int = 0, **kw):
+        config = AutoConfig.for_model(
+            family, hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers,
+            num_attention_heads=groups * queries, num_key_value_heads=groups, vocab_size=vocab,
+            max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **kw)
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+    return build
