@@ -1,0 +1,46 @@
+# make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
+# make test    all tests
+# make lab     the notebooks in JupyterLab
+# make bench   speed and memory against the plain way
+# make clean   remove the environment and what can be regenerated (results in runs/ stay)
+
+PYTHON ?= python3
+PROFILE ?= quick
+# extra arguments of `mllm-compress study`, as STUDY_ARGS="--only 02_pruning -p seeds=[0,1]"
+STUDY_ARGS ?=
+# extra arguments of `pip install`, as PIP_ARGS="--find-links wheels/"
+PIP_ARGS ?=
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: study test lab bench clean setup
+.DEFAULT_GOAL := study
+
+setup: $(READY)
+
+# Set-up is repeated only when the requirements or the constraints change.
+$(READY): settings.ini setup.py pyproject.toml requirements/constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "Installing into $(VENV) (once)"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+study: $(READY)
+	@$(BIN)/mllm-compress study --profile $(PROFILE) $(STUDY_ARGS)
+
+test: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs
+
+bench: $(READY)
+	@set -e; for script in bench/*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script $(BENCH_ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -o -name .ipynb_checkpoints | grep -v '^./$(VENV)' | xargs rm -rf
