@@ -31,10 +31,10 @@ LOOKS = {"dense": Look("original", BLACK, "*"),
          "best": Look("best practice", GREEN, "D"), "printed": Look("printed", GREY, "x", (0, (1, 1.5))),
          "projector": Look("projector only", ORANGE, "v", (0, (3, 1, 1, 1))), "projector+lm": Look("projector + LM", GREEN, "D"),
          "none": Look("no recovery", GREY, "x", (0, (1, 1.5))), "sft": Look("SFT", SKY, "o"),
-         "logits_kd": Look("logits KD", ORANGE, "^", (0, (5, 1.5))), "reverse_kd": Look("reverse KD", PINK, "v", (0, (3, 1, 1, 1))),
+         "logits_kd": Look("logits KD", ORANGE, "^", (0, (5, 1.5))), "reverse_logits_kd": Look("reverse KD", PINK, "v", (0, (3, 1, 1, 1))),
          "hidden_kd": Look("hidden KD", BLUE, "s", (0, (5, 1.5))), "sft+hidden_kd": Look("SFT + hidden KD", RED, "D"),
          "sft+logits_kd": Look("SFT + logits KD", GREEN, "P", (0, (3, 1, 1, 1))),
-         "sft+reverse_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1)))}
+         "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1)))}
 
 
 def look(name: str) -> Look:
