@@ -126,7 +126,7 @@ def decoder_parameters(shape: DecoderShape) -> dict:
     layers = [layer_parameters(shape, i) for i in range(len(shape))]
     counts = {name: sum(layer[name] for layer in layers) for name in ("heads", "neurons", "norms")}
     counts["norms"] += form.norm_vectors * h
-    return counts | {"embedding": v * h, "lm_head": 0 if shape.tied else v * h + ("head" in shape.biases) * v}
+    return counts | {"embedding": v * h, "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v}
 
 # %% ../nbs/19_cost.ipynb #cell-022
 @dataclass(frozen=True)

@@ -1,0 +1,163 @@
+"""Cost: the closed forms against the framework, on every family, on pruned models and on the real sizes."""
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from mllm_compress.anatomy import part_parameters
+from mllm_compress.cost import (FORMS, REAL_MODELS, CostReport, closed_parameters, cost_report, decoder_flops, example_inputs,
+                                forward, image_tokens, kv_bytes_per_token, latency, peak_memory, published_sizes, real_config,
+                                shape_of_config, shape_of_model, time_call, vision_flops, weight_bytes)
+from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.scores import LayerScores, WidthScores
+
+
+def width_scores(model):
+    shape, generator = shape_of_model(model), torch.Generator().manual_seed(0)
+    draw = lambda counts: {i: torch.rand(n, generator=generator) for i, n in enumerate(counts)}
+    return WidthScores(draw(shape.groups), draw(shape.neurons), kind="random", meta={})
+
+
+@pytest.fixture(scope="module")
+def giants():
+    def build(name):
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(real_config(name), dtype=torch.float16, attn_implementation="eager").eval()
+    return {name: build(name) for name in REAL_MODELS}
+
+
+@pytest.mark.parametrize("family", FORMS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_of_every_family(tiny_lm, family, tied):
+    model = tiny_lm(family, groups=2, queries=3, hidden=36)
+    if tied: model = type(model)(copy.deepcopy(model.config).__class__(**{**model.config.to_dict(), "tie_word_embeddings": True}))
+    shape = shape_of_model(model)
+    assert shape == shape_of_config(model.config) and shape.tied == tied
+    assert closed_parameters(model.config) == part_parameters(model)
+
+
+@pytest.mark.parametrize("flags", [dict(attention_bias=True), dict(mlp_bias=True), dict(attention_bias=True, mlp_bias=True)])
+def test_llama_bias_flags(tiny_lm, flags):
+    model = tiny_lm("llama", **flags)
+    assert closed_parameters(model.config) == part_parameters(model)
+    assert ("mlp" in shape_of_model(model).biases) == ("mlp_bias" in flags)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "phi3"])
+def test_flops_of_a_blockwise_pruned_decoder(tiny_lm, family):
+    dense = tiny_lm(family, groups=4, queries=1)
+    dense.set_attn_implementation("eager")
+    pruned = apply_plan(dense, plan_widthwise(dense, width_scores(dense), ratio=0.25))
+    shape, ids = shape_of_model(pruned), torch.ones(2, 7, dtype=torch.long)
+    assert len(set(shape.neurons)) > 1  # protected layers are wider
+    assert closed_parameters(pruned.config, shape) == part_parameters(pruned)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: out = forward(pruned, {"input_ids": ids})
+    assert counter.get_total_flops() == decoder_flops(shape, 7, batch=2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: forward(pruned, {"input_ids": ids[:, :1], "cache": out.cache})
+    assert counter.get_total_flops() == decoder_flops(shape, 1, cached=7, batch=2)
+
+
+def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
+    model, _ = tiny_llava
+    pruned = apply_plan(model, plan_widthwise(model, width_scores(model), ratio=0.3))
+    inputs = example_inputs(pruned, text_tokens=5)
+    with torch.no_grad(): cache = forward(pruned, inputs).cache
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == kv_bytes_per_token(shape_of_model(pruned), itemsize=4) * inputs["input_ids"].shape[1]
+    assert kv_bytes_per_token(shape_of_model(pruned)) < kv_bytes_per_token(shape_of_model(model))
+
+
+@pytest.mark.parametrize("which", ["tiny_llava", "tiny_bunny"])
+def test_tiny_models(which, request):
+    model = copy.deepcopy(request.getfixturevalue(which)[0])
+    assert closed_parameters(model.config) == part_parameters(model)
+    assert image_tokens(model.config) == model.config.image_seq_length
+    model.set_attn_implementation("eager")
+    inputs = example_inputs(model, text_tokens=6, batch=2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: forward(model, inputs)
+    expected = sum(vision_flops(model.config, images=2).values()) + decoder_flops(shape_of_model(model), 6 + image_tokens(model.config), batch=2)
+    assert counter.get_total_flops() == expected
+
+
+def test_real_sizes_on_meta(giants):
+    parts = {name: part_parameters(giant) for name, giant in giants.items()}
+    assert parts == {name: closed_parameters(real_config(name)) for name in REAL_MODELS}
+    assert parts["LLaVA-v1.5-7B"] == dict(vision=303_507_456, projector=20_979_712, lm=6_738_939_904)
+    assert parts["Bunny-v1.0-3B"]["projector"] == 9_507_840
+    assert [image_tokens(real_config(name)) for name in REAL_MODELS] == [576, 729, 256]
+
+
+@pytest.mark.parametrize("name, printed", [("LLaVA-v1.5-7B", [6.0, 5.0]), ("Bunny-v1.0-3B", [2.8, 2.4])])
+def test_pruned_sizes_as_printed(giants, name, printed):
+    giant, scores = giants[name], LayerScores(torch.rand(32), kind="random", meta={})
+    for n_layers, billions in zip((5, 10), printed):
+        pruned = apply_plan(giant, plan_layerwise(giant, scores, n_layers=n_layers))
+        report = cost_report(pruned, memory=False)
+        assert report.value("parameters") == report.value("parameters", source="measured") == pytest.approx(billions * 1e9, abs=6e7)
+
+
+def test_printed_projectors_disagree_and_are_shown():
+    sizes = published_sizes().set_index(["model", "part"])
+    wrong = sizes[sizes.difference.abs() > 0.1]
+    assert set(wrong.index.get_level_values("part")) == {"projector"} and len(wrong) == 3
+    assert sizes.loc[("Bunny-v1.0-3B", "projector"), "printed"] == 18e6
+
+
+def test_peak_memory_of_known_cases():
+    a = torch.rand(100, 100)
+    assert peak_memory(lambda: (a @ a) @ a) == 2 * a.nbytes
+    assert peak_memory(lambda: a.view(-1)[:5]) == 0
+    def chain():
+        h = a
+        for _ in range(5): h = torch.relu(h)  # two alive at a time
+        return h
+    assert peak_memory(chain) == 2 * a.nbytes
+    w = a.clone().requires_grad_()
+    kept = peak_memory(lambda: torch.sigmoid(torch.sigmoid(torch.sigmoid(w))).sum())
+    assert kept == 3 * a.nbytes + 4  # autograd keeps every activation
+
+
+def test_peak_memory_is_the_same_on_meta(tiny_llava):
+    model = copy.deepcopy(tiny_llava[0])
+    model.set_attn_implementation("eager")
+    run = lambda m: peak_memory(lambda: forward(m, example_inputs(m)), m.device)
+    with torch.no_grad(): assert run(model) == pytest.approx(run(copy.deepcopy(model).to("meta")), rel=0.02)
+
+
+def test_latency_and_report(tiny_llava):
+    model, processor = tiny_llava
+    times = latency(model, example_inputs(model, text_tokens=3), repeats=3, warmup=1)
+    assert [len(t.seconds) for t in times.values()] == [3, 3] and min(times["decode"].seconds) > 0
+    report = cost_report(model, processor, latency=True, memory=True, repeats=2, warmup=1)
+    frame = report.to_frame()
+    assert report.value("latency median", "decode") > 0 and frame.attrs["device"] == "cpu"
+    assert report.value("weights") == weight_bytes(model) == 4 * report.value("parameters")
+    assert "closed form = measured" in str(report) and report.value("peak beyond weights", "prefill") > 0
+    assert frame.groupby("source").size().to_dict()["closed form"] >= 10
+    with pytest.raises(KeyError, match="no wattage"): report.value("wattage")
+
+
+def test_decode_latency_leaves_the_context_as_it_was(tiny_lm):
+    model, seen = tiny_lm("llama"), []
+    inner = model.forward
+    model.forward = lambda **kw: (seen.append(kw["cache"].get_seq_length() if kw.get("cache") is not None else None), inner(**kw))[1]
+    latency(model, {"input_ids": torch.ones(1, 6, dtype=torch.long)}, repeats=3, warmup=1)
+    assert seen.count(6) == 4  # every decode call finds the prompt's six tokens
+
+
+def test_time_call_counts_only_the_repeats():
+    calls = []
+    timing = time_call(lambda: calls.append(1), repeats=4, warmup=3)
+    assert len(calls) == 7 and len(timing.seconds) == 4 and timing.low <= timing.median <= timing.high
+
+
+def test_errors_say_what_to_do(giants):
+    with pytest.raises(ValueError, match="LLaVA-v1.5-7B, Bunny-v1.0-3B"): real_config("LLaVA-7B")
+    with pytest.raises(ValueError, match="meta device"): cost_report(giants["Bunny-v1.0-3B"], latency=True)
+    class Other:
+        model_type, tie_word_embeddings = "mamba", False
+        def get_text_config(self): return self
+    with pytest.raises(ValueError, match="add a Form"): shape_of_config(Other())
+    assert isinstance(cost_report(giants["Bunny-v1.0-3B"]), CostReport)
