@@ -21,27 +21,22 @@ from .anatomy import Anatomy, anatomy
 from .losses import answer_positions
 
 # %% ../nbs/13a_targets.ipynb #cell-004
-class _AtTheDoor(Exception):
-    "Carries the projector's input out of a forward pass that need not go on."
-
-# %% ../nbs/13a_targets.ipynb #cell-005
 @torch.no_grad()
 def image_features(
     model: nn.Module,            # an MLLM
     pixel_values: torch.Tensor,  # [images, channels, height, width]
 ) -> torch.Tensor:               # [images, tokens, vision hidden], what the projector receives
     "The output of the frozen vision tower, before the projector."
-    def stop(module, args): raise _AtTheDoor(args[0])
-    parts = anatomy(model)
-    handle, training = parts.projector.register_forward_pre_hook(stop), parts.vision_tower.training
+    parts, found = anatomy(model), []
+    handle, training = parts.projector.register_forward_pre_hook(lambda module, args: found.append(args[0])), parts.vision_tower.training
     parts.vision_tower.eval()
     try: model.get_image_features(pixel_values=pixel_values.to(parts.vision_tower.device, parts.vision_tower.dtype))
-    except _AtTheDoor as found: return found.args[0]
     finally:
         handle.remove()
         parts.vision_tower.train(training)
+    return found[0]
 
-# %% ../nbs/13a_targets.ipynb #cell-009
+# %% ../nbs/13a_targets.ipynb #cell-008
 def embed(
     parts: Anatomy,
     input_ids: torch.Tensor,        # [batch, tokens]
@@ -57,7 +52,7 @@ def embed(
         "patch_size, num_additional_image_tokens or vision_feature_select_strategy do not fit the model.")
     return embeddings.masked_scatter(places[..., None], images)
 
-# %% ../nbs/13a_targets.ipynb #cell-011
+# %% ../nbs/13a_targets.ipynb #cell-010
 @contextlib.contextmanager
 def listening(
     layers: nn.ModuleList,
@@ -71,7 +66,7 @@ def listening(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/13a_targets.ipynb #cell-012
+# %% ../nbs/13a_targets.ipynb #cell-011
 def decoder_states(
     parts: Anatomy,
     batch: dict,                   # input_ids, attention_mask and position_ids if any, as a collator returns them
@@ -79,12 +74,15 @@ def decoder_states(
     wanted: tuple = ("final",),    # layer indices, or "final"
 ) -> dict:                         # each wanted -> [batch, tokens, hidden]
     "Hidden states of the decoder, final ones after the norm, others as they leave their layer."
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dtype == torch.bool and parts.text_config._attn_implementation == "eager":
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.bfloat16).min)  # it adds its mask
     with listening(parts.layers, wanted) as states:
-        output = parts.decoder(inputs_embeds=embed(parts, batch["input_ids"], features),
-                               attention_mask=batch.get("attention_mask"), position_ids=batch.get("position_ids"), use_cache=False)
+        output = parts.decoder(inputs_embeds=embed(parts, batch["input_ids"], features), attention_mask=mask,
+                               position_ids=batch.get("position_ids"), use_cache=False)
     return states | {"final": output.last_hidden_state}
 
-# %% ../nbs/13a_targets.ipynb #cell-016
+# %% ../nbs/13a_targets.ipynb #cell-015
 @dataclass
 class Targets:
     "Everything about a data set that no training step changes."
@@ -108,12 +106,12 @@ class Targets:
         rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
         return {name: state[rows] for name, state in self.states.items()}
 
-# %% ../nbs/13a_targets.ipynb #cell-018
+# %% ../nbs/13a_targets.ipynb #cell-017
 def image_key(sample: dict):
     "What tells images apart: the path and, for mixed data, the set it came from; None without an image."
     return None if sample.get("image") is None else (sample.get("source"), sample["image"])
 
-# %% ../nbs/13a_targets.ipynb #cell-019
+# %% ../nbs/13a_targets.ipynb #cell-018
 @torch.no_grad()
 def compute_targets(
     model: nn.Module,            # the teacher; or the student, if only features are wanted
@@ -140,7 +138,7 @@ def compute_targets(
     return Targets(torch.cat(features) if features else None, [rows.get(image_key(data[i])) for i in range(n)],
                    {name: torch.cat(state) for name, state in states.items()}, first)
 
-# %% ../nbs/13a_targets.ipynb #cell-021
+# %% ../nbs/13a_targets.ipynb #cell-020
 def _new_rows(keys: list, rows: dict) -> list:
     "Positions, among a part's images, of those not met before; `rows` is extended by them."
     fresh = []
@@ -163,7 +161,7 @@ def _size(features: list, states: dict) -> int:
     "Bytes in lists of tensors."
     return sum(t.nbytes for tensors in (features, *states.values()) for t in tensors)
 
-# %% ../nbs/13a_targets.ipynb #cell-025
+# %% ../nbs/13a_targets.ipynb #cell-024
 def weights_hash(
     *modules: nn.Module,
 ) -> str:
@@ -175,7 +173,7 @@ def weights_hash(
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/13a_targets.ipynb #cell-026
+# %% ../nbs/13a_targets.ipynb #cell-025
 @dataclass
 class TargetCache:
     "Targets by key: bounded in memory, optionally on disk."
@@ -193,7 +191,7 @@ class TargetCache:
         while len(self.held) > 1 and sum(t.nbytes for t in self.held.values() if t) > self.limit: self.held.popitem(last=False)
         return self.held[key]
 
-# %% ../nbs/13a_targets.ipynb #cell-028
+# %% ../nbs/13a_targets.ipynb #cell-027
 def _write(targets: Targets, path: Path):
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,5 +210,5 @@ def _read(path: Path) -> Targets:
     return Targets(tensors.get("features"), [None if row < 0 else row for row in tensors["image"].tolist()],
                    {name(k): v for k, v in tensors.items() if k.startswith("state.")}, tensors["first"])
 
-# %% ../nbs/13a_targets.ipynb #cell-031
+# %% ../nbs/13a_targets.ipynb #cell-030
 CACHE = TargetCache()
