@@ -123,6 +123,7 @@ class Profile:
     recovery: dict          # fields of `recovery.RecoveryConfig` that hold for all cells
     evaluation: Evaluation
     learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}; what is not named: `recovery.LEARNING_RATES`
+    printed: dict = field(default_factory=dict)  # model -> the paper's model of the same architecture
     workers: int = 0   # processes at once; 0: one per core, or per GPU
 
 # %% ../nbs/21_cells.ipynb #cell-024
