@@ -84,14 +84,14 @@ def draw(rows: pd.DataFrame, path: Path):
         fig, ax = plt.subplots(figsize=(5.4, 3.6))
         grid = np.linspace(0, 0.65, 50)
         ax.plot(grid, 1 / (1 - grid), color="#777777", linewidth=1)
-        ax.annotate("ideal 1 / (1 − ratio)", (0.44, 1 / 0.56), xytext=(-6, 6), textcoords="offset points", ha="right", color="#777777", fontsize=8.5)
+        ax.annotate("ideal 1 / (1 − ratio)", (0.65, 1 / 0.35), xytext=(-2, 5), textcoords="offset points", ha="right", color="#777777", fontsize=8.5)
         for method, (color, marker, style) in LOOKS.items():
             r = rows[rows.method == method]
             error = [r.speedup_median - r.speedup_low, r.speedup_high - r.speedup_median]
             ax.errorbar(r.achieved_ratio, r.speedup_median, yerr=error, color=color, marker=marker, linestyle=style, capsize=2, label=method)
         first = rows.iloc[0]
         ax.set(xlabel="fraction of decoder parameters removed (achieved)", ylabel="decode speed-up over dense",
-               title=f"One token at batch 1: {first['shape']}, {first.dtype}")
+               title=f"One token at batch 1: {first['shape']}, {first['dtype']}")
         ax.legend(frameon=False, title=f"{first.device}, {first.threads} thread(s), n = {first.repeats}; median and quartiles", title_fontsize=7.5, fontsize=8.5)
         fig.savefig(path)
 
