@@ -20,4 +20,5 @@ def wilson(
     if not n: return 0.0, 1.0
     z, p = NormalDist().inv_cdf((1 + level) / 2), right / n
     centre, spread = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n))**2)
-    return float(max((centre - spread) / (1 + z**2 / n), 0)), float(min((centre + spread) / (1 + z**2 / n), 1))
+    low, high = (centre - spread) / (1 + z**2 / n), (centre + spread) / (1 + z**2 / n)
+    return (float(low) if right > 0 else 0.0), (float(high) if right < n else 1.0)

@@ -2,7 +2,8 @@
 import pytest
 
 from mllm_compress.benchmarks import SMALL_SUITE, load_questions
-from mllm_compress.evaluation import ask, avg_percent, evaluate
+from mllm_compress.evaluation import avg_percent, evaluate
+from mllm_compress.generation import ask
 
 FAMILIES = ["tiny_llava", "tiny_bunny"]
 
