@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['SO400M', 'LLAVA_7B', 'CLIP_L', 'BUNNY_3B', 'PHI3_MINI', 'INTERNVIT_300M', 'INTERNVL_4B', 'REAL_MODELS', 'LLAVA_NAMES',
            'VIT', 'VIT_LAYER', 'INTERNVL_NAMES', 'RELEASES', 'HOW_TO_CONVERT', 'VICUNA_SYSTEM', 'TEXT', 'FRAME',
-           'VICUNA_TURNS', 'INTERNVL_SYSTEM', 'PHI3_SYSTEM', 'PHI3_TURNS', 'CHAT_TEMPLATES', 'take',
-           'padded_vocabulary', 'llava_config', 'bunny_config', 'internvl_config', 'real_config', 'native_names',
-           'Release', 'read_json', 'is_original_layout', 'release_of', 'weight_files', 'tower_folder', 'placeholder_id',
-           'native_config', 'append_rows', 'read_data', 'read_shape', 'native_tensors', 'check_complete', 'Source',
-           'open_original', 'generation_config', 'read_model', 'square_images', 'tiled_images', 'image_processor',
-           'fill', 'chat_template']
+           'VICUNA_TURNS', 'INTERNVL_SYSTEM', 'PHI3_SYSTEM', 'PHI3_TURNS', 'CHAT_TEMPLATES', 'TOKENIZER_FILES',
+           'INTERNVL_TOKENS', 'CODES', 'take', 'padded_vocabulary', 'llava_config', 'bunny_config', 'internvl_config',
+           'real_config', 'native_names', 'Release', 'read_json', 'is_original_layout', 'release_of', 'weight_files',
+           'tower_folder', 'placeholder_id', 'native_config', 'append_rows', 'read_data', 'read_shape',
+           'native_tensors', 'check_complete', 'Source', 'open_original', 'generation_config', 'read_model',
+           'square_images', 'tiled_images', 'image_processor', 'fill', 'chat_template', 'original_ids', 'fit_template',
+           'ProcessorParts', 'load_tokenizer', 'llava_processor', 'internvl_processor', 'read_processor',
+           'load_original', 'write_safetensors', 'write_weights', 'convert']
 
 # %% ../nbs/01_convert.ipynb #cell-003
 import json
@@ -27,7 +29,7 @@ from safetensors import safe_open
 from transformers import (
     AddedToken, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig, GenerationConfig, GotOcr2ImageProcessorPil, InternVLConfig,
     InternVLProcessor, InternVLVideoProcessor, InternVLVisionConfig, LlamaConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor,
-    Phi3Config, PhiConfig, PreTrainedConfig, SiglipVisionConfig)
+    Phi3Config, PhiConfig, PreTrainedConfig, PreTrainedTokenizerFast, SiglipVisionConfig)
 from transformers.initialization import no_init_weights
 
 # %% ../nbs/01_convert.ipynb #cell-005
@@ -332,9 +334,8 @@ def generation_config(source: Source) -> GenerationConfig:
     text = source.config.get_text_config()
     kept = {k: original.get(k, getattr(text, k, None)) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if kept["pad_token_id"] is None: kept["pad_token_id"] = kept["eos_token_id"][0] if isinstance(kept["eos_token_id"], list) else kept["eos_token_id"]
-    first = source.config.image_token_id
-    extra = list(range(first, text.vocab_size)) if source.release.placeholder == "<image>" else [first]
-    return GenerationConfig(**kept, suppress_tokens=extra)
+    appended = range(source.config.image_token_id, text.vocab_size) if source.release.placeholder == "<image>" else ()
+    return GenerationConfig(**kept, suppress_tokens=list(appended) or None)
 
 # %% ../nbs/01_convert.ipynb #cell-049
 @torch.no_grad()
@@ -416,3 +417,142 @@ def chat_template(folder: str | Path) -> str:
     block = re.search(r"name=['\"]phi3-chat['\"].*?(?=register_conv_template|\Z)", code.read_text(), re.S) if code.is_file() else None
     older = block and ("CHATML" in block[0] or PHI3_SYSTEM in block[0])
     return CHAT_TEMPLATES[name + "-2024-05" if older else name]
+
+# %% ../nbs/01_convert.ipynb #cell-066
+def original_ids(prompt: str, # with <image> in it
+                 tokenizer,
+                 image_token_id: int) -> list:
+    "Token ids as the original makes them; source: LLaVA's `tokenizer_image_token`."
+    first, *rest = (tokenizer(piece)["input_ids"] for piece in prompt.split("<image>"))
+    for ids in rest: first = first + [image_token_id] + ids[bool(ids) and ids[0] == tokenizer.bos_token_id:]
+    return first
+
+
+def fit_template(template: str, tokenizer, image_token_id: int) -> str:
+    "The chat template with which whole prompts give the ids of the original."
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+    render = lambda t: tokenizer.apply_chat_template(turns, chat_template=t, add_generation_prompt=True, tokenize=False)
+    wanted = original_ids(render(template), tokenizer, image_token_id)
+    for candidate in (template, template.replace("<image>\n", "<image> \n")):
+        if tokenizer(render(candidate))["input_ids"] == wanted: return candidate
+    warnings.warn(f"prompts are tokenised otherwise than by the original, which gives {wanted[-12:]} at the end")
+    return template
+
+# %% ../nbs/01_convert.ipynb #cell-068
+@dataclass(frozen=True)
+class ProcessorParts:
+    "What is known of a processor when the folder has no tokenizer."
+    image_processor: object
+    chat_template: str
+    placeholder: str # the token that stands for one image feature
+    image_token_id: int
+    image_seq_length: int # placeholders per image or tile
+
+    def save_pretrained(self, folder: str | Path):
+        "Write preprocessor_config.json and chat_template.jinja."
+        self.image_processor.save_pretrained(folder)
+        (Path(folder) / "chat_template.jinja").write_text(self.chat_template)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def load_tokenizer(folder: Path, **kwargs):
+    "The tokenizer in a folder, away from its config.json; None if there is none."
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]): return None
+    with TemporaryDirectory() as apart:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file(): shutil.copy(folder / name, apart)
+        auto = AutoTokenizer if "tokenizer_class" in read_json(folder / "tokenizer_config.json") else PreTrainedTokenizerFast
+        return auto.from_pretrained(apart, **kwargs)
+
+# %% ../nbs/01_convert.ipynb #cell-069
+def llava_processor(parts: ProcessorParts, tokenizer, config: LlavaConfig) -> LlavaProcessor:
+    "A native processor whose <image> has the id the model expects."
+    tokenizer.add_tokens([AddedToken(parts.placeholder, special=True, normalized=False)], special_tokens=True)
+    if (found := tokenizer.convert_tokens_to_ids(parts.placeholder)) != parts.image_token_id:
+        raise ValueError(f"the tokenizer gives {parts.placeholder} the id {found} and the model {parts.image_token_id}: they are not of one release")
+    clip = config.vision_config.model_type == "clip_vision_model"
+    return LlavaProcessor(parts.image_processor, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=int(clip),
+                          vision_feature_select_strategy=config.vision_feature_select_strategy,
+                          chat_template=fit_template(parts.chat_template, tokenizer, parts.image_token_id))
+
+
+def internvl_processor(parts: ProcessorParts, tokenizer, config: InternVLConfig) -> InternVLProcessor:
+    "A native processor that wraps a run of <IMG_CONTEXT> in <img> and </img>."
+    return InternVLProcessor(parts.image_processor, tokenizer, InternVLVideoProcessor(), image_seq_length=parts.image_seq_length, chat_template=parts.chat_template)
+
+# %% ../nbs/01_convert.ipynb #cell-070
+INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+
+
+def read_processor(source: Source, tower: str | Path | None = None):
+    "The native processor, or its parts if the folder has no tokenizer."
+    config, plain = source.config, source.release.placeholder == "<image>"
+    parts = ProcessorParts(image_processor(source.folder, tower), chat_template(source.folder), source.release.placeholder,
+                           config.image_token_id, config.image_seq_length)
+    tokenizer = load_tokenizer(source.folder, **({} if plain else {"extra_special_tokens": INTERNVL_TOKENS}))
+    if tokenizer is None: return parts
+    if tokenizer.pad_token_id is None: tokenizer.pad_token_id = config.get_text_config().pad_token_id
+    return (llava_processor if plain else internvl_processor)(parts, tokenizer, config)
+
+
+def load_original(folder: str | Path, # in an original layout
+                  tower: str | Path | None = None, # folder of a vision tower that is not in the checkpoint
+                  device: str | torch.device = "cpu",
+                  dtype: torch.dtype | None = None, # None keeps the checkpoint's
+                  ) -> tuple: # (native model in evaluation mode, processor or ProcessorParts)
+    "Load an original checkpoint into native classes, without writing anything."
+    source = open_original(folder, tower, dtype)
+    return read_model(source).to(device), read_processor(source, tower)
+
+# %% ../nbs/01_convert.ipynb #cell-072
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_safetensors(path: Path,
+                      shapes: list, # (name, tensor without data), in the order of `tensors`
+                      tensors): # yields (name, tensor)
+    "Write a safetensors file tensor by tensor; source: the format's description in huggingface/safetensors."
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in shapes:
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors: file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+
+# %% ../nbs/01_convert.ipynb #cell-073
+def write_weights(source: Source, out: Path):
+    "One native shard per original file, and their index."
+    names = [f"model-{i + 1:05}-of-{len(source.files):05}.safetensors" for i in range(len(source.files))]
+    if len(names) == 1: names = ["model.safetensors"]
+    where, total = {}, 0
+    for file, name in zip(source.files, names):
+        shapes = list(source.tensors(file, read_shape))
+        write_safetensors(out / name, shapes, source.tensors(file))
+        where |= {tensor: name for tensor, _ in shapes}
+        total += sum(t.numel() * t.element_size() for _, t in shapes)
+    if len(names) > 1: (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
+
+
+def convert(folder: str | Path, # in an original layout
+            out: str | Path, # new folder
+            tower: str | Path | None = None, # folder of a vision tower that is not in the checkpoint
+            dtype: torch.dtype | None = None, # None keeps the checkpoint's
+            ) -> Path:
+    "Convert an original checkpoint once; `from_pretrained` of plain transformers loads the result."
+    out, source = Path(out), open_original(folder, tower, dtype)
+    if out.exists() and any(out.iterdir()): raise FileExistsError(f"{out} is not empty; give a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as partial:
+        partial = Path(partial) / "checkpoint" # whoever finds `out` finds it whole
+        partial.mkdir()
+        write_weights(source, partial)
+        source.config.dtype = source.dtype
+        source.config.architectures = ["LlavaForConditionalGeneration" if source.release.placeholder == "<image>" else "InternVLForConditionalGeneration"]
+        for part in (source.config, generation_config(source), read_processor(source, tower)): part.save_pretrained(partial)
+        os.replace(partial, out)
+    return out
