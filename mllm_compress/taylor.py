@@ -138,7 +138,9 @@ def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
     if labels is not None: return labels
     if multimodal: raise ValueError("a batch has no labels: give labels with -100 on image, prompt and padding tokens.")
-    return ids if mode == "reference" or mask is None else ids.masked_fill(mask == 0, -100)
+    if mode == "reference" or mask is None: return ids
+    follows = mask.bool() & torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # nothing real precedes the first token of a left-padded row
+    return ids.masked_fill(~follows, -100)
 
 def one_batch(batches: list) -> list:
     "The reference runs one backward pass over the whole calibration set: join the batches."
@@ -182,8 +184,8 @@ def taylor(model, # MLLM or causal LM of a known family
             channels[i, slot.name] = channels[i, slot.name] + scores if (i, slot.name) in channels else scores
         with output_gradients(parts, see, recompute):
             total = summed_loss(model, batch, label)
-            if not total.isfinite(): raise ValueError(f"the loss of batch {k} is {float(total)}: look for NaN in weights or pixels, or score in float32.")
+            if not total.isfinite(): raise ValueError(f"the loss of batch {k} is {total.item()}: look for NaN in weights or pixels, or score in float32.")
             total.backward()
-        loss += float(total) / totals[0]
+        loss += total.item() / totals[0]
     meta = {"order": order, "mode": mode, "token_weights": token_weights, "loss": loss, "samples": totals[1], "supervised_tokens": totals[0]}
     return add_channels(parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
