@@ -230,7 +230,7 @@ def pair_worth(
     frame: pd.DataFrame, # columns "group", "value", and "subtask" where there are several
 ) -> pd.DataFrame:       # columns "unit", "stratum", "worth", "acc", "plus"
     "Each pair of questions is a unit: its mean, and once more if both are right (MME)."
-    subtask = frame.subtask if "subtask" in frame else pd.Series("", frame.index)
+    subtask = frame.subtask.fillna("") if "subtask" in frame else pd.Series("", frame.index)
     pairs = frame.value.astype(float).groupby([subtask.rename("stratum"), frame.group.rename("unit")], sort=False).agg(["size", "mean", "min"]).reset_index()
     if (odd := pairs[pairs["size"] != 2]).size:
         raise ValueError(f"acc+ needs two questions an image; {odd.unit.iloc[0]!r} has {odd['size'].iloc[0]}")
