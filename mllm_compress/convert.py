@@ -249,8 +249,10 @@ def native_config(folder: str | Path, # in an original layout
     sizes = read_json(place / "config.json") if place else read_json(folder / "vision_tower_config.json") or SO400M
     config = release.config(original, sizes)
     if release.placeholder == "<image>": return config
-    if (known := placeholder_id(folder, release.placeholder)) is not None: config.image_token_id = known
-    return config
+    known = placeholder_id(folder, release.placeholder)
+    config.image_token_id = config.image_token_id if known is None else known
+    if config.image_token_id < config.get_text_config().vocab_size: return config
+    raise ValueError(f"the id of {release.placeholder} is not in {folder}; copy the release's tokenizer files or its added_tokens.json")
 
 # %% ../nbs/01_convert.ipynb #cell-041
 def append_rows(name: str, # native name of the tensor
