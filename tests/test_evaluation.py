@@ -1,9 +1,16 @@
-"""The engine says what `generate` says, whatever the batch."""
-import pytest
+"""The engine says what `generate` says, whatever the batch; evaluations are kept, resumed and compared."""
+import copy
 
-from mllm_compress.benchmarks import SMALL_SUITE, load_questions
-from mllm_compress.evaluation import avg_percent, evaluate
+import numpy as np
+import pytest
+import torch
+
+from mllm_compress import evaluation, generation
+from mllm_compress.anatomy import anatomy
+from mllm_compress.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
+from mllm_compress.evaluation import avg_percent, compare, evaluate, judge, leaderboard, leaderboard_table, load_predictions, published, retained, score_all
 from mllm_compress.generation import ask
+from test_benchmarks import root  # noqa: F401  (a fixture)
 
 FAMILIES = ["tiny_llava", "tiny_bunny"]
 
@@ -13,33 +20,191 @@ def mllm(request):
     return request.getfixturevalue(request.param)
 
 
+def inputs_of(processor, question, more=""):
+    content = [{"type": "image"}] * len(question.images) + [{"type": "text", "text": question.prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True) + more
+    return processor(text=text, images=list(question.images) or None, return_tensors="pt")
+
+
 def generated(model, processor, question, max_new_tokens):
     "transformers' own greedy answer, one question at a time."
-    content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(text=text, images=question.images[0], return_tensors="pt")
+    inputs = inputs_of(processor, question)
     out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
 
 
 def mixed(n=4):
-    return [q for name in SMALL_SUITE for q in load_questions(name, "test", n)]
+    "Questions of all kinds, one without an image and one about two."
+    questions = [q for name in SMALL_SUITE for q in load_questions(name, "test", n)]
+    two = Question("two", "are these the same color?", "no", questions[0].images + questions[-1].images, ("yes", "no"))
+    return questions + [Question("none", "what color is a circle?", "red", (), ("red", "blue")), two]
+
+
+def fickle(model):
+    "A copy of a model whose end token often wins, so that answers have different lengths."
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        head = anatomy(model).lm_head
+        head.weight[model.generation_config.eos_token_id] = head.weight[5:9].sum(0) * .6
+    return model
 
 
 def test_same_words_as_generate(mllm):
+    model, processor = fickle(mllm[0]), mllm[1]
     questions = mixed()
-    answers = ask(*mllm, questions, max_new_tokens=6)
-    assert [a.text for a in answers] == [generated(*mllm, q, 6) for q in questions]
-    assert len({a.text for a in answers}) > 3
+    expected = [generated(model, processor, q, 6) for q in questions]
+    assert [a.text for a in ask(model, processor, questions, max_new_tokens=6)] == expected
+    lengths = {len(t.split()) for t in expected}
+    assert len(lengths) > 1 and len(set(expected)) > 3  # some end early, some do not
 
 
 def test_same_answers_at_any_batch_size(mllm):
-    questions = mixed(8)
-    assert ask(*mllm, questions, 6, batch_size=1) == ask(*mllm, questions, 6, batch_size=32)
+    model, questions = fickle(mllm[0]), mixed(8)
+    assert ask(model, mllm[1], questions, 6, batch_size=1) == ask(model, mllm[1], questions, 6, batch_size=32)
 
 
-def test_evaluate_has_a_row_a_benchmark(tiny_llava):
-    rows = evaluate(*tiny_llava, limit=20)
+def test_candidates_are_ranked_by_their_likelihood(mllm):
+    model, processor = mllm
+    choices = ("red", "large blue circle", "yes no", "square")
+    questions = [Question(q.id, q.prompt, q.answer, q.images, choices) for q in mixed(2)]
+    answers = ask(model, processor, questions, 2)
+    for question, answer in zip(questions, answers):
+        scores = []
+        for choice in choices:
+            inputs, start = inputs_of(processor, question, " " + choice), inputs_of(processor, question)["input_ids"].shape[1]
+            with torch.inference_mode(): logp = model(**inputs).logits[0].log_softmax(-1)
+            scores.append(np.mean([logp[i - 1, inputs["input_ids"][0, i]].item() for i in range(start, inputs["input_ids"].shape[1])]))
+        assert answer.candidate == choices[int(np.argmax(scores))]
+    assert [a.text for a in answers] == [a.text for a in ask(model, processor, [Question(q.id, q.prompt, q.answer, q.images) for q in questions], 2)]
+
+
+def test_each_image_is_looked_at_once(tiny_llava, monkeypatch):
+    seen, look = [], generation.look
+    monkeypatch.setattr(generation, "look", lambda m, p, images: (seen.extend(images), look(m, p, images))[1])
+    monkeypatch.setattr(generation, "SIGHTS", generation.SightCache())
+    monkeypatch.setattr(generation.Eyes.__init__, "__defaults__", (generation.SIGHTS, 64))
+    questions = load_questions("easy-vqa", "test", 20)
+    ask(*tiny_llava, questions, 1)
+    assert len(seen) == len({q.images[0].tobytes() for q in questions}) < len(questions)
+    student = copy.deepcopy(tiny_llava[0])
+    with torch.no_grad(): student.lm_head.weight.neg_()
+    ask(student, tiny_llava[1], questions, 1)
+    assert len(seen) == len({q.images[0].tobytes() for q in questions})  # the tower is shared, so is what it saw
+    with torch.no_grad(): anatomy(student).vision_tower.get_parameter(next(n for n, _ in anatomy(student).vision_tower.named_parameters())).add_(.1)
+    ask(student, tiny_llava[1], questions, 1)
+    assert len(seen) == 2 * len({q.images[0].tobytes() for q in questions})
+
+
+def test_a_small_cache_forgets_and_answers_the_same(tiny_llava, monkeypatch):
+    questions = mixed(4)
+    expected = ask(*tiny_llava, questions, 3)
+    cache = generation.SightCache(max_bytes=10_000)
+    monkeypatch.setattr(generation.Eyes.__init__, "__defaults__", (cache, 2))
+    assert ask(*tiny_llava, questions, 3) == expected and cache.used <= 10_000 and len(cache.kept) == 1
+
+
+def test_memory_back_off(tiny_llava, monkeypatch):
+    questions, tried, real = mixed(4), [], generation.read_prefixes
+
+    def tight(parts, prompts, sights):
+        tried.append(len({(p.shared, p.images) for p in prompts}))
+        if tried[-1] > 3: raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(parts, prompts, sights)
+    expected = ask(*tiny_llava, questions, 3)
+    monkeypatch.setattr(generation, "read_prefixes", tight)
+    assert ask(*tiny_llava, questions, 3, batch_size=16) == expected and tried[0] > 3 and tried[-1] <= 3
+    monkeypatch.setattr(generation, "read_prefixes", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(RuntimeError, match="single question"): ask(*tiny_llava, questions, 3)
+    monkeypatch.setattr(generation, "read_prefixes", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"): ask(*tiny_llava, questions, 3)
+
+
+def test_an_image_token_in_a_question_is_text_to_nobody(tiny_llava):
+    question = load_questions("scenes/open", "test", 2)[0]
+    odd = Question("odd", "<image>" + question.prompt, question.answer, question.images, question.candidates)
+    assert ask(*tiny_llava, [odd], 3) == ask(*tiny_llava, [question], 3)
+
+
+def test_evaluate_has_a_row_a_benchmark_and_is_deterministic(tiny_llava):
+    rows, answers = evaluate(*tiny_llava, limit=20, return_predictions=True)
     assert rows.benchmark.tolist() == list(SMALL_SUITE) and (rows.n == 20).all()
     assert ((rows.low <= rows.score) & (rows.score <= rows.high)).all()
-    assert avg_percent(rows.assign(score=45.0), rows.assign(score=50.0)) == pytest.approx(90)
+    assert answers.groupby("benchmark").id.nunique().eq(20).all()
+    again, kept = evaluate(*tiny_llava, limit=20, batch_size=3, return_predictions=True)
+    assert kept.prediction.tolist() == answers.prediction.tolist() and again.equals(rows)
+
+
+def test_a_perfect_and_a_half_model(tiny_llava):
+    _, answers = evaluate(*tiny_llava, limit=20, return_predictions=True)
+    perfect = judge(answers.assign(prediction=answers.answer))
+    rows = score_all(perfect)
+    assert (rows.score == 100).all() and (rows.unparseable == 0).all()
+    half = judge(answers.assign(prediction=np.where(answers.groupby("benchmark").cumcount() < 10, answers.answer, "?")))
+    assert (score_all(half).score == 50).all()
+    value, low, high = retained(half, perfect)
+    assert value == pytest.approx(50) and low < 50 < high
+    gaps = compare(perfect, half)
+    assert (gaps.difference == 50).all() and gaps.p.tolist() == pytest.approx([2 * .5**n for n in (10, 10, 5, 5, 10, 10, 10)])  # five pairs
+    assert len(evaluation.disagreements(perfect, half)) == 10 * len(SMALL_SUITE)
+    with pytest.raises(ValueError, match="easy-vqa"): compare(perfect, half[half.benchmark != "easy-vqa"])
+
+
+def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
+    expected, whole = evaluate(*tiny_llava, ["scenes/open", "scenes/cognition"], limit=20, return_predictions=True)
+    asked, real = [], evaluation.ask
+
+    def dies_later(model, processor, questions, *more):
+        if len(asked) >= 16: raise KeyboardInterrupt
+        asked.extend(questions)
+        return real(model, processor, questions, *more)
+    monkeypatch.setattr(evaluation, "ask", dies_later)
+    with pytest.raises(KeyboardInterrupt): evaluate(*tiny_llava, ["scenes/open", "scenes/cognition"], limit=20, folder=tmp_path, save_every=8)
+    done = {(n, i) for n, i in load_predictions(tmp_path)[["benchmark", "id"]].itertuples(index=False)}
+    assert len(done) == 16
+    later = []
+    monkeypatch.setattr(evaluation, "ask", lambda m, p, q, *more: (later.extend(q), real(m, p, q, *more))[1])
+    rows, answers = evaluate(*tiny_llava, ["scenes/open", "scenes/cognition"], limit=20, folder=tmp_path, save_every=8, return_predictions=True)
+    assert len(later) == 24 and rows.equals(expected) and answers.prediction.tolist() == whole.prediction.tolist()
+    assert score_all(load_predictions(tmp_path)).set_index("benchmark").score.to_dict() == expected.set_index("benchmark").score.to_dict()
+
+
+def test_a_folder_belongs_to_one_model(tiny_llava, tiny_bunny, tmp_path):
+    evaluate(*tiny_llava, "scenes/open", limit=2, folder=tmp_path)
+    with pytest.raises(ValueError, match="another run"): evaluate(*tiny_bunny, "scenes/open", limit=2, folder=tmp_path)
+    with pytest.raises(FileNotFoundError, match="no predictions"): load_predictions(tmp_path / "elsewhere")
+
+
+def test_two_devices_answer_as_one(tiny_llava):
+    one, two = (evaluate(*tiny_llava, ["scenes/open", "easy-vqa"], limit=12, devices=d, return_predictions=True)[1] for d in (None, ("cpu", "cpu")))
+    assert one.prediction.tolist() == two.prediction.tolist() and one.candidate.tolist() == two.candidate.tolist()
+
+
+def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa: F811
+    rows, answers = evaluate(*tiny_llava, REAL_SUITE, root=root, folder=tmp_path, return_predictions=True)
+    assert rows.benchmark.tolist() == list(REAL_SUITE) and rows.n.tolist() == [2, 2, 4, 1, 4, 8, 2, 1, 2]
+    right = judge(load_predictions(tmp_path).assign(prediction=lambda f: f.answer.map(lambda a: a[0] if isinstance(a, list) else a)))
+    scores = score_all(right).set_index("benchmark").score
+    assert scores.pop("mme_perception") == 400 and scores.pop("mme_cognition") == 200 and (scores == 100).all()
+
+
+def test_compat_is_the_harness(tiny_llava):
+    _, answers = evaluate(*tiny_llava, "scenes/hallucination", limit=10, return_predictions=True)
+    said = answers.assign(prediction=answers.answer.str.title() + ".")
+    assert score_all(judge(said)).score[0] == 100 and score_all(said, compat="lmms-eval").score[0] == 0
+
+
+def test_leaderboard_and_printed_numbers(tiny_llava):
+    rows = evaluate(*tiny_llava, ["scenes/open", "scenes/choice"], limit=10).assign(score=[50., 80.])
+    board = leaderboard({"dense": rows, "pruned": rows.assign(score=[40., 80.])}, dense="dense", printed="best_compressed")
+    table = leaderboard_table(board)
+    assert table["AVG-%"].loc["ours", "pruned"] == "90.0" and set(board.source) == {"ours", "printed"}
+    assert table.loc[("printed", "LLaVA-v1.5-7B"), "gqa"] == "62.0" and table.loc[("printed", "LLaVA-v1.5-7B"), "scenes/open"] == ""
+    with pytest.raises(ValueError, match="dense, pruned"): leaderboard({"dense": rows, "pruned": rows}, dense="other")
+    with pytest.raises(ValueError, match="best_compressed"): published("table9")
+
+
+def test_recomputed_average_of_a_printed_row():
+    row = published().iloc[1]  # LLaVA, layerwise, 15 %
+    original = published().iloc[0]
+    names = ["mmmu", "sqa", "mathvista", "ai2d", "mme_cognition", "mme_perception", "pope", "docvqa", "gqa"]
+    assert row.avg_percent == pytest.approx(100 * np.mean([row[n] / original[n] for n in names]))
