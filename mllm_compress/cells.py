@@ -106,6 +106,7 @@ class Evaluation:
     benchmarks: list         # names, see `benchmarks`
     questions: int = 1000    # at most, per benchmark
     batch_size: int = 128
+    split: str = "test"      # "validation" where something is tuned
 
 # %% ../nbs/21_cells.ipynb #cell-022
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pandas as pd
 from .cells import load_profile
 from .effects import Estimate
 from .store import home, write_atomically
-from .style import label_ends, line, page, panels
+from .style import label_ends, line, page, panels, use_style
 
 # %% ../nbs/26_report.ipynb #cell-005
 @dataclass(frozen=True)

@@ -57,21 +57,39 @@ def source_fingerprint(source: str, # Python source
     return fingerprint(ast.dump(_without_docstrings(ast.parse(source))))
 
 # %% ../nbs/20_store.ipynb #cell-014
-@lru_cache
-def code_fingerprint(modules: tuple, # names within the package, as ("scores", "taylor")
-                    ) -> str:
-    "A name for the code of some modules of this package."
-    found = {m: find_spec(f"mllm_compress.{m}") for m in modules}
-    if missing := [m for m, spec in found.items() if spec is None]: raise ValueError(f"No such modules: {', '.join(missing)}.")
-    return fingerprint({m: source_fingerprint(Path(spec.origin).read_text(encoding="utf-8")) for m, spec in found.items()})
+def _imports(tree: ast.AST) -> set:
+    "The modules of this package that a module of it imports."
+    found = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom): continue
+        package = node.level == 1 or (node.module or "").split(".")[0] == "mllm_compress"
+        name = (node.module or "").removeprefix("mllm_compress").strip(".")
+        if package: found |= {name} if name else {alias.name for alias in node.names}
+    return found
 
-# %% ../nbs/20_store.ipynb #cell-016
+
+@lru_cache
+def code_fingerprint(*modules: str, # names within the package, as "pruning", "recovery"
+                    ) -> str:
+    "A name for the code of some modules of this package, with all that they import from it."
+    waiting, seen = list(modules), {}
+    while waiting:
+        name = waiting.pop()
+        spec = None if name in seen else find_spec(f"mllm_compress.{name}")
+        if spec is None or spec.origin is None: continue
+        source = Path(spec.origin).read_text(encoding="utf-8")
+        seen[name] = source_fingerprint(source)
+        waiting += _imports(ast.parse(source))
+    if missing := set(modules) - set(seen): raise ValueError(f"No such modules: {', '.join(sorted(missing))}.")
+    return fingerprint(seen)
+
+# %% ../nbs/20_store.ipynb #cell-018
 def home() -> Path:
     "The checkout that the current folder lies in, or else the current folder."
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists() and (p / "nbs").exists()), here)
 
-# %% ../nbs/20_store.ipynb #cell-018
+# %% ../nbs/20_store.ipynb #cell-020
 MARK = "store.json"
 FORMAT = 1  # raised when the layout changes
 
@@ -91,7 +109,7 @@ def _claim_folder(folder: Path) -> None:
     except (ValueError, AttributeError): found = None
     if found != FORMAT: raise NotOurs(f"{mark} is not of format {FORMAT}: name an empty or new folder.")
 
-# %% ../nbs/20_store.ipynb #cell-020
+# %% ../nbs/20_store.ipynb #cell-022
 def write_atomically(path: Path, text: str) -> None:
     "Write a file so that no reader ever sees a part of it."
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -101,7 +119,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/20_store.ipynb #cell-022
+# %% ../nbs/20_store.ipynb #cell-024
 @dataclass(frozen=True)
 class Store:
     "A folder of results: results/NAME/result.json, shared work in shared/NAME/, logs and locks beside them."
@@ -124,7 +142,7 @@ class Store:
         "The names of all results, sorted."
         return sorted(p.parent.name for p in (self.folder / "results").glob("*/result.json"))
 
-# %% ../nbs/20_store.ipynb #cell-024
+# %% ../nbs/20_store.ipynb #cell-026
 def write(store: Store,
           inputs: dict, # everything that determines the result
           result: dict, # JSON values only
@@ -136,7 +154,7 @@ def write(store: Store,
     write_atomically(path, json.dumps({"seal": fingerprint(content), **content}, indent=1, allow_nan=False))
     return name
 
-# %% ../nbs/20_store.ipynb #cell-026
+# %% ../nbs/20_store.ipynb #cell-028
 def _unsealed(path: Path) -> dict:
     "The content of a result file; ValueError where the file is not what was written."
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -158,7 +176,7 @@ def read(store: Store,
         warnings.warn(f"The result {name} is corrupt and will be computed again; its file is kept in {aside}.")
         return None
 
-# %% ../nbs/20_store.ipynb #cell-032
+# %% ../nbs/20_store.ipynb #cell-034
 @contextmanager
 def lock(store: Store,
          name: str,          # what to lock
@@ -172,7 +190,7 @@ def lock(store: Store,
         finally:
             if held: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/20_store.ipynb #cell-035
+# %% ../nbs/20_store.ipynb #cell-037
 def shared(store: Store,
            inputs: dict, # everything that determines the work
            build,        # called with an empty folder that it fills
