@@ -46,6 +46,7 @@ def attention_slots(
               (("q", "query"), ("k", "key"), ("v", "value"))]
     return (*inputs, Slot("o", f"self_attn.{output}", 1, ("query",)))
 
+# %% ../nbs/03_anatomy.ipynb #cell-012
 FUSED_ATTENTION = (Slot("qkv", "self_attn.qkv_proj", 0, ("query", "key", "value")),
                    Slot("o", "self_attn.o_proj", 1, ("query",)))
 GATED_MLP = (Slot("gate", "mlp.gate_proj", 0, ("neuron",)), Slot("up", "mlp.up_proj", 0, ("neuron",)),
@@ -54,7 +55,7 @@ FUSED_MLP = (Slot("gate_up", "mlp.gate_up_proj", 0, ("neuron", "neuron")),
              Slot("down", "mlp.down_proj", 1, ("neuron",)))
 PLAIN_MLP = (Slot("fc1", "mlp.fc1", 0, ("neuron",)), Slot("fc2", "mlp.fc2", 1, ("neuron",)))
 
-# %% ../nbs/03_anatomy.ipynb #cell-012
+# %% ../nbs/03_anatomy.ipynb #cell-014
 FAMILIES = {family.name: family for family in (
     Family("llama", attention_slots() + GATED_MLP),
     Family("mistral", attention_slots() + GATED_MLP),
@@ -65,7 +66,7 @@ FAMILIES = {family.name: family for family in (
     Family("phi3", FUSED_ATTENTION + FUSED_MLP),
 )}
 
-# %% ../nbs/03_anatomy.ipynb #cell-014
+# %% ../nbs/03_anatomy.ipynb #cell-016
 @dataclass(frozen=True)
 class LinearSlot:
     "A slot in one layer of one model: knows which rows or columns belong to which unit."
@@ -91,7 +92,7 @@ class LinearSlot:
         "Rows or columns of one unit."
         return self.index([unit])
 
-# %% ../nbs/03_anatomy.ipynb #cell-016
+# %% ../nbs/03_anatomy.ipynb #cell-018
 @dataclass(frozen=True)
 class Anatomy:
     "Handles to the parts of a model; made by `anatomy`."
@@ -139,7 +140,7 @@ class Anatomy:
         "Neurons of the MLP in layer `i`."
         return next(s.units for s in self.linears(i) if s.kind == "neuron")
 
-# %% ../nbs/03_anatomy.ipynb #cell-018
+# %% ../nbs/03_anatomy.ipynb #cell-020
 def anatomy(
     model: PreTrainedModel, # an MLLM (Llava…) or a causal LM, on any device, meta included
 ) -> Anatomy:
@@ -157,7 +158,7 @@ def anatomy(
                    vision_tower=getattr(base, "vision_tower", None),
                    projector=getattr(base, "multi_modal_projector", None))
 
-# %% ../nbs/03_anatomy.ipynb #cell-020
+# %% ../nbs/03_anatomy.ipynb #cell-022
 def count_parameters(
     *modules, # nn.Module or None
 ) -> int:
@@ -165,12 +166,18 @@ def count_parameters(
     seen = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
     return sum(seen.values())
 
-def lm_parameters(model: PreTrainedModel) -> int:
+# %% ../nbs/03_anatomy.ipynb #cell-024
+def lm_parameters(
+    model: PreTrainedModel,
+) -> int:
     "Parameters of the LM decoder with embedding and LM head: the denominator of every ratio."
     parts = anatomy(model)
     return count_parameters(parts.decoder, parts.lm_head)
 
-def part_parameters(model: PreTrainedModel) -> dict:
+# %% ../nbs/03_anatomy.ipynb #cell-026
+def part_parameters(
+    model: PreTrainedModel,
+) -> dict:
     "Parameters of vision tower, projector and LM decoder."
     parts = anatomy(model)
     return {"vision": count_parameters(parts.vision_tower), "projector": count_parameters(parts.projector),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TWINS', 'MANIFEST', 'PLAN', 'CARD', 'LOADING', 'PRUNED_TYPE', 'VARIANT', 'widths', 'shrink', 'shell', 'twin_config',
-           'roomy_configs', 'fitting_shell', 'sha256', 'manifest_checksum', 'write_manifest', 'read_manifest', 'verify',
-           'fault_of', 'card_section', 'model_card', 'atomic_folder', 'check_describes', 'hide_config', 'save_pruned',
-           'shrunken', 'class_named', 'own_memory', 'load_pruned']
+           'roomy_configs', 'fitting_shell', 'sha256', 'manifest_checksum', 'write_manifest', 'read_manifest',
+           'fault_of', 'verify', 'card_section', 'model_card', 'atomic_folder', 'check_describes', 'hide_config',
+           'save_pruned', 'shrunken', 'class_named', 'own_memory', 'load_model', 'load_pruned']
 
 # %% ../nbs/12_checkpoint.ipynb #cell-003
 import copy
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .anatomy import anatomy, part_parameters
 from .plans import PruningPlan, make_plan, spans
@@ -52,11 +52,10 @@ def shell(
     plan: PruningPlan | None = None, # shrink the candidate's layers to this plan's widths
 ) -> PreTrainedModel:
     "A model of `config`'s class around the weights of `model`; raises if they do not fit exactly."
-    config = type(config).from_dict(config.to_dict()) # runs the validation that saving and loading run
-    same = type(config) is type(model.config)
+    same, fresh = type(config) is type(model.config), lambda: type(config).from_dict(config.to_dict()) # validates, as loading will
     with torch.device("meta"):
-        made = type(model)(config) if same else AutoModelForCausalLM.from_config(config)
-        if plan is not None: shrink(made, plan)
+        made = type(model)(fresh()) if same else AutoModelForCausalLM.from_config(fresh())
+        if plan is not None: shrink(made, plan).config = fresh() # saved roomy, shrunken again when loaded
     made.load_state_dict(model.state_dict(), strict=True, assign=True)
     made.tie_weights()
     made.generation_config = model.generation_config
@@ -124,6 +123,7 @@ def manifest_checksum(manifest: dict) -> str:
     "Checksum of a manifest over everything but itself."
     return hashlib.sha256(json.dumps({**manifest, "checksum": None}, sort_keys=True).encode()).hexdigest()
 
+# %% ../nbs/12_checkpoint.ipynb #cell-022
 def write_manifest(
     folder: Path, # with everything in it but the manifest
     **facts, # what the loader needs to know
@@ -135,8 +135,10 @@ def write_manifest(
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
-# %% ../nbs/12_checkpoint.ipynb #cell-022
-def read_manifest(folder: Path) -> dict:
+# %% ../nbs/12_checkpoint.ipynb #cell-024
+def read_manifest(
+    folder: Path, # written by save_pruned
+) -> dict:
     "The manifest of a folder that `save_pruned` wrote."
     path = folder / MANIFEST
     if not path.is_file():
@@ -148,6 +150,18 @@ def read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path} was edited or damaged: its checksum does not match.")
     return manifest
 
+# %% ../nbs/12_checkpoint.ipynb #cell-026
+def fault_of(path: Path, facts: dict, manifest: dict) -> str | None:
+    "What is wrong with one file, or None."
+    if not path.is_file(): return "missing"
+    digest, size = sha256(path), path.stat().st_size
+    if digest == facts["sha256"]: return None
+    twin = next((name for name, other in manifest["files"].items() if other["sha256"] == digest), None)
+    if twin: return f"swapped, it holds what belongs in {twin}"
+    if size < facts["bytes"]: return f"truncated, {size} of {facts['bytes']} bytes"
+    return "edited or replaced, its checksum does not match"
+
+# %% ../nbs/12_checkpoint.ipynb #cell-028
 def verify(
     folder, # written by save_pruned
 ) -> dict:
@@ -162,17 +176,7 @@ def verify(
     if wrong: raise ValueError(f"damaged checkpoint {folder}: " + "; ".join(f"{n}: {w}" for n, w in wrong.items()))
     return manifest
 
-# %% ../nbs/12_checkpoint.ipynb #cell-024
-def fault_of(path: Path, facts: dict, manifest: dict) -> str | None:
-    "What is wrong with one file, or None."
-    if not path.is_file(): return "missing"
-    if (size := path.stat().st_size) < facts["bytes"]: return f"truncated or swapped, {size} of {facts['bytes']} bytes"
-    digest = sha256(path)
-    if digest == facts["sha256"]: return None
-    twin = next((name for name, other in manifest["files"].items() if other["sha256"] == digest), None)
-    return f"swapped, it holds what belongs in {twin}" if twin else "edited or swapped, its checksum does not match"
-
-# %% ../nbs/12_checkpoint.ipynb #cell-026
+# %% ../nbs/12_checkpoint.ipynb #cell-030
 def card_section(title: str, value) -> str:
     "One section of the card: a table for a dict or a list of dicts, else a line."
     if isinstance(value, dict): value = [{"": k, "value": v} for k, v in value.items()]
@@ -181,7 +185,7 @@ def card_section(title: str, value) -> str:
     rows = [list(value[0]), ["---"] * len(value[0])] + [[cell(v) for v in row.values()] for row in value]
     return f"## {title}\n" + "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
 
-# %% ../nbs/12_checkpoint.ipynb #cell-028
+# %% ../nbs/12_checkpoint.ipynb #cell-032
 LOADING = {
     "stock": "from transformers import {auto}\n\nmodel = {auto}.from_pretrained(folder)",
     "pruned": "from mllm_compress.checkpoint import load_pruned\n\nmodel, processor, plan = load_pruned(folder)"}
@@ -198,14 +202,15 @@ def model_card(
     auto = "AutoModelForCausalLM" if name.endswith("CausalLM") else "AutoModelForImageTextToText"
     text, parts = shell.config.get_text_config().model_type, part_parameters(shell)
     twin = f"\nIts {plan.model_type} decoder is saved as {text}, which computes the same and allows this head count.\n"
-    lines = ["---", "library_name: transformers", "tags: [mllm_compress, pruning]", f"base_model: {base}" if base else "", "---",
-             f"# Pruned {base or name}", str(plan).splitlines()[0] + ".", "" if text == plan.model_type else twin,
-             "```python", LOADING[kind].format(auto=auto), "```", "## What is left", "```", *str(plan).splitlines()[1:], "```",
-             f"Removed layers: {spans(plan.removed_layers) or 'none'}.", "", f"Importance scores: {json.dumps(plan.meta.get('scores'))}.", "",
-             card_section("Parameters", {k: f"{v:,}" for k, v in parts.items()} | {"all": f"{sum(parts.values()):,}"})]
-    return "\n".join(line for line in lines + [card_section(k, v) for k, v in (extra or {}).items()] if line is not None) + "\n"
+    return "\n".join([
+        "---", "library_name: transformers", "tags: [mllm_compress, pruning]", *([f"base_model: {base}"] if base else []), "---",
+        f"# Pruned {base or name}", repr(plan) + ".", "" if text == plan.model_type else twin,
+        "```python", LOADING[kind].format(auto=auto), "```", "", "## What is left", "```", *str(plan).splitlines()[1:], "```",
+        f"Removed layers: {spans(plan.removed_layers) or 'none'}. Importance scores: {json.dumps(plan.meta.get('scores'))}.", "",
+        card_section("Parameters", {k: f"{v:,}" for k, v in parts.items()} | {"all": f"{sum(parts.values()):,}"}),
+        *(card_section(k, v) for k, v in (extra or {}).items())])
 
-# %% ../nbs/12_checkpoint.ipynb #cell-030
+# %% ../nbs/12_checkpoint.ipynb #cell-034
 class atomic_folder:
     "Context manager: a temporary folder that takes the target's name on success and vanishes on failure."
 
@@ -226,7 +231,7 @@ class atomic_folder:
             os.rename(self.new, self.target)
         for leftover in (self.new, self.old): shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/12_checkpoint.ipynb #cell-032
+# %% ../nbs/12_checkpoint.ipynb #cell-036
 def check_describes(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -237,10 +242,11 @@ def check_describes(
     parts, planned = anatomy(model), widths(plan)
     found = [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
     if found != planned:
-        raise ValueError(f"the plan does not describe this model: planned (heads, neurons) {planned}, found {found}. "
-                         "Save the model that apply_plan returned, with the plan it was given.")
+        i = next((i for i, (a, b) in enumerate(zip(found, planned)) if a != b), min(len(found), len(planned)))
+        raise ValueError(f"the plan does not describe this model: planned {len(planned)} layers, found {len(found)}; (heads, neurons) "
+                         f"from layer {i} on planned {planned[i:i + 1]}, found {found[i:i + 1]}. Save what apply_plan returned, with its plan.")
 
-# %% ../nbs/12_checkpoint.ipynb #cell-034
+# %% ../nbs/12_checkpoint.ipynb #cell-038
 PRUNED_TYPE, VARIANT = "mllm_compress_pruned", "pruned"
 
 def hide_config(folder: Path) -> None:
@@ -250,6 +256,7 @@ def hide_config(folder: Path) -> None:
               "config": json.loads(path.read_text())}
     path.write_text(json.dumps(hidden, indent=2))
 
+# %% ../nbs/12_checkpoint.ipynb #cell-040
 def save_pruned(
     model: PreTrainedModel, # from apply_plan, possibly recovered since
     plan: PruningPlan, # the plan that was applied
@@ -271,7 +278,7 @@ def save_pruned(
                        processor_class=None if processor is None else type(processor).__name__)
     return Path(folder)
 
-# %% ../nbs/12_checkpoint.ipynb #cell-036
+# %% ../nbs/12_checkpoint.ipynb #cell-042
 def shrunken(
     cls: type, # a class of transformers
     plan: PruningPlan,
@@ -282,13 +289,18 @@ def shrunken(
         shrink(self, plan)
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
-def class_named(name: str) -> type:
-    "A class of transformers by the name in the manifest."
+# %% ../nbs/12_checkpoint.ipynb #cell-044
+def class_named(
+    name: str, # from the manifest
+    kinds: tuple, # what it may be a subclass of
+) -> type:
+    "A class of transformers by its name."
     made = getattr(transformers, name, None)
-    if made is None: raise ValueError(f"transformers {transformers.__version__} has no class {name}; upgrade it.")
+    if not (isinstance(made, type) and issubclass(made, kinds)):
+        raise ValueError(f"transformers {transformers.__version__} has no {kinds[0].__name__} called {name!r}; upgrade it.")
     return made
 
-# %% ../nbs/12_checkpoint.ipynb #cell-038
+# %% ../nbs/12_checkpoint.ipynb #cell-046
 @torch.no_grad()
 def own_memory(
     model: PreTrainedModel, # changed in place
@@ -298,25 +310,38 @@ def own_memory(
         if p.device.type == "cpu": p.data = p.data.clone()
     return model
 
-def load_pruned(
-    folder, # written by save_pruned
-    device="cpu", # where the weights go directly
-    dtype: torch.dtype | None = None, # None: as stored
-    check_files: bool = True, # compare every checksum (a few seconds per 10 GB)
-) -> tuple:
-    "(model, processor or None, plan) from a checkpoint of `save_pruned`, strictly."
-    folder = Path(folder)
-    manifest = verify(folder) if check_files else read_manifest(folder)
-    plan = PruningPlan.from_json((folder / PLAN).read_text())
-    cls, pruned = class_named(manifest["model_class"]), manifest["kind"] == "pruned"
+# %% ../nbs/12_checkpoint.ipynb #cell-048
+def load_model(
+    folder: Path, # written by save_pruned
+    manifest: dict,
+    plan: PruningPlan,
+    **options, # for from_pretrained
+) -> PreTrainedModel:
+    "The model of a checkpoint; anything missing, unexpected or of another shape is a ValueError."
+    cls, pruned = class_named(manifest["model_class"], (PreTrainedModel,)), manifest["kind"] == "pruned"
     config = json.loads((folder / "config.json").read_text())
-    config = cls.config_class.from_dict(config["config"] if pruned else config)
     model, report = (shrunken(cls, plan) if pruned else cls).from_pretrained(
-        folder, config=config, dtype=dtype or "auto", variant=VARIANT if pruned else None, output_loading_info=True,
-        **({} if str(device) == "cpu" else {"device_map": device}))
+        folder, config=cls.config_class.from_dict(config["config"] if pruned else config), use_safetensors=True,
+        variant=VARIANT if pruned else None, output_loading_info=True, **options)
     if faults := {k: sorted(map(str, v))[:5] for k, v in report.items() if v}:
         raise ValueError(f"{folder} does not fit {cls.__name__}: {faults}")
     model.__class__ = cls
     check_describes(model, plan)
-    processor = manifest["processor_class"] and class_named(manifest["processor_class"]).from_pretrained(folder)
+    return model
+
+# %% ../nbs/12_checkpoint.ipynb #cell-050
+def load_pruned(
+    folder, # written by save_pruned
+    device="cpu", # the weights go there directly
+    dtype: torch.dtype | None = None, # None: as stored
+    check_files: bool = True, # compare every checksum (seconds for a model of some GB)
+    **options, # for from_pretrained, such as attn_implementation
+) -> tuple:
+    "(model, processor or None, plan) from a checkpoint of `save_pruned`, strictly."
+    folder = Path(folder)
+    manifest = verify(folder) if check_files else read_manifest(folder)
+    plan, name = PruningPlan.from_json((folder / PLAN).read_text()), manifest["processor_class"]
+    if str(device) != "cpu": options["device_map"] = device
+    model = load_model(folder, manifest, plan, dtype=dtype or "auto", **options)
+    processor = name and class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
     return own_memory(model).eval(), processor, plan

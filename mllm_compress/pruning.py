@@ -56,6 +56,7 @@ def layer_counts(
     return {"num_attention_heads": groups * parts.queries_per_group(i), "num_key_value_heads": groups,
             "intermediate_size": parts.neurons(i)}
 
+# %% ../nbs/11_pruning.ipynb #cell-014
 def tell_modules(
     parts: Anatomy,
     uniform: bool, # all layers are alike, so the shared config can hold their counts
@@ -71,7 +72,7 @@ def tell_modules(
                 module.config = parts.text_config if uniform else LayerConfig(parts.text_config, **counts)
             if hasattr(module, "layer_idx"): module.layer_idx = i
 
-# %% ../nbs/11_pruning.ipynb #cell-014
+# %% ../nbs/11_pruning.ipynb #cell-016
 def tell_config(
     parts: Anatomy,
     kept: tuple, # layers of the original that stayed
@@ -86,7 +87,7 @@ def tell_config(
         for name, value in counts[0].items(): setattr(config, name, value)
     return uniform
 
-# %% ../nbs/11_pruning.ipynb #cell-016
+# %% ../nbs/11_pruning.ipynb #cell-018
 def check_fits(
     parts: Anatomy,
     plan: PruningPlan,
@@ -98,7 +99,7 @@ def check_fits(
         raise ValueError(f"this plan was made for {plan.model_type} with {plan.num_layers} layers, first {planned[0]}; "
                          f"the model is {parts.family.name} with {parts.num_layers} layers, first {sizes[0]}.")
 
-# %% ../nbs/11_pruning.ipynb #cell-018
+# %% ../nbs/11_pruning.ipynb #cell-020
 def cut(
     model: PreTrainedModel, # changed in place
     plan: PruningPlan,
@@ -114,7 +115,7 @@ def cut(
     tell_modules(parts, tell_config(parts, plan.layers))
     return model
 
-# %% ../nbs/11_pruning.ipynb #cell-020
+# %% ../nbs/11_pruning.ipynb #cell-022
 def shared_while_copying(
     parts: Anatomy,
     plan: PruningPlan,
@@ -126,6 +127,7 @@ def shared_while_copying(
               for p in ((slot.module.weight, slot.module.bias) if slot.axis == 0 else (slot.module.weight,))]
     return [x for x in dropped + sliced if x is not None]
 
+# %% ../nbs/11_pruning.ipynb #cell-024
 def apply_plan(
     model: PreTrainedModel, # stays untouched
     plan: PruningPlan, # made for this model
@@ -137,7 +139,7 @@ def apply_plan(
     shared = shared_while_copying(parts, plan) + ([parts.vision_tower] if share_vision and parts.vision_tower else [])
     return cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
 
-# %% ../nbs/11_pruning.ipynb #cell-024
+# %% ../nbs/11_pruning.ipynb #cell-028
 @torch.no_grad()
 def silence(
     model: PreTrainedModel, # stays untouched
