@@ -28,9 +28,10 @@ def inputs_of(processor, question, more=""):
 
 def generated(model, processor, question, max_new_tokens):
     "transformers' own greedy answer, one question at a time."
-    inputs = inputs_of(processor, question)
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    return processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    inputs, stop = inputs_of(processor, question), generation.stop_tokens(model, processor.tokenizer)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0, inputs["input_ids"].shape[1]:].tolist()
+    end = next((i for i, t in enumerate(out) if t in stop), len(out))
+    return processor.tokenizer.decode(out[:end], skip_special_tokens=True).strip()
 
 
 def mixed(n=4):
@@ -40,26 +41,26 @@ def mixed(n=4):
     return questions + [Question("none", "what color is a circle?", "red", (), ("red", "blue")), two]
 
 
-def fickle(model):
-    "A copy of a model whose end token often wins, so that answers have different lengths."
+def fickle(model, processor):
+    "A copy of a random model for which some words that it likes to say end an answer, so that answers differ in length."
     model = copy.deepcopy(model)
-    with torch.no_grad():
-        head = anatomy(model).lm_head
-        head.weight[model.generation_config.eos_token_id] = head.weight[5:9].sum(0) * .6
+    words = [a.text.split() for a in ask(model, processor, mixed(), 6)]
+    liked = {w[k] for k, w in zip((1, 2, 3, 4), words[::7]) if len(w) > k}
+    model.generation_config.eos_token_id = [2] + processor.tokenizer.convert_tokens_to_ids(sorted(liked))
     return model
 
 
 def test_same_words_as_generate(mllm):
-    model, processor = fickle(mllm[0]), mllm[1]
+    model, processor = fickle(*mllm), mllm[1]
     questions = mixed()
     expected = [generated(model, processor, q, 6) for q in questions]
     assert [a.text for a in ask(model, processor, questions, max_new_tokens=6)] == expected
     lengths = {len(t.split()) for t in expected}
-    assert len(lengths) > 1 and len(set(expected)) > 3  # some end early, some do not
+    assert len(lengths) > 1 and len(set(expected)) > 2  # some end early, some do not
 
 
 def test_same_answers_at_any_batch_size(mllm):
-    model, questions = fickle(mllm[0]), mixed(8)
+    model, questions = fickle(*mllm), mixed(8)
     assert ask(model, mllm[1], questions, 6, batch_size=1) == ask(model, mllm[1], questions, 6, batch_size=32)
 
 
