@@ -66,7 +66,7 @@ FAMILIES = {family.name: family for family in (
     Family("phi3", FUSED_ATTENTION + FUSED_MLP),
 )}
 
-# %% ../nbs/03_anatomy.ipynb #cell-016
+# %% ../nbs/03_anatomy.ipynb #cell-018
 @dataclass(frozen=True)
 class LinearSlot:
     "A slot in one layer of one model: knows which rows or columns belong to which unit."
@@ -92,7 +92,7 @@ class LinearSlot:
         "Rows or columns of one unit."
         return self.index([unit])
 
-# %% ../nbs/03_anatomy.ipynb #cell-018
+# %% ../nbs/03_anatomy.ipynb #cell-024
 @dataclass(frozen=True)
 class Anatomy:
     "Handles to the parts of a model; made by `anatomy`."
@@ -140,7 +140,7 @@ class Anatomy:
         "Neurons of the MLP in layer `i`."
         return next(s.units for s in self.linears(i) if s.kind == "neuron")
 
-# %% ../nbs/03_anatomy.ipynb #cell-020
+# %% ../nbs/03_anatomy.ipynb #cell-026
 def anatomy(
     model: PreTrainedModel, # an MLLM (Llava…) or a causal LM, on any device, meta included
 ) -> Anatomy:
@@ -158,7 +158,7 @@ def anatomy(
                    vision_tower=getattr(base, "vision_tower", None),
                    projector=getattr(base, "multi_modal_projector", None))
 
-# %% ../nbs/03_anatomy.ipynb #cell-022
+# %% ../nbs/03_anatomy.ipynb #cell-034
 def count_parameters(
     *modules, # nn.Module or None
 ) -> int:
@@ -166,7 +166,7 @@ def count_parameters(
     seen = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
     return sum(seen.values())
 
-# %% ../nbs/03_anatomy.ipynb #cell-024
+# %% ../nbs/03_anatomy.ipynb #cell-036
 def lm_parameters(
     model: PreTrainedModel,
 ) -> int:
@@ -174,7 +174,7 @@ def lm_parameters(
     parts = anatomy(model)
     return count_parameters(parts.decoder, parts.lm_head)
 
-# %% ../nbs/03_anatomy.ipynb #cell-026
+# %% ../nbs/03_anatomy.ipynb #cell-038
 def part_parameters(
     model: PreTrainedModel,
 ) -> dict:

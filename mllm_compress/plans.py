@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
 from transformers import PreTrainedModel
 
 from .anatomy import anatomy, count_parameters, lm_parameters
@@ -408,10 +409,10 @@ def plan_widthwise(
         counts = reference_counts(model, channel_ratio, steps, *ranges)
     heads, neurons = (keep_best(getattr(scores, kind), counts[kind], kind, layer_sizes(model)) for kind in counts)
     return make_plan(model, kept, heads, neurons, requested_ratio=ratio, shape=shape, channel_ratio=channel_ratio,
-                     method="widthwise" if base is None else "layerwise+widthwise",
-                     round_to=round_to, thinned=list(free), scores=score_record(scores), **(
-                         {"layer_scores": base.meta.get("scores")} if base else {}))
+                     method="widthwise" if base is None else "layerwise+widthwise", round_to=round_to,
+                     scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
 
+# %% ../nbs/10_plans.ipynb #cell-066
 def check_range(layers, kept: tuple, shape: str) -> list:
     "A range of layers must be among those that stay, and be all of them for a uniform plan."
     layers = list(layers)
@@ -420,7 +421,7 @@ def check_range(layers, kept: tuple, shape: str) -> list:
         raise ValueError("a uniform plan thins every layer alike; layer ranges need shape='blockwise'.")
     return layers
 
-# %% ../nbs/10_plans.ipynb #cell-070
+# %% ../nbs/10_plans.ipynb #cell-072
 def is_nested(
     small: PruningPlan, # the harsher plan
     large: PruningPlan, # the milder plan, of the same model
@@ -430,7 +431,7 @@ def is_nested(
     return set(small.layers) <= set(large.layers) and all(
         units(small, kind, i) <= units(large, kind, i) for kind in ("heads", "neurons") for i in small.layers)
 
-# %% ../nbs/10_plans.ipynb #cell-073
+# %% ../nbs/10_plans.ipynb #cell-075
 def plan_combined(
     model: PreTrainedModel,
     layer_scores, # LayerScores of single layers
@@ -444,7 +445,7 @@ def plan_combined(
     check_ratio(ratio)
     return plan_widthwise(model, width_scores, ratio=ratio, base=plan_layerwise(model, layer_scores, ratio=ratio * layer_share), **options)
 
-# %% ../nbs/10_plans.ipynb #cell-076
+# %% ../nbs/10_plans.ipynb #cell-078
 KEPT, GONE = "#0b3c6f", "#ffffff" # dark and white: readable in grey
 
 def draw_plan(
@@ -458,7 +459,7 @@ def draw_plan(
         units = [size[kind] for size in plan.meta["sizes"]]
         grid = torch.zeros(plan.num_layers, max(units))
         for i in plan.layers: grid[i, list(getattr(plan, kind).get(i, range(units[i])))] = 1
-        ax.imshow(grid, aspect="auto", cmap=plt.matplotlib.colors.ListedColormap([GONE, KEPT]), vmin=0, vmax=1)
+        ax.imshow(grid, aspect="auto", cmap=ListedColormap([GONE, KEPT]), vmin=0, vmax=1, interpolation="nearest")
         ax.set(xlabel=f"{kind[:-1]}", ylabel="layer", title=f"{grid.mean():.0%} of {kind} kept")
     axes[0].figure.suptitle(repr(plan), fontsize=9)
     return axes
