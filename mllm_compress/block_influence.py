@@ -102,27 +102,23 @@ def scan(model, batches: list,
 
 # %% ../nbs/07_block_influence.ipynb #cell-025
 def weighted_change(x, y, weights):
-    "Default: weighted sum of 1 - cos; a token without weight cannot spoil it."
+    "Default: weighted sum of 1 - cos."
     return torch.where(weights > 0, weights * cosine_change(x, y), 0).sum()
 
+# %% ../nbs/07_block_influence.ipynb #cell-027
 def reference_change(x, y, weights):
     "Reference: plain sum over all tokens, in the dtype of the model, nan similarity counted 0.5."
     dot, norm_x, norm_y = inner_products(x, y).to(x.dtype)
     return (1 - (dot / (norm_x * norm_y)).nan_to_num(nan=0.5)).sum().float()
 
-def angular_change(x, y, weights):
-    "Weighted sum of the angle over π (Gromov et al. 2024, eq. 6)."
-    angle = torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
-    return torch.where(weights > 0, weights * angle, 0).sum()
-
-# %% ../nbs/07_block_influence.ipynb #cell-027
+# %% ../nbs/07_block_influence.ipynb #cell-029
 def check_mode(mode: str, token_weights=None) -> None:
     "'default' or 'reference'; the reference knows no token weights."
     if mode not in ("default", "reference"): raise ValueError(f"mode={mode!r}: use 'default' or 'reference'.")
     if mode == "reference" and token_weights is not None:
         raise ValueError("token_weights need mode='default': the original sums over all tokens alike.")
 
-# %% ../nbs/07_block_influence.ipynb #cell-028
+# %% ../nbs/07_block_influence.ipynb #cell-030
 def block_influence(model, # MLLM or causal LM of a known family
                     batches: list, # dicts with input_ids [batch, tokens]; attention_mask, pixel_values, labels where there are any
                     mode: str = "default", # "default", or "reference": a plain sum over all tokens, h_L after the final norm
@@ -137,14 +133,20 @@ def block_influence(model, # MLLM or causal LM of a known family
     meta = {"mode": mode, "samples": samples, "token_weights": token_weights, "model_type": anatomy(model).text_config.model_type}
     return LayerScores(total if reference else total / samples, "block_influence", meta)
 
-# %% ../nbs/07_block_influence.ipynb #cell-040
+# %% ../nbs/07_block_influence.ipynb #cell-042
+def angular_change(x, y, weights):
+    "Weighted sum of the angle over π (Gromov et al. 2024, eq. 6)."
+    angle = torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
+    return torch.where(weights > 0, weights * angle, 0).sum()
+
+# %% ../nbs/07_block_influence.ipynb #cell-044
 def last_token(weights: torch.Tensor, # [batch, tokens] row sums 1
               ) -> torch.Tensor:      # the same, all weight on the last position that had any
     "Move the weight of each row to its last token."
     last = (weights > 0).float().cumsum(1).argmax(1)  # the first place where the count is complete
     return torch.nn.functional.one_hot(last, weights.shape[1]).float()
 
-# %% ../nbs/07_block_influence.ipynb #cell-041
+# %% ../nbs/07_block_influence.ipynb #cell-045
 def angular_distance(model, batches: list, # as for `block_influence`
                      n: int, # layers in a block
                      tokens: str = "all", # "all", or "last" token of each sample as in the source

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTH_METHODS', 'LAYER_METHODS', 'magnitude', 'activation', 'random_scores', 'call_method', 'width_importance',
            'whole_layers', 'layer_method', 'layer_importance', 'activation_bytes', 'ScoringMemory', 'scoring_memory',
-           'largest_batch']
+           'largest_batch', 'LayerScores', 'WidthScores', 'load_scores', 'block_influence', 'angular_distance',
+           'taylor', 'ORDERS']
 
 # %% ../nbs/09_importance.ipynb #cell-004
 import copy

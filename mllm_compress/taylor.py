@@ -27,6 +27,7 @@ class Order:
     curvature: bool # needs H
     additive: bool # micro-batches add up to exactly the score of one batch
 
+# %% ../nbs/08_taylor.ipynb #cell-008
 ORDERS = {
     "vectorize":    Order(lambda w, g, H, dim: (w * g).sum(dim), curvature=False, additive=True),
     "param_first":  Order(lambda w, g, H, dim: (w * g).abs().sum(dim), curvature=False, additive=False),
@@ -34,7 +35,7 @@ ORDERS = {
     "param_mix":    Order(lambda w, g, H, dim: (w * g - w * w * H / 2).abs().sum(dim), curvature=True, additive=False),
 }
 
-# %% ../nbs/08_taylor.ipynb #cell-010
+# %% ../nbs/08_taylor.ipynb #cell-012
 def gradient_moments(x: torch.Tensor,      # [batch, tokens, in] inputs of a linear layer
                      delta: torch.Tensor,  # [batch, tokens, out] gradients of the summed loss at its outputs
                      counts: list,         # [batch] supervised tokens of each sample
@@ -53,7 +54,7 @@ def gradient_moments(x: torch.Tensor,      # [batch, tokens, in] inputs of a lin
         H.addcmul_(g_b, g_b, value=1 / (n * n * samples))
     return g, H
 
-# %% ../nbs/08_taylor.ipynb #cell-014
+# %% ../nbs/08_taylor.ipynb #cell-016
 CHUNK = {"cpu": 2**20, "cuda": 2**24} # weights whose gradient exists at once: 4 MB float32 on a CPU, 64 MB on a GPU
 
 def channel_scores(slot: LinearSlot, x: torch.Tensor, delta: torch.Tensor, # as in `gradient_moments`
@@ -69,7 +70,7 @@ def channel_scores(slot: LinearSlot, x: torch.Tensor, delta: torch.Tensor, # as 
         scores.append(order.formula(w.float(), g, H, 1 - axis))
     return torch.cat(scores)
 
-# %% ../nbs/08_taylor.ipynb #cell-016
+# %% ../nbs/08_taylor.ipynb #cell-018
 class Probe(torch.autograd.Function):
     "Identity that shows (input, output gradient) of a linear layer to `see` during the backward pass."
     @staticmethod
@@ -83,7 +84,7 @@ class Probe(torch.autograd.Function):
         ctx.see(*ctx.saved_tensors, delta)
         return delta, None, None
 
-# %% ../nbs/08_taylor.ipynb #cell-018
+# %% ../nbs/08_taylor.ipynb #cell-020
 @contextmanager
 def frozen(model):
     "No parameter asks for a gradient within this context."
@@ -93,6 +94,7 @@ def frozen(model):
     finally:
         for p in asking: p.requires_grad_(True)
 
+# %% ../nbs/08_taylor.ipynb #cell-022
 @contextmanager
 def recomputing(layers):
     "Keep only the input of each layer, and run the layer again when the backward pass needs the rest."
@@ -104,7 +106,7 @@ def recomputing(layers):
             del layer.forward
             if forward is not None: layer.forward = forward
 
-# %% ../nbs/08_taylor.ipynb #cell-020
+# %% ../nbs/08_taylor.ipynb #cell-024
 @contextmanager
 def output_gradients(parts: Anatomy,          # of the model
                      see: Callable,           # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
@@ -121,7 +123,7 @@ def output_gradients(parts: Anatomy,          # of the model
         for hook in hooks: stack.callback(hook.remove)
         yield
 
-# %% ../nbs/08_taylor.ipynb #cell-022
+# %% ../nbs/08_taylor.ipynb #cell-026
 def summed_loss(model, batch: dict,   # on any device
                 labels: torch.Tensor, # [batch, tokens], -100 = not supervised
                ) -> torch.Tensor:     # scalar: sum over supervised tokens
@@ -132,7 +134,7 @@ def summed_loss(model, batch: dict,   # on any device
     target = labels[:, before + 1].flatten().to(logits.device)
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
 
-# %% ../nbs/08_taylor.ipynb #cell-026
+# %% ../nbs/08_taylor.ipynb #cell-030
 def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     "The labels of a batch: its own, or for a plain LM its tokens (default mode: without padding)."
     ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
@@ -142,18 +144,14 @@ def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     follows = mask.bool() & torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # nothing real precedes the first token of a left-padded row
     return ids.masked_fill(~follows, -100)
 
+# %% ../nbs/08_taylor.ipynb #cell-032
 def one_batch(batches: list) -> list:
-    "The reference runs one backward pass over the whole calibration set: join the batches."
+    "All batches as one."
     if len({b["input_ids"].shape[1] for b in batches}) > 1 or len({frozenset(b) for b in batches}) > 1:
         raise ValueError("mode='reference' scores one batch: pad the samples to one length, or use mode='default'.")
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
-# %% ../nbs/08_taylor.ipynb #cell-028
-def check_order(order: str) -> Order:
-    "The order of that name; an unknown name is a ValueError."
-    if order not in ORDERS: raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
-    return ORDERS[order]
-
+# %% ../nbs/08_taylor.ipynb #cell-034
 def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
     counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
@@ -161,7 +159,13 @@ def label_counts(labels: list) -> tuple:
     if not totals[0]: raise ValueError("no token is supervised: every label (after the first position) is -100.")
     return counts, totals
 
-# %% ../nbs/08_taylor.ipynb #cell-029
+# %% ../nbs/08_taylor.ipynb #cell-036
+def check_order(order: str) -> Order:
+    "The order of that name; an unknown name is a ValueError."
+    if order not in ORDERS: raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
+    return ORDERS[order]
+
+# %% ../nbs/08_taylor.ipynb #cell-037
 def taylor(model, # MLLM or causal LM of a known family
            batches: list, # dicts with input_ids [batch, tokens], labels (-100 = not supervised); attention_mask, pixel_values
            order: str = "param_first", # vectorize, param_first, param_second, param_mix; micro-batches of the 1st and 3rd equal one batch
