@@ -93,7 +93,7 @@ def draw(rows: pd.DataFrame, path: Path):
             ax.plot(r.per_second_median, y, marker, color=color)
             ax.annotate(f"{r.per_second_median:,.0f}/s, {r.speedup_median:.1f}×", (r.per_second_high, y), xytext=(6, -3), textcoords="offset points", fontsize=8.5)
         ax.set(yticks=range(len(rows)), yticklabels=labels, xscale="log", xlabel=f"questions per second (median and quartiles of {rows.repeats.iloc[0]})")
-        ax.invert_yaxis(); ax.margins(x=.25)
+        ax.margins(x=.25, y=.15); ax.invert_yaxis()
         fig.savefig(path.with_suffix(".png"), dpi=200, bbox_inches="tight"); fig.savefig(path.with_suffix(".pdf"), bbox_inches="tight")
         plt.close(fig)
 

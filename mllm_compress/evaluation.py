@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['answer_rows', 'judge', 'score', 'score_all', 'write_part', 'load_predictions', 'open_folder', 'image_order', 'ask_on',
            'evaluate', 'todo', 'in_order', 'units', 'compare', 'disagreements', 'retained', 'published', 'leaderboard',
-           'printed_rows', 'leaderboard_table']
+           'printed_rows', 'leaderboard_table', 'avg_percent']
 
 # %% ../nbs/18_evaluation.ipynb #cell-004
 import copy
@@ -23,10 +23,9 @@ from .generation import ask, weights_digest
 from .scorers import SCORERS
 from .statistics import avg_percent, avg_percent_interval, paired_difference, score_interval
 
-# %% ../nbs/18_evaluation.ipynb #cell-005
-_all_ = ["avg_percent"]
+_all_ = ["avg_percent"] # evaluation.avg_percent is where people look for it
 
-# %% ../nbs/18_evaluation.ipynb #cell-007
+# %% ../nbs/18_evaluation.ipynb #cell-006
 def answer_rows(
     name: str,       # of a benchmark
     questions: list, # of Question
@@ -38,6 +37,7 @@ def answer_rows(
          "options": list(q.options), "extra": q.extra, "prediction": a.text, "candidate": a.candidate}
         for q, a in zip(questions, answers)])
 
+# %% ../nbs/18_evaluation.ipynb #cell-008
 def judge(
     frame: pd.DataFrame,        # of answer_rows
     compat: str | None = None,  # "lmms-eval" reads answers as that harness does
@@ -51,7 +51,7 @@ def judge(
         candidate.append(scorer.judge(picked, fields).value if isinstance(picked, str) else np.nan)
     return frame.assign(parsed=pd.Series(parsed, frame.index, dtype=object), value=value, candidate_value=candidate)
 
-# %% ../nbs/18_evaluation.ipynb #cell-009
+# %% ../nbs/18_evaluation.ipynb #cell-010
 def score(
     frame: pd.DataFrame, # judged answers to one benchmark
 ) -> dict:
@@ -62,6 +62,7 @@ def score(
     return {"benchmark": name, "metric": scorer.metric, "score": parts.pop("score"), "n": n, "low": low, "high": high, "interval": method,
             "candidate_score": 100 * frame.candidate_value.mean(), "unparseable": int(frame.parsed.isna().sum())} | parts
 
+# %% ../nbs/18_evaluation.ipynb #cell-012
 def score_all(
     frame: pd.DataFrame,       # answers, judged or not
     compat: str | None = None, # judge again, as a harness does
@@ -70,7 +71,7 @@ def score_all(
     frame = judge(frame, compat) if compat or "value" not in frame else frame
     return pd.DataFrame([score(f) for _, f in frame.groupby("benchmark", sort=False)])
 
-# %% ../nbs/18_evaluation.ipynb #cell-011
+# %% ../nbs/18_evaluation.ipynb #cell-014
 _NESTED = ("answer", "options", "extra")
 
 def write_part(
@@ -85,6 +86,7 @@ def write_part(
     flat.to_parquet(path.with_suffix(".tmp"), index=False)
     os.replace(path.with_suffix(".tmp"), path)
 
+# %% ../nbs/18_evaluation.ipynb #cell-016
 def load_predictions(
     folder, # that evaluate wrote
 ) -> pd.DataFrame: # of answer_rows
@@ -94,7 +96,7 @@ def load_predictions(
     frame = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     return frame.assign(**{c: frame[c].map(json.loads) for c in _NESTED})
 
-# %% ../nbs/18_evaluation.ipynb #cell-012
+# %% ../nbs/18_evaluation.ipynb #cell-017
 def open_folder(
     folder, # for predictions, new or of the same run
     run: dict, # what identifies the run
@@ -108,12 +110,13 @@ def open_folder(
     note.write_text(json.dumps(run))
     return load_predictions(folder) if list(folder.glob("*/part-*.parquet")) else None
 
-# %% ../nbs/18_evaluation.ipynb #cell-014
+# %% ../nbs/18_evaluation.ipynb #cell-019
 def image_order(questions: list) -> list: # for each question the rank of its first image
     "Rank questions by when their image first appeared."
     rank = {}
     return [rank.setdefault(id(q.images[0]) if q.images else None, len(rank)) for q in questions]
 
+# %% ../nbs/18_evaluation.ipynb #cell-021
 def ask_on(
     models: list,    # copies of one model, on as many devices
     processor,
@@ -129,7 +132,7 @@ def ask_on(
         answers = [iter(a) for a in pool.map(lambda m, share: ask(m, processor, share, max_new_tokens, batch_size), models, shares)]
     return [next(answers[t]) for t in turn]
 
-# %% ../nbs/18_evaluation.ipynb #cell-016
+# %% ../nbs/18_evaluation.ipynb #cell-023
 def evaluate(
     model,                      # MLLM
     processor,                  # its processor
@@ -159,7 +162,7 @@ def evaluate(
     found = judge(in_order(pd.concat(frames, ignore_index=True), asked), compat)
     return (score_all(found), found) if return_predictions else score_all(found)
 
-# %% ../nbs/18_evaluation.ipynb #cell-017
+# %% ../nbs/18_evaluation.ipynb #cell-024
 def todo(
     asked: dict,                # benchmark -> questions
     kept: pd.DataFrame | None,  # answers that are there already
@@ -173,6 +176,7 @@ def todo(
         pool = [pool[i] for i in sorted(range(len(pool)), key=order.__getitem__)]
         for start in range(0, len(pool), size): yield pool[start:start + size], tokens
 
+# %% ../nbs/18_evaluation.ipynb #cell-026
 def in_order(
     frame: pd.DataFrame, # answers
     asked: dict,         # benchmark -> questions
@@ -181,13 +185,14 @@ def in_order(
     keys = [(n, q.id) for n in asked for q in asked[n]]
     return frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"]).loc[keys].reset_index()[frame.columns]
 
-# %% ../nbs/18_evaluation.ipynb #cell-023
+# %% ../nbs/18_evaluation.ipynb #cell-032
 def units(
     frame: pd.DataFrame, # judged answers
 ) -> dict:               # benchmark -> columns "unit", "stratum", "worth"
     "What every question, or pair of questions, was worth."
     return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in frame.groupby("benchmark", sort=False)}
 
+# %% ../nbs/18_evaluation.ipynb #cell-034
 def compare(
     first: pd.DataFrame,  # judged answers of one model
     second: pd.DataFrame, # of another, to the same questions
@@ -200,12 +205,13 @@ def compare(
         rows.append({"benchmark": name, "difference": gap.value, "low": gap.low, "high": gap.high, "p": gap.p, "n": gap.n, "test": gap.test})
     return pd.DataFrame(rows)
 
+# %% ../nbs/18_evaluation.ipynb #cell-036
 def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     "The questions that two models answered with different success."
     both = first.merge(second[["benchmark", "id", "prediction", "value"]], on=["benchmark", "id"], suffixes=("_first", "_second"))
     return both.loc[both.value_first != both.value_second, ["benchmark", "id", "prompt", "answer", "prediction_first", "prediction_second", "value_first", "value_second"]]
 
-# %% ../nbs/18_evaluation.ipynb #cell-026
+# %% ../nbs/18_evaluation.ipynb #cell-039
 def retained(
     frame: pd.DataFrame, # judged answers of the compressed model
     dense: pd.DataFrame, # of the original, to the same questions
@@ -213,7 +219,7 @@ def retained(
     "AVG-% with its 95 % interval."
     return avg_percent_interval(units(frame), units(dense))
 
-# %% ../nbs/18_evaluation.ipynb #cell-029
+# %% ../nbs/18_evaluation.ipynb #cell-042
 def published(
     name: str = "best_compressed", # or "pruning_without_recovery", "models"
 ) -> pd.DataFrame:
@@ -227,7 +233,7 @@ def published(
     dense = scores[frame.pruning == "none"].set_index(frame.model[frame.pruning == "none"])
     return frame.assign(avg_percent=100 * (scores.to_numpy() / dense.loc[frame.model].to_numpy()).mean(1))
 
-# %% ../nbs/18_evaluation.ipynb #cell-032
+# %% ../nbs/18_evaluation.ipynb #cell-045
 def leaderboard(
     results: dict,                # name -> frame of evaluate
     dense: str | None = None,     # the name whose scores are 100 %
@@ -241,6 +247,7 @@ def leaderboard(
     columns = ["model", "source", "benchmark", "score", "low", "high", "n", "percent"]
     return pd.concat([f.reindex(columns=columns) for f in frames], ignore_index=True)
 
+# %% ../nbs/18_evaluation.ipynb #cell-047
 def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A printed table in the tidy form."
     name = table.model + np.where(table.pruning == "none", "", " " + table.pruning + " " + (100 * table.ratio).round().astype(int).astype(str) + " % " + table.recovery)
@@ -248,7 +255,7 @@ def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     original = tidy[tidy.pruning == "none"].set_index(["base", "benchmark"]).score
     return tidy.assign(source="printed", percent=100 * tidy.score / original.loc[list(zip(tidy.base, tidy.benchmark))].to_numpy())
 
-# %% ../nbs/18_evaluation.ipynb #cell-033
+# %% ../nbs/18_evaluation.ipynb #cell-048
 def leaderboard_table(
     tidy: pd.DataFrame, # of leaderboard
     digits: int = 1,

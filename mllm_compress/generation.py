@@ -36,17 +36,19 @@ def digest(
         h.update(part if isinstance(part, bytes) else str(part).encode())
     return h.hexdigest()
 
+# %% ../nbs/17a_generation.ipynb #cell-008
 def weights_digest(module: torch.nn.Module) -> str:
     "Fingerprint of a module's weights."
     return digest(*(x for name, tensor in module.state_dict().items() for x in (name, tensor)))
 
-# %% ../nbs/17a_generation.ipynb #cell-009
+# %% ../nbs/17a_generation.ipynb #cell-011
 @dataclass(frozen=True)
 class Sight:
     "What enters the projector for one image, and the text that stands for the image in a prompt."
     features: torch.Tensor # [tiles, patches, vision hidden]
     text: str              # image tokens, as many as the projector makes
 
+# %% ../nbs/17a_generation.ipynb #cell-013
 class SightCache:
     "Sights by content; the least recently used are dropped beyond a number of bytes."
     def __init__(self, max_bytes: int = 2**29):
@@ -65,7 +67,7 @@ class SightCache:
 
 SIGHTS = SightCache()
 
-# %% ../nbs/17a_generation.ipynb #cell-011
+# %% ../nbs/17a_generation.ipynb #cell-015
 @torch.inference_mode()
 def look(
     model,        # MLLM
@@ -81,7 +83,7 @@ def look(
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
     return [Sight(f.cpu(), text) for f, text in zip(seen[0].split(tiles), texts)]
 
-# %% ../nbs/17a_generation.ipynb #cell-012
+# %% ../nbs/17a_generation.ipynb #cell-016
 class Eyes:
     "The sights of images for one model, from the cache where it has them."
     def __init__(self, model, processor, cache: SightCache = SIGHTS, batch_size: int = 64):
@@ -104,7 +106,7 @@ class Eyes:
                 self.cache.put(k, sight)
         return found
 
-# %% ../nbs/17a_generation.ipynb #cell-015
+# %% ../nbs/17a_generation.ipynb #cell-019
 _PLACE = "PLACEHOLDER"
 
 def render_prompts(
@@ -124,7 +126,7 @@ def render_prompts(
         rendered.append(before + prompt.replace(processor.image_token, "") + after)
     return rendered
 
-# %% ../nbs/17a_generation.ipynb #cell-018
+# %% ../nbs/17a_generation.ipynb #cell-022
 def candidate_tokens(
     processor,
     prompt_end: str,   # how every prompt ends, e.g. "ASSISTANT:"
@@ -135,6 +137,7 @@ def candidate_tokens(
     joint = "" if prompt_end[-1:].isspace() else " "
     return tuple(ids(prompt_end + joint + c)[len(ids(prompt_end)):] for c in candidates)
 
+# %% ../nbs/17a_generation.ipynb #cell-024
 @dataclass(frozen=True)
 class Prompt:
     "One question as the model reads it: what it shares with other questions, and its own words."
@@ -144,7 +147,7 @@ class Prompt:
     candidates: tuple # of token id lists
     where: int        # its place among the questions
 
-# %% ../nbs/17a_generation.ipynb #cell-019
+# %% ../nbs/17a_generation.ipynb #cell-025
 def encode(
     processor,
     questions: list,   # of Question
@@ -161,7 +164,7 @@ def encode(
         prompts.append(Prompt(tuple(ids[:cut]), tuple(ids[cut:]), tuple(k), choices[tuple(q.candidates)], n))
     return prompts
 
-# %% ../nbs/17a_generation.ipynb #cell-021
+# %% ../nbs/17a_generation.ipynb #cell-027
 def pad_left(
     rows: list,   # of token id sequences
     device=None,
@@ -171,6 +174,7 @@ def pad_left(
     ids = torch.tensor([[-1] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device).reshape(len(rows), width)
     return ids.clamp(min=0), (ids >= 0).long()
 
+# %% ../nbs/17a_generation.ipynb #cell-029
 def step(
     parts,              # Anatomy
     x: torch.Tensor,    # [batch, tokens, hidden] embeddings of the new tokens
@@ -184,7 +188,7 @@ def step(
                            cache=cache, use_cache=True).last_hidden_state
     return parts.lm_head(hidden[:, -keep:]).float()
 
-# %% ../nbs/17a_generation.ipynb #cell-023
+# %% ../nbs/17a_generation.ipynb #cell-031
 def embed(
     parts,             # Anatomy
     ids: torch.Tensor, # [batch, tokens]
@@ -199,7 +203,7 @@ def embed(
     projected = {k: p.flatten(0, 1) for k, p in zip(distinct, projected)}
     return x.masked_scatter((ids == parts.config.image_token_id)[..., None], torch.cat([projected[id(s)] for s in sights]).to(x.dtype))
 
-# %% ../nbs/17a_generation.ipynb #cell-024
+# %% ../nbs/17a_generation.ipynb #cell-032
 def rows_of(
     cache: DynamicCache,
     rows: torch.Tensor, # which, repeats allowed
@@ -208,6 +212,7 @@ def rows_of(
     "A new cache with some rows of another."
     return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers], config=config)
 
+# %% ../nbs/17a_generation.ipynb #cell-034
 @dataclass
 class Prefix:
     "Prefixes of a batch, computed once, for any number of questions."
@@ -215,6 +220,7 @@ class Prefix:
     mask: torch.Tensor         # [prefixes, tokens]
     row: dict                  # (token ids, images) -> row
 
+# %% ../nbs/17a_generation.ipynb #cell-036
 def read_prefixes(parts, prompts: list, sights: dict) -> Prefix:
     "One pass over the distinct prefixes of some prompts."
     row = {key: i for i, key in enumerate(dict.fromkeys((p.shared, p.images) for p in prompts))}
@@ -224,7 +230,7 @@ def read_prefixes(parts, prompts: list, sights: dict) -> Prefix:
     step(parts, embed(parts, ids, [sights[k] for _, images in row for k in images]), mask, cache)
     return Prefix(cache, mask, row)
 
-# %% ../nbs/17a_generation.ipynb #cell-025
+# %% ../nbs/17a_generation.ipynb #cell-037
 def read_questions(
     parts,          # Anatomy
     prefix: Prefix,
@@ -237,7 +243,7 @@ def read_questions(
     mask = torch.cat([prefix.mask[rows], own], 1)
     return step(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache
 
-# %% ../nbs/17a_generation.ipynb #cell-027
+# %% ../nbs/17a_generation.ipynb #cell-039
 def greedy(
     parts,                # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -261,13 +267,14 @@ def greedy(
         logits = step(parts, parts.embed_tokens(mask.new_tensor(tokens)[:, None]), mask, cache)[:, -1]
     return answers
 
+# %% ../nbs/17a_generation.ipynb #cell-041
 def stop_tokens(model, tokenizer) -> set:
     "Token ids that end an answer, as `generate` has them."
     stop = getattr(model.generation_config, "eos_token_id", None)
     stop = tokenizer.eos_token_id if stop is None else stop
     return set(stop if isinstance(stop, list) else [stop])
 
-# %% ../nbs/17a_generation.ipynb #cell-029
+# %% ../nbs/17a_generation.ipynb #cell-043
 def candidate_scores(
     parts,               # Anatomy
     first: torch.Tensor, # [batch, vocabulary] logits behind the prompt
@@ -291,13 +298,14 @@ def candidate_scores(
             if len(c) > 1: scores[row, k] = (scores[row, k] + rest[row, :len(c) - 1].sum()) / len(c)
     return scores
 
-# %% ../nbs/17a_generation.ipynb #cell-031
+# %% ../nbs/17a_generation.ipynb #cell-045
 @dataclass(frozen=True)
 class Answer:
     "What a model said to one question."
     text: str             # what it wrote
     candidate: str | None # the candidate it finds most likely
 
+# %% ../nbs/17a_generation.ipynb #cell-047
 @torch.inference_mode()
 def answer_groups(
     parts,          # Anatomy
@@ -320,12 +328,13 @@ def answer_groups(
         results += [(p.where, s, b if p.candidates else None) for p, s, b in zip(batch, said, best)]
     return results
 
-# %% ../nbs/17a_generation.ipynb #cell-032
+# %% ../nbs/17a_generation.ipynb #cell-048
 def out_of_memory(error: Exception) -> bool:
     "Whether an error says that memory ran out, on a GPU or a CPU."
     text = str(error).lower()
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text or "can't allocate memory" in text
 
+# %% ../nbs/17a_generation.ipynb #cell-050
 def in_batches(
     run: Callable,    # (items, batch size) -> list of results
     items: list,      # in the order to run
@@ -344,7 +353,7 @@ def in_batches(
         done += batch_size
     return results
 
-# %% ../nbs/17a_generation.ipynb #cell-036
+# %% ../nbs/17a_generation.ipynb #cell-054
 def ask(
     model,           # MLLM
     processor,       # its processor
@@ -368,6 +377,7 @@ def ask(
                for (where, _, best), text in zip(done, texts)}
     return [answers[n] for n in range(len(questions))]
 
+# %% ../nbs/17a_generation.ipynb #cell-056
 def _by_prefix(prompt: Prompt):
     "Longest first, so that memory that is too small says so at once; then by image."
     return -len(prompt.shared), prompt.images, prompt.shared

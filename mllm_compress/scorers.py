@@ -26,11 +26,12 @@ class Judgement:
     parsed: str | None # None: unparseable
     value: float       # 0 … 1
 
+# %% ../nbs/15_scorers.ipynb #cell-007
 def judged(parsed: str | None, right: bool) -> Judgement:
     "All or nothing; what could not be read is wrong."
     return Judgement(parsed, float(parsed is not None and bool(right)))
 
-# %% ../nbs/15_scorers.ipynb #cell-007
+# %% ../nbs/15_scorers.ipynb #cell-009
 def exact(
     text: str,     # what the model wrote
     question: dict, # needs "answer"
@@ -39,7 +40,7 @@ def exact(
     parsed = text.strip().rstrip(".").strip().lower()
     return judged(parsed or None, parsed == str(question["answer"]).strip().lower())
 
-# %% ../nbs/15_scorers.ipynb #cell-010
+# %% ../nbs/15_scorers.ipynb #cell-012
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def read_yes_no(
@@ -50,6 +51,7 @@ def read_yes_no(
     if words & {"no", "not"}: return "no"
     return "yes" if "yes" in words else None
 
+# %% ../nbs/15_scorers.ipynb #cell-014
 def yes_no(
     text: str,     # what the model wrote
     question: dict, # needs "answer": yes or no
@@ -58,7 +60,7 @@ def yes_no(
     parsed = read_yes_no(text)
     return judged(parsed, parsed == question["answer"].strip().lower())
 
-# %% ../nbs/15_scorers.ipynb #cell-013
+# %% ../nbs/15_scorers.ipynb #cell-017
 def mme_yes_no(
     text: str,     # what the model wrote
     question: dict, # needs "answer": yes or no
@@ -68,7 +70,7 @@ def mme_yes_no(
     parsed = "yes" if "yes" in head else "no" if "no" in head else None
     return judged(parsed, parsed == question["answer"].strip().lower().rstrip("."))
 
-# %% ../nbs/15_scorers.ipynb #cell-016
+# %% ../nbs/15_scorers.ipynb #cell-020
 LETTERS = string.ascii_uppercase
 _LETTER = [re.compile(p) for p in (
     r"^\(?([A-Z])\)?[.:,)]?$",                                    # B   (B)   B.   B)
@@ -88,6 +90,7 @@ def read_letter(
     named = [i for i, o in enumerate(options) if str(o).strip().rstrip(".").lower() == text.rstrip(".").lower()]
     return allowed[named[0]] if len(named) == 1 else None
 
+# %% ../nbs/15_scorers.ipynb #cell-022
 def letter(
     text: str,     # what the model wrote
     question: dict, # needs "answer": a letter, and "options": texts
@@ -96,7 +99,7 @@ def letter(
     parsed = read_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
-# %% ../nbs/15_scorers.ipynb #cell-019
+# %% ../nbs/15_scorers.ipynb #cell-025
 def read_mmmu_letter(
     text: str,    # what the model wrote
     options: list, # the texts behind the letters
@@ -113,7 +116,7 @@ def read_mmmu_letter(
     hits = {c: text.lower().rfind(str(o).lower()) for c, o in zip(letters, options)}
     return max(hits, key=hits.get) if max(hits.values()) >= 0 else None
 
-# %% ../nbs/15_scorers.ipynb #cell-022
+# %% ../nbs/15_scorers.ipynb #cell-028
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
 
@@ -124,6 +127,7 @@ def normal_forms(text: str) -> list:
     except ValueError: text = text.lower()
     return [" " + text, text + " "] if len(text) == 1 else [text]
 
+# %% ../nbs/15_scorers.ipynb #cell-030
 def key_phrases(text: str) -> list:
     "The shortest tail behind a key word of each sentence, or the whole text."
     text, found = text.strip().strip(".").lower(), []
@@ -134,7 +138,7 @@ def key_phrases(text: str) -> list:
         if tails and (best := min(tails, key=len)) and best not in list(":,.!?;'"): found.append(best)
     return found or [text]
 
-# %% ../nbs/15_scorers.ipynb #cell-023
+# %% ../nbs/15_scorers.ipynb #cell-031
 def mmmu_open(
     text: str,     # what the model wrote
     question: dict, # needs "answer": a string or a list of strings
@@ -147,6 +151,7 @@ def mmmu_open(
     right = any(e in g if isinstance(g, str) and isinstance(e, str) else e == g for g in given for e in expected)
     return judged(text.strip() and str(given[0]) or None, right)
 
+# %% ../nbs/15_scorers.ipynb #cell-033
 def mmmu(
     text: str,     # what the model wrote
     question: dict, # needs "answer", "options" (none for an open question)
@@ -156,7 +161,7 @@ def mmmu(
     parsed = read_mmmu_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
-# %% ../nbs/15_scorers.ipynb #cell-026
+# %% ../nbs/15_scorers.ipynb #cell-036
 def edit_distance(a: str, b: str) -> int:
     "Levenshtein distance."
     row = list(range(len(b) + 1))
@@ -165,10 +170,12 @@ def edit_distance(a: str, b: str) -> int:
         for j, y in enumerate(b, 1): before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
 
+# %% ../nbs/15_scorers.ipynb #cell-038
 def tidy(text: str) -> str:
     "Lower case, single spaces."
     return " ".join(str(text).lower().split())
 
+# %% ../nbs/15_scorers.ipynb #cell-040
 def anls(
     text: str,     # what the model wrote
     question: dict, # needs "answer": list of accepted answers
@@ -178,7 +185,7 @@ def anls(
     distances = [edit_distance(parsed, a) / max(len(parsed), len(a), 1) for a in map(tidy, question["answer"])]
     return Judgement(parsed or None, 1 - min(distances) if parsed and min(distances) < .5 else 0.0)
 
-# %% ../nbs/15_scorers.ipynb #cell-030
+# %% ../nbs/15_scorers.ipynb #cell-044
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|-?\.\d+")
 
 def last_number(text: str) -> float | None:
@@ -186,6 +193,7 @@ def last_number(text: str) -> float | None:
     found = [n.replace(",", "") for n in _NUMBER.findall(text)]
     return float(found[-1]) if found else None
 
+# %% ../nbs/15_scorers.ipynb #cell-046
 def last_list(text: str) -> list | None:
     "The last Python list of numbers in a text."
     for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
@@ -193,7 +201,7 @@ def last_list(text: str) -> list | None:
         except (ValueError, SyntaxError, TypeError): continue
     return None
 
-# %% ../nbs/15_scorers.ipynb #cell-031
+# %% ../nbs/15_scorers.ipynb #cell-047
 def read_math(
     text: str,     # what the model wrote
     question: dict, # needs "options", "answer_type", "precision"
@@ -207,6 +215,7 @@ def read_math(
     if number is None: return None
     return int(number) if kind == "integer" else round(number, int(question["precision"] or 0))
 
+# %% ../nbs/15_scorers.ipynb #cell-049
 def mathvista(
     text: str,     # what the model wrote
     question: dict, # needs "answer" and what read_math needs
@@ -219,13 +228,14 @@ def mathvista(
     expected = last_list(str(answer)) if question["answer_type"] == "list" else float(answer)
     return judged(str(parsed), parsed == (round(expected, int(question["precision"] or 0)) if isinstance(parsed, float) else expected))
 
-# %% ../nbs/15_scorers.ipynb #cell-034
+# %% ../nbs/15_scorers.ipynb #cell-052
 def question_worth(
     frame: pd.DataFrame, # one row a question, columns "id", "value"
 ) -> pd.DataFrame:       # columns "unit", "stratum", "worth" (0 … 1)
     "Each question is a unit."
     return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": frame.value.to_numpy(float)})
 
+# %% ../nbs/15_scorers.ipynb #cell-054
 def pair_worth(
     frame: pd.DataFrame, # columns "group", "value", and "subtask" where there are several
 ) -> pd.DataFrame:       # columns "unit", "stratum", "worth", "acc", "plus"
@@ -237,28 +247,31 @@ def pair_worth(
     return pd.DataFrame({"unit": pairs.unit, "stratum": pairs.stratum, "worth": (pairs["mean"] + pairs["min"]) / 2,
                          "acc": pairs["mean"], "plus": pairs["min"].astype(float)})
 
-# %% ../nbs/15_scorers.ipynb #cell-037
+# %% ../nbs/15_scorers.ipynb #cell-057
 def mean_score(frame: pd.DataFrame) -> dict:
     "Mean value in percent."
     return {"score": 100 * float(frame.value.mean())}
 
+# %% ../nbs/15_scorers.ipynb #cell-059
 def yes_no_score(frame: pd.DataFrame) -> dict:
     "Accuracy, with POPE's F1 of the answer yes and how often yes was said."
     said, true = frame.parsed == "yes", frame.answer.str.strip().str.lower() == "yes"
     f1 = 2 * (said & true).sum() / max(said.sum() + true.sum(), 1)
     return mean_score(frame) | {"f1": 100 * float(f1), "yes_rate": 100 * float(said.mean())}
 
+# %% ../nbs/15_scorers.ipynb #cell-061
 def paired_score(frame: pd.DataFrame) -> dict:
     "(acc + acc+) / 2 in percent, with its components: MME's score of one subtask, as a percentage."
     pairs = pair_worth(frame)
     return {"score": 100 * float(pairs.worth.mean()), "acc": 100 * float(pairs.acc.mean()), "acc_plus": 100 * float(pairs.plus.mean())}
 
+# %% ../nbs/15_scorers.ipynb #cell-063
 def mme_score(frame: pd.DataFrame) -> dict:
     "MME's score: the sum over subtasks of acc + acc+, each 0 … 100."
     pairs = pair_worth(frame).groupby("stratum")[["acc", "plus"]].mean() * 100
     return {"score": float(pairs.sum().sum()), "acc": float(pairs.acc.mean()), "acc_plus": float(pairs.plus.mean())}
 
-# %% ../nbs/15_scorers.ipynb #cell-041
+# %% ../nbs/15_scorers.ipynb #cell-067
 def _plain(text) -> str:
     "Lower case without punctuation, as lmms-eval's exact_match compares."
     return str(text).strip().lower().translate(_NO_PUNCTUATION)
@@ -267,35 +280,40 @@ def harness_exact(text: str, question: dict) -> Judgement:
     "lmms-eval's exact_match: case and punctuation ignored."
     return judged(_plain(text), _plain(text) == _plain(question["answer"]))
 
+# %% ../nbs/15_scorers.ipynb #cell-069
 def harness_yes_no(text: str, question: dict) -> Judgement:
     "lmms-eval's POPE: the bare word, so that 'Yes.' is wrong."
     said = text.lower().strip()
     return judged(said, said == question["answer"].lower().strip())
 
+# %% ../nbs/15_scorers.ipynb #cell-071
 def harness_mme(text: str, question: dict) -> Judgement:
     "lmms-eval's MME: full stops dropped, y and n understood."
     said = text.lower().strip().replace(".", "")
     said = {"y": "yes", "n": "no"}.get(said, said)
     return mme_yes_no(said if len(said) > 1 else "", question)
 
+# %% ../nbs/15_scorers.ipynb #cell-073
 def harness_letter(text: str, question: dict) -> Judgement:
     "lmms-eval's ScienceQA: 'B' or 'B. …' and nothing else."
     read = text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text
     return judged(read, read == question["answer"])
 
-# %% ../nbs/15_scorers.ipynb #cell-042
+# %% ../nbs/15_scorers.ipynb #cell-074
 def harness_mmmu(text: str, question: dict) -> Judgement:
     "lmms-eval's MMMU; where it draws a letter, the expected value of the draw."
     if not question["options"]: return mmmu_open(text, question)
     parsed = read_mmmu_letter(text, question["options"], bounded=False)
     return judged(parsed, parsed == question["answer"]) if parsed else Judgement(None, 1 / len(question["options"]))
 
+# %% ../nbs/15_scorers.ipynb #cell-076
 def harness_anls(text: str, question: dict) -> Judgement:
     "lmms-eval's ANLS: lengths before tidying, and one half is kept."
     distances = [edit_distance(tidy(text), tidy(a)) / max(len(a), len(text), 1) for a in question["answer"]]
     similarity = 1 - min(distances)
     return Judgement(tidy(text), similarity if similarity >= .5 else 0.0)
 
+# %% ../nbs/15_scorers.ipynb #cell-078
 def harness_mathvista(text: str, question: dict) -> Judgement:
     "lmms-eval's MathVista without its judge model: text equality, the most similar option, no decimals."
     text, options, kind = text.strip(), list(map(str, question["options"])), question["answer_type"]
@@ -308,7 +326,7 @@ def harness_mathvista(text: str, question: dict) -> Judgement:
     else: parsed = None if kind == "float" else text
     return judged(parsed, parsed == str(question["answer"]).strip())
 
-# %% ../nbs/15_scorers.ipynb #cell-044
+# %% ../nbs/15_scorers.ipynb #cell-080
 @dataclass(frozen=True)
 class Scorer:
     "How one kind of answer is read and how its values become a score."
