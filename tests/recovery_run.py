@@ -1,0 +1,37 @@
+"""One small recovery run as a process of its own: killed at a step, resumed, or shared by several processes."""
+import copy
+import json
+import os
+import signal
+import sys
+
+import torch
+
+torch.set_num_threads(1)
+
+from mllm_compress.data import scene_data
+from mllm_compress.recovery import RecoveryConfig, recover
+from mllm_compress.targets import weights_hash
+from mllm_compress.trainer import RecoveryTrainer
+from mllm_compress.zoo import load_model
+
+options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result
+torch.manual_seed(0)
+teacher, processor = load_model("smoke-llava")
+student = copy.deepcopy(teacher)
+for p in student.model.language_model.parameters(): p.data += 0.02 * torch.randn_like(p)
+
+compute_loss = RecoveryTrainer.compute_loss
+
+
+def killed_at(self, *args, **kwargs):
+    if self.state.global_step == options.get("kill_at", -1): os.kill(os.getpid(), signal.SIGKILL)
+    return compute_loss(self, *args, **kwargs)
+
+
+RecoveryTrainer.compute_loss = killed_at
+result = recover(student, teacher, scene_data("train", options.get("n", 12)), RecoveryConfig(**options["config"]), processor,
+                 folder=options.get("folder"), save_every=options.get("save_every"), device="cpu", progress=False)
+if int(os.environ.get("RANK", 0)) == 0:
+    with open(options["result"], "w") as f:
+        json.dump({"weights": weights_hash(result.model), "history": result.history.to_dict("list")}, f)
