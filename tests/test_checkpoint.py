@@ -71,7 +71,7 @@ print("loaded", len(json.loads(sys.argv[1])))
 def test_stock_transformers_loads_layerwise_and_uniform_in_a_fresh_process(tmp_path):
     from safetensors.torch import save_file
     jobs = []
-    for name in cases.LMS + cases.MLLMS:
+    for name in cases.LMS[1::2] + ["llama-4x1", "phi-4x1"] + cases.MLLMS:
         for kind in ("layerwise", "uniform"):
             model, plan = pruned(name, kind)
             folder = tmp_path / f"{name}-{kind}"
@@ -158,12 +158,12 @@ def test_damage_is_found_and_named(kind, tmp_path):
         for broken in (intact[:len(intact) // 2], b"", flip(intact), intact.replace(b"1", b"2", 1)):
             (folder / name).write_bytes(broken)
             with pytest.raises(ValueError, match=name): load_pruned(folder)
-        (folder / name).unlink()
+        (folder / name).unlink() # and absent
         with pytest.raises(ValueError, match=name): load_pruned(folder)
         (folder / name).write_bytes(intact)
     (folder / "README.md").write_text("mine")
-    with pytest.warns(UserWarning, match="README.md"): load_pruned(folder)
-    assert len(verify.__wrapped__(folder)["files"] if hasattr(verify, "__wrapped__") else files) >= 4
+    with pytest.warns(UserWarning, match="README.md"):
+        assert set(files) - {"mllm_compress.json"} < set(verify(folder)["files"])
 
 
 def test_without_checksums_loading_is_still_strict(tmp_path):
@@ -267,3 +267,11 @@ def test_the_card_says_what_was_done(tmp_path):
                  "| scenes/open | 97.12 |", "| train | projector |", "**seed**: 3", f"| lm | {sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel():,} |"):
         assert said in text, said
     assert "\n---\n" in text and str(tmp_path) not in text
+
+
+def test_options_reach_from_pretrained(tmp_path):
+    model, plan = pruned("phi3-3x2", "blockwise")
+    folder = save_pruned(model, plan, tmp_path / "out")
+    again = load_pruned(folder, device_map={"": "cpu"}, attn_implementation="eager")[0]
+    assert again.config._attn_implementation == again.model.layers[1].self_attn.config._attn_implementation == "eager"
+    assert torch.allclose(cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model)), atol=1e-4)
