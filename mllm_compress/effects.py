@@ -44,6 +44,7 @@ def student_quantile(k: int,          # degrees of freedom
 def estimate(arrays: list, # per benchmark: [seeds, units], in percent of the dense score
             ) -> Estimate:
     "The mean over benchmarks of their means, with an interval over questions and seeds."
+    if not arrays: return Estimate(math.nan, math.nan, math.nan, 0, 0)
     averages = np.mean([a.mean(axis=1) for a in arrays], axis=0)  # [seeds]
     questions = sum(a.mean(axis=0).var(ddof=1) / a.shape[1] for a in arrays if a.shape[1] > 1) / len(arrays)**2
     half, seeds = NormalDist().inv_cdf(.975)**2 * questions, len(averages)
@@ -62,7 +63,8 @@ def arrays_of(rows: pd.DataFrame,   # of one setting
     original = dense.drop_duplicates("benchmark").set_index("benchmark").score
     if set(rows.benchmark) != set(original.index): raise ValueError(
         f"The compressed model was asked {sorted(set(rows.benchmark))}, the original {sorted(original.index)}: ask both the same.")
-    return {b: 100 * np.stack(list(g.sort_values("seed").units)) / (original[b] / 100) for b, g in rows.groupby("benchmark", sort=False)}
+    return {b: 100 * np.stack(list(g.sort_values("seed").units)) / (original[b] / 100)
+            for b, g in rows.groupby("benchmark", sort=False) if original[b] > 0}
 
 
 def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:

@@ -123,7 +123,8 @@ def execute(name: str, nb_path: Path, given: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{name}.part.ipynb"
     try:
-        papermill.execute_notebook(str(nb_path), str(part), given, cwd=str(nb_path.parent), progress_bar=False, kernel_name="python3")
+        papermill.execute_notebook(str(nb_path), str(part), given, cwd=str(nb_path.parent), progress_bar=False, kernel_name="python3",
+                                   extra_arguments=["--log-level=40"])
         done = tidied(nbformat.read(part, 4))
     finally: part.unlink(missing_ok=True)
     profile = load_profile(given["profile"])

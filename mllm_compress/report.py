@@ -174,7 +174,7 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
                 line(ax, [0, *g.achieved_ratio], [start, *g[value]], name, **band)
                 ends[name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
             ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
-            label_ends(ax, ends)
+            label_ends(ax, {name: end for name, end in ends.items() if end[1] == end[1]})  # nan: nothing was drawn
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 

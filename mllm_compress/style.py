@@ -106,6 +106,7 @@ def line(ax, x, y, name: str, # a key of LOOKS
 def label_ends(ax, ends: dict, # method -> (x, y) of its last point
                gap: float = .075):  # least distance, as a fraction of the axis
     "Write each method's name at the end of its line."
+    if not ends: return
     low, high = ax.get_ylim()
     right = max(x for x, _ in ends.values())
     for (name, _), y in zip(ends.items(), spread([y for _, y in ends.values()], gap * (high - low))):

@@ -1,0 +1,112 @@
+"""Notebooks and package in step, parameters strict, and every study notebook runs."""
+import difflib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from mllm_compress.notebooks import cells_of, check_parameters, choose, execute, parameters_of, parse_parameter
+
+ROOT = Path(__file__).parent.parent
+STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))
+LIBRARY = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    nbdev = pytest.importorskip("nbdev.export")
+    for name in ("settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    package = tmp_path / "mllm_compress"
+    package.mkdir()
+    code = "import sys\nfrom nbdev.export import nb_export\nfor nb in sys.argv[2:]: nb_export(nb, sys.argv[1])"
+    sources = [str(p.relative_to(ROOT)) for p in LIBRARY if "default_exp" in p.read_text(encoding="utf-8")]
+    subprocess.run([sys.executable, "-c", code, "mllm_compress", *sources], cwd=tmp_path, check=True, timeout=300)
+    ours = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "mllm_compress").glob("*.py") if not p.name.startswith("_")}
+    fresh = {p.name: p.read_text(encoding="utf-8") for p in package.glob("*.py") if not p.name.startswith("_")}
+    assert set(ours) == set(fresh)
+    for name in ours:
+        assert ours[name] == fresh[name], "".join(list(difflib.unified_diff(ours[name].splitlines(1), fresh[name].splitlines(1), f"mllm_compress/{name}", "notebook"))[:30])
+
+
+def test_parameters_tag_survives_cleaning(tmp_path):
+    pytest.importorskip("nbdev.clean")
+    for name in ("settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs/study", tmp_path / "nbs/study")
+    (tmp_path / "mllm_compress").mkdir()
+    code = "from nbdev.clean import nbdev_clean; nbdev_clean()"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+    for path in STUDY:
+        cleaned = nbformat.read(tmp_path / "nbs/study" / path.name, 4)
+        assert parameters_of(cleaned) == parameters_of(nbformat.read(path, 4))
+
+
+@pytest.mark.parametrize("path", STUDY, ids=lambda p: p.stem)
+def test_study_notebooks_have_a_skeleton_and_no_machine_paths(path):
+    nb = nbformat.read(path, 4)
+    assert nb.cells[0].source.startswith("# ") and "\n> " in nb.cells[0].source
+    assert all(p.comment for p in parameters_of(nb).values())
+    assert not any(place in path.read_text(encoding="utf-8") for place in ("/work/", "/tmp/", "/home/", "/root/"))
+
+
+def demo(source: str):
+    "A notebook with this parameters cell."
+    return new_notebook(cells=[new_code_cell(source, metadata={"tags": ["parameters"]}), new_code_cell("cells = seeds", metadata={"tags": ["grid"]})])
+
+
+GOOD = 'profile: str = "quick"  # which\nseeds: list = [0]  # which draws\nlr: float = 1.0  # rate\nfast: bool = False  # or slow'
+
+
+@pytest.mark.parametrize("given", [{"seed": [0]}, {"seeds": 0}, {"profile": 3}, {"lr": "1"}, {"lr": True}, {"fast": 1}])
+def test_wrong_parameters_are_errors_that_list_the_right_ones(given):
+    with pytest.raises(ValueError, match="(?s)The notebook has:.*seeds: list = .0.  # which draws"): check_parameters(demo(GOOD), given)
+
+
+def test_right_parameters_pass_and_reach_the_grid():
+    assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
+    assert cells_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and cells_of(demo(GOOD)) == [0]
+    assert parse_parameter("seeds=[0, 1]") == ("seeds", [0, 1]) and parse_parameter("profile=tiny") == ("profile", "tiny")
+
+
+@pytest.mark.parametrize("source", ["seeds = [0]", "seeds: list = range(3)", "import os", "seeds: list"])
+def test_a_parameters_cell_holds_annotated_literals_only(source):
+    with pytest.raises(ValueError): parameters_of(demo(source))
+
+
+def test_a_lost_tag_is_an_error():
+    nb = demo(GOOD)
+    nb.cells[0].metadata.tags = []
+    with pytest.raises(ValueError, match="one cell tagged 'parameters'"): parameters_of(nb)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    "A bare checkout to run the study in: settings and study notebooks."
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copy(ROOT / "settings.ini", folder)
+    shutil.copytree(ROOT / "nbs/study", folder / "nbs/study")
+    return folder
+
+
+@pytest.mark.parametrize("path", [p for p in STUDY if not p.stem.startswith("00")], ids=lambda p: p.stem)
+def test_study_notebook_runs_at_smoke(path, checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    target = execute(path.stem, checkout / "nbs/study" / path.name, {"profile": "smoke"})
+    nb = nbformat.read(target, 4)
+    assert not any(o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    assert list(target.parent.glob(f"{path.stem}-*.csv")) and nb.metadata.mllm_compress.made_from
+    before = target.stat().st_mtime_ns
+    execute(path.stem, checkout / "nbs/study" / path.name, {"profile": "smoke"})
+    assert target.stat().st_mtime_ns == before  # nothing changed, so nothing was run
+
+
+def test_the_page_is_self_contained(checkout, monkeypatch):
+    from mllm_compress import site
+    monkeypatch.chdir(checkout)
+    page = site.build("smoke").read_text(encoding="utf-8")
+    assert 'src="data:image/png;base64,' in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
+    assert not any(f'{attribute}="http' in page for attribute in ("src", "href")) and "<script" not in page
+    assert str(checkout) not in page

@@ -1,0 +1,79 @@
+"""Tables, figures and verdicts say what the numbers say."""
+import json
+import subprocess
+
+import pandas as pd
+import pytest
+
+from mllm_compress import report, style
+from mllm_compress.effects import Estimate
+from mllm_compress.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
+
+FRAME = pd.DataFrame({"model": ["a", "a", "b", "b"], "method": ["x_1", "y & z", "x_1", "y & z"], "AVG-%": [97.11, 97.14, 90.0, float("nan")]})
+TABLE = Table(FRAME, "Kept, in %.", {"AVG-%": ["model"]}, once=("model",))
+
+
+def test_best_is_marked_per_group_after_rounding():
+    assert TABLE.marked("AVG-%").tolist() == [True, True, True, False]  # 97.1 and 97.1 read the same
+    assert to_markdown(TABLE).count("**") == 6
+
+
+def test_latex_is_escaped_and_booktabs():
+    tex = to_latex(TABLE)
+    assert r"x\_1" in tex and r"y \& z" in tex and r"\caption{Kept, in \%.}" in tex and r"\toprule" in tex and r"\textbf{97.1}" in tex
+    assert " & -- " in tex
+
+
+def test_html_is_escaped():
+    assert "y &amp; z" in to_html(TABLE) and "<b>97.1</b>" in to_html(TABLE)
+
+
+@pytest.mark.parametrize("bounds, word", [((.1, 2), "holds"), ((-2, -.1), "does not hold"), ((-1, 1), "is undecided at this scale"),
+                                          ((float("nan"),) * 2, "is undecided at this scale")])
+def test_verdict_follows_the_interval(bounds, word):
+    v = Verdict("A beats B.", {"here": Estimate(sum(bounds) / 2, *bounds, 100, 1)}, "n = 100")
+    assert v.word == word and word in sentence(v) and "n = 100" in sentence(v)
+
+
+def test_mixed_verdict_is_undecided_and_lists_all():
+    yes, no = Estimate(2, 1, 3, 9, 1), Estimate(-2, -3, -1, 9, 1)
+    text = sentence(Verdict("A beats B.", {"at 0.15": no, "at 0.60": yes}, ""))
+    assert "undecided" in text and "Holds for at 0.60 (+2.0 [1.0, 3.0])" in text and "Does not hold for at 0.15 (-2.0 [-3.0, -1.0])" in text
+
+
+def test_printed_numbers_come_with_the_package():
+    best = report.printed("best_compressed").set_index(["model", "ratio"]).avg_percent_as_printed
+    assert best["LLaVA-v1.5-7B", .6] == 78.13 and best["Bunny-v1.0-3B", .15] == 98.98
+    with pytest.raises(ValueError, match="best_compressed, models, pruning_without_recovery"): report.printed("table9")
+
+
+def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
+    rows = pd.DataFrame([("m", p, r, 100 - f * r, 99 - f * r, 101 - f * r) for p, f in (("layerwise", 80), ("widthwise", 50)) for r in (.15, .3)],
+                        columns="model pruning achieved_ratio avg_percent low high".split())
+    seen = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir(); monkeypatch.chdir(tmp_path / name)
+        out = Report("99_demo", "smoke")
+        out.figure(retained_over_ratio(rows, "pruning")[0], "f", "A figure.")
+        out.table(FRAME, "t", "A table.")
+        out.verdict("A beats B.", {"here": Estimate(2, 1, 3, 9, 1)}, "n = 9")
+        seen.append({p.name: p.read_bytes() for p in (tmp_path / name / "figures/smoke").iterdir()})
+    assert seen[0] == seen[1] and len(seen[0]) == 7
+    assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
+    assert json.loads(seen[0]["99_demo-verdict.json"])["word"] == "holds"
+    assert pd.read_csv(tmp_path / "one/figures/smoke/99_demo-t.csv")["AVG-%"].tolist()[:2] == [97.11, 97.14]
+
+
+def test_a_line_without_numbers_is_left_out():
+    rows = pd.DataFrame({"model": "m", "pruning": "layerwise", "achieved_ratio": [.15, .3], "avg_percent": float("nan"), "low": float("nan"), "high": float("nan")})
+    fig, (ax,) = retained_over_ratio(rows, "pruning")
+    assert not ax.texts
+
+
+def test_unknown_method_has_no_look():
+    with pytest.raises(ValueError, match="add it to style.LOOKS"): style.look("magic")
+
+
+def test_labels_never_overlap():
+    out = style.spread([50, 50, 50, 90], gap=5)
+    assert sorted(out) == [45, 50, 55, 90]

@@ -1,0 +1,205 @@
+"""The results store, cells and profiles, and the running of cells: nothing lost, nothing twice, nothing hidden."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mllm_compress import effects, store, study
+from mllm_compress.cells import IMPORTANCE, Cell, canonical, load_profile, profile_names, read_strictly, Calibration
+from mllm_compress.experiment import SCORES, identity, recovery_config
+from mllm_compress.store import NotOurs, Store
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    "A current folder outside of the checkout, so that results go there."
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SMOKE = replace(load_profile("smoke"), evaluation=replace(load_profile("smoke").evaluation, benchmarks=["scenes/hallucination"], questions=4))
+DENSE, LAYERS, WIDTH = Cell("smoke-llava"), Cell("smoke-llava", "layerwise", .3), Cell("smoke-llava", "widthwise", .3)
+
+
+# ---- the store
+
+def test_store_refuses_a_folder_that_is_not_ours(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotOurs, match="not a results store"): Store(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_store_refuses_another_format(tmp_path):
+    (tmp_path / "store.json").write_text('{"mllm_compress store": 99}')
+    with pytest.raises(NotOurs, match="format"): Store(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"seal": 1}', "[]", '"text"'])
+def test_corrupt_result_is_named_moved_and_missing(tmp_path, damage):
+    s = Store(tmp_path / "s")
+    name = store.write(s, {"a": 1}, {"score": 2.0})
+    s.file(name).write_text(damage)
+    with pytest.warns(UserWarning, match=name): assert store.read(s, name) is None
+    assert s.names() == [] and len(list((s.folder / "corrupt").iterdir())) == 1
+    store.write(s, {"a": 1}, {"score": 2.0})
+    assert store.read(s, name)["result"] == {"score": 2.0}
+
+
+def test_a_result_in_another_ones_folder_is_not_believed(tmp_path):
+    s = Store(tmp_path / "s")
+    one, two = (store.write(s, {"a": i}, {"score": i}) for i in (1, 2))
+    s.file(two).write_bytes(s.file(one).read_bytes())
+    with pytest.warns(UserWarning): assert store.read(s, two) is None
+    assert store.read(s, one)["result"] == {"score": 1}
+
+
+def test_lock_ends_with_its_process(tmp_path):
+    s = Store(tmp_path / "s")
+    code = ("import sys, time; from mllm_compress import store\n"
+            "with store.lock(store.Store(sys.argv[1]), 'x') as held: print(held, flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", code, str(s.folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline().strip() == "True"
+    with store.lock(s, "x") as held: assert not held
+    other.kill(); other.wait()
+    with store.lock(s, "x") as held: assert held
+
+
+def test_failed_shared_work_leaves_nothing_and_is_built_again(tmp_path):
+    s = Store(tmp_path / "s")
+    def broken(folder): (folder / "half").touch(); raise RuntimeError("power cut")
+    with pytest.raises(RuntimeError): store.shared(s, {"w": 1}, broken)
+    folder = store.shared(s, {"w": 1}, lambda f: (f / "whole").touch())
+    assert (folder / "whole").exists() and not (folder / "half").exists()
+
+
+def test_code_fingerprint_ignores_comments_and_sees_code():
+    base = "def f(x):\n    'Why.'\n    return x + 1\n"
+    assert store.source_fingerprint(base) == store.source_fingerprint(base.replace("Why.", "Because.") + "# a remark\n")
+    assert store.source_fingerprint(base) != store.source_fingerprint(base.replace("+", "-"))
+
+
+# ---- cells and profiles
+
+@pytest.mark.parametrize("wrong", [dict(pruning="depth", ratio=.3), dict(pruning="layerwise", ratio=1.0), dict(pruning="layerwise", ratio=0.0),
+                                   dict(ratio=.3), dict(pruning="layerwise", ratio=.3, importance="taylor"), dict(recovery="sft+magic"),
+                                   dict(recovery="sft+sft"), dict(recovery="sft", train="vision"), dict(recovery="sft", fraction=0.0)])
+def test_nonsense_cells_are_refused(wrong):
+    with pytest.raises(ValueError): Cell("m", **wrong)
+
+
+def test_equal_experiments_have_one_name():
+    assert canonical(Cell("m", seed=3)) == canonical(Cell("m", fraction=.5, train="projector"))
+    a, b = (Cell("smoke-llava", "layerwise", .3, recovery=r) for r in ("sft+hidden_kd", "hidden_kd+sft"))
+    assert study.name_of(a, SMOKE) == study.name_of(b, SMOKE) != study.name_of(replace(a, seed=1), SMOKE)
+
+
+def test_every_importance_can_be_computed():
+    assert {(p, i) for p, names in IMPORTANCE.items() for i in names if p != "none"} == set(SCORES)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profiles_read(name):
+    profile = load_profile(name)
+    cell = Cell(profile.models[0], "widthwise", profile.ratios[0], recovery="sft+hidden_kd", fraction=profile.fractions[0])
+    assert recovery_config(cell, profile).losses == {"sft": .5, "hidden_kd": .5} and profile.about
+
+
+def test_profile_with_a_typing_mistake(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = (study.store.Path(__file__).parent.parent / "mllm_compress/profiles/smoke.yaml").read_text()
+    path.write_text(text.replace("seeds:", "seed:"))
+    with pytest.raises(ValueError, match="unknown seed; the keys are name, about, models"): load_profile(path)
+    path.write_text(text.replace("[0.3, 0.45]", "[0.3, 1.45]"))
+    with pytest.raises(ValueError, match="1.45 is outside"): load_profile(path)
+    with pytest.raises(ValueError, match="use quick, smoke, tiny"): load_profile("nope")
+    with pytest.raises(ValueError, match="samples must be of type int"): read_strictly(Calibration, {"samples": True, "batch_size": 1}, "x")
+
+
+def test_training_settings_change_only_trained_cells():
+    other = replace(SMOKE, recovery=SMOKE.recovery | {"epochs": 7})
+    assert identity(LAYERS, SMOKE) == identity(LAYERS, other)
+    trained = replace(LAYERS, recovery="sft", fraction=.5)
+    assert identity(trained, SMOKE) != identity(trained, other)
+
+
+# ---- running
+
+def test_failure_is_reported_and_stops_nobody(away, capsys):
+    bad = Cell("smoke-llava", "widthwise", .94)
+    frame = study.run([bad, DENSE, LAYERS], SMOKE, executor="inline")
+    assert frame.groupby("status").size().to_dict() == {"done": 2, "failed": 1}
+    assert "1 FAILED" in capsys.readouterr().out and "ValueError" in frame[frame.status == "failed"].error.iloc[0]
+    log = study.results_of(SMOKE).log(study.name_of(bad, SMOKE))
+    assert "Traceback" in log.read_text()
+
+
+def test_local_equals_inline_and_nothing_is_computed_twice(away, monkeypatch):
+    cells = [DENSE, LAYERS, WIDTH, replace(LAYERS, recovery="sft", fraction=.5)]
+    one = study.run(cells, replace(SMOKE, name="one"), executor="inline", quiet=True)
+    two = study.run(cells, replace(SMOKE, name="two"), executor="local", workers=2, quiet=True)
+    same = ["pruning", "recovery", "benchmark", "score", "achieved_ratio", "candidate_score"]
+    pd.testing.assert_frame_equal(one[same], two[same])
+    monkeypatch.setattr(study, "compute", lambda *a: pytest.fail("computed twice"))
+    again = study.run(cells, replace(SMOKE, name="one"), executor="inline", quiet=True)
+    pd.testing.assert_frame_equal(one.drop(columns="units"), again.drop(columns="units"))
+
+
+def test_killed_run_resumes_to_the_same_frame(away):
+    code = ("from dataclasses import replace; from mllm_compress import study; from mllm_compress.cells import Cell, load_profile\n"
+            "p = load_profile('smoke'); p = replace(p, evaluation=replace(p.evaluation, benchmarks=['scenes/hallucination'], questions=4))\n"
+            "study.run([Cell('smoke-llava')] + [Cell('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6)], p, executor='inline', quiet=True)")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=away, start_new_session=True)
+    results = away / "runs/smoke/results"
+    while run.poll() is None and not (results.exists() and list(results.glob("*/result.json"))): time.sleep(.02)
+    os.killpg(run.pid, signal.SIGKILL); run.wait()
+    kept = {p: p.stat().st_mtime_ns for p in results.glob("*/result.json")}
+    cells = [DENSE] + [Cell("smoke-llava", "layerwise", r) for r in (.2, .3, .45, .6)]
+    resumed = study.run(cells, SMOKE, executor="inline", quiet=True)
+    fresh = study.run(cells, replace(SMOKE, name="fresh"), executor="inline", quiet=True)
+    assert kept and all(p.stat().st_mtime_ns == t for p, t in kept.items())
+    same = ["ratio", "benchmark", "score", "low", "high", "achieved_ratio"]
+    pd.testing.assert_frame_equal(resumed[same], fresh[same])
+
+
+def test_busy_cell_is_left_to_the_other_run(away):
+    results = study.results_of(SMOKE)
+    with store.lock(results, study.name_of(DENSE, SMOKE)): assert study.complete(DENSE, SMOKE, results) == ("busy", "")
+    assert study.complete(DENSE, SMOKE, results) == ("done", "")
+
+
+# ---- effects
+
+def frame_of(worth: dict, dense: float = 100.0) -> pd.DataFrame:
+    "A study frame from {(pruning, seed): worth of each question}."
+    rows = [{"model": "m", "pruning": p, "requested_ratio": .3 * (p != "none"), "importance": "", "recovery": "none", "train": "", "fraction": 1.0,
+             "seed": s, "status": "done", "benchmark": b, "score": 100 * np.mean(u), "units": np.array(u, float), "achieved_ratio": .3}
+            for (p, s), by in worth.items() for b, u in by.items()]
+    return pd.DataFrame(rows)
+
+
+def test_avg_percent_is_the_mean_of_ratios():
+    f = frame_of({("none", 0): {"a": [1, 1, 1, 0], "b": [1, 0]}, ("layerwise", 0): {"a": [1, 1, 0, 0], "b": [1, 0]}})
+    row = effects.summary(f).set_index("pruning").loc["layerwise"]
+    assert row.avg_percent == pytest.approx(100 * (.5 / .75 + 1) / 2) and row.n == 6 and row.low < row.avg_percent < row.high
+
+
+def test_difference_of_equal_answers_is_exactly_zero():
+    u = {"a": [1, 0, 1, 1]}
+    f = frame_of({("none", 0): {"a": [1, 1, 1, 1]}, ("layerwise", 0): u, ("widthwise", 0): u})
+    d = effects.difference(f, "m", {"pruning": "layerwise"}, {"pruning": "widthwise"})
+    assert (d.value, d.low, d.high) == (0, 0, 0)
+
+
+def test_seeds_widen_the_interval():
+    rng = np.random.default_rng(0)
+    runs = {("layerwise", s): {"a": rng.random(400) < p} for s, p in enumerate((.5, .7, .9))}
+    f = frame_of({("none", 0): {"a": np.ones(400)}, **runs})
+    row = effects.summary(f).set_index("pruning").loc["layerwise"]
+    assert row.seeds == 3 and row.high - row.low > 60  # t with two degrees of freedom, spread of 20 points
