@@ -36,16 +36,17 @@ def widths(
     size = lambda i, kind: len(getattr(plan, kind).get(i, range(plan.meta["sizes"][i][kind])))
     return [(size(i, "heads"), size(i, "neurons")) for i in plan.layers]
 
+# %% ../nbs/12_checkpoint.ipynb #cell-010
 def shrink(
     model: PreTrainedModel, # changed in place
     plan: PruningPlan,
 ) -> PreTrainedModel:
-    "Give the layers of a fresh model the widths of the pruned one (which units is the weights' affair)."
+    "Give the layers of a fresh model the widths of the pruned one."
     wanted = dict(enumerate(widths(plan)))
     return cut(model, make_plan(model, heads={i: range(h) for i, (h, n) in wanted.items()},
                                 neurons={i: range(n) for i, (h, n) in wanted.items()}))
 
-# %% ../nbs/12_checkpoint.ipynb #cell-010
+# %% ../nbs/12_checkpoint.ipynb #cell-012
 def shell(
     model: PreTrainedModel, # gives the weights
     config, # of the candidate
@@ -61,7 +62,7 @@ def shell(
     made.generation_config = model.generation_config
     return made
 
-# %% ../nbs/12_checkpoint.ipynb #cell-012
+# %% ../nbs/12_checkpoint.ipynb #cell-014
 TWINS = {"llama": ("mistral", {"sliding_window": None})} # same computation, freer config
 
 def twin_config(
@@ -78,7 +79,7 @@ def twin_config(
     config.text_config = twin
     return config
 
-# %% ../nbs/12_checkpoint.ipynb #cell-014
+# %% ../nbs/12_checkpoint.ipynb #cell-016
 def roomy_configs(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -93,7 +94,7 @@ def roomy_configs(
         text.num_attention_heads, text.num_key_value_heads = groups * queries, groups
         yield config
 
-# %% ../nbs/12_checkpoint.ipynb #cell-016
+# %% ../nbs/12_checkpoint.ipynb #cell-018
 def fitting_shell(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -107,7 +108,7 @@ def fitting_shell(
         except (ValueError, RuntimeError, StrictDataclassError) as error: reason = error
     raise ValueError(f"no class of transformers fits this {type(model).__name__}: {reason}")
 
-# %% ../nbs/12_checkpoint.ipynb #cell-020
+# %% ../nbs/12_checkpoint.ipynb #cell-022
 MANIFEST, PLAN, CARD = "mllm_compress.json", "pruning_plan.json", "README.md"
 
 def sha256(
@@ -119,11 +120,12 @@ def sha256(
         while piece := file.read(1 << 22): digest.update(piece)
     return digest.hexdigest()
 
+# %% ../nbs/12_checkpoint.ipynb #cell-024
 def manifest_checksum(manifest: dict) -> str:
     "Checksum of a manifest over everything but itself."
     return hashlib.sha256(json.dumps({**manifest, "checksum": None}, sort_keys=True).encode()).hexdigest()
 
-# %% ../nbs/12_checkpoint.ipynb #cell-022
+# %% ../nbs/12_checkpoint.ipynb #cell-026
 def write_manifest(
     folder: Path, # with everything in it but the manifest
     **facts, # what the loader needs to know
@@ -135,7 +137,7 @@ def write_manifest(
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
-# %% ../nbs/12_checkpoint.ipynb #cell-024
+# %% ../nbs/12_checkpoint.ipynb #cell-028
 def read_manifest(
     folder: Path, # written by save_pruned
 ) -> dict:
@@ -150,7 +152,7 @@ def read_manifest(
         raise ValueError(f"{path} was edited or damaged: its checksum does not match.")
     return manifest
 
-# %% ../nbs/12_checkpoint.ipynb #cell-026
+# %% ../nbs/12_checkpoint.ipynb #cell-030
 def fault_of(path: Path, facts: dict, manifest: dict) -> str | None:
     "What is wrong with one file, or None."
     if not path.is_file(): return "missing"
@@ -161,7 +163,7 @@ def fault_of(path: Path, facts: dict, manifest: dict) -> str | None:
     if size < facts["bytes"]: return f"truncated, {size} of {facts['bytes']} bytes"
     return "edited or replaced, its checksum does not match"
 
-# %% ../nbs/12_checkpoint.ipynb #cell-028
+# %% ../nbs/12_checkpoint.ipynb #cell-032
 def verify(
     folder, # written by save_pruned
 ) -> dict:
@@ -176,7 +178,7 @@ def verify(
     if wrong: raise ValueError(f"damaged checkpoint {folder}: " + "; ".join(f"{n}: {w}" for n, w in wrong.items()))
     return manifest
 
-# %% ../nbs/12_checkpoint.ipynb #cell-030
+# %% ../nbs/12_checkpoint.ipynb #cell-034
 def card_section(title: str, value) -> str:
     "One section of the card: a table for a dict or a list of dicts, else a line."
     if isinstance(value, dict): value = [{"": k, "value": v} for k, v in value.items()]
@@ -185,7 +187,7 @@ def card_section(title: str, value) -> str:
     rows = [list(value[0]), ["---"] * len(value[0])] + [[cell(v) for v in row.values()] for row in value]
     return f"## {title}\n" + "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
 
-# %% ../nbs/12_checkpoint.ipynb #cell-032
+# %% ../nbs/12_checkpoint.ipynb #cell-036
 LOADING = {
     "stock": "from transformers import {auto}\n\nmodel = {auto}.from_pretrained(folder)",
     "pruned": "from mllm_compress.checkpoint import load_pruned\n\nmodel, processor, plan = load_pruned(folder)"}
@@ -210,7 +212,7 @@ def model_card(
         card_section("Parameters", {k: f"{v:,}" for k, v in parts.items()} | {"all": f"{sum(parts.values()):,}"}),
         *(card_section(k, v) for k, v in (extra or {}).items())])
 
-# %% ../nbs/12_checkpoint.ipynb #cell-034
+# %% ../nbs/12_checkpoint.ipynb #cell-038
 class atomic_folder:
     "Context manager: a temporary folder that takes the target's name on success and vanishes on failure."
 
@@ -231,7 +233,7 @@ class atomic_folder:
             os.rename(self.new, self.target)
         for leftover in (self.new, self.old): shutil.rmtree(leftover, ignore_errors=True)
 
-# %% ../nbs/12_checkpoint.ipynb #cell-036
+# %% ../nbs/12_checkpoint.ipynb #cell-040
 def check_describes(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -246,7 +248,7 @@ def check_describes(
         raise ValueError(f"the plan does not describe this model: planned {len(planned)} layers, found {len(found)}; (heads, neurons) "
                          f"from layer {i} on planned {planned[i:i + 1]}, found {found[i:i + 1]}. Save what apply_plan returned, with its plan.")
 
-# %% ../nbs/12_checkpoint.ipynb #cell-038
+# %% ../nbs/12_checkpoint.ipynb #cell-042
 PRUNED_TYPE, VARIANT = "mllm_compress_pruned", "pruned"
 
 def hide_config(folder: Path) -> None:
@@ -256,7 +258,7 @@ def hide_config(folder: Path) -> None:
               "config": json.loads(path.read_text())}
     path.write_text(json.dumps(hidden, indent=2))
 
-# %% ../nbs/12_checkpoint.ipynb #cell-040
+# %% ../nbs/12_checkpoint.ipynb #cell-044
 def save_pruned(
     model: PreTrainedModel, # from apply_plan, possibly recovered since
     plan: PruningPlan, # the plan that was applied
@@ -278,7 +280,7 @@ def save_pruned(
                        processor_class=None if processor is None else type(processor).__name__)
     return Path(folder)
 
-# %% ../nbs/12_checkpoint.ipynb #cell-042
+# %% ../nbs/12_checkpoint.ipynb #cell-046
 def shrunken(
     cls: type, # a class of transformers
     plan: PruningPlan,
@@ -289,7 +291,7 @@ def shrunken(
         shrink(self, plan)
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
-# %% ../nbs/12_checkpoint.ipynb #cell-044
+# %% ../nbs/12_checkpoint.ipynb #cell-048
 def class_named(
     name: str, # from the manifest
     kinds: tuple, # what it may be a subclass of
@@ -300,7 +302,7 @@ def class_named(
         raise ValueError(f"transformers {transformers.__version__} has no {kinds[0].__name__} called {name!r}; upgrade it.")
     return made
 
-# %% ../nbs/12_checkpoint.ipynb #cell-046
+# %% ../nbs/12_checkpoint.ipynb #cell-050
 @torch.no_grad()
 def own_memory(
     model: PreTrainedModel, # changed in place
@@ -310,7 +312,7 @@ def own_memory(
         if p.device.type == "cpu": p.data = p.data.clone()
     return model
 
-# %% ../nbs/12_checkpoint.ipynb #cell-048
+# %% ../nbs/12_checkpoint.ipynb #cell-052
 def load_model(
     folder: Path, # written by save_pruned
     manifest: dict,
@@ -329,7 +331,7 @@ def load_model(
     check_describes(model, plan)
     return model
 
-# %% ../nbs/12_checkpoint.ipynb #cell-050
+# %% ../nbs/12_checkpoint.ipynb #cell-054
 def load_pruned(
     folder, # written by save_pruned
     device="cpu", # the weights go there directly
