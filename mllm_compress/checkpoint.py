@@ -6,7 +6,7 @@
 __all__ = ['TWINS', 'MANIFEST', 'PLAN', 'CARD', 'LOADING', 'PRUNED_TYPE', 'VARIANT', 'widths', 'shrink', 'shell', 'twin_config',
            'roomy_configs', 'fitting_shell', 'sha256', 'manifest_checksum', 'write_manifest', 'read_manifest',
            'fault_of', 'verify', 'card_section', 'model_card', 'atomic_folder', 'check_describes', 'hide_config',
-           'save_pruned', 'shrunken', 'class_named', 'own_memory', 'load_model', 'load_pruned']
+           'save_pruned', 'shrunken', 'class_named', 'own_memory', 'load_strictly', 'load_pruned']
 
 # %% ../nbs/12_checkpoint.ipynb #cell-003
 import copy
@@ -313,7 +313,7 @@ def own_memory(
     return model
 
 # %% ../nbs/12_checkpoint.ipynb #cell-052
-def load_model(
+def load_strictly(
     folder: Path, # written by save_pruned
     manifest: dict,
     plan: PruningPlan,
@@ -344,6 +344,6 @@ def load_pruned(
     manifest = verify(folder) if check_files else read_manifest(folder)
     plan, name = PruningPlan.from_json((folder / PLAN).read_text()), manifest["processor_class"]
     if str(device) != "cpu": options["device_map"] = device
-    model = load_model(folder, manifest, plan, dtype=dtype or "auto", **options)
+    model = load_strictly(folder, manifest, plan, dtype=dtype or "auto", **options)
     processor = name and class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
     return own_memory(model).eval(), processor, plan
