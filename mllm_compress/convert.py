@@ -160,7 +160,7 @@ INTERNVL_NAMES = (
     (r"language_model\.lm_head\.", ("lm_head.",)),
 )
 
-# %% ../nbs/01_convert.ipynb #cell-029
+# %% ../nbs/01_convert.ipynb #cell-030
 def native_names(name: str, # of a tensor in the original layout
                  rules: tuple, # (pattern, replacements), first match wins
                  ) -> tuple: # of native names: one, several (equal parts along rows), or none
@@ -169,7 +169,7 @@ def native_names(name: str, # of a tensor in the original layout
         if re.match(pattern, name): return tuple(re.sub(pattern, n, name, count=1) for n in new)
     raise ValueError(f"no rule for the tensor {name!r}: is this checkpoint of a release that the rules do not cover?")
 
-# %% ../nbs/01_convert.ipynb #cell-032
+# %% ../nbs/01_convert.ipynb #cell-033
 @dataclass(frozen=True)
 class Release:
     "How one original layout becomes a native model."
@@ -186,7 +186,7 @@ RELEASES = {
     "InternVLChatModel": Release("phi3-chat", internvl_config, INTERNVL_NAMES, placeholder="<IMG_CONTEXT>"),
 }
 
-# %% ../nbs/01_convert.ipynb #cell-033
+# %% ../nbs/01_convert.ipynb #cell-035
 def read_json(path: Path) -> dict:
     "A JSON file, or nothing if there is none."
     return json.loads(path.read_text()) if path.is_file() else {}
@@ -203,7 +203,7 @@ def release_of(folder: Path) -> Release:
     if not is_original_layout(folder): raise ValueError(f"{folder} holds {found}; original layouts known here: {', '.join(RELEASES)}")
     return next(RELEASES[name] for name in found if name in RELEASES)
 
-# %% ../nbs/01_convert.ipynb #cell-035
+# %% ../nbs/01_convert.ipynb #cell-037
 HOW_TO_CONVERT = """reading a pickle can run code, so this is not done here. Make safetensors of it, tensor data only, on a machine you can spare:
   python -c "import sys, torch, safetensors.torch as s; [s.save_file({k: v.clone() for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}, f[:-4] + '.safetensors') for f in sys.argv[1:]]" FOLDER/*.bin"""
 
@@ -219,7 +219,7 @@ def weight_files(folder: Path) -> list:
     if not files: raise FileNotFoundError(f"{folder} holds no model*.safetensors")
     return files
 
-# %% ../nbs/01_convert.ipynb #cell-037
+# %% ../nbs/01_convert.ipynb #cell-039
 def tower_folder(folder: Path, release: Release, tower: str | Path | None) -> Path | None:
     "The folder of a separate vision tower; None if the checkpoint holds its own."
     if not release.tower: return None
@@ -229,7 +229,7 @@ def tower_folder(folder: Path, release: Release, tower: str | Path | None) -> Pa
     raise FileNotFoundError(f"{folder} does not hold its vision tower. Download {release.tower} (as safetensors) and pass its folder as tower=, "
                             f"or put it at {folder / 'vision_tower'}")
 
-# %% ../nbs/01_convert.ipynb #cell-039
+# %% ../nbs/01_convert.ipynb #cell-043
 def placeholder_id(folder: Path, token: str) -> int | None:
     "The id of a token as the folder's JSON files say; None if none does."
     listed = read_json(folder / "added_tokens.json") | read_json(folder / "token_ids.json")
@@ -254,7 +254,7 @@ def native_config(folder: str | Path, # in an original layout
     if config.image_token_id < config.get_text_config().vocab_size: return config
     raise ValueError(f"the id of {release.placeholder} is not in {folder}; copy the release's tokenizer files or its added_tokens.json")
 
-# %% ../nbs/01_convert.ipynb #cell-041
+# %% ../nbs/01_convert.ipynb #cell-045
 def append_rows(name: str, # native name of the tensor
                 tensor: torch.Tensor, # [rows, hidden]
                 rows: int, # wanted
@@ -267,7 +267,7 @@ def append_rows(name: str, # native name of the tensor
     least = tensor.float().norm(dim=1).argmin(keepdim=True)
     return torch.cat([tensor, tensor.index_select(0, least).expand(more, -1)])
 
-# %% ../nbs/01_convert.ipynb #cell-043
+# %% ../nbs/01_convert.ipynb #cell-048
 def read_data(shard, name): return shard.get_tensor(name)
 
 
@@ -291,7 +291,7 @@ def native_tensors(file: Path, # one safetensors file in the original layout
             tensor = read(shard, name)
             for target, part in zip(new, tensor.chunk(len(new))): yield target, append_rows(target, part, rows).to(dtype or part.dtype)
 
-# %% ../nbs/01_convert.ipynb #cell-045
+# %% ../nbs/01_convert.ipynb #cell-050
 def check_complete(config: PreTrainedConfig, shapes: list, # (name, shape) of all that will come
                    where: Path):
     "Raise ValueError unless the tensors are exactly those the native class has."
@@ -303,7 +303,7 @@ def check_complete(config: PreTrainedConfig, shapes: list, # (name, shape) of al
     told = [f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" for what, names in problems.items() if names]
     if told: raise ValueError(f"{where} does not fit {type(config).__name__}; " + "; ".join(told))
 
-# %% ../nbs/01_convert.ipynb #cell-046
+# %% ../nbs/01_convert.ipynb #cell-052
 @dataclass(frozen=True)
 class Source:
     "An original checkpoint, checked and ready to stream."
@@ -329,7 +329,7 @@ def open_original(folder: str | Path, tower: str | Path | None = None, dtype: to
     check_complete(config, [(n, tuple(t.shape)) for f in source.files for n, t in source.tensors(f, read_shape)], folder)
     return source
 
-# %% ../nbs/01_convert.ipynb #cell-048
+# %% ../nbs/01_convert.ipynb #cell-054
 def generation_config(source: Source) -> GenerationConfig:
     "The release's generation settings; ids of appended rows are never generated."
     original = read_json(source.folder / "generation_config.json")
@@ -339,7 +339,7 @@ def generation_config(source: Source) -> GenerationConfig:
     appended = range(source.config.image_token_id, text.vocab_size) if source.release.placeholder == "<image>" else ()
     return GenerationConfig(**kept, suppress_tokens=list(appended) or None)
 
-# %% ../nbs/01_convert.ipynb #cell-049
+# %% ../nbs/01_convert.ipynb #cell-056
 @torch.no_grad()
 def read_model(source: Source):
     "The native model with the original's weights."
@@ -350,7 +350,7 @@ def read_model(source: Source):
     model.generation_config = generation_config(source)
     return model.eval()
 
-# %% ../nbs/01_convert.ipynb #cell-055
+# %% ../nbs/01_convert.ipynb #cell-062
 def square_images(original: dict, # config.json of LLaVA or Bunny
                   vision: PreTrainedConfig,
                   said: dict, # preprocessor_config.json of the tower, or nothing
@@ -371,7 +371,7 @@ def tiled_images(original: dict, vision: PreTrainedConfig, said: dict) -> GotOcr
                                     min_patches=original.get("min_dynamic_patch", 1), max_patches=original.get("max_dynamic_patch", 12),
                                     image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
 
-# %% ../nbs/01_convert.ipynb #cell-056
+# %% ../nbs/01_convert.ipynb #cell-064
 def image_processor(folder: str | Path, tower: str | Path | None = None):
     "The image processor of an original checkpoint."
     folder = Path(folder)
@@ -380,7 +380,7 @@ def image_processor(folder: str | Path, tower: str | Path | None = None):
     said = read_json(place / "preprocessor_config.json") if place else {}
     return make(read_json(folder / "config.json"), native_config(folder, tower).vision_config, said)
 
-# %% ../nbs/01_convert.ipynb #cell-060
+# %% ../nbs/01_convert.ipynb #cell-068
 VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 TEXT = ("{%- macro text(m) -%}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}IMAGE\n{% endfor %}"
@@ -390,7 +390,7 @@ FRAME = ("{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% 
 VICUNA_TURNS = ("{{ system }} {% for m in turns %}{% if m.role == 'user' %}USER: {{ text(m) }} {% else %}ASSISTANT: {{ text(m) }}END{% endif %}{% endfor %}"
                 "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 
-# %% ../nbs/01_convert.ipynb #cell-062
+# %% ../nbs/01_convert.ipynb #cell-070
 INTERNVL_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 PHI3_SYSTEM = "You are an AI assistant whose name is Phi-3."
 PHI3_TURNS = ("<|system|>\n{{ system }}<|end|>BREAK{% for m in turns %}<|{{ m.role }}|>\n{{ text(m) }}<|end|>BREAK{% endfor %}"
@@ -411,7 +411,7 @@ CHAT_TEMPLATES = {
     "phi3-chat-2024-05": fill(PHI3_TURNS, IMAGE="<IMG_CONTEXT>", SYSTEM=PHI3_SYSTEM, BREAK="\n"),
 }
 
-# %% ../nbs/01_convert.ipynb #cell-063
+# %% ../nbs/01_convert.ipynb #cell-072
 def chat_template(folder: str | Path) -> str:
     "The Jinja chat template of an original checkpoint."
     folder = Path(folder)
@@ -420,7 +420,7 @@ def chat_template(folder: str | Path) -> str:
     older = block and ("CHATML" in block[0] or PHI3_SYSTEM in block[0])
     return CHAT_TEMPLATES[name + "-2024-05" if older else name]
 
-# %% ../nbs/01_convert.ipynb #cell-066
+# %% ../nbs/01_convert.ipynb #cell-075
 def original_ids(prompt: str, # with <image> in it
                  tokenizer,
                  image_token_id: int) -> list:
@@ -440,7 +440,7 @@ def fit_template(template: str, tokenizer, image_token_id: int) -> str:
     warnings.warn(f"prompts are tokenised otherwise than by the original, which gives {wanted[-12:]} at the end")
     return template
 
-# %% ../nbs/01_convert.ipynb #cell-068
+# %% ../nbs/01_convert.ipynb #cell-079
 @dataclass(frozen=True)
 class ProcessorParts:
     "What is known of a processor when the folder has no tokenizer."
@@ -468,7 +468,7 @@ def load_tokenizer(folder: Path, **kwargs):
         auto = AutoTokenizer if "tokenizer_class" in read_json(folder / "tokenizer_config.json") else PreTrainedTokenizerFast
         return auto.from_pretrained(apart, **kwargs)
 
-# %% ../nbs/01_convert.ipynb #cell-069
+# %% ../nbs/01_convert.ipynb #cell-081
 def llava_processor(parts: ProcessorParts, tokenizer, config: LlavaConfig) -> LlavaProcessor:
     "A native processor whose <image> has the id the model expects."
     tokenizer.add_tokens([AddedToken(parts.placeholder, special=True, normalized=False)], special_tokens=True)
@@ -484,7 +484,7 @@ def internvl_processor(parts: ProcessorParts, tokenizer, config: InternVLConfig)
     "A native processor that wraps a run of <IMG_CONTEXT> in <img> and </img>."
     return InternVLProcessor(parts.image_processor, tokenizer, InternVLVideoProcessor(), image_seq_length=parts.image_seq_length, chat_template=parts.chat_template)
 
-# %% ../nbs/01_convert.ipynb #cell-070
+# %% ../nbs/01_convert.ipynb #cell-083
 INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
 
 
@@ -508,7 +508,7 @@ def load_original(folder: str | Path, # in an original layout
     source = open_original(folder, tower, dtype)
     return read_model(source).to(device), read_processor(source, tower)
 
-# %% ../nbs/01_convert.ipynb #cell-072
+# %% ../nbs/01_convert.ipynb #cell-085
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -526,7 +526,7 @@ def write_safetensors(path: Path,
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in tensors: file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
-# %% ../nbs/01_convert.ipynb #cell-073
+# %% ../nbs/01_convert.ipynb #cell-087
 def write_weights(source: Source, out: Path):
     "One native shard per original file, and their index."
     names = [f"model-{i + 1:05}-of-{len(source.files):05}.safetensors" for i in range(len(source.files))]

@@ -6,10 +6,11 @@
 __all__ = ['FORMS', 'TOWERS', 'UNITS', 'Form', 'DecoderShape', 'shape_of_config', 'shape_of_model', 'layer_parameters',
            'decoder_parameters', 'Tower', 'patches', 'vision_parameters', 'projector_parameters', 'closed_parameters',
            'published_sizes', 'decoder_flops', 'vision_flops', 'image_tokens', 'example_inputs', 'forward',
-           'kv_bytes_per_token', 'weight_bytes', 'LiveBytes', 'peak_memory', 'Timing', 'time_call', 'latency',
-           'CostReport', 'cost_report', 'REAL_MODELS', 'real_config']
+           'kv_bytes_per_token', 'weight_bytes', 'LiveBytes', 'peak_memory', 'recovery_memory', 'Timing', 'time_call',
+           'latency', 'CostReport', 'cost_report', 'REAL_MODELS', 'real_config']
 
 # %% ../nbs/19_cost.ipynb #cell-003
+import copy
 import os
 import time
 import weakref
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from .anatomy import anatomy, part_parameters
 from .convert import REAL_MODELS, real_config
+from .recovery import RecoveryConfig, add_lora
 
 _all_ = ["REAL_MODELS", "real_config"]
 
@@ -85,7 +87,7 @@ def _family(config) -> str:
     if config.model_type in FORMS: return config.model_type
     raise ValueError(f"no closed form for {config.model_type!r}: known are {', '.join(FORMS)}; add a Form to mllm_compress.cost.FORMS")
 
-# %% ../nbs/19_cost.ipynb #cell-012
+# %% ../nbs/19_cost.ipynb #cell-013
 def shape_of_config(config: PreTrainedConfig, # of an MLLM or a plain causal LM
                     ) -> DecoderShape:
     "The decoder's shape as its config describes it, all layers alike."
@@ -107,7 +109,7 @@ def shape_of_model(model: PreTrainedModel, # on any device, pruned or not
                         parts.lm_head.weight is parts.embed_tokens.weight,
                         _biases(family, parts.text_config, parts.lm_head.bias is not None))
 
-# %% ../nbs/19_cost.ipynb #cell-016
+# %% ../nbs/19_cost.ipynb #cell-017
 def layer_parameters(shape: DecoderShape,
                      i: int, # layer
                      ) -> dict:
@@ -119,7 +121,7 @@ def layer_parameters(shape: DecoderShape,
             "neurons": form.matrices * h * n + mlp * ((form.matrices - 1) * n + h),
             "norms": form.norms * form.norm_vectors * h}
 
-# %% ../nbs/19_cost.ipynb #cell-018
+# %% ../nbs/19_cost.ipynb #cell-019
 def decoder_parameters(shape: DecoderShape) -> dict:
     "Parameters of the LM decoder in closed form, by what they belong to."
     form, h, v = FORMS[shape.family], shape.hidden, shape.vocab
@@ -128,7 +130,7 @@ def decoder_parameters(shape: DecoderShape) -> dict:
     counts["norms"] += form.norm_vectors * h
     return counts | {"embedding": v * h, "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v}
 
-# %% ../nbs/19_cost.ipynb #cell-022
+# %% ../nbs/19_cost.ipynb #cell-023
 @dataclass(frozen=True)
 class Tower:
     "What a vision tower's parameter count depends on besides its widths."
@@ -145,7 +147,7 @@ TOWERS = {
     "internvl_vision": Tower(class_token=True, patch_bias=True, outer_norms=0, branch_scales=2),
 }
 
-# %% ../nbs/19_cost.ipynb #cell-023
+# %% ../nbs/19_cost.ipynb #cell-025
 def _tower(vision) -> Tower:
     "The row of a vision config, or an error that says what to add."
     if vision.model_type in TOWERS: return TOWERS[vision.model_type]
@@ -162,7 +164,7 @@ def patches(vision: PreTrainedConfig) -> int:
     "Patches of one image (or one tile); the rim that fills no patch is cropped."
     return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
 
-# %% ../nbs/19_cost.ipynb #cell-024
+# %% ../nbs/19_cost.ipynb #cell-027
 def vision_parameters(config: PreTrainedConfig, # of the MLLM
                       ) -> int:
     "Parameters of the vision tower in closed form."
@@ -175,7 +177,7 @@ def vision_parameters(config: PreTrainedConfig, # of the MLLM
     head = (4 * c * c + 4 * c + mlp + 3 * c) if row.head_key and getattr(v, row.head_key, True) else 0
     return embed + v.num_hidden_layers * layer + row.outer_norms * 2 * c + head
 
-# %% ../nbs/19_cost.ipynb #cell-026
+# %% ../nbs/19_cost.ipynb #cell-029
 def projector_parameters(config: PreTrainedConfig, # of the MLLM
                          ) -> int:
     "Parameters of the two-layer projector in closed form."
@@ -193,7 +195,7 @@ def closed_parameters(config: PreTrainedConfig, # of an MLLM or a plain LM
     lm = sum(decoder_parameters(shape or shape_of_config(config)).values())
     return {"vision": vision_parameters(config) if sees else 0, "projector": projector_parameters(config) if sees else 0, "lm": lm}
 
-# %% ../nbs/19_cost.ipynb #cell-030
+# %% ../nbs/19_cost.ipynb #cell-033
 def published_sizes() -> pd.DataFrame: # one row per model and part
     "Sizes as the study prints them beside the closed form."
     printed = pd.read_csv(files("mllm_compress") / "published" / "models.csv").set_index("model")
@@ -205,7 +207,7 @@ def published_sizes() -> pd.DataFrame: # one row per model and part
         rows += [dict(model=name, part=part, printed=printed.loc[name, column], closed_form=counts[part]) for part, column in columns.items()]
     return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
-# %% ../nbs/19_cost.ipynb #cell-036
+# %% ../nbs/19_cost.ipynb #cell-039
 def decoder_flops(shape: DecoderShape,
                   tokens: int, # T, run in this pass
                   cached: int = 0, # S, already in the cache
@@ -218,7 +220,7 @@ def decoder_flops(shape: DecoderShape,
     pairs = tokens * (tokens + cached)
     return batch * (2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab)
 
-# %% ../nbs/19_cost.ipynb #cell-038
+# %% ../nbs/19_cost.ipynb #cell-041
 def vision_flops(config: PreTrainedConfig, # of the MLLM
                  images: int = 1, # or tiles
                  ) -> dict:
@@ -238,7 +240,7 @@ def image_tokens(config: PreTrainedConfig) -> int:
     keeps_class_token = _tower(config.vision_config).class_token and config.vision_feature_select_strategy == "full"
     return patches(config.vision_config) // fold + keeps_class_token
 
-# %% ../nbs/19_cost.ipynb #cell-040
+# %% ../nbs/19_cost.ipynb #cell-043
 def example_inputs(model: PreTrainedModel, # an MLLM or a plain LM, on any device
                    text_tokens: int = 64, # besides the image's
                    images: int = 1, # per sequence; none for a plain LM
@@ -251,7 +253,7 @@ def example_inputs(model: PreTrainedModel, # an MLLM or a plain LM, on any devic
     pixels = torch.zeros(batch * images, 3, _side(vision.image_size), _side(vision.image_size), device=model.device, dtype=model.dtype)
     return {"input_ids": torch.cat([marker, text + (model.config.image_token_id == 0)], 1), "pixel_values": pixels}
 
-# %% ../nbs/19_cost.ipynb #cell-042
+# %% ../nbs/19_cost.ipynb #cell-045
 def forward(model: PreTrainedModel, # on any device, meta included
             inputs: dict, # of the forward pass
             **kwargs): # more of them
@@ -259,7 +261,7 @@ def forward(model: PreTrainedModel, # on any device, meta included
     switch = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"} if model.device.type == "meta" else {}
     with patch.dict(os.environ, switch): return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
 
-# %% ../nbs/19_cost.ipynb #cell-047
+# %% ../nbs/19_cost.ipynb #cell-050
 def kv_bytes_per_token(shape: DecoderShape,
                        itemsize: int = 2, # bytes of one number
                        ) -> int:
@@ -271,7 +273,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     "Bytes of all weights, shared ones once: memory when loaded, and disk less a header."
     return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
 
-# %% ../nbs/19_cost.ipynb #cell-051
+# %% ../nbs/19_cost.ipynb #cell-054
 class LiveBytes(TorchDispatchMode):
     "Adds up the bytes of tensors made while it is active and still alive; `peak` is the most there were."
 
@@ -297,7 +299,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
         self.known.pop(key, None)
 
-# %% ../nbs/19_cost.ipynb #cell-052
+# %% ../nbs/19_cost.ipynb #cell-056
 def peak_memory(call, # function without arguments
                 device: str | torch.device = "cpu", # where it runs; meta too
                 ) -> int:
@@ -311,7 +313,36 @@ def peak_memory(call, # function without arguments
     with LiveBytes() as live: call()
     return live.peak
 
-# %% ../nbs/19_cost.ipynb #cell-058
+# %% ../nbs/19_cost.ipynb #cell-062
+def _trainable(student: PreTrainedModel, config: RecoveryConfig) -> PreTrainedModel:
+    "A copy in which that is trained which the config says."
+    model = copy.deepcopy(student).requires_grad_(False)
+    parts = anatomy(model)
+    if config.lora: add_lora(model, dict(config.lora))
+    elif config.train == "projector+lm": [part.requires_grad_(True) for part in (parts.decoder, parts.lm_head)]
+    parts.projector.requires_grad_(True)
+    if config.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+# %% ../nbs/19_cost.ipynb #cell-064
+def recovery_memory(student: PreTrainedModel, # an MLLM on the meta device, pruned or not, in the dtype of training
+                    config: RecoveryConfig, # what is trained, with which batch and checkpointing
+                    teacher: PreTrainedModel | None = None, # if it stays loaded while training
+                    text_tokens: int = 64,
+                    ) -> dict: # bytes of "weights", "teacher", "optimizer", "step" and "total"
+    "Bytes at the peak of one recovery step, by purpose, from a dry run without data."
+    if student.device.type != "meta": raise ValueError(f"the dry run needs a model on the meta device, not on {student.device}; build it there or call .to('meta') on a copy")
+    model = _trainable(student, config)
+    model.set_attn_implementation("eager")
+    inputs = example_inputs(student, text_tokens, batch=-(-config.batch_size // config.passes))
+    inputs |= {"labels": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
+    step = peak_memory(lambda: forward(model, inputs, logits_to_keep=0, use_cache=False).loss.backward(), "meta")
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    beside = 0 if teacher is None else weight_bytes(teacher) - weight_bytes(anatomy(teacher).vision_tower)
+    needed = {"weights": weight_bytes(model), "teacher": beside, "optimizer": moments, "step": step}
+    return needed | {"total": sum(needed.values())}
+
+# %% ../nbs/19_cost.ipynb #cell-068
 @dataclass(frozen=True)
 class Timing:
     "Seconds of repeated calls, warm-up excluded."
@@ -339,7 +370,7 @@ def time_call(call, # function without arguments
         seconds.append(time.perf_counter() - start)
     return Timing(tuple(seconds[warmup:]))
 
-# %% ../nbs/19_cost.ipynb #cell-060
+# %% ../nbs/19_cost.ipynb #cell-070
 @torch.no_grad()
 def latency(model: PreTrainedModel, # on the device to be measured
             inputs: dict, # as the model takes them, without padding
@@ -356,7 +387,7 @@ def latency(model: PreTrainedModel, # on the device to be measured
     clock = dict(repeats=repeats, warmup=warmup, device=model.device)
     return {"prefill": time_call(prefill, **clock), "decode": time_call(decode, **clock)}
 
-# %% ../nbs/19_cost.ipynb #cell-064
+# %% ../nbs/19_cost.ipynb #cell-074
 UNITS = {"": 1, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 
 
@@ -369,7 +400,7 @@ def _readable(value: float, unit: str) -> str:
     name, scale = [(n, s) for n, s in UNITS.items() if value >= s or s == 1][-1]
     return f"{value / scale:.2f} {name}".strip() if scale > 1 else f"{value:.0f}"
 
-# %% ../nbs/19_cost.ipynb #cell-065
+# %% ../nbs/19_cost.ipynb #cell-076
 @dataclass(frozen=True)
 class CostReport:
     "What a model costs; prints as a table, `to_frame()` for everything."
@@ -395,7 +426,7 @@ class CostReport:
         lines = [f"{q:<21}{p:<11}{_readable(v, u):>16}  {' = '.join(found)}" for (q, p, v, u), found in sources.items()]
         return "\n".join([self.title, "  ".join(f"{k} {v}" for k, v in self.setting.items()), *lines])
 
-# %% ../nbs/19_cost.ipynb #cell-067
+# %% ../nbs/19_cost.ipynb #cell-078
 def _counted_rows(model, shape, inputs) -> list:
     "Rows that need no clock and no forward pass."
     closed, measured = closed_parameters(model.config, shape), part_parameters(model)
@@ -411,7 +442,7 @@ def _counted_rows(model, shape, inputs) -> list:
                    ("KV cache of prompt", "total", per_token * prompt * batch, "byte", "closed form"),
                    ("weights", "total", weight_bytes(model), "byte", "measured")]
 
-# %% ../nbs/19_cost.ipynb #cell-069
+# %% ../nbs/19_cost.ipynb #cell-080
 def _prompt_tokens(processor, question: str = "What is shown in the picture?") -> int:
     "Text tokens of a short question in the processor's chat template."
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -8,9 +8,10 @@ from transformers import AutoModelForImageTextToText
 
 from mllm_compress.anatomy import part_parameters
 from mllm_compress.cost import (FORMS, REAL_MODELS, CostReport, closed_parameters, cost_report, decoder_flops, example_inputs,
-                                forward, image_tokens, kv_bytes_per_token, latency, peak_memory, published_sizes, real_config,
+                                forward, image_tokens, kv_bytes_per_token, latency, peak_memory, published_sizes, real_config, recovery_memory,
                                 shape_of_config, shape_of_model, time_call, vision_flops, weight_bytes)
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.recovery import RecoveryConfig
 from mllm_compress.scores import LayerScores, WidthScores
 
 
@@ -124,6 +125,20 @@ def test_peak_memory_is_the_same_on_meta(tiny_llava):
     model.set_attn_implementation("eager")
     run = lambda m: peak_memory(lambda: forward(m, example_inputs(m)), m.device)
     with torch.no_grad(): assert run(model) == pytest.approx(run(copy.deepcopy(model).to("meta")), rel=0.02)
+
+
+def test_recovery_memory_by_purpose(tiny_llava):
+    model = copy.deepcopy(tiny_llava[0]).to("meta")
+    projector = RecoveryConfig(train="projector", batch_size=2)
+    needs = recovery_memory(model, projector, teacher=model)
+    parts = part_parameters(model)
+    assert needs["weights"] == 4 * sum(parts.values()) and needs["optimizer"] == 8 * parts["projector"]
+    assert needs["teacher"] == 4 * (parts["projector"] + parts["lm"]) and needs["total"] == sum(needs[k] for k in ("weights", "teacher", "optimizer", "step"))
+    step = lambda **kw: recovery_memory(model, RecoveryConfig(**{"train": "projector", "batch_size": 2} | kw))["step"]
+    assert step(batch_size=4, passes=2) == step() < step(batch_size=4) and step(gradient_checkpointing=True) < step()
+    assert recovery_memory(model, RecoveryConfig(train="projector+lm", lora={"r": 4}))["optimizer"] < recovery_memory(model, RecoveryConfig())["optimizer"] == 8 * (parts["projector"] + parts["lm"])
+    assert not any(p.grad is not None for p in model.parameters())
+    with pytest.raises(ValueError, match="meta device"): recovery_memory(tiny_llava[0], projector)
 
 
 def test_latency_and_report(tiny_llava):
