@@ -96,6 +96,8 @@ def tiny_model(family: str,      # "llava" or "bunny"
                **kwargs,         # further arguments of tiny_config
               ) -> LlavaForConditionalGeneration:
     "A tiny model with fresh weights."
-    model = LlavaForConditionalGeneration(tiny_config(family, layers, **kwargs))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # the tower's class and patch embeddings keep the library's draw
+        model = LlavaForConditionalGeneration(tiny_config(family, layers, **kwargs))
     init_weights(model, layers, seed)
     return model.eval()
