@@ -219,3 +219,37 @@ def test_recomputed_average_of_a_printed_row():
     original = published().iloc[0]
     names = ["mmmu", "sqa", "mathvista", "ai2d", "mme_cognition", "mme_perception", "pope", "docvqa", "gqa"]
     assert row.avg_percent == pytest.approx(100 * np.mean([row[n] / original[n] for n in names]))
+
+
+@pytest.fixture(scope="module")
+def tiny_internvl():
+    "A random InternVL with a Phi-3 decoder: an image becomes several tiles between a start and an end token."
+    from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
+    from mllm_compress.tiny import tiny_tokenizer
+    names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                        unk_token="<unk>", extra_special_tokens=names)
+    template = ("{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ c.text }}{% endif %}"
+                "{% endfor %} {% endfor %}ASSISTANT:")
+    images = GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=3)
+    processor = InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=4, chat_template=template)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": [32, 32], "patch_size": [8, 8]}
+    text = {"model_type": "phi3", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    config = InternVLConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), downsample_ratio=.5)
+    model = InternVLForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(4 if p.ndim > 1 else 1)  # so that answers depend on what is asked
+    return model, processor
+
+
+def test_images_in_tiles(tiny_internvl):
+    model, processor = tiny_internvl
+    wide = [q.images[0].resize((128, 64)) for q in load_questions("scenes/open", "test", 4)]
+    questions = [Question(str(n), q.prompt, q.answer, (image,), q.candidates) for n, image in enumerate(wide + [load_questions("scenes/open", "test", 4)[0].images[0]])
+                 for q in load_questions("scenes/open", "test", 3)]
+    answers = ask(model, processor, questions, 4)
+    assert [a.text for a in answers] == [generated(model, processor, q, 4) for q in questions]
+    assert answers == ask(model, processor, questions, 4, batch_size=1) and len({a.text for a in answers}) > 1
+    assert [len(s.features) for s in generation.look(model, processor, [wide[0], wide[0].resize((64, 64))])] == [3, 1]  # two tiles and an overview
