@@ -101,17 +101,21 @@ class Targets:
         rows = [self.image[i] for i in index if self.image[i] is not None]
         return self.features[torch.tensor(rows)] if rows else None
 
-    def batch_states(self, index: list) -> dict:
-        "The teacher's states at the answer positions of these samples, in their order."
-        rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
-        return {name: state[rows] for name, state in self.states.items()}
-
 # %% ../nbs/13a_targets.ipynb #cell-017
+def _batch_states(self, index: list) -> dict: # samples -> each state [answer positions, hidden]
+    "The teacher's states at the answer positions of these samples, in their order."
+    rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
+    return {name: state[rows] for name, state in self.states.items()}
+
+
+Targets.batch_states = _batch_states
+
+# %% ../nbs/13a_targets.ipynb #cell-019
 def image_key(sample: dict):
     "What tells images apart: the path and, for mixed data, the set it came from; None without an image."
     return None if sample.get("image") is None else (sample.get("source"), sample["image"])
 
-# %% ../nbs/13a_targets.ipynb #cell-018
+# %% ../nbs/13a_targets.ipynb #cell-020
 @torch.no_grad()
 def compute_targets(
     model: nn.Module,            # the teacher; or the student, if only features are wanted
@@ -138,7 +142,7 @@ def compute_targets(
     return Targets(torch.cat(features) if features else None, [rows.get(image_key(data[i])) for i in range(n)],
                    {name: torch.cat(state) for name, state in states.items()}, first)
 
-# %% ../nbs/13a_targets.ipynb #cell-020
+# %% ../nbs/13a_targets.ipynb #cell-022
 def _new_rows(keys: list, rows: dict) -> list:
     "Positions, among a part's images, of those not met before; `rows` is extended by them."
     fresh = []
@@ -148,7 +152,7 @@ def _new_rows(keys: list, rows: dict) -> list:
             fresh.append(place)
     return fresh
 
-
+# %% ../nbs/13a_targets.ipynb #cell-024
 def _answer_states(parts: Anatomy, batch: dict, features, states: dict) -> torch.Tensor:
     "Append the states at the answer positions to `states`; how many each sample has."
     mask, _ = answer_positions(batch["labels"])
@@ -156,12 +160,12 @@ def _answer_states(parts: Anatomy, batch: dict, features, states: dict) -> torch
     for name in states: states[name].append(found[name][mask].cpu())
     return mask.sum(1).cpu()
 
-
+# %% ../nbs/13a_targets.ipynb #cell-026
 def _size(features: list, states: dict) -> int:
     "Bytes in lists of tensors."
     return sum(t.nbytes for tensors in (features, *states.values()) for t in tensors)
 
-# %% ../nbs/13a_targets.ipynb #cell-024
+# %% ../nbs/13a_targets.ipynb #cell-030
 def weights_hash(
     *modules: nn.Module,
 ) -> str:
@@ -173,7 +177,7 @@ def weights_hash(
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/13a_targets.ipynb #cell-025
+# %% ../nbs/13a_targets.ipynb #cell-031
 @dataclass
 class TargetCache:
     "Targets by key: bounded in memory, optionally on disk."
@@ -191,7 +195,7 @@ class TargetCache:
         while len(self.held) > 1 and sum(t.nbytes for t in self.held.values() if t) > self.limit: self.held.popitem(last=False)
         return self.held[key]
 
-# %% ../nbs/13a_targets.ipynb #cell-027
+# %% ../nbs/13a_targets.ipynb #cell-033
 def _write(targets: Targets, path: Path):
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +206,7 @@ def _write(targets: Targets, path: Path):
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
     partial.replace(path)
 
-
+# %% ../nbs/13a_targets.ipynb #cell-035
 def _read(path: Path) -> Targets:
     "The targets of a file."
     tensors = load_file(path)
@@ -210,5 +214,5 @@ def _read(path: Path) -> Targets:
     return Targets(tensors.get("features"), [None if row < 0 else row for row in tensors["image"].tolist()],
                    {name(k): v for k, v in tensors.items() if k.startswith("state.")}, tensors["first"])
 
-# %% ../nbs/13a_targets.ipynb #cell-030
+# %% ../nbs/13a_targets.ipynb #cell-038
 CACHE = TargetCache()

@@ -45,17 +45,21 @@ class Batches(Sampler):
 
     def set_epoch(self, epoch: int): self.epoch = epoch
 
-    def __len__(self): return max(1, self._last_full()) * self.passes
-
-    def _last_full(self) -> int:
-        "Steps per epoch; a rest too small to be split is added to the batch before it."
-        return len(self.lengths) // self.batch_size + (len(self.lengths) % self.batch_size >= self.pieces)
+    def __len__(self): return self.steps_per_epoch() * self.passes
 
 # %% ../nbs/13b_trainer.ipynb #cell-006
+def _steps_per_epoch(self) -> int:
+    "Optimiser steps in an epoch."
+    return max(1, len(self.lengths) // self.batch_size + (len(self.lengths) % self.batch_size >= self.pieces))
+
+
+Batches.steps_per_epoch = _steps_per_epoch
+
+# %% ../nbs/13b_trainer.ipynb #cell-008
 def _steps(self) -> list:
     "The optimiser's batches of this epoch."
     rng = np.random.default_rng((self.seed, self.epoch))
-    order, n = rng.permutation(len(self.lengths)), max(1, self._last_full())
+    order, n = rng.permutation(len(self.lengths)), self.steps_per_epoch()
     if len(set(self.lengths.tolist())) > 1:
         group = 50 * self.batch_size
         order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in
@@ -64,19 +68,22 @@ def _steps(self) -> list:
     return [steps[i] for i in rng.permutation(n)]
 
 
+Batches.steps = _steps
+
+# %% ../nbs/13b_trainer.ipynb #cell-010
 def _iterate(self):
     for step in self.steps():
         yield from (piece.tolist() for piece in np.array_split(step, self.pieces)[self.rank * self.passes:][:self.passes])
 
 
-Batches.steps, Batches.__iter__ = _steps, _iterate
+Batches.__iter__ = _iterate
 
-# %% ../nbs/13b_trainer.ipynb #cell-009
+# %% ../nbs/13b_trainer.ipynb #cell-013
 class Loader(DataLoader):
     "A loader that passes the epoch on to its batches."
     def set_epoch(self, epoch: int): self.batch_sampler.set_epoch(epoch)
 
-# %% ../nbs/13b_trainer.ipynb #cell-011
+# %% ../nbs/13b_trainer.ipynb #cell-015
 class Student(nn.Module):
     "A model in training: batch, image features and the teacher's tensors -> loss terms."
     accepts_loss_kwargs, loss_type = True, "ForCausalLM"
@@ -100,20 +107,25 @@ class Student(nn.Module):
         "Gradient checkpointing, as the Trainer asks for it."
         self.parts.model.activation_checkpointing_enable(**kwargs)
 
-    def forward(self, batch, features, teacher, counts):
-        wanted = tuple(dict.fromkeys(["final", *(s for s, _ in self.pairs)]))
-        states = decoder_states(self.parts, batch, features, wanted)
-        terms = loss_terms(self.losses, self.tensors(states, batch, teacher), counts, self.positions)
-        if features is None:  # a batch without images leaves the projector unused; its gradient is zero, not missing
-            terms = terms + 0 * sum(p.sum() for p in self.parts.projector.parameters()) if self.parts.projector else terms
-        return terms
+# %% ../nbs/13b_trainer.ipynb #cell-017
+def _forward(self, batch: dict, features, teacher: dict, counts: torch.Tensor) -> torch.Tensor: # [losses]
+    "The terms of the loss."
+    wanted = tuple(dict.fromkeys(["final", *(s for s, _ in self.pairs)]))
+    states = decoder_states(self.parts, batch, features, wanted)
+    terms = loss_terms(self.losses, self.tensors(states, batch, teacher), counts, self.positions)
+    if features is None and self.parts.projector is not None:
+        terms = terms + 0 * sum(p.sum() for p in self.parts.projector.parameters())
+    return terms
 
-# %% ../nbs/13b_trainer.ipynb #cell-013
+
+Student.forward = _forward
+
+# %% ../nbs/13b_trainer.ipynb #cell-019
 def _where(labels: torch.Tensor, positions: str) -> torch.Tensor: # [batch, tokens] bool
     "Where distillation compares: at the answers or everywhere."
     return answer_positions(labels)[0] if positions == "answer" else torch.ones_like(labels, dtype=torch.bool)
 
-
+# %% ../nbs/13b_trainer.ipynb #cell-021
 def _tensors(self, states: dict, batch: dict, teacher: dict) -> dict:
     "The tensors that the losses are functions of, by name."
     (answers, targets), where = answer_positions(batch["labels"]), _where(batch["labels"], self.positions)
@@ -129,7 +141,7 @@ def _tensors(self, states: dict, batch: dict, teacher: dict) -> dict:
 
 Student.tensors = _tensors
 
-# %% ../nbs/13b_trainer.ipynb #cell-015
+# %% ../nbs/13b_trainer.ipynb #cell-023
 class TeacherSide:
     "Image features and the teacher's tensors for a batch."
     def __init__(self,
@@ -142,27 +154,36 @@ class TeacherSide:
         self.wanted = tuple(dict.fromkeys(t for _, t in student.pairs)) if teacher is not None else ()
         self.parts = anatomy(teacher) if teacher is not None else None
 
-    @torch.no_grad()
-    def __call__(self, batch: dict, index: list) -> tuple: # features or None, dict of teacher tensors
-        device = batch["input_ids"].device
-        if self.targets is not None: features = self.targets.batch_features(index)
-        else: features = image_features(self.tower, batch["pixel_values"]) if "pixel_values" in batch else None
-        features = None if features is None else features.to(device)
-        if self.teacher is None: return features, {}
-        if self.targets is not None and self.targets.states: states = self.targets.batch_states(index)
-        else:
-            where, found = _where(batch["labels"], self.student.positions), decoder_states(self.parts, batch, features, ("final", *self.wanted))
-            states = {name: state[where] for name, state in found.items()}
-        return features, self.tensors({name: state.to(device) for name, state in states.items()})
+# %% ../nbs/13b_trainer.ipynb #cell-025
+@torch.no_grad()
+def _call(self, batch: dict, index: list) -> tuple: # features or None, dict of teacher tensors
+    "What the student is given."
+    device = batch["input_ids"].device
+    if self.targets is not None: features = self.targets.batch_features(index)
+    else: features = image_features(self.tower, batch["pixel_values"]) if "pixel_values" in batch else None
+    features = None if features is None else features.to(device)
+    if self.teacher is None: return features, {}
+    if self.targets is not None and self.targets.states: states = self.targets.batch_states(index)
+    else:
+        where, found = _where(batch["labels"], self.student.positions), decoder_states(self.parts, batch, features, ("final", *self.wanted))
+        states = {name: state[where] for name, state in found.items()}
+    return features, self.tensors({name: state.to(device) for name, state in states.items()})
 
-    def tensors(self, states: dict) -> dict:
-        "The teacher's tensors that the losses need."
-        found = {}
-        if "teacher_hidden" in self.student.needs: found["teacher_hidden"] = torch.cat([states[t] for _, t in self.student.pairs], -1)
-        if "teacher_logits" in self.student.needs: found["teacher_logits"] = self.parts.lm_head(states["final"])
-        return found
 
-# %% ../nbs/13b_trainer.ipynb #cell-017
+TeacherSide.__call__ = _call
+
+# %% ../nbs/13b_trainer.ipynb #cell-027
+def _teacher_tensors(self, states: dict) -> dict:
+    "The teacher's tensors that the losses need."
+    found = {}
+    if "teacher_hidden" in self.student.needs: found["teacher_hidden"] = torch.cat([states[t] for _, t in self.student.pairs], -1)
+    if "teacher_logits" in self.student.needs: found["teacher_logits"] = self.parts.lm_head(states["final"])
+    return found
+
+
+TeacherSide.tensors = _teacher_tensors
+
+# %% ../nbs/13b_trainer.ipynb #cell-029
 @contextlib.contextmanager
 def complete_or_absent(
     folder: Path,
@@ -178,7 +199,7 @@ def complete_or_absent(
         partial.rename(folder)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/13b_trainer.ipynb #cell-020
+# %% ../nbs/13b_trainer.ipynb #cell-032
 def split_state(
     state: dict,  # an optimiser's state_dict
 ) -> tuple:       # tensors by "parameter.name", everything else
@@ -187,7 +208,7 @@ def split_state(
     rest = {i: {k: v for k, v in entry.items() if not torch.is_tensor(v)} for i, entry in state["state"].items()}
     return tensors, {"state": rest, "param_groups": state["param_groups"]}
 
-
+# %% ../nbs/13b_trainer.ipynb #cell-034
 def join_state(tensors: dict, rest: dict) -> dict:
     "The inverse of split_state."
     state = {int(i): dict(entry) for i, entry in rest["state"].items()}
@@ -196,7 +217,7 @@ def join_state(tensors: dict, rest: dict) -> dict:
         state[int(i)][name] = tensor
     return {"state": state, "param_groups": rest["param_groups"]}
 
-# %% ../nbs/13b_trainer.ipynb #cell-022
+# %% ../nbs/13b_trainer.ipynb #cell-036
 def random_state() -> dict:
     "State of Python's, NumPy's and torch's generators, fit for JSON."
     cuda = [s.numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
@@ -204,7 +225,7 @@ def random_state() -> dict:
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
             "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda}
 
-
+# %% ../nbs/13b_trainer.ipynb #cell-038
 def set_random_state(state: dict):
     "Put the generators back."
     tensor = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
@@ -214,7 +235,7 @@ def set_random_state(state: dict):
     torch.set_rng_state(tensor(state["torch"]))
     if torch.cuda.is_available() and state["cuda"]: torch.cuda.set_rng_state_all([tensor(s) for s in state["cuda"]])
 
-# %% ../nbs/13b_trainer.ipynb #cell-025
+# %% ../nbs/13b_trainer.ipynb #cell-041
 class NonFiniteLoss(FloatingPointError):
     "The loss or its gradient became infinite or not a number."
     def __init__(self, what: str, step: int, ids: list, folder):
@@ -222,7 +243,7 @@ class NonFiniteLoss(FloatingPointError):
         kept = f"The last good checkpoint is in {folder}." if folder else "No checkpoint was asked for (folder=)."
         super().__init__(f"{what} at step {step}, samples {ids}. {kept} Look at these samples, lower lr, or train in float32.")
 
-# %% ../nbs/13b_trainer.ipynb #cell-027
+# %% ../nbs/13b_trainer.ipynb #cell-043
 class RecoveryTrainer(Trainer):
     "A Trainer whose model is a Student and whose batches come with a TeacherSide."
     def __init__(self, *args, teacher_side: TeacherSide, batches, workers: int = 0, ids=None, kept: int = 2, desc=None, **kwargs):
@@ -238,15 +259,6 @@ class RecoveryTrainer(Trainer):
         return Loader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
                       num_workers=self.workers, persistent_workers=self.workers > 0)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        "What each loss is divided by: counts over all passes and processes of this step."
-        counts = torch.stack([count(batch["labels"]) for batch in batch_samples]).sum(0).to(device)
-        counts = self.accelerator.reduce(counts, "sum")
-        if not counts[0] and "answers" in {DIVISORS[self.model_of_run.positions][name] for name in self.model_of_run.losses}:
-            raise ValueError(f"step {self.state.global_step}: no supervised token in samples {self.batch_ids(batch_samples)}. "
-                             "Their answers are empty or cut off: check 'conversations' and max_length.")
-        return counts
-
     model_of_run = property(lambda self: self.teacher_side.student, doc="The Student, without what is wrapped around it.")
 
     def batch_ids(self, batches: list) -> list:
@@ -254,7 +266,20 @@ class RecoveryTrainer(Trainer):
         index = [i for batch in batches for i in batch["index"].tolist()]
         return [self.ids[i] for i in index] if self.ids else index
 
-# %% ../nbs/13b_trainer.ipynb #cell-029
+# %% ../nbs/13b_trainer.ipynb #cell-045
+def _count_items_in_batch(self, batch_samples, device):
+    "What each loss is divided by: counts over all passes and processes of this step."
+    counts = torch.stack([count(batch["labels"]) for batch in batch_samples]).sum(0).to(device)
+    counts = self.accelerator.reduce(counts, "sum")
+    if not counts[0] and "answers" in {DIVISORS[self.model_of_run.positions][name] for name in self.model_of_run.losses}:
+        raise ValueError(f"step {self.state.global_step}: no supervised token in samples {self.batch_ids(batch_samples)}. "
+                         "Their answers are empty or cut off: check 'conversations' and max_length.")
+    return counts
+
+
+RecoveryTrainer._get_num_items_in_batch = _count_items_in_batch
+
+# %% ../nbs/13b_trainer.ipynb #cell-047
 def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     self.current = inputs["index"].tolist()
     batch = {k: v for k, v in inputs.items() if k != "index"}
@@ -267,6 +292,9 @@ def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=
     return loss * self.accelerator.num_processes
 
 
+RecoveryTrainer.compute_loss = _compute_loss
+
+# %% ../nbs/13b_trainer.ipynb #cell-049
 def _stop(self, what: str):
     "Stop with the samples and the last good checkpoint named."
     found = checkpoints(self.args.output_dir)
@@ -280,6 +308,9 @@ def _clip_grad_norm(self, model):
     return norm
 
 
+RecoveryTrainer.stop, RecoveryTrainer._clip_grad_norm = _stop, _clip_grad_norm
+
+# %% ../nbs/13b_trainer.ipynb #cell-051
 def _log(self, logs: dict, start_time=None):
     "Add the terms to what every tracker receives."
     if "loss" in logs:
@@ -290,10 +321,9 @@ def _log(self, logs: dict, start_time=None):
     Trainer.log(self, logs, start_time)
 
 
-RecoveryTrainer.compute_loss, RecoveryTrainer.stop = _compute_loss, _stop
-RecoveryTrainer._clip_grad_norm, RecoveryTrainer.log = _clip_grad_norm, _log
+RecoveryTrainer.log = _log
 
-# %% ../nbs/13b_trainer.ipynb #cell-031
+# %% ../nbs/13b_trainer.ipynb #cell-053
 def checkpoints(
     folder,  # of a run
 ) -> list:   # of paths, oldest first
@@ -301,7 +331,7 @@ def checkpoints(
     found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").exists()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
-
+# %% ../nbs/13b_trainer.ipynb #cell-055
 def _save_checkpoint(self, model, trial):
     "Write everything that the rest of the run depends on, then drop the oldest."
     generators = gather_object([random_state()])
@@ -317,12 +347,18 @@ def _save_checkpoint(self, model, trial):
     for old in checkpoints(self.args.output_dir)[:-self.kept]: shutil.rmtree(old)
 
 
+RecoveryTrainer._save_checkpoint = _save_checkpoint
+
+# %% ../nbs/13b_trainer.ipynb #cell-057
 def _load_from_checkpoint(self, checkpoint, model=None):
     "Put the trained weights back."
     saved, trained = load_file(Path(checkpoint) / "weights.safetensors"), dict(self.model.named_parameters())
     for name, tensor in saved.items(): trained[name].data.copy_(tensor)
 
 
+RecoveryTrainer._load_from_checkpoint = _load_from_checkpoint
+
+# %% ../nbs/13b_trainer.ipynb #cell-059
 def _load_optimizer_and_scheduler(self, checkpoint):
     "Put optimiser and schedule back."
     if checkpoint is None: return
@@ -331,6 +367,9 @@ def _load_optimizer_and_scheduler(self, checkpoint):
     self.lr_scheduler.load_state_dict(state["schedule"])
 
 
+RecoveryTrainer._load_optimizer_and_scheduler = _load_optimizer_and_scheduler
+
+# %% ../nbs/13b_trainer.ipynb #cell-061
 def _load_rng_state(self, checkpoint):
     "Put the random generators back."
     if checkpoint is None: return
@@ -338,10 +377,9 @@ def _load_rng_state(self, checkpoint):
     set_random_state(generators[self.args.process_index % len(generators)])
 
 
-RecoveryTrainer._save_checkpoint, RecoveryTrainer._load_from_checkpoint = _save_checkpoint, _load_from_checkpoint
-RecoveryTrainer._load_optimizer_and_scheduler, RecoveryTrainer._load_rng_state = _load_optimizer_and_scheduler, _load_rng_state
+RecoveryTrainer._load_rng_state = _load_rng_state
 
-# %% ../nbs/13b_trainer.ipynb #cell-033
+# %% ../nbs/13b_trainer.ipynb #cell-063
 class Progress(TrainerCallback):
     "One bar per run, on the main process."
     def __init__(self, desc: str): self.desc, self.bar = desc, None
@@ -358,7 +396,7 @@ class Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None: self.bar.close()
 
-# %% ../nbs/13b_trainer.ipynb #cell-035
+# %% ../nbs/13b_trainer.ipynb #cell-065
 def indexed(
     collate,  # samples -> batch dict
 ):
