@@ -20,10 +20,9 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .anatomy import anatomy, part_parameters
 from .convert import REAL_MODELS, real_config
