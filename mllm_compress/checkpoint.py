@@ -6,7 +6,7 @@
 __all__ = ['TWINS', 'MANIFEST', 'PLAN', 'CARD', 'LOADING', 'PRUNED_TYPE', 'VARIANT', 'widths', 'shrink', 'shell', 'twin_config',
            'roomy_configs', 'fitting_shell', 'sha256', 'manifest_checksum', 'write_manifest', 'read_manifest',
            'fault_of', 'verify', 'card_section', 'model_card', 'atomic_folder', 'check_describes', 'hide_config',
-           'save_pruned', 'shrunken', 'class_named', 'own_memory', 'load_strictly', 'load_pruned']
+           'save_pruned', 'shrunken', 'class_named', 'own_memory', 'load_strictly', 'load_processor', 'load_pruned']
 
 # %% ../nbs/12_checkpoint.ipynb #cell-003
 import copy
@@ -332,6 +332,18 @@ def load_strictly(
     return model
 
 # %% ../nbs/12_checkpoint.ipynb #cell-054
+def load_processor(
+    folder: Path, # written by save_pruned
+    name: str | None, # its class, from the manifest
+):
+    "The processor of a checkpoint, or None."
+    if name is None: return None
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try: return class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
+    finally: transformers.logging.set_verbosity(level)
+
+# %% ../nbs/12_checkpoint.ipynb #cell-056
 def load_pruned(
     folder, # written by save_pruned
     device="cpu", # the weights go there directly
@@ -342,8 +354,7 @@ def load_pruned(
     "(model, processor or None, plan) from a checkpoint of `save_pruned`, strictly."
     folder = Path(folder)
     manifest = verify(folder) if check_files else read_manifest(folder)
-    plan, name = PruningPlan.from_json((folder / PLAN).read_text()), manifest["processor_class"]
+    plan = PruningPlan.from_json((folder / PLAN).read_text())
     if str(device) != "cpu": options["device_map"] = device
     model = load_strictly(folder, manifest, plan, dtype=dtype or "auto", **options)
-    processor = name and class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
-    return own_memory(model).eval(), processor, plan
+    return own_memory(model).eval(), load_processor(folder, manifest["processor_class"]), plan
