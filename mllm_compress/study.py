@@ -211,6 +211,9 @@ def run(cells: list,               # of Cell
             bar.set_postfix_str(describe(cell), refresh=False)
             bar.update()
             if word == "failed": errors[cell] = message
+    for cell in missing:
+        if cell not in errors and store.read(results, name_of(cell, profile)) is None:
+            errors[cell] = "its result has another name: code, data or model changed while the study ran; run it again"
     if not quiet: summarise(distinct, missing, errors, profile, results)
     return frame_of(cells, profile, results, errors)
 
