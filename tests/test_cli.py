@@ -21,7 +21,7 @@ def test_models_are_listed():
 
 @pytest.mark.parametrize("args, says", [
     (("study", "--profile", "huge"), "use quick, smoke, tiny"),
-    (("study", "--profile", "smoke", "--only", "99_none"), "use 00_teachers, 01_models" if Path("nbs/study/00_teachers.ipynb").exists() else "01_models"),
+    (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
     (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "ratio=[0.3]", "--dry-run"), "ratios: list = []"),
     (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=0", "--dry-run"), "seeds must be of type list"),
     (("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
