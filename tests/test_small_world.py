@@ -132,6 +132,14 @@ def test_fractions_are_nested_and_follow_the_seed():
         with pytest.raises(ValueError, match="fraction"): d.fraction(f)
 
 
+def test_every_entry_has_a_question_and_entries_are_made_late():
+    small = data.small_data(n=3000)
+    assert all(data.turns(e) for e in small.samples)
+    assert len({e["scene"] for e in small.samples if "scene" in e}) == 3000
+    part = small.fraction(.02, seed=3)
+    assert part.hash == small.fraction(.02, seed=3).hash and {e["id"] for e in part.samples} <= {e["id"] for e in small.samples}
+
+
 def test_labels_are_the_answers_and_their_end():
     _, processor = zoo.load_model("smoke-llava")
     small = data.scene_data("validation", 3)
