@@ -180,3 +180,16 @@ def test_missing_and_unreadable_images_are_named(tmp_path):
 
 def test_conversations_must_alternate():
     with pytest.raises(ValueError, match="'7'.*alternate"): data.turns({"id": "7", "conversations": [{"from": "human", "value": "x"}]})
+
+
+def test_learning_rates_are_those_that_validation_chose():
+    import csv
+    from pathlib import Path
+
+    from mllm_compress.cells import load_profile
+    file = Path(__file__).parents[1] / "figures/quick/00_learning_rates-rates.csv"
+    used = {f"{train}/{losses}": rate for train, rates in load_profile("quick").learning_rates.items() for losses, rate in rates.items()}
+    found = {r["objective"]: r for r in csv.DictReader(file.open())}
+    assert used and set(used) <= set(found)
+    for objective, rate in used.items():
+        assert float(found[objective]["best rate"]) == rate and found[objective]["interior"] == "yes"
