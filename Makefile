@@ -1,6 +1,7 @@
 # make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
 # make test    all tests
 # make lab     the notebooks in JupyterLab
+# make readme  README.md from nbs/index.ipynb
 # make bench   speed and memory against the plain way
 # make clean   remove the environment and what can be regenerated (results in runs/ stay)
 
@@ -16,7 +17,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study test lab bench clean setup
+.PHONY: study test lab readme bench clean setup
 .DEFAULT_GOAL := study
 
 setup: $(READY)
@@ -37,6 +38,10 @@ test: $(READY)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs
+
+readme: $(READY)
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --execute --output-dir . --output README nbs/index.ipynb
+	@$(BIN)/python -c 'import pathlib; p = pathlib.Path("README.md"); p.write_text(p.read_text().replace("](../", "]("))'
 
 bench: $(READY)
 	@set -e; for script in bench/*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script $(BENCH_ARGS); done

@@ -125,8 +125,7 @@ class Verdict:
     def word(self) -> str:
         "The verdict on the claim as a whole."
         found = {word(e) for e in self.effects.values()}
-        if found == {WORDS[0]}: return WORDS[0]
-        return WORDS[1] if WORDS[1] in found and WORDS[0] not in found else WORDS[2]
+        return WORDS[1] if WORDS[1] in found else WORDS[0] if found == {WORDS[0]} else WORDS[2]
 
 # %% ../nbs/26_report.ipynb #cell-018
 def sentence(v: Verdict) -> str:
@@ -136,7 +135,8 @@ def sentence(v: Verdict) -> str:
         where = [f"{name} ({e:+1})" for name, e in v.effects.items() if word(e) == w]
         if where: parts.append(f"{w} for {'; '.join(where)}")
     details = ". ".join(p[0].upper() + p[1:] for p in parts) or "Nothing was measured"
-    return f"“{v.claim}” {v.word}. {details}. Differences in {v.unit} with 95 % intervals; {v.basis}."
+    share = f" ({sum(word(e) == WORDS[0] for e in v.effects.values())} of {len(v.effects)} settings)"
+    return f"“{v.claim}” {v.word}{share}. {details}. Differences in {v.unit} with 95 % intervals; {v.basis}."
 
 
 def _verdict_html(v: Verdict) -> str:

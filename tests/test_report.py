@@ -35,10 +35,10 @@ def test_verdict_follows_the_interval(bounds, word):
     assert v.word == word and word in sentence(v) and "n = 100" in sentence(v)
 
 
-def test_mixed_verdict_is_undecided_and_lists_all():
+def test_one_contradiction_refutes_a_claim_and_all_are_listed():
     yes, no = Estimate(2, 1, 3, 9, 1), Estimate(-2, -3, -1, 9, 1)
     text = sentence(Verdict("A beats B.", {"at 0.15": no, "at 0.60": yes}, ""))
-    assert "undecided" in text and "Holds for at 0.60 (+2.0 [1.0, 3.0])" in text and "Does not hold for at 0.15 (-2.0 [-3.0, -1.0])" in text
+    assert "does not hold (1 of 2 settings)" in text and "Holds for at 0.60 (+2.0 [1.0, 3.0])" in text and "Does not hold for at 0.15 (-2.0 [-3.0, -1.0])" in text
 
 
 def test_printed_numbers_come_with_the_package():

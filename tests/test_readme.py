@@ -1,0 +1,31 @@
+"""The README says what the index notebook says, and its numbers are those of the committed results."""
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_is_the_index_notebook():
+    readme = (ROOT / "README.md").read_text()
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "markdown":
+            for line in "".join(cell["source"]).replace("](../", "](").splitlines(): assert line in readme, line
+
+
+def test_readme_sentences_are_the_verdicts_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    for name in ("02_pruning-verdict", "06_best-verdict", "06_best-recovery"):
+        verdict = json.loads((ROOT / f"figures/quick/{name}.json").read_text())
+        assert verdict["sentence"] in readme
+
+
+def test_readme_points_at_files_that_exist():
+    import re
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        if "://" not in target: assert (ROOT / target).exists(), target
+
+
+def test_the_two_commands_are_in_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("study", "test"): assert f"make {target}" in (ROOT / "README.md").read_text() and f"\n{target}: " in makefile
