@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["mllm_compress", "mllm_compress.*"]),
     package_data={"mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "internvl": ["torchvision"]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -74,7 +74,7 @@ def advise(model: str,            # a model of the study, or any other
     if not known: text = f"{model} was not studied; this is what held for {source}, which has the same kind of decoder at best. "
     text += f"To remove {ratio:.0%}: {say(first)}. It kept {first.avg_percent:.1f} % [{first.low:.1f}, {first.high:.1f}] of the original."
     if len(rows) > 1:
-        d = difference(frame, source, *({k: r[k] for k in SETTING} for _, r in rows.iloc[:2].iterrows()))
+        d = difference(frame, source, *({k: r[k] for k in SETTING if k != "model"} for _, r in rows.iloc[:2].iterrows()))
         text += f" The next best, {say(rows.iloc[1])}, kept {d:+1} points less" + (", which is a tie at this scale." if d.low <= 0 else ".")
     if first.avg_percent < 80: text += " That is a heavy loss: consider a smaller model instead of pruning this far."
     shown = rows[["pruning", "requested_ratio", "achieved_ratio", "importance", "recovery", "train", "fraction", "avg_percent", "low", "high", "n", "seeds"]]

@@ -6,6 +6,7 @@
 __all__ = ['SHIPPED', 'MODELS', 'quiet_loading', 'load_strict', 'load_model']
 
 # %% ../nbs/02_zoo.ipynb #cell-002
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def load_model(name: str,            # a name of MODELS, a folder, or a hub id
     elif name in MODELS and (SHIPPED / name).is_dir(): model, processor = _load_folder(SHIPPED / name, dtype, False)
     elif folder.is_dir() and is_original_layout(folder): model, processor = load_original(folder, vision_tower, dtype=dtype)
     elif folder.is_dir(): _refuse_pickle(folder); model, processor = _load_folder(folder, dtype, trust_remote_code)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")): model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name): model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     else: raise _unknown(name)
     return model.to(device=device, dtype=dtype or model.dtype).eval(), processor
 

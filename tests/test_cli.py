@@ -53,3 +53,20 @@ def test_prune_refuses_a_ratio_that_is_none(tmp_path, monkeypatch):
     ask("score", "smoke-llava", "-o", "scores", "--samples", 4, "--scenes", 8)
     assert "ratio" in ask("prune", "smoke-llava", "-o", "small", "--scores", "scores", "--ratio", 1.0, code=2)
     assert not Path("small").exists()
+
+
+def test_advice_names_the_setting_that_kept_most(monkeypatch):
+    import numpy as np
+    import pandas as pd
+
+    from mllm_compress import advice
+
+    def made(pruning, ratio, worth):
+        return {"model": "m", "pruning": pruning, "ratio": ratio, "requested_ratio": ratio, "achieved_ratio": ratio, "importance": "x",
+                "recovery": "none", "train": "projector+lm", "fraction": 1.0, "seed": 0, "status": "done", "error": "", "profile": "p",
+                "benchmark": "b", "score": 100 * worth, "n": 200, "units": np.arange(200) < 200 * worth}
+    frame = pd.DataFrame([made("none", 0., 1.), made("layerwise", .3, .7), made("widthwise", .3, .9)])
+    monkeypatch.setattr(advice, "evidence", lambda profile: frame)
+    text = ask("advise", "--model", "m", "--ratio", ".3", "--no-training")
+    assert "prune widthwise" in text.split(".")[0] + text.split(".")[1] and "kept 90.0 %" in text and "+20.0" in text
+    assert "Nothing was studied within" in ask("advise", "--model", "m", "--ratio", ".8", "--no-training", code=2)

@@ -219,6 +219,7 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
 
 
 def test_internvl_processor(layouts, tmp_path):
+    pytest.importorskip("torchvision", reason="InternVL\'s processor of transformers needs it: pip install mllm_compress[internvl]")
     folder = copy_of(layouts, "internvl", tmp_path)
     (folder / "token_ids.json").unlink()
     tokenizer = toy_tokenizer("first", ["<unk>", "<s>", "</s>", "<|system|>", "<|end|>", "<|user|>", "<|assistant|>"], 311)

@@ -224,6 +224,7 @@ def test_recomputed_average_of_a_printed_row():
 @pytest.fixture(scope="module")
 def tiny_internvl():
     "A random InternVL with a Phi-3 decoder: an image becomes several tiles between a start and an end token."
+    pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it: pip install mllm_compress[internvl]")
     from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
     from mllm_compress.tiny import tiny_tokenizer
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}

@@ -94,7 +94,8 @@ def test_padding_side_does_not_change_the_answer(family):
 
 
 def test_unknown_model_names_the_known_ones():
-    with pytest.raises(ValueError, match="tiny-llava"): zoo.load_model("tiny-lava")
+    for name in ("tiny-lava", "no-such-folder/", "/no/such/folder", "./here"):
+        with pytest.raises(ValueError, match="tiny-llava"): zoo.load_model(name)
 
 
 def test_pickles_are_refused(tmp_path):
