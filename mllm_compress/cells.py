@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['IMPORTANCE', 'PROFILES', 'check_recovery', 'Cell', 'canonical', 'describe', 'Training', 'Calibration', 'Width',
-           'Evaluation', 'Profile', 'read_strictly', 'profile_names', 'load_profile']
+           'Evaluation', 'Slurm', 'Profile', 'located', 'read_strictly', 'profile_names', 'load_profile', 'asked']
 
 # %% ../nbs/21_cells.ipynb #cell-003
+import os
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import yaml
 
 from .losses import LOSSES
 from .recovery import TRAIN
+from .store import home
 
 # %% ../nbs/21_cells.ipynb #cell-005
 IMPORTANCE = {"none": ("none",),
@@ -107,8 +110,24 @@ class Evaluation:
     questions: int = 1000    # at most, per benchmark
     batch_size: int = 128
     split: str = "test"      # "validation" where something is tuned
+    root: str = ""           # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
 
 # %% ../nbs/21_cells.ipynb #cell-022
+@dataclass(frozen=True)
+class Slurm:
+    "What a job of the slurm executor asks for."
+    partition: str = ""          # empty: the cluster's default
+    minutes: float = 60          # per cell: scoring, pruning, evaluation
+    training_minutes: float = 0  # on top, for training on all of the data; a cell with a fraction asks for that fraction of it
+    gpus: int = 0                # per job, and so per cell: a job computes one cell at a time
+    cpus: int = 1
+    memory_gb: float = 8
+    cells_per_job: int = 1
+    jobs_at_once: int = 64       # of an array
+    setup: list = field(default_factory=list)    # shell lines before ours, as "module load cuda"
+    options: dict = field(default_factory=dict)  # further sbatch options, as submitit spells them: account, qos, constraint
+
+# %% ../nbs/21_cells.ipynb #cell-024
 @dataclass(frozen=True)
 class Profile:
     "One scale of the study: models, data, grid and budgets."
@@ -125,9 +144,19 @@ class Profile:
     evaluation: Evaluation
     learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}; what is not named: `recovery.LEARNING_RATES`
     printed: dict = field(default_factory=dict)  # model -> the paper's model of the same architecture
+    notebooks: dict = field(default_factory=dict)  # notebook -> {parameter: value}, where its grid is narrower or wider, see `asked`
     workers: int = 0   # processes at once; 0: one per core, or per GPU
+    folders: dict = field(default_factory=dict)  # model -> folder or hub id; a model not named here is loaded by its name
+    towers: dict = field(default_factory=dict)   # model -> folder of its vision tower, for original releases that come without one
+    slurm: Slurm = field(default_factory=Slurm)
 
-# %% ../nbs/21_cells.ipynb #cell-024
+# %% ../nbs/21_cells.ipynb #cell-026
+def located(path: str, # as a profile says it
+           ) -> Path:
+    "A profile's path on this machine."
+    return home() / Path(os.path.expandvars(path)).expanduser()
+
+# %% ../nbs/21_cells.ipynb #cell-029
 def _fits(value, kind) -> bool:
     "Whether a YAML value is of an annotated type; an int is a fine float, a bool is not a fine int."
     if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -153,7 +182,7 @@ def read_strictly(kind: type, # a dataclass
         else: raise ValueError(f"{where}: {name} must be of type {types[name].__name__}, not {value!r}.")
     return kind(**values)
 
-# %% ../nbs/21_cells.ipynb #cell-027
+# %% ../nbs/21_cells.ipynb #cell-032
 PROFILES = Path(str(files("mllm_compress"))) / "profiles"
 
 
@@ -172,7 +201,7 @@ def load_profile(name, # the name of a shipped profile, a path to a YAML file, o
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     return _checked(read_strictly(Profile, {"name": path.stem, **(data or {})}, f"profile {path.stem}"))
 
-# %% ../nbs/21_cells.ipynb #cell-029
+# %% ../nbs/21_cells.ipynb #cell-034
 def _checked(profile: Profile) -> Profile:
     "The profile, if its numbers can be used."
     for r in profile.ratios:
@@ -182,5 +211,24 @@ def _checked(profile: Profile) -> Profile:
     for train, rates in profile.learning_rates.items():
         _one_of("train", train, TRAIN)
         for recovery in rates: check_recovery(recovery)
+    for notebook, own in profile.notebooks.items():
+        if not isinstance(own, dict): raise ValueError(f"profile {profile.name}: notebooks, {notebook} must be a mapping of parameters, not {own!r}.")
+    for key in ("folders", "towers"):
+        if unknown := set(getattr(profile, key)) - set(profile.models): raise ValueError(
+            f"profile {profile.name}: {key} names {', '.join(sorted(unknown))}; the models are {', '.join(profile.models)}.")
     if not profile.models or not profile.seeds: raise ValueError(f"profile {profile.name}: models and seeds must not be empty.")
     return profile
+
+# %% ../nbs/21_cells.ipynb #cell-039
+def asked(profile: Profile,
+          notebook: str,        # as "04_distillation"
+          **given,              # its parameters, as they stand in its parameters cell
+         ) -> SimpleNamespace:  # the same, settled; ValueError for a parameter that it does not have, or of another type
+    "A notebook's parameters: as given, else as the profile says for this notebook, else as it says for all."
+    own = profile.notebooks.get(notebook, {})
+    for name, value in own.items():
+        if name not in given: raise ValueError(
+            f"profile {profile.name}: {notebook} has no parameter {name!r} that a profile may set; it has {', '.join(given)}.")
+        if not _fits(value, type(given[name])): raise ValueError(
+            f"profile {profile.name}: {notebook}, {name} must be of type {type(given[name]).__name__}, not {value!r}.")
+    return SimpleNamespace(**{name: value or own.get(name, getattr(profile, name, value)) for name, value in given.items()})

@@ -1,11 +1,13 @@
 """Tables, figures and verdicts say what the numbers say."""
 import json
-import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from mllm_compress import report, style
+from mllm_compress.cells import asked, load_profile, profile_names
 from mllm_compress.effects import Estimate
 from mllm_compress.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
 
@@ -77,3 +79,32 @@ def test_unknown_method_has_no_look():
 def test_labels_never_overlap():
     out = style.spread([50, 50, 50, 90], gap=5)
     assert sorted(out) == [45, 50, 55, 90]
+
+
+# ---- what a profile says about single notebooks
+
+QUICK = replace(load_profile("quick"), notebooks={"04_distillation": {"ratios": [0.6], "objectives": ["sft"]}})
+
+
+def test_given_parameters_come_before_the_profile_of_the_notebook_and_that_before_the_profile():
+    assert vars(asked(QUICK, "04_distillation", ratios=[], seeds=[], objectives=[])) == {"ratios": [0.6], "seeds": [0], "objectives": ["sft"]}
+    assert asked(QUICK, "04_distillation", ratios=[.3], objectives=[]).ratios == [.3]
+    assert asked(QUICK, "05_data", ratios=[], fractions=[]).fractions == QUICK.fractions
+
+
+@pytest.mark.parametrize("own, message", [({"ratio": [0.6]}, "04_distillation has no parameter 'ratio' that a profile may set; it has ratios, seeds"),
+                                          ({"ratios": 0.6}, "04_distillation, ratios must be of type list, not 0.6"), ({"seeds": True}, "must be of type list")])
+def test_a_profile_cannot_set_what_a_notebook_does_not_have(own, message):
+    with pytest.raises(ValueError, match=message): asked(replace(QUICK, notebooks={"04_distillation": own}), "04_distillation", ratios=[], seeds=[])
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_profiles_name_notebooks_that_exist(name):
+    there = {p.stem for p in (Path(__file__).parent.parent / "nbs/study").glob("*.ipynb")}
+    assert set(load_profile(name).notebooks) <= there
+
+
+def test_a_notebook_section_is_a_mapping(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((Path(__file__).parent.parent / "mllm_compress/profiles/smoke.yaml").read_text() + "notebooks: {06_best: true}\n")
+    with pytest.raises(ValueError, match="06_best must be a mapping of parameters, not True"): load_profile(path)
