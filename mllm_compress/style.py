@@ -28,6 +28,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY, WINE = "#000000 #E69F00 #56B4E
 
 LOOKS = {"dense": Look("original", BLACK, "*"),
          "layerwise": Look("layerwise", RED, "o"), "widthwise": Look("widthwise", BLUE, "s", (0, (5, 1.5))),
+         "uniform": Look("widthwise, uniform", SKY, "v", (0, (3, 1, 1, 1))), "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
          "best": Look("best practice", GREEN, "D"), "printed": Look("printed", GREY, "x", (0, (1, 1.5))),
          "projector": Look("projector only", ORANGE, "v", (0, (3, 1, 1, 1))), "projector+lm": Look("projector + LM", GREEN, "D"),
          "none": Look("no recovery", WINE, "<", (0, (5, 1.5))), "sft": Look("SFT", SKY, "o"),
