@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Table', 'to_markdown', 'to_latex', 'to_html', 'basis', 'word', 'Verdict', 'sentence', 'printed',
-           'retained_over_ratio', 'Report', 'Figure']
+           'score_table', 'retained_over_ratio', 'differences', 'Report', 'Figure']
 
 # %% ../nbs/26_report.ipynb #cell-003
 import html
@@ -14,12 +14,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
-from .cells import load_profile
+from .cells import Profile, load_profile
 from .effects import Estimate
 from .store import home, write_atomically
-from .style import label_ends, line, page, panels, use_style
+from .style import GREY, label_ends, line, look, page, panels, use_style
 
 # %% ../nbs/26_report.ipynb #cell-005
 @dataclass(frozen=True)
@@ -157,6 +158,17 @@ def printed(name: str, # models, pruning_without_recovery, best_compressed
     return pd.read_csv(folder / f"{name}.csv")
 
 # %% ../nbs/26_report.ipynb #cell-024
+def score_table(rows: pd.DataFrame,  # of `effects.summary`
+                setup: Profile,
+                *columns: str,       # that tell settings apart, beside model, ratio and pruning
+               ) -> pd.DataFrame:
+    "Settings as rows: where, how, and what was kept."
+    order = rows.assign(rank=rows.model.map(setup.models.index)).sort_values(["rank", "requested_ratio"], kind="stable")
+    order = order.assign(pruning=order.pruning.replace("none", "original"), requested=order.requested_ratio.map("{:.2f}".format),
+                         achieved=order.achieved_ratio.map("{:.3f}".format)).rename(columns={"avg_percent": "AVG-%"})
+    return order.reindex(columns=["model", "requested", "pruning", *columns, "achieved", *setup.evaluation.benchmarks, "AVG-%", "low", "high"])
+
+# %% ../nbs/26_report.ipynb #cell-027
 def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed models only
                         by: str,            # the column that tells the lines apart; its values are keys of style.LOOKS
                         value: str = "avg_percent",
@@ -178,7 +190,24 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 
-# %% ../nbs/26_report.ipynb #cell-027
+# %% ../nbs/26_report.ipynb #cell-030
+def differences(ax, effects: dict, # (ratio, method) -> Estimate
+               ) -> None:
+    "A dot with its interval for each method at each ratio, around the line of no difference."
+    ratios, methods = ([*dict.fromkeys(key[i] for key in effects)] for i in (0, 1))
+    ax.axhline(0, color=GREY, linewidth=1)
+    ends = {}
+    for k, method in enumerate(methods):
+        at = [(ratios.index(r) + .7 * ((k + .5) / len(methods) - .5), e) for (r, m), e in effects.items() if m == method]
+        x, found = [a for a, _ in at], [e for _, e in at]
+        y, m = np.array([e.value for e in found]), look(method)
+        ax.errorbar(x, y, [y - [e.low for e in found], [e.high for e in found] - y], color=m.color, marker=m.marker, linestyle="none", elinewidth=1.2)
+        ends[method] = x[-1], y[-1]
+    ax.set_xticks(range(len(ratios)), [f"{r:.2f}" for r in ratios])
+    ax.grid(axis="x", visible=False)
+    label_ends(ax, {m: end for m, end in ends.items() if end[1] == end[1]})
+
+# %% ../nbs/26_report.ipynb #cell-033
 @dataclass(frozen=True)
 class Report:
     "Where a study notebook leaves its tables, figures and verdicts."
@@ -191,7 +220,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{self.notebook}-{name}.{ending}"
 
-# %% ../nbs/26_report.ipynb #cell-029
+# %% ../nbs/26_report.ipynb #cell-035
 def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, digits: int = 1, once: tuple = ()) -> Table:
     "Write a table in all notations and return it to be shown."
     t = Table(frame, caption, best, digits, once)
@@ -202,7 +231,7 @@ def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, 
 
 Report.table = _table
 
-# %% ../nbs/26_report.ipynb #cell-031
+# %% ../nbs/26_report.ipynb #cell-037
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure and its caption, as a notebook shows it."
@@ -224,7 +253,7 @@ def _figure(self, fig, name: str, caption: str) -> Figure:
 
 Report.figure = _figure
 
-# %% ../nbs/26_report.ipynb #cell-033
+# %% ../nbs/26_report.ipynb #cell-039
 def _verdict(self, claim: str, effects: dict, basis: str, name: str = "verdict", unit: str = "points of AVG-%") -> Verdict:
     "Write a verdict and return it to be shown."
     v = Verdict(claim, effects, basis, unit)
