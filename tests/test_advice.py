@@ -1,0 +1,89 @@
+"""Advice follows from results by rules: what fits, what kept most, what is tied, what is too much."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from mllm_compress import advice, study
+from mllm_compress.cells import Cell, load_profile
+
+
+def made(pruning="none", ratio=0., worth=1., recovery="none", fraction=1., train="projector+lm", model="tiny-llava", n=400, achieved=None):
+    "A row as `study.run` gives it: n questions, of which the first `worth` were right."
+    return {"model": model, "pruning": pruning, "ratio": ratio, "requested_ratio": ratio, "achieved_ratio": achieved or ratio, "importance": "x",
+            "recovery": recovery, "train": train, "fraction": fraction, "seed": 0, "status": "done", "error": "", "profile": "p", "benchmark": "b",
+            "score": 100 * worth, "n": n, "units": np.arange(n) < n * worth}
+
+
+RESULTS = [made(), made("layerwise", .15, .94), made("widthwise", .15, .97), made("layerwise", .3, .7, achieved=.333), made("widthwise", .3, .9),
+           made("layerwise", .3, .99, "sft", 1.), made("layerwise", .3, .9875, "sft", .05), made("layerwise", .3, .985, "sft", .05, "projector"),
+           made("widthwise", .6, .6), made("widthwise", .6, .78, "sft", .05)]
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    "Advice from made-up results."
+    def asking(model="tiny-llava", rows=RESULTS, **kw):
+        monkeypatch.setattr(advice, "evidence", lambda profile: pd.DataFrame(rows))
+        return advice.advise(model, **kw)
+    return asking
+
+
+@pytest.mark.parametrize("question, setting", [
+    (dict(ratio=.3, training=False), ("widthwise", "none", 1.)),
+    (dict(ratio=.3, data=.05), ("layerwise", "sft", .05)),
+    (dict(ratio=.3, data=1.), ("layerwise", "sft", 1.)),
+    (dict(ratio=.3, data=.01), ("widthwise", "none", 1.)),
+    (dict(ratio=.15), ("widthwise", "none", 1.)),
+    (dict(ratio=.45), ("widthwise", "sft", .05)),  # the next larger step is 0.6
+])
+def test_the_setting_that_kept_most_of_what_fits(ask, question, setting):
+    given = ask(**question).setting
+    assert (given["pruning"], given["recovery"], given["fraction"]) == setting
+
+
+def test_ties_are_said_and_the_cheapest_is_named(ask):
+    given = ask(ratio=.3, data=1.)
+    assert list(given.rows.tied) == [True, True, True, False, False]
+    assert "a tie at this scale" in given.text and "the cheapest: prune layerwise (x) at ratio 0.30 (achieved 0.300), then train projector with sft on 5%" in given.text
+    assert given.rows.behind.round(6).tolist() == [0, .25, .5, 9, 29]
+    assert "tie" not in ask(ratio=.6).text
+
+
+def test_cautions(ask):
+    assert "heavy loss" in ask(ratio=.6).text and "heavy loss" not in ask(ratio=.3).text
+    assert "next larger step" in ask(ratio=.45).text
+    assert "No training on 1% of the data or less was studied" in ask(ratio=.3, data=.01).text
+    assert "removes a little less than asked (30.0%)" in ask(ratio=.33, training=False).text
+    fine = [made(), made("widthwise", .6, .95)]
+    assert "wrong tool" in ask(ratio=.64, rows=fine).text and "wrong tool" not in ask(ratio=.6, rows=fine).text
+
+
+@pytest.mark.parametrize("question, says", [
+    (dict(ratio=.8), "(?s)Nothing was studied within 0.05 of ratio 0.8.*0.15, 0.30, 0.33, 0.60.*smaller model"),
+    (dict(ratio=0.), "outside"), (dict(ratio=.3, data=5), "fraction of the training data")])
+def test_what_cannot_be_answered_is_an_error(ask, question, says):
+    with pytest.raises(ValueError, match=says): ask(**question)
+
+
+def test_printed_numbers_stand_beside_and_carry_the_papers_name(ask):
+    assert "The paper prints for LLaVA-v1.5-7B at ratio 0.30: layerwise with sft+hidden_kd on all of its data kept 96.4 %." in ask(ratio=.3).text
+    assert "widthwise without recovery kept 79.9 %" in ask(ratio=.3, training=False).text
+
+
+def test_an_unknown_model_gets_what_was_studied(ask):
+    both = RESULTS + [made(model="tiny-bunny"), made("widthwise", .3, .9, model="tiny-bunny")]
+    given = ask("their/own", rows=both, ratio=.3)
+    assert given.text.startswith("their/own was not studied.") and "they disagree" in given.text and set(given.rows.model) == {"tiny-llava", "tiny-bunny"}
+    alike = ask("liuhaotian/llava-v1.5-7b", rows=both, ratio=.3)
+    assert set(alike.rows.model) == {"tiny-llava"} and "disagree" not in alike.text
+
+
+def test_evidence_is_what_the_store_holds_beside_its_original(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setup = load_profile("smoke")
+    with pytest.raises(ValueError, match="run mllm-compress study --profile smoke first"): advice.evidence(setup)
+    assert not (tmp_path / "runs").exists()
+    pruned = [Cell(m, "layerwise", .45) for m in ("smoke-llava", "smoke-bunny")]
+    study.run([Cell("smoke-llava"), *pruned], setup, executor="inline", quiet=True)
+    assert advice.studied(setup) == sorted([Cell("smoke-llava"), *pruned])
+    assert set(advice.evidence(setup).model) == {"smoke-llava"}  # the other's original was never asked
