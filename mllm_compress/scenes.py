@@ -40,6 +40,7 @@ class Item:
         return all(getattr(self, k) == v for k, v in want.items())
 
 # %% ../nbs/04_scenes.ipynb #cell-009
+@lru_cache(2048)
 def scene(index: int,           # number of the scene within its split
           split: str = "train", # "train", "validation" or "test"
          ) -> tuple:            # of Items, 4 to 7
@@ -79,6 +80,7 @@ def render(items: tuple, # of Items
     return img.resize((side, side), Image.Resampling.BOX)
 
 # %% ../nbs/04_scenes.ipynb #cell-015
+@lru_cache(2048)
 def image(index: int, # number of the scene
           split: str = "train", # which stream
          ) -> Image.Image: # 64 x 64 RGB
