@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from . import site
 from .cells import canonical, describe, load_profile
+from .executors import devices
 from .notebooks import cells_of, check_parameters, choose, execute, parameters_of
 from .store import home
-from .study import devices, run, status, stored
+from .study import run, status, stored
 
 # %% ../nbs/29_runner.ipynb #cell-005
 def plan_study(profile: str, only: list = (), given: dict = {}) -> dict: # name -> (path, notebook, parameters, cells)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress import effects, store, study
+from mllm_compress import effects, executors, store, study
 from mllm_compress.cells import IMPORTANCE, Cell, canonical, load_profile, profile_names, read_strictly, Calibration
 from mllm_compress.experiment import SCORES, identity, recovery_config
 from mllm_compress.store import NotOurs, Store
@@ -146,7 +146,7 @@ def test_local_equals_inline_and_nothing_is_computed_twice(away, monkeypatch):
     two = study.run(cells, replace(SMOKE, name="two"), executor="local", workers=2, quiet=True)
     same = ["pruning", "recovery", "benchmark", "score", "achieved_ratio", "candidate_score"]
     pd.testing.assert_frame_equal(one[same], two[same])
-    monkeypatch.setattr(study, "compute", lambda *a: pytest.fail("computed twice"))
+    monkeypatch.setattr(executors, "compute", lambda *a: pytest.fail("computed twice"))
     again = study.run(cells, replace(SMOKE, name="one"), executor="inline", quiet=True)
     pd.testing.assert_frame_equal(one.drop(columns="units"), again.drop(columns="units"))
 
@@ -170,8 +170,8 @@ def test_killed_run_resumes_to_the_same_frame(away):
 
 def test_busy_cell_is_left_to_the_other_run(away):
     results = study.results_of(SMOKE)
-    with store.lock(results, study.name_of(DENSE, SMOKE)): assert study.complete(DENSE, SMOKE, results) == ("busy", "")
-    assert study.complete(DENSE, SMOKE, results) == ("done", "")
+    with store.lock(results, study.name_of(DENSE, SMOKE)): assert executors.complete(DENSE, SMOKE, results) == ("busy", "")
+    assert executors.complete(DENSE, SMOKE, results) == ("done", "")
 
 
 # ---- effects
