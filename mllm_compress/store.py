@@ -101,7 +101,8 @@ class NotOurs(ValueError):
 def _claim_folder(folder: Path) -> None:
     "Mark a new folder as a store; refuse one that is not."
     mark = folder / MARK
-    if not mark.exists() and folder.exists() and any(folder.iterdir()):
+    foreign = [p for p in folder.iterdir() if not p.name.startswith(f".{MARK}")] if folder.exists() and not mark.exists() else []
+    if foreign and not mark.exists():  # looked at twice: another run may be marking it at this moment
         raise NotOurs(f"{folder} is not a results store (no {MARK} in it): name an empty or new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if not mark.exists(): write_atomically(mark, json.dumps({"mllm_compress store": FORMAT}))
@@ -186,6 +187,8 @@ def lock(store: Store,
     with open(store.folder / "locks" / name, "a") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)); held = True
         except BlockingIOError: held = False
+        except OSError as error: raise OSError(f"{store.folder} is on a file system without locks ({error.strerror}): "
+                                               "mount it with flock, or make runs/ a link to one that has them.") from error
         try: yield held
         finally:
             if held: fcntl.flock(f, fcntl.LOCK_UN)

@@ -36,6 +36,15 @@ def test_store_refuses_a_folder_that_is_not_ours(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_new_store_may_be_opened_by_many_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    for k in range(20):
+        with ThreadPoolExecutor(8) as pool: assert len(list(pool.map(lambda _: Store(tmp_path / f"s{k}"), range(16)))) == 16
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".store.json.1234").touch()  # a run was killed while it marked the folder
+    assert Store(tmp_path / "t").names() == []
+
+
 def test_store_refuses_another_format(tmp_path):
     (tmp_path / "store.json").write_text('{"mllm_compress store": 99}')
     with pytest.raises(NotOurs, match="format"): Store(tmp_path)
