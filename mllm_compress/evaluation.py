@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from .benchmarks import SMALL_SUITE, benchmark, load_questions
 from .generation import ask, weights_digest
@@ -96,7 +97,7 @@ def load_predictions(
     frame = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     return frame.assign(**{c: frame[c].map(json.loads) for c in _NESTED})
 
-# %% ../nbs/18_evaluation.ipynb #cell-017
+# %% ../nbs/18_evaluation.ipynb #cell-018
 def open_folder(
     folder, # for predictions, new or of the same run
     run: dict, # what identifies the run
@@ -110,29 +111,30 @@ def open_folder(
     note.write_text(json.dumps(run))
     return load_predictions(folder) if list(folder.glob("*/part-*.parquet")) else None
 
-# %% ../nbs/18_evaluation.ipynb #cell-019
+# %% ../nbs/18_evaluation.ipynb #cell-020
 def image_order(questions: list) -> list: # for each question the rank of its first image
     "Rank questions by when their image first appeared."
     rank = {}
     return [rank.setdefault(id(q.images[0]) if q.images else None, len(rank)) for q in questions]
 
-# %% ../nbs/18_evaluation.ipynb #cell-021
+# %% ../nbs/18_evaluation.ipynb #cell-022
 def ask_on(
     models: list,    # copies of one model, on as many devices
     processor,
     questions: list, # of Question
     max_new_tokens: int,
     batch_size: int,
+    tick=None,       # told how many questions each batch answered
 ) -> list:           # of Answer, in the order of the questions
     "Deal the questions out to copies of a model."
-    if len(models) == 1: return ask(models[0], processor, questions, max_new_tokens, batch_size)
+    if len(models) == 1: return ask(models[0], processor, questions, max_new_tokens, batch_size, tick)
     turn = [rank % len(models) for rank in image_order(questions)]
     shares = [[q for q, t in zip(questions, turn) if t == k] for k in range(len(models))]
     with ThreadPoolExecutor(len(models)) as pool:
-        answers = [iter(a) for a in pool.map(lambda m, share: ask(m, processor, share, max_new_tokens, batch_size), models, shares)]
+        answers = [iter(a) for a in pool.map(lambda m, share: ask(m, processor, share, max_new_tokens, batch_size, tick), models, shares)]
     return [next(answers[t]) for t in turn]
 
-# %% ../nbs/18_evaluation.ipynb #cell-023
+# %% ../nbs/18_evaluation.ipynb #cell-024
 def evaluate(
     model,                      # MLLM
     processor,                  # its processor
@@ -153,16 +155,18 @@ def evaluate(
     kept = None if folder is None else open_folder(folder, {"model": weights_digest(model), "split": split})
     frames = [] if kept is None else [kept]
     models = [model] if not devices else [copy.deepcopy(model).to(d) for d in devices]
-    for questions, tokens in todo(asked, kept, save_every):
-        answers = ask_on(models, processor, [q for _, q in questions], tokens, batch_size)
-        for name in dict.fromkeys(n for n, _ in questions):
-            mine = [(q, a) for (n, q), a in zip(questions, answers) if n == name]
-            frames.append(answer_rows(name, *zip(*mine)))
-            if folder is not None: write_part(frames[-1], Path(folder))
+    portions = list(todo(asked, kept, save_every))
+    with tqdm(total=sum(len(questions) for questions, _ in portions), desc="questions", leave=False) as bar:
+        for questions, tokens in portions:
+            answers = ask_on(models, processor, [q for _, q in questions], tokens, batch_size, bar.update)
+            for name in dict.fromkeys(n for n, _ in questions):
+                mine = [(q, a) for (n, q), a in zip(questions, answers) if n == name]
+                frames.append(answer_rows(name, *zip(*mine)))
+                if folder is not None: write_part(frames[-1], Path(folder))
     found = judge(in_order(pd.concat(frames, ignore_index=True), asked), compat)
     return (score_all(found), found) if return_predictions else score_all(found)
 
-# %% ../nbs/18_evaluation.ipynb #cell-024
+# %% ../nbs/18_evaluation.ipynb #cell-026
 def todo(
     asked: dict,                # benchmark -> questions
     kept: pd.DataFrame | None,  # answers that are there already
@@ -176,7 +180,7 @@ def todo(
         pool = [pool[i] for i in sorted(range(len(pool)), key=order.__getitem__)]
         for start in range(0, len(pool), size): yield pool[start:start + size], tokens
 
-# %% ../nbs/18_evaluation.ipynb #cell-026
+# %% ../nbs/18_evaluation.ipynb #cell-028
 def in_order(
     frame: pd.DataFrame, # answers
     asked: dict,         # benchmark -> questions
@@ -185,14 +189,14 @@ def in_order(
     keys = [(n, q.id) for n in asked for q in asked[n]]
     return frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"]).loc[keys].reset_index()[frame.columns]
 
-# %% ../nbs/18_evaluation.ipynb #cell-032
+# %% ../nbs/18_evaluation.ipynb #cell-034
 def units(
     frame: pd.DataFrame, # judged answers
 ) -> dict:               # benchmark -> columns "unit", "stratum", "worth"
     "What every question, or pair of questions, was worth."
     return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in frame.groupby("benchmark", sort=False)}
 
-# %% ../nbs/18_evaluation.ipynb #cell-034
+# %% ../nbs/18_evaluation.ipynb #cell-036
 def compare(
     first: pd.DataFrame,  # judged answers of one model
     second: pd.DataFrame, # of another, to the same questions
@@ -205,13 +209,13 @@ def compare(
         rows.append({"benchmark": name, "difference": gap.value, "low": gap.low, "high": gap.high, "p": gap.p, "n": gap.n, "test": gap.test})
     return pd.DataFrame(rows)
 
-# %% ../nbs/18_evaluation.ipynb #cell-036
+# %% ../nbs/18_evaluation.ipynb #cell-038
 def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     "The questions that two models answered with different success."
     both = first.merge(second[["benchmark", "id", "prediction", "value"]], on=["benchmark", "id"], suffixes=("_first", "_second"))
     return both.loc[both.value_first != both.value_second, ["benchmark", "id", "prompt", "answer", "prediction_first", "prediction_second", "value_first", "value_second"]]
 
-# %% ../nbs/18_evaluation.ipynb #cell-039
+# %% ../nbs/18_evaluation.ipynb #cell-041
 def retained(
     frame: pd.DataFrame, # judged answers of the compressed model
     dense: pd.DataFrame, # of the original, to the same questions
@@ -219,7 +223,7 @@ def retained(
     "AVG-% with its 95 % interval."
     return avg_percent_interval(units(frame), units(dense))
 
-# %% ../nbs/18_evaluation.ipynb #cell-042
+# %% ../nbs/18_evaluation.ipynb #cell-044
 def published(
     name: str = "best_compressed", # or "pruning_without_recovery", "models"
 ) -> pd.DataFrame:
@@ -233,7 +237,7 @@ def published(
     dense = scores[frame.pruning == "none"].set_index(frame.model[frame.pruning == "none"])
     return frame.assign(avg_percent=100 * (scores.to_numpy() / dense.loc[frame.model].to_numpy()).mean(1))
 
-# %% ../nbs/18_evaluation.ipynb #cell-045
+# %% ../nbs/18_evaluation.ipynb #cell-047
 def leaderboard(
     results: dict,                # name -> frame of evaluate
     dense: str | None = None,     # the name whose scores are 100 %
@@ -247,7 +251,7 @@ def leaderboard(
     columns = ["model", "source", "benchmark", "score", "low", "high", "n", "percent"]
     return pd.concat([f.reindex(columns=columns) for f in frames], ignore_index=True)
 
-# %% ../nbs/18_evaluation.ipynb #cell-047
+# %% ../nbs/18_evaluation.ipynb #cell-049
 def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A printed table in the tidy form."
     name = table.model + np.where(table.pruning == "none", "", " " + table.pruning + " " + (100 * table.ratio).round().astype(int).astype(str) + " % " + table.recovery)
@@ -255,7 +259,7 @@ def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     original = tidy[tidy.pruning == "none"].set_index(["base", "benchmark"]).score
     return tidy.assign(source="printed", percent=100 * tidy.score / original.loc[list(zip(tidy.base, tidy.benchmark))].to_numpy())
 
-# %% ../nbs/18_evaluation.ipynb #cell-048
+# %% ../nbs/18_evaluation.ipynb #cell-051
 def leaderboard_table(
     tidy: pd.DataFrame, # of leaderboard
     digits: int = 1,

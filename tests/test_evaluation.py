@@ -130,6 +130,34 @@ def test_memory_back_off(tiny_llava, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes differ"): ask(*tiny_llava, questions, 3)
 
 
+def test_images_back_off_too(tiny_llava, monkeypatch):
+    questions, sizes, look = mixed(4), [], generation.look
+
+    def tight(model, processor, images):
+        sizes.append(len(images))
+        if len(images) > 1: raise MemoryError
+        return look(model, processor, images)
+    expected = ask(*tiny_llava, questions, 3)
+    monkeypatch.setattr(generation, "look", tight)
+    monkeypatch.setattr(generation.Eyes.__init__, "__defaults__", (generation.SightCache(), 16))
+    assert ask(*tiny_llava, questions, 3) == expected
+    assert sizes == [3, 3, 3, 2, 1, 1, 1]  # sixteen, eight, four and two at a time are too many
+
+
+def test_the_bar_counts_what_is_left_to_ask(tiny_llava, tmp_path, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **_): self.total, self.steps = total, []; bars.append(self)
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def update(self, n): self.steps.append(n)
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    evaluate(*tiny_llava, "scenes/open", limit=12, folder=tmp_path, batch_size=4)
+    evaluate(*tiny_llava, ["scenes/open", "scenes/choice"], limit=12, folder=tmp_path)
+    assert [(b.total, sum(b.steps)) for b in bars] == [(12, 12), (12, 12)] and len(bars[0].steps) > 1
+
+
 def test_an_image_token_in_a_question_is_text_to_nobody(tiny_llava):
     question = load_questions("scenes/open", "test", 2)[0]
     odd = Question("odd", "<image>" + question.prompt, question.answer, question.images, question.candidates)
