@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['turns', 'InstructionData', 'has_image', 'load_json', 'Made', 'names', 'entry', 'scene_data', 'easy_vqa', 'mix',
-           'small_data', 'Renderer', 'packed_mask', 'pack', 'Collator', 'calibration_batches']
+           'small_data', 'Renderer', 'packed_mask', 'pack', 'blocks', 'borrowing_mask', 'Collator',
+           'calibration_batches']
 
 # %% ../nbs/05_data.ipynb #cell-003
 import hashlib
@@ -180,21 +181,24 @@ class Renderer:
         self.processor, self.tokenizer = processor, processor.tokenizer
         if not getattr(processor, "chat_template", None): raise ValueError("The processor has no chat_template: set one that renders the model's conversation format.")
         self.image_token, self.image_id = processor.image_token, processor.image_token_id
-        blank = processor(images=Image.new("RGB", (64, 64)), text=self.image_token, return_tensors="pt")
-        self.image_tokens = int((blank["input_ids"] == self.image_id).sum())
-        self.encode = lru_cache(200_000)(self._encode)
+        self.encode, self.image_text = lru_cache(200_000)(self._encode), lru_cache(10_000)(self._image_text)
+        self.tiled = self.image_text((64, 64)) != self.image_text((640, 64))  # so that the shape must be known
+
+    def _image_text(self, size: tuple): # (width, height) -> str
+        "What stands for a picture of that size in a prompt."
+        return self.processor.replace_image_token(self.processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt"), 0)
 
     def text(self, pairs, image, prompt_only=False): # pairs of (question, answer) -> str
         "The conversation as the model reads it, or up to where the last answer would start."
         messages = []
         for k, (q, a) in enumerate(pairs):
-            messages.append({"role": "user", "content": [{"type": "image"}] * (image and k == 0) + [{"type": "text", "text": q}]})
+            messages.append({"role": "user", "content": [{"type": "image"}] * (bool(image) and k == 0) + [{"type": "text", "text": q}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": a}]})
         return self.processor.apply_chat_template(messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only)
 
 # %% ../nbs/05_data.ipynb #cell-032
 def _encode(self, pairs: tuple, # of (question, answer)
-            image: bool,        # whether a picture precedes the first question
+            image: str,         # what stands for the picture before the first question; empty: no picture
            ) -> tuple:          # token ids, and for each whether it belongs to an answer
     "Token ids of a conversation and the mask of its answers."
     full, spans = self.text(pairs, image), []
@@ -202,8 +206,8 @@ def _encode(self, pairs: tuple, # of (question, answer)
         prompt, done = self.text(pairs[:k], image, prompt_only=True), self.text(pairs[:k], image)
         if not done.startswith(prompt): raise ValueError("The chat template renders an answered conversation differently from its prompt, so answers cannot be located.")
         spans.append((len(prompt), len(done)))
-    grow = len(self.image_token) * (self.image_tokens - 1) * image  # the placeholder is repeated once per image token
-    out = self.tokenizer(full.replace(self.image_token, self.image_token * self.image_tokens, 1) if image else full, return_offsets_mapping=True)
+    grow = len(image) - len(self.image_token) if image else 0  # the placeholder makes room for what stands for the picture
+    out = self.tokenizer(full.replace(self.image_token, image, 1) if image else full, return_offsets_mapping=True)
     answer = [e > s and any(a + grow <= s < b + grow for a, b in spans) for s, e in out["offset_mapping"]]
     return tuple(out["input_ids"]), tuple(answer)
 
@@ -232,31 +236,64 @@ def pack(encoded: list, # of (ids, answer mask), one per question about the same
     return row
 
 # %% ../nbs/05_data.ipynb #cell-040
+def blocks(row: dict,  # as pack returns it
+           width: int, # tokens that a block may have; a longer question stays whole
+          ) -> list:   # of rows
+    "A packed row cut between its questions."
+    segment, cuts = row["segment"], [0]
+    starts = [i for i in range(1, len(segment)) if segment[i] > max(1, segment[i - 1])]
+    for begin, end in zip([0, *starts], [*starts, len(segment)]):
+        if end - cuts[-1] > width and begin > cuts[-1]: cuts.append(begin)
+    return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
+
+# %% ../nbs/05_data.ipynb #cell-043
+def borrowing_mask(segment: torch.Tensor, # [blocks, tokens], as packed_mask takes it
+                   first: torch.Tensor,   # [blocks] the block that holds the prefix of each
+                  ) -> torch.Tensor:      # [blocks, 1, tokens, prefix + tokens] True = may attend
+    "packed_mask, after columns for the prefix of another row."
+    prefix = (segment == 0).sum(1)[first] * (first != torch.arange(len(first)))  # [blocks] tokens borrowed
+    columns = torch.arange(int(prefix.max())) < prefix[:, None]                  # [blocks, prefix]
+    borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
+    return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
+
+# %% ../nbs/05_data.ipynb #cell-046
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
     def __init__(self, processor, dataset: InstructionData,
                  turns: str = "independent",   # "independent": questions do not see each other; "sequential": as a conversation
                  images: bool = True,          # pixel_values, or only image_index
-                 max_length: int | None = None):
+                 max_length: int | None = None,
+                 block: int | None = None):    # tokens of a block, see `blocks`; None: whole rows, which every model takes
         if turns not in ("independent", "sequential"): raise ValueError(f"Unknown turns={turns!r}: use 'independent' or 'sequential'.")
         self.render, self.dataset, self.turns, self.images, self.max_length = Renderer(processor), dataset, turns, images, max_length
+        self.block = block if turns == "independent" else None
 
     def row(self, entry):
         "One entry as lists: ids, answer mask, segment and position."
-        pairs, image = turns(entry), has_image(entry)
+        pairs, image = turns(entry), ""
+        if has_image(entry): image = self.render.image_text(self.dataset.image(entry["index"]).size if self.render.tiled else (64, 64))
         if self.turns == "sequential": ids, answer = self.render.encode(tuple(pairs), image); row = pack([(ids, answer)], -1)
         else: row = pack([self.render.encode((p,), image) for p in pairs], self.render.image_id)
         return {k: v[:self.max_length] for k, v in row.items()}
 
-# %% ../nbs/05_data.ipynb #cell-042
+# %% ../nbs/05_data.ipynb #cell-048
+def _cut(self, rows: list) -> tuple: # rows, and for each the first of its sample
+    "The rows of a batch in blocks, if all fit into them."
+    cut = [blocks(row, self.block or len(row["ids"])) for row in rows]
+    if self.block and any(len(b["ids"]) > self.block for row in cut for b in row): cut = [[row] for row in rows]
+    starts = itertools.accumulate((len(row) for row in cut), initial=0)
+    return [b for row in cut for b in row], torch.tensor([s for s, row in zip(starts, cut) for _ in row])
+
+
 def _collate(self, entries: list) -> dict:
     "A batch of entries."
-    rows = [self.row(e) for e in entries]
+    rows, first = self.cut([self.row(e) for e in entries])
     width, fill = max(len(r["ids"]) for r in rows), {"ids": self.render.tokenizer.pad_token_id, "answer": False, "segment": -1, "position": 0}
     pad = {k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in rows]) for k, v in fill.items()}  # [batch, tokens]
     batch = {"input_ids": pad["ids"], "attention_mask": (pad["segment"] >= 0).long(),
              "labels": pad["ids"].masked_fill(~pad["answer"], -100)}
-    if self.turns == "independent": batch |= {"attention_mask": packed_mask(pad["segment"]), "position_ids": pad["position"]}
+    if self.turns == "independent": batch |= {"attention_mask": borrowing_mask(pad["segment"], first), "position_ids": pad["position"]}
+    if self.block: batch["first_row"] = first
     seen = [e["index"] for e in entries if has_image(e)]
     if not self.images: return batch | {"image_index": torch.tensor(seen)}
     if seen: batch["pixel_values"] = self.render.processor.image_processor(
@@ -264,9 +301,9 @@ def _collate(self, entries: list) -> dict:
     return batch
 
 
-Collator.__call__ = _collate
+Collator.cut, Collator.__call__ = _cut, _collate
 
-# %% ../nbs/05_data.ipynb #cell-046
+# %% ../nbs/05_data.ipynb #cell-052
 def calibration_batches(dataset: InstructionData, processor,
                         n: int = 64,          # entries
                         batch_size: int = 16,

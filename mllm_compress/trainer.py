@@ -111,7 +111,7 @@ class Student(nn.Module):
 def _forward(self, batch: dict, features, teacher: dict, counts: torch.Tensor) -> torch.Tensor: # [losses]
     "The terms of the loss."
     wanted = tuple(dict.fromkeys(["final", *(s for s, _ in self.pairs)]))
-    states = decoder_states(self.parts, batch, features, wanted)
+    states = decoder_states(self.parts, batch, features, wanted, answer_positions(batch["labels"])[0] if self.positions == "answer" else None)
     terms = loss_terms(self.losses, self.tensors(states, batch, teacher), counts, self.positions)
     if features is None and self.parts.projector is not None:
         terms = terms + 0 * sum(p.sum() for p in self.parts.projector.parameters())
@@ -165,7 +165,8 @@ def _call(self, batch: dict, index: list) -> tuple: # features or None, dict of 
     if self.teacher is None: return features, {}
     if self.targets is not None and self.targets.states: states = self.targets.batch_states(index)
     else:
-        where, found = _where(batch["labels"], self.student.positions), decoder_states(self.parts, batch, features, ("final", *self.wanted))
+        where = _where(batch["labels"], self.student.positions)
+        found = decoder_states(self.parts, batch, features, ("final", *self.wanted), where if self.student.positions == "answer" else None)
         states = {name: state[where] for name, state in found.items()}
     return features, self.tensors({name: state.to(device) for name, state in states.items()})
 
