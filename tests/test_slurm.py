@@ -1,0 +1,148 @@
+"""The slurm executor on a real Slurm of one node (`.ci/slurm` starts one); skipped where none answers."""
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from mllm_compress import executors, slurm, study
+from mllm_compress.cells import Cell, Slurm, load_profile
+
+SMOKE = load_profile("smoke")
+SMOKE = replace(SMOKE, name="on-slurm", evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=4),
+                slurm=Slurm(minutes=1, memory_gb=1, cells_per_job=3))
+CELLS = [Cell("smoke-llava"), Cell("smoke-llava", "layerwise", .3), Cell("smoke-llava", "layerwise", .45),
+         Cell("smoke-bunny"), Cell("smoke-bunny", "widthwise", .94), Cell("smoke-bunny", "widthwise", .3, recovery="sft", fraction=.5)]
+SAME = ["model", "pruning", "recovery", "ratio", "benchmark", "score", "low", "high", "achieved_ratio", "candidate_score", "status", "error"]
+
+
+def answers(*command) -> bool:
+    "Whether a command exists and succeeds."
+    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+
+
+real = pytest.mark.skipif(not answers("sinfo"), reason="no Slurm answers here")
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    "A folder to study in, in which the cluster is looked at often."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm, "POLL", .25)
+    monkeypatch.setattr(slurm, "PATIENCE", 40)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    "The same study without Slurm."
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("local"))
+    frame = study.run(CELLS, SMOKE, executor="inline", quiet=True)
+    os.chdir(before)
+    return frame
+
+
+def pickles(folder) -> list:
+    return [p.name for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle")]
+
+
+@real
+def test_study_on_slurm_equals_local_and_survives_scancel_and_requeue(cluster, undisturbed, capsys):
+    frames = []
+    run = threading.Thread(target=lambda: frames.append(study.run(CELLS, SMOKE, executor="slurm")), daemon=True)
+    run.start()
+    results = study.results_of(SMOKE)
+    while run.is_alive() and not results.names(): time.sleep(.02)  # until a job is at work and has finished a cell
+    kept = {name: results.file(name).stat().st_mtime_ns for name in results.names()}
+    mark, = results.folder.glob("slurm/*/array.json")
+    array = slurm.Array(mark.parent, **json.loads(mark.read_text()))
+    job = array.job(next(iter(kept)))
+    subprocess.run(["scancel", job], check=True)
+    while subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode: time.sleep(.1)
+    run.join(90)
+    pd.testing.assert_frame_equal(frames[0][SAME], undisturbed[SAME])
+    assert all(results.file(name).stat().st_mtime_ns == t for name, t in kept.items())
+    while job in slurm.queue(): time.sleep(.1)
+    lives = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    assert "Restarts=1" in lives and "JobState=COMPLETED" in lives and len(array.jobs) == 2
+    assert "1 FAILED" in capsys.readouterr().out and not pickles(cluster)
+
+
+@real
+def test_a_study_that_lost_its_terminal_watches_the_jobs_it_left(cluster):
+    results = study.results_of(SMOKE)
+    array = slurm.submit([CELLS[:1]], 1, SMOKE, results)
+    while not slurm.in_queue({executors.name_of(CELLS[0], SMOKE)}, results): time.sleep(.05)
+    frame = study.run(CELLS[:1], SMOKE, executor="slurm", quiet=True)
+    assert frame.status.eq("done").all() and [p.parent.name for p in results.folder.glob("slurm/*/array.json")] == [array.folder.name]
+
+
+@real
+def test_ctrl_c_takes_the_jobs_back(cluster, monkeypatch):
+    results = study.results_of(SMOKE)
+    stop = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr(slurm.time, "sleep", stop)  # Ctrl-C comes while the run watches
+    with pytest.raises(KeyboardInterrupt): study.run(CELLS, SMOKE, executor="slurm", quiet=True)
+    monkeypatch.undo()
+    mark, = results.folder.glob("slurm/*/array.json")
+    jobs = {f"{json.loads(mark.read_text())['id']}_{k}" for k in range(2)}
+    for _ in range(200):
+        if not jobs & slurm.queue(): return
+        time.sleep(.05)
+    pytest.fail(f"{jobs & slurm.queue()} still in the queue")
+
+
+@real
+def test_what_slurm_refuses_is_said_in_its_words(cluster):
+    nowhere, misspelled = (replace(SMOKE, slurm=s) for s in (Slurm(partition="nowhere"), Slurm(options={"acount": "vision"})))
+    with pytest.raises(ValueError, match="(?s)slurm section of profile on-slurm.*[Pp]artition"): study.run(CELLS[:1], nowhere, executor="slurm", quiet=True)
+    with pytest.raises(ValueError, match="(?s)acount.*account"): study.run(CELLS[:1], misspelled, executor="slurm", quiet=True)
+
+
+def test_a_job_that_vanished_is_a_failed_cell(cluster, monkeypatch):
+    monkeypatch.setattr(slurm, "POLL", 0)
+    monkeypatch.setattr(slurm, "queue", lambda: set())
+    results = study.results_of(SMOKE)
+    (cluster / "array").mkdir()
+    answers = list(slurm.watch([slurm.Array(cluster / "array", "7", [["a", "b"]])], results))
+    assert [(name, word) for name, word, _ in answers] == [("a", "failed"), ("b", "failed")] and "job 7_0 left the queue" in answers[0][2]
+    monkeypatch.setattr(slurm, "queue", lambda: None)  # a cluster that does not answer has lost nothing
+    watching = slurm.watch([slurm.Array(cluster / "array", "7", [["a"]])], results)
+    (cluster / "array/a.json").write_text('["done", ""]')
+    assert list(watching) == [("a", "done", "")]
+
+
+def test_a_cell_that_a_jobs_time_is_too_short_for_fails_and_the_rest_is_requeued(cluster, monkeypatch):
+    results, commands = study.results_of(SMOKE), []
+    folder = slurm.write_array([CELLS[:3]], SMOKE, results)
+    names = [executors.name_of(c, SMOKE) for c in CELLS[:3]]
+
+    def slow(*_): raise slurm.TimeIsUp
+
+    monkeypatch.setattr(slurm, "complete_logged", slow)
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(slurm.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    slurm.serve(folder)
+    word, message = slurm.Array(folder, "7", [names]).answer(names[0])
+    assert word == "failed" and "training_minutes" in message and commands == [["scontrol", "requeue", "123"]]
+    monkeypatch.setattr(slurm, "complete_logged", lambda *_: ("done", ""))
+    slurm.serve(folder)  # its next life leaves the failed cell alone
+    assert [slurm.Array(folder, "7", [names]).answer(n)[0] for n in names] == ["failed", "done", "done"]
+
+
+def test_options_are_checked_before_anything_is_submitted(tmp_path):
+    path = tmp_path / "mine.yaml"
+    text = (executors.Path(slurm.__file__).parent / "profiles/smoke.yaml").read_text()
+    path.write_text(text + "slurm: {gpus: 1, hours: 3}\n")
+    with pytest.raises(ValueError, match="slurm: unknown hours; the keys are partition, minutes"): load_profile(path)
+    path.write_text(text + "slurm: {gpus: 1, minutes: 30}\n")
+    assert load_profile(path).slurm == Slurm(gpus=1, minutes=30)
+    assert executors.name_of(CELLS[1], load_profile(path)) == executors.name_of(CELLS[1], load_profile("smoke"))
