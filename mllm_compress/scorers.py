@@ -7,7 +7,7 @@ __all__ = ['LETTERS', 'SCORERS', 'Judgement', 'judged', 'exact', 'read_yes_no', 
            'read_mmmu_letter', 'normal_forms', 'key_phrases', 'mmmu_open', 'mmmu', 'edit_distance', 'tidy', 'anls',
            'last_number', 'last_list', 'read_math', 'mathvista', 'question_worth', 'pair_worth', 'mean_score',
            'yes_no_score', 'paired_score', 'mme_score', 'harness_exact', 'harness_yes_no', 'harness_mme',
-           'harness_letter', 'harness_mmmu', 'harness_anls', 'harness_mathvista', 'Scorer']
+           'harness_letter', 'harness_diagram', 'harness_mmmu', 'harness_anls', 'harness_mathvista', 'Scorer']
 
 # %% ../nbs/15_scorers.ipynb #cell-003
 import ast
@@ -111,7 +111,8 @@ def read_mmmu_letter(
     edge = r"(?<!\w)" if bounded else ""
     for pattern in (r"\({}\)", edge + "{} ", edge + r"{}\."):
         hits = {c: [m.start() for m in re.finditer(pattern.format(c), text)] for c in letters}
-        if any(hits.values()): return max((h[-1], c) for c, h in hits.items() if h)[1]
+        if found := [c for c in letters if hits[c]]:  # the original looks for " A " among several, whatever made them candidates
+            return max(found, key=lambda c: hits[c][-1] if bounded or "(" in pattern else text.rfind(f" {c} "))
     if len(text.split()) <= 5: return None
     hits = {c: text.lower().rfind(str(o).lower()) for c, o in zip(letters, options)}
     return max(hits, key=hits.get) if max(hits.values()) >= 0 else None
@@ -134,11 +135,13 @@ def key_phrases(text: str) -> list:
     sentences = re.split(r"\.\s(?=[A-Z])|\n", text)
     for i, sentence in enumerate(sentences):
         keys = _KEYS + (("=",) if i == len(sentences) - 1 else ())
-        tails = [sentence.split(k)[-1].strip() for k in keys if k in sentence]
-        if tails and (best := min(tails, key=len)) and best not in list(":,.!?;'"): found.append(best)
+        best = ""
+        for tail in (sentence.split(k)[-1].strip() for k in keys if k in sentence):
+            if not best or len(tail) < len(best): best = tail
+        if best and best not in list(":,.!?;'"): found.append(best)
     return found or [text]
 
-# %% ../nbs/15_scorers.ipynb #cell-031
+# %% ../nbs/15_scorers.ipynb #cell-032
 def mmmu_open(
     text: str,     # what the model wrote
     question: dict, # needs "answer": a string or a list of strings
@@ -151,7 +154,7 @@ def mmmu_open(
     right = any(e in g if isinstance(g, str) and isinstance(e, str) else e == g for g in given for e in expected)
     return judged(text.strip() and str(given[0]) or None, right)
 
-# %% ../nbs/15_scorers.ipynb #cell-033
+# %% ../nbs/15_scorers.ipynb #cell-034
 def mmmu(
     text: str,     # what the model wrote
     question: dict, # needs "answer", "options" (none for an open question)
@@ -161,7 +164,7 @@ def mmmu(
     parsed = read_mmmu_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
-# %% ../nbs/15_scorers.ipynb #cell-036
+# %% ../nbs/15_scorers.ipynb #cell-037
 def edit_distance(a: str, b: str) -> int:
     "Levenshtein distance."
     row = list(range(len(b) + 1))
@@ -170,12 +173,12 @@ def edit_distance(a: str, b: str) -> int:
         for j, y in enumerate(b, 1): before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
 
-# %% ../nbs/15_scorers.ipynb #cell-038
+# %% ../nbs/15_scorers.ipynb #cell-039
 def tidy(text: str) -> str:
     "Lower case, single spaces."
     return " ".join(str(text).lower().split())
 
-# %% ../nbs/15_scorers.ipynb #cell-040
+# %% ../nbs/15_scorers.ipynb #cell-041
 def anls(
     text: str,     # what the model wrote
     question: dict, # needs "answer": list of accepted answers
@@ -185,7 +188,7 @@ def anls(
     distances = [edit_distance(parsed, a) / max(len(parsed), len(a), 1) for a in map(tidy, question["answer"])]
     return Judgement(parsed or None, 1 - min(distances) if parsed and min(distances) < .5 else 0.0)
 
-# %% ../nbs/15_scorers.ipynb #cell-044
+# %% ../nbs/15_scorers.ipynb #cell-045
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|-?\.\d+")
 
 def last_number(text: str) -> float | None:
@@ -193,7 +196,7 @@ def last_number(text: str) -> float | None:
     found = [n.replace(",", "") for n in _NUMBER.findall(text)]
     return float(found[-1]) if found else None
 
-# %% ../nbs/15_scorers.ipynb #cell-046
+# %% ../nbs/15_scorers.ipynb #cell-047
 def last_list(text: str) -> list | None:
     "The last Python list of numbers in a text."
     for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
@@ -201,7 +204,7 @@ def last_list(text: str) -> list | None:
         except (ValueError, SyntaxError, TypeError): continue
     return None
 
-# %% ../nbs/15_scorers.ipynb #cell-047
+# %% ../nbs/15_scorers.ipynb #cell-049
 def read_math(
     text: str,     # what the model wrote
     question: dict, # needs "options", "answer_type", "precision"
@@ -215,7 +218,7 @@ def read_math(
     if number is None: return None
     return int(number) if kind == "integer" else round(number, int(question["precision"] or 0))
 
-# %% ../nbs/15_scorers.ipynb #cell-049
+# %% ../nbs/15_scorers.ipynb #cell-051
 def mathvista(
     text: str,     # what the model wrote
     question: dict, # needs "answer" and what read_math needs
@@ -228,14 +231,14 @@ def mathvista(
     expected = last_list(str(answer)) if question["answer_type"] == "list" else float(answer)
     return judged(str(parsed), parsed == (round(expected, int(question["precision"] or 0)) if isinstance(parsed, float) else expected))
 
-# %% ../nbs/15_scorers.ipynb #cell-052
+# %% ../nbs/15_scorers.ipynb #cell-054
 def question_worth(
     frame: pd.DataFrame, # one row a question, columns "id", "value"
 ) -> pd.DataFrame:       # columns "unit", "stratum", "worth" (0 … 1)
     "Each question is a unit."
     return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": frame.value.to_numpy(float)})
 
-# %% ../nbs/15_scorers.ipynb #cell-054
+# %% ../nbs/15_scorers.ipynb #cell-056
 def pair_worth(
     frame: pd.DataFrame, # columns "group", "value", and "subtask" where there are several
 ) -> pd.DataFrame:       # columns "unit", "stratum", "worth", "acc", "plus"
@@ -247,31 +250,31 @@ def pair_worth(
     return pd.DataFrame({"unit": pairs.unit, "stratum": pairs.stratum, "worth": (pairs["mean"] + pairs["min"]) / 2,
                          "acc": pairs["mean"], "plus": pairs["min"].astype(float)})
 
-# %% ../nbs/15_scorers.ipynb #cell-057
+# %% ../nbs/15_scorers.ipynb #cell-060
 def mean_score(frame: pd.DataFrame) -> dict:
     "Mean value in percent."
     return {"score": 100 * float(frame.value.mean())}
 
-# %% ../nbs/15_scorers.ipynb #cell-059
+# %% ../nbs/15_scorers.ipynb #cell-062
 def yes_no_score(frame: pd.DataFrame) -> dict:
     "Accuracy, with POPE's F1 of the answer yes and how often yes was said."
     said, true = frame.parsed == "yes", frame.answer.str.strip().str.lower() == "yes"
     f1 = 2 * (said & true).sum() / max(said.sum() + true.sum(), 1)
     return mean_score(frame) | {"f1": 100 * float(f1), "yes_rate": 100 * float(said.mean())}
 
-# %% ../nbs/15_scorers.ipynb #cell-061
+# %% ../nbs/15_scorers.ipynb #cell-064
 def paired_score(frame: pd.DataFrame) -> dict:
     "(acc + acc+) / 2 in percent, with its components: MME's score of one subtask, as a percentage."
     pairs = pair_worth(frame)
     return {"score": 100 * float(pairs.worth.mean()), "acc": 100 * float(pairs.acc.mean()), "acc_plus": 100 * float(pairs.plus.mean())}
 
-# %% ../nbs/15_scorers.ipynb #cell-063
+# %% ../nbs/15_scorers.ipynb #cell-066
 def mme_score(frame: pd.DataFrame) -> dict:
     "MME's score: the sum over subtasks of acc + acc+, each 0 … 100."
     pairs = pair_worth(frame).groupby("stratum")[["acc", "plus"]].mean() * 100
     return {"score": float(pairs.sum().sum()), "acc": float(pairs.acc.mean()), "acc_plus": float(pairs.plus.mean())}
 
-# %% ../nbs/15_scorers.ipynb #cell-067
+# %% ../nbs/15_scorers.ipynb #cell-070
 def _plain(text) -> str:
     "Lower case without punctuation, as lmms-eval's exact_match compares."
     return str(text).strip().lower().translate(_NO_PUNCTUATION)
@@ -280,53 +283,63 @@ def harness_exact(text: str, question: dict) -> Judgement:
     "lmms-eval's exact_match: case and punctuation ignored."
     return judged(_plain(text), _plain(text) == _plain(question["answer"]))
 
-# %% ../nbs/15_scorers.ipynb #cell-069
+# %% ../nbs/15_scorers.ipynb #cell-072
 def harness_yes_no(text: str, question: dict) -> Judgement:
     "lmms-eval's POPE: the bare word, so that 'Yes.' is wrong."
     said = text.lower().strip()
     return judged(said, said == question["answer"].lower().strip())
 
-# %% ../nbs/15_scorers.ipynb #cell-071
+# %% ../nbs/15_scorers.ipynb #cell-074
 def harness_mme(text: str, question: dict) -> Judgement:
     "lmms-eval's MME: full stops dropped, y and n understood."
     said = text.lower().strip().replace(".", "")
-    said = {"y": "yes", "n": "no"}.get(said, said)
-    return mme_yes_no(said if len(said) > 1 else "", question)
+    head = {"y": "yes", "n": "no"}.get(said, said)[:4]
+    parsed = "yes" if "yes" in head else "no" if "no" in head else None
+    return judged(parsed, parsed == question["answer"].lower().strip().replace(".", ""))
 
-# %% ../nbs/15_scorers.ipynb #cell-073
+# %% ../nbs/15_scorers.ipynb #cell-076
 def harness_letter(text: str, question: dict) -> Judgement:
-    "lmms-eval's ScienceQA: 'B' or 'B. …' and nothing else."
-    read = text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text
+    "lmms-eval's ScienceQA: 'B', 'b' or 'B. …' and nothing else."
+    text = text.strip()
+    read = text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text.upper()
     return judged(read, read == question["answer"])
 
-# %% ../nbs/15_scorers.ipynb #cell-074
+def harness_diagram(text: str, question: dict) -> Judgement:
+    "lmms-eval's AI2D: the letter of 'B. …', else its exact_match."
+    found = re.match(r"\s*([A-Z])\.", text)
+    return harness_exact(found[1] if found else text, question)
+
+# %% ../nbs/15_scorers.ipynb #cell-078
 def harness_mmmu(text: str, question: dict) -> Judgement:
     "lmms-eval's MMMU; where it draws a letter, the expected value of the draw."
-    if not question["options"]: return mmmu_open(text, question)
+    if not question["options"]: return mmmu_open(text, question | {"answer": str(question["answer"])})
     parsed = read_mmmu_letter(text, question["options"], bounded=False)
     return judged(parsed, parsed == question["answer"]) if parsed else Judgement(None, 1 / len(question["options"]))
 
-# %% ../nbs/15_scorers.ipynb #cell-076
+# %% ../nbs/15_scorers.ipynb #cell-080
 def harness_anls(text: str, question: dict) -> Judgement:
     "lmms-eval's ANLS: lengths before tidying, and one half is kept."
+    text = text.strip()
     distances = [edit_distance(tidy(text), tidy(a)) / max(len(a), len(text), 1) for a in question["answer"]]
     similarity = 1 - min(distances)
     return Judgement(tidy(text), similarity if similarity >= .5 else 0.0)
 
-# %% ../nbs/15_scorers.ipynb #cell-078
+# %% ../nbs/15_scorers.ipynb #cell-082
 def harness_mathvista(text: str, question: dict) -> Judgement:
-    "lmms-eval's MathVista without its judge model: text equality, the most similar option, no decimals."
+    "lmms-eval's MathVista, its judge model left out: text equality, the most similar option, no decimals."
     text, options, kind = text.strip(), list(map(str, question["options"])), question["answer_type"]
     if options:
         found = re.findall(r"\(([a-zA-Z])\)", text)
         read = found[0].upper() if found else text
         known = read in list(LETTERS[:len(options)])
         parsed = options[LETTERS.index(read)] if known else min(options, key=lambda o: edit_distance(read, o))
-    elif kind == "integer": parsed = text if re.fullmatch(r"[+-]?\d+", text) else None
-    else: parsed = None if kind == "float" else text
+    elif kind in ("integer", "float"):
+        try: parsed = str(int(float(text)) if kind == "integer" else round(float(text), question["precision"]))
+        except (ValueError, TypeError, OverflowError): parsed = None  # the sets hold the precision as a float, which round refuses
+    else: parsed = text
     return judged(parsed, parsed == str(question["answer"]).strip())
 
-# %% ../nbs/15_scorers.ipynb #cell-080
+# %% ../nbs/15_scorers.ipynb #cell-084
 @dataclass(frozen=True)
 class Scorer:
     "How one kind of answer is read and how its values become a score."
@@ -348,7 +361,7 @@ SCORERS = {
     "mme_pairs": Scorer(mme_yes_no, paired_score, "(acc + acc+) / 2", pair_worth, harness=harness_mme),
     "mme": Scorer(mme_yes_no, mme_score, "sum of acc + acc+", pair_worth, 200.0, harness_mme),
     "letter": Scorer(letter, harness=harness_letter),
-    "diagram": Scorer(letter, harness=harness_exact),
+    "diagram": Scorer(letter, harness=harness_diagram),
     "mmmu": Scorer(mmmu, harness=harness_mmmu),
     "anls": Scorer(anls, metric="ANLS", harness=harness_anls),
     "mathvista": Scorer(mathvista, harness=harness_mathvista),

@@ -106,7 +106,7 @@ def test_mathvista_choices(text, right):
     ("yes_no", "Yes.", {"answer": "yes"}, 1, 0), ("yes_no", "yes", {"answer": "yes"}, 1, 1),
     ("mme", "y", {"answer": "Yes"}, 0, 1), ("mme", "No.", {"answer": "no"}, 1, 1), ("mme", "x", {"answer": "no"}, 0, 0),
     ("letter", "(B)", {"answer": "B", "options": ["a", "b"]}, 1, 0), ("letter", "B. b", {"answer": "B", "options": ["a", "b"]}, 1, 1),
-    ("diagram", "(B)", {"answer": "B", "options": ["a", "b"]}, 1, 1), ("diagram", "B. b", {"answer": "B", "options": ["a", "b"]}, 1, 0),
+    ("diagram", "(B)", {"answer": "B", "options": ["a", "b"]}, 1, 1), ("diagram", "B. b", {"answer": "B", "options": ["a", "b"]}, 1, 1),
     ("mmmu", "?", {"answer": "B", "options": ["u", "v", "w", "x"]}, 0, .25), ("mmmu", "made in USA", {"answer": "A", "options": ["u", "v"]}, 0, 1),
     ("mmmu", "12", {"answer": "12", "options": []}, 1, 1),
     ("exact", "t-shirt", {"answer": "tshirt"}, 0, 1),
