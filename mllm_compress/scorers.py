@@ -313,7 +313,7 @@ def harness_diagram(text: str, question: dict) -> Judgement:
 def harness_mmmu(text: str, question: dict) -> Judgement:
     "lmms-eval's MMMU; where it draws a letter, the expected value of the draw."
     if not question["options"]: return mmmu_open(text, question | {"answer": str(question["answer"])})
-    parsed = read_mmmu_letter(text, question["options"], bounded=False)
+    parsed = read_mmmu_letter(text.strip(), question["options"], bounded=False)
     return judged(parsed, parsed == question["answer"]) if parsed else Judgement(None, 1 / len(question["options"]))
 
 # %% ../nbs/15_scorers.ipynb #cell-080
