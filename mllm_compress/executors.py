@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import store
-from .cells import Cell, Profile
+from .cells import Cell, Profile, describe
 from .experiment import compute, identity
 from .store import Store, home
 
@@ -40,6 +40,7 @@ def complete(cell: Cell, profile: Profile, results: Store, device: str = "cpu") 
     with store.lock(results, name) as ours:
         if not ours: return "busy", ""
         if store.read(results, name) is not None: return "done", ""
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()} on {device}", flush=True)
         try:
             store.write(results, identity(cell, profile), compute(cell, profile, results, device))
             return "done", ""

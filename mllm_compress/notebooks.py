@@ -8,7 +8,7 @@ __all__ = ['TYPES', 'notebooks', 'choose', 'Parameter', 'parameters_of', 'check_
 
 # %% ../nbs/27_notebooks.ipynb #cell-003
 import ast
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
@@ -16,9 +16,9 @@ import papermill
 import yaml
 
 from . import store
-from .cells import load_profile
+from .cells import Slurm, load_profile
+from .executors import name_of, results_of
 from .store import fingerprint, home, write_atomically
-from .study import name_of
 
 # %% ../nbs/27_notebooks.ipynb #cell-005
 def notebooks() -> dict: # name -> path, in the order of the study
@@ -99,11 +99,11 @@ def cells_of(nb, given: dict = {}) -> list: # of Cell; empty where a notebook ha
     return space.get("cells", [])
 
 # %% ../nbs/27_notebooks.ipynb #cell-015
-def made_from(nb, given: dict, cells: list) -> str:
-    "A name for everything that an executed notebook shows."
-    profile = load_profile(given["profile"])
+def made_from(nb, given: dict, names: list) -> str:
+    "A name for everything that an executed notebook shows, given the names of the results it reads."
+    anywhere = replace(load_profile(given["profile"]), workers=0, slurm=Slurm(), folders={}, towers={})
     return fingerprint({"source": [c.source for c in nb.cells], "parameters": given, "code": store.code_fingerprint("study", "report", "cost"),
-                        "results": sorted({name_of(c, profile) for c in cells}), "profile": repr(profile)})
+                        "results": names, "profile": repr(anywhere)})
 
 
 def is_current(path: Path, name: str) -> bool:
@@ -114,28 +114,30 @@ def is_current(path: Path, name: str) -> bool:
 
 # %% ../nbs/27_notebooks.ipynb #cell-017
 def execute(name: str, nb_path: Path, given: dict) -> Path:
-    "Run a notebook with papermill and leave it in figures/PROFILE/."
-    nb = nbformat.read(nb_path, 4)
-    cells = cells_of(nb, given)
-    folder, mark = home() / "figures" / load_profile(given["profile"]).name, made_from(nb, given, cells)
-    target = folder / f"{name}.ipynb"
-    if is_current(target, mark): return target
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.part.ipynb"
-    try:
-        papermill.execute_notebook(str(nb_path), str(part), given, cwd=str(nb_path.parent), progress_bar=False, kernel_name="python3",
-                                   extra_arguments=["--log-level=40"])
-        done = tidied(nbformat.read(part, 4))
-    finally: part.unlink(missing_ok=True)
-    profile = load_profile(given["profile"])
-    results = store.Store(home() / "runs" / profile.name)
-    complete = all(store.read(results, name_of(c, profile)) for c in cells)
-    files = sorted(p.name for p in folder.glob(f"{name}-*.*"))
-    done.metadata["mllm_compress"] = {"made_from": mark if complete else "", "files": files, "parameters": given}
-    write_atomically(target, nbformat.writes(done))
+    "Run a notebook with papermill, where that is needed, and leave it in figures/PROFILE/."
+    nb, profile = nbformat.read(nb_path, 4), load_profile(given["profile"])
+    names, results = sorted({name_of(c, profile) for c in cells_of(nb, given)}), results_of(profile)
+    target, mark = home() / "figures" / profile.name / f"{name}.ipynb", made_from(nb, given, names)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with store.lock(results, f"notebook-{name}", wait=True):
+        if is_current(target, mark): return target
+        done = _executed(nb_path, target.with_name(f".{name}.part.ipynb"), given)
+        complete = all(store.read(results, n) for n in names)
+        done.metadata["mllm_compress"] = {"made_from": mark if complete else "", "parameters": given, "results": names,
+                                          "files": sorted(p.name for p in target.parent.glob(f"{name}-*.*"))}
+        write_atomically(target, nbformat.writes(done))
     return target
 
 # %% ../nbs/27_notebooks.ipynb #cell-019
+def _executed(path: Path, part: Path, given: dict):
+    "The notebook after papermill has run it."
+    try:
+        papermill.execute_notebook(str(path), str(part), given, cwd=str(path.parent), progress_bar=False, kernel_name="python3",
+                                   extra_arguments=["--log-level=40"])
+        return tidied(nbformat.read(part, 4))
+    finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/27_notebooks.ipynb #cell-021
 def tidied(nb):
     "A notebook without what would differ on another machine."
     nb.metadata.pop("papermill", None)
