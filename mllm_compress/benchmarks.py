@@ -92,7 +92,7 @@ def scene_questions(
                      tuple(q["options"] or ()), q["pair"])
             for q in scenes.questions(kind, split, 1000 if limit is None else limit)]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-018
+# %% ../nbs/16_benchmarks.ipynb #cell-019
 EASY_ANSWERS = (("yes", "no"), ("circle", "rectangle", "triangle"),
                 ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow"))
 
@@ -111,7 +111,7 @@ def easy_vqa_questions(
             found.append(Question(f"{entry['id']}-{k}", ask, answer, (image,), kind))
     return found[:limit]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-020
+# %% ../nbs/16_benchmarks.ipynb #cell-021
 @dataclass(frozen=True)
 class Source:
     "A public evaluation set: where its rows are and what they must hold."
@@ -121,7 +121,7 @@ class Source:
     columns: tuple           # that an adapter reads
     images: str | None = None # a second config that holds the images, by id
 
-# %% ../nbs/16_benchmarks.ipynb #cell-022
+# %% ../nbs/16_benchmarks.ipynb #cell-023
 def parquet_files(
     source: Source,
     config: str,
@@ -137,7 +137,7 @@ def parquet_files(
     if not files: raise FileNotFoundError(f"no {pattern} in {folder}; it should hold a copy of the data set {source.repo}")
     return files
 
-# %% ../nbs/16_benchmarks.ipynb #cell-023
+# %% ../nbs/16_benchmarks.ipynb #cell-025
 def read_rows(
     source: Source,
     root=None,
@@ -154,7 +154,7 @@ def read_rows(
         wanted = [c for c in file.schema_arrow.names if c in needed or c.startswith("image_") and c[6:].isdigit()]
         for batch in file.iter_batches(256, columns=wanted): yield from batch.to_pylist()
 
-# %% ../nbs/16_benchmarks.ipynb #cell-025
+# %% ../nbs/16_benchmarks.ipynb #cell-027
 def stored(
     image,       # {"bytes": …, "path": …} as the sets hold it, or None
     seen: dict,  # bytes -> StoredImage, so that an image asked about often is kept once
@@ -164,29 +164,29 @@ def stored(
     raw = image["bytes"] if isinstance(image, dict) else image
     return (seen.setdefault(raw, StoredImage(raw)),)
 
-# %% ../nbs/16_benchmarks.ipynb #cell-027
+# %% ../nbs/16_benchmarks.ipynb #cell-029
 SHORT = "\nAnswer the question using a single word or phrase."
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
-# %% ../nbs/16_benchmarks.ipynb #cell-029
+# %% ../nbs/16_benchmarks.ipynb #cell-031
 def lettered(options) -> str:
     "Options, one a line, behind their letters."
     return "\n".join(f"{c}. {o}" for c, o in zip(LETTERS, options))
 
-# %% ../nbs/16_benchmarks.ipynb #cell-031
+# %% ../nbs/16_benchmarks.ipynb #cell-033
 def gqa_questions(source: Source, root=None) -> list:
     "GQA, balanced test-dev (Hudson & Manning 2019)."
     pictures = {r["id"]: StoredImage(r["image"]["bytes"]) for r in read_rows(source, root, ("id", "image"), source.images)}
     return [Question(str(r["id"]), r["question"].strip() + SHORT, r["answer"], (pictures[r["imageId"]],)) for r in read_rows(source, root)]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-033
+# %% ../nbs/16_benchmarks.ipynb #cell-035
 def pope_questions(source: Source, root=None) -> list:
     "POPE: random, popular and adversarial negatives (Li et al. 2023)."
     seen = {}
     return [Question(f"{r['category']}/{r['question_id']}", r["question"].strip() + SHORT, r["answer"].strip().lower(), stored(r["image"], seen),
                      ("Yes", "No"), extra={"subtask": r["category"]}) for r in read_rows(source, root)]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-035
+# %% ../nbs/16_benchmarks.ipynb #cell-037
 MME = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
        "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")}
 
@@ -204,7 +204,7 @@ def mme_questions(part: str, source: Source, root=None) -> list:
         raise ValueError(f"MME asks two questions about an image; {odd[0]!r} has {count[odd[0]]}")
     return found
 
-# %% ../nbs/16_benchmarks.ipynb #cell-036
+# %% ../nbs/16_benchmarks.ipynb #cell-039
 def scienceqa_questions(source: Source, root=None) -> list:
     "ScienceQA (Lu et al. 2022), with its hint as context; questions without an image are asked as text."
     found, seen = [], {}
@@ -214,20 +214,20 @@ def scienceqa_questions(source: Source, root=None) -> list:
                               stored(r["image"], seen), tuple(LETTERS[:len(r["choices"])]), tuple(r["choices"])))
     return found
 
-# %% ../nbs/16_benchmarks.ipynb #cell-038
+# %% ../nbs/16_benchmarks.ipynb #cell-041
 def ai2d_questions(source: Source, root=None) -> list:
     "AI2D (Kembhavi et al. 2016)."
     seen = {}
     return [Question(str(n), f"{r['question']}\n{lettered(r['options'])}{BY_LETTER}", LETTERS[int(r["answer"])], stored(r["image"], seen),
                      tuple(LETTERS[:len(r["options"])]), tuple(r["options"])) for n, r in enumerate(read_rows(source, root))]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-040
+# %% ../nbs/16_benchmarks.ipynb #cell-043
 def literal(text):
     "A Python literal, or the text itself."
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../nbs/16_benchmarks.ipynb #cell-042
+# %% ../nbs/16_benchmarks.ipynb #cell-045
 def mmmu_questions(source: Source, root=None) -> list:
     "MMMU, validation (Yue et al. 2024)."
     found, seen = [], {}
@@ -241,7 +241,7 @@ def mmmu_questions(source: Source, root=None) -> list:
                               tuple(LETTERS[:len(options)]), options))
     return found
 
-# %% ../nbs/16_benchmarks.ipynb #cell-043
+# %% ../nbs/16_benchmarks.ipynb #cell-047
 MATH_HINTS = {"integer": "Answer the question using a single integer number.",
               "float": "Answer the question using a single floating-point number with {} decimal place{}.",
               "list": "Answer the question using a Python list.", "text": SHORT.strip()}
@@ -263,7 +263,7 @@ def docvqa_questions(source: Source, root=None) -> list:
     seen = {}
     return [Question(str(r["questionId"]), r["question"] + SHORT, list(r["answers"]), stored(r["image"], seen)) for r in read_rows(source, root)]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-045
+# %% ../nbs/16_benchmarks.ipynb #cell-049
 def take(
     questions: list,    # of Question
     limit: int | None,  # at most so many, but no group is cut
@@ -279,13 +279,13 @@ def take(
         found += group
     return found
 
-# %% ../nbs/16_benchmarks.ipynb #cell-047
+# %% ../nbs/16_benchmarks.ipynb #cell-051
 def real_questions(adapter: Callable, source: Source, split: str = "test", limit: int | None = None, root=None) -> list:
     "Questions of a public benchmark's evaluation split."
     if split != "test": raise ValueError(f"{source.repo} is read in its evaluation split only, not in {split!r}")
     return take(adapter(source, root), limit)
 
-# %% ../nbs/16_benchmarks.ipynb #cell-050
+# %% ../nbs/16_benchmarks.ipynb #cell-054
 SCENES = {"open": "exact", "hallucination": "yes_no", "perception": "mme_pairs", "cognition": "mme_pairs",
           "choice": "letter", "composition": "mmmu"}
 PUBLIC = (
@@ -302,7 +302,7 @@ PUBLIC = (
     ("gqa", "exact", gqa_questions, 16, Source("lmms-lab/GQA", "testdev_balanced_instructions", "testdev", ("id", "imageId", "question", "answer"), "testdev_balanced_images")),
 )
 
-# %% ../nbs/16_benchmarks.ipynb #cell-051
+# %% ../nbs/16_benchmarks.ipynb #cell-056
 BENCHMARKS = {b.name: b for b in (
     *(Benchmark(f"scenes/{kind}", scorer, partial(scene_questions, kind)) for kind, scorer in SCENES.items()),
     Benchmark("easy-vqa", "exact", easy_vqa_questions),
@@ -310,13 +310,13 @@ BENCHMARKS = {b.name: b for b in (
 SMALL_SUITE = tuple(f"scenes/{kind}" for kind in SCENES) + ("easy-vqa",)
 REAL_SUITE = ("mmmu", "sqa", "mathvista", "ai2d", "mme_cognition", "mme_perception", "pope", "docvqa", "gqa")
 
-# %% ../nbs/16_benchmarks.ipynb #cell-053
+# %% ../nbs/16_benchmarks.ipynb #cell-058
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name, or an error that lists the names."
     if name not in BENCHMARKS: raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
-# %% ../nbs/16_benchmarks.ipynb #cell-055
+# %% ../nbs/16_benchmarks.ipynb #cell-060
 @lru_cache(16)
 def load_questions(
     name: str,                # of a benchmark

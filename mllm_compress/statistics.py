@@ -42,12 +42,12 @@ def bootstrap(
         total = total + rng.multinomial(counts.sum(), counts / counts.sum(), replicates) @ distinct / counts.sum()
     return total
 
-# %% ../nbs/17_statistics.ipynb #cell-012
+# %% ../nbs/17_statistics.ipynb #cell-013
 def is_proportion(worth: pd.DataFrame) -> bool:
     "One stratum, every unit right or wrong."
     return worth.stratum.nunique() <= 1 and bool(worth.worth.isin((0, 1)).all())
 
-# %% ../nbs/17_statistics.ipynb #cell-014
+# %% ../nbs/17_statistics.ipynb #cell-015
 def score_interval(
     worth: pd.DataFrame,  # columns "stratum", "worth" (0 … 1), see scorers.Scorer.worth
     scale: float = 100.0, # the score is scale * sum over strata of the mean worth
@@ -60,7 +60,7 @@ def score_interval(
         method = "bootstrap"
     return scale * float(low), scale * float(high), method
 
-# %% ../nbs/17_statistics.ipynb #cell-018
+# %% ../nbs/17_statistics.ipynb #cell-019
 def mcnemar(
     only_first: int,  # questions that only the first model answered correctly
     only_second: int,
@@ -70,7 +70,7 @@ def mcnemar(
     tail = sum(exp(lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) - n * log(2)) for i in range(k + 1))
     return min(1.0, 2 * tail)
 
-# %% ../nbs/17_statistics.ipynb #cell-020
+# %% ../nbs/17_statistics.ipynb #cell-022
 @dataclass(frozen=True)
 class Difference:
     "How much better the first of two models is, on the same questions."
@@ -84,7 +84,7 @@ class Difference:
     def __str__(self):
         return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.2g}, n = {self.n:,} ({self.test})"
 
-# %% ../nbs/17_statistics.ipynb #cell-022
+# %% ../nbs/17_statistics.ipynb #cell-024
 def paired_units(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame: # columns "first", "second", "stratum"
     "The worth of the same units to two models; other units are an error."
     both = first.merge(second, on=["stratum", "unit"], how="outer", suffixes=("_a", "_b"), indicator=True)
@@ -93,7 +93,7 @@ def paired_units(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame: # c
         raise ValueError(f"two models are compared on the same questions; only one was asked {odd.unit!r}")
     return pd.DataFrame({"first": both.worth_a, "second": both.worth_b, "stratum": both.stratum})
 
-# %% ../nbs/17_statistics.ipynb #cell-023
+# %% ../nbs/17_statistics.ipynb #cell-026
 def paired_difference(
     first: pd.DataFrame,  # columns "unit", "stratum", "worth"
     second: pd.DataFrame, # the same units
@@ -108,7 +108,7 @@ def paired_difference(
     else: p, test = min(1.0, 2 * max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / (2 * len(draws)))), "paired bootstrap"
     return Difference(scale * float(value), scale * float(low), scale * float(high), float(p), len(units), test)
 
-# %% ../nbs/17_statistics.ipynb #cell-027
+# %% ../nbs/17_statistics.ipynb #cell-030
 def avg_percent(
     rows: pd.DataFrame,  # of a compressed model: columns "benchmark", "score"
     dense: pd.DataFrame, # of the original on the same benchmarks
@@ -119,7 +119,7 @@ def avg_percent(
         raise ValueError(f"AVG-% needs the same benchmarks of both; only one has {', '.join(sorted(set(ours.index) ^ set(original.index)))}")
     return float(100 * (ours / original).mean())
 
-# %% ../nbs/17_statistics.ipynb #cell-029
+# %% ../nbs/17_statistics.ipynb #cell-032
 def avg_percent_interval(
     first: dict,  # benchmark -> units of the compressed model
     dense: dict,  # benchmark -> units of the original
