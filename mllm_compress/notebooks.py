@@ -102,7 +102,7 @@ def cells_of(nb, given: dict = {}) -> list: # of Cell; empty where a notebook ha
 def made_from(nb, given: dict, names: list) -> str:
     "A name for everything that an executed notebook shows, given the names of the results it reads."
     anywhere = replace(load_profile(given["profile"]), workers=0, slurm=Slurm(), folders={}, towers={})
-    return fingerprint({"source": [c.source for c in nb.cells], "parameters": given, "code": store.code_fingerprint("study", "report", "cost"),
+    return fingerprint({"source": [c.source for c in nb.cells], "parameters": given, "code": store.code_fingerprint("study", "report", "cost", "checkpoint", "claims", "advice"),
                         "results": names, "profile": repr(anywhere)})
 
 
