@@ -6,7 +6,7 @@
 __all__ = ['SIGHTS', 'out_of_memory', 'in_batches', 'digest', 'weights_digest', 'Sight', 'SightCache', 'look', 'Eyes',
            'render_prompts', 'candidate_tokens', 'Prompt', 'encode', 'pad_left', 'step', 'embed', 'rows_of', 'Prefix',
            'read_prefixes', 'read_questions', 'greedy', 'stop_tokens', 'candidate_scores', 'Answer', 'answer_groups',
-           'ask']
+           'prepare', 'ask']
 
 # %% ../nbs/17a_generation.ipynb #cell-004
 import hashlib
@@ -357,6 +357,20 @@ def answer_groups(
     return results
 
 # %% ../nbs/17a_generation.ipynb #cell-059
+def prepare(
+    model,           # MLLM
+    processor,       # its processor
+    questions: list, # of Question
+) -> tuple:          # (Anatomy, list of Prompt, {key: Sight})
+    "What the passes need."
+    eyes, pictures = Eyes(model, processor), {id(image): image for q in questions for image in q.images}
+    key = {i: eyes.key(image) for i, image in pictures.items()}
+    sights = eyes({key[i]: image for i, image in pictures.items()})
+    prompts = encode(processor, questions, [[key[id(i)] for i in q.images] for q in questions],
+                     {k: s.text for k, s in sights.items()}, getattr(model.config, "image_token_id", None))
+    return anatomy(model), prompts, sights
+
+# %% ../nbs/17a_generation.ipynb #cell-061
 def ask(
     model,           # MLLM
     processor,       # its processor
@@ -367,12 +381,7 @@ def ask(
 ) -> list:           # of Answer, in the order of the questions
     "Greedy answers and best candidates."
     if not questions: return []
-    eyes, parts = Eyes(model, processor), anatomy(model)
-    pictures = {id(image): image for q in questions for image in q.images}
-    key = {i: eyes.key(image) for i, image in pictures.items()}
-    sights = eyes({key[i]: image for i, image in pictures.items()})
-    prompts = encode(processor, questions, [[key[id(i)] for i in q.images] for q in questions],
-                     {k: s.text for k, s in sights.items()}, getattr(model.config, "image_token_id", None))
+    parts, prompts, sights = prepare(model, processor, questions)
     groups = [list(g) for _, g in groupby(sorted(prompts, key=_by_prefix), _by_prefix)]
     stop = stop_tokens(model, processor.tokenizer)
     done = in_batches(lambda g, n: answer_groups(parts, g, sights, stop, max_new_tokens, n), groups, batch_size, tick)
@@ -381,7 +390,7 @@ def ask(
                for (where, _, best), text in zip(done, texts)}
     return [answers[n] for n in range(len(questions))]
 
-# %% ../nbs/17a_generation.ipynb #cell-061
+# %% ../nbs/17a_generation.ipynb #cell-063
 def _by_prefix(prompt: Prompt):
     "Longest first, so that memory that is too small says so at once; then by image."
     return -len(prompt.shared), prompt.images, prompt.shared
