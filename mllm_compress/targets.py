@@ -163,7 +163,7 @@ def compute_targets(
     collate,                     # samples -> batch dict, pixel_values included
     wanted: tuple = ("final",),  # which of the teacher's states; () for features alone
     limit: int = 2**31,          # bytes
-    chunk: int = 64,             # samples per part
+    chunk: int = 16,             # samples per part; few enough to stay in a processor's cache
     progress=lambda chunks: chunks,
 ) -> Targets | None:             # None if they would not fit into the limit, or pictures have several tiles
     "Features of every image and the teacher's states at every answer position."
