@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .cells import load_profile
-from .effects import SETTING, difference, summary
+from .effects import SETTING, dense_rows, difference, summary
 from .report import basis, printed
 from .store import home
 from .study import frame_of, results_of, stored
@@ -52,23 +52,27 @@ def nearby(rows: pd.DataFrame, # with achieved_ratio
     return rows[(off > 0) & (off <= off[off > 0].min() + within)]
 
 # %% ../nbs/30_advice.ipynb #cell-014
-def fitting(rows: pd.DataFrame, # of `effects.summary`
+def fitting(rows: pd.DataFrame, # of `study.run`
             ratio: float,       # wanted fraction of LM parameters to remove
             data: float,        # fraction of the training data at hand
             training: bool,     # whether students may be trained
            ) -> pd.DataFrame:
-    "The settings that answer the question, best first."
-    rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
+    "The rows of the settings that answer the question."
+    rows = rows[(rows.pruning != "none") & (rows.status == "done")]
     rows = rows[(rows.recovery == "none") | (training & (rows.fraction <= data + 1e-9))]
     if rows.empty: raise ValueError(f"No result uses at most {data:.0%} of the data{'' if training else ' and no training'}.")
-    return nearby(rows, ratio).sort_values("avg_percent", ascending=False)
+    return nearby(rows, ratio)
 
 # %% ../nbs/30_advice.ipynb #cell-017
 def ranked(frame: pd.DataFrame, # of `study.run`
            model: str, ratio: float, data: float = .05, training: bool = True,
           ) -> pd.DataFrame:    # best first; behind: points of AVG-% less than the best, with low and high; tied
     "The settings that answer the question, each with its distance to the best."
-    rows = fitting(summary(frame[frame.model == model]), ratio, data, training)
+    its = frame[frame.model == model]
+    frame = pd.concat([dense_rows(its, model), fitting(its, ratio, data, training)])
+    rows = summary(frame)
+    rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()].sort_values("avg_percent", ascending=False)
+    if rows.empty: raise ValueError(f"The original {model} answers nothing rightly, so no share of it can be kept.")
     setting = lambda row: {k: row[k] for k in SETTING if k != "model"}
     best = setting(rows.iloc[0])
     gaps = [difference(frame, model, best, setting(row)) for _, row in rows.iterrows()]
