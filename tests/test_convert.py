@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress.anatomy import part_parameters
 from mllm_compress.convert import (CHAT_TEMPLATES, INTERNVL_NAMES, LLAVA_NAMES, ProcessorParts, append_rows, chat_template, convert,
@@ -19,8 +18,8 @@ from mllm_compress.convert import (CHAT_TEMPLATES, INTERNVL_NAMES, LLAVA_NAMES, 
                                    original_ids, padded_vocabulary, real_config)
 from mllm_compress.cost import closed_parameters, cost_report
 from mllm_compress.pruning import apply_plan, plan_layerwise
+from original_layouts import NAMES, copy_of, toy_tokenizer, with_tokenizer
 
-NAMES = ["llava", "bunny", "internvl"]
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
 
 
@@ -44,10 +43,6 @@ def sample(given, config, k):
     tiles = given.get("num_tiles", torch.ones(2, dtype=torch.long)).tolist()
     start = sum(tiles[:k])
     return expanded(ids, config), given["pixel_values"][start:start + tiles[k]]
-
-
-def copy_of(layouts, name, tmp_path):
-    return Path(shutil.copytree(layouts / name, tmp_path / name, ignore=shutil.ignore_patterns("inputs*", "outputs*")))
 
 
 def change_json(path, **changed): path.write_text(json.dumps(json.loads(path.read_text()) | changed))
@@ -167,17 +162,6 @@ def test_tiles_are_the_originals(layouts):
 
 # words
 
-def toy_tokenizer(scheme, specials, vocab):
-    "One token per character, sentencepiece's word mark, and a BOS: a Llama tokenizer in small."
-    pieces = [(s, 0.0) for s in specials] + [("▁", -1.0)] + [(chr(c), -2.0) for c in [10, *range(33, 127)]] + [(c, -2.0) for c in sorted(set("你是由上海人工智能实验室联合商汤科技开发的书生多模态大型英文名叫个有用无害助手，。") )]
-    pieces += [(f"<fill{i}>", -90.0) for i in range(vocab - len(pieces))]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    if "<s>" in specials: tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", specials.index("<s>"))])
-    kwargs = {"bos_token": "<s>"} if "<s>" in specials else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=specials[0], pad_token=specials[0], eos_token=specials[2], additional_special_tokens=list(specials), **kwargs)
-
-
 SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
 PROMPTS = {"vicuna_v1": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:", "bunny": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:",
            "phi3-chat": "<|system|>\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。<|end|><|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|><|assistant|>\n",
@@ -220,12 +204,7 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
 
 def test_internvl_processor(layouts, tmp_path):
     pytest.importorskip("torchvision", reason="InternVL\'s processor of transformers needs it: pip install mllm_compress[internvl]")
-    folder = copy_of(layouts, "internvl", tmp_path)
-    (folder / "token_ids.json").unlink()
-    tokenizer = toy_tokenizer("first", ["<unk>", "<s>", "</s>", "<|system|>", "<|end|>", "<|user|>", "<|assistant|>"], 311)
-    tokenizer.add_tokens(["<img>", "</img>", "<IMG_CONTEXT>"], special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    model, processor = load_original(folder)
+    model, processor = load_original(with_tokenizer(layouts, "internvl", tmp_path))
     assert model.config.image_token_id == 313
     prompt = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
     batch = processor(images=Image.new("RGB", (110, 52)), text=prompt, return_tensors="pt")
