@@ -1,0 +1,48 @@
+"""What the study's notebooks choose to show follows the rules that they state."""
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+
+STUDY = Path(__file__).parent.parent / "nbs/study"
+
+
+def defined_in(notebook: str, *names, **space) -> dict:
+    "Functions and constants of a study notebook, from the cells that define them and nothing else."
+    starts = tuple(f"{how}{name}{end}" for name in names for how, end in (("def ", "("), ("", " =")))
+    for cell in nbformat.read(STUDY / f"{notebook}.ipynb", 4).cells:
+        if cell.cell_type != "code": continue
+        for block in cell.source.split("\n\n\n"):
+            if block.startswith(starts): exec(block, space)
+    return space
+
+
+def test_examples_are_the_first_of_each_kind_and_the_first_lost_at_each_ratio():
+    questions = pd.MultiIndex.from_tuples([("a", "1"), ("a", "2"), ("a", "3"), ("b", "1"), ("b", "2")], names=["benchmark", "id"])
+    right = pd.DataFrame({("original", ""): [1, 0, 1, 1, 1], (.3, "pruned"): [0, 0, 0, 0, 0], (.3, "recovered"): [0, 0, 1, 1, 0],
+                          (.6, "pruned"): [0, 0, 0, 0, 0], (.6, "recovered"): [0, 0, 0, 0, 0]}, index=questions).astype(bool)
+    choose = defined_in("07_qualitative", "FIRST", "choose", shown=[.3, .6], pd=pd)["choose"]
+    assert choose(right) == {("a", "1"): "first of its kind", ("b", "1"): "first of its kind",
+                             ("b", "2"): "first lost at 30%",  # a-1 was lost too, but is shown already
+                             ("a", "3"): "first lost at 60%"}  # a-2 was never right
+
+
+def test_answers_are_marked_by_a_sign_not_by_colour():
+    text_of = defined_in("07_qualitative", "MARK", "text_of", textwrap=__import__("textwrap"))["text_of"]
+    assert text_of("red", True) == "red" and text_of("red", False) == "red ×" and text_of("", False) == "(nothing) ×"
+    assert text_of("a b c d e f g", True, 8) == "a b c d…"
+
+
+def test_the_guide_says_how_the_papers_choice_did():
+    agreement = defined_in("08_guide", "agreement", pd=pd)["agreement"]
+    found = pd.DataFrame({"pruning": ["layerwise", "widthwise", "random"], "tied": [True, True, False]})
+    assert [agreement(found, p) for p in ("layerwise", "widthwise", "random", "other")] == ["same", "tied", "behind", "not studied"]
+
+
+def test_saved_time_is_not_moved_by_an_outlier():
+    from mllm_compress import effects
+    saved = defined_in("09_cost", "saved", np=np, pd=pd, effects=effects)["saved"]
+    pairs = pd.DataFrame({"dense": [1.] * 9, "pruned": [.5] * 8 + [50.]})
+    e = saved(pairs)
+    assert (e.value, e.low, e.high, e.n) == (50, 50, 50, 9)
