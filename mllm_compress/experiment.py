@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEEING', 'SCORING', 'PRUNING', 'TRAINING', 'HUB', 'SETS', 'SCORES', 'recovery_config', 'source_of', 'model_identity',
            'training_identity', 'root_of', 'evaluation_identity', 'scores_identity', 'identity', 'absent', 'teacher',
-           'teacher_of', 'training_data', 'random_layers', 'scores_of', 'plan_of', 'student_of', 'units_of',
-           'sample_of', 'compute', 'record']
+           'teacher_of', 'training_data', 'random_layers', 'scores_of', 'plan_of', 'trained_in_float32', 'student_of',
+           'units_of', 'sample_of', 'compute', 'record']
 
 # %% ../nbs/22_experiment.ipynb #cell-003
 import os
@@ -24,8 +24,9 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from . import data, store
+from .anatomy import anatomy
 from .benchmarks import PUBLIC, benchmark, parquet_files
-from .cells import Cell, Evaluation, Profile, Training, canonical, located
+from .cells import Cell, Evaluation, Profile, Training, canonical, located, recovery_of, training_of
 from .evaluation import evaluate
 from .importance import LayerScores, block_influence, load_scores, width_importance
 from .plans import plan_layerwise, plan_none, plan_widthwise
@@ -38,9 +39,10 @@ from .zoo import MODELS, SHIPPED, load_model
 # %% ../nbs/22_experiment.ipynb #cell-005
 def recovery_config(cell: Cell, profile: Profile) -> RecoveryConfig:
     "The training of a cell, with the learning rate of its objective."
-    losses = cell.recovery.split("+")
+    losses, options = cell.recovery.split("+"), recovery_of(cell.model, profile)
+    if cell.train == "projector": options = {k: v for k, v in options.items() if k != "lora"}
     config = config_from_dict({"train": cell.train, "losses": {name: 1 / len(losses) for name in losses},
-                               "fraction": cell.fraction, "seed": cell.seed} | profile.recovery)
+                               "fraction": cell.fraction, "seed": cell.seed} | options)
     rates = profile.learning_rates.get(cell.train, {})
     return replace(config, lr=float(rates.get(cell.recovery, learning_rate(config))))
 
@@ -97,19 +99,19 @@ def evaluation_identity(evaluation: Evaluation) -> dict:
 def scores_identity(cell: Cell, profile: Profile) -> dict:
     "What determines a cell's importance scores: every ratio shares them."
     return {"scores": cell.importance, "model": model_identity(source_of(cell.model, profile)), "seed": cell.seed,
-            "calibration": asdict(profile.calibration), "training": training_identity(profile.training),
-            "code": store.code_fingerprint(*SCORING)}
+            "calibration": asdict(profile.calibration), "training": training_identity(training_of(cell.model, profile)),
+            "code": store.code_fingerprint(*SCORING)} | ({"dtype": profile.dtype} if profile.dtype else {})
 
 
 def identity(cell: Cell, profile: Profile) -> dict:
     "Everything that determines the result of a cell."
     cell = canonical(cell)
     who = {"cell": asdict(cell), "model": model_identity(source_of(cell.model, profile)), "evaluation": evaluation_identity(profile.evaluation),
-           "code": store.code_fingerprint(*SEEING)}
+           "code": store.code_fingerprint(*SEEING)} | ({"dtype": profile.dtype} if profile.dtype else {})
     if cell.pruning != "none":
         who |= {"scores": scores_identity(cell, profile), "width": asdict(profile.width), "pruning": store.code_fingerprint(*PRUNING)}
     if cell.recovery != "none":
-        who |= {"recovery": asdict(recovery_config(cell, profile)), "training": training_identity(profile.training),
+        who |= {"recovery": asdict(recovery_config(cell, profile)), "training": training_identity(training_of(cell.model, profile)),
                 "losses": store.code_fingerprint(*TRAINING)}
     return who
 
@@ -119,7 +121,8 @@ def absent(profile: Profile) -> list: # of sentences; empty where all is there
     sources, root = {m: source_of(m, profile) for m in profile.models}, root_of(profile.evaluation)
     places = [(f"model {m}", Path(s)) for m, s in sources.items() if s not in MODELS and not HUB.fullmatch(s)]
     places += [(f"vision tower of {m}", located(folder)) for m, folder in profile.towers.items()]
-    places += [(f"training {key}", located(path)) for key in ("json", "image_root") if (path := getattr(profile.training, key))]
+    places += list(dict.fromkeys((f"training {key}", located(path)) for m in profile.models for key in ("json", "image_root")
+                                 if (path := getattr(training_of(m, profile), key))))
     missing = [f"{what}: nothing at {path}" for what, path in places if not path.exists()]
     for name in profile.evaluation.benchmarks:
         try: parquet_files(SETS[name], SETS[name].config, root) if benchmark(name).name in SETS and root else None
@@ -131,15 +134,16 @@ def absent(profile: Profile) -> list: # of sentences; empty where all is there
 def teacher(source: str,       # as `load_model` takes it
             device: str,       # "cpu", "cuda:0" …
             tower: str | None, # folder of its vision tower
+            dtype: str = "",   # of its weights
            ):                  # (model, processor)
     "An uncompressed model; never changed, so it can be shared."
-    return load_model(source, device=device, vision_tower=tower)
+    return load_model(source, device=device, vision_tower=tower, dtype=getattr(torch, dtype) if dtype else None)
 
 
 def teacher_of(model: str, profile: Profile, device: str = "cpu"): # (model, processor)
     "An uncompressed model of a profile."
     tower = profile.towers.get(model)
-    return teacher(source_of(model, profile), device, tower and str(located(tower)))
+    return teacher(source_of(model, profile), device, tower and str(located(tower)), profile.dtype)
 
 
 @lru_cache(maxsize=1)
@@ -171,7 +175,7 @@ def scores_of(cell: Cell, profile: Profile, results: Store, device: str):
     def build(folder):
         model, processor = teacher_of(cell.model, profile, device)
         c = profile.calibration
-        batches = data.calibration_batches(training_data(profile.training), processor, c.samples, c.batch_size, cell.seed)
+        batches = data.calibration_batches(training_data(training_of(cell.model, profile)), processor, c.samples, c.batch_size, cell.seed)
         batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
         SCORES[cell.pruning, cell.importance](model, batches, cell.seed).save(folder)
     return load_scores(store.shared(results, scores_identity(cell, profile), build))
@@ -187,18 +191,26 @@ def plan_of(cell: Cell, profile: Profile, results: Store, device: str):
     return plan_widthwise(model, scores, ratio=cell.ratio, protect=(w.protect_first, w.protect_last), shape=w.shape)
 
 # %% ../nbs/22_experiment.ipynb #cell-028
+def trained_in_float32(student, config: RecoveryConfig):
+    "The student with the parts in float32 that training changes in full."
+    parts = anatomy(student)
+    for part in [parts.projector] if config.lora or config.train == "projector" else [parts.projector, parts.decoder, parts.lm_head]: part.float()
+    return student
+
+# %% ../nbs/22_experiment.ipynb #cell-031
 def student_of(cell: Cell, profile: Profile, results: Store, device: str):
     "The compressed model of a cell, its plan, and the record of its training."
     model, processor = teacher_of(cell.model, profile, device)
     plan = plan_of(cell, profile, results, device)
     student = apply_plan(model, plan)
     if cell.recovery == "none": return student, plan, {}
-    config = recovery_config(cell, profile)
-    result = recover(student, model, training_data(profile.training), config, processor=processor, plan=plan, device=device, progress=False)
+    config, dtype = recovery_config(cell, profile), student.dtype
+    if dtype != torch.float32: trained_in_float32(student, config)
+    result = recover(student, model, training_data(training_of(cell.model, profile)), config, processor=processor, plan=plan, device=device, progress=False)
     training = {"lr": config.lr, "samples": result.samples, "seconds": result.seconds, "loss": float(result.history.loss.iloc[-1])}
-    return result.model, plan, training
+    return result.model.to(dtype), plan, training
 
-# %% ../nbs/22_experiment.ipynb #cell-030
+# %% ../nbs/22_experiment.ipynb #cell-033
 def units_of(answers) -> dict: # benchmark -> list of 0 ... 1 whose mean is the score
     "What each question or pair was worth, in the order asked."
     out = {}
@@ -213,7 +225,7 @@ def sample_of(answers, n: int = 6) -> list:
     "The first answers of each benchmark."
     return answers.groupby("benchmark", sort=False).head(n)[["benchmark", "id", "prompt", "answer", "prediction", "value"]].to_dict("records")
 
-# %% ../nbs/22_experiment.ipynb #cell-032
+# %% ../nbs/22_experiment.ipynb #cell-035
 def compute(cell: Cell, profile: Profile,
             results: Store,      # for shared work
             device: str = "cpu",
@@ -229,7 +241,7 @@ def compute(cell: Cell, profile: Profile,
     return {"rows": rows.to_dict("records"), "units": units_of(answers), "sample": sample_of(answers), "plan": plan.to_json(), "training": training, "achieved_ratio": plan.achieved_ratio,
             "record": record(device) | {"seconds": round(time.perf_counter() - start, 2)}}
 
-# %% ../nbs/22_experiment.ipynb #cell-034
+# %% ../nbs/22_experiment.ipynb #cell-037
 def record(device: str) -> dict:
     "On what a result was computed."
     gpu = device.startswith("cuda")
