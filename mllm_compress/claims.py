@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WIDTHWISE_FROM', 'SMALL', 'MARGIN', 'LITTLE', 'PROMISED', 'BEST', 'CLAIMS', 'recommended', 'other', 'places',
            'finished', 'contrast', 'above', 'kept', 'keeps', 'best_rival', 'Claim', 'width_keeps_more', 'trained_with',
-           'projector_suffices', 'lm_must_learn', 'hidden_states_help', 'little_data_suffices', 'recommendation_wins']
+           'untrained', 'projector_suffices', 'lm_must_learn', 'hidden_states_help', 'little_data_suffices',
+           'recommendation_wins']
 
 # %% ../nbs/25a_claims.ipynb #cell-003
 from collections.abc import Callable
@@ -115,6 +116,11 @@ def width_keeps_more(frame: pd.DataFrame) -> dict:
 def trained_with(train: str) -> Callable:
     "The way of the recommended pruning, recovered with one part trained."
     return lambda ratio: {"pruning": recommended(ratio), "train": train}
+
+
+def untrained(ratio: float) -> dict:
+    "The way of the recommended pruning, not recovered."
+    return {"pruning": recommended(ratio), "recovery": "none"}
 
 
 def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Table', 'to_markdown', 'to_latex', 'to_html', 'basis', 'word', 'Verdict', 'sentence', 'printed',
-           'score_table', 'retained_over_ratio', 'differences', 'Report', 'Figure']
+           'score_table', 'retained_over_ratio', 'differences_over_ratio', 'Report', 'Figure']
 
 # %% ../nbs/26_report.ipynb #cell-003
 import html
@@ -191,23 +191,38 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
     return fig, axes
 
 # %% ../nbs/26_report.ipynb #cell-030
-def differences(ax, effects: dict, # (ratio, method) -> Estimate
-               ) -> None:
-    "A dot with its interval for each method at each ratio, around the line of no difference."
+def _side_by_side(ax, effects: dict, # (ratio, method) -> Estimate
+                 ) -> dict:          # method -> (x, y) of its last dot
+    "A dot with its interval for each method at each ratio."
     ratios, methods = ([*dict.fromkeys(key[i] for key in effects)] for i in (0, 1))
-    ax.axhline(0, color=GREY, linewidth=1)
+    ax.set_xticks(range(len(ratios)), [f"{r:.2f}" for r in ratios])
     ends = {}
     for k, method in enumerate(methods):
-        at = [(ratios.index(r) + .7 * ((k + .5) / len(methods) - .5), e) for (r, m), e in effects.items() if m == method]
-        x, found = [a for a, _ in at], [e for _, e in at]
-        y, m = np.array([e.value for e in found]), look(method)
-        ax.errorbar(x, y, [y - [e.low for e in found], [e.high for e in found] - y], color=m.color, marker=m.marker, linestyle="none", elinewidth=1.2)
+        at = [(ratios.index(r) + .7 * ((k + .5) / len(methods) - .5), e) for (r, m), e in effects.items() if m == method and e.value == e.value]
+        if not at: continue
+        x, y, m = [x for x, _ in at], np.array([e.value for _, e in at]), look(method)
+        ax.errorbar(x, y, [y - [e.low for _, e in at], [e.high for _, e in at] - y], color=m.color, marker=m.marker, linestyle="none", elinewidth=1.2)
         ends[method] = x[-1], y[-1]
-    ax.set_xticks(range(len(ratios)), [f"{r:.2f}" for r in ratios])
-    ax.grid(axis="x", visible=False)
-    label_ends(ax, {m: end for m, end in ends.items() if end[1] == end[1]})
+    return ends
 
-# %% ../nbs/26_report.ipynb #cell-033
+# %% ../nbs/26_report.ipynb #cell-032
+def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
+                           ylabel: str):  # of what more than what
+    "How much more each method keeps: a panel per model, methods side by side at each ratio."
+    fig, axes = panels(len(effects), sharex=False)
+    bounds = [b for found in effects.values() for e in found.values() if e.value == e.value for b in (e.low, e.high)]
+    low, high = min([-.5, *bounds]), max([.5, *bounds])
+    with page():
+        axes[0].set(ylabel=ylabel, ylim=(low - .05 * (high - low), high + .05 * (high - low)))
+        for ax, (model, found) in zip(axes, effects.items()):
+            ax.axhline(0, color=GREY, linewidth=1)
+            ends = _side_by_side(ax, found)
+            ax.set(title=model, xlabel="requested ratio")
+            ax.grid(axis="x", visible=False)
+            label_ends(ax, ends)
+    return fig, axes
+
+# %% ../nbs/26_report.ipynb #cell-035
 @dataclass(frozen=True)
 class Report:
     "Where a study notebook leaves its tables, figures and verdicts."
@@ -220,7 +235,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{self.notebook}-{name}.{ending}"
 
-# %% ../nbs/26_report.ipynb #cell-035
+# %% ../nbs/26_report.ipynb #cell-037
 def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, digits: int = 1, once: tuple = ()) -> Table:
     "Write a table in all notations and return it to be shown."
     t = Table(frame, caption, best, digits, once)
@@ -231,7 +246,7 @@ def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, 
 
 Report.table = _table
 
-# %% ../nbs/26_report.ipynb #cell-037
+# %% ../nbs/26_report.ipynb #cell-039
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure and its caption, as a notebook shows it."
@@ -253,7 +268,7 @@ def _figure(self, fig, name: str, caption: str) -> Figure:
 
 Report.figure = _figure
 
-# %% ../nbs/26_report.ipynb #cell-039
+# %% ../nbs/26_report.ipynb #cell-041
 def _verdict(self, claim: str, effects: dict, basis: str, name: str = "verdict", unit: str = "points of AVG-%") -> Verdict:
     "Write a verdict and return it to be shown."
     v = Verdict(claim, effects, basis, unit)
