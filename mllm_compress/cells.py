@@ -198,7 +198,7 @@ def load_profile(name, # the name of a shipped profile, a path to a YAML file, o
                 ) -> Profile:
     "Read a profile."
     if isinstance(name, Profile): return name
-    path = PROFILES / f"{name}.yaml" if str(name) in profile_names() else Path(name)
+    path = PROFILES / f"{name}.yaml" if str(name) in profile_names() else Path(name) if Path(name).is_file() else home() / name
     if path.suffix != ".yaml" or not path.is_file(): raise ValueError(
         f"Unknown profile {str(name)!r}: use {', '.join(profile_names())}, or a path to a .yaml file.")
     data = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -20,11 +20,13 @@ from .cells import Profile, canonical, describe, load_profile
 from .executors import devices, results_of
 from .experiment import absent
 from .notebooks import cells_of, check_parameters, choose, execute, notebooks, parameters_of
+from .store import home
 from .study import need_all_there, run, status, stored
 
 # %% ../nbs/29_runner.ipynb #cell-005
 def plan_study(profile: str, only: list = (), given: dict = {}) -> dict: # name -> (path, parameters, cells)
     "What each notebook will be given and will ask for."
+    if Path(profile).is_file(): profile = os.path.relpath(profile, home())  # notebooks run elsewhere
     if unknown := set(load_profile(profile).notebooks) - set(notebooks()): raise ValueError(
         f"profile {profile}: notebooks names {', '.join(sorted(unknown))}; there are {', '.join(notebooks())}.")
     plan = {}
@@ -105,7 +107,7 @@ def run_study(profile: str, only: list = (), given: dict = {}, executor: str = "
     cells = cells_of_plan(plan)
     failed = len(cells) and (run(cells, profile, executor, workers).status == "failed").any()
     problems = ["some cells failed (above)"] * bool(failed) + run_notebooks(plan)
-    page = site.build(profile)
     for problem in problems: print(f"PROBLEM: {problem}")
-    print(f"{len(plan)} notebooks in {hours(time.time() - start)}. Figures and tables: {os.path.relpath(page.parent)}/\nOpen {os.path.relpath(page)} in a browser.")
+    page = site.build(profile)
+    print(f"{len(plan)} notebook{'s' * (len(plan) != 1)} in {hours(time.time() - start)}. Figures and tables: {os.path.relpath(page.parent)}/\nOpen {os.path.relpath(page)} in a browser.")
     return int(bool(problems))
