@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .anatomy import anatomy, part_parameters
 from .convert import REAL_MODELS, real_config
 from .recovery import RecoveryConfig, add_lora
+from .versions import CHECKPOINTING
 
 _all_ = ["REAL_MODELS", "real_config"]
 
@@ -320,7 +321,7 @@ def _trainable(student: PreTrainedModel, config: RecoveryConfig) -> PreTrainedMo
     if config.lora: add_lora(model, dict(config.lora))
     elif config.train == "projector+lm": [part.requires_grad_(True) for part in (parts.decoder, parts.lm_head)]
     parts.projector.requires_grad_(True)
-    if config.gradient_checkpointing: model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.gradient_checkpointing: getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     return model.train()
 
 # %% ../nbs/19_cost.ipynb #cell-064

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from .anatomy import anatomy
 from .benchmarks import Question, open_image
+from .versions import CACHE_ARGUMENT
 
 # %% ../nbs/17a_generation.ipynb #cell-006
 def out_of_memory(error: Exception) -> bool:
@@ -213,7 +214,7 @@ def step(
     "Run new tokens through the decoder, behind what is in the cache."
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1]:]
     hidden = parts.decoder(inputs_embeds=x, attention_mask=None if bool(mask.all()) else mask, position_ids=positions,
-                           cache=cache, use_cache=True).last_hidden_state
+                           use_cache=True, **{CACHE_ARGUMENT: cache}).last_hidden_state
     return parts.lm_head(hidden[:, -keep:]).float()
 
 # %% ../nbs/17a_generation.ipynb #cell-039

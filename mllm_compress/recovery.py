@@ -31,6 +31,7 @@ from .data import Collator
 from .losses import LOSSES, check_losses
 from .targets import CACHE, SHARED, TargetCache, compute_targets, weights_hash
 from .trainer import Batches, RecoveryTrainer, Student, TeacherSide, checkpoints, indexed
+from .versions import CHECKPOINTING
 
 # %% ../nbs/14_recovery.ipynb #cell-004
 LEARNING_RATES = {  # train -> losses -> lr; "default" for combinations that are not listed
@@ -218,7 +219,7 @@ def _arguments(config: RecoveryConfig, folder, save_every, device, trainer: dict
         output_dir=str(folder), learning_rate=learning_rate(config), num_train_epochs=config.epochs, seed=config.seed, data_seed=config.seed,
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, optim=config.optimizer, bf16=config.precision == "bf16",
-        activation_checkpointing=config.gradient_checkpointing, use_cpu=str(device) == "cpu", report_to="none", disable_tqdm=True,
+        **{CHECKPOINTING: config.gradient_checkpointing}, use_cpu=str(device) == "cpu", report_to="none", disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no", save_steps=save_every or 500,
         remove_unused_columns=False, dataloader_pin_memory=False, ddp_find_unused_parameters=False), **trainer})
 

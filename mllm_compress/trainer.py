@@ -26,6 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from .anatomy import anatomy
 from .losses import COUNTS, DIVISORS, LOSSES, answer_positions, count, loss_terms
 from .targets import decoder_states, image_features
+from .versions import CHECKPOINTING
 
 # %% ../nbs/13b_trainer.ipynb #cell-004
 class Batches(Sampler):
@@ -105,7 +106,9 @@ class Student(nn.Module):
 
     def activation_checkpointing_enable(self, **kwargs):
         "Gradient checkpointing, as the Trainer asks for it."
-        self.parts.model.activation_checkpointing_enable(**kwargs)
+        getattr(self.parts.model, f"{CHECKPOINTING}_enable")(**kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its older name
 
 # %% ../nbs/13b_trainer.ipynb #cell-017
 def _forward(self, batch: dict, features, teacher: dict, counts: torch.Tensor) -> torch.Tensor: # [losses]
