@@ -2,6 +2,7 @@
 # make test    all tests
 # make lab     the notebooks in JupyterLab
 # make readme  README.md from nbs/index.ipynb
+# make lowest  all tests at the oldest versions that settings.ini promises (PYTHON=python3.10 for the oldest Python too)
 # make bench   speed and memory against the plain way
 # make clean   remove the environment and what can be regenerated (results in runs/ stay)
 
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study test lab readme bench clean setup
+.PHONY: study test lowest lab readme bench clean setup
 .DEFAULT_GOAL := study
 
 setup: $(READY)
@@ -35,6 +36,12 @@ study: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lowest:
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python requirements/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet $(PIP_ARGS) 'setuptools>=77' -r .venv-lowest/lowest.txt -e .
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs
