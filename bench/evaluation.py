@@ -7,7 +7,6 @@ again on images seen before, as when a study evaluates its next model.
     python bench/evaluation.py [--quick] [--models tiny-llava tiny-bunny] [--questions 200] [--rival 60] [--repeats 5]
 """
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -15,23 +14,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 
+from machine import facts
 from mllm_compress import generation, zoo
 from mllm_compress.benchmarks import SMALL_SUITE, benchmark, load_questions
-from mllm_compress.generation import SightCache, ask
+from mllm_compress.generation import ask
 from mllm_compress.style import page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 LOOKS = {"one by one": ("#777777", "o"), "engine, batch 1": ("#56B4E9", "v"), "engine": ("#0072B2", "s"), "engine, images seen": ("#D55E00", "D")}
-
-
-def device_name(device: str) -> str:
-    "What the numbers were measured on."
-    if device == "cuda": return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def one_by_one(model, processor, questions, tokens: int) -> list:
@@ -111,7 +102,7 @@ def main():
     matplotlib.use("Agg")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = summarise(pd.concat([measure(m, a.questions, a.rival, a.repeats, device) for m in a.models or ["tiny-llava", "tiny-bunny"]]))
-    rows = rows.assign(device=device_name(device), threads=torch.get_num_threads(), torch=torch.__version__, transformers=transformers.__version__)
+    rows = rows.assign(**facts(device))
     a.out.mkdir(parents=True, exist_ok=True)
     name = "evaluation-quick" if a.quick else "evaluation"
     rows.to_csv(a.out / f"{name}.csv", index=False, float_format="%.4g")

@@ -9,7 +9,6 @@ ratio is taken pair by pair. Memory is counted in separate runs: tensors alive a
     python bench/importance.py [--quick] [--repeats 9] [--device cpu|cuda]
 """
 import argparse
-import platform
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from machine import facts
 from mllm_compress.anatomy import anatomy
 from mllm_compress.block_influence import PeakTensors, block_influence, cosine_change
 from mllm_compress.scores import evaluating
@@ -28,14 +28,6 @@ from mllm_compress.taylor import ORDERS, output_gradients, summed_loss, taylor
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 GOALS = {"function": (1 / 20, 1 / 4), "hooks": (1.03, None), "taylor": (1.05, 0.10)}  # at most: time, extra memory, of the rival's
-
-
-def device_name(device: str) -> str:
-    "What the numbers were measured on."
-    if device == "cuda": return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def seconds(call, device: str) -> float:
@@ -181,8 +173,7 @@ def main():
     deep, batch = decoder(*((128, 4) if args.quick else (512, 16)), device), ids(*((2, 32) if args.quick else (4, 96)))
     rows += [taylor_row(deep, batch, order, repeats, device) for order in ORDERS]
 
-    about = dict(device=device_name(device), threads=torch.get_num_threads(), dtype="float32", torch=torch.__version__,
-                 transformers=transformers.__version__, repeats=repeats, quick=args.quick)
+    about = facts(device) | dict(dtype="float32", repeats=repeats, quick=args.quick)
     goals = [GOALS[row["name"].split()[0]] for row in rows]
     rows = pd.DataFrame([row | about for row in rows])
     rows["memory_ratio"] = (rows.ours_bytes / rows.rival_bytes).where([g[1] is not None for g in goals])  # both hold one forward pass

@@ -7,7 +7,6 @@ each pruned one so that both meet the same machine. Random weights: speed does n
     python bench/latency.py [--quick] [--width 2048] [--layers 20] [--repeats 20]
 """
 import argparse
-import platform
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +16,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from machine import facts
 from mllm_compress.cost import forward, shape_of_model, time_call, weight_bytes
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
 from mllm_compress.scores import LayerScores, WidthScores
@@ -33,14 +33,6 @@ def decoder(width: int, layers: int, device: str) -> LlamaForCausalLM:
     config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers, num_attention_heads=width // 128,
                          vocab_size=1024, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)
     with torch.device(device): return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32).eval()
-
-
-def device_name(device: str) -> str:
-    "What the numbers were measured on."
-    if device == "cuda": return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def make_plan(model, method: str, ratio: float):
@@ -112,9 +104,9 @@ def main():
     torch.manual_seed(0)
 
     dense, rows = decoder(width, args.layers, args.device), []
-    about = dict(device=device_name(args.device), threads=torch.get_num_threads(), dtype=str(dense.dtype).split(".")[-1], torch=torch.__version__, transformers=transformers.__version__,
-                 rival="dense decoder, same run, in turn", shape=f"{args.layers} layers of {width}, {weight_bytes(dense) / 2**30:.2f} GiB",
-                 context=args.context, repeats=repeats, warmup=warmup, quick=args.quick)
+    about = facts(args.device) | dict(
+        dtype=str(dense.dtype).split(".")[-1], rival="dense decoder, same run, in turn", shape=f"{args.layers} layers of {width}, {weight_bytes(dense) / 2**30:.2f} GiB",
+        context=args.context, repeats=repeats, warmup=warmup, quick=args.quick)
     for method in METHODS:
         for ratio in RATIOS:
             plan = make_plan(dense, method, ratio)
