@@ -17,8 +17,10 @@ from .checkpoint import PLAN, load_pruned
 from .generation import ask, candidate_scores, greedy, in_batches, prepare, read_prefixes, read_questions
 from .zoo import load_model
 
-try: from lmms_eval.api.model import lmms
-except ImportError: lmms = object  # an extra: without it the class can be read and tried, not registered
+try:
+    from lmms_eval.api.instance import GenerationResult as handed_over
+    from lmms_eval.api.model import lmms
+except ImportError: lmms, handed_over = object, tuple  # an extra: without it the class can be read and tried, not registered
 
 # %% ../nbs/18b_lmms_eval.ipynb #cell-006
 def manifest():
@@ -92,7 +94,7 @@ def _loglikelihood(self, requests: list) -> list: # of (mean negative log-likeli
     def continuation(prompt, target, visual, row, task, split): return (target if isinstance(target, str) else target(self.task_dict[task][split][row])).strip()
     questions, found = [self.question(r, (continuation(*r.args),)) for r in requests], []
     for start in range(0, len(questions), 512): found += likelihoods(self.model, self.processor, questions[start:start + 512], self.batch_size)
-    return found
+    return [handed_over(pair) for pair in found]
 
 # %% ../nbs/18b_lmms_eval.ipynb #cell-025
 class CompressedModel(lmms):

@@ -47,6 +47,11 @@ def requests_of(lm, questions, second):
     return [SimpleNamespace(args=(q.prompt, second(q), lambda row: row.images, n, "scenes", "test")) for n, q in enumerate(questions)]
 
 
+def losses(lm, requests):
+    "Pairs, out of the parcel in which lmms-eval leaves them alone."
+    return [getattr(found, "text", found) for found in lm.loglikelihood(requests)]
+
+
 @pytest.mark.parametrize("name", ["dense", "blockwise"])
 def test_answers_of_the_plugin_are_those_of_the_engine(checkpoints, name):
     pretrained, model, processor = checkpoints[name]
@@ -61,7 +66,7 @@ def test_likelihoods_by_a_plain_forward_pass(checkpoints):
     _, model, processor = checkpoints["dense"]
     lm, questions = plugin.CompressedModel("tiny-llava", device="cpu"), B.load_questions("scenes/open", "test", 3)
     for said in ("red", "red large circle"):
-        for q, (loss, greedy) in zip(questions, lm.loglikelihood(requests_of(lm, questions, lambda q: " " + said))):
+        for q, (loss, greedy) in zip(questions, losses(lm, requests_of(lm, questions, lambda q: " " + said))):
             content = [{"type": "image"}, {"type": "text", "text": q.prompt}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
             start = processor(text=text, images=q.images[0], return_tensors="pt")["input_ids"].shape[1]
@@ -70,8 +75,8 @@ def test_likelihoods_by_a_plain_forward_pass(checkpoints):
             ids = inputs["input_ids"][0]
             assert loss == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start), abs=1e-4)
             assert greedy == all(logp[i - 1].argmax() == ids[i] for i in range(start, len(ids)))
-    named = lm.loglikelihood(requests_of(lm, questions, lambda q: lambda row: row.answer))  # a target may be a function of the row
-    assert named == lm.loglikelihood(requests_of(lm, questions, lambda q: q.answer)) and any(greedy for _, greedy in named)
+    named = losses(lm, requests_of(lm, questions, lambda q: lambda row: row.answer))  # a target may be a function of the row
+    assert named == losses(lm, requests_of(lm, questions, lambda q: q.answer)) and any(greedy for _, greedy in named)
 
 
 def test_images_are_padded_unless_told_otherwise(checkpoints):
@@ -136,10 +141,11 @@ def run_harness(pretrained, tasks, out, launcher=()):
     "The command of the notebook, offline: results, and {task: answers in the order of the rows}."
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "hf"), "LMMS_EVAL_HOME": str(out / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "lmms_eval", "--model", "mllm_compress", "--model_args", f"pretrained={pretrained}", "--tasks",
-               "local_generate,local_choose", "--include_path", str(tasks), "--batch_size", "5", "--device", "cpu", "--log_samples", "--output_path", str(out / "logs")]
+               "local_generate,local_choose", "--include_path", str(tasks), "--batch_size", "auto", "--device", "cpu", "--log_samples", "--output_path", str(out / "logs")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    results = json.loads(next((out / "logs").rglob("*_results.json")).read_text())["results"]
+    found = next((out / "logs").rglob("*_results.json"), None)  # where it fails, it still returns 0
+    assert found, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads(found.read_text())["results"]
     samples = {name: [json.loads(line) for line in next((out / "logs").rglob(f"*_samples_{name}.jsonl")).read_text().splitlines()] for name in ("local_generate", "local_choose")}
     return results, {name: [s["filtered_resps"] for s in sorted(found, key=lambda s: s["doc_id"])] for name, found in samples.items()}
 
@@ -190,7 +196,7 @@ def readers(monkeypatch):
     def mathvista(text, q):
         kind, problem = "multi_choice" if q["options"] else "free_form", q | {"choices": q["options"], "query": ""}
         read = judge.extract_answer(text.strip(), problem | {"question_type": kind})
-        return judge.safe_equal(judge.normalize_extracted_answer(read, q["options"], kind, q["answer_type"], q["precision"]), q["answer"])
+        return float(judge.safe_equal(judge.normalize_extracted_answer(read, q["options"], kind, q["answer_type"], q["precision"]), q["answer"]))
     return {
         "exact": lambda t, q: same(t, q["answer"]), "diagram": lambda t, q: same(letters.apply([[t]], [None])[0], q["answer"]),
         "yes_no": lambda t, q: pope_process_results(q | {"question_id": 0}, [t.strip()])["pope_accuracy"]["score"],
@@ -255,7 +261,7 @@ def test_prompts_are_those_of_lmms_eval(root, monkeypatch):  # noqa: F811
 
     class Plain(yaml.SafeLoader): pass
     Plain.add_constructor("!function", lambda loader, node: None)
-    tasks, short = Path(lmms_eval.__file__).parent / "tasks", {"post_prompt": B.SHORT, "pre_prompt": ""}
+    tasks = Path(lmms_eval.__file__).parent / "tasks"
 
     def rows(*folders): return [r for (folder, _), rows in SETS.items() if folder in folders for r in rows]
     for name, task, file, found in (
