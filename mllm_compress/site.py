@@ -109,11 +109,12 @@ STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #5b6570; --back: #ffffff; --card: #f5f6f8; --rule: #d9dde2; --link: #0057a8 }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4af; --back: #14171b; --card: #1f242a; --rule: #363d45; --link: #7db8f0 } }
 * { box-sizing: border-box } html { scroll-behavior: smooth }
-body { margin: 0 auto; padding: 1rem 1.2rem 4rem; max-width: 62rem; font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back) }
+body { margin: 0 auto; padding: 1rem 1.2rem 4rem; max-width: 62rem; font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--back); overflow-wrap: anywhere }
 h1 { line-height: 1.2 } h2 { margin-top: 3.5rem; border-top: 2px solid var(--rule); padding-top: 1.2rem } a { color: var(--link) }
 nav ul { list-style: none; padding: 0; columns: 18rem } blockquote { margin: 0 0 1rem; padding-left: 1rem; border-left: 3px solid var(--rule); color: var(--soft) }
 .wide { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
 caption { caption-side: bottom; color: var(--soft); padding-top: .5rem } th, td { padding: .25rem .6rem; white-space: nowrap }
+table { display: block; overflow-x: auto }
 thead { border-bottom: 2px solid var(--rule) } tbody tr { border-bottom: 1px solid var(--rule) }
 figure { margin: 1.2rem 0 } figure img { max-width: 100%; background: #fff; padding: .4rem; border-radius: 4px } figcaption { color: var(--soft); font-size: .87rem }
 pre { overflow-x: auto; background: var(--card); padding: .7rem .9rem; border-radius: 4px; font-size: .82rem } summary { cursor: pointer; color: var(--soft); font-size: .82rem }

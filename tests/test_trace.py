@@ -1,0 +1,90 @@
+"""Every score in a committed table is the mean of rows of the results it was drawn from."""
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/cells.csv"))
+SETTING = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction"]
+
+
+def means(lines: pd.DataFrame) -> pd.DataFrame:
+    "One row per setting, with the mean of each benchmark's score over seeds, their AVG-% and how many seeds there are."
+    scores = lines.pivot_table("score", SETTING, "benchmark", aggfunc="mean").reset_index()
+    benchmarks = list(lines.benchmark.unique())
+    dense = scores[scores.pruning == "none"].set_index("model")[benchmarks]
+    scores["AVG-%"] = [100 * (row[benchmarks] / dense.loc[row.model]).astype(float).mean() for _, row in scores.iterrows()]
+    achieved = lines.groupby(SETTING, as_index=False).agg(achieved=("achieved_ratio", "mean"), seeds=("seed", "nunique"))
+    return scores.merge(achieved, on=SETTING)
+
+
+def fits(row: pd.Series, settings: pd.DataFrame) -> pd.Series:
+    "Which settings a table's row may speak of: all columns that name one are heeded, the others are free."
+    words = {c: str(v) for c, v in row.items()}
+    at = (settings.model == row.model) & np.isclose(settings.ratio, float(row.requested))
+    at &= settings.pruning == words["pruning"].replace("original", "none")
+    if words["pruning"] == "original": return at
+    if (trained := words.get("trained")) is not None: at &= (settings.recovery == "none") if trained == "nothing" else (settings.recovery != "none") & (settings.train == trained)
+    if (losses := words.get("losses")) is not None: at &= settings.recovery == losses
+    if (part := words.get("fraction")) is not None:
+        percent = float(part.rstrip(" %"))
+        at &= (settings.recovery == "none") if percent == 0 else (settings.recovery != "none") & np.isclose(settings.fraction * 100, percent)
+    return at
+
+
+def untraced(table: pd.DataFrame, lines: pd.DataFrame) -> list: # of rows' descriptions
+    "The rows of a table that are not the means of any setting they may speak of."
+    settings, found = means(lines), []
+    numbers = [c for c in table.columns if c in set(lines.benchmark) | {"AVG-%"}]
+    for _, row in table.iterrows():
+        shown = row[numbers].astype(float).to_numpy()
+        candidates = settings[fits(row, settings)]
+        same = [np.allclose(c[numbers].astype(float).to_numpy(), shown, rtol=2e-5, atol=1e-6, equal_nan=True)
+                and ("achieved" not in row or abs(c.achieved - float(row.achieved)) < 6e-4)
+                and ("seeds" not in row or row.pruning == "original" or int(row.seeds) == c.seeds) for _, c in candidates.iterrows()]
+        if not any(same): found.append(f"{dict(row)} among {len(candidates)} settings")
+    return found
+
+
+def read_by(notebook: Path) -> list:
+    "The names of the results that an executed notebook has read."
+    return nbformat.read(notebook, 4).metadata.get("mllm_compress", {}).get("results", [])
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_every_score_is_the_mean_of_its_results(folder):
+    lines, checked = pd.read_csv(folder / "cells.csv"), []
+    for path in sorted(folder.glob("*-scores.csv")):
+        notebook = folder / f"{path.name.removesuffix('-scores.csv')}.ipynb"
+        table = pd.read_csv(path)
+        if "pruning" not in table: continue
+        mine = lines[lines.result.isin(read_by(notebook))]
+        assert set(mine.benchmark) <= set(table.columns) and not untraced(table, mine), (path, untraced(table, mine))
+        checked.append(path.name)
+    assert "02_pruning-scores.csv" in checked
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_every_result_that_a_notebook_has_read_is_there_once(folder):
+    lines = pd.read_csv(folder / "cells.csv")
+    for notebook in sorted(folder.glob("[0-9]*.ipynb")): assert set(read_by(notebook)) <= set(lines.result), notebook
+    assert not lines.duplicated(["result", "benchmark"]).any() and lines.score.between(0, 2800).all()
+    assert lines.groupby("result")[SETTING + ["seed", "device", "torch", "date", "seconds"]].nunique(dropna=False).eq(1).all(axis=None)
+    assert (folder / "cells.csv").stat().st_size < 2**20
+
+
+def made() -> pd.DataFrame:
+    "Results of a dense model and of a pruned one with two seeds."
+    rows = [("none", 0, 0, "a", 90), ("none", 0, 0, "b", 80), ("layerwise", .3, 0, "a", 45), ("layerwise", .3, 0, "b", 40), ("layerwise", .3, 1, "a", 63), ("layerwise", .3, 1, "b", 60)]
+    return pd.DataFrame([{"model": "m", "pruning": p, "ratio": r, "importance": "i", "recovery": "none", "train": "t", "fraction": 1.0, "seed": s,
+                          "benchmark": b, "score": v, "achieved_ratio": r, "result": f"{p}{s}"} for p, r, s, b, v in rows])
+
+
+@pytest.mark.parametrize("change, wrong", [({}, 0), ({"a": 54.1}, 1), ({"AVG-%": 61.0}, 1), ({"achieved": .31}, 1), ({"pruning": "widthwise"}, 1), ({"seeds": 3}, 1)])
+def test_a_changed_number_is_found(change, wrong):
+    table = pd.DataFrame([{"model": "m", "requested": 0., "pruning": "original", "achieved": 0., "a": 90, "b": 80, "AVG-%": 100.},
+                          {"model": "m", "requested": .3, "pruning": "layerwise", "achieved": .3, "seeds": 2, "a": 54, "b": 50, "AVG-%": 61.25} | change])
+    assert len(untraced(table, made())) == wrong
