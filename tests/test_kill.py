@@ -1,0 +1,208 @@
+"""Nothing lost: the real command, killed, interrupted and started twice, at moments drawn anew in every run of this test."""
+import multiprocessing.util
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from mllm_compress import runner, study
+from mllm_compress.cells import Cell
+from mllm_compress.cli import app
+from mllm_compress.site import FIELDS
+
+ROOT = Path(__file__).parent.parent
+VOLATILE = [f for f in FIELDS if f in ("seconds", "peak_memory_mb", "date")]  # columns of cells.csv that differ from run to run
+NOTEBOOK = new_notebook(cells=[
+    new_markdown_cell("# A table\n> Of a few cells."),
+    new_code_cell('profile: str = "smoke"  # models, data and budgets', metadata={"tags": ["parameters"]}),
+    new_code_cell("from mllm_compress import report, study\nfrom mllm_compress.cells import Cell\n"
+                  "cells = [Cell('smoke-llava')] + [Cell('smoke-llava', p, r) for p in ('layerwise', 'widthwise') for r in (.3, .45)]\n"
+                  "cells += [Cell('smoke-llava', 'layerwise', r, recovery='sft+hidden_kd', fraction=.5) for r in (.3, .45)]", metadata={"tags": ["grid"]}),
+    new_code_cell("frame = study.run(cells, profile)\n"
+                  "report.Report('01_table', profile).table(frame[['pruning', 'ratio', 'recovery', 'benchmark', 'score', 'low', 'high']], 'scores', 'Scores.')")],
+    metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+CELLS = 7
+
+
+def prepare(folder: Path) -> Path:
+    "A checkout with one study notebook and a small profile."
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "nbs/study").mkdir(parents=True)
+    nbformat.write(NOTEBOOK, folder / "nbs/study/01_table.ipynb")
+    profile = (ROOT / "mllm_compress/profiles/smoke.yaml").read_text()
+    (folder / "small.yaml").write_text(profile.partition("\nnotebooks:")[0].replace("workers: 2", "workers: 1") + "\n")
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    "Such a checkout; whatever still runs in it is ended afterwards."
+    yield prepare(tmp_path)
+    for pid in alive(tmp_path): os.kill(pid, signal.SIGKILL) if pid != os.getpid() else None
+
+
+class Run:
+    "`mllm-compress study` in a process group of its own, forked from this process so that its imports are paid once."
+    def __init__(self, folder: Path, *extra):
+        self.out, self.code = folder / f"said-{time.time_ns()}.txt", None
+        self.pid = os.fork()
+        if self.pid: return
+        os.setsid()
+        os.chdir(folder)
+        with open(self.out, "w") as out:
+            for stream in (1, 2): os.dup2(out.fileno(), stream)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = 70
+        try: code = app(["study", "--profile", "small.yaml", *extra], standalone_mode=True)
+        except SystemExit as end: code = end.code
+        except BaseException: traceback.print_exc()
+        finally:
+            for end in (multiprocessing.util._exit_function, sys.stdout.flush, sys.stderr.flush): end()
+            os._exit(code or 0)
+
+    def ended(self) -> bool:
+        if self.code is None:
+            pid, state = os.waitpid(self.pid, os.WNOHANG)
+            if pid: self.code = os.waitstatus_to_exitcode(state)
+        return self.code is not None
+
+    def signal(self, which) -> None:
+        if not self.ended(): os.killpg(self.pid, which)
+
+    def says(self, code: int = 0) -> str:
+        "What it printed, once it has ended with this exit code."
+        assert soon(self.ended, 300)
+        text = self.out.read_text()
+        assert self.code == code, text
+        return text
+
+
+def alive(folder: Path) -> list:
+    "The processes that have this folder, or one below it, as their current one."
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try: there = Path(os.readlink(link))
+        except OSError: continue
+        if there.is_relative_to(folder): found.append(int(link.parent.name))
+    return found
+
+
+def soon(condition, seconds: float = 20) -> bool:
+    "Whether a condition becomes true in time."
+    end = time.time() + seconds
+    while not (met := condition()) and time.time() < end: time.sleep(.02)
+    return bool(met)
+
+
+def results(folder: Path) -> dict: # name -> when it was written
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("runs/small/results/*/result.json")}
+
+
+def tables(folder: Path) -> tuple: # (bytes of the table, lines of cells.csv without what differs from run to run)
+    figures = folder / "figures/small"
+    return (figures / "01_table-scores.csv").read_bytes(), pd.read_csv(figures / "cells.csv").drop(columns=VOLATILE).to_csv()
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A checkout in which two runs, started at once, went through undisturbed."
+    folder = prepare(tmp_path_factory.mktemp("whole"))
+    said = [run.says() for run in [Run(folder), Run(folder)]]
+    return folder, said
+
+
+@linux
+def test_two_runs_on_one_store_do_each_cell_once(whole):
+    folder, said = whole
+    assert all(f"{CELLS} cells of profile small, {CELLS} with results." in text for text in said), said
+    begun = {p.stem: p.read_text().count(": process ") for p in folder.glob("runs/small/logs/*.txt")}
+    assert set(begun) == set(results(folder)) and set(begun.values()) == {1}
+    assert len(tables(folder)[1].splitlines()) == 1 + CELLS * 2
+
+
+@linux
+def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
+    rng, kept, log = random.Random(seed := time.time_ns()), {}, []
+    some = rng.randint(1, CELLS - 1)
+    moments = [(lambda: True, 4), (lambda: len(results(checkout)) >= some, .5),
+               (lambda: list(checkout.glob("figures/small/.*.part*")), 4)]  # starting, computing, in the notebook
+    for reached, longest in moments:
+        run = Run(checkout)
+        assert soon(lambda: reached() or run.ended(), 200)
+        time.sleep(rng.uniform(0, longest))
+        run.signal(signal.SIGKILL)
+        soon(run.ended)
+        assert all(results(checkout)[name] == when for name, when in kept.items()), log
+        kept = results(checkout)
+        log.append(f"ended with {run.code} and {len(kept)} results (seed {seed})")
+    Run(checkout).says()
+    now = results(checkout)
+    print(*log, sep="\n")
+    assert len(now) == CELLS and all(now[name] == when for name, when in kept.items()), log
+    assert tables(checkout) == tables(whole[0]), log
+    assert not list((checkout / "figures").rglob("*.part*")) and soon(lambda: not alive(checkout), 60)
+
+
+@linux
+@pytest.mark.parametrize("where", ["cells", "notebook"])
+def test_ctrl_c_stops_cleanly_and_leaves_no_process(checkout, whole, where):
+    if where == "notebook": shutil.copytree(whole[0] / "runs", checkout / "runs")
+    reached = {"cells": lambda: results(checkout), "notebook": lambda: list(checkout.glob("figures/small/.*.part*"))}[where]
+    run = Run(checkout)
+    assert soon(lambda: reached() or run.ended(), 200)
+    run.signal(signal.SIGINT)
+    text = run.says(130)
+    assert "Stopped. Finished results are kept" in text and "Traceback" not in text
+    assert soon(lambda: not alive(checkout), 60), alive(checkout)
+    assert not list((checkout / "figures").rglob("*.part*"))
+
+
+def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    bad = [Cell("smoke-llava", "widthwise", .94), *(Cell("smoke-llava", "layerwise", r) for r in (.3, .45))]
+    monkeypatch.setattr(runner, "cells_of_plan", lambda _: bad)
+    monkeypatch.setattr(runner, "run_notebooks", lambda _: [])
+    monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
+    assert runner.run_study("small.yaml", executor="inline") == 1
+    text = capsys.readouterr().out
+    assert "1 FAILED" in text and "widthwise 94%" in text and "log: runs/small/logs/" in text and "PROBLEM: some cells failed" in text
+    broken = sorted(results(checkout))[0]
+    file = checkout / f"runs/small/results/{broken}/result.json"
+    file.write_text(file.read_text().replace('"score": ', '"score": 1', 1))
+    with pytest.warns(UserWarning, match=f"The result {broken} is corrupt"): runner.run_study("small.yaml", executor="inline")
+    assert len(results(checkout)) == 2 and list(checkout.glob(f"runs/small/corrupt/{broken}-*"))
+    capsys.readouterr()
+    runner.dry_run("small.yaml")
+    plan = capsys.readouterr().out
+    assert plan.count("  cached ") == 2 and plan.count("  missing ") == 1 and "3 cells, 1 missing: about" in plan and "of memory for each" in plan
+    runner.show_status("small.yaml")
+    assert "2 results of profile small" in capsys.readouterr().out
+
+
+def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    text = Path("small.yaml").read_text().replace("training: {scenes: 12}", "training: {json: $NOWHERE/mix.json, image_root: $NOWHERE/images}")
+    text = text.replace("[scenes/open, scenes/hallucination]", "[pope, mmmu]").replace("  questions: 8", "  root: nowhere\n  questions: 8")
+    Path("real.yaml").write_text(text.replace("smoke-", "big-") + "folders: {big-llava: /no/such/llava}\n")
+    lacking = ["model big-llava: nothing at /no/such/llava", "model big-bunny: nothing at big-bunny", "training json: nothing at", "training image_root",
+               "benchmark pope: no data/test-*.parquet", "benchmark mmmu"]
+    for attempt in (lambda: runner.run_study("real.yaml"), lambda: study.run([Cell("big-llava")], "real.yaml")):
+        with pytest.raises(FileNotFoundError) as error: attempt()
+        assert all(line in str(error.value) for line in lacking), error.value
+    assert not Path("runs").exists()
+    runner.dry_run("real.yaml")
+    plan = capsys.readouterr().out
+    assert all(line in plan for line in lacking) and f"{CELLS} cells, {CELLS} missing, {CELLS} of them of unknown cost" in plan
