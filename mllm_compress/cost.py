@@ -334,7 +334,7 @@ def recovery_memory(student: PreTrainedModel, # an MLLM on the meta device, prun
     if student.device.type != "meta": raise ValueError(f"the dry run needs a model on the meta device, not on {student.device}; build it there or call .to('meta') on a copy")
     model = _trainable(student, config)
     model.set_attn_implementation("eager")
-    inputs = example_inputs(student, text_tokens, batch=-(-config.batch_size // config.passes))
+    inputs = example_inputs(student, text_tokens, batch=-(-config.batch_size // (config.passes or 1)))
     inputs |= {"labels": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
     step = peak_memory(lambda: forward(model, inputs, logits_to_keep=0, use_cache=False).loss.backward(), "meta")
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
