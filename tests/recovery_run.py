@@ -10,28 +10,41 @@ import torch
 torch.set_num_threads(1)
 
 from mllm_compress.data import scene_data
-from mllm_compress.recovery import RecoveryConfig, recover
+from mllm_compress.recovery import RecoveryConfig
+from mllm_compress.sharded import recover  # without sharding, recovery.recover
 from mllm_compress.targets import weights_hash
 from mllm_compress.trainer import RecoveryTrainer
 from mllm_compress.zoo import load_model
 
-options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result
+options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result, fsdp
+if options.get("fsdp"):  # accelerate shards on GPUs only; with this it takes two CPU processes for something that can be sharded
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+    start = AcceleratorState.__init__
+
+    def as_if_on_gpus(self, *args, **kwargs):
+        PartialState(cpu=True).distributed_type = DistributedType.MULTI_XPU
+        start(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = as_if_on_gpus
 torch.manual_seed(0)
 teacher, processor = load_model("smoke-llava")
 student = copy.deepcopy(teacher)
 for p in student.model.language_model.parameters(): p.data += 0.02 * torch.randn_like(p)
 
-compute_loss = RecoveryTrainer.compute_loss
+compute_loss, sharded = RecoveryTrainer.compute_loss, 0
 
 
 def killed_at(self, *args, **kwargs):
+    global sharded
+    sharded = sum(hasattr(p, "full_tensor") for p in self.model.parameters())
     if self.state.global_step == options.get("kill_at", -1): os.kill(os.getpid(), signal.SIGKILL)
     return compute_loss(self, *args, **kwargs)
 
 
 RecoveryTrainer.compute_loss = killed_at
 result = recover(student, teacher, scene_data("train", options.get("n", 12)), RecoveryConfig(**options["config"]), processor,
-                 folder=options.get("folder"), save_every=options.get("save_every"), device="cpu", progress=False)
+                 folder=options.get("folder"), save_every=options.get("save_every"), device="cpu", progress=False, trainer=options.get("trainer", {}))
 if int(os.environ.get("RANK", 0)) == 0:
     with open(options["result"], "w") as f:
-        json.dump({"weights": weights_hash(result.model), "history": result.history.to_dict("list")}, f)
+        json.dump({"weights": weights_hash(result.model), "history": result.history.to_dict("list"), "sharded": sharded,
+                   "shapes": {f"model.{name}": list(p.shape) for name, p in result.model.named_parameters()}}, f)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from mllm_compress.anatomy import anatomy
 from mllm_compress.data import Collator, InstructionData, scene_data
@@ -284,6 +285,28 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
     assert two is not None, code.stderr[-2000:]
     for column in ("loss", "sft", "hidden_kd"):
         torch.testing.assert_close(torch.tensor(two["history"][column]), torch.tensor(one["history"][column]), rtol=1e-4, atol=1e-6)
+
+
+def test_fsdp(tmp_path):
+    "Sharded over two processes: the losses of one process; killed and resumed, the same bits; the model comes back whole."
+    sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    options = {"config": {"batch_size": 4, "epochs": 2, "lr": 1e-3}, "n": 14}
+    options_of_two = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    _, one = process(tmp_path, name="one.json", **options)
+    code, two = process(tmp_path, launcher, name="two.json", **options_of_two)
+    assert two is not None, code.stderr[-2000:]
+    assert one["sharded"] == 0 and two["sharded"] > 0
+    for column in ("loss", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(two["history"][column]), torch.tensor(one["history"][column]), rtol=1e-4, atol=1e-6)
+    folder = {"folder": str(tmp_path / "run"), "save_every": 2}
+    _, nothing = process(tmp_path, launcher, **options_of_two, **folder, kill_at=5)
+    assert nothing is None and [p.name for p in checkpoints(folder["folder"])] == ["checkpoint-2", "checkpoint-4"]
+    code, resumed = process(tmp_path, launcher, **options_of_two, **folder)
+    assert resumed is not None, code.stderr[-2000:]
+    assert resumed["weights"] == two["weights"] and resumed["history"]["loss"] == two["history"]["loss"]
+    checkpoint = load_file(checkpoints(folder["folder"])[-1] / "weights.safetensors")
+    assert checkpoint and all(list(tensor.shape) == two["shapes"][name] for name, tensor in checkpoint.items())
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeypatch):
