@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mllm_compress.anatomy import anatomy
-from mllm_compress.data import Collator, InstructionData, scene_data
-from mllm_compress.recovery import PAPER, RecoveryConfig, add_lora, config_from_dict, layer_pairs, learning_rate, lora_targets, recover
-from mllm_compress.targets import TargetCache, image_features, weights_hash
-from mllm_compress.trainer import Batches, NonFiniteLoss, RecoveryTrainer, checkpoints, complete_or_absent
+from mllm_compress.data import Collator, InstructionData, blocks, borrowing_mask, packed_mask, scene_data
+from mllm_compress.recovery import PAPER, RecoveryConfig, _attention, add_lora, config_from_dict, layer_pairs, learning_rate, lora_targets, recover
+from mllm_compress.targets import SHARED, TargetCache, decoder_states, image_features, weights_hash
+from mllm_compress.trainer import Batches, NonFiniteLoss, RecoveryTrainer, checkpoints
 
 N = 8
 
@@ -103,6 +104,52 @@ def test_packed_questions_equal_separate_ones(pair, data):
     packed = run(pair, data, RecoveryConfig(**ONE_STEP)).history
     apart = run(pair, single, RecoveryConfig(batch_size=len(single), lr=1e-3)).history
     assert packed.loss[0] == pytest.approx(apart.loss[0], rel=1e-4)
+
+
+def test_short_rows_and_small_passes_are_a_saving_and_nothing_else(pair, data, monkeypatch):
+    config = RecoveryConfig(losses={"sft": 1, "hidden_kd": 1, "logits_kd": 1}, **ONE_STEP)
+    short = run(pair, data, config).history
+    monkeypatch.setattr("mllm_compress.recovery._block", lambda config: None)
+    whole = run(pair, data, config).history
+    split = run(pair, data, RecoveryConfig(losses=config.losses, passes=4, **ONE_STEP)).history
+    for column in ("loss", "sft", "hidden_kd", "logits_kd", "grad_norm"):
+        assert short[column][0] == pytest.approx(whole[column][0], rel=1e-5) and split[column][0] == pytest.approx(whole[column][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi", "phi3"])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_borrowed_prefix_is_the_prefix(tiny_lm, family, added):
+    "Grouped queries, partial rotary embeddings, fused projections: a block's states are those of the whole row."
+    model, g = tiny_lm(family), torch.Generator().manual_seed(0)
+    parts = anatomy(model)
+    segment = [0] * 5 + [1] * 4 + [2] * 3 + [3] * 6
+    row = {"segment": segment, "ids": torch.randint(3, 60, (18,), generator=g).tolist(), "position": [*range(5), *range(5, 9), *range(5, 8), *range(5, 11)]}
+    cut = blocks(row, 9)
+    assert [len(b["ids"]) for b in cut] == [9, 9]
+    batch = lambda rows: {"input_ids": torch.tensor([r["ids"] for r in rows]), "position_ids": torch.tensor([r["position"] for r in rows])}
+    whole = batch([row]) | {"attention_mask": packed_mask(torch.tensor([segment]))}
+    first = torch.tensor([0, 0])
+    short = batch(cut) | {"attention_mask": borrowing_mask(torch.tensor([b["segment"] for b in cut]), first), "first_row": first}
+    if added: short["attention_mask"] = torch.zeros(short["attention_mask"].shape).masked_fill(~short["attention_mask"], -1e9)
+    with torch.no_grad():
+        expected = decoder_states(parts, whole, None, (0, "final"))
+        with _attention(model, SHARED): found = decoder_states(parts, short, None, (0, "final"))
+        some = torch.rand(2, 9, generator=g) < 0.3
+        with _attention(model, SHARED): few = decoder_states(parts, short, None, (0, "final"), some)
+    for name in (0, "final"):
+        torch.testing.assert_close(found[name].reshape(18, -1), expected[name][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(few[name][some], found[name][some], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(few["final"][~some], found["final"][~some])  # elsewhere the last layer was not finished
+
+
+def test_a_batch_with_a_long_question_stays_in_whole_rows(pair, data):
+    long = data.samples[0] | {"conversations": [{"from": "human", "value": "<image>\n" + "is there a red circle " * 30}, {"from": "gpt", "value": "yes"}]}
+    mixed = InstructionData([long, *data.samples[1:]], images=data.images)
+    collate = Collator(pair[2], mixed, block=64)
+    assert len(collate([mixed[0], mixed[1]])["input_ids"]) == 2 < len(collate([mixed[1], mixed[2]])["input_ids"])
+    found = run(pair, mixed, RecoveryConfig(**ONE_STEP)).history
+    now = run(pair, mixed, RecoveryConfig(**ONE_STEP), cache=TargetCache(limit=0)).history
+    assert found.loss[0] == pytest.approx(now.loss[0], rel=1e-5)  # targets computed in other batches belong to the same answers
 
 
 def test_ahead_or_while_training_is_the_same(pair, data):
@@ -322,6 +369,19 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeyp
     monkeypatch.setattr(module, "save_file", save)
     resumed = run(pair, data, RecoveryConfig(batch_size=2, lr=1e-3), folder=tmp_path / "run", save_every=1)
     assert weights_hash(resumed.model) == weights_hash(run(pair, data, RecoveryConfig(batch_size=2, lr=1e-3)).model)
+
+
+def test_a_save_that_was_cut_off_is_not_taken_for_a_checkpoint(pair, data, tmp_path):
+    config = RecoveryConfig(batch_size=2, lr=1e-3)
+    whole = run(pair, data, config)
+    run(pair, data, config, folder=tmp_path, save_every=1)
+    left = checkpoints(tmp_path)
+    for late in left[1:]: (late / "trainer_state.json").unlink()  # written last: without it the folder is not complete
+    (tmp_path / "partial-checkpoint-4").mkdir()
+    (tmp_path / "partial-checkpoint-4" / "weights.safetensors").write_bytes(b"half of it")
+    assert checkpoints(tmp_path) == left[:1]
+    for late in left[1:]: shutil.rmtree(late)
+    assert weights_hash(run(pair, data, config, folder=tmp_path, save_every=1).model) == weights_hash(whole.model)
 
 
 def test_another_runs_folder_is_refused(pair, data, tmp_path):
