@@ -1,0 +1,108 @@
+"""Wall time of cells that share work, through the study, against the same cells on their own.
+
+The cells are a sample of the `tiny` grid with one model: dense, pruned at two ratios, and recovered on 1 % of the data by two
+objectives. What the study shares between them: one process (its imports, the model, the images and
+questions), the training data, scores over ratios, the teacher's targets over objectives, and the processor's work. The
+rival computes each cell in a new process with an empty store. Both use one process at a time with one thread and the same
+code for a cell, so that the ratio is what sharing gains, not what parallel workers add. Cells of 50 or 100 % of the data
+are left out, to take minutes instead of hours: their own training dwarfs what can be shared, so that the gain over the whole grid is
+smaller than over this sample.
+
+CPU seconds are measured beside wall seconds: on a machine that others use, they are the ones to compare.
+
+    python bench/study.py [--quick]
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+import torch
+import transformers
+import yaml
+
+from mllm_compress import study
+from mllm_compress.cells import Cell, load_profile
+from mllm_compress.style import page
+
+OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
+GOAL = .5  # of the rival's time
+RUN = "import json, sys; from mllm_compress import study; from mllm_compress.cells import Cell; study.run([Cell(**c) for c in json.loads(sys.argv[1])], 'bench.yaml', 'inline')"
+
+
+def sample(quick: bool) -> tuple: # (cells, profile)
+    "The cells, and the profile that they are computed with."
+    profile = load_profile("smoke" if quick else "tiny")
+    model, part = profile.models[0], .5 if quick else min(profile.fractions)
+    pruned = [Cell(model, "layerwise", r) for r in (.3, .45)]
+    trained = [replace(pruned[0], recovery=r, fraction=part) for r in ("sft", "sft+hidden_kd")]
+    return [Cell(model), *pruned, *trained], replace(profile, name="bench", notebooks={}, workers=1)
+
+
+def timed(cells: list, profile) -> tuple: # (wall seconds, CPU seconds, scores)
+    "Compute cells in a new process, in a new checkout with an empty store."
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "bench.yaml").write_text(yaml.safe_dump(asdict(profile)), encoding="utf-8")
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run([sys.executable, "-c", RUN, json.dumps([asdict(c) for c in cells])], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        here = os.getcwd()
+        os.chdir(folder)
+        frame = study.run(cells, profile, "inline", quiet=True)  # all of it is in the store
+        os.chdir(here)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, frame
+
+
+def main(quick: bool) -> None:
+    "Measure, check that both ways score the same, write figures/bench/study.csv and .png."
+    cells, profile = sample(quick)
+    wall, cpu, ours = timed(cells, profile)
+    alone = [timed([c], profile) for c in cells]
+    rival = pd.concat([frame for *_, frame in alone], ignore_index=True)
+    assert (ours.status == "done").all() and ours.score.tolist() == rival.score.tolist(), "sharing work changed a result"
+    table = pd.DataFrame([{"way": "each on its own", "cells": len(cells), "wall_s": sum(w for w, *_ in alone), "cpu_s": sum(c for _, c, _ in alone)},
+                          {"way": "through the study", "cells": len(cells), "wall_s": wall, "cpu_s": cpu}])
+    for unit in ("wall", "cpu"): table[f"{unit}_ratio"] = table[f"{unit}_s"] / table[f"{unit}_s"].iloc[0]
+    table = table.assign(load=os.getloadavg()[0], device=device(), torch=torch.__version__, transformers=transformers.__version__, profile="smoke" if quick else "tiny")
+    print(table.to_string(index=False, float_format="{:.2f}".format))
+    met = "met" if table.cpu_ratio.iloc[1] <= GOAL else "MISSED"
+    print(f"goal: at most {GOAL} of the time of cells on their own: {met}. Equal scores: yes, {len(ours)} rows.")
+    if quick: return
+    OUT.mkdir(parents=True, exist_ok=True)
+    table.to_csv(OUT / "study.csv", index=False, float_format="%.4g")
+    draw(table, OUT / "study.png")
+
+
+def device() -> str:
+    "What the numbers were measured on."
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else "CPU"
+
+
+def draw(table: pd.DataFrame, path: Path) -> None:
+    "Two bars for each unit of time."
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with page():
+        fig, axes = plt.subplots(1, 2, figsize=(7, 2), sharey=True)
+        for ax, unit in zip(axes, ("wall", "cpu")):
+            bars = ax.barh(table.way, table[f"{unit}_s"], color=["#777777", "#0072B2"])
+            ax.bar_label(bars, [f"{s:.0f} s ({r:.2f})" for s, r in zip(table[f"{unit}_s"], table[f"{unit}_ratio"])], padding=3)
+            ax.set(title=f"{unit.replace('cpu', 'CPU')} seconds of {table.cells.iloc[0]} cells", xlim=(0, 1.35 * table[f"{unit}_s"].max()))
+        fig.savefig(path, dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="random models, seconds; writes nothing")
+    main(parser.parse_args().quick)
