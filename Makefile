@@ -4,6 +4,7 @@
 # make readme  README.md from nbs/index.ipynb
 # make lowest  all tests at the oldest versions that settings.ini promises (PYTHON=python3.10 for the oldest Python too)
 # make bench   speed and memory against the plain way
+# make gpu-check  what depends on the device, on this machine's GPU; without one it says so
 # make clean   remove the environment and what can be regenerated (results in runs/ stay)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study test lowest lab readme bench clean setup
+.PHONY: study test lowest lab readme bench clean setup gpu-check
 .DEFAULT_GOAL := study
 
 setup: $(READY)
@@ -52,6 +53,9 @@ readme: $(READY)
 
 bench: $(READY)
 	@set -e; for script in bench/*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script $(BENCH_ARGS); done
+
+gpu-check: $(READY)
+	@$(BIN)/mllm-compress gpu-check $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist _docs _proc *.egg-info .pytest_cache .hypothesis

@@ -20,7 +20,7 @@ def test_models_are_listed():
 
 
 @pytest.mark.parametrize("args, says", [
-    (("study", "--profile", "huge"), "use quick, smoke, tiny"),
+    (("study", "--profile", "huge"), "use gpu, paper, quick, smoke, tiny"),
     (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
     (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "ratio=[0.3]", "--dry-run"), "ratios: list = []"),
     (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=0", "--dry-run"), "seeds must be of type list"),

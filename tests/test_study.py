@@ -127,7 +127,7 @@ def test_profile_with_a_typing_mistake(tmp_path):
     with pytest.raises(ValueError, match="unknown seed; the keys are name, about, models"): load_profile(path)
     path.write_text(text.replace("[0.3, 0.45]", "[0.3, 1.45]"))
     with pytest.raises(ValueError, match="1.45 is outside"): load_profile(path)
-    with pytest.raises(ValueError, match="use quick, smoke, tiny"): load_profile("nope")
+    with pytest.raises(ValueError, match="use gpu, paper, quick, smoke, tiny"): load_profile("nope")
     with pytest.raises(ValueError, match="samples must be of type int"): read_strictly(Calibration, {"samples": True, "batch_size": 1}, "x")
 
 
