@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTHWISE_FROM', 'SMALL', 'MARGIN', 'LITTLE', 'PROMISED', 'BEST', 'CLAIMS', 'recommended', 'other', 'thinned',
-           'places', 'finished', 'contrast', 'above', 'kept', 'keeps', 'best_rival', 'Claim', 'width_keeps_more',
-           'trained_with', 'untrained', 'projector_suffices', 'lm_must_learn', 'hidden_states_help',
+           'holes', 'places', 'finished', 'contrast', 'above', 'kept', 'keeps', 'best_rival', 'Claim',
+           'width_keeps_more', 'trained_with', 'untrained', 'projector_suffices', 'lm_must_learn', 'hidden_states_help',
            'little_data_suffices', 'recommendation_wins']
 
 # %% ../nbs/25a_claims.ipynb #cell-003
@@ -42,6 +42,20 @@ def thinned(kinds: list,   # what is compared: losses, or fractions
     return run, [point for point in full if point not in run]
 
 # %% ../nbs/25a_claims.ipynb #cell-011
+def holes(run: list,        # of (kind, ratio, seed)
+          left_out: list,
+          name=str,         # kind -> its name
+         ) -> str:
+    "What a grid leaves out."
+    kinds, places, parts = {k for k, _, _ in run}, {(k, r) for k, r, _ in run}, []
+    for kind in dict.fromkeys(k for k, _, _ in left_out):
+        ratios = dict.fromkeys(r for k, r, _ in left_out if k == kind)
+        seeds = {r: ", ".join(str(s) for k, q, s in left_out if (k, q) == (kind, r)) for r in ratios}
+        where = [f"{r:.2f}" + (f" (seeds {seeds[r]})" if (kind, r) in places else "") for r in ratios]
+        parts.append(f"{name(kind)} at {', '.join(where)}" if kind in kinds else name(kind))
+    return "; ".join(parts) or "nothing"
+
+# %% ../nbs/25a_claims.ipynb #cell-014
 def places(frame: pd.DataFrame, # of `study.run`
           ) -> list:            # of (model, requested ratio), compressed models with results
     "Where something was measured."
@@ -56,7 +70,7 @@ def finished(frame: pd.DataFrame, **wanted) -> bool:
     for column, value in wanted.items(): rows = rows[rows[column] == value]
     return len(rows) > 0
 
-# %% ../nbs/25a_claims.ipynb #cell-013
+# %% ../nbs/25a_claims.ipynb #cell-016
 def contrast(frame: pd.DataFrame, # of `study.run`
              first: Callable,     # ratio -> {column: value}, names the one way
              second: Callable,    # and the other
@@ -68,7 +82,7 @@ def contrast(frame: pd.DataFrame, # of `study.run`
         if all(finished(frame, model=model, **s) for s in (a, b)): out[f"{model} at {ratio:.2f}"] = difference(frame, model, a, b)
     return out
 
-# %% ../nbs/25a_claims.ipynb #cell-017
+# %% ../nbs/25a_claims.ipynb #cell-020
 def above(e: Estimate, line: float) -> Estimate:
     "How far an estimate lies above a line."
     return replace(e, value=e.value - line, low=e.low - line, high=e.high - line)
@@ -88,7 +102,7 @@ def keeps(frame: pd.DataFrame,
     return {f"{model} at {ratio:.2f}": above(kept(frame, model, **s), least)
             for (model, ratio), s in settings.items() if finished(frame, model=model, **s)}
 
-# %% ../nbs/25a_claims.ipynb #cell-020
+# %% ../nbs/25a_claims.ipynb #cell-023
 def best_rival(frame: pd.DataFrame, # of `study.run`
                favourite: str,      # the value that is claimed to be best
                by: str = "recovery", # the column that tells rivals apart
@@ -104,7 +118,7 @@ def best_rival(frame: pd.DataFrame, # of `study.run`
         out[f"{model} at {ratio:.2f}, over {rival}"] = difference(frame, model, here | {by: favourite}, here | {by: rival})
     return out
 
-# %% ../nbs/25a_claims.ipynb #cell-023
+# %% ../nbs/25a_claims.ipynb #cell-026
 @dataclass(frozen=True)
 class Claim:
     "A claim of the study that can be measured."
@@ -118,12 +132,12 @@ class Claim:
 SMALL, MARGIN, LITTLE, PROMISED = .2, 1.0, .05, 95  # ratio, points of AVG-%, fraction of the data, AVG-%
 BEST = "sft+hidden_kd"
 
-# %% ../nbs/25a_claims.ipynb #cell-025
+# %% ../nbs/25a_claims.ipynb #cell-028
 def width_keeps_more(frame: pd.DataFrame) -> dict:
     "Claim 1: widthwise minus layerwise, without recovery."
     return contrast(frame, *(lambda ratio, p=p: {"pruning": p, "recovery": "none"} for p in ("widthwise", "layerwise")))
 
-# %% ../nbs/25a_claims.ipynb #cell-027
+# %% ../nbs/25a_claims.ipynb #cell-030
 def trained_with(train: str) -> Callable:
     "The way of the recommended pruning, recovered with one part trained."
     return lambda ratio: {"pruning": recommended(ratio), "train": train}
@@ -149,7 +163,7 @@ def lm_must_learn(frame: pd.DataFrame) -> dict:
     "Its other half: projector and LM minus projector alone, at larger ratios."
     return contrast(_trained(frame, False), trained_with("projector+lm"), trained_with("projector"))
 
-# %% ../nbs/25a_claims.ipynb #cell-029
+# %% ../nbs/25a_claims.ipynb #cell-032
 def hidden_states_help(frame: pd.DataFrame) -> dict:
     "Claim 3: SFT with hidden-state KD minus the best rival."
     return best_rival(frame, BEST)
