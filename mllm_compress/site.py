@@ -46,10 +46,15 @@ def _without_style(text: str) -> str:
 # %% ../nbs/28_site.ipynb #cell-007
 def cell_html(cell) -> str:
     "A notebook cell."
-    if cell.cell_type == "markdown": return markdown2html(_demoted(cell.source))
+    if cell.cell_type == "markdown": return _without_marks(markdown2html(_demoted(cell.source)))
     if cell.cell_type != "code": return ""
     code = f"<details><summary>code</summary><pre><code>{html.escape(cell.source)}</code></pre></details>"
     return code + "".join(map(output_html, cell.outputs))
+
+
+def _without_marks(text: str) -> str:
+    "HTML without the paragraph signs that nbconvert hangs on headings."
+    return re.sub(r'<a class="anchor-link".*?</a>', "", text)
 
 
 def _demoted(source: str) -> str:
