@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from . import scenes
 
-# %% ../nbs/05_data.ipynb #cell-006
+# %% ../nbs/05_data.ipynb #cell-007
 def turns(entry: dict, # one LLaVA entry
          ) -> list:    # of (question, answer) pairs, the image marker removed
     "The question-answer pairs of a conversation."
@@ -32,7 +32,7 @@ def turns(entry: dict, # one LLaVA entry
     text = [t["value"].replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "").strip() for t in said]
     return list(zip(text[::2], text[1::2]))
 
-# %% ../nbs/05_data.ipynb #cell-009
+# %% ../nbs/05_data.ipynb #cell-010
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
     def __init__(self, samples: list,    # of LLaVA entries
@@ -45,7 +45,7 @@ class InstructionData(torch.utils.data.Dataset):
 
     def __getitem__(self, i): return self.samples[i] | {"index": i}
 
-# %% ../nbs/05_data.ipynb #cell-011
+# %% ../nbs/05_data.ipynb #cell-012
 def has_image(entry: dict) -> bool:
     "True where the entry is about a picture."
     return entry.get("image") is not None
@@ -71,7 +71,7 @@ def _open(self, i: int) -> Image.Image | None: # RGB, or None for an entry witho
 
 InstructionData.path, InstructionData.image = _path, _open
 
-# %% ../nbs/05_data.ipynb #cell-013
+# %% ../nbs/05_data.ipynb #cell-014
 def _fraction(self, fraction: float, # in (0, 1]
               seed: int = 0,         # another seed draws other entries
              ) -> InstructionData:
@@ -84,7 +84,7 @@ def _fraction(self, fraction: float, # in (0, 1]
 
 InstructionData.fraction = _fraction
 
-# %% ../nbs/05_data.ipynb #cell-015
+# %% ../nbs/05_data.ipynb #cell-016
 def _hash(self) -> str: # 16 hex digits
     "Fingerprint of the entries."
     return hashlib.sha256(json.dumps(list(self.samples), sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -93,7 +93,7 @@ def _hash(self) -> str: # 16 hex digits
 InstructionData.hash = cached_property(_hash)
 InstructionData.hash.__set_name__(InstructionData, "hash")
 
-# %% ../nbs/05_data.ipynb #cell-018
+# %% ../nbs/05_data.ipynb #cell-019
 def load_json(path,                        # a JSON or JSON-lines file in LLaVA's format
               image_root,                  # folder of the images
               skip_missing: bool = False,  # leave out entries whose image does not exist
@@ -110,7 +110,7 @@ def load_json(path,                        # a JSON or JSON-lines file in LLaVA'
     if missing: print(f"{path}: left out {len(missing)} of {len(samples)} entries whose image does not exist.")
     return InstructionData([e for i, e in enumerate(samples) if i not in missing], root, name=Path(path).stem)
 
-# %% ../nbs/05_data.ipynb #cell-021
+# %% ../nbs/05_data.ipynb #cell-022
 class Made(Sequence):
     "Entries that are made when they are asked for."
     def __init__(self, ids: list, # names of the entries
@@ -129,7 +129,7 @@ def names(samples) -> list:
     "The ids of entries, without making them where that is possible."
     return samples.ids if isinstance(samples, Made) else [e.get("id", i) for i, e in enumerate(samples)]
 
-# %% ../nbs/05_data.ipynb #cell-023
+# %% ../nbs/05_data.ipynb #cell-024
 def entry(id, image, pairs: list, **more) -> dict:
     "A LLaVA entry from (question, answer) pairs."
     said = [[{"from": "human", "value": ("<image>\n" if k == 0 else "") + q}, {"from": "gpt", "value": a}] for k, (q, a) in enumerate(pairs)]
@@ -146,7 +146,7 @@ def scene_data(split: str = "train", # "train", "validation" or "test"
         return entry(ids[i], ids[i], [(q["question"], q["answer"]) for q in scenes.ask(k, split)], scene=k, split=split)
     return InstructionData(Made(ids, make), images=lambda e: scenes.image(e["scene"], e["split"]), name=f"scenes-{split}")
 
-# %% ../nbs/05_data.ipynb #cell-025
+# %% ../nbs/05_data.ipynb #cell-026
 def easy_vqa(split: str = "train", # "train" or "test", the official split
             ) -> InstructionData:
     "easy-VQA: one shape per image, colour, shape and yes/no questions."
@@ -159,7 +159,7 @@ def easy_vqa(split: str = "train", # "train" or "test", the official split
     samples = [entry(f"easy-{split}-{i}", Path(paths[i]).name, p) for i, p in pairs.items()]
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
 
-# %% ../nbs/05_data.ipynb #cell-027
+# %% ../nbs/05_data.ipynb #cell-028
 def mix(*parts: InstructionData) -> InstructionData:
     "Several data sets as one; each entry's image is opened by the set that it came from."
     where = [(k, i) for k, part in enumerate(parts) for i in range(len(part))]
@@ -174,7 +174,7 @@ def small_data(split: str = "train", # "train" or "validation"
     "The training mixture of the small profiles: scenes and, for training, easy-VQA."
     return mix(scene_data(split, n), easy_vqa()) if split == "train" else scene_data(split, n)
 
-# %% ../nbs/05_data.ipynb #cell-030
+# %% ../nbs/05_data.ipynb #cell-031
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
     def __init__(self, processor):
@@ -196,7 +196,7 @@ class Renderer:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": a}]})
         return self.processor.apply_chat_template(messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only)
 
-# %% ../nbs/05_data.ipynb #cell-032
+# %% ../nbs/05_data.ipynb #cell-033
 def _encode(self, pairs: tuple, # of (question, answer)
             image: str,         # what stands for the picture before the first question; empty: no picture
            ) -> tuple:          # token ids, and for each whether it belongs to an answer
@@ -214,7 +214,7 @@ def _encode(self, pairs: tuple, # of (question, answer)
 
 Renderer._encode = _encode
 
-# %% ../nbs/05_data.ipynb #cell-035
+# %% ../nbs/05_data.ipynb #cell-036
 def packed_mask(segment: torch.Tensor, # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
                ) -> torch.Tensor:      # [batch, 1, tokens, tokens] True = may attend
     "Causal attention in which a question sees the prefix and itself."
@@ -222,7 +222,7 @@ def packed_mask(segment: torch.Tensor, # [batch, tokens] 0 = shared prefix, 1.. 
     causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool).tril()
     return ((same | (segment[:, None, :] == 0)) & causal | torch.eye(segment.shape[1], dtype=torch.bool))[:, None]
 
-# %% ../nbs/05_data.ipynb #cell-038
+# %% ../nbs/05_data.ipynb #cell-039
 def pack(encoded: list, # of (ids, answer mask), one per question about the same picture
          image_id: int, # token id of the image placeholder
         ) -> dict:      # lists: ids, answer, segment, position
@@ -235,7 +235,7 @@ def pack(encoded: list, # of (ids, answer mask), one per question about the same
         row["segment"] += [k] * (len(ids) - prefix); row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../nbs/05_data.ipynb #cell-040
+# %% ../nbs/05_data.ipynb #cell-041
 def blocks(row: dict,  # as pack returns it
            width: int, # tokens that a block may have; a longer question stays whole
           ) -> list:   # of rows
@@ -246,7 +246,7 @@ def blocks(row: dict,  # as pack returns it
         if end - cuts[-1] > width and begin > cuts[-1]: cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../nbs/05_data.ipynb #cell-043
+# %% ../nbs/05_data.ipynb #cell-044
 def borrowing_mask(segment: torch.Tensor, # [blocks, tokens], as packed_mask takes it
                    first: torch.Tensor,   # [blocks] the block that holds the prefix of each
                   ) -> torch.Tensor:      # [blocks, 1, tokens, prefix + tokens] True = may attend
@@ -256,7 +256,7 @@ def borrowing_mask(segment: torch.Tensor, # [blocks, tokens], as packed_mask tak
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../nbs/05_data.ipynb #cell-046
+# %% ../nbs/05_data.ipynb #cell-047
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
     def __init__(self, processor, dataset: InstructionData,
@@ -276,7 +276,7 @@ class Collator:
         else: row = pack([self.render.encode((p,), image) for p in pairs], self.render.image_id)
         return {k: v[:self.max_length] for k, v in row.items()}
 
-# %% ../nbs/05_data.ipynb #cell-048
+# %% ../nbs/05_data.ipynb #cell-049
 def _cut(self, rows: list) -> tuple: # rows, and for each the first of its sample
     "The rows of a batch in blocks, if all fit into them."
     cut = [blocks(row, self.block or len(row["ids"])) for row in rows]
@@ -303,7 +303,7 @@ def _collate(self, entries: list) -> dict:
 
 Collator.cut, Collator.__call__ = _cut, _collate
 
-# %% ../nbs/05_data.ipynb #cell-052
+# %% ../nbs/05_data.ipynb #cell-053
 def calibration_batches(dataset: InstructionData, processor,
                         n: int = 64,          # entries
                         batch_size: int = 16,

@@ -104,7 +104,7 @@ def listening(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/13a_targets.ipynb #cell-015
+# %% ../nbs/13a_targets.ipynb #cell-016
 def decoder_states(
     parts: Anatomy,
     batch: dict,                   # input_ids, attention_mask and position_ids if any, as a collator returns them
@@ -122,7 +122,7 @@ def decoder_states(
                                position_ids=batch.get("position_ids"), use_cache=False, **{k: batch[k] for k in ("first_row",) if k in batch})
     return states | {"final": output.last_hidden_state}
 
-# %% ../nbs/13a_targets.ipynb #cell-019
+# %% ../nbs/13a_targets.ipynb #cell-022
 @dataclass
 class Targets:
     "Everything about a data set that no training step changes."
@@ -141,7 +141,7 @@ class Targets:
         rows = [self.image[i] for i in index if self.image[i] is not None]
         return self.features[torch.tensor(rows)] if rows else None
 
-# %% ../nbs/13a_targets.ipynb #cell-021
+# %% ../nbs/13a_targets.ipynb #cell-024
 def _batch_states(self, index: list) -> dict: # samples -> each state [answer positions, hidden]
     "The teacher's states at the answer positions of these samples, in their order."
     rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
@@ -150,12 +150,12 @@ def _batch_states(self, index: list) -> dict: # samples -> each state [answer po
 
 Targets.batch_states = _batch_states
 
-# %% ../nbs/13a_targets.ipynb #cell-023
+# %% ../nbs/13a_targets.ipynb #cell-026
 def image_key(sample: dict):
     "What tells images apart: the path and, for mixed data, the set it came from; None without an image."
     return None if sample.get("image") is None else (sample.get("source"), sample["image"])
 
-# %% ../nbs/13a_targets.ipynb #cell-024
+# %% ../nbs/13a_targets.ipynb #cell-028
 @torch.no_grad()
 def compute_targets(
     model: nn.Module,            # the teacher; or the student, if only features are wanted
@@ -184,7 +184,7 @@ def compute_targets(
     return Targets(torch.cat(features) if features else None, [rows.get(image_key(data[i])) for i in range(n)],
                    {name: torch.cat(state) for name, state in states.items()}, first)
 
-# %% ../nbs/13a_targets.ipynb #cell-026
+# %% ../nbs/13a_targets.ipynb #cell-030
 def _new_rows(keys: list, rows: dict) -> list:
     "Positions, among a part's images, of those not met before; `rows` is extended by them."
     fresh = []
@@ -194,7 +194,7 @@ def _new_rows(keys: list, rows: dict) -> list:
             fresh.append(place)
     return fresh
 
-# %% ../nbs/13a_targets.ipynb #cell-028
+# %% ../nbs/13a_targets.ipynb #cell-032
 def _answer_states(parts: Anatomy, batch: dict, features, states: dict) -> torch.Tensor:
     "Append the states at the answer positions to `states`; how many each sample has."
     mask, _ = answer_positions(batch["labels"])
@@ -203,12 +203,12 @@ def _answer_states(parts: Anatomy, batch: dict, features, states: dict) -> torch
     first, n = batch.get("first_row", torch.arange(len(mask), device=mask.device)), mask.sum(1)
     return torch.zeros_like(n).index_add(0, first, n)[first.unique()].cpu()
 
-# %% ../nbs/13a_targets.ipynb #cell-030
+# %% ../nbs/13a_targets.ipynb #cell-034
 def _size(features: list, states: dict) -> int:
     "Bytes in lists of tensors."
     return sum(t.nbytes for tensors in (features, *states.values()) for t in tensors)
 
-# %% ../nbs/13a_targets.ipynb #cell-034
+# %% ../nbs/13a_targets.ipynb #cell-038
 def weights_hash(
     *modules: nn.Module,
 ) -> str:
@@ -220,7 +220,7 @@ def weights_hash(
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/13a_targets.ipynb #cell-035
+# %% ../nbs/13a_targets.ipynb #cell-040
 @dataclass
 class TargetCache:
     "Targets by key: bounded in memory, optionally on disk."
@@ -238,7 +238,7 @@ class TargetCache:
         while len(self.held) > 1 and sum(t.nbytes for t in self.held.values() if t) > self.limit: self.held.popitem(last=False)
         return self.held[key]
 
-# %% ../nbs/13a_targets.ipynb #cell-037
+# %% ../nbs/13a_targets.ipynb #cell-042
 def _write(targets: Targets, path: Path):
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ def _write(targets: Targets, path: Path):
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
     partial.replace(path)
 
-# %% ../nbs/13a_targets.ipynb #cell-039
+# %% ../nbs/13a_targets.ipynb #cell-044
 def _read(path: Path) -> Targets:
     "The targets of a file."
     tensors = load_file(path)
@@ -257,5 +257,5 @@ def _read(path: Path) -> Targets:
     return Targets(tensors.get("features"), [None if row < 0 else row for row in tensors["image"].tolist()],
                    {name(k): v for k, v in tensors.items() if k.startswith("state.")}, tensors["first"])
 
-# %% ../nbs/13a_targets.ipynb #cell-042
+# %% ../nbs/13a_targets.ipynb #cell-047
 CACHE = TargetCache()
