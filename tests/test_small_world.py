@@ -183,14 +183,15 @@ def test_conversations_must_alternate():
     with pytest.raises(ValueError, match="'7'.*alternate"): data.turns({"id": "7", "conversations": [{"from": "human", "value": "x"}]})
 
 
-def test_learning_rates_are_those_that_validation_chose():
+@pytest.mark.parametrize("profile", ["quick", "tiny"])
+def test_learning_rates_are_those_that_validation_chose(profile):
     import csv
     from pathlib import Path
 
     from mllm_compress.cells import load_profile
-    file = Path(__file__).parents[1] / "figures/quick/00_learning_rates-rates.csv"
-    used = {f"{train}/{losses}": rate for train, rates in load_profile("quick").learning_rates.items() for losses, rate in rates.items()}
+    file = Path(__file__).parents[1] / "figures/tiny/00_learning_rates-rates.csv"  # quick has the same models, data and rates
+    used = {f"{train}/{losses}": rate for train, rates in load_profile(profile).learning_rates.items() for losses, rate in rates.items()}
     found = {r["objective"]: r for r in csv.DictReader(file.open())}
-    assert used and set(used) <= set(found)
+    assert set(used) == set(found) and len(used) == 7
     for objective, rate in used.items():
         assert float(found[objective]["best rate"]) == rate and found[objective]["interior"] == "yes"
