@@ -41,7 +41,7 @@ LEARNING_RATES = {  # train -> losses -> lr; "default" for combinations that are
 }
 TRAIN = ("projector", "projector+lm")
 
-# %% ../nbs/14_recovery.ipynb #cell-005
+# %% ../nbs/14_recovery.ipynb #cell-006
 @dataclass(frozen=True)
 class RecoveryConfig:
     "Everything that determines the result of a recovery run, given student, teacher and data."
@@ -70,7 +70,7 @@ class RecoveryConfig:
 
     def __post_init__(self): object.__setattr__(self, "losses", self.check())
 
-# %% ../nbs/14_recovery.ipynb #cell-007
+# %% ../nbs/14_recovery.ipynb #cell-008
 def _check(self) -> dict: # the losses, as floats
     "Refuse values that would fail, or silently mean something else, later."
     allowed = {"train": TRAIN, "positions": ("answer", "all"), "turns": ("independent", "sequential"), "precision": ("fp32", "bf16")}
@@ -85,7 +85,7 @@ def _check(self) -> dict: # the losses, as floats
 
 RecoveryConfig.check = _check
 
-# %% ../nbs/14_recovery.ipynb #cell-009
+# %% ../nbs/14_recovery.ipynb #cell-010
 def config_from_dict(
     values: dict,  # field -> value
 ) -> RecoveryConfig:
@@ -95,7 +95,7 @@ def config_from_dict(
     if unknown: raise ValueError(f"unknown recovery option {unknown[0]!r}; known: {', '.join(known)}.")
     return RecoveryConfig(**values)
 
-# %% ../nbs/14_recovery.ipynb #cell-011
+# %% ../nbs/14_recovery.ipynb #cell-012
 def learning_rate(
     config: RecoveryConfig,
     table: dict = LEARNING_RATES,
@@ -105,7 +105,7 @@ def learning_rate(
     rates = table["lora" if config.lora else config.train]
     return rates.get("+".join(sorted(config.losses)), rates["default"])
 
-# %% ../nbs/14_recovery.ipynb #cell-014
+# %% ../nbs/14_recovery.ipynb #cell-015
 _PAPER = dict(losses={"sft": 0.5, "hidden_kd": 0.5}, lr=2e-5, epochs=1.0, schedule="cosine", warmup=0.03, precision="bf16",
               turns="sequential", max_length=2048, group_by_length=True, gradient_checkpointing=True)
 PAPER = {
@@ -114,7 +114,7 @@ PAPER = {
     "internvl": _PAPER | {"lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}, "lr": 4e-5},
 }
 
-# %% ../nbs/14_recovery.ipynb #cell-017
+# %% ../nbs/14_recovery.ipynb #cell-018
 def layer_pairs(
     hidden_layers,       # teacher layers, a dict {student layer: teacher layer}, or None for the final state
     kept: tuple,         # the teacher's layers that the student still has, in order
@@ -124,12 +124,12 @@ def layer_pairs(
     if isinstance(hidden_layers, dict): return tuple((_layer(s), _layer(t)) for s, t in hidden_layers.items())
     return tuple((_before(_layer(t), kept), _layer(t)) for t in hidden_layers)
 
-# %% ../nbs/14_recovery.ipynb #cell-019
+# %% ../nbs/14_recovery.ipynb #cell-020
 def _layer(name):
     "A layer index, or 'final'; JSON makes strings of both."
     return name if name == "final" else int(name)
 
-# %% ../nbs/14_recovery.ipynb #cell-021
+# %% ../nbs/14_recovery.ipynb #cell-022
 def _before(teacher_layer, kept: tuple):
     "The student's layer at or before a teacher's layer."
     before = [s for s, t in enumerate(kept) if teacher_layer != "final" and t <= teacher_layer]
@@ -137,7 +137,7 @@ def _before(teacher_layer, kept: tuple):
         f"hidden_layers: the student kept layers {kept}, none at or before the teacher's layer {teacher_layer}; choose later ones.")
     return before[-1] if before else "final"
 
-# %% ../nbs/14_recovery.ipynb #cell-025
+# %% ../nbs/14_recovery.ipynb #cell-026
 def check_pair(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -158,7 +158,7 @@ def check_pair(
         raise ValueError("student and teacher have different vision towers; the frozen tower is shared, so use the dense model "
                          "that the student was pruned from.")
 
-# %% ../nbs/14_recovery.ipynb #cell-027
+# %% ../nbs/14_recovery.ipynb #cell-028
 def trainable_copy(
     student: nn.Module,
     config: RecoveryConfig,
@@ -175,7 +175,7 @@ def trainable_copy(
     for p in model.parameters(): p.requires_grad_(id(p) not in ours)
     return model
 
-# %% ../nbs/14_recovery.ipynb #cell-029
+# %% ../nbs/14_recovery.ipynb #cell-030
 def lora_targets(
     model: nn.Module,
 ) -> list:  # of full module names
@@ -187,7 +187,7 @@ def lora_targets(
                                    "layers; add them there, or train in full with lora=None.")
     return names
 
-# %% ../nbs/14_recovery.ipynb #cell-031
+# %% ../nbs/14_recovery.ipynb #cell-032
 def add_lora(
     model: nn.Module,  # changed in place
     options: dict,     # of peft's LoraConfig
@@ -200,7 +200,7 @@ def add_lora(
     if projector is not None: projector.requires_grad_(True)
     return adapted
 
-# %% ../nbs/14_recovery.ipynb #cell-034
+# %% ../nbs/14_recovery.ipynb #cell-035
 @dataclass(frozen=True)
 class RecoveryResult:
     "A recovered model and how it got there."
@@ -212,7 +212,7 @@ class RecoveryResult:
     trained_parameters: int
     peak_memory: int | None # bytes on the GPU, None on a CPU
 
-# %% ../nbs/14_recovery.ipynb #cell-036
+# %% ../nbs/14_recovery.ipynb #cell-037
 def _arguments(config: RecoveryConfig, folder, save_every, device, trainer: dict) -> TrainingArguments:
     "TrainingArguments for a run."
     return TrainingArguments(**{**dict(
@@ -223,7 +223,7 @@ def _arguments(config: RecoveryConfig, folder, save_every, device, trainer: dict
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no", save_steps=save_every or 500,
         remove_unused_columns=False, dataloader_pin_memory=False, ddp_find_unused_parameters=False), **trainer})
 
-# %% ../nbs/14_recovery.ipynb #cell-038
+# %% ../nbs/14_recovery.ipynb #cell-039
 @contextlib.contextmanager
 def _attention(
     model: nn.Module,
@@ -238,7 +238,7 @@ def _attention(
     finally:
         if name: use(before)
 
-# %% ../nbs/14_recovery.ipynb #cell-040
+# %% ../nbs/14_recovery.ipynb #cell-041
 BLOCK = 64  # tokens of a row
 
 
@@ -252,7 +252,7 @@ def _attention_name(config: RecoveryConfig, device: str) -> str | None:
     if _block(config): return SHARED
     return "eager" if config.precision == "bf16" and device == "cpu" else None
 
-# %% ../nbs/14_recovery.ipynb #cell-042
+# %% ../nbs/14_recovery.ipynb #cell-043
 RENDERERS = {}
 
 
@@ -261,14 +261,14 @@ def _look(processor) -> str:
     look = [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_processor.to_dict()]
     return hashlib.sha256(json.dumps(look, sort_keys=True, default=str).encode()).hexdigest()
 
-# %% ../nbs/14_recovery.ipynb #cell-044
+# %% ../nbs/14_recovery.ipynb #cell-045
 def _collator(processor, data, config: RecoveryConfig, images: bool = True) -> Collator:
     "The run's collator, with the renderer of earlier runs."
     collate = Collator(processor, data, config.turns, images, config.max_length, _block(config))
     collate.render = RENDERERS.setdefault(_look(processor), collate.render)
     return collate
 
-# %% ../nbs/14_recovery.ipynb #cell-046
+# %% ../nbs/14_recovery.ipynb #cell-047
 def _targets(tower, teacher, student: Student, data, processor, config: RecoveryConfig, cache: TargetCache, progress):
     "Features and teacher states of the data, or None where they would not fit or there are none."
     parts, bf16 = anatomy(tower), config.precision == "bf16"
@@ -284,7 +284,7 @@ def _targets(tower, teacher, student: Student, data, processor, config: Recovery
             return compute_targets(tower, data, _collator(processor, data, config), wanted, limit, progress=bar)
     return cache.get(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24], compute)
 
-# %% ../nbs/14_recovery.ipynb #cell-048
+# %% ../nbs/14_recovery.ipynb #cell-049
 def _claim(folder: Path, fingerprint: dict):
     "Write what a folder's run is, or check that it is this one."
     path = folder / "run.json"
@@ -298,7 +298,7 @@ def _claim(folder: Path, fingerprint: dict):
     partial.write_text(json.dumps(fingerprint, indent=1))
     partial.replace(path)
 
-# %% ../nbs/14_recovery.ipynb #cell-049
+# %% ../nbs/14_recovery.ipynb #cell-051
 def recover(
     student: nn.Module,           # a pruned MLLM; it is not changed
     teacher: nn.Module | None,    # the dense model; None for SFT alone
@@ -328,7 +328,7 @@ def recover(
                                          "teacher": weights_hash(teacher) if teacher is not None else None})
         return _run(module, student, teacher, data, processor, config, args, cache, workers, progress)
 
-# %% ../nbs/14_recovery.ipynb #cell-051
+# %% ../nbs/14_recovery.ipynb #cell-053
 def _run(module, student, teacher, data, processor, config, args, cache, workers, progress) -> RecoveryResult:
     "Compute targets, train, and collect the result."
     uses = any(LOSSES[name].needs_teacher for name in config.losses)
@@ -352,7 +352,7 @@ def _run(module, student, teacher, data, processor, config, args, cache, workers
                           sum(p.numel() for p in loop.model.parameters() if p.requires_grad) or 0,
                           torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None)
 
-# %% ../nbs/14_recovery.ipynb #cell-053
+# %% ../nbs/14_recovery.ipynb #cell-055
 PASS = 8  # samples of a forward pass on a CPU
 
 
@@ -361,13 +361,13 @@ def _passes(config: RecoveryConfig, samples: int, device: str, processes: int) -
     if config.passes: return config.passes
     return max(1, min(config.batch_size // processes // PASS, samples // processes)) if device == "cpu" else 1
 
-# %% ../nbs/14_recovery.ipynb #cell-055
+# %% ../nbs/14_recovery.ipynb #cell-057
 def _lengths(data, config: RecoveryConfig) -> list:
     "Sample lengths in characters for grouping, or all equal."
     if not config.group_by_length: return [1] * len(data)
     return [sum(len(turn["value"]) for turn in s["conversations"]) for s in data.samples]
 
-# %% ../nbs/14_recovery.ipynb #cell-057
+# %% ../nbs/14_recovery.ipynb #cell-059
 def _processor(teacher, student):
     "The processor saved beside the model."
     source = (teacher if teacher is not None else student).config._name_or_path
