@@ -80,7 +80,7 @@ def contrast(frame: pd.DataFrame, # of `study.run`
     for model, ratio in places(frame):
         a, b = ({"requested_ratio": ratio} | way(ratio) for way in (first, second))
         if all(finished(frame, model=model, **s) for s in (a, b)): out[f"{model} at {ratio:.2f}"] = difference(frame, model, a, b)
-    return out
+    return {where: e for where, e in out.items() if e.seeds}
 
 # %% ../nbs/25a_claims.ipynb #cell-020
 def above(e: Estimate, line: float) -> Estimate:

@@ -92,13 +92,15 @@ def difference(frame: pd.DataFrame, # of `study.run`
                model: str,
                first: dict,         # column -> value, names the one setting
                second: dict,        # and the other
-              ) -> Estimate:        # in points of AVG-%
+              ) -> Estimate:        # in points of AVG-%; nan where they share no seed
     "How many points more the first setting keeps than the second."
-    dense = dense_rows(frame, model)
-    a, b = (arrays_of(select(frame, model=model, **s), dense) for s in (first, second))
-    return estimate([a[k][:len(b[k])] - b[k][:len(a[k])] for k in a])
+    dense, both = dense_rows(frame, model), [select(frame, model=model, **s) for s in (first, second)]
+    shared = set(both[0].seed) & set(both[1].seed)
+    if not shared: return estimate([])
+    a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
+    return estimate([a[k] - b[k] for k in a])
 
-
+# %% ../nbs/25_effects.ipynb #cell-020
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows with these values; an error where they are none, or of several settings."
     found = frame[frame.status == "done"]

@@ -3,12 +3,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from mllm_compress import report, style
-from mllm_compress.cells import asked, load_profile, profile_names
-from mllm_compress.effects import Estimate
+from mllm_compress.cells import Cell, asked, load_profile, profile_names
+from mllm_compress.claims import CLAIMS, holes, recommended, thinned
+from mllm_compress.effects import Estimate, difference
 from mllm_compress.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
 
 FRAME = pd.DataFrame({"model": ["a", "a", "b", "b"], "method": ["x_1", "y & z", "x_1", "y & z"], "AVG-%": [97.11, 97.14, 90.0, float("nan")]})
@@ -108,3 +110,43 @@ def test_a_notebook_section_is_a_mapping(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text((Path(__file__).parent.parent / "mllm_compress/profiles/smoke.yaml").read_text() + "notebooks: {06_best: true}\n")
     with pytest.raises(ValueError, match="06_best must be a mapping of parameters, not True"): load_profile(path)
+
+
+# ---- claims
+
+LEVEL = np.linspace(0, 1, 400, endpoint=False)
+
+
+def answered(worths: dict) -> pd.DataFrame:
+    "A frame in which each cell is right on the easiest share of 400 questions."
+    rows = [vars(c) | {"requested_ratio": c.ratio, "achieved_ratio": c.ratio, "status": "done", "benchmark": "open", "score": 100 * (LEVEL < w).mean(), "units": (LEVEL < w) * 1.0}
+            for c, w in worths.items()]
+    return pd.DataFrame(rows)
+
+
+def trained(losses, worth, ratio=.15, seeds=(0, 1, 2), **more):
+    return {Cell("m", recommended(ratio), ratio, recovery=losses, fraction=.05, seed=s, **more): worth for s in seeds}
+
+
+def test_claims_say_what_made_up_results_hold():
+    two = answered({Cell("m"): 1.0} | {Cell("m", p, .3, seed=s): w for p, w in (("layerwise", .5), ("widthwise", .7)) for s in range(3)})
+    assert CLAIMS[1].effects(two)["m at 0.30"].value == pytest.approx(20)
+    losses = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("hidden_kd", .95) | trained("sft+hidden_kd", .925))
+    (where, effect), = CLAIMS[3].effects(losses).items()
+    assert where == "m at 0.15, over hidden_kd" and effect.value == pytest.approx(-2.5)
+    assert CLAIMS[4].effects(losses)["m at 0.15"].value == pytest.approx(-2.5)
+    parts = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("sft", .895, train="projector") | trained("sft", .9, .45) | trained("sft", .5, .45, train="projector"))
+    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {"m at 0.15": .5}  # half a point worse, one granted; 0.45 is not small
+
+
+def test_only_shared_seeds_are_paired():
+    frame = answered({Cell("m"): 1.0, Cell("m", "layerwise", .3, seed=0): .1, Cell("m", "layerwise", .3, seed=1): .5, Cell("m", "widthwise", .3, seed=1): .7})
+    first, second = {"pruning": "widthwise"}, {"pruning": "layerwise"}
+    assert difference(frame, "m", first, second).value == pytest.approx(20) and difference(frame, "m", first, second).seeds == 1
+    assert CLAIMS[1].effects(frame[~((frame.seed == 1) & (frame.pruning == "layerwise"))]) == {}
+
+
+def test_what_a_grid_leaves_out_is_named():
+    run, left_out = thinned(["sft", "kd"], [.3, .6], [0, 1], {"kd": {"ratios": [.6], "seeds": [1]}})
+    assert run == [("sft", .3, 0), ("sft", .3, 1), ("sft", .6, 0), ("sft", .6, 1), ("kd", .6, 1)] and holes(run, left_out) == "kd at 0.30, 0.60 (seeds 0)"
+    with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"): thinned(["sft"], [.3], [0], {"dpo": {}})
