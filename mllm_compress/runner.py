@@ -37,22 +37,22 @@ def plan_study(profile: str, only: list = (), given: dict = {}) -> dict: # name 
         plan[name] = path, values, cells_of(nb, values)
     return plan
 
-
+# %% ../nbs/29_runner.ipynb #cell-007
 def cells_of_plan(plan: dict) -> list:
     "The distinct cells of all notebooks."
     return list(dict.fromkeys(canonical(c) for _, _, cells in plan.values() for c in cells))
 
-# %% ../nbs/29_runner.ipynb #cell-009
+# %% ../nbs/29_runner.ipynb #cell-011
 def hours(seconds: float) -> str:
     "A time for people."
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-
+# %% ../nbs/29_runner.ipynb #cell-013
 def size(n: float) -> str:
     "Bytes for people."
     return next(f"{n / 1024 ** k:.{k and 1}f} {unit}" for k, unit in enumerate(("bytes", "KB", "MB", "GB", "TB")) if n < 1024 ** (k + 1) or k == 4)
 
-# %% ../nbs/29_runner.ipynb #cell-012
+# %% ../nbs/29_runner.ipynb #cell-016
 def estimate(table: pd.DataFrame, # of `status`
              profile: Profile) -> str:
     "What the missing cells of a table will take, in a sentence."
@@ -71,7 +71,7 @@ def show_forecast(cells: list, profile: Profile) -> None:
     print(f"All cells, by model and kind ({forecast.ASSUMED}):\n" + found.to_string(index=False, formatters={"GPU hours": "{:.1f}".format, "GiB": "{:.0f}".format}))
     print(f"In all about {found['GPU hours'].sum():.0f} GPU hours; the largest needs {found.GiB.max():.0f} GiB, so a card of {cards.fits(found.GiB.max())}.")
 
-
+# %% ../nbs/29_runner.ipynb #cell-018
 def dry_run(profile: str, only: list = (), given: dict = {}) -> None:
     "Print the notebooks, their cells, what is cached, an estimate of the rest, and what this machine lacks."
     plan, loaded = plan_study(profile, only, given), load_profile(profile)
@@ -84,7 +84,7 @@ def dry_run(profile: str, only: list = (), given: dict = {}) -> None:
     if len(table) and table.seconds.isna().any(): show_forecast(cells_of_plan(plan), loaded)
     if lacking := absent(loaded): print("This machine lacks what the profile names, so nothing can run here yet:\n  " + "\n  ".join(lacking))
 
-# %% ../nbs/29_runner.ipynb #cell-016
+# %% ../nbs/29_runner.ipynb #cell-022
 def show_status(profile: str) -> None:
     "Print the results at hand."
     loaded = load_profile(profile)
@@ -98,7 +98,7 @@ def show_status(profile: str) -> None:
     print(f"{len(found)} results of profile {loaded.name} in {os.path.relpath(results.folder)} ({size(taken)})"
           + (f"; {older} of other versions of the code, the profile or the models" if older else "") + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "") + ".")
 
-# %% ../nbs/29_runner.ipynb #cell-018
+# %% ../nbs/29_runner.ipynb #cell-024
 def run_notebooks(plan: dict) -> list: # of problems
     "Execute the notebooks that are not up to date."
     problems = []
@@ -109,7 +109,7 @@ def run_notebooks(plan: dict) -> list: # of problems
             except PapermillExecutionError as error: problems.append(f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}")
     return problems
 
-
+# %% ../nbs/29_runner.ipynb #cell-026
 def run_study(profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0) -> int: # exit code
     "Compute missing cells, run the notebooks, build the page; 0 if everything went well."
     start, plan = time.time(), plan_study(profile, only, given)

@@ -38,12 +38,12 @@ def output_html(output) -> str:
     if "text/markdown" in data: return markdown2html(data["text/markdown"])
     return f"<pre>{caption}</pre>"
 
-
+# %% ../nbs/28_site.ipynb #cell-007
 def _without_style(text: str) -> str:
     "HTML without the style sheets that pandas adds, which would fight with the page's."
     return re.sub(r"<style.*?</style>", "", text, flags=re.S)
 
-# %% ../nbs/28_site.ipynb #cell-007
+# %% ../nbs/28_site.ipynb #cell-009
 def cell_html(cell) -> str:
     "A notebook cell."
     if cell.cell_type == "markdown": return _without_marks(markdown2html(_demoted(cell.source)))
@@ -51,7 +51,7 @@ def cell_html(cell) -> str:
     code = f"<details><summary>code</summary><pre><code>{html.escape(cell.source)}</code></pre></details>"
     return code + "".join(map(output_html, cell.outputs))
 
-
+# %% ../nbs/28_site.ipynb #cell-011
 def _without_marks(text: str) -> str:
     "HTML without the paragraph signs that nbconvert hangs on headings."
     return re.sub(r'<a class="anchor-link".*?</a>', "", text)
@@ -61,7 +61,7 @@ def _demoted(source: str) -> str:
     "Markdown with headings one level down: the page has its own title."
     return re.sub(r"^#", "##", source, flags=re.M)
 
-
+# %% ../nbs/28_site.ipynb #cell-013
 def notebook_html(name: str, nb, files: list) -> dict: # for the template
     "A notebook: its anchor, title, claim, body and the files it left."
     title, _, rest = nb.cells[0].source.partition("\n")
@@ -70,7 +70,7 @@ def notebook_html(name: str, nb, files: list) -> dict: # for the template
     body = "\n".join(cell_html(c) for c in [head, *nb.cells[1:]])
     return {"name": name, "title": title, "body": body, "files": files}
 
-# %% ../nbs/28_site.ipynb #cell-010
+# %% ../nbs/28_site.ipynb #cell-016
 CELLS = "cells.csv"
 FIELDS = ["seconds", "peak_memory_mb", "device", "date", "python", "torch", "transformers", "mllm_compress"]
 
@@ -81,13 +81,13 @@ def lines_of(name: str, cell: Cell, result: dict) -> list: # of dicts, one per b
     scored = ("benchmark", "metric", "score", "n", "candidate_score")
     return [same | {k: row[k] for k in scored} | {k: result["record"].get(k) for k in FIELDS} for row in result["rows"]]
 
-
+# %% ../nbs/28_site.ipynb #cell-018
 def read_by(folder: Path) -> set: # of names
     "The results that the executed notebooks of a folder have read."
     marks = [nbformat.read(p, 4).metadata.get("mllm_compress", {}) for p in sorted(folder.glob("[0-9]*.ipynb"))]
     return {name for mark in marks for name in mark.get("results", [])}
 
-
+# %% ../nbs/28_site.ipynb #cell-020
 def write_cells(profile: Profile) -> pd.DataFrame: # as written
     "Write figures/PROFILE/cells.csv."
     path = home() / "figures" / profile.name / CELLS
@@ -101,7 +101,7 @@ def write_cells(profile: Profile) -> pd.DataFrame: # as written
     write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
     return both
 
-# %% ../nbs/28_site.ipynb #cell-014
+# %% ../nbs/28_site.ipynb #cell-024
 def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     "What the results behind a page were computed with, one row per distinct answer."
     if lines.empty: return pd.DataFrame()
@@ -109,7 +109,7 @@ def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     return lines.drop_duplicates("result").groupby(by).agg(
         cells=("seconds", "size"), hours=("seconds", lambda s: round(s.sum() / 3600, 2)), first=("date", "min"), last=("date", "max")).reset_index()
 
-# %% ../nbs/28_site.ipynb #cell-017
+# %% ../nbs/28_site.ipynb #cell-027
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #5b6570; --back: #ffffff; --card: #f5f6f8; --rule: #d9dde2; --link: #0057a8 }
 @media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4af; --back: #14171b; --card: #1f242a; --rule: #363d45; --link: #7db8f0 } }
@@ -127,7 +127,7 @@ pre { overflow-x: auto; background: var(--card); padding: .7rem .9rem; border-ra
 .files { color: var(--soft); font-size: .87rem } .error { border-left: 4px solid #D55E00 }
 """
 
-# %% ../nbs/28_site.ipynb #cell-018
+# %% ../nbs/28_site.ipynb #cell-029
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>mllm_compress: {{ profile.name }}</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body>
@@ -143,7 +143,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>
 """
 
-# %% ../nbs/28_site.ipynb #cell-020
+# %% ../nbs/28_site.ipynb #cell-031
 def build(profile) -> Path: # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)

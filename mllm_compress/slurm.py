@@ -36,7 +36,7 @@ def minutes_of(cell: Cell, slurm: Slurm) -> float:
     "The time that a cell is given: training takes its part of what all of the data would take."
     return slurm.minutes + (slurm.training_minutes * cell.fraction if cell.recovery != "none" else 0)
 
-
+# %% ../nbs/22b_slurm.ipynb #cell-007
 def arrays_of(cells: list, slurm: Slurm) -> dict: # minutes of a job -> jobs, lists of cells
     "Cells in jobs of cells_per_job, jobs in arrays of one time limit."
     alike = lambda cell: (minutes_of(cell, slurm), cell.model, cell.fraction, cell.seed)
@@ -46,7 +46,7 @@ def arrays_of(cells: list, slurm: Slurm) -> dict: # minutes of a job -> jobs, li
         for k in range(0, len(group), n): arrays.setdefault(math.ceil(minutes * n), []).append(group[k:k + n])
     return arrays
 
-# %% ../nbs/22b_slurm.ipynb #cell-008
+# %% ../nbs/22b_slurm.ipynb #cell-010
 def parameters(minutes: int, slurm: Slurm) -> dict:
     "A job's options, as submitit spells them."
     threads = [f"export {name}={slurm.cpus}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
@@ -57,7 +57,7 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
     if slurm.gpus: asked["gpus_per_node"] = slurm.gpus
     return asked | slurm.options
 
-# %% ../nbs/22b_slurm.ipynb #cell-011
+# %% ../nbs/22b_slurm.ipynb #cell-013
 @dataclass(frozen=True)
 class Array:
     "An array of jobs: its folder, its id in the queue, and the names of the cells of each job."
@@ -74,7 +74,7 @@ class Array:
         path = self.folder / f"{name}.json"
         return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
-
+# %% ../nbs/22b_slurm.ipynb #cell-015
 def write_array(jobs: list, profile: Profile, results: Store) -> Path: # its folder
     "Write what the jobs of an array need to know."
     folder = results.folder.resolve() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -84,7 +84,7 @@ def write_array(jobs: list, profile: Profile, results: Store) -> Path: # its fol
     (folder / "jobs.json").write_text(json.dumps({"store": str(results.folder.resolve()), "jobs": named}, indent=1), encoding="utf-8")
     return folder
 
-# %% ../nbs/22b_slurm.ipynb #cell-013
+# %% ../nbs/22b_slurm.ipynb #cell-017
 def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None:
     "Complete the cells of a job; each leaves `waiting` when it is through."
     while waiting:
@@ -95,11 +95,11 @@ def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None
         if status == "busy": waiting[name] = cell; time.sleep(2)
         else: write_atomically(folder / f"{name}.json", json.dumps([status, message]))
 
-
+# %% ../nbs/22b_slurm.ipynb #cell-019
 class TimeIsUp(BaseException):
     "Slurm will end this job soon; not an Exception, so that no cell takes it for a failure of its own."
 
-# %% ../nbs/22b_slurm.ipynb #cell-015
+# %% ../nbs/22b_slurm.ipynb #cell-021
 def serve(folder) -> None:
     "What a job runs."
     folder = Path(folder)
@@ -114,7 +114,7 @@ def serve(folder) -> None:
         if len(waiting) == before: _give_up(folder, waiting)
         if waiting: subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
-
+# %% ../nbs/22b_slurm.ipynb #cell-023
 def _time_is_up(*_): raise TimeIsUp
 
 
@@ -124,7 +124,7 @@ def _give_up(folder: Path, waiting: dict) -> None:
     why = "TimeIsUp: a job's time is too short for this cell: raise minutes or training_minutes in the profile's slurm section"
     write_atomically(folder / f"{name}.json", json.dumps(["failed", why]))
 
-# %% ../nbs/22b_slurm.ipynb #cell-019
+# %% ../nbs/22b_slurm.ipynb #cell-027
 def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     "Put an array of jobs into the queue; ValueError with Slurm's words where it is refused."
     folder = write_array(jobs, profile, results)
@@ -139,7 +139,7 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     write_atomically(folder / "array.json", json.dumps({"id": array.id, "jobs": array.jobs}))
     return array
 
-# %% ../nbs/22b_slurm.ipynb #cell-021
+# %% ../nbs/22b_slurm.ipynb #cell-029
 POLL, PATIENCE = 10.0, 3  # seconds between looks; looks for which a job may be missing from the queue, as while it is requeued
 
 
@@ -148,7 +148,7 @@ def queue(): # set of ids, as "1234_0"; None where the cluster does not answer
     asked = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
     return set(asked.stdout.split()) if asked.returncode == 0 else None
 
-
+# %% ../nbs/22b_slurm.ipynb #cell-031
 def in_queue(names: set, results: Store) -> list: # of Array
     "Arrays of earlier runs with jobs in the queue that will still compute some of these cells."
     alive, found = queue() or set(), []
@@ -158,7 +158,7 @@ def in_queue(names: set, results: Store) -> list: # of Array
         if wanted: found.append(Array(array.folder, array.id, [[n for n in job if n in wanted] for job in array.jobs]))
     return found
 
-# %% ../nbs/22b_slurm.ipynb #cell-023
+# %% ../nbs/22b_slurm.ipynb #cell-033
 def watch(arrays: list, results: Store):
     "Yield (name, status, message) of every cell of these arrays as its job gets through with it."
     waiting, unseen = {name: a for a in arrays for job in a.jobs for name in job}, Counter()
@@ -172,7 +172,7 @@ def watch(arrays: list, results: Store):
                 answer = "failed", f"job {job} left the queue without a result: cancelled, killed or out of memory (its output: {array.folder}/{job}_0_log.err)"
             if answer: del waiting[name]; yield name, *answer
 
-# %% ../nbs/22b_slurm.ipynb #cell-025
+# %% ../nbs/22b_slurm.ipynb #cell-035
 def slurm(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in jobs of a Slurm cluster."
     if not shutil.which("sbatch"): raise ValueError("The slurm executor needs sbatch: run it on a machine of a Slurm cluster, or use executor='local'.")

@@ -50,13 +50,13 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
             if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str): first.value.value = ""
     return tree
 
-
+# %% ../nbs/20_store.ipynb #cell-013
 def source_fingerprint(source: str, # Python source
                       ) -> str:
     "A name for what a source does: comments, docstrings and line numbers do not enter."
     return fingerprint(ast.dump(_without_docstrings(ast.parse(source))))
 
-# %% ../nbs/20_store.ipynb #cell-014
+# %% ../nbs/20_store.ipynb #cell-016
 def _imports(tree: ast.AST) -> set:
     "The modules of this package that a module of it imports."
     found = set()
@@ -67,7 +67,7 @@ def _imports(tree: ast.AST) -> set:
         if package: found |= {name} if name else {alias.name for alias in node.names}
     return found
 
-
+# %% ../nbs/20_store.ipynb #cell-018
 @lru_cache
 def code_fingerprint(*modules: str, # names within the package, as "pruning", "recovery"
                     ) -> str:
@@ -83,13 +83,13 @@ def code_fingerprint(*modules: str, # names within the package, as "pruning", "r
     if missing := set(modules) - set(seen): raise ValueError(f"No such modules: {', '.join(sorted(missing))}.")
     return fingerprint(seen)
 
-# %% ../nbs/20_store.ipynb #cell-018
+# %% ../nbs/20_store.ipynb #cell-022
 def home() -> Path:
     "The checkout that the current folder lies in, or else the current folder."
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").exists() and (p / "nbs").exists()), here)
 
-# %% ../nbs/20_store.ipynb #cell-020
+# %% ../nbs/20_store.ipynb #cell-024
 MARK = "store.json"
 FORMAT = 1  # raised when the layout changes
 
@@ -97,7 +97,7 @@ FORMAT = 1  # raised when the layout changes
 class NotOurs(ValueError):
     "The folder holds something that is not a results store of this package."
 
-
+# %% ../nbs/20_store.ipynb #cell-026
 def _claim_folder(folder: Path) -> None:
     "Mark a new folder as a store; refuse one that is not."
     mark = folder / MARK
@@ -110,7 +110,7 @@ def _claim_folder(folder: Path) -> None:
     except (ValueError, AttributeError): found = None
     if found != FORMAT: raise NotOurs(f"{mark} is not of format {FORMAT}: name an empty or new folder.")
 
-# %% ../nbs/20_store.ipynb #cell-022
+# %% ../nbs/20_store.ipynb #cell-028
 def write_atomically(path: Path, text: str) -> None:
     "Write a file so that no reader ever sees a part of it."
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -120,7 +120,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(f.fileno())
     os.replace(part, path)
 
-# %% ../nbs/20_store.ipynb #cell-024
+# %% ../nbs/20_store.ipynb #cell-030
 @dataclass(frozen=True)
 class Store:
     "A folder of results: results/NAME/result.json, shared work in shared/NAME/, logs and locks beside them."
@@ -143,7 +143,7 @@ class Store:
         "The names of all results, sorted."
         return sorted(p.parent.name for p in (self.folder / "results").glob("*/result.json"))
 
-# %% ../nbs/20_store.ipynb #cell-026
+# %% ../nbs/20_store.ipynb #cell-032
 def write(store: Store,
           inputs: dict, # everything that determines the result
           result: dict, # JSON values only
@@ -155,7 +155,7 @@ def write(store: Store,
     write_atomically(path, json.dumps({"seal": fingerprint(content), **content}, indent=1, allow_nan=False))
     return name
 
-# %% ../nbs/20_store.ipynb #cell-028
+# %% ../nbs/20_store.ipynb #cell-034
 def _unsealed(path: Path) -> dict:
     "The content of a result file; ValueError where the file is not what was written."
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +163,7 @@ def _unsealed(path: Path) -> dict:
     if seal != fingerprint(content) or fingerprint(content["inputs"]) != path.parent.name: raise ValueError("broken seal")
     return content
 
-
+# %% ../nbs/20_store.ipynb #cell-036
 def read(store: Store,
          name: str, # as `fingerprint(inputs)` gives it
         ):          # dict with inputs and result, or None where there is none
@@ -177,7 +177,7 @@ def read(store: Store,
         warnings.warn(f"The result {name} is corrupt and will be computed again; its file is kept in {aside}.")
         return None
 
-# %% ../nbs/20_store.ipynb #cell-034
+# %% ../nbs/20_store.ipynb #cell-042
 @contextmanager
 def lock(store: Store,
          name: str,          # what to lock
@@ -193,7 +193,7 @@ def lock(store: Store,
         finally:
             if held: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/20_store.ipynb #cell-037
+# %% ../nbs/20_store.ipynb #cell-045
 def shared(store: Store,
            inputs: dict, # everything that determines the work
            build,        # called with an empty folder that it fills

@@ -34,7 +34,7 @@ def failed_row(cell: Cell, message: str) -> dict:
     "The row of a cell without a result."
     return asdict(cell) | {"requested_ratio": cell.ratio, "status": "failed", "error": message}
 
-
+# %% ../nbs/23_study.ipynb #cell-007
 def frame_of(cells: list, profile: Profile, results: Store, errors: dict = {}) -> pd.DataFrame:
     "Tidy rows of all cells that have a result, and one row for each that failed."
     rows = []
@@ -44,7 +44,7 @@ def frame_of(cells: list, profile: Profile, results: Store, errors: dict = {}) -
         else: rows.append(failed_row(cell, errors.get(canonical(cell), "not computed")))
     return pd.DataFrame(rows).assign(profile=profile.name)
 
-# %% ../nbs/23_study.ipynb #cell-007
+# %% ../nbs/23_study.ipynb #cell-009
 def stored(profile: Profile) -> dict: # Cell -> result
     "All results of a profile that are up to date."
     results, found = results_of(profile), {}
@@ -53,7 +53,7 @@ def stored(profile: Profile) -> dict: # Cell -> result
         if content and name_of(cell := Cell(**content["inputs"]["cell"]), profile) == name: found[cell] = content["result"]
     return found
 
-# %% ../nbs/23_study.ipynb #cell-009
+# %% ../nbs/23_study.ipynb #cell-011
 def expected_seconds(frame: pd.DataFrame, # cells with columns of Cell and seconds, nan where not known
                     ) -> pd.Series:
     "The seconds of each cell: its own, or what finished cells suggest, or nan."
@@ -65,7 +65,7 @@ def expected_seconds(frame: pd.DataFrame, # cells with columns of Cell and secon
     same = frame.groupby(["model", "recovery", "train", "fraction"]).seconds.transform("median")
     return frame.seconds.fillna(same).fillna(guess.where(guess > 0))
 
-# %% ../nbs/23_study.ipynb #cell-012
+# %% ../nbs/23_study.ipynb #cell-014
 def found_of(cell: Cell, profile: Profile, results: Store, nameable: bool) -> dict:
     "What the store says about a cell."
     if not nameable: return {"name": "", "cached": False, "seconds": None, "memory_mb": None, "bytes": None}
@@ -74,7 +74,7 @@ def found_of(cell: Cell, profile: Profile, results: Store, nameable: bool) -> di
     return {"name": name, "cached": found is not None, "seconds": record.get("seconds"), "memory_mb": record.get("peak_memory_mb"),
             "bytes": results.file(name).stat().st_size if found else None}
 
-
+# %% ../nbs/23_study.ipynb #cell-016
 def status(cells: list, profile: Profile) -> pd.DataFrame:
     "Each distinct cell: its name, whether its result is in the store, and the seconds, memory and disk that it took or may take."
     results, nameable = results_of(profile), not absent(profile)
@@ -87,7 +87,7 @@ def status(cells: list, profile: Profile) -> pd.DataFrame:
     frame["bytes"] = frame.bytes.fillna(frame.bytes.median())
     return frame
 
-# %% ../nbs/23_study.ipynb #cell-014
+# %% ../nbs/23_study.ipynb #cell-018
 EXECUTORS = {"local": local, "inline": inline, "slurm": slurm}
 
 
@@ -111,7 +111,7 @@ def run(cells: list,               # of Cell
     if not quiet: summarise(distinct, missing, errors, profile, results)
     return frame_of(cells, profile, results, errors)
 
-# %% ../nbs/23_study.ipynb #cell-016
+# %% ../nbs/23_study.ipynb #cell-020
 def _computed(cells: list, answers, quiet: bool) -> dict: # Cell -> message of those that failed
     "Run an executor to its end, with a progress bar."
     errors = {}
@@ -122,13 +122,13 @@ def _computed(cells: list, answers, quiet: bool) -> dict: # Cell -> message of t
             if word == "failed": errors[cell] = message
     return errors
 
-
+# %% ../nbs/23_study.ipynb #cell-022
 def need_all_there(profile: Profile) -> None:
     "FileNotFoundError that lists what a profile names and this machine does not have."
     if missing := absent(profile): raise FileNotFoundError(
         f"Profile {profile.name} cannot run here; {len(missing)} of the things that it names are missing:\n  " + "\n  ".join(missing))
 
-# %% ../nbs/23_study.ipynb #cell-018
+# %% ../nbs/23_study.ipynb #cell-024
 def summarise(distinct: list, missing: list, errors: dict, profile: Profile, results: Store) -> None:
     "One line, and one for each failed cell."
     print(f"{len(distinct)} cells of profile {profile.name}, {len(distinct) - len(errors)} with results"

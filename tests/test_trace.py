@@ -16,7 +16,8 @@ def means(lines: pd.DataFrame) -> pd.DataFrame:
     scores = lines.pivot_table("score", SETTING, "benchmark", aggfunc="mean").reset_index()
     benchmarks = list(lines.benchmark.unique())
     dense = scores[scores.pruning == "none"].set_index("model")[benchmarks]
-    scores["AVG-%"] = [100 * (row[benchmarks] / dense.loc[row.model]).astype(float).mean() for _, row in scores.iterrows()]
+    originals = dense.loc[scores.model].replace(0, np.nan).to_numpy()  # what a random model scores 0 on has no ratio
+    scores["AVG-%"] = 100 * pd.DataFrame(scores[benchmarks].to_numpy() / originals).mean(axis=1)
     achieved = lines.groupby(SETTING, as_index=False).agg(achieved=("achieved_ratio", "mean"), seeds=("seed", "nunique"))
     return scores.merge(achieved, on=SETTING)
 
@@ -40,7 +41,7 @@ def untraced(table: pd.DataFrame, lines: pd.DataFrame) -> list: # of rows' descr
     settings, found = means(lines), []
     numbers = [c for c in table.columns if c in set(lines.benchmark) | {"AVG-%"}]
     for _, row in table.iterrows():
-        shown = row[numbers].astype(float).to_numpy()
+        shown = pd.to_numeric(row[numbers], errors="coerce").to_numpy(float)
         candidates = settings[fits(row, settings)]
         same = [np.allclose(c[numbers].astype(float).to_numpy(), shown, rtol=2e-5, atol=1e-6, equal_nan=True)
                 and ("achieved" not in row or abs(c.achieved - float(row.achieved)) < 6e-4)
