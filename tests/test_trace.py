@@ -45,7 +45,7 @@ def untraced(table: pd.DataFrame, lines: pd.DataFrame) -> list: # of rows' descr
         candidates = settings[fits(row, settings)]
         same = [np.allclose(c[numbers].astype(float).to_numpy(), shown, rtol=2e-5, atol=1e-6, equal_nan=True)
                 and ("achieved" not in row or abs(c.achieved - float(row.achieved)) < 6e-4)
-                and ("seeds" not in row or row.pruning == "original" or int(row.seeds) == c.seeds) for _, c in candidates.iterrows()]
+                and ("seeds" not in row or row.pruning == "original" or np.isnan(c["AVG-%"]) or int(row.seeds) == c.seeds) for _, c in candidates.iterrows()]
         if not any(same): found.append(f"{dict(row)} among {len(candidates)} settings")
     return found
 
