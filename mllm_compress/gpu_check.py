@@ -94,7 +94,7 @@ def recovery_step(student: PreTrainedModel, teacher: PreTrainedModel, config: Re
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
     return step
 
 # %% ../nbs/30a_gpu_check.ipynb #cell-016

@@ -70,3 +70,25 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
     text = ask("advise", "--model", "m", "--ratio", ".3", "--no-training")
     assert "prune widthwise" in text.split(".")[0] + text.split(".")[1] and "kept 90.0 %" in text and "+20.0" in text
     assert "Nothing was studied within" in ask("advise", "--model", "m", "--ratio", ".8", "--no-training", code=2)
+
+
+def test_convert_an_original_release(golden, tmp_path, monkeypatch):
+    import shutil
+    from transformers import AutoModelForImageTextToText
+    from original_layouts import copy_of
+    monkeypatch.chdir(tmp_path)
+    source = copy_of(golden / "original_layout", "llava", tmp_path)
+    shutil.move(source / "vision_tower", "clip")
+    assert "Download openai/clip-vit-large-patch14-336" in ask("convert", source, "out", code=2) and not Path("out").exists()
+    text = ask("convert", source, "out", "--tower", "clip", "--dtype", "bfloat16")
+    assert "vicuna_v1" in text and "bfloat16" in text and "written to out" in text
+    assert str(AutoModelForImageTextToText.from_pretrained("out").dtype) == "torch.bfloat16"
+    for args, says in (((source, "out", "--tower", "clip"), "exists and is not an empty folder"), (("out", "again"), "original layouts known here: LlavaLlamaForCausalLM"),
+                       (("nowhere", "again"), "is not a folder"), ((source, "again", "--dtype", "int8"), "use float32, bfloat16, float16")):
+        assert says in ask("convert", *args, code=2)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert "weights_only=True" in ask("convert", source, "again", "--tower", "clip", code=2) and not Path("again").exists()
+
+
+def test_what_fits_on_which_card():
+    assert "use" in ask("recover", "x", "--teacher", "y", "-o", "z", "--recipe", "gpt", code=2) and "LLaVA-v1.5-7B" in ask("cards", "LLaVA", code=2)

@@ -176,3 +176,40 @@ def test_errors_say_what_to_do(giants):
         def get_text_config(self): return self
     with pytest.raises(ValueError, match="add a Form"): shape_of_config(Other())
     assert isinstance(cost_report(giants["Bunny-v1.0-3B"]), CostReport)
+
+
+# what fits on which card
+
+def test_float32_for_what_is_trained_in_full():
+    from mllm_compress import cards
+    from mllm_compress.tiny import tiny_config
+    half, whole = (cards.on_meta(tiny_config("llava", 2), dtype) for dtype in (torch.bfloat16, torch.float32))
+    parts = part_parameters(half)
+    extra = {kind: cards.float32_extra(half, cards.training_kind(kind)) for kind in cards.KINDS}
+    assert extra == {"projector": 8 * parts["projector"], "LoRA": 8 * parts["projector"], "full": 8 * (parts["projector"] + parts["lm"])}
+    assert cards.float32_extra(whole, cards.training_kind("full")) == 0
+
+
+@pytest.mark.parametrize("pruning", ["layerwise", "widthwise"])
+def test_real_models_pruned_on_meta_at_four_ratios(giants, pruning):
+    from mllm_compress import cards
+    from mllm_compress.anatomy import lm_parameters
+    giant = giants["LLaVA-v1.5-7B"]
+    for ratio in (0.15, 0.3, 0.45, 0.6):
+        small = cards.pruned_on_meta(giant, pruning, ratio)
+        assert 1 - lm_parameters(small) / lm_parameters(giant) == pytest.approx(ratio, abs=2e-3)
+        assert closed_parameters(small.config, shape_of_model(small)) == part_parameters(small)
+
+
+def test_operations_of_training_are_those_of_its_passes():
+    from mllm_compress import cards
+    config = real_config("LLaVA-v1.5-7B")
+    ops = lambda ratio=0.0, **kw: cards.training_operations(config, RecoveryConfig(**{"losses": {"sft": 1.0}} | kw), ratio)
+    seen, teacher = sum(vision_flops(config).values()), ops(losses={"sft": .5, "hidden_kd": .5}) - ops()
+    assert ops() == 3 * teacher + seen and ops(gradient_checkpointing=True) == 4 * teacher + seen and ops(train="projector") == 2 * teacher + seen
+    assert (ops() - ops(0.3)) / 3 == pytest.approx(2 * (576 + 256) * 0.3 * 6_738_939_904)
+
+
+def test_the_smallest_card():
+    from mllm_compress import cards
+    assert [cards.fits(x) for x in (21, 22.5, 38.5, 78, 79)] == ["24 GB", "40 GB", "80 GB", "80 GB", "2 x 80 GB, sharded"]

@@ -1,0 +1,110 @@
+"""The complete paper profile on converted fixtures with fabricated data in the real layouts, through the command line.
+
+Left out: sharding over several GPUs (FSDP), which needs them. The Slurm executor has a test of its own.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mllm_compress.benchmarks import REAL_SUITE
+from mllm_compress.cells import Cell, load_profile, training_of
+from mllm_compress.cli import app
+from mllm_compress.experiment import recovery_config
+from mllm_compress.recovery import PAPER
+from original_layouts import instruction_json, with_tokenizer
+from test_benchmarks import SETS, write
+
+ROOT = Path(__file__).parent.parent
+FAMILY = {"llava-v1.5-7b": "llava", "bunny-v1.0-3b": "bunny", "mini-internvl-4b": "internvl"}
+PAPER_YAML = yaml.safe_load((ROOT / "mllm_compress/profiles/paper.yaml").read_text())
+
+
+# ---- the profile says what the original does
+
+@pytest.mark.parametrize("model", FAMILY)
+def test_hyperparameters_are_the_originals(model):
+    profile = load_profile("paper")
+    config = recovery_config(Cell(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.05), profile)
+    for key, value in PAPER[FAMILY[model]].items(): assert getattr(config, key) == value, key
+    assert config.batch_size == 128 and profile.evaluation.benchmarks == list(REAL_SUITE) and profile.dtype == "bfloat16"
+    assert recovery_config(Cell(model, "layerwise", .15, recovery="sft", train="projector"), profile).lora is None
+
+
+def test_each_model_has_the_data_of_its_authors():
+    profile = load_profile("paper")
+    assert [Path(training_of(m, profile).json).name for m in profile.models] == ["llava_v1_5_mix665k.json", "bunny_695k.json", "llava_v1_5_mix665k.json"]
+    assert not any(place in (ROOT / "mllm_compress/profiles/paper.yaml").read_text() for place in ("/home", "/root", "/data", "/mnt"))
+
+
+# ---- before anything is there
+
+def test_dry_run_without_anything_plans_estimates_and_lists_what_is_missing(tmp_path, monkeypatch):
+    study(tmp_path, ["02_pruning"])
+    monkeypatch.chdir(tmp_path)
+    for name in ("MODELS", "DATA", "BENCHMARKS"): monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(tmp_path / "nowhere"))
+    text = ask("study", "--profile", "paper", "--only", "02_pruning", "--dry-run")
+    assert "27 cells, 27 missing" in text and "estimates, nothing measured" in text and "GPU hours" in text
+    for thing in ("model llava-v1.5-7b", "vision tower of llava-v1.5-7b", "training json", "training image_root", *(f"benchmark {b}" for b in REAL_SUITE)): assert thing in text
+    assert "things that it names are missing" in ask("study", "--profile", "paper", "--only", "02_pruning", code=2)
+    assert not (tmp_path / "figures").exists()
+
+
+# ---- the rehearsal
+
+def ask(*args, code=0) -> str:
+    result = CliRunner().invoke(app, list(map(str, args)), catch_exceptions=code == 2)
+    assert result.exit_code == code, result.output[-4000:]
+    return result.output
+
+
+def study(folder: Path, notebooks: list):
+    "A bare checkout with some study notebooks."
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "nbs/study").mkdir(parents=True)
+    for name in notebooks: shutil.copy(ROOT / f"nbs/study/{name}.ipynb", folder / "nbs/study")
+
+
+@pytest.fixture(scope="module")
+def rehearsal(golden, tmp_path_factory):
+    "A machine on which everything is where the paper profile looks for it, only smaller."
+    place = tmp_path_factory.mktemp("rehearsal")
+    models, data = place / "models", place / "data"
+    for model, (name, given) in {m: (FAMILY[m], Path(f).name) for m, f in PAPER_YAML["folders"].items()}.items():
+        folder = with_tokenizer(golden / "original_layout", name, place / "fixtures")
+        if name == "llava": shutil.move(folder / "vision_tower", models / "clip-vit-large-patch14-336")  # the release has none
+        models.mkdir(exist_ok=True)
+        shutil.move(folder, models / given)
+    for json_name, images in (("llava_v1_5_mix665k.json", "mix665k"), ("bunny_695k.json", "bunny_695k")):
+        (data / images).mkdir(parents=True)
+        (data / json_name).write_text(json.dumps(instruction_json(data / images, 60)))
+    write(place / "sets", SETS)
+    return place
+
+
+def smaller(profile: dict) -> dict:
+    "The paper profile with fewer cells and steps that a toy can take; all else as it is."
+    return profile | {"ratios": [0.3], "fractions": [0.5], "seeds": [0], "calibration": {"samples": 4, "batch_size": 1}, "workers": 1, "evaluation": profile["evaluation"] | {"questions": 2},
+                      "recovery": profile["recovery"] | {"batch_size": 4, "passes": 2, "optimizer": "adamw_torch", "max_length": 512}}
+
+
+def test_the_paper_profile_end_to_end(rehearsal, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it")
+    study(tmp_path, ["01_models", "03_projector", "06_best"])
+    for name, folder in (("MODELS", "models"), ("DATA", "data"), ("BENCHMARKS", "sets")): monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(rehearsal / folder))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(smaller(PAPER_YAML)))
+    plan = ask("study", "--profile", "rehearsal.yaml", "--dry-run")
+    assert "This machine lacks" not in plan and "GPU hours" in plan
+    text = ask("study", "--profile", "rehearsal.yaml", "--executor", "inline")
+    assert "FAILED" not in text and "PROBLEM" not in text
+    table = pd.read_csv(tmp_path / "figures/rehearsal/06_best-scores.csv")
+    assert set(table.model) == set(FAMILY) and set(REAL_SUITE) <= set(table.columns) and (tmp_path / "figures/rehearsal/index.html").exists()
+    results = [json.loads(p.read_text())["result"] for p in (tmp_path / "runs/rehearsal/results").glob("*/result.json")]
+    trained = [r["training"] for r in results if r["training"]]
+    assert len(trained) == 9 and {t["samples"] for t in trained} == {3}  # 5 % of 60
+    assert {row["benchmark"] for r in results for row in r["rows"]} == set(REAL_SUITE)
