@@ -44,7 +44,7 @@ def study(profile: Annotated[str, typer.Option(help="Scale of the study, or a pa
           only: Annotated[list[str], typer.Option(help="Run only this notebook; may be repeated.")] = [],
           parameter: Annotated[list[str], typer.Option("-p", help="NAME=VALUE, a parameter of the notebooks; may be repeated.")] = [],
           workers: Annotated[int, typer.Option(help="Processes; 0: one per core or GPU.")] = 0,
-          executor: Annotated[str, typer.Option(help="local, or inline for debugging.")] = "local",
+          executor: Annotated[str, typer.Option(help="local, slurm, or inline for debugging.")] = "local",
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be computed.")] = False,
           status: Annotated[bool, typer.Option("--status", help="Only list the results at hand.")] = False):
     "Compute what is missing, run the notebooks, make figures/PROFILE/index.html."
