@@ -165,7 +165,7 @@ def score_table(rows: pd.DataFrame,  # of `effects.summary`
     "Settings as rows: where, how, and what was kept."
     order = rows.assign(rank=rows.model.map(setup.models.index)).sort_values(["rank", "requested_ratio"], kind="stable")
     order = order.assign(pruning=order.pruning.replace("none", "original"), requested=order.requested_ratio.map("{:.2f}".format),
-                         achieved=order.achieved_ratio.map("{:.3f}".format)).rename(columns={"avg_percent": "AVG-%"})
+                         achieved=order.achieved_ratio.map(lambda r: f"{r:.3f}" if r == r else "–")).rename(columns={"avg_percent": "AVG-%"})
     return order.reindex(columns=["model", "requested", "pruning", *columns, "achieved", *setup.evaluation.benchmarks, "AVG-%", "low", "high"])
 
 # %% ../nbs/26_report.ipynb #cell-027
@@ -181,12 +181,12 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
     with page():
         for ax, model in zip(axes, models):
             ends = {}
-            for name, g in rows[rows.model == model].sort_values("achieved_ratio").groupby(by, sort=False):
+            for name, g in rows[(rows.model == model) & rows[value].notna()].sort_values("achieved_ratio").groupby(by, sort=False):
                 band = {k: [start, *g[c]] for k, c in (("low", low), ("high", high)) if c}
                 line(ax, [0, *g.achieved_ratio], [start, *g[value]], name, **band)
                 ends[name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
             ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
-            label_ends(ax, {name: end for name, end in ends.items() if end[1] == end[1]})  # nan: nothing was drawn
+            label_ends(ax, ends)
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 
