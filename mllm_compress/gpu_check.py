@@ -151,7 +151,7 @@ def device_tests(device: str) -> int: # pytest's exit code
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "device", str(home() / "tests")],
                           env=os.environ | {"MLLM_COMPRESS_DEVICE": device}).returncode
 
-# %% ../nbs/30a_gpu_check.ipynb #cell-022
+# %% ../nbs/30a_gpu_check.ipynb #cell-023
 def gpu_check(models: Path = Path("runs/gpu-models"), # where gpu-llava and gpu-bunny are, or will be
               study: bool = True, # train the models of profile gpu if need be, and run it
               device: str = "cuda",
@@ -171,7 +171,7 @@ def gpu_check(models: Path = Path("runs/gpu-models"), # where gpu-llava and gpu-
     for problem in problems: print(f"PROBLEM: {problem}")
     return int(bool(problems))
 
-# %% ../nbs/30a_gpu_check.ipynb #cell-024
+# %% ../nbs/30a_gpu_check.ipynb #cell-025
 TRAINING = RecoveryConfig(losses={"sft": 1.0}, batch_size=64, epochs=4, lr=3e-4, precision="bf16")
 
 
