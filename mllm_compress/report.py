@@ -47,7 +47,7 @@ def _text(value, digits: int) -> str:
     if value != value: return "–"
     return f"{value:,.{digits}f}" if not float(value).is_integer() or digits == 0 or not isinstance(value, int) else f"{value:,}"
 
-
+# %% ../nbs/26_report.ipynb #cell-009
 def _texts(table: Table, mark, escape=str) -> list: # rows of str
     "All cells as text: escaped, the best ones wrapped by `mark`, repeated names blank."
     frame, columns = table.frame.reset_index(drop=True), []
@@ -59,7 +59,7 @@ def _texts(table: Table, mark, escape=str) -> list: # rows of str
         columns.append(texts)
     return list(map(list, zip(*columns)))
 
-# %% ../nbs/26_report.ipynb #cell-009
+# %% ../nbs/26_report.ipynb #cell-011
 def to_markdown(table: Table) -> str:
     "A pipe table."
     head = [str(c).replace("|", "\\|") for c in table.frame.columns]
@@ -67,7 +67,7 @@ def to_markdown(table: Table) -> str:
     rows = [head, align, *_texts(table, "**{}**".format, lambda t: t.replace("|", "\\|"))]
     return "\n".join(f"| {' | '.join(r)} |" for r in rows) + f"\n\n{table.caption}\n"
 
-
+# %% ../nbs/26_report.ipynb #cell-013
 _TEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "–": "--", "\\": r"\textbackslash{}"})
 
 
@@ -80,7 +80,7 @@ def to_latex(table: Table) -> str:
     body = "\n".join([r"\toprule", head, r"\midrule", *rows, r"\bottomrule"])
     return f"\\begin{{table}}\n\\centering\n\\caption{{{tex(table.caption)}}}\n\\begin{{tabular}}{{{align}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
 
-# %% ../nbs/26_report.ipynb #cell-010
+# %% ../nbs/26_report.ipynb #cell-015
 def to_html(table: Table) -> str:
     "A table that a notebook shows."
     right = [pd.api.types.is_numeric_dtype(table.frame[c]) for c in table.frame]
@@ -93,7 +93,7 @@ def to_html(table: Table) -> str:
 
 Table._repr_html_, Table._repr_markdown_ = to_html, to_markdown
 
-# %% ../nbs/26_report.ipynb #cell-014
+# %% ../nbs/26_report.ipynb #cell-019
 def basis(frame: pd.DataFrame, # of `study.run`
          ) -> str:
     "Questions per model, seeds and profile, for captions."
@@ -105,7 +105,7 @@ def basis(frame: pd.DataFrame, # of `study.run`
     return (f"n = {n:,} questions per model, {seeds} seed{'s' * (seeds > 1)}, profile {', '.join(sorted(set(done.profile)))}"
             + (f"; {failed} cells FAILED" if failed else ""))
 
-# %% ../nbs/26_report.ipynb #cell-016
+# %% ../nbs/26_report.ipynb #cell-021
 WORDS = ("holds", "does not hold", "is undecided at this scale")
 
 
@@ -113,7 +113,7 @@ def word(e: Estimate) -> str: # of WORDS
     "What one difference says, if the claim predicts it to be positive."
     return WORDS[0] if e.low > 0 else WORDS[1] if e.high < 0 else WORDS[2]
 
-
+# %% ../nbs/26_report.ipynb #cell-023
 @dataclass(frozen=True)
 class Verdict:
     "A claim, what was measured, and what follows."
@@ -128,7 +128,7 @@ class Verdict:
         found = {word(e) for e in self.effects.values()}
         return WORDS[1] if WORDS[1] in found else WORDS[0] if found == {WORDS[0]} else WORDS[2]
 
-# %% ../nbs/26_report.ipynb #cell-018
+# %% ../nbs/26_report.ipynb #cell-025
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
     parts = []
@@ -139,7 +139,7 @@ def sentence(v: Verdict) -> str:
     share = f" ({sum(word(e) == WORDS[0] for e in v.effects.values())} of {len(v.effects)} settings)"
     return f"“{v.claim}” {v.word}{share}. {details}. Differences in {v.unit} with 95 % intervals; {v.basis}."
 
-
+# %% ../nbs/26_report.ipynb #cell-027
 def _verdict_html(v: Verdict) -> str:
     "The sentence beside a coloured bar."
     color = dict(zip(WORDS, ("#009E73", "#D55E00", "#999999")))[v.word]
@@ -148,7 +148,7 @@ def _verdict_html(v: Verdict) -> str:
 
 Verdict._repr_html_, Verdict._repr_markdown_ = _verdict_html, lambda v: f"**Verdict.** {sentence(v)}"
 
-# %% ../nbs/26_report.ipynb #cell-021
+# %% ../nbs/26_report.ipynb #cell-030
 def printed(name: str, # models, pruning_without_recovery, best_compressed
            ) -> pd.DataFrame:
     "Numbers printed in the paper."
@@ -157,7 +157,7 @@ def printed(name: str, # models, pruning_without_recovery, best_compressed
     if name not in names: raise ValueError(f"Nothing printed under {name!r}: use one of {', '.join(names)}.")
     return pd.read_csv(folder / f"{name}.csv")
 
-# %% ../nbs/26_report.ipynb #cell-024
+# %% ../nbs/26_report.ipynb #cell-033
 def score_table(rows: pd.DataFrame,  # of `effects.summary`
                 setup: Profile,
                 *columns: str,       # that tell settings apart, beside model, ratio and pruning
@@ -168,7 +168,7 @@ def score_table(rows: pd.DataFrame,  # of `effects.summary`
                          achieved=order.achieved_ratio.map(lambda r: f"{r:.3f}" if r == r else "–")).rename(columns={"avg_percent": "AVG-%"})
     return order.reindex(columns=["model", "requested", "pruning", *columns, "achieved", *setup.evaluation.benchmarks, "AVG-%", "low", "high"])
 
-# %% ../nbs/26_report.ipynb #cell-027
+# %% ../nbs/26_report.ipynb #cell-036
 def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed models only
                         by: str,            # the column that tells the lines apart; its values are keys of style.LOOKS
                         value: str = "avg_percent",
@@ -190,7 +190,7 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 
-# %% ../nbs/26_report.ipynb #cell-030
+# %% ../nbs/26_report.ipynb #cell-039
 def _side_by_side(ax, effects: dict, # (ratio, method) -> Estimate
                  ) -> dict:          # method -> (x, y) of its last dot
     "A dot with its interval for each method at each ratio."
@@ -205,7 +205,7 @@ def _side_by_side(ax, effects: dict, # (ratio, method) -> Estimate
         ends[method] = x[-1], y[-1]
     return ends
 
-# %% ../nbs/26_report.ipynb #cell-032
+# %% ../nbs/26_report.ipynb #cell-041
 def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
                            ylabel: str):  # of what more than what
     "How much more each method keeps: a panel per model, methods side by side at each ratio."
@@ -222,7 +222,7 @@ def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
             label_ends(ax, ends)
     return fig, axes
 
-# %% ../nbs/26_report.ipynb #cell-035
+# %% ../nbs/26_report.ipynb #cell-044
 @dataclass(frozen=True)
 class Report:
     "Where a study notebook leaves its tables, figures and verdicts."
@@ -235,7 +235,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{self.notebook}-{name}.{ending}"
 
-# %% ../nbs/26_report.ipynb #cell-037
+# %% ../nbs/26_report.ipynb #cell-046
 def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, digits: int = 1, once: tuple = ()) -> Table:
     "Write a table in all notations and return it to be shown."
     t = Table(frame, caption, best, digits, once)
@@ -246,7 +246,7 @@ def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, 
 
 Report.table = _table
 
-# %% ../nbs/26_report.ipynb #cell-039
+# %% ../nbs/26_report.ipynb #cell-048
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure and its caption, as a notebook shows it."
@@ -268,7 +268,7 @@ def _figure(self, fig, name: str, caption: str) -> Figure:
 
 Report.figure = _figure
 
-# %% ../nbs/26_report.ipynb #cell-041
+# %% ../nbs/26_report.ipynb #cell-050
 def _verdict(self, claim: str, effects: dict, basis: str, name: str = "verdict", unit: str = "points of AVG-%") -> Verdict:
     "Write a verdict and return it to be shown."
     v = Verdict(claim, effects, basis, unit)
