@@ -71,7 +71,7 @@ def memory_of(cell: Cell, profile: Profile, config) -> int:
 
 def table(cells: list, profile: Profile) -> pd.DataFrame: # one row per model and kind of cell
     "Cells, GPU hours and memory by model and kind, for the models whose config is known."
-    rows, configs = [], {m: config_of(m, profile) for m in profile.models}
+    rows, configs = [], {m: config_of(m, profile) for m in dict.fromkeys(c.model for c in cells)}
     kind = lambda c: (c.model, "evaluation only" if c.recovery == "none" else f"training {c.train}")
     for key in dict.fromkeys(map(kind, cells)):
         mine, config = [c for c in cells if kind(c) == key], configs[key[0]]
