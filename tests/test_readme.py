@@ -16,7 +16,7 @@ def test_readme_is_the_index_notebook():
 def test_readme_sentences_are_the_verdicts_of_the_results():
     readme = (ROOT / "README.md").read_text()
     for name in ("02_pruning-verdict", "06_best-verdict", "06_best-recovery"):
-        verdict = json.loads((ROOT / f"figures/quick/{name}.json").read_text())
+        verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
         assert verdict["sentence"] in readme
 
 
