@@ -23,10 +23,10 @@ from .scores import (
     LayerScores, WidthScores, add_channels, check_batches, evaluating, load_scores, mean_weights, model_inputs)
 from .taylor import CHUNK, ORDERS, output_gradients, taylor
 
-# %% ../nbs/09_importance.ipynb #cell-005
+# %% ../nbs/09_importance.ipynb #cell-006
 _all_ = ["LayerScores", "WidthScores", "load_scores", "block_influence", "angular_distance", "taylor", "ORDERS"]
 
-# %% ../nbs/09_importance.ipynb #cell-007
+# %% ../nbs/09_importance.ipynb #cell-008
 def magnitude(model, batches: list | None = None, # not needed
               p: float = 2, # power of |w|
              ) -> WidthScores: # sum of |w|^p
@@ -37,7 +37,7 @@ def magnitude(model, batches: list | None = None, # not needed
     channels = {(i, s.name): norm(s) for i in range(parts.num_layers) for s in parts.linears(i)}
     return add_channels(parts, channels, "magnitude", {"p": p})
 
-# %% ../nbs/09_importance.ipynb #cell-011
+# %% ../nbs/09_importance.ipynb #cell-012
 @torch.no_grad()
 def activation(model, batches: list, # as for `block_influence`
                token_weights: dict | str | None = None, # as for `block_influence`
@@ -59,7 +59,7 @@ def activation(model, batches: list, # as for `block_influence`
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))
     return WidthScores(*roots, "activation", squares.meta)
 
-# %% ../nbs/09_importance.ipynb #cell-015
+# %% ../nbs/09_importance.ipynb #cell-016
 def random_scores(model, batches: list | None = None, # not needed
                   seed: int = 0,
                  ) -> WidthScores: # uniform between 0 and 1
@@ -68,7 +68,7 @@ def random_scores(model, batches: list | None = None, # not needed
     draw = lambda count: {i: torch.rand(count(i), generator=generator) for i in range(parts.num_layers)}
     return WidthScores(draw(parts.groups), draw(parts.neurons), "random", {"seed": seed, "model_type": parts.text_config.model_type})
 
-# %% ../nbs/09_importance.ipynb #cell-018
+# %% ../nbs/09_importance.ipynb #cell-019
 WIDTH_METHODS = {"taylor": taylor, "magnitude": magnitude, "activation": activation, "random": random_scores}
 
 def call_method(methods: dict, method: str, model, batches, options: dict):
@@ -79,7 +79,7 @@ def call_method(methods: dict, method: str, model, batches, options: dict):
         raise ValueError(f"{method} has no option {sorted(set(options) - known)[0]!r}; it has {', '.join(sorted(known))}.")
     return methods[method](model, batches, **options)
 
-# %% ../nbs/09_importance.ipynb #cell-019
+# %% ../nbs/09_importance.ipynb #cell-021
 def width_importance(model, # MLLM or causal LM of a known family
                      batches: list | None = None, # calibration batches; magnitude and random need none
                      method: str = "taylor", # taylor, magnitude, activation, random
@@ -88,7 +88,7 @@ def width_importance(model, # MLLM or causal LM of a known family
     "Scores of the heads and neurons of every layer; lower goes first."
     return call_method(WIDTH_METHODS, method, model, batches, options)
 
-# %% ../nbs/09_importance.ipynb #cell-023
+# %% ../nbs/09_importance.ipynb #cell-025
 def whole_layers(scores: WidthScores, # of every layer
                 ) -> LayerScores:     # sum over the heads and neurons of each layer
     "Layer scores from width scores."
@@ -104,7 +104,7 @@ def layer_method(method):
 LAYER_METHODS = {"block_influence": block_influence, "angular_distance": angular_distance,
                  **{name: layer_method(method) for name, method in WIDTH_METHODS.items()}}
 
-# %% ../nbs/09_importance.ipynb #cell-024
+# %% ../nbs/09_importance.ipynb #cell-027
 def layer_importance(model, # MLLM or causal LM of a known family
                      batches: list | None = None, # calibration batches; magnitude and random need none
                      method: str = "block_influence", # block_influence, angular_distance, taylor, magnitude, activation, random
@@ -113,7 +113,7 @@ def layer_importance(model, # MLLM or causal LM of a known family
     "Scores of the decoder layers; lower goes first."
     return call_method(LAYER_METHODS, method, model, batches, options)
 
-# %% ../nbs/09_importance.ipynb #cell-027
+# %% ../nbs/09_importance.ipynb #cell-030
 def narrow(config, layers: int) -> tuple: # (config, k)
     "The text config with all widths divided by the largest common factor k, and few layers."
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -138,7 +138,7 @@ def trace(config, layers: int, dtype, tokens: int = 64) -> tuple: # (saved, work
     with PeakTensors() as forward, torch.no_grad(): model.model(inputs_embeds=x, use_cache=False)
     return [k * b / tokens for b in (saved, memory.peak - saved, forward.peak)]
 
-# %% ../nbs/09_importance.ipynb #cell-028
+# %% ../nbs/09_importance.ipynb #cell-032
 def activation_bytes(config, # a text config, or that of an MLLM
                      dtype: torch.dtype = torch.bfloat16,
                     ) -> dict: # bytes per token: "layer" saved by each, "ends" (norm, rotary), "working" in the backward pass, "forward" without one
@@ -147,7 +147,7 @@ def activation_bytes(config, # a text config, or that of an MLLM
     (one, working, forward), (two, *_) = (trace(config, layers, dtype) for layers in (1, 2))
     return {"layer": two - one, "ends": 2 * one - two, "working": working, "forward": forward}
 
-# %% ../nbs/09_importance.ipynb #cell-032
+# %% ../nbs/09_importance.ipynb #cell-036
 @dataclass(frozen=True)
 class ScoringMemory:
     "Bytes that a scoring pass holds at its peak, by purpose, beside what holding all gradients would add."
@@ -162,7 +162,7 @@ class ScoringMemory:
         parts = ", ".join(f"{n} {getattr(self, n) / 2**30:.2f}" for n in ("weights", "activations", "working"))
         return f"ScoringMemory({self.total / 2**30:.2f} GiB: {parts}; all gradients would add {self.all_gradients / 2**30:.2f})"
 
-# %% ../nbs/09_importance.ipynb #cell-033
+# %% ../nbs/09_importance.ipynb #cell-038
 def as_meta(model_or_config) -> PreTrainedModel:
     "The model itself, or one without storage made from its config."
     if isinstance(model_or_config, torch.nn.Module): return model_or_config
@@ -170,7 +170,7 @@ def as_meta(model_or_config) -> PreTrainedModel:
     auto = AutoModelForImageTextToText if hasattr(model_or_config, "vision_config") else AutoModelForCausalLM
     with torch.device("meta"): return auto.from_config(model_or_config)
 
-# %% ../nbs/09_importance.ipynb #cell-034
+# %% ../nbs/09_importance.ipynb #cell-040
 def scoring_memory(model_or_config, # a model (also on meta), or a config
                    tokens: int = 728, # per sample, image tokens included
                    batch_size: int = 1,
@@ -196,7 +196,7 @@ def scoring_memory(model_or_config, # a model (also on meta), or a config
     copies = 2 if ORDERS[order].curvature else 1
     return ScoringMemory(parameters * size, int(kept + n * per["ends"]), int(working), copies * parameters * size)
 
-# %% ../nbs/09_importance.ipynb #cell-038
+# %% ../nbs/09_importance.ipynb #cell-044
 def largest_batch(model_or_config, card_gib: float, # memory of the card
                   reserve_gib: float = 1, # for the driver and fragmentation
                   **options, # of `scoring_memory`
