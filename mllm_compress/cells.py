@@ -146,7 +146,9 @@ class Profile:
     learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}; what is not named: `recovery.LEARNING_RATES`
     printed: dict = field(default_factory=dict)  # model -> the paper's model of the same architecture
     notebooks: dict = field(default_factory=dict)  # notebook -> {parameter: value}, where its grid is narrower or wider, see `asked`
-    workers: int = 0   # processes at once; 0: one per core, or per GPU
+    workers: int = 0   # cells at once; 0: one per core, or per GPU
+    processes: int = 1 # that train one cell together, each with a GPU of its own (FSDP) or on cores of one machine
+    checkpoint_every: int = 0  # optimiser steps after which a training leaves a checkpoint; 0: a killed cell starts again
     folders: dict = field(default_factory=dict)  # model -> folder or hub id; a model not named here is loaded by its name
     towers: dict = field(default_factory=dict)   # model -> folder of its vision tower, for original releases that come without one
     per_model: dict = field(default_factory=dict) # model -> {"training": …, "recovery": …}, where a model has its own data or options
@@ -235,6 +237,8 @@ def _checked(profile: Profile) -> Profile:
         if unknown := set(getattr(profile, key)) - set(profile.models): raise ValueError(
             f"profile {profile.name}: {key} names {', '.join(sorted(unknown))}; the models are {', '.join(profile.models)}.")
     for model in profile.per_model: training_of(model, profile)
+    if profile.processes < 1 or profile.slurm.gpus % profile.processes: raise ValueError(
+        f"profile {profile.name}: processes is {profile.processes} and a Slurm job gets {profile.slurm.gpus} GPUs: give each process one.")
     if profile.dtype not in DTYPES: _one_of("dtype", profile.dtype, DTYPES[1:])
     if not profile.models or not profile.seeds: raise ValueError(f"profile {profile.name}: models and seeds must not be empty.")
     return profile

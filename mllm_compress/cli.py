@@ -201,7 +201,7 @@ def recover(model: Annotated[str, typer.Argument(help="Folder that `prune` wrote
         dtype = student.dtype
         if dtype.itemsize == 2: experiment.trained_in_float32(student, config)
         result = recovery.recover(student, dense, _training_data(data, image_root, scenes), config, processor=processor, plan=plan, device=device)
-        checkpoint.save_pruned(result.model.to(dtype), plan, out, processor=processor)
+        checkpoint.save_pruned(zoo.cast(result.model, dtype), plan, out, processor=processor)
         typer.echo(f"trained on {result.samples} samples in {result.seconds:.0f} s, last loss {result.history.loss.iloc[-1]:.3f}\nwritten to {out}")
 
 # %% ../nbs/31_cli.ipynb #cell-025

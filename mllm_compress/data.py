@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['turns', 'InstructionData', 'has_image', 'load_json', 'Made', 'names', 'entry', 'scene_data', 'easy_vqa', 'mix',
-           'small_data', 'Renderer', 'packed_mask', 'pack', 'blocks', 'borrowing_mask', 'Collator',
+           'small_data', 'Remembered', 'Renderer', 'packed_mask', 'pack', 'blocks', 'borrowing_mask', 'Collator',
            'calibration_batches']
 
 # %% ../nbs/05_data.ipynb #cell-003
@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -175,13 +176,27 @@ def small_data(split: str = "train", # "train" or "validation"
     return mix(scene_data(split, n), easy_vqa()) if split == "train" else scene_data(split, n)
 
 # %% ../nbs/05_data.ipynb #cell-031
+class Remembered:
+    "A function of conversations that keeps its last results, as many as have so many tokens in all."
+    def __init__(self, function, # (pairs, image) -> (ids, answer mask)
+                 tokens: int = 3_000_000): # each takes 25 to 60 bytes
+        self.function, self.tokens, self.held, self.size = function, tokens, OrderedDict(), 0
+
+    def __call__(self, *key):
+        if key in self.held: self.held.move_to_end(key); return self.held[key]
+        out = self.held[key] = self.function(*key)
+        self.size += len(out[0])
+        while self.size > self.tokens: self.size -= len(self.held.popitem(last=False)[1][0])
+        return out
+
+# %% ../nbs/05_data.ipynb #cell-034
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
         if not getattr(processor, "chat_template", None): raise ValueError("The processor has no chat_template: set one that renders the model's conversation format.")
         self.image_token, self.image_id = processor.image_token, processor.image_token_id
-        self.encode, self.image_text = lru_cache(200_000)(self._encode), lru_cache(10_000)(self._image_text)
+        self.encode, self.image_text = Remembered(self._encode), lru_cache(10_000)(self._image_text)
         self.tiled = self.image_text((64, 64)) != self.image_text((640, 64))  # so that the shape must be known
 
     def _image_text(self, size: tuple): # (width, height) -> str
@@ -196,7 +211,7 @@ class Renderer:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": a}]})
         return self.processor.apply_chat_template(messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only)
 
-# %% ../nbs/05_data.ipynb #cell-033
+# %% ../nbs/05_data.ipynb #cell-036
 def _encode(self, pairs: tuple, # of (question, answer)
             image: str,         # what stands for the picture before the first question; empty: no picture
            ) -> tuple:          # token ids, and for each whether it belongs to an answer
@@ -214,7 +229,7 @@ def _encode(self, pairs: tuple, # of (question, answer)
 
 Renderer._encode = _encode
 
-# %% ../nbs/05_data.ipynb #cell-036
+# %% ../nbs/05_data.ipynb #cell-039
 def packed_mask(segment: torch.Tensor, # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
                ) -> torch.Tensor:      # [batch, 1, tokens, tokens] True = may attend
     "Causal attention in which a question sees the prefix and itself."
@@ -222,7 +237,7 @@ def packed_mask(segment: torch.Tensor, # [batch, tokens] 0 = shared prefix, 1.. 
     causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool).tril()
     return ((same | (segment[:, None, :] == 0)) & causal | torch.eye(segment.shape[1], dtype=torch.bool))[:, None]
 
-# %% ../nbs/05_data.ipynb #cell-039
+# %% ../nbs/05_data.ipynb #cell-042
 def pack(encoded: list, # of (ids, answer mask), one per question about the same picture
          image_id: int, # token id of the image placeholder
         ) -> dict:      # lists: ids, answer, segment, position
@@ -235,7 +250,7 @@ def pack(encoded: list, # of (ids, answer mask), one per question about the same
         row["segment"] += [k] * (len(ids) - prefix); row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../nbs/05_data.ipynb #cell-041
+# %% ../nbs/05_data.ipynb #cell-044
 def blocks(row: dict,  # as pack returns it
            width: int, # tokens that a block may have; a longer question stays whole
           ) -> list:   # of rows
@@ -246,7 +261,7 @@ def blocks(row: dict,  # as pack returns it
         if end - cuts[-1] > width and begin > cuts[-1]: cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../nbs/05_data.ipynb #cell-044
+# %% ../nbs/05_data.ipynb #cell-047
 def borrowing_mask(segment: torch.Tensor, # [blocks, tokens], as packed_mask takes it
                    first: torch.Tensor,   # [blocks] the block that holds the prefix of each
                   ) -> torch.Tensor:      # [blocks, 1, tokens, prefix + tokens] True = may attend
@@ -256,7 +271,7 @@ def borrowing_mask(segment: torch.Tensor, # [blocks, tokens], as packed_mask tak
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../nbs/05_data.ipynb #cell-047
+# %% ../nbs/05_data.ipynb #cell-050
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
     def __init__(self, processor, dataset: InstructionData,
@@ -276,7 +291,7 @@ class Collator:
         else: row = pack([self.render.encode((p,), image) for p in pairs], self.render.image_id)
         return {k: v[:self.max_length] for k, v in row.items()}
 
-# %% ../nbs/05_data.ipynb #cell-049
+# %% ../nbs/05_data.ipynb #cell-052
 def _cut(self, rows: list) -> tuple: # rows, and for each the first of its sample
     "The rows of a batch in blocks, if all fit into them."
     cut = [blocks(row, self.block or len(row["ids"])) for row in rows]
@@ -303,7 +318,7 @@ def _collate(self, entries: list) -> dict:
 
 Collator.cut, Collator.__call__ = _cut, _collate
 
-# %% ../nbs/05_data.ipynb #cell-053
+# %% ../nbs/05_data.ipynb #cell-056
 def calibration_batches(dataset: InstructionData, processor,
                         n: int = 64,          # entries
                         batch_size: int = 16,

@@ -8,6 +8,7 @@ __all__ = ['results_of', 'name_of', 'complete', 'complete_logged', 'devices', 'W
 # %% ../nbs/22a_executors.ipynb #cell-003
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ import torch
 
 from . import store
 from .cells import Cell, Profile, describe
-from .experiment import compute, identity
+from .experiment import checkpoints_of, compute, identity
 from .store import Store, home
 
 # %% ../nbs/22a_executors.ipynb #cell-005
@@ -43,6 +44,7 @@ def complete(cell: Cell, profile: Profile, results: Store, device: str = "cpu") 
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()} on {device}", flush=True)
         try:
             store.write(results, identity(cell, profile), compute(cell, profile, results, device))
+            shutil.rmtree(checkpoints_of(name, results), ignore_errors=True)
             return "done", ""
         except Exception as error:
             traceback.print_exc()
@@ -68,20 +70,28 @@ def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
         except (EOFError, BrokenPipeError): return
 
 # %% ../nbs/22a_executors.ipynb #cell-015
-def devices(workers: int = 0, # as many; 0: one per GPU, or per core
+def devices(workers: int = 0,   # as many; 0: one per GPU, or per core
+            processes: int = 1, # that train a cell together
            ) -> list:
-    "The device of each worker."
+    "The device of each worker: its first GPU."
     gpus = torch.cuda.device_count()
+    if 0 < gpus < processes: raise ValueError(f"{processes} processes are to train a cell together, each on a GPU of its own, and this machine has {gpus}.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    n = workers or gpus or cores
-    return [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(n)]
+    n = workers or (gpus or max(cores, processes)) // processes
+    return [f"cuda:{i % (gpus // processes) * processes}" if gpus else "cpu" for i in range(n)]
+
+# %% ../nbs/22a_executors.ipynb #cell-018
+def _surroundings(device: str, processes: int = 1) -> dict:
+    "The environment of a worker: one thread, no progress bars of its own, its own GPUs."
+    new = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")} | {"TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu": return new
+    first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return new | {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[first:first + processes])}
 
 
 @contextmanager
-def _one_thread():
-    "Processes started inside use one thread each and print no progress bars of their own."
-    new = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")}
-    new |= {"TOKENIZERS_PARALLELISM": "false"}
+def _environment(new: dict):
+    "Processes started inside find this in their environment."
     old = {k: os.environ.get(k) for k in new}
     os.environ.update(new)
     try: yield
@@ -90,7 +100,7 @@ def _one_thread():
             if v is None: del os.environ[k]
             else: os.environ[k] = v
 
-# %% ../nbs/22a_executors.ipynb #cell-017
+# %% ../nbs/22a_executors.ipynb #cell-020
 @contextmanager
 def _deaf_to_ctrl_c():
     "Processes started inside never receive SIGINT; ours waits until the block ends."
@@ -98,15 +108,15 @@ def _deaf_to_ctrl_c():
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-# %% ../nbs/22a_executors.ipynb #cell-019
+# %% ../nbs/22a_executors.ipynb #cell-022
 class Worker:
     "A process that completes cells one after another."
     def __init__(self, profile: Profile, folder: Path, device: str):
         self.args, self.cell, self.last = (profile, folder, device), None, None
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, *self.args), daemon=True)
-        with _one_thread(), _deaf_to_ctrl_c(): self.process.start()
+        self.process = spawn.Process(target=_serve, args=(theirs, profile, folder, "cpu" if device == "cpu" else "cuda:0"), daemon=True)
+        with _environment(_surroundings(device, profile.processes)), _deaf_to_ctrl_c(): self.process.start()
         theirs.close()
 
     def give(self, cell: Cell) -> None: self.cell = self.last = cell; self.pipe.send(cell)
@@ -125,15 +135,15 @@ class Worker:
         if self.cell is not None: self.process.terminate()
         self.process.join(10)
 
-# %% ../nbs/22a_executors.ipynb #cell-021
+# %% ../nbs/22a_executors.ipynb #cell-024
 def inline(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in this process, one after another."
     for cell in cells:
         with open(results.log(name_of(cell, profile)), "a") as log, redirect_stdout(log), redirect_stderr(log):
-            answer = complete(cell, profile, results, devices(1)[0])
+            answer = complete(cell, profile, results, devices(1, profile.processes)[0])
         yield cell, *answer
 
-# %% ../nbs/22a_executors.ipynb #cell-023
+# %% ../nbs/22a_executors.ipynb #cell-026
 def kin(cell: Cell) -> tuple: # equal for cells that share a teacher's targets
     "What a worker keeps in memory for a cell."
     return cell.model, *((cell.fraction, cell.seed) if cell.recovery != "none" else ())
@@ -147,12 +157,12 @@ def best_next(waiting: list, last: Cell | None, others: list) -> int: # a positi
         return (0 if last and kin(cell) == kin(last) else 1 + (kin(cell) in taken) + bool(last and cell.model != last.model)), i
     return min(range(len(waiting)), key=cost)
 
-# %% ../nbs/22a_executors.ipynb #cell-026
+# %% ../nbs/22a_executors.ipynb #cell-029
 def local(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in worker processes, one per core or GPU."
     waiting, aside, team = list(cells), [], []
     try:
-        team = [Worker(profile, results.folder, d) for d in devices(workers or profile.workers)[:len(cells)]]
+        team = [Worker(profile, results.folder, d) for d in devices(workers or profile.workers, profile.processes)[:len(cells)]]
         while waiting or aside or any(w.cell for w in team):
             if aside and not waiting: time.sleep(1); waiting, aside = aside, []
             for w in team:

@@ -6,13 +6,19 @@
 __all__ = ['SEEING', 'SCORING', 'PRUNING', 'TRAINING', 'HUB', 'SETS', 'SCORES', 'precision_here', 'recovery_config', 'source_of',
            'model_identity', 'training_identity', 'root_of', 'evaluation_identity', 'scores_identity', 'identity',
            'absent', 'teacher', 'teacher_of', 'training_data', 'random_layers', 'scores_of', 'plan_of',
-           'trained_in_float32', 'student_of', 'units_of', 'sample_of', 'compute', 'record']
+           'trained_in_float32', 'checkpoints_of', 'trained', 'trained_together', 'join', 'student_of', 'units_of',
+           'sample_of', 'compute', 'record']
 
 # %% ../nbs/22_experiment.ipynb #cell-003
+import json
 import os
 import platform
 import re
 import resource
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -22,11 +28,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
 
 from . import data, store
 from .anatomy import anatomy
 from .benchmarks import PUBLIC, benchmark, parquet_files
-from .cells import Cell, Evaluation, Profile, Training, canonical, located, recovery_of, training_of
+from .cells import Cell, Evaluation, Profile, Training, canonical, located, read_strictly, recovery_of, training_of
 from .evaluation import evaluate
 from .importance import LayerScores, block_influence, load_scores, width_importance
 from .plans import plan_layerwise, plan_none, plan_widthwise
@@ -34,7 +41,7 @@ from .pruning import apply_plan
 from .recovery import RecoveryConfig, config_from_dict, learning_rate, recover
 from .scorers import SCORERS, paired_score
 from .store import Store
-from .zoo import MODELS, SHIPPED, load_model
+from .zoo import MODELS, SHIPPED, cast, load_model
 
 # %% ../nbs/22_experiment.ipynb #cell-005
 def precision_here() -> str: # bf16 or fp32
@@ -201,23 +208,72 @@ def plan_of(cell: Cell, profile: Profile, results: Store, device: str):
 def trained_in_float32(student, config: RecoveryConfig):
     "The student with the parts in float32 that training changes in full."
     parts = anatomy(student)
-    for part in [parts.projector] if config.lora or config.train == "projector" else [parts.projector, parts.decoder, parts.lm_head]: part.float()
+    for part in [parts.projector] if config.lora or config.train == "projector" else [parts.projector, parts.decoder, parts.lm_head]: cast(part, torch.float32)
     return student
 
 # %% ../nbs/22_experiment.ipynb #cell-033
-def student_of(cell: Cell, profile: Profile, results: Store, device: str):
-    "The compressed model of a cell, its plan, and the record of its training."
-    model, processor = teacher_of(cell.model, profile, device)
-    plan = plan_of(cell, profile, results, device)
-    student = apply_plan(model, plan)
-    if cell.recovery == "none": return student, plan, {}
-    config, dtype = recovery_config(cell, profile), student.dtype
-    if dtype != torch.float32: trained_in_float32(student, config)
-    result = recover(student, model, training_data(training_of(cell.model, profile)), config, processor=processor, plan=plan, device=device, progress=False)
-    training = {"lr": config.lr, "samples": result.samples, "seconds": result.seconds, "loss": float(result.history.loss.iloc[-1])}
-    return result.model.to(dtype), plan, training
+def checkpoints_of(name: str, # of a cell's result
+                   results: Store) -> Path:
+    "Where the checkpoints of a cell in training are."
+    return results.folder / "checkpoints" / name
 
 # %% ../nbs/22_experiment.ipynb #cell-035
+def trained(cell: Cell, profile: Profile, results: Store, device: str) -> tuple: # (model, record of the training)
+    "The student of a cell after its recovery, in this process or as one of those that share the work."
+    model, processor = teacher_of(cell.model, profile, device)
+    plan = plan_of(cell, profile, results, device)
+    student, config = apply_plan(model, plan), recovery_config(cell, profile)
+    if student.dtype != torch.float32: trained_in_float32(student, config)
+    sharding = {"version": 2, "transformer_layer_cls_to_wrap": [type(anatomy(student).layers[0]).__name__]}
+    kept = {"folder": checkpoints_of(store.fingerprint(identity(cell, profile)), results), "save_every": profile.checkpoint_every} if profile.checkpoint_every else {}
+    result = recover(student, model, training_data(training_of(cell.model, profile)), config, processor=processor, plan=plan, device=device, progress=False,
+                     trainer={"fsdp": True, "fsdp_config": sharding} if profile.processes > 1 and device != "cpu" else {}, **kept)
+    return result.model, {"lr": config.lr, "samples": result.samples, "seconds": result.seconds, "loss": float(result.history.loss.iloc[-1])}
+
+# %% ../nbs/22_experiment.ipynb #cell-037
+def trained_together(cell: Cell, profile: Profile, results: Store, student) -> tuple: # as `trained`
+    "The student of a cell after its recovery by several processes; `student` receives the weights."
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"cell": asdict(cell), "profile": asdict(profile), "store": str(results.folder.resolve()), "master": os.getpid()}
+        Path(folder, "job.json").write_text(json.dumps(job), encoding="utf-8")
+        one = [sys.executable, "-c", f"from mllm_compress.experiment import join; join({folder!r})"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(profile.processes), "--no-python"]
+        done = subprocess.run(launcher + one, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout, flush=True)
+        if done.returncode: raise RuntimeError(f"the {profile.processes} processes that train this cell ended with code {done.returncode}; their words are in its log")
+        student.load_state_dict(load_file(Path(folder, "weights.safetensors")), strict=False)
+        return student, json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
+
+# %% ../nbs/22_experiment.ipynb #cell-039
+def join(folder: str) -> None:
+    "Train the cell of a job, as one of its processes."
+    job = json.loads(Path(folder, "job.json").read_text(encoding="utf-8"))
+    threading.Thread(target=_end_with, args=(job["master"],), daemon=True).start()
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+    model, training = trained(Cell(**job["cell"]), read_strictly(Profile, job["profile"], "profile"), Store(job["store"]), device)
+    if os.environ["RANK"] != "0": return
+    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, Path(folder, "weights.safetensors"))
+    Path(folder, "training.json").write_text(json.dumps(training), encoding="utf-8")
+
+
+def _end_with(process: int) -> None:
+    "End this process when another is gone."
+    while True:
+        try: os.kill(process, 0)
+        except ProcessLookupError: os._exit(1)
+        time.sleep(1)
+
+# %% ../nbs/22_experiment.ipynb #cell-041
+def student_of(cell: Cell, profile: Profile, results: Store, device: str):
+    "The compressed model of a cell, its plan, and the record of its training."
+    model, _ = teacher_of(cell.model, profile, device)
+    plan = plan_of(cell, profile, results, device)
+    if cell.recovery == "none": return apply_plan(model, plan), plan, {}
+    together = profile.processes > 1
+    student, training = trained_together(cell, profile, results, apply_plan(model, plan)) if together else trained(cell, profile, results, device)
+    return cast(student, model.dtype), plan, training
+
+# %% ../nbs/22_experiment.ipynb #cell-043
 def units_of(answers) -> dict: # benchmark -> list of 0 ... 1 whose mean is the score
     "What each question or pair was worth, in the order asked."
     out = {}
@@ -232,7 +288,7 @@ def sample_of(answers, n: int = 6) -> list:
     "The first answers of each benchmark."
     return answers.groupby("benchmark", sort=False).head(n)[["benchmark", "id", "prompt", "answer", "prediction", "value"]].to_dict("records")
 
-# %% ../nbs/22_experiment.ipynb #cell-037
+# %% ../nbs/22_experiment.ipynb #cell-045
 def compute(cell: Cell, profile: Profile,
             results: Store,      # for shared work
             device: str = "cpu",
@@ -248,7 +304,7 @@ def compute(cell: Cell, profile: Profile,
     return {"rows": rows.to_dict("records"), "units": units_of(answers), "sample": sample_of(answers), "plan": plan.to_json(), "training": training, "achieved_ratio": plan.achieved_ratio,
             "record": record(device) | {"seconds": round(time.perf_counter() - start, 2)}}
 
-# %% ../nbs/22_experiment.ipynb #cell-039
+# %% ../nbs/22_experiment.ipynb #cell-047
 def record(device: str) -> dict:
     "On what a result was computed."
     gpu = device.startswith("cuda")

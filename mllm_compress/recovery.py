@@ -29,8 +29,9 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from .anatomy import anatomy
 from .data import Collator
 from .losses import LOSSES, check_losses
+from .sharded import trainer_class
 from .targets import CACHE, SHARED, TargetCache, compute_targets, weights_hash
-from .trainer import Batches, RecoveryTrainer, Student, TeacherSide, checkpoints, indexed
+from .trainer import Batches, Student, TeacherSide, checkpoints, indexed
 from .versions import CHECKPOINTING
 
 # %% ../nbs/14_recovery.ipynb #cell-004
@@ -215,13 +216,17 @@ class RecoveryResult:
 # %% ../nbs/14_recovery.ipynb #cell-037
 def _arguments(config: RecoveryConfig, folder, save_every, device, trainer: dict) -> TrainingArguments:
     "TrainingArguments for a run."
-    return TrainingArguments(**{**dict(
+    args = TrainingArguments(**{**dict(
         output_dir=str(folder), learning_rate=learning_rate(config), num_train_epochs=config.epochs, seed=config.seed, data_seed=config.seed,
         lr_scheduler_type=config.schedule, warmup_steps=config.warmup,
         weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, optim=config.optimizer, bf16=config.precision == "bf16",
         **{CHECKPOINTING: config.gradient_checkpointing}, use_cpu=str(device) == "cpu", report_to="none", disable_tqdm=True,
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no", save_steps=save_every or 500,
         remove_unused_columns=False, dataloader_pin_memory=False, ddp_find_unused_parameters=False), **trainer})
+    if device is not None and torch.device(device).index not in (None, args.device.index): raise ValueError(
+        f"device={str(device)!r}: the Trainer takes {args.device}. Set CUDA_VISIBLE_DEVICES={torch.device(device).index} and give device='cuda'.")
+    args._n_gpu = min(args.n_gpu, 1)  # of several that it sees, the Trainer would put a part of each batch on each
+    return args
 
 # %% ../nbs/14_recovery.ipynb #cell-039
 @contextlib.contextmanager
@@ -338,7 +343,7 @@ def _run(module, student, teacher, data, processor, config, args, cache, workers
     trained_from = time.perf_counter()
     collate = _collator(processor, data, config, images=targets is None)
     args.gradient_accumulation_steps = passes = _passes(config, len(data), args.device.type, args.world_size)
-    loop = RecoveryTrainer(
+    loop = trainer_class(args)(
         module, args, train_dataset=data, data_collator=indexed(collate), teacher_side=TeacherSide(teacher, tower, module, targets),
         batches=Batches(_lengths(data, config), config.batch_size, passes, args.world_size, args.process_index, config.seed),
         workers=workers, ids=[s.get("id", i) for i, s in enumerate(data.samples)], desc="recover" if progress else None)

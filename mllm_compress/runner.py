@@ -56,7 +56,7 @@ def size(n: float) -> str:
 def estimate(table: pd.DataFrame, # of `status`
              profile: Profile) -> str:
     "What the missing cells of a table will take, in a sentence."
-    missing, n = table[~table.cached], len(devices(profile.workers))
+    missing, n = table[~table.cached], len(devices(profile.workers, profile.processes))
     known, text = missing.seconds.dropna(), f"{len(table)} cells, {len(missing)} missing"
     if len(known): text += (f": about {hours(known.sum() / n)} on {n} workers, up to {size(missing.memory_mb.max() * 2**20)} of memory for each, "
                             f"{size(missing.bytes.sum())} of disk")

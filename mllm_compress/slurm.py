@@ -90,7 +90,7 @@ def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None
     while waiting:
         name = next(iter(waiting))
         cell = waiting.pop(name)
-        try: status, message = complete_logged(Cell(**cell), profile, results, devices(1)[0])
+        try: status, message = complete_logged(Cell(**cell), profile, results, devices(1, profile.processes)[0])
         except TimeIsUp: waiting[name] = cell; raise
         if status == "busy": waiting[name] = cell; time.sleep(2)
         else: write_atomically(folder / f"{name}.json", json.dumps([status, message]))

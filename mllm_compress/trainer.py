@@ -290,7 +290,7 @@ def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=
     with self.accelerator.autocast(): features, teacher = self.teacher_side(batch, self.current)
     batch.pop("pixel_values", None)
     terms = model(batch, features, teacher, num_items_in_batch)
-    loss = terms @ self.weights
+    loss = terms.float() @ self.weights  # FSDP returns half precision
     if not torch.isfinite(loss): self.stop("non-finite loss")
     self.terms += terms.detach()
     return loss * self.accelerator.num_processes

@@ -10,13 +10,12 @@ import torch
 torch.set_num_threads(1)
 
 from mllm_compress.data import scene_data
-from mllm_compress.recovery import RecoveryConfig
-from mllm_compress.sharded import recover  # without sharding, recovery.recover
+from mllm_compress.recovery import RecoveryConfig, recover
 from mllm_compress.targets import weights_hash
 from mllm_compress.trainer import RecoveryTrainer
 from mllm_compress.zoo import load_model
 
-options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result, fsdp
+options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result, fsdp, dtype
 if options.get("fsdp"):  # accelerate shards on GPUs only; with this it takes two CPU processes for something that can be sharded
     from accelerate.state import AcceleratorState, DistributedType, PartialState
     start = AcceleratorState.__init__
@@ -30,6 +29,9 @@ torch.manual_seed(0)
 teacher, processor = load_model("smoke-llava")
 student = copy.deepcopy(teacher)
 for p in student.model.language_model.parameters(): p.data += 0.02 * torch.randn_like(p)
+if "dtype" in options:  # as the study's real models: frozen weights in half precision, what is trained in float32
+    teacher, student = (m.to(getattr(torch, options["dtype"])) for m in (teacher, student))
+    student.model.multi_modal_projector.float()
 
 compute_loss, sharded = RecoveryTrainer.compute_loss, 0
 

@@ -1,8 +1,13 @@
-"""A profile that asks for the fastest precision gets one that the machine computes in, and the result's name says which."""
+"""Half precision is for weights; a profile that asks for the fastest precision gets one that the machine computes in, named in the result."""
+from dataclasses import replace
+
+import pytest
 import torch
 
 from mllm_compress import experiment
 from mllm_compress.cells import Cell, load_profile
+from mllm_compress.store import Store
+from mllm_compress.zoo import load_model
 
 
 def test_fastest_precision_is_settled_and_named(monkeypatch):
@@ -14,3 +19,23 @@ def test_fastest_precision_is_settled_and_named(monkeypatch):
         assert experiment.precision_here() == precision == experiment.recovery_config(cell, profile).precision
         names[precision] = experiment.identity(cell, profile)["recovery"]["precision"]
     assert names == {"bf16": "bf16", "fp32": "fp32"}
+
+
+def rotary(model) -> torch.Tensor: return model.model.language_model.rotary_emb.inv_freq
+
+
+@pytest.mark.parametrize("name", ["smoke-llava", "smoke-bunny", "tiny-llava"])
+def test_half_precision_is_for_weights(name):
+    "Rotary frequencies rounded to bfloat16 would misplace every token of a long prompt."
+    full, half = load_model(name)[0], load_model(name, dtype=torch.bfloat16)[0]
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert rotary(half).dtype == torch.float32 and torch.equal(rotary(half), rotary(full))
+
+
+def test_a_student_trained_in_float32_goes_back_to_half_without_its_frequencies(tmp_path):
+    profile = load_profile("smoke")
+    profile = replace(profile, dtype="bfloat16", recovery=profile.recovery | {"precision": "bf16"})
+    cell = Cell("smoke-llava", "layerwise", .3, recovery="sft", fraction=.5)
+    student, *_ = experiment.student_of(cell, profile, Store(tmp_path), "cpu")
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert torch.equal(rotary(student), rotary(load_model("smoke-llava")[0]))

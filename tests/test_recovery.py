@@ -356,6 +356,20 @@ def test_fsdp(tmp_path):
     assert checkpoint and all(list(tensor.shape) == two["shapes"][name] for name, tensor in checkpoint.items())
 
 
+def test_fsdp_of_adapters_on_half_precision(tmp_path):
+    "As the real models are trained: frozen weights in bfloat16, adapters and projector in float32, gradient checkpointing."
+    options = {"config": {"batch_size": 4, "epochs": 2, "lr": 1e-3, "lora": {"r": 4, "lora_alpha": 8}, "precision": "bf16", "gradient_checkpointing": True},
+               "n": 14, "dtype": "bfloat16"}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    _, one = process(tmp_path, name="one.json", **options)
+    code, two = process(tmp_path, launcher, name="two.json", **options, fsdp=True,
+                        trainer={"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}})
+    assert two is not None, code.stderr[-2000:]
+    assert two["sharded"] > 0 and two["history"]["loss"][-1] < .8 * two["history"]["loss"][0]
+    torch.testing.assert_close(torch.tensor(two["history"]["loss"]), torch.tensor(one["history"]["loss"]), rtol=2e-2, atol=0)
+    assert two["shapes"] == one["shapes"]
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeypatch):
     import mllm_compress.trainer as module
     save, calls = module.save_file, []

@@ -1,9 +1,12 @@
 """The complete paper profile on converted fixtures with fabricated data in the real layouts, through the command line.
 
-Left out: sharding over several GPUs (FSDP), which needs them. The Slurm executor has a test of its own.
+Several processes train a cell together here as well, but on a CPU without sharding: that (FSDP) is tested with the trainer, in
+test_recovery. The Slurm executor has tests of its own.
 """
+import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,13 +17,16 @@ from typer.testing import CliRunner
 from mllm_compress.benchmarks import REAL_SUITE
 from mllm_compress.cells import Cell, load_profile, training_of
 from mllm_compress.cli import app
-from mllm_compress.experiment import recovery_config
+from mllm_compress.executors import complete, name_of
+from mllm_compress.experiment import checkpoints_of, recovery_config
 from mllm_compress.recovery import PAPER
+from mllm_compress.store import Store, read
 from original_layouts import instruction_json, with_tokenizer
 from test_benchmarks import SETS, write
 
 ROOT = Path(__file__).parent.parent
 FAMILY = {"llava-v1.5-7b": "llava", "bunny-v1.0-3b": "bunny", "mini-internvl-4b": "internvl"}
+NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs/study").glob("[0-9]*.ipynb") if not p.stem.startswith("00_"))
 PAPER_YAML = yaml.safe_load((ROOT / "mllm_compress/profiles/paper.yaml").read_text())
 
 
@@ -88,23 +94,52 @@ def rehearsal(golden, tmp_path_factory):
 
 def smaller(profile: dict) -> dict:
     "The paper profile with fewer cells and steps that a toy can take; all else as it is."
-    return profile | {"ratios": [0.3], "fractions": [0.5], "seeds": [0], "calibration": {"samples": 4, "batch_size": 1}, "workers": 1, "evaluation": profile["evaluation"] | {"questions": 2},
+    return profile | {"ratios": [0.3], "fractions": [0.05, 0.5], "seeds": [0], "calibration": {"samples": 4, "batch_size": 1}, "workers": 1, "evaluation": profile["evaluation"] | {"questions": 2},
                       "recovery": profile["recovery"] | {"batch_size": 4, "passes": 2, "optimizer": "adamw_torch", "max_length": 512}}
 
 
-def test_the_paper_profile_end_to_end(rehearsal, tmp_path, monkeypatch):
-    pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it")
-    study(tmp_path, ["01_models", "03_projector", "06_best"])
+@pytest.fixture
+def machine(rehearsal, monkeypatch):
+    "The environment of that machine."
     for name, folder in (("MODELS", "models"), ("DATA", "data"), ("BENCHMARKS", "sets")): monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(rehearsal / folder))
+
+
+def able(profile: dict) -> dict:
+    "Without the models that this installation cannot load."
+    if importlib.util.find_spec("torchvision"): return profile
+    less = lambda value: [v for v in value if v != "mini-internvl-4b"] if isinstance(value, list) else {k: v for k, v in value.items() if k != "mini-internvl-4b"}
+    return profile | {key: less(profile[key]) for key in ("models", "printed", "folders", "per_model")}
+
+
+def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
+    "Every notebook of the study."
+    study(tmp_path, NOTEBOOKS)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(smaller(PAPER_YAML)))
+    profile = able(smaller(PAPER_YAML))
+    (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(profile))
     plan = ask("study", "--profile", "rehearsal.yaml", "--dry-run")
     assert "This machine lacks" not in plan and "GPU hours" in plan
     text = ask("study", "--profile", "rehearsal.yaml", "--executor", "inline")
     assert "FAILED" not in text and "PROBLEM" not in text
     table = pd.read_csv(tmp_path / "figures/rehearsal/06_best-scores.csv")
-    assert set(table.model) == set(FAMILY) and set(REAL_SUITE) <= set(table.columns) and (tmp_path / "figures/rehearsal/index.html").exists()
+    assert set(table.model) == set(profile["models"]) and set(REAL_SUITE) <= set(table.columns)
+    figures = tmp_path / "figures/rehearsal"
+    assert (figures / "index.html").exists() and all((figures / f"{name}.ipynb").exists() for name in NOTEBOOKS)
     results = [json.loads(p.read_text())["result"] for p in (tmp_path / "runs/rehearsal/results").glob("*/result.json")]
     trained = [r["training"] for r in results if r["training"]]
-    assert len(trained) == 9 and {t["samples"] for t in trained} == {3}  # 5 % of 60
+    assert {t["samples"] for t in trained} == {3, 30}  # 5 and 50 % of 60
     assert {row["benchmark"] for r in results for row in r["rows"]} == set(REAL_SUITE)
+
+
+@pytest.mark.parametrize("model", ["llava-v1.5-7b", "bunny-v1.0-3b"])
+def test_two_processes_train_a_cell_of_the_paper_profile(machine, model, tmp_path, monkeypatch):
+    "Adapters, gradient checkpointing and half precision, with checkpoints that go when the result is there."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(smaller(PAPER_YAML) | {"checkpoint_every": 1}))
+    one, store = load_profile("rehearsal.yaml"), Store(tmp_path / "one")
+    two, cell = replace(one, processes=2, slurm=replace(one.slurm, gpus=2)), Cell(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.5)
+    together = Store(tmp_path / "two")
+    assert complete(cell, one, store) == complete(cell, two, together) == ("done", "")
+    loss = [read(s, name_of(cell, p))["result"]["training"]["loss"] for s, p in ((store, one), (together, two))]
+    assert loss[0] == pytest.approx(loss[1], rel=2e-2)
+    assert not checkpoints_of(name_of(cell, two), together).exists()
