@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -356,14 +357,21 @@ def test_fsdp(tmp_path):
     assert checkpoint and all(list(tensor.shape) == two["shapes"][name] for name, tensor in checkpoint.items())
 
 
-def test_fsdp_of_adapters_on_half_precision(tmp_path):
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
+
+
+def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
     "As the real models are trained: frozen weights in bfloat16, adapters and projector in float32, gradient checkpointing."
     options = {"config": {"batch_size": 4, "epochs": 2, "lr": 1e-3, "lora": {"r": 4, "lora_alpha": 8}, "precision": "bf16", "gradient_checkpointing": True},
                "n": 14, "dtype": "bfloat16"}
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+                "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "bf16",
+                "--dynamo_backend", "no", "--main_process_port", free_port())
     _, one = process(tmp_path, name="one.json", **options)
-    code, two = process(tmp_path, launcher, name="two.json", **options, fsdp=True,
-                        trainer={"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}})
+    code, two = process(tmp_path, launcher, name="two.json", **options, fsdp=True)
     assert two is not None, code.stderr[-2000:]
     assert two["sharded"] > 0 and two["history"]["loss"][-1] < .8 * two["history"]["loss"][0]
     torch.testing.assert_close(torch.tensor(two["history"]["loss"]), torch.tensor(one["history"]["loss"]), rtol=2e-2, atol=0)
