@@ -14,6 +14,7 @@ import copy
 import os
 import time
 import weakref
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from unittest.mock import patch
@@ -27,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .anatomy import anatomy, part_parameters
 from .convert import REAL_MODELS, real_config
 from .recovery import RecoveryConfig, add_lora
-from .versions import CHECKPOINTING
+from .versions import CACHE_ARGUMENT, CHECKPOINTING
 
 _all_ = ["REAL_MODELS", "real_config"]
 
@@ -258,8 +259,19 @@ def forward(model: PreTrainedModel, # on any device, meta included
             inputs: dict, # of the forward pass
             **kwargs): # more of them
     "A forward pass that keeps a cache and scores the last token only."
-    switch = {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"} if model.device.type == "meta" else {}
-    with patch.dict(os.environ, switch): return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
+    with _without_values(model) if model.device.type == "meta" else nullcontext():
+        return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
+
+
+@contextmanager
+def _without_values(model: PreTrainedModel):
+    "Switch off what a forward pass asks about the values of its tensors: on the meta device they have none."
+    long = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]  # whose frequencies depend on the position
+    for m in long: m.rope_type = "default"
+    try:
+        with patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}): yield
+    finally:
+        for m in long: m.rope_type = "longrope"
 
 # %% ../nbs/19_cost.ipynb #cell-050
 def kv_bytes_per_token(shape: DecoderShape,
@@ -379,10 +391,10 @@ def latency(model: PreTrainedModel, # on the device to be measured
             ) -> dict: # "prefill" and "decode" (seconds per token) -> Timing
     "Time to the first token, and per further token at this context length."
     prefill = lambda: forward(model, inputs)
-    cache, token = prefill().cache, inputs["input_ids"][:, -1:]
+    cache, token = getattr(prefill(), CACHE_ARGUMENT), inputs["input_ids"][:, -1:]
 
     def decode():
-        forward(model, {"input_ids": token, "cache": cache})
+        forward(model, {"input_ids": token, CACHE_ARGUMENT: cache})
         cache.crop(-1)
     clock = dict(repeats=repeats, warmup=warmup, device=model.device)
     return {"prefill": time_call(prefill, **clock), "decode": time_call(decode, **clock)}

@@ -13,6 +13,7 @@ from mllm_compress.cost import (FORMS, REAL_MODELS, CostReport, closed_parameter
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
 from mllm_compress.recovery import RecoveryConfig
 from mllm_compress.scores import LayerScores, WidthScores
+from mllm_compress.versions import CACHE_ARGUMENT
 
 
 def width_scores(model):
@@ -56,7 +57,7 @@ def test_flops_of_a_blockwise_pruned_decoder(tiny_lm, family):
     assert closed_parameters(pruned.config, shape) == part_parameters(pruned)
     with torch.no_grad(), FlopCounterMode(display=False) as counter: out = forward(pruned, {"input_ids": ids})
     assert counter.get_total_flops() == decoder_flops(shape, 7, batch=2)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: forward(pruned, {"input_ids": ids[:, :1], "cache": out.cache})
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: forward(pruned, {"input_ids": ids[:, :1], CACHE_ARGUMENT: getattr(out, CACHE_ARGUMENT)})
     assert counter.get_total_flops() == decoder_flops(shape, 1, cached=7, batch=2)
 
 
@@ -64,7 +65,7 @@ def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
     model, _ = tiny_llava
     pruned = apply_plan(model, plan_widthwise(model, width_scores(model), ratio=0.3))
     inputs = example_inputs(pruned, text_tokens=5)
-    with torch.no_grad(): cache = forward(pruned, inputs).cache
+    with torch.no_grad(): cache = getattr(forward(pruned, inputs), CACHE_ARGUMENT)
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == kv_bytes_per_token(shape_of_model(pruned), itemsize=4) * inputs["input_ids"].shape[1]
     assert kv_bytes_per_token(shape_of_model(pruned)) < kv_bytes_per_token(shape_of_model(model))
@@ -157,7 +158,7 @@ def test_latency_and_report(tiny_llava):
 def test_decode_latency_leaves_the_context_as_it_was(tiny_lm):
     model, seen = tiny_lm("llama"), []
     inner = model.forward
-    model.forward = lambda **kw: (seen.append(kw["cache"].get_seq_length() if kw.get("cache") is not None else None), inner(**kw))[1]
+    model.forward = lambda **kw: (seen.append(kw[CACHE_ARGUMENT].get_seq_length() if kw.get(CACHE_ARGUMENT) is not None else None), inner(**kw))[1]
     latency(model, {"input_ids": torch.ones(1, 6, dtype=torch.long)}, repeats=3, warmup=1)
     assert seen.count(6) == 4  # every decode call finds the prompt's six tokens
 

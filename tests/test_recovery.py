@@ -345,7 +345,8 @@ def test_fsdp(tmp_path):
     code, two = process(tmp_path, launcher, name="two.json", **options_of_two)
     assert two is not None, code.stderr[-2000:]
     assert one["sharded"] == 0 and two["sharded"] > 0
-    for column in ("loss", "grad_norm"):
+    right = torch.__version__ >= torch.torch_version.TorchVersion("2.10")  # before, torch got the norm of gradients in slices wrong
+    for column in ("loss", "grad_norm") if right else ("loss",):
         torch.testing.assert_close(torch.tensor(two["history"][column]), torch.tensor(one["history"][column]), rtol=1e-4, atol=1e-6)
     folder = {"folder": str(tmp_path / "run"), "save_every": 2}
     _, nothing = process(tmp_path, launcher, **options_of_two, **folder, kill_at=5)
