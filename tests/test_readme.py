@@ -13,11 +13,15 @@ def test_readme_is_the_index_notebook():
             for line in "".join(cell["source"]).replace("](../", "](").splitlines(): assert line in readme, line
 
 
-def test_readme_sentences_are_the_verdicts_of_the_results():
+def test_readme_tells_the_verdicts_of_the_results():
+    "Claim, word, and the effects at both ends, as the committed results have them."
     readme = (ROOT / "README.md").read_text()
     for name in ("02_pruning-verdict", "06_best-verdict", "06_best-recovery"):
         verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
-        assert verdict["sentence"] in readme
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {verdict['claim'].rstrip('.')} |"))
+        ends = [f(verdict["effects"].values(), key=lambda e: e["value"]) for f in (min, max)]
+        assert f"**{verdict['word']}**" in row and all(f"{e['value']:+.1f} [{e['low']:.1f}, {e['high']:.1f}]" in row for e in ends)
+    assert verdict["sentence"].rsplit("intervals; ", 1)[1].rstrip(".") in readme  # n, seeds and profile
 
 
 def test_readme_points_at_files_that_exist():
