@@ -178,15 +178,15 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
     "AVG-% over the achieved ratio: a panel per model, a line per method."
     models = list(dict.fromkeys(rows.model))
     fig, axes = panels(len(models))
+    ends = {model: {} for model in models}
     with page():
         for ax, model in zip(axes, models):
-            ends = {}
             for name, g in rows[(rows.model == model) & rows[value].notna()].sort_values("achieved_ratio").groupby(by, sort=False):
                 band = {k: [start, *g[c]] for k, c in (("low", low), ("high", high)) if c}
                 line(ax, [0, *g.achieved_ratio], [start, *g[value]], name, **band)
-                ends[name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
+                ends[model][name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
             ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
-            label_ends(ax, ends)
+        for ax, model in zip(axes, models): label_ends(ax, ends[model])  # the panels share a scale, which only now is final
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 

@@ -150,3 +150,14 @@ def test_what_a_grid_leaves_out_is_named():
     run, left_out = thinned(["sft", "kd"], [.3, .6], [0, 1], {"kd": {"ratios": [.6], "seeds": [1]}})
     assert run == [("sft", .3, 0), ("sft", .3, 1), ("sft", .6, 0), ("sft", .6, 1), ("kd", .6, 1)] and holes(run, left_out) == "kd at 0.30, 0.60 (seeds 0)"
     with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"): thinned(["sft"], [.3], [0], {"dpo": {}})
+
+
+def test_names_keep_apart_where_another_panel_widens_the_scale():
+    "The panels share one scale; two lines that end close together are named one above the other."
+    point = lambda model, pruning, kept: {"model": model, "pruning": pruning, "achieved_ratio": .6, "avg_percent": kept, "low": kept - 1, "high": kept + 1}
+    rows = pd.DataFrame([point("a", "layerwise", 96.2), point("a", "widthwise", 96.5), point("b", "layerwise", 40.0), point("b", "widthwise", 98.0)])
+    fig, (ax, _) = retained_over_ratio(rows, "pruning")
+    fig.canvas.draw()
+    low, high = ax.get_ylim()
+    heights = [t.xy[1] for t in ax.texts]
+    assert abs(heights[0] - heights[1]) >= .07 * (high - low)
