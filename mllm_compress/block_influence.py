@@ -21,6 +21,7 @@ from .scores import LayerScores, check_batches, evaluating, mean_weights, model_
 # %% ../nbs/07_block_influence.ipynb #cell-006
 CHUNK = {"cpu": 2**17, "cuda": 2**22} # elements looked at together: half a megabyte stays in a CPU's cache, a GPU wants fewer launches
 
+# %% ../nbs/07_block_influence.ipynb #cell-008
 def inner_products(x: torch.Tensor, y: torch.Tensor, # [..., hidden], the same shape, any float dtype
                   ) -> torch.Tensor:                 # [3, tokens] float32: x·y, |x|, |y|
     "Inner product and norms of each pair of rows, streaming."
@@ -32,7 +33,7 @@ def inner_products(x: torch.Tensor, y: torch.Tensor, # [..., hidden], the same s
         o[0], o[1], o[2] = torch.linalg.vecdot(a, b), a.norm(dim=-1), b.norm(dim=-1)
     return out
 
-# %% ../nbs/07_block_influence.ipynb #cell-008
+# %% ../nbs/07_block_influence.ipynb #cell-010
 def cosine_change(x: torch.Tensor, # [..., hidden] what enters
                   y: torch.Tensor, # [..., hidden] what leaves
                  ) -> torch.Tensor: # [...] float32, from 0 (same direction) to 2 (opposite)
@@ -40,7 +41,7 @@ def cosine_change(x: torch.Tensor, # [..., hidden] what enters
     dot, norm_x, norm_y = inner_products(x, y)
     return (1 - dot / (norm_x * norm_y).clamp_min(torch.finfo(torch.float32).tiny)).view(x.shape[:-1])
 
-# %% ../nbs/07_block_influence.ipynb #cell-014
+# %% ../nbs/07_block_influence.ipynb #cell-016
 class PeakTensors(TorchDispatchMode):
     "Bytes of the tensors made inside this context: alive `now`, and at their `peak`. Views count once, buffers inside a kernel not at all."
     def __init__(self):
@@ -64,7 +65,7 @@ class PeakTensors(TorchDispatchMode):
 
     def remove(self, key): self.now -= self.alive.pop(key)
 
-# %% ../nbs/07_block_influence.ipynb #cell-019
+# %% ../nbs/07_block_influence.ipynb #cell-021
 @contextmanager
 def hidden_states(parts: Anatomy,       # of the model whose forward pass is heard
                   see,                  # see(i, state) for h_0 (embeddings) to h_L (output of the last layer)
@@ -79,7 +80,7 @@ def hidden_states(parts: Anatomy,       # of the model whose forward pass is hea
     finally:
         for hook in hooks: hook.remove()
 
-# %% ../nbs/07_block_influence.ipynb #cell-023
+# %% ../nbs/07_block_influence.ipynb #cell-025
 @torch.no_grad()
 def scan(model, batches: list,
          change,         # change(x, y, weights) -> scalar
@@ -100,25 +101,25 @@ def scan(model, batches: list,
         totals += torch.stack([c.cpu() for c in changes]).double()
     return totals
 
-# %% ../nbs/07_block_influence.ipynb #cell-025
+# %% ../nbs/07_block_influence.ipynb #cell-027
 def weighted_change(x, y, weights):
     "Default: weighted sum of 1 - cos."
     return torch.where(weights > 0, weights * cosine_change(x, y), 0).sum()
 
-# %% ../nbs/07_block_influence.ipynb #cell-027
+# %% ../nbs/07_block_influence.ipynb #cell-029
 def reference_change(x, y, weights):
     "Reference: plain sum over all tokens, in the dtype of the model, nan similarity counted 0.5."
     dot, norm_x, norm_y = inner_products(x, y).to(x.dtype)
     return (1 - (dot / (norm_x * norm_y)).nan_to_num(nan=0.5)).sum().float()
 
-# %% ../nbs/07_block_influence.ipynb #cell-029
+# %% ../nbs/07_block_influence.ipynb #cell-031
 def check_mode(mode: str, token_weights=None) -> None:
     "'default' or 'reference'; the reference knows no token weights."
     if mode not in ("default", "reference"): raise ValueError(f"mode={mode!r}: use 'default' or 'reference'.")
     if mode == "reference" and token_weights is not None:
         raise ValueError("token_weights need mode='default': the original sums over all tokens alike.")
 
-# %% ../nbs/07_block_influence.ipynb #cell-030
+# %% ../nbs/07_block_influence.ipynb #cell-032
 def block_influence(model, # MLLM or causal LM of a known family
                     batches: list, # dicts with input_ids [batch, tokens]; attention_mask, pixel_values, labels where there are any
                     mode: str = "default", # "default", or "reference": a plain sum over all tokens, h_L after the final norm
@@ -133,20 +134,20 @@ def block_influence(model, # MLLM or causal LM of a known family
     meta = {"mode": mode, "samples": samples, "token_weights": token_weights, "model_type": anatomy(model).text_config.model_type}
     return LayerScores(total if reference else total / samples, "block_influence", meta)
 
-# %% ../nbs/07_block_influence.ipynb #cell-042
+# %% ../nbs/07_block_influence.ipynb #cell-044
 def angular_change(x, y, weights):
     "Weighted sum of the angle over π (Gromov et al. 2024, eq. 6)."
     angle = torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
     return torch.where(weights > 0, weights * angle, 0).sum()
 
-# %% ../nbs/07_block_influence.ipynb #cell-044
+# %% ../nbs/07_block_influence.ipynb #cell-046
 def last_token(weights: torch.Tensor, # [batch, tokens] row sums 1
               ) -> torch.Tensor:      # the same, all weight on the last position that had any
     "Move the weight of each row to its last token."
     last = (weights > 0).float().cumsum(1).argmax(1)  # the first place where the count is complete
     return torch.nn.functional.one_hot(last, weights.shape[1]).float()
 
-# %% ../nbs/07_block_influence.ipynb #cell-045
+# %% ../nbs/07_block_influence.ipynb #cell-047
 def angular_distance(model, batches: list, # as for `block_influence`
                      n: int, # layers in a block
                      tokens: str = "all", # "all", or "last" token of each sample as in the source

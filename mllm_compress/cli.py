@@ -63,7 +63,7 @@ def models():
     width = max(map(len, MODELS))
     for name, about in MODELS.items(): typer.echo(f"{name:<{width}}  {about}")
 
-
+# %% ../nbs/31_cli.ipynb #cell-013
 @app.command()
 def advise(model: Annotated[str, typer.Option(help="A model of the study, or another.")],
            ratio: Annotated[float, typer.Option(help="Fraction of LM parameters to remove.")],
@@ -75,7 +75,7 @@ def advise(model: Annotated[str, typer.Option(help="A model of the study, or ano
         from mllm_compress import advice
         typer.echo(advice.advise(model, ratio, data, training, profile))
 
-
+# %% ../nbs/31_cli.ipynb #cell-015
 @app.command()
 def cards(name: Annotated[str, typer.Argument(help="LLaVA-v1.5-7B, Bunny-v1.0-3B or Mini-InternVL-Chat-4B.")]):
     "What a real model of the study needs, dense and pruned, and which card that is; estimated without its weights."
@@ -85,7 +85,7 @@ def cards(name: Annotated[str, typer.Argument(help="LLaVA-v1.5-7B, Bunny-v1.0-3B
         typer.echo("GiB, estimated by a dry run without data; training beside the dense teacher, one sample per pass\n" + needs.to_string(index=False, na_rep="", float_format="{:.2f}".format))
         for kind in ("answering", "scoring", *c.KINDS): typer.echo(f"{kind:<10} {c.fits(needs[kind].max())}")
 
-
+# %% ../nbs/31_cli.ipynb #cell-017
 @app.command()
 def cost(model: Model, latency: Annotated[bool, typer.Option(help="Measure seconds too.")] = False, device: Device = "cpu"):
     "Parameters, operations, bytes and seconds of a model."
@@ -94,25 +94,25 @@ def cost(model: Model, latency: Annotated[bool, typer.Option(help="Measure secon
         loaded, processor, _ = _load(model, device)
         typer.echo(cost_report(loaded, processor, latency=latency))
 
-# %% ../nbs/31_cli.ipynb #cell-013
+# %% ../nbs/31_cli.ipynb #cell-019
 def _load(model: str, device: str):
     "(model, processor, plan or None) of a pruned checkpoint or any other model."
     from mllm_compress import checkpoint, pruning, zoo
     if (Path(model) / checkpoint.PLAN).exists(): return checkpoint.load_pruned(model, device=device)
     return *zoo.load_model(model, device=device), None
 
-
+# %% ../nbs/31_cli.ipynb #cell-021
 def _training_data(data: str, image_root: str, scenes: int):
     "The training data that the options name."
     from mllm_compress import data as d
     return d.small_data("train", scenes) if data == "small" else d.load_json(data, image_root or Path(data).parent)
 
-# %% ../nbs/31_cli.ipynb #cell-015
+# %% ../nbs/31_cli.ipynb #cell-023
 def _written(out: Path) -> int:
     "Bytes of a conversion in progress."
     return sum(f.stat().st_size for f in out.parent.glob(f".{out.name}-*/checkpoint/*.safetensors") if f.exists())
 
-
+# %% ../nbs/31_cli.ipynb #cell-025
 @contextmanager
 def _growing(out: Path, total: int):
     "A progress bar over the bytes of what is written, beside the block that writes it."
@@ -126,7 +126,7 @@ def _growing(out: Path, total: int):
     try: yield
     finally: done.set(); thread.join()
 
-# %% ../nbs/31_cli.ipynb #cell-017
+# %% ../nbs/31_cli.ipynb #cell-027
 @app.command()
 def convert(source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release.")],
             out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, for plain from_pretrained.")],
@@ -145,7 +145,7 @@ def convert(source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder o
         with _growing(out, total): c.convert(source, out, tower, wanted)
         typer.echo(f"{found.release.name}, {total / 2**30:.2f} GiB in {str(found.dtype).split('.')[-1]}\nwritten to {out}")
 
-# %% ../nbs/31_cli.ipynb #cell-019
+# %% ../nbs/31_cli.ipynb #cell-029
 @app.command()
 def score(model: Model, out: Out, method: Annotated[str, typer.Option(help="block_influence, taylor, magnitude, activation or random.")] = "block_influence",
           samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64, seed: int = 0, data: DataFile = "small",
@@ -162,7 +162,7 @@ def score(model: Model, out: Out, method: Annotated[str, typer.Option(help="bloc
         scores.save(out)
         typer.echo(f"{scores}\nwritten to {out}")
 
-# %% ../nbs/31_cli.ipynb #cell-021
+# %% ../nbs/31_cli.ipynb #cell-031
 @app.command()
 def prune(model: Model, out: Out, scores: Annotated[Path, typer.Option(help="Folder that `score` wrote.")],
           ratio: Annotated[float, typer.Option(help="Fraction of LM parameters to remove, in [0, 0.95).")],
@@ -178,7 +178,7 @@ def prune(model: Model, out: Out, scores: Annotated[Path, typer.Option(help="Fol
         checkpoint.save_pruned(pruning.apply_plan(loaded, plan), plan, out, processor=processor)
         typer.echo(f"{plan}\nwritten to {out}")
 
-# %% ../nbs/31_cli.ipynb #cell-023
+# %% ../nbs/31_cli.ipynb #cell-033
 @app.command()
 def recover(model: Annotated[str, typer.Argument(help="Folder that `prune` wrote.")], teacher: Annotated[str, typer.Option(help="The dense model.")], out: Out,
             losses: Annotated[str, typer.Option(help="Joined by plus signs, equal weights.")] = "sft+hidden_kd",
@@ -204,7 +204,7 @@ def recover(model: Annotated[str, typer.Argument(help="Folder that `prune` wrote
         checkpoint.save_pruned(zoo.cast(result.model, dtype), plan, out, processor=processor)
         typer.echo(f"trained on {result.samples} samples in {result.seconds:.0f} s, last loss {result.history.loss.iloc[-1]:.3f}\nwritten to {out}")
 
-# %% ../nbs/31_cli.ipynb #cell-025
+# %% ../nbs/31_cli.ipynb #cell-035
 @app.command()
 def evaluate(model: Model, benchmark: Annotated[list[str], typer.Option(help="May be repeated; default: the small suite.")] = [],
              limit: Annotated[int, typer.Option(help="Questions per benchmark; 0: all.")] = 0,
@@ -219,7 +219,7 @@ def evaluate(model: Model, benchmark: Annotated[list[str], typer.Option(help="Ma
         if dense: typer.echo(f"AVG-%: {e.avg_percent(rows, e.evaluate(*_load(dense, device)[:2], names, limit=limit or None)):.2f}")
         if out: rows.to_csv(out, index=False)
 
-# %% ../nbs/31_cli.ipynb #cell-027
+# %% ../nbs/31_cli.ipynb #cell-037
 @app.command("gpu-check")
 def gpu_check(models: Annotated[Path, typer.Option(help="Where the models of profile gpu are, or will be trained.")] = Path("runs/gpu-models"),
               skip_study: Annotated[bool, typer.Option("--skip-study", help="Leave out the gpu profile.")] = False):
@@ -228,7 +228,7 @@ def gpu_check(models: Annotated[Path, typer.Option(help="Where the models of pro
         from mllm_compress import gpu_check as g
         raise typer.Exit(g.gpu_check(models, study=not skip_study))
 
-# %% ../nbs/31_cli.ipynb #cell-029
+# %% ../nbs/31_cli.ipynb #cell-039
 @app.command()
 def report(profile: Annotated[str, typer.Option(help="Whose executed notebooks to show.")] = "quick"):
     "Make figures/PROFILE/index.html again from the executed notebooks."

@@ -98,7 +98,7 @@ def shape_of_config(config: PreTrainedConfig, # of an MLLM or a plain causal LM
                         (heads,) * layers, (getattr(text, "num_key_value_heads", None) or heads,) * layers, (text.intermediate_size,) * layers,
                         config.tie_word_embeddings, _biases(family, text, FORMS[family].head_bias and text is config))
 
-
+# %% ../nbs/19_cost.ipynb #cell-015
 def shape_of_model(model: PreTrainedModel, # on any device, pruned or not
                    ) -> DecoderShape:
     "The decoder's shape as its modules have it, each layer its own."
@@ -110,7 +110,7 @@ def shape_of_model(model: PreTrainedModel, # on any device, pruned or not
                         parts.lm_head.weight is parts.embed_tokens.weight,
                         _biases(family, parts.text_config, parts.lm_head.bias is not None))
 
-# %% ../nbs/19_cost.ipynb #cell-017
+# %% ../nbs/19_cost.ipynb #cell-019
 def layer_parameters(shape: DecoderShape,
                      i: int, # layer
                      ) -> dict:
@@ -122,7 +122,7 @@ def layer_parameters(shape: DecoderShape,
             "neurons": form.matrices * h * n + mlp * ((form.matrices - 1) * n + h),
             "norms": form.norms * form.norm_vectors * h}
 
-# %% ../nbs/19_cost.ipynb #cell-019
+# %% ../nbs/19_cost.ipynb #cell-021
 def decoder_parameters(shape: DecoderShape) -> dict:
     "Parameters of the LM decoder in closed form, by what they belong to."
     form, h, v = FORMS[shape.family], shape.hidden, shape.vocab
@@ -131,7 +131,7 @@ def decoder_parameters(shape: DecoderShape) -> dict:
     counts["norms"] += form.norm_vectors * h
     return counts | {"embedding": v * h, "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v}
 
-# %% ../nbs/19_cost.ipynb #cell-023
+# %% ../nbs/19_cost.ipynb #cell-025
 @dataclass(frozen=True)
 class Tower:
     "What a vision tower's parameter count depends on besides its widths."
@@ -141,14 +141,14 @@ class Tower:
     branch_scales: int = 0 # vectors per layer that scale a residual branch
     head_key: str = "" # config key that says a pooling head is there
 
-
+# %% ../nbs/19_cost.ipynb #cell-027
 TOWERS = {
     "clip_vision_model": Tower(class_token=True, patch_bias=False, outer_norms=2),
     "siglip_vision_model": Tower(class_token=False, patch_bias=True, outer_norms=1, head_key="vision_use_head"),
     "internvl_vision": Tower(class_token=True, patch_bias=True, outer_norms=0, branch_scales=2),
 }
 
-# %% ../nbs/19_cost.ipynb #cell-025
+# %% ../nbs/19_cost.ipynb #cell-029
 def _tower(vision) -> Tower:
     "The row of a vision config, or an error that says what to add."
     if vision.model_type in TOWERS: return TOWERS[vision.model_type]
@@ -160,12 +160,12 @@ def _side(value) -> int:
     "One side of a size that may be given as a pair."
     return value if isinstance(value, int) else value[0]
 
-
+# %% ../nbs/19_cost.ipynb #cell-031
 def patches(vision: PreTrainedConfig) -> int:
     "Patches of one image (or one tile); the rim that fills no patch is cropped."
     return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
 
-# %% ../nbs/19_cost.ipynb #cell-027
+# %% ../nbs/19_cost.ipynb #cell-033
 def vision_parameters(config: PreTrainedConfig, # of the MLLM
                       ) -> int:
     "Parameters of the vision tower in closed form."
@@ -178,7 +178,7 @@ def vision_parameters(config: PreTrainedConfig, # of the MLLM
     head = (4 * c * c + 4 * c + mlp + 3 * c) if row.head_key and getattr(v, row.head_key, True) else 0
     return embed + v.num_hidden_layers * layer + row.outer_norms * 2 * c + head
 
-# %% ../nbs/19_cost.ipynb #cell-029
+# %% ../nbs/19_cost.ipynb #cell-035
 def projector_parameters(config: PreTrainedConfig, # of the MLLM
                          ) -> int:
     "Parameters of the two-layer projector in closed form."
@@ -187,7 +187,7 @@ def projector_parameters(config: PreTrainedConfig, # of the MLLM
     norm = 2 * fold * c if fold > 1 else 0
     return norm + fold * c * h + h + h * h + h
 
-
+# %% ../nbs/19_cost.ipynb #cell-037
 def closed_parameters(config: PreTrainedConfig, # of an MLLM or a plain LM
                       shape: DecoderShape | None = None, # of a pruned decoder; None: as in the config
                       ) -> dict:
@@ -196,7 +196,7 @@ def closed_parameters(config: PreTrainedConfig, # of an MLLM or a plain LM
     lm = sum(decoder_parameters(shape or shape_of_config(config)).values())
     return {"vision": vision_parameters(config) if sees else 0, "projector": projector_parameters(config) if sees else 0, "lm": lm}
 
-# %% ../nbs/19_cost.ipynb #cell-033
+# %% ../nbs/19_cost.ipynb #cell-041
 def published_sizes() -> pd.DataFrame: # one row per model and part
     "Sizes as the study prints them beside the closed form."
     printed = pd.read_csv(files("mllm_compress") / "published" / "models.csv").set_index("model")
@@ -208,7 +208,7 @@ def published_sizes() -> pd.DataFrame: # one row per model and part
         rows += [dict(model=name, part=part, printed=printed.loc[name, column], closed_form=counts[part]) for part, column in columns.items()]
     return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
-# %% ../nbs/19_cost.ipynb #cell-039
+# %% ../nbs/19_cost.ipynb #cell-047
 def decoder_flops(shape: DecoderShape,
                   tokens: int, # T, run in this pass
                   cached: int = 0, # S, already in the cache
@@ -221,7 +221,7 @@ def decoder_flops(shape: DecoderShape,
     pairs = tokens * (tokens + cached)
     return batch * (2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab)
 
-# %% ../nbs/19_cost.ipynb #cell-041
+# %% ../nbs/19_cost.ipynb #cell-049
 def vision_flops(config: PreTrainedConfig, # of the MLLM
                  images: int = 1, # or tiles
                  ) -> dict:
@@ -234,14 +234,14 @@ def vision_flops(config: PreTrainedConfig, # of the MLLM
     return {"vision": images * (2 * n * 3 * _side(v.patch_size) ** 2 * c + v.num_hidden_layers * layer),
             "projector": images * image_tokens(config) * 2 * (fold * c * h + h * h)}
 
-
+# %% ../nbs/19_cost.ipynb #cell-051
 def image_tokens(config: PreTrainedConfig) -> int:
     "Placeholders that one image (or tile) takes in the prompt."
     fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)
     keeps_class_token = _tower(config.vision_config).class_token and config.vision_feature_select_strategy == "full"
     return patches(config.vision_config) // fold + keeps_class_token
 
-# %% ../nbs/19_cost.ipynb #cell-043
+# %% ../nbs/19_cost.ipynb #cell-053
 def example_inputs(model: PreTrainedModel, # an MLLM or a plain LM, on any device
                    text_tokens: int = 64, # besides the image's
                    images: int = 1, # per sequence; none for a plain LM
@@ -254,7 +254,7 @@ def example_inputs(model: PreTrainedModel, # an MLLM or a plain LM, on any devic
     pixels = torch.zeros(batch * images, 3, _side(vision.image_size), _side(vision.image_size), device=model.device, dtype=model.dtype)
     return {"input_ids": torch.cat([marker, text + (model.config.image_token_id == 0)], 1), "pixel_values": pixels}
 
-# %% ../nbs/19_cost.ipynb #cell-045
+# %% ../nbs/19_cost.ipynb #cell-055
 def forward(model: PreTrainedModel, # on any device, meta included
             inputs: dict, # of the forward pass
             **kwargs): # more of them
@@ -273,7 +273,7 @@ def _without_values(model: PreTrainedModel):
     finally:
         for m in long: m.rope_type = "longrope"
 
-# %% ../nbs/19_cost.ipynb #cell-050
+# %% ../nbs/19_cost.ipynb #cell-060
 def kv_bytes_per_token(shape: DecoderShape,
                        itemsize: int = 2, # bytes of one number
                        ) -> int:
@@ -285,7 +285,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     "Bytes of all weights, shared ones once: memory when loaded, and disk less a header."
     return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
 
-# %% ../nbs/19_cost.ipynb #cell-054
+# %% ../nbs/19_cost.ipynb #cell-064
 class LiveBytes(TorchDispatchMode):
     "Adds up the bytes of tensors made while it is active and still alive; `peak` is the most there were."
 
@@ -311,7 +311,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
         self.known.pop(key, None)
 
-# %% ../nbs/19_cost.ipynb #cell-056
+# %% ../nbs/19_cost.ipynb #cell-066
 def peak_memory(call, # function without arguments
                 device: str | torch.device = "cpu", # where it runs; meta too
                 ) -> int:
@@ -325,7 +325,7 @@ def peak_memory(call, # function without arguments
     with LiveBytes() as live: call()
     return live.peak
 
-# %% ../nbs/19_cost.ipynb #cell-062
+# %% ../nbs/19_cost.ipynb #cell-072
 def _trainable(student: PreTrainedModel, config: RecoveryConfig) -> PreTrainedModel:
     "A copy in which that is trained which the config says."
     model = copy.deepcopy(student).requires_grad_(False)
@@ -336,7 +336,7 @@ def _trainable(student: PreTrainedModel, config: RecoveryConfig) -> PreTrainedMo
     if config.gradient_checkpointing: getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     return model.train()
 
-# %% ../nbs/19_cost.ipynb #cell-064
+# %% ../nbs/19_cost.ipynb #cell-074
 def recovery_memory(student: PreTrainedModel, # an MLLM on the meta device, pruned or not, in the dtype of training
                     config: RecoveryConfig, # what is trained, with which batch and checkpointing
                     teacher: PreTrainedModel | None = None, # if it stays loaded while training
@@ -354,7 +354,7 @@ def recovery_memory(student: PreTrainedModel, # an MLLM on the meta device, prun
     needed = {"weights": weight_bytes(model), "teacher": beside, "optimizer": moments, "step": step}
     return needed | {"total": sum(needed.values())}
 
-# %% ../nbs/19_cost.ipynb #cell-068
+# %% ../nbs/19_cost.ipynb #cell-078
 @dataclass(frozen=True)
 class Timing:
     "Seconds of repeated calls, warm-up excluded."
@@ -365,7 +365,7 @@ class Timing:
 
     def __str__(self): return f"{1e3 * self.median:.2f} ms [{1e3 * self.low:.2f}, {1e3 * self.high:.2f}] of {len(self.seconds)}"
 
-
+# %% ../nbs/19_cost.ipynb #cell-080
 def time_call(call, # function without arguments
               repeats: int = 10,
               warmup: int = 2, # calls that are not counted
@@ -382,7 +382,7 @@ def time_call(call, # function without arguments
         seconds.append(time.perf_counter() - start)
     return Timing(tuple(seconds[warmup:]))
 
-# %% ../nbs/19_cost.ipynb #cell-070
+# %% ../nbs/19_cost.ipynb #cell-082
 @torch.no_grad()
 def latency(model: PreTrainedModel, # on the device to be measured
             inputs: dict, # as the model takes them, without padding
@@ -399,7 +399,7 @@ def latency(model: PreTrainedModel, # on the device to be measured
     clock = dict(repeats=repeats, warmup=warmup, device=model.device)
     return {"prefill": time_call(prefill, **clock), "decode": time_call(decode, **clock)}
 
-# %% ../nbs/19_cost.ipynb #cell-074
+# %% ../nbs/19_cost.ipynb #cell-086
 UNITS = {"": 1, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 
 
@@ -412,7 +412,7 @@ def _readable(value: float, unit: str) -> str:
     name, scale = [(n, s) for n, s in UNITS.items() if value >= s or s == 1][-1]
     return f"{value / scale:.2f} {name}".strip() if scale > 1 else f"{value:.0f}"
 
-# %% ../nbs/19_cost.ipynb #cell-076
+# %% ../nbs/19_cost.ipynb #cell-088
 @dataclass(frozen=True)
 class CostReport:
     "What a model costs; prints as a table, `to_frame()` for everything."
@@ -438,7 +438,7 @@ class CostReport:
         lines = [f"{q:<21}{p:<11}{_readable(v, u):>16}  {' = '.join(found)}" for (q, p, v, u), found in sources.items()]
         return "\n".join([self.title, "  ".join(f"{k} {v}" for k, v in self.setting.items()), *lines])
 
-# %% ../nbs/19_cost.ipynb #cell-078
+# %% ../nbs/19_cost.ipynb #cell-090
 def _counted_rows(model, shape, inputs) -> list:
     "Rows that need no clock and no forward pass."
     closed, measured = closed_parameters(model.config, shape), part_parameters(model)
@@ -454,7 +454,7 @@ def _counted_rows(model, shape, inputs) -> list:
                    ("KV cache of prompt", "total", per_token * prompt * batch, "byte", "closed form"),
                    ("weights", "total", weight_bytes(model), "byte", "measured")]
 
-# %% ../nbs/19_cost.ipynb #cell-080
+# %% ../nbs/19_cost.ipynb #cell-092
 def _prompt_tokens(processor, question: str = "What is shown in the picture?") -> int:
     "Text tokens of a short question in the processor's chat template."
     tokenizer = getattr(processor, "tokenizer", processor)

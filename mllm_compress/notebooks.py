@@ -28,7 +28,7 @@ def notebooks() -> dict: # name -> path, in the order of the study
     if not found: raise FileNotFoundError(f"No notebooks in {folder}: the study runs in a checkout of the repository; change into it first.")
     return found
 
-
+# %% ../nbs/27_notebooks.ipynb #cell-007
 def choose(only: list = ()) -> dict:
     "The named notebooks, or all but those that train the teachers (00_...), which change what the study is about."
     found = notebooks()
@@ -36,7 +36,7 @@ def choose(only: list = ()) -> dict:
         f"Unknown notebook {', '.join(unknown)}: use {', '.join(found)}.")
     return {n: p for n, p in found.items() if (n in only if only else not n.startswith("00"))}
 
-# %% ../nbs/27_notebooks.ipynb #cell-007
+# %% ../nbs/27_notebooks.ipynb #cell-009
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell."
@@ -47,12 +47,12 @@ class Parameter:
 
     def __str__(self): return f"{self.name}: {self.type} = {self.default!r}" + (f"  # {self.comment}" if self.comment else "")
 
-
+# %% ../nbs/27_notebooks.ipynb #cell-011
 def _tagged(nb, tag: str) -> list:
     "The indices of the code cells with a tag."
     return [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
 
-
+# %% ../nbs/27_notebooks.ipynb #cell-013
 def parameters_of(nb) -> dict: # name -> Parameter
     "The parameters of a notebook."
     where = _tagged(nb, "parameters")
@@ -65,7 +65,7 @@ def parameters_of(nb) -> dict: # name -> Parameter
         out[node.target.id] = Parameter(node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), comment)
     return out
 
-# %% ../nbs/27_notebooks.ipynb #cell-009
+# %% ../nbs/27_notebooks.ipynb #cell-015
 TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "list": (list,), "dict": (dict,)}
 
 
@@ -80,7 +80,7 @@ def check_parameters(nb, given: dict) -> dict:
             f"Parameter {name} must be of type {known[name].type}, not {value!r}. The notebook has:\n  {listing}")
     return dict(given)
 
-
+# %% ../nbs/27_notebooks.ipynb #cell-017
 def parse_parameter(text: str, # as "seeds=[0,1,2]"
                    ) -> tuple: # (name, value)
     "A parameter from the command line; the value is read as YAML."
@@ -88,7 +88,7 @@ def parse_parameter(text: str, # as "seeds=[0,1,2]"
     if not equals or not name.strip().isidentifier(): raise ValueError(f"A parameter is written NAME=VALUE, as seeds=[0,1,2], not {text!r}.")
     return name.strip(), yaml.safe_load(value)
 
-# %% ../nbs/27_notebooks.ipynb #cell-012
+# %% ../nbs/27_notebooks.ipynb #cell-020
 def cells_of(nb, given: dict = {}) -> list: # of Cell; empty where a notebook has no grid
     "The cells that a notebook will ask for with these parameters."
     given, space = check_parameters(nb, given), {}
@@ -98,7 +98,7 @@ def cells_of(nb, given: dict = {}) -> list: # of Cell; empty where a notebook ha
         if i == parameters: space.update(given)
     return space.get("cells", [])
 
-# %% ../nbs/27_notebooks.ipynb #cell-015
+# %% ../nbs/27_notebooks.ipynb #cell-023
 def made_from(nb, given: dict, names: list) -> str:
     "A name for everything that an executed notebook shows, given the names of the results it reads."
     anywhere = replace(load_profile(given["profile"]), workers=0, slurm=Slurm(), folders={}, towers={})
@@ -112,7 +112,7 @@ def is_current(path: Path, name: str) -> bool:
     mark = nbformat.read(path, 4).metadata.get("mllm_compress", {})
     return mark.get("made_from") == name and all((path.parent / f).exists() for f in mark.get("files", []))
 
-# %% ../nbs/27_notebooks.ipynb #cell-017
+# %% ../nbs/27_notebooks.ipynb #cell-025
 def execute(name: str, nb_path: Path, given: dict) -> Path:
     "Run a notebook with papermill, where that is needed, and leave it in figures/PROFILE/."
     nb, profile = nbformat.read(nb_path, 4), load_profile(given["profile"])
@@ -128,7 +128,7 @@ def execute(name: str, nb_path: Path, given: dict) -> Path:
         write_atomically(target, nbformat.writes(done))
     return target
 
-# %% ../nbs/27_notebooks.ipynb #cell-019
+# %% ../nbs/27_notebooks.ipynb #cell-027
 def _executed(path: Path, part: Path, given: dict):
     "The notebook after papermill has run it."
     try:
@@ -137,7 +137,7 @@ def _executed(path: Path, part: Path, given: dict):
         return tidied(nbformat.read(part, 4))
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/27_notebooks.ipynb #cell-021
+# %% ../nbs/27_notebooks.ipynb #cell-029
 def tidied(nb):
     "A notebook without what would differ on another machine."
     nb.metadata.pop("papermill", None)

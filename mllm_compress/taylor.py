@@ -57,6 +57,7 @@ def gradient_moments(x: torch.Tensor,      # [batch, tokens, in] inputs of a lin
 # %% ../nbs/08_taylor.ipynb #cell-016
 CHUNK = {"cpu": 2**20, "cuda": 2**24} # weights whose gradient exists at once: 4 MB float32 on a CPU, 64 MB on a GPU
 
+# %% ../nbs/08_taylor.ipynb #cell-018
 def channel_scores(slot: LinearSlot, x: torch.Tensor, delta: torch.Tensor, # as in `gradient_moments`
                    counts: list, totals: tuple, order: Order,
                   ) -> torch.Tensor: # [channels] float32, signed for `vectorize`
@@ -70,7 +71,7 @@ def channel_scores(slot: LinearSlot, x: torch.Tensor, delta: torch.Tensor, # as 
         scores.append(order.formula(w.float(), g, H, 1 - axis))
     return torch.cat(scores)
 
-# %% ../nbs/08_taylor.ipynb #cell-018
+# %% ../nbs/08_taylor.ipynb #cell-020
 class Probe(torch.autograd.Function):
     "Identity that shows (input, output gradient) of a linear layer to `see` during the backward pass."
     @staticmethod
@@ -84,7 +85,7 @@ class Probe(torch.autograd.Function):
         ctx.see(*ctx.saved_tensors, delta)
         return delta, None, None
 
-# %% ../nbs/08_taylor.ipynb #cell-020
+# %% ../nbs/08_taylor.ipynb #cell-022
 @contextmanager
 def frozen(model):
     "No parameter asks for a gradient within this context."
@@ -94,7 +95,7 @@ def frozen(model):
     finally:
         for p in asking: p.requires_grad_(True)
 
-# %% ../nbs/08_taylor.ipynb #cell-022
+# %% ../nbs/08_taylor.ipynb #cell-024
 @contextmanager
 def recomputing(layers):
     "Keep only the input of each layer, and run the layer again when the backward pass needs the rest."
@@ -106,7 +107,7 @@ def recomputing(layers):
             del layer.forward
             if forward is not None: layer.forward = forward
 
-# %% ../nbs/08_taylor.ipynb #cell-024
+# %% ../nbs/08_taylor.ipynb #cell-026
 @contextmanager
 def output_gradients(parts: Anatomy,          # of the model
                      see: Callable,           # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
@@ -123,7 +124,7 @@ def output_gradients(parts: Anatomy,          # of the model
         for hook in hooks: stack.callback(hook.remove)
         yield
 
-# %% ../nbs/08_taylor.ipynb #cell-026
+# %% ../nbs/08_taylor.ipynb #cell-028
 def summed_loss(model, batch: dict,   # on any device
                 labels: torch.Tensor, # [batch, tokens], -100 = not supervised
                ) -> torch.Tensor:     # scalar: sum over supervised tokens
@@ -134,7 +135,7 @@ def summed_loss(model, batch: dict,   # on any device
     target = labels[:, before + 1].flatten().to(logits.device)
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
 
-# %% ../nbs/08_taylor.ipynb #cell-030
+# %% ../nbs/08_taylor.ipynb #cell-032
 def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     "The labels of a batch: its own, or for a plain LM its tokens (default mode: without padding)."
     ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
@@ -144,14 +145,14 @@ def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     follows = mask.bool() & torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # nothing real precedes the first token of a left-padded row
     return ids.masked_fill(~follows, -100)
 
-# %% ../nbs/08_taylor.ipynb #cell-032
+# %% ../nbs/08_taylor.ipynb #cell-034
 def one_batch(batches: list) -> list:
     "All batches as one."
     if len({b["input_ids"].shape[1] for b in batches}) > 1 or len({frozenset(b) for b in batches}) > 1:
         raise ValueError("mode='reference' scores one batch: pad the samples to one length, or use mode='default'.")
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
-# %% ../nbs/08_taylor.ipynb #cell-034
+# %% ../nbs/08_taylor.ipynb #cell-036
 def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
     counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
@@ -159,13 +160,13 @@ def label_counts(labels: list) -> tuple:
     if not totals[0]: raise ValueError("no token is supervised: every label (after the first position) is -100.")
     return counts, totals
 
-# %% ../nbs/08_taylor.ipynb #cell-036
+# %% ../nbs/08_taylor.ipynb #cell-038
 def check_order(order: str) -> Order:
     "The order of that name; an unknown name is a ValueError."
     if order not in ORDERS: raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
     return ORDERS[order]
 
-# %% ../nbs/08_taylor.ipynb #cell-037
+# %% ../nbs/08_taylor.ipynb #cell-039
 def taylor(model, # MLLM or causal LM of a known family
            batches: list, # dicts with input_ids [batch, tokens], labels (-100 = not supervised); attention_mask, pixel_values
            order: str = "param_first", # vectorize, param_first, param_second, param_mix; micro-batches of the 1st and 3rd equal one batch
