@@ -26,10 +26,9 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
-import torch
-import transformers
 import yaml
 
+from machine import facts
 from mllm_compress import study
 from mllm_compress.cells import Cell, load_profile
 from mllm_compress.style import page
@@ -75,7 +74,7 @@ def main(quick: bool) -> None:
                           {"way": "through the study", "cells": len(cells), "wall_s": wall, "cpu_s": cpu},
                           {"way": "and a worker per core", "cells": len(cells), "wall_s": spread[0], "cpu_s": spread[1]}])
     for unit in ("wall", "cpu"): table[f"{unit}_ratio"] = table[f"{unit}_s"] / table[f"{unit}_s"].iloc[0]
-    table = table.assign(load=os.getloadavg()[0], device=device(), torch=torch.__version__, transformers=transformers.__version__, profile="smoke" if quick else "tiny")
+    table = table.assign(load=os.getloadavg()[0], **facts("cpu"), profile="smoke" if quick else "tiny")
     print(table.to_string(index=False, float_format="{:.2f}".format))
     judged = lambda ratio: f"{ratio:.3f}, {'met' if ratio <= GOAL else 'MISSED'}"
     print(f"goal: at most {GOAL} of the wall time of cells on their own: {judged(table.wall_ratio.iloc[1])}; with a worker per core {judged(table.wall_ratio.iloc[2])}. "
@@ -84,13 +83,6 @@ def main(quick: bool) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     table.to_csv(OUT / "study.csv", index=False, float_format="%.4g")
     draw(table, OUT / "study.png")
-
-
-def device() -> str:
-    "What the numbers were measured on."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else "CPU"
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
