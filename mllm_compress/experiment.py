@@ -218,10 +218,9 @@ def checkpoints_of(name: str, # of a cell's result
     return results.folder / "checkpoints" / name
 
 # %% ../nbs/22_experiment.ipynb #cell-035
-def trained(cell: Cell, profile: Profile, results: Store, device: str) -> tuple: # (model, record of the training)
+def trained(cell: Cell, plan, profile: Profile, results: Store, device: str) -> tuple: # (model, record of the training)
     "The student of a cell after its recovery, in this process or as one of those that share the work."
     model, processor = teacher_of(cell.model, profile, device)
-    plan = plan_of(cell, profile, results, device)
     student, config = apply_plan(model, plan), recovery_config(cell, profile)
     if student.dtype != torch.float32: trained_in_float32(student, config)
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": [type(anatomy(student).layers[0]).__name__]}
@@ -238,9 +237,8 @@ def trained_together(cell: Cell, profile: Profile, results: Store, student) -> t
         Path(folder, "job.json").write_text(json.dumps(job), encoding="utf-8")
         one = [sys.executable, "-c", f"from mllm_compress.experiment import join; join({folder!r})"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(profile.processes), "--no-python"]
-        done = subprocess.run(launcher + one, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(done.stdout, flush=True)
-        if done.returncode: raise RuntimeError(f"the {profile.processes} processes that train this cell ended with code {done.returncode}; their words are in its log")
+        code = subprocess.run(launcher + one).returncode
+        if code: raise RuntimeError(f"the {profile.processes} processes that train this cell ended with code {code}; why, they say in its log (executor inline: on the terminal)")
         student.load_state_dict(load_file(Path(folder, "weights.safetensors")), strict=False)
         return student, json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
 
@@ -250,7 +248,8 @@ def join(folder: str) -> None:
     job = json.loads(Path(folder, "job.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with, args=(job["master"],), daemon=True).start()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    model, training = trained(Cell(**job["cell"]), read_strictly(Profile, job["profile"], "profile"), Store(job["store"]), device)
+    cell, profile, results = Cell(**job["cell"]), read_strictly(Profile, job["profile"], "profile"), Store(job["store"])
+    model, training = trained(cell, plan_of(cell, profile, results, device), profile, results, device)
     if os.environ["RANK"] != "0": return
     save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, Path(folder, "weights.safetensors"))
     Path(folder, "training.json").write_text(json.dumps(training), encoding="utf-8")
@@ -270,7 +269,7 @@ def student_of(cell: Cell, profile: Profile, results: Store, device: str):
     plan = plan_of(cell, profile, results, device)
     if cell.recovery == "none": return apply_plan(model, plan), plan, {}
     together = profile.processes > 1
-    student, training = trained_together(cell, profile, results, apply_plan(model, plan)) if together else trained(cell, profile, results, device)
+    student, training = trained_together(cell, profile, results, apply_plan(model, plan)) if together else trained(cell, plan, profile, results, device)
     return cast(student, model.dtype), plan, training
 
 # %% ../nbs/22_experiment.ipynb #cell-043

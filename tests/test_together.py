@@ -85,5 +85,5 @@ def test_workers_share_the_gpus_out(monkeypatch):
     assert executors._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert executors._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
-    with pytest.raises(ValueError, match="8 processes are to train a cell together.*has 4"): executors.devices(processes=8)
+    with pytest.raises(ValueError, match="8 processes are to train a cell together.*has 4"): executors.check_gpus(replace(SMOKE, processes=8))
     assert "CUDA_VISIBLE_DEVICES" not in executors._surroundings("cpu")
