@@ -237,7 +237,7 @@ def trained_together(cell: Cell, profile: Profile, results: Store, student) -> t
         Path(folder, "job.json").write_text(json.dumps(job), encoding="utf-8")
         one = [sys.executable, "-c", f"from mllm_compress.experiment import join; join({folder!r})"]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(profile.processes), "--no-python"]
-        code = subprocess.run(launcher + one).returncode
+        code = subprocess.run(launcher + one, stderr=subprocess.STDOUT).returncode
         if code: raise RuntimeError(f"the {profile.processes} processes that train this cell ended with code {code}; why, they say in its log (executor inline: on the terminal)")
         student.load_state_dict(load_file(Path(folder, "weights.safetensors")), strict=False)
         return student, json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
