@@ -49,7 +49,9 @@ lab: $(READY)
 	@$(BIN)/jupyter lab nbs
 
 readme: $(READY)
-	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --execute --output-dir . --output README nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
+	@$(BIN)/nbdev_clean --fname nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 	@$(BIN)/python -c 'import pathlib; p = pathlib.Path("README.md"); p.write_text(p.read_text().replace("](../", "]("))'
 
 bench: $(READY)

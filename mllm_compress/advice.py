@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from .cells import load_profile
+from .claims import MARGIN
 from .effects import SETTING, dense_rows, difference, summary
 from .report import basis, printed
 from .store import home
@@ -66,7 +67,7 @@ def fitting(rows: pd.DataFrame, # of `study.run`
 # %% ../nbs/30_advice.ipynb #cell-017
 def ranked(frame: pd.DataFrame, # of `study.run`
            model: str, ratio: float, data: float = .05, training: bool = True,
-          ) -> pd.DataFrame:    # best first; behind: points of AVG-% less than the best, with low and high; tied
+          ) -> pd.DataFrame:    # best first; behind: points of AVG-% less than the best, with low and high; tied; open
     "The settings that answer the question, each with its distance to the best."
     its = frame[frame.model == model]
     frame = pd.concat([dense_rows(its, model), fitting(its, ratio, data, training)])
@@ -77,7 +78,7 @@ def ranked(frame: pd.DataFrame, # of `study.run`
     best = setting(rows.iloc[0])
     gaps = [difference(frame, model, best, setting(row)) for _, row in rows.iterrows()]
     return rows.assign(behind=[g.value for g in gaps], behind_low=[g.low for g in gaps], behind_high=[g.high for g in gaps],
-                       tied=[g.low <= 0 for g in gaps]).reset_index(drop=True)
+                       tied=[g.low <= 0 and g.value <= MARGIN for g in gaps], open=[g.low <= 0 and g.value > MARGIN for g in gaps]).reset_index(drop=True)
 
 # %% ../nbs/30_advice.ipynb #cell-021
 def cheapest(rows: pd.DataFrame, # of `ranked`
@@ -88,9 +89,11 @@ def cheapest(rows: pd.DataFrame, # of `ranked`
     return tied.loc[price.sort_values(["trained", "lm", "fraction"], kind="stable").index[0]]
 
 # %% ../nbs/30_advice.ipynb #cell-024
-def say(row) -> str:
+def say(row,            # of `ranked`
+        shape: str = "", # of widthwise plans: uniform or blockwise
+       ) -> str:
     "A setting as an instruction."
-    how = f"prune {row.pruning} ({row.importance}) at ratio {row.requested_ratio:.2f} (achieved {row.achieved_ratio:.3f})"
+    how = f"prune {row.pruning}{f', {shape}' if shape and row.pruning == 'widthwise' else ''} ({row.importance}) at ratio {row.requested_ratio:.2f} (achieved {row.achieved_ratio:.3f})"
     if row.recovery == "none": return f"{how} and do not train"
     return f"{how}, then train {row.train} with {row.recovery} on {row.fraction:.0%} of the data"
 
@@ -99,8 +102,8 @@ def say_ties(rows: pd.DataFrame) -> str: # of `ranked`
     "How the best compares with the others."
     if len(rows) == 1: return "Nothing else that fits was studied."
     n, second, low_cost = int(rows.tied.sum()) - 1, rows.iloc[1], cheapest(rows)
-    gap = f"difference {second.behind:+.1f} [{second.behind_low:.1f}, {second.behind_high:.1f}] points"
-    text = f"Next best: {say(second)} ({gap}{', a tie at this scale' if second.tied else ''})."
+    gap = f"keeps {second.behind:.1f} [{second.behind_low:.1f}, {second.behind_high:.1f}] points less"
+    text = f"Next best: {say(second)} ({gap}{', a tie at this scale' if second.tied else ', not told apart by these seeds' if second.open else ''})."
     if low_cost.name not in (0, 1): text += f" {n} settings are tied with the best; the cheapest: {say(low_cost)} ({low_cost.avg_percent:.1f} %)."
     return text
 
@@ -137,7 +140,7 @@ def say_printed(model: str, ratio: float, training: bool, profile) -> str:
     return f"The paper prints for {name} at ratio {best.ratio:.2f}: {best.pruning} {how} kept {best.avg_percent_as_printed:.1f} %."
 
 # %% ../nbs/30_advice.ipynb #cell-036
-COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery", "train", "fraction", "avg_percent", "low", "high", "n", "seeds", "behind", "tied"]
+COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery", "train", "fraction", "avg_percent", "low", "high", "n", "seeds", "behind", "tied", "open"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def answer(frame: pd.DataFrame, model: str, ratio: float, data: float, training:
     rows = ranked(frame, model, ratio, data, training)
     best = rows.iloc[0]
     kept = f"It kept {best.avg_percent:.1f} % [{best.low:.1f}, {best.high:.1f}] of the original ({basis(frame[frame.model == model])})."
-    parts = [f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best)}. {kept}", say_ties(rows), say_warnings(rows, ratio, data, training),
+    parts = [f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best, load_profile(profile).width.shape)}. {kept}", say_ties(rows), say_warnings(rows, ratio, data, training),
              say_printed(model, ratio, training, profile)]
     return Advice(best[SETTING].to_dict(), " ".join(p for p in parts if p), rows[COLUMNS].head(8))
 

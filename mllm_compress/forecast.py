@@ -46,7 +46,7 @@ def samples_of(training: Training) -> int:
 
 # %% ../nbs/23a_forecast.ipynb #cell-011
 SPEED = 1e14  # operations a second
-ASSUMED = ("estimates, nothing measured: 100 trillion operations a second, one image and 256 text tokens per training sample, 64 per question with 8 new tokens; "
+ASSUMED = ("estimates, nothing measured: 100 trillion operations a second (also for answers token by token, which flatters evaluation), one image and 256 text tokens per training sample, 64 per question with 8 new tokens; "
            "memory from a dry run without data, one pass, teacher beside the student; loading, images and waiting not counted")
 
 

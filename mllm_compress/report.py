@@ -36,8 +36,8 @@ class Table:
         "True where a value is the best of its group."
         if column not in self.best: return pd.Series(False, self.frame.index)
         values = pd.to_numeric(self.frame[column], errors="coerce").round(self.digits)
-        by = [self.frame[c] for c in self.best[column]]
-        return values.notna() & (values == (values.groupby(by).transform("max") if by else values.max()))
+        groups = values.groupby([self.frame[c] for c in self.best[column]] or (lambda _: 0))
+        return (values == groups.transform("max")) & (groups.transform("count") > 1)
 
 # %% ../nbs/26_report.ipynb #cell-007
 def _text(value, digits: int) -> str:
@@ -102,7 +102,7 @@ def basis(frame: pd.DataFrame, # of `study.run`
     n = int(done.drop_duplicates(["model", "benchmark"]).groupby("model").n.sum().max())
     seeds = done[done.pruning != "none"].seed.nunique() or 1
     failed = len(frame[frame.status != "done"])
-    return (f"n = {n:,} questions per model, {seeds} seed{'s' * (seeds > 1)}, profile {', '.join(sorted(set(done.profile)))}"
+    return (f"n = {n:,} questions per model, {seeds} seeds" if seeds > 1 else f"n = {n:,} questions per model, 1 seed (intervals cover questions only)") + (f", profile {', '.join(sorted(set(done.profile)))}"
             + (f"; {failed} cells FAILED" if failed else ""))
 
 # %% ../nbs/26_report.ipynb #cell-021
@@ -131,9 +131,9 @@ class Verdict:
 # %% ../nbs/26_report.ipynb #cell-025
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
-    parts = []
+    parts, most = [], max((e.seeds for e in v.effects.values()), default=0)
     for w in WORDS:
-        where = [f"{name} ({e:+1})" for name, e in v.effects.items() if word(e) == w]
+        where = [f"{name} ({e:+1}{f', {e.seeds} seed' + 's' * (e.seeds > 1) if e.seeds < most else ''})" for name, e in v.effects.items() if word(e) == w]
         if where: parts.append(f"{w} for {'; '.join(where)}")
     details = ". ".join(p[0].upper() + p[1:] for p in parts) or "Nothing was measured"
     share = f" ({sum(word(e) == WORDS[0] for e in v.effects.values())} of {len(v.effects)} settings)"
@@ -166,6 +166,7 @@ def score_table(rows: pd.DataFrame,  # of `effects.summary`
     order = rows.assign(rank=rows.model.map(setup.models.index)).sort_values(["rank", "requested_ratio"], kind="stable")
     order = order.assign(pruning=order.pruning.replace("none", "original"), requested=order.requested_ratio.map("{:.2f}".format),
                          achieved=order.achieved_ratio.map(lambda r: f"{r:.3f}" if r == r else "–")).rename(columns={"avg_percent": "AVG-%"})
+    order.loc[order.pruning == "original", ["low", "high"]] = np.nan
     return order.reindex(columns=["model", "requested", "pruning", *columns, "achieved", *setup.evaluation.benchmarks, "AVG-%", "low", "high"])
 
 # %% ../nbs/26_report.ipynb #cell-036
@@ -186,6 +187,8 @@ def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed m
                 line(ax, [0, *g.achieved_ratio], [start, *g[value]], name, **band)
                 ends[model][name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
             ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
+        top, bottom = max(start, rows[value].max()), min(start, rows[value].min())
+        axes[0].set_ylim(max(axes[0].get_ylim()[0], 0), top + .05 * max(top - bottom, 1))
         for ax, model in zip(axes, models): label_ends(ax, ends[model])  # the panels share a scale, which only now is final
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
@@ -209,7 +212,8 @@ def _side_by_side(ax, effects: dict, # (ratio, method) -> Estimate
 def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
                            ylabel: str):  # of what more than what
     "How much more each method keeps: a panel per model, methods side by side at each ratio."
-    fig, axes = panels(len(effects), sharex=False)
+    wide = max((len(found) for found in effects.values()), default=0) > 12
+    fig, axes = panels(len(effects), columns=1 if wide else 2, sharex=False)
     bounds = [b for found in effects.values() for e in found.values() if e.value == e.value for b in (e.low, e.high)]
     low, high = min([-.5, *bounds]), max([.5, *bounds])
     with page():
@@ -217,7 +221,7 @@ def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
         for ax, (model, found) in zip(axes, effects.items()):
             ax.axhline(0, color=GREY, linewidth=1)
             ends = _side_by_side(ax, found)
-            ax.set(title=model, xlabel="requested ratio")
+            ax.set(title=model, xlabel="requested ratio", ylabel=ylabel if wide else ax.get_ylabel())
             ax.grid(axis="x", visible=False)
             label_ends(ax, ends)
     return fig, axes

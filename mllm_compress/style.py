@@ -105,11 +105,15 @@ def _top(group, gap): return group[1] + (len(group[0]) - 1) / 2 * gap
 
 # %% ../nbs/24_style.ipynb #cell-027
 def line(ax, x, y, name,      # a key of LOOKS, or a look
-         low=None, high=None): # interval of each y
+         low=None, high=None, # interval of each y
+         hollow=None):        # bool for each point
     "One method's line with its interval."
     m = look(name)
-    ax.plot(x, y, color=m.color, marker=m.marker, linestyle=m.line, markeredgecolor="white", markeredgewidth=.6, clip_on=False, zorder=3)
+    rim = m.color if m.marker in "x+" else "white"
+    ax.plot(x, y, color=m.color, marker=m.marker, linestyle=m.line, markeredgecolor=rim, markeredgewidth=.6 if rim == "white" else 1.2, clip_on=False, zorder=3)
     if low is not None: ax.fill_between(x, low, high, color=m.color, alpha=.15, linewidth=0)
+    if hollow is not None and any(hollow):
+        ax.plot(*zip(*[(a, b) for a, b, h in zip(x, y, hollow) if h]), marker=m.marker, linestyle="none", markerfacecolor="white", markeredgecolor=m.color, clip_on=False, zorder=4)
 
 # %% ../nbs/24_style.ipynb #cell-029
 def label_ends(ax, ends: dict, # method or look -> (x, y) of its last point

@@ -49,6 +49,14 @@ def test_ties_are_said_and_the_cheapest_is_named(ask):
     assert "tie" not in ask(ratio=.6).text
 
 
+def test_who_is_far_behind_with_a_wide_interval_is_not_offered_as_cheap(ask):
+    seeds = lambda rows: [row | {"seed": s} for s, row in enumerate(rows)]
+    noisy = [made(), *seeds([made("layerwise", .3, .95, "sft", .05)] * 3), *seeds([made("widthwise", .3, w) for w in (.5, .9, .97)])]
+    given = ask(rows=noisy, ratio=.3)
+    assert given.rows.tied.tolist() == [True, False] and given.rows.open.tolist() == [False, True]
+    assert "keeps 16.0 [" in given.text and "not told apart by these seeds" in given.text and "tie" not in given.text and "cheapest" not in given.text
+
+
 def test_cautions(ask):
     assert "heavy loss" in ask(ratio=.6).text and "heavy loss" not in ask(ratio=.3).text
     assert "next larger step" in ask(ratio=.45).text

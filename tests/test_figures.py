@@ -36,8 +36,10 @@ def test_answers_are_marked_by_a_sign_not_by_colour():
 
 def test_the_guide_says_how_the_papers_choice_did():
     agreement = defined_in("08_guide", "agreement", pd=pd)["agreement"]
-    found = pd.DataFrame({"pruning": ["layerwise", "widthwise", "random"], "tied": [True, True, False]})
-    assert [agreement(found, p) for p in ("layerwise", "widthwise", "random", "other")] == ["same", "tied", "behind", "not studied"]
+    found = pd.DataFrame([("layerwise", "sft", True, False), ("widthwise", "sft", True, False), ("random", "sft", False, True), ("bad", "sft", False, False), ("untrained", "none", False, False)],
+                         columns=["pruning", "recovery", "tied", "open"])
+    assert [agreement(found, p, True) for p in ("layerwise", "widthwise", "random", "bad", "untrained")] == ["same", "tied", "open", "behind", "not studied"]
+    assert agreement(found[found.pruning == "layerwise"], "layerwise", True) == agreement(found.iloc[[0, 4]], "layerwise", True) == "no rival"
 
 
 def test_saved_time_is_not_moved_by_an_outlier():

@@ -13,12 +13,21 @@ def test_readme_is_the_index_notebook():
             for line in "".join(cell["source"]).replace("](../", "](").splitlines(): assert line in readme, line
 
 
+def test_readme_shows_what_the_index_notebook_shows():
+    readme = (ROOT / "README.md").read_text()
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
+    shown = ["".join(o["data"]["text/markdown"]) for c in cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    assert len(shown) == 3 and "## Four lines" in readme
+    for text in shown:
+        for line in text.replace("](../", "](").splitlines(): assert line in readme, line
+
+
 def test_readme_tells_the_verdicts_of_the_results():
     "Claim, word, and the effects at both ends, as the committed results have them."
     readme = (ROOT / "README.md").read_text()
     for name in ("02_pruning-verdict", "06_best-verdict", "06_best-recovery"):
         verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
-        row = next(line for line in readme.splitlines() if line.startswith(f"| {verdict['claim'].rstrip('.')} |"))
+        row = next(line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line)
         ends = [f(verdict["effects"].values(), key=lambda e: e["value"]) for f in (min, max)]
         assert f"**{verdict['word']}**" in row and all(f"{e['value']:+.1f} [{e['low']:.1f}, {e['high']:.1f}]" in row for e in ends)
     assert verdict["sentence"].rsplit("intervals; ", 1)[1].rstrip(".") in readme  # n, seeds and profile

@@ -18,8 +18,16 @@ TABLE = Table(FRAME, "Kept, in %.", {"AVG-%": ["model"]}, once=("model",))
 
 
 def test_best_is_marked_per_group_after_rounding():
-    assert TABLE.marked("AVG-%").tolist() == [True, True, True, False]  # 97.1 and 97.1 read the same
-    assert to_markdown(TABLE).count("**") == 6
+    assert TABLE.marked("AVG-%").tolist() == [True, True, False, False]  # 97.1 and 97.1 read the same; 90.0 has no rival
+    assert to_markdown(TABLE).count("**") == 4
+
+
+def test_what_rests_on_fewer_seeds_says_so():
+    rows = pd.DataFrame([{"status": "done", "model": "m", "benchmark": "b", "n": 100, "pruning": "layerwise", "seed": s, "profile": "p"} for s in range(3)])
+    assert report.basis(rows) == "n = 100 questions per model, 3 seeds, profile p"
+    assert report.basis(rows[rows.seed == 0]) == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
+    text = sentence(Verdict("A.", {"here": Estimate(2, 1, 3, 100, 3), "there": Estimate(4, 3, 5, 100, 1)}, ""))
+    assert "here (+2.0 [1.0, 3.0])" in text and "there (+4.0 [3.0, 5.0], 1 seed)" in text
 
 
 def test_latex_is_escaped_and_booktabs():
