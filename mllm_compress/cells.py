@@ -8,6 +8,7 @@ __all__ = ['IMPORTANCE', 'PROFILES', 'DTYPES', 'check_recovery', 'Cell', 'canoni
            'training_of', 'recovery_of', 'asked']
 
 # %% ../nbs/21_cells.ipynb #cell-003
+import numbers
 import os
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from importlib.resources import files
@@ -30,6 +31,13 @@ IMPORTANCE = {"none": ("none",),
 def _one_of(what: str, given, allowed) -> None:
     "ValueError where a word is not in the vocabulary."
     if given not in allowed: raise ValueError(f"Unknown {what} {given!r}: use one of {', '.join(map(str, allowed))}.")
+
+
+def _number(what: str, given, kind: type):
+    "A number as Python's own; ValueError for anything else."
+    fits = isinstance(given, numbers.Integral if kind is int else numbers.Real) and not isinstance(given, bool)
+    if not fits: raise ValueError(f"{what} must be {'a whole number' if kind is int else 'a number'}, not {given!r}.")
+    return kind(given)
 
 
 def check_recovery(recovery: str, # "none" or losses joined by plus signs
@@ -59,6 +67,7 @@ class Cell:
         _one_of(f"importance for {self.pruning} pruning", self.importance, IMPORTANCE[self.pruning])
         _one_of("train", self.train, TRAIN)
         check_recovery(self.recovery)
+        for name, kind in (("ratio", float), ("fraction", float), ("seed", int)): object.__setattr__(self, name, _number(name, getattr(self, name), kind))
         if not 0 <= self.ratio < .95: raise ValueError(f"Ratio {self.ratio} is outside [0, 0.95).")
         if (self.pruning == "none") != (self.ratio == 0): raise ValueError(
             f"Ratio {self.ratio} does not fit pruning {self.pruning!r}: 0 belongs to 'none', and only to it.")
@@ -203,8 +212,10 @@ def load_profile(name, # the name of a shipped profile, a path to a YAML file, o
     path = PROFILES / f"{name}.yaml" if str(name) in profile_names() else Path(name) if Path(name).is_file() else home() / name
     if path.suffix != ".yaml" or not path.is_file(): raise ValueError(
         f"Unknown profile {str(name)!r}: use {', '.join(profile_names())}, or a path to a .yaml file.")
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return _checked(read_strictly(Profile, {"name": path.stem, **(data or {})}, f"profile {path.stem}"))
+    try: data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error: raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict): raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
+    return _checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
 
 # %% ../nbs/21_cells.ipynb #cell-034
 DTYPES = ("", "float32", "bfloat16", "float16")
@@ -224,6 +235,8 @@ def recovery_of(model: str, profile: Profile) -> dict:
 # %% ../nbs/21_cells.ipynb #cell-037
 def _checked(profile: Profile) -> Profile:
     "The profile, if its numbers can be used."
+    for name, kind in (("ratios", float), ("fractions", float), ("seeds", int)):
+        for value in getattr(profile, name): _number(f"profile {profile.name}: each of {name}", value, kind)
     for r in profile.ratios:
         if not 0 < r < .95: raise ValueError(f"profile {profile.name}: ratio {r} is outside (0, 0.95).")
     for f in profile.fractions:
@@ -239,6 +252,7 @@ def _checked(profile: Profile) -> Profile:
     for model in profile.per_model: training_of(model, profile)
     if profile.processes < 1 or profile.slurm.gpus % profile.processes: raise ValueError(
         f"profile {profile.name}: processes is {profile.processes} and a Slurm job gets {profile.slurm.gpus} GPUs: give each process one.")
+    if profile.workers < 0: raise ValueError(f"profile {profile.name}: workers is {profile.workers}: say how many, or 0 for one per GPU or per core.")
     if profile.dtype not in DTYPES: _one_of("dtype", profile.dtype, DTYPES[1:])
     if not profile.models or not profile.seeds: raise ValueError(f"profile {profile.name}: models and seeds must not be empty.")
     return profile

@@ -37,6 +37,8 @@ def thinned(kinds: list,   # what is compared: losses, or fractions
            ) -> tuple:     # two lists of (kind, ratio, seed): what is run, and what is left out
     "The full grid, split by what is asked for."
     if unknown := [k for k in fewer if k not in kinds]: raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
+    for kind, own in fewer.items():
+        if not isinstance(own, dict) or set(own) - {"ratios", "seeds"}: raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {own!r}.")
     full, all_of = [(k, r, s) for k in kinds for r in ratios for s in seeds], {"ratios": ratios, "seeds": seeds}
     run = [(k, r, s) for k, r, s in full if r in (own := all_of | fewer.get(k, {}))["ratios"] and s in own["seeds"]]
     return run, [point for point in full if point not in run]
