@@ -12,9 +12,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -38,18 +39,18 @@ def name_of(cell: Cell, profile: Profile) -> str:
 # %% ../nbs/22a_executors.ipynb #cell-007
 def complete(cell: Cell, profile: Profile, results: Store, device: str = "cpu") -> tuple: # (status, message)
     "Make sure that a cell's result is in the store: done, busy (another run has it) or failed."
-    name = name_of(cell, profile)
-    with store.lock(results, name) as ours:
-        if not ours: return "busy", ""
-        if store.read(results, name) is not None: return "done", ""
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()} on {device}", flush=True)
-        try:
+    try:
+        name = name_of(cell, profile)
+        with store.lock(results, name) as ours:
+            if not ours: return "busy", ""
+            if store.read(results, name) is not None: return "done", ""
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()} on {device}", flush=True)
             store.write(results, identity(cell, profile), compute(cell, profile, results, device))
             shutil.rmtree(checkpoints_of(name, results), ignore_errors=True)
             return "done", ""
-        except Exception as error:
-            traceback.print_exc()
-            return "failed", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        with suppress(OSError): traceback.print_exc()  # on a full disk there is no log
+        return "failed", f"{type(error).__name__}: {error}"
 
 # %% ../nbs/22a_executors.ipynb #cell-009
 def complete_logged(cell: Cell, profile: Profile, results: Store, device: str = "cpu") -> tuple: # as `complete`
@@ -62,22 +63,37 @@ def complete_logged(cell: Cell, profile: Profile, results: Store, device: str = 
     return answer
 
 # %% ../nbs/22a_executors.ipynb #cell-013
+def _end_with_master(master: int) -> None:
+    "End this process as soon as another has become its parent."
+    while os.getppid() == master: time.sleep(1)
+    os._exit(1)
+
+
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: cells in, (status, message) out, until the pipe closes."
     torch.set_num_threads(1)
     results = Store(folder)
+    threading.Thread(target=_end_with_master, args=(multiprocessing.parent_process().pid,), daemon=True).start()
     while True:
         try: pipe.send(complete_logged(pipe.recv(), profile, results, device))
         except (EOFError, BrokenPipeError): return
 
 # %% ../nbs/22a_executors.ipynb #cell-015
+def _cores() -> int:
+    "How many cores this process may use: by affinity, and by the quota of its control group."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try: quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError): return cores
+    return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
+
+
 def devices(workers: int = 0,   # as many; 0: one per GPU, or per core
             processes: int = 1, # that train a cell together
            ) -> list:
     "The device of each worker: its first GPU."
+    if workers < 0: raise ValueError(f"workers is {workers}: say how many, or 0 for one per GPU or per core.")
     gpus = torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    places = max(1, (gpus or cores) // processes)
+    places = max(1, (gpus or _cores()) // processes)
     return [f"cuda:{i % places * processes}" if gpus else "cpu" for i in range(workers or places)]
 
 
@@ -134,7 +150,8 @@ class Worker:
         try: return cell, *self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return cell, "died", f"the worker died (exit code {self.process.exitcode}): out of memory, or killed"
+            why = "out of memory, or killed" if (self.process.exitcode or 0) < 0 else "see its log"
+            return cell, "died", f"the worker died (exit code {self.process.exitcode}): {why}"
 
     def stop(self) -> None:
         "End the process; a cell in its hands is dropped."
@@ -146,10 +163,13 @@ class Worker:
 def inline(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in this process, one after another."
     check_gpus(profile)
-    for cell in cells:
+    waiting = list(cells)
+    while waiting:
+        cell = waiting.pop(0)
         with open(results.log(name_of(cell, profile)), "a") as log, redirect_stdout(log), redirect_stderr(log):
-            answer = complete(cell, profile, results, devices(1, profile.processes)[0])
-        yield cell, *answer
+            status, message = complete(cell, profile, results, devices(1, profile.processes)[0])
+        if status == "busy": waiting.append(cell); time.sleep(1)  # another run has it; its result will be ours
+        else: yield cell, status, message
 
 # %% ../nbs/22a_executors.ipynb #cell-026
 def kin(cell: Cell) -> tuple: # equal for cells that share a teacher's targets

@@ -29,6 +29,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from .cells import Cell, Profile, Slurm, load_profile
 from .executors import complete_logged, devices, name_of
+from .experiment import settled
 from .store import Store, write_atomically
 
 # %% ../nbs/22b_slurm.ipynb #cell-005
@@ -79,7 +80,7 @@ def write_array(jobs: list, profile: Profile, results: Store) -> Path: # its fol
     "Write what the jobs of an array need to know."
     folder = results.folder.resolve() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     folder.mkdir(parents=True)
-    (folder / "profile.yaml").write_text(yaml.safe_dump(asdict(profile), sort_keys=False), encoding="utf-8")
+    (folder / "profile.yaml").write_text(yaml.safe_dump(asdict(settled(profile)), sort_keys=False), encoding="utf-8")
     named = [{name_of(cell, profile): asdict(cell) for cell in job} for job in jobs]
     (folder / "jobs.json").write_text(json.dumps({"store": str(results.folder.resolve()), "jobs": named}, indent=1), encoding="utf-8")
     return folder
@@ -91,7 +92,7 @@ def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None
         name = next(iter(waiting))
         cell = waiting.pop(name)
         try: status, message = complete_logged(Cell(**cell), profile, results, devices(1, profile.processes)[0])
-        except TimeIsUp: waiting[name] = cell; raise
+        except TimeIsUp: waiting[name] = cell; raise TimeIsUp(name) from None
         if status == "busy": waiting[name] = cell; time.sleep(2)
         else: write_atomically(folder / f"{name}.json", json.dumps([status, message]))
 
@@ -110,17 +111,17 @@ def serve(folder) -> None:
     signal.signal(signal.SIGUSR2, _time_is_up)
     torch.set_num_threads(profile.slurm.cpus)
     try: _work(folder, waiting, profile, Store(asked["store"]))
-    except TimeIsUp:
-        if len(waiting) == before: _give_up(folder, waiting)
+    except TimeIsUp as over:
+        if len(waiting) == before and over.args: _give_up(folder, waiting, *over.args)
         if waiting: subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
 # %% ../nbs/22b_slurm.ipynb #cell-023
 def _time_is_up(*_): raise TimeIsUp
 
 
-def _give_up(folder: Path, waiting: dict) -> None:
+def _give_up(folder: Path, waiting: dict, name: str) -> None:
     "Report the cell in hand as one that a job's time is too short for."
-    name, _ = waiting.popitem()
+    del waiting[name]
     why = "TimeIsUp: a job's time is too short for this cell: raise minutes or training_minutes in the profile's slurm section"
     write_atomically(folder / f"{name}.json", json.dumps(["failed", why]))
 
@@ -140,7 +141,7 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     return array
 
 # %% ../nbs/22b_slurm.ipynb #cell-029
-POLL, PATIENCE = 10.0, 3  # seconds between looks; looks for which a job may be missing from the queue, as while it is requeued
+POLL, PATIENCE = 10.0, 12  # seconds between looks; looks for which a job may be missing from the queue
 
 
 def queue(): # set of ids, as "1234_0"; None where the cluster does not answer
@@ -149,10 +150,19 @@ def queue(): # set of ids, as "1234_0"; None where the cluster does not answer
     return set(asked.stdout.split()) if asked.returncode == 0 else None
 
 # %% ../nbs/22b_slurm.ipynb #cell-031
+def _patient_queue() -> set:
+    "`queue`, asked several times; ValueError where the cluster stays silent."
+    for _ in range(6):
+        if (alive := queue()) is not None: return alive
+        time.sleep(POLL)
+    raise ValueError("Slurm does not answer (squeue fails): nothing was submitted; give the same command again later.")
+
+
 def in_queue(names: set, results: Store) -> list: # of Array
     "Arrays of earlier runs with jobs in the queue that will still compute some of these cells."
-    alive, found = queue() or set(), []
-    for mark in sorted((results.folder / "slurm").glob("*/array.json")):
+    found, marks = [], sorted((results.folder / "slurm").glob("*/array.json"))
+    alive = _patient_queue() if marks else set()
+    for mark in marks:
         array = Array(mark.parent, **json.loads(mark.read_text(encoding="utf-8")))
         wanted = {n for job in array.jobs for n in job if n in names and array.job(n) in alive and array.answer(n) is None}
         if wanted: found.append(Array(array.folder, array.id, [[n for n in job if n in wanted] for job in array.jobs]))
