@@ -7,6 +7,7 @@ __all__ = ['app', 'Model', 'Out', 'Device', 'DataFile', 'Images', 'Scenes', 'stu
            'convert', 'score', 'prune', 'recover', 'evaluate', 'gpu_check', 'report']
 
 # %% ../nbs/31_cli.ipynb #cell-003
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -19,9 +20,14 @@ app = typer.Typer(help="Structural pruning and recovery for multimodal language 
                   pretty_exceptions_enable=False)
 
 # %% ../nbs/31_cli.ipynb #cell-005
+def _stop(*_): raise KeyboardInterrupt
+
+
 @contextmanager
 def _politely():
     "Show expected errors as messages."
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if here else None
     try: yield
     except (ValueError, FileNotFoundError, OSError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
@@ -29,6 +35,8 @@ def _politely():
     except KeyboardInterrupt:
         typer.secho("Stopped. Finished results are kept; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None
+    finally:
+        if here: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../nbs/31_cli.ipynb #cell-007
 Model = Annotated[str, typer.Argument(help="A name (see `models`), a folder, or a hub id.")]
@@ -52,7 +60,7 @@ def study(profile: Annotated[str, typer.Option(help="Scale of the study, or a pa
         from mllm_compress import notebooks, runner
         if status: return runner.show_status(profile)
         given = dict(map(notebooks.parse_parameter, parameter))
-        if dry_run: return runner.dry_run(profile, only, given)
+        if dry_run: return runner.dry_run(profile, only, given, workers)
         raise typer.Exit(runner.run_study(profile, only, given, executor, workers))
 
 # %% ../nbs/31_cli.ipynb #cell-011
@@ -183,7 +191,7 @@ def prune(model: Model, out: Out, scores: Annotated[Path, typer.Option(help="Fol
 def recover(model: Annotated[str, typer.Argument(help="Folder that `prune` wrote.")], teacher: Annotated[str, typer.Option(help="The dense model.")], out: Out,
             losses: Annotated[str, typer.Option(help="Joined by plus signs, equal weights.")] = "sft+hidden_kd",
             train: Annotated[str, typer.Option(help="projector+lm or projector.")] = "projector+lm",
-            fraction: Annotated[float, typer.Option(help="Of the data.")] = .05, epochs: float = 1.0, lr: Annotated[float, typer.Option(help="0: tuned.")] = 0.0,
+            fraction: Annotated[float, typer.Option(help="Of the data.")] = .05, epochs: float = 1.0, lr: Annotated[float, typer.Option(help="0: 1e-3, for the projector alone 2e-3, with LoRA 2e-5.")] = 0.0,
             recipe: Annotated[str, typer.Option(help="llava, bunny or internvl: the study's options for that model, LoRA and bfloat16 among them.")] = "",
             batch_size: Annotated[int, typer.Option(help="Samples per step; 0: 32.")] = 0, passes: Annotated[int, typer.Option(help="Forward passes per step; 0: as fits the device.")] = 0,
             seed: int = 0, data: DataFile = "small", image_root: Images = "", scenes: Scenes = 40_000, device: Device = "cpu"):

@@ -8,6 +8,7 @@ __all__ = ['TYPES', 'notebooks', 'choose', 'Parameter', 'parameters_of', 'check_
 
 # %% ../nbs/27_notebooks.ipynb #cell-003
 import ast
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,7 +87,8 @@ def parse_parameter(text: str, # as "seeds=[0,1,2]"
     "A parameter from the command line; the value is read as YAML."
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier(): raise ValueError(f"A parameter is written NAME=VALUE, as seeds=[0,1,2], not {text!r}.")
-    return name.strip(), yaml.safe_load(value)
+    try: return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error: raise ValueError(f"The value of {name.strip()} cannot be read: {value!r}. Write NAME=VALUE, as seeds=[0,1,2].") from error
 
 # %% ../nbs/27_notebooks.ipynb #cell-020
 def cells_of(nb, given: dict = {}) -> list: # of Cell; empty where a notebook has no grid
@@ -99,9 +101,9 @@ def cells_of(nb, given: dict = {}) -> list: # of Cell; empty where a notebook ha
     return space.get("cells", [])
 
 # %% ../nbs/27_notebooks.ipynb #cell-023
-def made_from(nb, given: dict, names: list) -> str:
+def made_from(nb, given: dict, names: list, profile) -> str:
     "A name for everything that an executed notebook shows, given the names of the results it reads."
-    anywhere = replace(load_profile(given["profile"]), workers=0, slurm=Slurm(), folders={}, towers={})
+    anywhere = replace(load_profile(profile), workers=0, slurm=Slurm(), folders={}, towers={})
     return fingerprint({"source": [c.source for c in nb.cells], "parameters": given, "code": store.code_fingerprint("study", "report", "cost", "checkpoint", "claims", "advice"),
                         "results": names, "profile": repr(anywhere)})
 
@@ -113,11 +115,13 @@ def is_current(path: Path, name: str) -> bool:
     return mark.get("made_from") == name and all((path.parent / f).exists() for f in mark.get("files", []))
 
 # %% ../nbs/27_notebooks.ipynb #cell-025
-def execute(name: str, nb_path: Path, given: dict) -> Path:
+def execute(name: str, nb_path: Path, given: dict,
+            profile="", # where it is left; empty: what it is given
+           ) -> Path:
     "Run a notebook with papermill, where that is needed, and leave it in figures/PROFILE/."
-    nb, profile = nbformat.read(nb_path, 4), load_profile(given["profile"])
+    nb, profile = nbformat.read(nb_path, 4), load_profile(profile or given["profile"])
     names, results = sorted({name_of(c, profile) for c in cells_of(nb, given)}), results_of(profile)
-    target, mark = home() / "figures" / profile.name / f"{name}.ipynb", made_from(nb, given, names)
+    target, mark = home() / "figures" / profile.name / f"{name}.ipynb", made_from(nb, given, names, profile)
     target.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(results, f"notebook-{name}", wait=True):
         if is_current(target, mark): return target
@@ -131,10 +135,15 @@ def execute(name: str, nb_path: Path, given: dict) -> Path:
 # %% ../nbs/27_notebooks.ipynb #cell-027
 def _executed(path: Path, part: Path, given: dict):
     "The notebook after papermill has run it."
+    failed = part.with_name(part.name.replace(".part.", ".failed.").lstrip("."))
+    failed.unlink(missing_ok=True)
     try:
         papermill.execute_notebook(str(path), str(part), given, cwd=str(path.parent), progress_bar=False, kernel_name="python3",
                                    extra_arguments=["--log-level=40"])
         return tidied(nbformat.read(part, 4))
+    except Exception:
+        if part.exists(): os.replace(part, failed)
+        raise
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/27_notebooks.ipynb #cell-029

@@ -25,6 +25,13 @@ def test_models_are_listed():
     (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "ratio=[0.3]", "--dry-run"), "ratios: list = []"),
     (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=0", "--dry-run"), "seeds must be of type list"),
     (("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
+    (("study", "--profile", "smoke", "-p", "ratios=[0.3"), "The value of ratios cannot be read"),
+    (("study", "--profile", "smoke", "-p", "profile=tiny"), "given by --profile"),
+    (("study", "--profile", "smoke", "-p", "ratios=[0.3]", "--dry-run"), "01_models: Unknown parameter"),
+    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "ratios=[a]", "--dry-run"), "ratio must be a number"),
+    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=[a]", "--dry-run"), "seed must be a whole number"),
+    (("study", "--profile", "smoke", "--only", "04_distillation", "-p", "fewer={sft: {ratio: [0.3]}}", "--dry-run"), "fewer: sft must hold ratios or seeds"),
+    (("study", "--profile", "smoke", "--only", "02_pruning", "--workers", "-1", "--dry-run"), "workers is -1"),
     (("advise", "--model", "m", "--ratio", "1.5"), "outside (0, 0.95)"),
     (("cost", "no-such-model"), "Unknown model 'no-such-model'"),
     (("score", "smoke-llava", "--out", "x", "--method", "luck"), "use one of"),
@@ -68,7 +75,7 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
     frame = pd.DataFrame([made("none", 0., 1.), made("layerwise", .3, .7), made("widthwise", .3, .9)])
     monkeypatch.setattr(advice, "evidence", lambda profile: frame)
     text = ask("advise", "--model", "m", "--ratio", ".3", "--no-training")
-    assert "prune widthwise" in text.split(".")[0] + text.split(".")[1] and "kept 90.0 %" in text and "+20.0" in text
+    assert "prune widthwise" in text.split(".")[0] + text.split(".")[1] and "kept 90.0 %" in text and "keeps 20.0 [" in text
     assert "Nothing was studied within" in ask("advise", "--model", "m", "--ratio", ".8", "--no-training", code=2)
 
 

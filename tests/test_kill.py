@@ -170,11 +170,22 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process(checkout, whole, where):
     assert not list((checkout / "figures").rglob("*.part*"))
 
 
+@linux
+@pytest.mark.parametrize("which, code", [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_who_ends_the_master_alone_ends_its_workers(checkout, which, code):
+    run = Run(checkout)
+    assert soon(lambda: results(checkout) or run.ended(), 200)
+    os.kill(run.pid, which)  # as `kill` or a batch system does: the workers do not hear it
+    text = run.says(code)
+    assert "Traceback" not in text and ("Stopped. Finished results are kept" in text) == (which == signal.SIGTERM)
+    assert soon(lambda: not alive(checkout), 20), alive(checkout)
+
+
 def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     bad = [Cell("smoke-llava", "widthwise", .94), *(Cell("smoke-llava", "layerwise", r) for r in (.3, .45))]
     monkeypatch.setattr(runner, "cells_of_plan", lambda _: bad)
-    monkeypatch.setattr(runner, "run_notebooks", lambda _: [])
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_: [])
     monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
     assert runner.run_study("small.yaml", executor="inline") == 1
     text = capsys.readouterr().out
@@ -190,6 +201,43 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     assert plan.count("  cached ") == 2 and plan.count("  missing ") == 1 and "3 cells, 1 missing: about" in plan and "of memory for each" in plan
     runner.show_status("small.yaml")
     assert "2 results of profile small" in capsys.readouterr().out
+
+
+def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(checkout, monkeypatch, capsys):
+    monkeypatch.chdir(checkout)
+    bad, told = Cell("smoke-llava", "widthwise", .94), {}
+    monkeypatch.setattr(runner, "cells_of_plan", lambda _: [bad])
+    monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
+
+    def notebook(name, path, values, profile):
+        monkeypatch.setattr(study, "EXECUTORS", {"inline": lambda cells, *_: ((c, "failed", "tried") for c in cells)})
+        told["frame"] = study.run([bad, Cell("smoke-llava", "layerwise", .3)], profile, quiet=True)
+        raise RuntimeError("Kernel died")
+
+    monkeypatch.setattr(runner, "execute", notebook)
+    assert runner.run_study("small.yaml", executor="inline") == 1
+    bad_error, new_error = told["frame"].set_index("pruning").error[["widthwise", "layerwise"]]
+    assert "ValueError" in bad_error and new_error == "tried"  # what nobody has tried is computed, where the rest was
+    text = capsys.readouterr().out
+    assert "PROBLEM: some cells failed" in text and "PROBLEM: 01_table failed: RuntimeError: Kernel died" in text
+    assert study.TOLD not in os.environ
+    with pytest.raises(ValueError, match="given by --profile"): runner.plan_study("small.yaml", given={"profile": "tiny"})
+    with pytest.raises(ValueError, match="^01_table: Unknown parameter 'seeds'"): runner.plan_study("small.yaml", given={"seeds": [0]})
+
+
+def test_a_failed_notebook_is_kept_under_another_name(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    nb = nbformat.read("nbs/study/01_table.ipynb", 4)
+    nb.cells = nb.cells[:2] + [new_code_cell("print('so far')"), new_code_cell("1 / 0")]
+    nbformat.write(nb, "nbs/study/01_table.ipynb")
+    plan = runner.plan_study("small.yaml")
+    problem, = runner.run_notebooks(plan, "small.yaml")
+    assert "ZeroDivisionError" in problem and not Path("figures/small/01_table.ipynb").exists()
+    assert "so far" in Path("figures/small/01_table.failed.ipynb").read_text() and not list(Path("figures/small").glob(".*"))
+    nb.cells[-1].source = "1 / 1"
+    nbformat.write(nb, "nbs/study/01_table.ipynb")
+    assert runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml") == []
+    assert [p.name for p in Path("figures/small").glob("*.ipynb")] == ["01_table.ipynb"]
 
 
 def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, capsys):

@@ -146,3 +146,29 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
     path.write_text(text + "slurm: {gpus: 1, minutes: 30}\n")
     assert load_profile(path).slurm == Slurm(gpus=1, minutes=30)
     assert executors.name_of(CELLS[1], load_profile(path)) == executors.name_of(CELLS[1], load_profile("smoke"))
+
+
+def test_a_cell_that_another_run_has_never_fails_for_want_of_time(cluster, monkeypatch):
+    results, commands = study.results_of(SMOKE), []
+    folder = slurm.write_array([CELLS[:2]], SMOKE, results)
+    monkeypatch.setattr(slurm, "complete_logged", lambda *_: ("busy", ""))
+    monkeypatch.setattr(slurm.time, "sleep", slurm._time_is_up)  # the signal comes while the job waits for the other run
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(slurm.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    slurm.serve(folder)
+    assert commands == [["scontrol", "requeue", "123"]] and not [p for p in folder.glob("*.json") if p.name != "jobs.json"]
+
+
+def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
+    results = study.results_of(SMOKE)
+    (results.folder / "slurm/earlier").mkdir(parents=True)
+    (results.folder / "slurm/earlier/array.json").write_text('{"id": "7", "jobs": [["a"]]}')
+    monkeypatch.setattr(slurm, "POLL", 0)
+    answers = iter([None, None, {"7_0"}])
+    monkeypatch.setattr(slurm, "queue", lambda: next(answers))
+    array, = slurm.in_queue({"a"}, results)
+    assert array.id == "7"
+    monkeypatch.setattr(slurm, "queue", lambda: None)
+    with pytest.raises(ValueError, match="does not answer"): slurm.in_queue({"a"}, results)

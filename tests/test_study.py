@@ -61,6 +61,46 @@ def test_corrupt_result_is_named_moved_and_missing(tmp_path, damage):
     assert store.read(s, name)["result"] == {"score": 2.0}
 
 
+def test_a_result_that_was_made_anew_is_not_moved_aside(tmp_path, monkeypatch):
+    from contextlib import contextmanager
+    s = Store(tmp_path / "s")
+    name = store.write(s, {"a": 1}, {"score": 2.0})
+    good = s.file(name).read_text()
+    s.file(name).write_text("{")
+
+    @contextmanager
+    def late(*args, **kw):  # another run mends it while we wait
+        s.file(name).write_text(good)
+        yield True
+
+    monkeypatch.setattr(store, "lock", late)
+    assert store.read(s, name)["result"] == {"score": 2.0} and not list((s.folder / "corrupt").iterdir())
+    s.file(name).write_text("{")
+    monkeypatch.setattr(store, "lock", contextmanager(lambda *a, **k: iter([s.file(name).unlink()])))  # or has just moved it
+    assert store.read(s, name) is None
+
+
+def test_a_full_disk_leaves_no_part(tmp_path, monkeypatch):
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(OSError): store.write_atomically(tmp_path / "a.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_shared_work_is_made_again(tmp_path):
+    s, made = Store(tmp_path / "s"), []
+    def build(folder): made.append(1); (folder / "scores.bin").write_bytes(b"0" * 100)
+    folder = store.shared(s, {"w": 1}, build)
+    (folder / "scores.bin").write_bytes(b"0" * 10)
+    store._is_whole.cache_clear()
+    with pytest.warns(UserWarning, match="damaged"): again = store.shared(s, {"w": 1}, build)
+    assert len(made) == 2 and (again / "scores.bin").stat().st_size == 100 and list((s.folder / "corrupt").glob("shared-*"))
+    (again / "inputs.json").write_text('{"w": 1}')  # from before there were seals
+    store._is_whole.cache_clear()
+    store.shared(s, {"w": 1}, build)
+    assert len(made) == 2
+
+
 def test_a_result_in_another_ones_folder_is_not_believed(tmp_path):
     s = Store(tmp_path / "s")
     one, two = (store.write(s, {"a": i}, {"score": i}) for i in (1, 2))
@@ -98,12 +138,14 @@ def test_code_fingerprint_ignores_comments_and_sees_code():
 
 @pytest.mark.parametrize("wrong", [dict(pruning="depth", ratio=.3), dict(pruning="layerwise", ratio=1.0), dict(pruning="layerwise", ratio=0.0),
                                    dict(ratio=.3), dict(pruning="layerwise", ratio=.3, importance="taylor"), dict(recovery="sft+magic"),
-                                   dict(recovery="sft+sft"), dict(recovery="sft", train="vision"), dict(recovery="sft", fraction=0.0)])
+                                   dict(recovery="sft+sft"), dict(recovery="sft", train="vision"), dict(recovery="sft", fraction=0.0),
+                                   dict(seed="first"), dict(seed=True), dict(seed=1.5), dict(pruning="layerwise", ratio="a third")])
 def test_nonsense_cells_are_refused(wrong):
     with pytest.raises(ValueError): Cell("m", **wrong)
 
 
 def test_equal_experiments_have_one_name():
+    assert repr(Cell("m", "layerwise", np.float64(.3), recovery="sft", fraction=1, seed=np.int64(2))) == repr(Cell("m", "layerwise", .3, recovery="sft", fraction=1.0, seed=2))
     assert canonical(Cell("m", seed=3)) == canonical(Cell("m", fraction=.5, train="projector"))
     a, b = (Cell("smoke-llava", "layerwise", .3, recovery=r) for r in ("sft+hidden_kd", "hidden_kd+sft"))
     assert study.name_of(a, SMOKE) == study.name_of(b, SMOKE) != study.name_of(replace(a, seed=1), SMOKE)
@@ -118,6 +160,15 @@ def test_shipped_profiles_read(name):
     profile = load_profile(name)
     cell = Cell(profile.models[0], "widthwise", profile.ratios[0], recovery="sft+hidden_kd", fraction=profile.fractions[0])
     assert recovery_config(cell, profile).losses == {"sft": .5, "hidden_kd": .5} and profile.about
+
+
+@pytest.mark.parametrize("text, says", [("ratios: [0.3", "is not YAML"), ("- a\n- b", "must hold keys and values"), ("ratios: [a]", "each of ratios must be a number"),
+                                        ("seeds: [0.5]", "each of seeds must be a whole number"), ("workers: -1", "workers is -1")])
+def test_profiles_that_cannot_be_read(tmp_path, text, says):
+    path = tmp_path / "mine.yaml"
+    lines = [l for l in (executors.home() / "mllm_compress/profiles/smoke.yaml").read_text().splitlines() if l.split(":")[0] != text.split(":")[0]]
+    path.write_text(text if text.startswith("-") else "\n".join([*lines, text]))
+    with pytest.raises(ValueError, match=says): load_profile(path)
 
 
 def test_profile_with_a_typing_mistake(tmp_path):
@@ -181,6 +232,42 @@ def test_busy_cell_is_left_to_the_other_run(away):
     results = study.results_of(SMOKE)
     with store.lock(results, study.name_of(DENSE, SMOKE)): assert executors.complete(DENSE, SMOKE, results) == ("busy", "")
     assert executors.complete(DENSE, SMOKE, results) == ("done", "")
+
+
+def test_whatever_goes_wrong_is_a_failed_cell(away, monkeypatch):
+    results = study.results_of(SMOKE)
+    monkeypatch.setattr(executors.store, "read", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    word, message = executors.complete(DENSE, SMOKE, results)
+    assert word == "failed" and "No space left" in message
+
+
+def test_workers_are_counted():
+    with pytest.raises(ValueError, match="workers is -1"): executors.devices(-1)
+    with pytest.raises(ValueError, match="workers is -2"): study.run([DENSE], replace(SMOKE, workers=-2))
+    assert len(executors.devices(3)) == 3 and 1 <= executors._cores() <= os.cpu_count()
+
+
+def test_what_a_store_has_from_other_times_is_passed_over(away):
+    results = study.results_of(SMOKE)
+    assert executors.complete(DENSE, SMOKE, results)[0] == "done"
+    for cell in ({"model": "gone"}, {"model": "smoke-llava", "depth": 3}, {"model": "smoke-llava", "pruning": "odd"}): store.write(results, {"cell": cell}, {})
+    assert list(study.stored(SMOKE)) == [DENSE] and len(results.names()) == 4
+
+
+def test_a_tower_that_lies_elsewhere_is_part_of_the_name(tmp_path):
+    towers = [tmp_path / name for name in "ab"]
+    for tower in towers: tower.mkdir(); (tower / "weights").write_text(tower.name)
+    names = {study.name_of(LAYERS, replace(SMOKE, towers={"smoke-llava": str(t)} if t else {})) for t in (None, *towers)}
+    assert len(names) == 3
+
+
+def test_a_precision_left_open_is_settled_by_who_submits():
+    from mllm_compress.experiment import precision_here, settled
+    left_open = replace(SMOKE, recovery=SMOKE.recovery | {"precision": "fastest"}, per_model={"smoke-llava": {"recovery": {"precision": "fastest"}}})
+    found = settled(left_open)
+    assert found.recovery["precision"] == found.per_model["smoke-llava"]["recovery"]["precision"] == precision_here()
+    cell = replace(LAYERS, recovery="sft")
+    assert study.name_of(cell, found) == study.name_of(cell, left_open) and settled(SMOKE) == SMOKE
 
 
 # ---- effects
