@@ -53,11 +53,13 @@ def study(profile: Annotated[str, typer.Option(help="Scale of the study, or a pa
           parameter: Annotated[list[str], typer.Option("-p", help="NAME=VALUE, a parameter of the notebooks; may be repeated.")] = [],
           workers: Annotated[int, typer.Option(help="Processes; 0: one per core or GPU.")] = 0,
           executor: Annotated[str, typer.Option(help="local, slurm, or inline for debugging.")] = "local",
+          reuse: Annotated[Path, typer.Option(help="A results.zip of earlier figures: what is in it and still asked for is not computed again.")] = None,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be computed.")] = False,
           status: Annotated[bool, typer.Option("--status", help="Only list the results at hand.")] = False):
     "Compute what is missing, run the notebooks, make figures/PROFILE/index.html."
     with _politely():
         from mllm_compress import notebooks, runner
+        if reuse: runner.take_in(reuse, profile)
         if status: return runner.show_status(profile)
         given = dict(map(notebooks.parse_parameter, parameter))
         if dry_run: return runner.dry_run(profile, only, given, workers)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'BROKEN', 'fingerprint', 'file_fingerprint', 'source_fingerprint', 'code_fingerprint', 'home',
-           'NotOurs', 'write_atomically', 'Store', 'write', 'read', 'lock', 'shared']
+           'NotOurs', 'write_atomically', 'Store', 'write', 'read', 'pack', 'unpack', 'lock', 'shared']
 
 # %% ../nbs/20_store.ipynb #cell-003
 import ast
@@ -14,6 +14,7 @@ import json
 import os
 import uuid
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,11 +161,11 @@ def write(store: Store,
 BROKEN = (ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged file raises
 
 
-def _unsealed(path: Path) -> dict:
-    "The content of a result file; ValueError where the file is not what was written."
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _unsealed(text: str, name: str) -> dict:
+    "The content of a result; an error in BROKEN where the text is not what was written under this name."
+    content = json.loads(text)
     seal = content.pop("seal")
-    if seal != fingerprint(content) or fingerprint(content["inputs"]) != path.parent.name: raise ValueError("broken seal")
+    if seal != fingerprint(content) or fingerprint(content["inputs"]) != name: raise ValueError("broken seal")
     return content
 
 # %% ../nbs/20_store.ipynb #cell-036
@@ -172,8 +173,7 @@ def read(store: Store,
          name: str, # as `fingerprint(inputs)` gives it
         ):          # dict with inputs and result, or None where there is none
     "A kept result, or None; a corrupt one is moved aside."
-    path = store.file(name)
-    try: return _unsealed(path)
+    try: return _unsealed(store.file(name).read_text(encoding="utf-8"), name)
     except FileNotFoundError: return None
     except BROKEN: return _set_aside(store, name)
 
@@ -181,7 +181,7 @@ def read(store: Store,
 def _set_aside(store: Store, name: str):
     "Move a corrupt result aside, unless it has been made anew."
     with lock(store, f"corrupt-{name}", wait=True):
-        try: return _unsealed(store.file(name))
+        try: return _unsealed(store.file(name).read_text(encoding="utf-8"), name)
         except FileNotFoundError: return None
         except BROKEN: aside = store.folder / "corrupt" / f"{name}-{uuid.uuid4().hex[:8]}.json"
         os.replace(store.file(name), aside)
@@ -189,6 +189,46 @@ def _set_aside(store: Store, name: str):
     return None
 
 # %% ../nbs/20_store.ipynb #cell-042
+def pack(store: Store,
+         names,        # of results
+         path: Path,   # the zip file
+        ) -> None:
+    "Write results into one file, from the store or else from the file as it was."
+    texts = _packed(path) | {name: store.file(name).read_bytes() for name in names if store.file(name).exists()}
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with zipfile.ZipFile(part, "w") as archive:
+            for name in sorted(set(names) & set(texts)):
+                archive.writestr(zipfile.ZipInfo(f"{name}.json"), texts[name], zipfile.ZIP_DEFLATED, 9)  # dated 1980: no clock enters
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
+
+def _packed(path: Path) -> dict: # name -> bytes
+    "What is in a file of results; nothing where there is none."
+    if not path.exists(): return {}
+    try:
+        with zipfile.ZipFile(path) as archive: return {entry.removesuffix(".json"): archive.read(entry) for entry in archive.namelist()}
+    except zipfile.BadZipFile as error: raise ValueError(f"{path} is not a file of results ({error}): give the results.zip of a folder of figures, or remove it.") from error
+
+# %% ../nbs/20_store.ipynb #cell-044
+def unpack(path: Path,   # as `pack` wrote it
+           store: Store,
+          ) -> list:     # names of the results that are new to the store
+    "Take the results of a file into a store; FileNotFoundError or ValueError where it is no such file."
+    if not path.is_file(): raise FileNotFoundError(f"There is no file {path}: give the results.zip of a folder of figures.")
+    return [name for name, data in _packed(path).items() if _taken_in(name, data, store)]
+
+
+def _taken_in(name: str, data: bytes, store: Store) -> bool:
+    "Whether a result was sound and new."
+    try: content = _unsealed(data.decode("utf-8"), name)
+    except BROKEN:
+        warnings.warn(f"The result {name} in the file is corrupt and was left out.")
+        return False
+    return read(store, name) is None and bool(write(store, **content))
+
+# %% ../nbs/20_store.ipynb #cell-048
 @contextmanager
 def lock(store: Store,
          name: str,          # what to lock
@@ -204,7 +244,7 @@ def lock(store: Store,
         finally:
             if held: fcntl.flock(f, fcntl.LOCK_UN)
 
-# %% ../nbs/20_store.ipynb #cell-045
+# %% ../nbs/20_store.ipynb #cell-051
 def shared(store: Store,
            inputs: dict, # everything that determines the work
            build,        # called with an empty folder that it fills

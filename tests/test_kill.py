@@ -203,6 +203,14 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     assert "2 results of profile small" in capsys.readouterr().out
 
 
+def test_figures_carry_their_results(checkout, whole, monkeypatch):
+    archive = whole[0] / "figures/small/results.zip"
+    said = Run(checkout, "--reuse", str(archive)).says()
+    assert f"{CELLS} results taken, 0 were in the store" in said and not list(checkout.glob("runs/small/logs/*"))  # nothing was computed
+    assert tables(checkout) == tables(whole[0])
+    assert (checkout / "figures/small/results.zip").read_bytes() == archive.read_bytes()
+
+
 def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     bad, told = Cell("smoke-llava", "widthwise", .94), {}

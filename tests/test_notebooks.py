@@ -52,6 +52,14 @@ def test_study_notebooks_have_a_skeleton_and_no_machine_paths(path):
     assert not any(place in path.read_text(encoding="utf-8") for place in ("/work/", "/tmp/", "/home/", "/root/"))
 
 
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+def test_library_notebooks_show_nothing_of_the_machine_that_ran_them(path):
+    outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]  # warnings and progress bars
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert not any(place in str(o) for o in outputs for place in ("/work/", "/tmp/", "/home/", "/root/"))
+
+
 def demo(source: str):
     "A notebook with this parameters cell."
     return new_notebook(cells=[new_code_cell(source, metadata={"tags": ["parameters"]}), new_code_cell("cells = seeds", metadata={"tags": ["grid"]})])

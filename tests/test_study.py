@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -107,6 +109,31 @@ def test_a_result_in_another_ones_folder_is_not_believed(tmp_path):
     s.file(two).write_bytes(s.file(one).read_bytes())
     with pytest.warns(UserWarning): assert store.read(s, two) is None
     assert store.read(s, one)["result"] == {"score": 1}
+
+
+@pytest.mark.parametrize("forge, kept", [(lambda t: t, True), (lambda t: t.replace('"score": 2.0', '"score": 3.0'), False), (lambda t: t[:20], False), (lambda t: "[]", False)])
+def test_results_travel_and_are_believed_only_with_their_seal(tmp_path, forge, kept):
+    ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
+    name = store.write(ours, {"a": 1}, {"score": 2.0})
+    with zipfile.ZipFile(tmp_path / "results.zip", "w") as archive: archive.writestr(f"{name}.json", forge(ours.file(name).read_text()))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert store.unpack(tmp_path / "results.zip", theirs) == [name] * kept and theirs.names() == [name] * kept
+    assert kept or name in str(told[0].message)
+
+
+def test_what_is_no_file_of_results_is_refused(tmp_path):
+    (tmp_path / "notes.zip").write_text("not a zip")
+    with pytest.raises(ValueError, match="not a file of results"): store.unpack(tmp_path / "notes.zip", Store(tmp_path / "s"))
+    with pytest.raises(FileNotFoundError, match="There is no file"): store.unpack(tmp_path / "gone.zip", Store(tmp_path / "s"))
+
+
+def test_a_packed_result_stays_when_its_store_is_gone(tmp_path):
+    s, path = Store(tmp_path / "s"), tmp_path / "results.zip"
+    names = [store.write(s, {"a": k}, {"score": float(k)}) for k in range(3)]
+    store.pack(s, names[:2], path)
+    store.pack(Store(tmp_path / "new"), names[1:], path)  # the first is no longer wanted, the third nowhere to be had
+    assert store.unpack(path, Store(tmp_path / "again")) == names[1:2]
 
 
 def test_lock_ends_with_its_process(tmp_path):
@@ -226,6 +253,19 @@ def test_killed_run_resumes_to_the_same_frame(away):
     assert kept and all(p.stat().st_mtime_ns == t for p, t in kept.items())
     same = ["ratio", "benchmark", "score", "low", "high", "achieved_ratio"]
     pd.testing.assert_frame_equal(resumed[same], fresh[same])
+
+
+def test_a_bar_learns_how_long_the_rest_will_take(away):
+    trained, failing = replace(LAYERS, recovery="sft", fraction=.5), Cell("smoke-llava", "widthwise", .94)
+    cells = [DENSE, LAYERS, failing, trained]
+    said, known = [], study.at_hand(cells, SMOKE)
+    for cell, word, _ in executors.inline(cells, SMOKE, study.results_of(SMOKE)):
+        known = study._learned(known, cell, word, SMOKE)
+        said.append((known.seconds.isna().sum(), study.time_left(known, 1)))
+    assert [n for n, _ in said] == [3, 2, 1, 0] and said[-1][1] == "nothing left"
+    assert all("and 1 cell of a kind not seen yet left" in text for _, text in said[:2])
+    assert said[2][1] == "1 cell of a kind not seen yet left" and len(known) == 3
+    assert study.at_once("inline", SMOKE) == 1 and study.at_once("local", SMOKE, 3) == 3 and study.at_once("slurm", SMOKE) == SMOKE.slurm.jobs_at_once
 
 
 def test_busy_cell_is_left_to_the_other_run(away):
