@@ -141,17 +141,20 @@ def draw(rows: pd.DataFrame, path: Path):
         error = [rows.time_ratio_median - rows.time_ratio_low, rows.time_ratio_high - rows.time_ratio_median]
         axes[0].barh(y, rows.time_ratio_median, xerr=error, color=BLUE, height=.6, error_kw={"lw": 1})
         axes[1].barh(y, rows.memory_ratio, color=BLUE, height=.6)
-        for ax, value, goal, digits in ((axes[0], rows.time_ratio_median, rows.time_goal, 3), (axes[1], rows.memory_ratio, rows.memory_goal, 3)):
+        for ax, value, most, goal in ((axes[0], rows.time_ratio_median, rows.time_ratio_high, rows.time_goal), (axes[1], rows.memory_ratio, rows.memory_ratio, rows.memory_goal)):
             ax.scatter(goal, y, marker="|", s=260, color=GREY, label="goal: at most")
-            for yy, v in zip(y, value): ax.annotate(f"{v:.{digits}g}", (max(v, 0), yy), xytext=(6, 7), textcoords="offset points", fontsize=7.5)
-            ax.set(xlim=(0, max(1.25, 1.2 * np.nanmax(value))))
+            for at, v, *ends in zip(y, value, most, goal):
+                if v == v: ax.annotate(f"{v:.3f}", (np.nanmax(ends), at), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+            ax.set(xlim=(0, max(1.3, 1.2 * np.nanmax(value))))
+            ax.grid(axis="y", visible=False)
         axes[0].set(yticks=y, xlabel="time, fraction of the rival's", title="Time")
-        axes[0].set_yticklabels([f"{n}\nvs. {r}" for n, r in zip(rows.name, rows.rival)], fontsize=7)
+        axes[0].set_yticklabels([f"{n}\nvs. {r}" for n, r in zip(rows.name, rows.rival)], fontsize=8)
         axes[1].set(xlabel="extra memory, fraction of the rival's", title="Memory")
         axes[1].legend(frameon=False, fontsize=8, loc="lower right")
-        first = rows.iloc[0]
-        fig.text(.99, -.04, f"{first.device}, {first.threads} thread(s), n = {first.repeats}; median and quartiles", ha="right", fontsize=7)
         fig.savefig(path, bbox_inches="tight")
+    first = rows.iloc[0]
+    path.with_suffix(".txt").write_text(f"Scoring against the straightforward code, timed in turn: our time and our extra memory as fractions of the rival's; medians, and quartiles of the time as thin lines, of n = {first.repeats} pairs. "
+                                        f"Grey: the goal. {first.device}, {first.threads} thread(s), {first['dtype']}.\n", encoding="utf-8")
 
 
 def main():

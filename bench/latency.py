@@ -20,12 +20,13 @@ from machine import facts
 from mllm_compress.cost import forward, shape_of_model, time_call, weight_bytes
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
 from mllm_compress.scores import LayerScores, WidthScores
-from mllm_compress.style import page
+from mllm_compress.style import GREY, Look, label_ends, line, look, page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 RATIOS = (0.15, 0.30, 0.45, 0.60)
 METHODS = ("layerwise", "uniform width", "uniform width, rounded to 64")
-LOOKS = dict(zip(METHODS, (("#D55E00", "o", "-"), ("#56B4E9", "v", ":"), ("#0072B2", "s", "--"))))  # color, marker, line
+LOOKS = dict(zip(METHODS, map(look, ("layerwise", "uniform", "rounded"))))
+IDEAL = Look("ideal 1 / (1 − ratio)", GREY, "_")
 
 
 def decoder(width: int, layers: int, device: str) -> LlamaForCausalLM:
@@ -73,19 +74,21 @@ def draw(rows: pd.DataFrame, path: Path):
     "Speed-up over ratio, each method beside the ideal."
     import matplotlib.pyplot as plt
     with page():
-        fig, ax = plt.subplots(figsize=(5.4, 3.6))
-        grid = np.linspace(0, 0.65, 50)
-        ax.plot(grid, 1 / (1 - grid), color="#777777", linewidth=1)
-        ax.annotate("ideal 1 / (1 − ratio)", (0.65, 1 / 0.35), xytext=(-2, 5), textcoords="offset points", ha="right", color="#777777", fontsize=8.5)
-        for method, (color, marker, style) in LOOKS.items():
+        fig, ax = plt.subplots(figsize=(5.4, 3.4))
+        grid, first = np.linspace(0, rows.achieved_ratio.max(), 50), rows.iloc[0]
+        ax.plot(grid, 1 / (1 - grid), color=GREY, linewidth=1)
+        ends = {IDEAL: (grid[-1], 1 / (1 - grid[-1]))}
+        for method, its in LOOKS.items():
             r = rows[rows.method == method]
-            error = [r.speedup_median - r.speedup_low, r.speedup_high - r.speedup_median]
-            ax.errorbar(r.achieved_ratio, r.speedup_median, yerr=error, color=color, marker=marker, linestyle=style, capsize=2, label=method)
-        first = rows.iloc[0]
+            line(ax, [0, *r.achieved_ratio], [1, *r.speedup_median], its)
+            ax.vlines(r.achieved_ratio, r.speedup_low, r.speedup_high, color=its.color, linewidth=1)
+            ends[its] = r.achieved_ratio.iloc[-1], r.speedup_median.iloc[-1]
         ax.set(xlabel="fraction of decoder parameters removed (achieved)", ylabel="decode speed-up over dense",
-               title=f"One token at batch 1: {first['shape']}, {first['dtype']}")
-        ax.legend(frameon=False, title=f"{first.device}, {first.threads} thread(s), n = {first.repeats}; median and quartiles", title_fontsize=7.5, fontsize=8.5)
+               title=f"One token at batch 1: {first['shape']}, {first['dtype']}", xticks=(0, *RATIOS))
+        label_ends(ax, ends)
         fig.savefig(path)
+    path.with_suffix(".txt").write_text(f"Speed-up of decoding one token after {first.context} others, over the dense decoder timed in turn: medians, and quartiles as bars, of n = {first.repeats} pairs "
+                                        f"({first['shape']}, {first['dtype']}; rounded: widths in multiples of 64). {first.device}, {first.threads} thread(s).\n", encoding="utf-8")
 
 
 def main():
@@ -121,7 +124,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(args.out / f"{name}.csv", index=False, float_format="%.5g")
     draw(rows, args.out / f"{name}.png")
-    print(f"wrote {args.out / name}.csv and .png")
+    print(f"wrote {args.out / name}.csv, .png and .txt")
 
 
 if __name__ == "__main__": main()

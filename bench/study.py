@@ -90,12 +90,17 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     with page():
-        fig, axes = plt.subplots(1, 2, figsize=(8, 2.2), sharey=True)
+        fig, axes = plt.subplots(1, 2, figsize=(7.2, 2), sharey=True)
         for ax, unit in zip(axes, ("wall", "cpu")):
             bars = ax.barh(table.way, table[f"{unit}_s"], color=["#777777", "#0072B2", "#56B4E9"])
             ax.bar_label(bars, [f"{s:.0f} s ({r:.2f})" for s, r in zip(table[f"{unit}_s"], table[f"{unit}_ratio"])], padding=3)
-            ax.set(title=f"{unit.replace('cpu', 'CPU')} seconds of {table.cells.iloc[0]} cells", xlim=(0, 1.35 * table[f"{unit}_s"].max()))
+            ax.set(title=f"{unit.replace('cpu', 'CPU')} seconds of {table.cells.iloc[0]} cells", xlim=(0, 1.5 * table[f"{unit}_s"].max()))
+            ax.grid(axis="y", visible=False)
+        axes[0].invert_yaxis()
         fig.savefig(path, dpi=150, bbox_inches="tight")
+    first = table.iloc[0]
+    path.with_suffix(".txt").write_text(f"Seconds of {first.cells} cells of profile {first.profile}, in brackets as a share of those of each cell in a process of its own with an empty store; n = 1 run of each way. "
+                                        f"{first.device}, one thread a process, load {first.load:.1f}.\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -233,6 +233,13 @@ def recovery_of(model: str, profile: Profile) -> dict:
     return profile.recovery | profile.per_model.get(model, {}).get("recovery", {})
 
 # %% ../nbs/21_cells.ipynb #cell-037
+def _check_name(recovery: str, where: str) -> None:
+    "ValueError where losses are not spelled as cells spell them, so that no cell would find them."
+    check_recovery(recovery)
+    ours = "+".join(name for name in LOSSES if name in recovery.split("+"))
+    if ours != recovery: raise ValueError(f"{where}: write {ours!r}, not {recovery!r}.")
+
+
 def _checked(profile: Profile) -> Profile:
     "The profile, if its numbers can be used."
     for name, kind in (("ratios", float), ("fractions", float), ("seeds", int)):
@@ -243,7 +250,10 @@ def _checked(profile: Profile) -> Profile:
         if not 0 < f <= 1: raise ValueError(f"profile {profile.name}: fraction {f} is outside (0, 1].")
     for train, rates in profile.learning_rates.items():
         _one_of("train", train, TRAIN)
-        for recovery in rates: check_recovery(recovery)
+        for recovery in rates: _check_name(recovery, f"profile {profile.name}: learning_rates, {train}")
+    for options in (profile.recovery, *(own.get("recovery", {}) for own in profile.per_model.values() if isinstance(own, dict))):
+        if own := set(options) & {"train", "losses", "fraction", "seed"}: raise ValueError(
+            f"profile {profile.name}: recovery may not set {', '.join(sorted(own))}: every cell has its own.")
     for notebook, own in profile.notebooks.items():
         if not isinstance(own, dict): raise ValueError(f"profile {profile.name}: notebooks, {notebook} must be a mapping of parameters, not {own!r}.")
     for key in ("folders", "towers", "per_model"):

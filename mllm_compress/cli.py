@@ -61,8 +61,9 @@ def study(profile: Annotated[str, typer.Option(help="Scale of the study, or a pa
         from mllm_compress import notebooks, runner
         if reuse: runner.take_in(reuse, profile)
         if status: return runner.show_status(profile)
-        given = dict(map(notebooks.parse_parameter, parameter))
-        if dry_run: return runner.dry_run(profile, only, given, workers)
+        given = notebooks.parse_parameters(parameter)
+        runner.check_executor(executor, workers)
+        if dry_run: return runner.dry_run(profile, only, given, executor, workers)
         raise typer.Exit(runner.run_study(profile, only, given, executor, workers))
 
 # %% ../nbs/31_cli.ipynb #cell-011

@@ -10,6 +10,7 @@ __all__ = ['SEEING', 'SCORING', 'PRUNING', 'TRAINING', 'HUB', 'SETS', 'SCORES', 
            'sample_of', 'compute', 'record']
 
 # %% ../nbs/22_experiment.ipynb #cell-003
+import inspect
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from dataclasses import asdict, replace
@@ -39,7 +41,7 @@ from .importance import LayerScores, block_influence, load_scores, width_importa
 from .plans import plan_layerwise, plan_none, plan_widthwise
 from .pruning import apply_plan
 from .recovery import RecoveryConfig, config_from_dict, learning_rate, recover
-from .scorers import SCORERS, paired_score
+from .scorers import SCORERS
 from .store import Store
 from .zoo import MODELS, SHIPPED, cast, load_model
 
@@ -123,23 +125,28 @@ def _make(model: str, profile: Profile) -> dict:
     return ({"dtype": profile.dtype} if profile.dtype else {}) | ({"tower": model_identity(str(located(tower)))} if tower else {})
 
 
+def _ours(*functions) -> str:
+    "A name for what functions of this notebook do."
+    return store.fingerprint([store.source_fingerprint(textwrap.dedent(inspect.getsource(f))) for f in functions])
+
+
 def scores_identity(cell: Cell, profile: Profile) -> dict:
     "What determines a cell's importance scores: every ratio shares them."
     return {"scores": cell.importance, "model": model_identity(source_of(cell.model, profile)), "seed": cell.seed,
             "calibration": asdict(profile.calibration), "training": training_identity(training_of(cell.model, profile)),
-            "code": store.code_fingerprint(*SCORING)} | _make(cell.model, profile)
+            "code": store.code_fingerprint(*SCORING), "steps": _ours(scores_of, random_layers)} | _make(cell.model, profile)
 
 
 def identity(cell: Cell, profile: Profile) -> dict:
     "Everything that determines the result of a cell."
     cell = canonical(cell)
     who = {"cell": asdict(cell), "model": model_identity(source_of(cell.model, profile)), "evaluation": evaluation_identity(profile.evaluation),
-           "code": store.code_fingerprint(*SEEING)} | _make(cell.model, profile)
+           "code": store.code_fingerprint(*SEEING), "steps": _ours(compute, units_of, plan_of)} | _make(cell.model, profile)
     if cell.pruning != "none":
         who |= {"scores": scores_identity(cell, profile), "width": asdict(profile.width), "pruning": store.code_fingerprint(*PRUNING)}
     if cell.recovery != "none":
         who |= {"recovery": asdict(recovery_config(cell, profile)), "training": training_identity(training_of(cell.model, profile)),
-                "losses": store.code_fingerprint(*TRAINING)}
+                "losses": store.code_fingerprint(*TRAINING), "steps of training": _ours(trained, trained_in_float32, training_data)}
     return who
 
 # %% ../nbs/22_experiment.ipynb #cell-021
@@ -286,13 +293,14 @@ def student_of(cell: Cell, profile: Profile, results: Store, device: str):
     return cast(student, model.dtype), plan, training
 
 # %% ../nbs/22_experiment.ipynb #cell-043
-def units_of(answers) -> dict: # benchmark -> list of 0 ... 1 whose mean is the score
-    "What each question or pair was worth, in the order asked."
+def units_of(answers) -> dict: # benchmark -> list whose mean is score / 100
+    "What each question or pair was worth, weighted so that the mean is the score."
     out = {}
     for name, group in answers.groupby("benchmark", sort=False):
-        worth = group.value.groupby(group.group.fillna(group.id), sort=False)
-        paired = SCORERS[benchmark(name).scorer].combine is paired_score
-        out[name] = [round(float(v), 4) for v in ((worth.mean() + worth.min()) / 2 if paired else worth.mean())]
+        scorer = SCORERS[benchmark(name).scorer]
+        worth = scorer.worth(group)  # one row a unit: stratum, worth
+        share = len(worth) / worth.groupby("stratum").worth.transform("size")  # each stratum counts by its mean
+        out[name] = [round(float(v), 6) for v in worth.worth * share * scorer.scale / 100]
     return out
 
 
@@ -324,3 +332,6 @@ def record(device: str) -> dict:
     return {"device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "peak_memory_mb": round(peak / 2**20),
             **{name: version(name) for name in ("torch", "transformers", "mllm_compress")}}
+
+# %% ../nbs/22_experiment.ipynb #cell-049
+for _modules in (SEEING, SCORING, PRUNING, TRAINING): store.code_fingerprint(*_modules)

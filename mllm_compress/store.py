@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARK', 'FORMAT', 'BROKEN', 'fingerprint', 'file_fingerprint', 'source_fingerprint', 'code_fingerprint', 'home',
-           'NotOurs', 'write_atomically', 'Store', 'write', 'read', 'pack', 'unpack', 'lock', 'shared']
+           'NotOurs', 'write_atomically', 'Store', 'write', 'read', 'pack', 'unpack', 'lock', 'holder', 'shared']
 
 # %% ../nbs/20_store.ipynb #cell-003
 import ast
@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 import uuid
 import warnings
 import zipfile
@@ -240,9 +242,19 @@ def lock(store: Store,
         except BlockingIOError: held = False
         except OSError as error: raise OSError(f"{store.folder} is on a file system without locks ({error.strerror}): "
                                                "mount it with flock, or make runs/ a link to one that has them.") from error
+        if held:
+            f.truncate(0)
+            f.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            f.flush()
         try: yield held
         finally:
             if held: fcntl.flock(f, fcntl.LOCK_UN)
+
+
+def holder(store: Store, name: str) -> str:
+    "Who took a lock last, in words."
+    path = store.folder / "locks" / name
+    return path.read_text(encoding="utf-8") if path.exists() else "nobody"
 
 # %% ../nbs/20_store.ipynb #cell-051
 def shared(store: Store,

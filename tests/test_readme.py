@@ -25,7 +25,7 @@ def test_readme_shows_what_the_index_notebook_shows():
 def test_readme_tells_the_verdicts_of_the_results():
     "Claim, word, and the effects at both ends, as the committed results have them."
     readme = (ROOT / "README.md").read_text()
-    for name in ("02_pruning-verdict", "06_best-verdict", "06_best-recovery"):
+    for name in ("02_pruning-verdict", "05_data-verdict", "06_best-recovery"):
         verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
         row = next(line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line)
         ends = [f(verdict["effects"].values(), key=lambda e: e["value"]) for f in (min, max)]

@@ -24,10 +24,14 @@ def test_best_is_marked_per_group_after_rounding():
 
 def test_what_rests_on_fewer_seeds_says_so():
     rows = pd.DataFrame([{"status": "done", "model": "m", "benchmark": "b", "n": 100, "pruning": "layerwise", "seed": s, "profile": "p"} for s in range(3)])
-    assert report.basis(rows) == "n = 100 questions per model, 3 seeds, profile p"
-    assert report.basis(rows[rows.seed == 0]) == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
+    assert str(report.basis(rows)) == "n = 100 questions per model, 3 seeds, profile p"
+    assert str(report.basis(rows.assign(status=["done", "done", "failed"]))) == "n = 100 questions per model, 2 seeds, profile p; 1 cells FAILED"
+    assert str(report.basis(rows.assign(status="failed"))) == "no finished cells, profile p; 3 cells FAILED"
+    assert str(report.basis(rows[rows.seed == 0])) == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
     text = sentence(Verdict("A.", {"here": Estimate(2, 1, 3, 100, 3), "there": Estimate(4, 3, 5, 100, 1)}, ""))
-    assert "here (+2.0 [1.0, 3.0])" in text and "there (+4.0 [3.0, 5.0], 1 seed)" in text
+    assert "Holds: here (+2.0 [1.0, 3.0])" in text and "One seed points to yes: there (+4.0 [3.0, 5.0], 1 seed)" in text
+    once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, report.basis(rows)))
+    assert "1 seed (intervals" in once and "3 seeds" not in once  # the frame has three, the difference one
 
 
 def test_latex_is_escaped_and_booktabs():
@@ -43,14 +47,37 @@ def test_html_is_escaped():
 @pytest.mark.parametrize("bounds, word", [((.1, 2), "holds"), ((-2, -.1), "does not hold"), ((-1, 1), "is undecided at this scale"),
                                           ((float("nan"),) * 2, "is undecided at this scale")])
 def test_verdict_follows_the_interval(bounds, word):
-    v = Verdict("A beats B.", {"here": Estimate(sum(bounds) / 2, *bounds, 100, 1)}, "n = 100")
+    v = Verdict("A beats B.", {"here": Estimate(sum(bounds) / 2, *bounds, 100, 3)}, "n = 100")
     assert v.word == word and word in sentence(v) and "n = 100" in sentence(v)
 
 
+@pytest.mark.parametrize("bounds, answer", [((.1, 2), "yes"), ((-2, -.1), "no"), ((-1, 1), "neither")])
+def test_one_seed_decides_nothing(bounds, answer):
+    v = Verdict("A beats B.", {"here": Estimate(sum(bounds) / 2, *bounds, 100, 1)}, "n = 100")
+    assert v.word == "is undecided with one seed" and f"One seed points to {answer}: here" in sentence(v)
+    assert Verdict("A beats B.", {}, "").word == "was not tested"
+    both = Verdict("A beats B.", v.effects | {"there": Estimate(2, 1, 3, 100, 3)}, "")
+    assert both.word == "is undecided at this scale"  # what rests on one seed neither refutes nor holds
+
+
+def test_chance_among_many_places_does_not_refute():
+    "Two degrees of freedom: -1 with a spread that makes the 95 % interval end at -0.1 and the 99.4 % interval above zero."
+    barely = Estimate(-1, -1.9, -.1, 100, 3, questions=0.0, spread=(.9 / 4.3027)**2)
+    assert barely.at(.95).high == pytest.approx(-.1, abs=1e-4) and barely.at(1 - .05 / 8).high == pytest.approx(-1 + 12.59 * .9 / 4.3027, abs=.01)
+    assert Verdict("A.", {"here": barely}, "").word == "does not hold"
+    eight = Verdict("A.", {"here": barely} | {f"at {k}": Estimate(1, .5, 1.5, 100, 3) for k in range(7)}, "")
+    assert eight.word == "is undecided at this scale" and "none contradicts" in sentence(eight) and "Does not hold: here (-1.0 [-1.9, -0.1])" in sentence(eight)
+
+
+def test_bounds_are_never_printed_as_a_zero_that_they_are_not():
+    assert format(Estimate(-.7, -1.34, -.04, 9, 3), "+1") == "-0.70 [-1.34, -0.04]"
+    assert format(Estimate(-.04, -.5, .4, 9, 3), "1") == "0.0 [-0.5, 0.4]" and format(Estimate(.2, .0, .4, 9, 3), "+1") == "+0.2 [0.0, 0.4]"
+
+
 def test_one_contradiction_refutes_a_claim_and_all_are_listed():
-    yes, no = Estimate(2, 1, 3, 9, 1), Estimate(-2, -3, -1, 9, 1)
+    yes, no = Estimate(2, 1, 3, 9, 3), Estimate(-2, -3, -1, 9, 3)
     text = sentence(Verdict("A beats B.", {"at 0.15": no, "at 0.60": yes}, ""))
-    assert "does not hold (1 of 2 settings)" in text and "Holds for at 0.60 (+2.0 [1.0, 3.0])" in text and "Does not hold for at 0.15 (-2.0 [-3.0, -1.0])" in text
+    assert "“A beats B” does not hold (holds in 1 of 2 settings)" in text and "Holds: at 0.60 (+2.0 [1.0, 3.0])" in text and "Does not hold: at 0.15 (-2.0 [-3.0, -1.0])" in text
 
 
 def test_printed_numbers_come_with_the_package():
@@ -68,7 +95,7 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
         out = Report("99_demo", "smoke")
         out.figure(retained_over_ratio(rows, "pruning")[0], "f", "A figure.")
         out.table(FRAME, "t", "A table.")
-        out.verdict("A beats B.", {"here": Estimate(2, 1, 3, 9, 1)}, "n = 9")
+        out.verdict("A beats B.", {"here": Estimate(2, 1, 3, 9, 3)}, "n = 9")
         seen.append({p.name: p.read_bytes() for p in (tmp_path / name / "figures/smoke").iterdir()})
     assert seen[0] == seen[1] and len(seen[0]) == 7
     assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
@@ -144,7 +171,24 @@ def test_claims_say_what_made_up_results_hold():
     assert where == "m at 0.15, over hidden_kd" and effect.value == pytest.approx(-2.5)
     assert CLAIMS[4].effects(losses)["m at 0.15"].value == pytest.approx(-2.5)
     parts = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("sft", .895, train="projector") | trained("sft", .9, .45) | trained("sft", .5, .45, train="projector"))
-    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {"m at 0.15": .5}  # half a point worse, one granted; 0.45 is not small
+    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {"m at 0.15, over projector + LM less 1 point": .5}  # half a point worse, one granted; 0.45 is not small
+    both = pd.concat([parts, answered({Cell("m", "layerwise", .15, seed=s): .8 for s in range(3)})])
+    assert [round(e.value, 6) for e in CLAIMS[2].effects(both).values()] == [.5, 9.5]  # and better than no training
+
+
+def test_sizes_that_differ_are_named():
+    cells = {Cell("m"): 1.0} | {Cell("m", p, .45, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)}
+    frame = answered(cells)
+    frame.loc[frame.pruning == "layerwise", "achieved_ratio"] = .412
+    assert list(CLAIMS[5].effects(frame)) == ["m at 0.45 (removed 0.450 v. 0.412)"]
+    between = answered({Cell("m"): 1.0} | {Cell("m", p, .38, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)})
+    assert CLAIMS[5].effects(between) == {}  # of ratios between 30 and 45 % the claim says nothing
+
+
+def test_a_rival_without_a_shared_seed_is_no_rival():
+    lucky = {Cell("m", "layerwise", .15, recovery="logits_kd", seed=7): 1.0}
+    frame = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("sft+hidden_kd", .925) | lucky)
+    assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft"]
 
 
 def test_only_shared_seeds_are_paired():

@@ -1,4 +1,5 @@
 """The slurm executor on a real Slurm of one node (`.ci/slurm` starts one); skipped where none answers."""
+import itertools
 import json
 import os
 import shutil
@@ -125,14 +126,27 @@ def test_a_cell_that_a_jobs_time_is_too_short_for_fails_and_the_rest_is_requeued
 
     def slow(*_): raise slurm.TimeIsUp
 
+    now = time.time
     monkeypatch.setattr(slurm, "complete_logged", slow)
     monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: commands.append(command))
     monkeypatch.setattr(slurm.signal, "signal", lambda *_: None)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.setenv("SLURM_JOB_ID", "123")
-    slurm.serve(folder)
+    slurm.serve(folder)  # the signal comes at once: Slurm wants the node back
+    assert slurm.Array(folder, "7", [names]).answer(names[0]) is None and commands == [["scontrol", "requeue", "123"]]
+    clock, commands[:] = itertools.chain([0.0], itertools.repeat(3600.0)), []  # an hour later: the job has had its time
+    monkeypatch.setattr(slurm.time, "time", lambda: next(clock))
+    checkpoint = slurm.checkpoints_of(names[0], results) / "checkpoint-4"
+    def learning(*_): checkpoint.mkdir(parents=True, exist_ok=True); raise slurm.TimeIsUp
+    monkeypatch.setattr(slurm, "complete_logged", learning)
+    slurm.serve(folder)  # its training got on: it may take several lives
+    assert slurm.Array(folder, "7", [names]).answer(names[0]) is None and commands == [["scontrol", "requeue", "123"]]
+    clock, commands[:] = itertools.chain([0.0], itertools.repeat(3600.0)), []
+    monkeypatch.setattr(slurm.time, "time", lambda: next(clock))
+    slurm.serve(folder)  # and now it did not
     word, message = slurm.Array(folder, "7", [names]).answer(names[0])
     assert word == "failed" and "training_minutes" in message and commands == [["scontrol", "requeue", "123"]]
+    monkeypatch.setattr(slurm.time, "time", now)
     monkeypatch.setattr(slurm, "complete_logged", lambda *_: ("done", ""))
     slurm.serve(folder)  # its next life leaves the failed cell alone
     assert [slurm.Array(folder, "7", [names]).answer(n)[0] for n in names] == ["failed", "done", "done"]
@@ -172,3 +186,20 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
     assert array.id == "7"
     monkeypatch.setattr(slurm, "queue", lambda: None)
     with pytest.raises(ValueError, match="does not answer"): slurm.in_queue({"a"}, results)
+
+
+def test_jobs_that_will_never_start_are_named_once(cluster, monkeypatch, capsys):
+    reasons = "7_0|PartitionTimeLimit\n7_1|Resources\n8_0|JobHeldUser\n"
+    monkeypatch.setattr(slurm.shutil, "which", lambda _: "/usr/bin/squeue")
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, reasons, ""))
+    assert slurm.stuck({"7_0", "7_1"}) == {"7_0": "PartitionTimeLimit"} and slurm.stuck({"8_0"}) == {"8_0": "JobHeldUser"}
+    results = study.results_of(SMOKE)
+    array = slurm.Array(slurm.write_array([CELLS[:1]], SMOKE, results), "7", [["a"]])
+    looks = iter(range(3))
+    def look(_):
+        if next(looks, None) is None: (array.folder / "a.json").write_text('["done", ""]')
+    monkeypatch.setattr(slurm.time, "sleep", look)
+    monkeypatch.setattr(slurm, "queue", lambda: {"7_0"})
+    assert list(slurm.watch([array], results)) == [("a", "done", "")]
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("Slurm job 7_0 waits: PartitionTimeLimit") == 1

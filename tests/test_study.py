@@ -1,5 +1,6 @@
 """The results store, cells and profiles, and the running of cells: nothing lost, nothing twice, nothing hidden."""
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -155,6 +156,17 @@ def test_failed_shared_work_leaves_nothing_and_is_built_again(tmp_path):
     assert (folder / "whole").exists() and not (folder / "half").exists()
 
 
+def test_every_step_of_a_result_is_in_its_name(monkeypatch):
+    "A change of a function of `experiment` renames exactly the results that it makes."
+    from mllm_compress import experiment
+    trained = replace(LAYERS, recovery="sft", fraction=.5)
+    names = lambda: [study.name_of(c, SMOKE) for c in (DENSE, LAYERS, trained)]
+    before, honest = names(), experiment.inspect.getsource
+    for function, renamed in (("units_of", [1, 1, 1]), ("random_layers", [0, 1, 1]), ("trained_in_float32", [0, 0, 1])):
+        monkeypatch.setattr(experiment.inspect, "getsource", lambda f: honest(f) + "\n    pass" * (f.__name__ == function))
+        assert [a != b for a, b in zip(before, names())] == [bool(r) for r in renamed], function
+
+
 def test_code_fingerprint_ignores_comments_and_sees_code():
     base = "def f(x):\n    'Why.'\n    return x + 1\n"
     assert store.source_fingerprint(base) == store.source_fingerprint(base.replace("Why.", "Because.") + "# a remark\n")
@@ -270,7 +282,8 @@ def test_a_bar_learns_how_long_the_rest_will_take(away):
 
 def test_busy_cell_is_left_to_the_other_run(away):
     results = study.results_of(SMOKE)
-    with store.lock(results, study.name_of(DENSE, SMOKE)): assert executors.complete(DENSE, SMOKE, results) == ("busy", "")
+    with store.lock(results, study.name_of(DENSE, SMOKE)): word, holder = executors.complete(DENSE, SMOKE, results)
+    assert word == "busy" and f"process {os.getpid()}, since" in holder
     assert executors.complete(DENSE, SMOKE, results) == ("done", "")
 
 
@@ -279,6 +292,16 @@ def test_whatever_goes_wrong_is_a_failed_cell(away, monkeypatch):
     monkeypatch.setattr(executors.store, "read", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     word, message = executors.complete(DENSE, SMOKE, results)
     assert word == "failed" and "No space left" in message
+
+
+def test_a_worker_that_dies_while_idle_is_replaced(away):
+    "Killed between two cells, it fails the one that it is given next, and the run goes on with another worker."
+    results = study.results_of(SMOKE)
+    run = executors.local([DENSE, LAYERS, WIDTH], SMOKE, results, workers=1)
+    assert next(run)[1] == "done"
+    worker, = multiprocessing.active_children()
+    worker.kill(); worker.join()
+    assert sorted(word for _, word, _ in run) == ["done", "failed"]
 
 
 def test_workers_are_counted():
@@ -324,6 +347,35 @@ def test_avg_percent_is_the_mean_of_ratios():
     f = frame_of({("none", 0): {"a": [1, 1, 1, 0], "b": [1, 0]}, ("layerwise", 0): {"a": [1, 1, 0, 0], "b": [1, 0]}})
     row = effects.summary(f).set_index("pruning").loc["layerwise"]
     assert row.avg_percent == pytest.approx(100 * (.5 / .75 + 1) / 2) and row.n == 6 and row.low < row.avg_percent < row.high
+
+
+def test_the_original_keeps_all_of_itself_and_shares_are_paired_with_it():
+    rng = np.random.default_rng(0)
+    hard = rng.random(600) < .4
+    f = frame_of({("none", 0): {"a": ~hard, "b": np.ones(300)}, ("layerwise", 0): {"a": ~hard & (rng.random(600) < .95), "b": rng.random(300) < .9}})
+    rows = effects.summary(f).set_index("pruning")
+    assert tuple(rows.loc["none", ["avg_percent", "low", "high"]]) == (100, 100, 100)
+    u, d = (np.stack([f[f.pruning == p].set_index("benchmark").units["a"]]) for p in ("layerwise", "none"))
+    draws = [100 * u[0][k].mean() / d[0][k].mean() for k in (rng.integers(0, 600, 600) for _ in range(4000))]  # pairs drawn again: the bootstrap
+    only_a = effects.estimate([effects._shares(u, d[0], "a")])
+    assert only_a.value == pytest.approx(100 * u.mean() / d.mean()) and (only_a.high - only_a.low) / np.subtract(*np.quantile(draws, [.975, .025])) == pytest.approx(1, abs=.08)
+    with pytest.raises(ValueError, match="ask both the same"): effects._shares(u[:, :5], d[0], "a")
+
+
+def test_units_of_every_scorer_average_to_its_score():
+    "MME sums two hundred points a subtask: its units must say the same as its score."
+    from mllm_compress.benchmarks import benchmark
+    from mllm_compress.experiment import units_of
+    from mllm_compress.scorers import SCORERS
+    rng = np.random.default_rng(1)
+    paired = lambda name: name.startswith("mme") or name == "scenes/perception"
+    answers = pd.DataFrame([{"benchmark": name, "id": f"{name}{k}", "group": f"g{k // 2}" if paired(name) else None, "subtask": f"s{int(k > 89)}" if name.startswith("mme") else None,
+                             "value": float(rng.random() < .7), "answer": "yes" if k % 2 else "no", "parsed": "yes"}
+                            for name in ("mme_perception", "mme_cognition", "pope", "scenes/perception", "gqa") for k in range(120)])
+    for name, units in units_of(answers).items():
+        score = SCORERS[benchmark(name).scorer].combine(answers[answers.benchmark == name])["score"]
+        assert 100 * np.mean(units) == pytest.approx(score, abs=.01) and len(units) == (60 if paired(name) else 120), name
+        assert (score > 150) == name.startswith("mme")  # a sum over two subtasks
 
 
 def test_difference_of_equal_answers_is_exactly_zero():
