@@ -118,7 +118,7 @@ def best_rival(frame: pd.DataFrame, # of `study.run`
               ) -> dict:            # "model at ratio, over rival" -> Estimate
     "How much more the favourite keeps than its strongest rival, at every model and ratio."
     out, trained = {}, frame[frame.recovery != "none"]
-    for model, ratio in places(trained):
+    for model, ratio in places(frame):
         here = {"requested_ratio": ratio, "pruning": recommended(ratio)}
         names = [n for n in dict.fromkeys(trained[by]) if finished(trained, model=model, **here | {by: n})]
         if favourite not in names: continue

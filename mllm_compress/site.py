@@ -26,7 +26,7 @@ from .cells import Cell, Profile, load_profile
 from .claims import CLAIMS
 from .effects import Estimate
 from .executors import results_of
-from .notebooks import notebooks
+from .notebooks import failed_copy, notebooks
 from .report import WORDS, Verdict, counted
 from .store import home, write_atomically
 from .style import GREEN, GREY, RED
@@ -133,8 +133,8 @@ def write_cells(profile: Profile) -> pd.DataFrame: # as written
     "Write figures/PROFILE/cells.csv, and results.zip beside it."
     path = home() / "figures" / profile.name / CELLS
     results, wanted = results_of(profile), read_by(path.parent)
-    store.pack(results, wanted, path.with_name(RESULTS))
     at_hand = {name: found for name in sorted(wanted) if (found := store.read(results, name))}
+    store.pack(results, wanted, path.with_name(RESULTS))
     lines = pd.DataFrame([line for n, found in at_hand.items() for line in lines_of(n, Cell(**found["inputs"]["cell"]), found["result"])])
     before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["result"])
     kept = before[before.result.isin(wanted - set(at_hand))]
@@ -223,7 +223,8 @@ kept: a score as a share of the original model's, averaged over benchmarks.</p>
 <p>Profile <b>{{ profile.name }}</b>: {{ profile.about }}</p>
 <p>{% for what, much in scope.items() %}{{ what | capitalize if loop.first else what }}: <b>{{ much }}</b>{{ "" if loop.last else " · " }}{% endfor %}</p></header>
 <nav id="contents"><ul>{% if verdicts %}<li><a href="#verdicts">Verdicts</a></li>{% endif %}{% for n in notebooks %}<li><a href="#{{ n.name }}">{{ n.title }}</a></li>{% endfor %}<li><a href="#provenance">Provenance</a></li></ul></nav>
-{% set back %}<p class="files"><a href="#contents">↑ contents</a></p></section>{% endset %}
+{% for n in failed %}<p class="error">{{ n }} failed when it was last run (<a href="{{ n }}.failed.ipynb">how far it got</a>). What is shown of it, if anything, is older.</p>
+{% endfor %}{% set back %}<p class="files"><a href="#contents">↑ contents</a></p></section>{% endset %}
 {% if verdicts %}<section id="verdicts"><h2>Verdicts</h2>
 <p>A claim predicts a difference in each of its settings, mostly a model at a ratio. It holds if the whole 95 % interval is on its side in all of them. It
 does not hold if one contradicts it, chance among so many allowed for. Everything else is undecided, also what is seen with one seed only.</p>
@@ -250,7 +251,7 @@ def build(profile) -> Path: # index.html
     origin = provenance(lines)
     text = Environment(autoescape=True).from_string(PAGE).render(
         profile=profile, notebooks=made, scope=scope(profile, lines), verdicts=verdicts_of(folder, [name for name, _ in found]), style=STYLE,
-        commit=commit(home()), cells=int(origin.cells.sum()) if len(origin) else 0,
+        commit=commit(home()), failed=[name for name in notebooks() if failed_copy(folder / f"{name}.ipynb").exists()], cells=int(origin.cells.sum()) if len(origin) else 0,
         provenance=origin.to_html(index=False, border=0) if len(origin) else "<p>No notebook on this page has read results.</p>")
     write_atomically(folder / "index.html", text)
     return folder / "index.html"

@@ -4,11 +4,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from mllm_compress import executors, experiment, notebooks, store
+from mllm_compress.cells import Cell, load_profile
 from mllm_compress.notebooks import cells_of, check_parameters, choose, execute, parameters_of, parse_parameter
 
 ROOT = Path(__file__).parent.parent
@@ -77,11 +80,88 @@ def test_right_parameters_pass_and_reach_the_grid():
     assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
     assert cells_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and cells_of(demo(GOOD)) == [0]
     assert parse_parameter("seeds=[0, 1]") == ("seeds", [0, 1]) and parse_parameter("profile=tiny") == ("profile", "tiny")
+    assert parse_parameter("lr=1e-3") == ("lr", .001) and parse_parameter("lrs=[1e-3, 2]") == ("lrs", [.001, 2]) and parse_parameter("name=1e") == ("name", "1e")
+    with pytest.raises(ValueError, match="seeds is given twice"): notebooks.parse_parameters(["seeds=[0]", "seeds=[1]"])
 
 
 @pytest.mark.parametrize("source", ["seeds = [0]", "seeds: list = range(3)", "import os", "seeds: list"])
 def test_a_parameters_cell_holds_annotated_literals_only(source):
     with pytest.raises(ValueError): parameters_of(demo(source))
+
+
+# ---- when a notebook is up to date
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    "A checkout with a result, and a notebook that asks for it; running it leaves the files that `leaves` says."
+    (tmp_path / "nbs/study").mkdir(parents=True)
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "nbs/study/01_table.ipynb"
+    grid = new_code_cell("from mllm_compress.cells import Cell\ncells = [Cell('smoke-llava')]", metadata={"tags": ["grid"]})
+    nbformat.write(new_notebook(cells=[new_code_cell('profile: str = "smoke"  # scale', metadata={"tags": ["parameters"]}), grid]), source)
+    smoke = load_profile("smoke")
+    results, inputs = executors.results_of(smoke), experiment.identity(Cell("smoke-llava"), smoke)
+    store.write(results, inputs, {"rows": [{"score": 50}], "record": {"seconds": 1}})
+    world = SimpleNamespace(runs=0, leaves={"01_table-scores.csv": "50"}, results=results, inputs=inputs, figures=tmp_path / "figures/smoke", source=source, fails=False)
+
+    def run(path, part, given):
+        world.runs += 1
+        for name, text in world.leaves.items(): (world.figures / name).write_text(text)
+        if world.fails: raise RuntimeError("in its last cell")
+        return nbformat.read(path, 4)
+
+    monkeypatch.setattr(notebooks, "_executed", run)
+    world.execute = lambda **given: notebooks.execute("01_table", source, {"profile": "smoke"} | given)
+    return world
+
+
+def test_a_notebook_is_run_again_when_what_it_shows_has_changed(world):
+    world.execute(); world.execute()
+    assert world.runs == 1
+    store.write(world.results, world.inputs, {"rows": [{"score": 50}], "record": {"seconds": 99}})
+    world.execute()
+    assert world.runs == 1, "how long a cell took is not shown"
+    store.write(world.results, world.inputs, {"rows": [{"score": 51}], "record": {"seconds": 1}})
+    world.execute()
+    assert world.runs == 2, "computed again, as on another machine, with another score under the same name"
+    nb = nbformat.read(world.source, 4)
+    nb.cells.append(new_code_cell("1 + 1"))
+    nbformat.write(nb, world.source)
+    world.execute()
+    assert world.runs == 3
+
+
+def test_files_of_a_notebook_are_its_own(world):
+    world.leaves["01_table-choice.json"] = "{}"
+    world.execute()
+    del world.leaves["01_table-choice.json"]
+    (world.figures / "01_table-scores.csv").write_text("somebody's")
+    world.execute()
+    assert world.runs == 2 and (world.figures / "01_table-scores.csv").read_text() == "50"
+    assert [p.name for p in world.figures.glob("01_table-*")] == ["01_table-scores.csv"], "what is no longer written goes"
+
+
+def test_a_run_that_fails_halfway_is_not_taken_for_a_whole_one(world):
+    world.execute()
+    world.fails, world.leaves = True, {"01_table-scores.csv": "-1"}
+    nb = nbformat.read(world.source, 4)
+    nbformat.write(new_notebook(cells=[*nb.cells, new_code_cell("1 / 0")]), world.source)
+    with pytest.raises(RuntimeError): world.execute()
+    nbformat.write(nb, world.source)
+    world.fails, world.leaves = False, {"01_table-scores.csv": "50"}
+    world.execute()
+    assert world.runs == 3 and (world.figures / "01_table-scores.csv").read_text() == "50"
+
+
+def test_a_notebook_without_cells_belongs_to_its_models_and_its_machine(world, monkeypatch):
+    nb, smoke = demo(GOOD), load_profile("smoke")
+    nb.cells = nb.cells[:1]
+    here = notebooks.made_from(nb, {}, [], smoke)
+    monkeypatch.setattr(notebooks.platform, "node", lambda: "elsewhere")
+    assert notebooks.made_from(nb, {}, [], smoke) != here and notebooks.made_from(demo(GOOD), {}, [], smoke) == notebooks.made_from(demo(GOOD), {}, [], smoke)
+    monkeypatch.setattr(notebooks, "model_identity", lambda source: "another")
+    assert notebooks.made_from(demo(GOOD), {}, [], smoke) not in (here, notebooks.made_from(nb, {}, [], smoke))
 
 
 def test_a_lost_tag_is_an_error():

@@ -9,7 +9,7 @@ import pytest
 
 from mllm_compress import report, style
 from mllm_compress.cells import Cell, asked, load_profile, profile_names
-from mllm_compress.claims import CLAIMS, holes, recommended, thinned
+from mllm_compress.claims import CLAIMS, holes, places, recommended, thinned
 from mllm_compress.effects import Estimate, difference
 from mllm_compress.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
 
@@ -174,6 +174,16 @@ def test_claims_say_what_made_up_results_hold():
     assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {"m at 0.15, over projector + LM less 1 point": .5}  # half a point worse, one granted; 0.45 is not small
     both = pd.concat([parts, answered({Cell("m", "layerwise", .15, seed=s): .8 for s in range(3)})])
     assert [round(e.value, 6) for e in CLAIMS[2].effects(both).values()] == [.5, 9.5]  # and better than no training
+
+
+def test_a_failed_original_takes_only_its_own_model_with_it():
+    from mllm_compress.effects import summary
+    frame = answered({Cell("m"): 1.0, Cell("k"): 1.0} | {Cell(m, "layerwise", .15, seed=s): .9 for m in "mk" for s in range(3)})
+    lost = (frame.model == "k") & (frame.pruning == "none")
+    frame.loc[lost, "status"] = "failed"
+    rows = summary(frame).set_index(["model", "pruning"])
+    assert rows.avg_percent["m", "layerwise"] == pytest.approx(90) and np.isnan(rows.avg_percent["k", "layerwise"]) and rows.failed["k", "none"] == 1
+    assert {m for m, _ in places(frame)} == {"m"}
 
 
 def test_sizes_that_differ_are_named():

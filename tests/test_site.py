@@ -88,6 +88,15 @@ def made(tmp_path_factory) -> Path:
         return site.build("smoke")
 
 
+def test_a_notebook_that_failed_is_named(made, tmp_path, monkeypatch):
+    copy = tmp_path / "checkout"
+    shutil.copytree(made.parents[2], copy)
+    monkeypatch.chdir(copy)
+    assert "failed when it was last run" not in made.read_text(encoding="utf-8")
+    nbformat.write(wide_notebook(), copy / "figures/smoke/01_wide.failed.ipynb")
+    assert '01_wide failed when it was last run (<a href="01_wide.failed.ipynb">' in site.build("smoke").read_text(encoding="utf-8")
+
+
 def text_of(part: str) -> str:
     "What a reader sees of a piece of HTML."
     return html.unescape(re.sub("<[^>]*>", "", part)).strip()

@@ -202,7 +202,9 @@ def test_shipped_profiles_read(name):
 
 
 @pytest.mark.parametrize("text, says", [("ratios: [0.3", "is not YAML"), ("- a\n- b", "must hold keys and values"), ("ratios: [a]", "each of ratios must be a number"),
-                                        ("seeds: [0.5]", "each of seeds must be a whole number"), ("workers: -1", "workers is -1")])
+                                        ("seeds: [0.5]", "each of seeds must be a whole number"), ("workers: -1", "workers is -1"),
+                                        ("learning_rates: {projector+lm: {hidden_kd+sft: 0.1}}", "write 'sft.hidden_kd', not 'hidden_kd.sft'"),
+                                        ("recovery: {epochs: 1, seed: 7}", "recovery may not set seed: every cell has its own")])
 def test_profiles_that_cannot_be_read(tmp_path, text, says):
     path = tmp_path / "mine.yaml"
     lines = [l for l in (executors.home() / "mllm_compress/profiles/smoke.yaml").read_text().splitlines() if l.split(":")[0] != text.split(":")[0]]

@@ -1,10 +1,18 @@
-"""Every score in a committed table is the mean of rows of the results it was drawn from."""
+"""Every committed number follows from the results that it was drawn from, and every committed notebook from its source."""
+import json
+import warnings
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+
+from mllm_compress import effects, store, study
+from mllm_compress.cells import Cell
+from mllm_compress.claims import CLAIMS
+from mllm_compress.report import Verdict
+from mllm_compress.store import Store
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/cells.csv"))
@@ -75,6 +83,80 @@ def test_every_result_that_a_notebook_has_read_is_there_once(folder):
     assert not lines.duplicated(["result", "benchmark"]).any() and lines.score.between(0, 2800).all()
     assert lines.groupby("result")[SETTING + ["seed", "device", "torch", "date", "seconds"]].nunique(dropna=False).eq(1).all(axis=None)
     assert (folder / "cells.csv").stat().st_size < 2**20
+
+
+# ---- from the results themselves
+
+@pytest.fixture(scope="module", params=FOLDERS, ids=lambda p: p.name)
+def traced(request, tmp_path_factory) -> tuple: # (folder, name -> content of a result)
+    "A folder of figures and the results that came with it, each believed only with its seal."
+    results = Store(tmp_path_factory.mktemp("traced") / "runs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = store.unpack(request.param / "results.zip", results)
+    return request.param, {name: store.read(results, name) for name in names}
+
+
+def frame_of(notebook: Path, contents: dict) -> pd.DataFrame:
+    "The frame that a notebook was drawn from."
+    found = [contents[name] for name in read_by(notebook)]
+    return pd.DataFrame([row for c in found for row in study.rows_of(Cell(**c["inputs"]["cell"]), c["result"])]).assign(profile=notebook.parent.name)
+
+
+def test_the_lines_of_cells_csv_are_the_results(traced):
+    folder, contents = traced
+    lines = pd.read_csv(folder / "cells.csv", dtype={"result": str})
+    assert set(lines.result) == set(contents)
+    for line in lines.itertuples():
+        row = next(r for r in contents[line.result]["result"]["rows"] if r["benchmark"] == line.benchmark)
+        assert line.score == pytest.approx(row["score"], rel=1e-5) and line.n == row["n"] and line.seconds == pytest.approx(contents[line.result]["result"]["record"]["seconds"], rel=1e-5)
+        assert 100 * np.mean(contents[line.result]["result"]["units"][line.benchmark]) == pytest.approx(row["score"], abs=.01)
+
+
+def test_intervals_of_tables_follow_from_the_answers(traced):
+    folder, contents = traced
+    for path in sorted(folder.glob("*-scores.csv")):
+        table, frame = pd.read_csv(path), frame_of(folder / f"{path.name.removesuffix('-scores.csv')}.ipynb", contents)
+        rows = effects.summary(frame)
+        ours = {tuple(round(v, 3) for v in r) for r in rows[rows.pruning != "none"][["avg_percent", "low", "high"]].to_numpy()}
+        shown = table[table.pruning != "original"][["AVG-%", "low", "high"]].dropna().to_numpy()
+        assert len(shown) and all(any(np.allclose(row, r, atol=2e-3) for r in ours) for row in shown), path
+
+
+def test_verdicts_follow_from_the_answers(traced):
+    folder, contents = traced
+    seen = []
+    for number, claim in CLAIMS.items():
+        path = next((p for p in (folder / f"{claim.notebook}-{name}.json" for name in ("verdict", "choice")) if p.exists() and json.loads(p.read_text())["claim"] == claim.text), None)
+        if path is None: continue
+        said, found = json.loads(path.read_text(encoding="utf-8")), claim.effects(frame_of(folder / f"{claim.notebook}.ipynb", contents))
+        assert set(said["effects"]) == set(found) and said["word"] == Verdict(claim.text, found, "").word
+        for where, e in found.items():
+            assert [said["effects"][where][k] for k in ("value", "low", "high")] == pytest.approx([e.value, e.low, e.high], abs=1e-9)
+            assert (said["effects"][where]["n"], said["effects"][where]["seeds"]) == (e.n, e.seeds)
+        seen.append(number)
+    assert 1 in seen
+
+
+# ---- from the sources
+
+def code_of(path: Path) -> list:
+    "The code of a notebook, without the parameters that papermill has put in."
+    cells = nbformat.read(path, 4).cells
+    return [c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("notebook", [p for f in FOLDERS for p in sorted(f.glob("[0-9]*.ipynb"))], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_committed_notebooks_were_run_from_their_sources(notebook):
+    assert code_of(notebook) == code_of(ROOT / "nbs/study" / notebook.name)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "figures/quick").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+def test_study_notebooks_show_what_the_quick_run_showed(path):
+    def shown(notebook):
+        outputs = [o for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" for o in c.get("outputs", [])]
+        return [o.text if o.output_type == "stream" else o.data.get("text/markdown", o.data.get("text/plain")) for o in outputs]
+    assert shown(ROOT / "nbs/study" / path.name) == shown(path)
 
 
 def made() -> pd.DataFrame:
