@@ -89,7 +89,7 @@ def contrast(frame: pd.DataFrame, # of `study.run`
 
 def uneven(first: float, second: float) -> str:
     "A remark where two settings have not removed the same."
-    return f" (removed {first:.3f} v. {second:.3f})" if abs(first - second) > .01 else ""
+    return f" (removed {first:.3f} v. {second:.3f})" if abs(first - second) > .02 else ""
 
 # %% ../nbs/25a_claims.ipynb #cell-020
 def above(e: Estimate, line: float) -> Estimate:
