@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+from mllm_compress.effects import Estimate
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,9 +30,9 @@ def test_readme_tells_the_verdicts_of_the_results():
     for name in ("02_pruning-verdict", "05_data-verdict", "06_best-recovery"):
         verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
         row = next(line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line)
-        ends = [f(verdict["effects"].values(), key=lambda e: e["value"]) for f in (min, max)]
-        assert f"**{verdict['word']}**" in row and all(f"{e['value']:+.1f} [{e['low']:.1f}, {e['high']:.1f}]" in row for e in ends)
-    assert verdict["sentence"].rsplit("intervals; ", 1)[1].rstrip(".") in readme  # n, seeds and profile
+        ends = [Estimate(**f(verdict["effects"].values(), key=lambda e: e["value"])) for f in (min, max)]
+        assert f"**{verdict['word']}**" in row and all(format(e, "+1") in row for e in ends)
+    assert verdict["basis"] in readme  # n, seeds and profile
 
 
 def test_readme_points_at_files_that_exist():
