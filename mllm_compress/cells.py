@@ -32,7 +32,7 @@ def _one_of(what: str, given, allowed) -> None:
     "ValueError where a word is not in the vocabulary."
     if given not in allowed: raise ValueError(f"Unknown {what} {given!r}: use one of {', '.join(map(str, allowed))}.")
 
-
+# %% ../nbs/21_cells.ipynb #cell-009
 def _number(what: str, given, kind: type):
     "A number as Python's own; ValueError for anything else."
     fits = isinstance(given, numbers.Integral if kind is int else numbers.Real) and not isinstance(given, bool)
@@ -48,7 +48,7 @@ def check_recovery(recovery: str, # "none" or losses joined by plus signs
     for name in names: _one_of("loss", name, LOSSES)
     if len(set(names)) < len(names): raise ValueError(f"Recovery {recovery!r} names a loss twice.")
 
-# %% ../nbs/21_cells.ipynb #cell-009
+# %% ../nbs/21_cells.ipynb #cell-011
 @dataclass(frozen=True, order=True)
 class Cell:
     "One experiment: a model, how it is pruned, how it is recovered."
@@ -73,14 +73,14 @@ class Cell:
             f"Ratio {self.ratio} does not fit pruning {self.pruning!r}: 0 belongs to 'none', and only to it.")
         if not 0 < self.fraction <= 1: raise ValueError(f"Fraction {self.fraction} is outside (0, 1].")
 
-# %% ../nbs/21_cells.ipynb #cell-012
+# %% ../nbs/21_cells.ipynb #cell-014
 def canonical(cell: Cell) -> Cell:
     "The same experiment with everything that cannot matter at its default."
     if cell.recovery == "none": cell = replace(cell, train="projector+lm", fraction=1.0)
     else: cell = replace(cell, recovery="+".join(name for name in LOSSES if name in cell.recovery.split("+")))
     return replace(cell, seed=0) if cell.pruning == "none" and cell.recovery == "none" else cell
 
-# %% ../nbs/21_cells.ipynb #cell-015
+# %% ../nbs/21_cells.ipynb #cell-017
 def describe(cell: Cell) -> str:
     "A cell in a few words, for progress bars and error messages."
     words = [cell.model]
@@ -88,7 +88,7 @@ def describe(cell: Cell) -> str:
     if cell.recovery != "none": words += [f"{cell.recovery} on {cell.train}, {cell.fraction:.0%} of the data"]
     return ", ".join(words + [f"seed {cell.seed}"])
 
-# %% ../nbs/21_cells.ipynb #cell-018
+# %% ../nbs/21_cells.ipynb #cell-020
 @dataclass(frozen=True)
 class Training:
     "What students are trained on."
@@ -112,7 +112,7 @@ class Width:
     protect_first: int = 1     # layers at the start that lose nothing
     protect_last: int = 1      # and at the end
 
-# %% ../nbs/21_cells.ipynb #cell-020
+# %% ../nbs/21_cells.ipynb #cell-022
 @dataclass(frozen=True)
 class Evaluation:
     "What is asked of every model."
@@ -122,7 +122,7 @@ class Evaluation:
     split: str = "test"      # "validation" where something is tuned
     root: str = ""           # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
 
-# %% ../nbs/21_cells.ipynb #cell-022
+# %% ../nbs/21_cells.ipynb #cell-024
 @dataclass(frozen=True)
 class Slurm:
     "What a job of the slurm executor asks for."
@@ -137,7 +137,7 @@ class Slurm:
     setup: list = field(default_factory=list)    # shell lines before ours, as "module load cuda"
     options: dict = field(default_factory=dict)  # further sbatch options, as submitit spells them: account, qos, constraint
 
-# %% ../nbs/21_cells.ipynb #cell-024
+# %% ../nbs/21_cells.ipynb #cell-026
 @dataclass(frozen=True)
 class Profile:
     "One scale of the study: models, data, grid and budgets."
@@ -164,13 +164,13 @@ class Profile:
     dtype: str = ""                              # of the weights, as "bfloat16"; empty: as in the checkpoint
     slurm: Slurm = field(default_factory=Slurm)
 
-# %% ../nbs/21_cells.ipynb #cell-026
+# %% ../nbs/21_cells.ipynb #cell-028
 def located(path: str, # as a profile says it
            ) -> Path:
     "A profile's path on this machine."
     return home() / Path(os.path.expandvars(path)).expanduser()
 
-# %% ../nbs/21_cells.ipynb #cell-029
+# %% ../nbs/21_cells.ipynb #cell-031
 def _fits(value, kind) -> bool:
     "Whether a YAML value is of an annotated type; an int is a fine float, a bool is not a fine int."
     if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -196,7 +196,7 @@ def read_strictly(kind: type, # a dataclass
         else: raise ValueError(f"{where}: {name} must be of type {types[name].__name__}, not {value!r}.")
     return kind(**values)
 
-# %% ../nbs/21_cells.ipynb #cell-032
+# %% ../nbs/21_cells.ipynb #cell-034
 PROFILES = Path(str(files("mllm_compress"))) / "profiles"
 
 
@@ -217,7 +217,7 @@ def load_profile(name, # the name of a shipped profile, a path to a YAML file, o
     if not isinstance(data, dict): raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
     return _checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
 
-# %% ../nbs/21_cells.ipynb #cell-034
+# %% ../nbs/21_cells.ipynb #cell-036
 DTYPES = ("", "float32", "bfloat16", "float16")
 
 
@@ -232,14 +232,14 @@ def recovery_of(model: str, profile: Profile) -> dict:
     "Fields of `recovery.RecoveryConfig` that hold for all cells of a model."
     return profile.recovery | profile.per_model.get(model, {}).get("recovery", {})
 
-# %% ../nbs/21_cells.ipynb #cell-037
+# %% ../nbs/21_cells.ipynb #cell-039
 def _check_name(recovery: str, where: str) -> None:
     "ValueError where losses are not spelled as cells spell them, so that no cell would find them."
     check_recovery(recovery)
     ours = "+".join(name for name in LOSSES if name in recovery.split("+"))
     if ours != recovery: raise ValueError(f"{where}: write {ours!r}, not {recovery!r}.")
 
-
+# %% ../nbs/21_cells.ipynb #cell-041
 def _checked(profile: Profile) -> Profile:
     "The profile, if its numbers can be used."
     for name, kind in (("ratios", float), ("fractions", float), ("seeds", int)):
@@ -267,7 +267,7 @@ def _checked(profile: Profile) -> Profile:
     if not profile.models or not profile.seeds: raise ValueError(f"profile {profile.name}: models and seeds must not be empty.")
     return profile
 
-# %% ../nbs/21_cells.ipynb #cell-042
+# %% ../nbs/21_cells.ipynb #cell-046
 def asked(profile: Profile,
           notebook: str,        # as "04_distillation"
           **given,              # its parameters, as they stand in its parameters cell

@@ -19,7 +19,7 @@ def normal_quantile(level: float = .95) -> float:
     "How many standard errors a two-sided interval of the normal distribution reaches."
     return NormalDist().inv_cdf((1 + level) / 2)
 
-
+# %% ../nbs/25_effects.ipynb #cell-007
 def student_quantile(k: int,          # degrees of freedom
                      level: float = .95) -> float:
     "How many standard errors a two-sided interval of Student's t reaches."
@@ -31,7 +31,7 @@ def student_quantile(k: int,          # degrees of freedom
              (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160)
     return z + sum(term / k**i for i, term in enumerate(terms, 1))
 
-# %% ../nbs/25_effects.ipynb #cell-008
+# %% ../nbs/25_effects.ipynb #cell-010
 @dataclass(frozen=True)
 class Estimate:
     "A value with its 95 % interval and what it rests on."
@@ -56,7 +56,7 @@ class Estimate:
         value, low, high = (round(x, digits) + 0.0 for x in (self.value, self.low, self.high))  # + 0.0: no "-0.0"
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-# %% ../nbs/25_effects.ipynb #cell-010
+# %% ../nbs/25_effects.ipynb #cell-012
 def estimate(arrays: list, # per benchmark: [seeds, units], in percent of the dense score
             ) -> Estimate:
     "The mean over benchmarks of their means, with an interval over questions and seeds."
@@ -68,13 +68,13 @@ def estimate(arrays: list, # per benchmark: [seeds, units], in percent of the de
     half = _half(questions, spread, seeds)
     return Estimate(value, value - half, value + half, sum(a.shape[1] for a in arrays), seeds, float(questions), spread)
 
-
+# %% ../nbs/25_effects.ipynb #cell-014
 def _half(questions: float, spread: float, seeds: int, level: float = .95) -> float:
     "Half the width of an interval: normal over questions, Student's t over seeds."
     over_seeds = student_quantile(seeds - 1, level)**2 * spread if seeds > 1 else 0.0
     return math.sqrt(normal_quantile(level)**2 * questions + over_seeds)
 
-# %% ../nbs/25_effects.ipynb #cell-014
+# %% ../nbs/25_effects.ipynb #cell-020
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
 
 
@@ -88,7 +88,7 @@ def arrays_of(rows: pd.DataFrame,   # of one setting
     return {b: _shares(np.stack(list(g.sort_values("seed").units)), original[b], b)
             for b, g in rows.groupby("benchmark", sort=False) if original[b].mean() > 0}
 
-
+# %% ../nbs/25_effects.ipynb #cell-022
 def _shares(units: np.ndarray, # [seeds, units]
             dense: np.ndarray, # [units]
             name: str) -> np.ndarray: # [seeds, units]
@@ -109,7 +109,7 @@ def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
     if found.empty: raise ValueError(f"The frame has no dense rows of {model}: add Cell({model!r}) to the cells.")
     return found
 
-# %% ../nbs/25_effects.ipynb #cell-016
+# %% ../nbs/25_effects.ipynb #cell-024
 def summary(frame: pd.DataFrame,        # of `study.run`
            ) -> pd.DataFrame:           # a row per setting: avg_percent, low, high, n, seeds, by_seed (a list), achieved_ratio, failed, and benchmarks
     "AVG-% and the score on every benchmark, for each setting."
@@ -124,12 +124,12 @@ def summary(frame: pd.DataFrame,        # of `study.run`
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../nbs/25_effects.ipynb #cell-026
 def by_seed(arrays: list) -> list:
     "AVG-% of each seed, in the order of the seeds."
     return np.mean([a.mean(axis=1) for a in arrays], axis=0).tolist() if arrays else []
 
-# %% ../nbs/25_effects.ipynb #cell-020
+# %% ../nbs/25_effects.ipynb #cell-030
 def difference(frame: pd.DataFrame, # of `study.run`
                model: str,
                first: dict,         # column -> value, names the one setting
@@ -142,7 +142,7 @@ def difference(frame: pd.DataFrame, # of `study.run`
     a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
     return estimate([a[k] - b[k] for k in a])
 
-# %% ../nbs/25_effects.ipynb #cell-022
+# %% ../nbs/25_effects.ipynb #cell-032
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows with these values; an error where they are none, or of several settings."
     found = frame[frame.status == "done"]

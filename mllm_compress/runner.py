@@ -44,7 +44,7 @@ def plan_study(profile: str, only: list = (), given: dict = {}) -> dict: # name 
         plan[name] = path, values, cells_of(nb, values)
     return plan
 
-
+# %% ../nbs/29_runner.ipynb #cell-007
 def check_heard(name: str, nb, given: dict, profile: Profile) -> None:
     "ValueError where something that was said about a notebook would have no effect."
     own = profile.notebooks.get(name, {})
@@ -53,17 +53,17 @@ def check_heard(name: str, nb, given: dict, profile: Profile) -> None:
     if own and not any("asked(" in c.source for c in nb.cells if c.cell_type == "code"): raise ValueError(
         f"profile {profile.name}: notebooks, {name}: this notebook takes no parameters from a profile.")
 
-# %% ../nbs/29_runner.ipynb #cell-007
+# %% ../nbs/29_runner.ipynb #cell-009
 def cells_of_plan(plan: dict) -> list:
     "The distinct cells of all notebooks."
     return list(dict.fromkeys(canonical(c) for _, _, cells in plan.values() for c in cells))
 
-# %% ../nbs/29_runner.ipynb #cell-011
+# %% ../nbs/29_runner.ipynb #cell-013
 def size(n: float) -> str:
     "Bytes for people."
     return next(f"{n / 1024 ** k:.{k and 1}f} {unit}" for k, unit in enumerate(("bytes", "KB", "MB", "GB", "TB")) if n < 1024 ** (k + 1) or k == 4)
 
-# %% ../nbs/29_runner.ipynb #cell-014
+# %% ../nbs/29_runner.ipynb #cell-016
 def estimate(table: pd.DataFrame, # of `status`
              profile: Profile, executor: str = "local", workers: int = 0) -> str:
     "What the missing cells of a table will take, in a sentence."
@@ -75,7 +75,7 @@ def estimate(table: pd.DataFrame, # of `status`
     if unknown := len(missing) - len(known): text += f"{', and ' if len(known) else ', '}{unknown} of them of unknown cost (none like {'it' if unknown == 1 else 'them'} is finished)"
     return text + "."
 
-
+# %% ../nbs/29_runner.ipynb #cell-018
 def show_forecast(cells: list, profile: Profile) -> None:
     "Print hours and memory from configs, where they are known."
     found = forecast.table(cells, profile)
@@ -83,7 +83,7 @@ def show_forecast(cells: list, profile: Profile) -> None:
     print(f"All cells, by model and kind ({forecast.ASSUMED}):\n" + found.to_string(index=False, formatters={"GPU hours": "{:.1f}".format, "GiB": "{:.0f}".format}))
     print(f"In all about {found['GPU hours'].sum():.0f} GPU hours; the largest needs {found.GiB.max():.0f} GiB, so a card of {cards.fits(found.GiB.max())}.")
 
-# %% ../nbs/29_runner.ipynb #cell-016
+# %% ../nbs/29_runner.ipynb #cell-020
 def dry_run(profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0) -> None:
     "Print the notebooks, their cells, what is cached, an estimate of the rest, and what this machine lacks."
     plan, loaded = plan_study(profile, only, given), load_profile(profile)
@@ -96,7 +96,7 @@ def dry_run(profile: str, only: list = (), given: dict = {}, executor: str = "lo
     if len(table) and table.seconds.isna().any(): show_forecast(cells_of_plan(plan), loaded)
     if lacking := absent(loaded): print("This machine lacks what the profile names, so nothing can run here yet:\n  " + "\n  ".join(lacking))
 
-# %% ../nbs/29_runner.ipynb #cell-020
+# %% ../nbs/29_runner.ipynb #cell-024
 def _bytes_of(path: Path) -> int:
     "Size of a file; 0 for a folder, or for what a running study has just moved."
     try: return path.stat().st_size if path.is_file() else 0
@@ -118,7 +118,7 @@ def show_status(profile: str) -> None:
     print(f"{len(found)} results of profile {loaded.name} in {os.path.relpath(results.folder)} ({size(taken)})"
           + (f"; {older} of other settings, or of other versions of the code, the profile or the models" if older else "") + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "") + ".")
 
-# %% ../nbs/29_runner.ipynb #cell-022
+# %% ../nbs/29_runner.ipynb #cell-026
 def take_in(path: Path, # a results.zip
             profile: str) -> None:
     "Fill a profile's store with results that were computed elsewhere."
@@ -126,13 +126,13 @@ def take_in(path: Path, # a results.zip
     before, taken = set(results.names()), unpack(Path(path), results)
     print(f"{path}: {len(taken)} results taken, {len(before)} were in the store.")
 
-# %% ../nbs/29_runner.ipynb #cell-024
+# %% ../nbs/29_runner.ipynb #cell-028
 def check_executor(executor: str, workers: int = 0) -> None:
     "ValueError for an unknown executor, or for workers where a cluster decides."
     if executor not in EXECUTORS: raise ValueError(f"Unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}.")
     if executor == "slurm" and workers: raise ValueError("--workers is for local runs: how many Slurm jobs run at once, the profile's slurm section says (jobs_at_once).")
 
-# %% ../nbs/29_runner.ipynb #cell-026
+# %% ../nbs/29_runner.ipynb #cell-030
 def last_words(name: str, error: Exception, kept: Path) -> str: # kept: the copy of what it got to, if it got anywhere
     "A failed notebook in a sentence."
     where = f" (see {os.path.relpath(kept)})" if kept.exists() else ""
@@ -150,7 +150,7 @@ def run_notebooks(plan: dict, profile: str) -> list: # of problems
             except Exception as error: problems.append(last_words(name, error, failed_copy(home() / "figures" / load_profile(profile).name / f"{name}.ipynb")))
     return problems
 
-# %% ../nbs/29_runner.ipynb #cell-028
+# %% ../nbs/29_runner.ipynb #cell-032
 def _failures(frame: pd.DataFrame, profile: Profile) -> dict: # name of a result -> message
     "The cells that failed."
     failed = frame[frame.status == "failed"]
