@@ -294,13 +294,15 @@ def student_of(cell: Cell, profile: Profile, results: Store, device: str):
 
 # %% ../nbs/22_experiment.ipynb #cell-043
 def units_of(answers) -> dict: # benchmark -> list whose mean is score / 100
-    "What each question or pair was worth, weighted so that the mean is the score."
+    "What each question, or group of questions that belong together, was worth, weighted so that the mean is the score."
     out = {}
-    for name, group in answers.groupby("benchmark", sort=False):
+    for name, rows in answers.groupby("benchmark", sort=False):
         scorer = SCORERS[benchmark(name).scorer]
-        worth = scorer.worth(group)  # one row a unit: stratum, worth
-        share = len(worth) / worth.groupby("stratum").worth.transform("size")  # each stratum counts by its mean
-        out[name] = [round(float(v), 6) for v in worth.worth * share * scorer.scale / 100]
+        worth = scorer.worth(rows)  # a row for what is scored together: unit, stratum, worth
+        weighted = worth.worth * len(worth) / worth.groupby("stratum").worth.transform("size") * scorer.scale / 100  # each stratum counts by its mean
+        together = worth.unit.map(dict(zip(rows.id, rows.group.fillna(rows.id)))).fillna(worth.unit)
+        sums = weighted.groupby([worth.stratum, together], sort=False).sum()
+        out[name] = [round(float(v), 6) for v in sums * len(sums) / len(worth)]
     return out
 
 

@@ -370,14 +370,23 @@ def test_units_of_every_scorer_average_to_its_score():
     from mllm_compress.experiment import units_of
     from mllm_compress.scorers import SCORERS
     rng = np.random.default_rng(1)
-    paired = lambda name: name.startswith("mme") or name == "scenes/perception"
+    paired = lambda name: name.startswith("mme") or name in ("scenes/perception", "scenes/hallucination")
     answers = pd.DataFrame([{"benchmark": name, "id": f"{name}{k}", "group": f"g{k // 2}" if paired(name) else None, "subtask": f"s{int(k > 89)}" if name.startswith("mme") else None,
                              "value": float(rng.random() < .7), "answer": "yes" if k % 2 else "no", "parsed": "yes"}
-                            for name in ("mme_perception", "mme_cognition", "pope", "scenes/perception", "gqa") for k in range(120)])
+                            for name in ("mme_perception", "mme_cognition", "pope", "scenes/perception", "scenes/hallucination", "gqa") for k in range(120)])
     for name, units in units_of(answers).items():
         score = SCORERS[benchmark(name).scorer].combine(answers[answers.benchmark == name])["score"]
         assert 100 * np.mean(units) == pytest.approx(score, abs=.01) and len(units) == (60 if paired(name) else 120), name
+        if name == "scenes/hallucination":  # scored one by one, kept two by two
+            assert units == answers[answers.benchmark == name].groupby("group", sort=False).value.mean().tolist()
         assert (score > 150) == name.startswith("mme")  # a sum over two subtasks
+
+
+def test_groups_of_unequal_size_count_by_their_questions():
+    from mllm_compress.experiment import units_of
+    answers = pd.DataFrame([{"benchmark": "gqa", "id": f"q{k}", "group": group, "value": value} for k, (group, value) in enumerate([("a", 1.0), ("a", 1.0), ("a", 0.0), ("b", 1.0), (None, 0.0)])])
+    units = units_of(answers)["gqa"]
+    assert len(units) == 3 and np.mean(units) == pytest.approx(3 / 5) and units == pytest.approx([2 * 3 / 5, 3 / 5, 0], abs=1e-6)
 
 
 def test_difference_of_equal_answers_is_exactly_zero():
