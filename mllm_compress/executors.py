@@ -46,7 +46,8 @@ def complete(cell: Cell, profile: Profile, results: Store, device: str = "cpu") 
         with store.lock(results, name) as ours:
             if not ours: return "busy", store.holder(results, name)
             if store.read(results, name) is not None: return "done", ""
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()} on {device}", flush=True)
+            threads = torch.get_num_threads()
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()}, {threads} thread{'s' * (threads > 1)}, on {device}", flush=True)
             store.write(results, identity(cell, profile), compute(cell, profile, results, device))
             shutil.rmtree(checkpoints_of(name, results), ignore_errors=True)
             return "done", ""

@@ -178,7 +178,7 @@ def sentence(v: Verdict) -> str:
     for group, belongs in GROUPS.items():
         where = [f"{name} ({e:+1}{f', {e.seeds} seed' + 's' * (e.seeds > 1) if e.seeds < most else ''})" for name, e in v.effects.items() if belongs(e)]
         if where: parts.append(f"{group}: {'; '.join(where)}. ")
-    if v.says(WORDS[1]) and not v.refuted: parts.append(f"Of {len(v.effects)} intervals one may miss by chance: allowing for that, none contradicts. ")
+    if v.says(WORDS[1]) and not v.refuted: parts.append(f"Of {len(v.effects)} intervals some may miss by chance: if all are to be right together, none contradicts. ")
     values = f"Values: {v.unit}, with 95 % intervals; " if v.effects else ""
     return f"“{v.claim.rstrip('.')}” {v.word} ({counted(v)}). {''.join(parts)}{values}{resting_on(v.basis, v.effects)}."
 

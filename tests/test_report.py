@@ -9,7 +9,7 @@ import pytest
 
 from mllm_compress import report, style
 from mllm_compress.cells import Cell, asked, load_profile, profile_names
-from mllm_compress.claims import CLAIMS, holes, places, recommended, thinned
+from mllm_compress.claims import AT_EQUAL_SIZE, CLAIMS, holes, places, recommended, thinned
 from mllm_compress.effects import Estimate, difference
 from mllm_compress.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
 
@@ -193,6 +193,21 @@ def test_sizes_that_differ_are_named():
     assert list(CLAIMS[5].effects(frame)) == ["m at 0.45 (removed 0.450 v. 0.412)"]
     between = answered({Cell("m"): 1.0} | {Cell("m", p, .38, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)})
     assert CLAIMS[5].effects(between) == {}  # of ratios between 30 and 45 % the claim says nothing
+
+
+@pytest.mark.parametrize("recovery, claim", [("none", 1), ("sft+hidden_kd", 5)])
+def test_prunings_are_compared_at_equal_size(recovery, claim):
+    "What is kept falls by what is removed, whatever was asked for, so at equal size nothing differs but the point that widthwise has more."
+    removed = {("layerwise", .3): .33, ("layerwise", .38): .36, ("layerwise", .45): .41, ("layerwise", .6): .58, ("widthwise", .3): .30, ("widthwise", .33): .331, ("widthwise", .36): .36,
+               ("widthwise", .41): .4125, ("widthwise", .6): .60}
+    cells = {Cell("m", p, r, recovery=recovery, seed=s): size for (p, r), size in removed.items() for s in range(3)}
+    frame = answered({Cell("m"): 1.0} | {c: 1 - size + .05 * (c.pruning == "widthwise") for c, size in cells.items()})
+    frame["achieved_ratio"] = [0, *cells.values()]
+    found = AT_EQUAL_SIZE[claim].effects(frame)
+    expected = {"m, 0.330 removed": 5, "m, 0.360 removed": 5, "m, 0.410 removed": 5} if claim == 1 else {"m, 0.330 removed": -5, "m, 0.410 removed": 5}  # 0.38 is a ratio that claim 5 leaves out
+    assert set(found) == set(expected)  # nothing of widthwise is near 0.58
+    for where, e in found.items(): assert e.value == pytest.approx(expected[where], abs=.5) and e.seeds == 3
+    assert AT_EQUAL_SIZE[6 - claim].effects(frame) == {}
 
 
 def test_a_rival_without_a_shared_seed_is_no_rival():

@@ -68,6 +68,7 @@ def test_study_on_slurm_equals_local_and_survives_scancel_and_requeue(cluster, u
     while subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode: time.sleep(.1)
     run.join(90)
     pd.testing.assert_frame_equal(frames[0][SAME], undisturbed[SAME])
+    assert all(f", {SMOKE.slurm.cpus} thread" in p.read_text() for p in results.folder.glob("logs/*.txt"))
     assert all(results.file(name).stat().st_mtime_ns == t for name, t in kept.items())
     while job in slurm.queue(): time.sleep(.1)
     lives = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
@@ -160,6 +161,14 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
     path.write_text(text + "slurm: {gpus: 1, minutes: 30}\n")
     assert load_profile(path).slurm == Slurm(gpus=1, minutes=30)
     assert executors.name_of(CELLS[1], load_profile(path)) == executors.name_of(CELLS[1], load_profile("smoke"))
+
+
+def test_what_a_job_asks_for():
+    asked = slurm.parameters(90, Slurm(gpus=2, cpus=6, memory_gb=1.5, jobs_at_once=7, partition="long", setup=["module load cuda"], options={"account": "us"}))
+    assert {k: asked[k] for k in ("time", "gpus_per_node", "cpus_per_task", "mem", "array_parallelism", "partition", "account")} == {
+        "time": 90, "gpus_per_node": 2, "cpus_per_task": 6, "mem": "1536MB", "array_parallelism": 7, "partition": "long", "account": "us"}
+    assert [f"export {name}=6" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")] == asked["setup"][:3] and asked["setup"][-1] == "module load cuda"
+    assert asked["additional_parameters"] == {"requeue": True} and not {"gpus_per_node", "partition"} & set(slurm.parameters(90, Slurm()))
 
 
 def test_a_cell_that_another_run_has_never_fails_for_want_of_time(cluster, monkeypatch):

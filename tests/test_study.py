@@ -247,6 +247,8 @@ def test_local_equals_inline_and_nothing_is_computed_twice(away, monkeypatch):
     two = study.run(cells, replace(SMOKE, name="two"), executor="local", workers=2, quiet=True)
     same = ["pruning", "recovery", "benchmark", "score", "achieved_ratio", "candidate_score"]
     pd.testing.assert_frame_equal(one[same], two[same])
+    logs = [p.read_text() for p in (away / "runs/two/logs").glob("*.txt")]
+    assert len(logs) == 4 and all(", 1 thread, on cpu" in text for text in logs)  # two workers on two cores must not ask for four
     monkeypatch.setattr(executors, "compute", lambda *a: pytest.fail("computed twice"))
     again = study.run(cells, replace(SMOKE, name="one"), executor="inline", quiet=True)
     pd.testing.assert_frame_equal(one.drop(columns="units"), again.drop(columns="units"))
@@ -304,6 +306,13 @@ def test_a_worker_that_dies_while_idle_is_replaced(away):
     worker, = multiprocessing.active_children()
     worker.kill(); worker.join()
     assert sorted(word for _, word, _ in run) == ["done", "failed"]
+
+
+def test_what_a_worker_finds_in_its_environment(monkeypatch):
+    one = executors._surroundings("cpu")
+    assert {one[k] for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")} == {"1"} and "CUDA_VISIBLE_DEVICES" not in one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert executors._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "6,7" and executors._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_workers_are_counted():
