@@ -185,7 +185,7 @@ def inline(cells: list, profile: Profile, results: Store, workers: int = 0):
 # %% ../nbs/22a_executors.ipynb #cell-028
 def kin(cell: Cell) -> tuple: # equal for cells that share a teacher's targets
     "What a worker keeps in memory for a cell."
-    return cell.model, *((cell.fraction, cell.seed) if cell.recovery != "none" else ())
+    return cell.model, *((cell.fraction, cell.seed if cell.fraction < 1 else None) if cell.recovery != "none" else ())
 
 
 def best_next(waiting: list, last: Cell | None, others: list) -> int: # a position in `waiting`
