@@ -76,7 +76,7 @@ def fitting(rows: pd.DataFrame, # of `study.run`
 # %% ../nbs/30_advice.ipynb #cell-017
 def ranked(frame: pd.DataFrame, # of `study.run`
            model: str, ratio: float, data: float = .05, training: bool = True,
-          ) -> pd.DataFrame:    # best first; behind: points of AVG-% less than the best, with low and high; tied; open
+          ) -> pd.DataFrame:    # best first; behind: points of AVG-% less than the best, with low and high; tied; open; rival
     "The settings that answer the question, each with its distance to the best."
     its = frame[frame.model == model]
     frame = pd.concat([dense_rows(its, model), fitting(its, ratio, data, training)])
@@ -86,7 +86,8 @@ def ranked(frame: pd.DataFrame, # of `study.run`
     setting = lambda row: {k: row[k] for k in SETTING if k != "model"}
     best = setting(rows.iloc[0])
     gaps = [difference(frame, model, best, setting(row)) for _, row in rows.iterrows()]
-    return rows.assign(behind=[g.value for g in gaps], behind_low=[g.low for g in gaps], behind_high=[g.high for g in gaps],
+    rival = rows.groupby(["recovery", "train", "fraction"]).pruning.transform("nunique") > 1
+    return rows.assign(rival=rival, behind=[g.value for g in gaps], behind_low=[g.low for g in gaps], behind_high=[g.high for g in gaps],
                        tied=[k == 0 or is_tied(g) for k, g in enumerate(gaps)], open=[k > 0 and g.low <= MARGIN and not is_tied(g) for k, g in enumerate(gaps)]).reset_index(drop=True)
 
 
@@ -117,7 +118,8 @@ def say_ties(rows: pd.DataFrame) -> str: # of `ranked`
     if len(rows) == 1: return "Nothing else that fits was studied."
     n, second, low_cost = int(rows.tied.sum()) - 1, rows.iloc[1], cheapest(rows)
     gap = f"keeps {second.behind:.1f} [{second.behind_low:.1f}, {second.behind_high:.1f}] points less"
-    text = f"Next best: {say(second)} ({gap}{', a tie' if second.tied else ', not told apart by so few seeds' if second.open else ''})."
+    sure = ", a tie" if second.tied else f", not shown to be more than {MARGIN:.0f} point" if second.open else ""
+    text = f"Next best: {say(second)} ({gap}{sure})."
     if low_cost.name not in (0, 1): text += f" {n} settings are tied with the best; the cheapest: {say(low_cost)} ({low_cost.avg_percent:.1f} %)."
     return text
 
@@ -133,6 +135,7 @@ def say_warnings(rows: pd.DataFrame, # of `ranked`
     if off > WITHIN: notes.append(f"Nothing was studied within 0.05 of ratio {ratio}: this is the next larger step, so expect to keep a little more.")
     if off < -.01: notes.append(f"It removes a little less than asked ({best.achieved_ratio:.1%}), which flatters it.")
     if training and (rows.recovery == "none").all(): notes.append(f"No training on {data:.0%} of the data or less was studied at this ratio.")
+    if not best.rival: notes.append("The other pruning was not tried with this recovery, or not at all.")
     if best.seeds == 1: notes.append("It rests on one seed; another may change the order.")
     if best.avg_percent < HEAVY: notes.append("That is a heavy loss: consider a smaller model instead of pruning this far.")
     elif ratio > WRONG_TOOL + .005: notes.append(BEYOND)
@@ -155,7 +158,7 @@ def say_printed(model: str, ratio: float, training: bool, profile) -> str:
     return f"The paper prints for {name} at ratio {best.ratio:.2f}: {best.pruning} {how} kept {best.avg_percent_as_printed:.1f} %."
 
 # %% ../nbs/30_advice.ipynb #cell-036
-COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery", "train", "fraction", "avg_percent", "low", "high", "n", "seeds", "behind", "tied", "open"]
+COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery", "train", "fraction", "avg_percent", "low", "high", "n", "seeds", "behind", "tied", "open", "rival"]
 
 
 @dataclass(frozen=True)

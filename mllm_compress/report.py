@@ -73,13 +73,14 @@ _TEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_"
 
 
 def to_latex(table: Table) -> str:
-    "A booktabs table."
-    tex = lambda t: t.translate(_TEX)
-    align = "".join("r" if pd.api.types.is_numeric_dtype(table.frame[c]) else "l" for c in table.frame)
-    rows = [" & ".join(r) + r" \\" for r in _texts(table, r"\textbf{{{}}}".format, tex)]
+    "A booktabs table that fits its page."
+    tex, texts = lambda t: t.translate(_TEX), _texts(table, r"\textbf{{{}}}".format, lambda t: t.translate(_TEX))
+    longest = [max([0, *(len(row[k]) for row in texts)]) for k in range(table.frame.shape[1])]
+    kinds = ["r" if pd.api.types.is_numeric_dtype(table.frame[c]) else r">{\raggedright\arraybackslash}p{4.5cm}" if n > 40 else "l" for c, n in zip(table.frame, longest)]
     head = " & ".join(tex(str(c)) for c in table.frame) + r" \\"
-    body = "\n".join([r"\toprule", head, r"\midrule", *rows, r"\bottomrule"])
-    return f"\\begin{{table}}\n\\centering\n\\caption{{{tex(table.caption)}}}\n\\begin{{tabular}}{{{align}}}\n{body}\n\\end{{tabular}}\n\\end{{table}}\n"
+    body = "\n".join([r"\toprule", head, r"\midrule", *(" & ".join(row) + r" \\" for row in texts), r"\bottomrule"])
+    return (f"% \\usepackage{{adjustbox, array, booktabs}}\n\\begin{{table}}\n\\centering\n\\caption{{{tex(table.caption)}}}\n"
+            f"\\begin{{adjustbox}}{{max width=\\linewidth, max totalheight=.85\\textheight}}\n\\begin{{tabular}}{{{''.join(kinds)}}}\n{body}\n\\end{{tabular}}\n\\end{{adjustbox}}\n\\end{{table}}\n")
 
 # %% ../nbs/26_report.ipynb #cell-015
 def to_html(table: Table) -> str:
@@ -168,8 +169,8 @@ GROUPS = {"Holds": lambda e: word(e) == WORDS[0], "Does not hold": lambda e: wor
 def counted(v: Verdict) -> str:
     "In how many settings a claim is right, in words."
     if not v.effects: return "no settings"
-    n, k = len(v.says(WORDS[0])), len(v.effects)
-    return f"holds in {n} of {k} settings" if k > 1 else "one setting"
+    n, against, k = len(v.says(WORDS[0])), len(v.says(WORDS[1])), len(v.effects)
+    return f"holds in {n} of {k} settings" + f", contrary in {against}" * bool(against) if k > 1 else "one setting"
 
 
 def sentence(v: Verdict) -> str:
@@ -222,7 +223,7 @@ def _seed_dots(ax, g: pd.DataFrame, name) -> None: # rows of one line
     "What every seed kept, where there are several (column `by_seed`)."
     for ratio, values in zip(g.achieved_ratio, g.get("by_seed", [])):
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) < 2: continue
-        ax.plot([ratio + .015] * len(values), values, ".", color=look(name).color, markersize=4.5, markeredgewidth=0, clip_on=False, zorder=2.5)
+        ax.plot([ratio + .015] * len(values), values, "o", color=look(name).color, markersize=2.9, markeredgecolor="white", markeredgewidth=.4, clip_on=False, zorder=5)
 
 # %% ../nbs/26_report.ipynb #cell-038
 def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed models only

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'RESULTS', 'FIELDS', 'STYLE', 'PAGE', 'picture_html', 'output_html', 'cell_html', 'cells_html',
-           'notebook_html', 'lines_of', 'read_by', 'write_cells', 'provenance', 'commit', 'scope', 'line_of',
-           'verdicts_of', 'build']
+           'own_parameters', 'notebook_html', 'lines_of', 'read_by', 'write_cells', 'provenance', 'commit', 'scope',
+           'line_of', 'verdicts_of', 'build']
 
 # %% ../nbs/28_site.ipynb #cell-003
 import html
@@ -102,6 +102,11 @@ def _folded(code: list) -> str:
     return f"<details><summary>code</summary>{''.join(code)}</details>" if code else ""
 
 # %% ../nbs/28_site.ipynb #cell-021
+def own_parameters(nb) -> dict:
+    "The parameters that an executed notebook was given besides its profile."
+    return {k: v for k, v in nb.metadata.get("mllm_compress", {}).get("parameters", {}).items() if k != "profile"}
+
+
 def notebook_html(name: str, nb,
                   files: list, # of Path, that it left
                  ) -> dict:    # for the template
@@ -109,7 +114,8 @@ def notebook_html(name: str, nb,
     title, _, rest = nb.cells[0].source.partition("\n")
     head = nb.cells[0].copy(); head["source"] = rest
     pictures = {p.read_bytes(): p.name for p in files if p.suffix == ".png"}
-    return {"name": name, "title": title.lstrip("# "), "body": cells_html([head, *nb.cells[1:]], pictures), "files": [p.name for p in files]}
+    given = ", ".join(f"{k}={v!r}" for k, v in own_parameters(nb).items())
+    return {"name": name, "title": title.lstrip("# "), "body": cells_html([head, *nb.cells[1:]], pictures), "files": [p.name for p in files], "given": given}
 
 # %% ../nbs/28_site.ipynb #cell-025
 CELLS, RESULTS = "cells.csv", "results.zip"
@@ -232,7 +238,8 @@ does not hold if one contradicts it, chance among so many allowed for. Everythin
 {% for v in lines %}<li style="border-color:{{ v.color }}"><span class="mark" style="color:{{ v.color }}">{{ v.mark }}</span><span>{% if v.number %}{{ v.number }}. {% endif %}<a href="#{{ v.notebook }}">{{ v.claim }}</a>: <b>{{ v.word }}</b> ({{ v.settings }})</span></li>
 {% endfor %}</ul>{% endfor %}{{ back }}{% endif %}
 {% for n in notebooks %}<section id="{{ n.name }}"><h2>{{ n.title }}</h2>
-{{ n.body | safe }}
+{% if n.given %}<p class="error">Run with {{ n.given }}: this is not all that the profile asks for.</p>
+{% endif %}{{ n.body | safe }}
 <p class="files">Files: <a href="{{ n.name }}.ipynb">executed notebook</a>{% for f in n.files %} · <a href="{{ f }}">{{ f }}</a>{% endfor %}</p>{{ back }}
 {% endfor %}<section id="provenance"><h2>Provenance</h2><div class="wide">{{ provenance | safe }}</div>
 <p class="files">{{ cells }} results; every one, with its scores, settings and circumstances: <a href="cells.csv">cells.csv</a>; with every answer: <a href="results.zip">results.zip</a>{% if commit %}; page made at commit <code>{{ commit }}</code>{% endif %}</p>{{ back }}
@@ -246,11 +253,12 @@ def build(profile) -> Path: # index.html
     folder = home() / "figures" / profile.name
     found = [(name, folder / f"{name}.ipynb") for name in notebooks() if (folder / f"{name}.ipynb").exists()]
     if not found: raise FileNotFoundError(f"No executed notebooks of profile {profile.name}: run mllm-compress study --profile {profile.name} first.")
+    told = sorted((name for name, _ in found), key=lambda name: bool(own_parameters(nbformat.read(dict(found)[name], 4))))  # verdicts on a part come last
     made = [notebook_html(name, nbformat.read(path, 4), sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")) for name, path in found]
     lines = write_cells(profile)
     origin = provenance(lines)
     text = Environment(autoescape=True).from_string(PAGE).render(
-        profile=profile, notebooks=made, scope=scope(profile, lines), verdicts=verdicts_of(folder, [name for name, _ in found]), style=STYLE,
+        profile=profile, notebooks=made, scope=scope(profile, lines), verdicts=verdicts_of(folder, told), style=STYLE,
         commit=commit(home()), failed=[name for name in notebooks() if failed_copy(folder / f"{name}.ipynb").exists()], cells=int(origin.cells.sum()) if len(origin) else 0,
         provenance=origin.to_html(index=False, border=0) if len(origin) else "<p>No notebook on this page has read results.</p>")
     write_atomically(folder / "index.html", text)

@@ -214,12 +214,19 @@ def slurm(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in jobs of a Slurm cluster."
     if not shutil.which("sbatch"): raise ValueError("The slurm executor needs sbatch: run it on a machine of a Slurm cluster, or use executor='local'.")
     named = {name_of(cell, profile): cell for cell in cells}
-    arrays, ours = in_queue(set(named), results), []
-    waiting = {n for array in arrays for job in array.jobs for n in job}
+    theirs, ours, lost = in_queue(set(named), results), [], []
+    adopted = {name: array for array in theirs for job in array.jobs for name in job}
+
+    def submitted(names) -> list:  # arrays
+        before = len(ours)
+        for minutes, jobs in arrays_of([named[n] for n in names], profile.slurm).items(): ours.append(submit(jobs, minutes, profile, results))
+        return ours[before:]
+
     try:
-        for minutes, jobs in arrays_of([c for n, c in named.items() if n not in waiting], profile.slurm).items():
-            ours.append(submit(jobs, minutes, profile, results))
-        for name, status, message in watch(arrays + ours, results): yield named[name], status, message
+        for name, status, message in watch(theirs + submitted(n for n in named if n not in adopted), results):
+            if status == "failed" and name in adopted and adopted[name].answer(name) is None: lost.append(name)  # another run took its jobs back
+            else: yield named[name], status, message
+        for name, status, message in watch(submitted(lost), results): yield named[name], status, message
     except BaseException:
         if ours: subprocess.run(["scancel", *(array.id for array in ours)])
         raise

@@ -274,6 +274,7 @@ def shared(store: Store,
         build(part)
         write_atomically(part / "inputs.json", json.dumps({"inputs": inputs, "seals": _seals(part)}, indent=1, sort_keys=True))
         os.replace(part, done)
+        _is_whole.cache_clear()  # what it remembers of this folder was another's
     return done
 
 

@@ -63,6 +63,17 @@ def test_a_tie_must_be_shown(ask):
     assert "(n = 400 questions per model, 3 seeds, profile p)" in few.text
 
 
+def test_a_pruning_that_was_tried_alone_says_so(ask):
+    "SFT on 5 % of the data was tried after one pruning only; without training both were."
+    trained, untrained = ask(ratio=.3, data=.05), ask(ratio=.3, training=False)
+    rival = {(r.recovery, r.pruning): r.rival for r in trained.rows.itertuples()}
+    assert rival == {("none", "layerwise"): True, ("none", "widthwise"): True, ("sft", "layerwise"): False}
+    said = "The other pruning was not tried with this recovery"
+    assert said in trained.text and said not in untrained.text
+    both = ask(rows=RESULTS + [made("widthwise", .3, .9, "sft", .05)], ratio=.3, data=.05)
+    assert said not in both.text and both.rows.rival.sum() == 4
+
+
 def test_each_pruning_answers_with_its_own_step():
     frame = pd.DataFrame([made(p, r, .9, achieved=a) for p, r, a in (("layerwise", .3, .333), ("layerwise", .45, .412), ("widthwise", .3, .3), ("widthwise", .45, .45))])
     steps = lambda ratio: dict(zip((near := advice.nearby(frame, ratio)).pruning, near.achieved_ratio))
@@ -82,7 +93,7 @@ def test_who_is_far_behind_with_a_wide_interval_is_not_offered_as_cheap(ask):
     noisy = [made(), *seeds([made("layerwise", .3, .95, "sft", .05)] * 3), *seeds([made("widthwise", .3, w) for w in (.5, .9, .97)])]
     given = ask(rows=noisy, ratio=.3)
     assert given.rows.tied.tolist() == [True, False] and given.rows.open.tolist() == [False, True]
-    assert "keeps 16.0 [" in given.text and "not told apart by so few seeds" in given.text and "tie" not in given.text and "cheapest" not in given.text
+    assert "keeps 16.0 [" in given.text and "not shown to be more than 1 point" in given.text and "tie" not in given.text and "cheapest" not in given.text
 
 
 def test_cautions(ask):

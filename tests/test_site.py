@@ -97,6 +97,18 @@ def test_a_notebook_that_failed_is_named(made, tmp_path, monkeypatch):
     assert '01_wide failed when it was last run (<a href="01_wide.failed.ipynb">' in site.build("smoke").read_text(encoding="utf-8")
 
 
+def test_a_notebook_with_parameters_of_its_own_says_so_and_speaks_last(made, tmp_path, monkeypatch):
+    copy, whole = tmp_path / "checkout", made.read_text(encoding="utf-8")
+    shutil.copytree(made.parents[2], copy)
+    monkeypatch.chdir(copy)
+    nb = nbformat.read(copy / "figures/smoke/03_projector.ipynb", 4)
+    nb.metadata["mllm_compress"] = {"parameters": {"profile": "smoke", "ratios": [0.3]}}
+    nbformat.write(nb, copy / "figures/smoke/03_projector.ipynb")
+    part, claim = site.build("smoke").read_text(encoding="utf-8"), CLAIMS[2].text.rstrip(".")
+    assert "Run with ratios=[0.3]" in part and f'<a href="#10_findings">{claim}' in part
+    assert "Run with" not in whole and f'<a href="#03_projector">{claim}' in whole
+
+
 def text_of(part: str) -> str:
     "What a reader sees of a piece of HTML."
     return html.unescape(re.sub("<[^>]*>", "", part)).strip()
@@ -123,7 +135,7 @@ def brightness(colour: str) -> float:
 
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
-    assert listed(made) == [f"✗1. {claims[1]}: does not hold (holds in 1 of 3 settings)", f"✓2. {claims[2]}: holds (holds in 2 of 2 settings)",
+    assert listed(made) == [f"✗1. {claims[1]}: does not hold (holds in 1 of 3 settings, contrary in 1)", f"✓2. {claims[2]}: holds (holds in 2 of 2 settings)",
                             f"?5. {claims[5]}: is undecided at this scale (holds in 0 of 2 settings)", "?Training helps: is undecided at this scale (holds in 1 of 2 settings)"]
     page = made.read_text(encoding="utf-8")
     assert re.findall('<a href="#([^"]*)">(?:Without recovery|At ratios|With recovery|Training helps)', page) == ["02_pruning", "03_projector", "06_best", "03_projector"]

@@ -212,3 +212,28 @@ def test_jobs_that_will_never_start_are_named_once(cluster, monkeypatch, capsys)
     assert list(slurm.watch([array], results)) == [("a", "done", "")]
     said = capsys.readouterr()
     assert (said.out + said.err).count("Slurm job 7_0 waits: PartitionTimeLimit") == 1
+
+
+def test_cells_of_another_run_that_took_its_jobs_back_are_submitted_once(cluster, monkeypatch):
+    results, submitted = study.results_of(SMOKE), []
+    names = [executors.name_of(c, SMOKE) for c in CELLS[:3]]
+    theirs = slurm.Array(cluster / "theirs", "7", [names[:2]])
+    theirs.folder.mkdir()
+    (theirs.folder / f"{names[1]}.json").write_text('["failed", "an error of its own"]')
+
+    def submit(jobs, minutes, profile, store):
+        array = slurm.Array(cluster / f"ours{len(submitted)}", str(8 + len(submitted)), [[executors.name_of(c, SMOKE) for c in job] for job in jobs])
+        array.folder.mkdir()
+        for job in array.jobs:
+            for name in job: (array.folder / f"{name}.json").write_text('["done", ""]')
+        submitted.append([c for job in jobs for c in job])
+        return array
+
+    monkeypatch.setattr(slurm, "POLL", 0)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: name if name == "sbatch" else None)
+    monkeypatch.setattr(slurm, "queue", lambda: set())
+    monkeypatch.setattr(slurm, "in_queue", lambda names, store: [theirs])
+    monkeypatch.setattr(slurm, "submit", submit)
+    answers = {cell: (status, message) for cell, status, message in slurm.slurm(CELLS[:3], SMOKE, results)}
+    assert submitted == [[CELLS[2]], [CELLS[0]]]  # what nobody had, then what the other run gave up
+    assert answers == {CELLS[0]: ("done", ""), CELLS[1]: ("failed", "an error of its own"), CELLS[2]: ("done", "")}
