@@ -34,12 +34,22 @@ def test_answers_are_marked_by_a_sign_not_by_colour():
     assert text_of("a b c d e f g", True, 8) == "a b c d…"
 
 
-def test_the_guide_says_how_the_papers_choice_did():
-    agreement = defined_in("08_guide", "agreement", pd=pd)["agreement"]
-    found = pd.DataFrame([("layerwise", "sft", True, False), ("widthwise", "sft", True, False), ("random", "sft", False, True), ("bad", "sft", False, False), ("untrained", "none", False, False)],
-                         columns=["pruning", "recovery", "tied", "open"])
-    assert [agreement(found, p, True) for p in ("layerwise", "widthwise", "random", "bad", "untrained")] == ["same", "tied", "open", "behind", "not studied"]
-    assert agreement(found[found.pruning == "layerwise"], "layerwise", True) == agreement(found.iloc[[0, 4]], "layerwise", True) == "no rival"
+def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
+    "What only one pruning was given, the best of all here, says nothing about the other."
+    from types import SimpleNamespace
+    from mllm_compress import advice, claims
+    from mllm_compress.effects import Estimate
+    behind = {.05: Estimate(.2, -.3, .6, 100, 3), .1: Estimate(.8, -.3, 1.9, 100, 3), 1.: Estimate(3., 2., 4., 100, 3)}  # of layerwise, by fraction
+    effects = SimpleNamespace(SETTING=["model", "pruning", "fraction"], difference=lambda frame, model, best, setting: behind[setting["fraction"]])
+    agreement = defined_in("08_guide", "setting", "agreement", pd=pd, effects=effects, advice=advice, MARGIN=claims.MARGIN, frame=None)["agreement"]
+
+    def found(fraction, *more):
+        rows = [("layerwise", "hidden_kd", fraction, False), *more, ("widthwise", "sft", fraction, True), ("layerwise", "sft", fraction, True), ("layerwise", "none", 1., False)]
+        return pd.DataFrame(rows, columns=["pruning", "recovery", "fraction", "rival"]).assign(model="m")
+
+    assert [agreement(found(f), "layerwise", True) for f in behind] == ["tied", "open", "behind"]
+    assert agreement(found(1.), "widthwise", True) == agreement(found(1., ("layerwise", "sft", 1., True)), "layerwise", True) == "same"
+    assert agreement(found(1.).query("not rival"), "layerwise", True) == "no rival" and agreement(found(1.), "random", True) == agreement(found(1.), "widthwise", False) == "not studied"
 
 
 def test_saved_time_is_not_moved_by_an_outlier():
