@@ -86,7 +86,7 @@ def draw(rows: pd.DataFrame, path: Path):
         ax.set(xlabel="fraction of decoder parameters removed (achieved)", ylabel="decode speed-up over dense",
                title=f"One token at batch 1: {first['shape']}, {first['dtype']}", xticks=(0, *RATIOS))
         label_ends(ax, ends)
-        fig.savefig(path)
+        for end in (".png", ".pdf"): fig.savefig(path.with_suffix(end))
     path.with_suffix(".txt").write_text(f"Speed-up of decoding one token after {first.context} others, over the dense decoder timed in turn: medians, and quartiles as bars, of n = {first.repeats} pairs "
                                         f"({first['shape']}, {first['dtype']}; rounded: widths in multiples of 64). {first.device}, {first.threads} thread(s).\n", encoding="utf-8")
 

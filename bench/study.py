@@ -1,13 +1,12 @@
 """Wall time of cells that share work, through the study, against the same cells on their own.
 
-The cells are a sample of the `tiny` grid with one model: dense, pruned at two ratios, and recovered on 1 % of the data by two
-objectives. What the study shares between them: one process (its imports, the model, the images and
-questions), the training data, scores over ratios, the teacher's targets over objectives, and the dense evaluation. The rival
-computes each cell in a new process with an empty store, with the dense model that its AVG-% is relative to. Both use one
-process at a time with one thread and the same code for a cell, so that the ratio is what sharing gains; a third run has a worker
-for each core, as the study does by default. Cells of 50 or 100 % of the data
-are left out, to take minutes instead of hours: their own training dwarfs what can be shared, so that the gain over the whole grid is
-smaller than over this sample.
+The cells are a sample of the `tiny` grid with one model, in about the grid's proportions: dense, pruned without training (a
+quarter), recovered on 1 % of the data (a tenth) and on 5 % (the rest), by three objectives, after both prunings. What the study
+shares between them: one process (its imports, the model, the images and questions), the training data, scores over ratios, the
+teacher's targets over objectives, ratios and prunings, and the dense evaluation. The rival computes each cell in a new process
+with an empty store, with the dense model that its AVG-% is relative to. Both use one process at a time with one thread and the
+same code for a cell, so that the ratio is what sharing gains; a third run has a worker for each core, as the study does by
+default. Cells of 10, 50 or 100 % of the data are left out, to take minutes instead of hours.
 
 CPU seconds are measured beside wall seconds: on a machine that others use, they are the ones to compare.
 
@@ -41,10 +40,12 @@ RUN = "import json, sys; from mllm_compress import study; from mllm_compress.cel
 def sample(quick: bool) -> tuple: # (cells, profile)
     "The cells, and the profile that they are computed with."
     profile = load_profile("smoke" if quick else "tiny")
-    model, part = profile.models[0], .5 if quick else min(profile.fractions)
-    pruned = [Cell(model, "layerwise", r) for r in (.3, .45)]
-    trained = [replace(pruned[0], recovery=r, fraction=part) for r in ("sft", "sft+hidden_kd")]
-    return [Cell(model), *pruned, *trained], replace(profile, name="bench", notebooks={}, workers=0)
+    model, (least, some) = profile.models[0], (.5, 1.) if quick else profile.fractions[:2]
+    mild, layers, neurons = Cell(model, "layerwise", .3), Cell(model, "layerwise", .45), Cell(model, "widthwise", .45)
+    trained = [(mild, "sft+hidden_kd", least), *((mild, losses, some) for losses in ("sft", "hidden_kd", "sft+hidden_kd")),
+               (layers, "sft+hidden_kd", some), (neurons, "sft", some), (neurons, "sft+hidden_kd", some)]
+    cells = [Cell(model), mild, layers, neurons] + [replace(cell, recovery=losses, fraction=part) for cell, losses, part in trained]
+    return cells, replace(profile, name="bench", notebooks={}, workers=0)
 
 
 def timed(cells: list, profile, executor: str = "inline") -> tuple: # (wall seconds, CPU seconds, scores)
@@ -63,7 +64,7 @@ def timed(cells: list, profile, executor: str = "inline") -> tuple: # (wall seco
 
 
 def main(quick: bool) -> None:
-    "Measure, check that both ways score the same, write figures/bench/study.csv and .png."
+    "Measure, check that both ways score the same, write figures/bench/study.csv, .png and .pdf."
     cells, profile = sample(quick)
     wall, cpu, ours = timed(cells, profile)
     alone = [timed(list(dict.fromkeys([cells[0], c])), profile) for c in cells]
@@ -97,7 +98,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
             ax.set(title=f"{unit.replace('cpu', 'CPU')} seconds of {table.cells.iloc[0]} cells", xlim=(0, 1.5 * table[f"{unit}_s"].max()))
             ax.grid(axis="y", visible=False)
         axes[0].invert_yaxis()
-        fig.savefig(path, dpi=150, bbox_inches="tight")
+        for end in (".png", ".pdf"): fig.savefig(path.with_suffix(end), dpi=150, bbox_inches="tight")
     first = table.iloc[0]
     path.with_suffix(".txt").write_text(f"Seconds of {first.cells} cells of profile {first.profile}, in brackets as a share of those of each cell in a process of its own with an empty store; n = 1 run of each way. "
                                         f"{first.device}, one thread a process, load {first.load:.1f}.\n", encoding="utf-8")

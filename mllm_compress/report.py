@@ -223,7 +223,7 @@ def _seed_dots(ax, g: pd.DataFrame, name) -> None: # rows of one line
     "What every seed kept, where there are several (column `by_seed`)."
     for ratio, values in zip(g.achieved_ratio, g.get("by_seed", [])):
         if not isinstance(values, (list, tuple, np.ndarray)) or len(values) < 2: continue
-        ax.plot([ratio + .015] * len(values), values, "o", color=look(name).color, markersize=2.9, markeredgecolor="white", markeredgewidth=.4, clip_on=False, zorder=5)
+        ax.plot([ratio] * len(values), values, "o", color=look(name).color, markersize=2.9, markeredgecolor="white", markeredgewidth=.4, clip_on=False, zorder=5)
 
 # %% ../nbs/26_report.ipynb #cell-038
 def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed models only

@@ -242,7 +242,7 @@ does not hold if one contradicts it, chance among so many allowed for. Everythin
 {% endif %}{{ n.body | safe }}
 <p class="files">Files: <a href="{{ n.name }}.ipynb">executed notebook</a>{% for f in n.files %} · <a href="{{ f }}">{{ f }}</a>{% endfor %}</p>{{ back }}
 {% endfor %}<section id="provenance"><h2>Provenance</h2><div class="wide">{{ provenance | safe }}</div>
-<p class="files">{{ cells }} results; every one, with its scores, settings and circumstances: <a href="cells.csv">cells.csv</a>; with every answer: <a href="results.zip">results.zip</a>{% if commit %}; page made at commit <code>{{ commit }}</code>{% endif %}</p>{{ back }}
+<p class="files">{{ cells }} results; every one, with its scores, settings and circumstances: <a href="cells.csv">cells.csv</a>; with the score of every question: <a href="results.zip">results.zip</a>{% if commit %}; page made at commit <code>{{ commit }}</code>{% endif %}</p>{{ back }}
 </body></html>
 """
 

@@ -142,4 +142,4 @@ def label_ends(ax, ends: dict, # method or look -> (x, y) of its last point
         ax.add_artist(Line2D([1], [y], color=m.color, marker=m.marker, markersize=4.5, linestyle="none", transform=beside(9), clip_on=False))
         ax.annotate(m.label, (1, y), xycoords=edge, xytext=(15, 0), textcoords="offset points", va="center", fontsize=8.5, annotation_clip=False)
         far = (ax.transScale + ax.transLimits).transform((x, end))[0] < .7  # of the panel's width
-        if far or abs(y - end) > gap / 2: ax.add_artist(ConnectionPatch((x, end), (1, y), ax.transData, beside(5), color=m.color, linewidth=.8, linestyle=(0, (1, 1.5)), zorder=2))
+        if far or abs(y - end) > gap / 2: ax.add_artist(ConnectionPatch((x, end), (1, y), ax.transData, beside(5), color=GREY, linewidth=.7, linestyle=(0, (1, 1.5)), zorder=2))

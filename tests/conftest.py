@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from draw_again import ROOT, begin
+
 torch.set_num_threads(1)
 
 
@@ -44,3 +46,19 @@ def tiny_lm():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).eval()
     return build
+
+
+@pytest.fixture(scope="session")
+def again(tmp_path_factory) -> dict: # name of a profile -> (checkout in which its notebooks run, the process)
+    "The notebooks of every committed profile run again on its results, all at once, one core each."
+    checkouts = {p.parent: tmp_path_factory.mktemp(p.parent.name) for p in sorted((ROOT / "figures").glob("*/results.zip"))}
+    started = {folder.name: (checkout, begin(folder, checkout)) for folder, checkout in checkouts.items()}
+    yield started
+    for _, process in started.values():
+        if process: process.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request):
+    "What runs beside the tests starts with the first of them, if any will ask for it."
+    if any("again" in getattr(item, "fixturenames", ()) for item in request.session.items): request.getfixturevalue("again")

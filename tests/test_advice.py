@@ -96,6 +96,12 @@ def test_who_is_far_behind_with_a_wide_interval_is_not_offered_as_cheap(ask):
     assert "keeps 16.0 [" in given.text and "not shown to be more than 1 point" in given.text and "tie" not in given.text and "cheapest" not in given.text
 
 
+def test_what_was_measured_blockwise_says_so_wherever_it_is_named(ask):
+    best, next_best = ask(ratio=.3, training=False).text, ask(rows=[made(), made("layerwise", .3, .9), made("widthwise", .3, .8)], ratio=.3).text
+    assert "prune widthwise, blockwise (x)" in best and "was not measured" in best  # the shape that is loaded without this package
+    assert "Next best: prune widthwise, blockwise (x)" in next_best and "was not measured" not in next_best
+
+
 def test_cautions(ask):
     assert "heavy loss" in ask(ratio=.6).text and "heavy loss" not in ask(ratio=.3).text
     assert "next larger step" in ask(ratio=.45).text

@@ -1,9 +1,5 @@
 """Every committed number follows from the results that it was drawn from, and every committed notebook from its source."""
 import json
-import os
-import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,11 +9,12 @@ import pandas as pd
 import pytest
 
 from mllm_compress import effects, store, study
-from mllm_compress.cells import Cell, load_profile
+from mllm_compress.cells import Cell
 from mllm_compress.claims import AT_EQUAL_SIZE, CLAIMS
-from mllm_compress.notebooks import cells_of
 from mllm_compress.report import Verdict
 from mllm_compress.store import Store
+
+from draw_again import MEASURED
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/cells.csv"))
@@ -187,23 +184,6 @@ def test_a_changed_number_is_found(change, wrong):
 
 # ---- from the results once more, by the notebooks themselves
 
-RETELL = """
-import contextlib, io, os, sys
-import nbformat, torch
-from IPython.core.interactiveshell import InteractiveShell
-torch.set_num_threads(1)
-profile, names = sys.argv[1], sys.argv[2:]
-for name in names:
-    shell, quiet = InteractiveShell(), io.StringIO()
-    for cell in nbformat.read(f"{name}.ipynb", 4).cells:
-        if cell.cell_type != "code": continue
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet): done = shell.run_cell(cell.source)
-        if not done.success: sys.exit(f"{name}: {cell.source}" + os.linesep + quiet.getvalue()[-3000:])
-        if "parameters" in cell.metadata.get("tags", []): shell.user_ns["profile"] = profile
-"""
-MEASURED = ("00_", "09_")  # learning rates are searched by hand; times are another machine's
-
-
 def same_values(ours: Path, again: Path) -> bool:
     "Whether two tables or verdicts say the same, to the last digits of their floating-point numbers."
     if ours.suffix == ".csv": return pd.testing.assert_frame_equal(pd.read_csv(ours), pd.read_csv(again), rtol=1e-4, atol=1e-6) is None
@@ -212,34 +192,11 @@ def same_values(ours: Path, again: Path) -> bool:
         x == pytest.approx(y, rel=1e-6, abs=1e-9) if isinstance(x, float) else x == y for x, y in zip(flat(a), flat(b)))
 
 
-def begin(folder: Path, checkout: Path):
-    "Start the notebooks of a folder of figures on its results; None where results have other names here."
-    (checkout / "nbs").mkdir()
-    shutil.copy(ROOT / "settings.ini", checkout)
-    shutil.copytree(ROOT / "nbs/study", checkout / "nbs/study")
-    names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]
-    setup, there = load_profile(folder.name), Store(checkout / "runs" / folder.name)
-    store.unpack(folder / "results.zip", there)
-    wanted = {study.name_of(cell, setup) for name in names for cell in cells_of(nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4), {"profile": folder.name})}
-    if not wanted <= set(there.names()): return None
-    return subprocess.Popen([sys.executable, "-c", RETELL, folder.name, *names], cwd=checkout / "nbs/study", env=os.environ | {"MPLBACKEND": "agg"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def again(tmp_path_factory) -> dict: # folder of figures -> (checkout in which its notebooks run, the process)
-    "All at once, one core each."
-    checkouts = {folder: tmp_path_factory.mktemp(folder.name) for folder in FOLDERS}
-    started = {folder: (checkout, begin(folder, checkout)) for folder, checkout in checkouts.items()}
-    yield started
-    for _, process in started.values(): process and process.kill()
-
-
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_notebooks_draw_every_table_and_verdict_from_the_results_again(folder, again):
-    checkout, process = again[folder]
+    checkout, process = again[folder.name]
     if process is None: pytest.skip("results have other names here: this machine trains in another precision, or the code of a method has changed since they were computed")
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors[-4000:]
+    assert process.wait(timeout=900) == 0, (checkout / "errors").read_text()[-4000:]
     written = [p for p in sorted(folder.glob("*-*.*")) if p.suffix in (".csv", ".json") and not p.name.startswith(MEASURED)]
     assert len(written) > 15
     for path in written: assert same_values(path, checkout / "figures" / folder.name / path.name), path.name

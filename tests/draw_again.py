@@ -1,0 +1,42 @@
+"""Run the notebooks of a committed profile again on the results that came with its figures, in a process beside the tests."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MEASURED = ("00_", "09_")  # learning rates are searched by hand; times are another machine's
+RETELL = """
+import contextlib, io, os, sys
+import nbformat, torch
+from IPython.core.interactiveshell import InteractiveShell
+torch.set_num_threads(1)
+profile, names = sys.argv[1], sys.argv[2:]
+for name in names:
+    shell, quiet = InteractiveShell(), io.StringIO()
+    for cell in nbformat.read(f"{name}.ipynb", 4).cells:
+        if cell.cell_type != "code": continue
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet): done = shell.run_cell(cell.source)
+        if not done.success: sys.exit(f"{name}: {cell.source}" + os.linesep + quiet.getvalue()[-3000:])
+        if "parameters" in cell.metadata.get("tags", []): shell.user_ns["profile"] = profile
+"""
+
+
+def begin(folder: Path, checkout: Path) -> subprocess.Popen:
+    "Start the notebooks of a folder of figures on its results; None where results have other names here. What fails is told in checkout/errors."
+    import nbformat
+
+    from mllm_compress import store, study
+    from mllm_compress.cells import load_profile
+    from mllm_compress.notebooks import cells_of
+    (checkout / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", checkout)
+    shutil.copytree(ROOT / "nbs/study", checkout / "nbs/study")
+    names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]
+    setup, there = load_profile(folder.name), store.Store(checkout / "runs" / folder.name)
+    store.unpack(folder / "results.zip", there)
+    wanted = {study.name_of(cell, setup) for name in names for cell in cells_of(nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4), {"profile": folder.name})}
+    if not wanted <= set(there.names()): return None
+    with (checkout / "errors").open("w") as errors:
+        return subprocess.Popen([sys.executable, "-c", RETELL, folder.name, *names], cwd=checkout / "nbs/study", env=os.environ | {"MPLBACKEND": "agg"}, stdout=subprocess.DEVNULL, stderr=errors)
