@@ -1,4 +1,5 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -60,5 +61,6 @@ def again(tmp_path_factory) -> dict: # name of a profile -> (checkout in which i
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request):
-    "What runs beside the tests starts with the first of them, if any will ask for it."
-    if any("again" in getattr(item, "fixturenames", ()) for item in request.session.items): request.getfixturevalue("again")
+    "What runs beside the tests starts with the first of them, if any will ask for it; if it cannot start, only they fail."
+    with contextlib.suppress(Exception):
+        if any("again" in getattr(item, "fixturenames", ()) for item in request.session.items): request.getfixturevalue("again")
