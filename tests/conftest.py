@@ -50,7 +50,7 @@ def tiny_lm():
 
 
 @pytest.fixture(scope="session")
-def again(tmp_path_factory) -> dict: # name of a profile -> (checkout in which its notebooks run, the process)
+def drawn_again(tmp_path_factory) -> dict: # name of a profile -> (checkout in which its notebooks run, the process)
     "The notebooks of every committed profile run again on its results, all at once, one core each."
     checkouts = {p.parent: tmp_path_factory.mktemp(p.parent.name) for p in sorted((ROOT / "figures").glob("*/results.zip"))}
     started = {folder.name: (checkout, begin(folder, checkout)) for folder, checkout in checkouts.items()}
@@ -63,4 +63,4 @@ def again(tmp_path_factory) -> dict: # name of a profile -> (checkout in which i
 def beside(request):
     "What runs beside the tests starts with the first of them, if any will ask for it; if it cannot start, only they fail."
     with contextlib.suppress(Exception):
-        if any("again" in getattr(item, "fixturenames", ()) for item in request.session.items): request.getfixturevalue("again")
+        if any("drawn_again" in getattr(item, "fixturenames", ()) for item in request.session.items): request.getfixturevalue("drawn_again")

@@ -193,8 +193,8 @@ def same_values(ours: Path, again: Path) -> bool:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
-def test_notebooks_draw_every_table_and_verdict_from_the_results_again(folder, again):
-    checkout, process = again[folder.name]
+def test_notebooks_draw_every_table_and_verdict_from_the_results_again(folder, drawn_again):
+    checkout, process = drawn_again[folder.name]
     if process is None: pytest.skip("results have other names here: this machine trains in another precision, or the code of a method has changed since they were computed")
     assert process.wait(timeout=900) == 0, (checkout / "errors").read_text()[-4000:]
     written = [p for p in sorted(folder.glob("*-*.*")) if p.suffix in (".csv", ".json") and not p.name.startswith(MEASURED)]
