@@ -28,8 +28,8 @@ from mllm_compress.taylor import ORDERS, output_gradients, summed_loss, taylor
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 GOALS = {"function": (1 / 20, 1 / 4), "hooks": (1.03, None), "taylor": (1.05, 0.10)}  # at most: time, extra memory, of the rival's
-
 NAMES = {"function": "block influence of two tensors", "hooks": "block influence in a scoring pass"}
+
 
 def seconds(call, device: str) -> float:
     "Wall time of one call."
