@@ -90,7 +90,7 @@ def draw(rows: pd.DataFrame, path: Path):
         plt.close(fig)
     first = rows.iloc[0]
     path.with_suffix(".txt").write_text(f"Questions per second on the small suite, and how many times the speed of one-by-one generate, timed in turn: medians, and quartiles as bars, of n = {first.repeats} turns of "
-                                        f"{rows.questions.min():,} to {rows.questions.max():,} questions. {first.device}, {first.threads} thread(s).\n", encoding="utf-8")
+                                        f"{rows.questions.min():,} to {rows.questions.max():,} questions; the factor is the median of those within turns, not the quotient of two medians. {first.device}, {first.threads} thread(s).\n", encoding="utf-8")
 
 
 def main():

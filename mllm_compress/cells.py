@@ -243,6 +243,7 @@ def _check_name(recovery: str, where: str) -> None:
 def _checked(profile: Profile) -> Profile:
     "The profile, if its numbers can be used."
     for name, kind in (("ratios", float), ("fractions", float), ("seeds", int)):
+        if len(set(values := getattr(profile, name))) < len(values): raise ValueError(f"profile {profile.name}: {name} {values} names a value twice.")
         for value in getattr(profile, name): _number(f"profile {profile.name}: each of {name}", value, kind)
     for r in profile.ratios:
         if not 0 < r < .95: raise ValueError(f"profile {profile.name}: ratio {r} is outside (0, 0.95).")
@@ -260,6 +261,7 @@ def _checked(profile: Profile) -> Profile:
         if unknown := set(getattr(profile, key)) - set(profile.models): raise ValueError(
             f"profile {profile.name}: {key} names {', '.join(sorted(unknown))}; the models are {', '.join(profile.models)}.")
     for model in profile.per_model: training_of(model, profile)
+    if "setup" in profile.slurm.options: raise ValueError(f"profile {profile.name}: shell lines belong to setup of the slurm section itself, not to its options.")
     if profile.processes < 1 or profile.slurm.gpus % profile.processes: raise ValueError(
         f"profile {profile.name}: processes is {profile.processes} and a Slurm job gets {profile.slurm.gpus} GPUs: give each process one.")
     if profile.workers < 0: raise ValueError(f"profile {profile.name}: workers is {profile.workers}: say how many, or 0 for one per GPU or per core.")

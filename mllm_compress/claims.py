@@ -145,7 +145,8 @@ def best_rival(frame: pd.DataFrame, # of `study.run`
         if favourite not in names: continue
         gaps = {n: difference(frame, model, here | {by: favourite}, here | {by: n}) for n in names if n != favourite}
         gaps = {n: gap for n, gap in gaps.items() if gap.seeds}  # who shares no seed cannot be compared
-        for rival in sorted(gaps, key=lambda n: gaps[n].value)[:1]: out[f"{model} at {ratio:.2f}, over {rival}"] = gaps[rival]
+        sure = lambda n: gaps[n].value / max(gaps[n].high - gaps[n].low, 1e-9)  # in widths of its interval
+        for rival in sorted(gaps, key=sure)[:1]: out[f"{model} at {ratio:.2f}, over {rival}"] = gaps[rival]
     return out
 
 # %% ../nbs/25a_claims.ipynb #cell-029

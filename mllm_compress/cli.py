@@ -29,8 +29,12 @@ def _politely():
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop) if here else None
     try: yield
-    except (ValueError, FileNotFoundError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError": raise  # torch's, which is not imported for its name alone
+        typer.secho(f"Error: the GPU's memory does not suffice: {str(error).splitlines()[0]} recover: more --passes; else a larger GPU, or --device cpu.", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.secho("Stopped. Finished results are kept; the same command goes on from here.", err=True)
@@ -106,9 +110,19 @@ def cost(model: Model, latency: Annotated[bool, typer.Option(help="Measure secon
         typer.echo(cost_report(loaded, processor, latency=latency))
 
 # %% ../nbs/31_cli.ipynb #cell-019
+def _check_device(device: str) -> None:
+    "ValueError for a device that is not here."
+    import torch
+    try: wanted = torch.device(device)
+    except RuntimeError: raise ValueError(f"Unknown device {device!r}: use cpu, cuda, or cuda:1 and so on.") from None
+    gpus = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= gpus: raise ValueError(f"There is no {device} here: torch finds {gpus or 'no'} GPU{'s' * (gpus != 1)}. Use --device cpu, or see nvidia-smi.")
+
+
 def _load(model: str, device: str):
     "(model, processor, plan or None) of a pruned checkpoint or any other model."
-    from mllm_compress import checkpoint, pruning, zoo
+    from mllm_compress import checkpoint, zoo
+    _check_device(device)
     if (Path(model) / checkpoint.PLAN).exists(): return checkpoint.load_pruned(model, device=device)
     return *zoo.load_model(model, device=device), None
 
@@ -182,6 +196,7 @@ def prune(model: Model, out: Out, scores: Annotated[Path, typer.Option(help="Fol
     with _politely():
         from mllm_compress import checkpoint, plans, pruning
         from mllm_compress.scores import LayerScores, load_scores
+        checkpoint.atomic_folder(out)  # says now what it would say at the end
         loaded, processor, _ = _load(model, device)
         found = load_scores(scores)
         plan = (plans.plan_layerwise(loaded, found, ratio=ratio) if isinstance(found, LayerScores)
@@ -202,6 +217,7 @@ def recover(model: Annotated[str, typer.Argument(help="Folder that `prune` wrote
     with _politely():
         from mllm_compress import checkpoint, experiment, recovery, zoo
         if recipe and recipe not in recovery.PAPER: raise ValueError(f"Unknown recipe {recipe!r}: use one of {', '.join(recovery.PAPER)}.")
+        checkpoint.atomic_folder(out)  # says now what it would say after the training
         student, processor, plan = _load(model, device)
         if plan is None: raise ValueError(f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote.")
         names, options = losses.split("+"), dict(recovery.PAPER.get(recipe, {}))
@@ -224,6 +240,7 @@ def evaluate(model: Model, benchmark: Annotated[list[str], typer.Option(help="Ma
     "Score a model on benchmarks."
     with _politely():
         from mllm_compress import evaluation as e
+        if out and not out.parent.is_dir(): raise FileNotFoundError(f"There is no folder {out.parent} for {out.name}: make it first.")
         names = benchmark or list(e.SMALL_SUITE)
         rows = e.evaluate(*_load(model, device)[:2], names, limit=limit or None)
         typer.echo(rows.to_string(index=False, float_format="{:.1f}".format))

@@ -197,6 +197,11 @@ def best_next(waiting: list, last: Cell | None, others: list) -> int: # a positi
     return min(range(len(waiting)), key=cost)
 
 # %% ../nbs/22a_executors.ipynb #cell-031
+def _spent(status: str, device: str) -> bool:
+    "Whether a worker should do no further cell: it died, or one failed on its GPU."
+    return status == "died" or status == "failed" and device != "cpu"
+
+
 def local(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in worker processes, one per core or GPU."
     check_gpus(profile)
@@ -210,7 +215,9 @@ def local(cells: list, profile: Profile, results: Store, workers: int = 0):
             for pipe in wait([w.pipe for w in team if w.cell]):
                 k = next(k for k, w in enumerate(team) if w.pipe is pipe)
                 cell, status, message = team[k].take()
-                if status == "died": team[k] = Worker(*team[k].args)
+                if _spent(status, team[k].args[2]):
+                    team[k].stop()
+                    team[k] = Worker(*team[k].args)
                 if status == "busy": aside.append(cell); say_busy(cell, message)
                 else: yield cell, status.replace("died", "failed"), message
     finally:

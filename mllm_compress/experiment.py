@@ -22,6 +22,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -48,7 +49,7 @@ from .zoo import MODELS, SHIPPED, cast, load_model
 # %% ../nbs/22_experiment.ipynb #cell-005
 def precision_here() -> str: # bf16 or fp32
     "The precision in which this machine trains fastest."
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
 
 # %% ../nbs/22_experiment.ipynb #cell-007
@@ -125,8 +126,9 @@ def _make(model: str, profile: Profile) -> dict:
     return ({"dtype": profile.dtype} if profile.dtype else {}) | ({"tower": model_identity(str(located(tower)))} if tower else {})
 
 
+@lru_cache(None)
 def _ours(*functions) -> str:
-    "A name for what functions of this notebook do."
+    "A name for what functions of this notebook do, as they were when it was first asked for."
     return store.fingerprint([store.source_fingerprint(textwrap.dedent(inspect.getsource(f))) for f in functions])
 
 
@@ -283,13 +285,25 @@ def _end_with(process: int) -> None:
         time.sleep(1)
 
 # %% ../nbs/22_experiment.ipynb #cell-041
+@contextmanager
+def _off(device: str, *models):
+    "Models wait in the CPU's memory while other processes train on the device."
+    for model in models: model.to("cpu")
+    if device != "cpu": torch.cuda.empty_cache()
+    try: yield
+    finally:
+        for model in models: model.to(device)
+
+
 def student_of(cell: Cell, profile: Profile, results: Store, device: str):
     "The compressed model of a cell, its plan, and the record of its training."
     model, _ = teacher_of(cell.model, profile, device)
     plan = plan_of(cell, profile, results, device)
     if cell.recovery == "none": return apply_plan(model, plan), plan, {}
-    together = profile.processes > 1
-    student, training = trained_together(cell, profile, results, apply_plan(model, plan)) if together else trained(cell, plan, profile, results, device)
+    if profile.processes > 1:
+        student = apply_plan(model, plan)
+        with _off(device, model, student): _, training = trained_together(cell, profile, results, student)
+    else: student, training = trained(cell, plan, profile, results, device)
     return cast(student, model.dtype), plan, training
 
 # %% ../nbs/22_experiment.ipynb #cell-043
@@ -337,3 +351,4 @@ def record(device: str) -> dict:
 
 # %% ../nbs/22_experiment.ipynb #cell-049
 for _modules in (SEEING, SCORING, PRUNING, TRAINING): store.code_fingerprint(*_modules)
+for _steps in ((scores_of, random_layers), (compute, units_of, plan_of), (trained, trained_in_float32, training_data)): _ours(*_steps)

@@ -50,11 +50,11 @@ def _text(value, digits: int) -> str:
 
 # %% ../nbs/26_report.ipynb #cell-009
 def _texts(table: Table, mark, escape=str) -> list: # rows of str
-    "All cells as text: escaped, the best ones wrapped by `mark`, repeated names blank."
+    "All cells as text of one line: escaped, the best ones wrapped by `mark`, repeated names blank."
     frame, columns = table.frame.reset_index(drop=True), []
     for name in frame:
         best = table.marked(name).reset_index(drop=True)
-        texts = [escape(_text(v, table.digits)) for v in frame[name].tolist()]
+        texts = [escape(" ".join(_text(v, table.digits).split())) for v in frame[name].tolist()]
         texts = [mark(t) if b else t for t, b in zip(texts, best)]
         if name in table.once: texts = [t if i == 0 or t != texts[i - 1] else "" for i, t in enumerate(texts)]
         columns.append(texts)
@@ -69,7 +69,7 @@ def to_markdown(table: Table) -> str:
     return "\n".join(f"| {' | '.join(r)} |" for r in rows) + f"\n\n{table.caption}\n"
 
 # %% ../nbs/26_report.ipynb #cell-013
-_TEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "–": "--", "\\": r"\textbackslash{}"})
+_TEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "–": "--", "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\textasciitilde{}"})
 
 
 def to_latex(table: Table) -> str:
@@ -300,7 +300,7 @@ class Report:
 # %% ../nbs/26_report.ipynb #cell-048
 GLOSSARY = {("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was to be removed, and that was",
             ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
-            ("low", "high"): "low, high: the ends of its 95 % interval"}
+            ("low", "high"): "low, high: the ends of its 95 % interval, which is symmetric and may reach beyond what is possible"}
 
 
 def explained(frame: pd.DataFrame) -> str:

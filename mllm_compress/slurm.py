@@ -57,7 +57,7 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
              "setup": [*threads, "export TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1", *slurm.setup], "additional_parameters": {"requeue": True}}
     if slurm.partition: asked["partition"] = slurm.partition
     if slurm.gpus: asked["gpus_per_node"] = slurm.gpus
-    return asked | slurm.options
+    return asked | slurm.options | {"additional_parameters": asked["additional_parameters"] | slurm.options.get("additional_parameters", {})}
 
 # %% ../nbs/22b_slurm.ipynb #cell-013
 @dataclass(frozen=True)
@@ -92,14 +92,16 @@ def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None
     while waiting:
         name = next(iter(waiting))
         cell = waiting.pop(name)
-        try: status, message = complete_logged(Cell(**cell), profile, results, devices(1, profile.processes)[0])
+        device = devices(1, profile.processes)[0]
+        try: status, message = complete_logged(Cell(**cell), profile, results, device)
         except TimeIsUp: waiting[name] = cell; raise TimeIsUp(name) from None
-        if status == "busy": waiting[name] = cell; time.sleep(2)
-        else: write_atomically(folder / f"{name}.json", json.dumps([status, message]))
+        if status == "busy": waiting[name] = cell; time.sleep(2); continue
+        write_atomically(folder / f"{name}.json", json.dumps([status, message]))
+        if status == "failed" and device != "cpu" and waiting: raise TimeIsUp
 
 # %% ../nbs/22b_slurm.ipynb #cell-019
 class TimeIsUp(BaseException):
-    "Slurm will end this job soon; not an Exception, so that no cell takes it for a failure of its own."
+    "This job ends, and what it has not done goes to its next life; not an Exception, so that no cell takes it for a failure of its own."
 
 # %% ../nbs/22b_slurm.ipynb #cell-021
 def serve(folder) -> None:
@@ -200,7 +202,7 @@ def watch(arrays: list, results: Store):
         time.sleep(POLL)
         alive = queue()
         for job, why in stuck({a.job(name) for name, a in waiting.items()}).items():
-            if (job, why) not in said: tqdm.write(f"Slurm job {job} waits: {why}. It will not start by itself: see the slurm section of the profile, or scontrol show job {job}.")
+            if (job, why) not in said: tqdm.write(f"Slurm job {job} waits: {why}. It will not start by itself: see the slurm section of the profile, or scontrol show job {job}; after a change of the profile, scancel {job} and give the command again.")
             said.add((job, why))
         for name, array in list(waiting.items()):
             answer, job = array.answer(name) or (("done", "") if results.file(name).exists() else None), array.job(name)

@@ -40,6 +40,9 @@ def test_models_are_listed():
     (("advise", "--model", "m", "--ratio", "1.5"), "outside (0, 0.95)"),
     (("cost", "no-such-model"), "Unknown model 'no-such-model'"),
     (("score", "smoke-llava", "--out", "x", "--method", "luck"), "use one of"),
+    (("evaluate", "smoke-llava", "--device", "gpu"), "Unknown device 'gpu'"),
+    (("evaluate", "smoke-llava", "--device", "cuda:64"), "There is no cuda:64 here"),
+    (("evaluate", "smoke-llava", "--out", "no-such-folder/rows.csv"), "There is no folder no-such-folder"),
 ])
 def test_mistakes_are_answered(args, says):
     assert says in ask(*args, code=2)
@@ -54,6 +57,9 @@ def test_score_prune_recover_evaluate_cost(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask("score", "smoke-llava", "-o", "scores", "--samples", 4, "--scenes", 8)
     assert "achieved" in ask("prune", "smoke-llava", "-o", "small", "--scores", "scores", "--ratio", .3).lower() and Path("small").is_dir()
+    Path("kept").mkdir(); Path("kept/notes.txt").write_text("mine")
+    assert "was not written by save_pruned" in ask("recover", "no-such-folder", "--teacher", "smoke-llava", "-o", "kept", code=2)  # said before anything is loaded, let alone trained
+    assert "was not written by save_pruned" in ask("prune", "smoke-llava", "-o", "kept", "--scores", "scores", "--ratio", .3, code=2)
     assert "trained on" in ask("recover", "small", "--teacher", "smoke-llava", "-o", "again", "--fraction", ".005", "--scenes", 8)
     text = ask("evaluate", "again", "--benchmark", "scenes/hallucination", "--limit", 4, "-o", "rows.csv")
     assert "scenes/hallucination" in text and Path("rows.csv").exists()

@@ -46,6 +46,11 @@ def test_latex_is_escaped_and_booktabs():
     assert " & -- " in tex
 
 
+def test_a_question_of_several_lines_stays_in_its_row():
+    table = Table(pd.DataFrame({"question": ["What is x^2?\nA. ~4\n  B. 5"]}), "Asked.", {})
+    assert "| What is x^2? A. ~4 B. 5 |" in to_markdown(table) and r"What is x\^{}2? A. \textasciitilde{}4 B. 5" in to_latex(table)
+
+
 def test_html_is_escaped():
     assert "y &amp; z" in to_html(TABLE) and "<b>97.1</b>" in to_html(TABLE)
 
@@ -221,6 +226,14 @@ def test_a_rival_without_a_shared_seed_is_no_rival():
     lucky = {Cell("m", "layerwise", .15, recovery="logits_kd", seed=7): 1.0}
     frame = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("sft+hidden_kd", .925) | lucky)
     assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft"]
+
+
+def test_the_rival_is_the_one_that_is_least_surely_beaten():
+    "The mean alone would name a rival that scatters, and hide one that is better beyond doubt."
+    wild = {Cell("m", "layerwise", .15, recovery="logits_kd", fraction=.05, seed=s): w for s, w in enumerate((.80, .99, .99))}
+    frame = answered({Cell("m"): 1.0} | trained("sft+hidden_kd", .9) | trained("hidden_kd", .925) | wild)
+    (where, effect), = CLAIMS[3].effects(frame).items()
+    assert where == "m at 0.15, over hidden_kd" and effect.high < 0 and effect.value == pytest.approx(-2.5)  # the wild one is better by 2.7 in the mean
 
 
 def test_only_shared_seeds_are_paired():

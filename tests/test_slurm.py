@@ -158,6 +158,8 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
     text = (executors.Path(slurm.__file__).parent / "profiles/smoke.yaml").read_text()
     path.write_text(text + "slurm: {gpus: 1, hours: 3}\n")
     with pytest.raises(ValueError, match="slurm: unknown hours; the keys are partition, minutes"): load_profile(path)
+    path.write_text(text + "slurm: {options: {setup: [module load cuda]}}\n")
+    with pytest.raises(ValueError, match="belong to setup of the slurm section itself"): load_profile(path)
     path.write_text(text + "slurm: {gpus: 1, minutes: 30}\n")
     assert load_profile(path).slurm == Slurm(gpus=1, minutes=30)
     assert executors.name_of(CELLS[1], load_profile(path)) == executors.name_of(CELLS[1], load_profile("smoke"))
@@ -168,6 +170,7 @@ def test_what_a_job_asks_for():
     assert {k: asked[k] for k in ("time", "gpus_per_node", "cpus_per_task", "mem", "array_parallelism", "partition", "account")} == {
         "time": 90, "gpus_per_node": 2, "cpus_per_task": 6, "mem": "1536MB", "array_parallelism": 7, "partition": "long", "account": "us"}
     assert [f"export {name}=6" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")] == asked["setup"][:3] and asked["setup"][-1] == "module load cuda"
+    assert slurm.parameters(90, Slurm(options={"additional_parameters": {"reservation": "ours"}}))["additional_parameters"] == {"requeue": True, "reservation": "ours"}
     assert asked["additional_parameters"] == {"requeue": True} and not {"gpus_per_node", "partition"} & set(slurm.parameters(90, Slurm()))
 
 
@@ -182,6 +185,22 @@ def test_a_cell_that_another_run_has_never_fails_for_want_of_time(cluster, monke
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     slurm.serve(folder)
     assert commands == [["scontrol", "requeue", "123"]] and not [p for p in folder.glob("*.json") if p.name != "jobs.json"]
+
+
+def test_after_a_failure_on_a_gpu_the_others_get_a_new_job(cluster, monkeypatch):
+    results, commands = study.results_of(SMOKE), []
+    folder = slurm.write_array([CELLS[:3]], SMOKE, results)
+    monkeypatch.setattr(slurm, "devices", lambda *_: ["cuda:0"])
+    monkeypatch.setattr(slurm, "complete_logged", lambda cell, *_: ("failed", "AcceleratorError: device-side assert") if cell == CELLS[0] else ("done", ""))
+    monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(slurm.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    answers = lambda: [slurm.Array(folder, "7", []).answer(executors.name_of(c, SMOKE)) for c in CELLS[:3]]
+    slurm.serve(folder)
+    assert [a and a[0] for a in answers()] == ["failed", None, None] and commands == [["scontrol", "requeue", "123"]]
+    slurm.serve(folder)  # its next life
+    assert [a[0] for a in answers()] == ["failed", "done", "done"] and len(commands) == 1
 
 
 def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):

@@ -164,7 +164,12 @@ def test_every_step_of_a_result_is_in_its_name(monkeypatch):
     before, honest = names(), experiment.inspect.getsource
     for function, renamed in (("units_of", [1, 1, 1]), ("random_layers", [0, 1, 1]), ("trained_in_float32", [0, 0, 1])):
         monkeypatch.setattr(experiment.inspect, "getsource", lambda f: honest(f) + "\n    pass" * (f.__name__ == function))
+        assert names() == before, "a running process keeps the names of the code that it runs"
+        experiment._ours.cache_clear()
         assert [a != b for a, b in zip(before, names())] == [bool(r) for r in renamed], function
+        monkeypatch.setattr(experiment.inspect, "getsource", honest)
+        experiment._ours.cache_clear()
+        assert names() == before
 
 
 def test_code_fingerprint_ignores_comments_and_sees_code():
@@ -202,7 +207,7 @@ def test_shipped_profiles_read(name):
 
 
 @pytest.mark.parametrize("text, says", [("ratios: [0.3", "is not YAML"), ("- a\n- b", "must hold keys and values"), ("ratios: [a]", "each of ratios must be a number"),
-                                        ("seeds: [0.5]", "each of seeds must be a whole number"), ("workers: -1", "workers is -1"),
+                                        ("seeds: [0.5]", "each of seeds must be a whole number"), ("seeds: [0, 1, 0]", "names a value twice"), ("workers: -1", "workers is -1"),
                                         ("learning_rates: {projector+lm: {hidden_kd+sft: 0.1}}", "write 'sft.hidden_kd', not 'hidden_kd.sft'"),
                                         ("recovery: {epochs: 1, seed: 7}", "recovery may not set seed: every cell has its own")])
 def test_profiles_that_cannot_be_read(tmp_path, text, says):
@@ -306,6 +311,45 @@ def test_a_worker_that_dies_while_idle_is_replaced(away):
     worker, = multiprocessing.active_children()
     worker.kill(); worker.join()
     assert sorted(word for _, word, _ in run) == ["done", "failed"]
+
+
+def test_a_failure_on_a_gpu_costs_one_cell_and_one_worker(monkeypatch):
+    "An error of the device breaks whatever its process does next; on a CPU a worker goes on."
+    class Fragile:
+        "A worker whose device breaks at the first cell that asks for too much."
+        made = []
+        def __init__(self, profile, folder, device): self.args, self.cell, self.last, self.pipe, self.broken = (profile, folder, device), None, None, object(), False; self.made.append(device)
+        def give(self, cell): self.cell = self.last = cell
+        def take(self):
+            cell, self.cell, self.broken = self.cell, None, self.broken or self.cell.ratio > .9
+            return cell, "failed" if self.broken else "done", ""
+        def stop(self): pass
+
+    monkeypatch.setattr(executors, "Worker", Fragile)
+    monkeypatch.setattr(executors, "wait", lambda pipes: pipes)
+    cells, results = [Cell("m", "widthwise", .94), Cell("m", "widthwise", .3), Cell("m", "widthwise", .5)], study.results_of(SMOKE)
+    for device, made, failed in (("cuda:0", 2, 1), ("cpu", 1, 3)):
+        Fragile.made.clear()
+        monkeypatch.setattr(executors, "devices", lambda *_: [device])
+        assert [word for _, word, _ in executors.local(cells, SMOKE, results)].count("failed") == failed and Fragile.made == [device] * made
+
+
+def test_a_cell_that_is_named_twice_counts_once(away):
+    "Else one seed would pass for two."
+    assert len(study.run([DENSE, LAYERS, LAYERS], SMOKE, executor="inline", quiet=True)) == len(study.run([DENSE, LAYERS], SMOKE, executor="inline", quiet=True))
+
+
+def test_the_device_is_free_while_others_train_on_it():
+    class Model:
+        place = ["cuda:0"]
+        def to(self, device): self.place = [*self.place, device]
+
+    from mllm_compress import experiment
+    teacher, student = Model(), Model()
+    with pytest.raises(RuntimeError), experiment._off("cuda:0", teacher, student):
+        assert teacher.place[-1] == student.place[-1] == "cpu"
+        raise RuntimeError
+    assert teacher.place[-1] == student.place[-1] == "cuda:0"
 
 
 def test_what_a_worker_finds_in_its_environment(monkeypatch):
