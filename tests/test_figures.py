@@ -41,7 +41,8 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
     from mllm_compress.effects import Estimate
     behind = {.05: Estimate(.2, -.3, .6, 100, 3), .1: Estimate(.8, -.3, 1.9, 100, 3), 1.: Estimate(3., 2., 4., 100, 3)}  # of layerwise, by fraction
     effects = SimpleNamespace(SETTING=["model", "pruning", "fraction"], difference=lambda frame, model, best, setting: behind[setting["fraction"]])
-    agreement = defined_in("08_guide", "setting", "agreement", pd=pd, effects=effects, advice=advice, MARGIN=claims.MARGIN, frame=None)["agreement"]
+    guide = defined_in("08_guide", "setting", "tried_after_both", "agreement", "compared_on", pd=pd, effects=effects, advice=advice, MARGIN=claims.MARGIN, frame=None)
+    agreement, compared_on = guide["agreement"], guide["compared_on"]
 
     def found(fraction, *more):
         rows = [("layerwise", "hidden_kd", fraction, False), *more, ("widthwise", "sft", fraction, True), ("layerwise", "sft", fraction, True), ("layerwise", "none", 1., False)]
@@ -50,6 +51,18 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
     assert [agreement(found(f), "layerwise", True) for f in behind] == ["tied", "open", "behind"]
     assert agreement(found(1.), "widthwise", True) == agreement(found(1., ("layerwise", "sft", 1., True)), "layerwise", True) == "same"
     assert agreement(found(1.).query("not rival"), "layerwise", True) == "no rival" and agreement(found(1.), "random", True) == agreement(found(1.), "widthwise", False) == "not studied"
+    assert compared_on(found(.05), 1.) == .05 and compared_on(found(.05).query("not rival"), 1.) == 1. and compared_on(found(.05), 0) == 0  # a larger budget rests on the comparison of a smaller one
+
+
+def test_the_guide_counts_a_comparison_once():
+    "However many budgets rest on it."
+    guide = nbformat.read(STUDY.parent.parent / "figures/tiny/08_guide.ipynb", 4)
+    said = next(o.text for c in guide.cells for o in c.get("outputs", []) if "After both prunings the same recovery" in o.get("text", ""))
+    table = pd.read_csv(STUDY.parent.parent / "figures/tiny/08_guide-decisions.csv").ffill()
+    told = table["paper's pruning"].str.extract(r"^(\w+(?: \w+)?)(?: \((\d+%)\))?$").set_axis(["word", "on"], axis=1)
+    on = told.on.fillna(table.budget.str.replace(" % of the data", "%"))
+    once = told.assign(on=on, model=table.model, ratio=table["to remove"])[~told.word.isin(["no rival", "not studied"])].drop_duplicates(["model", "ratio", "on"])
+    assert f"tried in {len(once)} places" in said and all(f"{word} in {n}" in said for word, n in once.word.value_counts().items())
 
 
 def test_saved_time_is_not_moved_by_an_outlier():
