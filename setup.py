@@ -23,6 +23,6 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split(), "internvl": ["torchvision"],
                     "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "Levenshtein"]},  # Levenshtein: its MathVista imports it without asking for it
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": ["mllm_compress=mllm_compress.lmms_eval_plugin:manifest"]},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": ["mllm_compress=mllm_compress.evaluation.lmms_eval:manifest"]},
     zip_safe=False,
 )

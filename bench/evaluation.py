@@ -16,10 +16,11 @@ import pandas as pd
 import torch
 
 from machine import facts
-from mllm_compress import generation, zoo
-from mllm_compress.benchmarks import SMALL_SUITE, benchmark, load_questions
-from mllm_compress.generation import ask
-from mllm_compress.style import page
+from mllm_compress.evaluation import generation
+from mllm_compress import zoo
+from mllm_compress.evaluation.benchmarks import SMALL_SUITE, benchmark, load_questions
+from mllm_compress.evaluation.generation import ask
+from mllm_compress.reporting.style import page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 LOOKS = {"one by one": ("#777777", "o"), "engine, batch 1": ("#56B4E9", "v"), "engine": ("#0072B2", "s"), "engine, images seen": ("#D55E00", "D")}

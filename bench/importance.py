@@ -20,11 +20,11 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from machine import facts
-from mllm_compress.anatomy import anatomy
-from mllm_compress.block_influence import PeakTensors, block_influence, cosine_change
-from mllm_compress.scores import evaluating
-from mllm_compress.style import BLUE, GREY, page
-from mllm_compress.taylor import ORDERS, output_gradients, summed_loss, taylor
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.importance.influence import PeakTensors, block_influence, cosine_change
+from mllm_compress.importance.scores import evaluating
+from mllm_compress.reporting.style import BLUE, GREY, page
+from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 GOALS = {"function": (1 / 20, 1 / 4), "hooks": (1.03, None), "taylor": (1.05, 0.10)}  # at most: time, extra memory, of the rival's

@@ -17,10 +17,10 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from machine import facts
-from mllm_compress.cost import forward, shape_of_model, time_call, weight_bytes
-from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
-from mllm_compress.scores import LayerScores, WidthScores
-from mllm_compress.style import GREY, Look, label_ends, line, look, page
+from mllm_compress.cost.arithmetic import forward, shape_of_model, time_call, weight_bytes
+from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.importance.scores import LayerScores, WidthScores
+from mllm_compress.reporting.style import GREY, Look, label_ends, line, look, page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 RATIOS = (0.15, 0.30, 0.45, 0.60)

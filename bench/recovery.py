@@ -34,17 +34,17 @@ import torch.nn.functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from machine import facts
-from mllm_compress import targets
-from mllm_compress.anatomy import anatomy
-from mllm_compress.data import Collator, scene_data
-from mllm_compress.losses import answer_positions, count
-from mllm_compress.pruning import apply_plan, plan_layerwise
-from mllm_compress.recovery import RecoveryConfig, _attention, _attention_name, _block, _passes, add_lora, trainable_copy
-from mllm_compress.scores import LayerScores
-from mllm_compress.style import page
-from mllm_compress.targets import decoder_states, image_features
-from mllm_compress.tiny import tiny_model, tiny_processor
-from mllm_compress.trainer import Student
+from mllm_compress.recovery import teacher_cache as targets
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.data.instructions import Collator, scene_data
+from mllm_compress.recovery.losses import answer_positions, count
+from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
+from mllm_compress.recovery.training import RecoveryConfig, _attention, _attention_name, _block, _passes, add_lora, trainable_copy
+from mllm_compress.importance.scores import LayerScores
+from mllm_compress.reporting.style import page
+from mllm_compress.recovery.teacher_cache import decoder_states, image_features
+from mllm_compress.zoo.tiny_models import tiny_model, tiny_processor
+from mllm_compress.recovery.trainer import Student
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 LOSSES = {"sft": 0.5, "hidden_kd": 0.5}

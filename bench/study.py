@@ -28,23 +28,23 @@ import pandas as pd
 import yaml
 
 from machine import facts
-from mllm_compress import study
-from mllm_compress.cells import Cell, load_profile
-from mllm_compress.style import page
+from mllm_compress.study import runs as study
+from mllm_compress.study.experiments import Experiment, load_profile
+from mllm_compress.reporting.style import page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 GOAL = .5  # of the rival's time
-RUN = "import json, sys; from mllm_compress import study; from mllm_compress.cells import Cell; study.run([Cell(**c) for c in json.loads(sys.argv[1])], 'bench.yaml', sys.argv[2])"
+RUN = "import json, sys; from mllm_compress.study import runs as study; from mllm_compress.study.experiments import Experiment; study.run([Experiment(**c) for c in json.loads(sys.argv[1])], 'bench.yaml', sys.argv[2])"
 
 
 def sample(quick: bool) -> tuple: # (cells, profile)
     "The cells, and the profile that they are computed with."
     profile = load_profile("smoke" if quick else "tiny")
     model, (least, some) = profile.models[0], (.5, 1.) if quick else profile.fractions[:2]
-    mild, layers, neurons = Cell(model, "layerwise", .3), Cell(model, "layerwise", .45), Cell(model, "widthwise", .45)
+    mild, layers, neurons = Experiment(model, "layerwise", .3), Experiment(model, "layerwise", .45), Experiment(model, "widthwise", .45)
     trained = [(mild, "sft+hidden_kd", least), *((mild, losses, some) for losses in ("sft", "hidden_kd", "sft+hidden_kd")),
                (layers, "sft+hidden_kd", some), (neurons, "sft", some), (neurons, "sft+hidden_kd", some)]
-    cells = [Cell(model), mild, layers, neurons] + [replace(cell, recovery=losses, fraction=part) for cell, losses, part in trained]
+    cells = [Experiment(model), mild, layers, neurons] + [replace(cell, recovery=losses, fraction=part) for cell, losses, part in trained]
     return cells, replace(profile, name="bench", notebooks={}, workers=0)
 
 

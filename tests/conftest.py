@@ -19,14 +19,14 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava():
     "A random 4-layer CLIP + Llama model with its processor; copy it before changing it."
-    from mllm_compress.zoo import load_model
+    from mllm_compress.zoo.models import load_model
     return load_model("smoke-llava")
 
 
 @pytest.fixture(scope="session")
 def tiny_bunny():
     "A random 4-layer SigLIP + Phi model with its processor; copy it before changing it."
-    from mllm_compress.zoo import load_model
+    from mllm_compress.zoo.models import load_model
     return load_model("smoke-bunny")
 
 

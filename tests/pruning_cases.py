@@ -2,10 +2,10 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mllm_compress.anatomy import FAMILIES, anatomy
-from mllm_compress.pruning import plan_layerwise, plan_widthwise
-from mllm_compress.scores import WidthScores
-from mllm_compress.tiny import tiny_model
+from mllm_compress.anatomy.families import FAMILIES, anatomy
+from mllm_compress.pruning.slicing import plan_layerwise, plan_widthwise
+from mllm_compress.importance.scores import WidthScores
+from mllm_compress.zoo.tiny_models import tiny_model
 
 LMS = [f"{family}-{groups}x{queries}" for family in FAMILIES for groups, queries in ((4, 1), (3, 2))]
 MLLMS = ["tiny-llava", "tiny-bunny"]

@@ -9,11 +9,11 @@ import torch
 
 torch.set_num_threads(1)
 
-from mllm_compress.data import scene_data
-from mllm_compress.recovery import RecoveryConfig, recover
-from mllm_compress.targets import weights_hash
-from mllm_compress.trainer import RecoveryTrainer
-from mllm_compress.zoo import load_model
+from mllm_compress.data.instructions import scene_data
+from mllm_compress.recovery.training import RecoveryConfig, recover
+from mllm_compress.recovery.teacher_cache import weights_hash
+from mllm_compress.recovery.trainer import RecoveryTrainer
+from mllm_compress.zoo.models import load_model
 
 options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result, fsdp, dtype
 if options.get("fsdp"):  # accelerate shards on GPUs only; with this it takes two CPU processes for something that can be sharded

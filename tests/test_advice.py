@@ -3,8 +3,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress import advice, study
-from mllm_compress.cells import Cell, load_profile
+from mllm_compress.reporting import advice
+from mllm_compress.study import runs as study
+from mllm_compress.study.experiments import Experiment, load_profile
 
 
 def made(pruning="none", ratio=0., worth=1., recovery="none", fraction=1., train="projector+lm", model="tiny-llava", n=400, achieved=None):
@@ -136,7 +137,7 @@ def test_evidence_is_what_the_store_holds_beside_its_original(tmp_path, monkeypa
     setup = load_profile("smoke")
     with pytest.raises(ValueError, match="run mllm-compress study --profile smoke first"): advice.evidence(setup)
     assert not (tmp_path / "runs").exists()
-    pruned = [Cell(m, "layerwise", .45) for m in ("smoke-llava", "smoke-bunny")]
-    study.run([Cell("smoke-llava"), *pruned], setup, executor="inline", quiet=True)
-    assert advice.studied(setup) == sorted([Cell("smoke-llava"), *pruned])
+    pruned = [Experiment(m, "layerwise", .45) for m in ("smoke-llava", "smoke-bunny")]
+    study.run([Experiment("smoke-llava"), *pruned], setup, executor="inline", quiet=True)
+    assert advice.studied(setup) == sorted([Experiment("smoke-llava"), *pruned])
     assert set(advice.evidence(setup).model) == {"smoke-llava"}  # the other's original was never asked

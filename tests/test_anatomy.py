@@ -6,7 +6,7 @@ from transformers import (
     AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, InternVLConfig, InternVLForConditionalGeneration)
 
 import pruning_cases as cases
-from mllm_compress.anatomy import FAMILIES, Anatomy, anatomy, lm_parameters, part_parameters
+from mllm_compress.anatomy.families import FAMILIES, Anatomy, anatomy, lm_parameters, part_parameters
 
 
 @pytest.mark.parametrize("name", cases.LMS + cases.MLLMS)

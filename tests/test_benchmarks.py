@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mllm_compress import benchmarks as B
+from mllm_compress.evaluation import benchmarks as B
 
 
 def png(color="red", size=(6, 4)):

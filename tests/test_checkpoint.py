@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import pruning_cases as cases
 from mllm_compress import checkpoint
-from mllm_compress.checkpoint import load_pruned, save_pruned, verify
-from mllm_compress.pruning import PruningPlan, apply_plan, plan_layerwise, plan_none, plan_widthwise
-from mllm_compress.tiny import tiny_processor
+from mllm_compress.checkpoint.folders import load_pruned, save_pruned, verify
+from mllm_compress.pruning.slicing import PruningPlan, apply_plan, plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.zoo.tiny_models import tiny_processor
 
 transformers.utils.logging.disable_progress_bar()
 STOCK_KINDS = {"layerwise", "uniform"}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mllm_compress.cli import app
+from mllm_compress.cli.app import app
 
 
 def ask(*args, code=0) -> str:
@@ -77,7 +77,7 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
     import numpy as np
     import pandas as pd
 
-    from mllm_compress import advice
+    from mllm_compress.reporting import advice
 
     def made(pruning, ratio, worth):
         return {"model": "m", "pruning": pruning, "ratio": ratio, "requested_ratio": ratio, "achieved_ratio": ratio, "importance": "x",

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mllm_compress.anatomy import part_parameters
-from mllm_compress.convert import (CHAT_TEMPLATES, INTERNVL_NAMES, LLAVA_NAMES, ProcessorParts, append_rows, chat_template, convert,
+from mllm_compress.anatomy.families import part_parameters
+from mllm_compress.zoo.convert import (CHAT_TEMPLATES, INTERNVL_NAMES, LLAVA_NAMES, ProcessorParts, append_rows, chat_template, convert,
                                    image_processor, is_original_layout, load_original, native_config, native_names, open_original,
                                    original_ids, padded_vocabulary, real_config)
-from mllm_compress.cost import closed_parameters, cost_report
-from mllm_compress.pruning import apply_plan, plan_layerwise
+from mllm_compress.cost.arithmetic import closed_parameters, cost_report
+from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
 from original_layouts import NAMES, copy_of, toy_tokenizer, with_tokenizer
 
 QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
@@ -283,7 +283,7 @@ def test_memory_while_converting_stays_near_one_shard(layouts, tmp_path):
         save_file({k.replace("layers.0.", f"layers.{n + j}."): v.clone() for k, v in layer.items() for j in range(4)}, folder / f"model-{n + 2}.safetensors")
     shard = max(f.stat().st_size for f in folder.glob("*.safetensors"))
     total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    script = ("import sys, resource; from mllm_compress.convert import convert, open_original; open_original(sys.argv[1])\n"
+    script = ("import sys, resource; from mllm_compress.zoo.convert import convert, open_original; open_original(sys.argv[1])\n"
               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
               "before = peak(); convert(sys.argv[1], sys.argv[2]); print(peak() - before)")
     run = subprocess.run([sys.executable, "-c", script, str(folder), str(tmp_path / "out")], capture_output=True, text=True)
@@ -313,7 +313,7 @@ def test_pickles_are_refused_with_the_way_out(layouts, tmp_path):
 
 
 def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
-    from mllm_compress.convert import HOW_TO_CONVERT
+    from mllm_compress.zoo.convert import HOW_TO_CONVERT
     folder = copy_of(layouts, "llava", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -6,14 +6,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from mllm_compress.anatomy import part_parameters
-from mllm_compress.cost import (FORMS, REAL_MODELS, CostReport, closed_parameters, cost_report, decoder_flops, example_inputs,
+from mllm_compress.anatomy.families import part_parameters
+from mllm_compress.cost.arithmetic import (FORMS, REAL_MODELS, CostReport, closed_parameters, cost_report, decoder_flops, example_inputs,
                                 forward, image_tokens, kv_bytes_per_token, latency, peak_memory, published_sizes, real_config, recovery_memory,
                                 shape_of_config, shape_of_model, time_call, vision_flops, weight_bytes)
-from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
-from mllm_compress.recovery import RecoveryConfig
-from mllm_compress.scores import LayerScores, WidthScores
-from mllm_compress.versions import CACHE_ARGUMENT
+from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.recovery.training import RecoveryConfig
+from mllm_compress.importance.scores import LayerScores, WidthScores
+from mllm_compress.anatomy.compat import CACHE_ARGUMENT
 
 
 def width_scores(model):
@@ -182,8 +182,8 @@ def test_errors_say_what_to_do(giants):
 # what fits on which card
 
 def test_float32_for_what_is_trained_in_full():
-    from mllm_compress import cards
-    from mllm_compress.tiny import tiny_config
+    from mllm_compress.cost import gpu_memory as cards
+    from mllm_compress.zoo.tiny_models import tiny_config
     half, whole = (cards.on_meta(tiny_config("llava", 2), dtype) for dtype in (torch.bfloat16, torch.float32))
     parts = part_parameters(half)
     extra = {kind: cards.float32_extra(half, cards.training_kind(kind)) for kind in cards.KINDS}
@@ -193,8 +193,8 @@ def test_float32_for_what_is_trained_in_full():
 
 @pytest.mark.parametrize("pruning", ["layerwise", "widthwise"])
 def test_real_models_pruned_on_meta_at_four_ratios(giants, pruning):
-    from mllm_compress import cards
-    from mllm_compress.anatomy import lm_parameters
+    from mllm_compress.cost import gpu_memory as cards
+    from mllm_compress.anatomy.families import lm_parameters
     giant = giants["LLaVA-v1.5-7B"]
     for ratio in (0.15, 0.3, 0.45, 0.6):
         small = cards.pruned_on_meta(giant, pruning, ratio)
@@ -203,7 +203,7 @@ def test_real_models_pruned_on_meta_at_four_ratios(giants, pruning):
 
 
 def test_operations_of_training_are_those_of_its_passes():
-    from mllm_compress import cards
+    from mllm_compress.cost import gpu_memory as cards
     config = real_config("LLaVA-v1.5-7B")
     ops = lambda ratio=0.0, **kw: cards.training_operations(config, RecoveryConfig(**{"losses": {"sft": 1.0}} | kw), ratio)
     seen, teacher = sum(vision_flops(config).values()), ops(losses={"sft": .5, "hidden_kd": .5}) - ops()
@@ -212,5 +212,5 @@ def test_operations_of_training_are_those_of_its_passes():
 
 
 def test_the_smallest_card():
-    from mllm_compress import cards
+    from mllm_compress.cost import gpu_memory as cards
     assert [cards.fits(x) for x in (21, 22.5, 38.5, 78, 79)] == ["24 GB", "40 GB", "80 GB", "80 GB", "2 x 80 GB, sharded"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress.data import Collator, InstructionData, Made, entry, load_json, turns
-from mllm_compress.trainer import Batches
+from mllm_compress.data.instructions import Collator, InstructionData, Made, entry, load_json, turns
+from mllm_compress.recovery.trainer import Batches
 
 
 def conversation(*said):

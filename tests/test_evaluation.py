@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_compress import evaluation, generation
-from mllm_compress.anatomy import anatomy
-from mllm_compress.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
-from mllm_compress.evaluation import avg_percent, compare, evaluate, judge, leaderboard, leaderboard_table, load_predictions, published, retained, score_all
-from mllm_compress.generation import ask
-from mllm_compress.zoo import load_model
+from mllm_compress import evaluation
+from mllm_compress.evaluation import generation
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
+from mllm_compress.evaluation.scoring import avg_percent, compare, evaluate, judge, leaderboard, leaderboard_table, load_predictions, published, retained, score_all
+from mllm_compress.evaluation.generation import ask
+from mllm_compress.zoo.models import load_model
 from test_benchmarks import root  # noqa: F401  (a fixture)
 
 FAMILIES = ["tiny_llava", "tiny_bunny"]
@@ -254,7 +255,7 @@ def tiny_internvl():
     "A random InternVL with a Phi-3 decoder: an image becomes several tiles between a start and an end token."
     pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it: pip install mllm_compress[internvl]")
     from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor, InternVLVideoProcessor, PreTrainedTokenizerFast
-    from mllm_compress.tiny import tiny_tokenizer
+    from mllm_compress.zoo.tiny_models import tiny_tokenizer
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
                                         unk_token="<unk>", extra_special_tokens=names)

@@ -37,8 +37,8 @@ def test_answers_are_marked_by_a_sign_not_by_colour():
 def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
     "What only one pruning was given, the best of all here, says nothing about the other."
     from types import SimpleNamespace
-    from mllm_compress import advice, claims
-    from mllm_compress.effects import Estimate
+    from mllm_compress.reporting import advice, claims
+    from mllm_compress.reporting.effects import Estimate
     behind = {.05: Estimate(.2, -.3, .6, 100, 3), .1: Estimate(.8, -.3, 1.9, 100, 3), 1.: Estimate(3., 2., 4., 100, 3)}  # of layerwise, by fraction
     effects = SimpleNamespace(SETTING=["model", "pruning", "fraction"], difference=lambda frame, model, best, setting: behind[setting["fraction"]])
     guide = defined_in("08_guide", "setting", "tried_after_both", "agreement", "compared_on", pd=pd, effects=effects, advice=advice, MARGIN=claims.MARGIN, frame=None)
@@ -66,7 +66,7 @@ def test_the_guide_counts_a_comparison_once():
 
 
 def test_saved_time_is_not_moved_by_an_outlier():
-    from mllm_compress import effects
+    from mllm_compress.reporting import effects
     saved = defined_in("09_cost", "saved", np=np, pd=pd, effects=effects)["saved"]
     pairs = pd.DataFrame({"dense": [1.] * 9, "pruned": [.5] * 8 + [50.]})
     e = saved(pairs, ideal=4.0)  # of three quarters, half

@@ -7,15 +7,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mllm_compress import gpu_check, recovery
-from mllm_compress.cards import KINDS, training_kind
-from mllm_compress.cli import app
-from mllm_compress.data import calibration_batches, scene_data
-from mllm_compress.evaluation import evaluate
-from mllm_compress.importance import block_influence, width_importance
-from mllm_compress.plans import plan_layerwise
-from mllm_compress.pruning import apply_plan
-from mllm_compress.zoo import load_model
+from mllm_compress.cli import gpu_check
+from mllm_compress import recovery
+from mllm_compress.cost.gpu_memory import KINDS, training_kind
+from mllm_compress.cli.app import app
+from mllm_compress.data.instructions import calibration_batches, scene_data
+from mllm_compress.evaluation.scoring import evaluate
+from mllm_compress.importance.criteria import block_influence, width_importance
+from mllm_compress.pruning.plans import plan_layerwise
+from mllm_compress.pruning.slicing import apply_plan
+from mllm_compress.zoo.models import load_model
 
 DEVICE = os.environ.get("MLLM_COMPRESS_DEVICE", "cpu")
 

@@ -23,7 +23,7 @@ def test_a_guide_runs_and_is_a_page(path, tmp_path, monkeypatch):
 
 def test_the_commands_of_the_compression_guide_exist():
     from typer.testing import CliRunner
-    from mllm_compress.cli import app
+    from mllm_compress.cli.app import app
     text = next(p for p in GUIDES if p.stem == "compress_your_own_llava").read_text(encoding="utf-8")
     for command, options in (("convert", ["--tower", "--dtype"]), ("score", ["--method", "--data", "--image-root", "--samples", "--device"]), ("prune", ["--scores", "--ratio"]),
                              ("recover", ["--teacher", "--recipe", "--fraction", "--batch-size", "--passes"]), ("evaluate", ["--dense", "--benchmark"])):

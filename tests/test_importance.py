@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from mllm_compress import importance, taylor as taylor_module
-from mllm_compress.anatomy import anatomy
-from mllm_compress.block_influence import PeakTensors, cosine_change
-from mllm_compress.importance import (
+from mllm_compress import importance
+from mllm_compress.importance import taylor as taylor_module
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.importance.influence import PeakTensors, cosine_change
+from mllm_compress.importance.criteria import (
     LayerScores, WidthScores, angular_distance, block_influence, layer_importance, largest_batch, load_scores,
     scoring_memory, width_importance)
-from mllm_compress.taylor import ORDERS, output_gradients, summed_loss, taylor
+from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]
 
@@ -343,7 +344,7 @@ def test_length_does_not_matter_and_angle_does():
 def test_half_precision_overflows_in_the_reference_only(tiny_lm):
     x = 100 * torch.ones(1, 64, dtype=torch.float16)   # norm 800
     assert cosine_change(x, x).abs().max() < 1e-6
-    from mllm_compress.block_influence import reference_change
+    from mllm_compress.importance.influence import reference_change
     assert float(reference_change(x, x, None)) == .5
     model, batch = tiny_lm("llama"), text_batch()
     full = block_influence(model, [batch]).values

@@ -14,19 +14,20 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from mllm_compress import runner, study
-from mllm_compress.cells import Cell
-from mllm_compress.cli import app
-from mllm_compress.site import FIELDS
+from mllm_compress.reporting import runner
+from mllm_compress.study import runs as study
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.cli.app import app
+from mllm_compress.reporting.page import FIELDS
 
 ROOT = Path(__file__).parent.parent
 VOLATILE = [f for f in FIELDS if f in ("seconds", "peak_memory_mb", "date")]  # columns of cells.csv that differ from run to run
 NOTEBOOK = new_notebook(cells=[
     new_markdown_cell("# A table\n> Of a few cells."),
     new_code_cell('profile: str = "smoke"  # models, data and budgets', metadata={"tags": ["parameters"]}),
-    new_code_cell("from mllm_compress import report, study\nfrom mllm_compress.cells import Cell\n"
-                  "cells = [Cell('smoke-llava')] + [Cell('smoke-llava', p, r) for p in ('layerwise', 'widthwise') for r in (.3, .45)]\n"
-                  "cells += [Cell('smoke-llava', 'layerwise', r, recovery='sft+hidden_kd', fraction=.5) for r in (.3, .45)]", metadata={"tags": ["grid"]}),
+    new_code_cell("from mllm_compress.reporting import report; from mllm_compress.study import runs as study\nfrom mllm_compress.study.experiments import Experiment\n"
+                  "cells = [Experiment('smoke-llava')] + [Experiment('smoke-llava', p, r) for p in ('layerwise', 'widthwise') for r in (.3, .45)]\n"
+                  "cells += [Experiment('smoke-llava', 'layerwise', r, recovery='sft+hidden_kd', fraction=.5) for r in (.3, .45)]", metadata={"tags": ["grid"]}),
     new_code_cell("frame = study.run(cells, profile)\n"
                   "report.Report('01_table', profile).table(frame[['pruning', 'ratio', 'recovery', 'benchmark', 'score', 'low', 'high']], 'scores', 'Scores.')")],
     metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
@@ -183,8 +184,8 @@ def test_who_ends_the_master_alone_ends_its_workers(checkout, which, code):
 
 def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    bad = [Cell("smoke-llava", "widthwise", .94), *(Cell("smoke-llava", "layerwise", r) for r in (.3, .45))]
-    monkeypatch.setattr(runner, "cells_of_plan", lambda _: bad)
+    bad = [Experiment("smoke-llava", "widthwise", .94), *(Experiment("smoke-llava", "layerwise", r) for r in (.3, .45))]
+    monkeypatch.setattr(runner, "experiments_of_plan", lambda _: bad)
     monkeypatch.setattr(runner, "run_notebooks", lambda *_: [])
     monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
     assert runner.run_study("small.yaml", executor="inline") == 1
@@ -213,13 +214,13 @@ def test_figures_carry_their_results(checkout, whole, monkeypatch):
 
 def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    bad, told = Cell("smoke-llava", "widthwise", .94), {}
-    monkeypatch.setattr(runner, "cells_of_plan", lambda _: [bad])
+    bad, told = Experiment("smoke-llava", "widthwise", .94), {}
+    monkeypatch.setattr(runner, "experiments_of_plan", lambda _: [bad])
     monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
 
     def notebook(name, path, values, profile):
         monkeypatch.setattr(study, "EXECUTORS", {"inline": lambda cells, *_: ((c, "failed", "tried") for c in cells)})
-        told["frame"] = study.run([bad, Cell("smoke-llava", "layerwise", .3)], profile, quiet=True)
+        told["frame"] = study.run([bad, Experiment("smoke-llava", "layerwise", .3)], profile, quiet=True)
         raise RuntimeError("Kernel died")
 
     monkeypatch.setattr(runner, "execute", notebook)
@@ -255,7 +256,7 @@ def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, c
     Path("real.yaml").write_text(text.replace("smoke-", "big-") + "folders: {big-llava: /no/such/llava}\n")
     lacking = ["model big-llava: nothing at /no/such/llava", "model big-bunny: nothing at big-bunny", "training json: nothing at", "training image_root",
                "benchmark pope: no data/test-*.parquet", "benchmark mmmu"]
-    for attempt in (lambda: runner.run_study("real.yaml"), lambda: study.run([Cell("big-llava")], "real.yaml")):
+    for attempt in (lambda: runner.run_study("real.yaml"), lambda: study.run([Experiment("big-llava")], "real.yaml")):
         with pytest.raises(FileNotFoundError) as error: attempt()
         assert all(line in str(error.value) for line in lacking), error.value
     assert not Path("runs").exists()

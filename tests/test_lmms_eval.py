@@ -15,16 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress import benchmarks as B
-from mllm_compress import lmms_eval_plugin as plugin
-from mllm_compress.checkpoint import save_pruned
-from mllm_compress.evaluation import evaluate
-from mllm_compress.generation import ask
-from mllm_compress.importance import width_importance
-from mllm_compress.plans import plan_widthwise
-from mllm_compress.pruning import apply_plan
-from mllm_compress.scorers import LETTERS, SCORERS
-from mllm_compress.zoo import load_model
+from mllm_compress.evaluation import benchmarks as B
+from mllm_compress.evaluation import lmms_eval as plugin
+from mllm_compress.checkpoint.folders import save_pruned
+from mllm_compress.evaluation.scoring import evaluate
+from mllm_compress.evaluation.generation import ask
+from mllm_compress.importance.criteria import width_importance
+from mllm_compress.pruning.plans import plan_widthwise
+from mllm_compress.pruning.slicing import apply_plan
+from mllm_compress.evaluation.scorers import LETTERS, SCORERS
+from mllm_compress.zoo.models import load_model
 from test_benchmarks import SETS, root  # noqa: F401  (root is a fixture)
 
 KINDS = ("scenes/open", "scenes/hallucination", "scenes/choice")

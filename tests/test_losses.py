@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mllm_compress.losses import (COUNTS, DIVISORS, LOSSES, answer_positions, check_losses, count, hidden_kd, logits_kd, loss_terms,
+from mllm_compress.recovery.losses import (COUNTS, DIVISORS, LOSSES, answer_positions, check_losses, count, hidden_kd, logits_kd, loss_terms,
                                   reverse_logits_kd, sft)
 
 G = torch.Generator().manual_seed(0)

@@ -10,9 +10,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress import executors, experiment, notebooks, store
-from mllm_compress.cells import Cell, load_profile
-from mllm_compress.notebooks import cells_of, check_parameters, choose, execute, parameters_of, parse_parameter
+from mllm_compress.study import workers as executors, stages as experiment, store
+from mllm_compress.reporting import notebooks
+from mllm_compress.study.experiments import Experiment, load_profile
+from mllm_compress.reporting.notebooks import experiments_of, check_parameters, choose, execute, parameters_of, parse_parameter
 
 ROOT = Path(__file__).parent.parent
 STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))
@@ -86,7 +87,7 @@ def test_wrong_parameters_are_errors_that_list_the_right_ones(given):
 
 def test_right_parameters_pass_and_reach_the_grid():
     assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
-    assert cells_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and cells_of(demo(GOOD)) == [0]
+    assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and experiments_of(demo(GOOD)) == [0]
     assert parse_parameter("seeds=[0, 1]") == ("seeds", [0, 1]) and parse_parameter("profile=tiny") == ("profile", "tiny")
     assert parse_parameter("lr=1e-3") == ("lr", .001) and parse_parameter("lrs=[1e-3, 2]") == ("lrs", [.001, 2]) and parse_parameter("name=1e") == ("name", "1e")
     with pytest.raises(ValueError, match="seeds is given twice"): notebooks.parse_parameters(["seeds=[0]", "seeds=[1]"])
@@ -106,10 +107,10 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").touch()
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "nbs/study/01_table.ipynb"
-    grid = new_code_cell("from mllm_compress.cells import Cell\ncells = [Cell('smoke-llava')]", metadata={"tags": ["grid"]})
+    grid = new_code_cell("from mllm_compress.study.experiments import Experiment\ncells = [Experiment('smoke-llava')]", metadata={"tags": ["grid"]})
     nbformat.write(new_notebook(cells=[new_code_cell('profile: str = "smoke"  # scale', metadata={"tags": ["parameters"]}), grid]), source)
     smoke = load_profile("smoke")
-    results, inputs = executors.results_of(smoke), experiment.identity(Cell("smoke-llava"), smoke)
+    results, inputs = executors.results_of(smoke), experiment.identity(Experiment("smoke-llava"), smoke)
     store.write(results, inputs, {"rows": [{"score": 50}], "record": {"seconds": 1}})
     world = SimpleNamespace(runs=0, leaves={"01_table-scores.csv": "50"}, results=results, inputs=inputs, figures=tmp_path / "figures/smoke", source=source, fails=False)
 
@@ -200,7 +201,7 @@ def test_study_notebook_runs_at_smoke(path, checkout, monkeypatch):
 
 
 def test_the_page_is_self_contained(checkout, monkeypatch):
-    from mllm_compress import site
+    from mllm_compress.reporting import page as site
     monkeypatch.chdir(checkout)
     page = site.build("smoke").read_text(encoding="utf-8")
     assert 'src="data:image/png;base64,' in page and "prefers-color-scheme: dark" in page and "width=device-width" in page

@@ -4,15 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mllm_compress import experiment
-from mllm_compress.cells import Cell, load_profile
-from mllm_compress.store import Store
-from mllm_compress.zoo import load_model
+from mllm_compress.study import stages as experiment
+from mllm_compress.study.experiments import Experiment, load_profile
+from mllm_compress.study.store import Store
+from mllm_compress.zoo.models import load_model
 
 
 def test_fastest_precision_is_settled_and_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cell, profile = Cell("tiny-llava", "layerwise", .3, recovery="sft", fraction=.05), load_profile("quick")
+    cell, profile = Experiment("tiny-llava", "layerwise", .3, recovery="sft", fraction=.05), load_profile("quick")
     names = {}
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
@@ -35,7 +35,7 @@ def test_half_precision_is_for_weights(name):
 def test_a_student_trained_in_float32_goes_back_to_half_without_its_frequencies(tmp_path):
     profile = load_profile("smoke")
     profile = replace(profile, dtype="bfloat16", recovery=profile.recovery | {"precision": "bf16"})
-    cell = Cell("smoke-llava", "layerwise", .3, recovery="sft", fraction=.5)
+    cell = Experiment("smoke-llava", "layerwise", .3, recovery="sft", fraction=.5)
     student, *_ = experiment.student_of(cell, profile, Store(tmp_path), "cpu")
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert torch.equal(rotary(student), rotary(load_model("smoke-llava")[0]))

@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import pruning_cases as cases
-from mllm_compress.anatomy import anatomy, lm_parameters
-from mllm_compress.pruning import (
+from mllm_compress.anatomy.families import anatomy, lm_parameters
+from mllm_compress.pruning.slicing import (
     PruningPlan, apply_plan, draw_plan, is_nested, layers_for_ratio, make_plan, plan_combined, plan_layerwise, plan_none,
     plan_widthwise, silence)
-from mllm_compress.scores import LayerScores, WidthScores
+from mllm_compress.importance.scores import LayerScores, WidthScores
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_golden_layerwise(golden):
     (4096, 0.2, 128, 6), (4096, 0.4, 128, 12), (11008, 0.2, 1, 2202), (48, 0.2, 8, 1), (48, 0.4, 8, 2), (120, 0.2, 1, 24),
     (120, 0.7, 1, 84), (10, 0.3, 1, 3), (10, 0.9, 1, 10)])
 def test_reference_rounding(channels, ratio, per_unit, removed):
-    from mllm_compress.plans import reference_count
+    from mllm_compress.pruning.plans import reference_count
     assert reference_count(channels, ratio, per_unit) == removed
 
 

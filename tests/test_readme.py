@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from mllm_compress.effects import Estimate
+from mllm_compress.reporting.effects import Estimate
 
 ROOT = Path(__file__).parents[1]
 

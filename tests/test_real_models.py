@@ -10,17 +10,17 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress import recovery
-from mllm_compress.anatomy import anatomy, lm_parameters, part_parameters
-from mllm_compress.checkpoint import load_pruned, save_pruned
-from mllm_compress.convert import convert
-from mllm_compress.cost import closed_parameters, cost_report, shape_of_model
-from mllm_compress.data import Collator, calibration_batches, load_json
-from mllm_compress.evaluation import evaluate
-from mllm_compress.importance import block_influence, width_importance
-from mllm_compress.plans import plan_layerwise, plan_widthwise
-from mllm_compress.pruning import apply_plan
-from mllm_compress.targets import weights_hash
-from mllm_compress.zoo import load_model
+from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
+from mllm_compress.checkpoint.folders import load_pruned, save_pruned
+from mllm_compress.zoo.convert import convert
+from mllm_compress.cost.arithmetic import closed_parameters, cost_report, shape_of_model
+from mllm_compress.data.instructions import Collator, calibration_batches, load_json
+from mllm_compress.evaluation.scoring import evaluate
+from mllm_compress.importance.criteria import block_influence, width_importance
+from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
+from mllm_compress.pruning.slicing import apply_plan
+from mllm_compress.recovery.teacher_cache import weights_hash
+from mllm_compress.zoo.models import load_model
 from original_layouts import NAMES, instruction_json, with_tokenizer
 from test_benchmarks import root  # noqa: F401  (a fixture)
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mllm_compress.anatomy import anatomy
-from mllm_compress.data import Collator, InstructionData, blocks, borrowing_mask, packed_mask, scene_data
-from mllm_compress.recovery import PAPER, RecoveryConfig, _attention, add_lora, config_from_dict, layer_pairs, learning_rate, lora_targets, recover
-from mllm_compress.targets import SHARED, TargetCache, decoder_states, image_features, weights_hash
-from mllm_compress.trainer import Batches, NonFiniteLoss, RecoveryTrainer, checkpoints
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.data.instructions import Collator, InstructionData, blocks, borrowing_mask, packed_mask, scene_data
+from mllm_compress.recovery.training import PAPER, RecoveryConfig, _attention, add_lora, config_from_dict, layer_pairs, learning_rate, lora_targets, recover
+from mllm_compress.recovery.teacher_cache import SHARED, TargetCache, decoder_states, image_features, weights_hash
+from mllm_compress.recovery.trainer import Batches, NonFiniteLoss, RecoveryTrainer, checkpoints
 
 N = 8
 
@@ -110,7 +110,7 @@ def test_packed_questions_equal_separate_ones(pair, data):
 def test_short_rows_and_small_passes_are_a_saving_and_nothing_else(pair, data, monkeypatch):
     config = RecoveryConfig(losses={"sft": 1, "hidden_kd": 1, "logits_kd": 1}, **ONE_STEP)
     short = run(pair, data, config).history
-    monkeypatch.setattr("mllm_compress.recovery._block", lambda config: None)
+    monkeypatch.setattr("mllm_compress.recovery.training._block", lambda config: None)
     whole = run(pair, data, config).history
     split = run(pair, data, RecoveryConfig(losses=config.losses, passes=4, **ONE_STEP)).history
     for column in ("loss", "sft", "hidden_kd", "logits_kd", "grad_norm"):
@@ -424,7 +424,7 @@ def test_a_loss_that_is_no_number_stops_the_run(pair, data, tmp_path):
 # -- wrong input ------------------------------------------------------------------------------------------------------
 
 def test_models_that_do_not_fit(pair, data, tiny_llava):
-    from mllm_compress.tiny import tiny_model
+    from mllm_compress.zoo.tiny_models import tiny_model
     student, teacher, processor = pair
     with pytest.raises(ValueError, match="differ in hidden_size .48 and 96"):
         run((tiny_model("llava", 2, hidden=48), teacher, processor), data, RecoveryConfig(**ONE_STEP))

@@ -14,13 +14,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mllm_compress.benchmarks import REAL_SUITE
-from mllm_compress.cells import Cell, load_profile, training_of
-from mllm_compress.cli import app
-from mllm_compress.executors import complete, name_of
-from mllm_compress.experiment import checkpoints_of, recovery_config
-from mllm_compress.recovery import PAPER
-from mllm_compress.store import Store, read
+from mllm_compress.evaluation.benchmarks import REAL_SUITE
+from mllm_compress.study.experiments import Experiment, load_profile, training_of
+from mllm_compress.cli.app import app
+from mllm_compress.study.workers import complete, name_of
+from mllm_compress.study.stages import checkpoints_of, recovery_config
+from mllm_compress.recovery.training import PAPER
+from mllm_compress.study.store import Store, read
 from original_layouts import instruction_json, with_tokenizer
 from test_benchmarks import SETS, write
 
@@ -35,10 +35,10 @@ PAPER_YAML = yaml.safe_load((ROOT / "mllm_compress/profiles/paper.yaml").read_te
 @pytest.mark.parametrize("model", FAMILY)
 def test_hyperparameters_are_the_originals(model):
     profile = load_profile("paper")
-    config = recovery_config(Cell(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.05), profile)
+    config = recovery_config(Experiment(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.05), profile)
     for key, value in PAPER[FAMILY[model]].items(): assert getattr(config, key) == value, key
     assert config.batch_size == 128 and profile.evaluation.benchmarks == list(REAL_SUITE) and profile.dtype == "bfloat16"
-    assert recovery_config(Cell(model, "layerwise", .15, recovery="sft", train="projector"), profile).lora is None
+    assert recovery_config(Experiment(model, "layerwise", .15, recovery="sft", train="projector"), profile).lora is None
 
 
 def test_each_model_has_the_data_of_its_authors():
@@ -137,7 +137,7 @@ def test_two_processes_train_a_cell_of_the_paper_profile(machine, model, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(smaller(PAPER_YAML) | {"checkpoint_every": 1}))
     one, store = load_profile("rehearsal.yaml"), Store(tmp_path / "one")
-    two, cell = replace(one, processes=2, slurm=replace(one.slurm, gpus=2)), Cell(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.5)
+    two, cell = replace(one, processes=2, slurm=replace(one.slurm, gpus=2)), Experiment(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.5)
     together = Store(tmp_path / "two")
     assert complete(cell, one, store) == complete(cell, two, together) == ("done", "")
     loss = [read(s, name_of(cell, p))["result"]["training"]["loss"] for s, p in ((store, one), (together, two))]

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress import report, style
-from mllm_compress.cells import Cell, asked, load_profile, profile_names
-from mllm_compress.claims import AT_EQUAL_SIZE, CLAIMS, holes, places, recommended, thinned
-from mllm_compress.effects import Estimate, difference
-from mllm_compress.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
+from mllm_compress.reporting import report, style
+from mllm_compress.study.experiments import Experiment, asked, load_profile, profile_names
+from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS, holes, places, recommended, split_grid
+from mllm_compress.reporting.effects import Estimate, difference
+from mllm_compress.reporting.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
 
 FRAME = pd.DataFrame({"model": ["a", "a", "b", "b"], "method": ["x_1", "y & z", "x_1", "y & z"], "AVG-%": [97.11, 97.14, 90.0, float("nan")]})
 TABLE = Table(FRAME, "Kept, in %.", {"AVG-%": ["model"]}, once=("model",))
@@ -135,9 +135,9 @@ QUICK = replace(load_profile("quick"), notebooks={"04_distillation": {"ratios": 
 
 
 def test_given_parameters_come_before_the_profile_of_the_notebook_and_that_before_the_profile():
-    assert vars(asked(QUICK, "04_distillation", ratios=[], seeds=[], objectives=[])) == {"ratios": [0.6], "seeds": [0], "objectives": ["sft"]}
-    assert asked(QUICK, "04_distillation", ratios=[.3], objectives=[]).ratios == [.3]
-    assert asked(QUICK, "05_data", ratios=[], fractions=[]).fractions == QUICK.fractions
+    assert vars(resolve_parameters(QUICK, "04_distillation", ratios=[], seeds=[], objectives=[])) == {"ratios": [0.6], "seeds": [0], "objectives": ["sft"]}
+    assert resolve_parameters(QUICK, "04_distillation", ratios=[.3], objectives=[]).ratios == [.3]
+    assert resolve_parameters(QUICK, "05_data", ratios=[], fractions=[]).fractions == QUICK.fractions
 
 
 @pytest.mark.parametrize("own, message", [({"ratio": [0.6]}, "04_distillation has no parameter 'ratio' that a profile may set; it has ratios, seeds"),
@@ -171,26 +171,26 @@ def answered(worths: dict) -> pd.DataFrame:
 
 
 def trained(losses, worth, ratio=.15, seeds=(0, 1, 2), **more):
-    return {Cell("m", recommended(ratio), ratio, recovery=losses, fraction=.05, seed=s, **more): worth for s in seeds}
+    return {Experiment("m", recommended(ratio), ratio, recovery=losses, fraction=.05, seed=s, **more): worth for s in seeds}
 
 
 def test_claims_say_what_made_up_results_hold():
-    two = answered({Cell("m"): 1.0} | {Cell("m", p, .3, seed=s): w for p, w in (("layerwise", .5), ("widthwise", .7)) for s in range(3)})
+    two = answered({Experiment("m"): 1.0} | {Experiment("m", p, .3, seed=s): w for p, w in (("layerwise", .5), ("widthwise", .7)) for s in range(3)})
     assert CLAIMS[1].effects(two)["m at 0.30"].value == pytest.approx(20)
-    losses = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("hidden_kd", .95) | trained("sft+hidden_kd", .925))
+    losses = answered({Experiment("m"): 1.0} | trained("sft", .9) | trained("hidden_kd", .95) | trained("sft+hidden_kd", .925))
     (where, effect), = CLAIMS[3].effects(losses).items()
     assert where == "m at 0.15, over hidden_kd" and effect.value == pytest.approx(-2.5)
     assert CLAIMS[4].effects(losses)["m at 0.15"].value == pytest.approx(-2.5)
-    parts = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("sft", .895, train="projector") | trained("sft", .9, .45) | trained("sft", .5, .45, train="projector"))
+    parts = answered({Experiment("m"): 1.0} | trained("sft", .9) | trained("sft", .895, train="projector") | trained("sft", .9, .45) | trained("sft", .5, .45, train="projector"))
     assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {"m at 0.15, over projector + LM less 1 point": .5}  # half a point worse, one granted; 0.45 is not small
-    both = pd.concat([parts, answered({Cell("m", "layerwise", .15, seed=s): .8 for s in range(3)})])
+    both = pd.concat([parts, answered({Experiment("m", "layerwise", .15, seed=s): .8 for s in range(3)})])
     assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(both).items()} == {"m at 0.15, over projector + LM less 1 point": .5}  # 9.5 more than no training is the surer half
-    useless = pd.concat([parts, answered({Cell("m", "layerwise", .15, seed=s): .92 for s in range(3)})])
+    useless = pd.concat([parts, answered({Experiment("m", "layerwise", .15, seed=s): .92 for s in range(3)})])
     assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(useless).items()} == {"m at 0.15, over no training": -2.5}  # within a point, but worse than before
 
 def test_a_failed_original_takes_only_its_own_model_with_it():
-    from mllm_compress.effects import summary
-    frame = answered({Cell("m"): 1.0, Cell("k"): 1.0} | {Cell(m, "layerwise", .15, seed=s): .9 for m in "mk" for s in range(3)})
+    from mllm_compress.reporting.effects import summary
+    frame = answered({Experiment("m"): 1.0, Experiment("k"): 1.0} | {Experiment(m, "layerwise", .15, seed=s): .9 for m in "mk" for s in range(3)})
     lost = (frame.model == "k") & (frame.pruning == "none")
     frame.loc[lost, "status"] = "failed"
     rows = summary(frame).set_index(["model", "pruning"])
@@ -199,11 +199,11 @@ def test_a_failed_original_takes_only_its_own_model_with_it():
 
 
 def test_sizes_that_differ_are_named():
-    cells = {Cell("m"): 1.0} | {Cell("m", p, .45, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)}
+    cells = {Experiment("m"): 1.0} | {Experiment("m", p, .45, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)}
     frame = answered(cells)
     frame.loc[frame.pruning == "layerwise", "achieved_ratio"] = .412
     assert list(CLAIMS[5].effects(frame)) == ["m at 0.45 (removed 0.450 v. 0.412)"]
-    between = answered({Cell("m"): 1.0} | {Cell("m", p, .38, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)})
+    between = answered({Experiment("m"): 1.0} | {Experiment("m", p, .38, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)})
     assert CLAIMS[5].effects(between) == {}  # of ratios between 30 and 45 % the claim says nothing
 
 
@@ -212,8 +212,8 @@ def test_prunings_are_compared_at_equal_size(recovery, claim):
     "What is kept falls by what is removed, whatever was asked for, so at equal size nothing differs but the point that widthwise has more."
     removed = {("layerwise", .3): .33, ("layerwise", .38): .36, ("layerwise", .45): .41, ("layerwise", .6): .58, ("widthwise", .3): .30, ("widthwise", .33): .331, ("widthwise", .36): .36,
                ("widthwise", .41): .4125, ("widthwise", .6): .60}
-    cells = {Cell("m", p, r, recovery=recovery, seed=s): size for (p, r), size in removed.items() for s in range(3)}
-    frame = answered({Cell("m"): 1.0} | {c: 1 - size + .05 * (c.pruning == "widthwise") for c, size in cells.items()})
+    cells = {Experiment("m", p, r, recovery=recovery, seed=s): size for (p, r), size in removed.items() for s in range(3)}
+    frame = answered({Experiment("m"): 1.0} | {c: 1 - size + .05 * (c.pruning == "widthwise") for c, size in cells.items()})
     frame["achieved_ratio"] = [0, *cells.values()]
     found = AT_EQUAL_SIZE[claim].effects(frame)
     expected = {"m, 0.330 removed": 5, "m, 0.360 removed": 5, "m, 0.410 removed": 5} if claim == 1 else {"m, 0.330 removed": -5, "m, 0.410 removed": 5}  # 0.38 is a ratio that claim 5 leaves out
@@ -223,30 +223,30 @@ def test_prunings_are_compared_at_equal_size(recovery, claim):
 
 
 def test_a_rival_without_a_shared_seed_is_no_rival():
-    lucky = {Cell("m", "layerwise", .15, recovery="logits_kd", seed=7): 1.0}
-    frame = answered({Cell("m"): 1.0} | trained("sft", .9) | trained("sft+hidden_kd", .925) | lucky)
+    lucky = {Experiment("m", "layerwise", .15, recovery="logits_kd", seed=7): 1.0}
+    frame = answered({Experiment("m"): 1.0} | trained("sft", .9) | trained("sft+hidden_kd", .925) | lucky)
     assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft"]
 
 
 def test_the_rival_is_the_one_that_is_least_surely_beaten():
     "The mean alone would name a rival that scatters, and hide one that is better beyond doubt."
-    wild = {Cell("m", "layerwise", .15, recovery="logits_kd", fraction=.05, seed=s): w for s, w in enumerate((.80, .99, .99))}
-    frame = answered({Cell("m"): 1.0} | trained("sft+hidden_kd", .9) | trained("hidden_kd", .925) | wild)
+    wild = {Experiment("m", "layerwise", .15, recovery="logits_kd", fraction=.05, seed=s): w for s, w in enumerate((.80, .99, .99))}
+    frame = answered({Experiment("m"): 1.0} | trained("sft+hidden_kd", .9) | trained("hidden_kd", .925) | wild)
     (where, effect), = CLAIMS[3].effects(frame).items()
     assert where == "m at 0.15, over hidden_kd" and effect.high < 0 and effect.value == pytest.approx(-2.5)  # the wild one is better by 2.7 in the mean
 
 
 def test_only_shared_seeds_are_paired():
-    frame = answered({Cell("m"): 1.0, Cell("m", "layerwise", .3, seed=0): .1, Cell("m", "layerwise", .3, seed=1): .5, Cell("m", "widthwise", .3, seed=1): .7})
+    frame = answered({Experiment("m"): 1.0, Experiment("m", "layerwise", .3, seed=0): .1, Experiment("m", "layerwise", .3, seed=1): .5, Experiment("m", "widthwise", .3, seed=1): .7})
     first, second = {"pruning": "widthwise"}, {"pruning": "layerwise"}
     assert difference(frame, "m", first, second).value == pytest.approx(20) and difference(frame, "m", first, second).seeds == 1
     assert CLAIMS[1].effects(frame[~((frame.seed == 1) & (frame.pruning == "layerwise"))]) == {}
 
 
 def test_what_a_grid_leaves_out_is_named():
-    run, left_out = thinned(["sft", "kd"], [.3, .6], [0, 1], {"kd": {"ratios": [.6], "seeds": [1]}})
+    run, left_out = split_grid(["sft", "kd"], [.3, .6], [0, 1], {"kd": {"ratios": [.6], "seeds": [1]}})
     assert run == [("sft", .3, 0), ("sft", .3, 1), ("sft", .6, 0), ("sft", .6, 1), ("kd", .6, 1)] and holes(run, left_out) == "kd at 0.30, 0.60 (seeds 0)"
-    with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"): thinned(["sft"], [.3], [0], {"dpo": {}})
+    with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"): split_grid(["sft"], [.3], [0], {"dpo": {}})
 
 
 def test_names_keep_apart_where_another_panel_widens_the_scale():

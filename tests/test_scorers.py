@@ -3,8 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress import scorers
-from mllm_compress.scorers import SCORERS
+from mllm_compress.evaluation import scorers
+from mllm_compress.evaluation.scorers import SCORERS
 
 
 def value(scorer, text, compat=None, **question):

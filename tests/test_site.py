@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mllm_compress import site
-from mllm_compress.claims import CLAIMS
-from mllm_compress.report import WORDS, Table, to_html
+from mllm_compress.reporting import page as site
+from mllm_compress.reporting.claims import CLAIMS
+from mllm_compress.reporting.report import WORDS, Table, to_html
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))

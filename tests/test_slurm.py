@@ -11,14 +11,15 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from mllm_compress import executors, slurm, study
-from mllm_compress.cells import Cell, Slurm, load_profile
+from mllm_compress.study import workers as executors, slurm
+from mllm_compress.study import runs as study
+from mllm_compress.study.experiments import Experiment, Slurm, load_profile
 
 SMOKE = load_profile("smoke")
 SMOKE = replace(SMOKE, name="on-slurm", evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=4),
                 slurm=Slurm(minutes=1, memory_gb=1, cells_per_job=3))
-CELLS = [Cell("smoke-llava"), Cell("smoke-llava", "layerwise", .3), Cell("smoke-llava", "layerwise", .45),
-         Cell("smoke-bunny"), Cell("smoke-bunny", "widthwise", .94), Cell("smoke-bunny", "widthwise", .3, recovery="sft", fraction=.5)]
+CELLS = [Experiment("smoke-llava"), Experiment("smoke-llava", "layerwise", .3), Experiment("smoke-llava", "layerwise", .45),
+         Experiment("smoke-bunny"), Experiment("smoke-bunny", "widthwise", .94), Experiment("smoke-bunny", "widthwise", .3, recovery="sft", fraction=.5)]
 SAME = ["model", "pruning", "recovery", "ratio", "benchmark", "score", "low", "high", "achieved_ratio", "candidate_score", "status", "error"]
 
 

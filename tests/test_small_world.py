@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress import data, scenes, tiny, zoo
+from mllm_compress import data, zoo
+from mllm_compress.data import scenes
+from mllm_compress.zoo import tiny_models as tiny
 
 
 def test_scenes_are_deterministic_and_splits_do_not_meet():
@@ -188,7 +190,7 @@ def test_learning_rates_are_those_that_validation_chose(profile):
     import csv
     from pathlib import Path
 
-    from mllm_compress.cells import load_profile
+    from mllm_compress.study.experiments import load_profile
     file = Path(__file__).parents[1] / "figures/tiny/00_learning_rates-rates.csv"  # quick has the same models, data and rates
     used = {f"{train}/{losses}": rate for train, rates in load_profile(profile).learning_rates.items() for losses, rate in rates.items()}
     found = {r["objective"]: r for r in csv.DictReader(file.open())}

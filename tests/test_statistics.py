@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from mllm_compress import statistics as S
+from mllm_compress.evaluation import intervals as S
 
 
 def units(values, strata="", names=None):

@@ -14,10 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress import effects, executors, store, study
-from mllm_compress.cells import IMPORTANCE, Cell, canonical, load_profile, profile_names, read_strictly, Calibration
-from mllm_compress.experiment import SCORES, identity, recovery_config
-from mllm_compress.store import NotOurs, Store
+from mllm_compress.reporting import effects
+from mllm_compress.study import workers as executors, store
+from mllm_compress.study import runs as study
+from mllm_compress.study.experiments import IMPORTANCE, Experiment, canonical, load_profile, profile_names, read_strictly, Calibration
+from mllm_compress.study.stages import SCORES, identity, recovery_config
+from mllm_compress.study.store import NotOurs, Store
 
 
 @pytest.fixture
@@ -28,7 +30,7 @@ def away(tmp_path, monkeypatch):
 
 
 SMOKE = replace(load_profile("smoke"), evaluation=replace(load_profile("smoke").evaluation, benchmarks=["scenes/hallucination"], questions=4))
-DENSE, LAYERS, WIDTH = Cell("smoke-llava"), Cell("smoke-llava", "layerwise", .3), Cell("smoke-llava", "widthwise", .3)
+DENSE, LAYERS, WIDTH = Experiment("smoke-llava"), Experiment("smoke-llava", "layerwise", .3), Experiment("smoke-llava", "widthwise", .3)
 
 
 # ---- the store
@@ -139,7 +141,7 @@ def test_a_packed_result_stays_when_its_store_is_gone(tmp_path):
 
 def test_lock_ends_with_its_process(tmp_path):
     s = Store(tmp_path / "s")
-    code = ("import sys, time; from mllm_compress import store\n"
+    code = ("import sys, time; from mllm_compress.study import store\n"
             "with store.lock(store.Store(sys.argv[1]), 'x') as held: print(held, flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code, str(s.folder)], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline().strip() == "True"
@@ -158,7 +160,7 @@ def test_failed_shared_work_leaves_nothing_and_is_built_again(tmp_path):
 
 def test_every_step_of_a_result_is_in_its_name(monkeypatch):
     "A change of a function of `experiment` renames exactly the results that it makes."
-    from mllm_compress import experiment
+    from mllm_compress.study import stages as experiment
     trained = replace(LAYERS, recovery="sft", fraction=.5)
     names = lambda: [study.name_of(c, SMOKE) for c in (DENSE, LAYERS, trained)]
     before, honest = names(), experiment.inspect.getsource
@@ -185,13 +187,13 @@ def test_code_fingerprint_ignores_comments_and_sees_code():
                                    dict(recovery="sft+sft"), dict(recovery="sft", train="vision"), dict(recovery="sft", fraction=0.0),
                                    dict(seed="first"), dict(seed=True), dict(seed=1.5), dict(pruning="layerwise", ratio="a third")])
 def test_nonsense_cells_are_refused(wrong):
-    with pytest.raises(ValueError): Cell("m", **wrong)
+    with pytest.raises(ValueError): Experiment("m", **wrong)
 
 
 def test_equal_experiments_have_one_name():
-    assert repr(Cell("m", "layerwise", np.float64(.3), recovery="sft", fraction=1, seed=np.int64(2))) == repr(Cell("m", "layerwise", .3, recovery="sft", fraction=1.0, seed=2))
-    assert canonical(Cell("m", seed=3)) == canonical(Cell("m", fraction=.5, train="projector"))
-    a, b = (Cell("smoke-llava", "layerwise", .3, recovery=r) for r in ("sft+hidden_kd", "hidden_kd+sft"))
+    assert repr(Experiment("m", "layerwise", np.float64(.3), recovery="sft", fraction=1, seed=np.int64(2))) == repr(Experiment("m", "layerwise", .3, recovery="sft", fraction=1.0, seed=2))
+    assert canonical(Experiment("m", seed=3)) == canonical(Experiment("m", fraction=.5, train="projector"))
+    a, b = (Experiment("smoke-llava", "layerwise", .3, recovery=r) for r in ("sft+hidden_kd", "hidden_kd+sft"))
     assert study.name_of(a, SMOKE) == study.name_of(b, SMOKE) != study.name_of(replace(a, seed=1), SMOKE)
 
 
@@ -202,7 +204,7 @@ def test_every_importance_can_be_computed():
 @pytest.mark.parametrize("name", profile_names())
 def test_shipped_profiles_read(name):
     profile = load_profile(name)
-    cell = Cell(profile.models[0], "widthwise", profile.ratios[0], recovery="sft+hidden_kd", fraction=profile.fractions[0])
+    cell = Experiment(profile.models[0], "widthwise", profile.ratios[0], recovery="sft+hidden_kd", fraction=profile.fractions[0])
     assert recovery_config(cell, profile).losses == {"sft": .5, "hidden_kd": .5} and profile.about
 
 
@@ -238,7 +240,7 @@ def test_training_settings_change_only_trained_cells():
 # ---- running
 
 def test_failure_is_reported_and_stops_nobody(away, capsys):
-    bad = Cell("smoke-llava", "widthwise", .94)
+    bad = Experiment("smoke-llava", "widthwise", .94)
     frame = study.run([bad, DENSE, LAYERS], SMOKE, executor="inline")
     assert frame.groupby("status").size().to_dict() == {"done": 2, "failed": 1}
     assert "1 FAILED" in capsys.readouterr().out and "ValueError" in frame[frame.status == "failed"].error.iloc[0]
@@ -260,15 +262,15 @@ def test_local_equals_inline_and_nothing_is_computed_twice(away, monkeypatch):
 
 
 def test_killed_run_resumes_to_the_same_frame(away):
-    code = ("from dataclasses import replace; from mllm_compress import study; from mllm_compress.cells import Cell, load_profile\n"
+    code = ("from dataclasses import replace; from mllm_compress.study import runs as study; from mllm_compress.study.experiments import Experiment, load_profile\n"
             "p = load_profile('smoke'); p = replace(p, evaluation=replace(p.evaluation, benchmarks=['scenes/hallucination'], questions=4))\n"
-            "study.run([Cell('smoke-llava')] + [Cell('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6)], p, executor='inline', quiet=True)")
+            "study.run([Experiment('smoke-llava')] + [Experiment('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6)], p, executor='inline', quiet=True)")
     run = subprocess.Popen([sys.executable, "-c", code], cwd=away, start_new_session=True)
     results = away / "runs/smoke/results"
     while run.poll() is None and not (results.exists() and list(results.glob("*/result.json"))): time.sleep(.02)
     os.killpg(run.pid, signal.SIGKILL); run.wait()
     kept = {p: p.stat().st_mtime_ns for p in results.glob("*/result.json")}
-    cells = [DENSE] + [Cell("smoke-llava", "layerwise", r) for r in (.2, .3, .45, .6)]
+    cells = [DENSE] + [Experiment("smoke-llava", "layerwise", r) for r in (.2, .3, .45, .6)]
     resumed = study.run(cells, SMOKE, executor="inline", quiet=True)
     fresh = study.run(cells, replace(SMOKE, name="fresh"), executor="inline", quiet=True)
     assert kept and all(p.stat().st_mtime_ns == t for p, t in kept.items())
@@ -277,7 +279,7 @@ def test_killed_run_resumes_to_the_same_frame(away):
 
 
 def test_a_bar_learns_how_long_the_rest_will_take(away):
-    trained, failing = replace(LAYERS, recovery="sft", fraction=.5), Cell("smoke-llava", "widthwise", .94)
+    trained, failing = replace(LAYERS, recovery="sft", fraction=.5), Experiment("smoke-llava", "widthwise", .94)
     cells = [DENSE, LAYERS, failing, trained]
     said, known = [], study.at_hand(cells, SMOKE)
     for cell, word, _ in executors.inline(cells, SMOKE, study.results_of(SMOKE)):
@@ -327,7 +329,7 @@ def test_a_failure_on_a_gpu_costs_one_cell_and_one_worker(monkeypatch):
 
     monkeypatch.setattr(executors, "Worker", Fragile)
     monkeypatch.setattr(executors, "wait", lambda pipes: pipes)
-    cells, results = [Cell("m", "widthwise", .94), Cell("m", "widthwise", .3), Cell("m", "widthwise", .5)], study.results_of(SMOKE)
+    cells, results = [Experiment("m", "widthwise", .94), Experiment("m", "widthwise", .3), Experiment("m", "widthwise", .5)], study.results_of(SMOKE)
     for device, made, failed in (("cuda:0", 2, 1), ("cpu", 1, 3)):
         Fragile.made.clear()
         monkeypatch.setattr(executors, "devices", lambda *_: [device])
@@ -344,7 +346,7 @@ def test_the_device_is_free_while_others_train_on_it():
         place = ["cuda:0"]
         def to(self, device): self.place = [*self.place, device]
 
-    from mllm_compress import experiment
+    from mllm_compress.study import stages as experiment
     teacher, student = Model(), Model()
     with pytest.raises(RuntimeError), experiment._off("cuda:0", teacher, student):
         assert teacher.place[-1] == student.place[-1] == "cpu"
@@ -380,7 +382,7 @@ def test_a_tower_that_lies_elsewhere_is_part_of_the_name(tmp_path):
 
 
 def test_a_precision_left_open_is_settled_by_who_submits():
-    from mllm_compress.experiment import precision_here, settled
+    from mllm_compress.study.stages import precision_here, settled
     left_open = replace(SMOKE, recovery=SMOKE.recovery | {"precision": "fastest"}, per_model={"smoke-llava": {"recovery": {"precision": "fastest"}}})
     found = settled(left_open)
     assert found.recovery["precision"] == found.per_model["smoke-llava"]["recovery"]["precision"] == precision_here()
@@ -419,9 +421,9 @@ def test_the_original_keeps_all_of_itself_and_shares_are_paired_with_it():
 
 def test_units_of_every_scorer_average_to_its_score():
     "MME sums two hundred points a subtask: its units must say the same as its score."
-    from mllm_compress.benchmarks import benchmark
-    from mllm_compress.experiment import units_of
-    from mllm_compress.scorers import SCORERS
+    from mllm_compress.evaluation.benchmarks import benchmark
+    from mllm_compress.study.stages import units_of
+    from mllm_compress.evaluation.scorers import SCORERS
     rng = np.random.default_rng(1)
     paired = lambda name: name.startswith("mme") or name in ("scenes/perception", "scenes/hallucination")
     answers = pd.DataFrame([{"benchmark": name, "id": f"{name}{k}", "group": f"g{k // 2}" if paired(name) else None, "subtask": f"s{int(k > 89)}" if name.startswith("mme") else None,
@@ -436,7 +438,7 @@ def test_units_of_every_scorer_average_to_its_score():
 
 
 def test_groups_of_unequal_size_count_by_their_questions():
-    from mllm_compress.experiment import units_of
+    from mllm_compress.study.stages import units_of
     answers = pd.DataFrame([{"benchmark": "gqa", "id": f"q{k}", "group": group, "value": value} for k, (group, value) in enumerate([("a", 1.0), ("a", 1.0), ("a", 0.0), ("b", 1.0), (None, 0.0)])])
     units = units_of(answers)["gqa"]
     assert len(units) == 3 and np.mean(units) == pytest.approx(3 / 5) and units == pytest.approx([2 * 3 / 5, 3 / 5, 0], abs=1e-6)

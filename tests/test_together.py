@@ -6,14 +6,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from mllm_compress import executors, experiment
-from mllm_compress.cells import Cell, Profile, Slurm, _checked, load_profile, read_strictly
-from mllm_compress.store import Store, read
-from mllm_compress.trainer import RecoveryTrainer
+from mllm_compress.study import workers as executors, stages as experiment
+from mllm_compress.study.experiments import Experiment, Profile, Slurm, _checked, load_profile, read_strictly
+from mllm_compress.study.store import Store, read
+from mllm_compress.recovery.trainer import RecoveryTrainer
 
 SMOKE = load_profile("smoke")
 SMOKE = replace(SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=8))
-CELL = Cell("smoke-bunny", "widthwise", .3, recovery="sft+hidden_kd", fraction=.5)
+CELL = Experiment("smoke-bunny", "widthwise", .3, recovery="sft+hidden_kd", fraction=.5)
 
 
 def result_of(profile, store, cell=CELL) -> dict:
@@ -45,7 +45,7 @@ def test_what_goes_wrong_in_the_processes_is_told(tmp_path, capfd):
 def test_processes_do_not_outlive_the_one_that_started_them():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    done = subprocess.run([sys.executable, "-c", f"from mllm_compress.experiment import _end_with; _end_with({gone.pid})"], timeout=60)
+    done = subprocess.run([sys.executable, "-c", f"from mllm_compress.study.stages import _end_with; _end_with({gone.pid})"], timeout=60)
     assert done.returncode == 1
 
 

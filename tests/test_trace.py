@@ -8,11 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress import effects, store, study
-from mllm_compress.cells import Cell
-from mllm_compress.claims import AT_EQUAL_SIZE, CLAIMS
-from mllm_compress.report import Verdict
-from mllm_compress.store import Store
+from mllm_compress.reporting import effects
+from mllm_compress.study import store
+from mllm_compress.study import runs as study
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS
+from mllm_compress.reporting.report import Verdict
+from mllm_compress.study.store import Store
 
 from draw_again import MEASURED
 
@@ -102,7 +104,7 @@ def traced(request, tmp_path_factory) -> tuple: # (folder, name -> content of a 
 def frame_of(notebook: Path, contents: dict) -> pd.DataFrame:
     "The frame that a notebook was drawn from."
     found = [contents[name] for name in read_by(notebook)]
-    return pd.DataFrame([row for c in found for row in study.rows_of(Cell(**c["inputs"]["cell"]), c["result"])]).assign(profile=notebook.parent.name)
+    return pd.DataFrame([row for c in found for row in study.rows_of(Experiment(**c["inputs"]["cell"]), c["result"])]).assign(profile=notebook.parent.name)
 
 
 def test_the_lines_of_cells_csv_are_the_results(traced):
