@@ -1,4 +1,5 @@
 """Packaging: every fact comes from settings.ini, so that it is written once."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -12,7 +13,9 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description=Path("README.md").read_text(encoding="utf-8")
+    if Path("README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     keywords=cfg["keywords"],
@@ -21,8 +24,14 @@ setup(
     packages=find_packages(include=["mllm_compress", "mllm_compress.*"]),
     package_data={"mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "internvl": ["torchvision"],
-                    "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "Levenshtein"]},  # Levenshtein: its MathVista imports it without asking for it
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "lmms_eval.models": ["mllm_compress=mllm_compress.evaluation.lmms_eval:manifest"]},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "internvl": ["torchvision"],
+        "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "Levenshtein"],
+    },  # Levenshtein: its MathVista imports it without asking for it
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "lmms_eval.models": ["mllm_compress=mllm_compress.evaluation.lmms_eval:manifest"],
+    },
     zip_safe=False,
 )

@@ -8,6 +8,7 @@ ratio is taken pair by pair. Memory is counted in separate runs: tensors alive a
 
     python bench/importance.py [--quick] [--repeats 9] [--device cpu|cuda]
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -17,26 +18,32 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from machine import facts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from machine import facts
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.importance.influence import PeakTensors, block_influence, cosine_change
 from mllm_compress.importance.scores import evaluating
-from mllm_compress.reporting.style import BLUE, GREY, page
 from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
+from mllm_compress.reporting.style import BLUE, GREY, page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
-GOALS = {"function": (1 / 20, 1 / 4), "hooks": (1.03, None), "taylor": (1.05, 0.10)}  # at most: time, extra memory, of the rival's
+GOALS = {
+    "function": (1 / 20, 1 / 4),
+    "hooks": (1.03, None),
+    "taylor": (1.05, 0.10),
+}  # at most: time, extra memory, of the rival's
 NAMES = {"function": "block influence of two tensors", "hooks": "block influence in a scoring pass"}
 
 
 def seconds(call, device: str) -> float:
     "Wall time of one call."
-    if device == "cuda": torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     call()
-    if device == "cuda": torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -47,7 +54,8 @@ def peak_bytes(call, device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    with PeakTensors() as memory: call()
+    with PeakTensors() as memory:
+        call()
     return memory.peak
 
 
@@ -55,14 +63,29 @@ def in_turn(ours, rival, repeats: int, device: str) -> dict:
     "Time both alternately after a warm-up; medians and quartiles in milliseconds, and of the ratio of each pair."
     ours(), rival()
     times = np.array([(seconds(ours, device), seconds(rival, device)) for _ in range(repeats)])
-    values = {"ours_ms": 1e3 * times[:, 0], "rival_ms": 1e3 * times[:, 1], "time_ratio": times[:, 0] / times[:, 1]}
-    return {f"{name}_{label}": np.quantile(v, q) for name, v in values.items() for label, q in (("median", .5), ("low", .25), ("high", .75))}
+    values = {
+        "ours_ms": 1e3 * times[:, 0],
+        "rival_ms": 1e3 * times[:, 1],
+        "time_ratio": times[:, 0] / times[:, 1],
+    }
+    return {
+        f"{name}_{label}": np.quantile(v, q)
+        for name, v in values.items()
+        for label, q in (("median", 0.5), ("low", 0.25), ("high", 0.75))
+    }
 
 
 def decoder(width: int, layers: int, device: str) -> LlamaForCausalLM:
     "A Llama of Vicuna's proportions with a small vocabulary."
-    config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers, num_attention_heads=max(1, width // 128),
-                         vocab_size=1000, bos_token_id=None, eos_token_id=None)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 43 // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 128),
+        vocab_size=1000,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(device).eval()
 
@@ -79,18 +102,27 @@ def function_row(tokens: int, hidden: int, repeats: int, device: str) -> dict:
     y = x + torch.randn_like(x) / 3
     assert all_pairs(x, y).allclose(cosine_change(x, y), atol=1e-5)
     pair = (lambda: cosine_change(x, y)), (lambda: all_pairs(x, y))
-    return {"name": "function", "shape": f"{tokens} x {hidden}", "rival": "all pairs of tokens"} | in_turn(*pair, repeats, device) | {
-        "ours_bytes": peak_bytes(pair[0], device), "rival_bytes": peak_bytes(pair[1], device)}
+    return (
+        {"name": "function", "shape": f"{tokens} x {hidden}", "rival": "all pairs of tokens"}
+        | in_turn(*pair, repeats, device)
+        | {"ours_bytes": peak_bytes(pair[0], device), "rival_bytes": peak_bytes(pair[1], device)}
+    )
 
 
 def hooks_row(model, batch, repeats: int, device: str) -> dict:
     "A scoring pass."
+
     @torch.no_grad()
     def bare():
-        with evaluating(model): model(**batch, use_cache=False, logits_to_keep=1)
+        with evaluating(model):
+            model(**batch, use_cache=False, logits_to_keep=1)
+
     pair = (lambda: block_influence(model, [batch])), bare
-    return {"name": "hooks", "shape": shape(model, batch), "rival": "forward pass without hooks"} | in_turn(*pair, repeats, device) | {
-        "ours_bytes": peak_bytes(pair[0], device), "rival_bytes": peak_bytes(pair[1], device)}
+    return (
+        {"name": "hooks", "shape": shape(model, batch), "rival": "forward pass without hooks"}
+        | in_turn(*pair, repeats, device)
+        | {"ours_bytes": peak_bytes(pair[0], device), "rival_bytes": peak_bytes(pair[1], device)}
+    )
 
 
 def hold_all_gradients(model, batch, order: str) -> tuple:
@@ -108,24 +140,38 @@ def hold_all_gradients(model, batch, order: str) -> tuple:
     for i in range(parts.num_layers):
         for slot in parts.linears(i):
             p = slot.module.weight
-            scores[i, slot.name] = ORDERS[order].formula(p.detach(), p.grad, curvature.get(p), 1 - slot.axis).abs()
-    held = sum(p.grad.nbytes for p in model.parameters()) + sum(c.nbytes for c in curvature.values())
+            scores[i, slot.name] = (
+                ORDERS[order].formula(p.detach(), p.grad, curvature.get(p), 1 - slot.axis).abs()
+            )
+    held = sum(p.grad.nbytes for p in model.parameters()) + sum(
+        c.nbytes for c in curvature.values()
+    )
     model.zero_grad()
     return scores, held
 
 
 def taylor_row(model, batch, order: str, repeats: int, device: str) -> dict:
     "One order. Memory is what comes on top of weights and activations."
+
     def without_scores():
-        with output_gradients(anatomy(model), lambda *_: None): summed_loss(model, batch, batch["input_ids"]).backward()
-    pair = (lambda: taylor(model, [batch], order=order)), (lambda: hold_all_gradients(model, batch, order))
+        with output_gradients(anatomy(model), lambda *_: None):
+            summed_loss(model, batch, batch["input_ids"]).backward()
+
+    pair = (
+        (lambda: taylor(model, [batch], order=order)),
+        (lambda: hold_all_gradients(model, batch, order)),
+    )
     scores, held = pair[1]()
     ours, down = pair[0](), scores[0, "down"].cpu()
-    for other in ("gate", "up"): down = down + scores[0, other].cpu()
+    for other in ("gate", "up"):
+        down = down + scores[0, other].cpu()
     assert ours.neurons[0].allclose(down, rtol=2e-3, atol=1e-9)
     extra = max(0, peak_bytes(pair[0], device) - peak_bytes(without_scores, device))
-    return {"name": f"taylor {order}", "shape": shape(model, batch), "rival": "all gradients held"} | in_turn(*pair, repeats, device) | {
-        "ours_bytes": extra, "rival_bytes": held}
+    return (
+        {"name": f"taylor {order}", "shape": shape(model, batch), "rival": "all gradients held"}
+        | in_turn(*pair, repeats, device)
+        | {"ours_bytes": extra, "rival_bytes": held}
+    )
 
 
 def shape(model, batch) -> str:
@@ -136,32 +182,67 @@ def shape(model, batch) -> str:
 def draw(rows: pd.DataFrame, path: Path):
     "Ours as a fraction of the rival's, time and memory, with the goals as ticks."
     import matplotlib.pyplot as plt
+
     with page():
         fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.9), sharey=True)
         y = np.arange(len(rows))[::-1]
-        error = [rows.time_ratio_median - rows.time_ratio_low, rows.time_ratio_high - rows.time_ratio_median]
-        axes[0].barh(y, rows.time_ratio_median, xerr=error, color=BLUE, height=.6, error_kw={"lw": 1})
-        axes[1].barh(y, rows.memory_ratio, color=BLUE, height=.6)
-        for ax, value, most, goal in ((axes[0], rows.time_ratio_median, rows.time_ratio_high, rows.time_goal), (axes[1], rows.memory_ratio, rows.memory_ratio, rows.memory_goal)):
+        error = [
+            rows.time_ratio_median - rows.time_ratio_low,
+            rows.time_ratio_high - rows.time_ratio_median,
+        ]
+        axes[0].barh(
+            y, rows.time_ratio_median, xerr=error, color=BLUE, height=0.6, error_kw={"lw": 1}
+        )
+        axes[1].barh(y, rows.memory_ratio, color=BLUE, height=0.6)
+        for ax, value, most, goal in (
+            (axes[0], rows.time_ratio_median, rows.time_ratio_high, rows.time_goal),
+            (axes[1], rows.memory_ratio, rows.memory_ratio, rows.memory_goal),
+        ):
             ax.scatter(goal, y, marker="|", s=260, color=GREY, label="goal: at most")
             for at, v, *ends in zip(y, value, most, goal):
-                if v == v: ax.annotate(f"{v:.3f}", (np.nanmax(ends), at), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+                if v == v:
+                    ax.annotate(
+                        f"{v:.3f}",
+                        (np.nanmax(ends), at),
+                        xytext=(6, 0),
+                        textcoords="offset points",
+                        va="center",
+                        fontsize=8,
+                    )
             ax.set(xlim=(0, max(1.3, 1.2 * np.nanmax(value))))
             ax.grid(axis="y", visible=False)
         axes[0].set(yticks=y, xlabel="time, fraction of the rival's", title="Time")
-        axes[0].set_yticklabels([f"{NAMES.get(n, n)}\nvs. {r}" for n, r in zip(rows.name, rows.rival)], fontsize=8)
-        for at in y[rows.memory_ratio.isna()]: axes[1].text(.02, at, "not compared: both hold one forward pass", va="center", fontsize=8, color=GREY)
+        axes[0].set_yticklabels(
+            [f"{NAMES.get(n, n)}\nvs. {r}" for n, r in zip(rows.name, rows.rival)], fontsize=8
+        )
+        for at in y[rows.memory_ratio.isna()]:
+            axes[1].text(
+                0.02,
+                at,
+                "not compared: both hold one forward pass",
+                va="center",
+                fontsize=8,
+                color=GREY,
+            )
         axes[1].set(xlabel="extra memory, fraction of the rival's", title="Memory")
         axes[1].legend(frameon=False, fontsize=8, loc="lower right")
-        for end in (".png", ".pdf"): fig.savefig(path.with_suffix(end), bbox_inches="tight")
+        for end in (".png", ".pdf"):
+            fig.savefig(path.with_suffix(end), bbox_inches="tight")
     first = rows.iloc[0]
-    path.with_suffix(".txt").write_text(f"Scoring against the straightforward code, timed in turn: our time and our extra memory as fractions of the rival's; medians, and quartiles of the time as thin lines, of n = {first.repeats} pairs. "
-                                        f"Grey: the goal. {first.device}, {first.threads} thread(s), {first['dtype']}.\n", encoding="utf-8")
+    path.with_suffix(".txt").write_text(
+        f"Scoring against the straightforward code, timed in turn: our time and our extra memory as fractions of the rival's; medians, and quartiles of the time as thin lines, of n = {first.repeats} pairs. "
+        f"Grey: the goal. {first.device}, {first.threads} thread(s), {first['dtype']}.\n",
+        encoding="utf-8",
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few repeats: checks the script, measures nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny shapes and few repeats: checks the script, measures nothing",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -169,23 +250,46 @@ def main():
     matplotlib.use("Agg")
     transformers.logging.set_verbosity_error()
     device, repeats = args.device, 2 if args.quick else args.repeats
-    ids = lambda rows, tokens: {"input_ids": torch.randint(3, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0)).to(device)}
+    ids = lambda rows, tokens: {
+        "input_ids": torch.randint(
+            3, 1000, (rows, tokens), generator=torch.Generator().manual_seed(0)
+        ).to(device)
+    }
 
-    rows = [function_row(*((128, 512) if args.quick else (728, 4096)), repeats if args.quick else 2 * repeats, device)]
+    rows = [
+        function_row(
+            *((128, 512) if args.quick else (728, 4096)),
+            repeats if args.quick else 2 * repeats,
+            device,
+        )
+    ]
     wide = decoder(*((128, 2) if args.quick else (1024, 6)), device)
     rows.append(hooks_row(wide, ids(1, 64 if args.quick else 728), repeats, device))
     del wide
-    deep, batch = decoder(*((128, 4) if args.quick else (512, 16)), device), ids(*((2, 32) if args.quick else (4, 96)))
+    deep, batch = (
+        decoder(*((128, 4) if args.quick else (512, 16)), device),
+        ids(*((2, 32) if args.quick else (4, 96))),
+    )
     rows += [taylor_row(deep, batch, order, repeats, device) for order in ORDERS]
 
     about = facts(device) | dict(dtype="float32", repeats=repeats, quick=args.quick)
     goals = [GOALS[row["name"].split()[0]] for row in rows]
     rows = pd.DataFrame([row | about for row in rows])
-    rows["memory_ratio"] = (rows.ours_bytes / rows.rival_bytes).where([g[1] is not None for g in goals])  # both hold one forward pass
-    rows["time_goal"], rows["memory_goal"] = zip(*[(g[0], np.nan if g[1] is None else g[1]) for g in goals])
+    rows["memory_ratio"] = (rows.ours_bytes / rows.rival_bytes).where(
+        [g[1] is not None for g in goals]
+    )  # both hold one forward pass
+    rows["time_goal"], rows["memory_goal"] = zip(
+        *[(g[0], np.nan if g[1] is None else g[1]) for g in goals]
+    )
     for _, r in rows.iterrows():
-        print(f"{r['name']:<20}{r['shape']:<34} time {r.time_ratio_median:.3f} [{r.time_ratio_low:.3f}, {r.time_ratio_high:.3f}] of the rival's (goal {r.time_goal:.2f})"
-              + ("" if np.isnan(r.memory_ratio) else f", extra memory {r.memory_ratio:.3f} (goal {r.memory_goal:.2f})"))
+        print(
+            f"{r['name']:<20}{r['shape']:<34} time {r.time_ratio_median:.3f} [{r.time_ratio_low:.3f}, {r.time_ratio_high:.3f}] of the rival's (goal {r.time_goal:.2f})"
+            + (
+                ""
+                if np.isnan(r.memory_ratio)
+                else f", extra memory {r.memory_ratio:.3f} (goal {r.memory_goal:.2f})"
+            )
+        )
     name = "importance-quick" if args.quick else "importance"
     args.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(args.out / f"{name}.csv", index=False, float_format="%.5g")
@@ -193,4 +297,5 @@ def main():
     print(f"wrote {name}.csv and {name}.png")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

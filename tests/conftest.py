@@ -1,10 +1,10 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
+
 import contextlib
 from pathlib import Path
 
 import pytest
 import torch
-
 from draw_again import ROOT, begin
 
 torch.set_num_threads(1)
@@ -20,6 +20,7 @@ def golden() -> Path:
 def tiny_llava():
     "A random 4-layer CLIP + Llama model with its processor; copy it before changing it."
     from mllm_compress.zoo.models import load_model
+
     return load_model("smoke-llava")
 
 
@@ -27,6 +28,7 @@ def tiny_llava():
 def tiny_bunny():
     "A random 4-layer SigLIP + Phi model with its processor; copy it before changing it."
     from mllm_compress.zoo.models import load_model
+
     return load_model("smoke-bunny")
 
 
@@ -38,29 +40,61 @@ def tiny_lm():
     "A factory of random plain decoders: tiny_lm('qwen2', layers=4, groups=2, queries=2)."
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def build(family: str, layers: int = 4, hidden: int = 32, groups: int = 2, queries: int = 2, neurons: int = 48,
-              vocab: int = 64, seed: int = 0, **kw):
+    def build(
+        family: str,
+        layers: int = 4,
+        hidden: int = 32,
+        groups: int = 2,
+        queries: int = 2,
+        neurons: int = 48,
+        vocab: int = 64,
+        seed: int = 0,
+        **kw,
+    ):
         config = AutoConfig.for_model(
-            family, hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers,
-            num_attention_heads=groups * queries, num_key_value_heads=groups, vocab_size=vocab,
-            max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **kw)
+            family,
+            hidden_size=hidden,
+            intermediate_size=neurons,
+            num_hidden_layers=layers,
+            num_attention_heads=groups * queries,
+            num_key_value_heads=groups,
+            vocab_size=vocab,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+            **kw,
+        )
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).eval()
+
     return build
 
 
 @pytest.fixture(scope="session")
-def drawn_again(tmp_path_factory) -> dict: # name of a profile -> (checkout in which its notebooks run, the process)
+def drawn_again(
+    tmp_path_factory,
+) -> dict:  # name of a profile -> (checkout in which its notebooks run, the process)
     "The notebooks of every committed profile run again on its results, all at once, one core each."
-    checkouts = {p.parent: tmp_path_factory.mktemp(p.parent.name) for p in sorted((ROOT / "figures").glob("*/results.zip"))}
-    started = {folder.name: (checkout, begin(folder, checkout)) for folder, checkout in checkouts.items()}
+    checkouts = {
+        p.parent: tmp_path_factory.mktemp(p.parent.name)
+        for p in sorted((ROOT / "figures").glob("*/results.zip"))
+    }
+    started = {
+        folder.name: (checkout, begin(folder, checkout)) for folder, checkout in checkouts.items()
+    }
     yield started
     for _, process in started.values():
-        if process: process.kill()
+        if process:
+            process.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request):
     "What runs beside the tests starts with the first of them, if any will ask for it; if it cannot start, only they fail."
     with contextlib.suppress(Exception):
-        if any("drawn_again" in getattr(item, "fixturenames", ()) for item in request.session.items): request.getfixturevalue("drawn_again")
+        if any(
+            "drawn_again" in getattr(item, "fixturenames", ()) for item in request.session.items
+        ):
+            request.getfixturevalue("drawn_again")

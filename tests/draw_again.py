@@ -1,4 +1,5 @@
 """Run the notebooks of a committed profile again on the results that came with its figures, in a process beside the tests."""
+
 import os
 import shutil
 import subprocess
@@ -27,17 +28,31 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     "Start the notebooks of a folder of figures on its results; None where results have other names here. What fails is told in checkout/errors."
     import nbformat
 
-    from mllm_compress.study import store
-    from mllm_compress.study import runs as study
-    from mllm_compress.study.experiments import load_profile
     from mllm_compress.reporting.notebooks import experiments_of
+    from mllm_compress.study import runs as study
+    from mllm_compress.study import store
+    from mllm_compress.study.experiments import load_profile
+
     (checkout / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", checkout)
     shutil.copytree(ROOT / "nbs/study", checkout / "nbs/study")
     names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]
     setup, there = load_profile(folder.name), store.Store(checkout / "runs" / folder.name)
     store.unpack(folder / "results.zip", there)
-    wanted = {study.name_of(cell, setup) for name in names for cell in experiments_of(nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4), {"profile": folder.name})}
-    if not wanted <= set(there.names()): return None
+    wanted = {
+        study.name_of(cell, setup)
+        for name in names
+        for cell in experiments_of(
+            nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4), {"profile": folder.name}
+        )
+    }
+    if not wanted <= set(there.names()):
+        return None
     with (checkout / "errors").open("w") as errors:
-        return subprocess.Popen([sys.executable, "-c", RETELL, folder.name, *names], cwd=checkout / "nbs/study", env=os.environ | {"MPLBACKEND": "agg"}, stdout=subprocess.DEVNULL, stderr=errors)
+        return subprocess.Popen(
+            [sys.executable, "-c", RETELL, folder.name, *names],
+            cwd=checkout / "nbs/study",
+            env=os.environ | {"MPLBACKEND": "agg"},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )

@@ -1,13 +1,16 @@
 """Models and plans that the pruning and checkpoint tests run through: every family, with and without grouped queries."""
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import FAMILIES, anatomy
-from mllm_compress.pruning.slicing import plan_layerwise, plan_widthwise
 from mllm_compress.importance.scores import WidthScores
+from mllm_compress.pruning.slicing import plan_layerwise, plan_widthwise
 from mllm_compress.zoo.tiny_models import tiny_model
 
-LMS = [f"{family}-{groups}x{queries}" for family in FAMILIES for groups, queries in ((4, 1), (3, 2))]
+LMS = [
+    f"{family}-{groups}x{queries}" for family in FAMILIES for groups, queries in ((4, 1), (3, 2))
+]
 MLLMS = ["tiny-llava", "tiny-bunny"]
 KINDS = ["layerwise", "uniform", "blockwise", "combined"]
 
@@ -25,29 +28,57 @@ def random_weights(model, seed=0):
 def lm_config(name, **kw):
     family, shape = name.split("-")
     groups, queries = map(int, shape.split("x"))
-    return AutoConfig.for_model(family, **(dict(
-        hidden_size=groups * queries * 8, head_dim=8, intermediate_size=40, num_hidden_layers=4,
-        num_attention_heads=groups * queries, num_key_value_heads=groups, vocab_size=64, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False) | kw))
+    return AutoConfig.for_model(
+        family,
+        **(
+            dict(
+                hidden_size=groups * queries * 8,
+                head_dim=8,
+                intermediate_size=40,
+                num_hidden_layers=4,
+                num_attention_heads=groups * queries,
+                num_key_value_heads=groups,
+                vocab_size=64,
+                max_position_embeddings=128,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=False,
+            )
+            | kw
+        ),
+    )
 
 
 def build(name, dtype=torch.float64, **kw):
     "A random model: a plain LM such as 'qwen2-3x2' (3 groups of 2 query heads), or a tiny MLLM."
-    if name in MLLMS: model = tiny_model(name.removeprefix("tiny-"), layers=4)
-    else: model = AutoModelForCausalLM.from_config(lm_config(name, **kw))
+    if name in MLLMS:
+        model = tiny_model(name.removeprefix("tiny-"), layers=4)
+    else:
+        model = AutoModelForCausalLM.from_config(lm_config(name, **kw))
     return random_weights(model).to(dtype)
 
 
 def width_scores(model, seed=0):
     parts, generator = anatomy(model), torch.Generator().manual_seed(seed)
-    return WidthScores(*({i: torch.rand(count(i), generator=generator) for i in range(parts.num_layers)}
-                         for count in (parts.groups, parts.neurons)), "random", {})
+    return WidthScores(
+        *(
+            {i: torch.rand(count(i), generator=generator) for i in range(parts.num_layers)}
+            for count in (parts.groups, parts.neurons)
+        ),
+        "random",
+        {},
+    )
 
 
 def plan(model, kind):
     scores = width_scores(model)
-    if kind == "layerwise": return plan_layerwise(model, layers=[1])
-    if kind == "combined": return plan_widthwise(model, scores, ratio=0.4, protect=(1, 0), base=plan_layerwise(model, layers=[1]))
+    if kind == "layerwise":
+        return plan_layerwise(model, layers=[1])
+    if kind == "combined":
+        return plan_widthwise(
+            model, scores, ratio=0.4, protect=(1, 0), base=plan_layerwise(model, layers=[1])
+        )
     return plan_widthwise(model, scores, ratio=0.25, shape=kind)
 
 
@@ -58,7 +89,8 @@ def inputs(model, seed=0):
     ids = torch.randint(5, text.vocab_size, (2, 24), generator=generator)
     mask = torch.ones_like(ids)
     ids[1, :3], mask[1, :3] = 0, 0
-    if config is text: return {"input_ids": ids, "attention_mask": mask}
+    if config is text:
+        return {"input_ids": ids, "attention_mask": mask}
     ids[:, 4:20] = config.image_token_id
     pixels = torch.randn(2, 3, 64, 64, generator=generator).to(model.dtype)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
@@ -73,5 +105,12 @@ def logits(model, batch):
 def greedy(model, batch, use_cache):
     "Greedy tokens; never an image token, which would need another image."
     image = getattr(model.config, "image_token_id", None)
-    return model.generate(**batch, use_cache=use_cache, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0,
-                          suppress_tokens=None if image is None else [image])
+    return model.generate(
+        **batch,
+        use_cache=use_cache,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        suppress_tokens=None if image is None else [image],
+    )

@@ -1,12 +1,24 @@
 """The parts of a model and the rows and columns of its units."""
+
+import pruning_cases as cases
 import pytest
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, InternVLConfig, InternVLForConditionalGeneration)
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+)
 
-import pruning_cases as cases
-from mllm_compress.anatomy.families import FAMILIES, Anatomy, anatomy, lm_parameters, part_parameters
+from mllm_compress.anatomy.families import (
+    FAMILIES,
+    Anatomy,
+    anatomy,
+    lm_parameters,
+    part_parameters,
+)
 
 
 @pytest.mark.parametrize("name", cases.LMS + cases.MLLMS)
@@ -18,12 +30,16 @@ def test_a_head_is_its_rows_and_columns(name):
         slots = [s for s in parts.linears(2) if s.kind == kind]
         with torch.no_grad():
             before = cases.logits(model, batch)
-            for slot in (s for s in slots if s.axis == 1): slot.module.weight[:, slot.unit_index(unit)] = 0
+            for slot in (s for s in slots if s.axis == 1):
+                slot.module.weight[:, slot.unit_index(unit)] = 0
             silenced = cases.logits(model, batch)
             for slot in (s for s in slots if s.axis == 0):
                 rows = slot.unit_index(unit)
-                slot.module.weight[rows] += torch.randn(len(rows), slot.module.in_features, generator=generator)
-                if slot.module.bias is not None: slot.module.bias[rows] += 1
+                slot.module.weight[rows] += torch.randn(
+                    len(rows), slot.module.in_features, generator=generator
+                )
+                if slot.module.bias is not None:
+                    slot.module.bias[rows] += 1
         assert (before - silenced).abs().max() > 1e-6
         assert (cases.logits(model, batch) - silenced).abs().max() < 1e-9
 
@@ -32,10 +48,17 @@ def test_a_head_is_its_rows_and_columns(name):
 def test_units_partition_every_slot(name):
     parts = anatomy(cases.build(name))
     groups, queries = map(int, name.split("-")[1].split("x"))
-    assert (parts.groups(0), parts.queries_per_group(0), parts.neurons(0), parts.head_dim) == (groups, queries, 40, 8)
+    assert (parts.groups(0), parts.queries_per_group(0), parts.neurons(0), parts.head_dim) == (
+        groups,
+        queries,
+        40,
+        8,
+    )
     for slot in parts.linears(0):
         assert slot.units == (groups if slot.kind == "head" else 40)
-        assert sorted(slot.index(range(slot.units)).tolist()) == list(range(slot.module.weight.shape[slot.axis]))
+        assert sorted(slot.index(range(slot.units)).tolist()) == list(
+            range(slot.module.weight.shape[slot.axis])
+        )
 
 
 def test_fused_rows_of_a_group():
@@ -43,17 +66,27 @@ def test_fused_rows_of_a_group():
     qkv, o, gate_up, down = anatomy(cases.build("phi3-3x2")).linears(0)
     assert qkv.unit_index(1).tolist() == [*range(16, 32), *range(56, 64), *range(80, 88)]
     assert o.unit_index(2).tolist() == [*range(32, 48)]
-    assert gate_up.index([0, 7]).tolist() == [0, 7, 40, 47] and down.index([7, 0]).tolist() == [7, 0]
+    assert gate_up.index([0, 7]).tolist() == [0, 7, 40, 47] and down.index([7, 0]).tolist() == [
+        7,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("name", cases.MLLMS)
 def test_parts_of_an_mllm(name):
     model = cases.build(name)
     parts = anatomy(model)
-    assert parts.vision_tower is model.model.vision_tower and parts.projector is model.model.multi_modal_projector
+    assert (
+        parts.vision_tower is model.model.vision_tower
+        and parts.projector is model.model.multi_modal_projector
+    )
     assert parts.text_config is model.config.text_config is parts.decoder.config
     assert parts.embed_tokens is model.get_input_embeddings() and parts.lm_head is model.lm_head
-    assert isinstance(parts.final_norm, nn.Module) and parts.hidden_size == 96 and parts.num_layers == 4
+    assert (
+        isinstance(parts.final_norm, nn.Module)
+        and parts.hidden_size == 96
+        and parts.num_layers == 4
+    )
     counts = part_parameters(model)
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     assert counts["lm"] == lm_parameters(model) > counts["vision"] > counts["projector"] > 0
@@ -62,27 +95,50 @@ def test_parts_of_an_mllm(name):
 def test_plain_lm_has_no_vision():
     model = cases.build("llama-4x1")
     parts = anatomy(model)
-    assert parts.vision_tower is None and parts.projector is None and parts.config is parts.text_config
-    assert part_parameters(model) == {"vision": 0, "projector": 0, "lm": sum(p.numel() for p in model.parameters())}
+    assert (
+        parts.vision_tower is None and parts.projector is None and parts.config is parts.text_config
+    )
+    assert part_parameters(model) == {
+        "vision": 0,
+        "projector": 0,
+        "lm": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def test_internvl_is_the_same_anatomy():
     text = cases.lm_config("phi3-4x1")
-    config = InternVLConfig(text_config=text.to_dict(), vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                            num_attention_heads=2, image_size=[28, 28], patch_size=[14, 14]), image_token_id=4)
+    config = InternVLConfig(
+        text_config=text.to_dict(),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=[28, 28],
+            patch_size=[14, 14],
+        ),
+        image_token_id=4,
+    )
     parts = anatomy(InternVLForConditionalGeneration(config))
-    assert parts.family is FAMILIES["phi3"] and parts.vision_tower is not None and parts.projector is not None
+    assert (
+        parts.family is FAMILIES["phi3"]
+        and parts.vision_tower is not None
+        and parts.projector is not None
+    )
 
 
 def test_meta_device_knows_sizes():
-    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("llava"))
     counts = part_parameters(model)
-    layer = 4 * 4096 ** 2 + 3 * 4096 * 11008 + 2 * 4096
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
     assert counts["lm"] == 32 * layer + 2 * 32000 * 4096 + 4096 == 6_738_415_616
     assert isinstance(anatomy(model), Anatomy) and anatomy(model).groups(31) == 32
 
 
 def test_unknown_architecture_is_named_with_a_way_out():
     config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=32)
-    with pytest.raises(ValueError, match="'gpt2'; known: llama, mistral.*FAMILIES"): anatomy(AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="no LM head"): anatomy(cases.build("llama-4x1").model)
+    with pytest.raises(ValueError, match="'gpt2'; known: llama, mistral.*FAMILIES"):
+        anatomy(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ValueError, match="no LM head"):
+        anatomy(cases.build("llama-4x1").model)

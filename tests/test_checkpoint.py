@@ -1,18 +1,25 @@
 """Checkpoints come back bit for bit, load with stock classes where they can, and fail loudly where they cannot."""
+
 import json
 import os
 import subprocess
 import sys
 
+import pruning_cases as cases
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-import pruning_cases as cases
 from mllm_compress import checkpoint
 from mllm_compress.checkpoint.folders import load_pruned, save_pruned, verify
-from mllm_compress.pruning.slicing import PruningPlan, apply_plan, plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.pruning.slicing import (
+    PruningPlan,
+    apply_plan,
+    plan_layerwise,
+    plan_none,
+    plan_widthwise,
+)
 from mllm_compress.zoo.tiny_models import tiny_processor
 
 transformers.utils.logging.disable_progress_bar()
@@ -30,22 +37,35 @@ def kind_of(folder):
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
-@pytest.mark.parametrize("name", cases.LMS[::2] + ["llama-3x2", "phi3-3x2", "qwen2-3x2"] + cases.MLLMS)
+@pytest.mark.parametrize(
+    "name", cases.LMS[::2] + ["llama-3x2", "phi3-3x2", "qwen2-3x2"] + cases.MLLMS
+)
 def test_round_trip_is_bit_identical(name, kind, tmp_path):
     model, plan = pruned(name, kind)
     processor = tiny_processor(name.removeprefix("tiny-")) if name in cases.MLLMS else None
     save_pruned(model, plan, tmp_path / "out", processor=processor)
     again, same, plan_again = load_pruned(tmp_path / "out")
     batch = cases.inputs(model)
-    assert torch.equal(cases.logits(model, batch), cases.logits(again, batch)) and plan_again == plan
+    assert (
+        torch.equal(cases.logits(model, batch), cases.logits(again, batch)) and plan_again == plan
+    )
     assert torch.equal(cases.greedy(model, batch, True), cases.greedy(again, batch, True))
     assert kind_of(tmp_path / "out") == ("stock" if kind in STOCK_KINDS else "pruned")
-    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {
+        ".safetensors",
+        ".json",
+        ".md",
+        ".jinja",
+    }
     assert not again.training and type(again).__module__.startswith("transformers.models")
     if processor is not None:
         text = "USER: <image>\nwhat color is the circle? ASSISTANT:"
-        assert type(same) is type(processor) and same.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
-    else: assert same is None
+        assert (
+            type(same) is type(processor)
+            and same.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
+        )
+    else:
+        assert same is None
 
 
 STOCK = """
@@ -70,6 +90,7 @@ print("loaded", len(json.loads(sys.argv[1])))
 
 def test_stock_transformers_loads_layerwise_and_uniform_in_a_fresh_process(tmp_path):
     from safetensors.torch import save_file
+
     jobs = []
     for name in cases.LMS[1::2] + ["llama-4x1", "phi-4x1"] + cases.MLLMS:
         for kind in ("layerwise", "uniform"):
@@ -78,53 +99,106 @@ def test_stock_transformers_loads_layerwise_and_uniform_in_a_fresh_process(tmp_p
             save_pruned(model, plan, folder)
             batch = cases.inputs(model)
             save_file({**batch, "logits": cases.logits(model, batch)}, f"{folder}.case")
-            jobs.append((str(folder), "AutoModelForImageTextToText" if name in cases.MLLMS else "AutoModelForCausalLM"))
-    done = subprocess.run([sys.executable, "-c", STOCK, json.dumps(jobs)], cwd=tmp_path, capture_output=True, text=True,
-                          env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+            jobs.append(
+                (
+                    str(folder),
+                    "AutoModelForImageTextToText"
+                    if name in cases.MLLMS
+                    else "AutoModelForCausalLM",
+                )
+            )
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, json.dumps(jobs)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
     assert done.returncode == 0 and f"loaded {len(jobs)}" in done.stdout, done.stderr[-3000:]
 
 
 def test_llama_with_a_head_count_it_refuses_becomes_mistral(tmp_path):
     model, plan = pruned("llama-4x1", "uniform")
     assert model.config.num_attention_heads == 3 and model.config.hidden_size % 3
-    with pytest.raises(Exception, match="not a multiple of the number of attention heads"): model.save_pretrained(tmp_path / "llama")
+    with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+        model.save_pretrained(tmp_path / "llama")
     save_pruned(model, plan, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == ["MistralForCausalLM"] and config["sliding_window"] is None and config["head_dim"] == 8
-    assert {k: config[k] for k in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")} == {
-        k: model.config.to_dict()[k] for k in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")}
+    assert (
+        config["architectures"] == ["MistralForCausalLM"]
+        and config["sliding_window"] is None
+        and config["head_dim"] == 8
+    )
+    assert {
+        k: config[k] for k in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")
+    } == {
+        k: model.config.to_dict()[k]
+        for k in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")
+    }
     assert "saved as mistral" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name,options", [
-    ("llama-4x1", dict(attention_bias=True)), # Mistral has no biases
-    ("llama-4x1", dict(mlp_bias=True)),
-    ("phi-4x1", dict(qk_layernorm=True)), # its norms are sized by hidden_size / heads
-    ("phi3-4x1", dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-                                       "factor": 2.0, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}))])
+@pytest.mark.parametrize(
+    "name,options",
+    [
+        ("llama-4x1", dict(attention_bias=True)),  # Mistral has no biases
+        ("llama-4x1", dict(mlp_bias=True)),
+        ("phi-4x1", dict(qk_layernorm=True)),  # its norms are sized by hidden_size / heads
+        (
+            "phi3-4x1",
+            dict(
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                    "partial_rotary_factor": 1.0,
+                }
+            ),
+        ),
+    ],
+)
 def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp_path):
     model, plan = pruned(name, "uniform", **options)
     save_pruned(model, plan, tmp_path / "out")
     assert kind_of(tmp_path / "out") == "pruned"
     again = load_pruned(tmp_path / "out")[0]
-    assert torch.equal(cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model)))
+    assert torch.equal(
+        cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model))
+    )
 
 
-@pytest.mark.parametrize("name,classes", [
-    ("tiny-llava", ["AutoConfig", "AutoModelForImageTextToText", "LlavaForConditionalGeneration"]),
-    ("llama-4x1", ["AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"])])
+@pytest.mark.parametrize(
+    "name,classes",
+    [
+        (
+            "tiny-llava",
+            ["AutoConfig", "AutoModelForImageTextToText", "LlavaForConditionalGeneration"],
+        ),
+        ("llama-4x1", ["AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+    ],
+)
 def test_blockwise_fails_loudly_with_stock_classes(name, classes, tmp_path):
     model, plan = pruned(name, "blockwise")
     save_pruned(model, plan, tmp_path / "out")
     for cls in classes:
-        with pytest.raises((ValueError, OSError)): getattr(transformers, cls).from_pretrained(tmp_path / "out")
+        with pytest.raises((ValueError, OSError)):
+            getattr(transformers, cls).from_pretrained(tmp_path / "out")
 
 
 def test_the_full_size_model_never_exists(tmp_path, monkeypatch):
     model, plan = pruned("tiny-llava", "blockwise")
     save_pruned(model, plan, tmp_path / "out")
     seen, shrink = [], checkpoint.shrink
-    monkeypatch.setattr(checkpoint, "shrink", lambda fresh, plan: seen.extend(p.device.type for p in fresh.parameters()) or shrink(fresh, plan))
+    monkeypatch.setattr(
+        checkpoint,
+        "shrink",
+        lambda fresh, plan: (
+            seen.extend(p.device.type for p in fresh.parameters()) or shrink(fresh, plan)
+        ),
+    )
     load_pruned(tmp_path / "out")
     assert seen and set(seen) == {"meta"}
 
@@ -136,16 +210,23 @@ def test_sharded_checkpoints(kind, tmp_path):
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2
     again = load_pruned(tmp_path / "out")[0]
-    assert torch.equal(cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model)))
+    assert torch.equal(
+        cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model))
+    )
     first, second = shards[0].read_bytes(), shards[1].read_bytes()
     shards[0].write_bytes(second), shards[1].write_bytes(first)
-    with pytest.raises(ValueError, match=f"{shards[0].name}: swapped, it holds what belongs in {shards[1].name}"): load_pruned(tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=f"{shards[0].name}: swapped, it holds what belongs in {shards[1].name}"
+    ):
+        load_pruned(tmp_path / "out")
     shards[0].write_bytes(first), shards[1].write_bytes(second)
     (tmp_path / "out" / "model.safetensors").write_bytes(first)
-    with pytest.raises(ValueError, match="model.safetensors: not part of this checkpoint"): load_pruned(tmp_path / "out")
+    with pytest.raises(ValueError, match="model.safetensors: not part of this checkpoint"):
+        load_pruned(tmp_path / "out")
 
 
-def flip(data): return data[:-1] + bytes([data[-1] ^ 1])
+def flip(data):
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 @pytest.mark.parametrize("kind", ["uniform", "blockwise"])
@@ -155,11 +236,18 @@ def test_damage_is_found_and_named(kind, tmp_path):
     files = sorted(p.name for p in folder.iterdir() if p.name != "README.md")
     for name in files:
         intact = (folder / name).read_bytes()
-        for broken in (intact[:len(intact) // 2], b"", flip(intact), intact.replace(b"1", b"2", 1)):
+        for broken in (
+            intact[: len(intact) // 2],
+            b"",
+            flip(intact),
+            intact.replace(b"1", b"2", 1),
+        ):
             (folder / name).write_bytes(broken)
-            with pytest.raises(ValueError, match=name): load_pruned(folder)
-        (folder / name).unlink() # and absent
-        with pytest.raises(ValueError, match=name): load_pruned(folder)
+            with pytest.raises(ValueError, match=name):
+                load_pruned(folder)
+        (folder / name).unlink()  # and absent
+        with pytest.raises(ValueError, match=name):
+            load_pruned(folder)
         (folder / name).write_bytes(intact)
     (folder / "README.md").write_text("mine")
     with pytest.warns(UserWarning, match="README.md"):
@@ -172,7 +260,8 @@ def test_without_checksums_loading_is_still_strict(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for layers in (2, 4):
         (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
-        with pytest.raises(ValueError, match="does not fit LlamaForCausalLM|planned 3 layers"): load_pruned(folder, check_files=False)
+        with pytest.raises(ValueError, match="does not fit LlamaForCausalLM|planned 3 layers"):
+            load_pruned(folder, check_files=False)
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -181,8 +270,11 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
     other, other_plan = pruned("llama-4x1", "blockwise")
     monkeypatch.setattr(checkpoint, "model_card", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError): save_pruned(other, other_plan, folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(ZeroDivisionError):
+        save_pruned(other, other_plan, folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
+        folder / "model.safetensors"
+    ).read_bytes() == before
     monkeypatch.undo()
     save_pruned(other, other_plan, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and load_pruned(folder)[2] == other_plan
@@ -193,9 +285,12 @@ def test_foreign_folders_are_left_alone(tmp_path):
     model, plan = pruned("llama-4x1", "layerwise")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not written by save_pruned"): save_pruned(model, plan, tmp_path / "mine")
-    with pytest.raises(ValueError, match="not written by save_pruned"): load_pruned(tmp_path / "mine")
-    with pytest.raises(ValueError, match="not written by save_pruned"): load_pruned(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="not written by save_pruned"):
+        save_pruned(model, plan, tmp_path / "mine")
+    with pytest.raises(ValueError, match="not written by save_pruned"):
+        load_pruned(tmp_path / "mine")
+    with pytest.raises(ValueError, match="not written by save_pruned"):
+        load_pruned(tmp_path / "nowhere")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
     save_pruned(model, plan, tmp_path / "empty" / "deep" / "er")
@@ -205,19 +300,27 @@ def test_foreign_folders_are_left_alone(tmp_path):
 def test_a_plan_that_is_not_the_models_is_refused(tmp_path):
     model, plan = pruned("llama-4x1", "blockwise")
     wrong = plan_layerwise(cases.build("llama-4x1"), layers=[1])
-    with pytest.raises(ValueError, match="does not describe this model"): save_pruned(model, wrong, tmp_path / "out")
-    with pytest.raises(ValueError, match="sizes of its model"): save_pruned(model, PruningPlan("llama", 4, (0, 1)), tmp_path / "out")
+    with pytest.raises(ValueError, match="does not describe this model"):
+        save_pruned(model, wrong, tmp_path / "out")
+    with pytest.raises(ValueError, match="sizes of its model"):
+        save_pruned(model, PruningPlan("llama", 4, (0, 1)), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_adapters_must_be_merged(tmp_path):
     peft = pytest.importorskip("peft")
     model, plan = pruned("llama-4x1", "layerwise")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    with pytest.raises(ValueError, match="merge_and_unload"): save_pruned(adapted, plan, tmp_path / "out")
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    )
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        save_pruned(adapted, plan, tmp_path / "out")
     merged = adapted.merge_and_unload()
     save_pruned(merged, plan, tmp_path / "out")
-    assert torch.equal(cases.logits(merged, cases.inputs(merged)), cases.logits(load_pruned(tmp_path / "out")[0], cases.inputs(merged)))
+    assert torch.equal(
+        cases.logits(merged, cases.inputs(merged)),
+        cases.logits(load_pruned(tmp_path / "out")[0], cases.inputs(merged)),
+    )
 
 
 @pytest.mark.parametrize("kind", ["none", "blockwise"])
@@ -226,8 +329,12 @@ def test_dtype_is_kept_or_changed_on_request(kind, tmp_path):
     save_pruned(model, plan, tmp_path / "out")
     again = load_pruned(tmp_path / "out")[0]
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
-    assert {p.dtype for p in load_pruned(tmp_path / "out", dtype=torch.float32)[0].parameters()} == {torch.float32}
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values())
+    )
+    assert {
+        p.dtype for p in load_pruned(tmp_path / "out", dtype=torch.float32)[0].parameters()
+    } == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["layerwise", "blockwise"])
@@ -237,7 +344,9 @@ def test_tied_embeddings_are_stored_once_and_come_back_tied(kind, tmp_path):
     assert "lm_head.weight" not in load_file(next(folder.glob("*.safetensors")))
     again = load_pruned(folder)[0]
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
-    assert torch.equal(cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model)))
+    assert torch.equal(
+        cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model))
+    )
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
@@ -255,16 +364,33 @@ def test_a_loaded_model_can_be_pruned_and_saved_again(tmp_path):
     second = plan_widthwise(once, cases.width_scores(once), ratio=0.2, protect=(0, 1))
     twice = apply_plan(once, second)
     again = load_pruned(save_pruned(twice, second, tmp_path / "twice"))[0]
-    assert torch.equal(cases.logits(twice, cases.inputs(model)), cases.logits(again, cases.inputs(model)))
+    assert torch.equal(
+        cases.logits(twice, cases.inputs(model)), cases.logits(again, cases.inputs(model))
+    )
 
 
 def test_the_card_says_what_was_done(tmp_path):
     model, plan = pruned("tiny-llava", "combined")
-    card = {"Scores": [{"benchmark": "scenes/open", "score": 97.125}, {"benchmark": "easy-vqa", "score": 99.5}],
-            "Recovery": {"train": "projector", "fraction": 0.05}, "seed": 3}
+    card = {
+        "Scores": [
+            {"benchmark": "scenes/open", "score": 97.125},
+            {"benchmark": "easy-vqa", "score": 99.5},
+        ],
+        "Recovery": {"train": "projector", "fraction": 0.05},
+        "seed": 3,
+    }
     text = (save_pruned(model, plan, tmp_path / "out", card=card) / "README.md").read_text()
-    for said in (f"achieved {plan.achieved_ratio:.1%}", "requested 40.0%", "Removed layers: 1.", '{"kind": "random"}', "load_pruned(folder)",
-                 "| scenes/open | 97.12 |", "| train | projector |", "**seed**: 3", f"| lm | {sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel():,} |"):
+    for said in (
+        f"achieved {plan.achieved_ratio:.1%}",
+        "requested 40.0%",
+        "Removed layers: 1.",
+        '{"kind": "random"}',
+        "load_pruned(folder)",
+        "| scenes/open | 97.12 |",
+        "| train | projector |",
+        "**seed**: 3",
+        f"| lm | {sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel():,} |",
+    ):
         assert said in text, said
     assert "\n---\n" in text and str(tmp_path) not in text
 
@@ -273,5 +399,13 @@ def test_options_reach_from_pretrained(tmp_path):
     model, plan = pruned("phi3-3x2", "blockwise")
     folder = save_pruned(model, plan, tmp_path / "out")
     again = load_pruned(folder, device_map={"": "cpu"}, attn_implementation="eager")[0]
-    assert again.config._attn_implementation == again.model.layers[1].self_attn.config._attn_implementation == "eager"
-    assert torch.allclose(cases.logits(model, cases.inputs(model)), cases.logits(again, cases.inputs(model)), atol=1e-4)
+    assert (
+        again.config._attn_implementation
+        == again.model.layers[1].self_attn.config._attn_implementation
+        == "eager"
+    )
+    assert torch.allclose(
+        cases.logits(model, cases.inputs(model)),
+        cases.logits(again, cases.inputs(model)),
+        atol=1e-4,
+    )

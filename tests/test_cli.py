@@ -1,4 +1,5 @@
 """The command line: every step of a practitioner, and an answer to every mistake."""
+
 from pathlib import Path
 
 import pytest
@@ -19,49 +20,156 @@ def test_models_are_listed():
     assert "tiny-llava" in text and "smoke-bunny" in text
 
 
-@pytest.mark.parametrize("args, says", [
-    (("study", "--profile", "huge"), "use gpu, paper, quick, smoke, tiny"),
-    (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
-    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "ratio=[0.3]", "--dry-run"), "ratios: list = []"),
-    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=0", "--dry-run"), "seeds must be of type list"),
-    (("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
-    (("study", "--profile", "smoke", "-p", "ratios=[0.3"), "The value of ratios cannot be read"),
-    (("study", "--profile", "smoke", "-p", "profile=tiny"), "given by --profile"),
-    (("study", "--profile", "smoke", "-p", "ratios=[0.3]", "--dry-run"), "01_models: Unknown parameter"),
-    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "ratios=[a]", "--dry-run"), "ratio must be a number"),
-    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=[a]", "--dry-run"), "seed must be a whole number"),
-    (("study", "--profile", "smoke", "--only", "04_distillation", "-p", "fewer={sft: {ratio: [0.3]}}", "--dry-run"), "fewer: sft must hold ratios or seeds"),
-    (("study", "--profile", "smoke", "--only", "02_pruning", "--workers", "-1", "--dry-run"), "workers is -1"),
-    (("study", "--profile", "smoke", "--executor", "slrm", "--dry-run"), "Unknown executor 'slrm': use one of local, inline, slurm"),
-    (("study", "--profile", "smoke", "--executor", "slurm", "--workers", "4", "--dry-run"), "jobs_at_once"),
-    (("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=[0]", "-p", "seeds=[1]", "--dry-run"), "seeds is given twice"),
-    (("study", "--profile", "smoke", "-p", "seeds=[0]", "--dry-run"), "Name the notebook that the parameter is for with --only"),
-    (("study", "--profile", "tiny", "--only", "06_best", "-p", "compare=false", "--dry-run"), "an empty compare means 'as the profile says', and profile tiny says True"),
-    (("advise", "--model", "m", "--ratio", "1.5"), "outside (0, 0.95)"),
-    (("cost", "no-such-model"), "Unknown model 'no-such-model'"),
-    (("score", "smoke-llava", "--out", "x", "--method", "luck"), "use one of"),
-    (("evaluate", "smoke-llava", "--device", "gpu"), "Unknown device 'gpu'"),
-    (("evaluate", "smoke-llava", "--device", "cuda:64"), "There is no cuda:64 here"),
-    (("evaluate", "smoke-llava", "--out", "no-such-folder/rows.csv"), "There is no folder no-such-folder"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (("study", "--profile", "huge"), "use gpu, paper, quick, smoke, tiny"),
+        (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
+        (
+            (
+                "study",
+                "--profile",
+                "smoke",
+                "--only",
+                "02_pruning",
+                "-p",
+                "ratio=[0.3]",
+                "--dry-run",
+            ),
+            "ratios: list = []",
+        ),
+        (
+            ("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=0", "--dry-run"),
+            "seeds must be of type list",
+        ),
+        (("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
+        (
+            ("study", "--profile", "smoke", "-p", "ratios=[0.3"),
+            "The value of ratios cannot be read",
+        ),
+        (("study", "--profile", "smoke", "-p", "profile=tiny"), "given by --profile"),
+        (
+            ("study", "--profile", "smoke", "-p", "ratios=[0.3]", "--dry-run"),
+            "01_models: Unknown parameter",
+        ),
+        (
+            (
+                "study",
+                "--profile",
+                "smoke",
+                "--only",
+                "02_pruning",
+                "-p",
+                "ratios=[a]",
+                "--dry-run",
+            ),
+            "ratio must be a number",
+        ),
+        (
+            ("study", "--profile", "smoke", "--only", "02_pruning", "-p", "seeds=[a]", "--dry-run"),
+            "seed must be a whole number",
+        ),
+        (
+            (
+                "study",
+                "--profile",
+                "smoke",
+                "--only",
+                "04_distillation",
+                "-p",
+                "fewer={sft: {ratio: [0.3]}}",
+                "--dry-run",
+            ),
+            "fewer: sft must hold ratios or seeds",
+        ),
+        (
+            ("study", "--profile", "smoke", "--only", "02_pruning", "--workers", "-1", "--dry-run"),
+            "workers is -1",
+        ),
+        (
+            ("study", "--profile", "smoke", "--executor", "slrm", "--dry-run"),
+            "Unknown executor 'slrm': use one of local, inline, slurm",
+        ),
+        (
+            ("study", "--profile", "smoke", "--executor", "slurm", "--workers", "4", "--dry-run"),
+            "jobs_at_once",
+        ),
+        (
+            (
+                "study",
+                "--profile",
+                "smoke",
+                "--only",
+                "02_pruning",
+                "-p",
+                "seeds=[0]",
+                "-p",
+                "seeds=[1]",
+                "--dry-run",
+            ),
+            "seeds is given twice",
+        ),
+        (
+            ("study", "--profile", "smoke", "-p", "seeds=[0]", "--dry-run"),
+            "Name the notebook that the parameter is for with --only",
+        ),
+        (
+            ("study", "--profile", "tiny", "--only", "06_best", "-p", "compare=false", "--dry-run"),
+            "an empty compare means 'as the profile says', and profile tiny says True",
+        ),
+        (("advise", "--model", "m", "--ratio", "1.5"), "outside (0, 0.95)"),
+        (("cost", "no-such-model"), "Unknown model 'no-such-model'"),
+        (("score", "smoke-llava", "--out", "x", "--method", "luck"), "use one of"),
+        (("evaluate", "smoke-llava", "--device", "gpu"), "Unknown device 'gpu'"),
+        (("evaluate", "smoke-llava", "--device", "cuda:64"), "There is no cuda:64 here"),
+        (
+            ("evaluate", "smoke-llava", "--out", "no-such-folder/rows.csv"),
+            "There is no folder no-such-folder",
+        ),
+    ],
+)
 def test_mistakes_are_answered(args, says):
     assert says in ask(*args, code=2)
 
 
 def test_advice_without_results_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "run mllm-compress study --profile smoke first" in ask("advise", "--model", "m", "--ratio", ".3", "--profile", "smoke", code=2)
+    assert "run mllm-compress study --profile smoke first" in ask(
+        "advise", "--model", "m", "--ratio", ".3", "--profile", "smoke", code=2
+    )
 
 
 def test_score_prune_recover_evaluate_cost(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask("score", "smoke-llava", "-o", "scores", "--samples", 4, "--scenes", 8)
-    assert "achieved" in ask("prune", "smoke-llava", "-o", "small", "--scores", "scores", "--ratio", .3).lower() and Path("small").is_dir()
-    Path("kept").mkdir(); Path("kept/notes.txt").write_text("mine")
-    assert "was not written by save_pruned" in ask("recover", "no-such-folder", "--teacher", "smoke-llava", "-o", "kept", code=2)  # said before anything is loaded, let alone trained
-    assert "was not written by save_pruned" in ask("prune", "smoke-llava", "-o", "kept", "--scores", "scores", "--ratio", .3, code=2)
-    assert "trained on" in ask("recover", "small", "--teacher", "smoke-llava", "-o", "again", "--fraction", ".005", "--scenes", 8)
-    text = ask("evaluate", "again", "--benchmark", "scenes/hallucination", "--limit", 4, "-o", "rows.csv")
+    assert (
+        "achieved"
+        in ask("prune", "smoke-llava", "-o", "small", "--scores", "scores", "--ratio", 0.3).lower()
+        and Path("small").is_dir()
+    )
+    Path("kept").mkdir()
+    Path("kept/notes.txt").write_text("mine")
+    assert "was not written by save_pruned" in ask(
+        "recover", "no-such-folder", "--teacher", "smoke-llava", "-o", "kept", code=2
+    )  # said before anything is loaded, let alone trained
+    assert "was not written by save_pruned" in ask(
+        "prune", "smoke-llava", "-o", "kept", "--scores", "scores", "--ratio", 0.3, code=2
+    )
+    assert "trained on" in ask(
+        "recover",
+        "small",
+        "--teacher",
+        "smoke-llava",
+        "-o",
+        "again",
+        "--fraction",
+        ".005",
+        "--scenes",
+        8,
+    )
+    text = ask(
+        "evaluate", "again", "--benchmark", "scenes/hallucination", "--limit", 4, "-o", "rows.csv"
+    )
     assert "scenes/hallucination" in text and Path("rows.csv").exists()
     assert "parameters" in ask("cost", "small")
 
@@ -69,7 +177,9 @@ def test_score_prune_recover_evaluate_cost(tmp_path, monkeypatch):
 def test_prune_refuses_a_ratio_that_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ask("score", "smoke-llava", "-o", "scores", "--samples", 4, "--scenes", 8)
-    assert "ratio" in ask("prune", "smoke-llava", "-o", "small", "--scores", "scores", "--ratio", 1.0, code=2)
+    assert "ratio" in ask(
+        "prune", "smoke-llava", "-o", "small", "--scores", "scores", "--ratio", 1.0, code=2
+    )
     assert not Path("small").exists()
 
 
@@ -80,33 +190,72 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
     from mllm_compress.reporting import advice
 
     def made(pruning, ratio, worth):
-        return {"model": "m", "pruning": pruning, "ratio": ratio, "requested_ratio": ratio, "achieved_ratio": ratio, "importance": "x",
-                "recovery": "none", "train": "projector+lm", "fraction": 1.0, "seed": 0, "status": "done", "error": "", "profile": "p",
-                "benchmark": "b", "score": 100 * worth, "n": 200, "units": np.arange(200) < 200 * worth}
-    frame = pd.DataFrame([made("none", 0., 1.), made("layerwise", .3, .7), made("widthwise", .3, .9)])
+        return {
+            "model": "m",
+            "pruning": pruning,
+            "ratio": ratio,
+            "requested_ratio": ratio,
+            "achieved_ratio": ratio,
+            "importance": "x",
+            "recovery": "none",
+            "train": "projector+lm",
+            "fraction": 1.0,
+            "seed": 0,
+            "status": "done",
+            "error": "",
+            "profile": "p",
+            "benchmark": "b",
+            "score": 100 * worth,
+            "n": 200,
+            "units": np.arange(200) < 200 * worth,
+        }
+
+    frame = pd.DataFrame(
+        [made("none", 0.0, 1.0), made("layerwise", 0.3, 0.7), made("widthwise", 0.3, 0.9)]
+    )
     monkeypatch.setattr(advice, "evidence", lambda profile: frame)
     text = ask("advise", "--model", "m", "--ratio", ".3", "--no-training")
-    assert "prune widthwise" in text.split(".")[0] + text.split(".")[1] and "kept 90.0 %" in text and "keeps 20.0 [" in text
-    assert "Nothing was studied within" in ask("advise", "--model", "m", "--ratio", ".8", "--no-training", code=2)
+    assert (
+        "prune widthwise" in text.split(".")[0] + text.split(".")[1]
+        and "kept 90.0 %" in text
+        and "keeps 20.0 [" in text
+    )
+    assert "Nothing was studied within" in ask(
+        "advise", "--model", "m", "--ratio", ".8", "--no-training", code=2
+    )
 
 
 def test_convert_an_original_release(golden, tmp_path, monkeypatch):
     import shutil
-    from transformers import AutoModelForImageTextToText
+
     from original_layouts import copy_of
+    from transformers import AutoModelForImageTextToText
+
     monkeypatch.chdir(tmp_path)
     source = copy_of(golden / "original_layout", "llava", tmp_path)
     shutil.move(source / "vision_tower", "clip")
-    assert "Download openai/clip-vit-large-patch14-336" in ask("convert", source, "out", code=2) and not Path("out").exists()
+    assert (
+        "Download openai/clip-vit-large-patch14-336" in ask("convert", source, "out", code=2)
+        and not Path("out").exists()
+    )
     text = ask("convert", source, "out", "--tower", "clip", "--dtype", "bfloat16")
     assert "vicuna_v1" in text and "bfloat16" in text and "written to out" in text
     assert str(AutoModelForImageTextToText.from_pretrained("out").dtype) == "torch.bfloat16"
-    for args, says in (((source, "out", "--tower", "clip"), "exists and is not an empty folder"), (("out", "again"), "original layouts known here: LlavaLlamaForCausalLM"),
-                       (("nowhere", "again"), "is not a folder"), ((source, "again", "--dtype", "int8"), "use float32, bfloat16, float16")):
+    for args, says in (
+        ((source, "out", "--tower", "clip"), "exists and is not an empty folder"),
+        (("out", "again"), "original layouts known here: LlavaLlamaForCausalLM"),
+        (("nowhere", "again"), "is not a folder"),
+        ((source, "again", "--dtype", "int8"), "use float32, bfloat16, float16"),
+    ):
         assert says in ask("convert", *args, code=2)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    assert "weights_only=True" in ask("convert", source, "again", "--tower", "clip", code=2) and not Path("again").exists()
+    assert (
+        "weights_only=True" in ask("convert", source, "again", "--tower", "clip", code=2)
+        and not Path("again").exists()
+    )
 
 
 def test_what_fits_on_which_card():
-    assert "use" in ask("recover", "x", "--teacher", "y", "-o", "z", "--recipe", "gpt", code=2) and "LLaVA-v1.5-7B" in ask("cards", "LLaVA", code=2)
+    assert "use" in ask(
+        "recover", "x", "--teacher", "y", "-o", "z", "--recipe", "gpt", code=2
+    ) and "LLaVA-v1.5-7B" in ask("cards", "LLaVA", code=2)

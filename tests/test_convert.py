@@ -1,51 +1,78 @@
 """Original layouts: the native model computes, sees and reads what the original does, and bad folders are refused."""
+
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from original_layouts import NAMES, copy_of, toy_tokenizer, with_tokenizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress.anatomy.families import part_parameters
-from mllm_compress.zoo.convert import (CHAT_TEMPLATES, INTERNVL_NAMES, LLAVA_NAMES, ProcessorParts, append_rows, chat_template, convert,
-                                   image_processor, is_original_layout, load_original, native_config, native_names, open_original,
-                                   original_ids, padded_vocabulary, real_config)
 from mllm_compress.cost.arithmetic import closed_parameters, cost_report
 from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
-from original_layouts import NAMES, copy_of, toy_tokenizer, with_tokenizer
+from mllm_compress.zoo.convert import (
+    CHAT_TEMPLATES,
+    INTERNVL_NAMES,
+    LLAVA_NAMES,
+    ProcessorParts,
+    append_rows,
+    chat_template,
+    convert,
+    image_processor,
+    is_original_layout,
+    load_original,
+    native_config,
+    native_names,
+    open_original,
+    original_ids,
+    padded_vocabulary,
+    real_config,
+)
 
-QUESTION = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
+QUESTION = {
+    "role": "user",
+    "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}],
+}
 
 
 @pytest.fixture(scope="module")
-def layouts(golden): return golden / "original_layout"
+def layouts(golden):
+    return golden / "original_layout"
 
 
 @pytest.fixture(scope="module")
-def loaded(layouts): return {name: load_original(layouts / name)[0] for name in NAMES}
+def loaded(layouts):
+    return {name: load_original(layouts / name)[0] for name in NAMES}
 
 
-def tensors(layouts, name): return load_file(layouts / name / "inputs.safetensors"), load_file(layouts / name / "outputs.safetensors")
+def tensors(layouts, name):
+    return load_file(layouts / name / "inputs.safetensors"), load_file(
+        layouts / name / "outputs.safetensors"
+    )
 
 
-def expanded(ids, config): return torch.where(ids == -200, config.image_token_id, ids)
+def expanded(ids, config):
+    return torch.where(ids == -200, config.image_token_id, ids)
 
 
 def sample(given, config, k):
     "Sample k unpadded, with its images."
-    ids = given["batch.expanded_input_ids"][k:k + 1, given["batch.expanded_attention_mask"][k].bool()]
+    ids = given["batch.expanded_input_ids"][
+        k : k + 1, given["batch.expanded_attention_mask"][k].bool()
+    ]
     tiles = given.get("num_tiles", torch.ones(2, dtype=torch.long)).tolist()
     start = sum(tiles[:k])
-    return expanded(ids, config), given["pixel_values"][start:start + tiles[k]]
+    return expanded(ids, config), given["pixel_values"][start : start + tiles[k]]
 
 
-def change_json(path, **changed): path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+def change_json(path, **changed):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
 def change_weights(path, change):
@@ -56,6 +83,7 @@ def change_weights(path, change):
 
 # the model computes what the original computes
 
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
@@ -63,9 +91,15 @@ def test_logits_of_a_padded_batch(layouts, loaded, name, attention):
     model, (given, expected) = loaded[name], tensors(layouts, name)
     model.set_attn_implementation(attention)
     mask, size = given["batch.expanded_attention_mask"], expected["batch.logits"].shape[-1]
-    out = model(input_ids=expanded(given["batch.expanded_input_ids"], model.config), attention_mask=mask, pixel_values=given["pixel_values"])
+    out = model(
+        input_ids=expanded(given["batch.expanded_input_ids"], model.config),
+        attention_mask=mask,
+        pixel_values=given["pixel_values"],
+    )
     assert (out.logits[..., :size] - expected["batch.logits"])[mask.bool()].abs().max() < 5e-5
-    assert out.logits.argmax(-1)[mask.bool()].equal(out.logits[..., :size].argmax(-1)[mask.bool()])  # appended rows never win
+    assert out.logits.argmax(-1)[mask.bool()].equal(
+        out.logits[..., :size].argmax(-1)[mask.bool()]
+    )  # appended rows never win
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,13 +107,20 @@ def test_logits_of_a_padded_batch(layouts, loaded, name, attention):
 def test_each_sample_alone_and_text_only(layouts, loaded, name):
     model, (given, expected) = loaded[name], tensors(layouts, name)
     size = expected["text_only.logits"].shape[-1]
-    assert (model(input_ids=given["text_only.input_ids"]).logits[..., :size] - expected["text_only.logits"]).abs().max() < 5e-5
+    assert (
+        model(input_ids=given["text_only.input_ids"]).logits[..., :size]
+        - expected["text_only.logits"]
+    ).abs().max() < 5e-5
     for k in (0, 1):
         ids, pixels = sample(given, model.config, k)
-        assert (model(input_ids=ids, pixel_values=pixels).logits[..., :size] - expected[f"s{k}.logits"]).abs().max() < 5e-5
+        assert (
+            model(input_ids=ids, pixel_values=pixels).logits[..., :size] - expected[f"s{k}.logits"]
+        ).abs().max() < 5e-5
     features = model.get_image_features(pixel_values=given["pixel_values"]).pooler_output
     features = torch.stack(list(features)) if not torch.is_tensor(features) else features
-    assert (features.reshape(expected["image_features"].shape) - expected["image_features"]).abs().max() < 5e-5
+    assert (
+        features.reshape(expected["image_features"].shape) - expected["image_features"]
+    ).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -89,40 +130,66 @@ def test_greedy_continuation(layouts, loaded, name, use_cache):
     model.generation_config.eos_token_id = None
     for k in (0, 1):
         ids, pixels = sample(given, model.config, k)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, max_new_tokens=5, do_sample=False, use_cache=use_cache)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pixels,
+            max_new_tokens=5,
+            do_sample=False,
+            use_cache=use_cache,
+        )
         assert out[0, -5:].tolist() == expected[f"s{k}.greedy_ids"].tolist()
 
 
 def test_long_rope_takes_the_long_factors_beyond_the_original_length(layouts, tmp_path):
     folder = copy_of(layouts, "internvl", tmp_path)
     config = json.loads((folder / "config.json").read_text())
+
     def logits(scale):
         llm = config["llm_config"]
-        rope = llm["rope_scaling"] | {"long_factor": [scale * x for x in llm["rope_scaling"]["long_factor"]]}
-        change_json(folder / "config.json", llm_config=llm | dict(max_position_embeddings=96, original_max_position_embeddings=24, rope_scaling=rope))
+        rope = llm["rope_scaling"] | {
+            "long_factor": [scale * x for x in llm["rope_scaling"]["long_factor"]]
+        }
+        change_json(
+            folder / "config.json",
+            llm_config=llm
+            | dict(
+                max_position_embeddings=96, original_max_position_embeddings=24, rope_scaling=rope
+            ),
+        )
         model, _ = load_original(folder)
         assert model.config.text_config.rope_parameters["factor"] == 4
         long, short = torch.arange(28)[None], torch.arange(13)[None]
-        with torch.no_grad(): return model(input_ids=long).logits, model(input_ids=short).logits
+        with torch.no_grad():
+            return model(input_ids=long).logits, model(input_ids=short).logits
+
     (long_a, short_a), (long_b, short_b) = logits(1.0), logits(1.5)
     assert torch.equal(short_a, short_b) and (long_a - long_b).abs().max() > 0.1
 
 
 # images
 
+
 def expand2square(image, color):  # LLaVA, mm_utils.py
     width, height = image.size
-    if width == height: return image
+    if width == height:
+        return image
     side = max(width, height)
     result = Image.new(image.mode, (side, side), color)
-    result.paste(image, (0, (width - height) // 2) if width > height else ((height - width) // 2, 0))
+    result.paste(
+        image, (0, (width - height) // 2) if width > height else ((height - width) // 2, 0)
+    )
     return result
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pixels_of_the_fixtures_bit_for_bit(layouts, name):
-    given, process = load_file(layouts / name / "inputs.safetensors"), image_processor(layouts / name)
-    if name == "internvl": process.max_patches = 2  # the fixture was made so
+    given, process = (
+        load_file(layouts / name / "inputs.safetensors"),
+        image_processor(layouts / name),
+    )
+    if name == "internvl":
+        process.max_patches = 2  # the fixture was made so
     images = [Image.fromarray(given[f"s{k}.image_uint8"].numpy()) for k in (0, 1)]
     assert torch.equal(process(images, return_tensors="pt")["pixel_values"], given["pixel_values"])
 
@@ -135,16 +202,34 @@ def test_pixels_of_many_shapes(layouts, name, side):
         square = expand2square(image, tuple(int(255 * m) for m in process.image_mean))
         plain = np.asarray(square.resize((side, side), Image.BICUBIC)).astype(np.float32) / 255
         wanted = (plain - np.float32(process.image_mean)) / np.float32(process.image_std)
-        assert np.abs(process(image, return_tensors="np")["pixel_values"][0] - wanted.transpose(2, 0, 1)).max() < 1e-5
+        assert (
+            np.abs(
+                process(image, return_tensors="np")["pixel_values"][0] - wanted.transpose(2, 0, 1)
+            ).max()
+            < 1e-5
+        )
 
 
 def original_grid(width, height, size, largest):  # InternVL, find_closest_aspect_ratio
-    grids = sorted({(i, j) for n in range(1, largest + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= largest}, key=lambda x: x[0] * x[1])
+    grids = sorted(
+        {
+            (i, j)
+            for n in range(1, largest + 1)
+            for i in range(1, n + 1)
+            for j in range(1, n + 1)
+            if i * j <= largest
+        },
+        key=lambda x: x[0] * x[1],
+    )
     best, best_difference = (1, 1), float("inf")
     for grid in grids:
         difference = abs(width / height - grid[0] / grid[1])
-        if difference < best_difference: best, best_difference = grid, difference
-        elif difference == best_difference and width * height > 0.5 * size * size * grid[0] * grid[1]: best = grid
+        if difference < best_difference:
+            best, best_difference = grid, difference
+        elif (
+            difference == best_difference and width * height > 0.5 * size * size * grid[0] * grid[1]
+        ):
+            best = grid
     return best
 
 
@@ -154,28 +239,60 @@ def test_tiles_are_the_originals(layouts):
         image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         columns, rows = original_grid(width, height, 56, 12)
         whole = image.resize((56 * columns, 56 * rows))
-        tiles = [whole.crop((56 * c, 56 * r, 56 * c + 56, 56 * r + 56)) for r in range(rows) for c in range(columns)]
-        if len(tiles) > 1: tiles.append(image.resize((56, 56)))
-        wanted = (np.stack([np.asarray(t) for t in tiles]) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        assert np.abs(process(image, return_tensors="np")["pixel_values"] - wanted.transpose(0, 3, 1, 2)).max() < 1e-5
+        tiles = [
+            whole.crop((56 * c, 56 * r, 56 * c + 56, 56 * r + 56))
+            for r in range(rows)
+            for c in range(columns)
+        ]
+        if len(tiles) > 1:
+            tiles.append(image.resize((56, 56)))
+        wanted = (np.stack([np.asarray(t) for t in tiles]) / 255 - [0.485, 0.456, 0.406]) / [
+            0.229,
+            0.224,
+            0.225,
+        ]
+        assert (
+            np.abs(
+                process(image, return_tensors="np")["pixel_values"] - wanted.transpose(0, 3, 1, 2)
+            ).max()
+            < 1e-5
+        )
 
 
 # words
 
 SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
-PROMPTS = {"vicuna_v1": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:", "bunny": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:",
-           "phi3-chat": "<|system|>\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。<|end|><|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|><|assistant|>\n",
-           "phi3-chat-2024-05": "<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|>\n<|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|>\n<|assistant|>\n"}
-TWO_TURNS = {"vicuna_v1": " A cat.</s>USER: Sure? ASSISTANT:", "bunny": " A cat.<|endoftext|>USER: Sure? ASSISTANT:",
-             "phi3-chat": "A cat.<|end|><|user|>\nSure?<|end|><|assistant|>\n", "phi3-chat-2024-05": "A cat.<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\n"}
+PROMPTS = {
+    "vicuna_v1": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:",
+    "bunny": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:",
+    "phi3-chat": "<|system|>\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。<|end|><|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|><|assistant|>\n",
+    "phi3-chat-2024-05": "<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|>\n<|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|>\n<|assistant|>\n",
+}
+TWO_TURNS = {
+    "vicuna_v1": " A cat.</s>USER: Sure? ASSISTANT:",
+    "bunny": " A cat.<|endoftext|>USER: Sure? ASSISTANT:",
+    "phi3-chat": "A cat.<|end|><|user|>\nSure?<|end|><|assistant|>\n",
+    "phi3-chat-2024-05": "A cat.<|end|>\n<|user|>\nSure?<|end|>\n<|assistant|>\n",
+}
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_chat_templates_by_the_character(name):
     tokenizer = toy_tokenizer("first", ["<unk>", "<s>", "</s>"], 200)
-    render = lambda turns: tokenizer.apply_chat_template(turns, chat_template=CHAT_TEMPLATES[name], add_generation_prompt=True, tokenize=False)
+    render = lambda turns: tokenizer.apply_chat_template(
+        turns, chat_template=CHAT_TEMPLATES[name], add_generation_prompt=True, tokenize=False
+    )
     assert render([QUESTION]) == PROMPTS[name]
-    assert render([QUESTION, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Sure?"}]) == PROMPTS[name] + TWO_TURNS[name]
+    assert (
+        render(
+            [
+                QUESTION,
+                {"role": "assistant", "content": "A cat."},
+                {"role": "user", "content": "Sure?"},
+            ]
+        )
+        == PROMPTS[name] + TWO_TURNS[name]
+    )
     own = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
     assert "Be brief." in own and "assistant gives" not in own
 
@@ -184,7 +301,9 @@ def test_chat_templates_by_the_character(name):
 @pytest.mark.parametrize("name", ["llava", "bunny"])
 def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
     folder, size = copy_of(layouts, name, tmp_path), 320
-    specials = ["<unk>", "<s>", "</s>"] if name == "llava" else ["<|pad|>", "<|x|>", "<|endoftext|>"]
+    specials = (
+        ["<unk>", "<s>", "</s>"] if name == "llava" else ["<|pad|>", "<|x|>", "<|endoftext|>"]
+    )
     toy_tokenizer(scheme, specials, size).save_pretrained(folder)
     model, processor = load_original(folder)
     image = Image.new("RGB", (30, 20), "red")
@@ -194,60 +313,97 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
     plain = toy_tokenizer(scheme, specials, size)
     wanted = original_ids(PROMPTS["vicuna_v1"], plain, mark)
     at = wanted.index(mark)
-    assert mark == size and ids == wanted[:at] + [mark] * model.config.image_seq_length + wanted[at + 1:]
+    assert (
+        mark == size
+        and ids == wanted[:at] + [mark] * model.config.image_seq_length + wanted[at + 1 :]
+    )
     assert (ids[0] == 1) == (name == "llava")
-    with torch.no_grad(): assert model(**batch).logits.isfinite().all()
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
     out = convert(folder, tmp_path / "out")
     again = AutoProcessor.from_pretrained(out)
-    assert again(images=image, text=again.apply_chat_template([QUESTION], add_generation_prompt=True), return_tensors="pt")["input_ids"][0].tolist() == ids
+    assert (
+        again(
+            images=image,
+            text=again.apply_chat_template([QUESTION], add_generation_prompt=True),
+            return_tensors="pt",
+        )["input_ids"][0].tolist()
+        == ids
+    )
 
 
 def test_internvl_processor(layouts, tmp_path):
-    pytest.importorskip("torchvision", reason="InternVL\'s processor of transformers needs it: pip install mllm_compress[internvl]")
+    pytest.importorskip(
+        "torchvision",
+        reason="InternVL's processor of transformers needs it: pip install mllm_compress[internvl]",
+    )
     model, processor = load_original(with_tokenizer(layouts, "internvl", tmp_path))
     assert model.config.image_token_id == 313
     prompt = processor.apply_chat_template([QUESTION], add_generation_prompt=True)
     batch = processor(images=Image.new("RGB", (110, 52)), text=prompt, return_tensors="pt")
     ids, tiles = batch["input_ids"][0].tolist(), len(batch["pixel_values"])
     start = ids.index(311)
-    assert tiles == 3 and ids[start:start + 4 * tiles + 2] == [311] + [313] * 4 * tiles + [312] and ids.count(313) == 12
-    with torch.no_grad(): assert model(**batch).logits.isfinite().all()
+    assert (
+        tiles == 3
+        and ids[start : start + 4 * tiles + 2] == [311] + [313] * 4 * tiles + [312]
+        and ids.count(313) == 12
+    )
+    with torch.no_grad():
+        assert model(**batch).logits.isfinite().all()
 
 
 def test_older_phi3_chat_is_recognised_from_the_text_of_conversation_py(layouts, tmp_path):
     folder = copy_of(layouts, "internvl", tmp_path)
     assert chat_template(folder) == CHAT_TEMPLATES["phi3-chat"]
     code = "raise SystemExit('never run')\nregister_conv_template(Conversation(name='other', sep_style=SeparatorStyle.{}))\nregister_conv_template(\n    Conversation(\n        name='phi3-chat',\n        sep_style=SeparatorStyle.{},\n    )\n)\n"
-    for other, style, expected in (("CHATML", "MPT", "phi3-chat"), ("MPT", "CHATML", "phi3-chat-2024-05")):
+    for other, style, expected in (
+        ("CHATML", "MPT", "phi3-chat"),
+        ("MPT", "CHATML", "phi3-chat-2024-05"),
+    ):
         (folder / "conversation.py").write_text(code.format(other, style))
         assert chat_template(folder) == CHAT_TEMPLATES[expected]
 
 
 def test_without_a_tokenizer_there_are_parts(layouts):
     _, parts = load_original(layouts / "bunny")
-    assert isinstance(parts, ProcessorParts) and (parts.placeholder, parts.image_token_id, parts.image_seq_length) == ("<image>", 320, 16)
+    assert isinstance(parts, ProcessorParts) and (
+        parts.placeholder,
+        parts.image_token_id,
+        parts.image_seq_length,
+    ) == ("<image>", 320, 16)
 
 
 def test_a_tokenizer_of_another_release_is_refused(layouts, tmp_path):
     folder = copy_of(layouts, "llava", tmp_path)
     toy_tokenizer("first", ["<unk>", "<s>", "</s>"], 300).save_pretrained(folder)
-    with pytest.raises(ValueError, match="id 300 and the model 320"): load_original(folder)
+    with pytest.raises(ValueError, match="id 300 and the model 320"):
+        load_original(folder)
 
 
 # converting
 
+
 @pytest.mark.parametrize("name", NAMES)
 def test_converted_checkpoint_loads_in_stock_transformers(layouts, tmp_path, name):
     out = convert(layouts / name, tmp_path / "out")
-    script = ("import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForImageTextToText as A\n"
-              "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(report.values()), report\n"
-              "g, e = load_file(sys.argv[2] + '/inputs.safetensors'), load_file(sys.argv[2] + '/outputs.safetensors')\n"
-              "ids, mask = g['batch.expanded_input_ids'], g['batch.expanded_attention_mask']\n"
-              "ids = torch.where(ids == -200, m.config.image_token_id, ids)\n"
-              "with torch.no_grad(): logits = m.eval()(input_ids=ids, attention_mask=mask, pixel_values=g['pixel_values']).logits\n"
-              "print((logits[..., :e['batch.logits'].shape[-1]] - e['batch.logits'])[mask.bool()].abs().max().item(), 'mllm_compress' in sys.modules)\n")
-    run = subprocess.run([sys.executable, "-c", script, str(out), str(layouts / name)], capture_output=True, text=True, cwd=tmp_path)
-    error, imported = run.stdout.split()[-2:] if run.returncode == 0 else pytest.fail(run.stderr[-2000:])
+    script = (
+        "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForImageTextToText as A\n"
+        "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(report.values()), report\n"
+        "g, e = load_file(sys.argv[2] + '/inputs.safetensors'), load_file(sys.argv[2] + '/outputs.safetensors')\n"
+        "ids, mask = g['batch.expanded_input_ids'], g['batch.expanded_attention_mask']\n"
+        "ids = torch.where(ids == -200, m.config.image_token_id, ids)\n"
+        "with torch.no_grad(): logits = m.eval()(input_ids=ids, attention_mask=mask, pixel_values=g['pixel_values']).logits\n"
+        "print((logits[..., :e['batch.logits'].shape[-1]] - e['batch.logits'])[mask.bool()].abs().max().item(), 'mllm_compress' in sys.modules)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(out), str(layouts / name)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    error, imported = (
+        run.stdout.split()[-2:] if run.returncode == 0 else pytest.fail(run.stderr[-2000:])
+    )
     assert float(error) < 5e-5 and imported == "False"
 
 
@@ -257,36 +413,68 @@ def test_shards_streamed_into_shards_give_the_same(layouts, loaded, tmp_path, na
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     parts = [dict(list(weights.items())[i::3]) for i in range(3)]
-    for i, part in enumerate(parts): save_file(part, folder / f"pytorch_model-{i}.safetensors")
+    for i, part in enumerate(parts):
+        save_file(part, folder / f"pytorch_model-{i}.safetensors")
     out = convert(folder, tmp_path / "out", dtype=torch.bfloat16)
     assert len(list(out.glob("*.safetensors"))) == 3 + (name == "llava")
     stock = AutoModelForImageTextToText.from_pretrained(out)
     assert stock.dtype == torch.bfloat16
-    for key, value in loaded[name].state_dict().items(): assert torch.equal(stock.state_dict()[key], value.bfloat16()), key
+    for key, value in loaded[name].state_dict().items():
+        assert torch.equal(stock.state_dict()[key], value.bfloat16()), key
 
 
 def test_memory_while_converting_stays_near_one_shard(layouts, tmp_path):
     folder = copy_of(layouts, "bunny", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     hidden, neurons, layers = 512, 2048, 24
-    change_json(folder / "config.json", hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=layers, vocab_size=8000)
-    weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if "vision_tower" in k}
+    change_json(
+        folder / "config.json",
+        hidden_size=hidden,
+        intermediate_size=neurons,
+        num_hidden_layers=layers,
+        vocab_size=8000,
+    )
+    weights = {
+        k: v for k, v in load_file(folder / "model.safetensors").items() if "vision_tower" in k
+    }
     (folder / "model.safetensors").unlink()
-    size = {config["hidden_size"]: hidden, config["intermediate_size"]: neurons, config["vocab_size"]: 8000}
+    size = {
+        config["hidden_size"]: hidden,
+        config["intermediate_size"]: neurons,
+        config["vocab_size"]: 8000,
+    }
     original = load_file(layouts / "bunny" / "model.safetensors")
     grow = lambda v: torch.zeros([size.get(n, n) for n in v.shape])
-    fixed = {k: grow(v) for k, v in original.items() if "vision_tower" not in k and ".layers." not in k}
-    save_file(weights | {k: v for k, v in fixed.items() if "lm_head" not in k}, folder / "model-0.safetensors")
+    fixed = {
+        k: grow(v) for k, v in original.items() if "vision_tower" not in k and ".layers." not in k
+    }
+    save_file(
+        weights | {k: v for k, v in fixed.items() if "lm_head" not in k},
+        folder / "model-0.safetensors",
+    )
     save_file({k: v for k, v in fixed.items() if "lm_head" in k}, folder / "model-1.safetensors")
     layer = {k: grow(v) for k, v in original.items() if k.startswith("model.layers.0.")}
     for n in range(0, layers, 4):
-        save_file({k.replace("layers.0.", f"layers.{n + j}."): v.clone() for k, v in layer.items() for j in range(4)}, folder / f"model-{n + 2}.safetensors")
+        save_file(
+            {
+                k.replace("layers.0.", f"layers.{n + j}."): v.clone()
+                for k, v in layer.items()
+                for j in range(4)
+            },
+            folder / f"model-{n + 2}.safetensors",
+        )
     shard = max(f.stat().st_size for f in folder.glob("*.safetensors"))
     total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    script = ("import sys, resource; from mllm_compress.zoo.convert import convert, open_original; open_original(sys.argv[1])\n"
-              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-              "before = peak(); convert(sys.argv[1], sys.argv[2]); print(peak() - before)")
-    run = subprocess.run([sys.executable, "-c", script, str(folder), str(tmp_path / "out")], capture_output=True, text=True)
+    script = (
+        "import sys, resource; from mllm_compress.zoo.convert import convert, open_original; open_original(sys.argv[1])\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak(); convert(sys.argv[1], sys.argv[2]); print(peak() - before)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(folder), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
     grown = int(run.stdout.split()[-1]) if run.returncode == 0 else pytest.fail(run.stderr[-2000:])
     assert total > 6 * shard and grown < 1.1 * shard + 16e6, (grown / 1e6, shard / 1e6)
 
@@ -301,23 +489,35 @@ def test_everything_works_on_a_converted_model(layouts, loaded, name):
 
 # refusals
 
+
 def test_which_folders_are_original_layouts(layouts, tmp_path):
     assert all(is_original_layout(layouts / name) for name in NAMES)
-    assert not is_original_layout(tmp_path) and not is_original_layout(convert(layouts / "llava", tmp_path / "native"))
+    assert not is_original_layout(tmp_path) and not is_original_layout(
+        convert(layouts / "llava", tmp_path / "native")
+    )
 
 
 def test_pickles_are_refused_with_the_way_out(layouts, tmp_path):
     folder = copy_of(layouts, "llava", tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00002.bin")
-    with pytest.raises(ValueError, match=r"(?s)pytorch_model-00001-of-00002.bin.*weights_only=True"): load_original(folder)
+    with pytest.raises(
+        ValueError, match=r"(?s)pytorch_model-00001-of-00002.bin.*weights_only=True"
+    ):
+        load_original(folder)
 
 
 def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
     from mllm_compress.zoo.convert import HOW_TO_CONVERT
+
     folder = copy_of(layouts, "llava", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    command = HOW_TO_CONVERT.split("\n")[1].strip().replace("python", sys.executable, 1).replace("FOLDER", str(folder))
+    command = (
+        HOW_TO_CONVERT.split("\n")[1]
+        .strip()
+        .replace("python", sys.executable, 1)
+        .replace("FOLDER", str(folder))
+    )
     subprocess.run(command, shell=True, check=True)
     assert load_original(folder)[0].config.text_config.vocab_size == padded_vocabulary(320)
 
@@ -325,75 +525,143 @@ def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
 def test_a_missing_tower_is_asked_for(layouts, tmp_path):
     folder = copy_of(layouts, "llava", tmp_path)
     shutil.move(folder / "vision_tower", tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="openai/clip-vit-large-patch14-336.*tower="): load_original(folder)
-    assert load_original(folder, tower=tmp_path / "elsewhere")[0].config.vision_config.num_hidden_layers == 4
+    with pytest.raises(FileNotFoundError, match="openai/clip-vit-large-patch14-336.*tower="):
+        load_original(folder)
+    assert (
+        load_original(folder, tower=tmp_path / "elsewhere")[
+            0
+        ].config.vision_config.num_hidden_layers
+        == 4
+    )
 
 
 def test_a_full_clip_checkpoint_serves_as_tower(layouts, loaded, tmp_path):
     folder = copy_of(layouts, "llava", tmp_path)
-    def add_text_side(weights): weights |= {"text_model.embeddings.token_embedding.weight": torch.zeros(5, 4), "logit_scale": torch.tensor(1.0),
-                                            "visual_projection.weight": torch.zeros(4, 32), "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+
+    def add_text_side(weights):
+        weights |= {
+            "text_model.embeddings.token_embedding.weight": torch.zeros(5, 4),
+            "logit_scale": torch.tensor(1.0),
+            "visual_projection.weight": torch.zeros(4, 32),
+            "vision_model.embeddings.position_ids": torch.arange(17)[None],
+        }
+
     change_weights(folder / "vision_tower" / "model.safetensors", add_text_side)
     vision = json.loads((folder / "vision_tower" / "config.json").read_text())
-    (folder / "vision_tower" / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}}))
+    (folder / "vision_tower" / "config.json").write_text(
+        json.dumps({"model_type": "clip", "vision_config": vision, "text_config": {}})
+    )
     model, _ = load_original(folder)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded["llava"].parameters()))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "missing: model.language_model.layers.1.mlp.up_proj.weight"),
-    (lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(112, 64)}), "unexpected: model.language_model.layers.9"),
-    (lambda w: w.update({"model.norm.weight": torch.zeros(65)}), r"of another size: model.language_model.norm.weight \(65,\), not \(64,\)"),
-    (lambda w: w.update({"adapter.weight": torch.zeros(2)}), "no rule for the tensor 'adapter.weight'"),
-    (lambda w: w.update({"lm_head.weight": torch.zeros(400, 64)}), "400 rows")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+            "missing: model.language_model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            lambda w: w.update({"model.layers.9.mlp.up_proj.weight": torch.zeros(112, 64)}),
+            "unexpected: model.language_model.layers.9",
+        ),
+        (
+            lambda w: w.update({"model.norm.weight": torch.zeros(65)}),
+            r"of another size: model.language_model.norm.weight \(65,\), not \(64,\)",
+        ),
+        (
+            lambda w: w.update({"adapter.weight": torch.zeros(2)}),
+            "no rule for the tensor 'adapter.weight'",
+        ),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(400, 64)}), "400 rows"),
+    ],
+)
 def test_wrong_tensors_are_named_before_any_work(layouts, tmp_path, change, message):
     folder = copy_of(layouts, "llava", tmp_path)
     change_weights(folder / "model.safetensors", change)
-    with pytest.raises(ValueError, match=message): convert(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_the_same_tensor_twice(layouts, tmp_path):
     folder = copy_of(layouts, "bunny", tmp_path)
     shutil.copy(folder / "model.safetensors", folder / "pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="twice: "): open_original(folder)
+    with pytest.raises(ValueError, match="twice: "):
+        open_original(folder)
 
 
 def test_missing_shards_and_full_folders(layouts, tmp_path):
     folder = copy_of(layouts, "bunny", tmp_path)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="lacks model-2.safetensors"): open_original(folder)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+    )
+    with pytest.raises(FileNotFoundError, match="lacks model-2.safetensors"):
+        open_original(folder)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileExistsError, match="not empty"): convert(folder, folder)
+    with pytest.raises(FileExistsError, match="not empty"):
+        convert(folder, folder)
     change_json(folder / "config.json", architectures=["GPT2LMHeadModel"])
-    with pytest.raises(ValueError, match="LlavaLlamaForCausalLM, BunnyPhiForCausalLM, InternVLChatModel"): open_original(folder)
+    with pytest.raises(
+        ValueError, match="LlavaLlamaForCausalLM, BunnyPhiForCausalLM, InternVLChatModel"
+    ):
+        open_original(folder)
 
 
 # details
 
+
 def test_rules_do_not_shadow_each_other():
-    assert native_names("model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias", LLAVA_NAMES) == ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",)
-    assert native_names("language_model.model.layers.0.mlp.gate_up_proj.weight", INTERNVL_NAMES) == ("model.language_model.layers.0.mlp.gate_up_proj.weight",)
-    assert native_names("vision_model.encoder.layers.11.ls2", INTERNVL_NAMES) == ("model.vision_tower.encoder.layer.11.lambda_2",)
+    assert native_names(
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias", LLAVA_NAMES
+    ) == ("model.vision_tower.encoder.layers.0.mlp.fc1.bias",)
+    assert native_names(
+        "language_model.model.layers.0.mlp.gate_up_proj.weight", INTERNVL_NAMES
+    ) == ("model.language_model.layers.0.mlp.gate_up_proj.weight",)
+    assert native_names("vision_model.encoder.layers.11.ls2", INTERNVL_NAMES) == (
+        "model.vision_tower.encoder.layer.11.lambda_2",
+    )
 
 
 def test_appended_head_rows_tie_with_the_least_row():
     head = torch.tensor([[3.0, 0], [0.1, 0.1], [0, 2.0]])
     grown = append_rows("lm_head.weight", head, 5)
-    assert grown[3:].tolist() == [head[1].tolist()] * 2 and append_rows("model.language_model.embed_tokens.weight", head, 5)[3:].abs().sum() == 0
+    assert (
+        grown[3:].tolist() == [head[1].tolist()] * 2
+        and append_rows("model.language_model.embed_tokens.weight", head, 5)[3:].abs().sum() == 0
+    )
 
 
 def test_real_configs_hold_the_pitfalls():
-    llava, bunny, internvl = (real_config(name) for name in ("LLaVA-v1.5-7B", "Bunny-v1.0-3B", "Mini-InternVL-Chat-4B"))
-    assert (llava.vision_feature_layer, llava.vision_feature_select_strategy, llava.vision_config.hidden_act) == (-2, "default", "quick_gelu")
-    assert (bunny.vision_config.num_hidden_layers, bunny.vision_feature_layer, bunny.vision_feature_select_strategy) == (26, -1, "full")
-    assert bunny.text_config.rope_parameters["partial_rotary_factor"] == 0.4 and bunny.text_config.hidden_act == "gelu_new"
-    assert not internvl.tie_word_embeddings and internvl.vision_config.attention_bias and internvl.text_config.rope_parameters["rope_type"] == "longrope"
+    llava, bunny, internvl = (
+        real_config(name) for name in ("LLaVA-v1.5-7B", "Bunny-v1.0-3B", "Mini-InternVL-Chat-4B")
+    )
+    assert (
+        llava.vision_feature_layer,
+        llava.vision_feature_select_strategy,
+        llava.vision_config.hidden_act,
+    ) == (-2, "default", "quick_gelu")
+    assert (
+        bunny.vision_config.num_hidden_layers,
+        bunny.vision_feature_layer,
+        bunny.vision_feature_select_strategy,
+    ) == (26, -1, "full")
+    assert (
+        bunny.text_config.rope_parameters["partial_rotary_factor"] == 0.4
+        and bunny.text_config.hidden_act == "gelu_new"
+    )
+    assert (
+        not internvl.tie_word_embeddings
+        and internvl.vision_config.attention_bias
+        and internvl.text_config.rope_parameters["rope_type"] == "longrope"
+    )
 
 
 def test_native_config_reads_the_placeholder_from_tokenizer_files(layouts, tmp_path):
     folder = copy_of(layouts, "internvl", tmp_path)
     (folder / "token_ids.json").unlink()
-    with pytest.raises(ValueError, match="added_tokens.json"): native_config(folder)  # the real id is beyond this vocabulary
+    with pytest.raises(ValueError, match="added_tokens.json"):
+        native_config(folder)  # the real id is beyond this vocabulary
     (folder / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": 309}))
     assert native_config(folder).image_token_id == 309

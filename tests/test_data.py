@@ -1,4 +1,5 @@
 """Instruction data as people have it: the folders of LLaVA's mix-665k and Bunny's 695k, and many samples in little memory."""
+
 import json
 import tracemalloc
 
@@ -17,20 +18,71 @@ def conversation(*said):
 # Entries as the two files have them: the marker before or after the question, several turns, text alone with a "model", ids
 # that are numbers and that repeat.
 LAYOUTS = {
-    "llava_v1_5_mix665k": ("", [
-        {"id": "000000033471", "image": "coco/train2017/000000033471.jpg",
-         "conversations": conversation("<image>\nIs the bus red?", "yes", "Is it blue?", "no")},
-        {"id": "n161313", "image": "gqa/images/2354786.jpg", "conversations": conversation("Is it day?\n<image>", "yes")},
-        {"id": "ocr", "image": "ocr_vqa/images/1421539276.jpg", "conversations": conversation("<image>\nIs this a book?", "yes")},
-        {"id": "text", "image": "textvqa/train_images/011e7e629fb9ae7b.jpg", "conversations": conversation("<image>\nIs there a word?", "no")},
-        {"id": 1, "image": "vg/VG_100K/1.jpg", "conversations": conversation("<image>\nIs there a circle?", "yes", "Is there a square?", "no")},
-        {"id": 2, "image": "vg/VG_100K_2/2.jpg", "conversations": conversation("<image>\nIs there a square?", "no")},
-        {"id": "wgByO4Y_0", "model": "", "conversations": conversation("Is one less than two?", "yes")},
-        {"id": "wgByO4Y_0", "model": "", "conversations": conversation("Is two less than one?", "no")}]),
-    "bunny_695k": ("images", [
-        {"id": "svit_1", "image": "000000033471.jpg", "conversations": conversation("<image>\nIs the bus red?", "yes")},
-        {"id": "wizard_7", "conversations": conversation("Is one less than two?", "yes")},
-        {"id": "gqa_2354786", "image": "gqa/2354786.jpg", "conversations": conversation("<image>\nIs it day?", "yes", "Is it night?", "no")}]),
+    "llava_v1_5_mix665k": (
+        "",
+        [
+            {
+                "id": "000000033471",
+                "image": "coco/train2017/000000033471.jpg",
+                "conversations": conversation(
+                    "<image>\nIs the bus red?", "yes", "Is it blue?", "no"
+                ),
+            },
+            {
+                "id": "n161313",
+                "image": "gqa/images/2354786.jpg",
+                "conversations": conversation("Is it day?\n<image>", "yes"),
+            },
+            {
+                "id": "ocr",
+                "image": "ocr_vqa/images/1421539276.jpg",
+                "conversations": conversation("<image>\nIs this a book?", "yes"),
+            },
+            {
+                "id": "text",
+                "image": "textvqa/train_images/011e7e629fb9ae7b.jpg",
+                "conversations": conversation("<image>\nIs there a word?", "no"),
+            },
+            {
+                "id": 1,
+                "image": "vg/VG_100K/1.jpg",
+                "conversations": conversation(
+                    "<image>\nIs there a circle?", "yes", "Is there a square?", "no"
+                ),
+            },
+            {
+                "id": 2,
+                "image": "vg/VG_100K_2/2.jpg",
+                "conversations": conversation("<image>\nIs there a square?", "no"),
+            },
+            {
+                "id": "wgByO4Y_0",
+                "model": "",
+                "conversations": conversation("Is one less than two?", "yes"),
+            },
+            {
+                "id": "wgByO4Y_0",
+                "model": "",
+                "conversations": conversation("Is two less than one?", "no"),
+            },
+        ],
+    ),
+    "bunny_695k": (
+        "images",
+        [
+            {
+                "id": "svit_1",
+                "image": "000000033471.jpg",
+                "conversations": conversation("<image>\nIs the bus red?", "yes"),
+            },
+            {"id": "wizard_7", "conversations": conversation("Is one less than two?", "yes")},
+            {
+                "id": "gqa_2354786",
+                "image": "gqa/2354786.jpg",
+                "conversations": conversation("<image>\nIs it day?", "yes", "Is it night?", "no"),
+            },
+        ],
+    ),
 }
 
 
@@ -59,13 +111,19 @@ def test_real_layouts(tmp_path, tiny_llava, name, how):
         said = processor.tokenizer.decode(row[row != -100], skip_special_tokens=True).split()
         assert said == [answer for _, answer in turns(sample)]
     one, again = data.fraction(0.5, 1), load_json(*on_disk(tmp_path, name)).fraction(0.5, 1)
-    assert [s["id"] for s in one.samples] == [s["id"] for s in again.samples] and data.hash == load_json(*on_disk(tmp_path, name)).hash
+    assert [s["id"] for s in one.samples] == [
+        s["id"] for s in again.samples
+    ] and data.hash == load_json(*on_disk(tmp_path, name)).hash
 
 
 def test_a_missing_download_is_reported_before_anything_runs(tmp_path):
     path, root = on_disk(tmp_path, "llava_v1_5_mix665k")
-    for gone in ("vg/VG_100K/1.jpg", "vg/VG_100K_2/2.jpg"): (root / gone).unlink()
-    with pytest.raises(FileNotFoundError, match="2 of 8 entries .*vg/VG_100K/1.jpg, .*skip_missing=True"): load_json(path, root)
+    for gone in ("vg/VG_100K/1.jpg", "vg/VG_100K_2/2.jpg"):
+        (root / gone).unlink()
+    with pytest.raises(
+        FileNotFoundError, match="2 of 8 entries .*vg/VG_100K/1.jpg, .*skip_missing=True"
+    ):
+        load_json(path, root)
     assert len(load_json(path, root, skip_missing=True)) == 6
 
 
@@ -79,10 +137,15 @@ def test_json_lines(tmp_path):
 def test_a_few_hundred_thousand_samples_pass_without_staying():
     "Entries made on demand, in the order of an epoch: memory is that of the order, whatever has passed."
     n = 300_000
-    data = InstructionData(Made(range(n), lambda i: entry(i, None, [(f"question {i}", "yes" * 50)])))
+    data = InstructionData(
+        Made(range(n), lambda i: entry(i, None, [(f"question {i}", "yes" * 50)]))
+    )
     batches, seen = iter(Batches([1] * n, 32)), torch.zeros(n, dtype=torch.bool)
+
     def drain(steps):
-        for _, batch in zip(range(steps), batches): seen[[data[i]["index"] for i in batch]] = True
+        for _, batch in zip(range(steps), batches):
+            seen[[data[i]["index"] for i in batch]] = True
+
     drain(100)
     tracemalloc.start()
     drain(1000)
@@ -91,4 +154,6 @@ def test_a_few_hundred_thousand_samples_pass_without_staying():
     drain(n)
     late, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seen.all() and late - early < 100_000 and peak - early < 1_000_000  # bytes; all entries at once are over 200 MB
+    assert (
+        seen.all() and late - early < 100_000 and peak - early < 1_000_000
+    )  # bytes; all entries at once are over 200 MB

@@ -1,4 +1,5 @@
 """Nothing lost: the real command, killed, interrupted and started twice, at moments drawn anew in every run of this test."""
+
 import multiprocessing.util
 import os
 import random
@@ -14,23 +15,35 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from mllm_compress.cli.app import app
 from mllm_compress.reporting import runner
+from mllm_compress.reporting.page import FIELDS
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
-from mllm_compress.cli.app import app
-from mllm_compress.reporting.page import FIELDS
 
 ROOT = Path(__file__).parent.parent
-VOLATILE = [f for f in FIELDS if f in ("seconds", "peak_memory_mb", "date")]  # columns of cells.csv that differ from run to run
-NOTEBOOK = new_notebook(cells=[
-    new_markdown_cell("# A table\n> Of a few cells."),
-    new_code_cell('profile: str = "smoke"  # models, data and budgets', metadata={"tags": ["parameters"]}),
-    new_code_cell("from mllm_compress.reporting import report; from mllm_compress.study import runs as study\nfrom mllm_compress.study.experiments import Experiment\n"
-                  "cells = [Experiment('smoke-llava')] + [Experiment('smoke-llava', p, r) for p in ('layerwise', 'widthwise') for r in (.3, .45)]\n"
-                  "cells += [Experiment('smoke-llava', 'layerwise', r, recovery='sft+hidden_kd', fraction=.5) for r in (.3, .45)]", metadata={"tags": ["grid"]}),
-    new_code_cell("frame = study.run(cells, profile)\n"
-                  "report.Report('01_table', profile).table(frame[['pruning', 'ratio', 'recovery', 'benchmark', 'score', 'low', 'high']], 'scores', 'Scores.')")],
-    metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+VOLATILE = [
+    f for f in FIELDS if f in ("seconds", "peak_memory_mb", "date")
+]  # columns of cells.csv that differ from run to run
+NOTEBOOK = new_notebook(
+    cells=[
+        new_markdown_cell("# A table\n> Of a few cells."),
+        new_code_cell(
+            'profile: str = "smoke"  # models, data and budgets', metadata={"tags": ["parameters"]}
+        ),
+        new_code_cell(
+            "from mllm_compress.reporting import report; from mllm_compress.study import runs as study\nfrom mllm_compress.study.experiments import Experiment\n"
+            "cells = [Experiment('smoke-llava')] + [Experiment('smoke-llava', p, r) for p in ('layerwise', 'widthwise') for r in (.3, .45)]\n"
+            "cells += [Experiment('smoke-llava', 'layerwise', r, recovery='sft+hidden_kd', fraction=.5) for r in (.3, .45)]",
+            metadata={"tags": ["grid"]},
+        ),
+        new_code_cell(
+            "frame = study.run(cells, profile)\n"
+            "report.Report('01_table', profile).table(frame[['pruning', 'ratio', 'recovery', 'benchmark', 'score', 'low', 'high']], 'scores', 'Scores.')"
+        ),
+    ],
+    metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
+)
 CELLS = 7
 
 
@@ -40,7 +53,9 @@ def prepare(folder: Path) -> Path:
     (folder / "nbs/study").mkdir(parents=True)
     nbformat.write(NOTEBOOK, folder / "nbs/study/01_table.ipynb")
     profile = (ROOT / "mllm_compress/profiles/smoke.yaml").read_text()
-    (folder / "small.yaml").write_text(profile.partition("\nnotebooks:")[0].replace("workers: 2", "workers: 1") + "\n")
+    (folder / "small.yaml").write_text(
+        profile.partition("\nnotebooks:")[0].replace("workers: 2", "workers: 1") + "\n"
+    )
     return folder
 
 
@@ -48,37 +63,47 @@ def prepare(folder: Path) -> Path:
 def checkout(tmp_path):
     "Such a checkout; whatever still runs in it is ended afterwards."
     yield prepare(tmp_path)
-    for pid in alive(tmp_path): os.kill(pid, signal.SIGKILL) if pid != os.getpid() else None
+    for pid in alive(tmp_path):
+        os.kill(pid, signal.SIGKILL) if pid != os.getpid() else None
 
 
 class Run:
     "`mllm-compress study` in a process group of its own, forked from this process so that its imports are paid once."
+
     def __init__(self, folder: Path, *extra):
         self.out, self.code = folder / f"said-{time.time_ns()}.txt", None
         self.pid = os.fork()
-        if self.pid: return
+        if self.pid:
+            return
         os.setsid()
         os.chdir(folder)
         with open(self.out, "w") as out:
-            for stream in (1, 2): os.dup2(out.fileno(), stream)
+            for stream in (1, 2):
+                os.dup2(out.fileno(), stream)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 70
-        try: code = app(["study", "--profile", "small.yaml", *extra], standalone_mode=True)
-        except SystemExit as end: code = end.code
-        except BaseException: traceback.print_exc()
+        try:
+            code = app(["study", "--profile", "small.yaml", *extra], standalone_mode=True)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
         finally:
-            for end in (multiprocessing.util._exit_function, sys.stdout.flush, sys.stderr.flush): end()
+            for end in (multiprocessing.util._exit_function, sys.stdout.flush, sys.stderr.flush):
+                end()
             os._exit(code or 0)
 
     def ended(self) -> bool:
         if self.code is None:
             pid, state = os.waitpid(self.pid, os.WNOHANG)
-            if pid: self.code = os.waitstatus_to_exitcode(state)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(state)
         return self.code is not None
 
     def signal(self, which) -> None:
-        if not self.ended(): os.killpg(self.pid, which)
+        if not self.ended():
+            os.killpg(self.pid, which)
 
     def says(self, code: int = 0) -> str:
         "What it printed, once it has ended with this exit code."
@@ -92,29 +117,41 @@ def alive(folder: Path) -> list:
     "The processes that have this folder, or one below it, as their current one."
     found = []
     for link in Path("/proc").glob("[0-9]*/cwd"):
-        try: there = Path(os.readlink(link))
-        except OSError: continue
-        if there.is_relative_to(folder): found.append(int(link.parent.name))
+        try:
+            there = Path(os.readlink(link))
+        except OSError:
+            continue
+        if there.is_relative_to(folder):
+            found.append(int(link.parent.name))
     return found
 
 
 def soon(condition, seconds: float = 20) -> bool:
     "Whether a condition becomes true in time."
     end = time.time() + seconds
-    while not (met := condition()) and time.time() < end: time.sleep(.02)
+    while not (met := condition()) and time.time() < end:
+        time.sleep(0.02)
     return bool(met)
 
 
-def results(folder: Path) -> dict: # name -> when it was written
-    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("runs/small/results/*/result.json")}
+def results(folder: Path) -> dict:  # name -> when it was written
+    return {
+        p.parent.name: p.stat().st_mtime_ns for p in folder.glob("runs/small/results/*/result.json")
+    }
 
 
-def tables(folder: Path) -> tuple: # (bytes of the table, lines of cells.csv without what differs from run to run)
+def tables(
+    folder: Path,
+) -> tuple:  # (bytes of the table, lines of cells.csv without what differs from run to run)
     figures = folder / "figures/small"
-    return (figures / "01_table-scores.csv").read_bytes(), pd.read_csv(figures / "cells.csv").drop(columns=VOLATILE).to_csv()
+    return (figures / "01_table-scores.csv").read_bytes(), pd.read_csv(figures / "cells.csv").drop(
+        columns=VOLATILE
+    ).to_csv()
 
 
-linux = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc"
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +165,12 @@ def whole(tmp_path_factory):
 @linux
 def test_two_runs_on_one_store_do_each_cell_once(whole):
     folder, said = whole
-    assert all(f"{CELLS} cells of profile small, {CELLS} with results." in text for text in said), said
-    begun = {p.stem: p.read_text().count(": process ") for p in folder.glob("runs/small/logs/*.txt")}
+    assert all(f"{CELLS} cells of profile small, {CELLS} with results." in text for text in said), (
+        said
+    )
+    begun = {
+        p.stem: p.read_text().count(": process ") for p in folder.glob("runs/small/logs/*.txt")
+    }
     assert set(begun) == set(results(folder)) and set(begun.values()) == {1}
     assert len(tables(folder)[1].splitlines()) == 1 + CELLS * 2
 
@@ -138,8 +179,11 @@ def test_two_runs_on_one_store_do_each_cell_once(whole):
 def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
     rng, kept, log = random.Random(seed := time.time_ns()), {}, []
     some = rng.randint(1, CELLS - 1)
-    moments = [(lambda: True, 4), (lambda: len(results(checkout)) >= some, .5),
-               (lambda: list(checkout.glob("figures/small/.*.part*")), 4)]  # starting, computing, in the notebook
+    moments = [
+        (lambda: True, 4),
+        (lambda: len(results(checkout)) >= some, 0.5),
+        (lambda: list(checkout.glob("figures/small/.*.part*")), 4),
+    ]  # starting, computing, in the notebook
     for reached, longest in moments:
         run = Run(checkout)
         assert soon(lambda: reached() or run.ended(), 200)
@@ -154,14 +198,20 @@ def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
     print(*log, sep="\n")
     assert len(now) == CELLS and all(now[name] == when for name, when in kept.items()), log
     assert tables(checkout) == tables(whole[0]), log
-    assert not list((checkout / "figures").rglob("*.part*")) and soon(lambda: not alive(checkout), 60)
+    assert not list((checkout / "figures").rglob("*.part*")) and soon(
+        lambda: not alive(checkout), 60
+    )
 
 
 @linux
 @pytest.mark.parametrize("where", ["cells", "notebook"])
 def test_ctrl_c_stops_cleanly_and_leaves_no_process(checkout, whole, where):
-    if where == "notebook": shutil.copytree(whole[0] / "runs", checkout / "runs")
-    reached = {"cells": lambda: results(checkout), "notebook": lambda: list(checkout.glob("figures/small/.*.part*"))}[where]
+    if where == "notebook":
+        shutil.copytree(whole[0] / "runs", checkout / "runs")
+    reached = {
+        "cells": lambda: results(checkout),
+        "notebook": lambda: list(checkout.glob("figures/small/.*.part*")),
+    }[where]
     run = Run(checkout)
     assert soon(lambda: reached() or run.ended(), 200)
     run.signal(signal.SIGINT)
@@ -178,28 +228,44 @@ def test_who_ends_the_master_alone_ends_its_workers(checkout, which, code):
     assert soon(lambda: results(checkout) or run.ended(), 200)
     os.kill(run.pid, which)  # as `kill` or a batch system does: the workers do not hear it
     text = run.says(code)
-    assert "Traceback" not in text and ("Stopped. Finished results are kept" in text) == (which == signal.SIGTERM)
+    assert "Traceback" not in text and ("Stopped. Finished results are kept" in text) == (
+        which == signal.SIGTERM
+    )
     assert soon(lambda: not alive(checkout), 20), alive(checkout)
 
 
 def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    bad = [Experiment("smoke-llava", "widthwise", .94), *(Experiment("smoke-llava", "layerwise", r) for r in (.3, .45))]
+    bad = [
+        Experiment("smoke-llava", "widthwise", 0.94),
+        *(Experiment("smoke-llava", "layerwise", r) for r in (0.3, 0.45)),
+    ]
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: bad)
     monkeypatch.setattr(runner, "run_notebooks", lambda *_: [])
     monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
     assert runner.run_study("small.yaml", executor="inline") == 1
     text = capsys.readouterr().out
-    assert "1 FAILED" in text and "widthwise 94%" in text and "log: runs/small/logs/" in text and "PROBLEM: some cells failed" in text
+    assert (
+        "1 FAILED" in text
+        and "widthwise 94%" in text
+        and "log: runs/small/logs/" in text
+        and "PROBLEM: some cells failed" in text
+    )
     broken = sorted(results(checkout))[0]
     file = checkout / f"runs/small/results/{broken}/result.json"
     file.write_text(file.read_text().replace('"score": ', '"score": 1', 1))
-    with pytest.warns(UserWarning, match=f"The result {broken} is corrupt"): runner.run_study("small.yaml", executor="inline")
+    with pytest.warns(UserWarning, match=f"The result {broken} is corrupt"):
+        runner.run_study("small.yaml", executor="inline")
     assert len(results(checkout)) == 2 and list(checkout.glob(f"runs/small/corrupt/{broken}-*"))
     capsys.readouterr()
     runner.dry_run("small.yaml")
     plan = capsys.readouterr().out
-    assert plan.count("  cached ") == 2 and plan.count("  missing ") == 1 and "3 cells, 1 missing: about" in plan and "of memory for each" in plan
+    assert (
+        plan.count("  cached ") == 2
+        and plan.count("  missing ") == 1
+        and "3 cells, 1 missing: about" in plan
+        and "of memory for each" in plan
+    )
     runner.show_status("small.yaml")
     assert "2 results of profile small" in capsys.readouterr().out
 
@@ -207,31 +273,48 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
 def test_figures_carry_their_results(checkout, whole, monkeypatch):
     archive = whole[0] / "figures/small/results.zip"
     said = Run(checkout, "--reuse", str(archive)).says()
-    assert f"{CELLS} results taken, 0 were in the store" in said and not list(checkout.glob("runs/small/logs/*"))  # nothing was computed
+    assert f"{CELLS} results taken, 0 were in the store" in said and not list(
+        checkout.glob("runs/small/logs/*")
+    )  # nothing was computed
     assert tables(checkout) == tables(whole[0])
     assert (checkout / "figures/small/results.zip").read_bytes() == archive.read_bytes()
 
 
-def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(checkout, monkeypatch, capsys):
+def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
+    checkout, monkeypatch, capsys
+):
     monkeypatch.chdir(checkout)
-    bad, told = Experiment("smoke-llava", "widthwise", .94), {}
+    bad, told = Experiment("smoke-llava", "widthwise", 0.94), {}
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: [bad])
     monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
 
     def notebook(name, path, values, profile):
-        monkeypatch.setattr(study, "EXECUTORS", {"inline": lambda cells, *_: ((c, "failed", "tried") for c in cells)})
-        told["frame"] = study.run([bad, Experiment("smoke-llava", "layerwise", .3)], profile, quiet=True)
+        monkeypatch.setattr(
+            study,
+            "EXECUTORS",
+            {"inline": lambda cells, *_: ((c, "failed", "tried") for c in cells)},
+        )
+        told["frame"] = study.run(
+            [bad, Experiment("smoke-llava", "layerwise", 0.3)], profile, quiet=True
+        )
         raise RuntimeError("Kernel died")
 
     monkeypatch.setattr(runner, "execute", notebook)
     assert runner.run_study("small.yaml", executor="inline") == 1
     bad_error, new_error = told["frame"].set_index("pruning").error[["widthwise", "layerwise"]]
-    assert "ValueError" in bad_error and new_error == "tried"  # what nobody has tried is computed, where the rest was
+    assert (
+        "ValueError" in bad_error and new_error == "tried"
+    )  # what nobody has tried is computed, where the rest was
     text = capsys.readouterr().out
-    assert "PROBLEM: some cells failed" in text and "PROBLEM: 01_table failed: RuntimeError: Kernel died" in text
+    assert (
+        "PROBLEM: some cells failed" in text
+        and "PROBLEM: 01_table failed: RuntimeError: Kernel died" in text
+    )
     assert study.TOLD not in os.environ
-    with pytest.raises(ValueError, match="given by --profile"): runner.plan_study("small.yaml", given={"profile": "tiny"})
-    with pytest.raises(ValueError, match="^01_table: Unknown parameter 'seeds'"): runner.plan_study("small.yaml", given={"seeds": [0]})
+    with pytest.raises(ValueError, match="given by --profile"):
+        runner.plan_study("small.yaml", given={"profile": "tiny"})
+    with pytest.raises(ValueError, match="^01_table: Unknown parameter 'seeds'"):
+        runner.plan_study("small.yaml", given={"seeds": [0]})
 
 
 def test_a_failed_notebook_is_kept_under_another_name(checkout, monkeypatch):
@@ -240,9 +323,11 @@ def test_a_failed_notebook_is_kept_under_another_name(checkout, monkeypatch):
     nb.cells = nb.cells[:2] + [new_code_cell("print('so far')"), new_code_cell("1 / 0")]
     nbformat.write(nb, "nbs/study/01_table.ipynb")
     plan = runner.plan_study("small.yaml")
-    problem, = runner.run_notebooks(plan, "small.yaml")
+    (problem,) = runner.run_notebooks(plan, "small.yaml")
     assert "ZeroDivisionError" in problem and not Path("figures/small/01_table.ipynb").exists()
-    assert "so far" in Path("figures/small/01_table.failed.ipynb").read_text() and not list(Path("figures/small").glob(".*"))
+    assert "so far" in Path("figures/small/01_table.failed.ipynb").read_text() and not list(
+        Path("figures/small").glob(".*")
+    )
     nb.cells[-1].source = "1 / 1"
     nbformat.write(nb, "nbs/study/01_table.ipynb")
     assert runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml") == []
@@ -251,15 +336,39 @@ def test_a_failed_notebook_is_kept_under_another_name(checkout, monkeypatch):
 
 def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    text = Path("small.yaml").read_text().replace("training: {scenes: 12}", "training: {json: $NOWHERE/mix.json, image_root: $NOWHERE/images}")
-    text = text.replace("[scenes/open, scenes/hallucination]", "[pope, mmmu]").replace("  questions: 8", "  root: nowhere\n  questions: 8")
-    Path("real.yaml").write_text(text.replace("smoke-", "big-") + "folders: {big-llava: /no/such/llava}\n")
-    lacking = ["model big-llava: nothing at /no/such/llava", "model big-bunny: nothing at big-bunny", "training json: nothing at", "training image_root",
-               "benchmark pope: no data/test-*.parquet", "benchmark mmmu"]
-    for attempt in (lambda: runner.run_study("real.yaml"), lambda: study.run([Experiment("big-llava")], "real.yaml")):
-        with pytest.raises(FileNotFoundError) as error: attempt()
+    text = (
+        Path("small.yaml")
+        .read_text()
+        .replace(
+            "training: {scenes: 12}",
+            "training: {json: $NOWHERE/mix.json, image_root: $NOWHERE/images}",
+        )
+    )
+    text = text.replace("[scenes/open, scenes/hallucination]", "[pope, mmmu]").replace(
+        "  questions: 8", "  root: nowhere\n  questions: 8"
+    )
+    Path("real.yaml").write_text(
+        text.replace("smoke-", "big-") + "folders: {big-llava: /no/such/llava}\n"
+    )
+    lacking = [
+        "model big-llava: nothing at /no/such/llava",
+        "model big-bunny: nothing at big-bunny",
+        "training json: nothing at",
+        "training image_root",
+        "benchmark pope: no data/test-*.parquet",
+        "benchmark mmmu",
+    ]
+    for attempt in (
+        lambda: runner.run_study("real.yaml"),
+        lambda: study.run([Experiment("big-llava")], "real.yaml"),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            attempt()
         assert all(line in str(error.value) for line in lacking), error.value
     assert not Path("runs").exists()
     runner.dry_run("real.yaml")
     plan = capsys.readouterr().out
-    assert all(line in plan for line in lacking) and f"{CELLS} cells, {CELLS} missing, {CELLS} of them of unknown cost" in plan
+    assert (
+        all(line in plan for line in lacking)
+        and f"{CELLS} cells, {CELLS} missing, {CELLS} of them of unknown cost" in plan
+    )

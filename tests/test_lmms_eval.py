@@ -1,6 +1,7 @@
 """The plugin answers as our own engine does; lmms-eval's answer parsing and prompts are those that ours are compared with.
 
 Where lmms-eval is not installed, the tests that need it are skipped: `pip install mllm_compress[lmms-eval]`, best in an environment of its own."""
+
 import importlib.metadata
 import io
 import json
@@ -14,29 +15,40 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_benchmarks import SETS, root  # noqa: F401  (root is a fixture)
 
+from mllm_compress.checkpoint.folders import save_pruned
 from mllm_compress.evaluation import benchmarks as B
 from mllm_compress.evaluation import lmms_eval as plugin
-from mllm_compress.checkpoint.folders import save_pruned
-from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.evaluation.generation import ask
+from mllm_compress.evaluation.scorers import LETTERS, SCORERS
+from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
 from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.evaluation.scorers import LETTERS, SCORERS
 from mllm_compress.zoo.models import load_model
-from test_benchmarks import SETS, root  # noqa: F401  (root is a fixture)
 
 KINDS = ("scenes/open", "scenes/hallucination", "scenes/choice")
-harness = pytest.mark.skipif("lmms-eval" not in {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()},
-                             reason="needs the extra: pip install mllm_compress[lmms-eval]")
+harness = pytest.mark.skipif(
+    "lmms-eval"
+    not in {
+        d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()
+    },
+    reason="needs the extra: pip install mllm_compress[lmms-eval]",
+)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     "name -> (what --model_args names, model, processor): a dense model and one pruned blockwise."
     model, processor = load_model("tiny-llava")
-    plan = plan_widthwise(model, width_importance(model, method="magnitude"), ratio=.2, protect=(1, 1), shape="blockwise")
+    plan = plan_widthwise(
+        model,
+        width_importance(model, method="magnitude"),
+        ratio=0.2,
+        protect=(1, 1),
+        shape="blockwise",
+    )
     small, folder = apply_plan(model, plan), str(tmp_path_factory.mktemp("pruned") / "out")
     save_pruned(small, plan, folder, processor=processor)
     return {"dense": ("tiny-llava", model, processor), "blockwise": (folder, small, processor)}
@@ -44,7 +56,10 @@ def checkpoints(tmp_path_factory):
 
 def requests_of(lm, questions, second):
     lm.task_dict = {"scenes": {"test": questions}}
-    return [SimpleNamespace(args=(q.prompt, second(q), lambda row: row.images, n, "scenes", "test")) for n, q in enumerate(questions)]
+    return [
+        SimpleNamespace(args=(q.prompt, second(q), lambda row: row.images, n, "scenes", "test"))
+        for n, q in enumerate(questions)
+    ]
 
 
 def losses(lm, requests):
@@ -57,44 +72,74 @@ def test_answers_of_the_plugin_are_those_of_the_engine(checkpoints, name):
     pretrained, model, processor = checkpoints[name]
     lm = plugin.CompressedModel(pretrained, device="cpu", batch_size="3")
     questions = [q for kind in KINDS for q in B.load_questions(kind, "test", 4)]
-    lengths = {q.id: 1 + n % 3 for n, q in enumerate(questions)}  # tasks of different lengths in one call, answers in order
-    said = lm.generate_until(requests_of(lm, questions, lambda q: {"max_new_tokens": lengths[q.id], "do_sample": False}))
+    lengths = {
+        q.id: 1 + n % 3 for n, q in enumerate(questions)
+    }  # tasks of different lengths in one call, answers in order
+    said = lm.generate_until(
+        requests_of(lm, questions, lambda q: {"max_new_tokens": lengths[q.id], "do_sample": False})
+    )
     assert said == [ask(model, processor, [q], lengths[q.id])[0].text for q in questions]
 
 
 def test_likelihoods_by_a_plain_forward_pass(checkpoints):
     _, model, processor = checkpoints["dense"]
-    lm, questions = plugin.CompressedModel("tiny-llava", device="cpu"), B.load_questions("scenes/open", "test", 3)
+    lm, questions = (
+        plugin.CompressedModel("tiny-llava", device="cpu"),
+        B.load_questions("scenes/open", "test", 3),
+    )
     for said in ("red", "red large circle"):
-        for q, (loss, greedy) in zip(questions, losses(lm, requests_of(lm, questions, lambda q: " " + said))):
+        for q, (loss, greedy) in zip(
+            questions, losses(lm, requests_of(lm, questions, lambda q: " " + said))
+        ):
             content = [{"type": "image"}, {"type": "text", "text": q.prompt}]
-            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            start = processor(text=text, images=q.images[0], return_tensors="pt")["input_ids"].shape[1]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            start = processor(text=text, images=q.images[0], return_tensors="pt")[
+                "input_ids"
+            ].shape[1]
             inputs = processor(text=f"{text} {said}", images=q.images[0], return_tensors="pt")
-            with torch.inference_mode(): logp = model(**inputs).logits[0].log_softmax(-1)
+            with torch.inference_mode():
+                logp = model(**inputs).logits[0].log_softmax(-1)
             ids = inputs["input_ids"][0]
-            assert loss == pytest.approx(-sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids))) / (len(ids) - start), abs=1e-4)
+            assert loss == pytest.approx(
+                -sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids)))
+                / (len(ids) - start),
+                abs=1e-4,
+            )
             assert greedy == all(logp[i - 1].argmax() == ids[i] for i in range(start, len(ids)))
-    named = losses(lm, requests_of(lm, questions, lambda q: lambda row: row.answer))  # a target may be a function of the row
-    assert named == losses(lm, requests_of(lm, questions, lambda q: q.answer)) and any(greedy for _, greedy in named)
+    named = losses(
+        lm, requests_of(lm, questions, lambda q: lambda row: row.answer)
+    )  # a target may be a function of the row
+    assert named == losses(lm, requests_of(lm, questions, lambda q: q.answer)) and any(
+        greedy for _, greedy in named
+    )
 
 
 def test_images_are_padded_unless_told_otherwise(checkpoints):
     wide = SimpleNamespace(images=[Image.new("L", (8, 4), 255)], prompt="?")
     for square, size in ((True, (8, 8)), (False, (8, 4))):
         lm = plugin.CompressedModel("tiny-llava", device="cpu", square=square)
-        image, = lm.question(requests_of(lm, [wide], lambda q: {})[0]).images
+        (image,) = lm.question(requests_of(lm, [wide], lambda q: {})[0]).images
         assert image.size == size and image.mode == "RGB"
-    with pytest.raises(ValueError, match="str"): lm.question(requests_of(lm, [SimpleNamespace(images=["film.mp4"], prompt="?")], lambda q: {})[0])
+    with pytest.raises(ValueError, match="str"):
+        lm.question(
+            requests_of(lm, [SimpleNamespace(images=["film.mp4"], prompt="?")], lambda q: {})[0]
+        )
 
 
 def test_what_cannot_be_done_is_said():
-    with pytest.raises(ValueError, match="greedily"): plugin.settings({"do_sample": True, "temperature": .7})
-    with pytest.raises(ValueError, match="greedily"): plugin.settings({"num_beams": 3})
+    with pytest.raises(ValueError, match="greedily"):
+        plugin.settings({"do_sample": True, "temperature": 0.7})
+    with pytest.raises(ValueError, match="greedily"):
+        plugin.settings({"num_beams": 3})
     assert plugin.settings({"do_sample": True, "temperature": 0}) == (1024, ())
-    with pytest.raises(ValueError, match="unknown model_args pretraind"): plugin.CompressedModel("tiny-llava", pretraind="x")
-    with pytest.raises(ValueError, match="float8"): plugin.CompressedModel("tiny-llava", dtype="float8")
-    with pytest.raises(NotImplementedError, match="rounds"): plugin.CompressedModel("smoke-llava", device="cpu").generate_until_multi_round([])
+    with pytest.raises(ValueError, match="unknown model_args pretraind"):
+        plugin.CompressedModel("tiny-llava", pretraind="x")
+    with pytest.raises(ValueError, match="float8"):
+        plugin.CompressedModel("tiny-llava", dtype="float8")
+    with pytest.raises(NotImplementedError, match="rounds"):
+        plugin.CompressedModel("smoke-llava", device="cpu").generate_until_multi_round([])
 
 
 TASK = """
@@ -129,50 +174,125 @@ def tasks(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("tasks"), []
     for q in (q for kind in KINDS for q in B.load_questions(kind, "test", 12)):
         q.images[0].save(out := io.BytesIO(), "PNG")
-        rows.append({"id": q.id, "question": q.prompt, "answer": q.answer, "choices": list(q.candidates), "image": out.getvalue()})
+        rows.append(
+            {
+                "id": q.id,
+                "question": q.prompt,
+                "answer": q.answer,
+                "choices": list(q.candidates),
+                "image": out.getvalue(),
+            }
+        )
     pd.DataFrame(rows).to_parquet(folder / "rows.parquet")
     (folder / "utils.py").write_text(UTILS)
-    for name, kind, target, more in (("local_generate", "generate_until", "answer", GENERATE), ("local_choose", "multiple_choice", "place", CHOOSE)):
-        (folder / f"{name}.yaml").write_text(TASK.format(rows=folder / "rows.parquet", name=name, kind=kind, target=target, more=more))
+    for name, kind, target, more in (
+        ("local_generate", "generate_until", "answer", GENERATE),
+        ("local_choose", "multiple_choice", "place", CHOOSE),
+    ):
+        (folder / f"{name}.yaml").write_text(
+            TASK.format(
+                rows=folder / "rows.parquet", name=name, kind=kind, target=target, more=more
+            )
+        )
     return folder
 
 
 def run_harness(pretrained, tasks, out, launcher=()):
     "The command of the notebook, offline: results, and {task: answers in the order of the rows}."
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "hf"), "LMMS_EVAL_HOME": str(out / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "lmms_eval", "--model", "mllm_compress", "--model_args", f"pretrained={pretrained}", "--tasks",
-               "local_generate,local_choose", "--include_path", str(tasks), "--batch_size", "auto", "--device", "cpu", "--log_samples", "--output_path", str(out / "logs")]
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(out / "hf"),
+        "LMMS_EVAL_HOME": str(out / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        *(["-m"] if launcher else []),
+        "lmms_eval",
+        "--model",
+        "mllm_compress",
+        "--model_args",
+        f"pretrained={pretrained}",
+        "--tasks",
+        "local_generate,local_choose",
+        "--include_path",
+        str(tasks),
+        "--batch_size",
+        "auto",
+        "--device",
+        "cpu",
+        "--log_samples",
+        "--output_path",
+        str(out / "logs"),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     found = next((out / "logs").rglob("*_results.json"), None)  # where it fails, it still returns 0
     assert found, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads(found.read_text())["results"]
-    samples = {name: [json.loads(line) for line in next((out / "logs").rglob(f"*_samples_{name}.jsonl")).read_text().splitlines()] for name in ("local_generate", "local_choose")}
-    return results, {name: [s["filtered_resps"] for s in sorted(found, key=lambda s: s["doc_id"])] for name, found in samples.items()}
+    samples = {
+        name: [
+            json.loads(line)
+            for line in next((out / "logs").rglob(f"*_samples_{name}.jsonl"))
+            .read_text()
+            .splitlines()
+        ]
+        for name in ("local_generate", "local_choose")
+    }
+    return results, {
+        name: [s["filtered_resps"] for s in sorted(found, key=lambda s: s["doc_id"])]
+        for name, found in samples.items()
+    }
 
 
 @harness
-@pytest.mark.parametrize("name, launcher", [("dense", ()), ("blockwise", ()), ("blockwise", ("accelerate.commands.launch", "--cpu", "--num_processes", "2"))])
-def test_lmms_eval_gets_the_answers_of_our_own_evaluation(checkpoints, tasks, tmp_path, name, launcher):
+@pytest.mark.parametrize(
+    "name, launcher",
+    [
+        ("dense", ()),
+        ("blockwise", ()),
+        ("blockwise", ("accelerate.commands.launch", "--cpu", "--num_processes", "2")),
+    ],
+)
+def test_lmms_eval_gets_the_answers_of_our_own_evaluation(
+    checkpoints, tasks, tmp_path, name, launcher
+):
     pretrained, model, processor = checkpoints[name]
     results, said = run_harness(pretrained, tasks, tmp_path, launcher)
     _, ours = evaluate(model, processor, KINDS, limit=12, return_predictions=True)
-    assert [s[0] if isinstance(s, list) else s for s in said["local_generate"]] == ours.prediction.tolist()
-    assert results["local_generate"]["exact_match,none"] == pytest.approx((ours.prediction == ours.answer).mean())
-    assert results["local_choose"]["acc,none"] == pytest.approx((ours.candidate == ours.answer).mean())
-    assert name == "blockwise" or results["local_generate"]["exact_match,none"] > .8
+    assert [
+        s[0] if isinstance(s, list) else s for s in said["local_generate"]
+    ] == ours.prediction.tolist()
+    assert results["local_generate"]["exact_match,none"] == pytest.approx(
+        (ours.prediction == ours.answer).mean()
+    )
+    assert results["local_choose"]["acc,none"] == pytest.approx(
+        (ours.candidate == ours.answer).mean()
+    )
+    assert name == "blockwise" or results["local_generate"]["exact_match,none"] > 0.8
 
 
 @harness
 def test_the_entry_point_is_found():
     from lmms_eval.models import get_model, get_model_manifest
-    assert get_model_manifest("mllm_compress") == plugin.manifest() and get_model("mllm_compress") is plugin.CompressedModel
+
+    assert (
+        get_model_manifest("mllm_compress") == plugin.manifest()
+        and get_model("mllm_compress") is plugin.CompressedModel
+    )
 
 
 # answer parsing: lmms-eval's own functions, on answers that reach every branch and on thousands put together from pieces
 
+
 def readers(monkeypatch):
     "scorer -> lmms-eval's reading of (text, question)."
-    monkeypatch.setenv("OPENAI_API_KEY", "unused")  # its MathVista makes a client when it is imported
+    monkeypatch.setenv(
+        "OPENAI_API_KEY", "unused"
+    )  # its MathVista makes a client when it is imported
     from lmms_eval.api.metrics import anls, exact_match_hf_evaluate
     from lmms_eval.tasks._task_utils import mmmu_mcq_utils
     from lmms_eval.tasks.ai2d.utils import MultiChoiceRegexFilter
@@ -181,68 +301,192 @@ def readers(monkeypatch):
     from lmms_eval.tasks.mmmu.utils import evaluate_mmmu, mmmu_process_results
     from lmms_eval.tasks.pope.utils import pope_process_results
     from lmms_eval.tasks.scienceqa.utils import sqa_process_results
+
     judge, letters = MathVistaEvaluator(), MultiChoiceRegexFilter(regex_pattern="([A-Z])\\.")
     monkeypatch.setattr(judge, "create_test_prompt", lambda demo, query, response: response)
-    monkeypatch.setattr(judge, "get_chat_response", lambda prompt, **_: prompt)  # a judge that returns what it was given
+    monkeypatch.setattr(
+        judge, "get_chat_response", lambda prompt, **_: prompt
+    )  # a judge that returns what it was given
     monkeypatch.setattr(mmmu_mcq_utils, "random", SimpleNamespace(choice=lambda letters: "drawn"))
 
-    def same(text, answer): return exact_match_hf_evaluate([text.strip()], [answer], ignore_case=True, ignore_punctuation=True)["exact_match"]
+    def same(text, answer):
+        return exact_match_hf_evaluate(
+            [text.strip()], [answer], ignore_case=True, ignore_punctuation=True
+        )["exact_match"]
 
     def mmmu(text, q):
-        doc = {"id": "validation_Art_1", "question_type": "multiple-choice" if q["options"] else "open", "options": str(q["options"]), "answer": str(q["answer"])}
+        doc = {
+            "id": "validation_Art_1",
+            "question_type": "multiple-choice" if q["options"] else "open",
+            "options": str(q["options"]),
+            "answer": str(q["answer"]),
+        }
         found = mmmu_process_results(doc, [text.strip()])["mmmu_acc"]
-        return 1 / len(q["options"]) if found["parsed_pred"] == ["drawn"] else evaluate_mmmu([found])[1]["acc"]
+        return (
+            1 / len(q["options"])
+            if found["parsed_pred"] == ["drawn"]
+            else evaluate_mmmu([found])[1]["acc"]
+        )
 
     def mathvista(text, q):
-        kind, problem = "multi_choice" if q["options"] else "free_form", q | {"choices": q["options"], "query": ""}
+        kind, problem = (
+            "multi_choice" if q["options"] else "free_form",
+            q | {"choices": q["options"], "query": ""},
+        )
         read = judge.extract_answer(text.strip(), problem | {"question_type": kind})
-        return float(judge.safe_equal(judge.normalize_extracted_answer(read, q["options"], kind, q["answer_type"], q["precision"]), q["answer"]))
+        return float(
+            judge.safe_equal(
+                judge.normalize_extracted_answer(
+                    read, q["options"], kind, q["answer_type"], q["precision"]
+                ),
+                q["answer"],
+            )
+        )
+
     return {
-        "exact": lambda t, q: same(t, q["answer"]), "diagram": lambda t, q: same(letters.apply([[t]], [None])[0], q["answer"]),
-        "yes_no": lambda t, q: pope_process_results(q | {"question_id": 0}, [t.strip()])["pope_accuracy"]["score"],
-        "mme": lambda t, q: mme_process_results(q | {"question_id": 0, "category": "count"}, [t.strip()])["mme_perception_score"]["score"],
-        "letter": lambda t, q: sqa_process_results({"choices": q["options"], "answer": LETTERS.index(q["answer"])}, [t.strip()])["exact_match"],
-        "mmmu": mmmu, "anls": lambda t, q: anls(q["answer"], [t.strip()])["anls"], "mathvista": mathvista}
+        "exact": lambda t, q: same(t, q["answer"]),
+        "diagram": lambda t, q: same(letters.apply([[t]], [None])[0], q["answer"]),
+        "yes_no": lambda t, q: pope_process_results(q | {"question_id": 0}, [t.strip()])[
+            "pope_accuracy"
+        ]["score"],
+        "mme": lambda t, q: mme_process_results(
+            q | {"question_id": 0, "category": "count"}, [t.strip()]
+        )["mme_perception_score"]["score"],
+        "letter": lambda t, q: sqa_process_results(
+            {"choices": q["options"], "answer": LETTERS.index(q["answer"])}, [t.strip()]
+        )["exact_match"],
+        "mmmu": mmmu,
+        "anls": lambda t, q: anls(q["answer"], [t.strip()])["anls"],
+        "mathvista": mathvista,
+    }
 
 
-PIECES = ["A", "B", "b", "(A)", "(B)", "B.", "A.", "C", "USA", "made in", "yes", "Yes.", "no", "No", "not", "y", "n", "the answer is", "so", "therefore", "=", "12", "12.5", "1,250",
-          "3e2", "is", "result", "\n", ".", ",", "red", "blue", "a blue square", "[1, 2]", "-3", "+14", "014", "14.7", "0.6", "1.45", "result is \n", "?", "'", "Invoice", "ab",
-          "bill of sale", "t-shirt", "tshirt", "", " ", "  yes", "B. blue", "red blue", "['6', '7']", "6"]
+PIECES = [
+    "A",
+    "B",
+    "b",
+    "(A)",
+    "(B)",
+    "B.",
+    "A.",
+    "C",
+    "USA",
+    "made in",
+    "yes",
+    "Yes.",
+    "no",
+    "No",
+    "not",
+    "y",
+    "n",
+    "the answer is",
+    "so",
+    "therefore",
+    "=",
+    "12",
+    "12.5",
+    "1,250",
+    "3e2",
+    "is",
+    "result",
+    "\n",
+    ".",
+    ",",
+    "red",
+    "blue",
+    "a blue square",
+    "[1, 2]",
+    "-3",
+    "+14",
+    "014",
+    "14.7",
+    "0.6",
+    "1.45",
+    "result is \n",
+    "?",
+    "'",
+    "Invoice",
+    "ab",
+    "bill of sale",
+    "t-shirt",
+    "tshirt",
+    "",
+    " ",
+    "  yes",
+    "B. blue",
+    "red blue",
+    "['6', '7']",
+    "6",
+]
 MORE = {"options": ["red", "blue", "green"]}
 MATH = {"options": [], "precision": None}
-ASKED = {"exact": [{"answer": a} for a in ("tshirt", "red", "a blue square")], "yes_no": [{"answer": a} for a in ("yes", "No")], "mme": [{"answer": a} for a in ("Yes", "No")],
-         "letter": [{"answer": "B"} | MORE], "diagram": [{"answer": "B"} | MORE], "anls": [{"answer": ["invoice", "bill of sale"]}, {"answer": ["abcd"]}],
-         "mmmu": [{"answer": a, "options": ["red", "red blue", "a blue square"]} for a in "ABC"] + [{"answer": a} for a in ("12", "1250", "300", "red", ["6", "7"], "b", "12.5")],
-         "mathvista": [MATH | {"answer": "blue", "answer_type": "text"} | MORE, MATH | {"answer": "14", "answer_type": "integer"}, MATH | {"answer": "0.6", "answer_type": "float", "precision": 1.0},
-                       MATH | {"answer": "1.45", "answer_type": "float", "precision": 2}, MATH | {"answer": "12", "answer_type": "float"},
-                       MATH | {"answer": "[1, 2]", "answer_type": "list"}, MATH | {"answer": "red", "answer_type": "text"}]}
+ASKED = {
+    "exact": [{"answer": a} for a in ("tshirt", "red", "a blue square")],
+    "yes_no": [{"answer": a} for a in ("yes", "No")],
+    "mme": [{"answer": a} for a in ("Yes", "No")],
+    "letter": [{"answer": "B"} | MORE],
+    "diagram": [{"answer": "B"} | MORE],
+    "anls": [{"answer": ["invoice", "bill of sale"]}, {"answer": ["abcd"]}],
+    "mmmu": [{"answer": a, "options": ["red", "red blue", "a blue square"]} for a in "ABC"]
+    + [{"answer": a} for a in ("12", "1250", "300", "red", ["6", "7"], "b", "12.5")],
+    "mathvista": [
+        MATH | {"answer": "blue", "answer_type": "text"} | MORE,
+        MATH | {"answer": "14", "answer_type": "integer"},
+        MATH | {"answer": "0.6", "answer_type": "float", "precision": 1.0},
+        MATH | {"answer": "1.45", "answer_type": "float", "precision": 2},
+        MATH | {"answer": "12", "answer_type": "float"},
+        MATH | {"answer": "[1, 2]", "answer_type": "list"},
+        MATH | {"answer": "red", "answer_type": "text"},
+    ],
+}
 
 
 @harness
 @pytest.mark.parametrize("scorer", ASKED)
 def test_compat_reads_as_lmms_eval(scorer, monkeypatch):
     rng, theirs = random.Random(0), readers(monkeypatch)[scorer]
-    texts = PIECES + [joint.join(rng.choice(PIECES) for _ in range(rng.randint(2, 6))) for joint in (" ", "") for _ in range(1000)]
+    texts = PIECES + [
+        joint.join(rng.choice(PIECES) for _ in range(rng.randint(2, 6)))
+        for joint in (" ", "")
+        for _ in range(1000)
+    ]
     for question in ASKED[scorer]:
         question = {"options": []} | question
-        differ = [t for t in texts if SCORERS[scorer].read(t, question, "lmms-eval").value != pytest.approx(theirs(t, question))]
+        differ = [
+            t
+            for t in texts
+            if SCORERS[scorer].read(t, question, "lmms-eval").value
+            != pytest.approx(theirs(t, question))
+        ]
         assert not differ, f"{question}: {differ[:5]}"
 
 
 # the table of 15_scorers: (scorer, answer given, question, here, in lmms-eval), judged by hand
 TABLE = [
-    ("exact", "t-shirt", {"answer": "tshirt"}, 0, 1), ("yes_no", "Yes.", {"answer": "yes"}, 1, 0), ("mme", "y", {"answer": "Yes"}, 0, 1),
-    ("letter", "(B)", {"answer": "B"} | MORE, 1, 0), ("letter", "b", {"answer": "B"} | MORE, 0, 1), ("letter", "blue", {"answer": "B"} | MORE, 1, 0),
-    ("diagram", "The answer is B", {"answer": "B"} | MORE, 1, 0), ("mmmu", "?", {"answer": "B"} | MORE, 0, 1 / 3), ("mmmu", "made in USA", {"answer": "A"} | MORE, 0, 1),
-    ("mmmu", "7", {"answer": ["6", "7"]}, 1, 0), ("anls", "ab", {"answer": ["abcd"]}, 0, .5), ("anls", "bill  of  sale", {"answer": ["bill of sale"]}, 1, 1),
-    ("mathvista", "0.6", MATH | {"answer": "0.6", "answer_type": "float", "precision": 1.0}, 1, 0), ("mathvista", "It is 14.", MATH | {"answer": "14", "answer_type": "integer"}, 1, 0),
-    ("mathvista", "blu", MATH | {"answer": "blue", "answer_type": "text"} | MORE, 0, 1)]
+    ("exact", "t-shirt", {"answer": "tshirt"}, 0, 1),
+    ("yes_no", "Yes.", {"answer": "yes"}, 1, 0),
+    ("mme", "y", {"answer": "Yes"}, 0, 1),
+    ("letter", "(B)", {"answer": "B"} | MORE, 1, 0),
+    ("letter", "b", {"answer": "B"} | MORE, 0, 1),
+    ("letter", "blue", {"answer": "B"} | MORE, 1, 0),
+    ("diagram", "The answer is B", {"answer": "B"} | MORE, 1, 0),
+    ("mmmu", "?", {"answer": "B"} | MORE, 0, 1 / 3),
+    ("mmmu", "made in USA", {"answer": "A"} | MORE, 0, 1),
+    ("mmmu", "7", {"answer": ["6", "7"]}, 1, 0),
+    ("anls", "ab", {"answer": ["abcd"]}, 0, 0.5),
+    ("anls", "bill  of  sale", {"answer": ["bill of sale"]}, 1, 1),
+    ("mathvista", "0.6", MATH | {"answer": "0.6", "answer_type": "float", "precision": 1.0}, 1, 0),
+    ("mathvista", "It is 14.", MATH | {"answer": "14", "answer_type": "integer"}, 1, 0),
+    ("mathvista", "blu", MATH | {"answer": "blue", "answer_type": "text"} | MORE, 0, 1),
+]
 
 
 @pytest.mark.parametrize("scorer, text, question, here, there", TABLE)
 def test_where_we_differ_from_lmms_eval(scorer, text, question, here, there):
     question = {"options": []} | question
-    assert SCORERS[scorer].read(text, question).value == here and SCORERS[scorer].read(text, question, "lmms-eval").value == pytest.approx(there)
+    assert SCORERS[scorer].read(text, question).value == here and SCORERS[scorer].read(
+        text, question, "lmms-eval"
+    ).value == pytest.approx(there)
 
 
 @harness
@@ -254,24 +498,44 @@ def test_and_lmms_eval_does_what_the_table_says(scorer, text, question, here, th
 @harness
 def test_prompts_are_those_of_lmms_eval(root, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OPENAI_API_KEY", "unused")
-    import lmms_eval
-    import yaml
     from importlib import import_module
     from pathlib import Path
 
-    class Plain(yaml.SafeLoader): pass
+    import lmms_eval
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        pass
+
     Plain.add_constructor("!function", lambda loader, node: None)
     tasks = Path(lmms_eval.__file__).parent / "tasks"
 
-    def rows(*folders): return [r for (folder, _), rows in SETS.items() if folder in folders for r in rows]
+    def rows(*folders):
+        return [r for (folder, _), rows in SETS.items() if folder in folders for r in rows]
+
     for name, task, file, found in (
-            ("gqa", "gqa", "gqa.yaml", rows("GQA/testdev_balanced_instructions")), ("pope", "pope", "pope.yaml", rows("POPE/data")),
-            ("mme_perception", "mme", "mme.yaml", [r for r in rows("MME/data") if r["category"] != "code_reasoning"]),
-            ("sqa", "scienceqa", "scienceqa.yaml", rows("ScienceQA/ScienceQA-FULL")), ("ai2d", "ai2d", "ai2d.yaml", rows("ai2d/data")),
-            ("mmmu", "mmmu", "mmmu_val.yaml", rows("MMMU/data")), ("docvqa", "docvqa", "_default_template_docvqa_yaml", rows("DocVQA/DocVQA")),
-            ("mathvista", "mathvista", "mathvista_testmini_format.yaml", rows("MathVista/data"))):
-        told = yaml.load((tasks / task / file).read_text(), Plain)["lmms_eval_specific_kwargs"]["default"]
+        ("gqa", "gqa", "gqa.yaml", rows("GQA/testdev_balanced_instructions")),
+        ("pope", "pope", "pope.yaml", rows("POPE/data")),
+        (
+            "mme_perception",
+            "mme",
+            "mme.yaml",
+            [r for r in rows("MME/data") if r["category"] != "code_reasoning"],
+        ),
+        ("sqa", "scienceqa", "scienceqa.yaml", rows("ScienceQA/ScienceQA-FULL")),
+        ("ai2d", "ai2d", "ai2d.yaml", rows("ai2d/data")),
+        ("mmmu", "mmmu", "mmmu_val.yaml", rows("MMMU/data")),
+        ("docvqa", "docvqa", "_default_template_docvqa_yaml", rows("DocVQA/DocVQA")),
+        ("mathvista", "mathvista", "mathvista_testmini_format.yaml", rows("MathVista/data")),
+    ):
+        told = yaml.load((tasks / task / file).read_text(), Plain)["lmms_eval_specific_kwargs"][
+            "default"
+        ]
         utils = import_module(f"lmms_eval.tasks.{task}.utils")
-        text = next(getattr(utils, f"{short}_doc_to_text") for short in (task, "sqa") if hasattr(utils, f"{short}_doc_to_text"))
+        text = next(
+            getattr(utils, f"{short}_doc_to_text")
+            for short in (task, "sqa")
+            if hasattr(utils, f"{short}_doc_to_text")
+        )
         asked = {q.prompt for q in B.benchmark(name).load(split="test", limit=None, root=root)}
         assert asked == {text({"caption": "", "ocr": "", **row}, told) for row in found}, name

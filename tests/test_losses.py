@@ -1,12 +1,24 @@
 """The losses against independent implementations, written here with torch's own losses and explicit loops."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mllm_compress.recovery.losses import (COUNTS, DIVISORS, LOSSES, answer_positions, check_losses, count, hidden_kd, logits_kd, loss_terms,
-                                  reverse_logits_kd, sft)
+from mllm_compress.recovery.losses import (
+    COUNTS,
+    DIVISORS,
+    LOSSES,
+    answer_positions,
+    check_losses,
+    count,
+    hidden_kd,
+    logits_kd,
+    loss_terms,
+    reverse_logits_kd,
+    sft,
+)
 
 G = torch.Generator().manual_seed(0)
 B, S, V, H = 3, 7, 11, 5
@@ -18,7 +30,10 @@ LABELS[0, 3:5], LABELS[1, 2:6], LABELS[2, 6] = torch.tensor([4, 2]), torch.tenso
 
 def loop_kl(p_logits, q_logits, temperature):
     "KL(p ‖ q) of two rows of logits, by the definition, in plain Python."
-    p, q = (torch.tensor([math.exp(x / temperature) for x in row.tolist()], dtype=torch.float64) for row in (p_logits, q_logits))
+    p, q = (
+        torch.tensor([math.exp(x / temperature) for x in row.tolist()], dtype=torch.float64)
+        for row in (p_logits, q_logits)
+    )
     p, q = p / p.sum(), q / q.sum()
     return sum(float(a) * math.log(float(a) / float(b)) for a, b in zip(p, q))
 
@@ -27,33 +42,66 @@ def state(positions):
     "What a training step hands to the losses."
     where, targets = answer_positions(LABELS)
     at = where if positions == "answer" else torch.ones(B, S, dtype=torch.bool)
-    return {"answer_logits": STUDENT[where], "targets": targets, "student_logits": STUDENT[at], "teacher_logits": TEACHER[at],
-            "student_hidden": HIDDEN_S[at], "teacher_hidden": HIDDEN_T[at], "temperature": 2.0}
+    return {
+        "answer_logits": STUDENT[where],
+        "targets": targets,
+        "student_logits": STUDENT[at],
+        "teacher_logits": TEACHER[at],
+        "student_hidden": HIDDEN_S[at],
+        "teacher_hidden": HIDDEN_T[at],
+        "temperature": 2.0,
+    }
 
 
 def terms(losses, positions):
-    return dict(zip(losses, loss_terms(losses, state(positions), count(LABELS), positions).tolist()))
+    return dict(
+        zip(losses, loss_terms(losses, state(positions), count(LABELS), positions).tolist())
+    )
 
 
-ANSWERS = [(b, t) for b in range(B) for t in range(S - 1) if LABELS[b, t + 1] != -100]  # positions that predict an answer token
+ANSWERS = [
+    (b, t) for b in range(B) for t in range(S - 1) if LABELS[b, t + 1] != -100
+]  # positions that predict an answer token
 
 
 def test_counts():
-    assert dict(zip(COUNTS, count(LABELS).tolist())) == {"answers": 7, "positions": B * S, "rows": B}
+    assert dict(zip(COUNTS, count(LABELS).tolist())) == {
+        "answers": 7,
+        "positions": B * S,
+        "rows": B,
+    }
 
 
 def test_sft_is_the_mean_cross_entropy_of_the_answers():
-    expected = sum(-math.log(math.exp(STUDENT[b, t, LABELS[b, t + 1]]) / STUDENT[b, t].exp().sum().item()) for b, t in ANSWERS) / 7
+    expected = (
+        sum(
+            -math.log(math.exp(STUDENT[b, t, LABELS[b, t + 1]]) / STUDENT[b, t].exp().sum().item())
+            for b, t in ANSWERS
+        )
+        / 7
+    )
     assert terms({"sft": 1}, "answer")["sft"] == pytest.approx(expected, rel=1e-5)
-    assert terms({"sft": 1}, "all")["sft"] == pytest.approx(F.cross_entropy(STUDENT[:, :-1].reshape(-1, V), LABELS[:, 1:].reshape(-1)).item(), rel=1e-6)
+    assert terms({"sft": 1}, "all")["sft"] == pytest.approx(
+        F.cross_entropy(STUDENT[:, :-1].reshape(-1, V), LABELS[:, 1:].reshape(-1)).item(), rel=1e-6
+    )
 
 
 def test_per_answer_token():
     found = terms(dict.fromkeys(LOSSES, 1.0), "answer")
-    assert found["logits_kd"] == pytest.approx(4 * sum(loop_kl(TEACHER[b, t], STUDENT[b, t], 2) for b, t in ANSWERS) / 7, rel=1e-5)
-    assert found["reverse_logits_kd"] == pytest.approx(4 * sum(loop_kl(STUDENT[b, t], TEACHER[b, t], 2) for b, t in ANSWERS) / 7, rel=1e-5)
+    assert found["logits_kd"] == pytest.approx(
+        4 * sum(loop_kl(TEACHER[b, t], STUDENT[b, t], 2) for b, t in ANSWERS) / 7, rel=1e-5
+    )
+    assert found["reverse_logits_kd"] == pytest.approx(
+        4 * sum(loop_kl(STUDENT[b, t], TEACHER[b, t], 2) for b, t in ANSWERS) / 7, rel=1e-5
+    )
     assert found["hidden_kd"] == pytest.approx(
-        sum(sum((x - y) ** 2 for x, y in zip(HIDDEN_S[b, t].tolist(), HIDDEN_T[b, t].tolist())) / H for b, t in ANSWERS) / 7, rel=1e-5)
+        sum(
+            sum((x - y) ** 2 for x, y in zip(HIDDEN_S[b, t].tolist(), HIDDEN_T[b, t].tolist())) / H
+            for b, t in ANSWERS
+        )
+        / 7,
+        rel=1e-5,
+    )
 
 
 def test_the_originals_normalisation_over_all_positions():
@@ -63,21 +111,43 @@ def test_the_originals_normalisation_over_all_positions():
     kl = F.kl_div(log_s, log_t, reduction="sum", log_target=True) * 2**2 / B
     rkl = F.kl_div(log_t, log_s, reduction="sum", log_target=True) * 2**2 / B
     l2 = F.mse_loss(HIDDEN_S, HIDDEN_T)
-    assert found["logits_kd"] == pytest.approx(kl.item(), rel=1e-5) and found["reverse_logits_kd"] == pytest.approx(rkl.item(), rel=1e-5)
+    assert found["logits_kd"] == pytest.approx(kl.item(), rel=1e-5) and found[
+        "reverse_logits_kd"
+    ] == pytest.approx(rkl.item(), rel=1e-5)
     assert found["hidden_kd"] == pytest.approx(l2.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", [{"logits_kd": 1}, {"reverse_logits_kd": 1}, {"hidden_kd": 1}, {"hidden_kd": 1, "logits_kd": 1},
-                                     {"hidden_kd": 1, "reverse_logits_kd": 1}, {"sft": 0.5, "hidden_kd": 0.5}])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"logits_kd": 1},
+        {"reverse_logits_kd": 1},
+        {"hidden_kd": 1},
+        {"hidden_kd": 1, "logits_kd": 1},
+        {"hidden_kd": 1, "reverse_logits_kd": 1},
+        {"sft": 0.5, "hidden_kd": 0.5},
+    ],
+)
 @pytest.mark.parametrize("positions", DIVISORS)
 def test_parts_of_a_batch_add_up_to_the_whole(weights, positions):
     whole, counts = loss_terms(weights, state(positions), count(LABELS), positions), count(LABELS)
     rows = [len(v) for v in (state(positions)["answer_logits"], state(positions)["student_logits"])]
     parts = []
     for half in (0, 1):
-        cut = lambda v, n: v[:n // 2] if half == 0 else v[n // 2:]
-        parts.append(loss_terms(weights, {k: v if k == "temperature" else cut(v, rows[k not in ("answer_logits", "targets")])
-                                          for k, v in state(positions).items()}, counts, positions))
+        cut = lambda v, n: v[: n // 2] if half == 0 else v[n // 2 :]
+        parts.append(
+            loss_terms(
+                weights,
+                {
+                    k: v
+                    if k == "temperature"
+                    else cut(v, rows[k not in ("answer_logits", "targets")])
+                    for k, v in state(positions).items()
+                },
+                counts,
+                positions,
+            )
+        )
     torch.testing.assert_close(parts[0] + parts[1], whole)
 
 
@@ -85,25 +155,38 @@ def test_an_identical_teacher_costs_nothing_and_pulls_nowhere():
     x = STUDENT[0].clone().requires_grad_()
     for loss in (logits_kd, reverse_logits_kd, hidden_kd):
         value = loss(x, x.detach()).sum()
-        gradient, = torch.autograd.grad(value, x)
+        (gradient,) = torch.autograd.grad(value, x)
         assert value.abs() < 1e-5 and gradient.abs().max() < 1e-6
 
 
 def test_temperature_squared_keeps_the_gradient():
     "For high temperatures the gradient no longer depends on T (Hinton et al. 2015, eq. 4)."
+
     def gradient(temperature):
         x = STUDENT[0].clone().requires_grad_()
         return torch.autograd.grad(logits_kd(x, TEACHER[0], temperature).sum(), x)[0]
+
     torch.testing.assert_close(gradient(1e3), gradient(2e3), rtol=1e-2, atol=1e-4)
 
 
 def test_half_precision_states_are_compared_in_float32():
     big = torch.full((1, 4), 60_000.0, dtype=torch.float16)
     assert hidden_kd(big, -big).item() == pytest.approx(1.2e5**2, rel=1e-3)
-    assert sft(torch.full((1, 4), 6e4, dtype=torch.float16), torch.tensor([2])).item() == pytest.approx(math.log(4), rel=1e-4)
+    assert sft(
+        torch.full((1, 4), 6e4, dtype=torch.float16), torch.tensor([2])
+    ).item() == pytest.approx(math.log(4), rel=1e-4)
 
 
-@pytest.mark.parametrize("losses, says", [({"l2": 1}, "unknown loss 'l2'; known: sft"), ({}, "no loss given"), ({"sft": 0}, "positive"),
-                                          ({"sft": float("nan")}, "positive"), ({"sft": -1}, "positive")])
+@pytest.mark.parametrize(
+    "losses, says",
+    [
+        ({"l2": 1}, "unknown loss 'l2'; known: sft"),
+        ({}, "no loss given"),
+        ({"sft": 0}, "positive"),
+        ({"sft": float("nan")}, "positive"),
+        ({"sft": -1}, "positive"),
+    ],
+)
 def test_wrong_losses(losses, says):
-    with pytest.raises(ValueError, match=says): check_losses(losses)
+    with pytest.raises(ValueError, match=says):
+        check_losses(losses)

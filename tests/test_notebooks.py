@@ -1,4 +1,5 @@
 """Notebooks and package in step, parameters strict, and every study notebook runs."""
+
 import difflib
 import shutil
 import subprocess
@@ -10,10 +11,18 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress.study import workers as executors, stages as experiment, store
 from mllm_compress.reporting import notebooks
+from mllm_compress.reporting.notebooks import (
+    check_parameters,
+    execute,
+    experiments_of,
+    parameters_of,
+    parse_parameter,
+)
+from mllm_compress.study import stages as experiment
+from mllm_compress.study import store
+from mllm_compress.study import workers as executors
 from mllm_compress.study.experiments import Experiment, load_profile
-from mllm_compress.reporting.notebooks import experiments_of, check_parameters, choose, execute, parameters_of, parse_parameter
 
 ROOT = Path(__file__).parent.parent
 STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))
@@ -22,23 +31,49 @@ LIBRARY = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     nbdev = pytest.importorskip("nbdev.export")
-    for name in ("settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    for name in ("settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     package = tmp_path / "mllm_compress"
     package.mkdir()
     code = "import sys\nfrom nbdev.export import nb_export\nfor nb in sys.argv[2:]: nb_export(nb, sys.argv[1])"
-    sources = [str(p.relative_to(ROOT)) for p in LIBRARY if "default_exp" in p.read_text(encoding="utf-8")]
-    subprocess.run([sys.executable, "-c", code, "mllm_compress", *sources], cwd=tmp_path, check=True, timeout=300)
-    ours = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "mllm_compress").glob("*.py") if not p.name.startswith("_")}
-    fresh = {p.name: p.read_text(encoding="utf-8") for p in package.glob("*.py") if not p.name.startswith("_")}
+    sources = [
+        str(p.relative_to(ROOT)) for p in LIBRARY if "default_exp" in p.read_text(encoding="utf-8")
+    ]
+    subprocess.run(
+        [sys.executable, "-c", code, "mllm_compress", *sources],
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
+    ours = {
+        p.name: p.read_text(encoding="utf-8")
+        for p in (ROOT / "mllm_compress").glob("*.py")
+        if not p.name.startswith("_")
+    }
+    fresh = {
+        p.name: p.read_text(encoding="utf-8")
+        for p in package.glob("*.py")
+        if not p.name.startswith("_")
+    }
     assert set(ours) == set(fresh)
     for name in ours:
-        assert ours[name] == fresh[name], "".join(list(difflib.unified_diff(ours[name].splitlines(1), fresh[name].splitlines(1), f"mllm_compress/{name}", "notebook"))[:30])
+        assert ours[name] == fresh[name], "".join(
+            list(
+                difflib.unified_diff(
+                    ours[name].splitlines(1),
+                    fresh[name].splitlines(1),
+                    f"mllm_compress/{name}",
+                    "notebook",
+                )
+            )[:30]
+        )
 
 
 def test_parameters_tag_survives_cleaning(tmp_path):
     pytest.importorskip("nbdev.clean")
-    for name in ("settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
+    for name in ("settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "nbs/study", tmp_path / "nbs/study")
     (tmp_path / "mllm_compress").mkdir()
     code = "from nbdev.clean import nbdev_clean; nbdev_clean()"
@@ -51,8 +86,18 @@ def test_parameters_tag_survives_cleaning(tmp_path):
 def test_lessons_of_the_library_notebooks_hold(tmp_path):
     "Every cell of every library notebook runs, its assertions included, in a copy of this checkout."
     pytest.importorskip("nbdev.test")
-    checkout = shutil.copytree(ROOT, tmp_path / "checkout", ignore=shutil.ignore_patterns(".git", ".venv*", ".pytest_cache", "__pycache__", "runs"))
-    done = subprocess.run([sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()"], cwd=checkout, capture_output=True, text=True, timeout=900)
+    checkout = shutil.copytree(
+        ROOT,
+        tmp_path / "checkout",
+        ignore=shutil.ignore_patterns(".git", ".venv*", ".pytest_cache", "__pycache__", "runs"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0 and "Success." in done.stdout, done.stderr[-6000:]
 
 
@@ -61,44 +106,72 @@ def test_study_notebooks_have_a_skeleton_and_no_machine_paths(path):
     nb = nbformat.read(path, 4)
     assert nb.cells[0].source.startswith("# ") and "\n> " in nb.cells[0].source
     assert all(p.comment for p in parameters_of(nb).values())
-    assert not any(place in path.read_text(encoding="utf-8") for place in ("/work/", "/tmp/", "/home/", "/root/"))
+    assert not any(
+        place in path.read_text(encoding="utf-8")
+        for place in ("/work/", "/tmp/", "/home/", "/root/")
+    )
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 def test_library_notebooks_show_nothing_of_the_machine_that_ran_them(path):
     outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
-    assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"]  # warnings and progress bars
+    assert not [
+        o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"
+    ]  # warnings and progress bars
     assert not [o for o in outputs if o.output_type == "error"]
-    assert not any(place in str(o) for o in outputs for place in ("/work/", "/tmp/", "/home/", "/root/"))
+    assert not any(
+        place in str(o) for o in outputs for place in ("/work/", "/tmp/", "/home/", "/root/")
+    )
 
 
 def demo(source: str):
     "A notebook with this parameters cell."
-    return new_notebook(cells=[new_code_cell(source, metadata={"tags": ["parameters"]}), new_code_cell("cells = seeds", metadata={"tags": ["grid"]})])
+    return new_notebook(
+        cells=[
+            new_code_cell(source, metadata={"tags": ["parameters"]}),
+            new_code_cell("cells = seeds", metadata={"tags": ["grid"]}),
+        ]
+    )
 
 
 GOOD = 'profile: str = "quick"  # which\nseeds: list = [0]  # which draws\nlr: float = 1.0  # rate\nfast: bool = False  # or slow'
 
 
-@pytest.mark.parametrize("given", [{"seed": [0]}, {"seeds": 0}, {"profile": 3}, {"lr": "1"}, {"lr": True}, {"fast": 1}])
+@pytest.mark.parametrize(
+    "given", [{"seed": [0]}, {"seeds": 0}, {"profile": 3}, {"lr": "1"}, {"lr": True}, {"fast": 1}]
+)
 def test_wrong_parameters_are_errors_that_list_the_right_ones(given):
-    with pytest.raises(ValueError, match="(?s)The notebook has:.*seeds: list = .0.  # which draws"): check_parameters(demo(GOOD), given)
+    with pytest.raises(ValueError, match="(?s)The notebook has:.*seeds: list = .0.  # which draws"):
+        check_parameters(demo(GOOD), given)
 
 
 def test_right_parameters_pass_and_reach_the_grid():
     assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
-    assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and experiments_of(demo(GOOD)) == [0]
-    assert parse_parameter("seeds=[0, 1]") == ("seeds", [0, 1]) and parse_parameter("profile=tiny") == ("profile", "tiny")
-    assert parse_parameter("lr=1e-3") == ("lr", .001) and parse_parameter("lrs=[1e-3, 2]") == ("lrs", [.001, 2]) and parse_parameter("name=1e") == ("name", "1e")
-    with pytest.raises(ValueError, match="seeds is given twice"): notebooks.parse_parameters(["seeds=[0]", "seeds=[1]"])
+    assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and experiments_of(
+        demo(GOOD)
+    ) == [0]
+    assert parse_parameter("seeds=[0, 1]") == ("seeds", [0, 1]) and parse_parameter(
+        "profile=tiny"
+    ) == ("profile", "tiny")
+    assert (
+        parse_parameter("lr=1e-3") == ("lr", 0.001)
+        and parse_parameter("lrs=[1e-3, 2]") == ("lrs", [0.001, 2])
+        and parse_parameter("name=1e") == ("name", "1e")
+    )
+    with pytest.raises(ValueError, match="seeds is given twice"):
+        notebooks.parse_parameters(["seeds=[0]", "seeds=[1]"])
 
 
-@pytest.mark.parametrize("source", ["seeds = [0]", "seeds: list = range(3)", "import os", "seeds: list"])
+@pytest.mark.parametrize(
+    "source", ["seeds = [0]", "seeds: list = range(3)", "import os", "seeds: list"]
+)
 def test_a_parameters_cell_holds_annotated_literals_only(source):
-    with pytest.raises(ValueError): parameters_of(demo(source))
+    with pytest.raises(ValueError):
+        parameters_of(demo(source))
 
 
 # ---- when a notebook is up to date
+
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
@@ -107,33 +180,62 @@ def world(tmp_path, monkeypatch):
     (tmp_path / "settings.ini").touch()
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "nbs/study/01_table.ipynb"
-    grid = new_code_cell("from mllm_compress.study.experiments import Experiment\ncells = [Experiment('smoke-llava')]", metadata={"tags": ["grid"]})
-    nbformat.write(new_notebook(cells=[new_code_cell('profile: str = "smoke"  # scale', metadata={"tags": ["parameters"]}), grid]), source)
+    grid = new_code_cell(
+        "from mllm_compress.study.experiments import Experiment\ncells = [Experiment('smoke-llava')]",
+        metadata={"tags": ["grid"]},
+    )
+    nbformat.write(
+        new_notebook(
+            cells=[
+                new_code_cell('profile: str = "smoke"  # scale', metadata={"tags": ["parameters"]}),
+                grid,
+            ]
+        ),
+        source,
+    )
     smoke = load_profile("smoke")
-    results, inputs = executors.results_of(smoke), experiment.identity(Experiment("smoke-llava"), smoke)
+    results, inputs = (
+        executors.results_of(smoke),
+        experiment.identity(Experiment("smoke-llava"), smoke),
+    )
     store.write(results, inputs, {"rows": [{"score": 50}], "record": {"seconds": 1}})
-    world = SimpleNamespace(runs=0, leaves={"01_table-scores.csv": "50"}, results=results, inputs=inputs, figures=tmp_path / "figures/smoke", source=source, fails=False)
+    world = SimpleNamespace(
+        runs=0,
+        leaves={"01_table-scores.csv": "50"},
+        results=results,
+        inputs=inputs,
+        figures=tmp_path / "figures/smoke",
+        source=source,
+        fails=False,
+    )
 
     def run(path, part, given):
         world.runs += 1
-        for name, text in world.leaves.items(): (world.figures / name).write_text(text)
-        if world.fails: raise RuntimeError("in its last cell")
+        for name, text in world.leaves.items():
+            (world.figures / name).write_text(text)
+        if world.fails:
+            raise RuntimeError("in its last cell")
         return nbformat.read(path, 4)
 
     monkeypatch.setattr(notebooks, "_executed", run)
-    world.execute = lambda **given: notebooks.execute("01_table", source, {"profile": "smoke"} | given)
+    world.execute = lambda **given: notebooks.execute(
+        "01_table", source, {"profile": "smoke"} | given
+    )
     return world
 
 
 def test_a_notebook_is_run_again_when_what_it_shows_has_changed(world):
-    world.execute(); world.execute()
+    world.execute()
+    world.execute()
     assert world.runs == 1
     store.write(world.results, world.inputs, {"rows": [{"score": 50}], "record": {"seconds": 99}})
     world.execute()
     assert world.runs == 1, "how long a cell took is not shown"
     store.write(world.results, world.inputs, {"rows": [{"score": 51}], "record": {"seconds": 1}})
     world.execute()
-    assert world.runs == 2, "computed again, as on another machine, with another score under the same name"
+    assert world.runs == 2, (
+        "computed again, as on another machine, with another score under the same name"
+    )
     nb = nbformat.read(world.source, 4)
     nb.cells.append(new_code_cell("1 + 1"))
     nbformat.write(nb, world.source)
@@ -148,7 +250,9 @@ def test_files_of_a_notebook_are_its_own(world):
     (world.figures / "01_table-scores.csv").write_text("somebody's")
     world.execute()
     assert world.runs == 2 and (world.figures / "01_table-scores.csv").read_text() == "50"
-    assert [p.name for p in world.figures.glob("01_table-*")] == ["01_table-scores.csv"], "what is no longer written goes"
+    assert [p.name for p in world.figures.glob("01_table-*")] == ["01_table-scores.csv"], (
+        "what is no longer written goes"
+    )
 
 
 def test_a_run_that_fails_halfway_is_not_taken_for_a_whole_one(world):
@@ -156,7 +260,8 @@ def test_a_run_that_fails_halfway_is_not_taken_for_a_whole_one(world):
     world.fails, world.leaves = True, {"01_table-scores.csv": "-1"}
     nb = nbformat.read(world.source, 4)
     nbformat.write(new_notebook(cells=[*nb.cells, new_code_cell("1 / 0")]), world.source)
-    with pytest.raises(RuntimeError): world.execute()
+    with pytest.raises(RuntimeError):
+        world.execute()
     nbformat.write(nb, world.source)
     world.fails, world.leaves = False, {"01_table-scores.csv": "50"}
     world.execute()
@@ -168,15 +273,21 @@ def test_a_notebook_without_cells_belongs_to_its_models_and_its_machine(world, m
     nb.cells = nb.cells[:1]
     here = notebooks.made_from(nb, {}, [], smoke)
     monkeypatch.setattr(notebooks.platform, "node", lambda: "elsewhere")
-    assert notebooks.made_from(nb, {}, [], smoke) != here and notebooks.made_from(demo(GOOD), {}, [], smoke) == notebooks.made_from(demo(GOOD), {}, [], smoke)
+    assert notebooks.made_from(nb, {}, [], smoke) != here and notebooks.made_from(
+        demo(GOOD), {}, [], smoke
+    ) == notebooks.made_from(demo(GOOD), {}, [], smoke)
     monkeypatch.setattr(notebooks, "model_identity", lambda source: "another")
-    assert notebooks.made_from(demo(GOOD), {}, [], smoke) not in (here, notebooks.made_from(nb, {}, [], smoke))
+    assert notebooks.made_from(demo(GOOD), {}, [], smoke) not in (
+        here,
+        notebooks.made_from(nb, {}, [], smoke),
+    )
 
 
 def test_a_lost_tag_is_an_error():
     nb = demo(GOOD)
     nb.cells[0].metadata.tags = []
-    with pytest.raises(ValueError, match="one cell tagged 'parameters'"): parameters_of(nb)
+    with pytest.raises(ValueError, match="one cell tagged 'parameters'"):
+        parameters_of(nb)
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +299,16 @@ def checkout(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("path", [p for p in STUDY if not p.stem.startswith("00")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in STUDY if not p.stem.startswith("00")], ids=lambda p: p.stem
+)
 def test_study_notebook_runs_at_smoke(path, checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     target = execute(path.stem, checkout / "nbs/study" / path.name, {"profile": "smoke"})
     nb = nbformat.read(target, 4)
-    assert not any(o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    assert not any(
+        o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs
+    )
     assert list(target.parent.glob(f"{path.stem}-*.csv")) and nb.metadata.mllm_compress.made_from
     before = target.stat().st_mtime_ns
     execute(path.stem, checkout / "nbs/study" / path.name, {"profile": "smoke"})
@@ -202,8 +317,16 @@ def test_study_notebook_runs_at_smoke(path, checkout, monkeypatch):
 
 def test_the_page_is_self_contained(checkout, monkeypatch):
     from mllm_compress.reporting import page as site
+
     monkeypatch.chdir(checkout)
     page = site.build("smoke").read_text(encoding="utf-8")
-    assert 'src="data:image/png;base64,' in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
-    assert not any(f'{attribute}="http' in page for attribute in ("src", "href")) and "<script" not in page
+    assert (
+        'src="data:image/png;base64,' in page
+        and "prefers-color-scheme: dark" in page
+        and "width=device-width" in page
+    )
+    assert (
+        not any(f'{attribute}="http' in page for attribute in ("src", "href"))
+        and "<script" not in page
+    )
     assert str(checkout) not in page

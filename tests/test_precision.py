@@ -1,4 +1,5 @@
 """Half precision is for weights; a profile that asks for the fastest precision gets one that the machine computes in, named in the result."""
+
 from dataclasses import replace
 
 import pytest
@@ -12,16 +13,24 @@ from mllm_compress.zoo.models import load_model
 
 def test_fastest_precision_is_settled_and_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cell, profile = Experiment("tiny-llava", "layerwise", .3, recovery="sft", fraction=.05), load_profile("quick")
+    cell, profile = (
+        Experiment("tiny-llava", "layerwise", 0.3, recovery="sft", fraction=0.05),
+        load_profile("quick"),
+    )
     names = {}
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
-        assert experiment.precision_here() == precision == experiment.recovery_config(cell, profile).precision
+        assert (
+            experiment.precision_here()
+            == precision
+            == experiment.recovery_config(cell, profile).precision
+        )
         names[precision] = experiment.identity(cell, profile)["recovery"]["precision"]
     assert names == {"bf16": "bf16", "fp32": "fp32"}
 
 
-def rotary(model) -> torch.Tensor: return model.model.language_model.rotary_emb.inv_freq
+def rotary(model) -> torch.Tensor:
+    return model.model.language_model.rotary_emb.inv_freq
 
 
 @pytest.mark.parametrize("name", ["smoke-llava", "smoke-bunny", "tiny-llava"])
@@ -35,7 +44,7 @@ def test_half_precision_is_for_weights(name):
 def test_a_student_trained_in_float32_goes_back_to_half_without_its_frequencies(tmp_path):
     profile = load_profile("smoke")
     profile = replace(profile, dtype="bfloat16", recovery=profile.recovery | {"precision": "bf16"})
-    cell = Experiment("smoke-llava", "layerwise", .3, recovery="sft", fraction=.5)
+    cell = Experiment("smoke-llava", "layerwise", 0.3, recovery="sft", fraction=0.5)
     student, *_ = experiment.student_of(cell, profile, Store(tmp_path), "cpu")
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert torch.equal(rotary(student), rotary(load_model("smoke-llava")[0]))

@@ -1,18 +1,29 @@
 """Plans select what they should, and applying them is exact for every family and every kind of plan."""
+
 import copy
 import json
 
+import pruning_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import pruning_cases as cases
 from mllm_compress.anatomy.families import anatomy, lm_parameters
-from mllm_compress.pruning.slicing import (
-    PruningPlan, apply_plan, draw_plan, is_nested, layers_for_ratio, make_plan, plan_combined, plan_layerwise, plan_none,
-    plan_widthwise, silence)
 from mllm_compress.importance.scores import LayerScores, WidthScores
+from mllm_compress.pruning.slicing import (
+    PruningPlan,
+    apply_plan,
+    draw_plan,
+    is_nested,
+    layers_for_ratio,
+    make_plan,
+    plan_combined,
+    plan_layerwise,
+    plan_none,
+    plan_widthwise,
+    silence,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +32,7 @@ def llama():
 
 
 # ---- the contract: every architecture, every kind of plan
+
 
 @pytest.mark.parametrize("kind", cases.KINDS)
 @pytest.mark.parametrize("name", cases.LMS + cases.MLLMS)
@@ -37,25 +49,43 @@ def test_contract(name, kind):
     assert (pruned - cases.logits(model, batch)).abs().max() > 1e-3
 
     # the closed form is what was removed
-    assert 1 - lm_parameters(small) / lm_parameters(model) == pytest.approx(plan.achieved_ratio, abs=1e-12)
+    assert 1 - lm_parameters(small) / lm_parameters(model) == pytest.approx(
+        plan.achieved_ratio, abs=1e-12
+    )
 
     # the cache agrees with its absence, also behind left padding
     assert torch.equal(cases.greedy(small, batch, True), cases.greedy(small, batch, False))
 
     # indices and counts say what the weights are
     parts = anatomy(small)
-    assert [parts.attention(i).layer_idx for i in range(parts.num_layers)] == list(range(len(plan.layers)))
-    assert parts.text_config.num_hidden_layers == len(plan.layers) == len(getattr(parts.text_config, "layer_types", None) or plan.layers)
+    assert [parts.attention(i).layer_idx for i in range(parts.num_layers)] == list(
+        range(len(plan.layers))
+    )
+    assert (
+        parts.text_config.num_hidden_layers
+        == len(plan.layers)
+        == len(getattr(parts.text_config, "layer_types", None) or plan.layers)
+    )
     for new, old in enumerate(plan.layers):
         size = plan.meta["sizes"][old]
         heads = len(plan.heads.get(old, range(size["heads"])))
-        assert (parts.groups(new), parts.neurons(new)) == (heads, len(plan.neurons.get(old, range(size["neurons"]))))
+        assert (parts.groups(new), parts.neurons(new)) == (
+            heads,
+            len(plan.neurons.get(old, range(size["neurons"]))),
+        )
         assert parts.attention(new).config.num_key_value_heads == heads
-        assert parts.attention(new).config.num_attention_heads == heads * parts.queries_per_group(new)
+        assert parts.attention(new).config.num_attention_heads == heads * parts.queries_per_group(
+            new
+        )
 
     # the original is untouched and shares nothing
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.config.to_dict() == config
-    assert not {p.data_ptr() for p in small.parameters()} & {p.data_ptr() for p in model.parameters()}
+    assert (
+        all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        and model.config.to_dict() == config
+    )
+    assert not {p.data_ptr() for p in small.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
 
 
 @pytest.mark.parametrize("name", cases.LMS[1::2] + cases.MLLMS)
@@ -64,12 +94,16 @@ def test_removing_units_that_output_nothing_changes_nothing(name):
     plan = cases.plan(model, "blockwise")
     quiet = silence(model, plan)
     batch = cases.inputs(model)
-    assert (cases.logits(apply_plan(quiet, plan), batch) - cases.logits(quiet, batch)).abs().max() < 1e-9
+    assert (
+        cases.logits(apply_plan(quiet, plan), batch) - cases.logits(quiet, batch)
+    ).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", ["llama-3x2", "phi3-3x2", "qwen2-3x2", "phi-4x1"])
 def test_pruned_model_trains_copies_and_switches_attention(name):
-    model = cases.build(name, dtype=torch.float32) # eager masks of transformers overflow in float64
+    model = cases.build(
+        name, dtype=torch.float32
+    )  # eager masks of transformers overflow in float64
     small = apply_plan(model, cases.plan(model, "blockwise"))
     batch = cases.inputs(model)
     expected = cases.logits(small, batch)
@@ -82,14 +116,20 @@ def test_pruned_model_trains_copies_and_switches_attention(name):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("first,second", [("uniform", "blockwise"), ("blockwise", "layerwise"), ("layerwise", "uniform")])
+@pytest.mark.parametrize(
+    "first,second", [("uniform", "blockwise"), ("blockwise", "layerwise"), ("layerwise", "uniform")]
+)
 def test_a_pruned_model_can_be_pruned_again(first, second):
     model = cases.build("qwen2-3x2")
     once = apply_plan(model, cases.plan(model, first))
     plan = cases.plan(once, second)
     twice, batch = apply_plan(once, plan), cases.inputs(model)
-    assert (cases.logits(twice, batch) - cases.logits(silence(once, plan), batch)).abs().max() < 1e-9
-    assert lm_parameters(twice) / lm_parameters(once) == pytest.approx(1 - plan.achieved_ratio, abs=1e-12)
+    assert (
+        cases.logits(twice, batch) - cases.logits(silence(once, plan), batch)
+    ).abs().max() < 1e-9
+    assert lm_parameters(twice) / lm_parameters(once) == pytest.approx(
+        1 - plan.achieved_ratio, abs=1e-12
+    )
 
 
 def test_sliding_layers_keep_their_windows():
@@ -115,9 +155,12 @@ def test_copying_never_holds_what_is_thrown_away(llama):
     def watch(self, memo):
         copied.append(self.numel())
         return deepcopy(self, memo)
+
     torch.nn.Parameter.__deepcopy__ = watch
-    try: small = apply_plan(llama, plan)
-    finally: torch.nn.Parameter.__deepcopy__ = deepcopy
+    try:
+        small = apply_plan(llama, plan)
+    finally:
+        torch.nn.Parameter.__deepcopy__ = deepcopy
     assert sum(copied) == sum(p.numel() for p in small.parameters())
 
 
@@ -136,6 +179,7 @@ def test_half_precision_stays():
 
 # ---- golden: what the original implementation selects
 
+
 def plain_taylor(model, ids, importance):
     "First-order scores from all gradients at once, written independently of the package."
     model.zero_grad()
@@ -145,9 +189,14 @@ def plain_taylor(model, ids, importance):
         for slot in parts.linears(i):
             weight = slot.module.weight
             product = weight * weight.grad
-            channels = product.sum(1 - slot.axis).abs() if importance == "vectorize" else product.abs().sum(1 - slot.axis)
+            channels = (
+                product.sum(1 - slot.axis).abs()
+                if importance == "vectorize"
+                else product.abs().sum(1 - slot.axis)
+            )
             total = scores[slot.kind].setdefault(i, torch.zeros(slot.units))
-            for unit in range(slot.units): total[unit] += channels[slot.unit_index(unit)].sum()
+            for unit in range(slot.units):
+                total[unit] += channels[slot.unit_index(unit)].sum()
     return WidthScores(scores["head"], scores["neuron"], "taylor", {})
 
 
@@ -157,36 +206,73 @@ def test_golden_widthwise(golden, case):
     ids = load_file(golden / case / "calibration.safetensors")["input_ids"]
     for expected in json.loads((golden / case / "expected.json").read_text()):
         scores = plain_taylor(model, ids, expected["importance"])
-        plan = plan_widthwise(model, scores, channel_ratio=expected["channel_ratio"],
-                              attention_layers=range(*expected["attention_layers"]), mlp_layers=range(*expected["mlp_layers"]))
-        removed = {str(i): {k: list(plan.removed(k, i)) for k in ("heads", "neurons")} for i in plan.layers
-                   if plan.removed("heads", i) or plan.removed("neurons", i)}
+        plan = plan_widthwise(
+            model,
+            scores,
+            channel_ratio=expected["channel_ratio"],
+            attention_layers=range(*expected["attention_layers"]),
+            mlp_layers=range(*expected["mlp_layers"]),
+        )
+        removed = {
+            str(i): {k: list(plan.removed(k, i)) for k in ("heads", "neurons")}
+            for i in plan.layers
+            if plan.removed("heads", i) or plan.removed("neurons", i)
+        }
         assert removed == expected["removed"]
         count = lambda m: sum(p.numel() for p in m.parameters())
-        assert (count(model), count(apply_plan(model, plan))) == (expected["params_before"], expected["params_after"])
+        assert (count(model), count(apply_plan(model, plan))) == (
+            expected["params_before"],
+            expected["params_after"],
+        )
 
 
 def test_golden_layerwise(golden):
     from transformers import AutoModelForImageTextToText
+
     expected = json.loads((golden / "layerwise_llava" / "expected.json").read_text())
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(golden / "layerwise_llava"))
-    plan = plan_layerwise(model, LayerScores(torch.tensor(expected["block_influence_sum"]), "block_influence", {}), n_layers=4)
-    assert plan.meta["removal_order"] == expected["removed_4"] and plan.removed_layers == tuple(sorted(expected["removed_4"]))
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(golden / "layerwise_llava")
+        )
+    plan = plan_layerwise(
+        model,
+        LayerScores(torch.tensor(expected["block_influence_sum"]), "block_influence", {}),
+        n_layers=4,
+    )
+    assert plan.meta["removal_order"] == expected["removed_4"] and plan.removed_layers == tuple(
+        sorted(expected["removed_4"])
+    )
 
 
-@pytest.mark.parametrize("channels,ratio,per_unit,removed", [
-    (4096, 0.2, 128, 6), (4096, 0.4, 128, 12), (11008, 0.2, 1, 2202), (48, 0.2, 8, 1), (48, 0.4, 8, 2), (120, 0.2, 1, 24),
-    (120, 0.7, 1, 84), (10, 0.3, 1, 3), (10, 0.9, 1, 10)])
+@pytest.mark.parametrize(
+    "channels,ratio,per_unit,removed",
+    [
+        (4096, 0.2, 128, 6),
+        (4096, 0.4, 128, 12),
+        (11008, 0.2, 1, 2202),
+        (48, 0.2, 8, 1),
+        (48, 0.4, 8, 2),
+        (120, 0.2, 1, 24),
+        (120, 0.7, 1, 84),
+        (10, 0.3, 1, 3),
+        (10, 0.9, 1, 10),
+    ],
+)
 def test_reference_rounding(channels, ratio, per_unit, removed):
     from mllm_compress.pruning.plans import reference_count
+
     assert reference_count(channels, ratio, per_unit) == removed
 
 
 # ---- plans
 
+
 def random_layers(model, seed=0):
-    return LayerScores(torch.rand(anatomy(model).num_layers, generator=torch.Generator().manual_seed(seed)), "random", {})
+    return LayerScores(
+        torch.rand(anatomy(model).num_layers, generator=torch.Generator().manual_seed(seed)),
+        "random",
+        {},
+    )
 
 
 def test_layerwise_takes_the_nearest_count(llama):
@@ -194,23 +280,29 @@ def test_layerwise_takes_the_nearest_count(llama):
     for ratio in [i / 50 for i in range(38)]:
         plan = plan_layerwise(llama, scores, ratio=ratio)
         n = len(plan.removed_layers)
-        assert abs(n * one - ratio) <= abs((n + 1) * one - ratio) and abs(n * one - ratio) <= abs((n - 1) * one - ratio) + 1e-12
+        assert (
+            abs(n * one - ratio) <= abs((n + 1) * one - ratio)
+            and abs(n * one - ratio) <= abs((n - 1) * one - ratio) + 1e-12
+        )
         assert plan.achieved_ratio == pytest.approx(n * one) and plan.requested_ratio == ratio
         assert plan.removed_layers == tuple(sorted(scores.values.argsort()[:n].tolist()))
     assert layers_for_ratio(llama, 1.5 * one - 1e-9) == 1 and layers_for_ratio(llama, 0) == 0
 
 
 def test_layerwise_lowest_contiguous_and_explicit(llama):
-    blocks = LayerScores(torch.tensor([.5, .4, .1, .3, .9]), "angular_distance", {"n": 2})
+    blocks = LayerScores(torch.tensor([0.5, 0.4, 0.1, 0.3, 0.9]), "angular_distance", {"n": 2})
     assert plan_layerwise(llama, blocks, n_layers=2).removed_layers == (2, 3)
     one = plan_layerwise(llama, layers=[0]).achieved_ratio
     assert plan_layerwise(llama, blocks, ratio=2.2 * one).removed_layers == (2, 3)
-    with pytest.raises(ValueError, match=r"blocks of 2 layers, but 3.*n=3"): plan_layerwise(llama, blocks, n_layers=3)
+    with pytest.raises(ValueError, match=r"blocks of 2 layers, but 3.*n=3"):
+        plan_layerwise(llama, blocks, n_layers=3)
     assert plan_layerwise(llama, layers=[4, 1]).removed_layers == (1, 4)
 
 
 @pytest.mark.parametrize("name", ["llama-4x1", "qwen2-3x2", "phi-4x1", "phi3-3x2"])
-@pytest.mark.parametrize("shape,round_to", [("blockwise", 1), ("uniform", 1), ("blockwise", 8), ("uniform", 8)])
+@pytest.mark.parametrize(
+    "shape,round_to", [("blockwise", 1), ("uniform", 1), ("blockwise", 8), ("uniform", 8)]
+)
 def test_budget_is_hit_and_nested(name, shape, round_to):
     model = cases.build(name, intermediate_size=48)
     scores, previous = cases.width_scores(model), plan_none(model)
@@ -221,30 +313,47 @@ def test_budget_is_hit_and_nested(name, shape, round_to):
         plan = plan_widthwise(model, scores, ratio=ratio, shape=shape, round_to=round_to)
         assert abs(plan.achieved_ratio - ratio) <= step / 2 + 1e-12 and is_nested(plan, previous)
         assert all(len(v) % round_to == 0 for v in plan.neurons.values())
-        counts = {(len(plan.heads.get(i, range(size["heads"]))), len(plan.neurons.get(i, range(size["neurons"])))) for i in plan.layers}
+        counts = {
+            (
+                len(plan.heads.get(i, range(size["heads"]))),
+                len(plan.neurons.get(i, range(size["neurons"]))),
+            )
+            for i in plan.layers
+        }
         assert shape == "blockwise" or len(counts) == 1
-        if shape == "blockwise": assert not {0, 3} & (set(plan.heads) | set(plan.neurons))
+        if shape == "blockwise":
+            assert not {0, 3} & (set(plan.heads) | set(plan.neurons))
         previous = plan
 
 
 def test_lowest_scores_go_ties_by_index(llama):
-    scores = WidthScores({i: torch.tensor([.2, .1, .1, .9]) for i in range(6)},
-                         {i: torch.arange(40).flip(0).float() for i in range(6)}, "hand", {})
+    scores = WidthScores(
+        {i: torch.tensor([0.2, 0.1, 0.1, 0.9]) for i in range(6)},
+        {i: torch.arange(40).flip(0).float() for i in range(6)},
+        "hand",
+        {},
+    )
     plan = plan_widthwise(llama, scores, channel_ratio=0.5, protect=(2, 1))
     assert set(plan.heads) == {2, 3, 4} and plan.removed("heads", 2) == (1, 2)
     assert plan.removed("neurons", 3) == tuple(range(20, 40)) and plan.removed("neurons", 0) == ()
 
 
 def test_combined_takes_layers_then_width(llama):
-    plan = plan_combined(llama, random_layers(llama), cases.width_scores(llama), ratio=0.5, layer_share=0.4)
+    plan = plan_combined(
+        llama, random_layers(llama), cases.width_scores(llama), ratio=0.5, layer_share=0.4
+    )
     lone = plan_layerwise(llama, random_layers(llama), ratio=0.2)
     assert plan.layers == lone.layers and plan.method == "layerwise+widthwise"
-    assert abs(plan.achieved_ratio - 0.5) <= plan.meta["sizes"][0]["head_parameters"] / 2 / lm_parameters(llama)
+    assert abs(plan.achieved_ratio - 0.5) <= plan.meta["sizes"][0][
+        "head_parameters"
+    ] / 2 / lm_parameters(llama)
 
 
 def test_round_to_applies_to_attention_channels_too(llama):
     plan = plan_widthwise(llama, cases.width_scores(llama), ratio=0.4, shape="uniform", round_to=16)
-    assert {len(v) * 8 % 16 for v in plan.heads.values()} == {0} and {len(v) % 16 for v in plan.neurons.values()} == {0}
+    assert {len(v) * 8 % 16 for v in plan.heads.values()} == {0} and {
+        len(v) % 16 for v in plan.neurons.values()
+    } == {0}
 
 
 def test_plan_survives_json_prints_and_draws(llama):
@@ -252,68 +361,124 @@ def test_plan_survives_json_prints_and_draws(llama):
     again = PruningPlan.from_json(plan.to_json())
     assert again == plan and isinstance(next(iter(again.heads)), int)
     text = str(plan)
-    assert "requested 50.0%" in text and f"achieved {plan.achieved_ratio:.1%}" in text and "neurons" in text
+    assert (
+        "requested 50.0%" in text
+        and f"achieved {plan.achieved_ratio:.1%}" in text
+        and "neurons" in text
+    )
     axes = draw_plan(plan)
     grid = axes[0].images[0].get_array()
     for i in range(plan.num_layers):
         kept = plan.heads.get(i, range(4)) if i in plan.layers else ()
         assert grid[i].nonzero()[0].tolist() == list(kept)
-    with pytest.raises(TypeError, match="colour"): PruningPlan.from_json(json.dumps({**json.loads(plan.to_json()), "colour": 1}))
-    with pytest.raises(AttributeError): plan.layers = ()
+    with pytest.raises(TypeError, match="colour"):
+        PruningPlan.from_json(json.dumps({**json.loads(plan.to_json()), "colour": 1}))
+    with pytest.raises(AttributeError):
+        plan.layers = ()
 
 
 def test_plans_work_on_the_meta_device():
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(cases.lm_config("phi3-3x2"))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(cases.lm_config("phi3-3x2"))
     plan = plan_widthwise(model, cases.width_scores(model), ratio=0.2)
-    assert lm_parameters(apply_plan(model, plan)) == round(lm_parameters(model) * (1 - plan.achieved_ratio))
+    assert lm_parameters(apply_plan(model, plan)) == round(
+        lm_parameters(model) * (1 - plan.achieved_ratio)
+    )
 
 
 def test_study_ratios_of_llava_7b():
     from transformers import LlavaConfig, LlavaForConditionalGeneration
-    with torch.device("meta"): model = LlavaForConditionalGeneration(LlavaConfig())
+
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig())
     ratios = [plan_layerwise(model, layers=range(n)).achieved_ratio for n in (5, 10, 15, 20)]
     assert [round(r, 3) for r in ratios] == [0.150, 0.300, 0.451, 0.601]
-    scores = WidthScores({i: torch.rand(32) for i in range(32)}, {i: torch.rand(11008) for i in range(32)}, "random", {})
-    plan = plan_widthwise(model, scores, channel_ratio=0.2, attention_layers=range(3, 21), mlp_layers=range(3, 20))
+    scores = WidthScores(
+        {i: torch.rand(32) for i in range(32)},
+        {i: torch.rand(11008) for i in range(32)},
+        "random",
+        {},
+    )
+    plan = plan_widthwise(
+        model, scores, channel_ratio=0.2, attention_layers=range(3, 21), mlp_layers=range(3, 20)
+    )
     removed = 18 * 6 * 4 * 128 * 4096 + 17 * 2202 * 3 * 4096
-    assert plan.achieved_ratio == pytest.approx(removed / lm_parameters(model)) and 0.10 < plan.achieved_ratio < 0.11
+    assert (
+        plan.achieved_ratio == pytest.approx(removed / lm_parameters(model))
+        and 0.10 < plan.achieved_ratio < 0.11
+    )
 
 
 # ---- bad input
 
-@pytest.mark.parametrize("call,message", [
-    (lambda m, l, w: plan_layerwise(m, l, ratio=1.2), r"outside \[0, 0.95\)"),
-    (lambda m, l, w: plan_layerwise(m, l, ratio=-0.1), r"outside \[0, 0.95\)"),
-    (lambda m, l, w: plan_layerwise(m, l, ratio=0.94), r"most this plan can remove is 0\.\d+"),
-    (lambda m, l, w: plan_layerwise(m, l), "exactly one of ratio, n_layers and layers"),
-    (lambda m, l, w: plan_layerwise(m, l, ratio=.1, n_layers=2), "exactly one"),
-    (lambda m, l, w: plan_layerwise(m, ratio=.1), "scores are needed"),
-    (lambda m, l, w: plan_layerwise(m, l, n_layers=6), "n_layers must be in 0 … 5"),
-    (lambda m, l, w: plan_layerwise(m, layers=[9]), "in 0 … 5"),
-    (lambda m, l, w: plan_layerwise(m, LayerScores(torch.rand(9), "r", {}), n_layers=1), "9 scores do not fit 6 layers"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=0.9), r"most this plan can remove is 0\.\d+.*Protect fewer"),
-    (lambda m, l, w: plan_widthwise(m, w), "either ratio or channel_ratio"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, channel_ratio=.1), "either ratio or channel_ratio"),
-    (lambda m, l, w: plan_widthwise(m, w, channel_ratio=1.0), r"outside \[0, 1\)"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, mlp_layers=[1]), "belong to channel_ratio"),
-    (lambda m, l, w: plan_widthwise(m, w, channel_ratio=.1, mlp_layers=[7]), "not all among 0-5"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, shape="round"), "blockwise or uniform"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, shape="uniform", protect=(1, 1)), "thins every layer alike"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, protect=(3, 3)), "leaves none"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, round_to=0), "round_to"),
-    (lambda m, l, w: plan_widthwise(m, WidthScores({}, {}, "r", {}), ratio=.1), "no scores for"),
-    (lambda m, l, w: plan_widthwise(m, w, ratio=.1, base=plan_layerwise(m, l, n_layers=3)), "base plan alone removes"),
-    (lambda m, l, w: plan_combined(m, l, w, ratio=.4, layer_share=2), r"outside \[0, 1\]"),
-    (lambda m, l, w: make_plan(m, layers=[0, 7]), "must lie in 0 … 5"),
-    (lambda m, l, w: make_plan(m, heads={1: []}), "at least one must stay"),
-    (lambda m, l, w: make_plan(m, layers=[0], heads={1: [0]}), "not kept"),
-    (lambda m, l, w: make_plan(m, heads={1: [0, 0]}), "ascending and distinct"),
-    (lambda m, l, w: make_plan(m, neurons={1: [40]}), "must lie in 0 … 39")])
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda m, l, w: plan_layerwise(m, l, ratio=1.2), r"outside \[0, 0.95\)"),
+        (lambda m, l, w: plan_layerwise(m, l, ratio=-0.1), r"outside \[0, 0.95\)"),
+        (lambda m, l, w: plan_layerwise(m, l, ratio=0.94), r"most this plan can remove is 0\.\d+"),
+        (lambda m, l, w: plan_layerwise(m, l), "exactly one of ratio, n_layers and layers"),
+        (lambda m, l, w: plan_layerwise(m, l, ratio=0.1, n_layers=2), "exactly one"),
+        (lambda m, l, w: plan_layerwise(m, ratio=0.1), "scores are needed"),
+        (lambda m, l, w: plan_layerwise(m, l, n_layers=6), "n_layers must be in 0 … 5"),
+        (lambda m, l, w: plan_layerwise(m, layers=[9]), "in 0 … 5"),
+        (
+            lambda m, l, w: plan_layerwise(m, LayerScores(torch.rand(9), "r", {}), n_layers=1),
+            "9 scores do not fit 6 layers",
+        ),
+        (
+            lambda m, l, w: plan_widthwise(m, w, ratio=0.9),
+            r"most this plan can remove is 0\.\d+.*Protect fewer",
+        ),
+        (lambda m, l, w: plan_widthwise(m, w), "either ratio or channel_ratio"),
+        (
+            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, channel_ratio=0.1),
+            "either ratio or channel_ratio",
+        ),
+        (lambda m, l, w: plan_widthwise(m, w, channel_ratio=1.0), r"outside \[0, 1\)"),
+        (
+            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, mlp_layers=[1]),
+            "belong to channel_ratio",
+        ),
+        (
+            lambda m, l, w: plan_widthwise(m, w, channel_ratio=0.1, mlp_layers=[7]),
+            "not all among 0-5",
+        ),
+        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="round"), "blockwise or uniform"),
+        (
+            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="uniform", protect=(1, 1)),
+            "thins every layer alike",
+        ),
+        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, protect=(3, 3)), "leaves none"),
+        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, round_to=0), "round_to"),
+        (
+            lambda m, l, w: plan_widthwise(m, WidthScores({}, {}, "r", {}), ratio=0.1),
+            "no scores for",
+        ),
+        (
+            lambda m, l, w: plan_widthwise(m, w, ratio=0.1, base=plan_layerwise(m, l, n_layers=3)),
+            "base plan alone removes",
+        ),
+        (lambda m, l, w: plan_combined(m, l, w, ratio=0.4, layer_share=2), r"outside \[0, 1\]"),
+        (lambda m, l, w: make_plan(m, layers=[0, 7]), "must lie in 0 … 5"),
+        (lambda m, l, w: make_plan(m, heads={1: []}), "at least one must stay"),
+        (lambda m, l, w: make_plan(m, layers=[0], heads={1: [0]}), "not kept"),
+        (lambda m, l, w: make_plan(m, heads={1: [0, 0]}), "ascending and distinct"),
+        (lambda m, l, w: make_plan(m, neurons={1: [40]}), "must lie in 0 … 39"),
+    ],
+)
 def test_bad_requests_are_named(llama, call, message):
-    with pytest.raises(ValueError, match=message): call(llama, random_layers(llama), cases.width_scores(llama))
+    with pytest.raises(ValueError, match=message):
+        call(llama, random_layers(llama), cases.width_scores(llama))
 
 
 def test_a_plan_for_another_model_is_refused(llama):
     plan = plan_layerwise(llama, layers=[1])
-    for other in (cases.build("llama-4x1"), cases.build("phi-4x1", num_hidden_layers=6), cases.build("llama-4x1", num_hidden_layers=6, intermediate_size=41)):
-        with pytest.raises(ValueError, match="made for llama with 6 layers"): apply_plan(other, plan)
+    for other in (
+        cases.build("llama-4x1"),
+        cases.build("phi-4x1", num_hidden_layers=6),
+        cases.build("llama-4x1", num_hidden_layers=6, intermediate_size=41),
+    ):
+        with pytest.raises(ValueError, match="made for llama with 6 layers"):
+            apply_plan(other, plan)

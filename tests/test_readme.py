@@ -1,4 +1,5 @@
 """The README says what the index notebook says, and its numbers are those of the committed results."""
+
 import json
 from pathlib import Path
 
@@ -12,16 +13,23 @@ def test_readme_is_the_index_notebook():
     cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
     for cell in cells:
         if cell["cell_type"] == "markdown":
-            for line in "".join(cell["source"]).replace("](../", "](").splitlines(): assert line in readme, line
+            for line in "".join(cell["source"]).replace("](../", "](").splitlines():
+                assert line in readme, line
 
 
 def test_readme_shows_what_the_index_notebook_shows():
     readme = (ROOT / "README.md").read_text()
     cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
-    shown = ["".join(o["data"]["text/markdown"]) for c in cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    shown = [
+        "".join(o["data"]["text/markdown"])
+        for c in cells
+        for o in c.get("outputs", [])
+        if "text/markdown" in o.get("data", {})
+    ]
     assert len(shown) == 3 and "## Four lines" in readme
     for text in shown:
-        for line in text.replace("](../", "](").splitlines(): assert line in readme, line
+        for line in text.replace("](../", "](").splitlines():
+            assert line in readme, line
 
 
 def test_readme_tells_the_verdicts_of_the_results():
@@ -29,18 +37,25 @@ def test_readme_tells_the_verdicts_of_the_results():
     readme = (ROOT / "README.md").read_text()
     for name in ("02_pruning-verdict", "05_data-verdict", "06_best-recovery"):
         verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
-        row = next(line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line)
-        ends = [Estimate(**f(verdict["effects"].values(), key=lambda e: e["value"])) for f in (min, max)]
+        row = next(
+            line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line
+        )
+        ends = [
+            Estimate(**f(verdict["effects"].values(), key=lambda e: e["value"])) for f in (min, max)
+        ]
         assert f"**{verdict['word']}**" in row and all(format(e, "+1") in row for e in ends)
     assert verdict["basis"] in readme  # n, seeds and profile
 
 
 def test_readme_points_at_files_that_exist():
     import re
+
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        if "://" not in target: assert (ROOT / target).exists(), target
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
 
 
 def test_the_two_commands_are_in_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("study", "test"): assert f"make {target}" in (ROOT / "README.md").read_text() and f"\n{target}: " in makefile
+    for target in ("study", "test"):
+        assert f"make {target}" in (ROOT / "README.md").read_text() and f"\n{target}: " in makefile

@@ -1,5 +1,5 @@
 """Everything works on converted checkpoints of the three real layouts: the way a practitioner goes, from a folder to a smaller one."""
-import dataclasses
+
 import json
 import os
 import subprocess
@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from original_layouts import NAMES, instruction_json, with_tokenizer
+from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress import recovery
 from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
 from mllm_compress.checkpoint.folders import load_pruned, save_pruned
-from mllm_compress.zoo.convert import convert
 from mllm_compress.cost.arithmetic import closed_parameters, cost_report, shape_of_model
 from mllm_compress.data.instructions import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
@@ -20,15 +20,15 @@ from mllm_compress.importance.criteria import block_influence, width_importance
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.teacher_cache import weights_hash
+from mllm_compress.zoo.convert import convert
 from mllm_compress.zoo.models import load_model
-from original_layouts import NAMES, instruction_json, with_tokenizer
-from test_benchmarks import root  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def case(request, golden, tmp_path_factory):
     "A converted model with processor, training data and calibration batches."
-    if request.param == "internvl": pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it")
+    if request.param == "internvl":
+        pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it")
     work = tmp_path_factory.mktemp(request.param)
     out = convert(with_tokenizer(golden / "original_layout", request.param, work), work / "native")
     model, processor = load_model(str(out))
@@ -46,8 +46,15 @@ def scores(case):
 def test_anatomy_and_counts(case):
     name, model, *_ = case
     parts, dims = anatomy(model), model.config.get_text_config()
-    assert parts.num_layers == dims.num_hidden_layers and parts.groups(0) == dims.num_key_value_heads and parts.neurons(0) == dims.intermediate_size
-    assert closed_parameters(model.config, shape_of_model(model)) == part_parameters(model) and min(part_parameters(model).values()) > 0
+    assert (
+        parts.num_layers == dims.num_hidden_layers
+        and parts.groups(0) == dims.num_key_value_heads
+        and parts.neurons(0) == dims.intermediate_size
+    )
+    assert (
+        closed_parameters(model.config, shape_of_model(model)) == part_parameters(model)
+        and min(part_parameters(model).values()) > 0
+    )
 
 
 def test_a_batch_is_what_the_processor_makes_of_each_entry(case):
@@ -57,13 +64,32 @@ def test_a_batch_is_what_the_processor_makes_of_each_entry(case):
         batch = collate([samples[i]])
         asked = samples.samples[i]["conversations"][0]["value"].replace("<image>\n", "")
         image = samples.image(i)
-        turn = [{"role": "user", "content": [{"type": "image"}] * (image is not None) + [{"type": "text", "text": asked}]}]
-        prompt = processor(images=image, text=processor.apply_chat_template(turn, add_generation_prompt=True), return_tensors="pt")
+        turn = [
+            {
+                "role": "user",
+                "content": [{"type": "image"}] * (image is not None)
+                + [{"type": "text", "text": asked}],
+            }
+        ]
+        prompt = processor(
+            images=image,
+            text=processor.apply_chat_template(turn, add_generation_prompt=True),
+            return_tensors="pt",
+        )
         size = prompt["input_ids"].shape[1]
-        assert batch["input_ids"][0, :size].tolist() == prompt["input_ids"][0].tolist() and (batch["labels"][0, :size] == -100).all()
-        if image is not None: assert torch.equal(batch["pixel_values"], prompt["pixel_values"])
-        said = processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0][batch["labels"][0] != -100])
-        assert "".join(said).replace("▁", "")[:-len(said[-1])] == samples.samples[i]["conversations"][1]["value"]
+        assert (
+            batch["input_ids"][0, :size].tolist() == prompt["input_ids"][0].tolist()
+            and (batch["labels"][0, :size] == -100).all()
+        )
+        if image is not None:
+            assert torch.equal(batch["pixel_values"], prompt["pixel_values"])
+        said = processor.tokenizer.convert_ids_to_tokens(
+            batch["input_ids"][0][batch["labels"][0] != -100]
+        )
+        assert (
+            "".join(said).replace("▁", "")[: -len(said[-1])]
+            == samples.samples[i]["conversations"][1]["value"]
+        )
         assert said[-1] == {"llava": "</s>", "bunny": "<|endoftext|>", "internvl": "<|end|>"}[name]
 
 
@@ -72,22 +98,33 @@ def test_scores_are_about_every_unit(case, scores):
     layers, width = scores
     parts = anatomy(model)
     assert len(layers.values) == parts.num_layers and (layers.values > 0).all()
-    for i in range(parts.num_layers): assert len(width.heads[i]) == parts.groups(i) and len(width.neurons[i]) == parts.neurons(i) and width.neurons[i].isfinite().all()
+    for i in range(parts.num_layers):
+        assert (
+            len(width.heads[i]) == parts.groups(i)
+            and len(width.neurons[i]) == parts.neurons(i)
+            and width.neurons[i].isfinite().all()
+        )
 
 
-STOCK = ("import sys, torch; from transformers import AutoModelForImageTextToText as A; from safetensors.torch import load_file\n"
-         "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(report.values()), report\n"
-         "batch = load_file(sys.argv[1] + '.case'); logits = batch.pop('logits')\n"
-         "with torch.no_grad(): assert torch.allclose(m.eval()(**batch).logits, logits, atol=1e-4, rtol=1e-4)\n"
-         "assert 'mllm_compress' not in sys.modules; print(type(m).__name__)")
+STOCK = (
+    "import sys, torch; from transformers import AutoModelForImageTextToText as A; from safetensors.torch import load_file\n"
+    "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(report.values()), report\n"
+    "batch = load_file(sys.argv[1] + '.case'); logits = batch.pop('logits')\n"
+    "with torch.no_grad(): assert torch.allclose(m.eval()(**batch).logits, logits, atol=1e-4, rtol=1e-4)\n"
+    "assert 'mllm_compress' not in sys.modules; print(type(m).__name__)"
+)
 
 
 def planned(name, model, scores, kind):
     "A plan of each kind; with long rope, Phi-3's config takes fewer neurons but not fewer heads (transformers 5.24), so it loses neurons."
-    if kind == "layerwise": return plan_layerwise(model, scores[0], ratio=.2)
+    if kind == "layerwise":
+        return plan_layerwise(model, scores[0], ratio=0.2)
     everywhere = range(anatomy(model).num_layers)
-    if (name, kind) == ("internvl", "uniform"): return plan_widthwise(model, scores[1], channel_ratio=.4, attention_layers=(), mlp_layers=everywhere)
-    return plan_widthwise(model, scores[1], ratio=.2, shape=kind)
+    if (name, kind) == ("internvl", "uniform"):
+        return plan_widthwise(
+            model, scores[1], channel_ratio=0.4, attention_layers=(), mlp_layers=everywhere
+        )
+    return plan_widthwise(model, scores[1], ratio=0.2, shape=kind)
 
 
 @pytest.mark.parametrize("kind", ["layerwise", "uniform", "blockwise"])
@@ -96,42 +133,84 @@ def test_plans_apply_save_and_reload(case, scores, kind, tmp_path):
     plan = planned(name, model, scores, kind)
     small = apply_plan(model, plan)
     removed = 1 - lm_parameters(small) / lm_parameters(model)
-    assert removed == pytest.approx(plan.achieved_ratio) and .05 < removed < .35
+    assert removed == pytest.approx(plan.achieved_ratio) and 0.05 < removed < 0.35
     batch = {k: v for k, v in batches[0].items() if k != "labels"}
-    with torch.no_grad(): logits = small(**batch).logits
+    with torch.no_grad():
+        logits = small(**batch).logits
     save_pruned(small, plan, tmp_path / "small", processor=processor, card={"Where from": name})
     card = (tmp_path / "small/README.md").read_text()
-    assert f"{part_parameters(small)['lm']:,}" in card and name in card and ("load_pruned" in card) == (kind == "blockwise")
+    assert (
+        f"{part_parameters(small)['lm']:,}" in card
+        and name in card
+        and ("load_pruned" in card) == (kind == "blockwise")
+    )
     again, words, same = load_pruned(tmp_path / "small")
-    with torch.no_grad(): assert torch.equal(again(**batch).logits, logits) and same == plan
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, logits) and same == plan
     assert type(words) is type(processor)
-    if kind == "blockwise": return
+    if kind == "blockwise":
+        return
     from safetensors.torch import save_file
-    save_file({k: v.contiguous() for k, v in (batch | {"logits": logits}).items()}, tmp_path / "small.case")
-    run = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "small")], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    save_file(
+        {k: v.contiguous() for k, v in (batch | {"logits": logits}).items()},
+        tmp_path / "small.case",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", STOCK, str(tmp_path / "small")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0 and "ForConditionalGeneration" in run.stdout, run.stderr[-2000:]
 
 
-def test_heads_cut_uniformly_load_by_load_pruned_where_no_stock_config_takes_them(case, scores, tmp_path):
+def test_heads_cut_uniformly_load_by_load_pruned_where_no_stock_config_takes_them(
+    case, scores, tmp_path
+):
     name, model, *_ = case
-    plan = plan_widthwise(model, scores[1], ratio=.2, shape="uniform")
+    plan = plan_widthwise(model, scores[1], ratio=0.2, shape="uniform")
     save_pruned(apply_plan(model, plan), plan, tmp_path / "small")
-    assert ("load_pruned" in (tmp_path / "small/README.md").read_text()) == (name == "internvl") and load_pruned(tmp_path / "small")[2] == plan
+    assert ("load_pruned" in (tmp_path / "small/README.md").read_text()) == (
+        name == "internvl"
+    ) and load_pruned(tmp_path / "small")[2] == plan
 
 
 @pytest.mark.parametrize("train", ["projector", "lora", "full"])
 def test_one_recovery_step_of_each_kind(case, scores, train):
     name, model, processor, samples, _ = case
-    small = apply_plan(model, plan_layerwise(model, scores[0], ratio=.2))
-    paper = {k: v for k, v in recovery.PAPER[name].items() if k not in ("lora", "precision", "warmup")}
-    options = paper | {"lr": 1e-3, "warmup": 0.0, "batch_size": 12, "train": "projector" if train == "projector" else "projector+lm"}
-    if train == "lora": options["lora"] = recovery.PAPER[name]["lora"]
-    result = recovery.recover(small, model, samples, recovery.config_from_dict(options), processor=processor, device="cpu", progress=False)
+    small = apply_plan(model, plan_layerwise(model, scores[0], ratio=0.2))
+    paper = {
+        k: v for k, v in recovery.PAPER[name].items() if k not in ("lora", "precision", "warmup")
+    }
+    options = paper | {
+        "lr": 1e-3,
+        "warmup": 0.0,
+        "batch_size": 12,
+        "train": "projector" if train == "projector" else "projector+lm",
+    }
+    if train == "lora":
+        options["lora"] = recovery.PAPER[name]["lora"]
+    result = recovery.recover(
+        small,
+        model,
+        samples,
+        recovery.config_from_dict(options),
+        processor=processor,
+        device="cpu",
+        progress=False,
+    )
     assert len(result.history) == 1 and result.history[["sft", "hidden_kd"]].gt(0).all().all()
     before, after = anatomy(small), anatomy(result.model)
-    moved = {part: weights_hash(getattr(before, part)) != weights_hash(getattr(after, part)) for part in ("projector", "decoder", "vision_tower")}
+    moved = {
+        part: weights_hash(getattr(before, part)) != weights_hash(getattr(after, part))
+        for part in ("projector", "decoder", "vision_tower")
+    }
     assert moved == {"projector": True, "decoder": train != "projector", "vision_tower": False}
-    assert type(result.model) is type(model) and not any("lora" in n for n, _ in result.model.named_parameters())
+    assert type(result.model) is type(model) and not any(
+        "lora" in n for n, _ in result.model.named_parameters()
+    )
 
 
 def test_evaluation_on_public_sets(case, root):
@@ -142,7 +221,11 @@ def test_evaluation_on_public_sets(case, root):
 
 def test_cost_report_of_dense_and_pruned(case, scores):
     _, model, processor, *_ = case
-    small = apply_plan(model, plan_widthwise(model, scores[1], ratio=.2))
+    small = apply_plan(model, plan_widthwise(model, scores[1], ratio=0.2))
     dense, pruned = (cost_report(m, processor, memory=True) for m in (model, small))
-    assert pruned.value("parameters", "lm", "measured") == pruned.value("parameters", "lm", "closed form") < dense.value("parameters", "lm")
+    assert (
+        pruned.value("parameters", "lm", "measured")
+        == pruned.value("parameters", "lm", "closed form")
+        < dense.value("parameters", "lm")
+    )
     assert pruned.value("KV cache per token") < dense.value("KV cache per token")

@@ -3,6 +3,7 @@
 Several processes train a cell together here as well, but on a CPU without sharding: that (FSDP) is tested with the trainer, in
 test_recovery. The Slurm executor has tests of its own.
 """
+
 import importlib.util
 import json
 import shutil
@@ -12,55 +13,93 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from typer.testing import CliRunner
-
-from mllm_compress.evaluation.benchmarks import REAL_SUITE
-from mllm_compress.study.experiments import Experiment, load_profile, training_of
-from mllm_compress.cli.app import app
-from mllm_compress.study.workers import complete, name_of
-from mllm_compress.study.stages import checkpoints_of, recovery_config
-from mllm_compress.recovery.training import PAPER
-from mllm_compress.study.store import Store, read
 from original_layouts import instruction_json, with_tokenizer
 from test_benchmarks import SETS, write
+from typer.testing import CliRunner
+
+from mllm_compress.cli.app import app
+from mllm_compress.evaluation.benchmarks import REAL_SUITE
+from mllm_compress.recovery.training import PAPER
+from mllm_compress.study.experiments import Experiment, load_profile, training_of
+from mllm_compress.study.stages import checkpoints_of, recovery_config
+from mllm_compress.study.store import Store, read
+from mllm_compress.study.workers import complete, name_of
 
 ROOT = Path(__file__).parent.parent
 FAMILY = {"llava-v1.5-7b": "llava", "bunny-v1.0-3b": "bunny", "mini-internvl-4b": "internvl"}
-NOTEBOOKS = sorted(p.stem for p in (ROOT / "nbs/study").glob("[0-9]*.ipynb") if not p.stem.startswith("00_"))
+NOTEBOOKS = sorted(
+    p.stem for p in (ROOT / "nbs/study").glob("[0-9]*.ipynb") if not p.stem.startswith("00_")
+)
 PAPER_YAML = yaml.safe_load((ROOT / "mllm_compress/profiles/paper.yaml").read_text())
 
 
 # ---- the profile says what the original does
 
+
 @pytest.mark.parametrize("model", FAMILY)
 def test_hyperparameters_are_the_originals(model):
     profile = load_profile("paper")
-    config = recovery_config(Experiment(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.05), profile)
-    for key, value in PAPER[FAMILY[model]].items(): assert getattr(config, key) == value, key
-    assert config.batch_size == 128 and profile.evaluation.benchmarks == list(REAL_SUITE) and profile.dtype == "bfloat16"
-    assert recovery_config(Experiment(model, "layerwise", .15, recovery="sft", train="projector"), profile).lora is None
+    config = recovery_config(
+        Experiment(model, "layerwise", 0.3, recovery="sft+hidden_kd", fraction=0.05), profile
+    )
+    for key, value in PAPER[FAMILY[model]].items():
+        assert getattr(config, key) == value, key
+    assert (
+        config.batch_size == 128
+        and profile.evaluation.benchmarks == list(REAL_SUITE)
+        and profile.dtype == "bfloat16"
+    )
+    assert (
+        recovery_config(
+            Experiment(model, "layerwise", 0.15, recovery="sft", train="projector"), profile
+        ).lora
+        is None
+    )
 
 
 def test_each_model_has_the_data_of_its_authors():
     profile = load_profile("paper")
-    assert [Path(training_of(m, profile).json).name for m in profile.models] == ["llava_v1_5_mix665k.json", "bunny_695k.json", "llava_v1_5_mix665k.json"]
-    assert not any(place in (ROOT / "mllm_compress/profiles/paper.yaml").read_text() for place in ("/home", "/root", "/data", "/mnt"))
+    assert [Path(training_of(m, profile).json).name for m in profile.models] == [
+        "llava_v1_5_mix665k.json",
+        "bunny_695k.json",
+        "llava_v1_5_mix665k.json",
+    ]
+    assert not any(
+        place in (ROOT / "mllm_compress/profiles/paper.yaml").read_text()
+        for place in ("/home", "/root", "/data", "/mnt")
+    )
 
 
 # ---- before anything is there
 
+
 def test_dry_run_without_anything_plans_estimates_and_lists_what_is_missing(tmp_path, monkeypatch):
     study(tmp_path, ["02_pruning"])
     monkeypatch.chdir(tmp_path)
-    for name in ("MODELS", "DATA", "BENCHMARKS"): monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(tmp_path / "nowhere"))
+    for name in ("MODELS", "DATA", "BENCHMARKS"):
+        monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(tmp_path / "nowhere"))
     text = ask("study", "--profile", "paper", "--only", "02_pruning", "--dry-run")
-    assert "27 cells, 27 missing" in text and "estimates, nothing measured" in text and "GPU hours" in text
-    for thing in ("model llava-v1.5-7b", "vision tower of llava-v1.5-7b", "training json", "training image_root", *(f"benchmark {b}" for b in REAL_SUITE)): assert thing in text
-    assert "things that it names are missing" in ask("study", "--profile", "paper", "--only", "02_pruning", code=2)
+    assert (
+        "27 cells, 27 missing" in text
+        and "estimates, nothing measured" in text
+        and "GPU hours" in text
+    )
+    for thing in (
+        "model llava-v1.5-7b",
+        "vision tower of llava-v1.5-7b",
+        "training json",
+        "training image_root",
+        *(f"benchmark {b}" for b in REAL_SUITE),
+    ):
+        assert thing in text
+    assert "things that it names are missing" in ask(
+        "study", "--profile", "paper", "--only", "02_pruning", code=2
+    )
     assert not (tmp_path / "figures").exists()
 
 
 # ---- the rehearsal
+
 
 def ask(*args, code=0) -> str:
     result = CliRunner().invoke(app, list(map(str, args)), catch_exceptions=code == 2)
@@ -72,7 +111,8 @@ def study(folder: Path, notebooks: list):
     "A bare checkout with some study notebooks."
     shutil.copy(ROOT / "settings.ini", folder)
     (folder / "nbs/study").mkdir(parents=True)
-    for name in notebooks: shutil.copy(ROOT / f"nbs/study/{name}.ipynb", folder / "nbs/study")
+    for name in notebooks:
+        shutil.copy(ROOT / f"nbs/study/{name}.ipynb", folder / "nbs/study")
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +120,20 @@ def rehearsal(golden, tmp_path_factory):
     "A machine on which everything is where the paper profile looks for it, only smaller."
     place = tmp_path_factory.mktemp("rehearsal")
     models, data = place / "models", place / "data"
-    for model, (name, given) in {m: (FAMILY[m], Path(f).name) for m, f in PAPER_YAML["folders"].items()}.items():
+    for model, (name, given) in {
+        m: (FAMILY[m], Path(f).name) for m, f in PAPER_YAML["folders"].items()
+    }.items():
         folder = with_tokenizer(golden / "original_layout", name, place / "fixtures")
-        if name == "llava": shutil.move(folder / "vision_tower", models / "clip-vit-large-patch14-336")  # the release has none
+        if name == "llava":
+            shutil.move(
+                folder / "vision_tower", models / "clip-vit-large-patch14-336"
+            )  # the release has none
         models.mkdir(exist_ok=True)
         shutil.move(folder, models / given)
-    for json_name, images in (("llava_v1_5_mix665k.json", "mix665k"), ("bunny_695k.json", "bunny_695k")):
+    for json_name, images in (
+        ("llava_v1_5_mix665k.json", "mix665k"),
+        ("bunny_695k.json", "bunny_695k"),
+    ):
         (data / images).mkdir(parents=True)
         (data / json_name).write_text(json.dumps(instruction_json(data / images, 60)))
     write(place / "sets", SETS)
@@ -94,21 +142,37 @@ def rehearsal(golden, tmp_path_factory):
 
 def smaller(profile: dict) -> dict:
     "The paper profile with fewer cells and steps that a toy can take; all else as it is."
-    return profile | {"ratios": [0.3], "fractions": [0.05, 0.5], "seeds": [0], "calibration": {"samples": 4, "batch_size": 1}, "workers": 1, "evaluation": profile["evaluation"] | {"questions": 2},
-                      "recovery": profile["recovery"] | {"batch_size": 4, "passes": 2, "optimizer": "adamw_torch", "max_length": 512}}
+    return profile | {
+        "ratios": [0.3],
+        "fractions": [0.05, 0.5],
+        "seeds": [0],
+        "calibration": {"samples": 4, "batch_size": 1},
+        "workers": 1,
+        "evaluation": profile["evaluation"] | {"questions": 2},
+        "recovery": profile["recovery"]
+        | {"batch_size": 4, "passes": 2, "optimizer": "adamw_torch", "max_length": 512},
+    }
 
 
 @pytest.fixture
 def machine(rehearsal, monkeypatch):
     "The environment of that machine."
-    for name, folder in (("MODELS", "models"), ("DATA", "data"), ("BENCHMARKS", "sets")): monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(rehearsal / folder))
+    for name, folder in (("MODELS", "models"), ("DATA", "data"), ("BENCHMARKS", "sets")):
+        monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(rehearsal / folder))
 
 
 def able(profile: dict) -> dict:
     "Without the models that this installation cannot load."
-    if importlib.util.find_spec("torchvision"): return profile
-    less = lambda value: [v for v in value if v != "mini-internvl-4b"] if isinstance(value, list) else {k: v for k, v in value.items() if k != "mini-internvl-4b"}
-    return profile | {key: less(profile[key]) for key in ("models", "printed", "folders", "per_model")}
+    if importlib.util.find_spec("torchvision"):
+        return profile
+    less = lambda value: (
+        [v for v in value if v != "mini-internvl-4b"]
+        if isinstance(value, list)
+        else {k: v for k, v in value.items() if k != "mini-internvl-4b"}
+    )
+    return profile | {
+        key: less(profile[key]) for key in ("models", "printed", "folders", "per_model")
+    }
 
 
 def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
@@ -124,8 +188,13 @@ def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
     table = pd.read_csv(tmp_path / "figures/rehearsal/06_best-scores.csv")
     assert set(table.model) == set(profile["models"]) and set(REAL_SUITE) <= set(table.columns)
     figures = tmp_path / "figures/rehearsal"
-    assert (figures / "index.html").exists() and all((figures / f"{name}.ipynb").exists() for name in NOTEBOOKS)
-    results = [json.loads(p.read_text())["result"] for p in (tmp_path / "runs/rehearsal/results").glob("*/result.json")]
+    assert (figures / "index.html").exists() and all(
+        (figures / f"{name}.ipynb").exists() for name in NOTEBOOKS
+    )
+    results = [
+        json.loads(p.read_text())["result"]
+        for p in (tmp_path / "runs/rehearsal/results").glob("*/result.json")
+    ]
     trained = [r["training"] for r in results if r["training"]]
     assert {t["samples"] for t in trained} == {3, 30}  # 5 and 50 % of 60
     assert {row["benchmark"] for r in results for row in r["rows"]} == set(REAL_SUITE)
@@ -135,11 +204,19 @@ def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
 def test_two_processes_train_a_cell_of_the_paper_profile(machine, model, tmp_path, monkeypatch):
     "Adapters, gradient checkpointing and half precision, with checkpoints that go when the result is there."
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(smaller(PAPER_YAML) | {"checkpoint_every": 1}))
+    (tmp_path / "rehearsal.yaml").write_text(
+        yaml.safe_dump(smaller(PAPER_YAML) | {"checkpoint_every": 1})
+    )
     one, store = load_profile("rehearsal.yaml"), Store(tmp_path / "one")
-    two, cell = replace(one, processes=2, slurm=replace(one.slurm, gpus=2)), Experiment(model, "layerwise", .3, recovery="sft+hidden_kd", fraction=.5)
+    two, cell = (
+        replace(one, processes=2, slurm=replace(one.slurm, gpus=2)),
+        Experiment(model, "layerwise", 0.3, recovery="sft+hidden_kd", fraction=0.5),
+    )
     together = Store(tmp_path / "two")
     assert complete(cell, one, store) == complete(cell, two, together) == ("done", "")
-    loss = [read(s, name_of(cell, p))["result"]["training"]["loss"] for s, p in ((store, one), (together, two))]
+    loss = [
+        read(s, name_of(cell, p))["result"]["training"]["loss"]
+        for s, p in ((store, one), (together, two))
+    ]
     assert loss[0] == pytest.approx(loss[1], rel=2e-2)
     assert not checkpoints_of(name_of(cell, two), together).exists()

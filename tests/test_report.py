@@ -1,4 +1,5 @@
 """Tables, figures and verdicts say what the numbers say."""
+
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,101 +9,220 @@ import pandas as pd
 import pytest
 
 from mllm_compress.reporting import report, style
-from mllm_compress.study.experiments import Experiment, asked, load_profile, profile_names
-from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS, holes, places, recommended, split_grid
+from mllm_compress.reporting.claims import (
+    AT_EQUAL_SIZE,
+    CLAIMS,
+    holes,
+    places,
+    recommended,
+    split_grid,
+)
 from mllm_compress.reporting.effects import Estimate, difference
-from mllm_compress.reporting.report import Report, Table, Verdict, retained_over_ratio, sentence, to_html, to_latex, to_markdown
+from mllm_compress.reporting.report import (
+    Report,
+    Table,
+    Verdict,
+    retained_over_ratio,
+    sentence,
+    to_html,
+    to_latex,
+    to_markdown,
+)
+from mllm_compress.study.experiments import (
+    Experiment,
+    load_profile,
+    profile_names,
+    resolve_parameters,
+)
 
-FRAME = pd.DataFrame({"model": ["a", "a", "b", "b"], "method": ["x_1", "y & z", "x_1", "y & z"], "AVG-%": [97.11, 97.14, 90.0, float("nan")]})
+FRAME = pd.DataFrame(
+    {
+        "model": ["a", "a", "b", "b"],
+        "method": ["x_1", "y & z", "x_1", "y & z"],
+        "AVG-%": [97.11, 97.14, 90.0, float("nan")],
+    }
+)
 TABLE = Table(FRAME, "Kept, in %.", {"AVG-%": ["model"]}, once=("model",))
 
 
 def test_best_is_marked_per_group_after_rounding():
-    assert TABLE.marked("AVG-%").tolist() == [True, True, False, False]  # 97.1 and 97.1 read the same; 90.0 has no rival
+    assert TABLE.marked("AVG-%").tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]  # 97.1 and 97.1 read the same; 90.0 has no rival
     assert to_markdown(TABLE).count("**") == 4
 
 
 def test_what_rests_on_fewer_seeds_says_so():
-    rows = pd.DataFrame([{"status": "done", "model": "m", "benchmark": "b", "n": 100, "pruning": "layerwise", "seed": s, "profile": "p"} for s in range(3)])
+    rows = pd.DataFrame(
+        [
+            {
+                "status": "done",
+                "model": "m",
+                "benchmark": "b",
+                "n": 100,
+                "pruning": "layerwise",
+                "seed": s,
+                "profile": "p",
+            }
+            for s in range(3)
+        ]
+    )
     assert str(report.basis(rows)) == "n = 100 questions per model, 3 seeds, profile p"
-    assert str(report.basis(rows.assign(status=["done", "done", "failed"]))) == "n = 100 questions per model, 2 seeds, profile p; 1 cells FAILED"
-    assert str(report.basis(rows.assign(status="failed"))) == "no finished cells, profile p; 3 cells FAILED"
-    assert str(report.basis(rows[rows.seed == 0])) == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
-    text = sentence(Verdict("A.", {"here": Estimate(2, 1, 3, 100, 3), "there": Estimate(4, 3, 5, 100, 1)}, ""))
-    assert "Holds: here (+2.0 [1.0, 3.0])" in text and "One seed points to yes: there (+4.0 [3.0, 5.0], 1 seed)" in text
+    assert (
+        str(report.basis(rows.assign(status=["done", "done", "failed"])))
+        == "n = 100 questions per model, 2 seeds, profile p; 1 cells FAILED"
+    )
+    assert (
+        str(report.basis(rows.assign(status="failed")))
+        == "no finished cells, profile p; 3 cells FAILED"
+    )
+    assert (
+        str(report.basis(rows[rows.seed == 0]))
+        == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
+    )
+    text = sentence(
+        Verdict("A.", {"here": Estimate(2, 1, 3, 100, 3), "there": Estimate(4, 3, 5, 100, 1)}, "")
+    )
+    assert (
+        "Holds: here (+2.0 [1.0, 3.0])" in text
+        and "One seed points to yes: there (+4.0 [3.0, 5.0], 1 seed)" in text
+    )
     once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, report.basis(rows)))
-    assert "1 seed (intervals" in once and "3 seeds" not in once  # the frame has three, the difference one
+    assert (
+        "1 seed (intervals" in once and "3 seeds" not in once
+    )  # the frame has three, the difference one
 
 
 def test_latex_wraps_long_texts_and_fits_the_page():
-    tex = to_latex(Table(pd.DataFrame({"claim": ["x " * 30], "kept": [97.1], "word": ["holds"]}), "Claims.", {}))
-    assert tex.startswith(r"% \usepackage{adjustbox, array, booktabs}") and r"\begin{tabular}{>{\raggedright\arraybackslash}p{4.5cm}rl}" in tex
-    assert r"\begin{adjustbox}{max width=\linewidth, max totalheight=.85\textheight}" in tex and all(tex.count(rf"\begin{{{e}}}") == tex.count(rf"\end{{{e}}}") == 1 for e in ("table", "adjustbox", "tabular"))
+    tex = to_latex(
+        Table(
+            pd.DataFrame({"claim": ["x " * 30], "kept": [97.1], "word": ["holds"]}), "Claims.", {}
+        )
+    )
+    assert (
+        tex.startswith(r"% \usepackage{adjustbox, array, booktabs}")
+        and r"\begin{tabular}{>{\raggedright\arraybackslash}p{4.5cm}rl}" in tex
+    )
+    assert (
+        r"\begin{adjustbox}{max width=\linewidth, max totalheight=.85\textheight}" in tex
+        and all(
+            tex.count(rf"\begin{{{e}}}") == tex.count(rf"\end{{{e}}}") == 1
+            for e in ("table", "adjustbox", "tabular")
+        )
+    )
 
 
 def test_latex_is_escaped_and_booktabs():
     tex = to_latex(TABLE)
-    assert r"x\_1" in tex and r"y \& z" in tex and r"\caption{Kept, in \%.}" in tex and r"\toprule" in tex and r"\textbf{97.1}" in tex
+    assert (
+        r"x\_1" in tex
+        and r"y \& z" in tex
+        and r"\caption{Kept, in \%.}" in tex
+        and r"\toprule" in tex
+        and r"\textbf{97.1}" in tex
+    )
     assert " & -- " in tex
 
 
 def test_a_question_of_several_lines_stays_in_its_row():
     table = Table(pd.DataFrame({"question": ["What is x^2?\nA. ~4\n  B. 5"]}), "Asked.", {})
-    assert "| What is x^2? A. ~4 B. 5 |" in to_markdown(table) and r"What is x\^{}2? A. \textasciitilde{}4 B. 5" in to_latex(table)
+    assert "| What is x^2? A. ~4 B. 5 |" in to_markdown(
+        table
+    ) and r"What is x\^{}2? A. \textasciitilde{}4 B. 5" in to_latex(table)
 
 
 def test_html_is_escaped():
     assert "y &amp; z" in to_html(TABLE) and "<b>97.1</b>" in to_html(TABLE)
 
 
-@pytest.mark.parametrize("bounds, word", [((.1, 2), "holds"), ((-2, -.1), "does not hold"), ((-1, 1), "is undecided at this scale"),
-                                          ((float("nan"),) * 2, "is undecided at this scale")])
+@pytest.mark.parametrize(
+    "bounds, word",
+    [
+        ((0.1, 2), "holds"),
+        ((-2, -0.1), "does not hold"),
+        ((-1, 1), "is undecided at this scale"),
+        ((float("nan"),) * 2, "is undecided at this scale"),
+    ],
+)
 def test_verdict_follows_the_interval(bounds, word):
     v = Verdict("A beats B.", {"here": Estimate(sum(bounds) / 2, *bounds, 100, 3)}, "n = 100")
     assert v.word == word and word in sentence(v) and "n = 100" in sentence(v)
 
 
-@pytest.mark.parametrize("bounds, answer", [((.1, 2), "yes"), ((-2, -.1), "no"), ((-1, 1), "neither")])
+@pytest.mark.parametrize(
+    "bounds, answer", [((0.1, 2), "yes"), ((-2, -0.1), "no"), ((-1, 1), "neither")]
+)
 def test_one_seed_decides_nothing(bounds, answer):
     v = Verdict("A beats B.", {"here": Estimate(sum(bounds) / 2, *bounds, 100, 1)}, "n = 100")
-    assert v.word == "is undecided with one seed" and f"One seed points to {answer}: here" in sentence(v)
+    assert (
+        v.word == "is undecided with one seed"
+        and f"One seed points to {answer}: here" in sentence(v)
+    )
     assert Verdict("A beats B.", {}, "").word == "was not tested"
     both = Verdict("A beats B.", v.effects | {"there": Estimate(2, 1, 3, 100, 3)}, "")
-    assert both.word == "is undecided at this scale"  # what rests on one seed neither refutes nor holds
+    assert (
+        both.word == "is undecided at this scale"
+    )  # what rests on one seed neither refutes nor holds
 
 
 def test_chance_among_many_places_does_not_refute():
     "Two degrees of freedom: -1 with a spread that makes the 95 % interval end at -0.1 and the 99.4 % interval above zero."
-    barely = Estimate(-1, -1.9, -.1, 100, 3, questions=0.0, spread=(.9 / 4.3027)**2)
-    assert barely.at(.95).high == pytest.approx(-.1, abs=1e-4) and barely.at(1 - .05 / 8).high == pytest.approx(-1 + 12.59 * .9 / 4.3027, abs=.01)
+    barely = Estimate(-1, -1.9, -0.1, 100, 3, questions=0.0, spread=(0.9 / 4.3027) ** 2)
+    assert barely.at(0.95).high == pytest.approx(-0.1, abs=1e-4) and barely.at(
+        1 - 0.05 / 8
+    ).high == pytest.approx(-1 + 12.59 * 0.9 / 4.3027, abs=0.01)
     assert Verdict("A.", {"here": barely}, "").word == "does not hold"
-    eight = Verdict("A.", {"here": barely} | {f"at {k}": Estimate(1, .5, 1.5, 100, 3) for k in range(7)}, "")
-    assert eight.word == "is undecided at this scale" and "none contradicts" in sentence(eight) and "Does not hold: here (-1.0 [-1.9, -0.1])" in sentence(eight)
+    eight = Verdict(
+        "A.", {"here": barely} | {f"at {k}": Estimate(1, 0.5, 1.5, 100, 3) for k in range(7)}, ""
+    )
+    assert (
+        eight.word == "is undecided at this scale"
+        and "none contradicts" in sentence(eight)
+        and "Does not hold: here (-1.0 [-1.9, -0.1])" in sentence(eight)
+    )
 
 
 def test_bounds_are_never_printed_as_a_zero_that_they_are_not():
-    assert format(Estimate(-.7, -1.34, -.04, 9, 3), "+1") == "-0.70 [-1.34, -0.04]"
-    assert format(Estimate(-.04, -.5, .4, 9, 3), "1") == "0.0 [-0.5, 0.4]" and format(Estimate(.2, .0, .4, 9, 3), "+1") == "+0.2 [0.0, 0.4]"
+    assert format(Estimate(-0.7, -1.34, -0.04, 9, 3), "+1") == "-0.70 [-1.34, -0.04]"
+    assert (
+        format(Estimate(-0.04, -0.5, 0.4, 9, 3), "1") == "0.0 [-0.5, 0.4]"
+        and format(Estimate(0.2, 0.0, 0.4, 9, 3), "+1") == "+0.2 [0.0, 0.4]"
+    )
 
 
 def test_one_contradiction_refutes_a_claim_and_all_are_listed():
     yes, no = Estimate(2, 1, 3, 9, 3), Estimate(-2, -3, -1, 9, 3)
     text = sentence(Verdict("A beats B.", {"at 0.15": no, "at 0.60": yes}, ""))
-    assert "“A beats B” does not hold (holds in 1 of 2 settings, contrary in 1)" in text and "Holds: at 0.60 (+2.0 [1.0, 3.0])" in text and "Does not hold: at 0.15 (-2.0 [-3.0, -1.0])" in text
+    assert (
+        "“A beats B” does not hold (holds in 1 of 2 settings, contrary in 1)" in text
+        and "Holds: at 0.60 (+2.0 [1.0, 3.0])" in text
+        and "Does not hold: at 0.15 (-2.0 [-3.0, -1.0])" in text
+    )
 
 
 def test_printed_numbers_come_with_the_package():
     best = report.printed("best_compressed").set_index(["model", "ratio"]).avg_percent_as_printed
-    assert best["LLaVA-v1.5-7B", .6] == 78.13 and best["Bunny-v1.0-3B", .15] == 98.98
-    with pytest.raises(ValueError, match="best_compressed, models, pruning_without_recovery"): report.printed("table9")
+    assert best["LLaVA-v1.5-7B", 0.6] == 78.13 and best["Bunny-v1.0-3B", 0.15] == 98.98
+    with pytest.raises(ValueError, match="best_compressed, models, pruning_without_recovery"):
+        report.printed("table9")
 
 
 def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
-    rows = pd.DataFrame([("m", p, r, 100 - f * r, 99 - f * r, 101 - f * r) for p, f in (("layerwise", 80), ("widthwise", 50)) for r in (.15, .3)],
-                        columns="model pruning achieved_ratio avg_percent low high".split())
+    rows = pd.DataFrame(
+        [
+            ("m", p, r, 100 - f * r, 99 - f * r, 101 - f * r)
+            for p, f in (("layerwise", 80), ("widthwise", 50))
+            for r in (0.15, 0.3)
+        ],
+        columns="model pruning achieved_ratio avg_percent low high".split(),
+    )
     seen = []
     for name in ("one", "two"):
-        (tmp_path / name).mkdir(); monkeypatch.chdir(tmp_path / name)
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
         out = Report("99_demo", "smoke")
         out.figure(retained_over_ratio(rows, "pruning")[0], "f", "A figure.")
         out.table(FRAME, "t", "A table.")
@@ -111,17 +231,30 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
     assert seen[0] == seen[1] and len(seen[0]) == 7
     assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
     assert json.loads(seen[0]["99_demo-verdict.json"])["word"] == "holds"
-    assert pd.read_csv(tmp_path / "one/figures/smoke/99_demo-t.csv")["AVG-%"].tolist()[:2] == [97.11, 97.14]
+    assert pd.read_csv(tmp_path / "one/figures/smoke/99_demo-t.csv")["AVG-%"].tolist()[:2] == [
+        97.11,
+        97.14,
+    ]
 
 
 def test_a_line_without_numbers_is_left_out():
-    rows = pd.DataFrame({"model": "m", "pruning": "layerwise", "achieved_ratio": [.15, .3], "avg_percent": float("nan"), "low": float("nan"), "high": float("nan")})
+    rows = pd.DataFrame(
+        {
+            "model": "m",
+            "pruning": "layerwise",
+            "achieved_ratio": [0.15, 0.3],
+            "avg_percent": float("nan"),
+            "low": float("nan"),
+            "high": float("nan"),
+        }
+    )
     fig, (ax,) = retained_over_ratio(rows, "pruning")
     assert not ax.texts
 
 
 def test_unknown_method_has_no_look():
-    with pytest.raises(ValueError, match="add it to style.LOOKS"): style.look("magic")
+    with pytest.raises(ValueError, match="add it to style.LOOKS"):
+        style.look("magic")
 
 
 def test_labels_never_overlap():
@@ -131,19 +264,40 @@ def test_labels_never_overlap():
 
 # ---- what a profile says about single notebooks
 
-QUICK = replace(load_profile("quick"), notebooks={"04_distillation": {"ratios": [0.6], "objectives": ["sft"]}})
+QUICK = replace(
+    load_profile("quick"), notebooks={"04_distillation": {"ratios": [0.6], "objectives": ["sft"]}}
+)
 
 
 def test_given_parameters_come_before_the_profile_of_the_notebook_and_that_before_the_profile():
-    assert vars(resolve_parameters(QUICK, "04_distillation", ratios=[], seeds=[], objectives=[])) == {"ratios": [0.6], "seeds": [0], "objectives": ["sft"]}
-    assert resolve_parameters(QUICK, "04_distillation", ratios=[.3], objectives=[]).ratios == [.3]
-    assert resolve_parameters(QUICK, "05_data", ratios=[], fractions=[]).fractions == QUICK.fractions
+    assert vars(
+        resolve_parameters(QUICK, "04_distillation", ratios=[], seeds=[], objectives=[])
+    ) == {"ratios": [0.6], "seeds": [0], "objectives": ["sft"]}
+    assert resolve_parameters(QUICK, "04_distillation", ratios=[0.3], objectives=[]).ratios == [0.3]
+    assert (
+        resolve_parameters(QUICK, "05_data", ratios=[], fractions=[]).fractions == QUICK.fractions
+    )
 
 
-@pytest.mark.parametrize("own, message", [({"ratio": [0.6]}, "04_distillation has no parameter 'ratio' that a profile may set; it has ratios, seeds"),
-                                          ({"ratios": 0.6}, "04_distillation, ratios must be of type list, not 0.6"), ({"seeds": True}, "must be of type list")])
+@pytest.mark.parametrize(
+    "own, message",
+    [
+        (
+            {"ratio": [0.6]},
+            "04_distillation has no parameter 'ratio' that a profile may set; it has ratios, seeds",
+        ),
+        ({"ratios": 0.6}, "04_distillation, ratios must be of type list, not 0.6"),
+        ({"seeds": True}, "must be of type list"),
+    ],
+)
 def test_a_profile_cannot_set_what_a_notebook_does_not_have(own, message):
-    with pytest.raises(ValueError, match=message): asked(replace(QUICK, notebooks={"04_distillation": own}), "04_distillation", ratios=[], seeds=[])
+    with pytest.raises(ValueError, match=message):
+        asked(
+            replace(QUICK, notebooks={"04_distillation": own}),
+            "04_distillation",
+            ratios=[],
+            seeds=[],
+        )
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -154,8 +308,12 @@ def test_profiles_name_notebooks_that_exist(name):
 
 def test_a_notebook_section_is_a_mapping(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text((Path(__file__).parent.parent / "mllm_compress/profiles/smoke.yaml").read_text() + "notebooks: {06_best: true}\n")
-    with pytest.raises(ValueError, match="06_best must be a mapping of parameters, not True"): load_profile(path)
+    path.write_text(
+        (Path(__file__).parent.parent / "mllm_compress/profiles/smoke.yaml").read_text()
+        + "notebooks: {06_best: true}\n"
+    )
+    with pytest.raises(ValueError, match="06_best must be a mapping of parameters, not True"):
+        load_profile(path)
 
 
 # ---- claims
@@ -165,96 +323,221 @@ LEVEL = np.linspace(0, 1, 400, endpoint=False)
 
 def answered(worths: dict) -> pd.DataFrame:
     "A frame in which each cell is right on the easiest share of 400 questions."
-    rows = [vars(c) | {"requested_ratio": c.ratio, "achieved_ratio": c.ratio, "status": "done", "benchmark": "open", "score": 100 * (LEVEL < w).mean(), "units": (LEVEL < w) * 1.0}
-            for c, w in worths.items()]
+    rows = [
+        vars(c)
+        | {
+            "requested_ratio": c.ratio,
+            "achieved_ratio": c.ratio,
+            "status": "done",
+            "benchmark": "open",
+            "score": 100 * (LEVEL < w).mean(),
+            "units": (LEVEL < w) * 1.0,
+        }
+        for c, w in worths.items()
+    ]
     return pd.DataFrame(rows)
 
 
-def trained(losses, worth, ratio=.15, seeds=(0, 1, 2), **more):
-    return {Experiment("m", recommended(ratio), ratio, recovery=losses, fraction=.05, seed=s, **more): worth for s in seeds}
+def trained(losses, worth, ratio=0.15, seeds=(0, 1, 2), **more):
+    return {
+        Experiment(
+            "m", recommended(ratio), ratio, recovery=losses, fraction=0.05, seed=s, **more
+        ): worth
+        for s in seeds
+    }
 
 
 def test_claims_say_what_made_up_results_hold():
-    two = answered({Experiment("m"): 1.0} | {Experiment("m", p, .3, seed=s): w for p, w in (("layerwise", .5), ("widthwise", .7)) for s in range(3)})
+    two = answered(
+        {Experiment("m"): 1.0}
+        | {
+            Experiment("m", p, 0.3, seed=s): w
+            for p, w in (("layerwise", 0.5), ("widthwise", 0.7))
+            for s in range(3)
+        }
+    )
     assert CLAIMS[1].effects(two)["m at 0.30"].value == pytest.approx(20)
-    losses = answered({Experiment("m"): 1.0} | trained("sft", .9) | trained("hidden_kd", .95) | trained("sft+hidden_kd", .925))
-    (where, effect), = CLAIMS[3].effects(losses).items()
+    losses = answered(
+        {Experiment("m"): 1.0}
+        | trained("sft", 0.9)
+        | trained("hidden_kd", 0.95)
+        | trained("sft+hidden_kd", 0.925)
+    )
+    ((where, effect),) = CLAIMS[3].effects(losses).items()
     assert where == "m at 0.15, over hidden_kd" and effect.value == pytest.approx(-2.5)
     assert CLAIMS[4].effects(losses)["m at 0.15"].value == pytest.approx(-2.5)
-    parts = answered({Experiment("m"): 1.0} | trained("sft", .9) | trained("sft", .895, train="projector") | trained("sft", .9, .45) | trained("sft", .5, .45, train="projector"))
-    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {"m at 0.15, over projector + LM less 1 point": .5}  # half a point worse, one granted; 0.45 is not small
-    both = pd.concat([parts, answered({Experiment("m", "layerwise", .15, seed=s): .8 for s in range(3)})])
-    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(both).items()} == {"m at 0.15, over projector + LM less 1 point": .5}  # 9.5 more than no training is the surer half
-    useless = pd.concat([parts, answered({Experiment("m", "layerwise", .15, seed=s): .92 for s in range(3)})])
-    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(useless).items()} == {"m at 0.15, over no training": -2.5}  # within a point, but worse than before
+    parts = answered(
+        {Experiment("m"): 1.0}
+        | trained("sft", 0.9)
+        | trained("sft", 0.895, train="projector")
+        | trained("sft", 0.9, 0.45)
+        | trained("sft", 0.5, 0.45, train="projector")
+    )
+    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(parts).items()} == {
+        "m at 0.15, over projector + LM less 1 point": 0.5
+    }  # half a point worse, one granted; 0.45 is not small
+    both = pd.concat(
+        [parts, answered({Experiment("m", "layerwise", 0.15, seed=s): 0.8 for s in range(3)})]
+    )
+    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(both).items()} == {
+        "m at 0.15, over projector + LM less 1 point": 0.5
+    }  # 9.5 more than no training is the surer half
+    useless = pd.concat(
+        [parts, answered({Experiment("m", "layerwise", 0.15, seed=s): 0.92 for s in range(3)})]
+    )
+    assert {w: round(e.value, 6) for w, e in CLAIMS[2].effects(useless).items()} == {
+        "m at 0.15, over no training": -2.5
+    }  # within a point, but worse than before
+
 
 def test_a_failed_original_takes_only_its_own_model_with_it():
     from mllm_compress.reporting.effects import summary
-    frame = answered({Experiment("m"): 1.0, Experiment("k"): 1.0} | {Experiment(m, "layerwise", .15, seed=s): .9 for m in "mk" for s in range(3)})
+
+    frame = answered(
+        {Experiment("m"): 1.0, Experiment("k"): 1.0}
+        | {Experiment(m, "layerwise", 0.15, seed=s): 0.9 for m in "mk" for s in range(3)}
+    )
     lost = (frame.model == "k") & (frame.pruning == "none")
     frame.loc[lost, "status"] = "failed"
     rows = summary(frame).set_index(["model", "pruning"])
-    assert rows.avg_percent["m", "layerwise"] == pytest.approx(90) and np.isnan(rows.avg_percent["k", "layerwise"]) and rows.failed["k", "none"] == 1
+    assert (
+        rows.avg_percent["m", "layerwise"] == pytest.approx(90)
+        and np.isnan(rows.avg_percent["k", "layerwise"])
+        and rows.failed["k", "none"] == 1
+    )
     assert {m for m, _ in places(frame)} == {"m"}
 
 
 def test_sizes_that_differ_are_named():
-    cells = {Experiment("m"): 1.0} | {Experiment("m", p, .45, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)}
+    cells = {Experiment("m"): 1.0} | {
+        Experiment("m", p, 0.45, recovery="sft+hidden_kd", seed=s): 0.9
+        for p in ("layerwise", "widthwise")
+        for s in range(3)
+    }
     frame = answered(cells)
-    frame.loc[frame.pruning == "layerwise", "achieved_ratio"] = .412
+    frame.loc[frame.pruning == "layerwise", "achieved_ratio"] = 0.412
     assert list(CLAIMS[5].effects(frame)) == ["m at 0.45 (removed 0.450 v. 0.412)"]
-    between = answered({Experiment("m"): 1.0} | {Experiment("m", p, .38, recovery="sft+hidden_kd", seed=s): .9 for p in ("layerwise", "widthwise") for s in range(3)})
+    between = answered(
+        {Experiment("m"): 1.0}
+        | {
+            Experiment("m", p, 0.38, recovery="sft+hidden_kd", seed=s): 0.9
+            for p in ("layerwise", "widthwise")
+            for s in range(3)
+        }
+    )
     assert CLAIMS[5].effects(between) == {}  # of ratios between 30 and 45 % the claim says nothing
 
 
 @pytest.mark.parametrize("recovery, claim", [("none", 1), ("sft+hidden_kd", 5)])
 def test_prunings_are_compared_at_equal_size(recovery, claim):
     "What is kept falls by what is removed, whatever was asked for, so at equal size nothing differs but the point that widthwise has more."
-    removed = {("layerwise", .3): .33, ("layerwise", .38): .36, ("layerwise", .45): .41, ("layerwise", .6): .58, ("widthwise", .3): .30, ("widthwise", .33): .331, ("widthwise", .36): .36,
-               ("widthwise", .41): .4125, ("widthwise", .6): .60}
-    cells = {Experiment("m", p, r, recovery=recovery, seed=s): size for (p, r), size in removed.items() for s in range(3)}
-    frame = answered({Experiment("m"): 1.0} | {c: 1 - size + .05 * (c.pruning == "widthwise") for c, size in cells.items()})
+    removed = {
+        ("layerwise", 0.3): 0.33,
+        ("layerwise", 0.38): 0.36,
+        ("layerwise", 0.45): 0.41,
+        ("layerwise", 0.6): 0.58,
+        ("widthwise", 0.3): 0.30,
+        ("widthwise", 0.33): 0.331,
+        ("widthwise", 0.36): 0.36,
+        ("widthwise", 0.41): 0.4125,
+        ("widthwise", 0.6): 0.60,
+    }
+    cells = {
+        Experiment("m", p, r, recovery=recovery, seed=s): size
+        for (p, r), size in removed.items()
+        for s in range(3)
+    }
+    frame = answered(
+        {Experiment("m"): 1.0}
+        | {c: 1 - size + 0.05 * (c.pruning == "widthwise") for c, size in cells.items()}
+    )
     frame["achieved_ratio"] = [0, *cells.values()]
     found = AT_EQUAL_SIZE[claim].effects(frame)
-    expected = {"m, 0.330 removed": 5, "m, 0.360 removed": 5, "m, 0.410 removed": 5} if claim == 1 else {"m, 0.330 removed": -5, "m, 0.410 removed": 5}  # 0.38 is a ratio that claim 5 leaves out
+    expected = (
+        {"m, 0.330 removed": 5, "m, 0.360 removed": 5, "m, 0.410 removed": 5}
+        if claim == 1
+        else {"m, 0.330 removed": -5, "m, 0.410 removed": 5}
+    )  # 0.38 is a ratio that claim 5 leaves out
     assert set(found) == set(expected)  # nothing of widthwise is near 0.58
-    for where, e in found.items(): assert e.value == pytest.approx(expected[where], abs=.5) and e.seeds == 3
+    for where, e in found.items():
+        assert e.value == pytest.approx(expected[where], abs=0.5) and e.seeds == 3
     assert AT_EQUAL_SIZE[6 - claim].effects(frame) == {}
 
 
 def test_a_rival_without_a_shared_seed_is_no_rival():
-    lucky = {Experiment("m", "layerwise", .15, recovery="logits_kd", seed=7): 1.0}
-    frame = answered({Experiment("m"): 1.0} | trained("sft", .9) | trained("sft+hidden_kd", .925) | lucky)
+    lucky = {Experiment("m", "layerwise", 0.15, recovery="logits_kd", seed=7): 1.0}
+    frame = answered(
+        {Experiment("m"): 1.0} | trained("sft", 0.9) | trained("sft+hidden_kd", 0.925) | lucky
+    )
     assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft"]
 
 
 def test_the_rival_is_the_one_that_is_least_surely_beaten():
     "The mean alone would name a rival that scatters, and hide one that is better beyond doubt."
-    wild = {Experiment("m", "layerwise", .15, recovery="logits_kd", fraction=.05, seed=s): w for s, w in enumerate((.80, .99, .99))}
-    frame = answered({Experiment("m"): 1.0} | trained("sft+hidden_kd", .9) | trained("hidden_kd", .925) | wild)
-    (where, effect), = CLAIMS[3].effects(frame).items()
-    assert where == "m at 0.15, over hidden_kd" and effect.high < 0 and effect.value == pytest.approx(-2.5)  # the wild one is better by 2.7 in the mean
+    wild = {
+        Experiment("m", "layerwise", 0.15, recovery="logits_kd", fraction=0.05, seed=s): w
+        for s, w in enumerate((0.80, 0.99, 0.99))
+    }
+    frame = answered(
+        {Experiment("m"): 1.0} | trained("sft+hidden_kd", 0.9) | trained("hidden_kd", 0.925) | wild
+    )
+    ((where, effect),) = CLAIMS[3].effects(frame).items()
+    assert (
+        where == "m at 0.15, over hidden_kd"
+        and effect.high < 0
+        and effect.value == pytest.approx(-2.5)
+    )  # the wild one is better by 2.7 in the mean
 
 
 def test_only_shared_seeds_are_paired():
-    frame = answered({Experiment("m"): 1.0, Experiment("m", "layerwise", .3, seed=0): .1, Experiment("m", "layerwise", .3, seed=1): .5, Experiment("m", "widthwise", .3, seed=1): .7})
+    frame = answered(
+        {
+            Experiment("m"): 1.0,
+            Experiment("m", "layerwise", 0.3, seed=0): 0.1,
+            Experiment("m", "layerwise", 0.3, seed=1): 0.5,
+            Experiment("m", "widthwise", 0.3, seed=1): 0.7,
+        }
+    )
     first, second = {"pruning": "widthwise"}, {"pruning": "layerwise"}
-    assert difference(frame, "m", first, second).value == pytest.approx(20) and difference(frame, "m", first, second).seeds == 1
+    assert (
+        difference(frame, "m", first, second).value == pytest.approx(20)
+        and difference(frame, "m", first, second).seeds == 1
+    )
     assert CLAIMS[1].effects(frame[~((frame.seed == 1) & (frame.pruning == "layerwise"))]) == {}
 
 
 def test_what_a_grid_leaves_out_is_named():
-    run, left_out = split_grid(["sft", "kd"], [.3, .6], [0, 1], {"kd": {"ratios": [.6], "seeds": [1]}})
-    assert run == [("sft", .3, 0), ("sft", .3, 1), ("sft", .6, 0), ("sft", .6, 1), ("kd", .6, 1)] and holes(run, left_out) == "kd at 0.30, 0.60 (seeds 0)"
-    with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"): split_grid(["sft"], [.3], [0], {"dpo": {}})
+    run, left_out = split_grid(
+        ["sft", "kd"], [0.3, 0.6], [0, 1], {"kd": {"ratios": [0.6], "seeds": [1]}}
+    )
+    assert (
+        run == [("sft", 0.3, 0), ("sft", 0.3, 1), ("sft", 0.6, 0), ("sft", 0.6, 1), ("kd", 0.6, 1)]
+        and holes(run, left_out) == "kd at 0.30, 0.60 (seeds 0)"
+    )
+    with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"):
+        split_grid(["sft"], [0.3], [0], {"dpo": {}})
 
 
 def test_names_keep_apart_where_another_panel_widens_the_scale():
     "The panels share one scale; two lines that end close together are named one above the other."
-    point = lambda model, pruning, kept: {"model": model, "pruning": pruning, "achieved_ratio": .6, "avg_percent": kept, "low": kept - 1, "high": kept + 1}
-    rows = pd.DataFrame([point("a", "layerwise", 96.2), point("a", "widthwise", 96.5), point("b", "layerwise", 40.0), point("b", "widthwise", 98.0)])
+    point = lambda model, pruning, kept: {
+        "model": model,
+        "pruning": pruning,
+        "achieved_ratio": 0.6,
+        "avg_percent": kept,
+        "low": kept - 1,
+        "high": kept + 1,
+    }
+    rows = pd.DataFrame(
+        [
+            point("a", "layerwise", 96.2),
+            point("a", "widthwise", 96.5),
+            point("b", "layerwise", 40.0),
+            point("b", "widthwise", 98.0),
+        ]
+    )
     fig, (ax, _) = retained_over_ratio(rows, "pruning")
     fig.canvas.draw()
     low, high = ax.get_ylim()
     heights = [t.xy[1] for t in ax.texts]
-    assert abs(heights[0] - heights[1]) >= .07 * (high - low)
+    assert abs(heights[0] - heights[1]) >= 0.07 * (high - low)

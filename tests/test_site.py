@@ -1,4 +1,5 @@
 """The page in a headless browser: complete, alone, light and dark, and readable on a phone; skipped where there is no browser."""
+
 import base64
 import html
 import json
@@ -18,7 +19,14 @@ from mllm_compress.reporting.report import WORDS, Table, to_html
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))
-BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+BROWSER = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 PROBE = """<script>addEventListener('load', () => { const box = e => e.getBoundingClientRect(), images = [...document.images];
@@ -40,33 +48,84 @@ WRAPPER = """<body style="margin:0"><iframe src="probed.html" style="border:0;wi
 
 def look(page: Path, folder: Path, width: int, dark: bool = False) -> dict:
     "What a browser of this width makes of a page."
-    (folder / "probed.html").write_text(page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    (folder / "probed.html").write_text(
+        page.read_text(encoding="utf-8").replace("</body>", PROBE + "</body>"), encoding="utf-8"
+    )
     (folder / "wrapper.html").write_text(WRAPPER.format(width=width), encoding="utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}", "--virtual-time-budget=20000",
-               f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom", (folder / "wrapper.html").as_uri()]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={folder / 'browser'}",
+        "--virtual-time-budget=20000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        "--dump-dom",
+        (folder / "wrapper.html").as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     return json.loads(html.unescape(re.search('data-probe="([^"]*)"', dom)[1]))
 
 
 SENTENCE = "A sentence that says why, at some length, so that it has to wrap"
 INTERVALS = {"holds": (0.2, 0.8), "open": (-0.1, 1.1), "fails": (-1.8, -1.2)}
-VERDICTS = {"02_pruning-verdict": (CLAIMS[1].text, WORDS[1], ["fails", "holds", "open"]), "03_projector-gain": ("Training helps.", WORDS[2], ["holds", "open"]),
-            "03_projector-verdict": (CLAIMS[2].text, WORDS[0], ["holds", "holds"]), "06_best-choice": (CLAIMS[5].text, WORDS[2], ["open", "open"]),
-            "10_findings-claim-1": (CLAIMS[1].text, WORDS[1], ["fails", "holds", "open"]), "10_findings-claim-2": (CLAIMS[2].text, WORDS[0], ["holds", "holds"])}
+VERDICTS = {
+    "02_pruning-verdict": (CLAIMS[1].text, WORDS[1], ["fails", "holds", "open"]),
+    "03_projector-gain": ("Training helps.", WORDS[2], ["holds", "open"]),
+    "03_projector-verdict": (CLAIMS[2].text, WORDS[0], ["holds", "holds"]),
+    "06_best-choice": (CLAIMS[5].text, WORDS[2], ["open", "open"]),
+    "10_findings-claim-1": (CLAIMS[1].text, WORDS[1], ["fails", "holds", "open"]),
+    "10_findings-claim-2": (CLAIMS[2].text, WORDS[0], ["holds", "holds"]),
+}
 
 
 def wide_notebook():
     "A notebook with everything that makes pages too wide."
-    table = "<table><caption>Benchmarks.</caption><thead><tr>" + "".join(f"<th>scenes/benchmark {k}</th>" for k in range(20)) + "</tr></thead></table>"
-    frame = pd.DataFrame({"model": ["tiny-llava", "tiny-bunny"], "why": [SENTENCE + "."] * 2, **{f"scenes/some benchmark {k}": [97.1, 98.2] for k in range(16)}})
-    study = to_html(Table(frame, "n = 7,000 questions per model, 3 seeds, " + "and so on, " * 30, {}))
-    return new_notebook(cells=[
-        new_markdown_cell("# A title that names a_function_with_a_very_long_name_indeed_and_then_some_more\n> A claim with `inline_code_that_cannot_be_broken_anywhere_and_is_long`."),
-        new_markdown_cell("## Heading\n\nA link: https://example.org/" + "long/" * 30 + "\n\n| a | b |\n|---|---|\n| " + "wide " * 30 + "| 2 |"),
-        new_code_cell("import math"), new_code_cell("import json"),
-        new_code_cell("x = 1", outputs=[new_output("display_data", {"text/html": table, "text/plain": "a table"}), new_output("display_data", {"text/html": study, "text/plain": "a table"}),
-                                        new_output("display_data", {"image/png": DOT, "text/plain": "a caption: " + "word" * 60}),
-                                        new_output("stream", text="a line that goes on " * 20)]), new_markdown_cell("## Heading"), new_code_cell("y = 2")])
+    table = (
+        "<table><caption>Benchmarks.</caption><thead><tr>"
+        + "".join(f"<th>scenes/benchmark {k}</th>" for k in range(20))
+        + "</tr></thead></table>"
+    )
+    frame = pd.DataFrame(
+        {
+            "model": ["tiny-llava", "tiny-bunny"],
+            "why": [SENTENCE + "."] * 2,
+            **{f"scenes/some benchmark {k}": [97.1, 98.2] for k in range(16)},
+        }
+    )
+    study = to_html(
+        Table(frame, "n = 7,000 questions per model, 3 seeds, " + "and so on, " * 30, {})
+    )
+    return new_notebook(
+        cells=[
+            new_markdown_cell(
+                "# A title that names a_function_with_a_very_long_name_indeed_and_then_some_more\n> A claim with `inline_code_that_cannot_be_broken_anywhere_and_is_long`."
+            ),
+            new_markdown_cell(
+                "## Heading\n\nA link: https://example.org/"
+                + "long/" * 30
+                + "\n\n| a | b |\n|---|---|\n| "
+                + "wide " * 30
+                + "| 2 |"
+            ),
+            new_code_cell("import math"),
+            new_code_cell("import json"),
+            new_code_cell(
+                "x = 1",
+                outputs=[
+                    new_output("display_data", {"text/html": table, "text/plain": "a table"}),
+                    new_output("display_data", {"text/html": study, "text/plain": "a table"}),
+                    new_output(
+                        "display_data",
+                        {"image/png": DOT, "text/plain": "a caption: " + "word" * 60},
+                    ),
+                    new_output("stream", text="a line that goes on " * 20),
+                ],
+            ),
+            new_markdown_cell("## Heading"),
+            new_code_cell("y = 2"),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +133,32 @@ def made(tmp_path_factory) -> Path:
     "The page of a study that would be too wide, with verdicts."
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copy(ROOT / "settings.ini", folder)
-    for part in ("nbs/study", "figures/smoke"): (folder / part).mkdir(parents=True)
+    for part in ("nbs/study", "figures/smoke"):
+        (folder / part).mkdir(parents=True)
     nb = wide_notebook()
     for name in ("01_wide", *sorted({file.partition("-")[0] for file in VERDICTS})):
-        for part in ("nbs/study", "figures/smoke"): nbformat.write(nb if name == "01_wide" else new_notebook(cells=nb.cells[:1]), folder / part / f"{name}.ipynb")
+        for part in ("nbs/study", "figures/smoke"):
+            nbformat.write(
+                nb if name == "01_wide" else new_notebook(cells=nb.cells[:1]),
+                folder / part / f"{name}.ipynb",
+            )
     (folder / "figures/smoke/01_wide-t.csv").touch()
     (folder / "figures/smoke/01_wide-f.png").write_bytes(base64.b64decode(DOT))
     for file, (claim, word, kinds) in VERDICTS.items():
-        effects = {f"at {k}": {"value": sum(INTERVALS[kind]) / 2, "low": INTERVALS[kind][0], "high": INTERVALS[kind][1], "n": 7000, "seeds": 3} for k, kind in enumerate(kinds)}
-        (folder / f"figures/smoke/{file}.json").write_text(json.dumps({"claim": claim, "word": word, "sentence": "", "effects": effects}), encoding="utf-8")
+        effects = {
+            f"at {k}": {
+                "value": sum(INTERVALS[kind]) / 2,
+                "low": INTERVALS[kind][0],
+                "high": INTERVALS[kind][1],
+                "n": 7000,
+                "seeds": 3,
+            }
+            for k, kind in enumerate(kinds)
+        }
+        (folder / f"figures/smoke/{file}.json").write_text(
+            json.dumps({"claim": claim, "word": word, "sentence": "", "effects": effects}),
+            encoding="utf-8",
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return site.build("smoke")
@@ -94,7 +170,9 @@ def test_a_notebook_that_failed_is_named(made, tmp_path, monkeypatch):
     monkeypatch.chdir(copy)
     assert "failed when it was last run" not in made.read_text(encoding="utf-8")
     nbformat.write(wide_notebook(), copy / "figures/smoke/01_wide.failed.ipynb")
-    assert '01_wide failed when it was last run (<a href="01_wide.failed.ipynb">' in site.build("smoke").read_text(encoding="utf-8")
+    assert '01_wide failed when it was last run (<a href="01_wide.failed.ipynb">' in site.build(
+        "smoke"
+    ).read_text(encoding="utf-8")
 
 
 def test_a_notebook_with_parameters_of_its_own_says_so_and_speaks_last(made, tmp_path, monkeypatch):
@@ -114,9 +192,15 @@ def text_of(part: str) -> str:
     return html.unescape(re.sub("<[^>]*>", "", part)).strip()
 
 
-def listed(page: Path) -> list: # of texts
+def listed(page: Path) -> list:  # of texts
     "The verdicts at the top."
-    return [text_of(item) for ul in re.findall('<ul class="findings">(.*?)</ul>', page.read_text(encoding="utf-8"), flags=re.S) for item in re.findall("<li.*?</li>", ul)]
+    return [
+        text_of(item)
+        for ul in re.findall(
+            '<ul class="findings">(.*?)</ul>', page.read_text(encoding="utf-8"), flags=re.S
+        )
+        for item in re.findall("<li.*?</li>", ul)
+    ]
 
 
 def claim_of(line: str) -> str:
@@ -126,7 +210,12 @@ def claim_of(line: str) -> str:
 
 def complete(seen: dict) -> bool:
     "Whether all is there and nothing was asked of anyone."
-    return seen["requests"] == [] and seen["lost"] == [] and seen["shown"] == seen["images"] > 0 and seen["tables"] > 0
+    return (
+        seen["requests"] == []
+        and seen["lost"] == []
+        and seen["shown"] == seen["images"] > 0
+        and seen["tables"] > 0
+    )
 
 
 def brightness(colour: str) -> float:
@@ -135,32 +224,68 @@ def brightness(colour: str) -> float:
 
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
-    assert listed(made) == [f"✗1. {claims[1]}: does not hold (holds in 1 of 3 settings, contrary in 1)", f"✓2. {claims[2]}: holds (holds in 2 of 2 settings)",
-                            f"?5. {claims[5]}: is undecided at this scale (holds in 0 of 2 settings)", "?Training helps: is undecided at this scale (holds in 1 of 2 settings)"]
+    assert listed(made) == [
+        f"✗1. {claims[1]}: does not hold (holds in 1 of 3 settings, contrary in 1)",
+        f"✓2. {claims[2]}: holds (holds in 2 of 2 settings)",
+        f"?5. {claims[5]}: is undecided at this scale (holds in 0 of 2 settings)",
+        "?Training helps: is undecided at this scale (holds in 1 of 2 settings)",
+    ]
     page = made.read_text(encoding="utf-8")
-    assert re.findall('<a href="#([^"]*)">(?:Without recovery|At ratios|With recovery|Training helps)', page) == ["02_pruning", "03_projector", "06_best", "03_projector"]
+    assert re.findall(
+        '<a href="#([^"]*)">(?:Without recovery|At ratios|With recovery|Training helps)', page
+    ) == ["02_pruning", "03_projector", "06_best", "03_projector"]
 
 
 def test_a_picture_leads_to_its_file_and_code_shares_a_fold(made):
-    section = re.search('<section id="01_wide">.*?</section>', made.read_text(encoding="utf-8"), flags=re.S)[0]
+    section = re.search(
+        '<section id="01_wide">.*?</section>', made.read_text(encoding="utf-8"), flags=re.S
+    )[0]
     assert section.count("<img") == section.count('<a href="01_wide-f.png"><img') == 1
-    assert [re.findall("<code>(.*?)</code>", fold) for fold in re.findall("<details>.*?</details>", section)] == [["import math", "import json", "x = 1"], ["y = 2"]]
+    assert [
+        re.findall("<code>(.*?)</code>", fold)
+        for fold in re.findall("<details>.*?</details>", section)
+    ] == [["import math", "import json", "x = 1"], ["y = 2"]]
 
 
 def test_headings_descend_by_one_and_sections_lead_back(made):
     page = made.read_text(encoding="utf-8")
     levels = [1, *(int(level) for level in re.findall(r"<h(\d)", page.partition("</h1>")[2]))]
-    assert {1, 2, 3} == set(levels) and all(after - before <= 1 for before, after in zip(levels, levels[1:]))
-    assert page.count("<section ") == page.count('<a href="#contents">↑ contents</a></p></section>') == 7 and page.count('id="contents"') == 1
+    assert {1, 2, 3} == set(levels) and all(
+        after - before <= 1 for before, after in zip(levels, levels[1:])
+    )
+    assert (
+        page.count("<section ")
+        == page.count('<a href="#contents">↑ contents</a></p></section>')
+        == 7
+        and page.count('id="contents"') == 1
+    )
     assert len(ids := re.findall(r' id="([^"]*)"', page)) == len(set(ids))
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="no git here")
 def test_a_page_names_the_commit_of_its_checkout_if_there_is_one(made, tmp_path):
     assert "made at commit" not in made.read_text(encoding="utf-8") and site.commit(tmp_path) == ""
-    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org", *words], check=True, capture_output=True, text=True).stdout
+    git = lambda *words: (
+        subprocess.run(
+            [
+                "git",
+                "-C",
+                str(tmp_path),
+                "-c",
+                "user.name=a",
+                "-c",
+                "user.email=a@example.org",
+                *words,
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
     git("init"), git("commit", "--allow-empty", "-m", "first")
-    assert len(site.commit(tmp_path)) >= 7 and git("rev-parse", "HEAD").startswith(site.commit(tmp_path))
+    assert len(site.commit(tmp_path)) >= 7 and git("rev-parse", "HEAD").startswith(
+        site.commit(tmp_path)
+    )
 
 
 def test_no_git_no_commit(monkeypatch, tmp_path):
@@ -172,17 +297,28 @@ def test_no_git_no_commit(monkeypatch, tmp_path):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out(made, tmp_path, width):
     seen = look(made, tmp_path, width)
-    assert complete(seen) and seen["width"] == width and seen["needed"] <= width and seen["outside"] == 0, seen
+    assert (
+        complete(seen)
+        and seen["width"] == width
+        and seen["needed"] <= width
+        and seen["outside"] == 0
+    ), seen
 
 
 @browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_wide_table_is_read_with_its_caption_and_its_first_column(made, tmp_path, width):
     seen = look(made, tmp_path, width)
-    assert len(seen["captions"]) == 3 and all(0 <= c["left"] < c["right"] <= width for c in seen["captions"]), seen["captions"]
-    assert len(seen["long"]) == 2 and all(cell["lines"] > 1 and cell["width"] < 400 for cell in seen["long"]), seen["long"]
+    assert len(seen["captions"]) == 3 and all(
+        0 <= c["left"] < c["right"] <= width for c in seen["captions"]
+    ), seen["captions"]
+    assert len(seen["long"]) == 2 and all(
+        cell["lines"] > 1 and cell["width"] < 400 for cell in seen["long"]
+    ), seen["long"]
     assert set(seen["short"]) == {1}
-    assert seen["first"] and all(abs(cell["at"]) < 1 and cell["back"] == seen["back"] for cell in seen["first"]), seen["first"]
+    assert seen["first"] and all(
+        abs(cell["at"]) < 1 and cell["back"] == seen["back"] for cell in seen["first"]
+    ), seen["first"]
 
 
 @browser
@@ -219,8 +355,15 @@ def again(request, tmp_path_factory) -> Path:
 def test_a_study_lists_every_claim_once_in_order(again):
     lines = listed(again)
     numbers = [int(line[1]) if re.match(r".\d\. ", line) else 9 for line in lines]
-    assert numbers[0] == 1 and numbers == sorted(numbers) and len(set(map(claim_of, lines))) == len(lines)
-    assert "questions per model: <b>7,000</b> · benchmarks: <b>7</b> · seeds: <b>" in again.read_text(encoding="utf-8")
+    assert (
+        numbers[0] == 1
+        and numbers == sorted(numbers)
+        and len(set(map(claim_of, lines))) == len(lines)
+    )
+    assert (
+        "questions per model: <b>7,000</b> · benchmarks: <b>7</b> · seeds: <b>"
+        in again.read_text(encoding="utf-8")
+    )
 
 
 @browser
@@ -228,7 +371,9 @@ def test_a_study_lists_every_claim_once_in_order(again):
 def test_captions_of_a_study_are_in_view(again, tmp_path, width):
     seen = look(again, tmp_path, width)
     assert complete(seen) and seen["needed"] <= width and seen["outside"] == 0, seen
-    assert len(seen["captions"]) > 20 and all(0 <= c["left"] < c["right"] <= width for c in seen["captions"])
+    assert len(seen["captions"]) > 20 and all(
+        0 <= c["left"] < c["right"] <= width for c in seen["captions"]
+    )
 
 
 @pytest.mark.parametrize("folder", PAGES, ids=lambda p: p.name)

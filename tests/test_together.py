@@ -1,4 +1,5 @@
 """One cell trained by several processes; a killed cell that goes on; workers that see only their own GPUs."""
+
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -6,14 +7,24 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from mllm_compress.study import workers as executors, stages as experiment
-from mllm_compress.study.experiments import Experiment, Profile, Slurm, _checked, load_profile, read_strictly
-from mllm_compress.study.store import Store, read
 from mllm_compress.recovery.trainer import RecoveryTrainer
+from mllm_compress.study import stages as experiment
+from mllm_compress.study import workers as executors
+from mllm_compress.study.experiments import (
+    Experiment,
+    Profile,
+    Slurm,
+    _checked,
+    load_profile,
+    read_strictly,
+)
+from mllm_compress.study.store import Store, read
 
 SMOKE = load_profile("smoke")
-SMOKE = replace(SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=8))
-CELL = Experiment("smoke-bunny", "widthwise", .3, recovery="sft+hidden_kd", fraction=.5)
+SMOKE = replace(
+    SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=8)
+)
+CELL = Experiment("smoke-bunny", "widthwise", 0.3, recovery="sft+hidden_kd", fraction=0.5)
 
 
 def result_of(profile, store, cell=CELL) -> dict:
@@ -32,20 +43,33 @@ def test_two_processes_train_what_one_trains(alone, tmp_path, capfd):
     two = result_of(replace(SMOKE, processes=2), Store(tmp_path))
     assert executors.name_of(CELL, replace(SMOKE, processes=2)) == executors.name_of(CELL, SMOKE)
     assert two["training"]["loss"] == pytest.approx(alone["training"]["loss"], rel=1e-3)
-    assert two["training"]["samples"] == alone["training"]["samples"] and two["plan"] == alone["plan"]
+    assert (
+        two["training"]["samples"] == alone["training"]["samples"] and two["plan"] == alone["plan"]
+    )
     assert [r["benchmark"] for r in two["rows"]] == [r["benchmark"] for r in alone["rows"]]
 
 
 def test_what_goes_wrong_in_the_processes_is_told(tmp_path, capfd):
     profile = replace(SMOKE, processes=2, recovery=SMOKE.recovery | {"optimizer": "none_such"})
     status, message = executors.complete(CELL, profile, Store(tmp_path))
-    assert status == "failed" and "2 processes that train this cell ended with code" in message and "none_such" in capfd.readouterr().out
+    assert (
+        status == "failed"
+        and "2 processes that train this cell ended with code" in message
+        and "none_such" in capfd.readouterr().out
+    )
 
 
 def test_processes_do_not_outlive_the_one_that_started_them():
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    done = subprocess.run([sys.executable, "-c", f"from mllm_compress.study.stages import _end_with; _end_with({gone.pid})"], timeout=60)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from mllm_compress.study.stages import _end_with; _end_with({gone.pid})",
+        ],
+        timeout=60,
+    )
     assert done.returncode == 1
 
 
@@ -56,24 +80,34 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch)
 
     def counted(self, *args, **kwargs):
         steps.append(self.state.global_step)
-        if len(steps) > 1 and self.state.global_step == 1: raise KeyboardInterrupt
+        if len(steps) > 1 and self.state.global_step == 1:
+            raise KeyboardInterrupt
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(RecoveryTrainer, "training_step", counted)
     longer = replace(profile, recovery=profile.recovery | {"epochs": 3})
-    with pytest.raises(KeyboardInterrupt): executors.complete(CELL, longer, store)
+    with pytest.raises(KeyboardInterrupt):
+        executors.complete(CELL, longer, store)
     folder = experiment.checkpoints_of(executors.name_of(CELL, longer), store)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(RecoveryTrainer, "training_step", real)
     resumed = result_of(longer, store)
     whole = result_of(replace(longer, checkpoint_every=0), Store(tmp_path / "whole"))
-    assert not folder.exists() and executors.name_of(CELL, profile) == executors.name_of(CELL, SMOKE)
-    assert resumed["training"]["loss"] == whole["training"]["loss"] and resumed["rows"] == whole["rows"] and resumed["units"] == whole["units"]
+    assert not folder.exists() and executors.name_of(CELL, profile) == executors.name_of(
+        CELL, SMOKE
+    )
+    assert (
+        resumed["training"]["loss"] == whole["training"]["loss"]
+        and resumed["rows"] == whole["rows"]
+        and resumed["units"] == whole["units"]
+    )
 
 
 def test_a_profile_gives_each_process_a_gpu():
-    with pytest.raises(ValueError, match="processes is 2 and a Slurm job gets 3 GPUs"): _checked(replace(SMOKE, processes=2, slurm=Slurm(gpus=3)))
-    with pytest.raises(ValueError, match="processes is 0"): _checked(replace(SMOKE, processes=0))
+    with pytest.raises(ValueError, match="processes is 2 and a Slurm job gets 3 GPUs"):
+        _checked(replace(SMOKE, processes=2, slurm=Slurm(gpus=3)))
+    with pytest.raises(ValueError, match="processes is 0"):
+        _checked(replace(SMOKE, processes=0))
     profile = _checked(replace(SMOKE, processes=4, slurm=Slurm(gpus=4)))
     assert read_strictly(Profile, asdict(profile), "profile") == profile
 
@@ -81,9 +115,12 @@ def test_a_profile_gives_each_process_a_gpu():
 def test_workers_share_the_gpus_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert executors.devices() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] and executors.devices(processes=2) == ["cuda:0", "cuda:2"]
+    assert executors.devices() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] and executors.devices(
+        processes=2
+    ) == ["cuda:0", "cuda:2"]
     assert executors._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert executors._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
-    with pytest.raises(ValueError, match="8 processes are to train a cell together.*has 4"): executors.check_gpus(replace(SMOKE, processes=8))
+    with pytest.raises(ValueError, match="8 processes are to train a cell together.*has 4"):
+        executors.check_gpus(replace(SMOKE, processes=8))
     assert "CUDA_VISIBLE_DEVICES" not in executors._surroundings("cpu")

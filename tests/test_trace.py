@@ -1,4 +1,5 @@
 """Every committed number follows from the results that it was drawn from, and every committed notebook from its source."""
+
 import json
 import warnings
 from pathlib import Path
@@ -7,16 +8,15 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from draw_again import MEASURED
 
 from mllm_compress.reporting import effects
-from mllm_compress.study import store
-from mllm_compress.study import runs as study
-from mllm_compress.study.experiments import Experiment
 from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS
 from mllm_compress.reporting.report import Verdict
+from mllm_compress.study import runs as study
+from mllm_compress.study import store
+from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.store import Store
-
-from draw_again import MEASURED
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/cells.csv"))
@@ -28,9 +28,13 @@ def means(lines: pd.DataFrame) -> pd.DataFrame:
     scores = lines.pivot_table("score", SETTING, "benchmark", aggfunc="mean").reset_index()
     benchmarks = list(lines.benchmark.unique())
     dense = scores[scores.pruning == "none"].set_index("model")[benchmarks]
-    originals = dense.loc[scores.model].replace(0, np.nan).to_numpy()  # what a random model scores 0 on has no ratio
+    originals = (
+        dense.loc[scores.model].replace(0, np.nan).to_numpy()
+    )  # what a random model scores 0 on has no ratio
     scores["AVG-%"] = 100 * pd.DataFrame(scores[benchmarks].to_numpy() / originals).mean(axis=1)
-    achieved = lines.groupby(SETTING, as_index=False).agg(achieved=("achieved_ratio", "mean"), seeds=("seed", "nunique"))
+    achieved = lines.groupby(SETTING, as_index=False).agg(
+        achieved=("achieved_ratio", "mean"), seeds=("seed", "nunique")
+    )
     return scores.merge(achieved, on=SETTING)
 
 
@@ -39,26 +43,48 @@ def fits(row: pd.Series, settings: pd.DataFrame) -> pd.Series:
     words = {c: str(v) for c, v in row.items()}
     at = (settings.model == row.model) & np.isclose(settings.ratio, float(row.requested))
     at &= settings.pruning == words["pruning"].replace("original", "none")
-    if words["pruning"] == "original": return at
-    if (trained := words.get("trained")) is not None: at &= (settings.recovery == "none") if trained == "nothing" else (settings.recovery != "none") & (settings.train == trained)
-    if (losses := words.get("losses")) is not None: at &= settings.recovery == losses
+    if words["pruning"] == "original":
+        return at
+    if (trained := words.get("trained")) is not None:
+        at &= (
+            (settings.recovery == "none")
+            if trained == "nothing"
+            else (settings.recovery != "none") & (settings.train == trained)
+        )
+    if (losses := words.get("losses")) is not None:
+        at &= settings.recovery == losses
     if (part := words.get("fraction")) is not None:
         percent = float(part.rstrip(" %"))
-        at &= (settings.recovery == "none") if percent == 0 else (settings.recovery != "none") & np.isclose(settings.fraction * 100, percent)
+        at &= (
+            (settings.recovery == "none")
+            if percent == 0
+            else (settings.recovery != "none") & np.isclose(settings.fraction * 100, percent)
+        )
     return at
 
 
-def untraced(table: pd.DataFrame, lines: pd.DataFrame) -> list: # of rows' descriptions
+def untraced(table: pd.DataFrame, lines: pd.DataFrame) -> list:  # of rows' descriptions
     "The rows of a table that are not the means of any setting they may speak of."
     settings, found = means(lines), []
     numbers = [c for c in table.columns if c in set(lines.benchmark) | {"AVG-%"}]
     for _, row in table.iterrows():
         shown = pd.to_numeric(row[numbers], errors="coerce").to_numpy(float)
         candidates = settings[fits(row, settings)]
-        same = [np.allclose(c[numbers].astype(float).to_numpy(), shown, rtol=2e-5, atol=1e-6, equal_nan=True)
-                and ("achieved" not in row or abs(c.achieved - float(row.achieved)) < 6e-4)
-                and ("seeds" not in row or row.pruning == "original" or np.isnan(c["AVG-%"]) or int(row.seeds) == c.seeds) for _, c in candidates.iterrows()]
-        if not any(same): found.append(f"{dict(row)} among {len(candidates)} settings")
+        same = [
+            np.allclose(
+                c[numbers].astype(float).to_numpy(), shown, rtol=2e-5, atol=1e-6, equal_nan=True
+            )
+            and ("achieved" not in row or abs(c.achieved - float(row.achieved)) < 6e-4)
+            and (
+                "seeds" not in row
+                or row.pruning == "original"
+                or np.isnan(c["AVG-%"])
+                or int(row.seeds) == c.seeds
+            )
+            for _, c in candidates.iterrows()
+        ]
+        if not any(same):
+            found.append(f"{dict(row)} among {len(candidates)} settings")
     return found
 
 
@@ -73,9 +99,13 @@ def test_every_score_is_the_mean_of_its_results(folder):
     for path in sorted(folder.glob("*-scores.csv")):
         notebook = folder / f"{path.name.removesuffix('-scores.csv')}.ipynb"
         table = pd.read_csv(path)
-        if "pruning" not in table: continue
+        if "pruning" not in table:
+            continue
         mine = lines[lines.result.isin(read_by(notebook))]
-        assert set(mine.benchmark) <= set(table.columns) and not untraced(table, mine), (path, untraced(table, mine))
+        assert set(mine.benchmark) <= set(table.columns) and not untraced(table, mine), (
+            path,
+            untraced(table, mine),
+        )
         checked.append(path.name)
     assert "02_pruning-scores.csv" in checked
 
@@ -83,16 +113,25 @@ def test_every_score_is_the_mean_of_its_results(folder):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_every_result_that_a_notebook_has_read_is_there_once(folder):
     lines = pd.read_csv(folder / "cells.csv")
-    for notebook in sorted(folder.glob("[0-9]*.ipynb")): assert set(read_by(notebook)) <= set(lines.result), notebook
-    assert not lines.duplicated(["result", "benchmark"]).any() and lines.score.between(0, 2800).all()
-    assert lines.groupby("result")[SETTING + ["seed", "device", "torch", "date", "seconds"]].nunique(dropna=False).eq(1).all(axis=None)
+    for notebook in sorted(folder.glob("[0-9]*.ipynb")):
+        assert set(read_by(notebook)) <= set(lines.result), notebook
+    assert (
+        not lines.duplicated(["result", "benchmark"]).any() and lines.score.between(0, 2800).all()
+    )
+    assert (
+        lines.groupby("result")[SETTING + ["seed", "device", "torch", "date", "seconds"]]
+        .nunique(dropna=False)
+        .eq(1)
+        .all(axis=None)
+    )
     assert (folder / "cells.csv").stat().st_size < 2**20
 
 
 # ---- from the results themselves
 
+
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda p: p.name)
-def traced(request, tmp_path_factory) -> tuple: # (folder, name -> content of a result)
+def traced(request, tmp_path_factory) -> tuple:  # (folder, name -> content of a result)
     "A folder of figures and the results that came with it, each believed only with its seal."
     results = Store(tmp_path_factory.mktemp("traced") / "runs")
     with warnings.catch_warnings():
@@ -104,7 +143,13 @@ def traced(request, tmp_path_factory) -> tuple: # (folder, name -> content of a 
 def frame_of(notebook: Path, contents: dict) -> pd.DataFrame:
     "The frame that a notebook was drawn from."
     found = [contents[name] for name in read_by(notebook)]
-    return pd.DataFrame([row for c in found for row in study.rows_of(Experiment(**c["inputs"]["cell"]), c["result"])]).assign(profile=notebook.parent.name)
+    return pd.DataFrame(
+        [
+            row
+            for c in found
+            for row in study.rows_of(Experiment(**c["inputs"]["cell"]), c["result"])
+        ]
+    ).assign(profile=notebook.parent.name)
 
 
 def test_the_lines_of_cells_csv_are_the_results(traced):
@@ -112,28 +157,50 @@ def test_the_lines_of_cells_csv_are_the_results(traced):
     lines = pd.read_csv(folder / "cells.csv", dtype={"result": str})
     assert set(lines.result) == set(contents)
     for line in lines.itertuples():
-        row = next(r for r in contents[line.result]["result"]["rows"] if r["benchmark"] == line.benchmark)
-        assert line.score == pytest.approx(row["score"], rel=1e-5) and line.n == row["n"] and line.seconds == pytest.approx(contents[line.result]["result"]["record"]["seconds"], rel=1e-5)
-        assert 100 * np.mean(contents[line.result]["result"]["units"][line.benchmark]) == pytest.approx(row["score"], abs=.01)
+        row = next(
+            r for r in contents[line.result]["result"]["rows"] if r["benchmark"] == line.benchmark
+        )
+        assert (
+            line.score == pytest.approx(row["score"], rel=1e-5)
+            and line.n == row["n"]
+            and line.seconds
+            == pytest.approx(contents[line.result]["result"]["record"]["seconds"], rel=1e-5)
+        )
+        assert 100 * np.mean(
+            contents[line.result]["result"]["units"][line.benchmark]
+        ) == pytest.approx(row["score"], abs=0.01)
 
 
 def test_intervals_of_tables_follow_from_the_answers(traced):
     folder, contents = traced
     for path in sorted(folder.glob("*-scores.csv")):
-        table, frame = pd.read_csv(path), frame_of(folder / f"{path.name.removesuffix('-scores.csv')}.ipynb", contents)
+        table, frame = (
+            pd.read_csv(path),
+            frame_of(folder / f"{path.name.removesuffix('-scores.csv')}.ipynb", contents),
+        )
         rows = effects.summary(frame)
-        ours = {tuple(round(v, 3) for v in r) for r in rows[rows.pruning != "none"][["avg_percent", "low", "high"]].to_numpy()}
+        ours = {
+            tuple(round(v, 3) for v in r)
+            for r in rows[rows.pruning != "none"][["avg_percent", "low", "high"]].to_numpy()
+        }
         shown = table[table.pruning != "original"][["AVG-%", "low", "high"]].dropna().to_numpy()
-        assert len(shown) and all(any(np.allclose(row, r, atol=2e-3) for r in ours) for row in shown), path
+        assert len(shown) and all(
+            any(np.allclose(row, r, atol=2e-3) for r in ours) for row in shown
+        ), path
 
 
 def retold(path: Path, effects_of, contents: dict) -> None:
     "Hold a written verdict against what its results say."
     said = json.loads(path.read_text(encoding="utf-8"))
     found = effects_of(frame_of(path.parent / f"{path.name.split('-')[0]}.ipynb", contents))
-    assert set(said["effects"]) == set(found) and said["word"] == Verdict(said["claim"], found, "").word
+    assert (
+        set(said["effects"]) == set(found)
+        and said["word"] == Verdict(said["claim"], found, "").word
+    )
     for where, e in found.items():
-        assert [said["effects"][where][k] for k in ("value", "low", "high")] == pytest.approx([e.value, e.low, e.high], abs=1e-9)
+        assert [said["effects"][where][k] for k in ("value", "low", "high")] == pytest.approx(
+            [e.value, e.low, e.high], abs=1e-9
+        )
         assert (said["effects"][where]["n"], said["effects"][where]["seeds"]) == (e.n, e.seeds)
 
 
@@ -141,64 +208,180 @@ def test_verdicts_follow_from_the_answers(traced):
     folder, contents = traced
     seen = []
     for number, claim in CLAIMS.items():
-        path = next((p for p in (folder / f"{claim.notebook}-{name}.json" for name in ("verdict", "choice")) if p.exists() and json.loads(p.read_text())["claim"] == claim.text), None)
-        if path: retold(path, claim.effects, contents); seen.append(number)
+        path = next(
+            (
+                p
+                for p in (
+                    folder / f"{claim.notebook}-{name}.json" for name in ("verdict", "choice")
+                )
+                if p.exists() and json.loads(p.read_text())["claim"] == claim.text
+            ),
+            None,
+        )
+        if path:
+            retold(path, claim.effects, contents)
+            seen.append(number)
         even = folder / f"{claim.notebook}-same-size.json"
-        if even.exists(): retold(even, AT_EQUAL_SIZE[number].effects, contents); seen.append(f"{number} at equal size")
-    assert 1 in seen and (folder.name != "tiny" or {2, 3, 4, 5, "1 at equal size", "5 at equal size"} <= set(seen))
+        if even.exists():
+            retold(even, AT_EQUAL_SIZE[number].effects, contents)
+            seen.append(f"{number} at equal size")
+    assert 1 in seen and (
+        folder.name != "tiny" or {2, 3, 4, 5, "1 at equal size", "5 at equal size"} <= set(seen)
+    )
 
 
 # ---- from the sources
 
+
 def code_of(path: Path) -> list:
     "The code of a notebook, without the parameters that papermill has put in."
     cells = nbformat.read(path, 4).cells
-    return [c.source for c in cells if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])]
+    return [
+        c.source
+        for c in cells
+        if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
+    ]
 
 
-@pytest.mark.parametrize("notebook", [p for f in FOLDERS for p in sorted(f.glob("[0-9]*.ipynb")) if not p.stem.startswith("00")], ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "notebook",
+    [p for f in FOLDERS for p in sorted(f.glob("[0-9]*.ipynb")) if not p.stem.startswith("00")],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
 def test_committed_notebooks_were_run_from_their_sources(notebook):
     "All that a study runs; the search for learning rates (00) takes hours, is run by hand and keeps its date."
     assert code_of(notebook) == code_of(ROOT / "nbs/study" / notebook.name)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "figures/quick").glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "figures/quick").glob("[0-9]*.ipynb")), ids=lambda p: p.stem
+)
 def test_study_notebooks_show_what_the_quick_run_showed(path):
     def shown(notebook):
-        outputs = [o for c in nbformat.read(notebook, 4).cells if c.cell_type == "code" for o in c.get("outputs", [])]
-        return [o.text if o.output_type == "stream" else o.data.get("text/markdown", o.data.get("text/plain")) for o in outputs]
+        outputs = [
+            o
+            for c in nbformat.read(notebook, 4).cells
+            if c.cell_type == "code"
+            for o in c.get("outputs", [])
+        ]
+        return [
+            o.text
+            if o.output_type == "stream"
+            else o.data.get("text/markdown", o.data.get("text/plain"))
+            for o in outputs
+        ]
+
     assert shown(ROOT / "nbs/study" / path.name) == shown(path)
 
 
 def made() -> pd.DataFrame:
     "Results of a dense model and of a pruned one with two seeds."
-    rows = [("none", 0, 0, "a", 90), ("none", 0, 0, "b", 80), ("layerwise", .3, 0, "a", 45), ("layerwise", .3, 0, "b", 40), ("layerwise", .3, 1, "a", 63), ("layerwise", .3, 1, "b", 60)]
-    return pd.DataFrame([{"model": "m", "pruning": p, "ratio": r, "importance": "i", "recovery": "none", "train": "t", "fraction": 1.0, "seed": s,
-                          "benchmark": b, "score": v, "achieved_ratio": r, "result": f"{p}{s}"} for p, r, s, b, v in rows])
+    rows = [
+        ("none", 0, 0, "a", 90),
+        ("none", 0, 0, "b", 80),
+        ("layerwise", 0.3, 0, "a", 45),
+        ("layerwise", 0.3, 0, "b", 40),
+        ("layerwise", 0.3, 1, "a", 63),
+        ("layerwise", 0.3, 1, "b", 60),
+    ]
+    return pd.DataFrame(
+        [
+            {
+                "model": "m",
+                "pruning": p,
+                "ratio": r,
+                "importance": "i",
+                "recovery": "none",
+                "train": "t",
+                "fraction": 1.0,
+                "seed": s,
+                "benchmark": b,
+                "score": v,
+                "achieved_ratio": r,
+                "result": f"{p}{s}",
+            }
+            for p, r, s, b, v in rows
+        ]
+    )
 
 
-@pytest.mark.parametrize("change, wrong", [({}, 0), ({"a": 54.1}, 1), ({"AVG-%": 61.0}, 1), ({"achieved": .31}, 1), ({"pruning": "widthwise"}, 1), ({"seeds": 3}, 1)])
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ({}, 0),
+        ({"a": 54.1}, 1),
+        ({"AVG-%": 61.0}, 1),
+        ({"achieved": 0.31}, 1),
+        ({"pruning": "widthwise"}, 1),
+        ({"seeds": 3}, 1),
+    ],
+)
 def test_a_changed_number_is_found(change, wrong):
-    table = pd.DataFrame([{"model": "m", "requested": 0., "pruning": "original", "achieved": 0., "a": 90, "b": 80, "AVG-%": 100.},
-                          {"model": "m", "requested": .3, "pruning": "layerwise", "achieved": .3, "seeds": 2, "a": 54, "b": 50, "AVG-%": 61.25} | change])
+    table = pd.DataFrame(
+        [
+            {
+                "model": "m",
+                "requested": 0.0,
+                "pruning": "original",
+                "achieved": 0.0,
+                "a": 90,
+                "b": 80,
+                "AVG-%": 100.0,
+            },
+            {
+                "model": "m",
+                "requested": 0.3,
+                "pruning": "layerwise",
+                "achieved": 0.3,
+                "seeds": 2,
+                "a": 54,
+                "b": 50,
+                "AVG-%": 61.25,
+            }
+            | change,
+        ]
+    )
     assert len(untraced(table, made())) == wrong
 
 
 # ---- from the results once more, by the notebooks themselves
 
+
 def same_values(ours: Path, again: Path) -> bool:
     "Whether two tables or verdicts say the same, to the last digits of their floating-point numbers."
-    if ours.suffix == ".csv": return pd.testing.assert_frame_equal(pd.read_csv(ours), pd.read_csv(again), rtol=1e-4, atol=1e-6) is None
-    flat = lambda value: [leaf for k in sorted(value) for leaf in flat(value[k])] if isinstance(value, dict) else [value]
-    return len(flat(a := json.loads(ours.read_text()))) == len(flat(b := json.loads(again.read_text()))) and all(
-        x == pytest.approx(y, rel=1e-6, abs=1e-9) if isinstance(x, float) else x == y for x, y in zip(flat(a), flat(b)))
+    if ours.suffix == ".csv":
+        return (
+            pd.testing.assert_frame_equal(
+                pd.read_csv(ours), pd.read_csv(again), rtol=1e-4, atol=1e-6
+            )
+            is None
+        )
+    flat = lambda value: (
+        [leaf for k in sorted(value) for leaf in flat(value[k])]
+        if isinstance(value, dict)
+        else [value]
+    )
+    return len(flat(a := json.loads(ours.read_text()))) == len(
+        flat(b := json.loads(again.read_text()))
+    ) and all(
+        x == pytest.approx(y, rel=1e-6, abs=1e-9) if isinstance(x, float) else x == y
+        for x, y in zip(flat(a), flat(b))
+    )
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_notebooks_draw_every_table_and_verdict_from_the_results_again(folder, drawn_again):
     checkout, process = drawn_again[folder.name]
-    if process is None: pytest.skip("results have other names here: this machine trains in another precision, or the code of a method has changed since they were computed")
+    if process is None:
+        pytest.skip(
+            "results have other names here: this machine trains in another precision, or the code of a method has changed since they were computed"
+        )
     assert process.wait(timeout=900) == 0, (checkout / "errors").read_text()[-4000:]
-    written = [p for p in sorted(folder.glob("*-*.*")) if p.suffix in (".csv", ".json") and not p.name.startswith(MEASURED)]
+    written = [
+        p
+        for p in sorted(folder.glob("*-*.*"))
+        if p.suffix in (".csv", ".json") and not p.name.startswith(MEASURED)
+    ]
     assert len(written) > 15
-    for path in written: assert same_values(path, checkout / "figures" / folder.name / path.name), path.name
+    for path in written:
+        assert same_values(path, checkout / "figures" / folder.name / path.name), path.name

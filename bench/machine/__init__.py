@@ -1,4 +1,5 @@
 """What a benchmark ran on: the columns that every table of numbers carries. A folder, so that `make bench` does not run it."""
+
 import platform
 from pathlib import Path
 
@@ -8,12 +9,26 @@ import transformers
 
 def device_name(device: str) -> str:
     "The processor or the GPU."
-    if device.startswith("cuda"): return torch.cuda.get_device_name(device)
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            line.split(":")[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def facts(device: str) -> dict:
     "Device, threads and versions."
-    return {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

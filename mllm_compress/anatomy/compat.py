@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
 # %% ../../nbs/library/anatomy/02_compat.ipynb #cell-004
-CACHE_ARGUMENT = "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+CACHE_ARGUMENT = (
+    "cache" if "cache" in signature(LlamaModel.forward).parameters else "past_key_values"
+)
 
 # %% ../../nbs/library/anatomy/02_compat.ipynb #cell-007
-CHECKPOINTING = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 @dataclass(frozen=True)
 class Slot:
     "One linear layer of a decoder layer, as a row of the table."
-    name: str # short name used in plans, tables and errors
-    path: str # where it is below the decoder layer
-    axis: int # 0: rows are units, 1: columns are units
-    blocks: tuple # what is stacked along that axis: "query", "key", "value" or "neuron"
+
+    name: str  # short name used in plans, tables and errors
+    path: str  # where it is below the decoder layer
+    axis: int  # 0: rows are units, 1: columns are units
+    blocks: tuple  # what is stacked along that axis: "query", "key", "value" or "neuron"
 
     @property
     def kind(self) -> str:
@@ -31,53 +32,69 @@ class Slot:
 @dataclass(frozen=True)
 class Family:
     "How one architecture names its parts."
-    name: str # model_type of its text config
-    slots: tuple # of Slot, in the order of the forward pass
-    attention: str = "self_attn" # the attention module below a decoder layer
-    mlp: str = "mlp" # the feed-forward module below a decoder layer
-    final_norm: str = "norm" # the norm after the last layer, below the decoder
+
+    name: str  # model_type of its text config
+    slots: tuple  # of Slot, in the order of the forward pass
+    attention: str = "self_attn"  # the attention module below a decoder layer
+    mlp: str = "mlp"  # the feed-forward module below a decoder layer
+    final_norm: str = "norm"  # the norm after the last layer, below the decoder
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-010
 def attention_slots(
-    output: str = "o_proj", # name of the output projection
+    output: str = "o_proj",  # name of the output projection
 ) -> tuple:
     "Separate query, key, value and output projections."
-    inputs = [Slot(name, f"self_attn.{name}_proj", 0, (block,)) for name, block in
-              (("q", "query"), ("k", "key"), ("v", "value"))]
+    inputs = [
+        Slot(name, f"self_attn.{name}_proj", 0, (block,))
+        for name, block in (("q", "query"), ("k", "key"), ("v", "value"))
+    ]
     return (*inputs, Slot("o", f"self_attn.{output}", 1, ("query",)))
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-012
-FUSED_ATTENTION = (Slot("qkv", "self_attn.qkv_proj", 0, ("query", "key", "value")),
-                   Slot("o", "self_attn.o_proj", 1, ("query",)))
-GATED_MLP = (Slot("gate", "mlp.gate_proj", 0, ("neuron",)), Slot("up", "mlp.up_proj", 0, ("neuron",)),
-             Slot("down", "mlp.down_proj", 1, ("neuron",)))
-FUSED_MLP = (Slot("gate_up", "mlp.gate_up_proj", 0, ("neuron", "neuron")),
-             Slot("down", "mlp.down_proj", 1, ("neuron",)))
+FUSED_ATTENTION = (
+    Slot("qkv", "self_attn.qkv_proj", 0, ("query", "key", "value")),
+    Slot("o", "self_attn.o_proj", 1, ("query",)),
+)
+GATED_MLP = (
+    Slot("gate", "mlp.gate_proj", 0, ("neuron",)),
+    Slot("up", "mlp.up_proj", 0, ("neuron",)),
+    Slot("down", "mlp.down_proj", 1, ("neuron",)),
+)
+FUSED_MLP = (
+    Slot("gate_up", "mlp.gate_up_proj", 0, ("neuron", "neuron")),
+    Slot("down", "mlp.down_proj", 1, ("neuron",)),
+)
 PLAIN_MLP = (Slot("fc1", "mlp.fc1", 0, ("neuron",)), Slot("fc2", "mlp.fc2", 1, ("neuron",)))
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-014
-FAMILIES = {family.name: family for family in (
-    Family("llama", attention_slots() + GATED_MLP),
-    Family("mistral", attention_slots() + GATED_MLP),
-    Family("qwen2", attention_slots() + GATED_MLP),
-    Family("qwen3", attention_slots() + GATED_MLP),
-    Family("gemma", attention_slots() + GATED_MLP),
-    Family("phi", attention_slots("dense") + PLAIN_MLP, final_norm="final_layernorm"),
-    Family("phi3", FUSED_ATTENTION + FUSED_MLP),
-)}
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("llama", attention_slots() + GATED_MLP),
+        Family("mistral", attention_slots() + GATED_MLP),
+        Family("qwen2", attention_slots() + GATED_MLP),
+        Family("qwen3", attention_slots() + GATED_MLP),
+        Family("gemma", attention_slots() + GATED_MLP),
+        Family("phi", attention_slots("dense") + PLAIN_MLP, final_norm="final_layernorm"),
+        Family("phi3", FUSED_ATTENTION + FUSED_MLP),
+    )
+}
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-018
 @dataclass(frozen=True)
 class LinearSlot:
     "A slot in one layer of one model: knows which rows or columns belong to which unit."
-    slot: Slot # the row of the table
-    module: nn.Linear # the live module
-    widths: tuple # channels of one unit in each block, e.g. (16, 8, 8) for fused qkv, two queries of 8 per group
+
+    slot: Slot  # the row of the table
+    module: nn.Linear  # the live module
+    widths: tuple  # channels of one unit in each block, e.g. (16, 8, 8) for fused qkv, two queries of 8 per group
 
     name = property(lambda self: self.slot.name, doc="Short name, such as q or down.")
     kind = property(lambda self: self.slot.kind, doc="head or neuron.")
     axis = property(lambda self: self.slot.axis, doc="0 if rows are units, 1 if columns are.")
-    units = property(lambda self: self.module.weight.shape[self.axis] // sum(self.widths), doc="Units present.")
+    units = property(
+        lambda self: self.module.weight.shape[self.axis] // sum(self.widths), doc="Units present."
+    )
 
     def index(self, units) -> torch.Tensor:
         "Rows (axis 0) or columns (axis 1) of `units`, block by block, in the given order."
@@ -96,21 +113,29 @@ class LinearSlot:
 @dataclass(frozen=True)
 class Anatomy:
     "Handles to the parts of a model; made by `anatomy`."
+
     model: PreTrainedModel
     family: Family
-    config: object # the model's own config
-    text_config: object # the config of its LM decoder (the same object for a plain LM)
-    decoder: nn.Module # embed_tokens, layers, final norm
+    config: object  # the model's own config
+    text_config: object  # the config of its LM decoder (the same object for a plain LM)
+    decoder: nn.Module  # embed_tokens, layers, final norm
     lm_head: nn.Module
-    vision_tower: nn.Module | None = None # None for a plain LM
-    projector: nn.Module | None = None # None for a plain LM
+    vision_tower: nn.Module | None = None  # None for a plain LM
+    projector: nn.Module | None = None  # None for a plain LM
 
     layers = property(lambda self: self.decoder.layers, doc="The decoder layers.")
     embed_tokens = property(lambda self: self.decoder.embed_tokens, doc="The token embedding.")
-    final_norm = property(lambda self: getattr(self.decoder, self.family.final_norm), doc="The norm after the last layer.")
+    final_norm = property(
+        lambda self: getattr(self.decoder, self.family.final_norm),
+        doc="The norm after the last layer.",
+    )
     num_layers = property(lambda self: len(self.layers), doc="Decoder layers present.")
-    hidden_size = property(lambda self: self.embed_tokens.weight.shape[1], doc="Width of the residual stream.")
-    vocab_size = property(lambda self: self.embed_tokens.weight.shape[0], doc="Rows of the embedding.")
+    hidden_size = property(
+        lambda self: self.embed_tokens.weight.shape[1], doc="Width of the residual stream."
+    )
+    vocab_size = property(
+        lambda self: self.embed_tokens.weight.shape[0], doc="Rows of the embedding."
+    )
     head_dim = property(lambda self: self.attention(0).head_dim, doc="Channels of one head.")
 
     def attention(self, i: int) -> nn.Module:
@@ -127,10 +152,18 @@ class Anatomy:
 
     def linears(self, i: int) -> list:
         "The linear slots of layer `i`, heads first."
-        width = {"query": self.queries_per_group(i) * self.head_dim, "key": self.head_dim,
-                 "value": self.head_dim, "neuron": 1}
-        return [LinearSlot(slot, self.layers[i].get_submodule(slot.path), tuple(width[b] for b in slot.blocks))
-                for slot in self.family.slots]
+        width = {
+            "query": self.queries_per_group(i) * self.head_dim,
+            "key": self.head_dim,
+            "value": self.head_dim,
+            "neuron": 1,
+        }
+        return [
+            LinearSlot(
+                slot, self.layers[i].get_submodule(slot.path), tuple(width[b] for b in slot.blocks)
+            )
+            for slot in self.family.slots
+        ]
 
     def groups(self, i: int) -> int:
         "Key/value groups in layer `i` (equal to heads without grouped-query attention)."
@@ -142,25 +175,36 @@ class Anatomy:
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-026
 def anatomy(
-    model: PreTrainedModel, # an MLLM (Llava…) or a causal LM, on any device, meta included
+    model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
 ) -> Anatomy:
     "The parts of `model`; an unknown architecture is a ValueError."
     text_config = model.config.get_text_config()
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if text_config.model_type not in FAMILIES:
-        raise ValueError(f"no anatomy for model_type {text_config.model_type!r}; known: {', '.join(FAMILIES)}. If its "
-                         "decoder layers hold linear projections, add a Family row to mllm_compress.anatomy.FAMILIES.")
+        raise ValueError(
+            f"no anatomy for model_type {text_config.model_type!r}; known: {', '.join(FAMILIES)}. If its "
+            "decoder layers hold linear projections, add a Family row to mllm_compress.anatomy.FAMILIES."
+        )
     if lm_head is None or not hasattr(decoder, "layers"):
-        raise ValueError(f"{type(model).__name__} has no LM head over decoder layers; "
-                         "give a …ForCausalLM or …ForConditionalGeneration model.")
+        raise ValueError(
+            f"{type(model).__name__} has no LM head over decoder layers; "
+            "give a …ForCausalLM or …ForConditionalGeneration model."
+        )
     base = getattr(model, "model", None)
-    return Anatomy(model, FAMILIES[text_config.model_type], model.config, text_config, decoder, lm_head,
-                   vision_tower=getattr(base, "vision_tower", None),
-                   projector=getattr(base, "multi_modal_projector", None))
+    return Anatomy(
+        model,
+        FAMILIES[text_config.model_type],
+        model.config,
+        text_config,
+        decoder,
+        lm_head,
+        vision_tower=getattr(base, "vision_tower", None),
+        projector=getattr(base, "multi_modal_projector", None),
+    )
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-034
 def count_parameters(
-    *modules, # nn.Module or None
+    *modules,  # nn.Module or None
 ) -> int:
     "Parameters in `modules`, each counted once however often it is shared."
     seen = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
@@ -180,5 +224,8 @@ def part_parameters(
 ) -> dict:
     "Parameters of vision tower, projector and LM decoder."
     parts = anatomy(model)
-    return {"vision": count_parameters(parts.vision_tower), "projector": count_parameters(parts.projector),
-            "lm": lm_parameters(model)}
+    return {
+        "vision": count_parameters(parts.vision_tower),
+        "projector": count_parameters(parts.projector),
+        "lm": lm_parameters(model),
+    }

@@ -22,7 +22,13 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from ..anatomy.families import anatomy, part_parameters
 from ..pruning.plans import PruningPlan, make_plan, spans
@@ -33,49 +39,65 @@ def widths(
     plan: PruningPlan,
 ) -> list:
     "(heads, neurons) of every layer of the pruned model, from the plan alone."
-    if "sizes" not in plan.meta: raise ValueError("this plan does not know the sizes of its model; make it with make_plan.")
+    if "sizes" not in plan.meta:
+        raise ValueError("this plan does not know the sizes of its model; make it with make_plan.")
     size = lambda i, kind: len(getattr(plan, kind).get(i, range(plan.meta["sizes"][i][kind])))
     return [(size(i, "heads"), size(i, "neurons")) for i in plan.layers]
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-010
 def shrink(
-    model: PreTrainedModel, # changed in place
+    model: PreTrainedModel,  # changed in place
     plan: PruningPlan,
 ) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
     wanted = dict(enumerate(widths(plan)))
-    return cut(model, make_plan(model, heads={i: range(h) for i, (h, n) in wanted.items()},
-                                neurons={i: range(n) for i, (h, n) in wanted.items()}))
+    return cut(
+        model,
+        make_plan(
+            model,
+            heads={i: range(h) for i, (h, n) in wanted.items()},
+            neurons={i: range(n) for i, (h, n) in wanted.items()},
+        ),
+    )
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-012
 def rehouse(
-    model: PreTrainedModel, # gives the weights
-    config, # of the candidate
-    plan: PruningPlan | None = None, # shrink the candidate's layers to this plan's widths
+    model: PreTrainedModel,  # gives the weights
+    config,  # of the candidate
+    plan: PruningPlan | None = None,  # shrink the candidate's layers to this plan's widths
 ) -> PreTrainedModel:
     "A model of `config`'s class around the weights of `model`; raises if they do not fit exactly."
-    same, fresh = type(config) is type(model.config), lambda: type(config).from_dict(config.to_dict()) # validates, as loading will
+    same, fresh = (
+        type(config) is type(model.config),
+        lambda: type(config).from_dict(config.to_dict()),
+    )  # validates, as loading will
     with torch.device("meta"):
         made = type(model)(fresh()) if same else AutoModelForCausalLM.from_config(fresh())
-        if plan is not None: shrink(made, plan).config = fresh() # saved roomy, shrunken again when loaded
+        if plan is not None:
+            shrink(made, plan).config = fresh()  # saved roomy, shrunken again when loaded
     made.load_state_dict(model.state_dict(), strict=True, assign=True)
     made.tie_weights()
     made.generation_config = model.generation_config
     return made
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-014
-TWINS = {"llama": ("mistral", {"sliding_window": None})} # same computation, freer config
+TWINS = {"llama": ("mistral", {"sliding_window": None})}  # same computation, freer config
+
 
 def equivalent_config(
-    config, # of an MLLM or a plain LM
+    config,  # of an MLLM or a plain LM
 ) -> object:
     "The same config with its LM decoder written as the twin architecture; None if there is no twin."
     text = config.get_text_config()
-    if text.model_type not in TWINS: return None
+    if text.model_type not in TWINS:
+        return None
     name, changes = TWINS[text.model_type]
     known = set(AutoConfig.for_model(name).to_dict()) - {"model_type", "architectures"}
-    twin = AutoConfig.for_model(name, **{k: v for k, v in text.to_dict().items() if k in known} | changes)
-    if text is config: return twin
+    twin = AutoConfig.for_model(
+        name, **{k: v for k, v in text.to_dict().items() if k in known} | changes
+    )
+    if text is config:
+        return twin
     config = copy.deepcopy(config)
     config.text_config = twin
     return config
@@ -90,7 +112,9 @@ def enclosing_configs(
     queries, config = parts.queries_per_group(0), copy.deepcopy(model.config)
     text, widest = config.get_text_config(), [max(w) for w in zip(*widths(plan))]
     text.head_dim, text.intermediate_size = parts.head_dim, widest[1]
-    most = max([s["heads"] for s in plan.meta["sizes"]] + [parts.hidden_size // (queries * parts.head_dim)])
+    most = max(
+        [s["heads"] for s in plan.meta["sizes"]] + [parts.hidden_size // (queries * parts.head_dim)]
+    )
     for groups in range(widest[0], most + 1):
         text.num_attention_heads, text.num_key_value_heads = groups * queries, groups
         yield config
@@ -102,15 +126,20 @@ def fitting_shell(
 ) -> tuple:
     "(shell, format) for saving; format is stock (any transformers loads it) or pruned (load_pruned does)."
     stock = [model.config, equivalent_config(model.config)] if len(set(widths(plan))) == 1 else []
-    candidates = [("stock", c) for c in stock if c is not None] + [("pruned", c) for c in enclosing_configs(model, plan)]
+    candidates = [("stock", c) for c in stock if c is not None] + [
+        ("pruned", c) for c in enclosing_configs(model, plan)
+    ]
     reason = "no candidate"
     for kind, config in candidates:
-        try: return rehouse(model, config, plan if kind == "pruned" else None), kind
-        except (ValueError, RuntimeError, StrictDataclassError) as error: reason = error
+        try:
+            return rehouse(model, config, plan if kind == "pruned" else None), kind
+        except (ValueError, RuntimeError, StrictDataclassError) as error:
+            reason = error
     raise ValueError(f"no class of transformers fits this {type(model).__name__}: {reason}")
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-022
 MANIFEST, PLAN, CARD = "mllm_compress.json", "pruning_plan.json", "README.md"
+
 
 def sha256(
     path: Path,
@@ -118,37 +147,47 @@ def sha256(
     "Hex digest of a file, read in pieces."
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(1 << 22): digest.update(piece)
+        while piece := file.read(1 << 22):
+            digest.update(piece)
     return digest.hexdigest()
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-024
 def manifest_checksum(manifest: dict) -> str:
     "Checksum of a manifest over everything but itself."
-    return hashlib.sha256(json.dumps({**manifest, "checksum": None}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({**manifest, "checksum": None}, sort_keys=True).encode()
+    ).hexdigest()
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-026
 def write_manifest(
-    folder: Path, # with everything in it but the manifest
-    **facts, # what the loader needs to know
+    folder: Path,  # with everything in it but the manifest
+    **facts,  # what the loader needs to know
 ) -> None:
     "Record every file of `folder`."
-    files = {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-             for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }
     manifest = {"format": 1, **facts, "files": files, "checksum": None}
     manifest["checksum"] = manifest_checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-028
 def read_manifest(
-    folder: Path, # written by save_pruned
+    folder: Path,  # written by save_pruned
 ) -> dict:
     "The manifest of a folder that `save_pruned` wrote."
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {MANIFEST}: not written by save_pruned. Plain checkpoints load with "
-                         "zoo.load_model or from_pretrained.")
-    try: manifest = json.loads(path.read_text())
-    except ValueError: raise ValueError(f"{path} is damaged: not valid JSON.") from None
+        raise ValueError(
+            f"{folder} holds no {MANIFEST}: not written by save_pruned. Plain checkpoints load with "
+            "zoo.load_model or from_pretrained."
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: not valid JSON.") from None
     if not isinstance(manifest, dict) or manifest.get("checksum") != manifest_checksum(manifest):
         raise ValueError(f"{path} was edited or damaged: its checksum does not match.")
     return manifest
@@ -156,48 +195,72 @@ def read_manifest(
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-030
 def fault_of(path: Path, facts: dict, manifest: dict) -> str | None:
     "What is wrong with one file, or None."
-    if not path.is_file(): return "missing"
+    if not path.is_file():
+        return "missing"
     digest, size = sha256(path), path.stat().st_size
-    if digest == facts["sha256"]: return None
-    twin = next((name for name, other in manifest["files"].items() if other["sha256"] == digest), None)
-    if twin: return f"swapped, it holds what belongs in {twin}"
-    if size < facts["bytes"]: return f"truncated, {size} of {facts['bytes']} bytes"
+    if digest == facts["sha256"]:
+        return None
+    twin = next(
+        (name for name, other in manifest["files"].items() if other["sha256"] == digest), None
+    )
+    if twin:
+        return f"swapped, it holds what belongs in {twin}"
+    if size < facts["bytes"]:
+        return f"truncated, {size} of {facts['bytes']} bytes"
     return "edited or replaced, its checksum does not match"
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-032
 def verify(
-    folder, # written by save_pruned
+    folder,  # written by save_pruned
 ) -> dict:
     "Check every file of a checkpoint against its manifest and return the manifest; a ValueError names what is wrong."
     folder = Path(folder)
     manifest = read_manifest(folder)
-    wrong = {name: fault for name, facts in manifest["files"].items() if (fault := fault_of(folder / name, facts, manifest))}
+    wrong = {
+        name: fault
+        for name, facts in manifest["files"].items()
+        if (fault := fault_of(folder / name, facts, manifest))
+    }
     listed = set(manifest["files"])
-    wrong |= {p.name: "not part of this checkpoint" for pattern in ("*.safetensors", "*.bin", "*.index*.json", "adapter_*")
-              for p in folder.glob(pattern) if p.name not in listed}
-    if edited := wrong.pop(CARD, None): warnings.warn(f"{folder / CARD}: {edited}")
-    if wrong: raise ValueError(f"damaged checkpoint {folder}: " + "; ".join(f"{n}: {w}" for n, w in wrong.items()))
+    wrong |= {
+        p.name: "not part of this checkpoint"
+        for pattern in ("*.safetensors", "*.bin", "*.index*.json", "adapter_*")
+        for p in folder.glob(pattern)
+        if p.name not in listed
+    }
+    if edited := wrong.pop(CARD, None):
+        warnings.warn(f"{folder / CARD}: {edited}")
+    if wrong:
+        raise ValueError(
+            f"damaged checkpoint {folder}: " + "; ".join(f"{n}: {w}" for n, w in wrong.items())
+        )
     return manifest
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-034
 def card_section(title: str, value) -> str:
     "One section of the card: a table for a dict or a list of dicts, else a line."
-    if isinstance(value, dict): value = [{"": k, "value": v} for k, v in value.items()]
-    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict): return f"**{title}**: {value}\n"
+    if isinstance(value, dict):
+        value = [{"": k, "value": v} for k, v in value.items()]
+    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
+        return f"**{title}**: {value}\n"
     cell = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|")
-    rows = [list(value[0]), ["---"] * len(value[0])] + [[cell(v) for v in row.values()] for row in value]
+    rows = [list(value[0]), ["---"] * len(value[0])] + [
+        [cell(v) for v in row.values()] for row in value
+    ]
     return f"## {title}\n" + "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-036
 LOADING = {
     "stock": "from transformers import {auto}\n\nmodel = {auto}.from_pretrained(folder)",
-    "pruned": "from mllm_compress.checkpoint.folders import load_pruned\n\nmodel, processor, plan = load_pruned(folder)"}
+    "pruned": "from mllm_compress.checkpoint.folders import load_pruned\n\nmodel, processor, plan = load_pruned(folder)",
+}
+
 
 def model_card(
-    shell: PreTrainedModel, # the model as it is saved
+    shell: PreTrainedModel,  # the model as it is saved
     plan: PruningPlan,
-    kind: str, # stock or pruned
-    extra: dict | None, # title -> value, dict or list of dicts
+    kind: str,  # stock or pruned
+    extra: dict | None,  # title -> value, dict or list of dicts
 ) -> str:
     "The README.md of a checkpoint."
     base, name = shell.config._name_or_path or "", type(shell).__name__
@@ -205,13 +268,33 @@ def model_card(
     auto = "AutoModelForCausalLM" if name.endswith("CausalLM") else "AutoModelForImageTextToText"
     text, parts = shell.config.get_text_config().model_type, part_parameters(shell)
     twin = f"\nIts {plan.model_type} decoder is saved as {text}, which computes the same and allows this head count.\n"
-    return "\n".join([
-        "---", "library_name: transformers", "tags: [mllm_compress, pruning]", *([f"base_model: {base}"] if base else []), "---",
-        f"# Pruned {base or name}", repr(plan) + ".", "" if text == plan.model_type else twin,
-        "```python", LOADING[kind].format(auto=auto), "```", "", "## What is left", "```", *str(plan).splitlines()[1:], "```",
-        f"Removed layers: {spans(plan.removed_layers) or 'none'}. Importance scores: {json.dumps(plan.meta.get('scores'))}.", "",
-        card_section("Parameters", {k: f"{v:,}" for k, v in parts.items()} | {"all": f"{sum(parts.values()):,}"}),
-        *(card_section(k, v) for k, v in (extra or {}).items())])
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [mllm_compress, pruning]",
+            *([f"base_model: {base}"] if base else []),
+            "---",
+            f"# Pruned {base or name}",
+            repr(plan) + ".",
+            "" if text == plan.model_type else twin,
+            "```python",
+            LOADING[kind].format(auto=auto),
+            "```",
+            "",
+            "## What is left",
+            "```",
+            *str(plan).splitlines()[1:],
+            "```",
+            f"Removed layers: {spans(plan.removed_layers) or 'none'}. Importance scores: {json.dumps(plan.meta.get('scores'))}.",
+            "",
+            card_section(
+                "Parameters",
+                {k: f"{v:,}" for k, v in parts.items()} | {"all": f"{sum(parts.values()):,}"},
+            ),
+            *(card_section(k, v) for k, v in (extra or {}).items()),
+        ]
+    )
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-038
 class atomic_folder:
@@ -219,20 +302,30 @@ class atomic_folder:
 
     def __init__(self, folder):
         self.target = Path(folder).resolve()
-        if self.target.exists() and not (self.target.is_dir() and ((self.target / MANIFEST).is_file() or not any(self.target.iterdir()))):
-            raise ValueError(f"{folder} exists and was not written by save_pruned; choose another folder.")
+        if self.target.exists() and not (
+            self.target.is_dir()
+            and ((self.target / MANIFEST).is_file() or not any(self.target.iterdir()))
+        ):
+            raise ValueError(
+                f"{folder} exists and was not written by save_pruned; choose another folder."
+            )
 
     def __enter__(self) -> Path:
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.new, self.old = (self.target.with_name(f".{self.target.name}.{uuid.uuid4().hex[:8]}.{x}") for x in ("new", "old"))
+        self.new, self.old = (
+            self.target.with_name(f".{self.target.name}.{uuid.uuid4().hex[:8]}.{x}")
+            for x in ("new", "old")
+        )
         self.new.mkdir()
         return self.new
 
     def __exit__(self, failed, *_):
         if failed is None:
-            if self.target.exists(): os.rename(self.target, self.old)
+            if self.target.exists():
+                os.rename(self.target, self.old)
             os.rename(self.new, self.target)
-        for leftover in (self.new, self.old): shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in (self.new, self.old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-040
 def check_describes(
@@ -245,87 +338,119 @@ def check_describes(
     parts, planned = anatomy(model), widths(plan)
     found = [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
     if found != planned:
-        i = next((i for i, (a, b) in enumerate(zip(found, planned)) if a != b), min(len(found), len(planned)))
-        raise ValueError(f"the plan does not describe this model: planned {len(planned)} layers, found {len(found)}; (heads, neurons) "
-                         f"from layer {i} on planned {planned[i:i + 1]}, found {found[i:i + 1]}. Save what apply_plan returned, with its plan.")
+        i = next(
+            (i for i, (a, b) in enumerate(zip(found, planned)) if a != b),
+            min(len(found), len(planned)),
+        )
+        raise ValueError(
+            f"the plan does not describe this model: planned {len(planned)} layers, found {len(found)}; (heads, neurons) "
+            f"from layer {i} on planned {planned[i : i + 1]}, found {found[i : i + 1]}. Save what apply_plan returned, with its plan."
+        )
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-042
 PRUNED_TYPE, VARIANT = "mllm_compress_pruned", "pruned"
 
+
 def hide_config(folder: Path) -> None:
     "Put the real config one level down, under a model_type that stock loaders refuse."
     path = folder / "config.json"
-    hidden = {"model_type": PRUNED_TYPE, "note": "layers differ in width; load with mllm_compress.checkpoint.load_pruned",
-              "config": json.loads(path.read_text())}
+    hidden = {
+        "model_type": PRUNED_TYPE,
+        "note": "layers differ in width; load with mllm_compress.checkpoint.load_pruned",
+        "config": json.loads(path.read_text()),
+    }
     path.write_text(json.dumps(hidden, indent=2))
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-044
 def save_pruned(
-    model: PreTrainedModel, # from apply_plan, possibly recovered since
-    plan: PruningPlan, # the plan that was applied
-    folder, # to write; replaced if it is one of ours
-    processor=None, # saved beside the model
-    card: dict | None = None, # further sections of the model card: title -> value, dict or list of dicts
-    max_shard_size: str = "5GB", # of one safetensors file
+    model: PreTrainedModel,  # from apply_plan, possibly recovered since
+    plan: PruningPlan,  # the plan that was applied
+    folder,  # to write; replaced if it is one of ours
+    processor=None,  # saved beside the model
+    card: dict
+    | None = None,  # further sections of the model card: title -> value, dict or list of dicts
+    max_shard_size: str = "5GB",  # of one safetensors file
 ) -> Path:
     "Write a pruned model with its config, processor, plan, card and checksums."
     check_describes(model, plan)
     made, kind = fitting_shell(model, plan)
     with atomic_folder(folder) as new:
-        made.save_pretrained(new, max_shard_size=max_shard_size, variant=VARIANT if kind == "pruned" else None)
-        if kind == "pruned": hide_config(new)
-        if processor is not None: processor.save_pretrained(new)
+        made.save_pretrained(
+            new, max_shard_size=max_shard_size, variant=VARIANT if kind == "pruned" else None
+        )
+        if kind == "pruned":
+            hide_config(new)
+        if processor is not None:
+            processor.save_pretrained(new)
         (new / PLAN).write_text(plan.to_json())
         (new / CARD).write_text(model_card(made, plan, kind, card))
-        write_manifest(new, kind=kind, model_class=type(made).__name__, transformers=transformers.__version__,
-                       processor_class=None if processor is None else type(processor).__name__)
+        write_manifest(
+            new,
+            kind=kind,
+            model_class=type(made).__name__,
+            transformers=transformers.__version__,
+            processor_class=None if processor is None else type(processor).__name__,
+        )
     return Path(folder)
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-046
 def shrunken(
-    cls: type, # a class of transformers
+    cls: type,  # a class of transformers
     plan: PruningPlan,
 ) -> type:
     "A subclass of `cls` whose fresh instances have the plan's widths."
+
     def __init__(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
         shrink(self, plan)
+
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-048
 def class_named(
-    name: str, # from the manifest
-    kinds: tuple, # what it may be a subclass of
+    name: str,  # from the manifest
+    kinds: tuple,  # what it may be a subclass of
 ) -> type:
     "A class of transformers by its name."
     made = getattr(transformers, name, None)
     if not (isinstance(made, type) and issubclass(made, kinds)):
-        raise ValueError(f"transformers {transformers.__version__} has no {kinds[0].__name__} called {name!r}; upgrade it.")
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {kinds[0].__name__} called {name!r}; upgrade it."
+        )
     return made
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-050
 @torch.no_grad()
 def own_memory(
-    model: PreTrainedModel, # changed in place
+    model: PreTrainedModel,  # changed in place
 ) -> PreTrainedModel:
     "Copy CPU weights out of the mapped file, one at a time."
     for p in model.parameters():
-        if p.device.type == "cpu": p.data = p.data.clone()
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
     return model
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-052
 def load_strictly(
-    folder: Path, # written by save_pruned
+    folder: Path,  # written by save_pruned
     manifest: dict,
     plan: PruningPlan,
-    **options, # for from_pretrained
+    **options,  # for from_pretrained
 ) -> PreTrainedModel:
     "The model of a checkpoint; anything missing, unexpected or of another shape is a ValueError."
-    cls, pruned = class_named(manifest["model_class"], (PreTrainedModel,)), manifest["kind"] == "pruned"
+    cls, pruned = (
+        class_named(manifest["model_class"], (PreTrainedModel,)),
+        manifest["kind"] == "pruned",
+    )
     config = json.loads((folder / "config.json").read_text())
     model, report = (shrunken(cls, plan) if pruned else cls).from_pretrained(
-        folder, config=cls.config_class.from_dict(config["config"] if pruned else config), use_safetensors=True,
-        variant=VARIANT if pruned else None, output_loading_info=True, **options)
+        folder,
+        config=cls.config_class.from_dict(config["config"] if pruned else config),
+        use_safetensors=True,
+        variant=VARIANT if pruned else None,
+        output_loading_info=True,
+        **options,
+    )
     if faults := {k: sorted(map(str, v))[:5] for k, v in report.items() if v}:
         raise ValueError(f"{folder} does not fit {cls.__name__}: {faults}")
     model.__class__ = cls
@@ -334,28 +459,32 @@ def load_strictly(
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-054
 def load_processor(
-    folder: Path, # written by save_pruned
-    name: str | None, # its class, from the manifest
+    folder: Path,  # written by save_pruned
+    name: str | None,  # its class, from the manifest
 ):
     "The processor of a checkpoint, or None."
-    if name is None: return None
+    if name is None:
+        return None
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    try: return class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
-    finally: transformers.logging.set_verbosity(level)
+    try:
+        return class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
+    finally:
+        transformers.logging.set_verbosity(level)
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-056
 def load_pruned(
-    folder, # written by save_pruned
-    device="cpu", # the weights go there directly
-    dtype: torch.dtype | None = None, # None: as stored
-    check_files: bool = True, # compare every checksum (seconds for a model of some GB)
-    **options, # for from_pretrained, such as attn_implementation
+    folder,  # written by save_pruned
+    device="cpu",  # the weights go there directly
+    dtype: torch.dtype | None = None,  # None: as stored
+    check_files: bool = True,  # compare every checksum (seconds for a model of some GB)
+    **options,  # for from_pretrained, such as attn_implementation
 ) -> tuple:
     "(model, processor or None, plan) from a checkpoint of `save_pruned`, strictly."
     folder = Path(folder)
     manifest = verify(folder) if check_files else read_manifest(folder)
     plan = PruningPlan.from_json((folder / PLAN).read_text())
-    if str(device) != "cpu": options["device_map"] = device
+    if str(device) != "cpu":
+        options["device_map"] = device
     model = load_strictly(folder, manifest, plan, dtype=dtype or "auto", **options)
     return own_memory(model).eval(), load_processor(folder, manifest["processor_class"]), plan

@@ -16,11 +16,17 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Structural pruning and recovery for multimodal language models.", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-                  pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Structural pruning and recovery for multimodal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-005
-def _stop(*_): raise KeyboardInterrupt
+def _stop(*_):
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -28,46 +34,82 @@ def _politely():
     "Show expected errors as messages."
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop) if here else None
-    try: yield
+    try:
+        yield
     except (ValueError, OSError, FloatingPointError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError": raise  # torch's, which is not imported for its name alone
-        typer.secho(f"Error: the GPU's memory does not suffice: {str(error).splitlines()[0]} recover: more --passes; else a larger GPU, or --device cpu.", fg="red", err=True)
+        if type(error).__name__ != "OutOfMemoryError":
+            raise  # torch's, which is not imported for its name alone
+        typer.secho(
+            f"Error: the GPU's memory does not suffice: {str(error).splitlines()[0]} recover: more --passes; else a larger GPU, or --device cpu.",
+            fg="red",
+            err=True,
+        )
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.secho("Stopped. Finished results are kept; the same command goes on from here.", err=True)
+        typer.secho(
+            "Stopped. Finished results are kept; the same command goes on from here.", err=True
+        )
         raise typer.Exit(130) from None
     finally:
-        if here: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        if here:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-007
 Model = Annotated[str, typer.Argument(help="A name (see `models`), a folder, or a hub id.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
-DataFile = Annotated[str, typer.Option("--data", help="A LLaVA-format JSON file, or 'small': generated scenes and easy-VQA.")]
-Images = Annotated[str, typer.Option("--image-root", help="Folder of the images that the JSON names.")]
+DataFile = Annotated[
+    str,
+    typer.Option(
+        "--data", help="A LLaVA-format JSON file, or 'small': generated scenes and easy-VQA."
+    ),
+]
+Images = Annotated[
+    str, typer.Option("--image-root", help="Folder of the images that the JSON names.")
+]
 Scenes = Annotated[int, typer.Option(help="Training scenes of the data 'small'.")]
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-009
 @app.command()
-def study(profile: Annotated[str, typer.Option(help="Scale of the study, or a path to a .yaml file.")] = "quick",
-          only: Annotated[list[str], typer.Option(help="Run only this notebook; may be repeated.")] = [],
-          parameter: Annotated[list[str], typer.Option("-p", help="NAME=VALUE, a parameter of the notebooks; may be repeated.")] = [],
-          workers: Annotated[int, typer.Option(help="Processes; 0: one per core or GPU.")] = 0,
-          executor: Annotated[str, typer.Option(help="local, slurm, or inline for debugging.")] = "local",
-          reuse: Annotated[Path, typer.Option(help="A results.zip of earlier figures: what is in it and still asked for is not computed again.")] = None,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be computed.")] = False,
-          status: Annotated[bool, typer.Option("--status", help="Only list the results at hand.")] = False):
+def study(
+    profile: Annotated[
+        str, typer.Option(help="Scale of the study, or a path to a .yaml file.")
+    ] = "quick",
+    only: Annotated[list[str], typer.Option(help="Run only this notebook; may be repeated.")] = [],
+    parameter: Annotated[
+        list[str],
+        typer.Option("-p", help="NAME=VALUE, a parameter of the notebooks; may be repeated."),
+    ] = [],
+    workers: Annotated[int, typer.Option(help="Processes; 0: one per core or GPU.")] = 0,
+    executor: Annotated[str, typer.Option(help="local, slurm, or inline for debugging.")] = "local",
+    reuse: Annotated[
+        Path,
+        typer.Option(
+            help="A results.zip of earlier figures: what is in it and still asked for is not computed again."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be computed.")
+    ] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Only list the results at hand.")
+    ] = False,
+):
     "Compute what is missing, run the notebooks, make figures/PROFILE/index.html."
     with _politely():
         from mllm_compress.reporting import notebooks, runner
-        if reuse: runner.take_in(reuse, profile)
-        if status: return runner.show_status(profile)
+
+        if reuse:
+            runner.take_in(reuse, profile)
+        if status:
+            return runner.show_status(profile)
         given = notebooks.parse_parameters(parameter)
         runner.check_executor(executor, workers)
-        if dry_run: return runner.dry_run(profile, only, given, executor, workers)
+        if dry_run:
+            return runner.dry_run(profile, only, given, executor, workers)
         raise typer.Exit(runner.run_study(profile, only, given, executor, workers))
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-011
@@ -75,37 +117,56 @@ def study(profile: Annotated[str, typer.Option(help="Scale of the study, or a pa
 def models():
     "List the models known by name."
     from mllm_compress.zoo.models import MODELS
+
     width = max(map(len, MODELS))
-    for name, about in MODELS.items(): typer.echo(f"{name:<{width}}  {about}")
+    for name, about in MODELS.items():
+        typer.echo(f"{name:<{width}}  {about}")
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-013
 @app.command()
-def advise(model: Annotated[str, typer.Option(help="A model of the study, or another.")],
-           ratio: Annotated[float, typer.Option(help="Fraction of LM parameters to remove.")],
-           data: Annotated[float, typer.Option(help="Fraction of the training data at hand.")] = .05,
-           training: Annotated[bool, typer.Option(help="Whether students may be trained.")] = True,
-           profile: Annotated[str, typer.Option(help="Whose results to look at.")] = "quick"):
+def advise(
+    model: Annotated[str, typer.Option(help="A model of the study, or another.")],
+    ratio: Annotated[float, typer.Option(help="Fraction of LM parameters to remove.")],
+    data: Annotated[float, typer.Option(help="Fraction of the training data at hand.")] = 0.05,
+    training: Annotated[bool, typer.Option(help="Whether students may be trained.")] = True,
+    profile: Annotated[str, typer.Option(help="Whose results to look at.")] = "quick",
+):
     "Which compression kept most, with the evidence."
     with _politely():
         from mllm_compress.reporting import advice
+
         typer.echo(advice.advise(model, ratio, data, training, profile))
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-015
 @app.command()
-def cards(name: Annotated[str, typer.Argument(help="LLaVA-v1.5-7B, Bunny-v1.0-3B or Mini-InternVL-Chat-4B.")]):
+def cards(
+    name: Annotated[
+        str, typer.Argument(help="LLaVA-v1.5-7B, Bunny-v1.0-3B or Mini-InternVL-Chat-4B.")
+    ],
+):
     "What a real model of the study needs, dense and pruned, and which card that is; estimated without its weights."
     with _politely():
         from mllm_compress.cost import gpu_memory as c
+
         needs = c.memory_table(name)
-        typer.echo("GiB, estimated by a dry run without data; training beside the dense teacher, one sample per pass\n" + needs.to_string(index=False, na_rep="", float_format="{:.2f}".format))
-        for kind in ("answering", "scoring", *c.KINDS): typer.echo(f"{kind:<10} {c.fits(needs[kind].max())}")
+        typer.echo(
+            "GiB, estimated by a dry run without data; training beside the dense teacher, one sample per pass\n"
+            + needs.to_string(index=False, na_rep="", float_format="{:.2f}".format)
+        )
+        for kind in ("answering", "scoring", *c.KINDS):
+            typer.echo(f"{kind:<10} {c.fits(needs[kind].max())}")
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-017
 @app.command()
-def cost(model: Model, latency: Annotated[bool, typer.Option(help="Measure seconds too.")] = False, device: Device = "cpu"):
+def cost(
+    model: Model,
+    latency: Annotated[bool, typer.Option(help="Measure seconds too.")] = False,
+    device: Device = "cpu",
+):
     "Parameters, operations, bytes and seconds of a model."
     with _politely():
         from mllm_compress.cost.arithmetic import cost_report
+
         loaded, processor, _ = _load(model, device)
         typer.echo(cost_report(loaded, processor, latency=latency))
 
@@ -113,156 +174,321 @@ def cost(model: Model, latency: Annotated[bool, typer.Option(help="Measure secon
 def _check_device(device: str) -> None:
     "ValueError for a device that is not here."
     import torch
-    try: wanted = torch.device(device)
-    except RuntimeError: raise ValueError(f"Unknown device {device!r}: use cpu, cuda, or cuda:1 and so on.") from None
+
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"Unknown device {device!r}: use cpu, cuda, or cuda:1 and so on."
+        ) from None
     gpus = torch.cuda.device_count()
-    if wanted.type == "cuda" and (wanted.index or 0) >= gpus: raise ValueError(f"There is no {device} here: torch finds {gpus or 'no'} GPU{'s' * (gpus != 1)}. Use --device cpu, or see nvidia-smi.")
+    if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        raise ValueError(
+            f"There is no {device} here: torch finds {gpus or 'no'} GPU{'s' * (gpus != 1)}. Use --device cpu, or see nvidia-smi."
+        )
 
 
 def _load(model: str, device: str):
     "(model, processor, plan or None) of a pruned checkpoint or any other model."
     from mllm_compress import checkpoint, zoo
+
     _check_device(device)
-    if (Path(model) / checkpoint.PLAN).exists(): return checkpoint.load_pruned(model, device=device)
+    if (Path(model) / checkpoint.PLAN).exists():
+        return checkpoint.load_pruned(model, device=device)
     return *zoo.load_model(model, device=device), None
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-021
 def _training_data(data: str, image_root: str, scenes: int):
     "The training data that the options name."
     from mllm_compress import data as d
-    return d.small_data("train", scenes) if data == "small" else d.load_json(data, image_root or Path(data).parent)
+
+    return (
+        d.small_data("train", scenes)
+        if data == "small"
+        else d.load_json(data, image_root or Path(data).parent)
+    )
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-023
 def _written(out: Path) -> int:
     "Bytes of a conversion in progress."
-    return sum(f.stat().st_size for f in out.parent.glob(f".{out.name}-*/checkpoint/*.safetensors") if f.exists())
+    return sum(
+        f.stat().st_size
+        for f in out.parent.glob(f".{out.name}-*/checkpoint/*.safetensors")
+        if f.exists()
+    )
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-025
 @contextmanager
 def _growing(out: Path, total: int):
     "A progress bar over the bytes of what is written, beside the block that writes it."
     from tqdm import tqdm
+
     done = threading.Event()
+
     def watch():
-        with tqdm(total=total, unit="B", unit_scale=True, desc="converting", leave=False, disable=None) as bar:
-            while not done.wait(.2): bar.update(min(_written(out), total) - bar.n)
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="converting", leave=False, disable=None
+        ) as bar:
+            while not done.wait(0.2):
+                bar.update(min(_written(out), total) - bar.n)
+
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    try: yield
-    finally: done.set(); thread.join()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-027
 @app.command()
-def convert(source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release.")],
-            out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder, for plain from_pretrained.")],
-            tower: Annotated[Path | None, typer.Option(help="Folder of the vision tower, for LLaVA, whose release has none.")] = None,
-            dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; empty: the checkpoint's. The originals are float16; train in bfloat16.")] = ""):
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New folder, for plain from_pretrained.")
+    ],
+    tower: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the vision tower, for LLaVA, whose release has none."),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, bfloat16 or float16; empty: the checkpoint's. The originals are float16; train in bfloat16."
+        ),
+    ] = "",
+):
     "Convert an original release into a checkpoint that plain transformers loads."
     with _politely():
+        import torch
+
         from mllm_compress.study import experiments as cells
         from mllm_compress.zoo import convert as c
-        import torch
-        if not source.is_dir(): raise FileNotFoundError(f"{source} is not a folder. Download the release first, as safetensors, and give its folder.")
-        if dtype not in cells.DTYPES: raise ValueError(f"Unknown dtype {dtype!r}: use {', '.join(cells.DTYPES[1:])}, or leave it out.")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise FileExistsError(f"{out} exists and is not an empty folder; give a new folder.")
+
+        if not source.is_dir():
+            raise FileNotFoundError(
+                f"{source} is not a folder. Download the release first, as safetensors, and give its folder."
+            )
+        if dtype not in cells.DTYPES:
+            raise ValueError(
+                f"Unknown dtype {dtype!r}: use {', '.join(cells.DTYPES[1:])}, or leave it out."
+            )
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} exists and is not an empty folder; give a new folder.")
         wanted = getattr(torch, dtype) if dtype else None
         found = c.open_original(source, tower, wanted)
-        total = sum(t.numel() * t.element_size() for f in found.files for _, t in found.tensors(f, c.read_shape))
-        with _growing(out, total): c.convert(source, out, tower, wanted)
-        typer.echo(f"{found.release.name}, {total / 2**30:.2f} GiB in {str(found.dtype).split('.')[-1]}\nwritten to {out}")
+        total = sum(
+            t.numel() * t.element_size()
+            for f in found.files
+            for _, t in found.tensors(f, c.read_shape)
+        )
+        with _growing(out, total):
+            c.convert(source, out, tower, wanted)
+        typer.echo(
+            f"{found.release.name}, {total / 2**30:.2f} GiB in {str(found.dtype).split('.')[-1]}\nwritten to {out}"
+        )
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-029
 @app.command()
-def score(model: Model, out: Out, method: Annotated[str, typer.Option(help="block_influence, taylor, magnitude, activation or random.")] = "block_influence",
-          samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64, seed: int = 0, data: DataFile = "small",
-          image_root: Images = "", scenes: Scenes = 2000, device: Device = "cpu"):
+def score(
+    model: Model,
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help="block_influence, taylor, magnitude, activation or random.")
+    ] = "block_influence",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 64,
+    seed: int = 0,
+    data: DataFile = "small",
+    image_root: Images = "",
+    scenes: Scenes = 2000,
+    device: Device = "cpu",
+):
     "Measure what matters least, and write the scores."
     with _politely():
         from mllm_compress.data.instructions import calibration_batches
         from mllm_compress.study.stages import SCORES
+
         kinds = {name: kind for (kind, name) in reversed(SCORES)}
-        if method not in kinds: raise ValueError(f"Unknown method {method!r}: use one of {', '.join(kinds)}.")
+        if method not in kinds:
+            raise ValueError(f"Unknown method {method!r}: use one of {', '.join(kinds)}.")
         loaded, processor, _ = _load(model, device)
-        batches = calibration_batches(_training_data(data, image_root, scenes), processor, samples, seed=seed)
-        scores = SCORES[kinds[method], method](loaded, [{k: v.to(device) for k, v in b.items()} for b in batches], seed)
+        batches = calibration_batches(
+            _training_data(data, image_root, scenes), processor, samples, seed=seed
+        )
+        scores = SCORES[kinds[method], method](
+            loaded, [{k: v.to(device) for k, v in b.items()} for b in batches], seed
+        )
         scores.save(out)
         typer.echo(f"{scores}\nwritten to {out}")
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-031
 @app.command()
-def prune(model: Model, out: Out, scores: Annotated[Path, typer.Option(help="Folder that `score` wrote.")],
-          ratio: Annotated[float, typer.Option(help="Fraction of LM parameters to remove, in [0, 0.95).")],
-          shape: Annotated[str, typer.Option(help="Widthwise: uniform (plain from_pretrained loads it) or blockwise.")] = "uniform", device: Device = "cpu"):
+def prune(
+    model: Model,
+    out: Out,
+    scores: Annotated[Path, typer.Option(help="Folder that `score` wrote.")],
+    ratio: Annotated[
+        float, typer.Option(help="Fraction of LM parameters to remove, in [0, 0.95).")
+    ],
+    shape: Annotated[
+        str, typer.Option(help="Widthwise: uniform (plain from_pretrained loads it) or blockwise.")
+    ] = "uniform",
+    device: Device = "cpu",
+):
     "Plan, apply the plan, and write the smaller model."
     with _politely():
         from mllm_compress import checkpoint, pruning
-        from mllm_compress.pruning import plans
         from mllm_compress.importance.scores import LayerScores, load_scores
+        from mllm_compress.pruning import plans
+
         checkpoint.atomic_folder(out)  # says now what it would say at the end
         loaded, processor, _ = _load(model, device)
         found = load_scores(scores)
-        plan = (plans.plan_layerwise(loaded, found, ratio=ratio) if isinstance(found, LayerScores)
-                else plans.plan_widthwise(loaded, found, ratio=ratio, shape=shape))
+        plan = (
+            plans.plan_layerwise(loaded, found, ratio=ratio)
+            if isinstance(found, LayerScores)
+            else plans.plan_widthwise(loaded, found, ratio=ratio, shape=shape)
+        )
         checkpoint.save_pruned(pruning.apply_plan(loaded, plan), plan, out, processor=processor)
         typer.echo(f"{plan}\nwritten to {out}")
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-033
 @app.command()
-def recover(model: Annotated[str, typer.Argument(help="Folder that `prune` wrote.")], teacher: Annotated[str, typer.Option(help="The dense model.")], out: Out,
-            losses: Annotated[str, typer.Option(help="Joined by plus signs, equal weights.")] = "sft+hidden_kd",
-            train: Annotated[str, typer.Option(help="projector+lm or projector.")] = "projector+lm",
-            fraction: Annotated[float, typer.Option(help="Of the data.")] = .05, epochs: float = 1.0, lr: Annotated[float, typer.Option(help="0: 1e-3, for the projector alone 2e-3, with LoRA 2e-5.")] = 0.0,
-            recipe: Annotated[str, typer.Option(help="llava, bunny or internvl: the study's options for that model, LoRA and bfloat16 among them.")] = "",
-            batch_size: Annotated[int, typer.Option(help="Samples per step; 0: 32.")] = 0, passes: Annotated[int, typer.Option(help="Forward passes per step; 0: as fits the device.")] = 0,
-            seed: int = 0, data: DataFile = "small", image_root: Images = "", scenes: Scenes = 40_000, device: Device = "cpu"):
+def recover(
+    model: Annotated[str, typer.Argument(help="Folder that `prune` wrote.")],
+    teacher: Annotated[str, typer.Option(help="The dense model.")],
+    out: Out,
+    losses: Annotated[
+        str, typer.Option(help="Joined by plus signs, equal weights.")
+    ] = "sft+hidden_kd",
+    train: Annotated[str, typer.Option(help="projector+lm or projector.")] = "projector+lm",
+    fraction: Annotated[float, typer.Option(help="Of the data.")] = 0.05,
+    epochs: float = 1.0,
+    lr: Annotated[
+        float, typer.Option(help="0: 1e-3, for the projector alone 2e-3, with LoRA 2e-5.")
+    ] = 0.0,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="llava, bunny or internvl: the study's options for that model, LoRA and bfloat16 among them."
+        ),
+    ] = "",
+    batch_size: Annotated[int, typer.Option(help="Samples per step; 0: 32.")] = 0,
+    passes: Annotated[
+        int, typer.Option(help="Forward passes per step; 0: as fits the device.")
+    ] = 0,
+    seed: int = 0,
+    data: DataFile = "small",
+    image_root: Images = "",
+    scenes: Scenes = 40_000,
+    device: Device = "cpu",
+):
     "Train a pruned model back and write it."
     with _politely():
         from mllm_compress import checkpoint, recovery, zoo
         from mllm_compress.study import stages as experiment
-        if recipe and recipe not in recovery.PAPER: raise ValueError(f"Unknown recipe {recipe!r}: use one of {', '.join(recovery.PAPER)}.")
+
+        if recipe and recipe not in recovery.PAPER:
+            raise ValueError(f"Unknown recipe {recipe!r}: use one of {', '.join(recovery.PAPER)}.")
         checkpoint.atomic_folder(out)  # says now what it would say after the training
         student, processor, plan = _load(model, device)
-        if plan is None: raise ValueError(f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote.")
+        if plan is None:
+            raise ValueError(
+                f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote."
+            )
         names, options = losses.split("+"), dict(recovery.PAPER.get(recipe, {}))
-        if train == "projector": options.pop("lora", None)
-        options |= {k: v for k, v in {"lr": lr, "batch_size": batch_size, "passes": passes}.items() if v}
-        config = recovery.config_from_dict(options | dict(train=train, losses={n: 1 / len(names) for n in names}, fraction=fraction, epochs=epochs, seed=seed))
+        if train == "projector":
+            options.pop("lora", None)
+        options |= {
+            k: v for k, v in {"lr": lr, "batch_size": batch_size, "passes": passes}.items() if v
+        }
+        config = recovery.config_from_dict(
+            options
+            | dict(
+                train=train,
+                losses={n: 1 / len(names) for n in names},
+                fraction=fraction,
+                epochs=epochs,
+                seed=seed,
+            )
+        )
         dense, _ = zoo.load_model(teacher, device=device)
         dtype = student.dtype
-        if dtype.itemsize == 2: experiment.trained_in_float32(student, config)
-        result = recovery.recover(student, dense, _training_data(data, image_root, scenes), config, processor=processor, plan=plan, device=device)
+        if dtype.itemsize == 2:
+            experiment.trained_in_float32(student, config)
+        result = recovery.recover(
+            student,
+            dense,
+            _training_data(data, image_root, scenes),
+            config,
+            processor=processor,
+            plan=plan,
+            device=device,
+        )
         checkpoint.save_pruned(zoo.cast(result.model, dtype), plan, out, processor=processor)
-        typer.echo(f"trained on {result.samples} samples in {result.seconds:.0f} s, last loss {result.history.loss.iloc[-1]:.3f}\nwritten to {out}")
+        typer.echo(
+            f"trained on {result.samples} samples in {result.seconds:.0f} s, last loss {result.history.loss.iloc[-1]:.3f}\nwritten to {out}"
+        )
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-035
 @app.command()
-def evaluate(model: Model, benchmark: Annotated[list[str], typer.Option(help="May be repeated; default: the small suite.")] = [],
-             limit: Annotated[int, typer.Option(help="Questions per benchmark; 0: all.")] = 0,
-             dense: Annotated[str, typer.Option(help="The original, for AVG-%.")] = "",
-             out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to write.")] = None, device: Device = "cpu"):
+def evaluate(
+    model: Model,
+    benchmark: Annotated[
+        list[str], typer.Option(help="May be repeated; default: the small suite.")
+    ] = [],
+    limit: Annotated[int, typer.Option(help="Questions per benchmark; 0: all.")] = 0,
+    dense: Annotated[str, typer.Option(help="The original, for AVG-%.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to write.")] = None,
+    device: Device = "cpu",
+):
     "Score a model on benchmarks."
     with _politely():
         from mllm_compress import evaluation as e
-        if out and not out.parent.is_dir(): raise FileNotFoundError(f"There is no folder {out.parent} for {out.name}: make it first.")
+
+        if out and not out.parent.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {out.parent} for {out.name}: make it first."
+            )
         names = benchmark or list(e.SMALL_SUITE)
         rows = e.evaluate(*_load(model, device)[:2], names, limit=limit or None)
         typer.echo(rows.to_string(index=False, float_format="{:.1f}".format))
-        if dense: typer.echo(f"AVG-%: {e.avg_percent(rows, e.evaluate(*_load(dense, device)[:2], names, limit=limit or None)):.2f}")
-        if out: rows.to_csv(out, index=False)
+        if dense:
+            typer.echo(
+                f"AVG-%: {e.avg_percent(rows, e.evaluate(*_load(dense, device)[:2], names, limit=limit or None)):.2f}"
+            )
+        if out:
+            rows.to_csv(out, index=False)
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-037
 @app.command("gpu-check")
-def gpu_check(models: Annotated[Path, typer.Option(help="Where the models of profile gpu are, or will be trained.")] = Path("runs/gpu-models"),
-              skip_study: Annotated[bool, typer.Option("--skip-study", help="Leave out the gpu profile.")] = False):
+def gpu_check(
+    models: Annotated[
+        Path, typer.Option(help="Where the models of profile gpu are, or will be trained.")
+    ] = Path("runs/gpu-models"),
+    skip_study: Annotated[
+        bool, typer.Option("--skip-study", help="Leave out the gpu profile.")
+    ] = False,
+):
     "Run everything that depends on the device on this machine's GPU; without one, say so."
     with _politely():
         from mllm_compress.cli import gpu_check as g
+
         raise typer.Exit(g.gpu_check(models, study=not skip_study))
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-039
 @app.command()
-def report(profile: Annotated[str, typer.Option(help="Whose executed notebooks to show.")] = "quick"):
+def report(
+    profile: Annotated[str, typer.Option(help="Whose executed notebooks to show.")] = "quick",
+):
     "Make figures/PROFILE/index.html again from the executed notebooks."
     with _politely():
         from mllm_compress.reporting import page as site
+
         typer.echo(f"file://{site.build(profile)}")

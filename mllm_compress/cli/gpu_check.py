@@ -19,33 +19,34 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from .. import data, zoo
-from ..reporting import runner
-from ..cost.gpu_memory import KINDS, training_kind
-from ..zoo.convert import real_config
+from ..anatomy.compat import CHECKPOINTING
 from ..cost.arithmetic import example_inputs, latency, peak_memory
-from ..study.stages import trained_in_float32
+from ..cost.gpu_memory import KINDS, training_kind
 from ..importance.criteria import block_influence, width_importance
-from ..recovery.losses import count
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
-from ..recovery.training import RecoveryConfig, add_lora, recover, trainable_copy
-from ..reporting.report import Table, to_markdown
-from ..study.store import home
-from ..zoo.tiny_models import tiny_model, tiny_processor
+from ..recovery.losses import count
 from ..recovery.trainer import Student, TeacherSide
-from ..anatomy.compat import CHECKPOINTING
+from ..recovery.training import RecoveryConfig, add_lora, recover, trainable_copy
+from ..reporting import runner
+from ..reporting.report import Table, to_markdown
+from ..study.stages import trained_in_float32
+from ..study.store import home
+from ..zoo.convert import real_config
+from ..zoo.tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-005
 SIZES = {"llava": {"layers": 32, "hidden": 768}, "bunny": {"layers": 14, "hidden": 768}}
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-007
-def train_model(family: str, # llava or bunny
-                folder: Path, # to write
-                training: data.InstructionData,
-                config: RecoveryConfig,
-                device: str,
-                sizes: dict = SIZES,
-               ) -> pd.DataFrame: # the training's history
+def train_model(
+    family: str,  # llava or bunny
+    folder: Path,  # to write
+    training: data.InstructionData,
+    config: RecoveryConfig,
+    device: str,
+    sizes: dict = SIZES,
+) -> pd.DataFrame:  # the training's history
     "Train a model from nothing, but for its vision tower, and save it."
     model, processor = tiny_model(family, **sizes[family]), tiny_processor(family)
     seeing, _ = zoo.load_model(f"tiny-{family}")
@@ -56,8 +57,11 @@ def train_model(family: str, # llava or bunny
     return result.history
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-010
-def measured(what: str, call, # function without arguments
-             device: str) -> dict:
+def measured(
+    what: str,
+    call,  # function without arguments
+    device: str,
+) -> dict:
     "Seconds of a call that has run once before, and its peak memory."
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     peak = peak_memory(call, device)
@@ -65,62 +69,114 @@ def measured(what: str, call, # function without arguments
     start = time.perf_counter()
     call()
     wait()
-    return {"step": what, "seconds": time.perf_counter() - start, "peak beyond weights, GiB": peak / 2**30}
+    return {
+        "step": what,
+        "seconds": time.perf_counter() - start,
+        "peak beyond weights, GiB": peak / 2**30,
+    }
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-013
-def random_batch(model: PreTrainedModel, text_tokens: int = 256, answer_tokens: int = 32, batch: int = 1) -> dict:
+def random_batch(
+    model: PreTrainedModel, text_tokens: int = 256, answer_tokens: int = 32, batch: int = 1
+) -> dict:
     "A batch with labels, of the right shape for any model."
     inputs = example_inputs(model, text_tokens, batch=batch)
     mark, size = model.config.image_token_id, model.config.get_text_config().vocab_size
-    words = torch.randint(5, mark if mark > 5 else size, (batch, text_tokens), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(
+        5,
+        mark if mark > 5 else size,
+        (batch, text_tokens),
+        generator=torch.Generator().manual_seed(0),
+    )
     inputs["input_ids"][:, -text_tokens:] = words.to(model.device)
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -answer_tokens:] = inputs["input_ids"][:, -answer_tokens:]
     return inputs | {"attention_mask": torch.ones_like(labels), "labels": labels}
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-015
-def recovery_step(student: PreTrainedModel, teacher: PreTrainedModel, config: RecoveryConfig, batch: dict):
+def recovery_step(
+    student: PreTrainedModel, teacher: PreTrainedModel, config: RecoveryConfig, batch: dict
+):
     "A function that does one training step."
     small = trainable_copy(student, config)
-    if student.dtype.itemsize == 2: trained_in_float32(small, config)
-    module = Student(add_lora(small, dict(config.lora)) if config.lora else small, config.losses).train()
-    if config.gradient_checkpointing: getattr(module.parts.model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
-    side, weights = TeacherSide(teacher, teacher, module), torch.tensor(list(config.losses.values()), device=student.device)
+    if student.dtype.itemsize == 2:
+        trained_in_float32(small, config)
+    module = Student(
+        add_lora(small, dict(config.lora)) if config.lora else small, config.losses
+    ).train()
+    if config.gradient_checkpointing:
+        getattr(module.parts.model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    side, weights = (
+        TeacherSide(teacher, teacher, module),
+        torch.tensor(list(config.losses.values()), device=student.device),
+    )
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-5)
     text = {k: v for k, v in batch.items() if k != "pixel_values"}
 
     def step():
-        with torch.autocast(student.device.type, torch.bfloat16, enabled=student.dtype.itemsize == 2):
+        with torch.autocast(
+            student.device.type, torch.bfloat16, enabled=student.dtype.itemsize == 2
+        ):
             features, targets = side(batch, [0])
             loss = module(text, features, targets, count(batch["labels"])) @ weights
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return float(loss.detach())
+
     return step
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-018
-def scored(model: PreTrainedModel, batch: dict, device: str) -> tuple: # (rows, plans by title)
+def scored(model: PreTrainedModel, batch: dict, device: str) -> tuple:  # (rows, plans by title)
     "Time and memory of scoring; what to remove by those scores."
     kept, rows = {}, []
-    rows.append(measured("block influence, one sample", lambda: kept.update(layers=block_influence(model, [batch])), device))
-    rows.append(measured("Taylor importance, one sample", lambda: kept.update(width=width_importance(model, [batch], method="taylor")), device))
-    return rows, {"dense": None, "layerwise 30 %": plan_layerwise(model, kept["layers"], ratio=0.3),
-                  "widthwise 30 %": plan_widthwise(model, kept["width"], ratio=0.3, shape="uniform")}
+    rows.append(
+        measured(
+            "block influence, one sample",
+            lambda: kept.update(layers=block_influence(model, [batch])),
+            device,
+        )
+    )
+    rows.append(
+        measured(
+            "Taylor importance, one sample",
+            lambda: kept.update(width=width_importance(model, [batch], method="taylor")),
+            device,
+        )
+    )
+    return rows, {
+        "dense": None,
+        "layerwise 30 %": plan_layerwise(model, kept["layers"], ratio=0.3),
+        "widthwise 30 %": plan_widthwise(model, kept["width"], ratio=0.3, shape="uniform"),
+    }
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-020
 def recovery_rows(small: PreTrainedModel, model: PreTrainedModel, batch: dict, device: str) -> list:
     "Time and memory of one step of each kind."
     rows = []
     for kind in KINDS:
-        try: rows.append(measured(f"recovery step, {kind}", recovery_step(small, model, training_kind(kind), batch), device))
-        except torch.OutOfMemoryError: rows.append({"step": f"recovery step, {kind} (does not fit)"})
-        if device.startswith("cuda"): torch.cuda.empty_cache()
+        try:
+            rows.append(
+                measured(
+                    f"recovery step, {kind}",
+                    recovery_step(small, model, training_kind(kind), batch),
+                    device,
+                )
+            )
+        except torch.OutOfMemoryError:
+            rows.append({"step": f"recovery step, {kind} (does not fit)"})
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
     return rows
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-022
-def check_model(name: str, model: PreTrainedModel, # on the device
-                device: str, text_tokens: int = 256, repeats: int = 10) -> list: # of rows
+def check_model(
+    name: str,
+    model: PreTrainedModel,  # on the device
+    device: str,
+    text_tokens: int = 256,
+    repeats: int = 10,
+) -> list:  # of rows
     "Time and memory of every expensive step."
     batch = random_batch(model, text_tokens, min(32, text_tokens // 2))
     rows, plans = scored(model, batch, device)
@@ -137,61 +193,97 @@ REAL = ("LLaVA-v1.5-7B", "Bunny-v1.0-3B")
 
 def real_model(name: str, device: str) -> PreTrainedModel:
     "A model of a real one's shape with random weights in bfloat16."
-    with torch.device(device): return AutoModelForImageTextToText.from_config(real_config(name), dtype=torch.bfloat16).eval()
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(
+            real_config(name), dtype=torch.bfloat16
+        ).eval()
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-027
 def toy_model(name: str, device: str) -> PreTrainedModel:
     "In its place where only the logic is tested."
-    return zoo.cast(tiny_model("llava" if name.startswith("LLaVA") else "bunny", layers=4), torch.bfloat16).to(device)
+    return zoo.cast(
+        tiny_model("llava" if name.startswith("LLaVA") else "bunny", layers=4), torch.bfloat16
+    ).to(device)
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-029
-def write_rows(rows: list, device: str) -> Path: # of the Markdown file
+def write_rows(rows: list, device: str) -> Path:  # of the Markdown file
     "Write what was measured, with the device it was measured on."
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()} CPU"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.startswith("cuda")
+        else f"{platform.machine()} CPU"
+    )
     folder, frame = home() / "figures" / "gpu", pd.DataFrame(rows)
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"check-{name.replace(' ', '-').replace('/', '-')}"
     frame.assign(device=name, torch=torch.__version__).to_csv(f"{place}.csv", index=False)
     caption = f"Measured on {name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; random weights in bfloat16, one sample per step."
-    Path(f"{place}.md").write_text(to_markdown(Table(frame, caption, {}, digits=4)), encoding="utf-8")
+    Path(f"{place}.md").write_text(
+        to_markdown(Table(frame, caption, {}, digits=4)), encoding="utf-8"
+    )
     return Path(f"{place}.md")
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-031
-def device_tests(device: str) -> int: # pytest's exit code
+def device_tests(device: str) -> int:  # pytest's exit code
     "The tests marked `device`, on the device."
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "device", str(home() / "tests")],
-                          env=os.environ | {"MLLM_COMPRESS_DEVICE": device}).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "device", str(home() / "tests")],
+        env=os.environ | {"MLLM_COMPRESS_DEVICE": device},
+    ).returncode
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-033
-def gpu_check(models: Path = Path("runs/gpu-models"), # where gpu-llava and gpu-bunny are, or will be
-              study: bool = True, # train the models of profile gpu if need be, and run it
-              device: str = "cuda",
-              build=real_model, # (name, device) -> model
-              text_tokens: int = 256,
-             ) -> int: # exit code
+def gpu_check(
+    models: Path = Path("runs/gpu-models"),  # where gpu-llava and gpu-bunny are, or will be
+    study: bool = True,  # train the models of profile gpu if need be, and run it
+    device: str = "cuda",
+    build=real_model,  # (name, device) -> model
+    text_tokens: int = 256,
+) -> int:  # exit code
     "Run everything that depends on the device; without a GPU, say so and do nothing."
     if device.startswith("cuda") and not torch.cuda.is_available():
-        print("No GPU here (torch.cuda.is_available() is False), so there is nothing to check. All else is tested by `make test`.")
+        print(
+            "No GPU here (torch.cuda.is_available() is False), so there is nothing to check. All else is tested by `make test`."
+        )
         return 0
-    problems, rows = [f"{what} failed" for what, code in (("tests on the device", device_tests(device)),) if code], []
+    problems, rows = (
+        [
+            f"{what} failed"
+            for what, code in (("tests on the device", device_tests(device)),)
+            if code
+        ],
+        [],
+    )
     for name in REAL:
-        try: rows += check_model(name, build(name, device), device, text_tokens)
-        except RuntimeError as error: problems.append(f"{name}: {error}")
-    if rows: print(f"written: {os.path.relpath(write_rows(rows, device))}")
-    if study: problems += gpu_study(models, device)
-    for problem in problems: print(f"PROBLEM: {problem}")
+        try:
+            rows += check_model(name, build(name, device), device, text_tokens)
+        except RuntimeError as error:
+            problems.append(f"{name}: {error}")
+    if rows:
+        print(f"written: {os.path.relpath(write_rows(rows, device))}")
+    if study:
+        problems += gpu_study(models, device)
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
     return int(bool(problems))
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-035
 TRAINING = RecoveryConfig(losses={"sft": 1.0}, batch_size=64, epochs=4, lr=3e-4, precision="bf16")
 
 
-def gpu_study(models: Path, device: str, profile: str = "gpu", config: RecoveryConfig = TRAINING, scenes: int = 40_000, sizes: dict = SIZES) -> list: # of problems
+def gpu_study(
+    models: Path,
+    device: str,
+    profile: str = "gpu",
+    config: RecoveryConfig = TRAINING,
+    scenes: int = 40_000,
+    sizes: dict = SIZES,
+) -> list:  # of problems
     "Train what is missing, then the profile end to end."
     os.environ["MLLM_COMPRESS_MODELS"] = str(models.resolve())
     for family in SIZES:
         folder = models / f"gpu-{family}"
-        if (folder / "config.json").exists(): continue
+        if (folder / "config.json").exists():
+            continue
         print(f"training gpu-{family}, once")
         train_model(family, folder, data.small_data("train", scenes), config, device, sizes)
     return [f"profile {profile} did not run through"] * runner.run_study(profile)

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..anatomy.families import anatomy, part_parameters
-from ..zoo.convert import REAL_MODELS, real_config
-from ..recovery.training import RecoveryConfig, add_lora
 from ..anatomy.compat import CACHE_ARGUMENT, CHECKPOINTING
+from ..anatomy.families import anatomy, part_parameters
+from ..recovery.training import RecoveryConfig, add_lora
+from ..zoo.convert import REAL_MODELS, real_config
 
 _all_ = ["REAL_MODELS", "real_config"]
 
@@ -36,14 +36,15 @@ _all_ = ["REAL_MODELS", "real_config"]
 @dataclass(frozen=True)
 class Form:
     "What a decoder's parameter count depends on besides its widths."
-    matrices: int = 3 # of the MLP: gate, up, down; or fc1, fc2
-    norms: int = 2 # per decoder layer
-    norm_vectors: int = 1 # 1 scale, 2 scale and shift
-    qkv_bias: bool | str = False # or the key of the config that says so
-    out_bias: bool | str = False # of the attention's output projection
+
+    matrices: int = 3  # of the MLP: gate, up, down; or fc1, fc2
+    norms: int = 2  # per decoder layer
+    norm_vectors: int = 1  # 1 scale, 2 scale and shift
+    qkv_bias: bool | str = False  # or the key of the config that says so
+    out_bias: bool | str = False  # of the attention's output projection
     mlp_bias: bool | str = False
-    head_bias: bool = False # of the LM head, in the plain causal LM
-    qk_norm: bool = False # a scale over the channels of queries and of keys
+    head_bias: bool = False  # of the LM head, in the plain causal LM
+    qk_norm: bool = False  # a scale over the channels of queries and of keys
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-007
 FORMS = {
@@ -52,7 +53,15 @@ FORMS = {
     "qwen2": Form(qkv_bias=True),
     "qwen3": Form(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True),
     "gemma": Form(qkv_bias="attention_bias", out_bias="attention_bias"),
-    "phi": Form(matrices=2, norms=1, norm_vectors=2, qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True),
+    "phi": Form(
+        matrices=2,
+        norms=1,
+        norm_vectors=2,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        head_bias=True,
+    ),
     "phi3": Form(),
 }
 
@@ -60,18 +69,22 @@ FORMS = {
 @dataclass(frozen=True)
 class DecoderShape:
     "The numbers that an LM decoder's cost depends on."
-    family: str # a key of FORMS
-    hidden: int # width of the residual stream
-    head_dim: int # channels of one head
-    vocab: int # rows of the embedding
-    queries: tuple # query heads, per layer
-    groups: tuple # key/value heads, per layer
-    neurons: tuple # of the MLP, per layer
-    tied: bool = False # the LM head is the embedding
-    biases: frozenset = frozenset() # which of qkv, out, mlp, head have one
 
-    def __len__(self): return len(self.neurons)
-    def __str__(self): return f"{self.family}, {len(self)} layers of {self.hidden}, {sum(self.queries)} heads, {sum(self.neurons):,} neurons"
+    family: str  # a key of FORMS
+    hidden: int  # width of the residual stream
+    head_dim: int  # channels of one head
+    vocab: int  # rows of the embedding
+    queries: tuple  # query heads, per layer
+    groups: tuple  # key/value heads, per layer
+    neurons: tuple  # of the MLP, per layer
+    tied: bool = False  # the LM head is the embedding
+    biases: frozenset = frozenset()  # which of qkv, out, mlp, head have one
+
+    def __len__(self):
+        return len(self.neurons)
+
+    def __str__(self):
+        return f"{self.family}, {len(self)} layers of {self.hidden}, {sum(self.queries)} heads, {sum(self.neurons):,} neurons"
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-011
 def _biases(family: str, config, head_bias: bool) -> frozenset:
@@ -79,48 +92,72 @@ def _biases(family: str, config, head_bias: bool) -> frozenset:
     form, found = FORMS[family], {"head"} if head_bias else set()
     for name in ("qkv", "out", "mlp"):
         answer = getattr(form, f"{name}_bias")
-        if getattr(config, answer, False) if isinstance(answer, str) else answer: found.add(name)
+        if getattr(config, answer, False) if isinstance(answer, str) else answer:
+            found.add(name)
     return frozenset(found)
 
 
 def _family(config) -> str:
     "The family of a text config, or an error that says what to add."
-    if config.model_type in FORMS: return config.model_type
-    raise ValueError(f"no closed form for {config.model_type!r}: known are {', '.join(FORMS)}; add a Form to mllm_compress.cost.FORMS")
+    if config.model_type in FORMS:
+        return config.model_type
+    raise ValueError(
+        f"no closed form for {config.model_type!r}: known are {', '.join(FORMS)}; add a Form to mllm_compress.cost.FORMS"
+    )
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-013
-def shape_of_config(config: PreTrainedConfig, # of an MLLM or a plain causal LM
-                    ) -> DecoderShape:
+def shape_of_config(
+    config: PreTrainedConfig,  # of an MLLM or a plain causal LM
+) -> DecoderShape:
     "The decoder's shape as its config describes it, all layers alike."
     text = config.get_text_config()
     family, layers, heads = _family(text), text.num_hidden_layers, text.num_attention_heads
-    return DecoderShape(family, text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // heads, text.vocab_size,
-                        (heads,) * layers, (getattr(text, "num_key_value_heads", None) or heads,) * layers, (text.intermediate_size,) * layers,
-                        config.tie_word_embeddings, _biases(family, text, FORMS[family].head_bias and text is config))
+    return DecoderShape(
+        family,
+        text.hidden_size,
+        getattr(text, "head_dim", None) or text.hidden_size // heads,
+        text.vocab_size,
+        (heads,) * layers,
+        (getattr(text, "num_key_value_heads", None) or heads,) * layers,
+        (text.intermediate_size,) * layers,
+        config.tie_word_embeddings,
+        _biases(family, text, FORMS[family].head_bias and text is config),
+    )
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-015
-def shape_of_model(model: PreTrainedModel, # on any device, pruned or not
-                   ) -> DecoderShape:
+def shape_of_model(
+    model: PreTrainedModel,  # on any device, pruned or not
+) -> DecoderShape:
     "The decoder's shape as its modules have it, each layer its own."
     parts = anatomy(model)
     layers, family = range(parts.num_layers), _family(parts.text_config)
     groups = tuple(parts.groups(i) for i in layers)
-    return DecoderShape(family, parts.hidden_size, parts.head_dim, parts.vocab_size,
-                        tuple(g * parts.queries_per_group(i) for i, g in enumerate(groups)), groups, tuple(parts.neurons(i) for i in layers),
-                        parts.lm_head.weight is parts.embed_tokens.weight,
-                        _biases(family, parts.text_config, parts.lm_head.bias is not None))
+    return DecoderShape(
+        family,
+        parts.hidden_size,
+        parts.head_dim,
+        parts.vocab_size,
+        tuple(g * parts.queries_per_group(i) for i, g in enumerate(groups)),
+        groups,
+        tuple(parts.neurons(i) for i in layers),
+        parts.lm_head.weight is parts.embed_tokens.weight,
+        _biases(family, parts.text_config, parts.lm_head.bias is not None),
+    )
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-019
-def layer_parameters(shape: DecoderShape,
-                     i: int, # layer
-                     ) -> dict:
+def layer_parameters(
+    shape: DecoderShape,
+    i: int,  # layer
+) -> dict:
     "Parameters of one decoder layer, by what they belong to."
     form, h, d = FORMS[shape.family], shape.hidden, shape.head_dim
     q, g, n = shape.queries[i], shape.groups[i], shape.neurons[i]
     qkv, out, mlp = (name in shape.biases for name in ("qkv", "out", "mlp"))
-    return {"heads": h * d * (2 * q + 2 * g) + qkv * d * (q + 2 * g) + out * h + form.qk_norm * 2 * d,
-            "neurons": form.matrices * h * n + mlp * ((form.matrices - 1) * n + h),
-            "norms": form.norms * form.norm_vectors * h}
+    return {
+        "heads": h * d * (2 * q + 2 * g) + qkv * d * (q + 2 * g) + out * h + form.qk_norm * 2 * d,
+        "neurons": form.matrices * h * n + mlp * ((form.matrices - 1) * n + h),
+        "norms": form.norms * form.norm_vectors * h,
+    }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-021
 def decoder_parameters(shape: DecoderShape) -> dict:
@@ -129,31 +166,40 @@ def decoder_parameters(shape: DecoderShape) -> dict:
     layers = [layer_parameters(shape, i) for i in range(len(shape))]
     counts = {name: sum(layer[name] for layer in layers) for name in ("heads", "neurons", "norms")}
     counts["norms"] += form.norm_vectors * h
-    return counts | {"embedding": v * h, "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v}
+    return counts | {
+        "embedding": v * h,
+        "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v,
+    }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-025
 @dataclass(frozen=True)
 class Tower:
     "What a vision tower's parameter count depends on besides its widths."
-    class_token: bool # one token more than there are patches
-    patch_bias: bool # of the convolution that makes patches
-    outer_norms: int # before and after the encoder
-    branch_scales: int = 0 # vectors per layer that scale a residual branch
-    head_key: str = "" # config key that says a pooling head is there
+
+    class_token: bool  # one token more than there are patches
+    patch_bias: bool  # of the convolution that makes patches
+    outer_norms: int  # before and after the encoder
+    branch_scales: int = 0  # vectors per layer that scale a residual branch
+    head_key: str = ""  # config key that says a pooling head is there
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-027
 TOWERS = {
     "clip_vision_model": Tower(class_token=True, patch_bias=False, outer_norms=2),
-    "siglip_vision_model": Tower(class_token=False, patch_bias=True, outer_norms=1, head_key="vision_use_head"),
+    "siglip_vision_model": Tower(
+        class_token=False, patch_bias=True, outer_norms=1, head_key="vision_use_head"
+    ),
     "internvl_vision": Tower(class_token=True, patch_bias=True, outer_norms=0, branch_scales=2),
 }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-029
 def _tower(vision) -> Tower:
     "The row of a vision config, or an error that says what to add."
-    if vision.model_type in TOWERS: return TOWERS[vision.model_type]
-    raise ValueError(f"no closed form for the vision tower {vision.model_type!r}: known are {', '.join(TOWERS)}; "
-                     "add a Tower to mllm_compress.cost.TOWERS")
+    if vision.model_type in TOWERS:
+        return TOWERS[vision.model_type]
+    raise ValueError(
+        f"no closed form for the vision tower {vision.model_type!r}: known are {', '.join(TOWERS)}; "
+        "add a Tower to mllm_compress.cost.TOWERS"
+    )
 
 
 def _side(value) -> int:
@@ -166,98 +212,147 @@ def patches(vision: PreTrainedConfig) -> int:
     return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
-def vision_parameters(config: PreTrainedConfig, # of the MLLM
-                      ) -> int:
+def vision_parameters(
+    config: PreTrainedConfig,  # of the MLLM
+) -> int:
     "Parameters of the vision tower in closed form."
     v, row = config.vision_config, _tower(config.vision_config)
     c, m, tokens = v.hidden_size, v.intermediate_size, patches(v) + row.class_token
-    bias = getattr(v, "attention_bias", True) # InternViT's key; the others always have it
+    bias = getattr(v, "attention_bias", True)  # InternViT's key; the others always have it
     mlp = 2 * c * m + m + c
     layer = 4 * c * c + (4 if bias else 1) * c + mlp + 4 * c + row.branch_scales * c
     embed = c * 3 * _side(v.patch_size) ** 2 + row.patch_bias * c + (tokens + row.class_token) * c
-    head = (4 * c * c + 4 * c + mlp + 3 * c) if row.head_key and getattr(v, row.head_key, True) else 0
+    head = (
+        (4 * c * c + 4 * c + mlp + 3 * c) if row.head_key and getattr(v, row.head_key, True) else 0
+    )
     return embed + v.num_hidden_layers * layer + row.outer_norms * 2 * c + head
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-035
-def projector_parameters(config: PreTrainedConfig, # of the MLLM
-                         ) -> int:
+def projector_parameters(
+    config: PreTrainedConfig,  # of the MLLM
+) -> int:
     "Parameters of the two-layer projector in closed form."
     h, c = config.get_text_config().hidden_size, config.vision_config.hidden_size
-    fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2) # patches folded into channels
+    fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)  # patches folded into channels
     norm = 2 * fold * c if fold > 1 else 0
     return norm + fold * c * h + h + h * h + h
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-037
-def closed_parameters(config: PreTrainedConfig, # of an MLLM or a plain LM
-                      shape: DecoderShape | None = None, # of a pruned decoder; None: as in the config
-                      ) -> dict:
+def closed_parameters(
+    config: PreTrainedConfig,  # of an MLLM or a plain LM
+    shape: DecoderShape | None = None,  # of a pruned decoder; None: as in the config
+) -> dict:
     "Parameters by part, from arithmetic alone."
     sees = getattr(config, "vision_config", None) is not None
     lm = sum(decoder_parameters(shape or shape_of_config(config)).values())
-    return {"vision": vision_parameters(config) if sees else 0, "projector": projector_parameters(config) if sees else 0, "lm": lm}
+    return {
+        "vision": vision_parameters(config) if sees else 0,
+        "projector": projector_parameters(config) if sees else 0,
+        "lm": lm,
+    }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
-def published_sizes() -> pd.DataFrame: # one row per model and part
+def published_sizes() -> pd.DataFrame:  # one row per model and part
     "Sizes as the study prints them beside the closed form."
     printed = pd.read_csv(files("mllm_compress") / "published" / "models.csv").set_index("model")
-    columns = {"vision": "vision_params", "projector": "projector_params", "lm": "lm_params", "total": "total_params"}
+    columns = {
+        "vision": "vision_params",
+        "projector": "projector_params",
+        "lm": "lm_params",
+        "total": "total_params",
+    }
     rows = []
     for name in printed.index:
         counts = closed_parameters(real_config(name))
         counts["total"] = sum(counts.values())
-        rows += [dict(model=name, part=part, printed=printed.loc[name, column], closed_form=counts[part]) for part, column in columns.items()]
+        rows += [
+            dict(model=name, part=part, printed=printed.loc[name, column], closed_form=counts[part])
+            for part, column in columns.items()
+        ]
     return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
-def decoder_flops(shape: DecoderShape,
-                  tokens: int, # T, run in this pass
-                  cached: int = 0, # S, already in the cache
-                  batch: int = 1,
-                  logits: int = 1, # tokens per sequence at which the vocabulary is scored
-                  ) -> int:
+def decoder_flops(
+    shape: DecoderShape,
+    tokens: int,  # T, run in this pass
+    cached: int = 0,  # S, already in the cache
+    batch: int = 1,
+    logits: int = 1,  # tokens per sequence at which the vocabulary is scored
+) -> int:
     "Floating-point operations of the LM decoder's matrix products in one forward pass."
     h, d, m = shape.hidden, shape.head_dim, FORMS[shape.family].matrices
-    weights = sum(h * d * (2 * q + 2 * g) + m * h * n for q, g, n in zip(shape.queries, shape.groups, shape.neurons))
+    weights = sum(
+        h * d * (2 * q + 2 * g) + m * h * n
+        for q, g, n in zip(shape.queries, shape.groups, shape.neurons)
+    )
     pairs = tokens * (tokens + cached)
-    return batch * (2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab)
+    return batch * (
+        2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab
+    )
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-049
-def vision_flops(config: PreTrainedConfig, # of the MLLM
-                 images: int = 1, # or tiles
-                 ) -> dict:
+def vision_flops(
+    config: PreTrainedConfig,  # of the MLLM
+    images: int = 1,  # or tiles
+) -> dict:
     "Operations of vision tower and projector."
     v, h = config.vision_config, config.get_text_config().hidden_size
     c, m, n = v.hidden_size, v.intermediate_size, patches(v)
     tokens = n + _tower(v).class_token
     layer = 2 * tokens * (4 * c * c + 2 * c * m) + 4 * tokens * tokens * c
     fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)
-    return {"vision": images * (2 * n * 3 * _side(v.patch_size) ** 2 * c + v.num_hidden_layers * layer),
-            "projector": images * image_tokens(config) * 2 * (fold * c * h + h * h)}
+    return {
+        "vision": images * (2 * n * 3 * _side(v.patch_size) ** 2 * c + v.num_hidden_layers * layer),
+        "projector": images * image_tokens(config) * 2 * (fold * c * h + h * h),
+    }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-051
 def image_tokens(config: PreTrainedConfig) -> int:
     "Placeholders that one image (or tile) takes in the prompt."
     fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)
-    keeps_class_token = _tower(config.vision_config).class_token and config.vision_feature_select_strategy == "full"
+    keeps_class_token = (
+        _tower(config.vision_config).class_token and config.vision_feature_select_strategy == "full"
+    )
     return patches(config.vision_config) // fold + keeps_class_token
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-053
-def example_inputs(model: PreTrainedModel, # an MLLM or a plain LM, on any device
-                   text_tokens: int = 64, # besides the image's
-                   images: int = 1, # per sequence; none for a plain LM
-                   batch: int = 1,
-                   ) -> dict: # input_ids [batch, tokens], pixel_values [batch * images, 3, side, side]
+def example_inputs(
+    model: PreTrainedModel,  # an MLLM or a plain LM, on any device
+    text_tokens: int = 64,  # besides the image's
+    images: int = 1,  # per sequence; none for a plain LM
+    batch: int = 1,
+) -> dict:  # input_ids [batch, tokens], pixel_values [batch * images, 3, side, side]
     "Inputs of the right shape with nothing in them, for counting and timing."
-    vision, text = getattr(model.config, "vision_config", None), torch.zeros(batch, text_tokens, dtype=torch.long, device=model.device)
-    if vision is None or not images: return {"input_ids": text}
-    marker = torch.full((batch, images * image_tokens(model.config)), model.config.image_token_id, device=model.device)
-    pixels = torch.zeros(batch * images, 3, _side(vision.image_size), _side(vision.image_size), device=model.device, dtype=model.dtype)
-    return {"input_ids": torch.cat([marker, text + (model.config.image_token_id == 0)], 1), "pixel_values": pixels}
+    vision, text = (
+        getattr(model.config, "vision_config", None),
+        torch.zeros(batch, text_tokens, dtype=torch.long, device=model.device),
+    )
+    if vision is None or not images:
+        return {"input_ids": text}
+    marker = torch.full(
+        (batch, images * image_tokens(model.config)),
+        model.config.image_token_id,
+        device=model.device,
+    )
+    pixels = torch.zeros(
+        batch * images,
+        3,
+        _side(vision.image_size),
+        _side(vision.image_size),
+        device=model.device,
+        dtype=model.dtype,
+    )
+    return {
+        "input_ids": torch.cat([marker, text + (model.config.image_token_id == 0)], 1),
+        "pixel_values": pixels,
+    }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-055
-def forward(model: PreTrainedModel, # on any device, meta included
-            inputs: dict, # of the forward pass
-            **kwargs): # more of them
+def forward(
+    model: PreTrainedModel,  # on any device, meta included
+    inputs: dict,  # of the forward pass
+    **kwargs,
+):  # more of them
     "A forward pass that keeps a cache and scores the last token only."
     with _without_values(model) if model.device.type == "meta" else nullcontext():
         return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
@@ -266,17 +361,23 @@ def forward(model: PreTrainedModel, # on any device, meta included
 @contextmanager
 def _without_values(model: PreTrainedModel):
     "Switch off what a forward pass asks about the values of its tensors: on the meta device they have none."
-    long = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]  # whose frequencies depend on the position
-    for m in long: m.rope_type = "default"
+    long = [
+        m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"
+    ]  # whose frequencies depend on the position
+    for m in long:
+        m.rope_type = "default"
     try:
-        with patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}): yield
+        with patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}):
+            yield
     finally:
-        for m in long: m.rope_type = "longrope"
+        for m in long:
+            m.rope_type = "longrope"
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-060
-def kv_bytes_per_token(shape: DecoderShape,
-                       itemsize: int = 2, # bytes of one number
-                       ) -> int:
+def kv_bytes_per_token(
+    shape: DecoderShape,
+    itemsize: int = 2,  # bytes of one number
+) -> int:
     "Bytes that one token adds to the KV cache."
     return 2 * shape.head_dim * sum(shape.groups) * itemsize
 
@@ -292,16 +393,19 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.now = self.peak = 0
-        self.known = {} # storage id -> weak reference to it
+        self.known = {}  # storage id -> weak reference to it
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        for t in tree_leaves((args, kwargs)): self._meet(t, new=False)
+        for t in tree_leaves((args, kwargs)):
+            self._meet(t, new=False)
         out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out): self._meet(t, new=True)
+        for t in tree_leaves(out):
+            self._meet(t, new=True)
         return out
 
     def _meet(self, t, new: bool):
-        if not isinstance(t, torch.Tensor) or (storage := t.untyped_storage())._cdata in self.known: return
+        if not isinstance(t, torch.Tensor) or (storage := t.untyped_storage())._cdata in self.known:
+            return
         key, size = storage._cdata, storage.nbytes() if new else 0
         self.known[key] = weakref.ref(storage, lambda _: self._leave(key, size))
         self.now += size
@@ -312,9 +416,10 @@ class LiveBytes(TorchDispatchMode):
         self.known.pop(key, None)
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-066
-def peak_memory(call, # function without arguments
-                device: str | torch.device = "cpu", # where it runs; meta too
-                ) -> int:
+def peak_memory(
+    call,  # function without arguments
+    device: str | torch.device = "cpu",  # where it runs; meta too
+) -> int:
     "Most bytes that `call` holds at once beyond what was there before it."
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -322,7 +427,8 @@ def peak_memory(call, # function without arguments
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with LiveBytes() as live: call()
+    with LiveBytes() as live:
+        call()
     return live.peak
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-072
@@ -330,27 +436,45 @@ def _trainable(student: PreTrainedModel, config: RecoveryConfig) -> PreTrainedMo
     "A copy in which that is trained which the config says."
     model = copy.deepcopy(student).requires_grad_(False)
     parts = anatomy(model)
-    if config.lora: add_lora(model, dict(config.lora))
-    elif config.train == "projector+lm": [part.requires_grad_(True) for part in (parts.decoder, parts.lm_head)]
+    if config.lora:
+        add_lora(model, dict(config.lora))
+    elif config.train == "projector+lm":
+        [part.requires_grad_(True) for part in (parts.decoder, parts.lm_head)]
     parts.projector.requires_grad_(True)
-    if config.gradient_checkpointing: getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
+    if config.gradient_checkpointing:
+        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     return model.train()
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-074
-def recovery_memory(student: PreTrainedModel, # an MLLM on the meta device, pruned or not, in the dtype of training
-                    config: RecoveryConfig, # what is trained, with which batch and checkpointing
-                    teacher: PreTrainedModel | None = None, # if it stays loaded while training
-                    text_tokens: int = 64,
-                    ) -> dict: # bytes of "weights", "teacher", "optimizer", "step" and "total"
+def recovery_memory(
+    student: PreTrainedModel,  # an MLLM on the meta device, pruned or not, in the dtype of training
+    config: RecoveryConfig,  # what is trained, with which batch and checkpointing
+    teacher: PreTrainedModel | None = None,  # if it stays loaded while training
+    text_tokens: int = 64,
+) -> dict:  # bytes of "weights", "teacher", "optimizer", "step" and "total"
     "Bytes at the peak of one recovery step, by purpose, from a dry run without data."
-    if student.device.type != "meta": raise ValueError(f"the dry run needs a model on the meta device, not on {student.device}; build it there or call .to('meta') on a copy")
+    if student.device.type != "meta":
+        raise ValueError(
+            f"the dry run needs a model on the meta device, not on {student.device}; build it there or call .to('meta') on a copy"
+        )
     model = _trainable(student, config)
     model.set_attn_implementation("eager")
-    inputs = example_inputs(student, text_tokens, batch=-(-config.batch_size // (config.passes or 1)))
-    inputs |= {"labels": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
-    step = peak_memory(lambda: forward(model, inputs, logits_to_keep=0, use_cache=False).loss.backward(), "meta")
+    inputs = example_inputs(
+        student, text_tokens, batch=-(-config.batch_size // (config.passes or 1))
+    )
+    inputs |= {
+        "labels": inputs["input_ids"],
+        "attention_mask": torch.ones_like(inputs["input_ids"]),
+    }
+    step = peak_memory(
+        lambda: forward(model, inputs, logits_to_keep=0, use_cache=False).loss.backward(), "meta"
+    )
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    beside = 0 if teacher is None else weight_bytes(teacher) - weight_bytes(anatomy(teacher).vision_tower)
+    beside = (
+        0
+        if teacher is None
+        else weight_bytes(teacher) - weight_bytes(anatomy(teacher).vision_tower)
+    )
     needed = {"weights": weight_bytes(model), "teacher": beside, "optimizer": moments, "step": step}
     return needed | {"total": sum(needed.values())}
 
@@ -358,19 +482,22 @@ def recovery_memory(student: PreTrainedModel, # an MLLM on the meta device, prun
 @dataclass(frozen=True)
 class Timing:
     "Seconds of repeated calls, warm-up excluded."
+
     seconds: tuple
     median = property(lambda self: pd.Series(self.seconds).median(), doc="Median seconds.")
     low = property(lambda self: pd.Series(self.seconds).quantile(0.25), doc="First quartile.")
     high = property(lambda self: pd.Series(self.seconds).quantile(0.75), doc="Third quartile.")
 
-    def __str__(self): return f"{1e3 * self.median:.2f} ms [{1e3 * self.low:.2f}, {1e3 * self.high:.2f}] of {len(self.seconds)}"
+    def __str__(self):
+        return f"{1e3 * self.median:.2f} ms [{1e3 * self.low:.2f}, {1e3 * self.high:.2f}] of {len(self.seconds)}"
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-080
-def time_call(call, # function without arguments
-              repeats: int = 10,
-              warmup: int = 2, # calls that are not counted
-              device: str | torch.device = "cpu",
-              ) -> Timing:
+def time_call(
+    call,  # function without arguments
+    repeats: int = 10,
+    warmup: int = 2,  # calls that are not counted
+    device: str | torch.device = "cpu",
+) -> Timing:
     "Time a call again and again."
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds = []
@@ -384,11 +511,12 @@ def time_call(call, # function without arguments
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-082
 @torch.no_grad()
-def latency(model: PreTrainedModel, # on the device to be measured
-            inputs: dict, # as the model takes them, without padding
-            repeats: int = 10,
-            warmup: int = 2,
-            ) -> dict: # "prefill" and "decode" (seconds per token) -> Timing
+def latency(
+    model: PreTrainedModel,  # on the device to be measured
+    inputs: dict,  # as the model takes them, without padding
+    repeats: int = 10,
+    warmup: int = 2,
+) -> dict:  # "prefill" and "decode" (seconds per token) -> Timing
     "Time to the first token, and per further token at this context length."
     prefill = lambda: forward(model, inputs)
     cache, token = getattr(prefill(), CACHE_ARGUMENT), inputs["input_ids"][:, -1:]
@@ -396,6 +524,7 @@ def latency(model: PreTrainedModel, # on the device to be measured
     def decode():
         forward(model, {"input_ids": token, CACHE_ARGUMENT: cache})
         cache.crop(-1)
+
     clock = dict(repeats=repeats, warmup=warmup, device=model.device)
     return {"prefill": time_call(prefill, **clock), "decode": time_call(decode, **clock)}
 
@@ -405,9 +534,13 @@ UNITS = {"": 1, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e1
 
 def _readable(value: float, unit: str) -> str:
     "A number with a unit that leaves one to four digits before the point."
-    if unit == "s": return f"{1e3 * value:.2f} ms"
+    if unit == "s":
+        return f"{1e3 * value:.2f} ms"
     if unit == "byte":
-        name, scale = next(((n, s) for n, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if value >= s), ("B", 1))
+        name, scale = next(
+            ((n, s) for n, s in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if value >= s),
+            ("B", 1),
+        )
         return f"{value / scale:.2f} {name}"
     name, scale = [(n, s) for n, s in UNITS.items() if value >= s or s == 1][-1]
     return f"{value / scale:.2f} {name}".strip() if scale > 1 else f"{value:.0f}"
@@ -416,9 +549,10 @@ def _readable(value: float, unit: str) -> str:
 @dataclass(frozen=True)
 class CostReport:
     "What a model costs; prints as a table, `to_frame()` for everything."
+
     title: str
-    setting: dict # prompt, batch, dtype, device: what the numbers hold for
-    rows: tuple = field(repr=False) # of (quantity, part, value, unit, source)
+    setting: dict  # prompt, batch, dtype, device: what the numbers hold for
+    rows: tuple = field(repr=False)  # of (quantity, part, value, unit, source)
 
     def to_frame(self) -> pd.DataFrame:
         "One row per quantity, part and source, with the setting in `attrs`."
@@ -428,60 +562,106 @@ class CostReport:
 
     def value(self, quantity: str, part: str = "total", source: str | None = None) -> float:
         "One number of the report."
-        found = [v for q, p, v, _, s in self.rows if (q, p) == (quantity, part) and source in (None, s)]
-        if not found: raise KeyError(f"no {quantity} of {part} here; there are {sorted({row[:2] for row in self.rows})}")
+        found = [
+            v for q, p, v, _, s in self.rows if (q, p) == (quantity, part) and source in (None, s)
+        ]
+        if not found:
+            raise KeyError(
+                f"no {quantity} of {part} here; there are {sorted({row[:2] for row in self.rows})}"
+            )
         return found[0]
 
     def __str__(self):
         sources = {}
-        for *row, source in self.rows: sources.setdefault(tuple(row), []).append(source)
-        lines = [f"{q:<21}{p:<11}{_readable(v, u):>16}  {' = '.join(found)}" for (q, p, v, u), found in sources.items()]
-        return "\n".join([self.title, "  ".join(f"{k} {v}" for k, v in self.setting.items()), *lines])
+        for *row, source in self.rows:
+            sources.setdefault(tuple(row), []).append(source)
+        lines = [
+            f"{q:<21}{p:<11}{_readable(v, u):>16}  {' = '.join(found)}"
+            for (q, p, v, u), found in sources.items()
+        ]
+        return "\n".join(
+            [self.title, "  ".join(f"{k} {v}" for k, v in self.setting.items()), *lines]
+        )
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-090
 def _counted_rows(model, shape, inputs) -> list:
     "Rows that need no clock and no forward pass."
     closed, measured = closed_parameters(model.config, shape), part_parameters(model)
     batch, prompt = inputs["input_ids"].shape
-    prefill = vision_flops(model.config, len(inputs["pixel_values"])) if "pixel_values" in inputs else {}
+    prefill = (
+        vision_flops(model.config, len(inputs["pixel_values"])) if "pixel_values" in inputs else {}
+    )
     prefill["lm"] = decoder_flops(shape, prompt, batch=batch)
     per_token = kv_bytes_per_token(shape, model.dtype.itemsize)
-    rows = [("parameters", part, n, "", source) for source, counts in (("closed form", closed), ("measured", measured))
-            for part, n in (counts | {"total": sum(counts.values())}).items()]
-    rows += [("prefill operations", part, n, "", "closed form") for part, n in (prefill | {"total": sum(prefill.values())}).items()]
-    return rows + [("decode operations", "total", decoder_flops(shape, 1, prompt, batch), "", "closed form"),
-                   ("KV cache per token", "total", per_token, "byte", "closed form"),
-                   ("KV cache of prompt", "total", per_token * prompt * batch, "byte", "closed form"),
-                   ("weights", "total", weight_bytes(model), "byte", "measured")]
+    rows = [
+        ("parameters", part, n, "", source)
+        for source, counts in (("closed form", closed), ("measured", measured))
+        for part, n in (counts | {"total": sum(counts.values())}).items()
+    ]
+    rows += [
+        ("prefill operations", part, n, "", "closed form")
+        for part, n in (prefill | {"total": sum(prefill.values())}).items()
+    ]
+    return rows + [
+        ("decode operations", "total", decoder_flops(shape, 1, prompt, batch), "", "closed form"),
+        ("KV cache per token", "total", per_token, "byte", "closed form"),
+        ("KV cache of prompt", "total", per_token * prompt * batch, "byte", "closed form"),
+        ("weights", "total", weight_bytes(model), "byte", "measured"),
+    ]
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-092
 def _prompt_tokens(processor, question: str = "What is shown in the picture?") -> int:
     "Text tokens of a short question in the processor's chat template."
     tokenizer = getattr(processor, "tokenizer", processor)
-    if not getattr(processor, "chat_template", None): return len(tokenizer(question)["input_ids"])
+    if not getattr(processor, "chat_template", None):
+        return len(tokenizer(question)["input_ids"])
     turn = [{"role": "user", "content": [{"type": "text", "text": question}]}]
-    return len(tokenizer(processor.apply_chat_template(turn, add_generation_prompt=True))["input_ids"])
+    return len(
+        tokenizer(processor.apply_chat_template(turn, add_generation_prompt=True))["input_ids"]
+    )
 
 
 @torch.no_grad()
-def cost_report(model: PreTrainedModel, # MLLM or plain LM, pruned or not, on any device, meta included
-                processor=None, # sets the prompt's length; None: `text_tokens`
-                latency: bool = False, # also measure seconds
-                memory: bool | None = None, # also run a prefill and watch its peak; None: on the meta device
-                text_tokens: int = 64,
-                images: int = 1,
-                batch: int = 1,
-                repeats: int = 10,
-                warmup: int = 2,
-                ) -> CostReport:
+def cost_report(
+    model: PreTrainedModel,  # MLLM or plain LM, pruned or not, on any device, meta included
+    processor=None,  # sets the prompt's length; None: `text_tokens`
+    latency: bool = False,  # also measure seconds
+    memory: bool | None = None,  # also run a prefill and watch its peak; None: on the meta device
+    text_tokens: int = 64,
+    images: int = 1,
+    batch: int = 1,
+    repeats: int = 10,
+    warmup: int = 2,
+) -> CostReport:
     "What `model` costs: parameters, operations, bytes and, if asked, seconds."
     on_meta, clock = model.device.type == "meta", globals()["latency"]
-    if latency and on_meta: raise ValueError("seconds cannot be measured on the meta device; move the model to a CPU or GPU, or ask for latency=False")
-    inputs = example_inputs(model, _prompt_tokens(processor) if processor else text_tokens, images, batch)
+    if latency and on_meta:
+        raise ValueError(
+            "seconds cannot be measured on the meta device; move the model to a CPU or GPU, or ask for latency=False"
+        )
+    inputs = example_inputs(
+        model, _prompt_tokens(processor) if processor else text_tokens, images, batch
+    )
     rows = _counted_rows(model, shape_of_model(model), inputs)
     if on_meta if memory is None else memory:
-        rows.append(("peak beyond weights", "prefill", peak_memory(lambda: forward(model, inputs), model.device), "byte", "measured"))
+        rows.append(
+            (
+                "peak beyond weights",
+                "prefill",
+                peak_memory(lambda: forward(model, inputs), model.device),
+                "byte",
+                "measured",
+            )
+        )
     for phase, timing in (clock(model, inputs, repeats, warmup) if latency else {}).items():
-        rows += [(f"latency {name}", phase, getattr(timing, name), "s", "measured") for name in ("median", "low", "high")]
-    setting = {"batch": batch, "prompt": inputs["input_ids"].shape[1], "dtype": str(model.dtype).split(".")[-1], "device": str(model.device)}
+        rows += [
+            (f"latency {name}", phase, getattr(timing, name), "s", "measured")
+            for name in ("median", "low", "high")
+        ]
+    setting = {
+        "batch": batch,
+        "prompt": inputs["input_ids"].shape[1],
+        "dtype": str(model.dtype).split(".")[-1],
+        "device": str(model.device),
+    }
     return CostReport(f"{type(model).__name__}: {shape_of_model(model)}", setting, tuple(rows))

@@ -12,85 +12,135 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import anatomy, count_parameters, lm_parameters
-from ..zoo.convert import REAL_MODELS, real_config
-from .arithmetic import (closed_parameters, decoder_flops, example_inputs, forward, image_tokens, peak_memory, recovery_memory, shape_of_config,
-                                vision_flops, weight_bytes)
+from mllm_compress.cost.arithmetic import (
+    closed_parameters,
+    decoder_flops,
+    example_inputs,
+    forward,
+    image_tokens,
+    peak_memory,
+    recovery_memory,
+    shape_of_config,
+    vision_flops,
+    weight_bytes,
+)
 from ..importance.criteria import random_scores, scoring_memory, whole_layers
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.training import PAPER, RecoveryConfig, config_from_dict
+from ..zoo.convert import REAL_MODELS, real_config
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-005
-def on_meta(config: PreTrainedConfig, # of an MLLM
-            dtype: torch.dtype = torch.bfloat16,
-           ) -> PreTrainedModel:
+def on_meta(
+    config: PreTrainedConfig,  # of an MLLM
+    dtype: torch.dtype = torch.bfloat16,
+) -> PreTrainedModel:
     "A model without data."
-    with torch.device("meta"): return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation="eager"
+        ).eval()
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-008
-def pruned_on_meta(model: PreTrainedModel, # from `on_meta`
-                   pruning: str, # none, layerwise or widthwise
-                   ratio: float,
-                  ) -> PreTrainedModel:
+def pruned_on_meta(
+    model: PreTrainedModel,  # from `on_meta`
+    pruning: str,  # none, layerwise or widthwise
+    ratio: float,
+) -> PreTrainedModel:
     "A model without data, pruned."
-    if pruning == "none": return model
+    if pruning == "none":
+        return model
     scores = random_scores(model)
-    plan = plan_layerwise(model, whole_layers(scores), ratio=ratio) if pruning == "layerwise" else plan_widthwise(model, scores, ratio=ratio)
+    plan = (
+        plan_layerwise(model, whole_layers(scores), ratio=ratio)
+        if pruning == "layerwise"
+        else plan_widthwise(model, scores, ratio=ratio)
+    )
     return apply_plan(model, plan)
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-011
 KINDS = {"projector": {"train": "projector"}, "LoRA": {"lora": PAPER["llava"]["lora"]}, "full": {}}
 
 
-def training_kind(kind: str, # a key of KINDS
-                 ) -> RecoveryConfig:
+def training_kind(
+    kind: str,  # a key of KINDS
+) -> RecoveryConfig:
     "A step of a kind of training, as small as it goes."
-    return config_from_dict({"batch_size": 1, "passes": 1, "gradient_checkpointing": True} | KINDS[kind])
+    return config_from_dict(
+        {"batch_size": 1, "passes": 1, "gradient_checkpointing": True} | KINDS[kind]
+    )
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-013
 def float32_extra(student: PreTrainedModel, config: RecoveryConfig) -> int:
     "Bytes that float32 adds for what is trained in full in a half-precision model."
     parts = anatomy(student)
-    full = [parts.projector] if config.lora or config.train == "projector" else [parts.projector, parts.decoder, parts.lm_head]
+    full = (
+        [parts.projector]
+        if config.lora or config.train == "projector"
+        else [parts.projector, parts.decoder, parts.lm_head]
+    )
     return 8 * count_parameters(*full) if student.dtype.itemsize == 2 else 0
 
 
-def training_bytes(student: PreTrainedModel, # on the meta device
-                   kind: str, # a key of KINDS
-                   teacher: PreTrainedModel | None = None, # None: SFT alone
-                   text_tokens: int = 256,
-                  ) -> int:
+def training_bytes(
+    student: PreTrainedModel,  # on the meta device
+    kind: str,  # a key of KINDS
+    teacher: PreTrainedModel | None = None,  # None: SFT alone
+    text_tokens: int = 256,
+) -> int:
     "Memory of a recovery step on one card."
     config = training_kind(kind)
-    return recovery_memory(student, config, teacher, text_tokens)["total"] + float32_extra(student, config)
+    return recovery_memory(student, config, teacher, text_tokens)["total"] + float32_extra(
+        student, config
+    )
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-016
 @torch.no_grad()
-def answering_bytes(model: PreTrainedModel, # on the meta device
-                    text_tokens: int = 64, batch: int = 1) -> int:
+def answering_bytes(
+    model: PreTrainedModel,  # on the meta device
+    text_tokens: int = 64,
+    batch: int = 1,
+) -> int:
     "Memory of a prefill with one image per prompt, weights included."
-    return weight_bytes(model) + peak_memory(lambda: forward(model, example_inputs(model, text_tokens, batch=batch)), "meta")
+    return weight_bytes(model) + peak_memory(
+        lambda: forward(model, example_inputs(model, text_tokens, batch=batch)), "meta"
+    )
 
 
-def scoring_bytes(model: PreTrainedModel, # on the meta device
-                  text_tokens: int = 64) -> int:
+def scoring_bytes(
+    model: PreTrainedModel,  # on the meta device
+    text_tokens: int = 64,
+) -> int:
     "Memory of Taylor scoring, one sample at a time."
-    return scoring_memory(model, tokens=image_tokens(model.config) + text_tokens, dtype=model.dtype).total
+    return scoring_memory(
+        model, tokens=image_tokens(model.config) + text_tokens, dtype=model.dtype
+    ).total
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-018
-def memory_table(name: str, # a key of REAL_MODELS
-                 ratios: tuple = (0.15, 0.3, 0.45, 0.6),
-                 trained_at: tuple = (0.3,), # ratios at which training is dry-run too: seconds each
-                ) -> pd.DataFrame:
+def memory_table(
+    name: str,  # a key of REAL_MODELS
+    ratios: tuple = (0.15, 0.3, 0.45, 0.6),
+    trained_at: tuple = (0.3,),  # ratios at which training is dry-run too: seconds each
+) -> pd.DataFrame:
     "What a real model of the study needs, dense and pruned, in GiB."
     dense = on_meta(real_config(name))
     rows = []
-    for pruning, ratio in [("none", 0.0)] + [(p, r) for p in ("layerwise", "widthwise") for r in ratios]:
+    for pruning, ratio in [("none", 0.0)] + [
+        (p, r) for p in ("layerwise", "widthwise") for r in ratios
+    ]:
         small = pruned_on_meta(dense, pruning, ratio)
-        row = {"model": name, "pruning": pruning, "requested": ratio, "achieved": 1 - lm_parameters(small) / lm_parameters(dense),
-               "parameters": count_parameters(small), "answering": answering_bytes(small) / 2**30}
-        if pruning == "none": row["scoring"] = scoring_bytes(small) / 2**30
-        elif pruning == "layerwise" and ratio in trained_at: row |= {kind: training_bytes(small, kind, dense) / 2**30 for kind in KINDS}
+        row = {
+            "model": name,
+            "pruning": pruning,
+            "requested": ratio,
+            "achieved": 1 - lm_parameters(small) / lm_parameters(dense),
+            "parameters": count_parameters(small),
+            "answering": answering_bytes(small) / 2**30,
+        }
+        if pruning == "none":
+            row["scoring"] = scoring_bytes(small) / 2**30
+        elif pruning == "layerwise" and ratio in trained_at:
+            row |= {kind: training_bytes(small, kind, dense) / 2**30 for kind in KINDS}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -98,18 +148,26 @@ def memory_table(name: str, # a key of REAL_MODELS
 CARDS = (24, 40, 80)  # GiB
 
 
-def fits(needed: float, # GiB
-         reserve: float = 2, # GiB
-        ) -> str:
+def fits(
+    needed: float,  # GiB
+    reserve: float = 2,  # GiB
+) -> str:
     "The smallest card that holds so much."
     card = next((c for c in CARDS if needed + reserve <= c), None)
-    return f"{card} GB" if card else f"{-(-(needed + reserve) // CARDS[-1]):.0f} x {CARDS[-1]} GB, sharded"
+    return (
+        f"{card} GB"
+        if card
+        else f"{-(-(needed + reserve) // CARDS[-1]):.0f} x {CARDS[-1]} GB, sharded"
+    )
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-024
-def training_operations(config: PreTrainedConfig, # of the dense model
-                        recovery: RecoveryConfig,
-                        ratio: float = 0.0, # of LM parameters removed from the student
-                        text_tokens: int = 256, answer_tokens: int = 64) -> int:
+def training_operations(
+    config: PreTrainedConfig,  # of the dense model
+    recovery: RecoveryConfig,
+    ratio: float = 0.0,  # of LM parameters removed from the student
+    text_tokens: int = 256,
+    answer_tokens: int = 64,
+) -> int:
     "Operations of one training sample with one image, teacher and vision tower included."
     tokens = image_tokens(config) + text_tokens
     teacher = decoder_flops(shape_of_config(config), tokens, logits=answer_tokens)
@@ -120,7 +178,13 @@ def training_operations(config: PreTrainedConfig, # of the dense model
     return int(passes * student + distils * teacher + sum(vision_flops(config).values()))
 
 
-def answering_operations(config: PreTrainedConfig, ratio: float = 0.0, text_tokens: int = 64, new_tokens: int = 8) -> int:
+def answering_operations(
+    config: PreTrainedConfig, ratio: float = 0.0, text_tokens: int = 64, new_tokens: int = 8
+) -> int:
     "Operations of one question with one image."
     tokens = image_tokens(config) + text_tokens + new_tokens
-    return int(decoder_flops(shape_of_config(config), tokens, logits=new_tokens) - 2 * tokens * ratio * closed_parameters(config)["lm"] + sum(vision_flops(config).values()))
+    return int(
+        decoder_flops(shape_of_config(config), tokens, logits=new_tokens)
+        - 2 * tokens * ratio * closed_parameters(config)["lm"]
+        + sum(vision_flops(config).values())
+    )

@@ -6,6 +6,22 @@
 __all__ = ['InstructionData', 'calibration_batches', 'easy_vqa', 'load_json', 'mix', 'scene_data', 'small_data']
 
 # %% ../../nbs/library/data/00_index.ipynb #cell-003
-from .instructions import InstructionData, calibration_batches, easy_vqa, load_json, mix, scene_data, small_data
+from mllm_compress.data.instructions import (
+    InstructionData,
+    calibration_batches,
+    easy_vqa,
+    load_json,
+    mix,
+    scene_data,
+    small_data,
+)
 
-_all_ = ["InstructionData", "calibration_batches", "easy_vqa", "load_json", "mix", "scene_data", "small_data"]
+_all_ = [
+    "InstructionData",
+    "calibration_batches",
+    "easy_vqa",
+    "load_json",
+    "mix",
+    "scene_data",
+    "small_data",
+]

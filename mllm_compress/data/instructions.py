@@ -24,27 +24,43 @@ from PIL import Image, UnidentifiedImageError
 from . import scenes
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-007
-def turns(entry: dict, # one LLaVA entry
-         ) -> list:    # of (question, answer) pairs, the image marker removed
+def turns(
+    entry: dict,  # one LLaVA entry
+) -> list:  # of (question, answer) pairs, the image marker removed
     "The question-answer pairs of a conversation."
     said = entry.get("conversations")
-    if not said or len(said) % 2 or [t.get("from") for t in said] != ["human", "gpt"] * (len(said) // 2):
-        raise ValueError(f"Entry {entry.get('id')!r} has no 'conversations' that alternate between 'human' and 'gpt'.")
-    text = [t["value"].replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "").strip() for t in said]
+    if (
+        not said
+        or len(said) % 2
+        or [t.get("from") for t in said] != ["human", "gpt"] * (len(said) // 2)
+    ):
+        raise ValueError(
+            f"Entry {entry.get('id')!r} has no 'conversations' that alternate between 'human' and 'gpt'."
+        )
+    text = [
+        t["value"].replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "").strip()
+        for t in said
+    ]
     return list(zip(text[::2], text[1::2]))
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-010
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
-    def __init__(self, samples: list,    # of LLaVA entries
-                 image_root=None,        # folder that the entries' image paths start from
-                 images=None,            # or a function entry -> PIL image, for generated pictures
-                 name: str = "data"):
+
+    def __init__(
+        self,
+        samples: list,  # of LLaVA entries
+        image_root=None,  # folder that the entries' image paths start from
+        images=None,  # or a function entry -> PIL image, for generated pictures
+        name: str = "data",
+    ):
         self.samples, self.image_root, self.images, self.name = samples, image_root, images, name
 
-    def __len__(self): return len(self.samples)
+    def __len__(self):
+        return len(self.samples)
 
-    def __getitem__(self, i): return self.samples[i] | {"index": i}
+    def __getitem__(self, i):
+        return self.samples[i] | {"index": i}
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-012
 def has_image(entry: dict) -> bool:
@@ -57,105 +73,178 @@ def _path(self, i):
     return Path(self.image_root or ".") / self.samples[i]["image"]
 
 
-def _open(self, i: int) -> Image.Image | None: # RGB, or None for an entry without a picture
+def _open(self, i: int) -> Image.Image | None:  # RGB, or None for an entry without a picture
     "The image of entry i."
     entry = self.samples[i]
-    if not has_image(entry): return None
-    if self.images is not None: return self.images(entry)
+    if not has_image(entry):
+        return None
+    if self.images is not None:
+        return self.images(entry)
     path = self.path(i)
-    try: return Image.open(path).convert("RGB")
-    except FileNotFoundError: raise FileNotFoundError(
-        f"Entry {entry.get('id')!r} needs the image {path}, which does not exist: check image_root={str(self.image_root)!r}.") from None
-    except (UnidentifiedImageError, OSError) as error: raise OSError(
-        f"Entry {entry.get('id')!r}: the image {path} cannot be read ({error}). Replace it, or load with skip_missing=True.") from None
+    try:
+        return Image.open(path).convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"Entry {entry.get('id')!r} needs the image {path}, which does not exist: check image_root={str(self.image_root)!r}."
+        ) from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise OSError(
+            f"Entry {entry.get('id')!r}: the image {path} cannot be read ({error}). Replace it, or load with skip_missing=True."
+        ) from None
 
 
 InstructionData.path, InstructionData.image = _path, _open
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-014
-def _fraction(self, fraction: float, # in (0, 1]
-              seed: int = 0,         # another seed draws other entries
-             ) -> InstructionData:
+def _fraction(
+    self,
+    fraction: float,  # in (0, 1]
+    seed: int = 0,  # another seed draws other entries
+) -> InstructionData:
     "A nested, order-independent part of the data."
-    if not 0 < fraction <= 1: raise ValueError(f"fraction={fraction} is outside (0, 1]: give the part of the data to use, e.g. 0.05.")
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"fraction={fraction} is outside (0, 1]: give the part of the data to use, e.g. 0.05."
+        )
     rank = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names(self.samples)]
-    keep = sorted(np.argsort(np.array(rank, dtype="S32"), kind="stable")[:max(1, math.ceil(fraction * len(self)))])
-    return InstructionData([self.samples[i] for i in keep], self.image_root, self.images, f"{self.name}[{fraction:g}@{seed}]")
+    keep = sorted(
+        np.argsort(np.array(rank, dtype="S32"), kind="stable")[
+            : max(1, math.ceil(fraction * len(self)))
+        ]
+    )
+    return InstructionData(
+        [self.samples[i] for i in keep],
+        self.image_root,
+        self.images,
+        f"{self.name}[{fraction:g}@{seed}]",
+    )
 
 
 InstructionData.fraction = _fraction
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-016
-def _hash(self) -> str: # 16 hex digits
+def _hash(self) -> str:  # 16 hex digits
     "Fingerprint of the entries."
-    return hashlib.sha256(json.dumps(list(self.samples), sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(list(self.samples), sort_keys=True, default=str).encode()
+    ).hexdigest()[:16]
 
 
 InstructionData.hash = cached_property(_hash)
 InstructionData.hash.__set_name__(InstructionData, "hash")
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-019
-def load_json(path,                        # a JSON or JSON-lines file in LLaVA's format
-              image_root,                  # folder of the images
-              skip_missing: bool = False,  # leave out entries whose image does not exist
-             ) -> InstructionData:
+def load_json(
+    path,  # a JSON or JSON-lines file in LLaVA's format
+    image_root,  # folder of the images
+    skip_missing: bool = False,  # leave out entries whose image does not exist
+) -> InstructionData:
     "Read a LLaVA data set and check that every image is there."
     text = Path(path).read_text(encoding="utf-8")
-    samples = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    samples = (
+        json.loads(text)
+        if text.lstrip().startswith("[")
+        else [json.loads(line) for line in text.splitlines() if line.strip()]
+    )
     root = Path(image_root)
-    missing = {i for i, e in enumerate(samples) if has_image(e) and not (root / e["image"]).is_file()}
+    missing = {
+        i for i, e in enumerate(samples) if has_image(e) and not (root / e["image"]).is_file()
+    }
     if missing and not skip_missing:
         first = ", ".join(str(root / samples[i]["image"]) for i in sorted(missing)[:3])
-        raise FileNotFoundError(f"{len(missing)} of {len(samples)} entries of {path} name an image that does not exist: {first}"
-                                f"{', …' if len(missing) > 3 else ''}. Complete the folder, or pass skip_missing=True to leave them out.")
-    if missing: print(f"{path}: left out {len(missing)} of {len(samples)} entries whose image does not exist.")
-    return InstructionData([e for i, e in enumerate(samples) if i not in missing], root, name=Path(path).stem)
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(samples)} entries of {path} name an image that does not exist: {first}"
+            f"{', …' if len(missing) > 3 else ''}. Complete the folder, or pass skip_missing=True to leave them out."
+        )
+    if missing:
+        print(
+            f"{path}: left out {len(missing)} of {len(samples)} entries whose image does not exist."
+        )
+    return InstructionData(
+        [e for i, e in enumerate(samples) if i not in missing], root, name=Path(path).stem
+    )
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-022
 class Made(Sequence):
     "Entries that are made when they are asked for."
-    def __init__(self, ids: list, # names of the entries
-                 make):           # number of an entry -> entry
+
+    def __init__(
+        self,
+        ids: list,  # names of the entries
+        make,
+    ):  # number of an entry -> entry
         self.ids, self.make = ids, make
 
-    def __len__(self): return len(self.ids)
+    def __len__(self):
+        return len(self.ids)
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self): raise IndexError(i)
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
         return self.make(i % len(self))
 
 
 def names(samples) -> list:
     "The ids of entries, without making them where that is possible."
-    return samples.ids if isinstance(samples, Made) else [e.get("id", i) for i, e in enumerate(samples)]
+    return (
+        samples.ids
+        if isinstance(samples, Made)
+        else [e.get("id", i) for i, e in enumerate(samples)]
+    )
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-024
 def entry(id, image, pairs: list, **more) -> dict:
     "A LLaVA entry from (question, answer) pairs."
-    said = [[{"from": "human", "value": ("<image>\n" if k == 0 else "") + q}, {"from": "gpt", "value": a}] for k, (q, a) in enumerate(pairs)]
+    said = [
+        [
+            {"from": "human", "value": ("<image>\n" if k == 0 else "") + q},
+            {"from": "gpt", "value": a},
+        ]
+        for k, (q, a) in enumerate(pairs)
+    ]
     return {"id": id, "image": image, "conversations": [t for pair in said for t in pair], **more}
 
 
-def scene_data(split: str = "train", # "train", "validation" or "test"
-               n: int = 40_000,      # scenes
-              ) -> InstructionData:
+def scene_data(
+    split: str = "train",  # "train", "validation" or "test"
+    n: int = 40_000,  # scenes
+) -> InstructionData:
     "Generated scenes with their questions."
     ids = [f"scene-{split}-{i}" for i in range(n)]
+
     def make(i):
-        k = next(k for k in itertools.count(i, n) if scenes.ask(k, split))  # a scene without a fair question gives way to one beyond the end
-        return entry(ids[i], ids[i], [(q["question"], q["answer"]) for q in scenes.ask(k, split)], scene=k, split=split)
-    return InstructionData(Made(ids, make), images=lambda e: scenes.image(e["scene"], e["split"]), name=f"scenes-{split}")
+        k = next(
+            k for k in itertools.count(i, n) if scenes.ask(k, split)
+        )  # a scene without a fair question gives way to one beyond the end
+        return entry(
+            ids[i],
+            ids[i],
+            [(q["question"], q["answer"]) for q in scenes.ask(k, split)],
+            scene=k,
+            split=split,
+        )
+
+    return InstructionData(
+        Made(ids, make),
+        images=lambda e: scenes.image(e["scene"], e["split"]),
+        name=f"scenes-{split}",
+    )
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-026
-def easy_vqa(split: str = "train", # "train" or "test", the official split
-            ) -> InstructionData:
+def easy_vqa(
+    split: str = "train",  # "train" or "test", the official split
+) -> InstructionData:
     "easy-VQA: one shape per image, colour, shape and yes/no questions."
     import easy_vqa as source
-    if split not in ("train", "test"): raise ValueError(f"easy-VQA has no split {split!r}: use 'train' or 'test'.")
+
+    if split not in ("train", "test"):
+        raise ValueError(f"easy-VQA has no split {split!r}: use 'train' or 'test'.")
     questions, answers, ids = getattr(source, f"get_{split}_questions")()
     paths, pairs = getattr(source, f"get_{split}_image_paths")(), {}
-    for q, a, i in zip(questions, answers, ids): pairs.setdefault(i, []).append((q, a))
+    for q, a, i in zip(questions, answers, ids):
+        pairs.setdefault(i, []).append((q, a))
     root = Path(paths[0]).parent
     samples = [entry(f"easy-{split}-{i}", Path(paths[i]).name, p) for i, p in pairs.items()]
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
@@ -165,168 +254,274 @@ def mix(*parts: InstructionData) -> InstructionData:
     "Several data sets as one; each entry's image is opened by the set that it came from."
     where = [(k, i) for k, part in enumerate(parts) for i in range(len(part))]
     make = lambda n: parts[where[n][0]].samples[where[n][1]] | {"source": where[n][0]}
-    return InstructionData(Made([name for part in parts for name in names(part.samples)], make), images=lambda e: InstructionData([e], parts[e["source"]].image_root, parts[e["source"]].images).image(0),
-                           name="+".join(p.name for p in parts))
+    return InstructionData(
+        Made([name for part in parts for name in names(part.samples)], make),
+        images=lambda e: InstructionData(
+            [e], parts[e["source"]].image_root, parts[e["source"]].images
+        ).image(0),
+        name="+".join(p.name for p in parts),
+    )
 
 
-def small_data(split: str = "train", # "train" or "validation"
-               n: int = 40_000,      # scenes
-              ) -> InstructionData:
+def small_data(
+    split: str = "train",  # "train" or "validation"
+    n: int = 40_000,  # scenes
+) -> InstructionData:
     "The training mixture of the small profiles: scenes and, for training, easy-VQA."
     return mix(scene_data(split, n), easy_vqa()) if split == "train" else scene_data(split, n)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-031
 class Remembered:
     "A function of conversations that keeps its last results, as many as have so many tokens in all."
-    def __init__(self, function, # (pairs, image) -> (ids, answer mask)
-                 tokens: int = 3_000_000): # each takes 25 to 60 bytes
+
+    def __init__(
+        self,
+        function,  # (pairs, image) -> (ids, answer mask)
+        tokens: int = 3_000_000,
+    ):  # each takes 25 to 60 bytes
         self.function, self.tokens, self.held, self.size = function, tokens, OrderedDict(), 0
 
     def __call__(self, *key):
-        if key in self.held: self.held.move_to_end(key); return self.held[key]
+        if key in self.held:
+            self.held.move_to_end(key)
+            return self.held[key]
         out = self.held[key] = self.function(*key)
         self.size += len(out[0])
-        while self.size > self.tokens: self.size -= len(self.held.popitem(last=False)[1][0])
+        while self.size > self.tokens:
+            self.size -= len(self.held.popitem(last=False)[1][0])
         return out
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-034
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
+
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, processor.tokenizer
-        if not getattr(processor, "chat_template", None): raise ValueError("The processor has no chat_template: set one that renders the model's conversation format.")
+        if not getattr(processor, "chat_template", None):
+            raise ValueError(
+                "The processor has no chat_template: set one that renders the model's conversation format."
+            )
         self.image_token, self.image_id = processor.image_token, processor.image_token_id
         self.encode, self.image_text = Remembered(self._encode), lru_cache(10_000)(self._image_text)
-        self.tiled = self.image_text((64, 64)) != self.image_text((640, 64))  # so that the shape must be known
+        self.tiled = self.image_text((64, 64)) != self.image_text(
+            (640, 64)
+        )  # so that the shape must be known
 
-    def _image_text(self, size: tuple): # (width, height) -> str
+    def _image_text(self, size: tuple):  # (width, height) -> str
         "What stands for a picture of that size in a prompt."
-        return self.processor.replace_image_token(self.processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt"), 0)
+        return self.processor.replace_image_token(
+            self.processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt"), 0
+        )
 
-    def text(self, pairs, image, prompt_only=False): # pairs of (question, answer) -> str
+    def text(self, pairs, image, prompt_only=False):  # pairs of (question, answer) -> str
         "The conversation as the model reads it, or up to where the last answer would start."
         messages = []
         for k, (q, a) in enumerate(pairs):
-            messages.append({"role": "user", "content": [{"type": "image"}] * (bool(image) and k == 0) + [{"type": "text", "text": q}]})
+            messages.append(
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}] * (bool(image) and k == 0)
+                    + [{"type": "text", "text": q}],
+                }
+            )
             messages.append({"role": "assistant", "content": [{"type": "text", "text": a}]})
-        return self.processor.apply_chat_template(messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only)
+        return self.processor.apply_chat_template(
+            messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only
+        )
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-036
-def _encode(self, pairs: tuple, # of (question, answer)
-            image: str,         # what stands for the picture before the first question; empty: no picture
-           ) -> tuple:          # token ids, and for each whether it belongs to an answer
+def _encode(
+    self,
+    pairs: tuple,  # of (question, answer)
+    image: str,  # what stands for the picture before the first question; empty: no picture
+) -> tuple:  # token ids, and for each whether it belongs to an answer
     "Token ids of a conversation and the mask of its answers."
     full, spans = self.text(pairs, image), []
     for k in range(1, len(pairs) + 1):
         prompt, done = self.text(pairs[:k], image, prompt_only=True), self.text(pairs[:k], image)
-        if not done.startswith(prompt): raise ValueError("The chat template renders an answered conversation differently from its prompt, so answers cannot be located.")
+        if not done.startswith(prompt):
+            raise ValueError(
+                "The chat template renders an answered conversation differently from its prompt, so answers cannot be located."
+            )
         spans.append((len(prompt), len(done)))
-    grow = len(image) - len(self.image_token) if image else 0  # the placeholder makes room for what stands for the picture
-    out = self.tokenizer(full.replace(self.image_token, image, 1) if image else full, return_offsets_mapping=True)
-    answer = [e > s and any(a + grow <= s < b + grow for a, b in spans) for s, e in out["offset_mapping"]]
+    grow = (
+        len(image) - len(self.image_token) if image else 0
+    )  # the placeholder makes room for what stands for the picture
+    out = self.tokenizer(
+        full.replace(self.image_token, image, 1) if image else full, return_offsets_mapping=True
+    )
+    answer = [
+        e > s and any(a + grow <= s < b + grow for a, b in spans) for s, e in out["offset_mapping"]
+    ]
     return tuple(out["input_ids"]), tuple(answer)
 
 
 Renderer._encode = _encode
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-039
-def packed_mask(segment: torch.Tensor, # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
-               ) -> torch.Tensor:      # [batch, 1, tokens, tokens] True = may attend
+def packed_mask(
+    segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
+) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
     "Causal attention in which a question sees the prefix and itself."
     same = segment[:, :, None] == segment[:, None, :]
     causal = torch.ones(segment.shape[1], segment.shape[1], dtype=torch.bool).tril()
-    return ((same | (segment[:, None, :] == 0)) & causal | torch.eye(segment.shape[1], dtype=torch.bool))[:, None]
+    return (
+        (same | (segment[:, None, :] == 0)) & causal | torch.eye(segment.shape[1], dtype=torch.bool)
+    )[:, None]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-042
-def pack(encoded: list, # of (ids, answer mask), one per question about the same picture
-         image_id: int, # token id of the image placeholder
-        ) -> dict:      # lists: ids, answer, segment, position
+def pack(
+    encoded: list,  # of (ids, answer mask), one per question about the same picture
+    image_id: int,  # token id of the image placeholder
+) -> dict:  # lists: ids, answer, segment, position
     "Several single-question conversations behind one shared image prefix."
     ids = encoded[0][0]
-    prefix = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0  # up to the last image token
-    row = {"ids": list(ids[:prefix]), "answer": [False] * prefix, "segment": [0] * prefix, "position": list(range(prefix))}
+    prefix = (
+        len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
+    )  # up to the last image token
+    row = {
+        "ids": list(ids[:prefix]),
+        "answer": [False] * prefix,
+        "segment": [0] * prefix,
+        "position": list(range(prefix)),
+    }
     for k, (ids, answer) in enumerate(encoded, 1):
-        row["ids"] += ids[prefix:]; row["answer"] += answer[prefix:]
-        row["segment"] += [k] * (len(ids) - prefix); row["position"] += range(prefix, len(ids))
+        row["ids"] += ids[prefix:]
+        row["answer"] += answer[prefix:]
+        row["segment"] += [k] * (len(ids) - prefix)
+        row["position"] += range(prefix, len(ids))
     return row
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-044
-def blocks(row: dict,  # as pack returns it
-           width: int, # tokens that a block may have; a longer question stays whole
-          ) -> list:   # of rows
+def blocks(
+    row: dict,  # as pack returns it
+    width: int,  # tokens that a block may have; a longer question stays whole
+) -> list:  # of rows
     "A packed row cut between its questions."
     segment, cuts = row["segment"], [0]
     starts = [i for i in range(1, len(segment)) if segment[i] > max(1, segment[i - 1])]
     for begin, end in zip([0, *starts], [*starts, len(segment)]):
-        if end - cuts[-1] > width and begin > cuts[-1]: cuts.append(begin)
+        if end - cuts[-1] > width and begin > cuts[-1]:
+            cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-047
-def borrowing_mask(segment: torch.Tensor, # [blocks, tokens], as packed_mask takes it
-                   first: torch.Tensor,   # [blocks] the block that holds the prefix of each
-                  ) -> torch.Tensor:      # [blocks, 1, tokens, prefix + tokens] True = may attend
+def borrowing_mask(
+    segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
+    first: torch.Tensor,  # [blocks] the block that holds the prefix of each
+) -> torch.Tensor:  # [blocks, 1, tokens, prefix + tokens] True = may attend
     "packed_mask, after columns for the prefix of another row."
-    prefix = (segment == 0).sum(1)[first] * (first != torch.arange(len(first)))  # [blocks] tokens borrowed
-    columns = torch.arange(int(prefix.max())) < prefix[:, None]                  # [blocks, prefix]
+    prefix = (segment == 0).sum(1)[first] * (
+        first != torch.arange(len(first))
+    )  # [blocks] tokens borrowed
+    columns = torch.arange(int(prefix.max())) < prefix[:, None]  # [blocks, prefix]
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-050
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
-    def __init__(self, processor, dataset: InstructionData,
-                 turns: str = "independent",   # "independent": questions do not see each other; "sequential": as a conversation
-                 images: bool = True,          # pixel_values, or only image_index
-                 max_length: int | None = None,
-                 block: int | None = None):    # tokens of a block, see `blocks`; None: whole rows, which every model takes
-        if turns not in ("independent", "sequential"): raise ValueError(f"Unknown turns={turns!r}: use 'independent' or 'sequential'.")
-        self.render, self.dataset, self.turns, self.images, self.max_length = Renderer(processor), dataset, turns, images, max_length
+
+    def __init__(
+        self,
+        processor,
+        dataset: InstructionData,
+        turns: str = "independent",  # "independent": questions do not see each other; "sequential": as a conversation
+        images: bool = True,  # pixel_values, or only image_index
+        max_length: int | None = None,
+        block: int | None = None,
+    ):  # tokens of a block, see `blocks`; None: whole rows, which every model takes
+        if turns not in ("independent", "sequential"):
+            raise ValueError(f"Unknown turns={turns!r}: use 'independent' or 'sequential'.")
+        self.render, self.dataset, self.turns, self.images, self.max_length = (
+            Renderer(processor),
+            dataset,
+            turns,
+            images,
+            max_length,
+        )
         self.block = block if turns == "independent" else None
 
     def row(self, entry):
         "One entry as lists: ids, answer mask, segment and position."
         pairs, image = turns(entry), ""
-        if has_image(entry): image = self.render.image_text(self.dataset.image(entry["index"]).size if self.render.tiled else (64, 64))
-        if self.turns == "sequential": ids, answer = self.render.encode(tuple(pairs), image); row = pack([(ids, answer)], -1)
-        else: row = pack([self.render.encode((p,), image) for p in pairs], self.render.image_id)
-        return {k: v[:self.max_length] for k, v in row.items()}
+        if has_image(entry):
+            image = self.render.image_text(
+                self.dataset.image(entry["index"]).size if self.render.tiled else (64, 64)
+            )
+        if self.turns == "sequential":
+            ids, answer = self.render.encode(tuple(pairs), image)
+            row = pack([(ids, answer)], -1)
+        else:
+            row = pack([self.render.encode((p,), image) for p in pairs], self.render.image_id)
+        return {k: v[: self.max_length] for k, v in row.items()}
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-052
-def _cut(self, rows: list) -> tuple: # rows, and for each the first of its sample
+def _cut(self, rows: list) -> tuple:  # rows, and for each the first of its sample
     "The rows of a batch in blocks, if all fit into them."
     cut = [blocks(row, self.block or len(row["ids"])) for row in rows]
-    if self.block and any(len(b["ids"]) > self.block for row in cut for b in row): cut = [[row] for row in rows]
+    if self.block and any(len(b["ids"]) > self.block for row in cut for b in row):
+        cut = [[row] for row in rows]
     starts = itertools.accumulate((len(row) for row in cut), initial=0)
-    return [b for row in cut for b in row], torch.tensor([s for s, row in zip(starts, cut) for _ in row])
+    return [b for row in cut for b in row], torch.tensor(
+        [s for s, row in zip(starts, cut) for _ in row]
+    )
 
 
 def _collate(self, entries: list) -> dict:
     "A batch of entries."
     rows, first = self.cut([self.row(e) for e in entries])
-    width, fill = max(len(r["ids"]) for r in rows), {"ids": self.render.tokenizer.pad_token_id, "answer": False, "segment": -1, "position": 0}
-    pad = {k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in rows]) for k, v in fill.items()}  # [batch, tokens]
-    batch = {"input_ids": pad["ids"], "attention_mask": (pad["segment"] >= 0).long(),
-             "labels": pad["ids"].masked_fill(~pad["answer"], -100)}
-    if self.turns == "independent": batch |= {"attention_mask": borrowing_mask(pad["segment"], first), "position_ids": pad["position"]}
-    if self.block: batch["first_row"] = first
+    width, fill = (
+        max(len(r["ids"]) for r in rows),
+        {"ids": self.render.tokenizer.pad_token_id, "answer": False, "segment": -1, "position": 0},
+    )
+    pad = {
+        k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in rows]) for k, v in fill.items()
+    }  # [batch, tokens]
+    batch = {
+        "input_ids": pad["ids"],
+        "attention_mask": (pad["segment"] >= 0).long(),
+        "labels": pad["ids"].masked_fill(~pad["answer"], -100),
+    }
+    if self.turns == "independent":
+        batch |= {
+            "attention_mask": borrowing_mask(pad["segment"], first),
+            "position_ids": pad["position"],
+        }
+    if self.block:
+        batch["first_row"] = first
     seen = [e["index"] for e in entries if has_image(e)]
-    if not self.images: return batch | {"image_index": torch.tensor(seen)}
-    if seen: batch["pixel_values"] = self.render.processor.image_processor(
-        images=[self.dataset.image(i) for i in seen], return_tensors="pt")["pixel_values"]
+    if not self.images:
+        return batch | {"image_index": torch.tensor(seen)}
+    if seen:
+        batch["pixel_values"] = self.render.processor.image_processor(
+            images=[self.dataset.image(i) for i in seen], return_tensors="pt"
+        )["pixel_values"]
     return batch
 
 
 Collator.cut, Collator.__call__ = _cut, _collate
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-056
-def calibration_batches(dataset: InstructionData, processor,
-                        n: int = 64,          # entries
-                        batch_size: int = 16,
-                        seed: int = 0,        # which entries
-                       ) -> list:             # of batch dicts
+def calibration_batches(
+    dataset: InstructionData,
+    processor,
+    n: int = 64,  # entries
+    batch_size: int = 16,
+    seed: int = 0,  # which entries
+) -> list:  # of batch dicts
     "A fixed draw of entries, the first question of each, as right-padded batches."
     order = np.random.default_rng(seed).permutation(len(dataset))[:n]
-    first = InstructionData([dataset.samples[i] | {"conversations": dataset.samples[i]["conversations"][:2]} for i in order],
-                            dataset.image_root, dataset.images)
+    first = InstructionData(
+        [
+            dataset.samples[i] | {"conversations": dataset.samples[i]["conversations"][:2]}
+            for i in order
+        ],
+        dataset.image_root,
+        dataset.images,
+    )
     collate = Collator(processor, first, turns="sequential")
-    return [collate([first[i] for i in range(s, min(s + batch_size, len(first)))]) for s in range(0, len(first), batch_size)]
+    return [
+        collate([first[i] for i in range(s, min(s + batch_size, len(first)))])
+        for s in range(0, len(first), batch_size)
+    ]

@@ -16,11 +16,17 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-005
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220),
-          "yellow": (225, 200, 40), "purple": (150, 60, 180), "cyan": (60, 190, 200)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (225, 200, 40),
+    "purple": (150, 60, 180),
+    "cyan": (60, 190, 200),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4, "large": 7}                     # radius in pixels
-GRID, CELL = 4, 16                                   # 4 x 4 cells of 16 pixels: one object per image patch
+SIZES = {"small": 4, "large": 7}  # radius in pixels
+GRID, CELL = 4, 16  # 4 x 4 cells of 16 pixels: one object per image patch
 KINDS = ("open", "hallucination", "perception", "cognition", "choice", "composition")
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 LETTERS = "ABC"
@@ -29,7 +35,8 @@ LETTERS = "ABC"
 @dataclass(frozen=True)
 class Item:
     "One object of a scene: where it is and what it looks like."
-    cell: int    # 0..15, row-major
+
+    cell: int  # 0..15, row-major
     shape: str
     color: str
     size: str
@@ -41,32 +48,62 @@ class Item:
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-009
 @lru_cache(2048)
-def scene(index: int,           # number of the scene within its split
-          split: str = "train", # "train", "validation" or "test"
-         ) -> tuple:            # of Items, 4 to 7
+def scene(
+    index: int,  # number of the scene within its split
+    split: str = "train",  # "train", "validation" or "test"
+) -> tuple:  # of Items, 4 to 7
     "The objects of one scene, deterministic in (split, index)."
-    if split not in SPLITS: raise ValueError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
+    if split not in SPLITS:
+        raise ValueError(f"Unknown split {split!r}: use one of {', '.join(SPLITS)}.")
     rng = np.random.default_rng([20251, SPLITS[split], index])
     colors = rng.choice(list(COLORS), 3, replace=False)
     shapes = rng.choice(SHAPES, 3, replace=False)
     cells = rng.choice(GRID * GRID, rng.integers(4, 8), replace=False)
-    return tuple(Item(int(c), str(rng.choice(shapes)), str(rng.choice(colors)), str(rng.choice(list(SIZES))),
-                      tuple(int(v) for v in rng.integers(-1, 2, 2))) for c in sorted(cells))
+    return tuple(
+        Item(
+            int(c),
+            str(rng.choice(shapes)),
+            str(rng.choice(colors)),
+            str(rng.choice(list(SIZES))),
+            tuple(int(v) for v in rng.integers(-1, 2, 2)),
+        )
+        for c in sorted(cells)
+    )
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-011
 def _outline(shape, x, y, r):
     "Corner points of a shape of radius r around (x, y); a circle is its bounding box."
-    if shape == "square": return [(x-r*.85, y-r*.85), (x+r*.85, y-r*.85), (x+r*.85, y+r*.85), (x-r*.85, y+r*.85)]
-    if shape == "triangle": return [(x, y-r), (x+r, y+r*.8), (x-r, y+r*.8)]
-    t = r * .35
-    return [(x-t, y-r), (x+t, y-r), (x+t, y-t), (x+r, y-t), (x+r, y+t), (x+t, y+t),
-            (x+t, y+r), (x-t, y+r), (x-t, y+t), (x-r, y+t), (x-r, y-t), (x-t, y-t)]
+    if shape == "square":
+        return [
+            (x - r * 0.85, y - r * 0.85),
+            (x + r * 0.85, y - r * 0.85),
+            (x + r * 0.85, y + r * 0.85),
+            (x - r * 0.85, y + r * 0.85),
+        ]
+    if shape == "triangle":
+        return [(x, y - r), (x + r, y + r * 0.8), (x - r, y + r * 0.8)]
+    t = r * 0.35
+    return [
+        (x - t, y - r),
+        (x + t, y - r),
+        (x + t, y - t),
+        (x + r, y - t),
+        (x + r, y + t),
+        (x + t, y + t),
+        (x + t, y + r),
+        (x - t, y + r),
+        (x - t, y + t),
+        (x - r, y + t),
+        (x - r, y - t),
+        (x - t, y - t),
+    ]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-013
-def render(items: tuple, # of Items
-           shade: int = 236, # grey level of the background
-           zoom: int = 4, # oversampling
-          ) -> Image.Image: # 64 x 64 RGB
+def render(
+    items: tuple,  # of Items
+    shade: int = 236,  # grey level of the background
+    zoom: int = 4,  # oversampling
+) -> Image.Image:  # 64 x 64 RGB
     "Draw a scene."
     side = GRID * CELL
     img = Image.new("RGB", (side * zoom,) * 2, (shade,) * 3)
@@ -75,32 +112,44 @@ def render(items: tuple, # of Items
         x = (it.cell % GRID * CELL + CELL / 2 + it.shift[0]) * zoom
         y = (it.cell // GRID * CELL + CELL / 2 + it.shift[1]) * zoom
         r = SIZES[it.size] * zoom
-        if it.shape == "circle": draw.ellipse([x-r, y-r, x+r, y+r], fill=COLORS[it.color])
-        else: draw.polygon(_outline(it.shape, x, y, r), fill=COLORS[it.color])
+        if it.shape == "circle":
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=COLORS[it.color])
+        else:
+            draw.polygon(_outline(it.shape, x, y, r), fill=COLORS[it.color])
     return img.resize((side, side), Image.Resampling.BOX)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-015
 @lru_cache(2048)
-def image(index: int, # number of the scene
-          split: str = "train", # which stream
-         ) -> Image.Image: # 64 x 64 RGB
+def image(
+    index: int,  # number of the scene
+    split: str = "train",  # which stream
+) -> Image.Image:  # 64 x 64 RGB
     "The picture of scene `index`."
     return render(scene(index, split), shade=228 + index % 16)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-019
 def _noun(want):
     "A noun phrase for wanted attributes: {'color': 'red'} -> 'red object'."
-    return " ".join([*(want[k] for k in ("size", "color") if k in want), want.get("shape", "object")])
+    return " ".join(
+        [*(want[k] for k in ("size", "color") if k in want), want.get("shape", "object")]
+    )
 
 
 def _unique(items, ask, rng):
     "A description that fits exactly one item and does not give away the attribute asked for: (want, item) or None."
-    ways = [k for k in (("shape",), ("color",), ("size", "shape"), ("color", "shape"), ("size", "color")) if ask not in k]
+    ways = [
+        k
+        for k in (("shape",), ("color",), ("size", "shape"), ("color", "shape"), ("size", "color"))
+        if ask not in k
+    ]
     found = []
     for keys in ways:
         counts = Counter(tuple(getattr(it, k) for k in keys) for it in items)
-        found += [(dict(zip(keys, v)), it) for it in items
-                  if counts[v := tuple(getattr(it, k) for k in keys)] == 1]
+        found += [
+            (dict(zip(keys, v)), it)
+            for it in items
+            if counts[v := tuple(getattr(it, k) for k in keys)] == 1
+        ]
     return found[rng.integers(len(found))] if found else None
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-021
@@ -115,7 +164,11 @@ def _letters(answer, wrong, rng):
 
 def _others(attribute, answer, n, rng):
     "n other values of an attribute, in random order."
-    values = [v for v in {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES)}[attribute] if v != answer]
+    values = [
+        v
+        for v in {"color": list(COLORS), "shape": SHAPES, "size": list(SIZES)}[attribute]
+        if v != answer
+    ]
     return [str(v) for v in rng.permutation(values)[:n]]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-023
@@ -129,33 +182,51 @@ def ask_open(items, rng):
     "One open question: (question, answer, None)."
     attribute = ("color", "shape")[rng.integers(2)]
     most = _most(items, attribute)
-    if most and rng.random() < .25:
-        return (f"what is the most common {attribute}?", f"which {attribute} is most common?")[rng.integers(2)], most, None
-    if not (hit := _unique(items, attribute, rng)): return None
+    if most and rng.random() < 0.25:
+        return (
+            (f"what is the most common {attribute}?", f"which {attribute} is most common?")[
+                rng.integers(2)
+            ],
+            most,
+            None,
+        )
+    if not (hit := _unique(items, attribute, rng)):
+        return None
     ref, it = _noun(hit[0]), hit[1]
-    return (f"what {attribute} is the {ref}?", f"what is the {attribute} of the {ref}?")[rng.integers(2)], getattr(it, attribute), None
+    return (
+        (f"what {attribute} is the {ref}?", f"what is the {attribute} of the {ref}?")[
+            rng.integers(2)
+        ],
+        getattr(it, attribute),
+        None,
+    )
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-025
 def _present_absent(items, rng):
     "A pair of (colour, shape): one that is in the scene, one whose colour and shape are but not together; or None."
     here = {(it.color, it.shape) for it in items}
     absent = sorted({(c, s) for c, _ in here for _, s in here} - here)
-    if not absent: return None
+    if not absent:
+        return None
     here = sorted(here)
     return here[rng.integers(len(here))], absent[rng.integers(len(absent))]
 
 
 def ask_hallucination(items, rng):
     "Two existence questions, one with each answer."
-    if not (pair := _present_absent(items, rng)): return None
+    if not (pair := _present_absent(items, rng)):
+        return None
     word = ("is there a {} in the image?", "does the image contain a {}?", "can you see a {}?")
-    return [(word[rng.integers(3)].format(" ".join(p)), a, None) for p, a in zip(pair, ("yes", "no"))]
+    return [
+        (word[rng.integers(3)].format(" ".join(p)), a, None) for p, a in zip(pair, ("yes", "no"))
+    ]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-027
 def ask_perception(items, rng):
     "A yes/no pair about an attribute of one object."
     attribute = ("color", "size", "shape")[rng.integers(3)]
-    if not (hit := _unique(items, attribute, rng)): return None
+    if not (hit := _unique(items, attribute, rng)):
+        return None
     ref, right = _noun(hit[0]), getattr(hit[1], attribute)
     near = sorted({getattr(it, attribute) for it in items} - {right})
     wrong = near[rng.integers(len(near))] if near else _others(attribute, right, 1, rng)[0]
@@ -168,9 +239,16 @@ def _compare(items, rng):
     attribute = ("color", "shape")[rng.integers(2)]
     counts = Counter(getattr(it, attribute) for it in items)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
-    if not pairs: return None
-    a, b = (f"{v} objects" if attribute == "color" else _plural(v) for v in pairs[rng.integers(len(pairs))])
-    return [(f"are there more {a} than {b}?", "yes", None), (f"are there more {b} than {a}?", "no", None)]
+    if not pairs:
+        return None
+    a, b = (
+        f"{v} objects" if attribute == "color" else _plural(v)
+        for v in pairs[rng.integers(len(pairs))]
+    )
+    return [
+        (f"are there more {a} than {b}?", "yes", None),
+        (f"are there more {b} than {a}?", "no", None),
+    ]
 
 
 def _plural(shape):
@@ -181,11 +259,18 @@ def _plural(shape):
 def _rules(items):
     "Rules 'all X are Y' over groups of two or more: (those that hold, those that hold in part)."
     holds, partly = [], []
-    for have, then in (("color", "shape"), ("shape", "color"), ("color", "size"), ("shape", "size")):
+    for have, then in (
+        ("color", "shape"),
+        ("shape", "color"),
+        ("color", "size"),
+        ("shape", "size"),
+    ):
         groups = defaultdict(list)
-        for it in items: groups[getattr(it, have)].append(getattr(it, then))
+        for it in items:
+            groups[getattr(it, have)].append(getattr(it, then))
         for value, seen in groups.items():
-            if len(seen) < 2: continue
+            if len(seen) < 2:
+                continue
             rule = [(have, value, then, v) for v in sorted(set(seen))]
             (holds if len(rule) == 1 else partly).extend(rule)
     return holds, partly
@@ -199,45 +284,59 @@ def _say_rule(have, value, then, v):
 def ask_cognition(items, rng):
     "A yes/no pair that needs counting or a rule."
     holds, partly = _rules(items)
-    if holds and partly and rng.random() < .5:
-        return [(_say_rule(*r[rng.integers(len(r))]), a, None) for r, a in ((holds, "yes"), (partly, "no"))]
+    if holds and partly and rng.random() < 0.5:
+        return [
+            (_say_rule(*r[rng.integers(len(r))]), a, None)
+            for r, a in ((holds, "yes"), (partly, "no"))
+        ]
     return _compare(items, rng)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-033
 def ask_choice(items, rng):
     "An attribute of one object, by letter."
     attribute = ("color", "shape")[rng.integers(2)]
-    if not (hit := _unique(items, attribute, rng)): return None
-    text, letter, options = _letters(getattr(hit[1], attribute), _others(attribute, getattr(hit[1], attribute), 2, rng), rng)
+    if not (hit := _unique(items, attribute, rng)):
+        return None
+    text, letter, options = _letters(
+        getattr(hit[1], attribute), _others(attribute, getattr(hit[1], attribute), 2, rng), rng
+    )
     return f"what {attribute} is the {_noun(hit[0])}? {text}", letter, options
 
 
 def ask_composition(items, rng):
     "Which of three is there, or which value is most common, by letter."
     attribute = ("color", "shape")[rng.integers(2)]
-    if (most := _most(items, attribute)) and rng.random() < .5:
+    if (most := _most(items, attribute)) and rng.random() < 0.5:
         wrong = sorted({getattr(it, attribute) for it in items} - {most})
         wrong = [str(w) for w in rng.permutation(wrong)][:2]
-        wrong += [o for o in _others(attribute, most, 5, rng) if o not in wrong][:2 - len(wrong)]
+        wrong += [o for o in _others(attribute, most, 5, rng) if o not in wrong][: 2 - len(wrong)]
         text, letter, options = _letters(most, wrong, rng)
         return f"which {attribute} is most common? {text}", letter, options
     here = sorted({(it.color, it.shape) for it in items})
     absent = sorted({(c, s) for c, _ in here for _, s in here} - set(here))
-    if len(absent) < 2: return None
+    if len(absent) < 2:
+        return None
     wrong = [" ".join(absent[i]) for i in rng.choice(len(absent), 2, replace=False)]
     text, letter, options = _letters(" ".join(here[rng.integers(len(here))]), wrong, rng)
     return f"which of these is in the image? {text}", letter, options
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-035
-ASK = {"open": ask_open, "hallucination": ask_hallucination, "perception": ask_perception,
-       "cognition": ask_cognition, "choice": ask_choice, "composition": ask_composition}
+ASK = {
+    "open": ask_open,
+    "hallucination": ask_hallucination,
+    "perception": ask_perception,
+    "cognition": ask_cognition,
+    "choice": ask_choice,
+    "composition": ask_composition,
+}
 PAIRED = ("hallucination", "perception", "cognition")  # these come as one question with each answer
 
 
-def ask(index: int,           # number of the scene
-        split: str = "train", # which stream
-        kinds: tuple = KINDS, # which kinds of question
-       ) -> list:             # of dicts: type, question, answer, options, pair
+def ask(
+    index: int,  # number of the scene
+    split: str = "train",  # which stream
+    kinds: tuple = KINDS,  # which kinds of question
+) -> list:  # of dicts: type, question, answer, options, pair
     "The questions of one scene, deterministic in (split, index)."
     items, out = scene(index, split), []
     for kind in kinds:
@@ -245,40 +344,62 @@ def ask(index: int,           # number of the scene
         paired = kind in PAIRED
         made = ASK[kind](items, rng) if paired else [ASK[kind](items, rng) for _ in range(2)]
         for q, a, options in {q[0]: q for q in made or [] if q}.values():  # no question twice
-            out.append({"type": kind, "question": q, "answer": a, "options": options,
-                        "pair": f"{split}-{index}-{kind}" if paired else None})
+            out.append(
+                {
+                    "type": kind,
+                    "question": q,
+                    "answer": a,
+                    "options": options,
+                    "pair": f"{split}-{index}-{kind}" if paired else None,
+                }
+            )
     return out
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-039
-def questions(kind: str,            # one of KINDS
-              split: str = "test",  # which stream
-              n: int = 1000,        # how many; pairs are never cut in two
-             ) -> list:             # of dicts: id, image, question, answer, type, pair, options, candidates
+def questions(
+    kind: str,  # one of KINDS
+    split: str = "test",  # which stream
+    n: int = 1000,  # how many; pairs are never cut in two
+) -> list:  # of dicts: id, image, question, answer, type, pair, options, candidates
     "The first n questions of one kind, each with its picture."
-    if kind not in KINDS: raise ValueError(f"Unknown kind {kind!r}: use one of {', '.join(KINDS)}.")
+    if kind not in KINDS:
+        raise ValueError(f"Unknown kind {kind!r}: use one of {', '.join(KINDS)}.")
     out, index = [], 0
     while len(out) < n:
         for k, q in enumerate(ask(index, split, (kind,))):
-            out.append(q | {"id": f"scenes-{split}-{index}-{kind}-{k}", "scene": index, "image": image(index, split),
-                            "candidates": candidates(q)})
+            out.append(
+                q
+                | {
+                    "id": f"scenes-{split}-{index}-{kind}-{k}",
+                    "scene": index,
+                    "image": image(index, split),
+                    "candidates": candidates(q),
+                }
+            )
         index += 1
-    return out[:n + n % 2] if out[0]["pair"] else out[:n]
+    return out[: n + n % 2] if out[0]["pair"] else out[:n]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-041
-def candidates(q: dict, # a question as `ask` gives it
-              ) -> list: # of str
+def candidates(
+    q: dict,  # a question as `ask` gives it
+) -> list:  # of str
     "The answers a well-behaved model chooses from."
-    if q["options"]: return list(LETTERS[:len(q["options"])])
-    if q["answer"] in ("yes", "no"): return ["yes", "no"]
+    if q["options"]:
+        return list(LETTERS[: len(q["options"])])
+    if q["answer"] in ("yes", "no"):
+        return ["yes", "no"]
     return list(COLORS) if q["answer"] in COLORS else list(SHAPES)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-043
-def question_only(train: list, # of dicts with type, question, answer
-                  test: list,  # the same, never seen
-                 ) -> dict:    # type -> accuracy in [0, 1]
+def question_only(
+    train: list,  # of dicts with type, question, answer
+    test: list,  # the same, never seen
+) -> dict:  # type -> accuracy in [0, 1]
     "Accuracy of the most frequent training answer per wording, and per type where a wording is new."
     by_question, by_type = defaultdict(Counter), defaultdict(Counter)
-    for q in train: by_question[q["question"]][q["answer"]] += 1; by_type[q["type"]][q["answer"]] += 1
+    for q in train:
+        by_question[q["question"]][q["answer"]] += 1
+        by_type[q["type"]][q["answer"]] += 1
     right = defaultdict(list)
     for q in test:
         seen = by_question.get(q["question"]) or by_type[q["type"]]

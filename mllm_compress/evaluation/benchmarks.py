@@ -31,14 +31,15 @@ from .scorers import LETTERS
 @dataclass(frozen=True)
 class Question:
     "One question of a benchmark."
+
     id: str
-    prompt: str              # what the user says, without the image
-    answer: object           # what the scorer compares with
-    images: tuple = ()       # PIL images or StoredImage, in order
-    candidates: tuple = ()   # the answers a well-behaved model chooses from, if they are few
-    options: tuple = ()      # texts behind the letters of a choice
-    group: str | None = None # questions that are scored together
-    extra: dict = field(default_factory=dict, hash=False) # further fields a scorer reads
+    prompt: str  # what the user says, without the image
+    answer: object  # what the scorer compares with
+    images: tuple = ()  # PIL images or StoredImage, in order
+    candidates: tuple = ()  # the answers a well-behaved model chooses from, if they are few
+    options: tuple = ()  # texts behind the letters of a choice
+    group: str | None = None  # questions that are scored together
+    extra: dict = field(default_factory=dict, hash=False)  # further fields a scorer reads
 
     def fields(self) -> dict:
         "What the scorer sees."
@@ -48,23 +49,25 @@ class Question:
 @dataclass(frozen=True)
 class Benchmark:
     "Questions, the scorer that judges the answers, and how long an answer may be."
+
     name: str
-    scorer: str              # a key of scorers.SCORERS
-    load: Callable           # (split, limit, root) -> list of Question
+    scorer: str  # a key of scorers.SCORERS
+    load: Callable  # (split, limit, root) -> list of Question
     max_new_tokens: int = 8
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-010
 @dataclass(frozen=True)
 class StoredImage:
     "An encoded image, decoded when it is looked at."
+
     data: bytes
-    square: bool = True # pad to a square, as LLaVA-1.5 does
+    square: bool = True  # pad to a square, as LLaVA-1.5 does
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-012
 def pad_to_square(
     image: Image.Image,
-    color: tuple, # RGB, 0 … 255
-) -> Image.Image: # as wide as high, the image in the middle
+    color: tuple,  # RGB, 0 … 255
+) -> Image.Image:  # as wide as high, the image in the middle
     "LLaVA-1.5's preprocessing (`expand2square`)."
     side = max(image.size)
     out = Image.new("RGB", (side, side), color)
@@ -73,39 +76,58 @@ def pad_to_square(
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-014
 def open_image(
-    image,                     # PIL image or StoredImage
-    mean: tuple | None = None, # mean colour of the preprocessing, 0 … 1
-) -> Image.Image:              # RGB
+    image,  # PIL image or StoredImage
+    mean: tuple | None = None,  # mean colour of the preprocessing, 0 … 1
+) -> Image.Image:  # RGB
     "The picture a model looks at."
-    if not isinstance(image, StoredImage): return image.convert("RGB")
+    if not isinstance(image, StoredImage):
+        return image.convert("RGB")
     picture = Image.open(io.BytesIO(image.data)).convert("RGB")
-    return pad_to_square(picture, tuple(int(255 * m) for m in mean or (.5, .5, .5))) if image.square else picture
+    return (
+        pad_to_square(picture, tuple(int(255 * m) for m in mean or (0.5, 0.5, 0.5)))
+        if image.square
+        else picture
+    )
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-017
 def scene_questions(
-    kind: str,                # one of scenes.KINDS
+    kind: str,  # one of scenes.KINDS
     split: str = "test",
-    limit: int | None = None, # 1,000 where none is given; pairs are not cut
-    root=None,                # not needed
-) -> list:                    # of Question
+    limit: int | None = None,  # 1,000 where none is given; pairs are not cut
+    root=None,  # not needed
+) -> list:  # of Question
     "Questions of one kind over generated scenes."
-    return [Question(q["id"], q["question"], q["answer"], (q["image"],), tuple(q["candidates"]),
-                     tuple(q["options"] or ()), q["pair"])
-            for q in scenes.questions(kind, split, 1000 if limit is None else limit)]
+    return [
+        Question(
+            q["id"],
+            q["question"],
+            q["answer"],
+            (q["image"],),
+            tuple(q["candidates"]),
+            tuple(q["options"] or ()),
+            q["pair"],
+        )
+        for q in scenes.questions(kind, split, 1000 if limit is None else limit)
+    ]
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-019
-EASY_ANSWERS = (("yes", "no"), ("circle", "rectangle", "triangle"),
-                ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow"))
+EASY_ANSWERS = (
+    ("yes", "no"),
+    ("circle", "rectangle", "triangle"),
+    ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow"),
+)
+
 
 def easy_vqa_questions(
     split: str = "test",
     limit: int | None = None,
-    root=None,                # not needed: the package brings its images
-) -> list:                    # of Question
+    root=None,  # not needed: the package brings its images
+) -> list:  # of Question
     "easy-VQA's own questions; the candidates are the answers of the same kind."
     samples, found = data.easy_vqa(split), []
     for i, entry in enumerate(samples.samples):
-        if limit is not None and len(found) >= limit: break
+        if limit is not None and len(found) >= limit:
+            break
         image = samples.image(i)
         for k, (ask, answer) in enumerate(data.turns(entry)):
             kind = next(kind for kind in EASY_ANSWERS if answer in kind)
@@ -116,52 +138,69 @@ def easy_vqa_questions(
 @dataclass(frozen=True)
 class Source:
     "A public evaluation set: where its rows are and what they must hold."
-    repo: str                # hub id
-    config: str              # folder of the files
+
+    repo: str  # hub id
+    config: str  # folder of the files
     split: str
-    columns: tuple           # that an adapter reads
-    images: str | None = None # a second config that holds the images, by id
+    columns: tuple  # that an adapter reads
+    images: str | None = None  # a second config that holds the images, by id
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-023
 def parquet_files(
     source: Source,
     config: str,
-    root=None, # folder that holds the sets, each under its name
-) -> list:     # of paths
+    root=None,  # folder that holds the sets, each under its name
+) -> list:  # of paths
     "The files of one config and split, local or fetched from the hub."
-    root, pattern = root or os.environ.get("MLLM_COMPRESS_BENCHMARKS"), f"{config}/{source.split}-*.parquet"
+    root, pattern = (
+        root or os.environ.get("MLLM_COMPRESS_BENCHMARKS"),
+        f"{config}/{source.split}-*.parquet",
+    )
     if root is None:
         from huggingface_hub import snapshot_download
+
         folder = Path(snapshot_download(source.repo, repo_type="dataset", allow_patterns=[pattern]))
-    else: folder = Path(root) / source.repo.split("/")[-1]
+    else:
+        folder = Path(root) / source.repo.split("/")[-1]
     files = sorted(folder.glob(pattern))
-    if not files: raise FileNotFoundError(f"no {pattern} in {folder}; it should hold a copy of the data set {source.repo}")
+    if not files:
+        raise FileNotFoundError(
+            f"no {pattern} in {folder}; it should hold a copy of the data set {source.repo}"
+        )
     return files
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-025
 def read_rows(
     source: Source,
     root=None,
-    columns: tuple | None = None, # others than the source's
+    columns: tuple | None = None,  # others than the source's
     config: str | None = None,
-):                                # yields dicts
+):  # yields dicts
     "Rows of a set; a missing column is named."
     needed = source.columns if columns is None else columns
     for path in parquet_files(source, config or source.config, root):
         file = pq.ParquetFile(path)
         present = set(file.schema_arrow.names)
         if missing := [c for c in needed if c not in present]:
-            raise ValueError(f"{path.name} of {source.repo} has no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(present))}")
-        wanted = [c for c in file.schema_arrow.names if c in needed or c.startswith("image_") and c[6:].isdigit()]
-        for batch in file.iter_batches(256, columns=wanted): yield from batch.to_pylist()
+            raise ValueError(
+                f"{path.name} of {source.repo} has no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(present))}"
+            )
+        wanted = [
+            c
+            for c in file.schema_arrow.names
+            if c in needed or c.startswith("image_") and c[6:].isdigit()
+        ]
+        for batch in file.iter_batches(256, columns=wanted):
+            yield from batch.to_pylist()
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-027
 def stored(
-    image,       # {"bytes": …, "path": …} as the sets hold it, or None
+    image,  # {"bytes": …, "path": …} as the sets hold it, or None
     seen: dict,  # bytes -> StoredImage, so that an image asked about often is kept once
-) -> tuple:      # of StoredImage, empty for None
+) -> tuple:  # of StoredImage, empty for None
     "The image of a row."
-    if image is None: return ()
+    if image is None:
+        return ()
     raw = image["bytes"] if isinstance(image, dict) else image
     return (seen.setdefault(raw, StoredImage(raw)),)
 
@@ -177,29 +216,75 @@ def lettered(options) -> str:
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-033
 def gqa_questions(source: Source, root=None) -> list:
     "GQA, balanced test-dev (Hudson & Manning 2019)."
-    pictures = {r["id"]: StoredImage(r["image"]["bytes"]) for r in read_rows(source, root, ("id", "image"), source.images)}
-    return [Question(str(r["id"]), r["question"].strip() + SHORT, r["answer"], (pictures[r["imageId"]],)) for r in read_rows(source, root)]
+    pictures = {
+        r["id"]: StoredImage(r["image"]["bytes"])
+        for r in read_rows(source, root, ("id", "image"), source.images)
+    }
+    return [
+        Question(
+            str(r["id"]), r["question"].strip() + SHORT, r["answer"], (pictures[r["imageId"]],)
+        )
+        for r in read_rows(source, root)
+    ]
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-035
 def pope_questions(source: Source, root=None) -> list:
     "POPE: random, popular and adversarial negatives (Li et al. 2023)."
     seen = {}
-    return [Question(f"{r['category']}/{r['question_id']}", r["question"].strip() + SHORT, r["answer"].strip().lower(), stored(r["image"], seen),
-                     ("Yes", "No"), extra={"subtask": r["category"]}) for r in read_rows(source, root)]
+    return [
+        Question(
+            f"{r['category']}/{r['question_id']}",
+            r["question"].strip() + SHORT,
+            r["answer"].strip().lower(),
+            stored(r["image"], seen),
+            ("Yes", "No"),
+            extra={"subtask": r["category"]},
+        )
+        for r in read_rows(source, root)
+    ]
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-037
-MME = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
-       "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")}
+MME = {
+    "perception": (
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ),
+    "cognition": (
+        "commonsense_reasoning",
+        "numerical_calculation",
+        "text_translation",
+        "code_reasoning",
+    ),
+}
+
 
 def mme_questions(part: str, source: Source, root=None) -> list:
     "One half of MME (Fu et al. 2023)."
     found, seen, count = [], {}, Counter()
     for r in read_rows(source, root):
-        if r["category"] not in MME[part]: continue
+        if r["category"] not in MME[part]:
+            continue
         group = f"{r['category']}/{r['question_id']}"
         prompt = r["question"].replace("Please answer yes or no.", "").strip() + SHORT
-        found.append(Question(f"{group}/{count[group]}", prompt, r["answer"].strip(), stored(r["image"], seen), ("Yes", "No"),
-                              group=group, extra={"subtask": r["category"]}))
+        found.append(
+            Question(
+                f"{group}/{count[group]}",
+                prompt,
+                r["answer"].strip(),
+                stored(r["image"], seen),
+                ("Yes", "No"),
+                group=group,
+                extra={"subtask": r["category"]},
+            )
+        )
         count[group] += 1
     if odd := [g for g, n in count.items() if n != 2]:
         raise ValueError(f"MME asks two questions about an image; {odd[0]!r} has {count[odd[0]]}")
@@ -211,22 +296,41 @@ def scienceqa_questions(source: Source, root=None) -> list:
     found, seen = [], {}
     for n, r in enumerate(read_rows(source, root)):
         context = f"Context: {r['hint']}\n" if r["hint"] else ""
-        found.append(Question(str(n), f"{context}{r['question']}\n{lettered(r['choices'])}{BY_LETTER}", LETTERS[int(r["answer"])],
-                              stored(r["image"], seen), tuple(LETTERS[:len(r["choices"])]), tuple(r["choices"])))
+        found.append(
+            Question(
+                str(n),
+                f"{context}{r['question']}\n{lettered(r['choices'])}{BY_LETTER}",
+                LETTERS[int(r["answer"])],
+                stored(r["image"], seen),
+                tuple(LETTERS[: len(r["choices"])]),
+                tuple(r["choices"]),
+            )
+        )
     return found
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-041
 def ai2d_questions(source: Source, root=None) -> list:
     "AI2D (Kembhavi et al. 2016)."
     seen = {}
-    return [Question(str(n), f"{r['question']}\n{lettered(r['options'])}{BY_LETTER}", LETTERS[int(r["answer"])], stored(r["image"], seen),
-                     tuple(LETTERS[:len(r["options"])]), tuple(r["options"])) for n, r in enumerate(read_rows(source, root))]
+    return [
+        Question(
+            str(n),
+            f"{r['question']}\n{lettered(r['options'])}{BY_LETTER}",
+            LETTERS[int(r["answer"])],
+            stored(r["image"], seen),
+            tuple(LETTERS[: len(r["options"])]),
+            tuple(r["options"]),
+        )
+        for n, r in enumerate(read_rows(source, root))
+    ]
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-043
 def literal(text):
     "A Python literal, or the text itself."
-    try: return ast.literal_eval(text)
-    except (ValueError, SyntaxError): return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-045
 def mmmu_questions(source: Source, root=None) -> list:
@@ -235,17 +339,33 @@ def mmmu_questions(source: Source, root=None) -> list:
     for r in read_rows(source, root):
         choice = r["question_type"] == "multiple-choice"
         options = tuple(map(str, literal(r["options"]))) if choice else ()
-        prompt = f"{r['question']}\n{lettered(options)}\n{BY_LETTER}" if choice else f"{r['question']}\n{SHORT}"
+        prompt = (
+            f"{r['question']}\n{lettered(options)}\n{BY_LETTER}"
+            if choice
+            else f"{r['question']}\n{SHORT}"
+        )
         named = [i for i in range(1, 8) if f"<image {i}>" in prompt and r.get(f"image_{i}")]
         answer = r["answer"] if choice or not r["answer"].startswith("[") else literal(r["answer"])
-        found.append(Question(r["id"], prompt, answer, sum((stored(r[f"image_{i}"], seen) for i in named), ()),
-                              tuple(LETTERS[:len(options)]), options))
+        found.append(
+            Question(
+                r["id"],
+                prompt,
+                answer,
+                sum((stored(r[f"image_{i}"], seen) for i in named), ()),
+                tuple(LETTERS[: len(options)]),
+                options,
+            )
+        )
     return found
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-047
-MATH_HINTS = {"integer": "Answer the question using a single integer number.",
-              "float": "Answer the question using a single floating-point number with {} decimal place{}.",
-              "list": "Answer the question using a Python list.", "text": SHORT.strip()}
+MATH_HINTS = {
+    "integer": "Answer the question using a single integer number.",
+    "float": "Answer the question using a single floating-point number with {} decimal place{}.",
+    "list": "Answer the question using a Python list.",
+    "text": SHORT.strip(),
+}
+
 
 def mathvista_questions(source: Source, root=None) -> list:
     "MathVista, testmini (Lu et al. 2024), in the direct format."
@@ -253,77 +373,251 @@ def mathvista_questions(source: Source, root=None) -> list:
     for r in read_rows(source, root):
         options, places = tuple(map(str, r["choices"] or ())), int(r["precision"] or 0)
         asked = r["question"] + (f" (Unit: {r['unit']})" if r["unit"] else "")
-        hint = f"{lettered(options)}{BY_LETTER}" if options else MATH_HINTS[r["answer_type"]].format(
-            {1: "one", 2: "two", 3: "three"}.get(places, places), "s" * (places != 1))
-        found.append(Question(r["pid"], f"{asked}\n{hint}", r["answer"], stored(r["decoded_image"], seen), tuple(LETTERS[:len(options)]), options,
-                              extra={"answer_type": r["answer_type"], "precision": r["precision"]}))
+        hint = (
+            f"{lettered(options)}{BY_LETTER}"
+            if options
+            else MATH_HINTS[r["answer_type"]].format(
+                {1: "one", 2: "two", 3: "three"}.get(places, places), "s" * (places != 1)
+            )
+        )
+        found.append(
+            Question(
+                r["pid"],
+                f"{asked}\n{hint}",
+                r["answer"],
+                stored(r["decoded_image"], seen),
+                tuple(LETTERS[: len(options)]),
+                options,
+                extra={"answer_type": r["answer_type"], "precision": r["precision"]},
+            )
+        )
     return found
+
 
 def docvqa_questions(source: Source, root=None) -> list:
     "DocVQA, validation (Mathew et al. 2021)."
     seen = {}
-    return [Question(str(r["questionId"]), r["question"] + SHORT, list(r["answers"]), stored(r["image"], seen)) for r in read_rows(source, root)]
+    return [
+        Question(
+            str(r["questionId"]),
+            r["question"] + SHORT,
+            list(r["answers"]),
+            stored(r["image"], seen),
+        )
+        for r in read_rows(source, root)
+    ]
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-049
 def take(
-    questions: list,    # of Question
+    questions: list,  # of Question
     limit: int | None,  # at most so many, but no group is cut
 ) -> list:
     "The first questions, group by group, subtasks in turn."
-    if limit is None: return questions
+    if limit is None:
+        return questions
     subtasks = {}
-    for q in questions: subtasks.setdefault(q.extra.get("subtask") if q.group else None, {}).setdefault(q.group or q.id, []).append(q)
-    turns = [g for groups in zip_longest(*(s.values() for s in subtasks.values())) for g in groups if g]
+    for q in questions:
+        subtasks.setdefault(q.extra.get("subtask") if q.group else None, {}).setdefault(
+            q.group or q.id, []
+        ).append(q)
+    turns = [
+        g for groups in zip_longest(*(s.values() for s in subtasks.values())) for g in groups if g
+    ]
     found = []
     for group in turns:
-        if len(found) >= limit: break
+        if len(found) >= limit:
+            break
         found += group
     return found
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-051
-def real_questions(adapter: Callable, source: Source, split: str = "test", limit: int | None = None, root=None) -> list:
+def real_questions(
+    adapter: Callable, source: Source, split: str = "test", limit: int | None = None, root=None
+) -> list:
     "Questions of a public benchmark's evaluation split."
-    if split != "test": raise ValueError(f"{source.repo} is read in its evaluation split only, not in {split!r}")
+    if split != "test":
+        raise ValueError(f"{source.repo} is read in its evaluation split only, not in {split!r}")
     return take(adapter(source, root), limit)
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
-SCENES = {"open": "exact", "hallucination": "yes_no", "perception": "mme_pairs", "cognition": "mme_pairs",
-          "choice": "letter", "composition": "mmmu"}
+SCENES = {
+    "open": "exact",
+    "hallucination": "yes_no",
+    "perception": "mme_pairs",
+    "cognition": "mme_pairs",
+    "choice": "letter",
+    "composition": "mmmu",
+}
 PUBLIC = (
-    ("mmmu", "mmmu", mmmu_questions, 16, Source("lmms-lab/MMMU", "data", "validation", ("id", "question", "options", "answer", "question_type", "image_1"))),
-    ("sqa", "letter", scienceqa_questions, 16, Source("lmms-lab/ScienceQA", "ScienceQA-FULL", "test", ("image", "question", "choices", "answer", "hint"))),
-    ("sqa_img", "letter", scienceqa_questions, 16, Source("lmms-lab/ScienceQA", "ScienceQA-IMG", "test", ("image", "question", "choices", "answer", "hint"))),
-    ("mathvista", "mathvista", mathvista_questions, 64, Source("AI4Math/MathVista", "data", "testmini",
-        ("pid", "question", "decoded_image", "choices", "unit", "precision", "answer", "answer_type"))),
-    ("ai2d", "diagram", ai2d_questions, 16, Source("lmms-lab/ai2d", "data", "test", ("question", "options", "answer", "image"))),
-    ("mme_cognition", "mme", partial(mme_questions, "cognition"), 16, Source("lmms-lab/MME", "data", "test", ("question_id", "image", "question", "answer", "category"))),
-    ("mme_perception", "mme", partial(mme_questions, "perception"), 16, Source("lmms-lab/MME", "data", "test", ("question_id", "image", "question", "answer", "category"))),
-    ("pope", "yes_no", pope_questions, 16, Source("lmms-lab/POPE", "data", "test", ("question_id", "question", "answer", "image", "category"))),
-    ("docvqa", "anls", docvqa_questions, 64, Source("lmms-lab/DocVQA", "DocVQA", "validation", ("questionId", "question", "answers", "image"))),
-    ("gqa", "exact", gqa_questions, 16, Source("lmms-lab/GQA", "testdev_balanced_instructions", "testdev", ("id", "imageId", "question", "answer"), "testdev_balanced_images")),
+    (
+        "mmmu",
+        "mmmu",
+        mmmu_questions,
+        16,
+        Source(
+            "lmms-lab/MMMU",
+            "data",
+            "validation",
+            ("id", "question", "options", "answer", "question_type", "image_1"),
+        ),
+    ),
+    (
+        "sqa",
+        "letter",
+        scienceqa_questions,
+        16,
+        Source(
+            "lmms-lab/ScienceQA",
+            "ScienceQA-FULL",
+            "test",
+            ("image", "question", "choices", "answer", "hint"),
+        ),
+    ),
+    (
+        "sqa_img",
+        "letter",
+        scienceqa_questions,
+        16,
+        Source(
+            "lmms-lab/ScienceQA",
+            "ScienceQA-IMG",
+            "test",
+            ("image", "question", "choices", "answer", "hint"),
+        ),
+    ),
+    (
+        "mathvista",
+        "mathvista",
+        mathvista_questions,
+        64,
+        Source(
+            "AI4Math/MathVista",
+            "data",
+            "testmini",
+            (
+                "pid",
+                "question",
+                "decoded_image",
+                "choices",
+                "unit",
+                "precision",
+                "answer",
+                "answer_type",
+            ),
+        ),
+    ),
+    (
+        "ai2d",
+        "diagram",
+        ai2d_questions,
+        16,
+        Source("lmms-lab/ai2d", "data", "test", ("question", "options", "answer", "image")),
+    ),
+    (
+        "mme_cognition",
+        "mme",
+        partial(mme_questions, "cognition"),
+        16,
+        Source(
+            "lmms-lab/MME",
+            "data",
+            "test",
+            ("question_id", "image", "question", "answer", "category"),
+        ),
+    ),
+    (
+        "mme_perception",
+        "mme",
+        partial(mme_questions, "perception"),
+        16,
+        Source(
+            "lmms-lab/MME",
+            "data",
+            "test",
+            ("question_id", "image", "question", "answer", "category"),
+        ),
+    ),
+    (
+        "pope",
+        "yes_no",
+        pope_questions,
+        16,
+        Source(
+            "lmms-lab/POPE",
+            "data",
+            "test",
+            ("question_id", "question", "answer", "image", "category"),
+        ),
+    ),
+    (
+        "docvqa",
+        "anls",
+        docvqa_questions,
+        64,
+        Source(
+            "lmms-lab/DocVQA",
+            "DocVQA",
+            "validation",
+            ("questionId", "question", "answers", "image"),
+        ),
+    ),
+    (
+        "gqa",
+        "exact",
+        gqa_questions,
+        16,
+        Source(
+            "lmms-lab/GQA",
+            "testdev_balanced_instructions",
+            "testdev",
+            ("id", "imageId", "question", "answer"),
+            "testdev_balanced_images",
+        ),
+    ),
 )
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
-BENCHMARKS = {b.name: b for b in (
-    *(Benchmark(f"scenes/{kind}", scorer, partial(scene_questions, kind)) for kind, scorer in SCENES.items()),
-    Benchmark("easy-vqa", "exact", easy_vqa_questions),
-    *(Benchmark(name, scorer, partial(real_questions, adapter, source), tokens) for name, scorer, adapter, tokens, source in PUBLIC))}
+BENCHMARKS = {
+    b.name: b
+    for b in (
+        *(
+            Benchmark(f"scenes/{kind}", scorer, partial(scene_questions, kind))
+            for kind, scorer in SCENES.items()
+        ),
+        Benchmark("easy-vqa", "exact", easy_vqa_questions),
+        *(
+            Benchmark(name, scorer, partial(real_questions, adapter, source), tokens)
+            for name, scorer, adapter, tokens, source in PUBLIC
+        ),
+    )
+}
 SMALL_SUITE = tuple(f"scenes/{kind}" for kind in SCENES) + ("easy-vqa",)
-REAL_SUITE = ("mmmu", "sqa", "mathvista", "ai2d", "mme_cognition", "mme_perception", "pope", "docvqa", "gqa")
+REAL_SUITE = (
+    "mmmu",
+    "sqa",
+    "mathvista",
+    "ai2d",
+    "mme_cognition",
+    "mme_perception",
+    "pope",
+    "docvqa",
+    "gqa",
+)
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name, or an error that lists the names."
-    if name not in BENCHMARKS: raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+    if name not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-060
 @lru_cache(16)
 def load_questions(
-    name: str,                # of a benchmark
+    name: str,  # of a benchmark
     split: str = "test",
-    limit: int | None = None, # of questions
+    limit: int | None = None,  # of questions
     root: str | None = None,  # folder of the public sets
-) -> tuple:                   # of Question
+) -> tuple:  # of Question
     "Questions of a benchmark, kept in memory for the next model."
     return tuple(benchmark(name).load(split=split, limit=limit, root=root))

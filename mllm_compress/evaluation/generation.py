@@ -20,49 +20,60 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from ..anatomy.compat import CACHE_ARGUMENT
 from ..anatomy.families import anatomy
 from .benchmarks import Question, open_image
-from ..anatomy.compat import CACHE_ARGUMENT
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-006
 def out_of_memory(error: Exception) -> bool:
     "Whether an error says that memory ran out, on a GPU or a CPU."
     text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in text or "can't allocate memory" in text
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "not enough memory" in text
+        or "can't allocate memory" in text
+    )
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-008
 def in_batches(
-    run: Callable,    # (items, batch size) -> list of results
-    items: list,      # in the order to run
+    run: Callable,  # (items, batch size) -> list of results
+    items: list,  # in the order to run
     batch_size: int,  # items at a time
-    tick: Callable | None = None, # told how many results each batch gave
-) -> list:            # all results
+    tick: Callable | None = None,  # told how many results each batch gave
+) -> list:  # all results
     "Run items in batches; when memory runs out, halve the batch and go on."
     results, done = [], 0
     while done < len(items):
-        try: new = run(items[done:done + batch_size], batch_size)
+        try:
+            new = run(items[done : done + batch_size], batch_size)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error): raise
-            if batch_size == 1: raise RuntimeError("memory ran out on a single question or image: use a smaller dtype or a larger device") from error
+            if not out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise RuntimeError(
+                    "memory ran out on a single question or image: use a smaller dtype or a larger device"
+                ) from error
             batch_size //= 2
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             continue
         done += batch_size
         results += new
-        if tick: tick(len(new))
+        if tick:
+            tick(len(new))
     return results
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-012
 def digest(
-    *parts, # strings, bytes, tensors
-) -> str:   # 16 hex digits
+    *parts,  # strings, bytes, tensors
+) -> str:  # 16 hex digits
     "Fingerprint of its arguments, of tensors about a thousand values each."
     h = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, torch.Tensor):
             flat = part.detach().reshape(-1)
             h.update(f"{tuple(part.shape)} {part.dtype}".encode())
-            part = flat[::max(flat.numel() // 1024, 1)].float().cpu().numpy().tobytes()
+            part = flat[:: max(flat.numel() // 1024, 1)].float().cpu().numpy().tobytes()
         h.update(part if isinstance(part, bytes) else str(part).encode())
     return h.hexdigest()
 
@@ -75,18 +86,21 @@ def weights_digest(module: torch.nn.Module) -> str:
 @dataclass(frozen=True)
 class Sight:
     "What enters the projector for one image, and the text that stands for the image in a prompt."
-    features: torch.Tensor # [tiles, patches, vision hidden]
-    text: str              # image tokens, as many as the projector makes
+
+    features: torch.Tensor  # [tiles, patches, vision hidden]
+    text: str  # image tokens, as many as the projector makes
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-019
 class SightCache:
     "Sights by content; the least recently used are dropped beyond a number of bytes."
+
     def __init__(self, max_bytes: int = 2**29):
         self.max_bytes, self.used, self.kept = max_bytes, 0, OrderedDict()
 
     def get(self, key):
         "The sight of that key, or None."
-        if key in self.kept: self.kept.move_to_end(key)
+        if key in self.kept:
+            self.kept.move_to_end(key)
         return self.kept.get(key)
 
     def put(self, key, sight: Sight):
@@ -95,41 +109,66 @@ class SightCache:
         while self.used > self.max_bytes and len(self.kept) > 1:
             self.used -= self.kept.popitem(last=False)[1].features.nbytes
 
+
 SIGHTS = SightCache()
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-021
 @torch.inference_mode()
 def look(
-    model,        # MLLM
-    processor,    # its processor
-    images: list, # PIL images
-) -> list:        # of Sight
+    model,  # MLLM
+    processor,  # its processor
+    images: list,  # PIL images
+) -> list:  # of Sight
     "Preprocessing and vision tower on a batch of images."
     pixels, seen = processor.image_processor(images=images, return_tensors="pt"), []
     texts = [processor.replace_image_token(pixels, i) for i in range(len(images))]
-    hook = anatomy(model).projector.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try: model.get_image_features(pixels["pixel_values"].to(model.device, model.dtype))
-    finally: hook.remove()
+    hook = anatomy(model).projector.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    try:
+        model.get_image_features(pixels["pixel_values"].to(model.device, model.dtype))
+    finally:
+        hook.remove()
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
     return [Sight(f.cpu(), text) for f, text in zip(seen[0].split(tiles), texts)]
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-023
 class Eyes:
     "The sights of images for one model, from the cache where it has them."
+
     def __init__(self, model, processor, cache: SightCache = SIGHTS, batch_size: int = 64):
-        self.model, self.processor, self.cache, self.batch_size = model, processor, cache, batch_size
+        self.model, self.processor, self.cache, self.batch_size = (
+            model,
+            processor,
+            cache,
+            batch_size,
+        )
         tower = anatomy(model).vision_tower
-        self.eye = tower is not None and digest(weights_digest(tower), processor.image_processor.to_json_string())
+        self.eye = tower is not None and digest(
+            weights_digest(tower), processor.image_processor.to_json_string()
+        )
 
     def key(self, image) -> tuple:
         "Content of an image and of the tower that looks at it."
-        return self.eye, digest(*((image.data, image.square) if hasattr(image, "data") else (image.mode, image.size, image.tobytes())))
+        return self.eye, digest(
+            *(
+                (image.data, image.square)
+                if hasattr(image, "data")
+                else (image.mode, image.size, image.tobytes())
+            )
+        )
 
     def __call__(self, images: dict) -> dict:
         "Sights of {key: image}."
         found = {k: s for k in images if (s := self.cache.get(k))}
-        todo, mean = [k for k in images if k not in found], getattr(self.processor.image_processor, "image_mean", None)
-        def see(keys, _): return look(self.model, self.processor, [open_image(images[k], mean) for k in keys])
+        todo, mean = (
+            [k for k in images if k not in found],
+            getattr(self.processor.image_processor, "image_mean", None),
+        )
+
+        def see(keys, _):
+            return look(self.model, self.processor, [open_image(images[k], mean) for k in keys])
+
         for k, sight in zip(todo, in_batches(see, todo, self.batch_size)):
             found[k] = sight
             self.cache.put(k, sight)
@@ -138,16 +177,21 @@ class Eyes:
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-026
 _PLACE = "PLACEHOLDER"
 
+
 def render_prompts(
-    processor,         # with a chat template
-    prompts: list,     # what the user says
-    image_texts: list, # for each prompt, the texts that stand for its images
-) -> list:             # of str
+    processor,  # with a chat template
+    prompts: list,  # what the user says
+    image_texts: list,  # for each prompt, the texts that stand for its images
+) -> list:  # of str
     "Prompts in the model's conversation format, image tokens expanded."
+
     def frame(n):
         content = [{"type": "image"}] * n + [{"type": "text", "text": _PLACE}]
-        before, after = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True).split(_PLACE)
+        before, after = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        ).split(_PLACE)
         return before.split(processor.image_token), after
+
     frames, rendered = {n: frame(n) for n in {len(texts) for texts in image_texts}}, []
     for prompt, texts in zip(prompts, image_texts):
         pieces, after = frames[len(texts)]
@@ -158,142 +202,179 @@ def render_prompts(
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-029
 def candidate_tokens(
     processor,
-    prompt_end: str,   # how every prompt ends, e.g. "ASSISTANT:"
-    candidates: tuple, # of str
-) -> tuple:            # of token id lists
+    prompt_end: str,  # how every prompt ends, e.g. "ASSISTANT:"
+    candidates: tuple,  # of str
+) -> tuple:  # of token id lists
     "Token ids of each candidate as it would be generated."
-    def ids(text): return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def ids(text):
+        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     joint = "" if prompt_end[-1:].isspace() else " "
-    return tuple(ids(prompt_end + joint + c)[len(ids(prompt_end)):] for c in candidates)
+    return tuple(ids(prompt_end + joint + c)[len(ids(prompt_end)) :] for c in candidates)
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-031
 @dataclass(frozen=True)
 class Prompt:
     "One question as the model reads it: what it shares with other questions, and its own words."
-    shared: tuple     # token ids up to the last image token
-    own: tuple        # token ids behind it
-    images: tuple     # keys of its images
-    candidates: tuple # of token id lists
-    where: int        # its place among the questions
+
+    shared: tuple  # token ids up to the last image token
+    own: tuple  # token ids behind it
+    images: tuple  # keys of its images
+    candidates: tuple  # of token id lists
+    where: int  # its place among the questions
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-033
 def encode(
     processor,
-    questions: list,   # of Question
-    keys: list,        # for each question the keys of its images
-    texts: dict,       # key -> text that stands for the image
+    questions: list,  # of Question
+    keys: list,  # for each question the keys of its images
+    texts: dict,  # key -> text that stands for the image
     image_token: int,  # its id
-) -> list:             # of Prompt
+) -> list:  # of Prompt
     "Questions as token ids."
-    rendered = render_prompts(processor, [q.prompt for q in questions], [[texts[k] for k in ks] for ks in keys])
+    rendered = render_prompts(
+        processor, [q.prompt for q in questions], [[texts[k] for k in ks] for ks in keys]
+    )
     end, prompts = re.search(r"\S+\s*$", rendered[0])[0], []
-    choices = {c: candidate_tokens(processor, end, c) for c in {tuple(q.candidates) for q in questions}}
-    for n, (q, k, ids) in enumerate(zip(questions, keys, processor.tokenizer(rendered)["input_ids"])):
+    choices = {
+        c: candidate_tokens(processor, end, c) for c in {tuple(q.candidates) for q in questions}
+    }
+    for n, (q, k, ids) in enumerate(
+        zip(questions, keys, processor.tokenizer(rendered)["input_ids"])
+    ):
         cut = len(ids) - ids[::-1].index(image_token) if k else 0
-        prompts.append(Prompt(tuple(ids[:cut]), tuple(ids[cut:]), tuple(k), choices[tuple(q.candidates)], n))
+        prompts.append(
+            Prompt(tuple(ids[:cut]), tuple(ids[cut:]), tuple(k), choices[tuple(q.candidates)], n)
+        )
     return prompts
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
 def pad_left(
-    rows: list,   # of token id sequences
+    rows: list,  # of token id sequences
     device=None,
-) -> tuple:       # ids and mask, both [batch, tokens]
+) -> tuple:  # ids and mask, both [batch, tokens]
     "Stack sequences of different lengths, padding in front."
     width = max(map(len, rows))
-    ids = torch.tensor([[-1] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device).reshape(len(rows), width)
+    ids = torch.tensor(
+        [[-1] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device
+    ).reshape(len(rows), width)
     return ids.clamp(min=0), (ids >= 0).long()
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
 def step(
-    parts,              # Anatomy
-    x: torch.Tensor,    # [batch, tokens, hidden] embeddings of the new tokens
-    mask: torch.Tensor, # [batch, past + tokens] 1 = token, 0 = padding
+    parts,  # Anatomy
+    x: torch.Tensor,  # [batch, tokens, hidden] embeddings of the new tokens
+    mask: torch.Tensor,  # [batch, past + tokens] 1 = token, 0 = padding
     cache: DynamicCache,
-    keep: int = 1,      # logits of the last so many tokens
-) -> torch.Tensor:      # [batch, keep, vocabulary] float32
+    keep: int = 1,  # logits of the last so many tokens
+) -> torch.Tensor:  # [batch, keep, vocabulary] float32
     "Run new tokens through the decoder, behind what is in the cache."
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1]:]
-    hidden = parts.decoder(inputs_embeds=x, attention_mask=None if bool(mask.all()) else mask, position_ids=positions,
-                           use_cache=True, **{CACHE_ARGUMENT: cache}).last_hidden_state
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+    hidden = parts.decoder(
+        inputs_embeds=x,
+        attention_mask=None if bool(mask.all()) else mask,
+        position_ids=positions,
+        use_cache=True,
+        **{CACHE_ARGUMENT: cache},
+    ).last_hidden_state
     return parts.lm_head(hidden[:, -keep:]).float()
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
 def embed(
-    parts,             # Anatomy
-    ids: torch.Tensor, # [batch, tokens]
-    sights: list,      # of Sight, in the order of their tokens
-) -> torch.Tensor:     # [batch, tokens, hidden]
+    parts,  # Anatomy
+    ids: torch.Tensor,  # [batch, tokens]
+    sights: list,  # of Sight, in the order of their tokens
+) -> torch.Tensor:  # [batch, tokens, hidden]
     "Token embeddings with the projected images in the place of the image tokens."
     x = parts.embed_tokens(ids)
-    if not sights: return x
+    if not sights:
+        return x
     distinct, weight = {id(s): s for s in sights}, next(parts.projector.parameters())
     seen = torch.cat([s.features for s in distinct.values()]).to(weight.device, weight.dtype)
     projected = parts.projector(seen).split([len(s.features) for s in distinct.values()])
     projected = {k: p.flatten(0, 1) for k, p in zip(distinct, projected)}
-    return x.masked_scatter((ids == parts.config.image_token_id)[..., None], torch.cat([projected[id(s)] for s in sights]).to(x.dtype))
+    return x.masked_scatter(
+        (ids == parts.config.image_token_id)[..., None],
+        torch.cat([projected[id(s)] for s in sights]).to(x.dtype),
+    )
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
 def rows_of(
     cache: DynamicCache,
-    rows: torch.Tensor, # which, repeats allowed
-    config,             # of the text model
+    rows: torch.Tensor,  # which, repeats allowed
+    config,  # of the text model
 ) -> DynamicCache:
     "A new cache with some rows of another."
-    return DynamicCache([(layer.keys[rows], layer.values[rows]) for layer in cache.layers], config=config)
+    return DynamicCache(
+        [(layer.keys[rows], layer.values[rows]) for layer in cache.layers], config=config
+    )
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
 @dataclass
 class Prefix:
     "Prefixes of a batch, computed once, for any number of questions."
-    cache: DynamicCache | None # None where nothing is shared
-    mask: torch.Tensor         # [prefixes, tokens]
-    row: dict                  # (token ids, images) -> row
+
+    cache: DynamicCache | None  # None where nothing is shared
+    mask: torch.Tensor  # [prefixes, tokens]
+    row: dict  # (token ids, images) -> row
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
 def read_prefixes(parts, prompts: list, sights: dict) -> Prefix:
     "One pass over the distinct prefixes of some prompts."
     row = {key: i for i, key in enumerate(dict.fromkeys((p.shared, p.images) for p in prompts))}
     ids, mask = pad_left([shared for shared, _ in row], parts.embed_tokens.weight.device)
-    if not ids.shape[1]: return Prefix(None, mask, row)
+    if not ids.shape[1]:
+        return Prefix(None, mask, row)
     cache = DynamicCache(config=parts.text_config)
     step(parts, embed(parts, ids, [sights[k] for _, images in row for k in images]), mask, cache)
     return Prefix(cache, mask, row)
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
 def read_questions(
-    parts,          # Anatomy
+    parts,  # Anatomy
     prefix: Prefix,
     prompts: list,  # of Prompt
-) -> tuple:         # logits behind the prompt [batch, vocabulary], mask, cache
+) -> tuple:  # logits behind the prompt [batch, vocabulary], mask, cache
     "One pass over the questions' own words, behind their prefixes."
-    rows = torch.tensor([prefix.row[p.shared, p.images] for p in prompts], device=prefix.mask.device)
-    cache = DynamicCache(config=parts.text_config) if prefix.cache is None else rows_of(prefix.cache, rows, parts.text_config)
+    rows = torch.tensor(
+        [prefix.row[p.shared, p.images] for p in prompts], device=prefix.mask.device
+    )
+    cache = (
+        DynamicCache(config=parts.text_config)
+        if prefix.cache is None
+        else rows_of(prefix.cache, rows, parts.text_config)
+    )
     ids, own = pad_left([p.own for p in prompts], prefix.mask.device)
     mask = torch.cat([prefix.mask[rows], own], 1)
     return step(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
 def greedy(
-    parts,                # Anatomy
+    parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
-    mask: torch.Tensor,   # [batch, tokens] of the prompt
+    mask: torch.Tensor,  # [batch, tokens] of the prompt
     cache: DynamicCache,  # of the prompt
-    stop: set,            # token ids that end an answer
+    stop: set,  # token ids that end an answer
     max_new_tokens: int,
-) -> list:                # of token id lists, without the end token
+) -> list:  # of token id lists, without the end token
     "Greedy decoding of a batch from its prompts' cache."
     answers, alive, logits = [[] for _ in first], list(range(len(first))), first
     for left in reversed(range(max_new_tokens)):
         tokens = logits.argmax(-1).tolist()
         going = [row for row, token in enumerate(tokens) if token not in stop]
         alive, tokens = [alive[row] for row in going], [tokens[row] for row in going]
-        for i, token in zip(alive, tokens): answers[i].append(token)
-        if not left or not alive: break
+        for i, token in zip(alive, tokens):
+            answers[i].append(token)
+        if not left or not alive:
+            break
         if len(going) < len(mask):
             cache.batch_select_indices(torch.tensor(going, device=mask.device))
             mask = mask[going]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        logits = step(parts, parts.embed_tokens(mask.new_tensor(tokens)[:, None]), mask, cache)[:, -1]
+        logits = step(parts, parts.embed_tokens(mask.new_tensor(tokens)[:, None]), mask, cache)[
+            :, -1
+        ]
     return answers
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
@@ -305,90 +386,125 @@ def stop_tokens(model, tokenizer) -> set:
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
 def candidate_scores(
-    parts,               # Anatomy
-    first: torch.Tensor, # [batch, vocabulary] logits behind the prompt
+    parts,  # Anatomy
+    first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
     mask: torch.Tensor,  # [batch, tokens] of the prompt
-    cache: DynamicCache, # of the prompt; left as it was
-    candidates: list,    # for each row a tuple of token id lists
-) -> torch.Tensor:       # [batch, most candidates] -inf where there is none
+    cache: DynamicCache,  # of the prompt; left as it was
+    candidates: list,  # for each row a tuple of token id lists
+) -> torch.Tensor:  # [batch, most candidates] -inf where there is none
     "Mean log-likelihood per token of each row's candidate answers."
-    logp, scores = first.log_softmax(-1).cpu(), torch.full((len(first), max(map(len, candidates))), -torch.inf)
+    logp, scores = (
+        first.log_softmax(-1).cpu(),
+        torch.full((len(first), max(map(len, candidates))), -torch.inf),
+    )
     for row, choices in enumerate(candidates):
-        if choices: scores[row, :len(choices)] = logp[row, [c[0] for c in choices]]
+        if choices:
+            scores[row, : len(choices)] = logp[row, [c[0] for c in choices]]
     for k in range(scores.shape[1]):
         chosen = [c[k] if k < len(c) else [] for c in candidates]
-        if max(map(len, chosen)) < 2: continue
-        ids = pad_sequence([torch.tensor(c or [0]) for c in chosen], batch_first=True).to(mask.device)
+        if max(map(len, chosen)) < 2:
+            continue
+        ids = pad_sequence([torch.tensor(c or [0]) for c in chosen], batch_first=True).to(
+            mask.device
+        )
         new = ids.shape[1] - 1
-        later = step(parts, parts.embed_tokens(ids[:, :-1]), torch.cat([mask, mask.new_ones(len(ids), new)], 1), cache, new)
+        later = step(
+            parts,
+            parts.embed_tokens(ids[:, :-1]),
+            torch.cat([mask, mask.new_ones(len(ids), new)], 1),
+            cache,
+            new,
+        )
         cache.crop(-new)
         rest = later.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
         for row, c in enumerate(chosen):
-            if len(c) > 1: scores[row, k] = (scores[row, k] + rest[row, :len(c) - 1].sum()) / len(c)
+            if len(c) > 1:
+                scores[row, k] = (scores[row, k] + rest[row, : len(c) - 1].sum()) / len(c)
     return scores
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
 @dataclass(frozen=True)
 class Answer:
     "What a model said to one question."
-    text: str             # what it wrote
-    candidate: str | None # the candidate it finds most likely
+
+    text: str  # what it wrote
+    candidate: str | None  # the candidate it finds most likely
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
 @torch.inference_mode()
 def answer_groups(
-    parts,          # Anatomy
-    groups: list,   # of lists of Prompt; a list shares its prefix
-    sights: dict,   # key -> Sight
-    stop: set,      # token ids that end an answer
+    parts,  # Anatomy
+    groups: list,  # of lists of Prompt; a list shares its prefix
+    sights: dict,  # key -> Sight
+    stop: set,  # token ids that end an answer
     max_new_tokens: int,
     batch_size: int,
-) -> list:          # of (place, token ids, index of the best candidate or None)
+) -> list:  # of (place, token ids, index of the best candidate or None)
     "One pass over the prefixes, then over their questions in batches."
     prompts, results = sorted((p for g in groups for p in g), key=lambda p: -len(p.own)), []
     prefix = read_prefixes(parts, prompts, sights)
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start:start + batch_size]
+        batch = prompts[start : start + batch_size]
         first, mask, cache = read_questions(parts, prefix, batch)
         best = [None] * len(batch)
         if any(p.candidates for p in batch):
-            best = candidate_scores(parts, first, mask, cache, [p.candidates for p in batch]).argmax(-1).tolist()
+            best = (
+                candidate_scores(parts, first, mask, cache, [p.candidates for p in batch])
+                .argmax(-1)
+                .tolist()
+            )
         said = greedy(parts, first, mask, cache, stop, max_new_tokens)
         results += [(p.where, s, b if p.candidates else None) for p, s, b in zip(batch, said, best)]
     return results
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
 def prepare(
-    model,           # MLLM
-    processor,       # its processor
-    questions: list, # of Question
-) -> tuple:          # (Anatomy, list of Prompt, {key: Sight})
+    model,  # MLLM
+    processor,  # its processor
+    questions: list,  # of Question
+) -> tuple:  # (Anatomy, list of Prompt, {key: Sight})
     "What the passes need."
-    eyes, pictures = Eyes(model, processor), {id(image): image for q in questions for image in q.images}
+    eyes, pictures = (
+        Eyes(model, processor),
+        {id(image): image for q in questions for image in q.images},
+    )
     key = {i: eyes.key(image) for i, image in pictures.items()}
     sights = eyes({key[i]: image for i, image in pictures.items()})
-    prompts = encode(processor, questions, [[key[id(i)] for i in q.images] for q in questions],
-                     {k: s.text for k, s in sights.items()}, getattr(model.config, "image_token_id", None))
+    prompts = encode(
+        processor,
+        questions,
+        [[key[id(i)] for i in q.images] for q in questions],
+        {k: s.text for k, s in sights.items()},
+        getattr(model.config, "image_token_id", None),
+    )
     return anatomy(model), prompts, sights
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-061
 def ask(
-    model,           # MLLM
-    processor,       # its processor
-    questions: list, # of Question
+    model,  # MLLM
+    processor,  # its processor
+    questions: list,  # of Question
     max_new_tokens: int = 8,
-    batch_size: int = 256, # questions at a time
-    tick: Callable | None = None, # told how many questions each batch answered
-) -> list:           # of Answer, in the order of the questions
+    batch_size: int = 256,  # questions at a time
+    tick: Callable | None = None,  # told how many questions each batch answered
+) -> list:  # of Answer, in the order of the questions
     "Greedy answers and best candidates."
-    if not questions: return []
+    if not questions:
+        return []
     parts, prompts, sights = prepare(model, processor, questions)
     groups = [list(g) for _, g in groupby(sorted(prompts, key=_by_prefix), _by_prefix)]
     stop = stop_tokens(model, processor.tokenizer)
-    done = in_batches(lambda g, n: answer_groups(parts, g, sights, stop, max_new_tokens, n), groups, batch_size, tick)
+    done = in_batches(
+        lambda g, n: answer_groups(parts, g, sights, stop, max_new_tokens, n),
+        groups,
+        batch_size,
+        tick,
+    )
     texts = processor.tokenizer.batch_decode([ids for _, ids, _ in done], skip_special_tokens=True)
-    answers = {where: Answer(text.strip(), None if best is None else questions[where].candidates[best])
-               for (where, _, best), text in zip(done, texts)}
+    answers = {
+        where: Answer(text.strip(), None if best is None else questions[where].candidates[best])
+        for (where, _, best), text in zip(done, texts)
+    }
     return [answers[n] for n in range(len(questions))]
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-063

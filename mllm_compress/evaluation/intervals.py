@@ -16,30 +16,40 @@ import pandas as pd
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-006
 def wilson(
-    right: float, # questions answered correctly
-    n: int,       # questions asked
-    level: float = .95,
-) -> tuple:       # (low, high) as fractions
+    right: float,  # questions answered correctly
+    n: int,  # questions asked
+    level: float = 0.95,
+) -> tuple:  # (low, high) as fractions
     "Wilson's score interval of a proportion."
-    if not n: return 0.0, 1.0
+    if not n:
+        return 0.0, 1.0
     z, p = NormalDist().inv_cdf((1 + level) / 2), right / n
-    centre, spread = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n))**2)
+    centre, spread = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     low, high = (centre - spread) / (1 + z**2 / n), (centre + spread) / (1 + z**2 / n)
     return (float(low) if right > 0 else 0.0), (float(high) if right < n else 1.0)
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-009
 def bootstrap(
     values: np.ndarray,  # [units, k], k numbers that belong to the same unit
-    strata=None,         # [units] names, or one stratum
+    strata=None,  # [units] names, or one stratum
     replicates: int = 2000,
     seed: int = 0,
-) -> np.ndarray:         # [replicates, k] sums over strata of the resampled means
+) -> np.ndarray:  # [replicates, k] sums over strata of the resampled means
     "Resampled means, units drawn within strata."
     values = np.asarray(values, float).reshape(len(values), -1)
-    strata, rng, total = np.zeros(len(values)) if strata is None else np.asarray(strata), np.random.default_rng(seed), 0
+    strata, rng, total = (
+        np.zeros(len(values)) if strata is None else np.asarray(strata),
+        np.random.default_rng(seed),
+        0,
+    )
     for name in pd.unique(strata):
         distinct, counts = np.unique(values[strata == name], axis=0, return_counts=True)
-        total = total + rng.multinomial(counts.sum(), counts / counts.sum(), replicates) @ distinct / counts.sum()
+        total = (
+            total
+            + rng.multinomial(counts.sum(), counts / counts.sum(), replicates)
+            @ distinct
+            / counts.sum()
+        )
     return total
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-013
@@ -50,13 +60,17 @@ def is_proportion(worth: pd.DataFrame) -> bool:
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-015
 def score_interval(
     worth: pd.DataFrame,  # columns "stratum", "worth" (0 … 1), see scorers.Scorer.worth
-    scale: float = 100.0, # the score is scale * sum over strata of the mean worth
-    level: float = .95,
-) -> tuple:               # (low, high, "wilson" or "bootstrap") in units of the score
+    scale: float = 100.0,  # the score is scale * sum over strata of the mean worth
+    level: float = 0.95,
+) -> tuple:  # (low, high, "wilson" or "bootstrap") in units of the score
     "The interval of a score: Wilson's for proportions, else bootstrap percentiles."
-    if is_proportion(worth): low, high, method = *wilson(worth.worth.sum(), len(worth), level), "wilson"
+    if is_proportion(worth):
+        low, high, method = *wilson(worth.worth.sum(), len(worth), level), "wilson"
     else:
-        low, high = np.quantile(bootstrap(worth.worth.to_numpy(), worth.stratum.to_numpy()), [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(
+            bootstrap(worth.worth.to_numpy(), worth.stratum.to_numpy()),
+            [(1 - level) / 2, (1 + level) / 2],
+        )
         method = "bootstrap"
     return scale * float(low), scale * float(high), method
 
@@ -64,69 +78,93 @@ def score_interval(
 def mcnemar(
     only_first: int,  # questions that only the first model answered correctly
     only_second: int,
-) -> float:           # two-sided p
+) -> float:  # two-sided p
     "McNemar's exact test."
     n, k = only_first + only_second, min(only_first, only_second)
-    tail = sum(exp(lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) - n * log(2)) for i in range(k + 1))
+    tail = sum(
+        exp(lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) - n * log(2)) for i in range(k + 1)
+    )
     return min(1.0, 2 * tail)
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-022
 @dataclass(frozen=True)
 class Difference:
     "How much better the first of two models is, on the same questions."
+
     value: float  # in units of the score
     low: float
     high: float
-    p: float      # two-sided
-    n: int        # units compared
-    test: str     # "McNemar" or "paired bootstrap"
+    p: float  # two-sided
+    n: int  # units compared
+    test: str  # "McNemar" or "paired bootstrap"
 
     def __str__(self):
         return f"{self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}], p = {self.p:.2g}, n = {self.n:,} ({self.test})"
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-024
-def paired_units(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame: # columns "first", "second", "stratum"
+def paired_units(
+    first: pd.DataFrame, second: pd.DataFrame
+) -> pd.DataFrame:  # columns "first", "second", "stratum"
     "The worth of the same units to two models; other units are an error."
-    both = first.merge(second, on=["stratum", "unit"], how="outer", suffixes=("_a", "_b"), indicator=True)
+    both = first.merge(
+        second, on=["stratum", "unit"], how="outer", suffixes=("_a", "_b"), indicator=True
+    )
     if (both._merge != "both").any():
         odd = both[both._merge != "both"].iloc[0]
-        raise ValueError(f"two models are compared on the same questions; only one was asked {odd.unit!r}")
+        raise ValueError(
+            f"two models are compared on the same questions; only one was asked {odd.unit!r}"
+        )
     return pd.DataFrame({"first": both.worth_a, "second": both.worth_b, "stratum": both.stratum})
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-026
 def paired_difference(
     first: pd.DataFrame,  # columns "unit", "stratum", "worth"
-    second: pd.DataFrame, # the same units
+    second: pd.DataFrame,  # the same units
     scale: float = 100.0,
 ) -> Difference:
     "First minus second: bootstrap interval; McNemar's p for right and wrong, else the paired bootstrap's."
     units = paired_units(first, second)
     gap = (units["first"] - units["second"]).to_numpy()
-    draws, value = bootstrap(gap, units.stratum.to_numpy())[:, 0], units.assign(gap=gap).groupby("stratum").gap.mean().sum()
-    low, high = np.quantile(draws, [.025, .975])
-    if is_proportion(first) and is_proportion(second): p, test = mcnemar(int((gap > 0).sum()), int((gap < 0).sum())), "McNemar"
-    else: p, test = min(1.0, 2 * max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / (2 * len(draws)))), "paired bootstrap"
-    return Difference(scale * float(value), scale * float(low), scale * float(high), float(p), len(units), test)
+    draws, value = (
+        bootstrap(gap, units.stratum.to_numpy())[:, 0],
+        units.assign(gap=gap).groupby("stratum").gap.mean().sum(),
+    )
+    low, high = np.quantile(draws, [0.025, 0.975])
+    if is_proportion(first) and is_proportion(second):
+        p, test = mcnemar(int((gap > 0).sum()), int((gap < 0).sum())), "McNemar"
+    else:
+        p, test = (
+            min(1.0, 2 * max(min((draws <= 0).mean(), (draws >= 0).mean()), 1 / (2 * len(draws)))),
+            "paired bootstrap",
+        )
+    return Difference(
+        scale * float(value), scale * float(low), scale * float(high), float(p), len(units), test
+    )
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-030
 def avg_percent(
     rows: pd.DataFrame,  # of a compressed model: columns "benchmark", "score"
-    dense: pd.DataFrame, # of the original on the same benchmarks
-) -> float:              # percent
+    dense: pd.DataFrame,  # of the original on the same benchmarks
+) -> float:  # percent
     "AVG-%: mean over benchmarks of score / original score."
     ours, original = rows.set_index("benchmark").score, dense.set_index("benchmark").score
     if set(ours.index) != set(original.index):
-        raise ValueError(f"AVG-% needs the same benchmarks of both; only one has {', '.join(sorted(set(ours.index) ^ set(original.index)))}")
+        raise ValueError(
+            f"AVG-% needs the same benchmarks of both; only one has {', '.join(sorted(set(ours.index) ^ set(original.index)))}"
+        )
     return float(100 * (ours / original).mean())
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-032
 def avg_percent_interval(
     first: dict,  # benchmark -> units of the compressed model
     dense: dict,  # benchmark -> units of the original
-    level: float = .95,
-) -> tuple:       # (value, low, high) in percent
+    level: float = 0.95,
+) -> tuple:  # (value, low, high) in percent
     "AVG-% with its paired bootstrap interval."
-    if set(first) != set(dense): raise ValueError(f"AVG-% needs the same benchmarks of both; only one has {', '.join(sorted(set(first) ^ set(dense)))}")
+    if set(first) != set(dense):
+        raise ValueError(
+            f"AVG-% needs the same benchmarks of both; only one has {', '.join(sorted(set(first) ^ set(dense)))}"
+        )
     value, draws = [], []
     for k, name in enumerate(first):
         units = paired_units(first[name], dense[name])

@@ -12,58 +12,87 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from .benchmarks import Question, pad_to_square
 from ..checkpoint.folders import PLAN, load_pruned
-from .generation import ask, candidate_scores, greedy, in_batches, prepare, read_prefixes, read_questions
+from .benchmarks import Question, pad_to_square
+from mllm_compress.evaluation.generation import (
+    ask,
+    candidate_scores,
+    greedy,
+    in_batches,
+    prepare,
+    read_prefixes,
+    read_questions,
+)
 from ..zoo.models import load_model
 
 try:
     from lmms_eval.api.instance import GenerationResult as handed_over
     from lmms_eval.api.model import lmms
-except ImportError: lmms, handed_over = object, tuple  # an extra: without it the class can be read and tried, not registered
+except ImportError:
+    lmms, handed_over = (
+        object,
+        tuple,
+    )  # an extra: without it the class can be read and tried, not registered
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-006
 def manifest():
     "What lmms-eval registers."
     from lmms_eval.models.registry_v2 import ModelManifest
-    return ModelManifest("mllm_compress", simple_class_path="mllm_compress.evaluation.lmms_eval.CompressedModel")
+
+    return ModelManifest(
+        "mllm_compress", simple_class_path="mllm_compress.evaluation.lmms_eval.CompressedModel"
+    )
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-009
 def settings(
-    generation: dict, # of a task
-) -> tuple:           # (max_new_tokens, tuple of strings that end an answer)
+    generation: dict,  # of a task
+) -> tuple:  # (max_new_tokens, tuple of strings that end an answer)
     "How long an answer may be and where it ends."
-    sampled, beams = generation.get("do_sample") and generation.get("temperature", 1), generation.get("num_beams") or 1
+    sampled, beams = (
+        generation.get("do_sample") and generation.get("temperature", 1),
+        generation.get("num_beams") or 1,
+    )
     if sampled or beams > 1:
-        raise ValueError(f"answers are decoded greedily, but the task asks for {generation}; pass --gen_kwargs do_sample=False,temperature=0,num_beams=1")
+        raise ValueError(
+            f"answers are decoded greedily, but the task asks for {generation}; pass --gen_kwargs do_sample=False,temperature=0,num_beams=1"
+        )
     until = generation.get("until") or ()
-    return int(generation.get("max_new_tokens") or 1024), (until,) if isinstance(until, str) else tuple(until)
+    return int(generation.get("max_new_tokens") or 1024), (until,) if isinstance(
+        until, str
+    ) else tuple(until)
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-012
 def cut(
-    text: str,    # what the model wrote
-    until: tuple, # strings that end an answer
+    text: str,  # what the model wrote
+    until: tuple,  # strings that end an answer
 ) -> str:
     "The answer up to the first of some strings."
-    for stop in until: text = text.split(stop)[0] if stop else text
+    for stop in until:
+        text = text.split(stop)[0] if stop else text
     return text.strip()
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-015
 @torch.inference_mode()
 def likelihoods(
-    model,           # MLLM
-    processor,       # its processor
-    questions: list, # of Question with one candidate each
+    model,  # MLLM
+    processor,  # its processor
+    questions: list,  # of Question with one candidate each
     batch_size: int = 32,
-) -> list:           # of (mean negative log-likelihood per token, whether greedy decoding says the candidate)
+) -> (
+    list
+):  # of (mean negative log-likelihood per token, whether greedy decoding says the candidate)
     "How likely each question's candidate is as its answer."
     parts, prompts, sights = prepare(model, processor, questions)
+
     def run(batch, _):
         first, mask, cache = read_questions(parts, read_prefixes(parts, batch, sights), batch)
         wanted = [p.candidates[0] for p in batch]
-        scores = candidate_scores(parts, first, mask, cache, [p.candidates for p in batch])[:, 0].tolist()
+        scores = candidate_scores(parts, first, mask, cache, [p.candidates for p in batch])[
+            :, 0
+        ].tolist()
         said = greedy(parts, first, mask, cache, set(), max(map(len, wanted)))
-        return [(-score, s[:len(w)] == w) for score, s, w in zip(scores, said, wanted)]
+        return [(-score, s[: len(w)] == w) for score, s, w in zip(scores, said, wanted)]
+
     return in_batches(run, prompts, batch_size)
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-019
@@ -71,54 +100,100 @@ def _question(self, request, candidates: tuple = ()) -> Question:
     "A request of lmms-eval as a Question."
     prompt, _, visual, row, task, split = request.args
     images = visual(self.task_dict[task][split][row]) or ()
-    if odd := [type(i).__name__ for i in images if not hasattr(i, "convert")]: raise ValueError(f"{task} shows the model a {odd[0]}; only images can be answered")
-    mean = getattr(self.processor.image_processor, "image_mean", None) or (.5, .5, .5)
-    images = [pad_to_square(i.convert("RGB"), tuple(int(255 * m) for m in mean)) if self.square else i.convert("RGB") for i in images]
+    if odd := [type(i).__name__ for i in images if not hasattr(i, "convert")]:
+        raise ValueError(f"{task} shows the model a {odd[0]}; only images can be answered")
+    mean = getattr(self.processor.image_processor, "image_mean", None) or (0.5, 0.5, 0.5)
+    images = [
+        pad_to_square(i.convert("RGB"), tuple(int(255 * m) for m in mean))
+        if self.square
+        else i.convert("RGB")
+        for i in images
+    ]
     return Question(f"{task}/{row}", prompt, "", tuple(images), candidates)
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-021
-def _generate_until(self, requests: list) -> list: # of str, in the order of the requests
+def _generate_until(self, requests: list) -> list:  # of str, in the order of the requests
     "Greedy answers."
     wanted, answers = [settings(r.args[1]) for r in requests], {}
     with tqdm(total=len(requests), desc="questions", disable=self._rank != 0) as bar:
         for tokens in sorted({t for t, _ in wanted}):
             places = [n for n, (t, _) in enumerate(wanted) if t == tokens]
-            for some in (places[s:s + 512] for s in range(0, len(places), 512)):
-                found = ask(self.model, self.processor, [self.question(requests[n]) for n in some], tokens, self.batch_size, bar.update)
+            for some in (places[s : s + 512] for s in range(0, len(places), 512)):
+                found = ask(
+                    self.model,
+                    self.processor,
+                    [self.question(requests[n]) for n in some],
+                    tokens,
+                    self.batch_size,
+                    bar.update,
+                )
                 answers |= {n: cut(a.text, wanted[n][1]) for n, a in zip(some, found)}
     return [answers[n] for n in range(len(requests))]
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-023
-def _loglikelihood(self, requests: list) -> list: # of (mean negative log-likelihood, said by greedy decoding)
+def _loglikelihood(
+    self, requests: list
+) -> list:  # of (mean negative log-likelihood, said by greedy decoding)
     "How likely each request's continuation is."
-    def continuation(prompt, target, visual, row, task, split): return (target if isinstance(target, str) else target(self.task_dict[task][split][row])).strip()
+
+    def continuation(prompt, target, visual, row, task, split):
+        return (
+            target if isinstance(target, str) else target(self.task_dict[task][split][row])
+        ).strip()
+
     questions, found = [self.question(r, (continuation(*r.args),)) for r in requests], []
-    for start in range(0, len(questions), 512): found += likelihoods(self.model, self.processor, questions[start:start + 512], self.batch_size)
+    for start in range(0, len(questions), 512):
+        found += likelihoods(
+            self.model, self.processor, questions[start : start + 512], self.batch_size
+        )
     return [handed_over(pair) for pair in found]
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-025
 class CompressedModel(lmms):
     "A checkpoint of this package, or any model of the zoo, for lmms-eval."
-    is_simple, question, generate_until, loglikelihood = True, _question, _generate_until, _loglikelihood
 
-    def __init__(self,
-                 pretrained: str,            # folder of save_pruned, or a name, folder or hub id for zoo.load_model
-                 device: str | None = None,  # None: the GPU of this process, or the CPU
-                 batch_size="auto",          # questions at a time; halved when memory runs out
-                 dtype: str = "auto",        # as stored, or float32, bfloat16, float16
-                 square: bool = True,        # pad images to a square, as LLaVA-1.5 does
-                 max_batch_size=None,        # lmms-eval passes it; halving makes it unnecessary
-                 **unknown):
+    is_simple, question, generate_until, loglikelihood = (
+        True,
+        _question,
+        _generate_until,
+        _loglikelihood,
+    )
+
+    def __init__(
+        self,
+        pretrained: str,  # folder of save_pruned, or a name, folder or hub id for zoo.load_model
+        device: str | None = None,  # None: the GPU of this process, or the CPU
+        batch_size="auto",  # questions at a time; halved when memory runs out
+        dtype: str = "auto",  # as stored, or float32, bfloat16, float16
+        square: bool = True,  # pad images to a square, as LLaVA-1.5 does
+        max_batch_size=None,  # lmms-eval passes it; halving makes it unnecessary
+        **unknown,
+    ):
         super().__init__()
-        if unknown: raise ValueError(f"unknown model_args {', '.join(unknown)}; known: pretrained, device, batch_size, dtype, square")
-        if dtype not in ("auto", "float32", "bfloat16", "float16"): raise ValueError(f"dtype={dtype!r} is not auto, float32, bfloat16 or float16")
+        if unknown:
+            raise ValueError(
+                f"unknown model_args {', '.join(unknown)}; known: pretrained, device, batch_size, dtype, square"
+            )
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r} is not auto, float32, bfloat16 or float16")
         self.accelerator, self.square, self.task_dict = Accelerator(), square, {}
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = torch.device(self.accelerator.device if self._world_size > 1 or device is None else device)
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        self.device = torch.device(
+            self.accelerator.device if self._world_size > 1 or device is None else device
+        )
         self.batch_size = 256 if str(batch_size).startswith("auto") else int(batch_size)
         load = load_pruned if (Path(pretrained) / PLAN).exists() else load_model
-        self.model, self.processor, *_ = load(str(pretrained), device=str(self.device), dtype=None if dtype == "auto" else getattr(torch, dtype))
+        self.model, self.processor, *_ = load(
+            str(pretrained),
+            device=str(self.device),
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+        )
 
     def generate_until_multi_round(self, requests):
         "Not supported."
-        raise NotImplementedError("conversations of several rounds are not supported; choose tasks of one question and one answer")
+        raise NotImplementedError(
+            "conversations of several rounds are not supported; choose tasks of one question and one answer"
+        )

@@ -23,8 +23,9 @@ import pandas as pd
 @dataclass(frozen=True)
 class Judgement:
     "What was read out of an answer, and what it is worth."
-    parsed: str | None # None: unparseable
-    value: float       # 0 … 1
+
+    parsed: str | None  # None: unparseable
+    value: float  # 0 … 1
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-007
 def judged(parsed: str | None, right: bool) -> Judgement:
@@ -33,8 +34,8 @@ def judged(parsed: str | None, right: bool) -> Judgement:
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-009
 def exact(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer"
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer"
 ) -> Judgement:
     "GQA's exact match, after lower-casing and dropping a final full stop."
     parsed = text.strip().rstrip(".").strip().lower()
@@ -43,18 +44,22 @@ def exact(
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-012
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
+
 def read_yes_no(
-    text: str, # what the model wrote
+    text: str,  # what the model wrote
 ) -> str | None:
     "POPE's reading of the first sentence: 'yes', 'no' or None."
-    words = set(text.strip().lower().split(".")[0].replace(",", " ").translate(_NO_PUNCTUATION).split())
-    if words & {"no", "not"}: return "no"
+    words = set(
+        text.strip().lower().split(".")[0].replace(",", " ").translate(_NO_PUNCTUATION).split()
+    )
+    if words & {"no", "not"}:
+        return "no"
     return "yes" if "yes" in words else None
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-014
 def yes_no(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer": yes or no
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer": yes or no
 ) -> Judgement:
     "POPE's accuracy on one question."
     parsed = read_yes_no(text)
@@ -62,8 +67,8 @@ def yes_no(
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-017
 def mme_yes_no(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer": yes or no
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer": yes or no
 ) -> Judgement:
     "MME's reading: yes or no within the first four characters."
     head = text.strip().lower()[:4]
@@ -72,28 +77,38 @@ def mme_yes_no(
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-020
 LETTERS = string.ascii_uppercase
-_LETTER = [re.compile(p) for p in (
-    r"^\(?([A-Z])\)?[.:,)]?$",                                    # B   (B)   B.   B)
-    r"^\(([A-Z])\)",                                              # (B) because ...
-    r"^([A-Z])[.:,)]\s",                                          # B. red
-    r"(?i:\banswer\s*(?:is|:)?\s*(?:option\s*)?)\(?([A-Z])\b")]   # The answer is B.
+_LETTER = [
+    re.compile(p)
+    for p in (
+        r"^\(?([A-Z])\)?[.:,)]?$",  # B   (B)   B.   B)
+        r"^\(([A-Z])\)",  # (B) because ...
+        r"^([A-Z])[.:,)]\s",  # B. red
+        r"(?i:\banswer\s*(?:is|:)?\s*(?:option\s*)?)\(?([A-Z])\b",
+    )
+]  # The answer is B.
+
 
 def read_letter(
-    text: str,    # what the model wrote
-    options: list, # the texts behind the letters
+    text: str,  # what the model wrote
+    options: list,  # the texts behind the letters
 ) -> str | None:
     "The option letter an answer names, or None."
-    text, allowed = text.strip(), LETTERS[:len(options)]
+    text, allowed = text.strip(), LETTERS[: len(options)]
     for pattern in _LETTER:
         found = set(pattern.findall(text))
-        if len(found) == 1 and (letter := found.pop()) in allowed: return letter
-    named = [i for i, o in enumerate(options) if str(o).strip().rstrip(".").lower() == text.rstrip(".").lower()]
+        if len(found) == 1 and (letter := found.pop()) in allowed:
+            return letter
+    named = [
+        i
+        for i, o in enumerate(options)
+        if str(o).strip().rstrip(".").lower() == text.rstrip(".").lower()
+    ]
     return allowed[named[0]] if len(named) == 1 else None
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-022
 def letter(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer": a letter, and "options": texts
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer": a letter, and "options": texts
 ) -> Judgement:
     "Whether the right option's letter was given."
     parsed = read_letter(text, question["options"])
@@ -101,31 +116,45 @@ def letter(
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-025
 def read_mmmu_letter(
-    text: str,    # what the model wrote
-    options: list, # the texts behind the letters
-    bounded: bool = True, # a letter must not end a longer word ("USA" is not A); the original lets it
+    text: str,  # what the model wrote
+    options: list,  # the texts behind the letters
+    bounded: bool = True,  # a letter must not end a longer word ("USA" is not A); the original lets it
 ) -> str | None:
     "The last option that an answer mentions, by letter or by text."
-    for c in ",.!?;:'": text = text.strip(c)
-    text, letters = f" {text} ", LETTERS[:len(options)]
+    for c in ",.!?;:'":
+        text = text.strip(c)
+    text, letters = f" {text} ", LETTERS[: len(options)]
     edge = r"(?<!\w)" if bounded else ""
     for pattern in (r"\({}\)", edge + "{} ", edge + r"{}\."):
         hits = {c: [m.start() for m in re.finditer(pattern.format(c), text)] for c in letters}
-        if found := [c for c in letters if hits[c]]:  # the original looks for " A " among several, whatever made them candidates
-            return max(found, key=lambda c: hits[c][-1] if bounded or "(" in pattern else text.rfind(f" {c} "))
-    if len(text.split()) <= 5: return None
+        if found := [
+            c for c in letters if hits[c]
+        ]:  # the original looks for " A " among several, whatever made them candidates
+            return max(
+                found,
+                key=lambda c: hits[c][-1] if bounded or "(" in pattern else text.rfind(f" {c} "),
+            )
+    if len(text.split()) <= 5:
+        return None
     hits = {c: text.lower().rfind(str(o).lower()) for c, o in zip(letters, options)}
     return max(hits, key=hits.get) if max(hits.values()) >= 0 else None
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-028
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBERS = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+", r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+_NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
 
 def normal_forms(text: str) -> list:
     "A number rounded to two decimals, or a lower-case string; a single letter needs a space beside it."
     text = text.strip()
-    try: return [round(float(text.replace(",", "")), 2)]
-    except ValueError: text = text.lower()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
     return [" " + text, text + " "] if len(text) == 1 else [text]
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-030
@@ -137,30 +166,46 @@ def key_phrases(text: str) -> list:
         keys = _KEYS + (("=",) if i == len(sentences) - 1 else ())
         best = ""
         for tail in (sentence.split(k)[-1].strip() for k in keys if k in sentence):
-            if not best or len(tail) < len(best): best = tail
-        if best and best not in list(":,.!?;'"): found.append(best)
+            if not best or len(tail) < len(best):
+                best = tail
+        if best and best not in list(":,.!?;'"):
+            found.append(best)
     return found or [text]
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-032
 def mmmu_open(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer": a string or a list of strings
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer": a string or a list of strings
 ) -> Judgement:
     "MMMU's open answers: the expected string in a key phrase, or the expected number."
-    answers = question["answer"] if isinstance(question["answer"], (list, tuple)) else [question["answer"]]
+    answers = (
+        question["answer"]
+        if isinstance(question["answer"], (list, tuple))
+        else [question["answer"]]
+    )
     expected = [form for a in answers for form in normal_forms(str(a))]
     phrases = key_phrases(text)
-    given = [form for p in phrases + [n for p in phrases for pattern in _NUMBERS for n in re.findall(pattern, p)] for form in normal_forms(p)]
-    right = any(e in g if isinstance(g, str) and isinstance(e, str) else e == g for g in given for e in expected)
+    given = [
+        form
+        for p in phrases
+        + [n for p in phrases for pattern in _NUMBERS for n in re.findall(pattern, p)]
+        for form in normal_forms(p)
+    ]
+    right = any(
+        e in g if isinstance(g, str) and isinstance(e, str) else e == g
+        for g in given
+        for e in expected
+    )
     return judged(text.strip() and str(given[0]) or None, right)
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-034
 def mmmu(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer", "options" (none for an open question)
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer", "options" (none for an open question)
 ) -> Judgement:
     "MMMU: option letter, or open answer where there are no options."
-    if not question["options"]: return mmmu_open(text, question)
+    if not question["options"]:
+        return mmmu_open(text, question)
     parsed = read_mmmu_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
@@ -170,7 +215,8 @@ def edit_distance(a: str, b: str) -> int:
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
-        for j, y in enumerate(b, 1): before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-039
@@ -180,16 +226,20 @@ def tidy(text: str) -> str:
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-041
 def anls(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer": list of accepted answers
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer": list of accepted answers
 ) -> Judgement:
     "Average normalised Levenshtein similarity of one answer, threshold 0.5."
     parsed = tidy(text)
-    distances = [edit_distance(parsed, a) / max(len(parsed), len(a), 1) for a in map(tidy, question["answer"])]
-    return Judgement(parsed or None, 1 - min(distances) if parsed and min(distances) < .5 else 0.0)
+    distances = [
+        edit_distance(parsed, a) / max(len(parsed), len(a), 1)
+        for a in map(tidy, question["answer"])
+    ]
+    return Judgement(parsed or None, 1 - min(distances) if parsed and min(distances) < 0.5 else 0.0)
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-045
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|-?\.\d+")
+
 
 def last_number(text: str) -> float | None:
     "The last number in a text."
@@ -200,55 +250,88 @@ def last_number(text: str) -> float | None:
 def last_list(text: str) -> list | None:
     "The last Python list of numbers in a text."
     for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
-        try: return [float(v) for v in ast.literal_eval(found)]
-        except (ValueError, SyntaxError, TypeError): continue
+        try:
+            return [float(v) for v in ast.literal_eval(found)]
+        except (ValueError, SyntaxError, TypeError):
+            continue
     return None
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-049
 def read_math(
-    text: str,     # what the model wrote
-    question: dict, # needs "options", "answer_type", "precision"
-):                 # letter, number, list or None
+    text: str,  # what the model wrote
+    question: dict,  # needs "options", "answer_type", "precision"
+):  # letter, number, list or None
     "The answer in the type that the question asks for."
-    if question["options"]: return read_letter(text, question["options"])
+    if question["options"]:
+        return read_letter(text, question["options"])
     kind = question["answer_type"]
-    if kind == "list": return last_list(text)
-    if kind == "text": return tidy(text).rstrip(".") or None
+    if kind == "list":
+        return last_list(text)
+    if kind == "text":
+        return tidy(text).rstrip(".") or None
     number = last_number(text)
-    if number is None: return None
+    if number is None:
+        return None
     return int(number) if kind == "integer" else round(number, int(question["precision"] or 0))
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-051
 def mathvista(
-    text: str,     # what the model wrote
-    question: dict, # needs "answer" and what read_math needs
+    text: str,  # what the model wrote
+    question: dict,  # needs "answer" and what read_math needs
 ) -> Judgement:
     "MathVista's comparison of the extracted answer."
     parsed, answer = read_math(text, question), question["answer"]
-    if parsed is None: return judged(None, False)
-    if question["options"]: return judged(parsed, str(question["options"][LETTERS.index(parsed)]) == str(answer))
-    if question["answer_type"] == "text": return judged(parsed, parsed == tidy(answer))
+    if parsed is None:
+        return judged(None, False)
+    if question["options"]:
+        return judged(parsed, str(question["options"][LETTERS.index(parsed)]) == str(answer))
+    if question["answer_type"] == "text":
+        return judged(parsed, parsed == tidy(answer))
     expected = last_list(str(answer)) if question["answer_type"] == "list" else float(answer)
-    return judged(str(parsed), parsed == (round(expected, int(question["precision"] or 0)) if isinstance(parsed, float) else expected))
+    return judged(
+        str(parsed),
+        parsed
+        == (
+            round(expected, int(question["precision"] or 0))
+            if isinstance(parsed, float)
+            else expected
+        ),
+    )
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-054
 def question_worth(
-    frame: pd.DataFrame, # one row a question, columns "id", "value"
-) -> pd.DataFrame:       # columns "unit", "stratum", "worth" (0 … 1)
+    frame: pd.DataFrame,  # one row a question, columns "id", "value"
+) -> pd.DataFrame:  # columns "unit", "stratum", "worth" (0 … 1)
     "Each question is a unit."
-    return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": frame.value.to_numpy(float)})
+    return pd.DataFrame(
+        {"unit": frame.id.to_numpy(), "stratum": "", "worth": frame.value.to_numpy(float)}
+    )
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-056
 def pair_worth(
-    frame: pd.DataFrame, # columns "group", "value", and "subtask" where there are several
-) -> pd.DataFrame:       # columns "unit", "stratum", "worth", "acc", "plus"
+    frame: pd.DataFrame,  # columns "group", "value", and "subtask" where there are several
+) -> pd.DataFrame:  # columns "unit", "stratum", "worth", "acc", "plus"
     "Each pair of questions is a unit: its mean, and once more if both are right (MME)."
     subtask = frame.subtask.fillna("") if "subtask" in frame else pd.Series("", frame.index)
-    pairs = frame.value.astype(float).groupby([subtask.rename("stratum"), frame.group.rename("unit")], sort=False).agg(["size", "mean", "min"]).reset_index()
+    pairs = (
+        frame.value.astype(float)
+        .groupby([subtask.rename("stratum"), frame.group.rename("unit")], sort=False)
+        .agg(["size", "mean", "min"])
+        .reset_index()
+    )
     if (odd := pairs[pairs["size"] != 2]).size:
-        raise ValueError(f"acc+ needs two questions an image; {odd.unit.iloc[0]!r} has {odd['size'].iloc[0]}")
-    return pd.DataFrame({"unit": pairs.unit, "stratum": pairs.stratum, "worth": (pairs["mean"] + pairs["min"]) / 2,
-                         "acc": pairs["mean"], "plus": pairs["min"].astype(float)})
+        raise ValueError(
+            f"acc+ needs two questions an image; {odd.unit.iloc[0]!r} has {odd['size'].iloc[0]}"
+        )
+    return pd.DataFrame(
+        {
+            "unit": pairs.unit,
+            "stratum": pairs.stratum,
+            "worth": (pairs["mean"] + pairs["min"]) / 2,
+            "acc": pairs["mean"],
+            "plus": pairs["min"].astype(float),
+        }
+    )
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-060
 def mean_score(frame: pd.DataFrame) -> dict:
@@ -266,18 +349,27 @@ def yes_no_score(frame: pd.DataFrame) -> dict:
 def paired_score(frame: pd.DataFrame) -> dict:
     "(acc + acc+) / 2 in percent, with its components: MME's score of one subtask, as a percentage."
     pairs = pair_worth(frame)
-    return {"score": 100 * float(pairs.worth.mean()), "acc": 100 * float(pairs.acc.mean()), "acc_plus": 100 * float(pairs.plus.mean())}
+    return {
+        "score": 100 * float(pairs.worth.mean()),
+        "acc": 100 * float(pairs.acc.mean()),
+        "acc_plus": 100 * float(pairs.plus.mean()),
+    }
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-066
 def mme_score(frame: pd.DataFrame) -> dict:
     "MME's score: the sum over subtasks of acc + acc+, each 0 … 100."
     pairs = pair_worth(frame).groupby("stratum")[["acc", "plus"]].mean() * 100
-    return {"score": float(pairs.sum().sum()), "acc": float(pairs.acc.mean()), "acc_plus": float(pairs.plus.mean())}
+    return {
+        "score": float(pairs.sum().sum()),
+        "acc": float(pairs.acc.mean()),
+        "acc_plus": float(pairs.plus.mean()),
+    }
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-070
 def _plain(text) -> str:
     "Lower case without punctuation, as lmms-eval's exact_match compares."
     return str(text).strip().lower().translate(_NO_PUNCTUATION)
+
 
 def harness_exact(text: str, question: dict) -> Judgement:
     "lmms-eval's exact_match: case and punctuation ignored."
@@ -304,6 +396,7 @@ def harness_letter(text: str, question: dict) -> Judgement:
     read = text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text.upper()
     return judged(read, read == question["answer"])
 
+
 def harness_diagram(text: str, question: dict) -> Judgement:
     "lmms-eval's AI2D: the letter of 'B. …', else its exact_match."
     found = re.match(r"\s*([A-Z])\.", text)
@@ -312,17 +405,24 @@ def harness_diagram(text: str, question: dict) -> Judgement:
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-078
 def harness_mmmu(text: str, question: dict) -> Judgement:
     "lmms-eval's MMMU; where it draws a letter, the expected value of the draw."
-    if not question["options"]: return mmmu_open(text, question | {"answer": str(question["answer"])})
+    if not question["options"]:
+        return mmmu_open(text, question | {"answer": str(question["answer"])})
     parsed = read_mmmu_letter(text.strip(), question["options"], bounded=False)
-    return judged(parsed, parsed == question["answer"]) if parsed else Judgement(None, 1 / len(question["options"]))
+    return (
+        judged(parsed, parsed == question["answer"])
+        if parsed
+        else Judgement(None, 1 / len(question["options"]))
+    )
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-080
 def harness_anls(text: str, question: dict) -> Judgement:
     "lmms-eval's ANLS: lengths before tidying, and one half is kept."
     text = text.strip()
-    distances = [edit_distance(tidy(text), tidy(a)) / max(len(a), len(text), 1) for a in question["answer"]]
+    distances = [
+        edit_distance(tidy(text), tidy(a)) / max(len(a), len(text), 1) for a in question["answer"]
+    ]
     similarity = 1 - min(distances)
-    return Judgement(tidy(text), similarity if similarity >= .5 else 0.0)
+    return Judgement(tidy(text), similarity if similarity >= 0.5 else 0.0)
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-082
 def harness_mathvista(text: str, question: dict) -> Judgement:
@@ -331,34 +431,52 @@ def harness_mathvista(text: str, question: dict) -> Judgement:
     if options:
         found = re.findall(r"\(([a-zA-Z])\)", text)
         read = found[0].upper() if found else text
-        known = read in list(LETTERS[:len(options)])
-        parsed = options[LETTERS.index(read)] if known else min(options, key=lambda o: edit_distance(read, o))
+        known = read in list(LETTERS[: len(options)])
+        parsed = (
+            options[LETTERS.index(read)]
+            if known
+            else min(options, key=lambda o: edit_distance(read, o))
+        )
     elif kind in ("integer", "float"):
-        try: parsed = str(int(float(text)) if kind == "integer" else round(float(text), question["precision"]))
-        except (ValueError, TypeError, OverflowError): parsed = None  # the sets hold the precision as a float, which round refuses
-    else: parsed = text
+        try:
+            parsed = str(
+                int(float(text)) if kind == "integer" else round(float(text), question["precision"])
+            )
+        except (ValueError, TypeError, OverflowError):
+            parsed = None  # the sets hold the precision as a float, which round refuses
+    else:
+        parsed = text
     return judged(parsed, parsed == str(question["answer"]).strip())
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-084
 @dataclass(frozen=True)
 class Scorer:
     "How one kind of answer is read and how its values become a score."
-    judge: Callable                   # (text, question) -> Judgement
-    combine: Callable = mean_score    # frame -> {"score": …, components}
-    metric: str = "accuracy"          # name of the score in tables
-    worth: Callable = question_worth  # frame -> units; the score is scale * sum over strata of their mean worth
+
+    judge: Callable  # (text, question) -> Judgement
+    combine: Callable = mean_score  # frame -> {"score": …, components}
+    metric: str = "accuracy"  # name of the score in tables
+    worth: Callable = (
+        question_worth  # frame -> units; the score is scale * sum over strata of their mean worth
+    )
     scale: float = 100.0
-    harness: Callable | None = None   # (text, question) -> Judgement as lmms-eval reads
+    harness: Callable | None = None  # (text, question) -> Judgement as lmms-eval reads
 
     def read(self, text: str, question: dict, compat: str | None = None) -> Judgement:
         "Judge an answer, by the official rules or as a harness does."
-        if compat not in (None, "lmms-eval"): raise ValueError(f"compat is None or 'lmms-eval', not {compat!r}")
-        return (self.harness or self.judge)(text, question) if compat else self.judge(text, question)
+        if compat not in (None, "lmms-eval"):
+            raise ValueError(f"compat is None or 'lmms-eval', not {compat!r}")
+        return (
+            (self.harness or self.judge)(text, question) if compat else self.judge(text, question)
+        )
+
 
 SCORERS = {
     "exact": Scorer(exact, metric="exact match", harness=harness_exact),
     "yes_no": Scorer(yes_no, yes_no_score, harness=harness_yes_no),
-    "mme_pairs": Scorer(mme_yes_no, paired_score, "(acc + acc+) / 2", pair_worth, harness=harness_mme),
+    "mme_pairs": Scorer(
+        mme_yes_no, paired_score, "(acc + acc+) / 2", pair_worth, harness=harness_mme
+    ),
     "mme": Scorer(mme_yes_no, mme_score, "sum of acc + acc+", pair_worth, 200.0, harness_mme),
     "letter": Scorer(letter, harness=harness_letter),
     "diagram": Scorer(letter, harness=harness_diagram),

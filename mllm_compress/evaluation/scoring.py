@@ -21,53 +21,91 @@ from tqdm import tqdm
 
 from .benchmarks import SMALL_SUITE, benchmark, load_questions
 from .generation import ask, weights_digest
+from mllm_compress.evaluation.intervals import (
+    avg_percent,
+    avg_percent_interval,
+    paired_difference,
+    score_interval,
+)
 from .scorers import SCORERS
-from .intervals import avg_percent, avg_percent_interval, paired_difference, score_interval
 
-_all_ = ["avg_percent"] # evaluation.avg_percent is where people look for it
+_all_ = ["avg_percent"]  # evaluation.avg_percent is where people look for it
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-006
 def answer_rows(
-    name: str,       # of a benchmark
-    questions: list, # of Question
-    answers: list,   # of Answer
-) -> pd.DataFrame:   # one row a question
+    name: str,  # of a benchmark
+    questions: list,  # of Question
+    answers: list,  # of Answer
+) -> pd.DataFrame:  # one row a question
     "Answers beside what was asked."
-    return pd.DataFrame([
-        {"benchmark": name, "id": q.id, "group": q.group, "subtask": q.extra.get("subtask", ""), "prompt": q.prompt, "answer": q.answer,
-         "options": list(q.options), "extra": q.extra, "prediction": a.text, "candidate": a.candidate}
-        for q, a in zip(questions, answers)])
+    return pd.DataFrame(
+        [
+            {
+                "benchmark": name,
+                "id": q.id,
+                "group": q.group,
+                "subtask": q.extra.get("subtask", ""),
+                "prompt": q.prompt,
+                "answer": q.answer,
+                "options": list(q.options),
+                "extra": q.extra,
+                "prediction": a.text,
+                "candidate": a.candidate,
+            }
+            for q, a in zip(questions, answers)
+        ]
+    )
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-008
 def judge(
-    frame: pd.DataFrame,        # of answer_rows
+    frame: pd.DataFrame,  # of answer_rows
     compat: str | None = None,  # "lmms-eval" reads answers as that harness does
-) -> pd.DataFrame:              # with columns parsed, value, candidate_value
+) -> pd.DataFrame:  # with columns parsed, value, candidate_value
     "Read and judge every answer."
     parsed, value, candidate = [], [], []
-    for name, answer, options, extra, said, picked in frame[["benchmark", "answer", "options", "extra", "prediction", "candidate"]].itertuples(index=False):
-        scorer, fields = SCORERS[benchmark(name).scorer], {"answer": answer, "options": options} | extra
+    for name, answer, options, extra, said, picked in frame[
+        ["benchmark", "answer", "options", "extra", "prediction", "candidate"]
+    ].itertuples(index=False):
+        scorer, fields = (
+            SCORERS[benchmark(name).scorer],
+            {"answer": answer, "options": options} | extra,
+        )
         read = scorer.read(said, fields, compat)
-        parsed.append(read.parsed); value.append(read.value)
+        parsed.append(read.parsed)
+        value.append(read.value)
         candidate.append(scorer.judge(picked, fields).value if isinstance(picked, str) else np.nan)
-    return frame.assign(parsed=pd.Series(parsed, frame.index, dtype=object), value=value, candidate_value=candidate)
+    return frame.assign(
+        parsed=pd.Series(parsed, frame.index, dtype=object), value=value, candidate_value=candidate
+    )
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-010
 def score(
-    frame: pd.DataFrame, # judged answers to one benchmark
+    frame: pd.DataFrame,  # judged answers to one benchmark
 ) -> dict:
     "The result of one benchmark."
     name, n = frame.benchmark.iloc[0], len(frame)
     scorer = SCORERS[benchmark(name).scorer]
-    parts, (low, high, method) = scorer.combine(frame), score_interval(scorer.worth(frame), scorer.scale)
-    return {"benchmark": name, "metric": scorer.metric, "score": parts.pop("score"), "n": n, "low": low, "high": high, "interval": method,
-            "candidate_score": 100 * frame.candidate_value.mean(), "unparseable": int(frame.parsed.isna().sum())} | parts
+    parts, (low, high, method) = (
+        scorer.combine(frame),
+        score_interval(scorer.worth(frame), scorer.scale),
+    )
+    return {
+        "benchmark": name,
+        "metric": scorer.metric,
+        "score": parts.pop("score"),
+        "n": n,
+        "low": low,
+        "high": high,
+        "interval": method,
+        "candidate_score": 100 * frame.candidate_value.mean(),
+        "unparseable": int(frame.parsed.isna().sum()),
+    } | parts
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-012
 def score_all(
-    frame: pd.DataFrame,       # answers, judged or not
-    compat: str | None = None, # judge again, as a harness does
-) -> pd.DataFrame:             # one row a benchmark
+    frame: pd.DataFrame,  # answers, judged or not
+    compat: str | None = None,  # judge again, as a harness does
+) -> pd.DataFrame:  # one row a benchmark
     "The results of all benchmarks in a frame of answers."
     frame = judge(frame, compat) if compat or "value" not in frame else frame
     return pd.DataFrame([score(f) for _, f in frame.groupby("benchmark", sort=False)])
@@ -75,8 +113,9 @@ def score_all(
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-014
 _NESTED = ("answer", "options", "extra")
 
+
 def write_part(
-    frame: pd.DataFrame, # of answer_rows, one benchmark
+    frame: pd.DataFrame,  # of answer_rows, one benchmark
     folder: Path,
 ):
     "Add answers to a folder, all or none of them."
@@ -89,185 +128,291 @@ def write_part(
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-016
 def load_predictions(
-    folder, # that evaluate wrote
-) -> pd.DataFrame: # of answer_rows
+    folder,  # that evaluate wrote
+) -> pd.DataFrame:  # of answer_rows
     "The answers kept in a folder."
     parts = sorted(Path(folder).glob("*/part-*.parquet"))
-    if not parts: raise FileNotFoundError(f"no predictions in {folder}; evaluate(…, folder=…) writes them")
+    if not parts:
+        raise FileNotFoundError(f"no predictions in {folder}; evaluate(…, folder=…) writes them")
     frame = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     return frame.assign(**{c: frame[c].map(json.loads) for c in _NESTED})
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-018
 def open_folder(
-    folder, # for predictions, new or of the same run
-    run: dict, # what identifies the run
-) -> pd.DataFrame | None: # answers already there
+    folder,  # for predictions, new or of the same run
+    run: dict,  # what identifies the run
+) -> pd.DataFrame | None:  # answers already there
     "Start or resume a folder of predictions."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "run.json"
     if note.exists() and (found := json.loads(note.read_text())) != run:
-        raise ValueError(f"{folder} holds the answers of another run ({found}), not of this one ({run}); give each model its own folder")
+        raise ValueError(
+            f"{folder} holds the answers of another run ({found}), not of this one ({run}); give each model its own folder"
+        )
     note.write_text(json.dumps(run))
     return load_predictions(folder) if list(folder.glob("*/part-*.parquet")) else None
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-020
-def image_order(questions: list) -> list: # for each question the rank of its first image
+def image_order(questions: list) -> list:  # for each question the rank of its first image
     "Rank questions by when their image first appeared."
     rank = {}
     return [rank.setdefault(id(q.images[0]) if q.images else None, len(rank)) for q in questions]
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-022
 def ask_on(
-    models: list,    # copies of one model, on as many devices
+    models: list,  # copies of one model, on as many devices
     processor,
-    questions: list, # of Question
+    questions: list,  # of Question
     max_new_tokens: int,
     batch_size: int,
-    tick=None,       # told how many questions each batch answered
-) -> list:           # of Answer, in the order of the questions
+    tick=None,  # told how many questions each batch answered
+) -> list:  # of Answer, in the order of the questions
     "Deal the questions out to copies of a model."
-    if len(models) == 1: return ask(models[0], processor, questions, max_new_tokens, batch_size, tick)
+    if len(models) == 1:
+        return ask(models[0], processor, questions, max_new_tokens, batch_size, tick)
     turn = [rank % len(models) for rank in image_order(questions)]
     shares = [[q for q, t in zip(questions, turn) if t == k] for k in range(len(models))]
     with ThreadPoolExecutor(len(models)) as pool:
-        answers = [iter(a) for a in pool.map(lambda m, share: ask(m, processor, share, max_new_tokens, batch_size, tick), models, shares)]
+        answers = [
+            iter(a)
+            for a in pool.map(
+                lambda m, share: ask(m, processor, share, max_new_tokens, batch_size, tick),
+                models,
+                shares,
+            )
+        ]
     return [next(answers[t]) for t in turn]
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-024
 def evaluate(
-    model,                      # MLLM
-    processor,                  # its processor
-    benchmarks=SMALL_SUITE,     # names
-    limit: int | None = None,   # questions of each
-    split: str = "test",        # or "validation", for tuning
-    batch_size: int = 256,      # questions at a time; halved when memory runs out
-    folder=None,                # keeps the answers; an interrupted evaluation resumes
+    model,  # MLLM
+    processor,  # its processor
+    benchmarks=SMALL_SUITE,  # names
+    limit: int | None = None,  # questions of each
+    split: str = "test",  # or "validation", for tuning
+    batch_size: int = 256,  # questions at a time; halved when memory runs out
+    folder=None,  # keeps the answers; an interrupted evaluation resumes
     compat: str | None = None,  # "lmms-eval" reads answers as that harness does
-    root: str | None = None,    # folder of the public sets
-    devices: tuple | None = None, # copies of the model go there
-    save_every: int = 4096,     # questions
-    return_predictions: bool = False, # also give the judged answers
-) -> pd.DataFrame:              # one row a benchmark
+    root: str | None = None,  # folder of the public sets
+    devices: tuple | None = None,  # copies of the model go there
+    save_every: int = 4096,  # questions
+    return_predictions: bool = False,  # also give the judged answers
+) -> pd.DataFrame:  # one row a benchmark
     "Score a model on benchmarks."
-    names = [benchmark(n).name for n in ([benchmarks] if isinstance(benchmarks, str) else benchmarks)]
+    names = [
+        benchmark(n).name for n in ([benchmarks] if isinstance(benchmarks, str) else benchmarks)
+    ]
     asked = {n: load_questions(n, split, limit, None if root is None else str(root)) for n in names}
-    kept = None if folder is None else open_folder(folder, {"model": weights_digest(model), "split": split})
+    kept = (
+        None
+        if folder is None
+        else open_folder(folder, {"model": weights_digest(model), "split": split})
+    )
     frames = [] if kept is None else [kept]
     models = [model] if not devices else [copy.deepcopy(model).to(d) for d in devices]
     portions = list(todo(asked, kept, save_every))
-    with tqdm(total=sum(len(questions) for questions, _ in portions), desc="questions", leave=False) as bar:
+    with tqdm(
+        total=sum(len(questions) for questions, _ in portions), desc="questions", leave=False
+    ) as bar:
         for questions, tokens in portions:
-            answers = ask_on(models, processor, [q for _, q in questions], tokens, batch_size, bar.update)
+            answers = ask_on(
+                models, processor, [q for _, q in questions], tokens, batch_size, bar.update
+            )
             for name in dict.fromkeys(n for n, _ in questions):
                 mine = [(q, a) for (n, q), a in zip(questions, answers) if n == name]
                 frames.append(answer_rows(name, *zip(*mine)))
-                if folder is not None: write_part(frames[-1], Path(folder))
+                if folder is not None:
+                    write_part(frames[-1], Path(folder))
     found = judge(in_order(pd.concat(frames, ignore_index=True), asked), compat)
     return (score_all(found), found) if return_predictions else score_all(found)
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-026
 def todo(
-    asked: dict,                # benchmark -> questions
+    asked: dict,  # benchmark -> questions
     kept: pd.DataFrame | None,  # answers that are there already
-    size: int,                  # questions at a time
-):                              # yields ([(benchmark, Question)], max_new_tokens)
+    size: int,  # questions at a time
+):  # yields ([(benchmark, Question)], max_new_tokens)
     "Portions of the questions that are still to be asked, those about one image together."
     done = set() if kept is None else set(zip(kept.benchmark, kept.id))
     for tokens in dict.fromkeys(benchmark(n).max_new_tokens for n in asked):
-        pool = [(n, q) for n in asked if benchmark(n).max_new_tokens == tokens for q in asked[n] if (n, q.id) not in done]
+        pool = [
+            (n, q)
+            for n in asked
+            if benchmark(n).max_new_tokens == tokens
+            for q in asked[n]
+            if (n, q.id) not in done
+        ]
         order = image_order([q for _, q in pool])
         pool = [pool[i] for i in sorted(range(len(pool)), key=order.__getitem__)]
-        for start in range(0, len(pool), size): yield pool[start:start + size], tokens
+        for start in range(0, len(pool), size):
+            yield pool[start : start + size], tokens
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-028
 def in_order(
-    frame: pd.DataFrame, # answers
-    asked: dict,         # benchmark -> questions
+    frame: pd.DataFrame,  # answers
+    asked: dict,  # benchmark -> questions
 ) -> pd.DataFrame:
     "The answers to what was asked, in that order."
     keys = [(n, q.id) for n in asked for q in asked[n]]
-    return frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"]).loc[keys].reset_index()[frame.columns]
+    return (
+        frame.drop_duplicates(["benchmark", "id"])
+        .set_index(["benchmark", "id"])
+        .loc[keys]
+        .reset_index()[frame.columns]
+    )
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-034
 def units(
-    frame: pd.DataFrame, # judged answers
-) -> dict:               # benchmark -> columns "unit", "stratum", "worth"
+    frame: pd.DataFrame,  # judged answers
+) -> dict:  # benchmark -> columns "unit", "stratum", "worth"
     "What every question, or pair of questions, was worth."
-    return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in frame.groupby("benchmark", sort=False)}
+    return {
+        name: SCORERS[benchmark(name).scorer].worth(f)
+        for name, f in frame.groupby("benchmark", sort=False)
+    }
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-036
 def compare(
     first: pd.DataFrame,  # judged answers of one model
-    second: pd.DataFrame, # of another, to the same questions
-) -> pd.DataFrame:        # one row a benchmark
+    second: pd.DataFrame,  # of another, to the same questions
+) -> pd.DataFrame:  # one row a benchmark
     "First minus second on every benchmark, paired."
     a, b, rows = units(first), units(second), []
-    if set(a) != set(b): raise ValueError(f"both models need the same benchmarks; only one has {', '.join(sorted(set(a) ^ set(b)))}")
+    if set(a) != set(b):
+        raise ValueError(
+            f"both models need the same benchmarks; only one has {', '.join(sorted(set(a) ^ set(b)))}"
+        )
     for name in a:
         gap = paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
-        rows.append({"benchmark": name, "difference": gap.value, "low": gap.low, "high": gap.high, "p": gap.p, "n": gap.n, "test": gap.test})
+        rows.append(
+            {
+                "benchmark": name,
+                "difference": gap.value,
+                "low": gap.low,
+                "high": gap.high,
+                "p": gap.p,
+                "n": gap.n,
+                "test": gap.test,
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-038
 def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     "The questions that two models answered with different success."
-    both = first.merge(second[["benchmark", "id", "prediction", "value"]], on=["benchmark", "id"], suffixes=("_first", "_second"))
-    return both.loc[both.value_first != both.value_second, ["benchmark", "id", "prompt", "answer", "prediction_first", "prediction_second", "value_first", "value_second"]]
+    both = first.merge(
+        second[["benchmark", "id", "prediction", "value"]],
+        on=["benchmark", "id"],
+        suffixes=("_first", "_second"),
+    )
+    return both.loc[
+        both.value_first != both.value_second,
+        [
+            "benchmark",
+            "id",
+            "prompt",
+            "answer",
+            "prediction_first",
+            "prediction_second",
+            "value_first",
+            "value_second",
+        ],
+    ]
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-041
 def retained(
-    frame: pd.DataFrame, # judged answers of the compressed model
-    dense: pd.DataFrame, # of the original, to the same questions
-) -> tuple:              # (AVG-%, low, high)
+    frame: pd.DataFrame,  # judged answers of the compressed model
+    dense: pd.DataFrame,  # of the original, to the same questions
+) -> tuple:  # (AVG-%, low, high)
     "AVG-% with its 95 % interval."
     return avg_percent_interval(units(frame), units(dense))
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-044
 def published(
-    name: str = "best_compressed", # or "pruning_without_recovery", "models"
+    name: str = "best_compressed",  # or "pruning_without_recovery", "models"
 ) -> pd.DataFrame:
     "A printed table of the study, AVG-% recomputed beside the printed one."
     folder = files("mllm_compress") / "published"
     names = sorted(p.name[:-4] for p in folder.iterdir() if p.name.endswith(".csv"))
-    if name not in names: raise ValueError(f"unknown table {name!r}; printed are {', '.join(names)}")
-    with (folder / f"{name}.csv").open() as file: frame = pd.read_csv(file)
-    if "gqa" not in frame: return frame
+    if name not in names:
+        raise ValueError(f"unknown table {name!r}; printed are {', '.join(names)}")
+    with (folder / f"{name}.csv").open() as file:
+        frame = pd.read_csv(file)
+    if "gqa" not in frame:
+        return frame
     scores = frame.loc[:, "mmmu":"gqa"]
     dense = scores[frame.pruning == "none"].set_index(frame.model[frame.pruning == "none"])
-    return frame.assign(avg_percent=100 * (scores.to_numpy() / dense.loc[frame.model].to_numpy()).mean(1))
+    return frame.assign(
+        avg_percent=100 * (scores.to_numpy() / dense.loc[frame.model].to_numpy()).mean(1)
+    )
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-047
 def leaderboard(
-    results: dict,                # name -> frame of evaluate
-    dense: str | None = None,     # the name whose scores are 100 %
-    printed: str | None = None,   # also show a printed table, e.g. "best_compressed"
-) -> pd.DataFrame:                # columns model, source, benchmark, score, low, high, n, percent
+    results: dict,  # name -> frame of evaluate
+    dense: str | None = None,  # the name whose scores are 100 %
+    printed: str | None = None,  # also show a printed table, e.g. "best_compressed"
+) -> pd.DataFrame:  # columns model, source, benchmark, score, low, high, n, percent
     "One row per model and benchmark, with AVG-% where an original is named."
-    if dense is not None and dense not in results: raise ValueError(f"dense={dense!r} is not among the results: {', '.join(results)}")
-    frames = [rows.assign(model=name, source="ours", percent=np.nan if dense is None else 100 * rows.score.to_numpy()
-              / results[dense].set_index("benchmark").score.reindex(rows.benchmark).to_numpy()) for name, rows in results.items()]
-    if printed is not None: frames.append(printed_rows(published(printed)))
+    if dense is not None and dense not in results:
+        raise ValueError(f"dense={dense!r} is not among the results: {', '.join(results)}")
+    frames = [
+        rows.assign(
+            model=name,
+            source="ours",
+            percent=np.nan
+            if dense is None
+            else 100
+            * rows.score.to_numpy()
+            / results[dense].set_index("benchmark").score.reindex(rows.benchmark).to_numpy(),
+        )
+        for name, rows in results.items()
+    ]
+    if printed is not None:
+        frames.append(printed_rows(published(printed)))
     columns = ["model", "source", "benchmark", "score", "low", "high", "n", "percent"]
     return pd.concat([f.reindex(columns=columns) for f in frames], ignore_index=True)
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-049
 def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A printed table in the tidy form."
-    name = table.model + np.where(table.pruning == "none", "", " " + table.pruning + " " + (100 * table.ratio).round().astype(int).astype(str) + " % " + table.recovery)
-    tidy = table.assign(model=name, base=table.model).melt(["model", "base", "pruning"], table.loc[:, "mmmu":"gqa"].columns, "benchmark", "score")
+    name = table.model + np.where(
+        table.pruning == "none",
+        "",
+        " "
+        + table.pruning
+        + " "
+        + (100 * table.ratio).round().astype(int).astype(str)
+        + " % "
+        + table.recovery,
+    )
+    tidy = table.assign(model=name, base=table.model).melt(
+        ["model", "base", "pruning"], table.loc[:, "mmmu":"gqa"].columns, "benchmark", "score"
+    )
     original = tidy[tidy.pruning == "none"].set_index(["base", "benchmark"]).score
-    return tidy.assign(source="printed", percent=100 * tidy.score / original.loc[list(zip(tidy.base, tidy.benchmark))].to_numpy())
+    return tidy.assign(
+        source="printed",
+        percent=100 * tidy.score / original.loc[list(zip(tidy.base, tidy.benchmark))].to_numpy(),
+    )
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-051
 def leaderboard_table(
-    tidy: pd.DataFrame, # of leaderboard
+    tidy: pd.DataFrame,  # of leaderboard
     digits: int = 1,
-) -> pd.DataFrame:      # a row per model, a column per benchmark
+) -> pd.DataFrame:  # a row per model, a column per benchmark
     "Scores with their intervals, and AVG-%."
-    def cell(r): return f"{r.score:.{digits}f}" + ("" if np.isnan(r.low) else f" [{r.low:.{digits}f}, {r.high:.{digits}f}]")
+
+    def cell(r):
+        return f"{r.score:.{digits}f}" + (
+            "" if np.isnan(r.low) else f" [{r.low:.{digits}f}, {r.high:.{digits}f}]"
+        )
+
     shown = tidy.assign(shown=[cell(r) for r in tidy.itertuples()])
     wide = shown.pivot(index=["source", "model"], columns="benchmark", values="shown")
-    wide = wide.loc[tidy.set_index(["source", "model"]).index.unique(), list(tidy.benchmark.unique())].fillna("")
+    wide = wide.loc[
+        tidy.set_index(["source", "model"]).index.unique(), list(tidy.benchmark.unique())
+    ].fillna("")
     average = tidy.groupby(["source", "model"]).percent.mean()
-    return wide.assign(**{"AVG-%": [("" if np.isnan(v) else f"{v:.{digits}f}") for v in average.loc[wide.index]]})
+    return wide.assign(
+        **{"AVG-%": [("" if np.isnan(v) else f"{v:.{digits}f}") for v in average.loc[wide.index]]}
+    )

@@ -19,19 +19,38 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from ..anatomy.families import anatomy, count_parameters
 from .influence import PeakTensors, angular_distance, block_influence
-from .scores import (
-    LayerScores, WidthScores, add_channels, check_batches, evaluating, load_scores, mean_weights, model_inputs)
+from mllm_compress.importance.scores import (
+    LayerScores,
+    WidthScores,
+    add_channels,
+    check_batches,
+    evaluating,
+    load_scores,
+    mean_weights,
+    model_inputs,
+)
 from .taylor import CHUNK, ORDERS, output_gradients, taylor
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-006
-_all_ = ["LayerScores", "WidthScores", "load_scores", "block_influence", "angular_distance", "taylor", "ORDERS"]
+_all_ = [
+    "LayerScores",
+    "WidthScores",
+    "load_scores",
+    "block_influence",
+    "angular_distance",
+    "taylor",
+    "ORDERS",
+]
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-008
-def magnitude(model, batches: list | None = None, # not needed
-              p: float = 2, # power of |w|
-             ) -> WidthScores: # sum of |w|^p
+def magnitude(
+    model,
+    batches: list | None = None,  # not needed
+    p: float = 2,  # power of |w|
+) -> WidthScores:  # sum of |w|^p
     "Size of the weights of each head and neuron (Li et al. 2017, eq. 2)."
-    if p <= 0: raise ValueError(f"p={p}: a power above 0 is needed, such as 1 or 2.")
+    if p <= 0:
+        raise ValueError(f"p={p}: a power above 0 is needed, such as 1 or 2.")
     parts = anatomy(model)
     norm = lambda slot: slot.module.weight.detach().float().abs().pow(p).sum(1 - slot.axis)
     channels = {(i, s.name): norm(s) for i in range(parts.num_layers) for s in parts.linears(i)}
@@ -39,94 +58,152 @@ def magnitude(model, batches: list | None = None, # not needed
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-012
 @torch.no_grad()
-def activation(model, batches: list, # as for `block_influence`
-               token_weights: dict | str | None = None, # as for `block_influence`
-              ) -> WidthScores: # root mean square norm of a unit's output
+def activation(
+    model,
+    batches: list,  # as for `block_influence`
+    token_weights: dict | str | None = None,  # as for `block_influence`
+) -> WidthScores:  # root mean square norm of a unit's output
     "Norm of what each head and neuron hands on, over the calibration tokens."
-    parts, batches, image = anatomy(model), check_batches(batches), getattr(model.config, "image_token_id", None)
+    parts, batches, image = (
+        anatomy(model),
+        check_batches(batches),
+        getattr(model.config, "image_token_id", None),
+    )
     samples, power = sum(len(b["input_ids"]) for b in batches), {}
-    slots = {(i, s.name): s.module for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1}
+    slots = {
+        (i, s.name): s.module
+        for i in range(parts.num_layers)
+        for s in parts.linears(i)
+        if s.axis == 1
+    }
     for batch in batches:
         weights = mean_weights(batch, image, token_weights) / samples
-        def listen(key): return lambda _, args: power.update({key: power.get(key, 0) + torch.einsum(
-            "btc,bt->c", args[0].float().square(), weights.to(args[0].device))})
+
+        def listen(key):
+            return lambda _, args: power.update(
+                {
+                    key: power.get(key, 0)
+                    + torch.einsum(
+                        "btc,bt->c", args[0].float().square(), weights.to(args[0].device)
+                    )
+                }
+            )
+
         hooks = [module.register_forward_pre_hook(listen(key)) for key, module in slots.items()]
         try:
-            with evaluating(model): model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+            with evaluating(model):
+                model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
         finally:
-            for hook in hooks: hook.remove()
-    squares = add_channels(parts, power, "activation", {"samples": samples, "token_weights": token_weights})
+            for hook in hooks:
+                hook.remove()
+    squares = add_channels(
+        parts, power, "activation", {"samples": samples, "token_weights": token_weights}
+    )
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))
     return WidthScores(*roots, "activation", squares.meta)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-016
-def random_scores(model, batches: list | None = None, # not needed
-                  seed: int = 0,
-                 ) -> WidthScores: # uniform between 0 and 1
+def random_scores(
+    model,
+    batches: list | None = None,  # not needed
+    seed: int = 0,
+) -> WidthScores:  # uniform between 0 and 1
     "A random order of the heads and of the neurons of each layer."
     parts, generator = anatomy(model), torch.Generator().manual_seed(seed)
-    draw = lambda count: {i: torch.rand(count(i), generator=generator) for i in range(parts.num_layers)}
-    return WidthScores(draw(parts.groups), draw(parts.neurons), "random", {"seed": seed, "model_type": parts.text_config.model_type})
+    draw = lambda count: {
+        i: torch.rand(count(i), generator=generator) for i in range(parts.num_layers)
+    }
+    return WidthScores(
+        draw(parts.groups),
+        draw(parts.neurons),
+        "random",
+        {"seed": seed, "model_type": parts.text_config.model_type},
+    )
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-019
-WIDTH_METHODS = {"taylor": taylor, "magnitude": magnitude, "activation": activation, "random": random_scores}
+WIDTH_METHODS = {
+    "taylor": taylor,
+    "magnitude": magnitude,
+    "activation": activation,
+    "random": random_scores,
+}
+
 
 def call_method(methods: dict, method: str, model, batches, options: dict):
     "Look up, check the options, call."
-    if method not in methods: raise ValueError(f"method={method!r}: use one of {', '.join(methods)}.")
+    if method not in methods:
+        raise ValueError(f"method={method!r}: use one of {', '.join(methods)}.")
     known = set(inspect.signature(methods[method]).parameters) - {"model", "batches"}
     if set(options) - known:
-        raise ValueError(f"{method} has no option {sorted(set(options) - known)[0]!r}; it has {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"{method} has no option {sorted(set(options) - known)[0]!r}; it has {', '.join(sorted(known))}."
+        )
     return methods[method](model, batches, **options)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-021
-def width_importance(model, # MLLM or causal LM of a known family
-                     batches: list | None = None, # calibration batches; magnitude and random need none
-                     method: str = "taylor", # taylor, magnitude, activation, random
-                     **options, # of the method: order=, mode=, token_weights=, recompute=; p=; seed=
-                    ) -> WidthScores:
+def width_importance(
+    model,  # MLLM or causal LM of a known family
+    batches: list | None = None,  # calibration batches; magnitude and random need none
+    method: str = "taylor",  # taylor, magnitude, activation, random
+    **options,  # of the method: order=, mode=, token_weights=, recompute=; p=; seed=
+) -> WidthScores:
     "Scores of the heads and neurons of every layer; lower goes first."
     return call_method(WIDTH_METHODS, method, model, batches, options)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-025
-def whole_layers(scores: WidthScores, # of every layer
-                ) -> LayerScores:     # sum over the heads and neurons of each layer
+def whole_layers(
+    scores: WidthScores,  # of every layer
+) -> LayerScores:  # sum over the heads and neurons of each layer
     "Layer scores from width scores."
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
+
 def layer_method(method):
     "The layer form of a width method, with the same options."
-    def score(model, batches, **options): return whole_layers(method(model, batches, **options))
+
+    def score(model, batches, **options):
+        return whole_layers(method(model, batches, **options))
+
     score.__signature__ = inspect.signature(method)
     return score
 
-LAYER_METHODS = {"block_influence": block_influence, "angular_distance": angular_distance,
-                 **{name: layer_method(method) for name, method in WIDTH_METHODS.items()}}
+
+LAYER_METHODS = {
+    "block_influence": block_influence,
+    "angular_distance": angular_distance,
+    **{name: layer_method(method) for name, method in WIDTH_METHODS.items()},
+}
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-027
-def layer_importance(model, # MLLM or causal LM of a known family
-                     batches: list | None = None, # calibration batches; magnitude and random need none
-                     method: str = "block_influence", # block_influence, angular_distance, taylor, magnitude, activation, random
-                     **options, # of the method: mode=, token_weights=; n=, tokens=; order=; p=; seed=
-                    ) -> LayerScores:
+def layer_importance(
+    model,  # MLLM or causal LM of a known family
+    batches: list | None = None,  # calibration batches; magnitude and random need none
+    method: str = "block_influence",  # block_influence, angular_distance, taylor, magnitude, activation, random
+    **options,  # of the method: mode=, token_weights=; n=, tokens=; order=; p=; seed=
+) -> LayerScores:
     "Scores of the decoder layers; lower goes first."
     return call_method(LAYER_METHODS, method, model, batches, options)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-030
-def narrow(config, layers: int) -> tuple: # (config, k)
+def narrow(config, layers: int) -> tuple:  # (config, k)
     "The text config with all widths divided by the largest common factor k, and few layers."
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     k = math.gcd(config.num_attention_heads, groups, config.intermediate_size, config.hidden_size)
     small = copy.deepcopy(config)
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(small, name, None): setattr(small, name, getattr(small, name) // k)
+        if getattr(small, name, None):
+            setattr(small, name, getattr(small, name) // k)
     small.num_hidden_layers, small.vocab_size = layers, 8
-    if getattr(small, "layer_types", None): small.layer_types = small.layer_types[:layers]
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[:layers]
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
     return small, k
 
-def trace(config, layers: int, dtype, tokens: int = 64) -> tuple: # (saved, working, forward only) bytes
+
+def trace(
+    config, layers: int, dtype, tokens: int = 64
+) -> tuple:  # (saved, working, forward only) bytes
     "Tensors alive after a forward pass with gradients, at most during its backward pass, and at most without gradients."
     small, k = narrow(config, layers)
     model = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
@@ -135,13 +212,15 @@ def trace(config, layers: int, dtype, tokens: int = 64) -> tuple: # (saved, work
         y = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
         saved = memory.now
         y.backward(torch.ones_like(y))
-    with PeakTensors() as forward, torch.no_grad(): model.model(inputs_embeds=x, use_cache=False)
+    with PeakTensors() as forward, torch.no_grad():
+        model.model(inputs_embeds=x, use_cache=False)
     return [k * b / tokens for b in (saved, memory.peak - saved, forward.peak)]
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-032
-def activation_bytes(config, # a text config, or that of an MLLM
-                     dtype: torch.dtype = torch.bfloat16,
-                    ) -> dict: # bytes per token: "layer" saved by each, "ends" (norm, rotary), "working" in the backward pass, "forward" without one
+def activation_bytes(
+    config,  # a text config, or that of an MLLM
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict:  # bytes per token: "layer" saved by each, "ends" (norm, rotary), "working" in the backward pass, "forward" without one
     "What the architecture keeps per token, found by running a narrow copy of it."
     config = config.get_text_config()
     (one, working, forward), (two, *_) = (trace(config, layers, dtype) for layers in (1, 2))
@@ -151,60 +230,98 @@ def activation_bytes(config, # a text config, or that of an MLLM
 @dataclass(frozen=True)
 class ScoringMemory:
     "Bytes that a scoring pass holds at its peak, by purpose, beside what holding all gradients would add."
-    weights: int
-    activations: int # kept for the backward pass
-    working: int # of one layer, the logits, and one block of gradients
-    all_gradients: int # what the straightforward code adds: gradients, and squared gradients for param_second and param_mix
 
-    total = property(lambda self: self.weights + self.activations + self.working, doc="Bytes at the peak.")
+    weights: int
+    activations: int  # kept for the backward pass
+    working: int  # of one layer, the logits, and one block of gradients
+    all_gradients: int  # what the straightforward code adds: gradients, and squared gradients for param_second and param_mix
+
+    total = property(
+        lambda self: self.weights + self.activations + self.working, doc="Bytes at the peak."
+    )
 
     def __repr__(self):
-        parts = ", ".join(f"{n} {getattr(self, n) / 2**30:.2f}" for n in ("weights", "activations", "working"))
+        parts = ", ".join(
+            f"{n} {getattr(self, n) / 2**30:.2f}" for n in ("weights", "activations", "working")
+        )
         return f"ScoringMemory({self.total / 2**30:.2f} GiB: {parts}; all gradients would add {self.all_gradients / 2**30:.2f})"
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-038
 def as_meta(model_or_config) -> PreTrainedModel:
     "The model itself, or one without storage made from its config."
-    if isinstance(model_or_config, torch.nn.Module): return model_or_config
-    if not hasattr(model_or_config, "get_text_config"): raise ValueError(f"a model or a config is needed, got {type(model_or_config).__name__}.")
-    auto = AutoModelForImageTextToText if hasattr(model_or_config, "vision_config") else AutoModelForCausalLM
-    with torch.device("meta"): return auto.from_config(model_or_config)
+    if isinstance(model_or_config, torch.nn.Module):
+        return model_or_config
+    if not hasattr(model_or_config, "get_text_config"):
+        raise ValueError(f"a model or a config is needed, got {type(model_or_config).__name__}.")
+    auto = (
+        AutoModelForImageTextToText
+        if hasattr(model_or_config, "vision_config")
+        else AutoModelForCausalLM
+    )
+    with torch.device("meta"):
+        return auto.from_config(model_or_config)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-040
-def scoring_memory(model_or_config, # a model (also on meta), or a config
-                   tokens: int = 728, # per sample, image tokens included
-                   batch_size: int = 1,
-                   method: str = "taylor", # or "block_influence"
-                   order: str = "param_first", # for taylor
-                   supervised: int = 32, # positions per batch whose logits are computed
-                   recompute: bool = False, # for taylor
-                   dtype: torch.dtype = torch.bfloat16,
-                   device: str = "cuda", # sets the block size of the gradients
-                  ) -> ScoringMemory:
+def scoring_memory(
+    model_or_config,  # a model (also on meta), or a config
+    tokens: int = 728,  # per sample, image tokens included
+    batch_size: int = 1,
+    method: str = "taylor",  # or "block_influence"
+    order: str = "param_first",  # for taylor
+    supervised: int = 32,  # positions per batch whose logits are computed
+    recompute: bool = False,  # for taylor
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",  # sets the block size of the gradients
+) -> ScoringMemory:
     "Peak memory of scoring, on paper: nothing of the model's size is allocated."
-    if method not in ("taylor", "block_influence"): raise ValueError(f"method={method!r}: use 'taylor' or 'block_influence'.")
-    if order not in ORDERS: raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
+    if method not in ("taylor", "block_influence"):
+        raise ValueError(f"method={method!r}: use 'taylor' or 'block_influence'.")
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
     parts, size = anatomy(as_meta(model_or_config)), dtype.itemsize
-    parameters, per, n = count_parameters(parts.model), activation_bytes(parts.text_config, dtype), tokens * batch_size
-    layers, hidden, logits = parts.num_layers, n * parts.hidden_size * size, supervised * batch_size * parts.vocab_size
+    parameters, per, n = (
+        count_parameters(parts.model),
+        activation_bytes(parts.text_config, dtype),
+        tokens * batch_size,
+    )
+    layers, hidden, logits = (
+        parts.num_layers,
+        n * parts.hidden_size * size,
+        supervised * batch_size * parts.vocab_size,
+    )
     if method == "block_influence":
-        return ScoringMemory(parameters * size, 0, int(n * per["forward"] + batch_size * parts.vocab_size * size), 0)
+        return ScoringMemory(
+            parameters * size, 0, int(n * per["forward"] + batch_size * parts.vocab_size * size), 0
+        )
     kept = (layers - 1) * hidden + n * per["layer"] if recompute else n * layers * per["layer"]
     largest = max(s.module.weight.numel() for s in parts.linears(0))
-    block = min(CHUNK.get(device, CHUNK["cuda"]), largest) * (4 * (5 if ORDERS[order].curvature else 3) + size)
-    working = max(logits * (size + 3 * 4), n * per["working"] + block)  # the logits are gone when the layers' turn comes
+    block = min(CHUNK.get(device, CHUNK["cuda"]), largest) * (
+        4 * (5 if ORDERS[order].curvature else 3) + size
+    )
+    working = max(
+        logits * (size + 3 * 4), n * per["working"] + block
+    )  # the logits are gone when the layers' turn comes
     copies = 2 if ORDERS[order].curvature else 1
-    return ScoringMemory(parameters * size, int(kept + n * per["ends"]), int(working), copies * parameters * size)
+    return ScoringMemory(
+        parameters * size, int(kept + n * per["ends"]), int(working), copies * parameters * size
+    )
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-044
-def largest_batch(model_or_config, card_gib: float, # memory of the card
-                  reserve_gib: float = 1, # for the driver and fragmentation
-                  **options, # of `scoring_memory`
-                 ) -> int: # 0 if not even one sample fits
+def largest_batch(
+    model_or_config,
+    card_gib: float,  # memory of the card
+    reserve_gib: float = 1,  # for the driver and fragmentation
+    **options,  # of `scoring_memory`
+) -> int:  # 0 if not even one sample fits
     "Samples of one micro-batch that fit on a card."
     model = as_meta(model_or_config)
     one, many = (scoring_memory(model, batch_size=b, **options).total for b in (32, 64))
     slope = (many - one) / 32
     batch = max(0, int(((card_gib - reserve_gib) * 2**30 - one) // slope) + 32)
-    while batch and scoring_memory(model, batch_size=batch, **options).total > (card_gib - reserve_gib) * 2**30: batch -= 1
+    while (
+        batch
+        and scoring_memory(model, batch_size=batch, **options).total
+        > (card_gib - reserve_gib) * 2**30
+    ):
+        batch -= 1
     return batch

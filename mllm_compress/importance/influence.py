@@ -16,44 +16,64 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..anatomy.families import Anatomy, anatomy
-from .scores import LayerScores, check_batches, evaluating, mean_weights, model_inputs
+from mllm_compress.importance.scores import (
+    LayerScores,
+    check_batches,
+    evaluating,
+    mean_weights,
+    model_inputs,
+)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-006
-CHUNK = {"cpu": 2**17, "cuda": 2**22} # elements looked at together: half a megabyte stays in a CPU's cache, a GPU wants fewer launches
+CHUNK = {
+    "cpu": 2**17,
+    "cuda": 2**22,
+}  # elements looked at together: half a megabyte stays in a CPU's cache, a GPU wants fewer launches
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-008
-def inner_products(x: torch.Tensor, y: torch.Tensor, # [..., hidden], the same shape, any float dtype
-                  ) -> torch.Tensor:                 # [3, tokens] float32: x·y, |x|, |y|
+def inner_products(
+    x: torch.Tensor,
+    y: torch.Tensor,  # [..., hidden], the same shape, any float dtype
+) -> torch.Tensor:  # [3, tokens] float32: x·y, |x|, |y|
     "Inner product and norms of each pair of rows, streaming."
-    x, y = x.flatten(0, -2), y.flatten(0, -2)        # [tokens, hidden]
+    x, y = x.flatten(0, -2), y.flatten(0, -2)  # [tokens, hidden]
     rows = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // x.shape[-1])
     out = torch.empty(3, len(x), device=x.device)
     for o, a, b in zip(out.split(rows, 1), x.split(rows), y.split(rows)):
-        a, b = a.float(), b.float()                  # no copy if they are float32 already
+        a, b = a.float(), b.float()  # no copy if they are float32 already
         o[0], o[1], o[2] = torch.linalg.vecdot(a, b), a.norm(dim=-1), b.norm(dim=-1)
     return out
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-010
-def cosine_change(x: torch.Tensor, # [..., hidden] what enters
-                  y: torch.Tensor, # [..., hidden] what leaves
-                 ) -> torch.Tensor: # [...] float32, from 0 (same direction) to 2 (opposite)
+def cosine_change(
+    x: torch.Tensor,  # [..., hidden] what enters
+    y: torch.Tensor,  # [..., hidden] what leaves
+) -> torch.Tensor:  # [...] float32, from 0 (same direction) to 2 (opposite)
     "1 - cos of each pair of rows, in float32 whatever the dtype (Men et al. 2024, eq. 1)."
     dot, norm_x, norm_y = inner_products(x, y)
-    return (1 - dot / (norm_x * norm_y).clamp_min(torch.finfo(torch.float32).tiny)).view(x.shape[:-1])
+    return (1 - dot / (norm_x * norm_y).clamp_min(torch.finfo(torch.float32).tiny)).view(
+        x.shape[:-1]
+    )
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-016
 class PeakTensors(TorchDispatchMode):
     "Bytes of the tensors made inside this context: alive `now`, and at their `peak`. Views count once, buffers inside a kernel not at all."
+
     def __init__(self):
         super().__init__()
         self.alive, self.now, self.peak = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        known = {
+            id(t.untyped_storage())
+            for t in tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             storage = tensor.untyped_storage()
-            if id(storage) not in known and id(storage) not in self.alive: self.add(storage)
+            if id(storage) not in known and id(storage) not in self.alive:
+                self.add(storage)
         return out
 
     def add(self, storage):
@@ -63,39 +83,56 @@ class PeakTensors(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self.remove, key)
 
-    def remove(self, key): self.now -= self.alive.pop(key)
+    def remove(self, key):
+        self.now -= self.alive.pop(key)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-021
 @contextmanager
-def hidden_states(parts: Anatomy,       # of the model whose forward pass is heard
-                  see,                  # see(i, state) for h_0 (embeddings) to h_L (output of the last layer)
-                  normed: bool = False, # show h_L after the final norm instead of before it
-                 ):
+def hidden_states(
+    parts: Anatomy,  # of the model whose forward pass is heard
+    see,  # see(i, state) for h_0 (embeddings) to h_L (output of the last layer)
+    normed: bool = False,  # show h_L after the final norm instead of before it
+):
     "Within this context, `see` is called with every hidden state of the decoder as it appears."
-    def entering(i): return lambda _, args, kwargs: see(i, args[0] if args else kwargs["hidden_states"])
-    def leaving(_, args, output): see(parts.num_layers, output if normed else args[0])
-    hooks = [layer.register_forward_pre_hook(entering(i), with_kwargs=True) for i, layer in enumerate(parts.layers)]
+
+    def entering(i):
+        return lambda _, args, kwargs: see(i, args[0] if args else kwargs["hidden_states"])
+
+    def leaving(_, args, output):
+        see(parts.num_layers, output if normed else args[0])
+
+    hooks = [
+        layer.register_forward_pre_hook(entering(i), with_kwargs=True)
+        for i, layer in enumerate(parts.layers)
+    ]
     hooks.append(parts.final_norm.register_forward_hook(leaving))
-    try: yield
+    try:
+        yield
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-025
 @torch.no_grad()
-def scan(model, batches: list,
-         change,         # change(x, y, weights) -> scalar
-         weigh,          # weigh(batch) -> [batch, tokens]
-         n: int = 1,     # layers between the compared states
-         normed: bool = False,
-        ) -> torch.Tensor: # [layers - n + 1] float64, summed over the batches
+def scan(
+    model,
+    batches: list,
+    change,  # change(x, y, weights) -> scalar
+    weigh,  # weigh(batch) -> [batch, tokens]
+    n: int = 1,  # layers between the compared states
+    normed: bool = False,
+) -> torch.Tensor:  # [layers - n + 1] float64, summed over the batches
     "Sum `change` over all batches, for each block of `n` layers."
     parts = anatomy(model)
     totals = torch.zeros(parts.num_layers - n + 1, dtype=torch.float64)
     for batch in batches:
         weights, earlier, changes = weigh(batch).to(model.device), deque(), []
+
         def see(_, state):
-            if len(earlier) == n: changes.append(change(earlier.popleft(), state, weights.to(state.device)))
+            if len(earlier) == n:
+                changes.append(change(earlier.popleft(), state, weights.to(state.device)))
             earlier.append(state)
+
         with evaluating(model), hidden_states(parts, see, normed):
             model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
         totals += torch.stack([c.cpu() for c in changes]).double()
@@ -115,23 +152,43 @@ def reference_change(x, y, weights):
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-031
 def check_mode(mode: str, token_weights=None) -> None:
     "'default' or 'reference'; the reference knows no token weights."
-    if mode not in ("default", "reference"): raise ValueError(f"mode={mode!r}: use 'default' or 'reference'.")
+    if mode not in ("default", "reference"):
+        raise ValueError(f"mode={mode!r}: use 'default' or 'reference'.")
     if mode == "reference" and token_weights is not None:
-        raise ValueError("token_weights need mode='default': the original sums over all tokens alike.")
+        raise ValueError(
+            "token_weights need mode='default': the original sums over all tokens alike."
+        )
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-032
-def block_influence(model, # MLLM or causal LM of a known family
-                    batches: list, # dicts with input_ids [batch, tokens]; attention_mask, pixel_values, labels where there are any
-                    mode: str = "default", # "default", or "reference": a plain sum over all tokens, h_L after the final norm
-                    token_weights: dict | str | None = None, # {"image": 1, "prompt": 1, "answer": 1}, "balanced", None: all alike
-                   ) -> LayerScores: # 1 - cos per layer: mean over tokens, then samples (reference: the sum)
+def block_influence(
+    model,  # MLLM or causal LM of a known family
+    batches: list,  # dicts with input_ids [batch, tokens]; attention_mask, pixel_values, labels where there are any
+    mode: str = "default",  # "default", or "reference": a plain sum over all tokens, h_L after the final norm
+    token_weights: dict
+    | str
+    | None = None,  # {"image": 1, "prompt": 1, "answer": 1}, "balanced", None: all alike
+) -> LayerScores:  # 1 - cos per layer: mean over tokens, then samples (reference: the sum)
     "Block influence of each decoder layer (Men et al. 2024, eq. 1); lower goes first."
     check_mode(mode, token_weights)
     batches, reference = check_batches(batches), mode == "reference"
-    samples, image = sum(len(b["input_ids"]) for b in batches), getattr(model.config, "image_token_id", None)
-    weigh = (lambda b: torch.ones(1)) if reference else (lambda b: mean_weights(b, image, token_weights))
-    total = scan(model, batches, reference_change if reference else weighted_change, weigh, normed=reference)
-    meta = {"mode": mode, "samples": samples, "token_weights": token_weights, "model_type": anatomy(model).text_config.model_type}
+    samples, image = (
+        sum(len(b["input_ids"]) for b in batches),
+        getattr(model.config, "image_token_id", None),
+    )
+    weigh = (
+        (lambda b: torch.ones(1))
+        if reference
+        else (lambda b: mean_weights(b, image, token_weights))
+    )
+    total = scan(
+        model, batches, reference_change if reference else weighted_change, weigh, normed=reference
+    )
+    meta = {
+        "mode": mode,
+        "samples": samples,
+        "token_weights": token_weights,
+        "model_type": anatomy(model).text_config.model_type,
+    }
     return LayerScores(total if reference else total / samples, "block_influence", meta)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-044
@@ -141,25 +198,38 @@ def angular_change(x, y, weights):
     return torch.where(weights > 0, weights * angle, 0).sum()
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-046
-def last_token(weights: torch.Tensor, # [batch, tokens] row sums 1
-              ) -> torch.Tensor:      # the same, all weight on the last position that had any
+def last_token(
+    weights: torch.Tensor,  # [batch, tokens] row sums 1
+) -> torch.Tensor:  # the same, all weight on the last position that had any
     "Move the weight of each row to its last token."
     last = (weights > 0).float().cumsum(1).argmax(1)  # the first place where the count is complete
     return torch.nn.functional.one_hot(last, weights.shape[1]).float()
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-047
-def angular_distance(model, batches: list, # as for `block_influence`
-                     n: int, # layers in a block
-                     tokens: str = "all", # "all", or "last" token of each sample as in the source
-                     token_weights: dict | str | None = None, # as for `block_influence`
-                    ) -> LayerScores: # [layers - n + 1], the block starting at each layer; from 0 to 1
+def angular_distance(
+    model,
+    batches: list,  # as for `block_influence`
+    n: int,  # layers in a block
+    tokens: str = "all",  # "all", or "last" token of each sample as in the source
+    token_weights: dict | str | None = None,  # as for `block_influence`
+) -> LayerScores:  # [layers - n + 1], the block starting at each layer; from 0 to 1
     "Angle over π between what enters and leaves each block of `n` layers (Gromov et al. 2024, eq. 6); lower goes first."
     layers = anatomy(model).num_layers
-    if not isinstance(n, int) or not 1 <= n <= layers: raise ValueError(f"n={n!r}: a block has 1 to {layers} layers in this model.")
-    if tokens not in ("all", "last"): raise ValueError(f"tokens={tokens!r}: use 'all' or 'last'.")
+    if not isinstance(n, int) or not 1 <= n <= layers:
+        raise ValueError(f"n={n!r}: a block has 1 to {layers} layers in this model.")
+    if tokens not in ("all", "last"):
+        raise ValueError(f"tokens={tokens!r}: use 'all' or 'last'.")
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     pick = last_token if tokens == "last" else (lambda w: w)
-    total = scan(model, batches, angular_change, lambda b: pick(mean_weights(b, image, token_weights)), n)
+    total = scan(
+        model, batches, angular_change, lambda b: pick(mean_weights(b, image, token_weights)), n
+    )
     samples = sum(len(b["input_ids"]) for b in batches)
-    meta = {"n": n, "tokens": tokens, "samples": samples, "token_weights": token_weights, "model_type": anatomy(model).text_config.model_type}
+    meta = {
+        "n": n,
+        "tokens": tokens,
+        "samples": samples,
+        "token_weights": token_weights,
+        "model_type": anatomy(model).text_config.model_type,
+    }
     return LayerScores(total / samples, "angular_distance", meta)

@@ -21,28 +21,38 @@ from safetensors.torch import load, save
 from ..anatomy.families import Anatomy
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-006
-def as_scores(values: torch.Tensor, # [n], any float dtype and device
-              name: str,            # for the error
-             ) -> torch.Tensor:     # [n] float32 on the CPU
+def as_scores(
+    values: torch.Tensor,  # [n], any float dtype and device
+    name: str,  # for the error
+) -> torch.Tensor:  # [n] float32 on the CPU
     "A checked, detached copy of `values`."
     values = torch.as_tensor(values).detach().to("cpu", torch.float32).clone()
-    if values.ndim != 1 or not len(values): raise ValueError(f"{name}: a list of numbers is needed, got shape {tuple(values.shape)}.")
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name}: a list of numbers is needed, got shape {tuple(values.shape)}.")
     if not values.isfinite().all():
         bad = (~values.isfinite()).nonzero()[:, 0].tolist()
-        raise ValueError(f"{name}: the scores at {bad[:5]} are not finite. Look for NaN in the weights or the "
-                         "calibration batches, or score in float32 or bfloat16 instead of float16.")
+        raise ValueError(
+            f"{name}: the scores at {bad[:5]} are not finite. Look for NaN in the weights or the "
+            "calibration batches, or score in float32 or bfloat16 instead of float16."
+        )
     return values
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-008
 @dataclass(frozen=True, eq=False)
 class LayerScores:
     "One score per decoder layer (or block start); lower goes first."
-    values: torch.Tensor # [layers] float32
-    kind: str # how they were made, such as "block_influence"
-    meta: dict = field(default_factory=dict) # JSON values: mode, samples, tokens, …
 
-    def __post_init__(self): object.__setattr__(self, "values", as_scores(self.values, self.kind))
-    def __repr__(self): return f"LayerScores({self.kind}, lowest first: {self.values.argsort(stable=True).tolist()})"
+    values: torch.Tensor  # [layers] float32
+    kind: str  # how they were made, such as "block_influence"
+    meta: dict = field(default_factory=dict)  # JSON values: mode, samples, tokens, …
+
+    def __post_init__(self):
+        object.__setattr__(self, "values", as_scores(self.values, self.kind))
+
+    def __repr__(self):
+        return (
+            f"LayerScores({self.kind}, lowest first: {self.values.argsort(stable=True).tolist()})"
+        )
 
     def save(self, folder):
         "Write scores.safetensors and scores.json."
@@ -52,23 +62,34 @@ class LayerScores:
 @dataclass(frozen=True, eq=False)
 class WidthScores:
     "One score per head and neuron of every layer; lower goes first, within a layer."
-    heads: dict # layer -> [groups] float32
-    neurons: dict # layer -> [neurons] float32
-    kind: str # how they were made, such as "taylor"
-    meta: dict = field(default_factory=dict) # JSON values: order, mode, samples, loss, …
+
+    heads: dict  # layer -> [groups] float32
+    neurons: dict  # layer -> [neurons] float32
+    kind: str  # how they were made, such as "taylor"
+    meta: dict = field(default_factory=dict)  # JSON values: order, mode, samples, loss, …
 
     def __post_init__(self):
         for name in ("heads", "neurons"):
-            checked = {int(i): as_scores(v, f"{self.kind} {name} of layer {i}") for i, v in getattr(self, name).items()}
+            checked = {
+                int(i): as_scores(v, f"{self.kind} {name} of layer {i}")
+                for i, v in getattr(self, name).items()
+            }
             object.__setattr__(self, name, dict(sorted(checked.items())))
 
     def __repr__(self):
-        counts = [f"{sum(map(len, d.values()))} {n} in {len(d)} layers" for n, d in (("heads", self.heads), ("neurons", self.neurons))]
+        counts = [
+            f"{sum(map(len, d.values()))} {n} in {len(d)} layers"
+            for n, d in (("heads", self.heads), ("neurons", self.neurons))
+        ]
         return f"WidthScores({self.kind}, {', '.join(counts)})"
 
     def save(self, folder):
         "Write scores.safetensors and scores.json."
-        write_scores(folder, {f"{n}.{i}": v for n in ("heads", "neurons") for i, v in getattr(self, n).items()}, self)
+        write_scores(
+            folder,
+            {f"{n}.{i}": v for n in ("heads", "neurons") for i, v in getattr(self, n).items()},
+            self,
+        )
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-018
 def write_scores(folder: str | Path, tensors: dict, scores) -> None:
@@ -76,42 +97,73 @@ def write_scores(folder: str | Path, tensors: dict, scores) -> None:
     folder, data = Path(folder), save(tensors)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.safetensors").write_bytes(data)
-    record = {"type": type(scores).__name__, "kind": scores.kind, "meta": scores.meta, "sha256": hashlib.sha256(data).hexdigest()}
+    record = {
+        "type": type(scores).__name__,
+        "kind": scores.kind,
+        "meta": scores.meta,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     (folder / "scores.json").write_text(json.dumps(record, indent=1) + "\n")
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-020
-def load_scores(folder: str | Path,             # as given to `.save`
-               ) -> LayerScores | WidthScores:  # whichever was saved there
+def load_scores(
+    folder: str | Path,  # as given to `.save`
+) -> LayerScores | WidthScores:  # whichever was saved there
     "Scores saved earlier; missing, truncated or swapped files are a ValueError."
     folder, names = Path(folder), ("scores.json", "scores.safetensors")
     missing = [n for n in names if not (folder / n).is_file()]
-    if missing: raise ValueError(f"no scores in {folder}: {' and '.join(missing)} missing. Save them with scores.save(folder).")
-    try: record = json.loads((folder / names[0]).read_text())
-    except json.JSONDecodeError as error: raise ValueError(f"{folder / names[0]} is not readable JSON ({error}); score again.") from None
+    if missing:
+        raise ValueError(
+            f"no scores in {folder}: {' and '.join(missing)} missing. Save them with scores.save(folder)."
+        )
+    try:
+        record = json.loads((folder / names[0]).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{folder / names[0]} is not readable JSON ({error}); score again."
+        ) from None
     data = (folder / names[1]).read_bytes()
     if hashlib.sha256(data).hexdigest() != record.get("sha256"):
-        raise ValueError(f"{folder / names[1]} is not the file that {names[0]} describes (truncated, edited or swapped); score again.")
+        raise ValueError(
+            f"{folder / names[1]} is not the file that {names[0]} describes (truncated, edited or swapped); score again."
+        )
     tensors, common = load(data), {"kind": record["kind"], "meta": record["meta"]}
-    if record["type"] == "LayerScores": return LayerScores(tensors["values"], **common)
-    split = {n: {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith(n)} for n in ("heads", "neurons")}
+    if record["type"] == "LayerScores":
+        return LayerScores(tensors["values"], **common)
+    split = {
+        n: {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith(n)}
+        for n in ("heads", "neurons")
+    }
     return WidthScores(**split, **common)
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-024
-def check_batches(batches,    # list of dicts with input_ids [batch, tokens]
-                 ) -> list:   # the same, checked
+def check_batches(
+    batches,  # list of dicts with input_ids [batch, tokens]
+) -> list:  # the same, checked
     "The calibration batches as a list; anything that cannot be scored is a ValueError."
     if isinstance(batches, Mapping) or batches is None:
-        raise ValueError(f"batches must be a list of dicts, got {'one dict' if batches is not None else None}: write [batch].")
+        raise ValueError(
+            f"batches must be a list of dicts, got {'one dict' if batches is not None else None}: write [batch]."
+        )
     batches = list(batches)
-    if not batches: raise ValueError("there are no calibration batches (an exhausted generator counts as empty).")
+    if not batches:
+        raise ValueError(
+            "there are no calibration batches (an exhausted generator counts as empty)."
+        )
     for k, batch in enumerate(batches):
         ids = batch.get("input_ids")
-        if ids is None: raise ValueError(f"batch {k} has no input_ids, only {sorted(batch)}.")
-        if ids.ndim != 2 or not ids.numel(): raise ValueError(f"batch {k}: input_ids must be [batch, tokens] and not empty, got {tuple(ids.shape)}.")
+        if ids is None:
+            raise ValueError(f"batch {k} has no input_ids, only {sorted(batch)}.")
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(
+                f"batch {k}: input_ids must be [batch, tokens] and not empty, got {tuple(ids.shape)}."
+            )
         for name in ("attention_mask", "labels"):
             if batch.get(name) is not None and batch[name].shape != ids.shape:
-                raise ValueError(f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is {tuple(ids.shape)}; "
-                                 "calibration batches hold one conversation per row.")
+                raise ValueError(
+                    f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is {tuple(ids.shape)}; "
+                    "calibration batches hold one conversation per row."
+                )
     return batches
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-026
@@ -127,14 +179,17 @@ def evaluating(model):
     "The model in evaluation mode within this context; each module's own mode is restored."
     training = [m for m in model.modules() if m.training]
     model.eval()
-    try: yield model
+    try:
+        yield model
     finally:
-        for m in training: m.training = True
+        for m in training:
+            m.training = True
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-031
-def token_kinds(batch: dict,                # with input_ids and, where there are any, attention_mask and labels
-                image_token_id: int | None, # None for a plain LM
-               ) -> dict:                   # kind -> bool [batch, tokens]
+def token_kinds(
+    batch: dict,  # with input_ids and, where there are any, attention_mask and labels
+    image_token_id: int | None,  # None for a plain LM
+) -> dict:  # kind -> bool [batch, tokens]
     "Which tokens are image, prompt and answer (supervised) tokens; padding is none of them."
     ids, mask, labels = (batch.get(k) for k in ("input_ids", "attention_mask", "labels"))
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -145,48 +200,71 @@ def token_kinds(batch: dict,                # with input_ids and, where there ar
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-035
 KINDS = ("image", "prompt", "answer")
 
+
 def check_token_weights(token_weights) -> None:
     "None, 'balanced', or a dict from kind to a number >= 0; all else is a ValueError."
-    if token_weights is None or token_weights == "balanced": return
-    valid = isinstance(token_weights, Mapping) and token_weights and set(token_weights) <= set(KINDS)
-    if not valid or not all(isinstance(w, (int, float)) and 0 <= w < float("inf") for w in token_weights.values()):
-        raise ValueError(f"token_weights={token_weights!r}: give 'balanced' or a dict with keys among {', '.join(KINDS)} and values >= 0.")
+    if token_weights is None or token_weights == "balanced":
+        return
+    valid = (
+        isinstance(token_weights, Mapping) and token_weights and set(token_weights) <= set(KINDS)
+    )
+    if not valid or not all(
+        isinstance(w, (int, float)) and 0 <= w < float("inf") for w in token_weights.values()
+    ):
+        raise ValueError(
+            f"token_weights={token_weights!r}: give 'balanced' or a dict with keys among {', '.join(KINDS)} and values >= 0."
+        )
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-037
-def position_weights(batch: dict, image_token_id: int | None,
-                     token_weights: dict | str | None = None, # weight of one token of each kind, "balanced", or None: all 1
-                    ) -> torch.Tensor:                        # [batch, tokens] float32
+def position_weights(
+    batch: dict,
+    image_token_id: int | None,
+    token_weights: dict
+    | str
+    | None = None,  # weight of one token of each kind, "balanced", or None: all 1
+) -> torch.Tensor:  # [batch, tokens] float32
     "How much each position counts."
     check_token_weights(token_weights)
     kinds = token_kinds(batch, image_token_id)
     if token_weights == "balanced":
-        return sum(k / k.sum(1, keepdim=True).clamp_min(1) for k in kinds.values())  # each kind adds up to 1 per sample
+        return sum(
+            k / k.sum(1, keepdim=True).clamp_min(1) for k in kinds.values()
+        )  # each kind adds up to 1 per sample
     return sum(k * float((token_weights or {}).get(name, 1)) for name, k in kinds.items()).float()
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-041
-def mean_weights(batch: dict, image_token_id: int | None,
-                 token_weights: dict | str | None = None,
-                ) -> torch.Tensor: # [batch, tokens] float32, each row adds up to 1
+def mean_weights(
+    batch: dict,
+    image_token_id: int | None,
+    token_weights: dict | str | None = None,
+) -> torch.Tensor:  # [batch, tokens] float32, each row adds up to 1
     "Position weights as a mean over the tokens of each sample."
     weights = position_weights(batch, image_token_id, token_weights)
     total = weights.sum(1, keepdim=True)  # [batch, 1]
     if (total == 0).any():
-        raise ValueError(f"sample {int((total[:, 0] == 0).nonzero()[0, 0])} of a batch has no token that counts under "
-                         f"token_weights={token_weights!r}: check its attention_mask and labels.")
+        raise ValueError(
+            f"sample {int((total[:, 0] == 0).nonzero()[0, 0])} of a batch has no token that counts under "
+            f"token_weights={token_weights!r}: check its attention_mask and labels."
+        )
     return weights / total
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-044
-def add_channels(parts: Anatomy, # of the scored model
-                 channels: dict, # (layer, slot name) -> [channels], along the slot's unit axis
-                 kind: str, meta: dict,
-                ) -> WidthScores:
+def add_channels(
+    parts: Anatomy,  # of the scored model
+    channels: dict,  # (layer, slot name) -> [channels], along the slot's unit axis
+    kind: str,
+    meta: dict,
+) -> WidthScores:
     "Sum channel scores over the channels of each head or neuron, and over the slots they run through."
     units = {"head": {}, "neuron": {}}
     for i in range(parts.num_layers):
         for slot in parts.linears(i):
-            if (i, slot.name) not in channels: continue
+            if (i, slot.name) not in channels:
+                continue
             owner = torch.cat([torch.arange(slot.units).repeat_interleave(w) for w in slot.widths])
             values = channels[i, slot.name].detach().float().cpu()[slot.index(range(slot.units))]
             total = units[slot.kind].setdefault(i, torch.zeros(slot.units))
             total.index_add_(0, owner, values)
-    return WidthScores(units["head"], units["neuron"], kind, {"model_type": parts.text_config.model_type} | meta)
+    return WidthScores(
+        units["head"], units["neuron"], kind, {"model_type": parts.text_config.model_type} | meta
+    )

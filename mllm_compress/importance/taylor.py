@@ -16,51 +16,74 @@ from torch.utils.checkpoint import checkpoint
 
 from ..anatomy.families import Anatomy, LinearSlot, anatomy
 from .influence import check_mode
-from .scores import (
-    WidthScores, add_channels, check_batches, check_token_weights, evaluating, model_inputs, position_weights)
+from mllm_compress.importance.scores import (
+    WidthScores,
+    add_channels,
+    check_batches,
+    check_token_weights,
+    evaluating,
+    model_inputs,
+    position_weights,
+)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-006
 @dataclass(frozen=True)
 class Order:
     "One variant of Taylor importance."
-    formula: Callable # (w, g, H, dim) -> [channels]; its absolute value is the score
-    curvature: bool # needs H
-    additive: bool # micro-batches add up to exactly the score of one batch
+
+    formula: Callable  # (w, g, H, dim) -> [channels]; its absolute value is the score
+    curvature: bool  # needs H
+    additive: bool  # micro-batches add up to exactly the score of one batch
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-008
 ORDERS = {
-    "vectorize":    Order(lambda w, g, H, dim: (w * g).sum(dim), curvature=False, additive=True),
-    "param_first":  Order(lambda w, g, H, dim: (w * g).abs().sum(dim), curvature=False, additive=False),
+    "vectorize": Order(lambda w, g, H, dim: (w * g).sum(dim), curvature=False, additive=True),
+    "param_first": Order(
+        lambda w, g, H, dim: (w * g).abs().sum(dim), curvature=False, additive=False
+    ),
     "param_second": Order(lambda w, g, H, dim: (w * w * H).sum(dim), curvature=True, additive=True),
-    "param_mix":    Order(lambda w, g, H, dim: (w * g - w * w * H / 2).abs().sum(dim), curvature=True, additive=False),
+    "param_mix": Order(
+        lambda w, g, H, dim: (w * g - w * w * H / 2).abs().sum(dim), curvature=True, additive=False
+    ),
 }
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-012
-def gradient_moments(x: torch.Tensor,      # [batch, tokens, in] inputs of a linear layer
-                     delta: torch.Tensor,  # [batch, tokens, out] gradients of the summed loss at its outputs
-                     counts: list,         # [batch] supervised tokens of each sample
-                     totals: tuple,        # (supervised tokens, samples that have any), over the whole calibration
-                     curvature: bool,      # whether H is needed
-                    ) -> tuple:            # g [out, in] of the mean loss, H [out, in] or None; float32
+def gradient_moments(
+    x: torch.Tensor,  # [batch, tokens, in] inputs of a linear layer
+    delta: torch.Tensor,  # [batch, tokens, out] gradients of the summed loss at its outputs
+    counts: list,  # [batch] supervised tokens of each sample
+    totals: tuple,  # (supervised tokens, samples that have any), over the whole calibration
+    curvature: bool,  # whether H is needed
+) -> tuple:  # g [out, in] of the mean loss, H [out, in] or None; float32
     "Gradient of the label-mean loss, and mean over samples of the squared per-sample gradients."
     tokens, samples = totals
-    if not curvature: return (delta.flatten(0, 1).T @ x.flatten(0, 1)).float() / tokens, None
+    if not curvature:
+        return (delta.flatten(0, 1).T @ x.flatten(0, 1)).float() / tokens, None
     g = torch.zeros(delta.shape[-1], x.shape[-1], device=x.device)
     H = torch.zeros_like(g)
     for b, n in enumerate(counts):
-        if n == 0: continue  # an unsupervised sample has no gradient
+        if n == 0:
+            continue  # an unsupervised sample has no gradient
         g_b = (delta[b].T @ x[b]).float()
         g.add_(g_b, alpha=1 / tokens)
         H.addcmul_(g_b, g_b, value=1 / (n * n * samples))
     return g, H
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-016
-CHUNK = {"cpu": 2**20, "cuda": 2**24} # weights whose gradient exists at once: 4 MB float32 on a CPU, 64 MB on a GPU
+CHUNK = {
+    "cpu": 2**20,
+    "cuda": 2**24,
+}  # weights whose gradient exists at once: 4 MB float32 on a CPU, 64 MB on a GPU
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
-def channel_scores(slot: LinearSlot, x: torch.Tensor, delta: torch.Tensor, # as in `gradient_moments`
-                   counts: list, totals: tuple, order: Order,
-                  ) -> torch.Tensor: # [channels] float32, signed for `vectorize`
+def channel_scores(
+    slot: LinearSlot,
+    x: torch.Tensor,
+    delta: torch.Tensor,  # as in `gradient_moments`
+    counts: list,
+    totals: tuple,
+    order: Order,
+) -> torch.Tensor:  # [channels] float32, signed for `vectorize`
     "Scores of the rows (axis 0) or columns (axis 1) of one linear layer, its gradient formed block by block."
     weight, axis = slot.module.weight.detach(), slot.axis
     step = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // weight.shape[1 - axis])
@@ -74,6 +97,7 @@ def channel_scores(slot: LinearSlot, x: torch.Tensor, delta: torch.Tensor, # as 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
 class Probe(torch.autograd.Function):
     "Identity that shows (input, output gradient) of a linear layer to `see` during the backward pass."
+
     @staticmethod
     def forward(ctx, output, x, see):
         ctx.save_for_backward(x)
@@ -90,47 +114,72 @@ class Probe(torch.autograd.Function):
 def frozen(model):
     "No parameter asks for a gradient within this context."
     asking = [p for p in model.parameters() if p.requires_grad]
-    for p in asking: p.requires_grad_(False)
-    try: yield
+    for p in asking:
+        p.requires_grad_(False)
+    try:
+        yield
     finally:
-        for p in asking: p.requires_grad_(True)
+        for p in asking:
+            p.requires_grad_(True)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-024
 @contextmanager
 def recomputing(layers):
     "Keep only the input of each layer, and run the layer again when the backward pass needs the rest."
     own = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers: layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try: yield
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
     finally:
         for layer, forward in zip(layers, own):
             del layer.forward
-            if forward is not None: layer.forward = forward
+            if forward is not None:
+                layer.forward = forward
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-026
 @contextmanager
-def output_gradients(parts: Anatomy,          # of the model
-                     see: Callable,           # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
-                     recompute: bool = False, # trade a second forward pass for the activations of all layers but one
-                    ):
+def output_gradients(
+    parts: Anatomy,  # of the model
+    see: Callable,  # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
+    recompute: bool = False,  # trade a second forward pass for the activations of all layers but one
+):
     "Within this context, a backward pass calls `see` for every linear slot and allocates no weight gradient."
-    def enter(_, args): return (args[0].detach().requires_grad_(), *args[1:])
-    def probe(i, slot): return lambda _, args, output: Probe.apply(output, args[0], partial(see, i, slot)) if output.requires_grad else None
+
+    def enter(_, args):
+        return (args[0].detach().requires_grad_(), *args[1:])
+
+    def probe(i, slot):
+        return lambda _, args, output: (
+            Probe.apply(output, args[0], partial(see, i, slot)) if output.requires_grad else None
+        )
+
     with ExitStack() as stack:
-        for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()): stack.enter_context(context)
-        if recompute: stack.enter_context(recomputing(parts.layers))
+        for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
+            stack.enter_context(context)
+        if recompute:
+            stack.enter_context(recomputing(parts.layers))
         hooks = [parts.layers[0].register_forward_pre_hook(enter)]
-        hooks += [s.module.register_forward_hook(probe(i, s)) for i in range(parts.num_layers) for s in parts.linears(i)]
-        for hook in hooks: stack.callback(hook.remove)
+        hooks += [
+            s.module.register_forward_hook(probe(i, s))
+            for i in range(parts.num_layers)
+            for s in parts.linears(i)
+        ]
+        for hook in hooks:
+            stack.callback(hook.remove)
         yield
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-028
-def summed_loss(model, batch: dict,   # on any device
-                labels: torch.Tensor, # [batch, tokens], -100 = not supervised
-               ) -> torch.Tensor:     # scalar: sum over supervised tokens
+def summed_loss(
+    model,
+    batch: dict,  # on any device
+    labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
+) -> torch.Tensor:  # scalar: sum over supervised tokens
     "Next-token cross-entropy, computed at the positions that predict a supervised token."
     before = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
-    logits = model(**model_inputs(model, batch), use_cache=False, logits_to_keep=before.to(model.device)).logits
+    logits = model(
+        **model_inputs(model, batch), use_cache=False, logits_to_keep=before.to(model.device)
+    ).logits
     logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
     target = labels[:, before + 1].flatten().to(logits.device)
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
@@ -139,17 +188,29 @@ def summed_loss(model, batch: dict,   # on any device
 def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     "The labels of a batch: its own, or for a plain LM its tokens (default mode: without padding)."
     ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
-    if labels is not None: return labels
-    if multimodal: raise ValueError("a batch has no labels: give labels with -100 on image, prompt and padding tokens.")
-    if mode == "reference" or mask is None: return ids
-    follows = mask.bool() & torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # nothing real precedes the first token of a left-padded row
+    if labels is not None:
+        return labels
+    if multimodal:
+        raise ValueError(
+            "a batch has no labels: give labels with -100 on image, prompt and padding tokens."
+        )
+    if mode == "reference" or mask is None:
+        return ids
+    follows = (
+        mask.bool() & torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()
+    )  # nothing real precedes the first token of a left-padded row
     return ids.masked_fill(~follows, -100)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-034
 def one_batch(batches: list) -> list:
     "All batches as one."
-    if len({b["input_ids"].shape[1] for b in batches}) > 1 or len({frozenset(b) for b in batches}) > 1:
-        raise ValueError("mode='reference' scores one batch: pad the samples to one length, or use mode='default'.")
+    if (
+        len({b["input_ids"].shape[1] for b in batches}) > 1
+        or len({frozenset(b) for b in batches}) > 1
+    ):
+        raise ValueError(
+            "mode='reference' scores one batch: pad the samples to one length, or use mode='default'."
+        )
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-036
@@ -157,40 +218,70 @@ def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
     counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
     totals = sum(map(sum, counts)), sum(n > 0 for c in counts for n in c)
-    if not totals[0]: raise ValueError("no token is supervised: every label (after the first position) is -100.")
+    if not totals[0]:
+        raise ValueError("no token is supervised: every label (after the first position) is -100.")
     return counts, totals
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
 def check_order(order: str) -> Order:
     "The order of that name; an unknown name is a ValueError."
-    if order not in ORDERS: raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
     return ORDERS[order]
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-039
-def taylor(model, # MLLM or causal LM of a known family
-           batches: list, # dicts with input_ids [batch, tokens], labels (-100 = not supervised); attention_mask, pixel_values
-           order: str = "param_first", # vectorize, param_first, param_second, param_mix; micro-batches of the 1st and 3rd equal one batch
-           mode: str = "default", # "reference": all batches joined into one; without labels every token counts, padding too
-           token_weights: dict | str | None = None, # weight of each position's part δ·xᵀ of the gradients: {"image": .1}, "balanced"
-           recompute: bool = False, # recompute activations: about a third more time, memory of one layer
-          ) -> WidthScores: # per head (key/value group) and neuron; meta holds the mean loss
+def taylor(
+    model,  # MLLM or causal LM of a known family
+    batches: list,  # dicts with input_ids [batch, tokens], labels (-100 = not supervised); attention_mask, pixel_values
+    order: str = "param_first",  # vectorize, param_first, param_second, param_mix; micro-batches of the 1st and 3rd equal one batch
+    mode: str = "default",  # "reference": all batches joined into one; without labels every token counts, padding too
+    token_weights: dict
+    | str
+    | None = None,  # weight of each position's part δ·xᵀ of the gradients: {"image": .1}, "balanced"
+    recompute: bool = False,  # recompute activations: about a third more time, memory of one layer
+) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
     "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); gradients never outlive their layer. Lower goes first."
-    check_mode(mode, token_weights); check_token_weights(token_weights)
-    formula, parts, image = check_order(order), anatomy(model), getattr(model.config, "image_token_id", None)
+    check_mode(mode, token_weights)
+    check_token_weights(token_weights)
+    formula, parts, image = (
+        check_order(order),
+        anatomy(model),
+        getattr(model.config, "image_token_id", None),
+    )
     batches = check_batches(batches) if mode == "default" else one_batch(check_batches(batches))
     labels = [supervised(b, mode, image is not None) for b in batches]
-    (counts, totals), channels, loss = label_counts(labels), {}, 0.
+    (counts, totals), channels, loss = label_counts(labels), {}, 0.0
     for k, (batch, label) in enumerate(zip(batches, labels)):
-        if not sum(counts[k]): continue
-        weights = None if token_weights is None else position_weights({**batch, "labels": label}, image, token_weights)
+        if not sum(counts[k]):
+            continue
+        weights = (
+            None
+            if token_weights is None
+            else position_weights({**batch, "labels": label}, image, token_weights)
+        )
+
         def see(i, slot, x, delta):
-            if weights is not None: delta = delta * weights.to(delta)[..., None]
+            if weights is not None:
+                delta = delta * weights.to(delta)[..., None]
             scores = channel_scores(slot, x.detach(), delta, counts[k], totals, formula)
-            channels[i, slot.name] = channels[i, slot.name] + scores if (i, slot.name) in channels else scores
+            channels[i, slot.name] = (
+                channels[i, slot.name] + scores if (i, slot.name) in channels else scores
+            )
+
         with output_gradients(parts, see, recompute):
             total = summed_loss(model, batch, label)
-            if not total.isfinite(): raise ValueError(f"the loss of batch {k} is {total.item()}: look for NaN in weights or pixels, or score in float32.")
+            if not total.isfinite():
+                raise ValueError(
+                    f"the loss of batch {k} is {total.item()}: look for NaN in weights or pixels, or score in float32."
+                )
             total.backward()
         loss += total.item() / totals[0]
-    meta = {"order": order, "mode": mode, "token_weights": token_weights, "loss": loss, "samples": totals[1], "supervised_tokens": totals[0]}
+    meta = {
+        "order": order,
+        "mode": mode,
+        "token_weights": token_weights,
+        "loss": loss,
+        "samples": totals[1],
+        "supervised_tokens": totals[0],
+    }
     return add_channels(parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)

@@ -28,15 +28,16 @@ from ..anatomy.families import anatomy, count_parameters, lm_parameters
 @dataclass(frozen=True)
 class LayerSize:
     "Counts of one decoder layer: units present, and parameters that leave with one of them."
-    heads: int # key/value groups (heads, without grouped-query attention)
-    neurons: int # of the MLP
-    head_parameters: int # in one group with its query heads
-    neuron_parameters: int # in one neuron
-    parameters: int # in the whole layer, norms included
+
+    heads: int  # key/value groups (heads, without grouped-query attention)
+    neurons: int  # of the MLP
+    head_parameters: int  # in one group with its query heads
+    neuron_parameters: int  # in one neuron
+    parameters: int  # in the whole layer, norms included
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-008
 def layer_sizes(
-    model: PreTrainedModel, # on any device
+    model: PreTrainedModel,  # on any device
 ) -> list:
     "One LayerSize per decoder layer."
     parts, sizes = anatomy(model), []
@@ -44,35 +45,52 @@ def layer_sizes(
         cost = {"head": 0, "neuron": 0}
         for slot in parts.linears(i):
             per_channel = slot.module.weight.shape[1 - slot.axis]
-            if slot.axis == 0 and slot.module.bias is not None: per_channel += 1
+            if slot.axis == 0 and slot.module.bias is not None:
+                per_channel += 1
             cost[slot.kind] += per_channel * sum(slot.widths)
-        sizes.append(LayerSize(parts.groups(i), parts.neurons(i), cost["head"], cost["neuron"], count_parameters(layer)))
+        sizes.append(
+            LayerSize(
+                parts.groups(i),
+                parts.neurons(i),
+                cost["head"],
+                cost["neuron"],
+                count_parameters(layer),
+            )
+        )
     return sizes
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-012
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
     "What stays of a model: layers, and heads and neurons per layer, in original indices."
-    model_type: str # of the LM decoder the plan was made for
-    num_layers: int # decoder layers of that model
-    layers: tuple # kept layers, ascending
-    heads: dict = field(default_factory=dict) # layer -> kept key/value groups, ascending
-    neurons: dict = field(default_factory=dict) # layer -> kept neurons, ascending
-    requested_ratio: float | None = None # None if a count or a channel ratio was asked for
-    achieved_ratio: float = 0.0 # fraction of the LM decoder's parameters removed
-    method: str = "none" # none, layerwise, widthwise or layerwise+widthwise
-    shape: str = "none" # none, layers, blockwise or uniform
-    meta: dict = field(default_factory=dict) # sizes of the original model, how the plan was made
+
+    model_type: str  # of the LM decoder the plan was made for
+    num_layers: int  # decoder layers of that model
+    layers: tuple  # kept layers, ascending
+    heads: dict = field(default_factory=dict)  # layer -> kept key/value groups, ascending
+    neurons: dict = field(default_factory=dict)  # layer -> kept neurons, ascending
+    requested_ratio: float | None = None  # None if a count or a channel ratio was asked for
+    achieved_ratio: float = 0.0  # fraction of the LM decoder's parameters removed
+    method: str = "none"  # none, layerwise, widthwise or layerwise+widthwise
+    shape: str = "none"  # none, layers, blockwise or uniform
+    meta: dict = field(default_factory=dict)  # sizes of the original model, how the plan was made
 
     def __post_init__(self):
         ints = lambda kept: {int(i): tuple(map(int, kept[i])) for i in sorted(kept, key=int)}
-        for name, value in (("layers", tuple(map(int, self.layers))), ("heads", ints(self.heads)),
-                            ("neurons", ints(self.neurons)), ("meta", json.loads(json.dumps(self.meta)))):
+        for name, value in (
+            ("layers", tuple(map(int, self.layers))),
+            ("heads", ints(self.heads)),
+            ("neurons", ints(self.neurons)),
+            ("meta", json.loads(json.dumps(self.meta))),
+        ):
             object.__setattr__(self, name, value)
         check_plan(self)
 
-    def __str__(self): return plan_table(self)
-    def __repr__(self): return plan_table(self).splitlines()[0]
+    def __str__(self):
+        return plan_table(self)
+
+    def __repr__(self):
+        return plan_table(self).splitlines()[0]
 
     @property
     def removed_layers(self) -> tuple:
@@ -81,8 +99,11 @@ class PruningPlan:
 
     def removed(self, kind: str, layer: int) -> tuple:
         "Removed units of a kept layer; `kind` is heads or neurons."
-        if layer not in getattr(self, kind): return ()
-        return tuple(sorted(set(range(self.meta["sizes"][layer][kind])) - set(getattr(self, kind)[layer])))
+        if layer not in getattr(self, kind):
+            return ()
+        return tuple(
+            sorted(set(range(self.meta["sizes"][layer][kind])) - set(getattr(self, kind)[layer]))
+        )
 
     def to_json(self) -> str:
         "The plan as text."
@@ -97,53 +118,91 @@ class PruningPlan:
 METHODS = ("none", "layerwise", "widthwise", "layerwise+widthwise")
 SHAPES = ("none", "layers", "blockwise", "uniform")
 
+
 def check_kept(name: str, kept: tuple, total: int | None) -> None:
     "Kept indices must be ascending, distinct and in range, and not empty."
-    if not kept: raise ValueError(f"{name}: at least one must stay.")
-    if list(kept) != sorted(set(kept)): raise ValueError(f"{name} must be ascending and distinct, not {kept[:8]} …")
+    if not kept:
+        raise ValueError(f"{name}: at least one must stay.")
+    if list(kept) != sorted(set(kept)):
+        raise ValueError(f"{name} must be ascending and distinct, not {kept[:8]} …")
     if kept[0] < 0 or (total and kept[-1] >= total):
         raise ValueError(f"{name} must lie in 0 … {(total or 0) - 1}, not {kept[0]} … {kept[-1]}.")
 
+
 def check_plan(plan: PruningPlan) -> None:
     "Raise ValueError if a plan contradicts itself."
-    if plan.method not in METHODS: raise ValueError(f"method must be one of {METHODS}, not {plan.method!r}.")
-    if plan.shape not in SHAPES: raise ValueError(f"shape must be one of {SHAPES}, not {plan.shape!r}.")
+    if plan.method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, not {plan.method!r}.")
+    if plan.shape not in SHAPES:
+        raise ValueError(f"shape must be one of {SHAPES}, not {plan.shape!r}.")
     check_kept("layers", plan.layers, plan.num_layers)
     sizes = plan.meta.get("sizes", [{}] * plan.num_layers)
     for kind in ("heads", "neurons"):
         for i, kept in getattr(plan, kind).items():
-            if i not in plan.layers: raise ValueError(f"{kind} names layer {i}, which is not kept.")
+            if i not in plan.layers:
+                raise ValueError(f"{kind} names layer {i}, which is not kept.")
             check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-016
 def kept_parameters(size: LayerSize, heads: int, neurons: int) -> int:
     "Parameters of a layer that keeps this many heads and neurons."
-    return size.parameters - (size.heads - heads) * size.head_parameters - (size.neurons - neurons) * size.neuron_parameters
+    return (
+        size.parameters
+        - (size.heads - heads) * size.head_parameters
+        - (size.neurons - neurons) * size.neuron_parameters
+    )
+
 
 def make_plan(
-    model: PreTrainedModel, # the model to be pruned
-    layers=None, # kept layers; None keeps all
-    heads: dict | None = None, # layer -> kept heads
-    neurons: dict | None = None, # layer -> kept neurons
-    **fields, # requested_ratio, method, shape, and anything else for meta
+    model: PreTrainedModel,  # the model to be pruned
+    layers=None,  # kept layers; None keeps all
+    heads: dict | None = None,  # layer -> kept heads
+    neurons: dict | None = None,  # layer -> kept neurons
+    **fields,  # requested_ratio, method, shape, and anything else for meta
 ) -> PruningPlan:
     "A plan with explicit lists of what stays; the achieved ratio is computed."
     parts, sizes, total = anatomy(model), layer_sizes(model), lm_parameters(model)
     layers = tuple(range(len(sizes))) if layers is None else tuple(sorted(layers))
     heads, neurons = ({i: sorted(v) for i, v in (kept or {}).items()} for kept in (heads, neurons))
     known = {k: fields.pop(k) for k in ("requested_ratio", "method", "shape") if k in fields}
-    if "method" not in known: known.update(guess_method(len(layers) < len(sizes), heads or neurons))
+    if "method" not in known:
+        known.update(guess_method(len(layers) < len(sizes), heads or neurons))
     check_kept("layers", layers, len(sizes))
-    kept = sum(kept_parameters(sizes[i], len(heads.get(i, range(sizes[i].heads))),
-                               len(neurons.get(i, range(sizes[i].neurons)))) for i in layers)
+    kept = sum(
+        kept_parameters(
+            sizes[i],
+            len(heads.get(i, range(sizes[i].heads))),
+            len(neurons.get(i, range(sizes[i].neurons))),
+        )
+        for i in layers
+    )
     removed = sum(s.parameters for s in sizes) - kept
-    meta = dict(sizes=[asdict(s) for s in sizes], lm_parameters=total, head_dim=parts.head_dim,
-                hidden_size=parts.hidden_size, queries_per_group=parts.queries_per_group(0), **fields)
-    return PruningPlan(parts.family.name, len(sizes), layers, heads, neurons, achieved_ratio=removed / total, meta=meta, **known)
+    meta = dict(
+        sizes=[asdict(s) for s in sizes],
+        lm_parameters=total,
+        head_dim=parts.head_dim,
+        hidden_size=parts.hidden_size,
+        queries_per_group=parts.queries_per_group(0),
+        **fields,
+    )
+    return PruningPlan(
+        parts.family.name,
+        len(sizes),
+        layers,
+        heads,
+        neurons,
+        achieved_ratio=removed / total,
+        meta=meta,
+        **known,
+    )
+
 
 def guess_method(depth: bool, width) -> dict:
     "Method and shape of an explicit plan."
-    method = "+".join(name for name, used in (("layerwise", depth), ("widthwise", width)) if used) or "none"
+    method = (
+        "+".join(name for name, used in (("layerwise", depth), ("widthwise", width)) if used)
+        or "none"
+    )
     return {"method": method, "shape": "blockwise" if width else "layers" if depth else "none"}
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-018
@@ -156,20 +215,32 @@ def plan_none(
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-020
 def spans(numbers) -> str:
     "Ascending integers in short: 0-2,5."
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    runs = [
+        [n for _, n in run]
+        for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    ]
     return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+
 
 def plan_table(plan: PruningPlan) -> str:
     "The plan as a readable table, one line per run of equal layers."
     asked = "" if plan.requested_ratio is None else f"requested {plan.requested_ratio:.1%}, "
-    lines = [f"{plan.method} plan ({plan.shape}) for {plan.model_type}: {asked}achieved {plan.achieved_ratio:.1%} "
-             f"of the LM decoder, {len(plan.layers)} of {plan.num_layers} layers"]
-    if "sizes" not in plan.meta: return lines[0]
+    lines = [
+        f"{plan.method} plan ({plan.shape}) for {plan.model_type}: {asked}achieved {plan.achieved_ratio:.1%} "
+        f"of the LM decoder, {len(plan.layers)} of {plan.num_layers} layers"
+    ]
+    if "sizes" not in plan.meta:
+        return lines[0]
     rows = []
     for i, size in enumerate(LayerSize(**s) for s in plan.meta["sizes"]):
-        heads, neurons = (len(getattr(plan, k).get(i, range(getattr(size, k)))) for k in ("heads", "neurons"))
-        row = (f"{heads}/{size.heads}", f"{neurons}/{size.neurons}",
-               f"{kept_parameters(size, heads, neurons) / size.parameters:.1%}")
+        heads, neurons = (
+            len(getattr(plan, k).get(i, range(getattr(size, k)))) for k in ("heads", "neurons")
+        )
+        row = (
+            f"{heads}/{size.heads}",
+            f"{neurons}/{size.neurons}",
+            f"{kept_parameters(size, heads, neurons) / size.parameters:.1%}",
+        )
         rows.append(row if i in plan.layers else ("-", "-", "0.0%"))
     lines.append(f"{'layers':>10} {'heads':>9} {'neurons':>13} {'parameters kept':>16}")
     for row, run in groupby(range(len(rows)), rows.__getitem__):
@@ -177,16 +248,20 @@ def plan_table(plan: PruningPlan) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-024
-MAX_RATIO = 0.95 # beyond this no plan leaves a model worth the name
+MAX_RATIO = 0.95  # beyond this no plan leaves a model worth the name
+
 
 def check_ratio(ratio: float) -> None:
     "Ratios lie in [0, 0.95)."
     if not 0 <= ratio < MAX_RATIO:
-        raise ValueError(f"ratio {ratio} is outside [0, {MAX_RATIO}); it is the fraction of LM-decoder parameters to remove.")
+        raise ValueError(
+            f"ratio {ratio} is outside [0, {MAX_RATIO}); it is the fraction of LM-decoder parameters to remove."
+        )
+
 
 def nearest_prefix(
-    costs: torch.Tensor, # [steps] parameters removed by each step, in order
-    target: float, # parameters to remove
+    costs: torch.Tensor,  # [steps] parameters removed by each step, in order
+    target: float,  # parameters to remove
 ) -> int:
     "How many steps come nearest to `target`; ties go to fewer."
     reached = torch.cat([torch.zeros(1, dtype=torch.float64), costs.double().cumsum(0)])
@@ -196,60 +271,93 @@ def nearest_prefix(
 def check_reachable(ratio: float, most: float, remedy: str) -> None:
     "Raise ValueError naming the largest ratio that can be reached."
     if ratio > most + 1e-12:
-        raise ValueError(f"ratio {ratio} cannot be reached: the most this plan can remove is {most:.4f} "
-                         f"of the LM decoder. {remedy}")
+        raise ValueError(
+            f"ratio {ratio} cannot be reached: the most this plan can remove is {most:.4f} "
+            f"of the LM decoder. {remedy}"
+        )
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-028
 def layers_for_ratio(
     model: PreTrainedModel,
-    ratio: float, # fraction of LM-decoder parameters
-    order=None, # layers, first to go first; None is any order (layers of equal size)
+    ratio: float,  # fraction of LM-decoder parameters
+    order=None,  # layers, first to go first; None is any order (layers of equal size)
 ) -> int:
     "The number of layers whose removal comes nearest to `ratio`."
     check_ratio(ratio)
     sizes, total = layer_sizes(model), lm_parameters(model)
     order = range(len(sizes)) if order is None else order
-    costs = torch.tensor([sizes[i].parameters for i in list(order)[:len(sizes) - 1]])
-    check_reachable(ratio, float(costs.sum()) / total, "One layer must stay; add widthwise pruning or ask for less.")
+    costs = torch.tensor([sizes[i].parameters for i in list(order)[: len(sizes) - 1]])
+    check_reachable(
+        ratio,
+        float(costs.sum()) / total,
+        "One layer must stay; add widthwise pruning or ask for less.",
+    )
     return nearest_prefix(costs, ratio * total)
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-030
 def plan_layerwise(
     model: PreTrainedModel,
-    scores=None, # LayerScores of single layers or of contiguous blocks; not needed with `layers`
-    ratio: float | None = None, # fraction of LM-decoder parameters to remove
-    n_layers: int | None = None, # number of layers to remove
-    layers=None, # the layers to remove, by name
+    scores=None,  # LayerScores of single layers or of contiguous blocks; not needed with `layers`
+    ratio: float | None = None,  # fraction of LM-decoder parameters to remove
+    n_layers: int | None = None,  # number of layers to remove
+    layers=None,  # the layers to remove, by name
 ) -> PruningPlan:
     "Remove whole layers: the lowest scores, the lowest contiguous block, or an explicit list."
     total = anatomy(model).num_layers
-    given = [name for name, value in (("ratio", ratio), ("n_layers", n_layers), ("layers", layers)) if value is not None]
-    if len(given) != 1: raise ValueError(f"give exactly one of ratio, n_layers and layers, not {given or 'none'}.")
-    if layers is None and scores is None: raise ValueError("scores are needed, unless `layers` lists what to remove.")
-    removed = list(layers) if layers is not None else layers_to_remove(model, scores, ratio, n_layers)
+    given = [
+        name
+        for name, value in (("ratio", ratio), ("n_layers", n_layers), ("layers", layers))
+        if value is not None
+    ]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of ratio, n_layers and layers, not {given or 'none'}.")
+    if layers is None and scores is None:
+        raise ValueError("scores are needed, unless `layers` lists what to remove.")
+    removed = (
+        list(layers) if layers is not None else layers_to_remove(model, scores, ratio, n_layers)
+    )
     if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
-        raise ValueError(f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, not {removed}.")
-    return make_plan(model, set(range(total)) - set(removed), requested_ratio=ratio, method="layerwise", shape="layers",
-                     removal_order=removed, scores=score_record(scores))
+        raise ValueError(
+            f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, not {removed}."
+        )
+    return make_plan(
+        model,
+        set(range(total)) - set(removed),
+        requested_ratio=ratio,
+        method="layerwise",
+        shape="layers",
+        removal_order=removed,
+        scores=score_record(scores),
+    )
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-032
 def ascending(values: torch.Tensor, what: str) -> list:
     "Indices from the lowest score to the highest, ties by index; a nan is a ValueError."
-    if torch.isnan(values).any(): raise ValueError(f"{what} contain nan; score again in float32.")
+    if torch.isnan(values).any():
+        raise ValueError(f"{what} contain nan; score again in float32.")
     return torch.argsort(values, stable=True).tolist()
+
 
 def layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
     total, block = anatomy(model).num_layers, scores.meta.get("n") or 1
     if len(scores.values) != total - block + 1:
-        raise ValueError(f"{len(scores.values)} scores do not fit {total} layers; score this model itself.")
+        raise ValueError(
+            f"{len(scores.values)} scores do not fit {total} layers; score this model itself."
+        )
     order = ascending(scores.values, "layer scores")
     n = n_layers if ratio is None else layers_for_ratio(model, ratio, order if block == 1 else None)
-    if not 0 <= n < total: raise ValueError(f"n_layers must be in 0 … {total - 1}, not {n}.")
-    if block == 1: return order[:n]
-    if n != block: raise ValueError(f"these scores are of blocks of {block} layers, but {n} are to go; "
-                                    f"score again with angular_distance(model, batches, n={n}).")
+    if not 0 <= n < total:
+        raise ValueError(f"n_layers must be in 0 … {total - 1}, not {n}.")
+    if block == 1:
+        return order[:n]
+    if n != block:
+        raise ValueError(
+            f"these scores are of blocks of {block} layers, but {n} are to go; "
+            f"score again with angular_distance(model, batches, n={n})."
+        )
     return list(range(order[0], order[0] + block))
+
 
 def score_record(scores) -> dict | None:
     "What the plan remembers of its scores."
@@ -257,30 +365,33 @@ def score_record(scores) -> dict | None:
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-040
 def reference_count(
-    channels: int, # C, width of the layer
-    channel_ratio: float, # fraction of channels to remove
-    per_unit: int = 1, # channels of one unit
+    channels: int,  # C, width of the layer
+    channel_ratio: float,  # fraction of channels to remove
+    per_unit: int = 1,  # channels of one unit
 ) -> int:
     "Units the original implementation removes (its rounding, kept bit for bit)."
     return (channels - int(channels * (1 - channel_ratio))) // per_unit
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-044
 def ladder(
-    units: int, # present
-    step: int, # kept counts are multiples of this
+    units: int,  # present
+    step: int,  # kept counts are multiples of this
 ) -> list:
     "Counts that may be kept, descending, from all units to the fewest."
     return [units] + list(range((units - 1) // step * step, 0, -step))
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-046
 def removal_path(
-    sizes: dict, # layer -> LayerSize of the layers that may be split_grid
-    steps: dict, # "heads" and "neurons" -> kept counts are multiples of this
+    sizes: dict,  # layer -> LayerSize of the layers that may be split_grid
+    steps: dict,  # "heads" and "neurons" -> kept counts are multiples of this
 ) -> dict:
     "Every removal step in order: tensors layer, kind (0 heads, 1 neurons), kept, cost."
     due, layer, kind, kept, cost = [], [], [], [], []
     for i in sorted(sizes, reverse=True):
-        for k, name, price in ((0, "heads", sizes[i].head_parameters), (1, "neurons", sizes[i].neuron_parameters)):
+        for k, name, price in (
+            (0, "heads", sizes[i].head_parameters),
+            (1, "neurons", sizes[i].neuron_parameters),
+        ):
             counts = torch.tensor(ladder(getattr(sizes[i], name), steps[name]), dtype=torch.float64)
             due.append(1 - counts[1:] / counts[0])
             kept.append(counts[1:].long())
@@ -288,24 +399,27 @@ def removal_path(
             layer.append(torch.full_like(kept[-1], i))
             kind.append(torch.full_like(kept[-1], k))
     order = torch.argsort(torch.cat(due), stable=True)
-    return {name: torch.cat(value)[order] for name, value in
-            (("layer", layer), ("kind", kind), ("kept", kept), ("cost", cost))}
+    return {
+        name: torch.cat(value)[order]
+        for name, value in (("layer", layer), ("kind", kind), ("kept", kept), ("cost", cost))
+    }
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-050
 def rounded_steps(
-    round_to: int, # channels
-    group_channels: int, # query channels of one group
+    round_to: int,  # channels
+    group_channels: int,  # query channels of one group
 ) -> dict:
     "Step sizes, in units, that keep both widths multiples of `round_to`."
-    if round_to < 1: raise ValueError(f"round_to must be at least 1, not {round_to}.")
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, not {round_to}.")
     return {"heads": round_to // gcd(round_to, group_channels), "neurons": round_to}
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-052
 def solve_budget(
-    sizes: dict, # layer -> LayerSize of the layers that may be split_grid
-    target: int, # parameters to remove
-    steps: dict, # see rounded_steps
-    uniform: bool, # the same counts in every layer
+    sizes: dict,  # layer -> LayerSize of the layers that may be split_grid
+    target: int,  # parameters to remove
+    steps: dict,  # see rounded_steps
+    uniform: bool,  # the same counts in every layer
 ) -> dict:
     "Kept counts {heads: {layer: n}, neurons: {layer: n}} that come nearest to `target`."
     first = next(iter(sizes))
@@ -319,43 +433,64 @@ def solve_budget(
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-054
 def check_budget(sizes: dict, steps: dict, ratio: float, already: int, total: int) -> None:
     "Raise ValueError if thinning `sizes` to the last unit does not reach `ratio`."
-    most = sum(s.parameters - kept_parameters(s, ladder(s.heads, steps["heads"])[-1], ladder(s.neurons, steps["neurons"])[-1])
-               for s in sizes.values())
-    check_reachable(ratio, (already + most) / total, "Protect fewer layers, lower round_to, or remove layers first.")
+    most = sum(
+        s.parameters
+        - kept_parameters(
+            s, ladder(s.heads, steps["heads"])[-1], ladder(s.neurons, steps["neurons"])[-1]
+        )
+        for s in sizes.values()
+    )
+    check_reachable(
+        ratio,
+        (already + most) / total,
+        "Protect fewer layers, lower round_to, or remove layers first.",
+    )
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-056
 def unprotected(
-    kept: tuple, # layers of the model that stay
-    protect: tuple | None, # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
-    shape: str, # blockwise or uniform
+    kept: tuple,  # layers of the model that stay
+    protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
+    shape: str,  # blockwise or uniform
 ) -> tuple:
     "The layers that may be split_grid."
-    if shape not in ("blockwise", "uniform"): raise ValueError(f"shape must be blockwise or uniform, not {shape!r}.")
+    if shape not in ("blockwise", "uniform"):
+        raise ValueError(f"shape must be blockwise or uniform, not {shape!r}.")
     first, last = protect if protect is not None else (1, 1) if shape == "blockwise" else (0, 0)
     if shape == "uniform" and (first or last):
-        raise ValueError(f"a uniform plan thins every layer alike; protect={protect} needs shape='blockwise'.")
+        raise ValueError(
+            f"a uniform plan thins every layer alike; protect={protect} needs shape='blockwise'."
+        )
     if min(first, last) < 0 or first + last >= len(kept):
         raise ValueError(f"protect=({first}, {last}) leaves none of {len(kept)} layers to thin.")
-    return kept[first:len(kept) - last]
+    return kept[first : len(kept) - last]
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-058
-def budget_counts(model, ratio: float, kept: tuple, free: tuple, steps: dict, uniform: bool) -> dict:
+def budget_counts(
+    model, ratio: float, kept: tuple, free: tuple, steps: dict, uniform: bool
+) -> dict:
     "Kept counts for a parameter budget; what whole layers already removed is subtracted."
     check_ratio(ratio)
     all_sizes, total = layer_sizes(model), lm_parameters(model)
     sizes = {i: all_sizes[i] for i in free}
     if uniform and len(set(sizes.values())) > 1:
-        raise ValueError("a uniform plan needs a model whose layers have equal widths; use shape='blockwise'.")
+        raise ValueError(
+            "a uniform plan needs a model whose layers have equal widths; use shape='blockwise'."
+        )
     already = sum(s.parameters for i, s in enumerate(all_sizes) if i not in kept)
     if already > ratio * total + max(s.parameters for s in all_sizes) / 2:
-        raise ValueError(f"the base plan alone removes {already / total:.4f}, more than the ratio {ratio} asked for.")
+        raise ValueError(
+            f"the base plan alone removes {already / total:.4f}, more than the ratio {ratio} asked for."
+        )
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-060
-def reference_counts(model, channel_ratio: float, steps: dict, attention_layers, mlp_layers) -> dict:
+def reference_counts(
+    model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
+) -> dict:
     "Kept counts for a channel ratio, rounded as the original does (then up to whole steps)."
-    if not 0 <= channel_ratio < 1: raise ValueError(f"channel_ratio {channel_ratio} is outside [0, 1).")
+    if not 0 <= channel_ratio < 1:
+        raise ValueError(f"channel_ratio {channel_ratio} is outside [0, 1).")
     sizes, head_dim = layer_sizes(model), anatomy(model).head_dim
     counts = {"heads": {}, "neurons": {}}
     for kind, layers, width in (("heads", attention_layers, head_dim), ("neurons", mlp_layers, 1)):
@@ -367,99 +502,149 @@ def reference_counts(model, channel_ratio: float, steps: dict, attention_layers,
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-062
 def keep_best(
-    scores: dict, # layer -> [units] scores
-    counts: dict, # layer -> how many stay
-    kind: str, # heads or neurons
-    sizes: list, # of LayerSize
+    scores: dict,  # layer -> [units] scores
+    counts: dict,  # layer -> how many stay
+    kind: str,  # heads or neurons
+    sizes: list,  # of LayerSize
 ) -> dict:
     "Layer -> the kept units, those with the highest scores."
     kept = {}
     for i, count in counts.items():
         units = getattr(sizes[i], kind)
         if i not in scores or len(scores[i]) != units:
-            raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
-        kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count:])
+            raise ValueError(
+                f"no scores for the {units} {kind} of layer {i}; score this model itself."
+            )
+        kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-064
 def plan_widthwise(
     model: PreTrainedModel,
-    scores, # WidthScores
-    ratio: float | None = None, # fraction of LM-decoder parameters to remove, in total
-    channel_ratio: float | None = None, # fraction of channels in each split_grid layer, with the original's rounding
-    protect: tuple | None = None, # (first, last) layers to leave whole; None: (1, 1) blockwise, (0, 0) uniform
-    shape: str = "blockwise", # or "uniform"
-    round_to: int = 1, # neurons and attention channels stay multiples of this
-    attention_layers=None, # with channel_ratio: layers that lose heads; None: all unprotected
-    mlp_layers=None, # with channel_ratio: layers that lose neurons; None: all unprotected
-    base: PruningPlan | None = None, # a layerwise plan to continue from
+    scores,  # WidthScores
+    ratio: float | None = None,  # fraction of LM-decoder parameters to remove, in total
+    channel_ratio: float
+    | None = None,  # fraction of channels in each split_grid layer, with the original's rounding
+    protect: tuple
+    | None = None,  # (first, last) layers to leave whole; None: (1, 1) blockwise, (0, 0) uniform
+    shape: str = "blockwise",  # or "uniform"
+    round_to: int = 1,  # neurons and attention channels stay multiples of this
+    attention_layers=None,  # with channel_ratio: layers that lose heads; None: all unprotected
+    mlp_layers=None,  # with channel_ratio: layers that lose neurons; None: all unprotected
+    base: PruningPlan | None = None,  # a layerwise plan to continue from
 ) -> PruningPlan:
     "Remove heads and neurons, by a parameter budget or with the original's knobs."
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
-    if (ratio is None) == (channel_ratio is None): raise ValueError("give either ratio or channel_ratio.")
+    if (ratio is None) == (channel_ratio is None):
+        raise ValueError("give either ratio or channel_ratio.")
     if ratio is not None and ranges != [None, None]:
-        raise ValueError("attention_layers and mlp_layers belong to channel_ratio; with ratio use protect.")
+        raise ValueError(
+            "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
+        )
     parts = anatomy(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
     free = unprotected(kept, protect, shape)
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    if ratio is not None: counts = budget_counts(model, ratio, kept, free, steps, shape == "uniform")
+    if ratio is not None:
+        counts = budget_counts(model, ratio, kept, free, steps, shape == "uniform")
     else:
         ranges = [check_range(free if r is None else r, kept, shape) for r in ranges]
         counts = reference_counts(model, channel_ratio, steps, *ranges)
-    heads, neurons = (keep_best(getattr(scores, kind), counts[kind], kind, layer_sizes(model)) for kind in counts)
-    return make_plan(model, kept, heads, neurons, requested_ratio=ratio, shape=shape, channel_ratio=channel_ratio,
-                     method="widthwise" if base is None else "layerwise+widthwise", round_to=round_to,
-                     scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
+    heads, neurons = (
+        keep_best(getattr(scores, kind), counts[kind], kind, layer_sizes(model)) for kind in counts
+    )
+    return make_plan(
+        model,
+        kept,
+        heads,
+        neurons,
+        requested_ratio=ratio,
+        shape=shape,
+        channel_ratio=channel_ratio,
+        method="widthwise" if base is None else "layerwise+widthwise",
+        round_to=round_to,
+        scores=score_record(scores),
+        layer_scores=base and base.meta.get("scores"),
+    )
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-066
 def check_range(layers, kept: tuple, shape: str) -> list:
     "A range of layers must be among those that stay, and be all of them for a uniform plan."
     layers = list(layers)
-    if not set(layers) <= set(kept): raise ValueError(f"layers {spans(sorted(layers))} are not all among {spans(kept)}.")
+    if not set(layers) <= set(kept):
+        raise ValueError(f"layers {spans(sorted(layers))} are not all among {spans(kept)}.")
     if shape == "uniform" and set(layers) != set(kept):
-        raise ValueError("a uniform plan thins every layer alike; layer ranges need shape='blockwise'.")
+        raise ValueError(
+            "a uniform plan thins every layer alike; layer ranges need shape='blockwise'."
+        )
     return layers
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-072
 def is_nested(
-    small: PruningPlan, # the harsher plan
-    large: PruningPlan, # the milder plan, of the same model
+    small: PruningPlan,  # the harsher plan
+    large: PruningPlan,  # the milder plan, of the same model
 ) -> bool:
     "Whether all that `small` keeps is kept by `large`."
-    units = lambda plan, kind, i: set(getattr(plan, kind).get(i, range(plan.meta["sizes"][i][kind])))
+    units = lambda plan, kind, i: set(
+        getattr(plan, kind).get(i, range(plan.meta["sizes"][i][kind]))
+    )
     return set(small.layers) <= set(large.layers) and all(
-        units(small, kind, i) <= units(large, kind, i) for kind in ("heads", "neurons") for i in small.layers)
+        units(small, kind, i) <= units(large, kind, i)
+        for kind in ("heads", "neurons")
+        for i in small.layers
+    )
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-075
 def plan_combined(
     model: PreTrainedModel,
-    layer_scores, # LayerScores of single layers
-    width_scores, # WidthScores
-    ratio: float, # fraction of LM-decoder parameters to remove, in total
-    layer_share: float = 0.5, # part of the ratio that whole layers take
-    **options, # protect, shape, round_to: see plan_widthwise
+    layer_scores,  # LayerScores of single layers
+    width_scores,  # WidthScores
+    ratio: float,  # fraction of LM-decoder parameters to remove, in total
+    layer_share: float = 0.5,  # part of the ratio that whole layers take
+    **options,  # protect, shape, round_to: see plan_widthwise
 ) -> PruningPlan:
     "Layers first, then width."
-    if not 0 <= layer_share <= 1: raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
+    if not 0 <= layer_share <= 1:
+        raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
     check_ratio(ratio)
-    return plan_widthwise(model, width_scores, ratio=ratio, base=plan_layerwise(model, layer_scores, ratio=ratio * layer_share), **options)
+    return plan_widthwise(
+        model,
+        width_scores,
+        ratio=ratio,
+        base=plan_layerwise(model, layer_scores, ratio=ratio * layer_share),
+        **options,
+    )
 
 # %% ../../nbs/library/pruning/01_plans.ipynb #cell-078
-KEPT, GONE = "#0b3c6f", "#ffffff" # dark and white: readable in grey
+KEPT, GONE = "#0b3c6f", "#ffffff"  # dark and white: readable in grey
+
 
 def draw_plan(
     plan: PruningPlan,
-    axes=None, # two matplotlib axes, for heads and neurons; None makes a figure
+    axes=None,  # two matplotlib axes, for heads and neurons; None makes a figure
 ):
     "Draw which heads and neurons of which layer stay (dark) and go (white)."
     if axes is None:
-        axes = plt.subplots(1, 2, figsize=(9, 0.8 + 0.16 * max(8, plan.num_layers)), width_ratios=(1, 3), layout="constrained")[1]
+        axes = plt.subplots(
+            1,
+            2,
+            figsize=(9, 0.8 + 0.16 * max(8, plan.num_layers)),
+            width_ratios=(1, 3),
+            layout="constrained",
+        )[1]
     for ax, kind in zip(axes, ("heads", "neurons")):
         units = [size[kind] for size in plan.meta["sizes"]]
         grid = torch.zeros(plan.num_layers, max(units))
-        for i in plan.layers: grid[i, list(getattr(plan, kind).get(i, range(units[i])))] = 1
-        ax.imshow(grid, aspect="auto", cmap=ListedColormap([GONE, KEPT]), vmin=0, vmax=1, interpolation="nearest")
+        for i in plan.layers:
+            grid[i, list(getattr(plan, kind).get(i, range(units[i])))] = 1
+        ax.imshow(
+            grid,
+            aspect="auto",
+            cmap=ListedColormap([GONE, KEPT]),
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         ax.set(xlabel=f"{kind[:-1]}", ylabel="layer", title=f"{grid.mean():.0%} of {kind} kept")
     axes[0].figure.suptitle(repr(plan), fontsize=9)
     return axes

@@ -16,23 +16,45 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
 from mllm_compress.pruning.plans import (
-    PruningPlan, draw_plan, is_nested, layer_sizes, layers_for_ratio, make_plan, plan_combined, plan_layerwise, plan_none,
-    plan_widthwise)
+    PruningPlan,
+    draw_plan,
+    is_nested,
+    layer_sizes,
+    layers_for_ratio,
+    make_plan,
+    plan_combined,
+    plan_layerwise,
+    plan_none,
+    plan_widthwise,
+)
 
-_all_ = ["PruningPlan", "draw_plan", "is_nested", "layer_sizes", "layers_for_ratio", "make_plan", "plan_combined",
-         "plan_layerwise", "plan_none", "plan_widthwise"]
+_all_ = [
+    "PruningPlan",
+    "draw_plan",
+    "is_nested",
+    "layer_sizes",
+    "layers_for_ratio",
+    "make_plan",
+    "plan_combined",
+    "plan_layerwise",
+    "plan_none",
+    "plan_widthwise",
+]
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-006
 @torch.no_grad()
 def slice_linear(
-    linear: nn.Linear, # changed in place
-    index: torch.Tensor, # [kept] rows or columns, in order
-    axis: int, # 0: rows, 1: columns
+    linear: nn.Linear,  # changed in place
+    index: torch.Tensor,  # [kept] rows or columns, in order
+    axis: int,  # 0: rows, 1: columns
 ) -> None:
     "Keep only `index` of a linear layer's rows or columns."
-    keep = lambda p, axis: nn.Parameter(p.index_select(axis, index.to(p.device)), requires_grad=p.requires_grad)
+    keep = lambda p, axis: nn.Parameter(
+        p.index_select(axis, index.to(p.device)), requires_grad=p.requires_grad
+    )
     linear.weight = keep(linear.weight, axis)
-    if axis == 0 and linear.bias is not None: linear.bias = keep(linear.bias, 0)
+    if axis == 0 and linear.bias is not None:
+        linear.bias = keep(linear.bias, 0)
     linear.out_features, linear.in_features = linear.weight.shape
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-010
@@ -43,23 +65,27 @@ class LayerConfig:
         self.__dict__.update(own, _shared=shared)
 
     def __getattr__(self, name):
-        if name == "_shared": raise AttributeError(name) # not yet filled, while being copied
+        if name == "_shared":
+            raise AttributeError(name)  # not yet filled, while being copied
         return getattr(self._shared, name)
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-012
 def layer_counts(
     parts: Anatomy,
-    i: int, # layer
+    i: int,  # layer
 ) -> dict:
     "The counts of layer `i` under the names that configs use."
     groups = parts.groups(i)
-    return {"num_attention_heads": groups * parts.queries_per_group(i), "num_key_value_heads": groups,
-            "intermediate_size": parts.neurons(i)}
+    return {
+        "num_attention_heads": groups * parts.queries_per_group(i),
+        "num_key_value_heads": groups,
+        "intermediate_size": parts.neurons(i),
+    }
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-014
 def sync_modules(
     parts: Anatomy,
-    uniform: bool, # all layers are alike, so the shared config can hold their counts
+    uniform: bool,  # all layers are alike, so the shared config can hold their counts
 ) -> None:
     "Make attributes and configs of all layers say what their weights are."
     for i, layer in enumerate(parts.layers):
@@ -67,24 +93,30 @@ def sync_modules(
         own = {**counts, "num_heads": counts["num_attention_heads"]}
         for module in (parts.attention(i), parts.mlp(i)):
             for name in own:
-                if name in vars(module): setattr(module, name, own[name])
+                if name in vars(module):
+                    setattr(module, name, own[name])
             if hasattr(module, "config"):
-                module.config = parts.text_config if uniform else LayerConfig(parts.text_config, **counts)
-            if hasattr(module, "layer_idx"): module.layer_idx = i
+                module.config = (
+                    parts.text_config if uniform else LayerConfig(parts.text_config, **counts)
+                )
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = i
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-016
 def sync_config(
     parts: Anatomy,
-    kept: tuple, # layers of the original that stayed
+    kept: tuple,  # layers of the original that stayed
 ) -> bool:
     "Bring the decoder's config in line with its layers; returns whether all layers are alike."
     config, counts = parts.text_config, [layer_counts(parts, i) for i in range(len(kept))]
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None): config.layer_types = [config.layer_types[i] for i in kept]
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
     uniform = all(c == counts[0] for c in counts)
     if uniform and any(getattr(config, name) != value for name, value in counts[0].items()):
         config.head_dim = parts.head_dim
-        for name, value in counts[0].items(): setattr(config, name, value)
+        for name, value in counts[0].items():
+            setattr(config, name, value)
     return uniform
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-018
@@ -93,15 +125,22 @@ def check_fits(
     plan: PruningPlan,
 ) -> None:
     "Raise ValueError if `plan` was made for another model."
-    sizes = [{"heads": parts.groups(i), "neurons": parts.neurons(i)} for i in range(parts.num_layers)]
+    sizes = [
+        {"heads": parts.groups(i), "neurons": parts.neurons(i)} for i in range(parts.num_layers)
+    ]
     planned = [{k: s[k] for k in ("heads", "neurons")} for s in plan.meta.get("sizes", sizes)]
-    if (plan.model_type, plan.num_layers) != (parts.family.name, parts.num_layers) or planned != sizes:
-        raise ValueError(f"this plan was made for {plan.model_type} with {plan.num_layers} layers, first {planned[0]}; "
-                         f"the model is {parts.family.name} with {parts.num_layers} layers, first {sizes[0]}.")
+    if (plan.model_type, plan.num_layers) != (
+        parts.family.name,
+        parts.num_layers,
+    ) or planned != sizes:
+        raise ValueError(
+            f"this plan was made for {plan.model_type} with {plan.num_layers} layers, first {planned[0]}; "
+            f"the model is {parts.family.name} with {parts.num_layers} layers, first {sizes[0]}."
+        )
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-020
 def cut(
-    model: PreTrainedModel, # changed in place
+    model: PreTrainedModel,  # changed in place
     plan: PruningPlan,
 ) -> PreTrainedModel:
     "Apply `plan` to `model` itself and return it."
@@ -110,7 +149,8 @@ def cut(
     for i in plan.layers:
         keep = {"head": plan.heads.get(i), "neuron": plan.neurons.get(i)}
         for slot in parts.linears(i):
-            if keep[slot.kind] is not None: slice_linear(slot.module, slot.index(keep[slot.kind]), slot.axis)
+            if keep[slot.kind] is not None:
+                slice_linear(slot.module, slot.index(keep[slot.kind]), slot.axis)
     parts.decoder.layers = nn.ModuleList(parts.layers[i] for i in plan.layers)
     sync_modules(parts, sync_config(parts, plan.layers))
     return model
@@ -122,27 +162,35 @@ def shared_while_copying(
 ) -> list:
     "Modules and weights of the original that a copy may share, because cutting replaces them in the copy."
     dropped = [parts.layers[i] for i in plan.removed_layers]
-    sliced = [p for i in plan.layers for slot in parts.linears(i)
-              if i in (plan.heads if slot.kind == "head" else plan.neurons)
-              for p in ((slot.module.weight, slot.module.bias) if slot.axis == 0 else (slot.module.weight,))]
+    sliced = [
+        p
+        for i in plan.layers
+        for slot in parts.linears(i)
+        if i in (plan.heads if slot.kind == "head" else plan.neurons)
+        for p in (
+            (slot.module.weight, slot.module.bias) if slot.axis == 0 else (slot.module.weight,)
+        )
+    ]
     return [x for x in dropped + sliced if x is not None]
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-024
 def apply_plan(
-    model: PreTrainedModel, # stays untouched
-    plan: PruningPlan, # made for this model
-    share_vision: bool = False, # share the vision tower with the original instead of copying it
+    model: PreTrainedModel,  # stays untouched
+    plan: PruningPlan,  # made for this model
+    share_vision: bool = False,  # share the vision tower with the original instead of copying it
 ) -> PreTrainedModel:
     "A new, pruned model; `model` is not changed."
     parts = anatomy(model)
     check_fits(parts, plan)
-    shared = shared_while_copying(parts, plan) + ([parts.vision_tower] if share_vision and parts.vision_tower else [])
+    shared = shared_while_copying(parts, plan) + (
+        [parts.vision_tower] if share_vision and parts.vision_tower else []
+    )
     return cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
 
 # %% ../../nbs/library/pruning/02_slicing.ipynb #cell-028
 @torch.no_grad()
 def silence(
-    model: PreTrainedModel, # stays untouched
+    model: PreTrainedModel,  # stays untouched
     plan: PruningPlan,
 ) -> PreTrainedModel:
     "A full-size copy in which everything the plan removes contributes nothing (for tests and demonstrations)."
@@ -153,5 +201,6 @@ def silence(
             kind = "heads" if slot.kind == "head" else "neurons"
             gone = plan.removed(kind, i) if i in plan.layers else range(slot.units)
             slot.module.weight[:, slot.index(gone).to(slot.module.weight.device)] = 0
-            if i not in plan.layers and slot.module.bias is not None: slot.module.bias.zero_()
+            if i not in plan.layers and slot.module.bias is not None:
+                slot.module.bias.zero_()
     return model

@@ -15,28 +15,28 @@ import torch.nn.functional as F
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-004
 def sft(
-    logits: torch.Tensor,   # [positions, vocabulary], of the student
+    logits: torch.Tensor,  # [positions, vocabulary], of the student
     targets: torch.Tensor,  # [positions], the token that follows each position
-) -> torch.Tensor:          # [positions]
+) -> torch.Tensor:  # [positions]
     "Cross-entropy on the answer tokens."
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-008
 def logits_kd(
-    student: torch.Tensor,     # [positions, vocabulary], logits
-    teacher: torch.Tensor,     # [positions, vocabulary], logits
+    student: torch.Tensor,  # [positions, vocabulary], logits
+    teacher: torch.Tensor,  # [positions, vocabulary], logits
     temperature: float = 2.0,
-) -> torch.Tensor:             # [positions]
+) -> torch.Tensor:  # [positions]
     "T² KL(teacher ‖ student): the student covers what the teacher finds possible."
     log_s, log_t = (F.log_softmax(x.float() / temperature, -1) for x in (student, teacher))
     return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1)
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-010
 def reverse_logits_kd(
-    student: torch.Tensor,     # [positions, vocabulary], logits
-    teacher: torch.Tensor,     # [positions, vocabulary], logits
+    student: torch.Tensor,  # [positions, vocabulary], logits
+    teacher: torch.Tensor,  # [positions, vocabulary], logits
     temperature: float = 2.0,
-) -> torch.Tensor:             # [positions]
+) -> torch.Tensor:  # [positions]
     "T² KL(student ‖ teacher): the student picks among what the teacher finds possible."
     return logits_kd(teacher, student, temperature)
 
@@ -44,7 +44,7 @@ def reverse_logits_kd(
 def hidden_kd(
     student: torch.Tensor,  # [positions, hidden]
     teacher: torch.Tensor,  # [positions, hidden]
-) -> torch.Tensor:          # [positions]
+) -> torch.Tensor:  # [positions]
     "Mean squared difference of hidden states."
     return (student.float() - teacher.float()).square().mean(-1)
 
@@ -52,6 +52,7 @@ def hidden_kd(
 @dataclass(frozen=True)
 class Loss:
     "A loss: its function and the names of the tensors it is called with."
+
     function: Callable
     needs: tuple  # of names, in the order of the function's parameters
 
@@ -64,26 +65,35 @@ class Loss:
 LOSSES = {
     "sft": Loss(sft, ("answer_logits", "targets")),
     "logits_kd": Loss(logits_kd, ("student_logits", "teacher_logits", "temperature")),
-    "reverse_logits_kd": Loss(reverse_logits_kd, ("student_logits", "teacher_logits", "temperature")),
+    "reverse_logits_kd": Loss(
+        reverse_logits_kd, ("student_logits", "teacher_logits", "temperature")
+    ),
     "hidden_kd": Loss(hidden_kd, ("student_hidden", "teacher_hidden")),
 }
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-022
 def check_losses(
     losses: dict,  # name -> weight
-) -> dict:         # the same, as floats; ValueError for unknown names, an empty sum or weights that are not positive
+) -> dict:  # the same, as floats; ValueError for unknown names, an empty sum or weights that are not positive
     "The weights of a run, or an error that says what is allowed."
     unknown = [name for name in losses if name not in LOSSES]
-    if unknown: raise ValueError(f"unknown loss {unknown[0]!r}; known: {', '.join(LOSSES)}.")
-    if not losses: raise ValueError(f"no loss given; choose among {', '.join(LOSSES)}.")
+    if unknown:
+        raise ValueError(f"unknown loss {unknown[0]!r}; known: {', '.join(LOSSES)}.")
+    if not losses:
+        raise ValueError(f"no loss given; choose among {', '.join(LOSSES)}.")
     wrong = {name: w for name, w in losses.items() if not 0 < float(w) < float("inf")}
-    if wrong: raise ValueError(f"loss weights must be positive numbers, not {wrong}; leave a loss out to switch it off.")
+    if wrong:
+        raise ValueError(
+            f"loss weights must be positive numbers, not {wrong}; leave a loss out to switch it off."
+        )
     return {name: float(w) for name, w in losses.items()}
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-025
 def answer_positions(
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
-) -> tuple:                # mask [batch, tokens] of the positions that predict an answer token; their targets [positions]
+) -> (
+    tuple
+):  # mask [batch, tokens] of the positions that predict an answer token; their targets [positions]
     "Where the next token is part of an answer, and which token that is."
     following = F.pad(labels[:, 1:], (0, 1), value=-100)
     mask = following.ne(-100)
@@ -92,25 +102,42 @@ def answer_positions(
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-029
 DIVISORS = {
     "answer": {name: "answers" for name in LOSSES},
-    "all": {"sft": "answers", "logits_kd": "rows", "reverse_logits_kd": "rows", "hidden_kd": "positions"},
+    "all": {
+        "sft": "answers",
+        "logits_kd": "rows",
+        "reverse_logits_kd": "rows",
+        "hidden_kd": "positions",
+    },
 }
 COUNTS = ("answers", "positions", "rows")
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-031
 def count(
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
-) -> torch.Tensor:         # [3], in the order of COUNTS
+) -> torch.Tensor:  # [3], in the order of COUNTS
     "How many answer tokens, positions and rows a batch has."
-    return torch.stack([labels[:, 1:].ne(-100).sum(), torch.tensor(labels.numel(), device=labels.device),
-                        torch.tensor(len(labels), device=labels.device)])
+    return torch.stack(
+        [
+            labels[:, 1:].ne(-100).sum(),
+            torch.tensor(labels.numel(), device=labels.device),
+            torch.tensor(len(labels), device=labels.device),
+        ]
+    )
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-033
 def loss_terms(
-    losses: dict,           # name -> weight
-    state: dict,            # name -> tensor, for every name that the losses need
-    counts: torch.Tensor,   # [3], of the whole optimiser step, in the order of COUNTS
-    positions: str = "answer", # a row of DIVISORS
-) -> torch.Tensor:          # [losses], in the order of `losses`; the total is their dot product with the weights
+    losses: dict,  # name -> weight
+    state: dict,  # name -> tensor, for every name that the losses need
+    counts: torch.Tensor,  # [3], of the whole optimiser step, in the order of COUNTS
+    positions: str = "answer",  # a row of DIVISORS
+) -> (
+    torch.Tensor
+):  # [losses], in the order of `losses`; the total is their dot product with the weights
     "Every loss of a run, summed over positions and divided by its count."
-    return torch.stack([LOSSES[name].function(*(state[n] for n in LOSSES[name].needs)).sum()
-                        / counts[COUNTS.index(DIVISORS[positions][name])] for name in losses])
+    return torch.stack(
+        [
+            LOSSES[name].function(*(state[n] for n in LOSSES[name].needs)).sum()
+            / counts[COUNTS.index(DIVISORS[positions][name])]
+            for name in losses
+        ]
+    )

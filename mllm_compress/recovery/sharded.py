@@ -23,16 +23,18 @@ def whole(
     tensor,  # a tensor or a slice of one; anything else stays as it is
 ):
     "The tensor of which every process has a slice, on the CPU."
-    if isinstance(tensor, DTensor): tensor = tensor.full_tensor()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     return tensor.detach().cpu() if torch.is_tensor(tensor) else tensor
 
 
 def sliced(
     tensor: torch.Tensor,  # whole
-    like: torch.Tensor,    # a slice of a tensor of the same shape, or a plain tensor
+    like: torch.Tensor,  # a slice of a tensor of the same shape, or a plain tensor
 ) -> torch.Tensor:
     "This process's slice."
-    if not isinstance(like, DTensor) or tensor.shape != like.shape: return tensor
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 # %% ../../nbs/library/recovery/04_sharded.ipynb #cell-010
@@ -40,11 +42,15 @@ def shape_of(
     module: nn.Module,
 ) -> nn.Module:  # its parameters on the meta device
     "A copy without the weights."
-    return copy.deepcopy(module, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()})
+    return copy.deepcopy(
+        module,
+        {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()},
+    )
 
 # %% ../../nbs/library/recovery/04_sharded.ipynb #cell-014
 class ShardedTrainer(RecoveryTrainer):
     "A RecoveryTrainer for FSDP: whole checkpoints, a whole model at the end."
+
     def __init__(self, module, *args, **kwargs):
         super().__init__(module, *args, **kwargs)
         self.shape = shape_of(module)
@@ -53,20 +59,33 @@ class ShardedTrainer(RecoveryTrainer):
         "Train, then put the model together."
         output, module = super().train(*args, **kwargs), self.model_of_run
         if any(isinstance(p, DTensor) for p in module.parameters()):
-            self.shape.load_state_dict({name: whole(p) for name, p in module.named_parameters()}, strict=False, assign=True)
+            self.shape.load_state_dict(
+                {name: whole(p) for name, p in module.named_parameters()}, strict=False, assign=True
+            )
             module.model = self.shape.model
         return output
 
 # %% ../../nbs/library/recovery/04_sharded.ipynb #cell-016
 def _save_checkpoint(self, model, trial):
     "The checkpoint of one process, from slices."
-    trained = [(name, nn.Parameter(whole(p))) for name, p in self.model.named_parameters() if p.requires_grad]
+    trained = [
+        (name, nn.Parameter(whole(p)))
+        for name, p in self.model.named_parameters()
+        if p.requires_grad
+    ]
     state = self.optimizer.state_dict()
-    state = state | {"state": {i: {k: whole(v) for k, v in entry.items()} for i, entry in state["state"].items()}}
+    state = state | {
+        "state": {i: {k: whole(v) for k, v in entry.items()} for i, entry in state["state"].items()}
+    }
     held = self.model, self.optimizer
-    self.model, self.optimizer = SimpleNamespace(named_parameters=lambda: trained), SimpleNamespace(state_dict=lambda: state)
-    try: RecoveryTrainer._save_checkpoint(self, model, trial)
-    finally: self.model, self.optimizer = held
+    self.model, self.optimizer = (
+        SimpleNamespace(named_parameters=lambda: trained),
+        SimpleNamespace(state_dict=lambda: state),
+    )
+    try:
+        RecoveryTrainer._save_checkpoint(self, model, trial)
+    finally:
+        self.model, self.optimizer = held
 
 
 ShardedTrainer._save_checkpoint = _save_checkpoint
@@ -75,24 +94,33 @@ ShardedTrainer._save_checkpoint = _save_checkpoint
 def _load_from_checkpoint(self, checkpoint, model=None):
     "Put this process's slices of the trained weights back."
     held = dict(self.model.named_parameters())
-    for name, tensor in load_file(Path(checkpoint) / "weights.safetensors").items(): held[name].data.copy_(sliced(tensor, held[name].data))
+    for name, tensor in load_file(Path(checkpoint) / "weights.safetensors").items():
+        held[name].data.copy_(sliced(tensor, held[name].data))
 
 
 def _load_optimizer_and_scheduler(self, checkpoint):
     "Put optimiser and schedule back, the optimiser's state in slices."
     RecoveryTrainer._load_optimizer_and_scheduler(self, checkpoint)
-    if checkpoint is None: return
+    if checkpoint is None:
+        return
     for group in self.optimizer.param_groups:
         for p in group["params"]:
             entry = self.optimizer.state[p]
             entry.update({k: sliced(v, p.data) for k, v in entry.items() if torch.is_tensor(v)})
 
 
-ShardedTrainer._load_from_checkpoint, ShardedTrainer._load_optimizer_and_scheduler = _load_from_checkpoint, _load_optimizer_and_scheduler
+ShardedTrainer._load_from_checkpoint, ShardedTrainer._load_optimizer_and_scheduler = (
+    _load_from_checkpoint,
+    _load_optimizer_and_scheduler,
+)
 
 # %% ../../nbs/library/recovery/04_sharded.ipynb #cell-020
 def trainer_class(
     args,  # TrainingArguments
 ) -> type:
     "The trainer for these arguments: sharded if FSDP is asked for there or by `accelerate launch`."
-    return ShardedTrainer if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP") else RecoveryTrainer
+    return (
+        ShardedTrainer
+        if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        else RecoveryTrainer
+    )

@@ -26,14 +26,20 @@ from .losses import answer_positions
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-004
 @torch.no_grad()
 def image_features(
-    model: nn.Module,            # an MLLM
+    model: nn.Module,  # an MLLM
     pixel_values: torch.Tensor,  # [images, channels, height, width]
-) -> torch.Tensor:               # [images, tokens, vision hidden], what the projector receives
+) -> torch.Tensor:  # [images, tokens, vision hidden], what the projector receives
     "The output of the frozen vision tower, before the projector."
     parts, found = anatomy(model), []
-    handle, training = parts.projector.register_forward_pre_hook(lambda module, args: found.append(args[0])), parts.vision_tower.training
+    handle, training = (
+        parts.projector.register_forward_pre_hook(lambda module, args: found.append(args[0])),
+        parts.vision_tower.training,
+    )
     parts.vision_tower.eval()
-    try: model.get_image_features(pixel_values=pixel_values.to(parts.vision_tower.device, parts.vision_tower.dtype))
+    try:
+        model.get_image_features(
+            pixel_values=pixel_values.to(parts.vision_tower.device, parts.vision_tower.dtype)
+        )
     finally:
         handle.remove()
         parts.vision_tower.train(training)
@@ -42,32 +48,48 @@ def image_features(
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-008
 def embed(
     parts: Anatomy,
-    input_ids: torch.Tensor,        # [batch, tokens]
-    features: torch.Tensor | None,  # [images, image tokens, vision hidden], images in the order of their placeholders
-) -> torch.Tensor:                  # [batch, tokens, hidden]; ValueError where placeholders and features do not match
+    input_ids: torch.Tensor,  # [batch, tokens]
+    features: torch.Tensor
+    | None,  # [images, image tokens, vision hidden], images in the order of their placeholders
+) -> (
+    torch.Tensor
+):  # [batch, tokens, hidden]; ValueError where placeholders and features do not match
     "Token embeddings with the projected image features in their places."
     embeddings = parts.embed_tokens(input_ids)
-    if features is None: return embeddings
+    if features is None:
+        return embeddings
     places = input_ids == parts.config.image_token_id
     images = parts.projector(features.to(embeddings.device)).to(embeddings.dtype)
-    if places.sum() != images.shape[:-1].numel(): raise ValueError(
-        f"{int(places.sum())} image placeholders for {images.shape[:-1].numel()} image features: the processor's "
-        "patch_size, num_additional_image_tokens or vision_feature_select_strategy do not fit the model.")
+    if places.sum() != images.shape[:-1].numel():
+        raise ValueError(
+            f"{int(places.sum())} image placeholders for {images.shape[:-1].numel()} image features: the processor's "
+            "patch_size, num_additional_image_tokens or vision_feature_select_strategy do not fit the model."
+        )
     return embeddings.masked_scatter(places[..., None], images)
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-010
 SHARED = "shared_prefix"
 
 
-def shared_prefix(module, query, key, value, attention_mask, scaling=None, dropout=0.0, first_row=None, **kwargs):
+def shared_prefix(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, first_row=None, **kwargs
+):
     "Attention of rows whose prefix may be in another row; the mask's extra columns say how long it is."
     prefix = attention_mask.shape[-1] - key.shape[2]
-    if prefix: key, value = (torch.cat([x[:, :, :prefix].index_select(0, first_row), x], 2) for x in (key, value))
+    if prefix:
+        key, value = (
+            torch.cat([x[:, :, :prefix].index_select(0, first_row), x], 2) for x in (key, value)
+        )
     if attention_mask.dtype == torch.bool:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling
+        )
     groups = query.shape[1] // key.shape[1]
-    if groups > 1: key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    weights = F.dropout((query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1), dropout)  # [rows, heads, tokens, keys]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    weights = F.dropout(
+        (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1), dropout
+    )  # [rows, heads, tokens, keys]
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -80,56 +102,94 @@ def last_layer_at(
     where: torch.Tensor | None,  # [batch, tokens] bool; None: everywhere
 ):
     "The last layer finishes its work at some positions only; its output at others means nothing."
-    if where is None or getattr(parts.layers[-1], "gradient_checkpointing", False): yield; return
+    if where is None or getattr(parts.layers[-1], "gradient_checkpointing", False):
+        yield
+        return
     index = where.flatten().nonzero()[:, 0]
-    def pick(module, args): return (args[0].flatten(0, 1).index_select(0, index), *args[1:])
-    def put(module, args, output): return output.new_zeros(where.numel(), output.shape[-1]).index_copy(0, index, output).view(*where.shape, -1)
+
+    def pick(module, args):
+        return (args[0].flatten(0, 1).index_select(0, index), *args[1:])
+
+    def put(module, args, output):
+        return (
+            output.new_zeros(where.numel(), output.shape[-1])
+            .index_copy(0, index, output)
+            .view(*where.shape, -1)
+        )
+
     output_projection = next(s.module for s in parts.linears(parts.num_layers - 1) if s.name == "o")
-    handles = [hook for m in (output_projection, parts.mlp(-1)) for hook in (m.register_forward_pre_hook(pick), m.register_forward_hook(put))]
-    try: yield
+    handles = [
+        hook
+        for m in (output_projection, parts.mlp(-1))
+        for hook in (m.register_forward_pre_hook(pick), m.register_forward_hook(put))
+    ]
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-014
 @contextlib.contextmanager
 def listening(
     layers: nn.ModuleList,
-    wanted,                 # indices into layers; anything else in it is ignored
+    wanted,  # indices into layers; anything else in it is ignored
 ):
     "A dict that fills with the outputs of the wanted layers during a forward pass."
     heard = {}
-    def keep(i): return lambda module, args, output: heard.__setitem__(i, output[0] if isinstance(output, tuple) else output)
+
+    def keep(i):
+        return lambda module, args, output: heard.__setitem__(
+            i, output[0] if isinstance(output, tuple) else output
+        )
+
     handles = [layers[i].register_forward_hook(keep(i)) for i in wanted if i != "final"]
-    try: yield heard
+    try:
+        yield heard
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-016
 def decoder_states(
     parts: Anatomy,
-    batch: dict,                   # input_ids, attention_mask and position_ids if any, as a collator returns them
-    features: torch.Tensor | None, # as in embed
-    wanted: tuple = ("final",),    # layer indices, or "final"
-    where: torch.Tensor | None = None, # [batch, tokens] bool: the positions at which states are read; None: everywhere
-) -> dict:                         # each wanted -> [batch, tokens, hidden]
+    batch: dict,  # input_ids, attention_mask and position_ids if any, as a collator returns them
+    features: torch.Tensor | None,  # as in embed
+    wanted: tuple = ("final",),  # layer indices, or "final"
+    where: torch.Tensor
+    | None = None,  # [batch, tokens] bool: the positions at which states are read; None: everywhere
+) -> dict:  # each wanted -> [batch, tokens, hidden]
     "Hidden states of the decoder, final ones after the norm, others as they leave their layer."
     mask, name = batch.get("attention_mask"), parts.text_config._attn_implementation
-    added = name == "eager" or name == SHARED and mask.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    added = (
+        name == "eager"
+        or name == SHARED
+        and mask.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+    )
     if mask is not None and mask.dtype == torch.bool and added:
-        mask = torch.zeros(mask.shape, device=mask.device, dtype=torch.bfloat16).masked_fill(~mask, torch.finfo(torch.bfloat16).min)
+        mask = torch.zeros(mask.shape, device=mask.device, dtype=torch.bfloat16).masked_fill(
+            ~mask, torch.finfo(torch.bfloat16).min
+        )
     with listening(parts.layers, wanted) as states, last_layer_at(parts, where):
-        output = parts.decoder(inputs_embeds=embed(parts, batch["input_ids"], features), attention_mask=mask,
-                               position_ids=batch.get("position_ids"), use_cache=False, **{k: batch[k] for k in ("first_row",) if k in batch})
+        output = parts.decoder(
+            inputs_embeds=embed(parts, batch["input_ids"], features),
+            attention_mask=mask,
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
+            **{k: batch[k] for k in ("first_row",) if k in batch},
+        )
     return states | {"final": output.last_hidden_state}
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-022
 @dataclass
 class Targets:
     "Everything about a data set that no training step changes."
+
     features: torch.Tensor | None  # [images, image tokens, vision hidden]
-    image: list                    # sample -> its row of features, or None
-    states: dict                   # wanted state -> [answer positions of all samples, hidden]
-    first: torch.Tensor            # [samples + 1] where the positions of a sample begin
+    image: list  # sample -> its row of features, or None
+    states: dict  # wanted state -> [answer positions of all samples, hidden]
+    first: torch.Tensor  # [samples + 1] where the positions of a sample begin
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +202,7 @@ class Targets:
         return self.features[torch.tensor(rows)] if rows else None
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-024
-def _batch_states(self, index: list) -> dict: # samples -> each state [answer positions, hidden]
+def _batch_states(self, index: list) -> dict:  # samples -> each state [answer positions, hidden]
     "The teacher's states at the answer positions of these samples, in their order."
     rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
     return {name: state[rows] for name, state in self.states.items()}
@@ -158,14 +218,14 @@ def image_key(sample: dict):
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-028
 @torch.no_grad()
 def compute_targets(
-    model: nn.Module,            # the teacher; or the student, if only features are wanted
-    data,                        # samples as `data.InstructionData` gives them
-    collate,                     # samples -> batch dict, pixel_values included
+    model: nn.Module,  # the teacher; or the student, if only features are wanted
+    data,  # samples as `data.InstructionData` gives them
+    collate,  # samples -> batch dict, pixel_values included
     wanted: tuple = ("final",),  # which of the teacher's states; () for features alone
-    limit: int = 2**31,          # bytes
-    chunk: int = 16,             # samples per part; few enough to stay in a processor's cache
+    limit: int = 2**31,  # bytes
+    chunk: int = 16,  # samples per part; few enough to stay in a processor's cache
     progress=lambda chunks: chunks,
-) -> Targets | None:             # None if they would not fit into the limit, or pictures have several tiles
+) -> Targets | None:  # None if they would not fit into the limit, or pictures have several tiles
     "Features of every image and the teacher's states at every answer position."
     parts, n = anatomy(model), len(data)
     rows, features, lengths = {}, [], []
@@ -175,14 +235,26 @@ def compute_targets(
         batch = {k: v.to(parts.embed_tokens.weight.device) for k, v in collate(samples).items()}
         seen = image_features(model, batch["pixel_values"]) if "pixel_values" in batch else None
         keys = [image_key(s) for s in samples]
-        if seen is not None and len(seen) != sum(k is not None for k in keys): return None  # several tiles to a picture
+        if seen is not None and len(seen) != sum(k is not None for k in keys):
+            return None  # several tiles to a picture
         fresh = _new_rows(keys, rows)
-        if fresh: features.append(seen[fresh].cpu())
-        if wanted: lengths.append(_answer_states(parts, batch, seen, states))
-        if not start and _size(features, states) * n / len(samples) > limit: return None
-    first = torch.cat([torch.zeros(1, dtype=torch.long), *lengths]).cumsum(0) if wanted else torch.zeros(n + 1, dtype=torch.long)
-    return Targets(torch.cat(features) if features else None, [rows.get(image_key(data[i])) for i in range(n)],
-                   {name: torch.cat(state) for name, state in states.items()}, first)
+        if fresh:
+            features.append(seen[fresh].cpu())
+        if wanted:
+            lengths.append(_answer_states(parts, batch, seen, states))
+        if not start and _size(features, states) * n / len(samples) > limit:
+            return None
+    first = (
+        torch.cat([torch.zeros(1, dtype=torch.long), *lengths]).cumsum(0)
+        if wanted
+        else torch.zeros(n + 1, dtype=torch.long)
+    )
+    return Targets(
+        torch.cat(features) if features else None,
+        [rows.get(image_key(data[i])) for i in range(n)],
+        {name: torch.cat(state) for name, state in states.items()},
+        first,
+    )
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-030
 def _new_rows(keys: list, rows: dict) -> list:
@@ -199,7 +271,8 @@ def _answer_states(parts: Anatomy, batch: dict, features, states: dict) -> torch
     "Append the states at the answer positions to `states`; how many each sample has."
     mask, _ = answer_positions(batch["labels"])
     found = decoder_states(parts, batch, features, tuple(states), mask)
-    for name in states: states[name].append(found[name][mask].cpu())
+    for name in states:
+        states[name].append(found[name][mask].cpu())
     first, n = batch.get("first_row", torch.arange(len(mask), device=mask.device)), mask.sum(1)
     return torch.zeros_like(n).index_add(0, first, n)[first.unique()].cpu()
 
@@ -224,8 +297,9 @@ def weights_hash(
 @dataclass
 class TargetCache:
     "Targets by key: bounded in memory, optionally on disk."
-    limit: int = 2**31         # bytes in memory, and the most that one data set may take
-    folder: Path | None = None # kept here too, for other processes and later days
+
+    limit: int = 2**31  # bytes in memory, and the most that one data set may take
+    folder: Path | None = None  # kept here too, for other processes and later days
     held: OrderedDict = field(default_factory=OrderedDict)
 
     def get(self, key: str, compute):
@@ -233,9 +307,11 @@ class TargetCache:
         if key not in self.held:
             path = Path(self.folder) / f"{key}.safetensors" if self.folder else None
             self.held[key] = _read(path) if path and path.exists() else compute(self.limit)
-            if path and not path.exists() and self.held[key] is not None: _write(self.held[key], path)
+            if path and not path.exists() and self.held[key] is not None:
+                _write(self.held[key], path)
         self.held.move_to_end(key)
-        while len(self.held) > 1 and sum(t.nbytes for t in self.held.values() if t) > self.limit: self.held.popitem(last=False)
+        while len(self.held) > 1 and sum(t.nbytes for t in self.held.values() if t) > self.limit:
+            self.held.popitem(last=False)
         return self.held[key]
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-042
@@ -243,8 +319,11 @@ def _write(targets: Targets, path: Path):
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"state.{name}": s for name, s in targets.states.items()} | {
-        "first": targets.first, "image": torch.tensor([-1 if row is None else row for row in targets.image])}
-    if targets.features is not None: tensors["features"] = targets.features
+        "first": targets.first,
+        "image": torch.tensor([-1 if row is None else row for row in targets.image]),
+    }
+    if targets.features is not None:
+        tensors["features"] = targets.features
     partial = path.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
     partial.replace(path)
@@ -254,8 +333,12 @@ def _read(path: Path) -> Targets:
     "The targets of a file."
     tensors = load_file(path)
     name = lambda key: int(text) if (text := key.removeprefix("state.")).isdigit() else text
-    return Targets(tensors.get("features"), [None if row < 0 else row for row in tensors["image"].tolist()],
-                   {name(k): v for k, v in tensors.items() if k.startswith("state.")}, tensors["first"])
+    return Targets(
+        tensors.get("features"),
+        [None if row < 0 else row for row in tensors["image"].tolist()],
+        {name(k): v for k, v in tensors.items() if k.startswith("state.")},
+        tensors["first"],
+    )
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-047
 CACHE = TargetCache()

@@ -23,35 +23,51 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from ..anatomy.families import anatomy
-from .losses import COUNTS, DIVISORS, LOSSES, answer_positions, count, loss_terms
-from .teacher_cache import decoder_states, image_features
 from ..anatomy.compat import CHECKPOINTING
+from ..anatomy.families import anatomy
+from mllm_compress.recovery.losses import (
+    COUNTS,
+    DIVISORS,
+    LOSSES,
+    answer_positions,
+    count,
+    loss_terms,
+)
+from .teacher_cache import decoder_states, image_features
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-004
 class Batches(Sampler):
     "Indices of the forward passes of one process; together they make up the optimiser's batches."
-    def __init__(self,
-        lengths: list,        # of samples, in any unit; similar ones share a batch. All equal: plain shuffling
-        batch_size: int,      # samples per optimiser step, over all processes
-        passes: int = 1,      # forward passes per step and process
+
+    def __init__(
+        self,
+        lengths: list,  # of samples, in any unit; similar ones share a batch. All equal: plain shuffling
+        batch_size: int,  # samples per optimiser step, over all processes
+        passes: int = 1,  # forward passes per step and process
         processes: int = 1,
         rank: int = 0,
         seed: int = 0,
     ):
         self.lengths, self.batch_size, self.passes = np.asarray(lengths), batch_size, passes
         self.pieces, self.rank, self.seed, self.epoch = passes * processes, rank, seed, 0
-        if len(lengths) < self.pieces: raise ValueError(
-            f"{len(lengths)} samples cannot be split into {self.pieces} parts (passes x processes): use fewer, or more data.")
+        if len(lengths) < self.pieces:
+            raise ValueError(
+                f"{len(lengths)} samples cannot be split into {self.pieces} parts (passes x processes): use fewer, or more data."
+            )
 
-    def set_epoch(self, epoch: int): self.epoch = epoch
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
 
-    def __len__(self): return self.steps_per_epoch() * self.passes
+    def __len__(self):
+        return self.steps_per_epoch() * self.passes
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-006
 def _steps_per_epoch(self) -> int:
     "Optimiser steps in an epoch."
-    return max(1, len(self.lengths) // self.batch_size + (len(self.lengths) % self.batch_size >= self.pieces))
+    return max(
+        1,
+        len(self.lengths) // self.batch_size + (len(self.lengths) % self.batch_size >= self.pieces),
+    )
 
 
 Batches.steps_per_epoch = _steps_per_epoch
@@ -63,9 +79,16 @@ def _steps(self) -> list:
     order, n = rng.permutation(len(self.lengths)), self.steps_per_epoch()
     if len(set(self.lengths.tolist())) > 1:
         group = 50 * self.batch_size
-        order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in
-                                (order[i:i + group] for i in range(0, len(order), group))])
-    steps = [order[i * self.batch_size:(i + 1) * self.batch_size if i < n - 1 else None] for i in range(n)]
+        order = np.concatenate(
+            [
+                part[np.argsort(self.lengths[part], kind="stable")]
+                for part in (order[i : i + group] for i in range(0, len(order), group))
+            ]
+        )
+    steps = [
+        order[i * self.batch_size : (i + 1) * self.batch_size if i < n - 1 else None]
+        for i in range(n)
+    ]
     return [steps[i] for i in rng.permutation(n)]
 
 
@@ -74,7 +97,10 @@ Batches.steps = _steps
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-010
 def _iterate(self):
     for step in self.steps():
-        yield from (piece.tolist() for piece in np.array_split(step, self.pieces)[self.rank * self.passes:][:self.passes])
+        yield from (
+            piece.tolist()
+            for piece in np.array_split(step, self.pieces)[self.rank * self.passes :][: self.passes]
+        )
 
 
 Batches.__iter__ = _iterate
@@ -82,25 +108,40 @@ Batches.__iter__ = _iterate
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-013
 class Loader(DataLoader):
     "A loader that passes the epoch on to its batches."
-    def set_epoch(self, epoch: int): self.batch_sampler.set_epoch(epoch)
+
+    def set_epoch(self, epoch: int):
+        self.batch_sampler.set_epoch(epoch)
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-015
 class Student(nn.Module):
     "A model in training: batch, image features and the teacher's tensors -> loss terms."
+
     accepts_loss_kwargs, loss_type = True, "ForCausalLM"
 
-    def __init__(self,
-        model: nn.Module,          # the MLLM, or a peft model around it
-        losses: dict,              # name -> weight
-        positions: str = "answer", # or "all"
+    def __init__(
+        self,
+        model: nn.Module,  # the MLLM, or a peft model around it
+        losses: dict,  # name -> weight
+        positions: str = "answer",  # or "all"
         temperature: float = 2.0,
-        pairs: tuple = (("final", "final"),),  # (student layer, teacher layer) that hidden_kd compares
+        pairs: tuple = (
+            ("final", "final"),
+        ),  # (student layer, teacher layer) that hidden_kd compares
     ):
         super().__init__()
-        self.model, self.losses, self.positions, self.temperature, self.pairs = model, losses, positions, temperature, pairs
+        self.model, self.losses, self.positions, self.temperature, self.pairs = (
+            model,
+            losses,
+            positions,
+            temperature,
+            pairs,
+        )
         self.parts = anatomy(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.needs = {name for loss in losses for name in LOSSES[loss].needs}
-        if not self.needs & {"answer_logits", "student_logits"} and self.parts.lm_head.weight is not self.parts.embed_tokens.weight:
+        if (
+            not self.needs & {"answer_logits", "student_logits"}
+            and self.parts.lm_head.weight is not self.parts.embed_tokens.weight
+        ):
             self.parts.lm_head.requires_grad_(False)  # no loss reaches it
         self._no_split_modules = getattr(self.parts.model, "_no_split_modules", None)
 
@@ -111,10 +152,18 @@ class Student(nn.Module):
     gradient_checkpointing_enable = activation_checkpointing_enable  # its older name
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-017
-def _forward(self, batch: dict, features, teacher: dict, counts: torch.Tensor) -> torch.Tensor: # [losses]
+def _forward(
+    self, batch: dict, features, teacher: dict, counts: torch.Tensor
+) -> torch.Tensor:  # [losses]
     "The terms of the loss."
     wanted = tuple(dict.fromkeys(["final", *(s for s, _ in self.pairs)]))
-    states = decoder_states(self.parts, batch, features, wanted, answer_positions(batch["labels"])[0] if self.positions == "answer" else None)
+    states = decoder_states(
+        self.parts,
+        batch,
+        features,
+        wanted,
+        answer_positions(batch["labels"])[0] if self.positions == "answer" else None,
+    )
     terms = loss_terms(self.losses, self.tensors(states, batch, teacher), counts, self.positions)
     if features is None and self.parts.projector is not None:
         terms = terms + 0 * sum(p.sum() for p in self.parts.projector.parameters())
@@ -124,19 +173,29 @@ def _forward(self, batch: dict, features, teacher: dict, counts: torch.Tensor) -
 Student.forward = _forward
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-019
-def _where(labels: torch.Tensor, positions: str) -> torch.Tensor: # [batch, tokens] bool
+def _where(labels: torch.Tensor, positions: str) -> torch.Tensor:  # [batch, tokens] bool
     "Where distillation compares: at the answers or everywhere."
-    return answer_positions(labels)[0] if positions == "answer" else torch.ones_like(labels, dtype=torch.bool)
+    return (
+        answer_positions(labels)[0]
+        if positions == "answer"
+        else torch.ones_like(labels, dtype=torch.bool)
+    )
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-021
 def _tensors(self, states: dict, batch: dict, teacher: dict) -> dict:
     "The tensors that the losses are functions of, by name."
-    (answers, targets), where = answer_positions(batch["labels"]), _where(batch["labels"], self.positions)
+    (answers, targets), where = (
+        answer_positions(batch["labels"]),
+        _where(batch["labels"], self.positions),
+    )
     found = teacher | {"targets": targets, "temperature": self.temperature}
-    if "answer_logits" in self.needs: found["answer_logits"] = self.parts.lm_head(states["final"][answers])
+    if "answer_logits" in self.needs:
+        found["answer_logits"] = self.parts.lm_head(states["final"][answers])
     if "student_logits" in self.needs:
         same = self.positions == "answer" and "answer_logits" in found
-        found["student_logits"] = found["answer_logits"] if same else self.parts.lm_head(states["final"][where])
+        found["student_logits"] = (
+            found["answer_logits"] if same else self.parts.lm_head(states["final"][where])
+        )
     if "student_hidden" in self.needs:
         found["student_hidden"] = torch.cat([states[s][where] for s, _ in self.pairs], -1)
     return found
@@ -147,29 +206,45 @@ Student.tensors = _tensors
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-023
 class TeacherSide:
     "Image features and the teacher's tensors for a batch."
-    def __init__(self,
-        teacher: nn.Module | None, # None: features only
-        tower: nn.Module,          # the model whose frozen vision tower is used
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,  # None: features only
+        tower: nn.Module,  # the model whose frozen vision tower is used
         student: Student,
-        targets=None,              # targets.Targets, or None to compute while training
+        targets=None,  # targets.Targets, or None to compute while training
     ):
         self.teacher, self.tower, self.student, self.targets = teacher, tower, student, targets
-        self.wanted = tuple(dict.fromkeys(t for _, t in student.pairs)) if teacher is not None else ()
+        self.wanted = (
+            tuple(dict.fromkeys(t for _, t in student.pairs)) if teacher is not None else ()
+        )
         self.parts = anatomy(teacher) if teacher is not None else None
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-025
 @torch.no_grad()
-def _call(self, batch: dict, index: list) -> tuple: # features or None, dict of teacher tensors
+def _call(self, batch: dict, index: list) -> tuple:  # features or None, dict of teacher tensors
     "What the student is given."
     device = batch["input_ids"].device
-    if self.targets is not None: features = self.targets.batch_features(index)
-    else: features = image_features(self.tower, batch["pixel_values"]) if "pixel_values" in batch else None
+    if self.targets is not None:
+        features = self.targets.batch_features(index)
+    else:
+        features = (
+            image_features(self.tower, batch["pixel_values"]) if "pixel_values" in batch else None
+        )
     features = None if features is None else features.to(device)
-    if self.teacher is None: return features, {}
-    if self.targets is not None and self.targets.states: states = self.targets.batch_states(index)
+    if self.teacher is None:
+        return features, {}
+    if self.targets is not None and self.targets.states:
+        states = self.targets.batch_states(index)
     else:
         where = _where(batch["labels"], self.student.positions)
-        found = decoder_states(self.parts, batch, features, ("final", *self.wanted), where if self.student.positions == "answer" else None)
+        found = decoder_states(
+            self.parts,
+            batch,
+            features,
+            ("final", *self.wanted),
+            where if self.student.positions == "answer" else None,
+        )
         states = {name: state[where] for name, state in found.items()}
     return features, self.tensors({name: state.to(device) for name, state in states.items()})
 
@@ -180,8 +255,10 @@ TeacherSide.__call__ = _call
 def _teacher_tensors(self, states: dict) -> dict:
     "The teacher's tensors that the losses need."
     found = {}
-    if "teacher_hidden" in self.student.needs: found["teacher_hidden"] = torch.cat([states[t] for _, t in self.student.pairs], -1)
-    if "teacher_logits" in self.student.needs: found["teacher_logits"] = self.parts.lm_head(states["final"])
+    if "teacher_hidden" in self.student.needs:
+        found["teacher_hidden"] = torch.cat([states[t] for _, t in self.student.pairs], -1)
+    if "teacher_logits" in self.student.needs:
+        found["teacher_logits"] = self.parts.lm_head(states["final"])
     return found
 
 
@@ -199,17 +276,27 @@ def complete_or_absent(
     try:
         yield partial
         for file in partial.iterdir():
-            with open(file, "rb") as f: os.fsync(f.fileno())
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
         partial.rename(folder)
-    finally: shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-032
 def split_state(
     state: dict,  # an optimiser's state_dict
-) -> tuple:       # tensors by "parameter.name", everything else
+) -> tuple:  # tensors by "parameter.name", everything else
     "An optimiser's state as tensors and JSON."
-    tensors = {f"{i}.{k}": v.contiguous() for i, entry in state["state"].items() for k, v in entry.items() if torch.is_tensor(v)}
-    rest = {i: {k: v for k, v in entry.items() if not torch.is_tensor(v)} for i, entry in state["state"].items()}
+    tensors = {
+        f"{i}.{k}": v.contiguous()
+        for i, entry in state["state"].items()
+        for k, v in entry.items()
+        if torch.is_tensor(v)
+    }
+    rest = {
+        i: {k: v for k, v in entry.items() if not torch.is_tensor(v)}
+        for i, entry in state["state"].items()
+    }
     return tensors, {"state": rest, "param_groups": state["param_groups"]}
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-034
@@ -224,10 +311,18 @@ def join_state(tensors: dict, rest: dict) -> dict:
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-036
 def random_state() -> dict:
     "State of Python's, NumPy's and torch's generators, fit for JSON."
-    cuda = [s.numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    cuda = (
+        [s.numpy().tobytes().hex() for s in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else []
+    )
     name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest],
-            "torch": torch.get_rng_state().numpy().tobytes().hex(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": cuda,
+    }
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-038
 def set_random_state(state: dict):
@@ -237,33 +332,68 @@ def set_random_state(state: dict):
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(tensor(state["torch"]))
-    if torch.cuda.is_available() and state["cuda"]: torch.cuda.set_rng_state_all([tensor(s) for s in state["cuda"]])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all([tensor(s) for s in state["cuda"]])
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-041
 class NonFiniteLoss(FloatingPointError):
     "The loss or its gradient became infinite or not a number."
+
     def __init__(self, what: str, step: int, ids: list, folder):
         self.step, self.ids = step, ids
-        kept = f"The last good checkpoint is in {folder}." if folder else "No checkpoint was asked for (folder=)."
-        super().__init__(f"{what} at step {step}, samples {ids}. {kept} Look at these samples, lower lr, or train in float32.")
+        kept = (
+            f"The last good checkpoint is in {folder}."
+            if folder
+            else "No checkpoint was asked for (folder=)."
+        )
+        super().__init__(
+            f"{what} at step {step}, samples {ids}. {kept} Look at these samples, lower lr, or train in float32."
+        )
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-043
 class RecoveryTrainer(Trainer):
     "A Trainer whose model is a Student and whose batches come with a TeacherSide."
-    def __init__(self, *args, teacher_side: TeacherSide, batches, workers: int = 0, ids=None, kept: int = 2, desc=None, **kwargs):
-        self.teacher_side, self.batches, self.workers, self.ids, self.kept = teacher_side, batches, workers, ids, kept
+
+    def __init__(
+        self,
+        *args,
+        teacher_side: TeacherSide,
+        batches,
+        workers: int = 0,
+        ids=None,
+        kept: int = 2,
+        desc=None,
+        **kwargs,
+    ):
+        self.teacher_side, self.batches, self.workers, self.ids, self.kept = (
+            teacher_side,
+            batches,
+            workers,
+            ids,
+            kept,
+        )
         super().__init__(*args, **kwargs)
-        for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
-        if desc is not None: self.add_callback(Progress(desc))
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        if desc is not None:
+            self.add_callback(Progress(desc))
         self.terms = torch.zeros(len(self.model.losses), device=self.args.device)
         self.weights = torch.tensor(list(self.model.losses.values()), device=self.args.device)
 
     def get_train_dataloader(self):
         "Our batches, cut for this process."
-        return Loader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator,
-                      num_workers=self.workers, persistent_workers=self.workers > 0)
+        return Loader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
 
-    model_of_run = property(lambda self: self.teacher_side.student, doc="The Student, without what is wrapped around it.")
+    model_of_run = property(
+        lambda self: self.teacher_side.student,
+        doc="The Student, without what is wrapped around it.",
+    )
 
     def batch_ids(self, batches: list) -> list:
         "The ids of the samples of some batches."
@@ -275,9 +405,13 @@ def _count_items_in_batch(self, batch_samples, device):
     "What each loss is divided by: counts over all passes and processes of this step."
     counts = torch.stack([count(batch["labels"]) for batch in batch_samples]).sum(0).to(device)
     counts = self.accelerator.reduce(counts, "sum")
-    if not counts[0] and "answers" in {DIVISORS[self.model_of_run.positions][name] for name in self.model_of_run.losses}:
-        raise ValueError(f"step {self.state.global_step}: no supervised token in samples {self.batch_ids(batch_samples)}. "
-                         "Their answers are empty or cut off: check 'conversations' and max_length.")
+    if not counts[0] and "answers" in {
+        DIVISORS[self.model_of_run.positions][name] for name in self.model_of_run.losses
+    }:
+        raise ValueError(
+            f"step {self.state.global_step}: no supervised token in samples {self.batch_ids(batch_samples)}. "
+            "Their answers are empty or cut off: check 'conversations' and max_length."
+        )
     return counts
 
 
@@ -287,11 +421,13 @@ RecoveryTrainer._get_num_items_in_batch = _count_items_in_batch
 def _compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     self.current = inputs["index"].tolist()
     batch = {k: v for k, v in inputs.items() if k != "index"}
-    with self.accelerator.autocast(): features, teacher = self.teacher_side(batch, self.current)
+    with self.accelerator.autocast():
+        features, teacher = self.teacher_side(batch, self.current)
     batch.pop("pixel_values", None)
     terms = model(batch, features, teacher, num_items_in_batch)
     loss = terms.float() @ self.weights  # FSDP returns half precision
-    if not torch.isfinite(loss): self.stop("non-finite loss")
+    if not torch.isfinite(loss):
+        self.stop("non-finite loss")
     self.terms += terms.detach()
     return loss * self.accelerator.num_processes
 
@@ -302,13 +438,18 @@ RecoveryTrainer.compute_loss = _compute_loss
 def _stop(self, what: str):
     "Stop with the samples and the last good checkpoint named."
     found = checkpoints(self.args.output_dir)
-    raise NonFiniteLoss(what, self.state.global_step, [self.ids[i] for i in self.current] if self.ids else self.current,
-                        found[-1] if found else None)
+    raise NonFiniteLoss(
+        what,
+        self.state.global_step,
+        [self.ids[i] for i in self.current] if self.ids else self.current,
+        found[-1] if found else None,
+    )
 
 
 def _clip_grad_norm(self, model):
     norm = Trainer._clip_grad_norm(self, model)
-    if norm is not None and not torch.isfinite(torch.as_tensor(norm)): self.stop("non-finite gradient")
+    if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+        self.stop("non-finite gradient")
     return norm
 
 
@@ -319,7 +460,10 @@ def _log(self, logs: dict, start_time=None):
     "Add the terms to what every tracker receives."
     if "loss" in logs:
         steps = self.state.global_step - getattr(self, "logged", self._initial_global_step)
-        terms, self.logged = self.accelerator.reduce(self.terms, "sum") / max(steps, 1), self.state.global_step
+        terms, self.logged = (
+            self.accelerator.reduce(self.terms, "sum") / max(steps, 1),
+            self.state.global_step,
+        )
         logs |= dict(zip(self.model_of_run.losses, terms.tolist()))
         self.terms.zero_()
     Trainer.log(self, logs, start_time)
@@ -330,7 +474,7 @@ RecoveryTrainer.log = _log
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-053
 def checkpoints(
     folder,  # of a run
-) -> list:   # of paths, oldest first
+) -> list:  # of paths, oldest first
     "The complete checkpoints in a folder."
     found = [p for p in Path(folder).glob("checkpoint-*") if (p / "trainer_state.json").exists()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
@@ -340,15 +484,24 @@ def _save_checkpoint(self, model, trial):
     "Write everything that the rest of the run depends on, then drop the oldest."
     generators = gather_object([random_state()])
     folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-    if not self.args.should_save or folder.exists(): return
+    if not self.args.should_save or folder.exists():
+        return
     tensors, rest = split_state(self.optimizer.state_dict())
     state = {"optimizer": rest, "schedule": self.lr_scheduler.state_dict(), "random": generators}
     with complete_or_absent(folder) as partial:
-        save_file({n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}, partial / "weights.safetensors")
+        save_file(
+            {
+                n: p.detach().contiguous()
+                for n, p in self.model.named_parameters()
+                if p.requires_grad
+            },
+            partial / "weights.safetensors",
+        )
         save_file(tensors, partial / "optimizer.safetensors")
         (partial / "run_state.json").write_text(json.dumps(state))
         self.state.save_to_json(str(partial / "trainer_state.json"))
-    for old in checkpoints(self.args.output_dir)[:-self.kept]: shutil.rmtree(old)
+    for old in checkpoints(self.args.output_dir)[: -self.kept]:
+        shutil.rmtree(old)
 
 
 RecoveryTrainer._save_checkpoint = _save_checkpoint
@@ -356,8 +509,12 @@ RecoveryTrainer._save_checkpoint = _save_checkpoint
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-057
 def _load_from_checkpoint(self, checkpoint, model=None):
     "Put the trained weights back."
-    saved, trained = load_file(Path(checkpoint) / "weights.safetensors"), dict(self.model.named_parameters())
-    for name, tensor in saved.items(): trained[name].data.copy_(tensor)
+    saved, trained = (
+        load_file(Path(checkpoint) / "weights.safetensors"),
+        dict(self.model.named_parameters()),
+    )
+    for name, tensor in saved.items():
+        trained[name].data.copy_(tensor)
 
 
 RecoveryTrainer._load_from_checkpoint = _load_from_checkpoint
@@ -365,9 +522,12 @@ RecoveryTrainer._load_from_checkpoint = _load_from_checkpoint
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-059
 def _load_optimizer_and_scheduler(self, checkpoint):
     "Put optimiser and schedule back."
-    if checkpoint is None: return
+    if checkpoint is None:
+        return
     state = json.loads((Path(checkpoint) / "run_state.json").read_text())
-    self.optimizer.load_state_dict(join_state(load_file(Path(checkpoint) / "optimizer.safetensors"), state["optimizer"]))
+    self.optimizer.load_state_dict(
+        join_state(load_file(Path(checkpoint) / "optimizer.safetensors"), state["optimizer"])
+    )
     self.lr_scheduler.load_state_dict(state["schedule"])
 
 
@@ -376,7 +536,8 @@ RecoveryTrainer._load_optimizer_and_scheduler = _load_optimizer_and_scheduler
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-061
 def _load_rng_state(self, checkpoint):
     "Put the random generators back."
-    if checkpoint is None: return
+    if checkpoint is None:
+        return
     generators = json.loads((Path(checkpoint) / "run_state.json").read_text())["random"]
     set_random_state(generators[self.args.process_index % len(generators)])
 
@@ -386,24 +547,35 @@ RecoveryTrainer._load_rng_state = _load_rng_state
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-063
 class Progress(TrainerCallback):
     "One bar per run, on the main process."
-    def __init__(self, desc: str): self.desc, self.bar = desc, None
+
+    def __init__(self, desc: str):
+        self.desc, self.bar = desc, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero: self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False)
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.desc, leave=False
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None: self.bar.update(state.global_step - self.bar.n)
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and "loss" in (logs or {}): self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        if self.bar is not None and "loss" in (logs or {}):
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None: self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
 
 # %% ../../nbs/library/recovery/03_trainer.ipynb #cell-065
 def indexed(
     collate,  # samples -> batch dict
 ):
     "A collator whose batch also says which samples are in it."
-    def collate_indexed(samples): return collate(samples) | {"index": torch.tensor([s["index"] for s in samples])}
+
+    def collate_indexed(samples):
+        return collate(samples) | {"index": torch.tensor([s["index"] for s in samples])}
+
     return collate_indexed

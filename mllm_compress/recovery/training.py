@@ -26,13 +26,19 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, TrainingArguments, set_seed
 
+from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import anatomy
 from ..data.instructions import Collator
 from .losses import LOSSES, check_losses
 from .sharded import trainer_class
-from .teacher_cache import CACHE, SHARED, TargetCache, compute_targets, weights_hash
+from mllm_compress.recovery.teacher_cache import (
+    CACHE,
+    SHARED,
+    TargetCache,
+    compute_targets,
+    weights_hash,
+)
 from .trainer import Batches, Student, TeacherSide, checkpoints, indexed
-from ..anatomy.compat import CHECKPOINTING
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-004
 LEARNING_RATES = {  # train -> losses -> lr; "default" for combinations that are not listed
@@ -46,41 +52,60 @@ TRAIN = ("projector", "projector+lm")
 @dataclass(frozen=True)
 class RecoveryConfig:
     "Everything that determines the result of a recovery run, given student, teacher and data."
-    train: str = "projector+lm"   # or "projector"
-    losses: dict = field(default_factory=lambda: {"sft": 0.5, "hidden_kd": 0.5})  # name -> weight, names of losses.LOSSES
-    fraction: float = 1.0         # of the data, nested: 1 % lies within 5 %
-    seed: int = 0                 # of the fraction, the order of samples, LoRA's start and dropout
-    lr: float | None = None       # None: from LEARNING_RATES
+
+    train: str = "projector+lm"  # or "projector"
+    losses: dict = field(
+        default_factory=lambda: {"sft": 0.5, "hidden_kd": 0.5}
+    )  # name -> weight, names of losses.LOSSES
+    fraction: float = 1.0  # of the data, nested: 1 % lies within 5 %
+    seed: int = 0  # of the fraction, the order of samples, LoRA's start and dropout
+    lr: float | None = None  # None: from LEARNING_RATES
     epochs: float = 1.0
-    batch_size: int = 32          # samples per optimiser step, over all processes
-    passes: int | None = None     # forward passes that a step is split into; None: PASS samples each on a CPU, one pass on a GPU
-    positions: str = "answer"     # where distillation compares; "all": everywhere, with the original's normalisation
-    temperature: float = 2.0      # of logits distillation
-    hidden_layers: tuple | dict | None = None  # teacher layers that hidden_kd compares, or {student: teacher}; None: the final state
-    turns: str = "independent"    # questions about one image do not see each other; "sequential": one conversation
-    max_length: int | None = None # tokens per row; longer ones are cut
-    group_by_length: bool = False # similar lengths share a batch
-    lora: dict | None = None      # options of peft's LoraConfig, see PAPER; None: full finetuning
+    batch_size: int = 32  # samples per optimiser step, over all processes
+    passes: int | None = (
+        None  # forward passes that a step is split into; None: PASS samples each on a CPU, one pass on a GPU
+    )
+    positions: str = "answer"  # where distillation compares; "all": everywhere, with the original's normalisation
+    temperature: float = 2.0  # of logits distillation
+    hidden_layers: tuple | dict | None = (
+        None  # teacher layers that hidden_kd compares, or {student: teacher}; None: the final state
+    )
+    turns: str = "independent"  # questions about one image do not see each other; "sequential": one conversation
+    max_length: int | None = None  # tokens per row; longer ones are cut
+    group_by_length: bool = False  # similar lengths share a batch
+    lora: dict | None = None  # options of peft's LoraConfig, see PAPER; None: full finetuning
     schedule: str = "cosine"
-    warmup: float = 0.03          # of the steps
+    warmup: float = 0.03  # of the steps
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    precision: str = "fp32"       # or "bf16": autocast
+    precision: str = "fp32"  # or "bf16": autocast
     optimizer: str = "adamw_torch_fused"  # any of the Trainer's
     gradient_checkpointing: bool = False
 
-    def __post_init__(self): object.__setattr__(self, "losses", self.check())
+    def __post_init__(self):
+        object.__setattr__(self, "losses", self.check())
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-008
-def _check(self) -> dict: # the losses, as floats
+def _check(self) -> dict:  # the losses, as floats
     "Refuse values that would fail, or silently mean something else, later."
-    allowed = {"train": TRAIN, "positions": ("answer", "all"), "turns": ("independent", "sequential"), "precision": ("fp32", "bf16")}
+    allowed = {
+        "train": TRAIN,
+        "positions": ("answer", "all"),
+        "turns": ("independent", "sequential"),
+        "precision": ("fp32", "bf16"),
+    }
     for name, values in allowed.items():
-        if getattr(self, name) not in values: raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(values)}.")
-    if not 0 < self.fraction <= 1: raise ValueError(f"fraction={self.fraction} is outside (0, 1]: give the part of the data to use, e.g. 0.05.")
+        if getattr(self, name) not in values:
+            raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(values)}.")
+    if not 0 < self.fraction <= 1:
+        raise ValueError(
+            f"fraction={self.fraction} is outside (0, 1]: give the part of the data to use, e.g. 0.05."
+        )
     for name in ("batch_size", "passes", "epochs", "temperature"):
-        if getattr(self, name) is not None and not getattr(self, name) > 0: raise ValueError(f"{name}={getattr(self, name)} must be positive.")
-    if self.train == "projector" and self.lora: raise ValueError("lora adapts the LM decoder: use train='projector+lm', or lora=None.")
+        if getattr(self, name) is not None and not getattr(self, name) > 0:
+            raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+    if self.train == "projector" and self.lora:
+        raise ValueError("lora adapts the LM decoder: use train='projector+lm', or lora=None.")
     return check_losses(self.losses)
 
 
@@ -93,7 +118,8 @@ def config_from_dict(
     "A config from plain data; unknown keys are an error."
     known = [f.name for f in fields(RecoveryConfig)]
     unknown = [key for key in values if key not in known]
-    if unknown: raise ValueError(f"unknown recovery option {unknown[0]!r}; known: {', '.join(known)}.")
+    if unknown:
+        raise ValueError(f"unknown recovery option {unknown[0]!r}; known: {', '.join(known)}.")
     return RecoveryConfig(**values)
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-012
@@ -102,13 +128,24 @@ def learning_rate(
     table: dict = LEARNING_RATES,
 ) -> float:
     "The config's learning rate, or the table's for its objective."
-    if config.lr is not None: return config.lr
+    if config.lr is not None:
+        return config.lr
     rates = table["lora" if config.lora else config.train]
     return rates.get("+".join(sorted(config.losses)), rates["default"])
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-015
-_PAPER = dict(losses={"sft": 0.5, "hidden_kd": 0.5}, lr=2e-5, epochs=1.0, schedule="cosine", warmup=0.03, precision="bf16",
-              turns="sequential", max_length=2048, group_by_length=True, gradient_checkpointing=True)
+_PAPER = dict(
+    losses={"sft": 0.5, "hidden_kd": 0.5},
+    lr=2e-5,
+    epochs=1.0,
+    schedule="cosine",
+    warmup=0.03,
+    precision="bf16",
+    turns="sequential",
+    max_length=2048,
+    group_by_length=True,
+    gradient_checkpointing=True,
+)
 PAPER = {
     "llava": _PAPER | {"lora": {"r": 128, "lora_alpha": 256, "lora_dropout": 0.05}},
     "bunny": _PAPER | {"lora": {"r": 64, "lora_alpha": 16, "lora_dropout": 0.05}},
@@ -117,12 +154,14 @@ PAPER = {
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-018
 def layer_pairs(
-    hidden_layers,       # teacher layers, a dict {student layer: teacher layer}, or None for the final state
-    kept: tuple,         # the teacher's layers that the student still has, in order
-) -> tuple:              # of (student layer, teacher layer)
+    hidden_layers,  # teacher layers, a dict {student layer: teacher layer}, or None for the final state
+    kept: tuple,  # the teacher's layers that the student still has, in order
+) -> tuple:  # of (student layer, teacher layer)
     "The pairs of states that hidden-state distillation compares."
-    if hidden_layers is None: return (("final", "final"),)
-    if isinstance(hidden_layers, dict): return tuple((_layer(s), _layer(t)) for s, t in hidden_layers.items())
+    if hidden_layers is None:
+        return (("final", "final"),)
+    if isinstance(hidden_layers, dict):
+        return tuple((_layer(s), _layer(t)) for s, t in hidden_layers.items())
     return tuple((_before(_layer(t), kept), _layer(t)) for t in hidden_layers)
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-020
@@ -134,8 +173,10 @@ def _layer(name):
 def _before(teacher_layer, kept: tuple):
     "The student's layer at or before a teacher's layer."
     before = [s for s, t in enumerate(kept) if teacher_layer != "final" and t <= teacher_layer]
-    if teacher_layer != "final" and not before: raise ValueError(
-        f"hidden_layers: the student kept layers {kept}, none at or before the teacher's layer {teacher_layer}; choose later ones.")
+    if teacher_layer != "final" and not before:
+        raise ValueError(
+            f"hidden_layers: the student kept layers {kept}, none at or before the teacher's layer {teacher_layer}; choose later ones."
+        )
     return before[-1] if before else "final"
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-026
@@ -147,17 +188,26 @@ def check_pair(
     "An error that says what to do, if this student cannot learn from this teacher."
     named = [name for name in config.losses if LOSSES[name].needs_teacher]
     if teacher is None:
-        if named: raise ValueError(f"{', '.join(named)} needs a teacher: pass the dense model, or use losses={{'sft': 1.0}}.")
+        if named:
+            raise ValueError(
+                f"{', '.join(named)} needs a teacher: pass the dense model, or use losses={{'sft': 1.0}}."
+            )
         return
     s, t = anatomy(student), anatomy(teacher)
     for what in ("vocab_size", "hidden_size"):
         ours, theirs = getattr(s, what), getattr(t, what)
-        if ours != theirs: raise ValueError(f"student and teacher differ in {what} ({ours} and {theirs}); distillation compares them "
-                                            "number by number: use the dense model that the student was pruned from.")
+        if ours != theirs:
+            raise ValueError(
+                f"student and teacher differ in {what} ({ours} and {theirs}); distillation compares them "
+                "number by number: use the dense model that the student was pruned from."
+            )
     if (s.vision_tower is None) != (t.vision_tower is None) or (
-            s.vision_tower is not None and weights_hash(s.vision_tower) != weights_hash(t.vision_tower)):
-        raise ValueError("student and teacher have different vision towers; the frozen tower is shared, so use the dense model "
-                         "that the student was pruned from.")
+        s.vision_tower is not None and weights_hash(s.vision_tower) != weights_hash(t.vision_tower)
+    ):
+        raise ValueError(
+            "student and teacher have different vision towers; the frozen tower is shared, so use the dense model "
+            "that the student was pruned from."
+        )
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-028
 def trainable_copy(
@@ -169,11 +219,17 @@ def trainable_copy(
     trained = set() if parts.projector is None else {id(p) for p in parts.projector.parameters()}
     if config.train == "projector+lm":
         trained |= {id(p) for part in (parts.decoder, parts.lm_head) for p in part.parameters()}
-    if not trained: raise ValueError("a plain LM has no projector: use train='projector+lm'.")
-    shared = {id(p): nn.Parameter(p.data, requires_grad=False) for p in student.parameters() if id(p) not in trained}
+    if not trained:
+        raise ValueError("a plain LM has no projector: use train='projector+lm'.")
+    shared = {
+        id(p): nn.Parameter(p.data, requires_grad=False)
+        for p in student.parameters()
+        if id(p) not in trained
+    }
     model = copy.deepcopy(student, dict(shared))
     ours = {id(p) for p in shared.values()}
-    for p in model.parameters(): p.requires_grad_(id(p) not in ours)
+    for p in model.parameters():
+        p.requires_grad_(id(p) not in ours)
     return model
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-030
@@ -184,64 +240,106 @@ def lora_targets(
     parts = anatomy(model)
     slots = {id(slot.module) for i in range(parts.num_layers) for slot in parts.linears(i)}
     names = [name for name, module in model.named_modules() if id(module) in slots]
-    if not names: raise ValueError(f"no LoRA targets for family {parts.family.name!r}: its row in anatomy.FAMILIES names no linear "
-                                   "layers; add them there, or train in full with lora=None.")
+    if not names:
+        raise ValueError(
+            f"no LoRA targets for family {parts.family.name!r}: its row in anatomy.FAMILIES names no linear "
+            "layers; add them there, or train in full with lora=None."
+        )
     return names
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-032
 def add_lora(
     model: nn.Module,  # changed in place
-    options: dict,     # of peft's LoraConfig
+    options: dict,  # of peft's LoraConfig
 ) -> nn.Module:
     "The model with adapters on its decoder; the projector stays trained in full."
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that it is about to retire
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft asks transformers for a name that it is about to retire
         adapted = get_peft_model(model, LoraConfig(target_modules=lora_targets(model), **options))
     projector = anatomy(model).projector
-    if projector is not None: projector.requires_grad_(True)
+    if projector is not None:
+        projector.requires_grad_(True)
     return adapted
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-035
 @dataclass(frozen=True)
 class RecoveryResult:
     "A recovered model and how it got there."
-    model: nn.Module        # on the device it was trained on, in eval mode; LoRA merged
-    history: pd.DataFrame   # step, epoch, learning_rate, loss, grad_norm and one column per loss term
-    seconds: float          # of training, without the pass that computes targets
-    target_seconds: float   # of that pass; about 0 when the targets were cached
-    samples: int            # that one epoch goes through
+
+    model: nn.Module  # on the device it was trained on, in eval mode; LoRA merged
+    history: (
+        pd.DataFrame
+    )  # step, epoch, learning_rate, loss, grad_norm and one column per loss term
+    seconds: float  # of training, without the pass that computes targets
+    target_seconds: float  # of that pass; about 0 when the targets were cached
+    samples: int  # that one epoch goes through
     trained_parameters: int
-    peak_memory: int | None # bytes on the GPU, None on a CPU
+    peak_memory: int | None  # bytes on the GPU, None on a CPU
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-037
-def _arguments(config: RecoveryConfig, folder, save_every, device, trainer: dict) -> TrainingArguments:
+def _arguments(
+    config: RecoveryConfig, folder, save_every, device, trainer: dict
+) -> TrainingArguments:
     "TrainingArguments for a run."
-    args = TrainingArguments(**{**dict(
-        output_dir=str(folder), learning_rate=learning_rate(config), num_train_epochs=config.epochs, seed=config.seed, data_seed=config.seed,
-        lr_scheduler_type=config.schedule, warmup_steps=config.warmup,
-        weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, optim=config.optimizer, bf16=config.precision == "bf16",
-        **{CHECKPOINTING: config.gradient_checkpointing}, use_cpu=str(device) == "cpu", report_to="none", disable_tqdm=True,
-        logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps" if save_every else "no", save_steps=save_every or 500,
-        remove_unused_columns=False, dataloader_pin_memory=False, ddp_find_unused_parameters=False), **trainer})
-    if device is not None and torch.device(device).index not in (None, args.device.index): raise ValueError(
-        f"device={str(device)!r}: the Trainer takes {args.device}. Set CUDA_VISIBLE_DEVICES={torch.device(device).index} and give device='cuda'.")
-    args._n_gpu = min(args.n_gpu, 1)  # of several that it sees, the Trainer would put a part of each batch on each
+    args = TrainingArguments(
+        **{
+            **dict(
+                output_dir=str(folder),
+                learning_rate=learning_rate(config),
+                num_train_epochs=config.epochs,
+                seed=config.seed,
+                data_seed=config.seed,
+                lr_scheduler_type=config.schedule,
+                warmup_steps=config.warmup,
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                optim=config.optimizer,
+                bf16=config.precision == "bf16",
+                **{CHECKPOINTING: config.gradient_checkpointing},
+                use_cpu=str(device) == "cpu",
+                report_to="none",
+                disable_tqdm=True,
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                save_strategy="steps" if save_every else "no",
+                save_steps=save_every or 500,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+                ddp_find_unused_parameters=False,
+            ),
+            **trainer,
+        }
+    )
+    if device is not None and torch.device(device).index not in (None, args.device.index):
+        raise ValueError(
+            f"device={str(device)!r}: the Trainer takes {args.device}. Set CUDA_VISIBLE_DEVICES={torch.device(device).index} and give device='cuda'."
+        )
+    args._n_gpu = min(
+        args.n_gpu, 1
+    )  # of several that it sees, the Trainer would put a part of each batch on each
     return args
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-039
 @contextlib.contextmanager
 def _attention(
     model: nn.Module,
-    name: str | None, # of an attention implementation; None: leave it
+    name: str | None,  # of an attention implementation; None: leave it
 ):
     "Another attention implementation for as long as the block lasts."
     parts = anatomy(model)
     before = parts.text_config._attn_implementation
-    use = lambda name: parts.model.set_attn_implementation(name if parts.vision_tower is None else {"text_config": name})
-    if name: use(name)
-    try: yield
+    use = lambda name: parts.model.set_attn_implementation(
+        name if parts.vision_tower is None else {"text_config": name}
+    )
+    if name:
+        use(name)
+    try:
+        yield
     finally:
-        if name: use(before)
+        if name:
+            use(before)
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-041
 BLOCK = 64  # tokens of a row
@@ -254,7 +352,8 @@ def _block(config: RecoveryConfig) -> int | None:
 
 def _attention_name(config: RecoveryConfig, device: str) -> str | None:
     "The attention implementation of a run."
-    if _block(config): return SHARED
+    if _block(config):
+        return SHARED
     return "eager" if config.precision == "bf16" and device == "cpu" else None
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-043
@@ -263,7 +362,11 @@ RENDERERS = {}
 
 def _look(processor) -> str:
     "What of a processor changes its output, as a hash."
-    look = [processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template, processor.image_processor.to_dict()]
+    look = [
+        processor.tokenizer.backend_tokenizer.to_str(),
+        processor.chat_template,
+        processor.image_processor.to_dict(),
+    ]
     return hashlib.sha256(json.dumps(look, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-045
@@ -274,19 +377,53 @@ def _collator(processor, data, config: RecoveryConfig, images: bool = True) -> C
     return collate
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-047
-def _targets(tower, teacher, student: Student, data, processor, config: RecoveryConfig, cache: TargetCache, progress):
+def _targets(
+    tower,
+    teacher,
+    student: Student,
+    data,
+    processor,
+    config: RecoveryConfig,
+    cache: TargetCache,
+    progress,
+):
     "Features and teacher states of the data, or None where they would not fit or there are none."
     parts, bf16 = anatomy(tower), config.precision == "bf16"
-    wanted = tuple(dict.fromkeys(t for _, t in student.pairs)) if teacher is not None and config.positions == "answer" else ()
-    if wanted and "teacher_logits" in student.needs: wanted = tuple(dict.fromkeys(("final", *wanted)))
-    if parts.vision_tower is None and not wanted: return None
+    wanted = (
+        tuple(dict.fromkeys(t for _, t in student.pairs))
+        if teacher is not None and config.positions == "answer"
+        else ()
+    )
+    if wanted and "teacher_logits" in student.needs:
+        wanted = tuple(dict.fromkeys(("final", *wanted)))
+    if parts.vision_tower is None and not wanted:
+        return None
     owners = [m for m in (parts.vision_tower, teacher if wanted else None) if m is not None]
-    key = [weights_hash(*owners), data.hash, _look(processor), wanted, config.turns, config.max_length, bf16]
-    bar = (lambda chunks: tqdm(chunks, desc="targets", leave=False)) if progress else (lambda chunks: chunks)
+    key = [
+        weights_hash(*owners),
+        data.hash,
+        _look(processor),
+        wanted,
+        config.turns,
+        config.max_length,
+        bf16,
+    ]
+    bar = (
+        (lambda chunks: tqdm(chunks, desc="targets", leave=False))
+        if progress
+        else (lambda chunks: chunks)
+    )
     device = parts.embed_tokens.weight.device.type
+
     def compute(limit):
-        with _attention(tower, _attention_name(config, device)), torch.autocast(device, torch.bfloat16, enabled=bf16):
-            return compute_targets(tower, data, _collator(processor, data, config), wanted, limit, progress=bar)
+        with (
+            _attention(tower, _attention_name(config, device)),
+            torch.autocast(device, torch.bfloat16, enabled=bf16),
+        ):
+            return compute_targets(
+                tower, data, _collator(processor, data, config), wanted, limit, progress=bar
+            )
+
     return cache.get(hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24], compute)
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-049
@@ -296,7 +433,10 @@ def _claim(folder: Path, fingerprint: dict):
     if path.exists():
         before = json.loads(path.read_text())
         differs = [key for key in fingerprint if before.get(key) != fingerprint[key]]
-        if differs: raise ValueError(f"{folder} holds checkpoints of another run (different {', '.join(differs)}): give another folder or delete it.")
+        if differs:
+            raise ValueError(
+                f"{folder} holds checkpoints of another run (different {', '.join(differs)}): give another folder or delete it."
+            )
         return
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"run.{os.getpid()}.partial"
@@ -305,57 +445,103 @@ def _claim(folder: Path, fingerprint: dict):
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-051
 def recover(
-    student: nn.Module,           # a pruned MLLM; it is not changed
-    teacher: nn.Module | None,    # the dense model; None for SFT alone
-    data,                         # data.InstructionData
+    student: nn.Module,  # a pruned MLLM; it is not changed
+    teacher: nn.Module | None,  # the dense model; None for SFT alone
+    data,  # data.InstructionData
     config: RecoveryConfig = RecoveryConfig(),
-    processor=None,               # of the teacher; None: found where the teacher was loaded from
-    plan=None,                    # PruningPlan of the student; needed when hidden_layers names layers and some were dropped
-    folder=None,                  # where checkpoints go; a run found there is resumed
-    save_every: int | None = None,# steps between checkpoints
-    cache: TargetCache = CACHE,   # targets shared between runs
-    workers: int = 0,             # processes that load images
-    device=None,                  # None: the first GPU, if there is one
+    processor=None,  # of the teacher; None: found where the teacher was loaded from
+    plan=None,  # PruningPlan of the student; needed when hidden_layers names layers and some were dropped
+    folder=None,  # where checkpoints go; a run found there is resumed
+    save_every: int | None = None,  # steps between checkpoints
+    cache: TargetCache = CACHE,  # targets shared between runs
+    workers: int = 0,  # processes that load images
+    device=None,  # None: the first GPU, if there is one
     progress: bool = True,
-    trainer: dict = {},           # further TrainingArguments
+    trainer: dict = {},  # further TrainingArguments
 ) -> RecoveryResult:
     "Train a pruned student back with SFT, distillation, or both."
     check_pair(student, teacher, config)
-    processor, data = processor or _processor(teacher, student), data.fraction(config.fraction, config.seed)
+    processor, data = (
+        processor or _processor(teacher, student),
+        data.fraction(config.fraction, config.seed),
+    )
     set_seed(config.seed)
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
     model = trainable_copy(student, config)
-    module = Student(add_lora(model, config.lora) if config.lora else model, config.losses, config.positions, config.temperature,
-                     layer_pairs(config.hidden_layers, kept))
+    module = Student(
+        add_lora(model, config.lora) if config.lora else model,
+        config.losses,
+        config.positions,
+        config.temperature,
+        layer_pairs(config.hidden_layers, kept),
+    )
     with tempfile.TemporaryDirectory() as scratch:
         args = _arguments(config, folder or scratch, save_every, device, trainer)
-        if folder: _claim(Path(folder), {"config": json.loads(json.dumps(asdict(config))), "data": data.hash, "student": weights_hash(student),
-                                         "teacher": weights_hash(teacher) if teacher is not None else None})
-        return _run(module, student, teacher, data, processor, config, args, cache, workers, progress)
+        if folder:
+            _claim(
+                Path(folder),
+                {
+                    "config": json.loads(json.dumps(asdict(config))),
+                    "data": data.hash,
+                    "student": weights_hash(student),
+                    "teacher": weights_hash(teacher) if teacher is not None else None,
+                },
+            )
+        return _run(
+            module, student, teacher, data, processor, config, args, cache, workers, progress
+        )
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-053
-def _run(module, student, teacher, data, processor, config, args, cache, workers, progress) -> RecoveryResult:
+def _run(
+    module, student, teacher, data, processor, config, args, cache, workers, progress
+) -> RecoveryResult:
     "Compute targets, train, and collect the result."
     uses = any(LOSSES[name].needs_teacher for name in config.losses)
-    teacher, tower = (teacher.to(args.device).eval() if uses else None), (teacher if teacher is not None else student).to(args.device)
+    teacher, tower = (
+        (teacher.to(args.device).eval() if uses else None),
+        (teacher if teacher is not None else student).to(args.device),
+    )
     started = time.perf_counter()
-    with torch.no_grad(): targets = _targets(tower, teacher, module, data, processor, config, cache, progress)
+    with torch.no_grad():
+        targets = _targets(tower, teacher, module, data, processor, config, cache, progress)
     trained_from = time.perf_counter()
     collate = _collator(processor, data, config, images=targets is None)
-    args.gradient_accumulation_steps = passes = _passes(config, len(data), args.device.type, args.world_size)
+    args.gradient_accumulation_steps = passes = _passes(
+        config, len(data), args.device.type, args.world_size
+    )
     loop = trainer_class(args)(
-        module, args, train_dataset=data, data_collator=indexed(collate), teacher_side=TeacherSide(teacher, tower, module, targets),
-        batches=Batches(_lengths(data, config), config.batch_size, passes, args.world_size, args.process_index, config.seed),
-        workers=workers, ids=[s.get("id", i) for i, s in enumerate(data.samples)], desc="recover" if progress else None)
+        module,
+        args,
+        train_dataset=data,
+        data_collator=indexed(collate),
+        teacher_side=TeacherSide(teacher, tower, module, targets),
+        batches=Batches(
+            _lengths(data, config),
+            config.batch_size,
+            passes,
+            args.world_size,
+            args.process_index,
+            config.seed,
+        ),
+        workers=workers,
+        ids=[s.get("id", i) for i, s in enumerate(data.samples)],
+        desc="recover" if progress else None,
+    )
     found = checkpoints(args.output_dir)
     name = _attention_name(config, args.device.type)
     with _attention(module.parts.model, name), _attention(tower, name):
         loop.train(resume_from_checkpoint=str(found[-1]) if found else None)
     model = module.model.merge_and_unload() if config.lora else module.model
     history = pd.DataFrame([row for row in loop.state.log_history if "loss" in row])
-    return RecoveryResult(model.eval(), history, time.perf_counter() - trained_from, trained_from - started, len(data),
-                          sum(p.numel() for p in loop.model.parameters() if p.requires_grad) or 0,
-                          torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None)
+    return RecoveryResult(
+        model.eval(),
+        history,
+        time.perf_counter() - trained_from,
+        trained_from - started,
+        len(data),
+        sum(p.numel() for p in loop.model.parameters() if p.requires_grad) or 0,
+        torch.cuda.max_memory_allocated() if args.device.type == "cuda" else None,
+    )
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-055
 PASS = 8  # samples of a forward pass on a CPU
@@ -363,18 +549,26 @@ PASS = 8  # samples of a forward pass on a CPU
 
 def _passes(config: RecoveryConfig, samples: int, device: str, processes: int) -> int:
     "Forward passes per step and process."
-    if config.passes: return config.passes
-    return max(1, min(config.batch_size // processes // PASS, samples // processes)) if device == "cpu" else 1
+    if config.passes:
+        return config.passes
+    return (
+        max(1, min(config.batch_size // processes // PASS, samples // processes))
+        if device == "cpu"
+        else 1
+    )
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-057
 def _lengths(data, config: RecoveryConfig) -> list:
     "Sample lengths in characters for grouping, or all equal."
-    if not config.group_by_length: return [1] * len(data)
+    if not config.group_by_length:
+        return [1] * len(data)
     return [sum(len(turn["value"]) for turn in s["conversations"]) for s in data.samples]
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-059
 def _processor(teacher, student):
     "The processor saved beside the model."
     source = (teacher if teacher is not None else student).config._name_or_path
-    try: return AutoProcessor.from_pretrained(source)
-    except Exception as error: raise ValueError(f"no processor found at {source!r}: pass processor=.") from error
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except Exception as error:
+        raise ValueError(f"no processor found at {source!r}: pass processor=.") from error

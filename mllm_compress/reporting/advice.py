@@ -12,83 +12,113 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from ..study.experiments import load_profile
 from .claims import MARGIN
 from .effects import SETTING, Estimate, dense_rows, difference, summary
 from .report import basis, printed
-from ..study.store import home
+from ..study.experiments import load_profile
 from ..study.runs import frame_of, results_of, stored
+from ..study.store import home
 from ..zoo.models import MODELS
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-005
-def studied(profile) -> list: # of Experiment, sorted
+def studied(profile) -> list:  # of Experiment, sorted
     "The cells whose results are at hand."
     profile = load_profile(profile)
     return sorted(stored(profile)) if (home() / "runs" / profile.name).exists() else []
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-008
-def evidence(profile) -> pd.DataFrame: # the frame of `study.run`
+def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
     "All results at hand of a profile."
     profile, cells = load_profile(profile), studied(profile)
     dense = {c.model for c in cells if c.pruning == c.recovery == "none"}
     cells = [c for c in cells if c.model in dense]
-    if not any(c.pruning != "none" for c in cells): raise ValueError(
-        f"There are no results of profile {profile.name} to advise from: run mllm-compress study --profile {profile.name} first.")
+    if not any(c.pruning != "none" for c in cells):
+        raise ValueError(
+            f"There are no results of profile {profile.name} to advise from: run mllm-compress study --profile {profile.name} first."
+        )
     return frame_of(cells, profile, results_of(profile))
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-011
-WRONG_TOOL = .6  # above this ratio the study calls pruning the wrong tool
+WRONG_TOOL = 0.6  # above this ratio the study calls pruning the wrong tool
 BEYOND = f"Beyond {WRONG_TOOL:.0%} the study calls pruning the wrong tool: take a smaller model."
-WITHIN = .05  # how far a studied ratio may be from the wanted one
+WITHIN = 0.05  # how far a studied ratio may be from the wanted one
 
 
-def step(rows: pd.DataFrame, # of one pruning
-         ratio: float) -> float | None: # a requested ratio
+def step(
+    rows: pd.DataFrame,  # of one pruning
+    ratio: float,
+) -> float | None:  # a requested ratio
     "The step that speaks for a ratio; None where none does."
     off = rows.groupby("requested_ratio").achieved_ratio.mean() - ratio
     near = off.abs().round(6).sort_index(ascending=False)  # of two equally near the larger
-    if near.min() <= WITHIN: return near.idxmin()
+    if near.min() <= WITHIN:
+        return near.idxmin()
     return off[off > 0].idxmin() if (off > 0).any() else None
 
 
-def nearby(rows: pd.DataFrame, # with pruning, requested_ratio, achieved_ratio
-           ratio: float,       # wanted fraction of LM parameters to remove
-          ) -> pd.DataFrame:
+def nearby(
+    rows: pd.DataFrame,  # with pruning, requested_ratio, achieved_ratio
+    ratio: float,  # wanted fraction of LM parameters to remove
+) -> pd.DataFrame:
     "Of each pruning, the rows of the step that speaks for a ratio."
     steps = {pruning: step(own, ratio) for pruning, own in rows.groupby("pruning")}
     found = rows[rows.requested_ratio == rows.pruning.map(steps)]
-    if len(found): return found
+    if len(found):
+        return found
     known = ", ".join(f"{r:.2f}" for r in sorted(set(rows.achieved_ratio.round(2))))
-    raise ValueError(f"Nothing was studied within {WITHIN:.2f} of ratio {ratio} or above it: studied ratios are {known}. {BEYOND}")
+    raise ValueError(
+        f"Nothing was studied within {WITHIN:.2f} of ratio {ratio} or above it: studied ratios are {known}. {BEYOND}"
+    )
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-014
-def fitting(rows: pd.DataFrame, # of `study.run`
-            ratio: float,       # wanted fraction of LM parameters to remove
-            data: float,        # fraction of the training data at hand
-            training: bool,     # whether students may be trained
-           ) -> pd.DataFrame:
+def fitting(
+    rows: pd.DataFrame,  # of `study.run`
+    ratio: float,  # wanted fraction of LM parameters to remove
+    data: float,  # fraction of the training data at hand
+    training: bool,  # whether students may be trained
+) -> pd.DataFrame:
     "The rows of the settings that answer the question."
     rows = rows[(rows.pruning != "none") & (rows.status == "done")]
     rows = rows[(rows.recovery == "none") | (training & (rows.fraction <= data + 1e-9))]
-    if rows.empty: raise ValueError(f"No result uses at most {data:.0%} of the data{'' if training else ' and no training'}.")
+    if rows.empty:
+        raise ValueError(
+            f"No result uses at most {data:.0%} of the data{'' if training else ' and no training'}."
+        )
     return nearby(rows, ratio)
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-017
-def ranked(frame: pd.DataFrame, # of `study.run`
-           model: str, ratio: float, data: float = .05, training: bool = True,
-          ) -> pd.DataFrame:    # best first; behind: points of AVG-% less than the best, with low and high; tied; open; rival
+def ranked(
+    frame: pd.DataFrame,  # of `study.run`
+    model: str,
+    ratio: float,
+    data: float = 0.05,
+    training: bool = True,
+) -> (
+    pd.DataFrame
+):  # best first; behind: points of AVG-% less than the best, with low and high; tied; open; rival
     "The settings that answer the question, each with its distance to the best."
     its = frame[frame.model == model]
     frame = pd.concat([dense_rows(its, model), fitting(its, ratio, data, training)])
     rows = summary(frame)
-    rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()].sort_values("avg_percent", ascending=False)
-    if rows.empty: raise ValueError(f"The original {model} answers nothing rightly, so no share of it can be kept.")
+    rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()].sort_values(
+        "avg_percent", ascending=False
+    )
+    if rows.empty:
+        raise ValueError(
+            f"The original {model} answers nothing rightly, so no share of it can be kept."
+        )
     setting = lambda row: {k: row[k] for k in SETTING if k != "model"}
     best = setting(rows.iloc[0])
     gaps = [difference(frame, model, best, setting(row)) for _, row in rows.iterrows()]
     rival = rows.groupby(["recovery", "train", "fraction"]).pruning.transform("nunique") > 1
-    return rows.assign(rival=rival, behind=[g.value for g in gaps], behind_low=[g.low for g in gaps], behind_high=[g.high for g in gaps],
-                       tied=[k == 0 or is_tied(g) for k, g in enumerate(gaps)], open=[k > 0 and g.low <= MARGIN and not is_tied(g) for k, g in enumerate(gaps)]).reset_index(drop=True)
+    return rows.assign(
+        rival=rival,
+        behind=[g.value for g in gaps],
+        behind_low=[g.low for g in gaps],
+        behind_high=[g.high for g in gaps],
+        tied=[k == 0 or is_tied(g) for k, g in enumerate(gaps)],
+        open=[k > 0 and g.low <= MARGIN and not is_tied(g) for k, g in enumerate(gaps)],
+    ).reset_index(drop=True)
 
 
 def is_tied(gap: Estimate) -> bool:
@@ -96,101 +126,173 @@ def is_tied(gap: Estimate) -> bool:
     return gap.seeds > 1 and gap.high <= MARGIN
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-021
-def cheapest(rows: pd.DataFrame, # of `ranked`
-            ):                   # a row
+def cheapest(
+    rows: pd.DataFrame,  # of `ranked`
+):  # a row
     "Of the settings tied with the best, the one that costs least."
     tied = rows[rows.tied]
-    price = pd.DataFrame({"trained": tied.recovery != "none", "lm": tied.train != "projector", "fraction": tied.fraction, "teacher": tied.recovery.str.contains("kd")})
+    price = pd.DataFrame(
+        {
+            "trained": tied.recovery != "none",
+            "lm": tied.train != "projector",
+            "fraction": tied.fraction,
+            "teacher": tied.recovery.str.contains("kd"),
+        }
+    )
     return tied.loc[price.sort_values(list(price), kind="stable").index[0]]
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-024
-def say(row,            # of `ranked`
-        shape: str = "", # of widthwise plans: uniform or blockwise
-       ) -> str:
+def say(
+    row,  # of `ranked`
+    shape: str = "",  # of widthwise plans: uniform or blockwise
+) -> str:
     "A setting as an instruction."
     how = f"prune {row.pruning}{f', {shape}' if shape and row.pruning == 'widthwise' else ''} ({row.importance}) at ratio {row.requested_ratio:.2f} (achieved {row.achieved_ratio:.3f})"
-    if row.recovery == "none": return f"{how} and do not train"
+    if row.recovery == "none":
+        return f"{how} and do not train"
     return f"{how}, then train {row.train} with {row.recovery} on {row.fraction:.0%} of the data"
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-027
-def say_ties(rows: pd.DataFrame, # of `ranked`
-             shape: str = "",    # of widthwise plans
-            ) -> str:
+def say_ties(
+    rows: pd.DataFrame,  # of `ranked`
+    shape: str = "",  # of widthwise plans
+) -> str:
     "How the best compares with the others."
-    if len(rows) == 1: return "Nothing else that fits was studied."
+    if len(rows) == 1:
+        return "Nothing else that fits was studied."
     n, second, low_cost = int(rows.tied.sum()) - 1, rows.iloc[1], cheapest(rows)
-    gap = f"keeps {second.behind:.1f} [{second.behind_low:.1f}, {second.behind_high:.1f}] points less"
-    sure = ", a tie" if second.tied else f", not shown to be more than {MARGIN:.0f} point" if second.open else ""
+    gap = (
+        f"keeps {second.behind:.1f} [{second.behind_low:.1f}, {second.behind_high:.1f}] points less"
+    )
+    sure = (
+        ", a tie"
+        if second.tied
+        else f", not shown to be more than {MARGIN:.0f} point"
+        if second.open
+        else ""
+    )
     text = f"Next best: {say(second, shape)} ({gap}{sure})."
-    if low_cost.name not in (0, 1): text += f" {n} settings are tied with the best; the cheapest: {say(low_cost, shape)} ({low_cost.avg_percent:.1f} %)."
+    if low_cost.name not in (0, 1):
+        text += f" {n} settings are tied with the best; the cheapest: {say(low_cost, shape)} ({low_cost.avg_percent:.1f} %)."
     return text
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-030
 HEAVY = 80  # per cent of the original; below it a smaller model is the better choice
-BLOCKWISE = ("Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by checkpoint.load_pruned; what the uniform shape keeps, which prune makes by default "
-             "and plain from_pretrained loads, was not measured.")
+BLOCKWISE = (
+    "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by checkpoint.load_pruned; what the uniform shape keeps, which prune makes by default "
+    "and plain from_pretrained loads, was not measured."
+)
 
 
-def say_warnings(rows: pd.DataFrame, # of `ranked`
-                 ratio: float, data: float, training: bool,
-                 shape: str = "",    # of widthwise plans
-                ) -> str:
+def say_warnings(
+    rows: pd.DataFrame,  # of `ranked`
+    ratio: float,
+    data: float,
+    training: bool,
+    shape: str = "",  # of widthwise plans
+) -> str:
     "What the practitioner should know besides."
     best, notes = rows.iloc[0], []
     off = best.achieved_ratio - ratio
-    if off > WITHIN: notes.append(f"Nothing was studied within 0.05 of ratio {ratio}: this is the next larger step, so expect to keep a little more.")
-    if off < -.01: notes.append(f"It removes a little less than asked ({best.achieved_ratio:.1%}), which flatters it.")
-    if training and (rows.recovery == "none").all(): notes.append(f"No training on {data:.0%} of the data or less was studied at this ratio.")
-    if not best.rival: notes.append("The other pruning was not tried with this recovery, or not at all.")
-    if best.seeds == 1: notes.append("It rests on one seed; another may change the order.")
-    if shape == "blockwise" and best.pruning == "widthwise": notes.append(BLOCKWISE)
-    if best.avg_percent < HEAVY: notes.append("That is a heavy loss: consider a smaller model instead of pruning this far.")
-    elif ratio > WRONG_TOOL + .005: notes.append(BEYOND)
+    if off > WITHIN:
+        notes.append(
+            f"Nothing was studied within 0.05 of ratio {ratio}: this is the next larger step, so expect to keep a little more."
+        )
+    if off < -0.01:
+        notes.append(
+            f"It removes a little less than asked ({best.achieved_ratio:.1%}), which flatters it."
+        )
+    if training and (rows.recovery == "none").all():
+        notes.append(f"No training on {data:.0%} of the data or less was studied at this ratio.")
+    if not best.rival:
+        notes.append("The other pruning was not tried with this recovery, or not at all.")
+    if best.seeds == 1:
+        notes.append("It rests on one seed; another may change the order.")
+    if shape == "blockwise" and best.pruning == "widthwise":
+        notes.append(BLOCKWISE)
+    if best.avg_percent < HEAVY:
+        notes.append("That is a heavy loss: consider a smaller model instead of pruning this far.")
+    elif ratio > WRONG_TOOL + 0.005:
+        notes.append(BEYOND)
     return " ".join(notes)
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-033
 def paper_name(model: str, profile) -> str | None:
     "The paper's model that this is, or that has the same architecture."
     names = list(printed("models").model)
-    return load_profile(profile).printed.get(model) or next((n for n in names if n == model or MODELS.get(model, "").startswith(n)), None)
+    return load_profile(profile).printed.get(model) or next(
+        (n for n in names if n == model or MODELS.get(model, "").startswith(n)), None
+    )
 
 
 def say_printed(model: str, ratio: float, training: bool, profile) -> str:
     "What the paper prints at its ratio within five points, or nothing."
-    rows, name = printed("best_compressed" if training else "pruning_without_recovery"), paper_name(model, profile)
-    rows = rows[(rows.model == name) & (rows.pruning != "none") & ((rows.ratio - ratio).abs() <= .05)]
-    if rows.empty: return ""
+    rows, name = (
+        printed("best_compressed" if training else "pruning_without_recovery"),
+        paper_name(model, profile),
+    )
+    rows = rows[
+        (rows.model == name) & (rows.pruning != "none") & ((rows.ratio - ratio).abs() <= 0.05)
+    ]
+    if rows.empty:
+        return ""
     best = rows.sort_values("avg_percent_as_printed").iloc[-1]
     how = f"with {best.recovery} on all of its data" if training else "without recovery"
     return f"The paper prints for {name} at ratio {best.ratio:.2f}: {best.pruning} {how} kept {best.avg_percent_as_printed:.1f} %."
 
 # %% ../../nbs/library/reporting/08_advice.ipynb #cell-036
-COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery", "train", "fraction", "avg_percent", "low", "high", "n", "seeds", "behind", "tied", "open", "rival"]
+COLUMNS = [
+    "model",
+    "pruning",
+    "requested_ratio",
+    "achieved_ratio",
+    "importance",
+    "recovery",
+    "train",
+    "fraction",
+    "avg_percent",
+    "low",
+    "high",
+    "n",
+    "seeds",
+    "behind",
+    "tied",
+    "open",
+    "rival",
+]
 
 
 @dataclass(frozen=True)
 class Advice:
     "What to do, how sure that is, and the rows it rests on."
-    setting: dict       # of effects.SETTING
+
+    setting: dict  # of effects.SETTING
     text: str
     rows: pd.DataFrame  # best first; behind: points of AVG-% less than the best
 
-    def __str__(self): return f"{self.text}\n\n{self.rows.to_string(index=False, float_format='{:.2f}'.format)}"
+    def __str__(self):
+        return f"{self.text}\n\n{self.rows.to_string(index=False, float_format='{:.2f}'.format)}"
 
 
-def answer(frame: pd.DataFrame, model: str, ratio: float, data: float, training: bool, profile) -> Advice:
+def answer(
+    frame: pd.DataFrame, model: str, ratio: float, data: float, training: bool, profile
+) -> Advice:
     "The advice for a studied model."
     rows = ranked(frame, model, ratio, data, training)
     best = rows.iloc[0]
     rests = replace(basis(frame[frame.model == model]), seeds=int(best.seeds))
     kept = f"It kept {best.avg_percent:.1f} % [{best.low:.1f}, {best.high:.1f}] of the original ({rests})."
     shape = load_profile(profile).width.shape
-    parts = [f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best, shape)}. {kept}", say_ties(rows, shape), say_warnings(rows, ratio, data, training, shape),
-             say_printed(model, ratio, training, profile)]
+    parts = [
+        f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best, shape)}. {kept}",
+        say_ties(rows, shape),
+        say_warnings(rows, ratio, data, training, shape),
+        say_printed(model, ratio, training, profile),
+    ]
     return Advice(best[SETTING].to_dict(), " ".join(p for p in parts if p), shown(rows)[COLUMNS])
 
 
-def shown(rows: pd.DataFrame, most: int = 8) -> pd.DataFrame: # of `ranked`
+def shown(rows: pd.DataFrame, most: int = 8) -> pd.DataFrame:  # of `ranked`
     "The best rows, the cheapest tied one among them."
     return rows[(rows.index < most) | (rows.index == cheapest(rows).name)]
 
@@ -201,19 +303,32 @@ def stand_ins(model: str, models: list, profile) -> list:
     return [m for m in models if same and paper_name(m, profile) == same] or models
 
 
-def advise(model: str,            # a model of the study, or any other
-           ratio: float,          # fraction of LM parameters to remove
-           data: float = .05,     # fraction of the training data at hand
-           training: bool = True,
-           profile="quick",       # whose results to look at
-          ) -> Advice:
+def advise(
+    model: str,  # a model of the study, or any other
+    ratio: float,  # fraction of LM parameters to remove
+    data: float = 0.05,  # fraction of the training data at hand
+    training: bool = True,
+    profile="quick",  # whose results to look at
+) -> Advice:
     "The setting that kept most, with its evidence."
-    if not 0 < ratio < .95: raise ValueError(f"Ratio {ratio} is outside (0, 0.95).")
-    if not 0 <= data <= 1: raise ValueError(f"Data {data} is outside [0, 1]: it is a fraction of the training data.")
+    if not 0 < ratio < 0.95:
+        raise ValueError(f"Ratio {ratio} is outside (0, 0.95).")
+    if not 0 <= data <= 1:
+        raise ValueError(f"Data {data} is outside [0, 1]: it is a fraction of the training data.")
     frame = evidence(profile)
     models = list(dict.fromkeys(frame.model))
-    if model in models: return answer(frame, model, ratio, data, training, profile)
-    given = [answer(frame, m, ratio, data, training, profile) for m in stand_ins(model, models, profile)]
+    if model in models:
+        return answer(frame, model, ratio, data, training, profile)
+    given = [
+        answer(frame, m, ratio, data, training, profile) for m in stand_ins(model, models, profile)
+    ]
     agree = len({(a.setting["pruning"], a.setting["recovery"]) for a in given}) == 1
-    head = f"{model} was not studied. What held for {', '.join(a.setting['model'] for a in given)} may not hold for it" + ("." if agree else "; they disagree, so try both.")
-    return Advice(given[0].setting, "\n\n".join([head, *(a.text for a in given)]), pd.concat([a.rows for a in given]))
+    head = (
+        f"{model} was not studied. What held for {', '.join(a.setting['model'] for a in given)} may not hold for it"
+        + ("." if agree else "; they disagree, so try both.")
+    )
+    return Advice(
+        given[0].setting,
+        "\n\n".join([head, *(a.text for a in given)]),
+        pd.concat([a.rows for a in given]),
+    )

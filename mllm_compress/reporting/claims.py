@@ -15,14 +15,23 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from .effects import Estimate, arrays_of, dense_rows, difference, estimate, select, with_original
+from mllm_compress.reporting.effects import (
+    Estimate,
+    arrays_of,
+    dense_rows,
+    difference,
+    estimate,
+    select,
+    with_original,
+)
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-005
-LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = .3, .375, .45
+LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
 
 
-def recommended(ratio: float, # requested fraction of LM-decoder parameters to remove
-               ) -> str:      # a pruning
+def recommended(
+    ratio: float,  # requested fraction of LM-decoder parameters to remove
+) -> str:  # a pruning
     "The pruning that the study recommends at a ratio."
     return "widthwise" if ratio >= WIDTHWISE_FROM else "layerwise"
 
@@ -32,57 +41,86 @@ def other(ratio: float) -> str:
     return "layerwise" if ratio >= WIDTHWISE_FROM else "widthwise"
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-008
-def split_grid(kinds: list,   # what is compared: losses, or fractions
-            ratios: list, seeds: list,
-            fewer: dict,   # kind -> {"ratios": [...], "seeds": [...]}, where it runs on fewer
-           ) -> tuple:     # two lists of (kind, ratio, seed): what is run, and what is left out
+def split_grid(
+    kinds: list,  # what is compared: losses, or fractions
+    ratios: list,
+    seeds: list,
+    fewer: dict,  # kind -> {"ratios": [...], "seeds": [...]}, where it runs on fewer
+) -> tuple:  # two lists of (kind, ratio, seed): what is run, and what is left out
     "The full grid, split by what is asked for."
-    if unknown := [k for k in fewer if k not in kinds]: raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
+    if unknown := [k for k in fewer if k not in kinds]:
+        raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, own in fewer.items():
-        if not isinstance(own, dict) or set(own) - {"ratios", "seeds"}: raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {own!r}.")
-    full, all_of = [(k, r, s) for k in kinds for r in ratios for s in seeds], {"ratios": ratios, "seeds": seeds}
-    run = [(k, r, s) for k, r, s in full if r in (own := all_of | fewer.get(k, {}))["ratios"] and s in own["seeds"]]
+        if not isinstance(own, dict) or set(own) - {"ratios", "seeds"}:
+            raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {own!r}.")
+    full, all_of = (
+        [(k, r, s) for k in kinds for r in ratios for s in seeds],
+        {"ratios": ratios, "seeds": seeds},
+    )
+    run = [
+        (k, r, s)
+        for k, r, s in full
+        if r in (own := all_of | fewer.get(k, {}))["ratios"] and s in own["seeds"]
+    ]
     return run, [point for point in full if point not in run]
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-011
-def holes(run: list,        # of (kind, ratio, seed)
-          left_out: list,
-          name=str,         # kind -> its name
-         ) -> str:
+def holes(
+    run: list,  # of (kind, ratio, seed)
+    left_out: list,
+    name=str,  # kind -> its name
+) -> str:
     "What a grid leaves out."
     kinds, places, parts = {k for k, _, _ in run}, {(k, r) for k, r, _ in run}, []
     for kind in dict.fromkeys(k for k, _, _ in left_out):
         ratios = dict.fromkeys(r for k, r, _ in left_out if k == kind)
-        seeds = {r: ", ".join(str(s) for k, q, s in left_out if (k, q) == (kind, r)) for r in ratios}
-        where = [f"{r:.2f}" + (f" (seeds {seeds[r]})" if (kind, r) in places else "") for r in ratios]
+        seeds = {
+            r: ", ".join(str(s) for k, q, s in left_out if (k, q) == (kind, r)) for r in ratios
+        }
+        where = [
+            f"{r:.2f}" + (f" (seeds {seeds[r]})" if (kind, r) in places else "") for r in ratios
+        ]
         parts.append(f"{name(kind)} at {', '.join(where)}" if kind in kinds else name(kind))
     return "; ".join(parts) or "nothing"
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-014
-def places(frame: pd.DataFrame, # of `study.run`
-          ) -> list:            # of (model, requested ratio), compressed models with results, and the original beside them
+def places(
+    frame: pd.DataFrame,  # of `study.run`
+) -> (
+    list
+):  # of (model, requested ratio), compressed models with results, and the original beside them
     "Where something was measured."
-    done = frame[(frame.status == "done") & (frame.pruning != "none") & frame.model.isin(with_original(frame))]
+    done = frame[
+        (frame.status == "done")
+        & (frame.pruning != "none")
+        & frame.model.isin(with_original(frame))
+    ]
     order = {model: i for i, model in enumerate(dict.fromkeys(frame.model))}
-    return sorted({(r.model, r.requested_ratio) for r in done.itertuples()}, key=lambda place: (order[place[0]], place[1]))
+    return sorted(
+        {(r.model, r.requested_ratio) for r in done.itertuples()},
+        key=lambda place: (order[place[0]], place[1]),
+    )
 
 
 def finished(frame: pd.DataFrame, **wanted) -> bool:
     "Whether any finished row has these values."
     rows = frame[frame.status == "done"]
-    for column, value in wanted.items(): rows = rows[rows[column] == value]
+    for column, value in wanted.items():
+        rows = rows[rows[column] == value]
     return len(rows) > 0
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-016
-def contrast(frame: pd.DataFrame, # of `study.run`
-             first: Callable,     # ratio -> {column: value}, names the one way
-             second: Callable,    # and the other
-            ) -> dict:            # "model at ratio" -> Estimate
+def contrast(
+    frame: pd.DataFrame,  # of `study.run`
+    first: Callable,  # ratio -> {column: value}, names the one way
+    second: Callable,  # and the other
+) -> dict:  # "model at ratio" -> Estimate
     "How much more the first way keeps than the second, wherever both have results."
     out = {}
     for model, ratio in places(frame):
         a, b = ({"requested_ratio": ratio} | way(ratio) for way in (first, second))
-        if not all(finished(frame, model=model, **s) for s in (a, b)): continue
+        if not all(finished(frame, model=model, **s) for s in (a, b)):
+            continue
         sizes = [select(frame, model=model, **s).achieved_ratio.mean() for s in (a, b)]
         out[f"{model} at {ratio:.2f}" + uneven(*sizes)] = difference(frame, model, a, b)
     return {where: e for where, e in out.items() if e.seeds}
@@ -90,26 +128,37 @@ def contrast(frame: pd.DataFrame, # of `study.run`
 
 def uneven(first: float, second: float) -> str:
     "A remark where two settings have not removed the same."
-    return f" (removed {first:.3f} v. {second:.3f})" if abs(first - second) > .02 else ""
+    return f" (removed {first:.3f} v. {second:.3f})" if abs(first - second) > 0.02 else ""
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-020
-SAME = .005  # of the decoder's parameters
+SAME = 0.005  # of the decoder's parameters
 
 
-def same_size(frame: pd.DataFrame, # of `study.run`; one recovery
-              favourite: Callable, # requested ratio of layerwise pruning -> the pruning that is claimed to keep more
-             ) -> dict:            # "model, share removed" -> Estimate
+def same_size(
+    frame: pd.DataFrame,  # of `study.run`; one recovery
+    favourite: Callable,  # requested ratio of layerwise pruning -> the pruning that is claimed to keep more
+) -> dict:  # "model, share removed" -> Estimate
     "How much more the favourite pruning keeps than the other, wherever both have removed the same."
     out, done = {}, frame[frame.status == "done"]
     for model, ratio in places(frame):
         here = done[done.model == model]
-        layers, widths = (rows.groupby("requested_ratio").achieved_ratio.mean() for rows in (here[here.pruning == p] for p in ("layerwise", "widthwise")))
-        if ratio not in layers or widths.empty: continue
+        layers, widths = (
+            rows.groupby("requested_ratio").achieved_ratio.mean()
+            for rows in (here[here.pruning == p] for p in ("layerwise", "widthwise"))
+        )
+        if ratio not in layers or widths.empty:
+            continue
         nearest = (widths - layers[ratio]).abs().idxmin()
-        if abs(widths[nearest] - layers[ratio]) > SAME: continue
-        settings = {"layerwise": {"pruning": "layerwise", "requested_ratio": ratio}, "widthwise": {"pruning": "widthwise", "requested_ratio": nearest}}
+        if abs(widths[nearest] - layers[ratio]) > SAME:
+            continue
+        settings = {
+            "layerwise": {"pruning": "layerwise", "requested_ratio": ratio},
+            "widthwise": {"pruning": "widthwise", "requested_ratio": nearest},
+        }
         first = settings.pop(favourite(ratio))
-        out[f"{model}, {layers[ratio]:.3f} removed"] = difference(frame, model, first, *settings.values())
+        out[f"{model}, {layers[ratio]:.3f} removed"] = difference(
+            frame, model, first, *settings.values()
+        )
     return {where: e for where, e in out.items() if e.seeds}
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-023
@@ -120,53 +169,90 @@ def above(e: Estimate, line: float) -> Estimate:
 
 def kept(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
     "AVG-% of one setting."
-    return estimate(list(arrays_of(select(frame, model=model, **wanted), dense_rows(frame, model)).values()))
+    return estimate(
+        list(arrays_of(select(frame, model=model, **wanted), dense_rows(frame, model)).values())
+    )
 
 
-def keeps(frame: pd.DataFrame,
-          way: Callable,       # ratio -> {column: value}
-          least: float = 95,   # AVG-% that is promised
-         ) -> dict:            # "model at ratio" -> Estimate
+def keeps(
+    frame: pd.DataFrame,
+    way: Callable,  # ratio -> {column: value}
+    least: float = 95,  # AVG-% that is promised
+) -> dict:  # "model at ratio" -> Estimate
     "How far above a promised share each place lies."
-    settings = {(model, ratio): {"requested_ratio": ratio} | way(ratio) for model, ratio in places(frame)}
-    return {f"{model} at {ratio:.2f}": above(kept(frame, model, **s), least)
-            for (model, ratio), s in settings.items() if finished(frame, model=model, **s)}
+    settings = {
+        (model, ratio): {"requested_ratio": ratio} | way(ratio) for model, ratio in places(frame)
+    }
+    return {
+        f"{model} at {ratio:.2f}": above(kept(frame, model, **s), least)
+        for (model, ratio), s in settings.items()
+        if finished(frame, model=model, **s)
+    }
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-026
-def best_rival(frame: pd.DataFrame, # of `study.run`
-               favourite: str,      # the value that is claimed to be best
-               by: str = "recovery", # the column that tells rivals apart
-              ) -> dict:            # "model at ratio, over rival" -> Estimate
+def best_rival(
+    frame: pd.DataFrame,  # of `study.run`
+    favourite: str,  # the value that is claimed to be best
+    by: str = "recovery",  # the column that tells rivals apart
+) -> dict:  # "model at ratio, over rival" -> Estimate
     "How much more the favourite keeps than its strongest rival, at every model and ratio."
     out, trained = {}, frame[frame.recovery != "none"]
     for model, ratio in places(frame):
         here = {"requested_ratio": ratio, "pruning": recommended(ratio)}
-        names = [n for n in dict.fromkeys(trained[by]) if finished(trained, model=model, **here | {by: n})]
-        if favourite not in names: continue
-        gaps = {n: difference(frame, model, here | {by: favourite}, here | {by: n}) for n in names if n != favourite}
-        gaps = {n: gap for n, gap in gaps.items() if gap.seeds}  # who shares no seed cannot be compared
-        sure = lambda n: gaps[n].value / max(gaps[n].high - gaps[n].low, 1e-9)  # in widths of its interval
-        for rival in sorted(gaps, key=sure)[:1]: out[f"{model} at {ratio:.2f}, over {rival}"] = gaps[rival]
+        names = [
+            n
+            for n in dict.fromkeys(trained[by])
+            if finished(trained, model=model, **here | {by: n})
+        ]
+        if favourite not in names:
+            continue
+        gaps = {
+            n: difference(frame, model, here | {by: favourite}, here | {by: n})
+            for n in names
+            if n != favourite
+        }
+        gaps = {
+            n: gap for n, gap in gaps.items() if gap.seeds
+        }  # who shares no seed cannot be compared
+        sure = lambda n: (
+            gaps[n].value / max(gaps[n].high - gaps[n].low, 1e-9)
+        )  # in widths of its interval
+        for rival in sorted(gaps, key=sure)[:1]:
+            out[f"{model} at {ratio:.2f}, over {rival}"] = gaps[rival]
     return out
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-029
 @dataclass(frozen=True)
 class Claim:
     "A claim of the study that can be measured."
+
     number: int
-    notebook: str      # that tests it
+    notebook: str  # that tests it
     text: str
-    effects: Callable  # frame of that notebook -> {where: Estimate}, positive where the claim is right
+    effects: (
+        Callable  # frame of that notebook -> {where: Estimate}, positive where the claim is right
+    )
     unit: str = "points of AVG-%"
 
 
-SMALL, MARGIN, LITTLE, PROMISED = .2, 1.0, .05, 95  # ratio, points of AVG-%, fraction of the data, AVG-%
+SMALL, MARGIN, LITTLE, PROMISED = (
+    0.2,
+    1.0,
+    0.05,
+    95,
+)  # ratio, points of AVG-%, fraction of the data, AVG-%
 BEST, ENOUGH = "sft+hidden_kd", f"over projector + LM less {MARGIN:.0f} point"
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-031
 def width_keeps_more(frame: pd.DataFrame) -> dict:
     "Claim 1: widthwise minus layerwise, without recovery."
-    return contrast(frame, *(lambda ratio, p=p: {"pruning": p, "recovery": "none"} for p in ("widthwise", "layerwise")))
+    return contrast(
+        frame,
+        *(
+            lambda ratio, p=p: {"pruning": p, "recovery": "none"}
+            for p in ("widthwise", "layerwise")
+        ),
+    )
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-033
 def trained_with(train: str) -> Callable:
@@ -181,15 +267,26 @@ def untrained(ratio: float) -> dict:
 
 def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:
     "The recovered rows at small ratios or at larger ones, beside the dense ones."
-    return frame[(frame.pruning == "none") | (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)]
+    return frame[
+        (frame.pruning == "none")
+        | (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)
+    ]
 
 
 def projector_suffices(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
     "Claim 2: at small ratios, the harder of two conditions: projector alone minus projector and LM, plus the margin; and minus no training."
-    gain, out = contrast(frame[frame.requested_ratio < SMALL], trained_with("projector"), untrained), {}
+    gain, out = (
+        contrast(frame[frame.requested_ratio < SMALL], trained_with("projector"), untrained),
+        {},
+    )
     for where, close in projector_is_close(frame, margin).items():
         both = {ENOUGH: close} | ({"over no training": gain[where]} if where in gain else {})
-        name = min(both, key=lambda condition: both[condition].value / max(both[condition].high - both[condition].low, 1e-9))  # in widths of its interval
+        name = min(
+            both,
+            key=lambda condition: (
+                both[condition].value / max(both[condition].high - both[condition].low, 1e-9)
+            ),
+        )  # in widths of its interval
         out[f"{where}, {name}"] = both[name]
     return out
 
@@ -212,7 +309,16 @@ def hidden_states_help(frame: pd.DataFrame) -> dict:
 
 def little_data_suffices(frame: pd.DataFrame, fraction: float = LITTLE) -> dict:
     "Claim 4: AVG-% on a little data, above what is promised."
-    return keeps(frame, lambda ratio: {"pruning": recommended(ratio), "recovery": BEST, "train": "projector+lm", "fraction": fraction}, PROMISED)
+    return keeps(
+        frame,
+        lambda ratio: {
+            "pruning": recommended(ratio),
+            "recovery": BEST,
+            "train": "projector+lm",
+            "fraction": fraction,
+        },
+        PROMISED,
+    )
 
 
 def _spoken_of(frame: pd.DataFrame) -> pd.Series:
@@ -222,15 +328,48 @@ def _spoken_of(frame: pd.DataFrame) -> pd.Series:
 
 def recommendation_wins(frame: pd.DataFrame) -> dict:
     "Claim 5: the recommended pruning minus the other, both recovered, at the ratios that it speaks of."
-    return contrast(frame[_spoken_of(frame)], *(lambda ratio, p=p: {"pruning": p(ratio), "recovery": BEST} for p in (recommended, other)))
+    return contrast(
+        frame[_spoken_of(frame)],
+        *(lambda ratio, p=p: {"pruning": p(ratio), "recovery": BEST} for p in (recommended, other)),
+    )
 
 
-CLAIMS = {c.number: c for c in (
-    Claim(1, "02_pruning", "Without recovery, widthwise keeps more than layerwise.", width_keeps_more),
-    Claim(2, "03_projector", f"At ratios below {100 * SMALL:.0f} %, training the projector alone recovers: to within {MARGIN:.0f} point as much as training projector and LM, and more than no training.", projector_suffices),
-    Claim(3, "04_distillation", "SFT with hidden-state distillation recovers best, at every ratio.", hidden_states_help),
-    Claim(4, "05_data", f"{100 * LITTLE:.0f} % of the data keeps more than {PROMISED} % of the original.", little_data_suffices, f"points of AVG-% above {PROMISED} %"),
-    Claim(5, "06_best", "With recovery, layerwise wins at 30 % and below, widthwise at 45 % and above.", recommendation_wins))}
+CLAIMS = {
+    c.number: c
+    for c in (
+        Claim(
+            1,
+            "02_pruning",
+            "Without recovery, widthwise keeps more than layerwise.",
+            width_keeps_more,
+        ),
+        Claim(
+            2,
+            "03_projector",
+            f"At ratios below {100 * SMALL:.0f} %, training the projector alone recovers: to within {MARGIN:.0f} point as much as training projector and LM, and more than no training.",
+            projector_suffices,
+        ),
+        Claim(
+            3,
+            "04_distillation",
+            "SFT with hidden-state distillation recovers best, at every ratio.",
+            hidden_states_help,
+        ),
+        Claim(
+            4,
+            "05_data",
+            f"{100 * LITTLE:.0f} % of the data keeps more than {PROMISED} % of the original.",
+            little_data_suffices,
+            f"points of AVG-% above {PROMISED} %",
+        ),
+        Claim(
+            5,
+            "06_best",
+            "With recovery, layerwise wins at 30 % and below, widthwise at 45 % and above.",
+            recommendation_wins,
+        ),
+    )
+}
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-038
 def width_keeps_more_evenly(frame: pd.DataFrame) -> dict:
@@ -240,9 +379,27 @@ def width_keeps_more_evenly(frame: pd.DataFrame) -> dict:
 
 def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
     "Claim 5 at equal size; the advice is the one for what was asked of layerwise pruning."
-    return same_size(frame[(frame.pruning == "none") | (frame.recovery == BEST) & ((frame.pruning == "widthwise") | _spoken_of(frame))], recommended)
+    return same_size(
+        frame[
+            (frame.pruning == "none")
+            | (frame.recovery == BEST) & ((frame.pruning == "widthwise") | _spoken_of(frame))
+        ],
+        recommended,
+    )
 
 
-AT_EQUAL_SIZE = {c.number: c for c in (  # a question of ours beside each
-    replace(CLAIMS[1], text="At equal size and without recovery, widthwise keeps more than layerwise.", effects=width_keeps_more_evenly),
-    replace(CLAIMS[5], text="At equal size and with recovery, layerwise wins where 30 % or less was asked for, widthwise where 45 % or more was.", effects=recommendation_wins_evenly))}
+AT_EQUAL_SIZE = {
+    c.number: c
+    for c in (  # a question of ours beside each
+        replace(
+            CLAIMS[1],
+            text="At equal size and without recovery, widthwise keeps more than layerwise.",
+            effects=width_keeps_more_evenly,
+        ),
+        replace(
+            CLAIMS[5],
+            text="At equal size and with recovery, layerwise wins where 30 % or less was asked for, widthwise where 45 % or more was.",
+            effects=recommendation_wins_evenly,
+        ),
+    )
+}

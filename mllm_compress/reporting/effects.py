@@ -15,111 +15,175 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-005
-def normal_quantile(level: float = .95) -> float:
+def normal_quantile(level: float = 0.95) -> float:
     "How many standard errors a two-sided interval of the normal distribution reaches."
     return NormalDist().inv_cdf((1 + level) / 2)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-007
-def student_quantile(k: int,          # degrees of freedom
-                     level: float = .95) -> float:
+def student_quantile(
+    k: int,  # degrees of freedom
+    level: float = 0.95,
+) -> float:
     "How many standard errors a two-sided interval of Student's t reaches."
     p = (1 + level) / 2
-    if k == 1: return math.tan(math.pi * (p - .5))
-    if k == 2: return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    if k == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if k == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
     z = normal_quantile(level)
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-             (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
     return z + sum(term / k**i for i, term in enumerate(terms, 1))
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-010
 @dataclass(frozen=True)
 class Estimate:
     "A value with its 95 % interval and what it rests on."
+
     value: float
     low: float
     high: float
-    n: int      # questions, or pairs that are scored together
+    n: int  # questions, or pairs that are scored together
     seeds: int  # 0: nothing random but the questions
     questions: float = math.nan  # variance of the value over questions
-    spread: float = 0.0          # and over seeds
+    spread: float = 0.0  # and over seeds
 
     def at(self, level: float) -> "Estimate":
         "The same value with an interval of another level."
-        if math.isnan(self.questions): half = (self.high - self.low) / 2 * normal_quantile(level) / normal_quantile(.95)
-        else: half = _half(self.questions, self.spread, self.seeds, level)
+        if math.isnan(self.questions):
+            half = (self.high - self.low) / 2 * normal_quantile(level) / normal_quantile(0.95)
+        else:
+            half = _half(self.questions, self.spread, self.seeds, level)
         return replace(self, low=self.value - half, high=self.value + half)
 
     def __format__(self, spec: str) -> str:
         "'1' gives 97.1 [95.9, 98.2]; a leading plus is kept: '+1' gives +2.1 [0.9, 3.2]."
         sign, digits = ("+", int(spec[1:])) if spec.startswith("+") else ("", int(spec or 1))
         digits += any(b and round(b, digits) == 0 for b in (self.low, self.high))
-        value, low, high = (round(x, digits) + 0.0 for x in (self.value, self.low, self.high))  # + 0.0: no "-0.0"
+        value, low, high = (
+            round(x, digits) + 0.0 for x in (self.value, self.low, self.high)
+        )  # + 0.0: no "-0.0"
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-012
-def estimate(arrays: list, # per benchmark: [seeds, units], in percent of the dense score
-            ) -> Estimate:
+def estimate(
+    arrays: list,  # per benchmark: [seeds, units], in percent of the dense score
+) -> Estimate:
     "The mean over benchmarks of their means, with an interval over questions and seeds."
-    if not arrays: return Estimate(math.nan, math.nan, math.nan, 0, 0)
+    if not arrays:
+        return Estimate(math.nan, math.nan, math.nan, 0, 0)
     averages = np.mean([a.mean(axis=1) for a in arrays], axis=0)  # [seeds]
-    questions = sum(a.mean(axis=0).var(ddof=1) / a.shape[1] for a in arrays if a.shape[1] > 1) / len(arrays)**2
+    questions = (
+        sum(a.mean(axis=0).var(ddof=1) / a.shape[1] for a in arrays if a.shape[1] > 1)
+        / len(arrays) ** 2
+    )
     value, seeds = float(averages.mean()), len(averages)
     spread = float(averages.var(ddof=1) / seeds) if seeds > 1 else 0.0
     half = _half(questions, spread, seeds)
-    return Estimate(value, value - half, value + half, sum(a.shape[1] for a in arrays), seeds, float(questions), spread)
+    return Estimate(
+        value,
+        value - half,
+        value + half,
+        sum(a.shape[1] for a in arrays),
+        seeds,
+        float(questions),
+        spread,
+    )
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-014
-def _half(questions: float, spread: float, seeds: int, level: float = .95) -> float:
+def _half(questions: float, spread: float, seeds: int, level: float = 0.95) -> float:
     "Half the width of an interval: normal over questions, Student's t over seeds."
-    over_seeds = student_quantile(seeds - 1, level)**2 * spread if seeds > 1 else 0.0
-    return math.sqrt(normal_quantile(level)**2 * questions + over_seeds)
+    over_seeds = student_quantile(seeds - 1, level) ** 2 * spread if seeds > 1 else 0.0
+    return math.sqrt(normal_quantile(level) ** 2 * questions + over_seeds)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-020
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
 
 
-def arrays_of(rows: pd.DataFrame,   # of one setting
-              dense: pd.DataFrame,  # of the same model, uncompressed
-             ) -> dict:             # benchmark -> [seeds, units], percent of the dense score
+def arrays_of(
+    rows: pd.DataFrame,  # of one setting
+    dense: pd.DataFrame,  # of the same model, uncompressed
+) -> dict:  # benchmark -> [seeds, units], percent of the dense score
     "What every question was worth, relative to the original's score."
     original = dense.drop_duplicates("benchmark").set_index("benchmark").units
-    if set(rows.benchmark) != set(original.index): raise ValueError(
-        f"The compressed model was asked {sorted(set(rows.benchmark))}, the original {sorted(original.index)}: ask both the same.")
-    return {b: _shares(np.stack(list(g.sort_values("seed").units)), original[b], b)
-            for b, g in rows.groupby("benchmark", sort=False) if original[b].mean() > 0}
+    if set(rows.benchmark) != set(original.index):
+        raise ValueError(
+            f"The compressed model was asked {sorted(set(rows.benchmark))}, the original {sorted(original.index)}: ask both the same."
+        )
+    return {
+        b: _shares(np.stack(list(g.sort_values("seed").units)), original[b], b)
+        for b, g in rows.groupby("benchmark", sort=False)
+        if original[b].mean() > 0
+    }
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-022
-def _shares(units: np.ndarray, # [seeds, units]
-            dense: np.ndarray, # [units]
-            name: str) -> np.ndarray: # [seeds, units]
+def _shares(
+    units: np.ndarray,  # [seeds, units]
+    dense: np.ndarray,  # [units]
+    name: str,
+) -> np.ndarray:  # [seeds, units]
     "Paired with the original, in percent; the mean over units is the share that is kept."
-    if units.shape[1] != len(dense): raise ValueError(f"{name}: the compressed model was asked {units.shape[1]} questions, the original {len(dense)}: ask both the same.")
+    if units.shape[1] != len(dense):
+        raise ValueError(
+            f"{name}: the compressed model was asked {units.shape[1]} questions, the original {len(dense)}: ask both the same."
+        )
     share = units.mean(axis=1, keepdims=True) / dense.mean()
     return 100 * (share + (units - share * dense) / dense.mean())
 
 
 def with_original(frame: pd.DataFrame) -> set:
     "The models whose original has been evaluated, so that a share of it can be said."
-    return set(frame.model[(frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")])
+    return set(
+        frame.model[
+            (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")
+        ]
+    )
 
 
 def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
     "The uncompressed model's rows."
-    found = frame[(frame.model == model) & (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")]
-    if found.empty: raise ValueError(f"The frame has no dense rows of {model}: add Experiment({model!r}) to the cells.")
+    found = frame[
+        (frame.model == model)
+        & (frame.pruning == "none")
+        & (frame.recovery == "none")
+        & (frame.status == "done")
+    ]
+    if found.empty:
+        raise ValueError(
+            f"The frame has no dense rows of {model}: add Experiment({model!r}) to the cells."
+        )
     return found
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
-def summary(frame: pd.DataFrame,        # of `study.run`
-           ) -> pd.DataFrame:           # a row per setting: avg_percent, low, high, n, seeds, by_seed (a list), achieved_ratio, failed, and benchmarks
+def summary(
+    frame: pd.DataFrame,  # of `study.run`
+) -> pd.DataFrame:  # a row per setting: avg_percent, low, high, n, seeds, by_seed (a list), achieved_ratio, failed, and benchmarks
     "AVG-% and the score on every benchmark, for each setting."
     rows, whole = [], with_original(frame)
     for key, group in frame.groupby(SETTING, sort=False):
-        done, row = group[group.status == "done"], dict(zip(SETTING, key)) | {"failed": int((group.status != "done").sum())}
-        row |= dict.fromkeys(("achieved_ratio", "avg_percent", "low", "high"), math.nan) | {"n": 0, "seeds": 0}
+        done, row = (
+            group[group.status == "done"],
+            dict(zip(SETTING, key)) | {"failed": int((group.status != "done").sum())},
+        )
+        row |= dict.fromkeys(("achieved_ratio", "avg_percent", "low", "high"), math.nan) | {
+            "n": 0,
+            "seeds": 0,
+        }
         if len(done) and row["model"] in whole:
             e = estimate(arrays := list(arrays_of(done, dense_rows(frame, row["model"])).values()))
-            row |= {"achieved_ratio": done.achieved_ratio.mean(), "avg_percent": e.value, "low": e.low, "high": e.high, "n": e.n, "seeds": e.seeds, "by_seed": by_seed(arrays)}
+            row |= {
+                "achieved_ratio": done.achieved_ratio.mean(),
+                "avg_percent": e.value,
+                "low": e.low,
+                "high": e.high,
+                "n": e.n,
+                "seeds": e.seeds,
+                "by_seed": by_seed(arrays),
+            }
             row |= {b: g.score.mean() for b, g in done.groupby("benchmark", sort=False)}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -130,15 +194,20 @@ def by_seed(arrays: list) -> list:
     return np.mean([a.mean(axis=1) for a in arrays], axis=0).tolist() if arrays else []
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-030
-def difference(frame: pd.DataFrame, # of `study.run`
-               model: str,
-               first: dict,         # column -> value, names the one setting
-               second: dict,        # and the other
-              ) -> Estimate:        # in points of AVG-%; nan where they share no seed
+def difference(
+    frame: pd.DataFrame,  # of `study.run`
+    model: str,
+    first: dict,  # column -> value, names the one setting
+    second: dict,  # and the other
+) -> Estimate:  # in points of AVG-%; nan where they share no seed
     "How many points more the first setting keeps than the second."
-    dense, both = dense_rows(frame, model), [select(frame, model=model, **s) for s in (first, second)]
+    dense, both = (
+        dense_rows(frame, model),
+        [select(frame, model=model, **s) for s in (first, second)],
+    )
     shared = set(both[0].seed) & set(both[1].seed)
-    if not shared: return estimate([])
+    if not shared:
+        return estimate([])
     a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
     return estimate([a[k] - b[k] for k in a])
 
@@ -146,7 +215,10 @@ def difference(frame: pd.DataFrame, # of `study.run`
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows with these values; an error where they are none, or of several settings."
     found = frame[frame.status == "done"]
-    for column, value in wanted.items(): found = found[found[column] == value]
-    if found.empty: raise ValueError(f"No finished cell has {wanted}.")
-    if len(found[SETTING].drop_duplicates()) > 1: raise ValueError(f"{wanted} fits several settings: say more.")
+    for column, value in wanted.items():
+        found = found[found[column] == value]
+    if found.empty:
+        raise ValueError(f"No finished cell has {wanted}.")
+    if len(found[SETTING].drop_duplicates()) > 1:
+        raise ValueError(f"{wanted} fits several settings: say more.")
     return found

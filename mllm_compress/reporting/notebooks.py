@@ -22,57 +22,86 @@ import yaml
 
 from ..study import store
 from ..study.experiments import PROFILES, Slurm, load_profile
-from ..study.workers import name_of, results_of
 from ..study.stages import model_identity, record, source_of
 from ..study.store import fingerprint, home, write_atomically
+from ..study.workers import name_of, results_of
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-005
-def notebooks() -> dict: # name -> path, in the order of the study
+def notebooks() -> dict:  # name -> path, in the order of the study
     "The study's notebooks."
     folder = home() / "nbs" / "study"
     found = {p.stem: p for p in sorted(folder.glob("*.ipynb"))}
-    if not found: raise FileNotFoundError(f"No notebooks in {folder}: the study runs in a checkout of the repository; change into it first.")
+    if not found:
+        raise FileNotFoundError(
+            f"No notebooks in {folder}: the study runs in a checkout of the repository; change into it first."
+        )
     return found
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-007
 def choose(only: list = ()) -> dict:
     "The named notebooks, or all but those that train the teachers (00_...), which change what the study is about."
     found = notebooks()
-    if unknown := [n for n in only if n not in found]: raise ValueError(
-        f"Unknown notebook {', '.join(unknown)}: use {', '.join(found)}.")
+    if unknown := [n for n in only if n not in found]:
+        raise ValueError(f"Unknown notebook {', '.join(unknown)}: use {', '.join(found)}.")
     return {n: p for n, p in found.items() if (n in only if only else not n.startswith("00"))}
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-009
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell."
+
     name: str
     type: str
     default: object
     comment: str
 
-    def __str__(self): return f"{self.name}: {self.type} = {self.default!r}" + (f"  # {self.comment}" if self.comment else "")
+    def __str__(self):
+        return f"{self.name}: {self.type} = {self.default!r}" + (
+            f"  # {self.comment}" if self.comment else ""
+        )
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-011
 def _tagged(nb, tag: str) -> list:
     "The indices of the code cells with a tag."
-    return [i for i, c in enumerate(nb.cells) if c.cell_type == "code" and tag in c.metadata.get("tags", [])]
+    return [
+        i
+        for i, c in enumerate(nb.cells)
+        if c.cell_type == "code" and tag in c.metadata.get("tags", [])
+    ]
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-013
-def parameters_of(nb) -> dict: # name -> Parameter
+def parameters_of(nb) -> dict:  # name -> Parameter
     "The parameters of a notebook."
     where = _tagged(nb, "parameters")
-    if len(where) != 1: raise ValueError(f"A study notebook has one cell tagged 'parameters'; this one has {len(where)}.")
+    if len(where) != 1:
+        raise ValueError(
+            f"A study notebook has one cell tagged 'parameters'; this one has {len(where)}."
+        )
     source, out = nb.cells[where[0]].source, {}
     for node in ast.parse(source).body:
-        if not isinstance(node, ast.AnnAssign) or node.value is None: raise ValueError(
-            f"The parameters cell must hold lines like 'seeds: list = [0]  # why', not {ast.unparse(node)!r}.")
-        comment = source.splitlines()[node.end_lineno - 1][node.end_col_offset:].partition("#")[2].strip()
-        out[node.target.id] = Parameter(node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), comment)
+        if not isinstance(node, ast.AnnAssign) or node.value is None:
+            raise ValueError(
+                f"The parameters cell must hold lines like 'seeds: list = [0]  # why', not {ast.unparse(node)!r}."
+            )
+        comment = (
+            source.splitlines()[node.end_lineno - 1][node.end_col_offset :]
+            .partition("#")[2]
+            .strip()
+        )
+        out[node.target.id] = Parameter(
+            node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), comment
+        )
     return out
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-015
-TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,), "list": (list,), "dict": (dict,)}
+TYPES = {
+    "str": (str,),
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "list": (list,),
+    "dict": (dict,),
+}
 
 
 def check_parameters(nb, given: dict) -> dict:
@@ -80,95 +109,160 @@ def check_parameters(nb, given: dict) -> dict:
     known = parameters_of(nb)
     listing = "\n  ".join(map(str, known.values()))
     for name, value in given.items():
-        if name not in known: raise ValueError(f"Unknown parameter {name!r}. The notebook has:\n  {listing}")
+        if name not in known:
+            raise ValueError(f"Unknown parameter {name!r}. The notebook has:\n  {listing}")
         allowed = TYPES[known[name].type]
-        if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed: raise ValueError(
-            f"Parameter {name} must be of type {known[name].type}, not {value!r}. The notebook has:\n  {listing}")
+        if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed:
+            raise ValueError(
+                f"Parameter {name} must be of type {known[name].type}, not {value!r}. The notebook has:\n  {listing}"
+            )
     return dict(given)
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-017
-def parse_parameter(text: str, # as "seeds=[0,1,2]"
-                   ) -> tuple: # (name, value)
+def parse_parameter(
+    text: str,  # as "seeds=[0,1,2]"
+) -> tuple:  # (name, value)
     "A parameter from the command line; the value is read as YAML."
     name, equals, value = text.partition("=")
-    if not equals or not name.strip().isidentifier(): raise ValueError(f"A parameter is written NAME=VALUE, as seeds=[0,1,2], not {text!r}.")
-    try: return name.strip(), _with_numbers(yaml.safe_load(value))
-    except yaml.YAMLError as error: raise ValueError(f"The value of {name.strip()} cannot be read: {value!r}. Write NAME=VALUE, as seeds=[0,1,2].") from error
+    if not equals or not name.strip().isidentifier():
+        raise ValueError(f"A parameter is written NAME=VALUE, as seeds=[0,1,2], not {text!r}.")
+    try:
+        return name.strip(), _with_numbers(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"The value of {name.strip()} cannot be read: {value!r}. Write NAME=VALUE, as seeds=[0,1,2]."
+        ) from error
 
 
 def _with_numbers(value):
     "A value in which words that are numbers are numbers."
-    if isinstance(value, list): return [_with_numbers(v) for v in value]
-    if isinstance(value, dict): return {k: _with_numbers(v) for k, v in value.items()}
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+    if isinstance(value, list):
+        return [_with_numbers(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _with_numbers(v) for k, v in value.items()}
+    return (
+        float(value)
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+        else value
+    )
 
 
 def parse_parameters(texts: list) -> dict:
     "All parameters of a command line; ValueError where one is given twice."
     pairs = [parse_parameter(text) for text in texts]
     twice = next((name for k, (name, _) in enumerate(pairs) if name in dict(pairs[:k])), None)
-    if twice: raise ValueError(f"Parameter {twice} is given twice.")
+    if twice:
+        raise ValueError(f"Parameter {twice} is given twice.")
     return dict(pairs)
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-020
-def experiments_of(nb, given: dict = {}) -> list: # of Experiment; empty where a notebook has no grid
+def experiments_of(
+    nb, given: dict = {}
+) -> list:  # of Experiment; empty where a notebook has no grid
     "The cells that a notebook will ask for with these parameters."
     given, space = check_parameters(nb, given), {}
     grid, parameters = _tagged(nb, "grid"), _tagged(nb, "parameters")[0]
     for i in range(grid[-1] + 1 if grid else 0):
-        if nb.cells[i].cell_type == "code": exec(nb.cells[i].source, space)
-        if i == parameters: space.update(given)
+        if nb.cells[i].cell_type == "code":
+            exec(nb.cells[i].source, space)
+        if i == parameters:
+            space.update(given)
     return space.get("cells", [])
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-023
-SHOWING = ("study", "report", "cost", "checkpoint", "claims", "advice")  # modules that notebooks show things with
+SHOWING = (
+    "study",
+    "report",
+    "cost",
+    "checkpoint",
+    "claims",
+    "advice",
+)  # modules that notebooks show things with
 
 
 def _content(results: store.Store, name: str) -> str:
     "A name for what a result says; empty where there is none."
     found = store.read(results, name)
-    return fingerprint({k: v for k, v in found["result"].items() if k not in ("record", "training")}) if found else ""
+    return (
+        fingerprint({k: v for k, v in found["result"].items() if k not in ("record", "training")})
+        if found
+        else ""
+    )
 
 
 def made_from(nb, given: dict, names: list, profile) -> str:
     "A name for everything that an executed notebook shows, given the names of the results it reads."
     profile = load_profile(profile)
-    results, anywhere = results_of(profile), replace(profile, workers=0, slurm=Slurm(), folders={}, towers={})
-    here = "" if _tagged(nb, "grid") else f"{platform.node()} {record('cuda' if torch.cuda.is_available() else 'cpu')['device']}"
-    return fingerprint({"source": [c.source for c in nb.cells], "parameters": given, "code": store.code_fingerprint(*SHOWING), "printed": store.file_fingerprint(PROFILES.parent / "published"),
-                        "results": {name: _content(results, name) for name in names}, "models": [model_identity(source_of(m, profile)) for m in profile.models],
-                        "profile": repr(anywhere), "here": here})
+    results, anywhere = (
+        results_of(profile),
+        replace(profile, workers=0, slurm=Slurm(), folders={}, towers={}),
+    )
+    here = (
+        ""
+        if _tagged(nb, "grid")
+        else f"{platform.node()} {record('cuda' if torch.cuda.is_available() else 'cpu')['device']}"
+    )
+    return fingerprint(
+        {
+            "source": [c.source for c in nb.cells],
+            "parameters": given,
+            "code": store.code_fingerprint(*SHOWING),
+            "printed": store.file_fingerprint(PROFILES.parent / "published"),
+            "results": {name: _content(results, name) for name in names},
+            "models": [model_identity(source_of(m, profile)) for m in profile.models],
+            "profile": repr(anywhere),
+            "here": here,
+        }
+    )
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-025
 def is_current(path: Path, name: str) -> bool:
     "Whether an executed notebook and the files that it left are up to date."
-    if not path.exists(): return False
+    if not path.exists():
+        return False
     mark = nbformat.read(path, 4).metadata.get("mllm_compress", {})
     return mark.get("made_from") == name and mark.get("files") == left_by(path)
 
 
-def left_by(path: Path) -> dict: # name -> fingerprint
+def left_by(path: Path) -> dict:  # name -> fingerprint
     "The files that stand beside an executed notebook under its name."
     return {p.name: store.file_fingerprint(p) for p in sorted(path.parent.glob(f"{path.stem}-*.*"))}
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-027
-def execute(name: str, nb_path: Path, given: dict,
-            profile="", # where it is left; empty: what it is given
-           ) -> Path:
+def execute(
+    name: str,
+    nb_path: Path,
+    given: dict,
+    profile="",  # where it is left; empty: what it is given
+) -> Path:
     "Run a notebook with papermill, where that is needed, and leave it in figures/PROFILE/."
     nb, profile = nbformat.read(nb_path, 4), load_profile(profile or given["profile"])
-    names, results = sorted({name_of(c, profile) for c in experiments_of(nb, given)}), results_of(profile)
+    names, results = (
+        sorted({name_of(c, profile) for c in experiments_of(nb, given)}),
+        results_of(profile),
+    )
     target = home() / "figures" / profile.name / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(results, f"notebook-{name}", wait=True):
         failed_copy(target).unlink(missing_ok=True)
-        if is_current(target, made_from(nb, given, names, profile)): return target
+        if is_current(target, made_from(nb, given, names, profile)):
+            return target
         written = {p: p.stat().st_mtime_ns for p in target.parent.glob(f"{name}-*.*")}
         done = _executed(nb_path, target.with_name(f".{name}.part.ipynb"), given)
         for path, when in written.items():
-            if path.stat().st_mtime_ns == when: path.unlink()
-        mark = made_from(nb, given, names, profile) if all(store.read(results, n) for n in names) else ""  # again: it may have computed cells
-        done.metadata["mllm_compress"] = {"made_from": mark, "parameters": given, "results": names, "files": left_by(target)}
+            if path.stat().st_mtime_ns == when:
+                path.unlink()
+        mark = (
+            made_from(nb, given, names, profile)
+            if all(store.read(results, n) for n in names)
+            else ""
+        )  # again: it may have computed cells
+        done.metadata["mllm_compress"] = {
+            "made_from": mark,
+            "parameters": given,
+            "results": names,
+            "files": left_by(target),
+        }
         write_atomically(target, nbformat.writes(done))
     return target
 
@@ -181,13 +275,24 @@ def failed_copy(target: Path) -> Path:
 def _executed(path: Path, part: Path, given: dict):
     "The notebook after papermill has run it."
     try:
-        papermill.execute_notebook(str(path), str(part), given, cwd=str(path.parent), progress_bar=False, kernel_name="python3",
-                                   extra_arguments=["--log-level=40"])
+        papermill.execute_notebook(
+            str(path),
+            str(part),
+            given,
+            cwd=str(path.parent),
+            progress_bar=False,
+            kernel_name="python3",
+            extra_arguments=["--log-level=40"],
+        )
         return tidied(nbformat.read(part, 4))
     except Exception:
-        if part.exists(): os.replace(part, failed_copy(part.with_name(part.name.replace(".part.", ".").lstrip("."))))
+        if part.exists():
+            os.replace(
+                part, failed_copy(part.with_name(part.name.replace(".part.", ".").lstrip(".")))
+            )
         raise
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-031
 def tidied(nb):
@@ -197,9 +302,13 @@ def tidied(nb):
     for i, cell in enumerate(nb.cells):
         cell["id"] = f"cell-{i:03d}"
         cell.metadata = {"tags": t} if (t := cell.metadata.get("tags")) else {}
-        if cell.cell_type != "code": continue
+        if cell.cell_type != "code":
+            continue
         cell.execution_count = None
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        cell.outputs = [
+            o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")
+        ]
         for o in cell.outputs:
-            if "execution_count" in o: o.execution_count = None
+            if "execution_count" in o:
+                o.execution_count = None
     return nb

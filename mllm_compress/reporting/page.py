@@ -21,33 +21,41 @@ import pandas as pd
 from jinja2 import Environment
 from nbconvert.filters import ansi2html, markdown2html
 
-from ..study import store
-from ..study.experiments import Experiment, Profile, load_profile
 from .claims import CLAIMS
 from .effects import Estimate
-from ..study.workers import results_of
 from .notebooks import failed_copy, notebooks
 from .report import WORDS, Verdict, counted
-from ..study.store import home, write_atomically
 from .style import GREEN, GREY, RED
+from ..study import store
+from ..study.experiments import Experiment, Profile, load_profile
+from ..study.store import home, write_atomically
+from ..study.workers import results_of
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-005
-def picture_html(png: str,       # base64
-                 caption: str,
-                 pictures: dict, # bytes of a PNG -> its file beside the page
-                ) -> str:
+def picture_html(
+    png: str,  # base64
+    caption: str,
+    pictures: dict,  # bytes of a PNG -> its file beside the page
+) -> str:
     "A picture over its caption."
     image = f'<img alt="{caption}" src="data:image/png;base64,{png.replace(chr(10), "")}">'
-    if name := pictures.get(b64decode(png)): image = f'<a href="{name}">{image}</a>'
+    if name := pictures.get(b64decode(png)):
+        image = f'<a href="{name}">{image}</a>'
     return f'<figure><div class="wide">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-009
 def _framed(text: str) -> str:
     "HTML whose tables scroll on their own, over their captions."
+
     def frame(found) -> str:
         captions = re.findall(r"<caption[^>]*>(.*?)</caption>", found[0], flags=re.S)
         table = re.sub(r"<caption.*?</caption>\s*", "", found[0], flags=re.S)
-        return f'<figure><div class="wide">{table}</div>' + "".join(f"<figcaption>{c}</figcaption>" for c in captions) + "</figure>"
+        return (
+            f'<figure><div class="wide">{table}</div>'
+            + "".join(f"<figcaption>{c}</figcaption>" for c in captions)
+            + "</figure>"
+        )
+
     return re.sub(r"<table.*?</table>", frame, text, flags=re.S)
 
 
@@ -56,17 +64,23 @@ def _without_style(text: str) -> str:
     return re.sub(r"<style.*?</style>", "", text, flags=re.S)
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-011
-def output_html(output,
-                pictures: dict = {}, # bytes of a PNG -> its file beside the page
-               ) -> str:
+def output_html(
+    output,
+    pictures: dict = {},  # bytes of a PNG -> its file beside the page
+) -> str:
     "An output of a code cell."
-    if output.output_type == "stream": return f"<pre>{ansi2html(output.text)}</pre>"
-    if output.output_type == "error": return f'<pre class="error">{ansi2html(chr(10).join(output.traceback))}</pre>'
+    if output.output_type == "stream":
+        return f"<pre>{ansi2html(output.text)}</pre>"
+    if output.output_type == "error":
+        return f'<pre class="error">{ansi2html(chr(10).join(output.traceback))}</pre>'
     data = output.data
     caption = html.escape(data.get("text/plain", ""))
-    if "image/png" in data: return picture_html(data["image/png"], caption, pictures)
-    if "text/html" in data: return f'<div class="wide">{_framed(_without_style(data["text/html"]))}</div>'
-    if "text/markdown" in data: return _framed(markdown2html(data["text/markdown"]))
+    if "image/png" in data:
+        return picture_html(data["image/png"], caption, pictures)
+    if "text/html" in data:
+        return f'<div class="wide">{_framed(_without_style(data["text/html"]))}</div>'
+    if "text/markdown" in data:
+        return _framed(markdown2html(data["text/markdown"]))
     return f"<pre>{caption}</pre>"
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-015
@@ -82,7 +96,8 @@ def _demoted(source: str) -> str:
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-017
 def cell_html(cell, pictures: dict = {}) -> str:
     "What a notebook cell shows, beside its code."
-    if cell.cell_type == "markdown": return _framed(_without_marks(markdown2html(_demoted(cell.source))))
+    if cell.cell_type == "markdown":
+        return _framed(_without_marks(markdown2html(_demoted(cell.source))))
     return "".join(output_html(o, pictures) for o in cell.get("outputs", []))
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-019
@@ -90,8 +105,10 @@ def cells_html(cells: list, pictures: dict = {}) -> str:
     "Cells in their order, the code up to each output or text behind one word."
     parts, code = [], []
     for cell in cells:
-        if cell.cell_type == "code": code.append(f"<pre><code>{html.escape(cell.source)}</code></pre>")
-        if not (shown := cell_html(cell, pictures)): continue
+        if cell.cell_type == "code":
+            code.append(f"<pre><code>{html.escape(cell.source)}</code></pre>")
+        if not (shown := cell_html(cell, pictures)):
+            continue
         parts += [_folded(code), shown]
         code = []
     return "\n".join([*parts, _folded(code)])
@@ -104,95 +121,180 @@ def _folded(code: list) -> str:
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-021
 def own_parameters(nb) -> dict:
     "The parameters that an executed notebook was given besides its profile."
-    return {k: v for k, v in nb.metadata.get("mllm_compress", {}).get("parameters", {}).items() if k != "profile"}
+    return {
+        k: v
+        for k, v in nb.metadata.get("mllm_compress", {}).get("parameters", {}).items()
+        if k != "profile"
+    }
 
 
-def notebook_html(name: str, nb,
-                  files: list, # of Path, that it left
-                 ) -> dict:    # for the template
+def notebook_html(
+    name: str,
+    nb,
+    files: list,  # of Path, that it left
+) -> dict:  # for the template
     "A notebook: its anchor, title, claim, body and the files it left."
     title, _, rest = nb.cells[0].source.partition("\n")
-    head = nb.cells[0].copy(); head["source"] = rest
+    head = nb.cells[0].copy()
+    head["source"] = rest
     pictures = {p.read_bytes(): p.name for p in files if p.suffix == ".png"}
     given = ", ".join(f"{k}={v!r}" for k, v in own_parameters(nb).items())
-    return {"name": name, "title": title.lstrip("# "), "body": cells_html([head, *nb.cells[1:]], pictures), "files": [p.name for p in files], "given": given}
+    return {
+        "name": name,
+        "title": title.lstrip("# "),
+        "body": cells_html([head, *nb.cells[1:]], pictures),
+        "files": [p.name for p in files],
+        "given": given,
+    }
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-025
 CELLS, RESULTS = "cells.csv", "results.zip"
-FIELDS = ["seconds", "peak_memory_mb", "device", "date", "python", "torch", "transformers", "mllm_compress"]
+FIELDS = [
+    "seconds",
+    "peak_memory_mb",
+    "device",
+    "date",
+    "python",
+    "torch",
+    "transformers",
+    "mllm_compress",
+]
 
 
-def lines_of(name: str, cell: Experiment, result: dict) -> list: # of dicts, one per benchmark
+def lines_of(name: str, cell: Experiment, result: dict) -> list:  # of dicts, one per benchmark
     "A result as it is kept with the figures."
     same = {"result": name, **asdict(cell), "achieved_ratio": round(result["achieved_ratio"], 6)}
     scored = ("benchmark", "metric", "score", "n", "candidate_score")
-    return [same | {k: row[k] for k in scored} | {k: result["record"].get(k) for k in FIELDS} for row in result["rows"]]
+    return [
+        same | {k: row[k] for k in scored} | {k: result["record"].get(k) for k in FIELDS}
+        for row in result["rows"]
+    ]
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-027
-def read_by(folder: Path) -> set: # of names
+def read_by(folder: Path) -> set:  # of names
     "The results that the executed notebooks of a folder have read."
-    marks = [nbformat.read(p, 4).metadata.get("mllm_compress", {}) for p in sorted(folder.glob("[0-9]*.ipynb"))]
+    marks = [
+        nbformat.read(p, 4).metadata.get("mllm_compress", {})
+        for p in sorted(folder.glob("[0-9]*.ipynb"))
+    ]
     return {name for mark in marks for name in mark.get("results", [])}
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-029
-def write_cells(profile: Profile) -> pd.DataFrame: # as written
+def write_cells(profile: Profile) -> pd.DataFrame:  # as written
     "Write figures/PROFILE/cells.csv, and results.zip beside it."
     path = home() / "figures" / profile.name / CELLS
     results, wanted = results_of(profile), read_by(path.parent)
     at_hand = {name: found for name in sorted(wanted) if (found := store.read(results, name))}
     store.pack(results, wanted, path.with_name(RESULTS))
-    lines = pd.DataFrame([line for n, found in at_hand.items() for line in lines_of(n, Experiment(**found["inputs"]["cell"]), found["result"])])
+    lines = pd.DataFrame(
+        [
+            line
+            for n, found in at_hand.items()
+            for line in lines_of(n, Experiment(**found["inputs"]["cell"]), found["result"])
+        ]
+    )
     before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["result"])
     kept = before[before.result.isin(wanted - set(at_hand))]
     both = pd.concat([part for part in (kept, lines) if len(part)] or [before.iloc[:0]])
-    if len(both): both = both.sort_values(["model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed", "result"], kind="stable")
+    if len(both):
+        both = both.sort_values(
+            [
+                "model",
+                "pruning",
+                "ratio",
+                "importance",
+                "recovery",
+                "train",
+                "fraction",
+                "seed",
+                "result",
+            ],
+            kind="stable",
+        )
     write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
     return both
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-033
 def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     "What the results behind a page were computed with, one row per distinct answer."
-    if lines.empty: return pd.DataFrame()
+    if lines.empty:
+        return pd.DataFrame()
     by = ["device", "python", "torch", "transformers", "mllm_compress"]
-    return lines.drop_duplicates("result").groupby(by).agg(
-        cells=("seconds", "size"), hours=("seconds", lambda s: round(s.sum() / 3600, 2)), first=("date", "min"), last=("date", "max")).reset_index()
+    return (
+        lines.drop_duplicates("result")
+        .groupby(by)
+        .agg(
+            cells=("seconds", "size"),
+            hours=("seconds", lambda s: round(s.sum() / 3600, 2)),
+            first=("date", "min"),
+            last=("date", "max"),
+        )
+        .reset_index()
+    )
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-036
-def commit(folder: Path) -> str: # short; empty where there is none
+def commit(folder: Path) -> str:  # short; empty where there is none
     "The git commit that a folder is at."
-    try: return subprocess.run(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError: return ""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-039
-def scope(profile: Profile, lines: pd.DataFrame) -> dict: # what -> how much
+def scope(profile: Profile, lines: pd.DataFrame) -> dict:  # what -> how much
     "What the results of a page rest on."
-    if lines.empty: return {"models": ", ".join(profile.models)}
+    if lines.empty:
+        return {"models": ", ".join(profile.models)}
     asked = lines.drop_duplicates(["model", "benchmark"])
-    return {"models": ", ".join(sorted(set(lines.model), key=[*profile.models, *lines.model].index)),
-            "questions per model": f"{asked.groupby('model').n.sum().max():,.0f}", "benchmarks": asked.benchmark.nunique(),
-            "seeds": lines[lines.pruning != "none"].seed.nunique() or 1}
+    return {
+        "models": ", ".join(sorted(set(lines.model), key=[*profile.models, *lines.model].index)),
+        "questions per model": f"{asked.groupby('model').n.sum().max():,.0f}",
+        "benchmarks": asked.benchmark.nunique(),
+        "seeds": lines[lines.pruning != "none"].seed.nunique() or 1,
+    }
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-042
-def line_of(verdict: dict,  # as `report` leaves it
-            notebook: str,
-           ) -> dict:       # for the template
+def line_of(
+    verdict: dict,  # as `report` leaves it
+    notebook: str,
+) -> dict:  # for the template
     "A verdict in the list at the top."
-    settings = counted(Verdict(verdict["claim"], {where: Estimate(**e) for where, e in verdict["effects"].items()}, ""))
+    settings = counted(
+        Verdict(
+            verdict["claim"], {where: Estimate(**e) for where, e in verdict["effects"].items()}, ""
+        )
+    )
     mark, color = {WORDS[0]: ("✓", GREEN), WORDS[1]: ("✗", RED)}.get(verdict["word"], ("?", GREY))
-    return {"claim": verdict["claim"].rstrip("."), "word": verdict["word"], "settings": settings, "mark": mark, "color": color, "notebook": notebook}
+    return {
+        "claim": verdict["claim"].rstrip("."),
+        "word": verdict["word"],
+        "settings": settings,
+        "mark": mark,
+        "color": color,
+        "notebook": notebook,
+    }
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-044
-def verdicts_of(folder: Path,
-                names: list, # of notebooks, in their order
-               ) -> dict:    # heading -> lines
+def verdicts_of(
+    folder: Path,
+    names: list,  # of notebooks, in their order
+) -> dict:  # heading -> lines
     "The verdicts that notebooks left in a folder."
     found, number = {}, {c.text.rstrip("."): c.number for c in CLAIMS.values()}
     for name in names:
         for path in sorted(folder.glob(f"{name}-*.json")):
             line = line_of(json.loads(path.read_text(encoding="utf-8")), name)
             found.setdefault(line["claim"], line | {"number": number.get(line["claim"])})
-    lists = {"The paper's claims": sorted((v for v in found.values() if v["number"]), key=lambda v: v["number"]),
-             "Our own questions": [v for v in found.values() if not v["number"]]}
+    lists = {
+        "The paper's claims": sorted(
+            (v for v in found.values() if v["number"]), key=lambda v: v["number"]
+        ),
+        "Our own questions": [v for v in found.values() if not v["number"]],
+    }
     return {heading: lines for heading, lines in lists.items() if lines}
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-048
@@ -247,19 +349,49 @@ does not hold if one contradicts it, chance among so many allowed for. Everythin
 """
 
 # %% ../../nbs/library/reporting/06_page.ipynb #cell-052
-def build(profile) -> Path: # index.html
+def build(profile) -> Path:  # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)
     folder = home() / "figures" / profile.name
-    found = [(name, folder / f"{name}.ipynb") for name in notebooks() if (folder / f"{name}.ipynb").exists()]
-    if not found: raise FileNotFoundError(f"No executed notebooks of profile {profile.name}: run mllm-compress study --profile {profile.name} first.")
-    told = sorted((name for name, _ in found), key=lambda name: bool(own_parameters(nbformat.read(dict(found)[name], 4))))  # verdicts on a part come last
-    made = [notebook_html(name, nbformat.read(path, 4), sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")) for name, path in found]
+    found = [
+        (name, folder / f"{name}.ipynb")
+        for name in notebooks()
+        if (folder / f"{name}.ipynb").exists()
+    ]
+    if not found:
+        raise FileNotFoundError(
+            f"No executed notebooks of profile {profile.name}: run mllm-compress study --profile {profile.name} first."
+        )
+    told = sorted(
+        (name for name, _ in found),
+        key=lambda name: bool(own_parameters(nbformat.read(dict(found)[name], 4))),
+    )  # verdicts on a part come last
+    made = [
+        notebook_html(
+            name,
+            nbformat.read(path, 4),
+            sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt"),
+        )
+        for name, path in found
+    ]
     lines = write_cells(profile)
     origin = provenance(lines)
-    text = Environment(autoescape=True).from_string(PAGE).render(
-        profile=profile, notebooks=made, scope=scope(profile, lines), verdicts=verdicts_of(folder, told), style=STYLE,
-        commit=commit(home()), failed=[name for name in notebooks() if failed_copy(folder / f"{name}.ipynb").exists()], cells=int(origin.cells.sum()) if len(origin) else 0,
-        provenance=origin.to_html(index=False, border=0) if len(origin) else "<p>No notebook on this page has read results.</p>")
+    text = (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            profile=profile,
+            notebooks=made,
+            scope=scope(profile, lines),
+            verdicts=verdicts_of(folder, told),
+            style=STYLE,
+            commit=commit(home()),
+            failed=[name for name in notebooks() if failed_copy(folder / f"{name}.ipynb").exists()],
+            cells=int(origin.cells.sum()) if len(origin) else 0,
+            provenance=origin.to_html(index=False, border=0)
+            if len(origin)
+            else "<p>No notebook on this page has read results.</p>",
+        )
+    )
     write_atomically(folder / "index.html", text)
     return folder / "index.html"

@@ -18,24 +18,36 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..study.experiments import Profile, load_profile
 from .effects import Estimate
+from mllm_compress.reporting.style import (
+    GREEN,
+    GREY,
+    RED,
+    label_ends,
+    line,
+    look,
+    page,
+    panels,
+    use_style,
+)
+from ..study.experiments import Profile, load_profile
 from ..study.store import home, write_atomically
-from .style import GREEN, GREY, RED, label_ends, line, look, page, panels, use_style
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-005
 @dataclass(frozen=True)
 class Table:
     "A frame with its caption and its marks."
+
     frame: pd.DataFrame
     caption: str
-    best: dict            # column -> the columns that name a group; the group's maximum is marked
+    best: dict  # column -> the columns that name a group; the group's maximum is marked
     digits: int = 1
-    once: tuple = ()      # columns whose repeated values are left blank
+    once: tuple = ()  # columns whose repeated values are left blank
 
     def marked(self, column: str) -> pd.Series:
         "True where a value is the best of its group."
-        if column not in self.best: return pd.Series(False, self.frame.index)
+        if column not in self.best:
+            return pd.Series(False, self.frame.index)
         values = pd.to_numeric(self.frame[column], errors="coerce").round(self.digits)
         groups = values.groupby([self.frame[c] for c in self.best[column]] or (lambda _: 0))
         return (values == groups.transform("max")) & (groups.transform("count") > 1)
@@ -43,20 +55,28 @@ class Table:
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-007
 def _text(value, digits: int) -> str:
     "A value for people."
-    if isinstance(value, Estimate): return format(value, str(digits))
-    if isinstance(value, bool) or not isinstance(value, (int, float)): return str(value)
-    if value != value: return "–"
-    return f"{value:,.{digits}f}" if not float(value).is_integer() or digits == 0 or not isinstance(value, int) else f"{value:,}"
+    if isinstance(value, Estimate):
+        return format(value, str(digits))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if value != value:
+        return "–"
+    return (
+        f"{value:,.{digits}f}"
+        if not float(value).is_integer() or digits == 0 or not isinstance(value, int)
+        else f"{value:,}"
+    )
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-009
-def _texts(table: Table, mark, escape=str) -> list: # rows of str
+def _texts(table: Table, mark, escape=str) -> list:  # rows of str
     "All cells as text of one line: escaped, the best ones wrapped by `mark`, repeated names blank."
     frame, columns = table.frame.reset_index(drop=True), []
     for name in frame:
         best = table.marked(name).reset_index(drop=True)
         texts = [escape(" ".join(_text(v, table.digits).split())) for v in frame[name].tolist()]
         texts = [mark(t) if b else t for t, b in zip(texts, best)]
-        if name in table.once: texts = [t if i == 0 or t != texts[i - 1] else "" for i, t in enumerate(texts)]
+        if name in table.once:
+            texts = [t if i == 0 or t != texts[i - 1] else "" for i, t in enumerate(texts)]
         columns.append(texts)
     return list(map(list, zip(*columns)))
 
@@ -64,34 +84,82 @@ def _texts(table: Table, mark, escape=str) -> list: # rows of str
 def to_markdown(table: Table) -> str:
     "A pipe table."
     head = [str(c).replace("|", "\\|") for c in table.frame.columns]
-    align = ["---:" if pd.api.types.is_numeric_dtype(table.frame[c]) else "---" for c in table.frame]
+    align = [
+        "---:" if pd.api.types.is_numeric_dtype(table.frame[c]) else "---" for c in table.frame
+    ]
     rows = [head, align, *_texts(table, "**{}**".format, lambda t: t.replace("|", "\\|"))]
     return "\n".join(f"| {' | '.join(r)} |" for r in rows) + f"\n\n{table.caption}\n"
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-013
-_TEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "–": "--", "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\textasciitilde{}"})
+_TEX = str.maketrans(
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "–": "--",
+        "\\": r"\textbackslash{}",
+        "^": r"\^{}",
+        "~": r"\textasciitilde{}",
+    }
+)
 
 
 def to_latex(table: Table) -> str:
     "A booktabs table that fits its page."
-    tex, texts = lambda t: t.translate(_TEX), _texts(table, r"\textbf{{{}}}".format, lambda t: t.translate(_TEX))
+    tex, texts = (
+        lambda t: t.translate(_TEX),
+        _texts(table, r"\textbf{{{}}}".format, lambda t: t.translate(_TEX)),
+    )
     longest = [max([0, *(len(row[k]) for row in texts)]) for k in range(table.frame.shape[1])]
-    kinds = ["r" if pd.api.types.is_numeric_dtype(table.frame[c]) else r">{\raggedright\arraybackslash}p{4.5cm}" if n > 40 else "l" for c, n in zip(table.frame, longest)]
+    kinds = [
+        "r"
+        if pd.api.types.is_numeric_dtype(table.frame[c])
+        else r">{\raggedright\arraybackslash}p{4.5cm}"
+        if n > 40
+        else "l"
+        for c, n in zip(table.frame, longest)
+    ]
     head = " & ".join(tex(str(c)) for c in table.frame) + r" \\"
-    body = "\n".join([r"\toprule", head, r"\midrule", *(" & ".join(row) + r" \\" for row in texts), r"\bottomrule"])
-    return (f"% \\usepackage{{adjustbox, array, booktabs}}\n\\begin{{table}}\n\\centering\n\\caption{{{tex(table.caption)}}}\n"
-            f"\\begin{{adjustbox}}{{max width=\\linewidth, max totalheight=.85\\textheight}}\n\\begin{{tabular}}{{{''.join(kinds)}}}\n{body}\n\\end{{tabular}}\n\\end{{adjustbox}}\n\\end{{table}}\n")
+    body = "\n".join(
+        [
+            r"\toprule",
+            head,
+            r"\midrule",
+            *(" & ".join(row) + r" \\" for row in texts),
+            r"\bottomrule",
+        ]
+    )
+    return (
+        f"% \\usepackage{{adjustbox, array, booktabs}}\n\\begin{{table}}\n\\centering\n\\caption{{{tex(table.caption)}}}\n"
+        f"\\begin{{adjustbox}}{{max width=\\linewidth, max totalheight=.85\\textheight}}\n\\begin{{tabular}}{{{''.join(kinds)}}}\n{body}\n\\end{{tabular}}\n\\end{{adjustbox}}\n\\end{{table}}\n"
+    )
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-015
 def to_html(table: Table) -> str:
     "A table that a notebook shows."
     right = [pd.api.types.is_numeric_dtype(table.frame[c]) for c in table.frame]
-    wraps = lambda tag, text: ' class="long"' if len(html.unescape(text)) > 40 else ' class="words"' if tag == "th" and {" ", "/"} & set(text) else ""
-    cell = lambda tag, text, r: f'<{tag}{wraps(tag, text)} style="text-align:{"right" if r else "left"}">{text}</{tag}>'
-    line = lambda tag, texts: "<tr>" + "".join(cell(tag, t, r) for t, r in zip(texts, right)) + "</tr>"
+    wraps = lambda tag, text: (
+        ' class="long"'
+        if len(html.unescape(text)) > 40
+        else ' class="words"'
+        if tag == "th" and {" ", "/"} & set(text)
+        else ""
+    )
+    cell = lambda tag, text, r: (
+        f'<{tag}{wraps(tag, text)} style="text-align:{"right" if r else "left"}">{text}</{tag}>'
+    )
+    line = lambda tag, texts: (
+        "<tr>" + "".join(cell(tag, t, r) for t, r in zip(texts, right)) + "</tr>"
+    )
     rows = "\n".join(line("td", r) for r in _texts(table, "<b>{}</b>".format, html.escape))
-    return (f'<table class="study"><caption style="text-align:left">{html.escape(table.caption)}</caption>\n<thead>'
-            f'{line("th", [html.escape(str(c)).replace("/", "/<wbr>") for c in table.frame])}</thead>\n<tbody>\n{rows}\n</tbody></table>')
+    return (
+        f'<table class="study"><caption style="text-align:left">{html.escape(table.caption)}</caption>\n<thead>'
+        f"{line('th', [html.escape(str(c)).replace('/', '/<wbr>') for c in table.frame])}</thead>\n<tbody>\n{rows}\n</tbody></table>"
+    )
 
 
 Table._repr_html_, Table._repr_markdown_ = to_html, to_markdown
@@ -100,31 +168,56 @@ Table._repr_html_, Table._repr_markdown_ = to_html, to_markdown
 @dataclass(frozen=True)
 class Basis:
     "Questions per model, seeds and profile."
+
     n: int
     seeds: int
     profile: str
     failed: int = 0
 
     def __str__(self):
-        seeds = f"{self.seeds} seeds" if self.seeds > 1 else "1 seed (intervals cover questions only)"
+        seeds = (
+            f"{self.seeds} seeds" if self.seeds > 1 else "1 seed (intervals cover questions only)"
+        )
         rests = f"n = {self.n:,} questions per model, {seeds}" if self.n else "no finished cells"
-        return f"{rests}, profile {self.profile}" + (f"; {self.failed} cells FAILED" if self.failed else "")
+        return f"{rests}, profile {self.profile}" + (
+            f"; {self.failed} cells FAILED" if self.failed else ""
+        )
 
 
-def basis(frame: pd.DataFrame, # of `study.run`
-         ) -> Basis:
+def basis(
+    frame: pd.DataFrame,  # of `study.run`
+) -> Basis:
     "What the numbers of a frame rest on, for captions."
     done = frame[frame.status == "done"]
-    n = done.drop_duplicates(["model", "benchmark"]).groupby("model").n.sum().max() if len(done) else 0
-    return Basis(int(n), done[done.pruning != "none"].seed.nunique() or 1, ", ".join(sorted(set(frame.profile))), len(frame[frame.status != "done"]))
+    n = (
+        done.drop_duplicates(["model", "benchmark"]).groupby("model").n.sum().max()
+        if len(done)
+        else 0
+    )
+    return Basis(
+        int(n),
+        done[done.pruning != "none"].seed.nunique() or 1,
+        ", ".join(sorted(set(frame.profile))),
+        len(frame[frame.status != "done"]),
+    )
 
 
 def resting_on(basis, effects: dict):
     "The basis of some effects: with the seeds that they have."
-    return replace(basis, seeds=max(e.seeds for e in effects.values())) if isinstance(basis, Basis) and effects else basis
+    return (
+        replace(basis, seeds=max(e.seeds for e in effects.values()))
+        if isinstance(basis, Basis) and effects
+        else basis
+    )
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-021
-WORDS = ("holds", "does not hold", "is undecided at this scale", "is undecided with one seed", "was not tested")
+WORDS = (
+    "holds",
+    "does not hold",
+    "is undecided at this scale",
+    "is undecided with one seed",
+    "was not tested",
+)
 
 
 def side(e: Estimate) -> int:
@@ -132,7 +225,7 @@ def side(e: Estimate) -> int:
     return int(e.low > 0) - int(e.high < 0)
 
 
-def word(e: Estimate) -> str: # of WORDS
+def word(e: Estimate) -> str:  # of WORDS
     "What one difference says, if the claim predicts it to be positive."
     return WORDS[3] if e.seeds == 1 else {1: WORDS[0], -1: WORDS[1], 0: WORDS[2]}[side(e)]
 
@@ -140,9 +233,10 @@ def word(e: Estimate) -> str: # of WORDS
 @dataclass(frozen=True)
 class Verdict:
     "A claim, what was measured, and what follows."
+
     claim: str
-    effects: dict   # where -> Estimate, positive if the claim is right there
-    basis: object   # a Basis, or words: n, seeds, profile
+    effects: dict  # where -> Estimate, positive if the claim is right there
+    basis: object  # a Basis, or words: n, seeds, profile
     unit: str = "points"
 
     def says(self, w: str) -> list:
@@ -152,34 +246,67 @@ class Verdict:
     @property
     def refuted(self) -> bool:
         "Whether a contradiction stands when chance among all effects is allowed for."
-        return any(side(e.at(1 - .05 / len(self.effects))) < 0 for e in self.effects.values() if e.seeds != 1)
+        return any(
+            side(e.at(1 - 0.05 / len(self.effects))) < 0
+            for e in self.effects.values()
+            if e.seeds != 1
+        )
 
     @property
     def word(self) -> str:
         "The verdict on the claim as a whole."
         found = {word(e) for e in self.effects.values()}
-        if not found: return WORDS[4]
-        return WORDS[1] if self.refuted else WORDS[0] if found == {WORDS[0]} else WORDS[3] if found == {WORDS[3]} else WORDS[2]
+        if not found:
+            return WORDS[4]
+        return (
+            WORDS[1]
+            if self.refuted
+            else WORDS[0]
+            if found == {WORDS[0]}
+            else WORDS[3]
+            if found == {WORDS[3]}
+            else WORDS[2]
+        )
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-025
-GROUPS = {"Holds": lambda e: word(e) == WORDS[0], "Does not hold": lambda e: word(e) == WORDS[1], "Undecided": lambda e: word(e) == WORDS[2],
-          **{f"One seed points to {answer}": (lambda e, s=s: word(e) == WORDS[3] and side(e) == s) for answer, s in (("yes", 1), ("no", -1), ("neither", 0))}}
+GROUPS = {
+    "Holds": lambda e: word(e) == WORDS[0],
+    "Does not hold": lambda e: word(e) == WORDS[1],
+    "Undecided": lambda e: word(e) == WORDS[2],
+    **{
+        f"One seed points to {answer}": (lambda e, s=s: word(e) == WORDS[3] and side(e) == s)
+        for answer, s in (("yes", 1), ("no", -1), ("neither", 0))
+    },
+}
 
 
 def counted(v: Verdict) -> str:
     "In how many settings a claim is right, in words."
-    if not v.effects: return "no settings"
+    if not v.effects:
+        return "no settings"
     n, against, k = len(v.says(WORDS[0])), len(v.says(WORDS[1])), len(v.effects)
-    return f"holds in {n} of {k} settings" + f", contrary in {against}" * bool(against) if k > 1 else "one setting"
+    return (
+        f"holds in {n} of {k} settings" + f", contrary in {against}" * bool(against)
+        if k > 1
+        else "one setting"
+    )
 
 
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
     most, parts = max((e.seeds for e in v.effects.values()), default=0), []
     for group, belongs in GROUPS.items():
-        where = [f"{name} ({e:+1}{f', {e.seeds} seed' + 's' * (e.seeds > 1) if e.seeds < most else ''})" for name, e in v.effects.items() if belongs(e)]
-        if where: parts.append(f"{group}: {'; '.join(where)}. ")
-    if v.says(WORDS[1]) and not v.refuted: parts.append(f"Of {len(v.effects)} intervals some may miss by chance: if all are to be right together, none contradicts. ")
+        where = [
+            f"{name} ({e:+1}{f', {e.seeds} seed' + 's' * (e.seeds > 1) if e.seeds < most else ''})"
+            for name, e in v.effects.items()
+            if belongs(e)
+        ]
+        if where:
+            parts.append(f"{group}: {'; '.join(where)}. ")
+    if v.says(WORDS[1]) and not v.refuted:
+        parts.append(
+            f"Of {len(v.effects)} intervals some may miss by chance: if all are to be right together, none contradicts. "
+        )
     values = f"Values: {v.unit}, with 95 % intervals; " if v.effects else ""
     return f"“{v.claim.rstrip('.')}” {v.word} ({counted(v)}). {''.join(parts)}{values}{resting_on(v.basis, v.effects)}."
 
@@ -190,28 +317,51 @@ def _verdict_html(v: Verdict) -> str:
     return f'<p class="verdict" style="border-left:4px solid {color};padding-left:.8em"><b>Verdict.</b> {html.escape(sentence(v))}</p>'
 
 
-Verdict._repr_html_, Verdict._repr_markdown_ = _verdict_html, lambda v: f"**Verdict.** {sentence(v)}"
+Verdict._repr_html_, Verdict._repr_markdown_ = (
+    _verdict_html,
+    lambda v: f"**Verdict.** {sentence(v)}",
+)
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-030
-def printed(name: str, # models, pruning_without_recovery, best_compressed
-           ) -> pd.DataFrame:
+def printed(
+    name: str,  # models, pruning_without_recovery, best_compressed
+) -> pd.DataFrame:
     "Numbers printed in the paper."
     folder = Path(str(files("mllm_compress"))) / "published"
     names = sorted(p.stem for p in folder.glob("*.csv"))
-    if name not in names: raise ValueError(f"Nothing printed under {name!r}: use one of {', '.join(names)}.")
+    if name not in names:
+        raise ValueError(f"Nothing printed under {name!r}: use one of {', '.join(names)}.")
     return pd.read_csv(folder / f"{name}.csv")
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-033
-def score_table(rows: pd.DataFrame,  # of `effects.summary`
-                setup: Profile,
-                *columns: str,       # that tell settings apart, beside model, ratio and pruning
-               ) -> pd.DataFrame:
+def score_table(
+    rows: pd.DataFrame,  # of `effects.summary`
+    setup: Profile,
+    *columns: str,  # that tell settings apart, beside model, ratio and pruning
+) -> pd.DataFrame:
     "Settings as rows: where, how, and what was kept."
-    order = rows.assign(rank=rows.model.map(setup.models.index)).sort_values(["rank", "requested_ratio"], kind="stable")
-    order = order.assign(pruning=order.pruning.replace("none", "original"), requested=order.requested_ratio.map("{:.2f}".format),
-                         achieved=list(map(_achieved, order.achieved_ratio, order.get("failed", 0 * order.index)))).rename(columns={"avg_percent": "AVG-%"})
+    order = rows.assign(rank=rows.model.map(setup.models.index)).sort_values(
+        ["rank", "requested_ratio"], kind="stable"
+    )
+    order = order.assign(
+        pruning=order.pruning.replace("none", "original"),
+        requested=order.requested_ratio.map("{:.2f}".format),
+        achieved=list(map(_achieved, order.achieved_ratio, order.get("failed", 0 * order.index))),
+    ).rename(columns={"avg_percent": "AVG-%"})
     order.loc[order.pruning == "original", ["low", "high"]] = np.nan
-    return order.reindex(columns=["model", "requested", "pruning", *columns, "achieved", "AVG-%", "low", "high", *setup.evaluation.benchmarks])
+    return order.reindex(
+        columns=[
+            "model",
+            "requested",
+            "pruning",
+            *columns,
+            "achieved",
+            "AVG-%",
+            "low",
+            "high",
+            *setup.evaluation.benchmarks,
+        ]
+    )
 
 
 def _achieved(ratio: float, failed: int) -> str:
@@ -219,67 +369,110 @@ def _achieved(ratio: float, failed: int) -> str:
     return (f"{ratio:.3f}" if ratio == ratio else "–") + (f" ({failed} FAILED)" if failed else "")
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-036
-def _seed_dots(ax, g: pd.DataFrame, name) -> None: # rows of one line
+def _seed_dots(ax, g: pd.DataFrame, name) -> None:  # rows of one line
     "What every seed kept, where there are several (column `by_seed`)."
     for ratio, values in zip(g.achieved_ratio, g.get("by_seed", [])):
-        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) < 2: continue
-        ax.plot([ratio] * len(values), values, "o", color=look(name).color, markersize=2.9, markeredgecolor="white", markeredgewidth=.4, clip_on=False, zorder=5)
+        if not isinstance(values, (list, tuple, np.ndarray)) or len(values) < 2:
+            continue
+        ax.plot(
+            [ratio] * len(values),
+            values,
+            "o",
+            color=look(name).color,
+            markersize=2.9,
+            markeredgecolor="white",
+            markeredgewidth=0.4,
+            clip_on=False,
+            zorder=5,
+        )
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-038
-def retained_over_ratio(rows: pd.DataFrame, # of `effects.summary`, compressed models only
-                        by: str,            # the column that tells the lines apart; its values are keys of style.LOOKS
-                        value: str = "avg_percent",
-                        low: str | None = "low", high: str | None = "high",
-                        start: float = 100, # what the original has
-                       ) -> tuple:          # (figure, panels)
+def retained_over_ratio(
+    rows: pd.DataFrame,  # of `effects.summary`, compressed models only
+    by: str,  # the column that tells the lines apart; its values are keys of style.LOOKS
+    value: str = "avg_percent",
+    low: str | None = "low",
+    high: str | None = "high",
+    start: float = 100,  # what the original has
+) -> tuple:  # (figure, panels)
     "AVG-% over the achieved ratio: a panel per model, a line per method."
     models = list(dict.fromkeys(rows.model))
     fig, axes = panels(len(models))
     ends = {model: {} for model in models}
     with page():
         for ax, model in zip(axes, models):
-            for name, g in rows[(rows.model == model) & rows[value].notna()].sort_values("achieved_ratio").groupby(by, sort=False):
+            for name, g in (
+                rows[(rows.model == model) & rows[value].notna()]
+                .sort_values("achieved_ratio")
+                .groupby(by, sort=False)
+            ):
                 band = {k: [start, *g[c]] for k, c in (("low", low), ("high", high)) if c}
                 line(ax, [0, *g.achieved_ratio], [start, *g[value]], name, **band)
                 _seed_dots(ax, g, name)
                 ends[model][name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
             ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
         top, bottom = max(start, rows[value].max()), min(start, rows[value].min())
-        axes[0].set_ylim(max(axes[0].get_ylim()[0], 0), top + .05 * max(top - bottom, 1))
-        for ax, model in zip(axes, models): label_ends(ax, ends[model])
+        axes[0].set_ylim(max(axes[0].get_ylim()[0], 0), top + 0.05 * max(top - bottom, 1))
+        for ax, model in zip(axes, models):
+            label_ends(ax, ends[model])
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-041
-def _side_by_side(ax, effects: dict, # (ratio, method) -> Estimate
-                 ) -> dict:          # method -> (x, y) of its last dot
+def _side_by_side(
+    ax,
+    effects: dict,  # (ratio, method) -> Estimate
+) -> dict:  # method -> (x, y) of its last dot
     "A dot with its interval for each method at each ratio."
     ratios, methods = ([*dict.fromkeys(key[i] for key in effects)] for i in (0, 1))
     ax.set_xticks(range(len(ratios)), [f"{r:.2f}" for r in ratios])
     ends = {}
     for k, method in enumerate(methods):
-        at = [(ratios.index(r) + .7 * ((k + .5) / len(methods) - .5), e) for (r, m), e in effects.items() if m == method and e.value == e.value]
-        if not at: continue
+        at = [
+            (ratios.index(r) + 0.7 * ((k + 0.5) / len(methods) - 0.5), e)
+            for (r, m), e in effects.items()
+            if m == method and e.value == e.value
+        ]
+        if not at:
+            continue
         x, y, m = [x for x, _ in at], np.array([e.value for _, e in at]), look(method)
-        ax.errorbar(x, y, [y - [e.low for _, e in at], [e.high for _, e in at] - y], color=m.color, marker=m.marker, linestyle="none", elinewidth=1.2)
+        ax.errorbar(
+            x,
+            y,
+            [y - [e.low for _, e in at], [e.high for _, e in at] - y],
+            color=m.color,
+            marker=m.marker,
+            linestyle="none",
+            elinewidth=1.2,
+        )
         ends[method] = x[-1], y[-1]
     return ends
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-043
-def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
-                           ylabel: str,   # of what, or of what more than what
-                           level: float = 0): # what they are compared with
+def differences_over_ratio(
+    effects: dict,  # model -> {(ratio, method): Estimate}
+    ylabel: str,  # of what, or of what more than what
+    level: float = 0,
+):  # what they are compared with
     "How much more each method keeps: a panel per model, methods side by side at each ratio."
     wide = max((len(found) for found in effects.values()), default=0) > 12
     fig, axes = panels(len(effects), columns=1 if wide else 2, sharex=False)
-    bounds = [b for found in effects.values() for e in found.values() if e.value == e.value for b in (e.low, e.high)]
-    low, high = min([level - .5, *bounds]), max([level + .5, *bounds])
+    bounds = [
+        b
+        for found in effects.values()
+        for e in found.values()
+        if e.value == e.value
+        for b in (e.low, e.high)
+    ]
+    low, high = min([level - 0.5, *bounds]), max([level + 0.5, *bounds])
     with page():
-        axes[0].set(ylabel=ylabel, ylim=(low - .05 * (high - low), high + .05 * (high - low)))
+        axes[0].set(ylabel=ylabel, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
         for ax, (model, found) in zip(axes, effects.items()):
             ax.axhline(level, color=GREY, linewidth=1)
             ends = _side_by_side(ax, found)
-            ax.set(title=model, xlabel="requested ratio", ylabel=ylabel if wide else ax.get_ylabel())
+            ax.set(
+                title=model, xlabel="requested ratio", ylabel=ylabel if wide else ax.get_ylabel()
+            )
             ax.grid(axis="x", visible=False)
             label_ends(ax, ends)
     return fig, axes
@@ -288,8 +481,9 @@ def differences_over_ratio(effects: dict, # model -> {(ratio, method): Estimate}
 @dataclass(frozen=True)
 class Report:
     "Where a study notebook leaves its tables, figures and verdicts."
+
     notebook: str  # as "02_pruning"
-    profile: str   # a name or path
+    profile: str  # a name or path
 
     def path(self, name: str, ending: str) -> Path:
         "figures/PROFILE/NOTEBOOK-NAME.ENDING"
@@ -298,9 +492,17 @@ class Report:
         return folder / f"{self.notebook}-{name}.{ending}"
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-048
-GLOSSARY = {("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was to be removed, and that was",
-            ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
-            ("low", "high"): "low, high: the ends of its 95 % interval, which is symmetric and may reach beyond what is possible"}
+GLOSSARY = {
+    (
+        "requested",
+        "achieved",
+    ): "requested, achieved: share of the LM decoder's parameters that was to be removed, and that was",
+    ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
+    (
+        "low",
+        "high",
+    ): "low, high: the ends of its 95 % interval, which is symmetric and may reach beyond what is possible",
+}
 
 
 def explained(frame: pd.DataFrame) -> str:
@@ -309,10 +511,22 @@ def explained(frame: pd.DataFrame) -> str:
     return f" {'; '.join(found)}." if found else ""
 
 
-def _table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, digits: int = 1, once: tuple = ()) -> Table:
+def _table(
+    self,
+    frame: pd.DataFrame,
+    name: str,
+    caption: str,
+    best: dict = {},
+    digits: int = 1,
+    once: tuple = (),
+) -> Table:
     "Write a table in all notations and return it to be shown."
     t = Table(frame, caption + explained(frame), best, digits, once)
-    for ending, text in (("csv", frame.to_csv(index=False, float_format="%.6g")), ("md", to_markdown(t)), ("tex", to_latex(t))):
+    for ending, text in (
+        ("csv", frame.to_csv(index=False, float_format="%.6g")),
+        ("md", to_markdown(t)),
+        ("tex", to_latex(t)),
+    ):
         write_atomically(self.path(name, ending), text)
     return t
 
@@ -323,10 +537,12 @@ Report.table = _table
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure and its caption, as a notebook shows it."
+
     png: bytes
     caption: str
 
-    def _repr_mimebundle_(self, **kwargs): return {"image/png": self.png, "text/plain": self.caption}
+    def _repr_mimebundle_(self, **kwargs):
+        return {"image/png": self.png, "text/plain": self.caption}
 
 
 def _figure(self, fig, name: str, caption: str) -> Figure:
@@ -342,12 +558,27 @@ def _figure(self, fig, name: str, caption: str) -> Figure:
 Report.figure = _figure
 
 # %% ../../nbs/library/reporting/04_report.ipynb #cell-052
-def _verdict(self, claim: str, effects: dict, basis, name: str = "verdict", unit: str = "points of AVG-%") -> Verdict:
+def _verdict(
+    self, claim: str, effects: dict, basis, name: str = "verdict", unit: str = "points of AVG-%"
+) -> Verdict:
     "Write a verdict and return it to be shown."
     v = Verdict(claim, effects, basis, unit)
-    bounds = {k: {f: getattr(e, f) for f in ("value", "low", "high", "n", "seeds")} for k, e in effects.items()}
-    record = {"claim": claim, "word": v.word, "settings": counted(v), "unit": unit, "basis": str(resting_on(basis, effects)), "sentence": sentence(v), "effects": bounds}
-    write_atomically(self.path(name, "json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    bounds = {
+        k: {f: getattr(e, f) for f in ("value", "low", "high", "n", "seeds")}
+        for k, e in effects.items()
+    }
+    record = {
+        "claim": claim,
+        "word": v.word,
+        "settings": counted(v),
+        "unit": unit,
+        "basis": str(resting_on(basis, effects)),
+        "sentence": sentence(v),
+        "effects": bounds,
+    }
+    write_atomically(
+        self.path(name, "json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    )
     return v
 
 

@@ -21,27 +21,57 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from ..cost import gpu_memory as cards
-from ..study import forecast
 from . import page as site
+from mllm_compress.reporting.notebooks import (
+    check_parameters,
+    choose,
+    execute,
+    experiments_of,
+    failed_copy,
+    notebooks,
+    parameters_of,
+)
+from ..study import forecast
 from ..study.experiments import Experiment, Profile, canonical, describe, load_profile
-from ..study.workers import name_of, results_of
+from mllm_compress.study.runs import (
+    EXECUTORS,
+    TOLD,
+    at_once,
+    hours,
+    require_inputs,
+    run,
+    status,
+    stored,
+)
 from ..study.stages import missing_inputs
-from .notebooks import experiments_of, check_parameters, choose, execute, failed_copy, notebooks, parameters_of
 from ..study.store import home, unpack, write_atomically
-from ..study.runs import EXECUTORS, TOLD, at_once, hours, require_inputs, run, status, stored
+from ..study.workers import name_of, results_of
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-005
-def plan_study(profile: str, only: list = (), given: dict = {}) -> dict: # name -> (path, parameters, cells)
+def plan_study(
+    profile: str, only: list = (), given: dict = {}
+) -> dict:  # name -> (path, parameters, cells)
     "What each notebook will be given and will ask for."
-    if Path(profile).is_file(): profile = os.path.relpath(profile, home())  # notebooks run elsewhere
-    if unknown := set(load_profile(profile).notebooks) - set(notebooks()): raise ValueError(
-        f"profile {profile}: notebooks names {', '.join(sorted(unknown))}; there are {', '.join(notebooks())}.")
-    if "profile" in given: raise ValueError("The profile is given by --profile, not as a parameter.")
+    if Path(profile).is_file():
+        profile = os.path.relpath(profile, home())  # notebooks run elsewhere
+    if unknown := set(load_profile(profile).notebooks) - set(notebooks()):
+        raise ValueError(
+            f"profile {profile}: notebooks names {', '.join(sorted(unknown))}; there are {', '.join(notebooks())}."
+        )
+    if "profile" in given:
+        raise ValueError("The profile is given by --profile, not as a parameter.")
     plan = {}
     for name, path in choose(only).items():
         nb = nbformat.read(path, 4)
-        try: values = check_parameters(nb, given | ({"profile": profile} if "profile" in parameters_of(nb) else {}))
-        except ValueError as error: raise ValueError(f"{name}: {error}" + ("" if only else "\nName the notebook that the parameter is for with --only.")) from error
+        try:
+            values = check_parameters(
+                nb, given | ({"profile": profile} if "profile" in parameters_of(nb) else {})
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: {error}"
+                + ("" if only else "\nName the notebook that the parameter is for with --only.")
+            ) from error
         check_overrides(name, nb, given, load_profile(profile))
         plan[name] = path, values, experiments_of(nb, values)
     return plan
@@ -51,9 +81,14 @@ def check_overrides(name: str, nb, given: dict, profile: Profile) -> None:
     "ValueError where something that was said about a notebook would have no effect."
     own = profile.notebooks.get(name, {})
     silent = next((k for k, v in given.items() if not v and own.get(k)), None)
-    if silent: raise ValueError(f"{name}: an empty {silent} means 'as the profile says', and profile {profile.name} says {own[silent]!r}: give another value, or a profile of your own.")
-    if own and not any("asked(" in c.source for c in nb.cells if c.cell_type == "code"): raise ValueError(
-        f"profile {profile.name}: notebooks, {name}: this notebook takes no parameters from a profile.")
+    if silent:
+        raise ValueError(
+            f"{name}: an empty {silent} means 'as the profile says', and profile {profile.name} says {own[silent]!r}: give another value, or a profile of your own."
+        )
+    if own and not any("asked(" in c.source for c in nb.cells if c.cell_type == "code"):
+        raise ValueError(
+            f"profile {profile.name}: notebooks, {name}: this notebook takes no parameters from a profile."
+        )
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-009
 def experiments_of_plan(plan: dict) -> list:
@@ -63,46 +98,79 @@ def experiments_of_plan(plan: dict) -> list:
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-013
 def size(n: float) -> str:
     "Bytes for people."
-    return next(f"{n / 1024 ** k:.{k and 1}f} {unit}" for k, unit in enumerate(("bytes", "KB", "MB", "GB", "TB")) if n < 1024 ** (k + 1) or k == 4)
+    return next(
+        f"{n / 1024**k:.{k and 1}f} {unit}"
+        for k, unit in enumerate(("bytes", "KB", "MB", "GB", "TB"))
+        if n < 1024 ** (k + 1) or k == 4
+    )
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-016
-def estimate(table: pd.DataFrame, # of `status`
-             profile: Profile, executor: str = "local", workers: int = 0) -> str:
+def estimate(
+    table: pd.DataFrame,  # of `status`
+    profile: Profile,
+    executor: str = "local",
+    workers: int = 0,
+) -> str:
     "What the missing cells of a table will take, in a sentence."
     missing = table[~table.cached]
     n = min(at_once(executor, profile, workers), max(len(missing), 1))
     known, text = missing.seconds.dropna(), f"{len(table)} cells, {len(missing)} missing"
-    if len(known): text += (f": about {hours(max(known.sum() / n, known.max()))} on {n} worker{'s' * (n > 1)}, up to {size(missing.memory_mb.max() * 2**20)} of memory for each, "
-                            f"{size(missing.bytes.sum())} of disk for results")
-    if unknown := len(missing) - len(known): text += f"{', and ' if len(known) else ', '}{unknown} of them of unknown cost (none like {'it' if unknown == 1 else 'them'} is finished)"
+    if len(known):
+        text += (
+            f": about {hours(max(known.sum() / n, known.max()))} on {n} worker{'s' * (n > 1)}, up to {size(missing.memory_mb.max() * 2**20)} of memory for each, "
+            f"{size(missing.bytes.sum())} of disk for results"
+        )
+    if unknown := len(missing) - len(known):
+        text += f"{', and ' if len(known) else ', '}{unknown} of them of unknown cost (none like {'it' if unknown == 1 else 'them'} is finished)"
     return text + "."
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-018
 def show_forecast(cells: list, profile: Profile) -> None:
     "Print hours and memory from configs, where they are known."
     found = forecast.table(cells, profile)
-    if found.empty: return
-    print(f"All cells, by model and kind ({forecast.ASSUMED}):\n" + found.to_string(index=False, formatters={"GPU hours": "{:.1f}".format, "GiB": "{:.0f}".format}))
-    print(f"In all about {found['GPU hours'].sum():.0f} GPU hours; the largest needs {found.GiB.max():.0f} GiB, so a card of {cards.fits(found.GiB.max())}.")
+    if found.empty:
+        return
+    print(
+        f"All cells, by model and kind ({forecast.ASSUMED}):\n"
+        + found.to_string(
+            index=False, formatters={"GPU hours": "{:.1f}".format, "GiB": "{:.0f}".format}
+        )
+    )
+    print(
+        f"In all about {found['GPU hours'].sum():.0f} GPU hours; the largest needs {found.GiB.max():.0f} GiB, so a card of {cards.fits(found.GiB.max())}."
+    )
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-020
-def dry_run(profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0) -> None:
+def dry_run(
+    profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0
+) -> None:
     "Print the notebooks, their cells, what is cached, an estimate of the rest, and what this machine lacks."
     plan, loaded = plan_study(profile, only, given), load_profile(profile)
-    for name, (_, values, cells) in plan.items(): print(f"{name}: {len(set(map(canonical, cells)))} cells, parameters {values}")
+    for name, (_, values, cells) in plan.items():
+        print(f"{name}: {len(set(map(canonical, cells)))} cells, parameters {values}")
     table = status(experiments_of_plan(plan), loaded)
     for row in table.itertuples():
         seconds, memory = ("?" if x != x else f"{x:.0f}" for x in (row.seconds, row.memory_mb))
-        print(f"  {'cached ' if row.cached else 'missing'}  {seconds:>6} s  {memory:>6} MB  {row.name or 'unnamed':<20}  {row.cell}")
-    if len(table): print(estimate(table, loaded, executor, workers))
-    if len(table) and table.seconds.isna().any(): show_forecast(experiments_of_plan(plan), loaded)
-    if lacking := missing_inputs(loaded): print("This machine lacks what the profile names, so nothing can run here yet:\n  " + "\n  ".join(lacking))
+        print(
+            f"  {'cached ' if row.cached else 'missing'}  {seconds:>6} s  {memory:>6} MB  {row.name or 'unnamed':<20}  {row.cell}"
+        )
+    if len(table):
+        print(estimate(table, loaded, executor, workers))
+    if len(table) and table.seconds.isna().any():
+        show_forecast(experiments_of_plan(plan), loaded)
+    if lacking := missing_inputs(loaded):
+        print(
+            "This machine lacks what the profile names, so nothing can run here yet:\n  "
+            + "\n  ".join(lacking)
+        )
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-024
 def _bytes_of(path: Path) -> int:
     "Size of a file; 0 for a folder, or for what a running study has just moved."
-    try: return path.stat().st_size if path.is_file() else 0
-    except OSError: return 0
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def show_status(profile: str) -> None:
@@ -113,16 +181,35 @@ def show_status(profile: str) -> None:
     found = {} if missing_inputs(loaded) else stored(loaded)
     for cell, result in sorted(found.items()):
         average = sum(r["score"] for r in result["rows"]) / len(result["rows"])
-        print(f"{result['record']['date']}  {result['record']['seconds']:7.1f} s  mean score {average:5.1f}  {describe(cell)}")
-    if lacking := missing_inputs(loaded): print("This machine lacks what the profile names, so its results cannot be told from older ones:\n  " + "\n  ".join(lacking))
-    older, corrupt = len(results.names()) - len(found), len(list((results.folder / "corrupt").iterdir()))
+        print(
+            f"{result['record']['date']}  {result['record']['seconds']:7.1f} s  mean score {average:5.1f}  {describe(cell)}"
+        )
+    if lacking := missing_inputs(loaded):
+        print(
+            "This machine lacks what the profile names, so its results cannot be told from older ones:\n  "
+            + "\n  ".join(lacking)
+        )
+    older, corrupt = (
+        len(results.names()) - len(found),
+        len(list((results.folder / "corrupt").iterdir())),
+    )
     taken = sum(_bytes_of(p) for p in results.folder.rglob("*"))
-    print(f"{len(found)} results of profile {loaded.name} in {os.path.relpath(results.folder)} ({size(taken)})"
-          + (f"; {older} of other settings, or of other versions of the code, the profile or the models" if older else "") + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "") + ".")
+    print(
+        f"{len(found)} results of profile {loaded.name} in {os.path.relpath(results.folder)} ({size(taken)})"
+        + (
+            f"; {older} of other settings, or of other versions of the code, the profile or the models"
+            if older
+            else ""
+        )
+        + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "")
+        + "."
+    )
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-026
-def take_in(path: Path, # a results.zip
-            profile: str) -> None:
+def take_in(
+    path: Path,  # a results.zip
+    profile: str,
+) -> None:
     "Fill a profile's store with results that were computed elsewhere."
     results = results_of(load_profile(profile))
     before, taken = set(results.names()), unpack(Path(path), results)
@@ -131,32 +218,52 @@ def take_in(path: Path, # a results.zip
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-028
 def check_executor(executor: str, workers: int = 0) -> None:
     "ValueError for an unknown executor, or for workers where a cluster decides."
-    if executor not in EXECUTORS: raise ValueError(f"Unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}.")
-    if executor == "slurm" and workers: raise ValueError("--workers is for local runs: how many Slurm jobs run at once, the profile's slurm section says (jobs_at_once).")
+    if executor not in EXECUTORS:
+        raise ValueError(f"Unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}.")
+    if executor == "slurm" and workers:
+        raise ValueError(
+            "--workers is for local runs: how many Slurm jobs run at once, the profile's slurm section says (jobs_at_once)."
+        )
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-030
-def last_words(name: str, error: Exception, kept: Path) -> str: # kept: the copy of what it got to, if it got anywhere
+def last_words(
+    name: str, error: Exception, kept: Path
+) -> str:  # kept: the copy of what it got to, if it got anywhere
     "A failed notebook in a sentence."
     where = f" (see {os.path.relpath(kept)})" if kept.exists() else ""
-    if isinstance(error, PapermillExecutionError): return f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}{where}"
+    if isinstance(error, PapermillExecutionError):
+        return f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}{where}"
     return f"{name} failed: {type(error).__name__}: {error}{where}"
 
 
-def run_notebooks(plan: dict, profile: str) -> list: # of problems
+def run_notebooks(plan: dict, profile: str) -> list:  # of problems
     "Execute the notebooks that are not up to date."
     problems = []
     with tqdm(plan.items(), desc="notebooks", leave=False) as bar:
         for name, (path, values, _) in bar:
             bar.set_postfix_str(name)
-            try: execute(name, path, values, profile)
-            except Exception as error: problems.append(last_words(name, error, failed_copy(home() / "figures" / load_profile(profile).name / f"{name}.ipynb")))
+            try:
+                execute(name, path, values, profile)
+            except Exception as error:
+                problems.append(
+                    last_words(
+                        name,
+                        error,
+                        failed_copy(
+                            home() / "figures" / load_profile(profile).name / f"{name}.ipynb"
+                        ),
+                    )
+                )
     return problems
 
 # %% ../../nbs/library/reporting/07_runner.ipynb #cell-032
-def _failures(frame: pd.DataFrame, profile: Profile) -> dict: # name of a result -> message
+def _failures(frame: pd.DataFrame, profile: Profile) -> dict:  # name of a result -> message
     "The cells that failed."
     failed = frame[frame.status == "failed"]
-    cells = [Experiment(**{f.name: row[f.name] for f in fields(Experiment)}) for _, row in failed.iterrows()]
+    cells = [
+        Experiment(**{f.name: row[f.name] for f in fields(Experiment)})
+        for _, row in failed.iterrows()
+    ]
     return {name_of(cell, profile): error for cell, error in zip(cells, failed.error)}
 
 
@@ -167,20 +274,32 @@ def _told(**what):
     with tempfile.TemporaryDirectory() as folder:
         write_atomically(path := Path(folder, "told.json"), json.dumps(what))
         os.environ[TOLD] = str(path)
-        try: yield
-        finally: os.environ.pop(TOLD) if old is None else os.environ.update({TOLD: old})
+        try:
+            yield
+        finally:
+            os.environ.pop(TOLD) if old is None else os.environ.update({TOLD: old})
 
 
-def run_study(profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0) -> int: # exit code
+def run_study(
+    profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0
+) -> int:  # exit code
     "Compute missing cells, run the notebooks, build the page; 0 if everything went well."
     start, plan = time.time(), plan_study(profile, only, given)
     require_inputs(load_profile(profile))
     cells = experiments_of_plan(plan)
-    failures = _failures(run(cells, profile, executor, workers), load_profile(profile)) if cells else {}
-    with _told(executor=executor, workers=workers, failures=failures): problems = run_notebooks(plan, profile)
+    failures = (
+        _failures(run(cells, profile, executor, workers), load_profile(profile)) if cells else {}
+    )
+    with _told(executor=executor, workers=workers, failures=failures):
+        problems = run_notebooks(plan, profile)
     problems = ["some cells failed (above)"] * bool(failures) + problems
-    for problem in problems: print(f"PROBLEM: {problem}")
-    try: page = site.build(profile)
-    except FileNotFoundError: return 1  # every notebook failed, as was said
-    print(f"{len(plan)} notebook{'s' * (len(plan) != 1)} in {hours(time.time() - start)}. Figures and tables: {os.path.relpath(page.parent)}/\nOpen {os.path.relpath(page)} in a browser.")
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    try:
+        page = site.build(profile)
+    except FileNotFoundError:
+        return 1  # every notebook failed, as was said
+    print(
+        f"{len(plan)} notebook{'s' * (len(plan) != 1)} in {hours(time.time() - start)}. Figures and tables: {os.path.relpath(page.parent)}/\nOpen {os.path.relpath(page)} in a browser."
+    )
     return int(bool(problems))

@@ -21,58 +21,97 @@ from matplotlib.transforms import ScaledTranslation
 @dataclass(frozen=True)
 class Look:
     "How a method is drawn."
+
     label: str
     color: str
     marker: str
     line: object = "-"  # a dash pattern of matplotlib
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-007
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY, WINE, INDIGO, OLIVE = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7 #777777 #882255 #332288 #999933".split()
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK, GREY, WINE, INDIGO, OLIVE = (
+    "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7 #777777 #882255 #332288 #999933".split()
+)
 
-LOOKS = {"dense": Look("original", BLACK, "*"),
-         "layerwise": Look("layerwise", RED, "o"), "widthwise": Look("widthwise", BLUE, "s", (0, (5, 1.5))),
-         "uniform": Look("widthwise, uniform", SKY, "v", (0, (3, 1, 1, 1))), "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
-         "best": Look("best practice", GREEN, "D"), "printed": Look("printed", GREY, "x", (0, (1, 1.5))),
-         "projector": Look("projector only", ORANGE, "v", (0, (3, 1, 1, 1))), "projector+lm": Look("projector + LM", SKY, "o"),
-         "none": Look("no recovery", WINE, "<", (0, (5, 1.5))), "sft": Look("SFT", SKY, "o"),
-         "logits_kd": Look("logits KD", ORANGE, "^", (0, (5, 1.5))), "reverse_logits_kd": Look("reverse KD", PINK, "v", (0, (3, 1, 1, 1))),
-         "hidden_kd": Look("hidden KD", INDIGO, "s", (0, (5, 1.5))), "sft+hidden_kd": Look("SFT + hidden KD", GREEN, "D"),
-         "sft+logits_kd": Look("SFT + logits KD", OLIVE, "P", (0, (3, 1, 1, 1))),
-         "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1)))}
+LOOKS = {
+    "dense": Look("original", BLACK, "*"),
+    "layerwise": Look("layerwise", RED, "o"),
+    "widthwise": Look("widthwise", BLUE, "s", (0, (5, 1.5))),
+    "uniform": Look("widthwise, uniform", SKY, "v", (0, (3, 1, 1, 1))),
+    "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
+    "best": Look("best practice", GREEN, "D"),
+    "printed": Look("printed", GREY, "x", (0, (1, 1.5))),
+    "projector": Look("projector only", ORANGE, "v", (0, (3, 1, 1, 1))),
+    "projector+lm": Look("projector + LM", SKY, "o"),
+    "none": Look("no recovery", WINE, "<", (0, (5, 1.5))),
+    "sft": Look("SFT", SKY, "o"),
+    "logits_kd": Look("logits KD", ORANGE, "^", (0, (5, 1.5))),
+    "reverse_logits_kd": Look("reverse KD", PINK, "v", (0, (3, 1, 1, 1))),
+    "hidden_kd": Look("hidden KD", INDIGO, "s", (0, (5, 1.5))),
+    "sft+hidden_kd": Look("SFT + hidden KD", GREEN, "D"),
+    "sft+logits_kd": Look("SFT + logits KD", OLIVE, "P", (0, (3, 1, 1, 1))),
+    "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1))),
+}
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-009
-def look(name, # a key of LOOKS, or a look
-        ) -> Look:
+def look(
+    name,  # a key of LOOKS, or a look
+) -> Look:
     "The look of a method."
-    if isinstance(name, Look): return name
-    if name not in LOOKS: raise ValueError(f"No look for {name!r}: add it to style.LOOKS ({', '.join(LOOKS)}).")
+    if isinstance(name, Look):
+        return name
+    if name not in LOOKS:
+        raise ValueError(f"No look for {name!r}: add it to style.LOOKS ({', '.join(LOOKS)}).")
     return LOOKS[name]
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-013
-def graded(labels: list) -> list: # of Look, one per label
+def graded(labels: list) -> list:  # of Look, one per label
     "Looks for values that have an order, from light to dark."
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(.3, 1, len(labels)))
-    return [Look(label, matplotlib.colors.to_hex(c), "osD^vPX"[i % 7]) for i, (label, c) in enumerate(zip(labels, shades))]
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.3, 1, len(labels)))
+    return [
+        Look(label, matplotlib.colors.to_hex(c), "osD^vPX"[i % 7])
+        for i, (label, c) in enumerate(zip(labels, shades))
+    ]
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-016
-def neutral(labels: list) -> list: # of Look, one per label
+def neutral(labels: list) -> list:  # of Look, one per label
     "Looks without colour, from black to grey."
     dashes = ("-", (0, (5, 1.5)), (0, (1, 1.5)), (0, (3, 1, 1, 1)))
-    shades = [matplotlib.colors.to_hex((v, v, v)) for v in np.linspace(0, .5, len(labels))]
-    return [Look(label, c, "osD^vPX"[i % 7], dashes[i % 4]) for i, (label, c) in enumerate(zip(labels, shades))]
+    shades = [matplotlib.colors.to_hex((v, v, v)) for v in np.linspace(0, 0.5, len(labels))]
+    return [
+        Look(label, c, "osD^vPX"[i % 7], dashes[i % 4])
+        for i, (label, c) in enumerate(zip(labels, shades))
+    ]
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-019
-RC = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5,
-      "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-      "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": .6, "axes.axisbelow": True, "lines.linewidth": 1.6,
-      "lines.markersize": 5, "figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True,
-      "figure.facecolor": "white", "savefig.facecolor": "white"}
+RC = {
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "figure.dpi": 110,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-021
 @contextmanager
 def page():
     "Draw in our style; nothing outside is changed."
-    with matplotlib.rc_context(RC): yield
+    with matplotlib.rc_context(RC):
+        yield
 
 
 def use_style() -> None:
@@ -80,23 +119,34 @@ def use_style() -> None:
     matplotlib.rcParams.update(RC)
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-023
-def panels(n: int,              # how many
-           columns: int = 2,    # side by side
-           width: float = 7.2,  # inches, of the whole figure
-           height: float = 2.9, # inches, of a row
-           **kwargs):
+def panels(
+    n: int,  # how many
+    columns: int = 2,  # side by side
+    width: float = 7.2,  # inches, of the whole figure
+    height: float = 2.9,  # inches, of a row
+    **kwargs,
+):
     "A figure of n panels with shared axes, and the panels."
     rows = -(-n // columns)
     with page():
-        fig, axes = plt.subplots(rows, min(n, columns), figsize=(width, height * rows), squeeze=False, **{"sharex": True, "sharey": True} | kwargs)
-    for ax in axes.flat[n:]: ax.set_visible(False)
+        fig, axes = plt.subplots(
+            rows,
+            min(n, columns),
+            figsize=(width, height * rows),
+            squeeze=False,
+            **{"sharex": True, "sharey": True} | kwargs,
+        )
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
     return fig, list(axes.flat[:n])
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-025
-def spread(positions, # wanted heights
-           gap: float, # least distance
-           low: float = -np.inf, high: float = np.inf, # where the lowest and the highest may lie at most
-          ) -> list:  # heights in the same order
+def spread(
+    positions,  # wanted heights
+    gap: float,  # least distance
+    low: float = -np.inf,
+    high: float = np.inf,  # where the lowest and the highest may lie at most
+) -> list:  # heights in the same order
     "Move heights apart until each is at least `gap` from the next, keeping their order and, inside the bounds, their mean."
     order = np.argsort(positions, kind="stable")
     groups = []  # [first wanted height of the group, members]; a group stands `gap` apart around its mean
@@ -107,31 +157,66 @@ def spread(positions, # wanted heights
             groups[-1] = [a + b, (ma * len(a) + mb * len(b)) / (len(a) + len(b))]
     out = [0.0] * len(positions)
     for members, mean in groups:
-        for j, k in enumerate(members): out[k] = mean + (j - (len(members) - 1) / 2) * gap
-    for j, k in enumerate(order): out[k] = float(min(max(out[k], low + j * gap), high - (len(out) - 1 - j) * gap))
+        for j, k in enumerate(members):
+            out[k] = mean + (j - (len(members) - 1) / 2) * gap
+    for j, k in enumerate(order):
+        out[k] = float(min(max(out[k], low + j * gap), high - (len(out) - 1 - j) * gap))
     return out
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-027
-def _bottom(group, gap): return group[1] - (len(group[0]) - 1) / 2 * gap
-def _top(group, gap): return group[1] + (len(group[0]) - 1) / 2 * gap
+def _bottom(group, gap):
+    return group[1] - (len(group[0]) - 1) / 2 * gap
+
+
+def _top(group, gap):
+    return group[1] + (len(group[0]) - 1) / 2 * gap
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-030
-def line(ax, x, y, name,      # a key of LOOKS, or a look
-         low=None, high=None, # interval of each y
-         hollow=None):        # bool for each point
+def line(
+    ax,
+    x,
+    y,
+    name,  # a key of LOOKS, or a look
+    low=None,
+    high=None,  # interval of each y
+    hollow=None,
+):  # bool for each point
     "One method's line with its interval."
     m = look(name)
     rim = m.color if m.marker in "x+" else "white"
-    ax.plot(x, y, color=m.color, marker=m.marker, linestyle=m.line, markeredgecolor=rim, markeredgewidth=.6 if rim == "white" else 1.2, clip_on=False, zorder=3)
-    if low is not None: ax.fill_between(x, low, high, color=m.color, alpha=.15, linewidth=0)
+    ax.plot(
+        x,
+        y,
+        color=m.color,
+        marker=m.marker,
+        linestyle=m.line,
+        markeredgecolor=rim,
+        markeredgewidth=0.6 if rim == "white" else 1.2,
+        clip_on=False,
+        zorder=3,
+    )
+    if low is not None:
+        ax.fill_between(x, low, high, color=m.color, alpha=0.15, linewidth=0)
     if hollow is not None and any(hollow):
-        ax.plot(*zip(*[(a, b) for a, b, h in zip(x, y, hollow) if h]), marker=m.marker, linestyle="none", markerfacecolor="white", markeredgecolor=m.color, clip_on=False, zorder=4)
+        ax.plot(
+            *zip(*[(a, b) for a, b, h in zip(x, y, hollow) if h]),
+            marker=m.marker,
+            linestyle="none",
+            markerfacecolor="white",
+            markeredgecolor=m.color,
+            clip_on=False,
+            zorder=4,
+        )
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-032
-def label_ends(ax, ends: dict, # method or look -> (x, y) of its last point
-               gap: float = .075):  # least distance, as a fraction of the axis
+def label_ends(
+    ax,
+    ends: dict,  # method or look -> (x, y) of its last point
+    gap: float = 0.075,
+):  # least distance, as a fraction of the axis
     "Write each method's name right of the panel, level with the end of its line."
-    if not ends: return
+    if not ends:
+        return
     low, high = ax.get_ylim()
     gap = min(gap, 1 / len(ends)) * (high - low)
     edge = ax.get_yaxis_transform()  # x: 1 is the right edge of the panel; y: data
@@ -139,7 +224,39 @@ def label_ends(ax, ends: dict, # method or look -> (x, y) of its last point
     heights = spread([y for _, y in ends.values()], gap, low + gap / 2, high - gap / 2)
     for (name, (x, end)), y in zip(ends.items(), heights):
         m = look(name)
-        ax.add_artist(Line2D([1], [y], color=m.color, marker=m.marker, markersize=4.5, linestyle="none", transform=beside(9), clip_on=False))
-        ax.annotate(m.label, (1, y), xycoords=edge, xytext=(15, 0), textcoords="offset points", va="center", fontsize=8.5, annotation_clip=False)
-        far = (ax.transScale + ax.transLimits).transform((x, end))[0] < .7  # of the panel's width
-        if far or abs(y - end) > gap / 2: ax.add_artist(ConnectionPatch((x, end), (1, y), ax.transData, beside(5), color=GREY, linewidth=.7, linestyle=(0, (1, 1.5)), zorder=2))
+        ax.add_artist(
+            Line2D(
+                [1],
+                [y],
+                color=m.color,
+                marker=m.marker,
+                markersize=4.5,
+                linestyle="none",
+                transform=beside(9),
+                clip_on=False,
+            )
+        )
+        ax.annotate(
+            m.label,
+            (1, y),
+            xycoords=edge,
+            xytext=(15, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            annotation_clip=False,
+        )
+        far = (ax.transScale + ax.transLimits).transform((x, end))[0] < 0.7  # of the panel's width
+        if far or abs(y - end) > gap / 2:
+            ax.add_artist(
+                ConnectionPatch(
+                    (x, end),
+                    (1, y),
+                    ax.transData,
+                    beside(5),
+                    color=GREY,
+                    linewidth=0.7,
+                    linestyle=(0, (1, 1.5)),
+                    zorder=2,
+                )
+            )

@@ -23,124 +23,160 @@ from ..recovery.training import TRAIN
 from .store import home
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-005
-IMPORTANCE = {"none": ("none",),
-              "layerwise": ("block_influence", "random"),
-              "widthwise": ("taylor", "magnitude", "activation", "random")}
+IMPORTANCE = {
+    "none": ("none",),
+    "layerwise": ("block_influence", "random"),
+    "widthwise": ("taylor", "magnitude", "activation", "random"),
+}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-007
 def _one_of(what: str, given, allowed) -> None:
     "ValueError where a word is not in the vocabulary."
-    if given not in allowed: raise ValueError(f"Unknown {what} {given!r}: use one of {', '.join(map(str, allowed))}.")
+    if given not in allowed:
+        raise ValueError(f"Unknown {what} {given!r}: use one of {', '.join(map(str, allowed))}.")
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-009
 def _number(what: str, given, kind: type):
     "A number as Python's own; ValueError for anything else."
-    fits = isinstance(given, numbers.Integral if kind is int else numbers.Real) and not isinstance(given, bool)
-    if not fits: raise ValueError(f"{what} must be {'a whole number' if kind is int else 'a number'}, not {given!r}.")
+    fits = isinstance(given, numbers.Integral if kind is int else numbers.Real) and not isinstance(
+        given, bool
+    )
+    if not fits:
+        raise ValueError(
+            f"{what} must be {'a whole number' if kind is int else 'a number'}, not {given!r}."
+        )
     return kind(given)
 
 
-def check_recovery(recovery: str, # "none" or losses joined by plus signs
-                  ) -> None:
+def check_recovery(
+    recovery: str,  # "none" or losses joined by plus signs
+) -> None:
     "ValueError where a recovery is not spelled from the known losses."
     names = recovery.split("+")
-    if recovery == "none": return
-    for name in names: _one_of("loss", name, LOSSES)
-    if len(set(names)) < len(names): raise ValueError(f"Recovery {recovery!r} names a loss twice.")
+    if recovery == "none":
+        return
+    for name in names:
+        _one_of("loss", name, LOSSES)
+    if len(set(names)) < len(names):
+        raise ValueError(f"Recovery {recovery!r} names a loss twice.")
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-011
 @dataclass(frozen=True, order=True)
 class Experiment:
     "One experiment: a model, how it is pruned, how it is recovered."
-    model: str                   # a name, folder or hub id that `zoo.load_model` takes
-    pruning: str = "none"        # none, layerwise, widthwise
-    ratio: float = 0.0           # requested fraction of LM-decoder parameters to remove
+
+    model: str  # a name, folder or hub id that `zoo.load_model` takes
+    pruning: str = "none"  # none, layerwise, widthwise
+    ratio: float = 0.0  # requested fraction of LM-decoder parameters to remove
     importance: str = "default"  # what ranks the units; "default": the study's
-    recovery: str = "none"       # losses, as "sft+hidden_kd"
+    recovery: str = "none"  # losses, as "sft+hidden_kd"
     train: str = "projector+lm"  # what is trained
-    fraction: float = 1.0        # of the training data
-    seed: int = 0                # of calibration, random scores, data fraction and training
+    fraction: float = 1.0  # of the training data
+    seed: int = 0  # of calibration, random scores, data fraction and training
 
     def __post_init__(self):
         _one_of("pruning", self.pruning, IMPORTANCE)
-        if self.importance == "default": object.__setattr__(self, "importance", IMPORTANCE[self.pruning][0])
+        if self.importance == "default":
+            object.__setattr__(self, "importance", IMPORTANCE[self.pruning][0])
         _one_of(f"importance for {self.pruning} pruning", self.importance, IMPORTANCE[self.pruning])
         _one_of("train", self.train, TRAIN)
         check_recovery(self.recovery)
-        for name, kind in (("ratio", float), ("fraction", float), ("seed", int)): object.__setattr__(self, name, _number(name, getattr(self, name), kind))
-        if not 0 <= self.ratio < .95: raise ValueError(f"Ratio {self.ratio} is outside [0, 0.95).")
-        if (self.pruning == "none") != (self.ratio == 0): raise ValueError(
-            f"Ratio {self.ratio} does not fit pruning {self.pruning!r}: 0 belongs to 'none', and only to it.")
-        if not 0 < self.fraction <= 1: raise ValueError(f"Fraction {self.fraction} is outside (0, 1].")
+        for name, kind in (("ratio", float), ("fraction", float), ("seed", int)):
+            object.__setattr__(self, name, _number(name, getattr(self, name), kind))
+        if not 0 <= self.ratio < 0.95:
+            raise ValueError(f"Ratio {self.ratio} is outside [0, 0.95).")
+        if (self.pruning == "none") != (self.ratio == 0):
+            raise ValueError(
+                f"Ratio {self.ratio} does not fit pruning {self.pruning!r}: 0 belongs to 'none', and only to it."
+            )
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"Fraction {self.fraction} is outside (0, 1].")
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014
 def canonical(cell: Experiment) -> Experiment:
     "The same experiment with everything that cannot matter at its default."
-    if cell.recovery == "none": cell = replace(cell, train="projector+lm", fraction=1.0)
-    else: cell = replace(cell, recovery="+".join(name for name in LOSSES if name in cell.recovery.split("+")))
+    if cell.recovery == "none":
+        cell = replace(cell, train="projector+lm", fraction=1.0)
+    else:
+        cell = replace(
+            cell, recovery="+".join(name for name in LOSSES if name in cell.recovery.split("+"))
+        )
     return replace(cell, seed=0) if cell.pruning == "none" and cell.recovery == "none" else cell
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-017
 def describe(cell: Experiment) -> str:
     "A cell in a few words, for progress bars and error messages."
     words = [cell.model]
-    words += [f"{cell.pruning} {cell.ratio:.0%} ({cell.importance})"] if cell.pruning != "none" else ["dense"]
-    if cell.recovery != "none": words += [f"{cell.recovery} on {cell.train}, {cell.fraction:.0%} of the data"]
+    words += (
+        [f"{cell.pruning} {cell.ratio:.0%} ({cell.importance})"]
+        if cell.pruning != "none"
+        else ["dense"]
+    )
+    if cell.recovery != "none":
+        words += [f"{cell.recovery} on {cell.train}, {cell.fraction:.0%} of the data"]
     return ", ".join(words + [f"seed {cell.seed}"])
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-020
 @dataclass(frozen=True)
 class Training:
     "What students are trained on."
-    scenes: int = 0          # train scenes, with all of their questions
-    easy_vqa: bool = False   # easy-VQA's official training questions too
-    json: str = ""           # or a LLaVA-format JSON file
-    image_root: str = ""     # where its images are
+
+    scenes: int = 0  # train scenes, with all of their questions
+    easy_vqa: bool = False  # easy-VQA's official training questions too
+    json: str = ""  # or a LLaVA-format JSON file
+    image_root: str = ""  # where its images are
 
 
 @dataclass(frozen=True)
 class Calibration:
     "What scores are measured on: training samples, never test ones."
-    samples: int     # questions
+
+    samples: int  # questions
     batch_size: int
 
 
 @dataclass(frozen=True)
 class Width:
     "How widthwise plans are shaped."
-    shape: str = "blockwise"   # or "uniform", which plain from_pretrained loads
-    protect_first: int = 1     # layers at the start that lose nothing
-    protect_last: int = 1      # and at the end
+
+    shape: str = "blockwise"  # or "uniform", which plain from_pretrained loads
+    protect_first: int = 1  # layers at the start that lose nothing
+    protect_last: int = 1  # and at the end
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-022
 @dataclass(frozen=True)
 class Evaluation:
     "What is asked of every model."
-    benchmarks: list         # names, see `benchmarks`
-    questions: int = 1000    # at most, per benchmark
+
+    benchmarks: list  # names, see `benchmarks`
+    questions: int = 1000  # at most, per benchmark
     batch_size: int = 128
-    split: str = "test"      # "validation" where something is tuned
-    root: str = ""           # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
+    split: str = "test"  # "validation" where something is tuned
+    root: str = ""  # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-024
 @dataclass(frozen=True)
 class Slurm:
     "What a job of the slurm executor asks for."
-    partition: str = ""          # empty: the cluster's default
-    minutes: float = 60          # per cell: scoring, pruning, evaluation
+
+    partition: str = ""  # empty: the cluster's default
+    minutes: float = 60  # per cell: scoring, pruning, evaluation
     training_minutes: float = 0  # on top, for training on all of the data; a cell with a fraction asks for that fraction of it
-    gpus: int = 0                # per job, and so per cell: a job computes one cell at a time
+    gpus: int = 0  # per job, and so per cell: a job computes one cell at a time
     cpus: int = 1
     memory_gb: float = 8
     cells_per_job: int = 1
-    jobs_at_once: int = 64       # of an array
-    setup: list = field(default_factory=list)    # shell lines before ours, as "module load cuda"
-    options: dict = field(default_factory=dict)  # further sbatch options, as submitit spells them: account, qos, constraint
+    jobs_at_once: int = 64  # of an array
+    setup: list = field(default_factory=list)  # shell lines before ours, as "module load cuda"
+    options: dict = field(
+        default_factory=dict
+    )  # further sbatch options, as submitit spells them: account, qos, constraint
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-026
 @dataclass(frozen=True)
 class Profile:
     "One scale of the study: models, data, grid and budgets."
+
     name: str
     about: str
     models: list
@@ -150,50 +186,75 @@ class Profile:
     training: Training
     calibration: Calibration
     width: Width
-    recovery: dict          # fields of `recovery.RecoveryConfig` that hold for all cells
+    recovery: dict  # fields of `recovery.RecoveryConfig` that hold for all cells
     evaluation: Evaluation
-    learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}; what is not named: `recovery.LEARNING_RATES`
-    printed: dict = field(default_factory=dict)  # model -> the paper's model of the same architecture
-    notebooks: dict = field(default_factory=dict)  # notebook -> {parameter: value}, where its grid is narrower or wider, see `asked`
-    workers: int = 0   # cells at once; 0: one per core, or per GPU
-    processes: int = 1 # that train one cell together, each with a GPU of its own (FSDP) or on cores of one machine
+    learning_rates: dict = field(
+        default_factory=dict
+    )  # train -> {losses: rate}; what is not named: `recovery.LEARNING_RATES`
+    printed: dict = field(
+        default_factory=dict
+    )  # model -> the paper's model of the same architecture
+    notebooks: dict = field(
+        default_factory=dict
+    )  # notebook -> {parameter: value}, where its grid is narrower or wider, see `asked`
+    workers: int = 0  # cells at once; 0: one per core, or per GPU
+    processes: int = 1  # that train one cell together, each with a GPU of its own (FSDP) or on cores of one machine
     checkpoint_every: int = 0  # optimiser steps after which a training leaves a checkpoint; 0: a killed cell starts again
-    folders: dict = field(default_factory=dict)  # model -> folder or hub id; a model not named here is loaded by its name
-    towers: dict = field(default_factory=dict)   # model -> folder of its vision tower, for original releases that come without one
-    per_model: dict = field(default_factory=dict) # model -> {"training": …, "recovery": …}, where a model has its own data or options
-    dtype: str = ""                              # of the weights, as "bfloat16"; empty: as in the checkpoint
+    folders: dict = field(
+        default_factory=dict
+    )  # model -> folder or hub id; a model not named here is loaded by its name
+    towers: dict = field(
+        default_factory=dict
+    )  # model -> folder of its vision tower, for original releases that come without one
+    per_model: dict = field(
+        default_factory=dict
+    )  # model -> {"training": …, "recovery": …}, where a model has its own data or options
+    dtype: str = ""  # of the weights, as "bfloat16"; empty: as in the checkpoint
     slurm: Slurm = field(default_factory=Slurm)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-028
-def located(path: str, # as a profile says it
-           ) -> Path:
+def located(
+    path: str,  # as a profile says it
+) -> Path:
     "A profile's path on this machine."
     return home() / Path(os.path.expandvars(path)).expanduser()
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-031
 def _fits(value, kind) -> bool:
     "Whether a YAML value is of an annotated type; an int is a fine float, a bool is not a fine int."
-    if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int: return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, kind)
 
 
-def read_strictly(kind: type, # a dataclass
-                  data: dict, # as YAML gives it
-                  where: str, # for messages
-                 ):           # an instance
+def read_strictly(
+    kind: type,  # a dataclass
+    data: dict,  # as YAML gives it
+    where: str,  # for messages
+):  # an instance
     "A dataclass from a dictionary; unknown, missing and mistyped keys are errors."
-    if not isinstance(data, dict): raise ValueError(f"{where} must be a mapping, not {data!r}.")
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be a mapping, not {data!r}.")
     known = {f.name: f for f in fields(kind)}
-    if unknown := set(data) - set(known): raise ValueError(
-        f"{where}: unknown {', '.join(sorted(map(str, unknown)))}; the keys are {', '.join(known)}.")
+    if unknown := set(data) - set(known):
+        raise ValueError(
+            f"{where}: unknown {', '.join(sorted(map(str, unknown)))}; the keys are {', '.join(known)}."
+        )
     needed = {n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    if missing := needed - set(data): raise ValueError(f"{where}: {', '.join(sorted(missing))} is missing.")
+    if missing := needed - set(data):
+        raise ValueError(f"{where}: {', '.join(sorted(missing))} is missing.")
     types, values = get_type_hints(kind), {}
     for name, value in data.items():
-        if is_dataclass(types[name]): values[name] = read_strictly(types[name], value, f"{where}, {name}")
-        elif _fits(value, types[name]): values[name] = value
-        else: raise ValueError(f"{where}: {name} must be of type {types[name].__name__}, not {value!r}.")
+        if is_dataclass(types[name]):
+            values[name] = read_strictly(types[name], value, f"{where}, {name}")
+        elif _fits(value, types[name]):
+            values[name] = value
+        else:
+            raise ValueError(
+                f"{where}: {name} must be of type {types[name].__name__}, not {value!r}."
+            )
     return kind(**values)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-034
@@ -205,16 +266,29 @@ def profile_names() -> list:
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
 
-def load_profile(name, # the name of a shipped profile, a path to a YAML file, or a Profile
-                ) -> Profile:
+def load_profile(
+    name,  # the name of a shipped profile, a path to a YAML file, or a Profile
+) -> Profile:
     "Read a profile."
-    if isinstance(name, Profile): return name
-    path = PROFILES / f"{name}.yaml" if str(name) in profile_names() else Path(name) if Path(name).is_file() else home() / name
-    if path.suffix != ".yaml" or not path.is_file(): raise ValueError(
-        f"Unknown profile {str(name)!r}: use {', '.join(profile_names())}, or a path to a .yaml file.")
-    try: data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error: raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict): raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
+    if isinstance(name, Profile):
+        return name
+    path = (
+        PROFILES / f"{name}.yaml"
+        if str(name) in profile_names()
+        else Path(name)
+        if Path(name).is_file()
+        else home() / name
+    )
+    if path.suffix != ".yaml" or not path.is_file():
+        raise ValueError(
+            f"Unknown profile {str(name)!r}: use {', '.join(profile_names())}, or a path to a .yaml file."
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
     return _checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-036
@@ -224,8 +298,13 @@ DTYPES = ("", "float32", "bfloat16", "float16")
 def training_of(model: str, profile: Profile) -> Training:
     "What students of a model are trained on."
     own, where = profile.per_model.get(model, {}), f"profile {profile.name}, per_model, {model}"
-    if not isinstance(own, dict) or set(own) - {"training", "recovery"}: raise ValueError(f"{where} may hold training and recovery, not {own!r}.")
-    return read_strictly(Training, own["training"], f"{where}, training") if "training" in own else profile.training
+    if not isinstance(own, dict) or set(own) - {"training", "recovery"}:
+        raise ValueError(f"{where} may hold training and recovery, not {own!r}.")
+    return (
+        read_strictly(Training, own["training"], f"{where}, training")
+        if "training" in own
+        else profile.training
+    )
 
 
 def recovery_of(model: str, profile: Profile) -> dict:
@@ -237,48 +316,87 @@ def _check_name(recovery: str, where: str) -> None:
     "ValueError where losses are not spelled as cells spell them, so that no cell would find them."
     check_recovery(recovery)
     ours = "+".join(name for name in LOSSES if name in recovery.split("+"))
-    if ours != recovery: raise ValueError(f"{where}: write {ours!r}, not {recovery!r}.")
+    if ours != recovery:
+        raise ValueError(f"{where}: write {ours!r}, not {recovery!r}.")
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-041
 def _checked(profile: Profile) -> Profile:
     "The profile, if its numbers can be used."
     for name, kind in (("ratios", float), ("fractions", float), ("seeds", int)):
-        if len(set(values := getattr(profile, name))) < len(values): raise ValueError(f"profile {profile.name}: {name} {values} names a value twice.")
-        for value in getattr(profile, name): _number(f"profile {profile.name}: each of {name}", value, kind)
+        if len(set(values := getattr(profile, name))) < len(values):
+            raise ValueError(f"profile {profile.name}: {name} {values} names a value twice.")
+        for value in getattr(profile, name):
+            _number(f"profile {profile.name}: each of {name}", value, kind)
     for r in profile.ratios:
-        if not 0 < r < .95: raise ValueError(f"profile {profile.name}: ratio {r} is outside (0, 0.95).")
+        if not 0 < r < 0.95:
+            raise ValueError(f"profile {profile.name}: ratio {r} is outside (0, 0.95).")
     for f in profile.fractions:
-        if not 0 < f <= 1: raise ValueError(f"profile {profile.name}: fraction {f} is outside (0, 1].")
+        if not 0 < f <= 1:
+            raise ValueError(f"profile {profile.name}: fraction {f} is outside (0, 1].")
     for train, rates in profile.learning_rates.items():
         _one_of("train", train, TRAIN)
-        for recovery in rates: _check_name(recovery, f"profile {profile.name}: learning_rates, {train}")
-    for options in (profile.recovery, *(own.get("recovery", {}) for own in profile.per_model.values() if isinstance(own, dict))):
-        if own := set(options) & {"train", "losses", "fraction", "seed"}: raise ValueError(
-            f"profile {profile.name}: recovery may not set {', '.join(sorted(own))}: every cell has its own.")
+        for recovery in rates:
+            _check_name(recovery, f"profile {profile.name}: learning_rates, {train}")
+    for options in (
+        profile.recovery,
+        *(own.get("recovery", {}) for own in profile.per_model.values() if isinstance(own, dict)),
+    ):
+        if own := set(options) & {"train", "losses", "fraction", "seed"}:
+            raise ValueError(
+                f"profile {profile.name}: recovery may not set {', '.join(sorted(own))}: every cell has its own."
+            )
     for notebook, own in profile.notebooks.items():
-        if not isinstance(own, dict): raise ValueError(f"profile {profile.name}: notebooks, {notebook} must be a mapping of parameters, not {own!r}.")
+        if not isinstance(own, dict):
+            raise ValueError(
+                f"profile {profile.name}: notebooks, {notebook} must be a mapping of parameters, not {own!r}."
+            )
     for key in ("folders", "towers", "per_model"):
-        if unknown := set(getattr(profile, key)) - set(profile.models): raise ValueError(
-            f"profile {profile.name}: {key} names {', '.join(sorted(unknown))}; the models are {', '.join(profile.models)}.")
-    for model in profile.per_model: training_of(model, profile)
-    if "setup" in profile.slurm.options: raise ValueError(f"profile {profile.name}: shell lines belong to setup of the slurm section itself, not to its options.")
-    if profile.processes < 1 or profile.slurm.gpus % profile.processes: raise ValueError(
-        f"profile {profile.name}: processes is {profile.processes} and a Slurm job gets {profile.slurm.gpus} GPUs: give each process one.")
-    if profile.workers < 0: raise ValueError(f"profile {profile.name}: workers is {profile.workers}: say how many, or 0 for one per GPU or per core.")
-    if profile.dtype not in DTYPES: _one_of("dtype", profile.dtype, DTYPES[1:])
-    if not profile.models or not profile.seeds: raise ValueError(f"profile {profile.name}: models and seeds must not be empty.")
+        if unknown := set(getattr(profile, key)) - set(profile.models):
+            raise ValueError(
+                f"profile {profile.name}: {key} names {', '.join(sorted(unknown))}; the models are {', '.join(profile.models)}."
+            )
+    for model in profile.per_model:
+        training_of(model, profile)
+    if "setup" in profile.slurm.options:
+        raise ValueError(
+            f"profile {profile.name}: shell lines belong to setup of the slurm section itself, not to its options."
+        )
+    if profile.processes < 1 or profile.slurm.gpus % profile.processes:
+        raise ValueError(
+            f"profile {profile.name}: processes is {profile.processes} and a Slurm job gets {profile.slurm.gpus} GPUs: give each process one."
+        )
+    if profile.workers < 0:
+        raise ValueError(
+            f"profile {profile.name}: workers is {profile.workers}: say how many, or 0 for one per GPU or per core."
+        )
+    if profile.dtype not in DTYPES:
+        _one_of("dtype", profile.dtype, DTYPES[1:])
+    if not profile.models or not profile.seeds:
+        raise ValueError(f"profile {profile.name}: models and seeds must not be empty.")
     return profile
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-046
-def resolve_parameters(profile: Profile,
-          notebook: str,        # as "04_distillation"
-          **given,              # its parameters, as they stand in its parameters cell
-         ) -> SimpleNamespace:  # the same, settled; ValueError for a parameter that it does not have, or of another type
+def resolve_parameters(
+    profile: Profile,
+    notebook: str,  # as "04_distillation"
+    **given,  # its parameters, as they stand in its parameters cell
+) -> (
+    SimpleNamespace
+):  # the same, settled; ValueError for a parameter that it does not have, or of another type
     "A notebook's parameters: as given, else as the profile says for this notebook, else as it says for all."
     own = profile.notebooks.get(notebook, {})
     for name, value in own.items():
-        if name not in given: raise ValueError(
-            f"profile {profile.name}: {notebook} has no parameter {name!r} that a profile may set; it has {', '.join(given)}.")
-        if not _fits(value, type(given[name])): raise ValueError(
-            f"profile {profile.name}: {notebook}, {name} must be of type {type(given[name]).__name__}, not {value!r}.")
-    return SimpleNamespace(**{name: value or own.get(name, getattr(profile, name, value)) for name, value in given.items()})
+        if name not in given:
+            raise ValueError(
+                f"profile {profile.name}: {notebook} has no parameter {name!r} that a profile may set; it has {', '.join(given)}."
+            )
+        if not _fits(value, type(given[name])):
+            raise ValueError(
+                f"profile {profile.name}: {notebook}, {name} must be of type {type(given[name]).__name__}, not {value!r}."
+            )
+    return SimpleNamespace(
+        **{
+            name: value or own.get(name, getattr(profile, name, value))
+            for name, value in given.items()
+        }
+    )

@@ -13,32 +13,57 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
-from ..cost.gpu_memory import answering_bytes, answering_operations, float32_extra, on_meta, pruned_on_meta, training_operations
-from .experiments import Experiment, Profile, Training, located, training_of
-from ..zoo.convert import REAL_MODELS, is_original_layout, native_config, real_config
 from ..cost.arithmetic import recovery_memory
+from mllm_compress.cost.gpu_memory import (
+    answering_bytes,
+    answering_operations,
+    float32_extra,
+    on_meta,
+    pruned_on_meta,
+    training_operations,
+)
+from .experiments import Experiment, Profile, Training, located, training_of
 from .stages import recovery_config, source_of
+from ..zoo.convert import REAL_MODELS, is_original_layout, native_config, real_config
 
 # %% ../../nbs/library/study/07_forecast.ipynb #cell-005
 def config_of(model: str, profile: Profile):
     "The config of a profile's model; None where neither its folder nor its printed name tells."
     folder, tower = Path(source_of(model, profile)), profile.towers.get(model)
     try:
-        if is_original_layout(folder): return native_config(folder, tower and located(tower))
-        if (folder / "config.json").is_file(): return AutoConfig.from_pretrained(folder)
-    except FileNotFoundError: pass  # its tower is not there yet
-    return real_config(profile.printed[model]) if profile.printed.get(model) in REAL_MODELS and profile.folders.get(model) else None
+        if is_original_layout(folder):
+            return native_config(folder, tower and located(tower))
+        if (folder / "config.json").is_file():
+            return AutoConfig.from_pretrained(folder)
+    except FileNotFoundError:
+        pass  # its tower is not there yet
+    return (
+        real_config(profile.printed[model])
+        if profile.printed.get(model) in REAL_MODELS and profile.folders.get(model)
+        else None
+    )
 
 # %% ../../nbs/library/study/07_forecast.ipynb #cell-008
 NAMED = {"mix665k": 665_000, "695k": 695_000}  # thousands, as the names say
-QUESTIONS = {"mmmu": 900, "sqa": 4241, "mathvista": 1000, "ai2d": 3088, "mme_cognition": 260, "mme_perception": 2114, "pope": 9000, "docvqa": 5349, "gqa": 12578}
+QUESTIONS = {
+    "mmmu": 900,
+    "sqa": 4241,
+    "mathvista": 1000,
+    "ai2d": 3088,
+    "mme_cognition": 260,
+    "mme_perception": 2114,
+    "pope": 9000,
+    "docvqa": 5349,
+    "gqa": 12578,
+}
 
 
 @lru_cache
 def samples_of(training: Training) -> int:
     "Entries of the training data, about."
     path = located(training.json)
-    if not training.json: return training.scenes
+    if not training.json:
+        return training.scenes
     if path.is_file():
         text = path.read_text(encoding="utf-8").lstrip()
         return len(json.loads(text)) if text.startswith("[") else text.count("\n") + 1
@@ -46,17 +71,27 @@ def samples_of(training: Training) -> int:
 
 # %% ../../nbs/library/study/07_forecast.ipynb #cell-011
 SPEED = 1e14  # operations a second
-ASSUMED = ("estimates, nothing measured: 100 trillion operations a second (also for answers token by token, which flatters evaluation), one image and 256 text tokens per training sample, 64 per question with 8 new tokens; "
-           "memory from a dry run without data, one pass, teacher beside the student; loading, images and waiting not counted")
+ASSUMED = (
+    "estimates, nothing measured: 100 trillion operations a second (also for answers token by token, which flatters evaluation), one image and 256 text tokens per training sample, 64 per question with 8 new tokens; "
+    "memory from a dry run without data, one pass, teacher beside the student; loading, images and waiting not counted"
+)
 
 
 def hours_of(cell: Experiment, profile: Profile, config) -> float:
     "GPU hours of a cell: training and evaluation."
-    asked = sum(min(QUESTIONS.get(name, profile.evaluation.questions), profile.evaluation.questions) for name in profile.evaluation.benchmarks)
+    asked = sum(
+        min(QUESTIONS.get(name, profile.evaluation.questions), profile.evaluation.questions)
+        for name in profile.evaluation.benchmarks
+    )
     work = asked * answering_operations(config, cell.ratio)
     if cell.recovery != "none":
         recovery = recovery_config(cell, profile)
-        work += samples_of(training_of(cell.model, profile)) * cell.fraction * recovery.epochs * training_operations(config, recovery, cell.ratio)
+        work += (
+            samples_of(training_of(cell.model, profile))
+            * cell.fraction
+            * recovery.epochs
+            * training_operations(config, recovery, cell.ratio)
+        )
     return work / SPEED / 3600
 
 # %% ../../nbs/library/study/07_forecast.ipynb #cell-014
@@ -64,18 +99,27 @@ def memory_of(cell: Experiment, profile: Profile, config) -> int:
     "Bytes of a cell at its peak, on one card."
     dense = on_meta(config)
     small = pruned_on_meta(dense, cell.pruning, cell.ratio)
-    if cell.recovery == "none": return answering_bytes(dense, batch=profile.evaluation.batch_size)
+    if cell.recovery == "none":
+        return answering_bytes(dense, batch=profile.evaluation.batch_size)
     recovery = recovery_config(cell, profile)
     return recovery_memory(small, recovery, dense, 256)["total"] + float32_extra(small, recovery)
 
 
-def table(cells: list, profile: Profile) -> pd.DataFrame: # one row per model and kind of cell
+def table(cells: list, profile: Profile) -> pd.DataFrame:  # one row per model and kind of cell
     "Cells, GPU hours and memory by model and kind, for the models whose config is known."
     rows, configs = [], {m: config_of(m, profile) for m in dict.fromkeys(c.model for c in cells)}
     kind = lambda c: (c.model, "evaluation only" if c.recovery == "none" else f"training {c.train}")
     for key in dict.fromkeys(map(kind, cells)):
         mine, config = [c for c in cells if kind(c) == key], configs[key[0]]
-        if config is None: continue
-        rows.append({"model": key[0], "kind": key[1], "cells": len(mine), "GPU hours": sum(hours_of(c, profile, config) for c in mine),
-                     "GiB": memory_of(min(mine, key=lambda c: c.ratio), profile, config) / 2**30})
+        if config is None:
+            continue
+        rows.append(
+            {
+                "model": key[0],
+                "kind": key[1],
+                "cells": len(mine),
+                "GPU hours": sum(hours_of(c, profile, config) for c in mine),
+                "GiB": memory_of(min(mine, key=lambda c: c.ratio), profile, config) / 2**30,
+            }
+        )
     return pd.DataFrame(rows)

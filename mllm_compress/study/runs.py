@@ -18,20 +18,33 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..pruning.plans import PruningPlan
 from . import store
 from .experiments import Experiment, Profile, canonical, describe, load_profile
-from .workers import devices, inline, local, name_of, results_of
-from .stages import missing_inputs
-from ..pruning.plans import PruningPlan
 from .slurm import slurm
+from .stages import missing_inputs
 from .store import Store, home
+from .workers import devices, inline, local, name_of, results_of
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-005
 def rows_of(cell: Experiment, result: dict) -> list:
     "One row per benchmark."
-    same = asdict(cell) | {"requested_ratio": cell.ratio, "achieved_ratio": result["achieved_ratio"], "status": "done", "error": ""}
-    return [same | row | {"units": np.array(result["units"][row["benchmark"]])} | {k: result["record"].get(k) for k in ("seconds", "device", "date", "torch", "transformers", "peak_memory_mb")}
-            for row in result["rows"]]
+    same = asdict(cell) | {
+        "requested_ratio": cell.ratio,
+        "achieved_ratio": result["achieved_ratio"],
+        "status": "done",
+        "error": "",
+    }
+    return [
+        same
+        | row
+        | {"units": np.array(result["units"][row["benchmark"]])}
+        | {
+            k: result["record"].get(k)
+            for k in ("seconds", "device", "date", "torch", "transformers", "peak_memory_mb")
+        }
+        for row in result["rows"]
+    ]
 
 
 def failed_row(cell: Experiment, message: str) -> dict:
@@ -44,30 +57,39 @@ def frame_of(cells: list, profile: Profile, results: Store, errors: dict = {}) -
     rows = []
     for cell in dict.fromkeys(cells):
         found = store.read(results, name := name_of(cell, profile))
-        if found: rows += [row | {"result": name} for row in rows_of(cell, found["result"])]
-        else: rows.append(failed_row(cell, errors.get(canonical(cell), "not computed")))
+        if found:
+            rows += [row | {"result": name} for row in rows_of(cell, found["result"])]
+        else:
+            rows.append(failed_row(cell, errors.get(canonical(cell), "not computed")))
     return pd.DataFrame(rows).assign(profile=profile.name)
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-009
-def plan_of(cell: Experiment, profile: Profile): # a PruningPlan
+def plan_of(cell: Experiment, profile: Profile):  # a PruningPlan
     "The plan that a cell was pruned by (of the original: one that removes nothing); None where there is no result."
     found = store.read(results_of(profile), name_of(cell, profile))
     return PruningPlan.from_json(found["result"]["plan"]) if found else None
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-011
-def stored(profile: Profile) -> dict: # Experiment -> result
+def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
     results, found = results_of(profile), {}
     for name in results.names():
         content = store.read(results, name)
-        if content and (cell := _cell_of(content["inputs"], profile)) and name_of(cell, profile) == name: found[cell] = content["result"]
+        if (
+            content
+            and (cell := _cell_of(content["inputs"], profile))
+            and name_of(cell, profile) == name
+        ):
+            found[cell] = content["result"]
     return found
 
 
-def _cell_of(inputs: dict, profile: Profile): # a Experiment, or None
+def _cell_of(inputs: dict, profile: Profile):  # a Experiment, or None
     "The cell that some inputs say, if it can be one of a profile."
-    try: cell = Experiment(**inputs["cell"])
-    except (KeyError, TypeError, ValueError): return None
+    try:
+        cell = Experiment(**inputs["cell"])
+    except (KeyError, TypeError, ValueError):
+        return None
     return cell if cell.model in profile.models else None
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-013
@@ -79,55 +101,95 @@ def _typical(values: pd.Series, by, what: str = "median") -> pd.Series:
     return values.groupby(by).transform(what).fillna(values.agg(what))
 
 
-def expected_seconds(frame: pd.DataFrame, # cells with columns of Experiment, seconds and training (seconds of it), nan where not known
-                    ) -> pd.Series:
+def expected_seconds(
+    frame: pd.DataFrame,  # cells with columns of Experiment, seconds and training (seconds of it), nan where not known
+) -> pd.Series:
     "The seconds of each cell: its own, or what finished cells suggest, or nan."
     trained, missing, model = frame.recovery != "none", frame.seconds.isna(), frame.model
     evaluation = _typical(frame.seconds.where(~trained), model).fillna(0)
     per_data = (frame.training / frame.fraction).where(trained)
-    per_data = per_data.groupby([model, frame.train, frame.ratio]).transform("median").fillna(_typical(per_data, [model, frame.train]))
-    rest = ((frame.seconds - frame.training - evaluation).clip(lower=0) / frame.fraction).where(trained)
+    per_data = (
+        per_data.groupby([model, frame.train, frame.ratio])
+        .transform("median")
+        .fillna(_typical(per_data, [model, frame.train]))
+    )
+    rest = ((frame.seconds - frame.training - evaluation).clip(lower=0) / frame.fraction).where(
+        trained
+    )
     once = _typical(rest.groupby([frame[k] for k in KIN]).transform("max"), model)
     first = trained & missing & ~frame[KIN].where(trained & missing).duplicated()
     guess = evaluation + ((per_data + once.where(first, 0)) * frame.fraction).where(trained, 0)
-    same = frame.groupby(["model", "pruning", "ratio", "recovery", "train", "fraction"]).seconds.transform("median")
+    same = frame.groupby(
+        ["model", "pruning", "ratio", "recovery", "train", "fraction"]
+    ).seconds.transform("median")
     return frame.seconds.fillna(same).fillna(guess.where(guess > 0))
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-016
 def found_of(cell: Experiment, profile: Profile, results: Store, nameable: bool) -> dict:
     "What the store says about a cell."
-    if not nameable: return {"name": "", "cached": False, "seconds": None, "training": None, "memory_mb": None, "bytes": None}
+    if not nameable:
+        return {
+            "name": "",
+            "cached": False,
+            "seconds": None,
+            "training": None,
+            "memory_mb": None,
+            "bytes": None,
+        }
     found = store.read(results, name := name_of(cell, profile))
-    record, training = (found["result"]["record"], found["result"]["training"]) if found else ({}, {})
-    return {"name": name, "cached": found is not None, "seconds": record.get("seconds"), "training": (training or {}).get("seconds"), "memory_mb": record.get("peak_memory_mb"),
-            "bytes": results.file(name).stat().st_size if found else None}
+    record, training = (
+        (found["result"]["record"], found["result"]["training"]) if found else ({}, {})
+    )
+    return {
+        "name": name,
+        "cached": found is not None,
+        "seconds": record.get("seconds"),
+        "training": (training or {}).get("seconds"),
+        "memory_mb": record.get("peak_memory_mb"),
+        "bytes": results.file(name).stat().st_size if found else None,
+    }
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-018
 def at_hand(cells: list, profile: Profile) -> pd.DataFrame:
     "Each distinct cell with what the store says about it; nan where it has no result."
     results, nameable = results_of(profile), not missing_inputs(profile)
-    rows = [asdict(c) | {"cell": describe(c)} | found_of(c, profile, results, nameable) for c in dict.fromkeys(map(canonical, cells))]
-    return pd.DataFrame(rows).astype(dict.fromkeys(("seconds", "training", "memory_mb", "bytes"), float) if rows else {})
+    rows = [
+        asdict(c) | {"cell": describe(c)} | found_of(c, profile, results, nameable)
+        for c in dict.fromkeys(map(canonical, cells))
+    ]
+    return pd.DataFrame(rows).astype(
+        dict.fromkeys(("seconds", "training", "memory_mb", "bytes"), float) if rows else {}
+    )
 
 
 def status(cells: list, profile: Profile) -> pd.DataFrame:
     "Each distinct cell: its name, whether its result is in the store, and the seconds, memory and disk that it took or may take."
     frame = at_hand(cells, profile)
-    if frame.empty: return frame
+    if frame.empty:
+        return frame
     frame["seconds"], alike = expected_seconds(frame), [frame.model, frame.recovery == "none"]
-    frame["memory_mb"] = frame.memory_mb.fillna(frame.memory_mb.groupby(alike).transform("max")).fillna(frame.memory_mb.max())
+    frame["memory_mb"] = frame.memory_mb.fillna(
+        frame.memory_mb.groupby(alike).transform("max")
+    ).fillna(frame.memory_mb.max())
     frame["bytes"] = frame.bytes.fillna(frame.bytes.median())
     return frame
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-020
 def hours(seconds: float) -> str:
     "A time for people."
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
-def time_left(frame: pd.DataFrame, # of `at_hand`
-              at_once: int,        # cells that are computed at the same time
-             ) -> str:
+def time_left(
+    frame: pd.DataFrame,  # of `at_hand`
+    at_once: int,  # cells that are computed at the same time
+) -> str:
     "What the cells without a result will take."
     expected = expected_seconds(frame)[frame.seconds.isna()]
     known, unknown = expected.dropna(), int(expected.isna().sum())
@@ -139,22 +201,32 @@ def time_left(frame: pd.DataFrame, # of `at_hand`
 EXECUTORS, TOLD = {"local": local, "inline": inline, "slurm": slurm}, "MLLM_COMPRESS_TOLD"
 
 
-def run_context() -> dict: # executor, workers, failures (name of a result -> message)
+def run_context() -> dict:  # executor, workers, failures (name of a result -> message)
     "What the run of the study that this process belongs to has told it."
     nothing = {"executor": "local", "workers": 0, "failures": {}}
-    return nothing | json.loads(Path(os.environ[TOLD]).read_text(encoding="utf-8")) if os.environ.get(TOLD) else nothing
+    return (
+        nothing | json.loads(Path(os.environ[TOLD]).read_text(encoding="utf-8"))
+        if os.environ.get(TOLD)
+        else nothing
+    )
 
 
-def run(cells: list,               # of Experiment
-        profile,                   # a name, a path, or a Profile
-        executor: str = "",        # a key of EXECUTORS; empty: that of the run of the study, or local
-        workers: int = 0,          # processes; 0: that of the run of the study, or what the profile says, or one per core or GPU
-        quiet: bool = False,       # no progress bar, no summary
-       ) -> pd.DataFrame:          # one row per cell and benchmark
+def run(
+    cells: list,  # of Experiment
+    profile,  # a name, a path, or a Profile
+    executor: str = "",  # a key of EXECUTORS; empty: that of the run of the study, or local
+    workers: int = 0,  # processes; 0: that of the run of the study, or what the profile says, or one per core or GPU
+    quiet: bool = False,  # no progress bar, no summary
+) -> pd.DataFrame:  # one row per cell and benchmark
     "Compute the missing cells and return the results of all."
     run_of = run_context()
-    executor, workers, failed = executor or run_of["executor"], workers or run_of["workers"], run_of["failures"]
-    if executor not in EXECUTORS: raise ValueError(f"Unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}.")
+    executor, workers, failed = (
+        executor or run_of["executor"],
+        workers or run_of["workers"],
+        run_of["failures"],
+    )
+    if executor not in EXECUTORS:
+        raise ValueError(f"Unknown executor {executor!r}: use one of {', '.join(EXECUTORS)}.")
     profile = load_profile(profile)
     require_inputs(profile)
     results = results_of(profile)
@@ -162,23 +234,39 @@ def run(cells: list,               # of Experiment
     missing = [c for c in distinct if store.read(results, name_of(c, profile)) is None]
     errors = {c: failed[name] for c in missing if (name := name_of(c, profile)) in failed}
     todo = [c for c in missing if c not in errors]
-    if todo: errors |= _computed(EXECUTORS[executor](todo, profile, results, workers), todo, [c for c in distinct if c not in errors], profile,
-                                 0 if quiet else at_once(executor, profile, workers))
-    unseen = "its result has another name: code, data or model changed while the study ran; run it again"
-    errors = {c: errors.get(c, unseen) for c in missing if store.read(results, name_of(c, profile)) is None}
-    if not quiet: summarise(distinct, missing, errors, profile, results)
+    if todo:
+        errors |= _computed(
+            EXECUTORS[executor](todo, profile, results, workers),
+            todo,
+            [c for c in distinct if c not in errors],
+            profile,
+            0 if quiet else at_once(executor, profile, workers),
+        )
+    unseen = (
+        "its result has another name: code, data or model changed while the study ran; run it again"
+    )
+    errors = {
+        c: errors.get(c, unseen)
+        for c in missing
+        if store.read(results, name_of(c, profile)) is None
+    }
+    if not quiet:
+        summarise(distinct, missing, errors, profile, results)
     return frame_of(cells, profile, results, errors)
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-025
 def at_once(executor: str, profile: Profile, workers: int = 0) -> int:
     "How many cells an executor computes at the same time."
-    return {"inline": 1, "slurm": profile.slurm.jobs_at_once}.get(executor) or len(devices(workers or profile.workers, profile.processes))
+    return {"inline": 1, "slurm": profile.slurm.jobs_at_once}.get(executor) or len(
+        devices(workers or profile.workers, profile.processes)
+    )
 
 
 def _learned(known: pd.DataFrame, cell: Experiment, word: str, profile: Profile) -> pd.DataFrame:
     "What is known after one more cell; a failed one is no longer waited for."
     row = known["name"] == name_of(cell, profile)
-    if word == "failed": return known[~row]
+    if word == "failed":
+        return known[~row]
     found = found_of(cell, profile, results_of(profile), True)
     return known.assign(**{k: known[k].mask(row, found[k]) for k in ("seconds", "training")})
 
@@ -186,28 +274,46 @@ def _learned(known: pd.DataFrame, cell: Experiment, word: str, profile: Profile)
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
 
 
-def _computed(answers, todo: list, known: list, profile: Profile, n: int) -> dict: # Experiment -> message of those that failed
+def _computed(
+    answers, todo: list, known: list, profile: Profile, n: int
+) -> dict:  # Experiment -> message of those that failed
     "Run an executor to its end, with a progress bar where n cells at once are known of."
     errors, known = {}, at_hand(known, profile) if n else None
-    with closing(answers), tqdm(total=len(todo), desc="cells", disable=not n, leave=False, bar_format=BAR) as bar:
-        if n: bar.set_postfix_str(time_left(known, n))
+    with (
+        closing(answers),
+        tqdm(total=len(todo), desc="cells", disable=not n, leave=False, bar_format=BAR) as bar,
+    ):
+        if n:
+            bar.set_postfix_str(time_left(known, n))
         for cell, word, message in answers:
-            if word == "failed": errors[cell] = message
-            if n: known = _learned(known, cell, word, profile); bar.set_postfix_str(f"{time_left(known, n)}; done: {describe(cell)}", refresh=False)
+            if word == "failed":
+                errors[cell] = message
+            if n:
+                known = _learned(known, cell, word, profile)
+                bar.set_postfix_str(f"{time_left(known, n)}; done: {describe(cell)}", refresh=False)
             bar.update()
     return errors
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-029
 def require_inputs(profile: Profile) -> None:
     "FileNotFoundError that lists what a profile names and this machine does not have."
-    if missing := missing_inputs(profile): raise FileNotFoundError(
-        f"Profile {profile.name} cannot run here; {len(missing)} of the things that it names are missing:\n  " + "\n  ".join(missing))
+    if missing := missing_inputs(profile):
+        raise FileNotFoundError(
+            f"Profile {profile.name} cannot run here; {len(missing)} of the things that it names are missing:\n  "
+            + "\n  ".join(missing)
+        )
 
 # %% ../../nbs/library/study/06_runs.ipynb #cell-031
-def summarise(distinct: list, missing: list, errors: dict, profile: Profile, results: Store) -> None:
+def summarise(
+    distinct: list, missing: list, errors: dict, profile: Profile, results: Store
+) -> None:
     "One line, and one for each failed cell."
-    print(f"{len(distinct)} cells of profile {profile.name}, {len(distinct) - len(errors)} with results"
-          + (f", {len(errors)} FAILED:" if errors else "."))
+    print(
+        f"{len(distinct)} cells of profile {profile.name}, {len(distinct) - len(errors)} with results"
+        + (f", {len(errors)} FAILED:" if errors else ".")
+    )
     for cell, message in errors.items():
         log = results.log(name_of(cell, profile))
-        print(f"  {describe(cell)}: {message.splitlines()[0]} (log: {os.path.relpath(log, home())})")
+        print(
+            f"  {describe(cell)}: {message.splitlines()[0]} (log: {os.path.relpath(log, home())})"
+        )

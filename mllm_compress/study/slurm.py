@@ -29,40 +29,65 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from tqdm import tqdm
 
 from .experiments import Experiment, Profile, Slurm, load_profile
-from .workers import complete_logged, devices, name_of
 from .stages import checkpoints_of, settled
 from .store import Store, write_atomically
+from .workers import complete_logged, devices, name_of
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-005
 def minutes_of(cell: Experiment, slurm: Slurm) -> float:
     "The time that a cell is given: training takes its part of what all of the data would take."
-    return slurm.minutes + (slurm.training_minutes * cell.fraction if cell.recovery != "none" else 0)
+    return slurm.minutes + (
+        slurm.training_minutes * cell.fraction if cell.recovery != "none" else 0
+    )
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-007
-def arrays_of(cells: list, slurm: Slurm) -> dict: # minutes of a job -> jobs, lists of cells
+def arrays_of(cells: list, slurm: Slurm) -> dict:  # minutes of a job -> jobs, lists of cells
     "Cells in jobs of cells_per_job, jobs in arrays of one time limit."
     alike = lambda cell: (minutes_of(cell, slurm), cell.model, cell.fraction, cell.seed)
     arrays = {}
-    for minutes, group in groupby(sorted(cells, key=alike), key=lambda cell: minutes_of(cell, slurm)):
+    for minutes, group in groupby(
+        sorted(cells, key=alike), key=lambda cell: minutes_of(cell, slurm)
+    ):
         group, n = list(group), slurm.cells_per_job
-        for k in range(0, len(group), n): arrays.setdefault(math.ceil(minutes * n), []).append(group[k:k + n])
+        for k in range(0, len(group), n):
+            arrays.setdefault(math.ceil(minutes * n), []).append(group[k : k + n])
     return arrays
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-010
 def parameters(minutes: int, slurm: Slurm) -> dict:
     "A job's options, as submitit spells them."
-    threads = [f"export {name}={slurm.cpus}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
-    asked = {"job_name": "mllm-compress", "time": minutes, "mem": f"{math.ceil(slurm.memory_gb * 1024)}MB", "cpus_per_task": slurm.cpus,
-             "array_parallelism": slurm.jobs_at_once, "signal_delay_s": min(120, 15 * minutes),
-             "setup": [*threads, "export TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1", *slurm.setup], "additional_parameters": {"requeue": True}}
-    if slurm.partition: asked["partition"] = slurm.partition
-    if slurm.gpus: asked["gpus_per_node"] = slurm.gpus
-    return asked | slurm.options | {"additional_parameters": asked["additional_parameters"] | slurm.options.get("additional_parameters", {})}
+    threads = [
+        f"export {name}={slurm.cpus}"
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    ]
+    asked = {
+        "job_name": "mllm-compress",
+        "time": minutes,
+        "mem": f"{math.ceil(slurm.memory_gb * 1024)}MB",
+        "cpus_per_task": slurm.cpus,
+        "array_parallelism": slurm.jobs_at_once,
+        "signal_delay_s": min(120, 15 * minutes),
+        "setup": [*threads, "export TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1", *slurm.setup],
+        "additional_parameters": {"requeue": True},
+    }
+    if slurm.partition:
+        asked["partition"] = slurm.partition
+    if slurm.gpus:
+        asked["gpus_per_node"] = slurm.gpus
+    return (
+        asked
+        | slurm.options
+        | {
+            "additional_parameters": asked["additional_parameters"]
+            | slurm.options.get("additional_parameters", {})
+        }
+    )
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-013
 @dataclass(frozen=True)
 class Array:
     "An array of jobs: its folder, its id in the queue, and the names of the cells of each job."
+
     folder: Path
     id: str
     jobs: list
@@ -77,13 +102,22 @@ class Array:
         return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-015
-def write_array(jobs: list, profile: Profile, results: Store) -> Path: # its folder
+def write_array(jobs: list, profile: Profile, results: Store) -> Path:  # its folder
     "Write what the jobs of an array need to know."
-    folder = results.folder.resolve() / "slurm" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    folder = (
+        results.folder.resolve()
+        / "slurm"
+        / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    )
     folder.mkdir(parents=True)
-    (folder / "profile.yaml").write_text(yaml.safe_dump(asdict(settled(profile)), sort_keys=False), encoding="utf-8")
+    (folder / "profile.yaml").write_text(
+        yaml.safe_dump(asdict(settled(profile)), sort_keys=False), encoding="utf-8"
+    )
     named = [{name_of(cell, profile): asdict(cell) for cell in job} for job in jobs]
-    (folder / "jobs.json").write_text(json.dumps({"store": str(results.folder.resolve()), "jobs": named}, indent=1), encoding="utf-8")
+    (folder / "jobs.json").write_text(
+        json.dumps({"store": str(results.folder.resolve()), "jobs": named}, indent=1),
+        encoding="utf-8",
+    )
     return folder
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-017
@@ -93,11 +127,18 @@ def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None
         name = next(iter(waiting))
         cell = waiting.pop(name)
         device = devices(1, profile.processes)[0]
-        try: status, message = complete_logged(Experiment(**cell), profile, results, device)
-        except TimeIsUp: waiting[name] = cell; raise TimeIsUp(name) from None
-        if status == "busy": waiting[name] = cell; time.sleep(2); continue
+        try:
+            status, message = complete_logged(Experiment(**cell), profile, results, device)
+        except TimeIsUp:
+            waiting[name] = cell
+            raise TimeIsUp(name) from None
+        if status == "busy":
+            waiting[name] = cell
+            time.sleep(2)
+            continue
         write_atomically(folder / f"{name}.json", json.dumps([status, message]))
-        if status == "failed" and device != "cpu" and waiting: raise TimeIsUp
+        if status == "failed" and device != "cpu" and waiting:
+            raise TimeIsUp
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-019
 class TimeIsUp(BaseException):
@@ -107,18 +148,30 @@ class TimeIsUp(BaseException):
 def serve(folder) -> None:
     "What a job runs."
     folder = Path(folder)
-    asked, profile = json.loads((folder / "jobs.json").read_text(encoding="utf-8")), load_profile(folder / "profile.yaml")
-    mine, results, began = asked["jobs"][int(os.environ["SLURM_ARRAY_TASK_ID"])], Store(asked["store"]), time.time()
+    asked, profile = (
+        json.loads((folder / "jobs.json").read_text(encoding="utf-8")),
+        load_profile(folder / "profile.yaml"),
+    )
+    mine, results, began = (
+        asked["jobs"][int(os.environ["SLURM_ARRAY_TASK_ID"])],
+        Store(asked["store"]),
+        time.time(),
+    )
     waiting = {name: cell for name, cell in mine.items() if not (folder / f"{name}.json").exists()}
     before, steps = len(waiting), {name: _steps(name, results) for name in waiting}
     signal.signal(signal.SIGUSR2, _time_is_up)
     torch.set_num_threads(profile.slurm.cpus)
-    try: _work(folder, waiting, profile, results)
+    try:
+        _work(folder, waiting, profile, results)
     except TimeIsUp as over:
         name = over.args[0] if over.args else ""
-        stuck = name and len(waiting) == before and _steps(name, results) == steps[name]  # nothing finished, no checkpoint left
-        if stuck and time.time() - began > .4 * 60 * _minutes(mine, profile): _give_up(folder, waiting, name)
-        if waiting: subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
+        stuck = (
+            name and len(waiting) == before and _steps(name, results) == steps[name]
+        )  # nothing finished, no checkpoint left
+        if stuck and time.time() - began > 0.4 * 60 * _minutes(mine, profile):
+            _give_up(folder, waiting, name)
+        if waiting:
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
 
 def _steps(name: str, results: Store) -> set:
@@ -128,10 +181,14 @@ def _steps(name: str, results: Store) -> set:
 
 def _minutes(cells: dict, profile: Profile) -> int:
     "The time limit of the job that has these cells."
-    return math.ceil(max(minutes_of(Experiment(**cell), profile.slurm) for cell in cells.values()) * profile.slurm.cells_per_job)
+    return math.ceil(
+        max(minutes_of(Experiment(**cell), profile.slurm) for cell in cells.values())
+        * profile.slurm.cells_per_job
+    )
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-023
-def _time_is_up(*_): raise TimeIsUp
+def _time_is_up(*_):
+    raise TimeIsUp
 
 
 def _give_up(folder: Path, waiting: dict, name: str) -> None:
@@ -145,90 +202,164 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     "Put an array of jobs into the queue; ValueError with Slurm's words where it is refused."
     folder = write_array(jobs, profile, results)
     executor = submitit.SlurmExecutor(folder)
-    command = shlex.join([sys.executable, "-c", f"from mllm_compress.study.slurm import serve; serve({str(folder)!r})"])
+    command = shlex.join(
+        [
+            sys.executable,
+            "-c",
+            f"from mllm_compress.study.slurm import serve; serve({str(folder)!r})",
+        ]
+    )
     try:
         executor.update_parameters(**parameters(minutes, profile.slurm))
         executor.parameters["map_count"] = len(jobs)  # an array, even of one
-        array = Array(folder, executor._submit_command(command).job_id, [[name_of(c, profile) for c in job] for job in jobs])
+        array = Array(
+            folder,
+            executor._submit_command(command).job_id,
+            [[name_of(c, profile) for c in job] for job in jobs],
+        )
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ValueError(f"Slurm refused the jobs; check the slurm section of profile {profile.name}. {error}") from error
+        raise ValueError(
+            f"Slurm refused the jobs; check the slurm section of profile {profile.name}. {error}"
+        ) from error
     write_atomically(folder / "array.json", json.dumps({"id": array.id, "jobs": array.jobs}))
     return array
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-029
-POLL, PATIENCE = 10.0, 12  # seconds between looks; looks for which a job may be missing from the queue
+POLL, PATIENCE = (
+    10.0,
+    12,
+)  # seconds between looks; looks for which a job may be missing from the queue
 
 
-def queue(): # set of ids, as "1234_0"; None where the cluster does not answer
+def queue():  # set of ids, as "1234_0"; None where the cluster does not answer
     "The jobs of this user that wait or run."
-    asked = subprocess.run(["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
+    asked = subprocess.run(
+        ["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True
+    )
     return set(asked.stdout.split()) if asked.returncode == 0 else None
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-031
 def _patient_queue() -> set:
     "`queue`, asked several times; ValueError where the cluster stays silent."
     for _ in range(6):
-        if (alive := queue()) is not None: return alive
+        if (alive := queue()) is not None:
+            return alive
         time.sleep(POLL)
-    raise ValueError("Slurm does not answer (squeue fails): nothing was submitted; give the same command again later.")
+    raise ValueError(
+        "Slurm does not answer (squeue fails): nothing was submitted; give the same command again later."
+    )
 
 
-def in_queue(names: set, results: Store) -> list: # of Array
+def in_queue(names: set, results: Store) -> list:  # of Array
     "Arrays of earlier runs with jobs in the queue that will still compute some of these cells."
     found, marks = [], sorted((results.folder / "slurm").glob("*/array.json"))
     alive = _patient_queue() if marks else set()
     for mark in marks:
         array = Array(mark.parent, **json.loads(mark.read_text(encoding="utf-8")))
-        wanted = {n for job in array.jobs for n in job if n in names and array.job(n) in alive and array.answer(n) is None}
-        if wanted: found.append(Array(array.folder, array.id, [[n for n in job if n in wanted] for job in array.jobs]))
+        wanted = {
+            n
+            for job in array.jobs
+            for n in job
+            if n in names and array.job(n) in alive and array.answer(n) is None
+        }
+        if wanted:
+            found.append(
+                Array(
+                    array.folder, array.id, [[n for n in job if n in wanted] for job in array.jobs]
+                )
+            )
     return found
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-033
-FOR_GOOD = ("PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "ReqNodeNotAvail", "held", "InvalidQOS", "InvalidAccount", "DependencyNeverSatisfied")
+FOR_GOOD = (
+    "PartitionTimeLimit",
+    "PartitionNodeLimit",
+    "BadConstraints",
+    "ReqNodeNotAvail",
+    "held",
+    "InvalidQOS",
+    "InvalidAccount",
+    "DependencyNeverSatisfied",
+)
 
 
-def stuck(jobs: set) -> dict: # job -> why it waits
+def stuck(jobs: set) -> dict:  # job -> why it waits
     "Those of some jobs that wait for something which will not come by itself."
-    if not shutil.which("squeue"): return {}
-    asked = subprocess.run(["squeue", "--me", "--noheader", "--array", "--states=PENDING", "--format=%i|%r"], capture_output=True, text=True)
+    if not shutil.which("squeue"):
+        return {}
+    asked = subprocess.run(
+        ["squeue", "--me", "--noheader", "--array", "--states=PENDING", "--format=%i|%r"],
+        capture_output=True,
+        text=True,
+    )
     waiting = dict(line.strip().split("|", 1) for line in asked.stdout.splitlines() if "|" in line)
-    return {job: why for job, why in waiting.items() if job in jobs and any(word.lower() in why.lower() for word in FOR_GOOD)}
+    return {
+        job: why
+        for job, why in waiting.items()
+        if job in jobs and any(word.lower() in why.lower() for word in FOR_GOOD)
+    }
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-035
 def watch(arrays: list, results: Store):
     "Yield (name, status, message) of every cell of these arrays as its job gets through with it."
-    waiting, unseen, said = {name: a for a in arrays for job in a.jobs for name in job}, Counter(), set()
+    waiting, unseen, said = (
+        {name: a for a in arrays for job in a.jobs for name in job},
+        Counter(),
+        set(),
+    )
     while waiting:
         time.sleep(POLL)
         alive = queue()
         for job, why in stuck({a.job(name) for name, a in waiting.items()}).items():
-            if (job, why) not in said: tqdm.write(f"Slurm job {job} waits: {why}. It will not start by itself: see the slurm section of the profile, or scontrol show job {job}; after a change of the profile, scancel {job} and give the command again.")
+            if (job, why) not in said:
+                tqdm.write(
+                    f"Slurm job {job} waits: {why}. It will not start by itself: see the slurm section of the profile, or scontrol show job {job}; after a change of the profile, scancel {job} and give the command again."
+                )
             said.add((job, why))
         for name, array in list(waiting.items()):
-            answer, job = array.answer(name) or (("done", "") if results.file(name).exists() else None), array.job(name)
-            if alive is not None: unseen[name] = 0 if job in alive else unseen[name] + 1
+            answer, job = (
+                array.answer(name) or (("done", "") if results.file(name).exists() else None),
+                array.job(name),
+            )
+            if alive is not None:
+                unseen[name] = 0 if job in alive else unseen[name] + 1
             if answer is None and unseen[name] > PATIENCE:
-                answer = "failed", f"job {job} left the queue without a result: cancelled, killed or out of memory (its output: {array.folder}/{job}_0_log.err)"
-            if answer: del waiting[name]; yield name, *answer
+                answer = (
+                    "failed",
+                    f"job {job} left the queue without a result: cancelled, killed or out of memory (its output: {array.folder}/{job}_0_log.err)",
+                )
+            if answer:
+                del waiting[name]
+                yield name, *answer
 
 # %% ../../nbs/library/study/05_slurm.ipynb #cell-037
 def slurm(cells: list, profile: Profile, results: Store, workers: int = 0):
     "Complete cells in jobs of a Slurm cluster."
-    if not shutil.which("sbatch"): raise ValueError("The slurm executor needs sbatch: run it on a machine of a Slurm cluster, or use executor='local'.")
+    if not shutil.which("sbatch"):
+        raise ValueError(
+            "The slurm executor needs sbatch: run it on a machine of a Slurm cluster, or use executor='local'."
+        )
     named = {name_of(cell, profile): cell for cell in cells}
     theirs, ours, lost = in_queue(set(named), results), [], []
     adopted = {name: array for array in theirs for job in array.jobs for name in job}
 
     def submitted(names) -> list:  # arrays
         before = len(ours)
-        for minutes, jobs in arrays_of([named[n] for n in names], profile.slurm).items(): ours.append(submit(jobs, minutes, profile, results))
+        for minutes, jobs in arrays_of([named[n] for n in names], profile.slurm).items():
+            ours.append(submit(jobs, minutes, profile, results))
         return ours[before:]
 
     try:
-        for name, status, message in watch(theirs + submitted(n for n in named if n not in adopted), results):
-            if status == "failed" and name in adopted and adopted[name].answer(name) is None: lost.append(name)  # another run took its jobs back
-            else: yield named[name], status, message
-        for name, status, message in watch(submitted(lost), results): yield named[name], status, message
+        for name, status, message in watch(
+            theirs + submitted(n for n in named if n not in adopted), results
+        ):
+            if status == "failed" and name in adopted and adopted[name].answer(name) is None:
+                lost.append(name)  # another run took its jobs back
+            else:
+                yield named[name], status, message
+        for name, status, message in watch(submitted(lost), results):
+            yield named[name], status, message
     except BaseException:
-        if ours: subprocess.run(["scancel", *(array.id for array in ours)])
+        if ours:
+            subprocess.run(["scancel", *(array.id for array in ours)])
         raise

@@ -34,45 +34,83 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 
 from .. import data
-from . import store
 from ..anatomy.families import anatomy
 from ..evaluation.benchmarks import PUBLIC, benchmark, parquet_files
-from .experiments import Experiment, Evaluation, Profile, Training, canonical, located, read_strictly, recovery_of, training_of
+from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import evaluate
-from ..importance.criteria import LayerScores, block_influence, load_scores, width_importance
+from mllm_compress.importance.criteria import (
+    LayerScores,
+    block_influence,
+    load_scores,
+    width_importance,
+)
 from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.training import RecoveryConfig, config_from_dict, learning_rate, recover
-from ..evaluation.scorers import SCORERS
+from . import store
+from mllm_compress.study.experiments import (
+    Evaluation,
+    Experiment,
+    Profile,
+    Training,
+    canonical,
+    located,
+    read_strictly,
+    recovery_of,
+    training_of,
+)
 from .store import Store
 from ..zoo.models import MODELS, SHIPPED, cast, load_model
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-005
-def precision_here() -> str: # bf16 or fp32
+def precision_here() -> str:  # bf16 or fp32
     "The precision in which this machine trains fastest."
-    if torch.cuda.is_available(): return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() else "fp32"
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-007
 def settled(profile: Profile) -> Profile:
     "The profile with the precision of this machine where it leaves that open."
-    def own(options: dict) -> dict: return options | ({"precision": precision_here()} if options.get("precision") == "fastest" else {})
-    per_model = {m: o | ({"recovery": own(o["recovery"])} if "recovery" in o else {}) for m, o in profile.per_model.items()}
+
+    def own(options: dict) -> dict:
+        return options | (
+            {"precision": precision_here()} if options.get("precision") == "fastest" else {}
+        )
+
+    per_model = {
+        m: o | ({"recovery": own(o["recovery"])} if "recovery" in o else {})
+        for m, o in profile.per_model.items()
+    }
     return replace(profile, recovery=own(profile.recovery), per_model=per_model)
 
 
 def recovery_config(cell: Experiment, profile: Profile) -> RecoveryConfig:
     "The training of a cell, with the learning rate of its objective."
     losses, options = cell.recovery.split("+"), recovery_of(cell.model, profile)
-    if cell.train == "projector": options = {k: v for k, v in options.items() if k != "lora"}
-    if options.get("precision") == "fastest": options = options | {"precision": precision_here()}
-    config = config_from_dict({"train": cell.train, "losses": {name: 1 / len(losses) for name in losses},
-                               "fraction": cell.fraction, "seed": cell.seed} | options)
+    if cell.train == "projector":
+        options = {k: v for k, v in options.items() if k != "lora"}
+    if options.get("precision") == "fastest":
+        options = options | {"precision": precision_here()}
+    config = config_from_dict(
+        {
+            "train": cell.train,
+            "losses": {name: 1 / len(losses) for name in losses},
+            "fraction": cell.fraction,
+            "seed": cell.seed,
+        }
+        | options
+    )
     rates = profile.learning_rates.get(cell.train, {})
     return replace(config, lr=float(rates.get(cell.recovery, learning_rate(config))))
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-009
-SEEING, SCORING, PRUNING, TRAINING = ("evaluation", "zoo"), ("importance", "data"), ("plans", "pruning"), ("recovery",)
+SEEING, SCORING, PRUNING, TRAINING = (
+    ("evaluation", "zoo"),
+    ("importance", "data"),
+    ("plans", "pruning"),
+    ("recovery",),
+)
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-011
 HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
@@ -81,18 +119,23 @@ HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 def source_of(model: str, profile: Profile) -> str:
     "What `load_model` is given for a model of a profile: a name, a folder or a hub id."
     given = profile.folders.get(model, model)
-    if model not in profile.folders or HUB.fullmatch(given) and not located(given).is_dir(): return given
+    if model not in profile.folders or HUB.fullmatch(given) and not located(given).is_dir():
+        return given
     return str(located(given))
 
 
 @lru_cache
-def model_identity(name: str, # as `load_model` takes it
-                  ) -> str:
+def model_identity(
+    name: str,  # as `load_model` takes it
+) -> str:
     "A name for a model: its bytes where they are here, else its hub id and revision, or the code that draws it."
-    if name in MODELS and name.startswith("smoke-"): return f"{name} {store.code_fingerprint('zoo')}"
+    if name in MODELS and name.startswith("smoke-"):
+        return f"{name} {store.code_fingerprint('zoo')}"
     folder = SHIPPED / name if (SHIPPED / name).is_dir() else Path(name)
-    if folder.is_dir(): return store.file_fingerprint(folder)
-    if name.count("/") != 1: load_model(name)  # which says what is allowed
+    if folder.is_dir():
+        return store.file_fingerprint(folder)
+    if name.count("/") != 1:
+        load_model(name)  # which says what is allowed
     return f"{name} {Path(hf_hub_download(name, 'config.json')).parent.name}"
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-013
@@ -100,8 +143,10 @@ def model_identity(name: str, # as `load_model` takes it
 def training_identity(training: Training) -> dict:
     "What determines the training data."
     who = asdict(training)
-    if training.json: who["json"] = store.file_fingerprint(located(training.json))
-    if training.easy_vqa: who["easy_vqa"] = version("easy-vqa")
+    if training.json:
+        who["json"] = store.file_fingerprint(located(training.json))
+    if training.easy_vqa:
+        who["easy_vqa"] = version("easy-vqa")
     return who
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-015
@@ -110,74 +155,124 @@ SETS = {name: source for name, *_, source in PUBLIC}  # benchmark -> where its f
 
 def root_of(evaluation: Evaluation) -> str | None:
     "The folder of the public sets, if they are on this machine."
-    return str(located(evaluation.root)) if evaluation.root else os.environ.get("MLLM_COMPRESS_BENCHMARKS")
+    return (
+        str(located(evaluation.root))
+        if evaluation.root
+        else os.environ.get("MLLM_COMPRESS_BENCHMARKS")
+    )
 
 
 def evaluation_identity(evaluation: Evaluation) -> dict:
     "What determines the questions."
-    asked, root = {k: v for k, v in asdict(evaluation).items() if k not in ("batch_size", "root")}, root_of(evaluation)
+    asked, root = (
+        {k: v for k, v in asdict(evaluation).items() if k not in ("batch_size", "root")},
+        root_of(evaluation),
+    )
     real = [n for n in evaluation.benchmarks if n in SETS] if root else []
-    files = {n: [[p.name, p.stat().st_size] for p in parquet_files(SETS[n], SETS[n].config, root)] for n in real}
+    files = {
+        n: [[p.name, p.stat().st_size] for p in parquet_files(SETS[n], SETS[n].config, root)]
+        for n in real
+    }
     return asked | ({"files": files} if files else {})
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-017
 def _make(model: str, profile: Profile) -> dict:
     "What a profile adds to a checkpoint: the type of its weights, and a vision tower that lies elsewhere."
     tower = profile.towers.get(model)
-    return ({"dtype": profile.dtype} if profile.dtype else {}) | ({"tower": model_identity(str(located(tower)))} if tower else {})
+    return ({"dtype": profile.dtype} if profile.dtype else {}) | (
+        {"tower": model_identity(str(located(tower)))} if tower else {}
+    )
 
 
 @lru_cache(None)
 def _ours(*functions) -> str:
     "A name for what functions of this notebook do, as they were when it was first asked for."
-    return store.fingerprint([store.source_fingerprint(textwrap.dedent(inspect.getsource(f))) for f in functions])
+    return store.fingerprint(
+        [store.source_fingerprint(textwrap.dedent(inspect.getsource(f))) for f in functions]
+    )
 
 
 def scores_identity(cell: Experiment, profile: Profile) -> dict:
     "What determines a cell's importance scores: every ratio shares them."
-    return {"scores": cell.importance, "model": model_identity(source_of(cell.model, profile)), "seed": cell.seed,
-            "calibration": asdict(profile.calibration), "training": training_identity(training_of(cell.model, profile)),
-            "code": store.code_fingerprint(*SCORING), "steps": _ours(scores_of, random_layers)} | _make(cell.model, profile)
+    return {
+        "scores": cell.importance,
+        "model": model_identity(source_of(cell.model, profile)),
+        "seed": cell.seed,
+        "calibration": asdict(profile.calibration),
+        "training": training_identity(training_of(cell.model, profile)),
+        "code": store.code_fingerprint(*SCORING),
+        "steps": _ours(scores_of, random_layers),
+    } | _make(cell.model, profile)
 
 
 def identity(cell: Experiment, profile: Profile) -> dict:
     "Everything that determines the result of a cell."
     cell = canonical(cell)
-    who = {"cell": asdict(cell), "model": model_identity(source_of(cell.model, profile)), "evaluation": evaluation_identity(profile.evaluation),
-           "code": store.code_fingerprint(*SEEING), "steps": _ours(compute, units_of, plan_of)} | _make(cell.model, profile)
+    who = {
+        "cell": asdict(cell),
+        "model": model_identity(source_of(cell.model, profile)),
+        "evaluation": evaluation_identity(profile.evaluation),
+        "code": store.code_fingerprint(*SEEING),
+        "steps": _ours(compute, units_of, plan_of),
+    } | _make(cell.model, profile)
     if cell.pruning != "none":
-        who |= {"scores": scores_identity(cell, profile), "width": asdict(profile.width), "pruning": store.code_fingerprint(*PRUNING)}
+        who |= {
+            "scores": scores_identity(cell, profile),
+            "width": asdict(profile.width),
+            "pruning": store.code_fingerprint(*PRUNING),
+        }
     if cell.recovery != "none":
-        who |= {"recovery": asdict(recovery_config(cell, profile)), "training": training_identity(training_of(cell.model, profile)),
-                "losses": store.code_fingerprint(*TRAINING), "steps of training": _ours(trained, trained_in_float32, training_data)}
+        who |= {
+            "recovery": asdict(recovery_config(cell, profile)),
+            "training": training_identity(training_of(cell.model, profile)),
+            "losses": store.code_fingerprint(*TRAINING),
+            "steps of training": _ours(trained, trained_in_float32, training_data),
+        }
     return who
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-021
-def missing_inputs(profile: Profile) -> list: # of sentences; empty where all is there
+def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all is there
     "What a profile names and this machine does not have."
     sources, root = {m: source_of(m, profile) for m in profile.models}, root_of(profile.evaluation)
-    places = [(f"model {m}", Path(s)) for m, s in sources.items() if s not in MODELS and not HUB.fullmatch(s)]
+    places = [
+        (f"model {m}", Path(s))
+        for m, s in sources.items()
+        if s not in MODELS and not HUB.fullmatch(s)
+    ]
     places += [(f"vision tower of {m}", located(folder)) for m, folder in profile.towers.items()]
-    places += list(dict.fromkeys((f"training {key}", located(path)) for m in profile.models for key in ("json", "image_root")
-                                 if (path := getattr(training_of(m, profile), key))))
+    places += list(
+        dict.fromkeys(
+            (f"training {key}", located(path))
+            for m in profile.models
+            for key in ("json", "image_root")
+            if (path := getattr(training_of(m, profile), key))
+        )
+    )
     missing = [f"{what}: nothing at {path}" for what, path in places if not path.exists()]
     for name in profile.evaluation.benchmarks:
-        try: parquet_files(SETS[name], SETS[name].config, root) if benchmark(name).name in SETS and root else None
-        except FileNotFoundError as error: missing.append(f"benchmark {name}: {error}")
+        try:
+            parquet_files(SETS[name], SETS[name].config, root) if benchmark(
+                name
+            ).name in SETS and root else None
+        except FileNotFoundError as error:
+            missing.append(f"benchmark {name}: {error}")
     return missing
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-024
 @lru_cache(maxsize=2)
-def teacher(source: str,       # as `load_model` takes it
-            device: str,       # "cpu", "cuda:0" …
-            tower: str | None, # folder of its vision tower
-            dtype: str = "",   # of its weights
-           ):                  # (model, processor)
+def teacher(
+    source: str,  # as `load_model` takes it
+    device: str,  # "cpu", "cuda:0" …
+    tower: str | None,  # folder of its vision tower
+    dtype: str = "",  # of its weights
+):  # (model, processor)
     "An uncompressed model; never changed, so it can be shared."
-    return load_model(source, device=device, vision_tower=tower, dtype=getattr(torch, dtype) if dtype else None)
+    return load_model(
+        source, device=device, vision_tower=tower, dtype=getattr(torch, dtype) if dtype else None
+    )
 
 
-def teacher_of(model: str, profile: Profile, device: str = "cpu"): # (model, processor)
+def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, processor)
     "An uncompressed model of a profile."
     tower = profile.towers.get(model)
     return teacher(source_of(model, profile), device, tower and str(located(tower)), profile.dtype)
@@ -187,81 +282,169 @@ def teacher_of(model: str, profile: Profile, device: str = "cpu"): # (model, pro
 def training_data(training: Training) -> data.InstructionData:
     "The data that students are trained and scores are measured on."
     parts = [data.scene_data("train", training.scenes)] if training.scenes else []
-    if training.easy_vqa: parts.append(data.easy_vqa("train"))
-    if training.json: parts.append(data.load_json(located(training.json), located(training.image_root)))
-    if not parts: raise ValueError("The profile's training section names no data: give scenes, easy_vqa or json.")
+    if training.easy_vqa:
+        parts.append(data.easy_vqa("train"))
+    if training.json:
+        parts.append(data.load_json(located(training.json), located(training.image_root)))
+    if not parts:
+        raise ValueError(
+            "The profile's training section names no data: give scenes, easy_vqa or json."
+        )
     return parts[0] if len(parts) == 1 else data.mix(*parts)
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-026
 def random_layers(model, batches, seed: int) -> LayerScores:
     "Layers in random order: the baseline that every layer score must beat."
     layers = model.config.get_text_config().num_hidden_layers
-    return LayerScores(torch.rand(layers, generator=torch.Generator().manual_seed(seed)), "random", {"seed": seed})
+    return LayerScores(
+        torch.rand(layers, generator=torch.Generator().manual_seed(seed)), "random", {"seed": seed}
+    )
 
 
-SCORES = {("layerwise", "block_influence"): lambda model, batches, seed: block_influence(model, batches),
-          ("layerwise", "random"): random_layers,
-          ("widthwise", "taylor"): lambda model, batches, seed: width_importance(model, batches, method="taylor"),
-          ("widthwise", "magnitude"): lambda model, batches, seed: width_importance(model, batches, method="magnitude"),
-          ("widthwise", "activation"): lambda model, batches, seed: width_importance(model, batches, method="activation"),
-          ("widthwise", "random"): lambda model, batches, seed: width_importance(model, batches, method="random", seed=seed)}
+SCORES = {
+    ("layerwise", "block_influence"): lambda model, batches, seed: block_influence(model, batches),
+    ("layerwise", "random"): random_layers,
+    ("widthwise", "taylor"): lambda model, batches, seed: width_importance(
+        model, batches, method="taylor"
+    ),
+    ("widthwise", "magnitude"): lambda model, batches, seed: width_importance(
+        model, batches, method="magnitude"
+    ),
+    ("widthwise", "activation"): lambda model, batches, seed: width_importance(
+        model, batches, method="activation"
+    ),
+    ("widthwise", "random"): lambda model, batches, seed: width_importance(
+        model, batches, method="random", seed=seed
+    ),
+}
 
 
 def scores_of(cell: Experiment, profile: Profile, results: Store, device: str):
     "A cell's importance scores, measured once per model, calibration and seed."
+
     def build(folder):
         model, processor = teacher_of(cell.model, profile, device)
         c = profile.calibration
-        batches = data.calibration_batches(training_data(training_of(cell.model, profile)), processor, c.samples, c.batch_size, cell.seed)
+        batches = data.calibration_batches(
+            training_data(training_of(cell.model, profile)),
+            processor,
+            c.samples,
+            c.batch_size,
+            cell.seed,
+        )
         batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
         SCORES[cell.pruning, cell.importance](model, batches, cell.seed).save(folder)
+
     return load_scores(store.shared(results, scores_identity(cell, profile), build))
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-028
 def plan_of(cell: Experiment, profile: Profile, results: Store, device: str):
     "What a cell removes."
     model, _ = teacher_of(cell.model, profile, device)
-    if cell.pruning == "none": return plan_none(model)
+    if cell.pruning == "none":
+        return plan_none(model)
     scores = scores_of(cell, profile, results, device)
-    if cell.pruning == "layerwise": return plan_layerwise(model, scores, ratio=cell.ratio)
+    if cell.pruning == "layerwise":
+        return plan_layerwise(model, scores, ratio=cell.ratio)
     w = profile.width
-    return plan_widthwise(model, scores, ratio=cell.ratio, protect=(w.protect_first, w.protect_last), shape=w.shape)
+    return plan_widthwise(
+        model, scores, ratio=cell.ratio, protect=(w.protect_first, w.protect_last), shape=w.shape
+    )
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-030
 def trained_in_float32(student, config: RecoveryConfig):
     "The student with the parts in float32 that training changes in full."
     parts = anatomy(student)
-    for part in [parts.projector] if config.lora or config.train == "projector" else [parts.projector, parts.decoder, parts.lm_head]: cast(part, torch.float32)
+    for part in (
+        [parts.projector]
+        if config.lora or config.train == "projector"
+        else [parts.projector, parts.decoder, parts.lm_head]
+    ):
+        cast(part, torch.float32)
     return student
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-033
-def checkpoints_of(name: str, # of a cell's result
-                   results: Store) -> Path:
+def checkpoints_of(
+    name: str,  # of a cell's result
+    results: Store,
+) -> Path:
     "Where the checkpoints of a cell in training are."
     return results.folder / "checkpoints" / name
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-035
-def trained(cell: Experiment, plan, profile: Profile, results: Store, device: str) -> tuple: # (model, record of the training)
+def trained(
+    cell: Experiment, plan, profile: Profile, results: Store, device: str
+) -> tuple:  # (model, record of the training)
     "The student of a cell after its recovery, in this process or as one of those that share the work."
     model, processor = teacher_of(cell.model, profile, device)
     student, config = apply_plan(model, plan), recovery_config(cell, profile)
-    if student.dtype != torch.float32: trained_in_float32(student, config)
-    sharding = {"version": 2, "transformer_layer_cls_to_wrap": [type(anatomy(student).layers[0]).__name__]}
-    kept = {"folder": checkpoints_of(store.fingerprint(identity(cell, profile)), results), "save_every": profile.checkpoint_every} if profile.checkpoint_every else {}
-    result = recover(student, model, training_data(training_of(cell.model, profile)), config, processor=processor, plan=plan, device=device, progress=False,
-                     trainer={"fsdp": True, "fsdp_config": sharding} if profile.processes > 1 and device != "cpu" else {}, **kept)
-    return result.model, {"lr": config.lr, "samples": result.samples, "seconds": result.seconds, "loss": float(result.history.loss.iloc[-1])}
+    if student.dtype != torch.float32:
+        trained_in_float32(student, config)
+    sharding = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": [type(anatomy(student).layers[0]).__name__],
+    }
+    kept = (
+        {
+            "folder": checkpoints_of(store.fingerprint(identity(cell, profile)), results),
+            "save_every": profile.checkpoint_every,
+        }
+        if profile.checkpoint_every
+        else {}
+    )
+    result = recover(
+        student,
+        model,
+        training_data(training_of(cell.model, profile)),
+        config,
+        processor=processor,
+        plan=plan,
+        device=device,
+        progress=False,
+        trainer={"fsdp": True, "fsdp_config": sharding}
+        if profile.processes > 1 and device != "cpu"
+        else {},
+        **kept,
+    )
+    return result.model, {
+        "lr": config.lr,
+        "samples": result.samples,
+        "seconds": result.seconds,
+        "loss": float(result.history.loss.iloc[-1]),
+    }
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-037
-def trained_together(cell: Experiment, profile: Profile, results: Store, student) -> tuple: # as `trained`
+def trained_together(
+    cell: Experiment, profile: Profile, results: Store, student
+) -> tuple:  # as `trained`
     "The student of a cell after its recovery by several processes; `student` receives the weights."
     with tempfile.TemporaryDirectory() as folder:
-        job = {"cell": asdict(cell), "profile": asdict(profile), "store": str(results.folder.resolve()), "master": os.getpid()}
+        job = {
+            "cell": asdict(cell),
+            "profile": asdict(profile),
+            "store": str(results.folder.resolve()),
+            "master": os.getpid(),
+        }
         Path(folder, "job.json").write_text(json.dumps(job), encoding="utf-8")
-        one = [sys.executable, "-c", f"from mllm_compress.study.stages import join; join({folder!r})"]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(profile.processes), "--no-python"]
+        one = [
+            sys.executable,
+            "-c",
+            f"from mllm_compress.study.stages import join; join({folder!r})",
+        ]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(profile.processes),
+            "--no-python",
+        ]
         code = subprocess.run(launcher + one, stderr=subprocess.STDOUT).returncode
-        if code: raise RuntimeError(f"the {profile.processes} processes that train this cell ended with code {code}; why, they say in its log (executor inline: on the terminal)")
+        if code:
+            raise RuntimeError(
+                f"the {profile.processes} processes that train this cell ended with code {code}; why, they say in its log (executor inline: on the terminal)"
+            )
         student.load_state_dict(load_file(Path(folder, "weights.safetensors")), strict=False)
         return student, json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
 
@@ -271,50 +454,75 @@ def join(folder: str) -> None:
     job = json.loads(Path(folder, "job.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with, args=(job["master"],), daemon=True).start()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-    cell, profile, results = Experiment(**job["cell"]), read_strictly(Profile, job["profile"], "profile"), Store(job["store"])
-    model, training = trained(cell, plan_of(cell, profile, results, device), profile, results, device)
-    if os.environ["RANK"] != "0": return
-    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, Path(folder, "weights.safetensors"))
+    cell, profile, results = (
+        Experiment(**job["cell"]),
+        read_strictly(Profile, job["profile"], "profile"),
+        Store(job["store"]),
+    )
+    model, training = trained(
+        cell, plan_of(cell, profile, results, device), profile, results, device
+    )
+    if os.environ["RANK"] != "0":
+        return
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()},
+        Path(folder, "weights.safetensors"),
+    )
     Path(folder, "training.json").write_text(json.dumps(training), encoding="utf-8")
 
 
 def _end_with(process: int) -> None:
     "End this process when another is gone."
     while True:
-        try: os.kill(process, 0)
-        except ProcessLookupError: os._exit(1)
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            os._exit(1)
         time.sleep(1)
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-041
 @contextmanager
 def _off(device: str, *models):
     "Models wait in the CPU's memory while other processes train on the device."
-    for model in models: model.to("cpu")
-    if device != "cpu": torch.cuda.empty_cache()
-    try: yield
+    for model in models:
+        model.to("cpu")
+    if device != "cpu":
+        torch.cuda.empty_cache()
+    try:
+        yield
     finally:
-        for model in models: model.to(device)
+        for model in models:
+            model.to(device)
 
 
 def student_of(cell: Experiment, profile: Profile, results: Store, device: str):
     "The compressed model of a cell, its plan, and the record of its training."
     model, _ = teacher_of(cell.model, profile, device)
     plan = plan_of(cell, profile, results, device)
-    if cell.recovery == "none": return apply_plan(model, plan), plan, {}
+    if cell.recovery == "none":
+        return apply_plan(model, plan), plan, {}
     if profile.processes > 1:
         student = apply_plan(model, plan)
-        with _off(device, model, student): _, training = trained_together(cell, profile, results, student)
-    else: student, training = trained(cell, plan, profile, results, device)
+        with _off(device, model, student):
+            _, training = trained_together(cell, profile, results, student)
+    else:
+        student, training = trained(cell, plan, profile, results, device)
     return cast(student, model.dtype), plan, training
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-043
-def units_of(answers) -> dict: # benchmark -> list whose mean is score / 100
+def units_of(answers) -> dict:  # benchmark -> list whose mean is score / 100
     "What each question, or group of questions that belong together, was worth, weighted so that the mean is the score."
     out = {}
     for name, rows in answers.groupby("benchmark", sort=False):
         scorer = SCORERS[benchmark(name).scorer]
         worth = scorer.worth(rows)  # a row for what is scored together: unit, stratum, worth
-        weighted = worth.worth * len(worth) / worth.groupby("stratum").worth.transform("size") * scorer.scale / 100  # each stratum counts by its mean
+        weighted = (
+            worth.worth
+            * len(worth)
+            / worth.groupby("stratum").worth.transform("size")
+            * scorer.scale
+            / 100
+        )  # each stratum counts by its mean
         together = worth.unit.map(dict(zip(rows.id, rows.group.fillna(rows.id)))).fillna(worth.unit)
         sums = weighted.groupby([worth.stratum, together], sort=False).sum()
         out[name] = [round(float(v), 6) for v in sums * len(sums) / len(worth)]
@@ -323,33 +531,70 @@ def units_of(answers) -> dict: # benchmark -> list whose mean is score / 100
 
 def sample_of(answers, n: int = 6) -> list:
     "The first answers of each benchmark."
-    return answers.groupby("benchmark", sort=False).head(n)[["benchmark", "id", "prompt", "answer", "prediction", "value"]].to_dict("records")
+    return (
+        answers.groupby("benchmark", sort=False)
+        .head(n)[["benchmark", "id", "prompt", "answer", "prediction", "value"]]
+        .to_dict("records")
+    )
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-045
-def compute(cell: Experiment, profile: Profile,
-            results: Store,      # for shared work
-            device: str = "cpu",
-           ) -> dict:            # JSON values: rows, plan, record
+def compute(
+    cell: Experiment,
+    profile: Profile,
+    results: Store,  # for shared work
+    device: str = "cpu",
+) -> dict:  # JSON values: rows, plan, record
     "The result of a cell."
     start, cell = time.perf_counter(), canonical(cell)
     student, plan, training = student_of(cell, profile, results, device)
     e = profile.evaluation
     _, processor = teacher_of(cell.model, profile, device)
-    rows, answers = evaluate(student, processor, e.benchmarks, limit=e.questions, split=e.split, batch_size=e.batch_size, root=root_of(e),
-                             return_predictions=True)
+    rows, answers = evaluate(
+        student,
+        processor,
+        e.benchmarks,
+        limit=e.questions,
+        split=e.split,
+        batch_size=e.batch_size,
+        root=root_of(e),
+        return_predictions=True,
+    )
     rows = rows.astype(object).where(rows.notna(), None)  # JSON has no nan
-    return {"rows": rows.to_dict("records"), "units": units_of(answers), "sample": sample_of(answers), "plan": plan.to_json(), "training": training, "achieved_ratio": plan.achieved_ratio,
-            "record": record(device) | {"seconds": round(time.perf_counter() - start, 2)}}
+    return {
+        "rows": rows.to_dict("records"),
+        "units": units_of(answers),
+        "sample": sample_of(answers),
+        "plan": plan.to_json(),
+        "training": training,
+        "achieved_ratio": plan.achieved_ratio,
+        "record": record(device) | {"seconds": round(time.perf_counter() - start, 2)},
+    }
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-047
 def record(device: str) -> dict:
     "On what a result was computed."
     gpu = device.startswith("cuda")
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "peak_memory_mb": round(peak / 2**20),
-            **{name: version(name) for name in ("torch", "transformers", "mllm_compress")}}
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {
+        "device": torch.cuda.get_device_name()
+        if gpu
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "peak_memory_mb": round(peak / 2**20),
+        **{name: version(name) for name in ("torch", "transformers", "mllm_compress")},
+    }
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-049
-for _modules in (SEEING, SCORING, PRUNING, TRAINING): store.code_fingerprint(*_modules)
-for _steps in ((scores_of, random_layers), (compute, units_of, plan_of), (trained, trained_in_float32, training_data)): _ours(*_steps)
+for _modules in (SEEING, SCORING, PRUNING, TRAINING):
+    store.code_fingerprint(*_modules)
+for _steps in (
+    (scores_of, random_layers),
+    (compute, units_of, plan_of),
+    (trained, trained_in_float32, training_data),
+):
+    _ours(*_steps)

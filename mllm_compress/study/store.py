@@ -24,15 +24,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-005
-def fingerprint(inputs, # anything JSON can say
-               ) -> str: # 20 hexadecimal digits
+def fingerprint(
+    inputs,  # anything JSON can say
+) -> str:  # 20 hexadecimal digits
     "A name for a value: equal values have equal names."
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-009
-def file_fingerprint(path, # a file, or a folder with all that is in it
-                    ) -> str:
+def file_fingerprint(
+    path,  # a file, or a folder with all that is in it
+) -> str:
     "A name for the bytes of a file or folder."
     path = Path(path)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -40,7 +42,8 @@ def file_fingerprint(path, # a file, or a folder with all that is in it
     for file in files:
         digest.update(str(file.relative_to(path)).encode())
         with open(file, "rb") as f:
-            for chunk in iter(lambda: f.read(1 << 20), b""): digest.update(chunk)
+            for chunk in iter(lambda: f.read(1 << 20), b""):
+                digest.update(chunk)
     return digest.hexdigest()[:20]
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-011
@@ -49,12 +52,14 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str): first.value.value = ""
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                first.value.value = ""
     return tree
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-013
-def source_fingerprint(source: str, # Python source
-                      ) -> str:
+def source_fingerprint(
+    source: str,  # Python source
+) -> str:
     "A name for what a source does: comments, docstrings and line numbers do not enter."
     return fingerprint(ast.dump(_without_docstrings(ast.parse(source))))
 
@@ -63,33 +68,45 @@ def _imports(tree: ast.AST) -> set:
     "The modules of this package that a module of it imports."
     found = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom): continue
+        if not isinstance(node, ast.ImportFrom):
+            continue
         package = node.level == 1 or (node.module or "").split(".")[0] == "mllm_compress"
         name = (node.module or "").removeprefix("mllm_compress").strip(".")
-        if package: found |= {name} if name else {alias.name for alias in node.names}
+        if package:
+            found |= {name} if name else {alias.name for alias in node.names}
     return found
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-018
 @lru_cache
-def code_fingerprint(*modules: str, # names within the package, as "pruning", "recovery"
-                    ) -> str:
+def code_fingerprint(
+    *modules: str,  # names within the package, as "pruning", "recovery"
+) -> str:
     "A name for the code of some modules of this package, with all that they import from it."
     waiting, seen = list(modules), {}
     while waiting:
         name = waiting.pop()
         spec = None if name in seen else find_spec(f"mllm_compress.{name}")
-        if spec is None or spec.origin is None: continue
+        if spec is None or spec.origin is None:
+            continue
         source = Path(spec.origin).read_text(encoding="utf-8")
         seen[name] = source_fingerprint(source)
         waiting += _imports(ast.parse(source))
-    if missing := set(modules) - set(seen): raise ValueError(f"No such modules: {', '.join(sorted(missing))}.")
+    if missing := set(modules) - set(seen):
+        raise ValueError(f"No such modules: {', '.join(sorted(missing))}.")
     return fingerprint(seen)
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-022
 def home() -> Path:
     "The checkout that the current folder lies in, or else the current folder."
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").exists() and (p / "nbs").exists()), here)
+    return next(
+        (
+            p
+            for p in (here, *here.parents)
+            if (p / "settings.ini").exists() and (p / "nbs").exists()
+        ),
+        here,
+    )
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-024
 MARK = "store.json"
@@ -103,14 +120,26 @@ class NotOurs(ValueError):
 def _claim_folder(folder: Path) -> None:
     "Mark a new folder as a store; refuse one that is not."
     mark = folder / MARK
-    foreign = [p for p in folder.iterdir() if not p.name.startswith(f".{MARK}")] if folder.exists() and not mark.exists() else []
-    if foreign and not mark.exists():  # looked at twice: another run may be marking it at this moment
-        raise NotOurs(f"{folder} is not a results store (no {MARK} in it): name an empty or new folder.")
+    foreign = (
+        [p for p in folder.iterdir() if not p.name.startswith(f".{MARK}")]
+        if folder.exists() and not mark.exists()
+        else []
+    )
+    if (
+        foreign and not mark.exists()
+    ):  # looked at twice: another run may be marking it at this moment
+        raise NotOurs(
+            f"{folder} is not a results store (no {MARK} in it): name an empty or new folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    if not mark.exists(): write_atomically(mark, json.dumps({"mllm_compress store": FORMAT}))
-    try: found = json.loads(mark.read_text(encoding="utf-8")).get("mllm_compress store")
-    except (ValueError, AttributeError): found = None
-    if found != FORMAT: raise NotOurs(f"{mark} is not of format {FORMAT}: name an empty or new folder.")
+    if not mark.exists():
+        write_atomically(mark, json.dumps({"mllm_compress store": FORMAT}))
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8")).get("mllm_compress store")
+    except (ValueError, AttributeError):
+        found = None
+    if found != FORMAT:
+        raise NotOurs(f"{mark} is not of format {FORMAT}: name an empty or new folder.")
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-028
 def write_atomically(path: Path, text: str) -> None:
@@ -122,18 +151,21 @@ def write_atomically(path: Path, text: str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-030
 @dataclass(frozen=True)
 class Store:
     "A folder of results: results/NAME/result.json, shared work in shared/NAME/, logs and locks beside them."
+
     folder: Path
 
     def __post_init__(self):
         object.__setattr__(self, "folder", Path(self.folder))
         _claim_folder(self.folder)
-        for name in ("results", "shared", "logs", "locks", "corrupt"): (self.folder / name).mkdir(exist_ok=True)
+        for name in ("results", "shared", "logs", "locks", "corrupt"):
+            (self.folder / name).mkdir(exist_ok=True)
 
     def log(self, name: str) -> Path:
         "Where the log of a result is written."
@@ -148,15 +180,18 @@ class Store:
         return sorted(p.parent.name for p in (self.folder / "results").glob("*/result.json"))
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-032
-def write(store: Store,
-          inputs: dict, # everything that determines the result
-          result: dict, # JSON values only
-         ) -> str:      # the name of the result
+def write(
+    store: Store,
+    inputs: dict,  # everything that determines the result
+    result: dict,  # JSON values only
+) -> str:  # the name of the result
     "Keep a result under the fingerprint of its inputs."
     name, content = fingerprint(inputs), {"inputs": inputs, "result": result}
     path = store.file(name)
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, json.dumps({"seal": fingerprint(content), **content}, indent=1, allow_nan=False))
+    write_atomically(
+        path, json.dumps({"seal": fingerprint(content), **content}, indent=1, allow_nan=False)
+    )
     return name
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-034
@@ -167,64 +202,92 @@ def _unsealed(text: str, name: str) -> dict:
     "The content of a result; an error in BROKEN where the text is not what was written under this name."
     content = json.loads(text)
     seal = content.pop("seal")
-    if seal != fingerprint(content) or fingerprint(content["inputs"]) != name: raise ValueError("broken seal")
+    if seal != fingerprint(content) or fingerprint(content["inputs"]) != name:
+        raise ValueError("broken seal")
     return content
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-036
-def read(store: Store,
-         name: str, # as `fingerprint(inputs)` gives it
-        ):          # dict with inputs and result, or None where there is none
+def read(
+    store: Store,
+    name: str,  # as `fingerprint(inputs)` gives it
+):  # dict with inputs and result, or None where there is none
     "A kept result, or None; a corrupt one is moved aside."
-    try: return _unsealed(store.file(name).read_text(encoding="utf-8"), name)
-    except FileNotFoundError: return None
-    except BROKEN: return _set_aside(store, name)
+    try:
+        return _unsealed(store.file(name).read_text(encoding="utf-8"), name)
+    except FileNotFoundError:
+        return None
+    except BROKEN:
+        return _set_aside(store, name)
 
 
 def _set_aside(store: Store, name: str):
     "Move a corrupt result aside, unless it has been made anew."
     with lock(store, f"corrupt-{name}", wait=True):
-        try: return _unsealed(store.file(name).read_text(encoding="utf-8"), name)
-        except FileNotFoundError: return None
-        except BROKEN: aside = store.folder / "corrupt" / f"{name}-{uuid.uuid4().hex[:8]}.json"
+        try:
+            return _unsealed(store.file(name).read_text(encoding="utf-8"), name)
+        except FileNotFoundError:
+            return None
+        except BROKEN:
+            aside = store.folder / "corrupt" / f"{name}-{uuid.uuid4().hex[:8]}.json"
         os.replace(store.file(name), aside)
-    warnings.warn(f"The result {name} is corrupt and will be computed again; its file is kept as {aside}.")
+    warnings.warn(
+        f"The result {name} is corrupt and will be computed again; its file is kept as {aside}."
+    )
     return None
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-042
-def pack(store: Store,
-         names,        # of results
-         path: Path,   # the zip file
-        ) -> None:
+def pack(
+    store: Store,
+    names,  # of results
+    path: Path,  # the zip file
+) -> None:
     "Write results into one file, from the store or else from the file as it was."
-    texts = _packed(path) | {name: store.file(name).read_bytes() for name in names if store.file(name).exists()}
+    texts = _packed(path) | {
+        name: store.file(name).read_bytes() for name in names if store.file(name).exists()
+    }
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with zipfile.ZipFile(part, "w") as archive:
             for name in sorted(set(names) & set(texts)):
-                archive.writestr(zipfile.ZipInfo(f"{name}.json"), texts[name], zipfile.ZIP_DEFLATED, 9)  # dated 1980: no clock enters
+                archive.writestr(
+                    zipfile.ZipInfo(f"{name}.json"), texts[name], zipfile.ZIP_DEFLATED, 9
+                )  # dated 1980: no clock enters
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def _packed(path: Path) -> dict: # name -> bytes
+def _packed(path: Path) -> dict:  # name -> bytes
     "What is in a file of results; nothing where there is none."
-    if not path.exists(): return {}
+    if not path.exists():
+        return {}
     try:
-        with zipfile.ZipFile(path) as archive: return {entry.removesuffix(".json"): archive.read(entry) for entry in archive.namelist()}
-    except zipfile.BadZipFile as error: raise ValueError(f"{path} is not a file of results ({error}): give the results.zip of a folder of figures, or remove it.") from error
+        with zipfile.ZipFile(path) as archive:
+            return {
+                entry.removesuffix(".json"): archive.read(entry) for entry in archive.namelist()
+            }
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{path} is not a file of results ({error}): give the results.zip of a folder of figures, or remove it."
+        ) from error
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-044
-def unpack(path: Path,   # as `pack` wrote it
-           store: Store,
-          ) -> list:     # names of the results that are new to the store
+def unpack(
+    path: Path,  # as `pack` wrote it
+    store: Store,
+) -> list:  # names of the results that are new to the store
     "Take the results of a file into a store; FileNotFoundError or ValueError where it is no such file."
-    if not path.is_file(): raise FileNotFoundError(f"There is no file {path}: give the results.zip of a folder of figures.")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {path}: give the results.zip of a folder of figures."
+        )
     return [name for name, data in _packed(path).items() if _taken_in(name, data, store)]
 
 
 def _taken_in(name: str, data: bytes, store: Store) -> bool:
     "Whether a result was sound and new."
-    try: content = _unsealed(data.decode("utf-8"), name)
+    try:
+        content = _unsealed(data.decode("utf-8"), name)
     except BROKEN:
         warnings.warn(f"The result {name} in the file is corrupt and was left out.")
         return False
@@ -232,23 +295,34 @@ def _taken_in(name: str, data: bytes, store: Store) -> bool:
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-048
 @contextmanager
-def lock(store: Store,
-         name: str,          # what to lock
-         wait: bool = False, # wait for it, or answer at once
-        ):                   # yields True where we hold the lock
+def lock(
+    store: Store,
+    name: str,  # what to lock
+    wait: bool = False,  # wait for it, or answer at once
+):  # yields True where we hold the lock
     "Hold the right to make a result; it ends with the block or with the process."
     with open(store.folder / "locks" / name, "a") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)); held = True
-        except BlockingIOError: held = False
-        except OSError as error: raise OSError(f"{store.folder} is on a file system without locks ({error.strerror}): "
-                                               "mount it with flock, or make runs/ a link to one that has them.") from error
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            raise OSError(
+                f"{store.folder} is on a file system without locks ({error.strerror}): "
+                "mount it with flock, or make runs/ a link to one that has them."
+            ) from error
         if held:
             f.truncate(0)
-            f.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            f.write(
+                f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
             f.flush()
-        try: yield held
+        try:
+            yield held
         finally:
-            if held: fcntl.flock(f, fcntl.LOCK_UN)
+            if held:
+                fcntl.flock(f, fcntl.LOCK_UN)
 
 
 def holder(store: Store, name: str) -> str:
@@ -257,22 +331,29 @@ def holder(store: Store, name: str) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else "nobody"
 
 # %% ../../nbs/library/study/02_store.ipynb #cell-051
-def shared(store: Store,
-           inputs: dict, # everything that determines the work
-           build,        # called with an empty folder that it fills
-          ) -> Path:     # the folder
+def shared(
+    store: Store,
+    inputs: dict,  # everything that determines the work
+    build,  # called with an empty folder that it fills
+) -> Path:  # the folder
     "The folder of some shared work, built where it is missing."
     name = fingerprint(inputs)
     done = store.folder / "shared" / name
     with lock(store, f"shared-{name}", wait=True):
-        if done.exists() and _is_whole(done): return done
+        if done.exists() and _is_whole(done):
+            return done
         if done.exists():
-            warnings.warn(f"The shared work {name} is damaged and will be made again; it is kept in {store.folder / 'corrupt'}.")
+            warnings.warn(
+                f"The shared work {name} is damaged and will be made again; it is kept in {store.folder / 'corrupt'}."
+            )
             os.replace(done, store.folder / "corrupt" / f"shared-{name}-{uuid.uuid4().hex[:8]}")
         part = done.with_name(f".{name}.{uuid.uuid4().hex[:8]}")
         part.mkdir()
         build(part)
-        write_atomically(part / "inputs.json", json.dumps({"inputs": inputs, "seals": _seals(part)}, indent=1, sort_keys=True))
+        write_atomically(
+            part / "inputs.json",
+            json.dumps({"inputs": inputs, "seals": _seals(part)}, indent=1, sort_keys=True),
+        )
         os.replace(part, done)
         _is_whole.cache_clear()  # what it remembers of this folder was another's
     return done
@@ -283,10 +364,17 @@ def _is_whole(folder: Path) -> bool:
     "Whether every file of some shared work is what was written."
     try:
         content = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-        return "seals" not in content or content["seals"] == _seals(folder)  # what was made before there were seals has none
-    except (OSError, *BROKEN): return False
+        return "seals" not in content or content["seals"] == _seals(
+            folder
+        )  # what was made before there were seals has none
+    except (OSError, *BROKEN):
+        return False
 
 
-def _seals(folder: Path) -> dict: # path within the folder -> checksum
+def _seals(folder: Path) -> dict:  # path within the folder -> checksum
     "Checksums of the files of some shared work."
-    return {p.relative_to(folder).as_posix(): file_fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / "inputs.json"}
+    return {
+        p.relative_to(folder).as_posix(): file_fingerprint(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p != folder / "inputs.json"
+    }

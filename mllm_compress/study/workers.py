@@ -39,36 +39,48 @@ def name_of(cell: Experiment, profile: Profile) -> str:
     return store.fingerprint(identity(cell, profile))
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-007
-def complete(cell: Experiment, profile: Profile, results: Store, device: str = "cpu") -> tuple: # (status, message)
+def complete(
+    cell: Experiment, profile: Profile, results: Store, device: str = "cpu"
+) -> tuple:  # (status, message)
     "Make sure that a cell's result is in the store: done, busy (another run has it) or failed."
     try:
         name = name_of(cell, profile)
         with store.lock(results, name) as ours:
-            if not ours: return "busy", store.holder(results, name)
-            if store.read(results, name) is not None: return "done", ""
+            if not ours:
+                return "busy", store.holder(results, name)
+            if store.read(results, name) is not None:
+                return "done", ""
             threads = torch.get_num_threads()
-            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()}, {threads} thread{'s' * (threads > 1)}, on {device}", flush=True)
+            print(
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')} {describe(cell)}: process {os.getpid()}, {threads} thread{'s' * (threads > 1)}, on {device}",
+                flush=True,
+            )
             store.write(results, identity(cell, profile), compute(cell, profile, results, device))
             shutil.rmtree(checkpoints_of(name, results), ignore_errors=True)
             return "done", ""
     except Exception as error:
-        with suppress(OSError): traceback.print_exc()  # on a full disk there is no log
+        with suppress(OSError):
+            traceback.print_exc()  # on a full disk there is no log
         return "failed", f"{type(error).__name__}: {error}"
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-009
-def complete_logged(cell: Experiment, profile: Profile, results: Store, device: str = "cpu") -> tuple: # as `complete`
+def complete_logged(
+    cell: Experiment, profile: Profile, results: Store, device: str = "cpu"
+) -> tuple:  # as `complete`
     "Complete a cell in a process that does nothing else, its output appended to the cell's log."
     with open(results.log(name_of(cell, profile)), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         answer = complete(cell, profile, results, device)
-        sys.stdout.flush(); sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
     return answer
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-013
 def _end_with_master(master: int) -> None:
     "End this process as soon as another has become its parent."
-    while os.getppid() == master: time.sleep(1)
+    while os.getppid() == master:
+        time.sleep(1)
     os._exit(1)
 
 
@@ -76,25 +88,33 @@ def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: cells in, (status, message) out, until the pipe closes."
     torch.set_num_threads(1)
     results = Store(folder)
-    threading.Thread(target=_end_with_master, args=(multiprocessing.parent_process().pid,), daemon=True).start()
+    threading.Thread(
+        target=_end_with_master, args=(multiprocessing.parent_process().pid,), daemon=True
+    ).start()
     while True:
-        try: pipe.send(complete_logged(pipe.recv(), profile, results, device))
-        except (EOFError, BrokenPipeError): return
+        try:
+            pipe.send(complete_logged(pipe.recv(), profile, results, device))
+        except (EOFError, BrokenPipeError):
+            return
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-015
 def _cores() -> int:
     "How many cores this process may use: by affinity, and by the quota of its control group."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try: quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError): return cores
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
     return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
 
 
-def devices(workers: int = 0,   # as many; 0: one per GPU, or per core
-            processes: int = 1, # that train a cell together
-           ) -> list:
+def devices(
+    workers: int = 0,  # as many; 0: one per GPU, or per core
+    processes: int = 1,  # that train a cell together
+) -> list:
     "The device of each worker: its first GPU."
-    if workers < 0: raise ValueError(f"workers is {workers}: say how many, or 0 for one per GPU or per core.")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}: say how many, or 0 for one per GPU or per core.")
     gpus = torch.cuda.device_count()
     places = max(1, (gpus or _cores()) // processes)
     return [f"cuda:{i % places * processes}" if gpus else "cpu" for i in range(workers or places)]
@@ -103,16 +123,27 @@ def devices(workers: int = 0,   # as many; 0: one per GPU, or per core
 def check_gpus(profile: Profile) -> None:
     "An error before anything starts, where a cell asks for more GPUs than this machine has."
     gpus = torch.cuda.device_count()
-    if 0 < gpus < profile.processes: raise ValueError(f"profile {profile.name}: {profile.processes} processes are to train a cell together, "
-                                                      f"each on a GPU of its own, and this machine has {gpus}.")
+    if 0 < gpus < profile.processes:
+        raise ValueError(
+            f"profile {profile.name}: {profile.processes} processes are to train a cell together, "
+            f"each on a GPU of its own, and this machine has {gpus}."
+        )
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-018
 def _surroundings(device: str, processes: int = 1) -> dict:
     "The environment of a worker: one thread, no progress bars of its own, its own GPUs."
-    new = {k: "1" for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")} | {"TOKENIZERS_PARALLELISM": "false"}
-    if device == "cpu": return new
-    first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return new | {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[first:first + processes])}
+    new = {
+        k: "1"
+        for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")
+    } | {"TOKENIZERS_PARALLELISM": "false"}
+    if device == "cpu":
+        return new
+    first, seen = (
+        int(device.removeprefix("cuda:")),
+        os.environ.get("CUDA_VISIBLE_DEVICES")
+        or ",".join(map(str, range(torch.cuda.device_count()))),
+    )
+    return new | {"CUDA_VISIBLE_DEVICES": ",".join(seen.split(",")[first : first + processes])}
 
 
 @contextmanager
@@ -120,39 +151,52 @@ def _environment(new: dict):
     "Processes started inside find this in their environment."
     old = {k: os.environ.get(k) for k in new}
     os.environ.update(new)
-    try: yield
+    try:
+        yield
     finally:
         for k, v in old.items():
-            if v is None: del os.environ[k]
-            else: os.environ[k] = v
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-020
 @contextmanager
 def _deaf_to_ctrl_c():
     "Processes started inside never receive SIGINT; ours waits until the block ends."
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-022
 class Worker:
     "A process that completes cells one after another."
+
     def __init__(self, profile: Profile, folder: Path, device: str):
         self.args, self.cell, self.last = (profile, folder, device), None, None
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=_serve, args=(theirs, profile, folder, "cpu" if device == "cpu" else "cuda:0"), daemon=True)
-        with _environment(_surroundings(device, profile.processes)), _deaf_to_ctrl_c(): self.process.start()
+        self.process = spawn.Process(
+            target=_serve,
+            args=(theirs, profile, folder, "cpu" if device == "cpu" else "cuda:0"),
+            daemon=True,
+        )
+        with _environment(_surroundings(device, profile.processes)), _deaf_to_ctrl_c():
+            self.process.start()
         theirs.close()
 
-    def give(self, cell: Experiment) -> None: 
+    def give(self, cell: Experiment) -> None:
         self.cell = self.last = cell
-        with suppress(BrokenPipeError): self.pipe.send(cell)  # a worker that has died says so when its answer is taken
+        with suppress(BrokenPipeError):
+            self.pipe.send(cell)  # a worker that has died says so when its answer is taken
 
     def take(self) -> tuple:
         "The cell just completed, with its status and message."
         cell, self.cell = self.cell, None
-        try: return cell, *self.pipe.recv()
+        try:
+            return cell, *self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
             why = "out of memory, or killed" if (self.process.exitcode or 0) < 0 else "see its log"
@@ -161,7 +205,8 @@ class Worker:
     def stop(self) -> None:
         "End the process; a cell in its hands is dropped."
         self.pipe.close()
-        if self.cell is not None: self.process.terminate()
+        if self.cell is not None:
+            self.process.terminate()
         self.process.join(10)
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-024
@@ -177,23 +222,41 @@ def inline(cells: list, profile: Profile, results: Store, workers: int = 0):
     waiting = list(cells)
     while waiting:
         cell = waiting.pop(0)
-        with open(results.log(name_of(cell, profile)), "a") as log, redirect_stdout(log), redirect_stderr(log):
+        with (
+            open(results.log(name_of(cell, profile)), "a") as log,
+            redirect_stdout(log),
+            redirect_stderr(log),
+        ):
             status, message = complete(cell, profile, results, devices(1, profile.processes)[0])
-        if status == "busy": waiting.append(cell); say_busy(cell, message); time.sleep(1)  # another run has it; its result will be ours
-        else: yield cell, status, message
+        if status == "busy":
+            waiting.append(cell)
+            say_busy(cell, message)
+            time.sleep(1)  # another run has it; its result will be ours
+        else:
+            yield cell, status, message
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-028
-def kin(cell: Experiment) -> tuple: # equal for cells that share a teacher's targets
+def kin(cell: Experiment) -> tuple:  # equal for cells that share a teacher's targets
     "What a worker keeps in memory for a cell."
-    return cell.model, *((cell.fraction, cell.seed if cell.fraction < 1 else None) if cell.recovery != "none" else ())
+    return cell.model, *(
+        (cell.fraction, cell.seed if cell.fraction < 1 else None) if cell.recovery != "none" else ()
+    )
 
 
-def best_next(waiting: list, last: Experiment | None, others: list) -> int: # a position in `waiting`
+def best_next(
+    waiting: list, last: Experiment | None, others: list
+) -> int:  # a position in `waiting`
     "The cell for a worker that did `last`, while others are at theirs."
     taken = {kin(c) for c in others}
+
     def cost(i):
         cell = waiting[i]
-        return (0 if last and kin(cell) == kin(last) else 1 + (kin(cell) in taken) + bool(last and cell.model != last.model)), i
+        return (
+            0
+            if last and kin(cell) == kin(last)
+            else 1 + (kin(cell) in taken) + bool(last and cell.model != last.model)
+        ), i
+
     return min(range(len(waiting)), key=cost)
 
 # %% ../../nbs/library/study/04_workers.ipynb #cell-031
@@ -207,18 +270,30 @@ def local(cells: list, profile: Profile, results: Store, workers: int = 0):
     check_gpus(profile)
     waiting, aside, team = list(cells), [], []
     try:
-        team = [Worker(profile, results.folder, d) for d in devices(workers or profile.workers, profile.processes)[:len(cells)]]
+        team = [
+            Worker(profile, results.folder, d)
+            for d in devices(workers or profile.workers, profile.processes)[: len(cells)]
+        ]
         while waiting or aside or any(w.cell for w in team):
-            if aside and not waiting: time.sleep(1); waiting, aside = aside, []
+            if aside and not waiting:
+                time.sleep(1)
+                waiting, aside = aside, []
             for w in team:
-                if w.cell is None and waiting: w.give(waiting.pop(best_next(waiting, w.last, [o.cell for o in team if o.cell])))
+                if w.cell is None and waiting:
+                    w.give(
+                        waiting.pop(best_next(waiting, w.last, [o.cell for o in team if o.cell]))
+                    )
             for pipe in wait([w.pipe for w in team if w.cell]):
                 k = next(k for k, w in enumerate(team) if w.pipe is pipe)
                 cell, status, message = team[k].take()
                 if _spent(status, team[k].args[2]):
                     team[k].stop()
                     team[k] = Worker(*team[k].args)
-                if status == "busy": aside.append(cell); say_busy(cell, message)
-                else: yield cell, status.replace("died", "failed"), message
+                if status == "busy":
+                    aside.append(cell)
+                    say_busy(cell, message)
+                else:
+                    yield cell, status.replace("died", "failed"), message
     finally:
-        for w in team: w.stop()
+        for w in team:
+            w.stop()

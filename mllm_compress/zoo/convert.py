@@ -27,106 +27,248 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors import safe_open
 from transformers import (
-    AddedToken, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig, GenerationConfig, GotOcr2ImageProcessorPil, InternVLConfig,
-    InternVLProcessor, InternVLVideoProcessor, InternVLVisionConfig, LlamaConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor,
-    Phi3Config, PhiConfig, PreTrainedConfig, PreTrainedTokenizerFast, SiglipVisionConfig)
+    AddedToken,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
 from transformers.initialization import no_init_weights
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-005
-def take(config_class: type, # a native config class
-         original: dict, # keys of an original config.json
-         **changed, # values that override
-         ) -> PreTrainedConfig:
+def take(
+    config_class: type,  # a native config class
+    original: dict,  # keys of an original config.json
+    **changed,  # values that override
+) -> PreTrainedConfig:
     "A native config made of those original keys that its class knows."
     known = {f.name for f in fields(config_class)} - {f.name for f in fields(PreTrainedConfig)}
     known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
     return config_class(**{k: v for k, v in original.items() if k in known} | changed)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-007
-def padded_vocabulary(size: int, # rows of the original embedding
-                      multiple: int = 64) -> int:
+def padded_vocabulary(
+    size: int,  # rows of the original embedding
+    multiple: int = 64,
+) -> int:
     "Rows once a placeholder is appended, rounded up to what matrix units like."
     return -(-(size + 1) // multiple) * multiple
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-012
-def llava_config(original: dict, # config.json of a LLaVA-v1.5 release
-                 tower: dict, # config.json of its CLIP vision tower
-                 ) -> LlavaConfig:
+def llava_config(
+    original: dict,  # config.json of a LLaVA-v1.5 release
+    tower: dict,  # config.json of its CLIP vision tower
+) -> LlavaConfig:
     "LLaVA-v1.5 as CLIP + Llama; source: haotian-liu/LLaVA, `LlavaMetaModel` and `CLIPVisionTower`."
     vision = take(CLIPVisionConfig, tower.get("vision_config", tower))
     text = take(LlamaConfig, original, vocab_size=padded_vocabulary(original["vocab_size"]))
-    select = {"patch": "default", "cls_patch": "full"}[original.get("mm_vision_select_feature", "patch")]
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=original["vocab_size"],
-                       image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-                       vision_feature_layer=original["mm_vision_select_layer"], vision_feature_select_strategy=select)
+    select = {"patch": "default", "cls_patch": "full"}[
+        original.get("mm_vision_select_feature", "patch")
+    ]
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=original["vocab_size"],
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=original["mm_vision_select_layer"],
+        vision_feature_select_strategy=select,
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-014
-SO400M = dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
-              num_channels=3, image_size=384, patch_size=14, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+SO400M = dict(
+    model_type="siglip_vision_model",
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    num_channels=3,
+    image_size=384,
+    patch_size=14,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
 
 
-def bunny_config(original: dict, # config.json of a Bunny-v1.0 release on Phi-2
-                 tower: dict = SO400M, # the *full* SigLIP tower's config
-                 ) -> LlavaConfig:
+def bunny_config(
+    original: dict,  # config.json of a Bunny-v1.0 release on Phi-2
+    tower: dict = SO400M,  # the *full* SigLIP tower's config
+) -> LlavaConfig:
     "Bunny as SigLIP + Phi; source: BAAI-DCAI/Bunny, `SiglipVisionTower` and `BunnyPhiForCausalLM`."
-    vision = take(SiglipVisionConfig, tower, num_hidden_layers=tower["num_hidden_layers"] - 1, vision_use_head=False)
+    vision = take(
+        SiglipVisionConfig,
+        tower,
+        num_hidden_layers=tower["num_hidden_layers"] - 1,
+        vision_use_head=False,
+    )
     text = take(PhiConfig, original, vocab_size=padded_vocabulary(original["vocab_size"]))
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=original["vocab_size"],
-                       image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-                       vision_feature_layer=-1, vision_feature_select_strategy="full")
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=original["vocab_size"],
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-016
-def internvl_config(original: dict, # config.json of a Mini-InternVL release on Phi-3
-                    tower: dict | None = None, # not used: the release's config holds the tower's
-                    image_token_id: int = 32013, # id of <IMG_CONTEXT> in its tokenizer
-                    ) -> InternVLConfig:
+def internvl_config(
+    original: dict,  # config.json of a Mini-InternVL release on Phi-3
+    tower: dict | None = None,  # not used: the release's config holds the tower's
+    image_token_id: int = 32013,  # id of <IMG_CONTEXT> in its tokenizer
+) -> InternVLConfig:
     "Mini-InternVL as InternViT + Phi-3; source: OpenGVLab/InternVL, `InternVLChatModel`."
     llm, vit = original["llm_config"], original["vision_config"]
     long, short = llm["max_position_embeddings"], llm.get("original_max_position_embeddings")
-    rope = llm.get("rope_scaling") and {**llm["rope_scaling"], "type": "longrope", "rope_type": "longrope",
-                                        "original_max_position_embeddings": short, "factor": long / short}
-    vision = take(InternVLVisionConfig, vit, attention_bias=vit["qkv_bias"], use_qk_norm=vit["qk_normalization"])
+    rope = llm.get("rope_scaling") and {
+        **llm["rope_scaling"],
+        "type": "longrope",
+        "rope_type": "longrope",
+        "original_max_position_embeddings": short,
+        "factor": long / short,
+    }
+    vision = take(
+        InternVLVisionConfig,
+        vit,
+        attention_bias=vit["qkv_bias"],
+        use_qk_norm=vit["qk_normalization"],
+    )
     tokens = (original["force_image_size"] / vit["patch_size"] * original["downsample_ratio"]) ** 2
-    return InternVLConfig(vision_config=vision, text_config=take(Phi3Config, llm, rope_scaling=rope),
-                          image_token_id=image_token_id, image_seq_length=int(tokens), tie_word_embeddings=False,
-                          downsample_ratio=original["downsample_ratio"], vision_feature_layer=original["select_layer"])
+    return InternVLConfig(
+        vision_config=vision,
+        text_config=take(Phi3Config, llm, rope_scaling=rope),
+        image_token_id=image_token_id,
+        image_seq_length=int(tokens),
+        tie_word_embeddings=False,
+        downsample_ratio=original["downsample_ratio"],
+        vision_feature_layer=original["select_layer"],
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-018
 LLAVA_7B = dict(
-    architectures=["LlavaLlamaForCausalLM"], vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, hidden_act="silu",
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, mm_hidden_size=1024, mm_vision_select_layer=-2, mm_vision_select_feature="patch")
-CLIP_L = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-              image_size=336, patch_size=14, projection_dim=768, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+    architectures=["LlavaLlamaForCausalLM"],
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    mm_hidden_size=1024,
+    mm_vision_select_layer=-2,
+    mm_vision_select_feature="patch",
+)
+CLIP_L = dict(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+)
 BUNNY_3B = dict(
-    architectures=["BunnyPhiForCausalLM"], vocab_size=50295, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=2048, layer_norm_eps=1e-5, hidden_act="gelu_new",
-    rope_theta=10000.0, partial_rotary_factor=0.4, resid_pdrop=0.1, bos_token_id=50256, eos_token_id=50256, pad_token_id=50256)
+    architectures=["BunnyPhiForCausalLM"],
+    vocab_size=50295,
+    hidden_size=2560,
+    intermediate_size=10240,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=2048,
+    layer_norm_eps=1e-5,
+    hidden_act="gelu_new",
+    rope_theta=10000.0,
+    partial_rotary_factor=0.4,
+    resid_pdrop=0.1,
+    bos_token_id=50256,
+    eos_token_id=50256,
+    pad_token_id=50256,
+)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-020
 PHI3_MINI = dict(
-    vocab_size=32020, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-    max_position_embeddings=131072, original_max_position_embeddings=4096, sliding_window=262144, rms_norm_eps=1e-5, hidden_act="silu",
-    rope_scaling=dict(type="su", short_factor=[1.0] * 48, long_factor=[1.0] * 48), bos_token_id=1, eos_token_id=32000, pad_token_id=32000)
+    vocab_size=32020,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=131072,
+    original_max_position_embeddings=4096,
+    sliding_window=262144,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    rope_scaling=dict(type="su", short_factor=[1.0] * 48, long_factor=[1.0] * 48),
+    bos_token_id=1,
+    eos_token_id=32000,
+    pad_token_id=32000,
+)
 INTERNVIT_300M = dict(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=448, patch_size=14,
-    qkv_bias=True, qk_normalization=False, norm_type="layer_norm", layer_norm_eps=1e-6, hidden_act="gelu")
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=448,
+    patch_size=14,
+    qkv_bias=True,
+    qk_normalization=False,
+    norm_type="layer_norm",
+    layer_norm_eps=1e-6,
+    hidden_act="gelu",
+)
 INTERNVL_4B = dict(
-    architectures=["InternVLChatModel"], llm_config=PHI3_MINI, vision_config=INTERNVIT_300M, force_image_size=448,
-    downsample_ratio=0.5, select_layer=-1)
+    architectures=["InternVLChatModel"],
+    llm_config=PHI3_MINI,
+    vision_config=INTERNVIT_300M,
+    force_image_size=448,
+    downsample_ratio=0.5,
+    select_layer=-1,
+)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-022
 REAL_MODELS = {
-    "LLaVA-v1.5-7B": lambda: llava_config(LLAVA_7B, CLIP_L), # liuhaotian/llava-v1.5-7b, openai/clip-vit-large-patch14-336
-    "Bunny-v1.0-3B": lambda: bunny_config(BUNNY_3B, SO400M), # BAAI/Bunny-v1_0-3B, google/siglip-so400m-patch14-384
-    "Mini-InternVL-Chat-4B": lambda: internvl_config(INTERNVL_4B), # OpenGVLab/Mini-InternVL-Chat-4B-V1-5
+    "LLaVA-v1.5-7B": lambda: llava_config(
+        LLAVA_7B, CLIP_L
+    ),  # liuhaotian/llava-v1.5-7b, openai/clip-vit-large-patch14-336
+    "Bunny-v1.0-3B": lambda: bunny_config(
+        BUNNY_3B, SO400M
+    ),  # BAAI/Bunny-v1_0-3B, google/siglip-so400m-patch14-384
+    "Mini-InternVL-Chat-4B": lambda: internvl_config(
+        INTERNVL_4B
+    ),  # OpenGVLab/Mini-InternVL-Chat-4B-V1-5
 }
 
 
-def real_config(name: str, # a key of REAL_MODELS, as the study prints it
-                ) -> PreTrainedConfig:
+def real_config(
+    name: str,  # a key of REAL_MODELS, as the study prints it
+) -> PreTrainedConfig:
     "Native config of a real model of the study, without weights."
-    if name not in REAL_MODELS: raise ValueError(f"no config of {name!r}: known are {', '.join(REAL_MODELS)}; load others with AutoConfig")
+    if name not in REAL_MODELS:
+        raise ValueError(
+            f"no config of {name!r}: known are {', '.join(REAL_MODELS)}; load others with AutoConfig"
+        )
     return REAL_MODELS[name]()
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-026
@@ -147,8 +289,14 @@ INTERNVL_NAMES = (
     (r"vision_model\.embeddings\.class_embedding", (VIT + "cls_token",)),
     (r"vision_model\.embeddings\.position_embedding", (VIT + "position_embeddings",)),
     (r"vision_model\.embeddings\.patch_embedding\.", (VIT + "patch_embeddings.projection.",)),
-    (r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.", tuple(VIT_LAYER + f"attention.{x}_proj." for x in "qkv")),
-    (r"vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.", (VIT_LAYER + "attention.projection_layer.",)),
+    (
+        r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.",
+        tuple(VIT_LAYER + f"attention.{x}_proj." for x in "qkv"),
+    ),
+    (
+        r"vision_model\.encoder\.layers\.(\d+)\.attn\.proj\.",
+        (VIT_LAYER + "attention.projection_layer.",),
+    ),
     (r"vision_model\.encoder\.layers\.(\d+)\.norm1\.", (VIT_LAYER + "layernorm_before.",)),
     (r"vision_model\.encoder\.layers\.(\d+)\.norm2\.", (VIT_LAYER + "layernorm_after.",)),
     (r"vision_model\.encoder\.layers\.(\d+)\.ls([12])", (VIT_LAYER + r"lambda_\2",)),
@@ -161,29 +309,38 @@ INTERNVL_NAMES = (
 )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-030
-def native_names(name: str, # of a tensor in the original layout
-                 rules: tuple, # (pattern, replacements), first match wins
-                 ) -> tuple: # of native names: one, several (equal parts along rows), or none
+def native_names(
+    name: str,  # of a tensor in the original layout
+    rules: tuple,  # (pattern, replacements), first match wins
+) -> tuple:  # of native names: one, several (equal parts along rows), or none
     "Where a tensor of the original layout belongs."
     for pattern, new in rules:
-        if re.match(pattern, name): return tuple(re.sub(pattern, n, name, count=1) for n in new)
-    raise ValueError(f"no rule for the tensor {name!r}: is this checkpoint of a release that the rules do not cover?")
+        if re.match(pattern, name):
+            return tuple(re.sub(pattern, n, name, count=1) for n in new)
+    raise ValueError(
+        f"no rule for the tensor {name!r}: is this checkpoint of a release that the rules do not cover?"
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-033
 @dataclass(frozen=True)
 class Release:
     "How one original layout becomes a native model."
-    name: str # of the conversation template
-    config: object # (config.json, tower's config.json) -> native config
-    names: tuple # renaming rules
-    tower: str = "" # where its vision tower comes from, if not from the checkpoint
-    placeholder: str = "<image>" # the token whose embedding is replaced by an image feature
+
+    name: str  # of the conversation template
+    config: object  # (config.json, tower's config.json) -> native config
+    names: tuple  # renaming rules
+    tower: str = ""  # where its vision tower comes from, if not from the checkpoint
+    placeholder: str = "<image>"  # the token whose embedding is replaced by an image feature
 
 
 RELEASES = {
-    "LlavaLlamaForCausalLM": Release("vicuna_v1", llava_config, LLAVA_NAMES, tower="openai/clip-vit-large-patch14-336"),
+    "LlavaLlamaForCausalLM": Release(
+        "vicuna_v1", llava_config, LLAVA_NAMES, tower="openai/clip-vit-large-patch14-336"
+    ),
     "BunnyPhiForCausalLM": Release("bunny", bunny_config, LLAVA_NAMES),
-    "InternVLChatModel": Release("phi3-chat", internvl_config, INTERNVL_NAMES, placeholder="<IMG_CONTEXT>"),
+    "InternVLChatModel": Release(
+        "phi3-chat", internvl_config, INTERNVL_NAMES, placeholder="<IMG_CONTEXT>"
+    ),
 }
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-035
@@ -194,13 +351,19 @@ def read_json(path: Path) -> dict:
 
 def is_original_layout(folder: str | Path) -> bool:
     "Whether a folder holds an original LLaVA, Bunny or Mini-InternVL release."
-    return any(name in RELEASES for name in read_json(Path(folder) / "config.json").get("architectures") or ())
+    return any(
+        name in RELEASES
+        for name in read_json(Path(folder) / "config.json").get("architectures") or ()
+    )
 
 
 def release_of(folder: Path) -> Release:
     "The release a folder holds, or an error that lists those we know."
     found = read_json(folder / "config.json").get("architectures")
-    if not is_original_layout(folder): raise ValueError(f"{folder} holds {found}; original layouts known here: {', '.join(RELEASES)}")
+    if not is_original_layout(folder):
+        raise ValueError(
+            f"{folder} holds {found}; original layouts known here: {', '.join(RELEASES)}"
+        )
     return next(RELEASES[name] for name in found if name in RELEASES)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-037
@@ -211,23 +374,36 @@ HOW_TO_CONVERT = """reading a pickle can run code, so this is not done here. Mak
 def weight_files(folder: Path) -> list:
     "The safetensors of a folder; a pickle is refused and a missing shard named."
     index = read_json(folder / "model.safetensors.index.json").get("weight_map")
-    files = sorted({folder / name for name in index.values()}) if index else sorted(folder.glob("*model*.safetensors"))
+    files = (
+        sorted({folder / name for name in index.values()})
+        if index
+        else sorted(folder.glob("*model*.safetensors"))
+    )
     missing = [f.name for f in files if not f.is_file()]
-    if missing: raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}, which its index names; copy the missing shards")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}, which its index names; copy the missing shards"
+        )
     pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
-    if not files and pickles: raise ValueError(f"{folder} holds pickles only ({', '.join(pickles)}): {HOW_TO_CONVERT}")
-    if not files: raise FileNotFoundError(f"{folder} holds no model*.safetensors")
+    if not files and pickles:
+        raise ValueError(f"{folder} holds pickles only ({', '.join(pickles)}): {HOW_TO_CONVERT}")
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no model*.safetensors")
     return files
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-039
 def tower_folder(folder: Path, release: Release, tower: str | Path | None) -> Path | None:
     "The folder of a separate vision tower; None if the checkpoint holds its own."
-    if not release.tower: return None
+    if not release.tower:
+        return None
     named = read_json(folder / "config.json").get("mm_vision_tower", "")
     for place in (tower, folder / "vision_tower", named):
-        if place and (Path(place) / "config.json").is_file(): return Path(place)
-    raise FileNotFoundError(f"{folder} does not hold its vision tower. Download {release.tower} (as safetensors) and pass its folder as tower=, "
-                            f"or put it at {folder / 'vision_tower'}")
+        if place and (Path(place) / "config.json").is_file():
+            return Path(place)
+    raise FileNotFoundError(
+        f"{folder} does not hold its vision tower. Download {release.tower} (as safetensors) and pass its folder as tower=, "
+        f"or put it at {folder / 'vision_tower'}"
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-043
 def placeholder_id(folder: Path, token: str) -> int | None:
@@ -235,98 +411,162 @@ def placeholder_id(folder: Path, token: str) -> int | None:
     listed = read_json(folder / "added_tokens.json") | read_json(folder / "token_ids.json")
     decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     listed |= {entry["content"]: int(i) for i, entry in decoder.items()}
-    listed |= {entry["content"]: entry["id"] for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])}
+    listed |= {
+        entry["content"]: entry["id"]
+        for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])
+    }
     return listed.get(token)
 
 
-def native_config(folder: str | Path, # in an original layout
-                  tower: str | Path | None = None, # folder of a separate vision tower
-                  ) -> PreTrainedConfig:
+def native_config(
+    folder: str | Path,  # in an original layout
+    tower: str | Path | None = None,  # folder of a separate vision tower
+) -> PreTrainedConfig:
     "The native config of an original checkpoint."
     folder = Path(folder)
     release, original = release_of(folder), read_json(folder / "config.json")
     place = tower_folder(folder, release, tower)
-    sizes = read_json(place / "config.json") if place else read_json(folder / "vision_tower_config.json") or SO400M
+    sizes = (
+        read_json(place / "config.json")
+        if place
+        else read_json(folder / "vision_tower_config.json") or SO400M
+    )
     config = release.config(original, sizes)
-    if release.placeholder == "<image>": return config
+    if release.placeholder == "<image>":
+        return config
     known = placeholder_id(folder, release.placeholder)
     config.image_token_id = config.image_token_id if known is None else known
-    if config.image_token_id < config.get_text_config().vocab_size: return config
-    raise ValueError(f"the id of {release.placeholder} is not in {folder}; copy the release's tokenizer files or its added_tokens.json")
+    if config.image_token_id < config.get_text_config().vocab_size:
+        return config
+    raise ValueError(
+        f"the id of {release.placeholder} is not in {folder}; copy the release's tokenizer files or its added_tokens.json"
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-045
-def append_rows(name: str, # native name of the tensor
-                tensor: torch.Tensor, # [rows, hidden]
-                rows: int, # wanted
-                ) -> torch.Tensor:
+def append_rows(
+    name: str,  # native name of the tensor
+    tensor: torch.Tensor,  # [rows, hidden]
+    rows: int,  # wanted
+) -> torch.Tensor:
     "The embedding or LM head with the rows a placeholder needs."
-    if name not in ("lm_head.weight", "model.language_model.embed_tokens.weight") or len(tensor) == rows: return tensor
-    if len(tensor) > rows: raise ValueError(f"{name} has {len(tensor)} rows and its config {rows}: they are not of one model")
+    if (
+        name not in ("lm_head.weight", "model.language_model.embed_tokens.weight")
+        or len(tensor) == rows
+    ):
+        return tensor
+    if len(tensor) > rows:
+        raise ValueError(
+            f"{name} has {len(tensor)} rows and its config {rows}: they are not of one model"
+        )
     more = rows - len(tensor)
-    if name != "lm_head.weight": return torch.cat([tensor, tensor.new_zeros(more, tensor.shape[1])])
+    if name != "lm_head.weight":
+        return torch.cat([tensor, tensor.new_zeros(more, tensor.shape[1])])
     least = tensor.float().norm(dim=1).argmin(keepdim=True)
     return torch.cat([tensor, tensor.index_select(0, least).expand(more, -1)])
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-048
-def read_data(shard, name): return shard.get_tensor(name)
+def read_data(shard, name):
+    return shard.get_tensor(name)
 
 
 def read_shape(shard, name):
     "The shape and dtype of a stored tensor, as a tensor without data."
     piece = shard.get_slice(name)
-    dtype = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(piece.get_dtype(), torch.int64)
+    dtype = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }.get(piece.get_dtype(), torch.int64)
     return torch.empty(piece.get_shape(), dtype=dtype, device="meta")
 
 
-def native_tensors(file: Path, # one safetensors file in the original layout
-                   rules: tuple, # renaming rules
-                   rows: int, # of the native vocabulary
-                   dtype: torch.dtype | None = None, # None keeps the stored
-                   read=read_data, # or read_shape
-                   ):
+def native_tensors(
+    file: Path,  # one safetensors file in the original layout
+    rules: tuple,  # renaming rules
+    rows: int,  # of the native vocabulary
+    dtype: torch.dtype | None = None,  # None keeps the stored
+    read=read_data,  # or read_shape
+):
     "Yield (native name, tensor) for one shard, one tensor at a time."
     with safe_open(file, "pt") as shard:
         for name in shard.keys():
-            if not (new := native_names(name, rules)): continue
+            if not (new := native_names(name, rules)):
+                continue
             tensor = read(shard, name)
-            for target, part in zip(new, tensor.chunk(len(new))): yield target, append_rows(target, part, rows).to(dtype or part.dtype)
+            for target, part in zip(new, tensor.chunk(len(new))):
+                yield target, append_rows(target, part, rows).to(dtype or part.dtype)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-050
-def check_complete(config: PreTrainedConfig, shapes: list, # (name, shape) of all that will come
-                   where: Path):
+def check_complete(
+    config: PreTrainedConfig,
+    shapes: list,  # (name, shape) of all that will come
+    where: Path,
+):
     "Raise ValueError unless the tensors are exactly those the native class has."
-    with torch.device("meta"): wanted = {k: tuple(v.shape) for k, v in AutoModelForImageTextToText.from_config(config).state_dict().items()}
+    with torch.device("meta"):
+        wanted = {
+            k: tuple(v.shape)
+            for k, v in AutoModelForImageTextToText.from_config(config).state_dict().items()
+        }
     given = dict(shapes)
-    problems = {"missing": sorted(wanted.keys() - given.keys()), "unexpected": sorted(given.keys() - wanted.keys()),
-                "twice": sorted({k for k in given if sum(k == name for name, _ in shapes) > 1}) if len(given) < len(shapes) else [],
-                "of another size": sorted(f"{k} {given[k]}, not {wanted[k]}" for k in wanted.keys() & given.keys() if given[k] != wanted[k])}
-    told = [f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}" for what, names in problems.items() if names]
-    if told: raise ValueError(f"{where} does not fit {type(config).__name__}; " + "; ".join(told))
+    problems = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "twice": sorted({k for k in given if sum(k == name for name, _ in shapes) > 1})
+        if len(given) < len(shapes)
+        else [],
+        "of another size": sorted(
+            f"{k} {given[k]}, not {wanted[k]}"
+            for k in wanted.keys() & given.keys()
+            if given[k] != wanted[k]
+        ),
+    }
+    told = [
+        f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if told:
+        raise ValueError(f"{where} does not fit {type(config).__name__}; " + "; ".join(told))
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-052
 @dataclass(frozen=True)
 class Source:
     "An original checkpoint, checked and ready to stream."
+
     folder: Path
     release: Release
-    config: PreTrainedConfig # native
-    files: tuple # of safetensors, the tower's too
-    dtype: torch.dtype # of the native model
+    config: PreTrainedConfig  # native
+    files: tuple  # of safetensors, the tower's too
+    dtype: torch.dtype  # of the native model
 
     def tensors(self, file: Path, read=read_data):
         "Yield (native name, tensor) for one file."
-        return native_tensors(file, self.release.names, self.config.get_text_config().vocab_size, self.dtype, read)
+        return native_tensors(
+            file, self.release.names, self.config.get_text_config().vocab_size, self.dtype, read
+        )
 
 
-def open_original(folder: str | Path, tower: str | Path | None = None, dtype: torch.dtype | None = None) -> Source:
+def open_original(
+    folder: str | Path, tower: str | Path | None = None, dtype: torch.dtype | None = None
+) -> Source:
     "Check an original checkpoint without reading its data; dtype None is that of its first tensor."
     folder = Path(folder)
     release = release_of(folder)
     place, config = tower_folder(folder, release, tower), native_config(folder, tower)
     files = weight_files(folder) + (weight_files(place) if place else [])
-    _, first = next(native_tensors(files[0], release.names, config.get_text_config().vocab_size, None, read_shape))
+    _, first = next(
+        native_tensors(
+            files[0], release.names, config.get_text_config().vocab_size, None, read_shape
+        )
+    )
     source = Source(folder, release, config, tuple(files), dtype or first.dtype)
-    check_complete(config, [(n, tuple(t.shape)) for f in source.files for n, t in source.tensors(f, read_shape)], folder)
+    check_complete(
+        config,
+        [(n, tuple(t.shape)) for f in source.files for n, t in source.tensors(f, read_shape)],
+        folder,
+    )
     return source
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-054
@@ -334,42 +574,77 @@ def generation_config(source: Source) -> GenerationConfig:
     "The release's generation settings; ids of appended rows are never generated."
     original = read_json(source.folder / "generation_config.json")
     text = source.config.get_text_config()
-    kept = {k: original.get(k, getattr(text, k, None)) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if kept["pad_token_id"] is None: kept["pad_token_id"] = kept["eos_token_id"][0] if isinstance(kept["eos_token_id"], list) else kept["eos_token_id"]
-    appended = range(source.config.image_token_id, text.vocab_size) if source.release.placeholder == "<image>" else ()
+    kept = {
+        k: original.get(k, getattr(text, k, None))
+        for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    if kept["pad_token_id"] is None:
+        kept["pad_token_id"] = (
+            kept["eos_token_id"][0]
+            if isinstance(kept["eos_token_id"], list)
+            else kept["eos_token_id"]
+        )
+    appended = (
+        range(source.config.image_token_id, text.vocab_size)
+        if source.release.placeholder == "<image>"
+        else ()
+    )
     return GenerationConfig(**kept, suppress_tokens=list(appended) or None)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-056
 @torch.no_grad()
 def read_model(source: Source):
     "The native model with the original's weights."
-    with no_init_weights(): model = AutoModelForImageTextToText.from_config(source.config, dtype=source.dtype)
+    with no_init_weights():
+        model = AutoModelForImageTextToText.from_config(source.config, dtype=source.dtype)
     places = dict(model.named_parameters())
     for file in source.files:
-        for name, tensor in source.tensors(file): places[name].copy_(tensor)
+        for name, tensor in source.tensors(file):
+            places[name].copy_(tensor)
     model.generation_config = generation_config(source)
     return model.eval()
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-062
-def square_images(original: dict, # config.json of LLaVA or Bunny
-                  vision: PreTrainedConfig,
-                  said: dict, # preprocessor_config.json of the tower, or nothing
-                  ) -> LlavaImageProcessorPil:
+def square_images(
+    original: dict,  # config.json of LLaVA or Bunny
+    vision: PreTrainedConfig,
+    said: dict,  # preprocessor_config.json of the tower, or nothing
+) -> LlavaImageProcessorPil:
     "Pad to a square, resize, crop, normalise; source: LLaVA's `process_images` and `expand2square`."
     side = {"height": vision.image_size, "width": vision.image_size}
     clip = vision.model_type == "clip_vision_model"
-    settings = dict(size={"shortest_edge": vision.image_size}, crop_size=side) if clip else dict(
-        size=side, do_center_crop=False, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    told = {k: said[k] for k in ("size", "crop_size", "image_mean", "image_std", "resample") if k in said}
-    return LlavaImageProcessorPil(**settings | told, do_pad=original.get("image_aspect_ratio") == "pad")
+    settings = (
+        dict(size={"shortest_edge": vision.image_size}, crop_size=side)
+        if clip
+        else dict(
+            size=side,
+            do_center_crop=False,
+            crop_size=side,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+    )
+    told = {
+        k: said[k]
+        for k in ("size", "crop_size", "image_mean", "image_std", "resample")
+        if k in said
+    }
+    return LlavaImageProcessorPil(
+        **settings | told, do_pad=original.get("image_aspect_ratio") == "pad"
+    )
 
 
 def tiled_images(original: dict, vision: PreTrainedConfig, said: dict) -> GotOcr2ImageProcessorPil:
     "Tiles of the nearest aspect ratio and a thumbnail; source: InternVL's `dynamic_preprocess`."
     side = original["force_image_size"]
-    return GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=original.get("dynamic_image_size", True),
-                                    min_patches=original.get("min_dynamic_patch", 1), max_patches=original.get("max_dynamic_patch", 12),
-                                    image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+    return GotOcr2ImageProcessorPil(
+        size={"height": side, "width": side},
+        crop_to_patches=original.get("dynamic_image_size", True),
+        min_patches=original.get("min_dynamic_patch", 1),
+        max_patches=original.get("max_dynamic_patch", 12),
+        image_mean=(0.485, 0.456, 0.406),
+        image_std=(0.229, 0.224, 0.225),
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-064
 def image_processor(folder: str | Path, tower: str | Path | None = None):
@@ -381,32 +656,47 @@ def image_processor(folder: str | Path, tower: str | Path | None = None):
     return make(read_json(folder / "config.json"), native_config(folder, tower).vision_config, said)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-068
-VICUNA_SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-TEXT = ("{%- macro text(m) -%}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}IMAGE\n{% endfor %}"
-        "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}{%- endmacro -%}")
-FRAME = ("{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% set system = text(messages[0]) %}"
-         "{% else %}{% set turns = messages %}{% set system = 'SYSTEM' %}{% endif %}")
-VICUNA_TURNS = ("{{ system }} {% for m in turns %}{% if m.role == 'user' %}USER: {{ text(m) }} {% else %}ASSISTANT: {{ text(m) }}END{% endif %}{% endfor %}"
-                "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+TEXT = (
+    "{%- macro text(m) -%}{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content if c.type == 'image' %}IMAGE\n{% endfor %}"
+    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}{%- endmacro -%}"
+)
+FRAME = (
+    "{% if messages[0].role == 'system' %}{% set turns = messages[1:] %}{% set system = text(messages[0]) %}"
+    "{% else %}{% set turns = messages %}{% set system = 'SYSTEM' %}{% endif %}"
+)
+VICUNA_TURNS = (
+    "{{ system }} {% for m in turns %}{% if m.role == 'user' %}USER: {{ text(m) }} {% else %}ASSISTANT: {{ text(m) }}END{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-070
 INTERNVL_SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 PHI3_SYSTEM = "You are an AI assistant whose name is Phi-3."
-PHI3_TURNS = ("<|system|>\n{{ system }}<|end|>BREAK{% for m in turns %}<|{{ m.role }}|>\n{{ text(m) }}<|end|>BREAK{% endfor %}"
-              "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+PHI3_TURNS = (
+    "<|system|>\n{{ system }}<|end|>BREAK{% for m in turns %}<|{{ m.role }}|>\n{{ text(m) }}<|end|>BREAK{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 
 
 def fill(turns: str, **words) -> str:
     "A chat template with its words put in."
     template = TEXT + FRAME + turns
-    for key, value in words.items(): template = template.replace(key, value)
+    for key, value in words.items():
+        template = template.replace(key, value)
     return template
 
 
 CHAT_TEMPLATES = {
-    "vicuna_v1": fill(VICUNA_TURNS, IMAGE="<image>", SYSTEM=VICUNA_SYSTEM.replace("'", "\\'"), END="</s>"),
-    "bunny": fill(VICUNA_TURNS, IMAGE="<image>", SYSTEM=VICUNA_SYSTEM.replace("'", "\\'"), END="<|endoftext|>"),
+    "vicuna_v1": fill(
+        VICUNA_TURNS, IMAGE="<image>", SYSTEM=VICUNA_SYSTEM.replace("'", "\\'"), END="</s>"
+    ),
+    "bunny": fill(
+        VICUNA_TURNS, IMAGE="<image>", SYSTEM=VICUNA_SYSTEM.replace("'", "\\'"), END="<|endoftext|>"
+    ),
     "phi3-chat": fill(PHI3_TURNS, IMAGE="<IMG_CONTEXT>", SYSTEM=INTERNVL_SYSTEM, BREAK=""),
     "phi3-chat-2024-05": fill(PHI3_TURNS, IMAGE="<IMG_CONTEXT>", SYSTEM=PHI3_SYSTEM, BREAK="\n"),
 }
@@ -416,39 +706,56 @@ def chat_template(folder: str | Path) -> str:
     "The Jinja chat template of an original checkpoint."
     folder = Path(folder)
     name, code = release_of(folder).name, folder / "conversation.py"
-    block = re.search(r"name=['\"]phi3-chat['\"].*?(?=register_conv_template|\Z)", code.read_text(), re.S) if code.is_file() else None
+    block = (
+        re.search(
+            r"name=['\"]phi3-chat['\"].*?(?=register_conv_template|\Z)", code.read_text(), re.S
+        )
+        if code.is_file()
+        else None
+    )
     older = block and ("CHATML" in block[0] or PHI3_SYSTEM in block[0])
     return CHAT_TEMPLATES[name + "-2024-05" if older else name]
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-075
-def original_ids(prompt: str, # with <image> in it
-                 tokenizer,
-                 image_token_id: int) -> list:
+def original_ids(
+    prompt: str,  # with <image> in it
+    tokenizer,
+    image_token_id: int,
+) -> list:
     "Token ids as the original makes them; source: LLaVA's `tokenizer_image_token`."
     first, *rest = (tokenizer(piece)["input_ids"] for piece in prompt.split("<image>"))
-    for ids in rest: first = first + [image_token_id] + ids[bool(ids) and ids[0] == tokenizer.bos_token_id:]
+    for ids in rest:
+        first = first + [image_token_id] + ids[bool(ids) and ids[0] == tokenizer.bos_token_id :]
     return first
 
 
 def fit_template(template: str, tokenizer, image_token_id: int) -> str:
     "The chat template with which whole prompts give the ids of the original."
-    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
-    render = lambda t: tokenizer.apply_chat_template(turns, chat_template=t, add_generation_prompt=True, tokenize=False)
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
+    ]
+    render = lambda t: tokenizer.apply_chat_template(
+        turns, chat_template=t, add_generation_prompt=True, tokenize=False
+    )
     wanted = original_ids(render(template), tokenizer, image_token_id)
     for candidate in (template, template.replace("<image>\n", "<image> \n")):
-        if tokenizer(render(candidate))["input_ids"] == wanted: return candidate
-    warnings.warn(f"prompts are tokenised otherwise than by the original, which gives {wanted[-12:]} at the end")
+        if tokenizer(render(candidate))["input_ids"] == wanted:
+            return candidate
+    warnings.warn(
+        f"prompts are tokenised otherwise than by the original, which gives {wanted[-12:]} at the end"
+    )
     return template
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-079
 @dataclass(frozen=True)
 class ProcessorParts:
     "What is known of a processor when the folder has no tokenizer."
+
     image_processor: object
     chat_template: str
-    placeholder: str # the token that stands for one image feature
+    placeholder: str  # the token that stands for one image feature
     image_token_id: int
-    image_seq_length: int # placeholders per image or tile
+    image_seq_length: int  # placeholders per image or tile
 
     def save_pretrained(self, folder: str | Path):
         "Write preprocessor_config.json and chat_template.jinja."
@@ -456,54 +763,100 @@ class ProcessorParts:
         (Path(folder) / "chat_template.jinja").write_text(self.chat_template)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def load_tokenizer(folder: Path, **kwargs):
     "The tokenizer in a folder, away from its config.json; None if there is none."
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]): return None
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]):
+        return None
     with TemporaryDirectory() as apart:
         for name in TOKENIZER_FILES:
-            if (folder / name).is_file(): shutil.copy(folder / name, apart)
-        auto = AutoTokenizer if "tokenizer_class" in read_json(folder / "tokenizer_config.json") else PreTrainedTokenizerFast
+            if (folder / name).is_file():
+                shutil.copy(folder / name, apart)
+        auto = (
+            AutoTokenizer
+            if "tokenizer_class" in read_json(folder / "tokenizer_config.json")
+            else PreTrainedTokenizerFast
+        )
         return auto.from_pretrained(apart, **kwargs)
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-081
 def llava_processor(parts: ProcessorParts, tokenizer, config: LlavaConfig) -> LlavaProcessor:
     "A native processor whose <image> has the id the model expects."
-    tokenizer.add_tokens([AddedToken(parts.placeholder, special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(parts.placeholder, special=True, normalized=False)], special_tokens=True
+    )
     if (found := tokenizer.convert_tokens_to_ids(parts.placeholder)) != parts.image_token_id:
-        raise ValueError(f"the tokenizer gives {parts.placeholder} the id {found} and the model {parts.image_token_id}: they are not of one release")
+        raise ValueError(
+            f"the tokenizer gives {parts.placeholder} the id {found} and the model {parts.image_token_id}: they are not of one release"
+        )
     clip = config.vision_config.model_type == "clip_vision_model"
-    return LlavaProcessor(parts.image_processor, tokenizer, patch_size=config.vision_config.patch_size, num_additional_image_tokens=int(clip),
-                          vision_feature_select_strategy=config.vision_feature_select_strategy,
-                          chat_template=fit_template(parts.chat_template, tokenizer, parts.image_token_id))
+    return LlavaProcessor(
+        parts.image_processor,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        num_additional_image_tokens=int(clip),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=fit_template(parts.chat_template, tokenizer, parts.image_token_id),
+    )
 
 
-def internvl_processor(parts: ProcessorParts, tokenizer, config: InternVLConfig) -> InternVLProcessor:
+def internvl_processor(
+    parts: ProcessorParts, tokenizer, config: InternVLConfig
+) -> InternVLProcessor:
     "A native processor that wraps a run of <IMG_CONTEXT> in <img> and </img>."
-    return InternVLProcessor(parts.image_processor, tokenizer, InternVLVideoProcessor(), image_seq_length=parts.image_seq_length, chat_template=parts.chat_template)
+    return InternVLProcessor(
+        parts.image_processor,
+        tokenizer,
+        InternVLVideoProcessor(),
+        image_seq_length=parts.image_seq_length,
+        chat_template=parts.chat_template,
+    )
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-083
-INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+INTERNVL_TOKENS = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 
 
 def read_processor(source: Source, tower: str | Path | None = None):
     "The native processor, or its parts if the folder has no tokenizer."
     config, plain = source.config, source.release.placeholder == "<image>"
-    parts = ProcessorParts(image_processor(source.folder, tower), chat_template(source.folder), source.release.placeholder,
-                           config.image_token_id, config.image_seq_length)
-    tokenizer = load_tokenizer(source.folder, **({} if plain else {"extra_special_tokens": INTERNVL_TOKENS}))
-    if tokenizer is None: return parts
-    if tokenizer.pad_token_id is None: tokenizer.pad_token_id = config.get_text_config().pad_token_id
+    parts = ProcessorParts(
+        image_processor(source.folder, tower),
+        chat_template(source.folder),
+        source.release.placeholder,
+        config.image_token_id,
+        config.image_seq_length,
+    )
+    tokenizer = load_tokenizer(
+        source.folder, **({} if plain else {"extra_special_tokens": INTERNVL_TOKENS})
+    )
+    if tokenizer is None:
+        return parts
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = config.get_text_config().pad_token_id
     return (llava_processor if plain else internvl_processor)(parts, tokenizer, config)
 
 
-def load_original(folder: str | Path, # in an original layout
-                  tower: str | Path | None = None, # folder of a vision tower that is not in the checkpoint
-                  device: str | torch.device = "cpu",
-                  dtype: torch.dtype | None = None, # None keeps the checkpoint's
-                  ) -> tuple: # (native model in evaluation mode, processor or ProcessorParts)
+def load_original(
+    folder: str | Path,  # in an original layout
+    tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
+) -> tuple:  # (native model in evaluation mode, processor or ProcessorParts)
     "Load an original checkpoint into native classes, without writing anything."
     source = open_original(folder, tower, dtype)
     return read_model(source).to(device), read_processor(source, tower)
@@ -512,49 +865,71 @@ def load_original(folder: str | Path, # in an original layout
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-def write_safetensors(path: Path,
-                      shapes: list, # (name, tensor without data), in the order of `tensors`
-                      tensors): # yields (name, tensor)
+def write_safetensors(
+    path: Path,
+    shapes: list,  # (name, tensor without data), in the order of `tensors`
+    tensors,
+):  # yields (name, tensor)
     "Write a safetensors file tensor by tensor; source: the format's description in huggingface/safetensors."
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, t in shapes:
         start, end = end, end + t.numel() * t.element_size()
-        header[name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": CODES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors: file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        for _, tensor in tensors:
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-087
 def write_weights(source: Source, out: Path):
     "One native shard per original file, and their index."
-    names = [f"model-{i + 1:05}-of-{len(source.files):05}.safetensors" for i in range(len(source.files))]
-    if len(names) == 1: names = ["model.safetensors"]
+    names = [
+        f"model-{i + 1:05}-of-{len(source.files):05}.safetensors" for i in range(len(source.files))
+    ]
+    if len(names) == 1:
+        names = ["model.safetensors"]
     where, total = {}, 0
     for file, name in zip(source.files, names):
         shapes = list(source.tensors(file, read_shape))
         write_safetensors(out / name, shapes, source.tensors(file))
         where |= {tensor: name for tensor, _ in shapes}
         total += sum(t.numel() * t.element_size() for _, t in shapes)
-    if len(names) > 1: (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
+    if len(names) > 1:
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1)
+        )
 
 
-def convert(folder: str | Path, # in an original layout
-            out: str | Path, # new folder
-            tower: str | Path | None = None, # folder of a vision tower that is not in the checkpoint
-            dtype: torch.dtype | None = None, # None keeps the checkpoint's
-            ) -> Path:
+def convert(
+    folder: str | Path,  # in an original layout
+    out: str | Path,  # new folder
+    tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
+    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
+) -> Path:
     "Convert an original checkpoint once; `from_pretrained` of plain transformers loads the result."
     out, source = Path(out), open_original(folder, tower, dtype)
-    if out.exists() and any(out.iterdir()): raise FileExistsError(f"{out} is not empty; give a new folder")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; give a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as partial:
-        partial = Path(partial) / "checkpoint" # whoever finds `out` finds it whole
+    with TemporaryDirectory(
+        dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True
+    ) as partial:
+        partial = Path(partial) / "checkpoint"  # whoever finds `out` finds it whole
         partial.mkdir()
         write_weights(source, partial)
         source.config.dtype = source.dtype
-        source.config.architectures = ["LlavaForConditionalGeneration" if source.release.placeholder == "<image>" else "InternVLForConditionalGeneration"]
-        for part in (source.config, generation_config(source), read_processor(source, tower)): part.save_pretrained(partial)
+        source.config.architectures = [
+            "LlavaForConditionalGeneration"
+            if source.release.placeholder == "<image>"
+            else "InternVLForConditionalGeneration"
+        ]
+        for part in (source.config, generation_config(source), read_processor(source, tower)):
+            part.save_pretrained(partial)
         os.replace(partial, out)
     return out

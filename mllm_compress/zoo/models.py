@@ -11,14 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 from transformers.utils import logging
 
 from .convert import is_original_layout, load_original
 from .tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-004
-SHIPPED = Path(__file__).parent.parent / "models" if "__file__" in globals() else Path("../../../mllm_compress/models")
+SHIPPED = (
+    Path(__file__).parent.parent / "models"
+    if "__file__" in globals()
+    else Path("../../../mllm_compress/models")
+)
 MODELS = {
     "tiny-llava": "CLIP + Llama, 12 layers of 96, trained on scenes and easy-VQA; ships with the package",
     "tiny-bunny": "SigLIP + Phi, 12 layers of 96, trained on scenes and easy-VQA; ships with the package",
@@ -36,28 +46,45 @@ def quiet_loading():
     "Without the loading bar of transformers, which says nothing about a model of 6 MB."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        yield
     finally:
-        if shown: logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-008
-def load_strict(load, # a from_pretrained of transformers
-                source, # folder or hub id
-                **kwargs): # passed on
+def load_strict(
+    load,  # a from_pretrained of transformers
+    source,  # folder or hub id
+    **kwargs,
+):  # passed on
     "Load with from_pretrained and fail where any weight is missing, left over or has another shape."
-    with quiet_loading(): model, report = load(source, output_loading_info=True, use_safetensors=True, **kwargs)
+    with quiet_loading():
+        model, report = load(source, output_loading_info=True, use_safetensors=True, **kwargs)
     wrong = {k: sorted(map(str, v)) for k, v in report.items() if v and k != "error_msgs"}
-    if wrong: raise ValueError(f"{source} does not fit its own config.json: " +
-                               "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}{' …' if len(v) > 3 else ''}" for k, v in wrong.items()))
+    if wrong:
+        raise ValueError(
+            f"{source} does not fit its own config.json: "
+            + "; ".join(
+                f"{k.replace('_', ' ')}: {', '.join(v[:3])}{' …' if len(v) > 3 else ''}"
+                for k, v in wrong.items()
+            )
+        )
     return model
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-010
 def _refuse_pickle(folder: Path):
     "Stop where a folder has pickled weights and no safetensors."
-    if list(folder.glob("*.safetensors")): return
-    found = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if found: raise ValueError(f"{folder} holds pickled weights ({', '.join(found[:3])}), and reading a pickle can run code. "
-                               "Convert them to safetensors on a machine you can spare (safetensors' own convert script does it), then load the folder.")
+    if list(folder.glob("*.safetensors")):
+        return
+    found = sorted(
+        p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    )
+    if found:
+        raise ValueError(
+            f"{folder} holds pickled weights ({', '.join(found[:3])}), and reading a pickle can run code. "
+            "Convert them to safetensors on a machine you can spare (safetensors' own convert script does it), then load the folder."
+        )
     raise FileNotFoundError(f"{folder} has no *.safetensors: is this the folder of a checkpoint?")
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-012
@@ -65,39 +92,58 @@ def _load_folder(source, dtype, trust_remote_code):
     "A native checkpoint: multimodal with a processor, or a plain LM with a tokenizer."
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     multimodal = getattr(config, "vision_config", None) is not None
-    auto, words = (AutoModelForImageTextToText, AutoProcessor) if multimodal else (AutoModelForCausalLM, AutoTokenizer)
-    model = load_strict(auto.from_pretrained, source, dtype=dtype or "auto", trust_remote_code=trust_remote_code)
+    auto, words = (
+        (AutoModelForImageTextToText, AutoProcessor)
+        if multimodal
+        else (AutoModelForCausalLM, AutoTokenizer)
+    )
+    model = load_strict(
+        auto.from_pretrained, source, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+    )
     return model, words.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def _unknown(name):
     "The error for a name that is nothing we know."
     known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
-    return ValueError(f"Unknown model {name!r}. Give one of these, any hub id as owner/name, or the path of a folder:{known}")
+    return ValueError(
+        f"Unknown model {name!r}. Give one of these, any hub id as owner/name, or the path of a folder:{known}"
+    )
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-014
-def cast(model: torch.nn.Module,
-         dtype: torch.dtype,
-        ) -> torch.nn.Module: # the same
+def cast(
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+) -> torch.nn.Module:  # the same
     "Change the number format of a model's weights, and of nothing else."
-    for p in model.parameters(): p.data = p.data.to(dtype)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
     return model
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-017
-def load_model(name: str,            # a name of MODELS, a folder, or a hub id
-               device: str = "cpu",  # where to put it
-               dtype: torch.dtype | None = None,  # None keeps the checkpoint's
-               trust_remote_code: bool = False,   # run code that comes with a checkpoint: off unless you say so
-               vision_tower: str | None = None,   # folder of the tower, for original releases that come without one
-              ) -> tuple:            # (model in evaluation mode, processor or tokenizer)
+def load_model(
+    name: str,  # a name of MODELS, a folder, or a hub id
+    device: str = "cpu",  # where to put it
+    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
+    trust_remote_code: bool = False,  # run code that comes with a checkpoint: off unless you say so
+    vision_tower: str
+    | None = None,  # folder of the tower, for original releases that come without one
+) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor."
     folder, family = Path(name), name.split("-")[-1]
-    if name.startswith("smoke-") and name in MODELS: model, processor = tiny_model(family, layers=4), tiny_processor(family)
-    elif name in MODELS and (SHIPPED / name).is_dir(): model, processor = _load_folder(SHIPPED / name, dtype, False)
-    elif folder.is_dir() and is_original_layout(folder): model, processor = load_original(folder, vision_tower, dtype=dtype)
-    elif folder.is_dir(): _refuse_pickle(folder); model, processor = _load_folder(folder, dtype, trust_remote_code)
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name): model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
-    else: raise _unknown(name)
+    if name.startswith("smoke-") and name in MODELS:
+        model, processor = tiny_model(family, layers=4), tiny_processor(family)
+    elif name in MODELS and (SHIPPED / name).is_dir():
+        model, processor = _load_folder(SHIPPED / name, dtype, False)
+    elif folder.is_dir() and is_original_layout(folder):
+        model, processor = load_original(folder, vision_tower, dtype=dtype)
+    elif folder.is_dir():
+        _refuse_pickle(folder)
+        model, processor = _load_folder(folder, dtype, trust_remote_code)
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
+    else:
+        raise _unknown(name)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-019
@@ -105,9 +151,21 @@ def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    try: folder = Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"] if not trust_remote_code else ["*.bin"]))
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                ignore_patterns=["*.bin", "*.pt", "*.pth", "*.py"]
+                if not trust_remote_code
+                else ["*.bin"],
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise OSError(f"{name} could not be fetched from the hub ({type(error).__name__}). Without a network, copy the checkpoint to a folder and pass its path.") from error
-    if is_original_layout(folder): return load_original(folder, vision_tower, dtype=dtype)
+        raise OSError(
+            f"{name} could not be fetched from the hub ({type(error).__name__}). Without a network, copy the checkpoint to a folder and pass its path."
+        ) from error
+    if is_original_layout(folder):
+        return load_original(folder, vision_tower, dtype=dtype)
     _refuse_pickle(folder)
     return _load_folder(folder, dtype, trust_remote_code)

@@ -11,8 +11,17 @@ import math
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
-    CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
-    PhiConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipVisionConfig)
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-005
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -27,10 +36,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     "A word-level tokenizer over the vocabulary of the small data sets."
     vocab = {w: i for i, w in enumerate(SPECIAL + WORDS)}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(),
-                                                 pre_tokenizers.Split(Regex(r"\?"), "isolated")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", extra_special_tokens={"image_token": "<image>"})
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\?"), "isolated")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
     fast.model_max_length, fast.padding_side = 512, "right"
     return fast
 
@@ -41,60 +57,99 @@ CHAT_TEMPLATE = (
     "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %} "
     "{% else %}ASSISTANT: {% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-012
-def tiny_processor(family: str, # "llava" or "bunny"
-                  ) -> LlavaProcessor:
+def tiny_processor(
+    family: str,  # "llava" or "bunny"
+) -> LlavaProcessor:
     "The processor of a tiny model: 64-pixel images, 16 image tokens."
     clip, side = family == "llava", {"height": 64, "width": 64}
-    images = (CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side) if clip
-              else SiglipImageProcessorPil(size=side))
-    return LlavaProcessor(images, tiny_tokenizer(), patch_size=16, chat_template=CHAT_TEMPLATE,
-                          vision_feature_select_strategy="default" if clip else "full",
-                          num_additional_image_tokens=int(clip))
+    images = (
+        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side)
+        if clip
+        else SiglipImageProcessorPil(size=side)
+    )
+    return LlavaProcessor(
+        images,
+        tiny_tokenizer(),
+        patch_size=16,
+        chat_template=CHAT_TEMPLATE,
+        vision_feature_select_strategy="default" if clip else "full",
+        num_additional_image_tokens=int(clip),
+    )
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-017
-def tiny_config(family: str,      # "llava" (CLIP + Llama) or "bunny" (SigLIP + Phi)
-                layers: int = 12, # decoder layers
-                hidden: int = 96, # width of the residual stream
-               ) -> LlavaConfig:
+def tiny_config(
+    family: str,  # "llava" (CLIP + Llama) or "bunny" (SigLIP + Phi)
+    layers: int = 12,  # decoder layers
+    hidden: int = 96,  # width of the residual stream
+) -> LlavaConfig:
     "The configuration of a tiny model of either family."
     n_words = len(SPECIAL) + len(WORDS)
-    vision = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, image_size=64, patch_size=16)
-    text = dict(vocab_size=n_words, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=8,
-                max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    if family == "llava": vision, text = CLIPVisionConfig(**vision), LlamaConfig(**text, intermediate_size=256)
+    vision = dict(
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=16,
+    )
+    text = dict(
+        vocab_size=n_words,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    if family == "llava":
+        vision, text = CLIPVisionConfig(**vision), LlamaConfig(**text, intermediate_size=256)
     elif family == "bunny":
         vision = SiglipVisionConfig(**vision, vision_use_head=False)
         text = PhiConfig(**text, intermediate_size=4 * hidden, resid_pdrop=0.0)
-    else: raise ValueError(f"Unknown family {family!r}: use 'llava' or 'bunny'.")
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=SPECIAL.index("<image>"), image_seq_length=16,
-                       vision_feature_layer=-1, vision_feature_select_strategy="default" if family == "llava" else "full",
-                       tie_word_embeddings=False)
+    else:
+        raise ValueError(f"Unknown family {family!r}: use 'llava' or 'bunny'.")
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=SPECIAL.index("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default" if family == "llava" else "full",
+        tie_word_embeddings=False,
+    )
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-019
-def init_weights(model: torch.nn.Module, # any decoder or tower of ours
-                 layers: int,            # depth, for the residual scale
-                 seed: int = 0,
-                ) -> None:
+def init_weights(
+    model: torch.nn.Module,  # any decoder or tower of ours
+    layers: int,  # depth, for the residual scale
+    seed: int = 0,
+) -> None:
     "Fan-in scaled normal weights, smaller where a matrix writes into the residual stream; biases are zero."
     gen = torch.Generator().manual_seed(seed)
     writers = ("o_proj", "dense", "down_proj", "fc2", "out_proj")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             scale = 1 / math.sqrt(module.in_features)
-            if name.split(".")[-1] in writers: scale /= math.sqrt(2 * layers)
+            if name.split(".")[-1] in writers:
+                scale /= math.sqrt(2 * layers)
             torch.nn.init.normal_(module.weight, 0, scale, generator=gen)
-            if module.bias is not None: torch.nn.init.zeros_(module.bias)
-        elif isinstance(module, torch.nn.Embedding): torch.nn.init.normal_(module.weight, 0, .5, generator=gen)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, 0, 0.5, generator=gen)
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-021
-def tiny_model(family: str,      # "llava" or "bunny"
-               layers: int = 12, # decoder layers
-               seed: int = 0,    # of the weights
-               **kwargs,         # further arguments of tiny_config
-              ) -> LlavaForConditionalGeneration:
+def tiny_model(
+    family: str,  # "llava" or "bunny"
+    layers: int = 12,  # decoder layers
+    seed: int = 0,  # of the weights
+    **kwargs,  # further arguments of tiny_config
+) -> LlavaForConditionalGeneration:
     "A tiny model with fresh weights."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the tower's class and patch embeddings keep the library's draw
