@@ -292,7 +292,7 @@ def test_given_parameters_come_before_the_profile_of_the_notebook_and_that_befor
 )
 def test_a_profile_cannot_set_what_a_notebook_does_not_have(own, message):
     with pytest.raises(ValueError, match=message):
-        asked(
+        resolve_parameters(
             replace(QUICK, notebooks={"04_distillation": own}),
             "04_distillation",
             ratios=[],
