@@ -27,19 +27,10 @@ def sha256(
     path: Path,  # of a file
 ) -> str:  # 64 hexadecimal digits
     "The SHA-256 of a file."
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:
-    "The same for Python 3.10, which has no `file_digest`."
     digest = hashlib.sha256()
-    for chunk in iter(lambda: file.read(1 << 20), b""):
-        digest.update(chunk)
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
