@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from mllm_compress.anatomy.tensors import PeakTensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
@@ -24,7 +25,7 @@ from mllm_compress.importance.criteria import (
     scoring_memory,
     width_importance,
 )
-from mllm_compress.importance.influence import PeakTensors, cosine_change
+from mllm_compress.importance.influence import cosine_change
 from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]

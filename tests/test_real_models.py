@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from mllm_compress.anatomy.tensors import weights_hash
 from original_layouts import NAMES, instruction_json, with_tokenizer
 from test_benchmarks import root  # noqa: F401  (a fixture)
 
@@ -19,7 +20,6 @@ from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import block_influence, width_importance
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.recovery.teacher_cache import weights_hash
 from mllm_compress.zoo.convert import convert
 from mllm_compress.zoo.models import load_model
 

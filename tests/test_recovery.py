@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from mllm_compress.anatomy.tensors import weights_hash
 from safetensors.torch import load_file
 
 from mllm_compress.anatomy.families import anatomy
@@ -28,7 +29,6 @@ from mllm_compress.recovery.teacher_cache import (
     TargetCache,
     decoder_states,
     image_features,
-    weights_hash,
 )
 from mllm_compress.recovery.trainer import Batches, NonFiniteLoss, RecoveryTrainer, checkpoints
 from mllm_compress.recovery.training import (

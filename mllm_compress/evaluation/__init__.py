@@ -8,8 +8,8 @@ __all__ = ['REAL_SUITE', 'SCORERS', 'SMALL_SUITE', 'ask', 'avg_percent', 'benchm
 
 # %% ../../nbs/library/evaluation/00_index.ipynb #cell-003
 from .benchmarks import REAL_SUITE, SMALL_SUITE, benchmark, load_questions
-from .scorers import SCORERS
 from .generation import ask
+from .scorers import SCORERS
 from mllm_compress.evaluation.scoring import (
     avg_percent,
     compare,

@@ -7,14 +7,14 @@ __all__ = ['LayerScores', 'WidthScores', 'angular_distance', 'block_influence', 
            'load_scores', 'scoring_memory', 'width_importance']
 
 # %% ../../nbs/library/importance/00_index.ipynb #cell-003
-from .scores import LayerScores, WidthScores, load_scores
-from .influence import angular_distance, block_influence
 from mllm_compress.importance.criteria import (
-    layer_importance,
     largest_batch,
+    layer_importance,
     scoring_memory,
     width_importance,
 )
+from .influence import angular_distance, block_influence
+from .scores import LayerScores, WidthScores, load_scores
 
 _all_ = [
     "LayerScores",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'CACHE', 'image_features', 'embed', 'shared_prefix', 'last_layer_at', 'listening', 'decoder_states',
-           'Targets', 'image_key', 'compute_targets', 'weights_hash', 'TargetCache']
+           'Targets', 'image_key', 'compute_targets', 'TargetCache']
 
 # %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-002
 import contextlib
@@ -281,19 +281,7 @@ def _size(features: list, states: dict) -> int:
     "Bytes in lists of tensors."
     return sum(t.nbytes for tensors in (features, *states.values()) for t in tensors)
 
-# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-038
-def weights_hash(
-    *modules: nn.Module,
-) -> str:
-    "A fingerprint of names, shapes and every byte of the weights."
-    digest = hashlib.blake2b(digest_size=12)
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-040
+# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-039
 @dataclass
 class TargetCache:
     "Targets by key: bounded in memory, optionally on disk."
@@ -314,7 +302,7 @@ class TargetCache:
             self.held.popitem(last=False)
         return self.held[key]
 
-# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-042
+# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-041
 def _write(targets: Targets, path: Path):
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +316,7 @@ def _write(targets: Targets, path: Path):
     save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
     partial.replace(path)
 
-# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-044
+# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-043
 def _read(path: Path) -> Targets:
     "The targets of a file."
     tensors = load_file(path)
@@ -340,5 +328,5 @@ def _read(path: Path) -> Targets:
         tensors["first"],
     )
 
-# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-047
+# %% ../../nbs/library/recovery/02_teacher_cache.ipynb #cell-046
 CACHE = TargetCache()

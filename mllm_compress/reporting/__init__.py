@@ -6,10 +6,10 @@
 __all__ = ['CLAIMS', 'Claim', 'Estimate', 'Report', 'advise', 'difference', 'run_study', 'summary']
 
 # %% ../../nbs/library/reporting/00_index.ipynb #cell-003
-from .effects import Estimate, difference, summary
-from .claims import CLAIMS, Claim
-from .report import Report
 from .advice import advise
+from .claims import CLAIMS, Claim
+from .effects import Estimate, difference, summary
+from .report import Report
 from .runner import run_study
 
 _all_ = ["CLAIMS", "Claim", "Estimate", "Report", "advise", "difference", "run_study", "summary"]

@@ -7,7 +7,7 @@ __all__ = ['Experiment', 'Profile', 'Store', 'load_profile', 'profile_names', 'r
 
 # %% ../../nbs/library/study/00_index.ipynb #cell-003
 from .experiments import Experiment, Profile, load_profile, profile_names
-from .store import Store
 from .runs import run, status
+from .store import Store
 
 _all_ = ["Experiment", "Profile", "Store", "load_profile", "profile_names", "run", "status"]
