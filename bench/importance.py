@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 import transformers
 from machine import facts
-from mllm_compress.anatomy.tensors import PeakTensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm_compress.anatomy.families import anatomy
+from mllm_compress.anatomy.tensors import PeakTensors
 from mllm_compress.importance.influence import block_influence, cosine_change
 from mllm_compress.importance.scores import evaluating
 from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from mllm_compress.anatomy.tensors import PeakTensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mllm_compress import importance
 from mllm_compress.anatomy.families import anatomy
+from mllm_compress.anatomy.tensors import PeakTensors
 from mllm_compress.importance import taylor as taylor_module
 from mllm_compress.importance.criteria import (
     LayerScores,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from mllm_compress.anatomy.tensors import weights_hash
 from safetensors.torch import load_file
 
 from mllm_compress.anatomy.families import anatomy
+from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.data.instructions import (
     Collator,
     InstructionData,

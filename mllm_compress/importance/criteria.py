@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ..anatomy.families import anatomy, count_parameters
-from .influence import PeakTensors, angular_distance, block_influence
+from ..anatomy.tensors import PeakTensors
+from .influence import angular_distance, block_influence
 from mllm_compress.importance.scores import (
     LayerScores,
     WidthScores,

@@ -28,6 +28,7 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 
 from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import anatomy
+from ..anatomy.tensors import weights_hash
 from ..data.instructions import Collator
 from .losses import LOSSES, check_losses
 from .sharded import trainer_class
@@ -36,7 +37,6 @@ from mllm_compress.recovery.teacher_cache import (
     SHARED,
     TargetCache,
     compute_targets,
-    weights_hash,
 )
 from .trainer import Batches, Student, TeacherSide, checkpoints, indexed
 
