@@ -38,12 +38,8 @@ from ..anatomy.families import anatomy
 from ..evaluation.benchmarks import PUBLIC, benchmark, parquet_files
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import evaluate
-from mllm_compress.importance.criteria import (
-    LayerScores,
-    block_influence,
-    load_scores,
-    width_importance,
-)
+from ..importance.criteria import block_influence, width_importance
+from ..importance.scores import LayerScores, load_scores
 from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.training import RecoveryConfig, config_from_dict, learning_rate, recover
