@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
 from .formats import check_describes, shrink
 from .integrity import PLAN, read_manifest, verify
 from .saving import VARIANT
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-
 from ..pruning.plans import PruningPlan
 
 # %% ../../nbs/library/checkpoint/05_loading.ipynb #cell-006

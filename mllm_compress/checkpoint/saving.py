@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 
 import transformers
+from transformers import PreTrainedModel
+
 from .card import model_card
 from .formats import check_describes, choose_format
 from .integrity import CARD, MANIFEST, PLAN, write_manifest
-from transformers import PreTrainedModel
-
 from ..pruning.plans import PruningPlan
 from ..utils.files import replacing_folder
 
