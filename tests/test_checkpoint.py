@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, load with stock classes where they can, and fail loudly where they cannot."""
+"""Checkpoints come back bit for bit, load with stock classes where they can, or fail loudly."""
 
 import json
 import os
@@ -11,8 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from mllm_compress import checkpoint
-from mllm_compress.checkpoint.folders import load_pruned, save_pruned, verify
+from mllm_compress.checkpoint import load_pruned, loading, save_pruned, saving, verify
 from mllm_compress.pruning.slicing import (
     PruningPlan,
     apply_plan,
@@ -80,7 +79,8 @@ for folder, auto in json.loads(sys.argv[1]):
     with torch.no_grad(): out = model(**case).logits[case["attention_mask"].bool()]
     assert torch.allclose(out, logits, rtol=1e-5, atol=1e-5), (folder, (out - logits).abs().max())
     for cache in (True, False):
-        ids = model.generate(**case, use_cache=cache, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, suppress_tokens=[4])
+        ids = model.generate(**case, use_cache=cache, max_new_tokens=4, do_sample=False,
+                             eos_token_id=None, pad_token_id=0, suppress_tokens=[4])
         first = ids if cache else first
     assert torch.equal(ids, first), folder
 assert "mllm_compress" not in sys.modules
@@ -191,9 +191,9 @@ def test_blockwise_fails_loudly_with_stock_classes(name, classes, tmp_path):
 def test_the_full_size_model_never_exists(tmp_path, monkeypatch):
     model, plan = pruned("tiny-llava", "blockwise")
     save_pruned(model, plan, tmp_path / "out")
-    seen, shrink = [], checkpoint.shrink
+    seen, shrink = [], loading.shrink
     monkeypatch.setattr(
-        checkpoint,
+        loading,
         "shrink",
         lambda fresh, plan: (
             seen.extend(p.device.type for p in fresh.parameters()) or shrink(fresh, plan)
@@ -269,7 +269,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     folder = save_pruned(model, plan, tmp_path / "out")
     before = (folder / "model.safetensors").read_bytes()
     other, other_plan = pruned("llama-4x1", "blockwise")
-    monkeypatch.setattr(checkpoint, "model_card", lambda *a: 1 / 0)
+    monkeypatch.setattr(saving, "model_card", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_pruned(other, other_plan, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
@@ -380,6 +380,7 @@ def test_the_card_says_what_was_done(tmp_path):
         "seed": 3,
     }
     text = (save_pruned(model, plan, tmp_path / "out", card=card) / "README.md").read_text()
+    decoder = sum(p.numel() for p in model.model.language_model.parameters())
     for said in (
         f"achieved {plan.achieved_ratio:.1%}",
         "requested 40.0%",
@@ -389,7 +390,7 @@ def test_the_card_says_what_was_done(tmp_path):
         "| scenes/open | 97.12 |",
         "| train | projector |",
         "**seed**: 3",
-        f"| lm | {sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel():,} |",
+        f"| lm | {decoder + model.lm_head.weight.numel():,} |",
     ):
         assert said in text, said
     assert "\n---\n" in text and str(tmp_path) not in text

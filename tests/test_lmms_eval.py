@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from test_benchmarks import SETS, root  # noqa: F401  (root is a fixture)
 
-from mllm_compress.checkpoint.folders import save_pruned
+from mllm_compress.checkpoint import save_pruned
 from mllm_compress.evaluation import benchmarks as B
 from mllm_compress.evaluation import lmms_eval as plugin
 from mllm_compress.evaluation.generation import ask

@@ -13,7 +13,7 @@ from test_benchmarks import root  # noqa: F401  (a fixture)
 from mllm_compress import recovery
 from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
 from mllm_compress.anatomy.tensors import weights_hash
-from mllm_compress.checkpoint.folders import load_pruned, save_pruned
+from mllm_compress.checkpoint import load_pruned, save_pruned
 from mllm_compress.cost.arithmetic import closed_parameters, cost_report, shape_of_model
 from mllm_compress.data.instructions import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate

@@ -347,7 +347,7 @@ def prune(
         from mllm_compress.importance.scores import LayerScores, load_scores
         from mllm_compress.pruning import plans
 
-        checkpoint.atomic_folder(out)  # says now what it would say at the end
+        checkpoint.check_target(out)  # before the work, not after it
         loaded, processor, _ = _load(model, device)
         found = load_scores(scores)
         plan = (
@@ -396,7 +396,7 @@ def recover(
 
         if recipe and recipe not in recovery.PAPER:
             raise ValueError(f"Unknown recipe {recipe!r}: use one of {', '.join(recovery.PAPER)}.")
-        checkpoint.atomic_folder(out)  # says now what it would say after the training
+        checkpoint.check_target(out)  # before the work, not after it
         student, processor, plan = _load(model, device)
         if plan is None:
             raise ValueError(
