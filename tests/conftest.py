@@ -10,6 +10,20 @@ from draw_again import ROOT, begin
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden",
+        action="store_true",
+        help="store the golden numbers of new rows and new versions (tests/golden_versions.py)",
+    )
+
+
+@pytest.fixture
+def update_golden(request) -> bool:
+    "Whether --update-golden was given."
+    return request.config.getoption("--update-golden")
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     "Models and inputs with what the original implementation selects on them."
