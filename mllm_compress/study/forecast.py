@@ -13,7 +13,6 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
-from ..cost.arithmetic import recovery_memory
 from mllm_compress.cost.gpu_memory import (
     answering_bytes,
     answering_operations,
@@ -22,6 +21,7 @@ from mllm_compress.cost.gpu_memory import (
     pruned_on_meta,
     training_operations,
 )
+from ..cost.memory import recovery_memory
 from .experiments import Experiment, Profile, Training, located, training_of
 from .stages import recovery_config, source_of
 from ..zoo.convert import REAL_MODELS, is_original_layout, native_config, real_config
