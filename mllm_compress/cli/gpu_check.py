@@ -35,6 +35,7 @@ from ..study.stages import trained_in_float32
 from ..study.store import home
 from ..utils.files import write_atomically
 from ..zoo.convert import real_config
+from ..zoo.models import cast
 from ..zoo.tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-004
@@ -193,7 +194,7 @@ def real_model(name: str, device: str) -> PreTrainedModel:
 def toy_model(name: str, device: str) -> PreTrainedModel:
     "A small model of the same family in bfloat16."
     family = "llava" if name.startswith("LLaVA") else "bunny"
-    return zoo.cast(tiny_model(family, layers=4), torch.bfloat16).to(device)
+    return cast(tiny_model(family, layers=4), torch.bfloat16).to(device)
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-028
 def device_name(device: str) -> str:
