@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress.anatomy.families import part_parameters
-from mllm_compress.cost.arithmetic import closed_parameters, cost_report
+from mllm_compress.cost.arithmetic import closed_parameters
+from mllm_compress.cost.report import cost_report
 from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
 from mllm_compress.zoo.convert import (
     CHAT_TEMPLATES,

@@ -1,4 +1,4 @@
-"""What depends on the device: the same numbers on $MLLM_COMPRESS_DEVICE as on the CPU; and gpu-check's own logic at toy shapes."""
+"""The same numbers on $MLLM_COMPRESS_DEVICE as on the CPU; and gpu-check at toy shapes."""
 
 import copy
 import os

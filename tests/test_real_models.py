@@ -14,7 +14,8 @@ from mllm_compress import recovery
 from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
 from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.checkpoint import load_pruned, save_pruned
-from mllm_compress.cost.arithmetic import closed_parameters, cost_report, shape_of_model
+from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
+from mllm_compress.cost.report import cost_report
 from mllm_compress.data.instructions import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import block_influence, width_importance

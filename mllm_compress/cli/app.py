@@ -165,7 +165,7 @@ def cost(
 ):
     "Parameters, operations, bytes and seconds of a model."
     with _politely():
-        from mllm_compress.cost.arithmetic import cost_report
+        from mllm_compress.cost.report import cost_report
 
         loaded, processor, _ = _load(model, device)
         typer.echo(cost_report(loaded, processor, latency=latency))

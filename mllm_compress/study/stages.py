@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import data
 from ..anatomy.families import anatomy
-from ..evaluation.benchmarks import PUBLIC, benchmark, parquet_files
+from ..evaluation.benchmarks import BENCHMARKS, benchmark, parquet_files
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import evaluate
 from ..importance.criteria import block_influence, width_importance
@@ -146,7 +146,7 @@ def training_identity(training: Training) -> dict:
     return who
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-015
-SETS = {name: source for name, *_, source in PUBLIC}  # benchmark -> where its files are
+SETS = {b.name: b.source for b in BENCHMARKS.values() if not isinstance(b.source, str)}  # benchmark -> where its files are
 
 
 def root_of(evaluation: Evaluation) -> str | None:
