@@ -22,7 +22,8 @@ from mllm_compress.cost.arithmetic import (
     weight_bytes,
 )
 from .memory import peak_memory, recovery_memory
-from ..importance.criteria import random_scores, scoring_memory, whole_layers
+from ..importance.criteria import random_scores, whole_layers
+from ..importance.memory import scoring_memory
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.training import PAPER, RecoveryConfig, config_from_dict

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..checkpoint.folders import PLAN, load_pruned
+from ..checkpoint.integrity import PLAN
+from ..checkpoint.loading import load_pruned
 from .benchmarks import Question, mean_color, pad_to_square
 from mllm_compress.evaluation.generation import (
     answer_questions,
