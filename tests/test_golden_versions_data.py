@@ -16,7 +16,9 @@ def scene_numbers(
     numbers = []
     for i in range(3):
         items = [[x.cell, x.shape, x.color, x.size, list(x.shift)] for x in scenes.scene(i, split)]
-        asked = [[q["type"], q["question"], q["answer"], q["options"]] for q in scenes.ask(i, split)]
+        asked = [
+            [q["type"], q["question"], q["answer"], q["options"]] for q in scenes.ask(i, split)
+        ]
         rows = np.asarray(scenes.image(i, split)).astype(int).sum((1, 2)).tolist()
         numbers.append([items, asked, rows])
     return numbers
@@ -26,9 +28,7 @@ def integers(
     batch: dict,
 ) -> dict:
     "The integer tensors of a batch as lists; pixels are floats and depend on the platform."
-    return {
-        k: v.int().tolist() for k, v in sorted(batch.items()) if not torch.is_floating_point(v)
-    }
+    return {k: v.int().tolist() for k, v in sorted(batch.items()) if not torch.is_floating_point(v)}
 
 
 def batch_numbers(
@@ -63,7 +63,52 @@ def smoke_numbers(
 DATA = "nbs/library/data/01_instructions.ipynb"
 SCENES = "nbs/library/data/02_scenes.ipynb"
 SMOKE = "nbs/library/zoo/03_tiny_models.ipynb"
-GOLDEN = {  # what: (version's name, its notebook, its value, function and arguments, hash)
+GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
+    "scenes of train": (
+        *("SCENES_VERSION", SCENES, 1),
+        lambda: scene_numbers("train"),
+        "302093830fa75b034c5d",
+    ),
+    "scenes of validation": (
+        *("SCENES_VERSION", SCENES, 1),
+        lambda: scene_numbers("validation"),
+        "0d47e69ddd6cc4ebdf7d",
+    ),
+    "scenes of test": (
+        *("SCENES_VERSION", SCENES, 1),
+        lambda: scene_numbers("test"),
+        "946351dc89f7687b0262",
+    ),
+    "independent batches": (
+        *("DATA_VERSION", DATA, 1),
+        lambda: batch_numbers("independent"),
+        "2c072c02bffe09f56b74",
+    ),
+    "sequential batches": (
+        *("DATA_VERSION", DATA, 1),
+        lambda: batch_numbers("sequential"),
+        "039505dea44659a2fbf4",
+    ),
+    "batches in blocks": (
+        *("DATA_VERSION", DATA, 1),
+        lambda: batch_numbers("independent", block=40),
+        "fbdaa723311bb6ee8054",
+    ),
+    "calibration batches": (
+        *("CALIBRATION_VERSION", DATA, 1),
+        calibration_numbers,
+        "b2adbf41c969a81bb851",
+    ),
+    "smoke-llava": (
+        *("SMOKE_VERSION", SMOKE, 1),
+        lambda: smoke_numbers("llava"),
+        "dac2d4502ac753d350f2",
+    ),
+    "smoke-bunny": (
+        *("SMOKE_VERSION", SMOKE, 1),
+        lambda: smoke_numbers("bunny"),
+        "e4ddaccc1f3862731619",
+    ),
 }
 
 

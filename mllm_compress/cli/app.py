@@ -289,7 +289,7 @@ def convert(
             for _, t in found.tensors(f, c.read_shape)
         )
         with _growing(out, total):
-            c.convert(source, out, tower, wanted)
+            c.convert_original(source, out, tower, wanted)
         typer.echo(
             f"{found.release.name}, {total / 2**30:.2f} GiB in {str(found.dtype).split('.')[-1]}\nwritten to {out}"
         )
