@@ -33,7 +33,7 @@ from mllm_compress.cost.arithmetic import (
 )
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
-from mllm_compress.recovery.training import RecoveryConfig
+from mllm_compress.recovery.config import RecoveryConfig
 
 
 def width_scores(model):

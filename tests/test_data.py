@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mllm_compress.data.instructions import Collator, InstructionData, Made, entry, load_json, turns
-from mllm_compress.recovery.trainer import Batches
+from mllm_compress.recovery.batches import Batches
 
 
 def conversation(*said):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mllm_compress.cli.app import app
 from mllm_compress.evaluation.benchmarks import REAL_SUITE
-from mllm_compress.recovery.training import PAPER
+from mllm_compress.recovery.config import PAPER
 from mllm_compress.study.experiments import Experiment, load_profile, training_of
 from mllm_compress.study.stages import checkpoints_of, recovery_config
 from mllm_compress.study.store import Store, read

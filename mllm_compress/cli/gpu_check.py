@@ -25,9 +25,11 @@ from ..cost.gpu_memory import KINDS, training_kind
 from ..importance.criteria import block_influence, width_importance
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
-from ..recovery.losses import count
-from ..recovery.trainer import Student, TeacherSide
-from ..recovery.training import RecoveryConfig, add_lora, recover, trainable_copy
+from ..recovery.losses import batch_counts
+from ..recovery.distillation import Student, Teacher
+from ..recovery.config import RecoveryConfig
+from ..recovery.student import add_lora, trainable_copy
+from ..recovery.training import recover
 from ..reporting import runner
 from ..reporting.report import Table, to_markdown
 from ..study.stages import trained_in_float32
@@ -107,7 +109,7 @@ def recovery_step(
     if config.gradient_checkpointing:
         getattr(module.parts.model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     side, weights = (
-        TeacherSide(teacher, teacher, module),
+        Teacher(teacher, teacher, module),
         torch.tensor(list(config.losses.values()), device=student.device),
     )
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-5)
@@ -118,7 +120,7 @@ def recovery_step(
             student.device.type, torch.bfloat16, enabled=student.dtype.itemsize == 2
         ):
             features, targets = side(batch, [0])
-            loss = module(text, features, targets, count(batch["labels"])) @ weights
+            loss = module(text, features, targets, batch_counts(batch["labels"])) @ weights
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

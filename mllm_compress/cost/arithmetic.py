@@ -27,7 +27,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.compat import CACHE_ARGUMENT, CHECKPOINTING
 from ..anatomy.families import anatomy, part_parameters
-from ..recovery.training import RecoveryConfig, add_lora
+from ..recovery.config import RecoveryConfig
+from ..recovery.student import add_lora
 from ..zoo.convert import REAL_MODELS, real_config
 
 _all_ = ["REAL_MODELS", "real_config"]

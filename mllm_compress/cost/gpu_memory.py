@@ -27,7 +27,7 @@ from mllm_compress.cost.arithmetic import (
 from ..importance.criteria import random_scores, scoring_memory, whole_layers
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
-from ..recovery.training import PAPER, RecoveryConfig, config_from_dict
+from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
 from ..zoo.convert import REAL_MODELS, real_config
 
 # %% ../../nbs/library/cost/02_gpu_memory.ipynb #cell-005

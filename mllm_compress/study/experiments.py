@@ -19,7 +19,7 @@ from typing import get_type_hints
 import yaml
 
 from ..recovery.losses import LOSSES
-from ..recovery.training import TRAIN
+from ..recovery.config import TRAINS
 from .store import home
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-005
@@ -79,7 +79,7 @@ class Experiment:
         if self.importance == "default":
             object.__setattr__(self, "importance", IMPORTANCE[self.pruning][0])
         _one_of(f"importance for {self.pruning} pruning", self.importance, IMPORTANCE[self.pruning])
-        _one_of("train", self.train, TRAIN)
+        _one_of("train", self.train, TRAINS)
         check_recovery(self.recovery)
         for name, kind in (("ratio", float), ("fraction", float), ("seed", int)):
             object.__setattr__(self, name, _number(name, getattr(self, name), kind))
@@ -334,7 +334,7 @@ def _checked(profile: Profile) -> Profile:
         if not 0 < f <= 1:
             raise ValueError(f"profile {profile.name}: fraction {f} is outside (0, 1].")
     for train, rates in profile.learning_rates.items():
-        _one_of("train", train, TRAIN)
+        _one_of("train", train, TRAINS)
         for recovery in rates:
             _check_name(recovery, f"profile {profile.name}: learning_rates, {train}")
     for options in (

@@ -46,7 +46,8 @@ from mllm_compress.importance.criteria import (
 )
 from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from ..pruning.slicing import apply_plan
-from ..recovery.training import RecoveryConfig, config_from_dict, learning_rate, recover
+from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
+from ..recovery.training import recover
 from . import store
 from mllm_compress.study.experiments import (
     Evaluation,
