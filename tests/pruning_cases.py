@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import FAMILIES, anatomy
 from mllm_compress.importance.scores import WidthScores
-from mllm_compress.pruning.slicing import plan_layerwise, plan_widthwise
+from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.zoo.tiny_models import tiny_model
 
 LMS = [

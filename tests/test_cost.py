@@ -30,7 +30,7 @@ from mllm_compress.cost.timing import latency, time_call
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.recovery.training import RecoveryConfig
+from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.zoo.convert import REAL_MODELS, real_config
 
 

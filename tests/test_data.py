@@ -15,7 +15,7 @@ from mllm_compress.data.instructions import (
     load_json,
     turns,
 )
-from mllm_compress.recovery.trainer import Batches
+from mllm_compress.recovery.batches import Batches
 
 
 def conversation(*said):

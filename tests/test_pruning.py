@@ -11,19 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.slicing import (
-    PruningPlan,
-    apply_plan,
-    draw_plan,
-    is_nested,
-    layers_for_ratio,
-    make_plan,
-    plan_combined,
-    plan_layerwise,
-    plan_none,
-    plan_widthwise,
-    silence,
-)
+from mllm_compress.pruning.plans import PruningPlan, draw_plan, is_nested, layers_for_ratio, make_plan, plan_combined, plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.pruning.slicing import apply_plan, silence
 
 
 @pytest.fixture(scope="module")

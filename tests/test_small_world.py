@@ -300,7 +300,7 @@ def test_learning_rates_are_those_that_validation_chose(profile):
     import csv
     from pathlib import Path
 
-    from mllm_compress.study.experiments import load_profile
+    from mllm_compress.study.profiles import load_profile
 
     file = (
         Path(__file__).parents[1] / "figures/tiny/00_learning_rates-rates.csv"
