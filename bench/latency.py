@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm_compress.cost.arithmetic import forward, shape_of_model, time_call, weight_bytes
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
 from mllm_compress.reporting.style import GREY, Look, label_ends, line, look, page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"

@@ -38,7 +38,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.data.instructions import Collator, scene_data
 from mllm_compress.importance.scores import LayerScores
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
+from mllm_compress.pruning import apply_plan, plan_layerwise
 from mllm_compress.recovery import teacher_cache as targets
 from mllm_compress.recovery.losses import answer_positions, count
 from mllm_compress.recovery.teacher_cache import decoder_states, image_features

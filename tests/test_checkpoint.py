@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mllm_compress import checkpoint
 from mllm_compress.checkpoint.folders import load_pruned, save_pruned, verify
-from mllm_compress.pruning.slicing import (
+from mllm_compress.pruning import (
     PruningPlan,
     apply_plan,
     plan_layerwise,

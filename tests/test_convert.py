@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress.anatomy.families import part_parameters
 from mllm_compress.cost.arithmetic import closed_parameters, cost_report
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
+from mllm_compress.pruning import apply_plan, plan_layerwise
 from mllm_compress.zoo.convert import (
     CHAT_TEMPLATES,
     INTERNVL_NAMES,

@@ -32,7 +32,7 @@ from mllm_compress.cost.arithmetic import (
     weight_bytes,
 )
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise
 from mllm_compress.recovery.training import RecoveryConfig
 
 

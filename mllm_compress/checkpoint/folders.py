@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from ..pruning.pruning_plan import PruningPlan, make_plan, spans
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +32,6 @@ from transformers import (
 )
 
 from ..anatomy.families import anatomy, part_parameters
-from ..pruning.plans import PruningPlan, make_plan, spans
 from ..pruning.slicing import cut
 
 # %% ../../nbs/library/checkpoint/01_folders.ipynb #cell-008

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..pruning.plans import PruningPlan
+from ..pruning.pruning_plan import PruningPlan
 from . import store
 from .experiments import Experiment, Profile, canonical, describe, load_profile
 from .slurm import slurm
