@@ -38,15 +38,15 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.data.instructions import Collator, scene_data
 from mllm_compress.importance.scores import LayerScores
-from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.pruning.plans import plan_layerwise
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery import teacher_cache as targets
+from mllm_compress.recovery.config import RecoveryConfig
+from mllm_compress.recovery.distillation import Student
 from mllm_compress.recovery.losses import answer_positions, count
 from mllm_compress.recovery.states import decoder_states, image_features
-from mllm_compress.recovery.distillation import Student
-from mllm_compress.recovery.config import RecoveryConfig
-from mllm_compress.recovery.training import _attention, _attention_name, _block, _passes
 from mllm_compress.recovery.student import add_lora, trainable_copy
+from mllm_compress.recovery.training import _attention, _attention_name, _block, _passes
 from mllm_compress.reporting.style import page
 from mllm_compress.zoo.tiny_models import tiny_model, tiny_processor
 

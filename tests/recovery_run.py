@@ -12,8 +12,8 @@ torch.set_num_threads(1)
 
 from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.data.instructions import scene_data
-from mllm_compress.recovery.trainer import RecoveryTrainer
 from mllm_compress.recovery.config import RecoveryConfig
+from mllm_compress.recovery.trainer import RecoveryTrainer
 from mllm_compress.recovery.training import recover
 from mllm_compress.zoo.models import load_model
 

@@ -24,8 +24,8 @@ from mllm_compress.anatomy.families import (
     lm_parameters,
     part_parameters,
 )
-from mllm_compress.importance.influence import block_influence
 from mllm_compress.importance.criteria import random_scores, width_importance
+from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 

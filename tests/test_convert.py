@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mllm_compress.anatomy.families import part_parameters
 from mllm_compress.cost.arithmetic import closed_parameters
 from mllm_compress.cost.report import cost_report
-from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.pruning.plans import plan_layerwise
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.convert import (
     CHAT_TEMPLATES,
     INTERNVL_NAMES,

@@ -18,8 +18,8 @@ from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
 from mllm_compress.cost.report import cost_report
 from mllm_compress.data.instructions import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
-from mllm_compress.importance.influence import block_influence
 from mllm_compress.importance.criteria import width_importance
+from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.convert import convert_original

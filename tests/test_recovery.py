@@ -24,15 +24,15 @@ from mllm_compress.data.instructions import (
     packed_mask,
     scene_data,
 )
-from mllm_compress.recovery.teacher_cache import SHARED, TargetCache
-from mllm_compress.recovery.states import decoder_states, image_features
 from mllm_compress.recovery.batches import Batches
-from mllm_compress.recovery.trainer import NonFiniteLoss, RecoveryTrainer
 from mllm_compress.recovery.checkpoints import checkpoints
 from mllm_compress.recovery.config import PAPER, RecoveryConfig, config_from_dict, learning_rate
-from mllm_compress.recovery.training import _attention, recover
-from mllm_compress.recovery.student import add_lora, lora_targets
 from mllm_compress.recovery.distillation import layer_pairs
+from mllm_compress.recovery.states import decoder_states, image_features
+from mllm_compress.recovery.student import add_lora, lora_targets
+from mllm_compress.recovery.teacher_cache import SHARED, TargetCache
+from mllm_compress.recovery.trainer import NonFiniteLoss, RecoveryTrainer
+from mllm_compress.recovery.training import _attention, recover
 
 N = 8
 

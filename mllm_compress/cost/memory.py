@@ -13,7 +13,8 @@ from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import anatomy
 from ..anatomy.tensors import PeakTensors
 from .arithmetic import example_inputs, forward, weight_bytes
-from ..recovery.training import RecoveryConfig, add_lora, trainable_copy
+from ..recovery.config import RecoveryConfig
+from ..recovery.student import add_lora, trainable_copy
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-005
 def peak_memory(

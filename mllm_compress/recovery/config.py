@@ -67,9 +67,7 @@ class RecoveryConfig:
     passes: int | None = None  # forward passes per step; None: 8 samples each on a CPU, 1 on a GPU
     positions: str = "answer"  # where distillation compares; "all": everywhere, as the original
     temperature: float = 2.0  # of logits distillation
-    hidden_layers: tuple | dict | None = (
-        None  # of hidden_kd, see distillation.layer_pairs
-    )
+    hidden_layers: tuple | dict | None = None  # of hidden_kd, see distillation.layer_pairs
     turns: str = "independent"  # questions on an image do not attend to each other; "sequential"
     max_length: int | None = None  # tokens per row; longer ones are cut
     group_by_length: bool = False  # similar lengths share a batch

@@ -8,8 +8,8 @@ __all__ = ['Experiment', 'Profile', 'Store', 'load_profile', 'plan_of', 'profile
 # %% ../../nbs/library/study/00_index.ipynb #cell-003
 from .experiments import Experiment
 from .profiles import Profile, load_profile, profile_names
-from .store import Store
 from .runs import plan_of, run, status
+from .store import Store
 
 _all_ = [
     "Experiment",

@@ -25,8 +25,7 @@ from ..cost.memory import recovery_memory
 from .experiments import Experiment
 from .profiles import Profile, Training, located, training_of
 from .stages import recovery_config, source_of
-from ..zoo.convert import is_original_layout, native_config, real_config
-from ..zoo.models import real_name
+from ..zoo.convert import is_original_layout, native_config, real_config, real_name
 
 # %% ../../nbs/library/study/08_forecast.ipynb #cell-004
 def config_of(model: str, profile: Profile):

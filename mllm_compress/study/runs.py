@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ..pruning.plans import PruningPlan
+from ..pruning.pruning_plan import PruningPlan
 from . import stages, store
 from .experiments import Experiment, canonical, describe
 from .profiles import Profile, load_profile
