@@ -27,7 +27,7 @@ class Form:
     matrices: int = 3  # of the MLP: gate, up, down; or fc1, fc2
     norms: int = 2  # per decoder layer
     norm_vectors: int = 1  # 1 scale, 2 scale and shift
-    qkv_bias: bool | str = False  # or the key of the config that says so
+    qkv_bias: bool | str = False  # or the key of the config that decides
     out_bias: bool | str = False  # of the attention's output projection
     mlp_bias: bool | str = False
     head_bias: bool = False  # of the LM head, in the plain causal LM
@@ -78,7 +78,7 @@ def _biases(family: str, config, head_bias: bool) -> frozenset:
 
 
 def _family(config) -> str:
-    "The family of a text config, or an error that says what to add."
+    "The family of a text config, or an error with what to add."
     if config.model_type in FORMS:
         return config.model_type
     raise ValueError(
@@ -161,7 +161,7 @@ class Tower:
     patch_bias: bool  # of the convolution that makes patches
     outer_norms: int  # before and after the encoder
     branch_scales: int = 0  # vectors per layer that scale a residual branch
-    head_key: str = ""  # config key that says a pooling head is there
+    head_key: str = ""  # config key of the switch for a pooling head
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-027
 TOWERS = {
@@ -174,7 +174,7 @@ TOWERS = {
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-029
 def _tower(vision) -> Tower:
-    "The row of a vision config, or an error that says what to add."
+    "The row of a vision config, or an error with what to add."
     if vision.model_type in TOWERS:
         return TOWERS[vision.model_type]
     raise ValueError(

@@ -27,7 +27,7 @@ GENERATION_VERSION = 1
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-008
 def out_of_memory(error: Exception) -> bool:
-    "Whether an error says that memory ran out, on a GPU or a CPU."
+    "Whether an error means that memory ran out, on a GPU or a CPU."
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     text = str(error).lower()
     return known or "not enough memory" in text or "can't allocate memory" in text
@@ -160,7 +160,7 @@ _PLACE = "PLACEHOLDER"
 
 def render_prompts(
     processor,  # with a chat template
-    prompts: list,  # what the user says
+    prompts: list,  # the user's texts
     image_texts: list,  # for each prompt, the texts that stand for its images
 ) -> list:  # of str
     "Prompts in the model's conversation format, image tokens expanded."

@@ -29,7 +29,7 @@ def student_quantile(
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-009
 def wilson(
     right: float,  # questions answered correctly
-    n: int,  # questions asked
+    n: int,  # questions
     level: float = 0.95,
 ) -> tuple:  # (low, high) as fractions
     "Wilson's score interval of a proportion; without questions, everything from 0 to 1."

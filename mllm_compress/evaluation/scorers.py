@@ -317,10 +317,10 @@ def mean_score(frame: pd.DataFrame) -> dict:
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-062
 def yes_no_score(frame: pd.DataFrame) -> dict:
-    "Accuracy, with POPE's F1 of the answer yes and how often yes was said."
-    said, true = frame.parsed == "yes", frame.answer.str.strip().str.lower() == "yes"
-    f1 = 2 * (said & true).sum() / max(said.sum() + true.sum(), 1)
-    return mean_score(frame) | {"f1": 100 * float(f1), "yes_rate": 100 * float(said.mean())}
+    "Accuracy, with POPE's F1 of the answer yes and the share of answers yes."
+    given, true = frame.parsed == "yes", frame.answer.str.strip().str.lower() == "yes"
+    f1 = 2 * (given & true).sum() / max(given.sum() + true.sum(), 1)
+    return mean_score(frame) | {"f1": 100 * float(f1), "yes_rate": 100 * float(given.mean())}
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-064
 def paired_score(frame: pd.DataFrame) -> dict:
@@ -355,14 +355,14 @@ def harness_exact(text: str, question: dict) -> Judgement:
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-072
 def harness_yes_no(text: str, question: dict) -> Judgement:
     "lmms-eval's POPE: the bare word, so that 'Yes.' is wrong."
-    said = text.lower().strip()
-    return judged(said, said == question["answer"].lower().strip())
+    word = text.lower().strip()
+    return judged(word, word == question["answer"].lower().strip())
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-074
 def harness_mme(text: str, question: dict) -> Judgement:
     "lmms-eval's MME: full stops dropped, y and n understood."
-    said = text.lower().strip().replace(".", "")
-    head = {"y": "yes", "n": "no"}.get(said, said)[:4]
+    word = text.lower().strip().replace(".", "")
+    head = {"y": "yes", "n": "no"}.get(word, word)[:4]
     parsed = "yes" if "yes" in head else "no" if "no" in head else None
     return judged(parsed, parsed == question["answer"].lower().strip().replace(".", ""))
 
