@@ -52,7 +52,7 @@ class Experiment:
     seed: int = 0
 
     def __post_init__(self):
-        check_choice("pruning", self.pruning, ("none", *PRUNINGS))
+        check_choice("pruning", self.pruning, PRUNINGS)
         allowed = criteria_of(self.pruning) if self.pruning != "none" else ("none",)
         if self.importance == "default":
             object.__setattr__(self, "importance", allowed[0])

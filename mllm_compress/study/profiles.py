@@ -126,8 +126,10 @@ class Profile:
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-014
 def _said(error: dict, kind: type, where: str) -> str:
     "One of pydantic's findings as a sentence."
-    *place, last = [str(part) for part in error["loc"] if part != "__init__"] or [""]
-    where = ", ".join([where, *place])
+    *place, last = [part for part in error["loc"] if part != "__init__"] or [""]
+    if isinstance(last, int):  # an item of a list
+        last = f"{place.pop()}[{last}]"
+    where = ", ".join([where, *map(str, place)])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{where}: unknown {last}; the keys are {', '.join(_keys(kind, place))}."
     if error["type"] in ("missing", "missing_argument"):

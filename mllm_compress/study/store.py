@@ -122,7 +122,7 @@ def _hashes(folder: Path) -> dict:  # name -> hash
     return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.is_file()}
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-013
-BROKEN = (ValueError, KeyError, TypeError, AttributeError)  # what a damaged file raises
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged files
 
 
 def unsealed(text: str, key: str) -> dict:
@@ -327,7 +327,7 @@ def _taken(path: Path, stage: str, store: Store) -> list:
     for key, line in _lines(path, stage).items():
         try:
             sound = unsealed(line, key)["inputs"]["stage"] == stage
-        except (*BROKEN, RecursionError):
+        except BROKEN:
             sound = False
         if not sound:
             warnings.warn(f"The {stage} {key} in {path} is corrupt and was left out.")
