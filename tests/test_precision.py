@@ -1,4 +1,6 @@
-"""Half precision is for weights; a profile that asks for the fastest precision gets one that the machine computes in, named in the result."""
+"""Half precision is for weights; `fastest` becomes a precision that the machine computes in.
+
+The result names that precision."""
 
 from dataclasses import replace
 

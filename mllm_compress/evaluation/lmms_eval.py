@@ -6,13 +6,11 @@
 __all__ = ['manifest', 'settings', 'cut', 'likelihoods', 'CompressedModel']
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-004
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..checkpoint.integrity import PLAN
+from ..checkpoint.integrity import is_checkpoint
 from ..checkpoint.loading import load_pruned
 from .benchmarks import Question, pad_to_square
 from mllm_compress.evaluation.generation import (
@@ -186,7 +184,7 @@ class CompressedModel(lmms):
             self.accelerator.device if self._world_size > 1 or device is None else device
         )
         self.batch_size = 256 if str(batch_size).startswith("auto") else int(batch_size)
-        load = load_pruned if (Path(pretrained) / PLAN).exists() else load_model
+        load = load_pruned if is_checkpoint(pretrained) else load_model
         self.model, self.processor, *_ = load(
             str(pretrained),
             device=str(self.device),

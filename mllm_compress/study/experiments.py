@@ -19,7 +19,7 @@ from typing import get_type_hints
 import yaml
 
 from ..recovery.losses import LOSSES
-from ..recovery.config import TRAINS
+from ..recovery.losses import TRAINS
 from .store import home
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-005
