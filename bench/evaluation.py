@@ -1,10 +1,12 @@
 """Questions per second of the batched engine against one-by-one `generate`, on the small suite.
 
-The rival is what a first script does: for each question the processor, then `model.generate` with its KV cache. Both answer
-the same questions and must say the same words. Three engines are timed in turn with it: at batch 1, at the default batch, and
-again on images seen before, as when a study evaluates its next model.
+The rival is what a first script does: for each question the processor, then `model.generate` with
+its KV cache. Both answer the same questions, and their answers must be equal. Three engines are
+timed in turn with it: at batch 1, at the default batch, and again on images seen before, as when a
+study evaluates its next model.
 
-    python bench/evaluation.py [--quick] [--models tiny-llava tiny-bunny] [--questions 200] [--rival 60] [--repeats 5]
+    python bench/evaluation.py [--quick] [--models tiny-llava tiny-bunny] [--questions 200]
+                               [--rival 60] [--repeats 5]
 """
 
 import argparse
@@ -19,7 +21,7 @@ from machine import facts
 from mllm_compress import zoo
 from mllm_compress.evaluation import generation
 from mllm_compress.evaluation.benchmarks import SMALL_SUITE, benchmark, load_questions
-from mllm_compress.evaluation.generation import ask
+from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.reporting.style import page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
@@ -32,8 +34,8 @@ LOOKS = {
 
 
 def one_by_one(model, processor, questions, tokens: int) -> list:
-    "The plain way."
-    said = []
+    "One question at a time through `generate`."
+    answers = []
     for q in questions:
         content = [{"type": "image"}, {"type": "text", "text": q.prompt}]
         text = processor.apply_chat_template(
@@ -41,12 +43,12 @@ def one_by_one(model, processor, questions, tokens: int) -> list:
         )
         inputs = processor(text=text, images=q.images[0], return_tensors="pt").to(model.device)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
-        said.append(
+        answers.append(
             processor.tokenizer.decode(
                 out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             ).strip()
         )
-    return said
+    return answers
 
 
 def engine(
@@ -54,18 +56,16 @@ def engine(
 ) -> list:
     "Ours; unless images were seen, the cache starts empty."
     if not seen:
-        generation.SIGHTS.__init__(generation.SIGHTS.max_bytes)
-    return [a.text for a in ask(model, processor, questions, tokens, batch_size)]
+        generation.FEATURES.__init__(generation.FEATURES.max_bytes)
+    return [a.text for a in answer_questions(model, processor, questions, tokens, batch_size)]
 
 
 def measure(name: str, per_kind: int, rival: int, repeats: int, device: str) -> pd.DataFrame:
     "Questions per second of every way, in turn, `repeats` times."
     model, processor = zoo.load_model(name, device=device)
     questions = [q for kind in SMALL_SUITE for q in load_questions(kind, "test", per_kind)]
-    tokens, some = (
-        benchmark(SMALL_SUITE[0]).max_new_tokens,
-        questions[:: max(len(questions) // rival, 1)],
-    )
+    tokens = benchmark(SMALL_SUITE[0]).max_new_tokens
+    some = questions[:: max(len(questions) // rival, 1)]
     ways = {
         "one by one": lambda: one_by_one(model, processor, some, tokens),
         "engine, batch 1": lambda: engine(model, processor, some, tokens, 1),
@@ -74,11 +74,11 @@ def measure(name: str, per_kind: int, rival: int, repeats: int, device: str) -> 
     }
     rows = []
     for turn in range(-1, repeats):  # the first turn warms up
-        said = {}
+        answers = {}
         for way, call in ways.items():
             start = time.perf_counter()
-            said[way] = call()
-            n = len(said[way])
+            answers[way] = call()
+            n = len(answers[way])
             if turn >= 0:
                 rows.append(
                     {
@@ -90,12 +90,12 @@ def measure(name: str, per_kind: int, rival: int, repeats: int, device: str) -> 
                     }
                 )
         same = (
-            said["one by one"]
-            == said["engine, batch 1"]
-            == said["engine"][:: max(len(questions) // rival, 1)]
+            answers["one by one"]
+            == answers["engine, batch 1"]
+            == answers["engine"][:: max(len(questions) // rival, 1)]
         )
         if not same:
-            raise SystemExit(f"{name}: the ways do not say the same")
+            raise SystemExit(f"{name}: the answers of the ways differ")
     return pd.DataFrame(rows)
 
 
@@ -150,8 +150,11 @@ def draw(rows: pd.DataFrame, path: Path):
         plt.close(fig)
     first = rows.iloc[0]
     path.with_suffix(".txt").write_text(
-        f"Questions per second on the small suite, and how many times the speed of one-by-one generate, timed in turn: medians, and quartiles as bars, of n = {first.repeats} turns of "
-        f"{rows.questions.min():,} to {rows.questions.max():,} questions; the factor is the median of those within turns, not the quotient of two medians. {first.device}, {first.threads} thread(s).\n",
+        "Questions per second on the small suite, and how many times the speed of one-by-one "
+        "generate, timed in turn: medians, and quartiles as bars, of "
+        f"n = {first.repeats} turns of {rows.questions.min():,} to {rows.questions.max():,} "
+        "questions; the factor is the median of those within turns, not the quotient of two "
+        f"medians. {first.device}, {first.threads} thread(s).\n",
         encoding="utf-8",
     )
 
@@ -167,9 +170,7 @@ def main():
     )
     parser.add_argument("--models", nargs="+", default=None)
     parser.add_argument("--questions", type=int, default=200, help="of each of the seven kinds")
-    parser.add_argument(
-        "--rival", type=int, default=60, help="questions that the slow ways are asked"
-    )
+    parser.add_argument("--rival", type=int, default=60, help="questions for the slow ways")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=OUT)
     a = parser.parse_args()

@@ -1,8 +1,9 @@
 """Decode latency of a pruned decoder against the dense one, beside the ideal 1 / (1 - ratio).
 
-One token at batch 1 reads every weight once, so a decoder that does not fit a cache is bound by memory, and removing a
-share of its weights should remove that share of the time. Does it? The rival is the dense decoder, timed in turn with
-each pruned one so that both meet the same machine. Random weights: speed does not depend on their values.
+One token at batch 1 reads every weight once, so a decoder that does not fit a cache is bound by
+memory, and removing a share of its weights should remove that share of the time. Does it? The rival
+is the dense decoder, timed in turn with each pruned one so that both meet the same machine. Random
+weights: speed does not depend on their values.
 
     python bench/latency.py [--quick] [--width 2048] [--layers 20] [--repeats 20]
 """
@@ -18,9 +19,11 @@ import transformers
 from machine import facts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_compress.cost.arithmetic import forward, shape_of_model, time_call, weight_bytes
+from mllm_compress.cost.arithmetic import forward, shape_of_model, weight_bytes
+from mllm_compress.cost.timing import time_call
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.reporting.style import GREY, Look, label_ends, line, look, page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
@@ -31,7 +34,7 @@ IDEAL = Look("ideal 1 / (1 − ratio)", GREY, "_")
 
 
 def decoder(width: int, layers: int, device: str) -> LlamaForCausalLM:
-    "A Llama of Vicuna's proportions: 128 channels a head, 2.6875 neurons a channel, hardly any vocabulary."
+    "A Llama of Vicuna's proportions (128 channels a head) with a vocabulary of 1,024."
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width * 43 // 16,
@@ -118,8 +121,10 @@ def draw(rows: pd.DataFrame, path: Path):
         for end in (".png", ".pdf"):
             fig.savefig(path.with_suffix(end))
     path.with_suffix(".txt").write_text(
-        f"Speed-up of decoding one token after {first.context} others, over the dense decoder timed in turn: medians, and quartiles as bars, of n = {first.repeats} pairs "
-        f"({first['shape']}, {first['dtype']}; rounded: widths in multiples of 64). {first.device}, {first.threads} thread(s).\n",
+        f"Speed-up of decoding one token after {first.context} others, over the dense decoder "
+        f"timed in turn: medians, and quartiles as bars, of n = {first.repeats} pairs "
+        f"({first['shape']}, {first['dtype']}; rounded: widths in multiples of 64). "
+        f"{first.device}, {first.threads} thread(s).\n",
         encoding="utf-8",
     )
 
@@ -170,9 +175,11 @@ def main():
                 ideal_speedup=1 / (1 - plan.achieved_ratio),
             )
             rows.append(row | compare(dense, pruned, args.context, repeats, warmup) | about)
+            median, low, high = (rows[-1][f"speedup_{k}"] for k in ("median", "low", "high"))
             print(
-                f"{method:<30}{ratio:.0%}  achieved {plan.achieved_ratio:.1%}  ideal {rows[-1]['ideal_speedup']:.2f}x  measured "
-                f"{rows[-1]['speedup_median']:.2f}x [{rows[-1]['speedup_low']:.2f}, {rows[-1]['speedup_high']:.2f}]",
+                f"{method:<30}{ratio:.0%}  achieved {plan.achieved_ratio:.1%}  "
+                f"ideal {rows[-1]['ideal_speedup']:.2f}x  "
+                f"measured {median:.2f}x [{low:.2f}, {high:.2f}]",
                 flush=True,
             )
             del pruned

@@ -106,7 +106,7 @@ def drawn_again(
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request):
-    "What runs beside the tests starts with the first of them, if any will ask for it; if it cannot start, only they fail."
+    "Start the notebooks with the first test if any test needs them; if that fails, only they fail."
     with contextlib.suppress(Exception):
         if any(
             "drawn_again" in getattr(item, "fixturenames", ()) for item in request.session.items

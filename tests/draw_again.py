@@ -31,7 +31,7 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     from mllm_compress.reporting.notebooks import experiments_of
     from mllm_compress.study import runs as study
     from mllm_compress.study import store
-    from mllm_compress.study.experiments import load_profile
+    from mllm_compress.study.profiles import load_profile
 
     (checkout / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", checkout)

@@ -1,4 +1,4 @@
-"""The golden checkpoints in their original layouts, with a tokenizer, so that they can be used like the real ones."""
+"""The golden checkpoints in their original layouts, with a tokenizer as the real ones have."""
 
 import shutil
 from pathlib import Path
@@ -70,7 +70,7 @@ def with_tokenizer(layouts: Path, name: str, into: Path) -> Path:
 
 
 def instruction_json(folder: Path, n: int = 12) -> list:
-    "LLaVA entries of every kind, their images written below `folder`: one turn, two turns, without an image, odd shapes."
+    "LLaVA entries with one or two turns, with and without an image; images go to `folder`."
     colors, entries = ["red", "green", "blue", "white"], []
     for i in range(n):
         color, path = colors[i % 4], f"coco/train2017/{i:06}.jpg"

@@ -1,11 +1,11 @@
-"""Models and plans that the pruning and checkpoint tests run through: every family, with and without grouped queries."""
+"""Models and plans of the pruning and checkpoint tests: every family, grouped queries or not."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import FAMILIES, anatomy
 from mllm_compress.importance.scores import WidthScores
-from mllm_compress.pruning.slicing import plan_layerwise, plan_widthwise
+from mllm_compress.pruning import plan_layerwise, plan_widthwise
 from mllm_compress.zoo.tiny_models import tiny_model
 
 LMS = [

@@ -199,6 +199,9 @@ SETS = {  # folder, file -> rows as the hub has them
 }
 
 
+SOURCES = [b.source for b in B.BENCHMARKS.values() if isinstance(b.source, B.Source)]
+
+
 def write(root, sets=SETS):
     for (folder, name), rows in sets.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -283,8 +286,8 @@ def test_mme_with_a_missing_row_is_an_error(tmp_path):
 def test_scienceqa_context_and_letters_beyond_e(root):
     text, picture = load("sqa", root)
     assert (
-        text.prompt
-        == "Context: Think.\nWhich is a solid?\nA. water\nB. ice\nAnswer with the option's letter from the given choices directly."
+        text.prompt == "Context: Think.\nWhich is a solid?\nA. water\nB. ice\n"
+        "Answer with the option's letter from the given choices directly."
     )
     assert (
         text.images == ()
@@ -305,8 +308,8 @@ def test_mmmu_images_options_and_open_answers(root):
         (0, 128, 0),
     ]
     assert (
-        choice.prompt
-        == "<image 1> beside <image 2>?\nA. red\nB. <image 3>\n\nAnswer with the option's letter from the given choices directly."
+        choice.prompt == "<image 1> beside <image 2>?\nA. red\nB. <image 3>\n\n"
+        "Answer with the option's letter from the given choices directly."
     )
     assert (
         free.options == ()
@@ -327,13 +330,14 @@ def test_ai2d(root):
 def test_mathvista_hints(root):
     length, part, count, years = load("mathvista", root)
     assert (
-        length.prompt
-        == "How long? (Unit: cm)\nAnswer the question using a single floating-point number with one decimal place."
+        length.prompt == "How long? (Unit: cm)\n"
+        "Answer the question using a single floating-point number with one decimal place."
     )
     assert length.extra == {"answer_type": "float", "precision": 1.0}
     assert (
         part.prompt
-        == "Which part?\nA. 3/11\nB. 8/11\nAnswer with the option's letter from the given choices directly."
+        == "Which part?\nA. 3/11\nB. 8/11\n"
+        "Answer with the option's letter from the given choices directly."
         and part.candidates == ("A", "B")
     )
     assert count.prompt.endswith("a single integer number.") and years.prompt.endswith(
@@ -347,10 +351,11 @@ def test_docvqa(root):
 
 
 @pytest.mark.parametrize(
-    "name, column", [(name, column) for name, *_, source in B.PUBLIC for column in source.columns]
+    "name, column",
+    [(b.name, c) for b in B.BENCHMARKS.values() if b.source in SOURCES for c in b.source.columns],
 )
 def test_a_missing_column_is_named(name, column, tmp_path):
-    source = next(s for n, *_, s in B.PUBLIC if n == name)
+    source = B.benchmark(name).source
     folder = f"{source.repo.split('/')[-1]}/{source.config}"
     sets = {
         k: [{c: v for c, v in r.items() if c != column} for r in rows] if k[0] == folder else rows
@@ -397,3 +402,26 @@ def test_small_suite_has_its_answers_among_its_candidates():
         and {q.answer for q in pairs[:2]} == {"yes", "no"}
         and pairs[0].group == pairs[1].group
     )
+
+
+@pytest.mark.parametrize("name", B.BENCHMARKS)
+def test_the_hash_of_questions_follows_what_is_asked(name, root):
+    ask = lambda **kw: B.questions_hash(name, **{"root": str(root)} | kw)
+    assert ask() == ask() and len({ask(), ask(limit=3), ask(split="validation")}) == 3
+
+
+def test_the_hash_of_questions_follows_the_files(root, tmp_path):
+    before = {n: B.questions_hash(n, root=root) for n in ("gqa", "ai2d")}
+    assert len(set(before.values())) == 2
+    key = ("GQA/testdev_balanced_images", "testdev-00000-of-00001")
+    other = write(tmp_path, SETS | {key: [r | {"image": png(size=(60, 40))} for r in SETS[key]]})
+    assert B.questions_hash("ai2d", root=other) == before["ai2d"]
+    assert B.questions_hash("gqa", root=other) != before["gqa"]
+    with pytest.raises(FileNotFoundError, match="lmms-lab/GQA"):
+        B.questions_hash("gqa", root=tmp_path / "elsewhere")
+
+
+def test_the_hash_of_questions_loads_none(monkeypatch):
+    monkeypatch.setattr(B.scenes, "questions", None)
+    monkeypatch.setattr(B.instructions, "easy_vqa", None)
+    assert len({B.questions_hash(name) for name in B.SMALL_SUITE}) == len(B.SMALL_SUITE)

@@ -12,13 +12,9 @@ import transformers
 from safetensors.torch import load_file
 
 from mllm_compress.checkpoint import load_pruned, loading, save_pruned, saving, verify
-from mllm_compress.pruning.slicing import (
-    PruningPlan,
-    apply_plan,
-    plan_layerwise,
-    plan_none,
-    plan_widthwise,
-)
+from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.pruning.pruning_plan import PruningPlan
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.tiny_models import tiny_processor
 
 transformers.utils.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Original layouts: the native model computes, sees and reads what the original does, and bad folders are refused."""
+"""Original layouts: native models give the original's numbers, and bad folders are refused."""
 
 import json
 import shutil
@@ -14,16 +14,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mllm_compress.anatomy.families import part_parameters
-from mllm_compress.cost.arithmetic import closed_parameters, cost_report
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise
+from mllm_compress.cost.arithmetic import closed_parameters
+from mllm_compress.cost.report import cost_report
+from mllm_compress.pruning.plans import plan_layerwise
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.convert import (
     CHAT_TEMPLATES,
     INTERNVL_NAMES,
     LLAVA_NAMES,
+    REAL_MODELS,
     ProcessorParts,
     append_rows,
     chat_template,
-    convert,
+    convert_original,
     image_processor,
     is_original_layout,
     load_original,
@@ -33,7 +36,9 @@ from mllm_compress.zoo.convert import (
     original_ids,
     padded_vocabulary,
     real_config,
+    real_name,
 )
+from mllm_compress.zoo.models import MODELS
 
 QUESTION = {
     "role": "user",
@@ -261,12 +266,18 @@ def test_tiles_are_the_originals(layouts):
 
 # words
 
-SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 PROMPTS = {
     "vicuna_v1": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:",
     "bunny": f"{SYSTEM} USER: <image>\nWhat is shown? ASSISTANT:",
-    "phi3-chat": "<|system|>\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。<|end|><|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|><|assistant|>\n",
-    "phi3-chat-2024-05": "<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|>\n<|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|>\n<|assistant|>\n",
+    "phi3-chat": "<|system|>\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+    "英文名叫InternVL, 是一个有用无害的人工智能助手。<|end|>"
+    "<|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|><|assistant|>\n",
+    "phi3-chat-2024-05": "<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|>\n"
+    "<|user|>\n<IMG_CONTEXT>\nWhat is shown?<|end|>\n<|assistant|>\n",
 }
 TWO_TURNS = {
     "vicuna_v1": " A cat.</s>USER: Sure? ASSISTANT:",
@@ -320,7 +331,7 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
     assert (ids[0] == 1) == (name == "llava")
     with torch.no_grad():
         assert model(**batch).logits.isfinite().all()
-    out = convert(folder, tmp_path / "out")
+    out = convert_original(folder, tmp_path / "out")
     again = AutoProcessor.from_pretrained(out)
     assert (
         again(
@@ -355,7 +366,12 @@ def test_internvl_processor(layouts, tmp_path):
 def test_older_phi3_chat_is_recognised_from_the_text_of_conversation_py(layouts, tmp_path):
     folder = copy_of(layouts, "internvl", tmp_path)
     assert chat_template(folder) == CHAT_TEMPLATES["phi3-chat"]
-    code = "raise SystemExit('never run')\nregister_conv_template(Conversation(name='other', sep_style=SeparatorStyle.{}))\nregister_conv_template(\n    Conversation(\n        name='phi3-chat',\n        sep_style=SeparatorStyle.{},\n    )\n)\n"
+    code = (
+        "raise SystemExit('never run')\n"
+        "register_conv_template(Conversation(name='other', sep_style=SeparatorStyle.{}))\n"
+        "register_conv_template(\n    Conversation(\n        name='phi3-chat',\n"
+        "        sep_style=SeparatorStyle.{},\n    )\n)\n"
+    )
     for other, style, expected in (
         ("CHATML", "MPT", "phi3-chat"),
         ("MPT", "CHATML", "phi3-chat-2024-05"),
@@ -385,15 +401,20 @@ def test_a_tokenizer_of_another_release_is_refused(layouts, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_converted_checkpoint_loads_in_stock_transformers(layouts, tmp_path, name):
-    out = convert(layouts / name, tmp_path / "out")
+    out = convert_original(layouts / name, tmp_path / "out")
     script = (
-        "import sys, torch; from safetensors.torch import load_file; from transformers import AutoModelForImageTextToText as A\n"
-        "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(report.values()), report\n"
-        "g, e = load_file(sys.argv[2] + '/inputs.safetensors'), load_file(sys.argv[2] + '/outputs.safetensors')\n"
+        "import sys, torch; from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForImageTextToText as A\n"
+        "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not any(report.values()), report\n"
+        "g = load_file(sys.argv[2] + '/inputs.safetensors')\n"
+        "e = load_file(sys.argv[2] + '/outputs.safetensors')\n"
         "ids, mask = g['batch.expanded_input_ids'], g['batch.expanded_attention_mask']\n"
         "ids = torch.where(ids == -200, m.config.image_token_id, ids)\n"
-        "with torch.no_grad(): logits = m.eval()(input_ids=ids, attention_mask=mask, pixel_values=g['pixel_values']).logits\n"
-        "print((logits[..., :e['batch.logits'].shape[-1]] - e['batch.logits'])[mask.bool()].abs().max().item(), 'mllm_compress' in sys.modules)\n"
+        "with torch.no_grad():\n"
+        "    out = m.eval()(input_ids=ids, attention_mask=mask, pixel_values=g['pixel_values'])\n"
+        "difference = out.logits[..., :e['batch.logits'].shape[-1]] - e['batch.logits']\n"
+        "print(difference[mask.bool()].abs().max().item(), 'mllm_compress' in sys.modules)\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(out), str(layouts / name)],
@@ -415,7 +436,7 @@ def test_shards_streamed_into_shards_give_the_same(layouts, loaded, tmp_path, na
     parts = [dict(list(weights.items())[i::3]) for i in range(3)]
     for i, part in enumerate(parts):
         save_file(part, folder / f"pytorch_model-{i}.safetensors")
-    out = convert(folder, tmp_path / "out", dtype=torch.bfloat16)
+    out = convert_original(folder, tmp_path / "out", dtype=torch.bfloat16)
     assert len(list(out.glob("*.safetensors"))) == 3 + (name == "llava")
     stock = AutoModelForImageTextToText.from_pretrained(out)
     assert stock.dtype == torch.bfloat16
@@ -466,9 +487,11 @@ def test_memory_while_converting_stays_near_one_shard(layouts, tmp_path):
     shard = max(f.stat().st_size for f in folder.glob("*.safetensors"))
     total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     script = (
-        "import sys, resource; from mllm_compress.zoo.convert import convert, open_original; open_original(sys.argv[1])\n"
+        "import sys, resource\n"
+        "from mllm_compress.zoo.convert import convert_original, open_original\n"
+        "open_original(sys.argv[1])\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "before = peak(); convert(sys.argv[1], sys.argv[2]); print(peak() - before)"
+        "before = peak(); convert_original(sys.argv[1], sys.argv[2]); print(peak() - before)"
     )
     run = subprocess.run(
         [sys.executable, "-c", script, str(folder), str(tmp_path / "out")],
@@ -493,7 +516,7 @@ def test_everything_works_on_a_converted_model(layouts, loaded, name):
 def test_which_folders_are_original_layouts(layouts, tmp_path):
     assert all(is_original_layout(layouts / name) for name in NAMES)
     assert not is_original_layout(tmp_path) and not is_original_layout(
-        convert(layouts / "llava", tmp_path / "native")
+        convert_original(layouts / "llava", tmp_path / "native")
     )
 
 
@@ -581,7 +604,7 @@ def test_wrong_tensors_are_named_before_any_work(layouts, tmp_path, change, mess
     folder = copy_of(layouts, "llava", tmp_path)
     change_weights(folder / "model.safetensors", change)
     with pytest.raises(ValueError, match=message):
-        convert(folder, tmp_path / "out")
+        convert_original(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -601,7 +624,7 @@ def test_missing_shards_and_full_folders(layouts, tmp_path):
         open_original(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(FileExistsError, match="not empty"):
-        convert(folder, folder)
+        convert_original(folder, folder)
     change_json(folder / "config.json", architectures=["GPT2LMHeadModel"])
     with pytest.raises(
         ValueError, match="LlavaLlamaForCausalLM, BunnyPhiForCausalLM, InternVLChatModel"
@@ -665,3 +688,35 @@ def test_native_config_reads_the_placeholder_from_tokenizer_files(layouts, tmp_p
         native_config(folder)  # the real id is beyond this vocabulary
     (folder / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": 309}))
     assert native_config(folder).image_token_id == 309
+
+
+# names of the real models
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("LLaVA-v1.5-7B", "LLaVA-v1.5-7B"),
+        ("llava-v1.5-7b", "LLaVA-v1.5-7B"),
+        ("liuhaotian/llava-v1.5-7b", "LLaVA-v1.5-7B"),
+        ("llava-hf/llava-1.5-7b-hf", "LLaVA-v1.5-7B"),
+        ("baai/bunny-v1_0-3b", "Bunny-v1.0-3B"),
+        ("OpenGVLab/Mini-InternVL-Chat-4B-V1-5", "Mini-InternVL-Chat-4B"),
+        ("mini-internvl-chat-4b", "Mini-InternVL-Chat-4B"),
+    ],
+)
+def test_every_spelling_of_a_real_model_finds_its_name(text, name):
+    assert real_name(text) == name in REAL_MODELS
+    assert real_config(text).to_dict() == real_config(name).to_dict()
+
+
+def test_the_zoo_lists_every_hub_id_of_a_real_model():
+    listed = {hub_id: text for hub_id, text in MODELS.items() if "/" in hub_id}
+    assert set(listed) == {i for real in REAL_MODELS.values() for i in real.hub_ids}
+    assert all(text.startswith(real_name(hub_id)) for hub_id, text in listed.items())
+
+
+@pytest.mark.parametrize("text", ["llava", "llava-v1.5-13b", ""])
+def test_another_model_is_refused_with_the_names_there_are(text):
+    with pytest.raises(ValueError, match="use one of LLaVA-v1.5-7B .*llava-hf.*Mini-InternVL"):
+        real_name(text)

@@ -1,4 +1,4 @@
-"""Cost: the closed forms against the framework, on every family, on pruned models and on the real sizes."""
+"""Cost: the closed forms against the framework, on every family, pruned and real model."""
 
 import copy
 
@@ -9,31 +9,29 @@ from transformers import AutoModelForImageTextToText
 
 from mllm_compress.anatomy.compat import CACHE_ARGUMENT
 from mllm_compress.anatomy.families import part_parameters
+from mllm_compress.cost import gpu_memory
 from mllm_compress.cost.arithmetic import (
     FORMS,
-    REAL_MODELS,
-    CostReport,
     closed_parameters,
-    cost_report,
     decoder_flops,
     example_inputs,
     forward,
     image_tokens,
     kv_bytes_per_token,
-    latency,
-    peak_memory,
     published_sizes,
-    real_config,
-    recovery_memory,
     shape_of_config,
     shape_of_model,
-    time_call,
     vision_flops,
     weight_bytes,
 )
+from mllm_compress.cost.memory import peak_memory, recovery_memory
+from mllm_compress.cost.report import CostReport, cost_report
+from mllm_compress.cost.timing import latency, time_call
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.slicing import apply_plan, plan_layerwise, plan_widthwise
+from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.config import RecoveryConfig
+from mllm_compress.zoo.convert import REAL_MODELS, real_config
 
 
 def width_scores(model):
@@ -263,43 +261,43 @@ def test_errors_say_what_to_do(giants):
     assert isinstance(cost_report(giants["Bunny-v1.0-3B"]), CostReport)
 
 
-# what fits on which card
+# GPU memory
 
 
 def test_float32_for_what_is_trained_in_full():
-    from mllm_compress.cost import gpu_memory as cards
     from mllm_compress.zoo.tiny_models import tiny_config
 
     half, whole = (
-        cards.on_meta(tiny_config("llava", 2), dtype) for dtype in (torch.bfloat16, torch.float32)
+        gpu_memory.on_meta(tiny_config("llava", 2), dtype)
+        for dtype in (torch.bfloat16, torch.float32)
     )
     parts = part_parameters(half)
-    extra = {kind: cards.float32_extra(half, cards.training_kind(kind)) for kind in cards.KINDS}
+    extra = {
+        kind: gpu_memory.float32_extra(half, gpu_memory.training_kind(kind))
+        for kind in gpu_memory.KINDS
+    }
     assert extra == {
         "projector": 8 * parts["projector"],
         "LoRA": 8 * parts["projector"],
         "full": 8 * (parts["projector"] + parts["lm"]),
     }
-    assert cards.float32_extra(whole, cards.training_kind("full")) == 0
+    assert gpu_memory.float32_extra(whole, gpu_memory.training_kind("full")) == 0
 
 
 @pytest.mark.parametrize("pruning", ["layerwise", "widthwise"])
 def test_real_models_pruned_on_meta_at_four_ratios(giants, pruning):
     from mllm_compress.anatomy.families import lm_parameters
-    from mllm_compress.cost import gpu_memory as cards
 
     giant = giants["LLaVA-v1.5-7B"]
     for ratio in (0.15, 0.3, 0.45, 0.6):
-        small = cards.pruned_on_meta(giant, pruning, ratio)
+        small = gpu_memory.pruned_on_meta(giant, pruning, ratio)
         assert 1 - lm_parameters(small) / lm_parameters(giant) == pytest.approx(ratio, abs=2e-3)
         assert closed_parameters(small.config, shape_of_model(small)) == part_parameters(small)
 
 
 def test_operations_of_training_are_those_of_its_passes():
-    from mllm_compress.cost import gpu_memory as cards
-
     config = real_config("LLaVA-v1.5-7B")
-    ops = lambda ratio=0.0, **kw: cards.training_operations(
+    ops = lambda ratio=0.0, **kw: gpu_memory.training_operations(
         config, RecoveryConfig(**{"losses": {"sft": 1.0}} | kw), ratio
     )
     seen, teacher = (
@@ -315,9 +313,7 @@ def test_operations_of_training_are_those_of_its_passes():
 
 
 def test_the_smallest_card():
-    from mllm_compress.cost import gpu_memory as cards
-
-    assert [cards.fits(x) for x in (21, 22.5, 38.5, 78, 79)] == [
+    assert [gpu_memory.fits(x) for x in (21, 22.5, 38.5, 78, 79)] == [
         "24 GB",
         "40 GB",
         "80 GB",

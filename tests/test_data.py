@@ -1,4 +1,4 @@
-"""Instruction data as people have it: the folders of LLaVA's mix-665k and Bunny's 695k, and many samples in little memory."""
+"""Instruction data in the folders of LLaVA's mix-665k and Bunny's 695k, in little memory."""
 
 import json
 import tracemalloc
@@ -7,7 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress.data.instructions import Collator, InstructionData, Made, entry, load_json, turns
+from mllm_compress.data.instructions import (
+    Collator,
+    InstructionData,
+    LazyEntries,
+    entry,
+    load_json,
+    turns,
+)
 from mllm_compress.recovery.batches import Batches
 
 
@@ -15,8 +22,8 @@ def conversation(*said):
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
 
 
-# Entries as the two files have them: the marker before or after the question, several turns, text alone with a "model", ids
-# that are numbers and that repeat.
+# Entries as the two files have them: the marker before or after the question, several turns,
+# text alone with a "model", ids that are numbers and that repeat.
 LAYOUTS = {
     "llava_v1_5_mix665k": (
         "",
@@ -135,10 +142,10 @@ def test_json_lines(tmp_path):
 
 
 def test_a_few_hundred_thousand_samples_pass_without_staying():
-    "Entries made on demand, in the order of an epoch: memory is that of the order, whatever has passed."
+    "With entries made on demand, memory does not grow with the entries read."
     n = 300_000
     data = InstructionData(
-        Made(range(n), lambda i: entry(i, None, [(f"question {i}", "yes" * 50)]))
+        LazyEntries(range(n), lambda i: entry(i, None, [(f"question {i}", "yes" * 50)]))
     )
     batches, seen = iter(Batches([1] * n, 32)), torch.zeros(n, dtype=torch.bool)
 
@@ -154,6 +161,5 @@ def test_a_few_hundred_thousand_samples_pass_without_staying():
     drain(n)
     late, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (
-        seen.all() and late - early < 100_000 and peak - early < 1_000_000
-    )  # bytes; all entries at once are over 200 MB
+    # bytes; all entries at once are over 200 MB
+    assert seen.all() and late - early < 100_000 and peak - early < 1_000_000

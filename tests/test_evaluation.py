@@ -1,4 +1,4 @@
-"""The engine says what `generate` says, whatever the batch; evaluations are kept, resumed and compared."""
+"""Answers equal those of `generate` at any batch size; evaluations are stored and resumed."""
 
 import copy
 
@@ -7,19 +7,19 @@ import pytest
 import torch
 from test_benchmarks import root  # noqa: F401  (a fixture)
 
-from mllm_compress import evaluation
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.evaluation import generation
+from mllm_compress.evaluation import generation, scoring
 from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
-from mllm_compress.evaluation.generation import ask
+from mllm_compress.evaluation.generation import answer_questions
+from mllm_compress.evaluation.published import published
 from mllm_compress.evaluation.scoring import (
     compare,
+    disagreements,
     evaluate,
     judge,
     leaderboard,
     leaderboard_table,
     load_predictions,
-    published,
     retained,
     score_all,
 )
@@ -75,10 +75,10 @@ def mixed(n=4):
     ]
 
 
-def fickle(model, processor):
-    "A copy of a random model for which some words that it likes to say end an answer, so that answers differ in length."
+def with_early_stops(model, processor):
+    "A copy of a random model whose frequent words end an answer, so that answers differ in length."
     model = copy.deepcopy(model)
-    words = [a.text.split() for a in ask(model, processor, mixed(), 6)]
+    words = [a.text.split() for a in answer_questions(model, processor, mixed(), 6)]
     liked = {w[k] for k, w in zip((1, 2, 3, 4), words[::7]) if len(w) > k}
     model.generation_config.eos_token_id = [2] + processor.tokenizer.convert_tokens_to_ids(
         sorted(liked)
@@ -86,27 +86,29 @@ def fickle(model, processor):
     return model
 
 
-def test_same_words_as_generate(mllm):
-    model, processor = fickle(*mllm), mllm[1]
+def test_answers_equal_those_of_generate(mllm):
+    model, processor = with_early_stops(*mllm), mllm[1]
     questions = mixed()
     expected = [generated(model, processor, q, 6) for q in questions]
-    assert [a.text for a in ask(model, processor, questions, max_new_tokens=6)] == expected
+    assert [
+        a.text for a in answer_questions(model, processor, questions, max_new_tokens=6)
+    ] == expected
     assert len(set(expected)) > 1
 
 
-def test_a_trained_model_says_what_generate_says_and_is_right():
+def test_a_trained_model_answers_as_generate_and_rightly():
     model, processor = load_model("tiny-llava")
     questions = [q for name in SMALL_SUITE for q in load_questions(name, "test", 6)]
-    answers = ask(model, processor, questions, 4)
+    answers = answer_questions(model, processor, questions, 4)
     assert [a.text for a in answers] == [generated(model, processor, q, 4) for q in questions]
-    assert answers == ask(model, processor, questions, 4, batch_size=1)
+    assert answers == answer_questions(model, processor, questions, 4, batch_size=1)
     assert np.mean([a.text == q.answer for a, q in zip(answers, questions)]) > 0.8
     assert np.mean([a.candidate == q.answer for a, q in zip(answers, questions)]) > 0.8
 
 
 def test_same_answers_at_any_batch_size(mllm):
-    model, questions = fickle(*mllm), mixed(8)
-    assert ask(model, mllm[1], questions, 6, batch_size=1) == ask(
+    model, questions = with_early_stops(*mllm), mixed(8)
+    assert answer_questions(model, mllm[1], questions, 6, batch_size=1) == answer_questions(
         model, mllm[1], questions, 6, batch_size=32
     )
 
@@ -115,7 +117,7 @@ def test_candidates_are_ranked_by_their_likelihood(mllm):
     model, processor = mllm
     choices = ("red", "large blue circle", "yes no", "square")
     questions = [Question(q.id, q.prompt, q.answer, q.images, choices) for q in mixed(2)]
-    answers = ask(model, processor, questions, 2)
+    answers = answer_questions(model, processor, questions, 2)
     for question, answer in zip(questions, answers):
         scores = []
         for choice in choices:
@@ -136,60 +138,64 @@ def test_candidates_are_ranked_by_their_likelihood(mllm):
         assert answer.candidate == choices[int(np.argmax(scores))]
     assert [a.text for a in answers] == [
         a.text
-        for a in ask(
+        for a in answer_questions(
             model, processor, [Question(q.id, q.prompt, q.answer, q.images) for q in questions], 2
         )
     ]
 
 
-def test_each_image_is_looked_at_once(tiny_llava, monkeypatch):
-    seen, look = [], generation.look
+def test_each_image_is_encoded_once(tiny_llava, monkeypatch):
+    seen, encode = [], generation.encode_images
     monkeypatch.setattr(
-        generation, "look", lambda m, p, images: (seen.extend(images), look(m, p, images))[1]
+        generation,
+        "encode_images",
+        lambda m, p, images: (seen.extend(images), encode(m, p, images))[1],
     )
-    monkeypatch.setattr(generation, "SIGHTS", generation.SightCache())
-    monkeypatch.setattr(generation.Eyes.__init__, "__defaults__", (generation.SIGHTS, 64))
+    monkeypatch.setattr(generation, "FEATURES", generation.FeatureCache())
+    monkeypatch.setattr(generation.ImageEncoder.__init__, "__defaults__", (generation.FEATURES, 64))
     questions = load_questions("easy-vqa", "test", 20)
-    ask(*tiny_llava, questions, 1)
+    answer_questions(*tiny_llava, questions, 1)
     assert len(seen) == len({q.images[0].tobytes() for q in questions}) < len(questions)
     student = copy.deepcopy(tiny_llava[0])
     with torch.no_grad():
         student.lm_head.weight.neg_()
-    ask(student, tiny_llava[1], questions, 1)
+    answer_questions(student, tiny_llava[1], questions, 1)
     assert len(seen) == len(
         {q.images[0].tobytes() for q in questions}
-    )  # the tower is shared, so is what it saw
+    )  # the tower is shared, and so are its features
     with torch.no_grad():
         anatomy(student).vision_tower.get_parameter(
             next(n for n, _ in anatomy(student).vision_tower.named_parameters())
         ).add_(0.1)
-    ask(student, tiny_llava[1], questions, 1)
+    answer_questions(student, tiny_llava[1], questions, 1)
     assert len(seen) == 2 * len({q.images[0].tobytes() for q in questions})
 
 
-def test_a_small_cache_forgets_and_answers_the_same(tiny_llava, monkeypatch):
+def test_a_small_cache_gives_the_same_answers(tiny_llava, monkeypatch):
     questions = mixed(4)
-    expected = ask(*tiny_llava, questions, 3)
-    cache = generation.SightCache(max_bytes=10_000)
-    monkeypatch.setattr(generation.Eyes.__init__, "__defaults__", (cache, 2))
+    expected = answer_questions(*tiny_llava, questions, 3)
+    cache = generation.FeatureCache(max_bytes=10_000)
+    monkeypatch.setattr(generation.ImageEncoder.__init__, "__defaults__", (cache, 2))
     assert (
-        ask(*tiny_llava, questions, 3) == expected and cache.used <= 10_000 and len(cache.kept) == 1
+        answer_questions(*tiny_llava, questions, 3) == expected
+        and cache.used <= 10_000
+        and len(cache.kept) == 1
     )
 
 
 def test_memory_back_off(tiny_llava, monkeypatch):
     questions, tried, real = mixed(4), [], generation.read_prefixes
 
-    def tight(parts, prompts, sights):
+    def tight(parts, prompts, features):
         tried.append(len({(p.shared, p.images) for p in prompts}))
         if tried[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(parts, prompts, sights)
+        return real(parts, prompts, features)
 
-    expected = ask(*tiny_llava, questions, 3)
+    expected = answer_questions(*tiny_llava, questions, 3)
     monkeypatch.setattr(generation, "read_prefixes", tight)
     assert (
-        ask(*tiny_llava, questions, 3, batch_size=16) == expected
+        answer_questions(*tiny_llava, questions, 3, batch_size=16) == expected
         and tried[0] > 3
         and tried[-1] <= 3
     )
@@ -197,31 +203,33 @@ def test_memory_back_off(tiny_llava, monkeypatch):
         generation, "read_prefixes", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
     with pytest.raises(RuntimeError, match="single question"):
-        ask(*tiny_llava, questions, 3)
+        answer_questions(*tiny_llava, questions, 3)
     monkeypatch.setattr(
         generation, "read_prefixes", lambda *a: (_ for _ in ()).throw(RuntimeError("shapes differ"))
     )
     with pytest.raises(RuntimeError, match="shapes differ"):
-        ask(*tiny_llava, questions, 3)
+        answer_questions(*tiny_llava, questions, 3)
 
 
 def test_images_back_off_too(tiny_llava, monkeypatch):
-    questions, sizes, look = mixed(4), [], generation.look
+    questions, sizes, encode = mixed(4), [], generation.encode_images
 
     def tight(model, processor, images):
         sizes.append(len(images))
         if len(images) > 1:
             raise MemoryError
-        return look(model, processor, images)
+        return encode(model, processor, images)
 
-    expected = ask(*tiny_llava, questions, 3)
-    monkeypatch.setattr(generation, "look", tight)
-    monkeypatch.setattr(generation.Eyes.__init__, "__defaults__", (generation.SightCache(), 16))
-    assert ask(*tiny_llava, questions, 3) == expected
+    expected = answer_questions(*tiny_llava, questions, 3)
+    monkeypatch.setattr(generation, "encode_images", tight)
+    monkeypatch.setattr(
+        generation.ImageEncoder.__init__, "__defaults__", (generation.FeatureCache(), 16)
+    )
+    assert answer_questions(*tiny_llava, questions, 3) == expected
     assert sizes == [3, 3, 3, 2, 1, 1, 1]  # sixteen, eight, four and two at a time are too many
 
 
-def test_the_bar_counts_what_is_left_to_ask(tiny_llava, tmp_path, monkeypatch):
+def test_the_bar_counts_the_missing_answers(tiny_llava, tmp_path, monkeypatch):
     bars = []
 
     class Bar:
@@ -238,7 +246,7 @@ def test_the_bar_counts_what_is_left_to_ask(tiny_llava, tmp_path, monkeypatch):
         def update(self, n):
             self.steps.append(n)
 
-    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    monkeypatch.setattr(scoring, "tqdm", Bar)
     evaluate(*tiny_llava, "scenes/open", limit=12, folder=tmp_path, batch_size=4)
     evaluate(*tiny_llava, ["scenes/open", "scenes/choice"], limit=12, folder=tmp_path)
     assert [(b.total, sum(b.steps)) for b in bars] == [(12, 12), (12, 12)] and len(
@@ -246,12 +254,12 @@ def test_the_bar_counts_what_is_left_to_ask(tiny_llava, tmp_path, monkeypatch):
     ) > 1
 
 
-def test_an_image_token_in_a_question_is_text_to_nobody(tiny_llava):
+def test_an_image_token_in_a_question_is_dropped(tiny_llava):
     question = load_questions("scenes/open", "test", 2)[0]
     odd = Question(
         "odd", "<image>" + question.prompt, question.answer, question.images, question.candidates
     )
-    assert ask(*tiny_llava, [odd], 3) == ask(*tiny_llava, [question], 3)
+    assert answer_questions(*tiny_llava, [odd], 3) == answer_questions(*tiny_llava, [question], 3)
 
 
 def test_evaluate_has_a_row_a_benchmark_and_is_deterministic(tiny_llava):
@@ -280,7 +288,7 @@ def test_a_perfect_and_a_half_model(tiny_llava):
     assert (gaps.difference == 50).all() and gaps.p.tolist() == pytest.approx(
         [2 * 0.5**n for n in (10, 10, 5, 5, 10, 10, 10)]
     )  # five pairs
-    assert len(evaluation.disagreements(perfect, half)) == 10 * len(SMALL_SUITE)
+    assert len(disagreements(perfect, half)) == 10 * len(SMALL_SUITE)
     with pytest.raises(ValueError, match="easy-vqa"):
         compare(perfect, half[half.benchmark != "easy-vqa"])
 
@@ -289,7 +297,7 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     expected, whole = evaluate(
         *tiny_llava, ["scenes/open", "scenes/cognition"], limit=20, return_predictions=True
     )
-    asked, real = [], evaluation.ask
+    asked, real = [], scoring.answer_questions
 
     def dies_later(model, processor, questions, *more):
         if len(asked) >= 16:
@@ -297,7 +305,7 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
         asked.extend(questions)
         return real(model, processor, questions, *more)
 
-    monkeypatch.setattr(evaluation, "ask", dies_later)
+    monkeypatch.setattr(scoring, "answer_questions", dies_later)
     with pytest.raises(KeyboardInterrupt):
         evaluate(
             *tiny_llava,
@@ -312,7 +320,9 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     assert len(done) == 16
     later = []
     monkeypatch.setattr(
-        evaluation, "ask", lambda m, p, q, *more: (later.extend(q), real(m, p, q, *more))[1]
+        scoring,
+        "answer_questions",
+        lambda m, p, q, *more: (later.extend(q), real(m, p, q, *more))[1],
     )
     rows, answers = evaluate(
         *tiny_llava,
@@ -433,7 +443,7 @@ def test_recomputed_average_of_a_printed_row():
 
 @pytest.fixture(scope="module")
 def tiny_internvl():
-    "A random InternVL with a Phi-3 decoder: an image becomes several tiles between a start and an end token."
+    "A random InternVL with a Phi-3 decoder: an image becomes several tiles."
     pytest.importorskip(
         "torchvision",
         reason="InternVL's processor of transformers needs it: pip install mllm_compress[internvl]",
@@ -464,7 +474,8 @@ def tiny_internvl():
         extra_special_tokens=names,
     )
     template = (
-        "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ c.text }}{% endif %}"
+        "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}"
+        "<IMG_CONTEXT>\n{% else %}{{ c.text }}{% endif %}"
         "{% endfor %} {% endfor %}ASSISTANT:"
     )
     images = GotOcr2ImageProcessor(
@@ -516,13 +527,13 @@ def test_images_in_tiles(tiny_internvl):
         for n, image in enumerate(wide + [load_questions("scenes/open", "test", 4)[0].images[0]])
         for q in load_questions("scenes/open", "test", 3)
     ]
-    answers = ask(model, processor, questions, 4)
+    answers = answer_questions(model, processor, questions, 4)
     assert [a.text for a in answers] == [generated(model, processor, q, 4) for q in questions]
     assert (
-        answers == ask(model, processor, questions, 4, batch_size=1)
+        answers == answer_questions(model, processor, questions, 4, batch_size=1)
         and len({a.text for a in answers}) > 1
     )
     assert [
         len(s.features)
-        for s in generation.look(model, processor, [wide[0], wide[0].resize((64, 64))])
+        for s in generation.encode_images(model, processor, [wide[0], wide[0].resize((64, 64))])
     ] == [3, 1]  # two tiles and an overview

@@ -1,4 +1,4 @@
-"""What depends on the device: the same numbers on $MLLM_COMPRESS_DEVICE as on the CPU; and gpu-check's own logic at toy shapes."""
+"""The same numbers on $MLLM_COMPRESS_DEVICE as on the CPU; and gpu-check at toy shapes."""
 
 import copy
 import os
@@ -14,7 +14,8 @@ from mllm_compress.cli.app import app
 from mllm_compress.cost.gpu_memory import KINDS, training_kind
 from mllm_compress.data.instructions import calibration_batches, scene_data
 from mllm_compress.evaluation.scoring import evaluate
-from mllm_compress.importance.criteria import block_influence, width_importance
+from mllm_compress.importance.criteria import width_importance
+from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.models import load_model

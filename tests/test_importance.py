@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from mllm_compress import importance
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.tensors import PeakTensors
-from mllm_compress.importance import taylor as taylor_module
-from mllm_compress.importance.criteria import (
+from mllm_compress.importance import (
     LayerScores,
     WidthScores,
     angular_distance,
@@ -25,7 +23,9 @@ from mllm_compress.importance.criteria import (
     scoring_memory,
     width_importance,
 )
-from mllm_compress.importance.influence import cosine_change
+from mllm_compress.importance import taylor as taylor_module
+from mllm_compress.importance.criteria import magnitude
+from mllm_compress.importance.influence import cosine_change, reference_change
 from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]
@@ -80,7 +80,7 @@ def close(a, b, **kw):
 
 
 def by_autograd(model, batch, labels, order):
-    "Ma et al. 2023 straightforwardly: hold all gradients, one more backward pass per sample for the curvature."
+    "Ma et al. 2023 with all gradients held, and one backward pass per sample for the curvature."
     model = copy.deepcopy(model).eval().requires_grad_(True)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     curvature = {}
@@ -119,7 +119,7 @@ def by_autograd(model, batch, labels, order):
     return WidthScores(heads, neurons, "autograd", {"loss": float(loss)})
 
 
-# --- golden cases -------------------------------------------------------------------------------------------------
+# --- golden cases -------------------------------------------------------------------------------
 
 
 def lost(channels, ratio):
@@ -182,7 +182,7 @@ def test_reference_block_influence_is_the_original(golden):
     assert scores.values.argsort()[:4].tolist() == expected["removed_4"] == [8, 11, 10, 9]
 
 
-# --- Taylor -------------------------------------------------------------------------------------------------------
+# --- Taylor -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -238,7 +238,7 @@ def test_taylor_does_not_see_a_rescaling_that_changes_nothing(tiny_lm, order):
     assert close(
         taylor(model, [batch], order=order), taylor(rescaled, [batch], order=order), rtol=1e-4
     )
-    assert not close(importance.magnitude(model), importance.magnitude(rescaled), rtol=0.5)
+    assert not close(magnitude(model), magnitude(rescaled), rtol=0.5)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -280,7 +280,7 @@ def test_token_weights_weigh_the_positions_of_a_gradient(tiny_llava):
         rtol=1e-4,
     )
     assert doubled.meta["loss"] == plain.meta["loss"]
-    # in the last layer only the positions that predict an answer have a gradient at the MLP: the image has none
+    # in the last layer the MLP has a gradient only where an answer is predicted, not at the image
     image = taylor(model, [batch], token_weights={"prompt": 0, "answer": 0})
     assert (image.neurons[3] == 0).all() and (image.neurons[0] > 0).any()
 
@@ -314,7 +314,7 @@ def test_scoring_touches_nothing(tiny_llava):
     )
 
 
-# --- frugality ----------------------------------------------------------------------------------------------------
+# --- frugality ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -412,7 +412,7 @@ def test_llava_7b_fits_where_its_gradients_do_not():
     assert largest_batch(config, 24, recompute=True) >= 10 and largest_batch(config, 12) == 0
 
 
-# --- block influence ----------------------------------------------------------------------------------------------
+# --- block influence ----------------------------------------------------------------------------
 
 
 def from_hidden_states(model, batch):
@@ -482,8 +482,6 @@ def test_length_does_not_matter_and_angle_does():
 def test_half_precision_overflows_in_the_reference_only(tiny_lm):
     x = 100 * torch.ones(1, 64, dtype=torch.float16)  # norm 800
     assert cosine_change(x, x).abs().max() < 1e-6
-    from mllm_compress.importance.influence import reference_change
-
     assert float(reference_change(x, x, None)) == 0.5
     model, batch = tiny_lm("llama"), text_batch()
     full = block_influence(model, [batch]).values
@@ -527,13 +525,13 @@ def test_angular_distance_is_the_mean_angle(tiny_lm):
     )
 
 
-# --- baselines and files ------------------------------------------------------------------------------------------
+# --- baselines and files ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_baselines(tiny_lm, family):
     model, batch = tiny_lm(family), text_batch()
-    parts, sizes = anatomy(model), importance.magnitude(model, p=1)
+    parts, sizes = anatomy(model), magnitude(model, p=1)
     for i in (0, 3):
         for u in range(parts.groups(i)):
             total = sum(
@@ -601,7 +599,7 @@ def test_scores_come_back_and_foreign_files_do_not(tiny_lm, tmp_path):
         load_scores(tmp_path / "w")
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 B = text_batch()
 NO_LABELS = B | {"labels": torch.full_like(B["input_ids"], -100)}
@@ -642,7 +640,7 @@ NO_LABELS = B | {"labels": torch.full_like(B["input_ids"], -100)}
         (lambda m: width_importance(m, [B], "fisher"), "taylor, magnitude, activation, random"),
         (lambda m: width_importance(m, [B], "random", order="param_mix"), "no option 'order'"),
         (lambda m: layer_importance(m, [B], "shapley"), "block_influence, angular_distance"),
-        (lambda m: importance.magnitude(m, p=0), "power above 0"),
+        (lambda m: magnitude(m, p=0), "power above 0"),
         (lambda m: scoring_memory(m, method="magnitude"), "'taylor' or 'block_influence'"),
         (lambda m: scoring_memory("llava"), "a model or a config"),
         (lambda m: LayerScores([1.0, float("inf")], "x"), "not finite"),

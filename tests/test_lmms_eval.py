@@ -1,6 +1,8 @@
-"""The plugin answers as our own engine does; lmms-eval's answer parsing and prompts are those that ours are compared with.
+"""The plugin answers as our own engine; its answer parsing and prompts beside lmms-eval's.
 
-Where lmms-eval is not installed, the tests that need it are skipped: `pip install mllm_compress[lmms-eval]`, best in an environment of its own."""
+Where lmms-eval is not installed, the tests that need it are skipped:
+`pip install mllm_compress[lmms-eval]`, best in an environment of its own.
+"""
 
 import importlib.metadata
 import io
@@ -20,7 +22,7 @@ from test_benchmarks import SETS, root  # noqa: F401  (root is a fixture)
 from mllm_compress.checkpoint import save_pruned
 from mllm_compress.evaluation import benchmarks as B
 from mllm_compress.evaluation import lmms_eval as plugin
-from mllm_compress.evaluation.generation import ask
+from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.evaluation.scorers import LETTERS, SCORERS
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
@@ -78,7 +80,9 @@ def test_answers_of_the_plugin_are_those_of_the_engine(checkpoints, name):
     said = lm.generate_until(
         requests_of(lm, questions, lambda q: {"max_new_tokens": lengths[q.id], "do_sample": False})
     )
-    assert said == [ask(model, processor, [q], lengths[q.id])[0].text for q in questions]
+    assert said == [
+        answer_questions(model, processor, [q], lengths[q.id])[0].text for q in questions
+    ]
 
 
 def test_likelihoods_by_a_plain_forward_pass(checkpoints):
@@ -116,7 +120,7 @@ def test_likelihoods_by_a_plain_forward_pass(checkpoints):
     )
 
 
-def test_images_are_padded_unless_told_otherwise(checkpoints):
+def test_images_are_padded_by_default(checkpoints):
     wide = SimpleNamespace(images=[Image.new("L", (8, 4), 255)], prompt="?")
     for square, size in ((True, (8, 8)), (False, (8, 4))):
         lm = plugin.CompressedModel("tiny-llava", device="cpu", square=square)
@@ -128,7 +132,7 @@ def test_images_are_padded_unless_told_otherwise(checkpoints):
         )
 
 
-def test_what_cannot_be_done_is_said():
+def test_unsupported_settings_are_errors():
     with pytest.raises(ValueError, match="greedily"):
         plugin.settings({"do_sample": True, "temperature": 0.7})
     with pytest.raises(ValueError, match="greedily"):
@@ -155,7 +159,9 @@ doc_to_target: !function utils.{target}
 metadata: [{{version: 0.0}}]
 """
 GENERATE = """generation_kwargs: {max_new_tokens: 8, temperature: 0, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true, ignore_punctuation: true}]"""
+metric_list:
+  [{metric: exact_match, aggregation: mean, higher_is_better: true,
+    ignore_case: true, ignore_punctuation: true}]"""
 CHOOSE = """doc_to_choice: !function utils.choices
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
 UTILS = """import io
@@ -285,7 +291,8 @@ def test_the_entry_point_is_found():
     )
 
 
-# answer parsing: lmms-eval's own functions, on answers that reach every branch and on thousands put together from pieces
+# answer parsing: lmms-eval's own functions, on answers that reach every branch and on thousands
+# put together from pieces
 
 
 def readers(monkeypatch):

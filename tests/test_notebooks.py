@@ -22,7 +22,8 @@ from mllm_compress.reporting.notebooks import (
 from mllm_compress.study import stages as experiment
 from mllm_compress.study import store
 from mllm_compress.study import workers as executors
-from mllm_compress.study.experiments import Experiment, load_profile
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile
 
 ROOT = Path(__file__).parent.parent
 STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))

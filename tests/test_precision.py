@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mllm_compress.study import stages as experiment
-from mllm_compress.study.experiments import Experiment, load_profile
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.store import Store
 from mllm_compress.zoo.models import load_model
 

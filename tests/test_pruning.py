@@ -1,4 +1,4 @@
-"""Plans select what they should, and applying them is exact for every family and every kind of plan."""
+"""Plans select what they should; applying them is exact for every family and kind of plan."""
 
 import copy
 import json
@@ -11,19 +11,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.slicing import (
+from mllm_compress.pruning import (
     PruningPlan,
     apply_plan,
     draw_plan,
-    is_nested,
-    layers_for_ratio,
-    make_plan,
-    plan_combined,
     plan_layerwise,
     plan_none,
     plan_widthwise,
-    silence,
 )
+from mllm_compress.pruning.plans import layers_for_ratio, plan_combined, plan_pruning
+from mllm_compress.pruning.pruning_plan import is_nested, make_plan
+from mllm_compress.pruning.sizes import reference_count
+from mllm_compress.pruning.slicing import silence
 
 
 @pytest.fixture(scope="module")
@@ -259,8 +258,6 @@ def test_golden_layerwise(golden):
     ],
 )
 def test_reference_rounding(channels, ratio, per_unit, removed):
-    from mllm_compress.pruning.plans import reference_count
-
     assert reference_count(channels, ratio, per_unit) == removed
 
 
@@ -448,7 +445,7 @@ def test_study_ratios_of_llava_7b():
         (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="round"), "blockwise or uniform"),
         (
             lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="uniform", protect=(1, 1)),
-            "thins every layer alike",
+            "prunes every layer alike",
         ),
         (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, protect=(3, 3)), "leaves none"),
         (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, round_to=0), "round_to"),
@@ -461,6 +458,8 @@ def test_study_ratios_of_llava_7b():
             "base plan alone removes",
         ),
         (lambda m, l, w: plan_combined(m, l, w, ratio=0.4, layer_share=2), r"outside \[0, 1\]"),
+        (lambda m, l, w: plan_pruning("depthwise", m, l, 0.1), "none, layerwise, widthwise"),
+        (lambda m, l, w: plan_pruning("none", m, l, 0.1), "with 'none' the ratio is 0"),
         (lambda m, l, w: make_plan(m, layers=[0, 7]), "must lie in 0 … 5"),
         (lambda m, l, w: make_plan(m, heads={1: []}), "at least one must stay"),
         (lambda m, l, w: make_plan(m, layers=[0], heads={1: [0]}), "not kept"),

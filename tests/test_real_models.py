@@ -1,4 +1,4 @@
-"""Everything works on converted checkpoints of the three real layouts: the way a practitioner goes, from a folder to a smaller one."""
+"""Every step of a practitioner, on converted checkpoints of the three real layouts."""
 
 import json
 import os
@@ -6,22 +6,26 @@ import subprocess
 import sys
 
 import pytest
+import test_benchmarks
 import torch
 from original_layouts import NAMES, instruction_json, with_tokenizer
-from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress import recovery
 from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
 from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.checkpoint import load_pruned, save_pruned
-from mllm_compress.cost.arithmetic import closed_parameters, cost_report, shape_of_model
+from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
+from mllm_compress.cost.report import cost_report
 from mllm_compress.data.instructions import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
-from mllm_compress.importance.criteria import block_influence, width_importance
+from mllm_compress.importance.criteria import width_importance
+from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.zoo.convert import convert
+from mllm_compress.zoo.convert import convert_original
 from mllm_compress.zoo.models import load_model
+
+public_sets = test_benchmarks.root  # a fixture: small folders in the layout of the real sets
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -30,7 +34,9 @@ def case(request, golden, tmp_path_factory):
     if request.param == "internvl":
         pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it")
     work = tmp_path_factory.mktemp(request.param)
-    out = convert(with_tokenizer(golden / "original_layout", request.param, work), work / "native")
+    out = convert_original(
+        with_tokenizer(golden / "original_layout", request.param, work), work / "native"
+    )
     model, processor = load_model(str(out))
     (work / "data.json").write_text(json.dumps(instruction_json(work / "images")))
     samples = load_json(work / "data.json", work / "images")
@@ -107,16 +113,19 @@ def test_scores_are_about_every_unit(case, scores):
 
 
 STOCK = (
-    "import sys, torch; from transformers import AutoModelForImageTextToText as A; from safetensors.torch import load_file\n"
-    "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True); assert not any(report.values()), report\n"
+    "import sys, torch; from safetensors.torch import load_file\n"
+    "from transformers import AutoModelForImageTextToText as A\n"
+    "m, report = A.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+    "assert not any(report.values()), report\n"
     "batch = load_file(sys.argv[1] + '.case'); logits = batch.pop('logits')\n"
-    "with torch.no_grad(): assert torch.allclose(m.eval()(**batch).logits, logits, atol=1e-4, rtol=1e-4)\n"
+    "with torch.no_grad(): found = m.eval()(**batch).logits\n"
+    "assert torch.allclose(found, logits, atol=1e-4, rtol=1e-4)\n"
     "assert 'mllm_compress' not in sys.modules; print(type(m).__name__)"
 )
 
 
 def planned(name, model, scores, kind):
-    "A plan of each kind; with long rope, Phi-3's config takes fewer neurons but not fewer heads (transformers 5.24), so it loses neurons."
+    "A plan of each kind. With long rope, Phi-3's config takes fewer neurons but not fewer heads."
     if kind == "layerwise":
         return plan_layerwise(model, scores[0], ratio=0.2)
     everywhere = range(anatomy(model).num_layers)
@@ -213,9 +222,9 @@ def test_one_recovery_step_of_each_kind(case, scores, train):
     )
 
 
-def test_evaluation_on_public_sets(case, root):
+def test_evaluation_on_public_sets(case, public_sets):
     name, model, processor, *_ = case
-    rows = evaluate(model, processor, ["pope", "mme_perception", "sqa"], root=root)
+    rows = evaluate(model, processor, ["pope", "mme_perception", "sqa"], root=public_sets)
     assert rows.n.tolist() == [2, 8, 2] and rows.score.notna().all()
 
 

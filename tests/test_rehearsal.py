@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 from mllm_compress.cli.app import app
 from mllm_compress.evaluation.benchmarks import REAL_SUITE
 from mllm_compress.recovery.config import PAPER
-from mllm_compress.study.experiments import Experiment, load_profile, training_of
-from mllm_compress.study.stages import checkpoints_of, recovery_config
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile, training_of
+from mllm_compress.study.stages import checkpoints_of, name_of, recovery_config
 from mllm_compress.study.store import Store, read
-from mllm_compress.study.workers import complete, name_of
+from mllm_compress.study.workers import complete
 
 ROOT = Path(__file__).parent.parent
 FAMILY = {"llava-v1.5-7b": "llava", "bunny-v1.0-3b": "bunny", "mini-internvl-4b": "internvl"}

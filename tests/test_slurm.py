@@ -15,7 +15,8 @@ import pytest
 from mllm_compress.study import runs as study
 from mllm_compress.study import slurm
 from mllm_compress.study import workers as executors
-from mllm_compress.study.experiments import Experiment, Slurm, load_profile
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import Slurm, load_profile
 
 SMOKE = load_profile("smoke")
 SMOKE = replace(

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress import data, zoo
+from mllm_compress import zoo
+from mllm_compress.data import instructions as data
 from mllm_compress.data import scenes
 from mllm_compress.zoo import tiny_models as tiny
+from mllm_compress.zoo.models import SHIPPED
 
 
 def test_scenes_are_deterministic_and_splits_do_not_meet():
@@ -165,9 +167,9 @@ def test_a_checkpoint_with_a_missing_layer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-bunny"])
 def test_shipped_models_are_small_and_answer(name):
-    if not (zoo.SHIPPED / name).is_dir():
+    if not (SHIPPED / name).is_dir():
         pytest.skip("not shipped yet")
-    assert sum(f.stat().st_size for f in (zoo.SHIPPED / name).glob("*.safetensors")) <= 10e6
+    assert sum(f.stat().st_size for f in (SHIPPED / name).glob("*.safetensors")) <= 10e6
     model, processor = zoo.load_model(name)
     asked = scenes.questions("hallucination", "validation", 60)
     text = [
@@ -298,7 +300,7 @@ def test_learning_rates_are_those_that_validation_chose(profile):
     import csv
     from pathlib import Path
 
-    from mllm_compress.study.experiments import load_profile
+    from mllm_compress.study.profiles import load_profile
 
     file = (
         Path(__file__).parents[1] / "figures/tiny/00_learning_rates-rates.csv"

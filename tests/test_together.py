@@ -10,14 +10,8 @@ import torch
 from mllm_compress.recovery.trainer import RecoveryTrainer
 from mllm_compress.study import stages as experiment
 from mllm_compress.study import workers as executors
-from mllm_compress.study.experiments import (
-    Experiment,
-    Profile,
-    Slurm,
-    _checked,
-    load_profile,
-    read_strictly,
-)
+from mllm_compress.study.experiments import Experiment, _checked
+from mllm_compress.study.profiles import Profile, Slurm, load_profile, read_strictly
 from mllm_compress.study.store import Store, read
 
 SMOKE = load_profile("smoke")

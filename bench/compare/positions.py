@@ -19,7 +19,7 @@ import torch
 from mllm_compress.data.instructions import calibration_batches, small_data
 from mllm_compress.evaluation.intervals import paired_difference
 from mllm_compress.evaluation.scoring import evaluate
-from mllm_compress.importance.criteria import block_influence
+from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.config import RecoveryConfig

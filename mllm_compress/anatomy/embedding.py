@@ -14,8 +14,7 @@ from .families import Anatomy
 def embed(
     parts: Anatomy,
     input_ids: torch.Tensor,  # [batch, tokens]
-    features: torch.Tensor
-    | None,  # [images, image tokens, vision hidden]
+    features: torch.Tensor | None,  # [images, image tokens, vision hidden]
     order: list | None = None,  # images in the order of their placeholders; None: each once
 ) -> torch.Tensor:  # [batch, tokens, hidden]; ValueError where placeholders and features differ
     "Token embeddings with the projected image features in their places."

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..anatomy.families import part_parameters
-from ..pruning.plans import PruningPlan, spans
+from ..pruning.pruning_plan import PruningPlan, spans
 
 # %% ../../nbs/library/checkpoint/03_card.ipynb #cell-004
 def card_section(

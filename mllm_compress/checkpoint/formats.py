@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.families import anatomy
-from ..pruning.plans import PruningPlan, make_plan
+from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.slicing import cut
 
 # %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-008

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from .formats import check_describes, shrink
 from .integrity import PLAN, read_manifest, verify
 from .saving import VARIANT
-from ..pruning.plans import PruningPlan
+from ..pruning.pruning_plan import PruningPlan
 
 # %% ../../nbs/library/checkpoint/05_loading.ipynb #cell-006
 def _shrinking(cls: type, plan: PruningPlan) -> type:

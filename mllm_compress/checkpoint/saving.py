@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .card import model_card
 from .formats import check_describes, choose_format
 from .integrity import CARD, MANIFEST, PLAN, write_manifest
-from ..pruning.plans import PruningPlan
+from ..pruning.pruning_plan import PruningPlan
 from ..utils.files import replacing_folder
 
 # %% ../../nbs/library/checkpoint/04_saving.ipynb #cell-006

@@ -165,7 +165,7 @@ def cost(
 ):
     "Parameters, operations, bytes and seconds of a model."
     with _politely():
-        from mllm_compress.cost.arithmetic import cost_report
+        from mllm_compress.cost.report import cost_report
 
         loaded, processor, _ = _load(model, device)
         typer.echo(cost_report(loaded, processor, latency=latency))
@@ -289,7 +289,7 @@ def convert(
             for _, t in found.tensors(f, c.read_shape)
         )
         with _growing(out, total):
-            c.convert(source, out, tower, wanted)
+            c.convert_original(source, out, tower, wanted)
         typer.echo(
             f"{found.release.name}, {total / 2**30:.2f} GiB in {str(found.dtype).split('.')[-1]}\nwritten to {out}"
         )

@@ -1,0 +1,123 @@
+"""Golden numbers of the data and the smoke models: none changes without a new version."""
+
+import numpy as np
+import pytest
+import torch
+
+from mllm_compress.data import instructions, scenes
+from mllm_compress.utils.files import content_hash
+from mllm_compress.zoo import tiny_models
+
+
+def scene_numbers(
+    split: str,
+) -> list:
+    "Objects and questions of three scenes, and the sum of each row of pixels."
+    numbers = []
+    for i in range(3):
+        items = [[x.cell, x.shape, x.color, x.size, list(x.shift)] for x in scenes.scene(i, split)]
+        asked = [
+            [q["type"], q["question"], q["answer"], q["options"]] for q in scenes.ask(i, split)
+        ]
+        rows = np.asarray(scenes.image(i, split)).astype(int).sum((1, 2)).tolist()
+        numbers.append([items, asked, rows])
+    return numbers
+
+
+def integers(
+    batch: dict,
+) -> dict:
+    "The integer tensors of a batch as lists; pixels are floats and depend on the platform."
+    return {k: v.int().tolist() for k, v in sorted(batch.items()) if not torch.is_floating_point(v)}
+
+
+def batch_numbers(
+    turns: str,
+    **kwargs,
+) -> dict:
+    "One batch of three scenes."
+    data = instructions.scene_data(n=3)
+    processor = tiny_models.tiny_processor("llava")
+    collate = instructions.Collator(processor, data, turns, **kwargs)
+    return integers(collate([data[i] for i in range(3)]))
+
+
+def calibration_numbers() -> list:
+    "Two calibration batches of four scenes among twenty."
+    data = instructions.scene_data(n=20)
+    processor = tiny_models.tiny_processor("llava")
+    return [integers(b) for b in instructions.calibration_batches(data, processor, 8, 4)]
+
+
+def smoke_numbers(
+    family: str,
+) -> list:
+    "Shape and first values of every weight, rounded to three decimals."
+    weights = tiny_models.tiny_model(family, layers=4).state_dict()
+    return [
+        [name, list(w.shape), (w.flatten()[:8] * 1000).round().int().tolist()]
+        for name, w in weights.items()
+    ]
+
+
+DATA = "nbs/library/data/01_instructions.ipynb"
+SCENES = "nbs/library/data/02_scenes.ipynb"
+SMOKE = "nbs/library/zoo/03_tiny_models.ipynb"
+GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
+    "scenes of train": (
+        *("SCENES_VERSION", SCENES, 1),
+        lambda: scene_numbers("train"),
+        "302093830fa75b034c5d",
+    ),
+    "scenes of validation": (
+        *("SCENES_VERSION", SCENES, 1),
+        lambda: scene_numbers("validation"),
+        "0d47e69ddd6cc4ebdf7d",
+    ),
+    "scenes of test": (
+        *("SCENES_VERSION", SCENES, 1),
+        lambda: scene_numbers("test"),
+        "946351dc89f7687b0262",
+    ),
+    "independent batches": (
+        *("DATA_VERSION", DATA, 1),
+        lambda: batch_numbers("independent"),
+        "2c072c02bffe09f56b74",
+    ),
+    "sequential batches": (
+        *("DATA_VERSION", DATA, 1),
+        lambda: batch_numbers("sequential"),
+        "039505dea44659a2fbf4",
+    ),
+    "batches in blocks": (
+        *("DATA_VERSION", DATA, 1),
+        lambda: batch_numbers("independent", block=40),
+        "fbdaa723311bb6ee8054",
+    ),
+    "calibration batches": (
+        *("CALIBRATION_VERSION", DATA, 1),
+        calibration_numbers,
+        "b2adbf41c969a81bb851",
+    ),
+    "smoke-llava": (
+        *("SMOKE_VERSION", SMOKE, 1),
+        lambda: smoke_numbers("llava"),
+        "dac2d4502ac753d350f2",
+    ),
+    "smoke-bunny": (
+        *("SMOKE_VERSION", SMOKE, 1),
+        lambda: smoke_numbers("bunny"),
+        "e4ddaccc1f3862731619",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GOLDEN)
+def test_numbers_move_only_with_their_version(what):
+    name, notebook, version, numbers, expected = GOLDEN[what]
+    module = {DATA: instructions, SCENES: scenes, SMOKE: tiny_models}[notebook]
+    found = (getattr(module, name), content_hash(numbers()))
+    assert found == (version, expected), (
+        f"numbers of {what} moved: raise {name} in {notebook}, then update this golden value "
+        f"to {found}"
+    )

@@ -1,0 +1,237 @@
+"""The store of stages: nothing lost, nothing believed without its seal, nothing made twice."""
+
+import json
+import subprocess
+import sys
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from mllm_compress.study import store
+from mllm_compress.study.store import NotOurs, Store, stage_inputs
+from mllm_compress.utils import files
+from mllm_compress.utils.files import content_hash
+
+
+def inputs(k: int = 0, stage: str = "plan") -> dict:
+    return stage_inputs(stage, version=1, k=k)
+
+
+def test_a_key_depends_on_stage_version_and_inputs_and_on_nothing_else():
+    keys = {
+        content_hash(i)
+        for i in (inputs(), inputs(1), inputs(stage="score"), inputs() | {"version": 2})
+    }
+    assert len(keys) == 4 and content_hash(stage_inputs("plan", k=0, version=1)) == content_hash(
+        inputs()
+    )
+    with pytest.raises(ValueError, match="Unknown stage 'plans': use one of scores, plan, student"):
+        stage_inputs("plans", 1)
+
+
+def test_store_refuses_a_folder_that_is_not_ours(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(NotOurs, match="not a results store"):
+        Store(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_new_store_may_be_opened_by_many_at_once(tmp_path):
+    for k in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            assert len(list(pool.map(lambda _: Store(tmp_path / f"s{k}"), range(16)))) == 16
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / ".store.json.1234").touch()  # a run was killed while it marked the folder
+    assert Store(tmp_path / "t").keys("score") == []
+
+
+@pytest.mark.parametrize("found", [1, 99])
+def test_store_refuses_another_format(tmp_path, found):
+    (tmp_path / "store.json").write_text(json.dumps({"mllm_compress store": found}))
+    with pytest.raises(NotOurs, match=f"is of format {found}, not 2: move .* away"):
+        Store(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["", "{", '{"seal": 1}', "[]", '"text"', "null", "\x00"])
+def test_corrupt_result_is_named_moved_and_missing(tmp_path, damage):
+    s = Store(tmp_path / "s")
+    key = store.write(s, inputs(), {"score": 2.0})
+    s.path("plan", key).write_text(damage)
+    with pytest.warns(UserWarning, match=key):
+        assert store.read(s, "plan", key) is None
+    assert s.keys("plan") == [] and len(list((s.folder / "corrupt").iterdir())) == 1
+    store.write(s, inputs(), {"score": 2.0})
+    assert store.read(s, "plan", key)["value"] == {"score": 2.0}
+
+
+def test_a_result_that_was_made_anew_is_not_moved_aside(tmp_path, monkeypatch):
+    s = Store(tmp_path / "s")
+    key = store.write(s, inputs(), {"score": 2.0})
+    path = s.path("plan", key)
+    good = path.read_text()
+    path.write_text("{")
+
+    @contextmanager
+    def late(*args, **kw):  # another run mends it while we wait
+        path.write_text(good)
+        yield True
+
+    monkeypatch.setattr(store, "lock", late)
+    assert store.read(s, "plan", key)["value"] == {"score": 2.0}
+    assert not list((s.folder / "corrupt").iterdir())
+    path.write_text("{")
+    monkeypatch.setattr(store, "lock", contextmanager(lambda *a, **k: iter([path.unlink()])))
+    assert store.read(s, "plan", key) is None  # or has just moved it
+
+
+def test_a_result_that_changes_is_read_again(tmp_path):
+    "A process keeps what it has parsed, as long as the file does not change."
+    s = Store(tmp_path / "s")
+    key = store.write(s, inputs(), {"score": 1})
+    assert store.read(s, "plan", key) is store.read(s, "plan", key)
+    s.path("plan", key).unlink()
+    assert store.read(s, "plan", key) is None
+    store.write(s, inputs(), {"score": 2})
+    assert store.read(s, "plan", key)["value"] == {"score": 2}
+
+
+def test_a_full_disk_leaves_no_part(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError):
+        files.write_atomically(tmp_path / "a.json", "{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_under_another_key_is_not_believed(tmp_path):
+    s = Store(tmp_path / "s")
+    one, two = (store.write(s, inputs(k), {"score": k}) for k in (1, 2))
+    s.path("plan", two).write_bytes(s.path("plan", one).read_bytes())
+    with pytest.warns(UserWarning):
+        assert store.read(s, "plan", two) is None
+    assert store.read(s, "plan", one)["value"] == {"score": 1}
+
+
+# ---- results with files
+
+
+def test_damaged_files_are_made_again(tmp_path):
+    s, made = Store(tmp_path / "s"), []
+
+    def fill(folder):
+        made.append(1)
+        (folder / "scores.bin").write_bytes(b"0" * 100)
+
+    key = store.shared(s, inputs(stage="scores"), fill)
+    (store.folder_of(s, "scores", key) / "scores.bin").write_bytes(b"0" * 10)
+    store._is_whole.cache_clear()  # as in another process
+    with pytest.warns(UserWarning, match="damaged"):
+        assert store.shared(s, inputs(stage="scores"), fill) == key
+    assert len(made) == 2 and list((s.folder / "corrupt").glob("scores-*"))
+    assert (store.folder_of(s, "scores", key) / "scores.bin").stat().st_size == 100
+
+
+def test_failed_work_leaves_nothing_and_is_made_again(tmp_path):
+    s = Store(tmp_path / "s")
+
+    def broken(folder):
+        (folder / "half").touch()
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        store.shared(s, inputs(stage="scores"), broken)
+    assert s.keys("scores") == [] and not list((s.folder / "scores").iterdir())
+    key = store.shared(s, inputs(stage="scores"), lambda f: (f / "whole").touch())
+    assert [p.name for p in store.folder_of(s, "scores", key).iterdir()] == ["whole"]
+
+
+def test_lock_ends_with_its_process(tmp_path):
+    s = Store(tmp_path / "s")
+    code = (
+        "import sys, time; from mllm_compress.study import store\n"
+        "with store.lock(store.Store(sys.argv[1]), 'x') as held: print(held, flush=True); "
+        "time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(s.folder)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline().strip() == "True"
+    with store.lock(s, "x") as held:
+        assert not held
+    other.kill()
+    other.wait()
+    with store.lock(s, "x") as held:
+        assert held
+
+
+# ---- results that travel
+
+
+def packed(tmp_path, text: str, stage: str = "plan"):
+    "A file of results with these lines."
+    path = tmp_path / "results.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(f"{stage}.jsonl", text)
+    return path
+
+
+FORGERIES = {
+    "whole": (lambda t: t, True),
+    "another score": (lambda t: t.replace('"score": 2.0', '"score": 3.0'), False),
+    "half": (lambda t: t[:20], False),
+    "a list": (lambda t: "[]", False),
+    "deep": (lambda t: "[" * 100_000, False),
+    "no utf-8": (lambda t: t.replace("score", "sc\udcff"), False),
+}
+
+
+@pytest.mark.parametrize("forge, kept", FORGERIES.values(), ids=FORGERIES)
+def test_results_travel_and_are_believed_only_with_their_seal(tmp_path, forge, kept):
+    ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
+    key = store.write(ours, inputs(), {"score": 2.0})
+    text = forge(ours.path("plan", key).read_text()).encode("utf-8", "surrogateescape")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        taken = store.unpack(packed(tmp_path, text), theirs)
+    assert taken["plan"] == [key] * kept and theirs.keys("plan") == [key] * kept
+    assert kept or "corrupt and was left out" in str(told[0].message)
+
+
+def test_a_result_of_one_stage_is_not_taken_for_another(tmp_path):
+    ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
+    key = store.write(ours, inputs(), {})
+    with pytest.warns(UserWarning, match="corrupt"):
+        taken = store.unpack(packed(tmp_path, ours.path("plan", key).read_text(), "score"), theirs)
+    assert not any(taken.values())
+
+
+def test_what_is_no_file_of_results_is_refused(tmp_path, monkeypatch):
+    s = Store(tmp_path / "s")
+    (tmp_path / "notes.zip").write_text("not a zip")
+    with pytest.raises(ValueError, match="not a file of results"):
+        store.unpack(tmp_path / "notes.zip", s)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        store.unpack(tmp_path / "gone.zip", s)
+    monkeypatch.setattr(store, "LIMIT", 1000)
+    with pytest.raises(ValueError, match="would take more than"):
+        store.unpack(packed(tmp_path, "0" * 1001), s)
+
+
+def test_a_packed_result_stays_when_its_store_is_gone(tmp_path):
+    s, path = Store(tmp_path / "s"), tmp_path / "results.zip"
+    keys = [store.write(s, inputs(k), {"score": float(k)}) for k in range(3)]
+    store.pack(s, {"plan": keys[:2]}, path)
+    store.pack(Store(tmp_path / "new"), {"plan": keys[1:]}, path)  # the third is nowhere to be had
+    assert store.unpack(path, Store(tmp_path / "again"))["plan"] == keys[1:2]
+
+
+def test_equal_results_make_an_equal_file(tmp_path):
+    s = Store(tmp_path / "s")
+    keys = [store.write(s, inputs(k), {"score": float(k)}) for k in range(50)]
+    for name in ("a.zip", "b.zip"):
+        store.pack(s, {"plan": keys if name == "a.zip" else keys[::-1]}, tmp_path / name)
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
