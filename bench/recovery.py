@@ -1,19 +1,22 @@
 """Student steps per second of SFT + hidden-state distillation, against the plain loop.
 
-The rival is the plain loop that the original implementation runs: student and teacher both go from pixels to logits over
-the whole vocabulary at every position, in every step. Ours is what `recover` does: image features and the teacher's
-states from targets that were computed once, short rows that borrow their prefix, the last layer and the vocabulary only
-at answers, and on a CPU passes of eight samples. Same samples, same weights, same optimiser, one step of each in turn,
-so that both meet the same machine; on a CPU one thread, and seconds of processor time, so that other jobs on the machine
-count less.
+The plain loop is the original implementation's: student and teacher both go from pixels to logits
+over the whole vocabulary at every position, in every step. Ours is what `recover` does: image
+features and the teacher's states that were computed once, short rows that share their prefix, the
+last layer and the vocabulary only at answers, and on a CPU passes of eight samples. Same samples,
+same weights, same optimiser, one step of each in turn, so that both meet the same machine; on a
+CPU one thread, and seconds of processor time, so that other jobs on the machine count less.
 
-Three shapes: the two tiny models of the study (12 layers, students of 8), and a tenth of LLaVA-v1.5-7B at its own widths:
-3 of 32 decoder layers (students of 2), 2 of 24 tower layers, 3,072 of 32,064 words, images of 576 tokens, LoRA of rank
-128. In so few layers a saving in the last one would count ten times too much, so it is switched off there.
+Three shapes: the two tiny models of the study (12 layers, students of 8), and a tenth of
+LLaVA-v1.5-7B at its own widths: 3 of 32 decoder layers (students of 2), 2 of 24 tower layers,
+3,072 of 32,064 words, images of 576 tokens, LoRA of rank 128. In so few layers a saving in the last
+one would count ten times too much, so it is switched off there.
 
-"first run" is a run of one epoch that has to compute its targets as well: a step plus the batch's share of that pass.
+"first run" is a run of one epoch that has to compute the teacher's outputs as well: a step plus the
+batch's share of that pass.
 
-    python bench/recovery.py [--quick] [--shape tiny-llava|tiny-bunny|7b] [--repeats 9] [--memory SHAPE MODE]
+    python bench/recovery.py [--quick] [--shape tiny-llava|tiny-bunny|7b] [--repeats 9]
+                             [--memory SHAPE MODE]
 """
 
 import argparse
@@ -40,13 +43,14 @@ from mllm_compress.data.instructions import Collator, scene_data
 from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.recovery import teacher_cache as targets
+from mllm_compress.recovery import states
+from mllm_compress.recovery.batches import passes_per_step
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.distillation import Student
-from mllm_compress.recovery.losses import answer_positions, count
-from mllm_compress.recovery.states import decoder_states, image_features
+from mllm_compress.recovery.losses import answer_positions, batch_counts
+from mllm_compress.recovery.rows import attention_for, block_size
+from mllm_compress.recovery.states import decoder_states, image_features, use_attention
 from mllm_compress.recovery.student import add_lora, trainable_copy
-from mllm_compress.recovery.training import _attention, _attention_name, _block, _passes
 from mllm_compress.reporting.style import page
 from mllm_compress.zoo.tiny_models import tiny_model, tiny_processor
 
@@ -135,7 +139,7 @@ SETTINGS = {
 
 
 def plain_step(student, teacher, batch) -> torch.Tensor:
-    "The original's step: everything, everywhere, in both models; the losses at the same positions as ours."
+    "The original's step: everything, everywhere, in both models; losses at the same positions."
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with torch.no_grad():
         target = teacher(**inputs, output_hidden_states=True)
@@ -149,7 +153,7 @@ def plain_step(student, teacher, batch) -> torch.Tensor:
     )
 
 
-def our_targets(teacher, batch) -> tuple:
+def our_outputs(teacher, batch) -> tuple:
     "What the one pass over the data finds for this batch."
     features = image_features(teacher, batch["pixel_values"].to(teacher.dtype))
     where, _ = answer_positions(batch["labels"])
@@ -178,9 +182,9 @@ class Loop:
         self.optimizer = torch.optim.AdamW(
             [p for p in self.module.parameters() if p.requires_grad], lr=1e-5, fused=True
         )
-        self.name = _attention_name(config, device) if self.ours else None
+        self.name = attention_for(config, device) if self.ours else None
         made = (
-            batches(_passes(config, config.batch_size, device, 1), _block(config))
+            batches(passes_per_step(config, config.batch_size, device, 1), block_size(config))
             if self.ours
             else batches(1, None)
         )
@@ -191,14 +195,14 @@ class Loop:
             }
             for batch in made
         ]
-        self.counts = sum(count(batch["labels"]) for batch in self.parts)
+        self.counts = sum(batch_counts(batch["labels"]) for batch in self.parts)
 
     def prepare(self) -> float:
-        "Seconds to compute the targets of this batch, once."
+        "Seconds to compute the teacher's outputs for this batch, once."
         started = self.now()
-        with _attention(self.teacher, self.name), self.autocast():
-            self.targets = (
-                [our_targets(self.teacher, batch) for batch in self.parts] if self.ours else []
+        with use_attention(self.teacher, self.name), self.autocast():
+            self.outputs = (
+                [our_outputs(self.teacher, batch) for batch in self.parts] if self.ours else []
             )
         return self.now() - started
 
@@ -206,7 +210,7 @@ class Loop:
         "The loss of each pass."
         if not self.ours:
             yield plain_step(self.module, self.teacher, self.parts[0])
-        for batch, found in zip(self.parts, self.targets):
+        for batch, found in zip(self.parts, self.outputs):
             yield (
                 self.module(
                     {k: v for k, v in batch.items() if k != "pixel_values"}, *found, self.counts
@@ -217,7 +221,7 @@ class Loop:
     def step(self) -> float:
         "Seconds of a step: forward, backward, optimiser."
         started, self.loss = self.now(), 0.0
-        with _attention(self.inner, self.name), self.autocast():
+        with use_attention(self.inner, self.name), self.autocast():
             for loss in self.losses():
                 with torch.autocast(self.device, enabled=False):
                     loss.backward()
@@ -247,12 +251,12 @@ def loops(shape: str, modes, quick: bool, device: str) -> dict:
         ),
     )
     if shape == "7b":
-        targets.last_layer_at = lambda parts, where: contextlib.nullcontext()
+        states.last_layer_at = lambda parts, where: contextlib.nullcontext()
     return {mode: Loop(mode, teacher, student, config, batches, device) for mode in modes}
 
 
 def measure(shape: str, quick: bool, repeats: int, device: str) -> list:
-    "One row per mode: seconds a step in turn with the others, and peak memory in a process of its own."
+    "One row per mode: seconds a step, in turn with the others, and peak memory in its own process."
     made = loops(shape, SETTINGS[shape][1], quick, device)
     ahead = {mode: [loop.prepare() for _ in range(3)] for mode, loop in made.items()}
     seconds = {mode: [] for mode in made}
@@ -327,17 +331,13 @@ def peak(shape: str, mode: str, quick: bool, device: str):
 
 
 def peak_resident() -> float:
-    "Peak resident memory of this process in MB. Linux hands a parent's ru_maxrss on to its children, so VmHWM is read there."
+    "Peak resident memory of this process in MB."
+    # Linux passes a parent's ru_maxrss on to its children, so VmHWM is read there
     status = Path("/proc/self/status")
     if status.exists():
-        return (
-            int(
-                next(
-                    line for line in status.read_text().splitlines() if line.startswith("VmHWM")
-                ).split()[1]
-            )
-            / 2**10
-        )
+        lines = status.read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
     )
@@ -384,9 +384,12 @@ def draw(rows: pd.DataFrame, path: Path):
         axes[0, 0].set_ylabel("student steps per second")
         for end in ("png", "pdf"):
             fig.savefig(path.with_suffix(f".{end}"), bbox_inches="tight")
+    steps, first = " or ".join(str(n) for n in rows.repeats.unique()), rows.iloc[0]
     path.with_suffix(".txt").write_text(
-        f"Student steps per second, timed in turn: medians, and quartiles as thin lines, of n = {' or '.join(str(n) for n in rows.repeats.unique())} steps. Above each bar: speed-up over the plain loop of the same precision "
-        f"(in brackets: when the targets are computed too), and peak memory. {rows.device.iloc[0]}, {rows.threads.iloc[0]} thread(s), {rows.clock.iloc[0]}.\n",
+        "Student steps per second, timed in turn: medians, and quartiles as thin lines, "
+        f"of n = {steps} steps. Above each bar: speed-up over the plain loop of the same precision "
+        "(in brackets: when the teacher's outputs are computed too), and peak memory. "
+        f"{first.device}, {first.threads} thread(s), {first.clock}.\n",
         encoding="utf-8",
     )
 

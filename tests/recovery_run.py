@@ -1,4 +1,4 @@
-"""One small recovery run as a process of its own: killed at a step, resumed, or shared by several processes."""
+"""One small recovery as its own process: killed at a step, resumed, or over several processes."""
 
 import copy
 import json
@@ -18,9 +18,8 @@ from mllm_compress.recovery.training import recover
 from mllm_compress.zoo.models import load_model
 
 options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result, fsdp, dtype
-if options.get(
-    "fsdp"
-):  # accelerate shards on GPUs only; with this it takes two CPU processes for something that can be sharded
+if options.get("fsdp"):
+    # accelerate shards on GPUs only; with this it shards over two CPU processes
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     start = AcceleratorState.__init__
@@ -35,9 +34,8 @@ teacher, processor = load_model("smoke-llava")
 student = copy.deepcopy(teacher)
 for p in student.model.language_model.parameters():
     p.data += 0.02 * torch.randn_like(p)
-if (
-    "dtype" in options
-):  # as the study's real models: frozen weights in half precision, what is trained in float32
+if "dtype" in options:
+    # as the study's real models: frozen weights in half precision, what is trained in float32
     teacher, student = (m.to(getattr(torch, options["dtype"])) for m in (teacher, student))
     student.model.multi_modal_projector.float()
 

@@ -1,5 +1,6 @@
-"""The losses against independent implementations, written here with torch's own losses and explicit loops."""
+"""The losses against independent implementations: torch's own losses and explicit loops."""
 
+import itertools
 import math
 
 import pytest
@@ -8,14 +9,16 @@ import torch.nn.functional as F
 
 from mllm_compress.recovery.losses import (
     COUNTS,
-    DIVISORS,
     LOSSES,
+    POSITIONS,
     answer_positions,
+    batch_counts,
+    canonical_objective,
     check_losses,
-    count,
     hidden_kd,
     logits_kd,
     loss_terms,
+    objective_look,
     reverse_logits_kd,
     sft,
 )
@@ -39,7 +42,7 @@ def loop_kl(p_logits, q_logits, temperature):
 
 
 def state(positions):
-    "What a training step hands to the losses."
+    "The tensors that a training step calls the losses with."
     where, targets = answer_positions(LABELS)
     at = where if positions == "answer" else torch.ones(B, S, dtype=torch.bool)
     return {
@@ -55,7 +58,7 @@ def state(positions):
 
 def terms(losses, positions):
     return dict(
-        zip(losses, loss_terms(losses, state(positions), count(LABELS), positions).tolist())
+        zip(losses, loss_terms(losses, state(positions), batch_counts(LABELS), positions).tolist())
     )
 
 
@@ -65,7 +68,7 @@ ANSWERS = [
 
 
 def test_counts():
-    assert dict(zip(COUNTS, count(LABELS).tolist())) == {
+    assert dict(zip(COUNTS, batch_counts(LABELS).tolist())) == {
         "answers": 7,
         "positions": B * S,
         "rows": B,
@@ -105,7 +108,7 @@ def test_per_answer_token():
 
 
 def test_the_originals_normalisation_over_all_positions():
-    "KL: T² times the sum over every position, padding included, divided by the batch; squared difference: the plain mean."
+    "KL: T² times the sum over all positions, divided by the batch; squared difference: the mean."
     found = terms(dict.fromkeys(LOSSES, 1.0), "all")
     log_s, log_t = (F.log_softmax(x / 2, -1) for x in (STUDENT, TEACHER))
     kl = F.kl_div(log_s, log_t, reduction="sum", log_target=True) * 2**2 / B
@@ -128,9 +131,12 @@ def test_the_originals_normalisation_over_all_positions():
         {"sft": 0.5, "hidden_kd": 0.5},
     ],
 )
-@pytest.mark.parametrize("positions", DIVISORS)
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_parts_of_a_batch_add_up_to_the_whole(weights, positions):
-    whole, counts = loss_terms(weights, state(positions), count(LABELS), positions), count(LABELS)
+    whole, counts = (
+        loss_terms(weights, state(positions), batch_counts(LABELS), positions),
+        batch_counts(LABELS),
+    )
     rows = [len(v) for v in (state(positions)["answer_logits"], state(positions)["student_logits"])]
     parts = []
     for half in (0, 1):
@@ -180,7 +186,7 @@ def test_half_precision_states_are_compared_in_float32():
 @pytest.mark.parametrize(
     "losses, says",
     [
-        ({"l2": 1}, "unknown loss 'l2'; known: sft"),
+        ({"l2": 1}, "Unknown loss 'l2': use one of sft"),
         ({}, "no loss given"),
         ({"sft": 0}, "positive"),
         ({"sft": float("nan")}, "positive"),
@@ -190,3 +196,24 @@ def test_half_precision_states_are_compared_in_float32():
 def test_wrong_losses(losses, says):
     with pytest.raises(ValueError, match=says):
         check_losses(losses)
+
+
+def test_an_objective_has_one_spelling():
+    assert canonical_objective("hidden_kd+sft") == "sft+hidden_kd"
+    assert canonical_objective("none") == "none"
+    for wrong, says in (("sft+sft", "names a loss twice"), ("sft+kd", "Unknown loss 'kd'")):
+        with pytest.raises(ValueError, match=says):
+            canonical_objective(wrong)
+
+
+def test_every_objective_has_a_look_of_its_own():
+    names = [
+        "+".join(losses)
+        for n in range(1, len(LOSSES) + 1)
+        for losses in itertools.combinations(LOSSES, n)
+    ]
+    looks = [objective_look(name) for name in ["none", *names]]
+    assert len({(look.color, look.marker, look.line) for look in looks}) == len(looks)
+    assert len({look.label for look in looks}) == len(looks)
+    assert objective_look("hidden_kd+sft") == objective_look("sft+hidden_kd")
+    assert objective_look("hidden_kd+logits_kd+sft").label == "SFT + logits KD + hidden KD"

@@ -1,33 +1,31 @@
-"""Half precision is for weights; a profile that asks for the fastest precision gets one that the machine computes in, named in the result."""
+"""Half precision is for weights; `fastest` becomes a precision that the machine computes in.
+
+The result names that precision."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
-from mllm_compress.study import stages as experiment
+from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.store import Store
 from mllm_compress.zoo.models import load_model
 
 
-def test_fastest_precision_is_settled_and_named(monkeypatch):
+def test_fastest_precision_is_settled_and_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cell, profile = (
-        Experiment("tiny-llava", "layerwise", 0.3, recovery="sft", fraction=0.05),
-        load_profile("quick"),
-    )
-    names = {}
+    experiment = Experiment("tiny-llava", "layerwise", 0.3, recovery="sft", fraction=0.05)
+    profile = load_profile("quick")
+    result = SimpleNamespace(samples=1, seconds=1.0, history=pd.DataFrame({"loss": [1.0]}))
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
-        assert (
-            experiment.precision_here()
-            == precision
-            == experiment.recovery_config(cell, profile).precision
-        )
-        names[precision] = experiment.identity(cell, profile)["recovery"]["precision"]
-    assert names == {"bf16": "bf16", "fp32": "fp32"}
+        config = stages.recovery_config(experiment, profile)
+        assert stages.precision_here() == precision == config.precision
+        assert stages._training_record(config, result)["precision"] == precision
 
 
 def rotary(model) -> torch.Tensor:
@@ -45,7 +43,7 @@ def test_half_precision_is_for_weights(name):
 def test_a_student_trained_in_float32_goes_back_to_half_without_its_frequencies(tmp_path):
     profile = load_profile("smoke")
     profile = replace(profile, dtype="bfloat16", recovery=profile.recovery | {"precision": "bf16"})
-    cell = Experiment("smoke-llava", "layerwise", 0.3, recovery="sft", fraction=0.5)
-    student, *_ = experiment.student_of(cell, profile, Store(tmp_path), "cpu")
+    experiment = Experiment("smoke-llava", "layerwise", 0.3, recovery="sft", fraction=0.5)
+    student = stages.student_of(experiment, profile, Store(tmp_path), "cpu")
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert torch.equal(rotary(student), rotary(load_model("smoke-llava")[0]))

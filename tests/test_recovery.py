@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mllm_compress.anatomy.families import anatomy
+from mllm_compress.anatomy.families import Anatomy, anatomy
 from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.data.instructions import (
     Collator,
@@ -24,15 +24,21 @@ from mllm_compress.data.instructions import (
     packed_mask,
     scene_data,
 )
+from mllm_compress.recovery import training
 from mllm_compress.recovery.batches import Batches
 from mllm_compress.recovery.checkpoints import checkpoints
 from mllm_compress.recovery.config import PAPER, RecoveryConfig, config_from_dict, learning_rate
 from mllm_compress.recovery.distillation import layer_pairs
-from mllm_compress.recovery.states import decoder_states, image_features
+from mllm_compress.recovery.states import (
+    SHARED_PREFIX,
+    decoder_states,
+    image_features,
+    use_attention,
+)
 from mllm_compress.recovery.student import add_lora, lora_targets
-from mllm_compress.recovery.teacher_cache import SHARED, TargetCache
+from mllm_compress.recovery.teacher_cache import TeacherCache
 from mllm_compress.recovery.trainer import NonFiniteLoss, RecoveryTrainer
-from mllm_compress.recovery.training import _attention, recover
+from mllm_compress.recovery.training import recover
 
 N = 8
 
@@ -64,14 +70,14 @@ def run(pair, data, config, **kwargs):
         data,
         config,
         processor,
-        **{"cache": TargetCache(), "device": "cpu", "progress": False} | kwargs,
+        **{"cache": TeacherCache(), "device": "cpu", "progress": False} | kwargs,
     )
 
 
 ONE_STEP = dict(batch_size=N, lr=1e-3)
 
 
-# -- the loss of a step, against the models' own forward pass ---------------------------------------------------------
+# -- the loss of a step, against the models' own forward pass ----------------------------------
 
 
 def whole_batch(pair, data, turns="sequential"):
@@ -168,7 +174,7 @@ def test_packed_questions_equal_separate_ones(pair, data):
 def test_short_rows_and_small_passes_are_a_saving_and_nothing_else(pair, data, monkeypatch):
     config = RecoveryConfig(losses={"sft": 1, "hidden_kd": 1, "logits_kd": 1}, **ONE_STEP)
     short = run(pair, data, config).history
-    monkeypatch.setattr("mllm_compress.recovery.training._block", lambda config: None)
+    monkeypatch.setattr("mllm_compress.recovery.rows.block_size", lambda config: None)
     whole = run(pair, data, config).history
     split = run(pair, data, RecoveryConfig(losses=config.losses, passes=4, **ONE_STEP)).history
     for column in ("loss", "sft", "hidden_kd", "logits_kd", "grad_norm"):
@@ -180,7 +186,7 @@ def test_short_rows_and_small_passes_are_a_saving_and_nothing_else(pair, data, m
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "phi", "phi3"])
 @pytest.mark.parametrize("added", [False, True])
 def test_a_borrowed_prefix_is_the_prefix(tiny_lm, family, added):
-    "Grouped queries, partial rotary embeddings, fused projections: a block's states are those of the whole row."
+    "A block's states are those of the whole row, whatever the attention and its projections."
     model, g = tiny_lm(family), torch.Generator().manual_seed(0)
     parts = anatomy(model)
     segment = [0] * 5 + [1] * 4 + [2] * 3 + [3] * 6
@@ -207,10 +213,10 @@ def test_a_borrowed_prefix_is_the_prefix(tiny_lm, family, added):
         )
     with torch.no_grad():
         expected = decoder_states(parts, whole, None, (0, "final"))
-        with _attention(model, SHARED):
+        with use_attention(model, SHARED_PREFIX):
             found = decoder_states(parts, short, None, (0, "final"))
         some = torch.rand(2, 9, generator=g) < 0.3
-        with _attention(model, SHARED):
+        with use_attention(model, SHARED_PREFIX):
             few = decoder_states(parts, short, None, (0, "final"), some)
     for name in (0, "final"):
         torch.testing.assert_close(
@@ -237,23 +243,22 @@ def test_a_batch_with_a_long_question_stays_in_whole_rows(pair, data):
         < len(collate([mixed[1], mixed[2]])["input_ids"])
     )
     found = run(pair, mixed, RecoveryConfig(**ONE_STEP)).history
-    now = run(pair, mixed, RecoveryConfig(**ONE_STEP), cache=TargetCache(limit=0)).history
-    assert found.loss[0] == pytest.approx(
-        now.loss[0], rel=1e-5
-    )  # targets computed in other batches belong to the same answers
+    now = run(pair, mixed, RecoveryConfig(**ONE_STEP), cache=TeacherCache(limit=0)).history
+    # outputs computed in other batches belong to the same answers
+    assert found.loss[0] == pytest.approx(now.loss[0], rel=1e-5)
 
 
 def test_ahead_or_while_training_is_the_same(pair, data):
     config = RecoveryConfig(
         losses={"sft": 1, "hidden_kd": 1, "logits_kd": 1}, batch_size=4, lr=1e-3
     )
-    ahead, now = run(pair, data, config), run(pair, data, config, cache=TargetCache(limit=0))
+    ahead, now = run(pair, data, config), run(pair, data, config, cache=TeacherCache(limit=0))
     torch.testing.assert_close(
         torch.tensor(ahead.history.loss), torch.tensor(now.history.loss), rtol=1e-4, atol=1e-5
     )
 
 
-# -- what is trained --------------------------------------------------------------------------------------------------
+# -- what is trained ---------------------------------------------------------------------------
 
 
 def changed(before, after):
@@ -302,7 +307,7 @@ def test_an_identical_teacher_leaves_the_student_alone(tiny_llava, data):
 
 
 def test_the_teacher_keeps_its_own_projector(pair, data):
-    "The original feeds the teacher the student's image embeddings, so that its target drifts with them."
+    "The original feeds the teacher the student's image embeddings, so its target drifts."
     student, teacher, processor = pair
     moved = copy.deepcopy(teacher)
     anatomy(moved).projector.linear_2.weight.data *= 2
@@ -368,7 +373,7 @@ def test_samples_without_an_image(pair, data):
         images=data.images,
     )
     ahead = run(pair, mixed, RecoveryConfig(batch_size=4, lr=1e-3))
-    now = run(pair, mixed, RecoveryConfig(batch_size=4, lr=1e-3), cache=TargetCache(limit=0))
+    now = run(pair, mixed, RecoveryConfig(batch_size=4, lr=1e-3), cache=TeacherCache(limit=0))
     torch.testing.assert_close(
         torch.tensor(ahead.history.loss), torch.tensor(now.history.loss), rtol=1e-4, atol=1e-5
     )
@@ -386,7 +391,7 @@ def test_fractions_are_nested_and_counted(pair, data):
     }
 
 
-# -- the same numbers again -------------------------------------------------------------------------------------------
+# -- the same numbers again --------------------------------------------------------------------
 
 
 def test_a_seed_decides_everything(pair, data):
@@ -431,23 +436,32 @@ def test_bf16_follows_float32(pair, data):
     )
 
 
-def test_targets_are_computed_once(pair, data, tmp_path, monkeypatch):
-    import mllm_compress.recovery as module
+def test_bf16_without_a_device(pair, data):
+    "On a machine without an accelerator the run is the one on the CPU."
+    config = RecoveryConfig(losses={"sft": 1}, precision="bf16", **ONE_STEP)
+    found = run(pair, data, config, device=None)
+    assert torch.isfinite(torch.tensor(found.history.loss)).all()
+    if not torch.accelerator.is_available():
+        assert {p.device.type for p in found.model.parameters()} == {"cpu"}
+        expected = run(pair, data, config, device="cpu")
+        assert weights_hash(found.model) == weights_hash(expected.model)
+    pair[1].to("cpu")
 
-    calls, compute = [], module.compute_targets
-    monkeypatch.setattr(
-        module, "compute_targets", lambda *a, **k: calls.append(1) or compute(*a, **k)
-    )
-    cache = TargetCache(folder=tmp_path)
+
+def test_teacher_outputs_are_computed_once(pair, data, tmp_path, monkeypatch):
+    calls, compute = [], training.compute_teacher_outputs
+    counted = lambda *a, **k: calls.append(1) or compute(*a, **k)
+    monkeypatch.setattr(training, "compute_teacher_outputs", counted)
+    cache = TeacherCache(folder=tmp_path)
     first = run(pair, data, RecoveryConfig(batch_size=4, lr=1e-3), cache=cache)
     run(pair, data, RecoveryConfig(batch_size=4, lr=1e-2, seed=1), cache=cache)  # another run
     again = run(
-        pair, data, RecoveryConfig(batch_size=4, lr=1e-3), cache=TargetCache(folder=tmp_path)
+        pair, data, RecoveryConfig(batch_size=4, lr=1e-3), cache=TeacherCache(folder=tmp_path)
     )  # another process
     assert len(calls) == 1 and weights_hash(first.model) == weights_hash(again.model)
     run(
         pair, data, RecoveryConfig(batch_size=4, lr=1e-3, turns="sequential"), cache=cache
-    )  # other rows, other targets
+    )  # other rows, other outputs
     assert len(calls) == 2
 
 
@@ -482,7 +496,7 @@ def test_every_epoch_has_its_own_order(pair, data, monkeypatch):
     )
 
 
-# -- safety -----------------------------------------------------------------------------------------------------------
+# -- safety ------------------------------------------------------------------------------------
 
 
 def process(tmp_path, launcher=(), name="result.json", **options):
@@ -543,7 +557,7 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
 
 
 def test_fsdp(tmp_path):
-    "Sharded over two processes: the losses of one process; killed and resumed, the same bits; the model comes back whole."
+    "The losses of one process; the same bits when killed and resumed; a whole model at the end."
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     options = {"config": {"batch_size": 4, "epochs": 2, "lr": 1e-3}, "n": 14}
     options_of_two = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
@@ -594,7 +608,7 @@ def free_port() -> str:
 
 
 def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
-    "As the real models are trained: frozen weights in bfloat16, adapters and projector in float32, gradient checkpointing."
+    "As the real models: frozen bfloat16, float32 adapters and projector, gradient checkpointing."
     options = {
         "config": {
             "batch_size": 4,
@@ -643,7 +657,7 @@ def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeypatch):
-    import mllm_compress.trainer as module
+    import mllm_compress.recovery.checkpoints as module
 
     save, calls = module.save_file, []
 
@@ -659,7 +673,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeyp
             pair, data, RecoveryConfig(batch_size=2, lr=1e-3), folder=tmp_path / "run", save_every=1
         )
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"] and not list(
-        (tmp_path / "run").glob("partial-*")
+        (tmp_path / "run").glob(".checkpoint-*")
     )
     monkeypatch.setattr(module, "save_file", save)
     resumed = run(
@@ -679,8 +693,9 @@ def test_a_save_that_was_cut_off_is_not_taken_for_a_checkpoint(pair, data, tmp_p
         (
             late / "trainer_state.json"
         ).unlink()  # written last: without it the folder is not complete
-    (tmp_path / "partial-checkpoint-4").mkdir()
-    (tmp_path / "partial-checkpoint-4" / "weights.safetensors").write_bytes(b"half of it")
+    partial = tmp_path / ".checkpoint-4.01234567.new"
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half of it")
     assert checkpoints(tmp_path) == left[:1]
     for late in left[1:]:
         shutil.rmtree(late)
@@ -702,7 +717,7 @@ def test_another_runs_folder_is_refused(pair, data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(pair, data, tmp_path):
-    "A learning rate this high destroys the weights in the first step; the second step's loss shows it."
+    "So high a learning rate destroys the weights in step 1; the loss of step 2 shows it."
     with pytest.raises(NonFiniteLoss) as error:
         run(
             pair,
@@ -719,7 +734,7 @@ def test_a_loss_that_is_no_number_stops_the_run(pair, data, tmp_path):
     assert "checkpoint-1" in str(error.value) and checkpoints(tmp_path)
 
 
-# -- wrong input ------------------------------------------------------------------------------------------------------
+# -- wrong input -------------------------------------------------------------------------------
 
 
 def test_models_that_do_not_fit(pair, data, tiny_llava):
@@ -762,11 +777,11 @@ def test_no_supervised_token(pair, data):
     [
         ({"fraction": 0}, "outside"),
         ({"fraction": 1.5}, "outside"),
-        ({"losses": {"mse": 1}}, "unknown loss 'mse'"),
+        ({"losses": {"mse": 1}}, "Unknown loss 'mse'"),
         ({"train": "lm"}, "use one of"),
         ({"positions": "answers"}, "use one of"),
         ({"lora": {"r": 2}, "train": "projector"}, "lora adapts"),
-        ({"rank": 8}, "unknown recovery option"),
+        ({"rank": 8}, "Unknown recovery option"),
         ({"batch_size": 0}, "must be positive"),
         ({"precision": "fp16"}, "use one of"),
     ],
@@ -777,9 +792,7 @@ def test_wrong_configs(values, says):
 
 
 def test_lora_without_targets(tiny_lm, monkeypatch):
-    import mllm_compress.anatomy as module
-
-    monkeypatch.setattr(module.Anatomy, "linears", lambda self, i: [])
+    monkeypatch.setattr(Anatomy, "linears", lambda self, i: [])
     with pytest.raises(ValueError, match="no LoRA targets for family 'llama'"):
         lora_targets(tiny_lm("llama"))
 
@@ -789,7 +802,7 @@ def test_too_few_samples_for_the_processes():
         Batches([1] * 3, 8, passes=2, processes=2)
 
 
-# -- small things -----------------------------------------------------------------------------------------------------
+# -- small things ------------------------------------------------------------------------------
 
 
 def test_layers_follow_the_plan():
@@ -801,7 +814,7 @@ def test_layers_follow_the_plan():
 
 def test_learning_rates_are_data():
     table = {
-        "projector": {"default": 1.0, "hidden_kd+sft": 2.0},
+        "projector": {"default": 1.0, "sft+hidden_kd": 2.0},
         "projector+lm": {"default": 3.0},
         "lora": {"default": 4.0},
     }

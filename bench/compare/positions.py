@@ -1,10 +1,11 @@
-"""Does it help to compare student and teacher at the answers only? A small paired experiment; not part of `make bench`.
+"""Does it help to compare student and teacher at the answers only? Not part of `make bench`.
 
-The two tiny models lose 5 of 12 layers by block influence and are recovered with SFT + hidden-state distillation,
-`positions="answer"` and `positions="all"` from the same start, on the same samples in the same order, and are asked the
-same questions about *validation* scenes. The default runs at the study's learning rate, which was tuned for it; the
-original's rule may choose the better of that rate and twice that rate, on these same questions. So the comparison leans
-towards the original. An interval is a bootstrap over questions, seeds side by side.
+A small paired experiment: the two tiny models lose 5 of 12 layers by block influence and are
+recovered with SFT + hidden-state distillation, `positions="answer"` and `positions="all"` from the
+same start, on the same samples in the same order, and answer the same questions about *validation*
+scenes. The default runs at the study's learning rate, which was tuned for it; the original's rule
+may choose the better of that rate and twice that rate, on these same questions. So the comparison
+favours the original. An interval is a bootstrap over questions, seeds side by side.
 
     python bench/compare/positions.py [--fraction 0.01] [--seeds 2] [--limit 150]
 """
@@ -30,8 +31,8 @@ KINDS = ("open", "hallucination", "perception", "cognition", "choice", "composit
 RUNS = (("answer", 1e-3), ("all", 1e-3), ("all", 2e-3))
 
 
-def asked(model, processor, seed: int, limit: int) -> pd.DataFrame:
-    "What every question was worth."
+def scored(model, processor, seed: int, limit: int) -> pd.DataFrame:
+    "The score of every question."
     _, found = evaluate(
         model,
         processor,
@@ -67,7 +68,7 @@ def compare(name: str, data, fraction: float, seeds: int, limit: int) -> list:
                 device="cpu",
                 progress=False,
             )
-            worth[positions, lr].append(asked(result.model, processor, seed, limit))
+            worth[positions, lr].append(scored(result.model, processor, seed, limit))
             print(
                 name,
                 seed,

@@ -193,7 +193,7 @@ def _load(model: str, device: str):
     from mllm_compress import checkpoint, zoo
 
     _check_device(device)
-    if (Path(model) / checkpoint.PLAN).exists():
+    if checkpoint.is_checkpoint(model):
         return checkpoint.load_pruned(model, device=device)
     return *zoo.load_model(model, device=device), None
 

@@ -6,13 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-004
-from pathlib import Path
-
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..checkpoint.integrity import PLAN
+from ..checkpoint.integrity import is_checkpoint
 from ..checkpoint.loading import load_pruned
 from .benchmarks import Question, mean_color, pad_to_square
 from mllm_compress.evaluation.generation import (
@@ -162,7 +160,7 @@ def load_checkpoint(
     dtype: str,  # one of DTYPES
 ) -> tuple:  # (model, processor)
     "A pruned or any other model."
-    load = load_pruned if (Path(pretrained) / PLAN).exists() else load_model
+    load = load_pruned if is_checkpoint(pretrained) else load_model
     dtype = None if dtype == "auto" else getattr(torch, dtype)
     return load(str(pretrained), device=str(device), dtype=dtype)[:2]
 

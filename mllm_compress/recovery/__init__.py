@@ -6,8 +6,8 @@
 __all__ = ['LOSSES', 'Loss', 'PAPER', 'RecoveryConfig', 'RecoveryResult', 'TRAINS', 'TeacherCache', 'config_from_dict', 'recover']
 
 # %% ../../nbs/library/recovery/00_index.ipynb #cell-003
-from .config import PAPER, TRAINS, RecoveryConfig, config_from_dict
-from .losses import LOSSES, Loss
+from .config import PAPER, RecoveryConfig, config_from_dict
+from .losses import LOSSES, TRAINS, Loss
 from .teacher_cache import TeacherCache
 from .training import RecoveryResult, recover
 
