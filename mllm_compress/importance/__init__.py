@@ -7,10 +7,9 @@ __all__ = ['CRITERIA', 'LayerScores', 'WidthScores', 'angular_distance', 'block_
            'load_scores', 'scoring_memory', 'width_importance']
 
 # %% ../../nbs/library/importance/00_index.ipynb #cell-003
-from .memory import largest_batch, scoring_memory
-
 from .criteria import CRITERIA, layer_importance, width_importance
 from .influence import angular_distance, block_influence
+from .memory import largest_batch, scoring_memory
 from .scores import LayerScores, WidthScores, load_scores
 
 _all_ = [

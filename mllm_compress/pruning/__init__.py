@@ -7,9 +7,8 @@ __all__ = ['PruningPlan', 'apply_plan', 'draw_plan', 'plan_layerwise', 'plan_non
 
 # %% ../../nbs/library/pruning/00_index.ipynb #cell-003
 from .drawing import draw_plan
-from .pruning_plan import PruningPlan
-
 from .plans import plan_layerwise, plan_none, plan_widthwise
+from .pruning_plan import PruningPlan
 from .slicing import apply_plan
 
 _all_ = [

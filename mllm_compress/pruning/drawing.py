@@ -7,6 +7,7 @@ __all__ = ['draw_plan']
 
 # %% ../../nbs/library/pruning/04_drawing.ipynb #cell-004
 import torch
+
 from .pruning_plan import PruningPlan
 
 # %% ../../nbs/library/pruning/04_drawing.ipynb #cell-006

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
+
+from ..anatomy.families import anatomy, lm_parameters
 from .pruning_plan import PruningPlan, make_plan, spans
 from mllm_compress.pruning.sizes import (
     check_budget,
@@ -21,9 +24,6 @@ from mllm_compress.pruning.sizes import (
     rounded_steps,
     solve_budget,
 )
-from transformers import PreTrainedModel
-
-from ..anatomy.families import anatomy, lm_parameters
 from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, check_choice
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-006

@@ -10,10 +10,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
-from .sizes import LayerSize, kept_parameters, layer_sizes
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
+from .sizes import LayerSize, kept_parameters, layer_sizes
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['apply_plan']
 
-# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-003
+# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-004
 import copy
 
 import torch
-from .pruning_plan import PruningPlan
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
+from .pruning_plan import PruningPlan
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-006
 @torch.no_grad()
