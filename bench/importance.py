@@ -1,10 +1,12 @@
 """Time and memory of scoring, against the straightforward implementations in the same run.
 
-Three questions. Block influence as a function of two tensors, against the form that multiplies all pairs of tokens and
-keeps the diagonal. Block influence in a scoring pass, against the same forward pass without hooks. Taylor importance in
-all four orders, against the code that holds every gradient (for the second-order terms: one more backward pass per
-sample, and squared gradients held as well). Ours and the rival run in turn, so that both meet the same machine; the
-ratio is taken pair by pair. Memory is counted in separate runs: tensors alive at the peak (CPU) or bytes allocated (GPU).
+Three comparisons. Block influence as a function of two tensors, against the form that multiplies
+all pairs of tokens and keeps the diagonal. Block influence in a scoring pass, against the same
+forward pass without hooks. Taylor importance in all four orders, against the code that holds every
+gradient (for the second-order terms: one more backward pass per sample, and squared gradients held
+as well). Ours and the other run alternately, so that both have the same machine load; the ratio is
+taken pair by pair. Memory is counted in separate runs: tensors alive at the peak (CPU) or bytes
+allocated (GPU).
 
     python bench/importance.py [--quick] [--repeats 9] [--device cpu|cuda]
 """
@@ -61,7 +63,7 @@ def peak_bytes(call, device: str) -> int:
 
 
 def in_turn(ours, rival, repeats: int, device: str) -> dict:
-    "Time both alternately after a warm-up; medians and quartiles in milliseconds, and of the ratio of each pair."
+    "Time both alternately after a warm-up: quartiles of the times (ms) and of each pair's ratio."
     ours(), rival()
     times = np.array([(seconds(ours, device), seconds(rival, device)) for _ in range(repeats)])
     values = {
@@ -127,7 +129,7 @@ def hooks_row(model, batch, repeats: int, device: str) -> dict:
 
 
 def hold_all_gradients(model, batch, order: str) -> tuple:
-    "The straightforward Taylor importance: (channel scores, bytes of the gradients that were held)."
+    "Straightforward Taylor importance: (channel scores, bytes of the gradients that were held)."
     ids, curvature = batch["input_ids"], {}
     if ORDERS[order].curvature:
         for row in ids.split(1):
@@ -177,7 +179,9 @@ def taylor_row(model, batch, order: str, repeats: int, device: str) -> dict:
 
 def shape(model, batch) -> str:
     "Layers, width, batch."
-    return f"{len(model.model.layers)} layers of {model.config.hidden_size}, batch {batch['input_ids'].shape[0]} x {batch['input_ids'].shape[1]}"
+    rows, tokens = batch["input_ids"].shape
+    layers, hidden = len(model.model.layers), model.config.hidden_size
+    return f"{layers} layers of {hidden}, batch {rows} x {tokens}"
 
 
 def draw(rows: pd.DataFrame, path: Path):
@@ -231,8 +235,10 @@ def draw(rows: pd.DataFrame, path: Path):
             fig.savefig(path.with_suffix(end), bbox_inches="tight")
     first = rows.iloc[0]
     path.with_suffix(".txt").write_text(
-        f"Scoring against the straightforward code, timed in turn: our time and our extra memory as fractions of the rival's; medians, and quartiles of the time as thin lines, of n = {first.repeats} pairs. "
-        f"Grey: the goal. {first.device}, {first.threads} thread(s), {first['dtype']}.\n",
+        "Scoring against the straightforward code, timed in turn: our time and our extra memory as "
+        "fractions of the rival's; medians, and quartiles of the time as thin lines, "
+        f"of n = {first.repeats} pairs. Grey: the goal. "
+        f"{first.device}, {first.threads} thread(s), {first['dtype']}.\n",
         encoding="utf-8",
     )
 
@@ -283,14 +289,11 @@ def main():
         *[(g[0], np.nan if g[1] is None else g[1]) for g in goals]
     )
     for _, r in rows.iterrows():
-        print(
-            f"{r['name']:<20}{r['shape']:<34} time {r.time_ratio_median:.3f} [{r.time_ratio_low:.3f}, {r.time_ratio_high:.3f}] of the rival's (goal {r.time_goal:.2f})"
-            + (
-                ""
-                if np.isnan(r.memory_ratio)
-                else f", extra memory {r.memory_ratio:.3f} (goal {r.memory_goal:.2f})"
-            )
-        )
+        time_ratio = f"{r.time_ratio_median:.3f} [{r.time_ratio_low:.3f}, {r.time_ratio_high:.3f}]"
+        text = f"time {time_ratio} of the rival's (goal {r.time_goal:.2f})"
+        if not np.isnan(r.memory_ratio):
+            text += f", extra memory {r.memory_ratio:.3f} (goal {r.memory_goal:.2f})"
+        print(f"{r['name']:<20}{r['shape']:<34} {text}")
     name = "importance-quick" if args.quick else "importance"
     args.out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(args.out / f"{name}.csv", index=False, float_format="%.5g")

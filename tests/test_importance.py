@@ -214,7 +214,7 @@ def test_taylor_equals_autograd_inside_an_mllm(request, fixture, order):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_unit_nobody_hears_scores_zero(tiny_lm, family, order):
+def test_a_unit_that_nothing_reads_scores_zero(tiny_lm, family, order):
     model = tiny_lm(family, layers=3)
     silence(model, 1, unit=1)
     scores = taylor(model, [text_batch()], order=order)
@@ -293,7 +293,7 @@ def test_scoring_touches_nothing(tiny_llava):
         (m.training, len(m._forward_hooks) + len(m._forward_pre_hooks), "forward" in m.__dict__)
         for m in model.modules()
     ]
-    asked = [p.requires_grad for p in model.parameters()]
+    required = [p.requires_grad for p in model.parameters()]
     batch = image_batch(model)
     for run in (
         lambda: taylor(model, [batch], recompute=True),
@@ -309,7 +309,7 @@ def test_scoring_touches_nothing(tiny_llava):
         (m.training, len(m._forward_hooks) + len(m._forward_pre_hooks), "forward" in m.__dict__)
         for m in model.modules()
     ]
-    assert asked == [p.requires_grad for p in model.parameters()] and all(
+    assert required == [p.requires_grad for p in model.parameters()] and all(
         p.grad is None for p in model.parameters()
     )
 
@@ -540,9 +540,9 @@ def test_baselines(tiny_lm, family):
                 if s.kind == "head"
             )
             assert sizes.heads[i][u].allclose(total, rtol=1e-4)
-    heard = {}
+    outputs = {}
     hooks = [
-        s.module.register_forward_pre_hook(lambda _, a, k=s.kind: heard.update({k: a[0]}))
+        s.module.register_forward_pre_hook(lambda _, a, k=s.kind: outputs.update({k: a[0]}))
         for s in parts.linears(2)
         if s.axis == 1
     ]
@@ -551,9 +551,9 @@ def test_baselines(tiny_lm, family):
     for hook in hooks:
         hook.remove()
     scores = width_importance(model, [batch], "activation")
-    assert scores.neurons[2].allclose(heard["neuron"].square().mean((0, 1)).sqrt(), rtol=1e-4)
+    assert scores.neurons[2].allclose(outputs["neuron"].square().mean((0, 1)).sqrt(), rtol=1e-4)
     assert scores.heads[2].allclose(
-        heard["head"].unflatten(-1, (2, -1)).square().sum(-1).mean((0, 1)).sqrt(), rtol=1e-4
+        outputs["head"].unflatten(-1, (2, -1)).square().sum(-1).mean((0, 1)).sqrt(), rtol=1e-4
     )
     random = [width_importance(model, method="random", seed=s) for s in (3, 3, 4)]
     assert close(random[0], random[1]) and not close(random[0], random[2])

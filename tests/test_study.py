@@ -15,7 +15,7 @@ import pytest
 
 from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
-effects = None
+from mllm_compress.reporting import effects
 from mllm_compress.study import runs, stages, store, workers
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (

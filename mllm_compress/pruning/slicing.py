@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['apply_plan']
 
-# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-003
+# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-004
 import copy
 
 import torch
