@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..importance.criteria import criteria_of
 from ..pruning.plans import PRUNINGS
-from ..recovery.config import TRAINS
-from ..recovery.losses import LOSSES
+from ..recovery.losses import LOSSES, TRAINS
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-004

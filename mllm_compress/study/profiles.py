@@ -18,8 +18,7 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ..recovery.config import TRAINS
-from ..recovery.losses import LOSSES
+from ..recovery.losses import LOSSES, TRAINS
 from .experiments import check_recovery
 from ..utils.files import checkout
 from ..utils.methods import check_choice
