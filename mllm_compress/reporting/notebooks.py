@@ -171,12 +171,12 @@ def experiments_of(
 
 # %% ../../nbs/library/reporting/05_notebooks.ipynb #cell-023
 SHOWING = (
-    "study",
-    "report",
-    "cost",
-    "checkpoint",
-    "claims",
-    "advice",
+    "study.runs",
+    "reporting.report",
+    "cost.arithmetic",
+    "checkpoint.folders",
+    "reporting.claims",
+    "reporting.advice",
 )  # modules that notebooks show things with
 
 

@@ -106,10 +106,10 @@ def recovery_config(cell: Experiment, profile: Profile) -> RecoveryConfig:
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-009
 SEEING, SCORING, PRUNING, TRAINING = (
-    ("evaluation", "zoo"),
-    ("importance", "data"),
-    ("plans", "pruning"),
-    ("recovery",),
+    ("evaluation.scoring", "zoo.models"),
+    ("importance.criteria", "data.instructions"),
+    ("pruning.plans", "pruning.slicing"),
+    ("recovery.training",),
 )
 
 # %% ../../nbs/library/study/03_stages.ipynb #cell-011
@@ -130,7 +130,7 @@ def model_identity(
 ) -> str:
     "A name for a model: its bytes where they are here, else its hub id and revision, or the code that draws it."
     if name in MODELS and name.startswith("smoke-"):
-        return f"{name} {store.code_fingerprint('zoo')}"
+        return f"{name} {store.code_fingerprint('zoo.models')}"
     folder = SHIPPED / name if (SHIPPED / name).is_dir() else Path(name)
     if folder.is_dir():
         return store.file_fingerprint(folder)
