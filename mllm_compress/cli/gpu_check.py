@@ -29,7 +29,7 @@ from ..recovery.losses import count
 from ..recovery.trainer import Student, TeacherSide
 from ..recovery.training import RecoveryConfig, add_lora, recover, trainable_copy
 from ..reporting import runner
-from ..reporting.report import Table, to_markdown
+from ..reporting.tables import Table, to_markdown
 from ..study.stages import trained_in_float32
 from ..study.store import home
 from ..zoo.convert import real_config
