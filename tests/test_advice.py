@@ -1,4 +1,4 @@
-"""Advice follows from results by rules: what fits, what kept most, what is tied, what is too much."""
+"""Advice follows from results by rules: what fits, what retains most, ties, and heavy losses."""
 
 import numpy as np
 import pandas as pd
@@ -252,7 +252,7 @@ def test_what_cannot_be_answered_is_an_error(ask, question, says):
 
 def test_printed_numbers_stand_beside_and_carry_the_papers_name(ask):
     assert (
-        "The paper prints for LLaVA-v1.5-7B at ratio 0.30: layerwise with sft+hidden_kd on all of its data kept 96.4 %."
+        "The paper reports for LLaVA-v1.5-7B at ratio 0.30: layerwise with sft+hidden_kd on all of its data kept 96.4 %."
         in ask(ratio=0.3).text
     )
     assert "widthwise without recovery kept 79.9 %" in ask(ratio=0.3, training=False).text

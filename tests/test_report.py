@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress.reporting import report, style
+from mllm_compress.evaluation import published
+from mllm_compress.reporting import style
 from mllm_compress.reporting.claims import (
     AT_EQUAL_SIZE,
     CLAIMS,
@@ -18,16 +19,10 @@ from mllm_compress.reporting.claims import (
     split_grid,
 )
 from mllm_compress.reporting.effects import Estimate, difference
-from mllm_compress.reporting.report import (
-    Report,
-    Table,
-    Verdict,
-    retained_over_ratio,
-    sentence,
-    to_html,
-    to_latex,
-    to_markdown,
-)
+from mllm_compress.reporting.figures import Figure, retained_over_ratio
+from mllm_compress.reporting.report import Report, output_folder, overridden
+from mllm_compress.reporting.tables import Table, to_html, to_latex, to_markdown
+from mllm_compress.reporting.verdicts import Verdict, basis_of, sentence
 from mllm_compress.study.experiments import (
     Experiment,
     load_profile,
@@ -70,17 +65,17 @@ def test_what_rests_on_fewer_seeds_says_so():
             for s in range(3)
         ]
     )
-    assert str(report.basis(rows)) == "n = 100 questions per model, 3 seeds, profile p"
+    assert str(basis_of(rows)) == "n = 100 questions per model, 3 seeds, profile p"
     assert (
-        str(report.basis(rows.assign(status=["done", "done", "failed"])))
+        str(basis_of(rows.assign(status=["done", "done", "failed"])))
         == "n = 100 questions per model, 2 seeds, profile p; 1 cells FAILED"
     )
     assert (
-        str(report.basis(rows.assign(status="failed")))
+        str(basis_of(rows.assign(status="failed")))
         == "no finished cells, profile p; 3 cells FAILED"
     )
     assert (
-        str(report.basis(rows[rows.seed == 0]))
+        str(basis_of(rows[rows.seed == 0]))
         == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
     )
     text = sentence(
@@ -90,7 +85,7 @@ def test_what_rests_on_fewer_seeds_says_so():
         "Holds: here (+2.0 [1.0, 3.0])" in text
         and "One seed points to yes: there (+4.0 [3.0, 5.0], 1 seed)" in text
     )
-    once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, report.basis(rows)))
+    once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, basis_of(rows)))
     assert (
         "1 seed (intervals" in once and "3 seeds" not in once
     )  # the frame has three, the difference one
@@ -169,7 +164,7 @@ def test_one_seed_decides_nothing(bounds, answer):
 
 
 def test_chance_among_many_places_does_not_refute():
-    "Two degrees of freedom: -1 with a spread that makes the 95 % interval end at -0.1 and the 99.4 % interval above zero."
+    "With two degrees of freedom, the 95 % interval of -1 ends at -0.1, that at 99.4 % above 0."
     barely = Estimate(-1, -1.9, -0.1, 100, 3, questions=0.0, spread=(0.9 / 4.3027) ** 2)
     assert barely.at(0.95).high == pytest.approx(-0.1, abs=1e-4) and barely.at(
         1 - 0.05 / 8
@@ -180,7 +175,7 @@ def test_chance_among_many_places_does_not_refute():
     )
     assert (
         eight.word == "is undecided at this scale"
-        and "none contradicts" in sentence(eight)
+        and "no setting contradicts" in sentence(eight)
         and "Does not hold: here (-1.0 [-1.9, -0.1])" in sentence(eight)
     )
 
@@ -197,17 +192,17 @@ def test_one_contradiction_refutes_a_claim_and_all_are_listed():
     yes, no = Estimate(2, 1, 3, 9, 3), Estimate(-2, -3, -1, 9, 3)
     text = sentence(Verdict("A beats B.", {"at 0.15": no, "at 0.60": yes}, ""))
     assert (
-        "“A beats B” does not hold (holds in 1 of 2 settings, contrary in 1)" in text
+        "“A beats B” does not hold (supported in 1 of 2 settings, contradicted in 1)" in text
         and "Holds: at 0.60 (+2.0 [1.0, 3.0])" in text
         and "Does not hold: at 0.15 (-2.0 [-3.0, -1.0])" in text
     )
 
 
-def test_printed_numbers_come_with_the_package():
-    best = report.printed("best_compressed").set_index(["model", "ratio"]).avg_percent_as_printed
+def test_published_numbers_come_with_the_package():
+    best = published("best_compressed").set_index(["model", "ratio"]).avg_percent_as_printed
     assert best["LLaVA-v1.5-7B", 0.6] == 78.13 and best["Bunny-v1.0-3B", 0.15] == 98.98
     with pytest.raises(ValueError, match="best_compressed, models, pruning_without_recovery"):
-        report.printed("table9")
+        published("table9")
 
 
 def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
@@ -430,7 +425,7 @@ def test_sizes_that_differ_are_named():
 
 @pytest.mark.parametrize("recovery, claim", [("none", 1), ("sft+hidden_kd", 5)])
 def test_prunings_are_compared_at_equal_size(recovery, claim):
-    "What is kept falls by what is removed, whatever was asked for, so at equal size nothing differs but the point that widthwise has more."
+    "Retained scores depend on the achieved ratio; widthwise pruning has five points more."
     removed = {
         ("layerwise", 0.3): 0.33,
         ("layerwise", 0.38): 0.36,

@@ -1,4 +1,4 @@
-"""The page in a headless browser: complete, alone, light and dark, and readable on a phone; skipped where there is no browser."""
+"""The page in a headless browser: complete, self-contained and readable on a phone."""
 
 import base64
 import html
@@ -15,7 +15,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from mllm_compress.reporting import page as site
 from mllm_compress.reporting.claims import CLAIMS
-from mllm_compress.reporting.report import WORDS, Table, to_html
+from mllm_compress.reporting.report import Report
+from mllm_compress.reporting.tables import Table, to_html
+from mllm_compress.reporting.verdicts import WORDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))
@@ -225,10 +227,10 @@ def brightness(colour: str) -> float:
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
     assert listed(made) == [
-        f"✗1. {claims[1]}: does not hold (holds in 1 of 3 settings, contrary in 1)",
-        f"✓2. {claims[2]}: holds (holds in 2 of 2 settings)",
-        f"?5. {claims[5]}: is undecided at this scale (holds in 0 of 2 settings)",
-        "?Training helps: is undecided at this scale (holds in 1 of 2 settings)",
+        f"✗1. {claims[1]}: does not hold (supported in 1 of 3 settings, contradicted in 1)",
+        f"✓2. {claims[2]}: holds (supported in 2 of 2 settings)",
+        f"?5. {claims[5]}: is undecided at this scale (supported in 0 of 2 settings)",
+        "?Training helps: is undecided at this scale (supported in 1 of 2 settings)",
     ]
     page = made.read_text(encoding="utf-8")
     assert re.findall(
