@@ -4,9 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from mllm_compress.evaluation import published
 from mllm_compress.reporting import style
@@ -255,6 +258,97 @@ def test_unknown_method_has_no_look():
 def test_labels_never_overlap():
     out = style.spread([50, 50, 50, 90], gap=5)
     assert sorted(out) == [45, 50, 55, 90]
+
+
+def test_a_figure_is_an_image_and_html_with_its_caption():
+    data = Figure(b"\x89PNG", "Scores, n < 9.")._repr_mimebundle_()
+    assert set(data) == {"image/png", "text/html", "text/plain"}
+    assert data["image/png"] == b"\x89PNG" and data["text/plain"] == "Scores, n < 9."
+    assert "<figcaption>Scores, n &lt; 9.</figcaption></figure>" in data["text/html"]
+    assert 'src="data:image/png;base64,iVBORw=="' in data["text/html"]
+
+
+# ---- overridden parameters
+
+PARAMETERS = """profile: str = "quick"  # models, data and budgets
+ratios: list = []  # empty: the profile's
+fewer: dict = {}  # of a smaller grid"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A checkout with one study notebook."
+    (tmp_path / "nbs/study").mkdir(parents=True)
+    (tmp_path / "settings.ini").touch()
+    cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "nbs/study/02_demo.ipynb")
+    monkeypatch.chdir(tmp_path / "nbs/study")
+    return tmp_path
+
+
+def given(**values) -> dict:
+    "What globals() is in a notebook."
+    return {"profile": "quick", "ratios": [], "fewer": {}, "pd": pd} | values
+
+
+@pytest.mark.parametrize("profile", ["quick", "tiny", "smoke"])
+def test_a_notebook_with_its_own_parameters_writes_to_the_folder_of_its_profile(
+    checkout, profile, capsys
+):
+    out = Report("02_demo", profile, given(profile=profile))
+    out.table(FRAME, "t", "A table.")
+    assert (checkout / "figures" / profile / "02_demo-t.csv").exists()
+    assert not (checkout / "runs").exists() and capsys.readouterr().out == ""
+
+
+def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout, capsys):
+    Report("02_demo", "quick", given()).table(FRAME, "t", "A table.")
+    before = (checkout / "figures/quick/02_demo-t.md").read_bytes()
+    out = Report("02_demo", "quick", given(ratios=[0.3]))
+    out.table(FRAME, "t", "Another table.")
+    out.verdict("A beats B.", {}, "n = 9")
+    out.figure(style.panels(1)[0], "f", "A figure.")
+    assert (checkout / "figures/quick/02_demo-t.md").read_bytes() == before
+    assert len(list((checkout / "figures/quick").iterdir())) == 3
+    (scratch,) = (checkout / "runs/scratch").iterdir()
+    assert scratch == out.folder and scratch.name.startswith("02_demo-")
+    assert len(list(scratch.iterdir())) == 7
+    printed = f"Run with ratios=[0.3]: files are written to runs/scratch/{scratch.name}.\n"
+    assert capsys.readouterr().out == printed
+
+
+def test_each_combination_of_overrides_and_profile_has_its_own_folder(checkout):
+    runs = [({"ratios": [0.3]}, "quick"), ({"ratios": [0.6]}, "quick"), ({"ratios": [0.3]}, "tiny")]
+    runs.append(({"fewer": {0.05: {"seeds": [0]}, "sft": {}}}, "quick"))
+    folders = [output_folder("02_demo", profile, changed) for changed, profile in runs]
+    assert len(set(folders)) == 4
+    assert folders == [output_folder("02_demo", profile, changed) for changed, profile in runs]
+
+
+def test_what_a_profile_sets_for_a_notebook_is_no_override(checkout):
+    own = replace(load_profile("quick"), notebooks={"02_demo": {"ratios": [0.6]}})
+    assert resolve_parameters(own, "02_demo", ratios=[], fewer={}).ratios == [0.6]
+    assert overridden("02_demo", given()) == {} and Report("02_demo", own, given()).folder == (
+        checkout / "figures/quick"
+    )
+
+
+def test_raw_papermill_with_a_given_parameter_writes_to_scratch(checkout):
+    "papermill writes the value into a cell of its own, which the notebook cannot see."
+    path = checkout / "nbs/study/02_demo.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells.append(
+        new_code_cell(
+            "from mllm_compress.reporting.report import Report\n"
+            'print(Report("02_demo", profile, globals()).folder)'
+        )
+    )
+    nbformat.write(nb, path)
+    for values, folder in (({}, "figures/quick"), ({"ratios": [0.3]}, "runs/scratch")):
+        how = dict(cwd=str(path.parent), progress_bar=False, kernel_name="python3")
+        done = papermill.execute_notebook(str(path), None, values, **how)
+        shown = [o.text for o in done.cells[-1].outputs if o.name == "stdout"]
+        assert folder in "".join(shown)
 
 
 # ---- what a profile says about single notebooks
