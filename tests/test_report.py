@@ -281,7 +281,9 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "nbs/study").mkdir(parents=True)
     (tmp_path / "settings.ini").touch()
     cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
-    nbformat.write(new_notebook(cells=[cell]), tmp_path / "nbs/study/02_demo.ipynb")
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    nb = new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    nbformat.write(nb, tmp_path / "nbs/study/02_demo.ipynb")
     monkeypatch.chdir(tmp_path / "nbs/study")
     return tmp_path
 
