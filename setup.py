@@ -22,7 +22,9 @@ setup(
     author=cfg["author"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mllm_compress", "mllm_compress.*"]),
-    package_data={"mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*"]},
+    package_data={
+        "mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*", "templates/*"]
+    },
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),

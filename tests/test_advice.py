@@ -1,4 +1,4 @@
-"""Advice follows from results by rules: what fits, what kept most, what is tied, what is too much."""
+"""Advice follows from results by rules: what fits, what retains most, ties, and heavy losses."""
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,8 @@ def test_ties_are_said_and_the_cheapest_is_named(ask):
     assert list(given.rows.tied) == [True, True, True, False, False] and not given.rows.open.any()
     assert (
         "points less, a tie)" in given.text
-        and "the cheapest: prune layerwise (x) at ratio 0.30 (achieved 0.300), then train projector with sft on 5%"
+        and "the cheapest: prune layerwise (x) at ratio 0.30 (achieved 0.300), "
+        "then train projector with sft on 5%"
         in given.text
     )
     assert given.rows.behind.round(6).tolist() == [0, 0.25, 0.5, 9, 29]
@@ -239,7 +240,8 @@ def test_cautions(ask):
     [
         (
             dict(ratio=0.8),
-            "(?s)Nothing was studied within 0.05 of ratio 0.8.*0.15, 0.30, 0.33, 0.60.*smaller model",
+            "(?s)Nothing was studied within 0.05 of ratio 0.8.*"
+            "0.15, 0.30, 0.33, 0.60.*smaller model",
         ),
         (dict(ratio=0.0), "outside"),
         (dict(ratio=0.3, data=5), "fraction of the training data"),
@@ -252,8 +254,8 @@ def test_what_cannot_be_answered_is_an_error(ask, question, says):
 
 def test_printed_numbers_stand_beside_and_carry_the_papers_name(ask):
     assert (
-        "The paper prints for LLaVA-v1.5-7B at ratio 0.30: layerwise with sft+hidden_kd on all of its data kept 96.4 %."
-        in ask(ratio=0.3).text
+        "The paper reports for LLaVA-v1.5-7B at ratio 0.30: layerwise with sft+hidden_kd "
+        "on all of its data kept 96.4 %." in ask(ratio=0.3).text
     )
     assert "widthwise without recovery kept 79.9 %" in ask(ratio=0.3, training=False).text
 

@@ -1,10 +1,15 @@
 """What the study's notebooks choose to show follows the rules that they state."""
 
+import ast
+import re
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pandas as pd
+import pytest
+
+from mllm_compress.reporting.notebooks import parameters_of
 
 STUDY = Path(__file__).parent.parent / "nbs/study"
 
@@ -21,6 +26,51 @@ def defined_in(notebook: str, *names, **space) -> dict:
             if block.startswith(starts):
                 exec(block, space)
     return space
+
+
+def code_of(path: Path) -> list:  # of ast.Module, one per code cell
+    "The code cells of a notebook."
+    cells = nbformat.read(path, 4).cells
+    return [ast.parse(cell.source) for cell in cells if cell.cell_type == "code"]
+
+
+NOTEBOOKS = sorted(STUDY.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_text_shows_the_name_of_a_variable_in_braces(path):
+    "A caption whose f was forgotten ends in a literal {basis}."
+    for module in code_of(path):
+        inside = {id(v) for n in ast.walk(module) if isinstance(n, ast.JoinedStr) for v in n.values}
+        for node in ast.walk(module):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert id(node) in inside or not re.search(r"\{[a-z_]+\}", node.value), node.value
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_reports_see_the_parameters_as_they_were_given(path):
+    "Every report gets globals(), and no cell before it gives a parameter another value."
+    parameters = set(parameters_of(nbformat.read(path, 4)))
+    for module in code_of(path):
+        calls = [n for n in ast.walk(module) if isinstance(n, ast.Call)]
+        for call in calls:
+            if isinstance(call.func, ast.Name) and call.func.id == "Report":
+                name, profile, values = map(ast.unparse, call.args)
+                assert (name, profile, values) == (repr(path.stem), "profile", "globals()")
+        for statement in module.body:
+            if isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.AnnAssign)):
+                continue
+            own = [n for n in ast.walk(statement) if isinstance(n, ast.Name)]
+            comprehended = {
+                id(n)
+                for c in ast.walk(statement)
+                if isinstance(c, ast.comprehension)
+                for n in ast.walk(c.target)
+            }
+            stored = {
+                n.id for n in own if isinstance(n.ctx, ast.Store) and id(n) not in comprehended
+            }
+            assert not stored & parameters, ast.unparse(statement)
 
 
 def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():

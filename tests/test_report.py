@@ -4,11 +4,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress.reporting import report, style
+from mllm_compress.evaluation import published
+from mllm_compress.reporting import style
 from mllm_compress.reporting.claims import (
     AT_EQUAL_SIZE,
     CLAIMS,
@@ -18,16 +22,10 @@ from mllm_compress.reporting.claims import (
     split_grid,
 )
 from mllm_compress.reporting.effects import Estimate, difference
-from mllm_compress.reporting.report import (
-    Report,
-    Table,
-    Verdict,
-    retained_over_ratio,
-    sentence,
-    to_html,
-    to_latex,
-    to_markdown,
-)
+from mllm_compress.reporting.figures import Figure, retained_over_ratio
+from mllm_compress.reporting.report import Report, output_folder, overridden
+from mllm_compress.reporting.tables import Table, to_html, to_latex, to_markdown
+from mllm_compress.reporting.verdicts import Verdict, basis_of, sentence
 from mllm_compress.study.experiments import (
     Experiment,
     load_profile,
@@ -70,17 +68,17 @@ def test_what_rests_on_fewer_seeds_says_so():
             for s in range(3)
         ]
     )
-    assert str(report.basis(rows)) == "n = 100 questions per model, 3 seeds, profile p"
+    assert str(basis_of(rows)) == "n = 100 questions per model, 3 seeds, profile p"
     assert (
-        str(report.basis(rows.assign(status=["done", "done", "failed"])))
+        str(basis_of(rows.assign(status=["done", "done", "failed"])))
         == "n = 100 questions per model, 2 seeds, profile p; 1 cells FAILED"
     )
     assert (
-        str(report.basis(rows.assign(status="failed")))
+        str(basis_of(rows.assign(status="failed")))
         == "no finished cells, profile p; 3 cells FAILED"
     )
     assert (
-        str(report.basis(rows[rows.seed == 0]))
+        str(basis_of(rows[rows.seed == 0]))
         == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
     )
     text = sentence(
@@ -90,7 +88,7 @@ def test_what_rests_on_fewer_seeds_says_so():
         "Holds: here (+2.0 [1.0, 3.0])" in text
         and "One seed points to yes: there (+4.0 [3.0, 5.0], 1 seed)" in text
     )
-    once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, report.basis(rows)))
+    once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, basis_of(rows)))
     assert (
         "1 seed (intervals" in once and "3 seeds" not in once
     )  # the frame has three, the difference one
@@ -169,7 +167,7 @@ def test_one_seed_decides_nothing(bounds, answer):
 
 
 def test_chance_among_many_places_does_not_refute():
-    "Two degrees of freedom: -1 with a spread that makes the 95 % interval end at -0.1 and the 99.4 % interval above zero."
+    "With two degrees of freedom, the 95 % interval of -1 ends at -0.1, that at 99.4 % above 0."
     barely = Estimate(-1, -1.9, -0.1, 100, 3, questions=0.0, spread=(0.9 / 4.3027) ** 2)
     assert barely.at(0.95).high == pytest.approx(-0.1, abs=1e-4) and barely.at(
         1 - 0.05 / 8
@@ -180,7 +178,7 @@ def test_chance_among_many_places_does_not_refute():
     )
     assert (
         eight.word == "is undecided at this scale"
-        and "none contradicts" in sentence(eight)
+        and "no setting contradicts" in sentence(eight)
         and "Does not hold: here (-1.0 [-1.9, -0.1])" in sentence(eight)
     )
 
@@ -197,17 +195,17 @@ def test_one_contradiction_refutes_a_claim_and_all_are_listed():
     yes, no = Estimate(2, 1, 3, 9, 3), Estimate(-2, -3, -1, 9, 3)
     text = sentence(Verdict("A beats B.", {"at 0.15": no, "at 0.60": yes}, ""))
     assert (
-        "“A beats B” does not hold (holds in 1 of 2 settings, contrary in 1)" in text
+        "“A beats B” does not hold (supported in 1 of 2 settings, contradicted in 1)" in text
         and "Holds: at 0.60 (+2.0 [1.0, 3.0])" in text
         and "Does not hold: at 0.15 (-2.0 [-3.0, -1.0])" in text
     )
 
 
-def test_printed_numbers_come_with_the_package():
-    best = report.printed("best_compressed").set_index(["model", "ratio"]).avg_percent_as_printed
+def test_published_numbers_come_with_the_package():
+    best = published("best_compressed").set_index(["model", "ratio"]).avg_percent_as_printed
     assert best["LLaVA-v1.5-7B", 0.6] == 78.13 and best["Bunny-v1.0-3B", 0.15] == 98.98
     with pytest.raises(ValueError, match="best_compressed, models, pruning_without_recovery"):
-        report.printed("table9")
+        published("table9")
 
 
 def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
@@ -260,6 +258,99 @@ def test_unknown_method_has_no_look():
 def test_labels_never_overlap():
     out = style.spread([50, 50, 50, 90], gap=5)
     assert sorted(out) == [45, 50, 55, 90]
+
+
+def test_a_figure_is_an_image_and_html_with_its_caption():
+    data = Figure(b"\x89PNG", "Scores, n < 9.")._repr_mimebundle_()
+    assert set(data) == {"image/png", "text/html", "text/plain"}
+    assert data["image/png"] == b"\x89PNG" and data["text/plain"] == "Scores, n < 9."
+    assert "<figcaption>Scores, n &lt; 9.</figcaption></figure>" in data["text/html"]
+    assert 'src="data:image/png;base64,iVBORw=="' in data["text/html"]
+
+
+# ---- overridden parameters
+
+PARAMETERS = """profile: str = "quick"  # models, data and budgets
+ratios: list = []  # empty: the profile's
+fewer: dict = {}  # of a smaller grid"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A checkout with one study notebook."
+    (tmp_path / "nbs/study").mkdir(parents=True)
+    (tmp_path / "settings.ini").touch()
+    cell = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    nb = new_notebook(cells=[cell], metadata={"kernelspec": kernel})
+    nbformat.write(nb, tmp_path / "nbs/study/02_demo.ipynb")
+    monkeypatch.chdir(tmp_path / "nbs/study")
+    return tmp_path
+
+
+def given(**values) -> dict:
+    "What globals() is in a notebook."
+    return {"profile": "quick", "ratios": [], "fewer": {}, "pd": pd} | values
+
+
+@pytest.mark.parametrize("profile", ["quick", "tiny", "smoke"])
+def test_a_notebook_with_its_own_parameters_writes_to_the_folder_of_its_profile(
+    checkout, profile, capsys
+):
+    out = Report("02_demo", profile, given(profile=profile))
+    out.table(FRAME, "t", "A table.")
+    assert (checkout / "figures" / profile / "02_demo-t.csv").exists()
+    assert not (checkout / "runs").exists() and capsys.readouterr().out == ""
+
+
+def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout, capsys):
+    Report("02_demo", "quick", given()).table(FRAME, "t", "A table.")
+    before = (checkout / "figures/quick/02_demo-t.md").read_bytes()
+    out = Report("02_demo", "quick", given(ratios=[0.3]))
+    out.table(FRAME, "t", "Another table.")
+    out.verdict("A beats B.", {}, "n = 9")
+    out.figure(style.panels(1)[0], "f", "A figure.")
+    assert (checkout / "figures/quick/02_demo-t.md").read_bytes() == before
+    assert len(list((checkout / "figures/quick").iterdir())) == 3
+    (scratch,) = (checkout / "runs/scratch").iterdir()
+    assert scratch == out.folder and scratch.name.startswith("02_demo-")
+    assert len(list(scratch.iterdir())) == 7
+    printed = f"Run with ratios=[0.3]: files are written to runs/scratch/{scratch.name}.\n"
+    assert capsys.readouterr().out == printed
+
+
+def test_each_combination_of_overrides_and_profile_has_its_own_folder(checkout):
+    runs = [({"ratios": [0.3]}, "quick"), ({"ratios": [0.6]}, "quick"), ({"ratios": [0.3]}, "tiny")]
+    runs.append(({"fewer": {0.05: {"seeds": [0]}, "sft": {}}}, "quick"))
+    folders = [output_folder("02_demo", profile, changed) for changed, profile in runs]
+    assert len(set(folders)) == 4
+    assert folders == [output_folder("02_demo", profile, changed) for changed, profile in runs]
+
+
+def test_what_a_profile_sets_for_a_notebook_is_no_override(checkout):
+    own = replace(load_profile("quick"), notebooks={"02_demo": {"ratios": [0.6]}})
+    assert resolve_parameters(own, "02_demo", ratios=[], fewer={}).ratios == [0.6]
+    assert overridden("02_demo", given()) == {} and Report("02_demo", own, given()).folder == (
+        checkout / "figures/quick"
+    )
+
+
+def test_raw_papermill_with_a_given_parameter_writes_to_scratch(checkout):
+    "papermill writes the value into a cell of its own, which the notebook cannot see."
+    path = checkout / "nbs/study/02_demo.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells.append(
+        new_code_cell(
+            "from mllm_compress.reporting.report import Report\n"
+            'print(Report("02_demo", profile, globals()).folder)'
+        )
+    )
+    nbformat.write(nb, path)
+    for values, folder in (({}, "figures/quick"), ({"ratios": [0.3]}, "runs/scratch")):
+        how = dict(cwd=str(path.parent), progress_bar=False, kernel_name="python3")
+        done = papermill.execute_notebook(str(path), None, values, **how)
+        shown = [o.text for o in done.cells[-1].outputs if o.name == "stdout"]
+        assert folder in "".join(shown)
 
 
 # ---- what a profile says about single notebooks
@@ -430,7 +521,7 @@ def test_sizes_that_differ_are_named():
 
 @pytest.mark.parametrize("recovery, claim", [("none", 1), ("sft+hidden_kd", 5)])
 def test_prunings_are_compared_at_equal_size(recovery, claim):
-    "What is kept falls by what is removed, whatever was asked for, so at equal size nothing differs but the point that widthwise has more."
+    "Retained scores depend on the achieved ratio; widthwise pruning has five points more."
     removed = {
         ("layerwise", 0.3): 0.33,
         ("layerwise", 0.38): 0.36,

@@ -1,4 +1,4 @@
-"""The page in a headless browser: complete, alone, light and dark, and readable on a phone; skipped where there is no browser."""
+"""The page in a headless browser: complete, self-contained and readable on a phone."""
 
 import base64
 import html
@@ -11,11 +11,15 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from mllm_compress.reporting import page as site
 from mllm_compress.reporting.claims import CLAIMS
-from mllm_compress.reporting.report import WORDS, Table, to_html
+from mllm_compress.reporting.report import Report
+from mllm_compress.reporting.style import panels
+from mllm_compress.reporting.tables import Table, to_html
+from mllm_compress.reporting.verdicts import WORDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))
@@ -28,21 +32,50 @@ BROWSER = next(
     None,
 )
 browser = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
-DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-PROBE = """<script>addEventListener('load', () => { const box = e => e.getBoundingClientRect(), images = [...document.images];
-const ids = [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1));
-parent.postMessage(JSON.stringify({width: innerWidth, needed: document.documentElement.scrollWidth, back: getComputedStyle(document.body).backgroundColor,
-text: getComputedStyle(document.body).color, requests: performance.getEntriesByType('resource').map(e => e.name), images: images.length,
-shown: images.filter(i => i.complete && i.naturalWidth && box(i.closest('.wide') || i).right <= innerWidth).length, tables: document.querySelectorAll('table').length,
-picture: images.length ? box(images[0]).width : 0, lost: ids.filter(id => !document.getElementById(id)),
-outside: [...document.querySelectorAll('h1,h2,h3,p,li,figure,figcaption,.wide,summary')].filter(e => box(e).right > innerWidth + 1).length,
-captions: [...document.querySelectorAll('caption,figcaption')].map(e => ({left: box(e).left, right: box(e).right})),
-long: [...document.querySelectorAll('td.long')].map(e => ({width: box(e).width, lines: lines(e)})),
-short: [...document.querySelectorAll('.study td:not(.long)')].filter(e => e.innerText).map(lines),
-first: [...document.querySelectorAll('.wide')].filter(e => e.querySelector('td')).map(e => { e.scrollLeft = 150; const cell = e.querySelector('td');
-return {moved: e.scrollLeft, at: box(cell).left - box(e).left, back: getComputedStyle(cell).backgroundColor} }).filter(e => e.moved)}), '*') })
-function lines(e) { const all = document.createRange(); all.selectNodeContents(e); return new Set([...all.getClientRects()].map(r => Math.round(r.top))).size }</script>"""
-WRAPPER = """<body style="margin:0"><iframe src="probed.html" style="border:0;width:{width}px;height:4000px"></iframe>
+DOT = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAA"
+    "AABJRU5ErkJggg=="
+)
+PROBE = """<script>
+addEventListener('load', () => {
+  const box = e => e.getBoundingClientRect(), images = [...document.images];
+  const all = selector => [...document.querySelectorAll(selector)];
+  const ids = all('nav a').map(a => a.getAttribute('href').slice(1));
+  const visible = i => i.complete && i.naturalWidth
+    && box(i.closest('.wide') || i).right <= innerWidth;
+  const first = e => {
+    e.scrollLeft = 150;
+    const cell = e.querySelector('td');
+    return {moved: e.scrollLeft, at: box(cell).left - box(e).left,
+            back: getComputedStyle(cell).backgroundColor};
+  };
+  parent.postMessage(JSON.stringify({
+    width: innerWidth,
+    needed: document.documentElement.scrollWidth,
+    back: getComputedStyle(document.body).backgroundColor,
+    text: getComputedStyle(document.body).color,
+    requests: performance.getEntriesByType('resource').map(e => e.name),
+    images: images.length,
+    shown: images.filter(visible).length,
+    tables: all('table').length,
+    picture: images.length ? box(images[0]).width : 0,
+    lost: ids.filter(id => !document.getElementById(id)),
+    outside: all('h1,h2,h3,p,li,figure,figcaption,.wide,summary')
+      .filter(e => box(e).right > innerWidth + 1).length,
+    captions: all('caption,figcaption').map(e => ({left: box(e).left, right: box(e).right})),
+    long: all('td.long').map(e => ({width: box(e).width, lines: lines(e)})),
+    short: all('.study td:not(.long)').filter(e => e.innerText).map(lines),
+    first: all('.wide').filter(e => e.querySelector('td')).map(first).filter(e => e.moved),
+  }), '*');
+});
+function lines(e) {
+  const range = document.createRange();
+  range.selectNodeContents(e);
+  return new Set([...range.getClientRects()].map(r => Math.round(r.top))).size;
+}
+</script>"""
+WRAPPER = """<body style="margin:0">
+<iframe src="probed.html" style="border:0;width:{width}px;height:4000px"></iframe>
 <script>addEventListener('message', e => document.body.dataset.probe = e.data)</script></body>"""
 
 
@@ -99,7 +132,8 @@ def wide_notebook():
     return new_notebook(
         cells=[
             new_markdown_cell(
-                "# A title that names a_function_with_a_very_long_name_indeed_and_then_some_more\n> A claim with `inline_code_that_cannot_be_broken_anywhere_and_is_long`."
+                "# A title that names a_function_with_a_very_long_name_indeed_and_then_some_more\n"
+                "> A claim with `inline_code_that_cannot_be_broken_anywhere_and_is_long`."
             ),
             new_markdown_cell(
                 "## Heading\n\nA link: https://example.org/"
@@ -225,15 +259,33 @@ def brightness(colour: str) -> float:
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
     assert listed(made) == [
-        f"✗1. {claims[1]}: does not hold (holds in 1 of 3 settings, contrary in 1)",
-        f"✓2. {claims[2]}: holds (holds in 2 of 2 settings)",
-        f"?5. {claims[5]}: is undecided at this scale (holds in 0 of 2 settings)",
-        "?Training helps: is undecided at this scale (holds in 1 of 2 settings)",
+        f"✗1. {claims[1]}: does not hold (supported in 1 of 3 settings, contradicted in 1)",
+        f"✓2. {claims[2]}: holds (supported in 2 of 2 settings)",
+        f"?5. {claims[5]}: is undecided at this scale (supported in 0 of 2 settings)",
+        "?Training helps: is undecided at this scale (supported in 1 of 2 settings)",
     ]
     page = made.read_text(encoding="utf-8")
     assert re.findall(
         '<a href="#([^"]*)">(?:Without recovery|At ratios|With recovery|Training helps)', page
     ) == ["02_pruning", "03_projector", "06_best", "03_projector"]
+
+
+def test_a_caption_is_shown_once_on_the_page_and_in_the_html_export(tmp_path, monkeypatch):
+    "A notebook's output carries its caption in every form; each export shows one of them."
+    monkeypatch.chdir(tmp_path)
+    fig, _ = panels(1)
+    shown = Report("99_demo", "smoke").figure(fig, "f", "Scores, n < 7,000.")
+    data = shown._repr_mimebundle_()
+    data["image/png"] = base64.b64encode(data["image/png"]).decode()
+    cell = new_code_cell("out.figure(fig)", outputs=[new_output("display_data", data)])
+    nb = new_notebook(cells=[new_markdown_cell("# Title"), cell])
+    on_page = site.notebook_html("99_demo", nb, list(Path("figures/smoke").iterdir()))["body"]
+    exported, _ = HTMLExporter().from_notebook_node(nb)
+    for text in (on_page, exported):
+        assert text.count("Scores, n &lt; 7,000.") == text.count("<figcaption>") == 1
+        assert text.count('src="data:image/png;base64,') == 1
+    assert '<a href="99_demo-f.png"><img' in on_page
+    assert data["text/plain"] == "Scores, n < 7,000."
 
 
 def test_a_picture_leads_to_its_file_and_code_shares_a_fold(made):

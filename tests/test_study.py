@@ -585,7 +585,7 @@ def test_the_original_keeps_all_of_itself_and_shares_are_paired_with_it():
     assert only_a.value == pytest.approx(100 * u.mean() / d.mean()) and (
         only_a.high - only_a.low
     ) / np.subtract(*np.quantile(draws, [0.975, 0.025])) == pytest.approx(1, abs=0.08)
-    with pytest.raises(ValueError, match="ask both the same"):
+    with pytest.raises(ValueError, match="evaluate both on the same"):
         effects._shares(u[:, :5], d[0], "a")
 
 

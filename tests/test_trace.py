@@ -12,7 +12,7 @@ from draw_again import MEASURED
 
 from mllm_compress.reporting import effects
 from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS
-from mllm_compress.reporting.report import Verdict
+from mllm_compress.reporting.verdicts import Verdict
 from mllm_compress.study import runs as study
 from mllm_compress.study import store
 from mllm_compress.study.experiments import Experiment

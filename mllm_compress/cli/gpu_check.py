@@ -33,7 +33,7 @@ from ..recovery.losses import batch_counts
 from ..recovery.student import add_lora, trainable_copy
 from ..recovery.training import recover
 from ..reporting import runner
-from ..reporting.report import Table, to_markdown
+from ..reporting.tables import Table, to_markdown
 from ..study.stages import trained_in_float32
 from ..study.store import home
 from ..utils.files import write_atomically
