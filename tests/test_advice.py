@@ -6,7 +6,8 @@ import pytest
 
 from mllm_compress.reporting import advice
 from mllm_compress.study import runs as study
-from mllm_compress.study.experiments import Experiment, load_profile
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile
 
 
 def made(

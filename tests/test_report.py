@@ -23,15 +23,12 @@ from mllm_compress.reporting.claims import (
 )
 from mllm_compress.reporting.effects import Estimate, difference
 from mllm_compress.reporting.figures import Figure, retained_over_ratio
-from mllm_compress.reporting.report import Report, output_folder, overridden
+from mllm_compress.reporting.notebooks import output_folder, overridden
+from mllm_compress.reporting.report import Report
 from mllm_compress.reporting.tables import Table, to_html, to_latex, to_markdown
 from mllm_compress.reporting.verdicts import Verdict, basis_of, sentence
-from mllm_compress.study.experiments import (
-    Experiment,
-    load_profile,
-    profile_names,
-    resolve_parameters,
-)
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 
 FRAME = pd.DataFrame(
     {

@@ -312,18 +312,17 @@ def score(
     "Measure what matters least, and write the scores."
     with _politely():
         from mllm_compress.data.instructions import calibration_batches
-        from mllm_compress.study.stages import SCORES
+        from mllm_compress.importance.criteria import CRITERIA, measure
+        from mllm_compress.utils.methods import check_choice
 
-        kinds = {name: kind for (kind, name) in reversed(SCORES)}
-        if method not in kinds:
-            raise ValueError(f"Unknown method {method!r}: use one of {', '.join(kinds)}.")
+        kinds = {name: prunes for (prunes, name) in reversed(CRITERIA)}
+        check_choice("method", method, kinds)
         loaded, processor, _ = _load(model, device)
         batches = calibration_batches(
             _training_data(data, image_root, scenes), processor, samples, seed=seed
         )
-        scores = SCORES[kinds[method], method](
-            loaded, [{k: v.to(device) for k, v in b.items()} for b in batches], seed
-        )
+        batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
+        scores = measure(kinds[method], method, loaded, batches, seed)
         scores.save(out)
         typer.echo(f"{scores}\nwritten to {out}")
 

@@ -35,8 +35,7 @@ from ..recovery.training import recover
 from ..reporting import runner
 from ..reporting.tables import Table, to_markdown
 from ..study.stages import trained_in_float32
-from ..study.store import home
-from ..utils.files import write_atomically
+from ..utils.files import checkout, write_atomically
 from ..zoo.convert import real_config
 from ..zoo.models import cast
 from ..zoo.tiny_models import tiny_model, tiny_processor
@@ -112,7 +111,7 @@ def recovery_step(
 ):
     "A function that does one training step."
     module, half = trained_student(student, config), student.dtype.itemsize == 2
-    side, device = TeacherSide(teacher, teacher, module), student.device
+    side, device = Teacher(teacher, teacher, module), student.device
     weights = torch.tensor(list(config.losses.values()), device=device)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=2e-5)
     text = {k: v for k, v in batch.items() if k != "pixel_values"}
@@ -209,7 +208,7 @@ def device_name(device: str) -> str:
 
 def write_rows(rows: list, device: str) -> Path:  # of the Markdown file
     "Write the measurements with the name of their device."
-    name, frame, folder = device_name(device), pd.DataFrame(rows), home() / "figures" / "gpu"
+    name, frame, folder = device_name(device), pd.DataFrame(rows), checkout() / "figures" / "gpu"
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"check-{name.replace(' ', '-').replace('/', '-')}"
     frame.assign(device=name, torch=torch.__version__).to_csv(f"{place}.csv", index=False)
@@ -224,7 +223,7 @@ def write_rows(rows: list, device: str) -> Path:  # of the Markdown file
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-030
 def device_tests(device: str) -> int:  # pytest's exit code
     "The tests marked `device`, on the device."
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "device", str(home() / "tests")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "device", str(checkout() / "tests")]
     return subprocess.run(command, env=os.environ | {"MLLM_COMPRESS_DEVICE": device}).returncode
 
 # %% ../../nbs/library/cli/02_gpu_check.ipynb #cell-032

@@ -15,45 +15,24 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 from matplotlib.transforms import ScaledTranslation
 
-from mllm_compress.utils.methods import (
-    BLACK,
-    BLUE,
-    DASHDOTTED,
-    DASHED,
-    DOTTED,
-    GREEN,
-    GREY,
-    INDIGO,
-    OLIVE,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    WINE,
-    Look,
-)
+from ..importance.criteria import CRITERIA
+from ..pruning.plans import PRUNINGS
+from ..recovery.losses import COMBINED_LOOKS, LOSSES, TRAINS, objective_look
+from ..utils.methods import DASHDOTTED, DOTTED, GREEN, GREY, PINK, SKY, Look
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-005
 METHOD_LOOKS = {
-    "layerwise": Look("layerwise", RED, "o"),
-    "widthwise": Look("widthwise", BLUE, "s", DASHED),
-    "none": Look("no recovery", WINE, "<", DASHED),
-    "sft": Look("SFT", SKY, "o"),
-    "logits_kd": Look("logits KD", ORANGE, "^", DASHED),
-    "reverse_logits_kd": Look("reverse KD", PINK, "v", DASHDOTTED),
-    "hidden_kd": Look("hidden KD", INDIGO, "s", DASHED),
-    "sft+hidden_kd": Look("SFT + hidden KD", GREEN, "D"),
-    "sft+logits_kd": Look("SFT + logits KD", OLIVE, "P", DASHDOTTED),
-    "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1))),
+    **{name: row.look for (_, name), row in CRITERIA.items()},
+    **{name: row.look for name, row in PRUNINGS.items()},
+    **{name: row.look for name, row in TRAINS.items()},
+    **{name: objective_look(name) for name in (*LOSSES, *COMBINED_LOOKS)},
 }
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-007
 OTHER_LOOKS = {
-    "dense": Look("original", BLACK, "*"),
+    "dense": PRUNINGS["none"].look,
     "uniform": Look("widthwise, uniform", SKY, "v", DASHDOTTED),
     "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
-    "projector": Look("projector only", ORANGE, "v", DASHDOTTED),
-    "projector+lm": Look("projector + LM", SKY, "o"),
     "best": Look("best practice", GREEN, "D"),
     "printed": Look("reported in the paper", GREY, "x", DOTTED),
 }
@@ -61,14 +40,16 @@ LOOKS = METHOD_LOOKS | OTHER_LOOKS
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-009
 def look(
-    name,  # a key of LOOKS, or a look
+    name,  # a key of LOOKS, a combination of losses, or a look
 ) -> Look:
     "The look of a method."
     if isinstance(name, Look):
         return name
-    if name not in LOOKS:
-        raise ValueError(f"No look for {name!r}: add it to style.LOOKS ({', '.join(LOOKS)}).")
-    return LOOKS[name]
+    if name in LOOKS:
+        return LOOKS[name]
+    if set(name.split("+")) <= set(LOSSES):
+        return objective_look(name)
+    raise ValueError(f"No look for {name!r}: give it one in its row, or add it to style.LOOKS.")
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-013
 def graded(labels: list) -> list:  # of Look, one per label

@@ -14,7 +14,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from .effects import Estimate
-from ..study.experiments import Profile
+from ..study.profiles import Profile
 from ..utils.files import content_hash
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-005
