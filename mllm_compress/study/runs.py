@@ -147,8 +147,7 @@ def _costs(experiment: Experiment, profile: Profile, results: Store) -> dict:
     e = profile.evaluation
     subject = stages.subject_key(experiment, profile)
     keys = [content_hash(stages.answers_inputs(subject, n, e)) for n in e.benchmarks]
-    answers = [c["value"]["record"] for k in keys if (c := store.read(results, "answers", k))]
-    student = {}
+    answers, student = stages.answer_records(experiment, profile, results), {}
     if experiment.recovery != "none":
         found = store.read(
             results, "student", content_hash(stages.student_inputs(experiment, profile))

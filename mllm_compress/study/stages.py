@@ -711,7 +711,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         return None
     values = {name: content["value"] for name, content in found.items()}
     plan, student = _plan_json(e, profile, results), _student_value(e, profile, results)
-    records = _records(e, profile, results, student, values)
+    records = _records(e, profile, results, student)
     return {
         "rows": [v["row"] for v in values.values()],
         "units": {name: v["units"] for name, v in values.items()},
@@ -754,15 +754,21 @@ def _student_value(experiment: Experiment, profile: Profile, results: Store) -> 
     return found["value"] if found else {}
 
 
-def _records(
-    experiment: Experiment, profile: Profile, results: Store, student: dict, scores: dict
-) -> dict:
+def answer_records(experiment: Experiment, profile: Profile, results: Store) -> list:
+    "On what the answers of an experiment were computed: a record per benchmark."
+    subject, e, found = subject_key(experiment, profile), profile.evaluation, []
+    for name in e.benchmarks:
+        answers = store.read(results, "answers", content_hash(answers_inputs(subject, name, e)))
+        score = store.read(results, "score", content_hash(score_inputs(subject, name, e)))
+        values = [c["value"] for c in (answers, score) if c]  # older scores have the record
+        found += [value["record"] for value in values if value.get("record")][:1]
+    return found
+
+
+def _records(experiment: Experiment, profile: Profile, results: Store, student: dict) -> dict:
     "On what an experiment was computed, and how long its training and its answers took."
-    subject, e = subject_key(experiment, profile), profile.evaluation
-    keys = [content_hash(answers_inputs(subject, n, e)) for n in e.benchmarks]
-    answers = [c["value"]["record"] for k in keys if (c := store.read(results, "answers", k))]
-    older = [v["record"] for v in scores.values() if v.get("record")]  # without answers
-    records = [r for r in (student.get("record"), *(answers or older)) if r]
+    answers = answer_records(experiment, profile, results)
+    records = [r for r in (student.get("record"), *answers) if r]
     merged = {} if not records else records[-1] | records[0]
     total = sum(r.get("seconds", 0) for r in records)
     peak = max((r.get("peak_memory_mb", 0) for r in records), default=None)
