@@ -355,7 +355,7 @@ def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, c
         "model big-bunny: nothing at big-bunny",
         "training json: $NOWHERE/mix.json: the environment variable NOWHERE is not set",
         "training image_root",
-        "benchmark pope: no data/test-*.parquet",
+        "benchmark pope: There is no data/test-*.parquet",
         "benchmark mmmu",
     ]
     for attempt in (
@@ -364,7 +364,7 @@ def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, c
     ):
         with pytest.raises(FileNotFoundError) as error:
             attempt()
-        assert all(line in str(error.value) for line in lacking), error.value
+        assert not [line for line in lacking if line not in str(error.value)], str(error.value)
     assert not Path("runs").exists()
     runner.dry_run("real.yaml")
     plan = capsys.readouterr().out
