@@ -1,4 +1,4 @@
-"""The README says what the index notebook says, and its numbers are those of the committed results."""
+"""The README says what the index notebook says, and its numbers are those of the results."""
 
 import json
 from pathlib import Path

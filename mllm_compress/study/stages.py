@@ -706,7 +706,7 @@ def index(experiment: Experiment, profile: Profile, results: Store) -> None:
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-051
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
-    "Rows, units, a sample of answers, plan and records of an experiment; None where any is missing."
+    "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e = canonical(experiment)
     found = {n: store.read(results, "score", k) for n, k in score_keys(e, profile).items()}
     if any(content is None for content in found.values()):
