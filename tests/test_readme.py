@@ -1,4 +1,4 @@
-"""The README says what the index notebook says, and its numbers are those of the committed results."""
+"""The README agrees with the index notebook, and its numbers with the committed results."""
 
 import json
 from pathlib import Path

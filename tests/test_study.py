@@ -383,7 +383,8 @@ def test_killed_run_resumes_to_the_same_frame(away):
         "from dataclasses import replace; from mllm_compress import study\n"
         "p = study.load_profile('smoke'); e = study.Experiment\n"
         "few = replace(p.evaluation, benchmarks=['scenes/hallucination'], questions=4)\n"
-        "grid = [e('smoke-llava'), *(e('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6))]\n"
+        "grid = [e('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6)]\n"
+        "grid = [e('smoke-llava'), *grid]\n"
         "study.run(grid, replace(p, evaluation=few), executor='inline', quiet=True)"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=away, start_new_session=True)
