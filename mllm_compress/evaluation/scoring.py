@@ -321,7 +321,7 @@ def percent_of(
     original = dense.set_index("benchmark").score.reindex(rows.benchmark).to_numpy()
     return 100 * rows.score.to_numpy() / original
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-049
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-050
 def leaderboard(
     results: dict,  # name -> frame of evaluate
     dense: str | None = None,  # the name whose scores are 100 %
@@ -340,7 +340,7 @@ def leaderboard(
     columns = ["model", "source", "benchmark", "score", "low", "high", "n", "percent"]
     return pd.concat([f.reindex(columns=columns) for f in frames], ignore_index=True)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-051
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-052
 def leaderboard_table(
     tidy: pd.DataFrame,  # of leaderboard
     digits: int = 1,

@@ -18,7 +18,7 @@ from matplotlib.transforms import ScaledTranslation
 from ..importance.criteria import CRITERIA
 from ..pruning.plans import PRUNINGS
 from ..recovery.losses import COMBINED_LOOKS, LOSSES, TRAINS, objective_look
-from ..utils.methods import DASHDOTTED, DOTTED, GREEN, GREY, PINK, SKY, Look
+from ..utils.methods import DASHDOTTED, DASHED, DOTTED, GREEN, GREY, PINK, SKY, Look
 
 # %% ../../nbs/library/reporting/01_style.ipynb #cell-005
 METHOD_LOOKS = {

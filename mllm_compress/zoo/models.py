@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .convert import REAL_MODELS, is_original_layout, load_original, real_name
+from .convert import REAL_MODELS, is_original_layout, load_original
 from .tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-004
