@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
@@ -175,3 +176,67 @@ def test_ruff(command):
     run = [sys.executable, "-m", "ruff", *command, "--no-cache", "--output-format", "concise"]
     found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stdout + found.stderr
+
+
+# Requirements
+
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+WITH = {"huggingface_hub", "tokenizers"}  # of transformers
+WITH_STUDY = {"IPython", "nbclient", "markupsafe"}  # of ipykernel, papermill, jinja2
+
+
+def required(*keys: str) -> set:
+    "The names that the requirements of settings.ini are imported as."
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    text = " ".join(config["DEFAULT"][key] for key in keys)
+    names = [re.match(r"[\w-]+", one)[0] for one in text.split()]
+    return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+
+
+def packages(module: str) -> set:
+    "The packages that a module imports, except in `try` and `with naming_extras()`."
+    tree, found = ast.parse(MODULES[module].read_text(encoding="utf-8")), set()
+    guarded = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Try)
+        or isinstance(node, ast.With)
+        and "naming_extras" in ast.unparse(node.items[0])
+    ]
+    optional = {id(n) for g in guarded for b in g.body for n in ast.walk(b)}
+    for node in ast.walk(tree):
+        if id(node) in optional:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"mllm_compress"}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_requirements_name_what_is_imported(name):
+    allowed = required("requirements") | WITH
+    if name == "reporting":
+        allowed |= required("study_requirements") | WITH_STUDY
+    if name == "evaluation":
+        allowed |= required("lmms_eval_requirements")
+    wrong = {m: packages(m) - allowed for m in MODULES if room(m) == name}
+    assert not {module: missing for module, missing in wrong.items() if missing}
+
+
+def test_every_requirement_is_used():
+    used = set().union(*(packages(m) for m in MODULES))
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "nbs").rglob("*.ipynb"))
+    used |= set(re.findall(r"import (seaborn)", text))
+    by_name = {"ipykernel", "jupyterlab", "nbconvert", "accelerate", "peft"}  # started, or by name
+    unused = required("requirements", "study_requirements") - used - by_name
+    assert not unused
+
+
+def test_lab_serves_the_repository():
+    "So that links from notebooks to figures work."
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    line = next(text for text in makefile.splitlines() if "jupyter lab" in text)
+    assert "--ServerApp.root_dir=. " in line and "/lab/tree/nbs" in line

@@ -15,6 +15,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from ..utils.extras import EXTRAS, naming_extras
+
 app = typer.Typer(
     help="Structural pruning and recovery for multimodal language models.",
     no_args_is_help=True,
@@ -34,8 +36,14 @@ def _politely():
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop) if here else None
     try:
-        yield
+        with naming_extras():
+            yield
     except (ValueError, OSError, FloatingPointError) as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except ImportError as error:
+        if error.name not in EXTRAS:
+            raise
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(2) from None
     except RuntimeError as error:

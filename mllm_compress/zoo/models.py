@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..utils.extras import naming_extras
 from .convert import REAL_MODELS, is_original_layout, load_original
 from .tiny_models import tiny_model, tiny_processor
 
@@ -102,7 +103,8 @@ def _load_folder(source, dtype, trust_remote_code):
     model = _load_strict(
         auto.from_pretrained, source, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
-    return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with naming_extras():
+        return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def _unknown(name):
