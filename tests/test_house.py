@@ -1,7 +1,7 @@
 """The plan of the package: imports flow one way, public names are few, exported cells are short."""
 
 import ast
-import importlib
+import importlib.util
 import json
 import re
 import statistics
@@ -240,3 +240,45 @@ def test_lab_serves_the_repository():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     line = next(text for text in makefile.splitlines() if "jupyter lab" in text)
     assert "--ServerApp.root_dir=. " in line and "/lab/tree/nbs" in line
+
+
+# Extras
+
+BLOCKED = """
+import sys
+for name in sys.argv[1].split(","): sys.modules[name] = None
+from typer.testing import CliRunner
+from mllm_compress.cli.app import app
+from mllm_compress.zoo.models import load_model
+import mllm_compress.study
+for line in sys.argv[2:]:
+    found = CliRunner().invoke(app, line.split())
+    print(found.exit_code, found.output.strip().splitlines()[-1], found.exception)
+"""
+
+
+def without(missing: str, *lines: str) -> list:
+    "The last lines of commands where packages are missing."
+    run = [sys.executable, "-W", "ignore", "-c", BLOCKED, missing, *lines]
+    found = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert found.returncode == 0, found.stderr
+    return found.stdout.splitlines()
+
+
+def test_without_the_extra_of_the_study_the_method_runs(tmp_path):
+    missing = "matplotlib,seaborn,papermill,nbformat,nbconvert,IPython,ipykernel"
+    score = f"score smoke-llava -o {tmp_path}/s --samples 2 --scenes 4"
+    prune = f"prune smoke-llava -o {tmp_path}/p --scores {tmp_path}/s --ratio 0.3"
+    *done, study = without(missing, score, prune, "study --profile smoke --status")
+    assert all(line.startswith("0 written to") for line in done), done
+    assert study.startswith("2 Error: ") and "pip install 'mllm_compress[study]'" in study
+
+
+def test_a_processor_that_needs_torchvision_names_its_extra():
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    from mllm_compress.zoo.convert import ProcessorParts, internvl_processor
+
+    parts = ProcessorParts(None, "", "<image>", 0, 4)
+    with pytest.raises(ImportError, match=r"pip install 'mllm_compress\[vision\]'"):
+        internvl_processor(parts, None, None)
