@@ -1,4 +1,4 @@
-"""Nothing lost: the real command, killed, interrupted and started twice, at moments drawn anew in every run of this test."""
+"""Nothing lost: the real command, killed, interrupted and started twice, at random moments."""
 
 import multiprocessing.util
 import os
@@ -17,34 +17,41 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mllm_compress.cli.app import app
 from mllm_compress.reporting import runner
-from mllm_compress.reporting.page import FIELDS
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
 ROOT = Path(__file__).parent.parent
-VOLATILE = [
-    f for f in FIELDS if f in ("seconds", "peak_memory_mb", "date")
-]  # columns of cells.csv that differ from run to run
+VOLATILE = ["seconds", "peak_memory_mb", "date"]  # differ from run to run
+GRID = """
+from mllm_compress import study
+from mllm_compress.reporting import Report
+from mllm_compress.study import Experiment
+
+experiments = [Experiment("smoke-llava")]
+experiments += [
+    Experiment("smoke-llava", p, r) for p in ("layerwise", "widthwise") for r in (0.3, 0.45)
+]
+experiments += [
+    Experiment("smoke-llava", "layerwise", r, recovery="sft+hidden_kd", fraction=0.5)
+    for r in (0.3, 0.45)
+]
+"""
+SHOW = """
+frame = study.run(experiments, profile)
+columns = ["pruning", "ratio", "recovery", "benchmark", "score", "low", "high"]
+Report("01_table", profile).table(frame[columns], "scores", "Scores.")
+"""
+PARAMETERS = 'profile: str = "smoke"  # models, data and budgets'
 NOTEBOOK = new_notebook(
     cells=[
-        new_markdown_cell("# A table\n> Of a few cells."),
-        new_code_cell(
-            'profile: str = "smoke"  # models, data and budgets', metadata={"tags": ["parameters"]}
-        ),
-        new_code_cell(
-            "from mllm_compress.reporting import report; from mllm_compress.study import runs as study\nfrom mllm_compress.study.experiments import Experiment\n"
-            "cells = [Experiment('smoke-llava')] + [Experiment('smoke-llava', p, r) for p in ('layerwise', 'widthwise') for r in (.3, .45)]\n"
-            "cells += [Experiment('smoke-llava', 'layerwise', r, recovery='sft+hidden_kd', fraction=.5) for r in (.3, .45)]",
-            metadata={"tags": ["grid"]},
-        ),
-        new_code_cell(
-            "frame = study.run(cells, profile)\n"
-            "report.Report('01_table', profile).table(frame[['pruning', 'ratio', 'recovery', 'benchmark', 'score', 'low', 'high']], 'scores', 'Scores.')"
-        ),
+        new_markdown_cell("# A table\n> Of a few experiments."),
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(GRID, metadata={"tags": ["grid"]}),
+        new_code_cell(SHOW),
     ],
     metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}},
 )
-CELLS = 7
+EXPERIMENTS = 7
 
 
 def prepare(folder: Path) -> Path:
@@ -134,19 +141,15 @@ def soon(condition, seconds: float = 20) -> bool:
     return bool(met)
 
 
-def results(folder: Path) -> dict:  # name -> when it was written
-    return {
-        p.parent.name: p.stat().st_mtime_ns for p in folder.glob("runs/small/results/*/result.json")
-    }
+def results(folder: Path) -> dict:  # name of a finished experiment -> when it was finished
+    return {p.stem: p.stat().st_mtime_ns for p in folder.glob("runs/small/experiment/*.json")}
 
 
-def tables(
-    folder: Path,
-) -> tuple:  # (bytes of the table, lines of cells.csv without what differs from run to run)
+def tables(folder: Path) -> tuple:
+    "The bytes of the table, and the lines of experiments.csv that are the same in every run."
     figures = folder / "figures/small"
-    return (figures / "01_table-scores.csv").read_bytes(), pd.read_csv(figures / "cells.csv").drop(
-        columns=VOLATILE
-    ).to_csv()
+    lines = pd.read_csv(figures / "experiments.csv").drop(columns=VOLATILE)
+    return (figures / "01_table-scores.csv").read_bytes(), lines.to_csv()
 
 
 linux = pytest.mark.skipif(
@@ -165,20 +168,19 @@ def whole(tmp_path_factory):
 @linux
 def test_two_runs_on_one_store_do_each_cell_once(whole):
     folder, said = whole
-    assert all(f"{CELLS} cells of profile small, {CELLS} with results." in text for text in said), (
-        said
-    )
+    line = f"{EXPERIMENTS} experiments of profile small, {EXPERIMENTS} with results."
+    assert all(line in text for text in said), said
     begun = {
         p.stem: p.read_text().count(": process ") for p in folder.glob("runs/small/logs/*.txt")
     }
-    assert set(begun) == set(results(folder)) and set(begun.values()) == {1}
-    assert len(tables(folder)[1].splitlines()) == 1 + CELLS * 2
+    assert len(begun) == len(results(folder)) and set(begun.values()) == {1}
+    assert len(tables(folder)[1].splitlines()) == 1 + EXPERIMENTS * 2
 
 
 @linux
 def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
     rng, kept, log = random.Random(seed := time.time_ns()), {}, []
-    some = rng.randint(1, CELLS - 1)
+    some = rng.randint(1, EXPERIMENTS - 1)
     moments = [
         (lambda: True, 4),
         (lambda: len(results(checkout)) >= some, 0.5),
@@ -196,7 +198,7 @@ def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
     Run(checkout).says()
     now = results(checkout)
     print(*log, sep="\n")
-    assert len(now) == CELLS and all(now[name] == when for name, when in kept.items()), log
+    assert len(now) == EXPERIMENTS and all(now[name] == when for name, when in kept.items()), log
     assert tables(checkout) == tables(whole[0]), log
     assert not list((checkout / "figures").rglob("*.part*")) and soon(
         lambda: not alive(checkout), 60
@@ -204,12 +206,12 @@ def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
 
 
 @linux
-@pytest.mark.parametrize("where", ["cells", "notebook"])
+@pytest.mark.parametrize("where", ["experiments", "notebook"])
 def test_ctrl_c_stops_cleanly_and_leaves_no_process(checkout, whole, where):
     if where == "notebook":
         shutil.copytree(whole[0] / "runs", checkout / "runs")
     reached = {
-        "cells": lambda: results(checkout),
+        "experiments": lambda: results(checkout),
         "notebook": lambda: list(checkout.glob("figures/small/.*.part*")),
     }[where]
     run = Run(checkout)
@@ -242,29 +244,28 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     ]
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: bad)
     monkeypatch.setattr(runner, "run_notebooks", lambda *_: [])
-    monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
+    monkeypatch.setattr(runner.page, "build", lambda _: checkout / "figures/small/index.html")
     assert runner.run_study("small.yaml", executor="inline") == 1
     text = capsys.readouterr().out
     assert (
         "1 FAILED" in text
         and "widthwise 94%" in text
         and "log: runs/small/logs/" in text
-        and "PROBLEM: some cells failed" in text
+        and "PROBLEM: some experiments failed" in text
     )
-    broken = sorted(results(checkout))[0]
-    file = checkout / f"runs/small/results/{broken}/result.json"
+    file = sorted(checkout.glob("runs/small/score/*.json"))[0]
     file.write_text(file.read_text().replace('"score": ', '"score": 1', 1))
-    with pytest.warns(UserWarning, match=f"The result {broken} is corrupt"):
+    with pytest.warns(UserWarning, match=f"The score {file.stem} is corrupt"):
         runner.run_study("small.yaml", executor="inline")
-    assert len(results(checkout)) == 2 and list(checkout.glob(f"runs/small/corrupt/{broken}-*"))
+    assert len(results(checkout)) == 2 and file.exists()
+    assert list(checkout.glob(f"runs/small/corrupt/score-{file.stem}-*"))
     capsys.readouterr()
     runner.dry_run("small.yaml")
     plan = capsys.readouterr().out
     assert (
         plan.count("  cached ") == 2
         and plan.count("  missing ") == 1
-        and "3 cells, 1 missing: about" in plan
-        and "of memory for each" in plan
+        and "3 experiments, 1 missing" in plan
     )
     runner.show_status("small.yaml")
     assert "2 results of profile small" in capsys.readouterr().out
@@ -273,9 +274,8 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
 def test_figures_carry_their_results(checkout, whole, monkeypatch):
     archive = whole[0] / "figures/small/results.zip"
     said = Run(checkout, "--reuse", str(archive)).says()
-    assert f"{CELLS} results taken, 0 were in the store" in said and not list(
-        checkout.glob("runs/small/logs/*")
-    )  # nothing was computed
+    assert f"stages of {EXPERIMENTS} experiments taken, 0 experiments were in the store" in said
+    assert not list(checkout.glob("runs/small/logs/*"))  # nothing was computed
     assert tables(checkout) == tables(whole[0])
     assert (checkout / "figures/small/results.zip").read_bytes() == archive.read_bytes()
 
@@ -286,13 +286,13 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
     monkeypatch.chdir(checkout)
     bad, told = Experiment("smoke-llava", "widthwise", 0.94), {}
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: [bad])
-    monkeypatch.setattr(runner.site, "build", lambda _: checkout / "figures/small/index.html")
+    monkeypatch.setattr(runner.page, "build", lambda _: checkout / "figures/small/index.html")
 
     def notebook(name, path, values, profile):
         monkeypatch.setattr(
             study,
             "EXECUTORS",
-            {"inline": lambda cells, *_: ((c, "failed", "tried") for c in cells)},
+            {"inline": lambda todo, *_: ((e, "failed", "tried") for e in todo)},
         )
         told["frame"] = study.run(
             [bad, Experiment("smoke-llava", "layerwise", 0.3)], profile, quiet=True
@@ -307,10 +307,10 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
     )  # what nobody has tried is computed, where the rest was
     text = capsys.readouterr().out
     assert (
-        "PROBLEM: some cells failed" in text
+        "PROBLEM: some experiments failed" in text
         and "PROBLEM: 01_table failed: RuntimeError: Kernel died" in text
     )
-    assert study.TOLD not in os.environ
+    assert study.RUN_CONTEXT not in os.environ
     with pytest.raises(ValueError, match="given by --profile"):
         runner.plan_study("small.yaml", given={"profile": "tiny"})
     with pytest.raises(ValueError, match="^01_table: Unknown parameter 'seeds'"):
@@ -353,9 +353,9 @@ def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, c
     lacking = [
         "model big-llava: nothing at /no/such/llava",
         "model big-bunny: nothing at big-bunny",
-        "training json: nothing at",
+        "training json: $NOWHERE/mix.json: the environment variable NOWHERE is not set",
         "training image_root",
-        "benchmark pope: no data/test-*.parquet",
+        "benchmark pope: There is no data/test-*.parquet",
         "benchmark mmmu",
     ]
     for attempt in (
@@ -364,11 +364,12 @@ def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, c
     ):
         with pytest.raises(FileNotFoundError) as error:
             attempt()
-        assert all(line in str(error.value) for line in lacking), error.value
+        assert not [line for line in lacking if line not in str(error.value)], str(error.value)
     assert not Path("runs").exists()
     runner.dry_run("real.yaml")
     plan = capsys.readouterr().out
     assert (
         all(line in plan for line in lacking)
-        and f"{CELLS} cells, {CELLS} missing, {CELLS} of them of unknown cost" in plan
+        and f"{EXPERIMENTS} experiments, {EXPERIMENTS} missing, {EXPERIMENTS} of them of unknown"
+        in plan
     )

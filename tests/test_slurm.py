@@ -1,4 +1,4 @@
-"""The slurm executor on a real Slurm of one node (`.ci/slurm` starts one); skipped where none answers."""
+"""The Slurm executor on a real Slurm of one node (`.ci/slurm` starts one)."""
 
 import itertools
 import json
@@ -14,18 +14,19 @@ import pytest
 
 from mllm_compress.study import runs as study
 from mllm_compress.study import slurm
-from mllm_compress.study import workers as executors
 from mllm_compress.study.experiments import Experiment
-from mllm_compress.study.profiles import Slurm, load_profile
+from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
+from mllm_compress.study.stages import checkpoints_of, name_of, score_keys, subject_key
+from mllm_compress.study.workers import results_of
 
 SMOKE = load_profile("smoke")
 SMOKE = replace(
     SMOKE,
     name="on-slurm",
     evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=4),
-    slurm=Slurm(minutes=1, memory_gb=1, cells_per_job=3),
+    slurm=Slurm(minutes=1, memory_gb=1, experiments_per_job=3),
 )
-CELLS = [
+EXPERIMENTS = [
     Experiment("smoke-llava"),
     Experiment("smoke-llava", "layerwise", 0.3),
     Experiment("smoke-llava", "layerwise", 0.45),
@@ -74,9 +75,16 @@ def undisturbed(tmp_path_factory):
     "The same study without Slurm."
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("local"))
-    frame = study.run(CELLS, SMOKE, executor="inline", quiet=True)
+    frame = study.run(EXPERIMENTS, SMOKE, executor="inline", quiet=True)
     os.chdir(before)
     return frame
+
+
+def finished(results) -> dict:  # name of a finished experiment -> when its score was written
+    keys = {name_of(e, SMOKE): score_keys(e, SMOKE).values() for e in EXPERIMENTS}
+    paths = {name: [results.path("score", k) for k in own] for name, own in keys.items()}
+    done = {name: own for name, own in paths.items() if all(p.exists() for p in own)}
+    return {name: own[0].stat().st_mtime_ns for name, own in done.items()}
 
 
 def pickles(folder) -> list:
@@ -87,13 +95,13 @@ def pickles(folder) -> list:
 def test_study_on_slurm_equals_local_and_survives_scancel_and_requeue(cluster, undisturbed, capsys):
     frames = []
     run = threading.Thread(
-        target=lambda: frames.append(study.run(CELLS, SMOKE, executor="slurm")), daemon=True
+        target=lambda: frames.append(study.run(EXPERIMENTS, SMOKE, executor="slurm")), daemon=True
     )
     run.start()
-    results = study.results_of(SMOKE)
-    while run.is_alive() and not results.names():
+    results = results_of(SMOKE)
+    while run.is_alive() and not finished(results):
         time.sleep(0.02)  # until a job is at work and has finished a cell
-    kept = {name: results.file(name).stat().st_mtime_ns for name in results.names()}
+    kept = finished(results)
     (mark,) = results.folder.glob("slurm/*/array.json")
     array = slurm.Array(mark.parent, **json.loads(mark.read_text()))
     job = array.job(next(iter(kept)))
@@ -105,7 +113,7 @@ def test_study_on_slurm_equals_local_and_survives_scancel_and_requeue(cluster, u
     assert all(
         f", {SMOKE.slurm.cpus} thread" in p.read_text() for p in results.folder.glob("logs/*.txt")
     )
-    assert all(results.file(name).stat().st_mtime_ns == t for name, t in kept.items())
+    assert kept.items() <= finished(results).items()
     while job in slurm.queue():
         time.sleep(0.1)
     lives = subprocess.run(
@@ -117,11 +125,11 @@ def test_study_on_slurm_equals_local_and_survives_scancel_and_requeue(cluster, u
 
 @real
 def test_a_study_that_lost_its_terminal_watches_the_jobs_it_left(cluster):
-    results = study.results_of(SMOKE)
-    array = slurm.submit([CELLS[:1]], 1, SMOKE, results)
-    while not slurm.in_queue({executors.name_of(CELLS[0], SMOKE)}, results):
+    results = results_of(SMOKE)
+    array = slurm.submit([EXPERIMENTS[:1]], 1, SMOKE, results)
+    while not slurm.in_queue({name_of(EXPERIMENTS[0], SMOKE)}, results):
         time.sleep(0.05)
-    frame = study.run(CELLS[:1], SMOKE, executor="slurm", quiet=True)
+    frame = study.run(EXPERIMENTS[:1], SMOKE, executor="slurm", quiet=True)
     assert frame.status.eq("done").all() and [
         p.parent.name for p in results.folder.glob("slurm/*/array.json")
     ] == [array.folder.name]
@@ -129,11 +137,11 @@ def test_a_study_that_lost_its_terminal_watches_the_jobs_it_left(cluster):
 
 @real
 def test_ctrl_c_takes_the_jobs_back(cluster, monkeypatch):
-    results = study.results_of(SMOKE)
+    results = results_of(SMOKE)
     stop = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
     monkeypatch.setattr(slurm.time, "sleep", stop)  # Ctrl-C comes while the run watches
     with pytest.raises(KeyboardInterrupt):
-        study.run(CELLS, SMOKE, executor="slurm", quiet=True)
+        study.run(EXPERIMENTS, SMOKE, executor="slurm", quiet=True)
     monkeypatch.undo()
     (mark,) = results.folder.glob("slurm/*/array.json")
     jobs = {f"{json.loads(mark.read_text())['id']}_{k}" for k in range(2)}
@@ -151,17 +159,17 @@ def test_what_slurm_refuses_is_said_in_its_words(cluster):
         for s in (Slurm(partition="nowhere"), Slurm(options={"acount": "vision"}))
     )
     with pytest.raises(ValueError, match="(?s)slurm section of profile on-slurm.*[Pp]artition"):
-        study.run(CELLS[:1], nowhere, executor="slurm", quiet=True)
+        study.run(EXPERIMENTS[:1], nowhere, executor="slurm", quiet=True)
     with pytest.raises(ValueError, match="(?s)acount.*account"):
-        study.run(CELLS[:1], misspelled, executor="slurm", quiet=True)
+        study.run(EXPERIMENTS[:1], misspelled, executor="slurm", quiet=True)
 
 
 def test_a_job_that_vanished_is_a_failed_cell(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "POLL", 0)
     monkeypatch.setattr(slurm, "queue", lambda: set())
-    results = study.results_of(SMOKE)
+    results = results_of(SMOKE)
     (cluster / "array").mkdir()
-    answers = list(slurm.watch([slurm.Array(cluster / "array", "7", [["a", "b"]])], results))
+    answers = list(slurm.watch([slurm.Array(cluster / "array", "7", [["a", "b"]])]))
     assert [(name, word) for name, word, _ in answers] == [
         ("a", "failed"),
         ("b", "failed"),
@@ -169,7 +177,7 @@ def test_a_job_that_vanished_is_a_failed_cell(cluster, monkeypatch):
     monkeypatch.setattr(
         slurm, "queue", lambda: None
     )  # a cluster that does not answer has lost nothing
-    watching = slurm.watch([slurm.Array(cluster / "array", "7", [["a"]])], results)
+    watching = slurm.watch([slurm.Array(cluster / "array", "7", [["a"]])])
     (cluster / "array/a.json").write_text('["done", ""]')
     assert list(watching) == [("a", "done", "")]
 
@@ -177,9 +185,9 @@ def test_a_job_that_vanished_is_a_failed_cell(cluster, monkeypatch):
 def test_a_cell_that_a_jobs_time_is_too_short_for_fails_and_the_rest_is_requeued(
     cluster, monkeypatch
 ):
-    results, commands = study.results_of(SMOKE), []
-    folder = slurm.write_array([CELLS[:3]], SMOKE, results)
-    names = [executors.name_of(c, SMOKE) for c in CELLS[:3]]
+    results, commands = results_of(SMOKE), []
+    folder = slurm.write_array([EXPERIMENTS[:3]], SMOKE, results)
+    names = [name_of(c, SMOKE) for c in EXPERIMENTS[:3]]
 
     def slow(*_):
         raise slurm.TimeIsUp
@@ -199,7 +207,7 @@ def test_a_cell_that_a_jobs_time_is_too_short_for_fails_and_the_rest_is_requeued
         [],
     )  # an hour later: the job has had its time
     monkeypatch.setattr(slurm.time, "time", lambda: next(clock))
-    checkpoint = slurm.checkpoints_of(names[0], results) / "checkpoint-4"
+    checkpoint = checkpoints_of(subject_key(EXPERIMENTS[0], SMOKE), results) / "checkpoint-4"
 
     def learning(*_):
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -231,7 +239,7 @@ def test_a_cell_that_a_jobs_time_is_too_short_for_fails_and_the_rest_is_requeued
 
 def test_options_are_checked_before_anything_is_submitted(tmp_path):
     path = tmp_path / "mine.yaml"
-    text = (executors.Path(slurm.__file__).parent / "profiles/smoke.yaml").read_text()
+    text = (PROFILES / "smoke.yaml").read_text()
     path.write_text(text + "slurm: {gpus: 1, hours: 3}\n")
     with pytest.raises(ValueError, match="slurm: unknown hours; the keys are partition, minutes"):
         load_profile(path)
@@ -240,8 +248,8 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
         load_profile(path)
     path.write_text(text + "slurm: {gpus: 1, minutes: 30}\n")
     assert load_profile(path).slurm == Slurm(gpus=1, minutes=30)
-    assert executors.name_of(CELLS[1], load_profile(path)) == executors.name_of(
-        CELLS[1], load_profile("smoke")
+    assert name_of(EXPERIMENTS[1], load_profile(path)) == name_of(
+        EXPERIMENTS[1], load_profile("smoke")
     )
 
 
@@ -292,8 +300,8 @@ def test_what_a_job_asks_for():
 
 
 def test_a_cell_that_another_run_has_never_fails_for_want_of_time(cluster, monkeypatch):
-    results, commands = study.results_of(SMOKE), []
-    folder = slurm.write_array([CELLS[:2]], SMOKE, results)
+    results, commands = results_of(SMOKE), []
+    folder = slurm.write_array([EXPERIMENTS[:2]], SMOKE, results)
     monkeypatch.setattr(slurm, "complete_logged", lambda *_: ("busy", ""))
     monkeypatch.setattr(
         slurm.time, "sleep", slurm._time_is_up
@@ -309,14 +317,16 @@ def test_a_cell_that_another_run_has_never_fails_for_want_of_time(cluster, monke
 
 
 def test_after_a_failure_on_a_gpu_the_others_get_a_new_job(cluster, monkeypatch):
-    results, commands = study.results_of(SMOKE), []
-    folder = slurm.write_array([CELLS[:3]], SMOKE, results)
+    results, commands = results_of(SMOKE), []
+    folder = slurm.write_array([EXPERIMENTS[:3]], SMOKE, results)
     monkeypatch.setattr(slurm, "devices", lambda *_: ["cuda:0"])
     monkeypatch.setattr(
         slurm,
         "complete_logged",
         lambda cell, *_: (
-            ("failed", "AcceleratorError: device-side assert") if cell == CELLS[0] else ("done", "")
+            ("failed", "AcceleratorError: device-side assert")
+            if cell == EXPERIMENTS[0]
+            else ("done", "")
         ),
     )
     monkeypatch.setattr(slurm.subprocess, "run", lambda command, **_: commands.append(command))
@@ -324,7 +334,7 @@ def test_after_a_failure_on_a_gpu_the_others_get_a_new_job(cluster, monkeypatch)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     answers = lambda: [
-        slurm.Array(folder, "7", []).answer(executors.name_of(c, SMOKE)) for c in CELLS[:3]
+        slurm.Array(folder, "7", []).answer(name_of(c, SMOKE)) for c in EXPERIMENTS[:3]
     ]
     slurm.serve(folder)
     assert [a and a[0] for a in answers()] == ["failed", None, None] and commands == [
@@ -335,7 +345,7 @@ def test_after_a_failure_on_a_gpu_the_others_get_a_new_job(cluster, monkeypatch)
 
 
 def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
-    results = study.results_of(SMOKE)
+    results = results_of(SMOKE)
     (results.folder / "slurm/earlier").mkdir(parents=True)
     (results.folder / "slurm/earlier/array.json").write_text('{"id": "7", "jobs": [["a"]]}')
     monkeypatch.setattr(slurm, "POLL", 0)
@@ -357,8 +367,8 @@ def test_jobs_that_will_never_start_are_named_once(cluster, monkeypatch, capsys)
     assert slurm.stuck({"7_0", "7_1"}) == {"7_0": "PartitionTimeLimit"} and slurm.stuck(
         {"8_0"}
     ) == {"8_0": "JobHeldUser"}
-    results = study.results_of(SMOKE)
-    array = slurm.Array(slurm.write_array([CELLS[:1]], SMOKE, results), "7", [["a"]])
+    results = results_of(SMOKE)
+    array = slurm.Array(slurm.write_array([EXPERIMENTS[:1]], SMOKE, results), "7", [["a"]])
     looks = iter(range(3))
 
     def look(_):
@@ -367,14 +377,14 @@ def test_jobs_that_will_never_start_are_named_once(cluster, monkeypatch, capsys)
 
     monkeypatch.setattr(slurm.time, "sleep", look)
     monkeypatch.setattr(slurm, "queue", lambda: {"7_0"})
-    assert list(slurm.watch([array], results)) == [("a", "done", "")]
+    assert list(slurm.watch([array])) == [("a", "done", "")]
     said = capsys.readouterr()
     assert (said.out + said.err).count("Slurm job 7_0 waits: PartitionTimeLimit") == 1
 
 
 def test_cells_of_another_run_that_took_its_jobs_back_are_submitted_once(cluster, monkeypatch):
-    results, submitted = study.results_of(SMOKE), []
-    names = [executors.name_of(c, SMOKE) for c in CELLS[:3]]
+    results, submitted = results_of(SMOKE), []
+    names = [name_of(c, SMOKE) for c in EXPERIMENTS[:3]]
     theirs = slurm.Array(cluster / "theirs", "7", [names[:2]])
     theirs.folder.mkdir()
     (theirs.folder / f"{names[1]}.json").write_text('["failed", "an error of its own"]')
@@ -383,7 +393,7 @@ def test_cells_of_another_run_that_took_its_jobs_back_are_submitted_once(cluster
         array = slurm.Array(
             cluster / f"ours{len(submitted)}",
             str(8 + len(submitted)),
-            [[executors.name_of(c, SMOKE) for c in job] for job in jobs],
+            [[name_of(c, SMOKE) for c in job] for job in jobs],
         )
         array.folder.mkdir()
         for job in array.jobs:
@@ -398,11 +408,15 @@ def test_cells_of_another_run_that_took_its_jobs_back_are_submitted_once(cluster
     monkeypatch.setattr(slurm, "in_queue", lambda names, store: [theirs])
     monkeypatch.setattr(slurm, "submit", submit)
     answers = {
-        cell: (status, message) for cell, status, message in slurm.slurm(CELLS[:3], SMOKE, results)
+        cell: (status, message)
+        for cell, status, message in slurm.slurm(EXPERIMENTS[:3], SMOKE, results)
     }
-    assert submitted == [[CELLS[2]], [CELLS[0]]]  # what nobody had, then what the other run gave up
+    assert submitted == [
+        [EXPERIMENTS[2]],
+        [EXPERIMENTS[0]],
+    ]  # what nobody had, then what the other run gave up
     assert answers == {
-        CELLS[0]: ("done", ""),
-        CELLS[1]: ("failed", "an error of its own"),
-        CELLS[2]: ("done", ""),
+        EXPERIMENTS[0]: ("done", ""),
+        EXPERIMENTS[1]: ("failed", "an error of its own"),
+        EXPERIMENTS[2]: ("done", ""),
     }

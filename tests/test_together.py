@@ -1,4 +1,4 @@
-"""One cell trained by several processes; a killed cell that goes on; workers that see only their own GPUs."""
+"""One student trained by several processes; a killed training that goes on; workers and GPUs."""
 
 import subprocess
 import sys
@@ -8,23 +8,23 @@ import pytest
 import torch
 
 from mllm_compress.recovery.trainer import RecoveryTrainer
-from mllm_compress.study import stages as experiment
-from mllm_compress.study import workers as executors
-from mllm_compress.study.experiments import Experiment, _checked
-from mllm_compress.study.profiles import Profile, Slurm, load_profile, read_strictly
-from mllm_compress.study.store import Store, read
+from mllm_compress.study import stages, workers
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import Profile, Slurm, checked, load_profile, read_strictly
+from mllm_compress.study.stages import name_of, subject_key
+from mllm_compress.study.store import Store
 
 SMOKE = load_profile("smoke")
 SMOKE = replace(
     SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["scenes/hallucination"], questions=8)
 )
-CELL = Experiment("smoke-bunny", "widthwise", 0.3, recovery="sft+hidden_kd", fraction=0.5)
+EXPERIMENT = Experiment("smoke-bunny", "widthwise", 0.3, recovery="sft+hidden_kd", fraction=0.5)
 
 
-def result_of(profile, store, cell=CELL) -> dict:
-    "A cell's result, computed if it is not there."
-    assert executors.complete(cell, profile, store) == ("done", "")
-    return read(store, executors.name_of(cell, profile))["result"]
+def result_of(profile, store, experiment=EXPERIMENT) -> dict:
+    "An experiment's result, computed if it is not there."
+    assert workers.complete(experiment, profile, store) == ("done", "")
+    return stages.result_of(experiment, profile, store)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def alone(tmp_path_factory) -> dict:
 def test_two_processes_train_what_one_trains(alone, tmp_path, capfd):
     "The same global batches: the same loss but for rounding, in the same place of the store."
     two = result_of(replace(SMOKE, processes=2), Store(tmp_path))
-    assert executors.name_of(CELL, replace(SMOKE, processes=2)) == executors.name_of(CELL, SMOKE)
+    assert name_of(EXPERIMENT, replace(SMOKE, processes=2)) == name_of(EXPERIMENT, SMOKE)
     assert two["training"]["loss"] == pytest.approx(alone["training"]["loss"], rel=1e-3)
     assert (
         two["training"]["samples"] == alone["training"]["samples"] and two["plan"] == alone["plan"]
@@ -45,10 +45,10 @@ def test_two_processes_train_what_one_trains(alone, tmp_path, capfd):
 
 def test_what_goes_wrong_in_the_processes_is_told(tmp_path, capfd):
     profile = replace(SMOKE, processes=2, recovery=SMOKE.recovery | {"optimizer": "none_such"})
-    status, message = executors.complete(CELL, profile, Store(tmp_path))
+    status, message = workers.complete(EXPERIMENT, profile, Store(tmp_path))
     assert (
         status == "failed"
-        and "2 processes that train this cell ended with code" in message
+        and "2 processes that train this experiment ended with code" in message
         and "none_such" in capfd.readouterr().out
     )
 
@@ -81,15 +81,13 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch)
     monkeypatch.setattr(RecoveryTrainer, "training_step", counted)
     longer = replace(profile, recovery=profile.recovery | {"epochs": 3})
     with pytest.raises(KeyboardInterrupt):
-        executors.complete(CELL, longer, store)
-    folder = experiment.checkpoints_of(executors.name_of(CELL, longer), store)
+        workers.complete(EXPERIMENT, longer, store)
+    folder = stages.checkpoints_of(subject_key(EXPERIMENT, longer), store)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(RecoveryTrainer, "training_step", real)
     resumed = result_of(longer, store)
     whole = result_of(replace(longer, checkpoint_every=0), Store(tmp_path / "whole"))
-    assert not folder.exists() and executors.name_of(CELL, profile) == executors.name_of(
-        CELL, SMOKE
-    )
+    assert not folder.exists() and name_of(EXPERIMENT, profile) == name_of(EXPERIMENT, SMOKE)
     assert (
         resumed["training"]["loss"] == whole["training"]["loss"]
         and resumed["rows"] == whole["rows"]
@@ -99,22 +97,22 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch)
 
 def test_a_profile_gives_each_process_a_gpu():
     with pytest.raises(ValueError, match="processes is 2 and a Slurm job gets 3 GPUs"):
-        _checked(replace(SMOKE, processes=2, slurm=Slurm(gpus=3)))
-    with pytest.raises(ValueError, match="processes is 0"):
-        _checked(replace(SMOKE, processes=0))
-    profile = _checked(replace(SMOKE, processes=4, slurm=Slurm(gpus=4)))
+        checked(replace(SMOKE, processes=2, slurm=Slurm(gpus=3)))
+    with pytest.raises(ValueError, match="processes"):
+        checked(replace(SMOKE, processes=0))
+    profile = checked(replace(SMOKE, processes=4, slurm=Slurm(gpus=4)))
     assert read_strictly(Profile, asdict(profile), "profile") == profile
 
 
 def test_workers_share_the_gpus_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert executors.devices() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] and executors.devices(
+    assert workers.devices() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] and workers.devices(
         processes=2
     ) == ["cuda:0", "cuda:2"]
-    assert executors._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert workers._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert executors._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
-    with pytest.raises(ValueError, match="8 processes are to train a cell together.*has 4"):
-        executors.check_gpus(replace(SMOKE, processes=8))
-    assert "CUDA_VISIBLE_DEVICES" not in executors._surroundings("cpu")
+    assert workers._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
+    with pytest.raises(ValueError, match="8 processes are to train an experiment together.*has 4"):
+        workers.check_gpus(replace(SMOKE, processes=8))
+    assert "CUDA_VISIBLE_DEVICES" not in workers._surroundings("cpu")

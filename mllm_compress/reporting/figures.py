@@ -30,6 +30,9 @@ def figure_html(
     return f'<figure><div class="wide">{image}</div><figcaption>{text}</figcaption></figure>'
 
 
+CAPTION = '<figcaption class="below">'  # how a caption begins that belongs to the picture above
+
+
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure and its caption, as a notebook shows it."
@@ -37,9 +40,17 @@ class Figure:
     png: bytes
     caption: str
 
-    def _repr_mimebundle_(self, **kwargs) -> dict:
-        shown = figure_html(b64encode(self.png).decode(), self.caption)
-        return {"image/png": self.png, "text/html": shown, "text/plain": self.caption}
+    def outputs(self) -> list:  # of two mime bundles
+        "The picture, and its caption."
+        picture = {"image/png": b64encode(self.png).decode(), "text/plain": self.caption}
+        below = f"{CAPTION}{html.escape(self.caption)}</figcaption>"
+        return [picture, {"text/html": below, "text/plain": self.caption}]
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        for bundle in self.outputs():
+            display(bundle, raw=True)
 
 # %% ../../nbs/library/reporting/05_figures.ipynb #cell-008
 def _seed_dots(ax, g: pd.DataFrame, name) -> None:  # rows of one line

@@ -23,7 +23,7 @@ from nbconvert.filters import ansi2html, markdown2html
 
 from .claims import CLAIMS
 from .effects import Estimate
-from .figures import figure_html
+from .figures import CAPTION, figure_html
 from .notebooks import failed_copy, notebooks
 from .verdicts import WORDS, Verdict, counted
 from ..study import store
@@ -75,6 +75,8 @@ def output_html(
     plain = data.get("text/plain", "")
     if "image/png" in data:
         return picture_html(data["image/png"], plain, pictures)
+    if data.get("text/html", "").startswith(CAPTION):
+        return ""  # the picture above has it
     if "text/html" in data:
         return f'<div class="wide">{_framed(_without_style(data["text/html"]))}</div>'
     if "text/markdown" in data:

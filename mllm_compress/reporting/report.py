@@ -9,10 +9,12 @@ __all__ = ['Report']
 import json
 import os
 from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from PIL import Image
 
 from .figures import Figure
 from .notebooks import output_folder, overridden
@@ -68,13 +70,23 @@ class Report:
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-007
 def _written(fig, pdf: Path, caption: str) -> Figure:
     "Write a figure as PDF, PNG and the text of its caption, and close it."
-    png = pdf.with_suffix(".png")
+    drawn = BytesIO()
     with page():
         fig.savefig(pdf, metadata={"CreationDate": None}, bbox_inches="tight")
-        fig.savefig(png, metadata={"Software": None}, bbox_inches="tight")
+        fig.savefig(drawn, metadata={"Software": None}, bbox_inches="tight")
     plt.close(fig)
+    png = _with_palette(drawn)
+    write_atomically(pdf.with_suffix(".png"), png)
     write_atomically(pdf.with_suffix(".txt"), caption + "\n")
-    return Figure(png.read_bytes(), caption)
+    return Figure(png, caption)
+
+
+def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visible difference
+    "A PNG of at most 256 colours."
+    small = BytesIO()
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _record(v: Verdict) -> dict:

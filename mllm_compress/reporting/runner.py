@@ -8,10 +8,12 @@ __all__ = ['run_study']
 # %% ../../nbs/library/reporting/10_runner.ipynb #cell-002
 import json
 import os
+import random
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
@@ -46,7 +48,7 @@ from mllm_compress.study.runs import (
     stored,
 )
 from ..study.stages import missing_inputs, name_of
-from ..study.store import unpack
+from ..study.store import Store, unpack
 from ..study.workers import results_of
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import check_choice
@@ -231,6 +233,49 @@ def take_in(
     print(f"{path}: {n} stages of {experiments} taken, {before} experiments were in the store.")
 
 # %% ../../nbs/library/reporting/10_runner.ipynb #cell-026
+def verify(
+    profile: str,
+    n: int,  # experiments, drawn in turn from dense, pruned and recovered ones
+    seed: int = 0,
+) -> pd.DataFrame:  # one row per experiment: questions, and how many are worth the same again
+    "Compute a random sample of the results at hand again and compare."
+    loaded = load_profile(profile)
+    require_inputs(loaded)
+    sample, rows = _sample(list(stored(loaded)), n, seed), []
+    with tempfile.TemporaryDirectory() as folder:
+        fresh, old = Store(Path(folder, "store")), results_of(loaded)
+        for experiment in tqdm(sample, desc="verifying", leave=False):
+            stages.compute(experiment, loaded, fresh)
+            results = [stages.result_of(experiment, loaded, s) for s in (old, fresh)]
+            rows.append({"experiment": describe(experiment)} | _agreement(*results))
+    return pd.DataFrame(rows)
+
+
+def _sample(experiments: list, n: int, seed: int) -> list:
+    "Experiments drawn in turn from each kind."
+    rng, kinds = random.Random(seed), {}
+    for e in sorted(experiments):
+        kinds.setdefault((e.pruning, e.recovery != "none"), []).append(e)
+    for own in kinds.values():
+        rng.shuffle(own)
+    turns = [e for turn in zip_longest(*kinds.values()) for e in turn if e is not None]
+    return turns[:n]
+
+
+def _agreement(old: dict, new: dict) -> dict:
+    "How far two results of one experiment agree."
+    pairs = [(a, b) for k in old["units"] for a, b in zip(old["units"][k], new["units"][k])]
+    scores = {r["benchmark"]: r["score"] for r in new["rows"]}
+    gaps = [abs(r["score"] - scores[r["benchmark"]]) for r in old["rows"]]
+    return {
+        "plan": "equal" if old["plan"] == new["plan"] else "DIFFERS",
+        "precision": "/".join(str(r["training"].get("precision", "–")) for r in (old, new)),
+        "units": len(pairs),
+        "equal": sum(a == b for a, b in pairs),
+        "largest gap of a score": round(max(gaps), 2),
+    }
+
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-029
 def check_executor(executor: str, workers: int = 0) -> None:
     "ValueError for an unknown executor, or for workers where a cluster decides."
     check_choice("executor", executor, EXECUTORS)
@@ -240,7 +285,7 @@ def check_executor(executor: str, workers: int = 0) -> None:
             "run at once (jobs_at_once)."
         )
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-028
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-031
 def failure_of(
     name: str,
     error: Exception,
@@ -267,7 +312,7 @@ def run_notebooks(plan: dict, profile: str) -> list:  # of problems
                 problems.append(failure_of(name, error, failed_copy(target)))
     return problems
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-030
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-033
 @contextmanager
 def _run_context(**what):
     "Processes started in this context find these values by `study.runs.run_context`."
@@ -290,7 +335,7 @@ def _failures(frame: pd.DataFrame, profile: Profile) -> dict:  # name of a resul
     experiments = [Experiment(**{n: row[n] for n in names}) for _, row in failed.iterrows()]
     return {name_of(e, profile): error for e, error in zip(experiments, failed.error)}
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-032
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-035
 def run_study(
     profile: str,
     only: list = (),  # names of notebooks; empty: all

@@ -60,7 +60,7 @@ from mllm_compress.study.profiles import (
     training_of,
 )
 from .store import Store, stage_inputs
-from ..utils.files import content_hash, file_hash
+from ..utils.files import checkout, content_hash, file_hash
 from ..zoo.models import MODELS, SHIPPED, cast, load_model
 from ..zoo.tiny_models import SMOKE_VERSION
 
@@ -140,7 +140,9 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
     for what, path in _named_paths(profile):
         try:
             if not (place := located(path)).exists():
-                missing.append(f"{what}: nothing at {place}")
+                near = place.is_relative_to(checkout())
+                shown = place.relative_to(checkout()) if near else place
+                missing.append(f"{what}: nothing at {shown}")
         except ValueError as error:
             missing.append(f"{what}: {error}")
     return missing + _missing_sets(profile.evaluation)
