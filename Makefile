@@ -46,7 +46,7 @@ lowest:
 	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
 
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
 
 readme: $(READY)
 	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
@@ -61,5 +61,5 @@ gpu-check: $(READY)
 	@$(BIN)/mllm-compress gpu-check $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist _docs _proc *.egg-info .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist _docs _proc *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -o -name .ipynb_checkpoints | grep -v '^./$(VENV)' | xargs rm -rf

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+study, vision = cfg["study_requirements"].split(), cfg["vision_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -27,10 +28,12 @@ setup(
     },
     install_requires=cfg["requirements"].split(),
     extras_require={
-        "dev": cfg["dev_requirements"].split(),
-        "internvl": ["torchvision"],
-        "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "Levenshtein"],
-    },  # Levenshtein: its MathVista imports it without asking for it
+        "study": study,
+        "dev": study + cfg["dev_requirements"].split(),
+        "vision": vision,
+        "internvl": vision,  # its former name
+        "lmms-eval": cfg["lmms_eval_requirements"].split(),
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "lmms_eval.models": ["mllm_compress=mllm_compress.evaluation.lmms_eval:manifest"],

@@ -1,14 +1,16 @@
-"""Wall time of cells that share work, through the study, against the same cells on their own.
+"""Wall time of experiments that share stages, through the study and one by one.
 
-The cells are a sample of the `tiny` grid with one model, in about the grid's proportions: dense, pruned without training (a
-quarter), recovered on 1 % of the data (a tenth) and on 5 % (the rest), by three objectives, after both prunings. What the study
-shares between them: one process (its imports, the model, the images and questions), the training data, scores over ratios, the
-teacher's targets over objectives, ratios and prunings, and the dense evaluation. The rival computes each cell in a new process
-with an empty store, with the dense model that its AVG-% is relative to. Both use one process at a time with one thread and the
-same code for a cell, so that the ratio is what sharing gains; a third run has a worker for each core, as the study does by
-default. Cells of 10, 50 or 100 % of the data are left out, to take minutes instead of hours.
+The experiments are a sample of the grid of profile `tiny` with one model, in about the grid's
+proportions: dense, pruned without training (a quarter), recovered on 1 % of the data (a tenth) and
+on 5 % (the rest), with three objectives and both prunings. Through the study they share one process
+(imports, model, images, questions), the training data, importance scores, the teacher's outputs and
+the dense evaluation. The rival computes each experiment in a new process with an empty store,
+together with the dense model that its AVG-% is relative to. Both run one process at a time with
+one thread, and the same code for a stage, so the ratio is what sharing gains. A third run has one
+worker per core, the default of the study. Experiments on 10, 50 or 100 % of the data are left out:
+they would take hours.
 
-CPU seconds are measured beside wall seconds: on a machine that others use, they are the ones to compare.
+CPU seconds are measured beside wall seconds; compare those on a machine that others use.
 
     python bench/study.py [--quick]
 """
@@ -36,107 +38,103 @@ from mllm_compress.study.profiles import load_profile
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 GOAL = 0.5  # of the rival's time
-RUN = "import json, sys; from mllm_compress.study import runs as study; from mllm_compress.study.experiments import Experiment; study.run([Experiment(**c) for c in json.loads(sys.argv[1])], 'bench.yaml', sys.argv[2])"
+RUN = """
+import json, sys
+from mllm_compress import study
+experiments = [study.Experiment(**given) for given in json.loads(sys.argv[1])]
+study.run(experiments, "bench.yaml", sys.argv[2])
+"""
 
 
-def sample(quick: bool) -> tuple:  # (cells, profile)
-    "The cells, and the profile that they are computed with."
+def sample(quick: bool) -> tuple:  # (experiments, profile)
+    "The experiments, and the profile that they are computed with."
     profile = load_profile("smoke" if quick else "tiny")
     model, (least, some) = profile.models[0], (0.5, 1.0) if quick else profile.fractions[:2]
-    mild, layers, neurons = (
-        Experiment(model, "layerwise", 0.3),
-        Experiment(model, "layerwise", 0.45),
-        Experiment(model, "widthwise", 0.45),
-    )
+    mild = Experiment(model, "layerwise", 0.3)
+    layers = Experiment(model, "layerwise", 0.45)
+    neurons = Experiment(model, "widthwise", 0.45)
     trained = [
         (mild, "sft+hidden_kd", least),
-        *((mild, losses, some) for losses in ("sft", "hidden_kd", "sft+hidden_kd")),
+        (mild, "sft", some),
+        (mild, "hidden_kd", some),
+        (mild, "sft+hidden_kd", some),
         (layers, "sft+hidden_kd", some),
         (neurons, "sft", some),
         (neurons, "sft+hidden_kd", some),
     ]
-    cells = [Experiment(model), mild, layers, neurons] + [
-        replace(cell, recovery=losses, fraction=part) for cell, losses, part in trained
-    ]
-    return cells, replace(profile, name="bench", notebooks={}, workers=0)
+    experiments = [Experiment(model), mild, layers, neurons]
+    experiments += [replace(e, recovery=losses, fraction=part) for e, losses, part in trained]
+    return experiments, replace(profile, name="bench", notebooks={}, workers=0)
 
 
-def timed(
-    cells: list, profile, executor: str = "inline"
-) -> tuple:  # (wall seconds, CPU seconds, load of the machine, scores)
-    "Compute cells in a new process, in a new checkout with an empty store."
+def used() -> float:
+    "CPU seconds of the processes that have ended."
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return children.ru_utime + children.ru_stime
+
+
+def timed(experiments: list, profile, executor: str = "inline") -> tuple:
+    "Experiments in a new process with an empty store: (wall seconds, CPU seconds, load, frame)."
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "bench.yaml").write_text(yaml.safe_dump(asdict(profile)), encoding="utf-8")
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        given = json.dumps([asdict(e) for e in experiments])
+        before, start = used(), time.perf_counter()
         subprocess.run(
-            [sys.executable, "-c", RUN, json.dumps([asdict(c) for c in cells]), executor],
+            [sys.executable, "-c", RUN, given, executor],
             cwd=folder,
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        wall, after, load = (
-            time.perf_counter() - start,
-            resource.getrusage(resource.RUSAGE_CHILDREN),
-            os.getloadavg()[0],
-        )
+        wall, cpu, load = time.perf_counter() - start, used() - before, os.getloadavg()[0]
         here = os.getcwd()
         os.chdir(folder)
-        frame = study.run(cells, profile, "inline", quiet=True)  # all of it is in the store
+        frame = study.run(experiments, profile, "inline", quiet=True)  # all is in the store
         os.chdir(here)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, load, frame
+    return wall, cpu, load, frame
+
+
+def summary(experiments: list, alone: list, ours: tuple, spread: tuple) -> pd.DataFrame:
+    "One row per way of computing the experiments."
+    together = (sum(r[0] for r in alone), sum(r[1] for r in alone), max(r[2] for r in alone))
+    ways = {
+        "each on its own": together,
+        "through the study": ours[:3],
+        "and a worker per core": spread[:3],
+    }
+    rows = [[way, len(experiments), *times] for way, times in ways.items()]
+    table = pd.DataFrame(rows, columns=["way", "experiments", "wall_s", "cpu_s", "load"])
+    for unit in ("wall", "cpu"):
+        table[f"{unit}_ratio"] = table[f"{unit}_s"] / table[f"{unit}_s"].iloc[0]
+    return table
+
+
+def check_equal(ours, alone: list, spread) -> None:
+    "RuntimeError where sharing stages changed a result."
+    rival = [f[(f.pruning != "none") | (len(f) == len(alone[0]))] for f in alone]
+    scores = ours.score.tolist()
+    others = (pd.concat(rival).score.tolist(), spread.score.tolist())
+    if not (ours.status == "done").all() or any(scores != other for other in others):
+        raise RuntimeError("Sharing stages changed a result, or an experiment failed.")
 
 
 def main(quick: bool) -> None:
-    "Measure, check that both ways score the same, write figures/bench/study.csv, .png and .pdf."
-    cells, profile = sample(quick)
-    wall, cpu, load, ours = timed(cells, profile)
-    alone = [timed(list(dict.fromkeys([cells[0], c])), profile) for c in cells]
-    spread = timed(cells, profile, "local")
-    rival = pd.concat(
-        [
-            frame[(frame.pruning != "none") | (len(frame) == len(alone[0][-1]))]
-            for *_, frame in alone
-        ],
-        ignore_index=True,
-    )
-    assert (ours.status == "done").all() and ours.score.tolist() == rival.score.tolist() == spread[
-        -1
-    ].score.tolist(), "sharing work changed a result"
-    table = pd.DataFrame(
-        [
-            {
-                "way": "each on its own",
-                "cells": len(cells),
-                "wall_s": sum(w for w, *_ in alone),
-                "cpu_s": sum(c for _, c, *_ in alone),
-                "load": max(l for *_, l, _ in alone),
-            },
-            {
-                "way": "through the study",
-                "cells": len(cells),
-                "wall_s": wall,
-                "cpu_s": cpu,
-                "load": load,
-            },
-            {
-                "way": "and a worker per core",
-                "cells": len(cells),
-                "wall_s": spread[0],
-                "cpu_s": spread[1],
-                "load": spread[2],
-            },
-        ]
-    )
-    for unit in ("wall", "cpu"):
-        table[f"{unit}_ratio"] = table[f"{unit}_s"] / table[f"{unit}_s"].iloc[0]
+    "Measure, check that all ways score the same, write figures/bench/study.csv, .png and .pdf."
+    experiments, profile = sample(quick)
+    ours = timed(experiments, profile)
+    alone = [timed(list(dict.fromkeys([experiments[0], e])), profile) for e in experiments]
+    spread = timed(experiments, profile, "local")
+    check_equal(ours[-1], [frame for *_, frame in alone], spread[-1])
+    table = summary(experiments, alone, ours, spread)
     table = table.assign(**facts("cpu"), profile="smoke" if quick else "tiny")
     print(table.to_string(index=False, float_format="{:.2f}".format))
     judged = lambda ratio: f"{ratio:.3f}, {'met' if ratio <= GOAL else 'MISSED'}"
     print(
-        f"goal: at most {GOAL} of the wall time of cells on their own: {judged(table.wall_ratio.iloc[1])}; with a worker per core {judged(table.wall_ratio.iloc[2])}. "
-        f"In CPU time: {judged(table.cpu_ratio.iloc[1])}. Equal scores: yes, {len(ours)} rows."
+        f"goal: at most {GOAL} of the wall time of experiments on their own: "
+        f"{judged(table.wall_ratio.iloc[1])}; with a worker per core "
+        f"{judged(table.wall_ratio.iloc[2])}. In CPU time: {judged(table.cpu_ratio.iloc[1])}. "
+        f"Equal scores: yes, {len(ours[-1])} rows."
     )
     if quick:
         return
@@ -150,39 +148,31 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    first, colors = table.iloc[0], ["#777777", "#0072B2", "#56B4E9"]
     with page():
         fig, axes = plt.subplots(1, 2, figsize=(7.2, 2), sharey=True)
-        for ax, unit in zip(axes, ("wall", "cpu")):
-            bars = ax.barh(table.way, table[f"{unit}_s"], color=["#777777", "#0072B2", "#56B4E9"])
-            ax.bar_label(
-                bars,
-                [
-                    f"{s:.0f} s ({r:.2f})"
-                    for s, r in zip(table[f"{unit}_s"], table[f"{unit}_ratio"])
-                ],
-                padding=3,
-            )
-            ax.set(
-                title=f"{unit.replace('cpu', 'CPU')} seconds of {table.cells.iloc[0]} cells",
-                xlim=(0, 1.5 * table[f"{unit}_s"].max()),
-            )
+        for ax, unit, title in zip(axes, ("wall", "cpu"), ("wall", "CPU")):
+            seconds, ratios = table[f"{unit}_s"], table[f"{unit}_ratio"]
+            bars = ax.barh(table.way, seconds, color=colors)
+            labels = [f"{s:.0f} s ({r:.2f})" for s, r in zip(seconds, ratios)]
+            ax.bar_label(bars, labels, padding=3)
+            title = f"{title} seconds of {first.experiments} experiments"
+            ax.set(title=title, xlim=(0, 1.5 * seconds.max()))
             ax.grid(axis="y", visible=False)
         axes[0].invert_yaxis()
         for end in (".png", ".pdf"):
             fig.savefig(path.with_suffix(end), dpi=150, bbox_inches="tight")
-    first = table.iloc[0]
     path.with_suffix(".txt").write_text(
-        f"Seconds of {first.cells} cells of profile {first.profile}, in brackets as a share of those of each cell in a process of its own with an empty store; n = 1 run of each way. "
-        f"{first.device}, one thread a process, load of the machine {table.load.min():.1f} to {table.load.max():.1f}.\n",
+        f"Seconds of {first.experiments} experiments of profile {first.profile}, in brackets as a "
+        "share of those of each experiment in a process of its own with an empty store; n = 1 run "
+        f"of each way. {first.device}, one thread a process, load of the machine "
+        f"{table.load.min():.1f} to {table.load.max():.1f}.\n",
         encoding="utf-8",
     )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="random models, seconds; writes nothing"
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--quick", action="store_true", help="random models; writes nothing")
     main(parser.parse_args().quick)

@@ -1,4 +1,4 @@
-"""The lower bounds of settings.ini as exact versions, for `make lowest`: an installation at the oldest versions that we promise."""
+"""The lower bounds of settings.ini as exact versions, for `make lowest`."""
 
 from configparser import ConfigParser
 from pathlib import Path
@@ -6,9 +6,6 @@ from pathlib import Path
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).resolve().parent.parent / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-print(
-    "\n".join(
-        one.replace(">=", "==")
-        for one in (cfg["requirements"] + " " + cfg["dev_requirements"]).split()
-    )
-)
+for name in ("requirements", "study_requirements", "dev_requirements"):
+    for one in cfg[name].split():
+        print(one.replace(">=", "=="))

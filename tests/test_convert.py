@@ -346,7 +346,7 @@ def test_processor_tokenises_as_the_original(layouts, tmp_path, name, scheme):
 def test_internvl_processor(layouts, tmp_path):
     pytest.importorskip(
         "torchvision",
-        reason="InternVL's processor of transformers needs it: pip install mllm_compress[internvl]",
+        reason="InternVL's processor of transformers needs it: pip install mllm_compress[vision]",
     )
     model, processor = load_original(with_tokenizer(layouts, "internvl", tmp_path))
     assert model.config.image_token_id == 313

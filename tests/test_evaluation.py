@@ -446,7 +446,7 @@ def tiny_internvl():
     "A random InternVL with a Phi-3 decoder: an image becomes several tiles."
     pytest.importorskip(
         "torchvision",
-        reason="InternVL's processor of transformers needs it: pip install mllm_compress[internvl]",
+        reason="InternVL's processor of transformers needs it: pip install mllm_compress[vision]",
     )
     from transformers import (
         GotOcr2ImageProcessor,

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the columns that every table of numbers carries. A folder, so that `make bench` does not run it."""
+"""What a benchmark ran on, for its tables. A folder, so that `make bench` does not run it."""
 
 import platform
 from pathlib import Path
@@ -12,15 +12,8 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":")[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 

@@ -17,6 +17,7 @@ from .formats import check_describes, shrink
 from .integrity import PLAN, read_manifest, verify
 from .saving import VARIANT
 from ..pruning.pruning_plan import PruningPlan
+from ..utils.extras import naming_extras
 
 # %% ../../nbs/library/checkpoint/05_loading.ipynb #cell-006
 def _shrinking(cls: type, plan: PruningPlan) -> type:
@@ -87,7 +88,9 @@ def _load_processor(
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return _class_named(name, (ProcessorMixin, PreTrainedTokenizerBase)).from_pretrained(folder)
+        with naming_extras():
+            kind = _class_named(name, (ProcessorMixin, PreTrainedTokenizerBase))
+            return kind.from_pretrained(folder)
     finally:
         transformers.logging.set_verbosity(level)
 

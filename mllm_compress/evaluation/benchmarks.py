@@ -169,7 +169,7 @@ def easy_vqa_questions(
             found.append(Question(f"{entry['id']}-{k}", prompt, answer, (image,), kind))
     return found[:limit]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-024
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-025
 EASY_VQA = Benchmark(
     "easy-vqa",
     "exact",
@@ -178,7 +178,7 @@ EASY_VQA = Benchmark(
     source=f"easy-vqa {installed_version('easy-vqa')}",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-026
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-027
 def parquet_files(
     source: Source,
     config: str,
@@ -199,7 +199,7 @@ def parquet_files(
         f"There is no {pattern} in {folder}: put a copy of the data set {source.repo} there."
     )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-028
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-029
 def check_columns(path: Path, source: Source, needed: tuple, present: list) -> None:
     "ValueError where a file lacks a column."
     if missing := [c for c in needed if c not in present]:
@@ -226,7 +226,7 @@ def read_rows(
         for batch in file.iter_batches(256, columns=wanted):
             yield from batch.to_pylist()
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-030
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-031
 def stored(
     image,  # {"bytes": …, "path": …} as in the sets, or None
     seen: dict,  # bytes -> StoredImage
@@ -237,7 +237,7 @@ def stored(
     raw = image["bytes"] if isinstance(image, dict) else image
     return (seen.setdefault(raw, StoredImage(raw)),)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-032
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-033
 def take(
     questions: list,  # of Question
     limit: int | None,  # at most so many, but no group is cut
@@ -257,7 +257,7 @@ def take(
         found += group
     return found
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-035
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-036
 def public_questions(
     adapter: Callable,  # (source, root) -> list of Question
     source: Source,
@@ -287,7 +287,7 @@ def parquet_benchmark(
     load = partial(public_questions, adapter, source)
     return Benchmark(name, scorer, load, max_new_tokens, version, help, source)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-037
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-038
 SHORT = "\nAnswer the question using a single word or phrase."
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
@@ -296,7 +296,7 @@ def lettered(options) -> str:
     "Options, one a line, behind their letters."
     return "\n".join(f"{c}. {o}" for c, o in zip(LETTERS, options))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-039
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-040
 def gqa_questions(source: Source, root=None) -> list:
     "GQA, balanced test-dev (Hudson & Manning 2019)."
     rows = read_rows(source, root, ("id", "image"), source.images)
@@ -311,7 +311,7 @@ def gqa_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-040
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-042
 GQA = parquet_benchmark(
     "gqa",
     "exact",
@@ -326,7 +326,7 @@ GQA = parquet_benchmark(
     help="Open questions on real images, balanced test-dev split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-042
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-044
 def pope_questions(source: Source, root=None) -> list:
     "POPE: random, popular and adversarial negatives (Li et al. 2023)."
     seen = {}
@@ -342,7 +342,7 @@ def pope_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-043
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-046
 POPE = parquet_benchmark(
     "pope",
     "yes_no",
@@ -356,7 +356,7 @@ POPE = parquet_benchmark(
     help="Object hallucination: is this object in the image?",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-045
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-048
 MME_SUBTASKS = {
     "perception": (
         "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -372,7 +372,7 @@ MME_SOURCE = Source(
     ("question_id", "image", "question", "answer", "category"),
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-047
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-050
 def mme_questions(part: str, source: Source, root=None) -> list:
     "One part of MME (Fu et al. 2023)."
     found, seen, count = [], {}, Counter()
@@ -398,7 +398,7 @@ def mme_questions(part: str, source: Source, root=None) -> list:
         )
     return found
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-048
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-052
 MME = tuple(
     parquet_benchmark(
         f"mme_{part}",
@@ -410,7 +410,7 @@ MME = tuple(
     for part in ("cognition", "perception")
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-050
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
 def scienceqa_questions(source: Source, root=None) -> list:
     "ScienceQA (Lu et al. 2022) with its hint as context; some questions have no image."
     seen = {}
@@ -427,7 +427,7 @@ def scienceqa_questions(source: Source, root=None) -> list:
         for n, r in enumerate(read_rows(source, root))
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-051
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
 SCIENCEQA = tuple(
     parquet_benchmark(
         name,
@@ -444,7 +444,7 @@ SCIENCEQA = tuple(
     )
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-053
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
 def ai2d_questions(source: Source, root=None) -> list:
     "AI2D (Kembhavi et al. 2016)."
     seen = {}
@@ -460,7 +460,7 @@ def ai2d_questions(source: Source, root=None) -> list:
         for n, r in enumerate(read_rows(source, root))
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-060
 AI2D = parquet_benchmark(
     "ai2d",
     "diagram",
@@ -469,7 +469,7 @@ AI2D = parquet_benchmark(
     help="Option letters on textbook diagrams.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-062
 def literal(text):
     "A Python literal, or the text itself."
     try:
@@ -477,7 +477,7 @@ def literal(text):
     except (ValueError, SyntaxError):
         return text
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-064
 def mmmu_question(r: dict, seen: dict) -> Question:
     "A row of MMMU."
     choice = r["question_type"] == "multiple-choice"
@@ -500,7 +500,7 @@ def mmmu_questions(source: Source, root=None) -> list:
     seen = {}
     return [mmmu_question(r, seen) for r in read_rows(source, root)]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-059
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-066
 MMMU = parquet_benchmark(
     "mmmu",
     "mmmu",
@@ -514,7 +514,7 @@ MMMU = parquet_benchmark(
     help="University exam questions with images, validation split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-061
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-068
 MATH_HINTS = {
     "integer": "Answer the question using a single integer number.",
     "float": "Answer the question using a single floating-point number with {} decimal place{}.",
@@ -531,7 +531,7 @@ def math_hint(r: dict, options: tuple) -> str:
     number = {1: "one", 2: "two", 3: "three"}.get(places, places)
     return MATH_HINTS[r["answer_type"]].format(number, "s" * (places != 1))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-062
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-070
 def mathvista_question(r: dict, seen: dict) -> Question:
     "A row of MathVista."
     options = tuple(map(str, r["choices"] or ()))
@@ -552,7 +552,7 @@ def mathvista_questions(source: Source, root=None) -> list:
     seen = {}
     return [mathvista_question(r, seen) for r in read_rows(source, root)]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-063
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-072
 MATHVISTA = parquet_benchmark(
     "mathvista",
     "mathvista",
@@ -576,7 +576,7 @@ MATHVISTA = parquet_benchmark(
     help="Mathematics in images, testmini split, direct answers.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-065
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-074
 def docvqa_questions(source: Source, root=None) -> list:
     "DocVQA, validation (Mathew et al. 2021)."
     seen = {}
@@ -590,7 +590,7 @@ def docvqa_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-066
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-076
 DOCVQA = parquet_benchmark(
     "docvqa",
     "anls",
@@ -602,7 +602,7 @@ DOCVQA = parquet_benchmark(
     help="Questions on scanned documents, validation split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-068
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-078
 BENCHMARKS = {
     b.name: b
     for b in (*SCENES, EASY_VQA, MMMU, *SCIENCEQA, MATHVISTA, AI2D, *MME, POPE, DOCVQA, GQA)
@@ -610,13 +610,13 @@ BENCHMARKS = {
 SMALL_SUITE = (*(b.name for b in SCENES), "easy-vqa")
 REAL_SUITE = tuple("mmmu sqa mathvista ai2d mme_cognition mme_perception pope docvqa gqa".split())
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-070
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-080
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name."
     check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-073
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-083
 def file_sizes(source: Source, root=None) -> list:  # of [name, bytes]
     "Names and sizes of a set's files, those of its images included."
     configs = [source.config] + ([source.images] if source.images else [])
@@ -635,7 +635,7 @@ def questions_hash(
     data = source if isinstance(source, str) else file_sizes(source, root)
     return content_hash([name, split, limit, data])
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-077
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-087
 @lru_cache(16)
 def load_questions(
     name: str,  # of a benchmark

@@ -227,7 +227,7 @@ def in_order(
     indexed = frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"])
     return indexed.loc[keys].reset_index()[frame.columns]
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-029
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-030
 def evaluate(
     model,  # MLLM
     processor,  # its processor
@@ -256,7 +256,7 @@ def evaluate(
     found = judge(in_order(pd.concat(frames, ignore_index=True), questions), compat)
     return (score_all(found), found) if return_predictions else score_all(found)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-035
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-036
 def units(
     frame: pd.DataFrame,  # judged answers
 ) -> dict:  # benchmark -> columns "unit", "stratum", "worth"
@@ -264,7 +264,7 @@ def units(
     groups = frame.groupby("benchmark", sort=False)
     return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in groups}
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-037
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-038
 def compare(
     first: pd.DataFrame,  # judged answers of one model
     second: pd.DataFrame,  # of another, to the same questions
@@ -278,7 +278,7 @@ def compare(
         rows.append(row | {"p": gap.p, "n": gap.n, "test": gap.test})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-039
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-040
 def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     "The questions that two models answered with different success."
     keys = ["benchmark", "id"]
@@ -288,7 +288,7 @@ def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     differ = both.value_first != both.value_second
     return both.loc[differ, keys + ["prompt", "answer"] + texts + values]
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-042
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-043
 def retained(
     frame: pd.DataFrame,  # judged answers of the compressed model
     dense: pd.DataFrame,  # of the original, to the same questions
@@ -296,7 +296,7 @@ def retained(
     "AVG-% with its 95 % interval."
     return avg_percent_interval(units(frame), units(dense))
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-045
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-046
 def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A table of the paper in the tidy form."
     percent = (100 * table.ratio).round().astype(int).astype(str)
@@ -310,7 +310,7 @@ def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     dense = original.loc[list(zip(tidy.base, tidy.benchmark))].to_numpy()
     return tidy.assign(source="printed", percent=100 * tidy.score / dense)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-046
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-048
 def percent_of(
     rows: pd.DataFrame,  # of evaluate
     dense: pd.DataFrame | None,  # of the original model
@@ -321,7 +321,7 @@ def percent_of(
     original = dense.set_index("benchmark").score.reindex(rows.benchmark).to_numpy()
     return 100 * rows.score.to_numpy() / original
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-047
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-050
 def leaderboard(
     results: dict,  # name -> frame of evaluate
     dense: str | None = None,  # the name whose scores are 100 %
@@ -340,7 +340,7 @@ def leaderboard(
     columns = ["model", "source", "benchmark", "score", "low", "high", "n", "percent"]
     return pd.concat([f.reindex(columns=columns) for f in frames], ignore_index=True)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-049
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-052
 def leaderboard_table(
     tidy: pd.DataFrame,  # of leaderboard
     digits: int = 1,

@@ -9,6 +9,7 @@ __all__ = ['draw_plan']
 import torch
 
 from .pruning_plan import PruningPlan
+from ..utils.extras import naming_extras
 
 # %% ../../nbs/library/pruning/04_drawing.ipynb #cell-006
 def kept_grid(
@@ -28,8 +29,9 @@ def draw_plan(
     axes=None,  # two matplotlib axes, for heads and neurons; None makes a figure
 ):
     "Draw which heads and neurons of which layer stay (dark) and which are removed (white)."
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import ListedColormap
+    with naming_extras():
+        from matplotlib import pyplot as plt
+        from matplotlib.colors import ListedColormap
 
     if axes is None:
         size = (9, 0.8 + 0.16 * max(8, plan.num_layers))

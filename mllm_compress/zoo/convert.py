@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from ..utils.extras import naming_extras
 from ..utils.files import replacing_folder
 
 # %% ../../nbs/library/zoo/02_convert.ipynb #cell-005
@@ -864,10 +865,12 @@ def internvl_processor(
     config: InternVLConfig,  # native
 ) -> InternVLProcessor:
     "A native processor that wraps a run of <IMG_CONTEXT> in <img> and </img>."
+    with naming_extras():
+        video = InternVLVideoProcessor()
     return InternVLProcessor(
         parts.image_processor,
         tokenizer,
-        InternVLVideoProcessor(),
+        video,
         image_seq_length=parts.image_seq_length,
         chat_template=parts.chat_template,
     )
