@@ -7,6 +7,7 @@ __all__ = ['PRESERVED', 'CONFIDENT', 'gauss_newton']
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-004
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -162,37 +163,20 @@ def answer_labels(
     return labels, *label_counts(labels)[1]
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-023
-def accumulate_effects(
-    parts: Anatomy,
-    batch: dict,
-    labels: torch.Tensor,
-    of: str,
-    generators: list,  # one per draw
-    totals: dict,  # (layer, kind) -> [units], added to
-    recompute: bool,
-) -> None:
-    "Add the squared effects of one batch, a backward pass per draw."
+@dataclass
+class Passes:
+    "Checked inputs of one scoring run."
 
-    def see(i, slot, x, gradient):
-        effects = squared_effects(x, gradient, slot.units).cpu() / len(generators)
-        totals[i, slot.kind] = totals.get((i, slot.kind), 0) + effects
+    parts: Anatomy
+    batches: list
+    labels: list  # [batch, tokens] for each batch
+    of: str  # a row of PRESERVED
+    generators: list  # one per draw
+    meta: dict
 
-    with input_gradients(parts, see, recompute):
-        f, targets = answer_states(parts, batch, labels)
-        for k, rng in enumerate(generators):
-            value = PRESERVED[of](f, parts.lm_head, targets, rng)
-            value.backward(retain_graph=k + 1 < len(generators))
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-024
-def gauss_newton(
-    model: PreTrainedModel,  # MLLM or causal LM of a known family
-    batches: list,  # dicts with input_ids [batch, tokens], labels, attention_mask, pixel_values
-    of: str = "auto",  # states, logits, sampled, labels; auto: states if the loss is near 0
-    draws: int = 1,  # random directions or sampled answers per position; labels need none
-    seed: int = 0,  # of the draws
-    recompute: bool = False,  # a third more time, the memory of one layer's activations
-) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
-    "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower goes first."
+def prepare_passes(model: PreTrainedModel, batches, of: str, draws: int, seed: int) -> Passes:
+    "Check the inputs, measure the calibration loss, and decide what `auto` stands for."
     check_gauss_newton(of, draws)
     parts, batches = anatomy(model), check_batches(batches)
     labels, tokens, samples = answer_labels(model, batches)
@@ -205,12 +189,38 @@ def gauss_newton(
     if of == "auto":
         of = "states" if loss < CONFIDENT else "labels"
     draws = 1 if of == "labels" else draws
-    generators, totals = [torch.Generator().manual_seed(seed + k) for k in range(draws)], {}
-    for batch, label in zip(batches, labels):
-        accumulate_effects(parts, batch, label, of, generators, totals, recompute)
-    heads, neurons = (
-        {i: v for (i, k), v in totals.items() if k == kind} for kind in ("head", "neuron")
-    )
     meta = dict(of=of, draws=draws, seed=seed, loss=loss, samples=samples, answer_tokens=tokens)
-    meta |= {"model_type": parts.text_config.model_type, "additive": True}
-    return WidthScores(heads, neurons, "gauss_newton", meta)
+    meta["model_type"] = parts.text_config.model_type
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(draws)]
+    return Passes(parts, batches, labels, of, generators, meta)
+
+
+def run_backward(passes: Passes, k: int) -> None:
+    "Forward pass of batch `k`, then a backward pass per draw."
+    parts = passes.parts
+    f, targets = answer_states(parts, passes.batches[k], passes.labels[k])
+    for rng in passes.generators:
+        value = PRESERVED[passes.of](f, parts.lm_head, targets, rng)
+        value.backward(retain_graph=rng is not passes.generators[-1])
+
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-025
+def gauss_newton(
+    model: PreTrainedModel,  # MLLM or causal LM of a known family
+    batches: list,  # dicts with input_ids [batch, tokens], labels, attention_mask, pixel_values
+    of: str = "auto",  # states, logits, sampled, labels; auto: states if the loss is near 0
+    draws: int = 1,  # random directions or sampled answers per position; labels need none
+    seed: int = 0,  # of the draws
+    recompute: bool = False,  # a third more time, the memory of one layer's activations
+) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
+    "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower goes first."
+    passes = prepare_passes(model, batches, of, draws, seed)
+    totals = {"head": {}, "neuron": {}}  # kind -> layer -> [units]
+
+    def see(i, slot, x, gradient):
+        effects = squared_effects(x, gradient, slot.units).cpu() / len(passes.generators)
+        totals[slot.kind][i] = totals[slot.kind].get(i, 0) + effects
+
+    for k in range(len(passes.batches)):
+        with input_gradients(passes.parts, see, recompute):
+            run_backward(passes, k)
+    return WidthScores(totals["head"], totals["neuron"], "gauss_newton", passes.meta)

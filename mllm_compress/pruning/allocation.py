@@ -5,22 +5,16 @@
 # %% auto #0
 __all__ = ['plan_global', 'obs_scores']
 
-# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-003
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-004
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.families import LinearSlot, anatomy, lm_parameters
-from mllm_compress.importance.gauss_newton import (
-    PRESERVED,
-    answer_labels,
-    answer_loss,
-    answer_states,
-    check_gauss_newton,
-    CONFIDENT,
-)
-from ..importance.scores import WidthScores, check_batches, token_kinds
+from ..anatomy.families import anatomy, lm_parameters
+from ..importance.gauss_newton import prepare_passes, run_backward
+from ..importance.scores import WidthScores
 from ..importance.taylor import output_gradients
 from mllm_compress.pruning.plans import (
+    LayerSize,
     PruningPlan,
     ascending,
     check_ratio,
@@ -32,7 +26,7 @@ from mllm_compress.pruning.plans import (
     score_record,
 )
 
-# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-004
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-006
 FLOOR = {"heads": 1, "neurons": 8}  # units that every layer keeps
 
 
@@ -41,190 +35,199 @@ def kept_counts(units: int, step: int, floor: int) -> list:
     least = -(-min(floor, units) // step) * step  # the floor, up to a whole step
     return [units] + list(range((units - 1) // step * step, least - 1, -step))
 
-
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-009
 def removal_steps(
     scores: torch.Tensor,  # [units]
     price: int,  # parameters of one unit
     counts: list,  # see `kept_counts`
     what: str,  # for the error
-) -> tuple:  # removal order; for each step: saliency per parameter, parameters
-    "The steps that take one layer's units away, cheapest first."
-    order = ascending(scores, what)
-    ranked, rates, costs = scores.double()[order], [], []
+) -> tuple:  # units, lowest score first; for each step (rate, units kept after it, parameters)
+    "The steps that take one layer's heads or neurons away."
+    order, steps, rate = ascending(scores, what), [], float("-inf")
+    ranked, units = scores.double()[order], len(scores)
     for more, fewer in zip(counts, counts[1:]):
-        gone = ranked[len(ranked) - more : len(ranked) - fewer]
-        rates.append(gone.sum().item() / (len(gone) * price))
-        costs.append(len(gone) * price)
-    return order, rates, costs
+        gone = ranked[units - more : units - fewer]
+        rate = max(rate, gone.mean().item() / price)
+        steps.append((rate, fewer, len(gone) * price))
+    return order, steps
 
-# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-005
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-010
+def checked_scores(scores: WidthScores, sizes: list, i: int, kind: str) -> torch.Tensor:
+    "The scores of the heads or neurons of layer `i`; a ValueError if they are not of this model."
+    units, values = getattr(sizes[i], kind), getattr(scores, kind).get(i)
+    if values is None or len(values) != units:
+        raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
+    return values
+
+
+def price_of(size: LayerSize, kind: str) -> int:
+    "Parameters that leave with one unit."
+    return size.head_parameters if kind == "heads" else size.neuron_parameters
+
+
+def check_floor(floor: dict | None) -> dict:
+    "The floor of every kind, with the defaults filled in."
+    floor = FLOOR | (floor or {})
+    if set(floor) != set(FLOOR) or any(n < 1 for n in floor.values()):
+        raise ValueError(f"floor={floor}: give heads and neurons that stay in each layer, from 1.")
+    return floor
+
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-012
+def ranked_steps(
+    scores: WidthScores,
+    sizes: list,  # of LayerSize
+    layers: tuple,  # that may lose units
+    steps: dict,  # see rounded_steps
+    floor: dict,
+) -> tuple:  # steps (rate, layer, kind, kept, parameters) in order; (kind, layer) -> unit order
+    "Every removal step of the model, cheapest per parameter first."
+    queue, orders = [], {}
+    for i in layers:
+        for kind in FLOOR:
+            values, price = checked_scores(scores, sizes, i, kind), price_of(sizes[i], kind)
+            counts = kept_counts(len(values), steps[kind], floor[kind])
+            what = f"{kind} scores of layer {i}"
+            orders[kind, i], found = removal_steps(values, price, counts, what)
+            queue += [(rate, i, kind, kept, cost) for rate, kept, cost in found]
+    return sorted(queue, key=lambda s: s[0]), orders
+
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-013
 def plan_global(
     model: PreTrainedModel,
-    scores: WidthScores,  # such as those of gauss_newton or obs_scores
-    ratio: float,  # fraction of LM-decoder parameters to remove
+    scores: WidthScores,  # comparable across layers: gauss_newton or obs_scores
+    ratio: float,  # fraction of LM-decoder parameters to remove, in total
     round_to: int = 1,  # neurons and attention channels stay multiples of this
-    floor: dict | None = None,  # units every layer keeps; default one head group, eight neurons
+    floor: dict | None = None,  # units that stay in each layer, {"heads": 1, "neurons": 8}
     base: PruningPlan | None = None,  # a layerwise plan to continue from
-) -> PruningPlan:
-    "Remove the units of lowest saliency per parameter, wherever they are."
+) -> PruningPlan:  # blockwise
+    "Remove the units with the lowest saliency per parameter, in whatever layer they are."
     parts, sizes, total = anatomy(model), layer_sizes(model), lm_parameters(model)
     check_ratio(ratio)
     kept = tuple(range(len(sizes))) if base is None else base.layers
-    steps, floor = (
-        rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim),
-        FLOOR | (floor or {}),
-    )
-    orders, queue = {}, []
-    for i in kept:
-        for kind, price in (
-            ("heads", sizes[i].head_parameters),
-            ("neurons", sizes[i].neuron_parameters),
-        ):
-            units, values = getattr(sizes[i], kind), getattr(scores, kind).get(i)
-            if values is None or len(values) != units:
-                raise ValueError(
-                    f"no scores for the {units} {kind} of layer {i}; score this model itself."
-                )
-            counts = kept_counts(units, steps[kind], floor[kind])
-            orders[kind, i], rates, costs = removal_steps(
-                values, price, counts, f"{kind} scores of layer {i}"
-            )
-            best = 0.0
-            for k, (rate, cost) in enumerate(zip(rates, costs)):
-                best = max(best, rate)
-                queue.append((best, i, kind, counts[k + 1], cost))
-    queue.sort(key=lambda step: (step[0], step[1], step[2], -step[3]))
+    steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
+    queue, orders = ranked_steps(scores, sizes, kept, steps, check_floor(floor))
     already = sum(s.parameters for i, s in enumerate(sizes) if i not in kept)
     costs = torch.tensor([step[-1] for step in queue])
-    check_reachable(
-        ratio,
-        (already + int(costs.sum())) / total,
-        "Lower the floor or round_to, or remove layers first.",
-    )
+    most = (already + int(costs.sum())) / total
+    check_reachable(ratio, most, "Lower the floor or round_to, or remove layers first.")
     n = nearest_prefix(costs, ratio * total - already)
-    left = {"heads": {}, "neurons": {}}
-    for _, i, kind, count, _ in queue[:n]:
-        left[kind][i] = count
-    keep = lambda kind: {
-        i: sorted(orders[kind, i][getattr(sizes[i], kind) - c :]) for i, c in left[kind].items()
-    }
-    return make_plan(
-        model,
-        kept,
-        keep("heads"),
-        keep("neurons"),
-        requested_ratio=ratio,
-        shape="blockwise",
-        method="widthwise" if base is None else "layerwise+widthwise",
-        allocation="global",
-        round_to=round_to,
-        scores=score_record(scores),
-        layer_scores=base and base.meta.get("scores"),
+    left = {(kind, i): count for _, i, kind, count, _ in queue[:n]}  # the last step counts
+    heads, neurons = (
+        {
+            i: order[-left[k, i] :]
+            for (k, i), order in orders.items()
+            if k == kind and (k, i) in left
+        }
+        for kind in FLOOR
     )
+    method = "widthwise" if base is None else "layerwise+widthwise"
+    fields = dict(requested_ratio=ratio, method=method, shape="blockwise", round_to=round_to)
+    fields |= dict(allocation="global", scores=score_record(scores))
+    return make_plan(model, kept, heads, neurons, **fields)
 
-# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-006
-def removal_errors(gram, cost, width, chunk=1):
-    "Error of removing each unit, in greedy order, after the remaining ones have adapted."
-    n = len(gram) // width
-    inverse, cost = torch.linalg.inv(gram), cost.clone()
-    index = torch.arange(n * width).view(n, width)
-    left, errors, worst = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.float64), 0.0
-    blocks = lambda m: (
-        m.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    )  # [n, width, width]
-    while left.any():
-        units = left.nonzero()[:, 0]
-        value = (
-            torch.linalg.solve(blocks(inverse)[units], blocks(cost)[units])
-            .diagonal(dim1=1, dim2=2)
-            .sum(1)
-        )
-        go = value.argsort(stable=True)[:chunk]
-        for u, v in zip(units[go].tolist(), value[go].tolist()):
-            worst = max(worst, v)
-            errors[u] = worst
-        left[units[go]] = False
-        gone = index[units[go]].flatten()
-        if not left.any():
-            break
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # [gone, all]
-        taken = cost[:, gone]
-        cost = cost - taken @ share - share.T @ taken.T + share.T @ cost[gone][:, gone] @ share
-        inverse = inverse - inverse[:, gone] @ share
-        inverse[gone, :] = 0
-        inverse[:, gone] = 0
-        inverse[gone, gone] = 1
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-019
+def diagonal_blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    "The diagonal blocks [units, width, width] of a square matrix."
+    n = len(matrix) // width
+    return matrix.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def unit_errors(inverse: torch.Tensor, cost: torch.Tensor, width: int) -> torch.Tensor:
+    "Error of removing each unit alone, the others refitted; float64."
+    blocks = torch.linalg.solve(diagonal_blocks(inverse, width), diagonal_blocks(cost, width))
+    return blocks.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def remove_channels(inverse, cost, gone, stay) -> tuple:
+    "Inverse of H and K for the channels that stay, after they have adapted."
+    share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # [gone, stay]
+    taken = cost[stay][:, gone] @ share
+    cost = cost[stay][:, stay] - taken - taken.T + share.T @ cost[gone][:, gone] @ share
+    return inverse[stay][:, stay] - inverse[stay][:, gone] @ share, cost
+
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-021
+def removal_errors(
+    gram: torch.Tensor,  # H [units * width, units * width], positive definite, float64
+    cost: torch.Tensor,  # WᵀCW, the same shape
+    width: int = 1,  # channels of a unit
+    chunk: int = 1,  # units removed between two updates
+) -> torch.Tensor:  # [units] float64, never falling in the order of removal
+    "Error of removing each unit in greedy order, the remaining ones refitted every time."
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    left, worst = torch.arange(len(gram) // width, device=gram.device), 0.0
+    lanes = torch.arange(width, device=gram.device)
+    errors = torch.zeros(len(left), dtype=torch.float64)
+    while len(left):
+        value = unit_errors(inverse, cost, width)
+        order = value.argsort(stable=True)
+        for k in order[:chunk].tolist():
+            errors[left[k].item()] = worst = max(worst, value[k].item())
+        gone, stay = order[:chunk], order[chunk:].sort().values
+        channels = lambda units: (units[:, None] * width + lanes).flatten()
+        left = left[stay]
+        if len(left):
+            inverse, cost = remove_channels(inverse, cost, channels(gone), channels(stay))
     return errors
 
-# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-007
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-025
+def add_moments(
+    passes,  # see prepare_passes
+    k: int,  # batch
+    grams: dict,  # (layer, slot name) -> sum of x xᵀ, added to
+    curvatures: dict,  # (layer, slot name) -> sum of δ δᵀ, added to
+    recompute: bool,
+) -> int:  # tokens that are not padding
+    "Second moments of inputs and output gradients of every output projection."
+    ids, mask = (passes.batches[k].get(name) for name in ("input_ids", "attention_mask"))
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+    def see(i, slot, x, delta):
+        if slot.axis == 1:
+            pick = real.to(x.device)
+            for moments, rows in ((grams, x), (curvatures, delta)):
+                rows = rows.detach()[pick].float() if rows.dtype.itemsize < 4 else rows[pick]
+                moments[i, slot.name] = moments.get((i, slot.name), 0) + (rows.T @ rows).double()
+
+    with output_gradients(passes.parts, see, recompute):
+        run_backward(passes, k)
+    return int(real.sum())
+
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-026
+def slot_errors(slot, gram, curvature, ridge: float, chunk: int | None) -> torch.Tensor:
+    "Removal errors of the units of one projection; zero inputs make every removal free."
+    gram, mean = gram.clone(), gram.diagonal().mean()
+    if mean == 0:
+        return torch.zeros(slot.units)
+    gram.diagonal().add_(ridge * mean)
+    weight = slot.module.weight.detach().double()
+    chunk = chunk or max(1, slot.units // 512)
+    return removal_errors(gram, weight.T @ curvature @ weight, sum(slot.widths), chunk).cpu()
+
+# %% ../../nbs/library/pruning/05_allocation.ipynb #cell-027
 def obs_scores(
-    model,
-    batches,
-    of="auto",
-    draws=1,
-    seed=0,
-    ridge=0.1,
-    chunk=None,
-    recompute=False,
-    weighting="plain",
-):
-    check_gauss_newton(of, draws)
-    parts, batches = anatomy(model), check_batches(batches)
-    labels, tokens, samples = answer_labels(model, batches)
-    loss = answer_loss(parts, batches, labels)
-    of = ("states" if loss < CONFIDENT else "labels") if of == "auto" else of
-    draws = 1 if of == "labels" else draws
-    rngs = [torch.Generator().manual_seed(seed + k) for k in range(draws)]
-    grams, curvature, count = {}, {}, 0
-    for batch, label in zip(batches, labels):
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
-        count += int(mask.sum()) * draws
-        m = mask.bool()
-
-        def see(i, slot, x, delta):
-            if slot.axis != 1:
-                return
-            x, delta = x[m].double(), delta[m].double()
-            if weighting == "delta":
-                x = x * delta.norm(dim=-1, keepdim=True)
-            key = i, slot.name
-            grams[key] = grams.get(key, 0) + x.T @ x
-            curvature[key] = curvature.get(key, 0) + delta.T @ delta
-
-        with output_gradients(parts, see, recompute):
-            f, targets = answer_states(parts, batch, label)
-            for k, rng in enumerate(rngs):
-                PRESERVED[of](f, parts.lm_head, targets, rng).backward(retain_graph=k + 1 < draws)
-    found = {"head": {}, "neuron": {}}
-    for i in range(parts.num_layers):
-        for slot in parts.linears(i):
-            if slot.axis != 1:
-                continue
-            G, C, W = (
-                grams[i, slot.name],
-                curvature[i, slot.name],
-                slot.module.weight.detach().double(),
-            )
-            G.diagonal().add_(ridge * G.diagonal().mean())
-            C = C / (C.trace() if weighting == "delta" else count)
-            found[slot.kind][i] = removal_errors(
-                G,
-                W.T @ C @ W,
-                sum(slot.widths),
-                chunk or max(1, slot.units // 64 if slot.units > 512 else 1),
-            )
-    return WidthScores(
-        found["head"],
-        found["neuron"],
-        "obs",
-        dict(
-            of=of,
-            draws=draws,
-            seed=seed,
-            loss=loss,
-            samples=samples,
-            answer_tokens=tokens,
-            model_type=parts.text_config.model_type,
-        ),
+    model: PreTrainedModel,  # MLLM or causal LM of a known family
+    batches: list,  # as for gauss_newton
+    of: str = "auto",  # what must not change, as for gauss_newton
+    draws: int = 1,  # random directions per answer position
+    seed: int = 0,  # of the draws
+    ridge: float = 0.1,  # on the Gram matrix, as a fraction of its mean diagonal
+    chunk: int | None = None,  # units removed between two updates; None: 1 up to 1,023 units
+    recompute: bool = False,  # keep the activations of one layer only
+) -> WidthScores:  # per head (key/value group) and neuron
+    "Block Optimal Brain Surgeon: error of removing a unit after the others have adapted."
+    if not ridge > 0:
+        raise ValueError(f"ridge={ridge}: a number above 0 is needed, such as 0.1.")
+    passes = prepare_passes(model, batches, of, draws, seed)
+    grams, curvatures, found = {}, {}, {"head": {}, "neuron": {}}
+    tokens = sum(
+        add_moments(passes, k, grams, curvatures, recompute) for k in range(len(passes.batches))
     )
+    for i in range(passes.parts.num_layers):
+        for slot in (s for s in passes.parts.linears(i) if s.axis == 1):
+            gram, curvature = grams.pop((i, slot.name)), curvatures.pop((i, slot.name))
+            curvature = curvature / (tokens * len(passes.generators))
+            # every draw has seen the same inputs
+            gram = gram / len(passes.generators)
+            found[slot.kind][i] = slot_errors(slot, gram, curvature, ridge, chunk)
+    meta = passes.meta | {"ridge": ridge, "tokens": tokens}
+    return WidthScores(found["head"], found["neuron"], "obs", meta)
