@@ -262,6 +262,26 @@ def test_attention_sinks_do_not_take_over():
     assert (report.after < report.before).mean() > 0.7
 
 
+def test_removing_what_writes_a_sink_is_reported():
+    "Neuron 7 of layer 1 fires on token 3 and writes a state far longer than all others."
+    model, batches = build("llama-4x1"), text_batches()
+    parts = anatomy(model)
+    with torch.no_grad():
+        direction = parts.embed_tokens.weight[3] / parts.embed_tokens.weight[3].norm()
+        parts.embed_tokens.weight[3] *= 30
+        for slot in parts.linears(1):
+            if slot.kind == "neuron" and slot.axis == 0:
+                slot.module.weight[7] = 5 * direction
+            elif slot.kind == "neuron":
+                slot.module.weight[:, 7] = 300.0
+    for batch in batches:
+        batch["input_ids"][batch["input_ids"] == 3] = 4
+        batch["input_ids"][:, 0] = 3
+    with pytest.warns(UserWarning, match="sinks are lost from layer 1"):
+        rest = make_plan(model, neurons={1: [u for u in range(40) if u != 7]})
+        reconstruct(apply_plan(model, rest), model, batches, rest, ridge=1.0)
+
+
 # --- bad input
 
 

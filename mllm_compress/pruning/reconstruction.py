@@ -8,6 +8,7 @@ __all__ = ['reconstruct']
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-004
 import copy
 import hashlib
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -365,6 +366,32 @@ def fit_layer(
     return rows
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-027
+SINK = 20  # times the median length of a state
+
+
+@torch.no_grad()
+def lost_sinks(streams: list) -> int:
+    "Tokens whose state is very long in the dense model and less than half of it after pruning."
+    dense, pruned = (
+        torch.cat([getattr(s, name)[s.real].float().norm(dim=-1) for s in streams])
+        for name in ("dense", "pruned")
+    )
+    return int(((dense > SINK * dense.median()) & (pruned < dense / 2)).sum())
+
+
+def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
+    "One warning for all layers in which sinks were lost."
+    lost = {i: n for i, n in lost.items() if n}
+    if lost:
+        warnings.warn(
+            f"attention sinks are lost from layer {min(lost)} on: the states of "
+            f"{max(lost.values())} tokens, the longest of the dense model, are less than half as "
+            "long, because the plan removes neurons that write them. "
+            "Protect that layer, or plan with scores of calibration data like these.",
+            stacklevel=3,
+        )
+
+# %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-029
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
 
 
@@ -412,7 +439,7 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
             f"choosing the ridge takes at least {HELD} samples; give more, or a ridge such as 0.1."
         )
 
-# %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-029
+# %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-031
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`
@@ -429,12 +456,14 @@ def reconstruct(
     check_tokens(small, batches, ridge)
     small = small if inplace else copy.deepcopy(small)
     before, after, rows = anatomy(dense), anatomy(small), []
-    streams = open_streams(small, dense, batches)
+    streams, lost = open_streams(small, dense, batches), {}
     if plan.layers[0]:
         advance_dense(before, streams, range(plan.layers[0]))
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
         advance_dense(before, streams, range(i, end))
         rows += fit_layer(after, j, i, streams, ridge)
+        lost[i] = lost_sinks(streams)
+    warn_of_sinks(lost)
     tokens, digest = rows[0]["tokens"], hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     setattr(small.config, MARK, {"plan": digest, "tokens": tokens, "ridge": ridge})
     return (small, pd.DataFrame(rows)) if return_report else small
