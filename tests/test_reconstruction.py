@@ -11,15 +11,10 @@ from pruning_cases import inputs as two_prompts
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import WidthScores
 from mllm_compress.pruning.allocation import obs_scores, plan_global, removal_errors
-from mllm_compress.pruning.plans import (
-    is_nested,
-    layer_sizes,
-    make_plan,
-    plan_layerwise,
-    plan_none,
-    plan_widthwise,
-)
+from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.pruning.pruning_plan import is_nested, make_plan
 from mllm_compress.pruning.reconstruction import reconstruct
+from mllm_compress.pruning.sizes import layer_sizes
 from mllm_compress.pruning.slicing import apply_plan, silence
 
 CASES = ["llama-4x1", "qwen2-3x2", "qwen3-3x2", "phi-4x1", "phi3-3x2", "gemma-3x2"]
