@@ -1,4 +1,4 @@
-"""Run the notebooks of a committed profile again on the results that came with its figures, in a process beside the tests."""
+"""Run the notebooks of a committed profile again on its results, in a process beside the tests."""
 
 import os
 import shutil
@@ -17,20 +17,23 @@ profile, names = sys.argv[1], sys.argv[2:]
 for name in names:
     shell, quiet = InteractiveShell(), io.StringIO()
     for cell in nbformat.read(f"{name}.ipynb", 4).cells:
-        if cell.cell_type != "code": continue
-        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet): done = shell.run_cell(cell.source)
-        if not done.success: sys.exit(f"{name}: {cell.source}" + os.linesep + quiet.getvalue()[-3000:])
-        if "parameters" in cell.metadata.get("tags", []): shell.user_ns["profile"] = profile
+        if cell.cell_type != "code":
+            continue
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            done = shell.run_cell(cell.source)
+        if not done.success:
+            sys.exit(f"{name}: {cell.source}" + os.linesep + quiet.getvalue()[-3000:])
+        if "parameters" in cell.metadata.get("tags", []):
+            shell.user_ns["profile"] = profile
 """
 
 
 def begin(folder: Path, checkout: Path) -> subprocess.Popen:
-    "Start the notebooks of a folder of figures on its results; None where results have other names here. What fails is told in checkout/errors."
+    "Start the notebooks of a folder of figures on its results; None where results are missing."
     import nbformat
 
     from mllm_compress.reporting.notebooks import experiments_of
-    from mllm_compress.study import runs as study
-    from mllm_compress.study import store
+    from mllm_compress.study import stages, store
     from mllm_compress.study.profiles import load_profile
 
     (checkout / "nbs").mkdir()
@@ -39,16 +42,12 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]
     setup, there = load_profile(folder.name), store.Store(checkout / "runs" / folder.name)
     store.unpack(folder / "results.zip", there)
-    wanted = {
-        study.name_of(cell, setup)
-        for name in names
-        for cell in experiments_of(
-            nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4), {"profile": folder.name}
-        )
-    }
-    if not wanted <= set(there.names()):
-        return None
-    with (checkout / "errors").open("w") as errors:
+    for name in names:
+        nb = nbformat.read(ROOT / f"nbs/study/{name}.ipynb", 4)
+        for experiment in experiments_of(nb, {"profile": folder.name}):
+            if stages.missing_stages(experiment, setup, there)["score"]:
+                return None
+    with (checkout / "errors").open("w") as errors:  # why it failed
         return subprocess.Popen(
             [sys.executable, "-c", RETELL, folder.name, *names],
             cwd=checkout / "nbs/study",

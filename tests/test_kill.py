@@ -75,7 +75,7 @@ def checkout(tmp_path):
 
 
 class Run:
-    "`mllm-compress study` in a process group of its own, forked from this process so that its imports are paid once."
+    "`mllm-compress study` in a process group of its own, forked so that imports are paid once."
 
     def __init__(self, folder: Path, *extra):
         self.out, self.code = folder / f"said-{time.time_ns()}.txt", None

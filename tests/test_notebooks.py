@@ -1,6 +1,5 @@
 """Notebooks and package in step, parameters strict, and every study notebook runs."""
 
-import difflib
 import shutil
 import subprocess
 import sys
@@ -19,56 +18,14 @@ from mllm_compress.reporting.notebooks import (
     parameters_of,
     parse_parameter,
 )
-from mllm_compress.study import stages as experiment
-from mllm_compress.study import store
-from mllm_compress.study import workers as executors
+from mllm_compress.study import stages, store
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.workers import results_of
 
 ROOT = Path(__file__).parent.parent
 STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))
-LIBRARY = sorted(p for p in (ROOT / "nbs").glob("[0-9]*.ipynb"))
-
-
-def test_package_is_what_the_notebooks_export(tmp_path):
-    nbdev = pytest.importorskip("nbdev.export")
-    for name in ("settings.ini", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
-    package = tmp_path / "mllm_compress"
-    package.mkdir()
-    code = "import sys\nfrom nbdev.export import nb_export\nfor nb in sys.argv[2:]: nb_export(nb, sys.argv[1])"
-    sources = [
-        str(p.relative_to(ROOT)) for p in LIBRARY if "default_exp" in p.read_text(encoding="utf-8")
-    ]
-    subprocess.run(
-        [sys.executable, "-c", code, "mllm_compress", *sources],
-        cwd=tmp_path,
-        check=True,
-        timeout=300,
-    )
-    ours = {
-        p.name: p.read_text(encoding="utf-8")
-        for p in (ROOT / "mllm_compress").glob("*.py")
-        if not p.name.startswith("_")
-    }
-    fresh = {
-        p.name: p.read_text(encoding="utf-8")
-        for p in package.glob("*.py")
-        if not p.name.startswith("_")
-    }
-    assert set(ours) == set(fresh)
-    for name in ours:
-        assert ours[name] == fresh[name], "".join(
-            list(
-                difflib.unified_diff(
-                    ours[name].splitlines(1),
-                    fresh[name].splitlines(1),
-                    f"mllm_compress/{name}",
-                    "notebook",
-                )
-            )[:30]
-        )
+LIBRARY = sorted((ROOT / "nbs/library").rglob("[0-9]*.ipynb"))
 
 
 def test_parameters_tag_survives_cleaning(tmp_path):
@@ -85,7 +42,7 @@ def test_parameters_tag_survives_cleaning(tmp_path):
 
 
 def test_lessons_of_the_library_notebooks_hold(tmp_path):
-    "Every cell of every library notebook runs, its assertions included, in a copy of this checkout."
+    "Every cell of every library notebook runs, with its assertions, in a copy of this checkout."
     pytest.importorskip("nbdev.test")
     checkout = shutil.copytree(
         ROOT,
@@ -113,7 +70,7 @@ def test_study_notebooks_have_a_skeleton_and_no_machine_paths(path):
     )
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_library_notebooks_show_nothing_of_the_machine_that_ran_them(path):
     outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
     assert not [
@@ -130,12 +87,15 @@ def demo(source: str):
     return new_notebook(
         cells=[
             new_code_cell(source, metadata={"tags": ["parameters"]}),
-            new_code_cell("cells = seeds", metadata={"tags": ["grid"]}),
+            new_code_cell("experiments = seeds", metadata={"tags": ["grid"]}),
         ]
     )
 
 
-GOOD = 'profile: str = "quick"  # which\nseeds: list = [0]  # which draws\nlr: float = 1.0  # rate\nfast: bool = False  # or slow'
+GOOD = """profile: str = "quick"  # which
+seeds: list = [0]  # which draws
+lr: float = 1.0  # rate
+fast: bool = False  # or slow"""
 
 
 @pytest.mark.parametrize(
@@ -174,37 +134,43 @@ def test_a_parameters_cell_holds_annotated_literals_only(source):
 # ---- when a notebook is up to date
 
 
+EXPERIMENT = Experiment("smoke-llava")
+GRID = """
+from mllm_compress.study.experiments import Experiment
+
+experiments = [Experiment("smoke-llava")]
+"""
+
+
+def fabricate(results, score: float, seconds: float = 1) -> None:
+    "Write stages of a dense model that has not run."
+    smoke = load_profile("smoke")
+    subject = stages.subject_key(EXPERIMENT, smoke)
+    for name in smoke.evaluation.benchmarks:
+        row = {"benchmark": name, "score": score}
+        value = {"row": row, "units": [], "sample": [], "record": {"seconds": seconds}}
+        store.write(results, stages.score_inputs(subject, name, smoke.evaluation), value)
+
+
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    "A checkout with a result, and a notebook that asks for it; running it leaves the files that `leaves` says."
+    "A checkout with a result, and a notebook that needs it; its run leaves what `leaves` says."
     (tmp_path / "nbs/study").mkdir(parents=True)
     (tmp_path / "settings.ini").touch()
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "nbs/study/01_table.ipynb"
-    grid = new_code_cell(
-        "from mllm_compress.study.experiments import Experiment\ncells = [Experiment('smoke-llava')]",
-        metadata={"tags": ["grid"]},
-    )
-    nbformat.write(
-        new_notebook(
-            cells=[
-                new_code_cell('profile: str = "smoke"  # scale', metadata={"tags": ["parameters"]}),
-                grid,
-            ]
-        ),
-        source,
-    )
-    smoke = load_profile("smoke")
-    results, inputs = (
-        executors.results_of(smoke),
-        experiment.identity(Experiment("smoke-llava"), smoke),
-    )
-    store.write(results, inputs, {"rows": [{"score": 50}], "record": {"seconds": 1}})
+    parameters = 'profile: str = "smoke"  # scale\nratios: list = []  # removed'
+    cells = [
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new_code_cell(GRID, metadata={"tags": ["grid"]}),
+    ]
+    nbformat.write(new_notebook(cells=cells), source)
+    results = results_of(load_profile("smoke"))
+    fabricate(results, 50)
     world = SimpleNamespace(
         runs=0,
         leaves={"01_table-scores.csv": "50"},
         results=results,
-        inputs=inputs,
         figures=tmp_path / "figures/smoke",
         source=source,
         fails=False,
@@ -213,7 +179,7 @@ def world(tmp_path, monkeypatch):
     def run(path, part, given):
         world.runs += 1
         for name, text in world.leaves.items():
-            (world.figures / name).write_text(text)
+            (part.parent / name).write_text(text)
         if world.fails:
             raise RuntimeError("in its last cell")
         return nbformat.read(path, 4)
@@ -229,19 +195,27 @@ def test_a_notebook_is_run_again_when_what_it_shows_has_changed(world):
     world.execute()
     world.execute()
     assert world.runs == 1
-    store.write(world.results, world.inputs, {"rows": [{"score": 50}], "record": {"seconds": 99}})
+    fabricate(world.results, 50, seconds=99)
     world.execute()
-    assert world.runs == 1, "how long a cell took is not shown"
-    store.write(world.results, world.inputs, {"rows": [{"score": 51}], "record": {"seconds": 1}})
+    assert world.runs == 1, "how long an experiment took is not shown"
+    fabricate(world.results, 51)
     world.execute()
-    assert world.runs == 2, (
-        "computed again, as on another machine, with another score under the same name"
-    )
+    assert world.runs == 2, "computed again, with another score under the same key"
     nb = nbformat.read(world.source, 4)
     nb.cells.append(new_code_cell("1 + 1"))
     nbformat.write(nb, world.source)
     world.execute()
     assert world.runs == 3
+
+
+def test_a_run_with_parameters_of_its_own_leaves_the_committed_files_alone(world):
+    world.execute()
+    before = {p.name: p.read_bytes() for p in world.figures.iterdir()}
+    world.leaves = {"01_table-scores.csv": "a trial"}
+    target = world.execute(ratios=[0.3])
+    assert world.runs == 2 and target.parent.parent == world.figures.parent.parent / "runs/scratch"
+    assert (target.parent / "01_table-scores.csv").read_text() == "a trial"
+    assert {p.name: p.read_bytes() for p in world.figures.iterdir()} == before
 
 
 def test_files_of_a_notebook_are_its_own(world):
@@ -269,7 +243,7 @@ def test_a_run_that_fails_halfway_is_not_taken_for_a_whole_one(world):
     assert world.runs == 3 and (world.figures / "01_table-scores.csv").read_text() == "50"
 
 
-def test_a_notebook_without_cells_belongs_to_its_models_and_its_machine(world, monkeypatch):
+def test_a_notebook_without_experiments_belongs_to_its_models_and_its_machine(world, monkeypatch):
     nb, smoke = demo(GOOD), load_profile("smoke")
     nb.cells = nb.cells[:1]
     here = notebooks.made_from(nb, {}, [], smoke)

@@ -1,4 +1,4 @@
-"""The README agrees with the index notebook, and its numbers with the committed results."""
+"""The README says what the index notebook says, and its numbers are those of the results."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The complete paper profile on converted fixtures with fabricated data in the real layouts, through the command line.
+"""The complete paper profile on converted fixtures with fabricated data in the real layouts.
 
-Several processes train a cell together here as well, but on a CPU without sharding: that (FSDP) is tested with the trainer, in
-test_recovery. The Slurm executor has tests of its own.
+Several processes train an experiment together here as well, but on a CPU without sharding: that
+(FSDP) is tested with the trainer, in test_recovery. The Slurm executor has tests of its own.
 """
 
 import importlib.util
@@ -22,8 +22,8 @@ from mllm_compress.evaluation.benchmarks import REAL_SUITE
 from mllm_compress.recovery.config import PAPER
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile, training_of
-from mllm_compress.study.stages import checkpoints_of, name_of, recovery_config
-from mllm_compress.study.store import Store, read
+from mllm_compress.study.stages import checkpoints_of, recovery_config, result_of, subject_key
+from mllm_compress.study.store import Store
 from mllm_compress.study.workers import complete
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def test_dry_run_without_anything_plans_estimates_and_lists_what_is_missing(tmp_
         monkeypatch.setenv(f"MLLM_COMPRESS_{name}", str(tmp_path / "nowhere"))
     text = ask("study", "--profile", "paper", "--only", "02_pruning", "--dry-run")
     assert (
-        "27 cells, 27 missing" in text
+        "27 experiments, 27 missing" in text
         and "estimates, nothing measured" in text
         and "GPU hours" in text
     )
@@ -93,7 +93,7 @@ def test_dry_run_without_anything_plans_estimates_and_lists_what_is_missing(tmp_
         *(f"benchmark {b}" for b in REAL_SUITE),
     ):
         assert thing in text
-    assert "things that it names are missing" in ask(
+    assert "of its inputs are missing" in ask(
         "study", "--profile", "paper", "--only", "02_pruning", code=2
     )
     assert not (tmp_path / "figures").exists()
@@ -192,32 +192,34 @@ def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
     assert (figures / "index.html").exists() and all(
         (figures / f"{name}.ipynb").exists() for name in NOTEBOOKS
     )
-    results = [
-        json.loads(p.read_text())["result"]
-        for p in (tmp_path / "runs/rehearsal/results").glob("*/result.json")
-    ]
-    trained = [r["training"] for r in results if r["training"]]
-    assert {t["samples"] for t in trained} == {3, 30}  # 5 and 50 % of 60
-    assert {row["benchmark"] for r in results for row in r["rows"]} == set(REAL_SUITE)
+    runs = tmp_path / "runs/rehearsal"
+    values = {
+        stage: [json.loads(p.read_text())["value"] for p in runs.glob(f"{stage}/*.json")]
+        for stage in ("student", "score")
+    }
+    trained = {value["training"]["samples"] for value in values["student"]}
+    assert trained == {3, 30}  # 5 and 50 % of 60
+    assert {value["row"]["benchmark"] for value in values["score"]} == set(REAL_SUITE)
 
 
 @pytest.mark.parametrize("model", ["llava-v1.5-7b", "bunny-v1.0-3b"])
-def test_two_processes_train_a_cell_of_the_paper_profile(machine, model, tmp_path, monkeypatch):
-    "Adapters, gradient checkpointing and half precision, with checkpoints that go when the result is there."
+def test_two_processes_train_an_experiment_of_the_paper_profile(
+    machine, model, tmp_path, monkeypatch
+):
+    "Adapters, gradient checkpointing, half precision, and checkpoints that go in the end."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rehearsal.yaml").write_text(
         yaml.safe_dump(smaller(PAPER_YAML) | {"checkpoint_every": 1})
     )
     one, store = load_profile("rehearsal.yaml"), Store(tmp_path / "one")
-    two, cell = (
+    two, experiment = (
         replace(one, processes=2, slurm=replace(one.slurm, gpus=2)),
         Experiment(model, "layerwise", 0.3, recovery="sft+hidden_kd", fraction=0.5),
     )
     together = Store(tmp_path / "two")
-    assert complete(cell, one, store) == complete(cell, two, together) == ("done", "")
+    assert complete(experiment, one, store) == complete(experiment, two, together) == ("done", "")
     loss = [
-        read(s, name_of(cell, p))["result"]["training"]["loss"]
-        for s, p in ((store, one), (together, two))
+        result_of(experiment, p, s)["training"]["loss"] for s, p in ((store, one), (together, two))
     ]
     assert loss[0] == pytest.approx(loss[1], rel=2e-2)
-    assert not checkpoints_of(name_of(cell, two), together).exists()
+    assert not checkpoints_of(subject_key(experiment, two), together).exists()

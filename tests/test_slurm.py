@@ -167,7 +167,6 @@ def test_what_slurm_refuses_is_said_in_its_words(cluster):
 def test_a_job_that_vanished_is_a_failed_cell(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "POLL", 0)
     monkeypatch.setattr(slurm, "queue", lambda: set())
-    results = results_of(SMOKE)
     (cluster / "array").mkdir()
     answers = list(slurm.watch([slurm.Array(cluster / "array", "7", [["a", "b"]])]))
     assert [(name, word) for name, word, _ in answers] == [

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.reporting import effects
@@ -321,6 +322,21 @@ def test_students_are_kept_as_the_profile_says(away, students, train, kept):
     assert len(list((away / "runs/smoke/student").glob("*/weights.safetensors"))) == kept
 
 
+def test_adapters_are_kept_and_give_the_same_student(away):
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
+    recovery = {"epochs": 2, "batch_size": 2, "lr": 0.01, "lora": lora}
+    keeping = replace(SMOKE, students="adapters", recovery=recovery)
+    results, plan = (
+        results_of(keeping),
+        stages.plan_of(TRAINED, keeping, results_of(keeping), "cpu"),
+    )
+    first = stages.student_of(TRAINED, keeping, results, "cpu")
+    again = stages.kept_student(TRAINED, keeping, results, plan, "cpu")
+    pruned = stages.student_of(LAYERS, keeping, results, "cpu")
+    assert weights_hash(first) == weights_hash(again) != weights_hash(pruned)
+    assert stages.kept_bytes(results) < sum(p.nbytes for p in pruned.parameters()) / 3
+
+
 def test_students_beyond_the_limit_are_not_kept(away):
     inline([TRAINED], replace(SMOKE, students="all", students_gb=1e-6))
     results = results_of(SMOKE)
@@ -383,8 +399,8 @@ def test_killed_run_resumes_to_the_same_frame(away):
         "from dataclasses import replace; from mllm_compress import study\n"
         "p = study.load_profile('smoke'); e = study.Experiment\n"
         "few = replace(p.evaluation, benchmarks=['scenes/hallucination'], questions=4)\n"
-        "grid = [e('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6)]\n"
-        "grid = [e('smoke-llava'), *grid]\n"
+        "grid = [e('smoke-llava')]\n"
+        "grid += [e('smoke-llava', 'layerwise', r) for r in (.2, .3, .45, .6)]\n"
         "study.run(grid, replace(p, evaluation=few), executor='inline', quiet=True)"
     )
     run = subprocess.Popen([sys.executable, "-c", code], cwd=away, start_new_session=True)

@@ -68,7 +68,7 @@ def test_processes_do_not_outlive_the_one_that_started_them():
 
 
 def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch):
-    "And its checkpoints go when its result is there. What is not the result of a checkpoint is not in the name."
+    "Its checkpoints go when its result is there."
     profile, store, steps = replace(SMOKE, checkpoint_every=1), Store(tmp_path), []
     real = RecoveryTrainer.training_step
 

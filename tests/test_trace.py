@@ -1,4 +1,4 @@
-"""Every committed number follows from the results that it was drawn from, and every committed notebook from its source."""
+"""Every committed number follows from its results, and every committed notebook from its source."""
 
 import json
 import warnings
@@ -16,15 +16,17 @@ from mllm_compress.reporting.verdicts import Verdict
 from mllm_compress.study import runs as study
 from mllm_compress.study import store
 from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.stages import name_of, result_of
 from mllm_compress.study.store import Store
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/cells.csv"))
+FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv"))
 SETTING = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction"]
 
 
 def means(lines: pd.DataFrame) -> pd.DataFrame:
-    "One row per setting, with the mean of each benchmark's score over seeds, their AVG-% and how many seeds there are."
+    "One row per setting: mean score of each benchmark over seeds, AVG-%, and number of seeds."
     scores = lines.pivot_table("score", SETTING, "benchmark", aggfunc="mean").reset_index()
     benchmarks = list(lines.benchmark.unique())
     dense = scores[scores.pruning == "none"].set_index("model")[benchmarks]
@@ -39,7 +41,7 @@ def means(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def fits(row: pd.Series, settings: pd.DataFrame) -> pd.Series:
-    "Which settings a table's row may speak of: all columns that name one are heeded, the others are free."
+    "Which settings a row of a table may describe: columns that name one count, others are free."
     words = {c: str(v) for c, v in row.items()}
     at = (settings.model == row.model) & np.isclose(settings.ratio, float(row.requested))
     at &= settings.pruning == words["pruning"].replace("original", "none")
@@ -95,7 +97,7 @@ def read_by(notebook: Path) -> list:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_every_score_is_the_mean_of_its_results(folder):
-    lines, checked = pd.read_csv(folder / "cells.csv"), []
+    lines, checked = pd.read_csv(folder / "experiments.csv"), []
     for path in sorted(folder.glob("*-scores.csv")):
         notebook = folder / f"{path.name.removesuffix('-scores.csv')}.ipynb"
         table = pd.read_csv(path)
@@ -112,7 +114,7 @@ def test_every_score_is_the_mean_of_its_results(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_every_result_that_a_notebook_has_read_is_there_once(folder):
-    lines = pd.read_csv(folder / "cells.csv")
+    lines = pd.read_csv(folder / "experiments.csv")
     for notebook in sorted(folder.glob("[0-9]*.ipynb")):
         assert set(read_by(notebook)) <= set(lines.result), notebook
     assert (
@@ -124,51 +126,45 @@ def test_every_result_that_a_notebook_has_read_is_there_once(folder):
         .eq(1)
         .all(axis=None)
     )
-    assert (folder / "cells.csv").stat().st_size < 2**20
+    assert (folder / "experiments.csv").stat().st_size < 2**20
 
 
 # ---- from the results themselves
 
 
 @pytest.fixture(scope="module", params=FOLDERS, ids=lambda p: p.name)
-def traced(request, tmp_path_factory) -> tuple:  # (folder, name -> content of a result)
+def traced(request, tmp_path_factory) -> tuple:  # (folder, name -> (experiment, result))
     "A folder of figures and the results that came with it, each believed only with its seal."
-    results = Store(tmp_path_factory.mktemp("traced") / "runs")
+    setup, results = load_profile(request.param.name), Store(tmp_path_factory.mktemp("t") / "runs")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        names = store.unpack(request.param / "results.zip", results)
-    return request.param, {name: store.read(results, name) for name in names}
+        taken = store.unpack(request.param / "results.zip", results)
+    descriptions = [store.read(results, "experiment", k)["inputs"] for k in taken["experiment"]]
+    given = [{k: v for k, v in d.items() if k not in ("stage", "version")} for d in descriptions]
+    experiments = [Experiment(**d) for d in given]
+    contents = {name_of(e, setup): (e, result_of(e, setup, results)) for e in experiments}
+    assert all(result is not None for _, result in contents.values())
+    return request.param, contents
 
 
 def frame_of(notebook: Path, contents: dict) -> pd.DataFrame:
     "The frame that a notebook was drawn from."
     found = [contents[name] for name in read_by(notebook)]
-    return pd.DataFrame(
-        [
-            row
-            for c in found
-            for row in study.rows_of(Experiment(**c["inputs"]["cell"]), c["result"])
-        ]
-    ).assign(profile=notebook.parent.name)
+    rows = [row for e, result in found for row in study.rows_of(e, result)]
+    return pd.DataFrame(rows).assign(profile=notebook.parent.name)
 
 
-def test_the_lines_of_cells_csv_are_the_results(traced):
+def test_the_lines_of_experiments_csv_are_the_results(traced):
     folder, contents = traced
-    lines = pd.read_csv(folder / "cells.csv", dtype={"result": str})
+    lines = pd.read_csv(folder / "experiments.csv", dtype={"result": str})
     assert set(lines.result) == set(contents)
     for line in lines.itertuples():
-        row = next(
-            r for r in contents[line.result]["result"]["rows"] if r["benchmark"] == line.benchmark
-        )
-        assert (
-            line.score == pytest.approx(row["score"], rel=1e-5)
-            and line.n == row["n"]
-            and line.seconds
-            == pytest.approx(contents[line.result]["result"]["record"]["seconds"], rel=1e-5)
-        )
-        assert 100 * np.mean(
-            contents[line.result]["result"]["units"][line.benchmark]
-        ) == pytest.approx(row["score"], abs=0.01)
+        _, result = contents[line.result]
+        row = next(r for r in result["rows"] if r["benchmark"] == line.benchmark)
+        assert line.score == pytest.approx(row["score"], rel=1e-5) and line.n == row["n"]
+        assert line.seconds == pytest.approx(result["record"]["seconds"], rel=1e-5)
+        worth = 100 * np.mean(result["units"][line.benchmark])
+        assert worth == pytest.approx(row["score"], abs=0.01)
 
 
 def test_intervals_of_tables_follow_from_the_answers(traced):
@@ -249,7 +245,7 @@ def code_of(path: Path) -> list:
     ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
 def test_committed_notebooks_were_run_from_their_sources(notebook):
-    "All that a study runs; the search for learning rates (00) takes hours, is run by hand and keeps its date."
+    "All that a study runs; the search for learning rates (00) takes hours and is run by hand."
     assert code_of(notebook) == code_of(ROOT / "nbs/study" / notebook.name)
 
 
@@ -348,7 +344,7 @@ def test_a_changed_number_is_found(change, wrong):
 
 
 def same_values(ours: Path, again: Path) -> bool:
-    "Whether two tables or verdicts say the same, to the last digits of their floating-point numbers."
+    "Whether two tables or verdicts say the same, up to rounding."
     if ours.suffix == ".csv":
         return (
             pd.testing.assert_frame_equal(
@@ -372,10 +368,7 @@ def same_values(ours: Path, again: Path) -> bool:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_notebooks_draw_every_table_and_verdict_from_the_results_again(folder, drawn_again):
     checkout, process = drawn_again[folder.name]
-    if process is None:
-        pytest.skip(
-            "results have other names here: this machine trains in another precision, or the code of a method has changed since they were computed"
-        )
+    assert process is not None, "results.zip lacks results that the notebooks need"
     assert process.wait(timeout=900) == 0, (checkout / "errors").read_text()[-4000:]
     written = [
         p

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from ..anatomy.families import anatomy
+from .gauss_newton import gauss_newton
 from .influence import angular_distance, block_influence
 from mllm_compress.importance.scores import (
     LayerScores,
@@ -37,6 +38,7 @@ from mllm_compress.utils.methods import (
     ORANGE,
     PINK,
     RED,
+    SKY,
     WINE,
     Look,
     check_choice,
@@ -219,9 +221,18 @@ _TAYLOR_ORDERS = {
 }
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-028
+_CURVATURE = {
+    "gauss_newton": Criterion(
+        gauss_newton,
+        "widthwise",
+        version=1,
+        look=Look("Gauss-Newton", SKY, "p"),
+        help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
+    ),
+}
 CRITERIA = {
     (row.prunes, name): row
-    for rows in (_LAYERWISE, _WIDTHWISE, _TAYLOR_ORDERS)
+    for rows in (_LAYERWISE, _WIDTHWISE, _TAYLOR_ORDERS, _CURVATURE)
     for name, row in rows.items()
 }  # (pruning, name) -> Criterion
 

@@ -109,7 +109,7 @@ class _Probe(torch.autograd.Function):
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
 @contextmanager
-def _frozen(model):
+def frozen(model):
     "No parameter requires a gradient within this context."
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
@@ -122,7 +122,7 @@ def _frozen(model):
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-024
 @contextmanager
-def _recomputing(layers):
+def recomputing(layers):
     "Within this context, layers keep only their input and run again in the backward pass."
     own = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
@@ -154,10 +154,10 @@ def output_gradients(
 
     slots = [(i, slot) for i in range(parts.num_layers) for slot in parts.linears(i)]
     with ExitStack() as stack:
-        for context in (_frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
+        for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
             stack.enter_context(context)
         if recompute:
-            stack.enter_context(_recomputing(parts.layers))
+            stack.enter_context(recomputing(parts.layers))
         hooks = [parts.layers[0].register_forward_pre_hook(enter)]
         hooks += [slot.module.register_forward_hook(probe(i, slot)) for i, slot in slots]
         for hook in hooks:
@@ -180,7 +180,7 @@ def summed_loss(
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-032
-def _supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
+def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     "The labels of a batch: its own, or for a plain LM its tokens (default mode: without padding)."
     ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
     if labels is not None:
@@ -206,7 +206,7 @@ def _one_batch(batches: list) -> list:
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-036
-def _label_counts(labels: list) -> tuple:
+def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
     counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
     totals = sum(map(sum, counts)), sum(n > 0 for c in counts for n in c)
@@ -260,8 +260,8 @@ def taylor(
     formula, parts = check_order(order), anatomy(model)
     image = getattr(model.config, "image_token_id", None)
     batches = check_batches(batches) if mode == "default" else _one_batch(check_batches(batches))
-    labels = [_supervised(b, mode, image is not None) for b in batches]
-    (counts, totals), channels, loss = _label_counts(labels), {}, 0.0
+    labels = [supervised(b, mode, image is not None) for b in batches]
+    (counts, totals), channels, loss = label_counts(labels), {}, 0.0
     for k, (batch, label) in enumerate(zip(batches, labels)):
         if not sum(counts[k]):
             continue

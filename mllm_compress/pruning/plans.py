@@ -13,7 +13,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
-from .pruning_plan import PruningPlan, make_plan, spans
+from .allocation import plan_global
+from mllm_compress.pruning.pruning_plan import (
+    PruningPlan,
+    ascending,
+    make_plan,
+    score_record,
+    spans,
+)
 from mllm_compress.pruning.sizes import (
     check_budget,
     check_ratio,
@@ -34,18 +41,6 @@ def plan_none(
     return make_plan(model, requested_ratio=0.0, method="none", shape="none")
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-008
-def _ascending(values: torch.Tensor, what: str) -> list:
-    "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
-    if torch.isnan(values).any():
-        raise ValueError(f"{what} contain NaN; score again in float32.")
-    return torch.argsort(values, stable=True).tolist()
-
-
-def _score_record(scores) -> dict | None:
-    "Kind and options of scores, for the plan."
-    return None if scores is None else {"kind": scores.kind, **scores.meta}
-
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
 def layers_for_ratio(
     model: PreTrainedModel,
     ratio: float,  # fraction of LM-decoder parameters
@@ -60,7 +55,7 @@ def layers_for_ratio(
     check_reachable(ratio, float(costs.sum()) / total, remedy)
     return nearest_prefix(costs, ratio * total)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
 def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
     total, block = anatomy(model).num_layers, scores.meta.get("n") or 1
@@ -68,7 +63,7 @@ def _layers_to_remove(model, scores, ratio, n_layers) -> list:
         raise ValueError(
             f"{len(scores.values)} scores do not fit {total} layers; score this model itself."
         )
-    order = _ascending(scores.values, "layer scores")
+    order = ascending(scores.values, "layer scores")
     n = n_layers if ratio is None else layers_for_ratio(model, ratio, order if block == 1 else None)
     if not 0 <= n < total:
         raise ValueError(f"n_layers must be in 0 … {total - 1}, not {n}.")
@@ -81,7 +76,7 @@ def _layers_to_remove(model, scores, ratio, n_layers) -> list:
         )
     return list(range(order[0], order[0] + block))
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
 def _check_layer_request(scores, **amounts) -> None:
     "ValueError unless exactly one amount is given, and scores where they are needed."
     given = [name for name, value in amounts.items() if value is not None]
@@ -96,7 +91,7 @@ def _listed(names) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}"
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-015
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-013
 def plan_layerwise(
     model: PreTrainedModel,
     scores=None,  # LayerScores of single layers or of contiguous blocks; not needed with `layers`
@@ -120,10 +115,10 @@ def plan_layerwise(
         method="layerwise",
         shape="layers",
         removal_order=removed,
-        scores=_score_record(scores),
+        scores=score_record(scores),
     )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-023
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-021
 def _unprotected(
     kept: tuple,  # layers of the model that stay
     protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
@@ -141,7 +136,7 @@ def _unprotected(
         raise ValueError(f"protect=({first}, {last}) leaves none of {len(kept)} layers to prune.")
     return kept[first : len(kept) - last]
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-025
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-023
 def _budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
@@ -167,7 +162,7 @@ def _budget_counts(
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-027
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-025
 def _reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
@@ -183,7 +178,7 @@ def _reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-029
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-027
 def _check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
@@ -205,7 +200,7 @@ def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-031
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-029
 def _keep_best(
     scores: dict,  # layer -> [units] scores
     counts: dict,  # layer -> how many stay
@@ -220,8 +215,30 @@ def _keep_best(
             raise ValueError(
                 f"no scores for the {units} {kind} of layer {i}; score this model itself."
             )
-        kept[i] = sorted(_ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
+        kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
+ALLOCATIONS = {
+    "layer": "the same share of every layer that is not protected",
+    "global": "one ranking of the units of all layers by score per parameter",
+    "obs": "the same ranking of obs_scores: the error left after the other units adapt",
+}
+
+
+def _check_allocation(allocation: str, scores, other_options: bool) -> None:
+    "ValueError where a ranking over layers does not fit the scores or the other options."
+    if other_options:
+        raise ValueError(
+            f"allocation={allocation!r} needs scores, a ratio and the blockwise shape, without "
+            "channel_ratio or protect: each layer keeps what its units are worth."
+        )
+    wanted = ("obs",) if allocation == "obs" else ("gauss_newton", "obs")
+    if scores.kind not in wanted:
+        raise ValueError(
+            f"allocation={allocation!r} compares units of different layers; scores of kind "
+            f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
+        )
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-033
 def plan_widthwise(
@@ -235,8 +252,14 @@ def plan_widthwise(
     attention_layers=None,  # with channel_ratio: layers that lose heads; None: all unprotected
     mlp_layers=None,  # with channel_ratio: layers that lose neurons; None: all unprotected
     base: PruningPlan | None = None,  # a layerwise plan to continue from
+    allocation: str = "layer",  # the same share in every layer; or "global", "obs": see ALLOCATIONS
 ) -> PruningPlan:
     "Remove heads and neurons, by a parameter budget or by the original's channel ratio."
+    check_choice("allocation", allocation, ALLOCATIONS)
+    if allocation != "layer":
+        whole = None in (ratio, scores) or shape != "blockwise" or channel_ratio is not None
+        _check_allocation(allocation, scores, whole or protect is not None)
+        return plan_global(model, scores, ratio, round_to=round_to, base=base)
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
     _check_width_request(ratio, channel_ratio, ranges)
     parts, sizes = anatomy(model), layer_sizes(model)
@@ -258,7 +281,7 @@ def plan_widthwise(
         channel_ratio=channel_ratio,
         method="widthwise" if base is None else "layerwise+widthwise",
         round_to=round_to,
-        scores=_score_record(scores),
+        scores=score_record(scores),
         layer_scores=base and base.meta.get("scores"),
     )
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 
+import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
@@ -197,3 +198,15 @@ def is_nested(
         for kind in ("heads", "neurons")
         for i in small.layers
     )
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-027
+def ascending(values: torch.Tensor, what: str) -> list:
+    "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
+    if torch.isnan(values).any():
+        raise ValueError(f"{what} contain NaN; score again in float32.")
+    return torch.argsort(values, stable=True).tolist()
+
+
+def score_record(scores) -> dict | None:
+    "Kind and options of scores, for the plan."
+    return None if scores is None else {"kind": scores.kind, **scores.meta}

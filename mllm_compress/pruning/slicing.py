@@ -92,7 +92,7 @@ def sync_config(
     return uniform
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-018
-def _check_fits(parts: Anatomy, plan: PruningPlan) -> None:
+def check_fits(parts: Anatomy, plan: PruningPlan) -> None:
     "ValueError if `plan` was made for another model."
     layers = range(parts.num_layers)
     sizes = [{"heads": parts.groups(i), "neurons": parts.neurons(i)} for i in layers]
@@ -112,7 +112,7 @@ def cut(
 ) -> PreTrainedModel:
     "Apply `plan` to `model` itself and return it."
     parts = anatomy(model)
-    _check_fits(parts, plan)
+    check_fits(parts, plan)
     for i in plan.layers:
         keep = {"head": plan.heads.get(i), "neuron": plan.neurons.get(i)}
         for slot in parts.linears(i):
@@ -142,7 +142,7 @@ def apply_plan(
 ) -> PreTrainedModel:
     "A new, pruned model; `model` is not changed."
     parts = anatomy(model)
-    _check_fits(parts, plan)
+    check_fits(parts, plan)
     shared = _shared_while_copying(parts, plan)
     if share_vision and parts.vision_tower:
         shared.append(parts.vision_tower)

@@ -9,7 +9,12 @@ __all__ = []
 import copy
 import warnings
 
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from ..anatomy.families import anatomy
@@ -96,3 +101,22 @@ def add_lora(
     if projector is not None:
         projector.requires_grad_(True)
     return adapted
+
+# %% ../../nbs/library/recovery/05_student.ipynb #cell-012
+def adapter_tensors(
+    adapted: nn.Module,  # a peft model
+) -> dict:  # name -> tensor, on the CPU
+    "The adapters of a model, before they are merged."
+    state = get_peft_model_state_dict(adapted)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def with_adapters(
+    model: nn.Module,  # changed in place
+    options: dict,  # of peft's LoraConfig, as they were trained
+    tensors: dict,  # of `adapter_tensors`
+) -> nn.Module:
+    "The model with trained adapters merged into it."
+    adapted = add_lora(model, options)
+    set_peft_model_state_dict(adapted, tensors)
+    return adapted.merge_and_unload()

@@ -29,7 +29,12 @@ from .losses import LOSSES
 from .rows import attention_for, processor_hash, run_collator
 from .sharded import trainer_class
 from .states import use_attention
-from .student import add_lora, check_pair, trainable_copy
+from mllm_compress.recovery.student import (
+    adapter_tensors,
+    add_lora,
+    check_pair,
+    trainable_copy,
+)
 from .teacher_cache import CACHE, TeacherCache, compute_teacher_outputs
 from ..utils.files import content_hash, write_atomically
 
@@ -48,6 +53,7 @@ class RecoveryResult:
     samples: int  # that one epoch goes through
     trained_parameters: int
     peak_memory: int | None  # bytes on the GPU, None on a CPU
+    adapters: dict | None = None  # name -> tensor, of LoRA before it was merged
 
 # %% ../../nbs/library/recovery/12_training.ipynb #cell-009
 def _on_cpu(device) -> bool:
@@ -209,6 +215,7 @@ def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
         with use_attention(run.tower, run.attention):
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     model, cuda = run.student.model, run.args.device.type == "cuda"
+    adapters = adapter_tensors(model) if run.config.lora else None
     model = model.merge_and_unload() if run.config.lora else model
     return RecoveryResult(
         model.eval(),
@@ -218,6 +225,7 @@ def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
         len(run.data),
         sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         torch.cuda.max_memory_allocated() if cuda else None,
+        adapters,
     )
 
 # %% ../../nbs/library/recovery/12_training.ipynb #cell-022

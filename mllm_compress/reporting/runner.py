@@ -262,13 +262,19 @@ def _sample(experiments: list, n: int, seed: int) -> list:
     return turns[:n]
 
 
+def _selection(plan: str) -> list:
+    "The layers, heads and neurons that a plan keeps."
+    found = json.loads(plan) if plan else {}
+    return [found.get(k) for k in ("layers", "heads", "neurons")]
+
+
 def _agreement(old: dict, new: dict) -> dict:
     "How far two results of one experiment agree."
     pairs = [(a, b) for k in old["units"] for a, b in zip(old["units"][k], new["units"][k])]
     scores = {r["benchmark"]: r["score"] for r in new["rows"]}
     gaps = [abs(r["score"] - scores[r["benchmark"]]) for r in old["rows"]]
     return {
-        "plan": "equal" if old["plan"] == new["plan"] else "DIFFERS",
+        "plan": "equal" if _selection(old["plan"]) == _selection(new["plan"]) else "DIFFERS",
         "precision": "/".join(str(r["training"].get("precision", "–")) for r in (old, new)),
         "units": len(pairs),
         "equal": sum(a == b for a, b in pairs),

@@ -69,7 +69,8 @@ def _check_ranges(e: Experiment) -> None:
         raise ValueError(f"Ratio {e.ratio} is outside [0, 0.95).")
     if (e.pruning == "none") != (e.ratio == 0):
         raise ValueError(
-            f"Ratio {e.ratio} does not fit pruning {e.pruning!r}: 0 belongs to 'none', and only to it."
+            f"Ratio {e.ratio} does not fit pruning {e.pruning!r}: 0 belongs to 'none', "
+            "and only to it."
         )
     if not 0 < e.fraction <= 1:
         raise ValueError(f"Fraction {e.fraction} is outside (0, 1].")

@@ -79,7 +79,7 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
 # %% ../../nbs/library/study/06_slurm.ipynb #cell-010
 @dataclass(frozen=True)
 class Array:
-    "An array of jobs: its folder, its id in the queue, and the names of the experiments of each job."
+    "An array of jobs: its folder, its id in the queue, and the experiments' names of each job."
 
     folder: Path
     id: str

@@ -47,6 +47,7 @@ from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
+from ..recovery.student import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
 from . import store
 from .experiments import Experiment, canonical
@@ -397,7 +398,7 @@ def checkpoints_of(
 
 def trained(
     experiment: Experiment, plan, profile: Profile, results: Store, device: str
-) -> tuple:  # (model, record of the training)
+) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
     e = experiment
     model, processor = teacher_of(e.model, profile, device)
@@ -416,7 +417,7 @@ def trained(
         **_kept_checkpoints(e, profile, results),
         **_sharding(student, profile, device),
     )
-    return result.model, _training_record(config, result)
+    return result.model, _training_record(config, result), result.adapters
 
 
 def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) -> dict:
@@ -469,7 +470,8 @@ def trained_together(
                 f"{failed}; the reason is in its log (executor inline: on the terminal)"
             )
         student.load_state_dict(load_file(Path(folder, "weights.safetensors")), strict=False)
-        return student, json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
+        record = json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
+        return student, record, None
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-033
 def join(folder: str) -> None:
@@ -480,7 +482,7 @@ def join(folder: str) -> None:
     experiment, results = Experiment(**job["experiment"]), Store(job["store"])
     profile = read_strictly(Profile, job["profile"], "profile")
     plan = plan_of(experiment, profile, results, device)
-    model, training = trained(experiment, plan, profile, results, device)
+    model, training, _ = trained(experiment, plan, profile, results, device)
     if os.environ["RANK"] != "0":
         return
     weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
@@ -512,10 +514,23 @@ def _off(device: str, *models):
             model.to(device)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-035
-def keeps_student(config: RecoveryConfig, profile: Profile) -> bool:
-    "Whether a profile keeps the weights of students that are trained this way."
-    small = bool(config.lora) or config.train == "projector"
-    return profile.students == "all" or profile.students == "adapters" and small
+def tensors_to_keep(
+    experiment: Experiment, profile: Profile, student, start, adapters
+) -> dict:  # name -> tensor; empty where nothing is kept
+    "The weights that a profile keeps of a student that was trained from `start`."
+    small = bool(adapters) or experiment.train == "projector"
+    if profile.students == "none" or profile.students == "adapters" and not small:
+        return {}
+    changed = changed_tensors(student, start)
+    if not adapters:
+        return changed
+    projector = {id(p) for p in anatomy(student).projector.parameters()}
+    names = {name for name, p in student.named_parameters() if id(p) in projector}
+    own = {name: tensor for name, tensor in changed.items() if name in names}
+    return own | {f"{ADAPTER}{name}": tensor for name, tensor in adapters.items()}
+
+
+ADAPTER = "adapter:"  # how the names of adapters begin in a file of kept weights
 
 
 def kept_bytes(results: Store) -> int:
@@ -534,20 +549,18 @@ def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-037
 def keep_student(
-    experiment: Experiment, profile: Profile, results: Store, student, start, value: dict
+    experiment: Experiment, profile: Profile, results: Store, tensors: dict, value: dict
 ) -> None:
-    "Write the record of a student, and its weights where the profile keeps them."
-    inputs = student_inputs(experiment, profile)
-    if not keeps_student(recovery_config(experiment, profile), profile):
-        return store.write(results, inputs, value)
-    tensors = changed_tensors(student, start)
-    size, limit = sum(t.nbytes for t in tensors.values()), profile.students_gb * 2**30
-    if kept_bytes(results) + size > limit:
+    "Write the record of a student, and the weights that are kept of it, within the limit."
+    inputs, size = student_inputs(experiment, profile), sum(t.nbytes for t in tensors.values())
+    if kept_bytes(results) + size > profile.students_gb * 2**30:
         print(f"students_gb: {profile.students_gb} is reached; this student is not kept.")
-        return store.write(results, inputs, value)
-    store.write(
-        results, inputs, value, lambda folder: save_file(tensors, folder / "weights.safetensors")
-    )
+        tensors = {}
+
+    def fill(folder):
+        save_file(tensors, folder / "weights.safetensors")
+
+    store.write(results, inputs, value, fill if tensors else None)
 
 
 def kept_student(experiment: Experiment, profile: Profile, results: Store, plan, device: str):
@@ -556,11 +569,14 @@ def kept_student(experiment: Experiment, profile: Profile, results: Store, plan,
     if (folder := store.folder_of(results, "student", key)) is None:
         return None
     model, _ = teacher_of(experiment.model, profile, device)
-    student = apply_plan(model, plan)
-    tensors = load_file(folder / "weights.safetensors")
+    student, tensors = apply_plan(model, plan), load_file(folder / "weights.safetensors")
+    adapters = {n.removeprefix(ADAPTER): t for n, t in tensors.items() if n.startswith(ADAPTER)}
+    if adapters:
+        options = recovery_options(experiment, profile)["lora"]
+        student = with_adapters(student, options, adapters).eval()
     state = student.state_dict()
-    for name, tensor in tensors.items():
-        state[name].copy_(tensor)
+    for name in tensors.keys() - {f"{ADAPTER}{n}" for n in adapters}:
+        state[name].copy_(tensors[name])
     return student
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-039
@@ -577,13 +593,14 @@ def student_of(experiment: Experiment, profile: Profile, results: Store, device:
     if profile.processes > 1:
         student = apply_plan(model, plan)
         with _off(device, model, student, start):
-            _, training = trained_together(e, profile, results, student)
+            _, training, adapters = trained_together(e, profile, results, student)
     else:
-        student, training = trained(e, plan, profile, results, device)
+        student, training, adapters = trained(e, plan, profile, results, device)
     student = cast(student, model.dtype)
     took = {"seconds": round(time.perf_counter() - began, 2)}
     value = {"training": training, "record": record(device) | took}
-    keep_student(e, profile, results, student, start, value)
+    kept = tensors_to_keep(e, profile, student, start, adapters)
+    keep_student(e, profile, results, kept, value)
     return student
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-041
@@ -706,7 +723,7 @@ def index(experiment: Experiment, profile: Profile, results: Store) -> None:
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-051
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
-    "Rows, units, a sample of answers, plan and records of an experiment; None where any is missing."
+    "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e = canonical(experiment)
     found = {n: store.read(results, "score", k) for n, k in score_keys(e, profile).items()}
     if any(content is None for content in found.values()):

@@ -1,0 +1,459 @@
+"""Allocation and reconstruction: naive rivals, properties, every family, bad input."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from pruning_cases import build, width_scores
+from pruning_cases import inputs as two_prompts
+
+from mllm_compress.anatomy.families import anatomy, lm_parameters
+from mllm_compress.importance.scores import WidthScores
+from mllm_compress.pruning.allocation import obs_scores, plan_global, removal_errors
+from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.pruning.pruning_plan import is_nested, make_plan
+from mllm_compress.pruning.reconstruction import reconstruct
+from mllm_compress.pruning.sizes import layer_sizes
+from mllm_compress.pruning.slicing import apply_plan, silence
+
+CASES = ["llama-4x1", "qwen2-3x2", "qwen3-3x2", "phi-4x1", "phi3-3x2", "gemma-3x2"]
+
+
+def text_batches(rows=6, tokens=40, count=2, vocab=64):
+    rng = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, vocab, (rows, tokens), generator=rng) for _ in range(count)]
+    masks = [torch.ones_like(x) for x in ids]
+    masks[0][0, -5:] = 0
+    return [{"input_ids": x, "attention_mask": m} for x, m in zip(ids, masks)]
+
+
+@torch.no_grad()
+def logits(model, batches):
+    return torch.cat([model(**b).logits[b["attention_mask"].bool()] for b in batches])
+
+
+def projections(model):
+    parts = anatomy(model)
+    return {
+        (i, s.name): s.module
+        for i in range(parts.num_layers)
+        for s in parts.linears(i)
+        if s.axis == 1
+    }
+
+
+# --- a rival with full forward passes, all activations, and numpy's least squares
+
+
+def naive_trace(model, batches):
+    "Layer inputs (the last: input of the final norm), inputs and outputs of the projections."
+    parts, states, ins, outs, hooks = anatomy(model), {}, {}, {}, []
+    flat = lambda x: x[mask].double().numpy()
+    add = lambda d, k, v: d.setdefault(k, []).append(v)
+    for i, layer in enumerate(parts.layers):
+        hooks.append(
+            layer.register_forward_pre_hook(
+                lambda _, a, kw, i=i: add(states, i, flat(a[0] if a else kw["hidden_states"])),
+                with_kwargs=True,
+            )
+        )
+    end = parts.num_layers
+    hooks.append(
+        parts.final_norm.register_forward_pre_hook(lambda _, a: add(states, end, flat(a[0])))
+    )
+    for key, module in projections(model).items():
+
+        def keep(_, args, output, key=key):
+            add(ins, key, flat(args[0]))
+            add(outs, key, flat(output))
+
+        hooks.append(module.register_forward_hook(keep))
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [{k: np.concatenate(v) for k, v in d.items()} for d in (states, ins, outs)]
+
+
+def naive_fit(x, target, base, modules, ridge):
+    "Weighted ridge regression towards the present weights, as an augmented lstsq problem."
+    w = 1 / np.sqrt((target**2).mean(1))
+    w0 = np.concatenate([m.weight.detach().double().numpy() for m in modules], 1)
+    bias = any(m.bias is not None for m in modules)
+    r = target - base
+    mx, mr = np.zeros(x.shape[1]), np.zeros(r.shape[1])
+    if bias:
+        mx, mr = ((w**2)[:, None] * x).sum(0), ((w**2)[:, None] * r).sum(0)
+        mx, mr = mx / (w**2).sum(), mr / (w**2).sum()
+    a, b = (x - mx) * w[:, None], (r - mr) * w[:, None]
+    m = (a**2).sum() / a.shape[1]
+    a = np.concatenate([a, np.sqrt(ridge * m) * np.eye(a.shape[1])])
+    b = np.concatenate([b, np.sqrt(ridge * m) * w0.T])
+    solution = np.linalg.lstsq(a, b, rcond=None)[0].T
+    at = 0
+    with torch.no_grad():
+        for module in modules:
+            module.weight.copy_(torch.tensor(solution[:, at : at + module.in_features]))
+            at += module.in_features
+        if bias:
+            rest = sum(m.bias.double().numpy() for m in modules[:-1])
+            modules[-1].bias.copy_(torch.tensor(mr - solution @ mx - rest))
+
+
+def naive_reconstruct(small, dense, batches, plan, ridge):
+    small = copy.deepcopy(small)
+    parts, (states, _, outs) = anatomy(small), naive_trace(dense, batches)
+    names = [s.name for s in parts.family.slots if s.axis == 1]
+    parallel = parts.family.name == "phi"
+    for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
+        for stage in [names] if parallel else [names[:1], names[1:]]:
+            now, ins, written = naive_trace(small, batches)
+            base = now[j] if stage[0] == names[0] else now[j] + written[j, names[0]]
+            last = stage[-1] == names[-1]
+            target = states[end] if last else states[i] + outs[i, names[0]]
+            x = np.concatenate([ins[j, n] for n in stage], 1)
+            naive_fit(x, target, base, [projections(small)[j, n] for n in stage], ridge)
+    return small
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_least_squares_on_all_activations(case):
+    model, batches = build(case), text_batches()
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    small = apply_plan(model, plan)
+    ours = reconstruct(small, model, batches, plan, ridge=0.1)
+    rival = naive_reconstruct(small, model, batches, plan, 0.1)
+    for key, module in projections(ours).items():
+        other = projections(rival)[key]
+        assert module.weight.allclose(other.weight, rtol=1e-6, atol=1e-8)
+        assert module.bias is None or module.bias.allclose(other.bias, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", ["llama-4x1", "phi-4x1"])
+@pytest.mark.parametrize("gone", [[0], [1, 2], [3]])
+def test_removed_layers_are_aimed_beyond(case, gone):
+    model, batches = build(case), text_batches()
+    plan = plan_layerwise(model, layers=gone)
+    small = apply_plan(model, plan)
+    ours, report = reconstruct(small, model, batches, plan, ridge=0.1, return_report=True)
+    rival = naive_reconstruct(small, model, batches, plan, 0.1)
+    assert logits(ours, batches).allclose(logits(rival, batches), rtol=1e-5, atol=1e-7)
+    assert sorted(set(report.layer)) == list(plan.layers)
+
+
+# --- properties
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ridge", [0.0, 0.1, None])
+def test_without_removal_the_weights_come_back(case, ridge):
+    model, batches = build(case), text_batches(rows=12)
+    plan = plan_none(model)
+    same = reconstruct(model, model, batches, plan, ridge=ridge)
+    for key, module in projections(same).items():
+        assert module.weight.allclose(projections(model)[key].weight, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_units_that_write_nothing_can_go_without_a_trace(case):
+    model = build(case)
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    model = silence(model, plan)
+    batches = text_batches()
+    small = reconstruct(apply_plan(model, plan), model, batches, plan)
+    assert logits(small, batches).allclose(logits(model, batches), rtol=1e-5, atol=1e-6)
+
+
+def with_copies(model):
+    "The last head group and half of the neurons of every layer become copies of others."
+    parts = anatomy(model)
+    with torch.no_grad():
+        for i in range(parts.num_layers):
+            for slot in (s for s in parts.linears(i) if s.axis == 0):
+                for unit in range(slot.units // 2, slot.units) if slot.kind == "neuron" else [-1]:
+                    unit %= slot.units
+                    source = unit - slot.units // 2 if slot.kind == "neuron" else 0
+                    rows, other = slot.unit_index(unit), slot.unit_index(source)
+                    slot.module.weight[rows] = slot.module.weight[other]
+                    if slot.module.bias is not None:
+                        slot.module.bias[rows] = slot.module.bias[other]
+    keep = {i: range(parts.groups(i) - 1) for i in range(parts.num_layers)}
+    half = {i: range(parts.neurons(i) // 2) for i in range(parts.num_layers)}
+    return model, make_plan(model, heads=keep, neurons=half)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_copies_are_recovered_exactly(case):
+    "The dense layer is linear in what stays: least squares must find it."
+    model, plan = with_copies(build(case))
+    batches, small = text_batches(), apply_plan(model, plan)
+    fitted = reconstruct(small, model, batches, plan, ridge=0.0)
+    dense = logits(model, batches)
+    assert not logits(small, batches).allclose(dense, rtol=1e-2)
+    assert logits(fitted, batches).allclose(dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_errors_fall_and_outputs_come_nearer(case):
+    model, batches = build(case), text_batches(rows=12)
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    small = apply_plan(model, plan)
+    fitted, report = reconstruct(small, model, batches, plan, return_report=True)
+    assert (report.after <= report.before + 1e-6).all() and (report.held_out < 1).all()
+    distance = lambda m: (logits(m, batches) - logits(model, batches)).norm()
+    assert distance(fitted) < distance(small)
+
+
+def test_nothing_else_moves_and_the_same_call_gives_the_same_bits():
+    model, batches = build("phi-4x1"), text_batches()
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    small = apply_plan(model, plan)
+    states = [copy.deepcopy(m.state_dict()) for m in (model, small)]
+    first, second = (reconstruct(small, model, batches, plan) for _ in range(2))
+    for m, before in zip((model, small), states):
+        assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+    moved = {k for k, v in first.state_dict().items() if not torch.equal(v, states[1][k])}
+    assert moved and all(".dense." in k or ".fc2." in k for k in moved)
+    assert all(torch.equal(v, second.state_dict()[k]) for k, v in first.state_dict().items())
+    assert reconstruct(small, model, batches, plan, inplace=True) is small
+    assert all(torch.equal(v, first.state_dict()[k]) for k, v in small.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_fitted_in_float32(dtype):
+    model, batches = build("llama-4x1", dtype=torch.float32), text_batches()
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    full = reconstruct(apply_plan(model, plan), model, batches, plan, ridge=0.1)
+    model = copy.deepcopy(model).to(dtype)
+    half = reconstruct(apply_plan(model, plan), model, batches, plan, ridge=0.1)
+    for key, module in projections(half).items():
+        assert module.weight.dtype == dtype
+        other = projections(full)[key].weight
+        assert (module.weight.float() - other).norm() < 0.1 * other.norm()
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-bunny"])
+def test_multimodal_models(name):
+    model = build(name, dtype=torch.float32)
+    batches = [two_prompts(model, seed) for seed in range(8)]
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25, protect=(0, 0))
+    fitted = reconstruct(apply_plan(model, plan), model, batches, plan, ridge=0.1)
+    distance = lambda m: (logits(m, batches) - logits(model, batches)).norm()
+    assert distance(fitted) < distance(apply_plan(model, plan))
+
+
+def test_attention_sinks_do_not_take_over():
+    "One position a thousand times longer than the others must not decide the fit."
+    model, batches = build("llama-4x1"), text_batches()
+    with torch.no_grad():
+        anatomy(model).embed_tokens.weight[3] *= 1000
+    for batch in batches:
+        batch["input_ids"][:, 0] = 3
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    _, report = reconstruct(apply_plan(model, plan), model, batches, plan, return_report=True)
+    assert (report.after < report.before).mean() > 0.7
+
+
+def test_removing_what_writes_a_sink_is_reported():
+    "Neuron 7 of layer 1 fires on token 3 and writes a state far longer than all others."
+    model, batches = build("llama-4x1"), text_batches()
+    parts = anatomy(model)
+    with torch.no_grad():
+        direction = parts.embed_tokens.weight[3] / parts.embed_tokens.weight[3].norm()
+        parts.embed_tokens.weight[3] *= 30
+        for slot in parts.linears(1):
+            if slot.kind == "neuron" and slot.axis == 0:
+                slot.module.weight[7] = 5 * direction
+            elif slot.kind == "neuron":
+                slot.module.weight[:, 7] = 300.0
+    for batch in batches:
+        batch["input_ids"][batch["input_ids"] == 3] = 4
+        batch["input_ids"][:, 0] = 3
+    with pytest.warns(UserWarning, match="sinks are lost from layer 1"):
+        rest = make_plan(model, neurons={1: [u for u in range(40) if u != 7]})
+        reconstruct(apply_plan(model, rest), model, batches, rest, ridge=1.0)
+
+
+# --- bad input
+
+
+def test_bad_input_says_what_to_do():
+    model, batches = build("llama-4x1"), text_batches()
+    plan = plan_widthwise(model, width_scores(model), ratio=0.25)
+    small = apply_plan(model, plan)
+    other, few = build("qwen2-3x2"), [{"input_ids": torch.arange(3, 33)[None]}]
+    for args, kw, words in (
+        ((small, model, [], plan), {}, "no calibration batches"),
+        ((small, model, few, plan), {}, "more than 72 tokens are needed"),
+        ((small, other, batches, plan), {}, "this plan was made for"),
+        ((model, model, batches, plan), {}, r"Use apply_plan\(dense, plan\)"),
+        ((small, model, batches, plan), dict(ridge=-1), "at least 0"),
+        ((small, model, text_batches(rows=2, count=1), plan), {}, "at least 4 samples"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            reconstruct(*args, **kw)
+    done = reconstruct(small, model, batches, plan)
+    with pytest.raises(ValueError, match="already reconstructed"):
+        reconstruct(done, model, batches, plan)
+    alike = [{k: v[:1].repeat(6, 1) for k, v in batches[1].items()}]
+    with pytest.raises(ValueError, match="singular"):
+        reconstruct(small, model, alike, plan, ridge=0.0)
+    with torch.no_grad():
+        small.model.layers[1].mlp.gate_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        reconstruct(small, model, batches, plan)
+
+
+def test_a_reconstructed_model_stays_marked(tmp_path):
+    model, batches = build("llama-4x1"), text_batches()
+    plan = plan_layerwise(model, layers=[1])
+    done = reconstruct(apply_plan(model, plan), model, batches, plan)
+    done.config.save_pretrained(tmp_path)
+    assert type(done.config).from_pretrained(tmp_path).reconstructed["tokens"] == 475
+    assert not getattr(model.config, "reconstructed", None)
+
+
+# --- allocation
+
+
+def global_reference(model, scores, ratio):
+    "Units one at a time, cheapest first, in plain loops; stops as near the target as it can."
+    sizes, total, removed = layer_sizes(model), lm_parameters(model), 0
+    units = []
+    for i, s in enumerate(sizes):
+        for kind, price, floor in (
+            ("heads", s.head_parameters, 1),
+            ("neurons", s.neuron_parameters, 8),
+        ):
+            values = getattr(scores, kind)[i].tolist()
+            cheapest = sorted(range(len(values)), key=lambda u: (values[u], u))
+            units += [
+                (values[u] / price, i, kind, u, price) for u in cheapest[: len(values) - floor]
+            ]
+    gone = set()
+    for _, i, kind, u, price in sorted(units):
+        if abs(removed + price - ratio * total) >= abs(removed - ratio * total):
+            break
+        gone.add((kind, i, u))
+        removed += price
+    return gone, removed / total
+
+
+@pytest.mark.parametrize("case", ["llama-4x1", "phi3-3x2", "tiny-bunny"])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.45])
+def test_global_ranking_equals_plain_loops(case, ratio):
+    model = build(case)
+    scores, (gone, achieved) = (
+        width_scores(model),
+        global_reference(model, width_scores(model), ratio),
+    )
+    plan = plan_global(model, scores, ratio)
+    ours = {
+        (k, i, u) for k in ("heads", "neurons") for i in plan.layers for u in plan.removed(k, i)
+    }
+    assert ours == gone and plan.achieved_ratio == pytest.approx(achieved)
+    small = apply_plan(model, plan)
+    assert 1 - lm_parameters(small) / lm_parameters(model) == pytest.approx(achieved)
+
+
+def test_floors_rounding_nesting_and_scale():
+    model = build("qwen2-3x2")
+    scores = width_scores(model)
+    plans = [plan_global(model, scores, r) for r in (0.1, 0.3, 0.5)]
+    assert is_nested(plans[1], plans[0]) and is_nested(plans[2], plans[1])
+    low = WidthScores({i: v * 1e-9 for i, v in scores.heads.items()}, scores.neurons, "x", {})
+    assert all(len(v) == 1 for v in plan_global(model, low, 0.6).heads.values())
+    flat = WidthScores(scores.heads, {i: v * 1e-9 for i, v in scores.neurons.items()}, "x", {})
+    assert all(len(v) == 8 for v in plan_global(model, flat, 0.5).neurons.values())
+    rounded = plan_global(model, scores, 0.3, round_to=16)
+    assert all(len(v) % 16 == 0 for v in rounded.neurons.values())
+    assert abs(rounded.achieved_ratio - 0.3) < 0.02
+    scale = 7.0
+    scaled = WidthScores(
+        *({i: v * scale for i, v in d.items()} for d in (scores.heads, scores.neurons)), "x", {}
+    )
+    assert plan_global(model, scaled, 0.3).neurons == plans[1].neurons
+
+
+def test_tied_embeddings_count_once():
+    tied = build("llama-4x1", tie_word_embeddings=True)
+    plan = plan_global(tied, width_scores(tied), 0.3)
+    small = apply_plan(tied, plan)
+    assert 1 - lm_parameters(small) / lm_parameters(tied) == pytest.approx(plan.achieved_ratio)
+    assert plan.achieved_ratio == pytest.approx(0.3, abs=0.01)
+
+
+def test_global_allocation_refuses_bad_input():
+    model = build("llama-4x1")
+    scores = width_scores(model)
+    for args, kw, words in (
+        ((model, scores, 1.2), {}, "outside"),
+        ((model, scores, 0.94), {}, "cannot be reached"),
+        ((build("qwen2-3x2"), scores, 0.3), {}, "score this model itself"),
+        ((model, scores, 0.3), dict(round_to=0), "round_to must be at least 1"),
+        ((model, scores, 0.3), dict(floor={"channels": 1}), "heads and neurons"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan_global(*args, **kw)
+
+
+# --- block OBS
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_removal_errors_equal_refitting_after_every_removal(width):
+    "Loss tr(C D H Dᵀ), minimised over the columns that stay, for the greedy order."
+    rng = np.random.default_rng(0)
+    n, out = 6, 5
+    h, c = (a @ a.T for a in (rng.normal(size=(n * width, 40)), rng.normal(size=(out, 20))))
+    w = rng.normal(size=(out, n * width))
+    ours = removal_errors(*(torch.tensor(x) for x in (h, w.T @ c @ w)), width)
+
+    def loss(units):
+        gone = np.isin(np.arange(n * width) // width, units)
+        d = np.zeros_like(w)
+        d[:, gone] = -w[:, gone]
+        stay = ~gone
+        d[:, stay] = (
+            w[:, gone] @ h[gone][:, stay] @ np.linalg.inv(h[stay][:, stay]) if any(stay) else 0
+        )
+        return np.trace(c @ d @ h @ d.T)
+
+    gone, worst = [], 0.0
+    while len(gone) < n:
+        now = {u: loss([*gone, u]) - (loss(gone) if gone else 0) for u in range(n) if u not in gone}
+        u = min(now, key=now.get)
+        worst = max(worst, now[u])
+        assert ours[u] == pytest.approx(worst, rel=1e-6)
+        gone.append(u)
+
+
+@pytest.mark.parametrize("case", ["llama-4x1", "phi3-3x2"])
+def test_obs_scores(case):
+    model, batches = build(case), text_batches()
+    with torch.no_grad():
+        for slot in (s for s in anatomy(model).linears(1) if s.axis == 1):
+            slot.module.weight[:, slot.unit_index(1)] = 0
+    scores = obs_scores(model, batches, of="states")
+    assert scores.heads[1][1] == pytest.approx(0, abs=1e-6 * scores.heads[1].max().item())
+    assert scores.neurons[1].argmin() == 1
+    assert torch.equal(scores.neurons[0], obs_scores(model, batches, of="states").neurons[0])
+    coarse = obs_scores(model, batches, of="states", chunk=5)
+    overlap = set(coarse.neurons[0].argsort()[:20].tolist()) & set(
+        scores.neurons[0].argsort()[:20].tolist()
+    )
+    assert len(overlap) >= 15
+
+
+def test_obs_finds_what_others_can_replace():
+    "Of two identical neurons one is free, although each alone has a large effect."
+    model, batches = build("llama-4x1"), text_batches()
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        for m in (mlp.gate_proj, mlp.up_proj):
+            m.weight[7] = m.weight[3]
+    scores = obs_scores(model, batches, of="states", ridge=1e-6).neurons[1]
+    assert min(scores[3], scores[7]) < 1e-3 * scores.median() < max(scores[3], scores[7])
