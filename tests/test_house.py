@@ -12,6 +12,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
+import notebook_map
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -282,3 +283,31 @@ def test_a_processor_that_needs_torchvision_names_its_extra():
     parts = ProcessorParts(None, "", "<image>", 0, 4)
     with pytest.raises(ImportError, match=r"pip install 'mllm_compress\[vision\]'"):
         internvl_processor(parts, None, None)
+
+
+# The map of the notebooks
+
+
+def test_the_map_lists_every_notebook():
+    found = (ROOT / "nbs/README.md").read_text(encoding="utf-8")
+    assert found == notebook_map.text(), "run: python tests/notebook_map.py"
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in path.parts:
+            assert f"({path.relative_to(ROOT / 'nbs').as_posix()})" in found, path
+    assert notebook_map.ROOMS == ROOMS
+    assert sorted(notebook_map.METHOD + notebook_map.REST) == sorted(ROOMS)
+
+
+def test_contributing_names_every_requirement():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("## Dependencies")[1].split("\n\n")[1]
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    keys = [key for key in config["DEFAULT"] if key.endswith("requirements")]
+    names = [re.match(r"[\w-]+", one)[0] for key in keys for one in config["DEFAULT"][key].split()]
+    listed = set(re.findall(r"[\w-]+", "\n".join(row.split("|")[1] for row in table.splitlines())))
+    assert len(keys) == 5 and set(names) - listed == set()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    for path in re.findall(r"`((?:nbs|tests|requirements)/[\w/.]+\w)`", text):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,67 @@
+"""nbs/README.md, the map of the notebooks: `python tests/notebook_map.py` writes it."""
+
+import json
+from pathlib import Path
+
+NOTEBOOKS = Path(__file__).parents[1] / "nbs"
+ROOMS = (
+    "utils anatomy zoo data importance pruning checkpoint recovery evaluation cost study".split()
+)
+ROOMS += ["reporting", "cli"]  # as they may import each other
+METHOD = ["anatomy", "importance", "pruning", "recovery", "evaluation", "cost"]  # read these first
+REST = ["zoo", "data", "checkpoint", "study", "reporting", "cli", "utils"]
+INTRO = """# The notebooks
+
+Written by `python tests/notebook_map.py` from the first cell of every notebook.
+"""
+LIBRARY = """## Library
+
+A folder is a room of the package: `nbs/library/pruning/03_plans.ipynb` exports
+`mllm_compress/pruning/plans.py`. The order below is the order of reading, the method first.
+Imports go one way: a room imports only from rooms to its left in
+{rooms}.
+"""
+
+
+def head(path: Path) -> tuple:  # (title, line)
+    "Title and one line of a notebook."
+    text = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    title, *rest = text.splitlines()
+    line = next((r for r in rest if r.startswith("> ")), "> ")
+    return title.removeprefix("# "), line.removeprefix("> ")
+
+
+def entry(path: Path) -> str:
+    "A line of a list."
+    title, line = head(path)
+    return f"- [{title}]({path.relative_to(NOTEBOOKS).as_posix()}): {line}"
+
+
+def section(title: str, folder: str) -> list:
+    "The lines of a folder."
+    paths = sorted((NOTEBOOKS / folder).glob("*.ipynb"))
+    return [f"## {title}", "", *map(entry, paths), ""] if paths else []
+
+
+def room(name: str) -> list:
+    "The lines of a room, headed by its front door."
+    front, *paths = sorted((NOTEBOOKS / "library" / name).glob("*.ipynb"))
+    title, line = head(front)
+    link = front.relative_to(NOTEBOOKS).as_posix()
+    return [f"### [{title}]({link})", "", line, "", *map(entry, paths), ""]
+
+
+def text() -> str:
+    "The map."
+    lines = [INTRO, "## Start", "", entry(NOTEBOOKS / "index.ipynb")]
+    lines += map(entry, sorted((NOTEBOOKS / "start").glob("*.ipynb")))
+    lines += ["", LIBRARY.format(rooms=", ".join(f"`{name}`" for name in ROOMS))]
+    for name in METHOD + REST:
+        lines += room(name)
+    lines += section("The study, a notebook per table or figure", "study")
+    lines += section("Guides", "guides")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    (NOTEBOOKS / "README.md").write_text(text(), encoding="utf-8")
