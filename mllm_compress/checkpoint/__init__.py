@@ -8,6 +8,7 @@ __all__ = ['check_target', 'is_checkpoint', 'load_pruned', 'save_pruned', 'verif
 # %% ../../nbs/library/checkpoint/00_index.ipynb #cell-003
 from .integrity import is_checkpoint, verify
 from .loading import load_pruned
-from .saving import check_target, save_pruned
+from .saving import save_pruned
+from .target import check_target
 
 _all_ = ["check_target", "is_checkpoint", "load_pruned", "save_pruned", "verify"]

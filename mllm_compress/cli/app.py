@@ -8,7 +8,6 @@ __all__ = ['app', 'Model', 'Out', 'Device', 'DataFile', 'Images', 'Scenes', 'stu
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-003
 import signal
-import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
