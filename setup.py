@@ -23,12 +23,19 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mllm_compress", "mllm_compress.*"]),
     package_data={
-        "mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*", "templates/*"]
+        "mllm_compress": [
+            "profiles/*.yaml",
+            "published/*.csv",
+            "models/*/*",
+            "templates/*",
+            "py.typed",
+        ]
     },
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
         "internvl": ["torchvision"],
+        "vision": ["torchvision"],
         "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "Levenshtein"],
     },  # Levenshtein: its MathVista imports it without asking for it
     entry_points={

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
+from ..importance.scores import LayerScores, WidthScores, check_record, model_record
 from .pruning_plan import PruningPlan, make_plan, spans
 from mllm_compress.pruning.sizes import (
     check_budget,
@@ -43,7 +44,17 @@ def _ascending(values: torch.Tensor, what: str) -> list:
 
 def _score_record(scores) -> dict | None:
     "Kind and options of scores, for the plan."
-    return None if scores is None else {"kind": scores.kind, **scores.meta}
+    if scores is None:
+        return None
+    return {"kind": scores.kind, **{k: v for k, v in scores.meta.items() if k != "model"}}
+
+
+def _check_scores(scores, kind: type, other: str, model) -> None:
+    "ValueError for scores of the other kind, or of another model."
+    if not isinstance(scores, kind):
+        raise ValueError(f"{kind.__name__} are needed, not {type(scores).__name__}: {other}")
+    if scores.meta.get("model"):
+        check_record(scores, model_record(model))
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
 def layers_for_ratio(
@@ -106,6 +117,9 @@ def plan_layerwise(
 ) -> PruningPlan:
     "Remove whole layers: the lowest scores, the lowest contiguous block, or an explicit list."
     _check_layer_request(scores, ratio=ratio, n_layers=n_layers, layers=layers)
+    if scores is not None:
+        other = "use plan_widthwise, or score layers (method block_influence)."
+        _check_scores(scores, LayerScores, other, model)
     total = anatomy(model).num_layers
     removed = _layers_to_remove(model, scores, ratio, n_layers) if layers is None else list(layers)
     if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
@@ -239,6 +253,8 @@ def plan_widthwise(
     "Remove heads and neurons, by a parameter budget or by the original's channel ratio."
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
     _check_width_request(ratio, channel_ratio, ranges)
+    other = "use plan_layerwise, or score heads and neurons (method taylor)."
+    _check_scores(scores, WidthScores, other, model)
     parts, sizes = anatomy(model), layer_sizes(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
     free = _unprotected(kept, protect, shape)

@@ -6,6 +6,7 @@
 __all__ = ['MODELS', 'cast', 'load_model', 'real_name']
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-002
+import importlib
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .convert import REAL_MODELS, is_original_layout, load_original, real_name
+from mllm_compress.zoo.convert import (
+    NATIVE,
+    REAL_MODELS,
+    is_original_layout,
+    load_original,
+    real_name,
+)
+from .files import check_files, check_local, read_config
 from .tiny_models import tiny_model, tiny_processor
 
 _all_ = ["real_name"]
@@ -76,7 +84,14 @@ def _load_strict(
     return model
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-013
-def _refuse_pickle(folder: Path):
+def _twin(name: str) -> str:
+    "A sentence that names the same model as safetensors, where the hub has it."
+    real = next((r for r in REAL_MODELS.values() if name in r.hub_ids), None)
+    others = [i for i, layout in (real.hub_ids if real else {}).items() if layout == NATIVE]
+    return f" The same model as safetensors: {others[0]}." if others and name not in others else ""
+
+
+def _refuse_pickle(folder: Path, name: str = ""):
     "Stop where a folder has pickled weights and no safetensors."
     if list(folder.glob("*.safetensors")):
         return
@@ -85,28 +100,66 @@ def _refuse_pickle(folder: Path):
     )
     if found:
         raise ValueError(
-            f"{folder} holds pickled weights ({', '.join(found[:3])}), and reading a pickle can "
-            "run code. Convert them to safetensors on a machine you can spare (safetensors' own "
-            "convert script does it), then load the folder."
+            f"{name or folder} holds pickled weights ({', '.join(found[:3])}), and reading a "
+            "pickle can run code. Convert them to safetensors on a machine you can spare "
+            "(safetensors' own convert script does it), then load the folder." + _twin(name)
         )
-    raise FileNotFoundError(f"{folder} has no *.safetensors: is this the folder of a checkpoint?")
+    raise FileNotFoundError(
+        f"{name or folder} has no *.safetensors: is this the folder of a checkpoint?{_twin(name)}"
+    )
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-015
+def auto_classes(config) -> tuple:  # (of the model, of the processor)
+    "The classes that load a checkpoint: multimodal, or a plain LM with a tokenizer."
+    if getattr(config, "vision_config", None) is not None:
+        return AutoModelForImageTextToText, AutoProcessor
+    return AutoModelForCausalLM, AutoTokenizer
+
+
 def _load_folder(source, dtype, trust_remote_code):
     "A native checkpoint: multimodal with a processor, or a plain LM with a tokenizer."
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    multimodal = getattr(config, "vision_config", None) is not None
-    auto, text = (
-        (AutoModelForImageTextToText, AutoProcessor)
-        if multimodal
-        else (AutoModelForCausalLM, AutoTokenizer)
-    )
+    auto, text = auto_classes(config)
     model = _load_strict(
         auto.from_pretrained, source, dtype=dtype or "auto", trust_remote_code=trust_remote_code
     )
     return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
 
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-017
+def _load_checked(folder: Path, dtype, trust_remote_code):
+    "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
+    check_files(folder)
+    try:
+        return _load_folder(folder, dtype, trust_remote_code)
+    except ImportError as error:
+        vision = "torchvision" in str(error).lower()
+        cure = "pip install 'mllm_compress[vision]'" if vision else "install what it names"
+        line = " ".join(str(error).split())[:200]
+        raise ImportError(f"{folder} needs a package that is missing: {cure} ({line})") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        if isinstance(error, ValueError) and line.startswith(f"{folder} "):
+            raise ValueError(line) from None
+        raise ValueError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {line}): check its config.json, "
+            "processor and weights, or copy it again."
+        ) from error
 
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-019
+def _is_pruned(folder: Path) -> bool:
+    "Whether a folder holds a pruned checkpoint that plain transformers cannot load."
+    config = folder / "config.json"
+    return config.is_file() and read_config(config).get("model_type") == "mllm_compress_pruned"
+
+
+def _load_pruned(folder: Path, dtype):
+    "Model and processor of a pruned checkpoint."
+    load = importlib.import_module("mllm_compress.checkpoint").load_pruned
+    return load(folder, dtype=dtype)[:2]
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 def _unknown(name):
     "The error for a name that is no model."
     known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
@@ -115,7 +168,7 @@ def _unknown(name):
         f"or the path of a folder:{known}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-017
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
 def cast(
     model: torch.nn.Module,  # changed in place
     dtype: torch.dtype,  # of the weights
@@ -125,32 +178,64 @@ def cast(
         p.data = p.data.to(dtype)
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-025
+def _dtype(given) -> torch.dtype | None:
+    "A dtype from its name, such as bfloat16 or torch.bfloat16; ValueError for another one."
+    if isinstance(given, str) and given not in ("", "auto"):
+        found = getattr(torch, given.removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(f"Unknown dtype {given!r}: use float32, bfloat16 or float16.")
+        return found
+    return given or None if not isinstance(given, str) else None
+
+
+def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
+    "Model and processor of a folder, whatever it holds."
+    if _is_pruned(folder):
+        return _load_pruned(folder, dtype)
+    if (folder / "config.json").is_file() and is_original_layout(folder):
+        return load_original(folder, vision_tower, dtype=dtype)
+    _refuse_pickle(folder, name)
+    return _load_checked(folder, dtype, trust_remote_code)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-027
+def native_folder(
+    name,  # as for load_model
+) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
+    "The local folder of a checkpoint in native classes."
+    shipped = SHIPPED / str(name)
+    if str(name) in MODELS:
+        return shipped if shipped.is_dir() else None
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        return None
+    return None if _is_pruned(folder) or is_original_layout(folder) else folder
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
 def load_model(
-    name: str,  # a name of MODELS, a folder, or a hub id
+    name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
-    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
+    dtype: torch.dtype | str | None = None,  # None keeps the checkpoint's
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
     vision_tower: str | None = None,  # folder of the tower, for releases that come without one
 ) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor; ValueError for an unknown name or pickled weights."
-    folder, family = Path(name), name.split("-")[-1]
+    name, dtype = str(name), _dtype(dtype)
+    folder, family = Path(name).expanduser(), name.split("-")[-1]
     if name.startswith("smoke-") and name in MODELS:
         model, processor = tiny_model(family, layers=4), tiny_processor(family)
     elif name in MODELS and (SHIPPED / name).is_dir():
         model, processor = _load_folder(SHIPPED / name, dtype, False)
-    elif folder.is_dir() and is_original_layout(folder):
-        model, processor = load_original(folder, vision_tower, dtype=dtype)
     elif folder.is_dir():
-        _refuse_pickle(folder)
-        model, processor = _load_folder(folder, dtype, trust_remote_code)
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
+        model, processor = _load_local(folder, dtype, trust_remote_code, vision_tower)
     else:
-        raise _unknown(name)
+        check_local(name)
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise _unknown(name)
+        model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download
@@ -161,10 +246,8 @@ def _from_hub(name, dtype, trust_remote_code, vision_tower):
         folder = Path(snapshot_download(name, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OSError(
-            f"{name} could not be fetched from the hub ({type(error).__name__}). "
-            "Without a network, copy the checkpoint to a folder and pass its path."
+            f"{name} is no folder here, and could not be fetched from the hub "
+            f"({type(error).__name__}). Without a network, copy the checkpoint to a folder and "
+            f"pass its path.{_twin(name)}"
         ) from error
-    if is_original_layout(folder):
-        return load_original(folder, vision_tower, dtype=dtype)
-    _refuse_pickle(folder)
-    return _load_folder(folder, dtype, trust_remote_code)
+    return _load_local(folder, dtype, trust_remote_code, vision_tower, name)
