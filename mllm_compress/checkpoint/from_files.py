@@ -222,7 +222,6 @@ def write_weights(
     "The weight files of a model, and their index where there are several."
     names, state = _saved_names(model), model.state_dict()
     shapes = {key: state[name] for key, name in names.items()}
-    stem = f"model.{variant}" if variant else "model"
     split = split_torch_state_dict_into_shards(
         shapes,
         filename_pattern=f"model{'.' + variant if variant else ''}{{suffix}}.safetensors",
@@ -245,12 +244,13 @@ def prune_files(
     processor=None,
     max_shard_size: str = "5GB",
     overwrite: bool = True,  # False: an error where a checkpoint is there
+    stored: PruningPlan | None = None,  # of the first dense model, where this one was pruned before
     **records,  # card, provenance, further: see save_pruned
 ) -> Path:  # the folder
     "Write the checkpoint that `apply_plan` and `save_pruned` would, in the memory of one tensor."
-    small = apply_plan(source.model, plan)
-    check_describes(small, plan)
-    saved, kind = choose_format(small, plan)
+    small, stored = apply_plan(source.model, plan), stored or plan
+    check_describes(small, stored)
+    saved, kind = choose_format(small, stored)
     variant, origins = VARIANT if kind == "pruned" else None, cuts(source.model, plan)
     target = check_target(folder, overwrite)
 
@@ -266,6 +266,6 @@ def prune_files(
             hide_config(new)
         if processor is not None:
             processor.save_pretrained(new)
-        write_records(new, saved, plan, kind, processor, **records)
+        write_records(new, saved, stored, kind, processor, **records)
         keep_unlisted(target, new)
     return Path(folder)

@@ -97,7 +97,7 @@ _UNREADABLE = (
 )
 
 
-def _read_image(path: Path) -> Image.Image:  # RGB
+def read_image(path) -> Image.Image:  # RGB
     "A picture, reduced if it is very large; ValueError for one that is too large to unpack."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -119,7 +119,7 @@ def open_image(
 ) -> Image.Image:  # RGB
     "The image of an entry; OSError where it is missing or cannot be read."
     try:
-        return _read_image(path)
+        return read_image(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Entry {entry.get('id')!r} needs the image {path}, which does not exist: "
