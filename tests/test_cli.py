@@ -243,7 +243,7 @@ def test_convert_an_original_release(golden, tmp_path, monkeypatch):
     assert str(AutoModelForImageTextToText.from_pretrained("out").dtype) == "torch.bfloat16"
     for args, says in (
         ((source, "out", "--tower", "clip"), "exists and is not an empty folder"),
-        (("out", "again"), "original layouts known here: LlavaLlamaForCausalLM"),
+        (("out", "again"), "original layouts that can be read are LlavaLlamaForCausalLM"),
         (("nowhere", "again"), "is not a folder"),
         ((source, "again", "--dtype", "int8"), "use float32, bfloat16, float16"),
     ):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Losses', 'Train', 'Fraction', 'Rate', 'Recipe', 'Config', 'SaveEvery', 'Restart', 'read_yaml', 'chosen_options',
            'chosen_fraction', 'training_folder', 'steps_between', 'check_training_space', 'train', 'curve_files',
-           'recover_step', 'save_recovered', 'recover', 'recovery_options', 'recover_with']
+           'recover_step', 'save_recovered', 'recover', 'recovery_options', 'checked_config', 'recover_with']
 
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-002
 import math
@@ -297,9 +297,26 @@ def recovery_options(o: dict) -> dict:
     return given
 
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-018
+def checked_config(options: dict):
+    "The RecoveryConfig of some options; ValueError for a value of a wrong type too."
+    from mllm_compress.recovery import config_from_dict
+
+    numbers = ("fraction", "lr", "epochs", "batch_size", "passes", "temperature", "max_length")
+    for name in numbers:
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name} is {value!r}: give a number.")
+    try:
+        return config_from_dict(options)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the options of the recovery do not fit ({error}): see RecoveryConfig."
+        ) from None
+
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-019
 def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     "The command `recover`, its other options by name."
-    from mllm_compress import checkpoint, recovery, zoo
+    from mllm_compress import checkpoint, zoo
     from mllm_compress.anatomy import lm_parameters
     from mllm_compress.study.stages import trained_in_float32
 
@@ -307,7 +324,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     options = chosen_options(o["recipe"], o["config"], given) | {"seed": o["seed"]}
     if o["lora"] == 0:
         options["lora"] = None
-    recovery.config_from_dict(options)  # a mistake, before anything is loaded
+    checked_config(options)  # a mistake, before anything is loaded
     checkpoint.check_target(out, overwrite, {"model": model, "teacher": teacher})
     device = resolve_device(device)
     if not checkpoint.is_checkpoint(model):
@@ -323,7 +340,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     if not multimodal:
         options = {"max_length": 1024} | options
     options["fraction"] = chosen_fraction(options, o["data"])
-    config, folder = recovery.config_from_dict(options), training_folder(out)
+    config, folder = checked_config(options), training_folder(out)
     check_training_space(student, config, out)
     if o["restart"]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -338,7 +355,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _report(out, result, as_json)
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-019
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-020
 def _report(out: Path, result, as_json: bool) -> None:
     "Print what a training did."
     loss = float(result.history.loss.iloc[-1])

@@ -55,24 +55,24 @@ def _expected(entry: dict, answer: str, scorer: str, options: tuple):
 # %% ../../nbs/library/evaluation/09_own.ipynb #cell-005
 def own_questions(
     path: Path,  # of the file
-    root: Path,  # of its images
+    images: Path,  # folder of its images
     scorer: str,
     split: str = "test",  # there is one set only
     limit: int | None = None,
-    **unused,
+    root=None,  # of the public sets; not needed
 ) -> list:  # of Question
     "The questions of a file."
     found = []
     for number, entry in enumerate(read_entries(path)):
-        images, options = (), _options(entry, scorer)
+        pictures, options = (), _options(entry, scorer)
         if has_image(entry):
-            file = image_path(entry, root)
+            file = image_path(entry, images)
             if not file.is_file():
                 raise FileNotFoundError(
                     f"Entry {entry.get('id')!r} needs the image {file}, which does not exist: "
                     "check --image-root (image_root)."
                 )
-            images = (StoredImage(file.read_bytes(), square=False),)
+            pictures = (StoredImage(file.read_bytes(), square=False),)
         for k, (question, answer) in enumerate(turns(entry)):
             if question is None:
                 raise ValueError(
@@ -80,7 +80,7 @@ def own_questions(
                     "use --benchmark perplexity."
                 )
             expected = _expected(entry, answer, scorer, options)
-            found.append(Question(f"{number}/{k}", question, expected, images, options=options))
+            found.append(Question(f"{number}/{k}", question, expected, pictures, options=options))
     return take(found, limit)
 
 # %% ../../nbs/library/evaluation/09_own.ipynb #cell-006
