@@ -76,7 +76,7 @@ def _biases(family: str, config, head_bias: bool) -> frozenset:
             found.add(name)
     return frozenset(found)
 
-
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-013
 def _family(config) -> str:
     "The family of a text config, or an error with what to add."
     if config.model_type in FORMS:
@@ -86,7 +86,7 @@ def _family(config) -> str:
         "add a Form to mllm_compress.cost.FORMS."
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-013
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-015
 def shape_of_config(
     config: PreTrainedConfig,  # of an MLLM or a plain causal LM
 ) -> DecoderShape:
@@ -105,7 +105,7 @@ def shape_of_config(
         biases=_biases(family, text, FORMS[family].head_bias and text is config),
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-015
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-017
 def shape_of_model(
     model: PreTrainedModel,  # on any device, pruned or not
 ) -> DecoderShape:
@@ -125,7 +125,7 @@ def shape_of_model(
         biases=_biases(family, parts.text_config, parts.lm_head.bias is not None),
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-019
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-021
 def layer_parameters(
     shape: DecoderShape,
     i: int,  # layer
@@ -140,7 +140,7 @@ def layer_parameters(
         "norms": form.norms * form.norm_vectors * h,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-021
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-023
 def decoder_parameters(shape: DecoderShape) -> dict:
     "Parameters of the LM decoder in closed form, by what they belong to."
     form, h, v = FORMS[shape.family], shape.hidden, shape.vocab
@@ -152,7 +152,7 @@ def decoder_parameters(shape: DecoderShape) -> dict:
         "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-025
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-027
 @dataclass(frozen=True)
 class Tower:
     "What a vision tower's parameter count depends on besides its widths."
@@ -163,7 +163,7 @@ class Tower:
     branch_scales: int = 0  # vectors per layer that scale a residual branch
     head_key: str = ""  # config key of the switch for a pooling head
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-027
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-029
 TOWERS = {
     "clip_vision_model": Tower(class_token=True, patch_bias=False, outer_norms=2),
     "siglip_vision_model": Tower(
@@ -172,7 +172,7 @@ TOWERS = {
     "internvl_vision": Tower(class_token=True, patch_bias=True, outer_norms=0, branch_scales=2),
 }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-029
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-031
 def _tower(vision) -> Tower:
     "The row of a vision config, or an error with what to add."
     if vision.model_type in TOWERS:
@@ -182,17 +182,17 @@ def _tower(vision) -> Tower:
         f"{', '.join(TOWERS)}: add a Tower to TOWERS in mllm_compress.cost.arithmetic."
     )
 
-
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
 def _side(value) -> int:
     "One side of a size that may be given as a pair."
     return value if isinstance(value, int) else value[0]
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-031
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-035
 def patches(vision: PreTrainedConfig) -> int:
     "Patches of one image (or one tile); the rim that fills no patch is cropped."
     return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-037
 def vision_parameters(
     config: PreTrainedConfig,  # of the MLLM
 ) -> int:
@@ -207,7 +207,7 @@ def vision_parameters(
     head = 4 * c * c + 4 * c + mlp + 3 * c if pools else 0
     return embed + v.num_hidden_layers * layer + row.outer_norms * 2 * c + head
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-035
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-039
 def projector_parameters(
     config: PreTrainedConfig,  # of the MLLM
 ) -> int:
@@ -217,7 +217,7 @@ def projector_parameters(
     norm = 2 * fold * c if fold > 1 else 0
     return norm + fold * c * h + h + h * h + h
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-037
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
 def closed_parameters(
     config: PreTrainedConfig,  # of an MLLM or a plain LM
     shape: DecoderShape | None = None,  # of a pruned decoder; None: as in the config
@@ -231,7 +231,7 @@ def closed_parameters(
         "lm": lm,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-045
 PUBLISHED_COLUMNS = {
     "vision": "vision_params",
     "projector": "projector_params",
@@ -239,7 +239,7 @@ PUBLISHED_COLUMNS = {
     "total": "total_params",
 }
 
-
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
 def published_sizes() -> pd.DataFrame:  # one row per model and part
     "Sizes as the paper reports them (column `printed`) beside the closed form."
     printed, rows = published("models").set_index("model"), []
@@ -252,7 +252,7 @@ def published_sizes() -> pd.DataFrame:  # one row per model and part
         ]
     return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-053
 def decoder_flops(
     shape: DecoderShape,
     tokens: int,  # T, run in this pass
@@ -271,7 +271,7 @@ def decoder_flops(
         2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-049
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-055
 def vision_flops(
     config: PreTrainedConfig,  # of the MLLM
     images: int = 1,  # or tiles
@@ -287,7 +287,7 @@ def vision_flops(
         "projector": images * image_tokens(config) * 2 * (fold * c * h + h * h),
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-051
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-057
 def image_tokens(config: PreTrainedConfig) -> int:
     "Placeholders that one image (or tile) takes in the prompt."
     fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)
@@ -295,7 +295,7 @@ def image_tokens(config: PreTrainedConfig) -> int:
     keeps_token = has_token and config.vision_feature_select_strategy == "full"
     return patches(config.vision_config) // fold + keeps_token
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-053
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-059
 def example_inputs(
     model: PreTrainedModel,  # an MLLM or a plain LM, on any device
     text_tokens: int = 64,  # besides the image's
@@ -314,7 +314,7 @@ def example_inputs(
     pixels = torch.zeros(batch * images, 3, side, side, device=device, dtype=model.dtype)
     return {"input_ids": torch.cat([marker, text], 1), "pixel_values": pixels}
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-055
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-061
 @contextmanager
 def _without_values(model: PreTrainedModel):
     "Switch off the parts of a forward pass that read values of tensors."
@@ -328,7 +328,7 @@ def _without_values(model: PreTrainedModel):
         for m in scaled:
             m.rope_type = "longrope"
 
-
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-063
 def forward(
     model: PreTrainedModel,  # on any device, meta included
     inputs: dict,  # of the forward pass
@@ -338,7 +338,7 @@ def forward(
     with _without_values(model) if model.device.type == "meta" else nullcontext():
         return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-060
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-068
 def kv_bytes_per_token(
     shape: DecoderShape,
     itemsize: int = 2,  # bytes of one number
@@ -346,7 +346,7 @@ def kv_bytes_per_token(
     "Bytes that one token adds to the KV cache."
     return 2 * shape.head_dim * sum(shape.groups) * itemsize
 
-
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-070
 def weight_bytes(model: PreTrainedModel) -> int:
     "Bytes of all weights, shared ones once: memory when loaded, and disk less a header."
     return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())

@@ -80,7 +80,7 @@ def _with_total(counts: dict) -> list:
     "Counts by part and their sum."
     return [*counts.items(), ("total", sum(counts.values()))]
 
-
+# %% ../../nbs/library/cost/04_report.ipynb #cell-011
 def counted_rows(
     model: PreTrainedModel,
     shape: DecoderShape,  # of its decoder
@@ -104,7 +104,7 @@ def counted_rows(
         ("weights", "total", weight_bytes(model), "byte", "measured"),
     ]
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-011
+# %% ../../nbs/library/cost/04_report.ipynb #cell-013
 def prompt_tokens(processor, question: str = "What is shown in the picture?") -> int:
     "Text tokens of a short question in the processor's chat template."
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -118,7 +118,7 @@ def prompt_tokens(processor, question: str = "What is shown in the picture?") ->
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     return len(tokenizer(text)["input_ids"])
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-012
+# %% ../../nbs/library/cost/04_report.ipynb #cell-014
 def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int) -> list:
     "Rows of measured seconds."
     return [
@@ -127,7 +127,7 @@ def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int
         for name in ("median", "low", "high")
     ]
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-014
+# %% ../../nbs/library/cost/04_report.ipynb #cell-016
 @torch.no_grad()
 def cost_report(
     model: PreTrainedModel,  # MLLM or plain LM, pruned or not, on any device, meta included

@@ -17,13 +17,13 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 class EntryError(ValueError):
     "An entry that cannot be read; the message names it."
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-007
 def _fail(entry, what: str, cure: str):
     "Raise an EntryError for an entry."
     name = entry.get("id") if isinstance(entry, dict) else None
     raise EntryError(f"Entry {name!r} {what}: {cure}.")
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-009
 def _text_of(entry: dict, value, where: str) -> str:
     "A text of an entry; EntryError for anything else."
     if not isinstance(value, str):
@@ -35,7 +35,7 @@ def _text_of(entry: dict, value, where: str) -> str:
         _fail(entry, f"has half a surrogate pair in {where}", "repair its encoding")
     return value
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-007
+# %% ../../nbs/library/data/03_reading.ipynb #cell-011
 def _picture_of(entry: dict, part: dict):
     "The path in an image part, or None where the entry names it elsewhere."
     found = part.get("image_url", part.get("image", part.get("path")))
@@ -43,7 +43,7 @@ def _picture_of(entry: dict, part: dict):
         found = found.get("url") or found.get("path")
     return found or None
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-013
 def _content(entry: dict, content) -> tuple:  # (text with markers, pictures)
     "A message's text and pictures."
     if not isinstance(content, list):
@@ -60,7 +60,7 @@ def _content(entry: dict, content) -> tuple:  # (text with markers, pictures)
             _fail(entry, f"has a part of type {kind!r}", "use parts of type text or image")
     return "\n".join(texts), pictures
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-015
 def _from_messages(entry: dict) -> dict:
     "An entry with `messages` in the form of LLaVA."
     said, pictures = [], []
@@ -73,7 +73,7 @@ def _from_messages(entry: dict) -> dict:
         rest["image"] = pictures[0] if len(pictures) == 1 else pictures
     return rest | {"conversations": said}
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-017
 def _list_of(entry: dict, key: str) -> list:
     "The list of turns of an entry."
     said = entry[key]
@@ -81,7 +81,7 @@ def _list_of(entry: dict, key: str) -> list:
         _fail(entry, f"has no list of turns in {key!r}", "write a list of objects")
     return said
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-009
+# %% ../../nbs/library/data/03_reading.ipynb #cell-019
 def _turns_of(entry: dict) -> list:
     "The turns of an entry as human and gpt, the system turn part of the first question."
     said, system = [], []
@@ -108,7 +108,7 @@ def _turns_of(entry: dict) -> list:
         said[0] = said[0] | {"value": marker + first}
     return said
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-011
+# %% ../../nbs/library/data/03_reading.ipynb #cell-021
 def _check_markers(entry: dict, said: list) -> None:
     "EntryError where the picture is not where the chat template will put it."
     counts = [turn["value"].count(IMAGE) for turn in said]
@@ -122,7 +122,7 @@ def _check_markers(entry: dict, said: list) -> None:
     if counts[0] and not (first.startswith(IMAGE) or first.endswith(IMAGE)):
         _fail(entry, f"has {IMAGE} inside its question", "put it at the start or at the end")
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-023
 def _image_of(entry: dict):
     "The one image of an entry, as it is named, or None."
     found = entry.get("image")
@@ -140,7 +140,7 @@ def _image_of(entry: dict):
         _fail(entry, f"has {found!r} as its image", "name the file, or leave 'image' out")
     return found
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-012
+# %% ../../nbs/library/data/03_reading.ipynb #cell-024
 def read_entry(
     entry,  # as in the file
     number: int,  # its id if it has none
@@ -169,7 +169,7 @@ def read_entry(
     _check_markers(entry, said)
     return entry | {"conversations": said}
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-015
+# %% ../../nbs/library/data/03_reading.ipynb #cell-027
 def _decoded(path: Path) -> str:
     "The text of a file in UTF-8, with or without a byte-order mark."
     raw = path.read_bytes()
@@ -179,7 +179,7 @@ def _decoded(path: Path) -> str:
         hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
         raise ValueError(f"{path} is {hint} (byte {error.start}): save it as UTF-8.") from None
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-029
 def _parsed(text: str, where: str):
     "JSON, or a ValueError that names the place."
     try:
@@ -191,13 +191,13 @@ def _parsed(text: str, where: str):
             f"{where} is not valid JSON ({error}): repair or export it again."
         ) from None
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-031
 def _lines(path: Path, text: str) -> list:
     "The objects of a JSON-lines file."
     rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-016
+# %% ../../nbs/library/data/03_reading.ipynb #cell-032
 def _objects(path: Path) -> list:
     "The entries of a file, as they are written."
     text = _decoded(path)
@@ -218,7 +218,7 @@ def _objects(path: Path) -> list:
         )
     return _lines(path, text)
 
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-034
 def read_entries(
     path,  # of a .json, .jsonl or .txt file
 ) -> list:  # of entries
@@ -236,7 +236,7 @@ def read_entries(
         raise ValueError(f"{path} is empty: it should hold at least one entry.")
     return entries
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-018
+# %% ../../nbs/library/data/03_reading.ipynb #cell-036
 def image_path(
     entry: dict,
     root,  # image folder

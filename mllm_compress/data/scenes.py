@@ -115,7 +115,7 @@ def _noun(want):
         [*(want[k] for k in ("size", "color") if k in want), want.get("shape", "object")]
     )
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-021
 def _unique(items, ask, rng):
     "A description without attribute `ask` that fits exactly one item: (want, item), or None."
     found = []
@@ -130,7 +130,7 @@ def _unique(items, ask, rng):
         ]
     return found[rng.integers(len(found))] if found else None
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-021
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-023
 def _letters(answer, wrong, rng):
     "Shuffle an answer among wrong ones: (' A. red B. blue C. green', 'B', options)."
     options = [answer, *wrong]
@@ -139,20 +139,20 @@ def _letters(answer, wrong, rng):
     text = " ".join(f"{letter}. {o}" for letter, o in zip(LETTERS, shown))
     return text, LETTERS[shown.index(answer)], shown
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-025
 def _others(attribute, answer, n, rng):
     "n other values of an attribute, in random order."
     values = {"color": COLORS, "shape": SHAPES, "size": SIZES}[attribute]
     values = [v for v in values if v != answer]
     return [str(v) for v in rng.permutation(values)[:n]]
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-023
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-027
 def _most(items, attribute):
     "The value most items have, or None where two tie."
     (value, n), *rest = Counter(getattr(it, attribute) for it in items).most_common()
     return value if not rest or rest[0][1] < n else None
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-029
 def ask_open(items, rng):
     "One open question: (question, answer, None)."
     attribute = ("color", "shape")[rng.integers(2)]
@@ -166,7 +166,7 @@ def ask_open(items, rng):
     ways = (f"what {attribute} is the {noun}?", f"what is the {attribute} of the {noun}?")
     return ways[rng.integers(2)], getattr(item, attribute), None
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-025
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-031
 def _present_absent(items, rng):
     "Two pairs (colour, shape): one in the scene, one only as single values; or None."
     here = {(it.color, it.shape) for it in items}
@@ -176,7 +176,7 @@ def _present_absent(items, rng):
     here = sorted(here)
     return here[rng.integers(len(here))], absent[rng.integers(len(absent))]
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-033
 def ask_hallucination(items, rng):
     "Two existence questions, one with each answer."
     if not (pair := _present_absent(items, rng)):
@@ -186,7 +186,7 @@ def ask_hallucination(items, rng):
         (word[rng.integers(3)].format(" ".join(p)), a, None) for p, a in zip(pair, ("yes", "no"))
     ]
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-027
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-035
 def ask_perception(items, rng):
     "A yes/no pair about an attribute of one object."
     attribute = ("color", "size", "shape")[rng.integers(3)]
@@ -198,7 +198,7 @@ def ask_perception(items, rng):
     say = {"shape": "is the {} a {}?"}.get(attribute, "is the {} {}?")
     return [(say.format(ref, right), "yes", None), (say.format(ref, wrong), "no", None)]
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-029
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-037
 def _compare(items, rng):
     "'are there more X than Y' and its mirror image, for two values with different counts."
     attribute = ("color", "shape")[rng.integers(2)]
@@ -215,12 +215,12 @@ def _compare(items, rng):
         (f"are there more {b} than {a}?", "no", None),
     ]
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-039
 def _plural(shape):
     "circle -> circles, cross -> crosses."
     return shape + ("es" if shape.endswith("s") else "s")
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-031
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-041
 def _rules(items):
     "Rules 'all X are Y' over groups of two or more: (those that hold, those that hold in part)."
     holds, partly = [], []
@@ -235,13 +235,13 @@ def _rules(items):
             (holds if len(rule) == 1 else partly).extend(rule)
     return holds, partly
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-043
 def _say_rule(have, value, then, v):
     "('shape', 'circle', 'color', 'red') -> 'are all circles red?'"
     group = _plural(value) if have == "shape" else f"{value} objects"
     return f"are all {group} {_plural(v) if then == 'shape' else v}?"
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-045
 def ask_cognition(items, rng):
     "A yes/no pair that needs counting or a rule."
     holds, partly = _rules(items)
@@ -252,7 +252,7 @@ def ask_cognition(items, rng):
         ]
     return _compare(items, rng)
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-033
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-047
 def ask_choice(items, rng):
     "An attribute of one object, by letter."
     attribute = ("color", "shape")[rng.integers(2)]
@@ -262,7 +262,7 @@ def ask_choice(items, rng):
     text, letter, options = _letters(answer, _others(attribute, answer, 2, rng), rng)
     return f"what {attribute} is the {_noun(hit[0])}? {text}", letter, options
 
-
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-049
 def ask_composition(items, rng):
     "Which of three is there, or which value is most common, by letter."
     attribute = ("color", "shape")[rng.integers(2)]
@@ -280,7 +280,7 @@ def ask_composition(items, rng):
     text, letter, options = _letters(" ".join(here[rng.integers(len(here))]), wrong, rng)
     return f"which of these is in the image? {text}", letter, options
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-035
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-051
 QUESTION_MAKERS = {
     "open": ask_open,
     "hallucination": ask_hallucination,
@@ -291,7 +291,7 @@ QUESTION_MAKERS = {
 }
 PAIRED = ("hallucination", "perception", "cognition")  # one question with each answer
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-036
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-052
 def ask(
     index: int,  # number of the scene
     split: str = "train",  # which stream
@@ -310,7 +310,7 @@ def ask(
             out.append(row)
     return out
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-040
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-056
 def questions(
     kind: str,  # one of KINDS
     split: str = "test",  # which stream
@@ -327,7 +327,7 @@ def questions(
         index += 1
     return out[: n + n % 2] if out[0]["pair"] else out[:n]
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-042
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-058
 def candidates(
     q: dict,  # a question as `ask` gives it
 ) -> list:  # of str
@@ -338,7 +338,7 @@ def candidates(
         return ["yes", "no"]
     return list(COLORS) if q["answer"] in COLORS else list(SHAPES)
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-044
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-060
 def question_only(
     train: list,  # of dicts with type, question, answer
     test: list,  # the same, never seen

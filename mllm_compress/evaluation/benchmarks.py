@@ -86,14 +86,14 @@ def pad_to_square(
     out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return out
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-016
 def mean_color(
     mean: tuple | None,  # of the preprocessing, 0 … 1; None: grey
 ) -> tuple:  # RGB, 0 … 255
     "The colour that LLaVA-1.5 pads with."
     return tuple(int(255 * m) for m in mean or (0.5, 0.5, 0.5))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-016
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-018
 def open_image(
     image,  # PIL image or StoredImage
     mean: tuple | None = None,  # mean colour of the preprocessing, 0 … 1
@@ -104,7 +104,7 @@ def open_image(
     picture = instructions.read_image(io.BytesIO(image.data))
     return pad_to_square(picture, mean_color(mean)) if image.square else picture
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-019
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-021
 def scene_questions(
     kind: str,  # one of scenes.KINDS
     split: str = "test",
@@ -125,7 +125,7 @@ def scene_questions(
         for q in scenes.questions(kind, split, 1000 if limit is None else limit)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-021
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-023
 SCENE_SCORERS = {
     "open": ("exact", "Open questions on generated scenes, as GQA."),
     "hallucination": ("yes_no", "Whether an object is in a generated scene, as POPE."),
@@ -145,14 +145,14 @@ SCENES = tuple(
     for kind, (scorer, text) in SCENE_SCORERS.items()
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-023
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-025
 EASY_ANSWERS = (
     ("yes", "no"),
     ("circle", "rectangle", "triangle"),
     ("red", "green", "blue", "black", "gray", "teal", "brown", "yellow"),
 )
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-027
 def easy_vqa_questions(
     split: str = "test",
     limit: int | None = None,
@@ -169,7 +169,7 @@ def easy_vqa_questions(
             found.append(Question(f"{entry['id']}-{k}", prompt, answer, (image,), kind))
     return found[:limit]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-025
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-029
 EASY_VQA = Benchmark(
     "easy-vqa",
     "exact",
@@ -178,7 +178,7 @@ EASY_VQA = Benchmark(
     source=f"easy-vqa {installed_version('easy-vqa')}",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-027
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-031
 def parquet_files(
     source: Source,
     config: str,
@@ -207,7 +207,7 @@ def parquet_files(
         "name the folder of the sets in MLLM_COMPRESS_BENCHMARKS."
     )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-029
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-033
 def check_columns(path: Path, source: Source, needed: tuple, present: list) -> None:
     "ValueError where a file lacks a column."
     if missing := [c for c in needed if c not in present]:
@@ -216,7 +216,7 @@ def check_columns(path: Path, source: Source, needed: tuple, present: list) -> N
             f"it has {', '.join(sorted(present))}."
         )
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-035
 def read_rows(
     source: Source,
     root=None,
@@ -234,7 +234,7 @@ def read_rows(
         for batch in file.iter_batches(256, columns=wanted):
             yield from batch.to_pylist()
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-031
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-037
 def stored(
     image,  # {"bytes": …, "path": …} as in the sets, or None
     seen: dict,  # bytes -> StoredImage
@@ -245,7 +245,7 @@ def stored(
     raw = image["bytes"] if isinstance(image, dict) else image
     return (seen.setdefault(raw, StoredImage(raw)),)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-033
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-039
 def take(
     questions: list,  # of Question
     limit: int | None,  # at most so many, but no group is cut
@@ -265,7 +265,7 @@ def take(
         found += group
     return found
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-036
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-042
 def public_questions(
     adapter: Callable,  # (source, root) -> list of Question
     source: Source,
@@ -281,7 +281,7 @@ def public_questions(
         )
     return take(adapter(source, root), limit)
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-044
 def parquet_benchmark(
     name: str,
     scorer: str,  # a key of scorers.SCORERS
@@ -295,7 +295,7 @@ def parquet_benchmark(
     load = partial(public_questions, adapter, source)
     return Benchmark(name, scorer, load, max_new_tokens, version, help, source)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-038
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-046
 SHORT = "\nAnswer the question using a single word or phrase."
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
@@ -304,7 +304,7 @@ def lettered(options) -> str:
     "Options, one a line, behind their letters."
     return "\n".join(f"{c}. {o}" for c, o in zip(LETTERS, options))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-040
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-048
 def gqa_questions(source: Source, root=None) -> list:
     "GQA, balanced test-dev (Hudson & Manning 2019)."
     rows = read_rows(source, root, ("id", "image"), source.images)
@@ -319,7 +319,7 @@ def gqa_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-042
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-050
 GQA = parquet_benchmark(
     "gqa",
     "exact",
@@ -334,7 +334,7 @@ GQA = parquet_benchmark(
     help="Open questions on real images, balanced test-dev split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-044
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-052
 def pope_questions(source: Source, root=None) -> list:
     "POPE: random, popular and adversarial negatives (Li et al. 2023)."
     seen = {}
@@ -350,7 +350,7 @@ def pope_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-046
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
 POPE = parquet_benchmark(
     "pope",
     "yes_no",
@@ -364,7 +364,7 @@ POPE = parquet_benchmark(
     help="Object hallucination: is this object in the image?",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-048
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
 MME_SUBTASKS = {
     "perception": (
         "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -380,7 +380,7 @@ MME_SOURCE = Source(
     ("question_id", "image", "question", "answer", "category"),
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-050
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
 def mme_questions(part: str, source: Source, root=None) -> list:
     "One part of MME (Fu et al. 2023)."
     found, seen, count = [], {}, Counter()
@@ -406,7 +406,7 @@ def mme_questions(part: str, source: Source, root=None) -> list:
         )
     return found
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-052
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-060
 MME = tuple(
     parquet_benchmark(
         f"mme_{part}",
@@ -418,7 +418,7 @@ MME = tuple(
     for part in ("cognition", "perception")
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-062
 def scienceqa_questions(source: Source, root=None) -> list:
     "ScienceQA (Lu et al. 2022) with its hint as context; some questions have no image."
     seen = {}
@@ -435,7 +435,7 @@ def scienceqa_questions(source: Source, root=None) -> list:
         for n, r in enumerate(read_rows(source, root))
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-064
 SCIENCEQA = tuple(
     parquet_benchmark(
         name,
@@ -452,7 +452,7 @@ SCIENCEQA = tuple(
     )
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-066
 def ai2d_questions(source: Source, root=None) -> list:
     "AI2D (Kembhavi et al. 2016)."
     seen = {}
@@ -468,7 +468,7 @@ def ai2d_questions(source: Source, root=None) -> list:
         for n, r in enumerate(read_rows(source, root))
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-060
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-068
 AI2D = parquet_benchmark(
     "ai2d",
     "diagram",
@@ -477,7 +477,7 @@ AI2D = parquet_benchmark(
     help="Option letters on textbook diagrams.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-062
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-070
 def literal(text):
     "A Python literal, or the text itself."
     try:
@@ -485,7 +485,7 @@ def literal(text):
     except (ValueError, SyntaxError):
         return text
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-064
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-072
 def mmmu_question(r: dict, seen: dict) -> Question:
     "A row of MMMU."
     choice = r["question_type"] == "multiple-choice"
@@ -502,13 +502,13 @@ def mmmu_question(r: dict, seen: dict) -> Question:
         options=options,
     )
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-074
 def mmmu_questions(source: Source, root=None) -> list:
     "MMMU, validation (Yue et al. 2024)."
     seen = {}
     return [mmmu_question(r, seen) for r in read_rows(source, root)]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-066
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-076
 MMMU = parquet_benchmark(
     "mmmu",
     "mmmu",
@@ -522,7 +522,7 @@ MMMU = parquet_benchmark(
     help="University exam questions with images, validation split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-068
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-078
 MATH_HINTS = {
     "integer": "Answer the question using a single integer number.",
     "float": "Answer the question using a single floating-point number with {} decimal place{}.",
@@ -530,7 +530,7 @@ MATH_HINTS = {
     "text": SHORT.strip(),
 }
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-080
 def math_hint(r: dict, options: tuple) -> str:
     "The form in which a question of MathVista wants its answer."
     if options:
@@ -539,7 +539,7 @@ def math_hint(r: dict, options: tuple) -> str:
     number = {1: "one", 2: "two", 3: "three"}.get(places, places)
     return MATH_HINTS[r["answer_type"]].format(number, "s" * (places != 1))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-070
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-082
 def mathvista_question(r: dict, seen: dict) -> Question:
     "A row of MathVista."
     options = tuple(map(str, r["choices"] or ()))
@@ -554,13 +554,13 @@ def mathvista_question(r: dict, seen: dict) -> Question:
         extra={"answer_type": r["answer_type"], "precision": r["precision"]},
     )
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-084
 def mathvista_questions(source: Source, root=None) -> list:
     "MathVista, testmini (Lu et al. 2024), in the direct format."
     seen = {}
     return [mathvista_question(r, seen) for r in read_rows(source, root)]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-072
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-086
 MATHVISTA = parquet_benchmark(
     "mathvista",
     "mathvista",
@@ -584,7 +584,7 @@ MATHVISTA = parquet_benchmark(
     help="Mathematics in images, testmini split, direct answers.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-074
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-088
 def docvqa_questions(source: Source, root=None) -> list:
     "DocVQA, validation (Mathew et al. 2021)."
     seen = {}
@@ -598,7 +598,7 @@ def docvqa_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-076
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-090
 DOCVQA = parquet_benchmark(
     "docvqa",
     "anls",
@@ -610,7 +610,7 @@ DOCVQA = parquet_benchmark(
     help="Questions on scanned documents, validation split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-078
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-092
 BENCHMARKS = {
     b.name: b
     for b in (*SCENES, EASY_VQA, MMMU, *SCIENCEQA, MATHVISTA, AI2D, *MME, POPE, DOCVQA, GQA)
@@ -618,20 +618,20 @@ BENCHMARKS = {
 SMALL_SUITE = (*(b.name for b in SCENES), "easy-vqa")
 REAL_SUITE = tuple("mmmu sqa mathvista ai2d mme_cognition mme_perception pope docvqa gqa".split())
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-080
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-094
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name."
     check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-083
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-097
 def file_sizes(source: Source, root=None) -> list:  # of [name, bytes]
     "Names and sizes of a set's files, those of its images included."
     configs = [source.config] + ([source.images] if source.images else [])
     files = [p for config in configs for p in parquet_files(source, config, root)]
     return [[p.name, p.stat().st_size] for p in files]
 
-
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-099
 def questions_hash(
     name: str,  # of a benchmark
     split: str = "test",
@@ -643,7 +643,7 @@ def questions_hash(
     data = source if isinstance(source, str) else file_sizes(source, root)
     return content_hash([name, split, limit, data])
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-087
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-103
 @lru_cache(16)
 def load_questions(
     name: str,  # of a benchmark

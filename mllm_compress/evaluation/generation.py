@@ -71,7 +71,7 @@ class ImageFeatures:
     features: torch.Tensor  # [tiles, patches, vision hidden]
     text: str  # image tokens, as many as the projector makes
 
-
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-016
 class FeatureCache:
     "Image features by content; the least recently used are dropped beyond a number of bytes."
 
@@ -90,10 +90,10 @@ class FeatureCache:
         while self.used > self.max_bytes and len(self.kept) > 1:
             self.used -= self.kept.popitem(last=False)[1].features.nbytes
 
-
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-018
 FEATURES = FeatureCache()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-016
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-020
 @torch.inference_mode()
 def encode_images(
     model,  # MLLM
@@ -113,7 +113,7 @@ def encode_images(
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
     return [ImageFeatures(f.cpu(), text) for f, text in zip(inputs[0].split(tiles), texts)]
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-018
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-022
 def image_hash(
     image,  # PIL image or StoredImage
 ) -> str:  # 24 hexadecimal digits
@@ -124,7 +124,7 @@ def image_hash(
         about, content = f"{image.mode} {image.size}", image.tobytes()
     return hashlib.blake2b(about.encode() + b" " + content, digest_size=12).hexdigest()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-020
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-024
 class ImageEncoder:
     "The features of images for one model, from the cache where possible."
 
@@ -155,10 +155,10 @@ class ImageEncoder:
             self.cache.put(k, features)
         return found
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-024
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-028
 _PLACE = "PLACEHOLDER"
 
-
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-030
 def render_prompts(
     processor,  # with a chat template
     prompts: list,  # the user's texts
@@ -181,7 +181,7 @@ def render_prompts(
         rendered.append(before + prompt.replace(processor.image_token, "") + after)
     return rendered
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-027
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-033
 def candidate_tokens(
     processor,
     prompt_end: str,  # how every prompt ends, e.g. "ASSISTANT:"
@@ -195,7 +195,7 @@ def candidate_tokens(
     joint = "" if prompt_end[-1:].isspace() else " "
     return tuple(ids(prompt_end + joint + c)[len(ids(prompt_end)) :] for c in candidates)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-029
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
 @dataclass(frozen=True)
 class Prompt:
     "One question as token ids: the prefix shared with other questions, and the rest."
@@ -206,7 +206,7 @@ class Prompt:
     candidates: tuple  # of token id lists
     place: int  # among the questions
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-031
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
 def encode_prompts(
     processor,
     questions: list,  # of Question
@@ -227,7 +227,7 @@ def encode_prompts(
         prompts.append(Prompt(shared, own, tuple(images), candidates[tuple(q.candidates)], place))
     return prompts
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-033
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
 def pad_left(
     rows: list,  # of token id sequences
     device=None,
@@ -238,7 +238,7 @@ def pad_left(
     ids = torch.tensor(padded, dtype=torch.long, device=device).reshape(len(rows), width)
     return ids.clamp(min=0), (ids >= 0).long()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
 def run_tokens(
     parts,  # Anatomy
     x: torch.Tensor,  # [batch, tokens, hidden] embeddings of the new tokens
@@ -257,7 +257,7 @@ def run_tokens(
     ).last_hidden_state
     return parts.lm_head(hidden[:, -keep:]).float()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
 def embed_images(
     parts,  # Anatomy
     ids: torch.Tensor,  # [batch, tokens]
@@ -273,7 +273,7 @@ def embed_images(
     order = [tile for image in images for tile in places[id(image)]]
     return embed(parts, ids, torch.cat(features) if images else None, order)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
 def select_rows(
     cache: DynamicCache,
     rows: torch.Tensor,  # which, repeats allowed
@@ -284,7 +284,7 @@ def select_rows(
         [(layer.keys[rows], layer.values[rows]) for layer in cache.layers], config=config
     )
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
 @dataclass
 class Prefix:
     "Prefixes of a batch, computed once, for any number of questions."
@@ -293,7 +293,7 @@ class Prefix:
     mask: torch.Tensor  # [prefixes, tokens]
     row: dict  # (token ids, images) -> row
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
 def read_prefixes(
     parts,  # Anatomy
     prompts: list,  # of Prompt
@@ -309,7 +309,7 @@ def read_prefixes(
     run_tokens(parts, embed_images(parts, ids, images), mask, cache)
     return Prefix(cache, mask, row)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
 def read_questions(
     parts,  # Anatomy
     prefix: Prefix,
@@ -326,7 +326,7 @@ def read_questions(
     mask = torch.cat([prefix.mask[rows], own], 1)
     return run_tokens(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
 def greedy(
     parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -353,14 +353,14 @@ def greedy(
         logits = run_tokens(parts, new, mask, cache)[:, -1]
     return answers
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
 def stop_tokens(model, tokenizer) -> set:
     "Token ids that end an answer, as `generate` has them."
     stop = getattr(model.generation_config, "eos_token_id", None)
     stop = tokenizer.eos_token_id if stop is None else stop
     return set(stop if isinstance(stop, list) else [stop])
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
 def later_scores(
     parts,  # Anatomy
     mask: torch.Tensor,  # [batch, tokens] of the prompt
@@ -376,7 +376,7 @@ def later_scores(
     cache.crop(-new)
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
 
-
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
 def candidate_scores(
     parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -400,7 +400,7 @@ def candidate_scores(
                 scores[row, k] = (scores[row, k] + rest[row, : len(c) - 1].sum()) / len(c)
     return scores
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-061
 @dataclass(frozen=True)
 class Answer:
     "A model's answer to one question."
@@ -408,7 +408,7 @@ class Answer:
     text: str  # generated
     candidate: str | None  # the most likely candidate
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-063
 @torch.inference_mode()
 def answer_groups(
     parts,  # Anatomy
@@ -433,7 +433,7 @@ def answer_groups(
         ]
     return results
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-065
 def prepare(
     model,  # MLLM
     processor,  # its processor
@@ -449,12 +449,12 @@ def prepare(
     token = getattr(model.config, "image_token_id", None)
     return anatomy(model), encode_prompts(processor, questions, keys, texts, token), features
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-067
 def _by_prefix(prompt: Prompt):
     "The order of the passes."
     return -len(prompt.shared), prompt.images, prompt.shared
 
-
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-069
 def answer_questions(
     model,  # MLLM
     processor,  # its processor

@@ -18,7 +18,7 @@ def normal_quantile(level: float = 0.95) -> float:
     "Standard errors that a two-sided interval of the normal distribution reaches."
     return float(norm.ppf((1 + level) / 2))
 
-
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-008
 def student_quantile(
     freedom: int,  # degrees of freedom
     level: float = 0.95,
@@ -26,7 +26,7 @@ def student_quantile(
     "Standard errors that a two-sided interval of Student's t distribution reaches."
     return float(t.ppf((1 + level) / 2, freedom))
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-009
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-011
 def wilson(
     right: float,  # questions answered correctly
     n: int,  # questions
@@ -38,7 +38,7 @@ def wilson(
     low, high = proportion_confint(right, n, alpha=1 - level, method="wilson")
     return (float(low) if right > 0 else 0.0), (float(high) if right < n else 1.0)
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-012
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-014
 def bootstrap(
     values: np.ndarray,  # [units, k], k numbers that belong to the same unit
     strata=None,  # [units] names, or one stratum
@@ -55,12 +55,12 @@ def bootstrap(
         total = total + rng.multinomial(n, counts / n, replicates) @ distinct / n
     return total
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-016
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-018
 def is_proportion(worth: pd.DataFrame) -> bool:
     "One stratum, every unit right or wrong."
     return worth.stratum.nunique() <= 1 and bool(worth.worth.isin((0, 1)).all())
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-018
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-020
 def score_interval(
     worth: pd.DataFrame,  # columns "stratum", "worth" (0 … 1), see scorers.Scorer.worth
     scale: float = 100.0,  # the score is scale * sum over strata of the mean worth
@@ -75,7 +75,7 @@ def score_interval(
         method = "bootstrap"
     return scale * float(low), scale * float(high), method
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-022
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-024
 def mcnemar(
     only_first: int,  # questions that only the first model answered correctly
     only_second: int,
@@ -84,7 +84,7 @@ def mcnemar(
     n = only_first + only_second
     return float(binomtest(only_first, n).pvalue) if n else 1.0
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-025
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-027
 @dataclass(frozen=True)
 class Difference:
     "How much better the first of two models is, on the same questions."
@@ -100,7 +100,7 @@ class Difference:
         interval = f"[{self.low:+.1f}, {self.high:+.1f}]"
         return f"{self.value:+.1f} {interval}, p = {self.p:.2g}, n = {self.n:,} ({self.test})"
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-027
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-029
 def paired_units(
     first: pd.DataFrame, second: pd.DataFrame
 ) -> pd.DataFrame:  # columns "first", "second", "stratum"
@@ -115,7 +115,7 @@ def paired_units(
         )
     return pd.DataFrame({"first": both.worth_a, "second": both.worth_b, "stratum": both.stratum})
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-029
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-031
 def bootstrap_p(
     draws: np.ndarray,  # [replicates] means of the differences
 ) -> float:  # two-sided p
@@ -123,7 +123,7 @@ def bootstrap_p(
     smaller = min((draws <= 0).mean(), (draws >= 0).mean())
     return float(min(1.0, 2 * max(smaller, 1 / (2 * len(draws)))))
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-031
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-033
 def paired_difference(
     first: pd.DataFrame,  # columns "unit", "stratum", "worth"
     second: pd.DataFrame,  # the same units
@@ -141,7 +141,7 @@ def paired_difference(
         p, test = bootstrap_p(draws), "paired bootstrap"
     return Difference(*(scale * float(v) for v in (value, low, high)), p, len(units), test)
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-035
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-037
 def require_same_benchmarks(
     ours,  # names of benchmarks
     original,  # of the original model
@@ -153,7 +153,7 @@ def require_same_benchmarks(
             "evaluate both on the same list."
         )
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-036
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-038
 def avg_percent(
     rows: pd.DataFrame,  # of a compressed model: columns "benchmark", "score"
     dense: pd.DataFrame,  # of the original on the same benchmarks
@@ -163,7 +163,7 @@ def avg_percent(
     require_same_benchmarks(ours.index, original.index)
     return float(100 * (ours / original).mean())
 
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-038
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-040
 def avg_percent_interval(
     first: dict,  # benchmark -> units of the compressed model
     dense: dict,  # benchmark -> units of the original

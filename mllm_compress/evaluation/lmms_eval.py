@@ -153,7 +153,7 @@ def check_arguments(dtype: str, unknown: dict) -> None:
         )
     check_choice("dtype", dtype, DTYPES)
 
-
+# %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-027
 def load_checkpoint(
     pretrained: str,  # folder of save_pruned, or a name, folder or hub id for zoo.load_model
     device: torch.device,
@@ -164,7 +164,7 @@ def load_checkpoint(
     dtype = None if dtype == "auto" else getattr(torch, dtype)
     return load(str(pretrained), device=str(device), dtype=dtype)[:2]
 
-# %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-027
+# %% ../../nbs/library/evaluation/06_lmms_eval.ipynb #cell-029
 class CompressedModel(lmms):
     "A checkpoint of this package, or any model of the zoo, for lmms-eval."
 

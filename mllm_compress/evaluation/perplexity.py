@@ -71,7 +71,7 @@ class TextProcessor:
         plain = [{"role": m["role"], "content": text} for m, text in zip(messages, texts)]
         return self.tokenizer.apply_chat_template(plain, tokenize=False, **options)
 
-
+# %% ../../nbs/library/evaluation/08_perplexity.ipynb #cell-010
 def as_processor(processor):
     "The processor, or a tokenizer that stands for one."
     return processor if hasattr(processor, "image_processor") else TextProcessor(processor)

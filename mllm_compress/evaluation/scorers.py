@@ -80,7 +80,7 @@ _LETTER = [
     re.compile(r"(?i:\banswer\s*(?:is|:)?\s*(?:option\s*)?)\(?([A-Z])\b"),  # The answer is B.
 ]
 
-
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-022
 def read_letter(
     text: str,  # what the model wrote
     options: list,  # the texts behind the letters
@@ -95,7 +95,7 @@ def read_letter(
     named = [i for i, o in enumerate(options) if str(o).strip().rstrip(".").lower() == bare]
     return allowed[named[0]] if len(named) == 1 else None
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-022
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-024
 def letter(
     text: str,  # what the model wrote
     question: dict,  # needs "answer": a letter, and "options": texts
@@ -104,7 +104,7 @@ def letter(
     parsed = read_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-025
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-027
 def read_mmmu_letter(
     text: str,  # what the model wrote
     options: list,  # the texts behind the letters
@@ -127,7 +127,7 @@ def read_mmmu_letter(
     hits = {c: text.lower().rfind(str(o).lower()) for c, o in zip(letters, options)}
     return max(hits, key=hits.get) if max(hits.values()) >= 0 else None
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-028
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-030
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _NUMBERS = (
     r"-?\b\d{1,3}(?:,\d{3})+\b",
@@ -135,7 +135,7 @@ _NUMBERS = (
     r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
 )
 
-
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-032
 def normal_forms(text: str) -> list:
     "A number rounded to two decimals, or a lower-case string; single letters with a space."
     text = text.strip()
@@ -145,7 +145,7 @@ def normal_forms(text: str) -> list:
         text = text.lower()
     return [" " + text, text + " "] if len(text) == 1 else [text]
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-030
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-034
 def key_phrases(text: str) -> list:
     "The shortest tail behind a key word of each sentence, or the whole text."
     text, found = text.strip().strip(".").lower(), []
@@ -160,14 +160,14 @@ def key_phrases(text: str) -> list:
             found.append(best)
     return found or [text]
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-032
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-036
 def same_form(expected, given) -> bool:
     "Whether a given form contains the expected string or equals the expected number."
     if isinstance(given, str) and isinstance(expected, str):
         return expected in given
     return expected == given
 
-
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-038
 def mmmu_open(
     text: str,  # what the model wrote
     question: dict,  # needs "answer": a string or a list of strings
@@ -181,7 +181,7 @@ def mmmu_open(
     right = any(same_form(e, g) for g in given for e in expected)
     return judged(text.strip() and str(given[0]) or None, right)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-034
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-040
 def mmmu(
     text: str,  # what the model wrote
     question: dict,  # needs "answer", "options" (none for an open question)
@@ -192,7 +192,7 @@ def mmmu(
     parsed = read_mmmu_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-037
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-043
 def edit_distance(a: str, b: str) -> int:
     "Levenshtein distance."
     row = list(range(len(b) + 1))
@@ -202,12 +202,12 @@ def edit_distance(a: str, b: str) -> int:
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-039
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-045
 def tidy(text: str) -> str:
     "Lower case, single spaces."
     return " ".join(str(text).lower().split())
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-041
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-047
 def anls(
     text: str,  # what the model wrote
     question: dict,  # needs "answer": list of accepted answers
@@ -220,7 +220,7 @@ def anls(
     ]
     return Judgement(parsed or None, 1 - min(distances) if parsed and min(distances) < 0.5 else 0.0)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-045
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-051
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|-?\.\d+")
 
 
@@ -229,7 +229,7 @@ def last_number(text: str) -> float | None:
     found = [n.replace(",", "") for n in _NUMBER.findall(text)]
     return float(found[-1]) if found else None
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-047
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-053
 def last_list(text: str) -> list | None:
     "The last Python list of numbers in a text."
     for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
@@ -239,7 +239,7 @@ def last_list(text: str) -> list | None:
             continue
     return None
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-049
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-055
 def read_math(
     text: str,  # what the model wrote
     question: dict,  # needs "options", "answer_type", "precision"
@@ -257,7 +257,7 @@ def read_math(
         return None
     return int(number) if kind == "integer" else round(number, int(question["precision"] or 0))
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-051
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-057
 def mathvista(
     text: str,  # what the model wrote
     question: dict,  # needs "answer" and what read_math needs
@@ -275,7 +275,7 @@ def mathvista(
         expected = round(expected, int(question["precision"] or 0))
     return judged(str(parsed), parsed == expected)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-054
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-060
 def question_worth(
     frame: pd.DataFrame,  # one row a question, columns "id", "value"
 ) -> pd.DataFrame:  # columns "unit", "stratum", "worth" (0 … 1)
@@ -283,7 +283,7 @@ def question_worth(
     worth = frame.value.to_numpy(float)
     return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": worth})
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-056
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-062
 def pair_worth(
     frame: pd.DataFrame,  # columns "group", "value", and "subtask" where there are several
 ) -> pd.DataFrame:  # columns "unit", "stratum", "worth", "acc", "plus"
@@ -310,19 +310,19 @@ def pair_worth(
         }
     )
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-060
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-066
 def mean_score(frame: pd.DataFrame) -> dict:
     "Mean value in percent."
     return {"score": 100 * float(frame.value.mean())}
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-062
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-068
 def yes_no_score(frame: pd.DataFrame) -> dict:
     "Accuracy, with POPE's F1 of the answer yes and the share of answers yes."
     given, true = frame.parsed == "yes", frame.answer.str.strip().str.lower() == "yes"
     f1 = 2 * (given & true).sum() / max(given.sum() + true.sum(), 1)
     return mean_score(frame) | {"f1": 100 * float(f1), "yes_rate": 100 * float(given.mean())}
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-064
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-070
 def paired_score(frame: pd.DataFrame) -> dict:
     "(acc + acc+) / 2 in percent, and its components: MME's score of one subtask."
     pairs = pair_worth(frame)
@@ -332,7 +332,7 @@ def paired_score(frame: pd.DataFrame) -> dict:
         "acc_plus": 100 * float(pairs.plus.mean()),
     }
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-066
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-072
 def mme_score(frame: pd.DataFrame) -> dict:
     "MME's score: the sum over subtasks of acc + acc+, each 0 … 100."
     pairs = pair_worth(frame).groupby("stratum")[["acc", "plus"]].mean() * 100
@@ -342,23 +342,23 @@ def mme_score(frame: pd.DataFrame) -> dict:
         "acc_plus": float(pairs.plus.mean()),
     }
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-070
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-076
 def _plain(text) -> str:
     "Lower case without punctuation, as lmms-eval's exact_match compares."
     return str(text).strip().lower().translate(_NO_PUNCTUATION)
 
-
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-078
 def harness_exact(text: str, question: dict) -> Judgement:
     "lmms-eval's exact_match: case and punctuation ignored."
     return judged(_plain(text), _plain(text) == _plain(question["answer"]))
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-072
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-080
 def harness_yes_no(text: str, question: dict) -> Judgement:
     "lmms-eval's POPE: the bare word, so that 'Yes.' is wrong."
     word = text.lower().strip()
     return judged(word, word == question["answer"].lower().strip())
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-074
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-082
 def harness_mme(text: str, question: dict) -> Judgement:
     "lmms-eval's MME: full stops dropped, y and n understood."
     word = text.lower().strip().replace(".", "")
@@ -366,20 +366,20 @@ def harness_mme(text: str, question: dict) -> Judgement:
     parsed = "yes" if "yes" in head else "no" if "no" in head else None
     return judged(parsed, parsed == question["answer"].lower().strip().replace(".", ""))
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-076
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-084
 def harness_letter(text: str, question: dict) -> Judgement:
     "lmms-eval's ScienceQA: 'B', 'b' or 'B. …' and nothing else."
     text = text.strip()
     read = text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text.upper()
     return judged(read, read == question["answer"])
 
-
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-086
 def harness_diagram(text: str, question: dict) -> Judgement:
     "lmms-eval's AI2D: the letter of 'B. …', else its exact_match."
     found = re.match(r"\s*([A-Z])\.", text)
     return harness_exact(found[1] if found else text, question)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-078
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-088
 def harness_mmmu(text: str, question: dict) -> Judgement:
     "lmms-eval's MMMU; where it draws a letter, the expected value of the draw."
     if not question["options"]:
@@ -389,7 +389,7 @@ def harness_mmmu(text: str, question: dict) -> Judgement:
         return Judgement(None, 1 / len(question["options"]))
     return judged(parsed, parsed == question["answer"])
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-080
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-090
 def harness_anls(text: str, question: dict) -> Judgement:
     "lmms-eval's ANLS: lengths before tidying, and one half is kept."
     text = text.strip()
@@ -399,7 +399,7 @@ def harness_anls(text: str, question: dict) -> Judgement:
     similarity = 1 - min(distances)
     return Judgement(tidy(text), similarity if similarity >= 0.5 else 0.0)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-082
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-092
 def harness_option(text: str, options: list) -> str:
     "lmms-eval's reading of an option in MathVista: its letter in brackets, else the closest text."
     found = re.findall(r"\(([a-zA-Z])\)", text)
@@ -408,7 +408,7 @@ def harness_option(text: str, options: list) -> str:
         return options[LETTERS.index(read)]
     return min(options, key=lambda o: edit_distance(read, o))
 
-
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-094
 def harness_number(text: str, question: dict) -> str | None:
     "lmms-eval's reading of a number in MathVista."
     try:
@@ -418,7 +418,7 @@ def harness_number(text: str, question: dict) -> str | None:
     except (ValueError, TypeError, OverflowError):
         return None  # the sets hold the precision as a float, which round refuses
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-084
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-096
 def harness_mathvista(text: str, question: dict) -> Judgement:
     "lmms-eval's MathVista without a judge model: text equality, closest option, no decimals."
     parsed, options = text.strip(), list(map(str, question["options"]))
@@ -428,7 +428,7 @@ def harness_mathvista(text: str, question: dict) -> Judgement:
         parsed = harness_number(parsed, question)
     return judged(parsed, parsed == str(question["answer"]).strip())
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-086
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-098
 @dataclass(frozen=True)
 class Scorer:
     "How one kind of answer is read and how its values become a score."
@@ -448,7 +448,7 @@ class Scorer:
         judge = self.harness if compat and self.harness else self.judge
         return judge(text, question)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-088
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-100
 SCORERS = {
     "exact": Scorer(
         exact,
@@ -479,7 +479,7 @@ SCORERS = {
     ),
 }
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-090
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-102
 SCORERS["mme_pairs"] = Scorer(
     mme_yes_no,
     paired_score,

@@ -117,7 +117,7 @@ def random_scores(
     meta = {"seed": seed, "model_type": parts.text_config.model_type}
     return WidthScores(draw(parts.groups), draw(parts.neurons), "random", meta)
 
-
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-018
 def random_layers(
     model,
     batches: list | None = None,  # not needed
@@ -128,7 +128,7 @@ def random_layers(
     generator = torch.Generator().manual_seed(seed)
     return LayerScores(torch.rand(layers, generator=generator), "random", {"seed": seed})
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-020
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-022
 @dataclass(frozen=True)
 class Criterion:
     "One way to score layers, or heads and neurons."
@@ -139,7 +139,7 @@ class Criterion:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-022
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-024
 _LAYERWISE = {
     "block_influence": Criterion(
         block_influence,
@@ -164,7 +164,7 @@ _LAYERWISE = {
     ),
 }
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-024
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-026
 _WIDTHWISE = {
     "taylor": Criterion(
         taylor,
@@ -196,7 +196,7 @@ _WIDTHWISE = {
     ),
 }
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-026
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-028
 _TAYLOR_ORDERS = {
     "taylor_vectorize": Criterion(
         partial(taylor, order="vectorize"),
@@ -221,7 +221,7 @@ _TAYLOR_ORDERS = {
     ),
 }
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-028
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-030
 _CURVATURE = {
     "gauss_newton": Criterion(
         gauss_newton,
@@ -237,7 +237,7 @@ CRITERIA = {
     for name, row in rows.items()
 }  # (pruning, name) -> Criterion
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-031
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-033
 def criterion(
     prunes: str,  # layerwise or widthwise
     name: str,
@@ -248,13 +248,13 @@ def criterion(
     check_choice(f"{prunes} criterion", name, names)
     return names[name]
 
-
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-035
 def _options(row: Criterion) -> dict:
     "The options of a criterion: its function's parameters besides the model and the batches."
     known = inspect.signature(row.function).parameters
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-033
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-037
 def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
@@ -262,7 +262,7 @@ def criteria_of(
     needed = lambda row: [k for k, p in _options(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-036
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-040
 def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
     "The scores of one criterion; an unknown name or option is a ValueError."
     row = criterion(prunes, name)
@@ -271,7 +271,7 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     return with_record(row.function(model, batches, **options), model)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-038
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-042
 def measure(
     prunes: str,  # layerwise or widthwise
     name: str,  # of the criterion
@@ -285,7 +285,7 @@ def measure(
         options["seed"] = seed
     return _score(prunes, name, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-041
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
 def width_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
@@ -295,7 +295,7 @@ def width_importance(
     "Scores of the heads and neurons of every layer; lower goes first."
     return _score("widthwise", method, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-049
 def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
@@ -303,7 +303,7 @@ def whole_layers(
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-047
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-051
 def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none

@@ -210,7 +210,7 @@ def token_kinds(
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-039
 _KINDS = ("image", "prompt", "answer")
 
-
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-041
 def check_token_weights(token_weights) -> None:
     "None, 'balanced', or a dict from kind to a number >= 0; all else is a ValueError."
     if token_weights is None or token_weights == "balanced":
@@ -223,7 +223,7 @@ def check_token_weights(token_weights) -> None:
             f"{', '.join(_KINDS)} and values >= 0."
         )
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-041
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-043
 def position_weights(
     batch: dict,
     image_token_id: int | None,
@@ -236,7 +236,7 @@ def position_weights(
         return sum(k / k.sum(1, keepdim=True).clamp_min(1) for k in kinds.values())
     return sum(k * float((token_weights or {}).get(name, 1)) for name, k in kinds.items()).float()
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-045
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-047
 def mean_weights(
     batch: dict,
     image_token_id: int | None,
@@ -253,7 +253,7 @@ def mean_weights(
         )
     return weights / total
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-048
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-050
 def add_channels(
     parts: Anatomy,  # of the scored model
     channels: dict,  # (layer, slot name) -> [channels], along the slot's unit axis
@@ -273,7 +273,7 @@ def add_channels(
     meta = {"model_type": parts.text_config.model_type} | meta
     return WidthScores(units["head"], units["neuron"], kind, meta)
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-052
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-054
 _SAMPLED = 256  # weights of every tensor
 
 
@@ -289,7 +289,7 @@ def weights_sample(
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-056
 def model_record(
     model,  # MLLM or causal LM, on any device; on meta without its weights
 ) -> dict:  # of JSON values
@@ -306,7 +306,7 @@ def model_record(
         record["weights"] = weights_sample(parts.layers.named_parameters())
     return record
 
-
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-058
 def with_record(
     scores,  # LayerScores or WidthScores
     model,  # that they were computed on
@@ -314,7 +314,7 @@ def with_record(
     "The same scores, with the record of their model."
     return replace(scores, meta=scores.meta | {"model": model_record(model)})
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-053
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-059
 def check_record(
     scores,  # LayerScores or WidthScores
     ours: dict,  # model_record of the model to be pruned
@@ -329,7 +329,7 @@ def check_record(
                 "Score this model itself, in this dtype."
             )
 
-
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-061
 def _short(value) -> str:
     "A value of a record in a few words."
     if not isinstance(value, list):

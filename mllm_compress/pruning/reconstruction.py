@@ -94,16 +94,16 @@ def squared_error(moments: Moments, weight, offset, bias: bool) -> float:
     left = r - weight @ x - offset if bias else torch.zeros_like(r)
     return max(0.0, (error + moments.weight * (left @ left)).item())
 
-
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-014
 def relative_error(moments: Moments, weight, offset, bias: bool) -> float:
     "The error as a fraction of the norm of the states aimed at."
     return (squared_error(moments, weight, offset, bias) / moments.scale) ** 0.5
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-014
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-016
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # candidates for λ
 HELD = 4  # one sample in so many is held out
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-016
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-018
 def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new sample
     "Rows that follow each other with the same picture belong to one sample."
     ids, pixels = batch["input_ids"], batch.get("pixel_values")
@@ -111,7 +111,7 @@ def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new
         return [True] * len(ids)
     return [k == 0 or not torch.equal(pixels[k], pixels[k - 1]) for k in range(len(ids))]
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-018
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-020
 def fit_projection(
     train: Moments,
     held: Moments,
@@ -128,7 +128,7 @@ def fit_projection(
         ridge = RIDGES[errors.index(error)]
     return *solve_ridge(both, weight, ridge, bias), ridge, error
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-020
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-022
 @contextmanager
 def recording(layers, calls: list):
     "Layers pass their input on; (hidden state, keyword arguments) of each call go to `calls`."
@@ -150,7 +150,7 @@ def recording(layers, calls: list):
             if before is not None:
                 layer.forward = before
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-022
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-024
 @dataclass
 class Stream:
     "One calibration batch on its way through both models."
@@ -163,7 +163,7 @@ class Stream:
     middle: torch.Tensor | None = None  # dense stream between attention and MLP
     target: torch.Tensor | None = field(default=None, repr=False)  # what the layer aims at
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-024
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-026
 def first_states(model, batch: dict) -> list:
     "What each decoder layer is called with; all hidden states are those of the embedding."
     calls = []
@@ -171,12 +171,12 @@ def first_states(model, batch: dict) -> list:
         model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
     return calls
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-025
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-027
 def working_dtype(model) -> torch.dtype:
     "float32, or float64 for a float64 model."
     return torch.promote_types(model.dtype, torch.float32)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-027
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-029
 def open_streams(
     small: PreTrainedModel,
     dense: PreTrainedModel,
@@ -198,7 +198,7 @@ def open_streams(
         streams.append(Stream(float_(calls[0][0]), float_(pruned), kwargs, real, held))
     return streams
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-029
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-031
 @torch.no_grad()
 def run_layer(
     parts: Anatomy,
@@ -229,7 +229,7 @@ def run_layer(
         )
     return inputs, outputs, after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-031
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-033
 @torch.no_grad()
 def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, call: dict) -> bool:
     "Whether attention and MLP read the same state (Phi) instead of one after the other."
@@ -252,7 +252,7 @@ def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, ca
             hook.remove()
     return read[parts.family.attention] is read[parts.family.mlp]
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-033
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-035
 @contextmanager
 def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
     "The layer, or a copy of it in `dtype`, in evaluation mode."
@@ -260,7 +260,7 @@ def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
     with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
         yield layer
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-035
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-037
 def advance_dense(
     parts: Anatomy,  # of the dense model
     streams: list,
@@ -275,7 +275,7 @@ def advance_dense(
                     s.middle = s.dense + next(iter(outputs.values()))
                 s.dense = after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-037
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-039
 def stage_moments(
     parts: Anatomy,  # of the pruned model
     i: int,  # layer of the dense model
@@ -303,14 +303,14 @@ def stage_moments(
         )
     return moments
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-039
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-041
 def stacked(modules: list) -> tuple:  # W₀ [hidden, channels], b₀ [hidden], float64; has a bias
     "The projections of one stage as a single one."
     biases = [m.bias.detach().double() for m in modules if m.bias is not None]
     weight = torch.cat([m.weight.detach().double() for m in modules], 1)
     return weight, sum(biases, torch.zeros_like(weight[:, 0])), bool(biases)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-041
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-043
 @torch.no_grad()
 def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> None:
     "Put a joint weight and bias into the projections."
@@ -321,7 +321,7 @@ def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> Non
     if biased:
         biased[-1].bias.copy_(offset - sum(m.bias.double() for m in biased[:-1]))
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
 def fit_stage(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -343,7 +343,7 @@ def fit_stage(
     row |= dict(ridge=chosen, before=relative_error(both, before, offset, bias))
     return row | dict(after=relative_error(both, weight, b, bias), held_out=held)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-043
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-045
 def fit_layer(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -365,10 +365,10 @@ def fit_layer(
             s.pruned = run_layer(parts, i, layer, s.pruned, s.calls[i])[2]
     return rows
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-045
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-047
 SINK = 20  # times the median length of a state
 
-
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-049
 @torch.no_grad()
 def lost_sinks(streams: list) -> int:
     "Tokens whose state is very long in the dense model and less than half of it after pruning."
@@ -378,7 +378,7 @@ def lost_sinks(streams: list) -> int:
     )
     return int(((dense > SINK * dense.median()) & (pruned < dense / 2)).sum())
 
-
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-051
 def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
     "One warning for all layers in which sinks were lost."
     lost = {i: n for i, n in lost.items() if n}
@@ -391,11 +391,11 @@ def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
             stacklevel=3,
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-047
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-053
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
 KINDS = ("heads", "neurons")
 
-
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-055
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
@@ -413,7 +413,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             f"plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-049
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-057
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     parts = anatomy(small)
@@ -437,7 +437,7 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
             f"choosing the ridge takes at least {HELD} samples; give more, or a ridge such as 0.1."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-051
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-059
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`

@@ -61,7 +61,7 @@ def check_ratio(ratio: float) -> None:
             "it is the fraction of LM-decoder parameters to remove."
         )
 
-
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-019
 def nearest_prefix(
     costs: torch.Tensor,  # [steps] parameters removed by each step, in order
     target: float,  # parameters to remove
@@ -70,7 +70,7 @@ def nearest_prefix(
     reached = torch.cat([torch.zeros(1, dtype=torch.float64), costs.double().cumsum(0)])
     return int((reached - target).abs().argmin())
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-020
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-022
 def check_reachable(ratio: float, most: float, remedy: str) -> None:
     "ValueError with the largest ratio that can be reached."
     if ratio > most + 1e-12:
@@ -79,7 +79,7 @@ def check_reachable(ratio: float, most: float, remedy: str) -> None:
             f"of the LM decoder. {remedy}"
         )
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-022
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-024
 def reference_count(
     channels: int,  # C, width of the layer
     channel_ratio: float,  # fraction of channels to remove
@@ -88,7 +88,7 @@ def reference_count(
     "Units the original implementation removes (its rounding, kept bit for bit)."
     return (channels - int(channels * (1 - channel_ratio))) // per_unit
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-026
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-028
 def _allowed_counts(
     units: int,  # present
     step: int,  # kept counts are multiples of this
@@ -96,7 +96,7 @@ def _allowed_counts(
     "Counts that may be kept, descending, from all units to the fewest."
     return [units] + list(range((units - 1) // step * step, 0, -step))
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-028
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-030
 def removal_path(
     sizes: dict,  # layer -> LayerSize of the layers that may lose units
     steps: dict,  # "heads" and "neurons" -> kept counts are multiples of this
@@ -117,7 +117,7 @@ def removal_path(
     order = torch.argsort(torch.cat(due), stable=True)
     return {name: torch.cat(parts)[order] for name, parts in columns.items()}
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-032
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-034
 def rounded_steps(
     round_to: int,  # channels
     group_channels: int,  # query channels of one group
@@ -127,7 +127,7 @@ def rounded_steps(
         raise ValueError(f"round_to must be at least 1, not {round_to}.")
     return {"heads": round_to // gcd(round_to, group_channels), "neurons": round_to}
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-034
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-036
 def solve_budget(
     sizes: dict,  # layer -> LayerSize of the layers that may lose units
     target: int,  # parameters to remove
@@ -143,7 +143,7 @@ def solve_budget(
         counts[("heads", "neurons")[kind]][layer] = kept
     return {k: {i: v[first] for i in sizes} if uniform and v else v for k, v in counts.items()}
 
-# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-036
+# %% ../../nbs/library/pruning/01_sizes.ipynb #cell-038
 def check_budget(
     sizes: dict,  # layer -> LayerSize of the layers that may lose units
     steps: dict,  # see rounded_steps

@@ -94,7 +94,7 @@ def sample_lengths(
 # %% ../../nbs/library/recovery/07_batches.ipynb #cell-018
 CPU_PASS = 8  # samples of a forward pass on a CPU
 
-
+# %% ../../nbs/library/recovery/07_batches.ipynb #cell-020
 def passes_per_step(
     config: RecoveryConfig,
     samples: int,  # in the data

@@ -31,7 +31,7 @@ def split_state(
         tensors |= {f"{i}.{k}": v.contiguous() for k, v in entry.items() if torch.is_tensor(v)}
     return tensors, {"state": rest, "param_groups": state["param_groups"]}
 
-
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-007
 def join_state(tensors: dict, rest: dict) -> dict:
     "The inverse of split_state."
     state = {int(i): dict(entry) for i, entry in rest["state"].items()}
@@ -40,7 +40,7 @@ def join_state(tensors: dict, rest: dict) -> dict:
         state[int(i)][name] = tensor
     return {"state": state, "param_groups": rest["param_groups"]}
 
-# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-007
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-009
 def random_state() -> dict:
     "States of the generators of Python, NumPy and torch, as JSON values."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -52,7 +52,7 @@ def random_state() -> dict:
         "cuda": [s.numpy().tobytes().hex() for s in cuda],
     }
 
-
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-011
 def set_random_state(state: dict) -> None:
     "The inverse of random_state."
     tensor = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
@@ -63,10 +63,10 @@ def set_random_state(state: dict) -> None:
     if torch.cuda.is_available() and state["cuda"]:
         torch.cuda.set_rng_state_all([tensor(s) for s in state["cuda"]])
 
-# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-010
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-014
 FILES = ("weights.safetensors", "optimizer.safetensors", "run_state.json", "trainer_state.json")
 
-
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-016
 def write_checkpoint(
     folder: Path,  # to write; it must not exist
     weights: dict,  # name -> tensor
@@ -87,7 +87,7 @@ def write_checkpoint(
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
-
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-018
 def checkpoints(
     folder,  # of a run
 ) -> list:  # of paths, oldest first
@@ -95,7 +95,7 @@ def checkpoints(
     found = [p for p in Path(folder).glob("checkpoint-*") if (p / FILES[3]).exists()]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
-# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-013
+# %% ../../nbs/library/recovery/09_checkpoints.ipynb #cell-021
 class ResumableTrainer(Trainer):
     "A Trainer whose checkpoints are complete or absent, and hold no pickle."
 

@@ -87,7 +87,7 @@ LEARNING_RATES = {  # train, or "lora" -> objective -> lr; "default" for objecti
     "lora": {"default": 2e-5},  # the paper, section 4.1
 }
 
-
+# %% ../../nbs/library/recovery/02_config.ipynb #cell-013
 def learning_rate(
     config: RecoveryConfig,
     table: dict = LEARNING_RATES,  # its objectives are spelled as by canonical_objective
@@ -98,7 +98,7 @@ def learning_rate(
     rates = table["lora" if config.lora else config.train]
     return rates.get(canonical_objective("+".join(config.losses)), rates["default"])
 
-# %% ../../nbs/library/recovery/02_config.ipynb #cell-014
+# %% ../../nbs/library/recovery/02_config.ipynb #cell-016
 _COMMON = dict(
     losses={"sft": 0.5, "hidden_kd": 0.5},
     lr=2e-5,

@@ -159,7 +159,7 @@ COMBINED_LOOKS = {
     "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1))),
 }
 
-
+# %% ../../nbs/library/recovery/01_losses.ipynb #cell-029
 def objective_look(
     name: str,  # "none", or losses joined by plus signs in any order
 ) -> Look:
@@ -174,7 +174,7 @@ def objective_look(
     place = sum(2**i for i, loss in enumerate(LOSSES) if loss in parts)
     return Look(label, OLIVE if "sft" in parts else GREY, "hp8H>"[place % 5], DOTTED)
 
-# %% ../../nbs/library/recovery/01_losses.ipynb #cell-030
+# %% ../../nbs/library/recovery/01_losses.ipynb #cell-032
 @dataclass(frozen=True)
 class TrainedParts:
     "Parts of an MLLM that a recovery trains: one row of TRAINS."
@@ -182,7 +182,7 @@ class TrainedParts:
     look: Look  # how it is named and drawn
     help: str  # for the command line
 
-# %% ../../nbs/library/recovery/01_losses.ipynb #cell-032
+# %% ../../nbs/library/recovery/01_losses.ipynb #cell-034
 TRAINS = {
     "projector": TrainedParts(
         Look("projector only", ORANGE, "v", DASHDOTTED), "the projector; the LM decoder is frozen"
@@ -192,7 +192,7 @@ TRAINS = {
     ),
 }
 
-# %% ../../nbs/library/recovery/01_losses.ipynb #cell-034
+# %% ../../nbs/library/recovery/01_losses.ipynb #cell-036
 def answer_positions(
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
 ) -> tuple:  # mask [batch, tokens]; targets [positions in the mask]
@@ -201,7 +201,7 @@ def answer_positions(
     mask = following.ne(-100)
     return mask, following[mask]
 
-# %% ../../nbs/library/recovery/01_losses.ipynb #cell-038
+# %% ../../nbs/library/recovery/01_losses.ipynb #cell-040
 POSITIONS = ("answer", "all")  # where distillation compares
 COUNTS = ("answers", "positions", "rows")
 
@@ -214,7 +214,7 @@ def batch_counts(
     sizes = (torch.tensor(n, device=labels.device) for n in (labels.numel(), len(labels)))
     return torch.stack([answers, *sizes])
 
-# %% ../../nbs/library/recovery/01_losses.ipynb #cell-040
+# %% ../../nbs/library/recovery/01_losses.ipynb #cell-042
 def loss_terms(
     losses: dict,  # name -> weight
     state: dict,  # name -> tensor, for every name that the losses need

@@ -27,7 +27,7 @@ def whole(
         tensor = tensor.full_tensor()
     return tensor.detach().cpu() if torch.is_tensor(tensor) else tensor
 
-
+# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-007
 def sliced(
     tensor: torch.Tensor,  # whole
     like: torch.Tensor,  # a slice of a tensor of the same shape, or a plain tensor
@@ -37,7 +37,7 @@ def sliced(
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
-# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-011
+# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-013
 def shape_of(
     module: nn.Module,
 ) -> nn.Module:  # its parameters on the meta device
@@ -45,7 +45,7 @@ def shape_of(
     empty = lambda p: nn.Parameter(p.detach().to("meta"), p.requires_grad)
     return copy.deepcopy(module, {id(p): empty(p) for p in module.parameters()})
 
-# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-015
+# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-017
 class ShardedTrainer(RecoveryTrainer):
     "A RecoveryTrainer for FSDP: whole checkpoints, a whole model at the end."
 
@@ -82,7 +82,7 @@ class ShardedTrainer(RecoveryTrainer):
             entry = self.optimizer.state[p]
             entry.update({k: sliced(v, p.data) for k, v in entry.items() if torch.is_tensor(v)})
 
-# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-017
+# %% ../../nbs/library/recovery/11_sharded.ipynb #cell-019
 def trainer_class(
     args,  # TrainingArguments
 ) -> type:

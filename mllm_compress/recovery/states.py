@@ -38,7 +38,7 @@ def image_features(
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-009
 SHARED_PREFIX = "shared_prefix"
 
-
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-011
 def shared_prefix(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, first_row=None, **kwargs
 ):
@@ -61,7 +61,7 @@ def shared_prefix(
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix)
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-011
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-013
 @contextlib.contextmanager
 def use_attention(
     model: nn.Module,
@@ -83,7 +83,7 @@ def use_attention(
         if name:
             switch(before)
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-013
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-015
 @contextlib.contextmanager
 def last_layer_at(
     parts: Anatomy,
@@ -112,7 +112,7 @@ def last_layer_at(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-015
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-017
 @contextlib.contextmanager
 def layer_outputs(
     layers: nn.ModuleList,
@@ -134,7 +134,7 @@ def layer_outputs(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-017
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-019
 def _as_added(mask, attention: str):  # [batch, 1, tokens, keys] or None
     "The mask in numbers, where it is Boolean and the attention implementation adds it."
     if mask is None or mask.dtype != torch.bool:
@@ -145,7 +145,7 @@ def _as_added(mask, attention: str):  # [batch, 1, tokens, keys] or None
     zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.bfloat16)
     return zeros.masked_fill(~mask, torch.finfo(torch.bfloat16).min)
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-019
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-021
 def decoder_states(
     parts: Anatomy,
     batch: dict,  # input_ids, attention_mask and position_ids if any, as a collator returns them

@@ -87,7 +87,7 @@ def lora_targets(
         )
     return names
 
-
+# %% ../../nbs/library/recovery/05_student.ipynb #cell-011
 def add_lora(
     model: nn.Module,  # changed in place
     options: dict,  # of peft's LoraConfig
@@ -102,7 +102,7 @@ def add_lora(
         projector.requires_grad_(True)
     return adapted
 
-# %% ../../nbs/library/recovery/05_student.ipynb #cell-012
+# %% ../../nbs/library/recovery/05_student.ipynb #cell-014
 def adapter_tensors(
     adapted: nn.Module,  # a peft model
 ) -> dict:  # name -> tensor, on the CPU
@@ -110,7 +110,7 @@ def adapter_tensors(
     state = get_peft_model_state_dict(adapted)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
-
+# %% ../../nbs/library/recovery/05_student.ipynb #cell-016
 def with_adapters(
     model: nn.Module,  # changed in place
     options: dict,  # of peft's LoraConfig, as they were trained

@@ -28,19 +28,19 @@ class NonFiniteLoss(FloatingPointError):
             "Look at these samples, lower lr, or train in float32."
         )
 
-
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-007
 def _stop(trainer, what: str):
     "Stop with the samples of the batch and the last good checkpoint."
     found = checkpoints(trainer.args.output_dir)
     ids = _sample_ids(trainer, trainer.current)
     raise NonFiniteLoss(what, trainer.state.global_step, ids, found[-1] if found else None)
 
-
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-009
 def _sample_ids(trainer, index: list) -> list:
     "The ids of some samples, or their numbers where they have none."
     return [trainer.ids[i] for i in index] if trainer.ids else index
 
-# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-007
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-011
 def _step_counts(trainer, batches: list, device) -> torch.Tensor:  # [3], see batch_counts
     "Counts over all passes and processes of a step; ValueError where nothing is supervised."
     counts = torch.stack([batch_counts(batch["labels"]) for batch in batches]).sum(0).to(device)
@@ -56,7 +56,7 @@ def _step_counts(trainer, batches: list, device) -> torch.Tensor:  # [3], see ba
         )
     return counts
 
-# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-009
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-013
 def _step_loss(trainer, model, inputs: dict, counts: torch.Tensor) -> torch.Tensor:
     "The weighted sum of the loss terms of one forward pass."
     trainer.current = inputs["index"].tolist()
@@ -71,7 +71,7 @@ def _step_loss(trainer, model, inputs: dict, counts: torch.Tensor) -> torch.Tens
     trainer.terms += terms.detach()
     return loss * trainer.accelerator.num_processes
 
-# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-011
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-015
 def _mean_terms(trainer) -> dict:  # name -> value
     "The terms since they were last logged, per step."
     last = getattr(trainer, "logged", trainer._initial_global_step)
@@ -80,7 +80,7 @@ def _mean_terms(trainer) -> dict:  # name -> value
     trainer.terms.zero_()
     return dict(zip(trainer.student.losses, terms.tolist()))
 
-# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-013
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-017
 class _Progress(TrainerCallback):
     "One bar per run, on the main process."
 
@@ -104,7 +104,7 @@ class _Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-015
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-019
 class RecoveryTrainer(ResumableTrainer):
     "A Trainer whose model is a Student and whose batches come with a Teacher."
 

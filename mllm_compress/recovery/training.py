@@ -62,7 +62,7 @@ def _on_cpu(device) -> bool:
         return not torch.accelerator.is_available()
     return torch.device(device).type == "cpu"
 
-
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-011
 def _arguments(config: RecoveryConfig, folder, save_every, device) -> dict:
     "TrainingArguments for a run, by name."
     return dict(
@@ -90,7 +90,7 @@ def _arguments(config: RecoveryConfig, folder, save_every, device) -> dict:
         ddp_find_unused_parameters=False,
     )
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-011
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-013
 def training_arguments(
     config: RecoveryConfig,
     folder,  # of checkpoints
@@ -114,7 +114,7 @@ def training_arguments(
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-015
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-017
 def _claim(folder: Path, run: dict) -> None:
     "Write what a folder's run is, or check that it is this one."
     path = folder / "run.json"
@@ -128,7 +128,7 @@ def _claim(folder: Path, run: dict) -> None:
             "give another folder or delete it."
         )
 
-
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-019
 def _identity(student, teacher, data, config: RecoveryConfig) -> dict:
     "What determines a run's result, as JSON values."
     return {
@@ -138,7 +138,7 @@ def _identity(student, teacher, data, config: RecoveryConfig) -> dict:
         "teacher": weights_hash(teacher) if teacher is not None else None,
     }
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-017
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-021
 @dataclass
 class _Run:
     "What the parts of a run have in common."
@@ -157,7 +157,7 @@ class _Run:
         "The attention implementation."
         return attention_for(self.config, self.args.device.type)
 
-
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-023
 def _wanted_states(run: _Run) -> tuple:
     "The teacher's states that are computed ahead."
     if run.teacher is None or run.config.positions != "answer":
@@ -166,7 +166,7 @@ def _wanted_states(run: _Run) -> tuple:
     final = ["final"] if "teacher_logits" in run.student.needs else []
     return tuple(dict.fromkeys(final + wanted))
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-018
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-024
 def _teacher_outputs(run: _Run, cache: TeacherCache):  # None where they do not fit, or are none
     "Image features and teacher states of the data, from the cache or computed."
     parts, config, wanted = anatomy(run.tower), run.config, _wanted_states(run)
@@ -188,7 +188,7 @@ def _teacher_outputs(run: _Run, cache: TeacherCache):  # None where they do not 
 
     return cache.get(key, compute)
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-020
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-026
 def _trainer(run: _Run, outputs, workers: int):
     "A RecoveryTrainer, sharded if the arguments say so."
     config, data, args = run.config, run.data, run.args
@@ -209,7 +209,7 @@ def _trainer(run: _Run, outputs, workers: int):
         desc="recover" if run.progress else None,
     )
 
-
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-028
 def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
     "Compute the teacher's outputs, train, and collect the result."
     started = time.perf_counter()
@@ -233,7 +233,7 @@ def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
         adapters,
     )
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-022
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-030
 def _student(student, config: RecoveryConfig, plan) -> Student:
     "The module that is trained."
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
@@ -241,7 +241,7 @@ def _student(student, config: RecoveryConfig, plan) -> Student:
     model = add_lora(model, config.lora) if config.lora else model
     return Student(model, config.losses, config.positions, config.temperature, pairs)
 
-
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-032
 def _processor(model: nn.Module):
     "The processor saved beside a model."
     source = model.config._name_or_path
@@ -250,7 +250,7 @@ def _processor(model: nn.Module):
     except Exception as error:
         raise ValueError(f"no processor found at {source!r}: pass processor=.") from error
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-024
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-034
 def recover(
     student: nn.Module,  # a pruned MLLM; it is not changed
     teacher: nn.Module | None,  # the dense model; None for SFT alone

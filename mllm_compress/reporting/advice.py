@@ -44,7 +44,7 @@ WRONG_TOOL = 0.6  # above this ratio the study advises against pruning
 BEYOND = f"Beyond {WRONG_TOOL:.0%} the study calls pruning the wrong tool: take a smaller model."
 WITHIN = 0.05  # how far a studied ratio may be from the wanted one
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-013
 def step(
     rows: pd.DataFrame,  # of one pruning
     ratio: float,
@@ -56,7 +56,7 @@ def step(
         return near.idxmin()
     return off[off > 0].idxmin() if (off > 0).any() else None
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-015
 def nearby(
     rows: pd.DataFrame,  # with pruning, requested_ratio, achieved_ratio
     ratio: float,  # wanted fraction of LM parameters to remove
@@ -72,7 +72,7 @@ def nearby(
         f"studied ratios are {known}. {BEYOND}"
     )
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-014
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-018
 def fitting(
     rows: pd.DataFrame,  # of `study.run`
     ratio: float,  # wanted fraction of LM parameters to remove
@@ -87,7 +87,7 @@ def fitting(
         raise ValueError(f"No result uses {budget}: run more of the study, or ask for more data.")
     return nearby(rows, ratio)
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-017
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-021
 def ranked(
     frame: pd.DataFrame,  # of `study.run`
     model: str,
@@ -116,12 +116,12 @@ def ranked(
         open=[gap.low <= MARGIN and not same for gap, same in zip(gaps, tied)],
     ).reset_index(drop=True)
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-023
 def is_tied(gap: Estimate) -> bool:
     "Whether a setting was shown to retain at most the margin less."
     return gap.seeds > 1 and gap.high <= MARGIN
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-023
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-029
 def cheapest(
     rows: pd.DataFrame,  # of `ranked`
 ):  # a row
@@ -137,7 +137,7 @@ def cheapest(
     )
     return tied.loc[price.sort_values(list(price), kind="stable").index[0]]
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-026
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-032
 def say(
     row,  # of `ranked`
     shape: str = "",  # of widthwise plans: uniform or blockwise
@@ -150,7 +150,7 @@ def say(
         return f"{how} and do not train"
     return f"{how}, then train {row.train} with {row.recovery} on {row.fraction:.0%} of the data"
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-029
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-035
 def say_ties(
     rows: pd.DataFrame,  # of `ranked`
     shape: str = "",  # of widthwise plans
@@ -172,7 +172,7 @@ def say_ties(
         text += f" {n} settings are tied with the best; the cheapest: {cheap}."
     return text
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-032
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-038
 HEAVY = 80  # AVG-%; below it a smaller model is the better choice
 BLOCKWISE = (
     "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
@@ -180,7 +180,7 @@ BLOCKWISE = (
     "default and plain from_pretrained loads, was not measured."
 )
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-040
 def _ratio_warnings(
     off: float, achieved: float, ratio: float
 ) -> dict:  # text -> whether it applies
@@ -192,7 +192,7 @@ def _ratio_warnings(
         "too high.": off < -0.01,
     }
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-042
 def say_warnings(
     rows: pd.DataFrame,  # of `ranked`
     ratio: float,
@@ -214,7 +214,7 @@ def say_warnings(
     }
     return " ".join(note for note, applies in notes.items() if applies)
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-035
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-045
 def paper_name(model: str, profile) -> str | None:
     "The paper's model that this is, or that has the same architecture."
     if known := load_profile(profile).printed.get(model):
@@ -222,7 +222,7 @@ def paper_name(model: str, profile) -> str | None:
     names = published("models").model
     return next((n for n in names if n == model or MODELS.get(model, "").startswith(n)), None)
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-047
 def say_published(model: str, ratio: float, training: bool, profile) -> str:
     "What the paper reports at its ratio within five points, or nothing."
     rows = published("best_compressed" if training else "pruning_without_recovery")
@@ -236,12 +236,12 @@ def say_published(model: str, ratio: float, training: bool, profile) -> str:
     kept = f"{best.pruning} {how} kept {best.avg_percent_as_printed:.1f} %"
     return f"The paper reports for {name} at ratio {best.ratio:.2f}: {kept}."
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-038
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-050
 COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery"]
 COLUMNS += ["train", "fraction", "avg_percent", "low", "high", "n", "seeds"]
 COLUMNS += ["behind", "tied", "open", "rival"]
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-052
 @dataclass(frozen=True)
 class Advice:
     "An instruction with its evidence."
@@ -253,7 +253,7 @@ class Advice:
     def __str__(self):
         return f"{self.text}\n\n{self.rows.to_string(index=False, float_format='{:.2f}'.format)}"
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-040
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-054
 def answer(
     frame: pd.DataFrame, model: str, ratio: float, data: float, training: bool, profile
 ) -> Advice:
@@ -271,18 +271,18 @@ def answer(
     ]
     return Advice(best[SETTING].to_dict(), " ".join(p for p in parts if p), shown(rows)[COLUMNS])
 
-
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-056
 def shown(rows: pd.DataFrame, most: int = 8) -> pd.DataFrame:  # of `ranked`
     "The best rows, the cheapest tied one among them."
     return rows[(rows.index < most) | (rows.index == cheapest(rows).name)]
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-043
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-059
 def stand_ins(model: str, models: list, profile) -> list:
     "The studied models that represent one that was not."
     same = paper_name(model, profile)
     return [m for m in models if same and paper_name(m, profile) == same] or models
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-045
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-061
 def advise(
     model: str,  # a model of the study, or any other
     ratio: float,  # fraction of LM parameters to remove
@@ -302,7 +302,7 @@ def advise(
     similar = stand_ins(model, models, profile)
     return _combined(model, [answer(frame, m, ratio, data, training, profile) for m in similar])
 
-# %% ../../nbs/library/reporting/11_advice.ipynb #cell-047
+# %% ../../nbs/library/reporting/11_advice.ipynb #cell-063
 def _combined(model: str, given: list) -> Advice:
     "The advice for a model that was not studied, from that of similar ones."
     names = ", ".join(a.setting["model"] for a in given)

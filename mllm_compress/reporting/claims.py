@@ -24,19 +24,19 @@ from mllm_compress.reporting.effects import (
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-007
 def recommended(
     ratio: float,  # requested fraction of LM-decoder parameters to remove
 ) -> str:  # a pruning
     "The pruning that the study recommends at a ratio."
     return "widthwise" if ratio >= WIDTHWISE_FROM else "layerwise"
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-009
 def other(ratio: float) -> str:
     "The pruning that it does not recommend there."
     return "layerwise" if ratio >= WIDTHWISE_FROM else "widthwise"
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-008
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-012
 def split_grid(
     kinds: list,  # what is compared: losses, or fractions
     ratios: list,
@@ -55,7 +55,7 @@ def split_grid(
     run = [(k, r, s) for k, r, s in full if r in allowed[k]["ratios"] and s in allowed[k]["seeds"]]
     return run, [point for point in full if point not in run]
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-011
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-015
 def holes(
     run: list,  # of (kind, ratio, seed)
     left_out: list,
@@ -74,7 +74,7 @@ def holes(
         parts.append(f"{name(kind)} at {', '.join(where)}" if kind in kinds else name(kind))
     return "; ".join(parts) or "nothing"
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-014
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-018
 def places(
     frame: pd.DataFrame,  # of `study.run`
 ) -> list:  # of (model, requested ratio)
@@ -85,7 +85,7 @@ def places(
     found = {(r.model, r.requested_ratio) for r in done.itertuples()}
     return sorted(found, key=lambda place: (order[place[0]], place[1]))
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-020
 def finished(frame: pd.DataFrame, **wanted) -> bool:
     "Whether any finished row has these values."
     rows = frame[frame.status == "done"]
@@ -93,7 +93,7 @@ def finished(frame: pd.DataFrame, **wanted) -> bool:
         rows = rows[rows[column] == value]
     return len(rows) > 0
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-016
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-022
 def contrast(
     frame: pd.DataFrame,  # of `study.run`
     first: Callable,  # ratio -> {column: value}, names the one way
@@ -109,15 +109,15 @@ def contrast(
         out[f"{model} at {ratio:.2f}" + uneven(*sizes)] = difference(frame, model, a, b)
     return {where: e for where, e in out.items() if e.seeds}
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-024
 def uneven(first: float, second: float) -> str:
     "A remark where two settings have not removed the same."
     return f" (removed {first:.3f} v. {second:.3f})" if abs(first - second) > 0.02 else ""
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-020
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-028
 SAME = 0.005  # of the decoder's parameters
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-030
 def same_size(
     frame: pd.DataFrame,  # of `study.run`; one recovery
     favourite: Callable,  # requested ratio of layerwise pruning -> the claimed better pruning
@@ -141,18 +141,18 @@ def same_size(
         out[where] = difference(frame, model, first, *settings.values())
     return {where: e for where, e in out.items() if e.seeds}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-023
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-033
 def above(e: Estimate, line: float) -> Estimate:
     "How far an estimate lies above a threshold."
     return replace(e, value=e.value - line, low=e.low - line, high=e.high - line)
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-035
 def kept(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
     "AVG-% of one setting."
     arrays = arrays_of(select(frame, model=model, **wanted), dense_rows(frame, model))
     return estimate(list(arrays.values()))
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-037
 def keeps(
     frame: pd.DataFrame,
     way: Callable,  # ratio -> {column: value}
@@ -166,7 +166,7 @@ def keeps(
             out[f"{model} at {ratio:.2f}"] = above(kept(frame, model, **setting), least)
     return out
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-026
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-040
 def best_rival(
     frame: pd.DataFrame,  # of `study.run`
     favourite: str,  # the value that is claimed to be best
@@ -187,12 +187,12 @@ def best_rival(
             out[f"{model} at {ratio:.2f}, over {rival}"] = gaps[rival]
     return out
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-042
 def relative_lead(e: Estimate) -> float:
     "A difference in widths of its interval."
     return e.value / max(e.high - e.low, 1e-9)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-029
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-045
 @dataclass(frozen=True)
 class Claim:
     "A claim of the study that can be measured."
@@ -203,14 +203,14 @@ class Claim:
     effects: Callable  # frame of that notebook -> {where: Estimate}, positive where it is right
     unit: str = "points of AVG-%"
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-031
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-047
 SMALL = 0.2  # claim 2: ratios below are small
 MARGIN = 1.0  # points of AVG-% that count as equal
 LITTLE = 0.05  # claim 4: fraction of the data
 PROMISED = 95  # claim 4: AVG-%
 BEST = "sft+hidden_kd"  # claim 3
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-033
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-049
 def width_keeps_more(frame: pd.DataFrame) -> dict:
     "Claim 1: widthwise minus layerwise, without recovery."
     first, second = (
@@ -218,34 +218,34 @@ def width_keeps_more(frame: pd.DataFrame) -> dict:
     )
     return contrast(frame, first, second)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-035
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-051
 def trained_with(train: str) -> Callable:
     "The way of the recommended pruning, recovered with one part trained."
     return lambda ratio: {"pruning": recommended(ratio), "train": train}
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-053
 def untrained(ratio: float) -> dict:
     "The way of the recommended pruning, not recovered."
     return {"pruning": recommended(ratio), "recovery": "none"}
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-055
 def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:
     "The recovered rows at small ratios or at larger ones, beside the dense ones."
     recovered = (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)
     return frame[(frame.pruning == "none") | recovered]
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-037
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-057
 def projector_is_close(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
     "Projector alone minus projector and LM, plus the margin, at small ratios."
     close = contrast(_trained(frame, True), trained_with("projector"), trained_with("projector+lm"))
     return {where: above(e, -margin) for where, e in close.items()}
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-059
 def lm_must_learn(frame: pd.DataFrame) -> dict:
     "Projector and LM minus projector alone, at larger ratios."
     return contrast(_trained(frame, False), trained_with("projector+lm"), trained_with("projector"))
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-039
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-061
 def projector_suffices(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
     "Claim 2: the less certain of its two conditions at each place with a small ratio."
     small = frame[frame.requested_ratio < SMALL]
@@ -258,23 +258,23 @@ def projector_suffices(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
         out[f"{where}, {name}"] = both[name]
     return out
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-041
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-063
 def hidden_states_help(frame: pd.DataFrame) -> dict:
     "Claim 3: SFT with hidden-state KD minus the strongest rival."
     return best_rival(frame, BEST)
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-065
 def little_data_suffices(frame: pd.DataFrame, fraction: float = LITTLE) -> dict:
     "Claim 4: AVG-% on a little data, above the claimed one."
     recipe = {"recovery": BEST, "train": "projector+lm", "fraction": fraction}
     return keeps(frame, lambda ratio: {"pruning": recommended(ratio)} | recipe, PROMISED)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-043
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-067
 def _claimed_ratios(frame: pd.DataFrame) -> pd.Series:
     "Whether claim 5 covers a row's ratio."
     return (frame.requested_ratio <= LAYERWISE_TO) | (frame.requested_ratio >= WIDTHWISE_SURE)
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-069
 def recommendation_wins(frame: pd.DataFrame) -> dict:
     "Claim 5: the recommended pruning minus the other, both recovered."
     first, second = (
@@ -282,7 +282,7 @@ def recommendation_wins(frame: pd.DataFrame) -> dict:
     )
     return contrast(frame[_claimed_ratios(frame)], first, second)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-045
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-071
 _ROWS = (
     Claim(
         1,
@@ -319,12 +319,12 @@ _ROWS = (
 )
 CLAIMS = {claim.number: claim for claim in _ROWS}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-048
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-074
 def width_keeps_more_evenly(frame: pd.DataFrame) -> dict:
     "Claim 1 at equal size."
     return same_size(frame[frame.recovery == "none"], lambda ratio: "widthwise")
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-076
 def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
     "Claim 5 at equal size; the recommendation is that of the layerwise setting's ratio."
     chosen = (frame.pruning == "widthwise") | _claimed_ratios(frame)
@@ -332,7 +332,7 @@ def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
         frame[(frame.pruning == "none") | (frame.recovery == BEST) & chosen], recommended
     )
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-078
 AT_EQUAL_SIZE = {
     1: replace(
         CLAIMS[1],

@@ -67,7 +67,7 @@ def _half(questions: float, spread: float, seeds: int, level: float = 0.95) -> f
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-015
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
 
-
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-017
 def arrays_of(
     rows: pd.DataFrame,  # of one setting
     dense: pd.DataFrame,  # of the same model, uncompressed
@@ -85,7 +85,7 @@ def arrays_of(
         if original[b].mean() > 0
     }
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-017
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-019
 def _shares(
     units: np.ndarray,  # [seeds, units]
     dense: np.ndarray,  # [units]
@@ -100,17 +100,17 @@ def _shares(
     share = units.mean(axis=1, keepdims=True) / dense.mean()
     return 100 * (share + (units - share * dense) / dense.mean())
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-019
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-021
 def _dense(frame: pd.DataFrame) -> pd.Series:
     "True for the finished rows of uncompressed models."
     return (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")
 
-
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-023
 def with_original(frame: pd.DataFrame) -> set:
     "The models whose original has been evaluated."
     return set(frame.model[_dense(frame)])
 
-
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-025
 def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
     "The uncompressed model's rows."
     found = frame[(frame.model == model) & _dense(frame)]
@@ -120,7 +120,7 @@ def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
         )
     return found
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-021
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-027
 def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: see `_summary_row`
@@ -136,7 +136,7 @@ def summary(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-023
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-029
 def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
     "AVG-% with its interval, of each seed too, and the mean score on each benchmark."
     arrays = list(arrays_of(done, dense).values())
@@ -151,12 +151,12 @@ def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
         "by_seed": by_seed(arrays),
     } | {b: g.score.mean() for b, g in done.groupby("benchmark", sort=False)}
 
-
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-031
 def by_seed(arrays: list) -> list:
     "AVG-% of each seed, in the order of the seeds."
     return np.mean([a.mean(axis=1) for a in arrays], axis=0).tolist() if arrays else []
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-027
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-035
 def difference(
     frame: pd.DataFrame,  # of `study.run`
     model: str,
@@ -172,7 +172,7 @@ def difference(
     a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
     return estimate([a[k] - b[k] for k in a])
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-029
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-037
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows of one setting; ValueError where none or several settings fit."
     found = frame[frame.status == "done"]

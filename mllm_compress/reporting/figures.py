@@ -29,10 +29,10 @@ def figure_html(
     text = html.escape(caption)
     return f'<figure><div class="wide">{image}</div><figcaption>{text}</figcaption></figure>'
 
-
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-007
 CAPTION = '<figcaption class="below">'  # how a caption begins that belongs to the picture above
 
-
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-009
 @dataclass(frozen=True)
 class Figure:
     "A drawn figure and its caption, as a notebook shows it."
@@ -52,7 +52,7 @@ class Figure:
         for bundle in self.outputs():
             display(bundle, raw=True)
 
-# %% ../../nbs/library/reporting/05_figures.ipynb #cell-008
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-012
 def _seed_dots(ax, g: pd.DataFrame, name) -> None:  # rows of one line
     "The retained score of every seed, where there are several (column `by_seed`)."
     dot = dict(color=look(name).color, markersize=2.9, markeredgecolor="white", clip_on=False)
@@ -61,7 +61,7 @@ def _seed_dots(ax, g: pd.DataFrame, name) -> None:  # rows of one line
             at = [ratio] * len(values)
             ax.plot(at, values, "o", markeredgewidth=0.4, zorder=5, **dot)
 
-# %% ../../nbs/library/reporting/05_figures.ipynb #cell-010
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-014
 def _lines_over_ratio(
     ax, rows: pd.DataFrame, by: str, value: str, bounds: dict, start: float
 ) -> dict:  # value of `by` -> (x, y) of its last point
@@ -74,7 +74,7 @@ def _lines_over_ratio(
         ends[name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
     return ends
 
-# %% ../../nbs/library/reporting/05_figures.ipynb #cell-012
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-016
 def retained_over_ratio(
     rows: pd.DataFrame,  # of `effects.summary`, compressed models only
     by: str,  # the column that tells the lines apart; its values are keys of style.LOOKS
@@ -100,7 +100,7 @@ def retained_over_ratio(
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
 
-# %% ../../nbs/library/reporting/05_figures.ipynb #cell-015
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-019
 def _side_by_side(
     ax,
     effects: dict,  # (ratio, method) -> Estimate
@@ -122,7 +122,7 @@ def _side_by_side(
         ends[method] = list(found)[-1], y[-1]
     return ends
 
-# %% ../../nbs/library/reporting/05_figures.ipynb #cell-017
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-021
 def differences_over_ratio(
     effects: dict,  # model -> {(ratio, method): Estimate}
     ylabel: str,

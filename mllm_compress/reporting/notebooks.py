@@ -82,7 +82,7 @@ def parameters_of(nb) -> dict:  # name -> Parameter
     nodes = ast.parse("\n".join(lines)).body
     return {p.name: p for p in (_parameter(node, lines) for node in nodes)}
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-014
 def _parameter(node: ast.AST, lines: list) -> Parameter:
     "The parameter that a line defines."
     if not isinstance(node, ast.AnnAssign) or node.value is None:
@@ -94,7 +94,7 @@ def _parameter(node: ast.AST, lines: list) -> Parameter:
     kind, value = ast.unparse(node.annotation), ast.literal_eval(node.value)
     return Parameter(node.target.id, kind, value, comment)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-014
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-016
 TYPES = {
     "str": (str,),
     "int": (int,),
@@ -104,7 +104,7 @@ TYPES = {
     "dict": (dict,),
 }
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-018
 def check_parameters(nb, given: dict) -> dict:
     "The given parameters, if the notebook has them and their types fit."
     known = parameters_of(nb)
@@ -117,7 +117,7 @@ def check_parameters(nb, given: dict) -> dict:
             raise ValueError(f"Parameter {name} must be of type {kind}, not {value!r}. {listing}")
     return dict(given)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-016
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-020
 def parse_parameter(
     text: str,  # as "seeds=[0,1,2]"
 ) -> tuple:  # (name, value)
@@ -131,7 +131,7 @@ def parse_parameter(
     except yaml.YAMLError as error:
         raise ValueError(f"The value of {name} cannot be read: {value!r}. Write {how}.") from error
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-022
 def _with_numbers(value):
     "A value in which words that are numbers are numbers."
     if isinstance(value, list):
@@ -141,7 +141,7 @@ def _with_numbers(value):
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
     return float(value) if is_number else value
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-024
 def parse_parameters(texts: list) -> dict:
     "All parameters of a command line; ValueError where one is given twice."
     found = {}
@@ -151,7 +151,7 @@ def parse_parameters(texts: list) -> dict:
         found[name] = value
     return found
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-019
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-027
 def experiments_of(
     nb,
     given: dict = {},  # parameters
@@ -166,7 +166,7 @@ def experiments_of(
             space.update(given)
     return space.get("experiments", [])
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-022
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-030
 def overridden(
     notebook: str,  # as "02_pruning"
     values: dict,  # name -> value, of parameters and anything else, as globals()
@@ -179,7 +179,7 @@ def overridden(
     defaults.pop("profile", None)
     return {k: values[k] for k, v in defaults.items() if k in values and values[k] != v}
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-024
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-032
 def output_folder(
     notebook: str,  # as "02_pruning"
     profile,  # a name, a path or a Profile
@@ -192,14 +192,14 @@ def output_folder(
     values = {k: repr(v) for k, v in changed.items()}
     return checkout() / "runs" / "scratch" / f"{notebook}-{content_hash([name, values])[:8]}"
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-027
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-035
 def _content(experiment, profile, results: store.Store) -> str:
     "A hash of what a result says; empty where there is none."
     found = result_of(experiment, profile, results)
     shown = {k: v for k, v in (found or {}).items() if k not in ("record", "training")}
     return content_hash(shown) if found else ""
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-037
 def _drawing() -> str:
     "A hash of the code that draws, and of the numbers reported in the paper."
     package = PROFILES.parent
@@ -207,7 +207,7 @@ def _drawing() -> str:
     sources = sorted(p for room in rooms for p in room.glob("*.*"))
     return content_hash([[p.name, file_hash(p)] for p in sources])
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-039
 def made_from(nb, given: dict, experiments: list, profile) -> str:
     "A hash of everything that an executed notebook shows."
     profile = load_profile(profile)
@@ -229,7 +229,7 @@ def made_from(nb, given: dict, experiments: list, profile) -> str:
         }
     )
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-029
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-041
 def is_current(path: Path, made: str) -> bool:
     "Whether an executed notebook and the files that it has written are up to date."
     if not path.exists():
@@ -237,12 +237,12 @@ def is_current(path: Path, made: str) -> bool:
     mark = nbformat.read(path, 4).metadata.get("mllm_compress", {})
     return mark.get("made_from") == made and mark.get("files") == files_of(path)
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-043
 def files_of(path: Path) -> dict:  # name -> hash
     "The files that stand beside an executed notebook under its name."
     return {p.name: file_hash(p) for p in sorted(path.parent.glob(f"{path.stem}-*.*"))}
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-031
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-045
 def execute(
     name: str,
     nb_path: Path,
@@ -266,7 +266,7 @@ def execute(
             write_atomically(target, nbformat.writes(done))
     return target
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-047
 def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
     "What an executed notebook carries: what it was made from, and the results it has read."
     results = results_of(profile)
@@ -278,12 +278,12 @@ def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
         "files": files_of(target),
     }
 
-
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-049
 def failed_copy(target: Path) -> Path:
     "Where a notebook that fails leaves what it got to."
     return target.with_name(f"{target.stem}.failed.ipynb")
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-033
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-051
 def _executed(path: Path, part: Path, given: dict):
     "The notebook after papermill has run it."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
@@ -300,7 +300,7 @@ def _executed(path: Path, part: Path, given: dict):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-035
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-053
 def tidied(nb):
     "A notebook without what would differ on another machine."
     nb.metadata.pop("papermill", None)

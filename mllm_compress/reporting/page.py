@@ -56,12 +56,12 @@ def _framed(text: str) -> str:
 
     return re.sub(r"<table.*?</table>", frame, text, flags=re.S)
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-011
 def _without_style(text: str) -> str:
     "HTML without the style sheets of plain frames."
     return re.sub(r"<style scoped.*?</style>", "", text, flags=re.S)
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-011
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-013
 def output_html(
     output,
     pictures: dict = {},  # bytes of a PNG -> its file beside the page
@@ -83,24 +83,24 @@ def output_html(
         return _framed(markdown2html(data["text/markdown"]))
     return f"<pre>{html.escape(plain)}</pre>"
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-015
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-017
 def _without_marks(text: str) -> str:
     "HTML without the paragraph signs and anchors that nbconvert adds to headings."
     return re.sub(r'(<h\d) id="[^"]*"', r"\1", re.sub(r'<a class="anchor-link".*?</a>', "", text))
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-019
 def _demoted(source: str) -> str:
     "Markdown with headings one level down: the page has its own title."
     return re.sub(r"^#", "##", source, flags=re.M)
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-017
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-021
 def cell_html(cell, pictures: dict = {}) -> str:
     "What a notebook cell shows, beside its code."
     if cell.cell_type == "markdown":
         return _framed(_without_marks(markdown2html(_demoted(cell.source))))
     return "".join(output_html(o, pictures) for o in cell.get("outputs", []))
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-019
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-023
 def cells_html(cells: list, pictures: dict = {}) -> str:
     "Cells in their order, the code up to each output or text behind one word."
     parts, code = [], []
@@ -113,18 +113,18 @@ def cells_html(cells: list, pictures: dict = {}) -> str:
         code = []
     return "\n".join([*parts, _folded(code)])
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-025
 def _folded(code: list) -> str:
     "Listings behind a word that opens them."
     return f"<details><summary>code</summary>{''.join(code)}</details>" if code else ""
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-021
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-027
 def own_parameters(nb) -> dict:
     "The parameters that an executed notebook was given besides its profile."
     given = nb.metadata.get("mllm_compress", {}).get("parameters", {})
     return {k: v for k, v in given.items() if k != "profile"}
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-029
 def notebook_html(
     name: str,
     nb,
@@ -144,7 +144,7 @@ def notebook_html(
         "given": given,
     }
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-025
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-033
 EXPERIMENTS, RESULTS = "experiments.csv", "results.zip"
 FIELDS = ["seconds", "peak_memory_mb", "device", "date"]
 FIELDS += ["python", "torch", "transformers", "mllm_compress"]
@@ -159,7 +159,7 @@ def lines_of(name: str, experiment: Experiment, result: dict) -> list:  # one pe
     scored = ("benchmark", "metric", "score", "n", "candidate_score")
     return [same | {k: row[k] for k in scored} | circumstances for row in result["rows"]]
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-027
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-035
 def read_by(folder: Path) -> set:  # of names
     "The results that the executed notebooks of a folder have read."
     marks = [
@@ -168,11 +168,11 @@ def read_by(folder: Path) -> set:  # of names
     ]
     return {name for mark in marks for name in mark.get("results", [])}
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-029
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-037
 ORDER = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed"]
 ORDER += ["result"]
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-039
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     "Write figures/PROFILE/experiments.csv, and results.zip beside it."
     path = checkout() / "figures" / profile.name / EXPERIMENTS
@@ -192,7 +192,7 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
     return both
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-041
 def _stage_keys(experiments: list, profile: Profile) -> dict:  # stage -> keys
     "The keys of all stages of some experiments."
     keys = {stage: set() for stage in store.STAGES if stage != "scores"}  # tensors stay at home
@@ -201,7 +201,7 @@ def _stage_keys(experiments: list, profile: Profile) -> dict:  # stage -> keys
         keys = {stage: known | own.get(stage, set()) for stage, known in keys.items()}
     return keys
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-034
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-046
 def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     "What the results behind a page were computed with, one row per distinct answer."
     if lines.empty:
@@ -213,7 +213,7 @@ def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     table = groups.agg(experiments=("seconds", "size"), hours=("seconds", hours), **dates)
     return table.reset_index()
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-037
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-049
 def commit(folder: Path) -> str:  # short; empty where there is none
     "The git commit that a folder is at."
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
@@ -222,7 +222,7 @@ def commit(folder: Path) -> str:  # short; empty where there is none
     except FileNotFoundError:
         return ""
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-040
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-052
 def scope(profile: Profile, lines: pd.DataFrame) -> dict:  # what -> how much
     "What the results of a page rest on."
     if lines.empty:
@@ -235,7 +235,7 @@ def scope(profile: Profile, lines: pd.DataFrame) -> dict:  # what -> how much
         "seeds": lines[lines.pruning != "none"].seed.nunique() or 1,
     }
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-043
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-055
 def line_of(
     verdict: dict,  # as `report` leaves it
     notebook: str,
@@ -252,7 +252,7 @@ def line_of(
         "notebook": notebook,
     }
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-045
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-057
 def verdicts_of(
     folder: Path,
     names: list,  # of notebooks, in their order
@@ -268,12 +268,12 @@ def verdicts_of(
     lists = {"The paper's claims": numbered, "Our own questions": ours}
     return {heading: lines for heading, lines in lists.items() if lines}
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-049
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-061
 def template(name: str) -> str:
     "A file of the page: page.html or page.css."
     return (files("mllm_compress") / "templates" / name).read_text(encoding="utf-8")
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-051
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-063
 def build(profile) -> Path:  # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)
@@ -301,12 +301,12 @@ def build(profile) -> Path:  # index.html
     write_atomically(folder / "index.html", text)
     return folder / "index.html"
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-053
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-065
 def left_by(folder: Path, name: str) -> list:  # of Path
     "The files that a notebook left."
     return sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")
 
-
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-067
 def _provenance_html(lines: pd.DataFrame) -> str:
     "The summary of the results as a table."
     if lines.empty:

@@ -80,7 +80,7 @@ def _written(fig, pdf: Path, caption: str) -> Figure:
     write_atomically(pdf.with_suffix(".txt"), caption + "\n")
     return Figure(png, caption)
 
-
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visible difference
     "A PNG of at most 256 colours."
     small = BytesIO()
@@ -88,7 +88,7 @@ def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visib
     image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-009
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-011
 def _record(v: Verdict) -> dict:
     "A verdict as JSON can express it."
     bounds = ("value", "low", "high", "n", "seeds")

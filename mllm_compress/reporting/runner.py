@@ -78,7 +78,7 @@ def plan_study(
         plan[name] = path, values, experiments_of(nb, values)
     return plan
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-006
 def _values(name: str, nb, profile: str, given: dict, named: bool) -> dict:
     "The parameters of a notebook."
     own = {"profile": profile} if "profile" in parameters_of(nb) else {}
@@ -88,7 +88,7 @@ def _values(name: str, nb, profile: str, given: dict, named: bool) -> dict:
         cure = "" if named else "\nName the notebook that the parameter is for with --only."
         raise ValueError(f"{name}: {error}{cure}") from error
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-006
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-008
 def check_overrides(name: str, nb, given: dict, profile: Profile) -> None:
     "ValueError where a parameter of a notebook would have no effect."
     own = profile.notebooks.get(name, {})
@@ -105,19 +105,19 @@ def check_overrides(name: str, nb, given: dict, profile: Profile) -> None:
             "from a profile."
         )
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-008
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-010
 def experiments_of_plan(plan: dict) -> list:
     "The distinct experiments of all notebooks."
     return list(dict.fromkeys(canonical(e) for _, _, needed in plan.values() for e in needed))
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-011
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-013
 def size(n: float) -> str:
     "Bytes for people."
     for k, unit in enumerate(("bytes", "KB", "MB", "GB", "TB")):
         if n < 1024 ** (k + 1) or unit == "TB":
             return f"{n / 1024**k:.{k and 1}f} {unit}"
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-014
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-016
 def estimate(
     table: pd.DataFrame,  # of `status`
     profile: Profile,
@@ -137,7 +137,7 @@ def estimate(
         text += f"{', and ' if len(known) else ', '}{unknown} of them of unknown cost ({none})"
     return text + "."
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-016
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-018
 def show_forecast(experiments: list, profile: Profile) -> None:
     "Print hours and memory from configs, where they are known."
     found = forecast.table(experiments, profile)
@@ -152,7 +152,7 @@ def show_forecast(experiments: list, profile: Profile) -> None:
         f"so a card of {gpu_memory.fits(largest)}."
     )
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-018
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-020
 def dry_run(
     profile: str, only: list = (), given: dict = {}, executor: str = "local", workers: int = 0
 ) -> None:
@@ -173,7 +173,7 @@ def dry_run(
         print("This machine lacks inputs of the profile, so nothing can run here yet:")
         print("  " + "\n  ".join(lacking))
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-022
 def _line(row) -> str:
     "A row of `status` as a line."
     seconds, memory = ("?" if x != x else f"{x:.0f}" for x in (row.seconds, row.memory_mb))
@@ -182,7 +182,7 @@ def _line(row) -> str:
     name = row.name or "unnamed"
     return f"  {what}  {seconds:>6} s  {memory:>6} MB  {name:<20}  {row.experiment}{rest}"
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-022
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-026
 def show_status(profile: str) -> None:
     "Print the results at hand."
     notebooks()  # an error outside of a checkout, where no study has left results
@@ -199,7 +199,7 @@ def show_status(profile: str) -> None:
         print("  " + "\n  ".join(lacking))
     print(_inventory(found, results, loaded))
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-028
 def _inventory(found: dict, results, profile: Profile) -> str:
     "The size of a store in a sentence."
     other = len(results.keys("experiment")) - len(found)
@@ -211,7 +211,7 @@ def _inventory(found: dict, results, profile: Profile) -> str:
     text += f"; {other} of other settings or versions, or not complete" if other else ""
     return text + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "") + "."
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-030
 def _bytes_of(path: Path) -> int:
     "Size of a file; 0 for a folder, or for what a running study has just moved."
     try:
@@ -219,7 +219,7 @@ def _bytes_of(path: Path) -> int:
     except OSError:
         return 0
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-024
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-032
 def take_in(
     path: Path,  # a results.zip
     profile: str,
@@ -232,7 +232,7 @@ def take_in(
     experiments = f"{len(taken['experiment'])} experiments"
     print(f"{path}: {n} stages of {experiments} taken, {before} experiments were in the store.")
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-026
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-034
 def verify(
     profile: str,
     n: int,  # experiments, drawn in turn from dense, pruned and recovered ones
@@ -250,7 +250,7 @@ def verify(
             rows.append({"experiment": describe(experiment)} | _agreement(*results))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-036
 def _sample(experiments: list, n: int, seed: int) -> list:
     "Experiments drawn in turn from each kind."
     rng, kinds = random.Random(seed), {}
@@ -261,13 +261,13 @@ def _sample(experiments: list, n: int, seed: int) -> list:
     turns = [e for turn in zip_longest(*kinds.values()) for e in turn if e is not None]
     return turns[:n]
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-038
 def _selection(plan: str) -> list:
     "The layers, heads and neurons that a plan keeps."
     found = json.loads(plan) if plan else {}
     return [found.get(k) for k in ("layers", "heads", "neurons")]
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-040
 def _agreement(old: dict, new: dict) -> dict:
     "How far two results of one experiment agree."
     pairs = [(a, b) for k in old["units"] for a, b in zip(old["units"][k], new["units"][k])]
@@ -281,7 +281,7 @@ def _agreement(old: dict, new: dict) -> dict:
         "largest gap of a score": round(max(gaps), 2),
     }
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-029
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-043
 def check_executor(executor: str, workers: int = 0) -> None:
     "ValueError for an unknown executor, or for workers where a cluster decides."
     check_choice("executor", executor, EXECUTORS)
@@ -291,7 +291,7 @@ def check_executor(executor: str, workers: int = 0) -> None:
             "run at once (jobs_at_once)."
         )
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-031
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-045
 def failure_of(
     name: str,
     error: Exception,
@@ -303,7 +303,7 @@ def failure_of(
         return f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}{where}"
     return f"{name} failed: {type(error).__name__}: {error}{where}"
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-047
 def run_notebooks(plan: dict, profile: str) -> list:  # of problems
     "Execute the notebooks that are not up to date."
     problems, loaded = [], load_profile(profile)
@@ -318,7 +318,7 @@ def run_notebooks(plan: dict, profile: str) -> list:  # of problems
                 problems.append(failure_of(name, error, failed_copy(target)))
     return problems
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-033
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-049
 @contextmanager
 def _run_context(**what):
     "Processes started in this context find these values by `study.runs.run_context`."
@@ -334,14 +334,14 @@ def _run_context(**what):
             if old is not None:
                 os.environ[RUN_CONTEXT] = old
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-051
 def _failures(frame: pd.DataFrame, profile: Profile) -> dict:  # name of a result -> message
     "The experiments that failed."
     failed, names = frame[frame.status == "failed"], [f.name for f in fields(Experiment)]
     experiments = [Experiment(**{n: row[n] for n in names}) for _, row in failed.iterrows()]
     return {name_of(e, profile): error for e, error in zip(experiments, failed.error)}
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-035
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-053
 def run_study(
     profile: str,
     only: list = (),  # names of notebooks; empty: all
@@ -363,7 +363,7 @@ def run_study(
     took = f"{len(plan)} notebook{'s' * (len(plan) != 1)} in {hours(time.time() - start)}."
     return _finish(profile, loaded, plan, took, bool(problems))
 
-
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-055
 def _finish(profile: str, loaded: Profile, plan: dict, took: str, failed: bool) -> int:
     "Build the page and say where everything is."
     given = {n: overridden(n, values) for n, (_, values, _) in plan.items()}

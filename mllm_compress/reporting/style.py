@@ -101,12 +101,12 @@ def page():
     with matplotlib.rc_context(RC):
         yield
 
-
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-023
 def use_style() -> None:
     "Draw in the style of this study from here on, for notebooks that use matplotlib directly."
     matplotlib.rcParams.update(RC)
 
-# %% ../../nbs/library/reporting/01_style.ipynb #cell-023
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-025
 def panels(
     n: int,  # how many
     columns: int = 2,  # side by side
@@ -128,7 +128,7 @@ def panels(
         ax.set_visible(False)
     return fig, list(axes.flat[:n])
 
-# %% ../../nbs/library/reporting/01_style.ipynb #cell-025
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-027
 def spread(
     positions,  # wanted heights
     gap: float,  # least distance
@@ -145,7 +145,7 @@ def spread(
         out[k] = float(min(max(out[k], low + j * gap), high - (len(out) - 1 - j) * gap))
     return out
 
-# %% ../../nbs/library/reporting/01_style.ipynb #cell-027
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-029
 def _clusters(positions, order, gap: float) -> list:  # of (members, mean height)
     "Groups of heights that do not overlap."
     groups = []
@@ -157,13 +157,13 @@ def _clusters(positions, order, gap: float) -> list:  # of (members, mean height
             groups[-1] = (a + b, mean)
     return groups
 
-
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-031
 def _distance(below, above, gap: float) -> float:
     "From the highest member of one group to the lowest of the next."
     half = lambda group: (len(group[0]) - 1) / 2 * gap
     return (above[1] - half(above)) - (below[1] + half(below))
 
-# %% ../../nbs/library/reporting/01_style.ipynb #cell-030
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-034
 def line(
     ax,
     x,
@@ -187,7 +187,7 @@ def line(
         empty = dict(marker=m.marker, markerfacecolor="white", markeredgecolor=m.color)
         ax.plot(*points, linestyle="none", clip_on=False, zorder=4, **empty)
 
-# %% ../../nbs/library/reporting/01_style.ipynb #cell-032
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-036
 def label_ends(
     ax,
     ends: dict,  # method or look -> (x, y) of its last point
@@ -205,13 +205,13 @@ def label_ends(
         if far or abs(y - end) > gap / 2:
             _leader(ax, (x, end), y)
 
-# %% ../../nbs/library/reporting/01_style.ipynb #cell-034
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-038
 def _beside(ax, points: float):
     "Coordinates: x = 1 is this many points right of the panel, y is in data units."
     shift = ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
     return ax.get_yaxis_transform() + shift
 
-
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-040
 def _end_label(ax, m: Look, y: float) -> None:
     "A method's marker and name right of the panel."
     marker = dict(color=m.color, marker=m.marker, markersize=4.5, linestyle="none")
@@ -219,7 +219,7 @@ def _end_label(ax, m: Look, y: float) -> None:
     where = dict(xycoords=ax.get_yaxis_transform(), xytext=(15, 0), textcoords="offset points")
     ax.annotate(m.label, (1, y), va="center", fontsize=8.5, annotation_clip=False, **where)
 
-
+# %% ../../nbs/library/reporting/01_style.ipynb #cell-042
 def _leader(ax, end: tuple, y: float) -> None:
     "A dotted line from the end of a method's line to its name."
     drawn = dict(color=GREY, linewidth=0.7, linestyle=DOTTED, zorder=2)

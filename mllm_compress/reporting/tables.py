@@ -37,17 +37,17 @@ _TEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "–": "--",
 }
 
-
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-010
 def _escape_tex(text: str) -> str:
     "A text for LaTeX."
     return text.translate(str.maketrans(_TEX))
 
-
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-012
 def _escape_pipes(text: str) -> str:
     "A text for a cell of a Markdown table."
     return text.replace("|", "\\|")
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-010
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-014
 @dataclass(frozen=True)
 class Table:
     "A frame with its caption and its marks."
@@ -72,7 +72,7 @@ class Table:
     def _repr_markdown_(self) -> str:
         return to_markdown(self)
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-012
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-016
 def _texts(table: Table, mark: str, escape) -> pd.DataFrame:  # of str, headings too
     "All cells as text of one line: escaped, the best ones marked, repeated names blank."
     frame, columns = table.frame.reset_index(drop=True), {}
@@ -84,12 +84,12 @@ def _texts(table: Table, mark: str, escape) -> pd.DataFrame:  # of str, headings
         columns[escape(str(name))] = texts
     return pd.DataFrame(columns, dtype=object)
 
-
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-018
 def _numeric(table: Table) -> list:  # of bool, one per column
     "Which columns hold numbers and are aligned right."
     return [pd.api.types.is_numeric_dtype(table.frame[c]) for c in table.frame]
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-014
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-020
 def to_markdown(table: Table) -> str:
     "A pipe table over its caption."
     texts = _texts(table, "**{}**", _escape_pipes)
@@ -97,7 +97,7 @@ def to_markdown(table: Table) -> str:
     rows = [list(texts.columns), align, *texts.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{table.caption}\n"
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-016
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-022
 _FLOAT = r"""% \usepackage{adjustbox, array, booktabs}
 \begin{table}
 \centering
@@ -107,7 +107,7 @@ TABULAR\end{adjustbox}
 \end{table}
 """
 
-
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-024
 def to_latex(table: Table) -> str:
     "A booktabs table that fits its page."
     texts, kinds = _texts(table, r"\textbf{{{}}}", _escape_tex), []
@@ -119,7 +119,7 @@ def to_latex(table: Table) -> str:
     tabular = laid_out.to_latex(hrules=True, column_format="".join(kinds))
     return _FLOAT.replace("CAPTION", _escape_tex(table.caption)).replace("TABULAR", tabular)
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-018
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-026
 def to_html(table: Table) -> str:
     "A table with its caption, as notebooks and the page show it."
     texts = _texts(table, "<b>{}</b>", html.escape)
@@ -138,13 +138,13 @@ def to_html(table: Table) -> str:
     is_long.columns = laid_out.columns
     return laid_out.hide(axis="index").set_table_styles(styles).set_td_classes(is_long).to_html()
 
-
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-028
 def _heading(text: str) -> str:
     "A heading of several words may wrap, between words or after a slash."
     text = text.replace("/", "/<wbr>")
     return f'<span class="words">{text}</span>' if {" ", "/"} & set(text) else text
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-024
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-034
 def score_table(
     rows: pd.DataFrame,  # of `effects.summary`
     setup: Profile,
@@ -163,12 +163,12 @@ def score_table(
     names = ["model", "requested", "pruning", *columns, "achieved", "AVG-%", "low", "high"]
     return order.reindex(columns=[*names, *setup.evaluation.benchmarks])
 
-
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-036
 def _achieved(ratio: float, failed: int) -> str:
     "The achieved ratio, and how many cells of the setting failed."
     return (f"{ratio:.3f}" if ratio == ratio else "–") + (f" ({failed} FAILED)" if failed else "")
 
-# %% ../../nbs/library/reporting/04_tables.ipynb #cell-027
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-039
 GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "
     "to be removed, and that was",

@@ -32,7 +32,7 @@ class Basis:
         failed = f"; {self.failed} cells FAILED" if self.failed else ""
         return f"{rests}, profile {self.profile}{failed}"
 
-
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-007
 def basis_of(
     frame: pd.DataFrame,  # of `study.run`
 ) -> Basis:
@@ -44,14 +44,14 @@ def basis_of(
     profiles, failed = sorted(set(frame.profile)), len(frame) - len(done)
     return Basis(int(n), seeds, ", ".join(profiles), failed)
 
-
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-009
 def resting_on(basis, effects: dict):
     "The basis of some effects: with the seeds that they have."
     if not isinstance(basis, Basis) or not effects:
         return basis
     return replace(basis, seeds=max(e.seeds for e in effects.values()))
 
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-007
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-011
 WORDS = (
     "holds",
     "does not hold",
@@ -60,17 +60,17 @@ WORDS = (
     "was not tested",
 )
 
-
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-013
 def side(e: Estimate) -> int:
     "1 where an interval is above zero, -1 where it is below, else 0."
     return int(e.low > 0) - int(e.high < 0)
 
-
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-015
 def word(e: Estimate) -> str:  # of WORDS
     "What one difference says, if the claim predicts it to be positive."
     return WORDS[3] if e.seeds == 1 else {1: WORDS[0], -1: WORDS[1], 0: WORDS[2]}[side(e)]
 
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-009
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-017
 @dataclass(frozen=True)
 class Verdict:
     "A claim, what was measured, and what follows."
@@ -113,7 +113,7 @@ class Verdict:
     def _repr_markdown_(self) -> str:
         return f"**Verdict.** {sentence(self)}"
 
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-011
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-019
 def counted(v: Verdict) -> str:
     "In how many settings a claim is supported and contradicted."
     if len(v.effects) < 2:
@@ -122,7 +122,7 @@ def counted(v: Verdict) -> str:
     against = len(v.says(WORDS[1]))
     return text + (f", contradicted in {against}" if against else "")
 
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-013
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
 def _group(e: Estimate) -> str:
     "Under which heading of the sentence an effect is listed."
     if e.seeds == 1:
@@ -130,12 +130,12 @@ def _group(e: Estimate) -> str:
         return f"One seed points to {direction}"
     return {1: "Holds", -1: "Does not hold", 0: "Undecided"}[side(e)]
 
-
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-023
 GROUPS = ["Holds", "Does not hold", "Undecided"] + [
     f"One seed points to {direction}" for direction in ("yes", "no", "neither")
 ]
 
-
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-025
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
     most, parts = max((e.seeds for e in v.effects.values()), default=0), []

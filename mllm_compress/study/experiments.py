@@ -62,7 +62,7 @@ class Experiment:
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
         _check_ranges(self)
 
-
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 def _check_ranges(e: Experiment) -> None:
     "ValueError for a ratio or fraction that is impossible."
     if not 0 <= e.ratio < 0.95:
@@ -77,7 +77,7 @@ def _check_ranges(e: Experiment) -> None:
     if e.seed < 0:
         raise ValueError(f"Seed {e.seed} is negative: use 0, 1, 2 and so on.")
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-013
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-015
 def canonical(experiment: Experiment) -> Experiment:
     "The same experiment with everything that cannot matter at its default."
     if experiment.recovery == "none":
@@ -86,7 +86,7 @@ def canonical(experiment: Experiment) -> Experiment:
     names = experiment.recovery.split("+")
     return replace(experiment, recovery="+".join(name for name in LOSSES if name in names))
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-016
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-018
 def describe(experiment: Experiment) -> str:
     "An experiment in a few words."
     e, words = experiment, [experiment.model]

@@ -58,7 +58,7 @@ QUESTIONS = {
     "gqa": 12578,
 }
 
-
+# %% ../../nbs/library/study/08_forecast.ipynb #cell-009
 @lru_cache
 def samples_of(training: Training) -> int:
     "Entries of the training data, about."
@@ -71,7 +71,7 @@ def samples_of(training: Training) -> int:
         name = Path(training.json).name
         return next((n for word, n in NAMED.items() if word in name), 0)
 
-# %% ../../nbs/library/study/08_forecast.ipynb #cell-010
+# %% ../../nbs/library/study/08_forecast.ipynb #cell-012
 SPEED = 1e14  # operations a second
 ASSUMED = (
     "estimates, nothing measured: 100 trillion operations a second (also for answers token by "
@@ -80,7 +80,7 @@ ASSUMED = (
     "beside the student; loading, images and waiting not counted"
 )
 
-
+# %% ../../nbs/library/study/08_forecast.ipynb #cell-014
 def hours_of(experiment: Experiment, profile: Profile, config) -> float:
     "GPU hours of an experiment: training and evaluation."
     e, limit = experiment, profile.evaluation.questions
@@ -92,7 +92,7 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
         work += samples * training_operations(config, recovery, e.ratio)
     return work / SPEED / 3600
 
-# %% ../../nbs/library/study/08_forecast.ipynb #cell-013
+# %% ../../nbs/library/study/08_forecast.ipynb #cell-017
 def memory_of(experiment: Experiment, profile: Profile, config) -> int:
     "Bytes of an experiment at its peak, on one card."
     e, dense = experiment, on_meta(config)
@@ -102,7 +102,7 @@ def memory_of(experiment: Experiment, profile: Profile, config) -> int:
     recovery = recovery_config(e, profile)
     return recovery_memory(small, recovery, dense, 256)["total"] + float32_extra(small, recovery)
 
-
+# %% ../../nbs/library/study/08_forecast.ipynb #cell-019
 def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per model and kind
     "Experiments, GPU hours and memory by model and kind, for the models whose config is known."
     kinds = {}

@@ -46,7 +46,7 @@ class Training:
     json: Word = ""  # or a LLaVA-format JSON file
     image_root: Word = ""  # where its images are
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-008
 @dataclass(frozen=True, config=STRICT)
 class Calibration:
     "What scores are measured on."
@@ -54,7 +54,7 @@ class Calibration:
     samples: Count  # questions
     batch_size: Count
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-008
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-010
 @dataclass(frozen=True, config=STRICT)
 class Width:
     "How widthwise plans are shaped."
@@ -63,7 +63,7 @@ class Width:
     protect_first: CountOrNone = 1  # layers at the start that lose nothing
     protect_last: CountOrNone = 1  # and at the end
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-012
 @dataclass(frozen=True, config=STRICT)
 class Evaluation:
     "What every model is evaluated on."
@@ -74,7 +74,7 @@ class Evaluation:
     split: Literal["test", "validation"] = "test"  # validation where something is tuned
     root: Word = ""  # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-010
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-014
 @dataclass(frozen=True, config=STRICT)
 class Slurm:
     "What a job of the Slurm executor requests."
@@ -92,7 +92,7 @@ class Slurm:
     )  # shell lines before ours, as "module load cuda"
     options: dict = field(default_factory=dict)  # sbatch options as submitit spells them: account
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-012
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-016
 @dataclass(frozen=True, config=STRICT)
 class Profile:
     "One scale of the study: models, data, grid and budgets."
@@ -122,7 +122,7 @@ class Profile:
     dtype: Dtype = ""  # of the weights; empty: as in the checkpoint
     slurm: Slurm = field(default_factory=Slurm)
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-014
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-018
 def _said(error: dict, kind: type, where: str) -> str:
     "One of pydantic's findings as a sentence."
     *place, last = [part for part in error["loc"] if part != "__init__"] or [""]
@@ -138,14 +138,14 @@ def _said(error: dict, kind: type, where: str) -> str:
     wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return f"{where}: {last} is {error['input']!r}: it must be {wanted}."
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-020
 def _keys(kind: type, place: list) -> list:
     "The keys that a section may have."
     for name in place:
         kind = next((f.type for f in fields(kind) if f.name == name), kind)
     return [f.name for f in fields(kind)]
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-022
 def read_strictly(
     kind: type,  # a dataclass of this notebook
     data,  # as YAML gives it
@@ -160,7 +160,7 @@ def read_strictly(
         found = [_said(e, kind, where) for e in error.errors(include_url=False)]
         raise ValueError("\n".join(dict.fromkeys(found))) from None
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-017
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-025
 def _check_lists(profile: Profile) -> None:
     "ValueError for values that are named twice."
     for name in ("models", "ratios", "fractions", "seeds"):
@@ -168,7 +168,7 @@ def _check_lists(profile: Profile) -> None:
         if len(set(values)) < len(values):
             raise ValueError(f"profile {profile.name}: {name} {values} names a value twice.")
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-027
 def _check_rates(profile: Profile) -> None:
     "ValueError for learning rates that no experiment would find."
     for train, rates in profile.learning_rates.items():
@@ -180,7 +180,7 @@ def _check_rates(profile: Profile) -> None:
                 where = f"profile {profile.name}: learning_rates, {train}"
                 raise ValueError(f"{where}: write {ours!r}, not {recovery!r}.")
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-029
 def _check_sections(profile: Profile) -> None:
     "ValueError for sections that would have no effect, or a second one."
     where, own = f"profile {profile.name}", profile.per_model.values()
@@ -207,15 +207,15 @@ def _check_sections(profile: Profile) -> None:
             f"{profile.slurm.gpus} GPUs: give each process one."
         )
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-019
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-031
 PROFILES = Path(str(files("mllm_compress"))) / "profiles"
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-033
 def profile_names() -> list:
     "The profiles that come with the package."
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-035
 def load_profile(
     name,  # the name of a shipped profile, a path to a YAML file, or a Profile
 ) -> Profile:
@@ -231,7 +231,7 @@ def load_profile(
         raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
     return checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-037
 def _profile_path(name: str) -> Path:
     "The file of a profile; ValueError where there is none."
     own = Path(name) if Path(name).is_file() else checkout() / name
@@ -243,14 +243,14 @@ def _profile_path(name: str) -> Path:
         )
     return path
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-039
 def checked(profile: Profile) -> Profile:
     "The profile, if its values fit each other."
     for check in (_check_lists, _check_rates, _check_sections):
         check(profile)
     return profile
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-022
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-042
 def training_of(model: str, profile: Profile) -> Training:
     "What students of a model are trained on."
     own, where = profile.per_model.get(model, {}), f"profile {profile.name}, per_model, {model}"
@@ -260,18 +260,18 @@ def training_of(model: str, profile: Profile) -> Training:
         return profile.training
     return read_strictly(Training, own["training"], f"{where}, training")
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-044
 def recovery_of(model: str, profile: Profile) -> dict:
     "Fields of `recovery.RecoveryConfig` that hold for all experiments of a model."
     return profile.recovery | profile.per_model.get(model, {}).get("recovery", {})
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-024
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-046
 def only_model(profile: Profile, model: str) -> Profile:
     "The same profile with one of its models."
     check_choice(f"model of profile {profile.name}", model, profile.models)
     return replace(profile, models=[model])
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-026
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-048
 def located(
     path: str,  # as a profile says it
 ) -> Path:
@@ -283,7 +283,7 @@ def located(
         )
     return checkout() / Path(expanded).expanduser()
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-029
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-051
 def resolve_parameters(
     profile: Profile,
     notebook: str,  # as "04_distillation"
@@ -305,7 +305,7 @@ def resolve_parameters(
     default = {name: own.get(name, getattr(profile, name, value)) for name, value in given.items()}
     return SimpleNamespace(**{name: value or default[name] for name, value in given.items()})
 
-
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-053
 def _is_of(value, kind: type) -> bool:
     "Whether a value is of a type; an int is a float, a bool is no number."
     if kind in (int, float):

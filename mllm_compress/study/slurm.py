@@ -40,7 +40,7 @@ def minutes_of(experiment: Experiment, slurm: Slurm) -> float:
     training = slurm.training_minutes * experiment.fraction
     return slurm.minutes + (training if experiment.recovery != "none" else 0)
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-006
 def arrays_of(experiments: list, slurm: Slurm) -> dict:  # minutes of a job -> jobs (lists)
     "Experiments in jobs of experiments_per_job, jobs in arrays of one time limit."
 
@@ -55,7 +55,7 @@ def arrays_of(experiments: list, slurm: Slurm) -> dict:  # minutes of a job -> j
         arrays.setdefault(math.ceil(limit * n), []).extend(jobs)
     return arrays
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-007
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-009
 def parameters(minutes: int, slurm: Slurm) -> dict:
     "A job's options, as submitit spells them."
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -76,7 +76,7 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
     more = {"requeue": True} | slurm.options.get("additional_parameters", {})
     return requested | slurm.options | {"additional_parameters": more}
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-010
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-012
 @dataclass(frozen=True)
 class Array:
     "An array of jobs: its folder, its id in the queue, and the experiments' names of each job."
@@ -94,7 +94,7 @@ class Array:
         path = self.folder / f"{name}.json"
         return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-014
 def write_array(jobs: list, profile: Profile, results: Store) -> Path:  # its folder
     "Write what the jobs of an array need."
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
@@ -107,15 +107,15 @@ def write_array(jobs: list, profile: Profile, results: Store) -> Path:  # its fo
     (folder / "jobs.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     return folder
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-012
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-016
 class TimeIsUp(BaseException):
     "The job ends; not an Exception, so that no experiment takes it for a failure of its own."
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-018
 def _time_is_up(*_):
     raise TimeIsUp
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-014
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-020
 def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None:
     "Complete the experiments of a job; each leaves `waiting` when it is finished."
     while waiting:
@@ -135,7 +135,7 @@ def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None
         if status == "failed" and device != "cpu" and waiting:
             raise TimeIsUp
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-016
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-022
 def serve(folder) -> None:
     "What a job runs."
     folder, began = Path(folder), time.time()
@@ -157,19 +157,19 @@ def serve(folder) -> None:
         if waiting:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-017
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-023
 def _steps(given: dict, profile: Profile, results: Store) -> set:
     "The checkpoints of an experiment in training."
     folder = checkpoints_of(subject_key(Experiment(**given), profile), results)
     return {p.name for p in folder.glob("checkpoint-*")}
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-025
 def _minutes(given: dict, profile: Profile) -> int:
     "The time limit of the job that has these experiments."
     longest = max(minutes_of(Experiment(**e), profile.slurm) for e in given.values())
     return math.ceil(longest * profile.slurm.experiments_per_job)
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-027
 def _give_up(folder: Path, waiting: dict, name: str) -> None:
     "Report an experiment as one that a job's time is too short for."
     del waiting[name]
@@ -179,7 +179,7 @@ def _give_up(folder: Path, waiting: dict, name: str) -> None:
     )
     write_atomically(folder / f"{name}.json", json.dumps(["failed", why]))
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-021
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-031
 def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     "Put an array of jobs into the queue; ValueError with Slurm's words where it is refused."
     folder = write_array(jobs, profile, results)
@@ -197,23 +197,23 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     write_atomically(folder / "array.json", json.dumps({"id": array.id, "jobs": array.jobs}))
     return array
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-023
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-033
 POLL = 10.0  # seconds between looks
 PATIENCE = 12  # looks for which a job may be missing from the queue
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-035
 def _squeue(*options) -> subprocess.CompletedProcess:
     "What `squeue` prints about the jobs of this user."
     command = ["squeue", "--me", "--noheader", "--array", *options]
     return subprocess.run(command, capture_output=True, text=True)
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-037
 def queue():  # set of ids, as "1234_0"; None where the cluster does not answer
     "The jobs of this user that wait or run."
     found = _squeue("--format=%i")
     return set(found.stdout.split()) if found.returncode == 0 else None
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-025
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-039
 def _patient_queue() -> set:
     "`queue`, tried several times; ValueError where the cluster stays silent."
     for _ in range(6):
@@ -225,7 +225,7 @@ def _patient_queue() -> set:
         "give the same command again later."
     )
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-041
 def in_queue(names: set, results: Store) -> list:  # of Array
     "Arrays of earlier runs with jobs in the queue that will still compute some experiments."
     found, marks = [], sorted((results.folder / "slurm").glob("*/array.json"))
@@ -238,12 +238,12 @@ def in_queue(names: set, results: Store) -> list:  # of Array
             found.append(Array(array.folder, array.id, jobs))
     return found
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-043
 def _is_open(name: str, array: Array, alive: set) -> bool:
     "Whether a job in the queue will still compute an experiment."
     return array.job(name) in alive and array.answer(name) is None
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-027
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-045
 FOR_GOOD = (
     "PartitionTimeLimit",
     "PartitionNodeLimit",
@@ -255,7 +255,7 @@ FOR_GOOD = (
     "DependencyNeverSatisfied",
 )
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-047
 def stuck(jobs: set) -> dict:  # job -> why it waits
     "Those of some jobs that wait for something which will not come by itself."
     if not shutil.which("squeue"):
@@ -264,12 +264,12 @@ def stuck(jobs: set) -> dict:  # job -> why it waits
     waiting = dict(line.strip().split("|", 1) for line in lines if "|" in line)
     return {job: why for job, why in waiting.items() if job in jobs and _is_for_good(why)}
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-049
 def _is_for_good(why: str) -> bool:
     "Whether a job that waits for this reason will never start."
     return any(word.lower() in why.lower() for word in FOR_GOOD)
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-051
 def _say_stuck(jobs: set, said: set) -> None:
     "Print why jobs will never start, each once."
     for job, why in stuck(jobs).items():
@@ -281,7 +281,7 @@ def _say_stuck(jobs: set, said: set) -> None:
             )
         said.add((job, why))
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-029
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-053
 def watch(
     arrays: list,
     is_done=lambda name: False,  # whether the store has a result
@@ -304,7 +304,7 @@ def watch(
                 del waiting[name]
                 yield name, *answer
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-055
 def _vanished(job: str, array: Array) -> str:
     "What is known of a job that has left the queue."
     output = f"{array.folder}/{job}_0_log.err"
@@ -313,7 +313,7 @@ def _vanished(job: str, array: Array) -> str:
         f"(its output: {output})"
     )
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-031
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-057
 def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0):
     "Complete experiments in jobs of a Slurm cluster."
     if not shutil.which("sbatch"):
@@ -330,7 +330,7 @@ def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0)
             subprocess.run(["scancel", *(array.id for array in ours)])
         raise
 
-
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-059
 def _all_jobs(named: dict, ours: list, profile: Profile, results: Store):
     "Watch the jobs of earlier runs and our own, and submit again what another run gave up."
     theirs, lost = in_queue(set(named), results), []

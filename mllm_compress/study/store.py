@@ -49,7 +49,7 @@ FORMAT = 2  # raised when the layout changes
 class NotOurs(ValueError):
     "The folder holds something that is not a results store of this package."
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-009
 def _claim_folder(folder: Path) -> None:
     "Mark a new folder as a store; refuse one that is not."
     mark = folder / MARK
@@ -72,7 +72,7 @@ def _claim_folder(folder: Path) -> None:
             "format are not read."
         )
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-009
+# %% ../../nbs/library/study/03_store.ipynb #cell-011
 @dataclass(frozen=True)
 class Store:
     "A folder of stages: STAGE/KEY.json, tensors in STAGE/KEY/, logs and locks beside them."
@@ -97,7 +97,7 @@ class Store:
         "Where the log of an experiment is written."
         return self.folder / "logs" / f"{key}.txt"
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-011
+# %% ../../nbs/library/study/03_store.ipynb #cell-013
 def write(
     store: Store,
     inputs: dict,  # of `stage_inputs`
@@ -116,12 +116,12 @@ def write(
     write_atomically(store.path(stage, key), text)
     return key
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-015
 def _hashes(folder: Path) -> dict:  # name -> hash
     "The hashes of the files of a result."
     return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.is_file()}
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-013
+# %% ../../nbs/library/study/03_store.ipynb #cell-017
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged files
 
 
@@ -133,13 +133,13 @@ def unsealed(text: str, key: str) -> dict:
         raise ValueError("broken seal")
     return content
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-019
 @lru_cache(maxsize=100_000)
 def _parsed(path: Path, key: str, changed: int) -> dict:
     "The content of a file as it was at a time."
     return unsealed(path.read_text(encoding="utf-8"), key)
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-021
 def read(
     store: Store,
     stage: str,
@@ -154,7 +154,7 @@ def read(
     except BROKEN:
         return _set_aside(store, stage, key)
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-015
+# %% ../../nbs/library/study/03_store.ipynb #cell-023
 def _set_aside(store: Store, stage: str, key: str):
     "Move a corrupt result aside, unless it has been made anew."
     path = store.path(stage, key)
@@ -171,7 +171,7 @@ def _set_aside(store: Store, stage: str, key: str):
     )
     return None
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-017
+# %% ../../nbs/library/study/03_store.ipynb #cell-025
 def folder_of(
     store: Store,
     stage: str,
@@ -186,7 +186,7 @@ def folder_of(
         return None
     return folder
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-027
 @lru_cache(None)
 def _is_whole(folder: Path, files: tuple) -> bool:
     "Whether the files of a result are what was written."
@@ -195,7 +195,7 @@ def _is_whole(folder: Path, files: tuple) -> bool:
     except OSError:
         return False
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-029
 def _discard(store: Store, stage: str, key: str) -> None:
     "Move the damaged files of a result aside."
     folder = store.folder / stage / key
@@ -205,7 +205,7 @@ def _discard(store: Store, stage: str, key: str) -> None:
         warnings.warn(f"Files of the {stage} {key} are damaged; they are kept in {aside}.")
     _is_whole.cache_clear()
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-020
+# %% ../../nbs/library/study/03_store.ipynb #cell-032
 @contextmanager
 def lock(
     store: Store,
@@ -226,7 +226,7 @@ def lock(
             if held:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-034
 def _take(file, wait: bool, store: Store) -> bool:
     "Whether a lock could be taken."
     try:
@@ -240,13 +240,13 @@ def _take(file, wait: bool, store: Store) -> bool:
         ) from error
     return True
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-036
 def holder(store: Store, name: str) -> str:
     "Who took a lock last, in words."
     path = store.folder / "locks" / name
     return path.read_text(encoding="utf-8") if path.exists() else "nobody"
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-022
+# %% ../../nbs/library/study/03_store.ipynb #cell-038
 def shared(
     store: Store,
     inputs: dict,  # of `stage_inputs`
@@ -259,7 +259,7 @@ def shared(
             write(store, inputs, fill=fill)
     return key
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-024
+# %% ../../nbs/library/study/03_store.ipynb #cell-040
 def pack(
     store: Store,
     keys: dict,  # stage -> keys
@@ -274,13 +274,13 @@ def pack(
             entry = zipfile.ZipInfo(f"{stage}.jsonl")  # dated 1980
             archive.writestr(entry, text, zipfile.ZIP_LZMA)
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-042
 def _texts(store: Store, stage: str, keys) -> dict:  # key -> JSON of one line
     "Results as they travel."
     paths = {key: store.path(stage, key) for key in keys}
     return {key: path.read_text(encoding="utf-8") for key, path in paths.items() if path.exists()}
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-026
+# %% ../../nbs/library/study/03_store.ipynb #cell-044
 LIMIT = 2**30  # bytes of a member, unpacked
 
 
@@ -300,7 +300,7 @@ def _lines(path: Path, stage: str) -> dict:  # key -> JSON
         raise ValueError(f"{wrong} ({error}): {cure}") from error
     return {content_hash(_inputs_of(line)): line for line in text.splitlines()}
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-046
 def _inputs_of(line: str):
     "The inputs that a line names; the line itself where it does not parse."
     try:
@@ -308,7 +308,7 @@ def _inputs_of(line: str):
     except BROKEN:
         return line
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-028
+# %% ../../nbs/library/study/03_store.ipynb #cell-048
 def unpack(
     path: Path,  # as `pack` wrote it
     store: Store,
@@ -320,7 +320,7 @@ def unpack(
         )
     return {stage: _taken(path, stage, store) for stage in STAGES}
 
-
+# %% ../../nbs/library/study/03_store.ipynb #cell-050
 def _taken(path: Path, stage: str, store: Store) -> list:
     "The keys of a stage's results that were sound and new."
     taken = []

@@ -62,7 +62,7 @@ def complete(
             traceback.print_exc()  # on a full disk there is no log
         return "failed", f"{type(error).__name__}: {error}"
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-008
 def _announce(experiment: Experiment, device: str) -> None:
     "Begin an experiment's log."
     n = torch.get_num_threads()
@@ -70,7 +70,7 @@ def _announce(experiment: Experiment, device: str) -> None:
     where = f"process {os.getpid()}, {threads}, on {device}"
     print(f"{now} {describe(experiment)}: {where}", flush=True)
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-008
+# %% ../../nbs/library/study/05_workers.ipynb #cell-010
 def complete_logged(
     experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"
 ) -> tuple:  # as `complete`
@@ -83,14 +83,14 @@ def complete_logged(
         sys.stderr.flush()
     return answer
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-012
+# %% ../../nbs/library/study/05_workers.ipynb #cell-014
 def _end_with_master(master: int) -> None:
     "End this process as soon as another has become its parent."
     while os.getppid() == master:
         time.sleep(1)
     os._exit(1)
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-016
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: experiments in, (status, message) out, until the pipe closes."
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
         except (EOFError, BrokenPipeError):
             return
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-014
+# %% ../../nbs/library/study/05_workers.ipynb #cell-018
 def _cores() -> int:
     "How many cores this process may use: by affinity, and by the quota of its control group."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -112,7 +112,7 @@ def _cores() -> int:
         return cores
     return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-020
 def devices(
     workers: int = 0,  # as many; 0: one per GPU, or per core
     processes: int = 1,  # that train an experiment together
@@ -124,7 +124,7 @@ def devices(
     places = max(1, (gpus or _cores()) // processes)
     return [f"cuda:{i % places * processes}" if gpus else "cpu" for i in range(workers or places)]
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-022
 def check_gpus(profile: Profile) -> None:
     "ValueError where an experiment requests more GPUs than this machine has."
     gpus = torch.cuda.device_count()
@@ -134,7 +134,7 @@ def check_gpus(profile: Profile) -> None:
             f"together, each on a GPU of its own, and this machine has {gpus}."
         )
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-017
+# %% ../../nbs/library/study/05_workers.ipynb #cell-025
 def _surroundings(device: str, processes: int = 1) -> dict:
     "The environment of a worker: one thread, no progress bars of its own, its own GPUs."
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")
@@ -147,7 +147,7 @@ def _surroundings(device: str, processes: int = 1) -> dict:
     mine = (seen or all_gpus).split(",")[first : first + processes]
     return new | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-027
 @contextmanager
 def _environment(new: dict):
     "Processes started in this context find these values in their environment."
@@ -162,7 +162,7 @@ def _environment(new: dict):
             else:
                 os.environ[k] = v
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-019
+# %% ../../nbs/library/study/05_workers.ipynb #cell-029
 @contextmanager
 def _without_interrupts():
     "Processes started in this context never receive SIGINT; ours waits until the block ends."
@@ -172,7 +172,7 @@ def _without_interrupts():
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-021
+# %% ../../nbs/library/study/05_workers.ipynb #cell-031
 class Worker:
     "A process that completes experiments one after another."
 
@@ -210,13 +210,13 @@ class Worker:
             self.process.terminate()
         self.process.join(10)
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-023
+# %% ../../nbs/library/study/05_workers.ipynb #cell-033
 @lru_cache(None)
 def say_busy(experiment: Experiment, holder: str) -> None:
     "Say that another run computes an experiment."
     tqdm.write(f"{describe(experiment)} is computed by another run ({holder}): waiting for it.")
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-025
+# %% ../../nbs/library/study/05_workers.ipynb #cell-035
 def inline(experiments: list, profile: Profile, results: Store, workers: int = 0):
     "Complete experiments in this process, one after another."
     check_gpus(profile)
@@ -233,7 +233,7 @@ def inline(experiments: list, profile: Profile, results: Store, workers: int = 0
         else:
             yield experiment, status, message
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-027
+# %% ../../nbs/library/study/05_workers.ipynb #cell-037
 def cache_key(experiment: Experiment) -> tuple:  # equal where the teacher's outputs are shared
     "What a worker keeps in memory for an experiment."
     e = experiment
@@ -241,7 +241,7 @@ def cache_key(experiment: Experiment) -> tuple:  # equal where the teacher's out
         return (e.model,)
     return e.model, e.fraction, e.seed if e.fraction < 1 else None
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-039
 def best_next(
     waiting: list, last: Experiment | None, others: list
 ) -> int:  # a position in `waiting`
@@ -256,12 +256,12 @@ def best_next(
 
     return min(range(len(waiting)), key=cost)
 
-# %% ../../nbs/library/study/05_workers.ipynb #cell-030
+# %% ../../nbs/library/study/05_workers.ipynb #cell-042
 def _spent(status: str, device: str) -> bool:
     "Whether a worker should get no further experiment: it died, or one failed on its GPU."
     return status == "died" or status == "failed" and device != "cpu"
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-044
 def _hand_out(waiting: list, team: list) -> None:
     "Give every idle worker an experiment."
     for worker in team:
@@ -269,7 +269,7 @@ def _hand_out(waiting: list, team: list) -> None:
             others = [w.current for w in team if w.current]
             worker.give(waiting.pop(best_next(waiting, worker.last, others)))
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-046
 def _finished(team: list):
     "Yield what workers answer; a spent worker is replaced."
     for pipe in wait([w.pipe for w in team if w.current]):
@@ -280,7 +280,7 @@ def _finished(team: list):
             team[k] = Worker(*team[k].args)
         yield experiment, status, message
 
-
+# %% ../../nbs/library/study/05_workers.ipynb #cell-048
 def local(experiments: list, profile: Profile, results: Store, workers: int = 0):
     "Complete experiments in worker processes, one per core or GPU."
     check_gpus(profile)
