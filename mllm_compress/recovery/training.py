@@ -204,7 +204,7 @@ def _trainer(run: _Run, outputs, workers: int):
         desc="recover" if run.progress else None,
     )
 
-
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-022
 def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
     "Compute the teacher's outputs, train, and collect the result."
     started = time.perf_counter()
@@ -228,7 +228,7 @@ def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
         adapters,
     )
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-022
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-024
 def _student(student, config: RecoveryConfig, plan) -> Student:
     "The module that is trained."
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
@@ -245,7 +245,7 @@ def _processor(model: nn.Module):
     except Exception as error:
         raise ValueError(f"no processor found at {source!r}: pass processor=.") from error
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-024
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-026
 def recover(
     student: nn.Module,  # a pruned MLLM; it is not changed
     teacher: nn.Module | None,  # the dense model; None for SFT alone
