@@ -24,7 +24,13 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mllm_compress", "mllm_compress.*"]),
     package_data={
-        "mllm_compress": ["profiles/*.yaml", "published/*.csv", "models/*/*", "templates/*"]
+        "mllm_compress": [
+            "profiles/*.yaml",
+            "published/*.csv",
+            "models/*/*",
+            "templates/*",
+            "py.typed",
+        ]
     },
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -243,9 +243,9 @@ def test_convert_an_original_release(golden, tmp_path, monkeypatch):
     assert str(AutoModelForImageTextToText.from_pretrained("out").dtype) == "torch.bfloat16"
     for args, says in (
         ((source, "out", "--tower", "clip"), "exists and is not an empty folder"),
-        (("out", "again"), "layouts that can be read are LlavaLlamaForCausalLM"),
+        (("out", "again"), "original layouts that can be read are LlavaLlamaForCausalLM"),
         (("nowhere", "again"), "is not a folder"),
-        ((source, "again", "--dtype", "int8"), "use one of float32, bfloat16, float16"),
+        ((source, "again", "--dtype", "int8"), "use float32, bfloat16, float16"),
     ):
         assert says in ask("convert", *args, code=2)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")

@@ -110,6 +110,10 @@ def prompt_tokens(processor, question: str = "What is shown in the picture?") ->
     tokenizer = getattr(processor, "tokenizer", processor)
     if not getattr(processor, "chat_template", None):
         return len(tokenizer(question)["input_ids"])
+    if tokenizer is processor:
+        turn = [{"role": "user", "content": question}]
+        text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        return len(tokenizer(text)["input_ids"])
     turn = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     return len(tokenizer(text)["input_ids"])

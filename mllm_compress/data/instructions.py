@@ -11,6 +11,8 @@ import hashlib
 import itertools
 import json
 import math
+import struct
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -18,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from . import scenes
+from .reading import image_path, read_entries
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-005
@@ -32,6 +35,8 @@ def turns(
     entry: dict,  # one LLaVA entry
 ) -> list:  # of (question, answer) pairs, the image marker removed
     "The question-answer pairs of a conversation; ValueError where speakers do not alternate."
+    if "text" in entry and "conversations" not in entry:
+        return [(None, entry["text"])]  # plain text, all of it supervised
     said = entry.get("conversations") or []
     speakers = [t.get("from") for t in said]
     if not said or speakers != ["human", "gpt"] * (len(said) // 2):
@@ -80,6 +85,32 @@ def has_image(entry: dict) -> bool:
     "True where the entry is about a picture."
     return entry.get("image") is not None
 
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-016
+MAX_PIXELS, LONGEST_SIDE = 100_000_000, 4096
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_image(path) -> Image.Image:  # RGB
+    "A picture, reduced if it is very large; ValueError for one that is too large to unpack."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = Image.open(path)
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(
+            f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS // 10**6} million"
+        )
+    if max(picture.size) > LONGEST_SIDE:
+        picture.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return picture.convert("RGB")
+
 
 def open_image(
     entry: dict,  # for the error
@@ -88,19 +119,19 @@ def open_image(
 ) -> Image.Image:  # RGB
     "The image of an entry; OSError where it is missing or cannot be read."
     try:
-        return Image.open(path).convert("RGB")
+        return read_image(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Entry {entry.get('id')!r} needs the image {path}, which does not exist: "
             f"check image_root={str(root)!r}."
         ) from None
-    except (UnidentifiedImageError, OSError) as error:
+    except _UNREADABLE as error:
         raise OSError(
             f"Entry {entry.get('id')!r}: the image {path} cannot be read ({error}). "
             "Replace it, or load with skip_missing=True."
         ) from None
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-016
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-018
 def nested_part(
     ids: list,  # of all entries
     fraction: float,  # in (0, 1]
@@ -115,7 +146,7 @@ def nested_part(
     order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
     return sorted(order[: max(1, math.ceil(fraction * len(ids)))])
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-018
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-020
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
 
@@ -141,7 +172,7 @@ class InstructionData(torch.utils.data.Dataset):
             return None
         if self.images is not None:
             return self.images(entry)
-        path = Path(self.image_root or ".") / entry["image"]
+        path = image_path(entry, self.image_root or ".")
         return open_image(entry, path, self.image_root)
 
     def fraction(self, fraction: float, seed: int = 0) -> "InstructionData":
@@ -157,23 +188,15 @@ class InstructionData(torch.utils.data.Dataset):
         text = json.dumps(list(self.samples), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-021
-def _read_entries(path: Path) -> list:
-    "The entries of a JSON or JSON-lines file."
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-022
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-023
 def load_json(
-    path,  # a JSON or JSON-lines file in LLaVA's format
+    path,  # a JSON, JSON-lines or text file, see data.reading
     image_root,  # folder of the images
     skip_missing: bool = False,  # leave out entries whose image does not exist
 ) -> InstructionData:
-    "Read a LLaVA data set; FileNotFoundError where an image does not exist."
-    samples, root = _read_entries(Path(path)), Path(image_root)
-    absent = [has_image(e) and not (root / e["image"]).is_file() for e in samples]
+    "Read a data set; FileNotFoundError where an image does not exist, ValueError for bad entries."
+    samples, root = read_entries(path), Path(image_root)
+    absent = [has_image(e) and not image_path(e, root).is_file() for e in samples]
     count = f"{sum(absent)} of {len(samples)} entries"
     if any(absent) and not skip_missing:
         paths = [str(root / e["image"]) for e, gone in zip(samples, absent) if gone]
@@ -182,12 +205,14 @@ def load_json(
             f"{', …' if len(paths) > 3 else ''}. Complete the folder, or pass skip_missing=True "
             "to leave them out."
         )
+    if all(absent):
+        raise FileNotFoundError(f"{path}: none of the images exists in {root}: check image_root.")
     if any(absent):
         print(f"{path}: left out {count} whose image does not exist.")
     kept = [e for e, gone in zip(samples, absent) if not gone]
     return InstructionData(kept, root, name=Path(path).stem)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-025
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-026
 def entry(
     id,  # of the entry
     image,  # its path, or None
@@ -201,7 +226,7 @@ def entry(
         said.append({"from": "gpt", "value": answer})
     return {"id": id, "image": image, "conversations": said, **more}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-027
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-028
 def scene_data(
     split: str = "train",  # "train", "validation" or "test"
     n: int = 40_000,  # scenes
@@ -220,7 +245,7 @@ def scene_data(
         name=f"scenes-{split}",
     )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-029
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-030
 def easy_vqa(
     split: str = "train",  # "train" or "test", the official split
 ) -> InstructionData:
@@ -236,7 +261,7 @@ def easy_vqa(
     samples = [entry(f"easy-{split}-{i}", Path(paths[i]).name, p) for i, p in pairs.items()]
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-031
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-032
 def mix(
     *parts: InstructionData,
 ) -> InstructionData:
@@ -255,7 +280,7 @@ def mix(
     name = "+".join(part.name for part in parts)
     return InstructionData(LazyEntries(ids, make), images=image, name=name)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-033
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-034
 def small_data(
     split: str = "train",  # "train" or "validation"
     n: int = 40_000,  # scenes
@@ -263,7 +288,7 @@ def small_data(
     "The training mixture of the small profiles: scenes and, for training, easy-VQA."
     return mix(scene_data(split, n), easy_vqa()) if split == "train" else scene_data(split, n)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-036
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-037
 class EncodingCache:
     "A function of conversations that caches its last results up to a total number of tokens."
 
@@ -284,12 +309,12 @@ class EncodingCache:
             self.size -= len(self.held.popitem(last=False)[1][0])
         return out
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-039
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-040
 def _messages(
     pairs,  # of (question, answer)
     image: bool,  # whether there is a picture
 ) -> list:
-    "A conversation as messages for a chat template."
+    "A conversation as messages for a chat template of an MLLM."
     messages = []
     for k, (question, answer) in enumerate(pairs):
         picture = [{"type": "image"}] if image and k == 0 else []
@@ -298,7 +323,7 @@ def _messages(
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-041
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-042
 def _answer_spans(
     text,  # (pairs, prompt_only) -> rendered conversation
     pairs: tuple,  # of (question, answer)
@@ -315,22 +340,57 @@ def _answer_spans(
         spans.append((len(prompt), len(done)))
     return spans
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-043
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-044
+def _template_error():
+    return ValueError(
+        "The processor has no chat_template: set one that renders the model's conversation "
+        'format, or give plain text ({"text": …}).'
+    )
+
+
+def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
+    "A conversation without pictures in the chat template of a tokenizer."
+    if not tokenizer.chat_template:
+        raise _template_error()
+    messages = []
+    for question, answer in pairs:
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    if prompt_only:
+        messages = messages[:-1]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt_only
+    )
+
+
+def _encode_plain(tokenizer, text: str) -> tuple:
+    "Token ids of a text, and that all but the first are supervised."
+    ids = tokenizer(text)["input_ids"]
+    return tuple(ids), (False, *[True] * (len(ids) - 1))[: len(ids)]
+
+
+def pad_id(tokenizer) -> int:
+    "The id that fills rows, for a tokenizer with or without one of its own."
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in known if i is not None)
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-046
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
     def __init__(self, processor):
-        self.processor, self.tokenizer = processor, processor.tokenizer
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(
-                "The processor has no chat_template: "
-                "set one that renders the model's conversation format."
-            )
-        self.image_token, self.image_id = processor.image_token, processor.image_token_id
+        self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", processor)
+        self.multimodal = hasattr(processor, "image_processor")
+        if self.multimodal and not getattr(processor, "chat_template", None):
+            raise _template_error()
+        self.image_token = getattr(processor, "image_token", None)
+        self.image_id = getattr(processor, "image_token_id", None)
         self.encode = EncodingCache(self._encode)
         self.image_text = lru_cache(10_000)(self._image_text)
         # True where the tokens of a picture depend on its shape
-        self.tiled = self.image_text((64, 64)) != self.image_text((640, 64))
+        self.tiled = self.multimodal and self.image_text((64, 64)) != self.image_text((640, 64))
 
     def _image_text(self, size: tuple) -> str:
         "The placeholder tokens of a picture of that (width, height)."
@@ -340,6 +400,8 @@ class Renderer:
 
     def text(self, pairs, image, prompt_only=False) -> str:
         "The rendered conversation, or its part before the last answer."
+        if not self.multimodal:
+            return _render_text(self.tokenizer, pairs, prompt_only)
         messages = _messages(pairs, bool(image))
         return self.processor.apply_chat_template(
             messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only
@@ -347,18 +409,28 @@ class Renderer:
 
     def _encode(self, pairs: tuple, image: str) -> tuple:
         "Token ids of a conversation, and for each whether it belongs to an answer."
-        text = self.text(pairs, image)
-        spans = _answer_spans(lambda some, prompt: self.text(some, image, prompt), pairs)
-        shift = len(image) - len(self.image_token) if image else 0
-        text = text.replace(self.image_token, image, 1) if image else text
-        out = self.tokenizer(text, return_offsets_mapping=True)
-        answer = [
-            end > start and any(a + shift <= start < b + shift for a, b in spans)
-            for start, end in out["offset_mapping"]
-        ]
-        return tuple(out["input_ids"]), tuple(answer)
+        return (
+            _encode_plain(self.tokenizer, pairs[0][1])
+            if pairs[0][0] is None
+            else _encode_chat(self, pairs, image)
+        )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-046
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-047
+def _encode_chat(render, pairs: tuple, image: str) -> tuple:
+    "Token ids of a rendered conversation, and for each whether it belongs to an answer."
+    text = render.text(pairs, image)
+    spans = _answer_spans(lambda some, prompt: render.text(some, image, prompt), pairs)
+    shift = len(image) - len(render.image_token) if image else 0
+    text = text.replace(render.image_token, image, 1) if image else text
+    begun = not render.multimodal and text.startswith(render.tokenizer.bos_token or "\0")
+    out = render.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
+    answer = [
+        end > start and any(a + shift <= start < b + shift for a, b in spans)
+        for start, end in out["offset_mapping"]
+    ]
+    return tuple(out["input_ids"]), tuple(answer)
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-050
 def packed_mask(
     segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
 ) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
@@ -369,7 +441,7 @@ def packed_mask(
     prefix = segment[:, None, :] == 0
     return ((same | prefix) & causal | itself)[:, None]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-049
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-053
 def pack(
     encoded: list,  # of (ids, answer mask), one per question about the same picture
     image_id: int,  # token id of the image placeholder
@@ -390,7 +462,7 @@ def pack(
         row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-051
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-055
 def blocks(
     row: dict,  # as pack returns it
     width: int,  # tokens that a block may have; a longer question stays whole
@@ -403,7 +475,7 @@ def blocks(
             cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-054
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-058
 def borrowing_mask(
     segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
     first: torch.Tensor,  # [blocks] the block that holds the prefix of each
@@ -415,7 +487,7 @@ def borrowing_mask(
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-057
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-061
 def _pad(
     rows: list,  # as pack returns them
     pad_id: int,  # token id of the padding
@@ -428,7 +500,7 @@ def _pad(
         for key, value in fill.items()
     }
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-059
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-063
 def _cut(
     rows: list,  # one per entry
     block: int | None,  # tokens of a block; None: whole rows
@@ -441,11 +513,16 @@ def _cut(
     first = torch.tensor([start for start, row in zip(starts, cut) for _ in row])
     return [b for row in cut for b in row], first
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-061
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-065
 def _image_text(collator, entry: dict) -> str:
     "What stands for an entry's picture in its prompt."
     if not has_image(entry):
         return ""
+    if not collator.render.multimodal:
+        raise ValueError(
+            f"Entry {entry.get('id')!r} has an image, but the model has no vision tower: "
+            "use entries without images."
+        )
     tiled = collator.render.tiled  # only then does the shape matter
     size = collator.dataset.image(entry["index"]).size if tiled else (64, 64)
     return collator.render.image_text(size)
@@ -469,7 +546,7 @@ def _pictures(collator, numbers: list) -> dict:
     process = collator.render.processor.image_processor
     return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-063
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-067
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -490,7 +567,7 @@ class Collator:
     def __call__(self, entries: list) -> dict:
         "A batch of entries."
         rows, first = _cut([self.row(e) for e in entries], self.block)
-        pad = _pad(rows, self.render.tokenizer.pad_token_id)
+        pad = _pad(rows, pad_id(self.render.tokenizer))
         labels = pad["ids"].masked_fill(~pad["answer"], -100)
         mask = (pad["segment"] >= 0).long()
         batch = {"input_ids": pad["ids"], "attention_mask": mask, "labels": labels}
@@ -506,21 +583,28 @@ class Collator:
         row = _packed(self, tuple(turns(entry)), _image_text(self, entry))
         return {k: v[: self.max_length] for k, v in row.items()}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-067
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-071
+def _first_question(entry: dict) -> dict:
+    "An entry with its first question alone; plain text as it is."
+    if "conversations" not in entry:
+        return entry
+    return entry | {"conversations": entry["conversations"][:2]}
+
+
 def calibration_batches(
     dataset: InstructionData,
     processor,
     n: int = 64,  # entries
     batch_size: int = 16,  # rows of a batch
     seed: int = 0,  # which entries
+    max_length: int | None = None,  # tokens of a row
 ) -> list:  # of batch dicts
     "A fixed draw of entries, the first question of each, as right-padded batches."
     order = np.random.default_rng(seed).permutation(len(dataset))[:n]
-    entries = [dataset.samples[i] for i in order]
-    entries = [e | {"conversations": e["conversations"][:2]} for e in entries]
+    entries = [_first_question(dataset.samples[i]) for i in order]
     first = InstructionData(entries, dataset.image_root, dataset.images)
-    collate, numbers = Collator(processor, first, turns="sequential"), range(len(first))
+    collate = Collator(processor, first, turns="sequential", max_length=max_length)
     return [
-        collate([first[i] for i in numbers[start : start + batch_size]])
+        collate([first[i] for i in range(len(first))[start : start + batch_size]])
         for start in range(0, len(first), batch_size)
     ]

@@ -101,7 +101,7 @@ def open_image(
     "The picture that a model sees."
     if not isinstance(image, StoredImage):
         return image.convert("RGB")
-    picture = Image.open(io.BytesIO(image.data)).convert("RGB")
+    picture = instructions.read_image(io.BytesIO(image.data))
     return pad_to_square(picture, mean_color(mean)) if image.square else picture
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-019
@@ -190,13 +190,21 @@ def parquet_files(
     if root is None:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(source.repo, repo_type="dataset", allow_patterns=[pattern]))
+        try:
+            got = snapshot_download(source.repo, repo_type="dataset", allow_patterns=[pattern])
+        except OSError as error:
+            raise OSError(
+                f"The data set {source.repo} could not be fetched ({type(error).__name__}): put a "
+                "copy into a folder, and name that folder in MLLM_COMPRESS_BENCHMARKS."
+            ) from error
+        folder = Path(got)
     else:
         folder = Path(root) / source.repo.split("/")[-1]
     if files := sorted(folder.glob(pattern)):
         return files
     raise FileNotFoundError(
-        f"There is no {pattern} in {folder}: put a copy of the data set {source.repo} there."
+        f"There is no {pattern} in {folder}: put a copy of the data set {source.repo} there, or "
+        "name the folder of the sets in MLLM_COMPRESS_BENCHMARKS."
     )
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-029

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..anatomy.compat import CACHE_ARGUMENT
+from ..anatomy.embedding import embed
 from ..anatomy.families import anatomy
 from ..anatomy.tensors import weights_hash
 from .benchmarks import StoredImage, open_image
@@ -257,21 +258,20 @@ def run_tokens(
     return parts.lm_head(hidden[:, -keep:]).float()
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
-def embed(
+def embed_images(
     parts,  # Anatomy
     ids: torch.Tensor,  # [batch, tokens]
     images: list,  # of ImageFeatures, in the order of their tokens
 ) -> torch.Tensor:  # [batch, tokens, hidden]
     "Token embeddings with the projected images in the place of the image tokens."
-    x = parts.embed_tokens(ids)
-    if not images:
-        return x
-    distinct, weight = {id(i): i.features for i in images}, next(parts.projector.parameters())
-    features = torch.cat(list(distinct.values())).to(weight.device, weight.dtype)
-    projected = parts.projector(features).split([len(f) for f in distinct.values()])
-    projected = {k: p.flatten(0, 1) for k, p in zip(distinct, projected)}
-    mask = (ids == parts.config.image_token_id)[..., None]
-    return x.masked_scatter(mask, torch.cat([projected[id(i)] for i in images]).to(x.dtype))
+    places, features = {}, []  # an image that several questions share is projected once
+    for image in images:
+        if id(image) not in places:
+            start = sum(map(len, features))
+            places[id(image)] = range(start, start + len(image.features))
+            features.append(image.features)
+    order = [tile for image in images for tile in places[id(image)]]
+    return embed(parts, ids, torch.cat(features) if images else None, order)
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
 def select_rows(
@@ -306,7 +306,7 @@ def read_prefixes(
         return Prefix(None, mask, row)
     cache = DynamicCache(config=parts.text_config)
     images = [features[k] for _, keys in row for k in keys]
-    run_tokens(parts, embed(parts, ids, images), mask, cache)
+    run_tokens(parts, embed_images(parts, ids, images), mask, cache)
     return Prefix(cache, mask, row)
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045

@@ -24,6 +24,7 @@ from mllm_compress.importance.scores import (
     evaluating,
     mean_weights,
     model_inputs,
+    with_record,
 )
 from .taylor import taylor
 from mllm_compress.utils.methods import (
@@ -268,7 +269,7 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
     known, unknown = sorted(_options(row)), sorted(set(options) - set(_options(row)))
     if unknown:
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
-    return row.function(model, batches, **options)
+    return with_record(row.function(model, batches, **options), model)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-038
 def measure(

@@ -18,6 +18,7 @@ from mllm_compress.importance.scores import (
     evaluating,
     mean_weights,
     model_inputs,
+    model_record,
 )
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-006
@@ -125,7 +126,8 @@ def _meta(model, batches: list, token_weights, **options) -> dict:
     "The options of a score, the number of samples, and the type of the decoder."
     samples = sum(len(b["input_ids"]) for b in batches)
     kind = anatomy(model).text_config.model_type
-    return {**options, "samples": samples, "token_weights": token_weights, "model_type": kind}
+    options |= {"samples": samples, "token_weights": token_weights, "model_type": kind}
+    return {**options, "model": model_record(model)}
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-034
 def block_influence(

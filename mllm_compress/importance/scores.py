@@ -6,17 +6,18 @@
 __all__ = ['LayerScores', 'WidthScores', 'load_scores']
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-004
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
-from ..anatomy.families import Anatomy
+from ..anatomy.families import Anatomy, anatomy
 from ..utils.files import sha256, write_atomically
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-006
@@ -271,3 +272,66 @@ def add_channels(
             total.index_add_(0, owner, values)
     meta = {"model_type": parts.text_config.model_type} | meta
     return WidthScores(units["head"], units["neuron"], kind, meta)
+
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-052
+_SAMPLED = 256  # weights of every tensor
+
+
+def weights_sample(
+    tensors,  # of (name, tensor)
+) -> str:  # 16 hexadecimal digits
+    "A hash of a few weights of every tensor."
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def model_record(
+    model,  # MLLM or causal LM, on any device; on meta without its weights
+) -> dict:  # of JSON values
+    "What identifies the model that scores were computed on."
+    parts = anatomy(model)
+    layers = range(parts.num_layers)
+    record = {
+        "architecture": parts.family.name,
+        "hidden_size": parts.hidden_size,
+        "heads": [parts.groups(i) for i in layers],
+        "neurons": [parts.neurons(i) for i in layers],
+    }
+    if model.device.type != "meta":
+        record["weights"] = weights_sample(parts.layers.named_parameters())
+    return record
+
+
+def with_record(
+    scores,  # LayerScores or WidthScores
+    model,  # that they were computed on
+):  # the scores
+    "The same scores, with the record of their model."
+    return replace(scores, meta=scores.meta | {"model": model_record(model)})
+
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-053
+def check_record(
+    scores,  # LayerScores or WidthScores
+    ours: dict,  # model_record of the model to be pruned
+) -> None:
+    "ValueError where scores were computed on another model; scores without a record pass."
+    theirs = scores.meta.get("model") or ours
+    for key in ours:
+        if key in theirs and ours[key] != theirs[key]:
+            given = "" if key == "weights" else f" ({_short(theirs[key])}, not {_short(ours[key])})"
+            raise ValueError(
+                f"these scores were computed on another model: {key} differ{given}. "
+                "Score this model itself, in this dtype."
+            )
+
+
+def _short(value) -> str:
+    "A value of a record in a few words."
+    if not isinstance(value, list):
+        return str(value)
+    return f"{len(value)} layers of {min(value)} to {max(value)}" if value else "none"

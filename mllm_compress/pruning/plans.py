@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
+from ..importance.scores import LayerScores, WidthScores, check_record, model_record
 from .allocation import plan_global
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
@@ -41,6 +42,14 @@ def plan_none(
     return make_plan(model, requested_ratio=0.0, method="none", shape="none")
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-008
+def _check_scores(scores, kind: type, other: str, model) -> None:
+    "ValueError for scores of the other kind, or of another model."
+    if not isinstance(scores, kind):
+        raise ValueError(f"{kind.__name__} are needed, not {type(scores).__name__}: {other}")
+    if scores.meta.get("model"):
+        check_record(scores, model_record(model))
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
 def layers_for_ratio(
     model: PreTrainedModel,
     ratio: float,  # fraction of LM-decoder parameters
@@ -55,7 +64,7 @@ def layers_for_ratio(
     check_reachable(ratio, float(costs.sum()) / total, remedy)
     return nearest_prefix(costs, ratio * total)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
 def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
     total, block = anatomy(model).num_layers, scores.meta.get("n") or 1
@@ -76,7 +85,7 @@ def _layers_to_remove(model, scores, ratio, n_layers) -> list:
         )
     return list(range(order[0], order[0] + block))
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
 def _check_layer_request(scores, **amounts) -> None:
     "ValueError unless exactly one amount is given, and scores where they are needed."
     given = [name for name, value in amounts.items() if value is not None]
@@ -91,7 +100,7 @@ def _listed(names) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}"
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-013
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-015
 def plan_layerwise(
     model: PreTrainedModel,
     scores=None,  # LayerScores of single layers or of contiguous blocks; not needed with `layers`
@@ -101,6 +110,9 @@ def plan_layerwise(
 ) -> PruningPlan:
     "Remove whole layers: the lowest scores, the lowest contiguous block, or an explicit list."
     _check_layer_request(scores, ratio=ratio, n_layers=n_layers, layers=layers)
+    if scores is not None:
+        other = "use plan_widthwise, or score layers (method block_influence)."
+        _check_scores(scores, LayerScores, other, model)
     total = anatomy(model).num_layers
     removed = _layers_to_remove(model, scores, ratio, n_layers) if layers is None else list(layers)
     if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
@@ -118,7 +130,7 @@ def plan_layerwise(
         scores=score_record(scores),
     )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-021
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-023
 def _unprotected(
     kept: tuple,  # layers of the model that stay
     protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
@@ -136,7 +148,7 @@ def _unprotected(
         raise ValueError(f"protect=({first}, {last}) leaves none of {len(kept)} layers to prune.")
     return kept[first : len(kept) - last]
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-023
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-025
 def _budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
@@ -162,7 +174,7 @@ def _budget_counts(
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-025
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-027
 def _reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
@@ -178,7 +190,7 @@ def _reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-027
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-029
 def _check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
@@ -200,7 +212,7 @@ def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-029
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-031
 def _keep_best(
     scores: dict,  # layer -> [units] scores
     counts: dict,  # layer -> how many stay
@@ -218,7 +230,7 @@ def _keep_best(
         kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
 ALLOCATIONS = {
     "layer": "the same share of every layer that is not protected",
     "global": "one ranking of the units of all layers by score per parameter",
@@ -230,7 +242,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
         raise ValueError(
-            f"allocation={allocation!r} needs scores, a ratio and the blockwise shape, without "
+            f"allocation={allocation!r} needs a ratio and the blockwise shape, without "
             "channel_ratio or protect: each layer keeps what its units are worth."
         )
     wanted = ("obs",) if allocation == "obs" else ("gauss_newton", "obs")
@@ -240,7 +252,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
             f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-033
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-035
 def plan_widthwise(
     model: PreTrainedModel,
     scores,  # WidthScores
@@ -255,13 +267,15 @@ def plan_widthwise(
     allocation: str = "layer",  # the same share in every layer; or "global", "obs": see ALLOCATIONS
 ) -> PruningPlan:
     "Remove heads and neurons, by a parameter budget or by the original's channel ratio."
-    check_choice("allocation", allocation, ALLOCATIONS)
-    if allocation != "layer":
-        whole = None in (ratio, scores) or shape != "blockwise" or channel_ratio is not None
-        _check_allocation(allocation, scores, whole or protect is not None)
-        return plan_global(model, scores, ratio, round_to=round_to, base=base)
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
     _check_width_request(ratio, channel_ratio, ranges)
+    other = "use plan_layerwise, or score heads and neurons (method taylor)."
+    _check_scores(scores, WidthScores, other, model)
+    check_choice("allocation", allocation, ALLOCATIONS)
+    if allocation != "layer":
+        options = shape != "blockwise" or channel_ratio is not None or protect is not None
+        _check_allocation(allocation, scores, options)
+        return plan_global(model, scores, ratio, round_to=round_to, base=base)
     parts, sizes = anatomy(model), layer_sizes(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
     free = _unprotected(kept, protect, shape)
@@ -277,7 +291,7 @@ def plan_widthwise(
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
     return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-041
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
 def plan_combined(
     model: PreTrainedModel,
     layer_scores,  # LayerScores of single layers
@@ -293,7 +307,7 @@ def plan_combined(
     base = plan_layerwise(model, layer_scores, ratio=ratio * layer_share)
     return plan_widthwise(model, width_scores, ratio=ratio, base=base, **options)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-044
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-046
 @dataclass(frozen=True)
 class Pruning:
     "One way to reach a ratio."
@@ -318,7 +332,7 @@ def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
 def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-046
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-048
 PRUNINGS = {
     "none": Pruning(
         _none,
@@ -340,7 +354,7 @@ PRUNINGS = {
     ),
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-048
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-050
 def plan_pruning(
     pruning: str,  # a key of PRUNINGS
     model: PreTrainedModel,

@@ -9,12 +9,14 @@ __all__ = ['PruningPlan']
 import json
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
 from .sizes import LayerSize, kept_parameters, layer_sizes
+from ..utils.files import write_atomically
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006
@@ -64,6 +66,20 @@ class PruningPlan:
     def from_json(cls, text: str) -> "PruningPlan":
         "A plan from what `to_json` wrote; an unknown key is an error."
         return cls(**json.loads(text))
+
+    def save(self, path) -> None:
+        "Write the plan to a JSON file."
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path) -> "PruningPlan":
+        "The plan of a JSON file; ValueError where it holds none."
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
+            ) from None
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-008
 def _plain_values(plan: PruningPlan) -> dict:
@@ -200,6 +216,52 @@ def is_nested(
     )
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-027
+def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
+    "Layer of the original -> kept units, for layers that lost some."
+    found = {}
+    for i in second.layers:
+        original = first.layers[i]
+        all_units = range(first.meta["sizes"][original][kind])
+        left = tuple(getattr(first, kind).get(original, all_units))
+        kept = tuple(left[k] for k in getattr(second, kind).get(i, range(len(left))))
+        if len(kept) < len(all_units):
+            found[original] = kept
+    return found
+
+
+def compose_plans(
+    first: PruningPlan,  # of the original model
+    second: PruningPlan,  # of what the first plan left
+) -> PruningPlan:  # of the original model
+    "The one plan that does what two plans do in turn."
+    if second.num_layers != len(first.layers):
+        raise ValueError(
+            f"the second plan is of a model of {second.num_layers} layers, but the first one "
+            f"leaves {len(first.layers)}: make it for the pruned model."
+        )
+    layers = tuple(first.layers[i] for i in second.layers)
+    units = {kind: _composed_units(first, second, kind) for kind in ("heads", "neurons")}
+    sizes = [LayerSize(**size) for size in first.meta["sizes"]]
+    removed = _removed_parameters(sizes, layers, units["heads"], units["neurons"])
+    how = _method_and_shape(len(layers) < first.num_layers, any(units.values()))
+    if how["shape"] == "blockwise" and "blockwise" not in (first.shape, second.shape):
+        how["shape"] = "uniform"
+    meta = first.meta | {
+        "scores": second.meta.get("scores"),
+        "plans": [*first.meta.get("plans", [repr(first)]), repr(second)],
+    }
+    achieved = removed / first.meta["lm_parameters"]
+    return PruningPlan(
+        first.model_type,
+        first.num_layers,
+        layers,
+        **units,
+        achieved_ratio=achieved,
+        **how,
+        meta=meta,
+    )
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-030
 def ascending(values: torch.Tensor, what: str) -> list:
     "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
     if torch.isnan(values).any():
@@ -209,4 +271,6 @@ def ascending(values: torch.Tensor, what: str) -> list:
 
 def score_record(scores) -> dict | None:
     "Kind and options of scores, for the plan."
-    return None if scores is None else {"kind": scores.kind, **scores.meta}
+    if scores is None:
+        return None
+    return {"kind": scores.kind, **{k: v for k, v in scores.meta.items() if k != "model"}}

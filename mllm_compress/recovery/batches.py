@@ -88,7 +88,8 @@ def sample_lengths(
     "Sample lengths for grouping."
     if not config.group_by_length:
         return [1] * len(data)
-    return [sum(len(turn["value"]) for turn in s["conversations"]) for s in data.samples]
+    said = (s.get("conversations") or [{"value": s["text"]}] for s in data.samples)
+    return [sum(len(turn["value"]) for turn in turns) for turns in said]
 
 # %% ../../nbs/library/recovery/07_batches.ipynb #cell-018
 CPU_PASS = 8  # samples of a forward pass on a CPU

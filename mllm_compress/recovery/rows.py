@@ -32,8 +32,9 @@ def attention_for(
 # %% ../../nbs/library/recovery/08_rows.ipynb #cell-009
 def processor_hash(processor) -> str:
     "A hash of what in a processor changes its output."
-    tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    images = {k: str(v) for k, v in processor.image_processor.to_dict().items()}
+    tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer.to_str()
+    images = getattr(processor, "image_processor", None)
+    images = {k: str(v) for k, v in images.to_dict().items()} if images is not None else {}
     return content_hash([tokenizer, processor.chat_template, images])
 
 # %% ../../nbs/library/recovery/08_rows.ipynb #cell-010

@@ -100,6 +100,11 @@ def training_arguments(
 ) -> TrainingArguments:
     "The Trainer's arguments; ValueError for a GPU that the Trainer would not take."
     args = TrainingArguments(**_arguments(config, folder, save_every, device) | trainer)
+    if device is not None and torch.device(device).type != args.device.type:
+        raise ValueError(
+            f"device={str(device)!r}: the Trainer takes {args.device}, because torch finds no "
+            f"such device here. Give device={args.device.type!r}."
+        )
     index = None if device is None else torch.device(device).index
     if index not in (None, args.device.index):
         raise ValueError(

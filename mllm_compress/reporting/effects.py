@@ -5,40 +5,16 @@
 # %% auto #0
 __all__ = ['Estimate', 'summary', 'difference']
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-003
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-002
 import math
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
+from ..evaluation.intervals import normal_quantile, student_quantile
+
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-005
-def normal_quantile(level: float = 0.95) -> float:
-    "How many standard errors a two-sided interval of the normal distribution reaches."
-    return NormalDist().inv_cdf((1 + level) / 2)
-
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-007
-def student_quantile(
-    k: int,  # degrees of freedom
-    level: float = 0.95,
-) -> float:
-    "How many standard errors a two-sided interval of Student's t reaches."
-    p = (1 + level) / 2
-    if k == 1:
-        return math.tan(math.pi * (p - 0.5))
-    if k == 2:
-        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
-    z = normal_quantile(level)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / k**i for i, term in enumerate(terms, 1))
-
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-010
 @dataclass(frozen=True)
 class Estimate:
     "A value with its 95 % interval and what it rests on."
@@ -67,7 +43,7 @@ class Estimate:
         value, low, high = rounded
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-012
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-007
 def estimate(
     arrays: list,  # per benchmark: [seeds, units], in percent of the dense score
 ) -> Estimate:
@@ -82,13 +58,13 @@ def estimate(
     half, n = _half(questions, spread, seeds), sum(a.shape[1] for a in arrays)
     return Estimate(value, value - half, value + half, n, seeds, float(questions), spread)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-014
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-009
 def _half(questions: float, spread: float, seeds: int, level: float = 0.95) -> float:
     "Half the width of an interval: normal over questions, Student's t over seeds."
     over_seeds = student_quantile(seeds - 1, level) ** 2 * spread if seeds > 1 else 0.0
     return math.sqrt(normal_quantile(level) ** 2 * questions + over_seeds)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-020
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-015
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
 
 
@@ -109,7 +85,7 @@ def arrays_of(
         if original[b].mean() > 0
     }
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-022
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-017
 def _shares(
     units: np.ndarray,  # [seeds, units]
     dense: np.ndarray,  # [units]
@@ -124,7 +100,7 @@ def _shares(
     share = units.mean(axis=1, keepdims=True) / dense.mean()
     return 100 * (share + (units - share * dense) / dense.mean())
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-019
 def _dense(frame: pd.DataFrame) -> pd.Series:
     "True for the finished rows of uncompressed models."
     return (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")
@@ -144,7 +120,7 @@ def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
         )
     return found
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-026
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-021
 def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: see `_summary_row`
@@ -160,7 +136,7 @@ def summary(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-028
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-023
 def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
     "AVG-% with its interval, of each seed too, and the mean score on each benchmark."
     arrays = list(arrays_of(done, dense).values())
@@ -180,7 +156,7 @@ def by_seed(arrays: list) -> list:
     "AVG-% of each seed, in the order of the seeds."
     return np.mean([a.mean(axis=1) for a in arrays], axis=0).tolist() if arrays else []
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-032
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-027
 def difference(
     frame: pd.DataFrame,  # of `study.run`
     model: str,
@@ -196,7 +172,7 @@ def difference(
     a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
     return estimate([a[k] - b[k] for k in a])
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-034
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-029
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows of one setting; ValueError where none or several settings fit."
     found = frame[frame.status == "done"]

@@ -516,11 +516,11 @@ def _off(device: str, *models):
 # %% ../../nbs/library/study/04_stages.ipynb #cell-035
 def tensors_to_keep(
     experiment: Experiment, profile: Profile, student, start, adapters
-) -> dict:  # name -> tensor; empty where nothing is kept
+) -> dict | None:  # name -> tensor; None where the student is not kept
     "The weights that a profile keeps of a student that was trained from `start`."
     small = bool(adapters) or experiment.train == "projector"
     if profile.students == "none" or profile.students == "adapters" and not small:
-        return {}
+        return None
     changed = changed_tensors(student, start)
     if not adapters:
         return changed
@@ -549,18 +549,19 @@ def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-037
 def keep_student(
-    experiment: Experiment, profile: Profile, results: Store, tensors: dict, value: dict
+    experiment: Experiment, profile: Profile, results: Store, tensors: dict | None, value: dict
 ) -> None:
     "Write the record of a student, and the weights that are kept of it, within the limit."
-    inputs, size = student_inputs(experiment, profile), sum(t.nbytes for t in tensors.values())
-    if kept_bytes(results) + size > profile.students_gb * 2**30:
+    inputs, limit = student_inputs(experiment, profile), profile.students_gb * 2**30
+    size = sum(t.nbytes for t in (tensors or {}).values())
+    if tensors is not None and kept_bytes(results) + size > limit:
         print(f"students_gb: {profile.students_gb} is reached; this student is not kept.")
-        tensors = {}
+        tensors = None
 
     def fill(folder):
         save_file(tensors, folder / "weights.safetensors")
 
-    store.write(results, inputs, value, fill if tensors else None)
+    store.write(results, inputs, value, None if tensors is None else fill)
 
 
 def kept_student(experiment: Experiment, profile: Profile, results: Store, plan, device: str):

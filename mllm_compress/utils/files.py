@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-002
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -66,6 +68,44 @@ def write_atomically(path, content: str | bytes) -> None:
         part.write_bytes(data)
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-013
+def _locked(folder: Path) -> int | None:
+    "A file descriptor that holds the lock of a folder; None where another process holds it."
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def leftovers(
+    path,  # of a folder that `replacing_folder` writes
+) -> list:  # of temporary folders that no running process fills
+    "What killed writers left beside a folder."
+    path, found = Path(path), []
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*")):
+        writer = left.with_suffix(".new")
+        if left.suffix not in (".new", ".old") or not left.is_dir() or left.is_symlink():
+            continue
+        held = _locked(writer if writer.is_dir() else left)
+        if held is not None:
+            os.close(held)
+            found.append(left)
+    return found
+
+# %% ../../nbs/library/utils/01_files.ipynb #cell-015
+def clean_leftovers(
+    path,  # of a folder that `replacing_folder` writes
+) -> None:
+    "Remove what killed writers left, and give an earlier folder its name back."
+    for left in leftovers(path):
+        if left.suffix == ".old" and not Path(path).exists():
+            os.rename(left, path)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+# %% ../../nbs/library/utils/01_files.ipynb #cell-016
 @contextmanager
 def replacing_folder(
     path,  # of the folder to write
@@ -73,20 +113,25 @@ def replacing_folder(
     "The block fills a temporary folder, which takes the target's name when the block succeeds."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{x}") for x in ("new", "old"))
+    clean_leftovers(path)
+    temporary = f".{path.name}.{uuid.uuid4().hex[:8]}"
+    new, old = (path.with_name(f"{temporary}.{suffix}") for suffix in ("new", "old"))
     new.mkdir()
+    held = _locked(new)
     try:
         yield new
         if path.exists():
             os.rename(path, old)
         os.rename(new, path)
     finally:
+        if held is not None:
+            os.close(held)
         if old.exists() and not path.exists():  # the second rename failed
             os.rename(old, path)
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
 
-# %% ../../nbs/library/utils/01_files.ipynb #cell-016
+# %% ../../nbs/library/utils/01_files.ipynb #cell-021
 def checkout() -> Path:
     "The checkout of this repository that contains the current folder, or else the current folder."
     here = Path.cwd()

@@ -1,0 +1,249 @@
+"""The way of a practitioner through all commands, on small models with and without pictures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mllm_compress.cli import app
+
+
+def run(*args, code=0) -> str:
+    "Run a command in this process and return what it prints."
+    result = CliRunner().invoke(app, list(map(str, args)))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def facts(*args) -> dict:
+    "What a command prints with --json."
+    result = CliRunner().invoke(app, ["-q", *map(str, args), "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.stdout)
+
+
+def tree(folder) -> dict:
+    "The bytes of every file of a folder."
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tiny_llava, tiny_lm):
+    "A folder with a multimodal model, a language model, and data for both."
+    folder = tmp_path_factory.mktemp("shop")
+    model, processor = tiny_llava
+    model.save_pretrained(folder / "llava")
+    processor.save_pretrained(folder / "llava")
+    tokenizer = processor.tokenizer
+    tiny_lm("llama", vocab=len(tokenizer)).save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(folder / "lm")
+    from mllm_compress.data import scenes
+
+    entries = []
+    for k in range(6):
+        scenes.image(k, "train").save(folder / f"{k}.png")
+        asked = scenes.ask(k, "train")[0]
+        pair = {"question": asked["question"], "answer": asked["answer"]}
+        entries.append({"id": k, "image": f"{k}.png", **pair})
+    (folder / "mine.json").write_text(json.dumps(entries))
+    lines = [{"text": "the circle is red " + "and the square is blue " * k} for k in range(8)]
+    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def here(shop, tmp_path, monkeypatch):
+    "A copy of the shop as the current folder."
+    shutil.copytree(shop, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_prune_in_one_step_is_prune_from_scores(here):
+    data = ("--data", "mine.json", "--samples", 4)
+    run("score", "llava", "-o", "scores", *data)
+    run("prune", "llava", "-o", "stored", "--scores", "scores", "--ratio", 0.3)
+    run("prune", "llava", "-o", "direct", "--ratio", 0.3, *data)
+    one, two = (load_file(f"{name}/model.safetensors") for name in ("stored", "direct"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert Path("direct/plan.png").is_file()
+    shown = facts("show", "direct")
+    step = shown["provenance"][0]
+    assert step["step"] == "prune" and step["calibration"] == {"name": "mine", "samples": 4}
+    assert step["scores"]["kind"] == "block_influence" and "torch" in step["environment"]
+    assert facts("show", "scores")["kind"] == "block_influence"
+
+
+def test_knobs_of_the_plans(here):
+    gone = facts("prune", "llava", "-o", "a", "--layers", "1-2")
+    assert gone["layers"] == 2
+    options = ("--method", "magnitude", "--shape", "blockwise", "--protect", "0,1")
+    run("prune", "llava", "-o", "b", "--ratio", 0.3, *options, "--round-to", 4)
+    from mllm_compress.checkpoint import load_pruned
+
+    plan = load_pruned("b")[2]
+    assert 3 not in plan.neurons and all(len(n) % 4 == 0 for n in plan.neurons.values())
+    plan.save("plan.json")
+    run("prune", "llava", "-o", "c", "--plan", "plan.json")
+    assert load_pruned("c")[2] == plan
+    run("score", "llava", "-o", "layers", "--method", "random")
+    run("score", "llava", "-o", "width", "--method", "magnitude")
+    run("prune", "llava", "-o", "d", "--scores", "layers", "--scores", "width", "--ratio", 0.5)
+    assert load_pruned("d")[2].method == "layerwise+widthwise"
+
+
+def test_pruned_twice_knows_the_first_model(here):
+    run("prune", "llava", "-o", "once", "--layers", "1")
+    run("prune", "once", "-o", "twice", "--ratio", 0.3, "--method", "magnitude")
+    from mllm_compress.checkpoint import load_pruned
+
+    model, _, plan = load_pruned("twice")
+    assert plan.removed_layers == (1,) and plan.num_layers == 4 and len(plan.meta["plans"]) == 2
+    from mllm_compress.anatomy import lm_parameters
+
+    removed = 1 - lm_parameters(model) / plan.meta["lm_parameters"]
+    assert abs(removed - plan.achieved_ratio) < 1e-12
+    assert [s["step"] for s in facts("show", "twice")["provenance"]] == ["prune", "prune"]
+
+
+def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
+    from mllm_compress.recovery import checkpoints
+
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    args = ("recover", "small", "--teacher", "llava", "--data", "mine.json", "--batch-size", 2)
+    args = (*args, "--epochs", 3, "--save-every", 2)
+    run(*args, "-o", "whole")
+    write, written = checkpoints.write_checkpoint, []
+
+    def stop_at_the_second(*given):
+        write(*given)
+        written.append(given[0])
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", stop_at_the_second)
+    assert "goes on from there" in run(*args, "-o", "parts", code=130)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", write)
+    assert not Path("parts").exists() and len(list(Path(".parts.training").iterdir())) > 1
+    run(*args, "-o", "parts")
+    assert not Path(".parts.training").exists()
+    one, two = (Path(name, "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == two and Path("parts/learning_curve.png").is_file()
+    assert Path("whole/learning_curve.csv").read_text().count("\n") == 10
+    step = facts("show", "parts")["provenance"][-1]
+    assert step["data"]["samples"] == 6 and step["config"]["fraction"] == 1.0  # all of one's own
+
+
+def test_checkpoints_of_another_run_are_not_mixed_in(here):
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    data = ("--data", "mine.json", "--batch-size", 2)
+    Path(".out.training").mkdir()
+    Path(".out.training/run.json").write_text(json.dumps({"config": "another"}))
+    args = ("recover", "small", "--teacher", "llava", "-o", "out", *data)
+    assert "--restart" in run(*args, code=2)
+    run(*args, "--restart")
+
+
+def test_recovery_options_from_a_file(here):
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    Path("run.yaml").write_text("train: projector\nlosses: {sft: 1.0}\nlr: 1.0e-4\n")
+    args = ("--teacher", "llava", "--data", "mine.json", "--config", "run.yaml", "--epochs", 0.5)
+    run("recover", "small", "-o", "out", *args)
+    config = facts("show", "out")["provenance"][-1]["config"]
+    assert config["train"] == "projector" and config["lr"] == 1e-4 and config["epochs"] == 0.5
+    run("recover", "small", "-o", "lora", "--teacher", "llava", "--data", "mine.json", "--lora", 2)
+    assert facts("show", "lora")["provenance"][-1]["config"]["lora"]["r"] == 2
+
+
+def test_large_models_get_adapters_and_say_so(here, monkeypatch):
+    from mllm_compress.cli import recovering
+
+    monkeypatch.setattr(recovering, "LARGE", 1000)
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    args = ("recover", "small", "--teacher", "llava", "--data", "mine.json")
+    assert "LoRA of rank 128 at a learning rate of 2e-5" in run(*args, "-o", "out")
+    config = facts("show", "out")["provenance"][-1]["config"]
+    assert config["lora"]["r"] == 128 and config["lr"] == 2e-5
+    run(*args, "-o", "full", "--lora", 0, "--lr", "1e-5")
+    assert "lora" not in facts("show", "full")["provenance"][-1]["config"]
+
+
+def test_a_language_model_goes_all_the_way(here):
+    data = ("--data", "text.jsonl")
+    run("score", "lm", "-o", "scores", "--method", "taylor", *data)
+    run("prune", "lm", "-o", "small", "--scores", "scores", "--ratio", 0.3)
+    options = ("--batch-size", 4, "--epochs", 2, "--lr", 1e-3)
+    run("recover", "small", "--teacher", "lm", "-o", "again", *data, *options)
+    rows = facts("evaluate", "again", *data)["rows"]
+    assert [r["benchmark"] for r in rows] == ["perplexity"] and rows[0]["low"] < rows[0]["high"]
+    assert "parameters" in run("cost", "again")
+    both = facts("compare", "lm", "again", *data)
+    assert both["scores"][0]["benchmark"] == "perplexity"
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained("again")
+    assert "pipeline_tag: text-generation" in Path("again/README.md").read_text()
+
+
+def test_own_questions_and_the_comparison(here):
+    run("prune", "llava", "-o", "small", "--layers", "1,2")
+    asked = ("--questions", "mine.json")
+    rows = facts("evaluate", "small", *asked, "-o", "rows.csv")["rows"]
+    assert rows[0]["benchmark"].startswith("own/mine-") and rows[0]["n"] == 6
+    assert Path("rows.csv").is_file() and not Path(".rows.csv.answers").exists()
+    both = facts("compare", "llava", "small", *asked, "-o", "both", "--examples", 3)
+    costs = {row["what"]: row for row in both["costs"]}
+    assert costs["parameters"]["small / dense"] < 1
+    assert 0.4 < costs["KV cache per token, byte"]["small / dense"] < 0.6
+    assert len(both["answers"]) == 3 and {"low", "high", "difference"} <= set(both["scores"][0])
+    names = {"answers.csv", "comparison.png", "costs.csv", "scores.csv"}
+    assert {p.name for p in Path("both").iterdir()} == names
+
+
+def test_a_stopped_evaluation_goes_on(here, monkeypatch):
+    from mllm_compress.evaluation import scoring
+
+    asked, answer = [], scoring.answer_on
+
+    def counted(models, processor, questions, *rest):
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(len(questions))
+        return answer(models, processor, questions, *rest)
+
+    args = ("evaluate", "llava", "--benchmark", "scenes/open", "--limit", 600, "-o", "rows.csv")
+    monkeypatch.setattr(scoring, "answer_on", counted)
+    assert "goes on from there" in run(*args, code=130)
+    monkeypatch.setattr(scoring, "answer_on", lambda *a: asked.append(len(a[2])) or answer(*a))
+    run(*args)
+    assert asked == [512, 88] and not Path(".rows.csv.answers").exists()
+
+
+def test_the_library_offers_the_steps_by_name():
+    import mllm_compress
+
+    for name in mllm_compress.__all__:
+        assert callable(getattr(mllm_compress, name))
+    with pytest.raises(AttributeError):
+        mllm_compress.prunes
+    assert (Path(mllm_compress.__file__).parent / "py.typed").is_file()
+
+
+def test_a_blockwise_folder_loads_as_a_model_and_as_a_teacher(here):
+    from mllm_compress import load_model
+
+    options = ("--ratio", 0.2, "--method", "magnitude", "--shape", "blockwise")
+    run("prune", "llava", "-o", "block", *options)
+    model, processor = load_model(Path("block"), dtype="bfloat16")
+    assert model.dtype == torch.bfloat16 and processor is not None
+    run("prune", "block", "-o", "smaller", "--layers", "1")
+    data = ("--data", "mine.json", "--batch-size", 2)
+    run("recover", "smaller", "--teacher", "block", "-o", "out", *data)
+    steps = [s["step"] for s in facts("show", "out")["provenance"]]
+    assert steps == ["prune", "prune", "recover"]
