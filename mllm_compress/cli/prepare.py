@@ -7,6 +7,7 @@ __all__ = ['DTYPES', 'Source', 'Target', 'Tower', 'Dtype', 'Method', 'Pruning', 
            'calibration', 'needs_no_data', 'scored', 'score']
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-002
+import os
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_models,
     emit,
     is_multimodal,
     listed,
@@ -144,6 +146,7 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
 
     check_not_read(out.resolve(), inputs)
     check_writable(out / "scores.json")
+    out = Path(os.path.abspath(out))
     if not out.is_dir() or not any(out.iterdir()):
         return
     other = sorted(p.name for p in out.iterdir() if p.name not in _SCORES)
@@ -184,9 +187,10 @@ def needs_no_data(pruning: str, method: str) -> bool:
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-011
 def _methods() -> str:
     "Help of --method."
-    from mllm_compress.importance.criteria import CRITERIA
+    from mllm_compress.importance.criteria import CRITERIA, criteria_of
 
-    return listed({f"{name} ({p})": row for (p, name), row in CRITERIA.items()})
+    free = {key: row for key, row in CRITERIA.items() if key[1] in criteria_of(key[0])}
+    return listed({f"{name} ({p})": row for (p, name), row in free.items()})
 
 
 TABLES["METHODS"] = _methods
@@ -239,6 +243,7 @@ def score(
         from mllm_compress.pruning.one_step import pruning_of
 
         pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
+        check_models(model)
         device = resolve_device(device)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         loaded, processor, _ = load(model, device)
