@@ -111,7 +111,7 @@ Dtype = Annotated[
     ),
 ]
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-007
 @app.command()
 def convert(
     source: Source, out: Target, tower: Tower = None, dtype: Dtype = "", as_json: AsJson = False
@@ -136,7 +136,7 @@ def convert(
         facts = {"out": str(out), "release": found.release.name, "bytes": total, "dtype": kind}
         emit(text, facts, as_json)
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-008
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-009
 _SCORES = {"scores.json", "scores.safetensors"}
 
 
@@ -159,7 +159,7 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
             f"{out} holds scores: choose another folder, or replace them with --overwrite."
         )
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-010
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-011
 def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
     "Calibration batches on the device."
     from mllm_compress.data.instructions import calibration_batches
@@ -184,7 +184,7 @@ def needs_no_data(pruning: str, method: str) -> bool:
     batches = inspect.signature(criterion(pruning, method).function).parameters["batches"]
     return batches.default is None
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-011
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-012
 def _methods() -> str:
     "Help of --method."
     from mllm_compress.importance.criteria import CRITERIA, criteria_of
@@ -217,7 +217,7 @@ def scored(
     rows = sum(len(b["input_ids"]) for b in batches)
     return measure(kind, method, model, batches, seed), {"name": data.name, "samples": rows}
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-012
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-013
 @app.command(cls=TableHelp)
 def score(
     model: Model,

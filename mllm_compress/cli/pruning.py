@@ -249,7 +249,7 @@ LayerShare = Annotated[
     float, typer.Option("--layer-share", help="With both scores: part of the ratio for layers.")
 ]
 
-
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
@@ -280,7 +280,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint

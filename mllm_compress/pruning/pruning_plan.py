@@ -19,6 +19,24 @@ from ..utils.files import write_atomically
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006
+def save_plan(
+    plan,  # PruningPlan
+    path,  # of a JSON file
+) -> None:
+    "Write a plan to a file."
+    write_atomically(path, plan.to_json())
+
+
+def load_plan(path) -> "PruningPlan":
+    "The plan of a JSON file; ValueError where it holds none."
+    try:
+        return PruningPlan.from_json(Path(path).read_text(encoding="utf-8"))
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
+        ) from None
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-007
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
     "What stays of a model: layers, and heads and neurons per layer, in original indices."
@@ -66,21 +84,9 @@ class PruningPlan:
         "A plan from what `to_json` wrote; an unknown key is an error."
         return cls(**json.loads(text))
 
-    def save(self, path) -> None:
-        "Write the plan to a JSON file."
-        write_atomically(path, self.to_json())
+    save, load = save_plan, staticmethod(load_plan)
 
-    @classmethod
-    def load(cls, path) -> "PruningPlan":
-        "The plan of a JSON file; ValueError where it holds none."
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
-            ) from None
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-008
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-009
 def _plain_values(plan: PruningPlan) -> dict:
     "Indices as tuples of integers with integer keys, meta as JSON values."
     ints = lambda kept: {int(i): tuple(map(int, kept[i])) for i in sorted(kept, key=int)}
@@ -91,7 +97,7 @@ def _plain_values(plan: PruningPlan) -> dict:
         "meta": json.loads(json.dumps(plan.meta)),
     }
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-010
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-011
 _METHODS = ("none", "layerwise", "widthwise", "layerwise+widthwise")
 _SHAPES = ("none", "layers", "blockwise", "uniform")
 
@@ -118,7 +124,7 @@ def check_plan(plan: PruningPlan) -> None:
                 raise ValueError(f"{kind} names layer {i}, which is not kept.")
             check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-012
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-013
 def spans(numbers) -> str:
     "Ascending integers in short: 0-2,5."
     pairs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
@@ -136,7 +142,7 @@ def _layer_row(plan: PruningPlan, i: int) -> tuple:
     share = kept_parameters(size, heads, neurons) / size.parameters
     return f"{heads}/{size.heads}", f"{neurons}/{size.neurons}", f"{share:.1%}"
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-014
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-015
 def plan_table(plan: PruningPlan) -> str:
     "The plan as a readable table, one line per run of equal layers."
     ratio = plan.requested_ratio
@@ -154,7 +160,7 @@ def plan_table(plan: PruningPlan) -> str:
         lines.append(f"{spans(run):>10} {row[0]:>9} {row[1]:>13} {row[2]:>16}")
     return "\n".join(lines)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-016
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-017
 def _method_and_shape(some_layers: bool, some_units) -> dict:
     "Method and shape of an explicit plan."
     used = (("layerwise", some_layers), ("widthwise", some_units))
@@ -171,7 +177,7 @@ def _removed_parameters(sizes: list, layers: tuple, heads: dict, neurons: dict) 
         kept += kept_parameters(sizes[i], *map(len, counts))
     return sum(s.parameters for s in sizes) - kept
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-018
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-019
 def make_plan(
     model: PreTrainedModel,  # the model to be pruned
     layers=None,  # kept layers; None keeps all
@@ -198,7 +204,7 @@ def make_plan(
     known |= {"achieved_ratio": _removed_parameters(sizes, layers, heads, neurons) / total}
     return PruningPlan(parts.family.name, len(sizes), layers, heads, neurons, meta=meta, **known)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-024
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-025
 def is_nested(
     small: PruningPlan,  # keeps less
     large: PruningPlan,  # keeps more, of the same model
@@ -214,7 +220,7 @@ def is_nested(
         for i in small.layers
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-027
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-028
 def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
     "Layer of the original -> kept units, for layers that lost some."
     found = {}
@@ -227,7 +233,7 @@ def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
             found[original] = kept
     return found
 
-
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-029
 def compose_plans(
     first: PruningPlan,  # of the original model
     second: PruningPlan,  # of what the first plan left
