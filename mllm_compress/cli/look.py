@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from .app import AsJson, Device, Model, app, emit, load, politely, resolve_device
+from mllm_compress.cli.app import (
+    AsJson,
+    Device,
+    Model,
+    app,
+    check_models,
+    emit,
+    load,
+    politely,
+    resolve_device,
+)
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-004
 @app.command()
@@ -77,6 +87,7 @@ def cost(
     with politely():
         from mllm_compress.cost.report import cost_report
 
+        check_models(model)
         loaded, processor, _ = load(model, resolve_device(device))
         report = cost_report(loaded, processor, latency=latency)
         rows = report.to_frame().to_dict("records")

@@ -25,6 +25,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_models,
     check_output_file,
     emit,
     is_multimodal,
@@ -174,6 +175,7 @@ def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> N
     at_least(1, max_length=o["max_length"])
     check_output_file(o["out"], o["overwrite"])
     o["device"] = resolve_device(o["device"])
+    check_models(model, *([dense] if dense else []))
     text = _is_text_model(model) and not benchmark and questions is None
     if text and o["data"] == "small":
         raise ValueError("this model takes no pictures: give --data FILE for its perplexity.")
@@ -328,6 +330,7 @@ def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, 
     out = o.pop("out")
     check_comparison_folder(out, o["overwrite"], {"dense model": dense, "small model": small})
     o |= {"device": resolve_device(o["device"]), "out": None}
+    check_models(dense, small)
     text = _is_text_model(dense) and not benchmark and questions is None
     wanted = benchmark or (["perplexity"] if text else [])
     names, perplexity = asked(wanted, questions, scorer, o["image_root"], text)

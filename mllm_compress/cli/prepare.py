@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-002
+import os
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_models,
     emit,
     is_multimodal,
     listed,
@@ -108,7 +110,7 @@ Dtype = Annotated[
     ),
 ]
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-007
 @app.command()
 def convert(
     source: Source, out: Target, tower: Tower = None, dtype: Dtype = "", as_json: AsJson = False
@@ -133,7 +135,7 @@ def convert(
         facts = {"out": str(out), "release": found.release.name, "bytes": total, "dtype": kind}
         emit(text, facts, as_json)
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-008
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-009
 _SCORES = {"scores.json", "scores.safetensors"}
 
 
@@ -143,6 +145,7 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
 
     check_not_read(out.resolve(), inputs)
     check_writable(out / "scores.json")
+    out = Path(os.path.abspath(out))
     if not out.is_dir() or not any(out.iterdir()):
         return
     other = sorted(p.name for p in out.iterdir() if p.name not in _SCORES)
@@ -155,7 +158,7 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
             f"{out} holds scores: choose another folder, or replace them with --overwrite."
         )
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-010
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-011
 def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
     "Calibration batches on the device."
     from mllm_compress.data.instructions import calibration_batches
@@ -180,12 +183,13 @@ def needs_no_data(pruning: str, method: str) -> bool:
     batches = inspect.signature(criterion(pruning, method).function).parameters["batches"]
     return batches.default is None
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-011
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-012
 def _methods() -> str:
     "Help of --method."
-    from mllm_compress.importance.criteria import CRITERIA
+    from mllm_compress.importance.criteria import CRITERIA, criteria_of
 
-    return listed({f"{name} ({p})": row for (p, name), row in CRITERIA.items()})
+    free = {key: row for key, row in CRITERIA.items() if key[1] in criteria_of(key[0])}
+    return listed({f"{name} ({p})": row for (p, name), row in free.items()})
 
 
 TABLES["METHODS"] = _methods
@@ -212,7 +216,7 @@ def scored(
     rows = sum(len(b["input_ids"]) for b in batches)
     return measure(kind, method, model, batches, seed), {"name": data.name, "samples": rows}
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-012
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-013
 @app.command(cls=TableHelp)
 def score(
     model: Model,
@@ -238,6 +242,7 @@ def score(
         from mllm_compress.pruning.one_step import pruning_of
 
         pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
+        check_models(model)
         device = resolve_device(device)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         loaded, processor, _ = load(model, device)

@@ -27,6 +27,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_models,
     emit,
     load,
     note,
@@ -99,13 +100,11 @@ def stored_plan(model, record: dict, given: dict):
 def open_source(model: str):
     "A FileModel, or None where the model must be loaded."
     from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
-    from mllm_compress.zoo.files import check_files
     from mllm_compress.zoo.models import native_folder
 
     folder = native_folder(model)
     if folder is None:
         return None
-    check_files(folder)
     try:
         return open_files(folder)
     except NotFromFiles as reason:
@@ -198,7 +197,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     from mllm_compress.checkpoint import from_files
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
-    from mllm_compress.zoo.models import auto_classes
+    from mllm_compress.zoo.models import load_processor
 
     logging.disable_progress_bar()
     source, calibrated, loaded = open_source(model), None, None
@@ -206,7 +205,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     if source is not None and stored:
         record = source.record() if given["scores"] else {}
         plan = stored_plan(source.model, record, given)
-        processor = auto_classes(source.model.config)[1].from_pretrained(source.folder)
+        processor = load_processor(source.folder)
     else:
         loaded, processor, _, plan, calibrated = _compute_plan(model, given, device)
     whole = _whole_plan(model, plan)
@@ -248,7 +247,7 @@ LayerShare = Annotated[
     float, typer.Option("--layer-share", help="With both scores: part of the ratio for layers.")
 ]
 
-
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
@@ -279,7 +278,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint
@@ -301,6 +300,7 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     inputs = {"model": model} | {f"scores {i}": s for i, s in enumerate(o["scores"])}
     needed = int(input_bytes(model) * (1 - (o["ratio"] or 0)))
     checkpoint.check_target(out, overwrite, inputs, needed)
+    check_models(model)
     whole = run_pruning(model, out, given, overwrite, resolve_device(device))
     facts = {"out": str(out), "achieved_ratio": whole.achieved_ratio, "plan": repr(whole)}
     facts |= {"requested_ratio": o["ratio"], "layers": len(whole.layers)}

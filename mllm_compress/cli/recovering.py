@@ -28,6 +28,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_models,
     emit,
     is_multimodal,
     listed,
@@ -127,12 +128,16 @@ def check_training_space(student, config, out: Path) -> None:
 def train(student, dense, data, config, save_every: int, folder: Path, **options):
     "`recover` with checkpoints in a folder; ValueError where they are of another command."
     from mllm_compress import recovery
+    from mllm_compress.recovery.checkpoints import checkpoints
 
     keep = dict(folder=folder, save_every=save_every) if save_every else {}
+    mine = not folder.exists()
     try:
         return recovery.recover(student, dense, data, config, **keep, **options)
-    except ValueError as error:
-        if "checkpoints of another run" not in str(error):
+    except BaseException as error:
+        if mine and not checkpoints(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, ValueError) or "checkpoints of another run" not in str(error):
             raise
         raise ValueError(
             f"{error} Or pass --restart to begin again with the options of this command."
@@ -314,7 +319,7 @@ def checked_config(options: dict):
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-019
 def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     "The command `recover`, its other options by name."
-    from mllm_compress import checkpoint, zoo
+    from mllm_compress import checkpoint
     from mllm_compress.anatomy import lm_parameters
     from mllm_compress.study.stages import trained_in_float32
 
@@ -329,6 +334,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
         raise ValueError(
             f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote."
         )
+    check_models(model, teacher)
     student, processor, plan = load(model, device)
     multimodal = is_multimodal(processor)
     data = training_data(o["data"], o["image_root"], o["scenes"], o["skip_missing"], multimodal)
@@ -342,7 +348,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     check_training_space(student, config, out)
     if o["restart"]:
         shutil.rmtree(folder, ignore_errors=True)
-    dense, dtype = zoo.load_model(teacher, device=device)[0], student.dtype
+    dense, dtype = load(teacher, device)[0], student.dtype
     if dtype.itemsize == 2:
         trained_in_float32(student, config)
     every = steps_between(len(data), config, o["save_every"])

@@ -90,7 +90,7 @@ def _twin(name: str) -> str:
     others = [i for i, layout in (real.hub_ids if real else {}).items() if layout == NATIVE]
     return f" The same model as safetensors: {others[0]}." if others and name not in others else ""
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-015
+
 def _refuse_pickle(folder: Path, name: str = ""):
     "Stop where a folder has pickled weights and no safetensors."
     if list(folder.glob("*.safetensors")):
@@ -108,14 +108,14 @@ def _refuse_pickle(folder: Path, name: str = ""):
         f"{name or folder} has no *.safetensors: is this the folder of a checkpoint?{_twin(name)}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-017
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-015
 def auto_classes(config) -> tuple:  # (of the model, of the processor)
     "The classes that load a checkpoint: multimodal, or a plain LM with a tokenizer."
     if getattr(config, "vision_config", None) is not None:
         return AutoModelForImageTextToText, AutoProcessor
     return AutoModelForCausalLM, AutoTokenizer
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-019
+
 def _load_folder(source, dtype, trust_remote_code):
     "A native checkpoint: multimodal with a processor, or a plain LM with a tokenizer."
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -125,12 +125,12 @@ def _load_folder(source, dtype, trust_remote_code):
     )
     return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-021
-def _load_checked(folder: Path, dtype, trust_remote_code):
-    "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
-    check_files(folder)
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-017
+@contextmanager
+def named_failures(folder: Path):
+    "Whatever goes wrong while a folder is loaded becomes one line that names it."
     try:
-        return _load_folder(folder, dtype, trust_remote_code)
+        yield
     except ImportError as error:
         vision = "torchvision" in str(error).lower()
         cure = "pip install 'mllm_compress[vision]'" if vision else "install what it names"
@@ -147,19 +147,33 @@ def _load_checked(folder: Path, dtype, trust_remote_code):
             "processor and weights, or copy it again."
         ) from error
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-023
+
+def _load_checked(folder: Path, dtype, trust_remote_code):
+    "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
+    check_files(folder)
+    with named_failures(folder):
+        return _load_folder(folder, dtype, trust_remote_code)
+
+
+def load_processor(folder: Path):
+    "The processor or tokenizer of a folder; a ValueError with one line where that fails."
+    with named_failures(folder):
+        config = AutoConfig.from_pretrained(folder)
+        return auto_classes(config)[1].from_pretrained(folder)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-019
 def _is_pruned(folder: Path) -> bool:
     "Whether a folder holds a pruned checkpoint that plain transformers cannot load."
     config = folder / "config.json"
     return config.is_file() and read_config(config).get("model_type") == "mllm_compress_pruned"
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-025
+
 def _load_pruned(folder: Path, dtype):
     "Model and processor of a pruned checkpoint."
     load = importlib.import_module("mllm_compress.checkpoint").load_pruned
     return load(folder, dtype=dtype)[:2]
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-026
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 def _unknown(name):
     "The error for a name that is no model."
     known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
@@ -168,7 +182,7 @@ def _unknown(name):
         f"or the path of a folder:{known}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
 def cast(
     model: torch.nn.Module,  # changed in place
     dtype: torch.dtype,  # of the weights
@@ -178,7 +192,7 @@ def cast(
         p.data = p.data.to(dtype)
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-031
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-025
 def _dtype(given) -> torch.dtype | None:
     "A dtype from its name, such as bfloat16 or torch.bfloat16; ValueError for another one."
     if isinstance(given, str) and given not in ("", "auto"):
@@ -188,7 +202,7 @@ def _dtype(given) -> torch.dtype | None:
         return found
     return given or None if not isinstance(given, str) else None
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-033
+
 def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     "Model and processor of a folder, whatever it holds."
     if _is_pruned(folder):
@@ -198,7 +212,7 @@ def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     _refuse_pickle(folder, name)
     return _load_checked(folder, dtype, trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-035
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-027
 def native_folder(
     name,  # as for load_model
 ) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
@@ -211,7 +225,24 @@ def native_folder(
         return None
     return None if _is_pruned(folder) or is_original_layout(folder) else folder
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-036
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-029
+def check_model(
+    name,  # as for load_model
+) -> None:
+    "An error where a model is evidently missing or damaged; nothing is loaded."
+    name = str(name)
+    folder = Path(name).expanduser()
+    if name in MODELS:
+        return
+    if not folder.is_dir():
+        check_local(name)
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise _unknown(name)
+    elif not _is_pruned(folder) and not is_original_layout(folder):
+        _refuse_pickle(folder)
+        check_files(folder)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
@@ -235,7 +266,7 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-038
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-032
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download
