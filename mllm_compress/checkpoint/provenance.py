@@ -24,9 +24,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        from mllm_compress import __version__
-
-        return __version__ if package == "mllm_compress" else "not installed"
+        return "not installed"
 
 
 def environment(

@@ -31,9 +31,9 @@ app = typer.Typer(
 def _show_version(wanted: bool):
     "Print the version and end."
     if wanted:
-        from mllm_compress import __version__
+        from importlib.metadata import version
 
-        typer.echo(f"mllm_compress {__version__}")
+        typer.echo(f"mllm_compress {version('mllm_compress')}")
         raise typer.Exit()
 
 
@@ -72,6 +72,16 @@ def emit(text: str, facts: dict, as_json: bool) -> None:
     typer.echo(json.dumps(facts, default=str, allow_nan=False) if as_json else text)
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-007
+def new_figure(width: float, height: float):  # a matplotlib Figure, or None
+    "An empty figure of this size in inches; None with a note where matplotlib is missing."
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        note("no picture is drawn: pip install 'mllm_compress[study]' brings matplotlib.")
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+# %% ../../nbs/library/cli/01_app.ipynb #cell-009
 def _stop(*_):
     raise KeyboardInterrupt
 
@@ -91,7 +101,7 @@ def _too_little_memory(error: BaseException):
         2,
     )
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-008
+# %% ../../nbs/library/cli/01_app.ipynb #cell-010
 @contextmanager
 def politely(
     kept: str = "Nothing was written.",  # what is left after an interruption
@@ -125,7 +135,7 @@ def politely(
         if here:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-010
+# %% ../../nbs/library/cli/01_app.ipynb #cell-012
 def at_least(lowest: int, **given) -> None:
     "ValueError for a number below the lowest one, named as its option; None passes."
     for name, value in given.items():
@@ -148,7 +158,7 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists: name another file, or replace it with --overwrite.")
     check_writable(path)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-012
+# %% ../../nbs/library/cli/01_app.ipynb #cell-014
 Model = Annotated[str, typer.Argument(help="A name (see `models`), a folder, or a hub id.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Overwrite = Annotated[
@@ -179,7 +189,7 @@ MaxLength = Annotated[
     int | None, typer.Option("--max-length", help="Tokens of a sample; longer ones are cut.")
 ]
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-014
+# %% ../../nbs/library/cli/01_app.ipynb #cell-016
 class TableHelp(TyperCommand):
     "A command whose help texts may come from tables: TABLES maps a placeholder to a function."
 
@@ -199,7 +209,7 @@ def listed(
     "The rows of a table of methods, one after the other."
     return " ".join(f"{name}: {row.help}" for name, row in rows.items())
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-016
+# %% ../../nbs/library/cli/01_app.ipynb #cell-018
 def resolve_device(
     device: str,  # as given: auto, cpu, cuda, cuda:1, mps
 ) -> str:  # auto becomes cuda or cpu; ValueError for a device that is not here
@@ -239,7 +249,7 @@ def load(
         return checkpoint.load_pruned(model, device=device)
     return *zoo.load_model(model, device=device), None
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-017
+# %% ../../nbs/library/cli/01_app.ipynb #cell-019
 def check_models(*models: str) -> None:
     "An error where a model is evidently missing or damaged, before any of them is loaded."
     from mllm_compress import checkpoint
@@ -251,7 +261,7 @@ def check_models(*models: str) -> None:
         else:
             check_model(model)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-018
+# %% ../../nbs/library/cli/01_app.ipynb #cell-020
 def is_multimodal(processor) -> bool:
     "Whether a model takes pictures."
     return hasattr(processor, "image_processor")

@@ -31,6 +31,7 @@ from mllm_compress.cli.app import (
     is_multimodal,
     listed,
     load,
+    new_figure,
     politely,
     resolve_device,
     training_data,
@@ -260,9 +261,8 @@ def side_by_side(dense, small, count: int):
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-013
 def comparison_picture(costs, scores, path: Path) -> None:
     "Two panels: what remains of sizes and seconds, and the differences of scores."
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    if (figure := new_figure(9, 3.2)) is None:
+        return
     left, right = figure.subplots(1, 2)
     left.barh(costs.what[::-1], 100 * costs["small / dense"].astype(float)[::-1], color="#0072B2")
     left.axvline(100, color="#777777", lw=1)

@@ -30,6 +30,7 @@ from mllm_compress.cli.app import (
     check_models,
     emit,
     load,
+    new_figure,
     note,
     politely,
     resolve_device,
@@ -142,11 +143,10 @@ def draw_beside(plan):
     "A function of a folder that draws the plan there."
 
     def draw(folder: Path) -> None:
-        from matplotlib.figure import Figure
-
         from mllm_compress.pruning.drawing import draw_plan
 
-        figure = Figure(figsize=(9, 0.8 + 0.16 * max(8, plan.num_layers)), layout="constrained")
+        if (figure := new_figure(9, 0.8 + 0.16 * max(8, plan.num_layers))) is None:
+            return
         draw_plan(plan, figure.subplots(1, 2, width_ratios=(1, 3)))
         figure.savefig(folder / "plan.png", dpi=120)
 

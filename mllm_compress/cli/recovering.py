@@ -33,6 +33,7 @@ from mllm_compress.cli.app import (
     is_multimodal,
     listed,
     load,
+    new_figure,
     note,
     politely,
     progress,
@@ -148,10 +149,9 @@ def curve_files(history):
     "A function of a folder that writes the learning curve there."
 
     def write(folder: Path) -> None:
-        from matplotlib.figure import Figure
-
         history.to_csv(folder / "learning_curve.csv", index=False)
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        if (figure := new_figure(6, 3.2)) is None:
+            return
         axes = figure.subplots()
         axes.plot(history.step, history.loss, color="#0072B2", lw=1, marker=".", ms=3)
         axes.set(xlabel="step", ylabel="loss", title=f"loss over {len(history)} steps")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
@@ -265,3 +266,17 @@ def compose_plans(
         **how,
         meta=meta,
     )
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-032
+def ascending(values: torch.Tensor, what: str) -> list:
+    "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
+    if torch.isnan(values).any():
+        raise ValueError(f"{what} contain NaN; score again in float32.")
+    return torch.argsort(values, stable=True).tolist()
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
+def score_record(scores) -> dict | None:
+    "Kind and options of scores, for the plan."
+    if scores is None:
+        return None
+    return {"kind": scores.kind, **{k: v for k, v in scores.meta.items() if k != "model"}}
