@@ -58,6 +58,8 @@ def text() -> str:
     lines += ["", LIBRARY.format(rooms=", ".join(f"`{name}`" for name in ROOMS))]
     for name in METHOD + REST:
         lines += room(name)
+    front = sorted((NOTEBOOKS / "library").glob("*.ipynb"))  # of the package itself
+    lines += ["### The package", "", *map(entry, front), ""] if front else []
     lines += section("The study, a notebook per table or figure", "study")
     lines += section("Guides", "guides")
     return "\n".join(lines).rstrip() + "\n"

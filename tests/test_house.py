@@ -33,8 +33,8 @@ def short(path: Path) -> str:
 
 
 def room(module: str) -> str:
-    "The room of a module; empty for the package itself."
-    return (module.split(".") + [""])[1]
+    "The room of a module; empty for the package itself and its `__main__`."
+    return (module.split(".") + [""])[1].removeprefix("__main__")
 
 
 # Imports

@@ -26,7 +26,7 @@ def test_readme_shows_what_the_index_notebook_shows():
         for o in c.get("outputs", [])
         if "text/markdown" in o.get("data", {})
     ]
-    assert len(shown) == 2 and "## Four lines" in readme
+    assert len(shown) == 3 and "## Four lines" in readme
     for text in shown:
         for line in text.replace("](../", "](").splitlines():
             assert line in readme, line
@@ -35,7 +35,7 @@ def test_readme_shows_what_the_index_notebook_shows():
 def test_readme_tells_the_verdicts_of_the_results():
     "Claim, word, and the effects at both ends, as the committed results have them."
     readme = (ROOT / "README.md").read_text()
-    for name in ("02_pruning-verdict", "05_data-verdict", "06_best-recovery"):
+    for name in ("02_pruning-verdict", "05_data-verdict", "06_best-choice"):
         verdict = json.loads((ROOT / f"figures/tiny/{name}.json").read_text())
         row = next(
             line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line

@@ -26,16 +26,17 @@ from mllm_compress.study.workers import results_of
 
 p = load_profile("smoke")
 few = replace(p.evaluation, benchmarks=["scenes/open", "scenes/hallucination"], questions=4)
-p = replace(p, name="trial", evaluation=few, students="all")
+steps = p.recovery | {"batch_size": 2}  # more than one, which has a learning rate of zero
+p = replace(p, name="trial", evaluation=few, students="all", recovery=steps)
 E = lambda *a, **k: Experiment("smoke-llava", *a, **k)
 grid = {
     "dense": E(),
     "layers": E("layerwise", 0.3),
     "taylor": E("widthwise", 0.3),
     "magnitude": E("widthwise", 0.3, "magnitude"),
-    "magnitude sft": E("widthwise", 0.3, "magnitude", recovery="sft", fraction=0.05),
-    "layers hidden": E("layerwise", 0.3, recovery="hidden_kd", fraction=0.05),
-    "layers both": E("layerwise", 0.3, recovery="sft+hidden_kd", fraction=0.05),
+    "magnitude sft": E("widthwise", 0.3, "magnitude", recovery="sft", fraction=0.5),
+    "layers hidden": E("layerwise", 0.3, recovery="hidden_kd", fraction=0.5),
+    "layers both": E("layerwise", 0.3, recovery="sft+hidden_kd", fraction=0.5),
     "bunny": Experiment("smoke-bunny", "layerwise", 0.45),
 }
 results = results_of(p)

@@ -21,7 +21,7 @@ def nearest_folder(
     path,  # that may not exist
 ) -> Path:  # that exists
     "The path or its nearest parent that exists; NotADirectoryError where that is a file."
-    path = Path(path).absolute()
+    path = Path(os.path.abspath(path))
     found = next(p for p in (path, *path.parents) if p.exists())
     if not found.is_dir():
         raise NotADirectoryError(
@@ -35,7 +35,7 @@ def check_writable(
     needed: int = 0,  # bytes
 ) -> None:
     "OSError where nothing can be written there, or not so much."
-    folder = nearest_folder(Path(path).absolute().parent)
+    folder = nearest_folder(Path(os.path.abspath(path)).parent)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

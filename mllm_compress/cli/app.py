@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Model', 'Out', 'Overwrite', 'AsJson', 'Device', 'DataFile', 'Images', 'SkipMissing', 'Scenes', 'MaxLength',
            'TABLES', 'options', 'progress', 'note', 'emit', 'politely', 'at_least', 'check_output_file', 'TableHelp',
-           'listed', 'resolve_device', 'load', 'is_multimodal', 'training_data']
+           'listed', 'resolve_device', 'load', 'check_models', 'is_multimodal', 'training_data']
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-003
 import json
@@ -49,6 +49,8 @@ def options(
 ):
     "Structural pruning and recovery for multimodal language models."
     _SETTINGS["quiet"] = quiet
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 
 _SETTINGS = {"quiet": False}
@@ -238,6 +240,18 @@ def load(
     return *zoo.load_model(model, device=device), None
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-017
+def check_models(*models: str) -> None:
+    "An error where a model is evidently missing or damaged, before any of them is loaded."
+    from mllm_compress import checkpoint
+    from mllm_compress.zoo.models import check_model
+
+    for model in models:
+        if checkpoint.is_checkpoint(model):
+            checkpoint.verify(model)
+        else:
+            check_model(model)
+
+# %% ../../nbs/library/cli/01_app.ipynb #cell-018
 def is_multimodal(processor) -> bool:
     "Whether a model takes pictures."
     return hasattr(processor, "image_processor")

@@ -202,8 +202,8 @@ def load_json(
         paths = [str(root / e["image"]) for e, gone in zip(samples, absent) if gone]
         raise FileNotFoundError(
             f"{count} of {path} name an image that does not exist: {', '.join(paths[:3])}"
-            f"{', …' if len(paths) > 3 else ''}. Complete the folder, or pass skip_missing=True "
-            "to leave them out."
+            f"{', …' if len(paths) > 3 else ''}. Complete the folder, or leave them out "
+            "with skip_missing=True (--skip-missing)."
         )
     if all(absent):
         raise FileNotFoundError(f"{path}: none of the images exists in {root}: check image_root.")

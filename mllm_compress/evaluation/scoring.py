@@ -206,7 +206,7 @@ def answer_all(
 ) -> list:  # of frames
     "Answer all portions."
     frames, total = [], sum(len(questions) for questions, _ in work)
-    with tqdm(total=total, desc="questions", leave=False) as bar:
+    with tqdm(total=total, desc="questions", leave=False, disable=None) as bar:
         for pairs, tokens in work:
             questions = [q for _, q in pairs]
             answers = answer_on(models, processor, questions, tokens, batch_size, bar.update)

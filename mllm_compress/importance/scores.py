@@ -116,6 +116,8 @@ def _read_record(folder: Path) -> dict:
         content = json.loads(record.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{record} is not readable JSON ({error}); score again.") from None
+    if not isinstance(content, dict) or not {"type", "kind", "meta"} <= set(content):
+        raise ValueError(f"{record} describes no scores; score again.")
     if sha256(numbers) != content.get("sha256"):
         raise ValueError(
             f"{numbers} is not the file that {record.name} describes (truncated, edited or "

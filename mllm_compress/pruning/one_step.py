@@ -8,7 +8,7 @@ __all__ = ['prune']
 # %% ../../nbs/library/pruning/06_one_step.ipynb #cell-003
 from transformers import PreTrainedModel
 
-from ..importance.criteria import CRITERIA, measure
+from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.scores import LayerScores, WidthScores
 from .plans import plan_combined, plan_layerwise, plan_widthwise
 from .pruning_plan import PruningPlan
@@ -22,7 +22,9 @@ def pruning_of(
     pruning: str | None = None,  # layerwise or widthwise, where both have a criterion of that name
 ) -> str:  # layerwise or widthwise
     "What a criterion prunes; ValueError for an unknown one."
-    names = dict.fromkeys(name for p, name in CRITERIA if pruning in (None, p))
+    if pruning is not None:
+        check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
+    names = dict.fromkeys(n for p, n in CRITERIA if pruning in (None, p) and n in criteria_of(p))
     check_choice("method", method, names)
     return pruning or next(p for p, name in CRITERIA if name == method)
 

@@ -286,18 +286,10 @@ def plan_widthwise(
         ranges = [_check_range(free if r is None else r, kept, shape) for r in ranges]
         counts = _reference_counts(model, channel_ratio, steps, *ranges)
     units = [_keep_best(getattr(scores, k), counts[k], k, sizes) for k in ("heads", "neurons")]
-    return make_plan(
-        model,
-        kept,
-        *units,
-        requested_ratio=ratio,
-        shape=shape,
-        channel_ratio=channel_ratio,
-        method="widthwise" if base is None else "layerwise+widthwise",
-        round_to=round_to,
-        scores=score_record(scores),
-        layer_scores=base and base.meta.get("scores"),
-    )
+    method = "widthwise" if base is None else "layerwise+widthwise"
+    fields = dict(requested_ratio=ratio, shape=shape, channel_ratio=channel_ratio, method=method)
+    records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
+    return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-051
 def plan_combined(

@@ -20,6 +20,24 @@ from ..utils.files import write_atomically
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006
+def save_plan(
+    plan,  # PruningPlan
+    path,  # of a JSON file
+) -> None:
+    "Write a plan to a file."
+    write_atomically(path, plan.to_json())
+
+
+def load_plan(path) -> "PruningPlan":
+    "The plan of a JSON file; ValueError where it holds none."
+    try:
+        return PruningPlan.from_json(Path(path).read_text(encoding="utf-8"))
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
+        ) from None
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-007
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
     "What stays of a model: layers, and heads and neurons per layer, in original indices."
@@ -67,21 +85,9 @@ class PruningPlan:
         "A plan from what `to_json` wrote; an unknown key is an error."
         return cls(**json.loads(text))
 
-    def save(self, path) -> None:
-        "Write the plan to a JSON file."
-        write_atomically(path, self.to_json())
+    save, load = save_plan, staticmethod(load_plan)
 
-    @classmethod
-    def load(cls, path) -> "PruningPlan":
-        "The plan of a JSON file; ValueError where it holds none."
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
-            ) from None
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-008
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-009
 def _plain_values(plan: PruningPlan) -> dict:
     "Indices as tuples of integers with integer keys, meta as JSON values."
     ints = lambda kept: {int(i): tuple(map(int, kept[i])) for i in sorted(kept, key=int)}
@@ -92,11 +98,11 @@ def _plain_values(plan: PruningPlan) -> dict:
         "meta": json.loads(json.dumps(plan.meta)),
     }
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-010
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-011
 _METHODS = ("none", "layerwise", "widthwise", "layerwise+widthwise")
 _SHAPES = ("none", "layers", "blockwise", "uniform")
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-012
+
 def check_kept(name: str, kept: tuple, total: int | None) -> None:
     "ValueError unless kept indices are ascending, distinct, in range and not empty."
     if not kept:
@@ -106,7 +112,7 @@ def check_kept(name: str, kept: tuple, total: int | None) -> None:
     if kept[0] < 0 or (total and kept[-1] >= total):
         raise ValueError(f"{name} must lie in 0 … {(total or 0) - 1}, not {kept[0]} … {kept[-1]}.")
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-014
+
 def check_plan(plan: PruningPlan) -> None:
     "ValueError if a plan contradicts itself."
     check_choice("method of a plan", plan.method, _METHODS)
@@ -119,14 +125,14 @@ def check_plan(plan: PruningPlan) -> None:
                 raise ValueError(f"{kind} names layer {i}, which is not kept.")
             check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-016
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-013
 def spans(numbers) -> str:
     "Ascending integers in short: 0-2,5."
     pairs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     runs = [[n for _, n in run] for _, run in pairs]
     return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-018
+
 def _layer_row(plan: PruningPlan, i: int) -> tuple:
     "Kept heads, neurons and parameters of layer `i`, as text."
     if i not in plan.layers:
@@ -137,7 +143,7 @@ def _layer_row(plan: PruningPlan, i: int) -> tuple:
     share = kept_parameters(size, heads, neurons) / size.parameters
     return f"{heads}/{size.heads}", f"{neurons}/{size.neurons}", f"{share:.1%}"
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-020
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-015
 def plan_table(plan: PruningPlan) -> str:
     "The plan as a readable table, one line per run of equal layers."
     ratio = plan.requested_ratio
@@ -155,7 +161,7 @@ def plan_table(plan: PruningPlan) -> str:
         lines.append(f"{spans(run):>10} {row[0]:>9} {row[1]:>13} {row[2]:>16}")
     return "\n".join(lines)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-022
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-017
 def _method_and_shape(some_layers: bool, some_units) -> dict:
     "Method and shape of an explicit plan."
     used = (("layerwise", some_layers), ("widthwise", some_units))
@@ -163,7 +169,7 @@ def _method_and_shape(some_layers: bool, some_units) -> dict:
     shape = "blockwise" if some_units else "layers" if some_layers else "none"
     return {"method": method, "shape": shape}
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-024
+
 def _removed_parameters(sizes: list, layers: tuple, heads: dict, neurons: dict) -> int:
     "Parameters that a plan removes."
     kept = 0
@@ -172,7 +178,7 @@ def _removed_parameters(sizes: list, layers: tuple, heads: dict, neurons: dict) 
         kept += kept_parameters(sizes[i], *map(len, counts))
     return sum(s.parameters for s in sizes) - kept
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-026
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-019
 def make_plan(
     model: PreTrainedModel,  # the model to be pruned
     layers=None,  # kept layers; None keeps all
@@ -199,7 +205,7 @@ def make_plan(
     known |= {"achieved_ratio": _removed_parameters(sizes, layers, heads, neurons) / total}
     return PruningPlan(parts.family.name, len(sizes), layers, heads, neurons, meta=meta, **known)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-032
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-025
 def is_nested(
     small: PruningPlan,  # keeps less
     large: PruningPlan,  # keeps more, of the same model
@@ -215,7 +221,7 @@ def is_nested(
         for i in small.layers
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-035
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-028
 def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
     "Layer of the original -> kept units, for layers that lost some."
     found = {}
@@ -228,7 +234,7 @@ def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
             found[original] = kept
     return found
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-037
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-029
 def compose_plans(
     first: PruningPlan,  # of the original model
     second: PruningPlan,  # of what the first plan left
@@ -261,14 +267,14 @@ def compose_plans(
         meta=meta,
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-040
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-032
 def ascending(values: torch.Tensor, what: str) -> list:
     "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
     if torch.isnan(values).any():
         raise ValueError(f"{what} contain NaN; score again in float32.")
     return torch.argsort(values, stable=True).tolist()
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-042
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
 def score_record(scores) -> dict | None:
     "Kind and options of scores, for the plan."
     if scores is None:

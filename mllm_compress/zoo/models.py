@@ -126,11 +126,11 @@ def _load_folder(source, dtype, trust_remote_code):
     return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-022
-def _load_checked(folder: Path, dtype, trust_remote_code):
-    "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
-    check_files(folder)
+@contextmanager
+def named_failures(folder: Path):
+    "Whatever goes wrong while a folder is loaded becomes one line that names it."
     try:
-        return _load_folder(folder, dtype, trust_remote_code)
+        yield
     except ImportError as error:
         vision = "torchvision" in str(error).lower()
         cure = "pip install 'mllm_compress[vision]'" if vision else "install what it names"
@@ -146,6 +146,20 @@ def _load_checked(folder: Path, dtype, trust_remote_code):
             f"{folder} cannot be loaded ({type(error).__name__}: {line}): check its config.json, "
             "processor and weights, or copy it again."
         ) from error
+
+
+def _load_checked(folder: Path, dtype, trust_remote_code):
+    "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
+    check_files(folder)
+    with named_failures(folder):
+        return _load_folder(folder, dtype, trust_remote_code)
+
+
+def load_processor(folder: Path):
+    "The processor or tokenizer of a folder; a ValueError with one line where that fails."
+    with named_failures(folder):
+        config = AutoConfig.from_pretrained(folder)
+        return auto_classes(config)[1].from_pretrained(folder)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-024
 def _is_pruned(folder: Path) -> bool:
@@ -212,6 +226,23 @@ def native_folder(
     return None if _is_pruned(folder) or is_original_layout(folder) else folder
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-039
+def check_model(
+    name,  # as for load_model
+) -> None:
+    "An error where a model is evidently missing or damaged; nothing is loaded."
+    name = str(name)
+    folder = Path(name).expanduser()
+    if name in MODELS:
+        return
+    if not folder.is_dir():
+        check_local(name)
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise _unknown(name)
+    elif not _is_pruned(folder) and not is_original_layout(folder):
+        _refuse_pickle(folder)
+        check_files(folder)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
@@ -235,7 +266,7 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-043
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download

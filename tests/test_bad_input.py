@@ -1,0 +1,551 @@
+"""Every mistake ends with exit code 2 and a line that names the cure, and nothing on disk moves."""
+
+import json
+import re
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from mllm_compress.cli import app
+
+Case = namedtuple("Case", "args says")
+
+
+def pair(question="<image>\nwhat?", answer="red", **more) -> dict:
+    "An entry with one picture."
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "e", "image": "0.png", "conversations": said} | more
+
+
+def said(*turns) -> dict:
+    "An entry without a picture from (speaker, text) pairs."
+    return {"id": "e", "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+
+# Entries that cannot be read, and what the message must say.
+ENTRIES = {
+    "null": (None, "not an object"),
+    "number": (7, "not an object"),
+    "text": ("hello", "not an object"),
+    "list": ([1], "not an object"),
+    "no-keys": ({}, "has neither 'conversations'"),
+    "null-conversations": ({"id": "e", "conversations": None}, "write a list of objects"),
+    "text-conversations": ({"id": "e", "conversations": "hi"}, "write a list of objects"),
+    "list-of-texts": ({"id": "e", "conversations": ["hi", "ho"]}, "write a list of objects"),
+    "no-turns": ({"id": "e", "conversations": []}, "alternate"),
+    "no-answer": (said(("human", "hi")), "end with an answer"),
+    "answer-first": (said(("gpt", "hi"), ("human", "ho")), "start with a question"),
+    "two-questions": (said(("human", "a"), ("human", "b")), "alternate"),
+    "null-answer": (said(("human", "a"), ("gpt", None)), "null where a turn should be text"),
+    "number-answer": (said(("human", "a"), ("gpt", 4)), "int where a turn should be text"),
+    "unknown-speaker": (said(("bot", "a"), ("gpt", "b")), "use human, user, gpt"),
+    "null-speaker": (said((None, "a"), ("gpt", "b")), "use human, user, gpt"),
+    "list-speaker": (said((["x"], "a"), ("gpt", "b")), "use human, user, gpt"),
+    "late-system": (said(("human", "a"), ("system", "x"), ("gpt", "b")), "put it first"),
+    "null-messages": ({"id": "e", "messages": None}, "write a list of objects"),
+    "audio-part": (
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+        "use parts of type text or image",
+    ),
+    "null-content": ({"messages": [{"role": "user", "content": None}]}, "should be text"),
+    "later-marker": (
+        {
+            **said(("human", "a"), ("gpt", "b"), ("human", "<image>\nc"), ("gpt", "d")),
+            "image": "0.png",
+        },
+        "put it into the first question",
+    ),
+    "two-markers": (pair("<image><image>\nwhat?"), "one entry per picture"),
+    "marker-without-image": (said(("human", "<image>\na"), ("gpt", "b")), "remove the marker"),
+    "marker-inside": (pair("is <image> red?"), "at the start or at the end"),
+    "two-images": (pair(image=["0.png", "1.png"]), "one entry per picture"),
+    "url": (pair(image="https://example.org/a.jpg"), "download it"),
+    "data-url": (pair(image="data:image/png;base64,AAAA"), "download it"),
+    "number-image": (pair(image=5), "name the file"),
+    "true-image": (pair(image=True), "name the file"),
+    "empty-image": (pair(image=""), "name the file"),
+    "missing-image": (pair(image="gone.png"), "check|Complete the folder"),
+    "traversal": (pair(image="../outside.png"), "--image-root"),
+    "absolute": (pair(image="/etc/hostname"), "--image-root"),
+    "hidden-traversal": (pair(image="a/../../outside.png"), "--image-root"),
+    "surrogate": (pair(answer="\ud800"), "repair its encoding"),
+}
+READ_LATER = {  # the file of a picture is opened when the entry is used
+    "broken-image": (pair(image="broken.png"), "Replace it"),
+    "text-as-image": (pair(image="mine.json"), "Replace it"),
+    "bomb": (pair(image="bomb.png"), "more than 100 million|decompression bomb"),
+}
+FILES = {  # bytes of a data file, and what the message must say
+    "empty.json": (b"", "is empty"),
+    "space.json": (b" \n\n", "is empty"),
+    "empty-list.json": (b"[]", "is empty"),
+    "object.json": (b'{"data": []}', "a list of entries is needed"),
+    "cut.json": (b'[{"id": 1', "not valid JSON"),
+    "cut.jsonl": (b'{"text": "a b c"}\n{"text": ', "Line 2 of"),
+    "utf16.json": ('[{"id": 1}]'.encode("utf-16"), "save it as UTF-8"),
+    "latin.json": ('[{"id": "é"}]'.encode("latin-1"), "save it as UTF-8"),
+    "deep.json": (b"[" * 100_000, "nested too deeply"),
+    "binary.json": (bytes(range(128, 256)), "save it as UTF-8"),
+    "number.json": (b"7", "not an object"),
+}
+
+
+# Models that cannot be loaded, and what the message must say.
+MODELS = {
+    "bad/cut": "is truncated",
+    "bad/tiny": "is truncated",
+    "bad/zero": "is truncated",
+    "bad/pointer": "a Git LFS pointer",
+    "bad/header": "damaged header",
+    "bad/half-config": "config.json is damaged",
+    "bad/list-config": "config.json is damaged",
+    "bad/binary-config": "config.json is damaged",
+    "bad/no-type": "check its config.json",
+    "bad/new-type": "check its config.json",
+    "bad/half-processor": "check its config.json, processor",
+    "bad/half-tokenizer": "check its config.json, processor",
+    "bad/no-vocabulary": "check its config.json, processor",
+    "bad/no-shards": "missing shards",
+    "bad/half-index": "is damaged",
+    "bad/odd-index": "no weight_map",
+    "bad/missing": "missing keys",
+    "bad/extra": "unexpected keys",
+    "bad/shape": "does not fit|cannot be loaded",
+    "bad/pickles": "Convert them to safetensors",
+    "bad/empty": "folder of a checkpoint",
+    "bad/weightless": "folder of a checkpoint",
+    "bad/edited": "config.json: truncated",
+    "bad/manifest": "is damaged",
+    "bad/no-manifest": "was not written by save_pruned",
+    "bad/no-weights": "model.safetensors: missing",
+    "bad/emty": "did you mean empty",
+    "./lama": "did you mean",
+    "/nowhere/at/all": "check the path",
+    "mine.json": "give the folder",
+    "lava": "Unknown model",
+    "tiny-lava": "tiny-llava",
+}
+
+
+def make_damaged(folder: Path) -> None:
+    "Checkpoints of MODELS."
+    dense, bad, text = folder / "llava", folder / "bad", lambda value: json.dumps(value).encode()
+    weights = (dense / "model.safetensors").read_bytes()
+    tensors = load_file(dense / "model.safetensors")
+    config = json.loads((dense / "config.json").read_text())
+    first = next(iter(tensors))
+    pointer = b"version https://git-lfs.github.com/spec/v1\n" * 3
+    shard = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    for name, file, content in (
+        ("cut", "model.safetensors", weights[:-10]),
+        ("tiny", "model.safetensors", weights[:5]),
+        ("zero", "model.safetensors", b""),
+        ("pointer", "model.safetensors", pointer),
+        ("header", "model.safetensors", weights[:9] + b"!!!!" + weights[13:]),
+        ("half-config", "config.json", b'{"model_type": '),
+        ("list-config", "config.json", b"[1]"),
+        ("binary-config", "config.json", b"\xff\xfe\x00"),
+        ("no-type", "config.json", text({"vocab_size": 4})),
+        ("new-type", "config.json", text({**config, "model_type": "llava9"})),
+        ("half-processor", "processor_config.json", b"{"),
+        ("half-tokenizer", "tokenizer.json", b"{"),
+        ("no-vocabulary", "tokenizer.json", b"{}"),
+        ("no-shards", "model.safetensors.index.json", text(shard)),
+        ("half-index", "model.safetensors.index.json", b'{"weight'),
+        ("odd-index", "model.safetensors.index.json", b'{"weight_map": 3}'),
+    ):
+        shutil.copytree(dense, bad / name)
+        (bad / name / file).write_bytes(content)
+    for name, changed_tensors in (
+        ("missing", {k: v for k, v in tensors.items() if k != first}),
+        ("extra", {**tensors, "odd.weight": torch.ones(2)}),
+        ("shape", {**tensors, first: torch.ones(3)}),
+    ):
+        shutil.copytree(dense, bad / name)
+        save_file(changed_tensors, bad / name / "model.safetensors", {"format": "pt"})
+    shutil.copytree(dense, bad / "pickles")
+    (bad / "pickles/model.safetensors").rename(bad / "pickles/pytorch_model.bin")
+    (bad / "empty").mkdir()
+    shutil.copytree(dense, bad / "weightless")
+    (bad / "weightless/model.safetensors").unlink()
+    for name in ("edited", "manifest", "no-manifest", "no-weights"):
+        shutil.copytree(folder / "small", bad / name)
+    (bad / "edited/config.json").write_text("{}")
+    (bad / "manifest/mllm_compress.json").write_text("{")
+    (bad / "no-manifest/mllm_compress.json").unlink()
+    (bad / "no-weights/model.safetensors").unlink()
+
+
+MINE = ("--data", "mine.json", "--samples", "2")
+WITH_MODEL = {
+    "score": lambda m: ("score", m, "-o", "out", *MINE),
+    "prune": lambda m: ("prune", m, "-o", "out", "--ratio", ".3", "--method", "magnitude"),
+    "prune-layers": lambda m: ("prune", m, "-o", "out", "--layers", "1"),
+    "recover-teacher": lambda m: ("recover", "small", "--teacher", m, "-o", "out", *MINE[:2]),
+    "evaluate": lambda m: ("evaluate", m, "--questions", "mine.json"),
+    "evaluate-dense": lambda m: ("evaluate", "llava", "--questions", "mine.json", "--dense", m),
+    "compare": lambda m: ("compare", m, "llava", "--questions", "mine.json"),
+    "cost": lambda m: ("cost", m),
+}
+WITH_DATA = {
+    "score": lambda d: ("score", "llava", "-o", "out", "--data", d),
+    "prune": lambda d: ("prune", "llava", "-o", "out", "--ratio", ".3", "--data", d),
+    "recover": lambda d: ("recover", "small", "--teacher", "llava", "-o", "out", "--data", d),
+    "perplexity": lambda d: ("evaluate", "llava", "--benchmark", "perplexity", "--data", d),
+    "questions": lambda d: ("evaluate", "llava", "--questions", d),
+}
+PRUNE = ("prune", "llava", "-o", "out")
+RECOVER = ("recover", "small", "--teacher", "llava", "-o", "out", *MINE[:2])
+EVALUATE = ("evaluate", "llava", "--questions", "mine.json")
+CASES = [
+    # what to remove
+    Case((*PRUNE,), "--ratio 0.3"),
+    Case((*PRUNE, "--ratio", "0"), "nothing would be removed"),
+    *(
+        Case((*PRUNE, "--ratio", r), r"outside \[0, 0.95\)")
+        for r in ("-0.1", "0.95", "1", "30", "nan")
+    ),
+    Case((*PRUNE, "--ratio", ".01", *MINE), "removes nothing: the smallest step is one layer"),
+    Case((*PRUNE, "--ratio", ".94", *MINE), "add widthwise pruning or request less"),
+    Case((*PRUNE, "--ratio", ".3", "--layers", "1"), "not several"),
+    Case((*PRUNE, "--plan", "plan.json", "--layers", "1"), "not several"),
+    Case((*PRUNE, "--plan", "plan.json", "--scores", "scores"), "not several"),
+    *(
+        Case((*PRUNE, "--layers", x), "numbers such as 3,5-7")
+        for x in ("a", "1,", "3-1", "-1", "1.5")
+    ),
+    Case((*PRUNE, "--layers", "9"), "0 … 3"),
+    Case((*PRUNE, "--layers", "0-3"), "fewer than 4"),
+    Case((*PRUNE, "--plan", "gone.json"), "No such file|gone.json"),
+    Case((*PRUNE, "--plan", "mine.json"), "give a file that plan.save wrote"),
+    Case((*PRUNE, "--plan", "notes.txt"), "give a file that plan.save wrote"),
+    Case((*PRUNE, "--plan", "other-plan.json"), "Make a plan for this model"),
+    Case((*PRUNE, "--ratio", ".3", "--shape", "round"), "use one of uniform, blockwise"),
+    *(Case((*PRUNE, "--ratio", ".3", "--protect", p), "such as 1,1") for p in ("1", "a,b", "-1,1")),
+    Case((*PRUNE, "--ratio", ".3", "--method", "magnitude", "--protect", "1,1"), "blockwise"),
+    Case((*PRUNE, "--ratio", ".3", "--round-to", "0"), "--round-to is 0"),
+    Case((*PRUNE, "--ratio", ".3", "--method", "luck"), "use one of block_influence"),
+    Case((*PRUNE, "--ratio", ".3", "--pruning", "depth"), "use one of"),
+    Case((*PRUNE, "--ratio", ".3", "--method", "taylor", "--pruning", "layerwise"), "use one of"),
+    Case(
+        (*PRUNE, "--ratio", ".3", "--method", "angular_distance", *MINE),
+        "use one of block_influence",
+    ),
+    # scores
+    Case((*PRUNE, "--ratio", ".3", "--scores", "gone"), "There are no scores in gone"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "notes"), "There are no scores in notes"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "small"), "There are no scores in small"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "cut-scores"), "score again"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "half-scores"), "score again"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "list-scores"), "score again"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "lm-scores"), "another model: heads differ|another"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "other-scores"), "weights differ. Score this model"),
+    Case(("prune", "small", "-o", "out", "--ratio", ".3", "--scores", "scores"), "another model"),
+    Case((*PRUNE, "--ratio", ".3", "--scores", "scores", "--scores", "scores"), "one of each"),
+    # numbers
+    *(
+        Case((*command, option, value), f"{option} is {value}: give a number from")
+        for command in (("score", "llava", "-o", "out"), (*PRUNE, "--ratio", ".3"))
+        for option, value in (
+            ("--samples", "-1"),
+            ("--samples", "0"),
+            ("--samples", "99999999"),
+            ("--scenes", "-1"),
+            ("--scenes", "0"),
+            ("--scenes", "100000000000"),
+            ("--max-length", "0"),
+            ("--seed", "-1"),
+        )
+    ),
+    Case(
+        ("score", "llava", "-o", "out", "--data", "mine.json", "--samples", "9"), "have 2 entries"
+    ),
+    *(
+        Case((*RECOVER, option, value), f"{option} is {value}: give a number from")
+        for option, value in (
+            ("--batch-size", "-1"),
+            ("--passes", "-2"),
+            ("--scenes", "0"),
+            ("--max-length", "-5"),
+            ("--seed", "-1"),
+            ("--save-every", "-1"),
+            ("--lora", "-4"),
+        )
+    ),
+    *(Case((*RECOVER, "--lr", lr), "between 0 and 1") for lr in ("-1", "1", "nan")),
+    *(Case((*RECOVER, "--epochs", n), "must be positive") for n in ("-1", "0", "nan")),
+    *(Case((*RECOVER, "--fraction", f), r"outside \(0, 1\]") for f in ("0", "-1", "2", "nan")),
+    Case((*RECOVER, "--passes", "5"), "use fewer, or more data"),
+    *(Case((*EVALUATE, "--limit", n), f"--limit is {n}") for n in ("-1", "-100")),
+    Case((*EVALUATE, "--max-length", "0"), "--max-length is 0"),
+    Case(("compare", "llava", "small", "--limit", "-1"), "--limit is -1"),
+    Case(("compare", "llava", "small", "--examples", "-1"), "--examples is -1"),
+    # names of methods
+    Case((*RECOVER, "--losses", "luck"), "use one of"),
+    Case((*RECOVER, "--losses", "sft+luck"), "use one of"),
+    Case((*RECOVER, "--losses", "+"), "use one of"),
+    Case((*RECOVER, "--train", "everything"), "use one of projector"),
+    Case((*RECOVER, "--recipe", "gpt"), "use one of llava, bunny, internvl"),
+    Case(("evaluate", "llava", "--benchmark", "luck"), "use one of scenes/open"),
+    Case((*EVALUATE, "--scorer", "luck"), "use one of exact, anls, letter, yes_no"),
+    Case((*EVALUATE, "--scorer", "letter"), "needs a list of texts"),
+    Case((*EVALUATE, "--scorer", "yes_no"), "needs yes or no"),
+    Case(
+        ("evaluate", "llava", "--questions", "options.json", "--scorer", "letter"),
+        "needs one of A, B",
+    ),
+    Case(("evaluate", "llava", "--questions", "text.jsonl"), "is plain text"),
+    Case(("evaluate", "llava", "--questions", "gone.json"), "There is no file"),
+    *(
+        Case((*command, "--device", device), says)
+        for command in (
+            ("score", "llava", "-o", "out"),
+            (*PRUNE, "--ratio", ".3"),
+            RECOVER,
+            EVALUATE,
+            ("cost", "llava"),
+            ("compare", "llava", "small"),
+        )
+        for device, says in (
+            ("gpu", "use auto, cpu"),
+            ("cuda:64", "There is no cuda:64 here"),
+            ("mps", "There is no mps here"),
+            ("meta", "use auto, cpu"),
+        )
+    ),
+    # options of a file
+    Case((*RECOVER, "--config", "gone.yaml"), "check --config"),
+    Case((*RECOVER, "--config", "list.yaml"), "write lines such as"),
+    Case((*RECOVER, "--config", "bad.yaml"), "not valid YAML"),
+    Case((*RECOVER, "--config", "unknown.yaml"), "Unknown recovery option 'learning_rate'"),
+    Case((*RECOVER, "--config", "text-lr.yaml"), "lr is 'fast': give a number"),
+    Case((*RECOVER, "--config", "text-losses.yaml"), "loss"),
+    Case(
+        (
+            *RECOVER,
+            "--config",
+            "projector-lora.yaml",
+            "--lora",
+            "4",
+            "--train",
+            "projector+lm",
+            "--losses",
+            "nothing",
+        ),
+        "use one of",
+    ),
+    Case((*RECOVER, "--config", "notes"), "check --config"),
+    # where results go
+    *(
+        Case((*command, "-o", out), says)
+        for command in (
+            ("prune", "llava", "--ratio", ".3"),
+            ("recover", "small", "--teacher", "llava", *MINE[:2]),
+            ("score", "llava", *MINE),
+        )
+        for out, says in (
+            ("notes", "choose a|another folder"),
+            ("notes.txt", "is a file|choose another|was not written"),
+            ("notes.txt/out", "is a file, so nothing can be written"),
+            ("/sys/out", "cannot be written .*choose another folder"),
+            ("small", "overwrite|other files|small"),
+            ("llava", "choose another folder"),
+            ("llava/out", "choose another folder"),
+            (".", "choose another folder|choose a new"),
+            ("unreadable/../notes.txt", "choose|is a file"),
+        )
+    ),
+    Case(("prune", "small", "-o", "small", "--layers", "0", "--overwrite"), "is the model small"),
+    Case((*RECOVER[:5], "small", *MINE[:2], "--overwrite"), "is the model small"),
+    Case(
+        ("recover", "small", "--teacher", "other", "-o", "other", *MINE[:2]), "is the teacher other"
+    ),
+    Case((*PRUNE[:2], "-o", "extra-weights", "--ratio", ".3", "--overwrite"), "move them away"),
+    Case(("score", "llava", "-o", "scores", *MINE), "replace them with --overwrite"),
+    Case(("score", "llava", "-o", "small", *MINE, "--overwrite"), "choose a new folder"),
+    Case((*EVALUATE, "-o", "gone/rows.csv"), "make it first"),
+    Case((*EVALUATE, "-o", "notes"), "name a file to write"),
+    Case((*EVALUATE, "-o", "notes.txt"), "--overwrite"),
+    Case((*EVALUATE, "-o", "/sys/rows.csv"), "cannot be written"),
+    Case(("compare", "llava", "small", "-o", "notes"), "choose a new folder"),
+    Case(("compare", "llava", "small", "-o", "small"), "choose another folder"),
+    Case(("compare", "llava", "small", "-o", "/sys/out"), "cannot be written"),
+    # models without pictures, and the like
+    Case(("score", "lm", "-o", "out"), "give --data FILE"),
+    Case(("score", "lm", "-o", "out", *MINE), "use entries without images"),
+    Case(("evaluate", "lm"), "give --data FILE for its perplexity"),
+    Case(("evaluate", "lm", "--benchmark", "easy-vqa"), "--benchmark perplexity"),
+    Case(("recover", "llava", "--teacher", "llava", "-o", "out"), "is not a pruned checkpoint"),
+    Case(("recover", "lava", "--teacher", "llava", "-o", "out"), "is not a pruned checkpoint"),
+    Case(("recover", "small", "--teacher", "lm", "-o", "out", *MINE[:2]), "dense model"),
+    Case(("recover", "small", "--teacher", "bunny", "-o", "out", *MINE[:2]), "dense model"),
+    Case((*RECOVER, "--image-root", "gone"), "check --image-root"),
+    Case((*RECOVER[:6], "--data", "missing-all.json", "--skip-missing"), "none of the images"),
+    # looking
+    Case(("show", "gone"), "check the path"),
+    Case(("show", "notes"), "was not written by mllm-compress"),
+    Case(("show", "notes.txt"), "There is no folder"),
+    Case(("show", "llava"), "mllm-compress cost"),
+    Case(("show", "bad/edited"), "truncated"),
+    Case(("show", "bad/manifest"), "is damaged"),
+    Case(("show", "cut-scores"), "score again"),
+    Case(("cards", "gpt"), "use one of LLaVA-v1.5-7B"),
+    Case(("cards", ""), "use one of LLaVA-v1.5-7B"),
+    Case(("advise", "--model", "m", "--ratio", "1.5"), r"outside \(0, 0.95\)"),
+    Case(("advise", "--model", "m", "--ratio", ".3", "--profile", "huge"), "use|huge"),
+    # converting
+    Case(("convert", "gone", "out"), "is not a folder. Download"),
+    Case(("convert", "notes.txt", "out"), "is not a folder"),
+    Case(("convert", "llava", "notes"), "give a new folder"),
+    Case(("convert", "llava", "out"), "the original layouts that can be read"),
+    Case(("convert", "llava", "out", "--dtype", "int8"), "use float32, bfloat16, float16"),
+    Case(("convert", "bad/empty", "out"), "original layouts"),
+    Case(("convert", "llava", "/sys/out"), "cannot be written"),
+    Case(("convert", "llava", "llava/out"), "choose another folder"),
+    # the study
+    Case(("study", "--profile", "huge"), "use gpu, paper, quick"),
+    Case(("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
+    Case(("study", "--profile", "smoke", "-p", "ratios=[0.3"), "cannot be read"),
+    Case(
+        ("study", "--profile", "smoke", "--executor", "slrm", "--dry-run"), "local, inline, slurm"
+    ),
+    Case(("study", "--profile", "gone.yaml"), "gone.yaml"),
+]
+
+
+def changed(folder: Path) -> dict:
+    "What a change on disk would change: the paths, and size and time of every file."
+    stats = {p: p.lstat() for p in folder.rglob("*")}
+    return {p: p.is_dir() or (s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
+def make_data(folder: Path) -> None:
+    "Data files, good and bad, and pictures."
+    for k in range(2):
+        Image.new("RGB", (32, 32), (80 * k, 0, 200)).save(folder / f"{k}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
+    bomb = bytearray((folder / "0.png").read_bytes())
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the header
+    import zlib
+
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(bytes(bomb))
+    entries = [pair(id=k, image=f"{k}.png") for k in range(2)]
+    (folder / "mine.json").write_text(json.dumps(entries))
+    (folder / "missing-all.json").write_text(json.dumps([pair(image="gone.png")]))
+    (folder / "text.jsonl").write_text('{"text": "the circle is red"}\n' * 4)
+    letters = [pair(options=["red", "blue"], answer="green")]
+    (folder / "options.json").write_text(json.dumps(letters))
+    for name, (entry, _) in {**ENTRIES, **READ_LATER}.items():
+        (folder / f"entry-{name}.json").write_text(json.dumps([entry]))
+    for name, (content, _) in FILES.items():
+        (folder / name).write_bytes(content)
+    yamls = {
+        "list": "- a\n- b\n",
+        "bad": "lr: [1\n",
+        "unknown": "learning_rate: 1\n",
+        "text-lr": "lr: fast\n",
+        "text-losses": "losses: sft\n",
+        "projector-lora": "train: projector\n",
+    }
+    for name, text in yamls.items():
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def make_scores(folder: Path) -> None:
+    "Scores, good and bad."
+    from mllm_compress.importance import layer_importance
+    from mllm_compress.zoo import load_model
+
+    def score(name, out):
+        layer_importance(load_model(folder / name)[0], None, "magnitude").save(folder / out)
+
+    score("llava", "scores")
+    score("other", "other-scores")
+    score("lm", "lm-scores")
+    for name in ("cut", "half", "list"):
+        shutil.copytree(folder / "scores", folder / f"{name}-scores")
+    weights = folder / "cut-scores/scores.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+    (folder / "half-scores/scores.json").write_text('{"type"')
+    (folder / "list-scores/scores.json").write_text("[]")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tiny_llava, tiny_bunny, tiny_lm):
+    "A folder with models, checkpoints, scores and data, good and bad; the current folder."
+    from mllm_compress.checkpoint import save_pruned
+    from mllm_compress.pruning.plans import plan_layerwise
+    from mllm_compress.pruning.slicing import apply_plan
+
+    folder = tmp_path_factory.mktemp("shop") / "shop"
+    folder.mkdir()
+    for name, (model, processor) in (("llava", tiny_llava), ("bunny", tiny_bunny)):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    lm = tiny_lm("llama", vocab=len(tiny_llava[1].tokenizer))
+    lm.save_pretrained(folder / "lm")
+    tiny_llava[1].tokenizer.save_pretrained(folder / "lm")
+    shutil.copytree(folder / "llava", folder / "other")
+    tensors = load_file(folder / "other/model.safetensors")
+    tensors = {k: v + 0.01 if "up_proj" in k else v for k, v in tensors.items()}
+    save_file(tensors, folder / "other/model.safetensors", {"format": "pt"})
+    plan = plan_layerwise(tiny_llava[0], layers=[1])
+    plan.save(folder / "plan.json")
+    plan_layerwise(lm, layers=[1]).save(folder / "other-plan.json")
+    save_pruned(apply_plan(tiny_llava[0], plan), plan, folder / "small", tiny_llava[1])
+    shutil.copytree(folder / "small", folder / "extra-weights")
+    (folder / "extra-weights/adapter_model.safetensors").write_text("mine")
+    (folder / "notes").mkdir()
+    (folder / "notes/thesis.txt").write_text("years of work")
+    (folder / "notes.txt").write_text("years of work")
+    make_data(folder)
+    make_scores(folder)
+    make_damaged(folder)
+    return folder
+
+
+BUILT = [
+    *(Case(make(m), says) for make in WITH_MODEL.values() for m, says in MODELS.items()),
+    *(
+        Case(make(f"entry-{name}.json"), says)
+        for make in WITH_DATA.values()
+        for name, (_, says) in ENTRIES.items()
+        if not (make is WITH_DATA["questions"] and name in ("text",))
+    ),
+    *(
+        Case(make(f"entry-{name}.json"), says)
+        for key, make in WITH_DATA.items()
+        for name, (_, says) in READ_LATER.items()
+        if key != "questions"
+    ),
+    *(Case(make(name), says) for make in WITH_DATA.values() for name, (_, says) in FILES.items()),
+    *CASES,
+]
+
+
+@pytest.mark.parametrize("args, says", BUILT, ids=lambda v: " ".join(v) if type(v) is tuple else "")
+def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
+    monkeypatch.chdir(shop)
+    before = changed(shop.parent)
+    result = CliRunner().invoke(app, list(args))
+    after = changed(shop.parent)
+    for new in set(after) - set(before):  # so that one failure stays one failure
+        shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
+    assert result.exit_code == 2, (result.output, result.exception)
+    lines = [x for x in result.stderr.splitlines() if x and not x.startswith("Note: ")]
+    assert lines[0].startswith("Error: "), result.stderr
+    assert len(lines) == 1 or "Unknown model" in lines[0], lines  # its list has a line per model
+    assert re.search(says, result.stderr), result.stderr
+    assert "Traceback" not in result.output
+    assert after == before
+
+
+def test_there_are_enough_cases():
+    assert len(BUILT) >= 300

@@ -1,0 +1,282 @@
+"""A signal, a full disk, a read-only folder or a killed save loses nothing of the user's."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from typer.testing import CliRunner
+
+from mllm_compress.checkpoint import load_pruned, save_pruned, target, verify
+from mllm_compress.cli import app
+from mllm_compress.pruning.plans import plan_layerwise
+from mllm_compress.pruning.slicing import apply_plan
+from mllm_compress.utils.files import clean_leftovers, leftovers, replacing_folder
+
+
+def run(*args, code=0) -> str:
+    "Run a command in this process and return what it prints."
+    result = CliRunner().invoke(app, list(map(str, args)))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def tree(folder) -> dict:
+    "The bytes of every file of a folder."
+    files = (p for p in Path(folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, tiny_llava):
+    folder = tmp_path_factory.mktemp("shop")
+    model, processor = tiny_llava
+    model.save_pretrained(folder / "llava")
+    processor.save_pretrained(folder / "llava")
+    plan = plan_layerwise(model, layers=[1])
+    save_pruned(apply_plan(model, plan), plan, folder / "small", processor)
+    Image.new("RGB", (32, 32)).save(folder / "0.png")
+    pairs = {"image": "0.png", "question": "what color is the circle?", "answer": "red"}
+    (folder / "mine.json").write_text(json.dumps([{"id": k, **pairs} for k in range(6)]))
+    return folder
+
+
+@pytest.fixture
+def here(shop, tmp_path, monkeypatch):
+    "A copy of the shop as the current folder."
+    shutil.copytree(shop, tmp_path / "shop")
+    monkeypatch.chdir(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+DATA = ("--data", "mine.json")
+COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says)
+    "score": (
+        ("score", "llava", "-o", "out", *DATA),
+        "mllm_compress.importance.criteria.CRITERIA",
+        "starts from the beginning",
+    ),
+    "prune": (
+        ("prune", "llava", "-o", "out", "--layers", "1"),
+        "mllm_compress.checkpoint.from_files.write_tensors",
+        "Nothing was written",
+    ),
+    "recover": (
+        ("recover", "small", "--teacher", "llava", "-o", "out", *DATA),
+        "mllm_compress.recovery.training._train",
+        "goes on from there",
+    ),
+    "recover-without-checkpoints": (
+        ("recover", "small", "--teacher", "llava", "-o", "out", *DATA, "--save-every", "0"),
+        "mllm_compress.recovery.training._train",
+        "nothing is kept",
+    ),
+    "evaluate": (
+        ("evaluate", "llava", "--questions", "mine.json"),
+        "mllm_compress.evaluation.scoring.answer_on",
+        "Nothing is kept without --out or --answers",
+    ),
+    "evaluate-kept": (
+        ("evaluate", "llava", "--questions", "mine.json", "-o", "rows.csv"),
+        "mllm_compress.evaluation.scoring.answer_on",
+        "goes on from there",
+    ),
+    "compare": (
+        ("compare", "llava", "small", "--questions", "mine.json"),
+        "mllm_compress.evaluation.scoring.answer_on",
+        "Nothing is kept",
+    ),
+    "cost": (("cost", "llava"), "mllm_compress.cost.report.counted_rows", "Stopped"),
+    "cards": (("cards", "llava"), "mllm_compress.cost.gpu_memory.memory_table", "Stopped"),
+    "models": (("models",), "mllm_compress.cli.look.emit", "Stopped"),
+    "show": (("show", "small"), "mllm_compress.checkpoint.integrity.sha256", "Stopped"),
+    "study": (
+        ("study", "--profile", "smoke", "--status"),
+        "mllm_compress.reporting.runner.show_status",
+        "Finished results are kept",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_ends_a_command_with_a_true_sentence(here, monkeypatch, command, how):
+    args, where, says = COMMANDS[command]
+    before, sent = tree(here), []
+
+    def interrupt(*given, **options):
+        sent.append(how)
+        os.kill(os.getpid(), how)
+        raise AssertionError("the signal was not handled")
+
+    if where.endswith("CRITERIA"):
+        import dataclasses
+
+        from mllm_compress.importance.criteria import CRITERIA
+
+        row = CRITERIA["layerwise", "block_influence"]
+        function = lambda model, batches, mode="default": interrupt()
+        stopped = dataclasses.replace(row, function=function)
+        monkeypatch.setitem(CRITERIA, ("layerwise", "block_influence"), stopped)
+    else:
+        monkeypatch.setattr(where, interrupt)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert says in run(*args, code=130) and sent == [how]
+    assert signal.getsignal(signal.SIGTERM) == handler
+    after = {
+        k: v for k, v in tree(here).items() if not k.startswith((".out.training", ".rows.csv"))
+    }
+    assert after == before
+
+
+FULL = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("No space left on device"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=["json", "safetensors"])
+@pytest.mark.parametrize("command", ["recover", "prune"])
+def test_a_disk_that_fills_up_costs_no_training(here, monkeypatch, command, error):
+    from mllm_compress.checkpoint import saving
+
+    write, seen = saving.write_manifest, []
+
+    def full(folder, **facts):
+        seen.append(folder)
+        if ".out." in folder.name:
+            raise error
+        return write(folder, **facts)
+
+    monkeypatch.setattr(saving, "write_manifest", full)
+    args = ("recover", "small", "--teacher", "llava", *DATA, "--batch-size", 3)
+    args = ("prune", "llava", "--layers", "1") if command == "prune" else args
+    text = run(*args, "-o", "out", code=2)
+    assert "was saved to" in text and "out-rescued" in text and not Path("out").exists()
+    load_pruned("out-rescued")
+    if command == "recover":
+        assert list(Path(".out.training").glob("checkpoint-*"))  # and so is the training
+
+
+def test_no_place_at_all(tmp_path):
+    def save(folder):
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="nor any other folder: free space"):
+        target.save_or_rescue(save, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("prune", "llava", "-o", "out", "--ratio", "0.3", *DATA),
+        ("recover", "small", "--teacher", "llava", "-o", "out", *DATA),
+    ],
+)
+def test_a_full_disk_is_found_before_the_work(here, monkeypatch, args):
+    usage = shutil.disk_usage(here)._replace(free=10)
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda folder: usage)
+    before = tree(here)
+    text = run(*args, code=2)
+    assert "GiB are free" in text and "free some space" in text and tree(here) == before
+
+
+READ_ONLY = [
+    ("score", "llava", "-o", "out", *DATA),
+    ("prune", "llava", "-o", "out", "--ratio", "0.3"),
+    ("recover", "small", "--teacher", "llava", "-o", "out", *DATA),
+    ("evaluate", "llava", "-o", "rows.csv", "--questions", "mine.json"),
+    ("compare", "llava", "small", "-o", "out"),
+    ("convert", "llava", "out"),
+]
+
+
+@pytest.mark.parametrize("args", READ_ONLY, ids=lambda a: a[0])
+def test_a_read_only_folder_is_found_before_the_work(here, monkeypatch, args):
+    def refuse(dir=None):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for where in ("mllm_compress.cli.measuring.load", "mllm_compress.cli.pruning.load"):
+        monkeypatch.setattr(where, lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(target.tempfile, "TemporaryFile", refuse)
+    before = tree(here)
+    text = run(*args, code=2)
+    assert "Read-only file system" in text and "choose another folder" in text
+    assert tree(here) == before
+
+
+def test_overwrite_removes_only_the_files_of_the_manifest(here):
+    (here / "small/notes").mkdir()
+    (here / "small/notes/log.txt").write_text("years of work")
+    (here / "small/link").symlink_to("config.json")
+    args = ("prune", "llava", "-o", "small", "--layers", "0,2")
+    assert "--overwrite" in run(*args, code=2)
+    assert len(verify("small")["files"]) and load_pruned("small")[2].removed_layers == (1,)
+    run(*args, "--overwrite")
+    assert load_pruned("small")[2].removed_layers == (0, 2)
+    assert Path("small/notes/log.txt").read_text() == "years of work"
+    assert Path("small/link").is_symlink() and "notes/log.txt" not in verify("small")["files"]
+    run(*args, "--overwrite")
+    assert Path("small/notes/log.txt").read_text() == "years of work"
+
+
+def test_a_name_that_the_new_checkpoint_needs_is_not_taken_from_the_user(here):
+    Path("small/plan.png").write_text("mine")
+    args = ("prune", "llava", "-o", "small", "--layers", "0", "--overwrite")
+    assert "move it away" in run(*args, code=2)
+    assert Path("small/plan.png").read_text() == "mine"
+    assert load_pruned("small")[2].removed_layers == (1,)
+
+
+def test_leftovers_of_killed_saves_are_cleaned(here):
+    for name in (
+        ".out.0123abcd.new",
+        ".out.89abcdef.new",
+        ".other.1234abcd.new",
+    ):
+        (here / name).mkdir()
+        (here / name / "model.safetensors").write_text("half")
+    run("prune", "llava", "-o", "out", "--layers", "1")
+    assert sorted(p.name for p in here.iterdir() if p.name.startswith(".")) == [
+        ".other.1234abcd.new"
+    ]
+    load_pruned("out")
+
+
+def test_an_earlier_folder_gets_its_name_back(tmp_path):
+    (tmp_path / ".out.0123abcd.new").mkdir()
+    (tmp_path / ".out.0123abcd.old").mkdir()
+    (tmp_path / ".out.0123abcd.old/thesis.txt").write_text("years of work")
+    clean_leftovers(tmp_path / "out")
+    assert tree(tmp_path) == {"out/thesis.txt": b"years of work"}
+
+
+def test_a_save_in_progress_is_left_alone(tmp_path):
+    with replacing_folder(tmp_path / "out") as new:
+        assert leftovers(tmp_path / "out") == []
+        clean_leftovers(tmp_path / "out")
+        with replacing_folder(tmp_path / "out") as other:
+            (other / "a").write_text("1")
+        (new / "a").write_text("2")
+    assert tree(tmp_path) == {"out/a": b"2"}
+
+
+def test_scores_never_damage_a_checkpoint(here):
+    before = tree(here)
+    assert "choose a new folder" in run("score", "small", "-o", "llava", *DATA, code=2)
+    assert tree(here) == before
+    run("score", "llava", "-o", "scores", *DATA)
+    assert "--overwrite" in run("score", "llava", "-o", "scores", *DATA, code=2)
+    run("score", "llava", "-o", "scores", *DATA, "--overwrite")
+
+
+def test_weights_are_the_same_whoever_saves_them(here):
+    run("prune", "llava", "-o", "one", "--layers", "1")
+    one, two = load_pruned("one")[0], load_pruned("small")[0]
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
