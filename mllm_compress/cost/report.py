@@ -118,7 +118,7 @@ def prompt_tokens(processor, question: str = "What is shown in the picture?") ->
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     return len(tokenizer(text)["input_ids"])
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-014
+# %% ../../nbs/library/cost/04_report.ipynb #cell-015
 def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int) -> list:
     "Rows of measured seconds."
     return [
@@ -127,7 +127,7 @@ def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int
         for name in ("median", "low", "high")
     ]
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-016
+# %% ../../nbs/library/cost/04_report.ipynb #cell-017
 @torch.no_grad()
 def cost_report(
     model: PreTrainedModel,  # MLLM or plain LM, pruned or not, on any device, meta included

@@ -415,7 +415,7 @@ class Renderer:
             else _encode_chat(self, pairs, image)
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-059
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-060
 def _encode_chat(render, pairs: tuple, image: str) -> tuple:
     "Token ids of a rendered conversation, and for each whether it belongs to an answer."
     text = render.text(pairs, image)
@@ -430,7 +430,7 @@ def _encode_chat(render, pairs: tuple, image: str) -> tuple:
     ]
     return tuple(out["input_ids"]), tuple(answer)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-062
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-063
 def packed_mask(
     segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
 ) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
@@ -441,7 +441,7 @@ def packed_mask(
     prefix = segment[:, None, :] == 0
     return ((same | prefix) & causal | itself)[:, None]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-065
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-066
 def pack(
     encoded: list,  # of (ids, answer mask), one per question about the same picture
     image_id: int,  # token id of the image placeholder
@@ -462,7 +462,7 @@ def pack(
         row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-067
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-068
 def blocks(
     row: dict,  # as pack returns it
     width: int,  # tokens that a block may have; a longer question stays whole
@@ -475,7 +475,7 @@ def blocks(
             cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-070
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-071
 def borrowing_mask(
     segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
     first: torch.Tensor,  # [blocks] the block that holds the prefix of each
@@ -487,7 +487,7 @@ def borrowing_mask(
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-073
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-074
 def _pad(
     rows: list,  # as pack returns them
     pad_id: int,  # token id of the padding
@@ -500,7 +500,7 @@ def _pad(
         for key, value in fill.items()
     }
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-075
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-076
 def _cut(
     rows: list,  # one per entry
     block: int | None,  # tokens of a block; None: whole rows
@@ -513,7 +513,7 @@ def _cut(
     first = torch.tensor([start for start, row in zip(starts, cut) for _ in row])
     return [b for row in cut for b in row], first
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-077
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-078
 def _image_text(collator, entry: dict) -> str:
     "What stands for an entry's picture in its prompt."
     if not has_image(entry):
@@ -527,7 +527,7 @@ def _image_text(collator, entry: dict) -> str:
     size = collator.dataset.image(entry["index"]).size if tiled else (64, 64)
     return collator.render.image_text(size)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-079
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-080
 def _packed(collator, pairs: tuple, image: str) -> dict:
     "The row of a conversation: in sequence, or packed behind one picture."
     encode = collator.render.encode
@@ -535,7 +535,7 @@ def _packed(collator, pairs: tuple, image: str) -> dict:
         return pack([encode(pairs, image)], -1)
     return pack([encode((pair,), image) for pair in pairs], collator.render.image_id)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-081
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-082
 def _pictures(collator, numbers: list) -> dict:
     "The pixels of a batch, or the numbers of its entries with a picture."
     if not collator.images:
@@ -546,7 +546,7 @@ def _pictures(collator, numbers: list) -> dict:
     process = collator.render.processor.image_processor
     return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-083
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-084
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -583,14 +583,14 @@ class Collator:
         row = _packed(self, tuple(turns(entry)), _image_text(self, entry))
         return {k: v[: self.max_length] for k, v in row.items()}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-087
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-088
 def _first_question(entry: dict) -> dict:
     "An entry with its first question alone; plain text as it is."
     if "conversations" not in entry:
         return entry
     return entry | {"conversations": entry["conversations"][:2]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-089
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-090
 def calibration_batches(
     dataset: InstructionData,
     processor,

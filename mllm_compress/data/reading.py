@@ -140,7 +140,7 @@ def _image_of(entry: dict):
         _fail(entry, f"has {found!r} as its image", "name the file, or leave 'image' out")
     return found
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-024
+# %% ../../nbs/library/data/03_reading.ipynb #cell-025
 def read_entry(
     entry,  # as in the file
     number: int,  # its id if it has none
@@ -169,7 +169,7 @@ def read_entry(
     _check_markers(entry, said)
     return entry | {"conversations": said}
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-027
+# %% ../../nbs/library/data/03_reading.ipynb #cell-028
 def _decoded(path: Path) -> str:
     "The text of a file in UTF-8, with or without a byte-order mark."
     raw = path.read_bytes()
@@ -179,7 +179,7 @@ def _decoded(path: Path) -> str:
         hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
         raise ValueError(f"{path} is {hint} (byte {error.start}): save it as UTF-8.") from None
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-029
+# %% ../../nbs/library/data/03_reading.ipynb #cell-030
 def _parsed(text: str, where: str):
     "JSON, or a ValueError that names the place."
     try:
@@ -191,13 +191,13 @@ def _parsed(text: str, where: str):
             f"{where} is not valid JSON ({error}): repair or export it again."
         ) from None
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-031
+# %% ../../nbs/library/data/03_reading.ipynb #cell-032
 def _lines(path: Path, text: str) -> list:
     "The objects of a JSON-lines file."
     rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-032
+# %% ../../nbs/library/data/03_reading.ipynb #cell-034
 def _objects(path: Path) -> list:
     "The entries of a file, as they are written."
     text = _decoded(path)
@@ -218,7 +218,7 @@ def _objects(path: Path) -> list:
         )
     return _lines(path, text)
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-034
+# %% ../../nbs/library/data/03_reading.ipynb #cell-036
 def read_entries(
     path,  # of a .json, .jsonl or .txt file
 ) -> list:  # of entries
@@ -236,7 +236,7 @@ def read_entries(
         raise ValueError(f"{path} is empty: it should hold at least one entry.")
     return entries
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-036
+# %% ../../nbs/library/data/03_reading.ipynb #cell-038
 def image_path(
     entry: dict,
     root,  # image folder

@@ -291,7 +291,7 @@ QUESTION_MAKERS = {
 }
 PAIRED = ("hallucination", "perception", "cognition")  # one question with each answer
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-052
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-053
 def ask(
     index: int,  # number of the scene
     split: str = "train",  # which stream
@@ -310,7 +310,7 @@ def ask(
             out.append(row)
     return out
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-056
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-057
 def questions(
     kind: str,  # one of KINDS
     split: str = "test",  # which stream
@@ -327,7 +327,7 @@ def questions(
         index += 1
     return out[: n + n % 2] if out[0]["pair"] else out[:n]
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-058
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-059
 def candidates(
     q: dict,  # a question as `ask` gives it
 ) -> list:  # of str
@@ -338,7 +338,7 @@ def candidates(
         return ["yes", "no"]
     return list(COLORS) if q["answer"] in COLORS else list(SHAPES)
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-060
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-061
 def question_only(
     train: list,  # of dicts with type, question, answer
     test: list,  # the same, never seen

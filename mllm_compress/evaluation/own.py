@@ -24,7 +24,7 @@ from mllm_compress.utils.methods import check_choice
 
 OWN_SCORERS = ("exact", "anls", "letter", "yes_no")
 
-# %% ../../nbs/library/evaluation/09_own.ipynb #cell-004
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-005
 def _options(entry: dict, scorer: str) -> tuple:
     "The options of a question that is answered by a letter."
     found = entry.get("options") or ()
@@ -34,7 +34,7 @@ def _options(entry: dict, scorer: str) -> tuple:
         )
     return tuple(map(str, found))
 
-# %% ../../nbs/library/evaluation/09_own.ipynb #cell-006
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-007
 def _expected(entry: dict, answer: str, scorer: str, options: tuple):
     "What the scorer compares with; ValueError where it could not."
     if scorer == "anls":
@@ -52,7 +52,7 @@ def _expected(entry: dict, answer: str, scorer: str, options: tuple):
         )
     return answer.strip().rstrip(".") if scorer == "yes_no" else answer.strip()
 
-# %% ../../nbs/library/evaluation/09_own.ipynb #cell-007
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-009
 def own_questions(
     path: Path,  # of the file
     images: Path,  # folder of its images
@@ -83,7 +83,7 @@ def own_questions(
             found.append(Question(f"{number}/{k}", question, expected, pictures, options=options))
     return take(found, limit)
 
-# %% ../../nbs/library/evaluation/09_own.ipynb #cell-008
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-011
 def own_benchmark(
     path,  # a JSON or JSON-lines file of entries with answers
     image_root=None,  # folder of the images; None: the folder of the file

@@ -114,7 +114,7 @@ def sampled_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Te
     noise = -(-uniform.clamp_min(1e-300).log()).log()
     return (logits.detach().double().cpu() + noise).argmax(-1).to(logits.device)
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-023
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-024
 PRESERVED = {
     "states": lambda f, head, targets, rng: (random_direction(f, rng) * f).sum(),
     "logits": lambda f, head, targets, rng: (random_direction(z := head(f), rng) * z).sum(),
@@ -123,7 +123,7 @@ PRESERVED = {
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-025
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-026
 @torch.no_grad()
 def answer_loss(
     parts: Anatomy,
@@ -139,7 +139,7 @@ def answer_loss(
             count += len(targets)
     return total / count
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-027
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-028
 def check_gauss_newton(of: str, draws: int) -> None:
     "Raise ValueError for an unknown target, or for draws that make no sense."
     if of not in ("auto", *PRESERVED):
@@ -147,7 +147,7 @@ def check_gauss_newton(of: str, draws: int) -> None:
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws={draws!r}: at least one draw is needed.")
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-029
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-030
 def answer_labels(
     model: PreTrainedModel,
     batches: list,
@@ -162,7 +162,7 @@ def answer_labels(
         )
     return labels, *label_counts(labels)[1]
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-031
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-032
 @dataclass
 class Passes:
     "Checked inputs of one scoring run."
@@ -174,7 +174,7 @@ class Passes:
     generators: list  # one per draw
     meta: dict
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-033
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-034
 def prepare_passes(model: PreTrainedModel, batches, of: str, draws: int, seed: int) -> Passes:
     "Check the inputs, measure the calibration loss, and decide what `auto` stands for."
     check_gauss_newton(of, draws)
@@ -194,7 +194,7 @@ def prepare_passes(model: PreTrainedModel, batches, of: str, draws: int, seed: i
     generators = [torch.Generator().manual_seed(seed + k) for k in range(draws)]
     return Passes(parts, batches, labels, of, generators, meta)
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-035
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-036
 def run_backward(passes: Passes, k: int) -> None:
     "Forward pass of batch `k`, then a backward pass per draw."
     parts = passes.parts
@@ -203,7 +203,7 @@ def run_backward(passes: Passes, k: int) -> None:
         value = PRESERVED[passes.of](f, parts.lm_head, targets, rng)
         value.backward(retain_graph=rng is not passes.generators[-1])
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-037
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-038
 def gauss_newton(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids [batch, tokens], labels, attention_mask, pixel_values

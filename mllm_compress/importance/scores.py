@@ -316,7 +316,7 @@ def with_record(
     "The same scores, with the record of their model."
     return replace(scores, meta=scores.meta | {"model": model_record(model)})
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-059
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-060
 def check_record(
     scores,  # LayerScores or WidthScores
     ours: dict,  # model_record of the model to be pruned
@@ -331,7 +331,7 @@ def check_record(
                 "Score this model itself, in this dtype."
             )
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-061
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-062
 def _short(value) -> str:
     "A value of a record in a few words."
     if not isinstance(value, list):

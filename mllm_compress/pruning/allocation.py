@@ -48,7 +48,7 @@ def removal_steps(
         steps.append((rate, fewer, len(gone) * price))
     return order, steps
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-010
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-011
 def checked_scores(scores: WidthScores, sizes: list, i: int, kind: str) -> torch.Tensor:
     "The scores of the heads or neurons of layer `i`; a ValueError if they are not of this model."
     units, values = getattr(sizes[i], kind), getattr(scores, kind).get(i)
@@ -56,12 +56,12 @@ def checked_scores(scores: WidthScores, sizes: list, i: int, kind: str) -> torch
         raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
     return values
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-012
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-013
 def price_of(size: LayerSize, kind: str) -> int:
     "Parameters that leave with one unit."
     return size.head_parameters if kind == "heads" else size.neuron_parameters
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-014
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-015
 def check_floor(floor: dict | None) -> dict:
     "The floor of every kind, with the defaults filled in."
     floor = FLOOR | (floor or {})
@@ -69,7 +69,7 @@ def check_floor(floor: dict | None) -> dict:
         raise ValueError(f"floor={floor}: give heads and neurons that stay in each layer, from 1.")
     return floor
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-016
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-017
 def ranked_steps(
     scores: WidthScores,
     sizes: list,  # of LayerSize
@@ -88,7 +88,7 @@ def ranked_steps(
             queue += [(rate, i, kind, kept, cost) for rate, kept, cost in found]
     return sorted(queue, key=lambda s: s[0]), orders
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-017
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-019
 def plan_global(
     model: PreTrainedModel,
     scores: WidthScores,  # comparable across layers: gauss_newton or obs_scores
@@ -122,19 +122,19 @@ def plan_global(
     fields |= dict(allocation="global", scores=score_record(scores))
     return make_plan(model, kept, heads, neurons, **fields)
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-023
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-025
 def diagonal_blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
     "The diagonal blocks [units, width, width] of a square matrix."
     n = len(matrix) // width
     return matrix.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-025
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-027
 def unit_errors(inverse: torch.Tensor, cost: torch.Tensor, width: int) -> torch.Tensor:
     "Error of removing each unit alone, the others refitted; float64."
     blocks = torch.linalg.solve(diagonal_blocks(inverse, width), diagonal_blocks(cost, width))
     return blocks.diagonal(dim1=1, dim2=2).sum(1)
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-027
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-029
 def remove_channels(inverse, cost, gone, stay) -> tuple:
     "Inverse of H and K for the channels that stay, after they have adapted."
     share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # [gone, stay]
@@ -142,7 +142,7 @@ def remove_channels(inverse, cost, gone, stay) -> tuple:
     cost = cost[stay][:, stay] - taken - taken.T + share.T @ cost[gone][:, gone] @ share
     return inverse[stay][:, stay] - inverse[stay][:, gone] @ share, cost
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-029
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-031
 def removal_errors(
     gram: torch.Tensor,  # H [units * width, units * width], positive definite, float64
     cost: torch.Tensor,  # WᵀCW, the same shape
@@ -166,7 +166,7 @@ def removal_errors(
             inverse, cost = remove_channels(inverse, cost, channels(gone), channels(stay))
     return errors
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-033
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-035
 def add_moments(
     passes,  # see prepare_passes
     k: int,  # batch
@@ -189,7 +189,7 @@ def add_moments(
         run_backward(passes, k)
     return int(real.sum())
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-034
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-037
 def slot_errors(slot, gram, curvature, ridge: float, chunk: int | None) -> torch.Tensor:
     "Removal errors of the units of one projection; zero inputs make every removal free."
     gram, mean = gram.clone(), gram.diagonal().mean()
@@ -200,7 +200,7 @@ def slot_errors(slot, gram, curvature, ridge: float, chunk: int | None) -> torch
     chunk = chunk or max(1, slot.units // 512)
     return removal_errors(gram, weight.T @ curvature @ weight, sum(slot.widths), chunk).cpu()
 
-# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-035
+# %% ../../nbs/library/pruning/06_allocation.ipynb #cell-039
 def obs_scores(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
     batches: list,  # as for gauss_newton

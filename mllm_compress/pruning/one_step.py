@@ -28,7 +28,7 @@ def pruning_of(
     check_choice("method", method, names)
     return pruning or next(p for p, name in CRITERIA if name == method)
 
-# %% ../../nbs/library/pruning/06_one_step.ipynb #cell-006
+# %% ../../nbs/library/pruning/06_one_step.ipynb #cell-007
 def plan_from_scores(
     model: PreTrainedModel,  # on any device, meta included
     scores,  # LayerScores, WidthScores, or one of each for both prunings
@@ -53,7 +53,7 @@ def plan_from_scores(
         plan = plan_widthwise(model, widths[0], ratio=ratio, **options)
     return check_removes(model, plan, ratio)
 
-# %% ../../nbs/library/pruning/06_one_step.ipynb #cell-008
+# %% ../../nbs/library/pruning/06_one_step.ipynb #cell-009
 def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> PruningPlan:
     "The plan; ValueError where it removes nothing although something was asked for."
     if plan.achieved_ratio or ratio == 0:
@@ -66,7 +66,7 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
         "heads and neurons with shape='blockwise' (--shape blockwise)."
     )
 
-# %% ../../nbs/library/pruning/06_one_step.ipynb #cell-009
+# %% ../../nbs/library/pruning/06_one_step.ipynb #cell-011
 def prune(
     model: PreTrainedModel,  # stays untouched
     batches: list | None = None,  # calibration batches; magnitude and random need none

@@ -100,7 +100,7 @@ def _listed(names) -> str:
     *first, last = names
     return f"{', '.join(first)} and {last}"
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-017
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-018
 def plan_layerwise(
     model: PreTrainedModel,
     scores=None,  # LayerScores of single layers or of contiguous blocks; not needed with `layers`
@@ -130,7 +130,7 @@ def plan_layerwise(
         scores=score_record(scores),
     )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-025
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-026
 def _unprotected(
     kept: tuple,  # layers of the model that stay
     protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
@@ -148,7 +148,7 @@ def _unprotected(
         raise ValueError(f"protect=({first}, {last}) leaves none of {len(kept)} layers to prune.")
     return kept[first : len(kept) - last]
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-027
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-028
 def _budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
@@ -174,7 +174,7 @@ def _budget_counts(
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-029
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-030
 def _reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
@@ -190,7 +190,7 @@ def _reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-031
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
 def _check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
@@ -202,7 +202,7 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
         )
     return layers
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-033
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
 def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
     "ValueError unless one amount is given, and layer ranges only with a channel ratio."
     if (ratio is None) == (channel_ratio is None):
@@ -212,7 +212,7 @@ def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-035
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
 def _keep_best(
     scores: dict,  # layer -> [units] scores
     counts: dict,  # layer -> how many stay
@@ -230,14 +230,14 @@ def _keep_best(
         kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-039
 ALLOCATIONS = {
     "layer": "the same share of every layer that is not protected",
     "global": "one ranking of the units of all layers by score per parameter",
     "obs": "the same ranking of obs_scores: the error left after the other units adapt",
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-040
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-041
 def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
@@ -252,7 +252,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
             f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-041
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
 def plan_widthwise(
     model: PreTrainedModel,
     scores,  # WidthScores
@@ -291,7 +291,7 @@ def plan_widthwise(
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
     return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-049
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-051
 def plan_combined(
     model: PreTrainedModel,
     layer_scores,  # LayerScores of single layers
@@ -307,7 +307,7 @@ def plan_combined(
     base = plan_layerwise(model, layer_scores, ratio=ratio * layer_share)
     return plan_widthwise(model, width_scores, ratio=ratio, base=base, **options)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-052
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-054
 @dataclass(frozen=True)
 class Pruning:
     "One way to reach a ratio."
@@ -317,22 +317,22 @@ class Pruning:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-054
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-056
 def _none(model, scores, ratio, protect, shape) -> PruningPlan:
     "Everything stays, so the ratio must be 0."
     if ratio:
         raise ValueError(f"ratio {ratio} needs a pruning; with 'none' the ratio is 0.")
     return plan_none(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-056
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
 def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_layerwise(model, scores, ratio=ratio)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
 def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
 PRUNINGS = {
     "none": Pruning(
         _none,
@@ -354,7 +354,7 @@ PRUNINGS = {
     ),
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
 def plan_pruning(
     pruning: str,  # a key of PRUNINGS
     model: PreTrainedModel,

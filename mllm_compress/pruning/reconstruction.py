@@ -171,12 +171,12 @@ def first_states(model, batch: dict) -> list:
         model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
     return calls
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-027
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-028
 def working_dtype(model) -> torch.dtype:
     "float32, or float64 for a float64 model."
     return torch.promote_types(model.dtype, torch.float32)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-029
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-030
 def open_streams(
     small: PreTrainedModel,
     dense: PreTrainedModel,
@@ -198,7 +198,7 @@ def open_streams(
         streams.append(Stream(float_(calls[0][0]), float_(pruned), kwargs, real, held))
     return streams
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-031
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032
 @torch.no_grad()
 def run_layer(
     parts: Anatomy,
@@ -229,7 +229,7 @@ def run_layer(
         )
     return inputs, outputs, after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-033
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-034
 @torch.no_grad()
 def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, call: dict) -> bool:
     "Whether attention and MLP read the same state (Phi) instead of one after the other."
@@ -252,7 +252,7 @@ def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, ca
             hook.remove()
     return read[parts.family.attention] is read[parts.family.mlp]
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-035
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-036
 @contextmanager
 def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
     "The layer, or a copy of it in `dtype`, in evaluation mode."
@@ -260,7 +260,7 @@ def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
     with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
         yield layer
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-037
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
 def advance_dense(
     parts: Anatomy,  # of the dense model
     streams: list,
@@ -275,7 +275,7 @@ def advance_dense(
                     s.middle = s.dense + next(iter(outputs.values()))
                 s.dense = after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-039
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040
 def stage_moments(
     parts: Anatomy,  # of the pruned model
     i: int,  # layer of the dense model
@@ -303,14 +303,14 @@ def stage_moments(
         )
     return moments
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-041
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
 def stacked(modules: list) -> tuple:  # W₀ [hidden, channels], b₀ [hidden], float64; has a bias
     "The projections of one stage as a single one."
     biases = [m.bias.detach().double() for m in modules if m.bias is not None]
     weight = torch.cat([m.weight.detach().double() for m in modules], 1)
     return weight, sum(biases, torch.zeros_like(weight[:, 0])), bool(biases)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-043
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
 @torch.no_grad()
 def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> None:
     "Put a joint weight and bias into the projections."
@@ -321,7 +321,7 @@ def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> Non
     if biased:
         biased[-1].bias.copy_(offset - sum(m.bias.double() for m in biased[:-1]))
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-046
 def fit_stage(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -343,7 +343,7 @@ def fit_stage(
     row |= dict(ridge=chosen, before=relative_error(both, before, offset, bias))
     return row | dict(after=relative_error(both, weight, b, bias), held_out=held)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-045
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-048
 def fit_layer(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -365,10 +365,10 @@ def fit_layer(
             s.pruned = run_layer(parts, i, layer, s.pruned, s.calls[i])[2]
     return rows
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-047
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-050
 SINK = 20  # times the median length of a state
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-049
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-052
 @torch.no_grad()
 def lost_sinks(streams: list) -> int:
     "Tokens whose state is very long in the dense model and less than half of it after pruning."
@@ -378,7 +378,7 @@ def lost_sinks(streams: list) -> int:
     )
     return int(((dense > SINK * dense.median()) & (pruned < dense / 2)).sum())
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-051
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-054
 def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
     "One warning for all layers in which sinks were lost."
     lost = {i: n for i, n in lost.items() if n}
@@ -391,11 +391,11 @@ def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
             stacklevel=3,
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-053
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-056
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
 KINDS = ("heads", "neurons")
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-055
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
@@ -413,7 +413,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             f"plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-057
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     parts = anatomy(small)
@@ -437,7 +437,7 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
             f"choosing the ridge takes at least {HELD} samples; give more, or a ridge such as 0.1."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-059
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`

@@ -32,7 +32,7 @@ def _student_layer(teacher_layer, kept: tuple):
         )
     return before[-1]
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-008
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-009
 def layer_pairs(
     hidden_layers,  # teacher layers, or {student layer: teacher layer}; None: the final state
     kept: tuple,  # the teacher's layers that the student still has, in order
@@ -44,14 +44,14 @@ def layer_pairs(
         return tuple((_layer(s), _layer(t)) for s, t in hidden_layers.items())
     return tuple((_student_layer(t, kept), t) for t in map(_layer, hidden_layers))
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-012
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-013
 def _compared(labels: torch.Tensor, positions: str) -> torch.Tensor:  # [batch, tokens] bool
     "Where distillation compares: at the answers or everywhere."
     if positions == "answer":
         return answer_positions(labels)[0]
     return torch.ones_like(labels, dtype=torch.bool)
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-014
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-015
 def _student_tensors(student, states: dict, labels: torch.Tensor) -> dict:
     "The student's tensors that the losses need, by name."
     needs, lm_head = student.needs, student.parts.lm_head
@@ -67,14 +67,14 @@ def _student_tensors(student, states: dict, labels: torch.Tensor) -> dict:
         found["student_hidden"] = torch.cat([states[s][where] for s, _ in student.pairs], -1)
     return found
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-016
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-017
 def _freeze_unused_head(parts: Anatomy, needs: set) -> None:
     "Freeze the LM head where no loss reads logits and it is not the embedding."
     tied = parts.lm_head.weight is parts.embed_tokens.weight
     if not tied and not needs & {"answer_logits", "student_logits"}:
         parts.lm_head.requires_grad_(False)
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-018
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-019
 class Student(nn.Module):
     "A model in training: batch, image features and the teacher's tensors -> loss terms."
 
@@ -113,7 +113,7 @@ class Student(nn.Module):
 
     gradient_checkpointing_enable = activation_checkpointing_enable  # its older name
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-020
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-021
 class Teacher:
     "Image features and the teacher's tensors for a batch."
 
@@ -145,7 +145,7 @@ class Teacher:
             states = _teacher_states(self, batch, features)
         return features, _teacher_tensors(self, {k: s.to(device) for k, s in states.items()})
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-022
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-023
 def _teacher_states(teacher: Teacher, batch: dict, features) -> dict:
     "The teacher's states where distillation compares, computed now."
     where = _compared(batch["labels"], teacher.student.positions)
@@ -154,7 +154,7 @@ def _teacher_states(teacher: Teacher, batch: dict, features) -> dict:
     found = decoder_states(teacher.parts, batch, features, wanted, only)
     return {name: state[where] for name, state in found.items()}
 
-# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-024
+# %% ../../nbs/library/recovery/06_distillation.ipynb #cell-025
 def _teacher_tensors(teacher: Teacher, states: dict) -> dict:
     "The teacher's tensors that the losses need, by name."
     found = {}

@@ -70,12 +70,12 @@ def _add_answer_states(parts: Anatomy, batch: dict, features, states: dict) -> t
     answers = mask.sum(1)
     return torch.zeros_like(answers).index_add(0, first, answers)[first.unique()].cpu()
 
-# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-012
+# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-013
 def _nbytes(features: list, states: dict) -> int:
     "Bytes in lists of tensors."
     return sum(t.nbytes for tensors in (features, *states.values()) for t in tensors)
 
-# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-014
+# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-015
 @torch.no_grad()
 def compute_teacher_outputs(
     model: nn.Module,  # the teacher; or the student, if only features are wanted
@@ -110,7 +110,7 @@ def compute_teacher_outputs(
         torch.cat(lengths).cumsum(0) if wanted else torch.zeros(n + 1, dtype=torch.long),
     )
 
-# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-018
+# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-019
 def _write(outputs: TeacherOutputs, path: Path) -> None:
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _write(outputs: TeacherOutputs, path: Path) -> None:
     with replacing(path) as part:
         save_file({k: v.contiguous() for k, v in tensors.items()}, part)
 
-# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-020
+# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-021
 def _read(path: Path) -> TeacherOutputs:
     "The outputs in a file."
     tensors, states = load_file(path), {}
@@ -133,7 +133,7 @@ def _read(path: Path) -> TeacherOutputs:
     rows = [None if row < 0 else row for row in tensors["image"].tolist()]
     return TeacherOutputs(tensors.get("features"), rows, states, tensors["first"])
 
-# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-021
+# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-023
 @dataclass
 class TeacherCache:
     "Teacher outputs by key: bounded in memory, optionally on disk."
@@ -158,5 +158,5 @@ class TeacherCache:
             self.held.popitem(last=False)
         return self.held[key]
 
-# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-024
+# %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-026
 CACHE = TeacherCache()

@@ -166,7 +166,7 @@ def _wanted_states(run: _Run) -> tuple:
     final = ["final"] if "teacher_logits" in run.student.needs else []
     return tuple(dict.fromkeys(final + wanted))
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-024
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-025
 def _teacher_outputs(run: _Run, cache: TeacherCache):  # None where they do not fit, or are none
     "Image features and teacher states of the data, from the cache or computed."
     parts, config, wanted = anatomy(run.tower), run.config, _wanted_states(run)
@@ -188,7 +188,7 @@ def _teacher_outputs(run: _Run, cache: TeacherCache):  # None where they do not 
 
     return cache.get(key, compute)
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-026
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-027
 def _trainer(run: _Run, outputs, workers: int):
     "A RecoveryTrainer, sharded if the arguments say so."
     config, data, args = run.config, run.data, run.args
@@ -209,7 +209,7 @@ def _trainer(run: _Run, outputs, workers: int):
         desc="recover" if run.progress else None,
     )
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-028
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-029
 def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
     "Compute the teacher's outputs, train, and collect the result."
     started = time.perf_counter()
@@ -233,7 +233,7 @@ def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
         adapters,
     )
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-030
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-031
 def _student(student, config: RecoveryConfig, plan) -> Student:
     "The module that is trained."
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
@@ -241,7 +241,7 @@ def _student(student, config: RecoveryConfig, plan) -> Student:
     model = add_lora(model, config.lora) if config.lora else model
     return Student(model, config.losses, config.positions, config.temperature, pairs)
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-032
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-033
 def _processor(model: nn.Module):
     "The processor saved beside a model."
     source = model.config._name_or_path
@@ -250,7 +250,7 @@ def _processor(model: nn.Module):
     except Exception as error:
         raise ValueError(f"no processor found at {source!r}: pass processor=.") from error
 
-# %% ../../nbs/library/recovery/12_training.ipynb #cell-034
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-035
 def recover(
     student: nn.Module,  # a pruned MLLM; it is not changed
     teacher: nn.Module | None,  # the dense model; None for SFT alone

@@ -141,7 +141,7 @@ def _words(row: dict, missing: dict) -> str:
             parts.append(f"{what} {shown}")
     return "; ".join(parts)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-027
+# %% ../../nbs/library/study/07_runs.ipynb #cell-028
 def _costs(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "What the finished stages of an experiment took."
     e = profile.evaluation
@@ -163,7 +163,7 @@ def _costs(experiment: Experiment, profile: Profile, results: Store) -> dict:
         "bytes": sum(sizes) or None,
     }
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-029
+# %% ../../nbs/library/study/07_runs.ipynb #cell-030
 def _typical(values: pd.Series, *groups) -> pd.Series:
     "The median of the finest group that has one, for each row."
     found = pd.Series(np.nan, values.index)
@@ -171,7 +171,7 @@ def _typical(values: pd.Series, *groups) -> pd.Series:
         found = found.fillna(values.groupby(group).transform("median"))
     return found
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-031
+# %% ../../nbs/library/study/07_runs.ipynb #cell-032
 def expected_seconds(
     frame: pd.DataFrame,  # of `at_hand`
 ) -> pd.Series:
@@ -183,7 +183,7 @@ def expected_seconds(
     seconds = seconds + (answers * frame.open_answers).where(frame.open_answers > 0, 0.0)
     return seconds.where(~frame.cached.astype(bool), 0.0)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-034
+# %% ../../nbs/library/study/07_runs.ipynb #cell-035
 def status(experiments: list, profile: Profile) -> pd.DataFrame:
     "Each distinct experiment: is it cached, what is missing, its seconds, memory and disk."
     frame = at_hand(experiments, profile)
@@ -196,14 +196,14 @@ def status(experiments: list, profile: Profile) -> pd.DataFrame:
     frame["memory_mb"] = frame.memory_mb.fillna(peak)
     return frame.assign(bytes=frame.bytes.fillna(frame.bytes.median()))
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-036
+# %% ../../nbs/library/study/07_runs.ipynb #cell-037
 def hours(seconds: float) -> str:
     "A duration for people."
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-038
+# %% ../../nbs/library/study/07_runs.ipynb #cell-039
 def time_left(
     frame: pd.DataFrame,  # of `at_hand`
     at_once: int,  # experiments that are computed at the same time
@@ -216,7 +216,7 @@ def time_left(
         parts.append(f"{unknown} experiment{'s' * (unknown > 1)} of a kind not seen yet")
     return f"{' and '.join(parts)} left" if parts else "nothing left"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-041
+# %% ../../nbs/library/study/07_runs.ipynb #cell-042
 EXECUTORS = {"local": local, "inline": inline, "slurm": slurm}
 RUN_CONTEXT = "MLLM_COMPRESS_RUN_CONTEXT"
 
@@ -228,7 +228,7 @@ def run_context() -> dict:  # executor, workers, failures (name of a result -> m
         known |= json.loads(Path(path).read_text(encoding="utf-8"))
     return known
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-043
+# %% ../../nbs/library/study/07_runs.ipynb #cell-044
 def require_inputs(profile: Profile) -> None:
     "FileNotFoundError that lists what a profile names and this machine does not have."
     if missing := missing_inputs(profile):
@@ -237,13 +237,13 @@ def require_inputs(profile: Profile) -> None:
             + "\n  ".join(missing)
         )
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-045
+# %% ../../nbs/library/study/07_runs.ipynb #cell-046
 def at_once(executor: str, profile: Profile, workers: int = 0) -> int:
     "How many experiments an executor computes at the same time; for a cluster, at most."
     fixed = {"inline": 1, "slurm": profile.slurm.jobs_at_once}
     return fixed.get(executor) or len(devices(workers or profile.workers, profile.processes))
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-047
+# %% ../../nbs/library/study/07_runs.ipynb #cell-048
 def run(
     experiments: list,  # of Experiment
     profile,  # a name, a path, or a Profile
@@ -272,18 +272,18 @@ def run(
         summarise(distinct, errors, profile, results)
     return frame_of(experiments, profile, results, errors)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-049
+# %% ../../nbs/library/study/07_runs.ipynb #cell-050
 CHANGED = "its result has another key: data or model changed while the study ran; run it again"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-051
+# %% ../../nbs/library/study/07_runs.ipynb #cell-052
 def _incomplete(experiments: list, profile: Profile, results: Store) -> list:
     "The experiments that lack a score."
     return [e for e in experiments if missing_stages(e, profile, results)["score"]]
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-053
+# %% ../../nbs/library/study/07_runs.ipynb #cell-054
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-055
+# %% ../../nbs/library/study/07_runs.ipynb #cell-056
 def learned(known: pd.DataFrame, experiment: Experiment, word: str, profile: Profile):
     "The table `known` after one more experiment; a failed one is no longer waited for."
     row = known["name"] == name_of(experiment, profile)
@@ -293,7 +293,7 @@ def learned(known: pd.DataFrame, experiment: Experiment, word: str, profile: Pro
     columns = ("student_seconds", "answer_seconds", "answers", "trains", "open_answers", "cached")
     return known.assign(**{k: known[k].mask(row, found[k]) for k in columns})
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-057
+# %% ../../nbs/library/study/07_runs.ipynb #cell-058
 def _computed(
     answers, todo: list, known: list, profile: Profile, n: int
 ) -> dict:  # Experiment -> message of those that failed
@@ -313,7 +313,7 @@ def _computed(
             bar.update()
     return errors
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-059
+# %% ../../nbs/library/study/07_runs.ipynb #cell-060
 def summarise(distinct: list, errors: dict, profile: Profile, results: Store) -> None:
     "One line, and one for each failed experiment."
     failed, done = f", {len(errors)} FAILED:" if errors else ".", len(distinct) - len(errors)

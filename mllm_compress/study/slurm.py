@@ -157,19 +157,19 @@ def serve(folder) -> None:
         if waiting:
             subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-023
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-024
 def _steps(given: dict, profile: Profile, results: Store) -> set:
     "The checkpoints of an experiment in training."
     folder = checkpoints_of(subject_key(Experiment(**given), profile), results)
     return {p.name for p in folder.glob("checkpoint-*")}
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-025
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-026
 def _minutes(given: dict, profile: Profile) -> int:
     "The time limit of the job that has these experiments."
     longest = max(minutes_of(Experiment(**e), profile.slurm) for e in given.values())
     return math.ceil(longest * profile.slurm.experiments_per_job)
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-027
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-028
 def _give_up(folder: Path, waiting: dict, name: str) -> None:
     "Report an experiment as one that a job's time is too short for."
     del waiting[name]
@@ -179,7 +179,7 @@ def _give_up(folder: Path, waiting: dict, name: str) -> None:
     )
     write_atomically(folder / f"{name}.json", json.dumps(["failed", why]))
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-031
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-032
 def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     "Put an array of jobs into the queue; ValueError with Slurm's words where it is refused."
     folder = write_array(jobs, profile, results)
@@ -197,23 +197,23 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
     write_atomically(folder / "array.json", json.dumps({"id": array.id, "jobs": array.jobs}))
     return array
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-033
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-034
 POLL = 10.0  # seconds between looks
 PATIENCE = 12  # looks for which a job may be missing from the queue
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-035
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-036
 def _squeue(*options) -> subprocess.CompletedProcess:
     "What `squeue` prints about the jobs of this user."
     command = ["squeue", "--me", "--noheader", "--array", *options]
     return subprocess.run(command, capture_output=True, text=True)
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-037
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-038
 def queue():  # set of ids, as "1234_0"; None where the cluster does not answer
     "The jobs of this user that wait or run."
     found = _squeue("--format=%i")
     return set(found.stdout.split()) if found.returncode == 0 else None
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-039
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-040
 def _patient_queue() -> set:
     "`queue`, tried several times; ValueError where the cluster stays silent."
     for _ in range(6):
@@ -225,7 +225,7 @@ def _patient_queue() -> set:
         "give the same command again later."
     )
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-041
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-042
 def in_queue(names: set, results: Store) -> list:  # of Array
     "Arrays of earlier runs with jobs in the queue that will still compute some experiments."
     found, marks = [], sorted((results.folder / "slurm").glob("*/array.json"))
@@ -238,12 +238,12 @@ def in_queue(names: set, results: Store) -> list:  # of Array
             found.append(Array(array.folder, array.id, jobs))
     return found
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-043
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-044
 def _is_open(name: str, array: Array, alive: set) -> bool:
     "Whether a job in the queue will still compute an experiment."
     return array.job(name) in alive and array.answer(name) is None
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-045
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-046
 FOR_GOOD = (
     "PartitionTimeLimit",
     "PartitionNodeLimit",
@@ -255,7 +255,7 @@ FOR_GOOD = (
     "DependencyNeverSatisfied",
 )
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-047
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-048
 def stuck(jobs: set) -> dict:  # job -> why it waits
     "Those of some jobs that wait for something which will not come by itself."
     if not shutil.which("squeue"):
@@ -264,12 +264,12 @@ def stuck(jobs: set) -> dict:  # job -> why it waits
     waiting = dict(line.strip().split("|", 1) for line in lines if "|" in line)
     return {job: why for job, why in waiting.items() if job in jobs and _is_for_good(why)}
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-049
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-050
 def _is_for_good(why: str) -> bool:
     "Whether a job that waits for this reason will never start."
     return any(word.lower() in why.lower() for word in FOR_GOOD)
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-051
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-052
 def _say_stuck(jobs: set, said: set) -> None:
     "Print why jobs will never start, each once."
     for job, why in stuck(jobs).items():
@@ -281,7 +281,7 @@ def _say_stuck(jobs: set, said: set) -> None:
             )
         said.add((job, why))
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-053
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-054
 def watch(
     arrays: list,
     is_done=lambda name: False,  # whether the store has a result
@@ -304,7 +304,7 @@ def watch(
                 del waiting[name]
                 yield name, *answer
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-055
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-056
 def _vanished(job: str, array: Array) -> str:
     "What is known of a job that has left the queue."
     output = f"{array.folder}/{job}_0_log.err"
@@ -313,7 +313,7 @@ def _vanished(job: str, array: Array) -> str:
         f"(its output: {output})"
     )
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-057
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-058
 def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0):
     "Complete experiments in jobs of a Slurm cluster."
     if not shutil.which("sbatch"):
@@ -330,7 +330,7 @@ def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0)
             subprocess.run(["scancel", *(array.id for array in ours)])
         raise
 
-# %% ../../nbs/library/study/06_slurm.ipynb #cell-059
+# %% ../../nbs/library/study/06_slurm.ipynb #cell-060
 def _all_jobs(named: dict, ours: list, profile: Profile, results: Store):
     "Watch the jobs of earlier runs and our own, and submit again what another run gave up."
     theirs, lost = in_queue(set(named), results), []

@@ -272,7 +272,7 @@ def _spelling(text: str) -> str:
     "A name without case, punctuation and owner."
     return re.sub(r"[^a-z0-9]", "", text.lower().rpartition("/")[2])
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-031
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-032
 def real_name(
     text: str,  # a printed name or a hub id, in any case
 ) -> str:  # a key of REAL_MODELS
@@ -283,14 +283,14 @@ def real_name(
     ids = (f"{name} ({', '.join(real.hub_ids)})" for name, real in REAL_MODELS.items())
     raise ValueError(f"{text!r} is no real model of the study: use one of {'; '.join(ids)}.")
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-032
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-034
 def real_config(
     name: str,  # any spelling that real_name accepts
 ) -> PreTrainedConfig:
     "Native config of a real model of the study, without weights; ValueError for another model."
     return REAL_MODELS[real_name(name)].config()
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-036
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-038
 LLAVA_NAMES = (
     (r".*(rotary_emb\.inv_freq|embeddings\.position_ids)$", ()),
     (r"(text_model|text_projection|visual_projection|logit_scale|logit_bias).*", ()),
@@ -301,7 +301,7 @@ LLAVA_NAMES = (
     (r"lm_head\.", ("lm_head.",)),
 )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-038
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-040
 VIT, VIT_LAYER = "model.vision_tower.embeddings.", r"model.vision_tower.encoder.layer.\1."
 INTERNVL_NAMES = (
     (r".*rotary_emb\.inv_freq$", ()),
@@ -327,7 +327,7 @@ INTERNVL_NAMES = (
     (r"language_model\.lm_head\.", ("lm_head.",)),
 )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-040
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-042
 def native_names(
     name: str,  # of a tensor in the original layout
     rules: tuple,  # (pattern, replacements), first match wins
@@ -341,7 +341,7 @@ def native_names(
         "is this checkpoint of a release that the rules do not cover?"
     )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-043
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-045
 @dataclass(frozen=True)
 class Release:
     "How one original layout becomes a native model."
@@ -352,7 +352,7 @@ class Release:
     tower: str = ""  # hub id of its vision tower, if that is not in the checkpoint
     placeholder: str = "<image>"  # the token whose embedding is replaced by an image feature
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-045
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-047
 RELEASES = {
     "LlavaLlamaForCausalLM": Release(
         "vicuna_v1", llava_config, LLAVA_NAMES, tower="openai/clip-vit-large-patch14-336"
@@ -363,18 +363,18 @@ RELEASES = {
     ),
 }
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-047
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-049
 def read_json(path: Path) -> dict:
     "A JSON file, or nothing if there is none."
     return json.loads(path.read_text()) if path.is_file() else {}
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-049
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-051
 def is_original_layout(folder: str | Path) -> bool:
     "Whether a folder holds an original LLaVA, Bunny or Mini-InternVL release."
     named = read_json(Path(folder) / "config.json").get("architectures") or ()
     return any(name in RELEASES for name in named)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-051
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-053
 def release_of(folder: Path) -> Release:
     "The release a folder holds; ValueError for an unknown one."
     found = read_json(folder / "config.json").get("architectures")
@@ -385,7 +385,7 @@ def release_of(folder: Path) -> Release:
         )
     return next(RELEASES[name] for name in found if name in RELEASES)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-053
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-055
 HOW_TO_CONVERT = (
     "reading a pickle can run code, so this is not done here. "
     "Make safetensors of it, tensor data only, on a machine you can spare:\n"
@@ -395,7 +395,7 @@ HOW_TO_CONVERT = (
     "f[:-4] + '.safetensors') for f in sys.argv[1:]]\" FOLDER/*.bin"
 )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-055
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-057
 def weight_files(folder: Path) -> list:
     "The safetensors of a folder; an error for pickles and for missing shards."
     index = read_json(folder / "model.safetensors.index.json").get("weight_map")
@@ -413,7 +413,7 @@ def weight_files(folder: Path) -> list:
         raise FileNotFoundError(f"{folder} holds no model*.safetensors")
     return files
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-057
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-059
 def tower_folder(
     folder: Path,  # of the checkpoint
     release: Release,  # that it holds
@@ -431,7 +431,7 @@ def tower_folder(
         f"and pass its folder as tower=, or put it at {folder / 'vision_tower'}"
     )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-061
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-063
 def placeholder_id(folder: Path, token: str) -> int | None:
     "The id of a token as the folder's JSON files say; None if none does."
     listed = read_json(folder / "added_tokens.json") | read_json(folder / "token_ids.json")
@@ -443,7 +443,7 @@ def placeholder_id(folder: Path, token: str) -> int | None:
     }
     return listed.get(token)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-063
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-065
 def native_config(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a separate vision tower
@@ -465,7 +465,7 @@ def native_config(
         "copy the release's tokenizer files or its added_tokens.json"
     )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-065
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-067
 def append_rows(
     name: str,  # native name of the tensor
     tensor: torch.Tensor,  # [rows, hidden]
@@ -485,7 +485,7 @@ def append_rows(
     least = tensor.float().norm(dim=1).argmin(keepdim=True)
     return torch.cat([tensor, tensor.index_select(0, least).expand(more, -1)])
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-068
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-070
 DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -493,12 +493,12 @@ DTYPE_CODES = {
     torch.bfloat16: "BF16",
 }
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-070
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-072
 def read_data(shard, name: str) -> torch.Tensor:
     "A stored tensor."
     return shard.get_tensor(name)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-072
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-074
 def read_shape(shard, name: str) -> torch.Tensor:
     "The shape and dtype of a stored tensor, as a tensor without data."
     piece = shard.get_slice(name)
@@ -506,7 +506,7 @@ def read_shape(shard, name: str) -> torch.Tensor:
     dtype = dtypes.get(piece.get_dtype(), torch.int64)
     return torch.empty(piece.get_shape(), dtype=dtype, device="meta")
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-074
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-076
 def native_tensors(
     file: Path,  # one safetensors file in the original layout
     rules: tuple,  # renaming rules
@@ -523,7 +523,7 @@ def native_tensors(
             for target, part in zip(new, tensor.chunk(len(new))):
                 yield target, append_rows(target, part, rows).to(dtype or part.dtype)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-076
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-078
 def mismatches(
     wanted: dict,  # name -> shape, of the native class
     shapes: list,  # (name, shape) of the stream
@@ -541,7 +541,7 @@ def mismatches(
         ),
     }
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-078
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-080
 def check_complete(
     config: PreTrainedConfig,  # native
     shapes: list,  # (name, shape) of the stream
@@ -559,7 +559,7 @@ def check_complete(
     if lists:
         raise ValueError(f"{where} does not fit {type(config).__name__}; {'; '.join(lists)}")
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-080
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-082
 @dataclass(frozen=True)
 class OriginalCheckpoint:
     "An original checkpoint, checked and ready to be read."
@@ -575,7 +575,7 @@ class OriginalCheckpoint:
         rows = self.config.get_text_config().vocab_size
         return native_tensors(file, self.release.names, rows, self.dtype, read)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-082
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-084
 def open_original(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a separate vision tower
@@ -593,7 +593,7 @@ def open_original(
     check_complete(config, [(name, tuple(t.shape)) for name, t in stream], folder)
     return source
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-084
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-086
 def generation_config(
     source: OriginalCheckpoint,
 ) -> GenerationConfig:
@@ -611,7 +611,7 @@ def generation_config(
     appended = () if own else range(source.config.image_token_id, text.vocab_size)
     return GenerationConfig(**kept, suppress_tokens=list(appended) or None)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-086
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-088
 @torch.no_grad()
 def read_model(
     source: OriginalCheckpoint,
@@ -626,7 +626,7 @@ def read_model(
     model.generation_config = generation_config(source)
     return model.eval()
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-092
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-094
 def square_images(
     original: dict,  # config.json of LLaVA or Bunny
     vision: PreTrainedConfig,  # native config of the tower
@@ -646,7 +646,7 @@ def square_images(
     pad = original.get("image_aspect_ratio") == "pad"
     return LlavaImageProcessorPil(**settings, do_pad=pad)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-094
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-096
 def tiled_images(
     original: dict,  # config.json of InternVL
     vision: PreTrainedConfig,  # not used
@@ -663,7 +663,7 @@ def tiled_images(
         image_std=(0.229, 0.224, 0.225),
     )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-096
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-098
 def image_processor(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a separate vision tower
@@ -677,7 +677,7 @@ def image_processor(
     vision = native_config(folder, tower).vision_config
     return make(read_json(folder / "config.json"), vision, stated)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-100
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-102
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -699,7 +699,7 @@ VICUNA_TURNS = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-102
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-104
 INTERNVL_SYSTEM = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
     "英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -711,7 +711,7 @@ PHI3_TURNS = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-104
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-106
 def fill_template(
     turns: str,  # the part of a release
     **words: str,  # placeholder -> text
@@ -722,7 +722,7 @@ def fill_template(
         template = template.replace(key, value)
     return template
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-106
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-108
 VICUNA = {"IMAGE": "<image>", "SYSTEM": VICUNA_SYSTEM.replace("'", "\\'")}
 PHI3 = {"IMAGE": "<IMG_CONTEXT>"}
 CHAT_TEMPLATES = {
@@ -732,7 +732,7 @@ CHAT_TEMPLATES = {
     "phi3-chat-2024-05": fill_template(PHI3_TURNS, **PHI3, SYSTEM=PHI3_SYSTEM, BREAK="\n"),
 }
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-108
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-110
 def chat_template(
     folder: str | Path,  # in an original layout
 ) -> str:
@@ -744,7 +744,7 @@ def chat_template(
     older = block and ("CHATML" in block[0] or PHI3_SYSTEM in block[0])
     return CHAT_TEMPLATES[name + "-2024-05" if older else name]
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-111
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-113
 def original_ids(
     prompt: str,  # with <image> in it
     tokenizer,
@@ -756,7 +756,7 @@ def original_ids(
         first = first + [image_token_id] + ids[bool(ids) and ids[0] == tokenizer.bos_token_id :]
     return first
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-113
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-115
 def fit_template(
     template: str,  # of the release
     tokenizer,
@@ -782,7 +782,7 @@ def fit_template(
     )
     return template
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-117
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-119
 @dataclass(frozen=True)
 class ProcessorParts:
     "What is known of a processor when the folder has no tokenizer."
@@ -798,7 +798,7 @@ class ProcessorParts:
         self.image_processor.save_pretrained(folder)
         (Path(folder) / "chat_template.jinja").write_text(self.chat_template)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-119
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-121
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -809,7 +809,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-121
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-123
 def load_tokenizer(
     folder: Path,  # in an original layout
     **kwargs,  # of from_pretrained
@@ -825,7 +825,7 @@ def load_tokenizer(
         auto = AutoTokenizer if named else PreTrainedTokenizerFast
         return auto.from_pretrained(apart, **kwargs)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-123
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-125
 def llava_processor(
     parts: ProcessorParts,
     tokenizer,
@@ -850,7 +850,7 @@ def llava_processor(
         chat_template=fit_template(parts.chat_template, tokenizer, parts.image_token_id),
     )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-125
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-127
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -858,7 +858,7 @@ INTERNVL_TOKENS = {
     "video_token": "<video>",
 }
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-127
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-129
 def internvl_processor(
     parts: ProcessorParts,
     tokenizer,
@@ -875,7 +875,7 @@ def internvl_processor(
         chat_template=parts.chat_template,
     )
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-129
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-131
 def read_processor(
     source: OriginalCheckpoint,
     tower: str | Path | None = None,  # folder of a separate vision tower
@@ -897,7 +897,7 @@ def read_processor(
         tokenizer.pad_token_id = config.get_text_config().pad_token_id
     return (llava_processor if plain else internvl_processor)(parts, tokenizer, config)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-131
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-133
 def load_original(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
@@ -908,7 +908,7 @@ def load_original(
     source = open_original(folder, tower, dtype)
     return read_model(source).to(device), read_processor(source, tower)
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-133
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-135
 def write_safetensors(
     path: Path,  # of the new file
     shapes: list,  # (name, tensor without data), in the order of `tensors`
@@ -930,7 +930,7 @@ def write_safetensors(
         for _, tensor in tensors:
             file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-135
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-137
 def write_weights(
     source: OriginalCheckpoint,
     out: Path,  # folder
@@ -950,7 +950,7 @@ def write_weights(
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
-# %% ../../nbs/library/zoo/02_convert.ipynb #cell-137
+# %% ../../nbs/library/zoo/02_convert.ipynb #cell-139
 def convert_original(
     folder: str | Path,  # in an original layout
     out: str | Path,  # new folder

@@ -13,7 +13,7 @@ from pathlib import Path
 
 AGAIN = "copy or download it again"
 
-# %% ../../nbs/library/zoo/04_files.ipynb #cell-004
+# %% ../../nbs/library/zoo/04_files.ipynb #cell-005
 def read_config(
     path: Path,  # of a JSON file
 ) -> dict:
@@ -26,7 +26,7 @@ def read_config(
         raise ValueError(f"{path} is damaged (it holds no object): {AGAIN}.")
     return found
 
-# %% ../../nbs/library/zoo/04_files.ipynb #cell-006
+# %% ../../nbs/library/zoo/04_files.ipynb #cell-007
 def read_header(
     path: Path,  # of a safetensors file
 ) -> tuple:  # (name -> {dtype, shape, data_offsets}, bytes before the first tensor)
@@ -48,12 +48,12 @@ def read_header(
     header.pop("__metadata__", None)
     return header, 8 + length
 
-# %% ../../nbs/library/zoo/04_files.ipynb #cell-008
+# %% ../../nbs/library/zoo/04_files.ipynb #cell-009
 def _is_pointer(path: Path) -> bool:
     "Whether a file is Git LFS's stand-in for a large file."
     return path.read_bytes()[:40].startswith(b"version https://git-lfs")
 
-# %% ../../nbs/library/zoo/04_files.ipynb #cell-010
+# %% ../../nbs/library/zoo/04_files.ipynb #cell-011
 def shards(
     folder: Path,  # of a checkpoint
 ) -> list:  # of its safetensors files; FileNotFoundError where one is missing
@@ -72,7 +72,7 @@ def shards(
         return sorted({folder / str(n) for n in named.values()})
     return found
 
-# %% ../../nbs/library/zoo/04_files.ipynb #cell-012
+# %% ../../nbs/library/zoo/04_files.ipynb #cell-013
 def check_files(
     folder: Path,  # of a checkpoint
 ) -> None:
@@ -84,7 +84,7 @@ def check_files(
     for path in shards(folder):
         read_header(path)
 
-# %% ../../nbs/library/zoo/04_files.ipynb #cell-015
+# %% ../../nbs/library/zoo/04_files.ipynb #cell-016
 def check_local(
     name: str,  # as given for a model
 ) -> None:

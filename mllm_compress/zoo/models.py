@@ -40,7 +40,7 @@ SHIPPED = (
     else Path("../../../mllm_compress/models")
 )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-005
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-006
 _TRAINED = "12 layers of 96, trained on scenes and easy-VQA; ships with the package"
 MODELS = {
     "tiny-llava": f"CLIP + Llama, {_TRAINED}",
@@ -53,7 +53,7 @@ MODELS = {
     for hub_id, layout in real.hub_ids.items()
 }
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-009
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-010
 @contextmanager
 def _quiet_loading():
     "Without the loading bar of transformers, which is of no use for a model of 6 MB."
@@ -65,7 +65,7 @@ def _quiet_loading():
         if shown:
             logging.enable_progress_bar()
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-011
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-012
 def _load_strict(
     load,  # a from_pretrained of transformers
     source,  # folder or hub id
@@ -83,14 +83,14 @@ def _load_strict(
         raise ValueError(f"{source} does not fit its own config.json: {'; '.join(lists)}")
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-013
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-014
 def _twin(name: str) -> str:
     "A sentence that names the same model as safetensors, where the hub has it."
     real = next((r for r in REAL_MODELS.values() if name in r.hub_ids), None)
     others = [i for i, layout in (real.hub_ids if real else {}).items() if layout == NATIVE]
     return f" The same model as safetensors: {others[0]}." if others and name not in others else ""
 
-
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-016
 def _refuse_pickle(folder: Path, name: str = ""):
     "Stop where a folder has pickled weights and no safetensors."
     if list(folder.glob("*.safetensors")):
@@ -108,14 +108,14 @@ def _refuse_pickle(folder: Path, name: str = ""):
         f"{name or folder} has no *.safetensors: is this the folder of a checkpoint?{_twin(name)}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-015
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-018
 def auto_classes(config) -> tuple:  # (of the model, of the processor)
     "The classes that load a checkpoint: multimodal, or a plain LM with a tokenizer."
     if getattr(config, "vision_config", None) is not None:
         return AutoModelForImageTextToText, AutoProcessor
     return AutoModelForCausalLM, AutoTokenizer
 
-
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 def _load_folder(source, dtype, trust_remote_code):
     "A native checkpoint: multimodal with a processor, or a plain LM with a tokenizer."
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -125,7 +125,7 @@ def _load_folder(source, dtype, trust_remote_code):
     )
     return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-017
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
 @contextmanager
 def named_failures(folder: Path):
     "Whatever goes wrong while a folder is loaded becomes one line that names it."
@@ -161,19 +161,19 @@ def load_processor(folder: Path):
         config = AutoConfig.from_pretrained(folder)
         return auto_classes(config)[1].from_pretrained(folder)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-019
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-024
 def _is_pruned(folder: Path) -> bool:
     "Whether a folder holds a pruned checkpoint that plain transformers cannot load."
     config = folder / "config.json"
     return config.is_file() and read_config(config).get("model_type") == "mllm_compress_pruned"
 
-
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-026
 def _load_pruned(folder: Path, dtype):
     "Model and processor of a pruned checkpoint."
     load = importlib.import_module("mllm_compress.checkpoint").load_pruned
     return load(folder, dtype=dtype)[:2]
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
 def _unknown(name):
     "The error for a name that is no model."
     known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
@@ -182,7 +182,7 @@ def _unknown(name):
         f"or the path of a folder:{known}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
 def cast(
     model: torch.nn.Module,  # changed in place
     dtype: torch.dtype,  # of the weights
@@ -192,7 +192,7 @@ def cast(
         p.data = p.data.to(dtype)
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-025
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-033
 def _dtype(given) -> torch.dtype | None:
     "A dtype from its name, such as bfloat16 or torch.bfloat16; ValueError for another one."
     if isinstance(given, str) and given not in ("", "auto"):
@@ -202,7 +202,7 @@ def _dtype(given) -> torch.dtype | None:
         return found
     return given or None if not isinstance(given, str) else None
 
-
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-035
 def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     "Model and processor of a folder, whatever it holds."
     if _is_pruned(folder):
@@ -212,7 +212,7 @@ def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     _refuse_pickle(folder, name)
     return _load_checked(folder, dtype, trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-027
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-037
 def native_folder(
     name,  # as for load_model
 ) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
@@ -225,7 +225,7 @@ def native_folder(
         return None
     return None if _is_pruned(folder) or is_original_layout(folder) else folder
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-029
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-039
 def check_model(
     name,  # as for load_model
 ) -> None:
@@ -242,7 +242,7 @@ def check_model(
         _refuse_pickle(folder)
         check_files(folder)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
@@ -266,7 +266,7 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-032
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-043
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download

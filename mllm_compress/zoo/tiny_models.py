@@ -151,7 +151,7 @@ def init_weights(
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-023
 SMOKE_VERSION = 1  # how smoke models are drawn; raised when their weights change
 
-# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-024
+# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-025
 def tiny_model(
     family: str,  # "llava" or "bunny"
     layers: int = 12,  # decoder layers
