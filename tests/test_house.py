@@ -51,7 +51,7 @@ def imported(module: str) -> list:
             parts = home.split(".")
             above = parts[: len(parts) - node.level + 1] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
-            names = [f"{base}.{alias.name}" for alias in node.names]
+            names = [f"{base}.{a.name}" for a in node.names if a.name != "__version__"]
             found += [name if name in MODULES else base for name in names]
     return [name for name in found if name.split(".")[0] == "mllm_compress" and name != module]
 

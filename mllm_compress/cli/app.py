@@ -20,6 +20,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from ..utils.extras import naming_extras
+
 app = typer.Typer(
     help="Structural pruning and recovery for multimodal language models.",
     no_args_is_help=True,
@@ -110,7 +112,8 @@ def politely(
     here = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _stop) if here else None
     try:
-        yield
+        with naming_extras():
+            yield
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         _fail(str(error) or type(error).__name__, 2)
     except KeyboardInterrupt:
