@@ -142,8 +142,13 @@ def test_padding_side_does_not_change_the_answer(family):
 
 
 def test_unknown_model_names_the_known_ones():
-    for name in ("tiny-lava", "no-such-folder/", "/no/such/folder", "./here"):
-        with pytest.raises(ValueError, match="tiny-llava"):
+    with pytest.raises(ValueError, match="tiny-llava"):
+        zoo.load_model("tiny-lava")
+
+
+def test_a_path_without_a_folder_is_named():
+    for name in ("no-such-folder/", "/no/such/folder", "./here"):
+        with pytest.raises(FileNotFoundError, match=f"There is no folder {name}"):
             zoo.load_model(name)
 
 
