@@ -399,6 +399,11 @@ CASES = [
     Case(("cards", ""), "use one of LLaVA-v1.5-7B"),
     Case(("advise", "--model", "m", "--ratio", "1.5"), r"outside \(0, 0.95\)"),
     Case(("advise", "--model", "m", "--ratio", ".3", "--profile", "huge"), "use|huge"),
+    Case(("push", "small", "small"), "write owner/name"),
+    Case(("push", "llava", "me/llava"), "is not a checkpoint of prune or recover"),
+    Case(("push", "bad/edited", "me/x"), "truncated"),
+    *(Case(make("notes"), "without parquet files|is a folder") for make in WITH_DATA.values()),
+    *(Case(make("gone.json"), "There is no file gone.json") for make in WITH_DATA.values()),
     # converting
     Case(("convert", "gone", "out"), "is not a folder. Download"),
     Case(("convert", "notes.txt", "out"), "is not a folder"),

@@ -247,3 +247,87 @@ def test_a_blockwise_folder_loads_as_a_model_and_as_a_teacher(here):
     run("recover", "smaller", "--teacher", "block", "-o", "out", *data)
     steps = [s["step"] for s in facts("show", "out")["provenance"]]
     assert steps == ["prune", "prune", "recover"]
+
+
+def test_the_card_is_what_the_hub_reads(here):
+    from huggingface_hub import ModelCard
+
+    Path("llava/README.md").write_text("---\nlicense: apache-2.0\nbase_model: me/dense\n---\n")
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    run("recover", "small", "--teacher", "llava", "-o", "out", "--data", "mine.json")
+    data = ModelCard.load("out/README.md").data
+    assert (data.license, data.base_model, data.pipeline_tag) == (
+        "apache-2.0",
+        "me/dense",
+        "image-text-to-text",
+    )
+    assert data.datasets == ["mine"] and data.base_model_relation == "finetune"
+    assert "| teacher | llava |" in Path("out/README.md").read_text()
+
+
+def test_what_data_say_is_no_markup_in_a_card():
+    from mllm_compress.checkpoint.card import card_section
+
+    text = card_section("data", {"<script>": "a|b\n# c [x](y) `z`"})
+    assert "<script>" not in text and "\n# c" not in text and "[x](" not in text.replace("\\[", "")
+
+
+def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
+    from mllm_compress.checkpoint import hub
+
+    class Recorder:
+        def __init__(self, token=None):
+            self.files = []
+
+        def create_repo(self, repo_id, private, exist_ok):
+            sent.append((repo_id, private))
+
+        def upload_folder(self, allow_patterns, **options):
+            sent.append(sorted(allow_patterns))
+            return "https://huggingface.co/me/small/commit/1"
+
+    sent = []
+    monkeypatch.setattr(hub, "HfApi", Recorder)
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    Path("small/diary.txt").write_text("private")
+    assert "commit/1" in run("push", "small", "me/small")
+    assert sent[0] == ("me/small", True) and "diary.txt" not in sent[1] and "plan.png" in sent[1]
+    assert "write owner/name" in run("push", "small", "small", code=2)
+    Path("small/config.json").write_text("{}")
+    assert "damaged" in run("push", "small", "me/small", code=2) and len(sent) == 2
+
+
+def test_options_of_the_program(here):
+    import subprocess
+    import sys
+
+    from mllm_compress import __version__
+
+    assert run("--version").strip() == f"mllm_compress {__version__}"
+    command = [sys.executable, "-m", "mllm_compress", "models", "--json"]
+    assert "tiny-llava" in json.loads(subprocess.run(command, capture_output=True).stdout)
+    noisy = CliRunner().invoke(app, ["recover", "x", "--teacher", "y", "-o", "z"])
+    assert noisy.exit_code == 2
+    for command in ("models", "cost llava", "show small", "cards LLaVA-v1.5-7B"):
+        run("prune", "llava", "-o", "small", "--layers", "1", "--overwrite")
+        assert isinstance(facts(*command.split()), dict)
+
+
+def test_auto_classes_load_our_format_once_they_are_told():
+    import subprocess
+    import sys
+
+    code = """
+import tempfile, torch
+from mllm_compress import checkpoint, prune
+from mllm_compress.zoo import tiny_model
+from transformers import AutoModelForImageTextToText
+small, plan = prune(tiny_model("llava", layers=4), ratio=.2, method="magnitude", shape="blockwise")
+with tempfile.TemporaryDirectory() as folder:
+    checkpoint.save_pruned(small, plan, folder)
+    checkpoint.register()
+    again = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+assert again.num_parameters() == small.num_parameters() and again.dtype == torch.bfloat16
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

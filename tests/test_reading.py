@@ -7,7 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mllm_compress.data.instructions import Collator, InstructionData, load_json, open_image, turns
+from mllm_compress.data.instructions import (
+    Collator,
+    InstructionData,
+    from_rows,
+    load_json,
+    open_image,
+    turns,
+)
 from mllm_compress.data.reading import EntryError, read_entries, read_entry
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -127,3 +134,32 @@ def test_a_link_inside_the_image_folder_may_lead_elsewhere(tmp_path):
     inside = entry | {"image": str(tmp_path / "images/coco/1.png")}
     (tmp_path / "one.json").write_text(json.dumps([inside]))
     assert len(load_json(tmp_path / "one.json", tmp_path / "images")) == 1
+
+
+def test_rows_with_pictures_and_parquet_files(tmp_path):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(encoded, "PNG")
+    rows = [
+        {"image": {"bytes": encoded.getvalue(), "path": None}, "question": "red?", "answer": "yes"},
+        {"image": None, "question": "is one two?", "answer": "no"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for data in (
+        from_rows(rows),
+        load_json(tmp_path, tmp_path),
+        load_json(tmp_path / "rows.parquet", ""),
+    ):
+        assert data.image(0).getpixel((0, 0)) == (255, 0, 0) and data.image(1) is None
+        assert [turns(e) for e in data.samples] == [[("red?", "yes")], [("is one two?", "no")]]
+    path = [{"image": "../secret.png", "question": "a?", "answer": "b"}]
+    with pytest.raises(ValueError, match="decode it"):
+        from_rows(path).image(0)
+    with pytest.raises(ValueError, match="one entry per picture"):
+        from_rows([{"images": [rows[0]["image"]] * 2, "question": "a?", "answer": "b"}])
+    with pytest.raises(ValueError, match="is empty"):
+        from_rows([])

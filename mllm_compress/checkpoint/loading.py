@@ -7,6 +7,7 @@ __all__ = ['load_pruned']
 
 # %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-003
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -95,15 +96,35 @@ def _load_processor(
         transformers.logging.set_verbosity(level)
 
 # %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-016
+def fetched(
+    folder,  # of a checkpoint, or a hub id
+) -> Path:
+    "The local folder of a checkpoint; OSError where it cannot be fetched."
+    from huggingface_hub import snapshot_download
+
+    path = Path(folder)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(folder)):
+        return path
+    if path.parent.is_dir():
+        return path  # a mistyped folder
+    try:
+        return Path(snapshot_download(str(folder), ignore_patterns=["*.bin", "*.pt", "*.py"]))
+    except OSError as error:
+        raise OSError(
+            f"{folder} is no folder here, and could not be fetched from the hub "
+            f"({type(error).__name__}): check the id, or give the path of a folder."
+        ) from error
+
+# %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-017
 def load_pruned(
-    folder,  # written by save_pruned
+    folder,  # written by save_pruned, or a hub id
     device="cpu",  # the weights go there directly
     dtype: torch.dtype | None = None,  # None: as stored
     check_files: bool = True,  # compare every checksum (seconds for a model of some GB)
     **options,  # for from_pretrained, such as attn_implementation
 ) -> tuple:  # (model in eval mode, processor or None, plan); ValueError where anything does not fit
     "Model, processor and plan of a checkpoint of `save_pruned`, loaded strictly."
-    folder = Path(folder)
+    folder = fetched(folder)
     manifest = verify(folder) if check_files else read_manifest(folder)
     plan = PruningPlan.from_json((folder / PLAN).read_text())
     if str(device) != "cpu":

@@ -9,6 +9,7 @@ __all__ = ['app', 'Model', 'Out', 'Overwrite', 'AsJson', 'Device', 'DataFile', '
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-003
 import json
+import math
 import os
 import signal
 import sys
@@ -69,9 +70,18 @@ def note(text: str) -> None:
         typer.echo(f"Note: {text}", err=True)
 
 
+def _plain(value):
+    "JSON values: numbers that JSON does not have become null, unknown objects text."
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def emit(text: str, facts: dict, as_json: bool) -> None:
     "A result, as text or as one JSON object."
-    typer.echo(json.dumps(facts, default=str, allow_nan=False) if as_json else text)
+    typer.echo(json.dumps(_plain(facts), default=str) if as_json else text)
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-007
 def new_figure(width: float, height: float):  # a matplotlib Figure, or None

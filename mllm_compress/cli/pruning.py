@@ -159,6 +159,7 @@ def prune_step(model: str, plan, device: str, **facts) -> dict:
 
     scores = plan.meta.get("scores")
     ratios = {"requested_ratio": plan.requested_ratio, "achieved_ratio": plan.achieved_ratio}
+    facts |= {"model": Path(model).name if Path(model).exists() else model}
     return make_step(
         "prune", device, **base_facts(model), plan=repr(plan), **ratios, scores=scores, **facts
     )

@@ -169,6 +169,7 @@ def recover_step(config, data, teacher: str, result, device: str) -> dict:
     settings = {k: v for k, v in asdict(config).items() if v is not None}
     settings["lr"] = learning_rate(config)
     used = {"name": data.name, "hash": data.hash, "samples": result.samples}
+    teacher = Path(teacher).name if Path(teacher).exists() else teacher
     facts = dict(teacher=teacher, data=used, config=settings, seconds=round(result.seconds, 1))
     last = {k: round(float(v), 5) for k, v in result.history.iloc[-1].items() if v == v}
     return make_step("recover", device, **facts, last=last)

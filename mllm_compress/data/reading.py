@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/data/03_reading.ipynb #cell-003
+import io
 import json
 import os
 from pathlib import Path
@@ -251,3 +252,37 @@ def image_path(
             "give a folder that contains it with --image-root (image_root=)",
         )
     return path
+
+# %% ../../nbs/library/data/03_reading.ipynb #cell-021
+def picture_of(
+    value,  # PIL image, bytes, or {"bytes": …}
+):  # PIL image in RGB
+    "The picture of a row; ValueError for a path, which could lead anywhere."
+    from PIL import Image
+
+    from mllm_compress.data.instructions import read_image
+
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    raw = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(raw, bytes):
+        raise ValueError(
+            f"a row has {value!r:.60} as its picture: decode it, or write a JSON file and name "
+            "the folder of its images."
+        )
+    return read_image(io.BytesIO(raw))
+
+
+def parquet_rows(
+    path: Path,  # a .parquet file, or a folder of them
+) -> list:  # of dicts
+    "The rows of parquet files; FileNotFoundError where there are none."
+    import pyarrow.parquet as pq
+
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(
+            f"{path} is a folder without parquet files: give a JSON, JSON-lines, parquet or text "
+            "file."
+        )
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
