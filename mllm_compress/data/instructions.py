@@ -8,6 +8,7 @@ __all__ = ['turns', 'InstructionData', 'load_json', 'from_rows', 'scene_data', '
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -26,7 +27,6 @@ from . import scenes
 from mllm_compress.data.reading import (
     image_path,
     parquet_rows,
-    picture_of,
     read_entries,
     read_entry,
 )
@@ -77,7 +77,7 @@ class LazyEntries(Sequence):
             raise IndexError(i)
         return self.make(i % len(self))
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-014
 def entry_ids(
     samples,  # a list of entries, or LazyEntries
 ) -> list:
@@ -86,12 +86,12 @@ def entry_ids(
         return samples.ids
     return [e.get("id", i) for i, e in enumerate(samples)]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-014
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-016
 def has_image(entry: dict) -> bool:
     "True where the entry is about a picture."
     return entry.get("image") is not None
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-016
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-018
 MAX_PIXELS, LONGEST_SIDE = 100_000_000, 4096
 _UNREADABLE = (
     OSError,
@@ -102,7 +102,7 @@ _UNREADABLE = (
     Image.DecompressionBombError,
 )
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-020
 def read_image(path) -> Image.Image:  # RGB
     "A picture, reduced if it is very large; ValueError for one that is too large to unpack."
     with warnings.catch_warnings():
@@ -117,7 +117,7 @@ def read_image(path) -> Image.Image:  # RGB
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return picture.convert("RGB")
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-022
 def open_image(
     entry: dict,  # for the error
     path: Path,  # of its image
@@ -137,7 +137,7 @@ def open_image(
             "Replace it, or load with skip_missing=True."
         ) from None
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-018
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-024
 def nested_part(
     ids: list,  # of all entries
     fraction: float,  # in (0, 1]
@@ -152,7 +152,7 @@ def nested_part(
     order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
     return sorted(order[: max(1, math.ceil(fraction * len(ids)))])
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-020
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-026
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
 
@@ -194,7 +194,7 @@ class InstructionData(torch.utils.data.Dataset):
         text = json.dumps(list(self.samples), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-023
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-029
 def load_json(
     path,  # a JSON, JSON-lines or text file, see data.reading
     image_root,  # folder of the images
@@ -220,7 +220,22 @@ def load_json(
     kept = [e for e, gone in zip(samples, absent) if not gone]
     return InstructionData(kept, root, name=Path(path).stem)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-025
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-031
+def picture_of(
+    value,  # PIL image, bytes, or {"bytes": …}
+):  # PIL image in RGB
+    "The picture of a row; ValueError for a path, which could lead anywhere."
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    raw = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(raw, bytes):
+        raise ValueError(
+            f"a row has {value!r:.60} as its picture: decode it, or write a JSON file and name "
+            "the folder of its images."
+        )
+    return read_image(io.BytesIO(raw))
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-033
 def _row_entry(row: dict, number: int) -> dict:
     "An entry of a row; its picture is named by the row's number."
     row = {k: v for k, v in dict(row).items() if v is not None}
@@ -248,7 +263,7 @@ def from_rows(
 
     return InstructionData(entries, images=image, name=name)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-029
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-037
 def entry(
     id,  # of the entry
     image,  # its path, or None
@@ -262,7 +277,7 @@ def entry(
         said.append({"from": "gpt", "value": answer})
     return {"id": id, "image": image, "conversations": said, **more}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-031
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-039
 def scene_data(
     split: str = "train",  # "train", "validation" or "test"
     n: int = 40_000,  # scenes
@@ -281,7 +296,7 @@ def scene_data(
         name=f"scenes-{split}",
     )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-033
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-041
 def easy_vqa(
     split: str = "train",  # "train" or "test", the official split
 ) -> InstructionData:
@@ -297,7 +312,7 @@ def easy_vqa(
     samples = [entry(f"easy-{split}-{i}", Path(paths[i]).name, p) for i, p in pairs.items()]
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-035
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-043
 def mix(
     *parts: InstructionData,
 ) -> InstructionData:
@@ -316,7 +331,7 @@ def mix(
     name = "+".join(part.name for part in parts)
     return InstructionData(LazyEntries(ids, make), images=image, name=name)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-037
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-045
 def small_data(
     split: str = "train",  # "train" or "validation"
     n: int = 40_000,  # scenes
@@ -324,7 +339,7 @@ def small_data(
     "The training mixture of the small profiles: scenes and, for training, easy-VQA."
     return mix(scene_data(split, n), easy_vqa()) if split == "train" else scene_data(split, n)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-040
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-048
 class EncodingCache:
     "A function of conversations that caches its last results up to a total number of tokens."
 
@@ -345,7 +360,7 @@ class EncodingCache:
             self.size -= len(self.held.popitem(last=False)[1][0])
         return out
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-043
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-051
 def _messages(
     pairs,  # of (question, answer)
     image: bool,  # whether there is a picture
@@ -359,7 +374,7 @@ def _messages(
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-045
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-053
 def _answer_spans(
     text,  # (pairs, prompt_only) -> rendered conversation
     pairs: tuple,  # of (question, answer)
@@ -376,14 +391,14 @@ def _answer_spans(
         spans.append((len(prompt), len(done)))
     return spans
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-047
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-055
 def _template_error():
     return ValueError(
         "The processor has no chat_template: set one that renders the model's conversation "
         'format, or give plain text ({"text": …}).'
     )
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-057
 def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
     "A conversation without pictures in the chat template of a tokenizer."
     if not tokenizer.chat_template:
@@ -400,19 +415,19 @@ def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
         messages, tokenize=False, add_generation_prompt=prompt_only
     )
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-059
 def _encode_plain(tokenizer, text: str) -> tuple:
     "Token ids of a text, and that all but the first are supervised."
     ids = tokenizer(text)["input_ids"]
     return tuple(ids), (False, *[True] * (len(ids) - 1))[: len(ids)]
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-061
 def pad_id(tokenizer) -> int:
     "The id that fills rows, for a tokenizer with or without one of its own."
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in known if i is not None)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-049
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-063
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
@@ -451,7 +466,7 @@ class Renderer:
             else _encode_chat(self, pairs, image)
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-050
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-065
 def _encode_chat(render, pairs: tuple, image: str) -> tuple:
     "Token ids of a rendered conversation, and for each whether it belongs to an answer."
     text = render.text(pairs, image)
@@ -466,7 +481,7 @@ def _encode_chat(render, pairs: tuple, image: str) -> tuple:
     ]
     return tuple(out["input_ids"]), tuple(answer)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-053
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-068
 def packed_mask(
     segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
 ) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
@@ -477,7 +492,7 @@ def packed_mask(
     prefix = segment[:, None, :] == 0
     return ((same | prefix) & causal | itself)[:, None]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-056
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-071
 def pack(
     encoded: list,  # of (ids, answer mask), one per question about the same picture
     image_id: int,  # token id of the image placeholder
@@ -498,7 +513,7 @@ def pack(
         row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-058
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-073
 def blocks(
     row: dict,  # as pack returns it
     width: int,  # tokens that a block may have; a longer question stays whole
@@ -511,7 +526,7 @@ def blocks(
             cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-061
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-076
 def borrowing_mask(
     segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
     first: torch.Tensor,  # [blocks] the block that holds the prefix of each
@@ -523,7 +538,7 @@ def borrowing_mask(
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-064
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-079
 def _pad(
     rows: list,  # as pack returns them
     pad_id: int,  # token id of the padding
@@ -536,7 +551,7 @@ def _pad(
         for key, value in fill.items()
     }
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-066
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-081
 def _cut(
     rows: list,  # one per entry
     block: int | None,  # tokens of a block; None: whole rows
@@ -549,7 +564,7 @@ def _cut(
     first = torch.tensor([start for start, row in zip(starts, cut) for _ in row])
     return [b for row in cut for b in row], first
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-068
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-083
 def _image_text(collator, entry: dict) -> str:
     "What stands for an entry's picture in its prompt."
     if not has_image(entry):
@@ -563,7 +578,7 @@ def _image_text(collator, entry: dict) -> str:
     size = collator.dataset.image(entry["index"]).size if tiled else (64, 64)
     return collator.render.image_text(size)
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-085
 def _packed(collator, pairs: tuple, image: str) -> dict:
     "The row of a conversation: in sequence, or packed behind one picture."
     encode = collator.render.encode
@@ -571,7 +586,7 @@ def _packed(collator, pairs: tuple, image: str) -> dict:
         return pack([encode(pairs, image)], -1)
     return pack([encode((pair,), image) for pair in pairs], collator.render.image_id)
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-087
 def _pictures(collator, numbers: list) -> dict:
     "The pixels of a batch, or the numbers of its entries with a picture."
     if not collator.images:
@@ -582,7 +597,7 @@ def _pictures(collator, numbers: list) -> dict:
     process = collator.render.processor.image_processor
     return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-070
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-089
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -619,14 +634,14 @@ class Collator:
         row = _packed(self, tuple(turns(entry)), _image_text(self, entry))
         return {k: v[: self.max_length] for k, v in row.items()}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-074
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-093
 def _first_question(entry: dict) -> dict:
     "An entry with its first question alone; plain text as it is."
     if "conversations" not in entry:
         return entry
     return entry | {"conversations": entry["conversations"][:2]}
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-095
 def calibration_batches(
     dataset: InstructionData,
     processor,

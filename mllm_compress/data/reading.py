@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/library/data/03_reading.ipynb #cell-003
-import io
 import json
 import os
 from pathlib import Path
@@ -253,26 +252,7 @@ def image_path(
         )
     return path
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-021
-def picture_of(
-    value,  # PIL image, bytes, or {"bytes": …}
-):  # PIL image in RGB
-    "The picture of a row; ValueError for a path, which could lead anywhere."
-    from PIL import Image
-
-    from mllm_compress.data.instructions import read_image
-
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    raw = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(raw, bytes):
-        raise ValueError(
-            f"a row has {value!r:.60} as its picture: decode it, or write a JSON file and name "
-            "the folder of its images."
-        )
-    return read_image(io.BytesIO(raw))
-
-
+# %% ../../nbs/library/data/03_reading.ipynb #cell-041
 def parquet_rows(
     path: Path,  # a .parquet file, or a folder of them
 ) -> list:  # of dicts
