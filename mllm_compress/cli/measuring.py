@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Benchmarks', 'Questions', 'ScorerName', 'Limit', 'Answers', 'SIZES', 'asked', 'check_text_model', 'answers_folder',
-           'measured', 'evaluate', 'evaluate_with', 'costs_of', 'cost_table', 'score_table', 'side_by_side',
-           'comparison_picture', 'compare', 'check_comparison_folder', 'compare_with']
+           'measured', 'record_results', 'check_recordable', 'evaluate', 'against_dense', 'evaluate_with', 'costs_of',
+           'cost_table', 'score_table', 'side_by_side', 'comparison_picture', 'compare', 'check_comparison_folder',
+           'compare_with']
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-002
 import json
@@ -128,7 +129,30 @@ def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> 
         rows.append(perplexity_row(loaded, processor, samples, **limits))
     return pd.concat(rows, ignore_index=True), found
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-008
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-009
+def record_results(model: str, rows, original, device: str) -> None:
+    "Add an evaluation to the provenance of a checkpoint."
+    from mllm_compress.checkpoint.provenance import make_step
+    from mllm_compress.checkpoint.saving import add_step
+
+    columns = ["benchmark", "metric", "score", "low", "high", "n"]
+    results = json.loads(rows[columns].to_json(orient="records"))
+    dense = None if original is None else dict(zip(original.benchmark, original.score.round(3)))
+    step = make_step("evaluate", device, results=results, dense_scores=dense)
+    add_step(model, load(model, "cpu")[0], json.loads(json.dumps(step)))
+
+
+def check_recordable(model: str, record: bool) -> None:
+    "ValueError where results cannot be added to a model."
+    from mllm_compress.checkpoint import is_checkpoint
+
+    if record and not is_checkpoint(model):
+        raise ValueError(
+            f"{model} is not a checkpoint of prune or recover, so nothing can be recorded in it: "
+            "leave --record out."
+        )
+
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-010
 def _is_text_model(model: str) -> bool:
     "Whether a local checkpoint is of a language model without pictures."
     path = Path(model) / "config.json"
@@ -150,6 +174,9 @@ def evaluate(
     dense: Annotated[str, typer.Option(help="The original, for AVG-%.")] = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="CSV file to write.")] = None,
     answers: Answers = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Add the scores to the checkpoint and its card.")
+    ] = False,
     data: DataFile = "small",
     image_root: Images = "",
     skip_missing: SkipMissing = False,
@@ -166,18 +193,26 @@ def evaluate(
         del given["kept"], given["without"]
         evaluate_with(**given)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-009
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-011
+def against_dense(rows, original) -> dict:
+    "The scores of the original, and AVG-% over the benchmarks that have a score in percent."
+    from mllm_compress.evaluation import avg_percent
+
+    scored = [frame[frame.benchmark != "perplexity"] for frame in (rows, original)]
+    percent = avg_percent(*scored) if len(scored[0]) else None
+    return {"avg_percent": percent, "dense": json.loads(original.to_json(orient="records"))}
+
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-012
 def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> None:
     "The command `evaluate`, its other options by name."
     import shutil
-
-    from mllm_compress.evaluation import avg_percent
 
     at_least(0, limit=o["limit"])
     at_least(1, max_length=o["max_length"])
     check_output_file(o["out"], o["overwrite"])
     o["device"] = resolve_device(o["device"])
     check_models(model, *([dense] if dense else []))
+    check_recordable(model, o["record"])
     text = _is_text_model(model) and not benchmark and questions is None
     if text and o["data"] == "small":
         raise ValueError("this model takes no pictures: give --data FILE for its perplexity.")
@@ -188,20 +223,19 @@ def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> N
     rows, _ = measured(model, names, perplexity, data, o)
     facts = {"model": model, "rows": json.loads(rows.to_json(orient="records"))}
     lines = [rows.to_string(index=False, float_format="{:.1f}".format)]
+    original = measured(dense, names, perplexity, data, o)[0] if dense else None
     if dense:
-        original, _ = measured(dense, names, perplexity, data, o)
-        scored = [frame[frame.benchmark != "perplexity"] for frame in (rows, original)]
-        facts["avg_percent"] = avg_percent(*scored) if len(scored[0]) else None
-        if len(scored[0]):
-            lines.append(f"AVG-%: {facts['avg_percent']:.2f}")
-        facts["dense"] = json.loads(original.to_json(orient="records"))
+        facts |= against_dense(rows, original)
+        lines += [f"AVG-%: {facts['avg_percent']:.2f}"] if facts["avg_percent"] else []
+    if o["record"]:
+        record_results(model, rows, original, o["device"])
     if o["out"]:
         rows.to_csv(o["out"], index=False)
         if not o["answers"]:
             shutil.rmtree(o["out"].parent / f".{o['out'].name}.answers", ignore_errors=True)
     emit("\n".join(lines), facts, as_json)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-011
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-014
 SIZES = {
     "parameters": ("parameters", "total"),
     "weights, byte": ("weights", "total"),
@@ -236,7 +270,7 @@ def cost_table(dense: dict, small: dict):  # of costs_of
     ]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-012
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-015
 def score_table(dense, small, answers: tuple):
     "Scores of two models with the paired differences of their answers."
     from mllm_compress.evaluation import compare
@@ -259,7 +293,7 @@ def side_by_side(dense, small, count: int):
     columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
     return both.loc[order, columns].head(count)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-013
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-016
 def comparison_picture(costs, scores, path: Path) -> None:
     "Two panels: what remains of sizes and seconds, and the differences of scores."
     from matplotlib.figure import Figure
@@ -279,7 +313,7 @@ def comparison_picture(costs, scores, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-014
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-017
 @app.command(cls=TableHelp)
 def compare(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The original model.")],
@@ -306,7 +340,7 @@ def compare(
     with politely("Answers are kept in --answers." if answers else "Nothing is kept."):
         compare_with(**given)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-015
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-018
 _FILES = {"costs.csv", "scores.csv", "answers.csv", "comparison.png"}
 
 
