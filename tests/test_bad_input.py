@@ -319,6 +319,8 @@ CASES = [
             ("meta", "use auto, cpu"),
         )
     ),
+    Case((*RECOVER, "--report-to", "paper"), "use one of tensorboard, wandb, trackio"),
+    Case((*EVALUATE, "--record"), "leave --record out"),
     # options of a file
     Case((*RECOVER, "--config", "gone.yaml"), "check --config"),
     Case((*RECOVER, "--config", "list.yaml"), "write lines such as"),
@@ -554,3 +556,30 @@ def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
 
 def test_there_are_enough_cases():
     assert len(BUILT) >= 300
+
+
+def test_a_benchmark_without_data_names_the_folder_to_set(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("MLLM_COMPRESS_BENCHMARKS", "gone")
+    for name in ("pope", "gqa", "mme_perception"):
+        result = CliRunner().invoke(app, ["evaluate", "llava", "--benchmark", name])
+        assert result.exit_code == 2 and "MLLM_COMPRESS_BENCHMARKS" in result.stderr
+
+
+def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):
+    from mllm_compress.zoo import models
+
+    def fail(*args):
+        raise ImportError("InternVLProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.chdir(shop)
+    monkeypatch.setattr(models, "_load_folder", fail)
+    result = CliRunner().invoke(app, ["cost", "llava"])
+    assert result.exit_code == 2 and "pip install 'mllm_compress[vision]'" in result.stderr
+
+
+def test_a_repository_of_pickles_names_its_twin():
+    from mllm_compress.zoo import models
+
+    assert "llava-hf/llava-1.5-7b-hf" in models._twin("liuhaotian/llava-v1.5-7b")
+    assert models._twin("me/another") == ""

@@ -331,3 +331,25 @@ assert again.num_parameters() == small.num_parameters() and again.dtype == torch
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_scores_become_part_of_the_checkpoint(here):
+    from huggingface_hub import ModelCard
+
+    from mllm_compress.checkpoint import load_pruned
+
+    run("prune", "llava", "-o", "small", "--layers", "1")
+    Path("small/diary.txt").write_text("mine")
+    asked = ("--questions", "mine.json", "--dense", "llava", "--record")
+    run("evaluate", "small", *asked)
+    step = facts("show", "small")["provenance"][-1]
+    assert step["step"] == "evaluate" and step["results"][0]["n"] == 6 and step["dense_scores"]
+    results = ModelCard.load("small/README.md").data.eval_results
+    assert results and results[0].dataset_name.startswith("own/mine-")
+    load_pruned("small")
+    Path("small/README.md").write_text("my own words")
+    run("evaluate", "small", *asked)
+    assert Path("small/README.md").read_text() == "my own words"
+    assert len(facts("show", "small")["provenance"]) == 3
+    run("prune", "llava", "-o", "small", "--layers", "2", "--overwrite")
+    assert Path("small/diary.txt").read_text() == "mine"

@@ -24,7 +24,7 @@ def is_checkpoint(
     return (Path(folder) / PLAN).is_file()
 
 # %% ../../nbs/library/checkpoint/01_integrity.ipynb #cell-008
-def _checksum(manifest: dict) -> str:
+def checksum(manifest: dict) -> str:
     "SHA-256 of a manifest without its own checksum."
     text = json.dumps({**manifest, "checksum": None}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -41,7 +41,7 @@ def write_manifest(
         if p.is_file()
     }
     manifest = {"format": 1, **facts, "files": files, "checksum": None}
-    manifest["checksum"] = _checksum(manifest)
+    manifest["checksum"] = checksum(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 # %% ../../nbs/library/checkpoint/01_integrity.ipynb #cell-012
@@ -59,7 +59,7 @@ def read_manifest(
         manifest = json.loads(path.read_text())
     except ValueError:
         raise ValueError(f"{path} is damaged: it is not valid JSON.") from None
-    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum(manifest):
+    if not isinstance(manifest, dict) or manifest.get("checksum") != checksum(manifest):
         raise ValueError(f"{path} was edited or damaged: its checksum does not match.")
     return manifest
 

@@ -14,10 +14,17 @@ from transformers import PreTrainedModel
 
 from .card import model_card
 from .formats import check_describes, choose_format
-from .integrity import CARD, PLAN, write_manifest
+from mllm_compress.checkpoint.integrity import (
+    CARD,
+    MANIFEST,
+    PLAN,
+    checksum,
+    verify,
+    write_manifest,
+)
 from .target import check_target, keep_unlisted
 from ..pruning.pruning_plan import PruningPlan
-from ..utils.files import replacing_folder
+from ..utils.files import replacing_folder, sha256, write_atomically
 
 # %% ../../nbs/library/checkpoint/06_saving.ipynb #cell-006
 PRUNED_TYPE, VARIANT = "mllm_compress_pruned", "pruned"
@@ -87,3 +94,20 @@ def save_pruned(
         write_records(new, saved, plan, kind, processor, card, provenance, further)
         keep_unlisted(target, new)
     return Path(folder)
+
+# %% ../../nbs/library/checkpoint/06_saving.ipynb #cell-014
+def add_step(
+    folder,  # written by save_pruned
+    model: PreTrainedModel,  # that is in it
+    step: dict,  # of checkpoint.provenance
+) -> None:
+    "Add a step to the provenance of a checkpoint; ValueError where the checkpoint is damaged."
+    folder, manifest = Path(folder), verify(folder)
+    files, steps = manifest["files"], [*manifest.get("provenance", []), step]
+    card, plan = folder / CARD, PruningPlan.load(folder / PLAN)
+    if card.is_file() and sha256(card) == files[CARD]["sha256"]:
+        write_atomically(card, model_card(model, plan, manifest["kind"], None, steps))
+        files[CARD] = {"bytes": card.stat().st_size, "sha256": sha256(card)}
+    manifest = manifest | {"files": files, "provenance": steps}
+    manifest["checksum"] = checksum(manifest)
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
