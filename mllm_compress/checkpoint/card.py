@@ -26,7 +26,7 @@ def _cell(value) -> str:
         return f"{value:.4g}"
     return str(value).translate(str.maketrans(_MARKUP))
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-006
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-007
 def card_section(
     title: str,
     value,  # a dict or a list of dicts becomes a table, anything else a line
@@ -40,7 +40,7 @@ def card_section(
     rows += [[_cell(v) for v in row.values()] for row in value]
     return f"## {title}\n" + "\n".join("| " + " | ".join(r) + " |" for r in rows) + "\n"
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-009
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-010
 _LOADING = {
     "stock": """from transformers import {auto}
 
@@ -57,7 +57,7 @@ def _loading(model: PreTrainedModel, kind: str) -> list:
     auto = "AutoModelForCausalLM" if lm else "AutoModelForImageTextToText"
     return ["```python", _LOADING[kind].format(auto=auto), "```", ""]
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-011
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-012
 def _base(model: PreTrainedModel, steps: list) -> str:
     "The name of the model that this one was pruned from, or nothing."
     named = [s["base"] for s in steps if s.get("base")]
@@ -79,7 +79,7 @@ def _results(steps: list, name: str) -> list | None:
         if (v := r["score"]) is not None
     ] or None
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-012
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-014
 def card_metadata(
     model: PreTrainedModel,
     steps: list,  # of the provenance
@@ -102,7 +102,7 @@ def card_metadata(
     }
     return ModelCardData(**{k: v for k, v in facts.items() if v}).to_yaml()
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-013
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-016
 def _header(model: PreTrainedModel, plan: PruningPlan, steps: list) -> list:
     "Lines of Markdown: metadata, title, the plan in a sentence, and the class if it was changed."
     saved_as = model.config.get_text_config().model_type
@@ -115,7 +115,7 @@ def _header(model: PreTrainedModel, plan: PruningPlan, steps: list) -> list:
     front = ["---", card_metadata(model, steps), "---", title]
     return [*front, repr(plan) + ".", "" if same else changed]
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-015
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-018
 def _step_sections(steps: list) -> list:
     "Sections of Markdown, one or two a step."
     found = []
@@ -126,7 +126,7 @@ def _step_sections(steps: list) -> list:
             found.append(card_section(f"Scores of step {number}", step["results"]))
     return found
 
-# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-016
+# %% ../../nbs/library/checkpoint/04_card.ipynb #cell-020
 def model_card(
     model: PreTrainedModel,  # as it is saved
     plan: PruningPlan,  # that was applied

@@ -78,7 +78,7 @@ def _model_names(model: PreTrainedModel, keys) -> dict:  # name in a file -> nam
         found[key] = name
     return found
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-008
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-009
 @dataclass(frozen=True)
 class FileModel:
     "A checkpoint in native classes whose weights stay in their files."
@@ -104,7 +104,7 @@ def layers_prefix(model: PreTrainedModel) -> str:
     layers = anatomy(model).layers
     return next(name for name, module in model.named_modules() if module is layers)
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-009
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-011
 def _meta_model(folder: Path) -> PreTrainedModel:
     "The model of a folder, without weights."
     config = AutoConfig.from_pretrained(folder)
@@ -148,7 +148,7 @@ def tied_names(model: PreTrainedModel) -> set:
         )
     return tied
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-011
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-013
 def cuts(
     model: PreTrainedModel,  # dense, on the meta device
     plan: PruningPlan,
@@ -174,7 +174,7 @@ def cut_tensor(source: FileModel, origin: tuple) -> torch.Tensor:
     tensor = source.tensor(name)
     return tensor if cut is None else tensor.index_select(*cut)
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-013
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-015
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -201,7 +201,7 @@ def write_tensors(
             raw = tensor(name).contiguous().flatten().view(torch.uint8)
             file.write(raw.numpy().data)
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-015
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-017
 def _saved_names(model: PreTrainedModel) -> dict:  # name in the file -> name in the model
     "The names under which transformers saves a model's weights, tied ones once."
     from transformers.core_model_loading import revert_weight_conversion
@@ -236,7 +236,7 @@ def write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / f"model.safetensors.index{suffix}.json").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-016
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-019
 def prune_files(
     source,  # FileModel of open_files
     plan: PruningPlan,  # made for its model

@@ -36,7 +36,7 @@ def environment(
     versions = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **versions, "hardware": hardware}
 
-# %% ../../nbs/library/checkpoint/03_provenance.ipynb #cell-006
+# %% ../../nbs/library/checkpoint/03_provenance.ipynb #cell-007
 def make_step(
     name: str,  # prune, recover, evaluate
     device="cpu",  # that it ran on
@@ -55,7 +55,7 @@ def history(
         return []
     return read_manifest(Path(folder)).get("provenance", [])
 
-# %% ../../nbs/library/checkpoint/03_provenance.ipynb #cell-008
+# %% ../../nbs/library/checkpoint/03_provenance.ipynb #cell-009
 def _line(key: str, value) -> str:
     "One fact as a line."
     if isinstance(value, dict):

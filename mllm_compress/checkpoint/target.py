@@ -90,7 +90,7 @@ def _check_replaceable(folder, target: Path, overwrite: bool) -> None:
             "move them away, or choose another folder."
         )
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-010
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-011
 def check_target(
     folder,  # that a checkpoint will be saved to
     overwrite: bool = True,  # whether a checkpoint there may be replaced
@@ -112,7 +112,7 @@ def check_target(
     check_writable(target, needed)
     return target
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-013
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-014
 def keep_unlisted(
     target: Path,  # the folder to be replaced
     new: Path,  # the folder that replaces it, complete
@@ -132,7 +132,7 @@ def keep_unlisted(
         except OSError:  # no links on this file system
             shutil.copy2(path, copy, follow_symlinks=False)
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-015
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-016
 def _fallbacks(target: Path) -> list:
     "Folders to try when a target cannot be written."
     places = (target.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir()))

@@ -68,7 +68,7 @@ def _growing(out: Path, total: int):
         done.set()
         thread.join()
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-005
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-006
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -88,7 +88,7 @@ def _check_conversion(source: Path, out: Path, dtype: str) -> None:
     check_not_read(out.resolve(), {"release": source})
     check_writable(out)
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-006
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-008
 Source = Annotated[
     Path,
     typer.Argument(
@@ -110,7 +110,7 @@ Dtype = Annotated[
     ),
 ]
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-007
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-010
 @app.command()
 def convert(
     source: Source, out: Target, tower: Tower = None, dtype: Dtype = "", as_json: AsJson = False
@@ -135,7 +135,7 @@ def convert(
         facts = {"out": str(out), "release": found.release.name, "bytes": total, "dtype": kind}
         emit(text, facts, as_json)
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-009
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-012
 _SCORES = {"scores.json", "scores.safetensors"}
 
 
@@ -158,7 +158,7 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
             f"{out} holds scores: choose another folder, or replace them with --overwrite."
         )
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-011
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-014
 def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
     "Calibration batches on the device."
     from mllm_compress.data.instructions import calibration_batches
@@ -183,7 +183,7 @@ def needs_no_data(pruning: str, method: str) -> bool:
     batches = inspect.signature(criterion(pruning, method).function).parameters["batches"]
     return batches.default is None
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-012
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-016
 def _methods() -> str:
     "Help of --method."
     from mllm_compress.importance.criteria import CRITERIA, criteria_of
@@ -216,7 +216,7 @@ def scored(
     rows = sum(len(b["input_ids"]) for b in batches)
     return measure(kind, method, model, batches, seed), {"name": data.name, "samples": rows}
 
-# %% ../../nbs/library/cli/03_prepare.ipynb #cell-013
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-018
 @app.command(cls=TableHelp)
 def score(
     model: Model,

@@ -164,7 +164,7 @@ def prune_step(model: str, plan, device: str, **facts) -> dict:
         "prune", device, **base_facts(model), plan=repr(plan), **ratios, scores=scores, **facts
     )
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-011
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-012
 def _compute_plan(model: str, given: dict, device: str) -> tuple:
     "Load the model and score it: (model, processor, earlier plan, plan, calibration)."
     from mllm_compress.importance.scores import model_record
@@ -189,7 +189,7 @@ def _whole_plan(model: str, plan):
         return plan
     return compose_plans(PruningPlan.load(Path(model) / PLAN), plan)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-012
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-014
 def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str):
     "Plan, cut and save; returns the whole plan."
     from transformers.utils import logging
@@ -222,7 +222,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     save_or_rescue(save, out)
     return whole
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-014
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
 Ratio = Annotated[
     float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
 ]
@@ -248,7 +248,7 @@ LayerShare = Annotated[
     float, typer.Option("--layer-share", help="With both scores: part of the ratio for layers.")
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-018
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
@@ -279,7 +279,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-020
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint

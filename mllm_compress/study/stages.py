@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import data
 from ..anatomy.families import anatomy
-from ..data.instructions import CALIBRATION_VERSION, DATA_VERSION, InstructionData
+from ..data.instructions import CALIBRATION_VERSION, DATA_VERSION, InstructionData, mix
 from ..data.scenes import SCENES_VERSION
 from mllm_compress.evaluation.benchmarks import (
     benchmark,
@@ -127,7 +127,7 @@ def training_data(training: Training) -> InstructionData:
         raise ValueError(
             "The profile's training section names no data: give scenes, easy_vqa or json."
         )
-    return parts[0] if len(parts) == 1 else data.mix(*parts)
+    return parts[0] if len(parts) == 1 else mix(*parts)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-014
 def root_of(evaluation: Evaluation) -> str | None:
