@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'cast', 'load_model', 'real_name']
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-002
 import importlib
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from mllm_compress.zoo.convert import (
     load_original,
     real_name,
 )
-from .files import check_files, check_local, read_config
+from .files import check_files, check_local, read_config, read_header, shards
 from .tiny_models import tiny_model, tiny_processor
 
 _all_ = ["real_name"]
@@ -148,10 +149,27 @@ def named_failures(folder: Path):
         ) from error
 
 
+def _check_size(folder: Path, trust_remote_code: bool) -> None:
+    "ValueError where config.json describes a model far larger than the files, before it is made."
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if trust_remote_code or getattr(config, "quantization_config", None):
+        return
+    with torch.device("meta"):
+        made = auto_classes(config)[0].from_config(config).num_parameters()
+    shapes = (t["shape"] for file in shards(folder) for t in read_header(file)[0].values())
+    found = sum(math.prod(shape) for shape in shapes)
+    if made > 2 * found:
+        raise ValueError(
+            f"{folder} does not fit its own config.json: that describes {made:,} parameters, and "
+            f"the files hold {found:,}. Copy config.json again."
+        )
+
+
 def _load_checked(folder: Path, dtype, trust_remote_code):
     "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
     check_files(folder)
     with named_failures(folder):
+        _check_size(folder, trust_remote_code)
         return _load_folder(folder, dtype, trust_remote_code)
 
 
