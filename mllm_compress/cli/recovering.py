@@ -340,7 +340,9 @@ def _is_number(low: float, whole: bool = False, below: float = math.inf):
 
 _KINDS = {
     **dict.fromkeys(("lr",), _is_number(0, below=1)),
-    **dict.fromkeys(("fraction", "epochs", "temperature"), _is_number(0)),
+    **dict.fromkeys(
+        ("fraction", "epochs", "temperature"), (lambda v: type(v) in (int, float), "a number")
+    ),
     **dict.fromkeys(("warmup", "weight_decay", "max_grad_norm"), _is_number(0)),
     **dict.fromkeys(("batch_size", "passes", "max_length"), _is_number(1, whole=True)),
     "seed": _is_number(0, whole=True, below=2**32),

@@ -165,12 +165,25 @@ def _check_size(folder: Path, trust_remote_code: bool) -> None:
         )
 
 
+def check_image_token(folder: Path, model, processor) -> None:
+    "ValueError where model and processor mean different tokens by a picture."
+    theirs = getattr(model.config, "image_token_id", None)
+    ours = getattr(processor, "image_token_id", None)
+    if None not in (theirs, ours) and theirs != ours:
+        raise ValueError(
+            f"{folder}: the image token is {theirs} in config.json and {ours} in the processor: "
+            "copy both from the same checkpoint."
+        )
+
+
 def _load_checked(folder: Path, dtype, trust_remote_code):
     "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
     check_files(folder)
     with named_failures(folder):
         _check_size(folder, trust_remote_code)
-        return _load_folder(folder, dtype, trust_remote_code)
+        model, processor = _load_folder(folder, dtype, trust_remote_code)
+    check_image_token(folder, model, processor)
+    return model, processor
 
 
 def load_processor(folder: Path):
