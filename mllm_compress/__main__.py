@@ -8,5 +8,5 @@ __all__ = []
 # %% ../nbs/library/01_main.ipynb #cell-003
 from mllm_compress.cli import app
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "__file__" in globals():  # not in a notebook
     app(prog_name="mllm-compress")

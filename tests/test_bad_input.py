@@ -108,6 +108,8 @@ MODELS = {
     "bad/binary-config": "config.json is damaged",
     "bad/no-type": "check its config.json",
     "bad/new-type": "check its config.json",
+    "bad/token": "copy both from the same checkpoint",
+    "bad/default": "Copy config.json again",
     "bad/half-processor": "check its config.json, processor",
     "bad/half-tokenizer": "check its config.json, processor",
     "bad/no-vocabulary": "check its config.json, processor",
@@ -152,6 +154,8 @@ def make_damaged(folder: Path) -> None:
         ("list-config", "config.json", b"[1]"),
         ("binary-config", "config.json", b"\xff\xfe\x00"),
         ("no-type", "config.json", text({"vocab_size": 4})),
+        ("token", "config.json", text({**config, "image_token_index": 9, "image_token_id": 9})),
+        ("default", "config.json", text({k: v for k, v in config.items() if "text" not in k})),
         ("new-type", "config.json", text({**config, "model_type": "llava9"})),
         ("half-processor", "processor_config.json", b"{"),
         ("half-tokenizer", "tokenizer.json", b"{"),
@@ -203,6 +207,28 @@ WITH_DATA = {
 PRUNE = ("prune", "llava", "-o", "out")
 RECOVER = ("recover", "small", "--teacher", "llava", "-o", "out", *MINE[:2])
 EVALUATE = ("evaluate", "llava", "--questions", "mine.json")
+YAML_VALUES = [
+    *(("lr", v) for v in ("fast", "-1", ".inf", ".nan", "2", "true", "[1]")),
+    *(("epochs", v) for v in ("'3'", "x", "-1", "[]")),
+    *(("batch_size", v) for v in ("1.5", "0", "-3", "x", "true")),
+    *(("passes", v) for v in ("0", "1.5", "x")),
+    *(("seed", v) for v in ("x", "-1", "1.5", "99999999999")),
+    *(("warmup", v) for v in ("x", "-1")),
+    *(("weight_decay", v) for v in ("x", "-1")),
+    *(("max_grad_norm", v) for v in ("x", "-1")),
+    *(("max_length", v) for v in ("x", "0", "1.5")),
+    *(("losses", v) for v in ("sft", "[sft]", "{sft: abc}", "{luck: 1}", "3")),
+    *(("lora", v) for v in ("5", "{foo: 1}", "{r: 0}", "{r: 2, lora_alpha: x}")),
+    *(("train", v) for v in ("[projector]", "luck", "3")),
+    *(("precision", v) for v in ("fp8", "16")),
+    *(("turns", v) for v in ("3", "luck")),
+    *(("positions", v) for v in ("luck",)),
+    *(("gradient_checkpointing", v) for v in ("maybe", "1")),
+    *(("hidden_layers", v) for v in ("x", "[99]", "[-1]", "[a]", "3")),
+    ("fraction", "x"),
+    ("temperature", "x"),
+    ("learning_rate", "1"),
+]
 CASES = [
     # what to remove
     Case((*PRUNE,), "--ratio 0.3"),
@@ -327,7 +353,13 @@ CASES = [
     Case((*RECOVER, "--config", "bad.yaml"), "not valid YAML"),
     Case((*RECOVER, "--config", "unknown.yaml"), "Unknown recovery option 'learning_rate'"),
     Case((*RECOVER, "--config", "text-lr.yaml"), "lr is 'fast': give a number"),
-    Case((*RECOVER, "--config", "text-losses.yaml"), "loss"),
+    *(
+        Case(
+            (*RECOVER, "--config", f"option-{k}.yaml"),
+            f"(?i){name}.* (give|use one of)|Unknown loss|must be|the teacher has",
+        )
+        for k, (name, _) in enumerate(YAML_VALUES)
+    ),
     Case(
         (
             *RECOVER,
@@ -453,6 +485,8 @@ def make_data(folder: Path) -> None:
         (folder / f"entry-{name}.json").write_text(json.dumps([entry]))
     for name, (content, _) in FILES.items():
         (folder / name).write_bytes(content)
+    for k, (name, value) in enumerate(YAML_VALUES):
+        (folder / f"option-{k}.yaml").write_text(f"{name}: {value}\n")
     yamls = {
         "list": "- a\n- b\n",
         "bad": "lr: [1\n",

@@ -88,8 +88,13 @@ def asked(benchmark: list, questions: Path | None, scorer: str, image_root: str,
 
 def check_text_model(names: list, processor) -> None:
     "ValueError where a model without pictures is asked about pictures."
-    other = [name for name in names if not name.startswith("own/")]
-    if not is_multimodal(processor) and other:
+    from mllm_compress.evaluation.benchmarks import load_questions
+
+    if is_multimodal(processor):
+        return
+    pictures = lambda name: any(q.images for q in load_questions(name))
+    other = [name for name in names if not name.startswith("own/") or pictures(name)]
+    if other:
         raise ValueError(
             f"this model takes no pictures, which {', '.join(other[:3])} are about: use "
             "--benchmark perplexity --data FILE, or --questions FILE without images."

@@ -198,7 +198,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     from mllm_compress.checkpoint import from_files
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
-    from mllm_compress.zoo.models import load_processor
+    from mllm_compress.zoo.models import check_image_token, load_processor
 
     logging.disable_progress_bar()
     source, calibrated, loaded = open_source(model), None, None
@@ -207,6 +207,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
         record = source.record() if given["scores"] else {}
         plan = stored_plan(source.model, record, given)
         processor = load_processor(source.folder)
+        check_image_token(source.folder, source.model, processor)
     else:
         loaded, processor, _, plan, calibrated = _compute_plan(model, given, device)
     whole = _whole_plan(model, plan)

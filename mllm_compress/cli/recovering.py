@@ -278,7 +278,9 @@ def recover(
     passes: Annotated[
         int | None, typer.Option(help="Forward passes per step; default: as fits the device.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the fraction, the order, and LoRA.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the fraction, the order, and LoRA; default 0.")
+    ] = None,
     data: DataFile = "small",
     image_root: Images = "",
     skip_missing: SkipMissing = False,
@@ -316,58 +318,128 @@ def recovery_options(o: dict) -> dict:
     if rate is not None and not 0 < rate < 1:
         raise ValueError(f"--lr is {rate}: give a rate between 0 and 1, such as 2e-5.")
     names = o["losses"].split("+") if o["losses"] else None
-    given = {k: o[k] for k in ("train", "fraction", "epochs", "max_length")}
+    given = {k: o[k] for k in ("train", "fraction", "epochs", "max_length", "seed")}
     given |= {k: o[k] or None for k in ("batch_size", "passes")}
     given |= {"lr": rate, "lora": lora_options(o["lora"])}
     given["losses"] = {n: 1 / len(names) for n in names} if names else None
     return given
 
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-024
-def checked_config(options: dict):
-    "The RecoveryConfig of some options; ValueError for a value of a wrong type too."
-    from mllm_compress.recovery import config_from_dict
+def _is_number(low: float, whole: bool = False, below: float = math.inf):
+    "A test for a number from `low` on, and its name."
+    kinds, name = ((int,), "a whole number") if whole else ((int, float), "a number")
 
-    numbers = ("fraction", "lr", "epochs", "batch_size", "passes", "temperature", "max_length")
-    for name in numbers:
-        value = options.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise ValueError(f"{name} is {value!r}: give a number.")
-    try:
-        return config_from_dict(options)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(
-            f"the options of the recovery do not fit ({error}): see RecoveryConfig."
-        ) from None
+    def test(value) -> bool:
+        return type(value) in kinds and low <= value < below
+
+    return test, f"{name} from {low:g}" + (f" to {below:g}" if below < math.inf else "")
+
+
+_KINDS = {
+    **dict.fromkeys(("lr",), _is_number(0, below=1)),
+    **dict.fromkeys(
+        ("fraction", "epochs", "temperature"), (lambda v: type(v) in (int, float), "a number")
+    ),
+    **dict.fromkeys(("warmup", "weight_decay", "max_grad_norm"), _is_number(0)),
+    **dict.fromkeys(("batch_size", "passes", "max_length"), _is_number(1, whole=True)),
+    "seed": _is_number(0, whole=True, below=2**32),
+    **dict.fromkeys(
+        ("group_by_length", "gradient_checkpointing"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+    **dict.fromkeys(
+        ("train", "positions", "turns", "precision", "schedule", "optimizer"),
+        (lambda value: isinstance(value, str), "a name"),
+    ),
+    **dict.fromkeys(("lora", "losses"), (lambda value: isinstance(value, dict), "a mapping")),
+    "hidden_layers": (
+        lambda v: isinstance(v, (list, tuple, dict)) and all(type(i) is int for i in v),
+        "a list of layer numbers",
+    ),
+}
 
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-026
-def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
-    "The command `recover`, its other options by name."
-    from mllm_compress import checkpoint
-    from mllm_compress.anatomy import lm_parameters
-    from mllm_compress.study.stages import trained_in_float32
+def _check_lora(options: dict) -> None:
+    "ValueError for options that peft's LoraConfig does not have."
+    import inspect
 
-    given = recovery_options(o)
-    options = chosen_options(o["recipe"], o["config"], given) | {"seed": o["seed"]}
-    if o["lora"] == 0:
-        options["lora"] = None
-    checked_config(options)  # a mistake, before anything is loaded
-    checkpoint.check_target(out, overwrite, {"model": model, "teacher": teacher})
-    device, tracker = resolve_device(device), tracking(o["report_to"], out)
-    if not checkpoint.is_checkpoint(model):
+    from peft import LoraConfig
+
+    from mllm_compress.utils.methods import check_choice
+
+    for name, value in options.items():
+        check_choice("LoRA option", name, inspect.signature(LoraConfig).parameters)
+        if name in ("r", "lora_alpha") and (type(value) is not int or value < 1):
+            raise ValueError(f"lora: {name} is {value!r}: give a whole number from 1.")
+
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-028
+def checked_config(options: dict):
+    "The RecoveryConfig of some options; ValueError for a value of a wrong kind too."
+    from mllm_compress.recovery import config_from_dict
+
+    for name, value in options.items():
+        test, kind = _KINDS.get(name, (lambda _: True, ""))
+        if value is not None and not test(value):
+            raise ValueError(f"{name} is {value!r}: give {kind}.")
+    wrong = [v for v in (options.get("losses") or {}).values() if type(v) not in (int, float)]
+    if wrong:
+        raise ValueError(f"losses has the weight {wrong[0]!r}: give numbers, such as 0.5.")
+    _check_lora(options.get("lora") or {})
+    return config_from_dict(options)
+
+
+def check_layers(config, plan) -> None:
+    "ValueError where hidden_layers names a layer that the teacher does not have."
+    named = config.hidden_layers or ()
+    named = named.values() if isinstance(named, dict) else named
+    if wrong := [i for i in named if type(i) is int and not 0 <= i < plan.num_layers]:
         raise ValueError(
-            f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote."
+            f"hidden_layers names layer {wrong[0]}: the teacher has 0 to {plan.num_layers - 1}."
         )
-    check_models(model, teacher)
-    student, processor, plan = load(model, device)
+
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-030
+def config_and_data(student, processor, options: dict, o: dict, device: str) -> tuple:
+    "The RecoveryConfig with the defaults of this model and these data, and the data."
+    from mllm_compress.anatomy import lm_parameters
+
     multimodal = is_multimodal(processor)
     data = training_data(o["data"], o["image_root"], o["scenes"], o["skip_missing"], multimodal)
     options, sentence = sized_options(options, lm_parameters(student), device, o["recipe"])
     if sentence:
         note(sentence)
     if not multimodal:
-        options = {"max_length": 1024} | options
+        options = {"max_length": 1024} | options  # a text may be a whole book
     options["fraction"] = chosen_fraction(options, o["data"])
-    config, folder = checked_config(options), training_folder(out)
+    return checked_config(options), data
+
+
+def check_pruned(model: str) -> None:
+    "ValueError where a model is not a pruned checkpoint."
+    from mllm_compress import checkpoint
+
+    if not checkpoint.is_checkpoint(model):
+        raise ValueError(
+            f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote."
+        )
+
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-032
+def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
+    "The command `recover`, its other options by name."
+    from mllm_compress import checkpoint
+    from mllm_compress.study.stages import trained_in_float32
+
+    options = chosen_options(o["recipe"], o["config"], recovery_options(o))
+    if o["lora"] == 0:
+        options["lora"] = None
+    checked_config(options)  # a mistake, before anything is loaded
+    checkpoint.check_target(out, overwrite, {"model": model, "teacher": teacher})
+    device, tracker = resolve_device(device), tracking(o["report_to"], out)
+    check_pruned(model)
+    check_models(model, teacher)
+    student, processor, plan = load(model, device)
+    config, data = config_and_data(student, processor, options, o, device)
+    check_layers(config, plan)
+    folder = training_folder(out)
     check_training_space(student, config, out)
     if o["restart"]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -382,7 +454,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _report(out, result, as_json)
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-028
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-034
 def _report(out: Path, result, as_json: bool) -> None:
     "Print what a training did."
     loss = float(result.history.loss.iloc[-1])

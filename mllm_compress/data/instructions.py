@@ -598,6 +598,16 @@ def _pictures(collator, numbers: list) -> dict:
     return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-089
+def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | None) -> None:
+    "ValueError where a row is cut within its picture."
+    if max_length and image_id in ids[max_length:]:
+        last = len(ids) - ids[::-1].index(image_id)
+        raise ValueError(
+            f"Entry {entry.get('id')!r}: max_length={max_length} cuts its picture, which ends at "
+            f"token {last}: give more (--max-length)."
+        )
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-090
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -632,16 +642,17 @@ class Collator:
     def row(self, entry: dict) -> dict:
         "One entry as lists: ids, answer mask, segment and position."
         row = _packed(self, tuple(turns(entry)), _image_text(self, entry))
+        _check_cut(entry, row["ids"], self.max_length, self.render.image_id)
         return {k: v[: self.max_length] for k, v in row.items()}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-093
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-094
 def _first_question(entry: dict) -> dict:
     "An entry with its first question alone; plain text as it is."
     if "conversations" not in entry:
         return entry
     return entry | {"conversations": entry["conversations"][:2]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-095
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-096
 def calibration_batches(
     dataset: InstructionData,
     processor,

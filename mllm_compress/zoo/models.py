@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'cast', 'load_model', 'real_name']
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-002
 import importlib
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from mllm_compress.zoo.convert import (
     load_original,
     real_name,
 )
-from .files import check_files, check_local, read_config
+from .files import check_files, check_local, read_config, read_header, shards
 from .tiny_models import tiny_model, tiny_processor
 
 _all_ = ["real_name"]
@@ -147,12 +148,42 @@ def named_failures(folder: Path):
             "processor and weights, or copy it again."
         ) from error
 
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-024
+def _check_size(folder: Path, trust_remote_code: bool) -> None:
+    "ValueError where config.json describes a model far larger than the files, before it is made."
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if trust_remote_code or getattr(config, "quantization_config", None):
+        return
+    with torch.device("meta"):
+        made = auto_classes(config)[0].from_config(config).num_parameters()
+    shapes = (t["shape"] for file in shards(folder) for t in read_header(file)[0].values())
+    found = sum(math.prod(shape) for shape in shapes)
+    if made > 2 * found:
+        raise ValueError(
+            f"{folder} does not fit its own config.json: that describes {made:,} parameters, and "
+            f"the files hold {found:,}. Copy config.json again."
+        )
 
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-026
+def check_image_token(folder: Path, model, processor) -> None:
+    "ValueError where model and processor mean different tokens by a picture."
+    theirs = getattr(model.config, "image_token_id", None)
+    ours = getattr(processor, "image_token_id", None)
+    if None not in (theirs, ours) and theirs != ours:
+        raise ValueError(
+            f"{folder}: the image token is {theirs} in config.json and {ours} in the processor: "
+            "copy both from the same checkpoint."
+        )
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
 def _load_checked(folder: Path, dtype, trust_remote_code):
     "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
     check_files(folder)
     with named_failures(folder):
-        return _load_folder(folder, dtype, trust_remote_code)
+        _check_size(folder, trust_remote_code)
+        model, processor = _load_folder(folder, dtype, trust_remote_code)
+    check_image_token(folder, model, processor)
+    return model, processor
 
 
 def load_processor(folder: Path):
@@ -161,19 +192,19 @@ def load_processor(folder: Path):
         config = AutoConfig.from_pretrained(folder)
         return auto_classes(config)[1].from_pretrained(folder)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-024
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
 def _is_pruned(folder: Path) -> bool:
     "Whether a folder holds a pruned checkpoint that plain transformers cannot load."
     config = folder / "config.json"
     return config.is_file() and read_config(config).get("model_type") == "mllm_compress_pruned"
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-026
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-032
 def _load_pruned(folder: Path, dtype):
     "Model and processor of a pruned checkpoint."
     load = importlib.import_module("mllm_compress.checkpoint").load_pruned
     return load(folder, dtype=dtype)[:2]
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-034
 def _unknown(name):
     "The error for a name that is no model."
     known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
@@ -182,7 +213,7 @@ def _unknown(name):
         f"or the path of a folder:{known}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-036
 def cast(
     model: torch.nn.Module,  # changed in place
     dtype: torch.dtype,  # of the weights
@@ -192,7 +223,7 @@ def cast(
         p.data = p.data.to(dtype)
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-033
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-039
 def _dtype(given) -> torch.dtype | None:
     "A dtype from its name, such as bfloat16 or torch.bfloat16; ValueError for another one."
     if isinstance(given, str) and given not in ("", "auto"):
@@ -202,7 +233,7 @@ def _dtype(given) -> torch.dtype | None:
         return found
     return given or None if not isinstance(given, str) else None
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-035
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
 def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     "Model and processor of a folder, whatever it holds."
     if _is_pruned(folder):
@@ -212,7 +243,7 @@ def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     _refuse_pickle(folder, name)
     return _load_checked(folder, dtype, trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-037
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-043
 def native_folder(
     name,  # as for load_model
 ) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
@@ -225,7 +256,7 @@ def native_folder(
         return None
     return None if _is_pruned(folder) or is_original_layout(folder) else folder
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-039
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-045
 def check_model(
     name,  # as for load_model
 ) -> None:
@@ -242,7 +273,7 @@ def check_model(
         _refuse_pickle(folder)
         check_files(folder)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-047
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
@@ -266,7 +297,7 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-043
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-049
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download
