@@ -38,6 +38,8 @@ ENTRIES = {
     "null-conversations": ({"id": "e", "conversations": None}, "write a list of objects"),
     "text-conversations": ({"id": "e", "conversations": "hi"}, "write a list of objects"),
     "list-of-texts": ({"id": "e", "conversations": ["hi", "ho"]}, "write a list of objects"),
+    "empty-text": ({"id": "e", "text": " "}, "leave it out"),
+    "null-text": ({"id": "e", "text": None}, "null where 'text' should be text"),
     "no-turns": ({"id": "e", "conversations": []}, "alternate"),
     "no-answer": (said(("human", "hi")), "end with an answer"),
     "answer-first": (said(("gpt", "hi"), ("human", "ho")), "start with a question"),

@@ -159,7 +159,9 @@ def read_entry(
     if "text" in entry and "conversations" not in entry:
         if image is not None:
             _fail(entry, "has an image but plain text", "write 'conversations'")
-        return entry | {"text": _text_of(entry, entry["text"], "'text'")}
+        if not _text_of(entry, entry["text"], "'text'").strip():
+            _fail(entry, "has an empty 'text'", "leave it out")
+        return {k: v for k, v in entry.items() if k not in ("image", "images")}
     if "conversations" not in entry:
         keys = "'conversations', 'messages', 'question' with 'answer', nor 'text'"
         _fail(entry, f"has neither {keys}", "see the format in the documentation of data")
