@@ -49,7 +49,7 @@ lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
 
 readme: $(READY)
-	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
+	@PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
 	@$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 	@$(BIN)/python -c 'import pathlib; p = pathlib.Path("README.md"); p.write_text(p.read_text().replace("](../", "]("))'
