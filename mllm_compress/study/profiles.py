@@ -135,8 +135,9 @@ def _said(error: dict, kind: type, where: str) -> str:
         return f"{where}: {last} is missing."
     if error["type"].startswith(("dataclass", "dict_type")):
         return f"{where}, {last} must be a mapping, not {error['input']!r}."
-    wanted = error["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{where}: {last} is {error['input']!r}: it must be {wanted}."
+    wanted = error["msg"].replace("Input should be ", "it must be ").replace("a valid ", "")
+    wanted = wanted.replace("String should", "it must").replace("List should", "it must")
+    return f"{where}: {last} is {error['input']!r}: {wanted}."
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-020
 def _keys(kind: type, place: list) -> list:
