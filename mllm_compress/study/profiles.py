@@ -137,6 +137,7 @@ def _said(error: dict, kind: type, where: str) -> str:
         return f"{where}, {last} must be a mapping, not {error['input']!r}."
     wanted = error["msg"].replace("Input should be ", "it must be ").replace("a valid ", "")
     wanted = wanted.replace("String should", "it must").replace("List should", "it must")
+    wanted = wanted.replace(" after validation", "")
     return f"{where}: {last} is {error['input']!r}: {wanted}."
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-020
