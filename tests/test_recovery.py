@@ -769,7 +769,7 @@ def test_no_supervised_token(pair, data):
         images=data.images,
     )
     with pytest.raises(ValueError, match="no supervised token in samples .*scene-train"):
-        run(pair, empty, RecoveryConfig(losses={"sft": 1}, max_length=12, **ONE_STEP))
+        run(pair, empty, RecoveryConfig(losses={"sft": 1}, max_length=18, **ONE_STEP))
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ _TAYLOR_ORDERS = {
         partial(taylor, order="param_second"),
         "widthwise",
         version=1,
-        look=Look("Taylor, second order", OLIVE, "^", DOTTED),
+        look=Look("Taylor, second order", OLIVE, ">", DOTTED),
         help="Second-order change of the loss, with the Fisher diagonal as curvature.",
     ),
     "taylor_param_mix": Criterion(

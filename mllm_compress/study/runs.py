@@ -211,7 +211,7 @@ def time_left(
     "What the missing stages will take, in words."
     expected = expected_seconds(frame)[~frame.cached.astype(bool)]
     known, unknown = expected.dropna(), int(expected.isna().sum())
-    parts = [f"about {hours(max(known.sum() / at_once, known.max()))}"] if len(known) else []
+    parts = [f"about {hours(max(known.sum() / at_once, known.max()))}"] if known.sum() else []
     if unknown:
         parts.append(f"{unknown} experiment{'s' * (unknown > 1)} of a kind not seen yet")
     return f"{' and '.join(parts)} left" if parts else "nothing left"

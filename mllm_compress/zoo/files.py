@@ -88,18 +88,23 @@ def check_files(
 def check_local(
     name: str,  # as given for a model
 ) -> None:
-    "ValueError where a name is evidently the path of a folder that does not exist."
+    "FileNotFoundError where a name is evidently the path of a folder that does not exist."
     path = Path(name).expanduser()
     if path.is_file():
         raise NotADirectoryError(f"{name} is a file: give the folder of a checkpoint.")
-    explicit = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
+    explicit = (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+        or os.sep * 2 in name
+    )
     inside = "/" in name.rstrip("/") and path.parent.is_dir()
     if not explicit and not inside:
         return
     near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, near, 3)
     hint = f"did you mean {' or '.join(close)}?" if close else "check the path,"
-    raise ValueError(
+    raise FileNotFoundError(
         f"There is no folder {name}: {hint} or give a name that `mllm-compress models` lists, "
         "such as tiny-llava."
     )
