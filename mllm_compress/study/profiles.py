@@ -136,7 +136,9 @@ def _said(error: dict, kind: type, where: str) -> str:
     if error["type"].startswith(("dataclass", "dict_type")):
         return f"{where}, {last} must be a mapping, not {error['input']!r}."
     wanted = error["msg"].replace("Input should be ", "it must be ").replace("a valid ", "")
-    wanted = wanted.replace("String should", "it must").replace("List should", "it must")
+    wanted = wanted.replace("String should", "it must").replace(
+        "List should have", "it must be a list of"
+    )
     wanted = wanted.replace(" after validation", "")
     return f"{where}: {last} is {error['input']!r}: {wanted}."
 
