@@ -169,9 +169,9 @@ _WIDTHWISE = {
     "taylor": Criterion(
         taylor,
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor", BLUE, "s", DASHED),
-        help="First-order change of the loss, parameter by parameter (Ma et al. 2023).",
+        help="First-order change of the loss, per parameter and sample (Ma et al. 2023).",
     ),
     "magnitude": Criterion(
         magnitude,
@@ -215,7 +215,7 @@ _TAYLOR_ORDERS = {
     "taylor_param_mix": Criterion(
         partial(taylor, order="param_mix"),
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
     ),
