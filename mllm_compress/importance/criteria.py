@@ -255,6 +255,15 @@ def _options(row: Criterion) -> dict:
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-037
+def takes(
+    prunes: str,  # layerwise, widthwise
+    name: str,  # of the criterion
+    option: str,
+) -> bool:
+    "Whether a criterion has an option of that name."
+    return option in _options(criterion(prunes, name))
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-039
 def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
@@ -262,7 +271,7 @@ def criteria_of(
     needed = lambda row: [k for k, p in _options(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-040
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-042
 def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
     "The scores of one criterion; an unknown name or option is a ValueError."
     row = criterion(prunes, name)
@@ -271,7 +280,7 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     return with_record(row.function(model, batches, **options), model)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-042
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-044
 def measure(
     prunes: str,  # layerwise or widthwise
     name: str,  # of the criterion
@@ -285,7 +294,7 @@ def measure(
         options["seed"] = seed
     return _score(prunes, name, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-047
 def width_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
@@ -295,7 +304,7 @@ def width_importance(
     "Scores of the heads and neurons of every layer; lower goes first."
     return _score("widthwise", method, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-049
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-051
 def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
@@ -303,7 +312,7 @@ def whole_layers(
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-051
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-053
 def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
