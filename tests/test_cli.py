@@ -200,6 +200,8 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
             "recovery": "none",
             "train": "projector+lm",
             "fraction": 1.0,
+            "epochs": 0,
+            "calibration": "default",
             "seed": 0,
             "status": "done",
             "error": "",
