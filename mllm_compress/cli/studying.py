@@ -19,6 +19,7 @@ def study(
     profile: Annotated[
         str, typer.Option(help="Scale of the study, or a path to a .yaml file.")
     ] = "quick",
+    model: Annotated[str, typer.Option(help="Only this model of the profile.")] = "",
     only: Annotated[list[str], typer.Option(help="Run only this notebook; may be repeated.")] = [],
     parameter: Annotated[
         list[str],
@@ -41,6 +42,7 @@ def study(
     with politely("Finished results are kept; the same command goes on from here."):
         from mllm_compress.reporting import notebooks, runner
 
+        profile = f"{profile}@{model}" if model else profile
         if reuse:
             runner.take_in(reuse, profile)
         if status:
