@@ -37,6 +37,7 @@ setup(
         "study": study,
         "dev": study + cfg["dev_requirements"].split(),
         "vision": vision,
+        "smol": cfg["smol_requirements"].split(),
         "internvl": vision,  # its former name
         "lmms-eval": cfg["lmms_eval_requirements"].split(),
     },
