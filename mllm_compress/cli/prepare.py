@@ -161,7 +161,7 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-014
 def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
     "Calibration batches on the device."
-    from mllm_compress.data.instructions import calibration_batches
+    from mllm_compress.data import calibration_batches
 
     if samples is not None and samples > len(data):
         raise ValueError(
