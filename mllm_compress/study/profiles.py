@@ -8,7 +8,7 @@ __all__ = ['Profile', 'profile_names', 'load_profile']
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-002
 import os
 import re
-from dataclasses import field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -333,6 +333,22 @@ def only_model(profile: Profile, model: str) -> Profile:
     return replace(profile, models=[model])
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-055
+def differences(first: Profile, second: Profile) -> list:  # of (key, value, value)
+    "The settings in which two profiles differ, without name and description."
+    a, b = (_flat(asdict(p)) for p in (first, second))
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in ("name", "about")]
+    return [(k, a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    "Nested mappings as one, keys joined by points."
+    found = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-058
 def located(
     path: str,  # as a profile says it
 ) -> Path:
@@ -344,7 +360,7 @@ def located(
         )
     return checkout() / Path(expanded).expanduser()
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-058
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-061
 def resolve_parameters(
     profile: Profile,
     notebook: str,  # as "04_distillation"
@@ -366,7 +382,7 @@ def resolve_parameters(
     default = {name: own.get(name, getattr(profile, name, value)) for name, value in given.items()}
     return SimpleNamespace(**{name: value or default[name] for name, value in given.items()})
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-060
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-063
 def _is_of(value, kind: type) -> bool:
     "Whether a value is of a type; an int is a float, a bool is no number."
     if kind in (int, float):

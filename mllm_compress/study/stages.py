@@ -689,7 +689,14 @@ def packed_answers(frame: pd.DataFrame) -> dict:
         texts = list(dict.fromkeys(given))
         place = {text: k for k, text in enumerate(texts)}
         value[column] = {"texts": texts, "given": [place[text] for text in given]}
-    return value
+    return value | {"log_likelihood": [two_digits(x) for x in frame.log_likelihood]}
+
+
+def two_digits(nats: float | None) -> int | None:  # thousandths of a nat
+    "A log-likelihood as it is kept; None where it is unknown."
+    if nats is None or nats != nats:
+        return None
+    return int(float(f"{1000 * max(nats, -1e6):.1e}"))
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-107
 def unpacked_answers(value: dict) -> list:  # of Answer
@@ -697,7 +704,8 @@ def unpacked_answers(value: dict) -> list:  # of Answer
     prediction, candidate = (
         [value[c]["texts"][k] for k in value[c]["given"]] for c in ("prediction", "candidate")
     )
-    return [Answer(text, picked) for text, picked in zip(prediction, candidate)]
+    likely = [None if n is None else n / 1000 for n in value["log_likelihood"]]
+    return [Answer(*given) for given in zip(prediction, candidate, likely)]
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-109
 def units_of(answers: pd.DataFrame) -> dict:  # benchmark -> list whose mean is score / 100
@@ -717,12 +725,27 @@ def _units(name: str, rows: pd.DataFrame) -> list:
     return [round(float(v), 6) for v in sums * len(sums) / len(worth)]
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-111
+@lru_cache
+def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
+    "For each question of a benchmark the number of its unit, in the order of `units_of`."
+    numbers, found = {}, load_questions(name, split, limit, root)
+    keys = [(str(q.extra.get("subtask", "")), q.group or q.id) for q in found]
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
+def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; nan where unknown
+    "Mean log-likelihood of the right answers of each unit, from the value of an answers stage."
+    units = unit_numbers(name, e.split, e.questions, root_of(e))
+    kept = [float("nan") if n is None else n / 1000 for n in answers["log_likelihood"]]
+    return pd.Series(kept).groupby(list(units)).mean().tolist()
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-113
 def sample_of(answers: pd.DataFrame, n: int = 6) -> list:
     "The first answers of each benchmark, for people to look at."
     columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
     return answers.groupby("benchmark", sort=False).head(n)[columns].to_dict("records")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-113
+# %% ../../nbs/library/study/04_stages.ipynb #cell-115
 def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     "The value of a score stage: the row of a benchmark, its units, and a few answers."
     e = evaluation
@@ -731,7 +754,7 @@ def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
     return {"row": row, "units": units_of(frame)[name], "sample": sample_of(frame)}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-115
+# %% ../../nbs/library/study/04_stages.ipynb #cell-117
 def answer(
     experiment: Experiment, names: list, profile: Profile, results: Store, device: str
 ) -> None:
@@ -756,7 +779,7 @@ def answer(
         value = packed_answers(rows) | {"record": record(device) | took}
         store.write(results, inputs, value)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-117
+# %% ../../nbs/library/study/04_stages.ipynb #cell-119
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
     keys, subject = score_keys(experiment, profile), subject_key(experiment, profile)
@@ -767,7 +790,40 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
     ]
     return {"score": scores, "answers": answers}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-119
+# %% ../../nbs/library/study/04_stages.ipynb #cell-121
+def same_models(experiment: Experiment, profile: Profile, results: Store) -> list:  # of keys
+    "The subjects of other calibration seeds whose stored plans keep the same units."
+    e, found, ours = experiment, [], _kept_units(experiment, profile, results)
+    if e.recovery != "none" or ours is None:
+        return []
+    for seed in dict.fromkeys([*profile.seeds, *profile.calibration_seeds]):
+        other = replace(e, seed=seed, calibration_seed=seed)
+        if other != e and _kept_units(other, profile, results) == ours:
+            found.append(subject_key(other, profile))
+    return found
+
+
+def _kept_units(experiment: Experiment, profile: Profile, results: Store):  # or None
+    "What the stored plan of an experiment keeps."
+    text = _plan_json(experiment, profile, results)
+    return [json.loads(text)[k] for k in ("layers", "heads", "neurons")] if text else None
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-122
+def copy_answers(
+    experiment: Experiment, names: list, profile: Profile, results: Store, device: str
+) -> None:
+    "Take over the answers of the same model under another calibration seed."
+    e = profile.evaluation
+    plan_of(experiment, profile, results, device)
+    for subject in same_models(experiment, profile, results):
+        for name in names:
+            key = content_hash(answers_inputs(subject, name, e))
+            ours = answers_inputs(subject_key(experiment, profile), name, e)
+            known = store.read(results, "answers", content_hash(ours))
+            if known is None and (content := store.read(results, "answers", key)):
+                store.write(results, ours, content["value"])
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-124
 def compute(
     experiment: Experiment,
     profile: Profile,
@@ -776,6 +832,9 @@ def compute(
 ) -> None:
     "Compute the stages of an experiment that are missing."
     e, missing = canonical(experiment), missing_stages(experiment, profile, results)
+    if missing["answers"] and e.pruning != "none" and e.recovery == "none":
+        copy_answers(e, missing["answers"], profile, results, device)
+        missing = missing_stages(experiment, profile, results)
     if missing["answers"]:
         answer(e, missing["answers"], profile, results, device)
     subject = subject_key(e, profile)
@@ -786,19 +845,19 @@ def compute(
         store.write(results, inputs, scored(name, unpacked_answers(value), profile.evaluation))
     index(e, profile, results)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-121
+# %% ../../nbs/library/study/04_stages.ipynb #cell-126
 def index_inputs(experiment: Experiment) -> dict:
     "The inputs under which an experiment's description is kept."
     return stage_inputs("experiment", 1, **described(canonical(experiment)))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-123
+# %% ../../nbs/library/study/04_stages.ipynb #cell-128
 def index(experiment: Experiment, profile: Profile, results: Store) -> None:
     "Leave the description of an experiment in a store."
     inputs = index_inputs(experiment)
     if store.read(results, "experiment", content_hash(inputs)) is None:
         store.write(results, inputs, {})
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-125
+# %% ../../nbs/library/study/04_stages.ipynb #cell-130
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e = canonical(experiment)
@@ -811,6 +870,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
     return {
         "rows": [v["row"] for v in values.values()],
         "units": {name: v["units"] for name, v in values.items()},
+        "log_likelihoods": _likelihoods(e, profile, results),
         "sample": [row for v in values.values() for row in v["sample"]],
         "plan": plan,
         "training": student.get("training", {}),
@@ -818,7 +878,17 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "record": records,
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-127
+# %% ../../nbs/library/study/04_stages.ipynb #cell-132
+def _likelihoods(experiment: Experiment, profile: Profile, results: Store) -> dict:
+    "Benchmark -> log-likelihood of each unit, of the answers that are stored."
+    subject, e, found = subject_key(experiment, profile), profile.evaluation, {}
+    for name in score_keys(experiment, profile):
+        content = store.read(results, "answers", content_hash(answers_inputs(subject, name, e)))
+        if content:
+            found[name] = likelihoods_of(name, content["value"], e)
+    return found
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-134
 def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
     "The keys of all stages of an experiment."
     e, subject = canonical(experiment), subject_key(experiment, profile)
@@ -833,7 +903,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
         keys["student"] = {content_hash(student_inputs(e, profile))}
     return keys
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-129
+# %% ../../nbs/library/study/04_stages.ipynb #cell-136
 def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     "The plan of an experiment as JSON; empty for a dense model."
     if experiment.pruning == "none":
@@ -841,7 +911,7 @@ def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     found = store.read(results, "plan", content_hash(plan_inputs(experiment, profile)))
     return found["value"] if found else ""
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-131
+# %% ../../nbs/library/study/04_stages.ipynb #cell-138
 def _student_value(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The record of an experiment's training; empty where it is not recovered."
     if experiment.recovery == "none":
@@ -849,7 +919,7 @@ def _student_value(experiment: Experiment, profile: Profile, results: Store) -> 
     found = store.read(results, "student", content_hash(student_inputs(experiment, profile)))
     return found["value"] if found else {}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-133
+# %% ../../nbs/library/study/04_stages.ipynb #cell-140
 def answer_records(experiment: Experiment, profile: Profile, results: Store) -> list:
     "On what the answers of an experiment were computed: a record per benchmark."
     subject, e, found = subject_key(experiment, profile), profile.evaluation, []
@@ -860,7 +930,7 @@ def answer_records(experiment: Experiment, profile: Profile, results: Store) -> 
         found += [value["record"] for value in values if value.get("record")][:1]
     return found
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-135
+# %% ../../nbs/library/study/04_stages.ipynb #cell-142
 def _records(experiment: Experiment, profile: Profile, results: Store, student: dict) -> dict:
     "On what an experiment was computed, and how long its training and its answers took."
     answers = answer_records(experiment, profile, results)
@@ -870,7 +940,7 @@ def _records(experiment: Experiment, profile: Profile, results: Store, student: 
     peak = max((r.get("peak_memory_mb", 0) for r in records), default=None)
     return merged | {"seconds": round(total, 2) if records else None, "peak_memory_mb": peak}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-137
+# %% ../../nbs/library/study/04_stages.ipynb #cell-144
 def record(device: str) -> dict:
     "On what a result is computed."
     gpu = device.startswith("cuda")
