@@ -24,11 +24,11 @@ def engine_folder() -> Path | None:
     return folder.resolve() if found else None
 
 
-def run_engine(path, folder: Path | None = None, timeout: float = 120, **request) -> dict:
-    "What llama.cpp answers to a request (see bench/llama_cpp.mjs) with a GGUF file."
+def run_engine(requests: list, folder: Path | None = None, timeout: float = 120) -> list:
+    "What llama.cpp answers to requests (see bench/llama_cpp.mjs), each for a GGUF file."
     run = subprocess.run(
         ["node", str(DRIVER), str(folder or engine_folder())],
-        input=json.dumps({"model": str(Path(path).resolve())} | request),
+        input=json.dumps([r | {"model": str(Path(r["model"]).resolve())} for r in requests]),
         capture_output=True,
         text=True,
         timeout=timeout,
