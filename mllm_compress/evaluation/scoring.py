@@ -24,6 +24,7 @@ from mllm_compress.evaluation.intervals import (
     require_same_benchmarks,
     score_interval,
 )
+from .likelihood import answer_by_likelihood
 from .published import published
 from .scorers import SCORERS
 from ..utils.files import replacing, write_atomically
@@ -165,6 +166,8 @@ def answer_on(
     on_batch=None,  # called with the number of questions of each batch
 ) -> list:  # of Answer, in the order of the questions
     "Distribute the questions over copies of a model."
+    if not max_new_tokens:  # nothing is generated
+        return answer_by_likelihood(models[0], processor, questions, batch_size, on_batch)
     if len(models) == 1:
         return answer_questions(
             models[0], processor, questions, max_new_tokens, batch_size, on_batch
