@@ -235,7 +235,7 @@ def evaluate(
     model,  # MLLM
     processor,  # its processor
     benchmarks=SMALL_SUITE,  # names
-    limit: int | None = None,  # questions of each
+    limit: int | dict | None = None,  # questions of each; or benchmark -> questions
     split: str = "test",  # or "validation", for tuning
     batch_size: int = 256,  # questions at a time; halved when memory runs out
     folder=None,  # stores the answers; an interrupted evaluation resumes
@@ -248,7 +248,8 @@ def evaluate(
     "Score a model on benchmarks."
     benchmarks = [benchmarks] if isinstance(benchmarks, str) else benchmarks
     names, root = [benchmark(n).name for n in benchmarks], None if root is None else str(root)
-    questions, stored = {n: load_questions(n, split, limit, root) for n in names}, None
+    most = limit if isinstance(limit, dict) else dict.fromkeys(names, limit)
+    questions, stored = {n: load_questions(n, split, most.get(n), root) for n in names}, None
     if folder is not None:
         folder = Path(folder)
         stored = open_folder(folder, {"model": weights_hash(model), "split": split})

@@ -45,6 +45,10 @@ class Training:
     easy_vqa: Flag = False  # easy-VQA's official training questions too
     json: Word = ""  # or a LLaVA-format JSON file
     image_root: Word = ""  # where its images are
+    text: tuple[Word, ...] = ()  # or domains of data.text, for a language model
+    window: Count = 128  # tokens of a window of text
+    tokens: CountOrNone = 0  # of all windows; 0: all there are
+    tokenizer: Word = ""  # the model whose tokenizer counts them
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-008
 @dataclass(frozen=True, config=STRICT)
@@ -70,6 +74,7 @@ class Evaluation:
 
     benchmarks: Annotated[list[Word], Field(min_length=1)]
     questions: Count = 1000  # at most, per benchmark
+    limits: dict[Word, Count] = field(default_factory=dict)  # benchmark -> its own limit
     batch_size: Count = 128
     split: Literal["test", "validation"] = "test"  # validation where something is tuned
     root: Word = ""  # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
@@ -111,6 +116,7 @@ class Profile:
     learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}
     printed: dict = field(default_factory=dict)  # model -> the paper's model of its architecture
     notebooks: dict = field(default_factory=dict)  # notebook -> {parameter: value}
+    skip: dict[Word, Word] = field(default_factory=dict)  # notebook -> why it does not apply
     workers: CountOrNone = 0  # experiments at once; 0: one per core, or per GPU
     processes: Count = 1  # that train one experiment together, each with its GPU (FSDP) or core
     checkpoint_every: CountOrNone = 0  # optimiser steps; 0: a killed training starts again
