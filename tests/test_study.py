@@ -167,7 +167,7 @@ def test_profile_with_a_typing_mistake(tmp_path):
     path.write_text(text.replace("seeds:", "seed:"))
     with pytest.raises(ValueError, match="unknown seed; the keys are name, about, models"):
         load_profile(path)
-    with pytest.raises(ValueError, match="use gpu, paper, quick, smoke, tiny"):
+    with pytest.raises(ValueError, match="use gpu, paper, quick, smoke, smol, tiny"):
         load_profile("nope")
     with pytest.raises(ValueError, match="samples is True: it must be"):
         read_strictly(Calibration, {"samples": True, "batch_size": 1}, "x")
@@ -234,8 +234,9 @@ VERSIONS = [  # what is raised, and which of the dense, pruned, trained experime
 @pytest.mark.parametrize("module, name, concerned", VERSIONS, ids=[n for _, n, _ in VERSIONS])
 def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, concerned):
     def names():
-        for cached in (stages._score_keys, stages.model_identity, stages.data_inputs):
-            cached.cache_clear()
+        kept = ("_score_keys", "model_identity", "data_inputs", "calibration_inputs")
+        for cached in kept:
+            getattr(stages, cached).cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, TRAINED)]
 
     before = names()

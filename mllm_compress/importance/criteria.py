@@ -44,6 +44,7 @@ from mllm_compress.utils.methods import (
     Look,
     check_choice,
 )
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-006
 def magnitude(
@@ -96,8 +97,9 @@ def activation(
     "RMS of each head's and neuron's output activation, over the calibration tokens."
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     samples, power = sum(len(b["input_ids"]) for b in batches), {}
-    for batch in batches:
-        _add_powers(power, model, batch, mean_weights(batch, image, token_weights) / samples)
+    for k in batches_left(len(batches), power):
+        weights = mean_weights(batches[k], image, token_weights) / samples
+        _add_powers(power, model, batches[k], weights)
     meta = {"samples": samples, "token_weights": token_weights}
     squares = add_channels(anatomy(model), power, "activation", meta)
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))
@@ -169,9 +171,9 @@ _WIDTHWISE = {
     "taylor": Criterion(
         taylor,
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor", BLUE, "s", DASHED),
-        help="First-order change of the loss, parameter by parameter (Ma et al. 2023).",
+        help="First-order change of the loss, per parameter and sample (Ma et al. 2023).",
     ),
     "magnitude": Criterion(
         magnitude,
@@ -215,7 +217,7 @@ _TAYLOR_ORDERS = {
     "taylor_param_mix": Criterion(
         partial(taylor, order="param_mix"),
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
     ),
@@ -255,6 +257,15 @@ def _options(row: Criterion) -> dict:
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-037
+def takes(
+    prunes: str,  # layerwise, widthwise
+    name: str,  # of the criterion
+    option: str,
+) -> bool:
+    "Whether a criterion has an option of that name."
+    return option in _options(criterion(prunes, name))
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-039
 def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
@@ -262,7 +273,7 @@ def criteria_of(
     needed = lambda row: [k for k, p in _options(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-040
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-042
 def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
     "The scores of one criterion; an unknown name or option is a ValueError."
     row = criterion(prunes, name)
@@ -271,7 +282,7 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     return with_record(row.function(model, batches, **options), model)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-042
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-044
 def measure(
     prunes: str,  # layerwise or widthwise
     name: str,  # of the criterion
@@ -285,7 +296,7 @@ def measure(
         options["seed"] = seed
     return _score(prunes, name, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-047
 def width_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
@@ -295,7 +306,7 @@ def width_importance(
     "Scores of the heads and neurons of every layer; lower goes first."
     return _score("widthwise", method, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-049
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-051
 def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
@@ -303,7 +314,7 @@ def whole_layers(
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-051
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-053
 def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none

