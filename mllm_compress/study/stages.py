@@ -148,8 +148,6 @@ def data_inputs(training: Training) -> dict:
 # %% ../../nbs/library/study/04_stages.ipynb #cell-012
 def text_windows(training: Training, part: str) -> InstructionData:
     "Windows of a part of the texts of a profile."
-    if not training.tokenizer:
-        raise ValueError("The profile's training section names text but no tokenizer: add a model.")
     tokens = training.tokens if part == "train" else 0
     tokenizer = load_tokenizer(training.tokenizer)
     return text_data(training.text, part, tokenizer, training.window, tokens)
