@@ -38,8 +38,6 @@ setup(
         "study": study,
         "dev": study + gguf + cfg["dev_requirements"].split(),
         "vision": vision,
-        "gguf": cfg["gguf_requirements"].split(),
-        "quantize": cfg["quantize_requirements"].split(),
         "internvl": vision,  # its former name
         "gguf": gguf,
         "quantize": cfg["quantize_requirements"].split(),

@@ -702,7 +702,17 @@ def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | N
             f"token {last}: give more (--max-length)."
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-106
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-107
+def _check_context(entry: dict, ids: list, tokenizer) -> None:
+    "ValueError where a plain text is longer than the context."
+    most = tokenizer.model_max_length
+    if "conversations" not in entry and len(ids) > most:
+        raise ValueError(
+            f"Entry {entry.get('id')!r} has {len(ids):,} tokens, and the context of the model "
+            f"{most:,}: split the text, or cut it with max_length (--max-length)."
+        )
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-108
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -738,4 +748,6 @@ class Collator:
         "One entry as lists: ids, answer mask, segment and position."
         row = _packed(self, tuple(turns(entry)), _image_texts(self, entry))
         _check_cut(entry, row["ids"], self.max_length, self.render.image_id)
-        return {k: v[: self.max_length] for k, v in row.items()}
+        row = {k: v[: self.max_length] for k, v in row.items()}
+        _check_context(entry, row["ids"], self.render.tokenizer)
+        return row
