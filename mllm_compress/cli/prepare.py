@@ -159,8 +159,10 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
         )
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-014
-def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
-    "Calibration batches on the device."
+def calibration(
+    data, samples: int | None, processor, seed: int, max_length, device: str, draw=None
+) -> list:
+    "Calibration batches on the device, by `calibration_batches` or another draw."
     from mllm_compress.data.instructions import calibration_batches
 
     if samples is not None and samples > len(data):
@@ -170,7 +172,8 @@ def calibration(data, samples: int | None, processor, seed: int, max_length, dev
     if max_length is None and not is_multimodal(processor):
         max_length = 1024  # a text may be a whole book
     n = samples or min(64, len(data))
-    batches = calibration_batches(data, processor, n, seed=seed, max_length=max_length)
+    draw = draw or calibration_batches
+    batches = draw(data, processor, n, seed=seed, max_length=max_length)
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
 

@@ -670,3 +670,32 @@ def calibration_batches(
         collate([first[i] for i in range(len(first))[start : start + batch_size]])
         for start in range(0, len(first), batch_size)
     ]
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-099
+def questions_apart(entry: dict) -> list:  # of entries
+    "One entry per question, each with the image; an entry without an image as it is."
+    if not entry.get("image"):
+        return [entry]
+    talk, rows = entry["conversations"], []
+    for k in range(0, len(talk), 2):
+        marked = talk[k]["value"] if k == 0 else "<image>\n" + talk[k]["value"]
+        rows.append(entry | {"conversations": [talk[k] | {"value": marked}, talk[k + 1]]})
+    return rows
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-101
+def question_batches(
+    dataset: InstructionData,
+    processor,
+    n: int = 64,  # entries
+    batch_size: int = 64,  # rows of a batch
+    seed: int = 0,  # which entries
+    max_length: int | None = None,  # tokens of a row
+    most: int = 12,  # questions of an entry; later ones are left out
+) -> list:  # of batch dicts
+    "A fixed draw of entries with all of their questions, a row each."
+    order = np.random.default_rng(seed).permutation(len(dataset))[:n]
+    rows = [row for i in order for row in questions_apart(dataset.samples[i])[:most]]
+    apart = InstructionData(rows, dataset.image_root, dataset.images)
+    collate = Collator(processor, apart, turns="sequential", max_length=max_length)
+    starts = range(0, len(apart), batch_size)
+    return [collate([apart[i] for i in range(len(apart))[s : s + batch_size]]) for s in starts]
