@@ -203,9 +203,11 @@ def prune_step(model: str, plan, device: str, **facts) -> dict:
     )
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-017
+REFIT_QUESTIONS = 512
+
+
 def calibrated(processor, given: dict, device: str) -> tuple:  # (batches, record), or (None, None)
     "The calibration batches that a recipe takes, and what they are made of."
-    from mllm_compress.data.instructions import question_batches
     from mllm_compress.pruning.one_step import pruning_of
 
     recipe, options = given["recipe"], given["calibration"]
@@ -216,9 +218,9 @@ def calibrated(processor, given: dict, device: str) -> tuple:  # (batches, recor
         if not scored or by_weights and not given["layer_method"]:
             return None, None
     data = training_data(**options["data"], multimodal=is_multimodal(processor))
-    draw = question_batches if recipe.reconstruct else None
+    usual = REFIT_QUESTIONS if recipe.reconstruct else 64
     settings = (options["samples"], processor, given["seed"], options["max_length"], device)
-    batches = calibration(data, *settings, draw)
+    batches = calibration(data, *settings, usual)
     return batches, {"name": data.name, "samples": sum(len(b["input_ids"]) for b in batches)}
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-019

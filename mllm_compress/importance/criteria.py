@@ -208,9 +208,9 @@ _WIDTHWISE = {
     "taylor": Criterion(
         taylor,
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor", BLUE, "s", DASHED),
-        help="First-order change of the loss, parameter by parameter (Ma et al. 2023).",
+        help="First-order change of the loss, per parameter and sample (Ma et al. 2023).",
     ),
     "magnitude": Criterion(
         magnitude,
@@ -254,7 +254,7 @@ _TAYLOR_ORDERS = {
     "taylor_param_mix": Criterion(
         partial(taylor, order="param_mix"),
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
     ),
@@ -310,6 +310,15 @@ def _options(row: Criterion) -> dict:
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
+def takes(
+    prunes: str,  # layerwise, widthwise
+    name: str,  # of the criterion
+    option: str,
+) -> bool:
+    "Whether a criterion has an option of that name."
+    return option in _options(criterion(prunes, name))
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-047
 def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
@@ -317,7 +326,7 @@ def criteria_of(
     needed = lambda row: [k for k, p in _options(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-048
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-050
 def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
     "The scores of one criterion; an unknown name or option is a ValueError."
     row = criterion(prunes, name)
@@ -326,7 +335,7 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     return with_record(row.function(model, batches, **options), model)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-050
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-052
 def measure(
     prunes: str,  # layerwise or widthwise
     name: str,  # of the criterion
@@ -340,7 +349,7 @@ def measure(
         options["seed"] = seed
     return _score(prunes, name, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-053
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-055
 def width_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
@@ -350,7 +359,7 @@ def width_importance(
     "Scores of the heads and neurons of every layer; lower goes first."
     return _score("widthwise", method, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-057
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-059
 def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
@@ -358,7 +367,7 @@ def whole_layers(
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-059
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-061
 def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none

@@ -7,9 +7,10 @@ __all__ = ['Experiment']
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-002
 import numbers
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from ..importance.criteria import criteria_of
+from ..data.calibration import DESIGNS
+from ..importance.criteria import CRITERIA, criteria_of
 from ..pruning.plans import PRUNINGS
 from ..recovery.losses import LOSSES, TRAINS
 from ..utils.methods import check_choice
@@ -37,6 +38,27 @@ def as_number(what: str, given, kind: type):
     return kind(given)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-008
+def calibration_words(
+    calibration: str,  # as "stratified 512"
+) -> tuple:  # (design, questions)
+    "Design and number of questions; ValueError for anything else."
+    design, _, count = calibration.partition(" ")
+    if design not in DESIGNS or not count.isdecimal() or not int(count):
+        raise ValueError(
+            f"Calibration {calibration!r}: give a design and a number of questions, as "
+            f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
+        )
+    return design, int(count)
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-010
+def study_criteria(pruning: str) -> tuple:
+    "The criteria of a pruning, the study's default first."
+    if pruning == "none":
+        return ("none",)
+    names = [name for prunes, name in CRITERIA if prunes == pruning]
+    return tuple(dict.fromkeys([*criteria_of(pruning), *names]))
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-012
 @dataclass(frozen=True, order=True)
 class Experiment:
     "A model, how it is pruned, and how it is recovered."
@@ -48,21 +70,29 @@ class Experiment:
     recovery: str = "none"  # losses, as "sft+hidden_kd"
     train: str = "projector+lm"  # what is trained
     fraction: float = 1.0  # of the training data
-    seed: int = 0
+    seed: int = 0  # of training
+    calibration_seed: int | None = None  # of the calibration questions; None: as seed
+    calibration: str = "default"  # design and questions, as "stratified 512"; or the profile's
+    epochs: int = 0  # of training; 0: as the profile says
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
-        allowed = criteria_of(self.pruning) if self.pruning != "none" else ("none",)
+        allowed = study_criteria(self.pruning)
         if self.importance == "default":
             object.__setattr__(self, "importance", allowed[0])
         check_choice(f"importance for {self.pruning} pruning", self.importance, allowed)
         check_choice("train", self.train, TRAINS)
         check_recovery(self.recovery)
-        for name, kind in (("ratio", float), ("fraction", float), ("seed", int)):
+        if self.calibration != "default":
+            calibration_words(self.calibration)
+        if self.calibration_seed is None:
+            object.__setattr__(self, "calibration_seed", self.seed)
+        whole = dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
+        for name, kind in {"ratio": float, "fraction": float, **whole}.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
         _check_ranges(self)
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-010
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-014
 def _check_ranges(e: Experiment) -> None:
     "ValueError for a ratio or fraction that is impossible."
     if not 0 <= e.ratio < 0.95:
@@ -74,23 +104,45 @@ def _check_ranges(e: Experiment) -> None:
         )
     if not 0 < e.fraction <= 1:
         raise ValueError(f"Fraction {e.fraction} is outside (0, 1].")
-    if e.seed < 0:
-        raise ValueError(f"Seed {e.seed} is negative: use 0, 1, 2 and so on.")
+    for name in ("seed", "calibration_seed", "epochs"):
+        if getattr(e, name) < 0:
+            raise ValueError(f"{name} {getattr(e, name)} is negative: use 0, 1, 2 and so on.")
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-015
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-019
 def canonical(experiment: Experiment) -> Experiment:
     "The same experiment with everything that cannot matter at its default."
-    if experiment.recovery == "none":
-        experiment = replace(experiment, train="projector+lm", fraction=1.0)
-        return replace(experiment, seed=0) if experiment.pruning == "none" else experiment
-    names = experiment.recovery.split("+")
-    return replace(experiment, recovery="+".join(name for name in LOSSES if name in names))
+    e = experiment
+    if e.pruning == "none":
+        e = replace(e, calibration="default", calibration_seed=e.seed)
+    if e.recovery == "none":
+        seed = 0 if e.pruning == "none" else e.calibration_seed
+        own = dict(train="projector+lm", fraction=1.0, epochs=0)
+        return replace(e, seed=seed, calibration_seed=seed, **own)
+    names = e.recovery.split("+")
+    return replace(e, recovery="+".join(name for name in LOSSES if name in names))
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-018
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-022
+LATER = {"calibration": "default", "epochs": 0}  # fields with their defaults
+
+
+def described(experiment: Experiment) -> dict:
+    "The fields of an experiment, without later ones at their defaults."
+    found = asdict(experiment)
+    if found["calibration_seed"] == found["seed"]:
+        del found["calibration_seed"]
+    return {k: v for k, v in found.items() if LATER.get(k, ...) != v}
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-025
 def describe(experiment: Experiment) -> str:
     "An experiment in a few words."
     e, words = experiment, [experiment.model]
-    words += [f"{e.pruning} {e.ratio:.0%} ({e.importance})"] if e.pruning != "none" else ["dense"]
+    how = e.importance if e.calibration == "default" else f"{e.importance}, {e.calibration}"
+    words += [f"{e.pruning} {e.ratio:.0%} ({how})"] if e.pruning != "none" else ["dense"]
     if e.recovery != "none":
         words += [f"{e.recovery} on {e.train}, {100 * e.fraction:g} % of the data"]
-    return ", ".join(words + [f"seed {e.seed}"])
+    words += [f"{e.epochs} epochs"] * bool(e.epochs) + [f"seed {e.seed}"]
+    return ", ".join(words + [f"calibration seed {e.calibration_seed}"] * _two_seeds(e))
+
+
+def _two_seeds(e: Experiment) -> bool:
+    return e.calibration_seed != e.seed

@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from .. import data
 from ..anatomy.families import anatomy
-from ..data.instructions import CALIBRATION_VERSION, DATA_VERSION, InstructionData, mix
+from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
+from ..data.instructions import DATA_VERSION, InstructionData, mix
 from ..data.scenes import SCENES_VERSION
 from mllm_compress.evaluation.benchmarks import (
     benchmark,
@@ -40,9 +41,16 @@ from mllm_compress.evaluation.benchmarks import (
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
-from ..importance.criteria import criterion, measure
+from ..importance.criteria import criterion, measure, takes
 from ..importance.scores import load_scores
-from ..pruning.plans import PRUNINGS, plan_none, plan_pruning
+from mllm_compress.pruning.plans import (
+    PRUNINGS,
+    layers_for_ratio,
+    layerwise_ratio,
+    plan_channels,
+    plan_none,
+    plan_pruning,
+)
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
@@ -50,12 +58,20 @@ from ..recovery.losses import LOSSES
 from ..recovery.student import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
 from . import store
-from .experiments import Experiment, canonical
+from mllm_compress.study.experiments import (
+    Experiment,
+    calibration_words,
+    canonical,
+    described,
+)
 from mllm_compress.study.profiles import (
+    Calibration,
     Evaluation,
     Profile,
     Training,
+    Width,
     located,
+    rate_of,
     read_strictly,
     recovery_of,
     training_of,
@@ -187,9 +203,12 @@ def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     weights = {name: 1 / len(losses) for name in losses}
     own = {"train": experiment.train, "losses": weights, "seed": experiment.seed}
     options = own | {"fraction": experiment.fraction} | options
+    if experiment.epochs:
+        options["epochs"] = experiment.epochs
     config = config_from_dict({k: v for k, v in options.items() if v != "fastest"})
     rates = profile.learning_rates.get(experiment.train, {})
-    rate = float(rates.get(experiment.recovery, learning_rate(config)))
+    rate = rate_of(rates.get(experiment.recovery), experiment.pruning, experiment.ratio)
+    rate = learning_rate(config) if rate is None else rate
     settled = asdict(replace(config, lr=rate))
     return settled | {k: v for k, v in options.items() if v == "fastest"}
 
@@ -210,22 +229,55 @@ def recovery_config(experiment: Experiment, profile: Profile) -> RecoveryConfig:
     return config_from_dict(options)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-029
+def calibration_of(experiment: Experiment, profile: Profile) -> Calibration:
+    "On what the scores of an experiment are measured."
+    c = profile.calibration
+    if experiment.calibration != "default":
+        design, samples = calibration_words(experiment.calibration)
+        return replace(c, design=design, samples=samples)
+    layers = experiment.pruning == "layerwise" and c.layerwise_samples
+    return replace(c, samples=layers or c.samples)
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-031
+@lru_cache(maxsize=1000)
+def calibration_inputs(
+    training: Training,
+    design: str,
+    samples: int,
+    per_entry: int,
+    seed: int,
+) -> dict:
+    "What determines the questions that scores are measured on."
+    drawn = calibration_data(training_data(training), samples, seed, design, per_entry)
+    found = {"version": CALIBRATION_VERSION, "design": design, "samples": samples}
+    return found | {"questions": calibration_hash(drawn)}
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-033
 def scores_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the importance scores of an experiment."
     e, training = experiment, training_of(experiment.model, profile)
-    calibration = asdict(profile.calibration) | {"version": CALIBRATION_VERSION}
+    c, own = calibration_of(e, profile), _score_options(e, profile)
+    drawn = calibration_inputs(training, c.design, c.samples, c.per_entry, e.calibration_seed)
+    blocks = {"ratio": e.ratio} if takes(e.pruning, e.importance, "n") else {}
     return stage_inputs(
         "scores",
         criterion(e.pruning, e.importance).version,
         prunes=e.pruning,
         criterion=e.importance,
-        calibration=calibration,
+        calibration=drawn | own,
         data=data_inputs(training),
-        seed=e.seed,
+        seed=e.calibration_seed,
+        **blocks,
         **model_inputs(e.model, profile),
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-031
+
+def _score_options(experiment: Experiment, profile: Profile) -> dict:
+    "Options of the criterion that are not at their defaults."
+    e, mode = experiment, profile.calibration.mode
+    return {"mode": mode} if mode != "default" and takes(e.pruning, e.importance, "mode") else {}
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-035
 def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the plan of a pruned experiment."
     e = experiment
@@ -236,7 +288,7 @@ def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
         "plan", row.version, pruning=e.pruning, scores=scores, ratio=e.ratio, **width
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-033
+# %% ../../nbs/library/study/04_stages.ipynb #cell-037
 def student_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the student of a recovered experiment."
     e, options = experiment, recovery_options(experiment, profile)
@@ -252,7 +304,7 @@ def student_inputs(experiment: Experiment, profile: Profile) -> dict:
         data=data_inputs(training_of(e.model, profile)),
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-035
+# %% ../../nbs/library/study/04_stages.ipynb #cell-039
 def subject_key(experiment: Experiment, profile: Profile) -> str:
     "The key of what is evaluated: a student, a plan, or a dense model."
     e = canonical(experiment)
@@ -262,7 +314,7 @@ def subject_key(experiment: Experiment, profile: Profile) -> str:
         return content_hash(plan_inputs(e, profile))
     return content_hash(model_inputs(e.model, profile))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-037
+# %% ../../nbs/library/study/04_stages.ipynb #cell-041
 def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
     "What determines a subject's answers to a benchmark."
     row = benchmark(name)
@@ -275,18 +327,18 @@ def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
         questions=_questions_hash(row.name, evaluation),
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-039
+# %% ../../nbs/library/study/04_stages.ipynb #cell-043
 @lru_cache
 def _hash_of_questions(name: str, split: str, limit: int, root: str | None) -> str:
     "`questions_hash`, once per process."
     return questions_hash(name, split, limit, root)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-041
+# %% ../../nbs/library/study/04_stages.ipynb #cell-045
 def _questions_hash(name: str, e: Evaluation) -> str:
     "What determines the questions of a benchmark."
     return _hash_of_questions(name, e.split, e.questions, root_of(e))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-043
+# %% ../../nbs/library/study/04_stages.ipynb #cell-047
 def score_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
     "What determines a subject's score on a benchmark."
     scorer, answers = benchmark(name).scorer, answers_inputs(subject, name, evaluation)
@@ -294,12 +346,12 @@ def score_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
         "score", SCORERS[scorer].version, scorer=scorer, answers=content_hash(answers)
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-045
+# %% ../../nbs/library/study/04_stages.ipynb #cell-049
 def score_keys(experiment: Experiment, profile: Profile) -> dict:  # benchmark -> key
     "The keys of an experiment's scores."
     return dict(_score_keys(canonical(experiment), _Key(profile)))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-047
+# %% ../../nbs/library/study/04_stages.ipynb #cell-051
 class _Key:
     "A profile as a key of a cache, compared by its values."
 
@@ -312,7 +364,7 @@ class _Key:
     def __eq__(self, other):
         return self.text == other.text
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-049
+# %% ../../nbs/library/study/04_stages.ipynb #cell-053
 @lru_cache(maxsize=20_000)
 def _score_keys(experiment: Experiment, key: _Key) -> tuple:
     "Pairs of benchmark and key."
@@ -321,43 +373,56 @@ def _score_keys(experiment: Experiment, key: _Key) -> tuple:
     names = [benchmark(name).name for name in e.benchmarks]
     return tuple((name, content_hash(score_inputs(subject, name, e))) for name in names)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-051
+# %% ../../nbs/library/study/04_stages.ipynb #cell-055
 def name_of(experiment: Experiment, profile: Profile) -> str:
     "The name of an experiment's result."
     return content_hash(score_keys(experiment, profile))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-055
+# %% ../../nbs/library/study/04_stages.ipynb #cell-059
 @lru_cache(maxsize=2)
 def _teacher(source: str, device: str, tower: str | None, dtype: str):  # (model, processor)
     "An uncompressed model; never changed, so it can be shared."
     kind = getattr(torch, dtype) if dtype else None
     return load_model(source, device=device, vision_tower=tower, dtype=kind)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-057
+# %% ../../nbs/library/study/04_stages.ipynb #cell-061
 def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, processor)
     "An uncompressed model of a profile."
     tower = profile.towers.get(model)
     tower = str(located(tower)) if tower else None
     return _teacher(source_of(model, profile), device, tower, profile.dtype)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-059
+# %% ../../nbs/library/study/04_stages.ipynb #cell-063
+def calibration_batches_of(
+    experiment: Experiment, profile: Profile, processor, device: str
+) -> list:  # of batch dicts
+    "The questions that the scores of an experiment are measured on."
+    e, c = experiment, calibration_of(experiment, profile)
+    samples = training_data(training_of(e.model, profile))
+    size = c.batch_size if c.mode == "default" else c.samples
+    draw = dict(seed=e.calibration_seed, design=c.design, per_entry=c.per_entry)
+    batches = data.calibration_batches(samples, processor, c.samples, size, **draw)
+    return [{k: v.to(device) for k, v in b.items()} for b in batches]
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-065
 def scores_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
-    e, c = experiment, profile.calibration
+    e = experiment
 
     def fill(folder):
         model, processor = teacher_of(e.model, profile, device)
-        samples = training_data(training_of(e.model, profile))
-        batches = data.calibration_batches(samples, processor, c.samples, c.batch_size, e.seed)
-        batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
-        start = time.perf_counter()
-        measure(e.pruning, e.importance, model, batches, e.seed).save(folder)
+        batches = calibration_batches_of(e, profile, processor, device)
+        options, start = _score_options(e, profile), time.perf_counter()
+        if takes(e.pruning, e.importance, "n"):
+            options["n"] = layers_for_ratio(model, e.ratio)
+        scores = measure(e.pruning, e.importance, model, batches, e.calibration_seed, **options)
+        scores.save(folder)
         return record(device) | {"seconds": round(time.perf_counter() - start, 2)}
 
     key = store.shared(results, scores_inputs(e, profile), fill)
     return load_scores(store.folder_of(results, "scores", key))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-061
+# %% ../../nbs/library/study/04_stages.ipynb #cell-067
 def plan_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "What an experiment removes: a PruningPlan."
     e = canonical(experiment)
@@ -367,27 +432,38 @@ def plan_of(experiment: Experiment, profile: Profile, results: Store, device: st
     if found := store.read(results, "plan", content_hash(inputs)):
         return PruningPlan.from_json(found["value"])
     model, _ = teacher_of(e.model, profile, device)
-    scores, w = scores_of(e, profile, results, device), profile.width
-    protect = (w.protect_first, w.protect_last)
-    plan = plan_pruning(e.pruning, model, scores, ratio=e.ratio, protect=protect, shape=w.shape)
+    plan = planned(e, model, scores_of(e, profile, results, device), profile.width)
     store.write(results, inputs, plan.to_json())
     return plan
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-063
+# %% ../../nbs/library/study/04_stages.ipynb #cell-069
+def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
+    "The plan of an experiment from its scores."
+    e, w = experiment, width
+    if e.pruning == "widthwise" and w.attention_layers:
+        spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
+        return plan_channels(model, scores, e.ratio, *spans)
+    ratio = e.ratio
+    if e.pruning != "layerwise" and w.aim == "layers":
+        ratio = layerwise_ratio(model, e.ratio)
+    protect = (w.protect_first, w.protect_last)
+    return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=w.shape)
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-071
 def trained_parts(student, config: RecoveryConfig) -> list:  # of modules
     "The parts of a student that training changes in full (adapters are changed by peft)."
     parts = anatomy(student)
     only_projector = config.lora or config.train == "projector"
     return [parts.projector] if only_projector else [parts.projector, parts.decoder, parts.lm_head]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-065
+# %% ../../nbs/library/study/04_stages.ipynb #cell-073
 def trained_in_float32(student, config: RecoveryConfig):
     "The student with the parts in float32 that training changes in full."
     for part in trained_parts(student, config):
         cast(part, torch.float32)
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-067
+# %% ../../nbs/library/study/04_stages.ipynb #cell-075
 def checkpoints_of(
     subject: str,  # key of a student
     results: Store,
@@ -395,7 +471,7 @@ def checkpoints_of(
     "Where the checkpoints of a student in training are."
     return results.folder / "checkpoints" / subject
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-069
+# %% ../../nbs/library/study/04_stages.ipynb #cell-077
 def trained(
     experiment: Experiment, plan, profile: Profile, results: Store, device: str
 ) -> tuple:  # (model, record of the training, adapters or None)
@@ -419,7 +495,7 @@ def trained(
     )
     return result.model, _training_record(config, result), result.adapters
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-071
+# %% ../../nbs/library/study/04_stages.ipynb #cell-079
 def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "Options of `recover` for a training that goes on where it was killed."
     if not profile.checkpoint_every:
@@ -427,7 +503,7 @@ def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) 
     folder = checkpoints_of(subject_key(experiment, profile), results)
     return {"folder": folder, "save_every": profile.checkpoint_every}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-073
+# %% ../../nbs/library/study/04_stages.ipynb #cell-081
 def _sharding(student, profile: Profile, device: str) -> dict:
     "Options of `recover` for a student that several GPUs share."
     if profile.processes == 1 or device == "cpu":
@@ -436,7 +512,7 @@ def _sharding(student, profile: Profile, device: str) -> dict:
     config = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
     return {"trainer": {"fsdp": True, "fsdp_config": config}}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-075
+# %% ../../nbs/library/study/04_stages.ipynb #cell-083
 def _training_record(config: RecoveryConfig, result) -> dict:
     "What is kept of a training."
     return {
@@ -447,7 +523,7 @@ def _training_record(config: RecoveryConfig, result) -> dict:
         "loss": float(result.history.loss.iloc[-1]),
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-077
+# %% ../../nbs/library/study/04_stages.ipynb #cell-085
 def trained_together(
     experiment: Experiment, profile: Profile, results: Store, student
 ) -> tuple:  # as `trained`
@@ -473,7 +549,7 @@ def trained_together(
         record = json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
         return student, record, None
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-079
+# %% ../../nbs/library/study/04_stages.ipynb #cell-087
 def join(folder: str) -> None:
     "Train the experiment of a job, as one of its processes."
     job = json.loads(Path(folder, "job.json").read_text(encoding="utf-8"))
@@ -489,7 +565,7 @@ def join(folder: str) -> None:
     save_file(weights, Path(folder, "weights.safetensors"))
     Path(folder, "training.json").write_text(json.dumps(training), encoding="utf-8")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-081
+# %% ../../nbs/library/study/04_stages.ipynb #cell-089
 def _end_with(process: int) -> None:
     "End this process when another is gone."
     while True:
@@ -499,7 +575,7 @@ def _end_with(process: int) -> None:
             os._exit(1)
         time.sleep(1)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-083
+# %% ../../nbs/library/study/04_stages.ipynb #cell-091
 @contextmanager
 def _off(device: str, *models):
     "Models wait in the CPU's memory while other processes train on the device."
@@ -513,7 +589,7 @@ def _off(device: str, *models):
         for model in models:
             model.to(device)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-085
+# %% ../../nbs/library/study/04_stages.ipynb #cell-093
 def tensors_to_keep(
     experiment: Experiment, profile: Profile, student, start, adapters
 ) -> dict | None:  # name -> tensor; None where the student is not kept
@@ -529,7 +605,7 @@ def tensors_to_keep(
     own = {name: tensor for name, tensor in changed.items() if name in names}
     return own | {f"{ADAPTER}{name}": tensor for name, tensor in adapters.items()}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-087
+# %% ../../nbs/library/study/04_stages.ipynb #cell-095
 ADAPTER = "adapter:"  # how the names of adapters begin in a file of kept weights
 
 
@@ -537,7 +613,7 @@ def kept_bytes(results: Store) -> int:
     "The size of all kept students."
     return sum(p.stat().st_size for p in (results.folder / "student").glob("*/*.safetensors"))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-089
+# %% ../../nbs/library/study/04_stages.ipynb #cell-097
 def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
     "The tensors in which a student differs from the pruned model that it was trained from."
     before = start.state_dict()
@@ -547,7 +623,7 @@ def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
         if not torch.equal(tensor.cpu(), before[name].cpu().to(tensor.dtype))
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-091
+# %% ../../nbs/library/study/04_stages.ipynb #cell-099
 def keep_student(
     experiment: Experiment, profile: Profile, results: Store, tensors: dict | None, value: dict
 ) -> None:
@@ -563,7 +639,7 @@ def keep_student(
 
     store.write(results, inputs, value, None if tensors is None else fill)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-093
+# %% ../../nbs/library/study/04_stages.ipynb #cell-101
 def kept_student(experiment: Experiment, profile: Profile, results: Store, plan, device: str):
     "The student of an experiment from its kept weights; None where there are none."
     key = content_hash(student_inputs(experiment, profile))
@@ -580,7 +656,7 @@ def kept_student(experiment: Experiment, profile: Profile, results: Store, plan,
         state[name].copy_(tensors[name])
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-095
+# %% ../../nbs/library/study/04_stages.ipynb #cell-103
 def student_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "The compressed model of an experiment."
     e = canonical(experiment)
@@ -604,7 +680,7 @@ def student_of(experiment: Experiment, profile: Profile, results: Store, device:
     keep_student(e, profile, results, kept, value)
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-097
+# %% ../../nbs/library/study/04_stages.ipynb #cell-105
 def packed_answers(frame: pd.DataFrame) -> dict:
     "The answers to one benchmark as JSON values: distinct texts, and which of them was given."
     value = {}
@@ -615,7 +691,7 @@ def packed_answers(frame: pd.DataFrame) -> dict:
         value[column] = {"texts": texts, "given": [place[text] for text in given]}
     return value
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-099
+# %% ../../nbs/library/study/04_stages.ipynb #cell-107
 def unpacked_answers(value: dict) -> list:  # of Answer
     "The answers that `packed_answers` kept."
     prediction, candidate = (
@@ -623,7 +699,7 @@ def unpacked_answers(value: dict) -> list:  # of Answer
     )
     return [Answer(text, picked) for text, picked in zip(prediction, candidate)]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-101
+# %% ../../nbs/library/study/04_stages.ipynb #cell-109
 def units_of(answers: pd.DataFrame) -> dict:  # benchmark -> list whose mean is score / 100
     "What each question, or group of questions that belong together, was worth."
     return {name: _units(name, rows) for name, rows in answers.groupby("benchmark", sort=False)}
@@ -640,13 +716,13 @@ def _units(name: str, rows: pd.DataFrame) -> list:
     sums = weighted.groupby([worth.stratum, together], sort=False).sum()
     return [round(float(v), 6) for v in sums * len(sums) / len(worth)]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-103
+# %% ../../nbs/library/study/04_stages.ipynb #cell-111
 def sample_of(answers: pd.DataFrame, n: int = 6) -> list:
     "The first answers of each benchmark, for people to look at."
     columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
     return answers.groupby("benchmark", sort=False).head(n)[columns].to_dict("records")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-105
+# %% ../../nbs/library/study/04_stages.ipynb #cell-113
 def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     "The value of a score stage: the row of a benchmark, its units, and a few answers."
     e = evaluation
@@ -655,7 +731,7 @@ def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
     return {"row": row, "units": units_of(frame)[name], "sample": sample_of(frame)}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-107
+# %% ../../nbs/library/study/04_stages.ipynb #cell-115
 def answer(
     experiment: Experiment, names: list, profile: Profile, results: Store, device: str
 ) -> None:
@@ -680,7 +756,7 @@ def answer(
         value = packed_answers(rows) | {"record": record(device) | took}
         store.write(results, inputs, value)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-109
+# %% ../../nbs/library/study/04_stages.ipynb #cell-117
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
     keys, subject = score_keys(experiment, profile), subject_key(experiment, profile)
@@ -691,7 +767,7 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
     ]
     return {"score": scores, "answers": answers}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-111
+# %% ../../nbs/library/study/04_stages.ipynb #cell-119
 def compute(
     experiment: Experiment,
     profile: Profile,
@@ -710,19 +786,19 @@ def compute(
         store.write(results, inputs, scored(name, unpacked_answers(value), profile.evaluation))
     index(e, profile, results)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-113
+# %% ../../nbs/library/study/04_stages.ipynb #cell-121
 def index_inputs(experiment: Experiment) -> dict:
     "The inputs under which an experiment's description is kept."
-    return stage_inputs("experiment", 1, **asdict(canonical(experiment)))
+    return stage_inputs("experiment", 1, **described(canonical(experiment)))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-115
+# %% ../../nbs/library/study/04_stages.ipynb #cell-123
 def index(experiment: Experiment, profile: Profile, results: Store) -> None:
     "Leave the description of an experiment in a store."
     inputs = index_inputs(experiment)
     if store.read(results, "experiment", content_hash(inputs)) is None:
         store.write(results, inputs, {})
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-117
+# %% ../../nbs/library/study/04_stages.ipynb #cell-125
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e = canonical(experiment)
@@ -742,7 +818,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "record": records,
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-119
+# %% ../../nbs/library/study/04_stages.ipynb #cell-127
 def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
     "The keys of all stages of an experiment."
     e, subject = canonical(experiment), subject_key(experiment, profile)
@@ -757,7 +833,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
         keys["student"] = {content_hash(student_inputs(e, profile))}
     return keys
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-121
+# %% ../../nbs/library/study/04_stages.ipynb #cell-129
 def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     "The plan of an experiment as JSON; empty for a dense model."
     if experiment.pruning == "none":
@@ -765,7 +841,7 @@ def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     found = store.read(results, "plan", content_hash(plan_inputs(experiment, profile)))
     return found["value"] if found else ""
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-123
+# %% ../../nbs/library/study/04_stages.ipynb #cell-131
 def _student_value(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The record of an experiment's training; empty where it is not recovered."
     if experiment.recovery == "none":
@@ -773,7 +849,7 @@ def _student_value(experiment: Experiment, profile: Profile, results: Store) -> 
     found = store.read(results, "student", content_hash(student_inputs(experiment, profile)))
     return found["value"] if found else {}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-125
+# %% ../../nbs/library/study/04_stages.ipynb #cell-133
 def answer_records(experiment: Experiment, profile: Profile, results: Store) -> list:
     "On what the answers of an experiment were computed: a record per benchmark."
     subject, e, found = subject_key(experiment, profile), profile.evaluation, []
@@ -784,7 +860,7 @@ def answer_records(experiment: Experiment, profile: Profile, results: Store) -> 
         found += [value["record"] for value in values if value.get("record")][:1]
     return found
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-127
+# %% ../../nbs/library/study/04_stages.ipynb #cell-135
 def _records(experiment: Experiment, profile: Profile, results: Store, student: dict) -> dict:
     "On what an experiment was computed, and how long its training and its answers took."
     answers = answer_records(experiment, profile, results)
@@ -794,7 +870,7 @@ def _records(experiment: Experiment, profile: Profile, results: Store, student: 
     peak = max((r.get("peak_memory_mb", 0) for r in records), default=None)
     return merged | {"seconds": round(total, 2) if records else None, "peak_memory_mb": peak}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-129
+# %% ../../nbs/library/study/04_stages.ipynb #cell-137
 def record(device: str) -> dict:
     "On what a result is computed."
     gpu = device.startswith("cuda")
