@@ -24,6 +24,7 @@ from mllm_compress.evaluation.intervals import (
     require_same_benchmarks,
     score_interval,
 )
+from .likelihood import answer_by_likelihood
 from .published import published
 from .scorers import SCORERS
 from ..utils.files import replacing, write_atomically
@@ -174,6 +175,8 @@ def answer_on(
     on_batch=None,  # called with the number of questions of each batch
 ) -> list:  # of Answer, in the order of the questions
     "Distribute the questions over copies of a model."
+    if not max_new_tokens:  # nothing is generated
+        return answer_by_likelihood(models[0], processor, questions, batch_size, on_batch)
     if len(models) == 1:
         return answer_questions(
             models[0], processor, questions, max_new_tokens, batch_size, on_batch
@@ -241,7 +244,7 @@ def evaluate(
     model,  # MLLM
     processor,  # its processor
     benchmarks=SMALL_SUITE,  # names
-    limit: int | None = None,  # questions of each
+    limit: int | dict | None = None,  # questions of each; or benchmark -> questions
     split: str = "test",  # or "validation", for tuning
     batch_size: int = 256,  # questions at a time; halved when memory runs out
     folder=None,  # stores the answers; an interrupted evaluation resumes
@@ -254,7 +257,8 @@ def evaluate(
     "Score a model on benchmarks."
     benchmarks = [benchmarks] if isinstance(benchmarks, str) else benchmarks
     names, root = [benchmark(n).name for n in benchmarks], None if root is None else str(root)
-    questions, stored = {n: load_questions(n, split, limit, root) for n in names}, None
+    most = limit if isinstance(limit, dict) else dict.fromkeys(names, limit)
+    questions, stored = {n: load_questions(n, split, most.get(n), root) for n in names}, None
     if folder is not None:
         folder = Path(folder)
         stored = open_folder(folder, {"model": weights_hash(model), "split": split})

@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass, replace
 
 from ..data.calibration import DESIGNS
 from ..importance.criteria import CRITERIA, criteria_of
-from ..pruning.plans import PRUNINGS
+from ..importance.gauss_newton import PRESERVED
+from ..pruning.one_step import COMPARABLE
+from ..pruning.plans import ALLOCATIONS, PRUNINGS
+from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.losses import LOSSES, TRAINS
 from ..utils.methods import check_choice
 
@@ -74,6 +77,10 @@ class Experiment:
     calibration_seed: int | None = None  # of the calibration questions; None: as seed
     calibration: str = "default"  # design and questions, as "stratified 512"; or the profile's
     epochs: int = 0  # of training; 0: as the profile says
+    of: str = "auto"  # gauss_newton: what must not change, a row of PRESERVED
+    allocation: str = "layer"  # widthwise: where the budget is taken, a row of ALLOCATIONS
+    shape: str = "default"  # widthwise: blockwise or uniform; "default": as the profile says
+    reconstruct: str = "none"  # of what is left, a row of RECONSTRUCTIONS
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -91,8 +98,30 @@ class Experiment:
         for name, kind in {"ratio": float, "fraction": float, **whole}.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
         _check_ranges(self)
+        _check_method(self)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014
+def _check_method(e: Experiment) -> None:
+    "ValueError for a way of pruning that is unknown, or that does not fit the criterion."
+    check_choice("of", e.of, ("auto", *PRESERVED))
+    check_choice("allocation", e.allocation, ALLOCATIONS)
+    check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
+    check_choice("reconstruct", e.reconstruct, RECONSTRUCTIONS)
+    if e.of != "auto" and e.importance != "gauss_newton":
+        raise ValueError(f"of={e.of!r} is an option of gauss_newton, not of {e.importance}.")
+    if e.pruning == "none" and e.reconstruct != "none":
+        raise ValueError(f"reconstruct={e.reconstruct!r} needs a pruning.")
+    if e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"):
+        raise ValueError(f"allocation and shape are of widthwise plans, not of {e.pruning!r}.")
+    if e.allocation != "layer" and e.shape == "uniform":
+        raise ValueError(f"allocation {e.allocation!r} gives each layer its own width.")
+    if e.allocation != "layer" and e.importance not in COMPARABLE["global"]:
+        raise ValueError(
+            f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
+            "importance gauss_newton."
+        )
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-016
 def _check_ranges(e: Experiment) -> None:
     "ValueError for a ratio or fraction that is impossible."
     if not 0 <= e.ratio < 0.95:
@@ -108,7 +137,7 @@ def _check_ranges(e: Experiment) -> None:
         if getattr(e, name) < 0:
             raise ValueError(f"{name} {getattr(e, name)} is negative: use 0, 1, 2 and so on.")
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-019
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-021
 def canonical(experiment: Experiment) -> Experiment:
     "The same experiment with everything that cannot matter at its default."
     e = experiment
@@ -121,8 +150,15 @@ def canonical(experiment: Experiment) -> Experiment:
     names = e.recovery.split("+")
     return replace(e, recovery="+".join(name for name in LOSSES if name in names))
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-022
-LATER = {"calibration": "default", "epochs": 0}  # fields with their defaults
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-024
+LATER = {  # fields with their defaults
+    "calibration": "default",
+    "epochs": 0,
+    "of": "auto",
+    "allocation": "layer",
+    "shape": "default",
+    "reconstruct": "none",
+}
 
 
 def described(experiment: Experiment) -> dict:
@@ -132,11 +168,20 @@ def described(experiment: Experiment) -> dict:
         del found["calibration_seed"]
     return {k: v for k, v in found.items() if LATER.get(k, ...) != v}
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-025
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-027
+METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct")
+
+
+def method_of(experiment: Experiment) -> str:
+    "The criterion of an experiment, with what else belongs to its way of pruning."
+    own = [getattr(experiment, n) for n in METHOD_FIELDS if getattr(experiment, n) != LATER[n]]
+    return " + ".join([experiment.importance, *own])
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-030
 def describe(experiment: Experiment) -> str:
     "An experiment in a few words."
     e, words = experiment, [experiment.model]
-    how = e.importance if e.calibration == "default" else f"{e.importance}, {e.calibration}"
+    how = method_of(e) if e.calibration == "default" else f"{method_of(e)}, {e.calibration}"
     words += [f"{e.pruning} {e.ratio:.0%} ({how})"] if e.pruning != "none" else ["dense"]
     if e.recovery != "none":
         words += [f"{e.recovery} on {e.train}, {100 * e.fraction:g} % of the data"]
