@@ -37,6 +37,8 @@ setup(
         "study": study,
         "dev": study + cfg["dev_requirements"].split(),
         "vision": vision,
+        "gguf": cfg["gguf_requirements"].split(),
+        "quantize": cfg["quantize_requirements"].split(),
         "internvl": vision,  # its former name
         "lmms-eval": cfg["lmms_eval_requirements"].split(),
     },

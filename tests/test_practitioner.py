@@ -313,26 +313,6 @@ def test_options_of_the_program(here):
         assert isinstance(facts(*command.split()), dict)
 
 
-def test_auto_classes_load_our_format_once_they_are_told():
-    import subprocess
-    import sys
-
-    code = """
-import tempfile, torch
-from mllm_compress import checkpoint, prune
-from mllm_compress.zoo import tiny_model
-from transformers import AutoModelForImageTextToText
-small, plan = prune(tiny_model("llava", layers=4), ratio=.2, method="magnitude", shape="blockwise")
-with tempfile.TemporaryDirectory() as folder:
-    checkpoint.save_pruned(small, plan, folder)
-    checkpoint.register()
-    again = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
-assert again.num_parameters() == small.num_parameters() and again.dtype == torch.bfloat16
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_scores_become_part_of_the_checkpoint(here):
     from huggingface_hub import ModelCard
 

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from mllm_compress.data.instructions import Collator, InstructionData, entry_ids, turns
+from mllm_compress.data.reading import IMAGE, image_names, pictures_first
 from mllm_compress.utils.files import content_hash
 from mllm_compress.utils.methods import check_choice
 
@@ -37,8 +38,8 @@ def question_types(
     "The type of each question: as the entry names it, else source and form of the answer."
     if "types" in entry:
         return entry["types"]
-    folder = str(entry.get("image") or "no image").split("/")
-    source = folder[0] if len(folder) > 1 or not entry.get("image") else "image"
+    folder = str((image_names(entry) or ["no image"])[0]).split("/")
+    source = folder[0] if len(folder) > 1 or not image_names(entry) else "image"
     return [f"{source}/{answer_form(answer)}" for _, answer in turns(entry)]
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-014
@@ -88,11 +89,18 @@ DESIGNS = {"stratified": draw_stratified, "first": draw_first}
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-019
 def one_question(entry: dict, k: int) -> dict:
-    "An entry with one of its questions; plain text as it is."
+    "An entry with one of its questions and the pictures up to it; plain text as it is."
     types = {"types": [question_types(entry)[k]]}
     if "conversations" not in entry:
         return entry | types
-    return entry | types | {"conversations": entry["conversations"][2 * k : 2 * k + 2]}
+    said, images = entry["conversations"], image_names(entry)
+    asked, answer = said[2 * k : 2 * k + 2]
+    if images and not pictures_first(said):
+        before = sum(turn["value"].count(IMAGE) for turn in said[: 2 * k])
+        seen = images[: before + asked["value"].count(IMAGE)]
+        asked = asked | {"value": f"{IMAGE}\n" * before + asked["value"]}
+        entry = entry | {"image": seen or None}
+    return entry | types | {"conversations": [asked, answer]}
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-020
 def calibration_data(
