@@ -148,12 +148,19 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def resident_memory() -> float:  # MiB
-    "The most memory that this process has held at once."
+def resident_memory(now: bool = False) -> float:  # MiB
+    "The most memory that this process has held at once, or what it holds now where that is known."
+    status = Path("/proc/self/status")  # of Linux; getrusage may count the parent process too
+    if status.is_file():
+        wanted = "VmRSS:" if now else "VmHWM:"
+        rows = (line.split() for line in status.read_text().splitlines())
+        found = [int(row[1]) for row in rows if row and row[0] == wanted]
+        if found:
+            return found[0] / 2**10
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB here
+    return most / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB elsewhere
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-011
 def new_figure(width: float, height: float):  # a matplotlib Figure, or None
@@ -273,6 +280,14 @@ SkipMissing = Annotated[
     bool, typer.Option("--skip-missing", help="Leave out entries whose image does not exist.")
 ]
 Scenes = Annotated[int, typer.Option(help="Training scenes of the data 'small'.")]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        help="A Jinja file that renders conversations; default: the model's own, and for a "
+        "language model without one 'User: …' and 'Assistant: …'.",
+    ),
+]
 MaxLength = Annotated[
     int | None, typer.Option("--max-length", help="Tokens of a sample; longer ones are cut.")
 ]
@@ -360,6 +375,26 @@ def is_multimodal(processor) -> bool:
     return hasattr(processor, "image_processor")
 
 
+def choose_template(processor, file: Path | None, chat: bool) -> str | None:
+    "Give a processor the chat template that conversations need; says which, if not its own."
+    from mllm_compress.data.instructions import set_chat_template
+
+    which = set_chat_template(processor, file, chat)
+    if which == "plain":
+        note(
+            "the tokenizer has no chat template, so conversations are written as 'User: …' and "
+            "'Assistant: …'; --chat-template FILE gives another."
+        )
+    elif which:
+        note(f"conversations are written with the chat template {which}.")
+    return which
+
+
+def has_chat(data) -> bool:
+    "Whether some entries are conversations."
+    return any("conversations" in entry for entry in data.samples)
+
+# %% ../../nbs/library/cli/01_app.ipynb #cell-029
 def training_data(
     data: str,  # a file, or 'small'
     image_root: str,  # empty: the folder of the file
