@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-003
+import errno
 import json
 import math
 import os
@@ -183,6 +184,14 @@ def _fail(text: str, code: int):
     raise typer.Exit(code) from None
 
 
+def _in_words(error: BaseException) -> str:
+    "An expected error in a sentence."
+    text = str(error) or type(error).__name__
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) and error.strerror:
+        text += ". Free some space, or write to another disk."
+    return text
+
+
 def _too_little_memory(error: BaseException):
     "End with the cures for a lack of memory."
     line = (str(error) or "out of memory").splitlines()[0]
@@ -207,7 +216,7 @@ def politely(
         detail(f"done; at most {resident_memory():,.0f} MiB of memory were held")
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         detail(traceback.format_exc())
-        _fail(str(error) or type(error).__name__, 2)
+        _fail(_in_words(error), 2)
     except KeyboardInterrupt:
         typer.secho(f"Stopped. {kept}", err=True)
         raise typer.Exit(130) from None

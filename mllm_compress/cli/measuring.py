@@ -224,6 +224,19 @@ def against_dense(rows, original) -> dict:
     return {"avg_percent": percent, "dense": json.loads(original.to_json(orient="records"))}
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-015
+def write_table(table, path: Path) -> None:
+    "Write a CSV file, complete or not at all; OSError that names it."
+    from mllm_compress.utils.files import write_atomically
+
+    try:
+        write_atomically(path, table.to_csv(index=False))
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}): free some space, or write "
+            "to another folder."
+        ) from None
+
+
 def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> None:
     "The command `evaluate`, its other options by name."
     import shutil
@@ -248,13 +261,13 @@ def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> N
     if dense:
         facts |= against_dense(rows, original)
         lines += [f"AVG-%: {facts['avg_percent']:.2f}"] if facts["avg_percent"] else []
+    emit("\n".join(lines), facts, as_json)  # first, because a disk may be full
     if o["record"]:
         record_results(model, rows, original, o["device"])
     if o["out"]:
-        rows.to_csv(o["out"], index=False)
+        write_table(rows, o["out"])
         if not o["answers"]:
             shutil.rmtree(o["out"].parent / f".{o['out'].name}.answers", ignore_errors=True)
-    emit("\n".join(lines), facts, as_json)
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-017
 SIZES = {
@@ -479,11 +492,11 @@ def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, 
     tables = {"costs": costs, "scores": score_table(original, rows, (first, second))}
     if first is not None:
         tables["answers"] = side_by_side(first, second, examples)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            table.to_csv(out / f"{name}.csv", index=False)
-        comparison_picture(costs, tables["scores"], out / "comparison.png")
     facts = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     shown = (t.to_string(index=False, float_format="{:.4g}".format) for t in tables.values())
     emit("\n\n".join(shown), facts, as_json)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            write_table(table, out / f"{name}.csv")
+        comparison_picture(costs, tables["scores"], out / "comparison.png")

@@ -277,6 +277,7 @@ def score(
         at_least(1, samples=samples, scenes=scenes, max_length=max_length)
         at_least(0, seed=seed)
         check_scores_target(out, overwrite, {"model": model})
+        from mllm_compress.checkpoint.target import save_or_rescue
         from mllm_compress.pruning.one_step import pruning_of
 
         pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
@@ -288,7 +289,7 @@ def score(
         scores, calibrated = scored(loaded, processor, *settings, out, chat_template)
         if calibrated:
             scores.meta["calibration"] = calibrated
-        scores.save(out)
+        save_or_rescue(scores.save, out)
         sums_file(out).unlink(missing_ok=True)
         facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
         emit(f"{scores}\nwritten to {out}", facts, as_json)
