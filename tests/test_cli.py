@@ -305,3 +305,22 @@ def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
 
     if not torch.cuda.is_available():
         assert "No GPU here" in said("gpu-check")["lines"][0]
+
+
+def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from mllm_compress import cli
+
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('[{"id": 7, "question": "why?", "answer": null}]')
+    for name in ("prepare", "recovering", "measuring"):
+        module = __import__(f"mllm_compress.cli.{name}", fromlist=["load"])
+        monkeypatch.setattr(module, "load", lambda *a: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(module, "check_models", lambda *a: None)
+    monkeypatch.setattr(cli.recovering, "check_pruned", lambda *a: None)
+    data = ("--data", "bad.json")
+    for args in (
+        ("score", "smoke-llava", "-o", "out"),
+        ("recover", "x", "--teacher", "smoke-llava", "-o", "out"),
+        ("evaluate", "smoke-llava", "--benchmark", "perplexity"),
+    ):
+        assert "Entry 7" in ask(*args, *data, code=2)

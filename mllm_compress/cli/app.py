@@ -404,6 +404,32 @@ def has_chat(data) -> bool:
     return any("conversations" in entry for entry in data.samples)
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-029
+_READ = {}  # the file that was read last
+
+
+def data_of_file(data: str, image_root: str, skip_missing: bool):
+    "The entries of a file, read once; ValueError or OSError where they cannot be used."
+    from mllm_compress import data as d
+
+    root = image_root or Path(data).parent
+    if image_root and not Path(image_root).is_dir():
+        raise FileNotFoundError(f"There is no folder {image_root}: check --image-root.")
+    about = Path(data).stat() if Path(data).is_file() else None
+    state = about and (about.st_mtime_ns, about.st_size)
+    key = (os.path.abspath(data), os.path.abspath(root), skip_missing, state)
+    if state is None or key not in _READ:
+        _READ.clear()
+        _READ[key] = d.load_json(data, root, skip_missing)
+        detail(f"{len(_READ[key])} entries of {data}, hash {_READ[key].hash}")
+    return _READ[key]
+
+
+def check_data(data: str, image_root: str, skip_missing: bool) -> None:
+    "An error where a file of one's own cannot be used, before a model is loaded."
+    if data != "small":
+        data_of_file(data, image_root, skip_missing)
+
+# %% ../../nbs/library/cli/01_app.ipynb #cell-031
 def training_data(
     data: str,  # a file, or 'small'
     image_root: str,  # empty: the folder of the file
@@ -415,12 +441,7 @@ def training_data(
     from mllm_compress import data as d
 
     if data != "small":
-        root = image_root or Path(data).parent
-        if image_root and not Path(image_root).is_dir():
-            raise FileNotFoundError(f"There is no folder {image_root}: check --image-root.")
-        found = d.load_json(data, root, skip_missing)
-        detail(f"{len(found)} entries of {data}, hash {found.hash}")
-        return found
+        return data_of_file(data, image_root, skip_missing)
     if not multimodal:
         raise ValueError(
             "this model takes no pictures, and the data 'small' have pictures: give --data FILE "

@@ -26,6 +26,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
     check_output_file,
     choose_template,
@@ -127,6 +128,8 @@ def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> 
     from mllm_compress.evaluation import evaluate
     from mllm_compress.evaluation.perplexity import as_processor, perplexity_row
 
+    if perplexity:
+        check_data(**data)
     loaded, processor, _ = load(model, o["device"])
     check_text_model(names, processor)
     rows, found, template = [], None, choose_template(processor, o["chat_template"], bool(names))
@@ -469,7 +472,7 @@ def check_comparison_folder(out: Path | None, overwrite: bool, inputs: dict) -> 
     if there and not overwrite:
         raise ValueError(f"{out} holds a comparison: replace it with --overwrite.")
 
-
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-033
 def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, **o) -> None:
     "The command `compare`, its other options by name."
     at_least(0, limit=o["limit"], examples=examples)

@@ -30,6 +30,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
     choose_template,
     emit,
@@ -283,6 +284,7 @@ def score(
         pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
         check_models(model)
         device = resolve_device(device)
+        check_data(data, image_root, skip_missing)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         loaded, processor, _ = load(model, device)
         settings = (method, pruning, samples, seed, options, max_length, device)

@@ -30,6 +30,7 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
     choose_template,
     emit,
@@ -441,6 +442,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     device, tracker = resolve_device(device), tracking(o["report_to"], out)
     check_pruned(model)
     check_models(model, teacher)
+    check_data(o["data"], o["image_root"], o["skip_missing"])
     student, processor, plan = load(model, device)
     config, data = config_and_data(student, processor, options, o, device)
     template = choose_template(processor, o["chat_template"], has_chat(data))
