@@ -23,7 +23,10 @@ def test_models_are_listed():
 @pytest.mark.parametrize(
     "args, says",
     [
-        (("study", "--profile", "huge"), "use gpu, paper, quick, smoke, tiny"),
+        (
+            ("study", "--profile", "huge"),
+            "use authors, gpu, llava-small, paper, quick, smoke, tiny",
+        ),
         (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
         (
             (
@@ -200,6 +203,8 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
             "recovery": "none",
             "train": "projector+lm",
             "fraction": 1.0,
+            "epochs": 0,
+            "calibration": "default",
             "seed": 0,
             "status": "done",
             "error": "",

@@ -163,9 +163,11 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
         )
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-014
-def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
-    "Calibration batches on the device."
-    from mllm_compress.data.instructions import calibration_batches
+def calibration(
+    data, samples: int | None, processor, seed: int, max_length, device: str, usual: int = 64
+) -> list:
+    "Calibration batches on the device; without a number of samples the usual one."
+    from mllm_compress.data import calibration_batches
 
     if samples is not None and samples > len(data):
         raise ValueError(
@@ -173,7 +175,7 @@ def calibration(data, samples: int | None, processor, seed: int, max_length, dev
         )
     if max_length is None and not is_multimodal(processor):
         max_length = 1024  # a text may be a whole book
-    n = samples or min(64, len(data))
+    n = samples or usual
     batches = calibration_batches(data, processor, n, seed=seed, max_length=max_length)
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 

@@ -399,7 +399,7 @@ KINDS = ("heads", "neurons")
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
-    if getattr(small.config, MARK, None):
+    if getattr(small.config, MARK, None) != getattr(dense.config, MARK, None):
         raise ValueError(
             "this model is already reconstructed: start again from apply_plan(dense, plan)."
         )
@@ -428,13 +428,15 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
     if tokens <= needed:
         raise ValueError(
             f"{tokens} calibration tokens are too few: the widest fit has {needed} channels, so "
-            f"more than {needed} tokens are needed, and ten times as many are advisable."
+            f"more than {needed} tokens are needed, and ten times as many are advisable "
+            "(--samples); or leave the refit out (--no-reconstruct)."
         )
     if ridge is not None and not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge={ridge}: a number of at least 0 is needed, or None to choose it.")
     if ridge is None and sum(sum(sample_groups(b)) for b in batches) < HELD:
         raise ValueError(
-            f"choosing the ridge takes at least {HELD} samples; give more, or a ridge such as 0.1."
+            f"choosing the ridge takes at least {HELD} samples; give more (--samples), or a ridge "
+            "such as 0.1 (--ridge)."
         )
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
