@@ -284,9 +284,9 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     whole, facts = whole_plan(model, plan), {}
     if source is None:
         small, facts = cut(loaded, plan, batches, given)
-    loaded = None  # its memory is free for the cut
     elif refit:
         facts["reconstruction"] = {"ridge": given["ridge"] or "chosen", "weights": "in files"}
+    loaded = None  # its memory is free for the cut
     facts |= {} if given["stored"] else {"recipe": str(given["recipe"])}
     step = prune_step(model, plan, device, calibration=record, seed=given["seed"], **facts)
     records = dict(provenance=[*history(model), step], further=draw_beside(whole))
