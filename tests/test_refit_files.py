@@ -46,7 +46,7 @@ def test_the_same_bytes_as_in_memory(tmp_path, name, dtype, options, plan):
 def test_no_layer_is_left_in_memory(tmp_path):
     from mllm_compress.anatomy.tensors import PeakTensors
 
-    model = build("llama-4x1", torch.float32, num_hidden_layers=12, intermediate_size=400)
+    model = build("llama-4x1", torch.float32, num_hidden_layers=40, intermediate_size=400)
     model.save_pretrained(tmp_path / "dense")
     rng = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(3, 64, (24, 40), generator=rng)}]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.families import anatomy
 from ..pruning.pruning_plan import PruningPlan, make_plan
+from ..pruning.reconstruction import MARK
 from ..pruning.slicing import cut
 
 # %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-008
@@ -74,6 +75,8 @@ def equivalent_config(
     values = {k: v for k, v in text.to_dict().items() if k in known} | changes
     equivalent = AutoConfig.for_model(name, **values)
     if text is config:
+        if mark := getattr(config, MARK, None):
+            setattr(equivalent, MARK, mark)  # of a reconstructed model
         return equivalent
     config = copy.deepcopy(config)
     config.text_config = equivalent

@@ -265,23 +265,21 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     "Plan, cut and save; returns the whole plan and what was done."
     from transformers.utils import logging
 
-    from mllm_compress import checkpoint
-    from mllm_compress.checkpoint import from_files
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
     from mllm_compress.zoo.models import check_image_token, load_processor
 
     logging.disable_progress_bar()
-    refit, record, loaded = given["recipe"].reconstruct, None, None
+    refit, record = given["recipe"].reconstruct, None
     source = open_source(model) if given["stored"] or not refit else None
     if source is not None and given["stored"]:
         plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
-        processor = load_processor(source.folder)
+        processor, loaded = load_processor(source.folder), None
         check_image_token(source.folder, source.model, processor)
         batches, record = calibrated(processor, given, "cpu")
     else:
         loaded, processor, plan, batches, record = compute_plan(model, given, device)
-    whole, facts = whole_plan(model, plan), {}
+    whole, facts, small = whole_plan(model, plan), {}, None
     if source is None:
         small, facts = cut(loaded, plan, batches, given)
     elif refit:
@@ -291,17 +289,25 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     step = prune_step(model, plan, device, calibration=record, seed=given["seed"], **facts)
     records = dict(provenance=[*history(model), step], further=draw_beside(whole))
     records |= dict(processor=processor, overwrite=overwrite)
-    if source is not None and refit:
-        records |= dict(stored=whole, ridge=given["ridge"])
-        save = lambda to: checkpoint.reconstruct_files(source, plan, batches, to, **records)
-    elif source is not None:
-        save = lambda to: from_files.prune_files(source, plan, to, stored=whole, **records)
-    else:
-        save = lambda to: checkpoint.save_pruned(small, whole, to, **records)
-    save_or_rescue(save, out)
+    refit = (batches, given["ridge"]) if refit else None
+    save_or_rescue(lambda to: save_cut(source, small, plan, whole, to, refit, records), out)
     return whole, facts
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-025
+def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: dict):
+    "Write the pruned model, from memory or from the files of the dense one."
+    from mllm_compress import checkpoint
+
+    if source is None:
+        return checkpoint.save_pruned(small, whole, folder, **records)
+    if refit is None:
+        return checkpoint.prune_files(source, plan, folder, stored=whole, **records)
+    batches, ridge = refit
+    return checkpoint.reconstruct_files(
+        source, plan, batches, folder, stored=whole, ridge=ridge, **records
+    )
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-027
 Ratio = Annotated[
     float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
 ]
@@ -336,7 +342,7 @@ LayerMethod = Annotated[
     str, typer.Option("--layer-method", help="With --layer-share: the criterion for layers.")
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-027
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-029
 def _recipes() -> str:
     "Help of --recipe."
     from mllm_compress.pruning.one_step import RECIPES
@@ -366,7 +372,7 @@ Ridge = Annotated[
     typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-029
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-031
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
@@ -402,7 +408,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-031
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-033
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint
@@ -420,7 +426,7 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     said = f"{done['recipe']}\n" if "recipe" in done else ""
     emit(f"{said}{whole}\nwritten to {out}", json.loads(json.dumps(facts)), as_json)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-033
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-035
 def check_options(o: dict) -> dict:
     "The options of `prune` as the work needs them; ValueError for what cannot be."
     from mllm_compress.importance.criteria import criterion
