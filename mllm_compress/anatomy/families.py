@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .wrappers import Wrapper, parameters_at, wrapper_of
+from .wrappers import Wrapper, parameters_at, scaled_logits, wrapper_of
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-006
 @dataclass(frozen=True)
@@ -216,6 +216,10 @@ class Anatomy:
     def final_norm(self) -> nn.Module:
         "The norm after the last layer."
         return getattr(self.decoder, self.family.final_norm)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        "Logits of final states, [..., vocabulary]."
+        return scaled_logits(self.lm_head(states), self.text_config, self.wrapper)
 
     def attention(self, i: int) -> nn.Module:
         "The attention module of layer `i`."

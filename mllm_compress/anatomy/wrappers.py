@@ -23,8 +23,11 @@ class Wrapper:
     image_token: str = "image_token_id"  # config entry with the id of the placeholder
     inputs: tuple = ()  # what goes with pixel_values to the vision tower
     tokens: tuple = ()  # inputs with one entry per token
+    marks: str = "image"  # what those inputs mark with 1: image or answer tokens
     plain: bool = True  # positions count up, attention is causal
     cached: str = "projector"  # what is kept of a picture: see above
+    layers: str = ""  # path of the tower's layers, where the projector is inside the tower
+    logits: tuple = ()  # config entries that scale or cap the logits, see `scaled_logits`
     fixed: Callable = lambda config: 0  # config -> first decoder layers that must stay
     since: str = "5.20"  # version of transformers from which the row holds
 
@@ -73,6 +76,7 @@ _CONNECTED = (
 # %% ../../nbs/library/anatomy/05_wrappers.ipynb #cell-012
 _QWEN = {
     "vision": "model.visual",
+    "layers": "model.visual.blocks",
     "inputs": ("image_grid_thw",),
     "tokens": ("mm_token_type_ids",),
     "plain": False,
@@ -106,8 +110,10 @@ _BOTH_WAYS = (
         "paligemma",
         "PaliGemma 1 and 2: attention in both directions within the prompt",
         tokens=("token_type_ids",),
+        marks="answer",
         plain=False,
         cached="tower",
+        logits=("final_logit_softcapping",),
     ),
     Wrapper(
         "gemma3",
@@ -137,13 +143,47 @@ def wrapper_of(
     return WRAPPERS[config.model_type]
 
 # %% ../../nbs/library/anatomy/05_wrappers.ipynb #cell-022
+def token_inputs(
+    config,  # of a model
+    batch: dict,  # with input_ids, and labels where answers are known
+) -> dict:  # name -> [batch, tokens]
+    "The inputs with one entry per token that a class takes; those in the batch as they are."
+    row, ids = wrapper_of(config), batch["input_ids"]
+    if row is None or not row.tokens:
+        return {}
+    marked = ids == getattr(config, row.image_token)
+    if row.marks == "answer":
+        labels = batch.get("labels")
+        marked = ids.new_zeros(ids.shape).bool() if labels is None else labels != -100
+    return {name: batch.get(name, marked.long()) for name in row.tokens}
+
+# %% ../../nbs/library/anatomy/05_wrappers.ipynb #cell-025
+_LOGITS = {
+    "logits_scaling": lambda z, value: z / value,
+    "logit_scale": lambda z, value: z * value,
+    "final_logit_softcapping": lambda z, value: value * (z / value).tanh(),
+}
+
+
+def scaled_logits(
+    z,  # [..., vocabulary], of the LM head
+    text_config,
+    wrapper: Wrapper | None,
+):
+    "Logits as the model's own forward pass returns them."
+    for entry in _LOGITS if wrapper is None else wrapper.logits:
+        if (value := getattr(text_config, entry, None)) is not None:
+            z = _LOGITS[entry](z, value)
+    return z
+
+# %% ../../nbs/library/anatomy/05_wrappers.ipynb #cell-028
 def caches_projector_input(config) -> bool:
     "Whether what enters the projector is one tensor per picture or tile."
     row = wrapper_of(config)
     joined = getattr(getattr(config, "vision_config", None), "model_type", "") == "pixtral"
     return row is not None and row.cached == "projector" and not joined
 
-# %% ../../nbs/library/anatomy/05_wrappers.ipynb #cell-024
+# %% ../../nbs/library/anatomy/05_wrappers.ipynb #cell-030
 def parameters_at(
     model: nn.Module,
     paths: tuple,  # of modules or parameters

@@ -255,7 +255,7 @@ def run_tokens(
         use_cache=True,
         **{CACHE_ARGUMENT: cache},
     ).last_hidden_state
-    return parts.lm_head(hidden[:, -keep:]).float()
+    return parts.logits(hidden[:, -keep:]).float()
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
 def embed_images(

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import anatomy
 from ..anatomy.tensors import weights_hash
+from ..anatomy.wrappers import caches_projector_input
 from .batches import Batches, indexed, passes_per_step, sample_lengths
 from .checkpoints import checkpoints
 from .config import RecoveryConfig, learning_rate
@@ -172,6 +173,8 @@ def _teacher_outputs(run: _Run, cache: TeacherCache):  # None where they do not 
     parts, config, wanted = anatomy(run.tower), run.config, _wanted_states(run)
     bf16, device = config.precision == "bf16", run.args.device.type
     if parts.vision_tower is None and not wanted:
+        return None
+    if parts.wrapper and not caches_projector_input(parts.config):
         return None
     owners = [m for m in (parts.vision_tower, run.teacher if wanted else None) if m is not None]
     rows = [processor_hash(run.processor), config.turns, config.max_length]
