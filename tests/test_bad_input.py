@@ -56,17 +56,19 @@ ENTRIES = {
         "use parts of type text or image",
     ),
     "null-content": ({"messages": [{"role": "user", "content": None}]}, "should be text"),
-    "later-marker": (
-        {
-            **said(("human", "a"), ("gpt", "b"), ("human", "<image>\nc"), ("gpt", "d")),
-            "image": "0.png",
-        },
-        "put it into the first question",
+    "marker-in-answer": (
+        {**said(("human", "a"), ("gpt", "<image>\nb")), "image": "0.png"},
+        "put it into a question",
     ),
-    "two-markers": (pair("<image><image>\nwhat?"), "one entry per picture"),
+    "two-markers": (pair("<image><image>\nwhat?"), "write one marker per image"),
     "marker-without-image": (said(("human", "<image>\na"), ("gpt", "b")), "remove the marker"),
-    "marker-inside": (pair("is <image> red?"), "at the start or at the end"),
-    "two-images": (pair(image=["0.png", "1.png"]), "one entry per picture"),
+    "marker-amid-two-images": (pair("is <image> red?", image=["0.png"] * 2), "one marker per"),
+    "two-images": (pair(image=["0.png", "1.png"]), "write one marker per image"),
+    "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),
+    "missing-among-images": (
+        pair("<image><image>?", image=["0.png", "gone.png"]),
+        "check|Complete",
+    ),
     "url": (pair(image="https://example.org/a.jpg"), "download it"),
     "data-url": (pair(image="data:image/png;base64,AAAA"), "download it"),
     "number-image": (pair(image=5), "name the file"),

@@ -60,7 +60,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     "score": (
         ("score", "llava", "-o", "out", *DATA),
         "mllm_compress.importance.criteria.CRITERIA",
-        "starts from the beginning",
+        "goes on from there",
     ),
     "prune": (
         ("prune", "llava", "-o", "out", "--layers", "1"),
@@ -280,3 +280,49 @@ def test_weights_are_the_same_whoever_saves_them(here):
     run("prune", "llava", "-o", "one", "--layers", "1")
     one, two = load_pruned("one")[0], load_pruned("small")[0]
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+METHODS = ("block_influence", "taylor", "activation", "gauss_newton")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how):
+    from mllm_compress.utils import resuming
+
+    entry = json.loads(Path("mine.json").read_text())[0]
+    Path("mine.json").write_text(json.dumps([entry | {"id": k} for k in range(40)]))
+    args = ("score", "llava", "--method", method, *DATA, "--samples", 40)
+    run(*args, "-o", "whole")
+    write, done = resuming._write, []
+
+    def stop_at_the_second(path, key, count, totals):
+        write(path, key, count, totals)
+        done.append(count)
+        if len(done) == 2:
+            os.kill(os.getpid(), how)
+
+    monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
+    monkeypatch.setattr(resuming, "_write", stop_at_the_second)
+    assert "goes on from there" in run(*args, "-o", "parts", code=130)
+    assert not Path("parts").exists() and Path(".parts.scoring").is_file()
+    run(*args, "-o", "parts")
+    assert done == [1, 2, 3] and not Path(".parts.scoring").exists()
+    assert tree("whole") == tree("parts")
+
+
+def test_sums_of_another_pass_or_damaged_ones_are_not_used(here, monkeypatch):
+    from mllm_compress.utils import resuming
+
+    for content in (b"", b"x" * 100, None):
+        if content is None:
+            resuming._write(Path(".out.scoring"), "another", 1, {"changes": torch.ones(4)})
+        else:
+            Path(".out.scoring").write_bytes(content)
+        run("score", "llava", "-o", "out", *DATA, "--overwrite")
+        assert not Path(".out.scoring").exists()
+    first = tree("out")
+    monkeypatch.setattr(resuming, "_write", lambda *a: 1 / 0)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        run("score", "llava", "-o", "out", *DATA, "--overwrite")
+    assert tree("out") == first

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-002
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -201,7 +201,16 @@ Samples = Annotated[int | None, typer.Option(help="Calibration samples; default:
 
 
 def scored(
-    model, processor, method, pruning, samples, seed, data_options: dict, max_length, device
+    model,
+    processor,
+    method,
+    pruning,
+    samples,
+    seed,
+    data_options: dict,
+    max_length,
+    device,
+    out: Path | None = None,  # where scores will be written; None: nothing is kept on the way
 ) -> tuple:  # (scores, record of the calibration data or None)
     "The scores of a model, and what they were computed on."
     from mllm_compress.importance.criteria import criterion, measure
@@ -214,9 +223,31 @@ def scored(
     data = training_data(**data_options, multimodal=is_multimodal(processor))
     batches = calibration(data, samples, processor, seed, max_length, device)
     rows = sum(len(b["input_ids"]) for b in batches)
-    return measure(kind, method, model, batches, seed), {"name": data.name, "samples": rows}
+    kept = keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext()
+    with kept:
+        scores = measure(kind, method, model, batches, seed)
+    return scores, {"name": data.name, "samples": rows}
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-018
+def sums_file(out: Path) -> Path:
+    "Where the sums of an unfinished pass are."
+    return out.parent / f".{out.name}.scoring"
+
+
+def keeping_sums(out: Path, kind: str, method: str, model, batches: list, seed: int):
+    "A context in which scoring goes on from the sums of an interrupted one."
+    import torch
+
+    from mllm_compress.importance.criteria import criterion
+    from mllm_compress.importance.scores import model_record
+    from mllm_compress.utils.files import content_hash
+    from mllm_compress.utils.resuming import batches_hash, resuming
+
+    key = [kind, method, criterion(kind, method).version, seed, model_record(model)]
+    key += [batches_hash(batches), str(model.dtype), str(model.device), torch.__version__]
+    return resuming(sums_file(out), content_hash(key))
+
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-020
 @app.command(cls=TableHelp)
 def score(
     model: Model,
@@ -235,7 +266,7 @@ def score(
     as_json: AsJson = False,
 ):
     "Measure what matters least, and write the scores."
-    with politely("No scores were written; scoring starts from the beginning again."):
+    with politely("Finished batches are kept beside --out; the same command goes on from there."):
         at_least(1, samples=samples, scenes=scenes, max_length=max_length)
         at_least(0, seed=seed)
         check_scores_target(out, overwrite, {"model": model})
@@ -247,9 +278,10 @@ def score(
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         loaded, processor, _ = load(model, device)
         settings = (method, pruning, samples, seed, options, max_length, device)
-        scores, calibrated = scored(loaded, processor, *settings)
+        scores, calibrated = scored(loaded, processor, *settings, out)
         if calibrated:
             scores.meta["calibration"] = calibrated
         scores.save(out)
+        sums_file(out).unlink(missing_ok=True)
         facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
         emit(f"{scores}\nwritten to {out}", facts, as_json)

@@ -25,10 +25,14 @@ from PIL import Image
 
 from . import scenes
 from mllm_compress.data.reading import (
-    image_path,
+    IMAGE,
+    image_names,
+    image_paths,
     parquet_rows,
+    pictures_first,
     read_entries,
     read_entry,
+    split_front,
 )
 from ..utils.methods import check_choice
 
@@ -37,9 +41,20 @@ DATA_VERSION = 1  # how conversations become batches; raised when the numbers of
 CALIBRATION_VERSION = 1  # how calibration batches are chosen; raised when the choice changes
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-009
+def _said(said: list, images: int) -> list:  # of texts
+    "The texts of turns, their markers removed where all pictures come first."
+    if images and not pictures_first(said):
+        return [turn["value"].strip() for turn in said]
+    gone = ("<image>\n", "\n<image>", IMAGE)
+    texts = [turn["value"] for turn in said]
+    for marker in gone:
+        texts = [text.replace(marker, "") for text in texts]
+    return [text.strip() for text in texts]
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-011
 def turns(
     entry: dict,  # one LLaVA entry
-) -> list:  # of (question, answer) pairs, the image marker removed
+) -> list:  # of (question, answer) pairs; a marker is left only where its picture is in the text
     "The question-answer pairs of a conversation; ValueError where speakers do not alternate."
     if "text" in entry and "conversations" not in entry:
         return [(None, entry["text"])]  # plain text, all of it supervised
@@ -50,13 +65,10 @@ def turns(
             f"Entry {entry.get('id')!r} has no 'conversations' "
             "that alternate between 'human' and 'gpt'."
         )
-    text = [
-        t["value"].replace("<image>\n", "").replace("\n<image>", "").replace("<image>", "").strip()
-        for t in said
-    ]
+    text = _said(said, len(image_names(entry)))
     return list(zip(text[::2], text[1::2]))
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-012
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-014
 class LazyEntries(Sequence):
     "Entries that are made when they are read."
 
@@ -77,7 +89,7 @@ class LazyEntries(Sequence):
             raise IndexError(i)
         return self.make(i % len(self))
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-014
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-016
 def entry_ids(
     samples,  # a list of entries, or LazyEntries
 ) -> list:
@@ -86,12 +98,12 @@ def entry_ids(
         return samples.ids
     return [e.get("id", i) for i, e in enumerate(samples)]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-016
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-018
 def has_image(entry: dict) -> bool:
     "True where the entry is about a picture."
     return entry.get("image") is not None
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-018
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-020
 MAX_PIXELS, LONGEST_SIDE = 100_000_000, 4096
 _UNREADABLE = (
     OSError,
@@ -102,9 +114,13 @@ _UNREADABLE = (
     Image.DecompressionBombError,
 )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-020
-def read_image(path) -> Image.Image:  # RGB
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-022
+def read_image(
+    path,
+    among: int = 1,  # pictures of the same entry, which share the bound
+) -> Image.Image:  # RGB
     "A picture, reduced if it is very large; ValueError for one that is too large to unpack."
+    side = int(LONGEST_SIDE / max(1, among) ** 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = Image.open(path)
@@ -112,12 +128,12 @@ def read_image(path) -> Image.Image:  # RGB
         raise ValueError(
             f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS // 10**6} million"
         )
-    if max(picture.size) > LONGEST_SIDE:
-        picture.draft("RGB", (LONGEST_SIDE, LONGEST_SIDE))
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    if max(picture.size) > side:
+        picture.draft("RGB", (side, side))
+        picture.thumbnail((side, side))
     return picture.convert("RGB")
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-022
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-024
 def open_image(
     entry: dict,  # for the error
     path: Path,  # of its image
@@ -125,7 +141,7 @@ def open_image(
 ) -> Image.Image:  # RGB
     "The image of an entry; OSError where it is missing or cannot be read."
     try:
-        return read_image(path)
+        return read_image(path, len(image_names(entry)))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Entry {entry.get('id')!r} needs the image {path}, which does not exist: "
@@ -137,7 +153,7 @@ def open_image(
             "Replace it, or load with skip_missing=True."
         ) from None
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-024
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-026
 def nested_part(
     ids: list,  # of all entries
     fraction: float,  # in (0, 1]
@@ -152,7 +168,7 @@ def nested_part(
     order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
     return sorted(order[: max(1, math.ceil(fraction * len(ids)))])
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-026
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-028
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
 
@@ -160,7 +176,7 @@ class InstructionData(torch.utils.data.Dataset):
         self,
         samples: Sequence,  # of LLaVA entries
         image_root=None,  # folder that the entries' image paths start from
-        images=None,  # or a function entry -> PIL image, for generated pictures
+        images=None,  # or a function entry -> PIL image or list of them, for generated pictures
         name: str = "data",
     ):
         self.samples, self.image_root, self.images, self.name = samples, image_root, images, name
@@ -171,15 +187,18 @@ class InstructionData(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.samples[i] | {"index": i}
 
-    def image(self, i: int) -> Image.Image | None:
-        "The image of entry i in RGB; None for an entry without one."
+    def pictures(self, i: int) -> list:
+        "The images of entry i in RGB, in the order of their markers."
         entry = self.samples[i]
-        if not has_image(entry):
-            return None
-        if self.images is not None:
-            return self.images(entry)
-        path = image_path(entry, self.image_root or ".")
-        return open_image(entry, path, self.image_root)
+        if self.images is None or not has_image(entry):
+            paths = image_paths(entry, self.image_root or ".")
+            return [open_image(entry, path, self.image_root) for path in paths]
+        made = self.images(entry)
+        return (made if isinstance(made, list) else [made])[: len(image_names(entry))]
+
+    def image(self, i: int) -> Image.Image | None:
+        "The first image of entry i in RGB; None for an entry without one."
+        return next(iter(self.pictures(i)), None)
 
     def fraction(self, fraction: float, seed: int = 0) -> "InstructionData":
         "A nested part of the data, independent of its order; the seed draws the entries."
@@ -194,7 +213,7 @@ class InstructionData(torch.utils.data.Dataset):
         text = json.dumps(list(self.samples), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-029
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-031
 def load_json(
     path,  # a JSON, JSON-lines or text file, see data.reading
     image_root,  # folder of the images
@@ -204,10 +223,11 @@ def load_json(
     if Path(path).suffix == ".parquet" or Path(path).is_dir():
         return from_rows(parquet_rows(Path(path)), Path(path).stem)
     samples, root = read_entries(path), Path(image_root)
-    absent = [has_image(e) and not image_path(e, root).is_file() for e in samples]
+    absent = [not all(path.is_file() for path in image_paths(e, root)) for e in samples]
     count = f"{sum(absent)} of {len(samples)} entries"
     if any(absent) and not skip_missing:
-        paths = [str(root / e["image"]) for e, gone in zip(samples, absent) if gone]
+        paths = [str(root / n) for e in samples for n in image_names(e)]
+        paths = [path for path in paths if not Path(path).is_file()]
         raise FileNotFoundError(
             f"{count} of {path} name an image that does not exist: {', '.join(paths[:3])}"
             f"{', …' if len(paths) > 3 else ''}. Complete the folder, or leave them out "
@@ -220,9 +240,10 @@ def load_json(
     kept = [e for e, gone in zip(samples, absent) if not gone]
     return InstructionData(kept, root, name=Path(path).stem)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-031
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-033
 def picture_of(
     value,  # PIL image, bytes, or {"bytes": …}
+    among: int = 1,  # pictures of the same row
 ):  # PIL image in RGB
     "The picture of a row; ValueError for a path, which could lead anywhere."
     if isinstance(value, Image.Image):
@@ -233,18 +254,25 @@ def picture_of(
             f"a row has {value!r:.60} as its picture: decode it, or write a JSON file and name "
             "the folder of its images."
         )
-    return read_image(io.BytesIO(raw))
+    return read_image(io.BytesIO(raw), among)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-033
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-035
+def _row_pictures(row: dict) -> list:
+    "The pictures of a row, as they are stored."
+    found = row.get("image")
+    found = row.get("images") if found is None else found
+    return list(found) if isinstance(found, (list, tuple)) else [] if found is None else [found]
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-037
 def _row_entry(row: dict, number: int) -> dict:
     "An entry of a row; its picture is named by the row's number."
     row = {k: v for k, v in dict(row).items() if v is not None}
-    pictures = row.pop("images", None)
-    picture = row.pop("image", None) or (pictures[0] if pictures else None)
-    if pictures is not None and len(pictures) > 1:
-        row["image"] = [f"{number}-{k}" for k in range(len(pictures))]  # refused by read_entry
-    elif picture is not None:
+    pictures = _row_pictures(row)
+    row = {k: v for k, v in row.items() if k not in ("image", "images")}
+    if len(pictures) == 1:
         row["image"] = f"row-{number}"
+    elif pictures:
+        row["image"] = [f"row-{number}/{k}" for k in range(len(pictures))]
     return read_entry(row, number) | {"row": number}
 
 
@@ -257,13 +285,13 @@ def from_rows(
     if not entries:
         raise ValueError(f"{name} is empty: it should hold at least one row.")
 
-    def image(entry):
-        row = rows[entry["row"]]
-        return picture_of(row.get("image") or row["images"][0])
+    def images(entry):
+        found = _row_pictures(rows[entry["row"]])
+        return [picture_of(value, len(found)) for value in found]
 
-    return InstructionData(entries, images=image, name=name)
+    return InstructionData(entries, images=images, name=name)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-037
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-041
 def entry(
     id,  # of the entry
     image,  # its path, or None
@@ -277,7 +305,7 @@ def entry(
         said.append({"from": "gpt", "value": answer})
     return {"id": id, "image": image, "conversations": said, **more}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-039
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-043
 def scene_data(
     split: str = "train",  # "train", "validation" or "test"
     n: int = 40_000,  # scenes
@@ -296,7 +324,7 @@ def scene_data(
         name=f"scenes-{split}",
     )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-041
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-045
 def easy_vqa(
     split: str = "train",  # "train" or "test", the official split
 ) -> InstructionData:
@@ -312,7 +340,7 @@ def easy_vqa(
     samples = [entry(f"easy-{split}-{i}", Path(paths[i]).name, p) for i, p in pairs.items()]
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-043
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-047
 def mix(
     *parts: InstructionData,
 ) -> InstructionData:
@@ -323,15 +351,15 @@ def mix(
         k, i = where[n]
         return parts[k].samples[i] | {"source": k}
 
-    def image(entry):
+    def images(entry):
         part = parts[entry["source"]]
-        return InstructionData([entry], part.image_root, part.images).image(0)
+        return InstructionData([entry], part.image_root, part.images).pictures(0)
 
     ids = [name for part in parts for name in entry_ids(part.samples)]
     name = "+".join(part.name for part in parts)
-    return InstructionData(LazyEntries(ids, make), images=image, name=name)
+    return InstructionData(LazyEntries(ids, make), images=images, name=name)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-045
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-049
 def small_data(
     split: str = "train",  # "train" or "validation"
     n: int = 40_000,  # scenes
@@ -339,13 +367,13 @@ def small_data(
     "The training mixture of the small profiles: scenes and, for training, easy-VQA."
     return mix(scene_data(split, n), easy_vqa()) if split == "train" else scene_data(split, n)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-048
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-052
 class EncodingCache:
     "A function of conversations that caches its last results up to a total number of tokens."
 
     def __init__(
         self,
-        function,  # (pairs, image) -> (ids, answer mask)
+        function,  # (pairs, texts of the images) -> (ids, answer mask)
         tokens: int = 3_000_000,  # each takes 25 to 60 bytes
     ):
         self.function, self.tokens, self.held, self.size = function, tokens, OrderedDict(), 0
@@ -360,21 +388,53 @@ class EncodingCache:
             self.size -= len(self.held.popitem(last=False)[1][0])
         return out
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-051
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-055
+def question_parts(
+    question: str,  # with markers where pictures are amid its words
+    image_token: str | None,  # the placeholder; None: the template keeps the order of parts
+) -> list:  # of parts of a message
+    "A question as parts of a message, pictures where its markers are."
+    front, rest = split_front(question)
+    text = lambda words: {"type": "text", "text": words}
+    parts = [{"type": "image"}] * front
+    if IMAGE not in rest:
+        return [*parts, text(rest)]
+    if image_token is not None:
+        return [*parts, text(rest.replace(IMAGE, image_token))]
+    pieces = [text(words) if words else None for words in rest.split(IMAGE)]
+    between = [part for piece in pieces for part in ({"type": "image"}, piece)][1:]
+    return parts + [part for part in between if part]
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-058
+def keeps_order(processor) -> bool:
+    "Whether a chat template keeps the order of pictures and words."
+    parts = question_parts(f"first{IMAGE}second", None)
+    text = processor.apply_chat_template([{"role": "user", "content": parts}])
+    before, _, after = text.partition(processor.image_token)
+    return "first" in before and "second" in after
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-060
+def pictures_amid(
+    pairs,  # of (question, answer)
+) -> bool:
+    "Whether the questions say where their pictures are."
+    return any(IMAGE in (question or "") for question, _ in pairs)
+
+
 def _messages(
     pairs,  # of (question, answer)
-    image: bool,  # whether there is a picture
+    front: int,  # pictures before the first question
+    image_token: str | None,  # see question_parts
 ) -> list:
     "A conversation as messages for a chat template of an MLLM."
     messages = []
     for k, (question, answer) in enumerate(pairs):
-        picture = [{"type": "image"}] if image and k == 0 else []
-        text = {"type": "text", "text": question}
-        messages.append({"role": "user", "content": [*picture, text]})
+        parts = question_parts(IMAGE * front * (k == 0) + question, image_token)
+        messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-053
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-062
 def _answer_spans(
     text,  # (pairs, prompt_only) -> rendered conversation
     pairs: tuple,  # of (question, answer)
@@ -391,14 +451,14 @@ def _answer_spans(
         spans.append((len(prompt), len(done)))
     return spans
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-055
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-064
 def _template_error():
     return ValueError(
         "The processor has no chat_template: set one that renders the model's conversation "
         'format, or give plain text ({"text": …}).'
     )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-057
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-066
 def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
     "A conversation without pictures in the chat template of a tokenizer."
     if not tokenizer.chat_template:
@@ -415,19 +475,19 @@ def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
         messages, tokenize=False, add_generation_prompt=prompt_only
     )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-059
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-068
 def _encode_plain(tokenizer, text: str) -> tuple:
     "Token ids of a text, and that all but the first are supervised."
     ids = tokenizer(text)["input_ids"]
     return tuple(ids), (False, *[True] * (len(ids) - 1))[: len(ids)]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-061
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-070
 def pad_id(tokenizer) -> int:
     "The id that fills rows, for a tokenizer with or without one of its own."
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in known if i is not None)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-063
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-072
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
@@ -449,39 +509,64 @@ class Renderer:
         inputs = self.processor.image_processor(images=[image], return_tensors="pt")
         return self.processor.replace_image_token(inputs, 0)
 
-    def text(self, pairs, image, prompt_only=False) -> str:
+    @cached_property
+    def placeholder(self) -> str | None:
+        "The token for a picture amid words; None where the template keeps the order of parts."
+        return None if keeps_order(self.processor) else self.image_token
+
+    def text(self, pairs, front: int, prompt_only=False) -> str:
         "The rendered conversation, or its part before the last answer."
         if not self.multimodal:
             return _render_text(self.tokenizer, pairs, prompt_only)
-        messages = _messages(pairs, bool(image))
+        messages = _messages(pairs, front, self.placeholder if pictures_amid(pairs) else None)
         return self.processor.apply_chat_template(
             messages[:-1] if prompt_only else messages, add_generation_prompt=prompt_only
         )
 
-    def _encode(self, pairs: tuple, image: str) -> tuple:
+    def _encode(self, pairs: tuple, images: tuple) -> tuple:
         "Token ids of a conversation, and for each whether it belongs to an answer."
         return (
             _encode_plain(self.tokenizer, pairs[0][1])
             if pairs[0][0] is None
-            else _encode_chat(self, pairs, image)
+            else _encode_chat(self, pairs, images)
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-065
-def _encode_chat(render, pairs: tuple, image: str) -> tuple:
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-074
+def _expand(
+    text: str,  # rendered
+    spans: list,  # of (first character, character after the last)
+    token: str,  # the placeholder of a picture
+    images: tuple,  # the text of each picture
+) -> tuple:  # text and spans
+    "A rendered conversation with the tokens of its pictures."
+    pieces = text.split(token) if images else [text]
+    if len(pieces) != len(images) + 1:
+        raise ValueError(
+            f"The chat template renders {len(pieces) - 1} placeholders {token!r} for "
+            f"{len(images)} pictures: remove {token!r} from the texts, or correct the template."
+        )
+    starts = itertools.accumulate(len(piece) + len(token) for piece in pieces[:-1])
+    added = [(end, len(image) - len(token)) for end, image in zip(starts, images)]
+    shift = lambda place: sum(more for end, more in added if end <= place)
+    whole = "".join(a + b for a, b in itertools.zip_longest(pieces, images, fillvalue=""))
+    return whole, [(a + shift(a), b + shift(b)) for a, b in spans]
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-077
+def _encode_chat(render, pairs: tuple, images: tuple) -> tuple:
     "Token ids of a rendered conversation, and for each whether it belongs to an answer."
-    text = render.text(pairs, image)
-    spans = _answer_spans(lambda some, prompt: render.text(some, image, prompt), pairs)
-    shift = len(image) - len(render.image_token) if image else 0
-    text = text.replace(render.image_token, image, 1) if image else text
+    front = 0 if pictures_amid(pairs) else len(images)
+    text = render.text(pairs, front)
+    spans = _answer_spans(lambda some, prompt: render.text(some, front, prompt), pairs)
+    text, spans = _expand(text, spans, render.image_token, images)
     begun = not render.multimodal and text.startswith(render.tokenizer.bos_token or "\0")
     out = render.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
     answer = [
-        end > start and any(a + shift <= start < b + shift for a, b in spans)
+        end > start and any(a <= start < b for a, b in spans)
         for start, end in out["offset_mapping"]
     ]
     return tuple(out["input_ids"]), tuple(answer)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-068
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-082
 def packed_mask(
     segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
 ) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
@@ -492,7 +577,7 @@ def packed_mask(
     prefix = segment[:, None, :] == 0
     return ((same | prefix) & causal | itself)[:, None]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-071
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-085
 def pack(
     encoded: list,  # of (ids, answer mask), one per question about the same picture
     image_id: int,  # token id of the image placeholder
@@ -513,7 +598,7 @@ def pack(
         row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-073
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-087
 def blocks(
     row: dict,  # as pack returns it
     width: int,  # tokens that a block may have; a longer question stays whole
@@ -526,7 +611,7 @@ def blocks(
             cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-076
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-090
 def borrowing_mask(
     segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
     first: torch.Tensor,  # [blocks] the block that holds the prefix of each
@@ -538,7 +623,7 @@ def borrowing_mask(
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-079
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-093
 def _pad(
     rows: list,  # as pack returns them
     pad_id: int,  # token id of the padding
@@ -551,7 +636,7 @@ def _pad(
         for key, value in fill.items()
     }
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-081
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-095
 def _cut(
     rows: list,  # one per entry
     block: int | None,  # tokens of a block; None: whole rows
@@ -564,40 +649,42 @@ def _cut(
     first = torch.tensor([start for start, row in zip(starts, cut) for _ in row])
     return [b for row in cut for b in row], first
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-083
-def _image_text(collator, entry: dict) -> str:
-    "What stands for an entry's picture in its prompt."
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-097
+def _image_texts(collator, entry: dict) -> tuple:
+    "What stands for each of an entry's pictures in its prompt."
     if not has_image(entry):
-        return ""
+        return ()
     if not collator.render.multimodal:
         raise ValueError(
             f"Entry {entry.get('id')!r} has an image, but the model has no vision tower: "
             "use entries without images."
         )
-    tiled = collator.render.tiled  # only then does the shape matter
-    size = collator.dataset.image(entry["index"]).size if tiled else (64, 64)
-    return collator.render.image_text(size)
+    if collator.render.tiled:  # only then does the shape matter
+        sizes = [picture.size for picture in collator.dataset.pictures(entry["index"])]
+    else:
+        sizes = [(64, 64)] * len(image_names(entry))
+    return tuple(map(collator.render.image_text, sizes))
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-085
-def _packed(collator, pairs: tuple, image: str) -> dict:
-    "The row of a conversation: in sequence, or packed behind one picture."
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-099
+def _packed(collator, pairs: tuple, images: tuple) -> dict:
+    "The row of a conversation: in sequence, or packed behind its pictures."
     encode = collator.render.encode
-    if collator.turns == "sequential":
-        return pack([encode(pairs, image)], -1)
-    return pack([encode((pair,), image) for pair in pairs], collator.render.image_id)
+    if collator.turns == "sequential" or pictures_amid(pairs):
+        return pack([encode(pairs, images)], -1)
+    return pack([encode((pair,), images) for pair in pairs], collator.render.image_id)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-087
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-101
 def _pictures(collator, numbers: list) -> dict:
     "The pixels of a batch, or the numbers of its entries with a picture."
     if not collator.images:
         return {"image_index": torch.tensor(numbers)}
     if not numbers:
         return {}
-    images = [collator.dataset.image(i) for i in numbers]
+    images = [picture for i in numbers for picture in collator.dataset.pictures(i)]
     process = collator.render.processor.image_processor
     return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-089
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-103
 def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | None) -> None:
     "ValueError where a row is cut within its picture."
     if max_length and image_id in ids[max_length:]:
@@ -607,7 +694,7 @@ def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | N
             f"token {last}: give more (--max-length)."
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-090
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-104
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -641,18 +728,22 @@ class Collator:
 
     def row(self, entry: dict) -> dict:
         "One entry as lists: ids, answer mask, segment and position."
-        row = _packed(self, tuple(turns(entry)), _image_text(self, entry))
+        row = _packed(self, tuple(turns(entry)), _image_texts(self, entry))
         _check_cut(entry, row["ids"], self.max_length, self.render.image_id)
         return {k: v[: self.max_length] for k, v in row.items()}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-094
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-108
 def _first_question(entry: dict) -> dict:
-    "An entry with its first question alone; plain text as it is."
+    "An entry with its first question alone and the pictures of that; plain text as it is."
     if "conversations" not in entry:
         return entry
-    return entry | {"conversations": entry["conversations"][:2]}
+    said, images = entry["conversations"], image_names(entry)
+    if any(IMAGE in turn["value"] for turn in said[2:]):
+        images = images[: said[0]["value"].count(IMAGE)]
+        entry = entry | {"image": images or None}
+    return entry | {"conversations": said[:2]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-096
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-110
 def calibration_batches(
     dataset: InstructionData,
     processor,

@@ -74,6 +74,7 @@ class StoredImage:
 
     data: bytes
     square: bool = True  # pad to a square, as LLaVA-1.5 does
+    among: int = 1  # images of the same question, which share the bound on their size
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-014
 def pad_to_square(
@@ -101,7 +102,7 @@ def open_image(
     "The picture that a model sees."
     if not isinstance(image, StoredImage):
         return image.convert("RGB")
-    picture = instructions.read_image(io.BytesIO(image.data))
+    picture = instructions.read_image(io.BytesIO(image.data), image.among)
     return pad_to_square(picture, mean_color(mean)) if image.square else picture
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-021

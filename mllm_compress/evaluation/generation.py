@@ -21,6 +21,8 @@ from ..anatomy.compat import CACHE_ARGUMENT
 from ..anatomy.embedding import embed
 from ..anatomy.families import anatomy
 from ..anatomy.tensors import weights_hash
+from ..data.instructions import keeps_order, question_parts
+from ..data.reading import IMAGE
 from .benchmarks import StoredImage, open_image
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-006
@@ -119,7 +121,8 @@ def image_hash(
 ) -> str:  # 24 hexadecimal digits
     "A hash of an image's content."
     if isinstance(image, StoredImage):
-        about, content = f"file, square {image.square}", image.data
+        among = f", one of {image.among}" * (image.among > 1)
+        about, content = f"file, square {image.square}{among}", image.data
     else:
         about, content = f"{image.mode} {image.size}", image.tobytes()
     return hashlib.blake2b(about.encode() + b" " + content, digest_size=12).hexdigest()
@@ -159,6 +162,19 @@ class ImageEncoder:
 _PLACE = "PLACEHOLDER"
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-030
+def _pieces(processor, prompt: str) -> list:  # of str, one more than images
+    "A prompt in the model's conversation format, cut at its images."
+    parts = question_parts(prompt, None if keeps_order(processor) else processor.image_token)
+    turns = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    return text.split(processor.image_token)
+
+
+def _joined(pieces: list, texts: list) -> str:
+    "Pieces of text with the texts of the images between them."
+    return "".join(a + b for a, b in zip_longest(pieces, texts, fillvalue=""))
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-032
 def render_prompts(
     processor,  # with a chat template
     prompts: list,  # the user's texts
@@ -176,12 +192,15 @@ def render_prompts(
     frames = {n: frame(n) for n in {len(texts) for texts in image_texts}}
     rendered = []
     for prompt, texts in zip(prompts, image_texts):
+        if texts and prompt.count(IMAGE) == len(texts):
+            rendered.append(_joined(_pieces(processor, prompt), texts))
+            continue
         pieces, after = frames[len(texts)]
-        before = "".join(a + b for a, b in zip_longest(pieces, texts, fillvalue=""))
-        rendered.append(before + prompt.replace(processor.image_token, "") + after)
+        own = prompt.replace(processor.image_token, "")
+        rendered.append(_joined(pieces, texts) + own + after)
     return rendered
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-033
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
 def candidate_tokens(
     processor,
     prompt_end: str,  # how every prompt ends, e.g. "ASSISTANT:"
@@ -195,7 +214,7 @@ def candidate_tokens(
     joint = "" if prompt_end[-1:].isspace() else " "
     return tuple(ids(prompt_end + joint + c)[len(ids(prompt_end)) :] for c in candidates)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
 @dataclass(frozen=True)
 class Prompt:
     "One question as token ids: the prefix shared with other questions, and the rest."
@@ -206,7 +225,7 @@ class Prompt:
     candidates: tuple  # of token id lists
     place: int  # among the questions
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
 def encode_prompts(
     processor,
     questions: list,  # of Question
@@ -227,7 +246,7 @@ def encode_prompts(
         prompts.append(Prompt(shared, own, tuple(images), candidates[tuple(q.candidates)], place))
     return prompts
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
 def pad_left(
     rows: list,  # of token id sequences
     device=None,
@@ -238,7 +257,7 @@ def pad_left(
     ids = torch.tensor(padded, dtype=torch.long, device=device).reshape(len(rows), width)
     return ids.clamp(min=0), (ids >= 0).long()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
 def run_tokens(
     parts,  # Anatomy
     x: torch.Tensor,  # [batch, tokens, hidden] embeddings of the new tokens
@@ -257,7 +276,7 @@ def run_tokens(
     ).last_hidden_state
     return parts.logits(hidden[:, -keep:]).float()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
 def embed_images(
     parts,  # Anatomy
     ids: torch.Tensor,  # [batch, tokens]
@@ -273,7 +292,7 @@ def embed_images(
     order = [tile for image in images for tile in places[id(image)]]
     return embed(parts, ids, torch.cat(features) if images else None, order)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
 def select_rows(
     cache: DynamicCache,
     rows: torch.Tensor,  # which, repeats allowed
@@ -284,7 +303,7 @@ def select_rows(
         [(layer.keys[rows], layer.values[rows]) for layer in cache.layers], config=config
     )
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
 @dataclass
 class Prefix:
     "Prefixes of a batch, computed once, for any number of questions."
@@ -293,7 +312,7 @@ class Prefix:
     mask: torch.Tensor  # [prefixes, tokens]
     row: dict  # (token ids, images) -> row
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
 def read_prefixes(
     parts,  # Anatomy
     prompts: list,  # of Prompt
@@ -309,7 +328,7 @@ def read_prefixes(
     run_tokens(parts, embed_images(parts, ids, images), mask, cache)
     return Prefix(cache, mask, row)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
 def read_questions(
     parts,  # Anatomy
     prefix: Prefix,
@@ -326,7 +345,7 @@ def read_questions(
     mask = torch.cat([prefix.mask[rows], own], 1)
     return run_tokens(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
 def greedy(
     parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -353,14 +372,14 @@ def greedy(
         logits = run_tokens(parts, new, mask, cache)[:, -1]
     return answers
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
 def stop_tokens(model, tokenizer) -> set:
     "Token ids that end an answer, as `generate` has them."
     stop = getattr(model.generation_config, "eos_token_id", None)
     stop = tokenizer.eos_token_id if stop is None else stop
     return set(stop if isinstance(stop, list) else [stop])
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
 def later_scores(
     parts,  # Anatomy
     mask: torch.Tensor,  # [batch, tokens] of the prompt
@@ -376,7 +395,7 @@ def later_scores(
     cache.crop(-new)
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-061
 def candidate_scores(
     parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -400,7 +419,7 @@ def candidate_scores(
                 scores[row, k] = (scores[row, k] + rest[row, : len(c) - 1].sum()) / len(c)
     return scores
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-061
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-063
 @dataclass(frozen=True)
 class Answer:
     "A model's answer to one question."
@@ -408,7 +427,7 @@ class Answer:
     text: str  # generated
     candidate: str | None  # the most likely candidate
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-063
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-065
 @torch.inference_mode()
 def answer_groups(
     parts,  # Anatomy
@@ -433,7 +452,7 @@ def answer_groups(
         ]
     return results
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-065
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-067
 def prepare(
     model,  # MLLM
     processor,  # its processor
@@ -449,12 +468,12 @@ def prepare(
     token = getattr(model.config, "image_token_id", None)
     return anatomy(model), encode_prompts(processor, questions, keys, texts, token), features
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-067
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-069
 def _by_prefix(prompt: Prompt):
     "The order of the passes."
     return -len(prompt.shared), prompt.images, prompt.shared
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-069
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-071
 def answer_questions(
     model,  # MLLM
     processor,  # its processor

@@ -44,6 +44,7 @@ from mllm_compress.utils.methods import (
     Look,
     check_choice,
 )
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-006
 def magnitude(
@@ -96,8 +97,9 @@ def activation(
     "RMS of each head's and neuron's output activation, over the calibration tokens."
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     samples, power = sum(len(b["input_ids"]) for b in batches), {}
-    for batch in batches:
-        _add_powers(power, model, batch, mean_weights(batch, image, token_weights) / samples)
+    for k in batches_left(len(batches), power):
+        weights = mean_weights(batches[k], image, token_weights) / samples
+        _add_powers(power, model, batches[k], weights)
     meta = {"samples": samples, "token_weights": token_weights}
     squares = add_channels(anatomy(model), power, "activation", meta)
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))

@@ -26,6 +26,7 @@ from mllm_compress.importance.scores import (
     model_inputs,
     position_weights,
 )
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-006
 @dataclass(frozen=True)
@@ -261,8 +262,9 @@ def taylor(
     image = getattr(model.config, "image_token_id", None)
     batches = check_batches(batches) if mode == "default" else _one_batch(check_batches(batches))
     labels = [supervised(b, mode, image is not None) for b in batches]
-    (counts, totals), channels, loss = label_counts(labels), {}, 0.0
-    for k, (batch, label) in enumerate(zip(batches, labels)):
+    (counts, totals), channels = label_counts(labels), {}
+    for k in batches_left(len(batches), channels):
+        batch, label = batches[k], labels[k]
         if not sum(counts[k]):
             continue
         weights = None
@@ -275,7 +277,8 @@ def taylor(
                 f"the loss of batch {k} is {total}: look for NaN in the weights or pixels, "
                 "or score in float32."
             )
-        loss += total / totals[0]
+        channels["loss"] = channels.get("loss", 0.0) + total / totals[0]
+    loss = channels.pop("loss")
     meta = {"order": order, "mode": mode, "token_weights": token_weights, "loss": loss}
     meta |= {"samples": totals[1], "supervised_tokens": totals[0]}
     return add_channels(parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
