@@ -1,8 +1,21 @@
 """A small random model per row of WRAPPERS and per family of text models, with its inputs."""
 
+import importlib.util
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
+
 import torch
+import transformers
 from pruning_cases import random_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
 IMAGE, PAD, LAYERS = 3, 0, 6
 TEXT = dict(
@@ -313,3 +326,146 @@ def inputs(name: str, model, seed: int = 0) -> dict:
     if name.startswith("paligemma"):
         batch["token_type_ids"] = torch.zeros_like(ids)
     return batch
+
+
+# Processors
+
+MARKS = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "<video>", "<picture>", "<boi>", "<eoi>"]
+MARKS += ["[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>"]
+MARKS += ["<end_of_utterance>", "<img>", "</img>", "TILE_GLOBAL", "<row_1_col_1>", "<row_1_col_2>"]
+WORDS = "USER: ASSISTANT: what is in the picture ? yes no red blue a b c d e f g h i j k".split()
+TEMPLATE = (
+    "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ 'MARK' if c.type == 'image' else c.text }}{% endfor %}{% endif %}"
+    "{{ ' ' if m.role == 'user' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tokenizer(mark: str | None = None):
+    "A word-level tokenizer; `mark` is what stands for a picture in the chat template."
+    words = MARKS + WORDS
+    words += [f"w{i}" for i in range(96 - len(words))]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"image_token": "<image>", "video_token": "<video>", "boi_token": "<boi>"}
+    names |= {"eoi_token": "<eoi>", "context_image_token": "<image>"}
+    names |= {"start_image_token": "<img>", "end_image_token": "</img>"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=names if mark else {},
+        additional_special_tokens=MARKS,
+    )
+    fast.chat_template = TEMPLATE.replace("MARK", mark or "")
+    fast.padding_side = "left"
+    return fast
+
+
+def image_processor(kind: str, **more):
+    "An image processor that needs no torchvision."
+    return getattr(transformers, f"{kind}ImageProcessorPil")(**more)
+
+
+def processor(name: str):
+    "The processor of a row, or a tokenizer."
+    if name in LMS:
+        return tokenizer()
+    side = {"height": 28, "width": 28}
+    clip = dict(size={"shortest_edge": 28}, crop_size=side)
+    plain = dict(patch_size=7, vision_feature_select_strategy="default")
+    clipped = plain | dict(num_additional_image_tokens=1)
+    grid = GRID["image_grid_pinpoints"]
+    merged = dict(patch_size=4, temporal_patch_size=2, merge_size=2)
+    merged |= dict(size={"shortest_edge": 64, "longest_edge": 1024})
+    pixtral = dict(size={"longest_edge": 42}, patch_size={"height": 7, "width": 7})
+    idefics = dict(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    got = dict(size=side, crop_to_patches=True, max_patches=4)
+    kinds = {
+        "llava": ("Llava", ("CLIP", clip), clipped),
+        "llava-pixtral": (
+            "Pixtral",
+            ("Pixtral", pixtral),
+            dict(patch_size=7, image_token="<image>"),
+        ),
+        "vipllava": ("Llava", ("CLIP", clip), clipped),
+        "llava-next": ("LlavaNext", ("LlavaNext", clip | dict(image_grid_pinpoints=grid)), clipped),
+        "llava-onevision": (
+            "LlavaOnevision",
+            ("LlavaOnevision", dict(size=side, image_grid_pinpoints=grid)),
+            dict(num_image_tokens=16, vision_feature_select_strategy="full", video_processor=None),
+        ),
+        "internvl": ("InternVL", ("GotOcr2", got), dict(image_seq_length=4, video_processor=None)),
+        "paligemma": ("PaliGemma", ("Siglip", dict(size=side)), {}),
+        "mistral3": (
+            "Pixtral",
+            ("Pixtral", pixtral),
+            dict(patch_size=7, spatial_merge_size=2, image_token="<image>"),
+        ),
+        "idefics3": ("Idefics3", ("Idefics3", idefics), dict(image_seq_len=4)),
+        "smolvlm": (
+            "SmolVLM",
+            ("SmolVLM", idefics),
+            dict(image_seq_len=4, video_processor=SimpleNamespace(num_frames=1, fps=1)),
+        ),
+        "aya": (
+            "AyaVision",
+            ("GotOcr2", got),
+            dict(
+                patch_size=7,
+                downsample_factor=2,
+                img_size=28,
+                image_token="<picture>",
+                img_patch_token="<image>",
+            ),
+        ),
+        "qwen2-vl": ("Qwen2VL", ("Qwen2VL", merged), dict(video_processor=None)),
+        "qwen2.5-vl": ("Qwen2_5_VL", ("Qwen2VL", merged), dict(video_processor=None)),
+        "qwen3-vl": ("Qwen3VL", ("Qwen2VL", merged), dict(video_processor=None)),
+        "gemma3": ("Gemma3", ("Gemma3", dict(size=side)), dict(image_seq_length=4)),
+    }
+    kind, (eyes, sizes), options = kinds[max((k for k in kinds if name.startswith(k)), key=len)]
+    mark = {"aya-vision": "<picture>", "gemma3": "<boi>"}.get(name, "<image>")
+    mark = f"<img>{mark}</img>" if name.startswith("qwen") else mark  # as its template has it
+    images, words = image_processor(eyes, **sizes), tokenizer(mark)
+    if kind == "PaliGemma":
+        images.image_seq_length = 16
+    with without_torchvision():
+        made = processor_class(f"{kind}Processor")
+        options["chat_template"] = words.chat_template
+        return made(image_processor=images, tokenizer=words, **options)
+
+
+@contextmanager
+def without_torchvision():
+    "Processors of pictures and videos are made for pictures alone; their videos need torchvision."
+    from transformers.models.smolvlm import processing_smolvlm
+    from transformers.processing_utils import ProcessorMixin
+
+    check = ProcessorMixin.check_argument_for_proper_class
+
+    def lenient(self, name, value):
+        return None if name == "video_processor" else check(self, name, value)
+
+    with (
+        patch.object(ProcessorMixin, "check_argument_for_proper_class", lenient),
+        patch.object(processing_smolvlm, "num2words", object()),
+    ):
+        yield
+
+
+def processor_class(name: str):
+    "A processor's class, also where `transformers` does not offer it without torchvision."
+    if name != "PixtralProcessor" or importlib.util.find_spec("torchvision"):
+        return getattr(transformers, name)
+    names = [".".join(("torchvision", "transforms", "v2")[:n]) for n in (1, 2, 3)]
+    absent = {name: ModuleType(name) for name in names}
+    absent[names[-1]].functional = None
+    with patch.dict(sys.modules, absent):
+        return importlib.import_module(
+            "transformers.models.pixtral.processing_pixtral"
+        ).PixtralProcessor

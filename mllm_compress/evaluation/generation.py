@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..anatomy.compat import CACHE_ARGUMENT
-from ..anatomy.embedding import embed
+from ..anatomy.embedding import embed, put_pictures
 from ..anatomy.families import anatomy
+from ..anatomy.pictures import picture_inputs, shares_prefixes
 from ..anatomy.tensors import weights_hash
-from ..data.instructions import keeps_order, question_parts
+from ..anatomy.wrappers import caches_projector_input, token_inputs
+from mllm_compress.data.instructions import (
+    keeps_order,
+    placeholder_id,
+    process_images,
+    question_parts,
+)
 from ..data.reading import IMAGE
 from .benchmarks import StoredImage, open_image
 
@@ -70,8 +78,9 @@ def in_batches(
 class ImageFeatures:
     "The projector's input for one image, and the text that stands for the image in a prompt."
 
-    features: torch.Tensor  # [tiles, patches, vision hidden]
+    features: torch.Tensor  # [tiles, patches, vision hidden]; [tokens, hidden] if projected
     text: str  # image tokens, as many as the projector makes
+    projected: bool = False  # behind the projector, where no one tensor enters it
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-016
 class FeatureCache:
@@ -103,8 +112,10 @@ def encode_images(
     images: list,  # PIL images
 ) -> list:  # of ImageFeatures
     "Preprocessing and vision tower on a batch of images."
-    pixels, inputs = processor.image_processor(images=images, return_tensors="pt"), []
+    pixels, inputs = process_images(processor, images), []
     texts = [processor.replace_image_token(pixels, i) for i in range(len(images))]
+    if not caches_projector_input(model.config):
+        return _projected(model, processor, pixels, texts)
     hook = anatomy(model).projector.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0])
     )
@@ -114,6 +125,16 @@ def encode_images(
         hook.remove()
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
     return [ImageFeatures(f.cpu(), text) for f, text in zip(inputs[0].split(tiles), texts)]
+
+
+def _projected(model, processor, pixels: dict, texts: list) -> list:  # of ImageFeatures
+    "The features behind the projector, divided among images as their placeholders are."
+    found = model.get_image_features(**picture_inputs(anatomy(model), pixels), return_dict=True)
+    found = found.pooler_output
+    found = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found.flatten(0, 1)
+    token = processor.tokenizer.convert_ids_to_tokens(placeholder_id(processor))
+    parts = found.cpu().split([text.count(token) for text in texts])
+    return [ImageFeatures(f, text, projected=True) for f, text in zip(parts, texts)]
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-022
 def image_hash(
@@ -138,6 +159,9 @@ class ImageEncoder:
         self.tower = None
         if tower is not None:
             self.tower = weights_hash(tower), preprocessing.to_json_string()
+        if tower is not None and not caches_projector_input(model.config):
+            projector = nn.ParameterList(anatomy(model).projector_parameters)
+            self.tower += (weights_hash(projector),)
 
     def key(self, image) -> tuple:
         "Content of an image, of the tower and of the preprocessing."
@@ -283,6 +307,9 @@ def embed_images(
     images: list,  # of ImageFeatures, in the order of their tokens
 ) -> torch.Tensor:  # [batch, tokens, hidden]
     "Token embeddings with the projected images in the place of the image tokens."
+    if images and images[0].projected:
+        found = torch.cat([image.features for image in images]).to(ids.device)
+        return put_pictures(parts, ids, found)
     places, features = {}, []  # an image that several questions share is projected once
     for image in images:
         if id(image) not in places:
@@ -465,7 +492,7 @@ def prepare(
     features = encoder({key[i]: image for i, image in pictures.items()})
     keys = [[key[id(image)] for image in q.images] for q in questions]
     texts = {k: f.text for k, f in features.items()}
-    token = getattr(model.config, "image_token_id", None)
+    token = placeholder_id(processor)
     return anatomy(model), encode_prompts(processor, questions, keys, texts, token), features
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-069
@@ -474,6 +501,54 @@ def _by_prefix(prompt: Prompt):
     return -len(prompt.shared), prompt.images, prompt.shared
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-071
+def own_inputs(parts, processor, question, ids: tuple, answer: int = 0) -> dict:
+    "The model's inputs for one prompt, its last `answer` tokens an answer, with its pictures."
+    device = parts.embed_tokens.weight.device
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if question.images:
+        mean = getattr(processor.image_processor, "image_mean", None)
+        pictures = [open_image(image, mean) for image in question.images]
+        inputs |= picture_inputs(parts, process_images(processor, pictures))
+    labels = inputs["input_ids"].clone()
+    labels[:, : len(ids) - answer] = -100
+    return inputs | token_inputs(parts.config, inputs | {"labels": labels})
+
+
+@torch.inference_mode()
+def best_candidate(parts, processor, question, prompt: Prompt) -> int | None:
+    "The number of the candidate with the highest mean log-likelihood."
+    if not prompt.candidates:
+        return None
+    scores, asked = [], prompt.shared + prompt.own
+    for candidate in prompt.candidates:
+        ids, length = asked + tuple(candidate), len(candidate)
+        inputs = own_inputs(parts, processor, question, ids, length)
+        logits = parts.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits
+        chances = logits[0, :-1].float().log_softmax(-1)
+        scores.append(chances[range(length), candidate].mean())
+    return int(torch.stack(scores).argmax())
+
+
+@torch.inference_mode()
+def answer_alone(
+    parts,  # Anatomy
+    processor,
+    question,
+    prompt: Prompt,
+    stop: set,  # token ids that end an answer
+    max_new_tokens: int,
+) -> tuple:  # (place, token ids, index of the best candidate or None)
+    "One question, by the model's own `generate`."
+    inputs = own_inputs(parts, processor, question, prompt.shared + prompt.own)
+    options = {"do_sample": False, "eos_token_id": list(stop), "pad_token_id": min(stop)}
+    found = parts.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
+    new = found[inputs["input_ids"].shape[1] :].tolist()
+    ends = [k for k, token in enumerate(new) if token in stop]
+    best = best_candidate(parts, processor, question, prompt)
+    return prompt.place, new[: ends[0]] if ends else new, best
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-073
 def answer_questions(
     model,  # MLLM
     processor,  # its processor
@@ -492,7 +567,14 @@ def answer_questions(
     def run(groups, size):
         return answer_groups(parts, groups, features, stop, max_new_tokens, size)
 
-    done = in_batches(run, groups, batch_size, on_batch)
+    def alone(prompts, _):
+        ask = lambda p: answer_alone(parts, processor, questions[p.place], p, stop, max_new_tokens)
+        return [ask(p) for p in prompts]
+
+    if shares_prefixes(parts):
+        done = in_batches(run, groups, batch_size, on_batch)
+    else:
+        done = in_batches(alone, prompts, batch_size, on_batch)
     texts = processor.tokenizer.batch_decode([ids for _, ids, _ in done], skip_special_tokens=True)
     answers = [None] * len(questions)
     for (place, _, best), text in zip(done, texts):
