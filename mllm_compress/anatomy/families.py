@@ -191,35 +191,8 @@ def _norms(parts, i: int) -> list:
     return [LinearSlot(slot, m, (m.weight.shape[0] // groups,)) for slot, m in modules]
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-034
-@dataclass(frozen=True)
-class Anatomy:
-    "The parts of a model, as `anatomy` finds them."
-
-    model: PreTrainedModel
-    family: Family
-    config: object  # the model's own config
-    text_config: object  # the config of its LM decoder (the same object for a plain LM)
-    decoder: nn.Module  # embed_tokens, layers, final norm
-    lm_head: nn.Module
-    vision_tower: nn.Module | None = None  # None for a plain LM
-    projector: nn.Module | None = None  # None for a plain LM
-    wrapper: Wrapper | None = None  # the row of its class; None for a plain LM
-
-    layers = property(lambda self: self.decoder.layers, doc="The decoder layers.")
-    embed_tokens = property(lambda self: self.decoder.embed_tokens, doc="The token embedding.")
-    num_layers = property(lambda self: len(self.layers), doc="Decoder layers present.")
-    hidden_size = property(lambda self: self.embed_tokens.weight.shape[1], doc="Residual width.")
-    vocab_size = property(lambda self: self.embed_tokens.weight.shape[0], doc="Embedding rows.")
-    head_dim = property(lambda self: self.attention(0).head_dim, doc="Channels of one head.")
-
-    @property
-    def final_norm(self) -> nn.Module:
-        "The norm after the last layer."
-        return getattr(self.decoder, self.family.final_norm)
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        "Logits of final states, [..., vocabulary]."
-        return scaled_logits(self.lm_head(states), self.text_config, self.wrapper)
+class LayerFacts:
+    "What is read of single layers of an Anatomy."
 
     def attention(self, i: int) -> nn.Module:
         "The attention module of layer `i`."
@@ -249,24 +222,51 @@ class Anatomy:
         "Neurons of the MLP in layer `i`."
         return next(s.units for s in self.linears(i) if s.kind == "neuron")
 
-    @property
-    def layer_types(self) -> list:
-        "The kind of attention of every layer; all the same where the config names none."
-        return (
-            getattr(self.text_config, "layer_types", None) or ["full_attention"] * self.num_layers
-        )
-
-    @property
-    def fixed_layers(self) -> range:
-        "Layers that cannot be removed, because image features are added behind them."
-        return range(self.wrapper.fixed(self.config) if self.wrapper else 0)
-
-    @property
-    def projector_parameters(self) -> list:
-        "Parameters that are trained as the projector; none for a plain LM."
-        return parameters_at(self.model, self.wrapper.projector) if self.wrapper else []
-
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-036
+@dataclass(frozen=True)
+class Anatomy(LayerFacts):
+    "The parts of a model, as `anatomy` finds them."
+
+    model: PreTrainedModel
+    family: Family
+    config: object  # the model's own config
+    text_config: object  # the config of its LM decoder (the same object for a plain LM)
+    decoder: nn.Module  # embed_tokens, layers, final norm
+    lm_head: nn.Module
+    vision_tower: nn.Module | None = None  # None for a plain LM
+    projector: nn.Module | None = None  # None for a plain LM
+    wrapper: Wrapper | None = None  # the row of its class; None for a plain LM
+
+    layers = property(lambda self: self.decoder.layers, doc="The decoder layers.")
+    embed_tokens = property(lambda self: self.decoder.embed_tokens, doc="The token embedding.")
+    num_layers = property(lambda self: len(self.layers), doc="Decoder layers present.")
+    hidden_size = property(lambda self: self.embed_tokens.weight.shape[1], doc="Residual width.")
+    vocab_size = property(lambda self: self.embed_tokens.weight.shape[0], doc="Embedding rows.")
+    head_dim = property(lambda self: self.attention(0).head_dim, doc="Channels of one head.")
+    final_norm = property(
+        lambda self: getattr(self.decoder, self.family.final_norm), doc="After the last layer."
+    )
+    layer_types = property(lambda self: _layer_types(self), doc="Kind of attention, per layer.")
+    fixed_layers = property(
+        lambda self: range(self.wrapper.fixed(self.config) if self.wrapper else 0),
+        doc="Layers that must stay, because image features are added behind them.",
+    )
+    projector_parameters = property(
+        lambda self: parameters_at(self.model, self.wrapper.projector) if self.wrapper else [],
+        doc="Parameters that are trained as the projector; none for a plain LM.",
+    )
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        "Logits of final states, [..., vocabulary]."
+        return scaled_logits(self.lm_head(states), self.text_config, self.wrapper)
+
+
+def _layer_types(parts: Anatomy) -> list:
+    "The kind of attention of every layer; all the same where the config names none."
+    named = getattr(parts.text_config, "layer_types", None)
+    return named or ["full_attention"] * parts.num_layers
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-038
 _EXPERTS = (
     "its MLPs are mixtures of experts. Whole experts and their rows of the router would have to be "
     "scored and removed together, which this package does not do: choose a dense model"
@@ -297,7 +297,7 @@ def check_supported(
             "add a Family row to mllm_compress.anatomy.FAMILIES."
         )
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-038
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-040
 def anatomy(
     model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
 ) -> Anatomy:
@@ -323,7 +323,7 @@ def anatomy(
         wrapper=wrapper,
     )
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-046
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-048
 def count_parameters(
     *modules,  # nn.Module or None
 ) -> int:
@@ -331,7 +331,7 @@ def count_parameters(
     seen = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
     return sum(seen.values())
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-048
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-050
 def lm_parameters(
     model: PreTrainedModel,
 ) -> int:
@@ -339,7 +339,7 @@ def lm_parameters(
     parts = anatomy(model)
     return count_parameters(parts.decoder, parts.lm_head)
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-050
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-052
 def part_parameters(
     model: PreTrainedModel,
 ) -> dict:

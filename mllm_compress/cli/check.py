@@ -217,7 +217,7 @@ def same_with_cache(model, batch: dict) -> None:
     if not torch.equal(greedy(model, batch, True), greedy(model, batch, False)):
         raise Broken("generation with the cache differs from generation without")
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-023
+# %% ../../nbs/library/cli/09_check.ipynb #cell-024
 def pruned(case: Case, kind: str) -> str:
     "Pruned equals silenced, and reload equals what was saved."
     model, batch = case.model, case.batch
@@ -235,7 +235,7 @@ def pruned(case: Case, kind: str) -> str:
         same_with_cache(back, one_conversation(case))
     return how
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-025
+# %% ../../nbs/library/cli/09_check.ipynb #cell-026
 def one_conversation(case: Case) -> dict:
     "A conversation with one picture, without padding."
     if case.processor is None:
@@ -258,7 +258,7 @@ def reload(case: Case) -> str:
         need_near(logits_of(back, case.batch), whole, case.model.dtype, "reloaded logits")
     return how
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-027
+# %% ../../nbs/library/cli/09_check.ipynb #cell-028
 class NotTried(Exception):
     "A check that makes no sense here, and why."
 
@@ -281,7 +281,7 @@ def reconstructed(case: Case) -> str:
         raise Broken(f"the refit raises the error from {errors[0]:.3g} to {errors[1]:.3g}")
     return f"error x {errors[1] / errors[0]:.2f}"
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-029
+# %% ../../nbs/library/cli/09_check.ipynb #cell-030
 KINDS = {
     "projector": {"train": "projector"},
     "LoRA": {"lora": {"r": 4, "lora_alpha": 8}},
@@ -320,7 +320,7 @@ def recovered(case: Case) -> str:
         raise Broken(f"a student that is its own teacher has the loss {itself:.1e}")
     return ", ".join(kinds)
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-031
+# %% ../../nbs/library/cli/09_check.ipynb #cell-032
 def evaluated(case: Case) -> str:
     "Answers equal those of the model's own `generate`."
     if not hasattr(case.processor, "image_processor"):
@@ -338,7 +338,7 @@ def evaluated(case: Case) -> str:
             raise Broken(f"answered {answer.text!r}, and generate {text!r}")
     return "shared prefixes" if shares_prefixes(parts) else "one by one"
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-033
+# %% ../../nbs/library/cli/09_check.ipynb #cell-034
 @dataclass(frozen=True)
 class Check:
     "One promise."
@@ -363,7 +363,7 @@ CHECKS = {
     "reload": Check(reload, "saved and loaded without pruning"),
 }
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-035
+# %% ../../nbs/library/cli/09_check.ipynb #cell-036
 @dataclass(frozen=True)
 class Finding:
     "What one check found."
@@ -398,10 +398,10 @@ def run_checks(
             on_finding(findings[-1])
     return findings
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-036
+# %% ../../nbs/library/cli/09_check.ipynb #cell-038
 STATES = {True: "yes", False: "NO", None: "-"}
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-040
+# %% ../../nbs/library/cli/09_check.ipynb #cell-042
 def support_row(config, findings: list) -> dict:
     "A row of README's table."
     text = config.get_text_config()
@@ -411,7 +411,7 @@ def support_row(config, findings: list) -> dict:
         row[f.check] = STATES[f.passed] if f.passed is not True or not prunes else f.detail
     return row
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-042
+# %% ../../nbs/library/cli/09_check.ipynb #cell-044
 def findings_text(findings: list) -> str:
     "The findings as a table."
     rows = [f"{f.check:<12}{STATES[f.passed]:<5}{f.seconds:6.1f} s  {f.detail}" for f in findings]
@@ -419,7 +419,7 @@ def findings_text(findings: list) -> str:
     last = f"broken: {', '.join(broken)}" if broken else "Every promise that was tried holds."
     return "\n".join([*rows, last])
 
-# %% ../../nbs/library/cli/09_check.ipynb #cell-043
+# %% ../../nbs/library/cli/09_check.ipynb #cell-046
 @app.command()
 def check(
     model: Model,

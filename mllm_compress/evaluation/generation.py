@@ -534,12 +534,13 @@ def best_candidate(parts, processor, question, prompt: Prompt) -> int | None:
 def answer_alone(
     parts,  # Anatomy
     processor,
-    question,
-    prompt: Prompt,
+    questions: list,
     stop: set,  # token ids that end an answer
     max_new_tokens: int,
+    prompt: Prompt,  # of one question
 ) -> tuple:  # (place, token ids, index of the best candidate or None)
     "One question, by the model's own `generate`."
+    question = questions[prompt.place]
     inputs = own_inputs(parts, processor, question, prompt.shared + prompt.own)
     options = {"do_sample": False, "eos_token_id": list(stop), "pad_token_id": min(stop)}
     found = parts.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
@@ -568,13 +569,11 @@ def answer_questions(
         return answer_groups(parts, groups, features, stop, max_new_tokens, size)
 
     def alone(prompts, _):
-        ask = lambda p: answer_alone(parts, processor, questions[p.place], p, stop, max_new_tokens)
-        return [ask(p) for p in prompts]
+        own = (parts, processor, questions, stop, max_new_tokens)
+        return [answer_alone(*own, prompt) for prompt in prompts]
 
-    if shares_prefixes(parts):
-        done = in_batches(run, groups, batch_size, on_batch)
-    else:
-        done = in_batches(alone, prompts, batch_size, on_batch)
+    how = (run, groups) if shares_prefixes(parts) else (alone, prompts)
+    done = in_batches(*how, batch_size, on_batch)
     texts = processor.tokenizer.batch_decode([ids for _, ids, _ in done], skip_special_tokens=True)
     answers = [None] * len(questions)
     for (place, _, best), text in zip(done, texts):
