@@ -514,7 +514,7 @@ def own_inputs(parts, processor, question, ids: tuple, answer: int = 0) -> dict:
     labels[:, : len(ids) - answer] = -100
     return inputs | token_inputs(parts.config, inputs | {"labels": labels})
 
-
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-073
 @torch.inference_mode()
 def best_candidate(parts, processor, question, prompt: Prompt) -> int | None:
     "The number of the candidate with the highest mean log-likelihood."
@@ -549,7 +549,7 @@ def answer_alone(
     best = best_candidate(parts, processor, question, prompt)
     return prompt.place, new[: ends[0]] if ends else new, best
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-073
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-075
 def answer_questions(
     model,  # MLLM
     processor,  # its processor
