@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from mllm_compress.cli import app
 from mllm_compress.data import instructions, scenes
-from mllm_compress.data.instructions import Collator, calibration_batches, from_rows, load_json
+from mllm_compress.data.calibration import calibration_batches, one_question
+from mllm_compress.data.instructions import Collator, from_rows, load_json
 from mllm_compress.data.reading import EntryError, read_entry
 from mllm_compress.evaluation.benchmarks import BENCHMARKS
 from mllm_compress.evaluation.generation import answer_questions
@@ -147,8 +148,19 @@ def test_packed_questions_share_all_their_pictures(mine, tiny_llava):
 
 
 def test_calibration_uses_the_pictures_of_the_first_question(mine, tiny_llava):
-    batches = calibration_batches(mine, tiny_llava[1], n=4, batch_size=4)
+    batches = calibration_batches(mine, tiny_llava[1], n=4, batch_size=4, design="first")
     assert len(batches[0]["pixel_values"]) == 2 + 2 + 1  # AMID's third belongs to a later question
+
+
+def test_a_later_question_keeps_the_pictures_up_to_it():
+    said = ["<image> is red?", "yes", "and <image>?", "no", "both?", "no"]
+    talk = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    entry = {"id": "1", "image": ["a.png", "b.png"], "conversations": talk}
+    one = one_question(entry | {"image": ["x/a.png", "x/b.png"]}, 1)
+    assert one["image"] == ["x/a.png", "x/b.png"]
+    assert one["conversations"][0]["value"] == "<image>\nand <image>?"
+    assert one_question(entry, 0)["image"] == ["a.png"]
+    assert one_question(entry, 2)["conversations"][0]["value"] == "<image>\n<image>\nboth?"
 
 
 def test_cached_features_are_those_of_each_image(mine, tiny_llava, tmp_path):
