@@ -26,7 +26,7 @@ def test_readme_shows_what_the_index_notebook_shows():
         for o in c.get("outputs", [])
         if "text/markdown" in o.get("data", {})
     ]
-    assert len(shown) == 3 and "## Four lines" in readme
+    assert len(shown) == 4 and "## Four lines" in readme
     for text in shown:
         for line in text.replace("](../", "](").splitlines():
             assert line in readme, line

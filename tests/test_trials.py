@@ -198,13 +198,28 @@ found = [say("--help"), wrong, row.status, drawn.label, drawn.color, count()]
 
 
 def test_a_decoder_family_is_added_as_the_guide_says(copy):
-    family = cell_of("add_a_model", 'FAMILIES["starcoder2"]').split("parts =")[0]
-    form = cell_of("add_a_model", 'FORMS["starcoder2"]').split("closed_parameters(")[0]
+    family = cell_of("add_a_model", 'FAMILIES["starcoder2"]')
+    form = cell_of("add_a_model", 'FORMS["starcoder2"]')
     copy.append("anatomy/01_families.ipynb", family)
     copy.append("cost/01_arithmetic.ipynb", form)
     code = "from mllm_compress import anatomy\nfound = list(anatomy.FAMILIES)"
     before, families = copy.ask(code)
     assert before == {} and "starcoder2" in families
+
+
+def test_a_multimodal_class_is_added_as_the_guide_says(copy):
+    "Two rows in two notebooks, 16 lines in all, and the contract holds."
+    wrapper = cell_of("add_a_model", 'WRAPPERS["cohere2_vision"]').splitlines()[-1]
+    eyes = cell_of("add_a_model", 'EYES["cohere2_vision"]').split("\n\n\n", 1)[1]
+    config = cell_of("add_a_model", "AutoConfig.for_model").split("try:")[0]
+    assert len(wrapper.splitlines()) == 1 and len(eyes.splitlines()) <= 10
+    copy.append("anatomy/05_wrappers.ipynb", wrapper)
+    copy.append("cost/06_vision.ipynb", eyes)
+    code = f"{config}\nfrom mllm_compress.cli.check import Case, run_checks"
+    code += "\nnames = ('parts', 'cost', 'uniform')"
+    code += "\nfound = {f.check: f.passed for f in run_checks(Case(model), names)}"
+    before, found = copy.ask(code)
+    assert before == {} and found == {"parts": True, "cost": True, "uniform": True}
 
 
 BENCHMARK = """

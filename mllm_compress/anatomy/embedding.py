@@ -11,6 +11,34 @@ import torch
 from .families import Anatomy
 
 # %% ../../nbs/library/anatomy/04_embedding.ipynb #cell-005
+def embed_words(
+    parts: Anatomy,
+    input_ids: torch.Tensor,  # [batch, tokens]
+) -> torch.Tensor:  # [batch, tokens, hidden]
+    "Token embeddings; a placeholder beyond the vocabulary gets that of token 0."
+    token = parts.wrapper and getattr(parts.config, parts.wrapper.image_token)
+    if token is not None and token >= parts.vocab_size:
+        input_ids = input_ids.masked_fill(input_ids == token, 0)
+    return parts.embed_tokens(input_ids)
+
+# %% ../../nbs/library/anatomy/04_embedding.ipynb #cell-007
+def put_pictures(
+    parts: Anatomy,
+    input_ids: torch.Tensor,  # [batch, tokens]
+    images: torch.Tensor,  # [..., hidden], projected
+) -> torch.Tensor:  # [batch, tokens, hidden]; ValueError where placeholders and features differ
+    "Token embeddings with projected features in the places of the placeholders."
+    embeddings, found = embed_words(parts, input_ids), images.shape[:-1].numel()
+    places = input_ids == getattr(parts.config, parts.wrapper.image_token)
+    if places.sum() != found:
+        raise ValueError(
+            f"{int(places.sum())} image placeholders for {found} image features: the processor's "
+            "patch_size, num_additional_image_tokens or vision_feature_select_strategy "
+            "do not fit the model."
+        )
+    return embeddings.masked_scatter(places[..., None], images.to(embeddings.dtype))
+
+# %% ../../nbs/library/anatomy/04_embedding.ipynb #cell-009
 def embed(
     parts: Anatomy,
     input_ids: torch.Tensor,  # [batch, tokens]
@@ -18,17 +46,8 @@ def embed(
     order: list | None = None,  # images in the order of their placeholders; None: each once
 ) -> torch.Tensor:  # [batch, tokens, hidden]; ValueError where placeholders and features differ
     "Token embeddings with the projected image features in their places."
-    embeddings = parts.embed_tokens(input_ids)
     if features is None:
-        return embeddings
+        return embed_words(parts, input_ids)
     weight = next(parts.projector.parameters())
-    images = parts.projector(features.to(weight.device, weight.dtype)).to(embeddings.dtype)
-    images = images if order is None else images[order]
-    places, found = input_ids == parts.config.image_token_id, images.shape[:-1].numel()
-    if places.sum() != found:
-        raise ValueError(
-            f"{int(places.sum())} image placeholders for {found} image features: the processor's "
-            "patch_size, num_additional_image_tokens or vision_feature_select_strategy "
-            "do not fit the model."
-        )
-    return embeddings.masked_scatter(places[..., None], images)
+    images = parts.projector(features.to(weight.device, weight.dtype))
+    return put_pictures(parts, input_ids, images if order is None else images[order])

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .wrappers import Wrapper, parameters_at, scaled_logits, wrapper_of
+
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-006
 @dataclass(frozen=True)
 class Slot:
@@ -38,6 +40,10 @@ class Family:
     attention: str = "self_attn"  # the attention module below a decoder layer
     mlp: str = "mlp"  # the feed-forward module below a decoder layer
     final_norm: str = "norm"  # the norm after the last layer, below the decoder
+    norms: tuple = ()  # of Slot: norms whose weights span all heads
+    joint_norm: bool = False  # their mean runs over all heads, so one head changes the others
+    post_norms: tuple = ()  # (slot, path) of norms between an output projection and the residual
+    residual: str = ""  # config entry that scales what is added to the residual
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-010
 def attention_slots(
@@ -67,35 +73,74 @@ FUSED_MLP = (
 PLAIN_MLP = (Slot("fc1", "mlp.fc1", 0, ("neuron",)), Slot("fc2", "mlp.fc2", 1, ("neuron",)))
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-014
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("llama", attention_slots() + GATED_MLP, "gated MLP; the decoder of LLaVA-v1.5"),
-        Family("mistral", attention_slots() + GATED_MLP, "as Llama, with a sliding window"),
-        Family("qwen2", attention_slots() + GATED_MLP, "as Llama, with biases on q, k and v"),
-        Family("qwen3", attention_slots() + GATED_MLP, "as Llama, with norms on q and k"),
-        Family("gemma", attention_slots() + GATED_MLP, "as Llama, with its own head width"),
-        Family(
-            "phi",
-            attention_slots("dense") + PLAIN_MLP,
-            "attention and MLP in parallel, biases; the decoder of Bunny-v1.0",
-            final_norm="final_layernorm",
-        ),
-        Family(
-            "phi3",
-            FUSED_ATTENTION + FUSED_MLP,
-            "fused projections; the decoder of Mini-InternVL-Chat-4B",
-        ),
-    )
-}
+WIDE_NORMS = (
+    Slot("q_norm", "self_attn.q_norm", 0, ("query",)),
+    Slot("k_norm", "self_attn.k_norm", 0, ("key",)),
+)
+
+
+def post_norms(
+    attention: str = "post_attention_layernorm",
+    mlp: str = "post_feedforward_layernorm",
+) -> tuple:
+    "Norms of what the output projections o and down write."
+    return (("o", attention), ("down", mlp))
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-016
+def gated(name: str, help: str, **more) -> Family:
+    "A family with separate attention projections and a gated MLP."
+    return Family(name, attention_slots() + GATED_MLP, help, **more)
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-018
+_LLAMA_LIKE = (
+    gated("llama", "gated MLP; the decoder of LLaVA-v1.5"),
+    gated("mistral", "as Llama, with a sliding window"),
+    gated("qwen2", "as Llama, with biases on q, k and v"),
+    gated("qwen3", "as Llama, with norms on q and k"),
+    gated("gemma", "as Llama, with its own head width"),
+    gated("smollm3", "as Llama, some layers without positions"),
+    gated("granite", "as Llama, with multipliers", residual="residual_multiplier"),
+)
+_NORMED = (
+    gated("gemma2", "norms on both sides, soft-capping, sliding", post_norms=post_norms()),
+    gated("gemma3_text", "as Gemma 2, with norms on q and k", post_norms=post_norms()),
+    gated(
+        "olmo2",
+        "norms behind the branches, and over all q and k heads",
+        norms=WIDE_NORMS,
+        joint_norm=True,
+        post_norms=post_norms(),
+    ),
+)
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-020
+_OTHERS = (
+    gated("cohere", "attention and MLP in parallel, one norm", norms=WIDE_NORMS),
+    gated("cohere2", "as Cohere, sliding; the decoder of Aya Vision"),
+    gated("qwen2_vl_text", "as Qwen2, positions of three axes"),
+    gated("qwen2_5_vl_text", "as Qwen2, positions of three axes"),
+    gated("qwen3_vl_text", "as Qwen3, positions of three axes"),
+    Family(
+        "phi",
+        attention_slots("dense") + PLAIN_MLP,
+        "attention and MLP in parallel, biases; the decoder of Bunny-v1.0",
+        final_norm="final_layernorm",
+    ),
+    Family(
+        "phi3",
+        FUSED_ATTENTION + FUSED_MLP,
+        "fused projections; the decoder of Mini-InternVL-Chat-4B",
+    ),
+)
+FAMILIES = {family.name: family for family in _LLAMA_LIKE + _NORMED + _OTHERS}
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-024
 @dataclass(frozen=True)
 class LinearSlot:
     "A slot in one layer of one model, and which rows or columns belong to which unit."
 
     slot: Slot  # the row of the table
-    module: nn.Linear  # of the model
+    module: nn.Module  # of the model: nn.Linear, or a norm
     widths: (
         tuple  # channels of one unit in each block: (16, 8, 8) for a fused qkv with 2 x 8 queries
     )
@@ -122,7 +167,7 @@ class LinearSlot:
         "Rows or columns of one unit."
         return self.index([unit])
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-024
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-030
 def _linears(parts, i: int) -> list:
     "The linear slots of layer `i`, heads first."
     layer, dim = parts.layers[i], parts.head_dim
@@ -137,31 +182,17 @@ def _linears(parts, i: int) -> list:
         for slot in parts.family.slots
     ]
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-026
-@dataclass(frozen=True)
-class Anatomy:
-    "The parts of a model, as `anatomy` finds them."
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-032
+def _norms(parts, i: int) -> list:
+    "The norms of layer `i` that are cut with the heads."
+    layer, groups = parts.layers[i], parts.groups(i)
+    present = [s for s in parts.family.norms if hasattr(parts.attention(i), s.name)]
+    modules = [(slot, layer.get_submodule(slot.path)) for slot in present]
+    return [LinearSlot(slot, m, (m.weight.shape[0] // groups,)) for slot, m in modules]
 
-    model: PreTrainedModel
-    family: Family
-    config: object  # the model's own config
-    text_config: object  # the config of its LM decoder (the same object for a plain LM)
-    decoder: nn.Module  # embed_tokens, layers, final norm
-    lm_head: nn.Module
-    vision_tower: nn.Module | None = None  # None for a plain LM
-    projector: nn.Module | None = None  # None for a plain LM
-
-    layers = property(lambda self: self.decoder.layers, doc="The decoder layers.")
-    embed_tokens = property(lambda self: self.decoder.embed_tokens, doc="The token embedding.")
-    num_layers = property(lambda self: len(self.layers), doc="Decoder layers present.")
-    hidden_size = property(lambda self: self.embed_tokens.weight.shape[1], doc="Residual width.")
-    vocab_size = property(lambda self: self.embed_tokens.weight.shape[0], doc="Embedding rows.")
-    head_dim = property(lambda self: self.attention(0).head_dim, doc="Channels of one head.")
-
-    @property
-    def final_norm(self) -> nn.Module:
-        "The norm after the last layer."
-        return getattr(self.decoder, self.family.final_norm)
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-034
+class LayerFacts:
+    "What is read of single layers of an Anatomy."
 
     def attention(self, i: int) -> nn.Module:
         "The attention module of layer `i`."
@@ -179,6 +210,10 @@ class Anatomy:
         "The linear slots of layer `i`, heads first."
         return _linears(self, i)
 
+    def norms(self, i: int) -> list:
+        "Norms of layer `i` whose weights are cut with the heads."
+        return _norms(self, i)
+
     def groups(self, i: int) -> int:
         "Key/value groups in layer `i` (equal to heads without grouped-query attention)."
         return next(s.units for s in self.linears(i) if s.kind == "head")
@@ -187,25 +222,95 @@ class Anatomy:
         "Neurons of the MLP in layer `i`."
         return next(s.units for s in self.linears(i) if s.kind == "neuron")
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-028
-def anatomy(
-    model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
-) -> Anatomy:
-    "The parts of `model`; ValueError for an architecture that is not in `FAMILIES`."
-    text_config = model.config.get_text_config()
-    decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
-    if text_config.model_type not in FAMILIES:
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-036
+@dataclass(frozen=True)
+class Anatomy(LayerFacts):
+    "The parts of a model, as `anatomy` finds them."
+
+    model: PreTrainedModel
+    family: Family
+    config: object  # the model's own config
+    text_config: object  # the config of its LM decoder (the same object for a plain LM)
+    decoder: nn.Module  # embed_tokens, layers, final norm
+    lm_head: nn.Module
+    vision_tower: nn.Module | None = None  # None for a plain LM
+    projector: nn.Module | None = None  # None for a plain LM
+    wrapper: Wrapper | None = None  # the row of its class; None for a plain LM
+
+    layers = property(lambda self: self.decoder.layers, doc="The decoder layers.")
+    embed_tokens = property(lambda self: self.decoder.embed_tokens, doc="The token embedding.")
+    num_layers = property(lambda self: len(self.layers), doc="Decoder layers present.")
+    hidden_size = property(lambda self: self.embed_tokens.weight.shape[1], doc="Residual width.")
+    vocab_size = property(lambda self: self.embed_tokens.weight.shape[0], doc="Embedding rows.")
+    head_dim = property(lambda self: self.attention(0).head_dim, doc="Channels of one head.")
+    final_norm = property(
+        lambda self: getattr(self.decoder, self.family.final_norm), doc="After the last layer."
+    )
+    layer_types = property(lambda self: _layer_types(self), doc="Kind of attention, per layer.")
+    fixed_layers = property(
+        lambda self: range(self.wrapper.fixed(self.config) if self.wrapper else 0),
+        doc="Layers that must stay, because image features are added behind them.",
+    )
+    projector_parameters = property(
+        lambda self: parameters_at(self.model, self.wrapper.projector) if self.wrapper else [],
+        doc="Parameters that are trained as the projector; none for a plain LM.",
+    )
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        "Logits of final states, [..., vocabulary]."
+        return scaled_logits(self.lm_head(states), self.text_config, self.wrapper)
+
+
+def _layer_types(parts: Anatomy) -> list:
+    "The kind of attention of every layer; all the same where the config names none."
+    named = getattr(parts.text_config, "layer_types", None)
+    return named or ["full_attention"] * parts.num_layers
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-038
+_EXPERTS = (
+    "its MLPs are mixtures of experts. Whole experts and their rows of the router would have to be "
+    "scored and removed together, which this package does not do: choose a dense model"
+)
+REFUSED = {
+    "num_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "n_routed_experts": _EXPERTS,
+    "num_kv_shared_layers": "its last layers read keys and values of earlier ones, so that no "
+    "layer or head can be removed by itself",
+    "cross_attention_layers": "its cross-attention layers read the picture by themselves, so that "
+    "layers cannot be removed alike",
+}
+
+
+def check_supported(
+    text_config,
+) -> None:
+    "ValueError for a decoder without a row in FAMILIES, or of a kind that is refused."
+    name = text_config.model_type
+    for entry, reason in REFUSED.items():
+        if getattr(text_config, entry, None):
+            raise ValueError(f"{name} cannot be pruned: {reason} ({entry} in its config).")
+    if name not in FAMILIES:
         raise ValueError(
-            f"no anatomy for model_type {text_config.model_type!r}; "
+            f"no anatomy for model_type {name!r}; "
             f"known: {', '.join(FAMILIES)}. If its decoder layers hold linear projections, "
             "add a Family row to mllm_compress.anatomy.FAMILIES."
         )
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-040
+def anatomy(
+    model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
+) -> Anatomy:
+    "The parts of `model`; ValueError for one that is not in `FAMILIES` and `WRAPPERS`."
+    text_config = model.config.get_text_config()
+    check_supported(text_config)
+    wrapper = wrapper_of(model.config)
+    decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if lm_head is None or not hasattr(decoder, "layers"):
         raise ValueError(
             f"{type(model).__name__} has no LM head over decoder layers; "
             "give a …ForCausalLM or …ForConditionalGeneration model."
         )
-    base = getattr(model, "model", None)
     return Anatomy(
         model,
         FAMILIES[text_config.model_type],
@@ -213,11 +318,12 @@ def anatomy(
         text_config,
         decoder,
         lm_head,
-        vision_tower=getattr(base, "vision_tower", None),
-        projector=getattr(base, "multi_modal_projector", None),
+        vision_tower=model.get_submodule(wrapper.vision) if wrapper else None,
+        projector=model.get_submodule(wrapper.projector[0]) if wrapper else None,
+        wrapper=wrapper,
     )
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-036
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-048
 def count_parameters(
     *modules,  # nn.Module or None
 ) -> int:
@@ -225,7 +331,7 @@ def count_parameters(
     seen = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
     return sum(seen.values())
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-038
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-050
 def lm_parameters(
     model: PreTrainedModel,
 ) -> int:
@@ -233,14 +339,31 @@ def lm_parameters(
     parts = anatomy(model)
     return count_parameters(parts.decoder, parts.lm_head)
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-040
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-052
 def part_parameters(
     model: PreTrainedModel,
 ) -> dict:
-    "Parameters of vision tower, projector and LM decoder."
+    "Parameters of vision tower, projector and LM decoder; they add up to those of the model."
     parts = anatomy(model)
-    return {
-        "vision": count_parameters(parts.vision_tower),
-        "projector": count_parameters(parts.projector),
+    projector = {id(p) for p in parts.projector_parameters}
+    of_tower = [] if parts.vision_tower is None else parts.vision_tower.parameters()
+    counts = {
+        "vision": sum({id(p): p.numel() for p in of_tower if id(p) not in projector}.values()),
+        "projector": sum(p.numel() for p in parts.projector_parameters),
         "lm": lm_parameters(model),
     }
+    if sum(counts.values()) != count_parameters(model):
+        raise ValueError(_left_over(parts))
+    return counts
+
+
+def _left_over(parts: Anatomy) -> str:
+    "The error for parameters that belong to no part."
+    modules = [m for m in (parts.vision_tower, parts.decoder, parts.lm_head) if m is not None]
+    known = {id(p) for m in modules for p in m.parameters()}
+    known |= {id(p) for p in parts.projector_parameters}
+    names = [name for name, p in parts.model.named_parameters() if id(p) not in known]
+    return (
+        f"{len(names)} weights of {type(parts.model).__name__} belong to no part "
+        f"({', '.join(names[:3])}): add their paths to its row of mllm_compress.anatomy.WRAPPERS."
+    )

@@ -159,7 +159,8 @@ def cuts(
         for name, _ in parts.layers[old].named_parameters():
             found[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
         kept = {"head": plan.heads.get(old), "neuron": plan.neurons.get(old)}
-        for slot in (s for s in parts.linears(old) if kept[s.kind] is not None):
+        slots = [*parts.linears(old), *parts.norms(old)]
+        for slot in (s for s in slots if kept[s.kind] is not None):
             index = slot.index(kept[slot.kind])
             for kind in ("weight", "bias"):
                 name = f"{prefix}.{new}.{slot.slot.path}.{kind}"

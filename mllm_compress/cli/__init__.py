@@ -6,7 +6,16 @@
 __all__ = ['app']
 
 # %% ../../nbs/library/cli/00_index.ipynb #cell-003
-from . import exporting, look, measuring, prepare, pruning, recovering, studying
+from mllm_compress.cli import (
+    check,
+    exporting,
+    look,
+    measuring,
+    prepare,
+    pruning,
+    recovering,
+    studying,
+)
 from .app import app
 
 _all_ = ["app"]

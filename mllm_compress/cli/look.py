@@ -76,17 +76,44 @@ def cards(
         emit("\n".join(lines), {"GiB": rows}, as_json)
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
+def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
+    "The table of what pruning by a ratio saves, by name or from the config of a folder."
+    from transformers import AutoConfig
+
+    from mllm_compress.cost.by_ratio import cost_by_ratio
+    from mllm_compress.zoo.catalogue import known_config
+    from mllm_compress.zoo.models import native_folder
+
+    folder = native_folder(model) or Path(model)
+    there = (folder / "config.json").is_file()
+    config = AutoConfig.from_pretrained(folder) if there else known_config(model)
+    frame = cost_by_ratio(config, ratio)
+    text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
+    rows = json.loads(frame.to_json(orient="records"))
+    return f"{model}, bfloat16, one picture and 64 words\n{text}", {"ratio": ratio, "rows": rows}
+
+
 @app.command()
 def cost(
     model: Model,
     latency: Annotated[bool, typer.Option(help="Measure seconds too.")] = False,
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="Show what pruning by this ratio would save; needs no weights."),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ):
-    "Parameters, operations, bytes and seconds of a model."
+    "Parameters, operations, bytes and seconds of a model; with --ratio by its config alone."
     with politely():
         from mllm_compress.cost.report import cost_report
 
+        if ratio is not None:
+            if latency:
+                raise ValueError("--latency needs weights: leave it out, or leave out --ratio.")
+            text, facts = _cost_by_ratio(model, ratio)
+            emit(text, {"model": model, **facts}, as_json)
+            return
         check_models(model)
         loaded, processor, _ = load(model, resolve_device(device))
         report = cost_report(loaded, processor, latency=latency)

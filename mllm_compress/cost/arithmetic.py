@@ -16,6 +16,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import anatomy
+from ..anatomy.wrappers import caches_projector_input
+from mllm_compress.cost.vision import (
+    eyes_of,
+    image_tokens,
+    projector_parameters,
+    vision_flops,
+    vision_parameters,
+)
 from ..evaluation.published import published
 from ..zoo.convert import REAL_MODELS, real_config
 
@@ -31,15 +39,27 @@ class Form:
     out_bias: bool | str = False  # of the attention's output projection
     mlp_bias: bool | str = False
     head_bias: bool = False  # of the LM head, in the plain causal LM
-    qk_norm: bool = False  # a scale over the channels of queries and of keys
+    qk_norm: bool = False  # a scale over the channels of one query head and one key head
+    wide_norm: bool | str = False  # a scale over the channels of all query and all key heads
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-007
+_ATTENTION = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 FORMS = {
-    "llama": Form(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": Form(**_ATTENTION, mlp_bias="mlp_bias"),
     "mistral": Form(),
     "qwen2": Form(qkv_bias=True),
-    "qwen3": Form(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True),
-    "gemma": Form(qkv_bias="attention_bias", out_bias="attention_bias"),
+    "qwen3": Form(**_ATTENTION, qk_norm=True),
+    "gemma": Form(**_ATTENTION),
+    "smollm3": Form(**_ATTENTION, mlp_bias="mlp_bias"),
+    "granite": Form(**_ATTENTION, mlp_bias="mlp_bias"),
+    "gemma2": Form(norms=4, **_ATTENTION),
+    "gemma3_text": Form(norms=4, **_ATTENTION, qk_norm=True),
+    "olmo2": Form(**_ATTENTION, wide_norm=True),
+    "cohere": Form(norms=1, **_ATTENTION, wide_norm="use_qk_norm"),
+    "cohere2": Form(norms=1, **_ATTENTION),
+    "qwen2_vl_text": Form(qkv_bias=True),
+    "qwen2_5_vl_text": Form(qkv_bias=True),
+    "qwen3_vl_text": Form(**_ATTENTION, qk_norm=True),
     "phi": Form(2, 1, 2, qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True),
     "phi3": Form(),
 }
@@ -57,7 +77,7 @@ class DecoderShape:
     groups: tuple  # key/value heads, per layer
     neurons: tuple  # of the MLP, per layer
     tied: bool = False  # the LM head is the embedding
-    biases: frozenset = frozenset()  # which of qkv, out, mlp, head have one
+    biases: frozenset = frozenset()  # which of qkv, out, mlp, head have one; "wide" norms
 
     def __len__(self):
         return len(self.neurons)
@@ -70,8 +90,8 @@ class DecoderShape:
 def _biases(family: str, config, head_bias: bool) -> frozenset:
     "The projections that carry a bias; a row's string is looked up in the config."
     form, found = FORMS[family], {"head"} if head_bias else set()
-    for name in ("qkv", "out", "mlp"):
-        answer = getattr(form, f"{name}_bias")
+    answers = {name: getattr(form, f"{name}_bias") for name in ("qkv", "out", "mlp")}
+    for name, answer in (answers | {"wide": form.wide_norm}).items():
         if getattr(config, answer, False) if isinstance(answer, str) else answer:
             found.add(name)
     return frozenset(found)
@@ -133,9 +153,10 @@ def layer_parameters(
     "Parameters of one decoder layer, by what they belong to."
     form, h, d = FORMS[shape.family], shape.hidden, shape.head_dim
     q, g, n = shape.queries[i], shape.groups[i], shape.neurons[i]
-    qkv, out, mlp = (name in shape.biases for name in ("qkv", "out", "mlp"))
+    qkv, out, mlp, wide = (name in shape.biases for name in ("qkv", "out", "mlp", "wide"))
+    scales = form.qk_norm * 2 * d + wide * d * (q + g)
     return {
-        "heads": h * d * (2 * q + 2 * g) + qkv * d * (q + 2 * g) + out * h + form.qk_norm * 2 * d,
+        "heads": h * d * (2 * q + 2 * g) + qkv * d * (q + 2 * g) + out * h + scales,
         "neurons": form.matrices * h * n + mlp * ((form.matrices - 1) * n + h),
         "norms": form.norms * form.norm_vectors * h,
     }
@@ -153,71 +174,6 @@ def decoder_parameters(shape: DecoderShape) -> dict:
     }
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-027
-@dataclass(frozen=True)
-class Tower:
-    "What a vision tower's parameter count depends on besides its widths."
-
-    class_token: bool  # one token more than there are patches
-    patch_bias: bool  # of the convolution that makes patches
-    outer_norms: int  # before and after the encoder
-    branch_scales: int = 0  # vectors per layer that scale a residual branch
-    head_key: str = ""  # config key of the switch for a pooling head
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-029
-TOWERS = {
-    "clip_vision_model": Tower(class_token=True, patch_bias=False, outer_norms=2),
-    "siglip_vision_model": Tower(
-        class_token=False, patch_bias=True, outer_norms=1, head_key="vision_use_head"
-    ),
-    "internvl_vision": Tower(class_token=True, patch_bias=True, outer_norms=0, branch_scales=2),
-}
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-031
-def _tower(vision) -> Tower:
-    "The row of a vision config, or an error with what to add."
-    if vision.model_type in TOWERS:
-        return TOWERS[vision.model_type]
-    raise ValueError(
-        f"There is no closed form for the vision tower {vision.model_type!r}, only for "
-        f"{', '.join(TOWERS)}: add a Tower to TOWERS in mllm_compress.cost.arithmetic."
-    )
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
-def _side(value) -> int:
-    "One side of a size that may be given as a pair."
-    return value if isinstance(value, int) else value[0]
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-035
-def patches(vision: PreTrainedConfig) -> int:
-    "Patches of one image (or one tile); the rim that fills no patch is cropped."
-    return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-037
-def vision_parameters(
-    config: PreTrainedConfig,  # of the MLLM
-) -> int:
-    "Parameters of the vision tower in closed form."
-    v, row = config.vision_config, _tower(config.vision_config)
-    c, m, tokens = v.hidden_size, v.intermediate_size, patches(v) + row.class_token
-    bias = getattr(v, "attention_bias", True)  # InternViT's key; the others always have it
-    mlp = 2 * c * m + m + c
-    layer = 4 * c * c + (4 if bias else 1) * c + mlp + 4 * c + row.branch_scales * c
-    embed = c * 3 * _side(v.patch_size) ** 2 + row.patch_bias * c + (tokens + row.class_token) * c
-    pools = row.head_key and getattr(v, row.head_key, True)
-    head = 4 * c * c + 4 * c + mlp + 3 * c if pools else 0
-    return embed + v.num_hidden_layers * layer + row.outer_norms * 2 * c + head
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-039
-def projector_parameters(
-    config: PreTrainedConfig,  # of the MLLM
-) -> int:
-    "Parameters of the two-layer projector in closed form."
-    h, c = config.get_text_config().hidden_size, config.vision_config.hidden_size
-    fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)  # patches folded into channels
-    norm = 2 * fold * c if fold > 1 else 0
-    return norm + fold * c * h + h + h * h + h
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
 def closed_parameters(
     config: PreTrainedConfig,  # of an MLLM or a plain LM
     shape: DecoderShape | None = None,  # of a pruned decoder; None: as in the config
@@ -231,7 +187,7 @@ def closed_parameters(
         "lm": lm,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-045
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-031
 PUBLISHED_COLUMNS = {
     "vision": "vision_params",
     "projector": "projector_params",
@@ -239,7 +195,7 @@ PUBLISHED_COLUMNS = {
     "total": "total_params",
 }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
 def published_sizes() -> pd.DataFrame:  # one row per model and part
     "Sizes as the paper reports them (column `printed`) beside the closed form."
     printed, rows = published("models").set_index("model"), []
@@ -252,7 +208,7 @@ def published_sizes() -> pd.DataFrame:  # one row per model and part
         ]
     return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-053
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-039
 def decoder_flops(
     shape: DecoderShape,
     tokens: int,  # T, run in this pass
@@ -271,50 +227,37 @@ def decoder_flops(
         2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-055
-def vision_flops(
-    config: PreTrainedConfig,  # of the MLLM
-    images: int = 1,  # or tiles
-) -> dict:
-    "Operations of vision tower and projector."
-    v, h = config.vision_config, config.get_text_config().hidden_size
-    c, m, n = v.hidden_size, v.intermediate_size, patches(v)
-    tokens = n + _tower(v).class_token
-    layer = 2 * tokens * (4 * c * c + 2 * c * m) + 4 * tokens * tokens * c
-    fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)
-    return {
-        "vision": images * (2 * n * 3 * _side(v.patch_size) ** 2 * c + v.num_hidden_layers * layer),
-        "projector": images * image_tokens(config) * 2 * (fold * c * h + h * h),
-    }
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-057
-def image_tokens(config: PreTrainedConfig) -> int:
-    "Placeholders that one image (or tile) takes in the prompt."
-    fold = round(1 / getattr(config, "downsample_ratio", 1) ** 2)
-    has_token = _tower(config.vision_config).class_token
-    keeps_token = has_token and config.vision_feature_select_strategy == "full"
-    return patches(config.vision_config) // fold + keeps_token
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-059
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
 def example_inputs(
     model: PreTrainedModel,  # an MLLM or a plain LM, on any device
     text_tokens: int = 64,  # besides the image's
     images: int = 1,  # per sequence; none for a plain LM
     batch: int = 1,
-) -> dict:  # input_ids [batch, tokens], pixel_values [batch * images, 3, side, side]
+) -> dict:  # input_ids [batch, tokens], and what the model takes for its pictures
     "Inputs of the right shape with nothing in them, for counting and timing."
     config, device = model.config, model.device
     text = torch.zeros(batch, text_tokens, dtype=torch.long, device=device)
     if getattr(config, "vision_config", None) is None or not images:
         return {"input_ids": text}
     placeholders = (batch, images * image_tokens(config))
+    if reads_values(model):
+        return {"input_ids": torch.cat([text.new_zeros(placeholders), text], 1)}
     marker = torch.full(placeholders, config.image_token_id, device=device)
     text = text + (config.image_token_id == 0)  # a word that is no placeholder
-    side = _side(config.vision_config.image_size)
-    pixels = torch.zeros(batch * images, 3, side, side, device=device, dtype=model.dtype)
-    return {"input_ids": torch.cat([marker, text], 1), "pixel_values": pixels}
+    ids, row = torch.cat([marker, text], 1), eyes_of(config)
+    inputs = row.pixels(config, row.picture(config), batch, images)
+    put = lambda x: x.to(device, model.dtype) if x.is_floating_point() else x.to(device)
+    inputs = {"input_ids": ids} | {name: put(x) for name, x in inputs.items()}
+    if row.token_types:
+        inputs[row.token_types] = (ids == config.image_token_id).long()
+    return inputs
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-061
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-043
+def reads_values(model: PreTrainedModel) -> bool:
+    "Whether a forward pass with pictures would read values that the meta device does not have."
+    return model.device.type == "meta" and not caches_projector_input(model.config)
+
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-045
 @contextmanager
 def _without_values(model: PreTrainedModel):
     "Switch off the parts of a forward pass that read values of tensors."
@@ -328,7 +271,7 @@ def _without_values(model: PreTrainedModel):
         for m in scaled:
             m.rope_type = "longrope"
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-063
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
 def forward(
     model: PreTrainedModel,  # on any device, meta included
     inputs: dict,  # of the forward pass
@@ -338,7 +281,7 @@ def forward(
     with _without_values(model) if model.device.type == "meta" else nullcontext():
         return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-068
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-052
 def kv_bytes_per_token(
     shape: DecoderShape,
     itemsize: int = 2,  # bytes of one number
@@ -346,7 +289,7 @@ def kv_bytes_per_token(
     "Bytes that one token adds to the KV cache."
     return 2 * shape.head_dim * sum(shape.groups) * itemsize
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-070
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-054
 def weight_bytes(model: PreTrainedModel) -> int:
     "Bytes of all weights, shared ones once: memory when loaded, and disk less a header."
     return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())

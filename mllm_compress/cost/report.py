@@ -85,10 +85,10 @@ def counted_rows(
     model: PreTrainedModel,
     shape: DecoderShape,  # of its decoder
     inputs: dict,  # of example_inputs
+    images: int,  # in all sequences together
 ) -> list:  # of (quantity, part, value, unit, source)
     "Rows that need no clock and no forward pass."
     batch, prompt = inputs["input_ids"].shape
-    images = len(inputs.get("pixel_values", ()))
     prefill = vision_flops(model.config, images) if images else {}
     prefill["lm"] = decoder_flops(shape, prompt, batch=batch)
     decode = decoder_flops(shape, 1, prompt, batch)
@@ -149,7 +149,8 @@ def cost_report(
         )
     text_tokens = prompt_tokens(processor) if processor else text_tokens
     inputs = example_inputs(model, text_tokens, images, batch)
-    rows = counted_rows(model, shape, inputs)
+    sees = getattr(model.config, "vision_config", None) is not None
+    rows = counted_rows(model, shape, inputs, batch * images * sees)
     if on_meta if memory is None else memory:
         peak = peak_memory(lambda: forward(model, inputs), model.device)
         rows.append(("peak beyond weights", "prefill", peak, "byte", "measured"))

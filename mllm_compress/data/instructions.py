@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..anatomy.wrappers import WRAPPERS
 from . import scenes
 from mllm_compress.data.reading import (
     IMAGE,
@@ -544,6 +545,29 @@ def pad_id(tokenizer) -> int:
     return next(i for i in known if i is not None)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-079
+def placeholder_id(processor) -> int | None:  # None for a tokenizer
+    "The id of the token that stands for one image feature."
+    own = getattr(getattr(processor, "tokenizer", None), "image_token_id", None)
+    return getattr(processor, "image_token_id", None) if own is None else own
+
+
+def process_images(processor, images: list):
+    "What the image processor makes of some pictures."
+    process, merge = processor.image_processor, getattr(processor, "spatial_merge_size", None)
+    more = {"patch_size": processor.patch_size * merge} if merge else {}
+    if "return_row_col_info" in getattr(process.valid_kwargs, "__annotations__", {}):
+        more["return_row_col_info"] = True
+    return process(images=images, return_tensors="pt", **more)
+
+
+SHAPES = ((64, 64), (640, 64), (128, 64), (512, 512))  # to see whether tokens depend on them
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-081
+PICTURE_INPUTS = tuple(
+    dict.fromkeys(name for row in WRAPPERS.values() for name in ("pixel_values", *row.inputs))
+)
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-083
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
@@ -553,16 +577,16 @@ class Renderer:
         if self.multimodal and not getattr(processor, "chat_template", None):
             raise _template_error()
         self.image_token = getattr(processor, "image_token", None)
-        self.image_id = getattr(processor, "image_token_id", None)
+        self.image_id = placeholder_id(processor)
         self.encode = EncodingCache(self._encode)
         self.image_text = lru_cache(10_000)(self._image_text)
-        # True where the tokens of a picture depend on its shape
-        self.tiled = self.multimodal and self.image_text((64, 64)) != self.image_text((640, 64))
+        # whether the tokens of a picture depend on its shape
+        self.tiled = self.multimodal and len(set(map(self.image_text, SHAPES))) > 1
 
     def _image_text(self, size: tuple) -> str:
         "The placeholder tokens of a picture of that (width, height)."
         image = Image.new("RGB", size)
-        inputs = self.processor.image_processor(images=[image], return_tensors="pt")
+        inputs = process_images(self.processor, [image])
         return self.processor.replace_image_token(inputs, 0)
 
     @cached_property
@@ -587,7 +611,7 @@ class Renderer:
             else _encode_chat(self, pairs, images)
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-081
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-085
 def _expand(
     text: str,  # rendered
     spans: list,  # of (first character, character after the last)
@@ -607,7 +631,7 @@ def _expand(
     whole = "".join(a + b for a, b in itertools.zip_longest(pieces, images, fillvalue=""))
     return whole, [(a + shift(a), b + shift(b)) for a, b in spans]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-084
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-088
 def _encode_chat(render, pairs: tuple, images: tuple) -> tuple:
     "Token ids of a rendered conversation, and for each whether it belongs to an answer."
     front = 0 if pictures_amid(pairs) else len(images)
@@ -622,7 +646,7 @@ def _encode_chat(render, pairs: tuple, images: tuple) -> tuple:
     ]
     return tuple(out["input_ids"]), tuple(answer)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-089
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-093
 def packed_mask(
     segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
 ) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
@@ -633,7 +657,7 @@ def packed_mask(
     prefix = segment[:, None, :] == 0
     return ((same | prefix) & causal | itself)[:, None]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-092
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-096
 def pack(
     encoded: list,  # of (ids, answer mask), one per question about the same picture
     image_id: int,  # token id of the image placeholder
@@ -654,7 +678,7 @@ def pack(
         row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-094
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-098
 def blocks(
     row: dict,  # as pack returns it
     width: int,  # tokens that a block may have; a longer question stays whole
@@ -667,7 +691,7 @@ def blocks(
             cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-097
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-101
 def borrowing_mask(
     segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
     first: torch.Tensor,  # [blocks] the block that holds the prefix of each
@@ -679,7 +703,7 @@ def borrowing_mask(
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-100
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-104
 def _pad(
     rows: list,  # as pack returns them
     pad_id: int,  # token id of the padding
@@ -692,7 +716,7 @@ def _pad(
         for key, value in fill.items()
     }
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-102
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-106
 def _cut(
     rows: list,  # one per entry
     block: int | None,  # tokens of a block; None: whole rows
@@ -705,7 +729,7 @@ def _cut(
     first = torch.tensor([start for start, row in zip(starts, cut) for _ in row])
     return [b for row in cut for b in row], first
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-104
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-108
 def _image_texts(collator, entry: dict) -> tuple:
     "What stands for each of an entry's pictures in its prompt."
     if not has_image(entry):
@@ -721,7 +745,7 @@ def _image_texts(collator, entry: dict) -> tuple:
         sizes = [(64, 64)] * len(image_names(entry))
     return tuple(map(collator.render.image_text, sizes))
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-106
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-110
 def _packed(collator, pairs: tuple, images: tuple) -> dict:
     "The row of a conversation: in sequence, or packed behind its pictures."
     encode = collator.render.encode
@@ -729,7 +753,7 @@ def _packed(collator, pairs: tuple, images: tuple) -> dict:
         return pack([encode(pairs, images)], -1)
     return pack([encode((pair,), images) for pair in pairs], collator.render.image_id)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-108
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-112
 def _pictures(collator, numbers: list) -> dict:
     "The pixels of a batch, or the numbers of its entries with a picture."
     if not collator.images:
@@ -737,10 +761,25 @@ def _pictures(collator, numbers: list) -> dict:
     if not numbers:
         return {}
     images = [picture for i in numbers for picture in collator.dataset.pictures(i)]
-    process = collator.render.processor.image_processor
-    return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
+    found = process_images(collator.render.processor, images)
+    return {name: found[name] for name in PICTURE_INPUTS if name in found}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-110
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-114
+TURNS = ("independent", "sequential", "separate")
+
+
+def separated(entries: list) -> tuple:  # entries of one question each, the first row of each
+    "The questions of entries as entries of their own."
+    found, begins = [], []
+    for e in entries:
+        begin, pairs = len(found), turns(e)
+        one = lambda k: e | {"conversations": e["conversations"][2 * k : 2 * k + 2]}
+        alone = "conversations" in e and not pictures_amid(pairs)
+        found += [one(k) for k in range(len(pairs))] if alone else [e]
+        begins += [begin] * (len(found) - begin)
+    return found, torch.tensor(begins)
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-116
 def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | None) -> None:
     "ValueError where a row is cut within its picture."
     if max_length and image_id in ids[max_length:]:
@@ -750,7 +789,7 @@ def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | N
             f"token {last}: give more (--max-length)."
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-112
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-118
 def _check_context(entry: dict, ids: list, tokenizer) -> None:
     "ValueError where a plain text is longer than the context."
     most = tokenizer.model_max_length
@@ -760,7 +799,7 @@ def _check_context(entry: dict, ids: list, tokenizer) -> None:
             f"{most:,}: split the text, or cut it with max_length (--max-length)."
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-113
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-119
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 
@@ -768,18 +807,20 @@ class Collator:
         self,
         processor,
         dataset: InstructionData,
-        turns: str = "independent",  # questions attend to the picture only; or "sequential"
+        turns: str = "independent",  # questions attend to the picture only; or see TURNS
         images: bool = True,  # pixel_values, or only image_index
         max_length: int | None = None,  # tokens of a row
         block: int | None = None,  # tokens of a block, see `blocks`; None: whole rows
     ):
-        check_choice("turns", turns, ("independent", "sequential"))
+        check_choice("turns", turns, TURNS)
         self.render, self.dataset = Renderer(processor), dataset
         self.turns, self.images, self.max_length = turns, images, max_length
         self.block = block if turns == "independent" else None
 
     def __call__(self, entries: list) -> dict:
         "A batch of entries."
+        if self.turns == "separate":
+            entries, begins = separated(entries)
         rows, first = _cut([self.row(e) for e in entries], self.block)
         pad = _pad(rows, pad_id(self.render.tokenizer))
         labels = pad["ids"].masked_fill(~pad["answer"], -100)
@@ -790,6 +831,8 @@ class Collator:
             batch["position_ids"] = pad["position"]
         if self.block:
             batch["first_row"] = first
+        elif self.turns == "separate":
+            batch["first_row"] = begins
         return batch | _pictures(self, [e["index"] for e in entries if has_image(e)])
 
     def row(self, entry: dict) -> dict:

@@ -14,14 +14,22 @@ from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..anatomy.compat import CACHE_ARGUMENT
-from ..anatomy.embedding import embed
+from ..anatomy.embedding import embed, put_pictures
 from ..anatomy.families import anatomy
+from ..anatomy.pictures import picture_inputs, shares_prefixes
 from ..anatomy.tensors import weights_hash
-from ..data.instructions import keeps_order, question_parts
+from ..anatomy.wrappers import caches_projector_input, token_inputs
+from mllm_compress.data.instructions import (
+    keeps_order,
+    placeholder_id,
+    process_images,
+    question_parts,
+)
 from ..data.reading import IMAGE
 from .benchmarks import StoredImage, open_image
 
@@ -70,8 +78,9 @@ def in_batches(
 class ImageFeatures:
     "The projector's input for one image, and the text that stands for the image in a prompt."
 
-    features: torch.Tensor  # [tiles, patches, vision hidden]
+    features: torch.Tensor  # [tiles, patches, vision hidden]; [tokens, hidden] if projected
     text: str  # image tokens, as many as the projector makes
+    projected: bool = False  # behind the projector, where no one tensor enters it
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-016
 class FeatureCache:
@@ -103,8 +112,10 @@ def encode_images(
     images: list,  # PIL images
 ) -> list:  # of ImageFeatures
     "Preprocessing and vision tower on a batch of images."
-    pixels, inputs = processor.image_processor(images=images, return_tensors="pt"), []
+    pixels, inputs = process_images(processor, images), []
     texts = [processor.replace_image_token(pixels, i) for i in range(len(images))]
+    if not caches_projector_input(model.config):
+        return _projected(model, processor, pixels, texts)
     hook = anatomy(model).projector.register_forward_pre_hook(
         lambda module, args: inputs.append(args[0])
     )
@@ -114,6 +125,16 @@ def encode_images(
         hook.remove()
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
     return [ImageFeatures(f.cpu(), text) for f, text in zip(inputs[0].split(tiles), texts)]
+
+
+def _projected(model, processor, pixels: dict, texts: list) -> list:  # of ImageFeatures
+    "The features behind the projector, divided among images as their placeholders are."
+    found = model.get_image_features(**picture_inputs(anatomy(model), pixels), return_dict=True)
+    found = found.pooler_output
+    found = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found.flatten(0, 1)
+    token = processor.tokenizer.convert_ids_to_tokens(placeholder_id(processor))
+    parts = found.cpu().split([text.count(token) for text in texts])
+    return [ImageFeatures(f, text, projected=True) for f, text in zip(parts, texts)]
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-022
 def image_hash(
@@ -138,6 +159,9 @@ class ImageEncoder:
         self.tower = None
         if tower is not None:
             self.tower = weights_hash(tower), preprocessing.to_json_string()
+        if tower is not None and not caches_projector_input(model.config):
+            projector = nn.ParameterList(anatomy(model).projector_parameters)
+            self.tower += (weights_hash(projector),)
 
     def key(self, image) -> tuple:
         "Content of an image, of the tower and of the preprocessing."
@@ -286,7 +310,7 @@ def run_tokens(
         use_cache=True,
         **{CACHE_ARGUMENT: cache},
     ).last_hidden_state
-    return parts.lm_head(hidden[:, -keep:]).float()
+    return parts.logits(hidden[:, -keep:]).float()
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
 def embed_images(
@@ -295,6 +319,9 @@ def embed_images(
     images: list,  # of ImageFeatures, in the order of their tokens
 ) -> torch.Tensor:  # [batch, tokens, hidden]
     "Token embeddings with the projected images in the place of the image tokens."
+    if images and images[0].projected:
+        found = torch.cat([image.features for image in images]).to(ids.device)
+        return put_pictures(parts, ids, found)
     places, features = {}, []  # an image that several questions share is projected once
     for image in images:
         if id(image) not in places:
@@ -495,7 +522,7 @@ def prepare(
     features = encoder({key[i]: image for i, image in pictures.items()})
     keys = [[key[id(image)] for image in q.images] for q in questions]
     texts = {k: f.text for k, f in features.items()}
-    token = getattr(model.config, "image_token_id", None)
+    token = placeholder_id(processor)
     return anatomy(model), encode_prompts(processor, questions, keys, texts, token), features
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-073
@@ -504,6 +531,59 @@ def _by_prefix(prompt: Prompt):
     return -len(prompt.shared), prompt.images, prompt.shared
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-075
+def own_inputs(parts, processor, question, ids: tuple, answer: int = 0) -> dict:
+    "The model's inputs for one prompt, its last `answer` tokens an answer, with its pictures."
+    device = parts.embed_tokens.weight.device
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if question.images:
+        mean = getattr(processor.image_processor, "image_mean", None)
+        pictures = [open_image(image, mean) for image in question.images]
+        inputs |= picture_inputs(parts, process_images(processor, pictures))
+    labels = inputs["input_ids"].clone()
+    labels[:, : len(ids) - answer] = -100
+    return inputs | token_inputs(parts.config, inputs | {"labels": labels})
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-077
+@torch.inference_mode()
+def answer_scores(parts, processor, question, prompt: Prompt) -> tuple:
+    "The number of the best candidate or None, and the log-likelihood of the right answer or None."
+    asked = prompt.shared + prompt.own
+
+    def score(answer) -> float:
+        length = len(answer)
+        inputs = own_inputs(parts, processor, question, asked + tuple(answer), length)
+        logits = parts.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits
+        chances = logits[0, :-1].float().log_softmax(-1)
+        return chances[range(length), answer].mean().item()
+
+    scores = [score(candidate) for candidate in prompt.candidates]
+    best = scores.index(max(scores)) if scores else None
+    known = prompt.right in prompt.candidates
+    likely = scores[prompt.candidates.index(prompt.right)] if known else None
+    return best, score(prompt.right) if prompt.right and not known else likely
+
+
+@torch.inference_mode()
+def answer_alone(
+    parts,  # Anatomy
+    processor,
+    questions: list,
+    stop: set,  # token ids that end an answer
+    max_new_tokens: int,
+    prompt: Prompt,  # of one question
+) -> tuple:  # as `answer_groups` has it for each prompt
+    "One question, by the model's own `generate`."
+    question = questions[prompt.place]
+    inputs = own_inputs(parts, processor, question, prompt.shared + prompt.own)
+    options = {"do_sample": False, "eos_token_id": list(stop), "pad_token_id": min(stop)}
+    found = parts.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
+    new = found[inputs["input_ids"].shape[1] :].tolist()
+    ends = [k for k, token in enumerate(new) if token in stop]
+    scores = answer_scores(parts, processor, question, prompt)
+    return prompt.place, new[: ends[0]] if ends else new, *scores
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-079
 def answer_questions(
     model,  # MLLM
     processor,  # its processor
@@ -522,7 +602,12 @@ def answer_questions(
     def run(groups, size):
         return answer_groups(parts, groups, features, stop, max_new_tokens, size)
 
-    done = in_batches(run, groups, batch_size, on_batch)
+    def alone(prompts, _):
+        own = (parts, processor, questions, stop, max_new_tokens)
+        return [answer_alone(*own, prompt) for prompt in prompts]
+
+    how = (run, groups) if shares_prefixes(parts) else (alone, prompts)
+    done = in_batches(*how, batch_size, on_batch)
     texts = processor.tokenizer.batch_decode([ids for _, ids, *_ in done], skip_special_tokens=True)
     answers = [None] * len(questions)
     for (place, _, best, likely), text in zip(done, texts):

@@ -136,7 +136,7 @@ def answer_loss(
     with evaluating(parts.model):
         for batch, label in zip(batches, labels):
             f, targets = answer_states(parts, batch, label)
-            total -= log_likelihood(parts.lm_head(f), targets).item()
+            total -= log_likelihood(parts.logits(f), targets).item()
             count += len(targets)
     return total / count
 
@@ -201,7 +201,7 @@ def run_backward(passes: Passes, k: int) -> None:
     parts = passes.parts
     f, targets = answer_states(parts, passes.batches[k], passes.labels[k])
     for rng in passes.generators:
-        value = PRESERVED[passes.of](f, parts.lm_head, targets, rng)
+        value = PRESERVED[passes.of](f, parts.logits, targets, rng)
         value.backward(retain_graph=rng is not passes.generators[-1])
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-038

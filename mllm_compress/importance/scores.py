@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.wrappers import token_inputs
 from ..utils.files import sha256, write_atomically
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-006
@@ -181,6 +182,7 @@ def check_batches(
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-030
 def model_inputs(model, batch: dict) -> dict:
     "The part of `batch` that goes into the forward pass (labels do not)."
+    batch = batch | token_inputs(model.config, batch)
     known = set(inspect.signature(model.forward).parameters) - {"labels"}
     move = lambda t: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype)
     return {k: move(v) for k, v in batch.items() if k in known and v is not None}

@@ -21,6 +21,7 @@ from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
     make_plan,
+    removable,
     score_record,
     spans,
 )
@@ -60,9 +61,9 @@ def layers_for_ratio(
     "The number of layers whose removal comes nearest to `ratio`."
     check_ratio(ratio)
     sizes, total = layer_sizes(model), lm_parameters(model)
-    order = range(len(sizes)) if order is None else order
-    costs = torch.tensor([sizes[i].parameters for i in list(order)[: len(sizes) - 1]])
-    remedy = "One layer must stay; add widthwise pruning or request less."
+    order = removable(anatomy(model), range(len(sizes)) if order is None else order)
+    costs = torch.tensor([sizes[i].parameters for i in order])
+    remedy = "One layer (of each kind) must stay; add widthwise pruning or request less."
     check_reachable(ratio, float(costs.sum()) / total, remedy)
     return nearest_prefix(costs, ratio * total)
 
@@ -78,23 +79,26 @@ def layerwise_ratio(
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
 def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
-    total, block = anatomy(model).num_layers, scores.meta.get("n") or 1
+    parts, block = anatomy(model), scores.meta.get("n") or 1
+    total = parts.num_layers
     if len(scores.values) != total - block + 1:
         raise ValueError(
             f"{len(scores.values)} scores do not fit {total} layers; score this model itself."
         )
     order = ascending(scores.values, "layer scores")
     n = n_layers if ratio is None else layers_for_ratio(model, ratio, order if block == 1 else None)
-    if not 0 <= n < total:
-        raise ValueError(f"n_layers must be in 0 … {total - 1}, not {n}.")
+    may_go = removable(parts, order if block == 1 else range(total))
+    if not 0 <= n <= len(may_go):
+        raise ValueError(f"n_layers must be in 0 … {len(may_go)}, not {n}.")
     if block == 1:
-        return order[:n]
+        return may_go[:n]
     if n != block:
         raise ValueError(
             f"these scores are of blocks of {block} layers, but {n} are to go; "
             f"score again with angular_distance(model, batches, n={n})."
         )
-    return list(range(order[0], order[0] + block))
+    blocks = (list(range(first, first + block)) for first in order)
+    return next(b for b in blocks if removable(parts, b) == b)
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-016
 def _check_layer_request(scores, **amounts) -> None:

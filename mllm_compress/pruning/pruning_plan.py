@@ -7,6 +7,7 @@ __all__ = ['PruningPlan']
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-004
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.families import anatomy, lm_parameters
+from ..anatomy.families import Anatomy, anatomy, lm_parameters
 from .sizes import LayerSize, kept_parameters, layer_sizes
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice
@@ -179,6 +180,37 @@ def _removed_parameters(sizes: list, layers: tuple, heads: dict, neurons: dict) 
     return sum(s.parameters for s in sizes) - kept
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-019
+def removable(
+    parts: Anatomy,
+    order,  # layers, first to go first
+) -> list:  # those that may go, in the same order, if all before them do
+    "Layers in order of removal, without those that must stay."
+    left, found = Counter(parts.layer_types), []
+    for i in order:
+        kind = parts.layer_types[i]
+        if i not in parts.fixed_layers and left[kind] > 1:
+            left[kind] -= 1
+            found.append(i)
+    return found
+
+
+def check_stays(
+    parts: Anatomy,
+    kept,  # layers that stay
+) -> None:
+    "ValueError where a layer goes that must stay."
+    if missing := sorted(set(parts.fixed_layers) - set(kept)):
+        raise ValueError(
+            f"layers {spans(missing)} receive image features and must stay; others may go."
+        )
+    kinds = set(parts.layer_types) - {parts.layer_types[i] for i in kept}
+    if kinds:
+        raise ValueError(
+            f"all layers with {', '.join(sorted(kinds))} would go, and one must stay: keep one of "
+            f"{spans(i for i, kind in enumerate(parts.layer_types) if kind in kinds)}."
+        )
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-021
 def make_plan(
     model: PreTrainedModel,  # the model to be pruned
     layers=None,  # kept layers; None keeps all
@@ -194,6 +226,7 @@ def make_plan(
     if "method" not in known:
         known |= _method_and_shape(len(layers) < len(sizes), heads or neurons)
     check_kept("layers", layers, len(sizes))
+    check_stays(parts, layers)
     meta = dict(
         sizes=[asdict(s) for s in sizes],
         lm_parameters=total,
@@ -205,7 +238,7 @@ def make_plan(
     known |= {"achieved_ratio": _removed_parameters(sizes, layers, heads, neurons) / total}
     return PruningPlan(parts.family.name, len(sizes), layers, heads, neurons, meta=meta, **known)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-025
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-027
 def is_nested(
     small: PruningPlan,  # keeps less
     large: PruningPlan,  # keeps more, of the same model
@@ -221,7 +254,7 @@ def is_nested(
         for i in small.layers
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-028
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-030
 def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
     "Layer of the original -> kept units, for layers that lost some."
     found = {}
@@ -234,7 +267,7 @@ def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
             found[original] = kept
     return found
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-029
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-031
 def compose_plans(
     first: PruningPlan,  # of the original model
     second: PruningPlan,  # of what the first plan left
@@ -267,14 +300,14 @@ def compose_plans(
         meta=meta,
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-032
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
 def ascending(values: torch.Tensor, what: str) -> list:
     "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
     if torch.isnan(values).any():
         raise ValueError(f"{what} contain NaN; score again in float32.")
     return torch.argsort(values, stable=True).tolist()
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-036
 def score_record(scores) -> dict | None:
     "Kind and options of scores, for the plan."
     if scores is None:

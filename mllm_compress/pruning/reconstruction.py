@@ -160,7 +160,9 @@ class Stream:
     calls: list  # keyword arguments of every layer of the dense model
     real: torch.Tensor  # [batch, tokens] bool: not padding
     held: torch.Tensor  # [batch] bool: held out when the ridge is chosen
+    between: list  # for each layer what is added in front of it (Qwen3-VL), or None
     middle: torch.Tensor | None = None  # dense stream between attention and MLP
+    lengths: dict = field(default_factory=dict)  # slot -> [batch, tokens, 1] RMS of what it writes
     target: torch.Tensor | None = field(default=None, repr=False)  # what the layer aims at
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-026
@@ -177,6 +179,15 @@ def working_dtype(model) -> torch.dtype:
     return torch.promote_types(model.dtype, torch.float32)
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-030
+def added_between(
+    before: torch.Tensor,  # what a layer received while the layers pass their input on
+    after: torch.Tensor,  # what the next layer received
+) -> torch.Tensor | None:  # None for nothing
+    "What a model adds to the stream between two layers."
+    same = before is after or torch.equal(before, after)
+    return None if same else (after - before).to(torch.promote_types(after.dtype, torch.float32))
+
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032
 def open_streams(
     small: PreTrainedModel,
     dense: PreTrainedModel,
@@ -195,10 +206,45 @@ def open_streams(
         real = torch.ones_like(batch["input_ids"]) if mask is None else mask
         real, held = real.bool().to(pruned.device), torch.tensor(held, device=pruned.device)
         kwargs = [tree_map(float_, kw) for _, kw in calls]
-        streams.append(Stream(float_(calls[0][0]), float_(pruned), kwargs, real, held))
+        between = [None, *(added_between(a, b) for (a, _), (b, _) in zip(calls, calls[1:]))]
+        streams.append(Stream(float_(calls[0][0]), float_(pruned), kwargs, real, held, between))
     return streams
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-034
+def written(
+    parts: Anatomy,
+    layer: torch.nn.Module,
+    name: str,  # of an output projection's slot
+    y: torch.Tensor,  # [batch, tokens, hidden], its output
+) -> torch.Tensor:  # [batch, tokens, hidden]
+    "What the output of a projection adds to the residual stream."
+    norm = dict(parts.family.post_norms).get(name)
+    y = layer.get_submodule(norm)(y) if norm else y
+    return y * getattr(parts.text_config, parts.family.residual) if parts.family.residual else y
+
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-036
+SMALLEST = 0.05  # of the RMS of a norm's weights: smaller ones are not divided by
+
+
+def sought(
+    parts: Anatomy,
+    layer: torch.nn.Module,
+    name: str,  # of an output projection's slot
+    r: torch.Tensor,  # [batch, tokens, hidden] to be added to the stream
+    length: torch.Tensor | None,  # [batch, tokens, 1] RMS of the dense output
+) -> tuple:  # the projection's output, and the factor of its error in the stream
+    "The output of a projection that adds `r`."
+    norm, factor = dict(parts.family.post_norms).get(name), 1.0
+    if parts.family.residual:
+        factor = getattr(parts.text_config, parts.family.residual)
+        r = r / factor
+    if norm:
+        w = layer.get_submodule(norm)(torch.ones_like(r[:1, :1]))  # [1, 1, hidden]
+        w = w.sign() * w.abs().clamp_min(SMALLEST * w.square().mean().sqrt())
+        r, factor = r / w * length, 1 / length.clamp_min(1e-12)[..., 0]
+    return r, factor
+
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
 @torch.no_grad()
 def run_layer(
     parts: Anatomy,
@@ -206,13 +252,16 @@ def run_layer(
     layer: torch.nn.Module,  # the layer itself, or its copy in float32
     hidden: torch.Tensor,  # [batch, tokens, hidden]
     call: dict,  # its other arguments
-) -> tuple:  # (inputs by slot, outputs by slot, hidden state after the layer)
-    "Inputs and outputs of the output projections of one layer, and what it returns."
+    lengths: dict | None = None,  # filled with the RMS of each projection's output, by slot
+) -> tuple:  # (inputs by slot, what is added by slot, hidden state after the layer)
+    "Inputs of the output projections of one layer, what they add, and what the layer returns."
     inputs, outputs, hooks = {}, {}, []
     for slot in (s for s in parts.family.slots if s.axis == 1):
 
         def read(_, args, output, name=slot.name):
-            inputs[name], outputs[name] = args[0], output
+            inputs[name], outputs[name] = args[0], written(parts, layer, name, output)
+            if lengths is not None:
+                lengths[name] = output.square().mean(-1, keepdim=True).sqrt()
 
         hooks.append(layer.get_submodule(slot.path).register_forward_hook(read))
     try:
@@ -229,7 +278,7 @@ def run_layer(
         )
     return inputs, outputs, after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-034
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040
 @torch.no_grad()
 def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, call: dict) -> bool:
     "Whether attention and MLP read the same state (Phi) instead of one after the other."
@@ -252,7 +301,7 @@ def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, ca
             hook.remove()
     return read[parts.family.attention] is read[parts.family.mlp]
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-036
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
 @contextmanager
 def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
     "The layer, or a copy of it in `dtype`, in evaluation mode."
@@ -267,7 +316,12 @@ def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
 
 FETCH = "fetch_weights"  # attribute of a layer whose weights are in files
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
+def plus(state: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
+    "A state with what is added to it, if anything."
+    return state if more is None else state + more.to(state)
+
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-046
 def advance_dense(
     parts: Anatomy,  # of the dense model
     streams: list,
@@ -277,12 +331,14 @@ def advance_dense(
     for i in layers:
         with in_dtype(parts.layers[i], working_dtype(parts.model)) as layer:
             for s in streams:
-                _, outputs, after = run_layer(parts, i, layer, s.dense, s.calls[i])
+                s.dense = plus(s.dense, s.between[i])
+                lengths = s.lengths if i == layers[0] else None
+                _, outputs, after = run_layer(parts, i, layer, s.dense, s.calls[i], lengths)
                 if i == layers[0]:
                     s.middle = s.dense + next(iter(outputs.values()))
                 s.dense = after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-048
 def stage_moments(
     parts: Anatomy,  # of the pruned model
     i: int,  # layer of the dense model
@@ -298,7 +354,9 @@ def stage_moments(
         inputs, outputs, _ = run_layer(parts, i, layer, s.pruned, s.calls[i])
         x = torch.cat([inputs[name] for name in names], -1)
         r = target - s.pruned - sum(outputs[name] for name in earlier)
-        w = target.square().mean(-1).clamp_min(1e-12).rsqrt()
+        r, factor = sought(parts, layer, names[0], r, s.lengths.get(names[0]))
+        w = target.square().mean(-1).clamp_min(1e-12).rsqrt() * factor
+        target = target / torch.as_tensor(factor)[..., None]
         for part, rows in zip(moments, (~s.held, s.held)):
             pick = s.real & rows[:, None]
             if pick.any():
@@ -310,14 +368,14 @@ def stage_moments(
         )
     return moments
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-050
 def stacked(modules: list) -> tuple:  # W₀ [hidden, channels], b₀ [hidden], float64; has a bias
     "The projections of one stage as a single one."
     biases = [m.bias.detach().double() for m in modules if m.bias is not None]
     weight = torch.cat([m.weight.detach().double() for m in modules], 1)
     return weight, sum(biases, torch.zeros_like(weight[:, 0])), bool(biases)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-052
 @torch.no_grad()
 def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> None:
     "Put a joint weight and bias into the projections."
@@ -328,7 +386,7 @@ def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> Non
     if biased:
         biased[-1].bias.copy_(offset - sum(m.bias.double() for m in biased[:-1]))
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-046
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-054
 def fit_stage(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -350,7 +408,7 @@ def fit_stage(
     row |= dict(ridge=chosen, before=relative_error(both, before, offset, bias))
     return row | dict(after=relative_error(both, weight, b, bias), held_out=held)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-048
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-056
 def fit_layer(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -359,6 +417,8 @@ def fit_layer(
     ridge: float | None,
 ) -> list:  # of report rows
     "Refit one layer and move the pruned stream behind it."
+    for s in streams:
+        s.pruned = plus(s.pruned, s.between[i])
     s = streams[0]
     names = [slot.name for slot in parts.family.slots if slot.axis == 1]
     middle, end = [s.middle for s in streams], [s.dense for s in streams]
@@ -372,10 +432,10 @@ def fit_layer(
             s.pruned = run_layer(parts, i, layer, s.pruned, s.calls[i])[2]
     return rows
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-050
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
 SINK = 20  # times the median length of a state
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-052
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
 @torch.no_grad()
 def lost_sinks(streams: list) -> int:
     "Tokens whose state is very long in the dense model and less than half of it after pruning."
@@ -385,7 +445,7 @@ def lost_sinks(streams: list) -> int:
     )
     return int(((dense > SINK * dense.median()) & (pruned < dense / 2)).sum())
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-054
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
 def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
     "One warning for all layers in which sinks were lost."
     lost = {i: n for i, n in lost.items() if n}
@@ -398,17 +458,17 @@ def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
             stacklevel=3,
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-056
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-064
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
 KINDS = ("heads", "neurons")
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-066
 def mark_of(plan: PruningPlan, rows: list, ridge: float | None) -> dict:
     "What the config of a reconstructed model says; `rows` of the report."
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     return {"plan": digest, "tokens": rows[0]["tokens"], "ridge": ridge}
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-068
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
@@ -426,7 +486,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             f"plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-070
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     parts = anatomy(small)
@@ -452,7 +512,7 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
             "such as 0.1 (--ridge)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-064
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-072
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`

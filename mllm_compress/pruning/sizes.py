@@ -38,6 +38,8 @@ def layer_sizes(
             if slot.axis == 0 and slot.module.bias is not None:
                 per_channel += 1
             cost[slot.kind] += per_channel * sum(slot.widths)
+        for norm in parts.norms(i):
+            cost["head"] += norm.module.weight.numel() // norm.units
         units = parts.groups(i), parts.neurons(i)
         sizes.append(LayerSize(*units, cost["head"], cost["neuron"], count_parameters(layer)))
     return sizes

@@ -18,7 +18,7 @@ from .pruning_plan import PruningPlan
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-006
 @torch.no_grad()
 def slice_linear(
-    linear: nn.Linear,  # changed in place
+    linear: nn.Module,  # nn.Linear or a norm, changed in place
     index: torch.Tensor,  # [kept] rows or columns, in order
     axis: int,  # 0: rows, 1: columns
 ) -> None:
@@ -26,9 +26,10 @@ def slice_linear(
     select = lambda p, axis: p.index_select(axis, index.to(p.device))
     keep = lambda p, axis: nn.Parameter(select(p, axis), requires_grad=p.requires_grad)
     linear.weight = keep(linear.weight, axis)
-    if axis == 0 and linear.bias is not None:
+    if axis == 0 and getattr(linear, "bias", None) is not None:
         linear.bias = keep(linear.bias, 0)
-    linear.out_features, linear.in_features = linear.weight.shape
+    if isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = linear.weight.shape
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-010
 class LayerConfig:
@@ -75,6 +76,9 @@ def sync_modules(
                 module.layer_idx = i
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-016
+PER_LAYER = ("layer_types", "no_rope_layers")
+
+
 def sync_config(
     parts: Anatomy,
     kept: tuple,  # layers of the original that stayed
@@ -82,8 +86,9 @@ def sync_config(
     "Bring the decoder's config in line with its layers; returns whether all layers are alike."
     config, counts = parts.text_config, [layer_counts(parts, i) for i in range(len(kept))]
     config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
+    for name in PER_LAYER:
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[i] for i in kept])
     uniform = all(c == counts[0] for c in counts)
     if uniform and any(getattr(config, name) != value for name, value in counts[0].items()):
         config.head_dim = parts.head_dim
@@ -115,7 +120,7 @@ def cut(
     check_fits(parts, plan)
     for i in plan.layers:
         keep = {"head": plan.heads.get(i), "neuron": plan.neurons.get(i)}
-        for slot in parts.linears(i):
+        for slot in [*parts.linears(i), *parts.norms(i)]:
             if keep[slot.kind] is not None:
                 slice_linear(slot.module, slot.index(keep[slot.kind]), slot.axis)
     parts.decoder.layers = nn.ModuleList(parts.layers[i] for i in plan.layers)
@@ -158,6 +163,8 @@ def silence(
     model = copy.deepcopy(model)
     parts = anatomy(model)
     for i in range(plan.num_layers):
+        if parts.family.joint_norm and i in plan.heads:
+            _leave_norms(parts, i, plan)
         for slot in (s for s in parts.linears(i) if s.axis == 1):
             kind = "heads" if slot.kind == "head" else "neurons"
             gone = plan.removed(kind, i) if i in plan.layers else range(slot.units)
@@ -165,3 +172,14 @@ def silence(
             if i not in plan.layers and slot.module.bias is not None:
                 slot.module.bias.zero_()
     return model
+
+
+def _leave_norms(parts: Anatomy, i: int, plan: PruningPlan) -> None:
+    "Take the removed heads of a layer out of the means of its norms."
+    gone, share = plan.removed("heads", i), len(plan.heads[i]) / parts.groups(i)
+    for slot in (s for s in parts.linears(i) if s.kind == "head" and s.axis == 0):
+        slot.module.weight[slot.index(gone).to(slot.module.weight.device)] = 0
+        if slot.module.bias is not None:
+            slot.module.bias[slot.index(gone)] = 0
+    for norm in parts.norms(i):
+        norm.module.weight *= share**0.5

@@ -12,7 +12,7 @@ from torch import nn
 from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import Anatomy, anatomy
 from .losses import LOSSES, answer_positions, loss_terms
-from .states import decoder_states, image_features
+from .states import decoder_states, shared_features
 
 # %% ../../nbs/library/recovery/06_distillation.ipynb #cell-005
 def _layer(name):
@@ -54,7 +54,7 @@ def _compared(labels: torch.Tensor, positions: str) -> torch.Tensor:  # [batch, 
 # %% ../../nbs/library/recovery/06_distillation.ipynb #cell-015
 def _student_tensors(student, states: dict, labels: torch.Tensor) -> dict:
     "The student's tensors that the losses need, by name."
-    needs, lm_head = student.needs, student.parts.lm_head
+    needs, lm_head = student.needs, student.parts.logits
     (answers, targets), where = answer_positions(labels), _compared(labels, student.positions)
     found = {"targets": targets, "temperature": student.temperature}
     if "answer_logits" in needs:
@@ -104,7 +104,7 @@ class Student(nn.Module):
         tensors = teacher | _student_tensors(self, states, batch["labels"])
         terms = loss_terms(self.losses, tensors, counts, self.positions)
         if features is None and self.parts.projector is not None:
-            terms = terms + 0 * sum(p.sum() for p in self.parts.projector.parameters())
+            terms = terms + 0 * sum(p.sum() for p in self.parts.projector_parameters)
         return terms
 
     def activation_checkpointing_enable(self, **kwargs):
@@ -134,9 +134,9 @@ class Teacher:
         device, features = batch["input_ids"].device, None
         if self.outputs is not None:
             features = self.outputs.batch_features(index)
-        elif "pixel_values" in batch:
-            features = image_features(self.tower, batch["pixel_values"])
-        features = None if features is None else features.to(device)
+        else:
+            features = shared_features(self.tower, batch)
+        features = features.to(device) if torch.is_tensor(features) else features
         if self.parts is None:
             return features, {}
         if self.outputs is not None and self.outputs.states:
@@ -162,5 +162,5 @@ def _teacher_tensors(teacher: Teacher, states: dict) -> dict:
         pairs = teacher.student.pairs
         found["teacher_hidden"] = torch.cat([states[t] for _, t in pairs], -1)
     if "teacher_logits" in teacher.student.needs:
-        found["teacher_logits"] = teacher.parts.lm_head(states["final"])
+        found["teacher_logits"] = teacher.parts.logits(states["final"])
     return found

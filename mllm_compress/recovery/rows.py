@@ -23,9 +23,10 @@ def block_size(config: RecoveryConfig) -> int | None:
 def attention_for(
     config: RecoveryConfig,
     device: str,  # its type, such as "cpu"
+    shares: bool = True,  # whether the model lets questions share a prefix
 ) -> str | None:  # None: the model's own
     "The attention implementation of a run."
-    if block_size(config):
+    if shares and block_size(config):
         return SHARED_PREFIX
     return "eager" if config.precision == "bf16" and device == "cpu" else None
 
@@ -46,9 +47,13 @@ def run_collator(
     data,  # data.InstructionData
     config: RecoveryConfig,
     images: bool = True,  # whether batches have pixel_values
+    shares: bool = True,  # whether the model lets questions share a prefix
 ) -> Collator:
     "The run's collator, with the renderer of earlier runs."
-    block = block_size(config)
-    collate = Collator(processor, data, config.turns, images, config.max_length, block)
-    collate.render = _RENDERERS.setdefault(processor_hash(processor), collate.render)
+    turns = "separate" if config.turns == "independent" and not shares else config.turns
+    block = block_size(config) if shares else None
+    collate = Collator(processor, data, turns, images, config.max_length, block)
+    plain = {k: v for k, v in vars(processor).items() if isinstance(v, (str, int, float))}
+    key = content_hash([type(processor).__name__, processor_hash(processor), plain])
+    collate.render = _RENDERERS.setdefault(key, collate.render)
     return collate

@@ -14,8 +14,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..anatomy.embedding import embed
+from ..anatomy.embedding import embed, put_pictures
 from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.pictures import own_forward, picture_features, record_pictures
+from ..anatomy.wrappers import caches_projector_input
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-005
 @torch.no_grad()
@@ -35,10 +37,22 @@ def image_features(
         tower.train(training)
     return found[0]
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-009
-SHARED_PREFIX = "shared_prefix"
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-007
+def shared_features(
+    model: nn.Module,
+    batch: dict,
+):  # a tensor as above, a record, or None without pictures
+    "What the frozen vision tower makes of a batch."
+    if batch.get("pixel_values") is None:
+        return None
+    if caches_projector_input(model.config):
+        return image_features(model, batch["pixel_values"])
+    return record_pictures(anatomy(model), batch)
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-011
+SHARED_PREFIX = "shared_prefix"
+
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-013
 def shared_prefix(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, first_row=None, **kwargs
 ):
@@ -61,7 +75,7 @@ def shared_prefix(
 
 AttentionInterface.register(SHARED_PREFIX, shared_prefix)
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-013
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-015
 @contextlib.contextmanager
 def use_attention(
     model: nn.Module,
@@ -83,7 +97,7 @@ def use_attention(
         if name:
             switch(before)
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-015
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-017
 @contextlib.contextmanager
 def last_layer_at(
     parts: Anatomy,
@@ -112,7 +126,7 @@ def last_layer_at(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-017
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-019
 @contextlib.contextmanager
 def layer_outputs(
     layers: nn.ModuleList,
@@ -134,7 +148,7 @@ def layer_outputs(
         for handle in handles:
             handle.remove()
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-019
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-021
 def _as_added(mask, attention: str):  # [batch, 1, tokens, keys] or None
     "The mask in numbers, where it is Boolean and the attention implementation adds it."
     if mask is None or mask.dtype != torch.bool:
@@ -145,22 +159,39 @@ def _as_added(mask, attention: str):  # [batch, 1, tokens, keys] or None
     zeros = torch.zeros(mask.shape, device=mask.device, dtype=torch.bfloat16)
     return zeros.masked_fill(~mask, torch.finfo(torch.bfloat16).min)
 
-# %% ../../nbs/library/recovery/03_states.ipynb #cell-021
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-023
+def final_states(
+    parts: Anatomy,
+    batch: dict,  # input_ids, attention_mask, position_ids if any, and what goes with pictures
+    features,  # of shared_features
+) -> torch.Tensor:  # [batch, tokens, hidden], after the final norm
+    "The decoder's final states: of its own forward pass, or by the model's where it must be."
+    if parts.wrapper is not None and not parts.wrapper.plain:
+        return own_forward(parts, batch, features, use_cache=False)
+    if isinstance(features, dict):
+        pictures = picture_features(parts, batch, features)
+        embeddings = put_pictures(parts, batch["input_ids"], pictures)
+    else:
+        embeddings = embed(parts, batch["input_ids"], features)
+    attention = parts.text_config._attn_implementation
+    shared = ("first_row",) if attention == SHARED_PREFIX else ()
+    return parts.decoder(
+        inputs_embeds=embeddings,
+        attention_mask=_as_added(batch.get("attention_mask"), attention),
+        position_ids=batch.get("position_ids"),
+        use_cache=False,
+        **{k: batch[k] for k in shared if k in batch},
+    ).last_hidden_state
+
+# %% ../../nbs/library/recovery/03_states.ipynb #cell-025
 def decoder_states(
     parts: Anatomy,
-    batch: dict,  # input_ids, attention_mask and position_ids if any, as a collator returns them
-    features: torch.Tensor | None,  # [images, image tokens, vision hidden], see embed
+    batch: dict,  # as for final_states
+    features,  # of shared_features
     wanted: tuple = ("final",),  # layer indices, or "final"
     where: torch.Tensor | None = None,  # [batch, tokens] bool, where states are read; None: all
 ) -> dict:  # each wanted -> [batch, tokens, hidden]
     "Hidden states of the decoder, final ones after the norm, others as they leave their layer."
-    mask = _as_added(batch.get("attention_mask"), parts.text_config._attn_implementation)
     with layer_outputs(parts.layers, wanted) as states, last_layer_at(parts, where):
-        output = parts.decoder(
-            inputs_embeds=embed(parts, batch["input_ids"], features),
-            attention_mask=mask,
-            position_ids=batch.get("position_ids"),
-            use_cache=False,
-            **{k: batch[k] for k in ("first_row",) if k in batch},
-        )
-    return states | {"final": output.last_hidden_state}
+        final = final_states(parts, batch, features)
+    return states | {"final": final}

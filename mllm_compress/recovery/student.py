@@ -18,7 +18,7 @@ from peft import (
 from torch import nn
 
 from ..anatomy.families import anatomy
-from ..anatomy.tensors import weights_hash
+from ..anatomy.pictures import tower_hash
 from .config import RecoveryConfig
 from .losses import LOSSES
 
@@ -45,8 +45,8 @@ def check_pair(
                 f"student and teacher differ in {what} ({ours} and {theirs}): "
                 "use the dense model that the student was pruned from."
             )
-    towers = [part.vision_tower for part in (s, t) if part.vision_tower is not None]
-    if len(towers) == 1 or len({weights_hash(tower) for tower in towers}) > 1:
+    towers = [tower_hash(part) for part in (s, t) if part.vision_tower is not None]
+    if len(towers) == 1 or len(set(towers)) > 1:
         raise ValueError(
             "student and teacher have different vision towers, but the frozen tower is shared: "
             "use the dense model that the student was pruned from."
@@ -59,7 +59,7 @@ def trainable_copy(
 ) -> nn.Module:
     "A copy whose trained weights are its own and whose frozen weights are shared."
     parts = anatomy(student)
-    trained = set() if parts.projector is None else {id(p) for p in parts.projector.parameters()}
+    trained = {id(p) for p in parts.projector_parameters}
     if config.train == "projector+lm":
         trained |= {id(p) for part in (parts.decoder, parts.lm_head) for p in part.parameters()}
     if not trained:
@@ -97,9 +97,8 @@ def add_lora(
         # peft imports a name that transformers is about to remove
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model, LoraConfig(target_modules=lora_targets(model), **options))
-    projector = anatomy(model).projector
-    if projector is not None:
-        projector.requires_grad_(True)
+    for p in anatomy(model).projector_parameters:
+        p.requires_grad_(True)
     return adapted
 
 # %% ../../nbs/library/recovery/05_student.ipynb #cell-014

@@ -17,7 +17,7 @@ from torch import nn
 from ..anatomy.families import Anatomy, anatomy
 from ..data.reading import image_names
 from .losses import answer_positions
-from .states import decoder_states, image_features
+from .states import decoder_states, shared_features
 from ..utils.files import replacing
 
 # %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-005
@@ -96,7 +96,9 @@ def compute_teacher_outputs(
     for start in progress(range(0, n, chunk)):
         samples = [data[i] for i in range(start, min(start + chunk, n))]
         batch = {k: v.to(parts.embed_tokens.weight.device) for k, v in collate(samples).items()}
-        seen = image_features(model, batch["pixel_values"]) if "pixel_values" in batch else None
+        seen = shared_features(model, batch)
+        if isinstance(seen, dict):
+            return None  # pictures that have no tensor each
         keys = [key for s in samples for key in _image_keys(s)]
         if seen is not None and len(seen) != len(keys):
             return None  # several tiles to an image

@@ -63,7 +63,8 @@ def _step_loss(trainer, model, inputs: dict, counts: torch.Tensor) -> torch.Tens
     batch = {k: v for k, v in inputs.items() if k != "index"}
     with trainer.accelerator.autocast():
         features, tensors = trainer.teacher(batch, trainer.current)
-    batch.pop("pixel_values", None)
+    if not isinstance(features, dict):  # a record is replayed with the shapes of the pixels
+        batch.pop("pixel_values", None)
     terms = model(batch, features, tensors, counts)
     loss = terms.float() @ trainer.weights
     if not torch.isfinite(loss):

@@ -20,7 +20,9 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 
 from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import anatomy
+from ..anatomy.pictures import shares_prefixes
 from ..anatomy.tensors import weights_hash
+from ..anatomy.wrappers import caches_projector_input
 from ..pruning.reconstruction import MARK
 from .batches import Batches, indexed, passes_per_step, sample_lengths
 from .checkpoints import checkpoints
@@ -154,9 +156,14 @@ class _Run:
     progress: bool
 
     @property
+    def shares(self) -> bool:
+        "Whether questions about a picture share its keys and values."
+        return shares_prefixes(self.student.parts)
+
+    @property
     def attention(self) -> str | None:
         "The attention implementation."
-        return attention_for(self.config, self.args.device.type)
+        return attention_for(self.config, self.args.device.type, self.shares)
 
 # %% ../../nbs/library/recovery/12_training.ipynb #cell-023
 def _wanted_states(run: _Run) -> tuple:
@@ -174,13 +181,15 @@ def _teacher_outputs(run: _Run, cache: TeacherCache):  # None where they do not 
     bf16, device = config.precision == "bf16", run.args.device.type
     if parts.vision_tower is None and not wanted:
         return None
+    if parts.wrapper and not caches_projector_input(parts.config):
+        return None
     owners = [m for m in (parts.vision_tower, run.teacher if wanted else None) if m is not None]
     rows = [processor_hash(run.processor), config.turns, config.max_length]
     key = content_hash([weights_hash(*owners), run.data.hash, *rows, wanted, bf16])
     bar = lambda chunks: tqdm(chunks, desc="teacher", leave=False, disable=not run.progress)
 
     def compute(limit):
-        collate = run_collator(run.processor, run.data, config)
+        collate = run_collator(run.processor, run.data, config, shares=run.shares)
         autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
         with use_attention(run.tower, run.attention), autocast, torch.no_grad():
             return compute_teacher_outputs(
@@ -197,7 +206,7 @@ def _trainer(run: _Run, outputs, workers: int):
     passes = passes_per_step(config, len(data), args.device.type, processes)
     args.gradient_accumulation_steps = passes
     lengths, place = sample_lengths(data, config), (passes, processes, args.process_index)
-    collate = run_collator(run.processor, data, config, images=outputs is None)
+    collate = run_collator(run.processor, data, config, outputs is None, run.shares)
     return trainer_class(args)(
         run.student,
         args,

@@ -702,8 +702,7 @@ def tensors_to_keep(
     changed = changed_tensors(student, start)
     if not adapters:
         return changed
-    projector = anatomy(student).projector
-    projector = {id(p) for p in projector.parameters()} if projector is not None else set()
+    projector = {id(p) for p in anatomy(student).projector_parameters}
     names = {name for name, p in student.named_parameters() if id(p) in projector}
     own = {name: tensor for name, tensor in changed.items() if name in names}
     return own | {f"{ADAPTER}{name}": tensor for name, tensor in adapters.items()}

@@ -64,7 +64,7 @@ MODELS = {
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-010
 @contextmanager
-def _quiet_loading():
+def quiet_loading():
     "Without the loading bar of transformers, which is of no use for a model of 6 MB."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -81,7 +81,7 @@ def _load_strict(
     **kwargs,  # of `load`
 ):
     "Load with from_pretrained; ValueError where a weight is missing, left over or misshapen."
-    with _quiet_loading():
+    with quiet_loading():
         model, report = load(source, output_loading_info=True, use_safetensors=True, **kwargs)
     wrong = {k: sorted(map(str, v)) for k, v in report.items() if v and k != "error_msgs"}
     if wrong:
@@ -141,7 +141,7 @@ def named_failures(folder: Path):
     try:
         yield
     except ImportError as error:
-        vision = "torchvision" in str(error).lower()
+        vision = any(name in str(error).lower() for name in ("torchvision", "num2words"))
         cure = "pip install 'mllm_compress[vision]'" if vision else "install what it names"
         line = " ".join(str(error).split())[:200]
         raise ImportError(f"{folder} needs a package that is missing: {cure} ({line})") from None
@@ -176,7 +176,8 @@ def _check_size(folder: Path, trust_remote_code: bool) -> None:
 def check_image_token(folder: Path, model, processor) -> None:
     "ValueError where model and processor mean different tokens by a picture."
     theirs = getattr(model.config, "image_token_id", None)
-    ours = getattr(processor, "image_token_id", None)
+    ours = getattr(getattr(processor, "tokenizer", None), "image_token_id", None)
+    ours = getattr(processor, "image_token_id", None) if ours is None else ours
     if None not in (theirs, ours) and theirs != ours:
         raise ValueError(
             f"{folder}: the image token is {theirs} in config.json and {ours} in the processor: "

@@ -1,0 +1,471 @@
+"""A small random model per row of WRAPPERS and per family of text models, with its inputs."""
+
+import importlib.util
+import sys
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
+
+import torch
+import transformers
+from pruning_cases import random_weights
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+
+IMAGE, PAD, LAYERS = 3, 0, 6
+TEXT = dict(
+    hidden_size=32,
+    head_dim=8,
+    intermediate_size=40,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=96,
+    max_position_embeddings=256,
+    pad_token_id=PAD,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+VISION = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=7,
+)
+SLIDING = dict(
+    layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2), sliding_window=64
+)
+MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+QWEN_EYES = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+
+
+def text(model_type: str, **more) -> dict:
+    "A text config as a dict."
+    return TEXT | {"model_type": model_type} | more
+
+
+def square(side: int = 28, count: int = 3, **more) -> dict:
+    "Pixels of `count` images of one size."
+    return {"pixel_values": torch.rand(count, 3, side, side) - 0.5, **more}
+
+
+def tiles(count: int = 3) -> dict:
+    "Pixels of LLaVA-NeXT: one overview and two tiles per image, of images of 28 x 56."
+    sizes = torch.tensor([[28, 56]] * count)
+    return {"pixel_values": torch.rand(count, 3, 3, 28, 28) - 0.5, "image_sizes": sizes}
+
+
+def several(batch_images=(1, 2)) -> dict:
+    "Pixels of Idefics3: [rows, most images of a row, 3, side, side]; missing ones are zero."
+    pixels = torch.rand(2, max(batch_images), 3, 28, 28) - 0.5
+    mask = torch.ones(2, max(batch_images), 28, 28, dtype=torch.bool)
+    for row, n in enumerate(batch_images):
+        pixels[row, n:], mask[row, n:] = 0, False
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def flat(grids=((1, 4, 4), (1, 4, 6), (1, 2, 4)), channels: int = 3 * 2 * 4 * 4) -> dict:
+    "Pixels of Qwen-VL: patches of all images, one after the other, and each one's grid."
+    grid = torch.tensor(grids)
+    return {
+        "pixel_values": torch.rand(int(grid.prod(1).sum()), channels) - 0.5,
+        "image_grid_thw": grid,
+    }
+
+
+def mixed() -> dict:
+    "Pixels of Pixtral: images of unequal size, padded."
+    return {
+        "pixel_values": torch.rand(3, 3, 28, 42) - 0.5,
+        "image_sizes": torch.tensor([[28, 28], [28, 42], [14, 28]]),
+    }
+
+
+CLIP, SIGLIP = (
+    VISION | {"model_type": "clip_vision_model"},
+    VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+)
+PIXTRAL = VISION | {"model_type": "pixtral", "head_dim": 8}
+INTERN = VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [7, 7]}
+GRID = dict(image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
+# name -> (model_type, options of its config, pixels, image tokens of each of the three images)
+MLLMS = {
+    "llava-llama": (
+        "llava",
+        dict(text_config=text("llama"), vision_config=CLIP, vision_feature_layer=-2),
+        square,
+        [16] * 3,
+    ),
+    "llava-phi3": (
+        "llava",
+        dict(text_config=text("phi3"), vision_config=CLIP, vision_feature_layer=-2),
+        square,
+        [16] * 3,
+    ),
+    "llava-pixtral": (
+        "llava",
+        dict(
+            text_config=text("mistral"),
+            vision_config=PIXTRAL,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        mixed,
+        [16, 24, 8],
+    ),
+    "vipllava": (
+        "vipllava",
+        dict(
+            text_config=text("llama"),
+            vision_config=CLIP,
+            vision_feature_layers=[-2, -1],
+            vision_feature_layer=[-2, -1],
+        ),
+        square,
+        [16] * 3,
+    ),
+    "llava-next": (
+        "llava_next",
+        dict(text_config=text("mistral"), vision_config=CLIP, vision_feature_layer=-2, **GRID),
+        tiles,
+        None,
+    ),
+    "llava-onevision": (
+        "llava_onevision",
+        dict(text_config=text("qwen2"), vision_config=SIGLIP, **GRID),
+        tiles,
+        None,
+    ),
+    "internvl-qwen2": (
+        "internvl",
+        dict(text_config=text("qwen2"), vision_config=INTERN, downsample_ratio=0.5),
+        square,
+        [4] * 3,
+    ),
+    "internvl-qwen3": (
+        "internvl",
+        dict(text_config=text("qwen3"), vision_config=INTERN, downsample_ratio=0.5),
+        square,
+        [4] * 3,
+    ),
+    "paligemma": (
+        "paligemma",
+        dict(text_config=text("gemma"), vision_config=SIGLIP, projection_dim=32, hidden_size=32),
+        square,
+        [16] * 3,
+    ),
+    "paligemma2": (
+        "paligemma",
+        dict(
+            text_config=text("gemma2", query_pre_attn_scalar=8, **SLIDING),
+            vision_config=SIGLIP,
+            projection_dim=32,
+            hidden_size=32,
+        ),
+        square,
+        [16] * 3,
+    ),
+    "mistral3": (
+        "mistral3",
+        dict(text_config=text("mistral"), vision_config=PIXTRAL, spatial_merge_size=2),
+        mixed,
+        [4, 6, 2],
+    ),
+    "idefics3": (
+        "idefics3",
+        dict(
+            text_config=text("llama"),
+            vision_config=VISION | {"model_type": "idefics3_vision"},
+            scale_factor=2,
+        ),
+        several,
+        [4] * 3,
+    ),
+    "smolvlm": (
+        "smolvlm",
+        dict(
+            text_config=text("llama"),
+            vision_config=VISION | {"model_type": "smolvlm_vision"},
+            scale_factor=2,
+        ),
+        several,
+        [4] * 3,
+    ),
+    "aya-vision": (
+        "aya_vision",
+        dict(text_config=text("cohere2", **SLIDING), vision_config=SIGLIP, downsample_factor=2),
+        square,
+        [4] * 3,
+    ),
+    "qwen2-vl": (
+        "qwen2_vl",
+        dict(
+            text_config=text("qwen2_vl_text", rope_parameters=MROPE),
+            vision_config=QWEN_EYES | dict(embed_dim=16, hidden_size=32),
+        ),
+        flat,
+        [4, 6, 2],
+    ),
+    "qwen2.5-vl": (
+        "qwen2_5_vl",
+        dict(
+            text_config=text("qwen2_5_vl_text", rope_parameters=MROPE),
+            vision_config=QWEN_EYES
+            | dict(
+                hidden_size=16,
+                intermediate_size=24,
+                out_hidden_size=32,
+                window_size=16,
+                fullatt_block_indexes=[1],
+            ),
+        ),
+        flat,
+        [4, 6, 2],
+    ),
+    "qwen3-vl": (
+        "qwen3_vl",
+        dict(
+            text_config=text("qwen3_vl_text", rope_parameters=MROPE | {"mrope_interleaved": True}),
+            vision_config=QWEN_EYES
+            | dict(
+                hidden_size=16,
+                intermediate_size=24,
+                out_hidden_size=32,
+                num_position_embeddings=64,
+                deepstack_visual_indexes=[0, 1],
+            ),
+        ),
+        flat,
+        [4, 6, 2],
+    ),
+    "gemma3": (
+        "gemma3",
+        dict(
+            text_config=text("gemma3_text", query_pre_attn_scalar=8, **SLIDING),
+            vision_config=SIGLIP,
+            mm_tokens_per_image=4,
+        ),
+        square,
+        [4] * 3,
+    ),
+}
+LMS = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": dict(query_pre_attn_scalar=8, **SLIDING),
+    "gemma3_text": dict(query_pre_attn_scalar=8, **SLIDING),
+    "smollm3": dict(no_rope_layer_interval=3),
+    "granite": dict(
+        embedding_multiplier=2.0,
+        logits_scaling=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.3,
+    ),
+    "olmo2": {},
+    "cohere": dict(use_qk_norm=True),
+    "cohere2": dict(**SLIDING),
+    "phi": {},
+    "phi3": {},
+}
+
+
+def build(name: str, dtype=torch.float64, **more):
+    "A random model."
+    if name in LMS:
+        return random_weights(
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**text(name, **LMS[name] | more)))
+        ).to(dtype)
+    kind, options, _, _ = MLLMS[name]
+    options = options | {"text_config": options["text_config"] | more}
+    config = AutoConfig.for_model(kind, image_token_id=IMAGE, image_token_index=IMAGE, **options)
+    config.pad_token_id = PAD
+    return random_weights(AutoModelForImageTextToText.from_config(config)).to(dtype)
+
+
+def inputs(name: str, model, seed: int = 0) -> dict:
+    "Two prompts, the first with one image and the second, which is padded, with two."
+    torch.manual_seed(seed)
+    if name in LMS:
+        ids = torch.randint(5, 96, (2, 30))
+        mask = torch.ones_like(ids)
+        ids[1, :3], mask[1, :3] = PAD, 0
+        return {"input_ids": ids, "attention_mask": mask}
+    _, _, pixels, counts = MLLMS[name]
+    batch = pixels()
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    if counts is None:
+        images = {k: v for k, v in batch.items()}
+        found = model.get_image_features(**images, return_dict=True).pooler_output
+        counts = [len(f) for f in found]
+    say = lambda n: torch.randint(5, 96, (n,))
+    run = lambda n: torch.full((n,), IMAGE)
+    rows = [
+        torch.cat([say(3), run(counts[0]), say(6)]),
+        torch.cat([say(2), run(counts[1]), say(2), run(counts[2]), say(5)]),
+    ]
+    width = max(map(len, rows))
+    ids, mask = torch.full((2, width), PAD), torch.zeros(2, width, dtype=torch.long)
+    for r, row in enumerate(rows):
+        ids[r, width - len(row) :], mask[r, width - len(row) :] = row, 1
+    batch |= {"input_ids": ids, "attention_mask": mask}
+    kinds = (ids == IMAGE).long()
+    if name.startswith("qwen"):
+        batch["mm_token_type_ids"] = kinds
+    if name == "gemma3":
+        batch["token_type_ids"] = kinds
+    if name.startswith("paligemma"):
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    return batch
+
+
+# Processors
+
+MARKS = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "<video>", "<picture>", "<boi>", "<eoi>"]
+MARKS += ["[IMG_BREAK]", "[IMG_END]", "<fake_token_around_image>", "<global-img>"]
+MARKS += ["<end_of_utterance>", "<img>", "</img>", "TILE_GLOBAL", "<row_1_col_1>", "<row_1_col_2>"]
+WORDS = "USER: ASSISTANT: what is in the picture ? yes no red blue a b c d e f g h i j k".split()
+TEMPLATE = (
+    "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ 'MARK' if c.type == 'image' else c.text }}{% endfor %}{% endif %}"
+    "{{ ' ' if m.role == 'user' else '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tokenizer(mark: str | None = None):
+    "A word-level tokenizer; `mark` is what stands for a picture in the chat template."
+    words = MARKS + WORDS
+    words += [f"w{i}" for i in range(96 - len(words))]
+    tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"image_token": "<image>", "video_token": "<video>", "boi_token": "<boi>"}
+    names |= {"eoi_token": "<eoi>", "context_image_token": "<image>"}
+    names |= {"start_image_token": "<img>", "end_image_token": "</img>"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=names if mark else {},
+        additional_special_tokens=MARKS,
+    )
+    fast.chat_template = TEMPLATE.replace("MARK", mark or "")
+    fast.padding_side = "left"
+    return fast
+
+
+def image_processor(kind: str, **more):
+    "An image processor that needs no torchvision."
+    return getattr(transformers, f"{kind}ImageProcessorPil")(**more)
+
+
+def processor(name: str):
+    "The processor of a row, or a tokenizer."
+    if name in LMS:
+        return tokenizer()
+    side = {"height": 28, "width": 28}
+    clip = dict(size={"shortest_edge": 28}, crop_size=side)
+    plain = dict(patch_size=7, vision_feature_select_strategy="default")
+    clipped = plain | dict(num_additional_image_tokens=1)
+    grid = GRID["image_grid_pinpoints"]
+    merged = dict(patch_size=4, temporal_patch_size=2, merge_size=2)
+    merged |= dict(size={"shortest_edge": 64, "longest_edge": 1024})
+    pixtral = dict(size={"longest_edge": 42}, patch_size={"height": 7, "width": 7})
+    idefics = dict(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    got = dict(size=side, crop_to_patches=True, max_patches=4)
+    kinds = {
+        "llava": ("Llava", ("CLIP", clip), clipped),
+        "llava-pixtral": (
+            "Pixtral",
+            ("Pixtral", pixtral),
+            dict(patch_size=7, image_token="<image>"),
+        ),
+        "vipllava": ("Llava", ("CLIP", clip), clipped),
+        "llava-next": ("LlavaNext", ("LlavaNext", clip | dict(image_grid_pinpoints=grid)), clipped),
+        "llava-onevision": (
+            "LlavaOnevision",
+            ("LlavaOnevision", dict(size=side, image_grid_pinpoints=grid)),
+            dict(num_image_tokens=16, vision_feature_select_strategy="full", video_processor=None),
+        ),
+        "internvl": ("InternVL", ("GotOcr2", got), dict(image_seq_length=4, video_processor=None)),
+        "paligemma": ("PaliGemma", ("Siglip", dict(size=side)), {}),
+        "mistral3": (
+            "Pixtral",
+            ("Pixtral", pixtral),
+            dict(patch_size=7, spatial_merge_size=2, image_token="<image>"),
+        ),
+        "idefics3": ("Idefics3", ("Idefics3", idefics), dict(image_seq_len=4)),
+        "smolvlm": (
+            "SmolVLM",
+            ("SmolVLM", idefics),
+            dict(image_seq_len=4, video_processor=SimpleNamespace(num_frames=1, fps=1)),
+        ),
+        "aya": (
+            "AyaVision",
+            ("GotOcr2", got),
+            dict(
+                patch_size=7,
+                downsample_factor=2,
+                img_size=28,
+                image_token="<picture>",
+                img_patch_token="<image>",
+            ),
+        ),
+        "qwen2-vl": ("Qwen2VL", ("Qwen2VL", merged), dict(video_processor=None)),
+        "qwen2.5-vl": ("Qwen2_5_VL", ("Qwen2VL", merged), dict(video_processor=None)),
+        "qwen3-vl": ("Qwen3VL", ("Qwen2VL", merged), dict(video_processor=None)),
+        "gemma3": ("Gemma3", ("Gemma3", dict(size=side)), dict(image_seq_length=4)),
+    }
+    kind, (eyes, sizes), options = kinds[max((k for k in kinds if name.startswith(k)), key=len)]
+    mark = {"aya-vision": "<picture>", "gemma3": "<boi>"}.get(name, "<image>")
+    mark = f"<img>{mark}</img>" if name.startswith("qwen") else mark  # as its template has it
+    images, words = image_processor(eyes, **sizes), tokenizer(mark)
+    if kind == "PaliGemma":
+        images.image_seq_length = 16
+    with without_torchvision():
+        made = processor_class(f"{kind}Processor")
+        options["chat_template"] = words.chat_template
+        return made(image_processor=images, tokenizer=words, **options)
+
+
+@contextmanager
+def without_torchvision():
+    "Processors of pictures and videos are made for pictures alone; their videos need torchvision."
+    from transformers.models.smolvlm import processing_smolvlm
+    from transformers.processing_utils import ProcessorMixin
+
+    check = ProcessorMixin.check_argument_for_proper_class
+
+    def lenient(self, name, value):
+        return None if name == "video_processor" else check(self, name, value)
+
+    with (
+        patch.object(ProcessorMixin, "check_argument_for_proper_class", lenient),
+        patch.object(processing_smolvlm, "num2words", object()),
+    ):
+        yield
+
+
+def processor_class(name: str):
+    "A processor's class, also where `transformers` does not offer it without torchvision."
+    if name != "PixtralProcessor" or importlib.util.find_spec("torchvision"):
+        return getattr(transformers, name)
+    names = [".".join(("torchvision", "transforms", "v2")[:n]) for n in (1, 2, 3)]
+    absent = {name: ModuleType(name) for name in names}
+    absent[names[-1]].functional = None
+    with patch.dict(sys.modules, absent):
+        return importlib.import_module(
+            "transformers.models.pixtral.processing_pixtral"
+        ).PixtralProcessor

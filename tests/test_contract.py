@@ -1,0 +1,231 @@
+"""One contract over every row of WRAPPERS and FAMILIES, on small random models; README's table."""
+
+import csv
+import inspect
+import json
+from pathlib import Path
+
+import contract_cases as cases
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mllm_compress.anatomy import FAMILIES, WRAPPERS, anatomy, part_parameters
+from mllm_compress.anatomy.wrappers import token_inputs
+from mllm_compress.cli.check import CHECKS, Case, run_checks, support_row, trial_data
+from mllm_compress.cost.arithmetic import decoder_flops, example_inputs, forward, shape_of_model
+from mllm_compress.cost.vision import EYES, vision_flops
+from mllm_compress.data.instructions import Collator, Renderer, turns
+from mllm_compress.importance.scores import model_inputs
+
+SUPPORT = Path(__file__).parents[1] / "figures/support.csv"
+FOUND = {}  # name -> its row of the table
+ROWS = [*cases.MLLMS, *cases.LMS]
+
+
+def test_every_row_is_tried():
+    configs = [cases.build(name).config for name in cases.MLLMS]
+    tried = {config.get_text_config().model_type for config in configs} | set(cases.LMS)
+    assert tried == set(FAMILIES)
+    assert {config.model_type for config in configs} == set(WRAPPERS) - {"fast_vlm"}  # needs timm
+    assert set(EYES) == set(WRAPPERS) - {"fast_vlm"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_contract(name):
+    model = cases.build(name, torch.float32)
+    findings = run_checks(Case(model, cases.processor(name)))
+    broken = {f.check: f.detail for f in findings if f.passed is False}
+    skipped = {f.check for f in findings if f.passed is None}
+    assert not broken
+    assert skipped == ({"evaluate"} if name in cases.LMS else set())
+    FOUND[name] = support_row(model.config, findings)
+
+
+@pytest.mark.parametrize("name", cases.MLLMS)
+def test_operations_in_closed_form(name, monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    monkeypatch.setattr("mllm_compress.cost.vision.SIDE", 48)
+    model = cases.build(name, torch.float32)
+    model.set_attn_implementation("eager")
+    inputs = example_inputs(model, 6, batch=2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward(model, inputs)
+    decoder = decoder_flops(shape_of_model(model), inputs["input_ids"].shape[1], batch=2)
+    assert counter.get_total_flops() == decoder + sum(vision_flops(model.config, 2).values())
+
+
+@pytest.mark.parametrize("name", cases.MLLMS)
+@torch.no_grad()
+def test_our_batches_are_those_of_the_processor(name):
+    "Several pictures, of several sizes, and the same logits as from the processor's own call."
+    model, processor, data = (
+        cases.build(name, torch.float32),
+        cases.processor(name),
+        trial_data(True),
+    )
+    batch = Collator(processor, data, "sequential")([data[i] for i in range(4)])
+    ours, known = model(**model_inputs(model, batch)).logits, inspect.signature(model.forward)
+    for i in range(4):
+        pictures, length = data.pictures(i), int(batch["attention_mask"][i].sum())
+        if name == "llava-onevision" and len(pictures) > 1:
+            continue  # its own call shows several pictures without tiles
+        text = [Renderer(processor).text(tuple(turns(data[i])), len(pictures))]
+        if pictures:
+            own = dict(processor(text=text, images=[pictures], return_tensors="pt"))
+        else:
+            own = dict(processor.tokenizer(text, return_tensors="pt"))
+        if name.startswith("paligemma"):  # its own call adds <bos> and a line end to the text
+            own["input_ids"] = batch["input_ids"][i : i + 1, :length]
+            own["attention_mask"] = torch.ones_like(own["input_ids"])
+            own["labels"] = batch["labels"][i : i + 1, :length]
+            own.pop("token_type_ids", None)
+        own |= token_inputs(model.config, own)
+        own = {k: v for k, v in own.items() if k in known.parameters and k != "labels"}
+        theirs = model(**own).logits[0]
+        assert theirs.shape == ours[i, :length].shape
+        assert torch.allclose(theirs, ours[i, :length], atol=1e-4)
+
+
+def test_the_table_of_support_is_current(request):
+    "README's table holds what this test found; --update-golden writes it."
+    if set(FOUND) != set(ROWS):
+        pytest.skip("takes all rows")
+    rows = [FOUND[name] for name in ROWS]
+    if request.config.getoption("--update-golden"):
+        with open(SUPPORT, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    with open(SUPPORT, encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+
+
+# Other shapes of the same classes
+
+
+@pytest.mark.parametrize("name", ["llava-llama", "qwen3-vl", "gemma3", "olmo2", "cohere"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=48),
+        dict(num_attention_heads=8, num_key_value_heads=1, hidden_size=64),
+    ],
+    ids=["3x2", "1x8"],
+)
+def test_other_groups_of_queries(name, shape):
+    if shape["num_key_value_heads"] == 1 and name in ("olmo2", "cohere"):
+        pytest.skip("one group leaves nothing to remove")
+    if name in ("qwen3-vl",):
+        shape = shape | {"hidden_size": 32}  # the merger's width
+    case = Case(cases.build(name, torch.float32, **shape), cases.processor(name))
+    findings = run_checks(case, ("parts", "cost", "silenced", "layerwise", "uniform", "blockwise"))
+    assert not {f.check: f.detail for f in findings if not f.passed}
+
+
+# What must stay
+
+
+def test_layers_that_receive_features_stay():
+    from mllm_compress.importance.criteria import random_layers
+    from mllm_compress.pruning.plans import plan_layerwise
+
+    model = cases.build("qwen3-vl")
+    assert list(anatomy(model).fixed_layers) == [0, 1]
+    plan = plan_layerwise(model, random_layers(model), n_layers=3)
+    assert {0, 1} <= set(plan.layers) and len(plan.layers) == 3
+    with pytest.raises(ValueError, match="layers 0 receive image features and must stay"):
+        plan_layerwise(model, layers=[0, 3])
+    with pytest.raises(ValueError, match="n_layers must be in 0 … 4"):
+        plan_layerwise(model, random_layers(model), n_layers=5)
+
+
+def test_both_kinds_of_attention_survive():
+    from mllm_compress.importance.criteria import random_layers
+    from mllm_compress.pruning.plans import plan_layerwise
+    from mllm_compress.pruning.slicing import apply_plan
+
+    model = cases.build("gemma3")
+    plan = plan_layerwise(model, random_layers(model), n_layers=4)
+    small = apply_plan(model, plan)
+    assert sorted(small.config.text_config.layer_types) == ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match="all layers with full_attention would go.*1,3,5"):
+        plan_layerwise(model, layers=[1, 3, 5])
+    with pytest.raises(ValueError, match="cannot be reached"):
+        plan_layerwise(model, random_layers(model), ratio=0.9)
+
+
+def test_layers_without_positions_keep_their_place():
+    from mllm_compress.pruning.plans import plan_layerwise
+    from mllm_compress.pruning.slicing import apply_plan
+
+    model = cases.build("smollm3")
+    assert model.config.no_rope_layers == [1, 1, 0, 1, 1, 0]
+    small = apply_plan(model, plan_layerwise(model, layers=[1, 4]))
+    assert small.config.no_rope_layers == [1, 0, 1, 0]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "model_type, options, message",
+    [
+        ("qwen3_moe", dict(num_experts=4), "mixtures of experts.*num_experts"),
+        ("mixtral", dict(num_local_experts=2), "mixtures of experts"),
+    ],
+)
+def test_what_is_refused_says_what_it_would_take(model_type, options, message):
+    config = AutoConfig.for_model(model_type, **cases.TEXT | options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=message):
+        anatomy(model)
+
+
+def test_an_unknown_wrapper_names_the_row_to_add(monkeypatch):
+    model = cases.build("smolvlm")
+    monkeypatch.delitem(WRAPPERS, "smolvlm")
+    with pytest.raises(ValueError, match=r"Add a row Wrapper\('smolvlm', …\).*WRAPPERS"):
+        anatomy(model)
+
+
+def test_a_part_that_a_row_forgets_is_an_error(monkeypatch):
+    from dataclasses import replace
+
+    model = cases.build("llava-next")
+    row = replace(WRAPPERS["llava_next"], projector=("model.multi_modal_projector",))
+    monkeypatch.setitem(WRAPPERS, "llava_next", row)
+    with pytest.raises(ValueError, match="1 weights .* belong to no part.*image_newline"):
+        part_parameters(model)
+
+
+# The command
+
+
+def test_check_is_a_command(tmp_path):
+    from typer.testing import CliRunner
+
+    from mllm_compress.cli.app import app
+
+    say = lambda *args: CliRunner().invoke(app, ["check", *args])
+    found = say("smoke-llava", "--only", "parts", "--only", "uniform", "--json")
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.output.splitlines()[-1])["checks"]
+    assert [(row["check"], row["passed"]) for row in rows] == [("parts", True), ("uniform", True)]
+    assert "stock" in rows[1]["detail"]
+    wrong = say("smoke-llava", "--only", "luck")
+    assert wrong.exit_code == 2 and all(name in wrong.output for name in CHECKS)
+
+
+def test_a_broken_promise_is_named(monkeypatch):
+    from typer.testing import CliRunner
+
+    from mllm_compress.cli import check as module
+    from mllm_compress.cli.app import app
+
+    monkeypatch.setattr(module, "closed_parameters", lambda *_: {"vision": 0})
+    found = CliRunner().invoke(app, ["check", "smoke-llava", "--only", "cost"])
+    assert found.exit_code == 1 and "broken: cost" in found.output
+    assert "closed form" in found.output
