@@ -89,9 +89,9 @@ def test_edited_data_is_another_calibration(monkeypatch):
     before = scores_inputs(LAYERS, SMOKE)
     samples = [dict(scene_data(n=12).samples[i]) for i in range(12)]
     for sample in samples:
-        sample["conversations"] = [*sample["conversations"][2:], *sample["conversations"][:2]]
-        sample["types"] = [*sample["types"][1:], sample["types"][0]]
-    monkeypatch.setattr(stages, "training_data", lambda _: InstructionData(samples))
+        said = [{**turn, "value": turn["value"] + "!"} for turn in sample["conversations"]]
+        sample["conversations"] = said
+    monkeypatch.setattr(stages, "calibration_source", lambda _: InstructionData(samples))
     stages.calibration_inputs.cache_clear()
     assert scores_inputs(LAYERS, SMOKE)["calibration"] != before["calibration"]
     stages.calibration_inputs.cache_clear()
@@ -163,6 +163,12 @@ def test_both_prunings_reach_the_same_size(away):
     assert name_of(LAYERS, SMOKE) == name_of(LAYERS, exact)
 
 
+def test_a_size_out_of_reach_of_width_falls_back_to_the_request(away):
+    high = [replace(LAYERS, ratio=0.45), replace(WIDTH, ratio=0.45)]
+    layers, width = inline(high).achieved_ratio
+    assert layers > 0.47 and abs(width - 0.45) < 0.02
+
+
 @pytest.mark.parametrize("name", ["llava-v1.5-7b", "bunny-v1.0-3b", "mini-internvl-4b"])
 def test_the_ranges_of_authors_reach_its_ratios(name):
     import torch
@@ -222,7 +228,7 @@ def test_knobs_of_the_two_paper_profiles():
 def test_untrained_experiments_have_seeds_of_their_own():
     for name, least in (("quick", 3), ("tiny", 10)):
         profile = load_profile(name)
-        ask = resolve_parameters(profile, "02b_calibration", calibration_seeds=[])
+        ask = resolve_parameters(profile, "10_findings", calibration_seeds=[])
         assert len(ask.calibration_seeds) >= least
 
 

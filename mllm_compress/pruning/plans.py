@@ -29,6 +29,7 @@ from mllm_compress.pruning.sizes import (
     check_budget,
     check_ratio,
     check_reachable,
+    kept_parameters,
     layer_sizes,
     nearest_prefix,
     reference_count,
@@ -164,6 +165,18 @@ def _unprotected(
     return kept[first : len(kept) - last]
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-030
+def widthwise_reach(
+    model: PreTrainedModel,
+    protect: tuple | None = None,  # as in `plan_widthwise`
+    shape: str = "blockwise",
+) -> float:  # of LM-decoder parameters
+    "The largest ratio that a widthwise plan can remove."
+    sizes = layer_sizes(model)
+    free = [sizes[i] for i in _unprotected(tuple(range(len(sizes))), protect, shape)]
+    most = sum(size.parameters - kept_parameters(size, 1, 1) for size in free)
+    return most / lm_parameters(model)
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
 def _budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
@@ -189,7 +202,7 @@ def _budget_counts(
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
 def _reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
@@ -205,7 +218,7 @@ def _reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
 def _check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
@@ -217,7 +230,7 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
         )
     return layers
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
 def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
     "ValueError unless one amount is given, and layer ranges only with a channel ratio."
     if (ratio is None) == (channel_ratio is None):
@@ -227,7 +240,7 @@ def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-040
 def _keep_best(
     scores: dict,  # layer -> [units] scores
     counts: dict,  # layer -> how many stay
@@ -245,14 +258,14 @@ def _keep_best(
         kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-041
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
 ALLOCATIONS = {
     "layer": "the same share of every layer that is not protected",
     "global": "one ranking of the units of all layers by score per parameter",
     "obs": "the same ranking of obs_scores: the error left after the other units adapt",
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-045
 def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
@@ -267,7 +280,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
             f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-045
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-047
 def plan_widthwise(
     model: PreTrainedModel,
     scores,  # WidthScores
@@ -306,7 +319,7 @@ def plan_widthwise(
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
     return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-053
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-055
 def plan_combined(
     model: PreTrainedModel,
     layer_scores,  # LayerScores of single layers
@@ -322,7 +335,7 @@ def plan_combined(
     base = plan_layerwise(model, layer_scores, ratio=ratio * layer_share)
     return plan_widthwise(model, width_scores, ratio=ratio, base=base, **options)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-056
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
 @dataclass(frozen=True)
 class Pruning:
     "One way to reach a ratio."
@@ -332,22 +345,22 @@ class Pruning:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
 def _none(model, scores, ratio, protect, shape) -> PruningPlan:
     "Everything stays, so the ratio must be 0."
     if ratio:
         raise ValueError(f"ratio {ratio} needs a pruning; with 'none' the ratio is 0.")
     return plan_none(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
 def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_layerwise(model, scores, ratio=ratio)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
 def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-066
 PRUNINGS = {
     "none": Pruning(
         _none,
@@ -369,7 +382,7 @@ PRUNINGS = {
     ),
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-066
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-068
 def plan_pruning(
     pruning: str,  # a key of PRUNINGS
     model: PreTrainedModel,
@@ -382,7 +395,7 @@ def plan_pruning(
     check_choice("pruning", pruning, PRUNINGS)
     return PRUNINGS[pruning].function(model, scores, ratio, protect, shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-075
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-077
 def _reached(model, attention_layers, mlp_layers, step: int) -> float:
     "The ratio that a channel ratio of so many thousandths removes."
     one, sizes = {"heads": 1, "neurons": 1}, layer_sizes(model)
@@ -392,7 +405,7 @@ def _reached(model, attention_layers, mlp_layers, step: int) -> float:
     neurons = sum((sizes[i].neurons - n) * sizes[i].neuron_parameters for i, n in rest)
     return (heads + neurons) / lm_parameters(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-077
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-079
 def plan_channels(
     model: PreTrainedModel,
     scores,  # WidthScores

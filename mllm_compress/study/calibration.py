@@ -26,7 +26,7 @@ def drawn_questions(
 ) -> pd.DataFrame:  # a row per question: type, answer, loss
     "The calibration questions of an experiment, and the model's loss on each."
     e, c = experiment, stages.calibration_of(experiment, profile)
-    samples = stages.training_data(training_of(e.model, profile))
+    samples = stages.calibration_source(training_of(e.model, profile))
     drawn = calibration_data(samples, c.samples, e.calibration_seed, c.design, c.per_entry)
     model, processor = stages.teacher_of(e.model, profile, device)
     collate, losses = Collator(processor, drawn, turns="sequential"), []

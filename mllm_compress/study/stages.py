@@ -54,6 +54,7 @@ from mllm_compress.pruning.plans import (
     plan_none,
     plan_pruning,
     plan_widthwise,
+    widthwise_reach,
 )
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.reconstructions import RECONSTRUCTIONS, reconstructed
@@ -524,8 +525,8 @@ def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
         return plan_channels(model, scores, e.ratio, *spans)
     ratio = e.ratio
-    if e.pruning != "layerwise" and w.aim == "layers":
-        ratio = layerwise_ratio(model, e.ratio)
+    if e.pruning == "widthwise" and w.aim == "layers":
+        ratio = _equal_size(model, e, w)
     if e.allocation != "layer":
         return plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
     shape = w.shape if e.shape == "default" else e.shape
@@ -533,6 +534,15 @@ def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
     return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-075
+def _equal_size(model, experiment: Experiment, width: Width) -> float:
+    "The ratio that removing layers reaches, or the request where width cannot follow."
+    e, w = experiment, width
+    shape = w.shape if e.shape == "default" else e.shape
+    protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
+    reached = layerwise_ratio(model, e.ratio)
+    return reached if reached <= widthwise_reach(model, protect, shape) else e.ratio
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-077
 def start_of(experiment: Experiment, plan, profile: Profile, results: Store, device: str):
     "The pruned model before any training."
     e, (model, processor) = experiment, teacher_of(experiment.model, profile, device)
@@ -547,7 +557,7 @@ def start_of(experiment: Experiment, plan, profile: Profile, results: Store, dev
         store.write(results, inputs, {"record": record(device) | took})
     return small
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-077
+# %% ../../nbs/library/study/04_stages.ipynb #cell-079
 def trained_parts(student, config: RecoveryConfig) -> list:  # of modules
     "The parts of a student that training changes in full (adapters are changed by peft)."
     parts = anatomy(student)
@@ -557,14 +567,14 @@ def trained_parts(student, config: RecoveryConfig) -> list:  # of modules
     )
     return [part for part in trained if part is not None]  # a language model has no projector
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-079
+# %% ../../nbs/library/study/04_stages.ipynb #cell-081
 def trained_in_float32(student, config: RecoveryConfig):
     "The student with the parts in float32 that training changes in full."
     for part in trained_parts(student, config):
         cast(part, torch.float32)
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-081
+# %% ../../nbs/library/study/04_stages.ipynb #cell-083
 def checkpoints_of(
     subject: str,  # key of a student
     results: Store,
@@ -572,7 +582,7 @@ def checkpoints_of(
     "Where the checkpoints of a student in training are."
     return results.folder / "checkpoints" / subject
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-083
+# %% ../../nbs/library/study/04_stages.ipynb #cell-085
 def trained(
     experiment: Experiment, plan, profile: Profile, results: Store, device: str
 ) -> tuple:  # (model, record of the training, adapters or None)
@@ -597,7 +607,7 @@ def trained(
     )
     return result.model, _training_record(config, result), result.adapters
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-085
+# %% ../../nbs/library/study/04_stages.ipynb #cell-087
 def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "Options of `recover` for a training that goes on where it was killed."
     if not profile.checkpoint_every:
@@ -605,7 +615,7 @@ def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) 
     folder = checkpoints_of(subject_key(experiment, profile), results)
     return {"folder": folder, "save_every": profile.checkpoint_every}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-087
+# %% ../../nbs/library/study/04_stages.ipynb #cell-089
 def _sharding(student, profile: Profile, device: str) -> dict:
     "Options of `recover` for a student that several GPUs share."
     if profile.processes == 1 or device == "cpu":
@@ -614,7 +624,7 @@ def _sharding(student, profile: Profile, device: str) -> dict:
     config = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
     return {"trainer": {"fsdp": True, "fsdp_config": config}}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-089
+# %% ../../nbs/library/study/04_stages.ipynb #cell-091
 def _training_record(config: RecoveryConfig, result) -> dict:
     "What is kept of a training."
     return {
@@ -625,7 +635,7 @@ def _training_record(config: RecoveryConfig, result) -> dict:
         "loss": float(result.history.loss.iloc[-1]),
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-091
+# %% ../../nbs/library/study/04_stages.ipynb #cell-093
 def trained_together(
     experiment: Experiment, profile: Profile, results: Store, student
 ) -> tuple:  # as `trained`
@@ -651,7 +661,7 @@ def trained_together(
         record = json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
         return student, record, None
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-093
+# %% ../../nbs/library/study/04_stages.ipynb #cell-095
 def join(folder: str) -> None:
     "Train the experiment of a job, as one of its processes."
     job = json.loads(Path(folder, "job.json").read_text(encoding="utf-8"))
@@ -667,7 +677,7 @@ def join(folder: str) -> None:
     save_file(weights, Path(folder, "weights.safetensors"))
     Path(folder, "training.json").write_text(json.dumps(training), encoding="utf-8")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-095
+# %% ../../nbs/library/study/04_stages.ipynb #cell-097
 def _end_with(process: int) -> None:
     "End this process when another is gone."
     while True:
@@ -677,7 +687,7 @@ def _end_with(process: int) -> None:
             os._exit(1)
         time.sleep(1)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-097
+# %% ../../nbs/library/study/04_stages.ipynb #cell-099
 @contextmanager
 def _off(device: str, *models):
     "Models wait in the CPU's memory while other processes train on the device."
@@ -691,7 +701,7 @@ def _off(device: str, *models):
         for model in models:
             model.to(device)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-099
+# %% ../../nbs/library/study/04_stages.ipynb #cell-101
 def tensors_to_keep(
     experiment: Experiment, profile: Profile, student, start, adapters
 ) -> dict | None:  # name -> tensor; None where the student is not kept
@@ -707,7 +717,7 @@ def tensors_to_keep(
     own = {name: tensor for name, tensor in changed.items() if name in names}
     return own | {f"{ADAPTER}{name}": tensor for name, tensor in adapters.items()}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-101
+# %% ../../nbs/library/study/04_stages.ipynb #cell-103
 ADAPTER = "adapter:"  # how the names of adapters begin in a file of kept weights
 
 
@@ -715,7 +725,7 @@ def kept_bytes(results: Store) -> int:
     "The size of all kept students."
     return sum(p.stat().st_size for p in (results.folder / "student").glob("*/*.safetensors"))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-103
+# %% ../../nbs/library/study/04_stages.ipynb #cell-105
 def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
     "The tensors in which a student differs from the pruned model that it was trained from."
     before = start.state_dict()
@@ -725,7 +735,7 @@ def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
         if not torch.equal(tensor.cpu(), before[name].cpu().to(tensor.dtype))
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-105
+# %% ../../nbs/library/study/04_stages.ipynb #cell-107
 def keep_student(
     experiment: Experiment, profile: Profile, results: Store, tensors: dict | None, value: dict
 ) -> None:
@@ -741,7 +751,7 @@ def keep_student(
 
     store.write(results, inputs, value, None if tensors is None else fill)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-107
+# %% ../../nbs/library/study/04_stages.ipynb #cell-109
 def kept_student(experiment: Experiment, profile: Profile, results: Store, plan, device: str):
     "The student of an experiment from its kept weights; None where there are none."
     key = content_hash(student_inputs(experiment, profile))
@@ -758,7 +768,7 @@ def kept_student(experiment: Experiment, profile: Profile, results: Store, plan,
         state[name].copy_(tensors[name])
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-109
+# %% ../../nbs/library/study/04_stages.ipynb #cell-111
 def student_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "The compressed model of an experiment."
     e = canonical(experiment)
@@ -782,7 +792,7 @@ def student_of(experiment: Experiment, profile: Profile, results: Store, device:
     keep_student(e, profile, results, kept, value)
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-111
+# %% ../../nbs/library/study/04_stages.ipynb #cell-113
 def packed_answers(frame: pd.DataFrame) -> dict:
     "The answers to one benchmark as JSON values: distinct texts, and which of them was given."
     value = {}
@@ -800,7 +810,7 @@ def two_digits(nats: float | None) -> int | None:  # thousandths of a nat
         return None
     return int(float(f"{1000 * max(nats, -1e6):.1e}"))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-113
+# %% ../../nbs/library/study/04_stages.ipynb #cell-115
 def unpacked_answers(value: dict) -> list:  # of Answer
     "The answers that `packed_answers` kept."
     prediction, candidate = (
@@ -809,7 +819,7 @@ def unpacked_answers(value: dict) -> list:  # of Answer
     likely = [None if n is None else n / 1000 for n in value["log_likelihood"]]
     return [Answer(*given) for given in zip(prediction, candidate, likely)]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-115
+# %% ../../nbs/library/study/04_stages.ipynb #cell-117
 def units_of(answers: pd.DataFrame) -> dict:  # benchmark -> list whose mean is score / 100
     "What each question, or group of questions that belong together, was worth."
     return {name: _units(name, rows) for name, rows in answers.groupby("benchmark", sort=False)}
@@ -826,7 +836,7 @@ def _units(name: str, rows: pd.DataFrame) -> list:
     sums = weighted.groupby([worth.stratum, together], sort=False).sum()
     return [round(float(v), 6) for v in sums * len(sums) / len(worth)]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-117
+# %% ../../nbs/library/study/04_stages.ipynb #cell-119
 @lru_cache
 def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
     "For each question of a benchmark the number of its unit, in the order of `units_of`."
@@ -841,13 +851,13 @@ def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; na
     kept = [float("nan") if n is None else n / 1000 for n in answers["log_likelihood"]]
     return pd.Series(kept).groupby(list(units)).mean().tolist()
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-119
+# %% ../../nbs/library/study/04_stages.ipynb #cell-121
 def sample_of(answers: pd.DataFrame, n: int = 6) -> list:
     "The first answers of each benchmark, for people to look at."
     columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
     return answers.groupby("benchmark", sort=False).head(n)[columns].to_dict("records")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-121
+# %% ../../nbs/library/study/04_stages.ipynb #cell-123
 def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     "The value of a score stage: the row of a benchmark, its units, and a few answers."
     e = evaluation
@@ -856,7 +866,7 @@ def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
     return {"row": row, "units": units_of(frame)[name], "sample": sample_of(frame)}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-123
+# %% ../../nbs/library/study/04_stages.ipynb #cell-125
 def answer(
     experiment: Experiment, names: list, profile: Profile, results: Store, device: str
 ) -> None:
@@ -881,7 +891,7 @@ def answer(
         value = packed_answers(rows) | {"record": record(device) | took}
         store.write(results, inputs, value)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-125
+# %% ../../nbs/library/study/04_stages.ipynb #cell-127
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
     keys, subject = score_keys(experiment, profile), subject_key(experiment, profile)
@@ -892,7 +902,7 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
     ]
     return {"score": scores, "answers": answers}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-127
+# %% ../../nbs/library/study/04_stages.ipynb #cell-129
 def same_models(experiment: Experiment, profile: Profile, results: Store) -> list:  # of keys
     "The subjects of other calibration seeds whose stored plans keep the same units."
     e, found, ours = experiment, [], _kept_units(experiment, profile, results)
@@ -910,7 +920,7 @@ def _kept_units(experiment: Experiment, profile: Profile, results: Store):  # or
     text = _plan_json(experiment, profile, results)
     return [json.loads(text)[k] for k in ("layers", "heads", "neurons")] if text else None
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-128
+# %% ../../nbs/library/study/04_stages.ipynb #cell-130
 def copy_answers(
     experiment: Experiment, names: list, profile: Profile, results: Store, device: str
 ) -> None:
@@ -925,7 +935,7 @@ def copy_answers(
             if known is None and (content := store.read(results, "answers", key)):
                 store.write(results, ours, content["value"])
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-130
+# %% ../../nbs/library/study/04_stages.ipynb #cell-132
 def compute(
     experiment: Experiment,
     profile: Profile,
@@ -947,19 +957,19 @@ def compute(
         store.write(results, inputs, scored(name, unpacked_answers(value), profile.evaluation))
     index(e, profile, results)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-132
+# %% ../../nbs/library/study/04_stages.ipynb #cell-134
 def index_inputs(experiment: Experiment) -> dict:
     "The inputs under which an experiment's description is kept."
     return stage_inputs("experiment", 1, **described(canonical(experiment)))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-134
+# %% ../../nbs/library/study/04_stages.ipynb #cell-136
 def index(experiment: Experiment, profile: Profile, results: Store) -> None:
     "Leave the description of an experiment in a store."
     inputs = index_inputs(experiment)
     if store.read(results, "experiment", content_hash(inputs)) is None:
         store.write(results, inputs, {})
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-136
+# %% ../../nbs/library/study/04_stages.ipynb #cell-138
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e = canonical(experiment)
@@ -980,7 +990,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "record": records,
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-138
+# %% ../../nbs/library/study/04_stages.ipynb #cell-140
 def _likelihoods(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "Benchmark -> log-likelihood of each unit, of the answers that are stored."
     subject, e, found = subject_key(experiment, profile), profile.evaluation, {}
@@ -990,7 +1000,7 @@ def _likelihoods(experiment: Experiment, profile: Profile, results: Store) -> di
             found[name] = likelihoods_of(name, content["value"], e)
     return found
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-140
+# %% ../../nbs/library/study/04_stages.ipynb #cell-142
 def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
     "The keys of all stages of an experiment."
     e, subject = canonical(experiment), subject_key(experiment, profile)
@@ -1007,7 +1017,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
         keys["student"] = {content_hash(student_inputs(e, profile))}
     return keys
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-142
+# %% ../../nbs/library/study/04_stages.ipynb #cell-144
 def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     "The plan of an experiment as JSON; empty for a dense model."
     if experiment.pruning == "none":
@@ -1015,7 +1025,7 @@ def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     found = store.read(results, "plan", content_hash(plan_inputs(experiment, profile)))
     return found["value"] if found else ""
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-144
+# %% ../../nbs/library/study/04_stages.ipynb #cell-146
 def _student_value(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The record of an experiment's training; empty where it is not recovered."
     if experiment.recovery == "none":
@@ -1023,7 +1033,7 @@ def _student_value(experiment: Experiment, profile: Profile, results: Store) -> 
     found = store.read(results, "student", content_hash(student_inputs(experiment, profile)))
     return found["value"] if found else {}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-146
+# %% ../../nbs/library/study/04_stages.ipynb #cell-148
 def answer_records(experiment: Experiment, profile: Profile, results: Store) -> list:
     "On what the answers of an experiment were computed: a record per benchmark."
     subject, e, found = subject_key(experiment, profile), profile.evaluation, []
@@ -1034,7 +1044,7 @@ def answer_records(experiment: Experiment, profile: Profile, results: Store) -> 
         found += [value["record"] for value in values if value.get("record")][:1]
     return found
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-148
+# %% ../../nbs/library/study/04_stages.ipynb #cell-150
 def _records(experiment: Experiment, profile: Profile, results: Store, student: dict) -> dict:
     "On what an experiment was computed, and how long its training and its answers took."
     answers = answer_records(experiment, profile, results)
@@ -1054,7 +1064,7 @@ def _refit_record(experiment: Experiment, profile: Profile, results: Store) -> d
     found = store.read(results, "reconstruction", key)
     return found["value"]["record"] if found else {}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-150
+# %% ../../nbs/library/study/04_stages.ipynb #cell-152
 def record(device: str) -> dict:
     "On what a result is computed."
     gpu = device.startswith("cuda")
