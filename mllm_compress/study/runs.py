@@ -42,8 +42,14 @@ def rows_of(experiment: Experiment, result: dict) -> list:
     }
     same |= {name: result["record"].get(name) for name in CIRCUMSTANCES}
     same["precision"] = result["training"].get("precision")
-    units = {name: np.array(values) for name, values in result["units"].items()}
-    return [same | row | {"units": units[row["benchmark"]]} for row in result["rows"]]
+    outcomes = {
+        column: {name: np.array(values) for name, values in result[column].items()}
+        for column in ("units", "log_likelihoods")
+    }
+    return [
+        same | row | {column: own.get(row["benchmark"]) for column, own in outcomes.items()}
+        for row in result["rows"]
+    ]
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-008
 def failed_row(experiment: Experiment, message: str) -> dict:

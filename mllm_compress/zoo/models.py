@@ -307,6 +307,15 @@ def packaged_identity(
     return gguf_identity(file) if file else None
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-049
+def load_tokenizer(
+    name: str,  # as for load_model
+):
+    "The tokenizer of a model; a generated model is made for it."
+    folder = native_folder(name)
+    found = load_processor(folder) if folder else load_model(name)[1]
+    return getattr(found, "tokenizer", found)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-051
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
@@ -334,7 +343,7 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-051
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-053
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download
