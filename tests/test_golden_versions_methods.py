@@ -1,4 +1,4 @@
-"""Criteria and prunings: their numbers change only with the version in their row."""
+"""Criteria, prunings, reconstructions: their numbers change only with the version in their row."""
 
 import pytest
 import torch
@@ -8,9 +8,12 @@ from pruning_cases import build, inputs, width_scores
 from mllm_compress.importance.criteria import CRITERIA, measure
 from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import PRUNINGS, plan_pruning
+from mllm_compress.pruning.reconstructions import RECONSTRUCTIONS, reconstructed
+from mllm_compress.pruning.slicing import apply_plan
 
 CRITERIA_AT = "CRITERIA (nbs/library/importance/04_criteria.ipynb)"
 PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/03_plans.ipynb)"
+RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/09_reconstructions.ipynb)"
 MODELS = {"layerwise": ("tiny-llava", "phi-4x1"), "widthwise": ("tiny-llava", "qwen2-3x2")}
 OPTIONS = {"angular_distance": {"n": 2}}  # of criteria that need one
 
@@ -80,8 +83,36 @@ def test_pruning(name, update_golden):
     check_golden("pruning", name, PRUNINGS[name].version, numbers, update_golden, PRUNINGS_AT)
 
 
+@pytest.mark.parametrize("name", RECONSTRUCTIONS)
+def test_reconstruction(name, update_golden):
+    "Logits after both prunings, sequential and parallel blocks, with biases and without."
+    numbers, rng = {}, torch.Generator().manual_seed(3)
+    batches = [{"input_ids": torch.randint(3, 64, (8, 40), generator=rng)}]
+    for model_name in ("qwen2-3x2", "phi-4x1"):
+        model = build(model_name)
+        for pruning, scores in (("layerwise", layer_scores), ("widthwise", width_scores)):
+            plan = plan_pruning(pruning, model, scores(model), 0.3)
+            before = apply_plan(model, plan)
+            after = reconstructed(name, before, model, batches, plan)
+            with torch.no_grad():
+                found, plain = (m(**batches[0]).logits for m in (after, before))
+            same = torch.equal(found, plain)
+            idle = {"bias": "layerwise", "linear_map": "widthwise"}  # nothing to do there
+            assert name == "layer" or same == (name == "none" or idle.get(name) == pruning)
+            numbers[f"{model_name} {pruning}"] = few(found[0, -1])
+    check_golden(
+        "reconstruction",
+        name,
+        RECONSTRUCTIONS[name].version,
+        numbers,
+        update_golden,
+        RECONSTRUCTIONS_AT,
+    )
+
+
 def test_no_golden_value_is_stale(update_golden):
     names = [name_of(key) if key[1] == "random" else key[1] for key in CRITERIA]
     assert len(set(names)) == len(names)
     check_no_stale("criterion", names, update_golden)
     check_no_stale("pruning", PRUNINGS, update_golden)
+    check_no_stale("reconstruction", RECONSTRUCTIONS, update_golden)

@@ -539,3 +539,26 @@ def reconstruct(
     warn_of_sinks(lost)
     setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small
+
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-074
+def reconstruction_cost(
+    dense: PreTrainedModel,  # on any device, meta included
+    small: PreTrainedModel,  # its pruned form, likewise
+    tokens: int,  # of calibration, padding included
+) -> dict:  # operations, and bytes at the peak beyond what lies outside the layers
+    "Operations and memory of a reconstruction from files, in closed form."
+    weights = lambda parts: [sum(p.numel() for p in x.parameters()) for x in parts.layers]
+    before, after = weights(anatomy(dense)), weights(anatomy(small))
+    hidden, solves = anatomy(dense).text_config.hidden_size, len(RIDGES) + 1
+    widths = [
+        s.module.in_features
+        for j in range(len(after))
+        for s in anatomy(small).linears(j)
+        if s.axis == 1
+    ]
+    work = 2 * tokens * (sum(before) + 3 * sum(after))
+    work += sum(2 * tokens * k * (k + hidden) for k in widths)
+    work += sum(solves * (k**3 / 3 + 2 * k**2 * hidden) for k in widths)
+    k, layer = max(widths), 4 * (max(before) + max(after))
+    sums = 8 * (5 * k**2 + (5 + solves) * k * hidden)  # gram and cross, their parts, solutions
+    return {"operations": work, "bytes": 12 * tokens * hidden + sums + layer}

@@ -176,8 +176,8 @@ def say_ties(
 HEAVY = 80  # AVG-%; below it a smaller model is the better choice
 BLOCKWISE = (
     "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
-    "checkpoint.load_pruned; the retained score of the uniform shape, which prune makes by "
-    "default and plain from_pretrained loads, was not measured."
+    "checkpoint.load_pruned; the retained score of the uniform shape, which "
+    "plain from_pretrained loads, was not measured."
 )
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-040
