@@ -229,3 +229,73 @@ def test_a_broken_promise_is_named(monkeypatch):
     found = CliRunner().invoke(app, ["check", "smoke-llava", "--only", "cost"])
     assert found.exit_code == 1 and "broken: cost" in found.output
     assert "closed form" in found.output
+
+
+# Training and the command line, one row per kind: tiles, the model's own forward pass, a window
+
+
+def files(name: str, folder: Path) -> Path:
+    "A checkpoint with its processor, conversations and their pictures, in a folder."
+    from mllm_compress.cli.check import PICTURES, noise
+
+    cases.build(name, torch.float32).save_pretrained(folder / "model")
+    cases.processor(name).save_pretrained(folder / "model")
+    for k, size in enumerate(PICTURES):
+        noise(size, k).save(folder / f"{k}.png")
+    entries = []
+    for entry in trial_data(True).samples:
+        named = [f"{i}.png" for i in entry.get("image", ())]
+        picture = {"image": named if len(named) > 1 else named[0]} if named else {}
+        entries.append({k: v for k, v in entry.items() if k != "image"} | picture)
+    (folder / "data.json").write_text(json.dumps(entries))
+    question = {"image": "0.png", "question": "is it red ?", "answer": "yes", "candidates": ["yes"]}
+    (folder / "questions.json").write_text(json.dumps([question]))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llava-next", "idefics3", "gemma3", "aya-vision"])
+def test_the_command_line_from_scores_to_answers(name, tmp_path):
+    from typer.testing import CliRunner
+
+    from mllm_compress.cli.app import app
+
+    folder = files(name, tmp_path)
+    data = ["--data", str(folder / "data.json")]
+    model, small, trained = (str(folder / k) for k in ("model", "small", "trained"))
+    plan = ["--ratio", "0.2", "--method", "taylor", "--samples", "4"]
+    steps = [
+        ["prune", model, *data, *plan, "-o", small],
+        ["recover", small, "--teacher", model, *data, "--batch-size", "3", "-o", trained],
+        ["evaluate", trained, "--questions", str(folder / "questions.json"), "--json"],
+        ["cost", trained, "--json"],
+    ]
+    for step in steps:
+        found = CliRunner().invoke(app, ["-q", *step])
+        assert found.exit_code == 0, found.output
+    rows = {
+        (r["quantity"], r["part"], r["source"]): r["value"]
+        for r in json.loads(found.stdout)["rows"]
+    }
+    for part in ("vision", "projector", "lm", "total"):
+        assert rows["parameters", part, "closed form"] == rows["parameters", part, "measured"] > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma2"])
+def test_recovery_trains_what_it_should(name):
+    from mllm_compress.pruning.plans import plan_layerwise
+    from mllm_compress.pruning.slicing import apply_plan
+    from mllm_compress.recovery import RecoveryConfig, recover
+
+    teacher, processor = cases.build(name, torch.float32), cases.processor(name)
+    plan = plan_layerwise(teacher, layers=[3])
+    small, data = apply_plan(teacher, plan), trial_data(name in cases.MLLMS)
+    config = RecoveryConfig(batch_size=3, epochs=2, lr=1e-2)
+    result = recover(small, teacher, data, config, processor, plan, progress=False)
+    assert result.history.loss.iloc[-1] < result.history.loss.iloc[0]
+    before, after = dict(small.named_parameters()), dict(result.model.named_parameters())
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert any("layers" in k for k in moved)
+    if name in cases.MLLMS:
+        projector = {id(p) for p in anatomy(small).projector_parameters}
+        inside = {k for k, p in before.items() if k.startswith("model.visual")}
+        assert moved & inside == {k for k in moved if id(before[k]) in projector} != set()

@@ -190,6 +190,7 @@ found = [say("--help"), wrong, row.status, drawn.label, drawn.color, count()]
     before, (helped, error, state, label, color, stored) = copy.ask(code)
     changed = ([f"{LIBRARY}/{notebook}"], ["mllm_compress/importance/criteria.py"])
     assert before == {} and copy.changed() == changed
+    helped = " ".join(helped.split())
     assert "wanda" in helped and "norms of their inputs" in helped and "wanda" in error
     assert (state, label, color) == ("done", "Wanda", "#E69F00")
     more = {"scores": 1, "plan": 1, "student": 0, "answers": 2, "score": 2}

@@ -44,6 +44,7 @@ class Family:
     joint_norm: bool = False  # their mean runs over all heads, so one head changes the others
     post_norms: tuple = ()  # (slot, path) of norms between an output projection and the residual
     residual: str = ""  # config entry that scales what is added to the residual
+    text_model: str = ""  # model_type of a text model with these layers, where it has none itself
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-010
 def attention_slots(
@@ -117,9 +118,9 @@ _NORMED = (
 _OTHERS = (
     gated("cohere", "attention and MLP in parallel, one norm", norms=WIDE_NORMS),
     gated("cohere2", "as Cohere, sliding; the decoder of Aya Vision"),
-    gated("qwen2_vl_text", "as Qwen2, positions of three axes"),
-    gated("qwen2_5_vl_text", "as Qwen2, positions of three axes"),
-    gated("qwen3_vl_text", "as Qwen3, positions of three axes"),
+    gated("qwen2_vl_text", "as Qwen2, positions of three axes", text_model="qwen2"),
+    gated("qwen2_5_vl_text", "as Qwen2, positions of three axes", text_model="qwen2"),
+    gated("qwen3_vl_text", "as Qwen3, positions of three axes", text_model="qwen3"),
     Family(
         "phi",
         attention_slots("dense") + PLAIN_MLP,

@@ -11,9 +11,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
-from ..anatomy.families import Anatomy, anatomy, count_parameters
+from ..anatomy.families import FAMILIES, Anatomy, anatomy, count_parameters
 from ..anatomy.tensors import PeakTensors
 from .taylor import CHUNK, ORDERS, check_order, output_gradients
 
@@ -33,6 +38,17 @@ def _narrow(config, layers: int) -> tuple:  # (config, k)
     return small, k
 
 # %% ../../nbs/library/importance/05_memory.ipynb #cell-008
+def _text_model_config(config):
+    "The config of a text model with the layers of a text config."
+    name = FAMILIES[config.model_type].text_model
+    if not name:
+        return config
+    known = set(AutoConfig.for_model(name).to_dict())
+    known -= {"model_type", "architectures", "rope_parameters", "layer_types"}
+    given = {k: v for k, v in config.to_dict().items() if k in known and v is not None}
+    return AutoConfig.for_model(name, **given)
+
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-010
 def _measured_bytes(
     config,  # a text config
     layers: int,
@@ -40,7 +56,7 @@ def _measured_bytes(
     tokens: int = 64,
 ) -> list:  # bytes per token: saved for the backward pass, working in it, forward without one
     "Bytes alive after a forward pass, at most in its backward pass, and at most without gradients."
-    small, k = _narrow(config, layers)
+    small, k = _narrow(_text_model_config(config), layers)
     model = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
     x = torch.zeros(1, tokens, small.hidden_size, dtype=dtype)
     with PeakTensors() as memory, output_gradients(anatomy(model), lambda *_: None):
@@ -51,7 +67,7 @@ def _measured_bytes(
         model.model(inputs_embeds=x, use_cache=False)
     return [k * b / tokens for b in (saved, memory.peak - saved, forward.peak)]
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-010
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-012
 def activation_bytes(
     config,  # a text config, or that of an MLLM
     dtype: torch.dtype = torch.bfloat16,
@@ -61,7 +77,7 @@ def activation_bytes(
     (one, working, forward), (two, *_) = (_measured_bytes(config, n, dtype) for n in (1, 2))
     return {"layer": two - one, "ends": 2 * one - two, "working": working, "forward": forward}
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-014
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-016
 @dataclass(frozen=True)
 class ScoringMemory:
     "Bytes that a scoring pass holds at its peak, and what holding all gradients would add."
@@ -83,7 +99,7 @@ class ScoringMemory:
         extra = f"all gradients would add {gib(self.all_gradients)}"
         return f"ScoringMemory({gib(self.total)} GiB: {parts}; {extra})"
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-016
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-018
 def as_meta(model_or_config) -> PreTrainedModel:
     "The model itself, or a model on the meta device made from its config."
     if isinstance(model_or_config, torch.nn.Module):
@@ -95,7 +111,7 @@ def as_meta(model_or_config) -> PreTrainedModel:
     with torch.device("meta"):
         return auto.from_config(model_or_config)
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-018
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-020
 def _influence_memory(parts: Anatomy, tokens: int, batch_size: int, dtype) -> ScoringMemory:
     "Peak memory of block influence."
     size, n = dtype.itemsize, tokens * batch_size
@@ -103,7 +119,7 @@ def _influence_memory(parts: Anatomy, tokens: int, batch_size: int, dtype) -> Sc
     working = n * forward + batch_size * parts.vocab_size * size
     return ScoringMemory(count_parameters(parts.model) * size, 0, int(working), 0)
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-020
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-022
 def _taylor_memory(
     parts: Anatomy,
     tokens: int,
@@ -128,7 +144,7 @@ def _taylor_memory(
     gradients = (2 if curvature else 1) * weights
     return ScoringMemory(weights, int(kept + n * per["ends"]), int(working), gradients)
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-022
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-024
 def scoring_memory(
     model_or_config,  # a model (also on the meta device), or a config
     tokens: int = 728,  # per sample, image tokens included
@@ -149,7 +165,7 @@ def scoring_memory(
         return _influence_memory(parts, tokens, batch_size, dtype)
     return _taylor_memory(parts, tokens, batch_size, order, supervised, recompute, dtype, device)
 
-# %% ../../nbs/library/importance/05_memory.ipynb #cell-028
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-030
 def largest_batch(
     model_or_config,
     card_gib: float,  # memory of the card, GiB
