@@ -90,7 +90,7 @@ def encode_choices(
     for place, q in enumerate(questions):
         (context,) = encode_texts(tokenizer, [q.prompt])
         words = tokenizer([f" {c}" for c in q.candidates], add_special_tokens=False)["input_ids"]
-        found.append(Prompt((), tuple(context), (), tuple(words), place))
+        found.append(Prompt((), tuple(context), (), tuple(words), [], place))
     return found
 
 
