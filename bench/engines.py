@@ -6,15 +6,18 @@ one token at a time at batch 1, which reads every weight once: bound by memory. 
 is the bytes of the dense file over those of the pruned one (weights read per token; the embedding
 matrix is also the vocabulary projection here, so it is read too); 1 / (1 - ratio) stands beside it.
 
-Speeds do not depend on which units go, so the plans use magnitude scores. Files are timed in turn
-and the best of all rounds counts, because other programs on the machine only ever slow one down.
+Speeds do not depend on which units go, so the plans use magnitude scores. Other programs run on the
+machine: what counts is the time of the processor for a token (of one thread, waiting for memory
+included, waiting for a turn not), files in turn, the best of all rounds. With --place FOLDER files
+and times stay there, so that several short runs add up.
 
-    python bench/engines.py [--quick] [--rounds 5] [--model smollm2-135m] [--node FOLDER]
+    python bench/engines.py [--quick] [--rounds 4] [--model smollm2-135m] [--dtypes f16,q4_0]
 
-FOLDER holds node_modules with node-llama-cpp 3.21.1 (see `tests/llama_cpp.py`).
+It needs node-llama-cpp 3.21.1: `tests/llama_cpp.py` says how to install it.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -79,36 +82,47 @@ def score(model) -> dict:
     return {"layers": LayerScores(middle, kind="random"), "units": units}
 
 
+def cases(dtypes) -> list:
+    "Method, ratio and type of every file."
+    both = [("dense", 0.0)] + [(m, r) for m in METHODS for r in RATIOS]
+    return [(method, ratio, dtype) for dtype in dtypes for method, ratio in both]
+
+
 def files(model, place: Path, dtypes) -> list:
-    "One file per method, ratio and type; rows that describe them."
+    "One file per case; rows that describe them."
     scores, rows = score(model), []
-    cases = [("dense", 0.0)] + [(m, r) for m in METHODS for r in RATIOS]
-    for method, ratio in cases:
-        plan = None if method == "dense" else make_plan(model, scores, method, ratio)
-        pruned = model if plan is None else apply_plan(model, plan)
-        for dtype in dtypes:
-            path = place / f"{method}-{ratio}-{dtype}.gguf"
-            written = write_gguf(pruned, path, dtype=dtype)
-            row = dict(method=method, requested_ratio=ratio, dtype=dtype, path=path)
+    for method, ratio, dtype in cases(dtypes):
+        stem = place / f"{method}-{ratio}-{dtype}"
+        if not stem.with_suffix(".json").exists():
+            plan = None if method == "dense" else make_plan(model, scores, method, ratio)
+            pruned = model if plan is None else apply_plan(model, plan)
+            written = write_gguf(pruned, Path(f"{stem}.gguf"), dtype=dtype)
+            row = dict(method=method, requested_ratio=ratio, dtype=dtype)
             row |= dict(achieved_ratio=plan.achieved_ratio if plan else 0.0)
             row |= {key: written[key] for key in ("architecture", "bytes")}
-            rows.append(row)
+            Path(f"{stem}.json").write_text(json.dumps(row | {"times": []}))
+        rows.append(stem)
     return rows
 
 
-def measure(rows: list, node: Path, tokens: int, rounds: int) -> None:
-    "Time all files in turn, `rounds` times; the best counts."
+def measure(stems: list, tokens: int, rounds: int) -> list:
+    "Time all files in turn, `rounds` times; the rows with all times."
+    decode = dict(prompt=8, tokens=tokens, repeats=2)
     for i in range(rounds):
-        for row in rows:
-            decode = dict(prompt=16, tokens=tokens, repeats=2)
-            seconds = run_engine(row["path"], node, timeout=600, decode=decode)["seconds"]
-            row["seconds"] = min(seconds + [row.get("seconds", float("inf"))])
+        for stem in stems:
+            record = Path(f"{stem}.json")
+            (answer,) = run_engine([dict(model=f"{stem}.gguf", decode=decode)], timeout=600)
+            row = json.loads(record.read_text())
+            record.write_text(json.dumps(row | {"times": row["times"] + answer["seconds"]}))
         print(f"round {i + 1} of {rounds}", flush=True)
+    return [json.loads(Path(f"{stem}.json").read_text()) for stem in stems]
 
 
 def summarize(rows: list) -> pd.DataFrame:
     "Speeds beside the dense file of the same type."
-    frame = pd.DataFrame(rows).drop(columns="path")
+    frame = pd.DataFrame(rows)
+    frame["measurements"] = frame.times.map(len)
+    frame["seconds"] = frame.pop("times").map(min)
     dense = frame[frame.method == "dense"].set_index("dtype")
     frame["tokens_per_second"] = 1 / frame.seconds
     frame["speedup"] = frame.dtype.map(dense.seconds) / frame.seconds
@@ -148,32 +162,41 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few tokens: checks the script")
     parser.add_argument("--model", default="smollm2-135m", help="a name, a folder, or big")
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--node", type=Path, default=engine_folder())
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--place", type=Path, help="keep files and times here")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    if args.node is None:
+    if engine_folder() is None:
         raise SystemExit("node-llama-cpp is not installed: see tests/llama_cpp.py")
     matplotlib.use("Agg")
     tokens, rounds = (4, 1) if args.quick else (args.tokens, args.rounds)
-    model = big_model() if args.model == "big" else zoo.load_model(args.model)[0]
-    with tempfile.TemporaryDirectory() as place:
-        rows = files(model, Path(place), DTYPES[1:] if args.model == "big" else DTYPES)
+    with tempfile.TemporaryDirectory() as temporary:
+        place, dtypes = args.place or Path(temporary), args.dtypes.split(",")
+        place.mkdir(parents=True, exist_ok=True)
+        missing = [c for c in cases(dtypes) if not (place / "{}-{}-{}.json".format(*c)).exists()]
+        load = lambda: big_model() if args.model == "big" else zoo.load_model(args.model)[0]
+        model = load() if missing else None
+        stems = (
+            files(model, place, dtypes)
+            if missing
+            else [place / "{}-{}-{}".format(*c) for c in cases(dtypes)]
+        )
         del model
-        measure(rows, args.node, tokens, rounds)
+        rows = measure(stems, tokens, rounds)
     name = Path(args.model).name
-    frame = summarize(rows).assign(model=name, tokens=tokens, rounds=rounds, threads_used=1)
-    about = {k: v for k, v in facts("cpu").items() if k == "device"}
-    frame = frame.assign(**about, engine="llama.cpp in node-llama-cpp 3.21.1")
+    about = {"device": facts("cpu")["device"], "engine": "llama.cpp in node-llama-cpp 3.21.1"}
+    frame = summarize(rows).assign(model=name, tokens=tokens, **about)
     stem = args.out / f"engines-{name}{'-quick' if args.quick else ''}"
     args.out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
     draw(frame, stem.with_suffix(".png"), name)
     stem.with_suffix(".txt").write_text(
         f"Speed-up of decoding in llama.cpp over the dense file of the same type ({name}, batch "
-        f"1, 1 thread, {tokens} tokens after 16): the best of {2 * rounds} measurements each, "
-        f"files in turn, because other programs ran on the machine. {about['device']}.\n",
+        f"1, 1 thread, {tokens} tokens after 8), in time of the processor: the best of "
+        f"{frame.measurements.min()} measurements each, files in turn, because other programs ran "
+        f"on the machine. {about['device']}.\n",
         encoding="utf-8",
     )
     shown = ["dtype", "method", "achieved_ratio", "architecture", "tokens_per_second", "speedup"]

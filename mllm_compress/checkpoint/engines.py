@@ -154,7 +154,7 @@ def deci_config(model: PreTrainedModel) -> dict:  # of config.json
     config.pop("per_layer_config", None)
     return config
 
-# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-016
+# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-017
 def check_deci(parts: Anatomy) -> None:
     "ValueError where a decoder with unequal layers cannot be written as DeciLM."
     family, heads = parts.family.name, {h for h, _ in unequal_widths(parts)}
@@ -171,7 +171,7 @@ def check_deci(parts: Anatomy) -> None:
             "--fill (fill=True), or prune with shape uniform."
         )
 
-# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-018
+# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-019
 RECORD = "export.json"
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -216,7 +216,7 @@ def cast_copy(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
         return model
     return copy.deepcopy(model).to(FLOATS[dtype])
 
-# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-020
+# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-021
 @dataclass(frozen=True)
 class Engine:
     "A format to export to, as a row of the table."
@@ -239,7 +239,7 @@ def to_transformers(model, processor, out, dtype, fill) -> dict:
     write_folder(saved, processor, out, files={RECORD: "{}"})
     return {"architecture": type(saved).__name__, "notes": []}
 
-# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-021
+# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-023
 def to_vllm(model, processor, out, dtype, fill) -> dict:
     "A folder for vLLM and SGLang."
     parts = anatomy(model)
@@ -279,7 +279,7 @@ def causal_class(config) -> str:
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
 
-# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-022
+# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-025
 ENGINES = {
     row.name: row
     for row in (
@@ -291,7 +291,7 @@ ENGINES = {
     )
 }
 
-# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-024
+# %% ../../nbs/library/checkpoint/12_engines.ipynb #cell-027
 def export_model(
     folder,  # a checkpoint of save_pruned, or any name or folder that load_model takes
     to: str,  # a row of ENGINES

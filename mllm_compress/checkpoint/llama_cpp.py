@@ -196,8 +196,8 @@ def tensor_type(
 
 def encoded(tensor: torch.Tensor, kind) -> np.ndarray:
     "A tensor as the bytes of its type."
-    from gguf.quants import quantize
-
+    with naming_extras():
+        from gguf.quants import quantize
     return np.ascontiguousarray(quantize(tensor.float().cpu().numpy(), kind))
 
 # %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-022
@@ -329,7 +329,7 @@ def hyperparameters(
         return found | {"add_layer_norm_rms_eps": config.rms_norm_eps} | _long_rotary(parts)
     return found | {"add_layer_norm_eps": config.layer_norm_eps}
 
-
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-033
 def _long_rotary(parts: Anatomy) -> dict:
     "What the rotary embedding of Phi-3 for long contexts needs besides its factors."
     rope, config = parts.text_config.rope_parameters, parts.text_config
@@ -344,7 +344,7 @@ def _long_rotary(parts: Anatomy) -> dict:
         "add_rope_scaling_attn_factors": float(parts.decoder.rotary_emb.attention_scaling),
     }
 
-# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-033
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-035
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
@@ -380,7 +380,7 @@ def tokenizer_kind(description: dict) -> tuple:  # (name, name of the split); (N
         return "gpt2", split
     return None, None
 
-# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-035
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-037
 def vocabulary(tokenizer, size: int) -> tuple:  # (texts, kinds)
     "Text and kind of every row of the embedding matrix."
     with naming_extras():
@@ -406,7 +406,7 @@ def merge_scores(texts: list, merges: list) -> list:
     rank = {"".join(pair): -float(i) for i, pair in reversed(list(enumerate(pairs)))}
     return [rank.get(text, -float(len(pairs) + i)) for i, text in enumerate(texts)]
 
-# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-037
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-039
 _NO_MERGE = ["\u0120 \u0120"]  # llama.cpp wants at least one
 
 
@@ -433,7 +433,7 @@ def add_words(
     writer.add_token_merges(_NO_MERGE)
     return note
 
-# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-039
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-041
 def add_vocabulary(
     writer,  # gguf.GGUFWriter
     tokenizer,  # or None
@@ -471,7 +471,7 @@ def add_special_tokens(writer, tokenizer) -> None:
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
-# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-041
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-043
 def announce(writer, tensors, dtype: str) -> int:  # bytes of all tensors
     "Write name, shape and type of every tensor into the header."
     with naming_extras():
@@ -499,7 +499,33 @@ def write_tensors(writer, path: Path, tensors, dtype: str) -> None:
         writer.write_tensor_data(encoded(tensor, tensor_type(name, tensor, dtype)))
     writer.close()
 
-# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-043
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-045
+def open_writer(
+    parts: Anatomy,
+    row: Architecture,
+    dtype: str,
+    name: str | None,
+):  # gguf.GGUFWriter
+    "A writer with the hyperparameters of a decoder."
+    with naming_extras():
+        import gguf
+    writer = gguf.GGUFWriter(None, row.name)
+    kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[kinds])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_name(name or "pruned decoder")  # llama.cpp treats a name with phi3 in its own way
+    for method, value in hyperparameters(parts).items():
+        getattr(writer, method)(value)
+    return writer
+
+
+def filling_note(before: Anatomy, after: Anatomy) -> str:  # empty where nothing was added
+    "What was added to the widths of a model."
+    totals = [[sum(w) for w in zip(*unequal_widths(parts))] for parts in (before, after)]
+    heads, neurons = (b - a for a, b in zip(*totals))
+    return f"filled up with {heads} heads and {neurons} neurons of zeros" if heads + neurons else ""
+
+# %% ../../nbs/library/checkpoint/11_llama_cpp.ipynb #cell-047
 def write_gguf(
     model: PreTrainedModel,  # an MLLM, of which the decoder is written, or a plain LM
     path,  # of the file; its folder exists
@@ -509,32 +535,21 @@ def write_gguf(
     name: str | None = None,  # for the header
 ) -> dict:  # architecture, bytes, notes; ValueError where no architecture fits
     "Write the decoder of a model as a GGUF file."
-    with naming_extras():
-        import gguf
     check_dtype(dtype)
-    row = choose_architecture(anatomy(model), fill)
-    parts = anatomy(fill_up(model, wanted_widths(anatomy(model), row, dtype)))
-    writer = gguf.GGUFWriter(None, row.name)
-    kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[kinds])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_name(name or "pruned decoder")  # a name with phi3 changes its tokens
-    for method, value in hyperparameters(parts).items():
-        getattr(writer, method)(value)
-    notes = [add_vocabulary(writer, tokenizer, parts.vocab_size)]
+    before, path = anatomy(model), Path(path)
+    row = choose_architecture(before, fill)
+    parts = anatomy(fill_up(model, wanted_widths(before, row, dtype)))
+    writer = open_writer(parts, row, dtype, name)
+    notes = [add_vocabulary(writer, tokenizer, parts.vocab_size), filling_note(before, parts)]
     if parts.vision_tower is not None:
         notes.append("of this MLLM the decoder is written, not vision tower and projector")
-    if (before := unequal_widths(anatomy(model))) != unequal_widths(parts):
-        added = sum(n for _, n in unequal_widths(parts)) - sum(n for _, n in before)
-        heads = sum(h for h, _ in unequal_widths(parts)) - sum(h for h, _ in before)
-        notes.append(f"filled up with {heads} heads and {added} neurons of zeros")
     size = announce(writer, file_tensors(parts, row), dtype)
     check_writable(path, size)
-    part = Path(path).with_name(f".{Path(path).name}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         write_tensors(writer, part, file_tensors(parts, row), dtype)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    facts = {"architecture": row.name, "dtype": dtype, "bytes": Path(path).stat().st_size}
+    facts = {"architecture": row.name, "dtype": dtype, "bytes": path.stat().st_size}
     return facts | {"notes": [n for n in notes if n]}

@@ -17,6 +17,7 @@ import typer
 from mllm_compress.cli.app import (
     TABLES,
     AsJson,
+    ChatTemplate,
     DataFile,
     Device,
     Images,
@@ -29,8 +30,11 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
+    choose_template,
     emit,
+    has_chat,
     is_multimodal,
     listed,
     load,
@@ -213,6 +217,7 @@ def scored(
     max_length,
     device,
     out: Path | None = None,  # where scores will be written; None: nothing is kept on the way
+    chat_template: Path | None = None,
 ) -> tuple:  # (scores, record of the calibration data or None)
     "The scores of a model, and what they were computed on."
     from mllm_compress.importance.criteria import criterion, measure
@@ -223,12 +228,14 @@ def scored(
     if needs_no_data(kind, method):
         return measure(kind, method, model, None, seed), None
     data = training_data(**data_options, multimodal=is_multimodal(processor))
+    template = choose_template(processor, chat_template, has_chat(data))
     batches = calibration(data, samples, processor, seed, max_length, device)
     rows = sum(len(b["input_ids"]) for b in batches)
     kept = keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext()
     with kept:
         scores = measure(kind, method, model, batches, seed)
-    return scores, {"name": data.name, "samples": rows}
+    record = {"name": data.name, "samples": rows}
+    return scores, record | ({"chat_template": template} if template else {})
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-018
 def sums_file(out: Path) -> Path:
@@ -263,6 +270,7 @@ def score(
     skip_missing: SkipMissing = False,
     scenes: Scenes = 2000,
     max_length: MaxLength = None,
+    chat_template: ChatTemplate = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -272,18 +280,20 @@ def score(
         at_least(1, samples=samples, scenes=scenes, max_length=max_length)
         at_least(0, seed=seed)
         check_scores_target(out, overwrite, {"model": model})
+        from mllm_compress.checkpoint.target import save_or_rescue
         from mllm_compress.pruning.one_step import pruning_of
 
         pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
         check_models(model)
         device = resolve_device(device)
+        check_data(data, image_root, skip_missing)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         loaded, processor, _ = load(model, device)
         settings = (method, pruning, samples, seed, options, max_length, device)
-        scores, calibrated = scored(loaded, processor, *settings, out)
+        scores, calibrated = scored(loaded, processor, *settings, out, chat_template)
         if calibrated:
             scores.meta["calibration"] = calibrated
-        scores.save(out)
+        save_or_rescue(scores.save, out)
         sums_file(out).unlink(missing_ok=True)
         facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
         emit(f"{scores}\nwritten to {out}", facts, as_json)

@@ -273,22 +273,28 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
 
     logging.disable_progress_bar()
     refit, record, loaded = given["recipe"].reconstruct, None, None
-    source = None if refit else open_source(model)
+    source = open_source(model) if given["stored"] or not refit else None
     if source is not None and given["stored"]:
         plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
         processor = load_processor(source.folder)
         check_image_token(source.folder, source.model, processor)
+        batches, record = calibrated(processor, given, "cpu")
     else:
         loaded, processor, plan, batches, record = compute_plan(model, given, device)
     whole, facts = whole_plan(model, plan), {}
     if source is None:
         small, facts = cut(loaded, plan, batches, given)
+    elif refit:
+        facts["reconstruction"] = {"ridge": given["ridge"] or "chosen", "weights": "in files"}
     loaded = None  # its memory is free for the cut
     facts |= {} if given["stored"] else {"recipe": str(given["recipe"])}
     step = prune_step(model, plan, device, calibration=record, seed=given["seed"], **facts)
     records = dict(provenance=[*history(model), step], further=draw_beside(whole))
     records |= dict(processor=processor, overwrite=overwrite)
-    if source is not None:
+    if source is not None and refit:
+        records |= dict(stored=whole, ridge=given["ridge"])
+        save = lambda to: checkpoint.reconstruct_files(source, plan, batches, to, **records)
+    elif source is not None:
         save = lambda to: from_files.prune_files(source, plan, to, stored=whole, **records)
     else:
         save = lambda to: checkpoint.save_pruned(small, whole, to, **records)

@@ -18,6 +18,7 @@ import typer
 from mllm_compress.cli.app import (
     TABLES,
     AsJson,
+    ChatTemplate,
     DataFile,
     Device,
     Images,
@@ -29,8 +30,11 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
+    choose_template,
     emit,
+    has_chat,
     is_multimodal,
     listed,
     load,
@@ -193,7 +197,7 @@ def curve_files(history):
     return write
 
 
-def recover_step(config, data, teacher: str, result, device: str) -> dict:
+def recover_step(config, data, teacher: str, result, device: str, template=None) -> dict:
     "The step of the provenance that a recovery is."
     from mllm_compress.checkpoint.provenance import make_step
     from mllm_compress.recovery.config import learning_rate
@@ -201,6 +205,7 @@ def recover_step(config, data, teacher: str, result, device: str) -> dict:
     settings = {k: v for k, v in asdict(config).items() if v is not None}
     settings["lr"] = learning_rate(config)
     used = {"name": data.name, "hash": data.hash, "samples": result.samples}
+    used |= {"chat_template": template} if template else {}
     teacher = Path(teacher).name if Path(teacher).exists() else teacher
     facts = dict(teacher=teacher, data=used, config=settings, seconds=round(result.seconds, 1))
     last = {k: round(float(v), 5) for k, v in result.history.iloc[-1].items() if v == v}
@@ -299,6 +304,7 @@ def recover(
     skip_missing: SkipMissing = False,
     scenes: Scenes = 40_000,
     max_length: MaxLength = None,
+    chat_template: ChatTemplate = None,
     save_every: SaveEvery = None,
     restart: Restart = False,
     report_to: Annotated[
@@ -450,8 +456,10 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     device, tracker = resolve_device(device), tracking(o["report_to"], out)
     check_pruned(model)
     check_models(model, teacher)
+    check_data(o["data"], o["image_root"], o["skip_missing"])
     student, processor, plan = load(model, device)
     config, data = config_and_data(student, processor, options, o, device)
+    template = choose_template(processor, o["chat_template"], has_chat(data))
     check_layers(config, plan)
     folder = training_folder(out)
     check_training_space(student, config, out)
@@ -463,7 +471,7 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     every = steps_between(len(data), config, o["save_every"])
     extras = dict(processor=processor, plan=plan, device=device, progress=progress()) | tracker
     result = train(student, dense, data, config, every, folder, **extras)
-    step = recover_step(config, data, teacher, result, device)
+    step = recover_step(config, data, teacher, result, device, template)
     save_recovered(model, out, plan, result, step, dtype, processor=processor, overwrite=overwrite)
     shutil.rmtree(folder, ignore_errors=True)
     _report(out, result, as_json)

@@ -462,11 +462,59 @@ def _answer_spans(
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-066
 def _template_error():
     return ValueError(
-        "The processor has no chat_template: set one that renders the model's conversation "
-        'format, or give plain text ({"text": …}).'
+        "The processor has no chat_template: give the file of one that renders the model's "
+        'conversation format (--chat-template), or use plain text ({"text": …}).'
     )
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-068
+PLAIN_CHAT = """\
+{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}\
+{% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\
+{% else %}User: {{ m.content }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"""
+
+
+def _template_of(file: Path) -> str:
+    "The chat template in a file."
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"There is no file {file}: check --chat-template.")
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8: give a Jinja chat template as text.") from None
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-070
+def _check_template(processor, name: str) -> None:
+    "ValueError where the chat template of a processor does not render a conversation."
+    parts = hasattr(processor, "image_processor")
+    content = lambda text: [{"type": "text", "text": text}] if parts else text
+    turns = [("user", "first words"), ("assistant", "last words")]
+    messages = [{"role": role, "content": content(text)} for role, text in turns]
+    try:
+        text = processor.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # jinja2 raises errors of many kinds
+        raise ValueError(f"{name} is no chat template of this model ({error}).") from None
+    if not all(words in text for _, words in turns):
+        raise ValueError(f"{name} does not render the texts of a conversation: correct it.")
+
+
+def set_chat_template(
+    processor,  # or tokenizer, which is changed
+    file=None,  # of a template
+    chat: bool = True,  # whether there are conversations to render
+) -> str | None:  # "plain", or name and hash of the file; None: the model's own, or none needed
+    "Give a processor the chat template that conversations need."
+    if file is not None:
+        processor.chat_template = text = _template_of(file)
+        _check_template(processor, str(file))
+        return f"{Path(file).name} ({hashlib.sha256(text.encode()).hexdigest()[:12]})"
+    multimodal = hasattr(processor, "image_processor")
+    if multimodal or getattr(processor, "chat_template", None) or not chat:
+        return None
+    processor.chat_template = PLAIN_CHAT
+    return "plain"
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-073
 def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
     "A conversation without pictures in the chat template of a tokenizer."
     if not tokenizer.chat_template:
@@ -483,19 +531,19 @@ def _render_text(tokenizer, pairs, prompt_only: bool) -> str:
         messages, tokenize=False, add_generation_prompt=prompt_only
     )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-070
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-075
 def _encode_plain(tokenizer, text: str) -> tuple:
     "Token ids of a text, and that all but the first are supervised."
     ids = tokenizer(text)["input_ids"]
     return tuple(ids), (False, *[True] * (len(ids) - 1))[: len(ids)]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-072
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-077
 def pad_id(tokenizer) -> int:
     "The id that fills rows, for a tokenizer with or without one of its own."
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in known if i is not None)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-074
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-079
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
@@ -539,7 +587,7 @@ class Renderer:
             else _encode_chat(self, pairs, images)
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-076
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-081
 def _expand(
     text: str,  # rendered
     spans: list,  # of (first character, character after the last)
@@ -559,7 +607,7 @@ def _expand(
     whole = "".join(a + b for a, b in itertools.zip_longest(pieces, images, fillvalue=""))
     return whole, [(a + shift(a), b + shift(b)) for a, b in spans]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-079
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-084
 def _encode_chat(render, pairs: tuple, images: tuple) -> tuple:
     "Token ids of a rendered conversation, and for each whether it belongs to an answer."
     front = 0 if pictures_amid(pairs) else len(images)
@@ -574,7 +622,7 @@ def _encode_chat(render, pairs: tuple, images: tuple) -> tuple:
     ]
     return tuple(out["input_ids"]), tuple(answer)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-084
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-089
 def packed_mask(
     segment: torch.Tensor,  # [batch, tokens] 0 = shared prefix, 1.. = question, -1 = padding
 ) -> torch.Tensor:  # [batch, 1, tokens, tokens] True = may attend
@@ -585,7 +633,7 @@ def packed_mask(
     prefix = segment[:, None, :] == 0
     return ((same | prefix) & causal | itself)[:, None]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-087
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-092
 def pack(
     encoded: list,  # of (ids, answer mask), one per question about the same picture
     image_id: int,  # token id of the image placeholder
@@ -606,7 +654,7 @@ def pack(
         row["position"] += range(prefix, len(ids))
     return row
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-089
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-094
 def blocks(
     row: dict,  # as pack returns it
     width: int,  # tokens that a block may have; a longer question stays whole
@@ -619,7 +667,7 @@ def blocks(
             cuts.append(begin)
     return [{k: v[a:b] for k, v in row.items()} for a, b in zip(cuts, [*cuts[1:], len(segment)])]
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-092
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-097
 def borrowing_mask(
     segment: torch.Tensor,  # [blocks, tokens], as packed_mask takes it
     first: torch.Tensor,  # [blocks] the block that holds the prefix of each
@@ -631,7 +679,7 @@ def borrowing_mask(
     borrowed = columns[:, None, :] & (segment >= 0)[:, :, None]
     return torch.cat([borrowed[:, None], packed_mask(segment)], -1)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-095
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-100
 def _pad(
     rows: list,  # as pack returns them
     pad_id: int,  # token id of the padding
@@ -644,7 +692,7 @@ def _pad(
         for key, value in fill.items()
     }
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-097
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-102
 def _cut(
     rows: list,  # one per entry
     block: int | None,  # tokens of a block; None: whole rows
@@ -657,7 +705,7 @@ def _cut(
     first = torch.tensor([start for start, row in zip(starts, cut) for _ in row])
     return [b for row in cut for b in row], first
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-099
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-104
 def _image_texts(collator, entry: dict) -> tuple:
     "What stands for each of an entry's pictures in its prompt."
     if not has_image(entry):
@@ -673,7 +721,7 @@ def _image_texts(collator, entry: dict) -> tuple:
         sizes = [(64, 64)] * len(image_names(entry))
     return tuple(map(collator.render.image_text, sizes))
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-101
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-106
 def _packed(collator, pairs: tuple, images: tuple) -> dict:
     "The row of a conversation: in sequence, or packed behind its pictures."
     encode = collator.render.encode
@@ -681,7 +729,7 @@ def _packed(collator, pairs: tuple, images: tuple) -> dict:
         return pack([encode(pairs, images)], -1)
     return pack([encode((pair,), images) for pair in pairs], collator.render.image_id)
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-103
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-108
 def _pictures(collator, numbers: list) -> dict:
     "The pixels of a batch, or the numbers of its entries with a picture."
     if not collator.images:
@@ -692,7 +740,7 @@ def _pictures(collator, numbers: list) -> dict:
     process = collator.render.processor.image_processor
     return {"pixel_values": process(images=images, return_tensors="pt")["pixel_values"]}
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-105
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-110
 def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | None) -> None:
     "ValueError where a row is cut within its picture."
     if max_length and image_id in ids[max_length:]:
@@ -702,7 +750,7 @@ def _check_cut(entry: dict, ids: list, max_length: int | None, image_id: int | N
             f"token {last}: give more (--max-length)."
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-107
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-112
 def _check_context(entry: dict, ids: list, tokenizer) -> None:
     "ValueError where a plain text is longer than the context."
     most = tokenizer.model_max_length
@@ -712,7 +760,7 @@ def _check_context(entry: dict, ids: list, tokenizer) -> None:
             f"{most:,}: split the text, or cut it with max_length (--max-length)."
         )
 
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-108
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-113
 class Collator:
     "Entries -> batch dict with input_ids, attention_mask, pixel_values and labels."
 

@@ -111,7 +111,7 @@ class Slurm:
 class Profile:
     "One scale of the study: models, data, grid and budgets."
 
-    name: Annotated[str, Strict(), Field(pattern=r"^\w[\w.-]*$")]
+    name: Annotated[str, Strict(), Field(pattern=r"^\w[\w.-]*(@[\w.-]+)?$")]
     about: Word
     models: Annotated[list[Word], Field(min_length=1)]
     ratios: list[Ratio]
@@ -297,11 +297,14 @@ def profile_names() -> list:
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-044
 def load_profile(
-    name,  # the name of a shipped profile, a path to a YAML file, or a Profile
+    name,  # of a shipped profile, a path to a YAML file, either with @MODEL, or a Profile
 ) -> Profile:
     "Read a profile; ValueError where it cannot be used."
     if isinstance(name, Profile):
         return name
+    whole, _, model = str(name).rpartition("@")
+    if whole and not Path(name).is_file():
+        return only_model(load_profile(whole), model)
     path = _profile_path(str(name))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -349,7 +352,7 @@ def recovery_of(model: str, profile: Profile) -> dict:
 def only_model(profile: Profile, model: str) -> Profile:
     "The same profile with one of its models."
     check_choice(f"model of profile {profile.name}", model, profile.models)
-    return replace(profile, models=[model])
+    return replace(profile, models=[model], name=f"{profile.name}@{model}")
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-057
 def differences(first: Profile, second: Profile) -> list:  # of (key, value, value)
