@@ -379,3 +379,13 @@ def test_a_notebook_that_does_not_apply_says_so(tmp_path):
 def test_wrong_text_in_a_profile_is_named(words, given, says):
     with pytest.raises(ValueError, match=says):
         checked(replace(words, training=replace(words.training, **given)))
+
+
+def test_the_command_reads_texts(tmp_path):
+    folder = write_language_model(tmp_path / "model")
+    command = ["evaluate", str(folder), "--benchmark", "text/quotes", "--limit", "3", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mllm_compress", *command], capture_output=True, text=True
+    )
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["n"] == 3 and row["perplexity"] > 1

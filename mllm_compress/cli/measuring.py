@@ -93,16 +93,18 @@ def asked(benchmark: list, questions: Path | None, scorer: str, image_root: str,
 
 def check_text_model(names: list, processor) -> None:
     "ValueError where a model without pictures is asked about pictures."
-    from mllm_compress.evaluation.benchmarks import load_questions
+    from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 
     if is_multimodal(processor):
         return
+    ours = lambda name: name.startswith("own/") or not BENCHMARKS[name].max_new_tokens
     pictures = lambda name: any(q.images for q in load_questions(name))
-    other = [name for name in names if not name.startswith("own/") or pictures(name)]
+    other = [name for name in names if not ours(name) or pictures(name)]
     if other:
         raise ValueError(
             f"this model takes no pictures, which {', '.join(other[:3])} are about: use "
-            "--benchmark perplexity --data FILE, or --questions FILE without images."
+            "--benchmark perplexity --data FILE, --benchmark text/quotes (or another text/…), or "
+            "--questions FILE without images."
         )
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-008

@@ -16,9 +16,9 @@ from mllm_compress.data.instructions import pad_id
 from mllm_compress.evaluation.generation import (
     Answer,
     Prompt,
-    candidate_scores,
     read_prefixes,
     read_questions,
+    score_answers,
 )
 
 # %% ../../nbs/library/evaluation/10_likelihood.ipynb #cell-004
@@ -90,7 +90,8 @@ def encode_choices(
     for place, q in enumerate(questions):
         (context,) = encode_texts(tokenizer, [q.prompt])
         words = tokenizer([f" {c}" for c in q.candidates], add_special_tokens=False)["input_ids"]
-        found.append(Prompt((), tuple(context), (), tuple(words), place))
+        right = words[q.candidates.index(q.answer)] if q.answer in q.candidates else []
+        found.append(Prompt((), tuple(context), (), tuple(words), right, place))
     return found
 
 
@@ -98,11 +99,10 @@ def encode_choices(
 def choose(
     parts,  # Anatomy
     prompts: list,  # of generation.Prompt
-) -> list:  # of int
+) -> list:  # per prompt: number of the best candidate, log-likelihood of the right one or None
     "The most likely candidate of each prompt, by its mean log-likelihood per token."
     first, mask, cache = read_questions(parts, read_prefixes(parts, prompts, {}), prompts)
-    scores = candidate_scores(parts, first, mask, cache, [p.candidates for p in prompts])
-    return scores.argmax(-1).tolist()
+    return list(zip(*score_answers(parts, first, mask, cache, prompts)))
 
 # %% ../../nbs/library/evaluation/10_likelihood.ipynb #cell-014
 CHOICES = 32  # contexts of a pass
@@ -113,8 +113,8 @@ def _read(parts, tokenizer, questions: list, batch_size: int, on_batch) -> dict:
     rows, found = encode_texts(tokenizer, [q.prompt for q in questions]), {}
     for batch in passes(list(map(len, rows)), parts.vocab_size, batch_size):
         counts = read_texts(parts, [rows[k] for k in batch], pad_id(tokenizer))
-        texts = (f"{loss:.4f} {int(right)} {int(n)}" for loss, right, n in counts.tolist())
-        found |= {k: Answer(text, None) for k, text in zip(batch, texts)}
+        for k, (loss, right, n) in zip(batch, counts.tolist()):
+            found[k] = Answer(f"{loss:.4f} {int(right)} {int(n)}", None, -loss / n)
         on_batch(len(batch))
     return found
 
@@ -125,9 +125,9 @@ def _chosen(parts, tokenizer, questions: list, batch_size: int, on_batch) -> dic
     prompts.sort(key=lambda p: len(p.own))
     size = min(batch_size, CHOICES)
     for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-        for prompt, best in zip(batch, choose(parts, batch)):
+        for prompt, (best, likely) in zip(batch, choose(parts, batch)):
             word = questions[prompt.place].candidates[best]
-            found[prompt.place] = Answer(word, word)
+            found[prompt.place] = Answer(word, word, likely)
         on_batch(len(batch))
     return found
 

@@ -174,7 +174,7 @@ def for_profile(name: str, nb, profile):
         return nb
     short, parameters = nbformat.from_dict(nb), _tagged(nb, "parameters")[:1]
     said = f"## Not for profile {profile.name}\n\n{profile.skip[name]}"
-    short.cells = [nb.cells[0], *(nb.cells[i] for i in parameters), new_markdown_cell(said)]
+    short.cells = [nb.cells[i] for i in {0, *parameters}] + [new_markdown_cell(said)]
     return short
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-033

@@ -29,14 +29,15 @@ from ..zoo.convert import is_original_layout, native_config, real_config, real_n
 
 # %% ../../nbs/library/study/08_forecast.ipynb #cell-004
 def config_of(model: str, profile: Profile):
-    "The config of a profile's model; None where neither its folder nor its name tells."
+    "The config of a profile's MLLM; None for a plain LM, or where nothing tells."
     tower = profile.towers.get(model)
     try:
         folder = Path(source_of(model, profile))
         if is_original_layout(folder):
             return native_config(folder, tower and located(tower))
         if (folder / "config.json").is_file():
-            return AutoConfig.from_pretrained(folder)
+            found = AutoConfig.from_pretrained(folder)
+            return found if getattr(found, "vision_config", None) else None
     except (FileNotFoundError, ValueError):
         pass  # its folder or its tower is not there yet
     try:

@@ -847,7 +847,7 @@ def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
 
 def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; nan where unknown
     "Mean log-likelihood of the right answers of each unit, from the value of an answers stage."
-    units = unit_numbers(name, e.split, e.questions, root_of(e))
+    units = unit_numbers(name, e.split, limit_of(name, e), root_of(e))
     kept = [float("nan") if n is None else n / 1000 for n in answers["log_likelihood"]]
     return pd.Series(kept).groupby(list(units)).mean().tolist()
 
