@@ -97,10 +97,10 @@ def quantize(
     with politely():
         from transformers.utils import logging
 
-        from mllm_compress import checkpoint
+        from mllm_compress.checkpoint import quantizing
 
         logging.disable_progress_bar()
-        checkpoint.quantize(model, to, out, overwrite)
+        quantizing.quantize(model, to, out, overwrite)
         sizes = [sum(p.stat().st_size for p in Path(f).glob("*.safetensors")) for f in (model, out)]
         before, after = (size / 2**20 for size in sizes)
         text = f"written to {out}: weights of {after:.1f} MiB, before {before:.1f} MiB"

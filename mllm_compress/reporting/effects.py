@@ -66,6 +66,7 @@ def _half(questions: float, spread: float, seeds: int, level: float = 0.95) -> f
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-015
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
+SETTING += ["epochs", "calibration"]
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-017
 def arrays_of(
