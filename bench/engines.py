@@ -8,8 +8,8 @@ matrix is also the vocabulary projection here, so it is read too); 1 / (1 - rati
 
 Speeds do not depend on which units go, so the plans use magnitude scores. Other programs run on the
 machine: what counts is the time of the processor for a token (of one thread, waiting for memory
-included, waiting for a turn not), files in turn, the best of all rounds. With --place FOLDER files
-and times stay there, so that several short runs add up.
+included, waiting for a turn not), files in turn, the median of all rounds. With --place FOLDER
+files and times stay there, so that several short runs add up.
 
     python bench/engines.py [--quick] [--rounds 4] [--model smollm2-135m] [--dtypes f16,q4_0]
 
@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -38,11 +39,13 @@ from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise  # noqa: 
 from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
 from mllm_compress.reporting.style import label_ends, line, look, page  # noqa: E402
 from mllm_compress.utils.methods import GREY, Look  # noqa: E402
+from mllm_compress.zoo.gguf import PACKAGED, missing_package  # noqa: E402
 
 OUT = ROOT / "figures" / "bench"
 RATIOS = (0.15, 0.30, 0.45, 0.60)
 METHODS = ("layerwise", "uniform", "blockwise")
-LOOKS = dict(zip(METHODS, map(look, ("layerwise", "uniform", "widthwise"))))
+BLOCKWISE = replace(look("widthwise"), label="widthwise, blockwise")
+LOOKS = dict(zip(METHODS, (look("layerwise"), look("uniform"), BLOCKWISE)))
 DTYPES = ("f16", "q4_0")
 IDEAL = Look("ideal 1 / (1 − ratio)", GREY, "_")
 
@@ -106,7 +109,7 @@ def files(model, place: Path, dtypes) -> list:
 
 
 def measure(stems: list, tokens: int, rounds: int) -> list:
-    "Time all files in turn, `rounds` times; the rows with all times."
+    "Time all files in turn, `rounds` times; rows with all times so far."
     decode = dict(prompt=8, tokens=tokens, repeats=2)
     for i in range(rounds):
         for stem in stems:
@@ -122,7 +125,9 @@ def summarize(rows: list) -> pd.DataFrame:
     "Speeds beside the dense file of the same type."
     frame = pd.DataFrame(rows)
     frame["measurements"] = frame.times.map(len)
-    frame["seconds"] = frame.pop("times").map(min)
+    for name, q in (("seconds", 0.5), ("seconds_low", 0.25), ("seconds_high", 0.75)):
+        frame[name] = frame.times.map(lambda times: pd.Series(times).quantile(q))
+    frame = frame.drop(columns="times")
     dense = frame[frame.method == "dense"].set_index("dtype")
     frame["tokens_per_second"] = 1 / frame.seconds
     frame["speedup"] = frame.dtype.map(dense.seconds) / frame.seconds
@@ -146,6 +151,8 @@ def draw(frame: pd.DataFrame, path: Path, title: str) -> None:
             for method, its in LOOKS.items():
                 r = part[part.method == method]
                 line(ax, [0, *r.achieved_ratio], [1, *r.speedup], its)
+                low, high = (r.speedup * r.seconds / r[f"seconds_{k}"] for k in ("high", "low"))
+                ax.vlines(r.achieved_ratio, low, high, color=its.color, linewidth=1)
                 ends[its] = r.achieved_ratio.iloc[-1], r.speedup.iloc[-1]
             ax.set(
                 xlabel="fraction of decoder parameters removed (achieved)",
@@ -169,7 +176,9 @@ def main():
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     if engine_folder() is None:
-        raise SystemExit("node-llama-cpp is not installed: see tests/llama_cpp.py")
+        return print("nothing measured: node-llama-cpp is missing, see tests/llama_cpp.py")
+    if args.model in PACKAGED and missing_package(args.model):
+        return print(f"nothing measured: {missing_package(args.model)}")
     matplotlib.use("Agg")
     tokens, rounds = (4, 1) if args.quick else (args.tokens, args.rounds)
     with tempfile.TemporaryDirectory() as temporary:
@@ -194,9 +203,9 @@ def main():
     draw(frame, stem.with_suffix(".png"), name)
     stem.with_suffix(".txt").write_text(
         f"Speed-up of decoding in llama.cpp over the dense file of the same type ({name}, batch "
-        f"1, 1 thread, {tokens} tokens after 8), in time of the processor: the best of "
-        f"{frame.measurements.min()} measurements each, files in turn, because other programs ran "
-        f"on the machine. {about['device']}.\n",
+        f"1, 1 thread, {tokens} tokens after 8), in time of the processor: the median "
+        f"(quartiles as bars) of {frame.measurements.min()} measurements each, files in "
+        f"turn, because other programs ran on the machine. {about['device']}.\n",
         encoding="utf-8",
     )
     shown = ["dtype", "method", "achieved_ratio", "architecture", "tokens_per_second", "speedup"]

@@ -477,3 +477,30 @@ def test_the_decoder_of_a_tiny_mllm(tmp_path, tiny_llava):
     torch.testing.assert_close(
         torch.tensor(answer["probabilities"][0]), expected, atol=0.01, rtol=0
     )
+
+
+@LLAMA_CPP
+def test_smollm2_writes_the_same_text(tmp_path):
+    "A pretrained model with unequal layers: tokens, probabilities and greedy text."
+    from mllm_compress.zoo.gguf import missing_package
+    from mllm_compress.zoo.models import load_model
+
+    if reason := missing_package("smollm2-135m"):
+        pytest.skip(reason)
+    dense, tokenizer = load_model("smollm2-135m")
+    plan = make_plan(dense, neurons={i: range(1300) for i in range(2, 28, 4)})
+    model = apply_plan(dense, plan)
+    facts = cpp.write_gguf(model, tmp_path / "m.gguf", tokenizer, dtype="f16")
+    assert facts["architecture"] == "deci" and facts["notes"] == []
+    text = "The capital of France is"
+    ids = tokenizer(text).input_ids
+    asked = dict(prompts=[ids], greedy=8, texts=[text], kv="F32", context=64)
+    (answer,) = run_engine([dict(model=tmp_path / "m.gguf", **asked)])
+    assert answer["texts"][0]["tokens"] == ids
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
+        options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+        ours = model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
+    found = torch.tensor(answer["probabilities"][0])
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+    assert tokenizer.decode(answer["greedy"][0]) == tokenizer.decode(ours)

@@ -153,7 +153,8 @@ class LinearSlot:
     @property
     def units(self) -> int:
         "Units present."
-        return self.module.weight.shape[self.axis] // sum(self.widths)
+        sizes = self.module.out_features, self.module.in_features  # of packed weights too
+        return sizes[self.axis] // sum(self.widths)
 
     def index(self, units) -> torch.Tensor:
         "Rows (axis 0) or columns (axis 1) of `units`, block by block, in the given order."

@@ -7,6 +7,7 @@ __all__ = ['load_pruned']
 
 # %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-003
 import json
+import logging
 import re
 from pathlib import Path
 
@@ -132,5 +133,6 @@ def load_pruned(
     if str(device) != "cpu":
         options["device_map"] = device
     model = load_strictly(folder, manifest, plan, dtype=dtype or "auto", **options)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per layer and token
     processor = _load_processor(folder, manifest["processor_class"])
     return _detach_from_file(model).eval(), processor, plan

@@ -98,7 +98,9 @@ def sync_config(
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-018
 def check_fits(parts: Anatomy, plan: PruningPlan) -> None:
-    "ValueError if `plan` was made for another model."
+    "ValueError if `plan` was made for another model, or the model is quantized."
+    if getattr(parts.model, "is_quantized", False):
+        raise ValueError("a quantized model cannot be cut: prune first, then quantize.")
     layers = range(parts.num_layers)
     sizes = [{"heads": parts.groups(i), "neurons": parts.neurons(i)} for i in layers]
     planned = [{k: s[k] for k in ("heads", "neurons")} for s in plan.meta.get("sizes", sizes)]
