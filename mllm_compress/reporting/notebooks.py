@@ -208,6 +208,15 @@ def _drawing() -> str:
     return content_hash([[p.name, file_hash(p)] for p in sources])
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-039
+LARGER = {"quick": "tiny"}  # profile -> the one whose verdicts stand beside its own
+
+
+def said_by_larger(profile) -> list:  # of hashes
+    "The verdicts that the larger profile has left."
+    folder = checkout() / "figures" / LARGER.get(profile.name, "none")
+    return [file_hash(p) for p in sorted(folder.glob("*-*.json"))]
+
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-041
 def made_from(nb, given: dict, experiments: list, profile) -> str:
     "A hash of everything that an executed notebook shows."
     profile = load_profile(profile)
@@ -223,13 +232,14 @@ def made_from(nb, given: dict, experiments: list, profile) -> str:
             "parameters": given,
             "drawing": _drawing(),
             "results": names,
+            "beside": said_by_larger(profile),
             "models": [model_identity(source_of(m, profile)) for m in profile.models],
             "profile": repr(anywhere),
             "here": here,
         }
     )
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-041
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-043
 def is_current(path: Path, made: str) -> bool:
     "Whether an executed notebook and the files that it has written are up to date."
     if not path.exists():
@@ -237,12 +247,12 @@ def is_current(path: Path, made: str) -> bool:
     mark = nbformat.read(path, 4).metadata.get("mllm_compress", {})
     return mark.get("made_from") == made and mark.get("files") == files_of(path)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-043
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-045
 def files_of(path: Path) -> dict:  # name -> hash
     "The files that stand beside an executed notebook under its name."
     return {p.name: file_hash(p) for p in sorted(path.parent.glob(f"{path.stem}-*.*"))}
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-045
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-047
 def execute(
     name: str,
     nb_path: Path,
@@ -266,7 +276,7 @@ def execute(
             write_atomically(target, nbformat.writes(done))
     return target
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-047
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-049
 def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
     "What an executed notebook carries: what it was made from, and the results it has read."
     results = results_of(profile)
@@ -278,12 +288,12 @@ def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
         "files": files_of(target),
     }
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-049
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-051
 def failed_copy(target: Path) -> Path:
     "Where a notebook that fails leaves what it got to."
     return target.with_name(f"{target.stem}.failed.ipynb")
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-051
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-053
 def _executed(path: Path, part: Path, given: dict):
     "The notebook after papermill has run it."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
@@ -300,7 +310,7 @@ def _executed(path: Path, part: Path, given: dict):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-053
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-055
 def tidied(nb):
     "A notebook without what would differ on another machine."
     nb.metadata.pop("papermill", None)

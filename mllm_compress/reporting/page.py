@@ -25,7 +25,7 @@ from .claims import CLAIMS
 from .effects import Estimate
 from .figures import CAPTION, figure_html
 from .notebooks import failed_copy, notebooks
-from .verdicts import WORDS, Verdict, counted
+from .verdicts import COLORS, DEFINITIONS, SIGNS
 from ..study import store
 from ..study.experiments import Experiment
 from ..study.profiles import Profile, load_profile
@@ -33,7 +33,6 @@ from ..study.runs import stored
 from ..study.stages import name_of, stage_keys
 from ..study.workers import results_of
 from ..utils.files import checkout, write_atomically
-from ..utils.methods import GREEN, GREY, RED
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-005
 def picture_html(
@@ -241,14 +240,14 @@ def line_of(
     notebook: str,
 ) -> dict:  # for the template
     "A verdict in the list at the top."
-    effects = {where: Estimate(**e) for where, e in verdict["effects"].items()}
-    mark, color = {WORDS[0]: ("✓", GREEN), WORDS[1]: ("✗", RED)}.get(verdict["word"], ("?", GREY))
+    said, average = verdict["word"], verdict.get("average")
     return {
         "claim": verdict["claim"].rstrip("."),
-        "word": verdict["word"],
-        "settings": counted(Verdict(verdict["claim"], effects, "")),
-        "mark": mark,
-        "color": color,
+        "word": said,
+        "settings": verdict["settings"],
+        "average": f"{Estimate(**average):+1} {verdict['unit']}" if average else "",
+        "mark": SIGNS[said],
+        "color": COLORS[said],
         "notebook": notebook,
     }
 
@@ -292,6 +291,7 @@ def build(profile) -> Path:  # index.html
         notebooks=[notebook_html(name, nb, left_by(folder, name)) for name, nb in found.items()],
         scope=scope(profile, lines),
         verdicts=verdicts_of(folder, sorted(found, key=lambda n: bool(own_parameters(found[n])))),
+        words=[(SIGNS[w], COLORS[w], w, text) for w, text in DEFINITIONS.items()],
         style=Markup(template("page.css")),
         commit=commit(checkout()),
         failed=[name for name, path in paths.items() if failed_copy(path).exists()],
