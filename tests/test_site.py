@@ -249,7 +249,8 @@ def brightness(colour: str) -> float:
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
     assert listed(made) == [
-        f"✗1. {claims[1]}: contradicted, -1.5 [-1.8, -1.2] points (of 2 settings contradicted in 2)",
+        f"✗1. {claims[1]}: contradicted, -1.5 [-1.8, -1.2] points "
+        "(of 2 settings contradicted in 2)",
         f"✓2. {claims[2]}: supported, +0.5 [0.2, 0.8] points (of 2 settings supported in 2)",
         f"≈5. {claims[5]}: equivalent, +0.1 [-0.2, 0.4] points (of 2 settings equivalent in 2)",
         "↗Training helps: leans for, +0.5 [0.2, 0.8] points (of 2 settings leans for in 2)",

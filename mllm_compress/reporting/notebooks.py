@@ -317,7 +317,8 @@ def tidied(nb):
     nb.metadata.pop("language_info", None)
     for i, cell in enumerate(nb.cells):
         cell["id"] = f"cell-{i:03d}"
-        cell.metadata = {"tags": t} if (t := cell.metadata.get("tags")) else {}
+        kept = {k: v for k in ("tags", "jupyter") if (v := cell.metadata.get(k))}
+        cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return nb
