@@ -6,13 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-002
+import textwrap
+
+import nbformat
 import pandas as pd
 
 from ..evaluation import published
 from .claims import CLAIMS, LITTLE, PROMISED
+from .effects import with_original
+from .notebooks import experiments_of, notebooks
 from .report import recorded
 from .style import page, panels
-from .verdicts import COLORS, SIGNS, UNTESTED, Verdict
+from .verdicts import COLORS, SIGNS, UNTESTED, Verdict, basis_of
+from ..study.experiments import canonical
+from ..study.profiles import Profile
+from ..study.runs import frame_of, stored
+from ..study.workers import results_of
 from ..utils.methods import GREY
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-004
@@ -112,6 +121,26 @@ def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
 
 def _wrapped(text: str, width: int = 44) -> str:
     "A claim on a few lines."
-    import textwrap
-
     return textwrap.fill(textwrap.shorten(text, 130, placeholder=" …"), width)
+
+# %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-015
+def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of its notebook
+    "The experiments that the notebooks of the claims need."
+    paths = notebooks()
+    read = {n: nbformat.read(paths[c.notebook], 4) for n, c in claims.items()}
+    found = {n: experiments_of(nb, {"profile": profile}) for n, nb in read.items()}
+    return {n: list(dict.fromkeys(map(canonical, some))) for n, some in found.items()}
+
+# %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-017
+def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # claim -> Verdict
+    "The verdict on each claim from the results at hand."
+    finished, results, out = set(stored(setup)), results_of(setup), {}
+    for n, claim in claims.items():
+        frame = frame_of([e for e in wanted[n] if e in finished], setup, results)
+        if len(frame):
+            frame = frame[frame.model.isin(with_original(frame))]
+        effects = claim.effects(frame) if len(frame) else {}
+        basis = basis_of(frame) if len(frame) else "nothing finished"
+        how = {"margin": claim.margin, "rivals": claim.rivals(frame) if len(frame) else 1}
+        out[n] = Verdict(claim.text, effects, basis, claim.unit, **how)
+    return out

@@ -7,10 +7,15 @@ __all__ = []
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-002
 from collections import Counter, defaultdict
+from decimal import Decimal
+from importlib.resources import files
+from math import floor, log10
 
 import pandas as pd
+import torch
+from transformers import AutoModelForImageTextToText
 
-from .. import data
+from .. import anatomy, cost, data
 from ..data import scenes
 from ..evaluation import published, score_all
 from ..evaluation.benchmarks import load_questions
@@ -19,7 +24,8 @@ from .effects import difference
 from .style import look
 from ..study.profiles import Profile
 from ..study.runs import plan_of
-from ..study.stages import recovery_config
+from ..study.stages import recovery_config, teacher_of
+from ..zoo import convert
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-004
 def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or benchmark -> Counter
@@ -209,3 +215,73 @@ def over_sft(frame: pd.DataFrame) -> dict:  # (model, pruning, ratio, losses) ->
             e = difference(frame, model, *pair)
             out |= {(model, pruning, ratio, losses): e} if e.seeds else {}
     return out
+
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-029
+def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part
+    "Parameters of the paper's models and of the profile's, counted twice."
+    models = {name: _on_meta(name) for name in convert.REAL_MODELS}
+    models |= {name: teacher_of(name, setup)[0] for name in setup.models}
+    counts = {}
+    for name, model in models.items():
+        seen, closed = anatomy.part_parameters(model), cost.closed_parameters(model.config)
+        if any(closed[part] != n for part, n in seen.items()):
+            raise RuntimeError(f"{name}: {seen} parameters measured, {closed} by closed form.")
+        counts[name] = pd.Series(seen)
+    return counts
+
+
+def _on_meta(name: str):
+    "A real model without its weights."
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(convert.real_config(name))
+
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-031
+def printed_parameters() -> dict:  # (model, part) -> Decimal
+    "The parameters that the paper reports, with the digits that it prints."
+    path = files("mllm_compress") / "published/models.csv"
+    table = pd.read_csv(path, dtype=str).set_index("model").filter(like="_params")
+    return {
+        (name, column.removesuffix("_params")): Decimal(text)
+        for name, row in table.iterrows()
+        for column, text in row.items()
+    }
+
+
+def with_total(count: pd.Series) -> pd.Series:
+    "The parts and their sum."
+    return pd.concat([count, pd.Series({"total": count.sum()})])
+
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-033
+def three_digits(x: float) -> str:
+    "A positive number with three significant digits."
+    x = float(f"{x:.3g}")
+    return f"{x:,.{max(0, 2 - floor(log10(x)))}f}"
+
+
+def parameter_table(counts: dict) -> pd.DataFrame:
+    "Parameters by part: counted, and as the paper prints them."
+    printed, rows = printed_parameters(), []
+    for name, count in counts.items():
+        for part, n in with_total(count).items():
+            known = printed.get((name, part))
+            row = {"model": name, "part": part, "share %": 100 * n / count.sum()}
+            row["counted (M)"] = three_digits(n / 1e6)
+            row["reported (M)"] = f"{float(known) / 1e6:,g}" if known else "–"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-035
+def disagreements(counts: dict) -> list:  # of sentences
+    "What rounding does not explain between printed numbers and ours."
+    found = []
+    for (name, part), theirs in printed_parameters().items():
+        if name not in counts:
+            continue
+        ours = int(with_total(counts[name])[part])
+        half = Decimal(10) ** theirs.as_tuple().exponent / 2  # "6.7e9": 0.05e9
+        if abs(ours - theirs) > half:
+            told = (
+                f"{float(theirs) / 1e6:,g} M reported, rounded by at most {float(half) / 1e6:g} M"
+            )
+            found.append(f"{name}, {part}: {three_digits(ours / 1e6)} M counted, {told}.")
+    return found
