@@ -232,6 +232,97 @@ def test_verdicts_follow_from_the_answers(traced):
     )
 
 
+# ---- verdicts once more, by other code
+
+
+def scores_of(notebook: Path, contents: dict) -> pd.DataFrame:
+    "AVG-% of every experiment that a notebook has read: plain means of scores, no package code."
+    rows = []
+    for experiment, result in (contents[name] for name in read_by(notebook)):
+        rows += [
+            vars(experiment) | {"benchmark": r["benchmark"], "score": r["score"]}
+            for r in result["rows"]
+        ]
+    frame = pd.DataFrame(rows)
+    dense = frame[frame.pruning == "none"].set_index(["model", "benchmark"]).score
+    whole = np.array([dense[m, b] for m, b in zip(frame.model, frame.benchmark)])
+    frame["avg"] = 100 * frame.score / np.where(whole > 0, whole, np.nan)
+    keys = ["model", "pruning", "ratio", "recovery", "train", "fraction", "seed"]
+    return frame.groupby(keys, as_index=False).avg.mean()
+
+
+def by_hand(number: int, where: str, table: pd.DataFrame) -> pd.Series:  # seed -> effect
+    "The effect of a claim at one place, from its definition in words."
+    model, _, rest = where.partition(" at ")
+    ratio, rival = float(rest[:4]), rest.partition(", over ")[2]
+    advised = "layerwise" if ratio < 0.375 else "widthwise"
+    other = {"layerwise": "widthwise", "widthwise": "layerwise"}[advised]
+    best = dict(recovery="sft+hidden_kd", train="projector+lm", fraction=0.05)
+
+    def kept(**wanted) -> pd.Series:
+        own = table[(table.model == model) & np.isclose(table.ratio, ratio)]
+        for column, value in wanted.items():
+            own = own[own[column] == value]
+        return own.set_index("seed").avg
+
+    pairs = {
+        1: lambda: [kept(pruning=p, recovery="none") for p in ("widthwise", "layerwise")],
+        3: lambda: [
+            kept(pruning=advised, **best | {"recovery": r}) for r in (best["recovery"], rival)
+        ],
+        4: lambda: [kept(pruning=advised, **best), 95.0],
+        5: lambda: [kept(pruning=p, **best) for p in (advised, other)],
+    }
+    first, second = pairs[number]()
+    return (first - second).dropna()
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 5])
+def test_verdicts_are_those_of_a_recount_by_other_code(traced, number):
+    "Effects by plain means, the average's standard error by statsmodels' clustered regression."
+    import statsmodels.api as sm
+
+    folder, contents = traced
+    name = {1: "02_pruning-verdict", 3: "04_distillation-verdict"}
+    name |= {4: "05_data-verdict", 5: "06_best-choice"}
+    said = json.loads((folder / f"{name[number]}.json").read_text(encoding="utf-8"))
+    table = scores_of(folder / f"{name[number].split('-')[0]}.ipynb", contents)
+    found = {where: by_hand(number, where, table) for where in said["effects"]}
+    for where, effect in found.items():
+        assert effect.mean() == pytest.approx(said["effects"][where]["value"], abs=2e-3), where
+        assert len(effect) == said["effects"][where]["seeds"]
+    if not found:
+        assert said["word"] == "not tested"
+        return
+    average = np.mean([effect.mean() for effect in found.values()])
+    assert average == pytest.approx(said["average"]["value"], abs=2e-3)
+    if said["average"]["seeds"] == 1:
+        assert said["word"] == ("leans for" if average > 0 else "leans against")
+        return
+    long = pd.concat(
+        [
+            pd.DataFrame({"y": e, "cluster": where.split(" at ")[0]}).assign(seed=e.index)
+            for where, e in found.items()
+        ]
+    )
+    cluster = (long.cluster + long.seed.astype(str)).factorize()[0]
+    setting = np.repeat(range(len(found)), [len(e) for e in found.values()])
+    fit = sm.OLS(long.y.to_numpy(), pd.get_dummies(setting).to_numpy(float)).fit(
+        cov_type="cluster", cov_kwds={"groups": cluster, "use_correction": False}
+    )
+    weights = np.full(len(found), 1 / len(found))
+    error = np.sqrt(weights @ fit.cov_params() @ weights)
+    half = (said["average"]["high"] - said["average"]["low"]) / 2
+    assert 1.5 * error < half  # questions add to the seeds, and few seeds widen the interval
+    certain = abs(average) > 1.3 * half
+    outside = abs(average) > 1 + 1.3 * half or said["margin"] is None
+    if certain and outside:
+        words = ("supported", "leans for") if average > 0 else ("contradicted", "leans against")
+        assert said["word"] in words
+    if abs(average) + 1.3 * half < 1 and said["margin"] is not None:
+        assert said["word"] in ("equivalent", "leans for", "leans against")
+
+
 # ---- from the sources
 
 

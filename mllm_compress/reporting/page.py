@@ -273,6 +273,12 @@ def template(name: str) -> str:
     return (files("mllm_compress") / "templates" / name).read_text(encoding="utf-8")
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-063
+def items_of(names) -> list:  # of (item, what, notebook)
+    "The tables and figures of the paper that some notebooks regenerate."
+    table = pd.read_csv(files("mllm_compress") / "templates" / "items.csv")
+    return [tuple(row) for row in table.to_numpy() if row[2] in names]
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-066
 def build(profile) -> Path:  # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)
@@ -291,6 +297,7 @@ def build(profile) -> Path:  # index.html
         notebooks=[notebook_html(name, nb, left_by(folder, name)) for name, nb in found.items()],
         scope=scope(profile, lines),
         verdicts=verdicts_of(folder, sorted(found, key=lambda n: bool(own_parameters(found[n])))),
+        items=items_of(found),
         words=[(SIGNS[w], COLORS[w], w, text) for w, text in DEFINITIONS.items()],
         style=Markup(template("page.css")),
         commit=commit(checkout()),
@@ -301,12 +308,12 @@ def build(profile) -> Path:  # index.html
     write_atomically(folder / "index.html", text)
     return folder / "index.html"
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-065
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-068
 def left_by(folder: Path, name: str) -> list:  # of Path
     "The files that a notebook left."
     return sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-067
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-070
 def _provenance_html(lines: pd.DataFrame) -> str:
     "The summary of the results as a table."
     if lines.empty:

@@ -84,33 +84,20 @@ def scoreboard(
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-013
 def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
-    "The scoreboard as coloured fields."
+    "The scoreboard as coloured fields, with what the paper reports in the first column."
     names, n = columns_of(own), len(table)
-    fig, (ax,) = panels(1, height=0.62 * n + 0.7)
+    fig, (ax,) = panels(1, height=0.66 * n + 0.6)
+    width = 1 + len(names)
     with page():
         for y, row in enumerate(table.to_dict("records")):
-            ax.text(-0.05, y + 0.5, _wrapped(row["claim"]), ha="right", va="center", fontsize=8)
-            for x, p in enumerate(names):
-                word, color = row[p], COLORS[row[p]]
-                strong = word in ("supported", "contradicted", "equivalent")
-                field = dict(
-                    color=color, alpha=0.28 if strong else 0.1 if word != UNTESTED else 0.03
-                )
-                ax.fill_between([x + 0.03, x + 0.97], y + 0.05, y + 0.95, linewidth=0, **field)
-                text = dict(ha="center", va="center", color=color if word != UNTESTED else GREY)
-                ax.text(
-                    x + 0.5, y + 0.36, f"{SIGNS[word]} {word}", fontsize=9, weight="bold", **text
-                )
-                ax.text(
-                    x + 0.5,
-                    y + 0.7,
-                    row[f"{p}, average effect"],
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                )
-        ax.set(xlim=(-0.05 - 1.1 * len(names), len(names)), ylim=(n, 0))
-        ax.set_xticks([x + 0.5 for x in range(len(names))], [f"profile {p}" for p in names])
+            ax.text(-0.06, y + 0.5, wrapped(row["claim"], 46), ha="right", va="center", fontsize=8)
+            told = wrapped(row["reported in the paper"], 24)
+            ax.text(0.5, y + 0.5, told, ha="center", va="center", fontsize=7, color=GREY)
+            for x, p in enumerate(names, 1):
+                _draw_field(ax, x, y, row[p], row[f"{p}, average effect"])
+        ax.set(xlim=(-0.06 - 1.25 * width / 2, width), ylim=(n, 0))
+        titles = ["reported in\nthe paper", *(f"profile\n{p}" for p in names)]
+        ax.set_xticks([x + 0.5 for x in range(width)], titles)
         ax.xaxis.tick_top()
         ax.tick_params(length=0)
         ax.set_yticks([])
@@ -118,12 +105,24 @@ def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
         ax.spines[:].set_visible(False)
     return fig
 
-
-def _wrapped(text: str, width: int = 44) -> str:
-    "A claim on a few lines."
-    return textwrap.fill(textwrap.shorten(text, 130, placeholder=" …"), width)
-
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-015
+def _draw_field(ax, x: int, y: int, word: str, effect: str) -> None:
+    "One verdict."
+    strong, tested = word in ("supported", "contradicted", "equivalent"), word != UNTESTED
+    alpha = 0.28 if strong else 0.1 if tested else 0.03
+    sides = [x + 0.03, x + 0.97], y + 0.05, y + 0.95
+    ax.fill_between(*sides, linewidth=0, color=COLORS[word], alpha=alpha)
+    text = dict(ha="center", va="center")
+    strongly = dict(fontsize=8.5, weight="bold", color=COLORS[word])
+    ax.text(x + 0.5, y + 0.36, f"{SIGNS[word]} {word}", **text, **strongly)
+    ax.text(x + 0.5, y + 0.7, effect, fontsize=7.5, **text)
+
+
+def wrapped(text: str, width: int, most: int = 130) -> str:
+    "A text on a few lines."
+    return textwrap.fill(textwrap.shorten(text, most, placeholder=" …"), width)
+
+# %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-017
 def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of its notebook
     "The experiments that the notebooks of the claims need."
     paths = notebooks()
@@ -131,7 +130,7 @@ def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of it
     found = {n: experiments_of(nb, {"profile": profile}) for n, nb in read.items()}
     return {n: list(dict.fromkeys(map(canonical, some))) for n, some in found.items()}
 
-# %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-017
+# %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-019
 def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # claim -> Verdict
     "The verdict on each claim from the results at hand."
     finished, results, out = set(stored(setup)), results_of(setup), {}

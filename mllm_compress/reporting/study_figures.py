@@ -66,7 +66,7 @@ def per_benchmark(
             axes[i * n].set_ylabel(f"{model}\nscore", fontsize=8.5)
         axes[0].set(xticks=[0, 0.3, 0.6], ylim=(0, 105), yticks=(0, 50, 100))
         fig.supxlabel("fraction of LM-decoder parameters removed", fontsize=8.5)
-        shown = list(dict.fromkeys(spans[by])) + [QUESTION_ONLY] * bool(len(blind))
+        shown = sorted(set(spans[by])) + [QUESTION_ONLY] * bool(len(blind))
         legend_above(fig, shown)
     return fig
 
