@@ -105,7 +105,7 @@ def certain(
     beyond = {
         w: replace(e, value=sign * e.value - line) for w, e in effects.items() if e.seeds != 1
     }
-    adjusted = holm([e.p for e in beyond.values()])
+    adjusted = holm([e.p if e.value > 0 else 1.0 for e in beyond.values()])
     return [w for (w, e), p in zip(beyond.items(), adjusted) if e.value > 0 and p < 0.05]
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
