@@ -182,6 +182,7 @@ def sentence(v: Verdict) -> str:
     if many:
         parts.append(counted(v))
     if v.exceptions and v.word in (FOR, AGAINST):
-        parts.append(f"certainly the opposite at {', '.join(v.exceptions)}")
+        said = CONTRADICTED if v.average.value > 0 else SUPPORTED
+        parts.append(f"{said} after Holm's correction at {', '.join(v.exceptions)}")
     basis = resting_on(v.basis, v.settings)
     return f"{head}{'; '.join(parts)}. {basis}. {v.beside}".strip()
