@@ -50,14 +50,6 @@ class Estimate:
         parts = [self.questions, self.spread]
         return sum(parts), satterthwaite(parts, [math.inf, self.freedom])
 
-    @property
-    def p(self) -> float:
-        "The two-sided p-value of the value 0."
-        variance, freedom = self.variance
-        if not variance > 0:
-            return 1.0 if not self.value else 0.0
-        return float(2 * student.sf(abs(self.value) / math.sqrt(variance), freedom))
-
     def at(self, level: float) -> "Estimate":
         "The same value with an interval of another level."
         variance, freedom = self.variance
@@ -74,6 +66,14 @@ class Estimate:
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-006
+def p_value(e: Estimate) -> float:
+    "The two-sided p-value of the value 0."
+    variance, freedom = e.variance
+    if not variance > 0:
+        return 1.0 if not e.value else 0.0
+    return float(2 * student.sf(abs(e.value) / math.sqrt(variance), freedom))
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-008
 def estimate(
     arrays: list,  # per benchmark: [seeds, units], in percent of the dense score
     images: list = (),  # per benchmark: the picture of each unit; empty: each has its own
@@ -100,7 +100,7 @@ def estimate(
     )
     return found.at(0.95)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-008
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-010
 def errors_by_image(
     arrays: list,  # per benchmark: [seeds, units]
     images: list = (),  # per benchmark: the picture of each unit
@@ -116,10 +116,10 @@ def errors_by_image(
         parts.append(pd.Series((mean - mean.mean()) * exact / n / len(arrays), names))
     return pd.concat(parts).groupby(level=0, sort=False).sum()
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-014
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-016
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-016
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-018
 def arrays_of(
     rows: pd.DataFrame,  # of one setting
     dense: pd.DataFrame,  # of the same model, uncompressed
@@ -137,7 +137,7 @@ def arrays_of(
         if original[b].mean() > 0
     }
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-018
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-020
 def about_units(dense: pd.DataFrame) -> tuple:  # (list of pictures per benchmark, top)
     "The pictures of all units that have a retained score, and the highest possible AVG-%."
     first = dense.drop_duplicates("benchmark")
@@ -151,7 +151,7 @@ def about_units(dense: pd.DataFrame) -> tuple:  # (list of pictures per benchmar
     known = "images" in scored and scored.images.notna().all()
     return dict(zip(scored.benchmark, scored.images if known else [()] * len(scored))), float(top)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-020
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-022
 def estimate_of(
     arrays: dict,  # benchmark -> [seeds, units]
     dense: pd.DataFrame,
@@ -166,7 +166,7 @@ def estimate_of(
     about = {"floor": low, "top": top, "model": dense.model.iloc[0]}
     return estimate(list(arrays.values()), known, seeds, **about)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-022
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
 def _shares(
     units: np.ndarray,  # [seeds, units]
     dense: np.ndarray,  # [units]
@@ -181,17 +181,17 @@ def _shares(
     share = units.mean(axis=1, keepdims=True) / dense.mean()
     return 100 * (share + (units - share * dense) / dense.mean())
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-026
 def _dense(frame: pd.DataFrame) -> pd.Series:
     "True for the finished rows of uncompressed models."
     return (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-026
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-028
 def with_original(frame: pd.DataFrame) -> set:
     "The models whose original has been evaluated."
     return set(frame.model[_dense(frame)])
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-028
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-030
 def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
     "The uncompressed model's rows."
     found = frame[(frame.model == model) & _dense(frame)]
@@ -201,7 +201,7 @@ def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
         )
     return found
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-030
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-032
 def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: see `_summary_row`
@@ -217,7 +217,7 @@ def summary(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-032
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-034
 def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
     "AVG-% with its interval, of each seed too, and the mean score on each benchmark."
     e = estimate_of(arrays_of(done, dense), dense, sorted(set(done.seed)))
@@ -231,7 +231,7 @@ def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
         "by_seed": list(e.by_seed.values()),
     } | {b: g.score.mean() for b, g in done.groupby("benchmark", sort=False)}
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-036
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-038
 def difference(
     frame: pd.DataFrame,  # of `study.run`
     model: str,
@@ -247,7 +247,7 @@ def difference(
     a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
     return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), floor=-1.0)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-038
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-040
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows of one setting; ValueError where none or several settings fit."
     found = frame[frame.status == "done"]
@@ -259,7 +259,7 @@ def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
         raise ValueError(f"{wanted} fits several settings: name more columns of {SETTING}.")
     return found
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-042
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-044
 def pooled(
     effects: dict,  # where -> Estimate
 ) -> dict:  # the same with variances over seeds that are drawn towards each other
@@ -268,7 +268,7 @@ def pooled(
     prior = prior_variance([e.spread * e.seeds for e in several], [e.seeds - 1 for e in several])
     return {where: _pooled(e, prior) for where, e in effects.items()}
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-044
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-046
 def _pooled(e: Estimate, prior: tuple) -> Estimate:
     "One setting of `pooled`."
     same_model = e.seeds > 1 and e.spread == 0
@@ -277,7 +277,7 @@ def _pooled(e: Estimate, prior: tuple) -> Estimate:
     variance, freedom = shrunk(e.spread * e.seeds, e.seeds - 1, prior)
     return replace(e, spread=variance / e.seeds, freedom=freedom).at(0.95)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-046
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-048
 def average(
     effects: dict,  # where -> Estimate
 ) -> Estimate:
@@ -298,7 +298,7 @@ def average(
         top=mean("top"),
     ).at(0.95)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-048
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-050
 def _shared_questions(known: list) -> float:
     "Variance over questions of the mean of some estimates that share pictures."
     if any(e.by_image is None for e in known):
@@ -306,7 +306,7 @@ def _shared_questions(known: list) -> float:
     together = pd.concat([e.by_image for e in known])
     return cluster_variance(together.groupby(level=0, sort=False).sum() / len(known))
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-050
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-052
 def _shared_spread(known: list) -> tuple:  # (variance over seeds, degrees of freedom)
     "Variance over seeds of the mean of some estimates, the settings of a model together."
     k, parts, freedoms = len(known), [], []

@@ -11,7 +11,6 @@ from itertools import product
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ..evaluation import published
@@ -314,49 +313,28 @@ PARTS = {
 }
 
 
+def _share_bar(ax, y: int, own: pd.Series) -> None:
+    "The parts of one model side by side; the projector's share stands at the right."
+    share, left = 100 * own / own.sum(), 0.0
+    middle = dict(ha="center", va="center", fontsize=8.5)
+    for part, (_, color) in PARTS.items():
+        how = dict(left=left, color=color, height=0.7, edgecolor="white", linewidth=0.3)
+        ax.barh(y, share[part], **how)
+        if part != "projector":
+            tint = "white" if part == "lm" else "black"
+            ax.text(left + share[part] / 2, y, f"{share[part]:.0f}", color=tint, **middle)
+        left += share[part]
+    ax.text(102, y, f"{share['projector']:.1f}", va="center", fontsize=8.5, color=ORANGE)
+
+# %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-037
 def shares(counts: dict):  # name -> Series of parameters by part; a figure
-    "The parts of each model as a stacked bar; the projector's share stands at the right."
+    "The parts of each model as a stacked bar."
     fig, (ax,) = panels(1, height=0.42 * len(counts) + 1)
     with page():
         for y, own in enumerate(counts.values()):
-            share, left = 100 * own / own.sum(), 0.0
-            for part, (_, color) in PARTS.items():
-                ax.barh(
-                    y,
-                    share[part],
-                    left=left,
-                    color=color,
-                    height=0.7,
-                    edgecolor="white",
-                    linewidth=0.3,
-                )
-                if part != "projector":
-                    tint = "white" if part == "lm" else "black"
-                    text = f"{share[part]:.0f}"
-                    ax.text(
-                        left + share[part] / 2,
-                        y,
-                        text,
-                        ha="center",
-                        va="center",
-                        color=tint,
-                        fontsize=8.5,
-                    )
-                left += share[part]
-            ax.text(102, y, f"{share['projector']:.1f}", va="center", fontsize=8.5, color=ORANGE)
+            _share_bar(ax, y, own)
         ax.set(yticks=range(len(counts)), yticklabels=list(counts), xlim=(0, 100))
         ax.set(xlabel="share of all parameters, %", ylim=(len(counts) - 0.5, -0.5))
         ax.grid(axis="y", visible=False)
-        keys = [
-            Line2D([], [], color=c, marker="s", linestyle="none", markersize=7)
-            for _, c in PARTS.values()
-        ]
-        fig.legend(
-            keys,
-            [n for n, _ in PARTS.values()],
-            loc="outside upper left",
-            ncols=3,
-            frameon=False,
-            fontsize=8.5,
-        )
+        legend_above(fig, [Look(name, color, "s", "none") for name, color in PARTS.values()])
     return fig

@@ -13,7 +13,7 @@ from functools import cached_property
 import pandas as pd
 
 from ..evaluation.intervals import holm
-from .effects import Estimate, average, pooled
+from .effects import Estimate, average, p_value, pooled
 from ..utils.methods import BLUE, GREEN, GREY, RED
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-005
@@ -105,7 +105,7 @@ def certain(
     beyond = {
         w: replace(e, value=sign * e.value - line) for w, e in effects.items() if e.seeds != 1
     }
-    adjusted = holm([e.p if e.value > 0 else 1.0 for e in beyond.values()])
+    adjusted = holm([p_value(e) if e.value > 0 else 1.0 for e in beyond.values()])
     return [w for (w, e), p in zip(beyond.items(), adjusted) if e.value > 0 and p < 0.05]
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
@@ -144,15 +144,7 @@ class Verdict:
     @property
     def word(self) -> str:  # of WORDS
         "The verdict on the claim as a whole."
-        if not self.settings:
-            return UNTESTED
-        found = word(self.average, self.margin)
-        if found == CONTRADICTED and self.rivals > 1:
-            found = word(self.average, self.margin, 1 - 0.05 / self.rivals)
-        outside = [w for sign in (1, -1) for w in certain(self.settings, sign, self.margin or 0)]
-        if found == EQUIVALENT and outside or found != EQUIVALENT and self.exceptions:
-            return FOR if self.average.value > 0 else AGAINST
-        return found
+        return overall(self) if self.settings else UNTESTED
 
     def _repr_html_(self) -> str:
         bar = f"border-left:4px solid {COLORS[self.word]};padding-left:.8em"
@@ -162,6 +154,17 @@ class Verdict:
         return sentence(self)
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-023
+def overall(v: Verdict) -> str:  # of WORDS
+    "The word for the average, weakened where a setting certainly says otherwise."
+    found = word(v.average, v.margin)
+    if found == CONTRADICTED and v.rivals > 1:
+        found = word(v.average, v.margin, 1 - 0.05 / v.rivals)
+    outside = [w for sign in (1, -1) for w in certain(v.settings, sign, v.margin or 0)]
+    if found == EQUIVALENT and outside or found != EQUIVALENT and v.exceptions:
+        return FOR if v.average.value > 0 else AGAINST
+    return found
+
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-025
 def counted(v: Verdict) -> str:
     "In how many settings a claim is supported and contradicted."
     said = list(v.words.values())
@@ -170,7 +173,7 @@ def counted(v: Verdict) -> str:
         return "one setting" if said else "no settings"
     return f"of {len(said)} settings {', '.join(counts)}"
 
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-025
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-027
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
     head = f"{v.word.capitalize()}: “{v.claim.rstrip('.')}.” "

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 EXTRAS = {
     "torchvision": "vision",
     **dict.fromkeys(
-        "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),
+        "matplotlib jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),
         "study",
     ),
 }  # package -> extra
