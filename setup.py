@@ -9,6 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 study, vision = cfg["study_requirements"].split(), cfg["vision_requirements"].split()
+gguf = cfg["gguf_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -35,9 +36,11 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "study": study,
-        "dev": study + cfg["dev_requirements"].split(),
+        "dev": study + gguf + cfg["dev_requirements"].split(),
         "vision": vision,
         "internvl": vision,  # its former name
+        "gguf": gguf,
+        "quantize": cfg["quantize_requirements"].split(),
         "lmms-eval": cfg["lmms_eval_requirements"].split(),
     },
     entry_points={

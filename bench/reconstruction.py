@@ -5,12 +5,17 @@ reconstruction, with nothing trained; calibration is a draw of images with all o
 Cost: `reconstruct` against the straightforward form in the same run, which keeps the activations
 of all layers of both models and calls numpy's least squares.
 
+A third table, with `--only smollm2`: a pretrained language model, SmolLM2-135M, perplexity on
+three texts of which the last is of a domain that calibration does not have.
+
     python bench/reconstruction.py [--quick] [--seeds 0 1] [--models tiny-llava] [--only cost]
+    python bench/reconstruction.py --only smollm2 [--ratios 0.3 0.45] [--windows 64]
 """
 
 import argparse
 import copy
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -186,19 +191,92 @@ def cost_row(name: str, images: int, ratio: float) -> dict:
     return dict(model=name, images=images, tokens=tokens, ratio=ratio, difference=away) | values
 
 
+# --- a pretrained language model
+
+
+LM_PLANS = {  # name -> (score, options of plan_widthwise, reconstruct)
+    "paper: Taylor, same share": ("taylor", {}, False),
+    "the same, reconstructed": ("taylor", {}, True),
+    "Fisher, one budget": ("gauss_newton", {"allocation": "global"}, False),
+    "Fisher, one budget, reconstructed": ("gauss_newton", {"allocation": "global"}, True),
+    "Fisher, equal widths, reconstructed": ("gauss_newton", {"shape": "uniform"}, True),
+}
+
+
+def windows_of(tokenizer, names: tuple, part: str, n: int, batch_size: int = 8) -> list:
+    "Batches of windows of 128 tokens of text."
+    from mllm_compress.data.text import text_data
+
+    data = text_data(names, part, tokenizer, window=128)
+    collate = Collator(tokenizer, data, turns="sequential", max_length=128)
+    rows = [data[i] for i in range(min(n, len(data)))]
+    return [collate(rows[k : k + batch_size]) for k in range(0, len(rows), batch_size)]
+
+
+@torch.inference_mode()
+def perplexity(model, batches: list) -> float:
+    "Of the supervised tokens of all batches."
+    from mllm_compress.evaluation.perplexity import entry_losses
+
+    parts = [entry_losses(model, batch) for batch in batches]
+    return float(np.exp(sum(p[0].sum() for p in parts) / sum(p[1].sum() for p in parts)))
+
+
+def smollm2_rows(ratios: list, windows: int, tested: int):
+    "Perplexity of every plan on every text, nothing trained."
+    model, tokenizer = load_model("smollm2-135m")
+    model = model.float().eval()
+    batches = windows_of(tokenizer, ("glosses", "quotes"), "train", windows)
+    texts = {
+        n: windows_of(tokenizer, (n,), "test", tested) for n in ("quotes", "glosses", "technical")
+    }
+    score = lambda m: {name: perplexity(m, found) for name, found in texts.items()}
+    about = dict(model="smollm2-135m", windows=windows, tested=tested, seed=0)
+    yield (
+        about | dict(ratio=0.0, achieved=0.0, plan="dense", cpu_s=0.0, lost_sinks="") | score(model)
+    )
+    scores, spent = {}, {}
+    for name in ("taylor", "gauss_newton"):
+        start = time.process_time()
+        scores[name] = SCORES[name](model, batches)
+        spent[name] = time.process_time() - start
+    for ratio in ratios:
+        for label, (name, options, refit) in LM_PLANS.items():
+            plan = plan_widthwise(model, scores[name], ratio=ratio, **options)
+            small, start, said = apply_plan(model, plan), time.process_time(), ""
+            if refit:
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    small = reconstruct(small, model, batches, plan, inplace=True)
+                said = "; ".join(str(w.message).split(":")[0] for w in caught)
+            cpu = spent[name] + time.process_time() - start
+            row = dict(ratio=ratio, achieved=plan.achieved_ratio, plan=label, cpu_s=cpu)
+            yield about | row | dict(lost_sinks=said) | score(small)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few images and questions")
     parser.add_argument("--models", nargs="+", default=["tiny-llava", "tiny-bunny"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.45, 0.6, 0.75])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--only", choices=["quality", "cost"])
+    parser.add_argument("--only", choices=["quality", "cost", "smollm2"])
+    parser.add_argument("--windows", type=int, default=64, help="of calibration text")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     args.out.mkdir(parents=True, exist_ok=True)
     end = "-quick" if args.quick else ""
     images, limit = (8, 10) if args.quick else (64, 300)
+    if args.only == "smollm2":
+        path, rows = args.out / f"reconstruction-smollm2{end}.csv", []
+        for row in smollm2_rows([r for r in args.ratios if r < 0.5], args.windows, 32):
+            rows.append(row | facts("cpu"))
+            print(
+                {k: row[k] for k in ("ratio", "plan", "quotes", "glosses", "technical")}, flush=True
+            )
+            pd.DataFrame(rows).to_csv(path, index=False, float_format="%.5g")
+        return
     if args.only != "quality":
         rows = [cost_row("tiny-llava", n, 0.6) for n in ([8] if args.quick else [16, 64])]
         frame = pd.DataFrame([row | facts("cpu") for row in rows])

@@ -9,6 +9,8 @@ __all__ = ['load_model', 'prune', 'recover', 'evaluate', 'compare', 'save_pruned
 # %% ../nbs/library/00_package.ipynb #cell-003
 import importlib
 
+from .utils.auto_classes import register_when_imported
+
 _ROOMS = {
     "load_model": "zoo",
     "prune": "pruning",
@@ -43,3 +45,6 @@ _all_ = [
     "load_pruned",
     "advise",
 ]
+
+# %% ../nbs/library/00_package.ipynb #cell-005
+register_when_imported()

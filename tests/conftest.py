@@ -1,11 +1,13 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from draw_again import ROOT, begin
+from small_texts import write_texts
 
 torch.set_num_threads(1)
 
@@ -44,6 +46,18 @@ def tiny_bunny():
     from mllm_compress.zoo.models import load_model
 
     return load_model("smoke-bunny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_texts(tmp_path_factory):
+    "The three texts, made up and small, in place of the packages that a machine may have."
+    root = write_texts(tmp_path_factory.mktemp("texts"))
+    before = os.environ.get("MLLM_COMPRESS_TEXTS")
+    os.environ["MLLM_COMPRESS_TEXTS"] = str(root)
+    yield root
+    os.environ.pop("MLLM_COMPRESS_TEXTS")
+    if before is not None:
+        os.environ["MLLM_COMPRESS_TEXTS"] = before
 
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]

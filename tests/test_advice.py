@@ -32,6 +32,8 @@ def made(
         "recovery": recovery,
         "train": train,
         "fraction": fraction,
+        "epochs": 0,
+        "calibration": "default",
         "seed": 0,
         "status": "done",
         "error": "",

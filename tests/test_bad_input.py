@@ -56,17 +56,19 @@ ENTRIES = {
         "use parts of type text or image",
     ),
     "null-content": ({"messages": [{"role": "user", "content": None}]}, "should be text"),
-    "later-marker": (
-        {
-            **said(("human", "a"), ("gpt", "b"), ("human", "<image>\nc"), ("gpt", "d")),
-            "image": "0.png",
-        },
-        "put it into the first question",
+    "marker-in-answer": (
+        {**said(("human", "a"), ("gpt", "<image>\nb")), "image": "0.png"},
+        "put it into a question",
     ),
-    "two-markers": (pair("<image><image>\nwhat?"), "one entry per picture"),
+    "two-markers": (pair("<image><image>\nwhat?"), "write one marker per image"),
     "marker-without-image": (said(("human", "<image>\na"), ("gpt", "b")), "remove the marker"),
-    "marker-inside": (pair("is <image> red?"), "at the start or at the end"),
-    "two-images": (pair(image=["0.png", "1.png"]), "one entry per picture"),
+    "marker-amid-two-images": (pair("is <image> red?", image=["0.png"] * 2), "one marker per"),
+    "two-images": (pair(image=["0.png", "1.png"]), "write one marker per image"),
+    "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),
+    "missing-among-images": (
+        pair("<image><image>?", image=["0.png", "gone.png"]),
+        "check|Complete",
+    ),
     "url": (pair(image="https://example.org/a.jpg"), "download it"),
     "data-url": (pair(image="data:image/png;base64,AAAA"), "download it"),
     "number-image": (pair(image=5), "name the file"),
@@ -349,6 +351,11 @@ CASES = [
     ),
     Case((*RECOVER, "--report-to", "paper"), "use one of tensorboard, wandb, trackio"),
     Case((*EVALUATE, "--record"), "leave --record out"),
+    *(
+        Case((*command, "--chat-template", file), says)
+        for command in (RECOVER, EVALUATE, ("score", "llava", "-o", "out", *MINE))
+        for file, says in (("gone", "check --chat-template"), ("mine.json", "does not render"))
+    ),
     # options of a file
     Case((*RECOVER, "--config", "gone.yaml"), "check --config"),
     Case((*RECOVER, "--config", "list.yaml"), "write lines such as"),
@@ -450,7 +457,7 @@ CASES = [
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
     Case(("convert", "llava", "llava/out"), "choose another folder"),
     # the study
-    Case(("study", "--profile", "huge"), "use gpu, paper, quick"),
+    Case(("study", "--profile", "huge"), "use authors, gpu, llava-small, paper, quick"),
     Case(("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
     Case(("study", "--profile", "smoke", "-p", "ratios=[0.3"), "cannot be read"),
     Case(
@@ -573,12 +580,17 @@ BUILT = [
 ]
 
 
+LAST = {}  # folder -> its state after the last case, which is that before the next
+
+
 @pytest.mark.parametrize("args, says", BUILT, ids=lambda v: " ".join(v) if type(v) is tuple else "")
 def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     monkeypatch.chdir(shop)
-    before = changed(shop.parent)
+    before = LAST.get(shop) or changed(shop.parent)
     result = CliRunner().invoke(app, list(args))
-    after = changed(shop.parent)
+    after = LAST[shop] = changed(shop.parent)
+    if after != before:
+        LAST.clear()
     for new in set(after) - set(before):  # so that one failure stays one failure
         shutil.rmtree(new, ignore_errors=True) if new.is_dir() else new.unlink(missing_ok=True)
     assert result.exit_code == 2, (result.output, result.exception)

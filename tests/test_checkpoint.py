@@ -169,11 +169,8 @@ def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp
 @pytest.mark.parametrize(
     "name,classes",
     [
-        (
-            "tiny-llava",
-            ["AutoConfig", "AutoModelForImageTextToText", "LlavaForConditionalGeneration"],
-        ),
-        ("llama-4x1", ["AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"]),
+        ("tiny-llava", ["LlavaForConditionalGeneration"]),
+        ("llama-4x1", ["LlamaForCausalLM", "MistralForCausalLM"]),
     ],
 )
 def test_blockwise_fails_loudly_with_stock_classes(name, classes, tmp_path):
@@ -182,6 +179,38 @@ def test_blockwise_fails_loudly_with_stock_classes(name, classes, tmp_path):
     for cls in classes:
         with pytest.raises((ValueError, OSError)):
             getattr(transformers, cls).from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name,auto",
+    [("tiny-llava", "AutoModelForImageTextToText"), ("llama-4x1", "AutoModelForCausalLM")],
+)
+def test_auto_classes_load_blockwise_folders_with_us(name, auto, tmp_path):
+    model, plan = pruned(name, "blockwise")
+    save_pruned(model, plan, tmp_path / "out")
+    load = getattr(transformers, auto).from_pretrained
+    again = load(tmp_path / "out")
+    theirs, ours = again.state_dict(), model.state_dict()
+    assert type(again) is type(model) and all(torch.equal(theirs[k], ours[k]) for k in ours)
+    assert load(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
+    assert load(tmp_path / "out", dtype="auto").dtype == model.dtype
+    with pytest.raises(ValueError, match="leave it out"):
+        load(tmp_path / "out", output_loading_info=True)
+
+
+def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):
+    "In three processes: without this package, and with it imported before or after transformers."
+    model, plan = pruned("llama-4x1", "blockwise")
+    save_pruned(model, plan, tmp_path / "out")
+    load = f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}).num_parameters()"
+    them, us = "from transformers import AutoModelForCausalLM", "import mllm_compress"
+    runs = {}
+    for name, lines in {"without": [them], "before": [us, them], "after": [them, us]}.items():
+        code = "; ".join([*lines, f"print({load})"])
+        runs[name] = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert runs["without"].returncode and "mllm_compress_pruned" in runs["without"].stderr
+    for name in ("before", "after"):
+        assert runs[name].stdout.strip() == str(model.num_parameters()), runs[name].stderr
 
 
 def test_the_full_size_model_never_exists(tmp_path, monkeypatch):

@@ -23,7 +23,10 @@ def test_models_are_listed():
 @pytest.mark.parametrize(
     "args, says",
     [
-        (("study", "--profile", "huge"), "use gpu, paper, quick, smoke, tiny"),
+        (
+            ("study", "--profile", "huge"),
+            "use authors, gpu, llava-small, paper, quick, smoke, tiny",
+        ),
         (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
         (
             (
@@ -200,6 +203,8 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
             "recovery": "none",
             "train": "projector+lm",
             "fraction": 1.0,
+            "epochs": 0,
+            "calibration": "default",
             "seed": 0,
             "status": "done",
             "error": "",
@@ -259,3 +264,68 @@ def test_what_fits_on_which_card():
     assert "use" in ask(
         "recover", "x", "--teacher", "y", "-o", "z", "--recipe", "gpt", code=2
     ) and "LLaVA-v1.5-7B" in ask("cards", "LLaVA", code=2)
+
+
+def test_every_command_takes_quiet_verbose_and_json():
+    "Before or after the name of the command; --json on all that print a result."
+    from typer.main import get_command
+
+    group = get_command(app)
+    context = group.make_context("mllm-compress", ["models"])
+    for name in group.list_commands(context):
+        flags = {flag for p in group.get_command(context, name).params for flag in p.opts}
+        assert {"-q", "--quiet", "-v", "--verbose", "--json"} <= flags, name
+
+
+def test_verbose_says_what_happens_and_quiet_nothing():
+    before, after = (CliRunner().invoke(app, a) for a in (["-v", "models"], ["models", "-v"]))
+    for result in (before, after):
+        assert "torch" in result.stderr and "MiB of memory" in result.stderr
+        assert "torch" not in result.stdout and "tiny-llava" in result.stdout
+    assert CliRunner().invoke(app, ["models", "-q"]).stderr == ""
+    wrong = CliRunner().invoke(app, ["-q", "models", "-v"])
+    assert wrong.exit_code == 2 and "contradict each other" in wrong.output
+    failed = CliRunner().invoke(app, ["cost", "no-such-model", "-v"])
+    assert failed.exit_code == 2 and "Traceback" in failed.stderr
+
+
+def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
+    import json
+
+    from mllm_compress.reporting import page, runner
+
+    def said(*args, code=0):
+        result = CliRunner().invoke(app, [*args, "--json"])
+        assert result.exit_code == code, result.output
+        return json.loads(result.stdout)
+
+    found = said("study", "--profile", "smoke", "--only", "02_pruning", "--dry-run")
+    assert found["exit_code"] == 0 and "02_pruning" in found["lines"][0]
+    monkeypatch.setattr(runner, "run_study", lambda *a: print("PROBLEM: it rains") or 1)
+    found = said("study", "--profile", "smoke", code=1)
+    assert found["problems"] == ["it rains"] and found["exit_code"] == 1
+    monkeypatch.setattr(page, "build", lambda profile: tmp_path / "index.html")
+    assert said("report")["page"] == f"file://{tmp_path / 'index.html'}"
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "No GPU here" in said("gpu-check")["lines"][0]
+
+
+def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from mllm_compress import cli
+
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('[{"id": 7, "question": "why?", "answer": null}]')
+    for name in ("prepare", "recovering", "measuring"):
+        module = __import__(f"mllm_compress.cli.{name}", fromlist=["load"])
+        monkeypatch.setattr(module, "load", lambda *a: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(module, "check_models", lambda *a: None)
+    monkeypatch.setattr(cli.recovering, "check_pruned", lambda *a: None)
+    data = ("--data", "bad.json")
+    for args in (
+        ("score", "smoke-llava", "-o", "out"),
+        ("recover", "x", "--teacher", "smoke-llava", "-o", "out"),
+        ("evaluate", "smoke-llava", "--benchmark", "perplexity"),
+    ):
+        assert "Entry 7" in ask(*args, *data, code=2)

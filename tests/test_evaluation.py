@@ -1,6 +1,7 @@
 """Answers equal those of `generate` at any batch size; evaluations are stored and resumed."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,7 +269,30 @@ def test_evaluate_has_a_row_a_benchmark_and_is_deterministic(tiny_llava):
     assert ((rows.low <= rows.score) & (rows.score <= rows.high)).all()
     assert answers.groupby("benchmark").id.nunique().eq(20).all()
     again, kept = evaluate(*tiny_llava, limit=20, batch_size=3, return_predictions=True)
-    assert kept.prediction.tolist() == answers.prediction.tolist() and again.equals(rows)
+    assert kept.prediction.tolist() == answers.prediction.tolist()
+    assert np.allclose(again.log_likelihood, rows.log_likelihood, atol=1e-4)
+    own = ["benchmark", "score", "low", "high", "candidate_score", "unparseable"]
+    assert again[own].equals(rows[own])
+
+
+@pytest.mark.parametrize("change", [{}, {"candidates": ()}, {"answer": ["red circle", "red"]}])
+def test_log_likelihood_is_that_of_a_plain_forward_pass(tiny_llava, change):
+    model, processor = tiny_llava
+    questions = [replace(q, **change) for q in load_questions("scenes/open", "test", 3)]
+    for q, answer in zip(questions, answer_questions(model, processor, questions, 1)):
+        right = change.get("answer", [q.answer])[0]
+        asked, told = (inputs_of(processor, q, more) for more in ("", f" {right}"))
+        ids = told["input_ids"][0]
+        n = len(ids) - asked["input_ids"].shape[1]
+        with torch.inference_mode():
+            logp = model(**told).logits[0, -n - 1 : -1].float().log_softmax(-1)
+        expected = logp.gather(1, ids[-n:, None]).mean()
+        assert n >= 1 and abs(answer.log_likelihood - float(expected)) < 1e-4
+
+
+def test_without_a_right_answer_there_is_no_likelihood(tiny_llava):
+    question = replace(load_questions("scenes/open", "test", 2)[0], answer=None)
+    assert answer_questions(*tiny_llava, [question], 1)[0].log_likelihood is None
 
 
 def test_a_perfect_and_a_half_model(tiny_llava):

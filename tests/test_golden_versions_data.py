@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_compress.data import instructions, scenes
+from mllm_compress.data import calibration, instructions, scenes
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo import tiny_models
 
@@ -42,11 +42,12 @@ def batch_numbers(
     return integers(collate([data[i] for i in range(3)]))
 
 
-def calibration_numbers() -> list:
-    "Two calibration batches of four scenes among twenty."
+def calibration_numbers(design: str) -> list:
+    "Two calibration batches of four questions, from twenty scenes."
     data = instructions.scene_data(n=20)
     processor = tiny_models.tiny_processor("llava")
-    return [integers(b) for b in instructions.calibration_batches(data, processor, 8, 4)]
+    batches = calibration.calibration_batches(data, processor, 8, 4, design=design)
+    return [integers(b) for b in batches]
 
 
 def smoke_numbers(
@@ -61,6 +62,7 @@ def smoke_numbers(
 
 
 DATA = "nbs/library/data/01_instructions.ipynb"
+CALIBRATION = "nbs/library/data/04_calibration.ipynb"
 SCENES = "nbs/library/data/02_scenes.ipynb"
 SMOKE = "nbs/library/zoo/03_tiny_models.ipynb"
 GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
@@ -94,10 +96,15 @@ GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
         lambda: batch_numbers("independent", block=40),
         "fbdaa723311bb6ee8054",
     ),
-    "calibration batches": (
-        *("CALIBRATION_VERSION", DATA, 1),
-        calibration_numbers,
+    "calibration on first questions": (
+        *("CALIBRATION_VERSION", CALIBRATION, 2),
+        lambda: calibration_numbers("first"),
         "b2adbf41c969a81bb851",
+    ),
+    "stratified calibration": (
+        *("CALIBRATION_VERSION", CALIBRATION, 2),
+        lambda: calibration_numbers("stratified"),
+        "cabde4ff8af7f59ac635",
     ),
     "smoke-llava": (
         *("SMOKE_VERSION", SMOKE, 1),
@@ -115,7 +122,8 @@ GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
 @pytest.mark.parametrize("what", GOLDEN)
 def test_numbers_move_only_with_their_version(what):
     name, notebook, version, numbers, expected = GOLDEN[what]
-    module = {DATA: instructions, SCENES: scenes, SMOKE: tiny_models}[notebook]
+    modules = {DATA: instructions, CALIBRATION: calibration, SCENES: scenes, SMOKE: tiny_models}
+    module = modules[notebook]
     found = (getattr(module, name), content_hash(numbers()))
     assert found == (version, expected), (
         f"numbers of {what} moved: raise {name} in {notebook}, then update this golden value "

@@ -20,6 +20,8 @@ LIST = {"answer": "[1, 2]", "answer_type": "list", "precision": None, "options":
 CHOICE = {"answer": "8/11", "answer_type": "text", "precision": None, "options": ["3/11", "8/11"]}
 OPEN = {"answer": ["1,250", "nile"], "options": []}
 DOCUMENT = {"answer": ["Invoice", "bill of sale"], "options": []}
+TEXT, WORD = {"answer": "", "options": []}, {"answer": "otter", "options": []}
+READ = ["40.0 5 10", "60.5 10 30", "3.25 0 1", "0.5 12 12"]  # loss, right tokens, tokens
 LETTERS = ["B", "(B)", "b", "B. blue", "The answer is B.", "Blue.", "A red circle", "", "USA"]
 WORDS = ["Yes.", "yes", "no", "No, there is not. Yes.", "Note", "y", "maybe", ""]
 ANSWERS = {  # scorer -> (question, answers of a model)
@@ -39,6 +41,9 @@ ANSWERS = {  # scorer -> (question, answers of a model)
         (LIST, ["[1, 2]", "it is [1, 2.0]", "[2]", ""]),
         (CHOICE, ["(B)", "8/11", "B. 8/11", "3/11", ""]),
     ],
+    "next_token": [(TEXT, READ)],
+    "perplexity": [(TEXT, READ)],
+    "likelihood_choice": [(WORD, ["otter", "tern", "Otter"])],
 }
 
 
@@ -98,6 +103,7 @@ def test_generation(tiny_llava, update_golden):
     ]
     answers = answer_questions(*tiny_llava, questions, 4)
     numbers = {"answers": [a.text for a in answers], "candidates": [a.candidate for a in answers]}
+    numbers["log_likelihoods"] = [a.log_likelihood for a in answers]
     where = "GENERATION_VERSION (nbs/library/evaluation/03_generation.ipynb)"
     check_golden("generation", "greedy", GENERATION_VERSION, numbers, update_golden, where)
 

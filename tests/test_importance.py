@@ -79,7 +79,7 @@ def close(a, b, **kw):
     )
 
 
-def by_autograd(model, batch, labels, order):
+def by_autograd(model, batch, labels, order, share=1, sample_share=1):
     "Ma et al. 2023 with all gradients held, and one backward pass per sample for the curvature."
     model = copy.deepcopy(model).eval().requires_grad_(True)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -101,7 +101,8 @@ def by_autograd(model, batch, labels, order):
         heads[i], neurons[i] = torch.zeros(parts.groups(i)), torch.zeros(parts.neurons(i))
         for slot in parts.linears(i):
             w = slot.module.weight.detach()
-            first, second = w * slot.module.weight.grad, w * w * curvature[id(slot.module.weight)]
+            first = share * w * slot.module.weight.grad
+            second = sample_share * w * w * curvature[id(slot.module.weight)]
             salience = {
                 "vectorize": first,
                 "param_first": first,
@@ -185,18 +186,33 @@ def test_reference_block_influence_is_the_original(golden):
 # --- Taylor -------------------------------------------------------------------------------------
 
 
+def sample_by_sample(model, batch, labels, order):
+    "The sum over samples of what `by_autograd` says of each, as its part of the label mean."
+    tokens, rows = (labels[:, 1:] != -100).sum(1), rows_of(batch)
+    heads, neurons = {}, {}
+    for b, n in enumerate(tokens.tolist()):
+        share, row = n / int(tokens.sum()), rows[b]
+        own = by_autograd(model, row, labels[b : b + 1], order, share, 1 / len(labels))
+        for total, new in ((heads, own.heads), (neurons, own.neurons)):
+            total.update({i: total.get(i, 0) + v for i, v in new.items()})
+    return WidthScores(heads, neurons, "autograd")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ORDERS)
 def test_taylor_equals_autograd_in_every_family_with_grouped_queries(tiny_lm, family, order):
     model, batch = tiny_lm(family, layers=2), text_batch()
     labels = batch["input_ids"].clone()
     labels[0, :5], labels[1, :9] = -100, -100  # samples of different weight
-    ours = taylor(model, [batch | {"labels": labels}], order=order)
+    ours = taylor(model, [batch | {"labels": labels}], order=order, mode="reference")
     theirs = by_autograd(model, batch, labels, order)
-    assert (
-        close(ours, theirs, rtol=1e-3, atol=1e-9)
-        and abs(ours.meta["loss"] - theirs.meta["loss"]) < 1e-5
-    )
+    assert close(ours, theirs, rtol=1e-3, atol=1e-9)
+    assert abs(ours.meta["loss"] - theirs.meta["loss"]) < 1e-5
+    apart = taylor(model, [batch | {"labels": labels}], order=order)
+    assert abs(apart.meta["loss"] - theirs.meta["loss"]) < 1e-5
+    if not ORDERS[order].additive:
+        theirs = sample_by_sample(model, batch, labels, order)
+    assert close(apart, theirs, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llava", "tiny_bunny"])
@@ -204,12 +220,10 @@ def test_taylor_equals_autograd_in_every_family_with_grouped_queries(tiny_lm, fa
 def test_taylor_equals_autograd_inside_an_mllm(request, fixture, order):
     model = request.getfixturevalue(fixture)[0]
     batch = image_batch(model)
-    assert close(
-        taylor(model, [batch], order=order),
-        by_autograd(model, batch, batch["labels"], order),
-        rtol=1e-3,
-        atol=1e-9,
-    )
+    for mode, expected in (("default", sample_by_sample), ("reference", by_autograd)):
+        ours = taylor(model, [batch], order=order, mode=mode)
+        theirs = expected(model, batch, batch["labels"], order)
+        assert close(ours, theirs, rtol=1e-3, atol=1e-9), mode
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -242,15 +256,18 @@ def test_taylor_does_not_see_a_rescaling_that_changes_nothing(tiny_lm, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_micro_batches(tiny_llava, order):
+def test_scores_do_not_depend_on_the_batch_size(tiny_llava, order):
     model = tiny_llava[0]
     a, b = image_batch(model, rows=2), image_batch(model, rows=1, words=5, answers=1, seed=1)
     late = padded({k: v for k, v in b.items()}, 3, "right")
     whole = taylor(model, [{k: torch.cat([a[k], late[k]]) for k in a}], order=order)
     parted = taylor(model, [a, b], order=order)
     assert abs(whole.meta["loss"] - parted.meta["loss"]) < 1e-5
-    assert close(whole, parted, rtol=1e-3, atol=1e-9) == ORDERS[order].additive
-    assert all((parted.neurons[i] >= whole.neurons[i] * 0.999).all() for i in whole.neurons)
+    assert close(whole, parted, rtol=1e-3, atol=1e-9)
+    joined = [{k: torch.cat([a[k], late[k]]) for k in a}]
+    once = taylor(model, joined, order=order, mode="reference")
+    assert close(once, whole, rtol=1e-3, atol=1e-9) == ORDERS[order].additive
+    assert all((whole.neurons[i] >= once.neurons[i] * 0.999).all() for i in whole.neurons)
 
 
 def test_recompute_and_padding_change_nothing(tiny_bunny):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     "score": (
         ("score", "llava", "-o", "out", *DATA),
         "mllm_compress.importance.criteria.CRITERIA",
-        "starts from the beginning",
+        "goes on from there",
     ),
     "prune": (
         ("prune", "llava", "-o", "out", "--layers", "1"),
@@ -280,3 +281,126 @@ def test_weights_are_the_same_whoever_saves_them(here):
     run("prune", "llava", "-o", "one", "--layers", "1")
     one, two = load_pruned("one")[0], load_pruned("small")[0]
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+METHODS = ("block_influence", "taylor", "activation", "gauss_newton")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how):
+    from mllm_compress.utils import resuming
+
+    entry = json.loads(Path("mine.json").read_text())[0]
+    Path("mine.json").write_text(json.dumps([entry | {"id": k} for k in range(40)]))
+    args = ("score", "llava", "--method", method, *DATA, "--samples", 40)
+    run(*args, "-o", "whole")
+    write, done = resuming._write, []
+
+    def stop_at_the_second(path, key, count, totals):
+        write(path, key, count, totals)
+        done.append(count)
+        if len(done) == 2:
+            os.kill(os.getpid(), how)
+
+    monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
+    monkeypatch.setattr(resuming, "_write", stop_at_the_second)
+    assert "goes on from there" in run(*args, "-o", "parts", code=130)
+    assert not Path("parts").exists() and Path(".parts.scoring").is_file()
+    run(*args, "-o", "parts")
+    assert done == [1, 2, 3] and not Path(".parts.scoring").exists()
+    assert tree("whole") == tree("parts")
+
+
+def test_sums_of_another_pass_or_damaged_ones_are_not_used(here, monkeypatch):
+    from mllm_compress.utils import resuming
+
+    for content in (b"", b"x" * 100, None):
+        if content is None:
+            resuming._write(Path(".out.scoring"), "another", 1, {"changes": torch.ones(4)})
+        else:
+            Path(".out.scoring").write_bytes(content)
+        run("score", "llava", "-o", "out", *DATA, "--overwrite")
+        assert not Path(".out.scoring").exists()
+    first = tree("out")
+    monkeypatch.setattr(resuming, "_write", lambda *a: 1 / 0)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        run("score", "llava", "-o", "out", *DATA, "--overwrite")
+    assert tree("out") == first
+
+
+@pytest.fixture
+def disk(tmp_path):
+    "A function that makes a small disk, really full once it is filled; skipped where none can be."
+    mounted = []
+
+    def make(size: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            pytest.skip("there is no mount here")
+        if done.returncode:
+            pytest.skip("a small disk cannot be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    "Write until nothing more fits."
+    with open(folder / "junk", "wb", buffering=0) as file, pytest.raises(OSError):
+        for size in (1 << 16, 1 << 12, 1):
+            while file.write(b"x" * size):
+                pass
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("prune", "llava", "--layers", "1", "-o", "out"),
+        ("score", "llava", *DATA, "-o", "out"),
+        ("evaluate", "llava", "--questions", "mine.json", "-o", "rows.csv"),
+        ("compare", "llava", "small", "--questions", "mine.json", "-o", "out"),
+    ],
+    ids=lambda a: a[0],
+)
+def test_a_disk_that_is_really_full_is_found_before_the_work(here, disk, monkeypatch, args):
+    full = disk(1 << 20)
+    fill(full)
+    for where in ("mllm_compress.cli.measuring.load", "mllm_compress.cli.prepare.load"):
+        monkeypatch.setattr(where, lambda *a: pytest.fail("a model was loaded"))
+    text = run(*args[:-1], full / args[-1], code=2)
+    assert "free" in text and str(full) in text
+    assert [p.name for p in full.iterdir()] == ["junk"]
+
+
+@pytest.mark.parametrize("command", ["prune", "recover"])
+def test_a_disk_that_really_fills_up_costs_no_model(here, disk, monkeypatch, command):
+    from mllm_compress.checkpoint import target
+
+    small = disk(64 << 20)
+    (small / "thesis.txt").write_text("years of work")
+    save = target.save_or_rescue
+    monkeypatch.setattr(target, "save_or_rescue", lambda *a: fill(small) or save(*a))
+    args = ("recover", "small", "--teacher", "llava", *DATA, "--batch-size", 3)
+    args = ("prune", "llava", "--layers", "1") if command == "prune" else args
+    text = run(*args, "-o", small / "out", code=2)
+    assert "was saved to" in text and str(here / "out-rescued ") in text
+    load_pruned("out-rescued")
+    assert (small / "thesis.txt").read_text() == "years of work"
+    assert not (small / "out").exists() and not list(small.glob(".out.*.new"))
+
+
+def test_results_are_shown_although_their_file_finds_no_space(here, disk, monkeypatch):
+    from mllm_compress.cli import measuring
+
+    small, measured = disk(2 << 20), measuring.measured
+    monkeypatch.setattr(measuring, "measured", lambda *a: (measured(*a), fill(small))[0])
+    text = run("evaluate", "llava", "--questions", "mine.json", "-o", small / "rows.csv", code=2)
+    assert "own/mine" in text and "free" in text and str(small) in text

@@ -69,7 +69,7 @@ def test_prune_in_one_step_is_prune_from_scores(here):
     data = ("--data", "mine.json", "--samples", 4)
     run("score", "llava", "-o", "scores", *data)
     run("prune", "llava", "-o", "stored", "--scores", "scores", "--ratio", 0.3)
-    run("prune", "llava", "-o", "direct", "--ratio", 0.3, *data)
+    run("prune", "llava", "-o", "direct", "--ratio", 0.3, "--method", "block_influence", *data)
     one, two = (load_file(f"{name}/model.safetensors") for name in ("stored", "direct"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert Path("direct/plan.png").is_file()
@@ -201,9 +201,33 @@ def test_own_questions_and_the_comparison(here):
     costs = {row["what"]: row for row in both["costs"]}
     assert costs["parameters"]["small / dense"] < 1
     assert 0.4 < costs["KV cache per token, byte"]["small / dense"] < 0.6
+    resident, tensors = "resident memory, byte", "peak tensors of a prefill, byte"
+    if not torch.cuda.is_available():
+        assert costs[resident]["dense"] > costs[tensors]["dense"] > 0
     assert len(both["answers"]) == 3 and {"low", "high", "difference"} <= set(both["scores"][0])
     names = {"answers.csv", "comparison.png", "costs.csv", "scores.csv"}
     assert {p.name for p in Path("both").iterdir()} == names
+
+
+def test_the_picture_of_a_comparison_can_be_read(tmp_path, monkeypatch):
+    import pandas as pd
+
+    from mllm_compress.cli import measuring
+
+    figures, new = [], measuring.new_figure
+    monkeypatch.setattr(measuring, "new_figure", lambda *a: figures.append(new(*a)) or figures[-1])
+    costs = pd.DataFrame({"what": ["weights, byte", "x"], "small / dense": [0.7, float("nan")]})
+    row = {"benchmark": "own/held_out-74f5c5", "n": 12, "score": 75.0, "score_dense": 75.0}
+    none = dict.fromkeys(("difference", "low_difference", "high_difference"), 0.0)
+    measuring.comparison_picture(costs, pd.DataFrame([row | none]), tmp_path / "a.png")
+    left, right = figures[0].axes
+    assert [t.get_text() for t in right.get_yticklabels()] == ["held_out (n = 12)"]
+    assert right.get_xlim() == (-10, 10) and len(left.get_yticklabels()) == 1
+    wide = none | {"difference": -30.0, "low_difference": -40.0, "high_difference": -20.0}
+    measuring.comparison_picture(costs, pd.DataFrame([row | wide]), tmp_path / "b.png")
+    assert figures[1].axes[1].get_xlim()[0] < -40
+    measuring.comparison_picture(costs, pd.DataFrame([row]), tmp_path / "c.png")
+    assert "75.00 small" in figures[2].axes[1].texts[0].get_text()
 
 
 def test_a_stopped_evaluation_goes_on(here, monkeypatch):
@@ -313,26 +337,6 @@ def test_options_of_the_program(here):
         assert isinstance(facts(*command.split()), dict)
 
 
-def test_auto_classes_load_our_format_once_they_are_told():
-    import subprocess
-    import sys
-
-    code = """
-import tempfile, torch
-from mllm_compress import checkpoint, prune
-from mllm_compress.zoo import tiny_model
-from transformers import AutoModelForImageTextToText
-small, plan = prune(tiny_model("llava", layers=4), ratio=.2, method="magnitude", shape="blockwise")
-with tempfile.TemporaryDirectory() as folder:
-    checkpoint.save_pruned(small, plan, folder)
-    checkpoint.register()
-    again = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
-assert again.num_parameters() == small.num_parameters() and again.dtype == torch.bfloat16
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_scores_become_part_of_the_checkpoint(here):
     from huggingface_hub import ModelCard
 
@@ -353,3 +357,39 @@ def test_scores_become_part_of_the_checkpoint(here):
     assert len(facts("show", "small")["provenance"]) == 3
     run("prune", "llava", "-o", "small", "--layers", "2", "--overwrite")
     assert Path("small/diary.txt").read_text() == "mine"
+
+
+def test_conversations_for_a_model_without_a_chat_template(here):
+    "A plain template is used and named, or that of a file; both are kept and recorded."
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("lm")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained("base")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"lm/{name}", "base")
+    Path("base/chat_template.jinja").unlink(missing_ok=True)
+    pairs = [{"question": "is the circle red?", "answer": "yes"}] * 4
+    Path("chat.json").write_text(json.dumps(pairs))
+    data = ("--data", "chat.json")
+    said = run("score", "base", "-o", "scores", "--method", "taylor", *data)
+    assert "no chat template" in said and "--chat-template FILE" in said
+    assert facts("show", "scores")["meta"]["calibration"]["chat_template"] == "plain"
+    run("prune", "base", "-o", "small", "--scores", "scores", "--ratio", 0.2)
+    args = ("recover", "small", "--teacher", "base", *data, "--batch-size", 2)
+    assert "no chat template" in run(*args, "-o", "plain")
+    assert facts("show", "plain")["provenance"][-1]["data"]["chat_template"] == "plain"
+    assert "Assistant:" in AutoTokenizer.from_pretrained("plain").chat_template
+    assert "no chat template" not in run("evaluate", "plain", "--questions", "chat.json")
+    assert "no chat template" not in run("score", "base", "-o", "text", "--data", "text.jsonl")
+    mine = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    mine += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    Path("mine.jinja").write_text(mine)
+    assert "mine.jinja" in run(*args, "-o", "own", "--chat-template", "mine.jinja")
+    assert facts("show", "own")["provenance"][-1]["data"]["chat_template"].startswith("mine.jinja")
+    assert AutoTokenizer.from_pretrained("own").chat_template == mine
+    for content, says in (("{% for", "is no chat template"), ("hello", "does not render")):
+        Path("bad.jinja").write_text(content)
+        wrong = run(*args, "-o", "bad", "--chat-template", "bad.jinja", code=2)
+        assert says in wrong and not Path("bad").exists()
+    assert "check --chat-template" in run(*args, "-o", "bad", "--chat-template", "x", code=2)

@@ -45,7 +45,8 @@ def is_entry(entry) -> bool:
     pairs = turns(entry)
     image = entry.get("image")
     texts = [t for pair in pairs for t in pair if t is not None]
-    known = image is None or isinstance(image, (str, dict))
+    several = isinstance(image, list) and len(image) > 1
+    known = image is None or isinstance(image, (str, dict)) or several
     return pairs and all(isinstance(t, str) for t in texts) and "id" in entry and known
 
 
@@ -159,7 +160,7 @@ def test_rows_with_pictures_and_parquet_files(tmp_path):
     path = [{"image": "../secret.png", "question": "a?", "answer": "b"}]
     with pytest.raises(ValueError, match="decode it"):
         from_rows(path).image(0)
-    with pytest.raises(ValueError, match="one entry per picture"):
+    with pytest.raises(ValueError, match="one marker per image"):
         from_rows([{"images": [rows[0]["image"]] * 2, "question": "a?", "answer": "b"}])
     with pytest.raises(ValueError, match="is empty"):
         from_rows([])

@@ -16,7 +16,7 @@ from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.checkpoint import load_pruned, save_pruned
 from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
 from mllm_compress.cost.report import cost_report
-from mllm_compress.data.instructions import Collator, calibration_batches, load_json
+from mllm_compress.data import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
 from mllm_compress.importance.influence import block_influence

@@ -17,7 +17,7 @@ from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.reporting import effects
-from mllm_compress.study import runs, stages, store, workers
+from mllm_compress.study import experiments, runs, stages, store, workers
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (
     Calibration,
@@ -167,7 +167,9 @@ def test_profile_with_a_typing_mistake(tmp_path):
     path.write_text(text.replace("seeds:", "seed:"))
     with pytest.raises(ValueError, match="unknown seed; the keys are name, about, models"):
         load_profile(path)
-    with pytest.raises(ValueError, match="use gpu, paper, quick, smoke, tiny"):
+    with pytest.raises(
+        ValueError, match="use authors, gpu, llava-small, paper, quick, smoke, smol, tiny"
+    ):
         load_profile("nope")
     with pytest.raises(ValueError, match="samples is True: it must be"):
         read_strictly(Calibration, {"samples": True, "batch_size": 1}, "x")
@@ -234,8 +236,9 @@ VERSIONS = [  # what is raised, and which of the dense, pruned, trained experime
 @pytest.mark.parametrize("module, name, concerned", VERSIONS, ids=[n for _, n, _ in VERSIONS])
 def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, concerned):
     def names():
-        for cached in (stages._score_keys, stages.model_identity, stages.data_inputs):
-            cached.cache_clear()
+        kept = ("_score_keys", "model_identity", "data_inputs", "calibration_inputs")
+        for cached in kept:
+            getattr(stages, cached).cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, TRAINED)]
 
     before = names()
@@ -688,3 +691,73 @@ def test_seeds_widen_the_interval():
     assert (
         row.seeds == 3 and row.high - row.low > 60
     )  # t with two degrees of freedom, spread of 20 points
+
+
+# ---- ways of pruning beyond the paper's
+
+
+OURS = dict(importance="gauss_newton", allocation="global", reconstruct="stream")
+
+
+def test_new_fields_change_no_key_at_their_defaults():
+    smoke = load_profile("smoke")
+    plain = Experiment("smoke-llava", "widthwise", 0.3, recovery="sft", fraction=0.2)
+    for inputs in (stages.scores_inputs, stages.plan_inputs, stages.student_inputs):
+        assert not set(inputs(plain, smoke)) & set(experiments.METHOD_FIELDS), inputs
+    found = stages.index_inputs(plain)
+    assert not set(found) & set(experiments.METHOD_FIELDS)
+    keys = {
+        stages.subject_key(replace(plain, **change), smoke)
+        for change in (
+            {},
+            {"importance": "gauss_newton"},
+            {"importance": "gauss_newton", "of": "labels"},
+            {"importance": "gauss_newton", "allocation": "global"},
+            {"importance": "gauss_newton", "allocation": "obs"},
+            {"shape": "uniform"},
+            {"reconstruct": "stream"},
+            {"reconstruct": "bias"},
+        )
+    }
+    assert len(keys) == 8
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(reconstruct="magic"), "stream"),
+        (dict(allocation="fair"), "global"),
+        (dict(allocation="global"), "gauss_newton"),
+        (dict(of="labels"), "option of gauss_newton"),
+        (OURS | dict(shape="uniform"), "own width"),
+        (dict(pruning="none", ratio=0.0, reconstruct="stream"), "needs a pruning"),
+        (dict(pruning="layerwise", importance="default", allocation="global"), "widthwise"),
+    ],
+    ids=lambda v: str(v)[:40],
+)
+def test_ways_that_do_not_fit_are_named(change, says):
+    with pytest.raises(ValueError, match=says):
+        Experiment(**(dict(model="m", pruning="widthwise", ratio=0.3) | change))
+
+
+def test_a_refitted_student_is_the_refit_of_its_plan(tmp_path):
+    import torch
+
+    from mllm_compress.pruning import apply_plan, reconstruct
+
+    smoke = load_profile("smoke")
+    results = store.Store(tmp_path)
+    e = Experiment("smoke-llava", "widthwise", 0.3, **OURS, calibration="stratified 64")
+    plan = stages.plan_of(e, smoke, results, "cpu")
+    model, processor = stages.teacher_of(e.model, smoke)
+    batches = stages.calibration_batches_of(e, smoke, processor, "cpu")
+    expected = reconstruct(apply_plan(model, plan), model, batches, plan)
+    found = stages.student_of(e, smoke, results, "cpu")
+    pairs = zip(expected.parameters(), found.parameters())
+    assert plan.meta["allocation"] == "global" and all(torch.equal(a, b) for a, b in pairs)
+    assert results.keys("reconstruction") == sorted(stages.stage_keys(e, smoke)["reconstruction"])
+    trained = replace(e, recovery="hidden_kd", fraction=0.2)
+    assert stages.recovery_config(trained, smoke).lr == 3e-4
+    assert stages.recovery_config(replace(trained, train="projector"), smoke).lr == 2e-3
+    one, two = (stages.student_of(trained, smoke, results, "cpu") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from mllm_compress.data.instructions import calibration_batches, small_data
+from mllm_compress.data import calibration_batches, small_data
 from mllm_compress.evaluation.intervals import paired_difference
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.influence import block_influence

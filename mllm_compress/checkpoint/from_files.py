@@ -245,17 +245,20 @@ def prune_files(
     max_shard_size: str = "5GB",
     overwrite: bool = True,  # False: an error where a checkpoint is there
     stored: PruningPlan | None = None,  # of the first dense model, where this one was pruned before
+    small: PreTrainedModel | None = None,  # the pruned model on the meta device; None: it is made
+    changed=lambda name: None,  # a weight that is not as in the files, or None
     **records,  # card, provenance, further: see save_pruned
 ) -> Path:  # the folder
     "Write the checkpoint that `apply_plan` and `save_pruned` would, in the memory of one tensor."
-    small, stored = apply_plan(source.model, plan), stored or plan
+    small, stored = small or apply_plan(source.model, plan), stored or plan
     check_describes(small, stored)
     saved, kind = choose_format(small, stored)
     variant, origins = VARIANT if kind == "pruned" else None, cuts(source.model, plan)
     target = check_target(folder, overwrite)
 
     def tensor(name):
-        return cut_tensor(source, origins.get(name, (name, None)))
+        new = changed(name)
+        return cut_tensor(source, origins.get(name, (name, None))) if new is None else new
 
     with replacing_folder(target) as new:
         saved.save_pretrained(new, state_dict={}, variant=variant)

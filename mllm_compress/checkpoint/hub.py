@@ -9,16 +9,9 @@ __all__ = ['push_to_hub', 'register']
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-)
 
 from .integrity import MANIFEST, verify
-from .loading import load_pruned
-from .saving import PRUNED_TYPE
+from ..utils import auto_classes
 
 # %% ../../nbs/library/checkpoint/09_hub.ipynb #cell-004
 def push_to_hub(
@@ -41,27 +34,6 @@ def push_to_hub(
     )
 
 # %% ../../nbs/library/checkpoint/09_hub.ipynb #cell-008
-class PrunedConfig(PreTrainedConfig):
-    "The config of format `pruned`, as far as auto classes need it."
-
-    model_type = PRUNED_TYPE
-
-
-class PrunedLoader:
-    "What auto classes call for a checkpoint in format `pruned`."
-
-    config_class = PrunedConfig
-
-    @classmethod
-    def from_pretrained(cls, folder, *args, config=None, dtype=None, **options):
-        "The model of a checkpoint; a device map and the like are handed to transformers."
-        dtype = None if dtype in (None, "auto") else dtype
-        known = ("attn_implementation", "device_map")
-        return load_pruned(folder, dtype=dtype, **{k: options[k] for k in known if k in options})[0]
-
-# %% ../../nbs/library/checkpoint/09_hub.ipynb #cell-009
 def register() -> None:
-    "Let the auto classes of transformers load checkpoints whose layers differ in width."
-    AutoConfig.register(PRUNED_TYPE, PrunedConfig, exist_ok=True)
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
-        auto.register(PrunedConfig, PrunedLoader, exist_ok=True)
+    "Let the auto classes load checkpoints whose layers differ in width; the import does it too."
+    auto_classes.register()

@@ -98,6 +98,7 @@ def _load_processor(
 # %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-016
 def fetched(
     folder,  # of a checkpoint, or a hub id
+    **options,  # for the hub, such as revision
 ) -> Path:
     "The local folder of a checkpoint; OSError where it cannot be fetched."
     from huggingface_hub import snapshot_download
@@ -108,7 +109,8 @@ def fetched(
     if path.parent.is_dir():
         return path  # a mistyped folder
     try:
-        return Path(snapshot_download(str(folder), ignore_patterns=["*.bin", "*.pt", "*.py"]))
+        options["ignore_patterns"] = ["*.bin", "*.pt", "*.py"]
+        return Path(snapshot_download(str(folder), **options))
     except OSError as error:
         raise OSError(
             f"{folder} is no folder here, and could not be fetched from the hub "

@@ -60,7 +60,7 @@ def _line(key: str, value) -> str:
     "One fact as a line."
     if isinstance(value, dict):
         value = ", ".join(f"{k} {v}" for k, v in value.items())
-    return f"  {key:<14}{value}"
+    return f"  {key:<16}{value}"
 
 
 def describe_steps(

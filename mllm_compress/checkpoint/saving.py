@@ -24,10 +24,11 @@ from mllm_compress.checkpoint.integrity import (
 )
 from .target import check_target, keep_unlisted
 from ..pruning.pruning_plan import PruningPlan
+from ..utils.auto_classes import PRUNED_TYPE
 from ..utils.files import replacing_folder, sha256, write_atomically
 
 # %% ../../nbs/library/checkpoint/06_saving.ipynb #cell-006
-PRUNED_TYPE, VARIANT = "mllm_compress_pruned", "pruned"
+VARIANT = "pruned"
 
 
 def hide_config(

@@ -6,6 +6,7 @@
 __all__ = ['check_target']
 
 # %% ../../nbs/library/checkpoint/05_target.ipynb #cell-003
+import errno
 import os
 import shutil
 import tempfile
@@ -37,11 +38,13 @@ def check_writable(
     "OSError where nothing can be written there, or not so much."
     folder = nearest_folder(Path(os.path.abspath(path)).parent)
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))  # an empty file fits on a full disk
+            file.flush()
     except OSError as error:
+        free = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(
-            f"{path} cannot be written ({error.strerror or error}): choose another folder."
+            f"{path} cannot be written ({error.strerror or error}): {free}choose another folder."
         ) from None
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -136,7 +139,7 @@ def keep_unlisted(
 def _fallbacks(target: Path) -> list:
     "Folders to try when a target cannot be written."
     places = (target.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
-    names = (f"{target.name}-rescued{n}" for n in ("", *range(2, 100)))
+    names = [f"{target.name}-rescued{n}" for n in ("", *range(2, 100))]
     return [next(p / n for n in names if not (p / n).exists()) for p in dict.fromkeys(places)]
 
 
@@ -155,7 +158,7 @@ def save_or_rescue(
         except (OSError, SafetensorError):
             continue
         raise OSError(
-            f"{target} could not be written ({reason}). The model was saved to {place} instead: "
+            f"{target} could not be written ({reason}). The result was saved to {place} instead: "
             "move it from there."
         )
     raise OSError(f"{target} could not be written ({reason}), nor any other folder: free space.")

@@ -6,7 +6,7 @@
 __all__ = ['app']
 
 # %% ../../nbs/library/cli/00_index.ipynb #cell-003
-from . import look, measuring, prepare, pruning, recovering, studying
+from . import exporting, look, measuring, prepare, pruning, recovering, studying
 from .app import app
 
 _all_ = ["app"]

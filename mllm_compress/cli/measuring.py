@@ -15,6 +15,7 @@ import typer
 from mllm_compress.cli.app import (
     TABLES,
     AsJson,
+    ChatTemplate,
     DataFile,
     Device,
     Images,
@@ -25,13 +26,17 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
     check_output_file,
+    choose_template,
     emit,
+    has_chat,
     is_multimodal,
     listed,
     load,
     new_figure,
+    note,
     politely,
     resolve_device,
     training_data,
@@ -101,12 +106,19 @@ def check_text_model(names: list, processor) -> None:
         )
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-008
-def answers_folder(model, answers: Path | None, out: Path | None) -> Path | None:
+def answers_folder(
+    model,
+    answers: Path | None,
+    out: Path | None,
+    template: str | None = None,  # a chat template that is not the model's own
+) -> Path | None:
     "Where the answers of a model are kept; None where nothing names a place."
     from mllm_compress.anatomy.tensors import weights_hash
+    from mllm_compress.utils.files import content_hash
 
     base = answers or (out and out.parent / f".{out.name}.answers")
-    return base and base / weights_hash(model)
+    other = f"-{content_hash(template)[:8]}" if template else ""
+    return base and base / f"{weights_hash(model)}{other}"
 
 
 def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> tuple:
@@ -116,11 +128,13 @@ def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> 
     from mllm_compress.evaluation import evaluate
     from mllm_compress.evaluation.perplexity import as_processor, perplexity_row
 
+    if perplexity:
+        check_data(**data)
     loaded, processor, _ = load(model, o["device"])
     check_text_model(names, processor)
-    rows, found = [], None
+    rows, found, template = [], None, choose_template(processor, o["chat_template"], bool(names))
     if names:
-        folder = answers_folder(loaded, o["answers"], o["out"])
+        folder = answers_folder(loaded, o["answers"], o["out"], template)
         options = dict(folder=folder, save_every=512, return_predictions=True)
         limit = o["limit"] or None
         scores, found = evaluate(loaded, as_processor(processor), names, limit, **options)
@@ -128,9 +142,12 @@ def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> 
     if perplexity:
         multimodal = is_multimodal(processor)
         samples = training_data(**data, scenes=200, multimodal=multimodal)
+        template = template or choose_template(processor, None, has_chat(samples))
         limits = dict(limit=o["limit"] or 256, max_length=o["max_length"] or 1024)
         rows.append(perplexity_row(loaded, processor, samples, **limits))
-    return pd.concat(rows, ignore_index=True), found
+    rows = pd.concat(rows, ignore_index=True)
+    rows.attrs["chat_template"] = template
+    return rows, found
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-010
 def record_results(model: str, rows, original, device: str) -> None:
@@ -141,7 +158,10 @@ def record_results(model: str, rows, original, device: str) -> None:
     columns = ["benchmark", "metric", "score", "low", "high", "n"]
     results = json.loads(rows[columns].to_json(orient="records"))
     dense = None if original is None else dict(zip(original.benchmark, original.score.round(3)))
-    step = make_step("evaluate", device, results=results, dense_scores=dense)
+    facts = {"results": results, "dense_scores": dense}
+    if rows.attrs.get("chat_template"):
+        facts["chat_template"] = rows.attrs["chat_template"]
+    step = make_step("evaluate", device, **facts)
     add_step(model, load(model, "cpu")[0], json.loads(json.dumps(step)))
 
 
@@ -184,6 +204,7 @@ def evaluate(
     image_root: Images = "",
     skip_missing: SkipMissing = False,
     max_length: MaxLength = None,
+    chat_template: ChatTemplate = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -206,6 +227,19 @@ def against_dense(rows, original) -> dict:
     return {"avg_percent": percent, "dense": json.loads(original.to_json(orient="records"))}
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-015
+def write_table(table, path: Path) -> None:
+    "Write a CSV file, complete or not at all; OSError that names it."
+    from mllm_compress.utils.files import write_atomically
+
+    try:
+        write_atomically(path, table.to_csv(index=False))
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error.strerror or error}): free some space, or write "
+            "to another folder."
+        ) from None
+
+
 def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> None:
     "The command `evaluate`, its other options by name."
     import shutil
@@ -230,13 +264,13 @@ def evaluate_with(model, benchmark, questions, scorer, dense, as_json, **o) -> N
     if dense:
         facts |= against_dense(rows, original)
         lines += [f"AVG-%: {facts['avg_percent']:.2f}"] if facts["avg_percent"] else []
+    emit("\n".join(lines), facts, as_json)  # first, because a disk may be full
     if o["record"]:
         record_results(model, rows, original, o["device"])
     if o["out"]:
-        rows.to_csv(o["out"], index=False)
+        write_table(rows, o["out"])
         if not o["answers"]:
             shutil.rmtree(o["out"].parent / f".{o['out'].name}.answers", ignore_errors=True)
-    emit("\n".join(lines), facts, as_json)
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-017
 SIZES = {
@@ -245,10 +279,51 @@ SIZES = {
     "KV cache per token, byte": ("KV cache per token", "total"),
     "prefill, s": ("latency median", "prefill"),
     "decode, s per token": ("latency median", "decode"),
-    "peak beyond weights, byte": ("peak beyond weights", "prefill"),
+    "peak tensors of a prefill, byte": ("peak beyond weights", "prefill"),
 }
+RESIDENT = "resident memory, byte"
+
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-019
+_PROBE = """
+import os
+import sys
+import torch
+import mllm_compress.cost.report
+from mllm_compress.cli.app import load, resident_memory
+from mllm_compress.cost.arithmetic import example_inputs, forward
+from mllm_compress.cost.report import prompt_tokens
+for name in sys.argv[1:]:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    try:  # Linux: the highest mark starts again from here
+        open("/proc/self/clear_refs", "w").write("5")
+    except OSError:
+        pass
+    before = resident_memory(now=True)
+    model, processor, _ = load(name, "cpu")
+    with torch.no_grad():
+        forward(model, example_inputs(model, prompt_tokens(processor)))
+    print(max(0, resident_memory() - before), flush=True)
+    os._exit(0)
+"""
 
 
+def resident_bytes(models: tuple) -> list:  # nan, with a note, where a process fails
+    "How far the memory of a process rises while it loads a model and reads a prompt on the CPU."
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-c", _PROBE, *models]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = [2**20 * float(line) for line in done.stdout.split()]
+    if len(found) == len(models):
+        return found
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    note(f"the memory of a process with each model could not be measured ({last}).")
+    return [float("nan")] * len(models)
+
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-021
 def costs_of(model: str, device: str) -> dict:  # name -> number
     "Sizes and seconds of a model."
     from mllm_compress.cost.report import cost_report
@@ -273,7 +348,7 @@ def cost_table(dense: dict, small: dict):  # of costs_of
     ]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-019
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-023
 def score_table(dense, small, answers: tuple):
     "Scores of two models with the paired differences of their answers."
     from mllm_compress.evaluation import compare
@@ -296,26 +371,62 @@ def side_by_side(dense, small, count: int):
     columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
     return both.loc[order, columns].head(count)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-021
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-025
+LEAST_SPAN = 10  # points to either side of 0
+
+
+def _row_label(benchmark: str, n: int) -> str:
+    "A benchmark as the picture names it."
+    if benchmark.startswith("own/"):
+        benchmark = benchmark.removeprefix("own/").rpartition("-")[0]
+    return f"{benchmark} (n = {n})"
+
+
+def _draw_costs(axes, costs) -> None:
+    "What remains of sizes and seconds, in percent."
+    kept = costs.dropna(subset="small / dense")[::-1]
+    percent = 100 * kept["small / dense"].astype(float)
+    names = [what.split(", ")[0] for what in kept.what]
+    bars = axes.barh(names, percent, color="#0072B2")
+    axes.bar_label(bars, [f"{p:.0f}" for p in percent], padding=3, fontsize=8)
+    axes.axvline(100, color="#777777", lw=1)
+    axes.set(xlabel="% of the dense model", xlim=(0, max(110, 1.12 * percent.max())), title="cost")
+
+
+def _draw_differences(axes, scores) -> None:
+    "The paired differences of scores with their intervals."
+    shown = scores.dropna(subset="difference")[::-1]
+    names = [_row_label(b, int(n)) for b, n in zip(shown.benchmark, shown.n)]
+    low, high = shown.low_difference, shown.high_difference
+    error = [shown.difference - low, high - shown.difference]
+    axes.errorbar(shown.difference, names, xerr=error, fmt="o", capsize=3, color="#D55E00")
+    axes.axvline(0, color="#777777", lw=1)
+    span = max(LEAST_SPAN, 1.1 * low.abs().max(), 1.1 * high.abs().max())
+    axes.set(xlabel="small - dense, points [95 %]", xlim=(-span, span), title="scores")
+    axes.set_ylim(-0.6, len(names) - 0.4)
+
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-027
 def comparison_picture(costs, scores, path: Path) -> None:
     "Two panels: what remains of sizes and seconds, and the differences of scores."
-    if (figure := new_figure(9, 3.2)) is None:
+    if (figure := new_figure(10, 3.2)) is None:
         return
     left, right = figure.subplots(1, 2)
-    left.barh(costs.what[::-1], 100 * costs["small / dense"].astype(float)[::-1], color="#0072B2")
-    left.axvline(100, color="#777777", lw=1)
-    left.set(xlabel="% of the dense model", title="cost")
-    if "difference" in scores:
-        shown = scores.dropna(subset="difference")[::-1]
-        error = [shown.difference - shown.low_difference, shown.high_difference - shown.difference]
-        right.errorbar(shown.difference, shown.benchmark, xerr=error, fmt="o", color="#D55E00")
-        right.axvline(0, color="#777777", lw=1)
-        right.set(xlabel="small - dense, points [95 %]", title=f"scores, n = {int(scores.n.sum())}")
+    _draw_costs(left, costs)
+    if "difference" in scores and scores.difference.notna().any():
+        _draw_differences(right, scores)
+    else:
+        rows = zip(scores.benchmark, scores.score_dense, scores.score)
+        text = "\n".join(
+            f"{name}: {dense:.2f} dense, {small:.2f} small" for name, dense, small in rows
+        )
+        right.text(0.5, 0.5, text, ha="center", va="center")
+        right.set_title("scores")
+        right.axis("off")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-023
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-029
 @app.command(cls=TableHelp)
 def compare(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The original model.")],
@@ -333,6 +444,7 @@ def compare(
     image_root: Images = "",
     skip_missing: SkipMissing = False,
     max_length: MaxLength = None,
+    chat_template: ChatTemplate = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -342,7 +454,7 @@ def compare(
     with politely("Answers are kept in --answers." if answers else "Nothing is kept."):
         compare_with(**given)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-025
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-031
 _FILES = {"costs.csv", "scores.csv", "answers.csv", "comparison.png"}
 
 
@@ -360,7 +472,7 @@ def check_comparison_folder(out: Path | None, overwrite: bool, inputs: dict) -> 
     if there and not overwrite:
         raise ValueError(f"{out} holds a comparison: replace it with --overwrite.")
 
-
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-033
 def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, **o) -> None:
     "The command `compare`, its other options by name."
     at_least(0, limit=o["limit"], examples=examples)
@@ -374,16 +486,20 @@ def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, 
     names, perplexity = asked(wanted, questions, scorer, o["image_root"], text)
     data = {k: o[k] for k in ("data", "image_root", "skip_missing")}
     found = [measured(model, names, perplexity, data, o) for model in (dense, small)]
-    costs = cost_table(*(costs_of(model, o["device"]) for model in (dense, small)))
+    costs = [costs_of(model, o["device"]) for model in (dense, small)]
+    if o["device"] == "cpu":
+        for row, value in zip(costs, resident_bytes((dense, small))):
+            row[RESIDENT] = value
+    costs = cost_table(*costs)
     (original, first), (rows, second) = found
     tables = {"costs": costs, "scores": score_table(original, rows, (first, second))}
     if first is not None:
         tables["answers"] = side_by_side(first, second, examples)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            table.to_csv(out / f"{name}.csv", index=False)
-        comparison_picture(costs, tables["scores"], out / "comparison.png")
     facts = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     shown = (t.to_string(index=False, float_format="{:.4g}".format) for t in tables.values())
     emit("\n\n".join(shown), facts, as_json)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            write_table(table, out / f"{name}.csv")
+        comparison_picture(costs, tables["scores"], out / "comparison.png")

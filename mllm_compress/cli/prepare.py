@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-002
 import os
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +17,7 @@ import typer
 from mllm_compress.cli.app import (
     TABLES,
     AsJson,
+    ChatTemplate,
     DataFile,
     Device,
     Images,
@@ -29,8 +30,11 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
+    choose_template,
     emit,
+    has_chat,
     is_multimodal,
     listed,
     load,
@@ -159,9 +163,11 @@ def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
         )
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-014
-def calibration(data, samples: int | None, processor, seed: int, max_length, device: str) -> list:
-    "Calibration batches on the device."
-    from mllm_compress.data.instructions import calibration_batches
+def calibration(
+    data, samples: int | None, processor, seed: int, max_length, device: str, usual: int = 64
+) -> list:
+    "Calibration batches on the device; without a number of samples the usual one."
+    from mllm_compress.data import calibration_batches
 
     if samples is not None and samples > len(data):
         raise ValueError(
@@ -169,7 +175,7 @@ def calibration(data, samples: int | None, processor, seed: int, max_length, dev
         )
     if max_length is None and not is_multimodal(processor):
         max_length = 1024  # a text may be a whole book
-    n = samples or min(64, len(data))
+    n = samples or usual
     batches = calibration_batches(data, processor, n, seed=seed, max_length=max_length)
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
@@ -201,7 +207,17 @@ Samples = Annotated[int | None, typer.Option(help="Calibration samples; default:
 
 
 def scored(
-    model, processor, method, pruning, samples, seed, data_options: dict, max_length, device
+    model,
+    processor,
+    method,
+    pruning,
+    samples,
+    seed,
+    data_options: dict,
+    max_length,
+    device,
+    out: Path | None = None,  # where scores will be written; None: nothing is kept on the way
+    chat_template: Path | None = None,
 ) -> tuple:  # (scores, record of the calibration data or None)
     "The scores of a model, and what they were computed on."
     from mllm_compress.importance.criteria import criterion, measure
@@ -212,11 +228,35 @@ def scored(
     if needs_no_data(kind, method):
         return measure(kind, method, model, None, seed), None
     data = training_data(**data_options, multimodal=is_multimodal(processor))
+    template = choose_template(processor, chat_template, has_chat(data))
     batches = calibration(data, samples, processor, seed, max_length, device)
     rows = sum(len(b["input_ids"]) for b in batches)
-    return measure(kind, method, model, batches, seed), {"name": data.name, "samples": rows}
+    kept = keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext()
+    with kept:
+        scores = measure(kind, method, model, batches, seed)
+    record = {"name": data.name, "samples": rows}
+    return scores, record | ({"chat_template": template} if template else {})
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-018
+def sums_file(out: Path) -> Path:
+    "Where the sums of an unfinished pass are."
+    return out.parent / f".{out.name}.scoring"
+
+
+def keeping_sums(out: Path, kind: str, method: str, model, batches: list, seed: int):
+    "A context in which scoring goes on from the sums of an interrupted one."
+    import torch
+
+    from mllm_compress.importance.criteria import criterion
+    from mllm_compress.importance.scores import model_record
+    from mllm_compress.utils.files import content_hash
+    from mllm_compress.utils.resuming import batches_hash, resuming
+
+    key = [kind, method, criterion(kind, method).version, seed, model_record(model)]
+    key += [batches_hash(batches), str(model.dtype), str(model.device), torch.__version__]
+    return resuming(sums_file(out), content_hash(key))
+
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-020
 @app.command(cls=TableHelp)
 def score(
     model: Model,
@@ -230,26 +270,30 @@ def score(
     skip_missing: SkipMissing = False,
     scenes: Scenes = 2000,
     max_length: MaxLength = None,
+    chat_template: ChatTemplate = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
     "Measure what matters least, and write the scores."
-    with politely("No scores were written; scoring starts from the beginning again."):
+    with politely("Finished batches are kept beside --out; the same command goes on from there."):
         at_least(1, samples=samples, scenes=scenes, max_length=max_length)
         at_least(0, seed=seed)
         check_scores_target(out, overwrite, {"model": model})
+        from mllm_compress.checkpoint.target import save_or_rescue
         from mllm_compress.pruning.one_step import pruning_of
 
         pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
         check_models(model)
         device = resolve_device(device)
+        check_data(data, image_root, skip_missing)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         loaded, processor, _ = load(model, device)
         settings = (method, pruning, samples, seed, options, max_length, device)
-        scores, calibrated = scored(loaded, processor, *settings)
+        scores, calibrated = scored(loaded, processor, *settings, out, chat_template)
         if calibrated:
             scores.meta["calibration"] = calibrated
-        scores.save(out)
+        save_or_rescue(scores.save, out)
+        sums_file(out).unlink(missing_ok=True)
         facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
         emit(f"{scores}\nwritten to {out}", facts, as_json)

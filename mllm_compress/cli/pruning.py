@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from mllm_compress.cli.app import (
+    TABLES,
     AsJson,
     DataFile,
     Device,
@@ -29,13 +30,15 @@ from mllm_compress.cli.app import (
     at_least,
     check_models,
     emit,
+    is_multimodal,
     load,
     new_figure,
     note,
     politely,
     resolve_device,
+    training_data,
 )
-from .prepare import Method, Pruning, Samples, scored
+from .prepare import Pruning, Samples, calibration, needs_no_data
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-004
 def parse_layers(
@@ -63,6 +66,17 @@ def parse_protect(
     return int(match[1]), int(match[2])
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-006
+def parse_round(
+    text: str,  # such as 64, or auto
+) -> int | str:
+    "A multiple for the widths; ValueError for anything else."
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"\d{1,7}", text) or int(text) < 1:
+        raise ValueError(f"--round-to {text!r} cannot be used: give a number from 1, or auto.")
+    return int(text)
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-009
 def check_request(ratio, layers: str, plan: Path | None, scores: list) -> None:
     "ValueError where the options do not say what to remove, or say it twice."
     given = [n for n, v in (("--layers", layers), ("--plan", plan)) if v]
@@ -97,7 +111,31 @@ def stored_plan(model, record: dict, given: dict):
         check_record(scores, record)
     return one_step.plan_from_scores(model, found, given["ratio"], **given["shape"])
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-008
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-011
+def recipe_of(o: dict):
+    "The recipe that the options name; a ValueError where it would have no effect."
+    from mllm_compress.pruning.one_step import Recipe, choose_recipe
+
+    stored = next((f"--{name}" for name in ("plan", "layers", "scores") if o[name]), "")
+    idle = ["recipe", "method"] + ["allocation"] * (stored in ("--plan", "--layers"))
+    for name in (n for n in idle if stored and o[n] is not None):
+        raise ValueError(f"{stored} says what goes, so --{name} has no effect: leave it out.")
+    if stored:
+        return Recipe("stored", o["allocation"] or "layer", o["shape"], bool(o["reconstruct"]))
+    names = ("method", "pruning", "allocation", "shape", "reconstruct")
+    return choose_recipe(o["recipe"], **{n: None if o[n] == "" else o[n] for n in names})
+
+
+def check_knobs(o: dict, recipe) -> None:
+    "A ValueError for a ridge that cannot be, or an option of a refit that does not take place."
+    if o["ridge"] is None:
+        return
+    if not recipe.reconstruct:
+        raise ValueError("--ridge is an option of the refit: add --reconstruct, or leave it out.")
+    if not 0 <= o["ridge"] < float("inf"):
+        raise ValueError(f"--ridge is {o['ridge']}: give a number from 0, such as 0.1.")
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-013
 def open_source(model: str):
     "A FileModel, or None where the model must be loaded."
     from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
@@ -119,7 +157,7 @@ def input_bytes(model: str) -> int:
     "Bytes of the weights of a local checkpoint, 0 where it is not local."
     return sum(p.stat().st_size for p in Path(model).glob("*.safetensors"))
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-010
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
 def base_facts(model: str) -> dict:
     "Name and licence of the model that was pruned, where they are known."
     from huggingface_hub import ModelCard
@@ -164,22 +202,44 @@ def prune_step(model: str, plan, device: str, **facts) -> dict:
         "prune", device, **base_facts(model), plan=repr(plan), **ratios, scores=scores, **facts
     )
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-012
-def _compute_plan(model: str, given: dict, device: str) -> tuple:
-    "Load the model and score it: (model, processor, earlier plan, plan, calibration)."
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-017
+REFIT_QUESTIONS = 512
+
+
+def calibrated(processor, given: dict, device: str) -> tuple:  # (batches, record), or (None, None)
+    "The calibration batches that a recipe takes, and what they are made of."
+    from mllm_compress.pruning.one_step import pruning_of
+
+    recipe, options = given["recipe"], given["calibration"]
+    scored = not given["stored"]
+    if not recipe.reconstruct:
+        method, kind = recipe.method, scored and pruning_of(recipe.method, recipe.pruning)
+        by_weights = scored and method != "obs" and needs_no_data(kind, method)
+        if not scored or by_weights and not given["layer_method"]:
+            return None, None
+    data = training_data(**options["data"], multimodal=is_multimodal(processor))
+    usual = REFIT_QUESTIONS if recipe.reconstruct else 64
+    settings = (options["samples"], processor, given["seed"], options["max_length"], device)
+    batches = calibration(data, *settings, usual)
+    return batches, {"name": data.name, "samples": sum(len(b["input_ids"]) for b in batches)}
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-019
+def compute_plan(model: str, given: dict, device: str) -> tuple:
+    "Load the model and make the plan: (model, processor, plan, batches, their record)."
     from mllm_compress.importance.scores import model_record
-    from mllm_compress.pruning.one_step import plan_from_scores
+    from mllm_compress.pruning.one_step import plan_from_scores, scores_for
 
-    loaded, processor, earlier = load(model, device)
+    loaded, processor, _ = load(model, device)
     plan = stored_plan(loaded, model_record(loaded), given)
-    calibrated = None
+    batches, record = calibrated(processor, given, device)
     if plan is None:
-        scores, calibrated = scored(loaded, processor, *given["scoring"], device)
+        layers = given["layer_method"]
+        scores = scores_for(given["recipe"], loaded, batches, given["seed"], layers)
         plan = plan_from_scores(loaded, scores, given["ratio"], **given["shape"])
-    return loaded, processor, earlier, plan, calibrated
+    return loaded, processor, plan, batches, record
 
 
-def _whole_plan(model: str, plan):
+def whole_plan(model: str, plan):
     "The plan in terms of the first dense model, where the model was pruned before."
     from mllm_compress.checkpoint import is_checkpoint
     from mllm_compress.checkpoint.integrity import PLAN
@@ -189,41 +249,59 @@ def _whole_plan(model: str, plan):
         return plan
     return compose_plans(PruningPlan.load(Path(model) / PLAN), plan)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-014
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-021
+def cut(loaded, plan, batches, given: dict) -> tuple:  # (model, facts for the provenance)
+    "The pruned model, refitted or not."
+    from mllm_compress.pruning.one_step import refitted
+    from mllm_compress.pruning.slicing import apply_plan
+
+    small, facts = apply_plan(loaded, plan), {}
+    if given["recipe"].reconstruct:
+        small, facts["reconstruction"] = refitted(small, loaded, batches, plan, given["ridge"])
+    return small, facts
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-023
 def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str):
-    "Plan, cut and save; returns the whole plan."
+    "Plan, cut and save; returns the whole plan and what was done."
     from transformers.utils import logging
 
-    from mllm_compress import checkpoint, pruning
+    from mllm_compress import checkpoint
     from mllm_compress.checkpoint import from_files
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
     from mllm_compress.zoo.models import check_image_token, load_processor
 
     logging.disable_progress_bar()
-    source, calibrated, loaded = open_source(model), None, None
-    stored = bool(given["plan"] or given["layers"] or given["scores"])
-    if source is not None and stored:
-        record = source.record() if given["scores"] else {}
-        plan = stored_plan(source.model, record, given)
+    refit, record, loaded = given["recipe"].reconstruct, None, None
+    source = open_source(model) if given["stored"] or not refit else None
+    if source is not None and given["stored"]:
+        plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
         processor = load_processor(source.folder)
         check_image_token(source.folder, source.model, processor)
+        batches, record = calibrated(processor, given, "cpu")
     else:
-        loaded, processor, _, plan, calibrated = _compute_plan(model, given, device)
-    whole = _whole_plan(model, plan)
-    step = prune_step(model, plan, device, calibration=calibrated, seed=given["seed"])
+        loaded, processor, plan, batches, record = compute_plan(model, given, device)
+    whole, facts = whole_plan(model, plan), {}
+    if source is None:
+        small, facts = cut(loaded, plan, batches, given)
+    elif refit:
+        facts["reconstruction"] = {"ridge": given["ridge"] or "chosen", "weights": "in files"}
+    loaded = None  # its memory is free for the cut
+    facts |= {} if given["stored"] else {"recipe": str(given["recipe"])}
+    step = prune_step(model, plan, device, calibration=record, seed=given["seed"], **facts)
     records = dict(provenance=[*history(model), step], further=draw_beside(whole))
     records |= dict(processor=processor, overwrite=overwrite)
-    if source is not None:
-        loaded = None  # its memory is free for the cut
+    if source is not None and refit:
+        records |= dict(stored=whole, ridge=given["ridge"])
+        save = lambda to: checkpoint.reconstruct_files(source, plan, batches, to, **records)
+    elif source is not None:
         save = lambda to: from_files.prune_files(source, plan, to, stored=whole, **records)
     else:
-        small = pruning.apply_plan(loaded, plan)
         save = lambda to: checkpoint.save_pruned(small, whole, to, **records)
     save_or_rescue(save, out)
-    return whole
+    return whole, facts
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-025
 Ratio = Annotated[
     float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
 ]
@@ -234,36 +312,80 @@ Scores = Annotated[
 LayerList = Annotated[str, typer.Option("--layers", help="Layers to remove, such as 3,5-7.")]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan that was saved as JSON.")]
 Shape = Annotated[
-    str, typer.Option(help="Widthwise: uniform (plain from_pretrained loads it) or blockwise.")
+    str | None,
+    typer.Option(help="Widthwise: uniform (plain from_pretrained loads it) or blockwise."),
 ]
 Protect = Annotated[
     str, typer.Option(help="Widthwise, blockwise: first,last layers kept whole; default 1,1.")
 ]
 RoundTo = Annotated[
-    int,
+    str,
     typer.Option(
-        "--round-to", help="Widthwise: widths stay multiples of this; GPUs like 64 or 128."
+        "--round-to",
+        help="Widthwise: widths stay multiples of this; auto: 64 for a GPU, 32 for a CPU, less in "
+        "narrow models.",
     ),
 ]
 LayerShare = Annotated[
-    float, typer.Option("--layer-share", help="With both scores: part of the ratio for layers.")
+    float | None,
+    typer.Option(
+        "--layer-share", help="Whole layers go as well: their part of the ratio, such as 0.5."
+    ),
+]
+LayerMethod = Annotated[
+    str, typer.Option("--layer-method", help="With --layer-share: the criterion for layers.")
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-018
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-027
+def _recipes() -> str:
+    "Help of --recipe."
+    from mllm_compress.pruning.one_step import RECIPES
+
+    return " ".join(f"{name}: {recipe}." for name, recipe in RECIPES.items())
+
+
+def _allocations() -> str:
+    "Help of --allocation."
+    from mllm_compress.pruning.plans import ALLOCATIONS
+
+    return "Widthwise. " + " ".join(f"{name}: {what}." for name, what in ALLOCATIONS.items())
+
+
+TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations}
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="RECIPES")]
+Scoring = Annotated[str | None, typer.Option("--method", help="METHODS")]
+Allocation = Annotated[str | None, typer.Option(help="ALLOCATIONS")]
+Refit = Annotated[
+    bool | None,
+    typer.Option(
+        "--reconstruct/--no-reconstruct", help="Refit what is left by least squares; no training."
+    ),
+]
+Ridge = Annotated[
+    float | None,
+    typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
+]
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-029
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
     out: Out,
     ratio: Ratio = None,
     scores: Scores = [],
-    method: Method = "block_influence",
+    recipe: RecipeName = None,
+    method: Scoring = None,
     pruning: Pruning = "",
+    allocation: Allocation = None,
+    reconstruct: Refit = None,
+    ridge: Ridge = None,
     layers: LayerList = "",
     plan: PlanFile = None,
-    shape: Shape = "uniform",
+    shape: Shape = None,
     protect: Protect = "",
-    round_to: RoundTo = 1,
-    layer_share: LayerShare = 0.5,
+    round_to: RoundTo = "1",
+    layer_share: LayerShare = None,
+    layer_method: LayerMethod = "block_influence",
     samples: Samples = None,
     seed: int = 0,
     data: DataFile = "small",
@@ -275,35 +397,51 @@ def prune(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
-    "Score if needed, plan, apply the plan, and write the smaller model."
+    "Score if needed, plan, apply the plan, refit, and write the smaller model."
     given = locals()
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-020
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-031
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint
-    from mllm_compress.pruning.one_step import pruning_of
-    from mllm_compress.utils.methods import check_choice
 
-    at_least(1, samples=o["samples"], scenes=o["scenes"], round_to=o["round_to"])
-    at_least(1, max_length=o["max_length"])
-    at_least(0, seed=o["seed"])
-    check_request(o["ratio"], o["layers"], o["plan"], o["scores"])
-    check_choice("shape", o["shape"], ("uniform", "blockwise"))
-    pruning_of(o["method"], o["pruning"] or None)
-    shape = dict(shape=o["shape"], round_to=o["round_to"], layer_share=o["layer_share"])
-    shape["protect"] = parse_protect(o["protect"])
-    data = {k: o[k] for k in ("data", "image_root", "scenes", "skip_missing")}
-    scoring = (o["method"], o["pruning"], o["samples"], o["seed"], data, o["max_length"])
-    given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed")}
-    given |= dict(shape=shape, scoring=scoring)
+    given = check_options(o)
     inputs = {"model": model} | {f"scores {i}": s for i, s in enumerate(o["scores"])}
     needed = int(input_bytes(model) * (1 - (o["ratio"] or 0)))
     checkpoint.check_target(out, overwrite, inputs, needed)
     check_models(model)
-    whole = run_pruning(model, out, given, overwrite, resolve_device(device))
+    if not given["stored"] and not o["recipe"] and not o["method"]:
+        note(f"the recipe is {given['recipe']}; --recipe and --method choose otherwise.")
+    whole, done = run_pruning(model, out, given, overwrite, resolve_device(device))
     facts = {"out": str(out), "achieved_ratio": whole.achieved_ratio, "plan": repr(whole)}
-    facts |= {"requested_ratio": o["ratio"], "layers": len(whole.layers)}
-    emit(f"{whole}\nwritten to {out}", json.loads(json.dumps(facts)), as_json)
+    facts |= {"requested_ratio": o["ratio"], "layers": len(whole.layers)} | done
+    said = f"{done['recipe']}\n" if "recipe" in done else ""
+    emit(f"{said}{whole}\nwritten to {out}", json.loads(json.dumps(facts)), as_json)
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-033
+def check_options(o: dict) -> dict:
+    "The options of `prune` as the work needs them; ValueError for what cannot be."
+    from mllm_compress.importance.criteria import criterion
+    from mllm_compress.utils.methods import check_choice
+
+    at_least(1, samples=o["samples"], scenes=o["scenes"], max_length=o["max_length"])
+    at_least(0, seed=o["seed"])
+    check_request(o["ratio"], o["layers"], o["plan"], o["scores"])
+    if o["shape"] is not None:
+        check_choice("shape", o["shape"], ("uniform", "blockwise"))
+    stored = bool(o["plan"] or o["layers"] or o["scores"])
+    recipe = recipe_of(o)
+    check_knobs(o, recipe)
+    shape = dict(round_to=parse_round(o["round_to"]), protect=parse_protect(o["protect"]))
+    share = o["layer_share"]
+    shape |= dict(layer_share=0.5 if share is None else share, allocation=recipe.allocation)
+    layer_method = None if share is None or stored else o["layer_method"]
+    if layer_method:
+        criterion("layerwise", layer_method)
+    data = {k: o[k] for k in ("data", "image_root", "scenes", "skip_missing")}
+    calibration = dict(data=data, samples=o["samples"], max_length=o["max_length"])
+    given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed", "ridge")}
+    given |= dict(stored=stored, recipe=recipe, layer_method=layer_method, calibration=calibration)
+    return given | {"shape": shape | {"shape": recipe.shape}}

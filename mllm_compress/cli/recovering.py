@@ -18,6 +18,7 @@ import typer
 from mllm_compress.cli.app import (
     TABLES,
     AsJson,
+    ChatTemplate,
     DataFile,
     Device,
     Images,
@@ -29,8 +30,11 @@ from mllm_compress.cli.app import (
     TableHelp,
     app,
     at_least,
+    check_data,
     check_models,
+    choose_template,
     emit,
+    has_chat,
     is_multimodal,
     listed,
     load,
@@ -98,6 +102,19 @@ def lora_options(rank: int | None) -> dict | None:
     return {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05} if rank else None
 
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-008
+def gentle_options(options: dict, student) -> dict:
+    "The options, with a smaller learning rate where the student was reconstructed."
+    from mllm_compress.pruning.reconstruction import MARK
+    from mllm_compress.recovery.config import LEARNING_RATES
+
+    whole = options.get("train", "projector+lm") == "projector+lm"
+    if not getattr(student.config, MARK, None) or not whole or {"lora", "lr"} & set(options):
+        return options
+    rate = LEARNING_RATES["reconstructed"]["default"]
+    note(f"the model was reconstructed, so the learning rate is {rate:g}; --lr chooses otherwise.")
+    return options | {"lr": rate}
+
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-010
 def chosen_fraction(options: dict, data: str) -> float:
     "The fraction of the data: as given, or by the kind of data."
     if "fraction" in options:
@@ -106,7 +123,7 @@ def chosen_fraction(options: dict, data: str) -> float:
     note(f"training on {fraction:.0%} of the data; --fraction chooses otherwise.")
     return fraction
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-010
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-012
 def training_folder(out: Path) -> Path:
     "Where the checkpoints of a training are."
     return out.parent / f".{out.name}.training"
@@ -145,7 +162,7 @@ def train(student, dense, data, config, save_every: int, folder: Path, **options
             f"{error} Or pass --restart to begin again with the options of this command."
         ) from None
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-012
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-014
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -163,7 +180,7 @@ def tracking(report_to: str, out: Path) -> dict:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(out.parent / f"{out.name}.runs"))
     return {"trainer": {"report_to": [report_to], "run_name": out.name}}
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-014
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-016
 def curve_files(history):
     "A function of a folder that writes the learning curve there."
 
@@ -180,7 +197,7 @@ def curve_files(history):
     return write
 
 
-def recover_step(config, data, teacher: str, result, device: str) -> dict:
+def recover_step(config, data, teacher: str, result, device: str, template=None) -> dict:
     "The step of the provenance that a recovery is."
     from mllm_compress.checkpoint.provenance import make_step
     from mllm_compress.recovery.config import learning_rate
@@ -188,12 +205,13 @@ def recover_step(config, data, teacher: str, result, device: str) -> dict:
     settings = {k: v for k, v in asdict(config).items() if v is not None}
     settings["lr"] = learning_rate(config)
     used = {"name": data.name, "hash": data.hash, "samples": result.samples}
+    used |= {"chat_template": template} if template else {}
     teacher = Path(teacher).name if Path(teacher).exists() else teacher
     facts = dict(teacher=teacher, data=used, config=settings, seconds=round(result.seconds, 1))
     last = {k: round(float(v), 5) for k, v in result.history.iloc[-1].items() if v == v}
     return make_step("recover", device, **facts, last=last)
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-016
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-018
 def _pictures_beside(folder: Path):
     "A function of a new folder that copies the plan's picture into it."
 
@@ -221,7 +239,7 @@ def save_recovered(model: str, out: Path, plan, result, step: dict, dtype, **opt
     options |= dict(provenance=steps, further=further)
     save_or_rescue(lambda to: checkpoint.save_pruned(trained, plan, to, **options), out)
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-018
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-020
 def _losses() -> str:
     "Help of --losses."
     from mllm_compress.recovery.losses import LOSSES
@@ -260,7 +278,7 @@ Restart = Annotated[
     bool, typer.Option("--restart", help="Begin again: delete the checkpoints of a stopped run.")
 ]
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-020
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-022
 @app.command(cls=TableHelp)
 def recover(
     model: Annotated[str, typer.Argument(help="Folder that `prune` wrote.")],
@@ -286,6 +304,7 @@ def recover(
     skip_missing: SkipMissing = False,
     scenes: Scenes = 40_000,
     max_length: MaxLength = None,
+    chat_template: ChatTemplate = None,
     save_every: SaveEvery = None,
     restart: Restart = False,
     report_to: Annotated[
@@ -300,7 +319,7 @@ def recover(
     with politely(f"{_kept(save_every)}"):
         recover_with(**given)
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-022
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-024
 def _kept(save_every: int | None) -> str:
     "What is left of a training that was stopped."
     if save_every == 0:
@@ -324,7 +343,7 @@ def recovery_options(o: dict) -> dict:
     given["losses"] = {n: 1 / len(names) for n in names} if names else None
     return given
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-024
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-026
 def _is_number(low: float, whole: bool = False, below: float = math.inf):
     "A test for a number from `low` on, and its name."
     kinds, name = ((int,), "a whole number") if whole else ((int, float), "a number")
@@ -358,7 +377,7 @@ _KINDS = {
     ),
 }
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-026
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-028
 def _check_lora(options: dict) -> None:
     "ValueError for options that peft's LoraConfig does not have."
     import inspect
@@ -372,7 +391,7 @@ def _check_lora(options: dict) -> None:
         if name in ("r", "lora_alpha") and (type(value) is not int or value < 1):
             raise ValueError(f"lora: {name} is {value!r}: give a whole number from 1.")
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-028
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-030
 def checked_config(options: dict):
     "The RecoveryConfig of some options; ValueError for a value of a wrong kind too."
     from mllm_compress.recovery import config_from_dict
@@ -397,7 +416,7 @@ def check_layers(config, plan) -> None:
             f"hidden_layers names layer {wrong[0]}: the teacher has 0 to {plan.num_layers - 1}."
         )
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-030
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-032
 def config_and_data(student, processor, options: dict, o: dict, device: str) -> tuple:
     "The RecoveryConfig with the defaults of this model and these data, and the data."
     from mllm_compress.anatomy import lm_parameters
@@ -407,6 +426,7 @@ def config_and_data(student, processor, options: dict, o: dict, device: str) -> 
     options, sentence = sized_options(options, lm_parameters(student), device, o["recipe"])
     if sentence:
         note(sentence)
+    options = gentle_options(options, student)
     if not multimodal:
         options = {"max_length": 1024} | options  # a text may be a whole book
     options["fraction"] = chosen_fraction(options, o["data"])
@@ -422,7 +442,7 @@ def check_pruned(model: str) -> None:
             f"{model} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote."
         )
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-032
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-034
 def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     "The command `recover`, its other options by name."
     from mllm_compress import checkpoint
@@ -436,8 +456,10 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     device, tracker = resolve_device(device), tracking(o["report_to"], out)
     check_pruned(model)
     check_models(model, teacher)
+    check_data(o["data"], o["image_root"], o["skip_missing"])
     student, processor, plan = load(model, device)
     config, data = config_and_data(student, processor, options, o, device)
+    template = choose_template(processor, o["chat_template"], has_chat(data))
     check_layers(config, plan)
     folder = training_folder(out)
     check_training_space(student, config, out)
@@ -449,12 +471,12 @@ def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     every = steps_between(len(data), config, o["save_every"])
     extras = dict(processor=processor, plan=plan, device=device, progress=progress()) | tracker
     result = train(student, dense, data, config, every, folder, **extras)
-    step = recover_step(config, data, teacher, result, device)
+    step = recover_step(config, data, teacher, result, device, template)
     save_recovered(model, out, plan, result, step, dtype, processor=processor, overwrite=overwrite)
     shutil.rmtree(folder, ignore_errors=True)
     _report(out, result, as_json)
 
-# %% ../../nbs/library/cli/05_recovering.ipynb #cell-034
+# %% ../../nbs/library/cli/05_recovering.ipynb #cell-036
 def _report(out: Path, result, as_json: bool) -> None:
     "Print what a training did."
     loss = float(result.history.loss.iloc[-1])

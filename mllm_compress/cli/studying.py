@@ -6,19 +6,50 @@
 __all__ = []
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-002
+import io
+import sys
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import app, politely
+from .app import AsJson, app, emit, politely
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-004
+class _Lines(io.StringIO):
+    "Text that also goes to standard error as it comes."
+
+    def write(self, text):
+        sys.stderr.write(text)
+        return super().write(text)
+
+
+@contextmanager
+def as_one_object(as_json: bool, **facts):
+    "The lines that the block prints and its exit code, as one JSON object if wanted."
+    if not as_json:
+        yield
+        return
+    said, code = _Lines(), 0
+    try:
+        with redirect_stdout(said):
+            yield
+    except typer.Exit as end:
+        code = end.exit_code
+    lines = said.getvalue().splitlines()
+    problems = [x.removeprefix("PROBLEM: ") for x in lines if x.startswith("PROBLEM: ")]
+    emit("", {**facts, "exit_code": code, "problems": problems, "lines": lines}, True)
+    if code:
+        raise typer.Exit(code)
+
+# %% ../../nbs/library/cli/07_studying.ipynb #cell-006
 @app.command()
 def study(
     profile: Annotated[
         str, typer.Option(help="Scale of the study, or a path to a .yaml file.")
     ] = "quick",
+    model: Annotated[str, typer.Option(help="Only this model of the profile.")] = "",
     only: Annotated[list[str], typer.Option(help="Run only this notebook; may be repeated.")] = [],
     parameter: Annotated[
         list[str],
@@ -36,11 +67,14 @@ def study(
     status: Annotated[
         bool, typer.Option("--status", help="Only list the results at hand.")
     ] = False,
+    as_json: AsJson = False,
 ):
     "Compute what is missing, run the notebooks, make figures/PROFILE/index.html."
-    with politely("Finished results are kept; the same command goes on from here."):
+    kept = "Finished results are kept; the same command goes on from here."
+    with politely(kept), as_one_object(as_json, profile=profile):
         from mllm_compress.reporting import notebooks, runner
 
+        profile = f"{profile}@{model}" if model else profile
         if reuse:
             runner.take_in(reuse, profile)
         if status:
@@ -51,7 +85,7 @@ def study(
             return runner.dry_run(profile, only, given, executor, workers)
         raise typer.Exit(runner.run_study(profile, only, given, executor, workers))
 
-# %% ../../nbs/library/cli/07_studying.ipynb #cell-006
+# %% ../../nbs/library/cli/07_studying.ipynb #cell-008
 @app.command("gpu-check")
 def gpu_check(
     models: Annotated[
@@ -60,20 +94,23 @@ def gpu_check(
     skip_study: Annotated[
         bool, typer.Option("--skip-study", help="Leave out the gpu profile.")
     ] = False,
+    as_json: AsJson = False,
 ):
     "Run everything that depends on the device on this machine's GPU; without one, say so."
-    with politely():
+    with politely(), as_one_object(as_json, models=str(models)):
         from mllm_compress.cli import gpu_check as g
 
         raise typer.Exit(g.gpu_check(models, study=not skip_study))
 
-# %% ../../nbs/library/cli/07_studying.ipynb #cell-008
+# %% ../../nbs/library/cli/07_studying.ipynb #cell-010
 @app.command()
 def report(
     profile: Annotated[str, typer.Option(help="Whose executed notebooks to show.")] = "quick",
+    as_json: AsJson = False,
 ):
     "Make figures/PROFILE/index.html again from the executed notebooks."
     with politely():
         from mllm_compress.reporting import page as site
 
-        typer.echo(f"file://{site.build(profile)}")
+        where = f"file://{site.build(profile)}"
+        emit(where, {"profile": profile, "page": where}, as_json)

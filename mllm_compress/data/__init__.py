@@ -8,10 +8,10 @@ __all__ = ['Collator', 'InstructionData', 'calibration_batches', 'easy_vqa', 'fr
 
 # %% ../../nbs/library/data/00_index.ipynb #cell-003
 from . import scenes
+from .calibration import calibration_batches
 from mllm_compress.data.instructions import (
     Collator,
     InstructionData,
-    calibration_batches,
     easy_vqa,
     from_rows,
     load_json,

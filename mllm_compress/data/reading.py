@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/library/data/03_reading.ipynb #cell-003
 import json
 import os
+import re
 from pathlib import Path
 
 IMAGE = "<image>"  # the marker of LLaVA's format
@@ -82,6 +83,31 @@ def _list_of(entry: dict, key: str) -> list:
     return said
 
 # %% ../../nbs/library/data/03_reading.ipynb #cell-019
+def image_names(entry: dict) -> list:
+    "The images of an entry, as they are named; without any an empty list."
+    found = entry.get("image")
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+# %% ../../nbs/library/data/03_reading.ipynb #cell-021
+_FRONT = re.compile(rf"(?:\s*{IMAGE})*\s*")
+
+
+def split_front(question: str) -> tuple:  # (markers before any text, what follows them)
+    "The markers that a question begins with, and the rest of it."
+    front = _FRONT.match(question)[0]
+    return front.count(IMAGE), question[len(front) :]
+
+# %% ../../nbs/library/data/03_reading.ipynb #cell-023
+def pictures_first(
+    said: list,  # turns with their "value"
+) -> bool:
+    "Whether all pictures of a conversation come before its first question."
+    first = said[0]["value"].strip()
+    last = first.count(IMAGE) == 1 and first.endswith(IMAGE)
+    later = any(IMAGE in turn["value"] for turn in said[1:])
+    return not later and (last or IMAGE not in split_front(first)[1])
+
+# %% ../../nbs/library/data/03_reading.ipynb #cell-026
 def _turns_of(entry: dict) -> list:
     "The turns of an entry as human and gpt, the system turn part of the first question."
     said, system = [], []
@@ -101,46 +127,53 @@ def _turns_of(entry: dict) -> list:
             "start with a question and end with an answer",
         )
     if system:
-        first = "\n".join(
-            [*(t["value"] for t in system), said[0]["value"].replace(IMAGE, "").strip()]
-        )
-        marker = f"{IMAGE}\n" if IMAGE in said[0]["value"] else ""
-        said[0] = said[0] | {"value": marker + first}
+        front, question = split_front(said[0]["value"].strip())
+        text = "\n".join([*(t["value"] for t in system), question])
+        said[0] = said[0] | {"value": f"{IMAGE}\n" * front + text}
     return said
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-021
+# %% ../../nbs/library/data/03_reading.ipynb #cell-028
 def _check_markers(entry: dict, said: list) -> None:
-    "EntryError where the picture is not where the chat template will put it."
-    counts = [turn["value"].count(IMAGE) for turn in said]
-    if sum(counts) > 1:
-        _fail(entry, f"has {sum(counts)} {IMAGE} markers", "write one entry per picture")
-    if any(counts[1:]):
-        _fail(entry, f"has its {IMAGE} in a later turn", "put it into the first question")
-    if counts[0] and entry.get("image") is None:
+    "EntryError where markers and images do not belong together one by one."
+    images, counts = len(image_names(entry)), [turn["value"].count(IMAGE) for turn in said]
+    if any(counts[1::2]):
+        _fail(entry, f"has {IMAGE} in an answer", "put it into a question")
+    if any(counts) and not images:
         _fail(entry, f"has {IMAGE} but names no image", "add 'image', or remove the marker")
-    first = said[0]["value"].strip()
-    if counts[0] and not (first.startswith(IMAGE) or first.endswith(IMAGE)):
-        _fail(entry, f"has {IMAGE} inside its question", "put it at the start or at the end")
+    if sum(counts) != images and (images > 1 or any(counts)):
+        many, marks = "s" * (images > 1), "s" * (sum(counts) != 1)
+        _fail(
+            entry,
+            f"has {images} image{many} and {sum(counts)} {IMAGE} marker{marks}",
+            "write one marker per image where it belongs, in the order of the images",
+        )
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-023
-def _image_of(entry: dict):
-    "The one image of an entry, as it is named, or None."
-    found = entry.get("image")
-    found = entry.get("images") if found is None else found
-    if isinstance(found, (list, tuple)):
-        if len(found) > 1:
-            _fail(entry, f"has {len(found)} images", "write one entry per picture")
-        found = found[0] if found else None
+# %% ../../nbs/library/data/03_reading.ipynb #cell-030
+def _check_image(entry: dict, found) -> None:
+    "EntryError for an image that is not named by a file."
     if isinstance(found, str):
         if found.startswith(("http://", "https://", "data:", "file:")):
             _fail(entry, "names an image by its URL", "download it, and name the file")
         if not found.strip() or "\0" in found:
             _fail(entry, "has an image without a name", "name the file, or leave 'image' out")
-    elif found is not None and (isinstance(found, (bool, int, float))):
-        _fail(entry, f"has {found!r} as its image", "name the file, or leave 'image' out")
-    return found
+    elif isinstance(found, (bool, int, float, list)):
+        _fail(entry, f"has {found!r:.40} as its image", "name the file, or leave 'image' out")
+    elif found is None:
+        _fail(entry, "has null in its list of images", "name the file, or leave it out")
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-025
+# %% ../../nbs/library/data/03_reading.ipynb #cell-032
+def _image_of(entry: dict):
+    "The image of an entry as it is named, a list of several, or None."
+    found = entry.get("image")
+    found = entry.get("images") if found is None else found
+    if found is None:
+        return None
+    listed = list(found) if isinstance(found, (list, tuple)) else [found]
+    for one in listed:
+        _check_image(entry, one)
+    return listed if len(listed) > 1 else listed[0] if listed else None
+
+# %% ../../nbs/library/data/03_reading.ipynb #cell-034
 def read_entry(
     entry,  # as in the file
     number: int,  # its id if it has none
@@ -171,17 +204,20 @@ def read_entry(
     _check_markers(entry, said)
     return entry | {"conversations": said}
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-028
-def _decoded(path: Path) -> str:
-    "The text of a file in UTF-8, with or without a byte-order mark."
+# %% ../../nbs/library/data/03_reading.ipynb #cell-037
+def decoded(path: Path) -> str:
+    "The text of a file in UTF-8, with or without a byte-order mark; ValueError for other bytes."
     raw = path.read_bytes()
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         hint = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "not UTF-8"
         raise ValueError(f"{path} is {hint} (byte {error.start}): save it as UTF-8.") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is binary (byte {text.index(chr(0))} is zero): give a text file.")
+    return text
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-030
+# %% ../../nbs/library/data/03_reading.ipynb #cell-039
 def _parsed(text: str, where: str):
     "JSON, or a ValueError that names the place."
     try:
@@ -193,16 +229,16 @@ def _parsed(text: str, where: str):
             f"{where} is not valid JSON ({error}): repair or export it again."
         ) from None
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-032
+# %% ../../nbs/library/data/03_reading.ipynb #cell-041
 def _lines(path: Path, text: str) -> list:
     "The objects of a JSON-lines file."
     rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-034
+# %% ../../nbs/library/data/03_reading.ipynb #cell-043
 def _objects(path: Path) -> list:
     "The entries of a file, as they are written."
-    text = _decoded(path)
+    text = decoded(path)
     if path.suffix == ".txt":
         return [{"text": p.strip()} for p in text.split("\n\n") if p.strip()]
     if text.lstrip().startswith("["):
@@ -220,7 +256,7 @@ def _objects(path: Path) -> list:
         )
     return _lines(path, text)
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-036
+# %% ../../nbs/library/data/03_reading.ipynb #cell-045
 def read_entries(
     path,  # of a .json, .jsonl or .txt file
 ) -> list:  # of entries
@@ -238,23 +274,24 @@ def read_entries(
         raise ValueError(f"{path} is empty: it should hold at least one entry.")
     return entries
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-038
-def image_path(
+# %% ../../nbs/library/data/03_reading.ipynb #cell-047
+def image_paths(
     entry: dict,
     root,  # image folder
-) -> Path:
-    "The path of an entry's image; EntryError where it is outside of the image folder."
-    root = Path(os.path.abspath(root))
-    path = Path(os.path.normpath(root / str(entry["image"])))
-    if not path.is_relative_to(root):
-        _fail(
-            entry,
-            f"names the image {entry['image']!r} outside of the image folder {root}",
-            "give a folder that contains it with --image-root (image_root=)",
-        )
-    return path
+) -> list:  # of Path, one per image
+    "The paths of an entry's images; EntryError for one outside of the image folder."
+    root, found = Path(os.path.abspath(root)), []
+    for name in image_names(entry):
+        found.append(Path(os.path.normpath(root / str(name))))
+        if not found[-1].is_relative_to(root):
+            _fail(
+                entry,
+                f"names the image {name!r} outside of the image folder {root}",
+                "give a folder that contains it with --image-root (image_root=)",
+            )
+    return found
 
-# %% ../../nbs/library/data/03_reading.ipynb #cell-041
+# %% ../../nbs/library/data/03_reading.ipynb #cell-050
 def parquet_rows(
     path: Path,  # a .parquet file, or a folder of them
 ) -> list:  # of dicts

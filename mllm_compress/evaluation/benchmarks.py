@@ -8,6 +8,7 @@ __all__ = ['BENCHMARKS', 'SMALL_SUITE', 'REAL_SUITE']
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-004
 import ast
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..data import instructions, scenes
+from ..data import instructions, scenes, text
 from .scorers import LETTERS
 from ..utils.files import content_hash
 from ..utils.methods import check_choice
@@ -63,10 +64,10 @@ class Benchmark:
     name: str
     scorer: str  # a key of scorers.SCORERS
     load: Callable  # (split, limit, root) -> list of Question
-    max_new_tokens: int = 8
+    max_new_tokens: int = 8  # 0: nothing is generated; answers are read from likelihoods
     version: int = 1
     help: str = ""  # a sentence for the command line
-    source: Source | str = ""  # a public set; else name and version of what makes the questions
+    source: Source | str | Callable = ""  # a public set; else what makes the questions, or () -> it
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-012
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class StoredImage:
 
     data: bytes
     square: bool = True  # pad to a square, as LLaVA-1.5 does
+    among: int = 1  # images of the same question, which share the bound on their size
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-014
 def pad_to_square(
@@ -102,7 +104,7 @@ def open_image(
     "The picture that a model sees."
     if not isinstance(image, StoredImage):
         return image.convert("RGB")
-    picture = instructions.read_image(io.BytesIO(image.data))
+    picture = instructions.read_image(io.BytesIO(image.data), image.among)
     return pad_to_square(picture, mean_color(mean)) if image.square else picture
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-021
@@ -180,6 +182,121 @@ EASY_VQA = Benchmark(
 )
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-031
+WINDOW = 500  # characters
+
+
+def text_questions(
+    domain: str,  # one of data.text.TEXTS
+    split: str = "test",
+    limit: int | None = None,  # of windows
+    root=None,  # not needed
+) -> list:  # of Question; prompt and answer are the text
+    "Windows of a text, to be read."
+    texts = [d.text for d in text.documents(domain, split)[: 20 * limit if limit else None]]
+    found = text.windows(texts, WINDOW)[:limit]
+    return [Question(f"{domain}-{split}-{k}", part, part) for k, part in enumerate(found)]
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-033
+def _read_text(prefix: str, domain: str, scorer: str, what: str) -> Benchmark:
+    "The row of a text that is read."
+    return Benchmark(
+        f"{prefix}/{domain}",
+        scorer,
+        partial(text_questions, domain),
+        0,
+        help=f"{what} on {text.TEXTS[domain].help.split(' (')[0].split(';')[0]}.",
+        source=partial(text.text_hash, domain),
+    )
+
+
+READING = tuple(
+    _read_text(prefix, domain, scorer, what)
+    for prefix, scorer, what in (
+        ("text", "next_token", "Next-token accuracy"),
+        ("perplexity", "perplexity", "Perplexity"),
+    )
+    for domain in text.TEXTS
+)
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-035
+COMMON = 5  # times that a word occurs in the texts that WordNet was tagged on
+
+
+def _askable(split: str) -> dict:  # part of speech -> list of data.text.Meaning
+    "The meanings of a part that questions are made of, each word once, in an order of their own."
+    parts, seen = {}, set()
+    known = {m.id: m for m in text.meanings(text.text_files("glosses"))}
+    for m in (known[d.id] for d in text.documents("glosses", split)):
+        plain = m.word.isalpha() and m.word.islower() and len(m.word) > 2
+        if not plain or m.count < COMMON or m.word in seen or m.word in m.definition:
+            continue
+        seen.add(m.word)
+        parts.setdefault(m.id.split("-")[0], []).append(m)
+    return parts
+
+
+def _four_words(meaning, others: list) -> tuple:  # the right one at a place that its name decides
+    "A word with the three of others that are nearest to it in frequency."
+    near = sorted(others, key=lambda o: (abs(math.log(o.count / meaning.count)), o.id))
+    wrong = [o.word for o in near if o.word != meaning.word][:3]
+    place = int(content_hash(meaning.id), 16) % 4
+    return (*wrong[:place], meaning.word, *wrong[place:])
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-036
+def definition_question(meaning, words: tuple) -> Question:
+    "Which of four words has this definition?"
+    prompt = DEFINITION.format(meaning.definition)
+    return Question(meaning.id, prompt, meaning.word, candidates=words)
+
+
+def cloze_question(meaning, words: tuple) -> Question | None:  # None without a fitting example
+    "Which of four words stands in an example?"
+    for sentence in meaning.examples:
+        before, found, after = sentence.partition(f" {meaning.word} ")
+        if found and len(before.split()) > 1 and after:
+            filled = tuple(f"{word} {after}" for word in words)
+            right = f"{meaning.word} {after}"
+            return Question(meaning.id, before, right, candidates=filled, options=words)
+    return None
+
+
+DEFINITION = "Definition: {}.\nWord:"
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-037
+def word_questions(
+    make: Callable,  # (meaning, four words) -> Question or None
+    split: str = "test",
+    limit: int | None = None,
+    root=None,  # not needed
+) -> list:  # of Question
+    "Questions with four words each, about the meanings of WordNet."
+    text.all_documents("glosses")  # an error where it is missing
+    parts, found = _askable(split), []
+    for group in zip_longest(*parts.values()):
+        for meaning in filter(None, group):
+            question = make(meaning, _four_words(meaning, parts[meaning.id.split("-")[0]]))
+            found += [question] if question else []
+        if limit is not None and len(found) >= limit:
+            break
+    return found[:limit]
+
+
+WORDS = tuple(
+    Benchmark(
+        f"text/{name}",
+        "likelihood_choice",
+        partial(word_questions, make),
+        0,
+        help=help,
+        source=partial(text.text_hash, "glosses"),
+    )
+    for name, make, help in (
+        ("definition", definition_question, "Which of four words has a definition of WordNet?"),
+        ("cloze", cloze_question, "Which of four words stands in an example of WordNet?"),
+    )
+)
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-039
 def parquet_files(
     source: Source,
     config: str,
@@ -208,7 +325,7 @@ def parquet_files(
         "name the folder of the sets in MLLM_COMPRESS_BENCHMARKS."
     )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-033
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-041
 def check_columns(path: Path, source: Source, needed: tuple, present: list) -> None:
     "ValueError where a file lacks a column."
     if missing := [c for c in needed if c not in present]:
@@ -217,7 +334,7 @@ def check_columns(path: Path, source: Source, needed: tuple, present: list) -> N
             f"it has {', '.join(sorted(present))}."
         )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-035
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-043
 def read_rows(
     source: Source,
     root=None,
@@ -235,7 +352,7 @@ def read_rows(
         for batch in file.iter_batches(256, columns=wanted):
             yield from batch.to_pylist()
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-037
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-045
 def stored(
     image,  # {"bytes": …, "path": …} as in the sets, or None
     seen: dict,  # bytes -> StoredImage
@@ -246,7 +363,7 @@ def stored(
     raw = image["bytes"] if isinstance(image, dict) else image
     return (seen.setdefault(raw, StoredImage(raw)),)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-039
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-047
 def take(
     questions: list,  # of Question
     limit: int | None,  # at most so many, but no group is cut
@@ -266,7 +383,7 @@ def take(
         found += group
     return found
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-042
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-050
 def public_questions(
     adapter: Callable,  # (source, root) -> list of Question
     source: Source,
@@ -282,7 +399,7 @@ def public_questions(
         )
     return take(adapter(source, root), limit)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-044
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-052
 def parquet_benchmark(
     name: str,
     scorer: str,  # a key of scorers.SCORERS
@@ -296,7 +413,7 @@ def parquet_benchmark(
     load = partial(public_questions, adapter, source)
     return Benchmark(name, scorer, load, max_new_tokens, version, help, source)
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-046
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
 SHORT = "\nAnswer the question using a single word or phrase."
 BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
 
@@ -305,7 +422,7 @@ def lettered(options) -> str:
     "Options, one a line, behind their letters."
     return "\n".join(f"{c}. {o}" for c, o in zip(LETTERS, options))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-048
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
 def gqa_questions(source: Source, root=None) -> list:
     "GQA, balanced test-dev (Hudson & Manning 2019)."
     rows = read_rows(source, root, ("id", "image"), source.images)
@@ -320,7 +437,7 @@ def gqa_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-050
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
 GQA = parquet_benchmark(
     "gqa",
     "exact",
@@ -335,7 +452,7 @@ GQA = parquet_benchmark(
     help="Open questions on real images, balanced test-dev split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-052
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-060
 def pope_questions(source: Source, root=None) -> list:
     "POPE: random, popular and adversarial negatives (Li et al. 2023)."
     seen = {}
@@ -351,7 +468,7 @@ def pope_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-054
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-062
 POPE = parquet_benchmark(
     "pope",
     "yes_no",
@@ -365,7 +482,7 @@ POPE = parquet_benchmark(
     help="Object hallucination: is this object in the image?",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-056
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-064
 MME_SUBTASKS = {
     "perception": (
         "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -381,7 +498,7 @@ MME_SOURCE = Source(
     ("question_id", "image", "question", "answer", "category"),
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-058
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-066
 def mme_questions(part: str, source: Source, root=None) -> list:
     "One part of MME (Fu et al. 2023)."
     found, seen, count = [], {}, Counter()
@@ -407,7 +524,7 @@ def mme_questions(part: str, source: Source, root=None) -> list:
         )
     return found
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-060
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-068
 MME = tuple(
     parquet_benchmark(
         f"mme_{part}",
@@ -419,7 +536,7 @@ MME = tuple(
     for part in ("cognition", "perception")
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-062
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-070
 def scienceqa_questions(source: Source, root=None) -> list:
     "ScienceQA (Lu et al. 2022) with its hint as context; some questions have no image."
     seen = {}
@@ -436,7 +553,7 @@ def scienceqa_questions(source: Source, root=None) -> list:
         for n, r in enumerate(read_rows(source, root))
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-064
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-072
 SCIENCEQA = tuple(
     parquet_benchmark(
         name,
@@ -453,7 +570,7 @@ SCIENCEQA = tuple(
     )
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-066
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-074
 def ai2d_questions(source: Source, root=None) -> list:
     "AI2D (Kembhavi et al. 2016)."
     seen = {}
@@ -469,7 +586,7 @@ def ai2d_questions(source: Source, root=None) -> list:
         for n, r in enumerate(read_rows(source, root))
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-068
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-076
 AI2D = parquet_benchmark(
     "ai2d",
     "diagram",
@@ -478,7 +595,7 @@ AI2D = parquet_benchmark(
     help="Option letters on textbook diagrams.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-070
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-078
 def literal(text):
     "A Python literal, or the text itself."
     try:
@@ -486,7 +603,7 @@ def literal(text):
     except (ValueError, SyntaxError):
         return text
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-072
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-080
 def mmmu_question(r: dict, seen: dict) -> Question:
     "A row of MMMU."
     choice = r["question_type"] == "multiple-choice"
@@ -503,13 +620,13 @@ def mmmu_question(r: dict, seen: dict) -> Question:
         options=options,
     )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-074
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-082
 def mmmu_questions(source: Source, root=None) -> list:
     "MMMU, validation (Yue et al. 2024)."
     seen = {}
     return [mmmu_question(r, seen) for r in read_rows(source, root)]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-076
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-084
 MMMU = parquet_benchmark(
     "mmmu",
     "mmmu",
@@ -523,7 +640,7 @@ MMMU = parquet_benchmark(
     help="University exam questions with images, validation split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-078
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-086
 MATH_HINTS = {
     "integer": "Answer the question using a single integer number.",
     "float": "Answer the question using a single floating-point number with {} decimal place{}.",
@@ -531,7 +648,7 @@ MATH_HINTS = {
     "text": SHORT.strip(),
 }
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-080
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-088
 def math_hint(r: dict, options: tuple) -> str:
     "The form in which a question of MathVista wants its answer."
     if options:
@@ -540,7 +657,7 @@ def math_hint(r: dict, options: tuple) -> str:
     number = {1: "one", 2: "two", 3: "three"}.get(places, places)
     return MATH_HINTS[r["answer_type"]].format(number, "s" * (places != 1))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-082
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-090
 def mathvista_question(r: dict, seen: dict) -> Question:
     "A row of MathVista."
     options = tuple(map(str, r["choices"] or ()))
@@ -555,13 +672,13 @@ def mathvista_question(r: dict, seen: dict) -> Question:
         extra={"answer_type": r["answer_type"], "precision": r["precision"]},
     )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-084
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-092
 def mathvista_questions(source: Source, root=None) -> list:
     "MathVista, testmini (Lu et al. 2024), in the direct format."
     seen = {}
     return [mathvista_question(r, seen) for r in read_rows(source, root)]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-086
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-094
 MATHVISTA = parquet_benchmark(
     "mathvista",
     "mathvista",
@@ -585,7 +702,7 @@ MATHVISTA = parquet_benchmark(
     help="Mathematics in images, testmini split, direct answers.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-088
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-096
 def docvqa_questions(source: Source, root=None) -> list:
     "DocVQA, validation (Mathew et al. 2021)."
     seen = {}
@@ -599,7 +716,7 @@ def docvqa_questions(source: Source, root=None) -> list:
         for r in read_rows(source, root)
     ]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-090
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-098
 DOCVQA = parquet_benchmark(
     "docvqa",
     "anls",
@@ -611,28 +728,34 @@ DOCVQA = parquet_benchmark(
     help="Questions on scanned documents, validation split.",
 )
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-092
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-100
 BENCHMARKS = {
     b.name: b
-    for b in (*SCENES, EASY_VQA, MMMU, *SCIENCEQA, MATHVISTA, AI2D, *MME, POPE, DOCVQA, GQA)
+    for b in (
+        *(*SCENES, EASY_VQA, *READING, *WORDS),
+        *(MMMU, *SCIENCEQA, MATHVISTA, AI2D, *MME, POPE, DOCVQA, GQA),
+    )
 }
 SMALL_SUITE = (*(b.name for b in SCENES), "easy-vqa")
 REAL_SUITE = tuple("mmmu sqa mathvista ai2d mme_cognition mme_perception pope docvqa gqa".split())
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-094
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-102
+TEXT_SUITE = tuple(f"text/{name}" for name in (*text.TEXTS, "definition", "cloze"))
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-104
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name."
     check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-097
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-107
 def file_sizes(source: Source, root=None) -> list:  # of [name, bytes]
     "Names and sizes of a set's files, those of its images included."
     configs = [source.config] + ([source.images] if source.images else [])
     files = [p for config in configs for p in parquet_files(source, config, root)]
     return [[p.name, p.stat().st_size] for p in files]
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-099
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-109
 def questions_hash(
     name: str,  # of a benchmark
     split: str = "test",
@@ -641,10 +764,11 @@ def questions_hash(
 ) -> str:  # 20 hexadecimal digits
     "A hash of what determines a benchmark's questions, without loading them."
     source = benchmark(name).source
+    source = source() if callable(source) else source
     data = source if isinstance(source, str) else file_sizes(source, root)
     return content_hash([name, split, limit, data])
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-103
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-113
 @lru_cache(16)
 def load_questions(
     name: str,  # of a benchmark
@@ -655,7 +779,7 @@ def load_questions(
     "Questions of a benchmark, held in memory for the next model."
     return tuple(benchmark(name).load(split=split, limit=limit, root=root))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-106
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-116
 @lru_cache(16)
 def unit_images(
     name: str,  # of a benchmark
@@ -670,7 +794,7 @@ def unit_images(
         units.setdefault((stratum, unit), q.images[0] if q.images else f"{name} {unit}")
     return tuple(map(_image_name, units.values()))
 
-# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-108
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-118
 def _image_name(image) -> str:  # 20 hexadecimal digits, or the text itself
     "The name of a picture."
     if isinstance(image, str):

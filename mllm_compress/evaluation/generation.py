@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
 import torch
@@ -21,10 +21,12 @@ from ..anatomy.compat import CACHE_ARGUMENT
 from ..anatomy.embedding import embed
 from ..anatomy.families import anatomy
 from ..anatomy.tensors import weights_hash
+from ..data.instructions import keeps_order, question_parts
+from ..data.reading import IMAGE
 from .benchmarks import StoredImage, open_image
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-006
-GENERATION_VERSION = 1
+GENERATION_VERSION = 2
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-008
 def out_of_memory(error: Exception) -> bool:
@@ -119,7 +121,8 @@ def image_hash(
 ) -> str:  # 24 hexadecimal digits
     "A hash of an image's content."
     if isinstance(image, StoredImage):
-        about, content = f"file, square {image.square}", image.data
+        among = f", one of {image.among}" * (image.among > 1)
+        about, content = f"file, square {image.square}{among}", image.data
     else:
         about, content = f"{image.mode} {image.size}", image.tobytes()
     return hashlib.blake2b(about.encode() + b" " + content, digest_size=12).hexdigest()
@@ -159,6 +162,19 @@ class ImageEncoder:
 _PLACE = "PLACEHOLDER"
 
 # %% ../../nbs/library/evaluation/03_generation.ipynb #cell-030
+def _pieces(processor, prompt: str) -> list:  # of str, one more than images
+    "A prompt in the model's conversation format, cut at its images."
+    parts = question_parts(prompt, None if keeps_order(processor) else processor.image_token)
+    turns = [{"role": "user", "content": parts}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    return text.split(processor.image_token)
+
+
+def _joined(pieces: list, texts: list) -> str:
+    "Pieces of text with the texts of the images between them."
+    return "".join(a + b for a, b in zip_longest(pieces, texts, fillvalue=""))
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-032
 def render_prompts(
     processor,  # with a chat template
     prompts: list,  # the user's texts
@@ -176,12 +192,15 @@ def render_prompts(
     frames = {n: frame(n) for n in {len(texts) for texts in image_texts}}
     rendered = []
     for prompt, texts in zip(prompts, image_texts):
+        if texts and prompt.count(IMAGE) == len(texts):
+            rendered.append(_joined(_pieces(processor, prompt), texts))
+            continue
         pieces, after = frames[len(texts)]
-        before = "".join(a + b for a, b in zip_longest(pieces, texts, fillvalue=""))
-        rendered.append(before + prompt.replace(processor.image_token, "") + after)
+        own = prompt.replace(processor.image_token, "")
+        rendered.append(_joined(pieces, texts) + own + after)
     return rendered
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-033
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
 def candidate_tokens(
     processor,
     prompt_end: str,  # how every prompt ends, e.g. "ASSISTANT:"
@@ -195,7 +214,16 @@ def candidate_tokens(
     joint = "" if prompt_end[-1:].isspace() else " "
     return tuple(ids(prompt_end + joint + c)[len(ids(prompt_end)) :] for c in candidates)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-035
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
+def right_answer(question) -> str:  # empty where it is unknown
+    "The text of a question's right answer."
+    known = question.answer
+    if isinstance(known, (list, tuple)):
+        known = known[0] if known else ""
+    text = "" if known is None else str(known)
+    return next((c for c in question.candidates if c.lower() == text.lower()), text)
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
 @dataclass(frozen=True)
 class Prompt:
     "One question as token ids: the prefix shared with other questions, and the rest."
@@ -204,9 +232,10 @@ class Prompt:
     own: tuple  # token ids behind it
     images: tuple  # keys of its images
     candidates: tuple  # of token id lists
+    right: list  # token ids of the right answer; empty where it is unknown
     place: int  # among the questions
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-037
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
 def encode_prompts(
     processor,
     questions: list,  # of Question
@@ -218,16 +247,18 @@ def encode_prompts(
     image_texts = [[texts[k] for k in ks] for ks in keys]
     rendered = render_prompts(processor, [q.prompt for q in questions], image_texts)
     end, prompts = re.search(r"\S+\s*$", rendered[0])[0], []
-    distinct = {tuple(q.candidates) for q in questions}
-    candidates = {c: candidate_tokens(processor, end, c) for c in distinct}
+    right = [right_answer(q) for q in questions]
+    distinct = {tuple(q.candidates) for q in questions} | {(text,) for text in right}
+    known = {c: candidate_tokens(processor, end, c) for c in distinct}
     rows = zip(questions, keys, processor.tokenizer(rendered)["input_ids"])
     for place, (q, images, ids) in enumerate(rows):
         cut = len(ids) - ids[::-1].index(image_token) if images else 0
         shared, own = tuple(ids[:cut]), tuple(ids[cut:])
-        prompts.append(Prompt(shared, own, tuple(images), candidates[tuple(q.candidates)], place))
+        options = known[tuple(q.candidates)], known[right[place],][0] if right[place] else []
+        prompts.append(Prompt(shared, own, tuple(images), *options, place))
     return prompts
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-039
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
 def pad_left(
     rows: list,  # of token id sequences
     device=None,
@@ -238,7 +269,7 @@ def pad_left(
     ids = torch.tensor(padded, dtype=torch.long, device=device).reshape(len(rows), width)
     return ids.clamp(min=0), (ids >= 0).long()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-041
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
 def run_tokens(
     parts,  # Anatomy
     x: torch.Tensor,  # [batch, tokens, hidden] embeddings of the new tokens
@@ -257,7 +288,7 @@ def run_tokens(
     ).last_hidden_state
     return parts.lm_head(hidden[:, -keep:]).float()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-043
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
 def embed_images(
     parts,  # Anatomy
     ids: torch.Tensor,  # [batch, tokens]
@@ -273,7 +304,7 @@ def embed_images(
     order = [tile for image in images for tile in places[id(image)]]
     return embed(parts, ids, torch.cat(features) if images else None, order)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-045
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
 def select_rows(
     cache: DynamicCache,
     rows: torch.Tensor,  # which, repeats allowed
@@ -284,7 +315,7 @@ def select_rows(
         [(layer.keys[rows], layer.values[rows]) for layer in cache.layers], config=config
     )
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-047
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
 @dataclass
 class Prefix:
     "Prefixes of a batch, computed once, for any number of questions."
@@ -293,7 +324,7 @@ class Prefix:
     mask: torch.Tensor  # [prefixes, tokens]
     row: dict  # (token ids, images) -> row
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-049
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
 def read_prefixes(
     parts,  # Anatomy
     prompts: list,  # of Prompt
@@ -309,7 +340,7 @@ def read_prefixes(
     run_tokens(parts, embed_images(parts, ids, images), mask, cache)
     return Prefix(cache, mask, row)
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-051
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
 def read_questions(
     parts,  # Anatomy
     prefix: Prefix,
@@ -326,7 +357,7 @@ def read_questions(
     mask = torch.cat([prefix.mask[rows], own], 1)
     return run_tokens(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-053
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
 def greedy(
     parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -353,14 +384,14 @@ def greedy(
         logits = run_tokens(parts, new, mask, cache)[:, -1]
     return answers
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-055
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
 def stop_tokens(model, tokenizer) -> set:
     "Token ids that end an answer, as `generate` has them."
     stop = getattr(model.generation_config, "eos_token_id", None)
     stop = tokenizer.eos_token_id if stop is None else stop
     return set(stop if isinstance(stop, list) else [stop])
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-057
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-061
 def later_scores(
     parts,  # Anatomy
     mask: torch.Tensor,  # [batch, tokens] of the prompt
@@ -376,7 +407,7 @@ def later_scores(
     cache.crop(-new)
     return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-059
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-063
 def candidate_scores(
     parts,  # Anatomy
     first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
@@ -400,15 +431,37 @@ def candidate_scores(
                 scores[row, k] = (scores[row, k] + rest[row, : len(c) - 1].sum()) / len(c)
     return scores
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-061
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-065
+def score_answers(
+    parts,  # Anatomy
+    first: torch.Tensor,  # as in `candidate_scores`
+    mask: torch.Tensor,
+    cache: DynamicCache,
+    prompts: list,  # of Prompt
+) -> tuple:  # per prompt: index of the best candidate or None; log-likelihood of the right answer
+    "The most likely candidate, and the mean log-likelihood per token of the right answer, in nats."
+    extra = [[p.right] if p.right and p.right not in p.candidates else [] for p in prompts]
+    options = [(*p.candidates, *more) for p, more in zip(prompts, extra)]
+    if not any(options):
+        return [None] * len(prompts), [None] * len(prompts)
+    rows = candidate_scores(parts, first, mask, cache, options).tolist()
+    best, likely = [], []
+    for p, own, row in zip(prompts, options, rows):
+        among = row[: len(p.candidates)]
+        best.append(among.index(max(among)) if among else None)
+        likely.append(row[own.index(p.right)] if p.right else None)
+    return best, likely
+
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-067
 @dataclass(frozen=True)
 class Answer:
     "A model's answer to one question."
 
     text: str  # generated
     candidate: str | None  # the most likely candidate
+    log_likelihood: float | None = field(default=None, compare=False)  # of the right answer
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-063
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-069
 @torch.inference_mode()
 def answer_groups(
     parts,  # Anatomy
@@ -417,23 +470,19 @@ def answer_groups(
     stop: set,  # token ids that end an answer
     max_new_tokens: int,
     batch_size: int,
-) -> list:  # of (place, token ids, index of the best candidate or None)
+) -> list:  # of (place, token ids, index of the best candidate or None, log-likelihood or None)
     "One pass over the prefixes, then over their questions in batches."
     prompts, results = sorted((p for g in groups for p in g), key=lambda p: -len(p.own)), []
     prefix = read_prefixes(parts, prompts, features)
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         first, mask, cache = read_questions(parts, prefix, batch)
-        candidates, best = [p.candidates for p in batch], [None] * len(batch)
-        if any(candidates):
-            best = candidate_scores(parts, first, mask, cache, candidates).argmax(-1).tolist()
+        best, likely = score_answers(parts, first, mask, cache, batch)
         tokens = greedy(parts, first, mask, cache, stop, max_new_tokens)
-        results += [
-            (p.place, ids, b if p.candidates else None) for p, ids, b in zip(batch, tokens, best)
-        ]
+        results += zip([p.place for p in batch], tokens, best, likely)
     return results
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-065
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-071
 def prepare(
     model,  # MLLM
     processor,  # its processor
@@ -449,12 +498,12 @@ def prepare(
     token = getattr(model.config, "image_token_id", None)
     return anatomy(model), encode_prompts(processor, questions, keys, texts, token), features
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-067
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-073
 def _by_prefix(prompt: Prompt):
     "The order of the passes."
     return -len(prompt.shared), prompt.images, prompt.shared
 
-# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-069
+# %% ../../nbs/library/evaluation/03_generation.ipynb #cell-075
 def answer_questions(
     model,  # MLLM
     processor,  # its processor
@@ -474,9 +523,9 @@ def answer_questions(
         return answer_groups(parts, groups, features, stop, max_new_tokens, size)
 
     done = in_batches(run, groups, batch_size, on_batch)
-    texts = processor.tokenizer.batch_decode([ids for _, ids, _ in done], skip_special_tokens=True)
+    texts = processor.tokenizer.batch_decode([ids for _, ids, *_ in done], skip_special_tokens=True)
     answers = [None] * len(questions)
-    for (place, _, best), text in zip(done, texts):
+    for (place, _, best, likely), text in zip(done, texts):
         candidate = None if best is None else questions[place].candidates[best]
-        answers[place] = Answer(text.strip(), candidate)
+        answers[place] = Answer(text.strip(), candidate, likely)
     return answers

@@ -9,8 +9,8 @@ __all__ = []
 from functools import partial
 from pathlib import Path
 
-from mllm_compress.data.instructions import has_image, turns
-from mllm_compress.data.reading import image_path, read_entries
+from mllm_compress.data.instructions import pictures_amid, turns
+from mllm_compress.data.reading import IMAGE, image_paths, read_entries
 from mllm_compress.evaluation.benchmarks import (
     BENCHMARKS,
     Benchmark,
@@ -53,6 +53,33 @@ def _expected(entry: dict, answer: str, scorer: str, options: tuple):
     return answer.strip().rstrip(".") if scorer == "yes_no" else answer.strip()
 
 # %% ../../nbs/library/evaluation/09_own.ipynb #cell-009
+def _pictures(
+    entry: dict,
+    images: Path,  # folder of the images
+) -> tuple:  # of StoredImage
+    "The images of an entry; FileNotFoundError where one does not exist."
+    files = image_paths(entry, images)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"Entry {entry.get('id')!r} needs the image {file}, which does not exist: "
+                "check --image-root (image_root)."
+            )
+    return tuple(StoredImage(f.read_bytes(), square=False, among=len(files)) for f in files)
+
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-011
+def _asked(entry: dict, pictures: tuple) -> list:  # of (question, answer, pictures)
+    "The questions of an entry with their pictures."
+    pairs, seen, asked = turns(entry), 0, []
+    amid = pictures_amid(pairs)
+    for question, answer in pairs:
+        own = question.count(IMAGE) if amid else 0
+        before = pictures[:seen] if amid else pictures
+        asked.append((question, answer, pictures[seen : seen + own] if own else before))
+        seen += own
+    return asked
+
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-013
 def own_questions(
     path: Path,  # of the file
     images: Path,  # folder of its images
@@ -64,26 +91,18 @@ def own_questions(
     "The questions of a file."
     found = []
     for number, entry in enumerate(read_entries(path)):
-        pictures, options = (), _options(entry, scorer)
-        if has_image(entry):
-            file = image_path(entry, images)
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"Entry {entry.get('id')!r} needs the image {file}, which does not exist: "
-                    "check --image-root (image_root)."
-                )
-            pictures = (StoredImage(file.read_bytes(), square=False),)
-        for k, (question, answer) in enumerate(turns(entry)):
-            if question is None:
-                raise ValueError(
-                    f"Entry {entry.get('id')!r} is plain text: give questions with answers, or "
-                    "use --benchmark perplexity."
-                )
+        if "conversations" not in entry:
+            raise ValueError(
+                f"Entry {entry.get('id')!r} is plain text: give questions with answers, or "
+                "use --benchmark perplexity."
+            )
+        options, pictures = _options(entry, scorer), _pictures(entry, images)
+        for k, (question, answer, shown) in enumerate(_asked(entry, pictures)):
             expected = _expected(entry, answer, scorer, options)
-            found.append(Question(f"{number}/{k}", question, expected, pictures, options=options))
+            found.append(Question(f"{number}/{k}", question, expected, shown, options=options))
     return take(found, limit)
 
-# %% ../../nbs/library/evaluation/09_own.ipynb #cell-011
+# %% ../../nbs/library/evaluation/09_own.ipynb #cell-015
 def own_benchmark(
     path,  # a JSON or JSON-lines file of entries with answers
     image_root=None,  # folder of the images; None: the folder of the file

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-003
 import ast
+import math
 import re
 import string
 from collections.abc import Callable
@@ -429,6 +430,58 @@ def harness_mathvista(text: str, question: dict) -> Judgement:
     return judged(parsed, parsed == str(question["answer"]).strip())
 
 # %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-098
+def counts_of(
+    parsed: pd.Series,  # of str: loss, right tokens, tokens
+) -> pd.DataFrame:  # of float, columns "loss", "right", "tokens"
+    "The numbers that stand for a model's reading of each text."
+    rows = [[float(number) for number in text.split()] for text in parsed]
+    return pd.DataFrame(rows, columns=["loss", "right", "tokens"], index=parsed.index)
+
+
+def next_token(text: str, question: dict) -> Judgement:
+    "The share of tokens that were the most likely ones, given what stands before them."
+    _, right, tokens = map(float, text.split())
+    return Judgement(text, right / tokens)
+
+
+def token_probability(text: str, question: dict) -> Judgement:
+    "The geometric mean of the tokens' probabilities: 1 / perplexity."
+    loss, _, tokens = map(float, text.split())
+    return Judgement(text, math.exp(-loss / tokens))
+
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-100
+def next_token_score(frame: pd.DataFrame) -> dict:
+    "Next-token accuracy over all tokens in percent, and their perplexity."
+    sums = counts_of(frame.parsed).sum()
+    return {
+        "score": 100 * sums.right / sums.tokens,
+        "perplexity": math.exp(sums.loss / sums.tokens),
+    }
+
+
+def next_token_worth(frame: pd.DataFrame) -> pd.DataFrame:
+    "Each text is a unit, weighted by its tokens."
+    counts = counts_of(frame.parsed)
+    worth = counts.right / counts.tokens.mean()
+    return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": worth.to_numpy()})
+
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-102
+def perplexity_score(frame: pd.DataFrame) -> dict:
+    "100 / perplexity, and the perplexity."
+    sums = counts_of(frame.parsed).sum()
+    perplexity = math.exp(sums.loss / sums.tokens)
+    return {"score": 100 / perplexity, "perplexity": perplexity}
+
+
+def perplexity_worth(frame: pd.DataFrame) -> pd.DataFrame:
+    "Each text is a unit; their mean is 1 / perplexity."
+    counts = counts_of(frame.parsed)
+    mean = counts.loss.sum() / counts.tokens.sum()  # per token
+    excess = (counts.loss - counts.tokens * mean) / counts.tokens.mean()
+    worth = math.exp(-mean) * (1 - excess)
+    return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": worth.to_numpy()})
+
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-104
 @dataclass(frozen=True)
 class Scorer:
     "How one kind of answer is read and how its values become a score."
@@ -448,7 +501,7 @@ class Scorer:
         judge = self.harness if compat and self.harness else self.judge
         return judge(text, question)
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-100
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-106
 SCORERS = {
     "exact": Scorer(
         exact,
@@ -479,7 +532,7 @@ SCORERS = {
     ),
 }
 
-# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-102
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-108
 SCORERS["mme_pairs"] = Scorer(
     mme_yes_no,
     paired_score,
@@ -496,4 +549,25 @@ SCORERS["mme"] = Scorer(
     200.0,
     harness_mme,
     help="Pairs of yes/no questions about an image, summed over subtasks (MME).",
+)
+
+# %% ../../nbs/library/evaluation/02_scorers.ipynb #cell-110
+SCORERS["next_token"] = Scorer(
+    next_token,
+    next_token_score,
+    "next-token accuracy",
+    next_token_worth,
+    help="The share of tokens that are the most likely ones in their place.",
+)
+SCORERS["perplexity"] = Scorer(
+    token_probability,
+    perplexity_score,
+    "100 / perplexity",
+    perplexity_worth,
+    help="100 / perplexity: the geometric mean of the tokens' probabilities in percent.",
+)
+SCORERS["likelihood_choice"] = Scorer(
+    exact,
+    metric="accuracy by likelihood",
+    help="The candidate with the highest mean log-likelihood per token is the right one.",
 )

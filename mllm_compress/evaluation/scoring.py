@@ -24,6 +24,7 @@ from mllm_compress.evaluation.intervals import (
     require_same_benchmarks,
     score_interval,
 )
+from .likelihood import answer_by_likelihood
 from .published import published
 from .scorers import SCORERS
 from ..utils.files import replacing, write_atomically
@@ -48,6 +49,7 @@ def answer_rows(
             "extra": q.extra,
             "prediction": a.text,
             "candidate": a.candidate,
+            "log_likelihood": a.log_likelihood,
         }
         for q, a in zip(questions, answers)
     ]
@@ -73,6 +75,13 @@ def judge(
     return frame.assign(parsed=parsed, value=values, candidate_value=candidates)
 
 # %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-010
+def mean_likelihood(frame: pd.DataFrame) -> float:  # nats per token; nan where it is unknown
+    "Mean over questions of the log-likelihood of the right answer."
+    if "log_likelihood" not in frame:
+        return np.nan
+    return float(frame.log_likelihood.astype(float).mean())
+
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-012
 def score(
     frame: pd.DataFrame,  # judged answers to one benchmark
 ) -> dict:
@@ -91,9 +100,10 @@ def score(
         "interval": method,
         "candidate_score": 100 * frame.candidate_value.mean(),
         "unparseable": int(frame.parsed.isna().sum()),
+        "log_likelihood": mean_likelihood(frame),
     } | parts
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-012
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-014
 def score_all(
     frame: pd.DataFrame,  # answers, judged or not
     compat: str | None = None,  # judge again, as a harness does
@@ -102,7 +112,7 @@ def score_all(
     frame = judge(frame, compat) if compat or "value" not in frame else frame
     return pd.DataFrame([score(f) for _, f in frame.groupby("benchmark", sort=False)])
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-014
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-016
 _NESTED = ("answer", "options", "extra")  # columns stored as JSON
 
 
@@ -117,7 +127,7 @@ def write_part(
     with replacing(part / f"part-{number:04d}.parquet") as path:
         frame.assign(**{c: frame[c].map(json.dumps) for c in _NESTED}).to_parquet(path, index=False)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-016
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-018
 def load_predictions(
     folder,  # that evaluate wrote
 ) -> (
@@ -132,7 +142,7 @@ def load_predictions(
     frame = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     return frame.assign(**{c: frame[c].map(json.loads) for c in _NESTED})
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-018
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-020
 def open_folder(
     folder,  # for predictions, new or of the same run
     run: dict,  # what identifies the run
@@ -149,13 +159,13 @@ def open_folder(
     write_atomically(note, json.dumps(run))
     return load_predictions(folder) if list(folder.glob("*/part-*.parquet")) else None
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-020
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-022
 def image_order(questions: list) -> list:  # for each question the rank of its first image
     "Rank questions by when their image first appeared."
     rank = {}
     return [rank.setdefault(id(q.images[0]) if q.images else None, len(rank)) for q in questions]
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-022
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-024
 def answer_on(
     models: list,  # copies of one model, on as many devices
     processor,
@@ -165,6 +175,8 @@ def answer_on(
     on_batch=None,  # called with the number of questions of each batch
 ) -> list:  # of Answer, in the order of the questions
     "Distribute the questions over copies of a model."
+    if not max_new_tokens:  # nothing is generated
+        return answer_by_likelihood(models[0], processor, questions, batch_size, on_batch)
     if len(models) == 1:
         return answer_questions(
             models[0], processor, questions, max_new_tokens, batch_size, on_batch
@@ -179,7 +191,7 @@ def answer_on(
         answers = [iter(share) for share in pool.map(run, models, shares)]
     return [next(answers[t]) for t in turn]
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-024
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-026
 def portions(
     questions: dict,  # benchmark -> questions
     stored: pd.DataFrame | None,  # answers that exist already
@@ -196,7 +208,7 @@ def portions(
         for start in range(0, len(pool), size):
             yield pool[start : start + size], tokens
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-026
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-028
 def answer_all(
     models: list,  # copies of one model, on as many devices
     processor,
@@ -217,7 +229,7 @@ def answer_all(
                     write_part(frames[-1], folder)
     return frames
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-028
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-030
 def in_order(
     frame: pd.DataFrame,  # answers
     questions: dict,  # benchmark -> questions
@@ -227,12 +239,12 @@ def in_order(
     indexed = frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"])
     return indexed.loc[keys].reset_index()[frame.columns]
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-030
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-032
 def evaluate(
     model,  # MLLM
     processor,  # its processor
     benchmarks=SMALL_SUITE,  # names
-    limit: int | None = None,  # questions of each
+    limit: int | dict | None = None,  # questions of each; or benchmark -> questions
     split: str = "test",  # or "validation", for tuning
     batch_size: int = 256,  # questions at a time; halved when memory runs out
     folder=None,  # stores the answers; an interrupted evaluation resumes
@@ -245,7 +257,8 @@ def evaluate(
     "Score a model on benchmarks."
     benchmarks = [benchmarks] if isinstance(benchmarks, str) else benchmarks
     names, root = [benchmark(n).name for n in benchmarks], None if root is None else str(root)
-    questions, stored = {n: load_questions(n, split, limit, root) for n in names}, None
+    most = limit if isinstance(limit, dict) else dict.fromkeys(names, limit)
+    questions, stored = {n: load_questions(n, split, most.get(n), root) for n in names}, None
     if folder is not None:
         folder = Path(folder)
         stored = open_folder(folder, {"model": weights_hash(model), "split": split})
@@ -256,7 +269,7 @@ def evaluate(
     found = judge(in_order(pd.concat(frames, ignore_index=True), questions), compat)
     return (score_all(found), found) if return_predictions else score_all(found)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-036
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-038
 def units(
     frame: pd.DataFrame,  # judged answers
 ) -> dict:  # benchmark -> columns "unit", "stratum", "worth"
@@ -264,7 +277,7 @@ def units(
     groups = frame.groupby("benchmark", sort=False)
     return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in groups}
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-038
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-040
 def compare(
     first: pd.DataFrame,  # judged answers of one model
     second: pd.DataFrame,  # of another, to the same questions
@@ -278,7 +291,7 @@ def compare(
         rows.append(row | {"p": gap.p, "n": gap.n, "test": gap.test})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-040
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-042
 def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     "The questions that two models answered with different success."
     keys = ["benchmark", "id"]
@@ -288,7 +301,7 @@ def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     differ = both.value_first != both.value_second
     return both.loc[differ, keys + ["prompt", "answer"] + texts + values]
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-043
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-045
 def retained(
     frame: pd.DataFrame,  # judged answers of the compressed model
     dense: pd.DataFrame,  # of the original, to the same questions
@@ -296,7 +309,7 @@ def retained(
     "AVG-% with its 95 % interval."
     return avg_percent_interval(units(frame), units(dense))
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-046
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-048
 def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     "A table of the paper in the tidy form."
     percent = (100 * table.ratio).round().astype(int).astype(str)
@@ -310,7 +323,7 @@ def printed_rows(table: pd.DataFrame) -> pd.DataFrame:
     dense = original.loc[list(zip(tidy.base, tidy.benchmark))].to_numpy()
     return tidy.assign(source="printed", percent=100 * tidy.score / dense)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-048
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-050
 def percent_of(
     rows: pd.DataFrame,  # of evaluate
     dense: pd.DataFrame | None,  # of the original model
@@ -321,7 +334,7 @@ def percent_of(
     original = dense.set_index("benchmark").score.reindex(rows.benchmark).to_numpy()
     return 100 * rows.score.to_numpy() / original
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-050
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-052
 def leaderboard(
     results: dict,  # name -> frame of evaluate
     dense: str | None = None,  # the name whose scores are 100 %
@@ -340,7 +353,7 @@ def leaderboard(
     columns = ["model", "source", "benchmark", "score", "low", "high", "n", "percent"]
     return pd.concat([f.reindex(columns=columns) for f in frames], ignore_index=True)
 
-# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-052
+# %% ../../nbs/library/evaluation/05_scoring.ipynb #cell-054
 def leaderboard_table(
     tidy: pd.DataFrame,  # of leaderboard
     digits: int = 1,

@@ -44,6 +44,7 @@ from mllm_compress.utils.methods import (
     Look,
     check_choice,
 )
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-006
 def magnitude(
@@ -65,15 +66,17 @@ def _add_powers(
     model,
     batch: dict,
     weights: torch.Tensor,  # [batch, tokens]
+    mean: dict | None = None,  # the same for the inputs themselves, changed in place
 ) -> None:
     "Add the weighted sum over tokens of the squared inputs of each output projection."
     parts = anatomy(model)
 
     def add(key):
         def hook(_, args):
-            squares = args[0].float().square()  # [batch, tokens, channels]
-            total = torch.einsum("btc,bt->c", squares, weights.to(squares.device))
-            power[key] = power.get(key, 0) + total
+            x, w = args[0].float(), weights.to(args[0].device)  # [batch, tokens, channels]
+            power[key] = power.get(key, 0) + torch.einsum("btc,bt->c", x.square(), w)
+            if mean is not None:
+                mean[key] = mean.get(key, 0) + torch.einsum("btc,bt->c", x, w)
 
         return hook
 
@@ -96,14 +99,52 @@ def activation(
     "RMS of each head's and neuron's output activation, over the calibration tokens."
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     samples, power = sum(len(b["input_ids"]) for b in batches), {}
-    for batch in batches:
-        _add_powers(power, model, batch, mean_weights(batch, image, token_weights) / samples)
+    for k in batches_left(len(batches), power):
+        weights = mean_weights(batches[k], image, token_weights) / samples
+        _add_powers(power, model, batches[k], weights)
     meta = {"samples": samples, "token_weights": token_weights}
     squares = add_channels(anatomy(model), power, "activation", meta)
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))
     return WidthScores(*roots, "activation", squares.meta)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-016
+@torch.no_grad()
+def input_moments(
+    model,
+    batches: list,  # as for `block_influence`
+) -> tuple:  # two dicts (layer, slot name) -> [channels]: mean of x, mean of x²
+    "Moments of the inputs of every output projection: over the tokens of a sample, then samples."
+    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
+    samples, mean, power = sum(len(b["input_ids"]) for b in batches), {}, {}
+    for batch in batches:
+        _add_powers(power, model, batch, mean_weights(batch, image, None) / samples, mean)
+    return mean, power
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-018
+def wanda_sp(model, batches: list) -> WidthScores:  # sum of |w| times the RMS of its input
+    "Weight times activation norm (Sun et al. 2024, eq. 1), per column of the output projections."
+    parts, (_, power) = anatomy(model), input_moments(model, batches)
+    size = {
+        (i, s.name): s.module.weight.detach().float().abs().sum(0) for i, s in outputs_of(parts)
+    }
+    return add_channels(parts, {k: power[k].sqrt() * size[k] for k in size}, "wanda_sp", {})
+
+
+def outputs_of(parts) -> list:  # of (layer, slot)
+    "The output projections of all layers."
+    return [(i, s) for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1]
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-020
+def flap(model, batches: list) -> WidthScores:  # variance of an input times |w|² of its column
+    "Fluctuation of the inputs, weighted by the output weights (An et al. 2024, eq. 5)."
+    parts, (mean, power) = anatomy(model), input_moments(model, batches)
+    size = {
+        (i, s.name): s.module.weight.detach().float().square().sum(0) for i, s in outputs_of(parts)
+    }
+    spread = {k: (power[k] - mean[k].square()).clamp_min(0) for k in size}
+    return add_channels(parts, {k: spread[k] * size[k] for k in size}, "flap", {})
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-024
 def random_scores(
     model,
     batches: list | None = None,  # not needed
@@ -117,7 +158,7 @@ def random_scores(
     meta = {"seed": seed, "model_type": parts.text_config.model_type}
     return WidthScores(draw(parts.groups), draw(parts.neurons), "random", meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-018
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-026
 def random_layers(
     model,
     batches: list | None = None,  # not needed
@@ -128,7 +169,7 @@ def random_layers(
     generator = torch.Generator().manual_seed(seed)
     return LayerScores(torch.rand(layers, generator=generator), "random", {"seed": seed})
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-022
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-030
 @dataclass(frozen=True)
 class Criterion:
     "One way to score layers, or heads and neurons."
@@ -139,7 +180,7 @@ class Criterion:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-024
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-032
 _LAYERWISE = {
     "block_influence": Criterion(
         block_influence,
@@ -164,14 +205,14 @@ _LAYERWISE = {
     ),
 }
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-026
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-034
 _WIDTHWISE = {
     "taylor": Criterion(
         taylor,
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor", BLUE, "s", DASHED),
-        help="First-order change of the loss, parameter by parameter (Ma et al. 2023).",
+        help="First-order change of the loss, per parameter and sample (Ma et al. 2023).",
     ),
     "magnitude": Criterion(
         magnitude,
@@ -196,7 +237,7 @@ _WIDTHWISE = {
     ),
 }
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-028
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-036
 _TAYLOR_ORDERS = {
     "taylor_vectorize": Criterion(
         partial(taylor, order="vectorize"),
@@ -215,13 +256,13 @@ _TAYLOR_ORDERS = {
     "taylor_param_mix": Criterion(
         partial(taylor, order="param_mix"),
         "widthwise",
-        version=1,
+        version=2,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
     ),
 }
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-030
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-038
 _CURVATURE = {
     "gauss_newton": Criterion(
         gauss_newton,
@@ -231,13 +272,29 @@ _CURVATURE = {
         help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
     ),
 }
+_RIVALS = {
+    "wanda_sp": Criterion(
+        wanda_sp,
+        "widthwise",
+        version=1,
+        look=Look("Wanda-sp", OLIVE, "h", DASHED),
+        help="Output weights times the norm of their inputs (Sun et al. 2024).",
+    ),
+    "flap": Criterion(
+        flap,
+        "widthwise",
+        version=1,
+        look=Look("fluctuation (FLAP)", WINE, "d"),
+        help="Variance of a unit's output times its squared output weights (An et al. 2024).",
+    ),
+}
 CRITERIA = {
     (row.prunes, name): row
-    for rows in (_LAYERWISE, _WIDTHWISE, _TAYLOR_ORDERS, _CURVATURE)
+    for rows in (_LAYERWISE, _WIDTHWISE, _TAYLOR_ORDERS, _CURVATURE, _RIVALS)
     for name, row in rows.items()
 }  # (pruning, name) -> Criterion
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-033
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-041
 def criterion(
     prunes: str,  # layerwise or widthwise
     name: str,
@@ -248,13 +305,22 @@ def criterion(
     check_choice(f"{prunes} criterion", name, names)
     return names[name]
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-035
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-043
 def _options(row: Criterion) -> dict:
     "The options of a criterion: its function's parameters besides the model and the batches."
     known = inspect.signature(row.function).parameters
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-037
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
+def takes(
+    prunes: str,  # layerwise, widthwise
+    name: str,  # of the criterion
+    option: str,
+) -> bool:
+    "Whether a criterion has an option of that name."
+    return option in _options(criterion(prunes, name))
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-047
 def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
@@ -262,7 +328,7 @@ def criteria_of(
     needed = lambda row: [k for k, p in _options(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-040
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-050
 def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
     "The scores of one criterion; an unknown name or option is a ValueError."
     row = criterion(prunes, name)
@@ -271,7 +337,7 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     return with_record(row.function(model, batches, **options), model)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-042
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-052
 def measure(
     prunes: str,  # layerwise or widthwise
     name: str,  # of the criterion
@@ -285,7 +351,7 @@ def measure(
         options["seed"] = seed
     return _score(prunes, name, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-045
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-055
 def width_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
@@ -295,7 +361,7 @@ def width_importance(
     "Scores of the heads and neurons of every layer; lower goes first."
     return _score("widthwise", method, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-049
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-059
 def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
@@ -303,7 +369,7 @@ def whole_layers(
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-051
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-061
 def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none

@@ -20,6 +20,7 @@ from mllm_compress.importance.scores import (
     model_inputs,
 )
 from .taylor import frozen, label_counts, recomputing, supervised
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-006
 def squared_effects(
@@ -204,6 +205,20 @@ def run_backward(passes: Passes, k: int) -> None:
         value.backward(retain_graph=rng is not passes.generators[-1])
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-038
+@contextmanager
+def drawing_on(
+    generators: list,
+    totals: dict,  # ("generator", number) -> its state, beside the sums
+):
+    "Within this block, generators draw from where the last batch in the sums left them."
+    for d, generator in enumerate(generators):
+        if ("generator", d) in totals:
+            generator.set_state(totals["generator", d])
+    yield
+    for d, generator in enumerate(generators):
+        totals["generator", d] = generator.get_state()
+
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-040
 def gauss_newton(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids [batch, tokens], labels, attention_mask, pixel_values
@@ -214,13 +229,14 @@ def gauss_newton(
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
     "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower goes first."
     passes = prepare_passes(model, batches, of, draws, seed)
-    totals = {"head": {}, "neuron": {}}  # kind -> layer -> [units]
+    totals = {}  # (kind, layer) -> [units]
 
     def see(i, slot, x, gradient):
         effects = squared_effects(x, gradient, slot.units).cpu() / len(passes.generators)
-        totals[slot.kind][i] = totals[slot.kind].get(i, 0) + effects
+        totals[slot.kind, i] = totals.get((slot.kind, i), 0) + effects
 
-    for k in range(len(passes.batches)):
-        with input_gradients(passes.parts, see, recompute):
+    for k in batches_left(len(passes.batches), totals):
+        with drawing_on(passes.generators, totals), input_gradients(passes.parts, see, recompute):
             run_backward(passes, k)
-    return WidthScores(totals["head"], totals["neuron"], "gauss_newton", passes.meta)
+    of_kind = lambda kind: {i: v for (k, i), v in totals.items() if k == kind}
+    return WidthScores(of_kind("head"), of_kind("neuron"), "gauss_newton", passes.meta)

@@ -20,6 +20,7 @@ from mllm_compress.importance.scores import (
     model_inputs,
     model_record,
 )
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-006
 CHUNK = {"cpu": 2**17, "cuda": 2**22}  # elements of one chunk
@@ -86,8 +87,9 @@ def sum_changes(
 ) -> torch.Tensor:  # [layers - n + 1] float64, summed over the batches
     "Sum `change` over all batches, for each block of `n` layers."
     parts = anatomy(model)
-    totals = torch.zeros(parts.num_layers - n + 1, dtype=torch.float64)
-    for batch in batches:
+    totals = {}
+    for k in batches_left(len(batches), totals):
+        batch = batches[k]
         weights, earlier, changes = weigh(batch).to(model.device), deque(), []
 
         def see(_, state):
@@ -97,8 +99,9 @@ def sum_changes(
 
         with evaluating(model), hidden_states(parts, see, normed):
             model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
-        totals += torch.stack([c.cpu() for c in changes]).double()
-    return totals
+        new = torch.stack([c.cpu() for c in changes]).double()
+        totals["changes"] = totals.get("changes", 0) + new
+    return totals["changes"]
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-026
 def weighted_change(x, y, weights):

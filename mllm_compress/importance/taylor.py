@@ -26,6 +26,7 @@ from mllm_compress.importance.scores import (
     model_inputs,
     position_weights,
 )
+from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-006
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Order:
 
     formula: Callable  # (w, g, H, dim) -> [channels]; its absolute value is the score
     curvature: bool  # needs H
-    additive: bool  # micro-batches add up to exactly the score of one batch
+    additive: bool  # samples add up to exactly the score of one batch
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-008
 ORDERS = {
@@ -74,6 +75,23 @@ def gradient_moments(
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # weights whose gradient exists at once
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
+def moments(
+    x: torch.Tensor,  # as in `gradient_moments`
+    delta: torch.Tensor,
+    counts: list,
+    totals: tuple,
+    curvature: bool,
+    per_sample: bool,  # one pair for each supervised sample, or one for the batch
+):  # yields pairs of g and H
+    "The gradient moments of a batch, whole or in parts that add up to it."
+    if not per_sample:
+        yield gradient_moments(x, delta, counts, totals, curvature)
+        return
+    for b, n in enumerate(counts):
+        if n:
+            yield gradient_moments(x[b : b + 1], delta[b : b + 1], [n], totals, curvature)
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
 def channel_scores(
     slot: LinearSlot,
     x: torch.Tensor,  # [batch, tokens, in], as in `gradient_moments`
@@ -81,6 +99,7 @@ def channel_scores(
     counts: list,
     totals: tuple,
     order: Order,
+    per_sample: bool = False,  # see `moments`
 ) -> torch.Tensor:  # [channels] float32, signed for `vectorize`
     "Scores of the rows (axis 0) or columns (axis 1) of one linear layer, block by block."
     weight, axis = slot.module.weight.detach(), slot.axis
@@ -88,11 +107,11 @@ def channel_scores(
     scores = []
     for w, part in zip(weight.split(step, axis), (delta, x)[axis].split(step, -1)):
         pair = (x, part) if axis == 0 else (part, delta)
-        g, H = gradient_moments(*pair, counts, totals, order.curvature)
-        scores.append(order.formula(w.float(), g, H, 1 - axis))
+        parts = moments(*pair, counts, totals, order.curvature, per_sample)
+        scores.append(sum(order.formula(w.float(), g, H, 1 - axis) for g, H in parts))
     return torch.cat(scores)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
 class _Probe(torch.autograd.Function):
     "Identity whose backward pass calls `see(input, output gradient)`."
 
@@ -107,7 +126,7 @@ class _Probe(torch.autograd.Function):
         ctx.see(*ctx.saved_tensors, delta)
         return delta, None, None
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-024
 @contextmanager
 def frozen(model):
     "No parameter requires a gradient within this context."
@@ -120,7 +139,7 @@ def frozen(model):
         for p in trainable:
             p.requires_grad_(True)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-024
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-026
 @contextmanager
 def recomputing(layers):
     "Within this context, layers keep only their input and run again in the backward pass."
@@ -135,7 +154,7 @@ def recomputing(layers):
             if forward is not None:
                 layer.forward = forward
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-026
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-028
 @contextmanager
 def output_gradients(
     parts: Anatomy,  # of the model
@@ -164,7 +183,7 @@ def output_gradients(
             stack.callback(hook.remove)
         yield
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-028
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-030
 def summed_loss(
     model,
     batch: dict,  # on any device
@@ -179,7 +198,7 @@ def summed_loss(
     target = labels[:, before + 1].flatten().to(logits.device)
     return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-032
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-034
 def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     "The labels of a batch: its own, or for a plain LM its tokens (default mode: without padding)."
     ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
@@ -194,7 +213,7 @@ def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
     before = torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # a real token precedes
     return ids.masked_fill(~(mask.bool() & before), -100)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-034
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-036
 def _one_batch(batches: list) -> list:
     "All batches as one."
     lengths, keys = {b["input_ids"].shape[1] for b in batches}, {frozenset(b) for b in batches}
@@ -205,7 +224,7 @@ def _one_batch(batches: list) -> list:
         )
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-036
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
 def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
     counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
@@ -214,14 +233,14 @@ def label_counts(labels: list) -> tuple:
         raise ValueError("no token is supervised: every label (after the first position) is -100.")
     return counts, totals
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-040
 def check_order(order: str) -> Order:
     "The order of that name; an unknown name is a ValueError."
     if order not in ORDERS:
         raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
     return ORDERS[order]
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-040
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-042
 def _add_scores(
     channels: dict,  # (layer, slot name) -> [channels], changed in place
     parts: Anatomy,
@@ -245,12 +264,12 @@ def _add_scores(
             total.backward()
     return total.detach()
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-042
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044
 def taylor(
     model,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids, labels (-100 = not supervised), attention_mask, …
     order: str = "param_first",  # vectorize, param_first, param_second, param_mix
-    mode: str = "default",  # "reference": one joined batch; without labels every token counts
+    mode: str = "default",  # |.| per sample; "reference": per calibration set, in one batch
     token_weights: dict | str | None = None,  # of each position's δ·xᵀ: {"image": .1}, "balanced"
     recompute: bool = False,  # recompute activations: a third more time, memory of one layer
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
@@ -261,21 +280,26 @@ def taylor(
     image = getattr(model.config, "image_token_id", None)
     batches = check_batches(batches) if mode == "default" else _one_batch(check_batches(batches))
     labels = [supervised(b, mode, image is not None) for b in batches]
-    (counts, totals), channels, loss = label_counts(labels), {}, 0.0
-    for k, (batch, label) in enumerate(zip(batches, labels)):
+    (counts, totals), channels = label_counts(labels), {}
+    for k in batches_left(len(batches), channels):
+        batch, label = batches[k], labels[k]
         if not sum(counts[k]):
             continue
         weights = None
         if token_weights is not None:
             weights = position_weights({**batch, "labels": label}, image, token_weights)
-        score = partial(channel_scores, counts=counts[k], totals=totals, order=formula)
+        apart = mode == "default" and not formula.additive
+        score = partial(
+            channel_scores, counts=counts[k], totals=totals, order=formula, per_sample=apart
+        )
         total = _add_scores(channels, parts, batch, label, weights, score, recompute).item()
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss of batch {k} is {total}: look for NaN in the weights or pixels, "
                 "or score in float32."
             )
-        loss += total / totals[0]
+        channels["loss"] = channels.get("loss", 0.0) + total / totals[0]
+    loss = channels.pop("loss")
     meta = {"order": order, "mode": mode, "token_weights": token_weights, "loss": loss}
     meta |= {"samples": totals[1], "supervised_tokens": totals[0]}
     return add_channels(parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)

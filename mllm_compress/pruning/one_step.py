@@ -6,12 +6,17 @@
 __all__ = ['prune']
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-003
+from dataclasses import dataclass, replace
+
 from transformers import PreTrainedModel
 
+from ..anatomy.families import anatomy
 from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.scores import LayerScores, WidthScores
-from .plans import plan_combined, plan_layerwise, plan_widthwise
+from .allocation import obs_scores
+from .plans import ALLOCATIONS, plan_combined, plan_layerwise, plan_widthwise
 from .pruning_plan import PruningPlan
+from .reconstruction import reconstruct as refit
 from .sizes import layer_sizes
 from .slicing import apply_plan
 from ..utils.methods import check_choice
@@ -22,6 +27,8 @@ def pruning_of(
     pruning: str | None = None,  # layerwise or widthwise, where both have a criterion of that name
 ) -> str:  # layerwise or widthwise
     "What a criterion prunes; ValueError for an unknown one."
+    if method == "obs" and pruning in (None, "widthwise"):
+        return "widthwise"
     if pruning is not None:
         check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
     names = dict.fromkeys(n for p, n in CRITERIA if pruning in (None, p) and n in criteria_of(p))
@@ -29,14 +36,31 @@ def pruning_of(
     return pruning or next(p for p, name in CRITERIA if name == method)
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-007
+TILES = {"cuda": 64, "cpu": 32}  # columns: tensor cores in half precision; a block of GGUF
+
+
+def auto_round(
+    model: PreTrainedModel,
+    device: str | None = None,  # that the model will run on, cuda or cpu; None: that of the model
+) -> int:
+    "A multiple for the widths of a pruned model that its device computes without waste."
+    kind, parts = str(device or model.device).split(":")[0], anatomy(model)
+    narrowest = min(parts.neurons(i) for i in range(parts.num_layers))
+    step = TILES.get(kind, TILES["cpu"])
+    while step > 1 and 8 * step > narrowest:
+        step //= 2
+    return step
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011
 def plan_from_scores(
     model: PreTrainedModel,  # on any device, meta included
     scores,  # LayerScores, WidthScores, or one of each for both prunings
     ratio: float,  # fraction of LM-decoder parameters to remove
-    shape: str = "uniform",  # widthwise: or "blockwise"
+    shape: str | None = None,  # widthwise: blockwise or uniform; None: uniform where it is possible
     protect: tuple | None = None,  # widthwise: (first, last) layers kept whole
-    round_to: int = 1,  # widthwise: widths stay multiples of this
+    round_to: int | str = 1,  # widthwise: widths stay multiples of this; "auto": see auto_round
     layer_share: float = 0.5,  # with both kinds of scores: part of the ratio that layers take
+    allocation: str = "layer",  # widthwise: a row of ALLOCATIONS
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that scores of either kind, or of both, ask for."
     given = scores if isinstance(scores, (list, tuple)) else [scores]
@@ -44,7 +68,9 @@ def plan_from_scores(
     widths = [s for s in given if isinstance(s, WidthScores)]
     if len(layers) > 1 or len(widths) > 1 or not given:
         raise ValueError("give scores of layers, of heads and neurons, or one of each.")
-    options = dict(protect=protect, shape=shape, round_to=round_to)
+    shape = shape or ("uniform" if allocation == "layer" and not protect else "blockwise")
+    step = auto_round(model) if round_to == "auto" else round_to
+    options = dict(protect=protect, shape=shape, round_to=step, allocation=allocation)
     if layers and widths:
         plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
     elif layers:
@@ -53,7 +79,7 @@ def plan_from_scores(
         plan = plan_widthwise(model, widths[0], ratio=ratio, **options)
     return check_removes(model, plan, ratio)
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-009
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-013
 def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> PruningPlan:
     "The plan; ValueError where it removes nothing although something was asked for."
     if plan.achieved_ratio or ratio == 0:
@@ -66,19 +92,132 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
         "heads and neurons with shape='blockwise' (--shape blockwise)."
     )
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-015
+@dataclass(frozen=True)
+class Recipe:
+    "How to score, where to take the budget, and whether to refit."
+
+    method: str  # a criterion
+    allocation: str = "layer"  # a row of ALLOCATIONS
+    shape: str | None = None  # widthwise: blockwise or uniform
+    reconstruct: bool = False
+    pruning: str | None = None  # where the criterion has both: layerwise or widthwise
+
+    def __str__(self):
+        how = [f"{self.method} scores"]
+        if pruning_of(self.method, self.pruning) == "widthwise":
+            how.append(f"allocation {self.allocation}")
+        return ", ".join(how + ["reconstruction" if self.reconstruct else "no reconstruction"])
+
+
+RECIPES = {
+    "recommended": Recipe("gauss_newton", "global", "blockwise", reconstruct=True),
+    "uniform": Recipe("gauss_newton", "layer", "uniform", reconstruct=True),
+    "paper": Recipe("taylor", "layer", "blockwise"),
+}
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017
+def choose_recipe(
+    recipe: str | None = None,  # a row of RECIPES
+    **given,  # fields of Recipe; None: not asked for
+) -> Recipe:
+    "The recipe that the options ask for; ValueError where they contradict each other."
+    given = {k: v for k, v in given.items() if v is not None}
+    if recipe is not None:
+        check_choice("recipe", recipe, RECIPES)
+        start = RECIPES[recipe]
+    elif "method" in given or "pruning" in given:
+        start = Recipe(given.get("method") or default_method(given["pruning"]))
+    elif given.get("allocation") == "obs":
+        start = replace(RECIPES["recommended"], method="obs")
+    else:
+        uniform = given.get("shape") == "uniform" or given.get("allocation") == "layer"
+        start = RECIPES["uniform" if uniform else "recommended"]
+    return checked_recipe(replace(start, **given), given)
+
+
+def default_method(pruning: str) -> str:
+    "The criterion of the study for a pruning."
+    check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
+    return criteria_of(pruning)[0]
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
+COMPARABLE = {"global": ("gauss_newton", "obs"), "obs": ("obs",)}  # scores that compare layers
+
+
+def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
+    "The recipe; a ValueError that names the two options where two of them do not fit."
+    r, kind = recipe, pruning_of(recipe.method, recipe.pruning)
+    check_choice("allocation", r.allocation, ALLOCATIONS)
+    if kind == "layerwise" and "allocation" in given and r.allocation != "layer":
+        raise ValueError(
+            f"allocation {r.allocation!r} ranks heads and neurons, and {r.method} scores layers: "
+            "leave it out, or use method gauss_newton."
+        )
+    if r.allocation != "layer" and r.shape == "uniform":
+        raise ValueError(
+            f"allocation {r.allocation!r} gives every layer a width of its own, and the uniform "
+            "shape gives all the same: use shape blockwise, or allocation layer."
+        )
+    if r.method not in COMPARABLE.get(r.allocation, (r.method,)):
+        raise ValueError(
+            f"allocation {r.allocation!r} compares units of different layers, which scores of "
+            f"{r.method} cannot: use method {' or '.join(COMPARABLE[r.allocation])}."
+        )
+    return r
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-022
+def scores_for(recipe: Recipe, model, batches, seed: int = 0, layer_method: str | None = None):
+    "The scores that a recipe takes: one, or two where whole layers go as well."
+    kind = pruning_of(recipe.method, recipe.pruning)
+    if recipe.method == "obs":
+        width = obs_scores(model, batches, seed=seed)
+    else:
+        width = measure(kind, recipe.method, model, batches, seed)
+    if layer_method is None:
+        return width
+    if kind != "widthwise":
+        raise ValueError(
+            f"{recipe.method} scores layers already; a share for layers goes with a method for "
+            "heads and neurons, such as gauss_newton."
+        )
+    return [measure("layerwise", layer_method, model, batches, seed), width]
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-024
+def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
+    "The reconstructed model, and what is worth knowing about the refit."
+    if batches is None:
+        raise ValueError("reconstruction needs calibration batches, as scoring does.")
+    small, report = refit(small, model, batches, plan, ridge, return_report=True, inplace=True)
+    facts = {"tokens": int(report.tokens[0]), "ridge": sorted(set(report.ridge.tolist()))}
+    error = {"error_before": report.before.iloc[-1], "error_after": report.after.iloc[-1]}
+    return small, facts | {k: round(float(v), 4) for k, v in error.items()}
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-026
 def prune(
     model: PreTrainedModel,  # stays untouched
     batches: list | None = None,  # calibration batches; magnitude and random need none
     ratio: float = 0.3,  # fraction of LM-decoder parameters to remove
-    method: str = "block_influence",  # a criterion of importance.CRITERIA
+    method: str | None = None,  # a criterion of importance.CRITERIA, or obs; None: the recipe's
     pruning: str | None = None,  # layerwise or widthwise; None: as the criterion has it
+    recipe: str | None = None,  # recommended, uniform, paper; None: recommended, or as asked for
+    allocation: str | None = None,  # layer, global or obs; None: the recipe's
+    reconstruct: bool | None = None,  # refit the output projections; None: the recipe's
+    ridge: float | None = None,  # of the refit; None: chosen on held-out samples
+    layer_method: str | None = None,  # a layerwise criterion: whole layers go as well
     seed: int = 0,  # for criteria that draw random numbers
-    scores=None,  # computed before; then batches and method are not used
+    scores=None,  # computed before; then method is not used
     **options,  # shape, protect, round_to, layer_share: see plan_from_scores
 ) -> tuple:  # (the pruned model, its plan)
-    "Score, plan and apply."
+    "Score, plan, apply and refit."
+    named = dict(method=method, pruning=pruning, allocation=allocation, reconstruct=reconstruct)
+    named["shape"] = options.pop("shape", None)
     if scores is None:
-        scores = measure(pruning_of(method, pruning), method, model, batches, seed)
-    plan = plan_from_scores(model, scores, ratio, **options)
-    return apply_plan(model, plan), plan
+        chosen = choose_recipe(recipe, **named)
+        scores = scores_for(chosen, model, batches, seed, layer_method)
+    else:
+        chosen = Recipe("stored", allocation or "layer", named["shape"], bool(reconstruct))
+    about = dict(shape=chosen.shape, allocation=chosen.allocation)
+    plan = plan_from_scores(model, scores, ratio, **about, **options)
+    small = apply_plan(model, plan)
+    return (refitted(small, model, batches, plan, ridge)[0] if chosen.reconstruct else small), plan

@@ -6,8 +6,10 @@
 __all__ = ['plan_none', 'plan_layerwise', 'plan_widthwise']
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-004
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -65,6 +67,15 @@ def layers_for_ratio(
     return nearest_prefix(costs, ratio * total)
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
+def layerwise_ratio(
+    model: PreTrainedModel,  # with layers of equal size
+    ratio: float,  # requested
+) -> float:  # of LM-decoder parameters
+    "The ratio that removing whole layers reaches where `ratio` is requested."
+    removed = layer_sizes(model)[: layers_for_ratio(model, ratio)]
+    return sum(size.parameters for size in removed) / lm_parameters(model)
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
 def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
     total, block = anatomy(model).num_layers, scores.meta.get("n") or 1
@@ -85,7 +96,7 @@ def _layers_to_remove(model, scores, ratio, n_layers) -> list:
         )
     return list(range(order[0], order[0] + block))
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-016
 def _check_layer_request(scores, **amounts) -> None:
     "ValueError unless exactly one amount is given, and scores where they are needed."
     given = [name for name, value in amounts.items() if value is not None]
@@ -94,13 +105,13 @@ def _check_layer_request(scores, **amounts) -> None:
     if given != ["layers"] and scores is None:
         raise ValueError("scores are needed, unless `layers` lists what to remove.")
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-016
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-018
 def _listed(names) -> str:
     "a, b and c."
     *first, last = names
     return f"{', '.join(first)} and {last}"
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-018
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-020
 def plan_layerwise(
     model: PreTrainedModel,
     scores=None,  # LayerScores of single layers or of contiguous blocks; not needed with `layers`
@@ -130,7 +141,7 @@ def plan_layerwise(
         scores=score_record(scores),
     )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-026
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-028
 def _unprotected(
     kept: tuple,  # layers of the model that stay
     protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
@@ -148,7 +159,7 @@ def _unprotected(
         raise ValueError(f"protect=({first}, {last}) leaves none of {len(kept)} layers to prune.")
     return kept[first : len(kept) - last]
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-028
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-030
 def _budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
@@ -174,7 +185,7 @@ def _budget_counts(
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-030
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
 def _reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
@@ -190,7 +201,7 @@ def _reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
 def _check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
@@ -202,7 +213,7 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
         )
     return layers
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
 def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
     "ValueError unless one amount is given, and layer ranges only with a channel ratio."
     if (ratio is None) == (channel_ratio is None):
@@ -212,7 +223,7 @@ def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
 def _keep_best(
     scores: dict,  # layer -> [units] scores
     counts: dict,  # layer -> how many stay
@@ -230,14 +241,14 @@ def _keep_best(
         kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-039
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-041
 ALLOCATIONS = {
     "layer": "the same share of every layer that is not protected",
     "global": "one ranking of the units of all layers by score per parameter",
     "obs": "the same ranking of obs_scores: the error left after the other units adapt",
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-041
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
 def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
@@ -252,7 +263,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
             f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-045
 def plan_widthwise(
     model: PreTrainedModel,
     scores,  # WidthScores
@@ -291,7 +302,7 @@ def plan_widthwise(
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
     return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-051
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-053
 def plan_combined(
     model: PreTrainedModel,
     layer_scores,  # LayerScores of single layers
@@ -307,7 +318,7 @@ def plan_combined(
     base = plan_layerwise(model, layer_scores, ratio=ratio * layer_share)
     return plan_widthwise(model, width_scores, ratio=ratio, base=base, **options)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-054
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-056
 @dataclass(frozen=True)
 class Pruning:
     "One way to reach a ratio."
@@ -317,22 +328,22 @@ class Pruning:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-056
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
 def _none(model, scores, ratio, protect, shape) -> PruningPlan:
     "Everything stays, so the ratio must be 0."
     if ratio:
         raise ValueError(f"ratio {ratio} needs a pruning; with 'none' the ratio is 0.")
     return plan_none(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
 def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_layerwise(model, scores, ratio=ratio)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
 def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
 PRUNINGS = {
     "none": Pruning(
         _none,
@@ -354,7 +365,7 @@ PRUNINGS = {
     ),
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-066
 def plan_pruning(
     pruning: str,  # a key of PRUNINGS
     model: PreTrainedModel,
@@ -366,3 +377,29 @@ def plan_pruning(
     "The plan of a row of PRUNINGS; an unknown name is a ValueError."
     check_choice("pruning", pruning, PRUNINGS)
     return PRUNINGS[pruning].function(model, scores, ratio, protect, shape)
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-075
+def _reached(model, attention_layers, mlp_layers, step: int) -> float:
+    "The ratio that a channel ratio of so many thousandths removes."
+    one, sizes = {"heads": 1, "neurons": 1}, layer_sizes(model)
+    kept = _reference_counts(model, step / 1000, one, attention_layers, mlp_layers)
+    heads = sum((sizes[i].heads - n) * sizes[i].head_parameters for i, n in kept["heads"].items())
+    rest = kept["neurons"].items()
+    neurons = sum((sizes[i].neurons - n) * sizes[i].neuron_parameters for i, n in rest)
+    return (heads + neurons) / lm_parameters(model)
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-077
+def plan_channels(
+    model: PreTrainedModel,
+    scores,  # WidthScores
+    ratio: float,  # fraction of LM-decoder parameters to remove
+    attention_layers,  # layers that lose heads
+    mlp_layers,  # layers that lose neurons
+) -> PruningPlan:
+    "The original's plan whose achieved ratio is nearest to a ratio; ValueError out of its reach."
+    reached = partial(_reached, model, attention_layers, mlp_layers)
+    check_reachable(ratio, reached(999), "Give more layers, or a smaller ratio.")
+    above = bisect_left(range(1000), ratio, key=reached)
+    nearest = min((max(above - 1, 0), above), key=lambda step: abs(reached(step) - ratio)) / 1000
+    ranges = dict(attention_layers=attention_layers, mlp_layers=mlp_layers)
+    return plan_widthwise(model, scores, channel_ratio=nearest, **ranges)

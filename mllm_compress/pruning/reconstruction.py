@@ -256,9 +256,16 @@ def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, ca
 @contextmanager
 def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
     "The layer, or a copy of it in `dtype`, in evaluation mode."
+    fetch = getattr(layer, FETCH, None)  # of a layer on the meta device: its weights, by name
+    if fetch is not None:
+        layer = copy.deepcopy(layer)
+        layer.load_state_dict(fetch(), assign=True)
     same = all(p.dtype == dtype for p in layer.parameters())
     with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
         yield layer
+
+
+FETCH = "fetch_weights"  # attribute of a layer whose weights are in files
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
 def advance_dense(
@@ -396,10 +403,16 @@ MARK = "reconstructed"  # attribute of the config of a reconstructed model
 KINDS = ("heads", "neurons")
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
+def mark_of(plan: PruningPlan, rows: list, ridge: float | None) -> dict:
+    "What the config of a reconstructed model says; `rows` of the report."
+    digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+    return {"plan": digest, "tokens": rows[0]["tokens"], "ridge": ridge}
+
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
-    if getattr(small.config, MARK, None):
+    if getattr(small.config, MARK, None) != getattr(dense.config, MARK, None):
         raise ValueError(
             "this model is already reconstructed: start again from apply_plan(dense, plan)."
         )
@@ -413,7 +426,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             f"plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     parts = anatomy(small)
@@ -428,16 +441,18 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
     if tokens <= needed:
         raise ValueError(
             f"{tokens} calibration tokens are too few: the widest fit has {needed} channels, so "
-            f"more than {needed} tokens are needed, and ten times as many are advisable."
+            f"more than {needed} tokens are needed, and ten times as many are advisable "
+            "(--samples); or leave the refit out (--no-reconstruct)."
         )
     if ridge is not None and not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge={ridge}: a number of at least 0 is needed, or None to choose it.")
     if ridge is None and sum(sum(sample_groups(b)) for b in batches) < HELD:
         raise ValueError(
-            f"choosing the ridge takes at least {HELD} samples; give more, or a ridge such as 0.1."
+            f"choosing the ridge takes at least {HELD} samples; give more (--samples), or a ridge "
+            "such as 0.1 (--ridge)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-064
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`
@@ -462,6 +477,5 @@ def reconstruct(
         rows += fit_layer(after, j, i, streams, ridge)
         lost[i] = lost_sinks(streams)
     warn_of_sinks(lost)
-    tokens, digest = rows[0]["tokens"], hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
-    setattr(small.config, MARK, {"plan": digest, "tokens": tokens, "ridge": ridge})
+    setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small

@@ -85,17 +85,20 @@ LEARNING_RATES = {  # train, or "lora" -> objective -> lr; "default" for objecti
     "projector": {"default": 2e-3},
     "projector+lm": {"default": 1e-3},
     "lora": {"default": 2e-5},  # the paper, section 4.1
+    "reconstructed": {"default": 3e-4},  # a full LM that was refitted before
 }
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-013
 def learning_rate(
     config: RecoveryConfig,
     table: dict = LEARNING_RATES,  # its objectives are spelled as by canonical_objective
+    reconstructed: bool = False,  # whether the student was refitted by pruning.reconstruct
 ) -> float:
     "The config's learning rate, or the table's for its objective."
     if config.lr is not None:
         return config.lr
-    rates = table["lora" if config.lora else config.train]
+    refitted = reconstructed and config.train == "projector+lm"
+    rates = table["lora" if config.lora else "reconstructed" if refitted else config.train]
     return rates.get(canonical_objective("+".join(config.losses)), rates["default"])
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-016

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..anatomy.families import Anatomy, anatomy
+from ..data.reading import image_names
 from .losses import answer_positions
 from .states import decoder_states, image_features
 from ..utils.files import replacing
@@ -25,7 +26,7 @@ class TeacherOutputs:
     "Image features and teacher states of a data set, which no training step changes."
 
     features: torch.Tensor | None  # [images, image tokens, vision hidden]
-    image: list  # sample -> its row of features, or None
+    image: list  # sample -> the rows of features of its images, a tuple
     states: dict  # layer index or "final" -> [answer positions of all samples, hidden]
     first: torch.Tensor  # [samples + 1] where the positions of a sample begin
 
@@ -36,7 +37,7 @@ class TeacherOutputs:
 
     def batch_features(self, index: list):  # [images, image tokens, vision hidden], or None
         "Features of the images of these samples, in their order."
-        rows = [self.image[i] for i in index if self.image[i] is not None]
+        rows = [row for i in index for row in self.image[i]]
         return self.features[torch.tensor(rows)] if rows else None
 
     def batch_states(self, index: list) -> dict:  # name -> [answer positions, hidden]
@@ -45,15 +46,17 @@ class TeacherOutputs:
         return {name: state[rows] for name, state in self.states.items()}
 
 # %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-007
-def _image_key(sample: dict):
-    "What identifies an image; None without one."
-    return None if sample.get("image") is None else (sample.get("source"), sample["image"])
+def _image_keys(sample: dict) -> list:
+    "What identifies each of a sample's images."
+    names = image_names(sample)
+    among = (len(names),) if len(names) > 1 else ()
+    return [(sample.get("source"), name, *among) for name in names]
 
 # %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-009
 def _new_images(keys: list, rows: dict) -> list:
     "Places, among a part's images, of those not met before; `rows` is extended by them."
     new = []
-    for place, key in enumerate(k for k in keys if k is not None):
+    for place, key in enumerate(keys):
         if key not in rows:
             rows[key] = len(rows)
             new.append(place)
@@ -94,8 +97,8 @@ def compute_teacher_outputs(
         samples = [data[i] for i in range(start, min(start + chunk, n))]
         batch = {k: v.to(parts.embed_tokens.weight.device) for k, v in collate(samples).items()}
         seen = image_features(model, batch["pixel_values"]) if "pixel_values" in batch else None
-        keys = [_image_key(s) for s in samples]
-        if seen is not None and len(seen) != sum(k is not None for k in keys):
+        keys = [key for s in samples for key in _image_keys(s)]
+        if seen is not None and len(seen) != len(keys):
             return None  # several tiles to an image
         if new := _new_images(keys, rows):
             features.append(seen[new].cpu())
@@ -105,7 +108,7 @@ def compute_teacher_outputs(
             return None
     return TeacherOutputs(
         torch.cat(features) if features else None,
-        [rows.get(_image_key(data[i])) for i in range(n)],
+        [tuple(rows[key] for key in _image_keys(data[i])) for i in range(n)],
         {name: torch.cat(state) for name, state in states.items()},
         torch.cat(lengths).cumsum(0) if wanted else torch.zeros(n + 1, dtype=torch.long),
     )
@@ -114,7 +117,8 @@ def compute_teacher_outputs(
 def _write(outputs: TeacherOutputs, path: Path) -> None:
     "Save as one safetensors file, atomically."
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = torch.tensor([-1 if row is None else row for row in outputs.image])
+    most = max([1, *map(len, outputs.image)])
+    rows = torch.tensor([[*found, *[-1] * (most - len(found))] for found in outputs.image])
     tensors = {f"state.{name}": s for name, s in outputs.states.items()}
     tensors |= {"first": outputs.first, "image": rows}
     if outputs.features is not None:
@@ -130,7 +134,8 @@ def _read(path: Path) -> TeacherOutputs:
         if key.startswith("state."):
             name = key.removeprefix("state.")
             states[int(name) if name.isdigit() else name] = tensors[key]
-    rows = [None if row < 0 else row for row in tensors["image"].tolist()]
+    table = tensors["image"].reshape(len(tensors["first"]) - 1, -1).tolist()
+    rows = [tuple(row for row in found if row >= 0) for found in table]
     return TeacherOutputs(tensors.get("features"), rows, states, tensors["first"])
 
 # %% ../../nbs/library/recovery/04_teacher_cache.ipynb #cell-023

@@ -9,7 +9,7 @@ __all__ = ['RecoveryResult', 'recover']
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from transformers import AutoProcessor, TrainingArguments, set_seed
 from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import anatomy
 from ..anatomy.tensors import weights_hash
+from ..pruning.reconstruction import MARK
 from .batches import Batches, indexed, passes_per_step, sample_lengths
 from .checkpoints import checkpoints
 from .config import RecoveryConfig, learning_rate
@@ -251,6 +252,14 @@ def _processor(model: nn.Module):
         raise ValueError(f"no processor found at {source!r}: pass processor=.") from error
 
 # %% ../../nbs/library/recovery/12_training.ipynb #cell-035
+def with_rate(config: RecoveryConfig, student: nn.Module) -> RecoveryConfig:
+    "The config, with the smaller learning rate where the student was reconstructed."
+    refitted = getattr(getattr(student, "config", None), MARK, None) is not None
+    if config.lr is not None or not refitted:
+        return config
+    return replace(config, lr=learning_rate(config, reconstructed=True))
+
+# %% ../../nbs/library/recovery/12_training.ipynb #cell-038
 def recover(
     student: nn.Module,  # a pruned MLLM; it is not changed
     teacher: nn.Module | None,  # the dense model; None for SFT alone
@@ -268,6 +277,7 @@ def recover(
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
     check_pair(student, teacher, config)
+    config = with_rate(config, student)
     source = teacher if teacher is not None else student
     processor = processor or _processor(source)
     data = data.fraction(config.fraction, config.seed)

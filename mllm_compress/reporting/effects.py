@@ -118,6 +118,7 @@ def errors_by_image(
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-016
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
+SETTING += ["epochs", "calibration"]
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-018
 def arrays_of(

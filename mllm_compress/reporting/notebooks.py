@@ -17,6 +17,7 @@ import nbformat
 import papermill
 import torch
 import yaml
+from nbformat.v4 import new_markdown_cell
 
 from ..study import store
 from ..study.profiles import PROFILES, Slurm, load_profile
@@ -167,6 +168,16 @@ def experiments_of(
     return space.get("experiments", [])
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-030
+def for_profile(name: str, nb, profile):
+    "A notebook as a profile runs it: whole, or with the sentence that says why it does not apply."
+    if name not in profile.skip:
+        return nb
+    short, parameters = nbformat.from_dict(nb), _tagged(nb, "parameters")[:1]
+    said = f"## Not for profile {profile.name}\n\n{profile.skip[name]}"
+    short.cells = [nb.cells[0], *(nb.cells[i] for i in parameters), new_markdown_cell(said)]
+    return short
+
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-033
 def overridden(
     notebook: str,  # as "02_pruning"
     values: dict,  # name -> value, of parameters and anything else, as globals()
@@ -179,7 +190,7 @@ def overridden(
     defaults.pop("profile", None)
     return {k: values[k] for k, v in defaults.items() if k in values and values[k] != v}
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-032
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-035
 def output_folder(
     notebook: str,  # as "02_pruning"
     profile,  # a name, a path or a Profile
@@ -192,14 +203,14 @@ def output_folder(
     values = {k: repr(v) for k, v in changed.items()}
     return checkout() / "runs" / "scratch" / f"{notebook}-{content_hash([name, values])[:8]}"
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-035
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-038
 def _content(experiment, profile, results: store.Store) -> str:
     "A hash of what a result says; empty where there is none."
     found = result_of(experiment, profile, results)
     shown = {k: v for k, v in (found or {}).items() if k not in ("record", "training")}
     return content_hash(shown) if found else ""
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-037
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-040
 def _drawing() -> str:
     "A hash of the code that draws, and of the numbers reported in the paper."
     package = PROFILES.parent
@@ -207,7 +218,7 @@ def _drawing() -> str:
     sources = sorted(p for room in rooms for p in room.glob("*.*"))
     return content_hash([[p.name, file_hash(p)] for p in sources])
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-039
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-042
 LARGER = {"quick": "tiny"}  # profile -> the one whose verdicts stand beside its own
 
 
@@ -216,7 +227,7 @@ def said_by_larger(profile) -> list:  # of hashes
     folder = checkout() / "figures" / LARGER.get(profile.name, "none")
     return [file_hash(p) for p in sorted(folder.glob("*-*.json"))]
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-041
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
 def made_from(nb, given: dict, experiments: list, profile) -> str:
     "A hash of everything that an executed notebook shows."
     profile = load_profile(profile)
@@ -239,7 +250,7 @@ def made_from(nb, given: dict, experiments: list, profile) -> str:
         }
     )
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-043
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-046
 def is_current(path: Path, made: str) -> bool:
     "Whether an executed notebook and the files that it has written are up to date."
     if not path.exists():
@@ -247,12 +258,12 @@ def is_current(path: Path, made: str) -> bool:
     mark = nbformat.read(path, 4).metadata.get("mllm_compress", {})
     return mark.get("made_from") == made and mark.get("files") == files_of(path)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-045
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-048
 def files_of(path: Path) -> dict:  # name -> hash
     "The files that stand beside an executed notebook under its name."
     return {p.name: file_hash(p) for p in sorted(path.parent.glob(f"{path.stem}-*.*"))}
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-047
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-050
 def execute(
     name: str,
     nb_path: Path,
@@ -260,7 +271,8 @@ def execute(
     profile="",  # empty: the one that is among the parameters
 ) -> Path:  # the executed notebook
     "Run a notebook with papermill, where that is needed."
-    nb, profile = nbformat.read(nb_path, 4), load_profile(profile or given["profile"])
+    profile = load_profile(profile or given["profile"])
+    nb = for_profile(name, nbformat.read(nb_path, 4), profile)
     experiments, results = experiments_of(nb, given), results_of(profile)
     target = output_folder(name, profile, overridden(name, given)) / f"{name}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +280,7 @@ def execute(
         failed_copy(target).unlink(missing_ok=True)
         if not is_current(target, made_from(nb, given, experiments, profile)):
             written = {p: p.stat().st_mtime_ns for p in target.parent.glob(f"{name}-*.*")}
-            done = _executed(nb_path, target.with_name(f".{name}.part.ipynb"), given)
+            done = _executed(nb, nb_path, target.with_name(f".{name}.part.ipynb"), given)
             for path, when in written.items():
                 if path.stat().st_mtime_ns == when:
                     path.unlink()
@@ -276,7 +288,7 @@ def execute(
             write_atomically(target, nbformat.writes(done))
     return target
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-049
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-052
 def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
     "What an executed notebook carries: what it was made from, and the results it has read."
     results = results_of(profile)
@@ -288,18 +300,19 @@ def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
         "files": files_of(target),
     }
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-051
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-054
 def failed_copy(target: Path) -> Path:
     "Where a notebook that fails leaves what it got to."
     return target.with_name(f"{target.stem}.failed.ipynb")
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-053
-def _executed(path: Path, part: Path, given: dict):
-    "The notebook after papermill has run it."
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-056
+def _executed(nb, path: Path, part: Path, given: dict):
+    "The notebook after papermill has run it, in the folder of its path."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
     try:
+        write_atomically(part, nbformat.writes(nb))
         papermill.execute_notebook(
-            str(path), str(part), given, extra_arguments=["--log-level=40"], **options
+            str(part), str(part), given, extra_arguments=["--log-level=40"], **options
         )
         return tidied(nbformat.read(part, 4))
     except Exception:
@@ -310,7 +323,7 @@ def _executed(path: Path, part: Path, given: dict):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-055
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-058
 def tidied(nb):
     "A notebook without what would differ on another machine."
     nb.metadata.pop("papermill", None)

@@ -29,6 +29,7 @@ from mllm_compress.reporting.notebooks import (
     execute,
     experiments_of,
     failed_copy,
+    for_profile,
     notebooks,
     output_folder,
     overridden,
@@ -63,16 +64,16 @@ def plan_study(
     if Path(profile).is_file():
         profile = os.path.relpath(profile, checkout())  # notebooks run elsewhere
     loaded, known = load_profile(profile), notebooks()
-    if unknown := set(loaded.notebooks) - set(known):
+    if unknown := {*loaded.notebooks, *loaded.skip} - set(known):
         raise ValueError(
-            f"profile {profile}: notebooks names {', '.join(sorted(unknown))}; "
+            f"profile {profile}: notebooks or skip names {', '.join(sorted(unknown))}; "
             f"there are {', '.join(known)}."
         )
     if "profile" in given:
         raise ValueError("The profile is given by --profile, not as a parameter.")
     plan = {}
     for name, path in choose(only).items():
-        nb = nbformat.read(path, 4)
+        nb = for_profile(name, nbformat.read(path, 4), loaded)
         values = _values(name, nb, profile, given, bool(only))
         check_overrides(name, nb, given, loaded)
         plan[name] = path, values, experiments_of(nb, values)

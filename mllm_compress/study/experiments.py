@@ -7,10 +7,14 @@ __all__ = ['Experiment']
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-002
 import numbers
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from ..importance.criteria import criteria_of
-from ..pruning.plans import PRUNINGS
+from ..data.calibration import DESIGNS
+from ..importance.criteria import CRITERIA, criteria_of
+from ..importance.gauss_newton import PRESERVED
+from ..pruning.one_step import COMPARABLE
+from ..pruning.plans import ALLOCATIONS, PRUNINGS
+from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.losses import LOSSES, TRAINS
 from ..utils.methods import check_choice
 
@@ -37,6 +41,27 @@ def as_number(what: str, given, kind: type):
     return kind(given)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-008
+def calibration_words(
+    calibration: str,  # as "stratified 512"
+) -> tuple:  # (design, questions)
+    "Design and number of questions; ValueError for anything else."
+    design, _, count = calibration.partition(" ")
+    if design not in DESIGNS or not count.isdecimal() or not int(count):
+        raise ValueError(
+            f"Calibration {calibration!r}: give a design and a number of questions, as "
+            f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
+        )
+    return design, int(count)
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-010
+def study_criteria(pruning: str) -> tuple:
+    "The criteria of a pruning, the study's default first."
+    if pruning == "none":
+        return ("none",)
+    names = [name for prunes, name in CRITERIA if prunes == pruning]
+    return tuple(dict.fromkeys([*criteria_of(pruning), *names]))
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-012
 @dataclass(frozen=True, order=True)
 class Experiment:
     "A model, how it is pruned, and how it is recovered."
@@ -48,21 +73,55 @@ class Experiment:
     recovery: str = "none"  # losses, as "sft+hidden_kd"
     train: str = "projector+lm"  # what is trained
     fraction: float = 1.0  # of the training data
-    seed: int = 0
+    seed: int = 0  # of training
+    calibration_seed: int | None = None  # of the calibration questions; None: as seed
+    calibration: str = "default"  # design and questions, as "stratified 512"; or the profile's
+    epochs: int = 0  # of training; 0: as the profile says
+    of: str = "auto"  # gauss_newton: what must not change, a row of PRESERVED
+    allocation: str = "layer"  # widthwise: where the budget is taken, a row of ALLOCATIONS
+    shape: str = "default"  # widthwise: blockwise or uniform; "default": as the profile says
+    reconstruct: str = "none"  # of what is left, a row of RECONSTRUCTIONS
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
-        allowed = criteria_of(self.pruning) if self.pruning != "none" else ("none",)
+        allowed = study_criteria(self.pruning)
         if self.importance == "default":
             object.__setattr__(self, "importance", allowed[0])
         check_choice(f"importance for {self.pruning} pruning", self.importance, allowed)
         check_choice("train", self.train, TRAINS)
         check_recovery(self.recovery)
-        for name, kind in (("ratio", float), ("fraction", float), ("seed", int)):
+        if self.calibration != "default":
+            calibration_words(self.calibration)
+        if self.calibration_seed is None:
+            object.__setattr__(self, "calibration_seed", self.seed)
+        whole = dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
+        for name, kind in {"ratio": float, "fraction": float, **whole}.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
         _check_ranges(self)
+        _check_method(self)
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-010
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-014
+def _check_method(e: Experiment) -> None:
+    "ValueError for a way of pruning that is unknown, or that does not fit the criterion."
+    check_choice("of", e.of, ("auto", *PRESERVED))
+    check_choice("allocation", e.allocation, ALLOCATIONS)
+    check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
+    check_choice("reconstruct", e.reconstruct, RECONSTRUCTIONS)
+    if e.of != "auto" and e.importance != "gauss_newton":
+        raise ValueError(f"of={e.of!r} is an option of gauss_newton, not of {e.importance}.")
+    if e.pruning == "none" and e.reconstruct != "none":
+        raise ValueError(f"reconstruct={e.reconstruct!r} needs a pruning.")
+    if e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"):
+        raise ValueError(f"allocation and shape are of widthwise plans, not of {e.pruning!r}.")
+    if e.allocation != "layer" and e.shape == "uniform":
+        raise ValueError(f"allocation {e.allocation!r} gives each layer its own width.")
+    if e.allocation != "layer" and e.importance not in COMPARABLE["global"]:
+        raise ValueError(
+            f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
+            "importance gauss_newton."
+        )
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-016
 def _check_ranges(e: Experiment) -> None:
     "ValueError for a ratio or fraction that is impossible."
     if not 0 <= e.ratio < 0.95:
@@ -74,23 +133,61 @@ def _check_ranges(e: Experiment) -> None:
         )
     if not 0 < e.fraction <= 1:
         raise ValueError(f"Fraction {e.fraction} is outside (0, 1].")
-    if e.seed < 0:
-        raise ValueError(f"Seed {e.seed} is negative: use 0, 1, 2 and so on.")
+    for name in ("seed", "calibration_seed", "epochs"):
+        if getattr(e, name) < 0:
+            raise ValueError(f"{name} {getattr(e, name)} is negative: use 0, 1, 2 and so on.")
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-015
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-021
 def canonical(experiment: Experiment) -> Experiment:
     "The same experiment with everything that cannot matter at its default."
-    if experiment.recovery == "none":
-        experiment = replace(experiment, train="projector+lm", fraction=1.0)
-        return replace(experiment, seed=0) if experiment.pruning == "none" else experiment
-    names = experiment.recovery.split("+")
-    return replace(experiment, recovery="+".join(name for name in LOSSES if name in names))
+    e = experiment
+    if e.pruning == "none":
+        e = replace(e, calibration="default", calibration_seed=e.seed)
+    if e.recovery == "none":
+        seed = 0 if e.pruning == "none" else e.calibration_seed
+        own = dict(train="projector+lm", fraction=1.0, epochs=0)
+        return replace(e, seed=seed, calibration_seed=seed, **own)
+    names = e.recovery.split("+")
+    return replace(e, recovery="+".join(name for name in LOSSES if name in names))
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-018
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-024
+LATER = {  # fields with their defaults
+    "calibration": "default",
+    "epochs": 0,
+    "of": "auto",
+    "allocation": "layer",
+    "shape": "default",
+    "reconstruct": "none",
+}
+
+
+def described(experiment: Experiment) -> dict:
+    "The fields of an experiment, without later ones at their defaults."
+    found = asdict(experiment)
+    if found["calibration_seed"] == found["seed"]:
+        del found["calibration_seed"]
+    return {k: v for k, v in found.items() if LATER.get(k, ...) != v}
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-027
+METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct")
+
+
+def method_of(experiment: Experiment) -> str:
+    "The criterion of an experiment, with what else belongs to its way of pruning."
+    own = [getattr(experiment, n) for n in METHOD_FIELDS if getattr(experiment, n) != LATER[n]]
+    return " + ".join([experiment.importance, *own])
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-030
 def describe(experiment: Experiment) -> str:
     "An experiment in a few words."
     e, words = experiment, [experiment.model]
-    words += [f"{e.pruning} {e.ratio:.0%} ({e.importance})"] if e.pruning != "none" else ["dense"]
+    how = method_of(e) if e.calibration == "default" else f"{method_of(e)}, {e.calibration}"
+    words += [f"{e.pruning} {e.ratio:.0%} ({how})"] if e.pruning != "none" else ["dense"]
     if e.recovery != "none":
         words += [f"{e.recovery} on {e.train}, {100 * e.fraction:g} % of the data"]
-    return ", ".join(words + [f"seed {e.seed}"])
+    words += [f"{e.epochs} epochs"] * bool(e.epochs) + [f"seed {e.seed}"]
+    return ", ".join(words + [f"calibration seed {e.calibration_seed}"] * _two_seeds(e))
+
+
+def _two_seeds(e: Experiment) -> bool:
+    return e.calibration_seed != e.seed

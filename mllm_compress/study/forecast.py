@@ -40,7 +40,7 @@ def config_of(model: str, profile: Profile):
     except (FileNotFoundError, ValueError):
         pass  # its folder or its tower is not there yet
     try:
-        return real_config(real_name(model))
+        return real_config(real_name(profile.printed.get(model, model)))
     except ValueError:
         return None
 
@@ -63,7 +63,7 @@ QUESTIONS = {
 def samples_of(training: Training) -> int:
     "Entries of the training data, about."
     if not training.json:
-        return training.scenes
+        return training.scenes or training.tokens // training.window
     try:
         text = located(training.json).read_text(encoding="utf-8").lstrip()
         return len(json.loads(text)) if text.startswith("[") else text.count("\n") + 1

@@ -8,7 +8,7 @@ __all__ = ['Profile', 'profile_names', 'load_profile']
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-002
 import os
 import re
-from dataclasses import field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,8 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ..data.text import TEXTS
+from ..pruning.plans import PRUNINGS
 from ..recovery.losses import LOSSES, TRAINS
 from .experiments import check_recovery
 from ..utils.files import checkout
@@ -45,6 +47,10 @@ class Training:
     easy_vqa: Flag = False  # easy-VQA's official training questions too
     json: Word = ""  # or a LLaVA-format JSON file
     image_root: Word = ""  # where its images are
+    text: tuple[Word, ...] = ()  # or domains of data.text, for a language model
+    window: Count = 128  # tokens of a window of text
+    tokens: CountOrNone = 0  # of all windows; 0: all there are
+    tokenizer: Word = ""  # the model whose tokenizer counts them
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-008
 @dataclass(frozen=True, config=STRICT)
@@ -52,7 +58,11 @@ class Calibration:
     "What scores are measured on."
 
     samples: Count  # questions
-    batch_size: Count
+    batch_size: Count  # rows at a time; no score depends on it
+    layerwise_samples: CountOrNone = 0  # questions for scores of layers; 0: samples
+    design: Literal["stratified", "first"] = "stratified"  # all types, or first questions
+    per_entry: Count = 2  # stratified: questions of one entry, at most
+    mode: Literal["default", "reference"] = "default"  # reference: scores as the original's
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-010
 @dataclass(frozen=True, config=STRICT)
@@ -62,6 +72,9 @@ class Width:
     shape: Literal["blockwise", "uniform"] = "blockwise"  # plain from_pretrained loads uniform
     protect_first: CountOrNone = 1  # layers at the start that lose nothing
     protect_last: CountOrNone = 1  # and at the end
+    aim: Literal["layers", "ratio"] = "layers"  # what removing layers reaches; or the request
+    attention_layers: list[CountOrNone] = field(default_factory=list)  # [first, last] to lose heads
+    mlp_layers: list[CountOrNone] = field(default_factory=list)  # [first, last] to lose neurons
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-012
 @dataclass(frozen=True, config=STRICT)
@@ -70,6 +83,7 @@ class Evaluation:
 
     benchmarks: Annotated[list[Word], Field(min_length=1)]
     questions: Count = 1000  # at most, per benchmark
+    limits: dict[Word, Count] = field(default_factory=dict)  # benchmark -> its own limit
     batch_size: Count = 128
     split: Literal["test", "validation"] = "test"  # validation where something is tuned
     root: Word = ""  # folder of the public sets; empty: $MLLM_COMPRESS_BENCHMARKS, or the hub
@@ -97,7 +111,7 @@ class Slurm:
 class Profile:
     "One scale of the study: models, data, grid and budgets."
 
-    name: Annotated[str, Strict(), Field(pattern=r"^\w[\w.-]*$")]
+    name: Annotated[str, Strict(), Field(pattern=r"^\w[\w.-]*(@[\w.-]+)?$")]
     about: Word
     models: Annotated[list[Word], Field(min_length=1)]
     ratios: list[Ratio]
@@ -108,9 +122,11 @@ class Profile:
     width: Width
     recovery: dict  # fields of recovery.RecoveryConfig that hold for all experiments
     evaluation: Evaluation
-    learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}
+    calibration_seeds: list[CountOrNone] = field(default_factory=list)  # without training; or seeds
+    learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}, see `rate_of`
     printed: dict = field(default_factory=dict)  # model -> the paper's model of its architecture
     notebooks: dict = field(default_factory=dict)  # notebook -> {parameter: value}
+    skip: dict[Word, Word] = field(default_factory=dict)  # notebook -> why it does not apply
     workers: CountOrNone = 0  # experiments at once; 0: one per core, or per GPU
     processes: Count = 1  # that train one experiment together, each with its GPU (FSDP) or core
     checkpoint_every: CountOrNone = 0  # optimiser steps; 0: a killed training starts again
@@ -167,24 +183,84 @@ def read_strictly(
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-025
 def _check_lists(profile: Profile) -> None:
     "ValueError for values that are named twice."
-    for name in ("models", "ratios", "fractions", "seeds"):
+    for name in ("models", "ratios", "fractions", "seeds", "calibration_seeds"):
         values = getattr(profile, name)
         if len(set(values)) < len(values):
             raise ValueError(f"profile {profile.name}: {name} {values} names a value twice.")
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-027
+def rate_of(
+    rate,  # a number, {ratio: number}, or {pruning: a number or {ratio: number}}
+    pruning: str,
+    ratio: float,  # requested
+) -> float | None:  # None where the mapping has nothing for this pruning
+    "The learning rate at one place."
+    if isinstance(rate, dict) and pruning in rate:
+        return rate_of(rate[pruning], pruning, ratio)
+    if not isinstance(rate, dict):
+        return None if rate is None else float(rate)
+    ratios = {float(r): value for r, value in rate.items() if r not in PRUNINGS}
+    nearest = min(ratios, key=lambda r: (abs(r - ratio), r), default=None)
+    return None if nearest is None else float(ratios[nearest])
+
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-030
+def _check_rate(rate, where: str) -> None:
+    "ValueError for a learning rate that is neither a positive number nor a mapping to some."
+    for key, value in rate.items() if isinstance(rate, dict) else ():
+        if key not in PRUNINGS and not _is_number(key, below=0.95):
+            raise ValueError(f"{where}: {key!r} is neither a pruning nor a ratio below 0.95.")
+        _check_rate(value, f"{where}, {key}")
+    if not isinstance(rate, dict) and not _is_number(rate):
+        raise ValueError(f"{where}: the learning rate {rate!r} must be a number above 0.")
+    if rate == {}:
+        raise ValueError(f"{where}: no learning rate is given.")
+
+
+def _is_number(value, below: float = float("inf")) -> bool:
+    "A number in (0, below), or a text of one, as JSON keys are."
+    try:
+        return not isinstance(value, bool) and 0 < float(value) < below
+    except (TypeError, ValueError):
+        return False
+
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-032
 def _check_rates(profile: Profile) -> None:
     "ValueError for learning rates that no experiment would find."
     for train, rates in profile.learning_rates.items():
-        check_choice("train", train, TRAINS)
-        for recovery in rates:
+        check_choice("train", train, (*TRAINS, "reconstructed"))
+        for recovery, rate in rates.items():
             check_recovery(recovery)
             ours = "+".join(name for name in LOSSES if name in recovery.split("+"))
+            where = f"profile {profile.name}: learning_rates, {train}"
             if ours != recovery:
-                where = f"profile {profile.name}: learning_rates, {train}"
                 raise ValueError(f"{where}: write {ours!r}, not {recovery!r}.")
+            _check_rate(rate, f"{where}, {recovery}")
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-029
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-034
+def _check_width(profile: Profile) -> None:
+    "ValueError for layer ranges that are none."
+    ranges = (profile.width.attention_layers, profile.width.mlp_layers)
+    if any(len(r) not in (0, 2) or sorted(r) != r for r in ranges) or bool(ranges[0]) != bool(
+        ranges[1]
+    ):
+        raise ValueError(
+            f"profile {profile.name}: width: attention_layers {ranges[0]} and mlp_layers "
+            f"{ranges[1]} must both be empty, or both the first and the last layer to prune."
+        )
+
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-036
+def _check_texts(profile: Profile) -> None:
+    "ValueError for texts that cannot be trained on, or that nobody can count."
+    for training in (training_of(model, profile) for model in profile.models):
+        where = f"profile {profile.name}: training, text"
+        for name in training.text:
+            check_choice("text", name, TEXTS)
+            if not TEXTS[name].trained:
+                raise ValueError(f"{where}: {name} is for tests only; leave it out.")
+        if training.text and not training.tokenizer:
+            raise ValueError(f"{where} needs a tokenizer: the model whose tokens are counted.")
+
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-038
 def _check_sections(profile: Profile) -> None:
     "ValueError for sections that would have no effect, or a second one."
     where, own = f"profile {profile.name}", profile.per_model.values()
@@ -211,21 +287,24 @@ def _check_sections(profile: Profile) -> None:
             f"{profile.slurm.gpus} GPUs: give each process one."
         )
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-031
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-040
 PROFILES = Path(str(files("mllm_compress"))) / "profiles"
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-033
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-042
 def profile_names() -> list:
     "The profiles that come with the package."
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-035
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-044
 def load_profile(
-    name,  # the name of a shipped profile, a path to a YAML file, or a Profile
+    name,  # of a shipped profile, a path to a YAML file, either with @MODEL, or a Profile
 ) -> Profile:
     "Read a profile; ValueError where it cannot be used."
     if isinstance(name, Profile):
         return name
+    whole, _, model = str(name).rpartition("@")
+    if whole and not Path(name).is_file():
+        return only_model(load_profile(whole), model)
     path = _profile_path(str(name))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -235,7 +314,7 @@ def load_profile(
         raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
     return checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-037
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-046
 def _profile_path(name: str) -> Path:
     "The file of a profile; ValueError where there is none."
     own = Path(name) if Path(name).is_file() else checkout() / name
@@ -247,14 +326,14 @@ def _profile_path(name: str) -> Path:
         )
     return path
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-039
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-048
 def checked(profile: Profile) -> Profile:
     "The profile, if its values fit each other."
-    for check in (_check_lists, _check_rates, _check_sections):
+    for check in (_check_lists, _check_texts, _check_rates, _check_width, _check_sections):
         check(profile)
     return profile
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-042
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-051
 def training_of(model: str, profile: Profile) -> Training:
     "What students of a model are trained on."
     own, where = profile.per_model.get(model, {}), f"profile {profile.name}, per_model, {model}"
@@ -264,18 +343,34 @@ def training_of(model: str, profile: Profile) -> Training:
         return profile.training
     return read_strictly(Training, own["training"], f"{where}, training")
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-044
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-053
 def recovery_of(model: str, profile: Profile) -> dict:
     "Fields of `recovery.RecoveryConfig` that hold for all experiments of a model."
     return profile.recovery | profile.per_model.get(model, {}).get("recovery", {})
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-046
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-055
 def only_model(profile: Profile, model: str) -> Profile:
     "The same profile with one of its models."
     check_choice(f"model of profile {profile.name}", model, profile.models)
-    return replace(profile, models=[model])
+    return replace(profile, models=[model], name=f"{profile.name}@{model}")
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-048
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-057
+def differences(first: Profile, second: Profile) -> list:  # of (key, value, value)
+    "The settings in which two profiles differ, without name and description."
+    a, b = (_flat(asdict(p)) for p in (first, second))
+    keys = [k for k in dict.fromkeys([*a, *b]) if k not in ("name", "about")]
+    return [(k, a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    "Nested mappings as one, keys joined by points."
+    found = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-060
 def located(
     path: str,  # as a profile says it
 ) -> Path:
@@ -287,7 +382,7 @@ def located(
         )
     return checkout() / Path(expanded).expanduser()
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-051
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-063
 def resolve_parameters(
     profile: Profile,
     notebook: str,  # as "04_distillation"
@@ -309,7 +404,7 @@ def resolve_parameters(
     default = {name: own.get(name, getattr(profile, name, value)) for name, value in given.items()}
     return SimpleNamespace(**{name: value or default[name] for name, value in given.items()})
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-053
+# %% ../../nbs/library/study/02_profiles.ipynb #cell-065
 def _is_of(value, kind: type) -> bool:
     "Whether a value is of a type; an int is a float, a bool is no number."
     if kind in (int, float):

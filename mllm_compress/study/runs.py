@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..evaluation.benchmarks import unit_images
 from ..pruning.pruning_plan import PruningPlan
 from . import stages, store
-from .experiments import Experiment, canonical, describe
+from .experiments import Experiment, canonical, describe, method_of
 from .profiles import Profile, load_profile
 from .slurm import slurm
 from .stages import missing_inputs, missing_stages, name_of, result_of
@@ -35,6 +35,7 @@ CIRCUMSTANCES = ("seconds", "device", "date", "torch", "transformers", "peak_mem
 def rows_of(experiment: Experiment, result: dict) -> list:
     "One row per benchmark."
     same = asdict(experiment) | {
+        "importance": method_of(experiment),
         "requested_ratio": experiment.ratio,
         "achieved_ratio": result["achieved_ratio"],
         "status": "done",
@@ -42,8 +43,14 @@ def rows_of(experiment: Experiment, result: dict) -> list:
     }
     same |= {name: result["record"].get(name) for name in CIRCUMSTANCES}
     same["precision"] = result["training"].get("precision")
-    units = {name: np.array(values) for name, values in result["units"].items()}
-    return [same | row | {"units": units[row["benchmark"]]} for row in result["rows"]]
+    outcomes = {
+        column: {name: np.array(values) for name, values in result[column].items()}
+        for column in ("units", "log_likelihoods")
+    }
+    return [
+        same | row | {column: own.get(row["benchmark"]) for column, own in outcomes.items()}
+        for row in result["rows"]
+    ]
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-008
 def failed_row(experiment: Experiment, message: str) -> dict:

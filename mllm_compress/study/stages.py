@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-002
+import copy
 import json
 import os
 import platform
@@ -29,8 +30,10 @@ from safetensors.torch import load_file, save_file
 
 from .. import data
 from ..anatomy.families import anatomy
-from ..data.instructions import CALIBRATION_VERSION, DATA_VERSION, InstructionData, mix
+from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
+from ..data.instructions import DATA_VERSION, InstructionData, mix
 from ..data.scenes import SCENES_VERSION
+from ..data.text import missing_text, text_data, text_hash
 from mllm_compress.evaluation.benchmarks import (
     benchmark,
     load_questions,
@@ -40,29 +43,56 @@ from mllm_compress.evaluation.benchmarks import (
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
-from ..importance.criteria import criterion, measure
+from ..importance.criteria import criterion, measure, takes
 from ..importance.scores import load_scores
-from ..pruning.plans import PRUNINGS, plan_none, plan_pruning
+from ..pruning.allocation import obs_scores
+from mllm_compress.pruning.plans import (
+    PRUNINGS,
+    layers_for_ratio,
+    layerwise_ratio,
+    plan_channels,
+    plan_none,
+    plan_pruning,
+    plan_widthwise,
+)
 from ..pruning.pruning_plan import PruningPlan
+from ..pruning.reconstructions import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
 from ..recovery.student import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
 from . import store
-from .experiments import Experiment, canonical
+from mllm_compress.study.experiments import (
+    LATER,
+    Experiment,
+    calibration_words,
+    canonical,
+    described,
+)
 from mllm_compress.study.profiles import (
+    Calibration,
     Evaluation,
     Profile,
     Training,
+    Width,
     located,
+    rate_of,
     read_strictly,
     recovery_of,
     training_of,
 )
 from .store import Store, stage_inputs
 from ..utils.files import checkout, content_hash, file_hash
-from ..zoo.models import MODELS, SHIPPED, cast, load_model
+from ..zoo.gguf import PACKAGED, missing_package
+from mllm_compress.zoo.models import (
+    MODELS,
+    SHIPPED,
+    cast,
+    load_model,
+    load_tokenizer,
+    packaged_identity,
+)
 from ..zoo.tiny_models import SMOKE_VERSION
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-004
@@ -84,6 +114,8 @@ def model_identity(
     "A name for a model's weights."
     if name in MODELS and name.startswith("smoke-"):
         return f"{name} {SMOKE_VERSION}"
+    if name in PACKAGED:
+        return packaged_identity(name)
     folder = SHIPPED / name if (SHIPPED / name).is_dir() else Path(name)
     if folder.is_dir():
         return file_hash(folder)
@@ -112,9 +144,20 @@ def data_inputs(training: Training) -> dict:
         found["easy_vqa"] = version("easy-vqa")
     if training.json:
         found["json"] = file_hash(located(training.json))
+    if training.text:
+        hashes = [text_hash(name) for name in training.text]
+        counted = [training.window, training.tokens, model_identity(training.tokenizer)]
+        found["text"] = [hashes, *counted]
     return found
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-012
+def text_windows(training: Training, part: str) -> InstructionData:
+    "Windows of a part of the texts of a profile."
+    tokens = training.tokens if part == "train" else 0
+    tokenizer = load_tokenizer(training.tokenizer)
+    return text_data(training.text, part, tokenizer, training.window, tokens)
+
+
 @lru_cache(maxsize=1)
 def training_data(training: Training) -> InstructionData:
     "The data that students are trained on and scores are measured on."
@@ -123,18 +166,28 @@ def training_data(training: Training) -> InstructionData:
         parts.append(data.easy_vqa("train"))
     if training.json:
         parts.append(data.load_json(located(training.json), located(training.image_root)))
+    if training.text:
+        parts.append(text_windows(training, "train"))
     if not parts:
         raise ValueError(
-            "The profile's training section names no data: give scenes, easy_vqa or json."
+            "The profile's training section names no data: give scenes, easy_vqa, json or text."
         )
     return parts[0] if len(parts) == 1 else mix(*parts)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-014
+@lru_cache(maxsize=1)
+def calibration_source(training: Training) -> InstructionData:
+    "What calibration samples are drawn from: training data, or the calibration part of a text."
+    if not training.text or training.scenes or training.json or training.easy_vqa:
+        return training_data(training)
+    return text_windows(training, "calibration")
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-016
 def root_of(evaluation: Evaluation) -> str | None:
     "The folder of the public evaluation sets; None: as the benchmarks find them."
     return str(located(evaluation.root)) if evaluation.root else None
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-016
+# %% ../../nbs/library/study/04_stages.ipynb #cell-018
 def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all is there
     "What a profile names and this machine does not have."
     missing = []
@@ -146,9 +199,20 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
                 missing.append(f"{what}: nothing at {shown}")
         except ValueError as error:
             missing.append(f"{what}: {error}")
-    return missing + _missing_sets(profile.evaluation)
+    return missing + _missing_packages(profile) + _missing_sets(profile.evaluation)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-018
+
+def _missing_packages(profile: Profile) -> list:
+    "Models and texts that a package of this machine should have."
+    trainings = [training_of(m, profile) for m in profile.models]
+    sources = [source_of(m, profile) for m in profile.models if m not in profile.folders]
+    named = dict.fromkeys([*sources, *(t.tokenizer for t in trainings)])
+    found = [(f"model {m}", missing_package(m)) for m in named if m in PACKAGED]
+    texts = dict.fromkeys(name for t in trainings for name in t.text)
+    found += [(f"text {name}", missing_text(name)) for name in texts]
+    return [f"{what}: {missing}" for what, missing in found if missing]
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-020
 def _named_paths(profile: Profile) -> list:  # of (what, path)
     "The models and data that a profile expects on this machine."
     given = {m: profile.folders.get(m, m) for m in profile.models}
@@ -161,7 +225,7 @@ def _named_paths(profile: Profile) -> list:  # of (what, path)
     keys = [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
     return named + [(what, path) for what, path in dict.fromkeys(keys) if path]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-020
+# %% ../../nbs/library/study/04_stages.ipynb #cell-022
 def _missing_sets(evaluation: Evaluation) -> list:
     "The benchmarks whose files are not there."
     missing = []
@@ -172,13 +236,15 @@ def _missing_sets(evaluation: Evaluation) -> list:
     for name in evaluation.benchmarks:
         source = benchmark(name).source
         try:
-            if root and not isinstance(source, str):  # a public set, not a generated one
+            if callable(source):  # a text
+                load_questions(name, evaluation.split, 1)
+            elif root and not isinstance(source, str):  # a public set, not a generated one
                 parquet_files(source, source.config, root)
         except FileNotFoundError as error:
             missing.append(f"benchmark {name}: {error}")
     return missing
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-023
+# %% ../../nbs/library/study/04_stages.ipynb #cell-025
 def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     "Fields of `RecoveryConfig` for an experiment; the precision may be 'fastest'."
     losses, options = experiment.recovery.split("+"), recovery_of(experiment.model, profile)
@@ -187,13 +253,18 @@ def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     weights = {name: 1 / len(losses) for name in losses}
     own = {"train": experiment.train, "losses": weights, "seed": experiment.seed}
     options = own | {"fraction": experiment.fraction} | options
+    if experiment.epochs:
+        options["epochs"] = experiment.epochs
     config = config_from_dict({k: v for k, v in options.items() if v != "fastest"})
-    rates = profile.learning_rates.get(experiment.train, {})
-    rate = float(rates.get(experiment.recovery, learning_rate(config)))
+    refitted = experiment.reconstruct != "none"
+    small_steps = refitted and experiment.train == "projector+lm"
+    rates = profile.learning_rates.get("reconstructed" if small_steps else experiment.train, {})
+    rate = rate_of(rates.get(experiment.recovery), experiment.pruning, experiment.ratio)
+    rate = learning_rate(config, reconstructed=refitted) if rate is None else rate
     settled = asdict(replace(config, lr=rate))
     return settled | {k: v for k, v in options.items() if v == "fastest"}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-025
+# %% ../../nbs/library/study/04_stages.ipynb #cell-027
 def precision_here() -> str:  # bf16 or fp32
     "The precision in which this machine trains fastest."
     if torch.cuda.is_available():
@@ -201,7 +272,7 @@ def precision_here() -> str:  # bf16 or fp32
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bf16" if has_bf16() else "fp32"
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-027
+# %% ../../nbs/library/study/04_stages.ipynb #cell-029
 def recovery_config(experiment: Experiment, profile: Profile) -> RecoveryConfig:
     "The training of an experiment on this machine."
     options = recovery_options(experiment, profile)
@@ -209,60 +280,110 @@ def recovery_config(experiment: Experiment, profile: Profile) -> RecoveryConfig:
         options["precision"] = precision_here()
     return config_from_dict(options)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-029
+# %% ../../nbs/library/study/04_stages.ipynb #cell-031
+def calibration_of(experiment: Experiment, profile: Profile) -> Calibration:
+    "On what the scores of an experiment are measured."
+    c = profile.calibration
+    if experiment.calibration != "default":
+        design, samples = calibration_words(experiment.calibration)
+        return replace(c, design=design, samples=samples)
+    layers = experiment.pruning == "layerwise" and c.layerwise_samples
+    return replace(c, samples=layers or c.samples)
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-033
+@lru_cache(maxsize=1000)
+def calibration_inputs(
+    training: Training,
+    design: str,
+    samples: int,
+    per_entry: int,
+    seed: int,
+) -> dict:
+    "What determines the questions that scores are measured on."
+    drawn = calibration_data(calibration_source(training), samples, seed, design, per_entry)
+    found = {"version": CALIBRATION_VERSION, "design": design, "samples": samples}
+    return found | {"questions": calibration_hash(drawn)}
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-035
 def scores_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the importance scores of an experiment."
     e, training = experiment, training_of(experiment.model, profile)
-    calibration = asdict(profile.calibration) | {"version": CALIBRATION_VERSION}
+    c, own = calibration_of(e, profile), _score_options(e, profile)
+    drawn = calibration_inputs(training, c.design, c.samples, c.per_entry, e.calibration_seed)
+    obs = e.allocation == "obs"  # its scores are no row of CRITERIA
+    blocks = {"ratio": e.ratio} if takes(e.pruning, e.importance, "n") else {}
     return stage_inputs(
         "scores",
-        criterion(e.pruning, e.importance).version,
+        OBS_VERSION if obs else criterion(e.pruning, e.importance).version,
         prunes=e.pruning,
-        criterion=e.importance,
-        calibration=calibration,
+        criterion="obs" if obs else e.importance,
+        calibration=drawn | own,
         data=data_inputs(training),
-        seed=e.seed,
+        seed=e.calibration_seed,
+        **blocks,
         **model_inputs(e.model, profile),
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-031
+
+def _score_options(experiment: Experiment, profile: Profile) -> dict:
+    "Options of the criterion that are not at their defaults."
+    e, mode = experiment, profile.calibration.mode
+    found = {"of": e.of} if e.of != "auto" else {}
+    return found | (
+        {"mode": mode} if mode != "default" and takes(e.pruning, e.importance, "mode") else {}
+    )
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-037
 def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the plan of a pruned experiment."
     e = experiment
     width = {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
+    own = {name: getattr(e, name) for name in ("allocation", "shape")}
+    width |= {name: value for name, value in own.items() if value != LATER[name]}
     scores = content_hash(scores_inputs(e, profile))
     row = PRUNINGS[e.pruning]
     return stage_inputs(
         "plan", row.version, pruning=e.pruning, scores=scores, ratio=e.ratio, **width
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-033
+# %% ../../nbs/library/study/04_stages.ipynb #cell-039
+OBS_VERSION = 1  # of `obs_scores`; raised when its numbers change
+
+
+def start_inputs(experiment: Experiment, profile: Profile) -> dict:
+    "What determines the model that training starts from: a refit, a plan, or a dense model."
+    e = experiment
+    if e.pruning == "none":
+        return model_inputs(e.model, profile)
+    plan = plan_inputs(e, profile)
+    if e.reconstruct == "none":
+        return plan
+    version = RECONSTRUCTIONS[e.reconstruct].version
+    return stage_inputs("reconstruction", version, how=e.reconstruct, plan=content_hash(plan))
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-041
 def student_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the student of a recovered experiment."
     e, options = experiment, recovery_options(experiment, profile)
-    pruned = e.pruning != "none"
-    start = plan_inputs(e, profile) if pruned else model_inputs(e.model, profile)
     speed = ("passes", "losses")
     return stage_inputs(
         "student",
         RECOVERY_VERSION,
-        start=content_hash(start),
+        start=content_hash(start_inputs(e, profile)),
         losses={n: [w, LOSSES[n].version] for n, w in options["losses"].items()},
         options={k: v for k, v in options.items() if k not in speed},
         data=data_inputs(training_of(e.model, profile)),
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-035
+# %% ../../nbs/library/study/04_stages.ipynb #cell-043
 def subject_key(experiment: Experiment, profile: Profile) -> str:
     "The key of what is evaluated: a student, a plan, or a dense model."
     e = canonical(experiment)
     if e.recovery != "none":
         return content_hash(student_inputs(e, profile))
-    if e.pruning != "none":
-        return content_hash(plan_inputs(e, profile))
-    return content_hash(model_inputs(e.model, profile))
+    return content_hash(start_inputs(e, profile))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-037
+# %% ../../nbs/library/study/04_stages.ipynb #cell-045
 def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
     "What determines a subject's answers to a benchmark."
     row = benchmark(name)
@@ -275,18 +396,23 @@ def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
         questions=_questions_hash(row.name, evaluation),
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-039
+# %% ../../nbs/library/study/04_stages.ipynb #cell-047
 @lru_cache
 def _hash_of_questions(name: str, split: str, limit: int, root: str | None) -> str:
     "`questions_hash`, once per process."
     return questions_hash(name, split, limit, root)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-041
+# %% ../../nbs/library/study/04_stages.ipynb #cell-049
 def _questions_hash(name: str, e: Evaluation) -> str:
     "What determines the questions of a benchmark."
-    return _hash_of_questions(name, e.split, e.questions, root_of(e))
+    return _hash_of_questions(name, e.split, limit_of(name, e), root_of(e))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-043
+
+def limit_of(name: str, e: Evaluation) -> int:
+    "How many questions of a benchmark are asked, at most."
+    return e.limits.get(name, e.questions)
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-051
 def score_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
     "What determines a subject's score on a benchmark."
     scorer, answers = benchmark(name).scorer, answers_inputs(subject, name, evaluation)
@@ -294,12 +420,12 @@ def score_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
         "score", SCORERS[scorer].version, scorer=scorer, answers=content_hash(answers)
     )
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-045
+# %% ../../nbs/library/study/04_stages.ipynb #cell-053
 def score_keys(experiment: Experiment, profile: Profile) -> dict:  # benchmark -> key
     "The keys of an experiment's scores."
     return dict(_score_keys(canonical(experiment), _Key(profile)))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-047
+# %% ../../nbs/library/study/04_stages.ipynb #cell-055
 class _Key:
     "A profile as a key of a cache, compared by its values."
 
@@ -312,7 +438,7 @@ class _Key:
     def __eq__(self, other):
         return self.text == other.text
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-049
+# %% ../../nbs/library/study/04_stages.ipynb #cell-057
 @lru_cache(maxsize=20_000)
 def _score_keys(experiment: Experiment, key: _Key) -> tuple:
     "Pairs of benchmark and key."
@@ -321,43 +447,62 @@ def _score_keys(experiment: Experiment, key: _Key) -> tuple:
     names = [benchmark(name).name for name in e.benchmarks]
     return tuple((name, content_hash(score_inputs(subject, name, e))) for name in names)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-051
+# %% ../../nbs/library/study/04_stages.ipynb #cell-059
 def name_of(experiment: Experiment, profile: Profile) -> str:
     "The name of an experiment's result."
     return content_hash(score_keys(experiment, profile))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-055
+# %% ../../nbs/library/study/04_stages.ipynb #cell-063
 @lru_cache(maxsize=2)
 def _teacher(source: str, device: str, tower: str | None, dtype: str):  # (model, processor)
     "An uncompressed model; never changed, so it can be shared."
     kind = getattr(torch, dtype) if dtype else None
     return load_model(source, device=device, vision_tower=tower, dtype=kind)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-057
+# %% ../../nbs/library/study/04_stages.ipynb #cell-065
 def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, processor)
     "An uncompressed model of a profile."
     tower = profile.towers.get(model)
     tower = str(located(tower)) if tower else None
     return _teacher(source_of(model, profile), device, tower, profile.dtype)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-059
+# %% ../../nbs/library/study/04_stages.ipynb #cell-067
+def calibration_batches_of(
+    experiment: Experiment, profile: Profile, processor, device: str
+) -> list:  # of batch dicts
+    "The questions that the scores of an experiment are measured on."
+    e, c = experiment, calibration_of(experiment, profile)
+    samples = calibration_source(training_of(e.model, profile))
+    size = c.batch_size if c.mode == "default" else c.samples
+    draw = dict(seed=e.calibration_seed, design=c.design, per_entry=c.per_entry)
+    batches = data.calibration_batches(samples, processor, c.samples, size, **draw)
+    return [{k: v.to(device) for k, v in b.items()} for b in batches]
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-069
 def scores_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
-    e, c = experiment, profile.calibration
+    e = experiment
 
     def fill(folder):
         model, processor = teacher_of(e.model, profile, device)
-        samples = training_data(training_of(e.model, profile))
-        batches = data.calibration_batches(samples, processor, c.samples, c.batch_size, e.seed)
-        batches = [{k: v.to(device) for k, v in b.items()} for b in batches]
-        start = time.perf_counter()
-        measure(e.pruning, e.importance, model, batches, e.seed).save(folder)
+        batches = calibration_batches_of(e, profile, processor, device)
+        options, start = _score_options(e, profile), time.perf_counter()
+        if takes(e.pruning, e.importance, "n"):
+            options["n"] = layers_for_ratio(model, e.ratio)
+        seed, row = e.calibration_seed, (e.pruning, e.importance)
+        obs = e.allocation == "obs"
+        scores = (
+            obs_scores(model, batches, seed=seed, **options)
+            if obs
+            else measure(*row, model, batches, seed, **options)
+        )
+        scores.save(folder)
         return record(device) | {"seconds": round(time.perf_counter() - start, 2)}
 
     key = store.shared(results, scores_inputs(e, profile), fill)
     return load_scores(store.folder_of(results, "scores", key))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-061
+# %% ../../nbs/library/study/04_stages.ipynb #cell-071
 def plan_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "What an experiment removes: a PruningPlan."
     e = canonical(experiment)
@@ -367,27 +512,59 @@ def plan_of(experiment: Experiment, profile: Profile, results: Store, device: st
     if found := store.read(results, "plan", content_hash(inputs)):
         return PruningPlan.from_json(found["value"])
     model, _ = teacher_of(e.model, profile, device)
-    scores, w = scores_of(e, profile, results, device), profile.width
-    protect = (w.protect_first, w.protect_last)
-    plan = plan_pruning(e.pruning, model, scores, ratio=e.ratio, protect=protect, shape=w.shape)
+    plan = planned(e, model, scores_of(e, profile, results, device), profile.width)
     store.write(results, inputs, plan.to_json())
     return plan
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-063
+# %% ../../nbs/library/study/04_stages.ipynb #cell-073
+def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
+    "The plan of an experiment from its scores."
+    e, w = experiment, width
+    if e.pruning == "widthwise" and w.attention_layers:
+        spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
+        return plan_channels(model, scores, e.ratio, *spans)
+    ratio = e.ratio
+    if e.pruning != "layerwise" and w.aim == "layers":
+        ratio = layerwise_ratio(model, e.ratio)
+    if e.allocation != "layer":
+        return plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
+    shape = w.shape if e.shape == "default" else e.shape
+    protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
+    return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-075
+def start_of(experiment: Experiment, plan, profile: Profile, results: Store, device: str):
+    "The pruned model before any training."
+    e, (model, processor) = experiment, teacher_of(experiment.model, profile, device)
+    small = apply_plan(model, plan)
+    if e.reconstruct == "none":
+        return small
+    batches = calibration_batches_of(e, profile, processor, device)
+    began = time.perf_counter()
+    small = reconstructed(e.reconstruct, small, model, batches, plan)
+    inputs, took = start_inputs(e, profile), {"seconds": round(time.perf_counter() - began, 2)}
+    if store.read(results, "reconstruction", content_hash(inputs)) is None:
+        store.write(results, inputs, {"record": record(device) | took})
+    return small
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-077
 def trained_parts(student, config: RecoveryConfig) -> list:  # of modules
     "The parts of a student that training changes in full (adapters are changed by peft)."
     parts = anatomy(student)
     only_projector = config.lora or config.train == "projector"
-    return [parts.projector] if only_projector else [parts.projector, parts.decoder, parts.lm_head]
+    trained = (
+        [parts.projector] if only_projector else [parts.projector, parts.decoder, parts.lm_head]
+    )
+    return [part for part in trained if part is not None]  # a language model has no projector
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-065
+# %% ../../nbs/library/study/04_stages.ipynb #cell-079
 def trained_in_float32(student, config: RecoveryConfig):
     "The student with the parts in float32 that training changes in full."
     for part in trained_parts(student, config):
         cast(part, torch.float32)
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-067
+# %% ../../nbs/library/study/04_stages.ipynb #cell-081
 def checkpoints_of(
     subject: str,  # key of a student
     results: Store,
@@ -395,14 +572,15 @@ def checkpoints_of(
     "Where the checkpoints of a student in training are."
     return results.folder / "checkpoints" / subject
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-069
+# %% ../../nbs/library/study/04_stages.ipynb #cell-083
 def trained(
     experiment: Experiment, plan, profile: Profile, results: Store, device: str
 ) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
     e = experiment
     model, processor = teacher_of(e.model, profile, device)
-    student, config = apply_plan(model, plan), recovery_config(e, profile)
+    student = start_of(e, plan, profile, results, device)
+    config = recovery_config(e, profile)
     if student.dtype != torch.float32:
         trained_in_float32(student, config)
     result = recover(
@@ -419,7 +597,7 @@ def trained(
     )
     return result.model, _training_record(config, result), result.adapters
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-071
+# %% ../../nbs/library/study/04_stages.ipynb #cell-085
 def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "Options of `recover` for a training that goes on where it was killed."
     if not profile.checkpoint_every:
@@ -427,7 +605,7 @@ def _kept_checkpoints(experiment: Experiment, profile: Profile, results: Store) 
     folder = checkpoints_of(subject_key(experiment, profile), results)
     return {"folder": folder, "save_every": profile.checkpoint_every}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-073
+# %% ../../nbs/library/study/04_stages.ipynb #cell-087
 def _sharding(student, profile: Profile, device: str) -> dict:
     "Options of `recover` for a student that several GPUs share."
     if profile.processes == 1 or device == "cpu":
@@ -436,7 +614,7 @@ def _sharding(student, profile: Profile, device: str) -> dict:
     config = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
     return {"trainer": {"fsdp": True, "fsdp_config": config}}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-075
+# %% ../../nbs/library/study/04_stages.ipynb #cell-089
 def _training_record(config: RecoveryConfig, result) -> dict:
     "What is kept of a training."
     return {
@@ -447,7 +625,7 @@ def _training_record(config: RecoveryConfig, result) -> dict:
         "loss": float(result.history.loss.iloc[-1]),
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-077
+# %% ../../nbs/library/study/04_stages.ipynb #cell-091
 def trained_together(
     experiment: Experiment, profile: Profile, results: Store, student
 ) -> tuple:  # as `trained`
@@ -473,7 +651,7 @@ def trained_together(
         record = json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
         return student, record, None
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-079
+# %% ../../nbs/library/study/04_stages.ipynb #cell-093
 def join(folder: str) -> None:
     "Train the experiment of a job, as one of its processes."
     job = json.loads(Path(folder, "job.json").read_text(encoding="utf-8"))
@@ -489,7 +667,7 @@ def join(folder: str) -> None:
     save_file(weights, Path(folder, "weights.safetensors"))
     Path(folder, "training.json").write_text(json.dumps(training), encoding="utf-8")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-081
+# %% ../../nbs/library/study/04_stages.ipynb #cell-095
 def _end_with(process: int) -> None:
     "End this process when another is gone."
     while True:
@@ -499,7 +677,7 @@ def _end_with(process: int) -> None:
             os._exit(1)
         time.sleep(1)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-083
+# %% ../../nbs/library/study/04_stages.ipynb #cell-097
 @contextmanager
 def _off(device: str, *models):
     "Models wait in the CPU's memory while other processes train on the device."
@@ -513,7 +691,7 @@ def _off(device: str, *models):
         for model in models:
             model.to(device)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-085
+# %% ../../nbs/library/study/04_stages.ipynb #cell-099
 def tensors_to_keep(
     experiment: Experiment, profile: Profile, student, start, adapters
 ) -> dict | None:  # name -> tensor; None where the student is not kept
@@ -524,12 +702,13 @@ def tensors_to_keep(
     changed = changed_tensors(student, start)
     if not adapters:
         return changed
-    projector = {id(p) for p in anatomy(student).projector.parameters()}
+    projector = anatomy(student).projector
+    projector = {id(p) for p in projector.parameters()} if projector is not None else set()
     names = {name for name, p in student.named_parameters() if id(p) in projector}
     own = {name: tensor for name, tensor in changed.items() if name in names}
     return own | {f"{ADAPTER}{name}": tensor for name, tensor in adapters.items()}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-087
+# %% ../../nbs/library/study/04_stages.ipynb #cell-101
 ADAPTER = "adapter:"  # how the names of adapters begin in a file of kept weights
 
 
@@ -537,7 +716,7 @@ def kept_bytes(results: Store) -> int:
     "The size of all kept students."
     return sum(p.stat().st_size for p in (results.folder / "student").glob("*/*.safetensors"))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-089
+# %% ../../nbs/library/study/04_stages.ipynb #cell-103
 def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
     "The tensors in which a student differs from the pruned model that it was trained from."
     before = start.state_dict()
@@ -547,7 +726,7 @@ def changed_tensors(student, start) -> dict:  # name -> tensor, on the CPU
         if not torch.equal(tensor.cpu(), before[name].cpu().to(tensor.dtype))
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-091
+# %% ../../nbs/library/study/04_stages.ipynb #cell-105
 def keep_student(
     experiment: Experiment, profile: Profile, results: Store, tensors: dict | None, value: dict
 ) -> None:
@@ -563,14 +742,14 @@ def keep_student(
 
     store.write(results, inputs, value, None if tensors is None else fill)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-093
+# %% ../../nbs/library/study/04_stages.ipynb #cell-107
 def kept_student(experiment: Experiment, profile: Profile, results: Store, plan, device: str):
     "The student of an experiment from its kept weights; None where there are none."
     key = content_hash(student_inputs(experiment, profile))
     if (folder := store.folder_of(results, "student", key)) is None:
         return None
-    model, _ = teacher_of(experiment.model, profile, device)
-    student, tensors = apply_plan(model, plan), load_file(folder / "weights.safetensors")
+    student = start_of(experiment, plan, profile, results, device)
+    tensors = load_file(folder / "weights.safetensors")
     adapters = {n.removeprefix(ADAPTER): t for n, t in tensors.items() if n.startswith(ADAPTER)}
     if adapters:
         options = recovery_options(experiment, profile)["lora"]
@@ -580,19 +759,19 @@ def kept_student(experiment: Experiment, profile: Profile, results: Store, plan,
         state[name].copy_(tensors[name])
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-095
+# %% ../../nbs/library/study/04_stages.ipynb #cell-109
 def student_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "The compressed model of an experiment."
     e = canonical(experiment)
     model, _ = teacher_of(e.model, profile, device)
     plan = plan_of(e, profile, results, device)
     if e.recovery == "none":
-        return apply_plan(model, plan)
+        return start_of(e, plan, profile, results, device)
     if (kept := kept_student(e, profile, results, plan, device)) is not None:
         return kept
-    start, began = apply_plan(model, plan), time.perf_counter()
+    start, began = start_of(e, plan, profile, results, device), time.perf_counter()
     if profile.processes > 1:
-        student = apply_plan(model, plan)
+        student = copy.deepcopy(start)
         with _off(device, model, student, start):
             _, training, adapters = trained_together(e, profile, results, student)
     else:
@@ -604,7 +783,7 @@ def student_of(experiment: Experiment, profile: Profile, results: Store, device:
     keep_student(e, profile, results, kept, value)
     return student
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-097
+# %% ../../nbs/library/study/04_stages.ipynb #cell-111
 def packed_answers(frame: pd.DataFrame) -> dict:
     "The answers to one benchmark as JSON values: distinct texts, and which of them was given."
     value = {}
@@ -613,17 +792,25 @@ def packed_answers(frame: pd.DataFrame) -> dict:
         texts = list(dict.fromkeys(given))
         place = {text: k for k, text in enumerate(texts)}
         value[column] = {"texts": texts, "given": [place[text] for text in given]}
-    return value
+    return value | {"log_likelihood": [two_digits(x) for x in frame.log_likelihood]}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-099
+
+def two_digits(nats: float | None) -> int | None:  # thousandths of a nat
+    "A log-likelihood as it is kept; None where it is unknown."
+    if nats is None or nats != nats:
+        return None
+    return int(float(f"{1000 * max(nats, -1e6):.1e}"))
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-113
 def unpacked_answers(value: dict) -> list:  # of Answer
     "The answers that `packed_answers` kept."
     prediction, candidate = (
         [value[c]["texts"][k] for k in value[c]["given"]] for c in ("prediction", "candidate")
     )
-    return [Answer(text, picked) for text, picked in zip(prediction, candidate)]
+    likely = [None if n is None else n / 1000 for n in value["log_likelihood"]]
+    return [Answer(*given) for given in zip(prediction, candidate, likely)]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-101
+# %% ../../nbs/library/study/04_stages.ipynb #cell-115
 def units_of(answers: pd.DataFrame) -> dict:  # benchmark -> list whose mean is score / 100
     "What each question, or group of questions that belong together, was worth."
     return {name: _units(name, rows) for name, rows in answers.groupby("benchmark", sort=False)}
@@ -640,22 +827,37 @@ def _units(name: str, rows: pd.DataFrame) -> list:
     sums = weighted.groupby([worth.stratum, together], sort=False).sum()
     return [round(float(v), 6) for v in sums * len(sums) / len(worth)]
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-103
+# %% ../../nbs/library/study/04_stages.ipynb #cell-117
+@lru_cache
+def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
+    "For each question of a benchmark the number of its unit, in the order of `units_of`."
+    numbers, found = {}, load_questions(name, split, limit, root)
+    keys = [(str(q.extra.get("subtask", "")), q.group or q.id) for q in found]
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
+
+
+def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; nan where unknown
+    "Mean log-likelihood of the right answers of each unit, from the value of an answers stage."
+    units = unit_numbers(name, e.split, e.questions, root_of(e))
+    kept = [float("nan") if n is None else n / 1000 for n in answers["log_likelihood"]]
+    return pd.Series(kept).groupby(list(units)).mean().tolist()
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-119
 def sample_of(answers: pd.DataFrame, n: int = 6) -> list:
     "The first answers of each benchmark, for people to look at."
     columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
     return answers.groupby("benchmark", sort=False).head(n)[columns].to_dict("records")
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-105
+# %% ../../nbs/library/study/04_stages.ipynb #cell-121
 def scored(name: str, answers: list, evaluation: Evaluation) -> dict:
     "The value of a score stage: the row of a benchmark, its units, and a few answers."
     e = evaluation
-    questions = load_questions(name, e.split, e.questions, root_of(e))
+    questions = load_questions(name, e.split, limit_of(name, e), root_of(e))
     frame = judge(answer_rows(name, questions, answers))
     row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
     return {"row": row, "units": units_of(frame)[name], "sample": sample_of(frame)}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-107
+# %% ../../nbs/library/study/04_stages.ipynb #cell-123
 def answer(
     experiment: Experiment, names: list, profile: Profile, results: Store, device: str
 ) -> None:
@@ -667,7 +869,7 @@ def answer(
         student,
         processor,
         names,
-        limit=e.questions,
+        limit={name: limit_of(name, e) for name in names},
         split=e.split,
         batch_size=e.batch_size,
         root=root_of(e),
@@ -680,7 +882,7 @@ def answer(
         value = packed_answers(rows) | {"record": record(device) | took}
         store.write(results, inputs, value)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-109
+# %% ../../nbs/library/study/04_stages.ipynb #cell-125
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
     keys, subject = score_keys(experiment, profile), subject_key(experiment, profile)
@@ -691,7 +893,40 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
     ]
     return {"score": scores, "answers": answers}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-111
+# %% ../../nbs/library/study/04_stages.ipynb #cell-127
+def same_models(experiment: Experiment, profile: Profile, results: Store) -> list:  # of keys
+    "The subjects of other calibration seeds whose stored plans keep the same units."
+    e, found, ours = experiment, [], _kept_units(experiment, profile, results)
+    if e.recovery != "none" or ours is None:
+        return []
+    for seed in dict.fromkeys([*profile.seeds, *profile.calibration_seeds]):
+        other = replace(e, seed=seed, calibration_seed=seed)
+        if other != e and _kept_units(other, profile, results) == ours:
+            found.append(subject_key(other, profile))
+    return found
+
+
+def _kept_units(experiment: Experiment, profile: Profile, results: Store):  # or None
+    "What the stored plan of an experiment keeps."
+    text = _plan_json(experiment, profile, results)
+    return [json.loads(text)[k] for k in ("layers", "heads", "neurons")] if text else None
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-128
+def copy_answers(
+    experiment: Experiment, names: list, profile: Profile, results: Store, device: str
+) -> None:
+    "Take over the answers of the same model under another calibration seed."
+    e = profile.evaluation
+    plan_of(experiment, profile, results, device)
+    for subject in same_models(experiment, profile, results):
+        for name in names:
+            key = content_hash(answers_inputs(subject, name, e))
+            ours = answers_inputs(subject_key(experiment, profile), name, e)
+            known = store.read(results, "answers", content_hash(ours))
+            if known is None and (content := store.read(results, "answers", key)):
+                store.write(results, ours, content["value"])
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-130
 def compute(
     experiment: Experiment,
     profile: Profile,
@@ -700,6 +935,9 @@ def compute(
 ) -> None:
     "Compute the stages of an experiment that are missing."
     e, missing = canonical(experiment), missing_stages(experiment, profile, results)
+    if missing["answers"] and e.pruning != "none" and e.recovery == "none":
+        copy_answers(e, missing["answers"], profile, results, device)
+        missing = missing_stages(experiment, profile, results)
     if missing["answers"]:
         answer(e, missing["answers"], profile, results, device)
     subject = subject_key(e, profile)
@@ -710,19 +948,19 @@ def compute(
         store.write(results, inputs, scored(name, unpacked_answers(value), profile.evaluation))
     index(e, profile, results)
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-113
+# %% ../../nbs/library/study/04_stages.ipynb #cell-132
 def index_inputs(experiment: Experiment) -> dict:
     "The inputs under which an experiment's description is kept."
-    return stage_inputs("experiment", 1, **asdict(canonical(experiment)))
+    return stage_inputs("experiment", 1, **described(canonical(experiment)))
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-115
+# %% ../../nbs/library/study/04_stages.ipynb #cell-134
 def index(experiment: Experiment, profile: Profile, results: Store) -> None:
     "Leave the description of an experiment in a store."
     inputs = index_inputs(experiment)
     if store.read(results, "experiment", content_hash(inputs)) is None:
         store.write(results, inputs, {})
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-117
+# %% ../../nbs/library/study/04_stages.ipynb #cell-136
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e = canonical(experiment)
@@ -735,6 +973,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
     return {
         "rows": [v["row"] for v in values.values()],
         "units": {name: v["units"] for name, v in values.items()},
+        "log_likelihoods": _likelihoods(e, profile, results),
         "sample": [row for v in values.values() for row in v["sample"]],
         "plan": plan,
         "training": student.get("training", {}),
@@ -742,7 +981,17 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "record": records,
     }
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-119
+# %% ../../nbs/library/study/04_stages.ipynb #cell-138
+def _likelihoods(experiment: Experiment, profile: Profile, results: Store) -> dict:
+    "Benchmark -> log-likelihood of each unit, of the answers that are stored."
+    subject, e, found = subject_key(experiment, profile), profile.evaluation, {}
+    for name in score_keys(experiment, profile):
+        content = store.read(results, "answers", content_hash(answers_inputs(subject, name, e)))
+        if content:
+            found[name] = likelihoods_of(name, content["value"], e)
+    return found
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-140
 def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
     "The keys of all stages of an experiment."
     e, subject = canonical(experiment), subject_key(experiment, profile)
@@ -753,11 +1002,13 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     if e.pruning != "none":
         keys["scores"] = {content_hash(scores_inputs(e, profile))}
         keys["plan"] = {content_hash(plan_inputs(e, profile))}
+    if e.reconstruct != "none":
+        keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
     if e.recovery != "none":
         keys["student"] = {content_hash(student_inputs(e, profile))}
     return keys
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-121
+# %% ../../nbs/library/study/04_stages.ipynb #cell-142
 def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     "The plan of an experiment as JSON; empty for a dense model."
     if experiment.pruning == "none":
@@ -765,7 +1016,7 @@ def _plan_json(experiment: Experiment, profile: Profile, results: Store) -> str:
     found = store.read(results, "plan", content_hash(plan_inputs(experiment, profile)))
     return found["value"] if found else ""
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-123
+# %% ../../nbs/library/study/04_stages.ipynb #cell-144
 def _student_value(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The record of an experiment's training; empty where it is not recovered."
     if experiment.recovery == "none":
@@ -773,7 +1024,7 @@ def _student_value(experiment: Experiment, profile: Profile, results: Store) -> 
     found = store.read(results, "student", content_hash(student_inputs(experiment, profile)))
     return found["value"] if found else {}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-125
+# %% ../../nbs/library/study/04_stages.ipynb #cell-146
 def answer_records(experiment: Experiment, profile: Profile, results: Store) -> list:
     "On what the answers of an experiment were computed: a record per benchmark."
     subject, e, found = subject_key(experiment, profile), profile.evaluation, []
@@ -784,17 +1035,27 @@ def answer_records(experiment: Experiment, profile: Profile, results: Store) -> 
         found += [value["record"] for value in values if value.get("record")][:1]
     return found
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-127
+# %% ../../nbs/library/study/04_stages.ipynb #cell-148
 def _records(experiment: Experiment, profile: Profile, results: Store, student: dict) -> dict:
     "On what an experiment was computed, and how long its training and its answers took."
     answers = answer_records(experiment, profile, results)
-    records = [r for r in (student.get("record"), *answers) if r]
+    refit = _refit_record(experiment, profile, results)
+    records = [r for r in (student.get("record"), refit, *answers) if r]
     merged = {} if not records else records[-1] | records[0]
     total = sum(r.get("seconds", 0) for r in records)
     peak = max((r.get("peak_memory_mb", 0) for r in records), default=None)
     return merged | {"seconds": round(total, 2) if records else None, "peak_memory_mb": peak}
 
-# %% ../../nbs/library/study/04_stages.ipynb #cell-129
+
+def _refit_record(experiment: Experiment, profile: Profile, results: Store) -> dict:
+    "On what a refit was computed; empty where there was none."
+    if experiment.reconstruct == "none":
+        return {}
+    key = content_hash(start_inputs(experiment, profile))
+    found = store.read(results, "reconstruction", key)
+    return found["value"]["record"] if found else {}
+
+# %% ../../nbs/library/study/04_stages.ipynb #cell-150
 def record(device: str) -> dict:
     "On what a result is computed."
     gpu = device.startswith("cuda")

@@ -38,8 +38,8 @@ from ..utils.files import checkout
 
 # %% ../../nbs/library/study/05_workers.ipynb #cell-004
 def results_of(profile: Profile) -> Store:
-    "The results store of a profile."
-    return Store(checkout() / "runs" / profile.name)
+    "The results store of a profile; one that is restricted to a model shares that of the whole."
+    return Store(checkout() / "runs" / profile.name.partition("@")[0])
 
 # %% ../../nbs/library/study/05_workers.ipynb #cell-006
 def complete(

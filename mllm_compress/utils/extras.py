@@ -11,6 +11,8 @@ from contextlib import contextmanager
 # %% ../../nbs/library/utils/03_extras.ipynb #cell-004
 EXTRAS = {
     "torchvision": "vision",
+    "gguf": "gguf",
+    "bitsandbytes": "quantize",
     **dict.fromkeys(
         "matplotlib jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),
         "study",

@@ -137,3 +137,12 @@ def checkout() -> Path:
     here = Path.cwd()
     found = (p for p in (here, *here.parents) if (p / "settings.ini").exists())
     return next((p for p in found if (p / "nbs").exists()), here)
+
+# %% ../../nbs/library/utils/01_files.ipynb #cell-024
+def cache_folder(
+    name: str,  # of a part of the cache
+) -> Path:
+    "A folder for what can be made again; it may not exist yet."
+    own = os.environ.get("MLLM_COMPRESS_CACHE")
+    general = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return (Path(own).expanduser() if own else general / "mllm_compress") / name

@@ -30,6 +30,13 @@ from mllm_compress.zoo.convert import (
     real_name,
 )
 from .files import check_files, check_local, read_config, read_header, shards
+from mllm_compress.zoo.gguf import (
+    PACKAGED,
+    gguf_folder,
+    gguf_identity,
+    install_command,
+    packaged_file,
+)
 from .tiny_models import tiny_model, tiny_processor
 
 _all_ = ["real_name"]
@@ -48,6 +55,7 @@ MODELS = {
     "tiny-bunny": f"SigLIP + Phi, {_TRAINED}",
     "smoke-llava": "CLIP + Llama, 4 layers, random weights: for tests",
     "smoke-bunny": "SigLIP + Phi, 4 layers, random weights: for tests",
+    **{name: row.help for name, row in PACKAGED.items()},
 } | {
     hub_id: f"{name} in its {layout}"
     for name, real in REAL_MODELS.items()
@@ -249,6 +257,9 @@ def native_folder(
 ) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
     "The local folder of a checkpoint in native classes."
     shipped = SHIPPED / str(name)
+    if str(name) in PACKAGED:
+        file = packaged_file(str(name))
+        return gguf_folder(file) if file else None
     if str(name) in MODELS:
         return shipped if shipped.is_dir() else None
     folder = Path(name).expanduser()
@@ -263,7 +274,7 @@ def check_model(
     "An error where a model is evidently missing or damaged; nothing is loaded."
     name = str(name)
     folder = Path(name).expanduser()
-    if name in MODELS:
+    if name in MODELS or folder.suffix == ".gguf" and folder.is_file():
         return
     if not folder.is_dir():
         check_local(name)
@@ -274,6 +285,37 @@ def check_model(
         check_files(folder)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-047
+def _load_packaged(name: str, dtype):
+    "Model and tokenizer of a model that a package contains."
+    if file := packaged_file(name):
+        return _load_checked(gguf_folder(file), dtype, False)
+    try:
+        return _from_hub(PACKAGED[name].hub, dtype, False, None)
+    except OSError as error:
+        raise OSError(
+            f"{name}: the package {PACKAGED[name].package} is not installed and the hub is out of "
+            f"reach ({type(error.__cause__ or error).__name__}). With access to the Python index: "
+            f"{install_command(name)}"
+        ) from error
+
+
+def packaged_identity(
+    name: str,  # of PACKAGED
+) -> str | None:  # None where the package is not installed
+    "A name for the weights of a model that a package contains."
+    file = packaged_file(name)
+    return gguf_identity(file) if file else None
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-049
+def load_tokenizer(
+    name: str,  # as for load_model
+):
+    "The tokenizer of a model; a generated model is made for it."
+    folder = native_folder(name)
+    found = load_processor(folder) if folder else load_model(name)[1]
+    return getattr(found, "tokenizer", found)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-051
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
@@ -288,8 +330,12 @@ def load_model(
         model, processor = tiny_model(family, layers=4), tiny_processor(family)
     elif name in MODELS and (SHIPPED / name).is_dir():
         model, processor = _load_folder(SHIPPED / name, dtype, False)
+    elif name in PACKAGED:
+        model, processor = _load_packaged(name, dtype)
     elif folder.is_dir():
         model, processor = _load_local(folder, dtype, trust_remote_code, vision_tower)
+    elif folder.suffix == ".gguf" and folder.is_file():
+        model, processor = _load_checked(gguf_folder(folder), dtype, False)
     else:
         check_local(name)
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -297,7 +343,7 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-049
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-053
 def _from_hub(name, dtype, trust_remote_code, vision_tower):
     "Fetch a checkpoint (never its pickles) and load it as a folder."
     from huggingface_hub import snapshot_download

@@ -1,0 +1,246 @@
+"""The study's design: calibration, seeds, equal sizes, learning rates, and outcomes."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_study import DENSE, LAYERS, SMOKE, TRAINED, WIDTH, inline
+
+from mllm_compress.data import InstructionData, scene_data, small_data
+from mllm_compress.data.calibration import (
+    answer_form,
+    calibration_data,
+    calibration_hash,
+    coverage,
+    question_types,
+)
+from mllm_compress.data.instructions import entry
+from mllm_compress.pruning.plans import layerwise_ratio, plan_channels
+from mllm_compress.study import stages
+from mllm_compress.study.experiments import Experiment, canonical, described
+from mllm_compress.study.profiles import differences, load_profile, rate_of, resolve_parameters
+from mllm_compress.study.stages import name_of, scores_inputs, subject_key
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ---- calibration
+
+
+def test_all_types_alike_and_no_entry_more_than_its_share():
+    for n, per_entry in ((1, 2), (7, 1), (64, 2), (64, 9)):
+        drawn = calibration_data(small_data(n=500), n, seed=3, per_entry=per_entry)
+        counts = coverage(drawn).values()
+        assert len(drawn) == n and max(counts) - min(counts) <= 1
+        assert max(Counter(e["id"] for e in drawn.samples).values()) <= per_entry
+
+
+def test_a_small_set_gives_what_it_has():
+    said = [("a?", "yes"), ("b?", "no"), ("c?", "B")]
+    two = InstructionData([entry(str(i), None, said) for i in range(2)])
+    drawn = calibration_data(two, 50, per_entry=2)
+    assert len(drawn) == 4 and set(coverage(drawn)) == {"no image/letter", "no image/yes or no"}
+    assert len(calibration_data(two, 50, design="first")) == 2
+    with pytest.raises(ValueError, match="design"):
+        calibration_data(two, 5, design="last")
+
+
+def test_seeds_draw_other_questions_and_the_hash_sees_every_answer():
+    data = scene_data(n=60)
+    draws = [calibration_data(data, 12, seed) for seed in (0, 0, 1)]
+    hashes = [calibration_hash(d) for d in draws]
+    assert hashes[0] == hashes[1] != hashes[2]
+    changed = InstructionData([dict(e) for e in draws[0].samples])
+    turn = changed.samples[3]["conversations"][1]
+    changed.samples[3]["conversations"] = [draws[0].samples[3]["conversations"][0], {**turn}]
+    assert calibration_hash(changed) == hashes[0]
+    changed.samples[3]["conversations"][1]["value"] += "!"
+    assert calibration_hash(changed) != hashes[0]
+
+
+@pytest.mark.parametrize(
+    "answer, form",
+    [("C", "letter"), ("No.", "yes or no"), ("12", "number"), ("3.5", "number"), ("cat", "word")],
+)
+def test_forms_of_answers(answer, form):
+    assert answer_form(answer) == form
+    assert question_types(entry("1", "gqa/images/7.jpg", [("q", answer)])) == [f"gqa/{form}"]
+
+
+def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
+    def key(e=WIDTH, **changes):
+        changed = replace(SMOKE, calibration=replace(SMOKE.calibration, **changes))
+        return stages.content_hash(scores_inputs(e, changed))
+
+    assert key() == key(batch_size=1) != key(samples=5)
+    assert len({key(), key(design="first"), key(per_entry=1), key(mode="reference")}) == 4
+    assert key(layerwise_samples=3) == key() and key(LAYERS, layerwise_samples=3) != key(LAYERS)
+    assert key(replace(WIDTH, calibration="first 8")) == key(design="first")
+    magnitude = replace(WIDTH, importance="magnitude")
+    assert key(magnitude) == key(magnitude, mode="reference")  # it has no such option
+
+
+def test_edited_data_is_another_calibration(monkeypatch):
+    before = scores_inputs(LAYERS, SMOKE)
+    samples = [dict(scene_data(n=12).samples[i]) for i in range(12)]
+    for sample in samples:
+        sample["conversations"] = [*sample["conversations"][2:], *sample["conversations"][:2]]
+        sample["types"] = [*sample["types"][1:], sample["types"][0]]
+    monkeypatch.setattr(stages, "training_data", lambda _: InstructionData(samples))
+    stages.calibration_inputs.cache_clear()
+    assert scores_inputs(LAYERS, SMOKE)["calibration"] != before["calibration"]
+    stages.calibration_inputs.cache_clear()
+
+
+# ---- experiments
+
+
+def test_seeds_are_named_apart():
+    both = replace(TRAINED, calibration_seed=0, seed=4)
+    plans = [stages.plan_inputs(e, SMOKE) for e in (TRAINED, both)]
+    assert plans[0] == plans[1] and subject_key(TRAINED, SMOKE) != subject_key(both, SMOKE)
+    assert Experiment("m", "layerwise", 0.3, seed=2).calibration_seed == 2
+    untrained = Experiment("m", "layerwise", 0.3, seed=7, calibration_seed=1)
+    assert canonical(untrained) == Experiment("m", "layerwise", 0.3, seed=1)
+    dense = Experiment("m", recovery="sft", calibration_seed=3, calibration="first 5")
+    assert canonical(dense) == Experiment("m", recovery="sft")
+
+
+def test_later_fields_leave_older_descriptions_as_they_were():
+    old = {"model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed"}
+    assert set(described(TRAINED)) == old
+    new = replace(TRAINED, epochs=3, calibration_seed=5, calibration="first 9")
+    assert set(described(new)) == old | {"epochs", "calibration_seed", "calibration"}
+    assert Experiment(**described(new)) == new
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"calibration": "first"},
+        {"calibration": "last 5"},
+        {"calibration": "stratified 0"},
+        {"calibration": "stratified many"},
+        {"calibration_seed": -1},
+        {"calibration_seed": "a"},
+        {"epochs": -1},
+        {"epochs": 0.5},
+    ],
+)
+def test_nonsense_is_refused(wrong):
+    with pytest.raises(ValueError):
+        Experiment("m", "layerwise", 0.3, **wrong)
+
+
+def test_epochs_of_an_experiment_replace_those_of_the_profile():
+    longer = replace(TRAINED, epochs=5)
+    assert stages.recovery_config(longer, SMOKE).epochs == 5
+    same = replace(TRAINED, epochs=SMOKE.recovery["epochs"])
+    assert name_of(same, SMOKE) == name_of(TRAINED, SMOKE) != name_of(longer, SMOKE)
+
+
+def test_a_contiguous_block_is_an_experiment(away):
+    blocks = replace(LAYERS, importance="angular_distance")
+    assert scores_inputs(blocks, SMOKE) != scores_inputs(replace(blocks, ratio=0.5), SMOKE)
+    frame = inline([DENSE, blocks, replace(blocks, ratio=0.5)])
+    assert frame.status.eq("done").all() and frame.achieved_ratio.nunique() == 3
+
+
+# ---- sizes
+
+
+def test_both_prunings_reach_the_same_size(away):
+    exact = replace(SMOKE, width=replace(SMOKE.width, aim="ratio"))
+    sizes = {n: inline([LAYERS, WIDTH], p).achieved_ratio for n, p in (("o", SMOKE), ("e", exact))}
+    layers, width = sizes["o"]
+    assert abs(layers - width) < 0.02
+    assert abs(sizes["e"][1] - 0.3) < 0.02 and name_of(WIDTH, SMOKE) != name_of(WIDTH, exact)
+    assert name_of(LAYERS, SMOKE) == name_of(LAYERS, exact)
+
+
+@pytest.mark.parametrize("name", ["llava-v1.5-7b", "bunny-v1.0-3b", "mini-internvl-4b"])
+def test_the_ranges_of_authors_reach_its_ratios(name):
+    import torch
+
+    from mllm_compress.anatomy.families import anatomy
+    from mllm_compress.cost.gpu_memory import on_meta
+    from mllm_compress.importance.scores import WidthScores
+    from mllm_compress.zoo.convert import real_config
+
+    profile = load_profile("authors")
+    model = on_meta(real_config(profile.printed[name]))
+    parts = anatomy(model)
+    units = [{i: torch.rand(n(i)) for i in range(32)} for n in (parts.groups, parts.neurons)]
+    scores, w = WidthScores(*units, "random", {}), profile.width
+    spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
+    for ratio in profile.ratios:
+        plan = plan_channels(model, scores, ratio, *spans)
+        assert abs(plan.achieved_ratio - ratio) < 0.01
+        assert abs(layerwise_ratio(model, ratio) - ratio) < 0.016  # half a layer
+        kept = {
+            i for i in range(32) if not plan.removed("heads", i) and not plan.removed("neurons", i)
+        }
+        assert kept == {0, 1, 2, *range(21, 32)}
+    with pytest.raises(ValueError, match="cannot be reached"):
+        plan_channels(model, scores, 0.6, *spans)
+
+
+# ---- profiles
+
+
+def test_a_learning_rate_may_differ_between_prunings_and_ratios():
+    rates = {"layerwise": 0.1, "widthwise": {0.15: 0.2, "0.6": 0.3}}
+    found = [rate_of(rates, *at) for at in (("layerwise", 0.6), ("widthwise", 0.2))]
+    assert found == [0.1, 0.2] and rate_of(rates, "widthwise", 0.45) == 0.3
+    assert rate_of(None, "layerwise", 0.3) is None
+    tuned = replace(SMOKE, learning_rates={"projector+lm": {"sft": rates}})
+    assert stages.recovery_config(TRAINED, tuned).lr == 0.1
+    assert (
+        stages.recovery_config(
+            replace(TRAINED, pruning="widthwise", importance="taylor", ratio=0.5), tuned
+        ).lr
+        == 0.3
+    )
+
+
+def test_knobs_of_the_two_paper_profiles():
+    changed = {
+        key: (a, b) for key, a, b in differences(load_profile("paper"), load_profile("authors"))
+    }
+    assert changed["calibration.mode"] == ("default", "reference")
+    assert changed["width.attention_layers"] == ([], [3, 20])
+    assert changed["per_model.mini-internvl-4b.recovery.weight_decay"] == (None, 0.05)
+    assert not {"models", "seeds", "fractions", "recovery.lr"} & set(changed)
+    assert differences(load_profile("tiny"), load_profile("tiny")) == []
+
+
+def test_untrained_experiments_have_seeds_of_their_own():
+    for name, least in (("quick", 3), ("tiny", 10)):
+        profile = load_profile(name)
+        ask = resolve_parameters(profile, "02b_calibration", calibration_seeds=[])
+        assert len(ask.calibration_seeds) >= least
+
+
+# ---- outcomes
+
+
+def test_the_likelihood_of_right_answers_is_in_the_frame(away):
+    frame = inline([DENSE, LAYERS])
+    assert frame.log_likelihood.lt(0).all()
+    for row in frame.itertuples():
+        assert len(row.log_likelihoods) == len(row.units)
+        assert np.isclose(row.log_likelihoods.mean(), row.log_likelihood, rtol=0.05)
+
+
+def test_equal_plans_share_their_answers(away, monkeypatch):
+    seeded = replace(SMOKE, seeds=[0, 1])
+    magnitude = replace(WIDTH, importance="magnitude")
+    first = inline([DENSE, magnitude], seeded)
+    monkeypatch.setattr(stages, "answer", lambda *_: pytest.fail("answered again"))
+    again = inline([replace(magnitude, seed=1, calibration_seed=1)], seeded)
+    assert again.score.tolist() == first.score.tolist()[1:]

@@ -1,0 +1,479 @@
+"""Exports in the engines: GGUF files read back, and run by real llama.cpp where it can be had.
+
+The first half needs the package gguf only. The second half runs node-llama-cpp (tests/llama_cpp.py
+says how to install it) and compares next-token probabilities and greedy tokens with ours.
+"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from llama_cpp import engine_folder, run_engine
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.checkpoint import export_model, load_pruned, save_pruned
+from mllm_compress.checkpoint import llama_cpp as cpp
+from mllm_compress.checkpoint.engines import ENGINES, per_layer_config
+from mllm_compress.checkpoint.filling import fill_up
+from mllm_compress.pruning.pruning_plan import make_plan
+from mllm_compress.pruning.slicing import apply_plan
+
+gguf = pytest.importorskip("gguf", reason="needs the extra: pip install mllm_compress[gguf]")
+LLAMA_CPP = pytest.mark.skipif(engine_folder() is None, reason="needs node-llama-cpp")
+IDS = [1, 5, 9, 70, 33, 21, 100, 2, 64, 12, 77, 3]
+SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
+SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 512}
+LONG |= {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.5, 2.5, 4.0]}
+FAMILIES = {
+    "llama": {},
+    "llama, biases, tied": dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama, scaled rotary": dict(rope_parameters=SCALED),
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": dict(head_dim=16),
+    "phi": dict(num_key_value_heads=8),
+    "phi, partial rotary": dict(num_key_value_heads=8, rope_parameters=PARTIAL),
+    "phi3": {},
+    "phi3, long rotary": dict(
+        rope_parameters=LONG, original_max_position_embeddings=512, max_position_embeddings=1024
+    ),
+}
+SHAPES = ("dense", "layerwise", "uniform", "blockwise")
+WRITTEN_AS = {
+    "llama": ("llama", "llama", "llama", "deci"),
+    "mistral": ("llama", "llama", "llama", "deci"),
+    "qwen2": ("qwen2", "qwen2", "llama", "deci"),
+    "qwen3": ("qwen3", "qwen3", "qwen3", "fill"),
+    "phi": ("phi2", "phi2", "fill", "fill"),
+    "phi3": ("phi3", "phi3", "llama", "deci"),
+}
+
+
+def random_lm(case: str):
+    "A random decoder whose attention, norms and biases all matter to its output."
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=128)
+    heads = dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    config = AutoConfig.for_model(case.split(",")[0], **(sizes | heads | special | FAMILIES[case]))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+            else:
+                p.mul_(6)
+    return model
+
+
+def pruned(model, shape: str):
+    "A model and its plan."
+    n = anatomy(model).num_layers
+    layers = {"dense": (), "uniform": range(n), "blockwise": (1,)}.get(shape, ())
+    options = dict(heads={i: (0, 1, 3) for i in layers}, neurons={i: range(70) for i in layers})
+    if shape == "layerwise":
+        options = dict(layers=(0, 2))
+    plan = make_plan(model, **options)
+    return apply_plan(model, plan), plan
+
+
+def reference(path) -> torch.Tensor:  # [tokens, vocabulary] logits
+    "llama.cpp's Llama and Deci graphs on a file, from its tensors alone: an independent check."
+    reader = gguf.GGUFReader(path)
+    field = lambda key: reader.fields[key].contents()
+    arch = field("general.architecture")
+    tensors = {
+        t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32))
+        for t in reader.tensors
+    }
+    get = lambda name: tensors[name].reshape(tensors[name].shape)
+    layers, dim = field(f"{arch}.block_count"), field(f"{arch}.attention.key_length")
+    spread = lambda v: v if isinstance(v, list) else [v] * layers
+    heads, groups = (
+        spread(field(f"{arch}.attention.{k}")) for k in ("head_count", "head_count_kv")
+    )
+    widths, eps = (
+        spread(field(f"{arch}.feed_forward_length")),
+        field(f"{arch}.attention.layer_norm_rms_epsilon"),
+    )
+    base, n = field(f"{arch}.rope.freq_base"), len(IDS)
+    angle = torch.arange(n)[:, None] * base ** (-torch.arange(0, dim, 2) / dim)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # [tokens, 1, dim / 2]
+    norm = lambda x, w: x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * w
+
+    def turn(x):  # [tokens, heads, dim], neighbouring channels
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def linear(x, name):
+        y = x @ get(f"{name}.weight").T
+        return y + tensors[f"{name}.bias"] if f"{name}.bias" in tensors else y
+
+    x = get("token_embd.weight")[IDS]
+    for i in range(layers):
+        block = f"blk.{i}."
+        h = norm(x, get(block + "attn_norm.weight"))
+        q = turn(linear(h, block + "attn_q").view(n, heads[i], dim))
+        k = turn(linear(h, block + "attn_k").view(n, groups[i], dim))
+        v = linear(h, block + "attn_v").view(n, groups[i], dim)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *(t.transpose(0, 1) for t in (q, k, v)), is_causal=True, enable_gqa=True
+        )
+        x = x + linear(attended.transpose(0, 1).flatten(1), block + "attn_output")
+        h = norm(x, get(block + "ffn_norm.weight"))
+        inner = torch.nn.functional.silu(linear(h, block + "ffn_gate")) * linear(
+            h, block + "ffn_up"
+        )
+        assert inner.shape[1] == widths[i]
+        x = x + linear(inner, block + "ffn_down")
+    head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
+    return norm(x, get("output_norm.weight")) @ get(head).T
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=torch.tensor([IDS])).logits[0].float()
+
+
+@pytest.mark.parametrize("case", ["llama", "llama, biases, tied", "qwen2", "mistral", "phi3"])
+@pytest.mark.parametrize("shape", ["uniform", "blockwise"])
+def test_a_file_computes_what_the_model_does(case, shape, tmp_path):
+    model, _ = pruned(random_lm(case), shape)
+    facts = cpp.write_gguf(model, tmp_path / "m.gguf", dtype="f32")
+    assert facts["architecture"] == {"uniform": "llama", "blockwise": "deci"}[shape]
+    torch.testing.assert_close(reference(tmp_path / "m.gguf"), logits(model), atol=2e-4, rtol=1e-4)
+
+
+def test_the_order_of_rows_matters(tmp_path, monkeypatch):
+    "Without reordering the reference would notice."
+    monkeypatch.setattr(cpp, "interleave", lambda rows, head_dim: rows)
+    model = random_lm("llama")
+    cpp.write_gguf(model, tmp_path / "m.gguf", dtype="f32")
+    assert (reference(tmp_path / "m.gguf") - logits(model)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2"])
+@pytest.mark.parametrize("shape", ["dense", "layerwise"])
+def test_transformers_reads_the_file(case, shape, tmp_path):
+    model, _ = pruned(random_lm(case), shape)
+    cpp.write_gguf(model, tmp_path / "m.gguf", dtype="f32")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    torch.testing.assert_close(logits(read), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_architecture_of_every_shape(case):
+    family, found = case.split(",")[0], []
+    for shape in SHAPES:
+        try:
+            found.append(cpp.choose_architecture(anatomy(pruned(random_lm(case), shape)[0])).name)
+        except ValueError as error:
+            assert "--fill" in str(error) and family in str(error)
+            found.append("fill")
+    assert tuple(found) == WRITTEN_AS[family]
+
+
+def test_what_no_architecture_holds_is_named():
+    model = random_lm("llama")
+    model.config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match="its MLP computes silu, not gelu") as error:
+        cpp.choose_architecture(anatomy(model), fill=True)
+    assert "--fill" not in str(error.value)  # it would not help
+    phi3 = random_lm("phi3")
+    phi3.config.rope_parameters |= {"partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match="turns whole heads"):
+        cpp.choose_architecture(anatomy(pruned(phi3, "blockwise")[0]))
+
+
+def test_dtypes_and_their_bytes(tmp_path):
+    model, sizes = random_lm("llama"), {}
+    for dtype in cpp.DTYPES:
+        sizes[dtype] = cpp.write_gguf(model, tmp_path / f"{dtype}.gguf", dtype=dtype)["bytes"]
+        error = (reference(tmp_path / f"{dtype}.gguf") - logits(model)).norm() / logits(
+            model
+        ).norm()
+        assert error < {"f": 0.01, "b": 0.05, "q8": 0.05}.get(dtype[:2], 0.6), (dtype, error)
+    assert sizes["f32"] > sizes["f16"] == sizes["bf16"] > sizes["q8_0"] > sizes["q4_0"]
+    with pytest.raises(ValueError, match="llama-quantize model.gguf small.gguf Q4_K_M"):
+        cpp.check_dtype("q4_k_m")
+    with pytest.raises(ValueError, match="Unknown dtype 'int3'"):
+        cpp.check_dtype("int3")
+
+
+def test_filling_is_exact_and_refuses_to_shrink():
+    for case in ("llama", "phi, partial rotary", "phi3", "qwen2"):
+        model, _ = pruned(random_lm(case), "blockwise")
+        groups = 8 if case.startswith("phi,") else 4
+        filled = fill_up(model, [(groups, 96)] * 3)
+        torch.testing.assert_close(logits(filled), logits(model), atol=1e-4, rtol=1e-4)
+        assert anatomy(model).groups(1) == 3
+    with pytest.raises(ValueError, match="layer 0 has 4 heads, more than 2"):
+        fill_up(model, [(2, 96)] * 3)
+
+
+# Tokenizers
+
+
+def spm_like(tmp_path):
+    "A Llama 2 tokenizer: BPE over pieces with a space mark, and a byte fallback."
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    unit = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    unit.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    unit.train_from_iterator(TEXTS * 20, trainer)
+    vocabulary = json.loads(unit.to_str())
+    vocabulary["added_tokens"] = [t for t in vocabulary["added_tokens"] if t["id"] < 3]
+    unit = Tokenizer.from_str(json.dumps(vocabulary))
+    unit.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    unit.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=unit, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def byte_level(tmp_path, kind: str):
+    "A byte-level BPE tokenizer that splits text as GPT-2, SmolLM2 or Llama 3 do."
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    (llama,) = next(k for k, v in cpp.SPLITS.items() if v == "llama-bpe")
+    split = pre_tokenizers.Split(Regex(llama), "isolated")
+    steps = {"gpt-2": [gpt2], "smollm": [digits, gpt2], "llama-bpe": [split, plain]}[kind]
+    unit = Tokenizer(models.BPE())
+    unit.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    unit.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    unit.train_from_iterator(TEXTS * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=unit, bos_token="<s>", eos_token="</s>")
+
+
+TEXTS = [
+    "The capital of France is Paris, and 1234 people don't know it.",
+    "How many apples are there in the picture? There are 15 apples.",
+    "Größe, naïve café — 東京 🙂!\n\n  Two spaces   here\tand a tab.",
+]
+TOKENIZERS = ("spm", "gpt-2", "smollm", "llama-bpe")
+
+
+def make_tokenizer(kind, tmp_path):
+    return spm_like(tmp_path) if kind == "spm" else byte_level(tmp_path, kind)
+
+
+def lm_for(tokenizer):
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer) + 5,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_header_of_a_tokenizer(kind, tmp_path):
+    tokenizer = make_tokenizer(kind, tmp_path)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    facts = cpp.write_gguf(lm_for(tokenizer), tmp_path / "m.gguf", tokenizer)
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    get = lambda key: fields[f"tokenizer.{key}"].contents()
+    assert facts["notes"] == [] and get("chat_template") == tokenizer.chat_template
+    assert get("ggml.model") == ("llama" if kind == "spm" else "gpt2")
+    assert get("ggml.pre") == ("default" if kind == "spm" else kind)
+    assert len(get("ggml.tokens")) == len(tokenizer) + 5
+    assert get("ggml.add_bos_token") == (kind == "spm")
+    assert get("ggml.tokens")[-1] == f"[PAD{len(tokenizer) + 4}]"
+
+
+def test_an_unknown_tokenizer_leaves_ids(tmp_path, tiny_llava):
+    notes = cpp.write_gguf(random_lm("llama"), tmp_path / "m.gguf")["notes"]
+    assert "token ids, not text" in notes[0]
+    model, processor = tiny_llava
+    notes = cpp.write_gguf(model, tmp_path / "m.gguf", processor.tokenizer)["notes"]
+    assert "WordLevel" in notes[0] and "not vision tower" in notes[1]
+
+
+# export_model and the other engines
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    "Folders of save_pruned, by case and shape."
+    place, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def folder(case, shape):
+        if (case, shape) not in made:
+            model, plan = pruned(random_lm(case), shape)
+            made[case, shape] = save_pruned(model, plan, place / f"{len(made)}")
+        return made[case, shape]
+
+    return folder
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "phi, partial rotary", "phi3"])
+@pytest.mark.parametrize("shape", ["uniform", "blockwise"])
+def test_stock_transformers_loads_what_is_filled_up(case, shape, checkpoints, tmp_path):
+    folder = checkpoints(case, shape)
+    if shape == "blockwise":
+        with pytest.raises(ValueError, match="--fill"):
+            export_model(folder, "transformers", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    facts = export_model(folder, "transformers", tmp_path / "out", fill=shape == "blockwise")
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()) and facts["architecture"] == type(loaded).__name__
+    expected = logits(load_pruned(folder)[0])
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2", "phi"])
+def test_the_day_that_transformers_builds_unequal_layers(case):
+    "Fails on that day: then blockwise plans can be saved for stock classes (checkpoint.formats)."
+    model, plan = pruned(random_lm(case), "blockwise")
+    neurons = apply_plan(random_lm(case), make_plan(random_lm(case), neurons={1: range(70)}))
+    config = per_layer_config(neurons)
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert [c.intermediate_size for c in again.per_layer_config] == [96, 70, 96]
+    with pytest.raises(RuntimeError, match="per-layer attribute"), torch.device("meta"):
+        AutoModelForCausalLM.from_config(again)
+
+
+def test_vllm_configs(checkpoints, tmp_path, tiny_llava):
+    "What vLLM's loading code reads; nothing was run there."
+    read = lambda name: json.loads((tmp_path / name / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"head size of phi as hidden / heads.*--fill"):
+        export_model(checkpoints("phi", "uniform"), "vllm", tmp_path / "phi")
+    export_model(checkpoints("phi", "uniform"), "vllm", tmp_path / "phi", fill=True)
+    phi = read("phi")
+    assert phi["n_inner"] == phi["intermediate_size"] == 70 and phi["num_attention_heads"] == 8
+    assert phi["architectures"] == ["PhiForCausalLM"]
+    export_model(checkpoints("llama", "uniform"), "vllm", tmp_path / "llama")
+    assert read("llama")["head_dim"] == 8 and read("llama")["num_key_value_heads"] == 3
+    model, processor = tiny_llava
+    small, plan = pruned(model, "layerwise")
+    save_pruned(small, plan, tmp_path / "mllm", processor=processor)
+    export_model(tmp_path / "mllm", "vllm", tmp_path / "served")
+    assert read("served")["architectures"] == ["LlavaForConditionalGeneration"]
+    assert read("served")["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert (
+        "not run in vLLM" in json.loads((tmp_path / "served/export.json").read_text())["notes"][0]
+    )
+
+
+def test_unequal_neurons_are_deci_in_vllm(tmp_path):
+    model = random_lm("llama")
+    plan = make_plan(model, neurons={1: range(70)})
+    save_pruned(apply_plan(model, plan), plan, tmp_path / "small")
+    facts = export_model(tmp_path / "small", "vllm", tmp_path / "out", dtype="bf16")
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert facts["architecture"] == config.architectures[0] == "DeciLMForCausalLM"
+    assert [b.ffn.intermediate_size for b in config.block_configs] == [96, 70, 96]
+    assert config.num_attention_heads // config.block_configs[0].attention.n_heads_in_group == 4
+    assert config.to_dict()["block_configs"][1]["ffn"] == {"intermediate_size": 70, "no_op": False}
+    save_pruned(*pruned(model, "blockwise"), tmp_path / "heads")
+    with pytest.raises(ValueError, match="varies neurons, not heads .here 3 to 4.*--fill"):
+        export_model(tmp_path / "heads", "vllm", tmp_path / "no")
+
+
+def test_bad_input_of_export(checkpoints, tmp_path, monkeypatch):
+    folder, out = checkpoints("llama", "uniform"), tmp_path / "m.gguf"
+    with pytest.raises(ValueError, match="Unknown engine 'onnx': use one of gguf, vllm"):
+        export_model(folder, "onnx", out)
+    with pytest.raises(ValueError, match="Unknown dtype 'q4_0': use one of f32, f16, bf16"):
+        export_model(folder, "vllm", tmp_path / "v", dtype="q4_0")
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        export_model(folder, "gguf", tmp_path)
+    with pytest.raises(ValueError, match="overlaps the checkpoint"):
+        export_model(folder, "gguf", folder / "m.gguf")
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        export_model(folder, "gguf", out)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/file").write_text("mine")
+    with pytest.raises(ValueError, match="was not written by export"):
+        export_model(folder, "vllm", tmp_path / "own", overwrite=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1))
+    for name in ENGINES:
+        with pytest.raises(OSError, match="needs about"):
+            export_model(folder, name, tmp_path / f"{name}.out")
+    assert out.read_text() == "mine" and not list(tmp_path.glob("*.part"))
+
+
+# Real llama.cpp
+
+
+def check_greedy(model, tokens: list, what: str) -> None:
+    "Every token is the most probable one for our model too, up to ties."
+    with torch.no_grad():
+        rows = model(input_ids=torch.tensor([IDS + tokens])).logits[0, len(IDS) - 1 : -1]
+    p = rows.float().softmax(-1)
+    assert len(tokens) == 12
+    assert (p.max(-1).values - p[range(12), tokens]).max() < 1e-3, what
+
+
+@LLAMA_CPP
+@pytest.mark.parametrize("case", FAMILIES)
+def test_llama_cpp_computes_the_same(case, tmp_path):
+    "Probabilities after every token, and 12 greedy tokens, of all four shapes."
+    models = {shape: pruned(random_lm(case), shape)[0] for shape in SHAPES}
+    for shape, model in models.items():
+        cpp.write_gguf(model, tmp_path / shape, dtype="f32", fill=True)
+    asked = dict(prompts=[IDS], greedy=12, kv="F32", context=64)
+    answers = run_engine([dict(model=tmp_path / shape, **asked) for shape in SHAPES])
+    for (shape, model), answer in zip(models.items(), answers):
+        expected = logits(model).softmax(-1)
+        found = torch.tensor(answer["probabilities"][0])
+        assert expected.max() > 0.02  # far from uniform over 128 tokens
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-2, msg=shape)
+        check_greedy(model, answer["greedy"][0], shape)
+
+
+@LLAMA_CPP
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_llama_cpp_tokenizes_the_same(kind, tmp_path):
+    tokenizer = make_tokenizer(kind, tmp_path)
+    cpp.write_gguf(lm_for(tokenizer), tmp_path / "m.gguf", tokenizer)
+    found = run_engine([dict(model=tmp_path / "m.gguf", texts=TEXTS)])[0]["texts"]
+    first = 1 if kind == "spm" else 0
+    for text, answer in zip(TEXTS, found):
+        assert answer["tokens"] == tokenizer(text).input_ids[first:], text
+
+
+@LLAMA_CPP
+def test_the_decoder_of_a_tiny_mllm(tmp_path, tiny_llava):
+    model, processor = tiny_llava
+    small, plan = pruned(model, "layerwise")
+    save_pruned(small, plan, tmp_path / "small", processor=processor)
+    export_model(tmp_path / "small", "gguf", tmp_path / "m.gguf", dtype="q8_0")
+    text = "USER: is there a red circle? ASSISTANT:"
+    ids = processor.tokenizer(text).input_ids
+    (answer,) = run_engine([dict(model=tmp_path / "m.gguf", prompts=[ids], texts=[text])])
+    assert answer["texts"][0]["tokens"] == ids
+    with torch.no_grad():
+        expected = small(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
+    torch.testing.assert_close(
+        torch.tensor(answer["probabilities"][0]), expected, atol=0.01, rtol=0
+    )
