@@ -1,5 +1,6 @@
 """nbs/README.md, the map of the notebooks: `python tests/notebook_map.py` writes it."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def room(name: str) -> list:
     return [f"### [{title}]({link})", "", line, "", *map(entry, paths), ""]
 
 
+def items() -> list:
+    "Which notebook is which table or figure of the paper."
+    path = NOTEBOOKS.parent / "mllm_compress" / "templates" / "items.csv"
+    there = {p.stem for p in (NOTEBOOKS / "study").glob("*.ipynb")}
+    lines = ["| in the paper | what | notebook |", "| --- | --- | --- |"]
+    with path.open(encoding="utf-8", newline="") as rows:
+        for item, what, name in list(csv.reader(rows))[1:]:
+            link = f"[{name}](study/{name}.ipynb)" if name in there else f"{name} (not there yet)"
+            lines.append(f"| {item} | {what} | {link} |")
+    return [*lines, ""]
+
+
 def text() -> str:
     "The map."
     lines = [INTRO, "## Start", "", entry(NOTEBOOKS / "index.ipynb")]
@@ -60,7 +73,8 @@ def text() -> str:
         lines += room(name)
     front = sorted((NOTEBOOKS / "library").glob("*.ipynb"))  # of the package itself
     lines += ["### The package", "", *map(entry, front), ""] if front else []
-    lines += section("The study, a notebook per table or figure", "study")
+    study, blank, *rest = section("The study, a notebook per table or figure", "study")
+    lines += [study, blank, *items(), *rest]
     lines += section("Guides", "guides")
     return "\n".join(lines).rstrip() + "\n"
 

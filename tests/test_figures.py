@@ -14,20 +14,6 @@ from mllm_compress.reporting.notebooks import parameters_of
 STUDY = Path(__file__).parent.parent / "nbs/study"
 
 
-def defined_in(notebook: str, *names, **space) -> dict:
-    "Functions and constants of a study notebook, from the cells that define them and nothing else."
-    starts = tuple(
-        f"{how}{name}{end}" for name in names for how, end in (("def ", "("), ("", " ="))
-    )
-    for cell in nbformat.read(STUDY / f"{notebook}.ipynb", 4).cells:
-        if cell.cell_type != "code":
-            continue
-        for block in cell.source.split("\n\n\n"):
-            if block.startswith(starts):
-                exec(block, space)
-    return space
-
-
 def code_of(path: Path) -> list:  # of ast.Module, one per code cell
     "The code cells of a notebook."
     cells = nbformat.read(path, 4).cells
@@ -88,8 +74,9 @@ def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():
         },
         index=questions,
     ).astype(bool)
-    choose = defined_in("07_qualitative", "FIRST", "choose", shown=[0.3, 0.6], pd=pd)["choose"]
-    assert choose(right) == {
+    from mllm_compress.reporting.answers import choose
+
+    assert choose(right, [0.3, 0.6]) == {
         ("a", "1"): "one of its kind",
         ("b", "2"): "one of its kind",
         ("c", "1"): "one of its kind",  # the third of two is the first
@@ -99,9 +86,8 @@ def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():
 
 
 def test_answers_are_marked_by_a_sign_not_by_colour():
-    text_of = defined_in("07_qualitative", "MARK", "text_of", textwrap=__import__("textwrap"))[
-        "text_of"
-    ]
+    from mllm_compress.reporting.answers import text_of
+
     assert (
         text_of("red", True) == "red"
         and text_of("red", False) == "red ×"
@@ -110,11 +96,9 @@ def test_answers_are_marked_by_a_sign_not_by_colour():
     assert text_of("a b c d e f g", True, 8) == "a b c d…"
 
 
-def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
+def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch):
     "What only one pruning was given, the best of all here, says nothing about the other."
-    from types import SimpleNamespace
-
-    from mllm_compress.reporting import advice, claims
+    from mllm_compress.reporting import guide
     from mllm_compress.reporting.effects import Estimate
 
     behind = {
@@ -122,23 +106,12 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
         0.1: Estimate(0.8, -0.3, 1.9, 100, 3),
         1.0: Estimate(3.0, 2.0, 4.0, 100, 3),
     }  # of layerwise, by fraction
-    effects = SimpleNamespace(
-        SETTING=["model", "pruning", "fraction"],
-        difference=lambda frame, model, best, setting: behind[setting["fraction"]],
+    monkeypatch.setattr(guide, "SETTING", ["model", "pruning", "fraction"])
+    monkeypatch.setattr(
+        guide, "difference", lambda frame, model, best, setting: behind[setting["fraction"]]
     )
-    guide = defined_in(
-        "08_guide",
-        "setting",
-        "tried_after_both",
-        "agreement",
-        "compared_on",
-        pd=pd,
-        effects=effects,
-        advice=advice,
-        MARGIN=claims.MARGIN,
-        frame=None,
-    )
-    agreement, compared_on = guide["agreement"], guide["compared_on"]
+    agreement = lambda *given: guide.agreement(None, *given)
+    compared_on = guide.compared_on
 
     def found(fraction, *more):
         rows = [
@@ -171,37 +144,110 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both():
     )  # a larger budget rests on the comparison of a smaller one
 
 
-def test_the_guide_counts_a_comparison_once():
-    "However many budgets rest on it."
-    guide = nbformat.read(STUDY.parent.parent / "figures/tiny/08_guide.ipynb", 4)
-    said = next(
-        o.text
-        for c in guide.cells
-        for o in c.get("outputs", [])
-        if "After both prunings the same recovery" in o.get("text", "")
+def test_a_budget_without_new_training_is_no_situation():
+    "Its answer would be that of less data."
+    from mllm_compress.reporting import guide
+
+    rows = pd.DataFrame(
+        {"model": "m", "requested_ratio": 0.3, "recovery": ["none", "sft"], "fraction": [1.0, 0.05]}
     )
-    table = pd.read_csv(STUDY.parent.parent / "figures/tiny/08_guide-decisions.csv").ffill()
-    told = (
-        table["paper's pruning"]
-        .str.extract(r"^(\w+(?: \w+)?)(?: \((\d+%)\))?$")
-        .set_axis(["word", "on"], axis=1)
-    )
-    on = told.on.fillna(table.budget.str.replace(" % of the data", "%"))
-    once = told.assign(on=on, model=table.model, ratio=table["to remove"])[
-        ~told.word.isin(["no rival", "not studied"])
-    ].drop_duplicates(["model", "ratio", "on"])
-    assert f"tried in {len(once)} places" in said and all(
-        f"{word} in {n}" in said for word, n in once.word.value_counts().items()
-    )
+    asked = []
+    ranked = lambda frame, model, ratio, budget, training: asked.append((budget, training))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guide.advice, "ranked", ranked)
+        found = guide.situations(None, rows, ["m"], [0.3], [0.0, 0.05, 1.0])
+    assert list(found) == [("m", 0.3, 0.0), ("m", 0.3, 0.05)]
+    assert asked == [(0.0, False), (0.05, True)]
 
 
 def test_saved_time_is_not_moved_by_an_outlier():
-    from mllm_compress.reporting import effects
+    from mllm_compress.reporting.savings import saved
 
-    saved = defined_in("09_cost", "saved", np=np, pd=pd, effects=effects)["saved"]
     pairs = pd.DataFrame({"dense": [1.0] * 9, "pruned": [0.5] * 8 + [50.0]})
     e = saved(pairs, ideal=4.0)  # of three quarters, half
     assert [round(v, 9) for v in (e.value, e.low, e.high)] == [round(200 / 3, 9)] * 3 and (
         e.n,
         e.seeds,
     ) == (9, 0)
+
+
+# ---- the shape of a study notebook
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in NOTEBOOKS if p.stem[2] == "_" and p.stem[:2] not in ("00", "11")],
+    ids=lambda p: p.stem,
+)
+def test_code_folds_and_cells_are_short(path):
+    "A reader sees text, tables and figures; the code behind them is a click away."
+    nb = nbformat.read(path, 4)
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    shown = [c for c in code if "parameters" not in c.metadata.get("tags", [])]
+    assert all(c.metadata.get("jupyter", {}).get("source_hidden") for c in shown)
+    lines = [len([x for x in c.source.splitlines() if x.strip()]) for c in shown]
+    assert np.median(lines) <= 8 and max(lines) <= 24, lines
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_paragraph_stands_in_two_notebooks(path):
+    paragraphs = lambda p: {
+        text
+        for c in nbformat.read(p, 4).cells
+        if c.cell_type == "markdown"
+        for text in c.source.split("\n\n")
+        if len(text) > 60
+    }
+    own = paragraphs(path)
+    for other in NOTEBOOKS:
+        assert other == path or not own & paragraphs(other), (path, other)
+
+
+def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, monkeypatch):
+    import json
+
+    from mllm_compress.reporting import scoreboard
+    from mllm_compress.reporting.effects import Estimate
+    from mllm_compress.reporting.verdicts import Verdict
+
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "figures/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    average = {"value": -7.0, "low": -11.4, "high": -2.6, "n": 7000, "seeds": 3}
+    written = {"claim": "", "word": "contradicted", "average": average}
+    (tmp_path / "figures/tiny/10_findings-claim-1.json").write_text(json.dumps(written))
+    mine = {1: Verdict("A.", {"here": Estimate(2, 1, 3, 100, 1)}, ""), 2: Verdict("B.", {}, "")}
+    board = scoreboard.scoreboard(mine, "quick")
+    assert list(board.tiny) == ["contradicted", "not tested"]
+    assert list(board.quick) == ["leans for", "not tested"]
+    assert board["tiny, average effect"][0] == "-7.0 [-11.4, -2.6]"
+    ax = scoreboard.scoreboard_figure(board, "quick").axes[0]
+    assert [t.get_text() for t in ax.get_xticklabels()][1:] == ["profile\ntiny", "profile\nquick"]
+
+
+def test_a_forest_shows_every_setting_and_the_average():
+    from mllm_compress.reporting.effects import Estimate
+    from mllm_compress.reporting.figures import forest
+    from mllm_compress.reporting.verdicts import Verdict
+
+    effects = {f"m at 0.{k}": Estimate(k, k - 1.5, k + 1.5, 100, 3) for k in range(4)}
+    one = Verdict("B.", {"m at 0.3": Estimate(2, 1, 3, 100, 3)}, "")
+    fig = forest({"Many": Verdict("A.", effects, ""), "One": one, "None": Verdict("C.", {}, "")})
+    rows = [[t.get_text() for t in ax.get_yticklabels()] for ax in fig.axes]
+    assert rows == [[*effects, "average"], ["m at 0.3"]]
+
+
+def test_the_map_of_the_paper_names_notebooks_that_exist_or_are_announced():
+    items = pd.read_csv(STUDY.parents[1] / "mllm_compress/templates/items.csv")
+    there = {p.stem for p in NOTEBOOKS}
+    announced = {"02b_calibration", "09b_modalities", "11_beyond"}
+    assert (
+        set(items.notebook) <= there | announced
+        and there - set(items.notebook)
+        <= {
+            "00_learning_rates",
+            "00_teachers",
+        }
+        | announced
+    )
+    assert items.item.str.contains("Tab. 1").any() and len(items) == 13

@@ -19,7 +19,6 @@ from mllm_compress.reporting.claims import CLAIMS
 from mllm_compress.reporting.report import Report
 from mllm_compress.reporting.style import panels
 from mllm_compress.reporting.tables import Table, to_html
-from mllm_compress.reporting.verdicts import WORDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))
@@ -101,14 +100,13 @@ def look(page: Path, folder: Path, width: int, dark: bool = False) -> dict:
 
 
 SENTENCE = "A sentence that says why, at some length, so that it has to wrap"
-INTERVALS = {"holds": (0.2, 0.8), "open": (-0.1, 1.1), "fails": (-1.8, -1.2)}
 VERDICTS = {
-    "02_pruning-verdict": (CLAIMS[1].text, WORDS[1], ["fails", "holds", "open"]),
-    "03_projector-gain": ("Training helps.", WORDS[2], ["holds", "open"]),
-    "03_projector-verdict": (CLAIMS[2].text, WORDS[0], ["holds", "holds"]),
-    "06_best-choice": (CLAIMS[5].text, WORDS[2], ["open", "open"]),
-    "10_findings-claim-1": (CLAIMS[1].text, WORDS[1], ["fails", "holds", "open"]),
-    "10_findings-claim-2": (CLAIMS[2].text, WORDS[0], ["holds", "holds"]),
+    "02_pruning-verdict": (CLAIMS[1].text, "contradicted", -1.5),
+    "03_projector-gain": ("Training helps.", "leans for", 0.5),
+    "03_projector-verdict": (CLAIMS[2].text, "supported", 0.5),
+    "06_best-choice": (CLAIMS[5].text, "equivalent", 0.1),
+    "10_findings-claim-1": (CLAIMS[1].text, "contradicted", -1.5),
+    "10_findings-claim-2": (CLAIMS[2].text, "supported", 0.5),
 }
 
 
@@ -178,19 +176,11 @@ def made(tmp_path_factory) -> Path:
             )
     (folder / "figures/smoke/01_wide-t.csv").touch()
     (folder / "figures/smoke/01_wide-f.png").write_bytes(base64.b64decode(DOT))
-    for file, (claim, word, kinds) in VERDICTS.items():
-        effects = {
-            f"at {k}": {
-                "value": sum(INTERVALS[kind]) / 2,
-                "low": INTERVALS[kind][0],
-                "high": INTERVALS[kind][1],
-                "n": 7000,
-                "seeds": 3,
-            }
-            for k, kind in enumerate(kinds)
-        }
+    for file, (claim, word, value) in VERDICTS.items():
+        average = {"value": value, "low": value - 0.3, "high": value + 0.3, "n": 7000, "seeds": 3}
+        record = {"claim": claim, "word": word, "settings": "of 2 settings " + word + " in 2"}
         (folder / f"figures/smoke/{file}.json").write_text(
-            json.dumps({"claim": claim, "word": word, "sentence": "", "effects": effects}),
+            json.dumps(record | {"unit": "points", "average": average, "effects": {}}),
             encoding="utf-8",
         )
     with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +229,7 @@ def listed(page: Path) -> list:  # of texts
 
 def claim_of(line: str) -> str:
     "The claim without its mark and number, and without what came of it."
-    return re.match(r"[✓✗?](\d\. )?(.*): [^:]* \([^()]*\)$", line)[2]
+    return re.match(r"[✓↗≈↘✗–](\d\. )?(.*): [^:]* \([^()]*\)$", line)[2]
 
 
 def complete(seen: dict) -> bool:
@@ -259,10 +249,11 @@ def brightness(colour: str) -> float:
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
     assert listed(made) == [
-        f"✗1. {claims[1]}: does not hold (supported in 1 of 3 settings, contradicted in 1)",
-        f"✓2. {claims[2]}: holds (supported in 2 of 2 settings)",
-        f"?5. {claims[5]}: is undecided at this scale (supported in 0 of 2 settings)",
-        "?Training helps: is undecided at this scale (supported in 1 of 2 settings)",
+        f"✗1. {claims[1]}: contradicted, -1.5 [-1.8, -1.2] points "
+        "(of 2 settings contradicted in 2)",
+        f"✓2. {claims[2]}: supported, +0.5 [0.2, 0.8] points (of 2 settings supported in 2)",
+        f"≈5. {claims[5]}: equivalent, +0.1 [-0.2, 0.4] points (of 2 settings equivalent in 2)",
+        "↗Training helps: leans for, +0.5 [0.2, 0.8] points (of 2 settings leans for in 2)",
     ]
     page = made.read_text(encoding="utf-8")
     assert re.findall(

@@ -108,3 +108,155 @@ def test_avg_percent_interval_is_paired():
         {"a": units(right & (np.arange(500) % 10 > 0))}, {"a": units(right)}
     )
     assert low < value < high < 100 and high - low < 6
+
+
+# ---- pooled variances, averages and verdicts, against simulation with known truth
+
+
+def study_of(rng, truth, seeds=3, scatter=1.0, shared=0.5, models=("a", "b"), ratios=4):
+    "Made-up differences at every setting; seeds and pictures are shared as in the study."
+    from mllm_compress.reporting.effects import estimate
+
+    images = [[f"{b}{k // 4}" for k in range(80)] for b in "xy"]  # four questions a picture
+    out, hard = {}, [rng.normal(0, 4, 20).repeat(4) for _ in images]
+    for m in models:
+        common = rng.normal(0, scatter * shared**0.5, seeds)
+        for k in range(ratios):
+            own = rng.normal(0, scatter * (1 - shared) ** 0.5, seeds)
+            shift = (truth + common + own)[:, None]
+            arrays = [shift + h + rng.normal(0, 6, 80) for h in hard]
+            how = dict(seeds=range(seeds), model=m)
+            out[f"{m} at {k}"] = estimate([np.stack(list(a)) for a in arrays], images, **how)
+    return out
+
+
+@pytest.fixture(scope="module")
+def simulated() -> dict:  # truth -> made-up studies
+    rng = np.random.default_rng(0)
+    return {truth: [study_of(rng, truth) for _ in range(150)] for truth in (0.0, 3.0)}
+
+
+def test_the_interval_of_an_average_covers_the_truth(simulated):
+    "Whatever settings share: pictures, and seeds of a model."
+    from mllm_compress.reporting.effects import average
+
+    found = [(average(s), truth) for truth, studies in simulated.items() for s in studies]
+    assert 0.92 < np.mean([e.low < truth < e.high for e, truth in found]) < 0.995
+
+
+def test_pooled_intervals_of_settings_cover_the_truth_and_are_narrower(simulated):
+    from mllm_compress.reporting.effects import pooled
+
+    width = lambda e: e.high - e.low
+    pairs = [
+        (s[w], e, truth)
+        for truth, studies in simulated.items()
+        for s in studies
+        for w, e in pooled(s).items()
+    ]
+    assert 0.92 < np.mean([e.low < truth < e.high for _, e, truth in pairs]) < 0.99
+    assert np.mean([width(e) for _, e, _ in pairs]) < np.mean([width(raw) for raw, *_ in pairs])
+
+
+def test_questions_about_one_picture_are_not_independent(simulated):
+    from dataclasses import replace
+
+    from mllm_compress.reporting.effects import average
+
+    def naive(e):
+        "As if every question had its own picture: the variance of 160 independent ones."
+        return replace(e, by_image=None, questions=e.questions / 2.5, low=0, high=0)
+
+    few = simulated[0.0][:40]
+    assert all(
+        average({w: naive(e) for w, e in s.items()}).variance[0] < average(s).variance[0]
+        for s in few
+    )
+
+
+@pytest.mark.parametrize("truth, right", [(3.0, "supported"), (-3.0, "contradicted")])
+def test_verdicts_find_what_is_true_and_err_rarely(truth, right):
+    from mllm_compress.reporting.verdicts import WORDS, Verdict
+
+    rng = np.random.default_rng(1)
+    said = [Verdict("A.", study_of(rng, truth), "", margin=1.0).word for _ in range(60)]
+    wrong = {"supported": "contradicted", "contradicted": "supported"}[right]
+    assert said.count(right) > 30 and wrong not in said and "equivalent" not in said
+    assert set(said) <= set(WORDS)
+
+
+def test_no_difference_is_rarely_called_one_and_equivalence_is_found_with_enough_seeds():
+    from mllm_compress.reporting.verdicts import Verdict
+
+    rng = np.random.default_rng(2)
+    none = [Verdict("A.", study_of(rng, 0.0), "").word for _ in range(100)]
+    assert sum(w in ("supported", "contradicted") for w in none) <= 10
+    many = dict(seeds=10, scatter=0.3, models=("a", "b"))
+    close = [Verdict("A.", study_of(rng, 0.0, **many), "", margin=2.0).word for _ in range(40)]
+    assert close.count("equivalent") > 25
+    edge = [Verdict("A.", study_of(rng, 2.0, **many), "", margin=2.0).word for _ in range(100)]
+    assert edge.count("equivalent") <= 10  # at the margin, two one-sided tests err in 5 %
+
+
+def test_one_setting_that_is_certainly_contrary_weakens_an_average():
+    from mllm_compress.reporting.verdicts import Verdict
+
+    rng = np.random.default_rng(3)
+    good, bad = study_of(rng, 8.0, scatter=0.1), study_of(rng, -8.0, scatter=0.1)
+    (where, contrary), *_ = bad.items()
+    mixed = Verdict("A.", good | {where: contrary}, "", margin=1.0)
+    assert mixed.average.low > 0 and mixed.word == "leans for" and mixed.exceptions == [where]
+    assert where in str(mixed._repr_markdown_())
+    halves = dict([*list(good.items())[:4], *list(bad.items())[4:]])
+    assert Verdict("A.", halves, "", margin=5.0).word != "equivalent"
+
+
+@given(
+    st.floats(0.01, 0.99), st.floats(0, 5), st.sampled_from([(0, 1), (-1, 1), (-np.inf, np.inf)])
+)
+@settings(max_examples=60, deadline=None)
+def test_intervals_stay_within_what_is_possible(share, half, bounds):
+    floor, top = bounds
+    value = share if np.isinf(top) else floor + share * (top - floor)
+    low, high = S.bounded_interval(value, half, floor, top)
+    assert floor <= low <= value <= high <= top
+    if half < 0.01 and not np.isinf(top) and 0.1 < share < 0.9:
+        assert high - low == pytest.approx(2 * half, rel=0.02)
+
+
+def test_logit_intervals_near_the_bound_cover_the_truth():
+    "Where 99 of 100 answers are right, a symmetric interval would end above 100."
+    from mllm_compress.reporting.effects import estimate
+
+    rng, truth = np.random.default_rng(4), 97.0
+    found = [
+        estimate([100.0 * (rng.random((1, 400)) < truth / 100)], floor=0.0, top=100.0)
+        for _ in range(600)
+    ]
+    assert all(e.high <= 100 for e in found)
+    assert 0.93 < np.mean([e.low <= truth <= e.high for e in found]) < 0.98
+
+
+def test_shrinking_follows_the_agreement_of_variances():
+    rng = np.random.default_rng(5)
+    alike = rng.chisquare(4, 50) / 4
+    assert S.prior_variance(alike, np.full(50, 4))[1] > 15
+    assert S.shrunk(9.0, 4, (1.0, np.inf)) == (1.0, np.inf)
+    assert S.shrunk(9.0, 4, (1.0, 4.0)) == (5.0, 8.0)
+    assert S.prior_variance([1.0, 2.0], [2, 2]) == (0.0, 0.0)  # too few to say anything
+
+
+def test_adjusted_p_values_are_those_of_statsmodels():
+    from statsmodels.stats.multitest import multipletests
+
+    p = np.random.default_rng(6).random(20) ** 3
+    assert S.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_satterthwaite_is_welchs_for_two_samples():
+    from scipy.stats import ttest_ind
+
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(0, 1, 6), rng.normal(0, 3, 9)
+    v, f = [a.var(ddof=1) / 6, b.var(ddof=1) / 9], [5, 8]
+    assert S.satterthwaite(v, f) == pytest.approx(ttest_ind(a, b, equal_var=False).df)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from hashlib import sha256
 from importlib.metadata import version as installed_version
 from itertools import zip_longest
 from pathlib import Path
@@ -777,3 +778,26 @@ def load_questions(
 ) -> tuple:  # of Question
     "Questions of a benchmark, held in memory for the next model."
     return tuple(benchmark(name).load(split=split, limit=limit, root=root))
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-116
+@lru_cache(16)
+def unit_images(
+    name: str,  # of a benchmark
+    split: str = "test",
+    limit: int | None = None,  # of questions
+    root: str | None = None,  # folder of the public sets
+) -> tuple:  # of str
+    "The picture that each unit of a benchmark is about; a unit without a picture is its own."
+    units = {}
+    for q in load_questions(name, split, limit, root):
+        stratum, unit = str(q.extra.get("subtask", "")), q.group or q.id
+        units.setdefault((stratum, unit), q.images[0] if q.images else f"{name} {unit}")
+    return tuple(map(_image_name, units.values()))
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-118
+def _image_name(image) -> str:  # 20 hexadecimal digits, or the text itself
+    "The name of a picture."
+    if isinstance(image, str):
+        return image
+    content = image.data if isinstance(image, StoredImage) else image.tobytes()
+    return sha256(content).hexdigest()[:20]

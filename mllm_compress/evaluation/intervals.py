@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
+from scipy.special import digamma, expit, logit, polygamma
 from scipy.stats import binomtest, norm, t
 from statsmodels.stats.proportion import proportion_confint
 
@@ -20,7 +22,7 @@ def normal_quantile(level: float = 0.95) -> float:
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-008
 def student_quantile(
-    freedom: int,  # degrees of freedom
+    freedom: float,  # degrees of freedom; inf: the normal distribution
     level: float = 0.95,
 ) -> float:
     "Standard errors that a two-sided interval of Student's t distribution reaches."
@@ -180,3 +182,84 @@ def avg_percent_interval(
         draws.append(sums[:, 0] / sums[:, 1])
     low, high = np.quantile(np.mean(draws, 0), [(1 - level) / 2, (1 + level) / 2])
     return 100 * float(np.mean(value)), 100 * float(low), 100 * float(high)
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-043
+def cluster_variance(
+    sums: np.ndarray,  # [clusters], contributions to the error of a mean, summed over a cluster
+) -> float:
+    "Variance of a mean from the contributions of independent clusters; 0 for a single one."
+    sums = np.asarray(sums, float)
+    return float(len(sums) / (len(sums) - 1) * np.square(sums).sum()) if len(sums) > 1 else 0.0
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-047
+def satterthwaite(
+    variances: list,
+    freedoms: list,  # degrees of freedom of each; inf where it is known
+) -> float:
+    "Degrees of freedom of a sum of variances."
+    uncertain = sum(v**2 / f for v, f in zip(variances, freedoms) if v)
+    return sum(variances) ** 2 / uncertain if uncertain else np.inf
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-050
+def prior_variance(
+    variances: np.ndarray,  # positive
+    freedoms: np.ndarray,  # of each
+) -> tuple:  # (s0², d0); d0 = 0 where nothing can be said, inf where all are alike
+    "The common variance of several settings and its degrees of freedom (Smyth 2004)."
+    if len(variances) < 3:
+        return 0.0, 0.0
+    half = np.asarray(freedoms, float) / 2
+    e = np.log(variances) - digamma(half) + np.log(half)
+    excess = e.var(ddof=1) - polygamma(1, half).mean()
+    if excess <= 0:
+        return float(np.exp(e.mean())), np.inf
+    d0 = 2 * inverse_trigamma(excess)
+    return float(np.exp(e.mean() + digamma(d0 / 2) - np.log(d0 / 2))), d0
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-052
+def inverse_trigamma(y: float) -> float:
+    "The x > 0 with trigamma(x) = y."
+    return float(brentq(lambda x: polygamma(1, x) - y, 1e-8, 1 / y + 1))
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-053
+def shrunk(
+    variance: float,  # of one setting
+    freedom: float,
+    prior: tuple,  # of `prior_variance`
+) -> tuple:  # (variance, degrees of freedom)
+    "A variance drawn towards that of the other settings."
+    common, d0 = prior
+    if d0 == np.inf:
+        return common, np.inf
+    total = d0 + freedom
+    return (d0 * common + freedom * variance) / total if total else 0.0, total
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-056
+def bounded_interval(
+    value: float,
+    half: float,  # quantile times standard error
+    floor: float,  # the least possible value, or -inf
+    top: float,  # the greatest, or inf
+) -> tuple:  # (low, high)
+    "value ± half, on the logit scale between finite bounds, else cut at them."
+    if np.isinf(top - floor) or not floor < value < top:
+        return max(value - half, min(floor, value)), min(value + half, max(top, value))
+    slope, centre = (
+        (top - floor) / ((value - floor) * (top - value)),
+        (value - floor) / (top - floor),
+    )
+    ends = expit(logit(centre) + slope * half * np.array([-1.0, 1.0]))
+    low, high = (float(floor + (top - floor) * end) for end in ends)
+    return min(low, value), max(high, value)
+
+# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-059
+def holm(
+    p: list,  # p-values of several tests
+) -> np.ndarray:  # adjusted, in the same order
+    "p-values that may be compared with the level although there are several (Holm 1979)."
+    p = np.asarray(p, float)
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    out = np.empty(len(p))
+    out[order] = np.minimum(steps, 1)
+    return out

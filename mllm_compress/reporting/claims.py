@@ -14,15 +14,17 @@ import pandas as pd
 from mllm_compress.reporting.effects import (
     Estimate,
     arrays_of,
+    average,
     dense_rows,
     difference,
-    estimate,
+    estimate_of,
     select,
     with_original,
 )
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
+MARGIN = 1.0  # points of AVG-% that count as equal
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-007
 def recommended(
@@ -144,13 +146,14 @@ def same_size(
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-033
 def above(e: Estimate, line: float) -> Estimate:
     "How far an estimate lies above a threshold."
-    return replace(e, value=e.value - line, low=e.low - line, high=e.high - line)
+    moved = {k: getattr(e, k) - line for k in ("value", "low", "high", "floor", "top")}
+    return replace(e, by_seed={seed: v - line for seed, v in e.by_seed.items()}, **moved)
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-035
 def kept(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
     "AVG-% of one setting."
-    arrays = arrays_of(select(frame, model=model, **wanted), dense_rows(frame, model))
-    return estimate(list(arrays.values()))
+    rows, dense = select(frame, model=model, **wanted), dense_rows(frame, model)
+    return estimate_of(arrays_of(rows, dense), dense, sorted(set(rows.seed)))
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-037
 def keeps(
@@ -167,32 +170,44 @@ def keeps(
     return out
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-040
-def best_rival(
+def leads(
     frame: pd.DataFrame,  # of `study.run`
     favourite: str,  # the value that is claimed to be best
     by: str = "recovery",  # the column that tells rivals apart
-) -> dict:  # "model at ratio, over rival" -> Estimate
-    "How much more the favourite retains than its strongest rival, at every model and ratio."
+) -> dict:  # rival -> {"model at ratio": Estimate}
+    "How much more the favourite retains than each rival, at every model and ratio."
     out, trained = {}, frame[frame.recovery != "none"]
-    for model, ratio in places(frame):
-        here = {"requested_ratio": ratio, "pruning": recommended(ratio)}
-        has = lambda name: finished(trained, model=model, **here | {by: name})
-        if not has(favourite):
-            continue
-        rivals = [n for n in dict.fromkeys(trained[by]) if n != favourite and has(n)]
-        best = here | {by: favourite}
-        gaps = {n: difference(frame, model, best, here | {by: n}) for n in rivals}
-        gaps = {n: gap for n, gap in gaps.items() if gap.seeds}  # nan without a shared seed
-        for rival in sorted(gaps, key=lambda n: relative_lead(gaps[n]))[:1]:
-            out[f"{model} at {ratio:.2f}, over {rival}"] = gaps[rival]
+    for rival in (n for n in dict.fromkeys(trained[by]) if n != favourite):
+        ways = [lambda r, n=n: {"pruning": recommended(r), by: n} for n in (favourite, rival)]
+        if found := contrast(trained_or_dense(frame), *ways):
+            out[rival] = found
     return out
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-042
-def relative_lead(e: Estimate) -> float:
-    "A difference in widths of its interval."
-    return e.value / max(e.high - e.low, 1e-9)
+def trained_or_dense(frame: pd.DataFrame) -> pd.DataFrame:
+    "The recovered rows, and those of the originals."
+    return frame[(frame.recovery != "none") | (frame.pruning == "none")]
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-045
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-044
+def best_rival(
+    frame: pd.DataFrame,  # of `study.run`
+    favourite: str,  # the value that is claimed to be best
+    by: str = "recovery",
+) -> dict:  # "model at ratio, over rival" -> Estimate
+    "How much more the favourite retains than its strongest rival."
+    found = leads(frame, favourite, by)
+    if not found:
+        return {}
+    rival = min(found, key=lambda name: relative_lead(found[name]))
+    return {f"{where}, over {rival}": e for where, e in found[rival].items()}
+
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-046
+def relative_lead(effects: dict) -> float:
+    "The average of some differences in standard errors."
+    e = average(effects)
+    return e.value / max(e.variance[0] ** 0.5, 1e-9)
+
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-049
 @dataclass(frozen=True)
 class Claim:
     "A claim of the study that can be measured."
@@ -202,15 +217,16 @@ class Claim:
     text: str
     effects: Callable  # frame of that notebook -> {where: Estimate}, positive where it is right
     unit: str = "points of AVG-%"
+    margin: float | None = MARGIN  # differences within it are equivalent; None: a threshold
+    rivals: Callable = lambda frame: 1  # frame -> among how many the strongest rival was chosen
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-047
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-051
 SMALL = 0.2  # claim 2: ratios below are small
-MARGIN = 1.0  # points of AVG-% that count as equal
 LITTLE = 0.05  # claim 4: fraction of the data
 PROMISED = 95  # claim 4: AVG-%
 BEST = "sft+hidden_kd"  # claim 3
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-049
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-053
 def width_keeps_more(frame: pd.DataFrame) -> dict:
     "Claim 1: widthwise minus layerwise, without recovery."
     first, second = (
@@ -218,63 +234,65 @@ def width_keeps_more(frame: pd.DataFrame) -> dict:
     )
     return contrast(frame, first, second)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-051
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-055
 def trained_with(train: str) -> Callable:
     "The way of the recommended pruning, recovered with one part trained."
     return lambda ratio: {"pruning": recommended(ratio), "train": train}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-053
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-057
 def untrained(ratio: float) -> dict:
     "The way of the recommended pruning, not recovered."
     return {"pruning": recommended(ratio), "recovery": "none"}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-055
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-059
 def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:
     "The recovered rows at small ratios or at larger ones, beside the dense ones."
     recovered = (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)
     return frame[(frame.pruning == "none") | recovered]
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-057
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-061
 def projector_is_close(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
     "Projector alone minus projector and LM, plus the margin, at small ratios."
     close = contrast(_trained(frame, True), trained_with("projector"), trained_with("projector+lm"))
     return {where: above(e, -margin) for where, e in close.items()}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-059
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-063
 def lm_must_learn(frame: pd.DataFrame) -> dict:
     "Projector and LM minus projector alone, at larger ratios."
     return contrast(_trained(frame, False), trained_with("projector+lm"), trained_with("projector"))
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-061
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-065
 def projector_suffices(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
-    "Claim 2: the less certain of its two conditions at each place with a small ratio."
-    small = frame[frame.requested_ratio < SMALL]
-    gain, out = contrast(small, trained_with("projector"), untrained), {}
-    for where, close in projector_is_close(frame, margin).items():
-        both = {f"over projector + LM less {MARGIN:.0f} point": close}
-        if where in gain:
-            both["over no training"] = gain[where]
-        name = min(both, key=lambda condition: relative_lead(both[condition]))
-        out[f"{where}, {name}"] = both[name]
-    return out
+    "Claim 2: the less certain of its two conditions, at every place with a small ratio."
+    small, close = frame[frame.requested_ratio < SMALL], projector_is_close(frame, margin)
+    gain = contrast(small, trained_with("projector"), untrained)
+    both = {
+        f"over projector + LM less {margin:.0f} point": close,
+        "over no training": {where: gain[where] for where in close if where in gain},
+    }
+    both = {name: effects for name, effects in both.items() if effects}
+    if not both:
+        return {}
+    name = min(both, key=lambda condition: relative_lead(both[condition]))
+    return {f"{where}, {name}": e for where, e in both[name].items()}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-063
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-067
 def hidden_states_help(frame: pd.DataFrame) -> dict:
     "Claim 3: SFT with hidden-state KD minus the strongest rival."
     return best_rival(frame, BEST)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-065
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-069
 def little_data_suffices(frame: pd.DataFrame, fraction: float = LITTLE) -> dict:
     "Claim 4: AVG-% on a little data, above the claimed one."
     recipe = {"recovery": BEST, "train": "projector+lm", "fraction": fraction}
     return keeps(frame, lambda ratio: {"pruning": recommended(ratio)} | recipe, PROMISED)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-067
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-071
 def _claimed_ratios(frame: pd.DataFrame) -> pd.Series:
     "Whether claim 5 covers a row's ratio."
     return (frame.requested_ratio <= LAYERWISE_TO) | (frame.requested_ratio >= WIDTHWISE_SURE)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-069
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-073
 def recommendation_wins(frame: pd.DataFrame) -> dict:
     "Claim 5: the recommended pruning minus the other, both recovered."
     first, second = (
@@ -282,7 +300,7 @@ def recommendation_wins(frame: pd.DataFrame) -> dict:
     )
     return contrast(frame[_claimed_ratios(frame)], first, second)
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-071
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-075
 _ROWS = (
     Claim(
         1,
@@ -296,12 +314,14 @@ _ROWS = (
         f"At ratios below {100 * SMALL:.0f} %, training the projector alone recovers: to within "
         f"{MARGIN:.0f} point as much as training projector and LM, and more than no training.",
         projector_suffices,
+        margin=None,
     ),
     Claim(
         3,
         "04_distillation",
         "SFT with hidden-state distillation recovers best, at every ratio.",
         hidden_states_help,
+        rivals=lambda frame: max(len(leads(frame, BEST)), 1),
     ),
     Claim(
         4,
@@ -309,6 +329,7 @@ _ROWS = (
         f"{100 * LITTLE:.0f} % of the data keeps more than {PROMISED} % of the original.",
         little_data_suffices,
         f"points of AVG-% above {PROMISED} %",
+        margin=None,
     ),
     Claim(
         5,
@@ -319,12 +340,12 @@ _ROWS = (
 )
 CLAIMS = {claim.number: claim for claim in _ROWS}
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-074
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-078
 def width_keeps_more_evenly(frame: pd.DataFrame) -> dict:
     "Claim 1 at equal size."
     return same_size(frame[frame.recovery == "none"], lambda ratio: "widthwise")
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-076
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-080
 def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
     "Claim 5 at equal size; the recommendation is that of the layerwise setting's ratio."
     chosen = (frame.pruning == "widthwise") | _claimed_ratios(frame)
@@ -332,7 +353,7 @@ def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
         frame[(frame.pruning == "none") | (frame.recovery == BEST) & chosen], recommended
     )
 
-# %% ../../nbs/library/reporting/03_claims.ipynb #cell-078
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-082
 AT_EQUAL_SIZE = {
     1: replace(
         CLAIMS[1],

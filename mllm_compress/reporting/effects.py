@@ -7,14 +7,23 @@ __all__ = ['Estimate', 'summary', 'difference']
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-002
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
-from ..evaluation.intervals import normal_quantile, student_quantile
+from mllm_compress.evaluation.intervals import (
+    bounded_interval,
+    cluster_variance,
+    normal_quantile,
+    prior_variance,
+    satterthwaite,
+    shrunk,
+    student_quantile,
+)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-005
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-004
 @dataclass(frozen=True)
 class Estimate:
     "A value with its 95 % interval and what it rests on."
@@ -26,14 +35,27 @@ class Estimate:
     seeds: int  # 0: nothing random but the questions
     questions: float = math.nan  # variance of the value over questions
     spread: float = 0.0  # and over seeds
+    freedom: float = math.inf  # degrees of freedom of the spread
+    floor: float = -math.inf  # the least possible value
+    top: float = math.inf  # the greatest
+    model: str = ""
+    by_seed: dict = field(default_factory=dict, compare=False, repr=False)  # seed -> value
+    by_image: pd.Series = field(default=None, compare=False, repr=False)  # errors of the value
+
+    @property
+    def variance(self) -> tuple:  # (variance, degrees of freedom)
+        "The variance of the value; from the interval where nothing else is known."
+        if math.isnan(self.questions):
+            return ((self.high - self.low) / 2 / normal_quantile()) ** 2, math.inf
+        parts = [self.questions, self.spread]
+        return sum(parts), satterthwaite(parts, [math.inf, self.freedom])
 
     def at(self, level: float) -> "Estimate":
         "The same value with an interval of another level."
-        if math.isnan(self.questions):
-            half = (self.high - self.low) / 2 * normal_quantile(level) / normal_quantile(0.95)
-        else:
-            half = _half(self.questions, self.spread, self.seeds, level)
-        return replace(self, low=self.value - half, high=self.value + half)
+        variance, freedom = self.variance
+        half = student_quantile(freedom, level) * math.sqrt(variance)
+        low, high = bounded_interval(self.value, half, self.floor, self.top)
+        return replace(self, low=low, high=high)
 
     def __format__(self, spec: str) -> str:
         "'1' gives 97.1 [95.9, 98.2]; a leading plus is kept: '+1' gives +2.1 [0.9, 3.2]."
@@ -43,32 +65,62 @@ class Estimate:
         value, low, high = rounded
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-007
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-006
+def p_value(e: Estimate) -> float:
+    "The two-sided p-value of the value 0."
+    variance, freedom = e.variance
+    if not variance > 0:
+        return 1.0 if not e.value else 0.0
+    return float(2 * student.sf(abs(e.value) / math.sqrt(variance), freedom))
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-008
 def estimate(
     arrays: list,  # per benchmark: [seeds, units], in percent of the dense score
+    images: list = (),  # per benchmark: the picture of each unit; empty: each has its own
+    seeds: list = (),  # their names
+    **about,  # floor, top and model, as in Estimate
 ) -> Estimate:
-    "The mean over benchmarks of their means, with an interval over questions and seeds."
+    "The mean over benchmarks of their means, with an interval over pictures and seeds."
     if not arrays:
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
     averages = np.mean([a.mean(axis=1) for a in arrays], axis=0)  # [seeds]
-    variances = (a.mean(axis=0).var(ddof=1) / a.shape[1] for a in arrays if a.shape[1] > 1)
-    questions = sum(variances) / len(arrays) ** 2
-    value, seeds = float(averages.mean()), len(averages)
-    spread = float(averages.var(ddof=1) / seeds) if seeds > 1 else 0.0
-    half, n = _half(questions, spread, seeds), sum(a.shape[1] for a in arrays)
-    return Estimate(value, value - half, value + half, n, seeds, float(questions), spread)
+    errors = errors_by_image(arrays, images)
+    value, n = float(averages.mean()), sum(a.shape[1] for a in arrays)
+    many = len(averages)
+    spread = float(averages.var(ddof=1) / many) if many > 1 else 0.0
+    names = seeds if len(seeds) else range(many)
+    found = Estimate(
+        *(value, value, value, n, many),
+        questions=cluster_variance(errors),
+        spread=0.0 if spread < 1e-18 else spread,
+        freedom=many - 1 if many > 1 else math.inf,
+        by_seed=dict(zip(names, averages.tolist())),
+        by_image=errors,
+        **about,
+    )
+    return found.at(0.95)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-009
-def _half(questions: float, spread: float, seeds: int, level: float = 0.95) -> float:
-    "Half the width of an interval: normal over questions, Student's t over seeds."
-    over_seeds = student_quantile(seeds - 1, level) ** 2 * spread if seeds > 1 else 0.0
-    return math.sqrt(normal_quantile(level) ** 2 * questions + over_seeds)
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-010
+def errors_by_image(
+    arrays: list,  # per benchmark: [seeds, units]
+    images: list = (),  # per benchmark: the picture of each unit
+) -> pd.Series:  # picture -> its contribution to the error of the mean of means
+    "What each picture contributes to the error of an estimate."
+    parts = []
+    for b, a in enumerate(arrays):
+        mean, n = a.mean(axis=0), a.shape[1]
+        exact = math.sqrt(n / (n - 1)) if n > 1 else 1.0
+        names = images[b] if len(images) else [f"{b}-{k}" for k in range(n)]
+        if len(names) != n:
+            raise ValueError(f"{len(names)} pictures are named for {n} units of one benchmark.")
+        parts.append(pd.Series((mean - mean.mean()) * exact / n / len(arrays), names))
+    return pd.concat(parts).groupby(level=0, sort=False).sum()
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-015
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-016
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
 SETTING += ["epochs", "calibration"]
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-017
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-018
 def arrays_of(
     rows: pd.DataFrame,  # of one setting
     dense: pd.DataFrame,  # of the same model, uncompressed
@@ -86,7 +138,36 @@ def arrays_of(
         if original[b].mean() > 0
     }
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-019
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-020
+def about_units(dense: pd.DataFrame) -> tuple:  # (list of pictures per benchmark, top)
+    "The pictures of all units that have a retained score, and the highest possible AVG-%."
+    first = dense.drop_duplicates("benchmark")
+    scored = first[[units.mean() > 0 for units in first.units]]
+    plain = all((units <= 1).all() for units in scored.units)
+    top = (
+        np.mean([100 / units.mean() for units in scored.units])
+        if plain and len(scored)
+        else math.inf
+    )
+    known = "images" in scored and scored.images.notna().all()
+    return dict(zip(scored.benchmark, scored.images if known else [()] * len(scored))), float(top)
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-022
+def estimate_of(
+    arrays: dict,  # benchmark -> [seeds, units]
+    dense: pd.DataFrame,
+    seeds: list,  # their names, in the order of the rows of the arrays
+    floor: float = 0.0,  # the least possible value in units of the highest possible AVG-%
+) -> Estimate:
+    "AVG-%, or a difference of two, with what is known of its pictures and bounds."
+    images, top = about_units(dense)
+    named = [images[b] for b in arrays]
+    known = named if named and all(len(names) for names in named) else ()
+    low = floor * top if floor else 0.0
+    about = {"floor": low, "top": top, "model": dense.model.iloc[0]}
+    return estimate(list(arrays.values()), known, seeds, **about)
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
 def _shares(
     units: np.ndarray,  # [seeds, units]
     dense: np.ndarray,  # [units]
@@ -101,17 +182,17 @@ def _shares(
     share = units.mean(axis=1, keepdims=True) / dense.mean()
     return 100 * (share + (units - share * dense) / dense.mean())
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-021
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-026
 def _dense(frame: pd.DataFrame) -> pd.Series:
     "True for the finished rows of uncompressed models."
     return (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-023
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-028
 def with_original(frame: pd.DataFrame) -> set:
     "The models whose original has been evaluated."
     return set(frame.model[_dense(frame)])
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-025
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-030
 def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
     "The uncompressed model's rows."
     found = frame[(frame.model == model) & _dense(frame)]
@@ -121,7 +202,7 @@ def dense_rows(frame: pd.DataFrame, model: str) -> pd.DataFrame:
         )
     return found
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-027
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-032
 def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: see `_summary_row`
@@ -137,11 +218,10 @@ def summary(
         rows.append(row)
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-029
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-034
 def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
     "AVG-% with its interval, of each seed too, and the mean score on each benchmark."
-    arrays = list(arrays_of(done, dense).values())
-    e = estimate(arrays)
+    e = estimate_of(arrays_of(done, dense), dense, sorted(set(done.seed)))
     return {
         "achieved_ratio": done.achieved_ratio.mean(),
         "avg_percent": e.value,
@@ -149,15 +229,10 @@ def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
         "high": e.high,
         "n": e.n,
         "seeds": e.seeds,
-        "by_seed": by_seed(arrays),
+        "by_seed": list(e.by_seed.values()),
     } | {b: g.score.mean() for b, g in done.groupby("benchmark", sort=False)}
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-031
-def by_seed(arrays: list) -> list:
-    "AVG-% of each seed, in the order of the seeds."
-    return np.mean([a.mean(axis=1) for a in arrays], axis=0).tolist() if arrays else []
-
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-035
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-038
 def difference(
     frame: pd.DataFrame,  # of `study.run`
     model: str,
@@ -171,9 +246,9 @@ def difference(
     if not shared:
         return estimate([])
     a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
-    return estimate([a[k] - b[k] for k in a])
+    return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), floor=-1.0)
 
-# %% ../../nbs/library/reporting/02_effects.ipynb #cell-037
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-040
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows of one setting; ValueError where none or several settings fit."
     found = frame[frame.status == "done"]
@@ -184,3 +259,66 @@ def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     if len(found[SETTING].drop_duplicates()) > 1:
         raise ValueError(f"{wanted} fits several settings: name more columns of {SETTING}.")
     return found
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-044
+def pooled(
+    effects: dict,  # where -> Estimate
+) -> dict:  # the same with variances over seeds that are drawn towards each other
+    "Settings with the degrees of freedom of all their seeds."
+    several = [e for e in effects.values() if e.seeds > 1 and e.spread > 0]
+    prior = prior_variance([e.spread * e.seeds for e in several], [e.seeds - 1 for e in several])
+    return {where: _pooled(e, prior) for where, e in effects.items()}
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-046
+def _pooled(e: Estimate, prior: tuple) -> Estimate:
+    "One setting of `pooled`."
+    same_model = e.seeds > 1 and e.spread == 0
+    if not prior[1] or not e.seeds or same_model or math.isnan(e.questions):
+        return e
+    variance, freedom = shrunk(e.spread * e.seeds, e.seeds - 1, prior)
+    return replace(e, spread=variance / e.seeds, freedom=freedom).at(0.95)
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-048
+def average(
+    effects: dict,  # where -> Estimate
+) -> Estimate:
+    "The mean of several settings, with an interval over pictures, and over seeds of models."
+    known = [e for e in effects.values() if e.value == e.value]
+    if not known:
+        return estimate([])
+    mean = lambda name: float(np.mean([getattr(e, name) for e in known]))
+    spread, freedom = _shared_spread(known)
+    return Estimate(
+        *[mean("value")] * 3,
+        n=max(e.n for e in known),
+        seeds=max(e.seeds for e in known),
+        questions=_shared_questions(known),
+        spread=spread,
+        freedom=freedom,
+        floor=mean("floor"),
+        top=mean("top"),
+    ).at(0.95)
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-050
+def _shared_questions(known: list) -> float:
+    "Variance over questions of the mean of some estimates that share pictures."
+    if any(e.by_image is None for e in known):
+        return sum(e.variance[0] for e in known) / len(known) ** 2
+    together = pd.concat([e.by_image for e in known])
+    return cluster_variance(together.groupby(level=0, sort=False).sum() / len(known))
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-052
+def _shared_spread(known: list) -> tuple:  # (variance over seeds, degrees of freedom)
+    "Variance over seeds of the mean of some estimates, the settings of a model together."
+    k, parts, freedoms = len(known), [], []
+    several = [e for e in known if e.seeds > 1 and e.by_seed]
+    for model in dict.fromkeys(e.model for e in several):
+        own = [e for e in several if e.model == model]
+        errors = [pd.Series(e.by_seed).sub(e.value) / e.seeds / k for e in own]
+        by_seed = pd.concat(errors).groupby(level=0).sum()
+        parts.append(cluster_variance(by_seed))
+        freedoms.append(max(len(by_seed) - 1, 1))
+    if single := sum(e.seeds == 1 for e in known) * bool(several):
+        parts.append(single / k**2 * np.mean([e.spread * e.seeds for e in several]))
+        freedoms.append(len(several))
+    return float(sum(parts)), satterthwaite(parts, freedoms)

@@ -219,6 +219,15 @@ def _drawing() -> str:
     return content_hash([[p.name, file_hash(p)] for p in sources])
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-042
+LARGER = {"quick": "tiny"}  # profile -> the one whose verdicts stand beside its own
+
+
+def said_by_larger(profile) -> list:  # of hashes
+    "The verdicts that the larger profile has left."
+    folder = checkout() / "figures" / LARGER.get(profile.name, "none")
+    return [file_hash(p) for p in sorted(folder.glob("*-*.json"))]
+
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
 def made_from(nb, given: dict, experiments: list, profile) -> str:
     "A hash of everything that an executed notebook shows."
     profile = load_profile(profile)
@@ -234,13 +243,14 @@ def made_from(nb, given: dict, experiments: list, profile) -> str:
             "parameters": given,
             "drawing": _drawing(),
             "results": names,
+            "beside": said_by_larger(profile),
             "models": [model_identity(source_of(m, profile)) for m in profile.models],
             "profile": repr(anywhere),
             "here": here,
         }
     )
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-046
 def is_current(path: Path, made: str) -> bool:
     "Whether an executed notebook and the files that it has written are up to date."
     if not path.exists():
@@ -248,12 +258,12 @@ def is_current(path: Path, made: str) -> bool:
     mark = nbformat.read(path, 4).metadata.get("mllm_compress", {})
     return mark.get("made_from") == made and mark.get("files") == files_of(path)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-046
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-048
 def files_of(path: Path) -> dict:  # name -> hash
     "The files that stand beside an executed notebook under its name."
     return {p.name: file_hash(p) for p in sorted(path.parent.glob(f"{path.stem}-*.*"))}
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-048
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-050
 def execute(
     name: str,
     nb_path: Path,
@@ -278,7 +288,7 @@ def execute(
             write_atomically(target, nbformat.writes(done))
     return target
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-050
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-052
 def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
     "What an executed notebook carries: what it was made from, and the results it has read."
     results = results_of(profile)
@@ -290,12 +300,12 @@ def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
         "files": files_of(target),
     }
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-052
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-054
 def failed_copy(target: Path) -> Path:
     "Where a notebook that fails leaves what it got to."
     return target.with_name(f"{target.stem}.failed.ipynb")
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-054
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-056
 def _executed(nb, path: Path, part: Path, given: dict):
     "The notebook after papermill has run it, in the folder of its path."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
@@ -313,14 +323,15 @@ def _executed(nb, path: Path, part: Path, given: dict):
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-056
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-058
 def tidied(nb):
     "A notebook without what would differ on another machine."
     nb.metadata.pop("papermill", None)
     nb.metadata.pop("language_info", None)
     for i, cell in enumerate(nb.cells):
         cell["id"] = f"cell-{i:03d}"
-        cell.metadata = {"tags": t} if (t := cell.metadata.get("tags")) else {}
+        kept = {k: v for k in ("tags", "jupyter") if (v := cell.metadata.get(k))}
+        cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     return nb

@@ -25,7 +25,7 @@ from .claims import CLAIMS
 from .effects import Estimate
 from .figures import CAPTION, figure_html
 from .notebooks import failed_copy, notebooks
-from .verdicts import WORDS, Verdict, counted
+from .verdicts import COLORS, DEFINITIONS, SIGNS
 from ..study import store
 from ..study.experiments import Experiment
 from ..study.profiles import Profile, load_profile
@@ -33,7 +33,6 @@ from ..study.runs import stored
 from ..study.stages import name_of, stage_keys
 from ..study.workers import results_of
 from ..utils.files import checkout, write_atomically
-from ..utils.methods import GREEN, GREY, RED
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-005
 def picture_html(
@@ -241,14 +240,14 @@ def line_of(
     notebook: str,
 ) -> dict:  # for the template
     "A verdict in the list at the top."
-    effects = {where: Estimate(**e) for where, e in verdict["effects"].items()}
-    mark, color = {WORDS[0]: ("✓", GREEN), WORDS[1]: ("✗", RED)}.get(verdict["word"], ("?", GREY))
+    said, average = verdict["word"], verdict.get("average")
     return {
         "claim": verdict["claim"].rstrip("."),
-        "word": verdict["word"],
-        "settings": counted(Verdict(verdict["claim"], effects, "")),
-        "mark": mark,
-        "color": color,
+        "word": said,
+        "settings": verdict["settings"],
+        "average": f"{Estimate(**average):+1} {verdict['unit']}" if average else "",
+        "mark": SIGNS[said],
+        "color": COLORS[said],
         "notebook": notebook,
     }
 
@@ -274,6 +273,12 @@ def template(name: str) -> str:
     return (files("mllm_compress") / "templates" / name).read_text(encoding="utf-8")
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-063
+def items_of(names) -> list:  # of (item, what, notebook)
+    "The tables and figures of the paper that some notebooks regenerate."
+    table = pd.read_csv(files("mllm_compress") / "templates" / "items.csv")
+    return [tuple(row) for row in table.to_numpy() if row[2] in names]
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-066
 def build(profile) -> Path:  # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)
@@ -292,6 +297,8 @@ def build(profile) -> Path:  # index.html
         notebooks=[notebook_html(name, nb, left_by(folder, name)) for name, nb in found.items()],
         scope=scope(profile, lines),
         verdicts=verdicts_of(folder, sorted(found, key=lambda n: bool(own_parameters(found[n])))),
+        items=items_of(found),
+        words=[(SIGNS[w], COLORS[w], w, text) for w, text in DEFINITIONS.items()],
         style=Markup(template("page.css")),
         commit=commit(checkout()),
         failed=[name for name, path in paths.items() if failed_copy(path).exists()],
@@ -301,12 +308,12 @@ def build(profile) -> Path:  # index.html
     write_atomically(folder / "index.html", text)
     return folder / "index.html"
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-065
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-068
 def left_by(folder: Path, name: str) -> list:  # of Path
     "The files that a notebook left."
     return sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-067
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-070
 def _provenance_html(lines: pd.DataFrame) -> str:
     "The summary of the results as a table."
     if lines.empty:

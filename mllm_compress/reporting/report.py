@@ -8,7 +8,7 @@ __all__ = ['Report']
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-003
 import json
 import os
-from dataclasses import asdict
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -16,11 +16,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from PIL import Image
 
+from .claims import Claim
+from .effects import Estimate
 from .figures import Figure
-from .notebooks import output_folder, overridden
+from .notebooks import LARGER, output_folder, overridden
 from .style import page
 from .tables import Table, explained, to_latex, to_markdown
 from .verdicts import Verdict, counted, resting_on, sentence
+from ..study.profiles import load_profile
 from ..utils.files import checkout, write_atomically
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-005
@@ -34,11 +37,10 @@ class Report:
         values: dict = {},  # the notebook's globals(), to see which parameters were overridden
     ):
         changed = overridden(notebook, values)
-        self.notebook, self.folder = notebook, output_folder(notebook, profile, changed)
+        self.notebook, self.profile = notebook, load_profile(profile).name
+        self.folder = output_folder(notebook, profile, changed)
         if changed:
-            given = ", ".join(f"{k}={v!r}" for k, v in changed.items())
-            where = os.path.relpath(self.folder, checkout())
-            print(f"Run with {given}: files are written to {where}.")
+            print(_run_with(changed, self.folder))
 
     def path(self, name: str, ending: str) -> Path:
         "FOLDER/NOTEBOOK-NAME.ENDING"
@@ -59,15 +61,26 @@ class Report:
         return _written(fig, self.path(name, "pdf"), caption)
 
     def verdict(
-        self, claim: str, effects: dict, basis, name="verdict", unit="points of AVG-%"
+        self, claim: str, effects: dict, basis, name="verdict", unit="points of AVG-%", **how
     ) -> Verdict:
         "Write a verdict as data; the arguments are those of Verdict."
-        verdict = Verdict(claim, effects, basis, unit)
-        text = json.dumps(_record(verdict), indent=1, ensure_ascii=False)
+        verdict = Verdict(claim, effects, basis, unit, **how)
+        text = json.dumps(record_of(verdict), indent=1, ensure_ascii=False)
         write_atomically(self.path(name, "json"), text + "\n")
-        return verdict
+        return replace(verdict, beside=said_elsewhere(self.profile, self.notebook, name, claim))
+
+    def claim(self, claim: Claim, frame: pd.DataFrame, basis, name="verdict") -> Verdict:
+        "Test a claim of the study on a frame of `study.run`, and write the verdict."
+        how = {"margin": claim.margin, "rivals": claim.rivals(frame)}
+        return self.verdict(claim.text, claim.effects(frame), basis, name, claim.unit, **how)
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-007
+def _run_with(changed: dict, folder: Path) -> str:
+    "The parameters that were overridden, and the folder."
+    given = ", ".join(f"{k}={v!r}" for k, v in changed.items())
+    return f"Run with {given}: files are written to {os.path.relpath(folder, checkout())}."
+
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _written(fig, pdf: Path, caption: str) -> Figure:
     "Write a figure as PDF, PNG and the text of its caption, and close it."
     drawn = BytesIO()
@@ -80,7 +93,7 @@ def _written(fig, pdf: Path, caption: str) -> Figure:
     write_atomically(pdf.with_suffix(".txt"), caption + "\n")
     return Figure(png, caption)
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-009
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-011
 def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visible difference
     "A PNG of at most 256 colours."
     small = BytesIO()
@@ -88,17 +101,40 @@ def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visib
     image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-011
-def _record(v: Verdict) -> dict:
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-013
+def record_of(v: Verdict) -> dict:
     "A verdict as JSON can express it."
-    bounds = ("value", "low", "high", "n", "seeds")
-    effects = {where: asdict(e) for where, e in v.effects.items()}
     return {
         "claim": v.claim,
         "word": v.word,
         "settings": counted(v),
         "unit": v.unit,
-        "basis": str(resting_on(v.basis, v.effects)),
+        "margin": v.margin,
+        "rivals": v.rivals,
+        "basis": str(resting_on(v.basis, v.settings)),
         "sentence": sentence(v),
-        "effects": {where: {k: e[k] for k in bounds} for where, e in effects.items()},
+        "average": _rounded(v.average) if v.settings else None,
+        "effects": {where: _rounded(e) for where, e in v.settings.items()},
+        "words": v.words,
     }
+
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-015
+def _rounded(e: Estimate) -> dict:
+    "The value of an estimate, its interval, questions and seeds."
+    numbers = {k: float(f"{getattr(e, k):.6g}") for k in ("value", "low", "high")}
+    return numbers | {"n": e.n, "seeds": e.seeds}
+
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-017
+def recorded(profile: str, notebook: str, name: str) -> dict | None:
+    "A verdict that a notebook of a profile has left; None where there is none."
+    path = checkout() / "figures" / profile / f"{notebook}-{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def said_elsewhere(profile: str, notebook: str, name: str, claim: str) -> str:
+    "The verdict of the larger profile in a sentence; empty where there is none."
+    larger = LARGER.get(profile, "")
+    found = recorded(larger, notebook, name) if larger else None
+    if not found or found["claim"] != claim or not found.get("average"):
+        return ""
+    return f"Profile {larger}: {found['word']} ({found['average']['value']:+.1f})."

@@ -88,7 +88,7 @@ RC = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
     "figure.dpi": 110,
-    "savefig.dpi": 200,
+    "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",

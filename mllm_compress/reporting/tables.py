@@ -160,7 +160,7 @@ def score_table(
         achieved=list(map(_achieved, order.achieved_ratio, failed)),
     ).rename(columns={"avg_percent": "AVG-%"})
     order.loc[order.pruning == "original", ["low", "high"]] = np.nan
-    names = ["model", "requested", "pruning", *columns, "achieved", "AVG-%", "low", "high"]
+    names = ["model", "requested", "pruning", *columns, "AVG-%", "low", "high", "achieved"]
     return order.reindex(columns=[*names, *setup.evaluation.benchmarks])
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-036
@@ -173,8 +173,7 @@ GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "
     "to be removed, and that was",
     ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
-    ("low", "high"): "low, high: the ends of its 95 % interval, which is symmetric and may reach "
-    "beyond what is possible",
+    ("low", "high"): "low, high: the ends of its 95 % interval over pictures and seeds",
 }
 
 

@@ -8,11 +8,13 @@ __all__ = ['Verdict']
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-003
 import html
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import pandas as pd
 
-from .effects import Estimate
-from ..utils.methods import GREEN, GREY, RED
+from ..evaluation.intervals import holm
+from .effects import Estimate, average, p_value, pooled
+from ..utils.methods import BLUE, GREEN, GREY, RED
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-005
 @dataclass(frozen=True)
@@ -52,25 +54,61 @@ def resting_on(basis, effects: dict):
     return replace(basis, seeds=max(e.seeds for e in effects.values()))
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-011
-WORDS = (
-    "holds",
-    "does not hold",
-    "is undecided at this scale",
-    "is undecided with one seed",
-    "was not tested",
-)
+WORDS = ("supported", "leans for", "equivalent", "leans against", "contradicted", "not tested")
+SUPPORTED, FOR, EQUIVALENT, AGAINST, CONTRADICTED, UNTESTED = WORDS
+DEFINITIONS = {
+    SUPPORTED: "the 95 % interval of the average effect lies on the claim's side, and no setting "
+    "contradicts the claim after Holm's correction",
+    FOR: "the average effect is on the claim's side, but its interval is not, or a setting "
+    "contradicts the claim, or there is one seed only",
+    EQUIVALENT: "the average difference is within one point of AVG-% (two one-sided tests at 5 %), "
+    "and no setting is certainly outside of it",
+    AGAINST: "the average effect is on the other side, but its interval is not, or a setting "
+    "supports the claim, or there is one seed only",
+    CONTRADICTED: "the 95 % interval of the average effect lies on the other side, and no setting "
+    "supports the claim after Holm's correction",
+    UNTESTED: "no results",
+}
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-013
-def side(e: Estimate) -> int:
-    "1 where an interval is above zero, -1 where it is below, else 0."
-    return int(e.low > 0) - int(e.high < 0)
+SIGNS = dict(zip(WORDS, "✓↗≈↘✗–"))
+COLORS = dict(zip(WORDS, (GREEN, GREEN, BLUE, RED, RED, GREY)))
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-015
-def word(e: Estimate) -> str:  # of WORDS
-    "What one difference says, if the claim predicts it to be positive."
-    return WORDS[3] if e.seeds == 1 else {1: WORDS[0], -1: WORDS[1], 0: WORDS[2]}[side(e)]
+def word(
+    e: Estimate,
+    margin: float | None = None,  # differences within it are equivalent
+    level: float = 0.95,
+) -> str:  # of WORDS
+    "What one estimate says, if the claim predicts it to be positive."
+    at = e.at(level)
+    if e.seeds != 1:
+        if margin is not None and within(e, margin):
+            return EQUIVALENT
+        if at.low > 0 or at.high < 0:
+            return SUPPORTED if at.low > 0 else CONTRADICTED
+    return FOR if e.value > 0 else AGAINST
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-017
+def within(e: Estimate, margin: float) -> bool:
+    "Whether a difference was shown to be smaller than a margin either way."
+    inner = e.at(0.9)
+    return -margin < inner.low and inner.high < margin
+
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-019
+def certain(
+    effects: dict,  # where -> Estimate
+    sign: int,  # 1 or -1
+    line: float = 0.0,  # how far on that side
+) -> list:  # of where
+    "The settings that lie beyond a line on one side, after correction for their number."
+    beyond = {
+        w: replace(e, value=sign * e.value - line) for w, e in effects.items() if e.seeds != 1
+    }
+    adjusted = holm([p_value(e) if e.value > 0 else 1.0 for e in beyond.values()])
+    return [w for (w, e), p in zip(beyond.items(), adjusted) if e.value > 0 and p < 0.05]
+
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
 @dataclass(frozen=True)
 class Verdict:
     "A claim, what was measured, and what follows."
@@ -79,73 +117,75 @@ class Verdict:
     effects: dict  # where -> Estimate, positive if the claim is right there
     basis: object  # a Basis, or words: n, seeds, profile
     unit: str = "points"
+    margin: float | None = None  # differences within it are equivalent; None: a threshold
+    rivals: int = 1  # among how many the rival was chosen that the claim is compared with
+    beside: str = ""  # what a larger profile says
 
-    def says(self, w: str) -> list:
-        "The settings of which a word of WORDS is true."
-        return [where for where, e in self.effects.items() if word(e) == w]
+    @cached_property
+    def settings(self) -> dict:  # where -> Estimate
+        "The effects with variances pooled over settings."
+        return pooled({w: e for w, e in self.effects.items() if e.value == e.value})
 
-    @property
-    def refuted(self) -> bool:
-        "Whether a contradiction remains after correction for multiple comparisons."
-        several = [e for e in self.effects.values() if e.seeds != 1]
-        return any(side(e.at(1 - 0.05 / len(self.effects))) < 0 for e in several)
+    @cached_property
+    def average(self) -> Estimate:
+        "The mean effect."
+        return average(self.settings)
+
+    @cached_property
+    def words(self) -> dict:  # where -> of WORDS
+        "What each setting says by itself."
+        return {where: word(e, self.margin) for where, e in self.settings.items()}
+
+    @cached_property
+    def exceptions(self) -> list:  # of where
+        "The settings that certainly say the opposite of the average."
+        return certain(self.settings, -1 if self.average.value > 0 else 1)
 
     @property
     def word(self) -> str:  # of WORDS
         "The verdict on the claim as a whole."
-        found = {word(e) for e in self.effects.values()}
-        if not found:
-            return WORDS[4]
-        if self.refuted:
-            return WORDS[1]
-        return found.pop() if found in ({WORDS[0]}, {WORDS[3]}) else WORDS[2]
-
-    @property
-    def color(self) -> str:
-        "Green where the claim holds, red where it does not, else grey."
-        return {WORDS[0]: GREEN, WORDS[1]: RED}.get(self.word, GREY)
+        return overall(self) if self.settings else UNTESTED
 
     def _repr_html_(self) -> str:
-        bar = f"border-left:4px solid {self.color};padding-left:.8em"
-        text = html.escape(sentence(self))
-        return f'<p class="verdict" style="{bar}"><b>Verdict.</b> {text}</p>'
+        bar = f"border-left:4px solid {COLORS[self.word]};padding-left:.8em"
+        return f'<p class="verdict" style="{bar}">{html.escape(sentence(self))}</p>'
 
     def _repr_markdown_(self) -> str:
-        return f"**Verdict.** {sentence(self)}"
-
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-019
-def counted(v: Verdict) -> str:
-    "In how many settings a claim is supported and contradicted."
-    if len(v.effects) < 2:
-        return "one setting" if v.effects else "no settings"
-    text = f"supported in {len(v.says(WORDS[0]))} of {len(v.effects)} settings"
-    against = len(v.says(WORDS[1]))
-    return text + (f", contradicted in {against}" if against else "")
-
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
-def _group(e: Estimate) -> str:
-    "Under which heading of the sentence an effect is listed."
-    if e.seeds == 1:
-        direction = {1: "yes", -1: "no", 0: "neither"}[side(e)]
-        return f"One seed points to {direction}"
-    return {1: "Holds", -1: "Does not hold", 0: "Undecided"}[side(e)]
+        return sentence(self)
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-023
-GROUPS = ["Holds", "Does not hold", "Undecided"] + [
-    f"One seed points to {direction}" for direction in ("yes", "no", "neither")
-]
+def overall(v: Verdict) -> str:  # of WORDS
+    "The word for the average, weakened where a setting certainly says otherwise."
+    found = word(v.average, v.margin)
+    if found == CONTRADICTED and v.rivals > 1:
+        found = word(v.average, v.margin, 1 - 0.05 / v.rivals)
+    outside = [w for sign in (1, -1) for w in certain(v.settings, sign, v.margin or 0)]
+    if found == EQUIVALENT and outside or found != EQUIVALENT and v.exceptions:
+        return FOR if v.average.value > 0 else AGAINST
+    return found
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-025
+def counted(v: Verdict) -> str:
+    "In how many settings a claim is supported and contradicted."
+    said = list(v.words.values())
+    counts = [f"{w} in {said.count(w)}" for w in WORDS if w in said]
+    if len(said) < 2:
+        return "one setting" if said else "no settings"
+    return f"of {len(said)} settings {', '.join(counts)}"
+
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-027
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
-    most, parts = max((e.seeds for e in v.effects.values()), default=0), []
-    listed = {group: [] for group in GROUPS}
-    for name, e in v.effects.items():
-        seeds = f", {e.seeds} seed{'s' * (e.seeds > 1)}" if e.seeds < most else ""
-        listed[_group(e)].append(f"{name} ({e:+1}{seeds})")
-    parts += [f"{group}: {'; '.join(where)}. " for group, where in listed.items() if where]
-    if v.says(WORDS[1]) and not v.refuted:
-        parts.append("With simultaneous 95 % intervals, no setting contradicts the claim. ")
-    values = f"Values: {v.unit}, with 95 % intervals; " if v.effects else ""
-    head = f"“{v.claim.rstrip('.')}” {v.word} ({counted(v)}). "
-    return f"{head}{''.join(parts)}{values}{resting_on(v.basis, v.effects)}."
+    head = f"{v.word.capitalize()}: “{v.claim.rstrip('.')}.” "
+    if not v.settings:
+        return f"{head}{v.beside}".strip()
+    where = next(iter(v.settings)) if len(v.settings) == 1 else f"average over {len(v.settings)}"
+    many = len(v.settings) > 1
+    parts = [f"{v.average:+1} {v.unit} ({'95 % interval; ' + where}{' settings' * many})"]
+    if many:
+        parts.append(counted(v))
+    if v.exceptions and v.word in (FOR, AGAINST):
+        said = CONTRADICTED if v.average.value > 0 else SUPPORTED
+        parts.append(f"{said} after Holm's correction at {', '.join(v.exceptions)}")
+    basis = resting_on(v.basis, v.settings)
+    return f"{head}{'; '.join(parts)}. {basis}. {v.beside}".strip()

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ..evaluation.benchmarks import unit_images
 from ..pruning.pruning_plan import PruningPlan
 from . import stages, store
 from .experiments import Experiment, canonical, describe, method_of
@@ -68,14 +69,20 @@ def frame_of(
     rows = []
     for experiment in dict.fromkeys(experiments):
         if found := result_of(experiment, profile, results):
-            name = name_of(experiment, profile)
-            rows += [row | {"result": name} for row in rows_of(experiment, found)]
+            rows += _with_images(rows_of(experiment, found), name_of(experiment, profile), profile)
         else:
             message = errors.get(canonical(experiment), "not computed")
             rows.append(failed_row(experiment, message))
     return pd.DataFrame(rows).assign(profile=profile.name)
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-012
+def _with_images(rows: list, name: str, profile: Profile) -> list:
+    "The rows of a result with its name, and with the picture of every unit."
+    e, root = profile.evaluation, stages.root_of(profile.evaluation)
+    images = {r["benchmark"]: unit_images(r["benchmark"], e.split, e.questions, root) for r in rows}
+    return [row | {"result": name, "images": images[row["benchmark"]]} for row in rows]
+
+# %% ../../nbs/library/study/07_runs.ipynb #cell-014
 def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
     "The plan that an experiment was pruned by; None where there is no result."
     if canonical(experiment).pruning == "none":
@@ -83,7 +90,7 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
     found = result_of(experiment, profile, results_of(profile))
     return PruningPlan.from_json(found["plan"]) if found else None
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-014
+# %% ../../nbs/library/study/07_runs.ipynb #cell-016
 def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
     results, found = results_of(profile), {}
@@ -93,7 +100,7 @@ def stored(profile: Profile) -> dict:  # Experiment -> result
             found[experiment] = result
     return found
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-016
+# %% ../../nbs/library/study/07_runs.ipynb #cell-018
 def _experiment_of(content, profile: Profile):  # an Experiment, or None
     "The experiment that a description names, if it can be one of a profile."
     try:
@@ -103,10 +110,10 @@ def _experiment_of(content, profile: Profile):  # an Experiment, or None
         return None
     return experiment if experiment.model in profile.models else None
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-018
+# %% ../../nbs/library/study/07_runs.ipynb #cell-020
 NUMBERS = ("student_seconds", "answer_seconds", "memory_mb", "bytes")
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-020
+# %% ../../nbs/library/study/07_runs.ipynb #cell-022
 def at_hand(experiments: list, profile: Profile) -> pd.DataFrame:
     "Each distinct experiment with what the store has of it; nan where it has nothing."
     results, nameable = results_of(profile), not missing_inputs(profile)
@@ -114,7 +121,7 @@ def at_hand(experiments: list, profile: Profile) -> pd.DataFrame:
     rows = [asdict(e) | _found(e, profile, results, nameable) for e in distinct]
     return pd.DataFrame(rows).astype(dict.fromkeys(NUMBERS, float) if rows else {})
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-022
+# %% ../../nbs/library/study/07_runs.ipynb #cell-024
 def _found(experiment: Experiment, profile: Profile, results: Store, nameable: bool) -> dict:
     "What the store has of an experiment; nothing where its inputs are not on this machine."
     row = {"experiment": describe(experiment), "name": "", "cached": False}
@@ -130,14 +137,14 @@ def _found(experiment: Experiment, profile: Profile, results: Store, nameable: b
     )
     return row | {"missing": _words(row, missing)} | _costs(experiment, profile, results)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-024
+# %% ../../nbs/library/study/07_runs.ipynb #cell-026
 def _is_kept(experiment: Experiment, profile: Profile, results: Store) -> bool:
     "Whether the weights of a student are in the store."
     key = content_hash(stages.student_inputs(experiment, profile))
     found = store.read(results, "student", key)
     return bool(found and found["files"])
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-026
+# %% ../../nbs/library/study/07_runs.ipynb #cell-028
 def _words(row: dict, missing: dict) -> str:
     "The missing stages in words."
     parts = ["training"] * row["trains"]
@@ -148,7 +155,7 @@ def _words(row: dict, missing: dict) -> str:
             parts.append(f"{what} {shown}")
     return "; ".join(parts)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-028
+# %% ../../nbs/library/study/07_runs.ipynb #cell-030
 def _costs(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "What the finished stages of an experiment took."
     e = profile.evaluation
@@ -170,7 +177,7 @@ def _costs(experiment: Experiment, profile: Profile, results: Store) -> dict:
         "bytes": sum(sizes) or None,
     }
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-030
+# %% ../../nbs/library/study/07_runs.ipynb #cell-032
 def _typical(values: pd.Series, *groups) -> pd.Series:
     "The median of the finest group that has one, for each row."
     found = pd.Series(np.nan, values.index)
@@ -178,7 +185,7 @@ def _typical(values: pd.Series, *groups) -> pd.Series:
         found = found.fillna(values.groupby(group).transform("median"))
     return found
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-032
+# %% ../../nbs/library/study/07_runs.ipynb #cell-034
 def expected_seconds(
     frame: pd.DataFrame,  # of `at_hand`
 ) -> pd.Series:
@@ -190,7 +197,7 @@ def expected_seconds(
     seconds = seconds + (answers * frame.open_answers).where(frame.open_answers > 0, 0.0)
     return seconds.where(~frame.cached.astype(bool), 0.0)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-035
+# %% ../../nbs/library/study/07_runs.ipynb #cell-037
 def status(experiments: list, profile: Profile) -> pd.DataFrame:
     "Each distinct experiment: is it cached, what is missing, its seconds, memory and disk."
     frame = at_hand(experiments, profile)
@@ -203,14 +210,14 @@ def status(experiments: list, profile: Profile) -> pd.DataFrame:
     frame["memory_mb"] = frame.memory_mb.fillna(peak)
     return frame.assign(bytes=frame.bytes.fillna(frame.bytes.median()))
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-037
+# %% ../../nbs/library/study/07_runs.ipynb #cell-039
 def hours(seconds: float) -> str:
     "A duration for people."
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-039
+# %% ../../nbs/library/study/07_runs.ipynb #cell-041
 def time_left(
     frame: pd.DataFrame,  # of `at_hand`
     at_once: int,  # experiments that are computed at the same time
@@ -223,7 +230,7 @@ def time_left(
         parts.append(f"{unknown} experiment{'s' * (unknown > 1)} of a kind not seen yet")
     return f"{' and '.join(parts)} left" if parts else "nothing left"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-042
+# %% ../../nbs/library/study/07_runs.ipynb #cell-044
 EXECUTORS = {"local": local, "inline": inline, "slurm": slurm}
 RUN_CONTEXT = "MLLM_COMPRESS_RUN_CONTEXT"
 
@@ -235,7 +242,7 @@ def run_context() -> dict:  # executor, workers, failures (name of a result -> m
         known |= json.loads(Path(path).read_text(encoding="utf-8"))
     return known
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-044
+# %% ../../nbs/library/study/07_runs.ipynb #cell-046
 def require_inputs(profile: Profile) -> None:
     "FileNotFoundError that lists what a profile names and this machine does not have."
     if missing := missing_inputs(profile):
@@ -244,13 +251,13 @@ def require_inputs(profile: Profile) -> None:
             + "\n  ".join(missing)
         )
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-046
+# %% ../../nbs/library/study/07_runs.ipynb #cell-048
 def at_once(executor: str, profile: Profile, workers: int = 0) -> int:
     "How many experiments an executor computes at the same time; for a cluster, at most."
     fixed = {"inline": 1, "slurm": profile.slurm.jobs_at_once}
     return fixed.get(executor) or len(devices(workers or profile.workers, profile.processes))
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-048
+# %% ../../nbs/library/study/07_runs.ipynb #cell-050
 def run(
     experiments: list,  # of Experiment
     profile,  # a name, a path, or a Profile
@@ -279,18 +286,18 @@ def run(
         summarise(distinct, errors, profile, results)
     return frame_of(experiments, profile, results, errors)
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-050
+# %% ../../nbs/library/study/07_runs.ipynb #cell-052
 CHANGED = "its result has another key: data or model changed while the study ran; run it again"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-052
+# %% ../../nbs/library/study/07_runs.ipynb #cell-054
 def _incomplete(experiments: list, profile: Profile, results: Store) -> list:
     "The experiments that lack a score."
     return [e for e in experiments if missing_stages(e, profile, results)["score"]]
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-054
+# %% ../../nbs/library/study/07_runs.ipynb #cell-056
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-056
+# %% ../../nbs/library/study/07_runs.ipynb #cell-058
 def learned(known: pd.DataFrame, experiment: Experiment, word: str, profile: Profile):
     "The table `known` after one more experiment; a failed one is no longer waited for."
     row = known["name"] == name_of(experiment, profile)
@@ -300,7 +307,7 @@ def learned(known: pd.DataFrame, experiment: Experiment, word: str, profile: Pro
     columns = ("student_seconds", "answer_seconds", "answers", "trains", "open_answers", "cached")
     return known.assign(**{k: known[k].mask(row, found[k]) for k in columns})
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-058
+# %% ../../nbs/library/study/07_runs.ipynb #cell-060
 def _computed(
     answers, todo: list, known: list, profile: Profile, n: int
 ) -> dict:  # Experiment -> message of those that failed
@@ -320,7 +327,7 @@ def _computed(
             bar.update()
     return errors
 
-# %% ../../nbs/library/study/07_runs.ipynb #cell-060
+# %% ../../nbs/library/study/07_runs.ipynb #cell-062
 def summarise(distinct: list, errors: dict, profile: Profile, results: Store) -> None:
     "One line, and one for each failed experiment."
     failed, done = f", {len(errors)} FAILED:" if errors else ".", len(distinct) - len(errors)
