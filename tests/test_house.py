@@ -229,8 +229,6 @@ def test_requirements_name_what_is_imported(name):
 
 def test_every_requirement_is_used():
     used = set().union(*(packages(m) for m in MODULES))
-    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "nbs").rglob("*.ipynb"))
-    used |= set(re.findall(r"import (seaborn)", text))
     by_name = {"ipykernel", "jupyterlab", "nbconvert", "accelerate", "peft"}  # started, or by name
     unused = required("requirements", "study_requirements") - used - by_name
     assert not unused

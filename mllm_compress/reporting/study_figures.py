@@ -11,6 +11,7 @@ from itertools import product
 import matplotlib
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from ..evaluation import published
@@ -262,16 +263,12 @@ def skills(rows: pd.DataFrame, setup: Profile, order: list, ratio: float):  # a 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-031
 def _heat(ax, grid: pd.DataFrame, lowest: float) -> None:
     "A small heat map with its numbers."
-    values = grid.to_numpy(float)
-    ax.imshow(values, cmap="cividis", vmin=lowest, vmax=100, aspect="auto")
-    for (y, x), v in np.ndenumerate(values):
-        color = "white" if v < (lowest + 100) / 2 else "black"
-        ax.text(x, y, f"{v:.0f}", ha="center", va="center", fontsize=8, color=color)
-    ax.set(xticks=range(grid.shape[1]), yticks=range(len(grid)))
+    how = dict(annot=True, fmt=".0f", cbar=False, annot_kws={"fontsize": 8})
+    sns.heatmap(grid, ax=ax, cmap="cividis", vmin=lowest, vmax=100, **how)
     labels = [c.split("/")[-1] for c in grid]
     ax.set_xticklabels(labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
-    ax.set_yticklabels(grid.index, fontsize=8.5)
-    ax.grid(False)
+    ax.set_yticklabels(grid.index, rotation=0, fontsize=8.5)
+    ax.set(xlabel="", ylabel="")
 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-033
 def over_fractions(

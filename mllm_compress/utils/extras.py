@@ -14,7 +14,7 @@ EXTRAS = {
     "gguf": "gguf",
     "bitsandbytes": "quantize",
     **dict.fromkeys(
-        "matplotlib jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),
+        "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),
         "study",
     ),
 }  # package -> extra
