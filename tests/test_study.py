@@ -554,6 +554,8 @@ def frame_of(worth: dict, dense: float = 100.0) -> pd.DataFrame:
             "recovery": "none",
             "train": "",
             "fraction": 1.0,
+            "epochs": 1,
+            "calibration": "",
             "seed": s,
             "status": "done",
             "benchmark": b,

@@ -242,7 +242,7 @@ def bounded_interval(
     top: float,  # the greatest, or inf
 ) -> tuple:  # (low, high)
     "value ± half, on the logit scale between finite bounds, else cut at them."
-    if np.isinf(top - floor) or not floor < value < top:
+    if half == 0 or np.isinf(top - floor) or not floor < value < top:
         return max(value - half, min(floor, value)), min(value + half, max(top, value))
     slope, centre = (
         (top - floor) / ((value - floor) * (top - value)),
