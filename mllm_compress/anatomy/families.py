@@ -153,7 +153,9 @@ class LinearSlot:
     @property
     def units(self) -> int:
         "Units present."
-        sizes = self.module.out_features, self.module.in_features  # of packed weights too
+        m, sizes = self.module, self.module.weight.shape
+        if isinstance(m, torch.nn.Linear):
+            sizes = m.out_features, m.in_features  # of packed weights too
         return sizes[self.axis] // sum(self.widths)
 
     def index(self, units) -> torch.Tensor:
