@@ -41,7 +41,7 @@ def test_readme_tells_the_verdicts_of_the_results():
         row = next(
             line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line
         )
-        average = format(Estimate(**verdict["average"]), "+1")
+        average = format(Estimate(**verdict["average"]), "+1") if verdict["average"] else "–"
         assert f"**{verdict['word']}**" in row and average in row and verdict["settings"] in row
     assert verdict["basis"] in readme  # n, seeds and profile
 
