@@ -241,8 +241,14 @@ CASES = [
         Case((*PRUNE, "--ratio", r), r"outside \[0, 0.95\)")
         for r in ("-0.1", "0.95", "1", "30", "nan")
     ),
-    Case((*PRUNE, "--ratio", ".01", *MINE), "removes nothing: the smallest step is one layer"),
-    Case((*PRUNE, "--ratio", ".94", *MINE), "add widthwise pruning or request less"),
+    Case(
+        (*PRUNE, "--ratio", ".01", "--pruning", "layerwise", *MINE),
+        "removes nothing: the smallest step is one layer",
+    ),
+    Case(
+        (*PRUNE, "--ratio", ".94", "--pruning", "layerwise", *MINE),
+        "add widthwise pruning or request less",
+    ),
     Case((*PRUNE, "--ratio", ".3", "--layers", "1"), "not several"),
     Case((*PRUNE, "--plan", "plan.json", "--layers", "1"), "not several"),
     Case((*PRUNE, "--plan", "plan.json", "--scores", "scores"), "not several"),
@@ -258,8 +264,8 @@ CASES = [
     Case((*PRUNE, "--plan", "other-plan.json"), "Make a plan for this model"),
     Case((*PRUNE, "--ratio", ".3", "--shape", "round"), "use one of uniform, blockwise"),
     *(Case((*PRUNE, "--ratio", ".3", "--protect", p), "such as 1,1") for p in ("1", "a,b", "-1,1")),
-    Case((*PRUNE, "--ratio", ".3", "--method", "magnitude", "--protect", "1,1"), "blockwise"),
-    Case((*PRUNE, "--ratio", ".3", "--round-to", "0"), "--round-to is 0"),
+    Case((*PRUNE, "--ratio", ".3", "--shape", "uniform", "--protect", "1,1"), "blockwise"),
+    Case((*PRUNE, "--ratio", ".3", "--round-to", "0"), "--round-to '0' cannot be used"),
     Case((*PRUNE, "--ratio", ".3", "--method", "luck"), "use one of block_influence"),
     Case((*PRUNE, "--ratio", ".3", "--pruning", "depth"), "use one of"),
     Case((*PRUNE, "--ratio", ".3", "--method", "taylor", "--pruning", "layerwise"), "use one of"),

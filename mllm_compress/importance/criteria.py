@@ -284,7 +284,7 @@ _RIVALS = {
         flap,
         "widthwise",
         version=1,
-        look=Look("fluctuation (FLAP)", WINE, "d"),
+        look=Look("fluctuation (FLAP)", "#661100", "d"),
         help="Variance of a unit's output times its squared output weights (An et al. 2024).",
     ),
 }

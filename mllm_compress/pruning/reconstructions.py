@@ -66,7 +66,8 @@ def fold_linear_map(
 ) -> PreTrainedModel:
     "A linear map in place of removed layers (Shopkhoev et al. 2025, eq. 6)."
     check_pruned(small, dense, plan)
-    small = copy.deepcopy(small)
+    dtype, small = small.dtype, copy.deepcopy(small).float()
+    dense = dense if dtype == torch.float32 else copy.deepcopy(dense).float()
     before, after, streams = anatomy(dense), anatomy(small), open_streams(small, dense, batches)
     advance_dense(before, streams, range(plan.layers[0]))
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):

@@ -116,6 +116,8 @@ def modality_figure(table: pd.DataFrame):  # of `content_and_form`
             ends = {}
             for pruning, g in own[own.model == model].groupby("pruning", sort=False):
                 g, look = g.sort_values("achieved_ratio"), style.look(pruning)
+                if not np.isfinite(g[["written", "content"]].to_numpy(float)).all():
+                    continue  # the original scores 0, so there is no share of it
                 x, content = g.achieved_ratio.to_numpy(), g.content.to_numpy()
                 style.line(ax, x, g.written.to_numpy(), look)
                 ax.plot(x, content, color=look.color, linewidth=0.9, alpha=0.7)

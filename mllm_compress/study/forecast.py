@@ -41,7 +41,7 @@ def config_of(model: str, profile: Profile):
     except (FileNotFoundError, ValueError):
         pass  # its folder or its tower is not there yet
     try:
-        return real_config(real_name(profile.printed.get(model, model)))
+        return real_config(real_name(model))
     except ValueError:
         return None
 
