@@ -76,7 +76,7 @@ def fold_linear_map(
             fold_into(after, j, i, streams, ridge)
         for s in streams:
             s.pruned = run_layer(after, i, after.layers[j], s.pruned, s.calls[i])[2]
-    return small
+    return small.to(dtype)
 
 # %% ../../nbs/library/pruning/09_reconstructions.ipynb #cell-012
 def fold_into(parts, j: int, i: int, streams: list, ridge: float) -> None:
