@@ -277,7 +277,7 @@ _RIVALS = {
         wanda_sp,
         "widthwise",
         version=1,
-        look=Look("Wanda-sp", OLIVE, "h", DASHED),
+        look=Look("Wanda-sp", "#44AA99", "h", DASHED),
         help="Output weights times the norm of their inputs (Sun et al. 2024).",
     ),
     "flap": Criterion(
