@@ -20,6 +20,7 @@ import torch
 import typer
 from PIL import Image
 
+# %% ../../nbs/library/cli/09_check.ipynb #cell-004b
 from ..anatomy.families import anatomy, lm_parameters, part_parameters
 from ..anatomy.pictures import shares_prefixes
 from ..checkpoint.integrity import read_manifest
