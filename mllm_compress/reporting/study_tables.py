@@ -25,7 +25,7 @@ from .effects import difference
 from .style import look
 from ..study.profiles import Profile
 from ..study.runs import plan_of
-from ..study.stages import recovery_config, teacher_of
+from ..study.stages import limit_of, recovery_config, teacher_of
 from ..zoo import convert
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-004
@@ -48,7 +48,7 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it 
     known, e, scores = training_answers(setup), setup.evaluation, {}
     for name in (n for n in e.benchmarks if n in known):
         rows = []
-        for q in load_questions(name, e.split, e.questions):
+        for q in load_questions(name, e.split, limit_of(name, e)):
             said = (known.get(q.prompt) or known[name]).most_common(1)[0][0]
             row = {"benchmark": name, "id": q.id, "group": q.group, "candidate": None}
             rows.append(row | q.fields() | {"extra": q.extra, "prediction": said})
