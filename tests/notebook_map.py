@@ -22,6 +22,16 @@ A folder is a room of the package: `nbs/library/pruning/03_plans.ipynb` exports
 Imports go one way: a room imports only from rooms to its left in
 {rooms}.
 """
+SHOWN = "class decoder score layerwise uniform blockwise reconstruct recover evaluate cache reload"
+SHOWN = SHOWN.split()
+SUPPORT = """What the contract test finds on small random models of every class
+(`tests/test_contract.py`). On a checkpoint of yours: `mllm-compress check FOLDER`. *stock*: plain
+`transformers` loads the pruned checkpoint; *own format*: `load_pruned` does, because layers differ
+in width or the class allows no such head count. Processors of Qwen-VL, InternVL, LLaVA-OneVision,
+Pixtral and SmolVLM need torchvision: `pip install 'mllm_compress[vision]'`. Mixtures of experts and
+decoders that share keys and values between layers are refused, with the reason. A new class is one
+row: [add a model](guides/add_a_model.ipynb).
+"""
 
 
 def head(path: Path) -> tuple:  # (title, line)
@@ -64,6 +74,17 @@ def items() -> list:
     return [*lines, ""]
 
 
+def support() -> list:
+    "What works on which model, as the contract test found it (figures/support.csv)."
+    with (NOTEBOOKS.parent / "figures/support.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    shown = [head.index(name) for name in SHOWN]
+    lines = ["## Support", "", SUPPORT, f"| {' | '.join(SHOWN)} |", "| --- " * len(SHOWN) + "|"]
+    rows = [[row[k] for k in shown] for row in rows]
+    lines += [f"| {' | '.join([row[0] or 'text only', *row[1:]])} |" for row in rows]
+    return lines
+
+
 def text() -> str:
     "The map."
     lines = [INTRO, "## Start", "", entry(NOTEBOOKS / "index.ipynb")]
@@ -75,7 +96,7 @@ def text() -> str:
     lines += ["### The package", "", *map(entry, front), ""] if front else []
     study, blank, *rest = section("The study, a notebook per table or figure", "study")
     lines += [study, blank, *items(), *rest]
-    lines += section("Guides", "guides")
+    lines += section("Guides", "guides") + support()
     return "\n".join(lines).rstrip() + "\n"
 
 

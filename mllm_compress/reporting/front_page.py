@@ -10,13 +10,13 @@ import io
 import os
 import re
 import tempfile
-import textwrap
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
 
 from ..evaluation.benchmarks import load_questions, open_image
+from .answers import draw_answers
 from .claims import CLAIMS, LITTLE
 from .effects import Estimate
 from .figures import legend_above
@@ -28,7 +28,7 @@ from ..study import forecast
 from ..study.profiles import Profile, load_profile
 from ..study.stages import root_of
 from ..utils.files import checkout
-from ..utils.methods import GREEN, RED, Look
+from ..utils.methods import Look
 
 # %% ../../nbs/library/reporting/21_front_page.ipynb #cell-005
 SCALES = {  # title -> (profiles, what it says without results)
@@ -117,20 +117,11 @@ def picture_of(row, profile: Profile):  # a PIL image
 def answers_picture(profile: str):  # a figure
     "Three pictures with their questions and the answers of the three models."
     rows, setup = shown_answers(profile), load_profile(profile)
-    fig, axes = panels(len(rows), columns=len(rows), height=3.3, sharex=False, sharey=False)
-    with page():
-        for ax, row in zip(axes, rows.itertuples()):
-            ax.imshow(picture_of(row, setup), interpolation="nearest")
-            ax.set_axis_off()
-            text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
-            ax.text(0, -0.05, textwrap.fill(row.question, 28), weight="bold", **text)
-            for i, name in enumerate(("dense", "pruned", "recovered")):
-                said = getattr(row, name)
-                color, sign = (RED, "×") if said.endswith(WRONG) else (GREEN, "✓")
-                y = -0.36 - 0.11 * i
-                ax.text(0, y, name, color="#333333", **text)
-                ax.text(0.5, y, f"{sign} {said.removesuffix(WRONG)}", color=color, **text)
-    return fig
+    names = ["dense", "pruned", "recovered"]
+    said = {name: [text.removesuffix(WRONG) for text in rows[name]] for name in names}
+    right = {name: list(~rows[name].str.endswith(WRONG)) for name in names}
+    pictures = [picture_of(row, setup) for row in rows.itertuples()]
+    return draw_answers(pictures, list(rows.question), said, right)
 
 
 def answers_caption(profile: str) -> str:
@@ -216,7 +207,7 @@ def claims_table() -> str:  # Markdown
         found = {t: recorded(p, "10_findings", f"claim-{n}") for t, p in shown.items()}
         rests = {t: confidence(v) for t, v in found.items() if v["average"]}
         words = [f"{t}: {r}" if len(rests) > 1 else r for t, r in rests.items()]
-        cells = [short_claim(claim), printed[n].split(";")[0], *map(verdict_cell, found.values())]
+        cells = [short_claim(claim), printed[n], *map(verdict_cell, found.values())]
         rows.append([*cells, "; ".join(words) or "–"])
     return markdown_table(("claim", "paper", *titles, "confidence"), rows)
 
@@ -249,10 +240,11 @@ def latency_caption(profile: str) -> str:
     points = pd.read_csv(checkout() / "figures" / profile / "09_cost-pareto.csv")
     last = points[points.requested == points.requested.max()]
     left = {p: span(g["time, %"]) for p, g in last.groupby("pruning")}
-    said = " and ".join(f"{v} % {p}" for p, v in left.items())
+    said = " and ".join(f"{v} % after {p} pruning" for p, v in left.items())
     return (
         "Best retained score per pruning and ratio. With "
-        f"{100 * last.requested.max():.0f} % removed, decoding takes {said}. Profile {profile}."
+        f"{100 * last.requested.max():.0f} % removed, decoding takes {said} (dense: 100 %). "
+        f"Profile {profile}."
     )
 
 # %% ../../nbs/library/reporting/21_front_page.ipynb #cell-030

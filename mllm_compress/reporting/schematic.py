@@ -105,3 +105,18 @@ def schematic() -> str:
         f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img'><title>{about}</title>"
         f"<defs>{head}</defs>{model_row()}{step_rows()}</svg>\n"
     )
+
+# %% ../../nbs/library/reporting/20_schematic.ipynb #cell-017
+def badge(
+    left: str,  # what
+    right: str,  # how
+) -> str:  # an SVG, 20 pixels high
+    "A badge of two words or phrases."
+    a, b = (12 + 6.6 * len(words) for words in (left, right))
+    size = f"width='{a + b:g}' height='20' viewBox='0 0 {a + b:g} 20'"
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' {size} role='img'><title>{escape(left)}: "
+        f"{escape(right)}</title><rect width='{a + b:g}' height='20' rx='4' fill='{BLUE}'/>"
+        f"<rect width='{a:g}' height='20' rx='4' fill='#444444'/>"
+        f"{text(a / 2, 14, left, 12, '#ffffff')}{text(a + b / 2, 14, right, 12, '#ffffff')}</svg>\n"
+    )
