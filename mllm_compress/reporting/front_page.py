@@ -56,7 +56,7 @@ def first_with(profiles: tuple, name: str) -> str:  # empty where none has it
 WAYS = {  # of 11_beyond
     "paper": "{} % with the paper's pruning",
     "paper, trained": f"{{}} % after training on {100 * LITTLE:g} % of the data",
-    "ours": "{} % with ours, untrained",
+    "ours": "{} % with our pruning, untrained",
 }
 
 
@@ -78,8 +78,8 @@ def answer(scale: str) -> str:  # Markdown
     parts = [text.format(span(found[way])) for way, text in WAYS.items() if way in found]
     basis = re.sub(r" \([^)]*\)", "", recorded(profile, "11_beyond", "verdict")["basis"])
     return (
-        f"> - **{scale}**: with {100 * rows.requested.max():.0f} % of the decoder to be removed, "
-        f"the retained score is {', '.join(parts[:-1])}, and {parts[-1]} ({basis})."
+        f"> - **{scale}**: removing {100 * last.achieved.mean():.0f} % of the decoder leaves a "
+        f"retained score of {', '.join(parts[:-1])}, and {parts[-1]} ({basis})."
     )
 
 # %% ../../nbs/library/reporting/21_front_page.ipynb #cell-010
@@ -133,7 +133,7 @@ def answers_caption(profile: str) -> str:
     return (
         f"{total.model}, dense, with {ratio.rstrip('%')} % removed, and recovered on "
         f"{100 * LITTLE:g} % of the data: {', '.join(counts[:-1])} and {counts[-1]} of "
-        f"{total.question.split()[0]} answers are right; changed ones first. Profile {profile}."
+        f"{total.question.split()[0]} answers are right. Profile {profile}."
     )
 
 # %% ../../nbs/library/reporting/21_front_page.ipynb #cell-015
@@ -166,7 +166,8 @@ def support_table() -> str:  # Markdown
     for (plain, *form), g in rows.groupby([text_only, *FORMS], sort=False):
         names = ", ".join(dict.fromkeys(g.decoder if plain else g["class"]))
         lines.append([f"{'text only: ' * plain}{names}", *form])
-    return markdown_table(("model type", *FORMS), lines)
+    titles = ("model type", "layerwise", "widthwise, uniform", "widthwise, blockwise")
+    return markdown_table(titles, lines)
 
 # %% ../../nbs/library/reporting/21_front_page.ipynb #cell-021
 COLUMNS = {"7B": ("paper", "llava-small"), "pretrained": ("smol",), "small": ("tiny", "quick")}
