@@ -99,8 +99,8 @@ def shown_answers(profile: str, n: int = 3) -> pd.DataFrame:  # dense, pruned, r
     rows, ratio = kept_rows(profile)
     names = {"original": "dense", f"{ratio} pruned": "pruned", f"{ratio} recovered": "recovered"}
     asked = rows[rows.benchmark != "all"].rename(columns=names)
-    lost = asked.pruned.str.endswith(WRONG) & ~asked.dense.str.endswith(WRONG)
-    return pd.concat([asked[lost], asked[~lost]]).head(n).reset_index(drop=True)
+    asked["lost"] = asked.pruned.str.endswith(WRONG) & ~asked.dense.str.endswith(WRONG)
+    return pd.concat([asked[asked.lost], asked[~asked.lost]]).head(n).reset_index(drop=True)
 
 
 def picture_of(row, profile: Profile):  # a PIL image
@@ -130,10 +130,12 @@ def answers_caption(profile: str) -> str:
     total = rows[rows.benchmark == "all"].iloc[0]
     columns = ("original", f"{ratio} pruned", f"{ratio} recovered")
     counts = [total[c].split()[0] for c in columns]
+    lost = shown_answers(profile).lost.sum()
     return (
         f"{total.model}, dense, with {ratio.rstrip('%')} % removed, and recovered on "
         f"{100 * LITTLE:g} % of the data: {', '.join(counts[:-1])} and {counts[-1]} of "
-        f"{total.question.split()[0]} answers are right. Profile {profile}."
+        f"{total.question.split()[0]} answers are right. Pruning lost {lost} of those "
+        f"shown, which were chosen for it. Profile {profile}."
     )
 
 # %% ../../nbs/library/reporting/21_front_page.ipynb #cell-015
