@@ -1,5 +1,6 @@
-"""nbs/README.md, the map of the notebooks: `python tests/notebook_map.py` writes it."""
+"""The map of the notebooks, nbs/README.md, and llms.txt: `python tests/notebook_map.py`."""
 
+import ast
 import csv
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOMS = (
 ROOMS += ["reporting", "cli"]  # as they may import each other
 METHOD = ["anatomy", "importance", "pruning", "recovery", "evaluation", "cost"]  # read these first
 REST = ["zoo", "data", "checkpoint", "study", "reporting", "cli", "utils"]
+START = ["quickstart", "play", "compress_your_own"]
 INTRO = """# The notebooks
 
 Written by `python tests/notebook_map.py` from the first cell of every notebook.
@@ -21,6 +23,16 @@ A folder is a room of the package: `nbs/library/pruning/03_plans.ipynb` exports
 `mllm_compress/pruning/plans.py`. The order below is the order of reading, the method first.
 Imports go one way: a room imports only from rooms to its left in
 {rooms}.
+"""
+SHOWN = "class decoder score layerwise uniform blockwise reconstruct recover evaluate cache reload"
+SHOWN = SHOWN.split()
+SUPPORT = """What the contract test finds on small random models of every class
+(`tests/test_contract.py`). On a checkpoint of yours: `mllm-compress check FOLDER`. *stock*: plain
+`transformers` loads the pruned checkpoint; *own format*: `load_pruned` does, because layers differ
+in width or the class allows no such head count. Processors of Qwen-VL, InternVL, LLaVA-OneVision,
+Pixtral and SmolVLM need torchvision: `pip install 'mllm_compress[vision]'`. Mixtures of experts and
+decoders that share keys and values between layers are refused, with the reason. A new class is one
+row: [add a model](guides/add_a_model.ipynb).
 """
 
 
@@ -36,6 +48,12 @@ def entry(path: Path) -> str:
     "A line of a list."
     title, line = head(path)
     return f"- [{title}]({path.relative_to(NOTEBOOKS).as_posix()}): {line}"
+
+
+def start() -> list:
+    "The start notebooks, in the order of reading."
+    there = (NOTEBOOKS / "start").glob("*.ipynb")
+    return sorted(there, key=lambda path: (START.index(path.stem), path))
 
 
 def section(title: str, folder: str) -> list:
@@ -64,10 +82,21 @@ def items() -> list:
     return [*lines, ""]
 
 
+def support() -> list:
+    "What works on which model, as the contract test found it (figures/support.csv)."
+    with (NOTEBOOKS.parent / "figures/support.csv").open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    shown = [head.index(name) for name in SHOWN]
+    lines = ["## Support", "", SUPPORT, f"| {' | '.join(SHOWN)} |", "| --- " * len(SHOWN) + "|"]
+    rows = [[row[k] for k in shown] for row in rows]
+    lines += [f"| {' | '.join([row[0] or 'text only', *row[1:]])} |" for row in rows]
+    return lines
+
+
 def text() -> str:
     "The map."
     lines = [INTRO, "## Start", "", entry(NOTEBOOKS / "index.ipynb")]
-    lines += map(entry, sorted((NOTEBOOKS / "start").glob("*.ipynb")))
+    lines += map(entry, start())
     lines += ["", LIBRARY.format(rooms=", ".join(f"`{name}`" for name in ROOMS))]
     for name in METHOD + REST:
         lines += room(name)
@@ -75,9 +104,56 @@ def text() -> str:
     lines += ["### The package", "", *map(entry, front), ""] if front else []
     study, blank, *rest = section("The study, a notebook per table or figure", "study")
     lines += [study, blank, *items(), *rest]
-    lines += section("Guides", "guides")
+    lines += section("Guides", "guides") + support()
     return "\n".join(lines).rstrip() + "\n"
+
+
+# llms.txt: what a language model that helps a user has to know of this repository
+
+ABOUT = """# mllm_compress
+
+> Prunes the language decoder of multimodal LLMs, recovers it, and re-runs the study behind both.
+
+Install: `pip install .` in a clone; `'.[study]'` adds notebooks and figures. The notebooks in
+`nbs/` are the source; `mllm_compress/` is generated from `nbs/library/` and never edited by hand. A
+ratio is the fraction of LM-decoder parameters removed. A model is a shipped name (`tiny-llava`,
+`tiny-bunny`), a folder, or a hub id.
+"""
+
+
+def names_of(room: str) -> list:
+    "The public names of a room."
+    path = NOTEBOOKS.parent / "mllm_compress" / room / "__init__.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"]
+    return ast.literal_eval(assigned[0].value)
+
+
+def commands() -> list:  # of (name, first line of its help)
+    "The commands of the command line."
+    from mllm_compress.cli.app import app
+
+    return [(c.name or c.callback.__name__, c.callback.__doc__) for c in app.registered_commands]
+
+
+def llms() -> str:
+    "llms.txt."
+    link = lambda path: entry(path).replace("](", "](nbs/")
+    paths = lambda folder: sorted((NOTEBOOKS / folder).glob("*.ipynb"))
+    lines = [ABOUT, "## Start", "", "- [README](README.md)", *map(link, start())]
+    lines += ["- [Map of all notebooks](nbs/README.md)", "- [Contributing](CONTRIBUTING.md)"]
+    lines += ["", "## Python, by module", ""]
+    for name in METHOD + REST:
+        front = f"nbs/library/{name}/00_index.ipynb"
+        shown = ", ".join(names_of(name))
+        lines.append(f"- [mllm_compress.{name}]({front}): {shown}")
+    lines += ["", "## Command line: mllm-compress", ""]
+    lines += [f"- {name}: {about}" for name, about in commands()]
+    for title, folder in (("Study", "study"), ("Guides", "guides")):
+        lines += ["", f"## {title}", "", *map(link, paths(folder))]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
     (NOTEBOOKS / "README.md").write_text(text(), encoding="utf-8")
+    (NOTEBOOKS.parent / "llms.txt").write_text(llms(), encoding="utf-8")

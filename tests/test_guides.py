@@ -1,55 +1,89 @@
-"""The guides run from top to bottom, say what they promise, and hold no path of a machine."""
+"""Start notebooks and guides run from top to bottom, and what they show is current and small."""
 
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from typer.testing import CliRunner
 
-GUIDES = sorted((Path(__file__).parents[1] / "nbs/guides").glob("*.ipynb"))
+from mllm_compress.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+GUIDES = sorted((ROOT / "nbs/guides").glob("*.ipynb"))
+START = sorted((ROOT / "nbs/start").glob("*.ipynb"))
+PLACES = ("/work/", "/tmp/", "/home/", "/root/")
 
 
 def test_the_guides_are_there():
-    assert [p.stem for p in GUIDES] == [
-        "add_a_benchmark",
-        "add_a_model",
-        "add_a_pruning_criterion",
-        "compress_your_own_llava",
-    ]
+    guides = ["add_a_benchmark", "add_a_model", "add_a_pruning_criterion"]
+    assert [p.stem for p in GUIDES] == guides
+    assert [p.stem for p in START] == ["compress_your_own", "play", "quickstart"]
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", GUIDES + START, ids=lambda p: p.stem)
 def test_a_guide_runs_and_is_a_page(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     nb = nbformat.read(path, 4)
-    assert (
-        nb.cells[0].source.startswith("# ") and "\n> " in nb.cells[0].source and len(nb.cells) < 30
-    )
-    assert not any(
-        place in path.read_text(encoding="utf-8")
-        for place in ("/work/", "/tmp/", "/home/", "/root/")
-    )
-    NotebookClient(
-        nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    first = nb.cells[0].source
+    assert first.startswith("# ") and "\n> " in first and len(nb.cells) <= 30
+    assert not any(place in path.read_text(encoding="utf-8") for place in PLACES)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(nb, timeout=900, kernel_name="python3", resources=where).execute()
+
+
+@pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
+def test_a_start_notebook_shows_its_results(path):
+    nb = nbformat.read(path, 4)
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    assert path.stat().st_size <= 300_000
+    assert any("image/png" in o.get("data", {}) for o in outputs), "a picture"
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+@pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
+def test_a_start_notebook_opens_with_a_badge_and_its_links_exist(path):
+    nb = nbformat.read(path, 4)
+    badge = re.search(r"\[!\[run: (.+)\]\((\S+\.svg)\)\]\(\S+\)", nb.cells[0].source)
+    assert badge[1] == f"jupyter lab nbs/start/{path.name}"
+    text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    assert targets and not [t for t in targets if not (path.parent / t).exists()]
+
+
+def test_play_without_widgets_says_how_to_get_them():
+    (text,) = [c.source for p in START if p.stem == "play" for c in nbformat.read(p, 4).cells
+               if "ipywidgets" in c.source and c.cell_type == "code"]  # fmt: skip
+    assert "except ImportError" in text and "mllm_compress[study]" in text
+    assert "ipywidgets" in (ROOT / "settings.ini").read_text(encoding="utf-8")
 
 
 def test_the_commands_of_the_compression_guide_exist():
-    from typer.testing import CliRunner
-
-    from mllm_compress.cli.app import app
-
-    text = next(p for p in GUIDES if p.stem == "compress_your_own_llava").read_text(
-        encoding="utf-8"
-    )
+    path = next(p for p in START if p.stem == "compress_your_own")
+    text = path.read_text(encoding="utf-8")
     for command, options in (
         ("convert", ["--tower", "--dtype"]),
+        ("check", []),
         ("score", ["--method", "--data", "--image-root", "--samples", "--device"]),
-        ("prune", ["--scores", "--ratio"]),
-        ("recover", ["--teacher", "--recipe", "--fraction", "--batch-size", "--passes"]),
+        ("prune", ["--scores", "--ratio", "--shape", "--reconstruct"]),
+        ("recover", ["--teacher", "--recipe", "--fraction", "--batch-size", "--passes", "--lr"]),
         ("evaluate", ["--dense", "--benchmark"]),
+        ("compare", ["--questions", "--limit"]),
     ):
         help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-        assert f"mllm-compress {command} " in text and all(
-            o in text and o in help_text for o in options
-        ), command
+        assert f"mllm-compress {command} " in text
+        assert all(o in text and o in help_text for o in options), command
+
+
+def test_the_compression_guide_asks_enough_questions_and_names_cards():
+    path = next(p for p in START if p.stem == "compress_your_own")
+    text = "".join(
+        "".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", ""))
+        for c in nbformat.read(path, 4).cells
+        if c.cell_type == "code"
+        for o in c.outputs
+    )
+    held_out = int(re.search(r"(\d+) held out", text)[1])
+    assert held_out >= 300
+    assert all(card in text for card in ("RTX 4090 (24 GB)", "A100 (40 GB)", "H100 (80 GB)"))

@@ -230,6 +230,7 @@ def test_requirements_name_what_is_imported(name):
 def test_every_requirement_is_used():
     used = set().union(*(packages(m) for m in MODULES))
     by_name = {"ipykernel", "jupyterlab", "nbconvert", "accelerate", "peft"}  # started, or by name
+    by_name |= {"ipywidgets"}  # of nbs/start/play.ipynb
     unused = required("requirements", "study_requirements") - used - by_name
     assert not unused
 
@@ -294,6 +295,14 @@ def test_the_map_lists_every_notebook():
             assert f"({path.relative_to(ROOT / 'nbs').as_posix()})" in found, path
     assert notebook_map.ROOMS == ROOMS
     assert sorted(notebook_map.METHOD + notebook_map.REST) == sorted(ROOMS)
+
+
+def test_llms_txt_is_generated_and_its_links_exist():
+    found = (ROOT / "llms.txt").read_text(encoding="utf-8")
+    assert found == notebook_map.llms(), "run: python tests/notebook_map.py"
+    links = re.findall(r"\]\(([^)]+)\)", found)
+    assert len(links) > 30 and not [link for link in links if not (ROOT / link).exists()]
+    assert "prune, reconstruct" in found and "- recover: Train" in found
 
 
 def test_contributing_names_every_requirement():

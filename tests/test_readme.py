@@ -1,60 +1,189 @@
-"""The README says what the index notebook says, and its numbers are those of the results."""
+"""README is short, its commands work, and it says what the index notebook and the results say."""
 
+import contextlib
+import io
 import json
-from pathlib import Path
+import re
+import shlex
+from xml.etree import ElementTree
 
+import nbformat
+import pytest
+from notebook_map import NOTEBOOKS
+from typer.testing import CliRunner
+
+from mllm_compress.cli.app import app
+from mllm_compress.reporting import front_page, schematic
+from mllm_compress.reporting.claims import CLAIMS
 from mllm_compress.reporting.effects import Estimate
+from mllm_compress.reporting.notebooks import check_parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = NOTEBOOKS.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CELLS = json.loads((ROOT / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def blocks(language: str) -> list:
+    "The code blocks of README in a language."
+    return re.findall(rf"```{language}\n(.*?)\n```", README, re.DOTALL)
+
+
+def lines_of_shell() -> list:
+    "The commands in README, as lists of words."
+    lines = "\n".join(blocks("sh")).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+# What it says
 
 
 def test_readme_is_the_index_notebook():
-    readme = (ROOT / "README.md").read_text()
-    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
-    for cell in cells:
+    for cell in CELLS:
         if cell["cell_type"] == "markdown":
             for line in "".join(cell["source"]).replace("](../", "](").splitlines():
-                assert line in readme, line
+                assert line in README, line
 
 
 def test_readme_shows_what_the_index_notebook_shows():
-    readme = (ROOT / "README.md").read_text()
-    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
-    shown = [
-        "".join(o["data"]["text/markdown"])
-        for c in cells
-        for o in c.get("outputs", [])
-        if "text/markdown" in o.get("data", {})
-    ]
-    assert len(shown) == 4 and "## Four lines" in readme
+    outputs = [o.get("data", {}) for c in CELLS for o in c.get("outputs", [])]
+    shown = ["".join(data["text/markdown"]) for data in outputs if "text/markdown" in data]
+    assert len(shown) == 7
     for text in shown:
         for line in text.replace("](../", "](").splitlines():
-            assert line in readme, line
+            assert line in README, line
 
 
-def test_readme_tells_the_verdicts_of_the_results():
-    "Claim, word, average effect and counts, as the committed results have them."
-    readme = (ROOT / "README.md").read_text()
-    profile = "tiny" if (ROOT / "figures/tiny/experiments.csv").exists() else "quick"
-    for name in ("02_pruning-verdict", "05_data-verdict", "06_best-choice"):
-        verdict = json.loads((ROOT / f"figures/{profile}/{name}.json").read_text())
-        row = next(
-            line for line in readme.splitlines() if f"| {verdict['claim'].rstrip('.')} |" in line
-        )
-        average = format(Estimate(**verdict["average"]), "+1") if verdict["average"] else "–"
-        assert f"**{verdict['word']}**" in row and average in row and verdict["settings"] in row
-    assert verdict["basis"] in readme  # n, seeds and profile
+def test_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_readme_has_its_parts_in_order():
+    parts = ("Does it work?", "Install", "What works", "Reproduce", "Results", "Your own model")
+    places = [README.index(f"## {part}") for part in (*parts, "Extend", "Limits", "Cite")]
+    assert places == sorted(places)
+    first = README[: places[0]]
+    assert "figures/readme/schematic.svg" in first and first.count("\n> ") == 1
+    assert README.index("```python") < places[2], "code comes early"
 
 
 def test_readme_points_at_files_that_exist():
-    import re
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(targets) > 12
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists() if path else f"## {anchor.capitalize()}" in README, target
+        if anchor and path:
+            heads = re.findall(r"(?m)^#+ (.+)", (ROOT / path).read_text(encoding="utf-8"))
+            slugs = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
+            assert anchor in slugs, target
 
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+
+# Its numbers
 
 
-def test_the_two_commands_are_in_the_makefile():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in ("study", "test"):
-        assert f"make {target}" in (ROOT / "README.md").read_text() and f"\n{target}: " in makefile
+def test_the_tables_and_sentences_follow_from_the_committed_files():
+    computed = [front_page.answer(scale) for scale in front_page.SCALES]
+    computed += [front_page.support_table(), front_page.claims_table()]
+    small = front_page.first_with(front_page.COLUMNS["small"], "09_cost-pareto.csv")
+    computed += [front_page.latency_caption(small), front_page.answers_caption(small)]
+    for text in computed:
+        assert text in README, "run: make readme"
+
+
+def test_readme_has_the_verdicts_of_the_results():
+    "Claim, word and average effect, as the committed verdicts have them."
+    for title, profile in front_page.claims_columns().items():
+        assert f"{title} (`{profile}`)" in README
+        for n, claim in CLAIMS.items():
+            path = ROOT / f"figures/{profile}/10_findings-claim-{n}.json"
+            verdict = json.loads(path.read_text(encoding="utf-8"))
+            start = f"|{claim.text.split(':')[0].rstrip('.')}|"
+            row = next(line for line in README.splitlines() if line.startswith(start))
+            if verdict["average"]:
+                assert f"**{verdict['word']}** {Estimate(**verdict['average']):+1}" in row
+            else:
+                assert "not tested" in row
+
+
+def test_a_scale_without_results_says_so(tmp_path, monkeypatch):
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    said = [front_page.answer(scale) for scale in front_page.SCALES]
+    assert "no results" in said[0] and "no results" in said[1] and "not run" in said[2]
+    assert not re.search(r"\d %", "".join(said)) and front_page.claims_columns() == {}
+
+
+# Its pictures
+
+
+def test_the_schematic_and_the_badges_are_those_of_the_code():
+    drawn = (ROOT / "figures/readme/schematic.svg").read_text(encoding="utf-8")
+    assert drawn == schematic.schematic()
+    for path in sorted((NOTEBOOKS / "start").glob("*.ipynb")):
+        name = path.stem.replace("_", "-")
+        badge = (ROOT / f"figures/readme/run-{name}.svg").read_text(encoding="utf-8")
+        assert badge == schematic.badge("run offline", f"jupyter lab nbs/start/{path.name}")
+
+
+def test_the_schematic_is_legible_on_white_and_on_black():
+    "Every text stands in a white box; what stands outside has a middle grey."
+    space = "{http://www.w3.org/2000/svg}"
+    tree = ElementTree.fromstring(schematic.schematic())
+    place = lambda node: [float(node.get(k)) for k in ("x", "y", "width", "height")]
+    boxes = [place(n) for n in tree.iter(f"{space}rect") if n.get("fill") == "#ffffff"]
+    for node in tree.iter(f"{space}text"):
+        x, y = float(node.get("x")), float(node.get("y"))
+        assert any(a < x < a + w and b < y < b + h for a, b, w, h in boxes), node.text
+    lines = {node.get("stroke") for node in tree.iter(f"{space}polyline")}
+    assert lines == {schematic.GREY}
+
+
+# Its commands
+
+
+def test_the_code_prints_what_readme_shows(tmp_path, monkeypatch):
+    "Counts are equal; scores may differ by a few answers on another machine."
+    (code,), (shown,) = blocks("python"), blocks("text")
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    score = r"mean score ([\d.]+)"
+    assert re.sub(score, "", printed.getvalue().strip()) == re.sub(score, "", shown)
+    pairs = zip(re.findall(score, printed.getvalue()), re.findall(score, shown))
+    assert all(abs(float(a) - float(b)) < 5 for a, b in pairs)
+    from transformers import AutoModelForImageTextToText
+
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "smaller")
+    assert f"{loaded.num_parameters():,} parameters" in shown
+
+
+def test_every_command_exists():
+    known = {line.split(":")[0] for line in (ROOT / "Makefile").read_text().splitlines()}
+    programs = {"make", "pip", "papermill", "mllm-compress"}
+    found = lines_of_shell()
+    assert {words[0] for words in found} == programs
+    for words in found:
+        if words[0] == "make":
+            assert set(words[1:]) <= known, words
+
+
+@pytest.mark.parametrize(
+    "words", [w for w in lines_of_shell() if w[0] == "mllm-compress"], ids=" ".join
+)
+def test_a_command_line_has_its_options(words):
+    wide = {"COLUMNS": "200"}
+    text = CliRunner().invoke(app, [words[1], "--help"], env=wide).output
+    options = re.findall(r"--[\w-]+", text)
+    assert {w for w in words if w.startswith("--")} <= set(options), words
+
+
+def test_the_papermill_command_has_parameters_of_its_notebook():
+    import yaml
+
+    (words,) = [w for w in lines_of_shell() if w[0] == "papermill"]
+    nb = nbformat.read(ROOT / words[1], 4)
+    given = {words[words.index("-p") + 1]: words[words.index("-p") + 2]}
+    given |= yaml.safe_load(words[words.index("-y") + 1])
+    assert check_parameters(nb, given) == {"profile": "quick", "ratios": [0.3]}

@@ -173,3 +173,27 @@ def answers_figure(
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
     return fig
+
+# %% ../../nbs/library/reporting/15_answers.ipynb #cell-025
+def draw_answers(
+    pictures: list,  # PIL images
+    questions: list,  # of str
+    said: dict,  # model -> one answer per question
+    right: dict,  # model -> one bool per question
+):  # a figure
+    "Pictures with their questions and the answers of some models."
+    n = len(pictures)
+    size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(said))
+    fig, axes = panels(n, **size, sharex=False, sharey=False)
+    with page():
+        for k, ax in enumerate(axes):
+            ax.imshow(pictures[k], interpolation="nearest")
+            ax.set_axis_off()
+            text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
+            ax.text(0, -0.05, textwrap.fill(questions[k], 28), weight="bold", **text)
+            for i, name in enumerate(said):
+                color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
+                y = -0.36 - 0.11 * i
+                ax.text(0, y, name, color="#333333", **text)
+                ax.text(0.5, y, f"{sign} {said[name][k]}", color=color, **text)
+    return fig

@@ -79,7 +79,12 @@ def parameters_of(nb) -> dict:  # name -> Parameter
         raise ValueError(
             f"A study notebook has one cell tagged 'parameters'; this one has {len(where)}."
         )
-    lines = nb.cells[where[0]].source.splitlines()
+    return parameters_in(nb.cells[where[0]].source)
+
+
+def parameters_in(source: str) -> dict:  # name -> Parameter
+    "The parameters that the text of a cell defines."
+    lines = source.splitlines()
     nodes = ast.parse("\n".join(lines)).body
     return {p.name: p for p in (_parameter(node, lines) for node in nodes)}
 
@@ -108,7 +113,14 @@ TYPES = {
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-018
 def check_parameters(nb, given: dict) -> dict:
     "The given parameters, if the notebook has them and their types fit."
-    known = parameters_of(nb)
+    return check_given(parameters_of(nb), given)
+
+
+def check_given(
+    known: dict,  # name -> Parameter
+    given: dict,  # name -> value
+) -> dict:
+    "The given parameters, if they are known and their types fit."
     listing = "The notebook has:\n  " + "\n  ".join(map(str, known.values()))
     for name, value in given.items():
         if name not in known:

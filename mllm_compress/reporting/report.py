@@ -19,6 +19,7 @@ from PIL import Image
 from .claims import Claim
 from .effects import Estimate
 from .figures import Figure
+from .injected import check_injected
 from .notebooks import LARGER, output_folder, overridden
 from .style import page
 from .tables import Table, explained, to_latex, to_markdown
@@ -27,6 +28,9 @@ from ..study.profiles import load_profile
 from ..utils.files import checkout, write_atomically
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-005
+check_injected()
+
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-007
 class Report:
     "Writes a study notebook's tables, figures and verdicts, and returns them to be shown."
 
@@ -74,13 +78,13 @@ class Report:
         how = {"margin": claim.margin, "rivals": claim.rivals(frame)}
         return self.verdict(claim.text, claim.effects(frame), basis, name, claim.unit, **how)
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-007
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _run_with(changed: dict, folder: Path) -> str:
     "The parameters that were overridden, and the folder."
     given = ", ".join(f"{k}={v!r}" for k, v in changed.items())
     return f"Run with {given}: files are written to {os.path.relpath(folder, checkout())}."
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-009
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-011
 def _written(fig, pdf: Path, caption: str) -> Figure:
     "Write a figure as PDF, PNG and the text of its caption, and close it."
     drawn = BytesIO()
@@ -93,7 +97,7 @@ def _written(fig, pdf: Path, caption: str) -> Figure:
     write_atomically(pdf.with_suffix(".txt"), caption + "\n")
     return Figure(png, caption)
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-011
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-013
 def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visible difference
     "A PNG of at most 256 colours."
     small = BytesIO()
@@ -101,7 +105,7 @@ def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visib
     image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
     return small.getvalue()
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-013
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-015
 def record_of(v: Verdict) -> dict:
     "A verdict as JSON can express it."
     return {
@@ -118,13 +122,13 @@ def record_of(v: Verdict) -> dict:
         "words": v.words,
     }
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-015
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-017
 def _rounded(e: Estimate) -> dict:
     "The value of an estimate, its interval, questions and seeds."
     numbers = {k: float(f"{getattr(e, k):.6g}") for k in ("value", "low", "high")}
     return numbers | {"n": e.n, "seeds": e.seeds}
 
-# %% ../../nbs/library/reporting/08_report.ipynb #cell-017
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-019
 def recorded(profile: str, notebook: str, name: str) -> dict | None:
     "A verdict that a notebook of a profile has left; None where there is none."
     path = checkout() / "figures" / profile / f"{notebook}-{name}.json"

@@ -133,10 +133,11 @@ def replacing_folder(
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-021
 def checkout() -> Path:
-    "The checkout of this repository that contains the current folder, or else the current folder."
+    "The checkout around the current folder, else $MLLM_COMPRESS_CHECKOUT, else this folder."
     here = Path.cwd()
     found = (p for p in (here, *here.parents) if (p / "settings.ini").exists())
-    return next((p for p in found if (p / "nbs").exists()), here)
+    named = Path(os.environ.get("MLLM_COMPRESS_CHECKOUT") or here)
+    return next((p for p in found if (p / "nbs").exists()), named)
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-024
 def cache_folder(
