@@ -138,8 +138,8 @@ def check_knobs(o: dict, recipe) -> None:
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-013
 def open_source(model: str):
     "A FileModel, or None where the model must be loaded."
-    from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
     from mllm_compress.zoo.models import native_folder
+    from mllm_compress.zoo.weight_files import NotFromFiles, open_files
 
     folder = native_folder(model)
     if folder is None:
@@ -267,13 +267,14 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
 
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
+    from mllm_compress.importance.scores import model_record
     from mllm_compress.zoo.models import check_image_token, load_processor
 
     logging.disable_progress_bar()
     refit, record = given["recipe"].reconstruct, None
     source = open_source(model) if given["stored"] or not refit else None
     if source is not None and given["stored"]:
-        plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
+        plan = stored_plan(source.model, model_record(source.model), given)
         processor, loaded = load_processor(source.folder), None
         check_image_token(source.folder, source.model, processor)
         batches, record = calibrated(processor, given, "cpu")
