@@ -90,8 +90,8 @@ def sum_changes(
         if i + n <= parts.num_layers:
             totals["earlier", k, i] = state
 
-    with hidden_states(parts, see, normed):
-        run_forward(model, batches, totals, lambda k: now.update(batch=k))
+    listening = hidden_states(parts, see, normed)
+    run_forward(model, batches, totals, listening, lambda k: now.update(batch=k))
     return torch.stack([totals["change", i] for i in range(parts.num_layers - n + 1)])
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-026

@@ -106,29 +106,36 @@ def run_forward(
     model: PreTrainedModel,
     batches: list,
     totals: dict,  # what the listener adds up, see utils.resuming
+    listening,  # context within which hooks are in place
     begin,  # begin(k), before anything of batch k is computed
 ) -> None:
     "Forward passes over all batches, without the LM head; one order for each kind of model."
     if is_streamed(model):
-        _all_batches_per_layer(model, batches, totals, begin)
+        _all_batches_per_layer(model, batches, totals, listening, begin)
         return
-    for k in batches_left(len(batches), totals):
-        begin(k)
-        with evaluating(model):
+    with evaluating(model), listening:
+        for k in batches_left(len(batches), totals):
+            begin(k)
             model(**model_inputs(model, batches[k]), use_cache=False, logits_to_keep=1)
 
 
-def _all_batches_per_layer(model, batches, totals, begin) -> None:
+def _all_batches_per_layer(model, batches, totals, listening, begin) -> None:
     "The forward passes of a streamed model."
     parts, passages = anatomy(model), open_passages(model, batches)
-    for i in batches_left(parts.num_layers + 1, totals):
-        last = i == parts.num_layers
-        with in_memory(parts, "norm" if last else i), evaluating(model):
-            for k, passage in enumerate(passages):
-                begin(k)
-                state = totals.pop(("state", k), None)
-                if last:
-                    parts.final_norm(state)
-                else:
-                    state = passage.enter(i, state)
-                    totals["state", k] = parts.layers[i](state, **passage.calls[i])
+    with evaluating(model), listening:
+        for i in batches_left(parts.num_layers + 1, totals):
+            _one_layer(parts, i, passages, totals, begin)
+
+
+def _one_layer(parts, i, passages, totals, begin) -> None:
+    "All batches through layer `i`, or through the final norm after the last one."
+    last = i == parts.num_layers
+    with in_memory(parts, "norm" if last else i):
+        for k, passage in enumerate(passages):
+            begin(k)
+            state = totals.pop(("state", k), None)
+            if last:
+                parts.final_norm(state)
+            else:
+                state = passage.enter(i, state)
+                totals["state", k] = parts.layers[i](state, **passage.calls[i])

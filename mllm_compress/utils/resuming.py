@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-002
 import hashlib
 import json
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
@@ -105,6 +106,24 @@ def batches_left(
             saved.save(k + 1, totals)
 
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-013
+def states_folder(path: Path) -> Path:
+    "The folder beside the file of the sums."
+    return path.with_name(f"{path.name}.states")
+
+
+@contextmanager
+def work_folder():
+    "A folder for what the rest of a pass needs; kept until the result is written, or temporary."
+    saved = _SAVED.get()
+    if saved is None:
+        with tempfile.TemporaryDirectory(prefix="mllm_compress-") as folder:
+            yield Path(folder)
+        return
+    folder = states_folder(saved.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+# %% ../../nbs/library/utils/04_resuming.ipynb #cell-016
 def batches_hash(
     batches: list,  # of dicts of tensors
 ) -> str:  # 16 hexadecimal digits
