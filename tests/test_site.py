@@ -416,7 +416,6 @@ def test_captions_of_a_study_are_in_view(again, tmp_path, width):
     )
 
 
-@pytest.mark.xfail(reason="some tables of 02b_calibration are linked, not shown", strict=False)
 @pytest.mark.parametrize("folder", PAGES, ids=lambda p: p.name)
 def test_committed_pages_show_and_link_everything(folder):
     text = (folder / "index.html").read_text(encoding="utf-8")
