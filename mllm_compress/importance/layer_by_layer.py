@@ -6,16 +6,21 @@
 __all__ = []
 
 # %% ../../nbs/library/importance/01_layer_by_layer.ipynb #cell-003
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.anatomy.streaming import in_memory, is_streamed
+from mllm_compress.anatomy.streaming import device_of, in_memory, is_streamed
 from mllm_compress.importance.scores import evaluating, model_inputs
-from mllm_compress.utils.resuming import batches_left
+from mllm_compress.utils.files import replacing
+from mllm_compress.utils.resuming import batches_left, work_folder
 
 # %% ../../nbs/library/importance/01_layer_by_layer.ipynb #cell-005
 class _Reached(Exception):
@@ -139,3 +144,71 @@ def _one_layer(parts, i, passages, totals, begin) -> None:
             else:
                 state = passage.enter(i, state)
                 totals["state", k] = parts.layers[i](state, **passage.calls[i])
+
+# %% ../../nbs/library/importance/01_layer_by_layer.ipynb #cell-017
+class StatesInFiles:
+    "The states of all batches behind each layer, one file per layer."
+
+    def __init__(self, folder: Path, device):
+        self.folder, self.device = folder, device
+
+    def path(self, i: int) -> Path:
+        "The file of the states behind layer `i`."
+        return self.folder / f"{i}.safetensors"
+
+    def write(self, i: int, states: list) -> None:
+        "Keep the states of all batches behind layer `i`."
+        with replacing(self.path(i)) as part:
+            save_file({str(k): s.contiguous() for k, s in enumerate(states)}, part)
+
+    def read(self, i: int, k: int) -> torch.Tensor:
+        "The state of batch `k` behind layer `i`."
+        with safe_open(self.path(i), "pt") as file:
+            return file.get_tensor(str(k)).to(self.device)
+
+# %% ../../nbs/library/importance/01_layer_by_layer.ipynb #cell-019
+def check_space(folder: Path, needed: int) -> None:
+    "OSError where a disk has less than `needed` bytes left."
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the states between the layers take {needed / 2**30:.2f} GiB, and the disk of "
+            f"{folder} has {free / 2**30:.2f} GiB left. Give fewer samples (--samples), or write "
+            "to another disk (--out; TMPDIR for the Python functions)."
+        )
+
+# %% ../../nbs/library/importance/01_layer_by_layer.ipynb #cell-021
+@dataclass
+class Trail:
+    "One batch behind the last layer, with what each layer was called with."
+
+    passage: Passage
+    states: StatesInFiles
+    number: int  # of the batch
+
+    def __getitem__(self, i: int) -> tuple:
+        "Positional and keyword arguments of layer `i`."
+        before = self.states.read(i - 1, self.number) if i else None
+        return (self.passage.enter(i, before),), self.passage.calls[i]
+
+    @property
+    def end(self) -> torch.Tensor:
+        "[batch, tokens, hidden] what the last layer returned."
+        return self.states.read(len(self.passage.calls) - 1, self.number)
+
+
+@contextmanager
+def kept_states(model: PreTrainedModel, batches: list):  # yields a list of Trail
+    "Forward passes through a streamed model whose states stay readable within this block."
+    parts, passages = anatomy(model), open_passages(model, batches)
+    needed = parts.num_layers * sum(p.first.nbytes for p in passages)
+    with work_folder() as folder, evaluating(model):
+        states = StatesInFiles(folder, device_of(model))
+        trails = [Trail(p, states, k) for k, p in enumerate(passages)]
+        missing = [i for i in range(parts.num_layers) if not states.path(i).exists()]
+        check_space(folder, needed * len(missing) // parts.num_layers)
+        for i in missing:
+            with in_memory(parts, i), torch.no_grad():
+                calls = (trail[i] for trail in trails)
+                states.write(i, [parts.layers[i](*args, **kwargs) for args, kwargs in calls])
+        yield trails

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-002
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 import warnings
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from mllm_compress.utils.files import replacing
+from mllm_compress.utils.files import replacing, write_atomically
 
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-004
 def _write(path: Path, key: str, done: int, totals: dict) -> None:
@@ -120,7 +121,11 @@ def work_folder():
             yield Path(folder)
         return
     folder = states_folder(saved.path)
-    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / "key"
+    if not mark.is_file() or mark.read_text() != saved.key:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(mark, saved.key)
     yield folder
 
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-016
