@@ -124,8 +124,8 @@ def fit_projection(
     "The refitted projection."
     both, error = train + held, float("nan")
     if ridge is None:
-        fits = [(solve_ridge(train, weight, value, bias), value) for value in RIDGES]
-        errors = [relative_error(held, *fit, bias) for fit, _ in fits]
+        tried = lambda value: solve_ridge(train, weight, value, bias)  # one at a time in memory
+        errors = [relative_error(held, *tried(value), bias) for value in RIDGES]
         error = min(errors)
         ridge = RIDGES[errors.index(error)]
     return *solve_ridge(both, weight, ridge, bias), ridge, error
@@ -513,5 +513,5 @@ def reconstruction_cost(
     work += sum(2 * tokens * k * (k + hidden) for k in widths)
     work += sum(solves * (k**3 / 3 + 2 * k**2 * hidden) for k in widths)
     k, layer = max(widths), 4 * (max(before) + max(after))
-    sums = 8 * (5 * k**2 + (5 + solves) * k * hidden)  # gram and cross, their parts, solutions
+    sums = 8 * (5 * k**2 + 7 * k * hidden)  # gram and cross, their parts, weight and solution
     return {"operations": work, "bytes": 12 * tokens * hidden + sums + layer}
