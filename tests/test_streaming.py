@@ -353,5 +353,5 @@ def test_cost_of_streaming(here):  # noqa: F811
     rows = {row["step"]: row for row in json.loads(out)["rows"]}
     assert set(rows) == {"block_influence", "gauss_newton", "taylor", "prune", "reconstruct"}
     size = sum(p.stat().st_size for p in (here / "lm").glob("*.safetensors")) / 2**30
-    assert 0.9 < rows["prune"]["read_gib"] / size < 1
+    assert 1.5 < rows["prune"]["read_gib"] / size < 2  # what is written is read for its checksum
     assert all(row["seconds"] > 0 for row in rows.values())
