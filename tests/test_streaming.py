@@ -209,6 +209,7 @@ def test_cost_of_a_7b():
     )
     assert one["read_gib"] == many["read_gib"] and one["peak_gib"] < many["peak_gib"] < 8
     assert 25 < one["read_gib"] < 26  # layers twice, the rest once
+    assert many["disk_gib"] == pytest.approx(32 * 640 * 4096 * 2 * 32 / 2**30)  # states per layer
     assert many["seconds"] > 20 * one["tera_operations"] * 1e12 / RATES["model"]
     with pytest.raises(ValueError, match="block_influence"):
         streaming_cost(model, "scoring")

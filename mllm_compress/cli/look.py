@@ -111,12 +111,12 @@ def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
     rates = machine_rates(empty.dtype, file)
     frame = streaming_table(empty, ratio=ratio, rates=rates)
     look = {"prompts": "{:d}", "seconds": "{:,.0f}"}
-    look |= {name: "{:,.2f}" for name in ("peak_gib", "read_gib", "tera_operations")}
+    look |= {name: "{:,.2f}" for name in ("peak_gib", "read_gib", "disk_gib", "tera_operations")}
     shown = frame.to_string(index=False, formatters={k: f.format for k, f in look.items()})
     speed = f"{rates['model'] / 1e9:,.0f} G operations/s, reading {rates['read'] / 2**30:.1f} GiB/s"
     about = [
         f"{model}, its weights in files; peak beyond the process itself, seconds on this machine "
-        f"with {torch.get_num_threads()} free cores ({speed})",
+        f"with {torch.get_num_threads()} threads ({speed})",
         shown,
     ]
     rows = json.loads(frame.to_json(orient="records"))

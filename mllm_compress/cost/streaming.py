@@ -139,6 +139,7 @@ class Work:
 
     peak: int  # bytes, beyond what the process holds after its imports
     read: int  # bytes
+    disk: int  # bytes written: states between the layers, or the pruned checkpoint
     operations: float
     rate: str = "model"  # the dtype of the operations
 
@@ -152,18 +153,19 @@ def scoring_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> W
     seen = vision_flops(parts.config, prompts.pictures * samples) if eyes else {}
     passes = {"block_influence": 1, "gauss_newton": 3, "taylor": 4}[step]
     peaks = [front_peak(parts, found, prompts), layer_peak(parts, found, prompts, step)]
-    read = eyes + found.front + found.norm + sum(found.layers)
+    read, disk = eyes + found.front + found.norm + sum(found.layers), 0
     if step != "block_influence":
         peaks.append(end_peak(parts, found, prompts))
         read += found.head + sum(found.layers)
-    return Work(max(peaks), read, passes * forward + sum(seen.values()))
+        disk = parts.num_layers * prompts.batches * state_bytes(parts, prompts)
+    return Work(max(peaks), read, disk, passes * forward + sum(seen.values()))
 
 # %% ../../nbs/library/cost/08_streaming.ipynb #cell-017
 def cut_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> Work:
     "From file to file."
     found = PartBytes(parts)
     written = found.total - ratio * lm_parameters(parts.model) * parts.model.dtype.itemsize
-    return Work(int(2 * found.largest), int(found.total + written), 0)
+    return Work(int(2 * found.largest), int(found.total + written), int(written), 0)
 
 
 def refit_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> Work:
@@ -182,7 +184,7 @@ def refit_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> Wor
     read += 2 * found.vision if prompts.pictures else 0
     fitting = fit["bytes"] + 2 * max(found.layers)
     peak = max(front_peak(parts, found, prompts), fitting, cut.peak)
-    return Work(int(peak), read, fit["operations"], "float32")
+    return Work(int(peak), read, cut.disk + fitted, fit["operations"], "float32")
 
 
 STEPS = {
@@ -200,13 +202,13 @@ def streaming_cost(
     prompts: Prompts = Prompts(),
     ratio: float = 0.3,  # of prune and reconstruct
     rates: dict | None = None,  # of machine_rates; None: no seconds
-) -> dict:  # peak_gib beyond the imports, read_gib, tera_operations, seconds
+) -> dict:  # peak_gib beyond the imports, read_gib, disk_gib, tera_operations, seconds
     "What one step on a model that stays in its files takes."
     check_choice("step", step, STEPS)
     parts = anatomy(model)
     work = STEPS[step](parts, step, prompts, ratio)
-    row = {"step": step, "peak_gib": work.peak / 2**30, "read_gib": work.read / 2**30}
-    row["tera_operations"] = work.operations / 1e12
+    gib = {f"{name}_gib": getattr(work, name) / 2**30 for name in ("peak", "read", "disk")}
+    row = {"step": step, **gib, "tera_operations": work.operations / 1e12}
     if rates:
         row["seconds"] = work.operations / rates[work.rate] + work.read / rates["read"]
     return row
