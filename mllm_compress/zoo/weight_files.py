@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/library/zoo/06_weight_files.ipynb #cell-003
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +60,12 @@ def read_numbers(
     step: int,  # one number in so many
 ) -> torch.Tensor:  # [numbers]
     "Every so many numbers of a tensor of a file."
-    dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+    dtype, (begin, end), raw = DTYPES[entry["dtype"]], entry["data_offsets"], bytearray()
     with open(path, "rb", buffering=0) as file:
-        places = range(start + begin, start + end, step * dtype.itemsize)
-        raw = b"".join(os.pread(file.fileno(), dtype.itemsize, place) for place in places)
-    return torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        for place in range(start + begin, start + end, step * dtype.itemsize):
+            file.seek(place)
+            raw += file.read(dtype.itemsize)
+    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
 # %% ../../nbs/library/zoo/06_weight_files.ipynb #cell-009
 class NotFromFiles(Exception):
@@ -129,7 +129,7 @@ def auto_classes(config) -> tuple:  # (of the model, of the processor)
     return AutoModelForCausalLM, AutoTokenizer
 
 
-def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def _empty_model(folder: Path, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
     "The model of a folder, without weights."
     config = AutoConfig.from_pretrained(folder)
     dtype = dtype or config.dtype
@@ -140,6 +140,8 @@ def _empty_model(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         model = auto_classes(config)[0].from_config(config, dtype=dtype)
     model.tie_weights()  # the empty weights are not tied yet
+    for buffer in model.buffers():
+        buffer.data = buffer.to(device)
     model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -153,7 +155,7 @@ def open_files(
 ) -> FileModel:  # NotFromFiles where it must be loaded as a whole
     "A checkpoint whose weights stay in their files."
     folder, places = Path(folder), {}
-    model = _empty_model(folder, dtype)
+    model = _empty_model(folder, device, dtype)
     tied = tied_names(model)
     for path in shards(folder):
         header, start = read_header(path)
