@@ -29,7 +29,8 @@ PEAK = """
 import json, sys, time, torch
 from transformers.utils import logging
 from mllm_compress.checkpoint import save_pruned
-from mllm_compress.checkpoint.from_files import open_files, prune_files
+from mllm_compress.checkpoint.from_files import prune_files
+from mllm_compress.zoo.weight_files import open_files
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan

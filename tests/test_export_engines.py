@@ -4,13 +4,14 @@ The first half needs the package gguf only. The second half runs node-llama-cpp 
 says how to install it) and compares next-token probabilities and greedy tokens with ours.
 """
 
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from llama_cpp import engine_folder, run_engine
+from llama_cpp import engine_folder, picture_engine, run_engine, run_pictures
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mllm_compress.anatomy.families import anatomy
@@ -23,6 +24,7 @@ from mllm_compress.pruning.slicing import apply_plan
 
 gguf = pytest.importorskip("gguf", reason="needs the extra: pip install mllm_compress[gguf]")
 LLAMA_CPP = pytest.mark.skipif(engine_folder() is None, reason="needs node-llama-cpp")
+PICTURES = pytest.mark.skipif(picture_engine() is None, reason="needs xllamacpp")
 IDS = [1, 5, 9, 70, 33, 21, 100, 2, 64, 12, 77, 3]
 SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0}
 SCALED |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -312,7 +314,7 @@ def test_an_unknown_tokenizer_leaves_ids(tmp_path, tiny_llava):
     assert "token ids, not text" in notes[0]
     model, processor = tiny_llava
     notes = cpp.write_gguf(model, tmp_path / "m.gguf", processor.tokenizer)["notes"]
-    assert "WordLevel" in notes[0] and "not vision tower" in notes[1]
+    assert "WordLevel" in notes[0] and "this file holds the decoder" in notes[1]
 
 
 # export_model and the other engines
@@ -504,3 +506,104 @@ def test_smollm2_writes_the_same_text(tmp_path):
     found = torch.tensor(answer["probabilities"][0])
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
     assert tokenizer.decode(answer["greedy"][0]) == tokenizer.decode(ours)
+
+
+# Vision tower and projector
+
+
+@pytest.fixture
+def mllm_folder(tmp_path, tiny_llava):
+    "A pruned tiny LLaVA."
+    model, processor = tiny_llava
+    small, plan = pruned(model, "layerwise")
+    return save_pruned(small, plan, tmp_path / "small", processor=processor), small, processor
+
+
+def test_the_projector_file_lies_beside_the_decoder(tmp_path, mllm_folder):
+    folder, small, processor = mllm_folder
+    facts = export_model(folder, "gguf", tmp_path / "m.gguf", dtype="q8_0")
+    file = tmp_path / "mmproj-m.gguf"
+    assert facts["notes"][-1].startswith("mmproj-m.gguf holds vision tower and projector")
+    assert facts["projector_bytes"] == file.stat().st_size
+    reader, vision = gguf.GGUFReader(file), small.config.vision_config
+    value = lambda key: reader.fields[key].contents()
+    assert value("general.architecture") == "clip" and value("clip.projector_type") == "mlp"
+    assert value("clip.vision.block_count") == vision.num_hidden_layers
+    assert value("clip.vision.feature_layer") == [vision.num_hidden_layers]
+    assert value("clip.vision.projection_dim") == anatomy(small).hidden_size
+    assert value("clip.vision.image_mean") == pytest.approx(processor.image_processor.image_mean)
+    tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
+    assert "clip.use_gelu" not in reader.fields and "v.post_ln.weight" not in tensors
+    weight = anatomy(small).projector.linear_2.weight.detach()
+    np.testing.assert_allclose(tensors["mm.2.weight"], weight, rtol=1e-3, atol=1e-6)
+    with pytest.raises(FileExistsError, match="mmproj-m.gguf exists"):
+        (tmp_path / "m.gguf").unlink()
+        export_model(folder, "gguf", tmp_path / "m.gguf")
+
+
+def test_an_earlier_feature_layer_leaves_later_ones_out(tmp_path, tiny_llava):
+    from mllm_compress.checkpoint.projector_file import write_projector
+
+    model, processor = tiny_llava
+    model = copy.deepcopy(model)
+    model.config.vision_feature_layer = -2
+    write_projector(model, tmp_path / "m.gguf", processor.image_processor)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    layers = model.config.vision_config.num_hidden_layers - 1
+    assert reader.fields["clip.vision.block_count"].contents() == layers
+    assert not any(t.name.startswith(f"v.blk.{layers}.") for t in reader.tensors)
+
+
+MISFITS = [
+    ("vision_feature_select_strategy", "full", "class token"),
+    ("projector_hidden_act", "relu", "computes relu, not gelu"),
+    ("vision_feature_layer", [-2, -1], "several layers"),
+]
+
+
+@pytest.mark.parametrize("entry, wrong, says", MISFITS)
+def test_a_vision_tower_that_llama_cpp_cannot_hold(tmp_path, tiny_llava, entry, wrong, says):
+    from mllm_compress.checkpoint.projector_file import write_projector
+
+    model, processor = tiny_llava
+    model = copy.deepcopy(model)
+    setattr(model.config, entry, wrong)
+    with pytest.raises(ValueError, match=says):
+        write_projector(model, tmp_path / "m.gguf", processor.image_processor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_towers_are_named(tmp_path, tiny_bunny):
+    model, processor = tiny_bunny
+    small, plan = pruned(model, "dense")
+    folder = save_pruned(small, plan, tmp_path / "bunny", processor=processor)
+    notes = export_model(folder, "gguf", tmp_path / "m.gguf")["notes"]
+    assert (
+        "only LLaVA with a CLIP tower is written, not llava with siglip_vision_model" in notes[-1]
+    )
+    assert not (tmp_path / "mmproj-m.gguf").exists()
+
+
+@PICTURES
+def test_llama_cpp_answers_questions_about_a_picture(tmp_path):
+    from mllm_compress.data import scenes
+    from mllm_compress.zoo.models import load_model
+
+    model, processor = load_model("tiny-llava")
+    export_model("tiny-llava", "gguf", tmp_path / "m.gguf", dtype="f32")
+    image, questions = scenes.image(5, "test"), [q["question"] for q in scenes.ask(5, "test")[:6]]
+    image.save(tmp_path / "scene.png")
+    prompts = [f"USER: <image> {q} ASSISTANT:" for q in questions]
+    files = dict(model=tmp_path / "m.gguf", mmproj=tmp_path / "mmproj-m.gguf")
+    answers = run_pictures(
+        **files, image=tmp_path / "scene.png", prompts=prompts, vocabulary=len(processor.tokenizer)
+    )
+    for text, answer in zip(prompts, answers):
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        with torch.no_grad():
+            expected = model(**inputs).logits[0, -1].softmax(-1)
+        assert answer.pop("tokens") == inputs["input_ids"].shape[1]
+        found = torch.zeros_like(expected)
+        for token, value in answer.items():
+            found[int(token)] = np.exp(value)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)

@@ -7,13 +7,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mllm_compress.checkpoint import load_pruned, prune_files, save_pruned
-from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
 from mllm_compress.importance.criteria import random_layers
 from mllm_compress.importance.scores import check_record, model_record, with_record
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.models import load_model
 from mllm_compress.zoo.tiny_models import tiny_processor
+from mllm_compress.zoo.weight_files import NotFromFiles, open_files
 
 transformers.utils.logging.disable_progress_bar()
 LMS = ["llama-4x1", "qwen2-3x2", "phi-4x1", "phi3-3x2"]
@@ -74,9 +74,9 @@ def test_half_precision_and_tied_embeddings(tmp_path):
 def test_the_record_of_files_is_that_of_the_model(tmp_path):
     folder = dense_folder("tiny-llava", tmp_path / "dense")
     model, _ = load_model(folder)
-    assert open_files(folder).record() == model_record(model)
+    assert model_record(open_files(folder).model) == model_record(model)
     scores = with_record(random_layers(model), model)
-    check_record(scores, open_files(folder).record())
+    check_record(scores, model_record(open_files(folder).model))
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight += 0.01
     with pytest.raises(ValueError, match="another model: weights differ"):

@@ -7,9 +7,9 @@ from test_recipes import ask, here, shop  # noqa: F401  the fixtures
 
 from mllm_compress.anatomy.tensors import PeakTensors
 from mllm_compress.checkpoint import load_pruned, reconstruct_files, save_pruned
-from mllm_compress.checkpoint.from_files import open_files
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise, reconstruct
+from mllm_compress.zoo.weight_files import open_files
 
 CASES = [
     ("llama-4x1", torch.float32, {}),

@@ -22,6 +22,7 @@ from .formats import equivalent_config, rehouse
 from .integrity import is_checkpoint
 from .llama_cpp import DTYPES, check_dtype, unequal_widths, write_gguf
 from .loading import load_pruned
+from .projector_file import projector_path, vision_misfit, write_projector
 from .target import check_not_read, check_writable
 from ..pruning.slicing import layer_counts
 from ..utils.files import replacing_folder
@@ -228,9 +229,18 @@ class Engine:
 
 
 def to_gguf(model, processor, out, dtype, fill) -> dict:
-    "One GGUF file for llama.cpp, of the decoder."
+    "A GGUF file of the decoder for llama.cpp, and one of vision tower and projector."
     tokenizer = getattr(processor, "tokenizer", processor)
-    return write_gguf(model, out, tokenizer, dtype or "f16", fill)
+    facts = write_gguf(model, out, tokenizer, dtype or "f16", fill)
+    if anatomy(model).vision_tower is None:
+        return facts
+    path, kind = projector_path(out), "f32" if dtype == "f32" else "f16"
+    if reason := vision_misfit(model):
+        facts["notes"].append(f"vision tower and projector are not written: {reason}")
+    else:
+        facts["projector_bytes"] = write_projector(model, path, processor.image_processor, kind)
+        facts["notes"].append(f"{path.name} holds vision tower and projector (--mmproj)")
+    return facts
 
 
 def to_transformers(model, processor, out, dtype, fill) -> dict:
@@ -283,7 +293,9 @@ def causal_class(config) -> str:
 ENGINES = {
     row.name: row
     for row in (
-        Engine("gguf", to_gguf, DTYPES, "one file for llama.cpp, of the decoder."),
+        Engine(
+            "gguf", to_gguf, DTYPES, "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
+        ),
         Engine("vllm", to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
         Engine(
             "transformers", to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."
@@ -309,6 +321,8 @@ def export_model(
     if to == "gguf" and Path(out).is_dir():
         raise ValueError(f"{out} is a folder: name a file for GGUF, such as {out}/model.gguf.")
     check_export(folder, out, overwrite, 0)
+    if to == "gguf":
+        check_export(folder, projector_path(out), overwrite, 0)
     model, processor = load_pruned(folder)[:2] if is_checkpoint(folder) else load_model(folder)
     needed = sum(p.numel() for p in model.parameters()) * (4 if dtype == "f32" else 2)
     if to != "gguf":

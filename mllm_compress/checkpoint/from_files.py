@@ -7,148 +7,23 @@ __all__ = ['prune_files']
 
 # %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-003
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
+from ..anatomy.streaming import layers_prefix, tied_names
 from .formats import check_describes, choose_format
 from .saving import VARIANT, hide_config, write_records
 from .target import check_target, keep_unlisted
-from ..importance.scores import model_record, weights_sample
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import apply_plan
 from ..utils.files import replacing_folder
-from ..zoo.files import read_header, shards
-from ..zoo.models import auto_classes
+from ..zoo.weight_files import DTYPES, FileModel
 
 # %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-005
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def read_tensor(
-    path: Path,  # of a safetensors file
-    entry: dict,  # of its header
-    start: int,  # of the first tensor, in bytes
-) -> torch.Tensor:
-    "One tensor of a file."
-    begin, end = entry["data_offsets"]
-    raw = bytearray(end - begin)
-    with open(path, "rb") as file:
-        file.seek(start + begin)
-        file.readinto(raw)
-    if not raw:
-        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-    return torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
-
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-007
-class NotFromFiles(Exception):
-    "A checkpoint that cannot be pruned file by file; it is loaded instead."
-
-
-def _model_names(model: PreTrainedModel, keys) -> dict:  # name in a file -> name in the model
-    "Names of the weights in the model, by the rules of transformers; NotFromFiles beyond renaming."
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-    except ImportError as error:
-        raise NotFromFiles(f"this version of transformers has other rules ({error})") from None
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    found, state = {}, model.state_dict()
-    for key in keys:
-        name, converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        if converter is not None:
-            raise NotFromFiles(f"{key} is converted, not only renamed")
-        found[key] = name
-    return found
-
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-009
-@dataclass(frozen=True)
-class FileModel:
-    "A checkpoint in native classes whose weights stay in their files."
-
-    folder: Path
-    model: PreTrainedModel  # on the meta device
-    places: dict  # name in the model -> (file, entry of its header, first byte)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        "A weight, in the dtype of the model."
-        return read_tensor(*self.places[name]).to(self.model.dtype)
-
-    def record(self) -> dict:
-        "What identifies the model, as `importance.scores.model_record`."
-        parts, prefix = anatomy(self.model), layers_prefix(self.model)
-        names = (name for name, _ in parts.layers.named_parameters())
-        tensors = ((name, self.tensor(f"{prefix}.{name}")) for name in names)
-        return model_record(self.model) | {"weights": weights_sample(tensors)}
-
-
-def layers_prefix(model: PreTrainedModel) -> str:
-    "The name of the decoder's list of layers."
-    layers = anatomy(model).layers
-    return next(name for name, module in model.named_modules() if module is layers)
-
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-011
-def _meta_model(folder: Path) -> PreTrainedModel:
-    "The model of a folder, without weights."
-    config = AutoConfig.from_pretrained(folder)
-    if config.dtype is None:
-        raise NotFromFiles("config.json names no dtype")
-    with torch.device("meta"):
-        model = auto_classes(config)[0].from_config(config, dtype=config.dtype)
-    model.config._name_or_path = str(folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-
-def open_files(
-    folder,  # of a checkpoint in native classes
-) -> FileModel:  # NotFromFiles where it must be loaded as a whole
-    "A checkpoint whose weights stay in their files."
-    folder, places = Path(folder), {}
-    model = _meta_model(folder)
-    for path in shards(folder):
-        header, start = read_header(path)
-        for key, name in _model_names(model, header).items():
-            places[name] = (path, header[key], start)
-    for name, tensor in model.state_dict().items():
-        entry = places.get(name, (None, {}))[1]
-        if name in tied_names(model) and not entry:
-            continue
-        if entry.get("shape") != list(tensor.shape) or entry.get("dtype") not in DTYPES:
-            raise NotFromFiles(f"{name} is not in the files as the model has it")
-    if extra := set(places) - set(model.state_dict()):
-        raise NotFromFiles(f"{sorted(extra)[0]} is in the files, but not in the model")
-    return FileModel(folder, model, places)
-
-
-def tied_names(model: PreTrainedModel) -> set:
-    "Names of weights that are another name of an earlier one."
-    seen, tied = set(), set()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        (tied if id(parameter) in seen else seen).add(
-            name if id(parameter) in seen else id(parameter)
-        )
-    return tied
-
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-013
 def cuts(
     model: PreTrainedModel,  # dense, on the meta device
     plan: PruningPlan,
@@ -175,7 +50,7 @@ def cut_tensor(source: FileModel, origin: tuple) -> torch.Tensor:
     tensor = source.tensor(name)
     return tensor if cut is None else tensor.index_select(*cut)
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-015
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-007
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -202,7 +77,7 @@ def write_tensors(
             raw = tensor(name).contiguous().flatten().view(torch.uint8)
             file.write(raw.numpy().data)
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-017
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-009
 def _saved_names(model: PreTrainedModel) -> dict:  # name in the file -> name in the model
     "The names under which transformers saves a model's weights, tied ones once."
     from transformers.core_model_loading import revert_weight_conversion
@@ -237,7 +112,7 @@ def write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / f"model.safetensors.index{suffix}.json").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-019
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-011
 def prune_files(
     source,  # FileModel of open_files
     plan: PruningPlan,  # made for its model

@@ -542,7 +542,7 @@ def write_gguf(
     writer = open_writer(parts, row, dtype, name)
     notes = [add_vocabulary(writer, tokenizer, parts.vocab_size), filling_note(before, parts)]
     if parts.vision_tower is not None:
-        notes.append("of this MLLM the decoder is written, not vision tower and projector")
+        notes.append("this file holds the decoder of the MLLM")
     size = announce(writer, file_tensors(parts, row), dtype)
     check_writable(path, size)
     part = path.with_name(f".{path.name}.part")

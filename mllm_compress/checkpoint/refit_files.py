@@ -6,28 +6,19 @@
 __all__ = ['reconstruct_files']
 
 # %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-003
-import copy
 import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
-from mllm_compress.checkpoint.from_files import (
-    FileModel,
-    cut_tensor,
-    cuts,
-    layers_prefix,
-    prune_files,
-    tied_names,
-)
+from ..anatomy.streaming import SOURCE, in_memory, layers_prefix
+from .from_files import cut_tensor, cuts, prune_files
 from ..importance.scores import check_batches
 from ..pruning.pruning_plan import PruningPlan
 from mllm_compress.pruning.reconstruction import (
-    FETCH,
     MARK,
     advance_dense,
     check_pruned,
@@ -39,46 +30,21 @@ from mllm_compress.pruning.reconstruction import (
     warn_of_sinks,
 )
 from ..pruning.slicing import apply_plan
-from ..zoo.models import auto_classes
+from ..zoo.weight_files import FileModel
 
 # %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-005
-def outer_buffers(source: FileModel) -> dict:  # name -> tensor
-    "The buffers outside the decoder layers."
-    config = type(source.model.config).from_dict(source.model.config.to_dict())
-    text = config.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    shell = auto_classes(config)[0].from_config(config, dtype=source.model.dtype)
-    inside = layers_prefix(source.model) + "."
-    return {name: b for name, b in shell.named_buffers() if not name.startswith(inside)}
+class CutWeights:
+    "The weights of a pruned model, cut from the files of the dense one."
+
+    def __init__(self, source: FileModel, plan: PruningPlan):
+        self.source, self.origins = source, cuts(source.model, plan)
+        self.device = source.device
+
+    def tensor(self, name: str) -> torch.Tensor:
+        "A weight by its name in the pruned model."
+        return cut_tensor(self.source, self.origins.get(name, (name, None)))
 
 # %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-007
-def fill_outside(model: PreTrainedModel, tensors: dict, buffers: dict) -> None:
-    "Give a model on the meta device what lies outside its layers."
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    for name, buffer in buffers.items():
-        owner, _, last = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(last, buffer, persistent=False)
-
-
-def outer_tensors(source: FileModel) -> dict:  # name -> tensor
-    "The weights outside the decoder layers."
-    inside, tied = layers_prefix(source.model) + ".", tied_names(source.model)
-    names = (n for n in source.model.state_dict() if not n.startswith(inside) and n not in tied)
-    return {name: source.tensor(name) for name in names if name in source.places}
-
-# %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-009
-def read_later(source: FileModel, dense: PreTrainedModel) -> None:
-    "Let the layers of a model on the meta device read their weights when they are run."
-    prefix = layers_prefix(source.model)
-    for i, layer in enumerate(anatomy(dense).layers):
-        names = [name for name, _ in layer.named_parameters()]
-        fetch = lambda i=i, names=names: {n: source.tensor(f"{prefix}.{i}.{n}") for n in names}
-        setattr(layer, FETCH, fetch)
-
-# %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-011
 class FittedLayers:
     "The output projections of fitted layers, in a folder."
 
@@ -102,28 +68,25 @@ class FittedLayers:
         with safe_open(self.places[name], "pt") as file:
             return file.get_tensor(name)
 
-# %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-013
+# %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-009
 @torch.no_grad()
-def fit_from_files(source, small, dense, batches, plan, ridge, kept: FittedLayers) -> list:
+def fit_from_files(small, dense, batches, plan, ridge, kept: FittedLayers) -> list:
     "Fit all layers in order; the rows of the report."
     before, after, prefix = anatomy(dense), anatomy(small), layers_prefix(small)
-    origins, rows, lost = cuts(source.model, plan), [], {}
+    rows, lost = [], {}
     streams = open_streams(small, dense, batches)
     if plan.layers[0]:
         advance_dense(before, streams, range(plan.layers[0]))
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
         advance_dense(before, streams, range(i, end))
-        names = [name for name, _ in after.layers[j].named_parameters()]
-        weights = {n: cut_tensor(source, origins[f"{prefix}.{j}.{n}"]) for n in names}
-        after.layers[j].load_state_dict(weights, assign=True)
-        rows += fit_layer(after, j, i, streams, ridge)
-        kept.keep(after, j, prefix)
-        after.layers[j].to("meta")
+        with in_memory(after, j):
+            rows += fit_layer(after, j, i, streams, ridge)
+            kept.keep(after, j, prefix)
         lost[i] = lost_sinks(streams)
     warn_of_sinks(lost)
     return rows
 
-# %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-015
+# %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-011
 def reconstruct_files(
     source,  # FileModel of open_files
     plan: PruningPlan,  # made for its model
@@ -138,13 +101,9 @@ def reconstruct_files(
     small = apply_plan(source.model, plan)
     check_pruned(small, source.model, plan)
     check_tokens(small, batches, ridge)
-    dense = copy.deepcopy(source.model)
-    tensors, buffers = outer_tensors(source), outer_buffers(source)
-    for model in (small, dense):
-        fill_outside(model, tensors, buffers)
-    read_later(source, dense)
+    setattr(small, SOURCE, CutWeights(source, plan))
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:
         kept = FittedLayers(Path(work))
-        rows = fit_from_files(source, small, dense, batches, plan, ridge, kept)
+        rows = fit_from_files(small, source.model, batches, plan, ridge, kept)
         setattr(small.config, MARK, mark_of(plan, rows, ridge))
         return prune_files(source, plan, folder, processor, small=small, changed=kept, **options)

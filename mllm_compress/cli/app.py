@@ -350,6 +350,7 @@ def resolve_device(
 def load(
     model: str,  # a name, a folder or a hub id
     device: str,  # resolved
+    stream: bool = False,  # leave the weights in their files
 ) -> tuple:  # (model, processor, plan or None)
     "A pruned checkpoint or any other model."
     from transformers.utils import logging
@@ -358,7 +359,9 @@ def load(
 
     logging.disable_progress_bar()
     detail(f"loading {model}")
-    if checkpoint.is_checkpoint(model):
+    if stream:
+        found = *zoo.load_model(model, device=device, stream=True), None
+    elif checkpoint.is_checkpoint(model):
         found = checkpoint.load_pruned(model, device=device)
     else:
         found = *zoo.load_model(model, device=device), None
@@ -367,6 +370,42 @@ def load(
     return found
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-025
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Read the weights layer by layer while scoring; default: where the model does not fit "
+        "into the free memory.",
+    ),
+]
+
+
+def choose_stream(model: str, device: str, wanted: bool | None, method: str = "taylor") -> bool:
+    "Whether the weights of a model stay in their files; a note where that was not asked for."
+    from mllm_compress.importance.memory import free_memory, scoring_memory
+    from mllm_compress.zoo.models import native_folder
+    from mllm_compress.zoo.weight_files import NotFromFiles, open_files
+
+    if wanted is not None:
+        return wanted
+    try:
+        folder, free = native_folder(model), free_memory(device)
+        size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder else 0
+        if 4 * size < free:
+            return False
+        empty = open_files(folder, device).model
+    except (NotFromFiles, ValueError, OSError):  # loading says what is wrong
+        return False
+    needed = scoring_memory(empty, method=method, dtype=empty.dtype, device=device).total
+    if needed > free:
+        gib = [f"{n / 2**30:.1f} GiB" for n in (needed, free)]
+        note(
+            f"scoring in memory takes about {gib[0]}, and {gib[1]} are free: the weights are read "
+            "layer by layer (--no-stream loads the model)."
+        )
+    return needed > free
+
+# %% ../../nbs/library/cli/01_app.ipynb #cell-027
 def check_models(*models: str) -> None:
     "An error where a model is evidently missing or damaged, before any of them is loaded."
     from mllm_compress import checkpoint
@@ -378,7 +417,7 @@ def check_models(*models: str) -> None:
         else:
             check_model(model)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-027
+# %% ../../nbs/library/cli/01_app.ipynb #cell-029
 def is_multimodal(processor) -> bool:
     "Whether a model takes pictures."
     return hasattr(processor, "image_processor")
@@ -403,7 +442,7 @@ def has_chat(data) -> bool:
     "Whether some entries are conversations."
     return any("conversations" in entry for entry in data.samples)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-029
+# %% ../../nbs/library/cli/01_app.ipynb #cell-031
 _READ = {}  # the file that was read last
 
 
@@ -429,7 +468,7 @@ def check_data(data: str, image_root: str, skip_missing: bool) -> None:
     if data != "small":
         data_of_file(data, image_root, skip_missing)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-031
+# %% ../../nbs/library/cli/01_app.ipynb #cell-033
 def training_data(
     data: str,  # a file, or 'small'
     image_root: str,  # empty: the folder of the file

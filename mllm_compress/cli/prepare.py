@@ -27,11 +27,13 @@ from mllm_compress.cli.app import (
     Overwrite,
     Scenes,
     SkipMissing,
+    Stream,
     TableHelp,
     app,
     at_least,
     check_data,
     check_models,
+    choose_stream,
     choose_template,
     emit,
     has_chat,
@@ -189,6 +191,13 @@ def needs_no_data(pruning: str, method: str) -> bool:
     batches = inspect.signature(criterion(pruning, method).function).parameters["batches"]
     return batches.default is None
 
+
+def pass_of(pruning: str, method: str) -> str:
+    "The criterion of scoring_memory whose pass over the model is like that of another."
+    from mllm_compress.importance.criteria import takes
+
+    return "taylor" if takes(pruning, method, "recompute") else "block_influence"
+
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-016
 def _methods() -> str:
     "Help of --method."
@@ -247,14 +256,26 @@ def keeping_sums(out: Path, kind: str, method: str, model, batches: list, seed: 
     "A context in which scoring goes on from the sums of an interrupted one."
     import torch
 
+    from mllm_compress.anatomy.streaming import device_of, is_streamed
     from mllm_compress.importance.criteria import criterion
     from mllm_compress.importance.scores import model_record
     from mllm_compress.utils.files import content_hash
     from mllm_compress.utils.resuming import batches_hash, resuming
 
-    key = [kind, method, criterion(kind, method).version, seed, model_record(model)]
-    key += [batches_hash(batches), str(model.dtype), str(model.device), torch.__version__]
+    order = "layer by layer" if is_streamed(model) else "batch by batch"
+    key = [kind, method, criterion(kind, method).version, seed, model_record(model), order]
+    key += [batches_hash(batches), str(model.dtype), str(device_of(model)), torch.__version__]
     return resuming(sums_file(out), content_hash(key))
+
+
+def forget_sums(out: Path) -> None:
+    "Remove what an unfinished pass left."
+    import shutil
+
+    from mllm_compress.utils.resuming import states_folder
+
+    sums_file(out).unlink(missing_ok=True)
+    shutil.rmtree(states_folder(sums_file(out)), ignore_errors=True)
 
 # %% ../../nbs/library/cli/03_prepare.ipynb #cell-020
 @app.command(cls=TableHelp)
@@ -271,6 +292,7 @@ def score(
     scenes: Scenes = 2000,
     max_length: MaxLength = None,
     chat_template: ChatTemplate = None,
+    stream: Stream = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -283,17 +305,18 @@ def score(
         from mllm_compress.checkpoint.target import save_or_rescue
         from mllm_compress.pruning.one_step import pruning_of
 
-        pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
+        kind = pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
         check_models(model)
         device = resolve_device(device)
         check_data(data, image_root, skip_missing)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
-        loaded, processor, _ = load(model, device)
+        streamed = choose_stream(model, device, stream, pass_of(kind, method))
+        loaded, processor, _ = load(model, device, streamed)
         settings = (method, pruning, samples, seed, options, max_length, device)
         scores, calibrated = scored(loaded, processor, *settings, out, chat_template)
         if calibrated:
             scores.meta["calibration"] = calibrated
         save_or_rescue(scores.save, out)
-        sums_file(out).unlink(missing_ok=True)
+        forget_sums(out)
         facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
         emit(f"{scores}\nwritten to {out}", facts, as_json)

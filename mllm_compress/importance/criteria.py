@@ -8,22 +8,23 @@ __all__ = ['CRITERIA', 'width_importance', 'layer_importance']
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-004
 import inspect
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from ..anatomy.families import anatomy
+from ..anatomy.streaming import in_memory, is_streamed
 from .gauss_newton import gauss_newton
 from .influence import angular_distance, block_influence
+from .layer_by_layer import run_forward
 from mllm_compress.importance.scores import (
     LayerScores,
     WidthScores,
     add_channels,
     check_batches,
-    evaluating,
     mean_weights,
-    model_inputs,
     with_record,
 )
 from .taylor import taylor
@@ -44,9 +45,17 @@ from mllm_compress.utils.methods import (
     Look,
     check_choice,
 )
-from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-006
+def of_weights(parts, size, axis: int | None = None) -> dict:  # (layer, slot name) -> [channels]
+    "`size(slot)` of the linear layers of every decoder layer, of one axis or of both."
+    found = {}
+    for i in range(parts.num_layers):
+        with in_memory(parts, i):
+            found |= {(i, s.name): size(s) for s in parts.linears(i) if axis in (None, s.axis)}
+    return found
+
+
 def magnitude(
     model,
     batches: list | None = None,  # not needed
@@ -57,90 +66,74 @@ def magnitude(
         raise ValueError(f"p={p}: a power above 0 is needed, such as 1 or 2.")
     parts = anatomy(model)
     norm = lambda slot: slot.module.weight.detach().float().abs().pow(p).sum(1 - slot.axis)
-    channels = {(i, s.name): norm(s) for i in range(parts.num_layers) for s in parts.linears(i)}
-    return add_channels(parts, channels, "magnitude", {"p": p})
+    return add_channels(parts, of_weights(parts, norm), "magnitude", {"p": p})
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-010
-def _add_powers(
-    power: dict,  # (layer, slot name) -> [channels], changed in place
-    model,
-    batch: dict,
-    weights: torch.Tensor,  # [batch, tokens]
-    mean: dict | None = None,  # the same for the inputs themselves, changed in place
-) -> None:
-    "Add the weighted sum over tokens of the squared inputs of each output projection."
-    parts = anatomy(model)
+@contextmanager
+def adding_inputs(
+    parts,
+    sums: dict,  # ("mean" or "power", layer, slot name) -> [channels], changed in place
+    weights,  # function without arguments: [batch, tokens] of the batch that runs
+):
+    "Within this context the inputs of output projections, and their squares, are added up."
 
     def add(key):
         def hook(_, args):
-            x, w = args[0].float(), weights.to(args[0].device)  # [batch, tokens, channels]
-            power[key] = power.get(key, 0) + torch.einsum("btc,bt->c", x.square(), w)
-            if mean is not None:
-                mean[key] = mean.get(key, 0) + torch.einsum("btc,bt->c", x, w)
+            x, w = args[0].float(), weights().to(args[0].device)  # [batch, tokens, channels]
+            for kind, value in (("mean", x), ("power", x.square())):
+                name = (kind, *key)
+                sums[name] = sums.get(name, 0) + torch.einsum("btc,bt->c", value, w)
 
         return hook
 
     slots = [(i, s) for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1]
     hooks = [s.module.register_forward_pre_hook(add((i, s.name))) for i, s in slots]
     try:
-        with evaluating(model):
-            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-012
-@torch.no_grad()
+def input_moments(
+    model,
+    batches: list,  # as for `block_influence`
+    token_weights: dict | str | None = None,  # as for `block_influence`
+) -> tuple:  # two dicts (layer, slot name) -> [channels]: mean of x, mean of x²
+    "Moments of the inputs of every output projection: over the tokens of a sample, then samples."
+    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
+    samples, sums, now = sum(len(b["input_ids"]) for b in batches), {}, {}
+    weights = [mean_weights(b, image, token_weights) / samples for b in batches]
+    listening = adding_inputs(anatomy(model), sums, lambda: weights[now["batch"]])
+    run_forward(model, batches, sums, listening, lambda k: now.update(batch=k))
+    return tuple({k[1:]: v for k, v in sums.items() if k[0] == kind} for kind in ("mean", "power"))
+
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-014
 def activation(
     model,
     batches: list,  # as for `block_influence`
     token_weights: dict | str | None = None,  # as for `block_influence`
 ) -> WidthScores:  # root mean square norm of a unit's output
     "RMS of each head's and neuron's output activation, over the calibration tokens."
-    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
-    samples, power = sum(len(b["input_ids"]) for b in batches), {}
-    for k in batches_left(len(batches), power):
-        weights = mean_weights(batches[k], image, token_weights) / samples
-        _add_powers(power, model, batches[k], weights)
-    meta = {"samples": samples, "token_weights": token_weights}
+    batches = check_batches(batches)
+    _, power = input_moments(model, batches, token_weights)
+    meta = {"samples": sum(len(b["input_ids"]) for b in batches), "token_weights": token_weights}
     squares = add_channels(anatomy(model), power, "activation", meta)
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))
     return WidthScores(*roots, "activation", squares.meta)
-
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-016
-@torch.no_grad()
-def input_moments(
-    model,
-    batches: list,  # as for `block_influence`
-) -> tuple:  # two dicts (layer, slot name) -> [channels]: mean of x, mean of x²
-    "Moments of the inputs of every output projection: over the tokens of a sample, then samples."
-    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
-    samples, mean, power = sum(len(b["input_ids"]) for b in batches), {}, {}
-    for batch in batches:
-        _add_powers(power, model, batch, mean_weights(batch, image, None) / samples, mean)
-    return mean, power
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-018
 def wanda_sp(model, batches: list) -> WidthScores:  # sum of |w| times the RMS of its input
     "Weight times activation norm (Sun et al. 2024, eq. 1), per column of the output projections."
     parts, (_, power) = anatomy(model), input_moments(model, batches)
-    size = {
-        (i, s.name): s.module.weight.detach().float().abs().sum(0) for i, s in outputs_of(parts)
-    }
+    size = of_weights(parts, lambda s: s.module.weight.detach().float().abs().sum(0), 1)
     return add_channels(parts, {k: power[k].sqrt() * size[k] for k in size}, "wanda_sp", {})
-
-
-def outputs_of(parts) -> list:  # of (layer, slot)
-    "The output projections of all layers."
-    return [(i, s) for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1]
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-020
 def flap(model, batches: list) -> WidthScores:  # variance of an input times |w|² of its column
     "Fluctuation of the inputs, weighted by the output weights (An et al. 2024, eq. 5)."
     parts, (mean, power) = anatomy(model), input_moments(model, batches)
-    size = {
-        (i, s.name): s.module.weight.detach().float().square().sum(0) for i, s in outputs_of(parts)
-    }
+    size = of_weights(parts, lambda s: s.module.weight.detach().float().square().sum(0), 1)
     spread = {k: (power[k] - mean[k].square()).clamp_min(0) for k in size}
     return add_channels(parts, {k: spread[k] * size[k] for k in size}, "flap", {})
 
@@ -179,6 +172,7 @@ class Criterion:
     version: int  # raised when its numbers change
     look: Look
     help: str  # one sentence
+    streams: bool = False  # works layer by layer, on a model whose weights stay in files
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-032
 _LAYERWISE = {
@@ -188,6 +182,7 @@ _LAYERWISE = {
         version=1,
         look=Look("block influence", RED, "o"),
         help="How much a layer changes the direction of its input (Men et al. 2024).",
+        streams=True,
     ),
     "angular_distance": Criterion(
         angular_distance,
@@ -195,6 +190,7 @@ _LAYERWISE = {
         version=1,
         look=Look("angular distance", ORANGE, "^", DASHDOTTED),
         help="The angle between the input and the output of n layers (Gromov et al. 2024).",
+        streams=True,
     ),
     "random": Criterion(
         random_layers,
@@ -202,6 +198,7 @@ _LAYERWISE = {
         version=1,
         look=Look("random layers", GREY, "x", DOTTED),
         help="A random order of the layers, the baseline.",
+        streams=True,
     ),
 }
 
@@ -213,6 +210,7 @@ _WIDTHWISE = {
         version=3,
         look=Look("Taylor", BLUE, "s", DASHED),
         help="First-order change of the loss, per parameter (Ma et al. 2023).",
+        streams=True,
     ),
     "magnitude": Criterion(
         magnitude,
@@ -220,6 +218,7 @@ _WIDTHWISE = {
         version=1,
         look=Look("magnitude", GREEN, "D", DASHDOTTED),
         help="The sum of the squared weights (Li et al. 2017); needs no data.",
+        streams=True,
     ),
     "activation": Criterion(
         activation,
@@ -227,6 +226,7 @@ _WIDTHWISE = {
         version=1,
         look=Look("activation", PINK, "v"),
         help="The RMS of a unit's output over the calibration tokens.",
+        streams=True,
     ),
     "random": Criterion(
         random_scores,
@@ -234,6 +234,7 @@ _WIDTHWISE = {
         version=1,
         look=Look("random units", GREY, "X", DOTTED),
         help="A random order of heads and neurons, the baseline.",
+        streams=True,
     ),
 }
 
@@ -245,6 +246,7 @@ _TAYLOR_ORDERS = {
         version=1,
         look=Look("Taylor, vectorize", INDIGO, "P", DASHED),
         help="First-order change of the loss, with the absolute value after the sum.",
+        streams=True,
     ),
     "taylor_param_second": Criterion(
         partial(taylor, order="param_second"),
@@ -252,6 +254,7 @@ _TAYLOR_ORDERS = {
         version=1,
         look=Look("Taylor, second order", OLIVE, ">", DOTTED),
         help="Second-order change of the loss, with the Fisher diagonal as curvature.",
+        streams=True,
     ),
     "taylor_param_mix": Criterion(
         partial(taylor, order="param_mix"),
@@ -259,6 +262,7 @@ _TAYLOR_ORDERS = {
         version=3,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
+        streams=True,
     ),
 }
 
@@ -270,6 +274,7 @@ _CURVATURE = {
         version=1,
         look=Look("Gauss-Newton", SKY, "p"),
         help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
+        streams=True,
     ),
 }
 _RIVALS = {
@@ -279,6 +284,7 @@ _RIVALS = {
         version=1,
         look=Look("Wanda-sp", "#44AA99", "h", DASHED),
         help="Output weights times the norm of their inputs (Sun et al. 2024).",
+        streams=True,
     ),
     "flap": Criterion(
         flap,
@@ -286,6 +292,7 @@ _RIVALS = {
         version=1,
         look=Look("fluctuation (FLAP)", "#661100", "d"),
         help="Variance of a unit's output times its squared output weights (An et al. 2024).",
+        streams=True,
     ),
 }
 CRITERIA = {
@@ -335,6 +342,12 @@ def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores
     known, unknown = sorted(_options(row)), sorted(set(options) - set(_options(row)))
     if unknown:
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
+    if is_streamed(model) and not row.streams:
+        able = ", ".join(n for (p, n), r in CRITERIA.items() if p == prunes and r.streams)
+        raise ValueError(
+            f"{name} needs the whole model in memory: load it without stream (--no-stream), or "
+            f"use a criterion that works layer by layer: {able}."
+        )
     return with_record(row.function(model, batches, **options), model)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-052

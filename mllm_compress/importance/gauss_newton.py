@@ -8,18 +8,28 @@ __all__ = []
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-004
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, LinearSlot, anatomy
+from ..anatomy.streaming import in_memory, is_streamed
+from .layer_by_layer import kept_states
 from mllm_compress.importance.scores import (
     WidthScores,
     check_batches,
     evaluating,
     model_inputs,
 )
-from .taylor import frozen, label_counts, recomputing, supervised
+from mllm_compress.importance.taylor import (
+    Kept,
+    frozen,
+    label_counts,
+    recomputing,
+    supervised,
+    through_layers,
+)
 from ..utils.resuming import batches_left
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-006
@@ -55,32 +65,42 @@ def output_projections(parts: Anatomy, i: int) -> list:
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-014
 @contextmanager
-def input_gradients(
+def taps(
     parts: Anatomy,
+    layers,  # indices of decoder layers
     see,  # see(layer, slot, x, gradient), both [batch, tokens, channels]
-    recompute: bool = False,  # keep the activations of one layer only, for one more forward pass
 ):
-    "Within this context a backward pass calls `see` for every output projection."
-    enter = lambda _, args: (args[0].detach().requires_grad_(), *args[1:])
+    "Within this context, a backward pass calls `see` per output projection of `layers`."
 
     def tap(i: int, slot: LinearSlot):
         seen = lambda x, gradient: see(i, slot, x, gradient)
         return lambda _, args: (Tap.apply(args[0], seen), *args[1:])
 
     with ExitStack() as stack:
+        for i in layers:
+            for slot in output_projections(parts, i):
+                stack.callback(slot.module.register_forward_pre_hook(tap(i, slot)).remove)
+        yield
+
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-016
+@contextmanager
+def input_gradients(
+    parts: Anatomy,
+    see,  # as in `taps`
+    recompute: bool = False,  # keep the activations of one layer only, for one more forward pass
+):
+    "Within this context a backward pass calls `see` for every output projection."
+    enter = lambda _, args: (args[0].detach().requires_grad_(), *args[1:])
+    with ExitStack() as stack:
         for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
             stack.enter_context(context)
         if recompute:
             stack.enter_context(recomputing(parts.layers))
-        hooks = [parts.layers[0].register_forward_pre_hook(enter)]
-        for i in range(parts.num_layers):
-            for slot in output_projections(parts, i):
-                hooks.append(slot.module.register_forward_pre_hook(tap(i, slot)))
-        for hook in hooks:
-            stack.callback(hook.remove)
+        stack.callback(parts.layers[0].register_forward_pre_hook(enter).remove)
+        stack.enter_context(taps(parts, range(parts.num_layers), see))
         yield
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-016
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-018
 def answer_states(
     parts: Anatomy,
     batch: dict,
@@ -94,28 +114,36 @@ def answer_states(
         parts.model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         read.remove()
-    where = (labels[:, 1:] != -100).to(found[0].device)  # position t predicts token t + 1
-    return found[0][:, :-1][where], labels[:, 1:].to(where.device)[where]
+    return answers_of(found[0], labels)
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-018
+
+def answers_of(
+    normed: torch.Tensor,  # [batch, tokens, hidden] after the final norm
+    labels: torch.Tensor,
+) -> tuple:  # as of answer_states
+    "The states that predict an answer token, and the tokens."
+    where = (labels[:, 1:] != -100).to(normed.device)  # position t predicts token t + 1
+    return normed[:, :-1][where], labels[:, 1:].to(where.device)[where]
+
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-020
 def log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     "Sum of the log-probabilities of `tokens`, in float32 or better."
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-020
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-022
 def random_direction(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     "Independent standard normal numbers, drawn on the CPU whatever the device."
     return torch.randn(like.shape, generator=generator).to(like)
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-022
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-024
 def sampled_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     "One token from each predicted distribution, by the Gumbel-max rule on the CPU."
     uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
     noise = -(-uniform.clamp_min(1e-300).log()).log()
     return (logits.detach().double().cpu() + noise).argmax(-1).to(logits.device)
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-024
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-026
 PRESERVED = {
     "states": lambda f, head, targets, rng: (random_direction(f, rng) * f).sum(),
     "logits": lambda f, head, targets, rng: (random_direction(z := head(f), rng) * z).sum(),
@@ -124,23 +152,24 @@ PRESERVED = {
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-026
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-028
 @torch.no_grad()
 def answer_loss(
     parts: Anatomy,
     batches: list,
     labels: list,  # of tensors [batch, tokens]
+    final=answer_states,  # final(parts, batch, label)
 ) -> float:  # nats per answer token
     "Mean cross-entropy of the calibration answers."
     total = count = 0
     with evaluating(parts.model):
         for batch, label in zip(batches, labels):
-            f, targets = answer_states(parts, batch, label)
+            f, targets = final(parts, batch, label)
             total -= log_likelihood(parts.logits(f), targets).item()
             count += len(targets)
     return total / count
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-028
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-030
 def check_gauss_newton(of: str, draws: int) -> None:
     "Raise ValueError for an unknown target, or for draws that make no sense."
     if of not in ("auto", *PRESERVED):
@@ -148,7 +177,7 @@ def check_gauss_newton(of: str, draws: int) -> None:
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws={draws!r}: at least one draw is needed.")
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-030
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-032
 def answer_labels(
     model: PreTrainedModel,
     batches: list,
@@ -163,7 +192,7 @@ def answer_labels(
         )
     return labels, *label_counts(labels)[1]
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-032
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-034
 @dataclass
 class Passes:
     "Checked inputs of one scoring run."
@@ -175,13 +204,20 @@ class Passes:
     generators: list  # one per draw
     meta: dict
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-034
-def prepare_passes(model: PreTrainedModel, batches, of: str, draws: int, seed: int) -> Passes:
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-036
+def prepare_passes(
+    model: PreTrainedModel,
+    batches,
+    of: str,
+    draws: int,
+    seed: int,
+    final=answer_states,  # final(parts, batch, label), see answer_loss
+) -> Passes:
     "Check the inputs, measure the calibration loss, and decide what `auto` stands for."
     check_gauss_newton(of, draws)
     parts, batches = anatomy(model), check_batches(batches)
     labels, tokens, samples = answer_labels(model, batches)
-    loss = answer_loss(parts, batches, labels)
+    loss = answer_loss(parts, batches, labels, final)
     if not loss < float("inf"):
         raise ValueError(
             f"the calibration loss is {loss}: look for NaN in the weights or in the batches, "
@@ -195,7 +231,7 @@ def prepare_passes(model: PreTrainedModel, batches, of: str, draws: int, seed: i
     generators = [torch.Generator().manual_seed(seed + k) for k in range(draws)]
     return Passes(parts, batches, labels, of, generators, meta)
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-036
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-038
 def run_backward(passes: Passes, k: int) -> None:
     "Forward pass of batch `k`, then a backward pass per draw."
     parts = passes.parts
@@ -204,7 +240,7 @@ def run_backward(passes: Passes, k: int) -> None:
         value = PRESERVED[passes.of](f, parts.logits, targets, rng)
         value.backward(retain_graph=rng is not passes.generators[-1])
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-038
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-040
 @contextmanager
 def drawing_on(
     generators: list,
@@ -218,7 +254,46 @@ def drawing_on(
     for d, generator in enumerate(generators):
         totals["generator", d] = generator.get_state()
 
-# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-040
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-042
+def end_gradients(passes: Passes, trails: list) -> list:  # of Kept, per batch and draw
+    "The gradients of what must not change, behind the last layer of a streamed model."
+    parts, found = passes.parts, []
+    for trail, label in zip(trails, passes.labels):
+        end = trail.end.requires_grad_()
+        f, targets = answers_of(parts.final_norm(end), label)
+        for rng in passes.generators:
+            value = PRESERVED[passes.of](f, parts.logits, targets, rng)
+            (delta,) = torch.autograd.grad(value, end, retain_graph=True)
+            found.append(Kept(trail, delta, 0.0))
+    return found
+
+
+def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: dict, see) -> Passes:
+    "The backward passes of a streamed model; `see` as in `taps`, with the number of draws."
+    check_gauss_newton(of, draws)
+    batches, parts = check_batches(batches), anatomy(model)
+    answer_labels(model, batches)
+    with kept_states(model, batches) as trails, frozen(model):
+        ends = iter(trails)
+        final = lambda _, batch, label: answers_of(parts.final_norm(next(ends).end), label)
+        with in_memory(parts, "norm", "head"), torch.enable_grad():
+            passes = prepare_passes(model, batches, of, draws, seed, final)
+            kept = end_gradients(passes, trails)
+        see_of = lambda _: partial(see, len(passes.generators))
+        through_layers(parts, kept, totals, see_of, listen=taps)
+    return passes
+
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-044
+def backward_by_batch(model, batches, of, draws, seed, recompute, totals: dict, see) -> Passes:
+    "The backward passes of a model in memory."
+    passes = prepare_passes(model, batches, of, draws, seed)
+    seen = partial(see, len(passes.generators))
+    for k in batches_left(len(passes.batches), totals):
+        with drawing_on(passes.generators, totals), input_gradients(passes.parts, seen, recompute):
+            run_backward(passes, k)
+    return passes
+
+# %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-046
 def gauss_newton(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids [batch, tokens], labels, attention_mask, pixel_values
@@ -228,15 +303,15 @@ def gauss_newton(
     recompute: bool = False,  # a third more time, the memory of one layer's activations
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
     "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower goes first."
-    passes = prepare_passes(model, batches, of, draws, seed)
     totals = {}  # (kind, layer) -> [units]
 
-    def see(i, slot, x, gradient):
-        effects = squared_effects(x, gradient, slot.units).cpu() / len(passes.generators)
+    def see(draws, i, slot, x, gradient):
+        effects = squared_effects(x, gradient, slot.units).cpu() / draws
         totals[slot.kind, i] = totals.get((slot.kind, i), 0) + effects
 
-    for k in batches_left(len(passes.batches), totals):
-        with drawing_on(passes.generators, totals), input_gradients(passes.parts, see, recompute):
-            run_backward(passes, k)
+    if is_streamed(model):
+        passes = backward_by_layer(model, batches, of, draws, seed, totals, see)
+    else:
+        passes = backward_by_batch(model, batches, of, draws, seed, recompute, totals, see)
     of_kind = lambda kind: {i: v for (k, i), v in totals.items() if k == kind}
     return WidthScores(of_kind("head"), of_kind("neuron"), "gauss_newton", passes.meta)

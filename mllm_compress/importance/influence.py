@@ -6,21 +6,13 @@
 __all__ = ['block_influence', 'angular_distance']
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-004
-from collections import deque
 from contextlib import contextmanager
 
 import torch
 
 from ..anatomy.families import Anatomy, anatomy
-from mllm_compress.importance.scores import (
-    LayerScores,
-    check_batches,
-    evaluating,
-    mean_weights,
-    model_inputs,
-    model_record,
-)
-from ..utils.resuming import batches_left
+from .layer_by_layer import run_forward
+from .scores import LayerScores, check_batches, mean_weights, model_record
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-006
 CHUNK = {"cpu": 2**17, "cuda": 2**22}  # elements of one chunk
@@ -86,22 +78,21 @@ def sum_changes(
     normed: bool = False,
 ) -> torch.Tensor:  # [layers - n + 1] float64, summed over the batches
     "Sum `change` over all batches, for each block of `n` layers."
-    parts = anatomy(model)
-    totals = {}
-    for k in batches_left(len(batches), totals):
-        batch = batches[k]
-        weights, earlier, changes = weigh(batch).to(model.device), deque(), []
+    parts, totals, now = anatomy(model), {}, {}
+    weights = [weigh(batch) for batch in batches]
 
-        def see(_, state):
-            if len(earlier) == n:
-                changes.append(change(earlier.popleft(), state, weights.to(state.device)))
-            earlier.append(state)
+    def see(i, state):
+        k = now["batch"]
+        if i >= n:
+            before, w = totals.pop(("earlier", k, i - n)), weights[k].to(state.device)
+            new = change(before, state, w).cpu().double()
+            totals["change", i - n] = totals.get(("change", i - n), 0) + new
+        if i + n <= parts.num_layers:
+            totals["earlier", k, i] = state
 
-        with evaluating(model), hidden_states(parts, see, normed):
-            model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
-        new = torch.stack([c.cpu() for c in changes]).double()
-        totals["changes"] = totals.get("changes", 0) + new
-    return totals["changes"]
+    listening = hidden_states(parts, see, normed)
+    run_forward(model, batches, totals, listening, lambda k: now.update(batch=k))
+    return torch.stack([totals["change", i] for i in range(parts.num_layers - n + 1)])
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-026
 def weighted_change(x, y, weights):

@@ -9,8 +9,10 @@ __all__ = ['scoring_memory', 'largest_batch']
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from accelerate.utils import get_max_memory
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -180,3 +182,24 @@ def largest_batch(
     while batch and needed(batch) > limit:
         batch -= 1
     return batch
+
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-036
+def group_limit() -> float:  # bytes, infinite without a limit
+    "The memory limit of the control group (a container, a Slurm job) that this process is in."
+    own, limits = Path("/proc/self/cgroup"), [float("inf")]
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        root, name = Path("/sys/fs/cgroup"), "memory.max"
+        if "memory" in controllers.split(","):
+            root, name = root / "memory", "memory.limit_in_bytes"
+        file = root / path.strip("/") / name
+        text = file.read_text().strip() if file.is_file() else ""
+        limits.append(float(text) if text.isdigit() else float("inf"))
+    return min(limits)
+
+
+def free_memory(device: str = "cpu") -> float:  # bytes
+    "What can be allocated on a device."
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(get_max_memory()["cpu"], group_limit())

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.streaming import SOURCE, device_of, is_streamed, layers_prefix
 from ..anatomy.wrappers import token_inputs
 from ..utils.files import sha256, write_atomically
 
@@ -184,7 +185,8 @@ def model_inputs(model, batch: dict) -> dict:
     "The part of `batch` that goes into the forward pass (labels do not)."
     batch = batch | token_inputs(model.config, batch)
     known = set(inspect.signature(model.forward).parameters) - {"labels"}
-    move = lambda t: t.to(model.device, model.dtype if t.is_floating_point() else t.dtype)
+    device = device_of(model)
+    move = lambda t: t.to(device, model.dtype if t.is_floating_point() else t.dtype)
     return {k: move(v) for k, v in batch.items() if k in known and v is not None}
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-032
@@ -278,19 +280,31 @@ def add_channels(
     return WidthScores(units["head"], units["neuron"], kind, meta)
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-054
-_SAMPLED = 256  # weights of every tensor
+_SAMPLED = 256  # weights of every tensor, at least
 
 
-def weights_sample(
-    tensors,  # of (name, tensor)
-) -> str:  # 16 hexadecimal digits
-    "A hash of a few weights of every tensor."
+def sampling_step(count: int) -> int:
+    "One number in so many is sampled of a tensor of `count` numbers."
+    return max(1, count // _SAMPLED)
+
+
+def some_weights(model):  # yields (name, shape, numbers) of every weight of the decoder layers
+    "A few numbers of each weight, read one by one where the weights are in files."
+    prefix, source = layers_prefix(model), getattr(model, SOURCE, None)
+    for name, weight in anatomy(model).layers.named_parameters():
+        step = sampling_step(weight.numel())
+        if source is None:
+            yield name, weight.shape, weight.detach().flatten()[::step]
+        else:
+            yield name, weight.shape, source.numbers(f"{prefix}.{name}", step)
+
+
+def weights_sample(model) -> str:  # 16 hexadecimal digits
+    "A hash of a few numbers of every weight of the decoder layers."
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in tensors:
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(some.numpy().tobytes())
+    for name, shape, numbers in some_weights(model):
+        digest.update(f"{name} {tuple(shape)}".encode())
+        digest.update(numbers.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-056
@@ -306,8 +320,8 @@ def model_record(
         "heads": [parts.groups(i) for i in layers],
         "neurons": [parts.neurons(i) for i in layers],
     }
-    if model.device.type != "meta":
-        record["weights"] = weights_sample(parts.layers.named_parameters())
+    if is_streamed(model) or model.device.type != "meta":
+        record["weights"] = weights_sample(model)
     return record
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-058

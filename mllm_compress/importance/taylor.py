@@ -16,7 +16,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..anatomy.families import Anatomy, LinearSlot, anatomy
+from ..anatomy.streaming import in_memory, is_streamed
 from .influence import check_mode
+from .layer_by_layer import Trail, kept_states
 from mllm_compress.importance.scores import (
     WidthScores,
     add_channels,
@@ -74,7 +76,7 @@ def gradient_moments(
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-016
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # weights whose gradient exists at once
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
 def channel_scores(
     slot: LinearSlot,
     x: torch.Tensor,  # [batch, tokens, in], as in `gradient_moments`
@@ -93,7 +95,7 @@ def channel_scores(
         scores.append(order.formula(w.float(), g, H, 1 - axis))
     return torch.cat(scores)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
 class _Probe(torch.autograd.Function):
     "Identity whose backward pass calls `see(input, output gradient)`."
 
@@ -108,7 +110,7 @@ class _Probe(torch.autograd.Function):
         ctx.see(*ctx.saved_tensors, delta)
         return delta, None, None
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-024
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
 @contextmanager
 def frozen(model):
     "No parameter requires a gradient within this context."
@@ -121,7 +123,7 @@ def frozen(model):
         for p in trainable:
             p.requires_grad_(True)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-026
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-024
 @contextmanager
 def recomputing(layers):
     "Within this context, layers keep only their input and run again in the backward pass."
@@ -136,7 +138,7 @@ def recomputing(layers):
             if forward is not None:
                 layer.forward = forward
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-028
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-026
 @contextmanager
 def probes(
     parts: Anatomy,  # of the model
@@ -156,7 +158,7 @@ def probes(
                 stack.callback(slot.module.register_forward_hook(probe(i, slot)).remove)
         yield
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-028b
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-028
 @contextmanager
 def output_gradients(
     parts: Anatomy,  # of the model
@@ -178,19 +180,33 @@ def output_gradients(
         yield
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-030
+def predicting(labels: torch.Tensor) -> torch.Tensor:
+    "Positions that predict a supervised token in any row."
+    return (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
+
+
+def logits_loss(
+    logits: torch.Tensor,  # [batch, positions, vocabulary]
+    labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
+    before: torch.Tensor,  # the positions
+) -> torch.Tensor:  # scalar: sum over supervised tokens
+    "Next-token cross-entropy at some positions."
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    target = labels[:, before + 1].flatten().to(logits.device)
+    return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
+
+
 def summed_loss(
     model,
     batch: dict,  # on any device
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
 ) -> torch.Tensor:  # scalar: sum over supervised tokens
     "Next-token cross-entropy, computed at the positions that predict a supervised token."
-    before = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
+    before = predicting(labels)
     logits = model(
         **model_inputs(model, batch), use_cache=False, logits_to_keep=before.to(model.device)
     ).logits
-    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    target = labels[:, before + 1].flatten().to(logits.device)
-    return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
+    return logits_loss(logits, labels, before)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-034
 def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
@@ -218,7 +234,7 @@ def _one_batch(batches: list) -> list:
         )
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-037a
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
 @dataclass
 class Kept:
     "What a batch needs for a backward pass layer by layer."
@@ -227,7 +243,7 @@ class Kept:
     delta: torch.Tensor  # [batch, tokens, hidden] gradient at the end of the last layer
     loss: float  # summed over supervised tokens
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-037c
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-040
 def keep_inputs(parts: Anatomy, batch: dict, labels: torch.Tensor) -> Kept:
     "The inputs of all layers, and the gradient of the summed loss behind the last one."
     calls, end = [], []
@@ -247,21 +263,68 @@ def keep_inputs(parts: Anatomy, batch: dict, labels: torch.Tensor) -> Kept:
     (delta,) = torch.autograd.grad(total, end)
     return Kept(calls, delta, total.item())
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-037e
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-042
 def backward_through(
     parts: Anatomy,
     i: int,  # layer
     kept: Kept,  # of one batch; its `delta` moves from the output of the layer to its input
     see: Callable,  # as in `probes`
+    listen: Callable = probes,  # what calls `see`
 ) -> None:
     "Run one layer again and lead the gradient back through it."
     (hidden, *args), kwargs = kept.calls[i]
     hidden = hidden.detach().requires_grad_()
-    with probes(parts, [i], see):
+    with listen(parts, [i], see):
         output = parts.layers[i](hidden, *args, **kwargs)
         (kept.delta,) = torch.autograd.grad(output, hidden, kept.delta.to(output))
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-046
+def through_layers(
+    parts: Anatomy,
+    kept: list,  # of Kept
+    totals: dict,  # what the listener adds up, see utils.resuming
+    see_of: Callable,  # see_of(number in `kept`) -> a function as in `probes`
+    leave: Callable = lambda i: None,  # called once all gradients have passed layer `i`
+    listen: Callable = probes,
+) -> None:
+    "Lead the gradients of all batches back through one layer, then through the one before."
+    model, layers = parts.model, parts.num_layers
+    with frozen(model), evaluating(model), torch.enable_grad():
+        for step in batches_left(layers, totals):
+            i = layers - 1 - step
+            with in_memory(parts, i):
+                for k, one in enumerate(kept):
+                    one.delta = totals.pop(("delta", k), one.delta)
+                    backward_through(parts, i, one, see_of(k), listen)
+                leave(i)
+            totals.update({("delta", k): one.delta for k, one in enumerate(kept)})
+    for k in range(len(kept)):
+        totals.pop(("delta", k), None)
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-048
+def keep_trail(parts: Anatomy, trail: Trail, labels: torch.Tensor) -> Kept:
+    "As `keep_inputs`, for a batch behind the last layer of a streamed model."
+    end, before = trail.end.requires_grad_(), predicting(labels)
+    logits = parts.logits(parts.final_norm(end)[:, before.to(end.device)])
+    total = logits_loss(logits, labels, before)
+    (delta,) = torch.autograd.grad(total, end)
+    return Kept(trail, delta, total.item())
+
+
+@contextmanager
+def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Kept
+    "Within this block a backward pass can be led through the layers."
+    model = parts.model
+    with frozen(model), evaluating(model), torch.enable_grad():
+        if not is_streamed(model):
+            yield [keep_inputs(parts, b, l) for b, l in zip(batches, labels)]
+            return
+        with kept_states(model, batches) as trails:
+            with in_memory(parts, "norm", "head"):
+                kept = [keep_trail(parts, trail, l) for trail, l in zip(trails, labels)]
+            yield kept
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-050
 def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
     counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
@@ -270,14 +333,14 @@ def label_counts(labels: list) -> tuple:
         raise ValueError("no token is supervised: every label (after the first position) is -100.")
     return counts, totals
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-040
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-052
 def check_order(order: str) -> Order:
     "The order of that name; an unknown name is a ValueError."
     if order not in ORDERS:
         raise ValueError(f"order={order!r}: use one of {', '.join(ORDERS)}.")
     return ORDERS[order]
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-042
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-054
 def _weighted(see: Callable, weights: torch.Tensor | None) -> Callable:
     "`see`, with the output gradients times a weight of each position."
     if weights is None:
@@ -306,7 +369,7 @@ def _add_scores(
             total.backward()
     return total.item()
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-056
 @dataclass
 class Scoring:
     "Checked inputs of one scoring run."
@@ -319,7 +382,7 @@ class Scoring:
     totals: tuple  # (supervised tokens, samples that have any)
     order: Order
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044b
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-058
 def _finite(loss: float, k: int) -> float:
     "The loss of batch `k`; a ValueError where it is not finite."
     if not math.isfinite(loss):
@@ -329,7 +392,7 @@ def _finite(loss: float, k: int) -> float:
         )
     return loss
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044d
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-060
 def _by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
     "Add up channel scores and the mean loss, one batch after the other."
     for k in batches_left(len(run.batches), channels):
@@ -338,27 +401,23 @@ def _by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
         loss = _finite(_add_scores(channels, run.parts, *inputs, score, recompute), k)
         channels["loss"] = channels.get("loss", 0.0) + loss / run.totals[0]
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044f
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-062
 def _by_layer(run: Scoring, channels: dict) -> None:
     "Add up the gradients of one layer over all batches, reduce them to scores, and go on."
-    parts, layers = run.parts, run.parts.num_layers
-    with frozen(parts.model), evaluating(parts.model), torch.enable_grad():
-        kept = [keep_inputs(parts, b, l) for b, l in zip(run.batches, run.labels)]
-        channels["loss"] = sum(_finite(b.loss, k) for k, b in enumerate(kept)) / run.totals[0]
-        for step in batches_left(layers, channels):
-            i = layers - 1 - step
-            sums = {}
-            for k, b in enumerate(kept):
-                b.delta = channels.pop(("delta", k), b.delta)
-                backward_through(parts, i, b, _weighted(_adder(sums, run, k), run.weights[k]))
-            for slot in parts.linears(i):
-                weight = slot.module.weight.detach().float()
-                channels[i, slot.name] = run.order.formula(weight, *sums[slot.name], 1 - slot.axis)
-            channels.update({("delta", k): b.delta for k, b in enumerate(kept)})
-    for k in range(len(kept)):
-        channels.pop(("delta", k), None)
+    parts, sums = run.parts, {}
+    see_of = lambda k: _weighted(_adder(sums, run, k), run.weights[k])
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044h
+    def leave(i):
+        for slot in parts.linears(i):
+            weight = slot.module.weight.detach().float()
+            gradient = sums.pop(slot.name)
+            channels[i, slot.name] = run.order.formula(weight, *gradient, 1 - slot.axis)
+
+    with keeping_inputs(parts, run.batches, run.labels) as kept:
+        channels["loss"] = sum(_finite(b.loss, k) for k, b in enumerate(kept)) / run.totals[0]
+        through_layers(parts, kept, channels, see_of, leave)
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-064
 def _adder(sums: dict, run: Scoring, k: int) -> Callable:
     "A `see` that adds the gradient moments of batch `k` to `sums`: slot name -> (g, H)."
 
@@ -371,7 +430,7 @@ def _adder(sums: dict, run: Scoring, k: int) -> Callable:
 
     return see
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044j
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-066
 def _scoring(model, batches: list, order: str, mode: str, token_weights) -> Scoring:
     "Check the inputs of a scoring run."
     check_mode(mode, token_weights)
@@ -387,7 +446,7 @@ def _scoring(model, batches: list, order: str, mode: str, token_weights) -> Scor
     weights = [token_weights and weigh(b, l) for b, l in zip(batches, labels)]
     return Scoring(parts, batches, labels, weights, counts, totals, row)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044l
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-068
 def taylor(
     model,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids, labels (-100 = not supervised), attention_mask, …
@@ -398,7 +457,7 @@ def taylor(
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
     "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower goes first."
     run, channels = _scoring(model, batches, order, mode, token_weights), {}
-    if run.order.additive or len(run.batches) == 1:
+    if not is_streamed(model) and (run.order.additive or len(run.batches) == 1):
         _by_batch(run, channels, recompute)
     else:
         _by_layer(run, channels)

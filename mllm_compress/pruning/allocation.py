@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
+from ..anatomy.streaming import is_streamed
 from ..importance.gauss_newton import prepare_passes, run_backward
 from ..importance.scores import WidthScores
 from ..importance.taylor import output_gradients
@@ -214,6 +215,11 @@ def obs_scores(
     "Block Optimal Brain Surgeon: error of removing a unit after the others have adapted."
     if not ridge > 0:
         raise ValueError(f"ridge={ridge}: a number above 0 is needed, such as 0.1.")
+    if is_streamed(model):
+        raise ValueError(
+            "obs needs the whole model in memory: load it without stream (--no-stream), or use "
+            "gauss_newton, which works layer by layer."
+        )
     passes = prepare_passes(model, batches, of, draws, seed)
     grams, curvatures, found = {}, {}, {"head": {}, "neuron": {}}
     tokens = sum(

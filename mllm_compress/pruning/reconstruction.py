@@ -18,7 +18,9 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
-from ..importance.scores import check_batches, evaluating, model_inputs
+from ..anatomy.streaming import in_memory
+from ..importance.layer_by_layer import added_between, first_states, plus
+from ..importance.scores import check_batches, evaluating
 from .pruning_plan import PruningPlan
 from .slicing import check_fits
 
@@ -122,35 +124,13 @@ def fit_projection(
     "The refitted projection."
     both, error = train + held, float("nan")
     if ridge is None:
-        fits = [(solve_ridge(train, weight, value, bias), value) for value in RIDGES]
-        errors = [relative_error(held, *fit, bias) for fit, _ in fits]
+        tried = lambda value: solve_ridge(train, weight, value, bias)  # one at a time in memory
+        errors = [relative_error(held, *tried(value), bias) for value in RIDGES]
         error = min(errors)
         ridge = RIDGES[errors.index(error)]
     return *solve_ridge(both, weight, ridge, bias), ridge, error
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-022
-@contextmanager
-def recording(layers, calls: list):
-    "Layers pass their input on; (hidden state, keyword arguments) of each call go to `calls`."
-
-    def forward(hidden_states, *args, **kwargs):
-        if args:
-            raise ValueError("decoder layers must take all but the hidden state by keyword.")
-        calls.append((hidden_states, kwargs))
-        return hidden_states
-
-    own = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = forward
-    try:
-        yield
-    finally:
-        for layer, before in zip(layers, own):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-024
 @dataclass
 class Stream:
     "One calibration batch on its way through both models."
@@ -165,29 +145,12 @@ class Stream:
     lengths: dict = field(default_factory=dict)  # slot -> [batch, tokens, 1] RMS of what it writes
     target: torch.Tensor | None = field(default=None, repr=False)  # what the layer aims at
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-026
-def first_states(model, batch: dict) -> list:
-    "What each decoder layer is called with; all hidden states are those of the embedding."
-    calls = []
-    with evaluating(model), recording(anatomy(model).layers, calls):
-        model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
-    return calls
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-028
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-024
 def working_dtype(model) -> torch.dtype:
     "float32, or float64 for a float64 model."
     return torch.promote_types(model.dtype, torch.float32)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-030
-def added_between(
-    before: torch.Tensor,  # what a layer received while the layers pass their input on
-    after: torch.Tensor,  # what the next layer received
-) -> torch.Tensor | None:  # None for nothing
-    "What a model adds to the stream between two layers."
-    same = before is after or torch.equal(before, after)
-    return None if same else (after - before).to(torch.promote_types(after.dtype, torch.float32))
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-026
 def open_streams(
     small: PreTrainedModel,
     dense: PreTrainedModel,
@@ -196,8 +159,8 @@ def open_streams(
     "The streams at the embedding."
     dtype, streams, samples = working_dtype(dense), [], -1
     float_ = lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
-    for batch in batches:
-        calls, pruned = first_states(dense, batch), first_states(small, batch)[0][0]
+    fronts = zip(first_states(dense, batches), first_states(small, batches))
+    for batch, (calls, ((pruned, _), *_)) in zip(batches, fronts):
         held = []
         for new in sample_groups(batch):
             samples += new
@@ -210,7 +173,7 @@ def open_streams(
         streams.append(Stream(float_(calls[0][0]), float_(pruned), kwargs, real, held, between))
     return streams
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-034
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-028
 def written(
     parts: Anatomy,
     layer: torch.nn.Module,
@@ -222,7 +185,7 @@ def written(
     y = layer.get_submodule(norm)(y) if norm else y
     return y * getattr(parts.text_config, parts.family.residual) if parts.family.residual else y
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-036
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-030
 SMALLEST = 0.05  # of the RMS of a norm's weights: smaller ones are not divided by
 
 
@@ -244,7 +207,7 @@ def sought(
         r, factor = r / w * length, 1 / length.clamp_min(1e-12)[..., 0]
     return r, factor
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032
 @torch.no_grad()
 def run_layer(
     parts: Anatomy,
@@ -278,7 +241,7 @@ def run_layer(
         )
     return inputs, outputs, after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-034
 @torch.no_grad()
 def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, call: dict) -> bool:
     "Whether attention and MLP read the same state (Phi) instead of one after the other."
@@ -301,27 +264,17 @@ def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, ca
             hook.remove()
     return read[parts.family.attention] is read[parts.family.mlp]
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-036
 @contextmanager
-def in_dtype(layer: torch.nn.Module, dtype: torch.dtype):
-    "The layer, or a copy of it in `dtype`, in evaluation mode."
-    fetch = getattr(layer, FETCH, None)  # of a layer on the meta device: its weights, by name
-    if fetch is not None:
-        layer = copy.deepcopy(layer)
-        layer.load_state_dict(fetch(), assign=True)
-    same = all(p.dtype == dtype for p in layer.parameters())
-    with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
-        yield layer
+def in_dtype(parts: Anatomy, i: int, dtype: torch.dtype):
+    "Layer `i`, or a copy of it in `dtype`, in evaluation mode."
+    with in_memory(parts, i):
+        layer = parts.layers[i]
+        same = all(p.dtype == dtype for p in layer.parameters())
+        with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
+            yield layer
 
-
-FETCH = "fetch_weights"  # attribute of a layer whose weights are in files
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
-def plus(state: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
-    "A state with what is added to it, if anything."
-    return state if more is None else state + more.to(state)
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-046
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
 def advance_dense(
     parts: Anatomy,  # of the dense model
     streams: list,
@@ -329,7 +282,7 @@ def advance_dense(
 ) -> None:
     "Run the dense stream through `layers`; note the middle of the first and the end of the last."
     for i in layers:
-        with in_dtype(parts.layers[i], working_dtype(parts.model)) as layer:
+        with in_dtype(parts, i, working_dtype(parts.model)) as layer:
             for s in streams:
                 s.dense = plus(s.dense, s.between[i])
                 lengths = s.lengths if i == layers[0] else None
@@ -338,7 +291,7 @@ def advance_dense(
                     s.middle = s.dense + next(iter(outputs.values()))
                 s.dense = after
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-048
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040
 def stage_moments(
     parts: Anatomy,  # of the pruned model
     i: int,  # layer of the dense model
@@ -368,14 +321,14 @@ def stage_moments(
         )
     return moments
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-050
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
 def stacked(modules: list) -> tuple:  # W₀ [hidden, channels], b₀ [hidden], float64; has a bias
     "The projections of one stage as a single one."
     biases = [m.bias.detach().double() for m in modules if m.bias is not None]
     weight = torch.cat([m.weight.detach().double() for m in modules], 1)
     return weight, sum(biases, torch.zeros_like(weight[:, 0])), bool(biases)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-052
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
 @torch.no_grad()
 def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> None:
     "Put a joint weight and bias into the projections."
@@ -386,7 +339,7 @@ def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> Non
     if biased:
         biased[-1].bias.copy_(offset - sum(m.bias.double() for m in biased[:-1]))
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-054
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-046
 def fit_stage(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -398,7 +351,7 @@ def fit_stage(
     "Refit the projections of one stage of layer `j`."
     names, earlier, targets = stage
     modules = [parts.layers[j].get_submodule(s.path) for s in parts.family.slots if s.name in names]
-    with in_dtype(parts.layers[j], working_dtype(parts.model)) as layer:
+    with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         moments = stage_moments(parts, i, layer, streams, names, earlier, targets)
     before, offset, bias = stacked(modules)
     weight, b, chosen, held = fit_projection(*moments, before, bias, ridge)
@@ -408,7 +361,7 @@ def fit_stage(
     row |= dict(ridge=chosen, before=relative_error(both, before, offset, bias))
     return row | dict(after=relative_error(both, weight, b, bias), held_out=held)
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-056
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-048
 def fit_layer(
     parts: Anatomy,  # of the pruned model
     j: int,  # its layer
@@ -422,20 +375,20 @@ def fit_layer(
     s = streams[0]
     names = [slot.name for slot in parts.family.slots if slot.axis == 1]
     middle, end = [s.middle for s in streams], [s.dense for s in streams]
-    with in_dtype(parts.layers[j], working_dtype(parts.model)) as layer:
+    with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         parallel = is_parallel(parts, layer, s.pruned, s.calls[i])
     stages = [(names[:1], [], middle), (names[1:], names[:1], end)]
     stages = [(names, [], end)] if parallel else stages
     rows = [fit_stage(parts, j, i, streams, stage, ridge) for stage in stages]
-    with in_dtype(parts.layers[j], working_dtype(parts.model)) as layer:
+    with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         for s in streams:
             s.pruned = run_layer(parts, i, layer, s.pruned, s.calls[i])[2]
     return rows
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-050
 SINK = 20  # times the median length of a state
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-052
 @torch.no_grad()
 def lost_sinks(streams: list) -> int:
     "Tokens whose state is very long in the dense model and less than half of it after pruning."
@@ -445,7 +398,7 @@ def lost_sinks(streams: list) -> int:
     )
     return int(((dense > SINK * dense.median()) & (pruned < dense / 2)).sum())
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-054
 def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
     "One warning for all layers in which sinks were lost."
     lost = {i: n for i, n in lost.items() if n}
@@ -458,17 +411,17 @@ def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
             stacklevel=3,
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-064
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-056
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
 KINDS = ("heads", "neurons")
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-066
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
 def mark_of(plan: PruningPlan, rows: list, ridge: float | None) -> dict:
     "What the config of a reconstructed model says; `rows` of the report."
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     return {"plan": digest, "tokens": rows[0]["tokens"], "ridge": ridge}
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-068
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
@@ -486,7 +439,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             f"plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-070
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     parts = anatomy(small)
@@ -512,7 +465,7 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
             "such as 0.1 (--ridge)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-072
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-064
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`
@@ -540,7 +493,7 @@ def reconstruct(
     setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-074
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-066
 def reconstruction_cost(
     dense: PreTrainedModel,  # on any device, meta included
     small: PreTrainedModel,  # its pruned form, likewise
@@ -560,5 +513,5 @@ def reconstruction_cost(
     work += sum(2 * tokens * k * (k + hidden) for k in widths)
     work += sum(solves * (k**3 / 3 + 2 * k**2 * hidden) for k in widths)
     k, layer = max(widths), 4 * (max(before) + max(after))
-    sums = 8 * (5 * k**2 + (5 + solves) * k * hidden)  # gram and cross, their parts, solutions
+    sums = 8 * (5 * k**2 + 7 * k * hidden)  # gram and cross, their parts, weight and solution
     return {"operations": work, "bytes": 12 * tokens * hidden + sums + layer}

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.streaming import SOURCE
 from .pruning_plan import PruningPlan
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-006
@@ -153,7 +154,9 @@ def apply_plan(
     shared = _shared_while_copying(parts, plan)
     if share_vision and parts.vision_tower:
         shared.append(parts.vision_tower)
-    return cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
+    small = cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
+    vars(small).pop(SOURCE, None)  # the files hold the weights of the original
+    return small
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-028
 @torch.no_grad()

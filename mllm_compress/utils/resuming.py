@@ -8,13 +8,15 @@ __all__ = []
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-002
 import hashlib
 import json
+import shutil
+import tempfile
 import time
 import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from mllm_compress.utils.files import replacing
+from mllm_compress.utils.files import replacing, write_atomically
 
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-004
 def _write(path: Path, key: str, done: int, totals: dict) -> None:
@@ -105,6 +107,28 @@ def batches_left(
             saved.save(k + 1, totals)
 
 # %% ../../nbs/library/utils/04_resuming.ipynb #cell-013
+def states_folder(path: Path) -> Path:
+    "The folder beside the file of the sums."
+    return path.with_name(f"{path.name}.states")
+
+
+@contextmanager
+def work_folder():
+    "A folder for what the rest of a pass needs; kept until the result is written, or temporary."
+    saved = _SAVED.get()
+    if saved is None:
+        with tempfile.TemporaryDirectory(prefix="mllm_compress-") as folder:
+            yield Path(folder)
+        return
+    folder = states_folder(saved.path)
+    mark = folder / "key"
+    if not mark.is_file() or mark.read_text() != saved.key:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(mark, saved.key)
+    yield folder
+
+# %% ../../nbs/library/utils/04_resuming.ipynb #cell-016
 def batches_hash(
     batches: list,  # of dicts of tensors
 ) -> str:  # 16 hexadecimal digits

@@ -13,13 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from mllm_compress.zoo.convert import (
@@ -38,6 +32,7 @@ from mllm_compress.zoo.gguf import (
     packaged_file,
 )
 from .tiny_models import tiny_model, tiny_processor
+from .weight_files import NotFromFiles, auto_classes, open_files
 
 _all_ = ["real_name"]
 
@@ -118,13 +113,6 @@ def _refuse_pickle(folder: Path, name: str = ""):
     )
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-018
-def auto_classes(config) -> tuple:  # (of the model, of the processor)
-    "The classes that load a checkpoint: multimodal, or a plain LM with a tokenizer."
-    if getattr(config, "vision_config", None) is not None:
-        return AutoModelForImageTextToText, AutoProcessor
-    return AutoModelForCausalLM, AutoTokenizer
-
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 def _load_folder(source, dtype, trust_remote_code):
     "A native checkpoint: multimodal with a processor, or a plain LM with a tokenizer."
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -134,7 +122,7 @@ def _load_folder(source, dtype, trust_remote_code):
     )
     return model, text.from_pretrained(source, trust_remote_code=trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 @contextmanager
 def named_failures(folder: Path):
     "Whatever goes wrong while a folder is loaded becomes one line that names it."
@@ -156,7 +144,7 @@ def named_failures(folder: Path):
             "processor and weights, or copy it again."
         ) from error
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-024
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-022
 def _check_size(folder: Path, trust_remote_code: bool) -> None:
     "ValueError where config.json describes a model far larger than the files, before it is made."
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -172,7 +160,7 @@ def _check_size(folder: Path, trust_remote_code: bool) -> None:
             f"the files hold {found:,}. Copy config.json again."
         )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-026
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-024
 def check_image_token(folder: Path, model, processor) -> None:
     "ValueError where model and processor mean different tokens by a picture."
     theirs = getattr(model.config, "image_token_id", None)
@@ -184,7 +172,7 @@ def check_image_token(folder: Path, model, processor) -> None:
             "copy both from the same checkpoint."
         )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-026
 def _load_checked(folder: Path, dtype, trust_remote_code):
     "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
     check_files(folder)
@@ -201,19 +189,19 @@ def load_processor(folder: Path):
         config = AutoConfig.from_pretrained(folder)
         return auto_classes(config)[1].from_pretrained(folder)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-028
 def _is_pruned(folder: Path) -> bool:
     "Whether a folder holds a pruned checkpoint that plain transformers cannot load."
     config = folder / "config.json"
     return config.is_file() and read_config(config).get("model_type") == "mllm_compress_pruned"
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-032
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-030
 def _load_pruned(folder: Path, dtype):
     "Model and processor of a pruned checkpoint."
     load = importlib.import_module("mllm_compress.checkpoint").load_pruned
     return load(folder, dtype=dtype)[:2]
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-034
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-032
 def _unknown(name):
     "The error for a name that is no model."
     known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
@@ -222,7 +210,7 @@ def _unknown(name):
         f"or the path of a folder:{known}"
     )
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-036
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-034
 def cast(
     model: torch.nn.Module,  # changed in place
     dtype: torch.dtype,  # of the weights
@@ -232,7 +220,7 @@ def cast(
         p.data = p.data.to(dtype)
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-039
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-037
 def _dtype(given) -> torch.dtype | None:
     "A dtype from its name, such as bfloat16 or torch.bfloat16; ValueError for another one."
     if isinstance(given, str) and given not in ("", "auto"):
@@ -242,7 +230,7 @@ def _dtype(given) -> torch.dtype | None:
         return found
     return given or None if not isinstance(given, str) else None
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-039
 def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     "Model and processor of a folder, whatever it holds."
     if _is_pruned(folder):
@@ -252,7 +240,7 @@ def _load_local(folder: Path, dtype, trust_remote_code, vision_tower, name=""):
     _refuse_pickle(folder, name)
     return _load_checked(folder, dtype, trust_remote_code)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-043
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-041
 def native_folder(
     name,  # as for load_model
 ) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
@@ -268,7 +256,7 @@ def native_folder(
         return None
     return None if _is_pruned(folder) or is_original_layout(folder) else folder
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-045
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-043
 def check_model(
     name,  # as for load_model
 ) -> None:
@@ -285,7 +273,7 @@ def check_model(
         _refuse_pickle(folder)
         check_files(folder)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-047
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-045
 def _load_packaged(name: str, dtype):
     "Model and tokenizer of a model that a package contains."
     if file := packaged_file(name):
@@ -307,7 +295,7 @@ def packaged_identity(
     file = packaged_file(name)
     return gguf_identity(file) if file else None
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-049
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-047
 def load_tokenizer(
     name: str,  # as for load_model
 ):
@@ -316,16 +304,19 @@ def load_tokenizer(
     found = load_processor(folder) if folder else load_model(name)[1]
     return getattr(found, "tokenizer", found)
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-051
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-049
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it
     dtype: torch.dtype | str | None = None,  # None keeps the checkpoint's
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
     vision_tower: str | None = None,  # folder of the tower, for releases that come without one
+    stream: bool = False,  # leave the weights in their files, for models larger than the memory
 ) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor; ValueError for an unknown name or pickled weights."
     name, dtype = str(name), _dtype(dtype)
+    if stream:
+        return _load_streamed(name, device, dtype)
     folder, family = Path(name).expanduser(), name.split("-")[-1]
     if name.startswith("smoke-") and name in MODELS:
         model, processor = tiny_model(family, layers=4), tiny_processor(family)
@@ -344,19 +335,56 @@ def load_model(
         model, processor = _from_hub(name, dtype, trust_remote_code, vision_tower)
     return cast(model, dtype or model.dtype).to(device).eval(), processor
 
-# %% ../../nbs/library/zoo/01_models.ipynb #cell-053
-def _from_hub(name, dtype, trust_remote_code, vision_tower):
-    "Fetch a checkpoint (never its pickles) and load it as a folder."
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-051
+def _fetched(name: str, trust_remote_code: bool) -> Path:
+    "The folder of a checkpoint of the hub, without its pickles."
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     ignored = ["*.bin"] if trust_remote_code else ["*.bin", "*.pt", "*.pth", "*.py"]
     try:
-        folder = Path(snapshot_download(name, ignore_patterns=ignored))
+        return Path(snapshot_download(name, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise OSError(
             f"{name} is no folder here, and could not be fetched from the hub "
             f"({type(error).__name__}). Without a network, copy the checkpoint to a folder and "
             f"pass its path.{_twin(name)}"
         ) from error
+
+
+def _from_hub(name, dtype, trust_remote_code, vision_tower):
+    "Fetch a checkpoint and load it as a folder."
+    folder = _fetched(name, trust_remote_code)
     return _load_local(folder, dtype, trust_remote_code, vision_tower, name)
+
+# %% ../../nbs/library/zoo/01_models.ipynb #cell-053
+def _streamable(name: str) -> Path:
+    "The folder of a checkpoint whose weights can be read one by one; ValueError for another one."
+    check_model(name)
+    hub = "/" in name and not Path(name).expanduser().is_dir()
+    folder = native_folder(_fetched(name, False) if hub else name)
+    if folder is not None:
+        return folder
+    given = Path(name).expanduser()
+    if (given / "config.json").is_file() and is_original_layout(given):
+        cure = "convert it first: mllm-compress convert FOLDER NEW"
+    elif _is_pruned(given):
+        cure = "its layers differ in width, so load it as a whole, without stream (--no-stream)"
+    else:
+        cure = "it has no files of its own, so load it as a whole, without stream (--no-stream)"
+    raise ValueError(f"{name} cannot be streamed from safetensors of native classes: {cure}.")
+
+
+def _load_streamed(name: str, device: str, dtype: torch.dtype | None) -> tuple:
+    "A model whose weights stay in their files, and its processor."
+    folder = _streamable(name)
+    processor = load_processor(folder)
+    try:
+        model = open_files(folder, device, dtype).model
+    except NotFromFiles as reason:
+        raise ValueError(
+            f"{name} cannot be streamed, because {reason}: load it as a whole, without stream "
+            "(--no-stream)."
+        ) from None
+    check_image_token(folder, model, processor)
+    return model, processor

@@ -1,0 +1,358 @@
+"""Models whose weights stay in files: the scores of a model in memory, in little memory."""
+
+import json
+import os
+import shutil
+import signal
+from collections import Counter
+
+import contract_cases as contract
+import pruning_cases as cases
+import pytest
+import torch
+import transformers
+from test_recipes import ask, here, shop  # noqa: F401  the fixtures
+from test_refit_files import Peak
+
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.anatomy.streaming import is_streamed
+from mllm_compress.cost.streaming import Prompts, streaming_cost
+from mllm_compress.importance import block_influence, load_scores, width_importance
+from mllm_compress.importance.criteria import CRITERIA, Criterion, measure
+from mllm_compress.importance.scores import model_record
+from mllm_compress.pruning import apply_plan, plan_widthwise
+from mllm_compress.pruning.allocation import obs_scores
+from mllm_compress.utils import resuming
+from mllm_compress.utils.resuming import states_folder
+from mllm_compress.zoo.convert import real_config
+from mllm_compress.zoo.models import load_model
+from mllm_compress.zoo.tiny_models import tiny_processor
+from mllm_compress.zoo.weight_files import FileModel, open_files
+
+transformers.utils.logging.disable_progress_bar()
+MODELS = {  # name -> (case, options)
+    "tiny-llava": ("tiny-llava", {}),
+    "tiny-bunny": ("tiny-bunny", {}),
+    "grouped queries": ("qwen2-3x2", {}),
+    "tied embedding": ("llama-4x1", {"tie_word_embeddings": True}),
+}
+OPTIONS = {"angular_distance": [{"n": 1}, {"n": 3}], "block_influence": [{}, {"mode": "reference"}]}
+OPTIONS |= {"gauss_newton": [{"of": "states", "draws": 2}, {"of": "labels"}, {"of": "sampled"}]}
+OPTIONS |= {"taylor": [{}, {"token_weights": "balanced"}, {"mode": "reference"}]}
+ROWS = [(*key, o) for key in CRITERIA for o in OPTIONS.get(key[1], [{}])]
+
+
+def calibration(model, count=3):
+    "Batches of two prompts, the second padded, whose last tokens are the answers."
+    found = []
+    for seed in range(count):
+        batch = cases.inputs(model, seed)
+        answers = torch.arange(batch["input_ids"].shape[1]) >= 21
+        found.append(batch | {"labels": batch["input_ids"].masked_fill(~answers, -100)})
+    return found
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    "The same checkpoint in memory and in its files."
+    name, options = MODELS[request.param]
+    folder = tmp_path_factory.mktemp("dense")
+    model = cases.build(name, torch.float32, **options)
+    model.save_pretrained(folder, max_shard_size="300KB")
+    dense = type(model).from_pretrained(folder, dtype=torch.float32).eval()
+    return dense, open_files(folder).model
+
+
+def values(scores) -> torch.Tensor:
+    "All numbers of some scores."
+    if hasattr(scores, "values"):
+        return scores.values
+    return torch.cat([*scores.heads.values(), *scores.neurons.values()])
+
+
+@pytest.mark.parametrize("prunes, method, options", ROWS, ids=lambda v: str(v))
+def test_the_scores_of_the_model_in_memory(pair, prunes, method, options):
+    dense, streamed = pair
+    batches = calibration(dense)
+    one, two = (measure(prunes, method, m, batches, **options) for m in pair)
+    losses = [s.meta.pop("loss", 0) for s in (one, two)]
+    if method.startswith("taylor"):  # sums over batches and blocks in another order
+        assert values(one).allclose(values(two), rtol=1e-4, atol=1e-7)
+    else:
+        assert torch.equal(values(one), values(two))
+    assert one.meta == two.meta and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert is_streamed(streamed) and all(p.is_meta for p in streamed.parameters())
+
+
+HALF = [("block_influence", 0), ("activation", 1e-6), ("gauss_newton", 0.02), ("taylor", 0.02)]
+
+
+@pytest.mark.parametrize("method, tolerance", HALF)
+def test_half_precision(tmp_path, method, tolerance):
+    model = cases.build("qwen2-3x2", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    dense = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    prunes = next(p for p, name in CRITERIA if name == method)
+    pair = (measure(prunes, method, m, calibration(m)) for m in (dense, open_files(tmp_path).model))
+    one, two = map(values, pair)
+    assert (one - two).abs().max() <= tolerance * one.abs().max()
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3", "phi3", "granite"])
+def test_families_that_add_or_scale_between_layers(name, tmp_path):
+    model = contract.build(name, torch.float32)
+    model.save_pretrained(tmp_path)
+    dense = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    batch = contract.inputs(name, dense)
+    ids = batch["input_ids"]
+    batch["labels"] = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - 4, -100)
+    for score in (block_influence, lambda m, b: width_importance(m, b, "gauss_newton")):
+        one, two = (values(score(m, [batch])) for m in (dense, open_files(tmp_path).model))
+        assert one.allclose(two, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_in_another_dtype(pair, tmp_path):
+    dense, streamed = pair
+    source = open_files(streamed.weights_source.folder, dtype=torch.float64)
+    two = block_influence(source.model, calibration(source.model))
+    one = block_influence(dense.double(), calibration(dense))
+    dense.float()
+    assert torch.equal(one.values, two.values)
+
+
+# What is read, and what is held
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    "How often each weight is read."
+    found, tensor = Counter(), FileModel.tensor
+
+    def counting(source, name):
+        found[name] += 1
+        return tensor(source, name)
+
+    monkeypatch.setattr(FileModel, "tensor", counting)
+    return found
+
+
+def test_each_weight_is_read_once_per_direction(pair, reads):
+    _, streamed = pair
+    parts = anatomy(streamed)
+    block_influence(streamed, calibration(streamed, 5))
+    forward = dict(reads)
+    assert set(forward.values()) == {1}
+    assert not any("lm_head" in name for name in forward)
+    reads.clear()
+    width_importance(streamed, calibration(streamed, 5), "gauss_newton")
+    layers = [n for n in reads if ".layers." in n and "vision" not in n]
+    assert len(layers) == sum(1 for _ in parts.layers.named_parameters())
+    assert {reads[n] for n in layers} == {2} and {reads[n] for n in set(reads) - set(layers)} == {1}
+
+
+def test_without_pictures_the_vision_tower_is_not_read(reads, tmp_path):
+    cases.build("tiny-llava", torch.float32).save_pretrained(tmp_path)
+    model = open_files(tmp_path).model
+    ids = torch.randint(5, 60, (2, 12))
+    block_influence(model, [{"input_ids": ids}])
+    assert reads and not any("vision_tower" in name for name in reads)
+
+
+def deep(folder, layers=30):
+    "A checkpoint most of whose weights are in its layers."
+    model = cases.build("llama-4x1", torch.float32, num_hidden_layers=layers, intermediate_size=800)
+    model.save_pretrained(folder)
+    return open_files(folder).model
+
+
+@pytest.mark.parametrize("method", ["activation", "gauss_newton", "taylor", "magnitude"])
+def test_one_layer_is_in_memory(tmp_path, method):
+    model = deep(tmp_path)
+    layer = sum(p.nbytes for p in anatomy(model).layers[0].parameters())
+    batches = [{"input_ids": torch.randint(3, 64, (1, 8))} for _ in range(2)]
+    with Peak() as memory:
+        width_importance(model, batches, method)
+    assert layer < memory.peak < 6 * layer < 0.3 * model.weights_source.nbytes
+
+
+def test_the_record_reads_a_few_numbers(pair, reads):
+    dense, streamed = pair
+    assert model_record(streamed) == model_record(dense) and not reads
+
+
+def test_cost_counts_the_bytes_that_are_read(pair, monkeypatch):
+    dense, streamed = pair
+    read, tensor = [0], FileModel.tensor
+
+    def counting(source, name):
+        found = tensor(source, name)
+        read[0] += found.nbytes
+        return found
+
+    monkeypatch.setattr(FileModel, "tensor", counting)
+    for method in ("block_influence", "gauss_newton", "taylor"):
+        read[0] = 0
+        prunes = next(p for p, name in CRITERIA if name == method)
+        measure(prunes, method, streamed, calibration(streamed, 2))
+        row = streaming_cost(streamed, method, Prompts(rows=2, batches=2))
+        assert row["read_gib"] * 2**30 == read[0]
+
+
+def test_cost_of_a_7b():
+    with torch.device("meta"):
+        config = real_config("LLaVA-v1.5-7B")
+        model = transformers.LlavaForConditionalGeneration._from_config(
+            config, dtype=torch.bfloat16
+        )
+    one, many = (
+        streaming_cost(model, "gauss_newton", Prompts(batches=n), rates=RATES) for n in (1, 32)
+    )
+    assert one["read_gib"] == many["read_gib"] and one["peak_gib"] < many["peak_gib"] < 8
+    assert 25 < one["read_gib"] < 26  # layers twice, the rest once
+    assert many["disk_gib"] == pytest.approx(32 * 640 * 4096 * 2 * 32 / 2**30)  # states per layer
+    assert many["seconds"] > 20 * one["tera_operations"] * 1e12 / RATES["model"]
+    with pytest.raises(ValueError, match="block_influence"):
+        streaming_cost(model, "scoring")
+
+
+RATES = {"model": 1e11, "float32": 5e10, "read": 1e9}
+
+
+# Bad input
+
+
+def test_a_criterion_that_needs_the_whole_model(pair, monkeypatch):
+    _, streamed = pair
+    with pytest.raises(ValueError, match="gauss_newton, which works layer by layer"):
+        obs_scores(streamed, calibration(streamed))
+    row = Criterion(lambda model, batches=None: 1 / 0, "widthwise", 1, None, "Another one.")
+    monkeypatch.setitem(CRITERIA, ("widthwise", "whole"), row)
+    with pytest.raises(ValueError, match="layer by layer: taylor, magnitude.*gauss_newton"):
+        width_importance(streamed, method="whole")
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    with pytest.raises(ValueError, match="no files of its own"):
+        load_model("smoke-llava", stream=True)
+    with pytest.raises(ValueError, match="Unknown model"):
+        load_model("tiny-lava", stream=True)
+    model = cases.build("llama-4x1", torch.float32)
+    model.save_pretrained(tmp_path / "lm")
+    tiny_processor("llava").tokenizer.save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm/model.safetensors").rename(tmp_path / "lm/kept")
+    (tmp_path / "lm/pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="pickled weights"):
+        load_model(tmp_path / "lm", stream=True)
+    (tmp_path / "lm/pytorch_model.bin").unlink()
+    (tmp_path / "lm/kept").rename(tmp_path / "lm/model.safetensors")
+    config = json.loads((tmp_path / "lm/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "lm/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized: load it as a whole"):
+        load_model(tmp_path / "lm", stream=True)
+
+
+def test_a_disk_too_small_for_the_states_is_found_first(pair, reads, monkeypatch):
+    _, streamed = pair
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="Give fewer samples"):
+        width_importance(streamed, calibration(streamed), "taylor")
+    assert not any(".layers." in n and "vision" not in n for n in reads)
+
+
+def test_a_copy_that_was_pruned_does_not_read_the_files_of_the_dense_model(pair):
+    dense, streamed = pair
+    scores = width_importance(streamed, method="magnitude")
+    plan = plan_widthwise(streamed, scores, ratio=0.2)
+    assert plan == plan_widthwise(dense, width_importance(dense, method="magnitude"), ratio=0.2)
+    assert not is_streamed(apply_plan(streamed, plan)) and is_streamed(streamed)
+
+
+# The commands
+
+TEXT = ("--data", "text.jsonl")
+
+
+@pytest.mark.parametrize("method", ["block_influence", "gauss_newton", "taylor", "magnitude"])
+def test_score_from_files(here, method):  # noqa: F811
+    for out, more in (("one", "--no-stream"), ("two", "--stream")):
+        assert ask("score", "lm", "-o", out, "--method", method, *TEXT, more)[0] == 0
+    one, two = load_scores("one"), load_scores("two")
+    assert torch.equal(values(one), values(two)) and one.meta == two.meta
+    assert sorted(p.name for p in here.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_model_larger_than_the_memory_is_streamed(here, monkeypatch):  # noqa: F811
+    from mllm_compress.importance import memory
+
+    read, tensor = [], FileModel.tensor
+    monkeypatch.setattr(FileModel, "tensor", lambda s, n: read.append(n) or tensor(s, n))
+    code, _, error = ask("score", "lm", "-o", "whole", *TEXT)
+    assert code == 0 and not read and "layer by layer" not in error
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    code, _, error = ask("score", "lm", "-o", "parts", *TEXT)
+    assert code == 0 and read and "are read layer by layer (--no-stream loads the model)" in error
+    assert torch.equal(load_scores("whole").values, load_scores("parts").values)
+
+
+@pytest.mark.parametrize("recipe", ["recommended", "paper"])
+def test_prune_from_files(here, recipe):  # noqa: F811
+    from safetensors.torch import load_file
+
+    for out, more in (("one", "--no-stream"), ("two", "--stream")):
+        options = ("--ratio", 0.3, "--recipe", recipe, *TEXT, more)
+        code, _, error = ask("prune", "lm", "-o", out, *options)
+        assert code == 0, error
+    one, two = (next((here / n).glob("*.safetensors")) for n in ("one", "two"))
+    assert one.name == two.name
+    both = [load_file(one), load_file(two)]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+
+
+@pytest.mark.parametrize("method", ["block_influence", "activation", "gauss_newton", "taylor"])
+def test_stopped_streaming_goes_on_to_the_same_bits(here, monkeypatch, method, reads):  # noqa: F811
+    args = ("score", "lm", "--method", method, *TEXT, "--stream")
+    assert ask(*args, "-o", "whole")[0] == 0
+    all_reads, write, done = sum(reads.values()), resuming._write, []
+    reads.clear()
+
+    def stop_at_the_second(path, key, count, totals):
+        write(path, key, count, totals)
+        done.append(count)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
+    monkeypatch.setattr(resuming, "_write", stop_at_the_second)
+    assert ask(*args, "-o", "parts")[0] == 130
+    sums = here / ".parts.scoring"
+    gradients = method in ("gauss_newton", "taylor")
+    assert sums.is_file() and states_folder(sums).is_dir() == gradients
+    first = sum(reads.values())
+    assert ask(*args, "-o", "parts")[0] == 0
+    front_and_end = 8  # embedding, norm and head, which are read again
+    assert sum(reads.values()) <= all_reads + front_and_end and first < all_reads
+    assert torch.equal(values(load_scores("whole")), values(load_scores("parts")))
+    assert not sums.exists() and not states_folder(sums).exists()
+
+
+def test_states_of_another_pass_are_not_used(here):  # noqa: F811
+    stale = states_folder(here / ".out.scoring")
+    stale.mkdir()
+    (stale / "key").write_text("another")
+    (stale / "0.safetensors").write_bytes(b"damaged")
+    args = ("--method", "gauss_newton", *TEXT, "--stream")
+    assert ask("score", "lm", "-o", "out", *args)[0] == 0
+    assert ask("score", "lm", "-o", "again", *args)[0] == 0
+    assert torch.equal(values(load_scores("out")), values(load_scores("again")))
+
+
+def test_cost_of_streaming(here):  # noqa: F811
+    code, out, error = ask("cost", "lm", "--stream", "--json")
+    assert code == 0, error
+    rows = {row["step"]: row for row in json.loads(out)["rows"]}
+    assert set(rows) == {"block_influence", "gauss_newton", "taylor", "prune", "reconstruct"}
+    size = sum(p.stat().st_size for p in (here / "lm").glob("*.safetensors")) / 2**30
+    assert 1.5 < rows["prune"]["read_gib"] / size < 2  # what is written is read for its checksum
+    assert all(row["seconds"] > 0 for row in rows.values())
