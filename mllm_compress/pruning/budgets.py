@@ -8,7 +8,8 @@ __all__ = []
 # %% ../../nbs/library/pruning/10_budgets.ipynb #cell-004
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -24,8 +25,16 @@ from mllm_compress.pruning.allocation import (
     kept_counts,
     removal_steps,
 )
-from mllm_compress.pruning.pruning_plan import PruningPlan, make_plan, removable, score_record
+from mllm_compress.pruning.pruning_plan import (
+    PruningPlan,
+    ascending,
+    make_plan,
+    removable,
+    score_record,
+)
+from mllm_compress.pruning.reconstruction import reconstruct
 from mllm_compress.pruning.sizes import layer_sizes, nearest_prefix, rounded_steps
+from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.utils.files import write_atomically
 from mllm_compress.utils.methods import check_choice
 
@@ -140,7 +149,13 @@ def pooled_rates(
 
 # %% ../../nbs/library/pruning/10_budgets.ipynb #cell-020
 def layer_queue(
-    scores: WidthScores, sizes: list, costs: UnitCosts, i: int, steps: dict, floor: dict, goes: bool
+    i: int,  # layer
+    goes: bool,  # it may go as a whole
+    scores: WidthScores,
+    sizes: list,  # of LayerSize
+    costs: UnitCosts,
+    steps: dict,  # see rounded_steps
+    floor: dict,  # units that stay
 ) -> tuple:  # steps (rate, layer, kind, kept, cost saved) in order; kind -> unit order
     "Every step of one layer with its pooled rate; the last one removes it, where it may go."
     values = {kind: checked_scores(scores, sizes, i, kind) for kind in FLOOR}
@@ -155,16 +170,18 @@ def layer_queue(
     return queue, orders
 
 
-def whole_queue(model, scores, costs: UnitCosts, steps: dict, floor: dict) -> tuple:
+def whole_queue(model, about: tuple, base: PruningPlan | None) -> tuple:
     "The steps of all layers, cheapest first, and the order of units of every layer."
-    sizes, parts = layer_sizes(model), anatomy(model)
-    about = (scores, sizes, costs)
-    first = [layer_queue(*about, i, steps, floor, True)[0] for i in range(len(sizes))]
-    last = sorted((q[-1][0], q[-1][1]) for q in first if q)  # when each layer would go
-    may_go = set(removable(parts, [i for _, i in last]))
+    kept, may_go = range(anatomy(model).num_layers), set()
+    if base is not None:
+        kept = base.layers
+    else:
+        first = [layer_queue(i, True, *about)[0] for i in kept]
+        last = sorted((q[-1][0], q[-1][1]) for q in first if q)  # when each layer would go
+        may_go = set(removable(anatomy(model), [i for _, i in last]))
     queues, orders = [], {}
-    for i in range(len(sizes)):
-        queue, orders[i] = layer_queue(*about, i, steps, floor, i in may_go)
+    for i in kept:
+        queue, orders[i] = layer_queue(i, i in may_go, *about)
         queues += queue
     return sorted(queues, key=lambda s: s[:2]), orders  # stable: steps of a layer stay in order
 
@@ -233,19 +250,76 @@ def plan_budget(
     costs: UnitCosts | None = None,  # latency: the table of a device
     round_to: int = 1,  # neurons and attention channels stay multiples of this
     floor: dict | None = None,  # units that stay in each layer, {"heads": 1, "neurons": 8}
+    base: PruningPlan | None = None,  # a layerwise plan to continue from, by width alone
 ) -> PruningPlan:  # blockwise; whole layers go where their overhead makes them the cheapest
     "Remove what has the lowest saliency per cost until a budget is met."
     name, share = check_budget_request(budget)
     costs, parts = costs_of_budget(model, name, costs), anatomy(model)
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    queue, orders = whole_queue(model, scores, costs, steps, check_floor(floor))
-    dense = costs.total(make_plan(model))
+    about = (scores, layer_sizes(model), costs, steps, check_floor(floor))
+    queue, orders = whole_queue(model, about, base)
+    dense, start = costs.total(make_plan(model)), costs.total(base or make_plan(model))
     saved = torch.tensor([s[-1] for s in queue], dtype=torch.float64)
-    check_meets(name, share, 1 - float(saved.sum()) / dense)
-    taken = queue[: nearest_prefix(saved, (1 - share) * dense)]
+    check_meets(name, share, (start - float(saved.sum())) / dense)
+    taken = queue[: nearest_prefix(saved, start - share * dense)]
     layers, heads, neurons = kept_after(taken, orders)
     fields = dict(round_to=round_to, allocation="global", scores=score_record(scores))
     fields |= dict(budget={name: share}, costs=asdict(costs))
     plan = make_plan(model, layers, heads, neurons, **fields)
     plan.meta["achieved_budget"] = {name: costs.total(plan) / dense}
     return plan
+
+# %% ../../nbs/library/pruning/10_budgets.ipynb #cell-032
+TRIED = 8  # depths, at most, besides the plan of one ranking
+
+
+def depth_plans(
+    model: PreTrainedModel,
+    scores: WidthScores,
+    budget: dict,
+    costs: UnitCosts,
+    layer_scores,  # LayerScores of single layers
+    **options,  # round_to, floor: see plan_budget
+) -> list:  # of plans that meet the budget, shallow ones first
+    "Plans of one budget that differ in how many whole layers go."
+    parts, share = anatomy(model), check_budget_request(budget)[1]
+    order = removable(parts, ascending(layer_scores.values, "layer scores"))
+    found, dense = [], costs.total(make_plan(model))
+    for n in range(0, len(order) + 1, max(1, parts.num_layers // TRIED)):
+        base = make_plan(model, layers=set(range(parts.num_layers)) - set(order[:n]))
+        try:
+            found.append(plan_budget(model, scores, budget, costs, base=base, **options))
+        except ValueError:  # too few layers go
+            continue
+        if costs.total(base) <= share * dense:
+            break
+    return found
+
+# %% ../../nbs/library/pruning/10_budgets.ipynb #cell-034
+def refit_error(
+    model: PreTrainedModel, plan: PruningPlan, batches: list, ridge: float | None
+) -> float:
+    "Relative squared error after the last refitted layer, on held-out samples if there are any."
+    small = apply_plan(model, plan)
+    report = reconstruct(small, model, batches, plan, ridge, return_report=True, inplace=True)[1]
+    last = report.iloc[-1]
+    return float(last.after if isnan(last.held_out) else last.held_out)
+
+
+def nearest_plan(
+    model: PreTrainedModel,
+    plans: list,  # of PruningPlan
+    batches: list,  # calibration batches; a quarter of them serves for the choice
+    ridge: float | None = None,  # of the refit
+) -> PruningPlan:  # the errors of all are in its meta
+    "The plan with the smallest error after a refit."
+    some = batches[: max(1, len(batches) // 4)]
+    errors = [refit_error(model, plan, some, ridge) for plan in plans]
+    best = plans[errors.index(min(errors))]
+    tried = [{"layers": len(p.layers), "error": round(e, 5)} for p, e in zip(plans, errors)]
+    return replace(best, meta=best.meta | {"depths": tried})
+
+
+def overhead_share(model: PreTrainedModel, costs: UnitCosts) -> float:
+    "The part of the dense model's cost that layers have whatever their width."
+    return sum(costs.layers) / costs.total(make_plan(model))
