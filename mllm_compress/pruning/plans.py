@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy, lm_parameters
 from ..importance.scores import LayerScores, WidthScores, check_record, model_record
 from .allocation import plan_global
+from .budgets import UnitCosts, plan_budget
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
@@ -231,10 +232,11 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
     return layers
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
-def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
+def _check_width_request(amounts: tuple, ranges: list) -> None:
     "ValueError unless one amount is given, and layer ranges only with a channel ratio."
-    if (ratio is None) == (channel_ratio is None):
-        raise ValueError("give either ratio or channel_ratio.")
+    ratio = amounts[0]
+    if sum(amount is not None for amount in amounts) != 1:
+        raise ValueError("give one of ratio, channel_ratio and budget.")
     if ratio is not None and ranges != [None, None]:
         raise ValueError(
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
@@ -270,7 +272,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
         raise ValueError(
-            f"allocation={allocation!r} needs a ratio and the blockwise shape, without "
+            f"allocation={allocation!r} needs a ratio or a budget and the blockwise shape, without "
             "channel_ratio or protect: each layer keeps what its units are worth."
         )
     wanted = ("obs",) if allocation == "obs" else ("gauss_newton", "obs")
@@ -293,17 +295,23 @@ def plan_widthwise(
     mlp_layers=None,  # with channel_ratio: layers that lose neurons; None: all unprotected
     base: PruningPlan | None = None,  # a layerwise plan to continue from
     allocation: str = "layer",  # the same share in every layer; or "global", "obs": see ALLOCATIONS
+    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see BUDGETS
+    costs: UnitCosts | None = None,  # of a latency budget: the table of a device
 ) -> PruningPlan:
     "Remove heads and neurons, by a parameter budget or by the original's channel ratio."
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
-    _check_width_request(ratio, channel_ratio, ranges)
+    _check_width_request((ratio, channel_ratio, budget), ranges)
     other = "use plan_layerwise, or score heads and neurons (method taylor)."
     _check_scores(scores, WidthScores, other, model)
     check_choice("allocation", allocation, ALLOCATIONS)
     if allocation != "layer":
         options = shape != "blockwise" or channel_ratio is not None or protect is not None
         _check_allocation(allocation, scores, options)
+        if budget is not None:
+            return plan_budget(model, scores, budget, costs, round_to=round_to, base=base)
         return plan_global(model, scores, ratio, round_to=round_to, base=base)
+    if budget is not None:
+        raise ValueError("a budget ranks the units of all layers: use allocation='global'.")
     parts, sizes = anatomy(model), layer_sizes(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
     free = _unprotected(kept, protect, shape)
