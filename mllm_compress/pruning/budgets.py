@@ -9,7 +9,6 @@ __all__ = []
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
-from math import isnan
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
+from mllm_compress.importance.gauss_newton import answer_labels, answer_states
 from mllm_compress.importance.scores import WidthScores
 from mllm_compress.pruning.allocation import (
     FLOOR,
@@ -296,25 +296,39 @@ def depth_plans(
     return found
 
 # %% ../../nbs/library/pruning/10_budgets.ipynb #cell-034
+@torch.no_grad()
+def state_distance(
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    batches: list,
+) -> float:
+    "Squared distance of the final states at answer positions, relative to their squared length."
+    parts, total, scale = (anatomy(small), anatomy(dense)), 0.0, 0.0
+    for batch, labels in zip(batches, answer_labels(dense, batches)[0]):
+        ours, theirs = (answer_states(p, batch, labels)[0].double() for p in parts)
+        total += (ours - theirs).square().sum().item()
+        scale += theirs.square().sum().item()
+    return total / scale
+
+
 def refit_error(
     model: PreTrainedModel, plan: PruningPlan, batches: list, ridge: float | None
 ) -> float:
-    "Relative squared error after the last refitted layer, on held-out samples if there are any."
-    small = apply_plan(model, plan)
-    report = reconstruct(small, model, batches, plan, ridge, return_report=True, inplace=True)[1]
-    last = report.iloc[-1]
-    return float(last.after if isnan(last.held_out) else last.held_out)
+    "How far the refitted model is from the dense one, on batches that the fit has not seen."
+    held = max(1, len(batches) // 4)
+    small, fit = apply_plan(model, plan), batches[:-held] or batches
+    small = reconstruct(small, model, fit, plan, ridge, inplace=True)
+    return state_distance(small, model, batches[-held:])
 
 
 def nearest_plan(
     model: PreTrainedModel,
     plans: list,  # of PruningPlan
-    batches: list,  # calibration batches; a quarter of them serves for the choice
+    batches: list,  # calibration batches
     ridge: float | None = None,  # of the refit
 ) -> PruningPlan:  # the errors of all are in its meta
     "The plan with the smallest error after a refit."
-    some = batches[: max(1, len(batches) // 4)]
-    errors = [refit_error(model, plan, some, ridge) for plan in plans]
+    errors = [refit_error(model, plan, batches, ridge) for plan in plans]
     best = plans[errors.index(min(errors))]
     tried = [{"layers": len(p.layers), "error": round(e, 5)} for p, e in zip(plans, errors)]
     return replace(best, meta=best.meta | {"depths": tried})
