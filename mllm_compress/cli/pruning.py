@@ -76,16 +76,49 @@ def parse_round(
         raise ValueError(f"--round-to {text!r} cannot be used: give a number from 1, or auto.")
     return int(text)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-009
-def check_request(ratio, layers: str, plan: Path | None, scores: list) -> None:
-    "ValueError where the options do not say what to remove, or say it twice."
-    given = [n for n, v in (("--layers", layers), ("--plan", plan)) if v]
-    if len(given) > 1 or given and (ratio is not None or scores):
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-008
+def parse_budget(
+    text: str,  # such as latency=0.6; empty: none
+) -> tuple | None:  # (name, share)
+    "Name and share of a budget; ValueError for anything else."
+    from mllm_compress.pruning.budgets import BUDGETS, check_budget_request
+
+    if not text:
+        return None
+    name, _, share = text.partition("=")
+    if not re.fullmatch(r"\d*\.?\d+", share):
         raise ValueError(
-            "give one of --ratio (with or without --scores), --layers and --plan, not several."
+            f"--budget {text!r} cannot be read: write one of {', '.join(BUDGETS)} with the share "
+            "that may stay, such as latency=0.6."
+        )
+    return check_budget_request({name: float(share)})
+
+
+def parse_costs(path: Path | None, budget: str):  # UnitCosts, or None
+    "The table of --costs; ValueError where it has no effect."
+    from mllm_compress.pruning.budgets import load_costs
+
+    if path is None:
+        return None
+    if not budget.startswith("latency="):
+        raise ValueError("--costs is a table of seconds: give --budget latency=0.6 with it.")
+    return load_costs(path)
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-012
+def check_request(ratio, budget: str, layers: str, plan: Path | None, scores: list) -> None:
+    "ValueError where the options do not say what to remove, or say it twice."
+    given = [n for n, v in (("--layers", layers), ("--plan", plan), ("--budget", budget)) if v]
+    amount = ratio is not None or scores and given != ["--budget"]
+    if len(given) > 1 or given and amount:
+        raise ValueError(
+            "give one of --ratio (with or without --scores), --budget, --layers and --plan, not "
+            "several."
         )
     if not given and ratio is None:
-        raise ValueError("say what to remove: --ratio 0.3, --layers 3,5-7, or --plan plan.json.")
+        raise ValueError(
+            "say what to remove: --ratio 0.3, --budget latency=0.6, --layers 3,5-7, or --plan "
+            "plan.json."
+        )
     if ratio is not None:
         from mllm_compress.pruning.sizes import check_ratio
 
@@ -109,9 +142,10 @@ def stored_plan(model, record: dict, given: dict):
     found = [load_scores(folder) for folder in given["scores"]]
     for scores in found:
         check_record(scores, record)
-    return one_step.plan_from_scores(model, found, given["ratio"], **given["shape"])
+    about = given["shape"] | budget_options(model, given)
+    return one_step.plan_from_scores(model, found, given["ratio"], **about)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-011
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-014
 def recipe_of(o: dict):
     "The recipe that the options name; a ValueError where it would have no effect."
     from mllm_compress.pruning.one_step import Recipe, choose_recipe
@@ -135,7 +169,52 @@ def check_knobs(o: dict, recipe) -> None:
     if not 0 <= o["ridge"] < float("inf"):
         raise ValueError(f"--ridge is {o['ridge']}: give a number from 0, such as 0.1.")
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-013
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
+def check_budget_recipe(o: dict, recipe) -> None:
+    "ValueError for options that a budget does not go with."
+    from mllm_compress.pruning.one_step import COMPARABLE
+
+    other = next((n for n in ("protect", "layer_share") if o[n] not in ("", None)), None)
+    if other:
+        raise ValueError(
+            f"--{other.replace('_', '-')} goes with --ratio: a budget decides itself which layers "
+            "are thinned and which go."
+        )
+    stored = recipe.method == "stored"
+    if not stored and (recipe.allocation == "layer" or recipe.method not in COMPARABLE["global"]):
+        raise ValueError(
+            "--budget ranks the units of all layers: leave --recipe, --shape and --method out, or "
+            "use --allocation global or obs."
+        )
+
+
+def budget_options(model, given: dict, processor=None, batches=None) -> dict:
+    "What a plan for a budget takes besides scores; a device without a table is timed."
+    if given["budget"] is None:
+        return {}
+    (name, share), costs = given["budget"], given["costs"]
+    if name == "latency" and costs is None:
+        costs = timed_units(model, processor)
+    fit = dict(batches=batches, ridge=given["ridge"]) if given["recipe"].reconstruct else {}
+    return dict(budget={name: share}, costs=costs, **fit)
+
+
+def timed_units(model, processor):
+    "The table of costs of the device that a model is on, with a note of what was found."
+    from mllm_compress.cost.arithmetic import example_inputs
+    from mllm_compress.cost.report import prompt_tokens
+    from mllm_compress.cost.unit_costs import unit_seconds
+
+    text = prompt_tokens(processor) if processor else 64
+    costs = unit_seconds(model, example_inputs(model, text))
+    share = sum(costs.layers) / costs.meta["dense"]
+    note(
+        f"a token takes {1e3 * costs.meta['dense']:.2f} ms here, {share:.0%} of it overhead of "
+        f"layers (off by up to {costs.meta['error']:.0%})."
+    )
+    return costs
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-018
 def open_source(model: str):
     "A FileModel, or None where the model must be loaded."
     from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
@@ -157,7 +236,7 @@ def input_bytes(model: str) -> int:
     "Bytes of the weights of a local checkpoint, 0 where it is not local."
     return sum(p.stat().st_size for p in Path(model).glob("*.safetensors"))
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-020
 def base_facts(model: str) -> dict:
     "Name and licence of the model that was pruned, where they are known."
     from huggingface_hub import ModelCard
@@ -202,7 +281,7 @@ def prune_step(model: str, plan, device: str, **facts) -> dict:
         "prune", device, **base_facts(model), plan=repr(plan), **ratios, scores=scores, **facts
     )
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-017
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-022
 REFIT_QUESTIONS = 512
 
 
@@ -223,19 +302,21 @@ def calibrated(processor, given: dict, device: str) -> tuple:  # (batches, recor
     batches = calibration(data, *settings, usual)
     return batches, {"name": data.name, "samples": sum(len(b["input_ids"]) for b in batches)}
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-019
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-024
 def compute_plan(model: str, given: dict, device: str) -> tuple:
     "Load the model and make the plan: (model, processor, plan, batches, their record)."
     from mllm_compress.importance.scores import model_record
-    from mllm_compress.pruning.one_step import plan_from_scores, scores_for
+    from mllm_compress.pruning.one_step import layers_for_budget, plan_from_scores, scores_for
 
     loaded, processor, _ = load(model, device)
     plan = stored_plan(loaded, model_record(loaded), given)
     batches, record = calibrated(processor, given, device)
     if plan is None:
-        layers = given["layer_method"]
+        about, layers = budget_options(loaded, given, processor, batches), given["layer_method"]
+        if about:
+            layers = layers_for_budget(loaded, about["budget"], about["costs"])
         scores = scores_for(given["recipe"], loaded, batches, given["seed"], layers)
-        plan = plan_from_scores(loaded, scores, given["ratio"], **given["shape"])
+        plan = plan_from_scores(loaded, scores, given["ratio"], **given["shape"] | about)
     return loaded, processor, plan, batches, record
 
 
@@ -249,7 +330,7 @@ def whole_plan(model: str, plan):
         return plan
     return compose_plans(PruningPlan.load(Path(model) / PLAN), plan)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-021
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-026
 def cut(loaded, plan, batches, given: dict) -> tuple:  # (model, facts for the provenance)
     "The pruned model, refitted or not."
     from mllm_compress.pruning.one_step import refitted
@@ -260,7 +341,7 @@ def cut(loaded, plan, batches, given: dict) -> tuple:  # (model, facts for the p
         small, facts["reconstruction"] = refitted(small, loaded, batches, plan, given["ridge"])
     return small, facts
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-023
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-028
 def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str):
     "Plan, cut and save; returns the whole plan and what was done."
     from transformers.utils import logging
@@ -271,7 +352,9 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
 
     logging.disable_progress_bar()
     refit, record = given["recipe"].reconstruct, None
-    source = open_source(model) if given["stored"] or not refit else None
+    timed = given["budget"] and given["budget"][0] == "latency" and not given["costs"]
+    from_files = (given["stored"] or not refit) and not timed  # a clock needs weights
+    source = open_source(model) if from_files else None
     if source is not None and given["stored"]:
         plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
         processor, loaded = load_processor(source.folder), None
@@ -293,7 +376,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     save_or_rescue(lambda to: save_cut(source, small, plan, whole, to, refit, records), out)
     return whole, facts
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-025
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-030
 def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: dict):
     "Write the pruned model, from memory or from the files of the dense one."
     from mllm_compress import checkpoint
@@ -307,9 +390,21 @@ def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: d
         source, plan, batches, folder, stored=whole, ridge=ridge, **records
     )
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-027
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-032
 Ratio = Annotated[
     float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget", help="Instead of a ratio, the share that may stay, such as latency=0.6. BUDGETS"
+    ),
+]
+Costs = Annotated[
+    Path | None,
+    typer.Option(
+        "--costs", help="With --budget latency: a table that `cost --units` wrote, of any device."
+    ),
 ]
 Scores = Annotated[
     list[Path],
@@ -342,7 +437,7 @@ LayerMethod = Annotated[
     str, typer.Option("--layer-method", help="With --layer-share: the criterion for layers.")
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-029
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-034
 def _recipes() -> str:
     "Help of --recipe."
     from mllm_compress.pruning.one_step import RECIPES
@@ -357,7 +452,14 @@ def _allocations() -> str:
     return "Widthwise. " + " ".join(f"{name}: {what}." for name, what in ALLOCATIONS.items())
 
 
-TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations}
+def _budgets() -> str:
+    "Help of --budget."
+    from mllm_compress.pruning.budgets import BUDGETS
+
+    return " ".join(f"{name}: {what}." for name, what in BUDGETS.items())
+
+
+TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations, "BUDGETS": _budgets}
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="RECIPES")]
 Scoring = Annotated[str | None, typer.Option("--method", help="METHODS")]
 Allocation = Annotated[str | None, typer.Option(help="ALLOCATIONS")]
@@ -372,12 +474,14 @@ Ridge = Annotated[
     typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-031
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-036
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
     out: Out,
     ratio: Ratio = None,
+    budget: Budget = "",
+    costs: Costs = None,
     scores: Scores = [],
     recipe: RecipeName = None,
     method: Scoring = None,
@@ -408,7 +512,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-033
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-038
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint
@@ -423,10 +527,11 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     whole, done = run_pruning(model, out, given, overwrite, resolve_device(device))
     facts = {"out": str(out), "achieved_ratio": whole.achieved_ratio, "plan": repr(whole)}
     facts |= {"requested_ratio": o["ratio"], "layers": len(whole.layers)} | done
+    facts |= {k: whole.meta[k] for k in ("budget", "achieved_budget", "costs") if k in whole.meta}
     said = f"{done['recipe']}\n" if "recipe" in done else ""
     emit(f"{said}{whole}\nwritten to {out}", json.loads(json.dumps(facts)), as_json)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-035
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-040
 def check_options(o: dict) -> dict:
     "The options of `prune` as the work needs them; ValueError for what cannot be."
     from mllm_compress.importance.criteria import criterion
@@ -434,13 +539,16 @@ def check_options(o: dict) -> dict:
 
     at_least(1, samples=o["samples"], scenes=o["scenes"], max_length=o["max_length"])
     at_least(0, seed=o["seed"])
-    check_request(o["ratio"], o["layers"], o["plan"], o["scores"])
+    check_request(o["ratio"], o["budget"], o["layers"], o["plan"], o["scores"])
     if o["shape"] is not None:
         check_choice("shape", o["shape"], ("uniform", "blockwise"))
     stored = bool(o["plan"] or o["layers"] or o["scores"])
     recipe = recipe_of(o)
     check_knobs(o, recipe)
     shape = dict(round_to=parse_round(o["round_to"]), protect=parse_protect(o["protect"]))
+    budget, costs = parse_budget(o["budget"]), parse_costs(o["costs"], o["budget"])
+    if budget:
+        check_budget_recipe(o, recipe)
     share = o["layer_share"]
     shape |= dict(layer_share=0.5 if share is None else share, allocation=recipe.allocation)
     layer_method = None if share is None or stored else o["layer_method"]
@@ -450,4 +558,5 @@ def check_options(o: dict) -> dict:
     calibration = dict(data=data, samples=o["samples"], max_length=o["max_length"])
     given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed", "ridge")}
     given |= dict(stored=stored, recipe=recipe, layer_method=layer_method, calibration=calibration)
+    given |= dict(budget=budget, costs=costs)
     return given | {"shape": shape | {"shape": recipe.shape}}
