@@ -16,10 +16,13 @@ from mllm_compress.cli.app import (
     AsJson,
     Device,
     Model,
+    Overwrite,
     app,
     check_models,
+    check_output_file,
     emit,
     load,
+    note,
     politely,
     resolve_device,
 )
@@ -92,7 +95,23 @@ def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
     rows = json.loads(frame.to_json(orient="records"))
     return f"{model}, bfloat16, one picture and 64 words\n{text}", {"ratio": ratio, "rows": rows}
 
+# %% ../../nbs/library/cli/02_look.ipynb #cell-012
+def timed_units(model, processor):
+    "The table of costs of the device that a model is on, with a note of what was found."
+    from mllm_compress.cost.arithmetic import example_inputs
+    from mllm_compress.cost.report import prompt_tokens
+    from mllm_compress.cost.unit_costs import unit_seconds
 
+    text = prompt_tokens(processor) if processor else 64
+    costs = unit_seconds(model, example_inputs(model, text))
+    share = sum(costs.layers) / costs.meta["dense"]
+    note(
+        f"a token takes {1e3 * costs.meta['dense']:.2f} ms here, {share:.0%} of it overhead of "
+        f"layers (off by up to {costs.meta['error']:.0%})."
+    )
+    return costs
+
+# %% ../../nbs/library/cli/02_look.ipynb #cell-014
 @app.command()
 def cost(
     model: Model,
@@ -101,7 +120,12 @@ def cost(
         float | None,
         typer.Option(help="Show what pruning by this ratio would save; needs no weights."),
     ] = None,
+    units: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write: seconds per head, neuron and layer, for a budget."),
+    ] = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
     "Parameters, operations, bytes and seconds of a model; with --ratio by its config alone."
@@ -109,18 +133,22 @@ def cost(
         from mllm_compress.cost.report import cost_report
 
         if ratio is not None:
-            if latency:
-                raise ValueError("--latency needs weights: leave it out, or leave out --ratio.")
+            if latency or units:
+                what = "--latency" if latency else "--units"
+                raise ValueError(f"{what} needs weights: leave it out, or leave out --ratio.")
             text, facts = _cost_by_ratio(model, ratio)
             emit(text, {"model": model, **facts}, as_json)
             return
+        check_output_file(units, overwrite)
         check_models(model)
         loaded, processor, _ = load(model, resolve_device(device))
         report = cost_report(loaded, processor, latency=latency)
+        if units is not None:
+            timed_units(loaded, processor).save(units)
         rows = report.to_frame().to_dict("records")
         emit(str(report), {"title": report.title, **report.setting, "rows": rows}, as_json)
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-012
+# %% ../../nbs/library/cli/02_look.ipynb #cell-016
 def _about_checkpoint(folder: Path) -> tuple:  # (text, facts)
     "What made a pruned checkpoint."
     from mllm_compress.checkpoint.integrity import PLAN, verify
@@ -147,7 +175,7 @@ def _about_scores(folder: Path) -> tuple:  # (text, facts)
     lines = [f"{folder}: {scores}", *(f"  {k:<14}{v}" for k, v in scores.meta.items())]
     return "\n".join(lines), {"folder": str(folder), "kind": scores.kind, "meta": scores.meta}
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-014
+# %% ../../nbs/library/cli/02_look.ipynb #cell-018
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="That `score`, `prune` or `recover` wrote.")],
@@ -170,7 +198,7 @@ def show(
             )
         emit(text, facts, as_json)
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-016
+# %% ../../nbs/library/cli/02_look.ipynb #cell-020
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="That `prune` or `recover` wrote.")],

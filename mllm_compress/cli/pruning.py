@@ -38,6 +38,7 @@ from mllm_compress.cli.app import (
     resolve_device,
     training_data,
 )
+from .look import timed_units
 from .prepare import Pruning, Samples, calibration, needs_no_data
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-004
@@ -155,7 +156,8 @@ def recipe_of(o: dict):
     for name in (n for n in idle if stored and o[n] is not None):
         raise ValueError(f"{stored} says what goes, so --{name} has no effect: leave it out.")
     if stored:
-        return Recipe("stored", o["allocation"] or "layer", o["shape"], bool(o["reconstruct"]))
+        usual = "global" if o["budget"] else "layer"
+        return Recipe("stored", o["allocation"] or usual, o["shape"], bool(o["reconstruct"]))
     names = ("method", "pruning", "allocation", "shape", "reconstruct")
     return choose_recipe(o["recipe"], **{n: None if o[n] == "" else o[n] for n in names})
 
@@ -197,22 +199,6 @@ def budget_options(model, given: dict, processor=None, batches=None) -> dict:
         costs = timed_units(model, processor)
     fit = dict(batches=batches, ridge=given["ridge"]) if given["recipe"].reconstruct else {}
     return dict(budget={name: share}, costs=costs, **fit)
-
-
-def timed_units(model, processor):
-    "The table of costs of the device that a model is on, with a note of what was found."
-    from mllm_compress.cost.arithmetic import example_inputs
-    from mllm_compress.cost.report import prompt_tokens
-    from mllm_compress.cost.unit_costs import unit_seconds
-
-    text = prompt_tokens(processor) if processor else 64
-    costs = unit_seconds(model, example_inputs(model, text))
-    share = sum(costs.layers) / costs.meta["dense"]
-    note(
-        f"a token takes {1e3 * costs.meta['dense']:.2f} ms here, {share:.0%} of it overhead of "
-        f"layers (off by up to {costs.meta['error']:.0%})."
-    )
-    return costs
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-018
 def open_source(model: str):
@@ -391,9 +377,6 @@ def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: d
     )
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-032
-Ratio = Annotated[
-    float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
-]
 Budget = Annotated[
     str,
     typer.Option(
@@ -405,6 +388,11 @@ Costs = Annotated[
     typer.Option(
         "--costs", help="With --budget latency: a table that `cost --units` wrote, of any device."
     ),
+]
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-034
+Ratio = Annotated[
+    float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
 ]
 Scores = Annotated[
     list[Path],
@@ -437,7 +425,7 @@ LayerMethod = Annotated[
     str, typer.Option("--layer-method", help="With --layer-share: the criterion for layers.")
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-034
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-036
 def _recipes() -> str:
     "Help of --recipe."
     from mllm_compress.pruning.one_step import RECIPES
@@ -474,7 +462,7 @@ Ridge = Annotated[
     typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-036
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-038
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
@@ -512,7 +500,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-038
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-040
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint
@@ -531,7 +519,7 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     said = f"{done['recipe']}\n" if "recipe" in done else ""
     emit(f"{said}{whole}\nwritten to {out}", json.loads(json.dumps(facts)), as_json)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-040
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-042
 def check_options(o: dict) -> dict:
     "The options of `prune` as the work needs them; ValueError for what cannot be."
     from mllm_compress.importance.criteria import criterion

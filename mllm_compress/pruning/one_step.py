@@ -289,7 +289,8 @@ def prune(
         chosen = choose_recipe(recipe, **named)
         scores = scores_for(chosen, model, batches, seed, layer_method)
     else:
-        chosen = Recipe("stored", allocation or "layer", named["shape"], bool(reconstruct))
+        usual = "layer" if budget is None else "global"
+        chosen = Recipe("stored", allocation or usual, named["shape"], bool(reconstruct))
     about = dict(shape=chosen.shape, allocation=chosen.allocation)
     if budget is not None:
         fit = dict(batches=batches, ridge=ridge) if chosen.reconstruct else {}
