@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/study/10_rounding.ipynb #cell-004
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -110,3 +111,19 @@ def stored_bytes(
         return others + HALF * inside
     row = QUANTIZERS[how]
     return others + sum(o * w * row.bits // 8 + 4 * row.scales(o, w) for o, w in shapes)
+
+# %% ../../nbs/library/study/10_rounding.ipynb #cell-017
+def ratio_within(
+    model: PreTrainedModel,  # dense, on any device
+    how: str,  # how what is left is rounded
+    limit: float,  # bytes
+    step: float = 0.0,  # fraction of LM parameters; ratios are multiples of it
+) -> float:  # of LM-decoder parameters; 0 where the dense model fits
+    "The smallest ratio at which a pruned and rounded model has at most so many bytes."
+    total, inside = lm_parameters(model), sum(m.weight.numel() for m in matrices(model))
+    others = HALF * (total - inside)
+    per_weight = (stored_bytes(model, how) - others) / inside
+    ratio = max(0.0, (inside - (limit - others) / per_weight) / total)
+    if step and ratio:
+        ratio = step * math.ceil(ratio / step - 1e-6)
+    return math.ceil(1000 * ratio - 1e-6) / 1000 if not step else round(ratio, 4)
