@@ -273,6 +273,38 @@ CASES = [
         (*PRUNE, "--ratio", ".3", "--method", "angular_distance", *MINE),
         "use one of block_influence",
     ),
+    # budgets
+    *(
+        Case((*PRUNE, "--budget", b), says)
+        for b, says in (
+            ("kv", "such as latency=0.6"),
+            ("kv=", "such as latency=0.6"),
+            ("kv=half", "such as latency=0.6"),
+            ("kv=-1", "such as latency=0.6"),
+            ("0.5", "such as latency=0.6"),
+            ("kv=0", "between 0 and 1"),
+            ("bytes=1.5", "between 0 and 1"),
+            ("ram=0.5", "use one of latency, bytes, kv"),
+        )
+    ),
+    Case((*PRUNE, "--budget", "kv=.5", "--ratio", ".3"), "not several"),
+    Case((*PRUNE, "--budget", "kv=.5", "--layers", "1"), "not several"),
+    Case((*PRUNE, "--budget", "kv=.5", "--costs", "mine.json"), "give --budget latency"),
+    Case((*PRUNE, "--budget", "latency=.5", "--costs", "mine.json"), "is no table of costs"),
+    Case((*PRUNE, "--budget", "latency=.5", "--costs", "gone.json"), "No such file|gone.json"),
+    Case((*PRUNE, "--budget", "kv=.5", "--shape", "uniform"), "ranks the units of all layers"),
+    Case((*PRUNE, "--budget", "kv=.5", "--recipe", "paper"), "ranks the units of all layers"),
+    Case((*PRUNE, "--budget", "kv=.5", "--method", "taylor"), "ranks the units of all layers"),
+    Case((*PRUNE, "--budget", "kv=.5", "--protect", "1,1"), "--protect goes with --ratio"),
+    Case((*PRUNE, "--budget", "kv=.5", "--layer-share", ".5"), "--layer-share goes with --ratio"),
+    Case((*PRUNE, "--budget", "kv=.5", "--scores", "scores"), "gauss_newton or obs"),
+    Case((*PRUNE, "--budget", "kv=.01", "--no-reconstruct", *MINE), "cannot be met: the least"),
+    Case(
+        ("compare", "llava", "llava", "--speculative", "-1"), "--speculative is -1: give a number"
+    ),
+    Case(("cost", "llava", "--units", "notes.txt"), "replace it with --overwrite"),
+    Case(("cost", "llava", "--units", "gone/costs.json"), "There is no folder gone"),
+    Case(("cost", "llava", "--units", "c.json", "--ratio", ".3"), "--units needs weights"),
     # scores
     Case((*PRUNE, "--ratio", ".3", "--scores", "gone"), "There are no scores in gone"),
     Case((*PRUNE, "--ratio", ".3", "--scores", "notes"), "There are no scores in notes"),

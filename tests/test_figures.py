@@ -240,7 +240,7 @@ def test_a_forest_shows_every_setting_and_the_average():
 def test_the_map_of_the_paper_names_notebooks_that_exist_or_are_announced():
     items = pd.read_csv(STUDY.parents[1] / "mllm_compress/templates/items.csv")
     there = {p.stem for p in NOTEBOOKS}
-    announced = {"02b_calibration", "09b_modalities", "11_beyond"}
+    announced = {"02b_calibration", "09b_modalities", "11_beyond", "12_equal_bytes"}
     assert (
         set(items.notebook) <= there | announced
         and there - set(items.notebook)
@@ -250,4 +250,4 @@ def test_the_map_of_the_paper_names_notebooks_that_exist_or_are_announced():
         }
         | announced
     )
-    assert items.item.str.contains("Tab. 1").any() and len(items) == 13
+    assert items.item.str.contains("Tab. 1").any() and len(items) == 14

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -124,3 +125,40 @@ def test_the_commands(tmp_path, monkeypatch):
     assert "quantize" in run("show q").stdout
     compared = run("compare small q --benchmark scenes/perception --limit 4 --json")
     assert compared.exit_code == 0, compared.output
+
+
+@LIBRARY
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_packed_weights_are_counted_as_what_they_stand_for(name, small, tmp_path):
+    from mllm_compress.cost.arithmetic import weight_bytes
+    from mllm_compress.cost.report import cost_report
+
+    folder, pruned, _ = small()
+    quantize(folder, name, tmp_path / "q")
+    loaded, _, _ = load_pruned(tmp_path / "q")
+    assert lm_parameters(loaded) == lm_parameters(pruned)
+    report = cost_report(loaded)
+    assert report.value("parameters", source="measured") == lm_parameters(pruned)
+    assert report.value("parameters", source="closed form") == lm_parameters(pruned)
+    stored = [load_file(f) for f in (tmp_path / "q").glob("*.safetensors")]
+    named = {k: v for part in stored for k, v in part.items()}
+    # beside the weights and scales a file has the settings of each matrix as JSON, or the format
+    about = [k for k in named if "quant_state.bitsandbytes" in k or "weight_format" in k]
+    assert weight_bytes(loaded) == sum(v.nbytes for k, v in named.items() if k not in about)
+    if name == "int8":  # whose scales move at the first pass
+        with torch.no_grad():
+            loaded(input_ids=IDS)
+        assert weight_bytes(loaded) == sum(v.nbytes for k, v in named.items() if k not in about)
+
+
+def test_a_weight_of_four_bits_without_the_library():
+    from types import SimpleNamespace
+
+    from mllm_compress.anatomy.families import entries, parameter_bytes
+
+    packed = torch.zeros(24, 1, dtype=torch.uint8)
+    scales = {"absmax": torch.ones(1), "quant_map": torch.zeros(16), "blocksize": 64}
+    packed.quant_state = SimpleNamespace(shape=torch.Size((6, 8)), as_dict=lambda packed: scales)
+    assert entries(packed) == 48 and parameter_bytes(packed) == 24 + 4 + 64
+    assert parameter_bytes(torch.zeros(6, 8, dtype=torch.int8)) == 48 + 6 * 4
+    assert entries(torch.zeros(6, 8)) == 48 and parameter_bytes(torch.zeros(6, 8)) == 192

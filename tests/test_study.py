@@ -719,9 +719,10 @@ def test_new_fields_change_no_key_at_their_defaults():
             {"shape": "uniform"},
             {"reconstruct": "stream"},
             {"reconstruct": "bias"},
+            {"quantize": "int8"},
         )
     }
-    assert len(keys) == 8
+    assert len(keys) == 9
 
 
 @pytest.mark.parametrize(

@@ -328,14 +328,34 @@ def anatomy(
     )
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-048
+def entries(
+    p: torch.Tensor,  # a parameter, packed or not
+) -> int:
+    "Numbers that a parameter stands for."
+    packed = getattr(p, "quant_state", None)  # of bitsandbytes
+    return p.numel() if packed is None else torch.Size(packed.shape).numel()
+
+
+def parameter_bytes(
+    p: torch.Tensor,  # a parameter, packed or not
+) -> int:
+    "Bytes of a parameter with the scales that belong to it."
+    size = p.numel() * p.element_size()
+    if (packed := getattr(p, "quant_state", None)) is not None:
+        extra = packed.as_dict(packed=False).values()
+        return size + sum(t.nbytes for t in extra if isinstance(t, torch.Tensor))
+    scales = 4 * p.shape[0] if p.dtype == torch.int8 else 0  # float32, one per row
+    return size + scales
+
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-052
 def count_parameters(
     *modules,  # nn.Module or None
 ) -> int:
     "The number of parameters in `modules`, shared ones counted once."
-    seen = {id(p): p.numel() for m in modules if m is not None for p in m.parameters()}
+    seen = {id(p): entries(p) for m in modules if m is not None for p in m.parameters()}
     return sum(seen.values())
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-050
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-054
 def lm_parameters(
     model: PreTrainedModel,
 ) -> int:
@@ -343,7 +363,7 @@ def lm_parameters(
     parts = anatomy(model)
     return count_parameters(parts.decoder, parts.lm_head)
 
-# %% ../../nbs/library/anatomy/01_families.ipynb #cell-052
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-056
 def part_parameters(
     model: PreTrainedModel,
 ) -> dict:
@@ -352,8 +372,8 @@ def part_parameters(
     projector = {id(p) for p in parts.projector_parameters}
     of_tower = [] if parts.vision_tower is None else parts.vision_tower.parameters()
     counts = {
-        "vision": sum({id(p): p.numel() for p in of_tower if id(p) not in projector}.values()),
-        "projector": sum(p.numel() for p in parts.projector_parameters),
+        "vision": sum({id(p): entries(p) for p in of_tower if id(p) not in projector}.values()),
+        "projector": sum(map(entries, parts.projector_parameters)),
         "lm": lm_parameters(model),
     }
     if sum(counts.values()) != count_parameters(model):

@@ -16,10 +16,13 @@ from mllm_compress.cli.app import (
     AsJson,
     Device,
     Model,
+    Overwrite,
     app,
     check_models,
+    check_output_file,
     emit,
     load,
+    note,
     politely,
     resolve_device,
 )
@@ -76,53 +79,39 @@ def cards(
         emit("\n".join(lines), {"GiB": rows}, as_json)
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
-def _config_of(model: str) -> tuple:  # (config, a file of its weights or None)
-    "The config of a model, by name or from a folder."
+def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
+    "The table of what pruning by a ratio saves, by name or from the config of a folder."
     from transformers import AutoConfig
 
+    from mllm_compress.cost.by_ratio import cost_by_ratio
     from mllm_compress.zoo.catalogue import known_config
     from mllm_compress.zoo.models import native_folder
 
     folder = native_folder(model) or Path(model)
     there = (folder / "config.json").is_file()
     config = AutoConfig.from_pretrained(folder) if there else known_config(model)
-    return config, max(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
-
-
-def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
-    "The table of what pruning by a ratio saves."
-    from mllm_compress.cost.by_ratio import cost_by_ratio
-
-    frame = cost_by_ratio(_config_of(model)[0], ratio)
+    frame = cost_by_ratio(config, ratio)
     text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
     rows = json.loads(frame.to_json(orient="records"))
     return f"{model}, bfloat16, one picture and 64 words\n{text}", {"ratio": ratio, "rows": rows}
 
+# %% ../../nbs/library/cli/02_look.ipynb #cell-012
+def timed_units(model, processor):
+    "The table of costs of the device that a model is on, with a note of what was found."
+    from mllm_compress.cost.arithmetic import example_inputs
+    from mllm_compress.cost.report import prompt_tokens
+    from mllm_compress.cost.unit_costs import unit_seconds
 
-def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
-    "The table of what work on a model takes while its weights stay in files."
-    import torch
+    text = prompt_tokens(processor) if processor else 64
+    costs = unit_seconds(model, example_inputs(model, text))
+    share = sum(costs.layers) / costs.meta["dense"]
+    note(
+        f"a token takes {1e3 * costs.meta['dense']:.2f} ms here, {share:.0%} of it overhead of "
+        f"layers (off by up to {costs.meta['error']:.0%})."
+    )
+    return costs
 
-    from mllm_compress.cost.by_ratio import without_weights
-    from mllm_compress.cost.streaming import machine_rates, streaming_table
-
-    config, file = _config_of(model)
-    empty = without_weights(config, config.dtype or torch.bfloat16)
-    rates = machine_rates(empty.dtype, file)
-    frame = streaming_table(empty, ratio=ratio, rates=rates)
-    look = {"prompts": "{:d}", "seconds": "{:,.0f}"}
-    look |= {name: "{:,.2f}" for name in ("peak_gib", "read_gib", "disk_gib", "tera_operations")}
-    shown = frame.to_string(index=False, formatters={k: f.format for k, f in look.items()})
-    speed = f"{rates['model'] / 1e9:,.0f} G operations/s, reading {rates['read'] / 2**30:.1f} GiB/s"
-    about = [
-        f"{model}, its weights in files; peak beyond the process itself, seconds on this machine "
-        f"with {torch.get_num_threads()} threads ({speed})",
-        shown,
-    ]
-    rows = json.loads(frame.to_json(orient="records"))
-    return "\n".join(about), {"ratio": ratio, "rates": rates, "rows": rows}
-
-
+# %% ../../nbs/library/cli/02_look.ipynb #cell-014
 @app.command()
 def cost(
     model: Model,
@@ -131,37 +120,35 @@ def cost(
         float | None,
         typer.Option(help="Show what pruning by this ratio would save; needs no weights."),
     ] = None,
-    stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Show what scoring, pruning and refitting take while the weights stay in their "
-            "files: memory, bytes read, seconds.",
-        ),
-    ] = False,
+    units: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write: seconds per head, neuron and layer, for a budget."),
+    ] = None,
     device: Device = "auto",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
     "Parameters, operations, bytes and seconds of a model; with --ratio by its config alone."
     with politely():
         from mllm_compress.cost.report import cost_report
 
-        if ratio is not None or stream:
-            if latency:
-                raise ValueError(
-                    "--latency needs weights: leave it out, or leave out --ratio and --stream."
-                )
-            by_config = _cost_of_streaming if stream else _cost_by_ratio
-            text, facts = by_config(model, 0.3 if ratio is None else ratio)
+        if ratio is not None:
+            if latency or units:
+                what = "--latency" if latency else "--units"
+                raise ValueError(f"{what} needs weights: leave it out, or leave out --ratio.")
+            text, facts = _cost_by_ratio(model, ratio)
             emit(text, {"model": model, **facts}, as_json)
             return
+        check_output_file(units, overwrite)
         check_models(model)
         loaded, processor, _ = load(model, resolve_device(device))
         report = cost_report(loaded, processor, latency=latency)
+        if units is not None:
+            timed_units(loaded, processor).save(units)
         rows = report.to_frame().to_dict("records")
         emit(str(report), {"title": report.title, **report.setting, "rows": rows}, as_json)
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-012
+# %% ../../nbs/library/cli/02_look.ipynb #cell-016
 def _about_checkpoint(folder: Path) -> tuple:  # (text, facts)
     "What made a pruned checkpoint."
     from mllm_compress.checkpoint.integrity import PLAN, verify
@@ -188,7 +175,7 @@ def _about_scores(folder: Path) -> tuple:  # (text, facts)
     lines = [f"{folder}: {scores}", *(f"  {k:<14}{v}" for k, v in scores.meta.items())]
     return "\n".join(lines), {"folder": str(folder), "kind": scores.kind, "meta": scores.meta}
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-014
+# %% ../../nbs/library/cli/02_look.ipynb #cell-018
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="That `score`, `prune` or `recover` wrote.")],
@@ -211,7 +198,7 @@ def show(
             )
         emit(text, facts, as_json)
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-016
+# %% ../../nbs/library/cli/02_look.ipynb #cell-020
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="That `prune` or `recover` wrote.")],

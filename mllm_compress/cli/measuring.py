@@ -374,6 +374,30 @@ def side_by_side(dense, small, count: int):
     return both.loc[order, columns].head(count)
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-025
+Speculative = Annotated[
+    int,
+    typer.Option(
+        "--speculative", help="Prompts on which SMALL drafts for DENSE; 0: leave this out."
+    ),
+]
+
+
+def draft_table(dense: str, small: str, data: dict, o: dict):
+    "What the small model is worth as a draft for the dense one."
+    from mllm_compress.evaluation.speculative import check_draft, prompts_of, speculative_table
+
+    (first, processor, _), (second, _, _) = (load(m, o["device"]) for m in (dense, small))
+    check_draft(first, second)
+    multimodal = is_multimodal(processor)
+    if not multimodal and data["data"] == "small":
+        raise ValueError("this model takes no pictures: give --data FILE with text to draft for.")
+    samples = training_data(**data, scenes=200, multimodal=multimodal)
+    prompts = prompts_of(samples, processor, o["speculative"], o["max_length"] or 512)
+    if multimodal:
+        note("seconds are not measured: drafts behind pictures go wrong in transformers.")
+    return speculative_table(first, second, prompts)
+
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-027
 LEAST_SPAN = 10  # points to either side of 0
 
 
@@ -407,7 +431,7 @@ def _draw_differences(axes, scores) -> None:
     axes.set(xlabel="small - dense, points [95 %]", xlim=(-span, span), title="scores")
     axes.set_ylim(-0.6, len(names) - 0.4)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-027
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-029
 def comparison_picture(costs, scores, path: Path) -> None:
     "Two panels: what remains of sizes and seconds, and the differences of scores."
     if (figure := new_figure(10, 3.2)) is None:
@@ -428,7 +452,7 @@ def comparison_picture(costs, scores, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-029
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-031
 @app.command(cls=TableHelp)
 def compare(
     dense: Annotated[str, typer.Argument(metavar="DENSE", help="The original model.")],
@@ -438,6 +462,7 @@ def compare(
     scorer: ScorerName = "exact",
     limit: Limit = 100,
     examples: Annotated[int, typer.Option(help="Answers to show side by side.")] = 5,
+    speculative: Speculative = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for tables (CSV) and the picture.")
     ] = None,
@@ -456,8 +481,8 @@ def compare(
     with politely("Answers are kept in --answers." if answers else "Nothing is kept."):
         compare_with(**given)
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-031
-_FILES = {"costs.csv", "scores.csv", "answers.csv", "comparison.png"}
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-033
+_FILES = {"costs.csv", "scores.csv", "answers.csv", "speculative.csv", "comparison.png"}
 
 
 def check_comparison_folder(out: Path | None, overwrite: bool, inputs: dict) -> None:
@@ -474,10 +499,10 @@ def check_comparison_folder(out: Path | None, overwrite: bool, inputs: dict) -> 
     if there and not overwrite:
         raise ValueError(f"{out} holds a comparison: replace it with --overwrite.")
 
-# %% ../../nbs/library/cli/06_measuring.ipynb #cell-033
+# %% ../../nbs/library/cli/06_measuring.ipynb #cell-035
 def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, **o) -> None:
     "The command `compare`, its other options by name."
-    at_least(0, limit=o["limit"], examples=examples)
+    at_least(0, limit=o["limit"], examples=examples, speculative=o["speculative"])
     at_least(1, max_length=o["max_length"])
     out = o.pop("out")
     check_comparison_folder(out, o["overwrite"], {"dense model": dense, "small model": small})
@@ -487,6 +512,7 @@ def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, 
     wanted = benchmark or (["perplexity"] if text else [])
     names, perplexity = asked(wanted, questions, scorer, o["image_root"], text)
     data = {k: o[k] for k in ("data", "image_root", "skip_missing")}
+    drafts = draft_table(dense, small, data, o) if o["speculative"] else None
     found = [measured(model, names, perplexity, data, o) for model in (dense, small)]
     costs = [costs_of(model, o["device"]) for model in (dense, small)]
     if o["device"] == "cpu":
@@ -497,6 +523,7 @@ def compare_with(dense, small, benchmark, questions, scorer, examples, as_json, 
     tables = {"costs": costs, "scores": score_table(original, rows, (first, second))}
     if first is not None:
         tables["answers"] = side_by_side(first, second, examples)
+    tables |= {} if drafts is None else {"speculative": drafts}
     facts = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
     shown = (t.to_string(index=False, float_format="{:.4g}".format) for t in tables.values())
     emit("\n\n".join(shown), facts, as_json)

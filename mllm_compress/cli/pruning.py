@@ -25,12 +25,10 @@ from mllm_compress.cli.app import (
     Overwrite,
     Scenes,
     SkipMissing,
-    Stream,
     TableHelp,
     app,
     at_least,
     check_models,
-    choose_stream,
     emit,
     is_multimodal,
     load,
@@ -40,6 +38,7 @@ from mllm_compress.cli.app import (
     resolve_device,
     training_data,
 )
+from .look import timed_units
 from .prepare import Pruning, Samples, calibration, needs_no_data
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-004
@@ -78,16 +77,49 @@ def parse_round(
         raise ValueError(f"--round-to {text!r} cannot be used: give a number from 1, or auto.")
     return int(text)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-009
-def check_request(ratio, layers: str, plan: Path | None, scores: list) -> None:
-    "ValueError where the options do not say what to remove, or say it twice."
-    given = [n for n, v in (("--layers", layers), ("--plan", plan)) if v]
-    if len(given) > 1 or given and (ratio is not None or scores):
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-008
+def parse_budget(
+    text: str,  # such as latency=0.6; empty: none
+) -> tuple | None:  # (name, share)
+    "Name and share of a budget; ValueError for anything else."
+    from mllm_compress.pruning.budgets import BUDGETS, check_budget_request
+
+    if not text:
+        return None
+    name, _, share = text.partition("=")
+    if not re.fullmatch(r"\d*\.?\d+", share):
         raise ValueError(
-            "give one of --ratio (with or without --scores), --layers and --plan, not several."
+            f"--budget {text!r} cannot be read: write one of {', '.join(BUDGETS)} with the share "
+            "that may stay, such as latency=0.6."
+        )
+    return check_budget_request({name: float(share)})
+
+
+def parse_costs(path: Path | None, budget: str):  # UnitCosts, or None
+    "The table of --costs; ValueError where it has no effect."
+    from mllm_compress.pruning.budgets import load_costs
+
+    if path is None:
+        return None
+    if not budget.startswith("latency="):
+        raise ValueError("--costs is a table of seconds: give --budget latency=0.6 with it.")
+    return load_costs(path)
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-012
+def check_request(ratio, budget: str, layers: str, plan: Path | None, scores: list) -> None:
+    "ValueError where the options do not say what to remove, or say it twice."
+    given = [n for n, v in (("--layers", layers), ("--plan", plan), ("--budget", budget)) if v]
+    amount = ratio is not None or scores and given != ["--budget"]
+    if len(given) > 1 or given and amount:
+        raise ValueError(
+            "give one of --ratio (with or without --scores), --budget, --layers and --plan, not "
+            "several."
         )
     if not given and ratio is None:
-        raise ValueError("say what to remove: --ratio 0.3, --layers 3,5-7, or --plan plan.json.")
+        raise ValueError(
+            "say what to remove: --ratio 0.3, --budget latency=0.6, --layers 3,5-7, or --plan "
+            "plan.json."
+        )
     if ratio is not None:
         from mllm_compress.pruning.sizes import check_ratio
 
@@ -111,9 +143,10 @@ def stored_plan(model, record: dict, given: dict):
     found = [load_scores(folder) for folder in given["scores"]]
     for scores in found:
         check_record(scores, record)
-    return one_step.plan_from_scores(model, found, given["ratio"], **given["shape"])
+    about = given["shape"] | budget_options(model, given)
+    return one_step.plan_from_scores(model, found, given["ratio"], **about)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-011
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-014
 def recipe_of(o: dict):
     "The recipe that the options name; a ValueError where it would have no effect."
     from mllm_compress.pruning.one_step import Recipe, choose_recipe
@@ -123,7 +156,8 @@ def recipe_of(o: dict):
     for name in (n for n in idle if stored and o[n] is not None):
         raise ValueError(f"{stored} says what goes, so --{name} has no effect: leave it out.")
     if stored:
-        return Recipe("stored", o["allocation"] or "layer", o["shape"], bool(o["reconstruct"]))
+        usual = "global" if o["budget"] else "layer"
+        return Recipe("stored", o["allocation"] or usual, o["shape"], bool(o["reconstruct"]))
     names = ("method", "pruning", "allocation", "shape", "reconstruct")
     return choose_recipe(o["recipe"], **{n: None if o[n] == "" else o[n] for n in names})
 
@@ -137,11 +171,40 @@ def check_knobs(o: dict, recipe) -> None:
     if not 0 <= o["ridge"] < float("inf"):
         raise ValueError(f"--ridge is {o['ridge']}: give a number from 0, such as 0.1.")
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-013
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
+def check_budget_recipe(o: dict, recipe) -> None:
+    "ValueError for options that a budget does not go with."
+    from mllm_compress.pruning.one_step import COMPARABLE
+
+    other = next((n for n in ("protect", "layer_share") if o[n] not in ("", None)), None)
+    if other:
+        raise ValueError(
+            f"--{other.replace('_', '-')} goes with --ratio: a budget decides itself which layers "
+            "are thinned and which go."
+        )
+    stored = recipe.method == "stored"
+    if not stored and (recipe.allocation == "layer" or recipe.method not in COMPARABLE["global"]):
+        raise ValueError(
+            "--budget ranks the units of all layers: leave --recipe, --shape and --method out, or "
+            "use --allocation global or obs."
+        )
+
+
+def budget_options(model, given: dict, processor=None, batches=None) -> dict:
+    "What a plan for a budget takes besides scores; a device without a table is timed."
+    if given["budget"] is None:
+        return {}
+    (name, share), costs = given["budget"], given["costs"]
+    if name == "latency" and costs is None:
+        costs = timed_units(model, processor)
+    fit = dict(batches=batches, ridge=given["ridge"]) if given["recipe"].reconstruct else {}
+    return dict(budget={name: share}, costs=costs, **fit)
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-018
 def open_source(model: str):
     "A FileModel, or None where the model must be loaded."
+    from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
     from mllm_compress.zoo.models import native_folder
-    from mllm_compress.zoo.weight_files import NotFromFiles, open_files
 
     folder = native_folder(model)
     if folder is None:
@@ -159,7 +222,7 @@ def input_bytes(model: str) -> int:
     "Bytes of the weights of a local checkpoint, 0 where it is not local."
     return sum(p.stat().st_size for p in Path(model).glob("*.safetensors"))
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-015
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-020
 def base_facts(model: str) -> dict:
     "Name and licence of the model that was pruned, where they are known."
     from huggingface_hub import ModelCard
@@ -204,7 +267,7 @@ def prune_step(model: str, plan, device: str, **facts) -> dict:
         "prune", device, **base_facts(model), plan=repr(plan), **ratios, scores=scores, **facts
     )
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-017
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-022
 REFIT_QUESTIONS = 512
 
 
@@ -225,19 +288,21 @@ def calibrated(processor, given: dict, device: str) -> tuple:  # (batches, recor
     batches = calibration(data, *settings, usual)
     return batches, {"name": data.name, "samples": sum(len(b["input_ids"]) for b in batches)}
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-019
-def compute_plan(model: str, given: dict, device: str, stream: bool) -> tuple:
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-024
+def compute_plan(model: str, given: dict, device: str) -> tuple:
     "Load the model and make the plan: (model, processor, plan, batches, their record)."
     from mllm_compress.importance.scores import model_record
-    from mllm_compress.pruning.one_step import plan_from_scores, scores_for
+    from mllm_compress.pruning.one_step import layers_for_budget, plan_from_scores, scores_for
 
-    loaded, processor, _ = load(model, device, stream)
+    loaded, processor, _ = load(model, device)
     plan = stored_plan(loaded, model_record(loaded), given)
     batches, record = calibrated(processor, given, device)
     if plan is None:
-        layers = given["layer_method"]
+        about, layers = budget_options(loaded, given, processor, batches), given["layer_method"]
+        if about:
+            layers = layers_for_budget(loaded, about["budget"], about["costs"])
         scores = scores_for(given["recipe"], loaded, batches, given["seed"], layers)
-        plan = plan_from_scores(loaded, scores, given["ratio"], **given["shape"])
+        plan = plan_from_scores(loaded, scores, given["ratio"], **given["shape"] | about)
     return loaded, processor, plan, batches, record
 
 
@@ -251,7 +316,7 @@ def whole_plan(model: str, plan):
         return plan
     return compose_plans(PruningPlan.load(Path(model) / PLAN), plan)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-021
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-026
 def cut(loaded, plan, batches, given: dict) -> tuple:  # (model, facts for the provenance)
     "The pruned model, refitted or not."
     from mllm_compress.pruning.one_step import refitted
@@ -262,27 +327,27 @@ def cut(loaded, plan, batches, given: dict) -> tuple:  # (model, facts for the p
         small, facts["reconstruction"] = refitted(small, loaded, batches, plan, given["ridge"])
     return small, facts
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-023
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-028
 def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str):
     "Plan, cut and save; returns the whole plan and what was done."
     from transformers.utils import logging
 
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
-    from mllm_compress.importance.scores import model_record
     from mllm_compress.zoo.models import check_image_token, load_processor
 
     logging.disable_progress_bar()
     refit, record = given["recipe"].reconstruct, None
-    stream = not given["stored"] and choose_stream(model, device, given["stream"])
-    source = open_source(model) if given["stored"] or stream or not refit else None
+    timed = given["budget"] and given["budget"][0] == "latency" and not given["costs"]
+    from_files = (given["stored"] or not refit) and not timed  # a clock needs weights
+    source = open_source(model) if from_files else None
     if source is not None and given["stored"]:
-        plan = stored_plan(source.model, model_record(source.model), given)
+        plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
         processor, loaded = load_processor(source.folder), None
         check_image_token(source.folder, source.model, processor)
         batches, record = calibrated(processor, given, "cpu")
     else:
-        loaded, processor, plan, batches, record = compute_plan(model, given, device, stream)
+        loaded, processor, plan, batches, record = compute_plan(model, given, device)
     whole, facts, small = whole_plan(model, plan), {}, None
     if source is None:
         small, facts = cut(loaded, plan, batches, given)
@@ -297,7 +362,7 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     save_or_rescue(lambda to: save_cut(source, small, plan, whole, to, refit, records), out)
     return whole, facts
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-025
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-030
 def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: dict):
     "Write the pruned model, from memory or from the files of the dense one."
     from mllm_compress import checkpoint
@@ -311,7 +376,21 @@ def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: d
         source, plan, batches, folder, stored=whole, ridge=ridge, **records
     )
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-027
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-032
+Budget = Annotated[
+    str,
+    typer.Option(
+        "--budget", help="Instead of a ratio, the share that may stay, such as latency=0.6. BUDGETS"
+    ),
+]
+Costs = Annotated[
+    Path | None,
+    typer.Option(
+        "--costs", help="With --budget latency: a table that `cost --units` wrote, of any device."
+    ),
+]
+
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-034
 Ratio = Annotated[
     float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
 ]
@@ -346,7 +425,7 @@ LayerMethod = Annotated[
     str, typer.Option("--layer-method", help="With --layer-share: the criterion for layers.")
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-029
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-036
 def _recipes() -> str:
     "Help of --recipe."
     from mllm_compress.pruning.one_step import RECIPES
@@ -361,7 +440,14 @@ def _allocations() -> str:
     return "Widthwise. " + " ".join(f"{name}: {what}." for name, what in ALLOCATIONS.items())
 
 
-TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations}
+def _budgets() -> str:
+    "Help of --budget."
+    from mllm_compress.pruning.budgets import BUDGETS
+
+    return " ".join(f"{name}: {what}." for name, what in BUDGETS.items())
+
+
+TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations, "BUDGETS": _budgets}
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="RECIPES")]
 Scoring = Annotated[str | None, typer.Option("--method", help="METHODS")]
 Allocation = Annotated[str | None, typer.Option(help="ALLOCATIONS")]
@@ -376,12 +462,14 @@ Ridge = Annotated[
     typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
 ]
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-031
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-038
 @app.command(cls=TableHelp)
 def prune(
     model: Model,
     out: Out,
     ratio: Ratio = None,
+    budget: Budget = "",
+    costs: Costs = None,
     scores: Scores = [],
     recipe: RecipeName = None,
     method: Scoring = None,
@@ -403,7 +491,6 @@ def prune(
     skip_missing: SkipMissing = False,
     scenes: Scenes = 2000,
     max_length: MaxLength = None,
-    stream: Stream = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -413,7 +500,7 @@ def prune(
     with politely():
         prune_with(**given)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-033
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-040
 def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     "The command `prune`, its other options by name."
     from mllm_compress import checkpoint
@@ -428,10 +515,11 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
     whole, done = run_pruning(model, out, given, overwrite, resolve_device(device))
     facts = {"out": str(out), "achieved_ratio": whole.achieved_ratio, "plan": repr(whole)}
     facts |= {"requested_ratio": o["ratio"], "layers": len(whole.layers)} | done
+    facts |= {k: whole.meta[k] for k in ("budget", "achieved_budget", "costs") if k in whole.meta}
     said = f"{done['recipe']}\n" if "recipe" in done else ""
     emit(f"{said}{whole}\nwritten to {out}", json.loads(json.dumps(facts)), as_json)
 
-# %% ../../nbs/library/cli/04_pruning.ipynb #cell-035
+# %% ../../nbs/library/cli/04_pruning.ipynb #cell-042
 def check_options(o: dict) -> dict:
     "The options of `prune` as the work needs them; ValueError for what cannot be."
     from mllm_compress.importance.criteria import criterion
@@ -439,13 +527,16 @@ def check_options(o: dict) -> dict:
 
     at_least(1, samples=o["samples"], scenes=o["scenes"], max_length=o["max_length"])
     at_least(0, seed=o["seed"])
-    check_request(o["ratio"], o["layers"], o["plan"], o["scores"])
+    check_request(o["ratio"], o["budget"], o["layers"], o["plan"], o["scores"])
     if o["shape"] is not None:
         check_choice("shape", o["shape"], ("uniform", "blockwise"))
     stored = bool(o["plan"] or o["layers"] or o["scores"])
     recipe = recipe_of(o)
     check_knobs(o, recipe)
     shape = dict(round_to=parse_round(o["round_to"]), protect=parse_protect(o["protect"]))
+    budget, costs = parse_budget(o["budget"]), parse_costs(o["costs"], o["budget"])
+    if budget:
+        check_budget_recipe(o, recipe)
     share = o["layer_share"]
     shape |= dict(layer_share=0.5 if share is None else share, allocation=recipe.allocation)
     layer_method = None if share is None or stored else o["layer_method"]
@@ -453,6 +544,7 @@ def check_options(o: dict) -> dict:
         criterion("layerwise", layer_method)
     data = {k: o[k] for k in ("data", "image_root", "scenes", "skip_missing")}
     calibration = dict(data=data, samples=o["samples"], max_length=o["max_length"])
-    given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed", "ridge", "stream")}
+    given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed", "ridge")}
     given |= dict(stored=stored, recipe=recipe, layer_method=layer_method, calibration=calibration)
+    given |= dict(budget=budget, costs=costs)
     return given | {"shape": shape | {"shape": recipe.shape}}

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..anatomy.families import anatomy
+from ..anatomy.families import anatomy, parameter_bytes
 from ..anatomy.wrappers import caches_projector_input
 from mllm_compress.cost.vision import (
     eyes_of,
@@ -292,4 +292,4 @@ def kv_bytes_per_token(
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-054
 def weight_bytes(model: PreTrainedModel) -> int:
     "Bytes of all weights, shared ones once: memory when loaded, and disk less a header."
-    return sum({id(p): p.numel() * p.element_size() for p in model.parameters()}.values())
+    return sum({id(p): parameter_bytes(p) for p in model.parameters()}.values())

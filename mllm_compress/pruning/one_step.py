@@ -14,6 +14,14 @@ from ..anatomy.families import anatomy
 from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.scores import LayerScores, WidthScores
 from .allocation import obs_scores
+from mllm_compress.pruning.budgets import (
+    check_budget_request,
+    costs_of_budget,
+    depth_plans,
+    nearest_plan,
+    overhead_share,
+    plan_budget,
+)
 from .plans import ALLOCATIONS, plan_combined, plan_layerwise, plan_widthwise
 from .pruning_plan import PruningPlan
 from .reconstruction import reconstruct as refit
@@ -55,12 +63,14 @@ def auto_round(
 def plan_from_scores(
     model: PreTrainedModel,  # on any device, meta included
     scores,  # LayerScores, WidthScores, or one of each for both prunings
-    ratio: float,  # fraction of LM-decoder parameters to remove
+    ratio: float | None,  # fraction of LM-decoder parameters to remove; None: see budget
     shape: str | None = None,  # widthwise: blockwise or uniform; None: uniform where it is possible
     protect: tuple | None = None,  # widthwise: (first, last) layers kept whole
     round_to: int | str = 1,  # widthwise: widths stay multiples of this; "auto": see auto_round
     layer_share: float = 0.5,  # with both kinds of scores: part of the ratio that layers take
     allocation: str = "layer",  # widthwise: a row of ALLOCATIONS
+    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
+    **about,  # with a budget, costs, batches, ridge: see plan_for_budget
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that scores of either kind, or of both, ask for."
     given = scores if isinstance(scores, (list, tuple)) else [scores]
@@ -71,6 +81,10 @@ def plan_from_scores(
     shape = shape or ("uniform" if allocation == "layer" and not protect else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
     options = dict(protect=protect, shape=shape, round_to=step, allocation=allocation)
+    if budget is not None:
+        check_budget_options(widths, ratio, **options)
+        plan = plan_for_budget(model, [*widths, *layers], budget, round_to=step, **about)
+        return check_removes(model, plan, ratio)
     if layers and widths:
         plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
     elif layers:
@@ -84,6 +98,8 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
     "The plan; ValueError where it removes nothing although something was asked for."
     if plan.achieved_ratio or ratio == 0:
         return plan
+    if ratio is None:
+        raise ValueError(f"budget {plan.meta['budget']} removes nothing: ask for a smaller share.")
     size, total = layer_sizes(model)[0], plan.meta["lm_parameters"]
     layer, neuron = size.parameters / total, size.neuron_parameters / total
     step = f"one layer ({layer:.1%})" if plan.method == "layerwise" else f"a neuron ({neuron:.2%})"
@@ -93,6 +109,57 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
     )
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-015
+def check_budget_options(
+    widths: list,  # the WidthScores that are given
+    ratio: float | None,
+    allocation: str,
+    shape: str,
+    protect: tuple | None,
+    **others,
+) -> None:
+    "ValueError for options that a budget does not go with."
+    if ratio is not None:
+        raise ValueError("give a ratio or a budget, not both.")
+    if allocation == "layer" or shape == "uniform" or protect is not None:
+        raise ValueError(
+            "a budget ranks the units of all layers, so it needs allocation 'global' or 'obs' and "
+            "the blockwise shape, without protect."
+        )
+    if not widths or widths[0].kind not in COMPARABLE["global"]:
+        raise ValueError(
+            "a budget compares units of different layers: give scores of heads and neurons of "
+            "method gauss_newton or obs."
+        )
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017
+WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
+
+
+def layers_for_budget(model: PreTrainedModel, budget: dict, costs) -> str | None:
+    "The criterion for whole layers that a budget asks for; None where width alone serves."
+    costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
+    deep = overhead_share(model, costs) > WORTH_A_TRY
+    return criteria_of("layerwise")[0] if deep else None
+
+
+def plan_for_budget(
+    model: PreTrainedModel,
+    scores: list,  # WidthScores, then LayerScores where whole layers are tried
+    budget: dict,  # a row of BUDGETS with the share that may stay
+    costs=None,  # a table of UnitCosts; bytes and kv need none
+    round_to: int = 1,
+    batches: list | None = None,  # calibration batches; None: the one ranking, nothing is tried
+    ridge: float | None = None,  # of the refit
+) -> PruningPlan:
+    "The plan that meets a budget; of several depths the one with the smallest error."
+    costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
+    plans = [plan_budget(model, scores[0], budget, costs, round_to=round_to)]
+    if batches is None or len(scores) < 2:
+        return plans[0]
+    plans += depth_plans(model, scores[0], budget, costs, scores[1], round_to=round_to)
+    return nearest_plan(model, plans, batches, ridge)
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
 @dataclass(frozen=True)
 class Recipe:
     "How to score, where to take the budget, and whether to refit."
@@ -116,7 +183,7 @@ RECIPES = {
     "paper": Recipe("taylor", "layer", "blockwise"),
 }
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-021
 def choose_recipe(
     recipe: str | None = None,  # a row of RECIPES
     **given,  # fields of Recipe; None: not asked for
@@ -141,7 +208,7 @@ def default_method(pruning: str) -> str:
     check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
     return criteria_of(pruning)[0]
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-023
 COMPARABLE = {"global": ("gauss_newton", "obs"), "obs": ("obs",)}  # scores that compare layers
 
 
@@ -166,7 +233,7 @@ def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
         )
     return r
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-022
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-026
 def scores_for(recipe: Recipe, model, batches, seed: int = 0, layer_method: str | None = None):
     "The scores that a recipe takes: one, or two where whole layers go as well."
     kind = pruning_of(recipe.method, recipe.pruning)
@@ -183,7 +250,7 @@ def scores_for(recipe: Recipe, model, batches, seed: int = 0, layer_method: str 
         )
     return [measure("layerwise", layer_method, model, batches, seed), width]
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-024
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-028
 def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
     "The reconstructed model, and what is worth knowing about the refit."
     if batches is None:
@@ -193,11 +260,11 @@ def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
     error = {"error_before": report.before.iloc[-1], "error_after": report.after.iloc[-1]}
     return small, facts | {k: round(float(v), 4) for k, v in error.items()}
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-026
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-030
 def prune(
     model: PreTrainedModel,  # stays untouched
     batches: list | None = None,  # calibration batches; magnitude and random need none
-    ratio: float = 0.3,  # fraction of LM-decoder parameters to remove
+    ratio: float | None = None,  # fraction of LM-decoder parameters to remove; None: 0.3
     method: str | None = None,  # a criterion of importance.CRITERIA, or obs; None: the recipe's
     pruning: str | None = None,  # layerwise or widthwise; None: as the criterion has it
     recipe: str | None = None,  # recommended, uniform, paper; None: recommended, or as asked for
@@ -207,17 +274,27 @@ def prune(
     layer_method: str | None = None,  # a layerwise criterion: whole layers go as well
     seed: int = 0,  # for criteria that draw random numbers
     scores=None,  # computed before; then method is not used
+    budget: dict | None = None,  # instead of a ratio: {"latency": 0.6}, {"bytes": 0.7}, {"kv": 0.5}
+    costs=None,  # of a latency budget: what cost.unit_costs.unit_seconds measured
     **options,  # shape, protect, round_to, layer_share: see plan_from_scores
 ) -> tuple:  # (the pruned model, its plan)
     "Score, plan, apply and refit."
     named = dict(method=method, pruning=pruning, allocation=allocation, reconstruct=reconstruct)
     named["shape"] = options.pop("shape", None)
+    if budget is None:
+        ratio = 0.3 if ratio is None else ratio
+    else:
+        layer_method = layer_method or layers_for_budget(model, budget, costs)
     if scores is None:
         chosen = choose_recipe(recipe, **named)
         scores = scores_for(chosen, model, batches, seed, layer_method)
     else:
-        chosen = Recipe("stored", allocation or "layer", named["shape"], bool(reconstruct))
+        usual = "layer" if budget is None else "global"
+        chosen = Recipe("stored", allocation or usual, named["shape"], bool(reconstruct))
     about = dict(shape=chosen.shape, allocation=chosen.allocation)
+    if budget is not None:
+        fit = dict(batches=batches, ridge=ridge) if chosen.reconstruct else {}
+        about |= dict(budget=budget, costs=costs, **fit)
     plan = plan_from_scores(model, scores, ratio, **about, **options)
     small = apply_plan(model, plan)
     return (refitted(small, model, batches, plan, ridge)[0] if chosen.reconstruct else small), plan

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy, lm_parameters
 from ..importance.scores import LayerScores, WidthScores, check_record, model_record
 from .allocation import plan_global
+from .budgets import UnitCosts, plan_budget
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
@@ -231,10 +232,13 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
     return layers
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
-def _check_width_request(ratio, channel_ratio, ranges: list) -> None:
+def _check_width_request(amounts: tuple, allocation: str, ranges: list) -> None:
     "ValueError unless one amount is given, and layer ranges only with a channel ratio."
-    if (ratio is None) == (channel_ratio is None):
-        raise ValueError("give either ratio or channel_ratio.")
+    ratio, _, budget = amounts
+    if sum(amount is not None for amount in amounts) != 1:
+        raise ValueError("give one of ratio, channel_ratio and budget.")
+    if budget is not None and allocation == "layer":
+        raise ValueError("a budget ranks the units of all layers: use allocation='global'.")
     if ratio is not None and ranges != [None, None]:
         raise ValueError(
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
@@ -270,7 +274,7 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
         raise ValueError(
-            f"allocation={allocation!r} needs a ratio and the blockwise shape, without "
+            f"allocation={allocation!r} needs a ratio or a budget and the blockwise shape, without "
             "channel_ratio or protect: each layer keeps what its units are worth."
         )
     wanted = ("obs",) if allocation == "obs" else ("gauss_newton", "obs")
@@ -281,6 +285,13 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
         )
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-047
+def _plan_ranked(model, scores, ratio, budget, costs, **about) -> PruningPlan:
+    "The plan of one ranking over all layers."
+    if budget is not None:
+        return plan_budget(model, scores, budget, costs, **about)
+    return plan_global(model, scores, ratio, **about)
+
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-049
 def plan_widthwise(
     model: PreTrainedModel,
     scores,  # WidthScores
@@ -293,17 +304,19 @@ def plan_widthwise(
     mlp_layers=None,  # with channel_ratio: layers that lose neurons; None: all unprotected
     base: PruningPlan | None = None,  # a layerwise plan to continue from
     allocation: str = "layer",  # the same share in every layer; or "global", "obs": see ALLOCATIONS
+    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see BUDGETS
+    costs: UnitCosts | None = None,  # of a latency budget: the table of a device
 ) -> PruningPlan:
     "Remove heads and neurons, by a parameter budget or by the original's channel ratio."
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
-    _check_width_request(ratio, channel_ratio, ranges)
+    _check_width_request((ratio, channel_ratio, budget), allocation, ranges)
     other = "use plan_layerwise, or score heads and neurons (method taylor)."
     _check_scores(scores, WidthScores, other, model)
     check_choice("allocation", allocation, ALLOCATIONS)
     if allocation != "layer":
         options = shape != "blockwise" or channel_ratio is not None or protect is not None
         _check_allocation(allocation, scores, options)
-        return plan_global(model, scores, ratio, round_to=round_to, base=base)
+        return _plan_ranked(model, scores, ratio, budget, costs, round_to=round_to, base=base)
     parts, sizes = anatomy(model), layer_sizes(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
     free = _unprotected(kept, protect, shape)
@@ -319,7 +332,7 @@ def plan_widthwise(
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
     return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-055
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-057
 def plan_combined(
     model: PreTrainedModel,
     layer_scores,  # LayerScores of single layers
@@ -335,7 +348,7 @@ def plan_combined(
     base = plan_layerwise(model, layer_scores, ratio=ratio * layer_share)
     return plan_widthwise(model, width_scores, ratio=ratio, base=base, **options)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-058
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
 @dataclass(frozen=True)
 class Pruning:
     "One way to reach a ratio."
@@ -345,22 +358,22 @@ class Pruning:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
 def _none(model, scores, ratio, protect, shape) -> PruningPlan:
     "Everything stays, so the ratio must be 0."
     if ratio:
         raise ValueError(f"ratio {ratio} needs a pruning; with 'none' the ratio is 0.")
     return plan_none(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
 def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_layerwise(model, scores, ratio=ratio)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-066
 def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-066
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-068
 PRUNINGS = {
     "none": Pruning(
         _none,
@@ -382,7 +395,7 @@ PRUNINGS = {
     ),
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-068
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-070
 def plan_pruning(
     pruning: str,  # a key of PRUNINGS
     model: PreTrainedModel,
@@ -395,7 +408,7 @@ def plan_pruning(
     check_choice("pruning", pruning, PRUNINGS)
     return PRUNINGS[pruning].function(model, scores, ratio, protect, shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-077
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-079
 def _reached(model, attention_layers, mlp_layers, step: int) -> float:
     "The ratio that a channel ratio of so many thousandths removes."
     one, sizes = {"heads": 1, "neurons": 1}, layer_sizes(model)
@@ -405,7 +418,7 @@ def _reached(model, attention_layers, mlp_layers, step: int) -> float:
     neurons = sum((sizes[i].neurons - n) * sizes[i].neuron_parameters for i, n in rest)
     return (heads + neurons) / lm_parameters(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-079
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-081
 def plan_channels(
     model: PreTrainedModel,
     scores,  # WidthScores

@@ -149,6 +149,9 @@ def plan_table(plan: PruningPlan) -> str:
     "The plan as a readable table, one line per run of equal layers."
     ratio = plan.requested_ratio
     requested = "" if ratio is None else f"requested {ratio:.1%}, "
+    reached = plan.meta.get("achieved_budget", {})
+    for name, share in plan.meta.get("budget", {}).items():
+        requested += f"{name} {reached.get(name, share):.1%} of {share:.1%} allowed, "
     title = (
         f"{plan.method} plan ({plan.shape}) for {plan.model_type}: {requested}"
         f"achieved {plan.achieved_ratio:.1%} of the LM decoder, "

@@ -14,6 +14,7 @@ from ..evaluation import published
 from .claims import MARGIN
 from .effects import SETTING, Estimate, dense_rows, difference, summary
 from .verdicts import basis_of
+from ..study.experiments import LATER
 from ..study.profiles import load_profile
 from ..study.runs import frame_of, stored
 from ..study.workers import results_of
@@ -30,6 +31,7 @@ def studied(profile) -> list:  # of Experiment, sorted
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
     "All results of a profile."
     profile, cells = load_profile(profile), studied(profile)
+    cells = [c for c in cells if c.quantize == LATER["quantize"]]  # bits are asked for elsewhere
     dense = {c.model for c in cells if c.pruning == c.recovery == "none"}
     cells = [c for c in cells if c.model in dense]
     if not any(c.pruning != "none" for c in cells):

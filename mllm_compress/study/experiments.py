@@ -16,6 +16,7 @@ from ..pruning.one_step import COMPARABLE
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.losses import LOSSES, TRAINS
+from .rounding import QUANTIZERS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-004
@@ -81,6 +82,7 @@ class Experiment:
     allocation: str = "layer"  # widthwise: where the budget is taken, a row of ALLOCATIONS
     shape: str = "default"  # widthwise: blockwise or uniform; "default": as the profile says
     reconstruct: str = "none"  # of what is left, a row of RECONSTRUCTIONS
+    quantize: str = UNROUNDED  # at the end, a row of QUANTIZERS
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -107,6 +109,11 @@ def _check_method(e: Experiment) -> None:
     check_choice("allocation", e.allocation, ALLOCATIONS)
     check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
     check_choice("reconstruct", e.reconstruct, RECONSTRUCTIONS)
+    check_choice("quantize", e.quantize, (UNROUNDED, *QUANTIZERS))
+    if e.quantize != UNROUNDED and e.recovery != "none":
+        raise ValueError(
+            f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}."
+        )
     if e.of != "auto" and e.importance != "gauss_newton":
         raise ValueError(f"of={e.of!r} is an option of gauss_newton, not of {e.importance}.")
     if e.pruning == "none" and e.reconstruct != "none":
@@ -158,6 +165,7 @@ LATER = {  # fields with their defaults
     "allocation": "layer",
     "shape": "default",
     "reconstruct": "none",
+    "quantize": UNROUNDED,
 }
 
 
@@ -169,7 +177,7 @@ def described(experiment: Experiment) -> dict:
     return {k: v for k, v in found.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
-METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct")
+METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize")
 
 
 def method_of(experiment: Experiment) -> str:
@@ -183,6 +191,7 @@ def describe(experiment: Experiment) -> str:
     e, words = experiment, [experiment.model]
     how = method_of(e) if e.calibration == "default" else f"{method_of(e)}, {e.calibration}"
     words += [f"{e.pruning} {e.ratio:.0%} ({how})"] if e.pruning != "none" else ["dense"]
+    words += [e.quantize] * (e.pruning == "none" and e.quantize != UNROUNDED)
     if e.recovery != "none":
         words += [f"{e.recovery} on {e.train}, {100 * e.fraction:g} % of the data"]
     words += [f"{e.epochs} epochs"] * bool(e.epochs) + [f"seed {e.seed}"]

@@ -83,6 +83,7 @@ from mllm_compress.study.profiles import (
     recovery_of,
     training_of,
 )
+from .rounding import QUANTIZERS, UNROUNDED, rounded
 from .store import Store, stage_inputs
 from ..utils.files import checkout, content_hash, file_hash
 from ..zoo.gguf import PACKAGED, missing_package
@@ -380,9 +381,14 @@ def student_inputs(experiment: Experiment, profile: Profile) -> dict:
 def subject_key(experiment: Experiment, profile: Profile) -> str:
     "The key of what is evaluated: a student, a plan, or a dense model."
     e = canonical(experiment)
-    if e.recovery != "none":
-        return content_hash(student_inputs(e, profile))
-    return content_hash(start_inputs(e, profile))
+    trained = e.recovery != "none"
+    key = content_hash((student_inputs if trained else start_inputs)(e, profile))
+    return key if e.quantize == UNROUNDED else content_hash(rounding_inputs(e.quantize, key))
+
+
+def rounding_inputs(how: str, subject: str) -> dict:
+    "What determines a model with rounded weights; it is made anew when it is asked."
+    return {"stage": "rounding", "version": QUANTIZERS[how].version, "how": how, "of": subject}
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-045
 def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
@@ -772,6 +778,9 @@ def kept_student(experiment: Experiment, profile: Profile, results: Store, plan,
 def student_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "The compressed model of an experiment."
     e = canonical(experiment)
+    if e.quantize != UNROUNDED:
+        whole = replace(e, quantize=UNROUNDED)
+        return rounded(student_of(whole, profile, results, device), e.quantize)
     model, _ = teacher_of(e.model, profile, device)
     plan = plan_of(e, profile, results, device)
     if e.recovery == "none":

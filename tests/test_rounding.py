@@ -1,0 +1,134 @@
+"""Rounded weights: the arithmetic of bitsandbytes, bytes in closed form, and keys of their own."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mllm_compress.anatomy.families import lm_parameters
+from mllm_compress.pruning import apply_plan
+from mllm_compress.pruning.pruning_plan import make_plan
+from mllm_compress.study import stages, store
+from mllm_compress.study.experiments import Experiment, describe, method_of
+from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.rounding import (
+    INT4,
+    NF4,
+    QUANTIZERS,
+    matrices,
+    ratio_within,
+    rounded,
+    rounded_blocks,
+    rounded_rows,
+    stored_bytes,
+)
+
+LIBRARY = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra quantize"
+)
+DRAW = torch.Generator().manual_seed(0)
+
+
+@LIBRARY
+def test_four_bits_are_those_of_bitsandbytes():
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for shape in ((50, 96), (7, 200), (1, 30)):
+        w = torch.randn(shape, generator=DRAW)
+        column = w.flatten()[:, None]  # its CPU kernel reads other scales for some widths
+        expected = dequantize_4bit(*quantize_4bit(column, quant_type="nf4", blocksize=64))
+        assert torch.equal(rounded_blocks(w, NF4), expected.view(shape))
+
+
+@LIBRARY
+def test_eight_bits_are_those_of_bitsandbytes():
+    from bitsandbytes.functional import int8_vectorwise_quant
+
+    w = torch.randn(50, 96, generator=DRAW).half()
+    whole, scale, _ = int8_vectorwise_quant(w)
+    gap = (whole.float() * scale[:, None] / 127 - rounded_rows(w.float())).abs()
+    assert (gap < 1e-5).float().mean() > 0.999  # a tie may be rounded the other way
+
+
+@pytest.mark.parametrize("levels", [NF4, INT4])
+def test_every_weight_takes_the_nearest_level(levels):
+    w = torch.randn(3, 50, generator=DRAW)
+    found = rounded_blocks(w, levels).flatten()
+    for k in range(0, w.numel(), 64):
+        block, its = w.flatten()[k : k + 64], found[k : k + 64]
+        values = torch.tensor(levels) * block.abs().max()
+        nearest = (block[:, None] - values).abs().min(1).values
+        torch.testing.assert_close((its - block).abs(), nearest)
+
+
+def test_rounding_changes_linear_maps_of_the_decoder_only(tiny_llava):
+    model, _ = tiny_llava
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small, inside = rounded(model, "nf4"), {id(m.weight) for m in matrices(model)}
+    names = {n for n, p in model.named_parameters() if id(p) in inside}
+    after = dict(small.named_parameters())
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, after[n])}
+    assert changed == names and all(
+        torch.equal(before[k], v) for k, v in model.state_dict().items()
+    )
+    assert rounded(model, "none") is model
+
+
+def test_bytes_follow_the_plan(tiny_llava):
+    model, _ = tiny_llava
+    plan = make_plan(model, layers=[0, 1, 3], neurons={0: range(100)})
+    small = apply_plan(model, plan)
+    assert stored_bytes(small) == 2 * lm_parameters(small)
+    inside = sum(m.weight.numel() for m in matrices(small))
+    rows = sum(m.weight.shape[0] for m in matrices(small))
+    others = 2 * (lm_parameters(small) - inside)
+    assert stored_bytes(small, "int8") == others + inside + 4 * rows
+    blocks = sum(-(-m.weight.numel() // 64) for m in matrices(small))
+    assert stored_bytes(small, "nf4") == others + inside // 2 + 4 * blocks
+
+
+@pytest.mark.parametrize("how", ["none", *QUANTIZERS])
+def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
+    from mllm_compress.importance.criteria import random_scores
+    from mllm_compress.pruning import plan_widthwise
+
+    model, limit = tiny_llava[0], 0.7 * stored_bytes(tiny_llava[0], how)
+    ratio = ratio_within(model, how, limit)
+    plan = plan_widthwise(model, random_scores(model), ratio=ratio)
+    assert stored_bytes(apply_plan(model, plan), how) <= 1.02 * limit
+    assert ratio_within(model, how, limit, step=0.25) in (0.25, 0.5, 0.75)
+
+
+def test_rounding_has_a_key_of_its_own_and_changes_no_other():
+    smoke = load_profile("smoke")
+    plain = Experiment("smoke-llava", "widthwise", 0.3)
+    keys = {stages.subject_key(replace(plain, quantize=q), smoke) for q in ("none", *QUANTIZERS)}
+    assert len(keys) == 1 + len(QUANTIZERS)
+    eight = replace(plain, quantize="int8")
+    assert stages.plan_inputs(plain, smoke) == stages.plan_inputs(eight, smoke)
+    assert "quantize" not in stages.index_inputs(plain)
+    assert method_of(eight) == "taylor + int8"
+    assert describe(Experiment("m", quantize="nf4")) == "m, dense, nf4, seed 0"
+
+
+def test_the_student_is_rounded_after_its_refit(tmp_path):
+    smoke, results = load_profile("smoke"), store.Store(tmp_path)
+    how = dict(importance="gauss_newton", allocation="global", reconstruct="stream")
+    whole = Experiment("smoke-llava", "widthwise", 0.3, **how, calibration="stratified 64")
+    first = stages.student_of(whole, smoke, results, "cpu")
+    found = stages.student_of(replace(whole, quantize="nf4"), smoke, results, "cpu")
+    pairs = zip(rounded(first, "nf4").parameters(), found.parameters())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(quantize="int3"), "use one of none, int8, nf4, int4"),
+        (dict(quantize="int8", recovery="sft"), "studied without training"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, says):
+    with pytest.raises(ValueError, match=says):
+        Experiment("m", "widthwise", 0.3, **change)
