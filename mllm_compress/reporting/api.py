@@ -28,7 +28,7 @@ class PublicName:
 
     @property
     def anchor(self) -> str:
-        "The name as an HTML id, which tells Look from look."
+        "The name as an HTML id, with the room in front."
         return f"{self.room}.{self.name}"
 
 # %% ../../nbs/library/reporting/21_api.ipynb #cell-007
