@@ -105,12 +105,17 @@ def drawn_again(
     tmp_path_factory,
 ) -> dict:  # name of a profile -> (checkout in which its notebooks run, the process)
     "The notebooks of every committed profile run again on its results, all at once, one core each."
+    from mllm_compress.study.profiles import load_profile
+    from mllm_compress.study.stages import missing_inputs
+
     checkouts = {
         p.parent: tmp_path_factory.mktemp(p.parent.name)
         for p in sorted((ROOT / "figures").glob("*/results.zip"))
     }
     started = {
-        folder.name: (checkout, begin(folder, checkout)) for folder, checkout in checkouts.items()
+        folder.name: (checkout, begin(folder, checkout))
+        for folder, checkout in checkouts.items()
+        if not missing_inputs(load_profile(folder.name))
     }
     yield started
     for _, process in started.values():

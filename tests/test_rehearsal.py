@@ -177,10 +177,6 @@ def able(profile: dict) -> dict:
     }
 
 
-@pytest.mark.xfail(
-    reason="agreement of draws in 02b_calibration fails on the rehearsed paper profile",
-    strict=False,
-)
 def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
     "Every notebook of the study."
     study(tmp_path, NOTEBOOKS)

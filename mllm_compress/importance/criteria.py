@@ -210,9 +210,9 @@ _WIDTHWISE = {
     "taylor": Criterion(
         taylor,
         "widthwise",
-        version=2,
+        version=3,
         look=Look("Taylor", BLUE, "s", DASHED),
-        help="First-order change of the loss, per parameter and sample (Ma et al. 2023).",
+        help="First-order change of the loss, per parameter (Ma et al. 2023).",
     ),
     "magnitude": Criterion(
         magnitude,
@@ -256,7 +256,7 @@ _TAYLOR_ORDERS = {
     "taylor_param_mix": Criterion(
         partial(taylor, order="param_mix"),
         "widthwise",
-        version=2,
+        version=3,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
     ),

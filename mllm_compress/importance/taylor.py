@@ -74,23 +74,6 @@ def gradient_moments(
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-016
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # weights whose gradient exists at once
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
-def moments(
-    x: torch.Tensor,  # as in `gradient_moments`
-    delta: torch.Tensor,
-    counts: list,
-    totals: tuple,
-    curvature: bool,
-    per_sample: bool,  # one pair for each supervised sample, or one for the batch
-):  # yields pairs of g and H
-    "The gradient moments of a batch, whole or in parts that add up to it."
-    if not per_sample:
-        yield gradient_moments(x, delta, counts, totals, curvature)
-        return
-    for b, n in enumerate(counts):
-        if n:
-            yield gradient_moments(x[b : b + 1], delta[b : b + 1], [n], totals, curvature)
-
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
 def channel_scores(
     slot: LinearSlot,
@@ -99,7 +82,6 @@ def channel_scores(
     counts: list,
     totals: tuple,
     order: Order,
-    per_sample: bool = False,  # see `moments`
 ) -> torch.Tensor:  # [channels] float32, signed for `vectorize`
     "Scores of the rows (axis 0) or columns (axis 1) of one linear layer, block by block."
     weight, axis = slot.module.weight.detach(), slot.axis
@@ -107,8 +89,8 @@ def channel_scores(
     scores = []
     for w, part in zip(weight.split(step, axis), (delta, x)[axis].split(step, -1)):
         pair = (x, part) if axis == 0 else (part, delta)
-        parts = moments(*pair, counts, totals, order.curvature, per_sample)
-        scores.append(sum(order.formula(w.float(), g, H, 1 - axis) for g, H in parts))
+        g, H = gradient_moments(*pair, counts, totals, order.curvature)
+        scores.append(order.formula(w.float(), g, H, 1 - axis))
     return torch.cat(scores)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
@@ -156,6 +138,26 @@ def recomputing(layers):
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-028
 @contextmanager
+def probes(
+    parts: Anatomy,  # of the model
+    layers,  # indices of decoder layers
+    see: Callable,  # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
+):
+    "Within this context, a backward pass calls `see` per linear layer of `layers`."
+
+    def probe(i, slot):
+        return lambda _, args, output: (
+            _Probe.apply(output, args[0], partial(see, i, slot)) if output.requires_grad else None
+        )
+
+    with ExitStack() as stack:
+        for i in layers:
+            for slot in parts.linears(i):
+                stack.callback(slot.module.register_forward_hook(probe(i, slot)).remove)
+        yield
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-028b
+@contextmanager
 def output_gradients(
     parts: Anatomy,  # of the model
     see: Callable,  # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
@@ -166,21 +168,13 @@ def output_gradients(
     def enter(_, args):
         return (args[0].detach().requires_grad_(), *args[1:])
 
-    def probe(i, slot):
-        return lambda _, args, output: (
-            _Probe.apply(output, args[0], partial(see, i, slot)) if output.requires_grad else None
-        )
-
-    slots = [(i, slot) for i in range(parts.num_layers) for slot in parts.linears(i)]
     with ExitStack() as stack:
         for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
             stack.enter_context(context)
         if recompute:
             stack.enter_context(recomputing(parts.layers))
-        hooks = [parts.layers[0].register_forward_pre_hook(enter)]
-        hooks += [slot.module.register_forward_hook(probe(i, slot)) for i, slot in slots]
-        for hook in hooks:
-            stack.callback(hook.remove)
+        stack.callback(parts.layers[0].register_forward_pre_hook(enter).remove)
+        stack.enter_context(probes(parts, range(parts.num_layers), see))
         yield
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-030
@@ -224,6 +218,49 @@ def _one_batch(batches: list) -> list:
         )
     return [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
 
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-037a
+@dataclass
+class Kept:
+    "What a batch needs for a backward pass layer by layer."
+
+    calls: list  # (args, kwargs) of each layer; the first argument is [batch, tokens, hidden]
+    delta: torch.Tensor  # [batch, tokens, hidden] gradient at the end of the last layer
+    loss: float  # summed over supervised tokens
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-037c
+def keep_inputs(parts: Anatomy, batch: dict, labels: torch.Tensor) -> Kept:
+    "The inputs of all layers, and the gradient of the summed loss behind the last one."
+    calls, end = [], []
+
+    def leave(_, args, output):
+        end.append(output.detach().requires_grad_())
+        return end[0]
+
+    keep = lambda _, args, kwargs: calls.append((args, kwargs))
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in parts.layers]
+    hooks.append(parts.layers[-1].register_forward_hook(leave))
+    try:
+        total = summed_loss(parts.model, batch, labels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    (delta,) = torch.autograd.grad(total, end)
+    return Kept(calls, delta, total.item())
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-037e
+def backward_through(
+    parts: Anatomy,
+    i: int,  # layer
+    kept: Kept,  # of one batch; its `delta` moves from the output of the layer to its input
+    see: Callable,  # as in `probes`
+) -> None:
+    "Run one layer again and lead the gradient back through it."
+    (hidden, *args), kwargs = kept.calls[i]
+    hidden = hidden.detach().requires_grad_()
+    with probes(parts, [i], see):
+        output = parts.layers[i](hidden, *args, **kwargs)
+        (kept.delta,) = torch.autograd.grad(output, hidden, kept.delta.to(output))
+
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
 def label_counts(labels: list) -> tuple:
     "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
@@ -241,6 +278,13 @@ def check_order(order: str) -> Order:
     return ORDERS[order]
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-042
+def _weighted(see: Callable, weights: torch.Tensor | None) -> Callable:
+    "`see`, with the output gradients times a weight of each position."
+    if weights is None:
+        return see
+    return lambda i, slot, x, delta: see(i, slot, x, delta * weights.to(delta)[..., None])
+
+
 def _add_scores(
     channels: dict,  # (layer, slot name) -> [channels], changed in place
     parts: Anatomy,
@@ -249,57 +293,116 @@ def _add_scores(
     weights: torch.Tensor | None,  # [batch, tokens] of each position's part of the gradients
     score: Callable,  # score(slot, x, delta) -> [channels]
     recompute: bool,
-) -> torch.Tensor:  # the summed loss
+) -> float:  # the summed loss
     "Add the channel scores of one batch; the loss may not be finite, which is for the caller."
 
     def see(i, slot, x, delta):
-        if weights is not None:
-            delta = delta * weights.to(delta)[..., None]
         scores, key = score(slot, x.detach(), delta), (i, slot.name)
         channels[key] = channels[key] + scores if key in channels else scores
 
-    with output_gradients(parts, see, recompute):
+    with output_gradients(parts, _weighted(see, weights), recompute):
         total = summed_loss(parts.model, batch, labels)
         if total.isfinite():
             total.backward()
-    return total.detach()
+    return total.item()
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-044
+@dataclass
+class Scoring:
+    "Checked inputs of one scoring run."
+
+    parts: Anatomy
+    batches: list
+    labels: list  # [batch, tokens] for each batch
+    weights: list  # [batch, tokens] for each batch, or None
+    counts: list  # supervised tokens of each sample, for each batch
+    totals: tuple  # (supervised tokens, samples that have any)
+    order: Order
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044b
+def _finite(loss: float, k: int) -> float:
+    "The loss of batch `k`; a ValueError where it is not finite."
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss of batch {k} is {loss}: look for NaN in the weights or pixels, "
+            "or score in float32."
+        )
+    return loss
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044d
+def _by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
+    "Add up channel scores and the mean loss, one batch after the other."
+    for k in batches_left(len(run.batches), channels):
+        score = partial(channel_scores, counts=run.counts[k], totals=run.totals, order=run.order)
+        inputs = run.batches[k], run.labels[k], run.weights[k]
+        loss = _finite(_add_scores(channels, run.parts, *inputs, score, recompute), k)
+        channels["loss"] = channels.get("loss", 0.0) + loss / run.totals[0]
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044f
+def _by_layer(run: Scoring, channels: dict) -> None:
+    "Add up the gradients of one layer over all batches, reduce them to scores, and go on."
+    parts, layers = run.parts, run.parts.num_layers
+    with frozen(parts.model), evaluating(parts.model), torch.enable_grad():
+        kept = [keep_inputs(parts, b, l) for b, l in zip(run.batches, run.labels)]
+        channels["loss"] = sum(_finite(b.loss, k) for k, b in enumerate(kept)) / run.totals[0]
+        for step in batches_left(layers, channels):
+            i = layers - 1 - step
+            sums = {}
+            for k, b in enumerate(kept):
+                b.delta = channels.pop(("delta", k), b.delta)
+                backward_through(parts, i, b, _weighted(_adder(sums, run, k), run.weights[k]))
+            for slot in parts.linears(i):
+                weight = slot.module.weight.detach().float()
+                channels[i, slot.name] = run.order.formula(weight, *sums[slot.name], 1 - slot.axis)
+            channels.update({("delta", k): b.delta for k, b in enumerate(kept)})
+    for k in range(len(kept)):
+        channels.pop(("delta", k), None)
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044h
+def _adder(sums: dict, run: Scoring, k: int) -> Callable:
+    "A `see` that adds the gradient moments of batch `k` to `sums`: slot name -> (g, H)."
+
+    def see(i, slot, x, delta):
+        new = gradient_moments(x.detach(), delta, run.counts[k], run.totals, run.order.curvature)
+        old = sums.get(slot.name)
+        sums[slot.name] = (
+            new if old is None else tuple(a if a is None else a.add_(b) for a, b in zip(old, new))
+        )
+
+    return see
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044j
+def _scoring(model, batches: list, order: str, mode: str, token_weights) -> Scoring:
+    "Check the inputs of a scoring run."
+    check_mode(mode, token_weights)
+    check_token_weights(token_weights)
+    row, parts = check_order(order), anatomy(model)
+    image = getattr(model.config, "image_token_id", None)
+    batches = check_batches(batches) if mode == "default" else _one_batch(check_batches(batches))
+    labels = [supervised(b, mode, image is not None) for b in batches]
+    counts, totals = label_counts(labels)
+    some = [k for k, c in enumerate(counts) if sum(c)]
+    batches, labels, counts = ([x[k] for k in some] for x in (batches, labels, counts))
+    weigh = lambda b, l: position_weights({**b, "labels": l}, image, token_weights)
+    weights = [token_weights and weigh(b, l) for b, l in zip(batches, labels)]
+    return Scoring(parts, batches, labels, weights, counts, totals, row)
+
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-044l
 def taylor(
     model,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids, labels (-100 = not supervised), attention_mask, …
     order: str = "param_first",  # vectorize, param_first, param_second, param_mix
-    mode: str = "default",  # |.| per sample; "reference": per calibration set, in one batch
+    mode: str = "default",  # any number of batches; "reference": the original's, joined to one
     token_weights: dict | str | None = None,  # of each position's δ·xᵀ: {"image": .1}, "balanced"
     recompute: bool = False,  # recompute activations: a third more time, memory of one layer
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
     "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower goes first."
-    check_mode(mode, token_weights)
-    check_token_weights(token_weights)
-    formula, parts = check_order(order), anatomy(model)
-    image = getattr(model.config, "image_token_id", None)
-    batches = check_batches(batches) if mode == "default" else _one_batch(check_batches(batches))
-    labels = [supervised(b, mode, image is not None) for b in batches]
-    (counts, totals), channels = label_counts(labels), {}
-    for k in batches_left(len(batches), channels):
-        batch, label = batches[k], labels[k]
-        if not sum(counts[k]):
-            continue
-        weights = None
-        if token_weights is not None:
-            weights = position_weights({**batch, "labels": label}, image, token_weights)
-        apart = mode == "default" and not formula.additive
-        score = partial(
-            channel_scores, counts=counts[k], totals=totals, order=formula, per_sample=apart
-        )
-        total = _add_scores(channels, parts, batch, label, weights, score, recompute).item()
-        if not math.isfinite(total):
-            raise ValueError(
-                f"the loss of batch {k} is {total}: look for NaN in the weights or pixels, "
-                "or score in float32."
-            )
-        channels["loss"] = channels.get("loss", 0.0) + total / totals[0]
-    loss = channels.pop("loss")
+    run, channels = _scoring(model, batches, order, mode, token_weights), {}
+    if run.order.additive or len(run.batches) == 1:
+        _by_batch(run, channels, recompute)
+    else:
+        _by_layer(run, channels)
+    loss, (tokens, samples) = channels.pop("loss"), run.totals
     meta = {"order": order, "mode": mode, "token_weights": token_weights, "loss": loss}
-    meta |= {"samples": totals[1], "supervised_tokens": totals[0]}
-    return add_channels(parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
+    meta |= {"samples": samples, "supervised_tokens": tokens}
+    return add_channels(run.parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)

@@ -66,8 +66,9 @@ def fold_linear_map(
 ) -> PreTrainedModel:
     "A linear map in place of removed layers (Shopkhoev et al. 2025, eq. 6)."
     check_pruned(small, dense, plan)
-    dtype, small = small.dtype, copy.deepcopy(small).float()
-    dense = dense if dtype == torch.float32 else copy.deepcopy(dense).float()
+    dtype, small = small.dtype, copy.deepcopy(small)
+    if dtype != (wide := torch.promote_types(dtype, torch.float32)):
+        small, dense = small.to(wide), copy.deepcopy(dense).to(wide)
     before, after, streams = anatomy(dense), anatomy(small), open_streams(small, dense, batches)
     advance_dense(before, streams, range(plan.layers[0]))
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):

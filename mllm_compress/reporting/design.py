@@ -19,18 +19,21 @@ from ..study.stages import root_of, unit_numbers
 def by_calibration(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
     "AVG-% and its spread over draws, by model, pruning, ratio, design and number of questions."
     rows = summary(frame)
-    rows = rows[(rows.calibration != "default") & rows.avg_percent.notna()]
-    words = rows.calibration.str.split(" ", expand=True)
+    rows = rows[rows.calibration != "default"]
+    word = rows.calibration.str.split(" ").str
     spread = [float(np.std(list(s), ddof=1)) if len(s) > 1 else np.nan for s in rows.by_seed]
     columns = ["model", "pruning", "requested_ratio", "design", "questions"]
-    found = rows.assign(design=words[0], questions=words[1].astype(int), spread=spread)
+    found = rows.assign(design=word[0], questions=word[1].astype(int), spread=spread)
     shown = found[[*columns, "avg_percent", "low", "high", "spread", "seeds"]]
     return shown.sort_values(columns, kind="stable").reset_index(drop=True)
 
 # %% ../../nbs/library/reporting/18_design.ipynb #cell-007
 def calibration_sentence(table: pd.DataFrame) -> str:  # of `by_calibration`
     "What the number of questions and their design change."
+    table = table[table.avg_percent.notna()]
     own = table[(table.design == "stratified") & (table.pruning == "widthwise")]
+    if own.empty:
+        return "No calibration can be compared: widthwise pruning has no retained score here."
     few, many = (own[own.questions == n(own.questions)] for n in (min, max))
     first = table[(table.design == "first") & (table.pruning == "widthwise")]
     text = (
