@@ -94,11 +94,12 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
 def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
     results, found = results_of(profile), {}
-    for key in results.keys("experiment"):
-        experiment = _experiment_of(store.read(results, "experiment", key), profile)
-        if experiment and (result := result_of(experiment, profile, results)):
-            found[experiment] = result
-    return found
+    described = (store.read(results, "experiment", k) for k in results.keys("experiment"))
+    experiments = filter(None, (_experiment_of(d, profile) for d in described))
+    for e in sorted(experiments, key=lambda e: e.calibration != "default"):
+        if result := result_of(e, profile, results):
+            found.setdefault(name_of(e, profile), (e, result))
+    return dict(found.values())
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-018
 def _experiment_of(content, profile: Profile):  # an Experiment, or None
