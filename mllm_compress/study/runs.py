@@ -79,7 +79,8 @@ def frame_of(
 def _with_images(rows: list, name: str, profile: Profile) -> list:
     "The rows of a result with its name, and with the picture of every unit."
     e, root = profile.evaluation, stages.root_of(profile.evaluation)
-    images = {r["benchmark"]: unit_images(r["benchmark"], e.split, e.questions, root) for r in rows}
+    ask = lambda name: unit_images(name, e.split, stages.limit_of(name, e), root)
+    images = {name: ask(name) for name in dict.fromkeys(r["benchmark"] for r in rows)}
     return [row | {"result": name, "images": images[row["benchmark"]]} for row in rows]
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-014
