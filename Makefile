@@ -2,6 +2,7 @@
 #              PROFILE=smol also installs the model's package and fetches the texts, once
 # make test    all tests
 # make lab     the notebooks in JupyterLab
+# make docs    one site of everything: the study, the notebooks, the guides, the public names: _docs/index.html
 # make readme  README.md from nbs/index.ipynb
 # make lowest  all tests at the oldest versions that settings.ini promises (PYTHON=python3.10 for the oldest Python too)
 # make bench   speed and memory against the plain way
@@ -22,7 +23,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study test lowest lab readme bench clean setup gpu-check
+.PHONY: study test lowest lab docs readme bench clean setup gpu-check
 .DEFAULT_GOAL := study
 
 setup: $(READY)
@@ -61,6 +62,9 @@ lowest:
 lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
 
+docs: $(READY)
+	@$(BIN)/mllm-compress report --site --out _docs
+
 readme: $(READY)
 	@PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
 	@$(BIN)/nbdev_clean --fname nbs/index.ipynb
@@ -74,5 +78,5 @@ gpu-check: $(READY)
 	@$(BIN)/mllm-compress gpu-check $(GPU_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist _docs _proc *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) build dist _docs *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -o -name .ipynb_checkpoints | grep -v '^./$(VENV)' | xargs rm -rf

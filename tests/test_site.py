@@ -16,6 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from mllm_compress.reporting import page as site
 from mllm_compress.reporting.claims import CLAIMS
+from mllm_compress.reporting.rendering import notebook_html
 from mllm_compress.reporting.report import Report
 from mllm_compress.reporting.style import panels
 from mllm_compress.reporting.tables import Table, to_html
@@ -111,6 +112,11 @@ VERDICTS = {
 }
 
 
+def heads(text: str) -> list:
+    "The headings of the second level, in their order."
+    return [text_of(found) for found in re.findall("<h2[^>]*>(.*?)</h2>", text, flags=re.S)]
+
+
 def wide_notebook():
     "A notebook with everything that makes pages too wide."
     table = (
@@ -177,6 +183,9 @@ def made(tmp_path_factory) -> Path:
             )
     (folder / "figures/smoke/01_wide-t.csv").touch()
     (folder / "figures/smoke/01_wide-f.png").write_bytes(base64.b64decode(DOT))
+    (folder / "figures/smoke/06_best-retained.png").write_bytes(base64.b64decode(DOT))
+    (folder / "figures/smoke/06_best-retained.txt").write_text("Retained scores, n < 7,000.")
+    shutil.copy(ROOT / "CITATION.cff", folder)
     for file, (claim, word, value) in VERDICTS.items():
         average = {"value": value, "low": value - 0.3, "high": value + 0.3, "n": 7000, "seeds": 3}
         record = {"claim": claim, "word": word, "settings": "of 2 settings " + word + " in 2"}
@@ -187,6 +196,32 @@ def made(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return site.build("smoke")
+
+
+def test_a_page_opens_with_the_study_the_verdicts_and_the_figures(made):
+    page = made.read_text(encoding="utf-8")
+    assert heads(page)[:3] == [
+        "Verdicts",
+        "Key figures",
+        "Which section is which table or figure of the paper",
+    ]
+    before = page.partition('<section id="verdicts">')[0]
+    assert "Investigating Structural Pruning and Recovery Techniques" in before
+    figures = re.search('<section id="figures">.*?</section>', page, flags=re.S)[0]
+    assert figures.count("<img") == 1 and "Retained scores, n &lt; 7,000." in figures
+
+
+def test_what_prepares_the_study_comes_last(made, tmp_path, monkeypatch):
+    copy = tmp_path / "checkout"
+    shutil.copytree(made.parents[2], copy)
+    monkeypatch.chdir(copy)
+    for part in ("nbs/study", "figures/smoke"):
+        nb = new_notebook(cells=[new_markdown_cell("# Learning rates\n> A")])
+        nbformat.write(nb, copy / part / "00_learning_rates.ipynb")
+    assert heads(site.build("smoke").read_text(encoding="utf-8"))[-2:] == [
+        "Learning rates",
+        "Provenance",
+    ]
 
 
 def test_a_notebook_that_failed_is_named(made, tmp_path, monkeypatch):
@@ -270,7 +305,7 @@ def test_a_caption_is_shown_once_on_the_page_and_in_the_html_export(tmp_path, mo
     picture, below = (new_output("display_data", data) for data in shown.outputs())
     cell = new_code_cell("out.figure(fig)", outputs=[picture, below])
     nb = new_notebook(cells=[new_markdown_cell("# Title"), cell])
-    on_page = site.notebook_html("99_demo", nb, list(Path("figures/smoke").iterdir()))["body"]
+    on_page = notebook_html("99_demo", nb, list(Path("figures/smoke").iterdir()))["body"]
     exported, _ = HTMLExporter().from_notebook_node(nb)
     for text in (on_page, exported):
         assert text.count("Scores, n &lt; 7,000.") == text.count("<figcaption") == 1
@@ -284,8 +319,8 @@ def test_a_picture_leads_to_its_file_and_code_shares_a_fold(made):
     )[0]
     assert section.count("<img") == section.count('<a href="01_wide-f.png"><img') == 1
     assert [
-        re.findall("<code>(.*?)</code>", fold)
-        for fold in re.findall("<details>.*?</details>", section)
+        [text_of(listing) for listing in re.findall("<pre>(.*?)</pre>", fold, flags=re.S)]
+        for fold in re.findall("<details>.*?</details>", section, flags=re.S)
     ] == [["import math", "import json", "x = 1"], ["y = 2"]]
 
 
@@ -296,10 +331,8 @@ def test_headings_descend_by_one_and_sections_lead_back(made):
         after - before <= 1 for before, after in zip(levels, levels[1:])
     )
     assert (
-        page.count("<section ")
-        == page.count('<a href="#contents">↑ contents</a></p></section>')
-        == 8
-        and page.count('id="contents"') == 1
+        page.count("<section ") == page.count('<a href="#top">↑ top</a></p></section>') == 9
+        and page.count('id="contents"') == page.count('id="top"') == 1
     )
     assert len(ids := re.findall(r' id="([^"]*)"', page)) == len(set(ids))
 
@@ -351,7 +384,7 @@ def test_nothing_sticks_out(made, tmp_path, width):
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_wide_table_is_read_with_its_caption_and_its_first_column(made, tmp_path, width):
     seen = look(made, tmp_path, width)
-    assert len(seen["captions"]) == 3 and all(
+    assert len(seen["captions"]) == 4 and all(
         0 <= c["left"] < c["right"] <= width for c in seen["captions"]
     ), seen["captions"]
     wrapped = [cell["lines"] > 1 and cell["width"] < 400 for cell in seen["long"]]
@@ -415,6 +448,16 @@ def test_captions_of_a_study_are_in_view(again, tmp_path, width):
     assert len(seen["captions"]) > 20 and all(
         0 <= c["left"] < c["right"] <= width for c in seen["captions"]
     )
+
+
+@pytest.mark.parametrize("folder", PAGES, ids=lambda p: p.name)
+def test_links_of_committed_pages_lead_somewhere(folder):
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    links = re.findall(r'(?:href|src)="([^":]+)"', text)
+    ids = set(re.findall(r' id="([^"]+)"', text))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        assert (folder / path).exists() if path else anchor in ids, link
 
 
 @pytest.mark.parametrize("folder", PAGES, ids=lambda p: p.name)

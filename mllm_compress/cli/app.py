@@ -33,7 +33,7 @@ _HELP = {
 
 
 def _set_talk(quiet: bool, verbose: bool) -> None:
-    "How much is said; a mistake of the user's where both are wanted."
+    "Set how much is printed; an error where both are given."
     if quiet and verbose:
         raise typer.BadParameter("--quiet and --verbose contradict each other: give one of them.")
     _SETTINGS.update(quiet=quiet, verbose=verbose)
@@ -424,7 +424,7 @@ def is_multimodal(processor) -> bool:
 
 
 def choose_template(processor, file: Path | None, chat: bool) -> str | None:
-    "Give a processor the chat template that conversations need; says which, if not its own."
+    "Give a processor the chat template that conversations need; returns which, if not its own."
     from mllm_compress.data.instructions import set_chat_template
 
     which = set_chat_template(processor, file, chat)

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .app import AsJson, app, emit, politely
+from .app import TABLES, AsJson, app, emit, note, politely
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-004
 class _Lines(io.StringIO):
@@ -103,14 +103,58 @@ def gpu_check(
         raise typer.Exit(g.gpu_check(models, study=not skip_study))
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-010
+def _option(parameter) -> tuple:  # (how it is written, help)
+    "An option or an argument of a command."
+    text = getattr(parameter, "help", None) or ""
+    about = TABLES[text]() if text in TABLES else text
+    if parameter.param_type_name == "argument":
+        return parameter.name.upper(), about
+    default = parameter.default
+    if (
+        isinstance(default, (str, int, float, Path))
+        and not isinstance(default, bool)
+        and f"{default}"
+    ):
+        about += f" [default: {default}]"
+    return ", ".join(parameter.opts), about.strip()
+
+
+def command_reference() -> list:  # of dicts with name, about and options
+    "All commands with their options, in the order in which they are listed."
+    commands = typer.main.get_command(app).commands
+    return [
+        {"name": n, "about": c.help or "", "options": [_option(p) for p in c.params]}
+        for n, c in commands.items()
+    ]
+
+# %% ../../nbs/library/cli/07_studying.ipynb #cell-014
+def _write_site(out: Path, as_json: bool) -> None:
+    "Write the documentation site, and name links that lead nowhere."
+    from mllm_compress.reporting.site import build_site
+
+    pages, broken = build_site(out, command_reference())
+    for page, link in broken:
+        note(f"{page} links to {link}, which does not exist.")
+    where = f"file://{(out / 'index.html').resolve()}"
+    facts = {"pages": pages, "site": where, "broken_links": broken}
+    emit(f"{where} ({pages} pages)", facts, as_json)
+
+
 @app.command()
 def report(
     profile: Annotated[str, typer.Option(help="Whose executed notebooks to show.")] = "quick",
+    site: Annotated[
+        bool,
+        typer.Option("--site", help="Make the documentation site of this checkout instead."),
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the site.")] = Path("_docs"),
     as_json: AsJson = False,
 ):
-    "Make figures/PROFILE/index.html again from the executed notebooks."
+    "Make figures/PROFILE/index.html again from the executed notebooks, or the whole site."
     with politely():
-        from mllm_compress.reporting import page as site
+        from mllm_compress.reporting.page import build
 
-        where = f"file://{site.build(profile)}"
+        if site:
+            return _write_site(out, as_json)
+        where = f"file://{build(profile)}"
         emit(where, {"profile": profile, "page": where}, as_json)

@@ -374,7 +374,7 @@ def width_importance(
     "Scores of the heads and neurons of every layer; lower goes first."
     return _score("widthwise", method, model, batches, options)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-059
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-061
 def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
@@ -382,7 +382,7 @@ def whole_layers(
     both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
-# %% ../../nbs/library/importance/04_criteria.ipynb #cell-061
+# %% ../../nbs/library/importance/04_criteria.ipynb #cell-063
 def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none

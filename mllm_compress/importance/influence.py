@@ -142,13 +142,13 @@ def block_influence(
     total = sum_changes(model, batches, weighted_change, weigh)
     return LayerScores(total / meta["samples"], "block_influence", meta)
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-046
+# %% ../../nbs/library/importance/02_influence.ipynb #cell-048
 def angular_change(x, y, weights):
     "Weighted sum of the angle over π (Gromov et al. 2024, eq. 6)."
     angle = torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
     return torch.where(weights > 0, weights * angle, 0).sum()
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-048
+# %% ../../nbs/library/importance/02_influence.ipynb #cell-050
 def last_token(
     weights: torch.Tensor,  # [batch, tokens], rows add up to 1
 ) -> torch.Tensor:  # [batch, tokens], all weight on the last position that had any
@@ -156,7 +156,7 @@ def last_token(
     last = (weights > 0).float().cumsum(1).argmax(1)  # the first place where the count is complete
     return torch.nn.functional.one_hot(last, weights.shape[1]).float()
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-050
+# %% ../../nbs/library/importance/02_influence.ipynb #cell-052
 def angular_distance(
     model,
     batches: list,  # as for `block_influence`

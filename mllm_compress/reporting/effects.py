@@ -255,7 +255,7 @@ def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     for column, value in wanted.items():
         found = found[found[column] == value]
     if found.empty:
-        raise ValueError(f"No finished cell has {wanted}.")
+        raise ValueError(f"No finished experiment has {wanted}.")
     if len(found[SETTING].drop_duplicates()) > 1:
         raise ValueError(f"{wanted} fits several settings: name more columns of {SETTING}.")
     return found

@@ -217,7 +217,7 @@ def output_folder(
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-038
 def _content(experiment, profile, results: store.Store) -> str:
-    "A hash of what a result says; empty where there is none."
+    "A hash of the content of a result; empty where there is none."
     found = result_of(experiment, profile, results)
     shown = {k: v for k, v in (found or {}).items() if k not in ("record", "training")}
     return content_hash(shown) if found else ""

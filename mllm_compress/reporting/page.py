@@ -6,26 +6,21 @@
 __all__ = []
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-003
-import html
-import json
+import posixpath
 import re
 import subprocess
-from base64 import b64decode
+from collections.abc import Iterable
 from dataclasses import asdict
-from importlib.resources import files
+from functools import cache
 from pathlib import Path
 
 import nbformat
 import pandas as pd
-from jinja2 import Environment
-from markupsafe import Markup
-from nbconvert.filters import ansi2html, markdown2html
+from jinja2 import Environment, PackageLoader
 
-from .claims import CLAIMS
-from .effects import Estimate
-from .figures import CAPTION, figure_html
 from .notebooks import failed_copy, notebooks
-from .verdicts import COLORS, DEFINITIONS, SIGNS
+from .overview import overview, reading_order
+from .rendering import notebook_html, own_parameters
 from ..study import store
 from ..study.experiments import Experiment
 from ..study.profiles import Profile, load_profile
@@ -35,115 +30,6 @@ from ..study.workers import results_of
 from ..utils.files import checkout, write_atomically
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-005
-def picture_html(
-    png: str,  # base64
-    caption: str,
-    pictures: dict,  # bytes of a PNG -> its file beside the page
-) -> str:
-    "A picture over its caption, linked to its file where there is one."
-    return figure_html(png.replace("\n", ""), caption, pictures.get(b64decode(png), ""))
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-009
-def _framed(text: str) -> str:
-    "HTML whose tables scroll on their own, over their captions."
-
-    def frame(found) -> str:
-        captions = re.findall(r"<caption[^>]*>(.*?)</caption>", found[0], flags=re.S)
-        table = re.sub(r"<caption.*?</caption>\s*", "", found[0], flags=re.S)
-        below = "".join(f"<figcaption>{c}</figcaption>" for c in captions)
-        return f'<figure><div class="wide">{table}</div>{below}</figure>'
-
-    return re.sub(r"<table.*?</table>", frame, text, flags=re.S)
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-011
-def _without_style(text: str) -> str:
-    "HTML without the style sheets of plain frames."
-    return re.sub(r"<style scoped.*?</style>", "", text, flags=re.S)
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-013
-def output_html(
-    output,
-    pictures: dict = {},  # bytes of a PNG -> its file beside the page
-) -> str:
-    "An output of a code cell."
-    if output.output_type == "stream":
-        return f"<pre>{ansi2html(output.text)}</pre>"
-    if output.output_type == "error":
-        return f'<pre class="error">{ansi2html(chr(10).join(output.traceback))}</pre>'
-    data = output.data
-    plain = data.get("text/plain", "")
-    if "image/png" in data:
-        return picture_html(data["image/png"], plain, pictures)
-    if data.get("text/html", "").startswith(CAPTION):
-        return ""  # the picture above has it
-    if "text/html" in data:
-        return f'<div class="wide">{_framed(_without_style(data["text/html"]))}</div>'
-    if "text/markdown" in data:
-        return _framed(markdown2html(data["text/markdown"]))
-    return f"<pre>{html.escape(plain)}</pre>"
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-017
-def _without_marks(text: str) -> str:
-    "HTML without the paragraph signs and anchors that nbconvert adds to headings."
-    return re.sub(r'(<h\d) id="[^"]*"', r"\1", re.sub(r'<a class="anchor-link".*?</a>', "", text))
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-019
-def _demoted(source: str) -> str:
-    "Markdown with headings one level down: the page has its own title."
-    return re.sub(r"^#", "##", source, flags=re.M)
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-021
-def cell_html(cell, pictures: dict = {}) -> str:
-    "What a notebook cell shows, beside its code."
-    if cell.cell_type == "markdown":
-        return _framed(_without_marks(markdown2html(_demoted(cell.source))))
-    return "".join(output_html(o, pictures) for o in cell.get("outputs", []))
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-023
-def cells_html(cells: list, pictures: dict = {}) -> str:
-    "Cells in their order, the code up to each output or text behind one word."
-    parts, code = [], []
-    for cell in cells:
-        if cell.cell_type == "code":
-            code.append(f"<pre><code>{html.escape(cell.source)}</code></pre>")
-        if not (shown := cell_html(cell, pictures)):
-            continue
-        parts += [_folded(code), shown]
-        code = []
-    return "\n".join([*parts, _folded(code)])
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-025
-def _folded(code: list) -> str:
-    "Listings behind a word that opens them."
-    return f"<details><summary>code</summary>{''.join(code)}</details>" if code else ""
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-027
-def own_parameters(nb) -> dict:
-    "The parameters that an executed notebook was given besides its profile."
-    given = nb.metadata.get("mllm_compress", {}).get("parameters", {})
-    return {k: v for k, v in given.items() if k != "profile"}
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-029
-def notebook_html(
-    name: str,
-    nb,
-    files: list,  # of Path, that it left
-) -> dict:  # for the template
-    "A notebook: its anchor, title, claim, body and the files it left."
-    title, _, rest = nb.cells[0].source.partition("\n")
-    head = nb.cells[0].copy()
-    head["source"] = rest
-    pictures = {p.read_bytes(): p.name for p in files if p.suffix == ".png"}
-    given = ", ".join(f"{k}={v!r}" for k, v in own_parameters(nb).items())
-    return {
-        "name": name,
-        "title": title.lstrip("# "),
-        "body": cells_html([head, *nb.cells[1:]], pictures),
-        "files": [p.name for p in files],
-        "given": given,
-    }
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-033
 EXPERIMENTS, RESULTS = "experiments.csv", "results.zip"
 FIELDS = ["seconds", "peak_memory_mb", "device", "date"]
 FIELDS += ["python", "torch", "transformers", "mllm_compress"]
@@ -158,7 +44,7 @@ def lines_of(name: str, experiment: Experiment, result: dict) -> list:  # one pe
     scored = ("benchmark", "metric", "score", "n", "candidate_score")
     return [same | {k: row[k] for k in scored} | circumstances for row in result["rows"]]
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-035
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-007
 def read_by(folder: Path) -> set:  # of names
     "The results that the executed notebooks of a folder have read."
     marks = [
@@ -167,11 +53,11 @@ def read_by(folder: Path) -> set:  # of names
     ]
     return {name for mark in marks for name in mark.get("results", [])}
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-037
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-009
 ORDER = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed"]
 ORDER += ["result"]
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-039
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-011
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     "Write figures/PROFILE/experiments.csv, and results.zip beside it."
     path = checkout() / "figures" / profile.name / EXPERIMENTS
@@ -191,7 +77,7 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
     return both
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-041
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-013
 def _stage_keys(experiments: list, profile: Profile) -> dict:  # stage -> keys
     "The keys of all stages of some experiments."
     keys = {stage: set() for stage in store.STAGES if stage != "scores"}  # tensors stay at home
@@ -200,7 +86,7 @@ def _stage_keys(experiments: list, profile: Profile) -> dict:  # stage -> keys
         keys = {stage: known | own.get(stage, set()) for stage, known in keys.items()}
     return keys
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-046
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-018
 def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     "What the results behind a page were computed with, one row per distinct answer."
     if lines.empty:
@@ -212,7 +98,7 @@ def provenance(lines: pd.DataFrame) -> pd.DataFrame:
     table = groups.agg(experiments=("seconds", "size"), hours=("seconds", hours), **dates)
     return table.reset_index()
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-049
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-021
 def commit(folder: Path) -> str:  # short; empty where there is none
     "The git commit that a folder is at."
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
@@ -221,101 +107,84 @@ def commit(folder: Path) -> str:  # short; empty where there is none
     except FileNotFoundError:
         return ""
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-052
-def scope(profile: Profile, lines: pd.DataFrame) -> dict:  # what -> how much
-    "What the results of a page rest on."
-    if lines.empty:
-        return {"models": ", ".join(profile.models)}
-    asked = lines.drop_duplicates(["model", "benchmark"])
-    return {
-        "models": ", ".join(sorted(set(lines.model), key=[*profile.models, *lines.model].index)),
-        "questions per model": f"{asked.groupby('model').n.sum().max():,.0f}",
-        "benchmarks": asked.benchmark.nunique(),
-        "seeds": lines[lines.pruning != "none"].seed.nunique() or 1,
-    }
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-024
+@cache
+def _templates() -> Environment:
+    "The templates of the package; texts that are filled in are escaped."
+    return Environment(loader=PackageLoader("mllm_compress", "templates"), autoescape=True)
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-055
-def line_of(
-    verdict: dict,  # as `report` leaves it
-    notebook: str,
-) -> dict:  # for the template
-    "A verdict in the list at the top."
-    said, average = verdict["word"], verdict.get("average")
-    return {
-        "claim": verdict["claim"].rstrip("."),
-        "word": said,
-        "settings": verdict["settings"],
-        "average": f"{Estimate(**average):+1} {verdict['unit']}" if average else "",
-        "mark": SIGNS[said],
-        "color": COLORS[said],
-        "notebook": notebook,
-    }
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-057
-def verdicts_of(
-    folder: Path,
-    names: list,  # of notebooks, in their order
-) -> dict:  # heading -> lines
-    "The verdicts that notebooks left in a folder."
-    found, number = {}, {c.text.rstrip("."): c.number for c in CLAIMS.values()}
-    for name in names:
-        for path in sorted(folder.glob(f"{name}-*.json")):
-            line = line_of(json.loads(path.read_text(encoding="utf-8")), name)
-            found.setdefault(line["claim"], line | {"number": number.get(line["claim"])})
-    numbered = sorted((v for v in found.values() if v["number"]), key=lambda v: v["number"])
-    ours = [v for v in found.values() if not v["number"]]
-    lists = {"The paper's claims": numbered, "Our own questions": ours}
-    return {heading: lines for heading, lines in lists.items() if lines}
+def rendered(template: str, /, **values) -> str:
+    "A template of the package, filled in."
+    return _templates().get_template(template).render(values)
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-061
-def template(name: str) -> str:
-    "A file of the page: page.html or page.css."
-    return (files("mllm_compress") / "templates" / name).read_text(encoding="utf-8")
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-063
-def items_of(names) -> list:  # of (item, what, notebook)
-    "The tables and figures of the paper that some notebooks regenerate."
-    table = pd.read_csv(files("mllm_compress") / "templates" / "items.csv")
-    return [tuple(row) for row in table.to_numpy() if row[2] in names]
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-066
-def build(profile) -> Path:  # index.html
-    "Make the page of a profile from its executed notebooks."
-    profile = load_profile(profile)
-    folder, names = checkout() / "figures" / profile.name, notebooks()
-    paths = {name: folder / f"{name}.ipynb" for name in names}
-    found = {name: nbformat.read(p, 4) for name, p in paths.items() if p.exists()}
-    if not found:
-        raise FileNotFoundError(
-            f"No executed notebooks of profile {profile.name}: "
-            f"run mllm-compress study --profile {profile.name} first."
-        )
-    page = Environment(autoescape=True).from_string(template("page.html"))
-    lines = write_experiments(profile)
-    text = page.render(
-        profile=profile,
-        notebooks=[notebook_html(name, nb, left_by(folder, name)) for name, nb in found.items()],
-        scope=scope(profile, lines),
-        verdicts=verdicts_of(folder, sorted(found, key=lambda n: bool(own_parameters(found[n])))),
-        items=items_of(found),
-        words=[(SIGNS[w], COLORS[w], w, text) for w, text in DEFINITIONS.items()],
-        style=Markup(template("page.css")),
-        commit=commit(checkout()),
-        failed=[name for name, path in paths.items() if failed_copy(path).exists()],
-        cells=lines.result.nunique(),
-        provenance=_provenance_html(lines),
-    )
-    write_atomically(folder / "index.html", text)
-    return folder / "index.html"
-
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-068
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-028
 def left_by(folder: Path, name: str) -> list:  # of Path
     "The files that a notebook left."
     return sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")
 
-# %% ../../nbs/library/reporting/09_page.ipynb #cell-070
-def _provenance_html(lines: pd.DataFrame) -> str:
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-030
+def provenance_html(lines: pd.DataFrame) -> str:
     "The summary of the results as a table."
     if lines.empty:
         return "<p>No notebook on this page has read results.</p>"
     return provenance(lines).to_html(index=False, border=0)
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-032
+def executed(profile: Profile) -> dict:  # name -> notebook, in reading order
+    "The executed notebooks of a profile."
+    paths = {p.stem: p for p in (checkout() / "figures" / profile.name).glob("[0-9]*.ipynb")}
+    names = [n for n in reading_order(paths) if n in notebooks()]
+    if not names:
+        raise FileNotFoundError(
+            f"No executed notebooks of profile {profile.name}: "
+            f"run mllm-compress study --profile {profile.name} first."
+        )
+    return {name: nbformat.read(paths[name], 4) for name in names}
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-034
+def head_values(
+    profile: Profile,
+    found: dict,  # name -> executed notebook
+    lines: pd.DataFrame,  # of experiments.csv
+) -> dict:
+    "What the templates show of a profile, besides its notebooks."
+    folder, root = checkout() / "figures" / profile.name, checkout()
+    names = sorted(found, key=lambda name: bool(own_parameters(found[name])))
+    return overview(profile, folder, names, lines, root) | {
+        "commit": commit(root),
+        "failed": [name for name in notebooks() if failed_copy(folder / f"{name}.ipynb").exists()],
+        "cells": lines.result.nunique(),
+        "provenance": provenance_html(lines),
+    }
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-036
+def on_page(
+    body: str,  # HTML of a notebook
+    names: Iterable,  # of the notebooks on the page
+) -> str:
+    "The body with its links made relative to the page."
+
+    def moved(found) -> str:
+        path, hash_, anchor = found[1].partition("#")
+        if path.removesuffix(".ipynb") in names:
+            return f'href="#{path.removesuffix(".ipynb")}"'
+        return f'href="{posixpath.normpath("../../nbs/study/" + path)}{hash_}{anchor}"'
+
+    return re.sub(r'href="((?:\.\./|\w+\.ipynb)[^"]*)"', moved, body)
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-040
+def build(profile) -> Path:  # index.html
+    "Make the page of a profile from its executed notebooks."
+    profile = load_profile(profile)
+    folder, found = checkout() / "figures" / profile.name, executed(profile)
+    shown = [notebook_html(name, nb, left_by(folder, name)) for name, nb in found.items()]
+    text = rendered(
+        "page.html",
+        notebooks=[one | {"body": on_page(one["body"], found)} for one in shown],
+        at="#{}".format,
+        data="",
+        **head_values(profile, found, write_experiments(profile)),
+    )
+    write_atomically(folder / "index.html", text)
+    return folder / "index.html"

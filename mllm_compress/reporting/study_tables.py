@@ -286,7 +286,7 @@ def parameter_table(counts: dict) -> pd.DataFrame:
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-035
 def disagreements(counts: dict) -> list:  # of sentences
-    "What rounding does not explain between printed numbers and ours."
+    "Differences from the reported sizes that rounding does not explain."
     found = []
     for (name, part), theirs in printed_parameters().items():
         if name not in counts:

@@ -388,7 +388,7 @@ def resolve_parameters(
     notebook: str,  # as "04_distillation"
     **given,  # its parameters, as they stand in its parameters cell
 ) -> SimpleNamespace:  # the same, resolved
-    "Parameters as given, else as the profile says for this notebook, else as it says for all."
+    "Parameters as given, else as the profile sets them for this notebook, else for all."
     own = profile.notebooks.get(notebook, {})
     for name, value in own.items():
         if name not in given:

@@ -416,7 +416,7 @@ def _questions_hash(name: str, e: Evaluation) -> str:
 
 
 def limit_of(name: str, e: Evaluation) -> int:
-    "How many questions of a benchmark are asked, at most."
+    "The most questions of a benchmark that are used."
     return e.limits.get(name, e.questions)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-051
