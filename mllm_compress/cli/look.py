@@ -79,18 +79,24 @@ def cards(
         emit("\n".join(lines), {"GiB": rows}, as_json)
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
-def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
-    "The table of what pruning by a ratio saves, by name or from the config of a folder."
+def _config_of(model: str) -> tuple:  # (config, a file of its weights or None)
+    "The config of a model, by name or from a folder."
     from transformers import AutoConfig
 
-    from mllm_compress.cost.by_ratio import cost_by_ratio
     from mllm_compress.zoo.catalogue import known_config
     from mllm_compress.zoo.models import native_folder
 
     folder = native_folder(model) or Path(model)
     there = (folder / "config.json").is_file()
     config = AutoConfig.from_pretrained(folder) if there else known_config(model)
-    frame = cost_by_ratio(config, ratio)
+    return config, max(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
+
+
+def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
+    "The table of what pruning by a ratio saves."
+    from mllm_compress.cost.by_ratio import cost_by_ratio
+
+    frame = cost_by_ratio(_config_of(model)[0], ratio)
     text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
     rows = json.loads(frame.to_json(orient="records"))
     return f"{model}, bfloat16, one picture and 64 words\n{text}", {"ratio": ratio, "rows": rows}
@@ -111,6 +117,30 @@ def timed_units(model, processor):
     )
     return costs
 
+# %% ../../nbs/library/cli/02_look.ipynb #cell-012b
+def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
+    "The table of what work on a model takes while its weights stay in files."
+    import torch
+
+    from mllm_compress.cost.by_ratio import without_weights
+    from mllm_compress.cost.streaming import machine_rates, streaming_table
+
+    config, file = _config_of(model)
+    empty = without_weights(config, config.dtype or torch.bfloat16)
+    rates = machine_rates(empty.dtype, file)
+    frame = streaming_table(empty, ratio=ratio, rates=rates)
+    look = {"prompts": "{:d}", "seconds": "{:,.0f}"}
+    look |= {name: "{:,.2f}" for name in ("peak_gib", "read_gib", "disk_gib", "tera_operations")}
+    shown = frame.to_string(index=False, formatters={k: f.format for k, f in look.items()})
+    speed = f"{rates['model'] / 1e9:,.0f} G operations/s, reading {rates['read'] / 2**30:.1f} GiB/s"
+    about = [
+        f"{model}, its weights in files; peak beyond the process itself, seconds on this machine "
+        f"with {torch.get_num_threads()} threads ({speed})",
+        shown,
+    ]
+    rows = json.loads(frame.to_json(orient="records"))
+    return "\n".join(about), {"ratio": ratio, "rates": rates, "rows": rows}
+
 # %% ../../nbs/library/cli/02_look.ipynb #cell-014
 @app.command()
 def cost(
@@ -120,6 +150,14 @@ def cost(
         float | None,
         typer.Option(help="Show what pruning by this ratio would save; needs no weights."),
     ] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Show what scoring, pruning and refitting take while the weights stay in their "
+            "files: memory, bytes read, seconds.",
+        ),
+    ] = False,
     units: Annotated[
         Path | None,
         typer.Option(help="JSON file to write: seconds per head, neuron and layer, for a budget."),
@@ -132,11 +170,14 @@ def cost(
     with politely():
         from mllm_compress.cost.report import cost_report
 
-        if ratio is not None:
+        if ratio is not None or stream:
             if latency or units:
                 what = "--latency" if latency else "--units"
-                raise ValueError(f"{what} needs weights: leave it out, or leave out --ratio.")
-            text, facts = _cost_by_ratio(model, ratio)
+                raise ValueError(
+                    f"{what} needs weights: leave it out, or leave out --ratio and --stream."
+                )
+            by_config = _cost_of_streaming if stream else _cost_by_ratio
+            text, facts = by_config(model, 0.3 if ratio is None else ratio)
             emit(text, {"model": model, **facts}, as_json)
             return
         check_output_file(units, overwrite)

@@ -25,10 +25,12 @@ from mllm_compress.cli.app import (
     Overwrite,
     Scenes,
     SkipMissing,
+    Stream,
     TableHelp,
     app,
     at_least,
     check_models,
+    choose_stream,
     emit,
     is_multimodal,
     load,
@@ -203,8 +205,8 @@ def budget_options(model, given: dict, processor=None, batches=None) -> dict:
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-018
 def open_source(model: str):
     "A FileModel, or None where the model must be loaded."
-    from mllm_compress.checkpoint.from_files import NotFromFiles, open_files
     from mllm_compress.zoo.models import native_folder
+    from mllm_compress.zoo.weight_files import NotFromFiles, open_files
 
     folder = native_folder(model)
     if folder is None:
@@ -289,12 +291,12 @@ def calibrated(processor, given: dict, device: str) -> tuple:  # (batches, recor
     return batches, {"name": data.name, "samples": sum(len(b["input_ids"]) for b in batches)}
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-024
-def compute_plan(model: str, given: dict, device: str) -> tuple:
+def compute_plan(model: str, given: dict, device: str, stream: bool) -> tuple:
     "Load the model and make the plan: (model, processor, plan, batches, their record)."
     from mllm_compress.importance.scores import model_record
     from mllm_compress.pruning.one_step import layers_for_budget, plan_from_scores, scores_for
 
-    loaded, processor, _ = load(model, device)
+    loaded, processor, _ = load(model, device, stream)
     plan = stored_plan(loaded, model_record(loaded), given)
     batches, record = calibrated(processor, given, device)
     if plan is None:
@@ -334,20 +336,24 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
 
     from mllm_compress.checkpoint.provenance import history
     from mllm_compress.checkpoint.target import save_or_rescue
+    from mllm_compress.importance.scores import model_record
     from mllm_compress.zoo.models import check_image_token, load_processor
 
     logging.disable_progress_bar()
     refit, record = given["recipe"].reconstruct, None
     timed = given["budget"] and given["budget"][0] == "latency" and not given["costs"]
-    from_files = (given["stored"] or not refit) and not timed  # a clock needs weights
+    if timed and given["stream"]:
+        raise ValueError("a budget of seconds is measured in memory: give --costs to stream.")
+    stream = not (given["stored"] or timed) and choose_stream(model, device, given["stream"])
+    from_files = (given["stored"] or stream or not refit) and not timed  # a clock needs weights
     source = open_source(model) if from_files else None
     if source is not None and given["stored"]:
-        plan = stored_plan(source.model, source.record() if given["scores"] else {}, given)
+        plan = stored_plan(source.model, model_record(source.model), given)
         processor, loaded = load_processor(source.folder), None
         check_image_token(source.folder, source.model, processor)
         batches, record = calibrated(processor, given, "cpu")
     else:
-        loaded, processor, plan, batches, record = compute_plan(model, given, device)
+        loaded, processor, plan, batches, record = compute_plan(model, given, device, stream)
     whole, facts, small = whole_plan(model, plan), {}, None
     if source is None:
         small, facts = cut(loaded, plan, batches, given)
@@ -491,6 +497,7 @@ def prune(
     skip_missing: SkipMissing = False,
     scenes: Scenes = 2000,
     max_length: MaxLength = None,
+    stream: Stream = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -544,7 +551,7 @@ def check_options(o: dict) -> dict:
         criterion("layerwise", layer_method)
     data = {k: o[k] for k in ("data", "image_root", "scenes", "skip_missing")}
     calibration = dict(data=data, samples=o["samples"], max_length=o["max_length"])
-    given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed", "ridge")}
+    given = {k: o[k] for k in ("plan", "layers", "scores", "ratio", "seed", "ridge", "stream")}
     given |= dict(stored=stored, recipe=recipe, layer_method=layer_method, calibration=calibration)
     given |= dict(budget=budget, costs=costs)
     return given | {"shape": shape | {"shape": recipe.shape}}
