@@ -346,7 +346,7 @@ def resolve_device(
         raise ValueError("There is no mps here: use --device cpu.")
     return device
 
-
+# %% ../../nbs/library/cli/01_app.ipynb #cell-load
 def load(
     model: str,  # a name, a folder or a hub id
     device: str,  # resolved

@@ -141,6 +141,15 @@ def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
     rows = json.loads(frame.to_json(orient="records"))
     return "\n".join(about), {"ratio": ratio, "rates": rates, "rows": rows}
 
+# %% ../../nbs/library/cli/02_look.ipynb #cell-without
+def _cost_without_weights(model: str, ratio, stream: bool, latency: bool, units) -> tuple:
+    "(text, facts) of --ratio or --stream; ValueError beside an option that needs weights."
+    if latency or units:
+        what = "--latency" if latency else "--units"
+        raise ValueError(f"{what} needs weights: leave it out, or leave out --ratio and --stream.")
+    by_config = _cost_of_streaming if stream else _cost_by_ratio
+    return by_config(model, 0.3 if ratio is None else ratio)
+
 # %% ../../nbs/library/cli/02_look.ipynb #cell-014
 @app.command()
 def cost(
@@ -171,13 +180,7 @@ def cost(
         from mllm_compress.cost.report import cost_report
 
         if ratio is not None or stream:
-            if latency or units:
-                what = "--latency" if latency else "--units"
-                raise ValueError(
-                    f"{what} needs weights: leave it out, or leave out --ratio and --stream."
-                )
-            by_config = _cost_of_streaming if stream else _cost_by_ratio
-            text, facts = by_config(model, 0.3 if ratio is None else ratio)
+            text, facts = _cost_without_weights(model, ratio, stream, latency, units)
             emit(text, {"model": model, **facts}, as_json)
             return
         check_output_file(units, overwrite)

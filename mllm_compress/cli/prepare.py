@@ -306,9 +306,8 @@ def score(
         from mllm_compress.pruning.one_step import pruning_of
 
         kind = pruning_of(method, pruning or None)  # a wrong name, before the model is loaded
-        check_models(model)
+        check_models(model), check_data(data, image_root, skip_missing)
         device = resolve_device(device)
-        check_data(data, image_root, skip_missing)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
         streamed = choose_stream(model, device, stream, pass_of(kind, method))
         loaded, processor, _ = load(model, device, streamed)
