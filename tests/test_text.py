@@ -21,6 +21,7 @@ from mllm_compress.data.instructions import Collator, InstructionData, load_json
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, TEXT_SUITE, load_questions
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
+from mllm_compress.reporting.effects import summary
 from mllm_compress.reporting.notebooks import experiments_of, for_profile, notebooks
 from mllm_compress.reporting.runner import plan_study
 from mllm_compress.study import stages
@@ -331,7 +332,9 @@ def test_a_study_of_a_language_model(words, tmp_path):
         stages.compute(experiment, words, results)
     frame = frame_of(asked, words, results)
     assert (frame.status == "done").all() and len(frame) == 5 * len(asked)
-    assert set(frame.n[frame.benchmark == "text/quotes"]) == {4}
+    quotes = frame[frame.benchmark == "text/quotes"]
+    assert set(quotes.n) == {4} == set(quotes.images.map(len))
+    assert summary(frame).avg_percent.notna().all()
     assert frame.perplexity.notna().sum() == 3 * len(asked)
     read = frame[frame.benchmark == "text/glosses"].set_index("recovery").perplexity
     assert read["logits_kd"] != read["sft+hidden_kd"] < 260

@@ -12,6 +12,7 @@ from draw_again import MEASURED
 
 from mllm_compress.reporting import effects
 from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS
+from mllm_compress.reporting.notebooks import experiments_of
 from mllm_compress.reporting.verdicts import Verdict
 from mllm_compress.study import runs as study
 from mllm_compress.study import store
@@ -149,8 +150,11 @@ def traced(request, tmp_path_factory) -> tuple:  # (folder, name -> (experiment,
 
 def frame_of(notebook: Path, contents: dict) -> pd.DataFrame:
     "The frame that a notebook was drawn from."
-    setup, found = load_profile(notebook.parent.name), [contents[n] for n in read_by(notebook)]
-    named = zip(read_by(notebook), found)
+    setup = load_profile(notebook.parent.name)
+    source = nbformat.read(ROOT / "nbs/study" / notebook.name, 4)
+    own = {name_of(e, setup): e for e in experiments_of(source, {"profile": setup.name})}
+    spelled = lambda n: (own.get(n, contents[n][0]), contents[n][1])  # as this notebook names it
+    named = [(n, spelled(n)) for n in read_by(notebook)]
     rows = [
         r
         for n, (e, result) in named

@@ -13,7 +13,7 @@ from ..evaluation.benchmarks import load_questions
 from . import style
 from .effects import summary
 from ..study.profiles import Profile
-from ..study.stages import root_of, unit_numbers
+from ..study.stages import limit_of, root_of, unit_numbers
 
 # %% ../../nbs/library/reporting/18_design.ipynb #cell-005
 def by_calibration(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
@@ -137,8 +137,8 @@ def by_picture(frame: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     e, rows = profile.evaluation, []
     done = frame[frame.status == "done"]
     for name, own in done.groupby("benchmark", sort=False):
-        units = unit_numbers(name, e.split, e.questions, root_of(e))
-        questions = load_questions(name, e.split, e.questions, root_of(e))
+        units = unit_numbers(name, e.split, limit_of(name, e), root_of(e))
+        questions = load_questions(name, e.split, limit_of(name, e), root_of(e))
         seen = pd.Series([bool(q.images) for q in questions]).groupby(list(units)).any().to_numpy()
         if seen.all() or not seen.any():
             continue

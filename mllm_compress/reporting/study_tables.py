@@ -11,6 +11,7 @@ from decimal import Decimal
 from importlib.resources import files
 from math import floor, log10
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoModelForImageTextToText
@@ -18,13 +19,13 @@ from transformers import AutoModelForImageTextToText
 from .. import anatomy, cost, data
 from ..data import scenes
 from ..evaluation import published, score_all
-from ..evaluation.benchmarks import load_questions
+from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
 from .effects import difference
 from .style import look
 from ..study.profiles import Profile
 from ..study.runs import plan_of
-from ..study.stages import recovery_config, teacher_of
+from ..study.stages import limit_of, recovery_config, teacher_of
 from ..zoo import convert
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-004
@@ -47,7 +48,7 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it 
     known, e, scores = training_answers(setup), setup.evaluation, {}
     for name in (n for n in e.benchmarks if n in known):
         rows = []
-        for q in load_questions(name, e.split, e.questions):
+        for q in load_questions(name, e.split, limit_of(name, e)):
             said = (known.get(q.prompt) or known[name]).most_common(1)[0][0]
             row = {"benchmark": name, "id": q.id, "group": q.group, "candidate": None}
             rows.append(row | q.fields() | {"extra": q.extra, "prediction": said})
@@ -215,6 +216,19 @@ def over_sft(frame: pd.DataFrame) -> dict:  # (model, pruning, ratio, losses) ->
             e = difference(frame, model, *pair)
             out |= {(model, pruning, ratio, losses): e} if e.seeds else {}
     return out
+
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-027b
+def perplexities(
+    frame: pd.DataFrame,  # of `study.run`
+    by: list,  # columns that tell the rows apart
+) -> pd.DataFrame:  # a column per text that is read, geometric mean over seeds; empty without any
+    "Perplexity on every text, by setting."
+    read = [b for b in dict.fromkeys(frame.benchmark) if BENCHMARKS[b].scorer == "next_token"]
+    done = frame[(frame.status == "done") & frame.benchmark.isin(read)]
+    if done.empty:
+        return pd.DataFrame(columns=by)
+    means = done.pivot_table("log_likelihood", by, "benchmark", aggfunc="mean", sort=False)
+    return np.exp(-means)[read].rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-029
 def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part

@@ -79,7 +79,8 @@ def frame_of(
 def _with_images(rows: list, name: str, profile: Profile) -> list:
     "The rows of a result with its name, and with the picture of every unit."
     e, root = profile.evaluation, stages.root_of(profile.evaluation)
-    images = {r["benchmark"]: unit_images(r["benchmark"], e.split, e.questions, root) for r in rows}
+    ask = lambda name: unit_images(name, e.split, stages.limit_of(name, e), root)
+    images = {name: ask(name) for name in dict.fromkeys(r["benchmark"] for r in rows)}
     return [row | {"result": name, "images": images[row["benchmark"]]} for row in rows]
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-014
@@ -94,11 +95,12 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
 def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
     results, found = results_of(profile), {}
-    for key in results.keys("experiment"):
-        experiment = _experiment_of(store.read(results, "experiment", key), profile)
-        if experiment and (result := result_of(experiment, profile, results)):
-            found[experiment] = result
-    return found
+    described = (store.read(results, "experiment", k) for k in results.keys("experiment"))
+    experiments = filter(None, (_experiment_of(d, profile) for d in described))
+    for e in sorted(experiments, key=lambda e: e.calibration != "default"):
+        if result := result_of(e, profile, results):
+            found.setdefault(name_of(e, profile), (e, result))
+    return dict(found.values())
 
 # %% ../../nbs/library/study/07_runs.ipynb #cell-018
 def _experiment_of(content, profile: Profile):  # an Experiment, or None
