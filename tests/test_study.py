@@ -719,7 +719,7 @@ def test_new_fields_change_no_key_at_their_defaults():
             {"shape": "uniform"},
             {"reconstruct": "stream"},
             {"reconstruct": "bias"},
-            {"quantize": "int8"},
+            {"quantize": "int8", "recovery": "none"},
         )
     }
     assert len(keys) == 9
