@@ -346,7 +346,7 @@ def resolve_device(
         raise ValueError("There is no mps here: use --device cpu.")
     return device
 
-
+# %% ../../nbs/library/cli/01_app.ipynb #cell-025
 def load(
     model: str,  # a name, a folder or a hub id
     device: str,  # resolved
@@ -369,7 +369,7 @@ def load(
     detail(f"{type(found[0]).__name__}: {size}")
     return found
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-025
+# %% ../../nbs/library/cli/01_app.ipynb #cell-027
 Stream = Annotated[
     bool | None,
     typer.Option(
@@ -405,7 +405,7 @@ def choose_stream(model: str, device: str, wanted: bool | None, method: str = "t
         )
     return needed > free
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-027
+# %% ../../nbs/library/cli/01_app.ipynb #cell-029
 def check_models(*models: str) -> None:
     "An error where a model is evidently missing or damaged, before any of them is loaded."
     from mllm_compress import checkpoint
@@ -417,7 +417,7 @@ def check_models(*models: str) -> None:
         else:
             check_model(model)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-029
+# %% ../../nbs/library/cli/01_app.ipynb #cell-031
 def is_multimodal(processor) -> bool:
     "Whether a model takes pictures."
     return hasattr(processor, "image_processor")
@@ -442,7 +442,7 @@ def has_chat(data) -> bool:
     "Whether some entries are conversations."
     return any("conversations" in entry for entry in data.samples)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-031
+# %% ../../nbs/library/cli/01_app.ipynb #cell-033
 _READ = {}  # the file that was read last
 
 
@@ -468,7 +468,7 @@ def check_data(data: str, image_root: str, skip_missing: bool) -> None:
     if data != "small":
         data_of_file(data, image_root, skip_missing)
 
-# %% ../../nbs/library/cli/01_app.ipynb #cell-033
+# %% ../../nbs/library/cli/01_app.ipynb #cell-035
 def training_data(
     data: str,  # a file, or 'small'
     image_root: str,  # empty: the folder of the file

@@ -98,7 +98,7 @@ def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
     rows = json.loads(frame.to_json(orient="records"))
     return f"{model}, bfloat16, one picture and 64 words\n{text}", {"ratio": ratio, "rows": rows}
 
-
+# %% ../../nbs/library/cli/02_look.ipynb #cell-012
 def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
     "The table of what work on a model takes while its weights stay in files."
     import torch
@@ -122,7 +122,7 @@ def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
     rows = json.loads(frame.to_json(orient="records"))
     return "\n".join(about), {"ratio": ratio, "rates": rates, "rows": rows}
 
-
+# %% ../../nbs/library/cli/02_look.ipynb #cell-014
 @app.command()
 def cost(
     model: Model,
@@ -161,7 +161,7 @@ def cost(
         rows = report.to_frame().to_dict("records")
         emit(str(report), {"title": report.title, **report.setting, "rows": rows}, as_json)
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-012
+# %% ../../nbs/library/cli/02_look.ipynb #cell-016
 def _about_checkpoint(folder: Path) -> tuple:  # (text, facts)
     "What made a pruned checkpoint."
     from mllm_compress.checkpoint.integrity import PLAN, verify
@@ -188,7 +188,7 @@ def _about_scores(folder: Path) -> tuple:  # (text, facts)
     lines = [f"{folder}: {scores}", *(f"  {k:<14}{v}" for k, v in scores.meta.items())]
     return "\n".join(lines), {"folder": str(folder), "kind": scores.kind, "meta": scores.meta}
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-014
+# %% ../../nbs/library/cli/02_look.ipynb #cell-018
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="That `score`, `prune` or `recover` wrote.")],
@@ -211,7 +211,7 @@ def show(
             )
         emit(text, facts, as_json)
 
-# %% ../../nbs/library/cli/02_look.ipynb #cell-016
+# %% ../../nbs/library/cli/02_look.ipynb #cell-020
 @app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="That `prune` or `recover` wrote.")],
