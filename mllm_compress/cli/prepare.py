@@ -309,12 +309,11 @@ def score(
         check_models(model), check_data(data, image_root, skip_missing)
         device = resolve_device(device)
         options = dict(data=data, image_root=image_root, scenes=scenes, skip_missing=skip_missing)
-        streamed = choose_stream(model, device, stream, pass_of(kind, method))
-        loaded, processor, _ = load(model, device, streamed)
+        stream = choose_stream(model, device, stream, pass_of(kind, method))
+        loaded, processor, _ = load(model, device, stream)
         settings = (method, pruning, samples, seed, options, max_length, device)
         scores, calibrated = scored(loaded, processor, *settings, out, chat_template)
-        if calibrated:
-            scores.meta["calibration"] = calibrated
+        scores.meta.update({"calibration": calibrated} if calibrated else {})
         save_or_rescue(scores.save, out)
         forget_sums(out)
         facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
