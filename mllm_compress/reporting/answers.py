@@ -185,15 +185,17 @@ def draw_answers(
     n = len(pictures)
     size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(said))
     fig, axes = panels(n, **size, sharex=False, sharey=False)
+    asked = [textwrap.fill(question, 28) for question in questions]
+    below = 0.13 + 0.08 * max(text.count("\n") + 1 for text in asked)
     with page():
         for k, ax in enumerate(axes):
             ax.imshow(pictures[k], interpolation="nearest")
             ax.set_axis_off()
             text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
-            ax.text(0, -0.05, textwrap.fill(questions[k], 28), weight="bold", **text)
+            ax.text(0, -0.05, asked[k], weight="bold", **text)
             for i, name in enumerate(said):
                 color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
-                y = -0.36 - 0.11 * i
+                y = -below - 0.11 * i
                 ax.text(0, y, name, color="#333333", **text)
                 ax.text(0.5, y, f"{sign} {said[name][k]}", color=color, **text)
     return fig
