@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from draw_again import ROOT, begin
+from draw_again import ROOT, begin, reads_texts
 from small_texts import write_texts
 
 torch.set_num_threads(1)
@@ -105,9 +105,6 @@ def drawn_again(
     tmp_path_factory,
 ) -> dict:  # name of a profile -> (checkout in which its notebooks run, the process)
     "The notebooks of every committed profile run again on its results, all at once, one core each."
-    from mllm_compress.study.profiles import load_profile
-    from mllm_compress.study.stages import missing_inputs
-
     checkouts = {
         p.parent: tmp_path_factory.mktemp(p.parent.name)
         for p in sorted((ROOT / "figures").glob("*/results.zip"))
@@ -115,7 +112,7 @@ def drawn_again(
     started = {
         folder.name: (checkout, begin(folder, checkout))
         for folder, checkout in checkouts.items()
-        if not missing_inputs(load_profile(folder.name))
+        if not reads_texts(folder.name)
     }
     yield started
     for _, process in started.values():

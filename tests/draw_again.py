@@ -28,6 +28,13 @@ for name in names:
 """
 
 
+def reads_texts(name: str) -> bool:
+    "Whether a profile needs texts, which are fetched and not part of the package."
+    from mllm_compress.study.profiles import load_profile
+
+    return any(b.startswith("text/") for b in load_profile(name).evaluation.benchmarks)
+
+
 def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     "Start the notebooks of a folder of figures on its results; None where results are missing."
     import nbformat
