@@ -46,6 +46,10 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     (checkout / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", checkout)
     shutil.copytree(ROOT / "nbs/study", checkout / "nbs/study")
+    for path in ROOT.glob("figures/*/10_findings-claim-*.json"):  # the scoreboard's other columns
+        if path.parent != folder:
+            (checkout / "figures" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, checkout / "figures" / path.parent.name)
     names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]
     setup, there = load_profile(folder.name), store.Store(checkout / "runs" / folder.name)
     store.unpack(folder / "results.zip", there)

@@ -428,10 +428,10 @@ def test_study_ratios_of_llava_7b():
             lambda m, l, w: plan_widthwise(m, w, ratio=0.9),
             r"most this plan can remove is 0\.\d+.*Protect fewer",
         ),
-        (lambda m, l, w: plan_widthwise(m, w), "either ratio or channel_ratio"),
+        (lambda m, l, w: plan_widthwise(m, w), "one of ratio, channel_ratio and budget"),
         (
             lambda m, l, w: plan_widthwise(m, w, ratio=0.1, channel_ratio=0.1),
-            "either ratio or channel_ratio",
+            "one of ratio, channel_ratio and budget",
         ),
         (lambda m, l, w: plan_widthwise(m, w, channel_ratio=1.0), r"outside \[0, 1\)"),
         (

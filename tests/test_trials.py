@@ -185,14 +185,14 @@ new = E("widthwise", 0.3, "wanda")
 row = run([new], p, "inline", quiet=True).iloc[0]
 drawn = look("wanda")
 wrong = say("smoke-llava", "-o", "x", "--method", "luck")
-found = [say("--help"), wrong, row.status, drawn.label, drawn.color, count()]
+found = [say("--help"), wrong, row.status, row.error, drawn.label, drawn.color, count()]
 """
-    before, (helped, error, state, label, color, stored) = copy.ask(code)
+    before, (helped, error, state, why, label, color, stored) = copy.ask(code)
     changed = ([f"{LIBRARY}/{notebook}"], ["mllm_compress/importance/criteria.py"])
     assert before == {} and copy.changed() == changed
     helped = " ".join(helped.split())
     assert "wanda" in helped and "norms of their inputs" in helped and "wanda" in error
-    assert (state, label, color) == ("done", "Wanda", "#E69F00")
+    assert (state, label, color) == ("done", "Wanda", "#E69F00"), why
     more = {"scores": 1, "plan": 1, "student": 0, "answers": 2, "score": 2}
     assert stored == {stage: n + more[stage] for stage, n in copy.stored.items()}
     copy.stored = stored
