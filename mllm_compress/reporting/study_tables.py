@@ -227,8 +227,9 @@ def perplexities(
     done = frame[(frame.status == "done") & frame.benchmark.isin(read)]
     if done.empty:
         return pd.DataFrame(columns=by)
-    means = done.pivot_table("log_likelihood", by, "benchmark", aggfunc="mean", sort=False)
-    return np.exp(-means)[read].rename_axis(columns=None).reset_index()
+    logs = done.assign(log=np.log(done.perplexity))
+    means = logs.pivot_table("log", by, "benchmark", aggfunc="mean", sort=False)
+    return np.exp(means)[read].rename_axis(columns=None).reset_index()
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-029
 def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part
