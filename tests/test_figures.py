@@ -176,7 +176,7 @@ def test_saved_time_is_not_moved_by_an_outlier():
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in NOTEBOOKS if p.stem[2] == "_" and p.stem[:2] not in ("00", "11", "12")],
+    [p for p in NOTEBOOKS if p.stem[2] == "_" and p.stem[:2] != "00"],
     ids=lambda p: p.stem,
 )
 def test_code_folds_and_cells_are_short(path):
@@ -186,7 +186,8 @@ def test_code_folds_and_cells_are_short(path):
     shown = [c for c in code if "parameters" not in c.metadata.get("tags", [])]
     assert all(c.metadata.get("jupyter", {}).get("source_hidden") for c in shown)
     lines = [len([x for x in c.source.splitlines() if x.strip()]) for c in shown]
-    assert np.median(lines) <= 8 and max(lines) <= 24, lines
+    most = 17 if path.stem[:2] in ("11", "12") else 8  # these define what they compare in view
+    assert np.median(lines) <= most and max(lines) <= 24, lines
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
