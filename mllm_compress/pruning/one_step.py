@@ -101,7 +101,7 @@ def plan_from_scores(
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-013
 def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> PruningPlan:
-    "The plan; ValueError where it removes nothing although something was asked for."
+    "The plan; ValueError where it removes nothing although a ratio or budget was given."
     if plan.achieved_ratio or ratio == 0:
         return plan
     if ratio is None:

@@ -60,7 +60,7 @@ MODELS = {
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-010
 @contextmanager
 def quiet_loading():
-    "Without the loading bar of transformers, which is of no use for a model of 6 MB."
+    "Without the loading bar of transformers, for a model of 6 MB."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
