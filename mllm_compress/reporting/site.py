@@ -101,7 +101,8 @@ def code_cell(cell) -> str:
     outputs = "".join(map(output_html, cell.get("outputs", [])))
     look = "cell exported" if words & {"export", "exporti"} else "cell"
     code = code_html(cell.source)
-    if IMPORTS.match(source) or "hide" in words:
+    hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
+    if hidden or IMPORTS.match(source) or "hide" in words:
         code = folded([code])
     return f'<div class="{look}" id="{cell.id}">{code}{outputs}</div>'
 
@@ -229,12 +230,17 @@ def commands_page(commands: list) -> Page:
     return Page("api/command_line.html", "The command line", body, line, kind="command")
 
 # %% ../../nbs/library/reporting/22_site.ipynb #cell-033
+START = ["quickstart", "play", "compress_your_own"]  # in the order of reading
+
+
 def contents(
     commands: list,  # of dicts with name, about and options
 ) -> list:  # of (heading, [(group, pages)])
     "All pages, in the order of the sidebar."
     root = checkout()
-    folder = lambda name: [notebook_page(p) for p in sorted((root / "nbs" / name).glob("*.ipynb"))]
+    first = lambda p: (START.index(p.stem) if p.stem in START else len(START), p)
+    paths = lambda name: sorted((root / "nbs" / name).glob("*.ipynb"), key=first)
+    folder = lambda name: [notebook_page(p) for p in paths(name)]
     search = Page("search.html", "Search", rendered("parts.html", part="search"))
     reference = [names_page(room) for room in ROOMS] + [commands_page(commands)]
     texts = {"nbs/README.md": "map.html", "CONTRIBUTING.md": "contributing.html"}
