@@ -174,7 +174,7 @@ def check_batches(
     batches = list(batches)
     if not batches:
         raise ValueError(
-            "there are no calibration batches (an exhausted generator counts as empty)."
+            "there are no calibration batches: give at least one (a used generator is empty)."
         )
     for k, batch in enumerate(batches):
         _check_batch(k, batch)

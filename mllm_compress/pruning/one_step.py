@@ -142,7 +142,7 @@ WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 
 
 def layers_for_budget(model: PreTrainedModel, budget: dict, costs) -> str | None:
-    "The criterion for whole layers that a budget asks for; None where width alone serves."
+    "The criterion for whole layers that a budget needs; None where width alone is enough."
     costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
     deep = overhead_share(model, costs) > WORTH_A_TRY
     return criteria_of("layerwise")[0] if deep else None

@@ -43,7 +43,7 @@ def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-011
 WRONG_TOOL = 0.6  # above this ratio the study advises against pruning
-BEYOND = f"Beyond {WRONG_TOOL:.0%} the study calls pruning the wrong tool: take a smaller model."
+BEYOND = f"Beyond {WRONG_TOOL:.0%} the study advises against pruning: use a smaller model."
 WITHIN = 0.05  # how far a studied ratio may be from the wanted one
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-013
@@ -86,7 +86,7 @@ def fitting(
     rows = rows[(rows.recovery == "none") | (training & (rows.fraction <= data + 1e-9))]
     if rows.empty:
         budget = f"at most {data:.0%} of the data" + ("" if training else " and no training")
-        raise ValueError(f"No result uses {budget}: run more of the study, or ask for more data.")
+        raise ValueError(f"No result uses {budget}: run more of the study, or allow more data.")
     return nearby(rows, ratio)
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-021
@@ -190,7 +190,7 @@ def _ratio_warnings(
     return {
         f"Nothing was studied within {WITHIN:.2f} of ratio {ratio}: this is the next larger "
         "step, so expect to keep a little more.": off > WITHIN,
-        f"It removes a little less than asked ({achieved:.1%}), so that its score is a little "
+        f"It removes a little less than requested ({achieved:.1%}), so its score is a little "
         "too high.": off < -0.01,
     }
 
