@@ -103,7 +103,7 @@ class Reconstruction:
     look: Look
     help: str  # one sentence
 
-
+# %% ../../nbs/library/pruning/09_reconstructions.ipynb #cell-014x
 RECONSTRUCTIONS = {
     "none": Reconstruction(
         lambda small, dense, batches, plan: small,
