@@ -25,7 +25,6 @@ TERMS = {  # what must not occur (a pattern) -> what is written instead
     r"\bguesser\b": "question-only baseline",
     r"\b(what|who|whoever) hears\b|\blistener\b": "hooks; callers",
     r"\bfor free\b": "without further cost",
-    r"\bgoes on (where|from|at|with)\b": "continues",
     r"\bproves? nothing\b": "is no evidence",
     r"\bto please\b|\bflatters?\b": "biased; too high",
     r"\bblind spot\b": "what fails, and when",

@@ -125,7 +125,7 @@ def _load_folder(source, dtype, trust_remote_code):
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 @contextmanager
 def named_failures(folder: Path):
-    "Whatever goes wrong while a folder is loaded becomes one line that names it."
+    "Any error while a folder is loaded becomes one line that names the folder."
     try:
         yield
     except ImportError as error:
