@@ -320,7 +320,8 @@ def listed(
     rows: dict,  # name -> row of a table of methods
 ) -> str:
     "The rows of a table of methods, one after the other."
-    return " ".join(f"{name}: {row.help.rstrip('.')}." for name, row in rows.items())
+    ended = lambda text: text if text.endswith((".", "?")) else f"{text}."
+    return " ".join(f"{name}: {ended(row.help)}" for name, row in rows.items())
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-023
 def resolve_device(
