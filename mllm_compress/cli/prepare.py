@@ -215,7 +215,7 @@ Pruning = Annotated[
 Samples = Annotated[int | None, typer.Option(help="Calibration samples; default: 64, or all.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of random scores.")]
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-016x
 def scored(
     model,
     processor,
