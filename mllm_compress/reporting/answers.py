@@ -14,8 +14,9 @@ import pandas as pd
 from ..evaluation import benchmarks
 from .style import page, panels
 from ..study.experiments import Experiment
+from ..study.profile_inputs import root_of
 from ..study.profiles import Profile
-from ..study.stages import result_of, root_of
+from ..study.stages import result_of
 from ..study.workers import results_of
 from ..utils.methods import GREEN, GREY, RED
 

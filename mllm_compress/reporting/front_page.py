@@ -25,8 +25,8 @@ from .runner import experiments_of_plan, plan_study
 from .scoreboard import printed_claims
 from .style import line, look, page, panels
 from ..study import forecast
+from ..study.profile_inputs import root_of
 from ..study.profiles import Profile, load_profile
-from ..study.stages import root_of
 from ..utils.files import checkout
 from ..utils.methods import Look
 

@@ -25,7 +25,7 @@ from .effects import Estimate
 from .figures import legend_above
 from .style import line, look, page, panels
 from ..study.profiles import Profile
-from ..study.stages import teacher_of
+from ..study.pruned_models import teacher_of
 from ..utils.methods import GREY, Look
 from ..zoo import convert
 

@@ -23,9 +23,10 @@ from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
 from .effects import difference
 from .style import look
+from ..study.cache_keys import limit_of, recovery_config
 from ..study.profiles import Profile
+from ..study.pruned_models import teacher_of
 from ..study.runs import plan_of
-from ..study.stages import limit_of, recovery_config, teacher_of
 from ..zoo import convert
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-004
