@@ -10,7 +10,8 @@ from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.evaluation import generation, scoring
-from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
+from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, load_questions
+from mllm_compress.evaluation.definitions import Question
 from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.evaluation.published import published
 from mllm_compress.evaluation.scoring import (

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..evaluation.benchmarks import load_questions, open_image
+from ..evaluation.benchmarks import load_questions
+from ..evaluation.definitions import open_image
 from .answers import draw_answers
 from .claims import CLAIMS, LITTLE
 from .effects import Estimate

@@ -17,7 +17,8 @@ from .. import data
 from ..data.instructions import DATA_VERSION, InstructionData, mix
 from ..data.scenes import SCENES_VERSION
 from ..data.text import missing_text, text_data, text_hash
-from ..evaluation.benchmarks import benchmark, load_questions, parquet_files
+from ..evaluation.benchmarks import benchmark, load_questions
+from ..evaluation.parquet import parquet_files
 from .profiles import Evaluation, Profile, Training, located, training_of
 from ..utils.files import checkout, file_hash
 from ..zoo.gguf import PACKAGED, missing_package
