@@ -432,7 +432,7 @@ def test_the_hash_of_questions_follows_the_files(root, tmp_path):
 
 def test_the_hash_of_questions_loads_none(monkeypatch):
     monkeypatch.setattr(small_sets.scenes, "questions", None)
-    monkeypatch.setattr(small_sets.instructions, "easy_vqa", None)
+    monkeypatch.setattr(small_sets.small_sets, "easy_vqa", None)
     assert len({benchmarks.questions_hash(name) for name in benchmarks.SMALL_SUITE}) == len(
         benchmarks.SMALL_SUITE
     )

@@ -15,7 +15,7 @@ from mllm_compress.data.calibration import (
     coverage,
     question_types,
 )
-from mllm_compress.data.instructions import entry
+from mllm_compress.data.small_sets import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels
 from mllm_compress.study import cache_keys, stages
 from mllm_compress.study.cache_keys import name_of, scores_inputs, subject_key

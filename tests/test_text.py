@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from mllm_compress import evaluation, zoo
 from mllm_compress.data import text
-from mllm_compress.data.instructions import Collator, InstructionData, load_json
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.instructions import InstructionData, load_json
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, TEXT_SUITE, load_questions
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS

@@ -24,13 +24,8 @@ from ..anatomy.families import anatomy
 from ..anatomy.pictures import picture_inputs, shares_prefixes
 from ..anatomy.tensors import weights_hash
 from ..anatomy.wrappers import caches_projector_input, token_inputs
-from mllm_compress.data.instructions import (
-    keeps_order,
-    placeholder_id,
-    process_images,
-    question_parts,
-)
 from ..data.reading import IMAGE
+from ..data.rendering import keeps_order, placeholder_id, process_images, question_parts
 from .definitions import StoredImage, open_image
 
 # %% ../../nbs/library/evaluation/07_generation.ipynb #cell-006

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.data.instructions import pad_id
+from mllm_compress.data.rendering import pad_id
 from mllm_compress.evaluation.generation import (
     Answer,
     Prompt,

@@ -9,8 +9,9 @@ __all__ = []
 from functools import partial
 from pathlib import Path
 
-from mllm_compress.data.instructions import pictures_amid, turns
+from mllm_compress.data.instructions import turns
 from mllm_compress.data.reading import IMAGE, image_paths, read_entries
+from mllm_compress.data.rendering import pictures_amid
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.evaluation.definitions import Benchmark, Question, StoredImage
 from mllm_compress.evaluation.parquet import take

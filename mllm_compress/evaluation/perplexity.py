@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..data.instructions import Collator
+from ..data.collator import Collator
 from .intervals import bootstrap
 from ..importance.scores import model_inputs
 

@@ -12,7 +12,7 @@ from functools import partial
 from importlib.metadata import version as installed_version
 from itertools import zip_longest
 
-from ..data import instructions, scenes, text
+from ..data import instructions, scenes, small_sets, text
 from .definitions import Benchmark, Question
 from ..utils.files import content_hash
 
@@ -71,7 +71,7 @@ def easy_vqa_questions(
     root=None,  # not needed: the package contains the images
 ) -> list:  # of Question
     "easy-VQA's own questions; the candidates are the answers of the same kind."
-    samples, found = instructions.easy_vqa(split), []
+    samples, found = small_sets.easy_vqa(split), []
     for i, entry in enumerate(samples.samples):
         if limit is not None and len(found) >= limit:
             break

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.generation import GenerationConfig
 
-from mllm_compress.data.instructions import Collator
+from mllm_compress.data.collator import Collator
 
 # %% ../../nbs/library/evaluation/15_speculative.ipynb #cell-005
 def prompts_of(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.calibration import calibration_data
-from ..data.instructions import Collator
+from ..data.collator import Collator
 from ..evaluation.perplexity import entry_losses
 from . import cache_keys, profile_inputs, pruned_models
 from .experiments import Experiment

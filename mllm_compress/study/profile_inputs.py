@@ -14,8 +14,10 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from .. import data
-from ..data.instructions import DATA_VERSION, InstructionData, mix
+from ..data.collator import DATA_VERSION
+from ..data.instructions import InstructionData
 from ..data.scenes import SCENES_VERSION
+from ..data.small_sets import mix
 from ..data.text import missing_text, text_data, text_hash
 from ..evaluation.benchmarks import benchmark, load_questions
 from ..evaluation.parquet import parquet_files
