@@ -289,7 +289,7 @@ ALL += ["layers hidden", "layers both", "bunny"]
             {"layers hidden": ANSWERS, "layers both": ANSWERS},
         ),
         (
-            "evaluation/06_scorers.ipynb",
+            "evaluation/08_scorers.ipynb",
             "        yes_no_score,\n        harness=harness_yes_no",
             "        yes_no_score,\n        version=2,\n        harness=harness_yes_no",
             dict.fromkeys(ALL, {"score": ["scenes/hallucination"], "answers": []}),

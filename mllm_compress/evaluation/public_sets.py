@@ -11,8 +11,8 @@ from collections import Counter
 from functools import partial
 
 from .definitions import Question, Source, StoredImage
+from .judges import LETTERS
 from .parquet import parquet_benchmark, read_rows, stored
-from .scorers import LETTERS
 
 # %% ../../nbs/library/evaluation/04_public_sets.ipynb #cell-005
 SHORT = "\nAnswer the question using a single word or phrase."
