@@ -28,7 +28,7 @@ from ..utils.extras import naming_extras
 _SETTINGS = {"quiet": False, "verbose": False, "begun": time.monotonic()}
 _HELP = {
     "quiet": "No notes and no progress bars.",
-    "verbose": "Also what is loaded, how long it takes, memory, and tracebacks.",
+    "verbose": "Also print what is loaded, times, memory, and tracebacks.",
 }
 
 
@@ -117,7 +117,7 @@ def note(text: str) -> None:
 
 
 def detail(text: str) -> None:
-    "What happens, with the seconds since the start, on standard error; with -v only."
+    "A progress message with the seconds since the start, on standard error; with -v only."
     if _SETTINGS["verbose"]:
         typer.echo(f"[{time.monotonic() - _SETTINGS['begun']:6.1f} s] {text}", err=True)
 
@@ -137,7 +137,7 @@ def emit(text: str, facts: dict, as_json: bool) -> None:
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-009
 def _versions() -> str:
-    "Versions of what computes."
+    "Versions of Python, of the packages and of the device."
     from importlib.metadata import PackageNotFoundError, version
 
     found = [f"Python {sys.version.split()[0]}"]
@@ -193,7 +193,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def _too_little_memory(error: BaseException):
-    "End with the cures for a lack of memory."
+    "End with advice for a lack of memory."
     line = (str(error) or "out of memory").splitlines()[0]
     _fail(
         f"the memory does not suffice: {line} recover: more --passes, --lora; else a larger GPU, "
@@ -381,7 +381,7 @@ Stream = Annotated[
 
 
 def choose_stream(model: str, device: str, wanted: bool | None, method: str = "taylor") -> bool:
-    "Whether the weights of a model stay in their files; a note where that was not asked for."
+    "Whether the weights stay in their files; prints a note if this was chosen automatically."
     from mllm_compress.importance.memory import free_memory, scoring_memory
     from mllm_compress.zoo.models import native_folder
     from mllm_compress.zoo.weight_files import NotFromFiles, open_files
@@ -407,7 +407,7 @@ def choose_stream(model: str, device: str, wanted: bool | None, method: str = "t
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-027
 def check_models(*models: str) -> None:
-    "An error where a model is evidently missing or damaged, before any of them is loaded."
+    "An error where a model is missing or damaged, before any of them is loaded."
     from mllm_compress import checkpoint
     from mllm_compress.zoo.models import check_model
 
@@ -464,7 +464,7 @@ def data_of_file(data: str, image_root: str, skip_missing: bool):
 
 
 def check_data(data: str, image_root: str, skip_missing: bool) -> None:
-    "An error where a file of one's own cannot be used, before a model is loaded."
+    "An error where a data file cannot be used, before a model is loaded."
     if data != "small":
         data_of_file(data, image_root, skip_missing)
 

@@ -165,7 +165,7 @@ def recipe_of(o: dict):
 
 
 def check_knobs(o: dict, recipe) -> None:
-    "A ValueError for a ridge that cannot be, or an option of a refit that does not take place."
+    "A ValueError for an invalid ridge, or for an option of a refit without a refit."
     if o["ridge"] is None:
         return
     if not recipe.reconstruct:
@@ -175,7 +175,7 @@ def check_knobs(o: dict, recipe) -> None:
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
 def check_budget_recipe(o: dict, recipe) -> None:
-    "ValueError for options that a budget does not go with."
+    "ValueError for options that cannot be combined with a budget."
     from mllm_compress.pruning.one_step import COMPARABLE
 
     other = next((n for n in ("protect", "layer_share") if o[n] not in ("", None)), None)
@@ -193,7 +193,7 @@ def check_budget_recipe(o: dict, recipe) -> None:
 
 
 def budget_options(model, given: dict, processor=None, batches=None) -> dict:
-    "What a plan for a budget takes besides scores; a device without a table is timed."
+    "The arguments of a plan for a budget besides scores; without a table, the device is timed."
     if given["budget"] is None:
         return {}
     (name, share), costs = given["budget"], given["costs"]
@@ -245,7 +245,7 @@ def base_facts(model: str) -> dict:
 
 
 def draw_beside(plan):
-    "A function of a folder that draws the plan there."
+    "A function that draws the plan into a folder."
 
     def draw(folder: Path) -> None:
         from mllm_compress.pruning.drawing import draw_plan
@@ -259,7 +259,7 @@ def draw_beside(plan):
 
 
 def prune_step(model: str, plan, device: str, **facts) -> dict:
-    "The step of the provenance that a pruning is."
+    "The record of a pruning for the provenance."
     from mllm_compress.checkpoint.provenance import make_step
 
     scores = plan.meta.get("scores")
@@ -460,12 +460,13 @@ Allocation = Annotated[str | None, typer.Option(help="ALLOCATIONS")]
 Refit = Annotated[
     bool | None,
     typer.Option(
-        "--reconstruct/--no-reconstruct", help="Refit what is left by least squares; no training."
+        "--reconstruct/--no-reconstruct",
+        help="Refit the remaining output projections by least squares; no training.",
     ),
 ]
 Ridge = Annotated[
     float | None,
-    typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
+    typer.Option(help="With --reconstruct: the ridge; default: chosen on held-out samples."),
 ]
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-038
@@ -528,7 +529,7 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-042
 def check_options(o: dict) -> dict:
-    "The options of `prune` as the work needs them; ValueError for what cannot be."
+    "The options of `prune` as values; ValueError for an invalid one."
     from mllm_compress.importance.criteria import criterion
     from mllm_compress.utils.methods import check_choice
 

@@ -256,7 +256,7 @@ def drawing_on(
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-042
 def end_gradients(passes: Passes, trails: list) -> list:  # of Kept, per batch and draw
-    "The gradients of what must not change, behind the last layer of a streamed model."
+    "Gradients of the preserved quantity at the last layer's output, for a streamed model."
     parts, found = passes.parts, []
     for trail, label in zip(trails, passes.labels):
         end = trail.end.requires_grad_()

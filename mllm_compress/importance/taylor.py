@@ -282,7 +282,7 @@ def backward_through(
 def through_layers(
     parts: Anatomy,
     kept: list,  # of Kept
-    totals: dict,  # what the listener adds up, see utils.resuming
+    totals: dict,  # the sums that `see` adds to, see utils.resuming
     see_of: Callable,  # see_of(number in `kept`) -> a function as in `probes`
     leave: Callable = lambda i: None,  # called once all gradients have passed layer `i`
     listen: Callable = probes,
