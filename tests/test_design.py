@@ -177,7 +177,7 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
     from mllm_compress.anatomy.families import anatomy
     from mllm_compress.cost.gpu_memory import on_meta
     from mllm_compress.importance.scores import WidthScores
-    from mllm_compress.zoo.convert import real_config
+    from mllm_compress.zoo.real_models import real_config
 
     profile = load_profile("authors")
     model = on_meta(real_config(profile.printed[name]))

@@ -28,7 +28,7 @@ from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
 from ..utils.methods import check_choice
-from ..zoo.convert import REAL_MODELS, real_config
+from ..zoo.real_models import REAL_MODELS, real_config
 
 # %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-005
 def on_meta(

@@ -26,7 +26,8 @@ from .cache_keys import recovery_config
 from .experiments import Experiment
 from .profile_inputs import source_of
 from .profiles import Profile, Training, located, training_of
-from ..zoo.convert import is_original_layout, native_config, real_config, real_name
+from ..zoo.real_models import real_config, real_name
+from ..zoo.releases import is_original_layout, native_config
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-004
 def config_of(model: str, profile: Profile):
