@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['tiny_model']
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-003
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-005
 import math
 
 import torch
@@ -25,7 +25,7 @@ from transformers import (
 
 from ..utils.methods import check_choice
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-005
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-007
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 WORDS = """USER: ASSISTANT: ? A B C D A. B. C. D. yes no
 a all are any as can color common contain does exist have how image in is it less many more most
@@ -34,7 +34,7 @@ this what which you
 small large circle circles square squares triangle triangles cross crosses rectangle rectangles
 red green blue yellow purple cyan black gray brown teal""".split()
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-007
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-009
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     "A word-level tokenizer over the vocabulary of the small data sets."
     vocab = {w: i for i, w in enumerate(SPECIAL + WORDS)}
@@ -53,7 +53,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     fast.model_max_length, fast.padding_side = 512, "right"
     return fast
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-010
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-012
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'user' %}USER: "
     "{% if m.content is string %}{{ m.content }}{% else %}"
@@ -65,7 +65,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-012
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-014
 def tiny_processor(
     family: str,  # "llava" or "bunny"
 ) -> LlavaProcessor:
@@ -85,7 +85,7 @@ def tiny_processor(
         num_additional_image_tokens=int(clip),
     )
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-017
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-019
 VISION_SIZES = dict(
     hidden_size=96,
     intermediate_size=192,
@@ -103,7 +103,7 @@ TEXT_SIZES = dict(
     eos_token_id=2,
 )
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-019
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-021
 def tiny_config(
     family: str,  # "llava" (CLIP + Llama) or "bunny" (SigLIP + Phi)
     layers: int = 12,  # decoder layers
@@ -128,7 +128,7 @@ def tiny_config(
         tie_word_embeddings=False,
     )
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-021
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-023
 def init_weights(
     model: torch.nn.Module,  # a decoder or a vision tower
     layers: int,  # depth, for the residual scale
@@ -148,10 +148,10 @@ def init_weights(
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, 0, 0.5, generator=gen)
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-023
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-025
 SMOKE_VERSION = 1  # how smoke models are drawn; raised when their weights change
 
-# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-025
+# %% ../../nbs/library/zoo/08_tiny_models.ipynb #cell-027
 def tiny_model(
     family: str,  # "llava" or "bunny"
     layers: int = 12,  # decoder layers
