@@ -104,7 +104,7 @@ def test_generation(tiny_llava, update_golden):
     answers = answer_questions(*tiny_llava, questions, 4)
     numbers = {"answers": [a.text for a in answers], "candidates": [a.candidate for a in answers]}
     numbers["log_likelihoods"] = [a.log_likelihood for a in answers]
-    where = "GENERATION_VERSION (nbs/library/evaluation/09_generation.ipynb)"
+    where = "GENERATION_VERSION (nbs/library/evaluation/11_generation.ipynb)"
     check_golden("generation", "greedy", GENERATION_VERSION, numbers, update_golden, where)
 
 
