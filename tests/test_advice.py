@@ -233,8 +233,8 @@ def test_cautions(ask):
     assert "removes a little less than asked (30.0%)" in ask(ratio=0.33, training=False).text
     fine = [made(), made("widthwise", 0.6, 0.95)]
     assert (
-        "wrong tool" in ask(ratio=0.64, rows=fine).text
-        and "wrong tool" not in ask(ratio=0.6, rows=fine).text
+        "advises against pruning" in ask(ratio=0.64, rows=fine).text
+        and "advises against pruning" not in ask(ratio=0.6, rows=fine).text
     )
 
 

@@ -196,8 +196,8 @@ def _too_little_memory(error: BaseException):
     "End with advice for a lack of memory."
     line = (str(error) or "out of memory").splitlines()[0]
     _fail(
-        f"the memory does not suffice: {line} recover: more --passes, --lora; else a larger GPU, "
-        "or --device cpu.",
+        f"out of memory: {line} For recover, give more --passes, or --lora; otherwise use a larger "
+        "GPU, or --device cpu.",
         2,
     )
 
@@ -231,8 +231,8 @@ def politely(
             raise
         line = " ".join(str(error).split())[:300]
         _fail(
-            f"{type(error).__name__}: {line} This is a defect of mllm_compress, or of a library "
-            "below it: run again with --verbose and report the traceback.",
+            f"{type(error).__name__}: {line} This is a bug in mllm_compress, or in a library that "
+            "it uses: run again with --verbose and report the traceback.",
             1,
         )
     finally:

@@ -257,7 +257,7 @@ def push(
         from mllm_compress.checkpoint import is_checkpoint, push_to_hub
 
         if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
-            raise ValueError(f"{repo_id!r} is no id of the hub: write owner/name.")
+            raise ValueError(f"{repo_id!r} is not an id of the hub: write owner/name.")
         if not is_checkpoint(folder):
             raise ValueError(f"{folder} is not a checkpoint of prune or recover: give its folder.")
         where = push_to_hub(folder, repo_id, private)

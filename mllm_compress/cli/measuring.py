@@ -216,7 +216,7 @@ def evaluate(
     as_json: AsJson = False,
 ):
     "Score a model on benchmarks, on own questions, or by perplexity."
-    kept = "Answers are kept; the same command goes on from there."
+    kept = "Answers are kept; the same command continues from there."
     without = "Nothing is kept without --out or --answers."
     given = locals()
     with politely(kept if out or answers else without):

@@ -298,7 +298,7 @@ def score(
     as_json: AsJson = False,
 ):
     "Score the importance of layers, or of heads and neurons, and write the scores."
-    with politely("Finished batches are kept beside --out; the same command goes on from there."):
+    with politely("Finished batches are kept beside --out; the same command continues from there."):
         at_least(1, samples=samples, scenes=scenes, max_length=max_length)
         at_least(0, seed=seed)
         check_scores_target(out, overwrite, {"model": model})

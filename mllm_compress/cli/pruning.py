@@ -156,7 +156,7 @@ def recipe_of(o: dict):
     stored = next((f"--{name}" for name in ("plan", "layers", "scores") if o[name]), "")
     idle = ["recipe", "method"] + ["allocation"] * (stored in ("--plan", "--layers"))
     for name in (n for n in idle if stored and o[n] is not None):
-        raise ValueError(f"{stored} says what goes, so --{name} has no effect: leave it out.")
+        raise ValueError(f"{stored} says what is removed, so --{name} has no effect: leave it out.")
     if stored:
         usual = "global" if o["budget"] else "layer"
         return Recipe("stored", o["allocation"] or usual, o["shape"], bool(o["reconstruct"]))

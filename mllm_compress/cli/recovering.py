@@ -314,7 +314,7 @@ def recover(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
-    "Train a pruned model back and write it; the same command goes on after a stop."
+    "Train a pruned model back and write it; the same command continues after a stop."
     given = locals()
     with politely(f"{_kept(save_every)}"):
         recover_with(**given)
@@ -324,7 +324,7 @@ def _kept(save_every: int | None) -> str:
     "Say what is kept of an interrupted training."
     if save_every == 0:
         return "Without checkpoints (--save-every 0) nothing is kept."
-    return "The training is kept up to its last checkpoint; the same command goes on from there."
+    return "The training is kept up to its last checkpoint; the same command continues from there."
 
 
 def recovery_options(o: dict) -> dict:

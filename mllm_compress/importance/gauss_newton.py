@@ -302,7 +302,7 @@ def gauss_newton(
     seed: int = 0,  # of the draws
     recompute: bool = False,  # a third more time, the memory of one layer's activations
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
-    "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower goes first."
+    "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower is removed first."
     totals = {}  # (kind, layer) -> [units]
 
     def see(draws, i, slot, x, gradient):

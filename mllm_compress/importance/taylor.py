@@ -455,7 +455,7 @@ def taylor(
     token_weights: dict | str | None = None,  # of each position's δ·xᵀ: {"image": .1}, "balanced"
     recompute: bool = False,  # recompute activations: a third more time, memory of one layer
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
-    "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower goes first."
+    "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower is removed first."
     run, channels = _scoring(model, batches, order, mode, token_weights), {}
     if not is_streamed(model) and (run.order.additive or len(run.batches) == 1):
         _by_batch(run, channels, recompute)

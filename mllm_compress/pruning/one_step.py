@@ -101,7 +101,7 @@ def plan_from_scores(
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-013
 def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> PruningPlan:
-    "The plan; ValueError where it removes nothing although something was asked for."
+    "The plan; ValueError where it removes nothing although a ratio or budget was given."
     if plan.achieved_ratio or ratio == 0:
         return plan
     if ratio is None:
@@ -142,7 +142,7 @@ WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 
 
 def layers_for_budget(model: PreTrainedModel, budget: dict, costs) -> str | None:
-    "The criterion for whole layers that a budget asks for; None where width alone serves."
+    "The criterion for whole layers that a budget needs; None where width alone is enough."
     costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
     deep = overhead_share(model, costs) > WORTH_A_TRY
     return criteria_of("layerwise")[0] if deep else None

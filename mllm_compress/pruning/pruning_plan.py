@@ -210,7 +210,7 @@ def check_stays(
     parts: Anatomy,
     kept,  # layers that stay
 ) -> None:
-    "ValueError where a layer goes that must stay."
+    "ValueError where a layer that must stay is removed."
     if missing := sorted(set(parts.fixed_layers) - set(kept)):
         raise ValueError(
             f"layers {spans(missing)} receive image features and must stay; others may go."

@@ -31,7 +31,7 @@ from ..utils.methods import BLACK, DOTTED, GREEN, ORANGE, PINK, SKY, Look, check
 # %% ../../nbs/library/pruning/09_reconstructions.ipynb #cell-006
 @torch.no_grad()
 def imitate_layers(small, dense, batches: list, plan: PruningPlan) -> PreTrainedModel:
-    "Fit every layer to what its dense original makes of the same input (He et al. 2017, eq. 2)."
+    "Fit every layer to the output of its dense original on the same input (He et al. 2017, eq. 2)."
     check_pruned(small, dense, plan)
     small = copy.deepcopy(small)
     before, after, streams = anatomy(dense), anatomy(small), open_streams(small, dense, batches)
@@ -103,7 +103,7 @@ class Reconstruction:
     look: Look
     help: str  # one sentence
 
-
+# %% ../../nbs/library/pruning/09_reconstructions.ipynb #cell-014x
 RECONSTRUCTIONS = {
     "none": Reconstruction(
         lambda small, dense, batches, plan: small,

@@ -87,7 +87,7 @@ def resuming(
     path: Path,  # of the file that keeps the sums
     key: str,  # of everything that the result depends on
 ):
-    "Within this block, `batches_left` saves its sums now and then, and goes on from saved ones."
+    "Within this block, `batches_left` saves its sums regularly, and continues from saved ones."
     token = _SAVED.set(SavedSums(path, key))
     try:
         yield

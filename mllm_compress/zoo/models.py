@@ -56,7 +56,7 @@ MODELS = {
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-010
 @contextmanager
 def quiet_loading():
-    "Without the loading bar of transformers, which is of no use for a model of 6 MB."
+    "Without the loading bar of transformers, for a model of 6 MB."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -121,7 +121,7 @@ def _load_folder(source, dtype, trust_remote_code):
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-020
 @contextmanager
 def named_failures(folder: Path):
-    "Whatever goes wrong while a folder is loaded becomes one line that names it."
+    "Any error while a folder is loaded becomes one line that names the folder."
     try:
         yield
     except ImportError as error:
