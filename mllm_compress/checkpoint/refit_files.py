@@ -18,18 +18,15 @@ from ..anatomy.streaming import SOURCE, in_memory, layers_prefix
 from .from_files import cut_tensor, cuts, prune_files
 from ..importance.scores import check_batches
 from ..pruning.pruning_plan import PruningPlan
-from mllm_compress.pruning.reconstruction import (
-    MARK,
+from ..pruning.reconstruction import MARK, check_pruned, check_tokens, mark_of
+from ..pruning.slicing import apply_plan
+from mllm_compress.pruning.streams import (
     advance_dense,
-    check_pruned,
-    check_tokens,
     fit_layer,
     lost_sinks,
-    mark_of,
     open_streams,
     warn_of_sinks,
 )
-from ..pruning.slicing import apply_plan
 from ..zoo.weight_files import FileModel
 
 # %% ../../nbs/library/checkpoint/10_refit_files.ipynb #cell-005
