@@ -60,7 +60,7 @@ def filled_widths(parts: Anatomy, square: bool = False) -> list:
         heads = parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
     return [(heads, neurons)] * parts.num_layers
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-012
 def stock_model(
     model: PreTrainedModel,  # pruned
     fill: bool = False,  # fill widths up with zero units
@@ -81,7 +81,7 @@ def stock_model(
         "checkpoint as it is: load_pruned loads it."
     )
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-013
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-015
 SQUARE = ("phi", "qwen2")  # families whose head size vLLM computes as hidden / heads
 
 
@@ -97,7 +97,7 @@ def check_served(parts: Anatomy) -> None:
             "layers only."
         )
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-017
 def served_config(
     config: dict,  # of config.json; changed
     text_class: str,  # of the decoder, such as LlamaForCausalLM
@@ -109,7 +109,7 @@ def served_config(
         text["n_inner"] = text["intermediate_size"]
     return config
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-015
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-019
 DECI_CONFIG = '''"""Config of a decoder with MLPs of unequal width, for DeciLM of vLLM."""
 
 from types import SimpleNamespace
@@ -155,7 +155,7 @@ def deci_config(model: PreTrainedModel) -> dict:  # of config.json
     config.pop("per_layer_config", None)
     return config
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-017
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-021
 def check_deci(parts: Anatomy) -> None:
     "ValueError where a decoder with unequal layers cannot be written as DeciLM."
     family, heads = parts.family.name, {h for h, _ in unequal_widths(parts)}
@@ -172,7 +172,7 @@ def check_deci(parts: Anatomy) -> None:
             "--fill (fill=True), or prune with shape uniform."
         )
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-019
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-023
 RECORD = "export.json"
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -192,7 +192,7 @@ def check_export(
         raise ValueError(f"{out} was not written by export: choose another folder.")
     check_writable(out, needed)
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-025
 def write_folder(
     model: PreTrainedModel,  # as it is saved
     processor,  # or None
@@ -210,14 +210,14 @@ def write_folder(
         for name, text in (files or {}).items():
             (new / name).write_text(text, encoding="utf-8")
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-027
 def cast_copy(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
     "The model, or a copy in another dtype."
     if dtype is None or FLOATS[dtype] == model.dtype:
         return model
     return copy.deepcopy(model).to(FLOATS[dtype])
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-021
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-029
 @dataclass(frozen=True)
 class Engine:
     "A format to export to, as a row of the table."
@@ -227,7 +227,7 @@ class Engine:
     dtypes: tuple
     help: str
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-031
 def to_gguf(model, processor, out, dtype, fill) -> dict:
     "A GGUF file of the decoder for llama.cpp, and one of vision tower and projector."
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -249,7 +249,7 @@ def to_transformers(model, processor, out, dtype, fill) -> dict:
     write_folder(saved, processor, out, files={RECORD: "{}"})
     return {"architecture": type(saved).__name__, "notes": []}
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-023
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-033
 def to_vllm(model, processor, out, dtype, fill) -> dict:
     "A folder for vLLM and SGLang."
     parts = anatomy(model)
@@ -273,7 +273,7 @@ def to_vllm(model, processor, out, dtype, fill) -> dict:
     notes.append(f"{heads} key/value heads: tensor parallel sizes must divide or multiply them")
     return {"architecture": type(saved).__name__, "notes": notes}
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-035
 def saved_config(model: PreTrainedModel) -> dict:
     "What save_pretrained would write into config.json."
     config = copy.deepcopy(model.config)
@@ -289,7 +289,7 @@ def causal_class(config) -> str:
 
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-025
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-037
 ENGINES = {
     row.name: row
     for row in (
@@ -303,7 +303,7 @@ ENGINES = {
     )
 }
 
-# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-027
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-039
 def export_model(
     folder,  # a checkpoint of save_pruned, or any name or folder that load_model takes
     to: str,  # a row of ENGINES

@@ -27,7 +27,7 @@ def filled_index(
         start += units * width
     return torch.cat(blocks)
 
-
+# %% ../../nbs/library/checkpoint/11_filling.ipynb #cell-010
 @torch.no_grad()
 def fill_slot(
     slot: LinearSlot,  # its module is changed in place
@@ -46,7 +46,7 @@ def fill_slot(
         linear.bias = grown(linear.bias)
     linear.out_features, linear.in_features = linear.weight.shape
 
-# %% ../../nbs/library/checkpoint/11_filling.ipynb #cell-010
+# %% ../../nbs/library/checkpoint/11_filling.ipynb #cell-012
 def fill_up(
     model: PreTrainedModel,  # stays untouched
     widths: list,  # of (heads, neurons), one per layer, at least those present

@@ -87,7 +87,7 @@ def _saved_names(model: PreTrainedModel) -> dict:  # name in the file -> name in
     back = {id(tensor): name for name, tensor in state.items()}
     return {key: back[id(t)] for key, t in revert_weight_conversion(model, state).items()}
 
-
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-013
 def write_weights(
     folder: Path,
     model: PreTrainedModel,  # as it is saved, on the meta device
@@ -112,7 +112,7 @@ def write_weights(
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / f"model.safetensors.index{suffix}.json").write_text(text, encoding="utf-8")
 
-# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-013
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-015
 def prune_files(
     source,  # FileModel of open_files
     plan: PruningPlan,  # made for its model

@@ -33,7 +33,7 @@ class Quantization:
     bits: float  # per weight, its scales included
     help: str
 
-
+# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-010
 QUANTIZATIONS = {
     row.name: row
     for row in (
@@ -51,7 +51,7 @@ QUANTIZATIONS = {
 }
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]  # stay as they are
 
-
+# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-012
 def quantization_config(
     name: str,  # a row of QUANTIZATIONS
     dtype: torch.dtype = torch.float32,  # that 4 bits are unpacked to
@@ -65,7 +65,7 @@ def quantization_config(
         options["bnb_4bit_compute_dtype"] = dtype
     return BitsAndBytesConfig(llm_int8_skip_modules=KEPT, **options)
 
-# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-010
+# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-014
 def skeleton(
     model: PreTrainedModel,  # quantized
     plan: PruningPlan,
@@ -78,7 +78,7 @@ def skeleton(
         made = type(model)(type(model.config).from_dict(values))
         return shrink(made, plan) if kind == "pruned" else made
 
-# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-012
+# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-016
 def check_quantizable(folder, out, name: str, overwrite: bool) -> dict:  # the manifest
     "ValueError or OSError where a checkpoint cannot be quantized."
     check_choice("quantization", name, QUANTIZATIONS)
@@ -96,7 +96,7 @@ def check_quantizable(folder, out, name: str, overwrite: bool) -> dict:  # the m
     check_target(out, overwrite, {"checkpoint": folder}, bytes_)
     return manifest
 
-# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-014
+# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-018
 def quantize(
     folder,  # a checkpoint of save_pruned
     name: str,  # a row of QUANTIZATIONS: int8, nf4, fp4

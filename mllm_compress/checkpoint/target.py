@@ -30,7 +30,7 @@ def nearest_folder(
         )
     return found
 
-
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-007
 def check_writable(
     path,  # of a file or folder that will be written
     needed: int = 0,  # bytes
@@ -53,7 +53,7 @@ def check_writable(
             f"in {folder}: free some space, or choose another folder."
         )
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-007
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-009
 def check_not_read(
     target: Path,  # absolute, links resolved
     inputs: dict,  # what it is -> path or name of a model
@@ -69,7 +69,7 @@ def check_not_read(
                 f"the output {target} {relation} the {what} {given}: choose another folder."
             )
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-009
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-011
 def unlisted(
     folder: Path,  # written by save_pruned
 ) -> list:  # of paths
@@ -93,7 +93,7 @@ def _check_replaceable(folder, target: Path, overwrite: bool) -> None:
             "move them away, or choose another folder."
         )
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-011
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-013
 def check_target(
     folder,  # that a checkpoint will be saved to
     overwrite: bool = True,  # whether a checkpoint there may be replaced
@@ -115,7 +115,7 @@ def check_target(
     check_writable(target, needed)
     return target
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-014
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-016
 def keep_unlisted(
     target: Path,  # the folder to be replaced
     new: Path,  # the folder that replaces it, complete
@@ -135,7 +135,7 @@ def keep_unlisted(
         except OSError:  # no links on this file system
             shutil.copy2(path, copy, follow_symlinks=False)
 
-# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-016
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-018
 def _fallbacks(target: Path) -> list:
     "Folders to try when a target cannot be written."
     places = (target.parent, Path.cwd(), Path.home(), Path(tempfile.gettempdir()))
