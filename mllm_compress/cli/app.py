@@ -267,7 +267,7 @@ Model = Annotated[str, typer.Argument(help="A name (see `models`), a folder, or 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace a result there; files that are not its own stay."),
+    typer.Option("--overwrite", help="Replace an earlier result there; other files are kept."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Device = Annotated[
@@ -298,7 +298,8 @@ ChatTemplate = Annotated[
     ),
 ]
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", help="Tokens of a sample; longer ones are cut.")
+    int | None,
+    typer.Option("--max-length", help="Maximum number of tokens of a sample; longer ones are cut."),
 ]
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-021
@@ -319,7 +320,8 @@ def listed(
     rows: dict,  # name -> row of a table of methods
 ) -> str:
     "The rows of a table of methods, one after the other."
-    return " ".join(f"{name}: {row.help}" for name, row in rows.items())
+    ended = lambda text: text if text.endswith((".", "?")) else f"{text}."
+    return " ".join(f"{name}: {ended(row.help)}" for name, row in rows.items())
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-023
 def resolve_device(

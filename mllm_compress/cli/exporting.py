@@ -71,7 +71,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
-    "Write a model as an engine reads it: llama.cpp (GGUF), vLLM, or plain transformers."
+    "Write a model for an inference engine: llama.cpp (GGUF), vLLM, or plain transformers."
     with politely():
         from transformers.utils import logging
 

@@ -42,13 +42,15 @@ def models(as_json: AsJson = False):
 @app.command()
 def advise(
     model: Annotated[str, typer.Option(help="A model of the study, or another.")],
-    ratio: Annotated[float, typer.Option(help="Fraction of LM parameters to remove.")],
+    ratio: Annotated[
+        float, typer.Option(help="Fraction of the LM decoder's parameters to remove.")
+    ],
     data: Annotated[float, typer.Option(help="Fraction of the training data at hand.")] = 0.05,
     training: Annotated[bool, typer.Option(help="Whether students may be trained.")] = True,
     profile: Annotated[str, typer.Option(help="Whose results to look at.")] = "quick",
     as_json: AsJson = False,
 ):
-    "Which compression retained most, with the evidence."
+    "Recommend a compression from the results of a study, with the evidence."
     with politely():
         from mllm_compress.reporting import advice
 
@@ -222,7 +224,9 @@ def _about_scores(folder: Path) -> tuple:  # (text, facts)
 # %% ../../nbs/library/cli/02_look.ipynb #cell-018
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="That `score`, `prune` or `recover` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder that `score`, `prune` or `recover` wrote.")
+    ],
     as_json: AsJson = False,
 ):
     "How a folder was made: plan, scores, data, losses, rates, seeds, versions and results."
@@ -245,12 +249,12 @@ def show(
 # %% ../../nbs/library/cli/02_look.ipynb #cell-020
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="That `prune` or `recover` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that `prune` or `recover` wrote.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
-    private: Annotated[bool, typer.Option(help="Only you can see it.")] = True,
+    private: Annotated[bool, typer.Option(help="Make the repository private.")] = True,
     as_json: AsJson = False,
 ):
-    "Publish a checkpoint on the hub, verified, and nothing else of its folder."
+    "Verify a checkpoint and publish it on the hub; other files of its folder are left out."
     with politely("What was uploaded so far may be on the hub."):
         import re
 

@@ -213,6 +213,7 @@ Pruning = Annotated[
     str, typer.Option(help="layerwise or widthwise, where both have a method of that name.")
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration samples; default: 64, or all.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of random scores.")]
 
 
 def scored(
@@ -285,7 +286,7 @@ def score(
     method: Method = "block_influence",
     pruning: Pruning = "",
     samples: Samples = None,
-    seed: int = 0,
+    seed: Seed = 0,
     data: DataFile = "small",
     image_root: Images = "",
     skip_missing: SkipMissing = False,

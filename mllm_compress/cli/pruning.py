@@ -41,7 +41,7 @@ from mllm_compress.cli.app import (
     training_data,
 )
 from .look import timed_units
-from .prepare import Pruning, Samples, calibration, needs_no_data
+from .prepare import Pruning, Samples, Seed, calibration, needs_no_data
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-004
 def parse_layers(
@@ -385,9 +385,7 @@ def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: d
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-032
 Budget = Annotated[
     str,
-    typer.Option(
-        "--budget", help="Instead of a ratio, the share that may stay, such as latency=0.6. BUDGETS"
-    ),
+    typer.Option("--budget", help="BUDGETS"),
 ]
 Costs = Annotated[
     Path | None,
@@ -398,7 +396,8 @@ Costs = Annotated[
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-034
 Ratio = Annotated[
-    float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
+    float | None,
+    typer.Option(help="Fraction of the LM decoder's parameters to remove, in (0, 0.95)."),
 ]
 Scores = Annotated[
     list[Path],
@@ -424,7 +423,7 @@ RoundTo = Annotated[
 LayerShare = Annotated[
     float | None,
     typer.Option(
-        "--layer-share", help="Whole layers go as well: their part of the ratio, such as 0.5."
+        "--layer-share", help="Also remove whole layers: their part of the ratio, such as 0.5."
     ),
 ]
 LayerMethod = Annotated[
@@ -450,7 +449,8 @@ def _budgets() -> str:
     "Help of --budget."
     from mllm_compress.pruning.budgets import BUDGETS
 
-    return " ".join(f"{name}: {what}." for name, what in BUDGETS.items())
+    about = "Instead of a ratio, the share of the dense model's cost that may stay, as latency=0.6."
+    return " ".join([about, *(f"{name}: {what}." for name, what in BUDGETS.items())])
 
 
 TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations, "BUDGETS": _budgets}
@@ -492,7 +492,7 @@ def prune(
     layer_share: LayerShare = None,
     layer_method: LayerMethod = "block_influence",
     samples: Samples = None,
-    seed: int = 0,
+    seed: Seed = 0,
     data: DataFile = "small",
     image_root: Images = "",
     skip_missing: SkipMissing = False,
@@ -503,7 +503,7 @@ def prune(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
-    "Score if needed, plan, apply the plan, refit, and write the smaller model."
+    "Score if there are no scores, plan, apply the plan, refit, and write the smaller model."
     given = locals()
     with politely():
         prune_with(**given)

@@ -258,11 +258,14 @@ TABLES.update(LOSSES=_losses, TRAINS=_trains)
 Losses = Annotated[str | None, typer.Option(help="LOSSES")]
 Train = Annotated[str | None, typer.Option(help="TRAINS")]
 Fraction = Annotated[
-    float | None, typer.Option(help="Of the data; default: all of one's own, 0.05 of 'small'.")
+    float | None,
+    typer.Option(help="Fraction of the data; default: all of your own, 0.05 of 'small'."),
 ]
 Rate = Annotated[
     float | None,
-    typer.Option(help="Default: 1e-3, for the projector alone 2e-3, with LoRA 2e-5."),
+    typer.Option(
+        help="Learning rate; default: 1e-3, for the projector alone 2e-3, with LoRA 2e-5."
+    ),
 ]
 Recipe = Annotated[
     str, typer.Option(help="llava, bunny or internvl: the study's options for that model.")
@@ -275,7 +278,8 @@ SaveEvery = Annotated[
     typer.Option("--save-every", help="Steps between checkpoints; 0: none; default: by length."),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin again: delete the checkpoints of a stopped run.")
+    bool,
+    typer.Option("--restart", help="Start again: delete the checkpoints of an interrupted run."),
 ]
 
 # %% ../../nbs/library/cli/05_recovering.ipynb #cell-022
@@ -297,7 +301,8 @@ def recover(
         int | None, typer.Option(help="Forward passes per step; default: as fits the device.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the fraction, the order, and LoRA; default 0.")
+        int | None,
+        typer.Option(help="Seed of the fraction, the order of samples, and LoRA; default 0."),
     ] = None,
     data: DataFile = "small",
     image_root: Images = "",
@@ -314,7 +319,7 @@ def recover(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
-    "Train a pruned model back and write it; the same command continues after a stop."
+    "Train a pruned model and write it; after an interruption the same command continues."
     given = locals()
     with politely(f"{_kept(save_every)}"):
         recover_with(**given)

@@ -62,14 +62,12 @@ def study(
         typer.Option(help="A results.zip of earlier figures: its results are not computed again."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be computed.")
+        bool, typer.Option("--dry-run", help="Only print what would be computed.")
     ] = False,
-    status: Annotated[
-        bool, typer.Option("--status", help="Only list the results at hand.")
-    ] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only list the stored results.")] = False,
     as_json: AsJson = False,
 ):
-    "Compute what is missing, run the notebooks, make figures/PROFILE/index.html."
+    "Compute missing results, run the notebooks, and make figures/PROFILE/index.html."
     kept = "Finished results are kept; the same command continues from them."
     with politely(kept), as_one_object(as_json, profile=profile):
         from mllm_compress.reporting import notebooks, runner
