@@ -13,7 +13,7 @@ from mllm_compress.pruning.slicing import apply_plan
 
 CRITERIA_AT = "CRITERIA (nbs/library/importance/04_criteria.ipynb)"
 PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/03_plans.ipynb)"
-RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/12_reconstructions.ipynb)"
+RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/09_reconstructions.ipynb)"
 MODELS = {"layerwise": ("tiny-llava", "phi-4x1"), "widthwise": ("tiny-llava", "qwen2-3x2")}
 OPTIONS = {"angular_distance": {"n": 2}}  # of criteria that need one
 

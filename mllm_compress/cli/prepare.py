@@ -241,8 +241,7 @@ def scored(
     template = choose_template(processor, chat_template, has_chat(data))
     batches = calibration(data, samples, processor, seed, max_length, device)
     rows = sum(len(b["input_ids"]) for b in batches)
-    kept = keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext()
-    with kept:
+    with keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext():
         scores = measure(kind, method, model, batches, seed)
     record = {"name": data.name, "samples": rows}
     return scores, record | ({"chat_template": template} if template else {})
