@@ -19,7 +19,7 @@ import torch
 from machine import facts
 
 from mllm_compress import zoo
-from mllm_compress.evaluation import generation
+from mllm_compress.evaluation import features
 from mllm_compress.evaluation.benchmarks import SMALL_SUITE, benchmark, load_questions
 from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.reporting.style import page
@@ -56,7 +56,7 @@ def engine(
 ) -> list:
     "Ours; unless images were seen, the cache starts empty."
     if not seen:
-        generation.FEATURES.__init__(generation.FEATURES.max_bytes)
+        features.FEATURES.__init__(features.FEATURES.max_bytes)
     return [a.text for a in answer_questions(model, processor, questions, tokens, batch_size)]
 
 

@@ -26,7 +26,9 @@ from machine import facts
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.tensors import PeakTensors
-from mllm_compress.data.instructions import Collator, InstructionData, small_data
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.instructions import InstructionData
+from mllm_compress.data.small_sets import small_data
 from mllm_compress.evaluation.scoring import evaluate, retained
 from mllm_compress.importance.gauss_newton import gauss_newton
 from mllm_compress.importance.influence import block_influence

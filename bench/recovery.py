@@ -39,7 +39,8 @@ from machine import facts
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.data.instructions import Collator, scene_data
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.small_sets import scene_data
 from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan

@@ -11,7 +11,7 @@ import torch
 torch.set_num_threads(1)
 
 from mllm_compress.anatomy.tensors import weights_hash
-from mllm_compress.data.instructions import scene_data
+from mllm_compress.data.small_sets import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.trainer import RecoveryTrainer
 from mllm_compress.recovery.training import recover

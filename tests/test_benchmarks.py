@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mllm_compress.evaluation import benchmarks as B
+from mllm_compress.evaluation import benchmarks, definitions, small_sets
 
 
 def png(color="red", size=(6, 4)):
@@ -199,7 +199,9 @@ SETS = {  # folder, file -> rows as the hub has them
 }
 
 
-SOURCES = [b.source for b in B.BENCHMARKS.values() if isinstance(b.source, B.Source)]
+SOURCES = [
+    b.source for b in benchmarks.BENCHMARKS.values() if isinstance(b.source, definitions.Source)
+]
 
 
 def write(root, sets=SETS):
@@ -215,7 +217,7 @@ def root(tmp_path_factory):
 
 
 def load(name, root, limit=None):
-    return B.benchmark(name).load(split="test", limit=limit, root=root)
+    return benchmarks.benchmark(name).load(split="test", limit=limit, root=root)
 
 
 def test_gqa_joins_images(root):
@@ -225,7 +227,7 @@ def test_gqa_joins_images(root):
         "yes",
         "Is it red?\nAnswer the question using a single word or phrase.",
     )
-    assert first.images[0] is second.images[0] and B.open_image(first.images[0]).getpixel(
+    assert first.images[0] is second.images[0] and definitions.open_image(first.images[0]).getpixel(
         (3, 3)
     ) == (255, 0, 0)
 
@@ -302,7 +304,7 @@ def test_scienceqa_context_and_letters_beyond_e(root):
 
 def test_mmmu_images_options_and_open_answers(root):
     choice, free = load("mmmu", root)
-    assert [B.open_image(i).getpixel((3, 3)) for i in choice.images] == [
+    assert [definitions.open_image(i).getpixel((3, 3)) for i in choice.images] == [
         (255, 0, 0),
         (0, 0, 255),
         (0, 128, 0),
@@ -352,10 +354,15 @@ def test_docvqa(root):
 
 @pytest.mark.parametrize(
     "name, column",
-    [(b.name, c) for b in B.BENCHMARKS.values() if b.source in SOURCES for c in b.source.columns],
+    [
+        (b.name, c)
+        for b in benchmarks.BENCHMARKS.values()
+        if b.source in SOURCES
+        for c in b.source.columns
+    ],
 )
 def test_a_missing_column_is_named(name, column, tmp_path):
-    source = B.benchmark(name).source
+    source = benchmarks.benchmark(name).source
     folder = f"{source.repo.split('/')[-1]}/{source.config}"
     sets = {
         k: [{c: v for c, v in r.items() if c != column} for r in rows] if k[0] == folder else rows
@@ -375,28 +382,30 @@ def test_a_missing_set_is_named(tmp_path, monkeypatch):
 
 def test_unknown_names_and_splits():
     with pytest.raises(ValueError, match="scenes/open"):
-        B.benchmark("vqav2")
+        benchmarks.benchmark("vqav2")
     with pytest.raises(ValueError, match="evaluation split"):
-        B.benchmark("gqa").load(split="train", limit=1, root=".")
+        benchmarks.benchmark("gqa").load(split="train", limit=1, root=".")
 
 
 def test_padding_is_the_mean_colour():
-    picture = B.open_image(
-        B.StoredImage(png(size=(10, 4))["bytes"]), (0.48145466, 0.4578275, 0.40821073)
+    picture = definitions.open_image(
+        definitions.StoredImage(png(size=(10, 4))["bytes"]), (0.48145466, 0.4578275, 0.40821073)
     )
     assert (
         picture.size == (10, 10)
         and picture.getpixel((0, 0)) == (122, 116, 104)
         and picture.getpixel((0, 5)) == (255, 0, 0)
     )
-    assert B.open_image(B.StoredImage(png(size=(10, 4))["bytes"], square=False)).size == (10, 4)
+    assert definitions.open_image(
+        definitions.StoredImage(png(size=(10, 4))["bytes"], square=False)
+    ).size == (10, 4)
 
 
 def test_small_suite_has_its_answers_among_its_candidates():
-    for name in B.SMALL_SUITE:
-        for q in B.load_questions(name, "test", 30):
+    for name in benchmarks.SMALL_SUITE:
+        for q in benchmarks.load_questions(name, "test", 30):
             assert q.answer in q.candidates and len(q.images) == 1
-    pairs = B.load_questions("scenes/cognition", "test", 7)
+    pairs = benchmarks.load_questions("scenes/cognition", "test", 7)
     assert (
         len(pairs) == 8
         and {q.answer for q in pairs[:2]} == {"yes", "no"}
@@ -404,24 +413,26 @@ def test_small_suite_has_its_answers_among_its_candidates():
     )
 
 
-@pytest.mark.parametrize("name", B.BENCHMARKS)
+@pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
 def test_the_hash_of_questions_follows_what_is_asked(name, root):
-    ask = lambda **kw: B.questions_hash(name, **{"root": str(root)} | kw)
+    ask = lambda **kw: benchmarks.questions_hash(name, **{"root": str(root)} | kw)
     assert ask() == ask() and len({ask(), ask(limit=3), ask(split="validation")}) == 3
 
 
 def test_the_hash_of_questions_follows_the_files(root, tmp_path):
-    before = {n: B.questions_hash(n, root=root) for n in ("gqa", "ai2d")}
+    before = {n: benchmarks.questions_hash(n, root=root) for n in ("gqa", "ai2d")}
     assert len(set(before.values())) == 2
     key = ("GQA/testdev_balanced_images", "testdev-00000-of-00001")
     other = write(tmp_path, SETS | {key: [r | {"image": png(size=(60, 40))} for r in SETS[key]]})
-    assert B.questions_hash("ai2d", root=other) == before["ai2d"]
-    assert B.questions_hash("gqa", root=other) != before["gqa"]
+    assert benchmarks.questions_hash("ai2d", root=other) == before["ai2d"]
+    assert benchmarks.questions_hash("gqa", root=other) != before["gqa"]
     with pytest.raises(FileNotFoundError, match="lmms-lab/GQA"):
-        B.questions_hash("gqa", root=tmp_path / "elsewhere")
+        benchmarks.questions_hash("gqa", root=tmp_path / "elsewhere")
 
 
 def test_the_hash_of_questions_loads_none(monkeypatch):
-    monkeypatch.setattr(B.scenes, "questions", None)
-    monkeypatch.setattr(B.instructions, "easy_vqa", None)
-    assert len({B.questions_hash(name) for name in B.SMALL_SUITE}) == len(B.SMALL_SUITE)
+    monkeypatch.setattr(small_sets.scenes, "questions", None)
+    monkeypatch.setattr(small_sets.small_sets, "easy_vqa", None)
+    assert len({benchmarks.questions_hash(name) for name in benchmarks.SMALL_SUITE}) == len(
+        benchmarks.SMALL_SUITE
+    )

@@ -18,27 +18,25 @@ from mllm_compress.cost.arithmetic import closed_parameters
 from mllm_compress.cost.report import cost_report
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.zoo.convert import (
+from mllm_compress.zoo.convert import convert_original, load_original
+from mllm_compress.zoo.models import MODELS
+from mllm_compress.zoo.original_configs import padded_vocabulary
+from mllm_compress.zoo.original_processors import (
     CHAT_TEMPLATES,
+    ProcessorParts,
+    chat_template,
+    image_processor,
+    original_ids,
+)
+from mllm_compress.zoo.original_weights import append_rows, open_original
+from mllm_compress.zoo.real_models import REAL_MODELS, real_config, real_name
+from mllm_compress.zoo.releases import (
     INTERNVL_NAMES,
     LLAVA_NAMES,
-    REAL_MODELS,
-    ProcessorParts,
-    append_rows,
-    chat_template,
-    convert_original,
-    image_processor,
     is_original_layout,
-    load_original,
     native_config,
     native_names,
-    open_original,
-    original_ids,
-    padded_vocabulary,
-    real_config,
-    real_name,
 )
-from mllm_compress.zoo.models import MODELS
 
 QUESTION = {
     "role": "user",
@@ -488,7 +486,8 @@ def test_memory_while_converting_stays_near_one_shard(layouts, tmp_path):
     total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     script = (
         "import sys, resource\n"
-        "from mllm_compress.zoo.convert import convert_original, open_original\n"
+        "from mllm_compress.zoo.convert import convert_original\n"
+        "from mllm_compress.zoo.original_weights import open_original\n"
         "open_original(sys.argv[1])\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); convert_original(sys.argv[1], sys.argv[2]); print(peak() - before)"
@@ -530,7 +529,7 @@ def test_pickles_are_refused_with_the_way_out(layouts, tmp_path):
 
 
 def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
-    from mllm_compress.zoo.convert import HOW_TO_CONVERT
+    from mllm_compress.zoo.releases import HOW_TO_CONVERT
 
     folder = copy_of(layouts, "llava", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -31,7 +31,7 @@ from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.config import RecoveryConfig
-from mllm_compress.zoo.convert import REAL_MODELS, real_config
+from mllm_compress.zoo.real_models import REAL_MODELS, real_config
 
 
 def width_scores(model):

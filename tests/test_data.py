@@ -7,14 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress.data.instructions import (
-    Collator,
-    InstructionData,
-    LazyEntries,
-    entry,
-    load_json,
-    turns,
-)
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.instructions import InstructionData, LazyEntries, load_json, turns
+from mllm_compress.data.small_sets import entry
 from mllm_compress.recovery.batches import Batches
 
 

@@ -15,12 +15,13 @@ from mllm_compress.data.calibration import (
     coverage,
     question_types,
 )
-from mllm_compress.data.instructions import entry
+from mllm_compress.data.small_sets import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels
-from mllm_compress.study import stages
+from mllm_compress.study import cache_keys, stages
+from mllm_compress.study.cache_keys import name_of, scores_inputs, subject_key
 from mllm_compress.study.experiments import Experiment, canonical, described
 from mllm_compress.study.profiles import differences, load_profile, rate_of, resolve_parameters
-from mllm_compress.study.stages import name_of, scores_inputs, subject_key
+from mllm_compress.utils.files import content_hash
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_forms_of_answers(answer, form):
 def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
     def key(e=WIDTH, **changes):
         changed = replace(SMOKE, calibration=replace(SMOKE.calibration, **changes))
-        return stages.content_hash(scores_inputs(e, changed))
+        return content_hash(scores_inputs(e, changed))
 
     assert key() == key(batch_size=1) != key(samples=5)
     assert len({key(), key(design="first"), key(per_entry=1), key(mode="reference")}) == 4
@@ -91,10 +92,10 @@ def test_edited_data_is_another_calibration(monkeypatch):
     for sample in samples:
         said = [{**turn, "value": turn["value"] + "!"} for turn in sample["conversations"]]
         sample["conversations"] = said
-    monkeypatch.setattr(stages, "calibration_source", lambda _: InstructionData(samples))
-    stages.calibration_inputs.cache_clear()
+    monkeypatch.setattr(cache_keys, "calibration_source", lambda _: InstructionData(samples))
+    cache_keys.calibration_inputs.cache_clear()
     assert scores_inputs(LAYERS, SMOKE)["calibration"] != before["calibration"]
-    stages.calibration_inputs.cache_clear()
+    cache_keys.calibration_inputs.cache_clear()
 
 
 # ---- experiments
@@ -102,7 +103,7 @@ def test_edited_data_is_another_calibration(monkeypatch):
 
 def test_seeds_are_named_apart():
     both = replace(TRAINED, calibration_seed=0, seed=4)
-    plans = [stages.plan_inputs(e, SMOKE) for e in (TRAINED, both)]
+    plans = [cache_keys.plan_inputs(e, SMOKE) for e in (TRAINED, both)]
     assert plans[0] == plans[1] and subject_key(TRAINED, SMOKE) != subject_key(both, SMOKE)
     assert Experiment("m", "layerwise", 0.3, seed=2).calibration_seed == 2
     untrained = Experiment("m", "layerwise", 0.3, seed=7, calibration_seed=1)
@@ -139,7 +140,7 @@ def test_nonsense_is_refused(wrong):
 
 def test_epochs_of_an_experiment_replace_those_of_the_profile():
     longer = replace(TRAINED, epochs=5)
-    assert stages.recovery_config(longer, SMOKE).epochs == 5
+    assert cache_keys.recovery_config(longer, SMOKE).epochs == 5
     same = replace(TRAINED, epochs=SMOKE.recovery["epochs"])
     assert name_of(same, SMOKE) == name_of(TRAINED, SMOKE) != name_of(longer, SMOKE)
 
@@ -176,7 +177,7 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
     from mllm_compress.anatomy.families import anatomy
     from mllm_compress.cost.gpu_memory import on_meta
     from mllm_compress.importance.scores import WidthScores
-    from mllm_compress.zoo.convert import real_config
+    from mllm_compress.zoo.real_models import real_config
 
     profile = load_profile("authors")
     model = on_meta(real_config(profile.printed[name]))
@@ -205,9 +206,9 @@ def test_a_learning_rate_may_differ_between_prunings_and_ratios():
     assert found == [0.1, 0.2] and rate_of(rates, "widthwise", 0.45) == 0.3
     assert rate_of(None, "layerwise", 0.3) is None
     tuned = replace(SMOKE, learning_rates={"projector+lm": {"sft": rates}})
-    assert stages.recovery_config(TRAINED, tuned).lr == 0.1
+    assert cache_keys.recovery_config(TRAINED, tuned).lr == 0.1
     assert (
-        stages.recovery_config(
+        cache_keys.recovery_config(
             replace(TRAINED, pruning="widthwise", importance="taylor", ratio=0.5), tuned
         ).lr
         == 0.3

@@ -153,7 +153,7 @@ def test_the_search_index_has_names_commands_and_sections(built, pages):
         path, _, anchor = url.partition("#")
         assert path in pages and (not anchor or anchor in ids_of(pages[path])), url
         assert "<span" not in text
-    assert any("Moments" in text for _, _, url, text in lines if "07_reconstruction" in url)
+    assert any("Moments" in text for _, _, url, text in lines if "06b_least_squares" in url)
 
 
 def test_it_is_made_in_less_than_a_minute(built):

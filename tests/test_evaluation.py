@@ -9,8 +9,9 @@ import torch
 from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.evaluation import generation, scoring
-from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
+from mllm_compress.evaluation import features, generation, scoring
+from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, load_questions
+from mllm_compress.evaluation.definitions import Question
 from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.evaluation.published import published
 from mllm_compress.evaluation.scoring import (
@@ -146,14 +147,14 @@ def test_candidates_are_ranked_by_their_likelihood(mllm):
 
 
 def test_each_image_is_encoded_once(tiny_llava, monkeypatch):
-    seen, encode = [], generation.encode_images
+    seen, encode = [], features.encode_images
     monkeypatch.setattr(
-        generation,
+        features,
         "encode_images",
         lambda m, p, images: (seen.extend(images), encode(m, p, images))[1],
     )
-    monkeypatch.setattr(generation, "FEATURES", generation.FeatureCache())
-    monkeypatch.setattr(generation.ImageEncoder.__init__, "__defaults__", (generation.FEATURES, 64))
+    monkeypatch.setattr(features, "FEATURES", features.FeatureCache())
+    monkeypatch.setattr(features.ImageEncoder.__init__, "__defaults__", (features.FEATURES, 64))
     questions = load_questions("easy-vqa", "test", 20)
     answer_questions(*tiny_llava, questions, 1)
     assert len(seen) == len({q.images[0].tobytes() for q in questions}) < len(questions)
@@ -175,8 +176,8 @@ def test_each_image_is_encoded_once(tiny_llava, monkeypatch):
 def test_a_small_cache_gives_the_same_answers(tiny_llava, monkeypatch):
     questions = mixed(4)
     expected = answer_questions(*tiny_llava, questions, 3)
-    cache = generation.FeatureCache(max_bytes=10_000)
-    monkeypatch.setattr(generation.ImageEncoder.__init__, "__defaults__", (cache, 2))
+    cache = features.FeatureCache(max_bytes=10_000)
+    monkeypatch.setattr(features.ImageEncoder.__init__, "__defaults__", (cache, 2))
     assert (
         answer_questions(*tiny_llava, questions, 3) == expected
         and cache.used <= 10_000
@@ -187,11 +188,11 @@ def test_a_small_cache_gives_the_same_answers(tiny_llava, monkeypatch):
 def test_memory_back_off(tiny_llava, monkeypatch):
     questions, tried, real = mixed(4), [], generation.read_prefixes
 
-    def tight(parts, prompts, features):
+    def tight(parts, prompts, found):
         tried.append(len({(p.shared, p.images) for p in prompts}))
         if tried[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(parts, prompts, features)
+        return real(parts, prompts, found)
 
     expected = answer_questions(*tiny_llava, questions, 3)
     monkeypatch.setattr(generation, "read_prefixes", tight)
@@ -213,7 +214,7 @@ def test_memory_back_off(tiny_llava, monkeypatch):
 
 
 def test_images_back_off_too(tiny_llava, monkeypatch):
-    questions, sizes, encode = mixed(4), [], generation.encode_images
+    questions, sizes, encode = mixed(4), [], features.encode_images
 
     def tight(model, processor, images):
         sizes.append(len(images))
@@ -222,9 +223,9 @@ def test_images_back_off_too(tiny_llava, monkeypatch):
         return encode(model, processor, images)
 
     expected = answer_questions(*tiny_llava, questions, 3)
-    monkeypatch.setattr(generation, "encode_images", tight)
+    monkeypatch.setattr(features, "encode_images", tight)
     monkeypatch.setattr(
-        generation.ImageEncoder.__init__, "__defaults__", (generation.FeatureCache(), 16)
+        features.ImageEncoder.__init__, "__defaults__", (features.FeatureCache(), 16)
     )
     assert answer_questions(*tiny_llava, questions, 3) == expected
     assert sizes == [3, 3, 3, 2, 1, 1, 1]  # sixteen, eight, four and two at a time are too many
@@ -559,5 +560,5 @@ def test_images_in_tiles(tiny_internvl):
     )
     assert [
         len(s.features)
-        for s in generation.encode_images(model, processor, [wide[0], wide[0].resize((64, 64))])
+        for s in features.encode_images(model, processor, [wide[0], wide[0].resize((64, 64))])
     ] == [3, 1]  # two tiles and an overview

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_compress.data import calibration, instructions, scenes
+from mllm_compress.data import calibration, collator, scenes, small_sets
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo import tiny_models
 
@@ -36,15 +36,15 @@ def batch_numbers(
     **kwargs,
 ) -> dict:
     "One batch of three scenes."
-    data = instructions.scene_data(n=3)
+    data = small_sets.scene_data(n=3)
     processor = tiny_models.tiny_processor("llava")
-    collate = instructions.Collator(processor, data, turns, **kwargs)
+    collate = collator.Collator(processor, data, turns, **kwargs)
     return integers(collate([data[i] for i in range(3)]))
 
 
 def calibration_numbers(design: str) -> list:
     "Two calibration batches of four questions, from twenty scenes."
-    data = instructions.scene_data(n=20)
+    data = small_sets.scene_data(n=20)
     processor = tiny_models.tiny_processor("llava")
     batches = calibration.calibration_batches(data, processor, 8, 4, design=design)
     return [integers(b) for b in batches]
@@ -61,10 +61,10 @@ def smoke_numbers(
     ]
 
 
-DATA = "nbs/library/data/01_instructions.ipynb"
-CALIBRATION = "nbs/library/data/04_calibration.ipynb"
-SCENES = "nbs/library/data/02_scenes.ipynb"
-SMOKE = "nbs/library/zoo/03_tiny_models.ipynb"
+DATA = "nbs/library/data/08_collator.ipynb"
+CALIBRATION = "nbs/library/data/09_calibration.ipynb"
+SCENES = "nbs/library/data/03_scenes.ipynb"
+SMOKE = "nbs/library/zoo/08_tiny_models.ipynb"
 GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
     "scenes of train": (
         *("SCENES_VERSION", SCENES, 1),
@@ -122,7 +122,7 @@ GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
 @pytest.mark.parametrize("what", GOLDEN)
 def test_numbers_move_only_with_their_version(what):
     name, notebook, version, numbers, expected = GOLDEN[what]
-    modules = {DATA: instructions, CALIBRATION: calibration, SCENES: scenes, SMOKE: tiny_models}
+    modules = {DATA: collator, CALIBRATION: calibration, SCENES: scenes, SMOKE: tiny_models}
     module = modules[notebook]
     found = (getattr(module, name), content_hash(numbers()))
     assert found == (version, expected), (

@@ -7,7 +7,7 @@ import torch
 from golden_versions import check_golden, check_no_stale
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.data.instructions import scene_data
+from mllm_compress.data.small_sets import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.losses import LOSSES
 from mllm_compress.recovery.teacher_cache import TeacherCache

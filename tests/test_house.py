@@ -80,7 +80,7 @@ def test_no_circle_of_imports():
 def test_relative_imports_are_resolved():
     "The graph is not empty by mistake."
     assert "mllm_compress.importance.criteria" in imported("mllm_compress.study.experiments")
-    assert "mllm_compress.data" in imported("mllm_compress.study.stages")
+    assert "mllm_compress.data" in imported("mllm_compress.study.profile_inputs")
 
 
 HEAVY = "matplotlib seaborn papermill nbformat nbconvert IPython ipykernel jupyter_client typer"
@@ -277,7 +277,7 @@ def test_without_the_extra_of_the_study_the_method_runs(tmp_path):
 def test_a_processor_that_needs_torchvision_names_its_extra():
     if importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is installed")
-    from mllm_compress.zoo.convert import ProcessorParts, internvl_processor
+    from mllm_compress.zoo.original_processors import ProcessorParts, internvl_processor
 
     parts = ProcessorParts(None, "", "<image>", 0, 4)
     with pytest.raises(ImportError, match=r"pip install 'mllm_compress\[vision\]'"):

@@ -20,10 +20,11 @@ from PIL import Image
 from test_benchmarks import SETS, root  # noqa: F401  (root is a fixture)
 
 from mllm_compress.checkpoint import save_pruned
-from mllm_compress.evaluation import benchmarks as B
+from mllm_compress.evaluation import benchmarks
 from mllm_compress.evaluation import lmms_eval as plugin
 from mllm_compress.evaluation.generation import answer_questions
-from mllm_compress.evaluation.scorers import LETTERS, SCORERS
+from mllm_compress.evaluation.judges import LETTERS
+from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
 from mllm_compress.pruning.plans import plan_widthwise
@@ -73,7 +74,7 @@ def losses(lm, requests):
 def test_answers_of_the_plugin_are_those_of_the_engine(checkpoints, name):
     pretrained, model, processor = checkpoints[name]
     lm = plugin.CompressedModel(pretrained, device="cpu", batch_size="3")
-    questions = [q for kind in KINDS for q in B.load_questions(kind, "test", 4)]
+    questions = [q for kind in KINDS for q in benchmarks.load_questions(kind, "test", 4)]
     lengths = {
         q.id: 1 + n % 3 for n, q in enumerate(questions)
     }  # tasks of different lengths in one call, answers in order
@@ -89,7 +90,7 @@ def test_likelihoods_by_a_plain_forward_pass(checkpoints):
     _, model, processor = checkpoints["dense"]
     lm, questions = (
         plugin.CompressedModel("tiny-llava", device="cpu"),
-        B.load_questions("scenes/open", "test", 3),
+        benchmarks.load_questions("scenes/open", "test", 3),
     )
     for said in ("red", "red large circle"):
         for q, (loss, greedy) in zip(
@@ -178,7 +179,7 @@ def place(doc): return list(doc["choices"]).index(doc["answer"])
 def tasks(tmp_path_factory):
     "A folder with two local tasks over the same scenes: one generates, one chooses."
     folder, rows = tmp_path_factory.mktemp("tasks"), []
-    for q in (q for kind in KINDS for q in B.load_questions(kind, "test", 12)):
+    for q in (q for kind in KINDS for q in benchmarks.load_questions(kind, "test", 12)):
         q.images[0].save(out := io.BytesIO(), "PNG")
         rows.append(
             {
@@ -544,5 +545,7 @@ def test_prompts_are_those_of_lmms_eval(root, monkeypatch):  # noqa: F811
             for short in (task, "sqa")
             if hasattr(utils, f"{short}_doc_to_text")
         )
-        asked = {q.prompt for q in B.benchmark(name).load(split="test", limit=None, root=root)}
+        asked = {
+            q.prompt for q in benchmarks.benchmark(name).load(split="test", limit=None, root=root)
+        }
         assert asked == {text({"caption": "", "ocr": "", **row}, told) for row in found}, name

@@ -18,7 +18,7 @@ from mllm_compress.reporting.notebooks import (
     parameters_of,
     parse_parameter,
 )
-from mllm_compress.study import stages, store
+from mllm_compress.study import cache_keys, store
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.workers import results_of
@@ -127,11 +127,11 @@ experiments = [Experiment("smoke-llava")]
 def fabricate(results, score: float, seconds: float = 1) -> None:
     "Write stages of a dense model that has not run."
     smoke = load_profile("smoke")
-    subject = stages.subject_key(EXPERIMENT, smoke)
+    subject = cache_keys.subject_key(EXPERIMENT, smoke)
     for name in smoke.evaluation.benchmarks:
         row = {"benchmark": name, "score": score}
         value = {"row": row, "units": [], "sample": [], "record": {"seconds": seconds}}
-        store.write(results, stages.score_inputs(subject, name, smoke.evaluation), value)
+        store.write(results, cache_keys.score_inputs(subject, name, smoke.evaluation), value)
 
 
 @pytest.fixture

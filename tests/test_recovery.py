@@ -16,14 +16,10 @@ from safetensors.torch import load_file
 
 from mllm_compress.anatomy.families import Anatomy, anatomy
 from mllm_compress.anatomy.tensors import weights_hash
-from mllm_compress.data.instructions import (
-    Collator,
-    InstructionData,
-    blocks,
-    borrowing_mask,
-    packed_mask,
-    scene_data,
-)
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.instructions import InstructionData
+from mllm_compress.data.packing import blocks, borrowing_mask, packed_mask
+from mllm_compress.data.small_sets import scene_data
 from mllm_compress.recovery import training
 from mllm_compress.recovery.batches import Batches
 from mllm_compress.recovery.checkpoints import checkpoints

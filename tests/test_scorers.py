@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress.evaluation import scorers
+from mllm_compress.evaluation import judges, scorers
 from mllm_compress.evaluation.scorers import SCORERS
 
 
@@ -43,7 +43,7 @@ def test_exact(text, right):
     ],
 )
 def test_yes_no_reads_the_first_sentence(text, read):
-    assert scorers.read_yes_no(text) == read
+    assert judges.read_yes_no(text) == read
     assert value("yes_no", text, answer="Yes") == (read == "yes")
 
 
@@ -89,13 +89,13 @@ def test_mme_reads_four_characters(text, read):
 )
 def test_letter(text, read):
     options = ["red", "blue", "green"]
-    assert scorers.read_letter(text, options) == read
+    assert judges.read_letter(text, options) == read
     assert value("letter", text, answer="B", options=options) == (read == "B")
 
 
 def test_letters_beyond_e_and_equal_options():
-    assert scorers.read_letter("(H)", list("stuvwxyz")) == "H"
-    assert scorers.read_letter("x", ["x", "x"]) is None  # names two options
+    assert judges.read_letter("(H)", list("stuvwxyz")) == "H"
+    assert judges.read_letter("x", ["x", "x"]) is None  # names two options
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_letters_beyond_e_and_equal_options():
 )
 def test_mmmu_letter(text, read):
     options = ["red", "blue", "green"]
-    assert scorers.read_mmmu_letter(text, options) == read
+    assert judges.read_mmmu_letter(text, options) == read
     assert value("mmmu", text, answer="C", options=options) == (read == "C")
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from mllm_compress.cli import app
 from mllm_compress.data import instructions, scenes
 from mllm_compress.data.calibration import calibration_batches, one_question
-from mllm_compress.data.instructions import Collator, from_rows, load_json
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.instructions import from_rows, load_json
 from mllm_compress.data.reading import EntryError, read_entry
 from mllm_compress.evaluation.benchmarks import BENCHMARKS
 from mllm_compress.evaluation.generation import answer_questions

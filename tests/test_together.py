@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mllm_compress.recovery.trainer import RecoveryTrainer
-from mllm_compress.study import stages, workers
+from mllm_compress.study import stages, students, workers
+from mllm_compress.study.cache_keys import name_of, subject_key
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import Profile, Slurm, checked, load_profile, read_strictly
-from mllm_compress.study.stages import name_of, subject_key
 from mllm_compress.study.store import Store
 
 SMOKE = load_profile("smoke")
@@ -60,7 +60,7 @@ def test_processes_do_not_outlive_the_one_that_started_them():
         [
             sys.executable,
             "-c",
-            f"from mllm_compress.study.stages import _end_with; _end_with({gone.pid})",
+            f"from mllm_compress.study.students import _end_with; _end_with({gone.pid})",
         ],
         timeout=60,
     )
@@ -82,7 +82,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch)
     longer = replace(profile, recovery=profile.recovery | {"epochs": 3})
     with pytest.raises(KeyboardInterrupt):
         workers.complete(EXPERIMENT, longer, store)
-    folder = stages.checkpoints_of(subject_key(EXPERIMENT, longer), store)
+    folder = students.checkpoints_of(subject_key(EXPERIMENT, longer), store)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(RecoveryTrainer, "training_step", real)
     resumed = result_of(longer, store)

@@ -16,9 +16,11 @@ from mllm_compress.reporting.notebooks import experiments_of
 from mllm_compress.reporting.verdicts import Verdict
 from mllm_compress.study import runs as study
 from mllm_compress.study import store
+from mllm_compress.study.cache_keys import name_of
 from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profile_inputs import missing_inputs
 from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.stages import missing_inputs, name_of, result_of
+from mllm_compress.study.stages import result_of
 from mllm_compress.study.store import Store
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ LIBRARY = "nbs/library"
 GRID = """
 import json
 from dataclasses import replace
-from mllm_compress.study import stages
+from mllm_compress.study import stages, students
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.runs import run, status
@@ -224,6 +224,10 @@ def test_a_multimodal_class_is_added_as_the_guide_says(copy):
 
 
 BENCHMARK = """
+from mllm_compress.evaluation.definitions import Question
+from mllm_compress.evaluation.public_sets import SHORT
+
+
 def colour_questions(split: str = "test", limit: int | None = None, root=None) -> list:
     "Three questions about a red picture."
     from PIL import Image
@@ -240,13 +244,13 @@ BENCHMARKS["colours"] = COLOURS
 
 
 def test_a_benchmark_is_added_and_only_its_answers_are_computed(copy):
-    copy.append("evaluation/01_benchmarks.ipynb", BENCHMARK)
+    copy.append("evaluation/05_benchmarks.ipynb", BENCHMARK)
     code = """
 few = replace(few, benchmarks=[*few.benchmarks, "colours"])
 q = replace(p, evaluation=few)
 plan = status(grid.values(), q)
 open_stages, trained = missing(q), []
-stages.recover = lambda *a, **k: trained.append(a)
+students.recover = lambda *a, **k: trained.append(a)
 frame = run(grid.values(), q, "inline", quiet=True)
 found = [open_stages, bool(plan.trains.any()), len(trained)]
 found += [frame.status.tolist(), frame.benchmark.tolist(), count()]
@@ -285,7 +289,7 @@ ALL += ["layers hidden", "layers both", "bunny"]
             {"layers hidden": ANSWERS, "layers both": ANSWERS},
         ),
         (
-            "evaluation/02_scorers.ipynb",
+            "evaluation/08_scorers.ipynb",
             "        yes_no_score,\n        harness=harness_yes_no",
             "        yes_no_score,\n        version=2,\n        harness=harness_yes_no",
             dict.fromkeys(ALL, {"score": ["scenes/hallucination"], "answers": []}),

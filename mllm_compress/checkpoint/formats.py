@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-003
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-005
 import copy
 
 import torch
@@ -17,7 +17,7 @@ from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.reconstruction import MARK
 from ..pruning.slicing import cut
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-008
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-010
 def layer_widths(
     plan: PruningPlan,  # with the sizes of its model, as make_plan adds them
 ) -> list:  # of (heads, neurons), one per kept layer
@@ -30,7 +30,7 @@ def layer_widths(
 
     return [(size(i, "heads"), size(i, "neurons")) for i in plan.layers]
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-010
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-012
 def shrink(
     model: PreTrainedModel,  # without weights; changed in place
     plan: PruningPlan,  # of the pruned model
@@ -41,7 +41,7 @@ def shrink(
     neurons = {i: range(n) for i, (_, n) in widths.items()}
     return cut(model, make_plan(model, heads=heads, neurons=neurons))
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-012
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-014
 def rehouse(
     model: PreTrainedModel,  # gives the weights
     config,  # of the candidate
@@ -59,7 +59,7 @@ def rehouse(
     made.generation_config = model.generation_config
     return made
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-014
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-016
 EQUIVALENTS = {"llama": ("mistral", {"sliding_window": None})}  # same computation, freer config
 
 
@@ -82,7 +82,7 @@ def equivalent_config(
     config.text_config = equivalent
     return config
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-016
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-018
 def enclosing_configs(
     model: PreTrainedModel,
     plan: PruningPlan,
@@ -98,7 +98,7 @@ def enclosing_configs(
         text.num_attention_heads, text.num_key_value_heads = groups * queries, groups
         yield config
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-018
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-020
 def choose_format(
     model: PreTrainedModel,  # pruned
     plan: PruningPlan,  # that was applied
@@ -116,7 +116,7 @@ def choose_format(
             reason = error
     raise ValueError(f"no class of transformers fits this {type(model).__name__}: {reason}")
 
-# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-022
+# %% ../../nbs/library/checkpoint/02_formats.ipynb #cell-024
 def check_describes(
     model: PreTrainedModel,  # pruned
     plan: PruningPlan,

@@ -88,7 +88,7 @@ def unequal_widths(parts: Anatomy) -> list:
     "The (heads, neurons) of every layer."
     return [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-014
 def misfit(
     row: Architecture,
     parts: Anatomy,
@@ -108,7 +108,7 @@ def misfit(
         return "it has no norm on queries and keys"
     return ""
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-016
 def narrow(row: Architecture, parts: Anatomy) -> str:  # empty where they fit
     "Why an architecture cannot hold the widths of a model."
     widths = set(unequal_widths(parts))
@@ -121,7 +121,7 @@ def narrow(row: Architecture, parts: Anatomy) -> str:  # empty where they fit
         return f"it has {wanted} query heads of width {parts.head_dim}, not {queries}"
     return ""
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-014
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-018
 def choose_architecture(
     parts: Anatomy,
     fill: bool = False,  # whether missing units may be filled up with zeros
@@ -146,11 +146,11 @@ def choose_architecture(
         else f"llama.cpp cannot hold this {family} decoder ({listed})."
     )
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-018
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-022
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BLOCK = 32  # weights of a quantized block
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-024
 def check_dtype(dtype: str) -> None:
     "ValueError for a type that is not written here."
     if dtype in DTYPES:
@@ -163,7 +163,7 @@ def check_dtype(dtype: str) -> None:
         )
     raise ValueError(f"Unknown dtype {dtype!r} for GGUF: use {', '.join(DTYPES)}.{also}")
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-026
 def wanted_widths(parts: Anatomy, row: Architecture, dtype: str) -> list:
     "The widths that are written, one (heads, neurons) per layer."
     widths = unequal_widths(parts)
@@ -176,7 +176,7 @@ def wanted_widths(parts: Anatomy, row: Architecture, dtype: str) -> list:
         widths = [(heads, neurons)] * len(widths)
     return widths
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-020
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-028
 def tensor_type(
     name: str,  # in the file
     tensor: torch.Tensor,
@@ -200,7 +200,7 @@ def encoded(tensor: torch.Tensor, kind) -> np.ndarray:
         from gguf.quants import quantize
     return np.ascontiguousarray(quantize(tensor.float().cpu().numpy(), kind))
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-022
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-030
 NAMES = {
     "q": "attn_q",
     "k": "attn_k",
@@ -221,7 +221,7 @@ NORMS = {
     "self_attn.k_norm": "attn_k_norm",
 }
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-024
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-032
 def interleave(
     rows: torch.Tensor,  # [heads * head_dim, ...] of q or k, weight or bias
     head_dim: int,
@@ -230,7 +230,7 @@ def interleave(
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-027
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-035
 SPLIT = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 
@@ -252,13 +252,13 @@ def slot_tensors(
                 piece = interleave(piece, head_dim)
             yield NAMES[name], kind, piece
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-029
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-037
 def module_tensors(name: str, module):  # yields (name in the file, tensor)
     "Weight and bias of a norm, an embedding or a projection."
     for kind, tensor in module.named_parameters():
         yield f"{name}.{kind}", tensor.detach()
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-039
 def file_tensors(
     parts: Anatomy,
     row: Architecture,
@@ -291,7 +291,7 @@ def _submodule(layer, path: str):
         layer = getattr(layer, name, None)
     return layer
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-031
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-041
 def context_length(config) -> int:
     "Tokens up to which llama.cpp computes what the model computes."
     window = getattr(config, "sliding_window", None)
@@ -304,7 +304,7 @@ def one_or_all(values: list):
     "A value that all layers share, or all values."
     return values[0] if len(set(values)) == 1 else values
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-043
 def hyperparameters(
     parts: Anatomy,
 ) -> dict:  # method of gguf.GGUFWriter -> its argument
@@ -329,7 +329,7 @@ def hyperparameters(
         return found | {"add_layer_norm_rms_eps": config.rms_norm_eps} | _long_rotary(parts)
     return found | {"add_layer_norm_eps": config.layer_norm_eps}
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-033
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-045
 def _long_rotary(parts: Anatomy) -> dict:
     "What the rotary embedding of Phi-3 for long contexts needs besides its factors."
     rope, config = parts.text_config.rope_parameters, parts.text_config
@@ -344,7 +344,7 @@ def _long_rotary(parts: Anatomy) -> dict:
         "add_rope_scaling_attn_factors": float(parts.decoder.rotary_emb.attention_scaling),
     }
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-035
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-047
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
@@ -354,7 +354,7 @@ SPLITS = {
     ("gpt2",): "gpt-2",
 }  # how text is split -> its name in llama.cpp
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-049
 def split_name(pre_tokenizer: dict | None) -> str | None:
     "The name of a pre-tokenizer in llama.cpp, None where it has none."
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
@@ -380,7 +380,7 @@ def tokenizer_kind(description: dict) -> tuple:  # (name, name of the split); (N
         return "gpt2", split
     return None, None
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-037
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-051
 def vocabulary(tokenizer, size: int) -> tuple:  # (texts, kinds)
     "Text and kind of every row of the embedding matrix."
     with naming_extras():
@@ -406,7 +406,7 @@ def merge_scores(texts: list, merges: list) -> list:
     rank = {"".join(pair): -float(i) for i, pair in reversed(list(enumerate(pairs)))}
     return [rank.get(text, -float(len(pairs) + i)) for i, text in enumerate(texts)]
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-039
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-053
 _NO_MERGE = ["\u0120 \u0120"]  # llama.cpp wants at least one
 
 
@@ -433,7 +433,7 @@ def add_words(
     writer.add_token_merges(_NO_MERGE)
     return note
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-041
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-055
 def add_vocabulary(
     writer,  # gguf.GGUFWriter
     tokenizer,  # or None
@@ -460,7 +460,7 @@ def add_vocabulary(
         writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     return ""
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-057
 def add_special_tokens(writer, tokenizer) -> None:
     "Ids of special tokens, whether one comes first, and the chat template."
     for name in ("bos", "eos", "unk", "pad"):
@@ -471,7 +471,7 @@ def add_special_tokens(writer, tokenizer) -> None:
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-043
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-059
 def announce(writer, tensors, dtype: str) -> int:  # bytes of all tensors
     "Write name, shape and type of every tensor into the header."
     with naming_extras():
@@ -489,7 +489,7 @@ def announce(writer, tensors, dtype: str) -> int:  # bytes of all tensors
         total += size
     return total
 
-
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-061
 def write_tensors(writer, path: Path, tensors, dtype: str) -> None:
     "Write the header, then tensor after tensor."
     writer.write_header_to_file(path)
@@ -499,7 +499,7 @@ def write_tensors(writer, path: Path, tensors, dtype: str) -> None:
         writer.write_tensor_data(encoded(tensor, tensor_type(name, tensor, dtype)))
     writer.close()
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-045
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-063
 def open_writer(
     parts: Anatomy,
     row: Architecture,
@@ -525,7 +525,7 @@ def filling_note(before: Anatomy, after: Anatomy) -> str:  # empty where nothing
     heads, neurons = (b - a for a, b in zip(*totals))
     return f"filled up with {heads} heads and {neurons} neurons of zeros" if heads + neurons else ""
 
-# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-047
+# %% ../../nbs/library/checkpoint/12_llama_cpp.ipynb #cell-065
 def write_gguf(
     model: PreTrainedModel,  # an MLLM, of which the decoder is written, or a plain LM
     path,  # of the file; its folder exists

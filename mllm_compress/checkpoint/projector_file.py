@@ -49,7 +49,7 @@ VISION_NAMES = {
     "mlp.fc2": "ffn_down",
 }
 
-
+# %% ../../nbs/library/checkpoint/15_projector_file.ipynb #cell-009
 def vision_layers(config) -> int:
     "Layers of the tower that are run."
     count, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
@@ -71,7 +71,7 @@ def vision_tensors(parts: Anatomy):  # yields (name in the file, tensor)
         for kind, tensor in module.named_parameters():
             yield f"{name}.{kind}", tensor.detach()
 
-# %% ../../nbs/library/checkpoint/15_projector_file.ipynb #cell-009
+# %% ../../nbs/library/checkpoint/15_projector_file.ipynb #cell-011
 def vision_values(parts: Anatomy, image_processor) -> dict:  # key -> (method of the writer, value)
     "What llama.cpp must know of tower and projector."
     vision, layers = parts.config.vision_config, vision_layers(parts.config)
@@ -94,12 +94,12 @@ def vision_values(parts: Anatomy, image_processor) -> dict:  # key -> (method of
     flags = ["clip.has_vision_encoder", "clip.has_llava_projector", FLAGS[vision.hidden_act]]
     return found | {flag: ("add_bool", True) for flag in flags if flag}
 
-# %% ../../nbs/library/checkpoint/15_projector_file.ipynb #cell-011
+# %% ../../nbs/library/checkpoint/15_projector_file.ipynb #cell-013
 def projector_path(path: Path) -> Path:
     "Where the second file of a model lies beside the first."
     return Path(path).with_name(f"mmproj-{Path(path).name}")
 
-
+# %% ../../nbs/library/checkpoint/15_projector_file.ipynb #cell-015
 def write_projector(
     model: PreTrainedModel,  # LLaVA with a CLIP tower
     path,  # of the file; its folder exists

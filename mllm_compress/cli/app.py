@@ -427,7 +427,7 @@ def is_multimodal(processor) -> bool:
 
 def choose_template(processor, file: Path | None, chat: bool) -> str | None:
     "Give a processor the chat template that conversations need; returns which, if not its own."
-    from mllm_compress.data.instructions import set_chat_template
+    from mllm_compress.data.rendering import set_chat_template
 
     which = set_chat_template(processor, file, chat)
     if which == "plain":

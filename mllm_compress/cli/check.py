@@ -38,8 +38,9 @@ from mllm_compress.cli.app import (
     resolve_device,
 )
 from ..cost.arithmetic import closed_parameters, example_inputs, shape_of_model
-from ..data.instructions import Collator, InstructionData, has_image
-from ..evaluation.benchmarks import Question
+from ..data.collator import Collator
+from ..data.instructions import InstructionData, has_image
+from ..evaluation.definitions import Question
 from ..evaluation.generation import answer_questions, own_inputs, prepare
 from ..importance.criteria import random_scores, whole_layers, width_importance
 from ..importance.influence import block_influence

@@ -34,10 +34,10 @@ from ..recovery.student import add_lora, trainable_copy
 from ..recovery.training import recover
 from ..reporting import runner
 from ..reporting.tables import Table, to_markdown
-from ..study.stages import trained_in_float32
+from ..study.students import trained_in_float32
 from ..utils.files import checkout, write_atomically
-from ..zoo.convert import real_config
 from ..zoo.models import cast
+from ..zoo.real_models import real_config
 from ..zoo.tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/cli/08_gpu_check.ipynb #cell-004

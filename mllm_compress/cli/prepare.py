@@ -127,15 +127,15 @@ def convert(
         import torch
 
         from mllm_compress.checkpoint.target import check_writable
-        from mllm_compress.zoo import convert as c
+        from mllm_compress.zoo import convert, original_weights
 
         wanted = getattr(torch, dtype) if dtype else None
-        found = c.open_original(source, tower, wanted)
-        tensors = (t for f in found.files for _, t in found.tensors(f, c.read_shape))
+        found = original_weights.open_original(source, tower, wanted)
+        tensors = (t for f in found.files for _, t in found.tensors(f, original_weights.read_shape))
         total = sum(t.numel() * t.element_size() for t in tensors)
         check_writable(out, total)
         with _growing(out, total):
-            c.convert_original(source, out, tower, wanted)
+            convert.convert_original(source, out, tower, wanted)
         kind = str(found.dtype).split(".")[-1]
         text = f"{found.release.name}, {total / 2**30:.2f} GiB in {kind}\nwritten to {out}"
         facts = {"out": str(out), "release": found.release.name, "bytes": total, "dtype": kind}
@@ -241,8 +241,7 @@ def scored(
     template = choose_template(processor, chat_template, has_chat(data))
     batches = calibration(data, samples, processor, seed, max_length, device)
     rows = sum(len(b["input_ids"]) for b in batches)
-    kept = keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext()
-    with kept:
+    with keeping_sums(out, kind, method, model, batches, seed) if out else nullcontext():
         scores = measure(kind, method, model, batches, seed)
     record = {"name": data.name, "samples": rows}
     return scores, record | ({"chat_template": template} if template else {})

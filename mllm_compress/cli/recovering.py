@@ -451,7 +451,7 @@ def check_pruned(model: str) -> None:
 def recover_with(model, teacher, out, device, overwrite, as_json, **o) -> None:
     "The command `recover`, its other options by name."
     from mllm_compress import checkpoint
-    from mllm_compress.study.stages import trained_in_float32
+    from mllm_compress.study.students import trained_in_float32
 
     options = chosen_options(o["recipe"], o["config"], recovery_options(o))
     if o["lora"] == 0:

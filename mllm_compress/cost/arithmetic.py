@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'Form', 'shape_of_model', 'closed_parameters', 'example_inputs', 'forward']
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-003
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-005
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ from mllm_compress.cost.vision import (
     vision_parameters,
 )
 from ..evaluation.published import published
-from ..zoo.convert import REAL_MODELS, real_config
+from ..zoo.real_models import REAL_MODELS, real_config
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-005
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-007
 @dataclass(frozen=True)
 class Form:
     "What a decoder's parameter count depends on besides its widths."
@@ -42,7 +42,7 @@ class Form:
     qk_norm: bool = False  # a scale over the channels of one query head and one key head
     wide_norm: bool | str = False  # a scale over the channels of all query and all key heads
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-007
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-009
 _ATTENTION = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 FORMS = {
     "llama": Form(**_ATTENTION, mlp_bias="mlp_bias"),
@@ -64,7 +64,7 @@ FORMS = {
     "phi3": Form(),
 }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-009
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-011
 @dataclass(frozen=True)
 class DecoderShape:
     "The numbers that an LM decoder's cost depends on."
@@ -86,7 +86,7 @@ class DecoderShape:
         layers = f"{self.family}, {len(self)} layers of {self.hidden}"
         return f"{layers}, {sum(self.queries)} heads, {sum(self.neurons):,} neurons"
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-011
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-013
 def _biases(family: str, config, head_bias: bool) -> frozenset:
     "The projections that carry a bias; a row's string is looked up in the config."
     form, found = FORMS[family], {"head"} if head_bias else set()
@@ -96,7 +96,7 @@ def _biases(family: str, config, head_bias: bool) -> frozenset:
             found.add(name)
     return frozenset(found)
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-013
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-015
 def _family(config) -> str:
     "The family of a text config, or an error with what to add."
     if config.model_type in FORMS:
@@ -106,7 +106,7 @@ def _family(config) -> str:
         "add a Form to mllm_compress.cost.FORMS."
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-015
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-017
 def shape_of_config(
     config: PreTrainedConfig,  # of an MLLM or a plain causal LM
 ) -> DecoderShape:
@@ -125,7 +125,7 @@ def shape_of_config(
         biases=_biases(family, text, FORMS[family].head_bias and text is config),
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-017
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-019
 def shape_of_model(
     model: PreTrainedModel,  # on any device, pruned or not
 ) -> DecoderShape:
@@ -145,7 +145,7 @@ def shape_of_model(
         biases=_biases(family, parts.text_config, parts.lm_head.bias is not None),
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-021
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-023
 def layer_parameters(
     shape: DecoderShape,
     i: int,  # layer
@@ -161,7 +161,7 @@ def layer_parameters(
         "norms": form.norms * form.norm_vectors * h,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-023
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-025
 def decoder_parameters(shape: DecoderShape) -> dict:
     "Parameters of the LM decoder in closed form, by what they belong to."
     form, h, v = FORMS[shape.family], shape.hidden, shape.vocab
@@ -173,7 +173,7 @@ def decoder_parameters(shape: DecoderShape) -> dict:
         "lm_head": (not shape.tied) * v * h + ("head" in shape.biases) * v,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-027
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-029
 def closed_parameters(
     config: PreTrainedConfig,  # of an MLLM or a plain LM
     shape: DecoderShape | None = None,  # of a pruned decoder; None: as in the config
@@ -187,7 +187,7 @@ def closed_parameters(
         "lm": lm,
     }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-031
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
 PUBLISHED_COLUMNS = {
     "vision": "vision_params",
     "projector": "projector_params",
@@ -195,7 +195,7 @@ PUBLISHED_COLUMNS = {
     "total": "total_params",
 }
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-035
 def published_sizes() -> pd.DataFrame:  # one row per model and part
     "Sizes as the paper reports them (column `printed`) beside the closed form."
     printed, rows = published("models").set_index("model"), []
@@ -208,7 +208,7 @@ def published_sizes() -> pd.DataFrame:  # one row per model and part
         ]
     return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-039
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
 def decoder_flops(
     shape: DecoderShape,
     tokens: int,  # T, run in this pass
@@ -227,7 +227,7 @@ def decoder_flops(
         2 * tokens * weights + 4 * pairs * d * sum(shape.queries) + 2 * logits * h * shape.vocab
     )
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-043
 def example_inputs(
     model: PreTrainedModel,  # an MLLM or a plain LM, on any device
     text_tokens: int = 64,  # besides the image's
@@ -252,12 +252,12 @@ def example_inputs(
         inputs[row.token_types] = (ids == config.image_token_id).long()
     return inputs
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-043
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-045
 def reads_values(model: PreTrainedModel) -> bool:
     "Whether a forward pass with pictures would read values that the meta device does not have."
     return model.device.type == "meta" and not caches_projector_input(model.config)
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-045
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
 @contextmanager
 def _without_values(model: PreTrainedModel):
     "Switch off the parts of a forward pass that read values of tensors."
@@ -271,7 +271,7 @@ def _without_values(model: PreTrainedModel):
         for m in scaled:
             m.rope_type = "longrope"
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-049
 def forward(
     model: PreTrainedModel,  # on any device, meta included
     inputs: dict,  # of the forward pass
@@ -281,7 +281,7 @@ def forward(
     with _without_values(model) if model.device.type == "meta" else nullcontext():
         return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-052
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-054
 def kv_bytes_per_token(
     shape: DecoderShape,
     itemsize: int = 2,  # bytes of one number
@@ -289,7 +289,7 @@ def kv_bytes_per_token(
     "Bytes that one token adds to the KV cache."
     return 2 * shape.head_dim * sum(shape.groups) * itemsize
 
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-054
+# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-056
 def weight_bytes(model: PreTrainedModel) -> int:
     "Bytes of all weights, shared ones once: memory when loaded, and disk less a header."
     return sum({id(p): parameter_bytes(p) for p in model.parameters()}.values())

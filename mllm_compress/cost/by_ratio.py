@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/cost/07_by_ratio.ipynb #cell-004
+# %% ../../nbs/library/cost/07_by_ratio.ipynb #cell-006
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
@@ -17,7 +17,7 @@ from ..importance.criteria import random_scores, whole_layers
 from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from ..pruning.slicing import apply_plan
 
-# %% ../../nbs/library/cost/07_by_ratio.ipynb #cell-006
+# %% ../../nbs/library/cost/07_by_ratio.ipynb #cell-008
 WAYS = {
     "dense": lambda model, scores, ratio: plan_none(model),
     "layerwise": lambda model, scores, ratio: plan_layerwise(model, whole_layers(scores), ratio),
@@ -33,7 +33,7 @@ def without_weights(config: PreTrainedConfig, dtype=torch.bfloat16):
     with torch.device("meta"):
         return auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
 
-# %% ../../nbs/library/cost/07_by_ratio.ipynb #cell-008
+# %% ../../nbs/library/cost/07_by_ratio.ipynb #cell-010
 def cost_row(way: str, model, plan) -> dict:
     "The cost of one model."
     parts, report = anatomy(model), cost_report(model)

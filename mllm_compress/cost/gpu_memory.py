@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['memory_table']
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-003
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-005
 import pandas as pd
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
@@ -28,9 +28,9 @@ from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
 from ..utils.methods import check_choice
-from ..zoo.convert import REAL_MODELS, real_config
+from ..zoo.real_models import REAL_MODELS, real_config
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-005
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-007
 def on_meta(
     config: PreTrainedConfig,  # of an MLLM
     dtype: torch.dtype = torch.bfloat16,
@@ -40,7 +40,7 @@ def on_meta(
     with torch.device("meta"):
         return auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-008
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-010
 def pruned_on_meta(
     model: PreTrainedModel,  # from `on_meta`
     pruning: str,  # none, layerwise or widthwise
@@ -56,7 +56,7 @@ def pruned_on_meta(
         plan = plan_widthwise(model, scores, ratio=ratio)
     return apply_plan(model, plan)
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-011
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-013
 KINDS = {"projector": {"train": "projector"}, "LoRA": {"lora": PAPER["llava"]["lora"]}, "full": {}}
 
 
@@ -68,7 +68,7 @@ def training_kind(
     step = {"batch_size": 1, "passes": 1, "gradient_checkpointing": True}
     return config_from_dict(step | KINDS[kind])
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-013
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-015
 def float32_extra(student: PreTrainedModel, config: RecoveryConfig) -> int:
     "Bytes that float32 adds for the weights trained in full of a half-precision model."
     parts = anatomy(student)
@@ -77,7 +77,7 @@ def float32_extra(student: PreTrainedModel, config: RecoveryConfig) -> int:
         full += [parts.decoder, parts.lm_head]
     return 8 * count_parameters(*full) if student.dtype.itemsize == 2 else 0
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-015
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-017
 def training_bytes(
     student: PreTrainedModel,  # on the meta device
     kind: str,  # a key of KINDS
@@ -89,7 +89,7 @@ def training_bytes(
     dry_run = recovery_memory(student, config, teacher, text_tokens)
     return dry_run["total"] + float32_extra(student, config)
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-018
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-020
 @torch.no_grad()
 def answering_bytes(
     model: PreTrainedModel,  # on the meta device
@@ -103,7 +103,7 @@ def answering_bytes(
 
     return weight_bytes(model) + peak_memory(prefill, "meta")
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-020
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-022
 def scoring_bytes(
     model: PreTrainedModel,  # on the meta device
     text_tokens: int = 64,
@@ -112,7 +112,7 @@ def scoring_bytes(
     tokens = image_tokens(model.config) + text_tokens
     return scoring_memory(model, tokens=tokens, dtype=model.dtype).total
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-022
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-024
 def _memory_row(
     small: PreTrainedModel,  # pruned, on the meta device
     dense: PreTrainedModel,  # as teacher
@@ -126,7 +126,7 @@ def _memory_row(
     }
     return row | {kind: training_bytes(small, kind, dense) / 2**30 for kind in kinds}
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-024
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-026
 def memory_table(
     name: str,  # a key of REAL_MODELS
     ratios: tuple = (0.15, 0.3, 0.45, 0.6),
@@ -145,7 +145,7 @@ def memory_table(
             rows[-1]["scoring"] = scoring_bytes(small) / 2**30
     return pd.DataFrame(rows)
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-027
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-029
 CARDS = (24, 40, 80)  # GiB
 
 
@@ -158,7 +158,7 @@ def fits(
     several = -(-(needed + reserve) // CARDS[-1])
     return f"{card} GB" if card else f"{several:.0f} x {CARDS[-1]} GB, sharded"
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-030
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-032
 def training_operations(
     config: PreTrainedConfig,  # of the dense model
     recovery: RecoveryConfig,
@@ -175,7 +175,7 @@ def training_operations(
     distils = any(name.endswith("kd") for name in recovery.losses)
     return int(passes * student + distils * teacher + sum(vision_flops(config).values()))
 
-# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-032
+# %% ../../nbs/library/cost/05_gpu_memory.ipynb #cell-034
 def answering_operations(
     config: PreTrainedConfig,  # of the dense model
     ratio: float = 0.0,  # of LM parameters removed

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cost_report']
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-003
+# %% ../../nbs/library/cost/04_report.ipynb #cell-005
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -27,7 +27,7 @@ from mllm_compress.cost.arithmetic import (
 )
 from .memory import peak_memory
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-005
+# %% ../../nbs/library/cost/04_report.ipynb #cell-007
 UNITS = {"": 1, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -40,7 +40,7 @@ def _readable(value: float, unit: str) -> str:
     name, scale = [(n, s) for n, s in scales.items() if value >= s or s == 1][-1]
     return f"{value / scale:.2f} {name}" if name else f"{value:.0f}"
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-007a
+# %% ../../nbs/library/cost/04_report.ipynb #cell-009
 def report_text(report) -> str:
     "The report as a table; equal values of several sources share a line."
     sources = {}
@@ -52,7 +52,7 @@ def report_text(report) -> str:
         lines.append(f"{quantity:<21}{part:<11}{number:>16}  {' = '.join(found)}")
     return "\n".join(lines)
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-007
+# %% ../../nbs/library/cost/04_report.ipynb #cell-011
 @dataclass(frozen=True)
 class CostReport:
     "What a model costs; prints as a table, `to_frame()` for everything."
@@ -80,12 +80,12 @@ class CostReport:
     def __str__(self):
         return report_text(self)
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-009
+# %% ../../nbs/library/cost/04_report.ipynb #cell-013
 def _with_total(counts: dict) -> list:
     "Counts by part and their sum."
     return [*counts.items(), ("total", sum(counts.values()))]
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-011
+# %% ../../nbs/library/cost/04_report.ipynb #cell-015
 def counted_rows(
     model: PreTrainedModel,
     shape: DecoderShape,  # of its decoder
@@ -109,7 +109,7 @@ def counted_rows(
         ("weights", "total", weight_bytes(model), "byte", "measured"),
     ]
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-013
+# %% ../../nbs/library/cost/04_report.ipynb #cell-017
 def prompt_tokens(processor, question: str = "What is shown in the picture?") -> int:
     "Text tokens of a short question in the processor's chat template."
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -123,7 +123,7 @@ def prompt_tokens(processor, question: str = "What is shown in the picture?") ->
     text = processor.apply_chat_template(turn, add_generation_prompt=True)
     return len(tokenizer(text)["input_ids"])
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-015
+# %% ../../nbs/library/cost/04_report.ipynb #cell-019
 def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int) -> list:
     "Rows of measured seconds."
     return [
@@ -132,7 +132,7 @@ def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int
         for name in ("median", "low", "high")
     ]
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-017a
+# %% ../../nbs/library/cost/04_report.ipynb #cell-021
 def measured_rows(model, inputs: dict, memory: bool, latency: bool, how: tuple) -> list:
     "Rows that need a forward pass; `how`: repeats and warm-up of the latencies."
     rows = []
@@ -141,7 +141,7 @@ def measured_rows(model, inputs: dict, memory: bool, latency: bool, how: tuple) 
         rows.append(("peak beyond weights", "prefill", peak, "byte", "measured"))
     return rows + (latency_rows(model, inputs, *how) if latency else [])
 
-# %% ../../nbs/library/cost/04_report.ipynb #cell-017
+# %% ../../nbs/library/cost/04_report.ipynb #cell-023
 @torch.no_grad()
 def cost_report(
     model: PreTrainedModel,  # MLLM or plain LM, pruned or not, on any device, meta included

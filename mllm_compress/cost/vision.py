@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-004
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-006
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-006
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-008
 @dataclass(frozen=True)
 class Tower:
     "What a vision tower's parameter count depends on besides its widths."
@@ -28,7 +28,7 @@ class Tower:
     positions: bool = True  # learned, one per token; else rotary
     joined: bool = False  # all pictures are one sequence
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-008
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-010
 TOWERS = {
     "clip_vision_model": Tower(class_token=True, patch_bias=False, outer_norms=2),
     "siglip_vision_model": Tower(head_key="vision_use_head"),
@@ -45,7 +45,7 @@ TOWERS = {
     "qwen3_vl_vision": Tower(outer_norms=0),
 }
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-010
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-012
 def _tower(vision) -> Tower:
     "The row of a vision config, or an error with what to add."
     if vision.model_type in TOWERS:
@@ -55,7 +55,7 @@ def _tower(vision) -> Tower:
         f"{', '.join(TOWERS)}: add a Tower to TOWERS in mllm_compress.cost.vision."
     )
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-012
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-014
 def _side(value) -> int:
     "One side of a size that may be given as a pair."
     return value if isinstance(value, int) else value[0]
@@ -73,12 +73,12 @@ def _patch_values(vision) -> int:
     frames = _side(getattr(vision, "temporal_patch_size", 1))
     return 3 * frames * _side(vision.patch_size) ** 2
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-014
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-016
 def patches(vision: PreTrainedConfig) -> int:
     "Patches of one image (or one tile); a border that fills no patch is cropped."
     return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-016
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-018
 def _positions(vision, row: Tower) -> int:
     "Learned positions."
     if not row.positions:
@@ -104,7 +104,7 @@ def vision_parameters(
     head = 4 * c * c + 4 * c + 2 * c * m + m + c + 3 * c if pools else 0
     return embed + layers * layer + row.outer_norms * row.norm_vectors * c + head
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-018
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-020
 SIDE = 448  # pixels of the picture where a class takes any size
 
 
@@ -118,7 +118,7 @@ class Picture:
     tokens: int  # placeholders in the prompt
     tiles: int = 1
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-020
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-022
 def one_tile(config, fold: int = 1, tokens: int | None = None) -> Picture:
     "A picture of the tower's own size; `fold` patches become one token."
     v = config.vision_config
@@ -135,7 +135,7 @@ def any_size(config, merge: int = 1) -> Picture:
     per_side = max(1, min(SIDE, _side(most)) // unit)
     return Picture(per_side * unit, (per_side * merge) ** 2, per_side**2, per_side**2)
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-022
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-024
 def tiled(config) -> Picture:
     "A square picture of the tower's own size, its overview and its grid of tiles."
     v = config.vision_config
@@ -147,7 +147,7 @@ def tiled(config) -> Picture:
     tokens = per_side**2 + kept * (kept + 1)
     return Picture(size, per_side**2, tiles * per_side**2, tokens, tiles)
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-024
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-026
 def squares(config, p: Picture, batch: int, images: int) -> dict:
     "Pixels [batch * images, 3, side, side], and sizes where the class reads them."
     pixels = torch.zeros(batch * images, 3, p.side, p.side)
@@ -178,7 +178,7 @@ def flat_patches(config, p: Picture, batch: int, images: int) -> dict:
     values = torch.zeros(n * p.patches, _patch_values(config.vision_config))
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, per_side, per_side]] * n)}
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-026
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-028
 @dataclass(frozen=True)
 class Eyes:
     "What the cost of pictures depends on, for one class of WRAPPERS."
@@ -189,7 +189,7 @@ class Eyes:
     pixels: Callable = squares  # (config, picture, batch, images) -> inputs of the model
     token_types: str = ""  # input that marks picture tokens
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-028
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-030
 def _both(config) -> tuple:
     "Hidden size, and channels of the tower."
     return config.get_text_config().hidden_size, _widths(config.vision_config)[0]
@@ -212,7 +212,7 @@ def _fold(config) -> int:
     "Patches that InternVL folds into one token."
     return round(1 / config.downsample_ratio**2)
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-030
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-032
 def merger(config) -> list:
     "Matrices of the mergers."
     v = config.vision_config
@@ -240,7 +240,7 @@ def _merger_norms(config, vectors: int) -> int:
 _QWEN = {"matrices": merger, "picture": _merged, "pixels": flat_patches}
 _QWEN |= {"token_types": "mm_token_type_ids"}
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-032
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-034
 def _llava_picture(config) -> Picture:
     joined = _tower(config.vision_config).joined
     return any_size(config) if joined else one_tile(config)
@@ -259,7 +259,7 @@ _LLAVA = {
     ),
 }
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-034
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-036
 def _mistral3(config) -> list:
     "A merger of patches in vision width, then two matrices."
     c = _both(config)[1]
@@ -279,7 +279,7 @@ _connector = Eyes(
     pixels=in_rows,
 )
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-035
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-037
 EYES = _LLAVA | {
     "mistral3": Eyes(_mistral3, lambda c: _both(c)[1], lambda c: any_size(c, c.spatial_merge_size)),
     "aya_vision": Eyes(
@@ -301,7 +301,7 @@ EYES = _LLAVA | {
     ),
 }
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-037
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-039
 def eyes_of(config) -> Eyes:
     "The row of a multimodal config, or an error with what to add."
     if config.model_type in EYES:
@@ -325,7 +325,7 @@ def image_tokens(config: PreTrainedConfig) -> int:
     "Placeholders that one picture (see `Picture`) takes in the prompt."
     return eyes_of(config).picture(config).tokens
 
-# %% ../../nbs/library/cost/06_vision.ipynb #cell-039
+# %% ../../nbs/library/cost/06_vision.ipynb #cell-041
 def _window_pairs(vision, per_side: int) -> int:
     "Pairs of patches that share a window of Qwen2.5-VL's tower."
     window = vision.window_size // _side(vision.patch_size)  # patches

@@ -9,16 +9,9 @@ __all__ = ['Collator', 'InstructionData', 'calibration_batches', 'easy_vqa', 'fr
 # %% ../../nbs/library/data/00_index.ipynb #cell-003
 from . import scenes
 from .calibration import calibration_batches
-from mllm_compress.data.instructions import (
-    Collator,
-    InstructionData,
-    easy_vqa,
-    from_rows,
-    load_json,
-    scene_data,
-    small_data,
-    turns,
-)
+from .collator import Collator
+from .instructions import InstructionData, from_rows, load_json, turns
+from .small_sets import easy_vqa, scene_data, small_data
 
 _all_ = [
     "Collator",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plan_none', 'plan_layerwise', 'plan_widthwise']
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-004
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-006
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,14 +39,14 @@ from mllm_compress.pruning.sizes import (
 )
 from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, check_choice
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-006
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-008
 def plan_none(
     model: PreTrainedModel,
 ) -> PruningPlan:
     "The plan that keeps everything."
     return make_plan(model, requested_ratio=0.0, method="none", shape="none")
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-008
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
 def _check_scores(scores, kind: type, other: str, model) -> None:
     "ValueError for scores of the other kind, or of another model."
     if not isinstance(scores, kind):
@@ -54,7 +54,7 @@ def _check_scores(scores, kind: type, other: str, model) -> None:
     if scores.meta.get("model"):
         check_record(scores, model_record(model))
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-010
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
 def layers_for_ratio(
     model: PreTrainedModel,
     ratio: float,  # fraction of LM-decoder parameters
@@ -69,7 +69,7 @@ def layers_for_ratio(
     check_reachable(ratio, float(costs.sum()) / total, remedy)
     return nearest_prefix(costs, ratio * total)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-012
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
 def layerwise_ratio(
     model: PreTrainedModel,  # with layers of equal size
     ratio: float,  # requested
@@ -78,7 +78,7 @@ def layerwise_ratio(
     removed = layer_sizes(model)[: layers_for_ratio(model, ratio)]
     return sum(size.parameters for size in removed) / lm_parameters(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-014
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-016
 def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
     parts, block = anatomy(model), scores.meta.get("n") or 1
@@ -102,7 +102,7 @@ def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     blocks = (list(range(first, first + block)) for first in order)
     return next(b for b in blocks if removable(parts, b) == b)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-016
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-018
 def _check_layer_request(scores, **amounts) -> None:
     "ValueError unless exactly one amount is given, and scores where they are needed."
     given = [name for name, value in amounts.items() if value is not None]
@@ -111,13 +111,13 @@ def _check_layer_request(scores, **amounts) -> None:
     if given != ["layers"] and scores is None:
         raise ValueError("scores are needed, unless `layers` lists what to remove.")
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-018
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-020
 def _listed(names) -> str:
     "a, b and c."
     *first, last = names
     return f"{', '.join(first)} and {last}"
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-020a
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-022
 def _check_removed(removed: list, total: int) -> None:
     "ValueError unless the layers to remove are distinct, in range, and not all."
     if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
@@ -126,7 +126,7 @@ def _check_removed(removed: list, total: int) -> None:
             f"not {removed}."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-020
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-024
 def plan_layerwise(
     model: PreTrainedModel,
     scores=None,  # LayerScores of single layers or of contiguous blocks; not needed with `layers`
@@ -152,7 +152,7 @@ def plan_layerwise(
         scores=score_record(scores),
     )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-028
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
 def _unprotected(
     kept: tuple,  # layers of the model that stay
     protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
@@ -170,7 +170,7 @@ def _unprotected(
         raise ValueError(f"protect=({first}, {last}) leaves none of {len(kept)} layers to prune.")
     return kept[first : len(kept) - last]
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-030
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
 def widthwise_reach(
     model: PreTrainedModel,
     protect: tuple | None = None,  # as in `plan_widthwise`
@@ -182,7 +182,7 @@ def widthwise_reach(
     most = sum(size.parameters - kept_parameters(size, 1, 1) for size in free)
     return most / lm_parameters(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032a
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
 def _removed_before(all_sizes: list, kept: tuple, ratio: float, total: int) -> int:
     "Parameters of the layers that are already removed; ValueError where the ratio is exceeded."
     already = sum(s.parameters for i, s in enumerate(all_sizes) if i not in kept)
@@ -193,7 +193,7 @@ def _removed_before(all_sizes: list, kept: tuple, ratio: float, total: int) -> i
         )
     return already
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-032
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
 def _budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
@@ -214,7 +214,7 @@ def _budget_counts(
     check_budget(sizes, steps, ratio, already, total)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-034
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-040
 def _reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
@@ -230,7 +230,7 @@ def _reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-036
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-042
 def _check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
@@ -242,7 +242,7 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
         )
     return layers
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-038
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-044
 def _check_width_request(amounts: tuple, allocation: str, ranges: list) -> None:
     "ValueError unless one amount is given, and layer ranges only with a channel ratio."
     ratio, _, budget = amounts
@@ -255,7 +255,7 @@ def _check_width_request(amounts: tuple, allocation: str, ranges: list) -> None:
             "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-040
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-046
 def _keep_best(
     scores: dict,  # layer -> [units] scores
     counts: dict,  # layer -> how many stay
@@ -273,14 +273,14 @@ def _keep_best(
         kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
     return kept
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-043
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-049
 ALLOCATIONS = {
     "layer": "the same share of every layer that is not protected",
     "global": "one ranking of the units of all layers by score per parameter",
     "obs": "the same ranking of obs_scores: the error left after the other units adapt",
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-045
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-051
 def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     "ValueError where a ranking over layers does not fit the scores or the other options."
     if other_options:
@@ -295,14 +295,14 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
             f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
         )
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-047
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-053
 def _plan_ranked(model, scores, ratio, budget, costs, **about) -> PruningPlan:
     "The plan of one ranking over all layers."
     if budget is not None:
         return plan_budget(model, scores, budget, costs, **about)
     return plan_global(model, scores, ratio, **about)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-049a
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-055
 def _equal_shares(model, ratio, channel_ratio, kept, free, steps, shape, ranges) -> dict:
     "Kept counts of every layer, by a ratio, or by a channel ratio in ranges of layers."
     if ratio is not None:
@@ -310,7 +310,7 @@ def _equal_shares(model, ratio, channel_ratio, kept, free, steps, shape, ranges)
     ranges = [_check_range(free if r is None else r, kept, shape) for r in ranges]
     return _reference_counts(model, channel_ratio, steps, *ranges)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-049
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-057
 def plan_widthwise(
     model: PreTrainedModel,
     scores,  # WidthScores
@@ -347,7 +347,7 @@ def plan_widthwise(
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
     return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-057
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-065
 def plan_combined(
     model: PreTrainedModel,
     layer_scores,  # LayerScores of single layers
@@ -363,7 +363,7 @@ def plan_combined(
     base = plan_layerwise(model, layer_scores, ratio=ratio * layer_share)
     return plan_widthwise(model, width_scores, ratio=ratio, base=base, **options)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-060
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-068
 @dataclass(frozen=True)
 class Pruning:
     "One way to reach a ratio."
@@ -373,22 +373,22 @@ class Pruning:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-062
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-070
 def _none(model, scores, ratio, protect, shape) -> PruningPlan:
     "Everything stays, so the ratio must be 0."
     if ratio:
         raise ValueError(f"ratio {ratio} needs a pruning; with 'none' the ratio is 0.")
     return plan_none(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-064
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-072
 def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_layerwise(model, scores, ratio=ratio)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-066
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-074
 def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
     return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-068
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-076
 PRUNINGS = {
     "none": Pruning(
         _none,
@@ -410,7 +410,7 @@ PRUNINGS = {
     ),
 }
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-070
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-078
 def plan_pruning(
     pruning: str,  # a key of PRUNINGS
     model: PreTrainedModel,
@@ -423,7 +423,7 @@ def plan_pruning(
     check_choice("pruning", pruning, PRUNINGS)
     return PRUNINGS[pruning].function(model, scores, ratio, protect, shape)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-079
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-087
 def _reached(model, attention_layers, mlp_layers, step: int) -> float:
     "The ratio that a channel ratio of so many thousandths removes."
     one, sizes = {"heads": 1, "neurons": 1}, layer_sizes(model)
@@ -433,7 +433,7 @@ def _reached(model, attention_layers, mlp_layers, step: int) -> float:
     neurons = sum((sizes[i].neurons - n) * sizes[i].neuron_parameters for i, n in rest)
     return (heads + neurons) / lm_parameters(model)
 
-# %% ../../nbs/library/pruning/03_plans.ipynb #cell-081
+# %% ../../nbs/library/pruning/03_plans.ipynb #cell-089
 def plan_channels(
     model: PreTrainedModel,
     scores,  # WidthScores

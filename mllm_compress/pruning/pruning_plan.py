@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PruningPlan']
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-004
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ from .sizes import LayerSize, kept_parameters, layer_sizes
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006a
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-008
 def plan_json(plan) -> str:
     "The plan as text."
     return json.dumps(asdict(plan))
@@ -30,7 +30,7 @@ def plan_from_json(text: str) -> "PruningPlan":
     "A plan from what `to_json` wrote; an unknown key is an error."
     return PruningPlan(**json.loads(text))
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-006
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-010
 def save_plan(
     plan,  # PruningPlan
     path,  # of a JSON file
@@ -48,7 +48,7 @@ def load_plan(path) -> "PruningPlan":
             f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
         ) from None
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-007
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-012
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
     "What stays of a model: layers, and heads and neurons per layer, in original indices."
@@ -90,7 +90,7 @@ class PruningPlan:
     to_json, from_json = plan_json, staticmethod(plan_from_json)
     save, load = save_plan, staticmethod(load_plan)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-009
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-014
 def _plain_values(plan: PruningPlan) -> dict:
     "Indices as tuples of integers with integer keys, meta as JSON values."
     ints = lambda kept: {int(i): tuple(map(int, kept[i])) for i in sorted(kept, key=int)}
@@ -101,7 +101,7 @@ def _plain_values(plan: PruningPlan) -> dict:
         "meta": json.loads(json.dumps(plan.meta)),
     }
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-011
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-016
 def check_kept(name: str, kept: tuple, total: int | None) -> None:
     "ValueError unless kept indices are ascending, distinct, in range and not empty."
     if not kept:
@@ -111,7 +111,7 @@ def check_kept(name: str, kept: tuple, total: int | None) -> None:
     if kept[0] < 0 or (total and kept[-1] >= total):
         raise ValueError(f"{name} must lie in 0 … {(total or 0) - 1}, not {kept[0]} … {kept[-1]}.")
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-011x
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-018
 _METHODS = ("none", "layerwise", "widthwise", "layerwise+widthwise")
 _SHAPES = ("none", "layers", "blockwise", "uniform")
 
@@ -128,14 +128,14 @@ def check_plan(plan: PruningPlan) -> None:
                 raise ValueError(f"{kind} names layer {i}, which is not kept.")
             check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-013
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-020
 def spans(numbers) -> str:
     "Ascending integers in short: 0-2,5."
     pairs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     runs = [[n for _, n in run] for _, run in pairs]
     return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-013x
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-022
 def _layer_row(plan: PruningPlan, i: int) -> tuple:
     "Kept heads, neurons and parameters of layer `i`, as text."
     if i not in plan.layers:
@@ -146,7 +146,7 @@ def _layer_row(plan: PruningPlan, i: int) -> tuple:
     share = kept_parameters(size, heads, neurons) / size.parameters
     return f"{heads}/{size.heads}", f"{neurons}/{size.neurons}", f"{share:.1%}"
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-015a
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-024
 def _plan_title(plan: PruningPlan) -> str:
     "Method, shape, and the requested and achieved ratio or budget."
     ratio = plan.requested_ratio
@@ -160,7 +160,7 @@ def _plan_title(plan: PruningPlan) -> str:
         f"{len(plan.layers)} of {plan.num_layers} layers"
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-015
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-026
 def plan_table(plan: PruningPlan) -> str:
     "The plan as a readable table, one line per run of equal layers."
     if "sizes" not in plan.meta:
@@ -174,7 +174,7 @@ def plan_table(plan: PruningPlan) -> str:
         lines.append(f"{spans(run):>10} {row[0]:>9} {row[1]:>13} {row[2]:>16}")
     return "\n".join(lines)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-017
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-028
 def _method_and_shape(some_layers: bool, some_units) -> dict:
     "Method and shape of an explicit plan."
     used = (("layerwise", some_layers), ("widthwise", some_units))
@@ -191,7 +191,7 @@ def _removed_parameters(sizes: list, layers: tuple, heads: dict, neurons: dict) 
         kept += kept_parameters(sizes[i], *map(len, counts))
     return sum(s.parameters for s in sizes) - kept
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-019
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-030
 def removable(
     parts: Anatomy,
     order,  # layers, first to go first
@@ -205,7 +205,7 @@ def removable(
             found.append(i)
     return found
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-019x
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-032
 def check_stays(
     parts: Anatomy,
     kept,  # layers that stay
@@ -222,7 +222,7 @@ def check_stays(
             f"{spans(i for i, kind in enumerate(parts.layer_types) if kind in kinds)}."
         )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-021
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
 def make_plan(
     model: PreTrainedModel,  # the model to be pruned
     layers=None,  # kept layers; None keeps all
@@ -250,7 +250,7 @@ def make_plan(
     known |= {"achieved_ratio": _removed_parameters(sizes, layers, heads, neurons) / total}
     return PruningPlan(parts.family.name, len(sizes), layers, heads, neurons, meta=meta, **known)
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-027
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-040
 def is_nested(
     small: PruningPlan,  # keeps less
     large: PruningPlan,  # keeps more, of the same model
@@ -266,7 +266,7 @@ def is_nested(
         for i in small.layers
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-030
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-043
 def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
     "Layer of the original -> kept units, for layers that lost some."
     found = {}
@@ -279,7 +279,7 @@ def _composed_units(first: PruningPlan, second: PruningPlan, kind: str) -> dict:
             found[original] = kept
     return found
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-031a
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-045
 def _composed_method(first: PruningPlan, second: PruningPlan, layers: tuple, units: dict) -> dict:
     "Method and shape of two plans applied one after the other."
     how = _method_and_shape(len(layers) < first.num_layers, any(units.values()))
@@ -287,7 +287,7 @@ def _composed_method(first: PruningPlan, second: PruningPlan, layers: tuple, uni
         how["shape"] = "uniform"
     return how
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-031
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-047
 def compose_plans(
     first: PruningPlan,  # of the original model
     second: PruningPlan,  # of what the first plan left
@@ -316,14 +316,14 @@ def compose_plans(
         meta=meta,
     )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-050
 def ascending(values: torch.Tensor, what: str) -> list:
     "Indices from the lowest score to the highest, ties by index; a NaN is a ValueError."
     if torch.isnan(values).any():
         raise ValueError(f"{what} contain NaN; score again in float32.")
     return torch.argsort(values, stable=True).tolist()
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-036
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-052
 def score_record(scores) -> dict | None:
     "Kind and options of scores, for the plan."
     if scores is None:

@@ -8,433 +8,35 @@ __all__ = ['reconstruct']
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-004
 import copy
 import hashlib
-import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy
-from ..anatomy.streaming import in_memory
-from ..importance.layer_by_layer import added_between, first_states, plus
-from ..importance.scores import check_batches, evaluating
+from ..anatomy.families import anatomy
+from ..importance.scores import check_batches
+from .least_squares import HELD, RIDGES, sample_groups
 from .pruning_plan import PruningPlan
 from .slicing import check_fits
+from mllm_compress.pruning.streams import (
+    advance_dense,
+    fit_layer,
+    lost_sinks,
+    open_streams,
+    warn_of_sinks,
+)
 
 # %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-006
-@dataclass
-class Moments:
-    "Weighted sums over tokens, in float64: all that a least-squares fit needs."
-
-    gram: torch.Tensor | float = 0.0  # [channels, channels] sum of w² x xᵀ
-    cross: torch.Tensor | float = 0.0  # [channels, hidden] sum of w² x rᵀ
-    inputs: torch.Tensor | float = 0.0  # [channels] sum of w² x
-    residuals: torch.Tensor | float = 0.0  # [hidden] sum of w² r
-    square: float = 0.0  # sum of w² |r|²
-    scale: float = 0.0  # sum of w² |target|², to make errors relative
-    weight: float = 0.0  # sum of w²
-    tokens: int = 0
-
-    def add(self, x, r, target, w) -> None:
-        "Add tokens: x [tokens, channels], r and target [tokens, hidden], w [tokens]."
-        x, r, w = x * w[:, None], r * w[:, None], w[:, None]  # rows times their weight
-        self.gram = self.gram + (x.T @ x).double()
-        self.cross = self.cross + (x.T @ r).double()
-        self.inputs = self.inputs + (x * w).double().sum(0)
-        self.residuals = self.residuals + (r * w).double().sum(0)
-        self.square += r.double().square().sum().item()
-        self.scale += (target * w).double().square().sum().item()
-        self.weight += w.double().square().sum().item()
-        self.tokens += len(x)
-
-    def __add__(self, other):
-        return Moments(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-008
-def centred(moments: Moments, bias: bool) -> tuple:  # gram, cross, square, mean x, mean r
-    "Second moments about the weighted means; about zero without a bias."
-    s = moments
-    if not bias:
-        return s.gram, s.cross, s.square, 0 * s.inputs, 0 * s.residuals
-    x, r = s.inputs / s.weight, s.residuals / s.weight
-    gram = s.gram - s.weight * torch.outer(x, x)
-    cross = s.cross - s.weight * torch.outer(x, r)
-    return gram, cross, s.square - s.weight * (r @ r).item(), x, r
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-010
-def solve_ridge(
-    moments: Moments,
-    weight: torch.Tensor,  # W₀ [hidden, channels], float64
-    ridge: float,  # λ
-    bias: bool,  # whether the projection has one
-) -> tuple:  # W [hidden, channels], b [hidden] (zeros without a bias), float64
-    "Ridge regression of the residuals towards W₀, by a Cholesky factor."
-    gram, cross, _, x, r = centred(moments, bias)
-    mean = gram.diagonal().mean()
-    if mean <= 0:  # the inputs are constant: nothing to fit but the bias
-        return weight, r - weight @ x
-    system = gram.clone()
-    system.diagonal().add_(ridge * mean)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    smallest = factor.diagonal().square().min() / mean
-    if failed or not smallest > 1e-13 * len(gram):
-        raise ValueError(
-            f"the Gram matrix of {len(gram)} channels over {moments.tokens} tokens is singular at "
-            f"ridge={ridge}: give a ridge above 0, such as 0.1, or more varied calibration data."
-        )
-    fitted = torch.cholesky_solve(cross + ridge * mean * weight.T, factor).T
-    return fitted, r - fitted @ x
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-012
-def squared_error(moments: Moments, weight, offset, bias: bool) -> float:
-    "Weighted sum over tokens of |r - W x - b|²."
-    gram, cross, square, x, r = centred(moments, bias)
-    error = square - 2 * (weight * cross.T).sum() + ((weight @ gram) * weight).sum()
-    left = r - weight @ x - offset if bias else torch.zeros_like(r)
-    return max(0.0, (error + moments.weight * (left @ left)).item())
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-014
-def relative_error(moments: Moments, weight, offset, bias: bool) -> float:
-    "The error as a fraction of the norm of the states aimed at."
-    return (squared_error(moments, weight, offset, bias) / moments.scale) ** 0.5
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-016
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # candidates for λ
-HELD = 4  # one sample in so many is held out
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-018
-def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new sample
-    "Rows that follow each other with the same picture belong to one sample."
-    ids, pixels = batch["input_ids"], batch.get("pixel_values")
-    if pixels is None or len(pixels) != len(ids):
-        return [True] * len(ids)
-    return [k == 0 or not torch.equal(pixels[k], pixels[k - 1]) for k in range(len(ids))]
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-020
-def fit_projection(
-    train: Moments,
-    held: Moments,
-    weight: torch.Tensor,  # W₀ [hidden, channels], float64
-    bias: bool,
-    ridge: float | None,  # None: chosen on `held`
-) -> tuple:  # W, b, the ridge, relative error on the held-out tokens (nan if none were needed)
-    "The refitted projection."
-    both, error = train + held, float("nan")
-    if ridge is None:
-        tried = lambda value: solve_ridge(train, weight, value, bias)  # one at a time in memory
-        errors = [relative_error(held, *tried(value), bias) for value in RIDGES]
-        error = min(errors)
-        ridge = RIDGES[errors.index(error)]
-    return *solve_ridge(both, weight, ridge, bias), ridge, error
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-022
-@dataclass
-class Stream:
-    "One calibration batch on its way through both models."
-
-    dense: torch.Tensor  # [batch, tokens, hidden] of the dense model
-    pruned: torch.Tensor  # the same of the pruned model
-    calls: list  # keyword arguments of every layer of the dense model
-    real: torch.Tensor  # [batch, tokens] bool: not padding
-    held: torch.Tensor  # [batch] bool: held out when the ridge is chosen
-    between: list  # for each layer what is added in front of it (Qwen3-VL), or None
-    middle: torch.Tensor | None = None  # dense stream between attention and MLP
-    lengths: dict = field(default_factory=dict)  # slot -> [batch, tokens, 1] RMS of what it writes
-    target: torch.Tensor | None = field(default=None, repr=False)  # what the layer aims at
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-024
-def working_dtype(model) -> torch.dtype:
-    "float32, or float64 for a float64 model."
-    return torch.promote_types(model.dtype, torch.float32)
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-026
-def open_streams(
-    small: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: list,
-) -> list:  # of Stream
-    "The streams at the embedding."
-    dtype, streams, samples = working_dtype(dense), [], -1
-    float_ = lambda x: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x
-    fronts = zip(first_states(dense, batches), first_states(small, batches))
-    for batch, (calls, ((pruned, _), *_)) in zip(batches, fronts):
-        held = []
-        for new in sample_groups(batch):
-            samples += new
-            held.append(samples % HELD == HELD - 1)
-        mask = batch.get("attention_mask")
-        real = torch.ones_like(batch["input_ids"]) if mask is None else mask
-        real, held = real.bool().to(pruned.device), torch.tensor(held, device=pruned.device)
-        kwargs = [tree_map(float_, kw) for _, kw in calls]
-        between = [None, *(added_between(a, b) for (a, _), (b, _) in zip(calls, calls[1:]))]
-        streams.append(Stream(float_(calls[0][0]), float_(pruned), kwargs, real, held, between))
-    return streams
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-028
-def written(
-    parts: Anatomy,
-    layer: torch.nn.Module,
-    name: str,  # of an output projection's slot
-    y: torch.Tensor,  # [batch, tokens, hidden], its output
-) -> torch.Tensor:  # [batch, tokens, hidden]
-    "What the output of a projection adds to the residual stream."
-    norm = dict(parts.family.post_norms).get(name)
-    y = layer.get_submodule(norm)(y) if norm else y
-    return y * getattr(parts.text_config, parts.family.residual) if parts.family.residual else y
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-030
-SMALLEST = 0.05  # of the RMS of a norm's weights: smaller ones are not divided by
-
-
-def sought(
-    parts: Anatomy,
-    layer: torch.nn.Module,
-    name: str,  # of an output projection's slot
-    r: torch.Tensor,  # [batch, tokens, hidden] to be added to the stream
-    length: torch.Tensor | None,  # [batch, tokens, 1] RMS of the dense output
-) -> tuple:  # the projection's output, and the factor of its error in the stream
-    "The output of a projection that adds `r`."
-    norm, factor = dict(parts.family.post_norms).get(name), 1.0
-    if parts.family.residual:
-        factor = getattr(parts.text_config, parts.family.residual)
-        r = r / factor
-    if norm:
-        w = layer.get_submodule(norm)(torch.ones_like(r[:1, :1]))  # [1, 1, hidden]
-        w = w.sign() * w.abs().clamp_min(SMALLEST * w.square().mean().sqrt())
-        r, factor = r / w * length, 1 / length.clamp_min(1e-12)[..., 0]
-    return r, factor
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032a
-@contextmanager
-def _recording(parts: Anatomy, layer: torch.nn.Module, inputs: dict, outputs: dict, lengths):
-    "Within this context the output projections of a layer fill the dicts, by slot."
-    hooks = []
-    for slot in (s for s in parts.family.slots if s.axis == 1):
-
-        def read(_, args, output, name=slot.name):
-            inputs[name], outputs[name] = args[0], written(parts, layer, name, output)
-            if lengths is not None:
-                lengths[name] = output.square().mean(-1, keepdim=True).sqrt()
-
-        hooks.append(layer.get_submodule(slot.path).register_forward_hook(read))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-032
-@torch.no_grad()
-def run_layer(
-    parts: Anatomy,
-    i: int,  # layer
-    layer: torch.nn.Module,  # the layer itself, or its copy in float32
-    hidden: torch.Tensor,  # [batch, tokens, hidden]
-    call: dict,  # its other arguments
-    lengths: dict | None = None,  # filled with the RMS of each projection's output, by slot
-) -> tuple:  # (inputs by slot, what is added by slot, hidden state after the layer)
-    "Inputs of the output projections of one layer, what they add, and what the layer returns."
-    inputs, outputs = {}, {}
-    with _recording(parts, layer, inputs, outputs, lengths):
-        after = layer(hidden, **call)
-    if not torch.allclose(
-        after, hidden + sum(outputs.values()), rtol=1e-3, atol=1e-3, equal_nan=True
-    ):
-        raise ValueError(
-            f"layer {i} adds more to its input than its output projections write; "
-            "reconstruction has no closed form there."
-        )
-    return inputs, outputs, after
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-034
-@torch.no_grad()
-def is_parallel(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, call: dict) -> bool:
-    "Whether attention and MLP read the same state (Phi) instead of one after the other."
-    read = {}
-
-    def entering(name):
-        def see(_, args, kwargs):
-            read[name] = args[0] if args else kwargs["hidden_states"]
-
-        return see
-
-    hooks = [
-        layer.get_submodule(path).register_forward_pre_hook(entering(path), with_kwargs=True)
-        for path in (parts.family.attention, parts.family.mlp)
-    ]
-    try:
-        layer(hidden, **call)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return read[parts.family.attention] is read[parts.family.mlp]
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-036
-@contextmanager
-def in_dtype(parts: Anatomy, i: int, dtype: torch.dtype):
-    "Layer `i`, or a copy of it in `dtype`, in evaluation mode."
-    with in_memory(parts, i):
-        layer = parts.layers[i]
-        same = all(p.dtype == dtype for p in layer.parameters())
-        with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
-            yield layer
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-038
-def advance_dense(
-    parts: Anatomy,  # of the dense model
-    streams: list,
-    layers: range,  # the kept layer, and the removed ones behind it
-) -> None:
-    "Run the dense stream through `layers`; record the middle of the first and the end of the last."
-    for i in layers:
-        with in_dtype(parts, i, working_dtype(parts.model)) as layer:
-            for s in streams:
-                s.dense = plus(s.dense, s.between[i])
-                lengths = s.lengths if i == layers[0] else None
-                _, outputs, after = run_layer(parts, i, layer, s.dense, s.calls[i], lengths)
-                if i == layers[0]:
-                    s.middle = s.dense + next(iter(outputs.values()))
-                s.dense = after
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040a
-def _check_moments(moments: tuple, i: int) -> None:
-    "ValueError where the activations of layer `i` were not finite."
-    if not all(torch.isfinite(torch.as_tensor(m.gram)).all() for m in moments):
-        raise ValueError(
-            f"the activations of layer {i} are not finite: look for NaN in the weights and in the "
-            "calibration batches, or load the models in bfloat16 or float32 instead of float16."
-        )
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-040
-def stage_moments(
-    parts: Anatomy,  # of the pruned model
-    i: int,  # layer of the dense model
-    layer: torch.nn.Module,  # of the pruned model
-    streams: list,
-    names: tuple,  # slots of this stage
-    earlier: tuple,  # slots of earlier stages of this layer
-    targets: list,  # for each stream the state aimed at, [batch, tokens, hidden]
-) -> tuple:  # Moments of the samples to fit on, and of the held-out ones
-    "Sums over the tokens of all batches for the fit of one stage."
-    moments = Moments(), Moments()
-    for s, target in zip(streams, targets):
-        inputs, outputs, _ = run_layer(parts, i, layer, s.pruned, s.calls[i])
-        x = torch.cat([inputs[name] for name in names], -1)
-        r = target - s.pruned - sum(outputs[name] for name in earlier)
-        r, factor = sought(parts, layer, names[0], r, s.lengths.get(names[0]))
-        w = target.square().mean(-1).clamp_min(1e-12).rsqrt() * factor
-        target = target / torch.as_tensor(factor)[..., None]
-        for part, rows in zip(moments, (~s.held, s.held)):
-            pick = s.real & rows[:, None]
-            if pick.any():
-                part.add(x[pick], r[pick], target[pick], w[pick])
-    _check_moments(moments, i)
-    return moments
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-042
-def stacked(modules: list) -> tuple:  # W₀ [hidden, channels], b₀ [hidden], float64; has a bias
-    "The projections of one stage as a single one."
-    biases = [m.bias.detach().double() for m in modules if m.bias is not None]
-    weight = torch.cat([m.weight.detach().double() for m in modules], 1)
-    return weight, sum(biases, torch.zeros_like(weight[:, 0])), bool(biases)
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-044
-@torch.no_grad()
-def write_back(modules: list, weight: torch.Tensor, offset: torch.Tensor) -> None:
-    "Put a joint weight and bias into the projections."
-    widths = [m.in_features for m in modules]
-    for module, part in zip(modules, weight.split(widths, 1)):
-        module.weight.copy_(part)
-    biased = [m for m in modules if m.bias is not None]
-    if biased:
-        biased[-1].bias.copy_(offset - sum(m.bias.double() for m in biased[:-1]))
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-046
-def fit_stage(
-    parts: Anatomy,  # of the pruned model
-    j: int,  # its layer
-    i: int,  # the same layer in the dense model
-    streams: list,
-    stage: tuple,  # (names of the slots, those of earlier stages, targets)
-    ridge: float | None,
-) -> dict:  # a row of the report
-    "Refit the projections of one stage of layer `j`."
-    names, earlier, targets = stage
-    modules = [parts.layers[j].get_submodule(s.path) for s in parts.family.slots if s.name in names]
-    with in_dtype(parts, j, working_dtype(parts.model)) as layer:
-        moments = stage_moments(parts, i, layer, streams, names, earlier, targets)
-    before, offset, bias = stacked(modules)
-    weight, b, chosen, held = fit_projection(*moments, before, bias, ridge)
-    write_back(modules, weight, b)
-    both = moments[0] + moments[1]
-    row = dict(layer=i, projection="+".join(names), channels=before.shape[1], tokens=both.tokens)
-    row |= dict(ridge=chosen, before=relative_error(both, before, offset, bias))
-    return row | dict(after=relative_error(both, weight, b, bias), held_out=held)
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-048
-def fit_layer(
-    parts: Anatomy,  # of the pruned model
-    j: int,  # its layer
-    i: int,  # the same layer in the dense model
-    streams: list,  # the dense side already behind the layer
-    ridge: float | None,
-) -> list:  # of report rows
-    "Refit one layer and move the pruned stream behind it."
-    for s in streams:
-        s.pruned = plus(s.pruned, s.between[i])
-    s = streams[0]
-    names = [slot.name for slot in parts.family.slots if slot.axis == 1]
-    middle, end = [s.middle for s in streams], [s.dense for s in streams]
-    with in_dtype(parts, j, working_dtype(parts.model)) as layer:
-        parallel = is_parallel(parts, layer, s.pruned, s.calls[i])
-    stages = [(names[:1], [], middle), (names[1:], names[:1], end)]
-    stages = [(names, [], end)] if parallel else stages
-    rows = [fit_stage(parts, j, i, streams, stage, ridge) for stage in stages]
-    with in_dtype(parts, j, working_dtype(parts.model)) as layer:
-        for s in streams:
-            s.pruned = run_layer(parts, i, layer, s.pruned, s.calls[i])[2]
-    return rows
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-050
-SINK = 20  # times the median length of a state
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-052
-@torch.no_grad()
-def lost_sinks(streams: list) -> int:
-    "Tokens whose state is very long in the dense model and less than half of it after pruning."
-    dense, pruned = (
-        torch.cat([getattr(s, name)[s.real].float().norm(dim=-1) for s in streams])
-        for name in ("dense", "pruned")
-    )
-    return int(((dense > SINK * dense.median()) & (pruned < dense / 2)).sum())
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-054
-def warn_of_sinks(lost: dict) -> None:  # layer -> tokens
-    "One warning for all layers in which sinks were lost."
-    lost = {i: n for i, n in lost.items() if n}
-    if lost:
-        warnings.warn(
-            f"attention sinks are lost from layer {min(lost)} on: the states of "
-            f"{max(lost.values())} tokens, the longest of the dense model, are less than half as "
-            "long, because the plan removes neurons that write them. "
-            "Protect that layer, or plan with scores of calibration data like these.",
-            stacklevel=3,
-        )
-
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-056
 MARK = "reconstructed"  # attribute of the config of a reconstructed model
 KINDS = ("heads", "neurons")
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-058
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-008
 def mark_of(plan: PruningPlan, rows: list, ridge: float | None) -> dict:
     "What the config of a reconstructed model says; `rows` of the report."
     digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
     return {"plan": digest, "tokens": rows[0]["tokens"], "ridge": ridge}
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-060
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-010
 def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan) -> None:
     "Raise ValueError unless `small` is `plan` applied to `dense`, not yet reconstructed."
     check_fits(anatomy(dense), plan)
@@ -452,7 +54,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             f"plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062a
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-012
 def _real_tokens(batches: list) -> int:
     "Tokens of the batches that are not padding."
     masks = (b.get("attention_mask") for b in batches)
@@ -460,7 +62,7 @@ def _real_tokens(batches: list) -> int:
         int(b["input_ids"].numel() if m is None else m.sum()) for b, m in zip(batches, masks)
     )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-062
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-014
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     parts = anatomy(small)
@@ -483,7 +85,7 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | None) -> 
             "such as 0.1 (--ridge)."
         )
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-064
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-016
 @torch.no_grad()
 def reconstruct(
     small: PreTrainedModel,  # apply_plan(dense, plan); not changed unless `inplace`
@@ -511,7 +113,7 @@ def reconstruct(
     setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small
 
-# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-066
+# %% ../../nbs/library/pruning/07_reconstruction.ipynb #cell-018
 def reconstruction_cost(
     dense: PreTrainedModel,  # on any device, meta included
     small: PreTrainedModel,  # its pruned form, likewise

@@ -15,17 +15,10 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
 from ..importance.criteria import input_moments
+from .least_squares import Moments, solve_ridge
 from .pruning_plan import PruningPlan
-from mllm_compress.pruning.reconstruction import (
-    Moments,
-    advance_dense,
-    check_pruned,
-    fit_layer,
-    open_streams,
-    reconstruct,
-    run_layer,
-    solve_ridge,
-)
+from .reconstruction import check_pruned, reconstruct
+from .streams import advance_dense, fit_layer, open_streams, run_layer
 from ..utils.methods import BLACK, DOTTED, GREEN, ORANGE, PINK, SKY, Look, check_choice
 
 # %% ../../nbs/library/pruning/09_reconstructions.ipynb #cell-006

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/recovery/08_rows.ipynb #cell-002
-from ..data.instructions import Collator
+from ..data.collator import Collator
 from .config import RecoveryConfig
 from .states import SHARED_PREFIX
 from ..utils.files import content_hash

@@ -11,11 +11,12 @@ from dataclasses import replace
 
 import pandas as pd
 
-from ..evaluation import benchmarks
+from ..evaluation import benchmarks, definitions
 from .style import page, panels
 from ..study.experiments import Experiment
+from ..study.profile_inputs import root_of
 from ..study.profiles import Profile
-from ..study.stages import result_of, root_of
+from ..study.stages import result_of
 from ..study.workers import results_of
 from ..utils.methods import GREEN, GREY, RED
 
@@ -144,7 +145,7 @@ def pictures_of(chosen: dict, setup: Profile) -> dict:  # question -> image
     for b in {b for b, _ in chosen}:
         for q in benchmarks.load_questions(b, e.split, e.questions, root=root_of(e)):
             found[b, q.id] = q.images
-    return {q: benchmarks.open_image(found[q][0]) for q in chosen if found.get(q)}
+    return {q: definitions.open_image(found[q][0]) for q in chosen if found.get(q)}
 
 # %% ../../nbs/library/reporting/15_answers.ipynb #cell-022
 def answers_figure(

@@ -12,8 +12,10 @@ import pandas as pd
 from ..evaluation.benchmarks import load_questions
 from . import style
 from .effects import summary
+from ..study.cache_keys import limit_of
+from ..study.profile_inputs import root_of
 from ..study.profiles import Profile
-from ..study.stages import limit_of, root_of, unit_numbers
+from ..study.stored_answers import unit_numbers
 
 # %% ../../nbs/library/reporting/18_design.ipynb #cell-005
 def by_calibration(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`

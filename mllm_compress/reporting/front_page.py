@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..evaluation.benchmarks import load_questions, open_image
+from ..evaluation.benchmarks import load_questions
+from ..evaluation.definitions import open_image
 from .answers import draw_answers
 from .claims import CLAIMS, LITTLE
 from .effects import Estimate
@@ -25,8 +26,8 @@ from .runner import experiments_of_plan, plan_study
 from .scoreboard import printed_claims
 from .style import line, look, page, panels
 from ..study import forecast
+from ..study.profile_inputs import root_of
 from ..study.profiles import Profile, load_profile
-from ..study.stages import root_of
 from ..utils.files import checkout
 from ..utils.methods import Look
 

@@ -20,14 +20,11 @@ import yaml
 from nbformat.v4 import new_markdown_cell
 
 from ..study import store
+from ..study.cache_keys import name_of
+from ..study.profile_inputs import model_identity, source_of
 from ..study.profiles import PROFILES, Slurm, load_profile
-from mllm_compress.study.stages import (
-    model_identity,
-    name_of,
-    record,
-    result_of,
-    source_of,
-)
+from ..study.pruned_models import record
+from ..study.stages import result_of
 from ..study.workers import results_of
 from ..utils.files import checkout, content_hash, file_hash, write_atomically
 

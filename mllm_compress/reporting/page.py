@@ -22,10 +22,11 @@ from .notebooks import failed_copy, notebooks
 from .overview import overview, reading_order
 from .rendering import notebook_html, own_parameters
 from ..study import store
+from ..study.cache_keys import name_of
 from ..study.experiments import Experiment
 from ..study.profiles import Profile, load_profile
 from ..study.runs import stored
-from ..study.stages import name_of, stage_keys
+from ..study.stages import stage_keys
 from ..study.workers import results_of
 from ..utils.files import checkout, write_atomically
 

@@ -35,8 +35,10 @@ from mllm_compress.reporting.notebooks import (
     overridden,
     parameters_of,
 )
-from ..study import forecast, stages
+from ..study import forecast, stages, students
+from ..study.cache_keys import name_of
 from ..study.experiments import Experiment, canonical, describe
+from ..study.profile_inputs import missing_inputs
 from ..study.profiles import Profile, load_profile
 from mllm_compress.study.runs import (
     EXECUTORS,
@@ -48,7 +50,6 @@ from mllm_compress.study.runs import (
     status,
     stored,
 )
-from ..study.stages import missing_inputs, name_of
 from ..study.store import Store, unpack
 from ..study.workers import results_of
 from ..utils.files import checkout, write_atomically
@@ -206,9 +207,9 @@ def _inventory(found: dict, results, profile: Profile) -> str:
     other = len(results.keys("experiment")) - len(found)
     corrupt = len(list((results.folder / "corrupt").iterdir()))
     taken = sum(_bytes_of(p) for p in results.folder.rglob("*"))
-    kept = f", kept students {size(stages.kept_bytes(results))}"
+    kept = f", kept students {size(students.kept_bytes(results))}"
     text = f"{len(found)} results of profile {profile.name} in {os.path.relpath(results.folder)}"
-    text += f" ({size(taken)}{kept if stages.kept_bytes(results) else ''})"
+    text += f" ({size(taken)}{kept if students.kept_bytes(results) else ''})"
     text += f"; {other} of other settings or versions, or not complete" if other else ""
     return text + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "") + "."
 

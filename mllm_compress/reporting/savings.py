@@ -25,9 +25,9 @@ from .effects import Estimate
 from .figures import legend_above
 from .style import line, look, page, panels
 from ..study.profiles import Profile
-from ..study.stages import teacher_of
+from ..study.pruned_models import teacher_of
 from ..utils.methods import GREY, Look
-from ..zoo import convert
+from ..zoo import real_models
 
 # %% ../../nbs/library/reporting/17_savings.ipynb #cell-004
 METHODS = ("layerwise", "widthwise", "uniform", "rounded")  # "widthwise" is blockwise
@@ -210,14 +210,14 @@ def quartiles(values: pd.Series) -> str:
 def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
     "Sizes of the paper's models and of their pruned versions, on the meta device; not measured."
     return pd.DataFrame(
-        [row for name in convert.REAL_MODELS for row in _real(name, setup, ratios, multiple)]
+        [row for name in real_models.REAL_MODELS for row in _real(name, setup, ratios, multiple)]
     )
 
 
 def _real(name: str, setup: Profile, ratios: list, multiple: int) -> list:
     "The rows of one model, with its ideal speed-ups."
     with torch.device("meta"):
-        config = convert.real_config(name)
+        config = real_models.real_config(name)
         dense = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     rows, base = [], {}
     for method, ratio in [("dense", 0.0), *itertools.product(("layerwise", "rounded"), ratios)]:

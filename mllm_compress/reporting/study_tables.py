@@ -23,10 +23,11 @@ from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
 from .effects import difference
 from .style import look
+from ..study.cache_keys import limit_of, recovery_config
 from ..study.profiles import Profile
+from ..study.pruned_models import teacher_of
 from ..study.runs import plan_of
-from ..study.stages import limit_of, recovery_config, teacher_of
-from ..zoo import convert
+from ..zoo import real_models
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-004
 def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or benchmark -> Counter
@@ -234,7 +235,7 @@ def perplexities(
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-029
 def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part
     "Parameters of the paper's models and of the profile's, counted twice."
-    models = {name: _on_meta(name) for name in convert.REAL_MODELS}
+    models = {name: _on_meta(name) for name in real_models.REAL_MODELS}
     models |= {name: teacher_of(name, setup)[0] for name in setup.models}
     counts = {}
     for name, model in models.items():
@@ -248,7 +249,7 @@ def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by par
 def _on_meta(name: str):
     "A real model without its weights."
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(convert.real_config(name))
+        return AutoModelForImageTextToText.from_config(real_models.real_config(name))
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-031
 def printed_parameters() -> dict:  # (model, part) -> Decimal

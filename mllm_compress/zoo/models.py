@@ -16,13 +16,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from mllm_compress.zoo.convert import (
-    NATIVE,
-    REAL_MODELS,
-    is_original_layout,
-    load_original,
-    real_name,
-)
+from .convert import load_original
 from .files import check_files, check_local, read_config, read_header, shards
 from mllm_compress.zoo.gguf import (
     PACKAGED,
@@ -31,6 +25,8 @@ from mllm_compress.zoo.gguf import (
     install_command,
     packaged_file,
 )
+from .real_models import NATIVE, REAL_MODELS, real_name
+from .releases import is_original_layout
 from .tiny_models import tiny_model, tiny_processor
 from .weight_files import NotFromFiles, auto_classes, open_files
 
