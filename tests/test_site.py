@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -424,6 +425,15 @@ def again(request, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return site.build(request.param.name)
+
+
+def test_making_a_page_again_keeps_its_results(again):  # also without its model or its texts
+    kept, now = ROOT / "figures" / again.parent.name, again.parent
+    with zipfile.ZipFile(kept / "results.zip") as a, zipfile.ZipFile(now / "results.zip") as b:
+        for stage in a.namelist():
+            assert set(a.read(stage).splitlines()) <= set(b.read(stage).splitlines())
+    lines = [pd.read_csv(folder / "experiments.csv").result for folder in (kept, now)]
+    assert set(lines[0]) == set(lines[1])
 
 
 def test_a_study_lists_every_claim_once_in_order(again):

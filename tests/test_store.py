@@ -227,6 +227,8 @@ def test_a_packed_result_stays_when_its_store_is_gone(tmp_path):
     store.pack(s, {"plan": keys[:2]}, path)
     store.pack(Store(tmp_path / "new"), {"plan": keys[1:]}, path)  # the third is nowhere to be had
     assert store.unpack(path, Store(tmp_path / "again"))["plan"] == keys[1:2]
+    store.pack(s, {"plan": keys[2:]}, path, keep=True)  # where some keys are unknown
+    assert store.unpack(path, Store(tmp_path / "both"))["plan"] == keys[1:]
 
 
 def test_equal_results_make_an_equal_file(tmp_path):

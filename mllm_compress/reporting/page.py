@@ -67,7 +67,8 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
         store.unpack(archive, results)
     found = {name_of(e, profile): (e, result) for e, result in stored(profile).items()}
     found = {name: found[name] for name in sorted(wanted & set(found))}
-    store.pack(results, _stage_keys([e for e, _ in found.values()], profile), archive)
+    keys = _stage_keys([e for e, _ in found.values()], profile)
+    store.pack(results, keys, archive, keep=not wanted <= set(found))
     lines = [line for name, pair in found.items() for line in lines_of(name, *pair)]
     before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["result"])
     kept = before[before.result.isin(wanted - set(found))]

@@ -94,6 +94,8 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
 # %% ../../nbs/library/study/07_runs.ipynb #cell-016
 def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
+    if missing_inputs(profile):
+        return {}
     results, found = results_of(profile), {}
     described = (store.read(results, "experiment", k) for k in results.keys("experiment"))
     experiments = filter(None, (_experiment_of(d, profile) for d in described))

@@ -264,9 +264,11 @@ def pack(
     store: Store,
     keys: dict,  # stage -> keys
     path: Path,  # the zip file
+    keep: bool = False,  # also what the file has beyond the keys
 ) -> None:
     "Write results into one file, from the store or else from the file as it was."
     old = {stage: _lines(path, stage) for stage in keys} if path.exists() else {}
+    keys = {stage: {*own, *(old.get(stage, ()) if keep else ())} for stage, own in keys.items()}
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
         for stage in sorted(keys):
             have = old.get(stage, {}) | _texts(store, stage, keys[stage])
