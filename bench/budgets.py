@@ -53,7 +53,7 @@ LOOKS = {
     "ours, bytes": Look("ours, bytes", GREEN, "D", DASHED),
     "layerwise": look("layerwise"),
     "uniform": look("uniform"),
-    "paper": Look("paper, widthwise", PINK, "v"),
+    "paper": Look("paper, widthwise", PINK, "X"),
 }
 CONTEXT = 64  # tokens in the cache
 
@@ -198,6 +198,8 @@ def draw(frame: pd.DataFrame, path: Path) -> None:
                 ends[its] = part[name].iloc[-1], part.perplexity_over_dense.iloc[-1]
             ax.set(xlabel=AXES[name], yscale="log")
             label_ends(ax, ends)
+        for which in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+            which(plt.FormatStrFormatter("%g"))
         axes[0].set_ylabel("perplexity / dense (held-out text)")
         for end in (".png", ".pdf"):
             fig.savefig(path.with_suffix(end))
@@ -210,7 +212,7 @@ def caption(frame: pd.DataFrame) -> str:
         f"Perplexity of {first.windows_tested} held-out windows of {text.WINDOW} tokens over cost, "
         f"SmolLM2-135M (dense: {first.perplexity:.1f}), nothing trained; means over "
         f"{frame.seed.nunique()} draw(s) of {first.windows} calibration windows. Decode: one "
-        f"stream, {first.threads} thread(s), {CONTEXT} tokens in the cache, {first.dtype} in "
+        f"stream, {first.threads} thread(s), {CONTEXT} tokens in the cache, {first['dtype']} in "
         f"transformers {first.transformers} and f16 in {first.engine}; processor time, models in "
         f"turn, medians of {first.rounds} rounds, while other programs ran. {first.device}.\n"
     )
