@@ -20,6 +20,19 @@ def pytest_addoption(parser):
     )
 
 
+LONGEST = ("test_rehearsal", "test_lessons", "test_notebooks", "test_trials", "test_guides")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # of pytest-xdist: files in the order below
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take minutes begin first, so that no process ends long after the other."
+    place = {name: k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture
 def update_golden(request) -> bool:
     "Whether --update-golden was given."

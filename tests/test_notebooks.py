@@ -41,24 +41,6 @@ def test_parameters_tag_survives_cleaning(tmp_path):
         assert parameters_of(cleaned) == parameters_of(nbformat.read(path, 4))
 
 
-def test_lessons_of_the_library_notebooks_hold(tmp_path):
-    "Every cell of every library notebook runs, with its assertions, in a copy of this checkout."
-    pytest.importorskip("nbdev.test")
-    checkout = shutil.copytree(
-        ROOT,
-        tmp_path / "checkout",
-        ignore=shutil.ignore_patterns(".git", ".venv*", ".pytest_cache", "__pycache__", "runs"),
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()"],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0 and "Success." in done.stdout, done.stderr[-6000:]
-
-
 @pytest.mark.parametrize("path", STUDY, ids=lambda p: p.stem)
 def test_study_notebooks_have_a_skeleton_and_no_machine_paths(path):
     nb = nbformat.read(path, 4)
@@ -302,6 +284,6 @@ def test_the_page_is_self_contained(checkout, monkeypatch):
     )
     assert (
         not any(f'{attribute}="http' in page for attribute in ("src", "href"))
-        and "<script" not in page
+        and page.count("<script") == page.count("<script>") == 1  # light or dark, in the page
     )
     assert str(checkout) not in page

@@ -150,6 +150,11 @@ def smaller(profile: dict) -> dict:
         "seeds": [0],
         "calibration": {"samples": 4, "batch_size": 1},
         "workers": 1,
+        "notebooks": {
+            "02b_calibration": {"sizes": [2], "criteria": ["magnitude", "angular_distance"]},
+            "04_distillation": {"objectives": ["sft", "hidden_kd", "sft+hidden_kd"]},
+            "11_beyond": {"rivals": ["wanda_sp"]},
+        },
         "evaluation": profile["evaluation"] | {"questions": 2},
         "recovery": profile["recovery"]
         | {"batch_size": 4, "passes": 2, "optimizer": "adamw_torch", "max_length": 512},

@@ -23,15 +23,16 @@ from ..zoo.models import MODELS
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-005
 def studied(profile) -> list:  # of Experiment, sorted
-    "The experiments of a profile that have results."
+    "The experiments of a profile that have results; without those that round weights."
     profile = load_profile(profile)
-    return sorted(stored(profile)) if (checkout() / "runs" / profile.name).exists() else []
+    if not (checkout() / "runs" / profile.name).exists():
+        return []
+    return sorted(e for e in stored(profile) if e.quantize == LATER["quantize"])
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-008
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
     "All results of a profile."
     profile, cells = load_profile(profile), studied(profile)
-    cells = [c for c in cells if c.quantize == LATER["quantize"]]  # bits are asked for elsewhere
     dense = {c.model for c in cells if c.pruning == c.recovery == "none"}
     cells = [c for c in cells if c.model in dense]
     if not any(c.pruning != "none" for c in cells):
