@@ -230,11 +230,11 @@ def test_cautions(ask):
     assert "heavy loss" in ask(ratio=0.6).text and "heavy loss" not in ask(ratio=0.3).text
     assert "next larger step" in ask(ratio=0.45).text
     assert "No training on 1% of the data or less was studied" in ask(ratio=0.3, data=0.01).text
-    assert "removes a little less than asked (30.0%)" in ask(ratio=0.33, training=False).text
+    assert "removes a little less than requested (30.0%)" in ask(ratio=0.33, training=False).text
     fine = [made(), made("widthwise", 0.6, 0.95)]
     assert (
-        "wrong tool" in ask(ratio=0.64, rows=fine).text
-        and "wrong tool" not in ask(ratio=0.6, rows=fine).text
+        "advises against pruning" in ask(ratio=0.64, rows=fine).text
+        and "advises against pruning" not in ask(ratio=0.6, rows=fine).text
     )
 
 

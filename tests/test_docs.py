@@ -17,6 +17,7 @@ from test_site import BROWSER, brightness, browser, look, text_of
 from typer.testing import CliRunner
 
 from mllm_compress.cli import app
+from mllm_compress.cli.app import TABLES
 from mllm_compress.cli.studying import command_reference
 from mllm_compress.reporting import site
 from mllm_compress.reporting.rendering import head_of
@@ -96,6 +97,7 @@ def test_every_public_name_has_its_signature_and_its_notebook(pages):
 def test_every_command_has_its_options(pages):
     text = pages["api/command_line.html"]
     for command in command_reference():
+        assert not [o for o, help in command["options"] if set(help.split()) & set(TABLES)]
         assert f'<h2 id="{command["name"]}">' in text
     part = text.partition('<h2 id="prune">')[2].partition("<h2 ")[0]
     assert "<dt>MODEL</dt>" in part and "<dt>--ratio</dt>" in part and "taylor_param_mix" in part

@@ -1,6 +1,7 @@
 """Start notebooks and guides run from top to bottom, and what they show is current and small."""
 
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -17,7 +18,7 @@ PLACES = ("/work/", "/tmp/", "/home/", "/root/")
 
 
 def test_the_guides_are_there():
-    guides = ["add_a_benchmark", "add_a_model", "add_a_pruning_criterion"]
+    guides = ["add_a_benchmark", "add_a_model", "add_a_pruning_criterion", "run_in_batch"]
     assert [p.stem for p in GUIDES] == guides
     assert [p.stem for p in START] == ["compress_your_own", "play", "quickstart"]
 
@@ -50,6 +51,17 @@ def test_a_start_notebook_opens_with_a_badge_and_its_links_exist(path):
     text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
     targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
     assert targets and not [t for t in targets if not (path.parent / t).exists()]
+    assert f"`make lab` in a clone, then `nbs/start/{path.name}`" in nb.cells[0].source
+
+
+@pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
+def test_a_start_notebook_says_how_to_install_what_is_missing(path, monkeypatch):
+    cell = nbformat.read(path, 4).cells[1]
+    assert cell.metadata == {"jupyter": {"source_hidden": True}, "tags": ["setup"]}
+    exec(cell.source, {})
+    monkeypatch.setitem(sys.modules, "mllm_compress", None)
+    with pytest.raises(ImportError, match=r"make lab.*Colab.*\n  !unzip.*pip install"):
+        exec(cell.source, {})
 
 
 def test_play_without_widgets_says_how_to_get_them():

@@ -61,7 +61,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     "score": (
         ("score", "llava", "-o", "out", *DATA),
         "mllm_compress.importance.criteria.CRITERIA",
-        "goes on from there",
+        "continues from there",
     ),
     "prune": (
         ("prune", "llava", "-o", "out", "--layers", "1"),
@@ -71,7 +71,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     "recover": (
         ("recover", "small", "--teacher", "llava", "-o", "out", *DATA),
         "mllm_compress.recovery.training._train",
-        "goes on from there",
+        "continues from there",
     ),
     "recover-without-checkpoints": (
         ("recover", "small", "--teacher", "llava", "-o", "out", *DATA, "--save-every", "0"),
@@ -86,7 +86,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     "evaluate-kept": (
         ("evaluate", "llava", "--questions", "mine.json", "-o", "rows.csv"),
         "mllm_compress.evaluation.scoring.answer_on",
-        "goes on from there",
+        "continues from there",
     ),
     "compare": (
         ("compare", "llava", "small", "--questions", "mine.json"),
@@ -305,7 +305,7 @@ def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how
 
     monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
     monkeypatch.setattr(resuming, "_write", stop_at_the_second)
-    assert "goes on from there" in run(*args, "-o", "parts", code=130)
+    assert "continues from there" in run(*args, "-o", "parts", code=130)
     assert not Path("parts").exists() and Path(".parts.scoring").is_file()
     run(*args, "-o", "parts")
     steps = [1, 2, 3, 4] if method == "taylor" else [1, 2, 3]  # layers, or batches

@@ -128,7 +128,7 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", stop_at_the_second)
-    assert "goes on from there" in run(*args, "-o", "parts", code=130)
+    assert "continues from there" in run(*args, "-o", "parts", code=130)
     monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     assert not Path("parts").exists() and len(list(Path(".parts.training").iterdir())) > 1
     run(*args, "-o", "parts")
@@ -243,7 +243,7 @@ def test_a_stopped_evaluation_goes_on(here, monkeypatch):
 
     args = ("evaluate", "llava", "--benchmark", "scenes/open", "--limit", 600, "-o", "rows.csv")
     monkeypatch.setattr(scoring, "answer_on", counted)
-    assert "goes on from there" in run(*args, code=130)
+    assert "continues from there" in run(*args, code=130)
     monkeypatch.setattr(scoring, "answer_on", lambda *a: asked.append(len(a[2])) or answer(*a))
     run(*args)
     assert asked == [512, 88] and not Path(".rows.csv.answers").exists()

@@ -196,7 +196,7 @@ def _norms(parts, i: int) -> list:
 
 # %% ../../nbs/library/anatomy/01_families.ipynb #cell-034
 class LayerFacts:
-    "What is read of single layers of an Anatomy."
+    "Properties of single layers of an Anatomy."
 
     def attention(self, i: int) -> nn.Module:
         "The attention module of layer `i`."
@@ -331,7 +331,7 @@ def anatomy(
 def entries(
     p: torch.Tensor,  # a parameter, packed or not
 ) -> int:
-    "Numbers that a parameter stands for."
+    "Number of weights of a parameter, packed or not."
     packed = getattr(p, "quant_state", None)  # of bitsandbytes
     return p.numel() if packed is None else torch.Size(packed.shape).numel()
 

@@ -28,7 +28,7 @@ from ..utils.extras import naming_extras
 _SETTINGS = {"quiet": False, "verbose": False, "begun": time.monotonic()}
 _HELP = {
     "quiet": "No notes and no progress bars.",
-    "verbose": "Also what is loaded, how long it takes, memory, and tracebacks.",
+    "verbose": "Also print what is loaded, times, memory, and tracebacks.",
 }
 
 
@@ -117,7 +117,7 @@ def note(text: str) -> None:
 
 
 def detail(text: str) -> None:
-    "What happens, with the seconds since the start, on standard error; with -v only."
+    "A progress message with the seconds since the start, on standard error; with -v only."
     if _SETTINGS["verbose"]:
         typer.echo(f"[{time.monotonic() - _SETTINGS['begun']:6.1f} s] {text}", err=True)
 
@@ -137,7 +137,7 @@ def emit(text: str, facts: dict, as_json: bool) -> None:
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-009
 def _versions() -> str:
-    "Versions of what computes."
+    "Versions of Python, of the packages and of the device."
     from importlib.metadata import PackageNotFoundError, version
 
     found = [f"Python {sys.version.split()[0]}"]
@@ -193,11 +193,11 @@ def _in_words(error: BaseException) -> str:
 
 
 def _too_little_memory(error: BaseException):
-    "End with the cures for a lack of memory."
+    "End with advice for a lack of memory."
     line = (str(error) or "out of memory").splitlines()[0]
     _fail(
-        f"the memory does not suffice: {line} recover: more --passes, --lora; else a larger GPU, "
-        "or --device cpu.",
+        f"out of memory: {line} For recover, give more --passes, or --lora; otherwise use a larger "
+        "GPU, or --device cpu.",
         2,
     )
 
@@ -231,8 +231,8 @@ def politely(
             raise
         line = " ".join(str(error).split())[:300]
         _fail(
-            f"{type(error).__name__}: {line} This is a defect of mllm_compress, or of a library "
-            "below it: run again with --verbose and report the traceback.",
+            f"{type(error).__name__}: {line} This is a bug in mllm_compress, or in a library that "
+            "it uses: run again with --verbose and report the traceback.",
             1,
         )
     finally:
@@ -267,7 +267,7 @@ Model = Annotated[str, typer.Argument(help="A name (see `models`), a folder, or 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace a result there; files that are not its own stay."),
+    typer.Option("--overwrite", help="Replace an earlier result there; other files are kept."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Device = Annotated[
@@ -298,7 +298,8 @@ ChatTemplate = Annotated[
     ),
 ]
 MaxLength = Annotated[
-    int | None, typer.Option("--max-length", help="Tokens of a sample; longer ones are cut.")
+    int | None,
+    typer.Option("--max-length", help="Maximum number of tokens of a sample; longer ones are cut."),
 ]
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-021
@@ -319,7 +320,8 @@ def listed(
     rows: dict,  # name -> row of a table of methods
 ) -> str:
     "The rows of a table of methods, one after the other."
-    return " ".join(f"{name}: {row.help}" for name, row in rows.items())
+    ended = lambda text: text if text.endswith((".", "?")) else f"{text}."
+    return " ".join(f"{name}: {ended(row.help)}" for name, row in rows.items())
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-023
 def resolve_device(
@@ -381,7 +383,7 @@ Stream = Annotated[
 
 
 def choose_stream(model: str, device: str, wanted: bool | None, method: str = "taylor") -> bool:
-    "Whether the weights of a model stay in their files; a note where that was not asked for."
+    "Whether the weights stay in their files; prints a note if this was chosen automatically."
     from mllm_compress.importance.memory import free_memory, scoring_memory
     from mllm_compress.zoo.models import native_folder
     from mllm_compress.zoo.weight_files import NotFromFiles, open_files
@@ -407,7 +409,7 @@ def choose_stream(model: str, device: str, wanted: bool | None, method: str = "t
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-027
 def check_models(*models: str) -> None:
-    "An error where a model is evidently missing or damaged, before any of them is loaded."
+    "An error where a model is missing or damaged, before any of them is loaded."
     from mllm_compress import checkpoint
     from mllm_compress.zoo.models import check_model
 
@@ -464,7 +466,7 @@ def data_of_file(data: str, image_root: str, skip_missing: bool):
 
 
 def check_data(data: str, image_root: str, skip_missing: bool) -> None:
-    "An error where a file of one's own cannot be used, before a model is loaded."
+    "An error where a data file cannot be used, before a model is loaded."
     if data != "small":
         data_of_file(data, image_root, skip_missing)
 

@@ -65,13 +65,17 @@ def _scorers() -> str:
 TABLES.update(BENCHMARKS=_benchmarks, SCORERS=_scorers)
 Benchmarks = Annotated[list[str], typer.Option("--benchmark", help="BENCHMARKS")]
 Questions = Annotated[
-    Path | None, typer.Option("--questions", help="A file of one's own questions with answers.")
+    Path | None,
+    typer.Option("--questions", help="A file with questions of your own, with answers."),
 ]
 ScorerName = Annotated[str, typer.Option("--scorer", help="SCORERS")]
 Limit = Annotated[int, typer.Option(help="Questions per benchmark; 0: all.")]
 Answers = Annotated[
     Path | None,
-    typer.Option("--answers", help="Folder that keeps every answer; a stopped run goes on there."),
+    typer.Option(
+        "--answers",
+        help="Folder for every answer; after an interruption the same command continues from it.",
+    ),
 ]
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-006
@@ -212,7 +216,7 @@ def evaluate(
     as_json: AsJson = False,
 ):
     "Score a model on benchmarks, on own questions, or by perplexity."
-    kept = "Answers are kept; the same command goes on from there."
+    kept = "Answers are kept; the same command continues from there."
     without = "Nothing is kept without --out or --answers."
     given = locals()
     with politely(kept if out or answers else without):
@@ -383,7 +387,7 @@ Speculative = Annotated[
 
 
 def draft_table(dense: str, small: str, data: dict, o: dict):
-    "What the small model is worth as a draft for the dense one."
+    "Accepted tokens and speed-up with the small model as a draft for the dense one."
     from mllm_compress.evaluation.speculative import check_draft, prompts_of, speculative_table
 
     (first, processor, _), (second, _, _) = (load(m, o["device"]) for m in (dense, small))
@@ -409,7 +413,7 @@ def _row_label(benchmark: str, n: int) -> str:
 
 
 def _draw_costs(axes, costs) -> None:
-    "What remains of sizes and seconds, in percent."
+    "Sizes and seconds in percent of the dense model."
     kept = costs.dropna(subset="small / dense")[::-1]
     percent = 100 * kept["small / dense"].astype(float)
     names = [what.split(", ")[0] for what in kept.what]
@@ -433,7 +437,7 @@ def _draw_differences(axes, scores) -> None:
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-029
 def comparison_picture(costs, scores, path: Path) -> None:
-    "Two panels: what remains of sizes and seconds, and the differences of scores."
+    "Two panels: sizes and seconds in percent, and the differences of scores."
     if (figure := new_figure(10, 3.2)) is None:
         return
     left, right = figure.subplots(1, 2)

@@ -41,7 +41,7 @@ from mllm_compress.cli.app import (
     training_data,
 )
 from .look import timed_units
-from .prepare import Pruning, Samples, calibration, needs_no_data
+from .prepare import Pruning, Samples, Seed, calibration, needs_no_data
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-004
 def parse_layers(
@@ -156,7 +156,7 @@ def recipe_of(o: dict):
     stored = next((f"--{name}" for name in ("plan", "layers", "scores") if o[name]), "")
     idle = ["recipe", "method"] + ["allocation"] * (stored in ("--plan", "--layers"))
     for name in (n for n in idle if stored and o[n] is not None):
-        raise ValueError(f"{stored} says what goes, so --{name} has no effect: leave it out.")
+        raise ValueError(f"{stored} says what is removed, so --{name} has no effect: leave it out.")
     if stored:
         usual = "global" if o["budget"] else "layer"
         return Recipe("stored", o["allocation"] or usual, o["shape"], bool(o["reconstruct"]))
@@ -165,7 +165,7 @@ def recipe_of(o: dict):
 
 
 def check_knobs(o: dict, recipe) -> None:
-    "A ValueError for a ridge that cannot be, or an option of a refit that does not take place."
+    "A ValueError for an invalid ridge, or for an option of a refit without a refit."
     if o["ridge"] is None:
         return
     if not recipe.reconstruct:
@@ -175,7 +175,7 @@ def check_knobs(o: dict, recipe) -> None:
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-016
 def check_budget_recipe(o: dict, recipe) -> None:
-    "ValueError for options that a budget does not go with."
+    "ValueError for options that cannot be combined with a budget."
     from mllm_compress.pruning.one_step import COMPARABLE
 
     other = next((n for n in ("protect", "layer_share") if o[n] not in ("", None)), None)
@@ -193,7 +193,7 @@ def check_budget_recipe(o: dict, recipe) -> None:
 
 
 def budget_options(model, given: dict, processor=None, batches=None) -> dict:
-    "What a plan for a budget takes besides scores; a device without a table is timed."
+    "The arguments of a plan for a budget besides scores; without a table, the device is timed."
     if given["budget"] is None:
         return {}
     (name, share), costs = given["budget"], given["costs"]
@@ -245,7 +245,7 @@ def base_facts(model: str) -> dict:
 
 
 def draw_beside(plan):
-    "A function of a folder that draws the plan there."
+    "A function that draws the plan into a folder."
 
     def draw(folder: Path) -> None:
         from mllm_compress.pruning.drawing import draw_plan
@@ -259,7 +259,7 @@ def draw_beside(plan):
 
 
 def prune_step(model: str, plan, device: str, **facts) -> dict:
-    "The step of the provenance that a pruning is."
+    "The record of a pruning for the provenance."
     from mllm_compress.checkpoint.provenance import make_step
 
     scores = plan.meta.get("scores")
@@ -385,9 +385,7 @@ def save_cut(source, small, plan, whole, folder, refit: tuple | None, records: d
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-032
 Budget = Annotated[
     str,
-    typer.Option(
-        "--budget", help="Instead of a ratio, the share that may stay, such as latency=0.6. BUDGETS"
-    ),
+    typer.Option("--budget", help="BUDGETS"),
 ]
 Costs = Annotated[
     Path | None,
@@ -398,7 +396,8 @@ Costs = Annotated[
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-034
 Ratio = Annotated[
-    float | None, typer.Option(help="Fraction of LM parameters to remove, in (0, 0.95).")
+    float | None,
+    typer.Option(help="Fraction of the LM decoder's parameters to remove, in (0, 0.95)."),
 ]
 Scores = Annotated[
     list[Path],
@@ -424,7 +423,7 @@ RoundTo = Annotated[
 LayerShare = Annotated[
     float | None,
     typer.Option(
-        "--layer-share", help="Whole layers go as well: their part of the ratio, such as 0.5."
+        "--layer-share", help="Also remove whole layers: their part of the ratio, such as 0.5."
     ),
 ]
 LayerMethod = Annotated[
@@ -450,7 +449,8 @@ def _budgets() -> str:
     "Help of --budget."
     from mllm_compress.pruning.budgets import BUDGETS
 
-    return " ".join(f"{name}: {what}." for name, what in BUDGETS.items())
+    about = "Instead of a ratio, the share of the dense model's cost that may stay, as latency=0.6."
+    return " ".join([about, *(f"{name}: {what}." for name, what in BUDGETS.items())])
 
 
 TABLES |= {"RECIPES": _recipes, "ALLOCATIONS": _allocations, "BUDGETS": _budgets}
@@ -460,12 +460,13 @@ Allocation = Annotated[str | None, typer.Option(help="ALLOCATIONS")]
 Refit = Annotated[
     bool | None,
     typer.Option(
-        "--reconstruct/--no-reconstruct", help="Refit what is left by least squares; no training."
+        "--reconstruct/--no-reconstruct",
+        help="Refit the remaining output projections by least squares; no training.",
     ),
 ]
 Ridge = Annotated[
     float | None,
-    typer.Option(help="With --reconstruct: pull towards the old weights; default: chosen."),
+    typer.Option(help="With --reconstruct: the ridge; default: chosen on held-out samples."),
 ]
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-038
@@ -491,7 +492,7 @@ def prune(
     layer_share: LayerShare = None,
     layer_method: LayerMethod = "block_influence",
     samples: Samples = None,
-    seed: int = 0,
+    seed: Seed = 0,
     data: DataFile = "small",
     image_root: Images = "",
     skip_missing: SkipMissing = False,
@@ -502,7 +503,7 @@ def prune(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ):
-    "Score if needed, plan, apply the plan, refit, and write the smaller model."
+    "Score if there are no scores, plan, apply the plan, refit, and write the smaller model."
     given = locals()
     with politely():
         prune_with(**given)
@@ -528,7 +529,7 @@ def prune_with(model, out, overwrite, device, as_json, **o) -> None:
 
 # %% ../../nbs/library/cli/04_pruning.ipynb #cell-042
 def check_options(o: dict) -> dict:
-    "The options of `prune` as the work needs them; ValueError for what cannot be."
+    "The options of `prune` as values; ValueError for an invalid one."
     from mllm_compress.importance.criteria import criterion
     from mllm_compress.utils.methods import check_choice
 

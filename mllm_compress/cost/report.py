@@ -40,6 +40,18 @@ def _readable(value: float, unit: str) -> str:
     name, scale = [(n, s) for n, s in scales.items() if value >= s or s == 1][-1]
     return f"{value / scale:.2f} {name}" if name else f"{value:.0f}"
 
+# %% ../../nbs/library/cost/04_report.ipynb #cell-007a
+def report_text(report) -> str:
+    "The report as a table; equal values of several sources share a line."
+    sources = {}
+    for *row, source in report.rows:
+        sources.setdefault(tuple(row), []).append(source)
+    lines = [report.title, "  ".join(f"{k} {v}" for k, v in report.setting.items())]
+    for (quantity, part, value, unit), found in sources.items():
+        number = _readable(value, unit)
+        lines.append(f"{quantity:<21}{part:<11}{number:>16}  {' = '.join(found)}")
+    return "\n".join(lines)
+
 # %% ../../nbs/library/cost/04_report.ipynb #cell-007
 @dataclass(frozen=True)
 class CostReport:
@@ -66,14 +78,7 @@ class CostReport:
         return found[0]
 
     def __str__(self):
-        sources = {}
-        for *row, source in self.rows:
-            sources.setdefault(tuple(row), []).append(source)
-        lines = [self.title, "  ".join(f"{k} {v}" for k, v in self.setting.items())]
-        for (quantity, part, value, unit), found in sources.items():
-            number = _readable(value, unit)
-            lines.append(f"{quantity:<21}{part:<11}{number:>16}  {' = '.join(found)}")
-        return "\n".join(lines)
+        return report_text(self)
 
 # %% ../../nbs/library/cost/04_report.ipynb #cell-009
 def _with_total(counts: dict) -> list:
@@ -127,6 +132,15 @@ def latency_rows(model: PreTrainedModel, inputs: dict, repeats: int, warmup: int
         for name in ("median", "low", "high")
     ]
 
+# %% ../../nbs/library/cost/04_report.ipynb #cell-017a
+def measured_rows(model, inputs: dict, memory: bool, latency: bool, how: tuple) -> list:
+    "Rows that need a forward pass; `how`: repeats and warm-up of the latencies."
+    rows = []
+    if memory:
+        peak = peak_memory(lambda: forward(model, inputs), model.device)
+        rows.append(("peak beyond weights", "prefill", peak, "byte", "measured"))
+    return rows + (latency_rows(model, inputs, *how) if latency else [])
+
 # %% ../../nbs/library/cost/04_report.ipynb #cell-017
 @torch.no_grad()
 def cost_report(
@@ -151,11 +165,8 @@ def cost_report(
     inputs = example_inputs(model, text_tokens, images, batch)
     sees = getattr(model.config, "vision_config", None) is not None
     rows = counted_rows(model, shape, inputs, batch * images * sees)
-    if on_meta if memory is None else memory:
-        peak = peak_memory(lambda: forward(model, inputs), model.device)
-        rows.append(("peak beyond weights", "prefill", peak, "byte", "measured"))
-    if latency:
-        rows += latency_rows(model, inputs, repeats, warmup)
+    memory = on_meta if memory is None else memory
+    rows += measured_rows(model, inputs, memory, latency, (repeats, warmup))
     prompt, dtype = inputs["input_ids"].shape[1], str(model.dtype).split(".")[-1]
     setting = {"batch": batch, "prompt": prompt, "dtype": dtype, "device": str(model.device)}
     return CostReport(f"{type(model).__name__}: {shape}", setting, tuple(rows))

@@ -75,7 +75,7 @@ def _patch_values(vision) -> int:
 
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-014
 def patches(vision: PreTrainedConfig) -> int:
-    "Patches of one image (or one tile); the rim that fills no patch is cropped."
+    "Patches of one image (or one tile); a border that fills no patch is cropped."
     return (_side(vision.image_size) // _side(vision.patch_size)) ** 2
 
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-016

@@ -371,7 +371,7 @@ def width_importance(
     method: str = "taylor",  # a widthwise criterion: taylor, magnitude, activation, random, …
     **options,  # of the criterion: order=, mode=, token_weights=, recompute=; p=; seed=
 ) -> WidthScores:
-    "Scores of the heads and neurons of every layer; lower goes first."
+    "Scores of the heads and neurons of every layer; lower is removed first."
     return _score("widthwise", method, model, batches, options)
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-061
@@ -389,7 +389,7 @@ def layer_importance(
     method: str = "block_influence",  # a layerwise criterion, or a widthwise one to be summed
     **options,  # of the criterion: mode=, token_weights=; n=, tokens=; order=; p=; seed=
 ) -> LayerScores:
-    "Scores of the decoder layers; lower goes first."
+    "Scores of the decoder layers; lower is removed first."
     check_choice("criterion", method, dict.fromkeys(name for _, name in CRITERIA))
     if ("layerwise", method) in CRITERIA:
         return _score("layerwise", method, model, batches, options)

@@ -256,7 +256,7 @@ def drawing_on(
 
 # %% ../../nbs/library/importance/06_gauss_newton.ipynb #cell-042
 def end_gradients(passes: Passes, trails: list) -> list:  # of Kept, per batch and draw
-    "The gradients of what must not change, behind the last layer of a streamed model."
+    "Gradients of the preserved quantity at the last layer's output, for a streamed model."
     parts, found = passes.parts, []
     for trail, label in zip(trails, passes.labels):
         end = trail.end.requires_grad_()
@@ -302,7 +302,7 @@ def gauss_newton(
     seed: int = 0,  # of the draws
     recompute: bool = False,  # a third more time, the memory of one layer's activations
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
-    "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower goes first."
+    "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower is removed first."
     totals = {}  # (kind, layer) -> [units]
 
     def see(draws, i, slot, x, gradient):

@@ -130,7 +130,7 @@ def block_influence(
     mode: str = "default",  # "reference": sum over all tokens, h_L after the final norm
     token_weights: dict | str | None = None,  # {"image": 1, "prompt": 1}, "balanced"; None: all 1
 ) -> LayerScores:  # 1 - cos per layer: mean over tokens, then samples (reference: the sum)
-    "Block influence of each decoder layer (Men et al. 2024, eq. 1); lower goes first."
+    "Block influence of each decoder layer (Men et al. 2024, eq. 1); lower is removed first."
     check_mode(mode, token_weights)
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     meta = _meta(model, batches, token_weights, mode=mode)

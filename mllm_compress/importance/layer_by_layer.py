@@ -110,7 +110,7 @@ def open_passages(model: PreTrainedModel, batches: list) -> list:
 def run_forward(
     model: PreTrainedModel,
     batches: list,
-    totals: dict,  # what the listener adds up, see utils.resuming
+    totals: dict,  # the sums that hooks add to, see utils.resuming
     listening,  # context within which hooks are in place
     begin,  # begin(k), before anything of batch k is computed
 ) -> None:

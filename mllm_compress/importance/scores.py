@@ -42,7 +42,7 @@ def _as_scores(
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-008
 @dataclass(frozen=True, eq=False)
 class LayerScores:
-    "One score per decoder layer (or block start); lower goes first."
+    "One score per decoder layer (or block start); lower is removed first."
 
     values: torch.Tensor  # [layers] float32
     kind: str  # how they were made, such as "block_influence"
@@ -62,7 +62,7 @@ class LayerScores:
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-012
 @dataclass(frozen=True, eq=False)
 class WidthScores:
-    "One score per head and neuron of every layer; lower goes first, within a layer."
+    "One score per head and neuron of every layer; lower is removed first, within a layer."
 
     heads: dict  # layer -> [groups] float32
     neurons: dict  # layer -> [neurons] float32
@@ -174,7 +174,7 @@ def check_batches(
     batches = list(batches)
     if not batches:
         raise ValueError(
-            "there are no calibration batches (an exhausted generator counts as empty)."
+            "there are no calibration batches: give at least one (a used generator is empty)."
         )
     for k, batch in enumerate(batches):
         _check_batch(k, batch)

@@ -282,7 +282,7 @@ def backward_through(
 def through_layers(
     parts: Anatomy,
     kept: list,  # of Kept
-    totals: dict,  # what the listener adds up, see utils.resuming
+    totals: dict,  # the sums that `see` adds to, see utils.resuming
     see_of: Callable,  # see_of(number in `kept`) -> a function as in `probes`
     leave: Callable = lambda i: None,  # called once all gradients have passed layer `i`
     listen: Callable = probes,
@@ -455,7 +455,7 @@ def taylor(
     token_weights: dict | str | None = None,  # of each position's δ·xᵀ: {"image": .1}, "balanced"
     recompute: bool = False,  # recompute activations: a third more time, memory of one layer
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
-    "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower goes first."
+    "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower is removed first."
     run, channels = _scoring(model, batches, order, mode, token_weights), {}
     if not is_streamed(model) and (run.order.additive or len(run.batches) == 1):
         _by_batch(run, channels, recompute)

@@ -59,6 +59,16 @@ def auto_round(
         step //= 2
     return step
 
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011a
+def _by_kind(scores) -> tuple:  # (list of LayerScores, list of WidthScores)
+    "Scores by kind; ValueError unless there are one or two, of different kinds."
+    given = scores if isinstance(scores, (list, tuple)) else [scores]
+    layers = [s for s in given if isinstance(s, LayerScores)]
+    widths = [s for s in given if isinstance(s, WidthScores)]
+    if len(layers) > 1 or len(widths) > 1 or not given:
+        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
+    return layers, widths
+
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011
 def plan_from_scores(
     model: PreTrainedModel,  # on any device, meta included
@@ -72,12 +82,8 @@ def plan_from_scores(
     budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
     **about,  # with a budget, costs, batches, ridge: see plan_for_budget
 ) -> PruningPlan:  # ValueError where it would remove nothing
-    "The plan that scores of either kind, or of both, ask for."
-    given = scores if isinstance(scores, (list, tuple)) else [scores]
-    layers = [s for s in given if isinstance(s, LayerScores)]
-    widths = [s for s in given if isinstance(s, WidthScores)]
-    if len(layers) > 1 or len(widths) > 1 or not given:
-        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
+    "The plan for scores of layers, of heads and neurons, or of both."
+    layers, widths = _by_kind(scores)
     shape = shape or ("uniform" if allocation == "layer" and not protect else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
     options = dict(protect=protect, shape=shape, round_to=step, allocation=allocation)
@@ -95,7 +101,7 @@ def plan_from_scores(
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-013
 def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> PruningPlan:
-    "The plan; ValueError where it removes nothing although something was asked for."
+    "The plan; ValueError where it removes nothing although a ratio or budget was given."
     if plan.achieved_ratio or ratio == 0:
         return plan
     if ratio is None:
@@ -136,12 +142,12 @@ WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 
 
 def layers_for_budget(model: PreTrainedModel, budget: dict, costs) -> str | None:
-    "The criterion for whole layers that a budget asks for; None where width alone serves."
+    "The criterion for whole layers that a budget needs; None where width alone is enough."
     costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
     deep = overhead_share(model, costs) > WORTH_A_TRY
     return criteria_of("layerwise")[0] if deep else None
 
-
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017x
 def plan_for_budget(
     model: PreTrainedModel,
     scores: list,  # WidthScores, then LayerScores where whole layers are tried
@@ -202,7 +208,7 @@ def choose_recipe(
         start = RECIPES["uniform" if uniform else "recommended"]
     return checked_recipe(replace(start, **given), given)
 
-
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-021x
 def default_method(pruning: str) -> str:
     "The criterion of the study for a pruning."
     check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
@@ -235,7 +241,7 @@ def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-026
 def scores_for(recipe: Recipe, model, batches, seed: int = 0, layer_method: str | None = None):
-    "The scores that a recipe takes: one, or two where whole layers go as well."
+    "The scores that a recipe needs: one, or two where whole layers are removed as well."
     kind = pruning_of(recipe.method, recipe.pruning)
     if recipe.method == "obs":
         width = obs_scores(model, batches, seed=seed)
@@ -252,13 +258,22 @@ def scores_for(recipe: Recipe, model, batches, seed: int = 0, layer_method: str 
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-028
 def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
-    "The reconstructed model, and what is worth knowing about the refit."
+    "The reconstructed model, and a record of the refit."
     if batches is None:
         raise ValueError("reconstruction needs calibration batches, as scoring does.")
     small, report = refit(small, model, batches, plan, ridge, return_report=True, inplace=True)
     facts = {"tokens": int(report.tokens[0]), "ridge": sorted(set(report.ridge.tolist()))}
     error = {"error_before": report.before.iloc[-1], "error_after": report.after.iloc[-1]}
     return small, facts | {k: round(float(v), 4) for k, v in error.items()}
+
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-030a
+def _recipe_in_use(recipe: str | None, scores, budget: dict | None, named: dict) -> Recipe:
+    "The recipe of the options; with scores that are given, they replace its method."
+    if scores is None:
+        return choose_recipe(recipe, **named)
+    usual = "layer" if budget is None else "global"
+    allocation, reconstruct = named["allocation"] or usual, bool(named["reconstruct"])
+    return Recipe("stored", allocation, named["shape"], reconstruct)
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-030
 def prune(
@@ -285,12 +300,9 @@ def prune(
         ratio = 0.3 if ratio is None else ratio
     else:
         layer_method = layer_method or layers_for_budget(model, budget, costs)
+    chosen = _recipe_in_use(recipe, scores, budget, named)
     if scores is None:
-        chosen = choose_recipe(recipe, **named)
         scores = scores_for(chosen, model, batches, seed, layer_method)
-    else:
-        usual = "layer" if budget is None else "global"
-        chosen = Recipe("stored", allocation or usual, named["shape"], bool(reconstruct))
     about = dict(shape=chosen.shape, allocation=chosen.allocation)
     if budget is not None:
         fit = dict(batches=batches, ridge=ridge) if chosen.reconstruct else {}

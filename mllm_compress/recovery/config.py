@@ -18,7 +18,7 @@ from ..utils.methods import check_choice
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-005
 def _checked_losses(config) -> dict:
-    "The losses as floats; ValueError for values that would fail, or mean something else, later."
+    "The losses as floats; ValueError for values that are invalid or have no effect."
     choices = {
         "train": TRAINS,
         "positions": POSITIONS,

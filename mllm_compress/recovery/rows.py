@@ -32,7 +32,7 @@ def attention_for(
 
 # %% ../../nbs/library/recovery/08_rows.ipynb #cell-009
 def processor_hash(processor) -> str:
-    "A hash of what in a processor changes its output."
+    "A hash of everything in a processor that affects its output."
     tokenizer = getattr(processor, "tokenizer", processor).backend_tokenizer.to_str()
     images = getattr(processor, "image_processor", None)
     images = {k: str(v) for k, v in images.to_dict().items()} if images is not None else {}

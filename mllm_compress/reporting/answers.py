@@ -37,7 +37,7 @@ def side_by_side(
     setup: Profile,
     column: str,  # prediction or value
 ) -> pd.DataFrame:  # a row per question
-    "Answers, or what they are worth, of the original and of every ratio."
+    "Answers, or their values, of the original and of every ratio."
     columns = {("original", ""): kept_answers(Experiment(model), setup)[column]}
     for ratio, after in recovered.items():
         for state, e in zip(STATES, (replace(after, recovery="none"), after)):
@@ -49,7 +49,7 @@ FIRST = "one of its kind"
 
 
 def choose(right: pd.DataFrame, ratios: list) -> dict:  # question -> why it is shown
-    "The k-th kept question of the k-th benchmark, and the first one lost at every ratio."
+    "The k-th stored question of the k-th benchmark, and the first one lost at every ratio."
     of_each = right.groupby(level="benchmark", sort=False)
     why = {own.index[k % len(own)]: FIRST for k, (_, own) in enumerate(of_each)}
     for r in ratios:
@@ -139,7 +139,7 @@ def _foot(ax, right: pd.DataFrame, y: float) -> None:
 
 # %% ../../nbs/library/reporting/15_answers.ipynb #cell-020
 def pictures_of(chosen: dict, setup: Profile) -> dict:  # question -> image
-    "What the chosen questions are about."
+    "The pictures of the chosen questions."
     e, found = setup.evaluation, {}
     for b in {b for b, _ in chosen}:
         for q in benchmarks.load_questions(b, e.split, e.questions, root=root_of(e)):

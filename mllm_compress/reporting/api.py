@@ -16,7 +16,7 @@ from ..study.profiles import PROFILES
 # %% ../../nbs/library/reporting/21_api.ipynb #cell-005
 @dataclass(frozen=True)
 class PublicName:
-    "A name of a room, as its source has it."
+    "A public name of a room, read from its source."
 
     name: str
     room: str  # as "pruning"
@@ -55,7 +55,7 @@ LONGEST = 16  # lines of a table that are shown
 
 
 def signature(node, lines: list) -> str:
-    "What a reader needs of a definition to use it."
+    "The part of a definition that a user needs."
     if isinstance(node, ast.ClassDef):
         shown = _class_lines(node, lines)
     elif isinstance(node, ast.FunctionDef):

@@ -35,7 +35,7 @@ def recommended(
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-009
 def other(ratio: float) -> str:
-    "The pruning that it does not recommend there."
+    "The pruning that the study does not recommend at a ratio."
     return "layerwise" if ratio >= WIDTHWISE_FROM else "widthwise"
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-012
@@ -161,7 +161,7 @@ def keeps(
     way: Callable,  # ratio -> {column: value}
     least: float = 95,  # the claimed AVG-%
 ) -> dict:  # "model at ratio" -> Estimate
-    "How far above the claimed retained score each place lies."
+    "How far the retained score of each place is above the claimed one."
     out = {}
     for model, ratio in places(frame):
         setting = {"requested_ratio": ratio} | way(ratio)
@@ -246,7 +246,7 @@ def untrained(ratio: float) -> dict:
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-059
 def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:
-    "The recovered rows at small ratios or at larger ones, beside the dense ones."
+    "The recovered rows at small ratios or at larger ones, with the dense ones."
     recovered = (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)
     return frame[(frame.pruning == "none") | recovered]
 

@@ -26,7 +26,7 @@ from mllm_compress.evaluation.intervals import (
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-004
 @dataclass(frozen=True)
 class Estimate:
-    "A value with its 95 % interval and what it rests on."
+    "A value with its 95 % interval, and the questions and seeds behind it."
 
     value: float
     low: float
@@ -159,7 +159,7 @@ def estimate_of(
     seeds: list,  # their names, in the order of the rows of the arrays
     floor: float = 0.0,  # the least possible value in units of the highest possible AVG-%
 ) -> Estimate:
-    "AVG-%, or a difference of two, with what is known of its pictures and bounds."
+    "AVG-%, or a difference of two, with its pictures and bounds."
     images, top = about_units(dense)
     named = [images[b] for b in arrays]
     known = named if named and all(len(names) for names in named) else ()
@@ -263,7 +263,7 @@ def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-044
 def pooled(
     effects: dict,  # where -> Estimate
-) -> dict:  # the same with variances over seeds that are drawn towards each other
+) -> dict:  # the same with variances over seeds shrunk towards each other
     "Settings with the degrees of freedom of all their seeds."
     several = [e for e in effects.values() if e.seeds > 1 and e.spread > 0]
     prior = prior_variance([e.spread * e.seeds for e in several], [e.seeds - 1 for e in several])

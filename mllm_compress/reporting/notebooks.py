@@ -146,7 +146,7 @@ def parse_parameter(
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-022
 def _with_numbers(value):
-    "A value in which words that are numbers are numbers."
+    "A value with words such as 1e-3 converted to numbers."
     if isinstance(value, list):
         return [_with_numbers(v) for v in value]
     if isinstance(value, dict):
@@ -235,7 +235,7 @@ LARGER = {"quick": "tiny"}  # profile -> the one whose verdicts stand beside its
 
 
 def said_by_larger(profile) -> list:  # of hashes
-    "The verdicts that the larger profile has left."
+    "The verdicts of the larger profile."
     folder = checkout() / "figures" / LARGER.get(profile.name, "none")
     return [file_hash(p) for p in sorted(folder.glob("*-*.json"))]
 
@@ -272,7 +272,7 @@ def is_current(path: Path, made: str) -> bool:
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-048
 def files_of(path: Path) -> dict:  # name -> hash
-    "The files that stand beside an executed notebook under its name."
+    "The files beside an executed notebook that begin with its name."
     return {p.name: file_hash(p) for p in sorted(path.parent.glob(f"{path.stem}-*.*"))}
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-050
@@ -302,7 +302,7 @@ def execute(
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-052
 def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
-    "What an executed notebook carries: what it was made from, and the results it has read."
+    "The metadata of an executed notebook: the hash of its inputs, and the results it has read."
     results = results_of(profile)
     complete = all(result_of(e, profile, results) for e in experiments)
     return {
@@ -314,7 +314,7 @@ def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-054
 def failed_copy(target: Path) -> Path:
-    "Where a notebook that fails leaves what it got to."
+    "The path of the partial outputs of a notebook that failed."
     return target.with_name(f"{target.stem}.failed.ipynb")
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-056
@@ -337,7 +337,7 @@ def _executed(nb, path: Path, part: Path, given: dict):
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-058
 def tidied(nb):
-    "A notebook without what would differ on another machine."
+    "A notebook without metadata that would differ on another machine."
     nb.metadata.pop("papermill", None)
     nb.metadata.pop("language_info", None)
     for i, cell in enumerate(nb.cells):

@@ -81,7 +81,7 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-013
 def _stage_keys(experiments: list, profile: Profile) -> dict:  # stage -> keys
     "The keys of all stages of some experiments."
-    keys = {stage: set() for stage in store.STAGES if stage != "scores"}  # tensors stay at home
+    keys = {stage: set() for stage in store.STAGES if stage != "scores"}  # tensors are left out
     for experiment in experiments:
         own = stage_keys(experiment, profile)
         keys = {stage: known | own.get(stage, set()) for stage, known in keys.items()}
@@ -121,7 +121,7 @@ def rendered(template: str, /, **values) -> str:
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-028
 def left_by(folder: Path, name: str) -> list:  # of Path
-    "The files that a notebook left."
+    "The files that a notebook has written."
     return sorted(p for p in folder.glob(f"{name}-*.*") if p.suffix != ".txt")
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-030

@@ -26,7 +26,7 @@ from ..utils.methods import GREY
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-004
 def printed_claims() -> dict:  # claim -> sentence
-    "What the paper's tables say about each claim."
+    "The numbers of the paper's tables for each claim."
     table = published("pruning_without_recovery").query("ratio > 0")
     wide = table.pivot(index=["model", "ratio"], columns="pruning", values="avg_percent_as_printed")
     more = wide.widthwise - wide.layerwise

@@ -44,7 +44,7 @@ def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or be
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-006
 def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it was trained for
-    "The scores of the guesser."
+    "The scores of the question-only baseline."
     known, e, scores = training_answers(setup), setup.evaluation, {}
     for name in (n for n in e.benchmarks if n in known):
         rows = []
@@ -60,7 +60,7 @@ def guessed_share(
     rows: pd.DataFrame,  # of `effects.summary`
     blind: pd.Series,  # of `question_only`
 ) -> dict:  # model -> AVG-% of the guesser; empty where it cannot answer every benchmark
-    "AVG-% of the guesser for each model."
+    "AVG-% of the question-only baseline for each model."
     dense = rows[rows.pruning == "none"].set_index("model")
     if blind.empty or not set(blind.index) <= set(dense):
         return {}
@@ -69,7 +69,7 @@ def guessed_share(
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-011
 def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
-    "Per cent of heads and neurons that widthwise plans remove from the layers they touch."
+    "Per cent of heads and neurons that widthwise plans remove from the layers that lose any."
     rows, kinds = [], ("heads", "neurons")
     for e in (e for e in experiments if e.pruning == "widthwise"):
         if (plan := plan_of(e, setup)) is None:
@@ -138,7 +138,7 @@ def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-019
-LEAST = 0.5  # points of AVG-%: who lost less has no share
+LEAST = 0.5  # points of AVG-%: with smaller losses there is no share
 
 
 def regained(
@@ -193,7 +193,7 @@ def more_data(
     which: int = 0,  # 0: the next larger fraction; -1: the largest
     fraction: float = claims.LITTLE,
 ) -> dict:  # where -> Estimate
-    "How much a larger fraction of the data keeps more than a small one."
+    "How much more a larger fraction of the data retains than a small one."
     out = {}
     for model, ratio in claims.places(frame):
         here = {"requested_ratio": ratio, "recovery": losses, "pruning": claims.recommended(ratio)}
@@ -221,7 +221,7 @@ def over_sft(frame: pd.DataFrame) -> dict:  # (model, pruning, ratio, losses) ->
 def perplexities(
     frame: pd.DataFrame,  # of `study.run`
     by: list,  # columns that tell the rows apart
-) -> pd.DataFrame:  # a column per text that is read, geometric mean over seeds; empty without any
+) -> pd.DataFrame:  # a column per text benchmark, geometric mean over seeds; empty without any
     "Perplexity on every text, by setting."
     read = [b for b in dict.fromkeys(frame.benchmark) if BENCHMARKS[b].scorer == "next_token"]
     done = frame[(frame.status == "done") & frame.benchmark.isin(read)]
@@ -274,7 +274,7 @@ def three_digits(x: float) -> str:
 
 
 def parameter_table(counts: dict) -> pd.DataFrame:
-    "Parameters by part: counted, and as the paper prints them."
+    "Parameters by part: counted, and as reported in the paper."
     printed, rows = printed_parameters(), []
     for name, count in counts.items():
         for part, n in with_total(count).items():

@@ -19,7 +19,7 @@ from ..utils.files import content_hash
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-005
 def _text(value, digits: int) -> str:
-    "A value as people read it."
+    "A value as text."
     if isinstance(value, Estimate):
         return format(value, str(digits))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -165,7 +165,7 @@ def score_table(
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-036
 def _achieved(ratio: float, failed: int) -> str:
-    "The achieved ratio, and how many cells of the setting failed."
+    "The achieved ratio, and how many experiments of the setting failed."
     return (f"{ratio:.3f}" if ratio == ratio else "–") + (f" ({failed} FAILED)" if failed else "")
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-039

@@ -143,7 +143,7 @@ def checkout() -> Path:
 def cache_folder(
     name: str,  # of a part of the cache
 ) -> Path:
-    "A folder for what can be made again; it may not exist yet."
+    "A folder for files that can be made again; it may not exist yet."
     own = os.environ.get("MLLM_COMPRESS_CACHE")
     general = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return (Path(own).expanduser() if own else general / "mllm_compress") / name

@@ -1,0 +1,176 @@
+"""The commands and files of the guide on batch use: they parse, and name what exists."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import ModuleType
+
+import nbformat
+import pytest
+import yaml
+from jupyter_core.command import list_subcommands
+from nbclient.cli import NbClientApp
+from nbconvert.nbconvertapp import NbConvertApp
+from typer.testing import CliRunner
+
+from mllm_compress.cli.app import app
+from mllm_compress.reporting.notebooks import check_parameters
+from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
+
+ROOT = Path(__file__).parents[1]
+GUIDE = "\n".join(c.source for c in nbformat.read(ROOT / "nbs/guides/run_in_batch.ipynb", 4).cells)
+
+
+def blocks(language: str) -> list:
+    "The fenced blocks of the guide in a language."
+    return re.findall(rf"(?s)```{language}\n(.*?)\n```", GUIDE)
+
+
+def checked_papermill(words: list) -> dict:
+    "The parameters of a papermill command, as its notebook accepts them."
+    notebook = Path(re.search(r"nbs/study/.*", words[1])[0])
+    options, given = words[2:], {}
+    while options:
+        if options[0] == "-p":
+            _, name, value, *options = options
+            given[name] = yaml.safe_load(value)
+        elif options[0] == "-y":
+            _, text, *options = options
+            given |= yaml.safe_load(text)
+        else:
+            assert not options[0].startswith("-"), words
+            options = options[1:]
+    if "profile" in given:
+        load_profile(given["profile"])
+    return check_parameters(nbformat.read(ROOT / notebook, 4), given)
+
+
+LINES = [shlex.split(s) for s in "\n".join(blocks("sh")).splitlines() if s and "export" not in s]
+
+
+def test_the_shell_blocks_have_these_programs():
+    programs = [words[0] for words in LINES]
+    assert programs.count("papermill") == 3 and programs.count("mllm-compress") == 3
+    assert set(programs) == {"papermill", "mllm-compress", "jupyter", "job=$(sbatch", "sbatch"}
+
+
+@pytest.mark.parametrize("words", LINES, ids=" ".join)
+def test_a_command_names_what_exists(words):
+    options = {w.partition("=")[0] for w in words if w.startswith("--")}
+    if words[0] == "papermill" and "--help-notebook" not in words:
+        assert checked_papermill(words)["profile"] in ("quick", "smoke")
+    elif words[0] == "mllm-compress":
+        text = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"}).output
+        assert options <= set(re.findall(r"--[\w-]+", text))
+    elif words[0] == "jupyter":
+        assert words[1] in list_subcommands()
+        known = {"execute": NbClientApp, "nbconvert": NbConvertApp}[words[1]]
+        assert options <= {f"--{o}" for o in (*known.flags, *known.aliases)}
+    elif words[0] == "sbatch":
+        wrapped = shlex.split(words[words.index("--wrap") + 1])
+        assert checked_papermill(wrapped) == {"profile": "tiny"}
+    for word in (w for w in words if w.endswith(".ipynb") and "nbs/" in w):
+        assert (ROOT / re.search("nbs/.*", word)[0]).is_file()
+
+
+def test_each_job_of_the_array_runs_another_ratio(tmp_path):
+    (script,) = blocks("bash")
+    jobs = re.search(r"--array=0-(\d+)", script)[1]
+    (tmp_path / "papermill").write_text("#!/bin/sh\nprintf '%s\\n' papermill \"$@\"\n")
+    (tmp_path / "papermill").chmod(0o755)
+    ratios = []
+    for k in range(int(jobs) + 1):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(ROOT.parent)}
+        run = subprocess.run(
+            ["bash", "-c", script],
+            env=env | {"SLURM_ARRAY_TASK_ID": str(k)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        given = checked_papermill(run.stdout.splitlines())
+        assert given["profile"] == "tiny"
+        ratios += given["ratios"]
+    assert ratios == load_profile("tiny").ratios
+
+
+def test_the_slurm_section_is_one_of_a_profile(tmp_path):
+    section = yaml.safe_load(blocks("yaml")[0])
+    text = (PROFILES / "tiny.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text + yaml.safe_dump(section))
+    assert load_profile(tmp_path / "mine.yaml").slurm == Slurm(**section["slurm"])
+
+
+def filled(text: str, **values) -> str:
+    "A text of Argo's with its placeholders replaced."
+    return re.sub(r"\{\{(.+?)\}\}", lambda m: str(values[m[1].replace(".", "_")]), text)
+
+
+def test_the_argo_workflow_runs_notebooks_with_parameters_that_they_have():
+    spec = yaml.safe_load(blocks("yaml")[1])["spec"]
+    templates = {t["name"]: t for t in spec["templates"]}
+    tasks = {t["name"]: t for t in templates[spec["entrypoint"]]["dag"]["tasks"]}
+    container = templates["notebook"]["container"]
+    (profile,) = spec["arguments"]["parameters"]
+    mounted = {m["name"] for m in container["volumeMounts"]}
+    assert mounted == {v["name"] for v in spec["volumes"]}
+    for task in tasks.values():
+        (given,) = task["arguments"]["parameters"]
+        assert [{"name": given["name"]}] == templates[task["template"]]["inputs"]["parameters"]
+        values = {
+            f"inputs_parameters_{given['name']}": given["value"],
+            f"workflow_parameters_{profile['name']}": profile["value"],
+        }
+        words = [filled(w, **values) for w in container["command"] + container["args"]]
+        assert checked_papermill(words) == {"profile": "tiny"}
+    order = TopologicalSorter({n: t.get("dependencies", []) for n, t in tasks.items()})
+    assert [*order.static_order()][-1] == "findings"
+
+
+def test_the_airflow_graph_is_the_same(monkeypatch):
+    operators, edges = {}, []
+
+    class Operator:
+        def __init__(self, task_id: str, bash_command: str):
+            self.task_id, operators[task_id] = task_id, shlex.split(bash_command)
+
+        def __rrshift__(self, before: list):
+            edges.extend((b.task_id, self.task_id) for b in before)
+
+    class Dag:
+        def __init__(self, *_, **options):
+            assert options == {"schedule": None, "catchup": False}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    for name, own in {"operators.bash": {"BashOperator": Operator}, "sdk": {"DAG": Dag}}.items():
+        full = "airflow.sdk" if name == "sdk" else f"airflow.providers.standard.{name}"
+        parts = full.split(".")
+        for k in range(1, len(parts) + 1):
+            module = sys.modules.get(here := ".".join(parts[:k])) or ModuleType(here)
+            monkeypatch.setitem(sys.modules, here, module)
+        vars(module).update(own)
+    (program,) = blocks("python")
+    exec(program, {})
+    assert edges == [("02_pruning", "10_findings"), ("05_data", "10_findings")]
+    for words in operators.values():
+        assert words[0].endswith(".venv/bin/papermill")
+        assert checked_papermill(words) == {"profile": "tiny"}
+
+
+def test_the_image_installs_what_is_in_the_checkout():
+    (image,) = blocks("dockerfile")
+    minor = int(re.search(r"FROM python:3\.(\d+)", image)[1])
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    assert minor >= int(re.search(r"min_python = 3\.(\d+)", settings)[1])
+    assert (ROOT / re.search(r"-c /source/(\S+)", image)[1]).is_file()
+    extra = re.search(r'"/source\[(\w+)\]"', image)[1]
+    assert f"\n{extra}_requirements = " in settings
