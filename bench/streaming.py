@@ -5,10 +5,12 @@ a process of its own. Reported are the largest resident set of the process (VmHW
 what it has after its imports, seconds, CPU seconds, and the bytes that it reads (rchar of
 /proc/self/io beyond the imports; loading as a whole maps the files, which does not count). Beside
 them stands what `cost` predicts. The default checkpoint has half the width and a quarter of the
-layers of LLaVA-v1.5-7B (1.6 GiB); it is scored in memory as well. `--model big` has its full size,
-takes 22 GiB of disk and most of an hour.
+layers of LLaVA-v1.5-7B (1.6 GiB); it is scored in memory as well. `--model third` has ten of its
+layers at full width (4.9 GiB), so that peaks are those of the whole model. `--model big` has its
+full size, takes 22 GiB of disk and most of an hour. Steps that are measured again replace their
+rows; the others stay in the table.
 
-    python bench/streaming.py [--model big] [--steps influence prune] [--quick]
+    python bench/streaming.py [--model third] [--steps taylor prune] [--quick]
 """
 
 import argparse
@@ -39,6 +41,7 @@ from mllm_compress.zoo.weight_files import open_files
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 WIDTHS = {  # of the text config; the vision tower is that of LLaVA-v1.5-7B
     "big": {},
+    "third": dict(num_hidden_layers=10),  # every layer has its full width
     "small": dict(hidden_size=2048, intermediate_size=5504, num_hidden_layers=8, heads=16),
     "quick": dict(
         hidden_size=512, intermediate_size=1376, num_hidden_layers=8, heads=4, vocab_size=8000
@@ -190,7 +193,7 @@ def measured_rows(size: str, steps: list, work: Path):
     rates = machine_rates(torch.bfloat16, next(dense.glob("*.safetensors")))
     for name in steps:
         ways = ["streamed"]
-        if size != "big" and name not in ("prune", "reconstruct"):
+        if size not in ("big", "third") and name not in ("prune", "reconstruct"):
             ways.append("in memory")
         for how in ways:
             found, gib = step_in_process(name, how, dense, work / "out"), 2**30
@@ -204,9 +207,15 @@ def measured_rows(size: str, steps: list, work: Path):
             shutil.rmtree(work / "out", ignore_errors=True)
 
 
+def kept_rows(path: Path, steps: list) -> list:
+    "Rows of earlier runs, without those of the steps that are measured now."
+    found = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["step"])
+    return found[~found.step.isin(steps)].to_dict("records")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["small", "big"], default="small")
+    parser.add_argument("--model", choices=["small", "third", "big"], default="small")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--quick", action="store_true", help="a checkpoint of half a GiB")
     parser.add_argument("--folder", type=Path, help="on a disk with room; default: temporary")
@@ -217,12 +226,13 @@ def main():
         return step_main(*args.step)
     size = "quick" if args.quick else args.model
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
-        needed = {"big": 24, "small": 4, "quick": 2}[size] * 2**30
+        needed = {"big": 24, "third": 10, "small": 4, "quick": 2}[size] * 2**30
         if (free := shutil.disk_usage(work).free) < needed:
             raise SystemExit(
                 f"{needed >> 30} GiB of disk are needed, {free >> 30} are free: --folder"
             )
-        rows = []
+        path = args.out / f"streaming-{size}.csv"
+        rows = kept_rows(path, args.steps)
         for row in measured_rows(size, args.steps, Path(work)):
             rows.append(row | facts("cpu"))
             print(
@@ -230,7 +240,7 @@ def main():
             )
             table = pd.DataFrame(rows)
             args.out.mkdir(parents=True, exist_ok=True)
-            table.to_csv(args.out / f"streaming-{size}.csv", index=False, float_format="%.5g")
+            table.to_csv(path, index=False, float_format="%.5g")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.checkpoint import load_pruned, save_pruned, verify
+from mllm_compress.checkpoint.loading import unpackable
 from mllm_compress.checkpoint.quantizing import QUANTIZATIONS, quantize
 from mllm_compress.cli import app
 from mllm_compress.pruning.pruning_plan import make_plan
@@ -28,10 +30,12 @@ IDS = torch.arange(3, 40)[None]
 def small(tiny_lm, tmp_path):
     "A factory of pruned checkpoints: (folder, model, plan)."
 
-    def make(shape="blockwise", family="llama"):
+    def make(shape="blockwise", family="llama", neurons=200):
         model = tiny_lm(family, hidden=128, groups=4, queries=1, neurons=256)
         layers = {"blockwise": (1,), "uniform": range(4)}[shape]
-        kept = dict(heads={i: range(2) for i in layers}, neurons={i: range(200) for i in layers})
+        kept = dict(
+            heads={i: range(2) for i in layers}, neurons={i: range(neurons) for i in layers}
+        )
         plan = make_plan(model, **kept)
         pruned = apply_plan(model, plan)
         return save_pruned(pruned, plan, tmp_path / f"{shape}-{family}"), pruned, plan
@@ -60,12 +64,26 @@ def test_a_quantized_checkpoint_is_loaded_as_it_was(name, shape, small, tmp_path
 
 @LIBRARY
 def test_plain_transformers_loads_a_uniform_one(small, tmp_path):
-    folder, _, _ = small("uniform")
-    quantize(folder, "nf4", tmp_path / "q")
+    folder, _, _ = small("uniform", neurons=192)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        quantize(folder, "nf4", tmp_path / "q")
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "q")(input_ids=IDS).logits
         ours = load_pruned(tmp_path / "q")[0](input_ids=IDS).logits
     assert torch.equal(plain, ours)
+
+
+@LIBRARY
+def test_widths_that_the_packed_cpu_kernel_cannot_divide(small, tmp_path):
+    folder, _, _ = small("uniform")  # 200 neurons are no multiple of 32
+    with pytest.warns(UserWarning, match="prune with --round-to 64"):
+        quantize(folder, "nf4", tmp_path / "q")
+    model = load_pruned(tmp_path / "q")[0]
+    layer = model.model.layers[0]
+    unfit = [layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]  # not the attention
+    assert [m for m in unpackable(model) if any(m is n for n in layer.modules())] == unfit
+    assert not any(m.support_avx512bf16_for_cpu for m in unpackable(model))
 
 
 @LIBRARY

@@ -16,6 +16,7 @@ from mllm_compress.study.rounding import (
     INT4,
     NF4,
     QUANTIZERS,
+    bytes_at,
     matrices,
     ratio_within,
     rounded,
@@ -96,7 +97,9 @@ def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
     model, limit = tiny_llava[0], 0.7 * stored_bytes(tiny_llava[0], how)
     ratio = ratio_within(model, how, limit)
     plan = plan_widthwise(model, random_scores(model), ratio=ratio)
-    assert stored_bytes(apply_plan(model, plan), how) <= 1.02 * limit
+    found = stored_bytes(apply_plan(model, plan), how)
+    assert found <= 1.02 * limit
+    assert found == pytest.approx(bytes_at(model, how, plan.achieved_ratio), rel=0.01)
     assert ratio_within(model, how, limit, step=0.25) in (0.25, 0.5, 0.75)
 
 

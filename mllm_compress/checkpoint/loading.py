@@ -96,6 +96,24 @@ def _load_processor(
     finally:
         transformers.logging.set_verbosity(level)
 
+# %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-101
+PACKED = 32  # outputs that the kernel takes together
+
+
+def unpackable(model: PreTrainedModel) -> list:  # of modules
+    "The 4-bit layers whose widths the CPU kernel of bitsandbytes cannot divide."
+    states = (
+        (m, getattr(getattr(m, "weight", None), "quant_state", None)) for m in model.modules()
+    )
+    fits = lambda s: s.shape[0] % PACKED == 0 and s.shape[1] % s.blocksize == 0
+    return [m for m, state in states if state is not None and not fits(state)]
+
+
+def skip_packing(model: PreTrainedModel) -> None:
+    "Keep the CPU kernel of bitsandbytes from matrices that it cannot hold."
+    for module in unpackable(model):
+        module.support_avx512bf16_for_cpu = False
+
 # %% ../../nbs/library/checkpoint/07_loading.ipynb #cell-016
 def fetched(
     folder,  # of a checkpoint, or a hub id
@@ -134,5 +152,6 @@ def load_pruned(
         options["device_map"] = device
     model = load_strictly(folder, manifest, plan, dtype=dtype or "auto", **options)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per layer and token
+    skip_packing(model)
     processor = _load_processor(folder, manifest["processor_class"])
     return _detach_from_file(model).eval(), processor, plan

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-005
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .formats import shrink
 from .integrity import is_checkpoint, verify
-from .loading import load_pruned
+from .loading import load_pruned, unpackable
 from .provenance import history, make_step
 from .saving import VARIANT, hide_config, write_records
 from .target import check_target, keep_unlisted
@@ -97,6 +98,14 @@ def check_quantizable(folder, out, name: str, overwrite: bool) -> dict:  # the m
     return manifest
 
 # %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-018
+NOT_PACKED = (
+    "{out}: on CPUs with AVX512-BF16, plain from_pretrained of this checkpoint fails at its first "
+    "pass, because bitsandbytes (0.49 to 0.50) packs 4 bits in groups of 32 outputs and 64 inputs. "
+    "Load it with load_pruned, which avoids that, or prune with --round-to 64. GPUs take it as it "
+    "is."
+)
+
+# %% ../../nbs/library/checkpoint/14_quantizing.ipynb #cell-020
 def quantize(
     folder,  # a checkpoint of save_pruned
     name: str,  # a row of QUANTIZATIONS: int8, nf4, fp4
@@ -107,6 +116,8 @@ def quantize(
     manifest = check_quantizable(folder, out, name, overwrite)
     config, kind = quantization_config(name), manifest["kind"]
     model, processor, plan = load_pruned(folder, check_files=False, quantization_config=config)
+    if kind == "stock" and unpackable(model):
+        warnings.warn(NOT_PACKED.format(out=out))
     step = make_step("quantize", quantization=name, bits=QUANTIZATIONS[name].bits)
     target = check_target(out, overwrite, {"checkpoint": folder})
     with replacing_folder(target) as new:

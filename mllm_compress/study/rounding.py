@@ -113,6 +113,23 @@ def stored_bytes(
     return others + sum(o * w * row.bits // 8 + 4 * row.scales(o, w) for o, w in shapes)
 
 # %% ../../nbs/library/study/10_rounding.ipynb #cell-017
+def map_bytes(model: PreTrainedModel, how: str) -> tuple:
+    "Weights in the linear maps of the decoder, bytes of one, and bytes of everything else."
+    inside = sum(m.weight.numel() for m in matrices(model))
+    others = HALF * (lm_parameters(model) - inside)
+    return inside, (stored_bytes(model, how) - others) / inside, others
+
+
+def bytes_at(
+    model: PreTrainedModel,  # dense, on any device
+    how: str,  # how what is left is rounded
+    ratio: float,  # of LM-decoder parameters
+) -> float:
+    "Bytes after pruning and rounding, in closed form."
+    inside, per_weight, others = map_bytes(model, how)
+    return others + (inside - ratio * lm_parameters(model)) * per_weight
+
+
 def ratio_within(
     model: PreTrainedModel,  # dense, on any device
     how: str,  # how what is left is rounded
@@ -120,10 +137,8 @@ def ratio_within(
     step: float = 0.0,  # fraction of LM parameters; ratios are multiples of it
 ) -> float:  # of LM-decoder parameters; 0 where the dense model fits
     "The smallest ratio at which a pruned and rounded model has at most so many bytes."
-    total, inside = lm_parameters(model), sum(m.weight.numel() for m in matrices(model))
-    others = HALF * (total - inside)
-    per_weight = (stored_bytes(model, how) - others) / inside
-    ratio = max(0.0, (inside - (limit - others) / per_weight) / total)
+    inside, per_weight, others = map_bytes(model, how)
+    ratio = max(0.0, (inside - (limit - others) / per_weight) / lm_parameters(model))
     if step and ratio:
         ratio = step * math.ceil(ratio / step - 1e-6)
     return math.ceil(1000 * ratio - 1e-6) / 1000 if not step else round(ratio, 4)

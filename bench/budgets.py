@@ -1,0 +1,258 @@
+"""Quality against measured seconds and bytes: budgets, whole layers, uniform widths, the paper.
+
+SmolLM2-135M in bfloat16 is pruned to several sizes five ways, none of them trained: *ours* by a
+budget of seconds and by one of bytes, *layerwise* and *uniform* at ratios, all refitted, and the
+*paper's* widthwise recipe, which has no refit because the paper trains instead. Quality is the
+perplexity of held-out text. Cost is measured: seconds per decoded token of one stream on one
+thread, in transformers and (float16, GGUF) in llama.cpp where node-llama-cpp is, and bytes of the
+LM decoder. At batch 1 every weight is read once per token, so decoding is bound by memory.
+
+Other programs run on the machine: what counts is the time of the processor, models in turn, the
+median of all rounds. Every seed draws its own calibration windows.
+
+    python bench/budgets.py [--quick] [--seeds 0] [--windows 64] [--rounds 5]
+
+It needs the package of SmolLM2 and the texts of profile smol (`make study PROFILE=smol`).
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+from machine import facts, text
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from llama_cpp import engine_folder, run_engine  # noqa: E402
+
+from mllm_compress.anatomy.compat import CACHE_ARGUMENT  # noqa: E402
+from mllm_compress.anatomy.families import anatomy  # noqa: E402
+from mllm_compress.checkpoint.llama_cpp import write_gguf  # noqa: E402
+from mllm_compress.cost.arithmetic import forward  # noqa: E402
+from mllm_compress.cost.unit_costs import unit_seconds  # noqa: E402
+from mllm_compress.importance.criteria import measure  # noqa: E402
+from mllm_compress.pruning.budgets import COUNTED  # noqa: E402
+from mllm_compress.pruning.one_step import plan_from_scores, prune  # noqa: E402
+from mllm_compress.pruning.pruning_plan import make_plan  # noqa: E402
+from mllm_compress.pruning.reconstruction import reconstruct  # noqa: E402
+from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
+from mllm_compress.reporting.style import label_ends, line, look, page  # noqa: E402
+from mllm_compress.utils.methods import DASHED, GREEN, PINK, Look  # noqa: E402
+
+OUT = ROOT / "figures" / "bench"
+SHARES = (0.85, 0.7, 0.55)  # of the dense model's cost that stay; 1 - share is the ratio
+LOOKS = {
+    "ours, seconds": Look("ours, seconds", GREEN, "o"),
+    "ours, bytes": Look("ours, bytes", GREEN, "D", DASHED),
+    "layerwise": look("layerwise"),
+    "uniform": look("uniform"),
+    "paper": Look("paper, widthwise", PINK, "X"),
+}
+CONTEXT = 64  # tokens in the cache
+
+
+def scores_of(model, batches: list) -> dict:
+    "The three scorings that the ways share."
+    kinds = {"gauss_newton": "widthwise", "taylor": "widthwise", "block_influence": "layerwise"}
+    return {name: measure(kind, name, model, batches) for name, kind in kinds.items()}
+
+
+def by_seconds(model, batches, scores, share, costs):
+    "Pruned to a share of the seconds, by the one ranking of units and layers."
+    budget = dict(budget={"latency": share}, costs=costs)
+    plan = plan_from_scores(model, scores, None, None, allocation="global", **budget)
+    small = reconstruct(apply_plan(model, plan), model, batches, plan, inplace=True)
+    return small, plan
+
+
+def pruned(model, batches, scores: dict, way: str, share: float, costs):
+    "A model and its plan."
+    units, paper, layers = (scores[k] for k in ("gauss_newton", "taylor", "block_influence"))
+    if way == "ours, seconds":
+        return by_seconds(model, batches, units, share, costs)
+    given, options = {
+        "ours, bytes": (units, dict(budget={"bytes": share}, reconstruct=True)),
+        "layerwise": (layers, dict(ratio=1 - share, reconstruct=True)),
+        "uniform": (units, dict(ratio=1 - share, shape="uniform", reconstruct=True)),
+        "paper": (paper, dict(ratio=1 - share, shape="blockwise")),
+    }[way]
+    return prune(model, batches, scores=given, **options)
+
+
+def described(model) -> dict:
+    "Bytes, KV cache and depth of a model."
+    plan = make_plan(model)
+    counted = {name: count(model).total(plan) for name, count in COUNTED.items()}
+    return counted | {"layers": anatomy(model).num_layers}
+
+
+# --- the clocks
+
+
+@torch.inference_mode()
+def decode_seconds(models: list, rounds: int, tokens: int) -> list:  # of lists, one per model
+    "Processor seconds of decoded tokens, models in turn."
+    ids = torch.randint(5, 9_000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
+    caches = [getattr(forward(m, {"input_ids": ids}), CACHE_ARGUMENT) for m in models]
+    found = [[] for _ in models]
+    for _ in range(rounds):
+        for model, cache, times in zip(models, caches, found):
+            for k in range(tokens + 1):
+                start = time.process_time()
+                forward(model, {"input_ids": ids[:, -1:], CACHE_ARGUMENT: cache})
+                times += [time.process_time() - start] * (k > 0)  # the first one warms up
+                cache.crop(-1)
+    return found
+
+
+def engine_seconds(models: list, place: Path, rounds: int, tokens: int) -> list:
+    "Processor seconds per token in llama.cpp, files in turn; nothing where it is not there."
+    if engine_folder() is None:
+        return [[] for _ in models]
+    files = [place / f"{k}.gguf" for k in range(len(models))]
+    for model, file in zip(models, files):
+        write_gguf(model, file, dtype="f16")
+    found, decode = [[] for _ in files], dict(prompt=CONTEXT, tokens=tokens, repeats=1)
+    for _ in range(rounds):
+        for file, times in zip(files, found):
+            (answer,) = run_engine([dict(model=str(file), decode=decode)], timeout=600)
+            times += answer["seconds"]
+    return found
+
+
+def quartiles(name: str, times: list) -> dict:
+    "The median and the quartiles of seconds, as columns."
+    quantiles = {"": 0.5, "_low": 0.25, "_high": 0.75}
+    return {f"{name}{end}": np.quantile(times, q) for end, q in quantiles.items() if len(times)}
+
+
+# --- all of them
+
+
+def beside_dense(rows: list) -> list:
+    "Cost and perplexity over those of the dense model, the first row."
+    names = ("perplexity", "bytes", "kv", "seconds", "llama_cpp_seconds")
+    for row in rows:
+        row |= {f"{k}_over_dense": row[k] / rows[0][k] for k in names if k in row}
+    return rows
+
+
+def group_rows(models: dict, plans: dict, perplexity, rounds: int) -> list:
+    "A row per model; those of one size are timed in turn, the dense one with them."
+    with tempfile.TemporaryDirectory() as place:
+        clocks = {
+            "seconds": decode_seconds([*models.values()], rounds, tokens=10),
+            "llama_cpp_seconds": engine_seconds([*models.values()], Path(place), rounds, tokens=24),
+        }
+    rows = []
+    for k, (way, model) in enumerate(models.items()):
+        achieved = plans[way].achieved_ratio if way in plans else 0.0
+        row = dict(way=way, achieved_ratio=achieved, perplexity=perplexity(model))
+        row |= described(model)
+        for name, times in clocks.items():
+            row |= quartiles(name, times[k])
+        rows.append(row)
+    return beside_dense(rows)
+
+
+def groups(seed: int, shares, windows: int):  # of (share, name -> model, name -> plan)
+    "The models of every size, for one draw of calibration windows."
+    model, tokenizer = text.load()
+    model = model.to(torch.bfloat16)
+    batches = text.calibration(tokenizer, seed, windows)
+    ids = torch.full((1, CONTEXT), 5)
+    costs, scores = unit_seconds(model, {"input_ids": ids}), scores_of(model, batches)
+    for share in shares:
+        found = {way: pruned(model, batches, scores, way, share, costs) for way in LOOKS}
+        models = {"dense": model} | {way: small for way, (small, _) in found.items()}
+        yield share, models, {way: plan for way, (_, plan) in found.items()}
+
+
+AXES = {
+    "seconds_over_dense": "decode seconds, transformers / dense",
+    "llama_cpp_seconds_over_dense": "decode seconds, llama.cpp / dense",
+    "bytes_over_dense": "bytes of the decoder / dense",
+}
+
+
+def draw(frame: pd.DataFrame, path: Path) -> None:
+    "Perplexity over each cost, means over seeds."
+    import matplotlib.pyplot as plt
+
+    names = [name for name in AXES if name in frame]
+    means = frame.groupby(["way", "share"], sort=False).mean(numeric_only=True).reset_index()
+    with page():
+        fig, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), sharey=True)
+        for ax, name in zip(axes, names):
+            ends = {}
+            for way, its in LOOKS.items():
+                part = means[means.way == way].sort_values(name, ascending=False)
+                line(ax, [1, *part[name]], [1, *part.perplexity_over_dense], its)
+                ends[its] = part[name].iloc[-1], part.perplexity_over_dense.iloc[-1]
+            ax.set(xlabel=AXES[name], yscale="log")
+            label_ends(ax, ends)
+        for which in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+            which(plt.FormatStrFormatter("%g"))
+        axes[0].set_ylabel("perplexity / dense (held-out text)")
+        for end in (".png", ".pdf"):
+            fig.savefig(path.with_suffix(end))
+
+
+def caption(frame: pd.DataFrame) -> str:
+    "What the figure shows, and under which conditions."
+    first = frame.iloc[0]
+    return (
+        f"Perplexity of {first.windows_tested} held-out windows of {text.WINDOW} tokens over cost, "
+        f"SmolLM2-135M (dense: {first.perplexity:.1f}), nothing trained; means over "
+        f"{frame.seed.nunique()} draw(s) of {first.windows} calibration windows. Decode: one "
+        f"stream, {first.threads} thread(s), {CONTEXT} tokens in the cache, {first['dtype']} in "
+        f"transformers {first.transformers} and f16 in {first.engine}; processor time, models in "
+        f"turn, medians of {first.rounds} rounds, while other programs ran. {first.device}.\n"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one size: checks the script")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of cost that stay")
+    parser.add_argument("--windows", type=int, default=64, help="of calibration")
+    parser.add_argument("--tests", type=int, default=64, help="windows of held-out text")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    if missing := text.missing():
+        return print(f"nothing measured: {missing}")
+    matplotlib.use("Agg")
+    torch.set_num_threads(1)
+    shares, tests, rounds = args.shares, args.tests, args.rounds
+    if args.quick:
+        shares, tests, rounds = shares[1:2], 4, 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem, rows = args.out / f"budgets{'-quick' if args.quick else ''}", []
+    about = dict(model=text.NAME, dtype="bfloat16", windows=args.windows, windows_tested=tests)
+    about |= dict(rounds=rounds, context=CONTEXT, engine="llama.cpp in node-llama-cpp 3.21.1")
+    tokenizer = text.load()[1]
+    perplexity = partial(text.perplexity, tokenizer=tokenizer, data=text.held_out(tokenizer))
+    for seed in args.seeds:
+        for share, models, plans in groups(seed, shares, args.windows):
+            found = group_rows(models, plans, partial(perplexity, windows=tests), rounds)
+            rows += [row | dict(share=share, seed=seed) for row in found]
+            frame = pd.DataFrame(rows).assign(**about, **facts("cpu"))
+            frame.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
+            print(f"seed {seed}, {share:.0%} of the cost: measured", flush=True)
+    draw(frame, stem.with_suffix(".png"))
+    stem.with_suffix(".txt").write_text(caption(frame), encoding="utf-8")
+    shown = ["way", "share", "seed", "achieved_ratio", "layers", "perplexity", *AXES]
+    print(frame[[c for c in shown if c in frame]].to_string(float_format="%.3g"))
+
+
+if __name__ == "__main__":
+    main()
