@@ -51,6 +51,7 @@ from mllm_compress.pruning.plans import (
     layers_for_ratio,
     layerwise_ratio,
     plan_channels,
+    plan_combined,
     plan_none,
     plan_pruning,
     plan_widthwise,
@@ -61,6 +62,7 @@ from ..pruning.reconstructions import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
+from ..recovery.scratch import STARTS
 from ..recovery.student import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
 from . import store
@@ -260,7 +262,9 @@ def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     config = config_from_dict({k: v for k, v in options.items() if v != "fastest"})
     refitted = experiment.reconstruct != "none"
     small_steps = refitted and experiment.train == "projector+lm"
-    rates = profile.learning_rates.get("reconstructed" if small_steps else experiment.train, {})
+    where = "reconstructed" if small_steps else experiment.train
+    own = profile.learning_rates.get(experiment.start, {})  # where new weights have a rate
+    rates = profile.learning_rates.get(where, {}) | own
     rate = rate_of(rates.get(experiment.recovery), experiment.pruning, experiment.ratio)
     rate = learning_rate(config, reconstructed=refitted) if rate is None else rate
     settled = asdict(replace(config, lr=rate))
@@ -336,12 +340,21 @@ def _score_options(experiment: Experiment, profile: Profile) -> dict:
     )
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-037
+def layers_first(experiment: Experiment) -> Experiment:
+    "The layerwise experiment whose scores say which whole layers a hybrid removes."
+    e = experiment
+    own = dict(seed=e.seed, calibration_seed=e.calibration_seed, calibration=e.calibration)
+    return Experiment(e.model, "layerwise", e.ratio * e.layer_share, **own)
+
+
 def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the plan of a pruned experiment."
     e = experiment
     width = {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
-    own = {name: getattr(e, name) for name in ("allocation", "shape")}
+    own = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
     width |= {name: value for name, value in own.items() if value != LATER[name]}
+    if e.layer_share:
+        width["layers"] = content_hash(scores_inputs(layers_first(e), profile))
     scores = content_hash(scores_inputs(e, profile))
     row = PRUNINGS[e.pruning]
     return stage_inputs(
@@ -353,11 +366,14 @@ OBS_VERSION = 1  # of `obs_scores`; raised when its numbers change
 
 
 def start_inputs(experiment: Experiment, profile: Profile) -> dict:
-    "What determines the model that training starts from: a refit, a plan, or a dense model."
+    "What determines the model that training starts from: new weights, a refit, a plan, or none."
     e = experiment
     if e.pruning == "none":
         return model_inputs(e.model, profile)
     plan = plan_inputs(e, profile)
+    if e.start != "pruned":
+        version = STARTS[e.start].version
+        return stage_inputs("start", version, how=e.start, seed=e.seed, plan=content_hash(plan))
     if e.reconstruct == "none":
         return plan
     version = RECONSTRUCTIONS[e.reconstruct].version
@@ -519,13 +535,14 @@ def plan_of(experiment: Experiment, profile: Profile, results: Store, device: st
     if found := store.read(results, "plan", content_hash(inputs)):
         return PruningPlan.from_json(found["value"])
     model, _ = teacher_of(e.model, profile, device)
-    plan = planned(e, model, scores_of(e, profile, results, device), profile.width)
+    layers = scores_of(layers_first(e), profile, results, device) if e.layer_share else None
+    plan = planned(e, model, scores_of(e, profile, results, device), profile.width, layers)
     store.write(results, inputs, plan.to_json())
     return plan
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-073
-def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
-    "The plan of an experiment from its scores."
+def planned(experiment: Experiment, model, scores, width: Width, layers=None) -> PruningPlan:
+    "The plan of an experiment from its scores, and those of whole layers where it is a hybrid."
     e, w = experiment, width
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
@@ -537,6 +554,9 @@ def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
         return plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
     shape = w.shape if e.shape == "default" else e.shape
     protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
+    if layers is not None:
+        how = dict(ratio=ratio, layer_share=e.layer_share, protect=protect, shape=shape)
+        return plan_combined(model, layers, scores, **how)
     return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-075
@@ -553,6 +573,8 @@ def start_of(experiment: Experiment, plan, profile: Profile, results: Store, dev
     "The pruned model before any training."
     e, (model, processor) = experiment, teacher_of(experiment.model, profile, device)
     small = apply_plan(model, plan)
+    if e.start != "pruned":
+        return STARTS[e.start].function(small, e.seed)
     if e.reconstruct == "none":
         return small
     batches = calibration_batches_of(e, profile, processor, device)
@@ -1018,7 +1040,8 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     keys = {"score": set(names.values()), "answers": answers, "experiment": set()}
     keys["experiment"].add(content_hash(index_inputs(e)))
     if e.pruning != "none":
-        keys["scores"] = {content_hash(scores_inputs(e, profile))}
+        scored = [e, layers_first(e)] if e.layer_share else [e]
+        keys["scores"] = {content_hash(scores_inputs(s, profile)) for s in scored}
         keys["plan"] = {content_hash(plan_inputs(e, profile))}
     if e.reconstruct != "none":
         keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
