@@ -372,8 +372,8 @@ def start_inputs(experiment: Experiment, profile: Profile) -> dict:
         return model_inputs(e.model, profile)
     plan = plan_inputs(e, profile)
     if e.start != "pruned":
-        version = STARTS[e.start].version
-        return stage_inputs("start", version, how=e.start, seed=e.seed, plan=content_hash(plan))
+        made = {"stage": "start", "version": STARTS[e.start].version, "how": e.start}
+        return made | {"seed": e.seed, "plan": content_hash(plan)}
     if e.reconstruct == "none":
         return plan
     version = RECONSTRUCTIONS[e.reconstruct].version
