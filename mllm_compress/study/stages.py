@@ -393,6 +393,25 @@ def student_inputs(experiment: Experiment, profile: Profile) -> dict:
         data=data_inputs(training_of(e.model, profile)),
     )
 
+# %% ../../nbs/library/study/04_stages.ipynb #cell-041b
+CURVE = {"version": 1, "questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
+
+
+def validation_of(profile: Profile, questions: int) -> Evaluation:
+    "The benchmarks of a profile that have a validation split, asked there."
+    names = [benchmark(name).name for name in profile.evaluation.benchmarks]
+    kinds = [n for n in names if n.startswith("scenes/") or n in ("text/quotes", "text/glosses")]
+    how = dict(benchmarks=kinds, questions=questions, limits={}, split="validation")
+    return replace(profile.evaluation, **how)
+
+
+def curve_inputs(experiment: Experiment, profile: Profile) -> dict:
+    "What determines the recovery curve of an experiment."
+    e, subject = validation_of(profile, CURVE["questions"]), subject_key(experiment, profile)
+    asked = {name: content_hash(answers_inputs(subject, name, e)) for name in e.benchmarks}
+    version = CURVE["version"]
+    return stage_inputs("curve", version, asked=asked, looks=CURVE["looks"], student=subject)
+
 # %% ../../nbs/library/study/04_stages.ipynb #cell-043
 def subject_key(experiment: Experiment, profile: Profile) -> str:
     "The key of what is evaluated: a student, a plan, or a dense model."
@@ -612,7 +631,7 @@ def checkpoints_of(
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-085
 def trained(
-    experiment: Experiment, plan, profile: Profile, results: Store, device: str
+    experiment: Experiment, plan, profile: Profile, results: Store, device: str, watch=None
 ) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
     e = experiment
@@ -630,6 +649,7 @@ def trained(
         plan=plan,
         device=device,
         progress=False,
+        watch=watch,
         **_kept_checkpoints(e, profile, results),
         **_sharding(student, profile, device),
     )
@@ -1047,6 +1067,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
         keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
     if e.recovery != "none":
         keys["student"] = {content_hash(student_inputs(e, profile))}
+        keys["curve"] = {content_hash(curve_inputs(e, profile))}
     return keys
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-144
