@@ -302,6 +302,24 @@ def over_fractions(
         legend_above(fig, list(looks.values()))
     return fig
 
+# %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-033b
+def recovery_curves(
+    rows: pd.DataFrame,  # of `study.curves.recovery_curves`
+    order: list,  # of losses
+):  # a figure
+    "Validation score over the steps of training: a panel per model, a line per objective."
+    models = list(dict.fromkeys(rows.model))
+    fig, axes = panels(max(len(models), 1), height=2.6)
+    with page():
+        for ax, model in zip(axes, models):
+            for name in order:
+                g = rows[(rows.model == model) & (rows.recovery == name)]
+                line(ax, g.step, g.score, name)
+            ax.set(title=model, xlabel="step")
+        axes[0].set_ylabel("validation score")
+        legend_above(fig, order)
+    return fig
+
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-035
 PARTS = {
     "vision": ("vision tower", SKY),
