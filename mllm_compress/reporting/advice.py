@@ -31,7 +31,8 @@ def studied(profile) -> list:  # of Experiment, sorted
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
     "All results of a profile."
     profile, cells = load_profile(profile), studied(profile)
-    cells = [c for c in cells if c.quantize == LATER["quantize"]]  # bits are asked for elsewhere
+    usual = {name: LATER[name] for name in ("quantize", "start")}  # compared elsewhere
+    cells = [c for c in cells if all(getattr(c, k) == v for k, v in usual.items())]
     dense = {c.model for c in cells if c.pruning == c.recovery == "none"}
     cells = [c for c in cells if c.model in dense]
     if not any(c.pruning != "none" for c in cells):
@@ -108,7 +109,9 @@ def ranked(
     settings = [dict(row[SETTING].drop("model")) for _, row in rows.iterrows()]
     gaps = [difference(frame, model, settings[0], setting) for setting in settings]
     tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
-    rival = rows.groupby(["recovery", "train", "fraction"]).pruning.transform("nunique") > 1
+    rival = (
+        rows.groupby(["recovery", "train", "fraction", "epochs"]).pruning.transform("nunique") > 1
+    )
     return rows.assign(
         rival=rival,
         behind=[gap.value for gap in gaps],
@@ -133,7 +136,7 @@ def cheapest(
         {
             "trained": tied.recovery != "none",
             "lm": tied.train != "projector",
-            "fraction": tied.fraction,
+            "fraction": tied.fraction * tied.epochs.clip(lower=1),  # of steps
             "teacher": tied.recovery.str.contains("kd"),
         }
     )
@@ -150,7 +153,9 @@ def say(
     how = f"prune {row.pruning}{shape} ({row.importance}) at {ratio}"
     if row.recovery == "none":
         return f"{how} and do not train"
-    return f"{how}, then train {row.train} with {row.recovery} on {row.fraction:.0%} of the data"
+    often = f", {row.epochs} epochs" if row.epochs else ""
+    how += f", then train {row.train} with {row.recovery}"
+    return f"{how} on {100 * row.fraction:g} % of the data{often}"
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-035
 def say_ties(
@@ -240,7 +245,7 @@ def say_published(model: str, ratio: float, training: bool, profile) -> str:
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-050
 COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery"]
-COLUMNS += ["train", "fraction", "avg_percent", "low", "high", "n", "seeds"]
+COLUMNS += ["train", "fraction", "epochs", "avg_percent", "low", "high", "n", "seeds"]
 COLUMNS += ["behind", "tied", "open", "rival"]
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-052
