@@ -51,7 +51,6 @@ from mllm_compress.pruning.plans import (
     layers_for_ratio,
     layerwise_ratio,
     plan_channels,
-    plan_combined,
     plan_none,
     plan_pruning,
     plan_widthwise,
@@ -341,7 +340,7 @@ def _score_options(experiment: Experiment, profile: Profile) -> dict:
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-037
 def layers_first(experiment: Experiment) -> Experiment:
-    "The layerwise experiment whose scores say which whole layers a hybrid removes."
+    "The layerwise experiment whose plan says which whole layers a hybrid removes."
     e = experiment
     own = dict(seed=e.seed, calibration_seed=e.calibration_seed, calibration=e.calibration)
     return Experiment(e.model, "layerwise", e.ratio * e.layer_share, **own)
@@ -354,7 +353,7 @@ def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
     own = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
     width |= {name: value for name, value in own.items() if value != LATER[name]}
     if e.layer_share:
-        width["layers"] = content_hash(scores_inputs(layers_first(e), profile))
+        width["base"] = content_hash(plan_inputs(layers_first(e), profile))
     scores = content_hash(scores_inputs(e, profile))
     row = PRUNINGS[e.pruning]
     return stage_inputs(
@@ -554,14 +553,14 @@ def plan_of(experiment: Experiment, profile: Profile, results: Store, device: st
     if found := store.read(results, "plan", content_hash(inputs)):
         return PruningPlan.from_json(found["value"])
     model, _ = teacher_of(e.model, profile, device)
-    layers = scores_of(layers_first(e), profile, results, device) if e.layer_share else None
-    plan = planned(e, model, scores_of(e, profile, results, device), profile.width, layers)
+    base = plan_of(layers_first(e), profile, results, device) if e.layer_share else None
+    plan = planned(e, model, scores_of(e, profile, results, device), profile.width, base)
     store.write(results, inputs, plan.to_json())
     return plan
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-073
-def planned(experiment: Experiment, model, scores, width: Width, layers=None) -> PruningPlan:
-    "The plan of an experiment from its scores, and those of whole layers where it is a hybrid."
+def planned(experiment: Experiment, model, scores, width: Width, base=None) -> PruningPlan:
+    "The plan of an experiment from its scores, and the layerwise plan that a hybrid begins with."
     e, w = experiment, width
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
@@ -573,9 +572,8 @@ def planned(experiment: Experiment, model, scores, width: Width, layers=None) ->
         return plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
     shape = w.shape if e.shape == "default" else e.shape
     protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
-    if layers is not None:
-        how = dict(ratio=ratio, layer_share=e.layer_share, protect=protect, shape=shape)
-        return plan_combined(model, layers, scores, **how)
+    if base is not None:
+        return plan_widthwise(model, scores, ratio, protect=protect, shape=shape, base=base)
     return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
 
 # %% ../../nbs/library/study/04_stages.ipynb #cell-075
@@ -1060,9 +1058,9 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     keys = {"score": set(names.values()), "answers": answers, "experiment": set()}
     keys["experiment"].add(content_hash(index_inputs(e)))
     if e.pruning != "none":
-        scored = [e, layers_first(e)] if e.layer_share else [e]
-        keys["scores"] = {content_hash(scores_inputs(s, profile)) for s in scored}
-        keys["plan"] = {content_hash(plan_inputs(e, profile))}
+        planned = [e, layers_first(e)] if e.layer_share else [e]
+        keys["scores"] = {content_hash(scores_inputs(s, profile)) for s in planned}
+        keys["plan"] = {content_hash(plan_inputs(s, profile)) for s in planned}
     if e.reconstruct != "none":
         keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
     if e.recovery != "none":
