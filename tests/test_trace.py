@@ -197,11 +197,12 @@ def test_intervals_of_tables_follow_from_the_answers(traced):
             frame_of(folder / f"{path.name.removesuffix('-scores.csv')}.ipynb", contents),
         )
         rows = effects.summary(frame)
+        if "pruning" in table:  # without it, a dense model that is rounded is a row as any other
+            rows, table = rows[rows.pruning != "none"], table[table.pruning != "original"]
         ours = {
-            tuple(round(v, 3) for v in r)
-            for r in rows[rows.pruning != "none"][["avg_percent", "low", "high"]].to_numpy()
+            tuple(round(v, 3) for v in r) for r in rows[["avg_percent", "low", "high"]].to_numpy()
         }
-        shown = table[table.pruning != "original"][["AVG-%", "low", "high"]].dropna().to_numpy()
+        shown = table[["AVG-%", "low", "high"]].dropna().to_numpy()
         assert len(shown) and all(
             any(np.allclose(row, r, atol=2e-3) for r in ours) for row in shown
         ), path

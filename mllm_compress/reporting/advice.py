@@ -23,16 +23,17 @@ from ..zoo.models import MODELS
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-005
 def studied(profile) -> list:  # of Experiment, sorted
-    "The experiments of a profile that have results."
+    "The experiments of a profile that have results; without rounded or new weights."
     profile = load_profile(profile)
-    return sorted(stored(profile)) if (checkout() / "runs" / profile.name).exists() else []
+    if not (checkout() / "runs" / profile.name).exists():
+        return []
+    pruned = lambda e: all(getattr(e, k) == LATER[k] for k in ("quantize", "start"))
+    return sorted(filter(pruned, stored(profile)))
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-008
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
     "All results of a profile."
     profile, cells = load_profile(profile), studied(profile)
-    usual = {name: LATER[name] for name in ("quantize", "start")}  # compared elsewhere
-    cells = [c for c in cells if all(getattr(c, k) == v for k, v in usual.items())]
     dense = {c.model for c in cells if c.pruning == c.recovery == "none"}
     cells = [c for c in cells if c.model in dense]
     if not any(c.pruning != "none" for c in cells):
