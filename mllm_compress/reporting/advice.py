@@ -23,12 +23,12 @@ from ..zoo.models import MODELS
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-005
 def studied(profile) -> list:  # of Experiment, sorted
-    "The experiments of a profile that have results; without rounded or new weights."
+    "The experiments of a profile that have results; without rounded or new weights, or hybrids."
     profile = load_profile(profile)
     if not (checkout() / "runs" / profile.name).exists():
         return []
-    pruned = lambda e: all(getattr(e, k) == LATER[k] for k in ("quantize", "start"))
-    return sorted(filter(pruned, stored(profile)))
+    elsewhere = ("quantize", "start", "layer_share")  # compared elsewhere
+    return sorted(e for e in stored(profile) if all(getattr(e, k) == LATER[k] for k in elsewhere))
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-008
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
