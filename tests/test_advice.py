@@ -108,7 +108,7 @@ def test_ties_are_said_and_the_cheapest_is_named(ask):
     assert (
         "points less, a tie)" in given.text
         and "the cheapest: prune layerwise (x) at ratio 0.30 (achieved 0.300), "
-        "then train projector with sft on 5%"
+        "then train projector with sft on 5 %"
         in given.text
     )
     assert given.rows.behind.round(6).tolist() == [0, 0.25, 0.5, 9, 29]
@@ -181,7 +181,7 @@ def test_each_pruning_answers_with_its_own_step():
 def test_the_cheapest_needs_no_teacher_and_is_always_shown():
     rows = pd.DataFrame(
         [
-            {"recovery": r, "train": t, "fraction": f, "tied": True}
+            {"recovery": r, "train": t, "fraction": f, "epochs": 0, "tied": True}
             for r, t, f in [("sft+hidden_kd", "projector+lm", 0.05)] * 9
             + [
                 ("hidden_kd", "projector+lm", 0.05),

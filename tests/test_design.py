@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from pruning_cases import build
 from test_study import DENSE, LAYERS, SMOKE, TRAINED, WIDTH, inline
 
 from mllm_compress.data import InstructionData, scene_data, small_data
@@ -16,11 +18,12 @@ from mllm_compress.data.calibration import (
     question_types,
 )
 from mllm_compress.data.small_sets import entry
-from mllm_compress.pruning.plans import layerwise_ratio, plan_channels
+from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
 from mllm_compress.study import cache_keys, stages
 from mllm_compress.study.cache_keys import name_of, scores_inputs, subject_key
 from mllm_compress.study.experiments import Experiment, canonical, described
 from mllm_compress.study.profiles import differences, load_profile, rate_of, resolve_parameters
+from mllm_compress.study.pruned_models import planned
 from mllm_compress.utils.files import content_hash
 
 
@@ -251,3 +254,77 @@ def test_equal_plans_share_their_answers(away, monkeypatch):
     monkeypatch.setattr(stages, "answer", lambda *_: pytest.fail("answered again"))
     again = inline([replace(magnitude, seed=1, calibration_seed=1)], seeded)
     assert again.score.tolist() == first.score.tolist()[1:]
+
+
+# ---- hybrids, and students from scratch
+
+
+def test_a_hybrid_removes_the_layers_of_its_share_and_has_the_size_of_width_alone():
+    "The layers of layerwise planning at that share, and the units of both up to the same size."
+    from mllm_compress.importance.criteria import random_scores
+    from mllm_compress.importance.scores import LayerScores
+
+    model = build("llama-4x1", num_hidden_layers=10)
+    values = torch.rand(10, generator=torch.Generator().manual_seed(5))
+    layers, units = LayerScores(values, "random"), random_scores(model)
+    width = replace(SMOKE.width, aim="layers")
+    for ratio in (0.3, 0.4, 0.6):
+        e = Experiment("m", "widthwise", ratio, layer_share=0.5)
+        base = plan_layerwise(model, layers, ratio=ratio / 2)
+        first, again = (planned(e, model, units, width, base) for _ in range(2))
+        alone = planned(replace(e, layer_share=0.0), model, units, width)
+        assert first == again and first.method == "layerwise+widthwise"
+        assert first.layers == base.layers
+        assert len(first.layers) < 10 == len(alone.layers)
+        assert first.achieved_ratio == pytest.approx(layerwise_ratio(model, ratio), abs=0.02)
+
+
+def test_a_hybrid_has_keys_of_its_own_and_the_scores_of_its_parts():
+    hybrid = replace(WIDTH, layer_share=0.5)
+    assert subject_key(hybrid, SMOKE) != subject_key(WIDTH, SMOKE)
+    first = cache_keys.layers_first(hybrid)
+    assert (first.pruning, first.ratio) == ("layerwise", hybrid.ratio / 2)
+    ours, width, layers = (stages.stage_keys(e, SMOKE) for e in (hybrid, WIDTH, first))
+    assert ours["scores"] == width["scores"] | layers["scores"] and layers["plan"] < ours["plan"]
+    assert "layer_share" not in described(WIDTH) and described(hybrid)["layer_share"] == 0.5
+
+
+def test_a_student_from_scratch_differs_by_seed_and_in_nothing_else_of_its_key():
+    pruned = replace(LAYERS, recovery="sft", fraction=0.5)
+    fresh = replace(pruned, start="scratch")
+    ours, theirs = (cache_keys.student_inputs(e, SMOKE) for e in (fresh, pruned))
+    assert [k for k in ours if ours[k] != theirs[k]] == ["start"]
+    own = replace(SMOKE, learning_rates={"scratch": {"sft": 0.5}, "projector+lm": {"sft": 0.1}})
+    rates = [cache_keys.recovery_config(e, own).lr for e in (fresh, pruned)]
+    assert rates == [0.5, 0.1]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(pruning="layerwise", layer_share=0.5), "widthwise plans"),
+        (dict(pruning="widthwise", layer_share=1.0), "outside"),
+        (dict(pruning="widthwise", layer_share="half"), "must be a number"),
+        (dict(pruning="layerwise", start="scratch"), "give a recovery"),
+        (
+            dict(pruning="layerwise", start="scratch", recovery="sft", train="projector"),
+            "projector",
+        ),
+        (dict(pruning="layerwise", start="zero", recovery="sft"), "pruned, scratch"),
+    ],
+)
+def test_comparisons_that_cannot_be_are_errors(changes, said):
+    with pytest.raises(ValueError, match=said):
+        Experiment("m", ratio=0.3, **changes)
+
+
+def test_a_curve_belongs_to_a_recovered_student_and_changes_no_other_key():
+    from mllm_compress.study.curves import recovery_curves
+
+    assert "curve" not in stages.stage_keys(LAYERS, SMOKE)
+    keys = stages.stage_keys(TRAINED, SMOKE)
+    assert len(keys["curve"]) == 1 and keys["student"] == {
+        content_hash(cache_keys.student_inputs(canonical(TRAINED), SMOKE))
+    }
+    with pytest.raises(ValueError, match="without recovery"):
+        recovery_curves([LAYERS], SMOKE)

@@ -5,11 +5,13 @@ import torch
 from golden_versions import check_golden, check_no_stale
 from pruning_cases import build, inputs, width_scores
 
+from mllm_compress.anatomy.families import anatomy
 from mllm_compress.importance.criteria import CRITERIA, measure
 from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import PRUNINGS, plan_pruning
 from mllm_compress.pruning.reconstructions import RECONSTRUCTIONS, reconstructed
 from mllm_compress.pruning.slicing import apply_plan
+from mllm_compress.recovery.scratch import STARTS
 
 CRITERIA_AT = "CRITERIA (nbs/library/importance/04_criteria.ipynb)"
 PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/03_plans.ipynb)"
@@ -108,6 +110,17 @@ def test_reconstruction(name, update_golden):
         update_golden,
         RECONSTRUCTIONS_AT,
     )
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_start(name, update_golden):
+    "A few weights of where training starts."
+    model = build("phi-4x1")
+    made = model if STARTS[name].function is None else STARTS[name].function(model, 3)
+    layer = anatomy(made).layers[1]
+    numbers = [few(p.detach().flatten()) for p in list(layer.parameters())[:4]]
+    where = "STARTS (nbs/library/recovery/13_scratch.ipynb)"
+    check_golden("start", name, STARTS[name].version, numbers, update_golden, where)
 
 
 def test_no_golden_value_is_stale(update_golden):

@@ -634,3 +634,18 @@ def test_names_keep_apart_where_another_panel_widens_the_scale():
     low, high = ax.get_ylim()
     heights = [t.xy[1] for t in ax.texts]
     assert abs(heights[0] - heights[1]) >= 0.07 * (high - low)
+
+
+def test_withdrawn_verdicts_are_those_of_their_commits():
+    import subprocess
+
+    from mllm_compress.reporting.withdrawn import WITHDRAWN
+
+    for w in WITHDRAWN:
+        name = f"{w.commit}:figures/tiny/10_findings-claims.csv"
+        there = ["git", "-C", str(Path(__file__).parent), "show", name]
+        old = subprocess.run(there, capture_output=True, text=True)
+        if old.returncode:
+            pytest.skip("the history is not here")
+        (line,) = [x for x in old.stdout.splitlines() if x.lstrip('"').startswith(f"{w.claim}. ")]
+        assert f'{w.counts}",{w.word},3,' in line or f"{w.counts},{w.word},3," in line

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv"))
 SETTING = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction"]
 SETTING += ["allocation", "shape", "reconstruct", "quantize", "calibration"]
+SETTING += ["epochs", "layer_share", "start"]
 
 
 def means(lines: pd.DataFrame) -> pd.DataFrame:
@@ -263,7 +264,8 @@ def scores_of(notebook: Path, contents: dict) -> pd.DataFrame:
             vars(experiment) | {"benchmark": r["benchmark"], "score": r["score"]}
             for r in result["rows"]
         ]
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)  # the claims are about one epoch, one pruning and its weights
+    frame = frame[(frame.epochs == 0) & (frame.layer_share == 0) & (frame.start == "pruned")]
     dense = frame[frame.pruning == "none"].set_index(["model", "benchmark"]).score
     whole = np.array([dense[m, b] for m, b in zip(frame.model, frame.benchmark)])
     frame["avg"] = 100 * frame.score / np.where(whole > 0, whole, np.nan)

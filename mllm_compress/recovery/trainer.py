@@ -14,6 +14,7 @@ from .batches import Batches, Loader
 from .checkpoints import ResumableTrainer, checkpoints
 from .distillation import Teacher
 from .losses import LOSSES, batch_counts
+from .states import use_attention
 
 # %% ../../nbs/library/recovery/10_trainer.ipynb #cell-005
 class NonFiniteLoss(FloatingPointError):
@@ -104,6 +105,22 @@ class _Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
+
+# %% ../../nbs/library/recovery/10_trainer.ipynb #cell-017b
+class Watch(TrainerCallback):
+    "Calls a function after every optimiser step, on the main process."
+
+    def __init__(self, look, student):
+        self.look, self.student = look, student  # look: (step, last step, model) -> None
+        self.attention = student.parts.text_config._attn_implementation
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        answering = use_attention(self.student.parts.model, self.attention)
+        with torch.random.fork_rng(), torch.no_grad(), answering:
+            self.look(state.global_step, state.max_steps, self.student.model.eval())
+        self.student.model.train()
 
 # %% ../../nbs/library/recovery/10_trainer.ipynb #cell-019
 class RecoveryTrainer(ResumableTrainer):

@@ -39,6 +39,7 @@ from mllm_compress.recovery.student import (
     trainable_copy,
 )
 from .teacher_cache import CACHE, TeacherCache, compute_teacher_outputs
+from .trainer import Watch
 from ..utils.files import content_hash, write_atomically
 
 # %% ../../nbs/library/recovery/12_training.ipynb #cell-005
@@ -154,6 +155,7 @@ class _Run:
     config: RecoveryConfig
     args: TrainingArguments
     progress: bool
+    watch: object  # a function of step, last step and model; or None
 
     @property
     def shares(self) -> bool:
@@ -226,6 +228,8 @@ def _train(run: _Run, cache: TeacherCache, workers: int) -> RecoveryResult:
     outputs = _teacher_outputs(run, cache)
     trained_from = time.perf_counter()
     trainer, found = _trainer(run, outputs, workers), checkpoints(run.args.output_dir)
+    if run.watch is not None:
+        trainer.add_callback(Watch(run.watch, run.student))
     with use_attention(run.student.parts.model, run.attention):
         with use_attention(run.tower, run.attention):
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -283,6 +287,7 @@ def recover(
     device=None,  # None: the accelerator, if there is one, or else the CPU
     progress: bool = True,
     trainer: dict = {},  # further TrainingArguments
+    watch=None,  # called after every step with step, last step and model
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
     check_pair(student, teacher, config)
@@ -299,5 +304,5 @@ def recover(
         compares = any(LOSSES[name].needs_teacher for name in config.losses)
         teacher = teacher.to(args.device).eval() if compares else None
         tower = source.to(args.device)
-        run = _Run(module, teacher, tower, data, processor, config, args, progress)
+        run = _Run(module, teacher, tower, data, processor, config, args, progress, watch)
         return _train(run, cache, workers)

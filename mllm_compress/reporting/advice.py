@@ -23,11 +23,12 @@ from ..zoo.models import MODELS
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-005
 def studied(profile) -> list:  # of Experiment, sorted
-    "The experiments of a profile that have results; without those that round weights."
+    "The experiments of a profile that have results; without rounded or new weights, or hybrids."
     profile = load_profile(profile)
     if not (checkout() / "runs" / profile.name).exists():
         return []
-    return sorted(e for e in stored(profile) if e.quantize == LATER["quantize"])
+    elsewhere = ("quantize", "start", "layer_share")  # compared elsewhere
+    return sorted(e for e in stored(profile) if all(getattr(e, k) == LATER[k] for k in elsewhere))
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-008
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
@@ -109,7 +110,9 @@ def ranked(
     settings = [dict(row[SETTING].drop("model")) for _, row in rows.iterrows()]
     gaps = [difference(frame, model, settings[0], setting) for setting in settings]
     tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
-    rival = rows.groupby(["recovery", "train", "fraction"]).pruning.transform("nunique") > 1
+    rival = (
+        rows.groupby(["recovery", "train", "fraction", "epochs"]).pruning.transform("nunique") > 1
+    )
     return rows.assign(
         rival=rival,
         behind=[gap.value for gap in gaps],
@@ -134,7 +137,7 @@ def cheapest(
         {
             "trained": tied.recovery != "none",
             "lm": tied.train != "projector",
-            "fraction": tied.fraction,
+            "fraction": tied.fraction * tied.epochs.clip(lower=1),  # of steps
             "teacher": tied.recovery.str.contains("kd"),
         }
     )
@@ -151,7 +154,9 @@ def say(
     how = f"prune {row.pruning}{shape} ({row.importance}) at {ratio}"
     if row.recovery == "none":
         return f"{how} and do not train"
-    return f"{how}, then train {row.train} with {row.recovery} on {row.fraction:.0%} of the data"
+    often = f", {row.epochs} epochs" if row.epochs else ""
+    how += f", then train {row.train} with {row.recovery}"
+    return f"{how} on {100 * row.fraction:g} % of the data{often}"
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-035
 def say_ties(
@@ -241,7 +246,7 @@ def say_published(model: str, ratio: float, training: bool, profile) -> str:
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-050
 COLUMNS = ["model", "pruning", "requested_ratio", "achieved_ratio", "importance", "recovery"]
-COLUMNS += ["train", "fraction", "avg_percent", "low", "high", "n", "seeds"]
+COLUMNS += ["train", "fraction", "epochs", "avg_percent", "low", "high", "n", "seeds"]
 COLUMNS += ["behind", "tied", "open", "rival"]
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-052

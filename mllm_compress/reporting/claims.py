@@ -21,6 +21,7 @@ from mllm_compress.reporting.effects import (
     select,
     with_original,
 )
+from ..study.experiments import LATER
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
@@ -94,6 +95,15 @@ def finished(frame: pd.DataFrame, **wanted) -> bool:
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
     return len(rows) > 0
+
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-020b
+BESIDE = ("epochs", "layer_share", "start")  # what a comparison beside the claims varies
+
+
+def usual(frame: pd.DataFrame) -> pd.DataFrame:
+    "The rows of a frame that the claims are about."
+    own = {name: LATER[name] for name in BESIDE if name in frame}
+    return frame[frame[list(own)].eq(pd.Series(own)).all(axis=1)]
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-022
 def contrast(

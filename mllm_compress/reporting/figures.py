@@ -240,23 +240,31 @@ def legend_above(fig, names: list, ncols: int = 4, **how) -> None:
     fig.legend(lines, labels, **place | style | how)
 
 # %% ../../nbs/library/reporting/05_figures.ipynb #cell-037
+BESIDE_PAPER = {  # column -> look
+    "printed": replace(look("printed"), line="none"),
+    "ours": Look("measured here", BLACK, "o", "none"),
+}
+
+
 def dumbbells(
-    rows: pd.DataFrame,  # columns panel, label, ours, printed
+    rows: pd.DataFrame,  # columns panel, label, and a column of values for each end
     xlabel: str = "retained, % of the original",
+    ends: dict = BESIDE_PAPER,  # column -> Look, the last on top
 ):  # a figure
-    "Our values and the reported ones, a row for each label and a panel for each pair of models."
+    "Values that belong together, joined by a line: a row for each label, a panel for each group."
     names = list(dict.fromkeys(rows.panel))
     most = max((sum(rows.panel == n) for n in names), default=1)
     fig, axes = panels(max(len(names), 1), height=0.24 * most + 1.0, sharey=False)
     with page():
         for ax, name in zip(axes, names):
             own = rows[rows.panel == name].reset_index(drop=True)
-            ax.hlines(own.index, own.ours, own.printed, color="#cccccc", linewidth=2.5, zorder=1)
-            ax.scatter(own.printed, own.index, marker="x", color=GREY, s=28, zorder=2)
-            ax.scatter(own.ours, own.index, color=BLACK, s=24, zorder=3)
+            low, high = own[list(ends)].min(axis=1), own[list(ends)].max(axis=1)
+            ax.hlines(own.index, low, high, color="#cccccc", linewidth=2.5, zorder=1)
+            for z, (column, k) in enumerate(ends.items(), 2):
+                ax.scatter(own[column], own.index, marker=k.marker, color=k.color, s=26, zorder=z)
             ax.set(yticks=own.index, yticklabels=own.label, ylim=(len(own) - 0.5, -0.5))
             ax.set(title=name, xlabel=xlabel)
             ax.tick_params(axis="y", labelsize=8.5)
-        ours = Look("measured here", BLACK, "o", "none")
-        legend_above(fig, [ours, replace(look("printed"), line="none")], fontsize=8.5)
+        looks = [replace(k, line="none") for k in ends.values()]
+        legend_above(fig, looks[::-1], fontsize=8.5)
     return fig

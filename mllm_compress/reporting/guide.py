@@ -79,7 +79,8 @@ def recovered_how(row) -> str:
     if row.recovery == "none":
         return "no training"
     only = ", projector only" if row.train == "projector" else ""
-    return f"{look(row.recovery).label}{only}, {100 * row.fraction:g} %"
+    often = f" x {row.epochs} epochs" if row.epochs else ""
+    return f"{look(row.recovery).label}{only}, {100 * row.fraction:g} %{often}"
 
 # %% ../../nbs/library/reporting/14_guide.ipynb #cell-016
 def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:

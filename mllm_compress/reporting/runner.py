@@ -141,13 +141,15 @@ def estimate(
 
 # %% ../../nbs/library/reporting/10_runner.ipynb #cell-018
 def show_forecast(experiments: list, profile: Profile) -> None:
-    "Print hours and memory from configs, where they are known."
+    "Print hours and memory from configs, where they are known, and those of one experiment."
     found = forecast.table(experiments, profile)
     if found.empty:
         return
     formats = {"GPU hours": "{:.1f}".format, "GiB": "{:.0f}".format}
     print(f"All experiments, by model and kind ({forecast.ASSUMED}):")
     print(found.to_string(index=False, formatters=formats))
+    for row in forecast.per_experiment(experiments, profile).to_dict("records"):
+        print(forecast.planned(row))
     hours, largest = found["GPU hours"].sum(), found.GiB.max()
     print(
         f"In all about {hours:.0f} GPU hours; the largest needs {largest:.0f} GiB, "

@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 
 from ..evaluation import published
-from .claims import CLAIMS, LITTLE, PROMISED
+from .claims import CLAIMS, LITTLE, PROMISED, usual
 from .effects import with_original
 from .notebooks import experiments_of, notebooks
 from .report import recorded
@@ -135,7 +135,7 @@ def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # c
     "The verdict on each claim from the results at hand."
     finished, results, out = set(stored(setup)), results_of(setup), {}
     for n, claim in claims.items():
-        frame = frame_of([e for e in wanted[n] if e in finished], setup, results)
+        frame = usual(frame_of([e for e in wanted[n] if e in finished], setup, results))
         if len(frame):
             frame = frame[frame.model.isin(with_original(frame))]
         effects = claim.effects(frame) if len(frame) else {}

@@ -12,12 +12,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from ..evaluation import published
 from ..pruning.drawing import kept_grid
 from .figures import legend_above, symmetric_scale
-from .style import graded, line, look, page, panels
+from .style import graded, line, look, neutral, page, panels
 from ..study.profiles import Profile
 from ..study.runs import plan_of
 from ..utils.methods import BLUE, GREY, ORANGE, SKY, Look
@@ -300,6 +300,52 @@ def over_fractions(
         fig.supxlabel("fraction of the training data, %", fontsize=8.5)
         axes[0].set_ylabel("retained, % of the original")
         legend_above(fig, list(looks.values()))
+    return fig
+
+# %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-033b
+def recovery_curves(
+    rows: pd.DataFrame,  # of `study.curves.recovery_curves`
+    order: list,  # of losses
+):  # a figure
+    "Validation score over the steps of training: a panel per model, a line per objective."
+    models = list(dict.fromkeys(rows.model))
+    fig, axes = panels(max(len(models), 1), height=2.6)
+    with page():
+        for ax, model in zip(axes, models):
+            for name in order:
+                g = rows[(rows.model == model) & (rows.recovery == name)]
+                line(ax, g.step, g.score, name)
+            ax.set(title=model, xlabel="step")
+        axes[0].set_ylabel("validation score")
+        legend_above(fig, order)
+    return fig
+
+# %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-033e
+def over_rates(
+    frame: pd.DataFrame,  # columns objective, ratio, model, rate, score
+    best: pd.DataFrame,  # of `study.rates.best_rates`
+    models: list,
+):  # a figure
+    "Validation score over the learning rate: a panel per search, a line per model."
+    several, n = best.ratio.nunique() > 1, len(best)
+    columns = min(n, 3)
+    fig, axes = panels(n, columns=columns, height=2.1)
+    with page():
+        for k, (ax, b) in enumerate(zip(axes, best.itertuples())):
+            own = frame[(frame.objective == b.objective) & (frame.ratio == b.ratio)]
+            for model, m in zip(models, neutral(models)):
+                g = own[own.model == model].sort_values("rate")
+                line(ax, g.rate, g.score, m)
+            ax.axvline(b.rate, color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
+            train, losses = b.objective.split("/")
+            title = look(losses).label + ", projector only" * (train == "projector")
+            ax.set(xscale="log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.set_title(title + f", {b.ratio:.2f}" * several, fontsize=9)
+            ax.tick_params(labelbottom=k + columns >= n)
+        legend_above(fig, neutral(models))
+        fig.supxlabel("learning rate", fontsize=9)
+        fig.supylabel("validation score", fontsize=9)
     return fig
 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-035

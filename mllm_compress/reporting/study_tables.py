@@ -68,6 +68,16 @@ def guessed_share(
     own = dense[list(blind.index)].astype(float)
     return (100 * blind / own[own > 0]).mean(axis=1).dropna().to_dict()
 
+
+def guesser_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
+    "The guesser's score on every benchmark, and its share of each original's score."
+    table = blind.rename("score").rename_axis("benchmark").reset_index()
+    dense = rows[rows.pruning == "none"].set_index("model")
+    for model in guessed_share(rows, blind):
+        own = dense.loc[model, list(blind.index)].astype(float).to_numpy()
+        table[f"% of {model}"] = 100 * table.score / own
+    return table
+
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-011
 def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
     "Per cent of heads and neurons that widthwise plans remove from the layers that lose any."

@@ -20,6 +20,7 @@ from ..pruning.plans import PRUNINGS
 from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
+from ..recovery.scratch import STARTS
 from ..recovery.training import RECOVERY_VERSION
 from .experiments import LATER, Experiment, calibration_words, canonical
 from mllm_compress.study.profile_inputs import (
@@ -55,7 +56,9 @@ def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     config = config_from_dict({k: v for k, v in options.items() if v != "fastest"})
     refitted = experiment.reconstruct != "none"
     small_steps = refitted and experiment.train == "projector+lm"
-    rates = profile.learning_rates.get("reconstructed" if small_steps else experiment.train, {})
+    where = "reconstructed" if small_steps else experiment.train
+    own = profile.learning_rates.get(experiment.start, {})  # where new weights have a rate
+    rates = profile.learning_rates.get(where, {}) | own
     rate = rate_of(rates.get(experiment.recovery), experiment.pruning, experiment.ratio)
     rate = learning_rate(config, reconstructed=refitted) if rate is None else rate
     settled = asdict(replace(config, lr=rate))
@@ -131,12 +134,21 @@ def _score_options(experiment: Experiment, profile: Profile) -> dict:
     )
 
 # %% ../../nbs/library/study/05_cache_keys.ipynb #cell-016
+def layers_first(experiment: Experiment) -> Experiment:
+    "The layerwise experiment whose plan says which whole layers a hybrid removes."
+    e = experiment
+    own = dict(seed=e.seed, calibration_seed=e.calibration_seed, calibration=e.calibration)
+    return Experiment(e.model, "layerwise", e.ratio * e.layer_share, **own)
+
+
 def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the plan of a pruned experiment."
     e = experiment
     width = {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
-    own = {name: getattr(e, name) for name in ("allocation", "shape")}
+    own = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
     width |= {name: value for name, value in own.items() if value != LATER[name]}
+    if e.layer_share:
+        width["base"] = content_hash(plan_inputs(layers_first(e), profile))
     scores = content_hash(scores_inputs(e, profile))
     row = PRUNINGS[e.pruning]
     return stage_inputs(
@@ -148,11 +160,14 @@ OBS_VERSION = 1  # of `obs_scores`; raised when its numbers change
 
 
 def start_inputs(experiment: Experiment, profile: Profile) -> dict:
-    "What determines the model that training starts from: a refit, a plan, or a dense model."
+    "What determines the model that training starts from: new weights, a refit, a plan, or none."
     e = experiment
     if e.pruning == "none":
         return model_inputs(e.model, profile)
     plan = plan_inputs(e, profile)
+    if e.start != "pruned":
+        made = {"stage": "start", "version": STARTS[e.start].version, "how": e.start}
+        return made | {"seed": e.seed, "plan": content_hash(plan)}
     if e.reconstruct == "none":
         return plan
     version = RECONSTRUCTIONS[e.reconstruct].version
@@ -173,6 +188,25 @@ def student_inputs(experiment: Experiment, profile: Profile) -> dict:
     )
 
 # %% ../../nbs/library/study/05_cache_keys.ipynb #cell-022
+CURVE = {"version": 1, "questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
+
+
+def validation_of(profile: Profile, questions: int) -> Evaluation:
+    "The benchmarks of a profile that have a validation split, asked there."
+    names = [benchmark(name).name for name in profile.evaluation.benchmarks]
+    kinds = [n for n in names if n.startswith("scenes/") or n in ("text/quotes", "text/glosses")]
+    how = dict(benchmarks=kinds, questions=questions, limits={}, split="validation")
+    return replace(profile.evaluation, **how)
+
+
+def curve_inputs(experiment: Experiment, profile: Profile) -> dict:
+    "What determines the recovery curve of an experiment."
+    e, subject = validation_of(profile, CURVE["questions"]), subject_key(experiment, profile)
+    asked = {name: content_hash(answers_inputs(subject, name, e)) for name in e.benchmarks}
+    version = CURVE["version"]
+    return stage_inputs("curve", version, asked=asked, looks=CURVE["looks"], student=subject)
+
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-024
 def subject_key(experiment: Experiment, profile: Profile) -> str:
     "The key of what is evaluated: a student, a plan, or a dense model."
     e = canonical(experiment)
@@ -185,7 +219,7 @@ def rounding_inputs(how: str, subject: str) -> dict:
     "What determines a model with rounded weights; it is made anew when it is asked."
     return {"stage": "rounding", "version": QUANTIZERS[how].version, "how": how, "of": subject}
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-024
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-026
 def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
     "What determines a subject's answers to a benchmark."
     row = benchmark(name)
@@ -198,13 +232,13 @@ def answers_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
         questions=_questions_hash(row.name, evaluation),
     )
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-026
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-028
 @lru_cache
 def _hash_of_questions(name: str, split: str, limit: int, root: str | None) -> str:
     "`questions_hash`, once per process."
     return questions_hash(name, split, limit, root)
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-028
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-030
 def _questions_hash(name: str, e: Evaluation) -> str:
     "What determines the questions of a benchmark."
     return _hash_of_questions(name, e.split, limit_of(name, e), root_of(e))
@@ -214,7 +248,7 @@ def limit_of(name: str, e: Evaluation) -> int:
     "The most questions of a benchmark that are used."
     return e.limits.get(name, e.questions)
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-030
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-032
 def score_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
     "What determines a subject's score on a benchmark."
     scorer, answers = benchmark(name).scorer, answers_inputs(subject, name, evaluation)
@@ -222,12 +256,12 @@ def score_inputs(subject: str, name: str, evaluation: Evaluation) -> dict:
         "score", SCORERS[scorer].version, scorer=scorer, answers=content_hash(answers)
     )
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-032
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-034
 def score_keys(experiment: Experiment, profile: Profile) -> dict:  # benchmark -> key
     "The keys of an experiment's scores."
     return dict(_score_keys(canonical(experiment), _Key(profile)))
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-034
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-036
 class _Key:
     "A profile as a key of a cache, compared by its values."
 
@@ -240,7 +274,7 @@ class _Key:
     def __eq__(self, other):
         return self.text == other.text
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-036
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-038
 @lru_cache(maxsize=20_000)
 def _score_keys(experiment: Experiment, key: _Key) -> tuple:
     "Pairs of benchmark and key."
@@ -249,7 +283,7 @@ def _score_keys(experiment: Experiment, key: _Key) -> tuple:
     names = [benchmark(name).name for name in e.benchmarks]
     return tuple((name, content_hash(score_inputs(subject, name, e))) for name in names)
 
-# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-038
+# %% ../../nbs/library/study/05_cache_keys.ipynb #cell-040
 def name_of(experiment: Experiment, profile: Profile) -> str:
     "The name of an experiment's result."
     return content_hash(score_keys(experiment, profile))

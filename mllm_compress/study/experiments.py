@@ -16,6 +16,7 @@ from ..pruning.one_step import COMPARABLE
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.losses import LOSSES, TRAINS
+from ..recovery.scratch import STARTS
 from .rounding import QUANTIZERS, UNROUNDED
 from ..utils.methods import check_choice
 
@@ -83,6 +84,8 @@ class Experiment:
     shape: str = "default"  # widthwise: blockwise or uniform; "default": as the profile says
     reconstruct: str = "none"  # of what is left, a row of RECONSTRUCTIONS
     quantize: str = UNROUNDED  # at the end, a row of QUANTIZERS
+    layer_share: float = 0.0  # widthwise: part of the ratio that whole layers take before it
+    start: str = "pruned"  # of training, a row of STARTS
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -97,10 +100,12 @@ class Experiment:
         if self.calibration_seed is None:
             object.__setattr__(self, "calibration_seed", self.seed)
         whole = dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
-        for name, kind in {"ratio": float, "fraction": float, **whole}.items():
+        real = dict.fromkeys(("ratio", "fraction", "layer_share"), float)
+        for name, kind in {**real, **whole}.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
         _check_ranges(self)
         _check_method(self)
+        _check_comparison(self)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014
 def _check_method(e: Experiment) -> None:
@@ -126,6 +131,29 @@ def _check_method(e: Experiment) -> None:
         raise ValueError(
             f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
             "importance gauss_newton."
+        )
+
+# %% ../../nbs/library/study/01_experiments.ipynb #cell-014b
+def _check_comparison(e: Experiment) -> None:
+    "ValueError for a hybrid of something else than width, or a new decoder that is not trained."
+    check_choice("start", e.start, STARTS)
+    if not 0 <= e.layer_share < 1:
+        raise ValueError(f"layer_share {e.layer_share} is outside [0, 1).")
+    if e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"):
+        raise ValueError(
+            f"layer_share {e.layer_share} is of widthwise plans with allocation 'layer', not of "
+            f"{e.pruning!r} with {e.allocation!r}."
+        )
+    if e.start == "pruned":
+        return
+    if e.recovery == "none" or e.train == "projector":
+        raise ValueError(
+            f"start={e.start!r} has a new decoder: give a recovery, and train='projector+lm'."
+        )
+    if e.pruning == "none" or e.reconstruct != "none":
+        raise ValueError(
+            f"start={e.start!r} has the shape of a plan and no refitted weights: give a pruning, "
+            "and no reconstruct."
         )
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-016
@@ -166,6 +194,8 @@ LATER = {  # fields with their defaults
     "shape": "default",
     "reconstruct": "none",
     "quantize": UNROUNDED,
+    "layer_share": 0.0,
+    "start": "pruned",
 }
 
 
@@ -177,13 +207,15 @@ def described(experiment: Experiment) -> dict:
     return {k: v for k, v in found.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
-METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize")
+METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start")
 
 
 def method_of(experiment: Experiment) -> str:
     "The criterion of an experiment, with what else belongs to its way of pruning."
     own = [getattr(experiment, n) for n in METHOD_FIELDS if getattr(experiment, n) != LATER[n]]
-    return " + ".join([experiment.importance, *own])
+    share = experiment.layer_share
+    layers = [f"{100 * share:g} % by layers"] if share else []
+    return " + ".join([experiment.importance, *layers, *own])
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-030
 def describe(experiment: Experiment) -> str:

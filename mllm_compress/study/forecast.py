@@ -22,6 +22,7 @@ from mllm_compress.cost.gpu_memory import (
     training_operations,
 )
 from ..cost.memory import recovery_memory
+from ..recovery.config import RecoveryConfig
 from .cache_keys import recovery_config
 from .experiments import Experiment
 from .profile_inputs import source_of
@@ -83,7 +84,25 @@ ASSUMED = (
     "beside the student; loading, images and waiting not counted"
 )
 
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-014
+# %% ../../nbs/library/study/14_forecast.ipynb #cell-013
+LLAVA_RUNS = {  # stage -> samples, hours on 8 A100, fields of RecoveryConfig, text tokens
+    "pretraining": (558_000, 3.5, {"train": "projector"}, 64),
+    "instruction tuning": (665_000, 10.0, {"train": "projector+lm"}, 256),
+}
+
+
+def published_speed(stage: str) -> float:  # operations a second, on one A100
+    "The speed that a published run of LLaVA-v1.5-7B reached, by the same count of operations."
+    samples, hours, options, tokens = LLAVA_RUNS[stage]
+    recovery = RecoveryConfig(losses={"sft": 1.0}, gradient_checkpointing=True, **options)
+    config = real_config("llava-v1.5-7b")
+    work = samples * training_operations(config, recovery, text_tokens=tokens)
+    return work / (8 * 3600 * hours)
+
+# %% ../../nbs/library/study/14_forecast.ipynb #cell-016
+FASTER = {"A100": (1.0, 1.0), "H100": (3.35 / 2.04, 989 / 312)}  # bandwidth TB/s, peak TFLOPS
+
+# %% ../../nbs/library/study/14_forecast.ipynb #cell-018
 def hours_of(experiment: Experiment, profile: Profile, config) -> float:
     "GPU hours of an experiment: training and evaluation."
     e, limit = experiment, profile.evaluation.questions
@@ -95,7 +114,32 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
         work += samples * training_operations(config, recovery, e.ratio)
     return work / SPEED / 3600
 
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-017
+# %% ../../nbs/library/study/14_forecast.ipynb #cell-021
+def per_experiment(experiments: list, profile: Profile) -> pd.DataFrame:  # a row per model and card
+    "Hours of one trained experiment with its evaluation: of the cheapest and of the dearest."
+    rows, trained = [], [e for e in experiments if e.recovery != "none"]
+    for model in dict.fromkeys(e.model for e in trained):
+        if (config := config_of(model, profile)) is None:
+            continue
+        hours = [hours_of(e, profile, config) for e in trained if e.model == model]
+        for card, (least, most) in FASTER.items():
+            row = {"model": model, "card": card, "experiments": len(hours)}
+            row |= {"from": min(hours) / most, "to": max(hours) / least}
+            rows.append(row | {"all, from": sum(hours) / most, "all, to": sum(hours) / least})
+    return pd.DataFrame(rows)
+
+
+def planned(row: dict) -> str:
+    "A row of `per_experiment` as a sentence."
+    low, high = (f"{row[k]:.0f}" for k in ("all, from", "all, to"))
+    whole = low if low == high else f"{low} to {high}"
+    return (
+        f"One trained experiment of {row['model']}, its evaluation included, takes "
+        f"{row['from']:.1f} to {row['to']:.1f} hours on one {row['card']}; all "
+        f"{row['experiments']} of them take {whole}."
+    )
+
+# %% ../../nbs/library/study/14_forecast.ipynb #cell-024
 def memory_of(experiment: Experiment, profile: Profile, config) -> int:
     "Bytes of an experiment at its peak, on one card."
     e, dense = experiment, on_meta(config)
@@ -105,7 +149,7 @@ def memory_of(experiment: Experiment, profile: Profile, config) -> int:
     recovery = recovery_config(e, profile)
     return recovery_memory(small, recovery, dense, 256)["total"] + float32_extra(small, recovery)
 
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-019
+# %% ../../nbs/library/study/14_forecast.ipynb #cell-026
 def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per model and kind
     "Experiments, GPU hours and memory by model and kind, for the models whose config is known."
     kinds = {}

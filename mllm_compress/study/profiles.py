@@ -227,7 +227,7 @@ def _is_number(value, below: float = float("inf")) -> bool:
 def _check_rates(profile: Profile) -> None:
     "ValueError for learning rates that no experiment would find."
     for train, rates in profile.learning_rates.items():
-        check_choice("train", train, (*TRAINS, "reconstructed"))
+        check_choice("train", train, (*TRAINS, "reconstructed", "scratch"))
         for recovery, rate in rates.items():
             check_recovery(recovery)
             ours = "+".join(name for name in LOSSES if name in recovery.split("+"))

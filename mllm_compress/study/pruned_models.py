@@ -30,10 +30,12 @@ from mllm_compress.pruning.plans import (
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.reconstructions import reconstructed
 from ..pruning.slicing import apply_plan
+from ..recovery.scratch import STARTS
 from . import store
 from mllm_compress.study.cache_keys import (
     _score_options,
     calibration_of,
+    layers_first,
     plan_inputs,
     scores_inputs,
     start_inputs,
@@ -120,13 +122,14 @@ def plan_of(experiment: Experiment, profile: Profile, results: Store, device: st
     if found := store.read(results, "plan", content_hash(inputs)):
         return PruningPlan.from_json(found["value"])
     model, _ = teacher_of(e.model, profile, device)
-    plan = planned(e, model, scores_of(e, profile, results, device), profile.width)
+    base = plan_of(layers_first(e), profile, results, device) if e.layer_share else None
+    plan = planned(e, model, scores_of(e, profile, results, device), profile.width, base)
     store.write(results, inputs, plan.to_json())
     return plan
 
 # %% ../../nbs/library/study/06_pruned_models.ipynb #cell-016
-def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
-    "The plan of an experiment from its scores."
+def planned(experiment: Experiment, model, scores, width: Width, base=None) -> PruningPlan:
+    "The plan of an experiment from its scores, and the layerwise plan that a hybrid begins with."
     e, w = experiment, width
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
@@ -138,6 +141,8 @@ def planned(experiment: Experiment, model, scores, width: Width) -> PruningPlan:
         return plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
     shape = w.shape if e.shape == "default" else e.shape
     protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
+    if base is not None:
+        return plan_widthwise(model, scores, ratio, protect=protect, shape=shape, base=base)
     return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
 
 # %% ../../nbs/library/study/06_pruned_models.ipynb #cell-018
@@ -154,6 +159,8 @@ def start_of(experiment: Experiment, plan, profile: Profile, results: Store, dev
     "The pruned model before any training."
     e, (model, processor) = experiment, teacher_of(experiment.model, profile, device)
     small = apply_plan(model, plan)
+    if e.start != "pruned":
+        return STARTS[e.start].function(small, e.seed)
     if e.reconstruct == "none":
         return small
     batches = calibration_batches_of(e, profile, processor, device)

@@ -196,10 +196,11 @@ def expected_seconds(
     frame: pd.DataFrame,  # of `at_hand`
 ) -> pd.Series:
     "The seconds that the missing stages of each experiment will take; nan where unknown."
-    model, per_data = frame.model, frame.student_seconds / frame.fraction
+    model, seen = frame.model, frame.fraction * frame.epochs.clip(lower=1)
+    per_data = frame.student_seconds / seen
     training = _typical(per_data, [model, frame.train, frame.ratio], [model, frame.train])
     answers = _typical(frame.answer_seconds, [model, frame.ratio], model)
-    seconds = (training * frame.fraction).where(frame.trains.astype(bool), 0.0)
+    seconds = (training * seen).where(frame.trains.astype(bool), 0.0)
     seconds = seconds + (answers * frame.open_answers).where(frame.open_answers > 0, 0.0)
     return seconds.where(~frame.cached.astype(bool), 0.0)
 

@@ -12,6 +12,8 @@ from dataclasses import replace
 from . import store
 from mllm_compress.study.cache_keys import (
     answers_inputs,
+    curve_inputs,
+    layers_first,
     plan_inputs,
     score_inputs,
     score_keys,
@@ -145,12 +147,14 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     keys = {"score": set(names.values()), "answers": answers, "experiment": set()}
     keys["experiment"].add(content_hash(index_inputs(e)))
     if e.pruning != "none":
-        keys["scores"] = {content_hash(scores_inputs(e, profile))}
-        keys["plan"] = {content_hash(plan_inputs(e, profile))}
+        planned = [e, layers_first(e)] if e.layer_share else [e]
+        keys["scores"] = {content_hash(scores_inputs(s, profile)) for s in planned}
+        keys["plan"] = {content_hash(plan_inputs(s, profile)) for s in planned}
     if e.reconstruct != "none":
         keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
     if e.recovery != "none":
         keys["student"] = {content_hash(student_inputs(e, profile))}
+        keys["curve"] = {content_hash(curve_inputs(e, profile))}
     return keys
 
 # %% ../../nbs/library/study/09_stages.ipynb #cell-021

@@ -28,7 +28,8 @@ from mllm_compress.utils.files import (
 )
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-004
-STAGES = ("scores", "plan", "reconstruction", "student", "answers", "score", "experiment")
+STAGES = ("scores", "plan", "reconstruction", "student", "curve")
+STAGES += ("answers", "score", "experiment")
 
 
 def stage_inputs(

@@ -68,7 +68,7 @@ def checkpoints_of(
 
 # %% ../../nbs/library/study/07_students.ipynb #cell-010
 def trained(
-    experiment: Experiment, plan, profile: Profile, results: Store, device: str
+    experiment: Experiment, plan, profile: Profile, results: Store, device: str, watch=None
 ) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
     e = experiment
@@ -86,6 +86,7 @@ def trained(
         plan=plan,
         device=device,
         progress=False,
+        watch=watch,
         **_kept_checkpoints(e, profile, results),
         **_sharding(student, profile, device),
     )
