@@ -60,7 +60,9 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it 
 def guessed_share(
     rows: pd.DataFrame,  # of `effects.summary`
     blind: pd.Series,  # of `question_only`
-) -> dict:  # model -> AVG-% of the guesser; empty where it cannot answer every benchmark
+) -> (
+    dict
+):  # model -> AVG-% of the question-only baseline; empty where it cannot answer every benchmark
     "AVG-% of the question-only baseline for each model."
     dense = rows[rows.pruning == "none"].set_index("model")
     if blind.empty or not set(blind.index) <= set(dense):
@@ -69,8 +71,8 @@ def guessed_share(
     return (100 * blind / own[own > 0]).mean(axis=1).dropna().to_dict()
 
 
-def guesser_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
-    "The guesser's score on every benchmark, and its share of each original's score."
+def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
+    "The question-only baseline's score on every benchmark, and its share of each original's score."
     table = blind.rename("score").rename_axis("benchmark").reset_index()
     dense = rows[rows.pruning == "none"].set_index("model")
     for model in guessed_share(rows, blind):
