@@ -189,7 +189,7 @@ def made(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "CITATION.cff", folder)
     for file, (claim, word, value) in VERDICTS.items():
         average = {"value": value, "low": value - 0.3, "high": value + 0.3, "n": 7000, "seeds": 3}
-        record = {"claim": claim, "word": word, "settings": "of 2 settings " + word + " in 2"}
+        record = {"claim": claim, "word": word, "settings": f"2 settings: {word} (2)"}
         (folder / f"figures/smoke/{file}.json").write_text(
             json.dumps(record | {"unit": "points", "average": average, "effects": {}}),
             encoding="utf-8",
@@ -286,11 +286,10 @@ def brightness(colour: str) -> float:
 def test_each_verdict_is_listed_once_with_the_claims_of_the_paper_first(made):
     claims = {n: CLAIMS[n].text.rstrip(".") for n in (1, 2, 5)}
     assert listed(made) == [
-        f"✗1. {claims[1]}: contradicted, -1.5 [-1.8, -1.2] points "
-        "(of 2 settings contradicted in 2)",
-        f"✓2. {claims[2]}: supported, +0.5 [0.2, 0.8] points (of 2 settings supported in 2)",
-        f"≈5. {claims[5]}: equivalent, +0.1 [-0.2, 0.4] points (of 2 settings equivalent in 2)",
-        "↗Training helps: leans for, +0.5 [0.2, 0.8] points (of 2 settings leans for in 2)",
+        f"✗1. {claims[1]}: contradicted, -1.5 [-1.8, -1.2] points (2 settings: contradicted (2))",
+        f"✓2. {claims[2]}: supported, +0.5 [0.2, 0.8] points (2 settings: supported (2))",
+        f"≈5. {claims[5]}: equivalent, +0.1 [-0.2, 0.4] points (2 settings: equivalent (2))",
+        "↗Training helps: leans for, +0.5 [0.2, 0.8] points (2 settings: leans for (2))",
     ]
     page = made.read_text(encoding="utf-8")
     assert re.findall(

@@ -33,13 +33,13 @@ from ..utils.methods import Look
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-005
 SCALES = {  # title -> (profiles, the text without results)
-    "Two small multimodal models, trained for this study": (
-        ("tiny", "quick"),
-        "no results in this checkout; `make study` computes them",
-    ),
     "A pretrained language model, SmolLM2-135M": (
         ("smol",),
         "no results yet; `make study PROFILE=smol` computes them",
+    ),
+    "Two small multimodal models, trained for this study": (
+        ("tiny", "quick"),
+        "no results in this checkout; `make study` computes them",
     ),
     "LLaVA-v1.5-7B and Bunny-v1.0-3B": (
         ("paper", "llava-small"),

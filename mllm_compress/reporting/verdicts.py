@@ -168,10 +168,10 @@ def overall(v: Verdict) -> str:  # of WORDS
 def counted(v: Verdict) -> str:
     "In how many settings a claim is supported and contradicted."
     said = list(v.words.values())
-    counts = [f"{w} in {said.count(w)}" for w in WORDS if w in said]
+    counts = [f"{w} ({said.count(w)})" for w in WORDS if w in said]
     if len(said) < 2:
         return "one setting" if said else "no settings"
-    return f"of {len(said)} settings {', '.join(counts)}"
+    return f"{len(said)} settings: {', '.join(counts)}"
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-027
 def sentence(v: Verdict) -> str:
