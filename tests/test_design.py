@@ -328,3 +328,7 @@ def test_a_curve_belongs_to_a_recovered_student_and_changes_no_other_key():
     }
     with pytest.raises(ValueError, match="without recovery"):
         recovery_curves([LAYERS], SMOKE)
+    unseen = replace(SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["pope"]))
+    assert cache_keys.validated(SMOKE) and not cache_keys.validated(unseen)
+    with pytest.raises(ValueError, match="has a validation split"):
+        cache_keys.validation_of(unseen, 10)

@@ -214,6 +214,7 @@ def retold(path: Path, claim, contents: dict) -> None:
     "Hold a written verdict against what its results say."
     said = json.loads(path.read_text(encoding="utf-8"))
     frame = frame_of(path.parent / f"{path.name.split('-')[0]}.ipynb", contents)
+    frame = frame[(frame.epochs == 0) & (frame.layer_share == 0) & (frame.start == "pruned")]
     how = {"margin": claim.margin, "rivals": claim.rivals(frame)}
     found = Verdict(claim.text, claim.effects(frame), "", **how)
     assert set(said["effects"]) == set(found.settings) and said["word"] == found.word

@@ -191,10 +191,16 @@ def student_inputs(experiment: Experiment, profile: Profile) -> dict:
 CURVE = {"version": 1, "questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
 
 
+def validated(profile: Profile) -> list:  # of names
+    "The benchmarks of a profile that have a validation split."
+    names = [benchmark(name).name for name in profile.evaluation.benchmarks]
+    return [n for n in names if n.startswith("scenes/") or n in ("text/quotes", "text/glosses")]
+
+
 def validation_of(profile: Profile, questions: int) -> Evaluation:
     "The benchmarks of a profile that have a validation split, asked there."
-    names = [benchmark(name).name for name in profile.evaluation.benchmarks]
-    kinds = [n for n in names if n.startswith("scenes/") or n in ("text/quotes", "text/glosses")]
+    if not (kinds := validated(profile)):
+        raise ValueError(f"No benchmark of profile {profile.name} has a validation split.")
     how = dict(benchmarks=kinds, questions=questions, limits={}, split="validation")
     return replace(profile.evaluation, **how)
 

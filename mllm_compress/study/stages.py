@@ -21,6 +21,7 @@ from mllm_compress.study.cache_keys import (
     start_inputs,
     student_inputs,
     subject_key,
+    validated,
 )
 from .experiments import Experiment, canonical, described
 from .profiles import Profile
@@ -154,6 +155,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
         keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
     if e.recovery != "none":
         keys["student"] = {content_hash(student_inputs(e, profile))}
+    if e.recovery != "none" and validated(profile):
         keys["curve"] = {content_hash(curve_inputs(e, profile))}
     return keys
 
