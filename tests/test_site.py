@@ -266,7 +266,7 @@ def listed(page: Path) -> list:  # of texts
 
 def claim_of(line: str) -> str:
     "The claim without its mark and number, and without what came of it."
-    return re.match(r"[✓↗≈↘✗–](\d\. )?(.*): [^:]* \([^()]*\)$", line)[2]
+    return re.match(r"[✓↗≈↘✗–](\d\. )?(.*): [^:]* \((?:[^()]|\([^()]*\))*\)$", line)[2]
 
 
 def complete(seen: dict) -> bool:

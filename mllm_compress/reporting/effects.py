@@ -184,8 +184,10 @@ def _shares(
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-026
 def _dense(frame: pd.DataFrame) -> pd.Series:
-    "True for the finished rows of uncompressed models."
-    return (frame.pruning == "none") & (frame.recovery == "none") & (frame.status == "done")
+    "True for the finished rows of uncompressed models, whose weights are not rounded either."
+    whole = frame["quantize"] == "none" if "quantize" in frame else True
+    done = (frame.recovery == "none") & (frame.status == "done")
+    return (frame.pruning == "none") & done & whole
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-028
 def with_original(frame: pd.DataFrame) -> set:
