@@ -31,7 +31,15 @@ from ..utils.files import checkout, content_hash
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-004
-CIRCUMSTANCES = ("seconds", "device", "date", "torch", "transformers", "peak_memory_mb")
+CIRCUMSTANCES = (
+    "seconds",
+    "compression_seconds",
+    "device",
+    "date",
+    "torch",
+    "transformers",
+    "peak_memory_mb",
+)
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-006
 def rows_of(experiment: Experiment, result: dict) -> list:

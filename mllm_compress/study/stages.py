@@ -193,9 +193,24 @@ def _records(experiment: Experiment, profile: Profile, results: Store, student: 
     refit = _refit_record(experiment, profile, results)
     records = [r for r in (student.get("record"), refit, *answers) if r]
     merged = {} if not records else records[-1] | records[0]
-    total = sum(r.get("seconds", 0) for r in records)
+    total = lambda found: round(sum(r.get("seconds", 0) for r in found if r), 2)
+    scoring = _scores_record(experiment, profile, results)
+    known = "seconds" in scoring or experiment.pruning == "none"
+    made = [scoring, refit, student.get("record")] if known else []
     peak = max((r.get("peak_memory_mb", 0) for r in records), default=None)
-    return merged | {"seconds": round(total, 2) if records else None, "peak_memory_mb": peak}
+    took = {
+        "seconds": total(records) if records else None,
+        "compression_seconds": total(made) if made else None,
+    }
+    return merged | took | {"peak_memory_mb": peak}
+
+
+def _scores_record(experiment: Experiment, profile: Profile, results: Store) -> dict:
+    "On what scores were measured; empty where there are none, or where it was not recorded."
+    if experiment.pruning == "none":
+        return {}
+    found = store.read(results, "scores", content_hash(scores_inputs(experiment, profile)))
+    return (found["value"] or {}) if found else {}
 
 
 def _refit_record(experiment: Experiment, profile: Profile, results: Store) -> dict:
