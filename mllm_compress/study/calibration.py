@@ -34,7 +34,8 @@ def drawn_questions(
         rows = [drawn[i] for i in range(start, min(start + c.batch_size, len(drawn)))]
         total, tokens = entry_losses(model, collate(rows))
         losses += (total / tokens).tolist()
-    answers = [entry["conversations"][-1]["value"] for entry in drawn.samples]
+    said = lambda e: e["conversations"][-1]["value"] if "conversations" in e else e["text"]
+    answers = [said(entry) for entry in drawn.samples]
     kinds = [entry["types"][0] for entry in drawn.samples]
     return pd.DataFrame({"type": kinds, "answer": answers, "loss": losses})
 
