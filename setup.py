@@ -9,7 +9,7 @@ config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 study, vision = cfg["study_requirements"].split(), cfg["vision_requirements"].split()
-gguf = cfg["gguf_requirements"].split()
+gguf, eyes = cfg["gguf_requirements"].split(), cfg["eyes_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -40,6 +40,7 @@ setup(
         "vision": vision,
         "internvl": vision,  # its former name
         "gguf": gguf,
+        "eyes": eyes,
         "quantize": cfg["quantize_requirements"].split(),
         "lmms-eval": cfg["lmms_eval_requirements"].split(),
     },

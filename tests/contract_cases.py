@@ -94,6 +94,8 @@ CLIP, SIGLIP = (
 )
 PIXTRAL = VISION | {"model_type": "pixtral", "head_dim": 8}
 INTERN = VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [7, 7]}
+CONVOLVED = dict(model_type="efficientnet", image_size=64, hidden_dim=256, hidden_size=256)
+CONVOLVED |= dict(width_coefficient=0.2, depth_coefficient=0.1)
 GRID = dict(image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
 # name -> (model_type, options of its config, pixels, image tokens of each of the three images)
 MLLMS = {
@@ -119,6 +121,12 @@ MLLMS = {
         ),
         mixed,
         [16, 24, 8],
+    ),
+    "fast-vlm": (
+        "fast_vlm",
+        dict(text_config=text("llama"), vision_config=CONVOLVED, image_seq_length=4),
+        lambda: {"pixel_values": torch.rand(3, 3, 64, 64) - 0.5},
+        [4] * 3,
     ),
     "vipllava": (
         "vipllava",
@@ -391,6 +399,11 @@ def processor(name: str):
             "Pixtral",
             ("Pixtral", pixtral),
             dict(patch_size=7, image_token="<image>"),
+        ),
+        "fast-vlm": (
+            "Llava",
+            ("CLIP", dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})),
+            dict(patch_size=32, vision_feature_select_strategy="full"),
         ),
         "vipllava": ("Llava", ("CLIP", clip), clipped),
         "llava-next": ("LlavaNext", ("LlavaNext", clip | dict(image_grid_pinpoints=grid)), clipped),

@@ -29,8 +29,8 @@ def test_every_row_is_tried():
     configs = [cases.build(name).config for name in cases.MLLMS]
     tried = {config.get_text_config().model_type for config in configs} | set(cases.LMS)
     assert tried == set(FAMILIES)
-    assert {config.model_type for config in configs} == set(WRAPPERS) - {"fast_vlm"}  # needs timm
-    assert set(EYES) == set(WRAPPERS) - {"fast_vlm"}
+    assert {config.model_type for config in configs} == set(WRAPPERS)
+    assert set(EYES) == set(WRAPPERS)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -18,8 +18,8 @@ PLACES = ("/work/", "/tmp/", "/home/", "/root/")
 
 
 def test_the_guides_are_there():
-    guides = ["add_a_benchmark", "add_a_model", "add_a_pruning_criterion", "run_in_batch"]
-    assert [p.stem for p in GUIDES] == guides
+    guides = "add_a_benchmark add_a_model add_a_pruning_criterion give_a_model_eyes run_in_batch"
+    assert [p.stem for p in GUIDES] == guides.split()
     assert [p.stem for p in START] == ["compress_your_own", "play", "quickstart"]
 
 

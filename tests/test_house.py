@@ -313,7 +313,7 @@ def test_contributing_names_every_requirement():
     keys = [key for key in config["DEFAULT"] if key.endswith("requirements")]
     names = [re.match(r"[\w-]+", one)[0] for key in keys for one in config["DEFAULT"][key].split()]
     listed = set(re.findall(r"[\w-]+", "\n".join(row.split("|")[1] for row in table.splitlines())))
-    assert len(keys) == 7 and set(names) - listed == set()
+    assert len(keys) == 8 and set(names) - listed == set()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
     for path in re.findall(r"`((?:nbs|tests|requirements)/[\w/.]+\w)`", text):

@@ -179,7 +179,7 @@ def test_profile_with_a_typing_mistake(tmp_path):
     with pytest.raises(ValueError, match="unknown seed; the keys are name, about, models"):
         load_profile(path)
     with pytest.raises(
-        ValueError, match="use authors, gpu, llava-small, paper, quick, smoke, smol, tiny"
+        ValueError, match="use authors, eyes, gpu, llava-small, paper, quick, smoke, smol, tiny"
     ):
         load_profile("nope")
     with pytest.raises(ValueError, match="samples is True: it must be"):

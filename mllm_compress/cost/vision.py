@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
+from .convolutions import efficientnet
+
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-008
 @dataclass(frozen=True)
 class Tower:
@@ -46,13 +48,17 @@ TOWERS = {
 }
 
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-012
+CONVOLUTIONAL = {"efficientnet": efficientnet}  # model_type -> (config -> parameters, flops)
+
+
 def _tower(vision) -> Tower:
     "The row of a vision config, or an error with what to add."
     if vision.model_type in TOWERS:
         return TOWERS[vision.model_type]
     raise ValueError(
         f"There is no closed form for the vision tower {vision.model_type!r}, only for "
-        f"{', '.join(TOWERS)}: add a Tower to TOWERS in mllm_compress.cost.vision."
+        f"{', '.join([*TOWERS, *CONVOLUTIONAL])}: add a Tower to TOWERS in "
+        "mllm_compress.cost.vision."
     )
 
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-014
@@ -63,6 +69,8 @@ def _side(value) -> int:
 
 def _widths(vision) -> tuple:
     "Channels, neurons of the MLP, and layers of a vision tower."
+    if vision.model_type in CONVOLUTIONAL:
+        return vision.hidden_size, 0, 0
     c = getattr(vision, "embed_dim", None) or vision.hidden_size
     m = getattr(vision, "intermediate_size", None) or int(c * vision.mlp_ratio)
     return c, m, getattr(vision, "num_hidden_layers", None) or vision.depth
@@ -91,6 +99,8 @@ def vision_parameters(
     config: PreTrainedConfig,  # of the MLLM
 ) -> int:
     "Parameters of the vision tower in closed form, without a projector inside it."
+    if config.vision_config.model_type in CONVOLUTIONAL:
+        return CONVOLUTIONAL[config.vision_config.model_type](config.vision_config)["parameters"]
     v, row = config.vision_config, _tower(config.vision_config)
     c, m, layers = _widths(v)
     bias = row.biases and getattr(v, "attention_bias", True)  # InternViT's key
@@ -148,10 +158,15 @@ def tiled(config) -> Picture:
     return Picture(size, per_side**2, tiles * per_side**2, tokens, tiles)
 
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-026
+def _joined(vision) -> bool:
+    "Whether all pictures are one sequence."
+    return vision.model_type not in CONVOLUTIONAL and _tower(vision).joined
+
+
 def squares(config, p: Picture, batch: int, images: int) -> dict:
     "Pixels [batch * images, 3, side, side], and sizes where the class reads them."
     pixels = torch.zeros(batch * images, 3, p.side, p.side)
-    if _tower(config.vision_config).joined:
+    if _joined(config.vision_config):
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[p.side] * 2] * len(pixels))}
     return {"pixel_values": pixels}
 
@@ -242,8 +257,7 @@ _QWEN |= {"token_types": "mm_token_type_ids"}
 
 # %% ../../nbs/library/cost/06_vision.ipynb #cell-034
 def _llava_picture(config) -> Picture:
-    joined = _tower(config.vision_config).joined
-    return any_size(config) if joined else one_tile(config)
+    return any_size(config) if _joined(config.vision_config) else one_tile(config)
 
 
 _newline = lambda config: config.get_text_config().hidden_size
@@ -264,6 +278,13 @@ def _mistral3(config) -> list:
     "A merger of patches in vision width, then two matrices."
     c = _both(config)[1]
     return [(c * config.spatial_merge_size**2, c, False), *two_matrices(config)]
+
+
+def _convolved(config) -> Picture:
+    "A picture whose places are tokens; towers of timm do not name their size."
+    n = config.image_seq_length
+    side = getattr(config.vision_config, "image_size", 64 * round(n**0.5))
+    return Picture(_side(side), n, n, n)
 
 
 def _aya(config) -> list:
@@ -287,6 +308,7 @@ EYES = _LLAVA | {
         lambda c: 2 * _both(c)[1] * c.downsample_factor**2,
         lambda c: one_tile(c, c.downsample_factor**2),
     ),
+    "fast_vlm": Eyes(two_matrices, picture=_convolved),
     "idefics3": _connector,
     "smolvlm": _connector,
     "qwen2_vl": Eyes(vectors=lambda c: _merger_norms(c, 2), **_QWEN),
@@ -349,13 +371,17 @@ def vision_flops(
     images: int = 1,
 ) -> dict:
     "Operations of vision tower and projector."
-    v, row, eyes = config.vision_config, _tower(config.vision_config), eyes_of(config)
-    c, m, layers = _widths(v)
+    v, eyes = config.vision_config, eyes_of(config)
     p = eyes.picture(config)
+    projector = images * p.projected * 2 * sum(a * b for a, b, _ in eyes.matrices(config))
+    if v.model_type in CONVOLUTIONAL:
+        vision = images * CONVOLUTIONAL[v.model_type](v)["flops"]
+        return {"vision": vision, "projector": projector}
+    row, (c, m, layers) = _tower(v), _widths(v)
     tokens, n = p.patches + row.class_token, images * p.tiles
     linear = 2 * tokens * (4 * c * c + row.matrices * c * m)
     embed = 2 * p.patches * _patch_values(v) * c
     return {
         "vision": n * (embed + layers * linear) + 4 * c * _attention_pairs(config, p, images),
-        "projector": images * p.projected * 2 * sum(a * b for a, b, _ in eyes.matrices(config)),
+        "projector": projector,
     }

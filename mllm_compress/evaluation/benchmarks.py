@@ -11,6 +11,7 @@ from hashlib import sha256
 
 from ..data import text
 from .definitions import Benchmark, Source, StoredImage
+from .emoji_sets import EMOJI, WRONG
 from .parquet import parquet_files
 from mllm_compress.evaluation.public_sets import (
     AI2D,
@@ -30,7 +31,7 @@ from ..utils.methods import check_choice
 BENCHMARKS = {
     b.name: b
     for b in (
-        *(*SCENES, EASY_VQA, *READING, *WORDS),
+        *(*SCENES, EASY_VQA, *READING, *WORDS, *EMOJI, *WRONG),
         *(MMMU, *SCIENCEQA, MATHVISTA, AI2D, *MME, POPE, DOCVQA, GQA),
     )
 }

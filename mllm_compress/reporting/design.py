@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/library/reporting/18_design.ipynb #cell-003
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import NullLocator
 
 from ..evaluation.benchmarks import load_questions
 from . import style
@@ -67,6 +68,9 @@ def calibration_figure(table: pd.DataFrame):  # of `by_calibration`
             ):
                 _calibration_line(ax, g, pruning, ratio, ends)
             ax.set(title=model, xlabel="calibration questions", xscale="log")
+            sizes = sorted(table.questions.unique())
+            ax.set_xticks(sizes, [str(size) for size in sizes])
+            ax.xaxis.set_minor_locator(NullLocator())
             style.label_ends(ax, ends)
         axes[0].set_ylabel("retained, % of the original")
     return fig

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from .. import anatomy, cost, data
 from ..data import scenes
+from ..data.emoji import ask_emoji
 from ..evaluation import published, score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
@@ -41,6 +42,10 @@ def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or be
         for q, a in (t for e in data.easy_vqa("train").samples for t in data.turns(e)):
             for key in (q, "easy-vqa"):
                 known[key][a] += 1
+    for i in range(min(setup.training.emoji or 0, most)):
+        for type, question, answer, _ in ask_emoji(i, "train")["asked"]:
+            for key in (question, f"emoji/{type}"):
+                known[key][answer] += 1
     return known
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-006

@@ -194,7 +194,8 @@ CURVE = {"version": 1, "questions": 100, "looks": 8}  # per benchmark; beside th
 def validated(profile: Profile) -> list:  # of names
     "The benchmarks of a profile that have a validation split."
     names = [benchmark(name).name for name in profile.evaluation.benchmarks]
-    return [n for n in names if n.startswith("scenes/") or n in ("text/quotes", "text/glosses")]
+    texts = ("text/quotes", "text/glosses")
+    return [n for n in names if n.startswith(("scenes/", "emoji/")) or n in texts]
 
 
 def validation_of(profile: Profile, questions: int) -> Evaluation:

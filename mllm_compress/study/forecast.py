@@ -67,7 +67,7 @@ QUESTIONS = {
 def samples_of(training: Training) -> int:
     "Entries of the training data, about."
     if not training.json:
-        return training.scenes or training.tokens // training.window
+        return training.scenes or training.emoji or training.tokens // training.window
     try:
         text = located(training.json).read_text(encoding="utf-8").lstrip()
         return len(json.loads(text)) if text.startswith("[") else text.count("\n") + 1

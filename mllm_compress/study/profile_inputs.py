@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 
 from .. import data
 from ..data.collator import DATA_VERSION
+from ..data.emoji import emoji_data, emoji_hash, missing_emoji
 from ..data.instructions import InstructionData
 from ..data.scenes import SCENES_VERSION
 from ..data.small_sets import mix
@@ -74,6 +75,8 @@ def data_inputs(training: Training) -> dict:
         found["scenes"] = [training.scenes, SCENES_VERSION]
     if training.easy_vqa:
         found["easy_vqa"] = version("easy-vqa")
+    if training.emoji:
+        found["emoji"] = [training.emoji, emoji_hash()]
     if training.json:
         found["json"] = file_hash(located(training.json))
     if training.text:
@@ -96,13 +99,16 @@ def training_data(training: Training) -> InstructionData:
     parts = [data.scene_data("train", training.scenes)] if training.scenes else []
     if training.easy_vqa:
         parts.append(data.easy_vqa("train"))
+    if training.emoji:
+        parts.append(emoji_data("train", training.emoji))
     if training.json:
         parts.append(data.load_json(located(training.json), located(training.image_root)))
     if training.text:
         parts.append(text_windows(training, "train"))
     if not parts:
         raise ValueError(
-            "The profile's training section names no data: give scenes, easy_vqa, json or text."
+            "The profile's training section names no data: give scenes, easy_vqa, emoji, json or "
+            "text."
         )
     return parts[0] if len(parts) == 1 else mix(*parts)
 
@@ -110,7 +116,8 @@ def training_data(training: Training) -> InstructionData:
 @lru_cache(maxsize=1)
 def calibration_source(training: Training) -> InstructionData:
     "What calibration samples are drawn from: training data, or the calibration part of a text."
-    if not training.text or training.scenes or training.json or training.easy_vqa:
+    pictures = training.scenes or training.easy_vqa or training.emoji or training.json
+    if pictures or not training.text:
         return training_data(training)
     return text_windows(training, "calibration")
 
@@ -142,6 +149,7 @@ def _missing_packages(profile: Profile) -> list:
     found = [(f"model {m}", missing_package(m)) for m in named if m in PACKAGED]
     texts = dict.fromkeys(name for t in trainings for name in t.text)
     found += [(f"text {name}", missing_text(name)) for name in texts]
+    found += [("emoji", missing_emoji())] * any(t.emoji for t in trainings)
     return [f"{what}: {missing}" for what, missing in found if missing]
 
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-020

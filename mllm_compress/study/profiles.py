@@ -45,6 +45,7 @@ class Training:
 
     scenes: CountOrNone = 0  # generated train scenes, with all of their questions
     easy_vqa: Flag = False  # easy-VQA's official training questions too
+    emoji: CountOrNone = 0  # or pictures of data.emoji, with one or four questions each
     json: Word = ""  # or a LLaVA-format JSON file
     image_root: Word = ""  # where its images are
     text: tuple[Word, ...] = ()  # or domains of data.text, for a language model

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 EXTRAS = {
     "torchvision": "vision",
     "gguf": "gguf",
+    "resvg_py": "eyes",
     "bitsandbytes": "quantize",
     **dict.fromkeys(
         "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),

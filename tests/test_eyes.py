@@ -1,0 +1,231 @@
+"""The pictures of emoji, the questions about them, and the pretrained model with eyes."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from transformers import EfficientNetModel
+
+from mllm_compress.data import emoji
+from mllm_compress.data.instructions import turns
+from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
+from mllm_compress.zoo import eyes
+
+KINDS = list(emoji.KINDS.values())
+
+
+def things(n: int = 30) -> list:
+    return [
+        emoji.Thing(f"1F{i:03X}", f"thing {i}", KINDS[i % 5], f"family-{i % 3}") for i in range(n)
+    ]
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    "A folder of made-up pictures: every vendor in its colour, every thing of another size."
+    pytest.importorskip("resvg_py")
+    colors = dict(zip(emoji.VENDORS, ("red", "green", "blue", "black", "gold", "teal", "brown")))
+    shape = lambda i, c: f"<circle cx='8' cy='8' r='{1 + i / 5}' fill='{c}'/>"
+    packages = {
+        vendor: {
+            "icons": {f"thing-{i}": {"body": shape(i, c)} for i in range(30)},
+            "codes": {},
+            "width": 16,
+            "height": 16,
+        }
+        for vendor, c in colors.items()
+    }
+    packages["fxemoji"]["icons"].pop("thing-3")
+    emoji.draw_emoji(things(), packages, tmp_path)
+    monkeypatch.setenv("MLLM_COMPRESS_EMOJI", str(tmp_path))
+    load_questions.cache_clear()
+    yield tmp_path
+    load_questions.cache_clear()
+
+
+def test_every_vendor_is_in_one_part(drawn):
+    seen = {part: {v for _, v in emoji.shown(part)} for part in emoji.PARTS}
+    assert seen["test"] == {"twemoji"} and seen["validation"] == {"emojione"}
+    assert len(emoji.shown("train")) == 30 * 5 - 1
+    listed = emoji.listed_emoji()["pictures"]
+    assert "fxemoji/1F003" not in listed and len(listed) == 30 * 7 - 1
+    assert emoji.picture_of("twemoji", "1F001").getpixel((80, 80)) == (165, 42, 42)  # brown
+
+
+def test_a_thing_with_few_drawings_is_left_out(tmp_path):
+    pytest.importorskip("resvg_py")
+    package = {"icons": {"thing-1": {"body": "<path/>"}}, "codes": {}, "width": 1, "height": 1}
+    emoji.draw_emoji(things(), dict.fromkeys(list(emoji.VENDORS)[:3], package), tmp_path)
+    assert json.loads((tmp_path / "emoji.json").read_text())["things"] == []
+
+
+def test_answers_are_right_and_balanced(drawn):
+    ask = {type: emoji.emoji_questions(type, "test", 400) for type in emoji.TYPES}
+    known = {t.code: t for t in things()}
+    for type in emoji.ONE:
+        assert len(ask[type]) == 30
+    for q in ask["name"]:
+        assert q["answer"] == known[q["places"][0][1]].name
+    assert set(Counter(q["answer"] for q in ask["kind"]).values()) == {6}
+    for q in ask["yes-no"]:
+        right = q["question"] == f"Is this: {known[q['places'][0][1]].name}?"
+        assert right == (q["answer"] == "yes")
+    for q in ask["choice"]:
+        assert q["options"]["ABCD".index(q["answer"])] == known[q["places"][0][1]].name
+        assert len(set(q["options"])) == 4
+    counts = Counter(q["answer"] for q in ask["count"])
+    assert set(counts) == set("1234") and min(counts.values()) > 70
+    assert all(len(q["places"]) == int(q["answer"]) for q in ask["count"])
+    for q in ask["side"]:
+        left = min(q["places"], key=lambda place: place[2])
+        assert q["answer"] == known[left[1]].name
+    first = sum(q["question"].split(": ")[1].startswith(q["answer"] + " or") for q in ask["side"])
+    assert 150 < first < 250
+
+
+def test_the_same_questions_at_every_call(drawn):
+    data = emoji.emoji_data("train", 12)
+    again = emoji.emoji_data("train", 12)
+    assert data[5] == again[5] and [len(e["types"]) for e in data.samples] == [4, 4, 1] * 4
+    assert data.image(2).tobytes() == again.image(2).tobytes()
+    assert {len(turns(e)) for e in data.samples} == {1, 4}
+
+
+def test_benchmarks_read_the_held_out_vendor(drawn):
+    questions = load_questions("emoji/name", "test", 8)
+    wrong = load_questions("emoji-wrong/name", "test", 8)
+    assert [q.answer for q in questions] == [q.answer for q in wrong]
+    assert all(a.images[0].tobytes() != b.images[0].tobytes() for a, b in zip(questions, wrong))
+    assert (
+        BENCHMARKS["emoji/choice"].scorer == "letter" and questions[0].images[0].size == (160,) * 2
+    )
+
+
+def test_missing_pictures_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLLM_COMPRESS_EMOJI", str(tmp_path))
+    load_questions.cache_clear()
+    for call in (lambda: emoji.emoji_data(), lambda: load_questions("emoji/kind", "test", 2)):
+        with pytest.raises(FileNotFoundError, match="fetch_emoji"):
+            call()
+    assert emoji.emoji_hash() == "" and "not on this machine" in emoji.missing_emoji()
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLLM_COMPRESS_EMOJI")
+    with pytest.raises(OSError, match="install Node.js"):
+        emoji.fetch_emoji()
+    assert not list(tmp_path.rglob("emoji.json"))
+
+
+@pytest.fixture
+def model(tiny_lm):
+    "A small language model with an untrained tower."
+    from small_texts import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [eyes.IMAGE_TOKEN]})
+    lm = tiny_lm("llama", vocab=len(tokenizer))
+    return eyes.with_eyes(lm, tokenizer, EfficientNetModel(eyes.tower_config()).eval()), lm
+
+
+def test_pictures_take_twenty_five_tokens(model):
+    from PIL import Image
+
+    (together, processor), lm = model
+    picture = Image.new("RGB", (160, 160), (200, 30, 60))
+    said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}]
+    prompt = processor.apply_chat_template(said, add_generation_prompt=True)
+    batch = processor(images=picture, text=prompt, return_tensors="pt")
+    assert (batch["input_ids"] == together.config.image_token_id).sum() == 25
+    with torch.no_grad():
+        one = together(**batch).logits
+        together.model.multi_modal_projector.linear_2.bias += 1
+        assert not torch.allclose(one, together(**batch).logits)
+        ids = torch.tensor([[5, 6, 7]])
+        assert torch.equal(together(input_ids=ids).logits, lm(input_ids=ids).logits)
+
+
+def test_a_model_with_eyes_is_saved_and_loaded_exactly(model, tmp_path):
+    from mllm_compress.zoo import load_model
+
+    (together, processor), _ = model
+    together.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again, same = load_model(tmp_path)
+    for name, weight in together.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
+    assert same.image_token == eyes.IMAGE_TOKEN and same.patch_size == 32
+
+
+def test_both_prunings_cut_a_model_with_eyes(model):
+    from mllm_compress.anatomy import lm_parameters
+    from mllm_compress.importance.criteria import measure
+    from mllm_compress.pruning import apply_plan
+    from mllm_compress.pruning.plans import plan_pruning
+
+    (together, _), _ = model
+    before = lm_parameters(together)
+    for pruning in ("layerwise", "widthwise"):
+        scores = measure(pruning, "random", together, [], 0)
+        small = apply_plan(together, plan_pruning(pruning, together, scores, 0.3, (0, 0)))
+        assert 0.5 * before < lm_parameters(small) < 0.8 * before
+
+
+def test_the_gate_of_squeeze_and_excitation_is_open():
+    "lite0 has none: with our constants, a block multiplies by one exactly."
+    tower = EfficientNetModel(eyes.tower_config())
+    gate = tower.encoder.blocks[3].squeeze_excite
+    for name, weight in gate.state_dict().items():
+        weight.fill_(20.0 * name.endswith("expand.bias"))
+    states = torch.randn(2, gate.dim, 5, 5)
+    assert torch.equal(gate(states), states)
+
+
+def test_trained_parts_are_checked(model, tmp_path):
+    (together, _), _ = model
+    own = together.model.multi_modal_projector.state_dict()
+    place = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
+    size = together.config.text_config.hidden_size
+    a, b = torch.randn(2, size), torch.randn(size, 2)
+    file = tmp_path / "trained.safetensors"
+    eyes.save_trained(file, own, {f"{place}A.weight": a, f"{place}B.weight": b}, 2.0)
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    before = together.get_parameter(name).detach().clone()
+    eyes.add_trained(together, file)
+    half = lambda t: t.to(torch.bfloat16).float()
+    assert torch.equal(together.get_parameter(name), before + 2.0 * half(b) @ half(a))
+    eyes.save_trained(file, own, {f"{place.replace('0', '9')}A.weight": a}, 2.0)
+    with pytest.raises(ValueError, match="adapters of another model"):
+        eyes.add_trained(together, file)
+
+
+def test_the_warm_up_finds_names():
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
+    names, which = torch.randn(12, 6, generator=draw), torch.arange(12).repeat(4)
+    features = torch.randn(12, 10, generator=draw)[which]
+    projector = nn.Sequential(nn.Linear(10, 24), nn.GELU(), nn.Linear(24, 6))
+    losses = eyes.warm_up(projector, features, which, names, steps=400)
+    assert eyes.named_right(projector, features, which, names) == 1.0 and losses[-1] < losses[0]
+
+
+REAL = eyes.missing_tower() or emoji.missing_emoji()
+
+
+@pytest.mark.skipif(bool(REAL), reason=REAL or "the tower is there")
+def test_the_tower_knows_what_imagenet_knows():
+    "The classifier of the package, on drawings of things that ImageNet has."
+    tower, stored = eyes.efficientnet_lite0(), torch.load(eyes.tower_file(), weights_only=True)
+    side = dict(image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)
+    from transformers import CLIPImageProcessorPil
+
+    crop = {"height": eyes.SIDE, "width": eyes.SIDE}
+    images = CLIPImageProcessorPil(size={"shortest_edge": eyes.SIDE}, crop_size=crop, **side)
+    codes = {t["name"]: t["code"] for t in emoji.listed_emoji()["things"]}
+    for name, classes in {"teapot": {849}, "violin": {889, 486}, "soccer ball": {805}}.items():
+        picture = emoji.picture_of("noto", codes[name])
+        with torch.no_grad():
+            states = tower(images(picture, return_tensors="pt")["pixel_values"]).last_hidden_state
+            scores = states.mean((2, 3)) @ stored["_fc.weight"].T + stored["_fc.bias"]
+        assert int(scores.argmax()) in classes, name
