@@ -249,9 +249,9 @@ def test_verdicts_follow_from_the_answers(traced):
         if even.exists():
             retold(even, AT_EQUAL_SIZE[number], contents)
             seen.append(f"{number} at equal size")
-    assert 1 in seen and (
-        folder.name != "tiny" or {2, 3, 4, 5, "1 at equal size", "5 at equal size"} <= set(seen)
-    )
+    if (folder / "10_findings.ipynb").exists():  # else the profile is not complete
+        every = {1, 2, 3, 4, 5, "1 at equal size", "5 at equal size"}
+        assert (every if folder.name == "tiny" else {1}) <= set(seen)
 
 
 # ---- verdicts once more, by other code
