@@ -50,6 +50,8 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
         if path.parent != folder:
             (checkout / "figures" / path.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, checkout / "figures" / path.parent.name)
+    (checkout / "figures/bench").mkdir(parents=True)
+    shutil.copy(ROOT / "figures/bench/budgets.csv", checkout / "figures/bench")
     names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]
     setup, there = load_profile(folder.name), store.Store(checkout / "runs" / folder.name)
     store.unpack(folder / "results.zip", there)

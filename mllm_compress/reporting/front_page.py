@@ -268,7 +268,7 @@ def time_of(name: str) -> str:
         rows = pd.read_csv(checkout() / "figures" / name / "experiments.csv")
         spent = rows.drop_duplicates("result").seconds.sum() / 3600
         if name in PLANNED and not first_with((name,), "10_findings-claim-1.json"):
-            return f"{PLANNED[name]}, {spent:.1f} core hours so far"
+            return PLANNED[name]
         return f"{spent:.1f} core hours measured"
     if name in PLANNED:
         return PLANNED[name]

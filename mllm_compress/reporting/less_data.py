@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/reporting/28_less_data.ipynb #cell-002
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullLocator
 
 from . import claims
 from .effects import difference, summary
@@ -92,8 +93,13 @@ def over_seconds(frame: pd.DataFrame, looks: dict):  # way -> Look; a figure
                 bars = [g["AVG-%"] - g.low, g.high - g["AVG-%"]]
                 ax.errorbar(g.seconds, g["AVG-%"], bars, linestyle=m.line, **drawn)
             ax.set(title=f"{model}, {ratio:.2f}", xscale="log")
+            ax.xaxis.set(
+                major_locator=LogLocator(subs=(1, 3)),
+                major_formatter=lambda seconds, _: f"{seconds:g}",
+                minor_locator=NullLocator(),
+            )
             if k % columns == 0:
                 ax.set_ylabel("retained, %")
-        fig.supxlabel("seconds of one core", fontsize=8.5)
+        fig.supxlabel("seconds (wall clock)", fontsize=8.5)
         legend_above(fig, list(looks.values()), ncols=len(looks))
     return fig
