@@ -141,6 +141,11 @@ def layers_first(experiment: Experiment) -> Experiment:
     return Experiment(e.model, "layerwise", e.ratio * e.layer_share, **own)
 
 
+def scoring_inputs(experiment: Experiment, profile: Profile) -> dict:
+    "What the record of measuring scores is kept under: it travels, and the scores do not."
+    return stage_inputs("scoring", 1, scores=content_hash(scores_inputs(experiment, profile)))
+
+
 def plan_inputs(experiment: Experiment, profile: Profile) -> dict:
     "What determines the plan of a pruned experiment."
     e = experiment

@@ -18,6 +18,7 @@ from mllm_compress.study.cache_keys import (
     score_inputs,
     score_keys,
     scores_inputs,
+    scoring_inputs,
     start_inputs,
     student_inputs,
     subject_key,
@@ -107,6 +108,16 @@ def index(experiment: Experiment, profile: Profile, results: Store) -> None:
     inputs = index_inputs(experiment)
     if store.read(results, "experiment", content_hash(inputs)) is None:
         store.write(results, inputs, {})
+    if experiment.pruning != "none":
+        keep_scoring(canonical(experiment), profile, results)
+
+
+def keep_scoring(experiment: Experiment, profile: Profile, results: Store) -> None:
+    "Leave how long the scores of an experiment took, where they are in the store."
+    inputs = scoring_inputs(experiment, profile)
+    scores = store.read(results, "scores", content_hash(scores_inputs(experiment, profile)))
+    if scores and store.read(results, "scoring", content_hash(inputs)) is None:
+        store.write(results, inputs, scores["value"])
 
 # %% ../../nbs/library/study/09_stages.ipynb #cell-015
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
@@ -150,6 +161,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     if e.pruning != "none":
         planned = [e, layers_first(e)] if e.layer_share else [e]
         keys["scores"] = {content_hash(scores_inputs(s, profile)) for s in planned}
+        keys["scoring"] = {content_hash(scoring_inputs(e, profile))}
         keys["plan"] = {content_hash(plan_inputs(s, profile)) for s in planned}
     if e.reconstruct != "none":
         keys["reconstruction"] = {content_hash(start_inputs(e, profile))}
@@ -209,7 +221,7 @@ def _scores_record(experiment: Experiment, profile: Profile, results: Store) -> 
     "On what scores were measured; empty where there are none, or where it was not recorded."
     if experiment.pruning == "none":
         return {}
-    found = store.read(results, "scores", content_hash(scores_inputs(experiment, profile)))
+    found = store.read(results, "scoring", content_hash(scoring_inputs(experiment, profile)))
     return (found["value"] or {}) if found else {}
 
 

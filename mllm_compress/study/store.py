@@ -28,7 +28,7 @@ from mllm_compress.utils.files import (
 )
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-004
-STAGES = ("scores", "plan", "reconstruction", "student", "curve")
+STAGES = ("scores", "scoring", "plan", "reconstruction", "student", "curve")
 STAGES += ("answers", "score", "experiment")
 
 
