@@ -495,7 +495,7 @@ CASES = [
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
     Case(("convert", "llava", "llava/out"), "choose another folder"),
     # the study
-    Case(("study", "--profile", "huge"), "use authors, gpu, llava-small, paper, quick"),
+    Case(("study", "--profile", "huge"), "use authors, eyes, gpu, llava-small, paper, quick"),
     Case(("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
     Case(("study", "--profile", "smoke", "-p", "ratios=[0.3"), "cannot be read"),
     Case(

@@ -25,7 +25,7 @@ def test_models_are_listed():
     [
         (
             ("study", "--profile", "huge"),
-            "use authors, gpu, llava-small, paper, quick, smoke, smol, tiny",
+            "use authors, eyes, gpu, llava-small, paper, quick, smoke, smol, tiny",
         ),
         (("study", "--profile", "smoke", "--only", "99_none"), "01_models, 02_pruning"),
         (

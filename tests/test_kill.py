@@ -21,7 +21,7 @@ from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
 ROOT = Path(__file__).parent.parent
-VOLATILE = ["seconds", "compression_seconds", "peak_memory_mb", "date"]  # differ from run to run
+VOLATILE = ["seconds", "peak_memory_mb", "date"]  # differ from run to run
 GRID = """
 from mllm_compress import study
 from mllm_compress.reporting import Report
