@@ -28,7 +28,9 @@ def test_a_key_depends_on_stage_version_and_inputs_and_on_nothing_else():
     assert len(keys) == 4 and content_hash(stage_inputs("plan", k=0, version=1)) == content_hash(
         inputs()
     )
-    with pytest.raises(ValueError, match="Unknown stage 'plans': use one of scores, scoring, plan, recon"):
+    with pytest.raises(
+        ValueError, match="Unknown stage 'plans': use one of scores, scoring, plan, recon"
+    ):
         stage_inputs("plans", 1)
 
 
