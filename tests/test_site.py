@@ -25,6 +25,7 @@ from mllm_compress.study.profiles import load_profile
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))
+PAGES = [p for p in PAGES if (p / "10_findings.ipynb").exists()]  # the others are not complete
 BROWSER = next(
     (
         found
