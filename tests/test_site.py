@@ -25,7 +25,6 @@ from mllm_compress.study.profiles import load_profile
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))
-PAGES = [p for p in PAGES if (p / "10_findings.ipynb").exists()]  # the others are not complete
 BROWSER = next(
     (
         found
@@ -427,6 +426,11 @@ def again(request, tmp_path_factory) -> Path:
         return site.build(request.param.name)
 
 
+def whole(page: Path) -> bool:
+    "Whether a page has the findings, which come last; only then must it have all claims."
+    return (page.parent / "10_findings.ipynb").exists()
+
+
 def test_making_a_page_again_keeps_its_results(again):  # also without its model or its texts
     kept, now = ROOT / "figures" / again.parent.name, again.parent
     with zipfile.ZipFile(kept / "results.zip") as a, zipfile.ZipFile(now / "results.zip") as b:
@@ -440,7 +444,7 @@ def test_a_study_lists_every_claim_once_in_order(again):
     lines = listed(again)
     numbers = [int(line[1]) if re.match(r".\d\. ", line) else 9 for line in lines]
     assert (
-        numbers[0] == 1
+        numbers[0] == (1 if whole(again) else 9)
         and numbers == sorted(numbers)
         and len(set(map(claim_of, lines))) == len(lines)
     )
@@ -455,7 +459,7 @@ def test_a_study_lists_every_claim_once_in_order(again):
 def test_captions_of_a_study_are_in_view(again, tmp_path, width):
     seen = look(again, tmp_path, width)
     assert complete(seen) and seen["needed"] <= width and seen["outside"] == 0, seen
-    assert len(seen["captions"]) > 20 and all(
+    assert len(seen["captions"]) > (20 if whole(again) else 9) and all(
         0 <= c["left"] < c["right"] <= width for c in seen["captions"]
     )
 

@@ -500,6 +500,6 @@ def test_notebooks_draw_every_table_and_verdict_from_the_results_again(folder, d
         for p in sorted(folder.glob("*-*.*"))
         if p.suffix in (".csv", ".json") and not p.name.startswith(MEASURED)
     ]
-    assert len(written) >= 15
+    assert len(written) > (15 if (folder / "10_findings.ipynb").exists() else 10)
     for path in written:
         assert same_values(path, checkout / "figures" / folder.name / path.name), path.name
