@@ -215,7 +215,7 @@ def test_cost_of_a_7b():
         streaming_cost(model, "scoring")
 
 
-RATES = {"model": 1e11, "float32": 5e10, "read": 1e9}
+RATES = dict(model=1e11, float32=5e10, weights=1e9, gradients=1e8, read=1e9, write=1e9)
 
 
 # Bad input

@@ -6,9 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/library/cost/08_streaming.ipynb #cell-003
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -22,35 +25,66 @@ from mllm_compress.cost.timing import time_call
 from mllm_compress.cost.vision import image_tokens, vision_flops
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.importance.memory import activation_bytes
+from mllm_compress.importance.taylor import ORDERS, channel_scores
 from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.pruning.reconstruction import reconstruction_cost
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.utils.methods import check_choice
+from mllm_compress.zoo.files import read_header
+from mllm_compress.zoo.weight_files import read_tensor
 
 # %% ../../nbs/library/cost/08_streaming.ipynb #cell-005
-def product_rate(dtype: torch.dtype, tokens: int = 256, width: int = 2048) -> float:
-    "Operations per second of a matrix product, at best."
-    x, w = torch.ones(tokens, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    seconds = time_call(lambda: x @ w, repeats=10).seconds
-    return 2 * tokens * width**2 / min(seconds)
+def product_rates(dtype: torch.dtype, width: int = 2048) -> tuple:  # operations, weights
+    "Operations and weights per second of matrix products, from two of different lengths."
+    seconds, (few, many) = {}, (16, 512)
+    for tokens in (few, many):
+        x, w = torch.ones(tokens, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+        seconds[tokens] = min(time_call(lambda: x @ w.T, repeats=10).seconds)
+    per_token = max(seconds[many] - seconds[few], seconds[many] / 100) / (many - few)
+    fixed = max(seconds[few] - few * per_token, seconds[few] / 100)
+    return 2 * width**2 / per_token, width**2 / fixed
+
+
+def gradient_rate(dtype: torch.dtype, tokens: int = 64, width: int = 2048) -> float:
+    "Weights per second whose gradient Taylor importance takes and adds up."
+    linear, x = (
+        torch.nn.Linear(width, width, dtype=dtype),
+        torch.ones(1, tokens, width, dtype=dtype),
+    )
+    slot, counts = SimpleNamespace(module=linear, axis=0), ([tokens], (tokens, 1))
+    call = lambda: channel_scores(slot, x, x, *counts, ORDERS["param_first"])
+    return width**2 / min(time_call(call, repeats=3).seconds)
+
+# %% ../../nbs/library/cost/08_streaming.ipynb #cell-005b
+COMMON_DISK = 1e9  # bytes per second
 
 
 def read_rate(file: Path | None, most: int = 2**28) -> float:
-    "Bytes per second of reading a file; that of a common disk if no file is given."
+    "Bytes per second of reading tensors as a streamed model does."
     if file is None:
-        return 1e9
-    start, size = time.perf_counter(), 0
-    with open(file, "rb", buffering=0) as opened:
-        while size < most and (part := opened.read(2**24)):
-            size += len(part)
+        return COMMON_DISK
+    (entries, first), size, start = read_header(file), 0, time.perf_counter()
+    for entry in entries.values():
+        if size < most:
+            size += read_tensor(file, entry, first).nbytes
+    return size / (time.perf_counter() - start)
+
+
+def write_rate(size: int = 2**26) -> float:
+    "Bytes per second that reach the disk of temporary files."
+    raw, start = torch.ones(size, dtype=torch.uint8).numpy().data, time.perf_counter()
+    with tempfile.TemporaryFile() as file:
+        file.write(raw)
+        os.fsync(file.fileno())
     return size / (time.perf_counter() - start)
 
 
 def machine_rates(dtype: torch.dtype, file: Path | None = None) -> dict:
-    "Operations per second in `dtype` and in float32, and bytes read per second."
-    single = product_rate(torch.float32)
-    half = single if dtype == torch.float32 else product_rate(dtype)
-    return {"model": half, "float32": single, "read": read_rate(file)}
+    "Per second: operations in `dtype` and in float32, weights, gradients, bytes read and written."
+    (half, weights), (single, _) = product_rates(dtype), product_rates(torch.float32)
+    rates = {"model": half, "float32": single, "weights": weights}
+    rates |= {"gradients": gradient_rate(dtype)}
+    return rates | {"read": read_rate(file), "write": write_rate()}
 
 # %% ../../nbs/library/cost/08_streaming.ipynb #cell-007
 @dataclass(frozen=True)
@@ -142,6 +176,14 @@ class Work:
     disk: int  # bytes written: states between the layers, or the pruned checkpoint
     operations: float
     rate: str = "model"  # the dtype of the operations
+    weights: float = 0  # that pass through the processor, each time counted
+    gradients: float = 0  # of weights, in Taylor importance
+
+    def seconds(self, rates: dict) -> float:
+        "How long it takes at the rates of a machine, one thing after the other."
+        parts = {self.rate: self.operations, "read": self.read, "write": self.disk}
+        parts |= {"weights": self.weights, "gradients": self.gradients}
+        return sum(amount / rates[name] for name, amount in parts.items())
 
 
 def scoring_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> Work:
@@ -158,7 +200,10 @@ def scoring_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> W
         peaks.append(end_peak(parts, found, prompts))
         read += found.head + sum(found.layers)
         disk = parts.num_layers * prompts.batches * state_bytes(parts, prompts)
-    return Work(max(peaks), read, disk, passes * forward + sum(seen.values()))
+    weights = prompts.batches * sum(found.layers) / parts.model.dtype.itemsize
+    gradients = weights * (step == "taylor")
+    operations = passes * forward + sum(seen.values())
+    return Work(max(peaks), read, disk, operations, "model", passes * weights, gradients)
 
 # %% ../../nbs/library/cost/08_streaming.ipynb #cell-017
 def cut_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> Work:
@@ -210,7 +255,7 @@ def streaming_cost(
     gib = {f"{name}_gib": getattr(work, name) / 2**30 for name in ("peak", "read", "disk")}
     row = {"step": step, **gib, "tera_operations": work.operations / 1e12}
     if rates:
-        row["seconds"] = work.operations / rates[work.rate] + work.read / rates["read"]
+        row["seconds"] = work.seconds(rates)
     return row
 
 

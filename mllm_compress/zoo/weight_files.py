@@ -44,13 +44,11 @@ def read_tensor(
 ) -> torch.Tensor:
     "One tensor of a file."
     begin, end = entry["data_offsets"]
-    raw = bytearray(end - begin)
+    raw = torch.empty(end - begin, dtype=torch.uint8)
     with open(path, "rb") as file:
         file.seek(start + begin)
-        file.readinto(raw)
-    if not raw:
-        return torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-    return torch.frombuffer(raw, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+        file.readinto(raw.numpy().data)
+    return raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
 # %% ../../nbs/library/zoo/12_weight_files.ipynb #cell-007
 def read_numbers(
