@@ -1,13 +1,17 @@
 """Advice follows from results by rules: what fits, what retains most, ties, and heavy losses."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from mllm_compress.reporting import advice
 from mllm_compress.study import runs as study
+from mllm_compress.study import store
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.workers import results_of
 
 
 def made(
@@ -287,3 +291,23 @@ def test_evidence_is_what_the_store_holds_beside_its_original(tmp_path, monkeypa
     assert set(advice.evidence(setup).model) == {
         "smoke-llava"
     }  # the other's original was never asked
+
+
+def test_without_runs_the_evidence_is_what_ships_with_the_figures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    setup, pruned = load_profile("smoke"), Experiment("smoke-llava", "layerwise", 0.45)
+    study.run([Experiment("smoke-llava"), pruned], setup, executor="inline", quiet=True)
+    computed, results = advice.evidence(setup), results_of(setup)
+    (tmp_path / "figures/smoke").mkdir(parents=True)
+    keys = {stage: results.keys(stage) for stage in store.STAGES}
+    store.pack(results, keys, tmp_path / "figures/smoke/results.zip")
+    shutil.rmtree(tmp_path / "runs")
+    pd.testing.assert_frame_equal(advice.evidence(setup), computed)
+    assert not (tmp_path / "runs").exists()
+    left = advice.advise("smoke-llava", 0.45, profile="smoke", training=False)
+    assert "prune layerwise" in left.text
+    monkeypatch.setattr(advice, "missing_inputs", lambda profile: ["model smoke: not here"])
+    monkeypatch.setattr(advice, "studied", lambda profile, results=None: [])
+    with pytest.raises(ValueError, match="to advise from: model smoke: not here"):
+        advice.evidence(setup)

@@ -15,33 +15,60 @@ from .claims import MARGIN
 from .effects import SETTING, Estimate, dense_rows, difference, summary
 from .verdicts import basis_of
 from ..study.experiments import LATER
+from ..study.profile_inputs import missing_inputs
 from ..study.profiles import load_profile
 from ..study.runs import frame_of, stored
+from ..study.store import Store, unpack
 from ..study.workers import results_of
-from ..utils.files import checkout
+from ..utils.files import cache_folder, checkout, sha256
 from ..zoo.models import MODELS
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-005
-def studied(profile) -> list:  # of Experiment, sorted
+def computed_here(profile) -> Store | None:
+    "The results of a profile in runs/, None if there are none."
+    there = (checkout() / "runs" / profile.name).exists()
+    return results_of(profile) if there and results_of(profile).keys("experiment") else None
+
+
+def shipped_results(profile) -> Store | None:
+    "The results in figures/PROFILE/results.zip, unpacked once; None where there is no such file."
+    path = checkout() / "figures" / profile.name / "results.zip"
+    if not path.is_file():
+        return None
+    results = Store(cache_folder("results") / sha256(path)[:16])
+    if not (done := results.folder / "complete").exists():
+        unpack(path, results)
+        done.touch()
+    return results
+
+
+def studied(
+    profile,
+    results: Store | None = None,  # None: those of runs/
+) -> list:  # of Experiment, sorted
     "The experiments of a profile that have results; without rounded or new weights, or hybrids."
     profile = load_profile(profile)
-    if not (checkout() / "runs" / profile.name).exists():
+    if not (results := results or computed_here(profile)):
         return []
     elsewhere = ("quantize", "start", "layer_share")  # compared elsewhere
-    return sorted(e for e in stored(profile) if all(getattr(e, k) == LATER[k] for k in elsewhere))
+    usual = lambda e: all(getattr(e, k) == LATER[k] for k in elsewhere)
+    return sorted(filter(usual, stored(profile, results)))
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-008
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
-    "All results of a profile."
-    profile, cells = load_profile(profile), studied(profile)
+    "All results of a profile: those of runs/, or else those that ship with its figures."
+    profile = load_profile(profile)
+    results = computed_here(profile) or shipped_results(profile)
+    cells = studied(profile, results) if results else []
     dense = {c.model for c in cells if c.pruning == c.recovery == "none"}
     cells = [c for c in cells if c.model in dense]
     if not any(c.pruning != "none" for c in cells):
+        lacks = missing_inputs(profile) if results else []
         raise ValueError(
             f"There are no results of profile {profile.name} to advise from: "
-            f"run mllm-compress study --profile {profile.name} first."
+            + (lacks[0] if lacks else f"run mllm-compress study --profile {profile.name} first.")
         )
-    return frame_of(cells, profile, results_of(profile))
+    return frame_of(cells, profile, results)
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-011
 WRONG_TOOL = 0.6  # above this ratio the study advises against pruning

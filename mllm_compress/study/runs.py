@@ -102,11 +102,14 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
     return PruningPlan.from_json(found["plan"]) if found else None
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-016
-def stored(profile: Profile) -> dict:  # Experiment -> result
+def stored(
+    profile: Profile,
+    results: Store | None = None,  # None: those of runs/
+) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
     if missing_inputs(profile):
         return {}
-    results, found = results_of(profile), {}
+    results, found = results or results_of(profile), {}
     described = (store.read(results, "experiment", k) for k in results.keys("experiment"))
     experiments = filter(None, (_experiment_of(d, profile) for d in described))
     for e in sorted(experiments, key=lambda e: e.calibration != "default"):
