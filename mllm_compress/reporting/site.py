@@ -146,7 +146,7 @@ def text_page(
     return Page(place, title, body, about, short, source=source, folders=folders)
 
 # %% ../../nbs/library/reporting/22_site.ipynb #cell-019
-PROFILES = ("paper", "authors", "llava-small", "gpu", "tiny", "quick", "smol", "smoke")
+PROFILES = ("paper", "authors", "llava-small", "gpu", "tiny", "quick", "smol", "eyes", "smoke")
 
 
 def shown_profiles() -> list:  # of names, the one that links lead to first

@@ -24,8 +24,16 @@ from ..evaluation.benchmarks import benchmark, load_questions
 from ..evaluation.parquet import parquet_files
 from .profiles import Evaluation, Profile, Training, located, training_of
 from ..utils.files import checkout, file_hash
+from ..zoo.eyes import missing_eyes
 from ..zoo.gguf import PACKAGED, missing_package
-from ..zoo.models import MODELS, SHIPPED, load_model, load_tokenizer, packaged_identity
+from mllm_compress.zoo.models import (
+    ASSEMBLED,
+    MODELS,
+    SHIPPED,
+    load_model,
+    load_tokenizer,
+    packaged_identity,
+)
 from ..zoo.tiny_models import SMOKE_VERSION
 
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-004
@@ -47,7 +55,7 @@ def model_identity(
     "A name for a model's weights."
     if name in MODELS and name.startswith("smoke-"):
         return f"{name} {SMOKE_VERSION}"
-    if name in PACKAGED:
+    if name in PACKAGED or name in ASSEMBLED:
         return packaged_identity(name)
     folder = SHIPPED / name if (SHIPPED / name).is_dir() else Path(name)
     if folder.is_dir():
@@ -147,6 +155,7 @@ def _missing_packages(profile: Profile) -> list:
     sources = [source_of(m, profile) for m in profile.models if m not in profile.folders]
     named = dict.fromkeys([*sources, *(t.tokenizer for t in trainings)])
     found = [(f"model {m}", missing_package(m)) for m in named if m in PACKAGED]
+    found += [(f"model {m}", missing_eyes()) for m in named if m in ASSEMBLED]
     texts = dict.fromkeys(name for t in trainings for name in t.text)
     found += [(f"text {name}", missing_text(name)) for name in texts]
     found += [("emoji", missing_emoji())] * any(t.emoji for t in trainings)

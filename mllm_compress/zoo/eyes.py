@@ -25,7 +25,9 @@ from transformers import (
     LlavaProcessor,
 )
 
+from ..utils.files import cache_folder, replacing_folder, sha256
 from .gguf import gguf_folder, missing_package, packaged_file
+from .models import SHIPPED
 
 # %% ../../nbs/library/zoo/13_eyes.ipynb #cell-004
 SIDE = 160  # pixels of a picture
@@ -254,3 +256,33 @@ def untrained_eyes(seed: int = 0) -> tuple:  # (model, processor)
     decoder = gguf_folder(packaged_file(DECODER))
     lm = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
     return with_eyes(lm, AutoTokenizer.from_pretrained(decoder), efficientnet_lite0(), seed)
+
+# %% ../../nbs/library/zoo/13_eyes.ipynb #cell-019f
+BUILD_VERSION = 1  # raised when the files that are put together change
+
+
+def trained_file() -> Path:
+    "The projector and the adapters that ship with the package."
+    return SHIPPED / "smollm2-eyes" / "trained.safetensors"
+
+
+def eyes_identity() -> str | None:  # None where a package is not installed
+    "A name for the weights of the trained model, without putting it together."
+    if missing_eyes():
+        return None
+    parts = (packaged_file(DECODER), tower_file(), trained_file())
+    return "-".join(["smollm2-eyes", *(sha256(p)[:12] for p in parts), str(BUILD_VERSION)])
+
+
+def eyes_folder() -> Path:  # of a checkpoint in the cache
+    "The trained model, put together at the first call; FileNotFoundError with the cure."
+    if missing := missing_eyes():
+        raise FileNotFoundError(f"smollm2-eyes: {missing}")
+    folder = cache_folder("eyes") / eyes_identity()
+    if not (folder / "config.json").is_file():
+        model, processor = untrained_eyes()
+        add_trained(model, trained_file())
+        with replacing_folder(folder) as new:
+            model.save_pretrained(new)
+            processor.save_pretrained(new)
+    return folder
