@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -62,7 +63,7 @@ def gradient_moments(
     "Gradient of the label-mean loss, and mean over samples of the squared per-sample gradients."
     tokens, samples = totals
     if not curvature:
-        return (delta.flatten(0, 1).T @ x.flatten(0, 1)).float() / tokens, None
+        return (delta.flatten(0, 1).T @ x.flatten(0, 1)).float().div_(tokens), None
     g = torch.zeros(delta.shape[-1], x.shape[-1], device=x.device)
     H = torch.zeros_like(g)
     for b, n in enumerate(counts):
@@ -76,6 +77,11 @@ def gradient_moments(
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-016
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # weights whose gradient exists at once
 
+
+def channels_at_once(weight: torch.Tensor, axis: int) -> int:
+    "Channels of a block."
+    return max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // weight.shape[1 - axis])
+
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
 def channel_scores(
     slot: LinearSlot,
@@ -87,8 +93,7 @@ def channel_scores(
 ) -> torch.Tensor:  # [channels] float32, signed for `vectorize`
     "Scores of the rows (axis 0) or columns (axis 1) of one linear layer, block by block."
     weight, axis = slot.module.weight.detach(), slot.axis
-    step = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // weight.shape[1 - axis])
-    scores = []
+    step, scores = channels_at_once(weight, axis), []
     for w, part in zip(weight.split(step, axis), (delta, x)[axis].split(step, -1)):
         pair = (x, part) if axis == 0 else (part, delta)
         g, H = gradient_moments(*pair, counts, totals, order.curvature)
@@ -401,6 +406,20 @@ def _by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
         loss = _finite(_add_scores(channels, run.parts, *inputs, score, recompute), k)
         channels["loss"] = channels.get("loss", 0.0) + loss / run.totals[0]
 
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-060b
+def _reduced(
+    slot: LinearSlot,
+    g: torch.Tensor,  # [out, in], as `gradient_moments` gives it
+    H: torch.Tensor | None,
+    order: Order,
+) -> torch.Tensor:  # [channels]
+    "Scores of the rows or columns of one linear layer from its whole gradient."
+    weight, axis = slot.module.weight.detach(), slot.axis
+    step = channels_at_once(weight, axis)
+    blocks = [repeat(None) if t is None else t.split(step, axis) for t in (weight, g, H)]
+    scores = [order.formula(w.float(), *moments, 1 - axis) for w, *moments in zip(*blocks)]
+    return torch.cat(scores)
+
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-062
 def _by_layer(run: Scoring, channels: dict) -> None:
     "Add up the gradients of one layer over all batches, reduce them to scores, and go on."
@@ -409,9 +428,7 @@ def _by_layer(run: Scoring, channels: dict) -> None:
 
     def leave(i):
         for slot in parts.linears(i):
-            weight = slot.module.weight.detach().float()
-            gradient = sums.pop(slot.name)
-            channels[i, slot.name] = run.order.formula(weight, *gradient, 1 - slot.axis)
+            channels[i, slot.name] = _reduced(slot, *sums.pop(slot.name), run.order)
 
     with keeping_inputs(parts, run.batches, run.labels) as kept:
         channels["loss"] = sum(_finite(b.loss, k) for k, b in enumerate(kept)) / run.totals[0]

@@ -256,10 +256,11 @@ HARDWARE = {
     "quick": "2 CPU cores",
     "tiny": "2 CPU cores",
     "smol": "2 CPU cores",
+    "eyes": "2 CPU cores",
     "llava-small": "one 80 GB GPU",
     "paper": "80 GB GPUs or Slurm",
 }
-PLANNED = {"tiny": "8 h planned", "smol": "3 h planned"}
+PLANNED = {"tiny": "8 h planned", "smol": "3 h planned", "eyes": "3 h planned"}
 
 
 def time_of(name: str) -> str:
