@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from draw_again import ROOT, begin, reads_texts
+from draw_again import ROOT, begin, fetched_inputs
 from small_texts import write_texts
 
 torch.set_num_threads(1)
@@ -125,7 +125,7 @@ def drawn_again(
     started = {
         folder.name: (checkout, begin(folder, checkout))
         for folder, checkout in checkouts.items()
-        if not reads_texts(folder.name)
+        if not fetched_inputs(folder.name)
     }
     yield started
     for _, process in started.values():

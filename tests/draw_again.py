@@ -28,11 +28,11 @@ for name in names:
 """
 
 
-def reads_texts(name: str) -> bool:
-    "Whether a profile needs texts, which are fetched and not part of the package."
+def fetched_inputs(name: str) -> bool:
+    "Whether a profile needs texts or pictures, which are fetched and not part of the package."
     from mllm_compress.study.profiles import load_profile
 
-    return any(b.startswith("text/") for b in load_profile(name).evaluation.benchmarks)
+    return any(b.startswith(("text/", "emoji/")) for b in load_profile(name).evaluation.benchmarks)
 
 
 def begin(folder: Path, checkout: Path) -> subprocess.Popen:

@@ -8,7 +8,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from draw_again import MEASURED, reads_texts
+from draw_again import MEASURED, fetched_inputs
 
 from mllm_compress.reporting import effects
 from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS
@@ -144,7 +144,7 @@ def traced(request, tmp_path_factory, small_texts):  # (folder, name -> (experim
     "A folder of figures and the results that came with it, each believed only with its seal."
     setup, results = load_profile(request.param.name), Store(tmp_path_factory.mktemp("t") / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        if reads_texts(setup.name):  # the real ones, not those that are made up for the tests
+        if fetched_inputs(setup.name):  # the real ones, not those that are made up for the tests
             patch.delenv("MLLM_COMPRESS_TEXTS")
             if lacking := missing_inputs(setup):
                 pytest.skip("; ".join(lacking))

@@ -20,6 +20,12 @@ SCORERS = {
     "count": ("exact", "How many things a picture shows, one to four."),
     "side": ("exact", "Which of two things is on the left."),
 }
+CANDIDATES = {  # where the possible answers are few
+    "kind": tuple(emoji.KINDS.values()),
+    "yes-no": ("yes", "no"),
+    "choice": ("A", "B", "C", "D"),
+    "count": ("1", "2", "3", "4"),
+}
 
 # %% ../../nbs/library/evaluation/20_emoji.ipynb #cell-005
 def emoji_questions(
@@ -36,6 +42,7 @@ def emoji_questions(
             prompt=q["question"],
             answer=q["answer"],
             images=(emoji.draw_picture(q["places"]),),
+            candidates=CANDIDATES.get(type, ()),
             options=q["options"],
         )
         for q in asked
@@ -46,7 +53,10 @@ EMOJI = tuple(
     Benchmark(f"emoji/{type}", scorer, partial(emoji_questions, type), 12, help=help)
     for type, (scorer, help) in SCORERS.items()
 )
-EMOJI = tuple(replace(row, source=emoji.emoji_hash) for row in EMOJI)
+versions = {f"emoji/{type}": 2 for type in CANDIDATES}  # 1 had no candidates
+EMOJI = tuple(
+    replace(row, source=emoji.emoji_hash, version=versions.get(row.name, 1)) for row in EMOJI
+)
 
 # %% ../../nbs/library/evaluation/20_emoji.ipynb #cell-007
 def _with_wrong_pictures(load, split: str = "test", limit: int | None = None, root=None) -> list:
