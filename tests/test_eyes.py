@@ -255,6 +255,15 @@ def test_what_ships_is_small_and_holds_the_projector_and_the_adapters_of_every_l
     assert eyes.trained_file().stat().st_size < 20e6
 
 
+@pytest.mark.skipif(bool(emoji.missing_emoji()), reason=emoji.missing_emoji() or "all is there")
+def test_few_possible_answers_are_candidates():
+    few = {"kind": KINDS, "yes-no": ["yes", "no"], "choice": list("ABCD"), "count": list("1234")}
+    for type in emoji.TYPES:
+        asked = load_questions(f"emoji/{type}", "test", 40, None)
+        assert {q.candidates for q in asked} == {tuple(few.get(type, ()))}
+        assert all(q.answer in q.candidates for q in asked if q.candidates)
+
+
 def test_four_types_are_answered_by_looking_and_only_these_are_in_the_profile():
     _, record = shipped()
     seen = {
