@@ -443,8 +443,9 @@ def test_making_a_page_again_keeps_its_results(again):  # also without its model
 def test_a_study_lists_every_claim_once_in_order(again):
     lines = listed(again)
     numbers = [int(line[1]) if re.match(r".\d\. ", line) else 9 for line in lines]
+    tested = whole(again) or (again.parent / "02_pruning-verdict.json").exists()
     assert (
-        numbers[0] == (1 if whole(again) else 9)
+        numbers[0] == (1 if tested else 9)
         and numbers == sorted(numbers)
         and len(set(map(claim_of, lines))) == len(lines)
     )
