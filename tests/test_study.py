@@ -550,6 +550,16 @@ def test_what_a_store_has_from_other_settings_is_passed_over(away):
     assert runs.stored(longer) == {}
 
 
+def test_a_run_killed_before_the_description_of_an_experiment_is_made_up_for(away):
+    inline([DENSE, LAYERS])
+    results = results_of(SMOKE)
+    for key in results.keys("experiment"):
+        results.path("experiment", key).unlink()
+    assert runs.stored(SMOKE) == {}
+    inline([LAYERS])
+    assert list(runs.stored(SMOKE)) == [LAYERS]
+
+
 # ---- effects
 
 

@@ -290,6 +290,7 @@ def run(
     require_inputs(profile)
     results, distinct = results_of(profile), list(dict.fromkeys(map(canonical, experiments)))
     missing = _incomplete(distinct, profile, results)
+    _describe(set(distinct) - set(missing), profile, results)
     names = {e: name_of(e, profile) for e in missing}
     errors = {e: context["failures"][n] for e, n in names.items() if n in context["failures"]}
     todo = [e for e in missing if e not in errors]
@@ -311,6 +312,13 @@ CHANGED = "its result has another key: data or model changed while the study ran
 def _incomplete(experiments: list, profile: Profile, results: Store) -> list:
     "The experiments that lack a score."
     return [e for e in experiments if missing_stages(e, profile, results)["score"]]
+
+
+def _describe(finished: set, profile: Profile, results: Store) -> None:
+    "Leave the description of finished experiments that have none."
+    for e in finished:
+        if not results.path("experiment", content_hash(stages.index_inputs(e))).exists():
+            stages.index(e, profile, results)
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-056
 BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
