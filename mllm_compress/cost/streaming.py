@@ -47,10 +47,8 @@ def product_rates(dtype: torch.dtype, width: int = 2048) -> tuple:  # operations
 
 def gradient_rate(dtype: torch.dtype, tokens: int = 64, width: int = 2048) -> float:
     "Weights per second whose gradient Taylor importance takes and adds up."
-    linear, x = (
-        torch.nn.Linear(width, width, dtype=dtype),
-        torch.ones(1, tokens, width, dtype=dtype),
-    )
+    linear = torch.nn.Linear(width, width, dtype=dtype)
+    x = torch.ones(1, tokens, width, dtype=dtype)
     slot, counts = SimpleNamespace(module=linear, axis=0), ([tokens], (tokens, 1))
     call = lambda: channel_scores(slot, x, x, *counts, ORDERS["param_first"])
     return width**2 / min(time_call(call, repeats=3).seconds)
