@@ -167,6 +167,15 @@ def test_one_seed_gives_a_direction_only(bounds, word):
     assert Verdict("A beats B.", {}, "").word == "not tested"
 
 
+def test_two_models_that_score_zero_are_not_compared():
+    "They would count as equivalent, and pull the average towards zero."
+    ahead, zeros = Estimate(2, 1, 3, 100, 3), Estimate(0, 0, 0, 100, 3, empty=True)
+    v = Verdict("A.", {"at 0.3": ahead, "at 0.6": zeros}, "n = 100", margin=1.0)
+    assert v.average.value == 2 and v.word == "supported" and v.words == {"at 0.3": "supported"}
+    assert "2 settings: supported (1), not tested (1)" in sentence(v)
+    assert Verdict("A.", {"at 0.6": zeros}, "n = 100", margin=1.0).word == "not tested"
+
+
 def test_every_word_is_defined_and_has_a_sign_and_a_colour():
     assert set(WORDS) == set(DEFINITIONS) == set(SIGNS) == set(COLORS) and len(WORDS) == 6
     assert len(set(SIGNS.values())) == 6 and all("\n" not in d for d in DEFINITIONS.values())

@@ -39,6 +39,7 @@ class Estimate:
     floor: float = -math.inf  # the least possible value
     top: float = math.inf  # the greatest
     model: str = ""
+    empty: bool = False  # a difference of two settings that both score nothing
     by_seed: dict = field(default_factory=dict, compare=False, repr=False)  # seed -> value
     by_image: pd.Series = field(default=None, compare=False, repr=False)  # errors of the value
 
@@ -158,13 +159,14 @@ def estimate_of(
     dense: pd.DataFrame,
     seeds: list,  # their names, in the order of the rows of the arrays
     floor: float = 0.0,  # the least possible value in units of the highest possible AVG-%
+    empty: bool = False,
 ) -> Estimate:
     "AVG-%, or a difference of two, with its pictures and bounds."
     images, top = about_units(dense)
     named = [images[b] for b in arrays]
     known = named if named and all(len(names) for names in named) else ()
     low = floor * top if floor else 0.0
-    about = {"floor": low, "top": top, "model": dense.model.iloc[0]}
+    about = {"floor": low, "top": top, "model": dense.model.iloc[0], "empty": empty}
     return estimate(list(arrays.values()), known, seeds, **about)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
@@ -247,8 +249,10 @@ def difference(
     shared = set(both[0].seed) & set(both[1].seed)
     if not shared:
         return estimate([])
-    a, b = (arrays_of(rows[rows.seed.isin(shared)], dense) for rows in both)
-    return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), floor=-1.0)
+    both = [rows[rows.seed.isin(shared)] for rows in both]
+    a, b = (arrays_of(rows, dense) for rows in both)
+    empty = not any(rows.score.any() for rows in both)
+    return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), -1.0, empty)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-040
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:

@@ -67,7 +67,7 @@ DEFINITIONS = {
     "supports the claim, or there is one seed only",
     CONTRADICTED: "the 95 % interval of the average effect lies on the other side, and no setting "
     "supports the claim after Holm's correction",
-    UNTESTED: "no results",
+    UNTESTED: "no results, or both models score zero",
 }
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-013
@@ -123,8 +123,9 @@ class Verdict:
 
     @cached_property
     def settings(self) -> dict:  # where -> Estimate
-        "The effects with variances pooled over settings."
-        return pooled({w: e for w, e in self.effects.items() if e.value == e.value})
+        "The effects that tell something, with variances pooled over settings."
+        told = {w: e for w, e in self.effects.items() if e.value == e.value and not e.empty}
+        return pooled(told)
 
     @cached_property
     def average(self) -> Estimate:
@@ -167,7 +168,7 @@ def overall(v: Verdict) -> str:  # of WORDS
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-025
 def counted(v: Verdict) -> str:
     "In how many settings a claim is supported and contradicted."
-    said = list(v.words.values())
+    said = [*v.words.values(), *(UNTESTED for e in v.effects.values() if e.empty)]
     counts = [f"{w} ({said.count(w)})" for w in WORDS if w in said]
     if len(said) < 2:
         return "one setting" if said else "no settings"
@@ -182,7 +183,7 @@ def sentence(v: Verdict) -> str:
     where = next(iter(v.settings)) if len(v.settings) == 1 else f"average over {len(v.settings)}"
     many = len(v.settings) > 1
     parts = [f"{v.average:+1} {v.unit} ({'95 % interval; ' + where}{' settings' * many})"]
-    if many:
+    if many or len(v.effects) > len(v.settings):
         parts.append(counted(v))
     if v.exceptions and v.word in (FOR, AGAINST):
         said = CONTRADICTED if v.average.value > 0 else SUPPORTED
