@@ -17,6 +17,7 @@ from mllm_compress.reporting.claims import (
     AT_EQUAL_SIZE,
     CLAIMS,
     holes,
+    judged_by,
     places,
     recommended,
     split_grid,
@@ -530,6 +531,28 @@ def test_sizes_that_differ_are_named():
     assert CLAIMS[5].effects(between) == {}  # of ratios between 30 and 45 % the claim says nothing
 
 
+def test_half_of_claim_5_gives_a_direction_only():
+    "Layerwise at 30 % was compared, and nothing at 45 % or above; then both were."
+
+    def cells(*ratios):
+        return {Experiment("m"): 1.0} | {
+            Experiment("m", p, r, recovery="sft+hidden_kd", seed=s): kept
+            for r in ratios
+            for p, kept in zip(("layerwise", "widthwise"), (0.9, 0.6) if r < 0.4 else (0.6, 0.9))
+            for s in range(3)
+        }
+
+    verdicts = {}
+    for ratios in ((0.3,), (0.45,), (0.3, 0.45)):
+        frame, claim = answered(cells(*ratios)), CLAIMS[5]
+        how = judged_by(claim, frame)
+        verdicts[ratios] = Verdict(claim.text, claim.effects(frame), "", **how)
+    assert [v.word for v in verdicts.values()] == ["leans for", "leans for", "supported"]
+    assert "not tested: 45 % and above" in sentence(verdicts[0.3,])
+    assert "not tested: 30 % and below" in sentence(verdicts[0.45,])
+    assert "not tested" not in sentence(verdicts[0.3, 0.45])
+
+
 @pytest.mark.parametrize("recovery, claim", [("none", 1), ("sft+hidden_kd", 5)])
 def test_prunings_are_compared_at_equal_size(recovery, claim):
     "Retained scores depend on the achieved ratio; widthwise pruning has five points more."
@@ -622,10 +645,10 @@ def test_what_a_grid_leaves_out_is_named():
 
 def test_names_keep_apart_where_another_panel_widens_the_scale():
     "The panels share one scale; two lines that end close together are named one above the other."
-    point = lambda model, pruning, kept: {
+    point = lambda model, pruning, kept, ratio=0.6: {
         "model": model,
         "pruning": pruning,
-        "achieved_ratio": 0.6,
+        "achieved_ratio": ratio,
         "avg_percent": kept,
         "low": kept - 1,
         "high": kept + 1,
@@ -637,6 +660,7 @@ def test_names_keep_apart_where_another_panel_widens_the_scale():
             point("b", "layerwise", 40.0),
             point("b", "widthwise", 98.0),
         ]
+        + [point(m, p, 99.0, 0.3) for m in "ab" for p in ("layerwise", "widthwise")]
     )
     fig, (ax, _) = retained_over_ratio(rows, "pruning")
     fig.canvas.draw()

@@ -403,3 +403,12 @@ def test_the_command_reads_texts(tmp_path):
     )
     (row,) = json.loads(done.stdout)["rows"]
     assert row["n"] == 3 and row["perplexity"] > 1
+
+
+def test_guessing_on_text_is_chance_among_candidates_and_nothing_on_running_text():
+    from mllm_compress.reporting.study_tables import question_only
+
+    setup = load_profile("smol")
+    some = dict(benchmarks=["text/quotes", "text/definition"], questions=8, limits={})
+    setup = replace(setup, evaluation=replace(setup.evaluation, **some))
+    assert dict(question_only(setup)) == {"text/quotes": 0.0, "text/definition": 25.0}

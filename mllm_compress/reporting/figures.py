@@ -77,6 +77,41 @@ def _lines_over_ratio(
         ends[name] = g.achieved_ratio.iloc[-1], g[value].iloc[-1]
     return ends
 
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-014c
+NOTE = dict(xytext=(3, 2), textcoords="offset points", fontsize=7.5, color=GREY)
+
+
+def _mark_guessing(ax, level: float | None, vertical: bool = False) -> None:
+    "The value of the question-only baseline as a dotted line."
+    if level is None:
+        return
+    if vertical:
+        ax.axvline(level, color=GREY, linestyle=":", linewidth=1.2)
+        ax.annotate("guessing", (level, 0.02), xycoords=("data", "axes fraction"), **NOTE)
+        return
+    low, high = ax.get_ylim()
+    ax.axhline(level, color=GREY, linestyle=":", linewidth=1.2)
+    ax.annotate("guessing", (0, level), xycoords=("axes fraction", "data"), **NOTE)
+    ax.set_ylim(min(low, level - 0.04 * (high - low)), high)
+
+# %% ../../nbs/library/reporting/05_figures.ipynb #cell-014e
+def _at_one_ratio(rows: pd.DataFrame, by: str, value: str, bounds: list, guessed: dict) -> tuple:
+    "Methods below each other, each a dot with its interval: a panel per model."
+    names = rows.groupby(by, sort=False)[value].mean().sort_values().index
+    order = {name: y for y, name in enumerate(names)}
+    fig, axes = panels(rows.model.nunique(), height=0.24 * len(order) + 0.9)
+    for ax, (model, own) in zip(axes, rows.groupby("model", sort=False)):
+        for name, x, *ends in own[[by, value, *bounds]].itertuples(index=False):
+            m, half = look(name), [[abs(x - end)] for end in ends] or None
+            drawn = dict(color=m.color, marker=m.marker, elinewidth=1.2)
+            ax.errorbar(x, order[name], xerr=half, **drawn)
+        _mark_guessing(ax, guessed.get(model), vertical=True)
+        ends = own.achieved_ratio.min(), own.achieved_ratio.max()
+        ratio = "-".join(dict.fromkeys(f"{end:.2f}" for end in ends))
+        ax.set(title=f"{model}, {ratio} removed", xlabel="retained, % of the original")
+    axes[0].set_yticks(range(len(order)), [look(name).label for name in order])
+    return fig, axes
+
 # %% ../../nbs/library/reporting/05_figures.ipynb #cell-016
 def retained_over_ratio(
     rows: pd.DataFrame,  # of `effects.summary`, compressed models only
@@ -85,9 +120,13 @@ def retained_over_ratio(
     low: str | None = "low",
     high: str | None = "high",
     start: float = 100,  # value of the original
+    guessed: dict = {},  # model -> the value of the question-only baseline
 ) -> tuple:  # (figure, panels)
     "AVG-% over the achieved ratio: a panel per model, a line per method."
     models = list(dict.fromkeys(rows.model))
+    if rows.groupby(["model", by], sort=False).size().max() == 1:
+        with page():
+            return _at_one_ratio(rows, by, value, [b for b in (low, high) if b], guessed)
     fig, axes = panels(len(models))
     with page():
         bounds = {"low": low, "high": high}
@@ -99,6 +138,7 @@ def retained_over_ratio(
         axes[0].set_ylim(max(axes[0].get_ylim()[0], 0), top + 0.05 * max(top - bottom, 1))
         for ax, model, end in zip(axes, models, ends):
             ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
+            _mark_guessing(ax, guessed.get(model))
             label_ends(ax, end)
         axes[0].set(ylabel="retained, % of the original")
     return fig, axes
@@ -173,6 +213,8 @@ def symmetric_scale(ax, least: float = 1.0, linear: float = 8.0) -> None:
     ax.xaxis.set(
         major_locator=FixedLocator(ticks), major_formatter="{x:g}", minor_locator=NullLocator()
     )
+    note = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="top")
+    ax.annotate("logarithmic beyond ±2", (1, 0), (0, -15), fontsize=7, color=GREY, **note)
 
 # %% ../../nbs/library/reporting/05_figures.ipynb #cell-028
 def place_label(where: str) -> str:

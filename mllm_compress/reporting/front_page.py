@@ -37,6 +37,10 @@ SCALES = {  # title -> (profiles, the text without results)
         ("smol",),
         "no results yet; `make study PROFILE=smol` computes them",
     ),
+    "The same with eyes, on drawings": (
+        ("eyes",),
+        "no results yet; `make study PROFILE=eyes` computes them",
+    ),
     "Two small multimodal models, trained for this study": (
         ("tiny", "quick"),
         "no results in this checkout; `make study` computes them",
@@ -57,6 +61,7 @@ def first_with(profiles: tuple, name: str) -> str:  # empty where none has it
 WAYS = {  # of 11_beyond
     "paper": "{} % with the paper's pruning",
     "paper, trained": f"{{}} % after training on {100 * LITTLE:g} % of the data",
+    "refitted_layers": "{} % with whole layers removed and refitted",
     "ours": "{} % with our pruning, untrained",
 }
 
@@ -65,6 +70,15 @@ def span(values) -> str:
     "The range of some numbers."
     ends = dict.fromkeys(f"{v:.0f}" for v in (min(values), max(values)))
     return "-".join(ends)
+
+
+def guessing(profile: str) -> str:  # empty where no baseline answers every benchmark
+    "The retained score of the question-only baseline."
+    path = checkout() / "figures" / profile / "02_pruning-question-only.csv"
+    rows = pd.read_csv(path, index_col=0) if path.exists() else pd.DataFrame()
+    if "AVG-%" not in rows.index:
+        return ""
+    return f" (guessing: {span(rows.loc['AVG-%'].drop('score'))} %)"
 
 
 def answer(scale: str) -> str:  # Markdown
@@ -77,6 +91,7 @@ def answer(scale: str) -> str:  # Markdown
     last = rows[rows.requested == rows.requested.max()]
     found = {way: g["AVG-%"] for way, g in last.groupby("way")}
     parts = [text.format(span(found[way])) for way, text in WAYS.items() if way in found]
+    parts[0] += guessing(profile)
     basis = re.sub(r" \([^)]*\)", "", recorded(profile, "11_beyond", "verdict")["basis"])
     return (
         f"> - **{scale}**: removing {100 * last.achieved.mean():.0f} % of the decoder leaves a "
@@ -173,7 +188,12 @@ def support_table() -> str:  # Markdown
     return markdown_table(titles, lines)
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-021
-COLUMNS = {"7B": ("paper", "llava-small"), "pretrained": ("smol",), "small": ("tiny", "quick")}
+COLUMNS = {
+    "7B": ("paper", "llava-small"),
+    "pretrained": ("smol",),
+    "with eyes": ("eyes",),
+    "small": ("tiny", "quick"),
+}
 
 
 def claims_columns() -> dict:  # title -> profile
@@ -188,32 +208,22 @@ def short_claim(claim) -> str:
 
 
 def verdict_cell(verdict: dict) -> str:
-    "The word of a verdict with its average effect."
+    "The word of a verdict with its average effect, and how many settings and seeds it has."
     if not (a := verdict["average"]):
         return "not tested"
-    return f"**{verdict['word']}** {Estimate(**a):+1}"
-
-
-def confidence(verdict: dict) -> str:
-    "The number of settings and seeds of a verdict."
-    if not (a := verdict["average"]):
-        return "–"
-    n, seeds = len(verdict["effects"]), a["seeds"]
-    return f"{n} setting{'s' * (n != 1)}, {seeds} seed{'s' * (seeds != 1)}"
+    rests = f"{len(verdict['effects'])}×{a['seeds']}"
+    return f"**{verdict['word']}** {Estimate(**a):+1} ({rests})"
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-022
 def claims_table() -> str:  # Markdown
-    "The claims: what the paper reports, the verdict at every scale, and its settings and seeds."
+    "The claims: what the paper reports, and the verdict at every scale."
     shown, printed = claims_columns(), printed_claims()
     titles = [f"{title} (`{profile}`)" for title, profile in shown.items()]
     rows = []
     for n, claim in CLAIMS.items():
-        found = {t: recorded(p, "10_findings", f"claim-{n}") for t, p in shown.items()}
-        rests = {t: confidence(v) for t, v in found.items() if v["average"]}
-        words = [f"{t}: {r}" if len(rests) > 1 else r for t, r in rests.items()]
-        cells = [short_claim(claim), printed[n], *map(verdict_cell, found.values())]
-        rows.append([*cells, "; ".join(words) or "–"])
-    return markdown_table(("claim", "paper", *titles, "confidence"), rows)
+        found = [recorded(p, "10_findings", f"claim-{n}") for p in shown.values()]
+        rows.append([short_claim(claim), printed[n], *map(verdict_cell, found)])
+    return markdown_table(("claim", "paper", *titles), rows)
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-025
 def latency_figure(profile: str):  # a figure

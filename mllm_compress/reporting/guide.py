@@ -96,7 +96,7 @@ def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
         row["tied"] = f"{int(found.tied.sum()) - 1} of {len(found) - 1}"
         other = f"{cheap.pruning}, {recovered_how(cheap)}" if cheap.name else "–"
         row["cheapest tied setting"] = other
-        row["paper's pruning"] = said + (f" ({100 * had:g} %)" if had < budget else "")
+        row["paper's kind of pruning"] = said + (f" ({100 * had:g} %)" if had < budget else "")
         out.append(row)
     return pd.DataFrame(out)
 
@@ -263,7 +263,10 @@ def radars(shares: pd.DataFrame, names: list, floor: float = 40.0):  # a figure
                 _radar(left, own, names, floor)
                 _dots(right, own, names)
             right.set_title(f"{model}, {ratio:.0%} removed", fontsize=9)
-            right.set_xlim(min(floor, shares[names].min().min() - 3) if len(own) else floor, 103)
+            right.set_xlim(
+                min(floor, shares[names].min().min() - 3) if len(own) else floor,
+                max(103, shares[names].max().max() + 3),
+            )
         right.set_xlabel("% of the original score", fontsize=8.5)
         keys = [Line2D([], [], **strategy_look(*s)) for s in STRATEGIES]
         words = [f"{p}, {'trained' if t else 'untrained'}" for p, t in STRATEGIES]

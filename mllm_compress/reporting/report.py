@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from PIL import Image
 
-from .claims import Claim, usual
+from .claims import Claim, judged_by, usual
 from .effects import Estimate
 from .figures import Figure
 from .injected import check_injected
@@ -75,8 +75,9 @@ class Report:
 
     def claim(self, claim: Claim, frame: pd.DataFrame, basis, name="verdict") -> Verdict:
         "Test a claim of the study on a frame of `study.run`, and write the verdict."
-        how = {"margin": claim.margin, "rivals": claim.rivals(usual(frame))}
-        return self.verdict(claim.text, claim.effects(usual(frame)), basis, name, claim.unit, **how)
+        own = usual(frame)
+        how = judged_by(claim, own)
+        return self.verdict(claim.text, claim.effects(own), basis, name, claim.unit, **how)
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _run_with(changed: dict, folder: Path) -> str:

@@ -12,7 +12,7 @@ import nbformat
 import pandas as pd
 
 from ..evaluation import published
-from .claims import CLAIMS, LITTLE, PROMISED, usual
+from .claims import CLAIMS, LITTLE, PROMISED, judged_by, usual
 from .effects import with_original
 from .notebooks import experiments_of, notebooks
 from .report import recorded
@@ -44,7 +44,7 @@ def printed_claims() -> dict:  # claim -> sentence
     }
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-007
-PROFILES = ("smol", "tiny", "quick")  # in this order, where they have results
+PROFILES = ("smol", "eyes", "tiny", "quick")  # in this order, where they have results
 
 
 def columns_of(own: str) -> list:  # of profile names
@@ -140,6 +140,6 @@ def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # c
             frame = frame[frame.model.isin(with_original(frame))]
         effects = claim.effects(frame) if len(frame) else {}
         basis = basis_of(frame) if len(frame) else "nothing finished"
-        how = {"margin": claim.margin, "rivals": claim.rivals(frame) if len(frame) else 1}
+        how = judged_by(claim, frame) if len(frame) else {}
         out[n] = Verdict(claim.text, effects, basis, claim.unit, **how)
     return out

@@ -52,6 +52,7 @@ def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or be
 def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it was trained for
     "The scores of the question-only baseline."
     known, e, scores = training_answers(setup), setup.evaluation, {}
+    scores |= {n: value for n in e.benchmarks if (value := chance(n, setup)) is not None}
     for name in (n for n in e.benchmarks if n in known):
         rows = []
         for q in load_questions(name, e.split, limit_of(name, e)):
@@ -59,7 +60,18 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it 
             row = {"benchmark": name, "id": q.id, "group": q.group, "candidate": None}
             rows.append(row | q.fields() | {"extra": q.extra, "prediction": said})
         scores[name] = score_all(pd.DataFrame(rows)).score.iloc[0]
-    return pd.Series(scores, dtype=float)
+    return pd.Series({n: scores[n] for n in e.benchmarks if n in scores}, dtype=float)
+
+
+def chance(name: str, setup: Profile) -> float | None:  # in per cent; None: depends on answers
+    "The score of guessing where candidates are ranked by likelihood, and zero for running text."
+    scorer, e = BENCHMARKS[name].scorer, setup.evaluation
+    if scorer == "next_token":
+        return 0.0
+    if scorer != "likelihood_choice":
+        return None
+    questions = load_questions(name, e.split, limit_of(name, e))
+    return 100 * float(np.mean([1 / len(q.candidates) for q in questions]))
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-008
 def guessed_share(
@@ -69,7 +81,7 @@ def guessed_share(
     dict
 ):  # model -> AVG-% of the question-only baseline; empty where it cannot answer every benchmark
     "AVG-% of the question-only baseline for each model."
-    dense = rows[rows.pruning == "none"].set_index("model")
+    dense = rows[rows.pruning == "none"].set_index("model").dropna(axis="columns", how="all")
     if blind.empty or not set(blind.index) <= set(dense):
         return {}
     own = dense[list(blind.index)].astype(float)
@@ -83,7 +95,15 @@ def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
     for model in guessed_share(rows, blind):
         own = dense.loc[model, list(blind.index)].astype(float).to_numpy()
         table[f"% of {model}"] = 100 * table.score / own
-    return table
+    mean = table.drop(columns=["benchmark", "score"]).mean()
+    return pd.concat([table, mean.to_frame().T.assign(benchmark="AVG-%")])[[*table]]
+
+
+def below_guessing(rows: pd.DataFrame, blind: pd.Series) -> list:  # of "model at ratio"
+    "Where no setting of `effects.summary` retains more than the question-only baseline."
+    shares, pruned = guessed_share(rows, blind), rows[rows.pruning != "none"]
+    best = pruned.groupby(["model", "requested_ratio"], sort=False).avg_percent.max()
+    return [f"{m} at {r:.2f}" for (m, r), kept in best.items() if kept <= shares.get(m, -1)]
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-011
 def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
@@ -100,18 +120,18 @@ def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
             row[f"{kind} removed, %"] = 100 * sum(gone) / max(len(gone), 1)
         rows.append(row)
     table = pd.DataFrame(rows).drop_duplicates()
+    if not rows:
+        return table
     keys = ["model", "requested", "layers touched"]
-    return table.groupby(keys, sort=False, as_index=False).mean() if rows else table
+    mean = table.groupby(keys, sort=False, as_index=False).mean()
+    return mean.assign(achieved=mean.achieved.map("{:.3f}".format))
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-013
 def knowledge_or_form(frame: pd.DataFrame, models: list) -> pd.DataFrame:
     "Mean accuracy by free generation and by the best candidate, and unreadable answers."
-    paired = (
-        frame.get("metric", pd.Series("", frame.index))
-        .astype(str)
-        .str.contains("acc+", regex=False)
-    )
-    done = frame[(frame.status == "done") & frame.candidate_score.notna() & ~paired]
+    metric = frame.get("metric", pd.Series("", frame.index)).astype(str)
+    other = metric.str.contains("acc+", regex=False) | metric.str.contains("by likelihood")
+    done = frame[(frame.status == "done") & frame.candidate_score.notna() & ~other]
     how = {"free generation": ("score", "mean"), "best candidate": ("candidate_score", "mean")}
     how |= {"unreadable": ("unparseable", "sum"), "asked": ("n", "sum")}
     groups = ["model", "requested_ratio", "pruning"]
@@ -197,6 +217,16 @@ def prices(frame: pd.DataFrame, losses: str, fraction: float = claims.LITTLE) ->
     return pd.DataFrame(out).fillna("–")
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-023
+def amount_of(setup: Profile, fraction: float) -> str:
+    "How much a fraction of a profile's training data is, in words."
+    t, parts = setup.training, []
+    counts = {"scenes": t.scenes, "pictures": t.emoji, "tokens of text": t.tokens}
+    parts += [f"{fraction * n:,.0f} {name}" for name, n in counts.items() if n]
+    files = {"of easy-VQA's training questions": t.easy_vqa, f"of {t.json}": t.json}
+    parts += [f"{100 * fraction:g} % {name}" for name, there in files.items() if there]
+    return " and ".join(parts)
+
+
 def fractions_at(frame: pd.DataFrame, model: str, here: dict) -> list:  # ascending
     "The fractions of the data with results at one model, ratio, pruning and objective."
     rows = frame[(frame.status == "done") & (frame.model == model)]
@@ -247,7 +277,10 @@ def perplexities(
         return pd.DataFrame(columns=by)
     logs = done.assign(log=np.log(done.perplexity))
     means = logs.pivot_table("log", by, "benchmark", aggfunc="mean", sort=False)
-    return np.exp(means)[read].rename_axis(columns=None).reset_index()
+    table = np.exp(means)[read].rename_axis(columns=None).reset_index()
+    if "requested_ratio" in table:
+        table["requested_ratio"] = table.requested_ratio.map("{:.2f}".format)
+    return table.rename(columns={"requested_ratio": "requested"})
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-029
 def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part

@@ -64,7 +64,8 @@ class Table:
             return pd.Series(False, self.frame.index)
         values = pd.to_numeric(self.frame[column], errors="coerce").round(self.digits)
         groups = values.groupby([self.frame[c] for c in self.best[column]] or (lambda _: 0))
-        return (values == groups.transform("max")) & (groups.transform("count") > 1)
+        rivals = groups.transform("count") > 1
+        return (values == groups.transform("max")) & rivals & (values != 0)
 
     def _repr_html_(self) -> str:
         return to_html(self)
@@ -173,7 +174,7 @@ GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "
     "to be removed, and that was",
     ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
-    ("low", "high"): "low, high: the ends of its 95 % interval over pictures and seeds",
+    ("low", "high"): "low, high: the ends of its 95 % interval over questions and seeds",
 }
 
 

@@ -60,11 +60,11 @@ DEFINITIONS = {
     SUPPORTED: "the 95 % interval of the average effect lies on the claim's side, and no setting "
     "contradicts the claim after Holm's correction",
     FOR: "the average effect is on the claim's side, but its interval is not, or a setting "
-    "contradicts the claim, or there is one seed only",
+    "contradicts the claim, or there is one seed only, or a part of the claim was not tested",
     EQUIVALENT: "the average difference is within one point of AVG-% (two one-sided tests at 5 %), "
     "and no setting is certainly outside of it",
     AGAINST: "the average effect is on the other side, but its interval is not, or a setting "
-    "supports the claim, or there is one seed only",
+    "supports the claim, or there is one seed only, or a part of the claim was not tested",
     CONTRADICTED: "the 95 % interval of the average effect lies on the other side, and no setting "
     "supports the claim after Holm's correction",
     UNTESTED: "no results, or both models score zero",
@@ -119,6 +119,7 @@ class Verdict:
     unit: str = "points"
     margin: float | None = None  # differences within it are equivalent; None: a threshold
     rivals: int = 1  # among how many the rival was chosen that the claim is compared with
+    missing: str = ""  # the part of the claim without results
     beside: str = ""  # what a larger profile says
 
     @cached_property
@@ -161,7 +162,7 @@ def overall(v: Verdict) -> str:  # of WORDS
     if found == CONTRADICTED and v.rivals > 1:
         found = word(v.average, v.margin, 1 - 0.05 / v.rivals)
     outside = [w for sign in (1, -1) for w in certain(v.settings, sign, v.margin or 0)]
-    if found == EQUIVALENT and outside or found != EQUIVALENT and v.exceptions:
+    if v.missing or found == EQUIVALENT and outside or found != EQUIVALENT and v.exceptions:
         return FOR if v.average.value > 0 else AGAINST
     return found
 
@@ -188,5 +189,7 @@ def sentence(v: Verdict) -> str:
     if v.exceptions and v.word in (FOR, AGAINST):
         said = CONTRADICTED if v.average.value > 0 else SUPPORTED
         parts.append(f"{said} after Holm's correction at {', '.join(v.exceptions)}")
+    if v.missing:
+        parts.append(f"not tested: {v.missing}")
     basis = resting_on(v.basis, v.settings)
     return f"{head}{'; '.join(parts)}. {basis}. {v.beside}".strip()
