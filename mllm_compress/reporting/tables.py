@@ -48,7 +48,7 @@ def _escape_pipes(text: str) -> str:
     return text.replace("|", "\\|")
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-014
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     "A frame with its caption and its marks."
 
@@ -66,6 +66,9 @@ class Table:
         groups = values.groupby([self.frame[c] for c in self.best[column]] or (lambda _: 0))
         rivals = groups.transform("count") > 1
         return (values == groups.transform("max")) & rivals & (values != 0)
+
+    def __repr__(self) -> str:
+        return f"Table of {len(self.frame)} rows: {self.caption}"
 
     def _repr_html_(self) -> str:
         return to_html(self)

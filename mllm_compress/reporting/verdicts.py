@@ -109,7 +109,7 @@ def certain(
     return [w for (w, e), p in zip(beyond.items(), adjusted) if e.value > 0 and p < 0.05]
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     "A claim, what was measured, and what follows."
 
@@ -147,6 +147,9 @@ class Verdict:
     def word(self) -> str:  # of WORDS
         "The verdict on the claim as a whole."
         return overall(self) if self.settings else UNTESTED
+
+    def __repr__(self) -> str:
+        return sentence(self)
 
     def _repr_html_(self) -> str:
         bar = f"border-left:4px solid {COLORS[self.word]};padding-left:.8em"
