@@ -58,12 +58,20 @@ def first_with(profiles: tuple, name: str) -> str:  # empty where none has it
     return next(there, "")
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-007
-WAYS = {  # of 11_beyond
-    "paper": "{} % with the paper's pruning",
-    "paper, trained": f"{{}} % after training on {100 * LITTLE:g} % of the data",
-    "refitted_layers": "{} % with whole layers removed and refitted",
-    "ours": "{} % with our pruning, untrained",
+WAYS = {  # of 11_beyond -> the heading
+    "paper": "paper",
+    "paper, trained": "paper, trained",
+    "refitted_layers": "layers, refitted",
+    "ours": "ours",
 }
+HEAD = (
+    "retained score, %",
+    "removed",
+    *WAYS.values(),
+    "ours - paper, trained",
+    "guessing",
+    "basis",
+)
 
 
 def span(values) -> str:
@@ -72,31 +80,39 @@ def span(values) -> str:
     return "-".join(ends)
 
 
-def guessing(profile: str) -> str:  # empty where no baseline answers every benchmark
+def guessing(profile: str) -> str:
     "The retained score of the question-only baseline."
     path = checkout() / "figures" / profile / "02_pruning-question-only.csv"
     rows = pd.read_csv(path, index_col=0) if path.exists() else pd.DataFrame()
-    if "AVG-%" not in rows.index:
-        return ""
-    return f" (guessing: {span(rows.loc['AVG-%'].drop('score'))} %)"
+    return span(rows.loc["AVG-%"].drop("score")) if "AVG-%" in rows.index else "–"
 
 
-def answer(scale: str) -> str:  # Markdown
-    "A bullet with the results of a scale, and their scope."
+def markdown_table(head: tuple, rows) -> str:
+    "A table in Markdown."
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"|{'|'.join(cells)}|" for cells in lines)
+
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-007b
+def answer(scale: str) -> list:  # of cells
+    "The results of a scale, and their scope."
     profiles, otherwise = SCALES[scale]
     profile = first_with(profiles, "11_beyond-scores.csv")
     if not profile:
-        return f"> - **{scale}**: {otherwise}."
+        return [f"{scale}: {otherwise}", *[""] * (len(HEAD) - 1)]
     rows = pd.read_csv(checkout() / "figures" / profile / "11_beyond-scores.csv")
     last = rows[rows.requested == rows.requested.max()]
-    found = {way: g["AVG-%"] for way, g in last.groupby("way")}
-    parts = [text.format(span(found[way])) for way, text in WAYS.items() if way in found]
-    parts[0] += guessing(profile)
-    basis = re.sub(r" \([^)]*\)", "", recorded(profile, "11_beyond", "verdict")["basis"])
-    return (
-        f"> - **{scale}**: removing {100 * last.achieved.mean():.0f} % of the decoder leaves a "
-        f"retained score of {', '.join(parts[:-1])}, and {parts[-1]} ({basis})."
-    )
+    found = {way: span(g["AVG-%"]) for way, g in last.groupby("way")}
+    told = recorded(profile, "11_beyond", "untrained")
+    there = [e for where, e in told["effects"].items() if f"{last.requested.max():.2f}" in where]
+    gaps = "; ".join(f"{Estimate(**e):+1}" for e in there)
+    basis = re.sub(r" \([^)]*\)| per model", "", told["basis"])
+    cells = [scale, f"{100 * last.achieved.mean():.0f} %", *(found.get(way, "–") for way in WAYS)]
+    return [*cells, gaps, guessing(profile), basis]
+
+
+def answers() -> str:  # Markdown
+    "The results of every scale."
+    return markdown_table(HEAD, map(answer, SCALES))
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-010
 WRONG = " ×"
@@ -169,12 +185,6 @@ def with_output(code: str) -> str:  # Markdown
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-018
 FORMS = ("layerwise", "uniform", "blockwise")
-
-
-def markdown_table(head: tuple, rows) -> str:
-    "A table in Markdown."
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"|{'|'.join(cells)}|" for cells in lines)
 
 
 def support_table() -> str:  # Markdown
