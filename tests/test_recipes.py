@@ -13,8 +13,14 @@ from typer.testing import CliRunner
 from mllm_compress.anatomy import lm_parameters
 from mllm_compress.checkpoint import load_pruned
 from mllm_compress.cli import app
-from mllm_compress.importance import width_importance
-from mllm_compress.pruning import apply_plan, plan_widthwise, prune, reconstruct
+from mllm_compress.importance import layer_importance, width_importance
+from mllm_compress.pruning import (
+    apply_plan,
+    plan_layerwise,
+    plan_widthwise,
+    prune,
+    reconstruct,
+)
 from mllm_compress.pruning.one_step import RECIPES, Recipe, auto_round, choose_recipe
 from mllm_compress.pruning.plans import ALLOCATIONS
 
@@ -39,6 +45,8 @@ CHOICES = [
     ({"method": "taylor"}, Recipe("taylor")),
     ({"method": "taylor", "reconstruct": True}, Recipe("taylor", reconstruct=True)),
     ({"pruning": "layerwise"}, Recipe("block_influence", pruning="layerwise")),
+    ({"recipe": "layers"}, Recipe("block_influence", reconstruct=True)),
+    ({"recipe": "layers", "reconstruct": False}, Recipe("block_influence")),
     ({"recipe": "paper"}, Recipe("taylor", "layer", "blockwise")),
     ({"recipe": "paper", "reconstruct": True}, Recipe("taylor", "layer", "blockwise", True)),
     ({"recipe": "uniform", "method": "magnitude"}, Recipe("magnitude", "layer", "uniform", True)),
@@ -81,6 +89,15 @@ def test_the_recommended_recipe_is_its_steps(name):
     same = plan_widthwise(model, scores, ratio=0.3, allocation="global")
     again = reconstruct(apply_plan(model, same), model, data, same)
     assert plan == same
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
+
+
+def test_layers_are_removed_and_the_rest_is_refitted():
+    model, data = build("llama-4x1", num_hidden_layers=6), batches()
+    small, plan = prune(model, data, 0.3, recipe="layers")
+    same = plan_layerwise(model, layer_importance(model, data), ratio=0.3)
+    again = reconstruct(apply_plan(model, same), model, data, same)
+    assert plan == same and plan.method == "layerwise" and len(small.model.layers) == 4
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
 
 
@@ -215,7 +232,7 @@ def test_a_language_model_from_plain_text(here):
 
 
 MISTAKES = {  # options after `prune llava -o out --ratio 0.3`, and what the message must say
-    "unknown-recipe": (("--recipe", "best"), "recommended, uniform, paper"),
+    "unknown-recipe": (("--recipe", "best"), "recommended, uniform, layers, paper"),
     "unknown-allocation": (("--allocation", "fair"), "layer, global, obs"),
     "incomparable": (("--method", "taylor", "--allocation", "global"), "gauss_newton or obs"),
     "one-width": (("--shape", "uniform", "--allocation", "global"), "shape blockwise"),

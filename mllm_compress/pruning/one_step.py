@@ -186,6 +186,7 @@ class Recipe:
 RECIPES = {
     "recommended": Recipe("gauss_newton", "global", "blockwise", reconstruct=True),
     "uniform": Recipe("gauss_newton", "layer", "uniform", reconstruct=True),
+    "layers": Recipe("block_influence", reconstruct=True),
     "paper": Recipe("taylor", "layer", "blockwise"),
 }
 
@@ -282,7 +283,7 @@ def prune(
     ratio: float | None = None,  # fraction of LM-decoder parameters to remove; None: 0.3
     method: str | None = None,  # a criterion of importance.CRITERIA, or obs; None: the recipe's
     pruning: str | None = None,  # layerwise or widthwise; None: as the criterion has it
-    recipe: str | None = None,  # recommended, uniform, paper; None: recommended, or as asked for
+    recipe: str | None = None,  # recommended, uniform, layers, paper; None: as asked for
     allocation: str | None = None,  # layer, global or obs; None: the recipe's
     reconstruct: bool | None = None,  # refit the output projections; None: the recipe's
     ridge: float | None = None,  # of the refit; None: chosen on held-out samples
