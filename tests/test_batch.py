@@ -95,7 +95,7 @@ def test_each_job_of_the_array_runs_another_ratio(tmp_path):
         given = checked_papermill(run.stdout.splitlines())
         assert given["profile"] == "tiny"
         ratios += given["ratios"]
-    assert ratios == load_profile("tiny").ratios
+    assert ratios == load_profile("tiny").notebooks["02_pruning"]["ratios"]
 
 
 def test_the_slurm_section_is_one_of_a_profile(tmp_path):

@@ -60,7 +60,7 @@ def test_a_start_notebook_says_how_to_install_what_is_missing(path, monkeypatch)
     assert cell.metadata == {"jupyter": {"source_hidden": True}, "tags": ["setup"]}
     exec(cell.source, {})
     monkeypatch.setitem(sys.modules, "mllm_compress", None)
-    with pytest.raises(ImportError, match=r"make lab.*Colab.*\n  !unzip.*pip install"):
+    with pytest.raises(ImportError, match=r"make lab.*Colab.*\n  git archive.*\n.*\n  !unzip.*pip"):
         exec(cell.source, {})
 
 

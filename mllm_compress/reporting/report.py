@@ -77,7 +77,7 @@ class Report:
         "Test a claim of the study on a frame of `study.run`, and write the verdict."
         own = usual(frame)
         how = judged_by(claim, own)
-        return self.verdict(claim.text, claim.effects(own), basis, name, claim.unit, **how)
+        return self.verdict(claim.text, claim.effects(own), basis, name, **how)
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _run_with(changed: dict, folder: Path) -> str:

@@ -140,6 +140,6 @@ def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # c
             frame = frame[frame.model.isin(with_original(frame))]
         effects = claim.effects(frame) if len(frame) else {}
         basis = basis_of(frame) if len(frame) else "nothing finished"
-        how = judged_by(claim, frame) if len(frame) else {}
-        out[n] = Verdict(claim.text, effects, basis, claim.unit, **how)
+        how = judged_by(claim, frame) if len(frame) else {"unit": claim.unit}
+        out[n] = Verdict(claim.text, effects, basis, **how)
     return out
