@@ -76,8 +76,7 @@ class Report:
     def claim(self, claim: Claim, frame: pd.DataFrame, basis, name="verdict") -> Verdict:
         "Test a claim of the study on a frame of `study.run`, and write the verdict."
         own = usual(frame)
-        how = judged_by(claim, own)
-        return self.verdict(claim.text, claim.effects(own), basis, name, **how)
+        return self.verdict(claim.text, claim.effects(own), basis, name, **judged_by(claim, own))
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-009
 def _run_with(changed: dict, folder: Path) -> str:
