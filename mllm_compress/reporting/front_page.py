@@ -280,7 +280,7 @@ HARDWARE = {
     "llava-small": "one 80 GB GPU",
     "paper": "80 GB GPUs or Slurm",
 }
-PLANNED = {"tiny": "8 h planned", "smol": "3 h planned", "eyes": "3 h planned"}
+PLANNED = {"tiny": "8 h planned, partly measured", "smol": "3 h planned", "eyes": "3 h planned"}
 
 
 def time_of(name: str) -> str:
