@@ -33,15 +33,15 @@ from ..utils.methods import Look
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-005
 SCALES = {  # title -> (profiles, the text without results)
-    "A pretrained language model, SmolLM2-135M": (
+    "SmolLM2-135M, pretrained": (
         ("smol",),
         "no results yet; `make study PROFILE=smol` computes them",
     ),
-    "The same with eyes, on drawings": (
+    "SmolLM2 with eyes, on drawings": (
         ("eyes",),
         "no results yet; `make study PROFILE=eyes` computes them",
     ),
-    "Two small multimodal models, trained for this study": (
+    "Two small multimodal models, trained here": (
         ("tiny", "quick"),
         "no results in this checkout; `make study` computes them",
     ),
@@ -105,7 +105,7 @@ def answer(scale: str) -> list:  # of cells
     told = recorded(profile, "11_beyond", "untrained")
     there = [e for where, e in told["effects"].items() if f"{last.requested.max():.2f}" in where]
     gaps = "; ".join(f"{Estimate(**e):+1}" for e in there)
-    basis = re.sub(r" \([^)]*\)| per model", "", told["basis"])
+    basis = re.sub(r" \([^)]*\)| questions per model| profile", "", told["basis"])
     cells = [scale, f"{100 * last.achieved.mean():.0f} %", *(found.get(way, "–") for way in WAYS)]
     return [*cells, gaps, guessing(profile), basis]
 
