@@ -264,7 +264,7 @@ class Anatomy(LayerFacts):
         "Logits of final states, [..., vocabulary]."
         return scaled_logits(self.lm_head(states), self.text_config, self.wrapper)
 
-
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-036s
 def _layer_types(parts: Anatomy) -> list:
     "The kind of attention of every layer; all the same where the config names none."
     named = getattr(parts.text_config, "layer_types", None)
@@ -335,7 +335,7 @@ def entries(
     packed = getattr(p, "quant_state", None)  # of bitsandbytes
     return p.numel() if packed is None else torch.Size(packed.shape).numel()
 
-
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-048s
 def parameter_bytes(
     p: torch.Tensor,  # a parameter, packed or not
 ) -> int:
@@ -380,7 +380,7 @@ def part_parameters(
         raise ValueError(_left_over(parts))
     return counts
 
-
+# %% ../../nbs/library/anatomy/01_families.ipynb #cell-056s
 def _left_over(parts: Anatomy) -> str:
     "The error for parameters that belong to no part."
     modules = [m for m in (parts.vision_tower, parts.decoder, parts.lm_head) if m is not None]

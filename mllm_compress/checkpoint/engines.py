@@ -36,7 +36,7 @@ def per_layer_overrides(parts: Anatomy) -> dict:  # layer -> the values in which
     unequal = [key for key in found[0] if len({counts[key] for counts in found.values()}) > 1]
     return {i: {key: counts[key] for key in unequal} for i, counts in found.items()}
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-006s
 def per_layer_config(
     model: PreTrainedModel,  # its layers may differ in width
     config=None,  # to start from; None: that of the model
@@ -242,7 +242,7 @@ def to_gguf(model, processor, out, dtype, fill) -> dict:
         facts["notes"].append(f"{path.name} holds vision tower and projector (--mmproj)")
     return facts
 
-
+# %% ../../nbs/library/checkpoint/13_engines.ipynb #cell-031s
 def to_transformers(model, processor, out, dtype, fill) -> dict:
     "A folder for plain from_pretrained."
     saved = cast_copy(stock_model(model, fill), dtype)

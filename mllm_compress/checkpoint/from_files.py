@@ -43,7 +43,7 @@ def cuts(
                     found[name] = (found[name][0], (slot.axis, index))
     return found
 
-
+# %% ../../nbs/library/checkpoint/08_from_files.ipynb #cell-007s
 def cut_tensor(source: FileModel, origin: tuple) -> torch.Tensor:
     "A weight of the pruned model."
     name, cut = origin

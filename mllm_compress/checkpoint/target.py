@@ -78,7 +78,7 @@ def unlisted(
     found = (p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
     return [p for p in found if str(p.relative_to(folder)) not in listed]
 
-
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-011s
 def _check_replaceable(folder, target: Path, overwrite: bool) -> None:
     "ValueError where a checkpoint may not be replaced."
     if not overwrite:
@@ -142,7 +142,7 @@ def _fallbacks(target: Path) -> list:
     names = [f"{target.name}-rescued{n}" for n in ("", *range(2, 100))]
     return [next(p / n for n in names if not (p / n).exists()) for p in dict.fromkeys(places)]
 
-
+# %% ../../nbs/library/checkpoint/05_target.ipynb #cell-018s
 def save_or_rescue(
     save,  # function of a folder
     target,  # folder

@@ -93,7 +93,7 @@ def _config_of(model: str) -> tuple:  # (config, a file of its weights or None)
     config = AutoConfig.from_pretrained(folder) if there else known_config(model)
     return config, max(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
 
-
+# %% ../../nbs/library/cli/02_look.ipynb #cell-010s
 def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
     "The table of what pruning by a ratio saves."
     from mllm_compress.cost.by_ratio import cost_by_ratio
@@ -212,7 +212,7 @@ def _about_checkpoint(folder: Path) -> tuple:  # (text, facts)
     facts |= {"model_class": manifest["model_class"], "achieved_ratio": plan.achieved_ratio}
     return f"{text}\nLoads with {loads}.", facts
 
-
+# %% ../../nbs/library/cli/02_look.ipynb #cell-016s
 def _about_scores(folder: Path) -> tuple:  # (text, facts)
     "How scores were made."
     from mllm_compress.importance.scores import load_scores

@@ -52,7 +52,7 @@ def _written(out: Path) -> int:
     parts = out.parent.glob(f".{out.name}-*/checkpoint/*.safetensors")
     return sum(f.stat().st_size for f in parts if f.exists())
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-004s
 @contextmanager
 def _growing(out: Path, total: int):
     "A progress bar over the written bytes, while the block runs."
@@ -181,7 +181,7 @@ def calibration(
     batches = calibration_batches(data, processor, n, seed=seed, max_length=max_length)
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-014s
 def needs_no_data(pruning: str, method: str) -> bool:
     "Whether a criterion reads the weights alone."
     import inspect
@@ -191,7 +191,7 @@ def needs_no_data(pruning: str, method: str) -> bool:
     batches = inspect.signature(criterion(pruning, method).function).parameters["batches"]
     return batches.default is None
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-014ss
 def pass_of(pruning: str, method: str) -> str:
     "The criterion of scoring_memory whose pass over the model is like that of another."
     from mllm_compress.importance.criteria import takes
@@ -251,7 +251,7 @@ def sums_file(out: Path) -> Path:
     "Where the sums of an unfinished pass are."
     return out.parent / f".{out.name}.scoring"
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-018s
 def keeping_sums(out: Path, kind: str, method: str, model, batches: list, seed: int):
     "A context in which scoring continues from the sums of an interrupted run."
     import torch
@@ -267,7 +267,7 @@ def keeping_sums(out: Path, kind: str, method: str, model, batches: list, seed: 
     key += [batches_hash(batches), str(model.dtype), str(device_of(model)), torch.__version__]
     return resuming(sums_file(out), content_hash(key))
 
-
+# %% ../../nbs/library/cli/03_prepare.ipynb #cell-018ss
 def forget_sums(out: Path) -> None:
     "Remove what an unfinished pass left."
     import shutil

@@ -265,7 +265,7 @@ def _row_entry(row: dict, number: int) -> dict:
         row["image"] = [f"row-{number}/{k}" for k in range(len(pictures))]
     return read_entry(row, number) | {"row": number}
 
-
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-035s
 def from_rows(
     rows,  # a data set of the `datasets` package, or any sequence of dicts
     name: str = "rows",

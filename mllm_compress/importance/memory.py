@@ -197,7 +197,7 @@ def group_limit() -> float:  # bytes, infinite without a limit
         limits.append(float(text) if text.isdigit() else float("inf"))
     return min(limits)
 
-
+# %% ../../nbs/library/importance/05_memory.ipynb #cell-036s
 def free_memory(device: str = "cpu") -> float:  # bytes
     "What can be allocated on a device."
     if torch.device(device).type == "cuda":

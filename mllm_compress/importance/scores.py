@@ -287,7 +287,7 @@ def sampling_step(count: int) -> int:
     "One number in so many is sampled of a tensor of `count` numbers."
     return max(1, count // _SAMPLED)
 
-
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-054s
 def some_weights(model):  # yields (name, shape, numbers) of every weight of the decoder layers
     "A few numbers of each weight, read one by one where the weights are in files."
     prefix, source = layers_prefix(model), getattr(model, SOURCE, None)
@@ -298,7 +298,7 @@ def some_weights(model):  # yields (name, shape, numbers) of every weight of the
         else:
             yield name, weight.shape, source.numbers(f"{prefix}.{name}", step)
 
-
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-054ss
 def weights_sample(model) -> str:  # 16 hexadecimal digits
     "A hash of a few numbers of every weight of the decoder layers."
     digest = hashlib.blake2b(digest_size=8)

@@ -178,7 +178,7 @@ def silence(
                 slot.module.bias.zero_()
     return model
 
-
+# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-028s
 def _leave_norms(parts: Anatomy, i: int, plan: PruningPlan) -> None:
     "Take the removed heads of a layer out of the means of its norms."
     gone, share = plan.removed("heads", i), len(plan.heads[i]) / parts.groups(i)

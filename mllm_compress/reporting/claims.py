@@ -321,7 +321,7 @@ def recommendation_wins(frame: pd.DataFrame) -> dict:
     )
     return contrast(frame[_claimed_ratios(frame)], first, second)
 
-
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-073s
 def untested_side(frame: pd.DataFrame) -> str:  # empty where both sides have results
     "The half of claim 5 without results."
     sides = {

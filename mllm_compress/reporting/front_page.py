@@ -73,7 +73,7 @@ HEAD = (
     "basis",
 )
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-007s
 def span(values) -> str:
     "The range of some numbers."
     ends = dict.fromkeys(f"{v:.0f}" for v in (min(values), max(values)))
@@ -86,7 +86,7 @@ def guessing(profile: str) -> str:
     rows = pd.read_csv(path, index_col=0) if path.exists() else pd.DataFrame()
     return span(rows.loc["AVG-%"].drop("score")) if "AVG-%" in rows.index else "–"
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-007ss
 def markdown_table(head: tuple, rows) -> str:
     "A table in Markdown."
     lines = [head, ["---"] * len(head), *rows]
@@ -109,7 +109,7 @@ def answer(scale: str) -> list:  # of cells
     cells = [scale, f"{100 * last.achieved.mean():.0f} %", *(found.get(way, "–") for way in WAYS)]
     return [*cells, gaps, guessing(profile), basis]
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-007bs
 def answers() -> str:  # Markdown
     "The results of every scale."
     return markdown_table(HEAD, map(answer, SCALES))
@@ -125,7 +125,7 @@ def kept_rows(profile: str) -> tuple:  # (rows of the first model, their last ra
     ratio = [c.removesuffix(" pruned") for c in rows if c.endswith(" pruned")][-1]
     return rows[rows.model == rows.model.iloc[0]], ratio
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-010s
 def shown_answers(profile: str, n: int = 3) -> pd.DataFrame:  # dense, pruned, recovered, …
     "Some questions with the answers of the dense, the pruned and the recovered model."
     rows, ratio = kept_rows(profile)
@@ -134,7 +134,7 @@ def shown_answers(profile: str, n: int = 3) -> pd.DataFrame:  # dense, pruned, r
     asked["lost"] = asked.pruned.str.endswith(WRONG) & ~asked.dense.str.endswith(WRONG)
     return pd.concat([asked[asked.lost], asked[~asked.lost]]).head(n).reset_index(drop=True)
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-010ss
 def picture_of(row, profile: Profile):  # a PIL image
     "The picture that a question is about."
     e = profile.evaluation
@@ -155,7 +155,7 @@ def answers_picture(profile: str):  # a figure
     pictures = [picture_of(row, setup) for row in rows.itertuples()]
     return draw_answers(pictures, list(rows.question), said, right)
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-012s
 def answers_caption(profile: str) -> str:
     "What the picture shows, and how many of all kept answers are right."
     rows, ratio = kept_rows(profile)
@@ -216,7 +216,7 @@ def short_claim(claim) -> str:
     "A claim without its definition."
     return claim.text.split(":")[0].rstrip(".")
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-021s
 def verdict_cell(verdict: dict) -> str:
     "The word of a verdict with its average effect, and how many settings and seeds it has."
     if not (a := verdict["average"]):

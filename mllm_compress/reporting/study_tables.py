@@ -62,7 +62,7 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it 
         scores[name] = score_all(pd.DataFrame(rows)).score.iloc[0]
     return pd.Series({n: scores[n] for n in e.benchmarks if n in scores}, dtype=float)
 
-
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-006s
 def chance(name: str, setup: Profile) -> float | None:  # in per cent; None: depends on answers
     "The score of guessing where candidates are ranked by likelihood, and zero for running text."
     scorer, e = BENCHMARKS[name].scorer, setup.evaluation
@@ -87,7 +87,7 @@ def guessed_share(
     own = dense[list(blind.index)].astype(float)
     return (100 * blind / own[own > 0]).mean(axis=1).dropna().to_dict()
 
-
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-008s
 def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
     "The question-only baseline's score on every benchmark, and its share of each original's score."
     table = blind.rename("score").rename_axis("benchmark").reset_index()
@@ -98,7 +98,7 @@ def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
     mean = table.drop(columns=["benchmark", "score"]).mean()
     return pd.concat([table, mean.to_frame().T.assign(benchmark="AVG-%")])[[*table]]
 
-
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-008ss
 def below_guessing(rows: pd.DataFrame, blind: pd.Series) -> list:  # of "model at ratio"
     "Where no setting of `effects.summary` retains more than the question-only baseline."
     shares, pruned = guessed_share(rows, blind), rows[rows.pruning != "none"]
