@@ -113,9 +113,9 @@ def _draw_field(ax, x: int, y: int, word: str, effect: str) -> None:
     sides = [x + 0.03, x + 0.97], y + 0.05, y + 0.95
     ax.fill_between(*sides, linewidth=0, color=COLORS[word], alpha=alpha)
     text = dict(ha="center", va="center")
-    strongly = dict(fontsize=8.5, weight="bold", color=COLORS[word])
+    strongly = dict(fontsize=7, weight="bold", color=COLORS[word])
     ax.text(x + 0.5, y + 0.36, f"{SIGNS[word]} {word}", **text, **strongly)
-    ax.text(x + 0.5, y + 0.7, effect, fontsize=7.5, **text)
+    ax.text(x + 0.5, y + 0.7, effect, fontsize=6.5, **text)
 
 
 def wrapped(text: str, width: int, most: int = 130) -> str:
