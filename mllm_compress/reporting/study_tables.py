@@ -271,8 +271,9 @@ def perplexities(
     by: list,  # columns that tell the rows apart
 ) -> pd.DataFrame:  # a column per text benchmark, geometric mean over seeds; empty without any
     "Perplexity on every text, by setting."
-    read = [b for b in dict.fromkeys(frame.benchmark) if BENCHMARKS[b].scorer == "next_token"]
-    done = frame[(frame.status == "done") & frame.benchmark.isin(read)]
+    done = frame[frame.status == "done"]
+    read = [b for b in dict.fromkeys(done.benchmark) if BENCHMARKS[b].scorer == "next_token"]
+    done = done[done.benchmark.isin(read)]
     if done.empty:
         return pd.DataFrame(columns=by)
     logs = done.assign(log=np.log(done.perplexity))
