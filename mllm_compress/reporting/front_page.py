@@ -59,10 +59,10 @@ def first_with(profiles: tuple, name: str) -> str:  # empty where none has it
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-007
 WAYS = {  # of 11_beyond -> the heading
-    "paper": "paper",
+    "paper, untrained": "paper",
     "paper, trained": "paper, trained",
-    "refitted_layers": "layers, refitted",
-    "ours": "ours",
+    "whole layers, refitted": "layers, refitted",
+    "ours, untrained": "ours",
 }
 HEAD = (
     "retained score, %",

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-003
 import html
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,7 +141,8 @@ def to_html(table: Table) -> str:
         cell_ids=False,
     )
     is_long.columns = laid_out.columns
-    return laid_out.hide(axis="index").set_table_styles(styles).set_td_classes(is_long).to_html()
+    laid_out = laid_out.hide(axis="index").set_table_styles(styles).set_td_classes(is_long)
+    return re.sub(r"data row\d+ |(?<=\n) +", "", laid_out.to_html())
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-028
 def _heading(text: str) -> str:
