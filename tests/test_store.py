@@ -231,6 +231,11 @@ def test_a_packed_result_stays_when_its_store_is_gone(tmp_path):
     assert store.unpack(path, Store(tmp_path / "again"))["plan"] == keys[1:2]
     store.pack(s, {"plan": keys[2:]}, path, keep=True)  # where some keys are unknown
     assert store.unpack(path, Store(tmp_path / "both"))["plan"] == keys[1:]
+    before = path.stat().st_ino  # of another file as soon as it is written again
+    store.pack(s, {"plan": keys[1:]}, path)
+    assert path.stat().st_ino == before
+    store.pack(s, {"plan": keys[1:], "score": []}, path)
+    assert path.stat().st_ino != before
 
 
 def test_equal_results_make_an_equal_file(tmp_path):

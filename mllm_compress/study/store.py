@@ -269,13 +269,17 @@ def pack(
 ) -> None:
     "Write results into one file, from the store or else from the file as it was."
     old = {stage: _lines(path, stage) for stage in keys} if path.exists() else {}
-    keys = {stage: {*own, *(old.get(stage, ()) if keep else ())} for stage, own in keys.items()}
+    new = {}
+    for stage, own in sorted(keys.items()):
+        wanted = {*own, *(old.get(stage, ()) if keep else ())}
+        have = old.get(stage, {}) | _texts(store, stage, wanted)
+        new[stage] = {key: have[key] for key in sorted(wanted & set(have))}
+    if new == old and {f"{stage}.jsonl" for stage in new} == set(zipfile.ZipFile(path).namelist()):
+        return
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
-        for stage in sorted(keys):
-            have = old.get(stage, {}) | _texts(store, stage, keys[stage])
-            text = "".join(have[key] + "\n" for key in sorted(set(keys[stage]) & set(have)))
+        for stage, lines in new.items():
             entry = zipfile.ZipInfo(f"{stage}.jsonl")  # dated 1980
-            archive.writestr(entry, text, zipfile.ZIP_LZMA)
+            archive.writestr(entry, "".join(f"{t}\n" for t in lines.values()), zipfile.ZIP_LZMA)
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-042
 def _texts(store: Store, stage: str, keys) -> dict:  # key -> JSON of one line
