@@ -19,6 +19,7 @@ import torch
 import yaml
 from nbformat.v4 import new_markdown_cell
 
+from .rendering import WIDGET
 from ..study import store
 from ..study.cache_keys import name_of
 from ..study.profile_inputs import model_identity, source_of
@@ -335,12 +336,13 @@ def _executed(nb, path: Path, part: Path, given: dict):
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-058
 def tidied(nb):
     "A notebook without metadata that would differ on another machine."
-    nb.metadata.pop("papermill", None)
-    nb.metadata.pop("language_info", None)
+    for kind in ("papermill", "language_info", "widgets"):  # widgets: finished progress bars
+        nb.metadata.pop(kind, None)
     for i, cell in enumerate(nb.cells):
         cell["id"] = f"cell-{i:03d}"
         kept = {k: v for k in ("tags", "jupyter") if (v := cell.metadata.get(k))}
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            own = (o for o in cell.outputs if o.get("name") != "stderr")
+            cell.outputs = [o for o in own if WIDGET not in o.get("data", {})]
     return nb

@@ -318,8 +318,10 @@ def pareto_figure(points: pd.DataFrame, models: list):  # a figure
             for r in own.to_dict("records"):
                 m = look(r["pruning"])
                 ax.plot(r[cost_of], r["AVG-%"], m.marker, color=m.color, markersize=6)
-                text = dict(xytext=(4, -8), textcoords="offset points", fontsize=7.5)
-                ax.annotate(f"{r['requested']:.2f}", (r[cost_of], r["AVG-%"]), **text)
+                side, ha = (-5, "right") if r["pruning"] == "layerwise" else (5, "left")
+                text = dict(xytext=(side, 3), textcoords="offset points", fontsize=7.5, ha=ha)
+                name = f"{r['requested']:.2f}"
+                ax.annotate(name, (r[cost_of], r["AVG-%"]), color=m.color, **text)
             ax.set_title(model)
             ax.set_xlabel(
                 f"{'decoding time' if 'time' in cost_of else 'weights'}, % of the original",
