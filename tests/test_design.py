@@ -84,7 +84,8 @@ def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
     assert key() == key(batch_size=1) != key(samples=5)
     assert len({key(), key(design="first"), key(per_entry=1), key(mode="reference")}) == 4
     assert key(layerwise_samples=3) == key() and key(LAYERS, layerwise_samples=3) != key(LAYERS)
-    assert key(replace(WIDTH, calibration="first 16")) == key(design="first")
+    as_many = f"first {SMOKE.calibration.samples}"
+    assert key(replace(WIDTH, calibration=as_many)) == key(design="first")
     magnitude = replace(WIDTH, importance="magnitude")
     assert key(magnitude) == key(magnitude, mode="reference")  # it has no such option
 
