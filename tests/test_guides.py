@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellTimeoutError
 from typer.testing import CliRunner
 
 from mllm_compress.cli.app import app
@@ -31,7 +32,11 @@ def test_a_guide_runs_and_is_a_page(path, tmp_path, monkeypatch):
     assert first.startswith("# ") and "\n> " in first and len(nb.cells) <= 30
     assert not any(place in path.read_text(encoding="utf-8") for place in PLACES)
     where = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(nb, timeout=900, kernel_name="python3", resources=where).execute()
+    run = lambda: NotebookClient(nb, timeout=300, kernel_name="python3", resources=where).execute()
+    try:
+        run()
+    except CellTimeoutError:  # ipykernel 7 loses a message now and then (its issue 1554)
+        run()
 
 
 @pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
