@@ -311,3 +311,11 @@ def test_without_runs_the_evidence_is_what_ships_with_the_figures(tmp_path, monk
     monkeypatch.setattr(advice, "studied", lambda profile, results=None: [])
     with pytest.raises(ValueError, match="to advise from: model smoke: not here"):
         advice.evidence(setup)
+
+
+def test_advice_names_a_larger_ratio_that_kept_more():
+    rows = [made(), made("widthwise", 0.3, 0.8), made("widthwise", 0.6, 0.9)]
+    frame = pd.DataFrame(rows)
+    text = advice.answer(frame, "tiny-llava", 0.3, 0.05, True, "quick").text
+    assert "Removing 60% kept more (90.0 %)" in text and "not studied at 30%" in text
+    assert "kept more" not in advice.answer(frame, "tiny-llava", 0.6, 0.05, True, "quick").text

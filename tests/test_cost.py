@@ -322,3 +322,32 @@ def test_the_smallest_card():
         "80 GB",
         "2 x 80 GB, sharded",
     ]
+
+
+def test_what_is_timed_has_the_size_of_what_was_scored():
+    from dataclasses import replace
+
+    import pandas as pd
+
+    from mllm_compress.reporting.savings import asked_of, plan_like, quality_and_cost
+    from mllm_compress.study.profiles import load_profile
+    from mllm_compress.zoo.models import load_model
+
+    setup, (model, _) = load_profile("quick"), load_model("smoke-llava")
+    layers = plan_like(model, "layerwise", 0.3, setup, 8).achieved_ratio
+    assert asked_of(model, "layerwise", 0.3, setup, 8) == 0.3
+    assert asked_of(model, "widthwise", 0.3, setup, 8) == layers != 0.3
+    to_request = replace(setup, width=replace(setup.width, aim="ratio"))
+    assert asked_of(model, "widthwise", 0.3, to_request, 8) == 0.3
+
+    sizes = pd.DataFrame(
+        [("m", "dense", 0.0, 0.0, 100.0), ("m", "widthwise", 0.3, 0.3, 70.0)],
+        columns=["model", "method", "requested", "achieved", "weights"],
+    )
+    pairs = pd.DataFrame([("m", "decode", "widthwise", 0.3, 2.0, 1.0)] * 3)
+    pairs.columns = ["model", "phase", "method", "requested", "dense", "pruned"]
+    scored = [(0.33, 99.0, "sft"), (0.301, 97.0, "none")]  # the better one is smaller
+    rows = pd.DataFrame(scored, columns=["achieved_ratio", "avg_percent", "recovery"])
+    rows = rows.assign(model="m", pruning="widthwise", requested_ratio=0.3)
+    (point,) = quality_and_cost(rows, sizes, pairs).to_dict("records")
+    assert point["AVG-%"] == 97.0 and point["time, %"] == 50.0 and point["bytes, %"] == 70.0

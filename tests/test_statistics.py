@@ -260,3 +260,76 @@ def test_satterthwaite_is_welchs_for_two_samples():
     a, b = rng.normal(0, 1, 6), rng.normal(0, 3, 9)
     v, f = [a.var(ddof=1) / 6, b.var(ddof=1) / 9], [5, 8]
     assert S.satterthwaite(v, f) == pytest.approx(ttest_ind(a, b, equal_var=False).df)
+
+
+# ---- parts, guessing, seeds, and likelihoods
+
+
+def fixed(value: float, half: float = 0.5, seeds: int = 3, **about):
+    from mllm_compress.reporting.effects import Estimate
+
+    return Estimate(value, value - half, value + half, 1000, seeds, **about)
+
+
+@pytest.mark.parametrize(
+    "low, high, word, deciding",
+    [
+        (5.0, 4.0, "supported", "above"),
+        (5.0, 0.0, "equivalent", "above"),
+        (-5.0, 9.0, "contradicted", "below"),
+    ],
+)
+def test_a_claim_of_two_parts_has_the_word_of_the_weaker_one(low, high, word, deciding):
+    from mllm_compress.reporting.verdicts import Verdict
+
+    effects = {"m at 0.30": fixed(low), "m at 0.60": fixed(high)}
+    parts = {"below": ("m at 0.30",), "above": ("m at 0.60",)}
+    v = Verdict("A.", effects, "", margin=1.0, parts=parts)
+    assert v.word == word and v.average.value == {"below": low, "above": high}[deciding]
+    assert set(v.by_part) == {"below", "above"} and set(v.settings) == set(effects)
+    alone = Verdict("A.", effects, "", margin=1.0)
+    assert alone.average.value == (low + high) / 2 and set(alone.by_part) == {""}
+
+
+def test_places_where_both_sides_are_no_better_than_guessing_do_not_count():
+    from mllm_compress.reporting.verdicts import Verdict, counted
+
+    effects = {
+        "m at 0.15": fixed(4.0, model="m", better=90.0),
+        "m at 0.60": fixed(-9.0, model="m", better=41.0),
+    }
+    v = Verdict("A.", effects, "", guessed={"m": 42.0})
+    assert list(v.settings) == ["m at 0.15"] and v.word == "supported"
+    assert "not tested (1)" in counted(v)
+    assert Verdict("A.", effects, "", guessed={"m": 40.0}).word != "supported"
+    low = {"m at 0.60": effects["m at 0.60"]}
+    assert Verdict("A.", low, "", guessed={"m": 42.0}).word == "not tested"
+
+
+def test_one_seed_does_not_show_equivalence():
+    from mllm_compress.reporting.verdicts import Verdict
+
+    words = {n: Verdict("A.", {"m": fixed(0.1, 0.2, n)}, "", margin=1.0).word for n in (1, 3)}
+    assert words == {1: "leans for", 3: "equivalent"}
+
+
+def test_likelihoods_tell_apart_what_scores_cannot():
+    import pandas as pd
+
+    from mllm_compress.reporting.effects import difference, in_nats
+
+    common = dict(model="m", importance="", recovery="none", train="", fraction=1.0, epochs=0)
+    common |= dict(calibration="default", status="done", benchmark="b", score=100.0)
+    rng, rows = np.random.default_rng(0), []
+    for pruning, nats in {"none": 0.0, "layerwise": -0.02, "widthwise": -0.05}.items():
+        for seed in range(3 if nats else 1):
+            said = nats + rng.normal(0, 0.01, 200)
+            row = dict(pruning=pruning, requested_ratio=0.3 * bool(nats), seed=seed)
+            rows.append(common | row | dict(units=np.ones(200), log_likelihoods=said))
+    frame = pd.DataFrame(rows)
+    sides = {"pruning": "layerwise"}, {"pruning": "widthwise"}
+    assert difference(frame, "m", *sides).value == 0.0
+    e = difference(in_nats(frame), "m", *sides)
+    assert abs(e.value - 0.03) < 0.005 and e.low > 0.02 and e.better != e.better
+    gone = frame.assign(log_likelihoods=None)
+    assert in_nats(gone).empty

@@ -11,7 +11,7 @@ import pytest
 from draw_again import MEASURED, fetched_inputs
 
 from mllm_compress.reporting import effects
-from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS
+from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
 from mllm_compress.reporting.notebooks import experiments_of
 from mllm_compress.reporting.verdicts import Verdict
 from mllm_compress.study import runs as study
@@ -216,9 +216,12 @@ def retold(path: Path, claim, contents: dict) -> None:
     said = json.loads(path.read_text(encoding="utf-8"))
     frame = frame_of(path.parent / f"{path.name.split('-')[0]}.ipynb", contents)
     frame = frame[(frame.epochs == 0) & (frame.layer_share == 0) & (frame.start == "pruned")]
-    how = {"margin": claim.margin, "rivals": claim.rivals(frame)}
+    frame = frame[frame.requested_ratio <= 0.6]
+    how = judged_by(claim, frame) | {"guessed": said["guessed"]}
     found = Verdict(claim.text, claim.effects(frame), "", **how)
     assert set(said["effects"]) == set(found.settings) and said["word"] == found.word
+    parts = {name: part.word for name, part in found.by_part.items() if name}
+    assert {name: part["word"] for name, part in said["parts"].items()} == parts
     assert said["words"] == found.words
     average = {"": found.average} if found.settings else {}
     for where, e in (found.settings | average).items():
@@ -250,8 +253,12 @@ def test_verdicts_follow_from_the_answers(traced):
         if even.exists():
             retold(even, AT_EQUAL_SIZE[number], contents)
             seen.append(f"{number} at equal size")
+    second = folder / "05_data-second-form.json"
+    if second.exists():
+        retold(second, SECOND_FORM, contents)
+        seen.append("4, second form")
     if (folder / "10_findings.ipynb").exists():  # else the profile is not complete
-        every = {1, 2, 3, 4, 5, "1 at equal size", "5 at equal size"}
+        every = {1, 2, 3, 4, 5, "4, second form"}
         assert (every if folder.name == "tiny" else {1}) <= set(seen)
 
 
@@ -304,8 +311,6 @@ def by_hand(number: int, where: str, table: pd.DataFrame) -> pd.Series:  # seed 
 @pytest.mark.parametrize("number", [1, 3, 4, 5])
 def test_verdicts_are_those_of_a_recount_by_other_code(traced, number):
     "Effects by plain means, the average's standard error by statsmodels' clustered regression."
-    import statsmodels.api as sm
-
     folder, contents = traced
     name = {1: "02_pruning-verdict", 3: "04_distillation-verdict"}
     name |= {4: "05_data-verdict", 5: "06_best-choice"}
@@ -320,6 +325,17 @@ def test_verdicts_are_those_of_a_recount_by_other_code(traced, number):
     if not found:
         assert said["word"] == "not tested"
         return
+    ranked = ["contradicted", "leans against", "equivalent", "leans for", "supported"]
+    parts = list(said["parts"].values()) or [said | {"settings": list(found)}]
+    assert said["word"] == min((part["word"] for part in parts), key=ranked.index)
+    for part in parts:
+        recounted({where: found[where] for where in part["settings"]}, part, said["margin"])
+
+
+def recounted(found: dict, said: dict, margin: float | None) -> None:
+    "Hold the average of some settings, and its word, against plain means and clustered errors."
+    import statsmodels.api as sm
+
     average = np.mean([effect.mean() for effect in found.values()])
     assert average == pytest.approx(said["average"]["value"], abs=2e-3)
     if said["average"]["seeds"] == 1:
@@ -341,11 +357,11 @@ def test_verdicts_are_those_of_a_recount_by_other_code(traced, number):
     half = (said["average"]["high"] - said["average"]["low"]) / 2
     assert 1.5 * error < half  # questions add to the seeds, and few seeds widen the interval
     certain = abs(average) > 1.3 * half
-    outside = abs(average) > 1 + 1.3 * half or said["margin"] is None
+    outside = abs(average) > 1 + 1.3 * half or margin is None
     if certain and outside:
         words = ("supported", "leans for") if average > 0 else ("contradicted", "leans against")
         assert said["word"] in words
-    if abs(average) + 1.3 * half < 1 and said["margin"] is not None:
+    if abs(average) + 1.3 * half < 1 and margin is not None:
         assert said["word"] in ("equivalent", "leans for", "leans against")
 
 

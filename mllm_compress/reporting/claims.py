@@ -25,7 +25,8 @@ from ..study.experiments import LATER
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
-MARGIN = 1.0  # points of AVG-% that count as equal
+POINTS = "points of AVG-%"
+MARGIN = 1.0  # of them, that count as equal
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-007
 def recommended(
@@ -104,6 +105,19 @@ def usual(frame: pd.DataFrame) -> pd.DataFrame:
     "The rows of a frame that the claims are about."
     own = {name: LATER[name] for name in BESIDE if name in frame}
     return frame[frame[list(own)].eq(pd.Series(own)).all(axis=1)]
+
+
+PAPERS = (0.15, 0.3, 0.45, 0.6)  # the paper's requested ratios
+
+
+def claimed(frame: pd.DataFrame) -> pd.DataFrame:
+    "The usual rows at ratios up to the paper's largest."
+    return usual(frame[frame.requested_ratio <= PAPERS[-1] + 1e-9])
+
+
+def beyond(frame: pd.DataFrame) -> pd.DataFrame:
+    "The usual rows at larger ratios, and those of the originals."
+    return usual(frame[(frame.requested_ratio > PAPERS[-1] + 1e-9) | (frame.pruning == "none")])
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-022
 def contrast(
@@ -226,10 +240,22 @@ class Claim:
     notebook: str  # that tests it
     text: str
     effects: Callable  # frame of that notebook -> {where: Estimate}, positive where it is right
-    unit: str = "points of AVG-%"
+    unit: str = POINTS
     margin: float | None = MARGIN  # differences within it are equivalent; None: a threshold
     rivals: Callable = lambda frame: 1  # frame -> among how many the strongest rival was chosen
     missing: Callable = lambda frame: ""  # frame -> the part of the claim without results
+    parts: Callable = lambda frame: {}  # frame -> {part: its effects}, if all parts must hold
+
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-048s
+def ratios_without(effects: Callable) -> Callable:  # frame -> str, empty where all have results
+    "The paper's ratios at which a claim has no results, though it has some."
+
+    def missing(frame: pd.DataFrame) -> str:
+        found = effects(frame)
+        empty = [r for r in PAPERS if not any(f" at {r:.2f}" in where for where in found)]
+        return "at " + ", ".join(f"{r:.2f}" for r in empty) if found and empty else ""
+
+    return missing
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-051c
 def judged_by(claim: Claim, frame: pd.DataFrame) -> dict:  # of Verdict
@@ -239,6 +265,7 @@ def judged_by(claim: Claim, frame: pd.DataFrame) -> dict:  # of Verdict
         "margin": claim.margin,
         "rivals": claim.rivals(frame),
         "missing": claim.missing(frame),
+        "parts": {name: tuple(effects) for name, effects in claim.parts(frame).items()},
     }
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-051
@@ -322,24 +349,33 @@ def recommendation_wins(frame: pd.DataFrame) -> dict:
     return contrast(frame[_claimed_ratios(frame)], first, second)
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-073s
-def untested_side(frame: pd.DataFrame) -> str:  # empty where both sides have results
+def halves(effects: Callable) -> Callable:  # frame -> {half: its effects}
+    "The two halves of claim 5."
+
+    def split(frame: pd.DataFrame) -> dict:
+        sides = {
+            f"{100 * LAYERWISE_TO:.0f} % and below": frame.requested_ratio <= LAYERWISE_TO,
+            f"{100 * WIDTHWISE_SURE:.0f} % and above": frame.requested_ratio >= WIDTHWISE_SURE,
+        }
+        dense = frame.pruning == "none"
+        return {side: effects(frame[rows | dense]) for side, rows in sides.items()}
+
+    return split
+
+
+def untested_half(effects: Callable) -> Callable:  # frame -> str, empty where both have results
     "The half of claim 5 without results."
-    sides = {
-        f"{100 * LAYERWISE_TO:.0f} % and below": frame.requested_ratio <= LAYERWISE_TO,
-        f"{100 * WIDTHWISE_SURE:.0f} % and above": frame.requested_ratio >= WIDTHWISE_SURE,
-    }
-    dense = frame.pruning == "none"
-    empty = [side for side, rows in sides.items() if not recommendation_wins(frame[rows | dense])]
-    return empty[0] if len(empty) == 1 else ""
+
+    def missing(frame: pd.DataFrame) -> str:
+        empty = [half for half, found in halves(effects)(frame).items() if not found]
+        return empty[0] if len(empty) == 1 else ""
+
+    return missing
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-075
+_FIRST = "Without recovery, widthwise keeps more than layerwise."
 _ROWS = (
-    Claim(
-        1,
-        "02_pruning",
-        "Without recovery, widthwise keeps more than layerwise.",
-        width_keeps_more,
-    ),
+    Claim(1, "02_pruning", _FIRST, width_keeps_more),
     Claim(
         2,
         "03_projector",
@@ -354,6 +390,7 @@ _ROWS = (
         "SFT with hidden-state distillation recovers best, at every ratio.",
         hidden_states_help,
         rivals=lambda frame: max(len(leads(frame, BEST)), 1),
+        missing=ratios_without(hidden_states_help),
     ),
     Claim(
         4,
@@ -368,7 +405,8 @@ _ROWS = (
         "06_best",
         "With recovery, layerwise wins at 30 % and below, widthwise at 45 % and above.",
         recommendation_wins,
-        missing=untested_side,
+        missing=untested_half(recommendation_wins),
+        parts=halves(recommendation_wins),
     ),
 )
 CLAIMS = {claim.number: claim for claim in _ROWS}
@@ -398,6 +436,35 @@ AT_EQUAL_SIZE = {
         text="At equal size and with recovery, layerwise wins where 30 % or less was asked for, "
         "widthwise where 45 % or more was.",
         effects=recommendation_wins_evenly,
-        missing=untested_side,
+        missing=untested_half(recommendation_wins_evenly),
+        parts=halves(recommendation_wins_evenly),
     ),
 }
+
+# %% ../../nbs/library/reporting/03_claims.ipynb #cell-090d
+AGAINST_ALL = 90  # per cent, the authors' second form of claim 4
+BELOW = 0.5  # and the ratios it is about
+
+
+def little_against_all(frame: pd.DataFrame) -> dict:
+    "Claim 4 in its second form: the share of what all of the data keeps, above the claimed one."
+    out, recipe = {}, {"recovery": BEST, "train": "projector+lm"}
+    for model, ratio in places(frame[(frame.requested_ratio < BELOW)]):
+        setting = {"model": model, "requested_ratio": ratio, "pruning": recommended(ratio)} | recipe
+        if all(finished(frame, **setting, fraction=f) for f in (LITTLE, 1.0)):
+            few, whole = (select(frame, **setting, fraction=f) for f in (LITTLE, 1.0))
+            whole = whole[whole.seed == whole.seed.min()]
+            share = estimate_of(arrays_of(few, whole), whole, sorted(set(few.seed)))
+            out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
+    return out
+
+
+SECOND_FORM = Claim(
+    4,
+    "05_data",
+    f"Below {100 * BELOW:.0f} % removed, {100 * LITTLE:.0f} % of the data keeps more than "
+    f"{AGAINST_ALL} % of what all of the data keeps.",
+    little_against_all,
+    f"points above {AGAINST_ALL} % of the score on all of the data",
+    margin=None,
+)

@@ -12,8 +12,10 @@ from matplotlib.ticker import NullLocator
 
 from ..evaluation.benchmarks import load_questions
 from . import style
+from .claims import contrast
 from .effects import summary
 from ..study.cache_keys import limit_of
+from ..study.experiments import study_criteria
 from ..study.profile_inputs import root_of
 from ..study.profiles import Profile
 from ..study.stored_answers import unit_numbers
@@ -25,10 +27,14 @@ def by_calibration(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
     rows = rows[rows.calibration != "default"]
     word = rows.calibration.str.split(" ").str
     spread = [float(np.std(list(s), ddof=1)) if len(s) > 1 else np.nan for s in rows.by_seed]
-    columns = ["model", "pruning", "requested_ratio", "design", "questions"]
+    columns, order = (
+        ["model", "pruning", "requested_ratio", "design", "questions"],
+        [*dict.fromkeys(rows.model)],
+    )
     found = rows.assign(design=word[0], questions=word[1].astype(int), spread=spread)
     shown = found[[*columns, "avg_percent", "low", "high", "spread", "seeds"]]
-    return shown.sort_values(columns, kind="stable").reset_index(drop=True)
+    place = lambda column: column.map(order.index) if column.name == "model" else column
+    return shown.sort_values(columns, kind="stable", key=place).reset_index(drop=True)
 
 # %% ../../nbs/library/reporting/18_design.ipynb #cell-007
 def calibration_sentence(table: pd.DataFrame) -> str:  # of `by_calibration`
@@ -42,7 +48,8 @@ def calibration_sentence(table: pd.DataFrame) -> str:  # of `by_calibration`
     text = (
         f"With {few.questions.iloc[0]} to {many.questions.iloc[0]} calibration questions, "
         f"widthwise pruning retains {few.avg_percent.mean():.1f} to "
-        f"{many.avg_percent.mean():.1f} % in the mean over {len(many)} settings"
+        f"{many.avg_percent.mean():.1f} % in the mean over {len(many)} settings of "
+        f"{own.seeds.max()} draws"
     )
     if many.spread.notna().any():
         text += (
@@ -107,9 +114,13 @@ def modality_sentence(table: pd.DataFrame) -> str:  # of `content_and_form`
     "Content against form at the largest ratio without recovery, in the mean over models."
     own = table[(table.pruning != "none") & (table.recovery == "none")]
     last = own[own.requested_ratio == own.requested_ratio.max()]
+    further = lambda g: (
+        f" and a further {g.form.mean():.1f} % to answers whose form is lost"
+        if own.form.any()  # answers that are ranked have no form
+        else ""
+    )
     parts = [
-        f"{pruning} pruning loses {100 - g.content.mean():.1f} % of the right options and "
-        f"a further {g.form.mean():.1f} % to answers whose form is lost"
+        f"{pruning} pruning loses {100 - g.content.mean():.1f} % of the right options{further(g)}"
         for pruning, g in last.groupby("pruning", sort=False)
     ]
     return f"At {last.requested_ratio.max():.0%}, without recovery, {'; '.join(parts)}."
@@ -156,3 +167,29 @@ def by_picture(frame: pd.DataFrame, profile: Profile) -> pd.DataFrame:
             at = {"model": r.model, "pruning": r.pruning, "requested_ratio": r.requested_ratio}
             rows.append({"benchmark": name} | at | {"recovery": r.recovery} | both)
     return pd.DataFrame(rows)
+
+# %% ../../nbs/library/reporting/18_design.ipynb #cell-018-b
+def all_alike(profile: Profile) -> str:
+    "Whether all questions of a profile have a picture, or none."
+    e = profile.evaluation
+    seen = [
+        bool(q.images)
+        for name in e.benchmarks
+        for q in load_questions(name, e.split, limit_of(name, e), root_of(e))
+    ]
+    which = (
+        "No question" if not any(seen) else "Every question" if all(seen) else "Not every question"
+    )
+    return f"{which} of this profile's benchmarks has a picture."
+
+# %% ../../nbs/library/reporting/18_design.ipynb #cell-018-d
+def claim_by_score(frame: pd.DataFrame) -> dict:  # score of width -> {where: Estimate}
+    "How much more width keeps than layers without recovery, by the score of width."
+    own = frame[(frame.status == "done") & (frame.recovery == "none")]
+    layers = study_criteria("layerwise")[0]
+    first = lambda r: {"pruning": "layerwise", "importance": layers}
+    found = {}
+    for name in dict.fromkeys(own.importance[own.pruning == "widthwise"]):
+        width = lambda r, name=name: {"pruning": "widthwise", "importance": name}
+        found[name] = contrast(own, width, first)
+    return {name: effects for name, effects in found.items() if effects}

@@ -40,6 +40,7 @@ class Estimate:
     top: float = math.inf  # the greatest
     model: str = ""
     empty: bool = False  # a difference of two settings that both score nothing
+    better: float = math.nan  # of a difference: AVG-% of its better side
     by_seed: dict = field(default_factory=dict, compare=False, repr=False)  # seed -> value
     by_image: pd.Series = field(default=None, compare=False, repr=False)  # errors of the value
 
@@ -133,18 +134,20 @@ def arrays_of(
             f"The compressed model was evaluated on {sorted(set(rows.benchmark))}, the original "
             f"on {sorted(original.index)}: evaluate both on the same benchmarks."
         )
-    return {
-        b: _shares(np.stack(list(g.sort_values("seed").units)), original[b], b)
+    stacked = {
+        b: np.stack(list(g.sort_values("seed").units))
         for b, g in rows.groupby("benchmark", sort=False)
-        if original[b].mean() > 0
     }
+    if "measure" in rows:
+        return {b: u - original[b] for b, u in stacked.items() if np.isfinite(u).all()}
+    return {b: _shares(u, original[b], b) for b, u in stacked.items() if original[b].mean() > 0}
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-020
 def about_units(dense: pd.DataFrame) -> tuple:  # (list of pictures per benchmark, top)
     "The pictures of all units that have a retained score, and the highest possible AVG-%."
-    first = dense.drop_duplicates("benchmark")
-    scored = first[[units.mean() > 0 for units in first.units]]
-    plain = all((units <= 1).all() for units in scored.units)
+    first, nats = dense.drop_duplicates("benchmark"), "measure" in dense
+    scored = first if nats else first[[units.mean() > 0 for units in first.units]]
+    plain = not nats and all((units <= 1).all() for units in scored.units)
     top = (
         np.mean([100 / units.mean() for units in scored.units])
         if plain and len(scored)
@@ -159,14 +162,14 @@ def estimate_of(
     dense: pd.DataFrame,
     seeds: list,  # their names, in the order of the rows of the arrays
     floor: float = 0.0,  # the least possible value in units of the highest possible AVG-%
-    empty: bool = False,
+    **about,  # empty and better, as in Estimate
 ) -> Estimate:
     "AVG-%, or a difference of two, with its pictures and bounds."
     images, top = about_units(dense)
     named = [images[b] for b in arrays]
     known = named if named and all(len(names) for names in named) else ()
     low = floor * top if floor else 0.0
-    about = {"floor": low, "top": top, "model": dense.model.iloc[0], "empty": empty}
+    about |= {"floor": low, "top": top, "model": dense.model.iloc[0]}
     return estimate(list(arrays.values()), known, seeds, **about)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
@@ -251,8 +254,10 @@ def difference(
         return estimate([])
     both = [rows[rows.seed.isin(shared)] for rows in both]
     a, b = (arrays_of(rows, dense) for rows in both)
-    empty = not any(rows.score.any() for rows in both)
-    return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), -1.0, empty)
+    about = {"empty": not any(rows.score.any() for rows in both)}
+    if a and "measure" not in frame:
+        about["better"] = max(float(np.mean([v.mean() for v in side.values()])) for side in (a, b))
+    return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), -1.0, **about)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-040
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
@@ -265,6 +270,12 @@ def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     if len(found[SETTING].drop_duplicates()) > 1:
         raise ValueError(f"{wanted} fits several settings: name more columns of {SETTING}.")
     return found
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #cell-042b
+def in_nats(frame: pd.DataFrame) -> pd.DataFrame:
+    "The rows with the log-likelihood of the right answer as the outcome of each question."
+    told = frame[[isinstance(u, np.ndarray) for u in frame.log_likelihoods]]
+    return told.assign(units=told.log_likelihoods, measure="nats")
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-044
 def pooled(

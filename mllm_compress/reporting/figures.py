@@ -199,22 +199,21 @@ MARKS = {
 }
 
 # %% ../../nbs/library/reporting/05_figures.ipynb #cell-026
-def symmetric_scale(ax, least: float = 1.0, linear: float = 8.0) -> None:
+def symmetric_scale(ax, least: float = 1.0, linear: float = 8.0) -> str:  # to add to the label
     "A linear axis for small effects; linear up to 2 and logarithmic beyond for large ones."
     low, high = ax.get_xlim()
     low, high = min(low, -least), max(high, least)
     ax.set_xlim(low, high)
     if max(-low, high) <= linear:
-        return
+        return ""
     ax.set_xscale("symlog", linthresh=2, linscale=0.7)
     ax.set_xlim(low * (1.1 if low < -2 else 1), high * (1.1 if high > 2 else 1))
-    steps = [1, 2, 5, 10, 20, 50, 100]
+    steps = [1, 2, 5, 10, 20, 50, 100] if max(-low, high) < 30 else [1, 2, 5, 20, 100]
     ticks = [s for s in (*(-s for s in steps[::-1]), 0, *steps) if low <= s <= high]
     ax.xaxis.set(
         major_locator=FixedLocator(ticks), major_formatter="{x:g}", minor_locator=NullLocator()
     )
-    note = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="top")
-    ax.annotate("logarithmic beyond ±2", (1, 0), (0, -15), fontsize=7, color=GREY, **note)
+    return " (logarithmic beyond ±2)"
 
 # %% ../../nbs/library/reporting/05_figures.ipynb #cell-028
 def place_label(where: str) -> str:
@@ -227,7 +226,7 @@ def place_label(where: str) -> str:
 def _forest_rows(ax, v: Verdict) -> None:
     "The effects of one verdict, and their average."
     rows = [(place_label(w), e, v.words[w]) for w, e in v.settings.items()]
-    if v.margin:
+    if v.margin and v.average.seeds != 1:
         ax.axvspan(-v.margin, v.margin, color="#eef2f6", zorder=0)
     ax.axvline(0, color=GREY, linewidth=1)
     for y, (_, e, said) in enumerate(rows):
@@ -235,11 +234,14 @@ def _forest_rows(ax, v: Verdict) -> None:
         drawn = dict(color=COLORS[said], linestyle="none", elinewidth=1.3)
         ax.errorbar(e.value, y, xerr=bars, **drawn, **MARKS[said])
     names, last = [r[0] for r in rows], len(rows)
-    if last > 1:
-        a, color = v.average, COLORS[v.word]
-        ax.plot([a.low, a.high], [last, last], color=color, linewidth=2.4, solid_capstyle="butt")
-        ax.plot(a.value, last, "D", color=color, markersize=7)
-        names.append("average")
+    means = (
+        [(f"average, {n}" if n else "average", p) for n, p in v.by_part.items()] if last > 1 else []
+    )
+    for y, (name, part) in enumerate(means, last):
+        a, color = part.average, COLORS[part.word]
+        ax.plot([a.low, a.high], [y, y], color=color, linewidth=2.4, solid_capstyle="butt")
+        ax.plot(a.value, y, "D", color=color, markersize=7)
+        names.append(name)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     ax.grid(axis="y", visible=False)
 
@@ -250,7 +252,9 @@ def forest(
 ):  # a figure
     "The effects behind some verdicts, each with its 95 % interval, and their averages."
     shown = {t: v for t, v in verdicts.items() if v.settings}
-    sizes = [len(v.settings) + (len(v.settings) > 1) for v in shown.values()] or [1]
+    sizes = [len(v.settings) + (len(v.settings) > 1) * len(v.by_part) for v in shown.values()] or [
+        1
+    ]
     inches = 0.21 * sum(sizes) + 0.62 * len(sizes) + 0.3
     how = dict(columns=1, width=width, sharex=False, sharey=False)
     how["gridspec_kw"] = {"height_ratios": [n + 1 for n in sizes]}
@@ -258,9 +262,9 @@ def forest(
     with page():
         for ax, (title, v) in zip(axes, shown.items()):
             _forest_rows(ax, v)
-            symmetric_scale(ax)
+            scale = symmetric_scale(ax)
             ax.set_title(f"{title}: {v.word}", fontsize=9, color=COLORS[v.word])
-            ax.set_xlabel(v.unit, fontsize=8.5)
+            ax.set_xlabel(v.unit + scale, fontsize=8.5)
             ax.tick_params(labelsize=8.5)
         said = {w for v in shown.values() for w in v.words.values()}
         drawn = [
@@ -292,6 +296,7 @@ def dumbbells(
     rows: pd.DataFrame,  # columns panel, label, and a column of values for each end
     xlabel: str = "retained, % of the original",
     ends: dict = BESIDE_PAPER,  # column -> Look, the last on top
+    guessed: dict = {},  # panel -> the value of the question-only baseline
 ):  # a figure
     "Values that belong together, joined by a line: a row for each label, a panel for each group."
     names = list(dict.fromkeys(rows.panel))
@@ -307,6 +312,7 @@ def dumbbells(
             ax.set(yticks=own.index, yticklabels=own.label, ylim=(len(own) - 0.5, -0.5))
             ax.set(title=name, xlabel=xlabel)
             ax.tick_params(axis="y", labelsize=8.5)
+            _mark_guessing(ax, guessed.get(name), vertical=True)
         looks = [replace(k, line="none") for k in ends.values()]
         legend_above(fig, looks[::-1], fontsize=8.5)
     return fig

@@ -83,6 +83,29 @@ def recovered_how(row) -> str:
     return f"{look(row.recovery).label}{only}, {100 * row.fraction:g} %{often}"
 
 # %% ../../nbs/library/reporting/14_guide.ipynb #cell-016
+def pruned_how(row) -> str:
+    "The score of a setting, and what else its plan had."
+    score, *more = row.importance.split(" + ")
+    return ", ".join([look(score).label, *(ADDED.get(m, m.replace("_", " ")) for m in more)])
+
+
+ADDED = {
+    "global": "one budget",
+    "stream": "refitted",
+    "bias": "with bias",
+    "linear_map": "with a linear map",
+    "uniform": "equal widths",
+}
+
+
+def more_kept_at(fitting: dict, model: str, ratio: float, budget: float) -> str:
+    "The larger ratios at which more was kept, because a better recipe was run there."
+    best = lambda r: fitting[model, r, budget].iloc[0].avg_percent
+    larger = [r for m, r, b in fitting if (m, b) == (model, budget) and r > ratio]
+    found = [f"{r:.0%} ({best(r):.1f})" for r in larger if best(r) > best(ratio)]
+    return ", ".join(found) or "–"
+
+
 def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
     "The best setting of every situation, and how the paper's pruning did."
     out = []
@@ -92,7 +115,8 @@ def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
         had = compared_on(found, budget)
         row = {"model": model, "to remove": f"{ratio:.0%}", "budget": budget_name(budget)}
         row |= {"AVG-%": best.avg_percent, "low": best.low, "high": best.high}
-        row |= {"prune": best.pruning, "recover": recovered_how(best)}
+        row |= {"prune": best.pruning, "by": pruned_how(best), "recover": recovered_how(best)}
+        row["more kept at"] = more_kept_at(fitting, model, ratio, budget)
         row["tied"] = f"{int(found.tied.sum()) - 1} of {len(found) - 1}"
         other = f"{cheap.pruning}, {recovered_how(cheap)}" if cheap.name else "–"
         row["cheapest tied setting"] = other
@@ -268,8 +292,10 @@ def radars(shares: pd.DataFrame, names: list, floor: float = 40.0):  # a figure
                 max(103, shares[names].max().max() + 3),
             )
         right.set_xlabel("% of the original score", fontsize=8.5)
-        keys = [Line2D([], [], **strategy_look(*s)) for s in STRATEGIES]
-        words = [f"{p}, {'trained' if t else 'untrained'}" for p, t in STRATEGIES]
+        there = set(zip(shares.pruning, shares.trained))
+        drawn = [s for s in STRATEGIES if s in there]
+        keys = [Line2D([], [], **strategy_look(*s)) for s in drawn]
+        words = [f"{p}, {'trained' if t else 'untrained'}" for p, t in drawn]
         fig.legend(keys, words, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
     return fig
 

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
-from .claims import Claim, judged_by, usual
+from .claims import MARGIN, POINTS, Claim, claimed, judged_by
 from .effects import Estimate
 from .figures import Figure
 from .injected import check_injected
 from .notebooks import LARGER, output_folder, overridden
+from .study_tables import guessing
 from .style import page
 from .tables import Table, explained, to_latex, to_markdown
 from .verdicts import Verdict, counted, resting_on, sentence
@@ -41,7 +42,8 @@ class Report:
         values: dict = {},  # the notebook's globals(), to see which parameters were overridden
     ):
         changed = overridden(notebook, values)
-        self.notebook, self.profile = notebook, load_profile(profile).name
+        self.notebook, self.setup = notebook, load_profile(profile)
+        self.profile = self.setup.name
         self.folder = output_folder(notebook, profile, changed)
         if changed:
             print(_run_with(changed, self.folder))
@@ -54,9 +56,7 @@ class Report:
     def table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, **how) -> Table:
         "Write a table as CSV, Markdown and LaTeX; `how`: digits and once, as in Table."
         table = Table(frame, caption + explained(frame), best, **how)
-        numbers = frame.to_csv(index=False, float_format="%.6g")
-        texts = {"csv": numbers, "md": to_markdown(table), "tex": to_latex(table)}
-        for ending, text in texts.items():
+        for ending, text in _texts_of(table, frame).items():
             write_atomically(self.path(name, ending), text)
         return table
 
@@ -65,20 +65,33 @@ class Report:
         return _written(fig, self.path(name, "pdf"), caption)
 
     def verdict(
-        self, claim: str, effects: dict, basis, name="verdict", unit="points of AVG-%", **how
+        self, claim: str, effects: dict, basis, name="verdict", unit=POINTS, **how
     ) -> Verdict:
         "Write a verdict as data; the arguments are those of Verdict."
-        verdict = Verdict(claim, effects, basis, unit, **how)
+        verdict = Verdict(claim, effects, basis, unit, **_usual(self, unit, effects) | how)
         text = json.dumps(record_of(verdict), indent=1, ensure_ascii=False)
         write_atomically(self.path(name, "json"), text + "\n")
         return replace(verdict, beside=said_elsewhere(self.profile, self.notebook, name, claim))
 
     def claim(self, claim: Claim, frame: pd.DataFrame, basis, name="verdict") -> Verdict:
         "Test a claim of the study on a frame of `study.run`, and write the verdict."
-        own = usual(frame)
+        own = claimed(frame)
         return self.verdict(claim.text, claim.effects(own), basis, name, **judged_by(claim, own))
 
+# %% ../../nbs/library/reporting/08_report.ipynb #cell-007v
+def _usual(report: Report, unit: str, effects: dict) -> dict:
+    "The margin of a verdict and what guessing retains, if nothing else is given."
+    near = any(e.better < 100 for e in effects.values())
+    guessed = guessing(report.setup) if near else {}
+    return {"margin": MARGIN if unit == POINTS else None, "guessed": guessed}
+
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-009
+def _texts_of(table: Table, frame: pd.DataFrame) -> dict:  # ending -> text
+    "What a table is written as."
+    numbers = frame.to_csv(index=False, float_format="%.6g")
+    return {"csv": numbers, "md": to_markdown(table), "tex": to_latex(table)}
+
+
 def _run_with(changed: dict, folder: Path) -> str:
     "The parameters that were overridden, and the folder."
     given = ", ".join(f"{k}={v!r}" for k, v in changed.items())
@@ -99,10 +112,14 @@ def _written(fig, pdf: Path, caption: str) -> Figure:
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-013
 def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visible difference
-    "A PNG of at most 256 colours."
+    "A PNG of few colours, of more where it has photographs."
     small = BytesIO()
     image = Image.open(drawn).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    for colours in (64, 256):
+        fewer = image.quantize(colours, dither=Image.Dither.NONE)
+        if ImageStat.Stat(ImageChops.difference(image, fewer.convert("RGB"))).mean[0] < 1:
+            break
+    fewer.save(small, "PNG", optimize=True)
     return small.getvalue()
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-015
@@ -115,11 +132,23 @@ def record_of(v: Verdict) -> dict:
         "unit": v.unit,
         "margin": v.margin,
         "rivals": v.rivals,
+        "missing": v.missing,
         "basis": str(resting_on(v.basis, v.settings)),
         "sentence": sentence(v),
+        "why": "" if v.settings else "no better than guessing" if v.effects else "not run",
         "average": _rounded(v.average) if v.settings else None,
         "effects": {where: _rounded(e) for where, e in v.settings.items()},
         "words": v.words,
+        "guessed": v.guessed,
+        "parts": {
+            name: {
+                "word": part.word,
+                "average": _rounded(part.average),
+                "settings": [*part.settings],
+            }
+            for name, part in v.by_part.items()
+            if name
+        },
     }
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-017

@@ -21,6 +21,7 @@ from ..anatomy.compat import CACHE_ARGUMENT
 from ..checkpoint.integrity import read_manifest
 from ..importance import scores
 from ..pruning import plans
+from .claims import SAME
 from .effects import Estimate
 from .figures import legend_above
 from .style import line, look, page, panels
@@ -134,12 +135,21 @@ def in_turn(dense, small, inputs: dict, repeats: int, device: str) -> pd.DataFra
     return pd.DataFrame(pairs)
 
 # %% ../../nbs/library/reporting/17_savings.ipynb #cell-018
+def asked_of(model, method: str, ratio: float, setup: Profile, multiple: int) -> float:
+    "The ratio a plan aims at: the size that whole layers reach, where the profile prunes so."
+    if method in ("dense", "layerwise") or setup.width.aim != "layers":
+        return ratio
+    layers = plan_like(model, "layerwise", ratio, setup, multiple)
+    return ratio if layers is None else layers.achieved_ratio
+
+
 def measured(name: str, setup: Profile, want, device: str) -> tuple:  # (sizes, pairs of times)
     "Sizes and times of a model and of its pruned versions."
     dense, _ = teacher_of(name, setup, device)
     inputs, sizes, times = cost.example_inputs(dense, TEXT_TOKENS), [], []
     for method, ratio in [("dense", 0.0), *itertools.product(METHODS, want.ratios)]:
-        if (plan := plan_like(dense, method, ratio, setup, want.round_to)) is None:
+        aim = asked_of(dense, method, ratio, setup, want.round_to)
+        if (plan := plan_like(dense, method, aim, setup, want.round_to)) is None:
             continue
         small = dense if method == "dense" else pruning.apply_plan(dense, plan, share_vision=True)
         who = {"model": name, "method": method, "requested": ratio, "achieved": plan.achieved_ratio}
@@ -276,6 +286,9 @@ def speed_figure(pairs: pd.DataFrame, sizes: pd.DataFrame, ideal: dict, models: 
 def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     "AVG-%, relative decoding time and relative bytes of the best setting per pruning and ratio."
     best = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
+    timed = sizes.set_index(["model", "method", "requested"]).achieved
+    there = [timed.get(k, -1.0) for k in zip(best.model, best.pruning, best.requested_ratio)]
+    best = best[(best.achieved_ratio - there).abs() < SAME]  # what is timed is what was scored
     best = best.sort_values("avg_percent").groupby(["model", "pruning", "requested_ratio"]).tail(1)
     decode = pairs[pairs.phase == "decode"]
     time = (
@@ -317,11 +330,15 @@ def pareto_figure(points: pd.DataFrame, models: list):  # a figure
             ax.plot(100, 100, "*", color="black", markersize=9)
             for r in own.to_dict("records"):
                 m = look(r["pruning"])
-                ax.plot(r[cost_of], r["AVG-%"], m.marker, color=m.color, markersize=6)
-                side, ha = (-5, "right") if r["pruning"] == "layerwise" else (5, "left")
-                text = dict(xytext=(side, 3), textcoords="offset points", fontsize=7.5, ha=ha)
+                face = "white" if r["recovery"] == "none" else m.color
+                mark = dict(color=m.color, markerfacecolor=face, markersize=6)
+                ax.plot(r[cost_of], r["AVG-%"], m.marker, **mark)
+                layers = r["pruning"] == "layerwise"
+                place, ha = ((-5, 3), "right") if layers else ((5, -9), "left")
+                text = dict(xytext=place, textcoords="offset points", fontsize=7.5, ha=ha)
                 name = f"{r['requested']:.2f}"
                 ax.annotate(name, (r[cost_of], r["AVG-%"]), color=m.color, **text)
+            ax.margins(y=0.12)
             ax.set_title(model)
             ax.set_xlabel(
                 f"{'decoding time' if 'time' in cost_of else 'weights'}, % of the original",

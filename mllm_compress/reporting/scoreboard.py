@@ -6,18 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-002
+import re
 import textwrap
 
 import nbformat
 import pandas as pd
 
 from ..evaluation import published
-from .claims import CLAIMS, LITTLE, PROMISED, judged_by, usual
+from .claims import CLAIMS, LITTLE, PROMISED, claimed, judged_by
 from .effects import with_original
 from .notebooks import experiments_of, notebooks
 from .report import recorded
+from .study_tables import guessing
 from .style import page, panels
-from .verdicts import COLORS, SIGNS, UNTESTED, Verdict, basis_of
+from .verdicts import COLORS, SIGNS, UNTESTED, Verdict, basis_of, resting_on
 from ..study.experiments import canonical
 from ..study.profiles import Profile
 from ..study.runs import frame_of, stored
@@ -38,8 +40,8 @@ def printed_claims() -> dict:  # claim -> sentence
         f"{len(more)} settings",
         2: "stated in the text and Fig. 3",
         3: "stated in the text, Fig. 4 and 5; Tab. 5 uses it",
-        4: f"Tab. 5, on all data: more than {PROMISED} % up to {enough.ratio.max():.2f}; none "
-        f"for {100 * LITTLE:g} %",
+        4: f"Tab. 5, on all data: more than {PROMISED} % up to {enough.ratio.max():.2f}; no "
+        f"number for {100 * LITTLE:g} %",
         5: f"Tab. 5 follows it: {kept.min():.1f} to {kept.max():.1f} %; no rival is reported",
     }
 
@@ -54,19 +56,28 @@ def columns_of(own: str) -> list:  # of profile names
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-009
 def said(v: Verdict) -> dict:
-    "The word and the average of a verdict."
+    "The word and the average of a verdict, and what it rests on."
     if not v.settings:
-        return {"word": UNTESTED, "effect": ""}
-    return {"word": v.word, "effect": f"{v.average:+1}"}
+        reason = "no better than guessing" if v.effects else "not run"
+        return {"word": UNTESTED, "effect": "", "basis": reason}
+    rests = _rests(resting_on(v.basis, v.settings))
+    return {"word": v.word, "effect": f"{v.average:+1}", "basis": rests}
+
+
+def _rests(basis) -> str:  # of a Basis, or of its words
+    "Questions x seeds."
+    found = re.search(r"n = ([\d,]+) .*?(\d+) seed", str(basis))
+    return " x ".join(found.groups()) if found else str(basis)
 
 
 def read_said(profile: str, name: str) -> dict:
     "The same from the files of another profile."
     found = recorded(profile, "10_findings", name)
     if not found or not found.get("average"):
-        return {"word": UNTESTED, "effect": ""}
+        return {"word": UNTESTED, "effect": "", "basis": (found or {}).get("why", "not run")}
     a = found["average"]
-    return {"word": found["word"], "effect": f"{a['value']:+.1f} [{a['low']:.1f}, {a['high']:.1f}]"}
+    effect = f"{a['value']:+.1f} [{a['low']:.1f}, {a['high']:.1f}]"
+    return {"word": found["word"], "effect": effect, "basis": _rests(found.get("basis", ""))}
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-011
 def scoreboard(
@@ -79,6 +90,7 @@ def scoreboard(
         for p in columns_of(own):
             found = said(v) if p == own else read_said(p, f"claim-{n}")
             row |= {p: found["word"], f"{p}, average effect": found["effect"] or "–"}
+            row[f"{p}, questions x seeds"] = found["basis"]
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -86,15 +98,17 @@ def scoreboard(
 def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
     "The scoreboard as coloured fields, with what the paper reports in the first column."
     names, n = columns_of(own), len(table)
-    fig, (ax,) = panels(1, height=0.66 * n + 0.6)
+    fig, (ax,) = panels(1, height=0.74 * n + 0.6)
     width = 1 + len(names)
     with page():
         for y, row in enumerate(table.to_dict("records")):
-            ax.text(-0.06, y + 0.5, wrapped(row["claim"], 46), ha="right", va="center", fontsize=8)
-            told = wrapped(row["reported in the paper"], 24)
-            ax.text(0.5, y + 0.5, told, ha="center", va="center", fontsize=7, color=GREY)
+            name = wrapped(row["claim"], 50, 220)
+            ax.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=7.5)
+            told = wrapped(row["reported in the paper"], 23)
+            ax.text(0.5, y + 0.5, told, ha="center", va="center", fontsize=6.5, color=GREY)
             for x, p in enumerate(names, 1):
-                _draw_field(ax, x, y, row[p], row[f"{p}, average effect"])
+                below = [row[f"{p}, {what}"] for what in ("average effect", "questions x seeds")]
+                _draw_field(ax, x, y, row[p], below)
         ax.set(xlim=(-0.06 - 1.25 * width / 2, width), ylim=(n, 0))
         titles = ["reported in\nthe paper", *(f"profile\n{p}" for p in names)]
         ax.set_xticks([x + 0.5 for x in range(width)], titles)
@@ -106,7 +120,7 @@ def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
     return fig
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-015
-def _draw_field(ax, x: int, y: int, word: str, effect: str) -> None:
+def _draw_field(ax, x: int, y: int, word: str, below: list) -> None:
     "One verdict."
     strong, tested = word in ("supported", "contradicted", "equivalent"), word != UNTESTED
     alpha = 0.28 if strong else 0.1 if tested else 0.03
@@ -114,8 +128,9 @@ def _draw_field(ax, x: int, y: int, word: str, effect: str) -> None:
     ax.fill_between(*sides, linewidth=0, color=COLORS[word], alpha=alpha)
     text = dict(ha="center", va="center")
     strongly = dict(fontsize=7, weight="bold", color=COLORS[word])
-    ax.text(x + 0.5, y + 0.36, f"{SIGNS[word]} {word}", **text, **strongly)
-    ax.text(x + 0.5, y + 0.7, effect, fontsize=6.5, **text)
+    ax.text(x + 0.5, y + 0.27, f"{SIGNS[word]} {word}", **text, **strongly)
+    for height, line in zip((0.54, 0.79), below):
+        ax.text(x + 0.5, y + height, line, fontsize=6.5, **text)
 
 
 def wrapped(text: str, width: int, most: int = 130) -> str:
@@ -134,12 +149,13 @@ def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of it
 def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # claim -> Verdict
     "The verdict on each claim from the results at hand."
     finished, results, out = set(stored(setup)), results_of(setup), {}
+    guessed = guessing(setup)
     for n, claim in claims.items():
-        frame = usual(frame_of([e for e in wanted[n] if e in finished], setup, results))
+        frame = claimed(frame_of([e for e in wanted[n] if e in finished], setup, results))
         if len(frame):
             frame = frame[frame.model.isin(with_original(frame))]
         effects = claim.effects(frame) if len(frame) else {}
         basis = basis_of(frame) if len(frame) else "nothing finished"
         how = judged_by(claim, frame) if len(frame) else {"unit": claim.unit}
-        out[n] = Verdict(claim.text, effects, basis, **how)
+        out[n] = Verdict(claim.text, effects, basis, guessed=guessed, **how)
     return out

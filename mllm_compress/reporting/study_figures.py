@@ -137,33 +137,55 @@ def kept_shares(plan) -> np.ndarray:  # [layers]
 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-019
 def kept_map(experiments: list, setup: Profile):  # a figure
-    "How much of every layer stays at every ratio, in the mean over seeds."
-    kinds = ("layerwise", "widthwise")
-    places = [(m, p) for m in setup.models for p in kinds]
-    fig, axes = panels(len(places), columns=len(places), height=2.6)
+    "Which layers stay at every ratio, and in how many plans each head and each neuron stays."
+    kinds = ("layers", "heads", "neurons")
+    shared = dict(sharex=False, sharey=False)
+    fig, axes = panels(3 * len(setup.models), columns=3, height=2.0, **shared)
     with page():
-        for ax, (model, pruning) in zip(axes, places):
+        for ax, (model, kind) in zip(axes, product(setup.models, kinds)):
+            pruning = "layerwise" if kind == "layers" else "widthwise"
             own = [e for e in experiments if (e.model, e.pruning) == (model, pruning)]
-            plans = {
-                r: [plan_of(e, setup) for e in own if e.ratio == r]
-                for r in sorted({e.ratio for e in own})
-            }
-            plans = {r: [kept_shares(p) for p in found if p] for r, found in plans.items()}
-            plans = {r: np.mean(found, axis=0) for r, found in plans.items() if found}
+            plans = {e: plan for e in own if (plan := plan_of(e, setup))}
             if plans:
-                _draw_map(ax, np.stack(list(plans.values()), 1), list(plans))
-            ax.set_title(f"{model}\n{pruning}", fontsize=8.5)
-        axes[0].set_ylabel("layer")
-        fig.supxlabel("requested ratio", fontsize=8.5)
+                _draw_map(
+                    ax, *(_layers_kept(plans) if kind == "layers" else _units_kept(plans, kind))
+                )
+            ax.set_title(f"{model}, {kind}", fontsize=8.5)
+            ax.set_xlabel(UNITS_OF[kind], fontsize=8.5)
+        fig.supylabel("layer", fontsize=8.5)
         shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), "Blues")
-        fig.colorbar(shades, ax=axes, label="kept, %", shrink=0.8, pad=0.02)
+        fig.colorbar(shades, ax=axes, label="kept, % of plans", shrink=0.8, pad=0.02)
     return fig
 
+
+UNITS_OF = {
+    "layers": "requested ratio (layerwise)",
+    "heads": "key/value head (widthwise)",
+    "neurons": "neurons, most kept first (widthwise)",
+}
+
+
+def _layers_kept(plans: dict) -> tuple:  # ([layers, ratios], names of the ratios)
+    "In which share of the seeds each layer stays, at each ratio."
+    ratios = sorted({e.ratio for e in plans})
+    own = [[kept_shares(p) for e, p in plans.items() if e.ratio == r] for r in ratios]
+    return np.stack([np.mean(found, axis=0) for found in own], 1), [f"{r:.2f}" for r in ratios]
+
+
+def _units_kept(plans: dict, kind: str) -> tuple:  # ([layers, units], names)
+    "In which share of all plans, over ratios and seeds, each head or neuron stays."
+    share = np.mean([kept_grid(p, kind).numpy() for p in plans.values()], axis=0)
+    if kind == "neurons":
+        share = -np.sort(-share, axis=1)
+    places = np.unique(np.linspace(0, share.shape[1] - 1, 4).astype(int))
+    return share, {int(k): str(k) for k in places}
+
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-021
-def _draw_map(ax, share: np.ndarray, ratios: list) -> None:  # [layers, ratios]
+def _draw_map(ax, share: np.ndarray, names) -> None:  # [layers, columns]; a list, or place -> name
     "One panel of `kept_map`."
     ax.imshow(100 * share, cmap="Blues", vmin=0, vmax=100, aspect="auto", origin="lower")
-    ax.set(xticks=range(len(ratios)), xticklabels=[f"{r:.2f}" for r in ratios])
+    places = names if isinstance(names, dict) else dict(enumerate(names))
+    ax.set(xticks=list(places), xticklabels=list(places.values()))
     ax.set_yticks(range(0, len(share), max(1, len(share) // 6)))
     ax.tick_params(labelsize=8)
     ax.grid(False)
@@ -219,8 +241,8 @@ def objectives(
             own = {k[2:]: e for k, e in effects.items() if k[:2] == (model, pruning)}
             _shaded_rows(ax, own, names, looks)
             ax.set_title(f"{model}, {pruning}")
-        symmetric_scale(axes[0])  # the axis is shared
-        fig.supxlabel("points of AVG-% more than SFT alone", fontsize=8.5)
+        scale = symmetric_scale(axes[0])  # the axis is shared
+        fig.supxlabel(f"points of AVG-% more than SFT alone{scale}", fontsize=8.5)
         legend_above(fig, [Look(k.label, k.color, k.marker, "none") for k in looks.values()])
     return fig
 

@@ -22,12 +22,14 @@ from ..data.emoji import ask_emoji
 from ..evaluation import published, score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
-from .effects import difference
+from .effects import difference, summary
 from .style import look
 from ..study.cache_keys import limit_of, recovery_config
+from ..study.experiments import Experiment
 from ..study.profiles import Profile
 from ..study.pruned_models import teacher_of
-from ..study.runs import plan_of
+from ..study.runs import frame_of, plan_of, stored
+from ..study.workers import results_of
 from ..zoo import real_models
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-004
@@ -51,6 +53,16 @@ def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or be
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-006
 def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it was trained for
     "The scores of the question-only baseline."
+    key = f"{setup.training!r} {setup.evaluation!r}"
+    if key not in _BLIND:
+        _BLIND[key] = _ask_blindly(setup)
+    return _BLIND[key].copy()
+
+
+_BLIND = {}  # data and benchmarks of a profile -> their scores: counting answers takes seconds
+
+
+def _ask_blindly(setup: Profile) -> pd.Series:
     known, e, scores = training_answers(setup), setup.evaluation, {}
     scores |= {n: value for n in e.benchmarks if (value := chance(n, setup)) is not None}
     for name in (n for n in e.benchmarks if n in known):
@@ -86,6 +98,17 @@ def guessed_share(
         return {}
     own = dense[list(blind.index)].astype(float)
     return (100 * blind / own[own > 0]).mean(axis=1).dropna().to_dict()
+
+# %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-008sh
+def guessing(setup: Profile) -> dict:  # model -> AVG-% of the question-only baseline
+    "The question-only baseline of each model whose original was evaluated."
+    done = set(stored(setup))
+    dense = [e for e in map(Experiment, setup.models) if e in done]
+    if not dense:
+        return {}
+    blind = question_only(setup)
+    whole = set(blind.index) == set(setup.evaluation.benchmarks)
+    return guessed_share(summary(frame_of(dense, setup, results_of(setup))), blind) if whole else {}
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-008s
 def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:

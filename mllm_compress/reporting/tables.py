@@ -174,6 +174,14 @@ def _achieved(ratio: float, failed: int) -> str:
     "The achieved ratio, and how many experiments of the setting failed."
     return (f"{ratio:.3f}" if ratio == ratio else "–") + (f" ({failed} FAILED)" if failed else "")
 
+# %% ../../nbs/library/reporting/04_tables.ipynb #cell-036-b
+def sizes_apart(rows: pd.DataFrame) -> float:  # of `effects.summary`
+    "The largest difference of what the two prunings removed at one request."
+    pruned = rows[rows.pruning != "none"]
+    at = ["model", "requested_ratio"]
+    sizes = pruned.pivot_table("achieved_ratio", at, "pruning").dropna()
+    return float((sizes.max(axis=1) - sizes.min(axis=1)).max()) if len(sizes) else 0.0
+
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-039
 GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "

@@ -7,7 +7,7 @@ __all__ = ['Verdict']
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-003
 import html
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
@@ -56,22 +56,23 @@ def resting_on(basis, effects: dict):
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-011
 WORDS = ("supported", "leans for", "equivalent", "leans against", "contradicted", "not tested")
 SUPPORTED, FOR, EQUIVALENT, AGAINST, CONTRADICTED, UNTESTED = WORDS
-DEFINITIONS = {
-    SUPPORTED: "the 95 % interval of the average effect lies on the claim's side, and no setting "
-    "contradicts the claim after Holm's correction",
-    FOR: "the average effect is on the claim's side, but its interval is not, or a setting "
-    "contradicts the claim, or there is one seed only, or a part of the claim was not tested",
-    EQUIVALENT: "the average difference is within one point of AVG-% (two one-sided tests at 5 %), "
-    "and no setting is certainly outside of it",
-    AGAINST: "the average effect is on the other side, but its interval is not, or a setting "
-    "supports the claim, or there is one seed only, or a part of the claim was not tested",
-    CONTRADICTED: "the 95 % interval of the average effect lies on the other side, and no setting "
-    "supports the claim after Holm's correction",
-    UNTESTED: "no results, or both models score zero",
+DEFINITIONS = {  # the first that fits
+    UNTESTED: "no results, or in every setting both sides are no better than guessing without the "
+    "picture",
+    EQUIVALENT: "several seeds, and the average difference is within one point of AVG-% (two "
+    "one-sided tests at 5 %; not for thresholds); no setting is certainly outside of it",
+    SUPPORTED: "several seeds, and the 95 % interval of the average effect lies on the claim's "
+    "side; no setting contradicts the claim after Holm's correction, and no part was left out",
+    CONTRADICTED: "the same on the other side",
+    FOR: "otherwise, if the average effect is on the claim's side: one seed can do no more",
+    AGAINST: "otherwise, if it is on the other side",
 }
+DIGITS = {"nats per answer": 3}  # unit -> digits that are shown
+PARTS = "A claim that consists of parts has the verdict of the part with the least support."
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-013
 SIGNS = dict(zip(WORDS, "✓↗≈↘✗–"))
+RANK = (CONTRADICTED, AGAINST, UNTESTED, EQUIVALENT, FOR, SUPPORTED)  # from the least support
 COLORS = dict(zip(WORDS, (GREEN, GREEN, BLUE, RED, RED, GREY)))
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-015
@@ -108,45 +109,30 @@ def certain(
     adjusted = holm([p_value(e) if e.value > 0 else 1.0 for e in beyond.values()])
     return [w for (w, e), p in zip(beyond.items(), adjusted) if e.value > 0 and p < 0.05]
 
-# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
-@dataclass(frozen=True, repr=False)
-class Verdict:
-    "A claim, what was measured, and what follows."
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-020p
+class _Parts:
+    "What a verdict says of itself and of its parts."
 
-    claim: str
-    effects: dict  # where -> Estimate, positive if the claim is right there
-    basis: object  # a Basis, or words: n, seeds, profile
-    unit: str = "points"
-    margin: float | None = None  # differences within it are equivalent; None: a threshold
-    rivals: int = 1  # among how many the rival was chosen that the claim is compared with
-    missing: str = ""  # the part of the claim without results
-    beside: str = ""  # what a larger profile says
+    def tells(self, e: Estimate) -> bool:
+        "Whether an effect tells something: not where both sides are no better than guessing."
+        return not e.empty and not e.better <= self.guessed.get(e.model, -1.0)
 
     @cached_property
-    def settings(self) -> dict:  # where -> Estimate
-        "The effects that tell something, with variances pooled over settings."
-        told = {w: e for w, e in self.effects.items() if e.value == e.value and not e.empty}
-        return pooled(told)
+    def by_part(self) -> dict:  # name -> Verdict
+        "The verdict on each part that was tested; one without a name where a claim has no parts."
+        parts = {name: [w for w in own if w in self.effects] for name, own in self.parts.items()}
+        own = {
+            n: replace(self, effects={w: self.effects[w] for w in some}, parts={})
+            for n, some in parts.items()
+        }
+        return {n: v for n, v in own.items() if v.settings} or {"": replace(self, parts={})}
 
     @cached_property
-    def average(self) -> Estimate:
-        "The mean effect."
-        return average(self.settings)
-
-    @cached_property
-    def words(self) -> dict:  # where -> of WORDS
-        "The word for each setting by itself."
-        return {where: word(e, self.margin) for where, e in self.settings.items()}
-
-    @cached_property
-    def exceptions(self) -> list:  # of where
-        "The settings that significantly contradict the average."
-        return certain(self.settings, -1 if self.average.value > 0 else 1)
-
-    @property
-    def word(self) -> str:  # of WORDS
-        "The verdict on the claim as a whole."
-        return overall(self) if self.settings else UNTESTED
+    def decisive(self) -> "Verdict":
+        "The part with the least support."
+        if not self.parts:
+            return self
+        return min(self.by_part.values(), key=lambda v: (RANK.index(v.word), v.average.value))
 
     def __repr__(self) -> str:
         return sentence(self)
@@ -157,6 +143,48 @@ class Verdict:
 
     def _repr_markdown_(self) -> str:
         return sentence(self)
+
+# %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-021
+@dataclass(frozen=True, repr=False)
+class Verdict(_Parts):
+    "A claim, what was measured, and what follows."
+
+    claim: str
+    effects: dict  # where -> Estimate, positive if the claim is right there
+    basis: object  # a Basis, or words: n, seeds, profile
+    unit: str = "points"
+    margin: float | None = None  # differences within it are equivalent; None: a threshold
+    rivals: int = 1  # among how many the rival was chosen that the claim is compared with
+    missing: str = ""  # the part of the claim without results
+    beside: str = ""  # what a larger profile says
+    parts: dict = field(default_factory=dict)  # name -> where, if the claim consists of parts
+    guessed: dict = field(default_factory=dict)  # model -> AVG-% of guessing
+
+    @cached_property
+    def settings(self) -> dict:  # where -> Estimate
+        "The effects that tell something, with variances pooled over settings."
+        known = {w: e for w, e in self.effects.items() if e.value == e.value}
+        return pooled({w: e for w, e in known.items() if self.tells(e)})
+
+    @cached_property
+    def average(self) -> Estimate:
+        "The mean effect, of the part that decides."
+        return average(self.decisive.settings)
+
+    @cached_property
+    def words(self) -> dict:  # where -> of WORDS
+        "The word for each setting by itself."
+        return {where: word(e, self.margin) for where, e in self.settings.items()}
+
+    @cached_property
+    def exceptions(self) -> list:  # of where
+        "The settings that significantly contradict the average."
+        return certain(self.decisive.settings, -1 if self.average.value > 0 else 1)
+
+    @property
+    def word(self) -> str:  # of WORDS
+        "The verdict on the claim as a whole."
+        return overall(self.decisive) if self.settings else UNTESTED
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-023
 def overall(v: Verdict) -> str:  # of WORDS
@@ -172,22 +200,30 @@ def overall(v: Verdict) -> str:  # of WORDS
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-025
 def counted(v: Verdict) -> str:
     "In how many settings a claim is supported and contradicted."
-    said = [*v.words.values(), *(UNTESTED for e in v.effects.values() if e.empty)]
+    said = [*v.words.values(), *(UNTESTED for e in v.effects.values() if not v.tells(e))]
     counts = [f"{w} ({said.count(w)})" for w in WORDS if w in said]
     if len(said) < 2:
         return "one setting" if said else "no settings"
     return f"{len(said)} settings: {', '.join(counts)}"
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-027
+def _measured(v: Verdict, head: str) -> str:
+    "The average with its interval, and what it is taken over."
+    many = len(v.settings) > 1
+    where = f"average over {len(v.settings)} settings" if many else next(iter(v.settings))
+    value = f"{v.average:+{DIGITS.get(v.unit, 1)}}"
+    return f"{head}{value} {v.unit} (95 % interval; {where})"
+
+
 def sentence(v: Verdict) -> str:
     "The verdict in words and numbers."
     head = f"{v.word.capitalize()}: “{v.claim.rstrip('.')}.” "
     if not v.settings:
         return f"{head}{v.beside}".strip()
-    where = next(iter(v.settings)) if len(v.settings) == 1 else f"average over {len(v.settings)}"
-    many = len(v.settings) > 1
-    parts = [f"{v.average:+1} {v.unit} ({'95 % interval; ' + where}{' settings' * many})"]
-    if many or len(v.effects) > len(v.settings):
+    parts = [
+        _measured(part, f"{name}: {part.word}, " * bool(name)) for name, part in v.by_part.items()
+    ]
+    if len(v.settings) > 1 or len(v.effects) > len(v.settings):
         parts.append(counted(v))
     if v.exceptions and v.word in (FOR, AGAINST):
         said = CONTRADICTED if v.average.value > 0 else SUPPORTED

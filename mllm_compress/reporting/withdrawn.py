@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .claims import CLAIMS, contrast, usual
+from .claims import CLAIMS, SAME, claimed, contrast, usual
+from .design import claim_by_score
 from .effects import average
 from .scoreboard import columns_of, read_said, said
+from .style import look
 from ..study.experiments import calibration_words, study_criteria
 from ..study.profiles import Profile
 from ..study.runs import frame_of
@@ -94,6 +96,23 @@ def by_design(frame: pd.DataFrame) -> dict:  # (questions, design) -> {where: Es
     several = [q for q, _ in found if sum(q == n for n, _ in found) > 1]
     return {key: e for key, e in found.items() if key[0] in several}
 
+# %% ../../nbs/library/reporting/27_withdrawn.ipynb #cell-010s
+def scores_of_width(frame: pd.DataFrame) -> dict:  # score -> {where: Estimate}
+    "Claim 1's effects by the score of width, at the places that every score has."
+    own = claimed(frame[(frame.status == "done") & (frame.calibration == "default")])
+    found = claim_by_score(own[own.importance.map(lambda name: " + " not in name)])
+    if len(found) < 2:
+        return {}
+    shared = set.intersection(*map(set, found.values()))
+    return {n: {w: effects[w] for w in shared} for n, effects in found.items()} if shared else {}
+
+
+def _numbers(rates) -> list:
+    "All rates of a section of a profile."
+    if not isinstance(rates, dict):
+        return [rates]
+    return [n for own in rates.values() for n in _numbers(own)]
+
 # %% ../../nbs/library/reporting/27_withdrawn.ipynb #cell-011
 def what_is_left(setup: Profile, finished) -> pd.DataFrame:  # columns fault, and what is measured
     "The faults of the earlier design, measured in the results at hand."
@@ -102,24 +121,24 @@ def what_is_left(setup: Profile, finished) -> pd.DataFrame:  # columns fault, an
     for (q, design), effects in by_design(frame).items():
         ratios = sorted({where.partition(" at ")[2][:4] for where in effects})
         effect = f"claim 1 at {', '.join(ratios)}: {average(effects):+1} points of AVG-%"
-        rows.append((f"calibration on {q} questions, {design}", effect))
+        rows.append((f"calibration on {q} questions, {design}", "stratified now", effect))
+    for score, effects in scores_of_width(frame).items():
+        fault = f"width judged by one score: {look(score).label}"
+        gone = "no, it is the paper's" if score == "taylor" else "a rival"
+        rows.append((fault, gone, f"claim 1 at the same places: {average(effects):+1}"))
     plain = usual(frame[(frame.status == "done") & (frame.calibration == "default")])
     sizes = plain[plain.allocation == "layer"].pivot_table(
         "achieved_ratio", ["model", "requested_ratio"], "pruning"
     )
     if {"layerwise", "widthwise"} <= set(sizes):
         gap = (sizes.widthwise - sizes.layerwise).abs().max()
-        rows.append(("unequal sizes", f"at most {gap:.4f} of the decoder's parameters apart"))
+        apart = f"at most {gap:.4f} of the decoder's parameters apart"
+        rows.append(("unequal sizes", "yes" if gap < SAME else "no", apart))
     dense = plain[(plain.pruning == "none") & (plain.quantize == "none")].score
     top = f"{dense.min():.1f} to {dense.max():.1f}; {(dense >= 99).sum()} of {len(dense)} at 99"
-    rows.append(("ceiling: scores of the originals", f"{top} or more"))
+    gone = "no" if (dense >= 99).mean() > 0.5 else "yes"
+    rows.append(("ceiling: scores of the originals", gone, f"{top} or more"))
     rates = sorted({f"{r:g}" for r in _numbers(setup.learning_rates.get("projector+lm", {}))})
-    rows.append(("learning rates of projector and LM", ", ".join(rates) or "of the paper"))
-    return pd.DataFrame(rows, columns=["fault", "in these results"])
-
-
-def _numbers(rates) -> list:
-    "All rates of a section of a profile."
-    if not isinstance(rates, dict):
-        return [rates]
-    return [n for own in rates.values() for n in _numbers(own)]
+    found = ", ".join(rates) or "of the paper"
+    rows.append(("learning rates of projector and LM", "per objective, still at one ratio", found))
+    return pd.DataFrame(rows, columns=["fault", "gone", "in these results"])
