@@ -83,7 +83,7 @@ def test_readme_points_at_files_that_exist():
 
 def test_the_tables_and_sentences_follow_from_the_committed_files():
     computed = [front_page.answers()]
-    computed += [front_page.support_table(), front_page.claims_table()]
+    computed += [front_page.support_table(), front_page.claims_table(), front_page.by_score()]
     small = front_page.first_with(front_page.COLUMNS["small"], "09_cost-pareto.csv")
     computed += [front_page.latency_caption(small), front_page.answers_caption(small)]
     for text in computed:
@@ -95,8 +95,16 @@ def test_readme_has_the_verdicts_of_the_results():
     for title, profile in front_page.claims_columns().items():
         assert f"{title} (`{profile}`)" in README
         for n, claim in CLAIMS.items():
-            path = ROOT / f"figures/{profile}/10_findings-claim-{n}.json"
-            verdict = json.loads(path.read_text(encoding="utf-8"))
+            names = [f"{claim.notebook}-verdict", f"{claim.notebook}-choice"]
+            paths = [
+                path
+                for p in front_page.COLUMNS[title]
+                for name in (f"10_findings-claim-{n}", *names)
+                if (path := ROOT / f"figures/{p}/{name}.json").exists()
+            ]
+            said = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            said = [v for v in said if v["claim"] == claim.text]
+            verdict = next((v for v in said if v["average"]), {"average": None})
             start = f"|{claim.text.split(':')[0].rstrip('.')}|"
             row = next(line for line in README.splitlines() if line.startswith(start))
             if verdict["average"]:

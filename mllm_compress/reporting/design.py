@@ -12,13 +12,15 @@ from matplotlib.ticker import NullLocator
 
 from ..evaluation.benchmarks import load_questions
 from . import style
-from .claims import contrast
+from .claims import MARGIN, contrast
 from .effects import summary
+from .verdicts import COLORS
 from ..study.cache_keys import limit_of
 from ..study.experiments import study_criteria
 from ..study.profile_inputs import root_of
 from ..study.profiles import Profile
 from ..study.stored_answers import unit_numbers
+from ..utils.methods import GREY
 
 # %% ../../nbs/library/reporting/18_design.ipynb #cell-005
 def by_calibration(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
@@ -193,3 +195,23 @@ def claim_by_score(frame: pd.DataFrame) -> dict:  # score of width -> {where: Es
         width = lambda r, name=name: {"pruning": "widthwise", "importance": name}
         found[name] = contrast(own, width, first)
     return {name: effects for name, effects in found.items() if effects}
+
+# %% ../../nbs/library/reporting/18_design.ipynb #cell-020sg
+def score_figure(by_score: dict):  # score -> Verdict; a figure
+    "Claim 1 by the score of width: a row per score, the average above its settings."
+    shown = sorted((v.average.value, name) for name, v in by_score.items() if v.settings)
+    fig, (ax,) = style.panels(1, columns=1, width=5.6, height=0.3 * len(shown) + 0.8)
+    with style.page():
+        ax.axvspan(-MARGIN, MARGIN, color="#eef2f6", zorder=0)
+        ax.axvline(0, color=GREY, linewidth=1)
+        for y, (_, name) in enumerate(shown):
+            v = by_score[name]
+            a, color = v.average, COLORS[v.word]
+            x = [e.value for e in v.settings.values()]
+            ax.plot(x, [y] * len(x), "o", color=color, markersize=3.5, alpha=0.45)
+            ax.plot([a.low, a.high], [y, y], color=color, linewidth=2.4, solid_capstyle="butt")
+            ax.plot(a.value, y, "D", color=color, markersize=7)
+        ax.set_yticks(range(len(shown)), [style.look(name).label for _, name in shown])
+        ax.set_xlabel("widthwise - layerwise, points of AVG-%")
+        ax.grid(axis="y", visible=False)
+    return fig

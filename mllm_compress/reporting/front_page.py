@@ -225,15 +225,55 @@ def verdict_cell(verdict: dict) -> str:
     return f"**{verdict['word']}** {Estimate(**a):+1} ({rests})"
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-022
+def largest_verdict(profiles: tuple, n: int) -> tuple:  # (profile, record)
+    "A claim's verdict in the first profile that has one, from its own notebook or the findings."
+    claim, found = CLAIMS[n], {}
+    places = [
+        ("10_findings", f"claim-{n}"),
+        (claim.notebook, "verdict"),
+        (claim.notebook, "choice"),
+    ]
+    for profile in profiles:
+        for place in places:
+            said = recorded(profile, *place)
+            if said and said["claim"] == claim.text:
+                found[profile] = found.get(profile) or said
+        if (found.get(profile) or {}).get("average"):
+            return profile, found[profile]
+    return next(iter(found.items()), ("", {"average": None}))
+
+
 def claims_table() -> str:  # Markdown
     "The claims: what the paper reports, and the verdict at every scale."
     shown, printed = claims_columns(), printed_claims()
     titles = [f"{title} (`{profile}`)" for title, profile in shown.items()]
     rows = []
     for n, claim in CLAIMS.items():
-        found = [recorded(p, "10_findings", f"claim-{n}") for p in shown.values()]
-        rows.append([short_claim(claim), printed[n], *map(verdict_cell, found)])
+        cells = []
+        for title, own in shown.items():
+            profile, verdict = largest_verdict(COLUMNS[title], n)
+            other = f", `{profile}`" if profile not in ("", own) else ""
+            cells.append(verdict_cell(verdict) + other)
+        rows.append([short_claim(claim), printed[n], *cells])
     return markdown_table(("claim", "paper", *titles), rows)
+
+
+LABEL_FREE = ("magnitude", "activation", "flap", "wanda_sp", "gauss_newton")
+
+
+def by_score(profiles: tuple = ("tiny", "quick")) -> str:  # empty where nothing was measured
+    "Claim 1 with scores of width that need no labels, in a sentence."
+    for profile in profiles:
+        found = [recorded(profile, "02b_calibration", f"score-{name}") for name in LABEL_FREE]
+        values = [v["average"]["value"] for v in found if v and v["average"]]
+        own = recorded(profile, "02b_calibration", "score-taylor")
+        if values and own and own["average"]:
+            return (
+                f"Row 1 depends on the score: in `{profile}` {min(values):+.1f} to "
+                f"{max(values):+.1f} with {len(values)} scores without labels, "
+                f"{Estimate(**own['average']):+1} with the paper's."
+            )
+    return ""
 
 # %% ../../nbs/library/reporting/25_front_page.ipynb #cell-025
 def latency_figure(profile: str):  # a figure

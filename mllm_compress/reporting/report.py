@@ -43,7 +43,7 @@ class Report:
     ):
         changed = overridden(notebook, values)
         self.notebook, self.setup = notebook, load_profile(profile)
-        self.profile = self.setup.name
+        self.profile, self.guessed = self.setup.name, None
         self.folder = output_folder(notebook, profile, changed)
         if changed:
             print(_run_with(changed, self.folder))
@@ -82,7 +82,9 @@ class Report:
 def _usual(report: Report, unit: str, effects: dict) -> dict:
     "The margin of a verdict and what guessing retains, if nothing else is given."
     near = any(e.better < 100 for e in effects.values())
-    guessed = guessing(report.setup) if near else {}
+    if near and report.guessed is None:
+        report.guessed = guessing(report.setup)
+    guessed = report.guessed if near else {}
     return {"margin": MARGIN if unit == POINTS else None, "guessed": guessed}
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-009
@@ -115,9 +117,9 @@ def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visib
     "A PNG of few colours, of more where it has photographs."
     small = BytesIO()
     image = Image.open(drawn).convert("RGB")
-    for colours in (64, 256):
+    for colours, error in ((32, 0.45), (64, 1.0), (256, 255.0)):  # of a channel, in the mean
         fewer = image.quantize(colours, dither=Image.Dither.NONE)
-        if ImageStat.Stat(ImageChops.difference(image, fewer.convert("RGB"))).mean[0] < 1:
+        if max(ImageStat.Stat(ImageChops.difference(image, fewer.convert("RGB"))).mean) <= error:
             break
     fewer.save(small, "PNG", optimize=True)
     return small.getvalue()

@@ -318,6 +318,21 @@ def front(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # indices, from cheap to
     return np.array(kept, int)
 
 # %% ../../nbs/library/reporting/17_savings.ipynb #cell-040
+def _name_points(ax, own: pd.DataFrame, cost_of: str) -> None:
+    "The ratios of the points, where there is room for them."
+    taken = []
+    for r in own.sort_values("AVG-%", ascending=False).to_dict("records"):
+        at, layers = (r[cost_of], r["AVG-%"]), r["pruning"] == "layerwise"
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform(at))
+        x += -0.06 if layers else 0.06
+        if any(abs(x - a) < 0.1 and abs(y - b) < 0.09 for a, b in taken):
+            continue
+        taken.append((x, y))
+        place, ha = ((-5, 3), "right") if layers else ((5, -9), "left")
+        text = dict(xytext=place, textcoords="offset points", fontsize=7.5, ha=ha)
+        ax.annotate(f"{r['requested']:.2f}", at, color=look(r["pruning"]).color, **text)
+
+
 def pareto_figure(points: pd.DataFrame, models: list):  # a figure
     "Quality over measured time and over bytes, with the Pareto front."
     fig, axes = panels(2 * len(models), columns=2, height=2.3, sharex=False)
@@ -333,12 +348,8 @@ def pareto_figure(points: pd.DataFrame, models: list):  # a figure
                 face = "white" if r["recovery"] == "none" else m.color
                 mark = dict(color=m.color, markerfacecolor=face, markersize=6)
                 ax.plot(r[cost_of], r["AVG-%"], m.marker, **mark)
-                layers = r["pruning"] == "layerwise"
-                place, ha = ((-5, 3), "right") if layers else ((5, -9), "left")
-                text = dict(xytext=place, textcoords="offset points", fontsize=7.5, ha=ha)
-                name = f"{r['requested']:.2f}"
-                ax.annotate(name, (r[cost_of], r["AVG-%"]), color=m.color, **text)
             ax.margins(y=0.12)
+            _name_points(ax, own, cost_of)
             ax.set_title(model)
             ax.set_xlabel(
                 f"{'decoding time' if 'time' in cost_of else 'weights'}, % of the original",

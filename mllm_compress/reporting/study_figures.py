@@ -140,7 +140,7 @@ def kept_map(experiments: list, setup: Profile):  # a figure
     "Which layers stay at every ratio, and in how many plans each head and each neuron stays."
     kinds = ("layers", "heads", "neurons")
     shared = dict(sharex=False, sharey=False)
-    fig, axes = panels(3 * len(setup.models), columns=3, height=2.0, **shared)
+    fig, axes = panels(3 * len(setup.models), columns=3, height=1.8, **shared)
     with page():
         for ax, (model, kind) in zip(axes, product(setup.models, kinds)):
             pruning = "layerwise" if kind == "layers" else "widthwise"
@@ -161,7 +161,7 @@ def kept_map(experiments: list, setup: Profile):  # a figure
 UNITS_OF = {
     "layers": "requested ratio (layerwise)",
     "heads": "key/value head (widthwise)",
-    "neurons": "neurons, most kept first (widthwise)",
+    "neurons": "neurons, sorted (widthwise)",
 }
 
 

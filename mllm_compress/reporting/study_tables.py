@@ -26,9 +26,11 @@ from .effects import difference, summary
 from .style import look
 from ..study.cache_keys import limit_of, recovery_config
 from ..study.experiments import Experiment
+from ..study.profile_inputs import missing_inputs
 from ..study.profiles import Profile
 from ..study.pruned_models import teacher_of
-from ..study.runs import frame_of, plan_of, stored
+from ..study.runs import frame_of, plan_of
+from ..study.stages import result_of
 from ..study.workers import results_of
 from ..zoo import real_models
 
@@ -102,8 +104,10 @@ def guessed_share(
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-008sh
 def guessing(setup: Profile) -> dict:  # model -> AVG-% of the question-only baseline
     "The question-only baseline of each model whose original was evaluated."
-    done = set(stored(setup))
-    dense = [e for e in map(Experiment, setup.models) if e in done]
+    if missing_inputs(setup):
+        return {}
+    results = results_of(setup)
+    dense = [e for e in map(Experiment, setup.models) if result_of(e, setup, results)]
     if not dense:
         return {}
     blind = question_only(setup)
