@@ -242,7 +242,7 @@ def largest_verdict(profiles: tuple, n: int) -> tuple:  # (profile, record)
             return profile, found[profile]
     return next(iter(found.items()), ("", {"average": None}))
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-023c
 def claims_table() -> str:  # Markdown
     "The claims: what the paper reports, and the verdict at every scale."
     shown, printed = claims_columns(), printed_claims()
@@ -257,7 +257,7 @@ def claims_table() -> str:  # Markdown
         rows.append([short_claim(claim), printed[n], *cells])
     return markdown_table(("claim", "paper", *titles), rows)
 
-
+# %% ../../nbs/library/reporting/25_front_page.ipynb #cell-022c
 LABEL_FREE = ("magnitude", "activation", "flap", "wanda_sp", "gauss_newton")
 
 

@@ -332,7 +332,7 @@ def _name_points(ax, own: pd.DataFrame, cost_of: str) -> None:
         text = dict(xytext=place, textcoords="offset points", fontsize=7.5, ha=ha)
         ax.annotate(f"{r['requested']:.2f}", at, color=look(r["pruning"]).color, **text)
 
-
+# %% ../../nbs/library/reporting/17_savings.ipynb #cell-039c
 def pareto_figure(points: pd.DataFrame, models: list):  # a figure
     "Quality over measured time and over bytes, with the Pareto front."
     fig, axes = panels(2 * len(models), columns=2, height=2.3, sharex=False)
