@@ -314,8 +314,11 @@ def test_without_runs_the_evidence_is_what_ships_with_the_figures(tmp_path, monk
 
 
 def test_advice_names_a_larger_ratio_that_kept_more():
-    rows = [made(), made("widthwise", 0.3, 0.8), made("widthwise", 0.6, 0.9)]
+    better = made("widthwise", 0.6, 0.9) | {"importance": "y"}
+    rows = [made(), made("widthwise", 0.3, 0.8), better]
     frame = pd.DataFrame(rows)
     text = advice.answer(frame, "tiny-llava", 0.3, 0.05, True, "quick").text
     assert "Removing 60% kept more (90.0 %)" in text and "not studied at 30%" in text
     assert "kept more" not in advice.answer(frame, "tiny-llava", 0.6, 0.05, True, "quick").text
+    both = pd.DataFrame([*rows[:2], better | {"importance": "x"}])  # the recipe was studied here
+    assert "kept more" not in advice.answer(both, "tiny-llava", 0.3, 0.05, True, "quick").text

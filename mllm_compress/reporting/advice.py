@@ -289,15 +289,19 @@ class Advice:
         return f"{self.text}\n\n{self.rows.to_string(index=False, float_format='{:.2f}'.format)}"
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-054
-def say_larger(frame: pd.DataFrame, best, ratio: float, data: float, training: bool) -> str:
-    "Where a setting that removes more has kept more, because it was run there only."
+def say_larger(
+    frame: pd.DataFrame, here: pd.DataFrame, ratio: float, data: float, training: bool
+) -> str:
+    "Where a recipe that was run at a larger ratio only has kept more than the best one here."
+    best, recipe = here.iloc[0], [c for c in SETTING if c not in ("model", "requested_ratio")]
     rows = frame[(frame.model == best.model) | (frame.pruning == "none")]
     for larger in sorted({r for r in rows.requested_ratio if r > best.requested_ratio + WITHIN}):
         try:
             found = ranked(frame, best.model, larger, data, training).iloc[0]
         except ValueError:
             continue
-        if found.avg_percent > best.avg_percent:
+        known = (here[recipe] == found[recipe]).all(axis=1).any()
+        if found.avg_percent > best.avg_percent and not known:
             return (
                 f"Removing {larger:.0%} kept more ({found.avg_percent:.1f} %): {say(found)}. That "
                 f"was not studied at {ratio:.0%}; try it there."
@@ -317,7 +321,7 @@ def answer(
         f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best, shape)}. "
         f"It kept {best.avg_percent:.1f} % {interval} of the original ({basis}).",
         say_ties(rows, shape),
-        say_larger(frame, best, ratio, data, training),
+        say_larger(frame, rows, ratio, data, training),
         say_warnings(rows, ratio, data, training, shape),
         say_published(model, ratio, training, profile),
     ]
