@@ -20,7 +20,8 @@ def pytest_addoption(parser):
     )
 
 
-LONGEST = ("test_rehearsal", "test_lessons", "test_notebooks", "test_trials", "test_guides")
+LONGEST = ("test_rehearsal", "test_lessons", "test_trace", "test_notebooks")
+LONGEST += ("test_trials", "test_guides")
 
 
 def pytest_configure(config):
@@ -133,11 +134,13 @@ def drawn_again(
             process.kill()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def beside(request):
-    "Start the notebooks with the first test if any test needs them; if that fails, only they fail."
+    """Start the notebooks with the first test of a file that needs them, and of no other file.
+
+    The processes of pytest-xdist would each start them. If it fails, only those tests fail.
+    """
     with contextlib.suppress(Exception):
-        if any(
-            "drawn_again" in getattr(item, "fixturenames", ()) for item in request.session.items
-        ):
+        own = (item for item in request.session.items if item.path == request.path)
+        if any("drawn_again" in getattr(item, "fixturenames", ()) for item in own):
             request.getfixturevalue("drawn_again")

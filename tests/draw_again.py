@@ -46,10 +46,11 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     (checkout / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", checkout)
     shutil.copytree(ROOT / "nbs/study", checkout / "nbs/study")
-    for path in ROOT.glob("figures/*/10_findings-claim-*.json"):  # the scoreboard's other columns
-        if path.parent != folder:
-            (checkout / "figures" / path.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, checkout / "figures" / path.parent.name)
+    others = [p for p in ROOT.glob("figures/*/10_findings-claim-*.json") if p.parent != folder]
+    rates = ROOT.glob("figures/*/00_learning_rates-rates.csv")
+    for path in (*others, *rates):  # the scoreboard's other columns, and the rates in use
+        (checkout / "figures" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, checkout / "figures" / path.parent.name)
     (checkout / "figures/bench").mkdir(parents=True)
     shutil.copy(ROOT / "figures/bench/budgets.csv", checkout / "figures/bench")
     names = [p.stem for p in sorted(folder.glob("[0-9]*.ipynb")) if not p.stem.startswith(MEASURED)]

@@ -21,7 +21,7 @@ from mllm_compress.data.small_sets import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
 from mllm_compress.study import cache_keys, stages
 from mllm_compress.study.cache_keys import name_of, scores_inputs, subject_key
-from mllm_compress.study.experiments import Experiment, canonical, described
+from mllm_compress.study.experiments import Experiment, canonical, describe, described
 from mllm_compress.study.profiles import differences, load_profile, rate_of, resolve_parameters
 from mllm_compress.study.pruned_models import planned
 from mllm_compress.utils.files import content_hash
@@ -100,6 +100,22 @@ def test_edited_data_is_another_calibration(monkeypatch):
     cache_keys.calibration_inputs.cache_clear()
     assert scores_inputs(LAYERS, SMOKE)["calibration"] != before["calibration"]
     cache_keys.calibration_inputs.cache_clear()
+
+
+def test_a_large_draw_is_hashed_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    real, drawn = cache_keys.calibration_data, []
+    counted = lambda *given: drawn.append(given[1:3]) or real(*given)
+    monkeypatch.setattr(cache_keys, "calibration_data", counted)
+    ask = lambda n, seed=0: cache_keys.questions_of(SMOKE.training, "stratified", n, 2, seed)
+    names = [ask(100), ask(100), ask(100, 1), ask(20), ask(20)]
+    assert drawn == [(100, 0), (100, 1), (20, 0), (20, 0)]
+    assert names[0] == names[1] != names[2] and names[3] == names[4]
+    monkeypatch.setattr(cache_keys, "code_of", lambda *_: "edited")
+    assert ask(100) == names[0] and drawn[4:] == [(100, 0)]
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "file"))
+    assert ask(100) == names[0] and drawn[5:] == [(100, 0)]
 
 
 # ---- experiments
@@ -300,9 +316,22 @@ def test_a_student_from_scratch_differs_by_seed_and_in_nothing_else_of_its_key()
     assert rates == [0.5, 0.1]
 
 
+def test_states_of_several_layers_are_a_setting_of_training():
+    plain = replace(LAYERS, recovery="hidden_kd", fraction=0.5)
+    deeper = replace(plain, hidden_layers="quarters")
+    configs = [cache_keys.recovery_config(e, SMOKE) for e in (plain, deeper)]
+    assert [c.hidden_layers for c in configs] == [None, "quarters"]
+    ours, theirs = (stages.stage_keys(e, SMOKE) for e in (deeper, plain))
+    assert ours["plan"] == theirs["plan"] and ours["student"] != theirs["student"]
+    assert "hidden_layers" not in described(plain) and Experiment(**described(deeper)) == deeper
+    assert "hidden_kd (quarters)" in describe(deeper)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
+        (dict(pruning="layerwise", recovery="sft", hidden_layers="every"), "compares no states"),
+        (dict(pruning="layerwise", recovery="hidden_kd", hidden_layers="all"), "quarters"),
         (dict(pruning="layerwise", layer_share=0.5), "widthwise plans"),
         (dict(pruning="widthwise", layer_share=1.0), "outside"),
         (dict(pruning="widthwise", layer_share="half"), "must be a number"),

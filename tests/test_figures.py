@@ -106,7 +106,6 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
         0.1: Estimate(0.8, -0.3, 1.9, 100, 3),
         1.0: Estimate(3.0, 2.0, 4.0, 100, 3),
     }  # of layerwise, by fraction
-    monkeypatch.setattr(guide, "SETTING", ["model", "pruning", "fraction"])
     monkeypatch.setattr(
         guide, "difference", lambda frame, model, best, setting: behind[setting["fraction"]]
     )

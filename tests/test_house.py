@@ -213,6 +213,8 @@ def packages(module: str) -> set:
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "lazily":
+            found.add(ast.literal_eval(node.args[0]))
     return found - set(sys.stdlib_module_names) - {"mllm_compress"}
 
 

@@ -16,7 +16,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from mllm_compress.cli.app import app
-from mllm_compress.reporting import runner
+from mllm_compress.reporting import drawing, runner
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
@@ -236,6 +236,71 @@ def test_who_ends_the_master_alone_ends_its_workers(checkout, which, code):
     assert soon(lambda: not alive(checkout), 20), alive(checkout)
 
 
+@linux
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_notebooks_that_are_drawn_together_end_with_the_study(checkout, whole, which):
+    shutil.copytree(whole[0] / "runs", checkout / "runs")
+    nb = nbformat.read(checkout / "nbs/study/01_table.ipynb", 4)
+    nb.cells[-1].source = "import time\n\ntime.sleep(600)"
+    for name in ("01_table", "02_other"):
+        nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
+    run = Run(checkout, "--workers", "2")
+    parts = lambda: list(checkout.glob("figures/small/.*.part.ipynb"))
+    assert soon(lambda: len(parts()) == 2 or run.ended(), 200) and not run.ended()
+    os.kill(run.pid, which) if which != signal.SIGINT else run.signal(which)
+    text = run.says(-which if which == signal.SIGKILL else 130)
+    assert "Traceback" not in text
+    assert soon(lambda: not alive(checkout), 60), alive(checkout)
+    if which != signal.SIGKILL:
+        assert "Stopped. Finished results are kept" in text and not parts()
+
+
+def stubborn(pipe, profile, folder, device) -> None:
+    "A worker that draws one notebook well, and does not end in the middle of any other."
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    name, _, values, profile = pipe.recv()
+    target = drawing.target_of(name, values, profile)
+    if name != "01_table":
+        target.parent.mkdir(parents=True)
+        drawing.part_of(target).write_text("half of it")
+        time.sleep(600)
+    assert soon(lambda: target.parent.exists(), 60)
+    pipe.send(("done", ""))
+    time.sleep(600)
+
+
+def test_a_notebook_whose_worker_does_not_end_leaves_nothing(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr(drawing, "_serve", stubborn)
+    monkeypatch.setattr("mllm_compress.study.workers.GRACE", 0.5)
+    given = {"profile": "small.yaml"}
+    plan = {name: (Path(f"{name}.ipynb"), given, []) for name in ("01_table", "02_other")}
+    drawn = drawing._drawn(plan, "small.yaml", ["cpu", "cpu"])
+    assert next(drawn) == ("01_table", "")
+    parts = lambda: list(checkout.glob("figures/small/.*.part.ipynb"))
+    assert soon(lambda: len(parts()) == 1, 60)
+    drawn.close()
+    assert not parts() and not multiprocessing.active_children()
+
+
+def test_notebooks_together_are_what_they_are_one_by_one(checkout, whole, monkeypatch):
+    monkeypatch.chdir(checkout)
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which a quiet command of another test sets
+    shutil.copytree(whole[0] / "runs", checkout / "runs")
+    nb = nbformat.read("nbs/study/01_table.ipynb", 4)
+    nb.cells[-1].source = "1 / 0"
+    nbformat.write(nb, "nbs/study/03_broken.ipynb")
+    nb.cells[2:] = [new_code_cell("import os\n\nprint('here', os.environ.get('TQDM_DISABLE'))")]
+    nb.cells[-1].metadata["tags"] = ["clock"]
+    nbformat.write(nb, "nbs/study/04_alone.ipynb")  # it measures time: by the master itself
+    plan = runner.plan_study("small.yaml")
+    (problem,) = runner.run_notebooks(plan, "small.yaml", "local", workers=2)
+    assert problem.startswith("03_broken failed in cell") and "ZeroDivisionError" in problem
+    made = Path("figures/small")
+    assert (made / "01_table-scores.csv").read_bytes() == tables(whole[0])[0]
+    assert "here None" in (made / "04_alone.ipynb").read_text()
+
+
 def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     bad = [
@@ -299,7 +364,7 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
         )
         raise RuntimeError("Kernel died")
 
-    monkeypatch.setattr(runner, "execute", notebook)
+    monkeypatch.setattr(drawing, "execute", notebook)
     assert runner.run_study("small.yaml", executor="inline") == 1
     bad_error, new_error = told["frame"].set_index("pruning").error[["widthwise", "layerwise"]]
     assert (

@@ -151,6 +151,35 @@ def test_chosen_layers(pair, data):
     assert found.hidden_kd[0] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_states_of_several_layers_by_name(pair, data):
+    labels, student, teacher = whole_batch(pair, data)
+    last, where = anatomy(pair[0]).num_layers - 1, labels[:, 1:] != -100
+    state = lambda out, i: out.hidden_states[i][:, :-1][where]  # 0: the embeddings
+    losses = [F.mse_loss(state(student, i), state(teacher, i)) for i in (*range(1, last + 1), -1)]
+    config = RecoveryConfig(
+        losses={"hidden_kd": 1}, hidden_layers="every", turns="sequential", **ONE_STEP
+    )
+    found = run(pair, data, config).history
+    assert found.hidden_kd[0] == pytest.approx((sum(losses) / len(losses)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, kept, pairs",
+    [
+        ("final", (0, 3), ()),
+        ("every", (0, 1, 2), ((0, 0), (1, 1))),
+        ("every", (0, 3, 4), ((0, 2), (1, 3))),  # before the next layer that is left
+        ("quarters", tuple(range(20)), ((4, 4), (9, 9), (14, 14))),
+        ("quarters", (0, 1, 2, 3, 4, 9, 18, 19), ((1, 1), (3, 3), (5, 17))),
+        ("quarters", (0, 9, 19), ((0, 8), (1, 18))),
+        ("quarters", (0, 9), ((0, 8),)),
+        ("quarters", (0,), ()),
+    ],
+)
+def test_named_layers_aim_at_the_state_before_the_next_layer_kept(name, kept, pairs):
+    assert layer_pairs(name, kept) == (*pairs, ("final", "final"))
+
+
 def test_packed_questions_equal_separate_ones(pair, data):
     "A packed row is a saving, not another loss."
     student, teacher, processor = pair

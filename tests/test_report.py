@@ -87,6 +87,13 @@ def test_what_rests_on_fewer_seeds_says_so():
         str(basis_of(rows[rows.seed == 0]))
         == "n = 100 questions per model, 1 seed (intervals cover questions only), profile p"
     )
+    named = rows.assign(calibration_seed=rows.seed, recovery="none")
+    assert "3 seeds of calibration, profile p" in str(basis_of(named))
+    trained = named.assign(recovery="sft")
+    assert "3 seeds of calibration and training, profile p" in str(basis_of(trained))
+    partly = trained.assign(recovery=["none", "none", "sft"])
+    assert "3 seeds of calibration, 1 of training, profile p" in str(basis_of(partly))
+    assert "3 seeds of training" in str(basis_of(trained.assign(calibration_seed=0)))
     text = sentence(Verdict("A.", {"here": Estimate(2, 1, 3, 100, 3)}, basis_of(rows)))
     assert text.startswith("Supported: “A.” +2.0 [1.0, 3.0] points") and "3 seeds" in text
     once = sentence(Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, basis_of(rows)))
@@ -641,6 +648,10 @@ def test_what_a_grid_leaves_out_is_named():
     )
     with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"):
         split_grid(["sft"], [0.3], [0], {"dpo": {}})
+    own = {"sft": {"models": ["m"]}}
+    assert split_grid(["sft"], [0.3], [0], own, also=("models",)) == ([("sft", 0.3, 0)], [])
+    with pytest.raises(ValueError, match="sft must hold ratios or seeds"):
+        split_grid(["sft"], [0.3], [0], own)
 
 
 def test_names_keep_apart_where_another_panel_widens_the_scale():
@@ -682,3 +693,26 @@ def test_withdrawn_verdicts_are_those_of_their_commits():
             pytest.skip("the history is not here")
         (line,) = [x for x in old.stdout.splitlines() if x.lstrip('"').startswith(f"{w.claim}. ")]
         assert f'{w.counts}",{w.word},3,' in line or f"{w.counts},{w.word},3," in line
+
+
+def test_a_rare_colour_survives_the_palette_of_a_picture():
+    from io import BytesIO
+
+    from matplotlib.colors import to_rgb
+    from PIL import Image
+
+    from mllm_compress.reporting import report, scoreboard
+    from mllm_compress.reporting.verdicts import COLORS
+
+    table = pd.read_csv(Path(__file__).parents[1] / "figures/tiny/10_findings-claims.csv").fillna(
+        ""
+    )
+    shown = {word for name in scoreboard.columns_of("tiny") for word in table[name]}
+    drawn = BytesIO()
+    with style.page():
+        scoreboard.scoreboard_figure(table, "tiny").savefig(drawn, bbox_inches="tight")
+    picture = Image.open(BytesIO(report._with_palette(drawn))).convert("RGB")
+    pixels = np.asarray(picture).reshape(-1, 3).astype(int)
+    for word in shown & set(COLORS):  # thin letters, on fields of other colours
+        own = np.round(np.array(to_rgb(COLORS[word])) * 255)
+        assert np.abs(pixels - own).max(1).min() <= 30, word

@@ -452,7 +452,7 @@ def test_a_study_lists_every_claim_once_in_order(again):
     suite = load_profile(again.parent.name).evaluation.benchmarks
     text = again.read_text(encoding="utf-8")
     assert f" · benchmarks: <b>{len(suite)}</b> · seeds: <b>" in text
-    assert again.parent.name != "quick" or "questions per model: <b>3,500</b> ·" in text
+    assert again.parent.name != "quick" or "questions per model: <b>1,750</b> ·" in text
 
 
 @browser

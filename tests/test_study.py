@@ -527,6 +527,9 @@ def test_what_a_worker_finds_in_its_environment(monkeypatch):
     one = workers._surroundings("cpu")
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     assert {one[k] for k in threads} == {"1"} and "CUDA_VISIBLE_DEVICES" not in one
+    assert one["MALLOC_TRIM_THRESHOLD_"] == str(2**30)
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert workers._surroundings("cpu")["MALLOC_TRIM_THRESHOLD_"] == "1000"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert workers._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
     assert workers._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv"))
 SETTING = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction"]
 SETTING += ["allocation", "shape", "reconstruct", "quantize", "calibration"]
-SETTING += ["epochs", "layer_share", "start"]
+SETTING += ["epochs", "layer_share", "start", "hidden_layers"]
 
 
 def means(lines: pd.DataFrame) -> pd.DataFrame:
@@ -216,6 +216,7 @@ def retold(path: Path, claim, contents: dict) -> None:
     said = json.loads(path.read_text(encoding="utf-8"))
     frame = frame_of(path.parent / f"{path.name.split('-')[0]}.ipynb", contents)
     frame = frame[(frame.epochs == 0) & (frame.layer_share == 0) & (frame.start == "pruned")]
+    frame = frame[frame.hidden_layers == "final"]
     frame = frame[frame.requested_ratio <= 0.6]
     how = judged_by(claim, frame) | {"guessed": said["guessed"]}
     found = Verdict(claim.text, claim.effects(frame), "", **how)
@@ -275,6 +276,7 @@ def scores_of(notebook: Path, contents: dict) -> pd.DataFrame:
         ]
     frame = pd.DataFrame(rows)  # the claims are about one epoch, one pruning and its weights
     frame = frame[(frame.epochs == 0) & (frame.layer_share == 0) & (frame.start == "pruned")]
+    frame = frame[frame.hidden_layers == "final"]
     dense = frame[frame.pruning == "none"].set_index(["model", "benchmark"]).score
     whole = np.array([dense[m, b] for m, b in zip(frame.model, frame.benchmark)])
     frame["avg"] = 100 * frame.score / np.where(whole > 0, whole, np.nan)

@@ -377,8 +377,12 @@ _KINDS = {
     ),
     **dict.fromkeys(("lora", "losses"), (lambda value: isinstance(value, dict), "a mapping")),
     "hidden_layers": (
-        lambda v: isinstance(v, (list, tuple, dict)) and all(type(i) is int for i in v),
-        "a list of layer numbers",
+        lambda v: (
+            isinstance(v, str)
+            or isinstance(v, (list, tuple, dict))
+            and all(type(i) is int for i in v)
+        ),
+        "final, quarters, every, or a list of layer numbers",
     ),
 }
 
@@ -414,7 +418,7 @@ def checked_config(options: dict):
 
 def check_layers(config, plan) -> None:
     "ValueError where hidden_layers names a layer that the teacher does not have."
-    named = config.hidden_layers or ()
+    named = () if isinstance(config.hidden_layers, str) else config.hidden_layers or ()
     named = named.values() if isinstance(named, dict) else named
     if wrong := [i for i in named if type(i) is int and not 0 <= i < plan.num_layers]:
         raise ValueError(

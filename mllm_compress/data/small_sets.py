@@ -36,8 +36,8 @@ def scene_data(
     ids = [f"scene-{split}-{i}" for i in range(n)]
 
     def make(i):
-        k = next(k for k in itertools.count(i, n) if scenes.ask(k, split))
-        asked = scenes.ask(k, split)
+        tried = ((k, scenes.ask(k, split)) for k in itertools.count(i, n))
+        k, asked = next(found for found in tried if found[1])
         pairs = [(q["question"], q["answer"]) for q in asked]
         types = [f"scenes/{q['type']}" for q in asked]
         return entry(ids[i], ids[i], pairs, scene=k, split=split, types=types)

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -313,9 +313,12 @@ def criterion(
     return names[name]
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-043
+_signature = lru_cache(inspect.signature)
+
+
 def _options(row: Criterion) -> dict:
     "The options of a criterion: its function's parameters besides the model and the batches."
-    known = inspect.signature(row.function).parameters
+    known = _signature(row.function).parameters
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
 # %% ../../nbs/library/importance/04_criteria.ipynb #cell-045

@@ -9,6 +9,7 @@ __all__ = ['PAPER', 'RecoveryConfig', 'config_from_dict']
 from dataclasses import dataclass, field, fields
 
 from mllm_compress.recovery.losses import (
+    HIDDEN_LAYERS,
     POSITIONS,
     TRAINS,
     canonical_objective,
@@ -27,6 +28,8 @@ def _checked_losses(config) -> dict:
     }
     for name, allowed in choices.items():
         check_choice(name, getattr(config, name), allowed)
+    if isinstance(config.hidden_layers, str):
+        check_choice("hidden_layers", config.hidden_layers, HIDDEN_LAYERS)
     if not 0 < config.fraction <= 1:
         raise ValueError(
             f"fraction={config.fraction} is outside (0, 1]: give the part of the data, e.g. 0.05."
@@ -54,7 +57,7 @@ class RecoveryConfig:
     passes: int | None = None  # forward passes per step; None: 8 samples each on a CPU, 1 on a GPU
     positions: str = "answer"  # where distillation compares; "all": everywhere, as the original
     temperature: float = 2.0  # of logits distillation
-    hidden_layers: tuple | dict | None = None  # of hidden_kd, see distillation.layer_pairs
+    hidden_layers: tuple | dict | str | None = None  # of hidden_kd, see distillation.layer_pairs
     turns: str = "independent"  # questions on an image do not attend to each other; "sequential"
     max_length: int | None = None  # tokens per row; longer ones are cut
     group_by_length: bool = False  # similar lengths share a batch

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..anatomy.compat import CHECKPOINTING
 from ..anatomy.families import Anatomy, anatomy
-from .losses import LOSSES, answer_positions, loss_terms
+from .losses import HIDDEN_LAYERS, LOSSES, answer_positions, loss_terms
 from .states import decoder_states, shared_features
 
 # %% ../../nbs/library/recovery/06_distillation.ipynb #cell-005
@@ -34,12 +34,13 @@ def _student_layer(teacher_layer, kept: tuple):
 
 # %% ../../nbs/library/recovery/06_distillation.ipynb #cell-009
 def layer_pairs(
-    hidden_layers,  # teacher layers, or {student layer: teacher layer}; None: the final state
+    hidden_layers,  # a row of HIDDEN_LAYERS, teacher layers, or {student layer: teacher layer}
     kept: tuple,  # the teacher's layers that the student still has, in order
 ) -> tuple:  # of (student layer, teacher layer); ValueError where the student has no such layer
     "The pairs of states that hidden-state distillation compares."
-    if hidden_layers is None:
-        return (("final", "final"),)
+    if hidden_layers is None or isinstance(hidden_layers, str):
+        own = HIDDEN_LAYERS[hidden_layers or "final"](len(kept))
+        return (*((s, kept[s + 1] - 1) for s in own), ("final", "final"))
     if isinstance(hidden_layers, dict):
         return tuple((_layer(s), _layer(t)) for s, t in hidden_layers.items())
     return tuple((_student_layer(t, kept), t) for t in map(_layer, hidden_layers))

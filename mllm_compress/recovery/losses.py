@@ -64,6 +64,13 @@ def hidden_kd(
     "Mean squared difference of hidden states."
     return (student.float() - teacher.float()).square().mean(-1)
 
+# %% ../../nbs/library/recovery/01_losses.ipynb #states
+HIDDEN_LAYERS = {  # name -> the student's layers, of n, whose outputs are compared
+    "final": lambda n: (),
+    "quarters": lambda n: tuple(dict.fromkeys(n * k // 4 - 1 for k in (1, 2, 3) if n * k >= 4)),
+    "every": lambda n: tuple(range(n - 1)),
+}
+
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-018
 @dataclass(frozen=True)
 class Loss:

@@ -12,12 +12,12 @@ import pandas as pd
 
 from ..evaluation import published
 from .claims import MARGIN
-from .effects import SETTING, Estimate, dense_rows, difference, summary
+from .effects import Estimate, dense_rows, difference, setting_of, summary
 from .verdicts import basis_of
 from ..study.experiments import LATER
 from ..study.profile_inputs import missing_inputs
 from ..study.profiles import load_profile
-from ..study.runs import frame_of, stored
+from ..study.runs import complete, frame_of
 from ..study.store import Store, unpack
 from ..study.workers import results_of
 from ..utils.files import cache_folder, checkout, sha256
@@ -50,9 +50,9 @@ def studied(
     profile = load_profile(profile)
     if not (results := results or computed_here(profile)):
         return []
-    elsewhere = ("quantize", "start", "layer_share")  # compared elsewhere
+    elsewhere = ("quantize", "start", "layer_share", "hidden_layers")  # compared elsewhere
     usual = lambda e: all(getattr(e, k) == LATER[k] for k in elsewhere)
-    return sorted(filter(usual, stored(profile, results)))
+    return sorted(filter(usual, complete(profile, results)))
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-008
 def evidence(profile) -> pd.DataFrame:  # the frame of `study.run`
@@ -134,7 +134,7 @@ def ranked(
     rows = rows.sort_values("avg_percent", ascending=False)
     if rows.empty:
         raise ValueError(f"The original {model} scores zero, so that no share of it is defined.")
-    settings = [dict(row[SETTING].drop("model")) for _, row in rows.iterrows()]
+    settings = [dict(row[setting_of(rows)].drop("model")) for _, row in rows.iterrows()]
     gaps = [difference(frame, model, settings[0], setting) for setting in settings]
     tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
     rival = (
@@ -292,8 +292,11 @@ class Advice:
 def say_larger(
     frame: pd.DataFrame, here: pd.DataFrame, ratio: float, data: float, training: bool
 ) -> str:
-    "Where a recipe that was run at a larger ratio only has kept more than the best one here."
-    best, recipe = here.iloc[0], [c for c in SETTING if c not in ("model", "requested_ratio")]
+    "Where a recipe that was run at a larger ratio only kept over a point more than any here."
+    best, recipe = (
+        here.iloc[0],
+        [c for c in setting_of(here) if c not in ("model", "requested_ratio")],
+    )
     rows = frame[(frame.model == best.model) | (frame.pruning == "none")]
     for larger in sorted({r for r in rows.requested_ratio if r > best.requested_ratio + WITHIN}):
         try:
@@ -301,7 +304,7 @@ def say_larger(
         except ValueError:
             continue
         known = (here[recipe] == found[recipe]).all(axis=1).any()
-        if found.avg_percent > best.avg_percent and not known:
+        if found.avg_percent > best.avg_percent + MARGIN and not known:
             return (
                 f"Removing {larger:.0%} kept more ({found.avg_percent:.1f} %): {say(found)}. That "
                 f"was not studied at {ratio:.0%}; try it there."
@@ -325,7 +328,9 @@ def answer(
         say_warnings(rows, ratio, data, training, shape),
         say_published(model, ratio, training, profile),
     ]
-    return Advice(best[SETTING].to_dict(), " ".join(p for p in parts if p), shown(rows)[COLUMNS])
+    return Advice(
+        best[setting_of(best)].to_dict(), " ".join(p for p in parts if p), shown(rows)[COLUMNS]
+    )
 
 # %% ../../nbs/library/reporting/11_advice.ipynb #cell-056
 def shown(rows: pd.DataFrame, most: int = 8) -> pd.DataFrame:  # of `ranked`

@@ -18,6 +18,7 @@ from mllm_compress.reporting.effects import (
     dense_rows,
     difference,
     estimate_of,
+    having,
     select,
     with_original,
 )
@@ -46,12 +47,13 @@ def split_grid(
     ratios: list,
     seeds: list,
     fewer: dict,  # kind -> {"ratios": [...], "seeds": [...]}, where it runs on fewer
+    also: tuple = (),  # further keys, which the caller uses
 ) -> tuple:  # two lists of (kind, ratio, seed): what is run, and what is left out
     "The full grid, split into what runs and what is left out."
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, own in fewer.items():
-        if not isinstance(own, dict) or set(own) - {"ratios", "seeds"}:
+        if not isinstance(own, dict) or set(own) - {"ratios", "seeds", *also}:
             raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {own!r}.")
     full = [(k, r, s) for k in kinds for r in ratios for s in seeds]
     everywhere = {"ratios": ratios, "seeds": seeds}
@@ -92,13 +94,15 @@ def places(
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-020
 def finished(frame: pd.DataFrame, **wanted) -> bool:
     "Whether any finished row has these values."
-    rows = frame[frame.status == "done"]
-    for column, value in wanted.items():
-        rows = rows[rows[column] == value]
-    return len(rows) > 0
+    return bool(having(frame, **wanted).any())
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-020b
-BESIDE = ("epochs", "layer_share", "start")  # what a comparison beside the claims varies
+BESIDE = (
+    "epochs",
+    "layer_share",
+    "start",
+    "hidden_layers",
+)  # what a comparison beside the claims varies
 
 
 def usual(frame: pd.DataFrame) -> pd.DataFrame:
@@ -453,8 +457,10 @@ def little_against_all(frame: pd.DataFrame) -> dict:
         setting = {"model": model, "requested_ratio": ratio, "pruning": recommended(ratio)} | recipe
         if all(finished(frame, **setting, fraction=f) for f in (LITTLE, 1.0)):
             few, whole = (select(frame, **setting, fraction=f) for f in (LITTLE, 1.0))
-            whole = whole[whole.seed == whole.seed.min()]
-            share = estimate_of(arrays_of(few, whole), whole, sorted(set(few.seed)))
+            if not (shared := sorted(set(few.seed) & set(whole.seed))):
+                continue
+            few, whole = few[few.seed.isin(shared)], whole[whole.seed == shared[0]]
+            share = estimate_of(arrays_of(few, whole), whole, shared)
             out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
     return out
 

@@ -10,6 +10,7 @@ from math import isclose
 
 import pandas as pd
 
+from ..recovery.losses import objective_look
 from .claims import finished, kept, recommended, uneven
 from .effects import difference, select
 from ..study.experiments import as_number
@@ -122,4 +123,23 @@ def small_models(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) ->
             "untrained": here | {"recovery": "none"},
             "recovered": here | trained,
         }
+    return out
+
+# %% ../../nbs/library/reporting/26_comparisons.ipynb #states
+STATES = {
+    "final": Look("final state", GREY, "o", "none"),
+    "quarters": Look("quarters of the depth too", BLUE, "D", "none"),
+}
+
+
+def several_layers(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
+    "The places where an objective also compares states inside the decoder."
+    done = frame[(frame.status == "done") & (frame.recovery == losses)]
+    columns, out = ["model", "pruning", "requested_ratio", "fraction"], {}
+    found = done.loc[done.hidden_layers == "quarters", columns].drop_duplicates()
+    for model, pruning, ratio, fraction in found.itertuples(index=False):
+        here = {"pruning": pruning, "requested_ratio": ratio}
+        here |= {"recovery": losses, "fraction": fraction}
+        ways = {name: here | {"hidden_layers": name} for name in STATES}
+        out[model, f"{ratio:.2f}, {objective_look(losses).label}"] = ways
     return out

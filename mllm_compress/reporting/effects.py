@@ -120,7 +120,12 @@ def errors_by_image(
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-016
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
-SETTING += ["epochs", "calibration"]
+SETTING += ["epochs", "calibration", "hidden_layers"]
+
+
+def setting_of(frame: pd.DataFrame) -> list:
+    "The columns of a frame that name a setting; those that a frame lacks do not vary in it."
+    return [column for column in SETTING if column in frame]
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-018
 def arrays_of(
@@ -215,9 +220,9 @@ def summary(
 ) -> pd.DataFrame:  # a row per setting: see `_summary_row`
     "AVG-% and the score on every benchmark, for each setting."
     whole, rows = with_original(frame), []
-    for key, group in frame.groupby(SETTING, sort=False):
+    for key, group in frame.groupby(setting_of(frame), sort=False):
         done = group[group.status == "done"]
-        row = dict(zip(SETTING, key)) | {"failed": int((group.status != "done").sum())}
+        row = dict(zip(setting_of(frame), key)) | {"failed": int((group.status != "done").sum())}
         row |= dict.fromkeys(("achieved_ratio", "avg_percent", "low", "high"), math.nan)
         row |= {"n": 0, "seeds": 0}
         if len(done) and row["model"] in whole:
@@ -260,14 +265,18 @@ def difference(
     return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), -1.0, **about)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-040
+def having(frame: pd.DataFrame, **wanted) -> np.ndarray:  # a bool per row
+    "Which finished rows have these values."
+    fits = (frame[column] == value for column, value in {"status": "done", **wanted}.items())
+    return np.logical_and.reduce([found.to_numpy(bool) for found in fits])
+
+
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows of one setting; ValueError where none or several settings fit."
-    found = frame[frame.status == "done"]
-    for column, value in wanted.items():
-        found = found[found[column] == value]
+    found = frame[having(frame, **wanted)]
     if found.empty:
         raise ValueError(f"No finished experiment has {wanted}.")
-    if len(found[SETTING].drop_duplicates()) > 1:
+    if len(found[setting_of(found)].drop_duplicates()) > 1:
         raise ValueError(f"{wanted} fits several settings: name more columns of {SETTING}.")
     return found
 

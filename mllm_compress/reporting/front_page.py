@@ -105,7 +105,11 @@ def answer(scale: str) -> list:  # of cells
     told = recorded(profile, "11_beyond", "untrained")
     there = [e for where, e in told["effects"].items() if f"{last.requested.max():.2f}" in where]
     gaps = "; ".join(f"{Estimate(**e):+1}" for e in there)
-    basis = re.sub(r" \([^)]*\)| questions per model| profile", "", told["basis"])
+    basis = re.sub(
+        r" \([^)]*\)| questions per model| of \w+( and \w+|, \d+ of \w+)?| profile",
+        "",
+        told["basis"],
+    )
     cells = [scale, f"{100 * last.achieved.mean():.0f} %", *(found.get(way, "–") for way in WAYS)]
     return [*cells, gaps, guessing(profile), basis]
 

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from . import advice
 from .claims import MARGIN, recommended
-from .effects import SETTING, difference
+from .effects import difference, setting_of
 from .style import look, page, panels
 from ..utils.methods import BLACK, GREY
 
@@ -61,7 +61,7 @@ def agreement(frame: pd.DataFrame, found: pd.DataFrame, choice: str, trained: bo
     best = equal.iloc[0]
     if best.pruning == choice:
         return "same"
-    setting = lambda row: {k: row[k] for k in SETTING if k != "model"}
+    setting = lambda row: {k: row[k] for k in setting_of(row) if k != "model"}
     others = [row for _, row in equal[equal.pruning == choice].iterrows()]
     lost = [difference(frame, best.model, setting(best), setting(row)) for row in others]
     if any(advice.is_tied(gap) for gap in lost):
@@ -99,10 +99,10 @@ ADDED = {
 
 
 def more_kept_at(fitting: dict, model: str, ratio: float, budget: float) -> str:
-    "The larger ratios at which more was kept, because a better recipe was run there."
+    "The larger ratios at which over a point more was kept: a better recipe was run there."
     best = lambda r: fitting[model, r, budget].iloc[0].avg_percent
     larger = [r for m, r, b in fitting if (m, b) == (model, budget) and r > ratio]
-    found = [f"{r:.0%} ({best(r):.1f})" for r in larger if best(r) > best(ratio)]
+    found = [f"{r:.0%} ({best(r):.1f})" for r in larger if best(r) > best(ratio) + MARGIN]
     return ", ".join(found) or "–"
 
 
@@ -136,7 +136,7 @@ def preference(frame: pd.DataFrame, found: pd.DataFrame, trained: bool) -> tuple
     if equal.pruning.nunique() < 2:
         return None, 0.0, float("nan")
     firsts = [equal[equal.pruning == p].iloc[0] for p in equal.pruning.unique()[:2]]
-    pair = [{k: row[k] for k in SETTING if k != "model"} for row in firsts]
+    pair = [{k: row[k] for k in setting_of(row) if k != "model"} for row in firsts]
     gap = difference(frame, firsts[0].model, *pair)
     sure = gap.seeds > 1 and gap.low > 0
     opacity = (0.75 if sure else 0.4) if gap.value > MARGIN else 0.3 if sure else 0.12

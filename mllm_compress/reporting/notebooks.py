@@ -13,11 +13,8 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nbformat
-import papermill
 import torch
 import yaml
-from nbformat.v4 import new_markdown_cell
 
 from .rendering import WIDGET
 from ..study import store
@@ -27,7 +24,11 @@ from ..study.profiles import PROFILES, Slurm, load_profile
 from ..study.pruned_models import record
 from ..study.stages import result_of
 from ..study.workers import results_of
+from ..utils.extras import lazily
 from ..utils.files import checkout, content_hash, file_hash, write_atomically
+
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-lazily
+nbformat, papermill = lazily("nbformat"), lazily("papermill")
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-004
 def notebooks() -> dict:  # name -> path, in the order of the study
@@ -184,7 +185,7 @@ def for_profile(name: str, nb, profile):
         return nb
     short, parameters = nbformat.from_dict(nb), _tagged(nb, "parameters")[:1]
     said = f"## Not for profile {profile.name}\n\n{profile.skip[name]}"
-    short.cells = [nb.cells[i] for i in {0, *parameters}] + [new_markdown_cell(said)]
+    short.cells = [nb.cells[i] for i in {0, *parameters}] + [nbformat.v4.new_markdown_cell(said)]
     return short
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-033
@@ -233,9 +234,16 @@ LARGER = {"quick": "tiny"}  # profile -> the one whose verdicts stand beside its
 
 
 def said_by_larger(profile) -> list:  # of hashes
-    "The verdicts of the larger profile."
+    "The verdicts of the larger profile, and the learning rates that were searched."
     folder = checkout() / "figures" / LARGER.get(profile.name, "none")
-    return [file_hash(p) for p in sorted(folder.glob("*-*.json"))]
+    rates = rates_record(profile)
+    return [file_hash(p) for p in (*sorted(folder.glob("*-*.json")), rates) if p.exists()]
+
+
+def rates_record(profile) -> Path:
+    "The rates that were searched for a profile, or for the larger one that has its models."
+    name = LARGER.get(profile.name, profile.name)
+    return checkout() / "figures" / name / "00_learning_rates-rates.csv"
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
 def made_from(nb, given: dict, experiments: list, profile) -> str:
@@ -290,7 +298,7 @@ def execute(
         failed_copy(target).unlink(missing_ok=True)
         if not is_current(target, made_from(nb, given, experiments, profile)):
             written = {p: p.stat().st_mtime_ns for p in target.parent.glob(f"{name}-*.*")}
-            done = _executed(nb, nb_path, target.with_name(f".{name}.part.ipynb"), given)
+            done = _executed(nb, nb_path, part_of(target), given)
             for path, when in written.items():
                 if path.stat().st_mtime_ns == when:
                     path.unlink()
@@ -315,10 +323,16 @@ def failed_copy(target: Path) -> Path:
     "The path of the partial outputs of a notebook that failed."
     return target.with_name(f"{target.stem}.failed.ipynb")
 
+
+def part_of(target: Path) -> Path:
+    "The path of what papermill has written so far."
+    return target.with_name(f".{target.stem}.part.ipynb")
+
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-056
 def _executed(nb, path: Path, part: Path, given: dict):
     "The notebook after papermill has run it, in the folder of its path."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
+    options["shutdown_kernel"] = "immediate"  # a second interrupt would meet its exit handlers
     try:
         write_atomically(part, nbformat.writes(nb))
         papermill.execute_notebook(

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
@@ -28,7 +27,11 @@ from ..study.profiles import Profile, load_profile
 from ..study.runs import stored
 from ..study.stages import stage_keys
 from ..study.workers import results_of
+from ..utils.extras import lazily
 from ..utils.files import checkout, write_atomically
+
+# %% ../../nbs/library/reporting/09_page.ipynb #cell-lazily
+nbformat = lazily("nbformat")
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-005
 EXPERIMENTS, RESULTS = "experiments.csv", "results.zip"

@@ -12,9 +12,12 @@ from base64 import b64decode, b64encode
 
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
-from nbconvert.filters import Highlight2HTML, ansi2html, markdown2html
 
 from .figures import CAPTION, figure_html
+from ..utils.extras import lazily
+
+# %% ../../nbs/library/reporting/19_rendering.ipynb #cell-lazily
+nbconvert = lazily("nbconvert")
 
 # %% ../../nbs/library/reporting/19_rendering.ipynb #cell-005
 SPELLINGS = {
@@ -108,13 +111,15 @@ def demoted(source: str) -> str:
 
 def markdown_html(source: str) -> str:
     "Markdown as HTML."
-    return framed(with_formulas(_without_marks(markdown2html(source))))
+    return framed(with_formulas(_without_marks(nbconvert.filters.markdown2html(source))))
 
 # %% ../../nbs/library/reporting/19_rendering.ipynb #cell-027
 def code_html(source: str) -> str:
     "A listing of Python."
     lines = [line for line in source.splitlines() if not line.startswith("#|")]
-    return Highlight2HTML(pygments_lexer="python")("\n".join(lines)).replace("\n</pre>", "</pre>")
+    return nbconvert.filters.Highlight2HTML(pygments_lexer="python")("\n".join(lines)).replace(
+        "\n</pre>", "</pre>"
+    )
 
 # %% ../../nbs/library/reporting/19_rendering.ipynb #cell-031
 def picture_html(
@@ -145,9 +150,10 @@ def output_html(
 ) -> str:
     "An output of a code cell."
     if output.output_type == "stream":
-        return f"<pre>{ansi2html(output.text)}</pre>"
+        return f"<pre>{nbconvert.filters.ansi2html(output.text)}</pre>"
     if output.output_type == "error":
-        return f'<pre class="error">{ansi2html(chr(10).join(output.traceback))}</pre>'
+        said = nbconvert.filters.ansi2html("\n".join(output.traceback))
+        return f'<pre class="error">{said}</pre>'
     data = output.data
     plain = data.get("text/plain", "")
     for kind in ("image/png", "image/jpeg"):

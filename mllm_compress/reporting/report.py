@@ -117,12 +117,23 @@ def _with_palette(drawn: BytesIO) -> bytes:  # a third of the size, and no visib
     "A PNG of few colours, of more where it has photographs."
     small = BytesIO()
     image = Image.open(drawn).convert("RGB")
-    for colours, error in ((32, 0.45), (64, 1.0), (256, 255.0)):  # of a channel, in the mean
+    steps = ((32, 0.45), (64, 1.0), (128, 1.0), (256, 255.0))  # of a channel, in the mean
+    for colours, error in steps:
         fewer = image.quantize(colours, dither=Image.Dither.NONE)
-        if max(ImageStat.Stat(ImageChops.difference(image, fewer.convert("RGB"))).mean) <= error:
+        apart = ImageChops.difference(image, fewer.convert("RGB"))
+        if max(ImageStat.Stat(apart).mean) <= error and _largest_change(image, fewer) <= 40:
             break
     fewer.save(small, "PNG", optimize=True)
     return small.getvalue()
+
+
+def _largest_change(image: Image.Image, fewer: Image.Image, often: int = 30) -> int:
+    "By how much a channel of a colour changes that has at least so many pixels."
+    common = [colour for n, colour in image.getcolors(image.width * image.height) if n >= often]
+    row = Image.new("RGB", (len(common), 1))
+    row.putdata(common)
+    kept = row.quantize(palette=fewer, dither=Image.Dither.NONE).convert("RGB")
+    return max(high for _, high in ImageChops.difference(row, kept).getextrema())
 
 # %% ../../nbs/library/reporting/08_report.ipynb #cell-015
 def record_of(v: Verdict) -> dict:

@@ -16,19 +16,16 @@ from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 
-import nbformat
 import pandas as pd
-from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from ..cost import gpu_memory
 from . import page
+from .drawing import run_notebooks
 from mllm_compress.reporting.notebooks import (
     check_parameters,
     choose,
-    execute,
     experiments_of,
-    failed_copy,
     for_profile,
     notebooks,
     output_folder,
@@ -44,6 +41,7 @@ from mllm_compress.study.runs import (
     EXECUTORS,
     RUN_CONTEXT,
     at_once,
+    complete,
     hours,
     require_inputs,
     run,
@@ -52,8 +50,12 @@ from mllm_compress.study.runs import (
 )
 from ..study.store import Store, unpack
 from ..study.workers import results_of
+from ..utils.extras import lazily
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import check_choice
+
+# %% ../../nbs/library/reporting/10_runner.ipynb #cell-lazily
+nbformat = lazily("nbformat")
 
 # %% ../../nbs/library/reporting/10_runner.ipynb #cell-004
 def plan_study(
@@ -245,7 +247,7 @@ def verify(
     "Compute a random sample of the results at hand again and compare."
     loaded = load_profile(profile)
     require_inputs(loaded)
-    sample, rows = _sample(list(stored(loaded)), n, seed), []
+    sample, rows = _sample(complete(loaded), n, seed), []
     with tempfile.TemporaryDirectory() as folder:
         fresh, old = Store(Path(folder, "store")), results_of(loaded)
         for experiment in tqdm(sample, desc="verifying", leave=False):
@@ -295,33 +297,6 @@ def check_executor(executor: str, workers: int = 0) -> None:
             "run at once (jobs_at_once)."
         )
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-045
-def failure_of(
-    name: str,
-    error: Exception,
-    kept: Path,  # the copy of what it got to, if it got anywhere
-) -> str:
-    "A failed notebook in a sentence."
-    where = f" (see {os.path.relpath(kept)})" if kept.exists() else ""
-    if isinstance(error, PapermillExecutionError):
-        return f"{name} failed in cell {error.cell_index}: {error.ename}: {error.evalue}{where}"
-    return f"{name} failed: {type(error).__name__}: {error}{where}"
-
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-047
-def run_notebooks(plan: dict, profile: str) -> list:  # of problems
-    "Execute the notebooks that are not up to date."
-    problems, loaded = [], load_profile(profile)
-    with tqdm(plan.items(), desc="notebooks", leave=False) as bar:
-        for name, (path, values, _) in bar:
-            bar.set_postfix_str(name)
-            try:
-                execute(name, path, values, profile)
-            except Exception as error:
-                folder = output_folder(name, loaded, overridden(name, values))
-                target = folder / f"{name}.ipynb"
-                problems.append(failure_of(name, error, failed_copy(target)))
-    return problems
-
 # %% ../../nbs/library/reporting/10_runner.ipynb #cell-049
 @contextmanager
 def _run_context(**what):
@@ -360,7 +335,7 @@ def run_study(
     frame = run(experiments, profile, executor, workers) if experiments else None
     failures = _failures(frame, loaded) if experiments else {}
     with _run_context(executor=executor, workers=workers, failures=failures):
-        problems = run_notebooks(plan, profile)
+        problems = run_notebooks(plan, profile, executor, workers)
     problems = ["some experiments failed (above)"] * bool(failures) + problems
     for problem in problems:
         print(f"PROBLEM: {problem}")

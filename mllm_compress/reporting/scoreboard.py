@@ -9,7 +9,6 @@ __all__ = []
 import re
 import textwrap
 
-import nbformat
 import pandas as pd
 
 from ..evaluation import published
@@ -20,11 +19,14 @@ from .report import recorded
 from .study_tables import guessing
 from .style import page, panels
 from .verdicts import COLORS, SIGNS, UNTESTED, Verdict, basis_of, resting_on
+from ..study.cache_keys import name_of
 from ..study.experiments import canonical
 from ..study.profiles import Profile
-from ..study.runs import frame_of, stored
-from ..study.workers import results_of
+from ..utils.extras import lazily
 from ..utils.methods import GREY
+
+# %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-lazily
+nbformat = lazily("nbformat")
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-004
 def printed_claims() -> dict:  # claim -> sentence
@@ -95,21 +97,24 @@ def scoreboard(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-013
+CLAIM, FIELD = 2.2, 1.15  # inches: the width of a claim, and of each column
+
+
 def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
     "The scoreboard as coloured fields, with what the paper reports in the first column."
     names, n = columns_of(own), len(table)
-    fig, (ax,) = panels(1, height=0.74 * n + 0.6)
     width = 1 + len(names)
+    fig, (ax,) = panels(1, width=CLAIM + FIELD * width, height=0.74 * n + 0.6)
     with page():
         for y, row in enumerate(table.to_dict("records")):
-            name = wrapped(row["claim"], 50, 220)
+            name = wrapped(row["claim"], 38, 220)
             ax.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=7.5)
             told = wrapped(row["reported in the paper"], 23)
             ax.text(0.5, y + 0.5, told, ha="center", va="center", fontsize=6.5, color=GREY)
             for x, p in enumerate(names, 1):
                 below = [row[f"{p}, {what}"] for what in ("average effect", "questions x seeds")]
                 _draw_field(ax, x, y, row[p], below)
-        ax.set(xlim=(-0.06 - 1.25 * width / 2, width), ylim=(n, 0))
+        ax.set(xlim=(-CLAIM / FIELD, width), ylim=(n, 0))
         titles = ["reported in\nthe paper", *(f"profile\n{p}" for p in names)]
         ax.set_xticks([x + 0.5 for x in range(width)], titles)
         ax.xaxis.tick_top()
@@ -146,13 +151,20 @@ def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of it
     return {n: list(dict.fromkeys(map(canonical, some))) for n, some in found.items()}
 
 # %% ../../nbs/library/reporting/16_scoreboard.ipynb #cell-019
-def verdicts_of_claims(claims: dict, wanted: dict, setup: Profile) -> dict:  # claim -> Verdict
+def verdicts_of_claims(
+    claims: dict,
+    wanted: dict,  # claim -> experiments, of `wanted_by`
+    setup: Profile,
+    results: pd.DataFrame,  # of `frame_of`, of everything that is finished
+) -> dict:  # claim -> Verdict
     "The verdict on each claim from the results at hand."
-    finished, results, out = set(stored(setup)), results_of(setup), {}
-    guessed = guessing(setup)
+    out, guessed = {}, guessing(setup)
     for n, claim in claims.items():
-        frame = claimed(frame_of([e for e in wanted[n] if e in finished], setup, results))
+        frame = results
         if len(frame):
+            place = {name_of(e, setup): i for i, e in enumerate(wanted[n])}
+            own = results[results.result.isin(place)]
+            frame = claimed(own.iloc[own.result.map(place).argsort(kind="stable")])
             frame = frame[frame.model.isin(with_original(frame))]
         effects = claim.effects(frame) if len(frame) else {}
         basis = basis_of(frame) if len(frame) else "nothing finished"

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
-import nbformat
 import pandas as pd
 
 from .api import PACKAGE, public_names
@@ -40,7 +39,11 @@ from mllm_compress.reporting.rendering import (
     output_html,
 )
 from ..study.profiles import load_profile
+from ..utils.extras import lazily
 from ..utils.files import checkout, replacing_folder
+
+# %% ../../nbs/library/reporting/22_site.ipynb #cell-lazily
+nbformat = lazily("nbformat")
 
 # %% ../../nbs/library/reporting/22_site.ipynb #cell-005
 @dataclass

@@ -25,9 +25,10 @@ class Basis:
     seeds: int
     profile: str
     failed: int = 0
+    of: str = ""  # what the seeds draw
 
     def __str__(self) -> str:
-        seeds = f"{self.seeds} seeds"
+        seeds = f"{self.seeds} seeds{self.of and f' of {self.of}'}"
         if self.seeds <= 1:
             seeds = "1 seed (intervals cover questions only)"
         rests = f"n = {self.n:,} questions per model, {seeds}" if self.n else "no finished cells"
@@ -44,7 +45,19 @@ def basis_of(
     n = asked.groupby("model").n.sum().max() if len(done) else 0
     seeds = done[done.pruning != "none"].seed.nunique() or 1
     profiles, failed = sorted(set(frame.profile)), len(frame) - len(done)
-    return Basis(int(n), seeds, ", ".join(profiles), failed)
+    return Basis(int(n), seeds, ", ".join(profiles), failed, drawn_by_seeds(done))
+
+
+def drawn_by_seeds(done: pd.DataFrame) -> str:  # empty where it is not recorded
+    "What differs between the seeds of finished experiments."
+    if not {"calibration_seed", "recovery"} <= set(done):
+        return ""
+    pruned = done[done.pruning != "none"]
+    trained = pruned[pruned.recovery != "none"].seed.nunique()
+    calibrated, seeds = pruned.calibration_seed.nunique(), pruned.seed.nunique()
+    if calibrated < 2 or not trained:
+        return "training" if trained > 1 else "calibration" if calibrated > 1 else ""
+    return "calibration and training" if trained == seeds else f"calibration, {trained} of training"
 
 # %% ../../nbs/library/reporting/06_verdicts.ipynb #cell-009
 def resting_on(basis, effects: dict):

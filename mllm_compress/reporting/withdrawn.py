@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .claims import CLAIMS, SAME, claimed, contrast, usual
+from .claims import CLAIMS, MARGIN, SAME, claimed, contrast, usual
 from .design import claim_by_score
 from .effects import average
+from .notebooks import rates_record
 from .scoreboard import columns_of, read_said, said
 from .style import look
 from ..study.experiments import calibration_words, study_criteria
 from ..study.profiles import Profile
-from ..study.runs import frame_of
-from ..study.workers import results_of
 
 # %% ../../nbs/library/reporting/27_withdrawn.ipynb #cell-004
 @dataclass(frozen=True)
@@ -106,6 +105,9 @@ def scores_of_width(frame: pd.DataFrame) -> dict:  # score -> {where: Estimate}
     shared = set.intersection(*map(set, found.values()))
     return {n: {w: effects[w] for w in shared} for n, effects in found.items()} if shared else {}
 
+# %% ../../nbs/library/reporting/27_withdrawn.ipynb #eee885d3
+LOST = "points lost by it"  # the column of `00_learning_rates`
+
 
 def _numbers(rates) -> list:
     "All rates of a section of a profile."
@@ -113,10 +115,26 @@ def _numbers(rates) -> list:
         return [rates]
     return [n for own in rates.values() for n in _numbers(own)]
 
+
+def rates_left(setup: Profile) -> tuple:  # (gone, what is measured)
+    "Whether the rates in use are near the best ones at every ratio that was searched."
+    path = rates_record(setup)
+    tried = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    if LOST not in tried:
+        rates = sorted({f"{r:g}" for r in _numbers(setup.learning_rates.get("projector+lm", {}))})
+        return "per objective, still at one ratio", ", ".join(rates) or "of the paper"
+    at, worst = tried.groupby("ratio")[LOST].max(), tried[LOST].max()
+    each = ", ".join(f"{most:.1f} at {ratio:.2f}" for ratio, most in at.items())
+    found = f"points of validation score that the rate in use loses to the best, at most: {each}"
+    everywhere = worst <= MARGIN and set(setup.ratios) <= set(at.index)
+    return "yes" if everywhere else "in part", found
+
 # %% ../../nbs/library/reporting/27_withdrawn.ipynb #cell-011
-def what_is_left(setup: Profile, finished) -> pd.DataFrame:  # columns fault, and what is measured
+def what_is_left(
+    setup: Profile,
+    frame: pd.DataFrame,  # of `frame_of`, of everything that is finished
+) -> pd.DataFrame:  # columns fault, and what is measured
     "The faults of the earlier design, measured in the results at hand."
-    frame = frame_of(sorted(finished), setup, results_of(setup))
     rows = []
     for (q, design), effects in by_design(frame).items():
         ratios = sorted({where.partition(" at ")[2][:4] for where in effects})
@@ -138,7 +156,5 @@ def what_is_left(setup: Profile, finished) -> pd.DataFrame:  # columns fault, an
     top = f"{dense.min():.1f} to {dense.max():.1f}; {(dense >= 99).sum()} of {len(dense)} at 99"
     gone = "no" if (dense >= 99).mean() > 0.5 else "yes"
     rows.append(("ceiling: scores of the originals", gone, f"{top} or more"))
-    rates = sorted({f"{r:g}" for r in _numbers(setup.learning_rates.get("projector+lm", {}))})
-    found = ", ".join(rates) or "of the paper"
-    rows.append(("learning rates of projector and LM", "per objective, still at one ratio", found))
+    rows.append(("learning rates of projector and LM", *rates_left(setup)))
     return pd.DataFrame(rows, columns=["fault", "gone", "in these results"])

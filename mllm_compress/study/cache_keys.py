@@ -9,8 +9,10 @@ __all__ = []
 from dataclasses import asdict, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
+from .. import data
 from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
 from ..evaluation.benchmarks import benchmark, questions_hash
 from ..evaluation.generation import GENERATION_VERSION
@@ -40,7 +42,7 @@ from mllm_compress.study.profiles import (
 )
 from .rounding import QUANTIZERS, UNROUNDED
 from .store import stage_inputs
-from ..utils.files import content_hash
+from ..utils.files import code_of, content_hash, remembered
 
 # %% ../../nbs/library/study/05_cache_keys.ipynb #cell-004
 def recovery_options(experiment: Experiment, profile: Profile) -> dict:
@@ -53,6 +55,8 @@ def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     options = own | {"fraction": experiment.fraction} | options
     if experiment.epochs:
         options["epochs"] = experiment.epochs
+    if experiment.hidden_layers != LATER["hidden_layers"]:
+        options["hidden_layers"] = experiment.hidden_layers
     config = config_from_dict({k: v for k, v in options.items() if v != "fastest"})
     refitted = experiment.reconstruct != "none"
     small_steps = refitted and experiment.train == "projector+lm"
@@ -90,6 +94,23 @@ def calibration_of(experiment: Experiment, profile: Profile) -> Calibration:
     layers = experiment.pruning == "layerwise" and c.layerwise_samples
     return replace(c, samples=layers or c.samples)
 
+# %% ../../nbs/library/study/05_cache_keys.ipynb #kept-hash
+LARGE = 100  # questions of a draw whose hash is kept
+
+
+def questions_of(training: Training, design: str, samples: int, per_entry: int, seed: int) -> str:
+    "The hash of the questions that are drawn."
+
+    def draw() -> str:
+        source = calibration_source(training)
+        return calibration_hash(calibration_data(source, samples, seed, design, per_entry))
+
+    if samples < LARGE:
+        return draw()
+    made_by = [np.__version__, code_of(data)]
+    named = [data_inputs(training), design, samples, per_entry, seed, made_by]
+    return remembered("calibration", named, draw)
+
 # %% ../../nbs/library/study/05_cache_keys.ipynb #cell-012
 @lru_cache(maxsize=1000)
 def calibration_inputs(
@@ -100,9 +121,8 @@ def calibration_inputs(
     seed: int,
 ) -> dict:
     "What determines the questions that scores are measured on."
-    drawn = calibration_data(calibration_source(training), samples, seed, design, per_entry)
     found = {"version": CALIBRATION_VERSION, "design": design, "samples": samples}
-    return found | {"questions": calibration_hash(drawn)}
+    return found | {"questions": questions_of(training, design, samples, per_entry, seed)}
 
 # %% ../../nbs/library/study/05_cache_keys.ipynb #cell-014
 def scores_inputs(experiment: Experiment, profile: Profile) -> dict:

@@ -15,7 +15,7 @@ from ..importance.gauss_newton import PRESERVED
 from ..pruning.one_step import COMPARABLE
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstructions import RECONSTRUCTIONS
-from ..recovery.losses import LOSSES, TRAINS
+from ..recovery.losses import HIDDEN_LAYERS, LOSSES, TRAINS
 from ..recovery.scratch import STARTS
 from .rounding import QUANTIZERS, UNROUNDED
 from ..utils.methods import check_choice
@@ -86,6 +86,7 @@ class Experiment:
     quantize: str = UNROUNDED  # at the end, a row of QUANTIZERS
     layer_share: float = 0.0  # widthwise: part of the ratio that whole layers take before it
     start: str = "pruned"  # of training, a row of STARTS
+    hidden_layers: str = "final"  # that hidden_kd compares, a row of HIDDEN_LAYERS
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -95,8 +96,6 @@ class Experiment:
         check_choice(f"importance for {self.pruning} pruning", self.importance, allowed)
         check_choice("train", self.train, TRAINS)
         check_recovery(self.recovery)
-        if self.calibration != "default":
-            calibration_words(self.calibration)
         if self.calibration_seed is None:
             object.__setattr__(self, "calibration_seed", self.seed)
         whole = dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
@@ -110,6 +109,8 @@ class Experiment:
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014
 def _check_method(e: Experiment) -> None:
     "ValueError for a way of pruning that is unknown, or that does not fit the criterion."
+    if e.calibration != "default":
+        calibration_words(e.calibration)
     check_choice("of", e.of, ("auto", *PRESERVED))
     check_choice("allocation", e.allocation, ALLOCATIONS)
     check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
@@ -135,8 +136,13 @@ def _check_method(e: Experiment) -> None:
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014b
 def _check_comparison(e: Experiment) -> None:
-    "ValueError for a hybrid of something else than width, or a new decoder that is not trained."
+    "ValueError for a comparison that has no effect, or that is impossible."
     check_choice("start", e.start, STARTS)
+    check_choice("hidden_layers", e.hidden_layers, HIDDEN_LAYERS)
+    if e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"):
+        raise ValueError(
+            f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states."
+        )
     if not 0 <= e.layer_share < 1:
         raise ValueError(f"layer_share {e.layer_share} is outside [0, 1).")
     if e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"):
@@ -196,6 +202,7 @@ LATER = {  # fields with their defaults
     "quantize": UNROUNDED,
     "layer_share": 0.0,
     "start": "pruned",
+    "hidden_layers": "final",
 }
 
 
@@ -225,7 +232,8 @@ def describe(experiment: Experiment) -> str:
     words += [f"{e.pruning} {e.ratio:.0%} ({how})"] if e.pruning != "none" else ["dense"]
     words += [e.quantize] * (e.pruning == "none" and e.quantize != UNROUNDED)
     if e.recovery != "none":
-        words += [f"{e.recovery} on {e.train}, {100 * e.fraction:g} % of the data"]
+        states = f" ({e.hidden_layers})" * (e.hidden_layers != LATER["hidden_layers"])
+        words += [f"{e.recovery}{states} on {e.train}, {100 * e.fraction:g} % of the data"]
     words += [f"{e.epochs} epochs"] * bool(e.epochs) + [f"seed {e.seed}"]
     return ", ".join(words + [f"calibration seed {e.calibration_seed}"] * _two_seeds(e))
 

@@ -12,7 +12,7 @@ from math import log10
 import pandas as pd
 
 from .experiments import Experiment
-from .profiles import Evaluation, Profile
+from .profiles import Evaluation, Profile, rate_of
 from .runs import run
 
 # %% ../../nbs/library/study/16_rates.ipynb #cell-004
@@ -47,6 +47,24 @@ def best_rates(
     inside = (found.rate > edges["min"]) & (found.rate < edges["max"])
     words = inside.map({True: "yes", False: "no"})
     return found.assign(interior=words, tried=edges["size"]).reset_index()
+
+# %% ../../nbs/library/study/16_rates.ipynb #used
+def beside_used(
+    tried: pd.DataFrame,  # columns objective, ratio, model, rate, score
+    profile: Profile,  # its rates are in use
+    pruning: str,
+    margin: float = 1.0,  # points
+) -> pd.DataFrame:  # `best_rates` with columns used, lost, and chosen
+    "The best rates beside those in use: what these lose, and which of the two is chosen."
+    mean = tried.groupby([*SEARCH, "rate"]).score.mean()
+    best, rows = best_rates(tried), []
+    for b in best.itertuples():
+        train, losses = b.objective.split("/")
+        rates = profile.learning_rates.get(train, {})
+        used = rate_of(rates.get(losses, float("nan")), pruning, b.ratio)
+        lost = b.score - mean.get((b.objective, b.ratio, used), float("nan"))
+        rows.append({"used": used, "lost": lost, "chosen": used if lost <= margin else b.rate})
+    return best.join(pd.DataFrame(rows))
 
 # %% ../../nbs/library/study/16_rates.ipynb #cell-009
 def as_profile(

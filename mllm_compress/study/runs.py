@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..evaluation.benchmarks import unit_images
 from ..pruning.pruning_plan import PruningPlan
 from . import cache_keys, profile_inputs, pruned_models, stages, store
-from .cache_keys import name_of
+from .cache_keys import name_of, score_keys
 from .experiments import Experiment, canonical, describe, method_of
 from .profile_inputs import missing_inputs
 from .profiles import Profile, load_profile
@@ -102,20 +102,28 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
     return PruningPlan.from_json(found["plan"]) if found else None
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-016
-def stored(
+def complete(
     profile: Profile,
     results: Store | None = None,  # None: those of runs/
-) -> dict:  # Experiment -> result
-    "All results of a profile that are up to date."
+) -> list:  # of Experiment
+    "The experiments of a profile with all scores up to date, without reading their answers."
     if missing_inputs(profile):
-        return {}
+        return []
     results, found = results or results_of(profile), {}
     described = (store.read(results, "experiment", k) for k in results.keys("experiment"))
     experiments = filter(None, (_experiment_of(d, profile) for d in described))
     for e in sorted(experiments, key=lambda e: e.calibration != "default"):
-        if result := result_of(e, profile, results):
-            found.setdefault(name_of(e, profile), (e, result))
-    return dict(found.values())
+        if all(store.read(results, "score", k) for k in score_keys(e, profile).values()):
+            found.setdefault(name_of(e, profile), e)
+    return list(found.values())
+
+
+def stored(profile: Profile, results: Store | None = None) -> dict:  # Experiment -> result
+    "All results of a profile that are up to date."
+    if not (found := complete(profile, results)):
+        return {}  # where inputs are missing no store is made
+    results = results or results_of(profile)
+    return {e: result_of(e, profile, results) for e in found}
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-018
 def _experiment_of(content, profile: Profile):  # an Experiment, or None

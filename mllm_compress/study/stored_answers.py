@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../../nbs/library/study/08_stored_answers.ipynb #cell-002
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
 import pandas as pd
 
 from ..evaluation.benchmarks import benchmark, load_questions
@@ -79,9 +80,12 @@ def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
 
 def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; nan where unknown
     "Mean log-likelihood of the right answers of each unit, from the value of an answers stage."
-    units = unit_numbers(name, e.split, limit_of(name, e), root_of(e))
-    kept = [float("nan") if n is None else n / 1000 for n in answers["log_likelihood"]]
-    return pd.Series(kept).groupby(list(units)).mean().tolist()
+    units = np.array(unit_numbers(name, e.split, limit_of(name, e), root_of(e)))
+    kept = np.array(answers["log_likelihood"], dtype=float) / 1000  # None becomes nan
+    known = ~np.isnan(kept)
+    count = partial(np.bincount, units[known], minlength=units.max() + 1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing of a unit is known
+        return (count(kept[known]) / count()).tolist()
 
 # %% ../../nbs/library/study/08_stored_answers.ipynb #cell-014
 def sample_of(answers: pd.DataFrame, n: int = 6) -> list:

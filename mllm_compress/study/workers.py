@@ -79,18 +79,24 @@ def complete_logged(
     return answer
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-014
-def _end_with_master(master: int) -> None:
+def _watch(master: int) -> None:
     "End this process as soon as another has become its parent."
     while os.getppid() == master:
         time.sleep(1)
     os._exit(1)
 
+
+def end_with_master() -> None:
+    "From now on this process ends with the one that started it."
+    master = multiprocessing.parent_process().pid
+    threading.Thread(target=_watch, args=(master,), daemon=True).start()
+
 # %% ../../nbs/library/study/11_workers.ipynb #cell-016
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: experiments in, (status, message) out, until the pipe closes."
     torch.set_num_threads(1)
-    results, master = Store(folder), multiprocessing.parent_process().pid
-    threading.Thread(target=_end_with_master, args=(master,), daemon=True).start()
+    end_with_master()
+    results = Store(folder)
     while True:
         try:
             pipe.send(complete_logged(pipe.recv(), profile, results, device))
@@ -130,13 +136,20 @@ def check_gpus(profile: Profile) -> None:
         )
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-025
+HEAP = {  # glibc keeps what a training step frees for the next one
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+
 def _surroundings(device: str, processes: int = 1) -> dict:
     "The environment of a worker: one thread, no progress bars of its own, its own GPUs."
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")
     quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
     new = dict.fromkeys(threads, "1") | quiet
     if device == "cpu":
-        return new
+        return new | {k: os.environ.get(k, v) for k, v in HEAP.items()}
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
     first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
     mine = (seen or all_gpus).split(",")[first : first + processes]
@@ -168,16 +181,19 @@ def _without_interrupts():
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-031
-class Worker:
-    "A process that completes experiments one after another."
+GRACE = 10  # seconds that a worker has to end by itself
 
-    def __init__(self, profile: Profile, folder: Path, device: str):
-        self.args, self.current, self.last = (profile, folder, device), None, None
+
+class Worker:
+    "A process that completes experiments, or serves otherwise, one after another."
+
+    def __init__(self, profile: Profile, folder: Path, device: str, serve=_serve):
+        self.args, self.current, self.last = (profile, folder, device, serve), None, None
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         own = "cpu" if device == "cpu" else "cuda:0"
         args = (theirs, profile, folder, own)
-        self.process = spawn.Process(target=_serve, args=args, daemon=True)
+        self.process = spawn.Process(target=serve, args=args, daemon=True)
         with _environment(_surroundings(device, profile.processes)), _without_interrupts():
             self.process.start()
         theirs.close()
@@ -203,7 +219,9 @@ class Worker:
         self.pipe.close()
         if self.current is not None:
             self.process.terminate()
-        self.process.join(10)
+        self.process.join(GRACE)
+        self.process.kill()  # nothing, where it has ended
+        self.process.join()
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-033
 @lru_cache(None)
@@ -265,7 +283,7 @@ def _hand_out(waiting: list, team: list) -> None:
             worker.give(waiting.pop(best_next(waiting, worker.last, others)))
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-046
-def _finished(team: list):
+def answers_of(team: list):
     "Yield what workers answer; a spent worker is replaced."
     for pipe in wait([w.pipe for w in team if w.current]):
         k = next(k for k, worker in enumerate(team) if worker.pipe is pipe)
@@ -288,7 +306,7 @@ def local(experiments: list, profile: Profile, results: Store, workers: int = 0)
                 time.sleep(1)
                 waiting, aside = aside, []
             _hand_out(waiting, team)
-            for experiment, status, message in _finished(team):
+            for experiment, status, message in answers_of(team):
                 if status == "busy":
                     aside.append(experiment)
                     say_busy(experiment, message)

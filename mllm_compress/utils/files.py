@@ -13,7 +13,9 @@ import json
 import os
 import shutil
 import uuid
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-004
@@ -147,3 +149,26 @@ def cache_folder(
     own = os.environ.get("MLLM_COMPRESS_CACHE")
     general = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return (Path(own).expanduser() if own else general / "mllm_compress") / name
+
+# %% ../../nbs/library/utils/01_files.ipynb #remembered
+def remembered(
+    folder: str,  # a part of the cache
+    inputs,  # everything that the value depends on
+    make: Callable,  # returns what JSON can hold
+):
+    "A value from the user's cache, where it was made from the same inputs; else it is made."
+    path = cache_folder(folder) / f"{content_hash(inputs)}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(path.read_text(encoding="utf-8"))["value"]
+    value = make()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"value": value}))
+    return value
+
+
+@lru_cache(None)
+def code_of(*packages) -> str:
+    "A hash of the modules of some packages."
+    folders = [Path(package.__file__).parent for package in packages]
+    return content_hash([[p.name, sha256(p)] for f in folders for p in sorted(f.glob("*.py"))])
