@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-003
+import json
 import posixpath
 import re
 import subprocess
@@ -17,18 +18,20 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
+from .. import study
 from .notebooks import failed_copy, notebooks
 from .overview import overview, reading_order
 from .rendering import notebook_html, own_parameters
 from ..study import store
 from ..study.cache_keys import name_of
 from ..study.experiments import Experiment
+from ..study.profile_inputs import missing_inputs
 from ..study.profiles import Profile, load_profile
 from ..study.runs import stored
 from ..study.stages import stage_keys
 from ..study.workers import results_of
 from ..utils.extras import lazily
-from ..utils.files import checkout, write_atomically
+from ..utils.files import checkout, code_of, content_hash, file_hash, write_atomically
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-lazily
 nbformat = lazily("nbformat")
@@ -61,12 +64,38 @@ def read_by(folder: Path) -> set:  # of names
 ORDER = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed"]
 ORDER += ["result"]
 
+# %% ../../nbs/library/reporting/09_page.ipynb #55601bf2
+NOTE = "page.json"  # in the store
+
+
+def _state(profile: Profile, results: store.Store, folder: Path) -> str:
+    "A hash of what the two files are made from, and of the files."
+    there = {
+        stage: sorted(
+            [p.name, p.stat().st_mtime_ns] for p in (results.folder / stage).glob("*.json")
+        )
+        for stage in store.STAGES
+    }
+    files = {n: file_hash(folder / n) for n in (EXPERIMENTS, RESULTS) if (folder / n).exists()}
+    settings = [repr(profile), code_of(study), missing_inputs(profile)]
+    if not settings[-1]:
+        settings += [name_of(Experiment(model), profile) for model in profile.models]
+    return content_hash([there, files, sorted(read_by(folder)), settings])
+
+
+def _noted(results: store.Store) -> str:  # empty where nothing was noted
+    "The state in which the two files were written last."
+    note = results.folder / NOTE
+    return json.loads(note.read_text(encoding="utf-8")) if note.exists() else ""
+
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-011
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     "Write figures/PROFILE/experiments.csv, and results.zip beside it."
     path = checkout() / "figures" / profile.name / EXPERIMENTS
     results, wanted = results_of(profile), read_by(path.parent)
     archive = path.with_name(RESULTS)
+    if path.exists() and _noted(results) == _state(profile, results, path.parent):
+        return pd.read_csv(path)
     if archive.exists():
         store.unpack(archive, results)
     found = {name_of(e, profile): (e, result) for e, result in stored(profile).items()}
@@ -80,7 +109,8 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     both = pd.concat(parts) if parts else before.iloc[:0]
     both = both.sort_values(ORDER, kind="stable") if len(both) else both
     write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
-    return both
+    write_atomically(results.folder / NOTE, json.dumps(_state(profile, results, path.parent)))
+    return pd.read_csv(path)
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-013
 def _stage_keys(experiments: list, profile: Profile) -> dict:  # stage -> keys

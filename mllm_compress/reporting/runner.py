@@ -12,7 +12,6 @@ import random
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import fields
 from itertools import zip_longest
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from mllm_compress.reporting.notebooks import (
 )
 from ..study import forecast, stages, students
 from ..study.cache_keys import name_of
-from ..study.experiments import Experiment, canonical, describe
+from ..study.experiments import canonical, describe
 from ..study.profile_inputs import missing_inputs
 from ..study.profiles import Profile, load_profile
 from mllm_compress.study.runs import (
@@ -44,7 +43,7 @@ from mllm_compress.study.runs import (
     complete,
     hours,
     require_inputs,
-    run,
+    settled,
     status,
     stored,
 )
@@ -313,13 +312,6 @@ def _run_context(**what):
             if old is not None:
                 os.environ[RUN_CONTEXT] = old
 
-# %% ../../nbs/library/reporting/10_runner.ipynb #cell-051
-def _failures(frame: pd.DataFrame, profile: Profile) -> dict:  # name of a result -> message
-    "The experiments that failed."
-    failed, names = frame[frame.status == "failed"], [f.name for f in fields(Experiment)]
-    experiments = [Experiment(**{n: row[n] for n in names}) for _, row in failed.iterrows()]
-    return {name_of(e, profile): error for e, error in zip(experiments, failed.error)}
-
 # %% ../../nbs/library/reporting/10_runner.ipynb #cell-053
 def run_study(
     profile: str,
@@ -332,8 +324,8 @@ def run_study(
     start, plan, loaded = time.time(), plan_study(profile, only, given), load_profile(profile)
     require_inputs(loaded)
     experiments = experiments_of_plan(plan)
-    frame = run(experiments, profile, executor, workers) if experiments else None
-    failures = _failures(frame, loaded) if experiments else {}
+    errors = settled(experiments, profile, executor, workers) if experiments else {}
+    failures = {name_of(e, loaded): message for e, message in errors.items()}
     with _run_context(executor=executor, workers=workers, failures=failures):
         problems = run_notebooks(plan, profile, executor, workers)
     problems = ["some experiments failed (above)"] * bool(failures) + problems

@@ -292,6 +292,19 @@ def run(
     quiet: bool = False,  # no progress bar, no summary
 ) -> pd.DataFrame:  # one row per experiment and benchmark
     "Compute the missing stages of experiments and return the results of all."
+    profile = load_profile(profile)
+    errors = settled(experiments, profile, executor, workers, quiet)
+    return frame_of(experiments, profile, results_of(profile), errors)
+
+# %% ../../nbs/library/study/13_runs.ipynb #252fbddb
+def settled(
+    experiments: list,
+    profile,
+    executor: str = "",
+    workers: int = 0,
+    quiet: bool = False,
+) -> dict:  # Experiment -> why it has no result
+    "Compute the missing stages of experiments; the arguments are those of `run`."
     context, profile = run_context(), load_profile(profile)
     executor, workers = executor or context["executor"], workers or context["workers"]
     check_choice("executor", executor, EXECUTORS)
@@ -311,7 +324,7 @@ def run(
     errors = {e: errors.get(e, CHANGED) for e in left}
     if not quiet:
         summarise(distinct, errors, profile, results)
-    return frame_of(experiments, profile, results, errors)
+    return errors
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-052
 CHANGED = "its result has another key: data or model changed while the study ran; run it again"
