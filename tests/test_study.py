@@ -154,6 +154,7 @@ BAD_LINES = [
     ),
     ("recovery: {epochs: 1, seed: 7}", "recovery may not set seed: every experiment has its own"),
     ("notebooks: {02_pruning: [0.3]}", "02_pruning must be a mapping of parameters"),
+    ("notebooks: {05_data: {fewer: {0.1: {models: [tiny-lava]}}}}", "model of profile .*05_data"),
     ("per_model: {smoke-llava: {data: x}}", "may hold training and recovery"),
     ("dtype: float8", "dtype is 'float8': it must be"),
 ]

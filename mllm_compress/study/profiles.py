@@ -271,11 +271,6 @@ def _check_sections(profile: Profile) -> None:
                 f"{where}: recovery may not set {', '.join(sorted(taken))}: "
                 "every experiment has its own."
             )
-    for notebook, given in profile.notebooks.items():
-        if not isinstance(given, dict):
-            raise ValueError(
-                f"{where}: notebooks, {notebook} must be a mapping of parameters, not {given!r}."
-            )
     for model in profile.per_model:
         training_of(model, profile)
     if "setup" in profile.slurm.options:
@@ -287,6 +282,27 @@ def _check_sections(profile: Profile) -> None:
             f"{where}: processes is {profile.processes} and a Slurm job gets "
             f"{profile.slurm.gpus} GPUs: give each process one."
         )
+
+# %% ../../nbs/library/study/02_profiles.ipynb #d9cdec2c
+def _check_notebooks(profile: Profile) -> None:
+    "ValueError for parameters that are no mapping, or name a model of another profile."
+    for notebook, given in profile.notebooks.items():
+        where = f"profile {profile.name}: notebooks, {notebook}"
+        if not isinstance(given, dict):
+            raise ValueError(f"{where} must be a mapping of parameters, not {given!r}.")
+        for model in _models_in(given):
+            check_choice(f"model of {where}", model, profile.models)
+
+
+def _models_in(given: dict) -> list:
+    "The models that parameters name, also in nested mappings."
+    found = []
+    for key, value in given.items():
+        if isinstance(value, dict):
+            found += _models_in(value)
+        elif key in ("models", "curves"):
+            found += value if isinstance(value, list) else [value]
+    return found
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-040
 PROFILES = Path(str(files("mllm_compress"))) / "profiles"
@@ -330,7 +346,8 @@ def _profile_path(name: str) -> Path:
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-048
 def checked(profile: Profile) -> Profile:
     "The profile, if its values fit each other."
-    for check in (_check_lists, _check_texts, _check_rates, _check_width, _check_sections):
+    checks = (_check_lists, _check_texts, _check_rates, _check_width, _check_sections)
+    for check in (*checks, _check_notebooks):
         check(profile)
     return profile
 
