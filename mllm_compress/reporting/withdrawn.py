@@ -126,7 +126,7 @@ def rates_left(setup: Profile) -> tuple:  # (gone, what is measured)
     at, worst = tried.groupby("ratio")[LOST].max(), tried[LOST].max()
     each = ", ".join(f"{most:.1f} at {ratio:.2f}" for ratio, most in at.items())
     found = f"points of validation score that the rate in use loses to the best, at most: {each}"
-    everywhere = worst <= MARGIN and set(setup.ratios) <= set(at.index)
+    everywhere = worst <= MARGIN / 2 and set(setup.ratios) <= set(at.index)
     return "yes" if everywhere else "in part", found
 
 # %% ../../nbs/library/reporting/27_withdrawn.ipynb #cell-011

@@ -53,7 +53,7 @@ def beside_used(
     tried: pd.DataFrame,  # columns objective, ratio, model, rate, score
     profile: Profile,  # its rates are in use
     pruning: str,
-    margin: float = 1.0,  # points
+    margin: float = 0.5,  # points
 ) -> pd.DataFrame:  # `best_rates` with columns used, lost, and chosen
     "The best rates beside those in use: what these lose, and which of the two is chosen."
     mean = tried.groupby([*SEARCH, "rate"]).score.mean()
@@ -63,8 +63,25 @@ def beside_used(
         rates = profile.learning_rates.get(train, {})
         used = rate_of(rates.get(losses, float("nan")), pruning, b.ratio)
         lost = b.score - mean.get((b.objective, b.ratio, used), float("nan"))
-        rows.append({"used": used, "lost": lost, "chosen": used if lost <= margin else b.rate})
-    return best.join(pd.DataFrame(rows))
+        rows.append({"train": train, "used": used, "lost": lost})
+    found = best.join(pd.DataFrame(rows))
+    alike = [found.pop("train"), found.ratio]  # they are compared with each other
+    most = found.lost.fillna(float("inf")).groupby(alike).transform("max")
+    return found.assign(chosen=found.used.where(most <= margin, found.rate))
+
+# %% ../../nbs/library/study/16_rates.ipynb #42bb80d2
+def common_rates(
+    tried: pd.DataFrame,  # columns objective, ratio, model, rate, score
+) -> pd.DataFrame:  # columns objective, rate, and the points lost at each ratio
+    "The best single rate of every objective, and what it loses to the best rate at each ratio."
+    rows = []
+    for objective, own in tried.groupby("objective", sort=False):
+        mean = own.groupby(["rate", "ratio"]).score.mean().unstack()
+        lost = (mean.max() - mean).dropna()
+        if len(lost):
+            rate = lost.max(axis=1).idxmin()
+            rows.append({"objective": objective, "rate": rate} | lost.loc[rate].to_dict())
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/library/study/16_rates.ipynb #cell-009
 def as_profile(
