@@ -77,6 +77,7 @@ def test_play_without_widgets_says_how_to_get_them():
     (text,) = [c.source for p in START if p.stem == "play" for c in nbformat.read(p, 4).cells
                if "ipywidgets" in c.source and c.cell_type == "code"]  # fmt: skip
     assert "except ImportError" in text and "mllm_compress[study]" in text
+    assert "manual=True" in text  # shown while its cell runs, it may block nbclient (issue 312)
     assert "ipywidgets" in (ROOT / "settings.ini").read_text(encoding="utf-8")
 
 
