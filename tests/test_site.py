@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -438,6 +439,27 @@ def test_making_a_page_again_keeps_its_results(again):  # also without its model
             assert set(a.read(stage).splitlines()) <= set(b.read(stage).splitlines())
     lines = [pd.read_csv(folder / "experiments.csv").result for folder in (kept, now)]
     assert set(lines[0]) == set(lines[1])
+
+
+def test_a_page_is_packed_again_only_where_something_changed(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "nbs/study", tmp_path / "nbs/study")
+    shutil.copytree(ROOT / "figures/quick", tmp_path / "figures/quick")
+    monkeypatch.chdir(tmp_path)
+    quick, packed, real = load_profile("quick"), [], site.store.pack
+    monkeypatch.setattr(site.store, "pack", lambda *a, **kw: packed.append(real(*a, **kw)))
+    first = site.write_experiments(quick)
+    csv, note = tmp_path / "figures/quick/experiments.csv", tmp_path / "runs/quick/page.json"
+    text = csv.read_text(encoding="utf-8")
+    assert len(packed) == 1 and site.write_experiments(quick).equals(first) and len(packed) == 1
+    changes = [
+        lambda: os.utime(next((tmp_path / "runs/quick/score").glob("*.json")), (1, 1)),
+        lambda: csv.write_text("result\n", encoding="utf-8"),
+        lambda: note.write_text("[", encoding="utf-8"),
+    ]
+    for n, change in enumerate(changes, 2):
+        change()
+        assert site.write_experiments(quick).equals(first) and len(packed) == n
+        assert csv.read_text(encoding="utf-8") == text
 
 
 def test_a_study_lists_every_claim_once_in_order(again):

@@ -66,27 +66,33 @@ ORDER += ["result"]
 
 # %% ../../nbs/library/reporting/09_page.ipynb #55601bf2
 NOTE = "page.json"  # in the store
+_LAYOUT = 1  # raised when the columns of experiments.csv change
 
 
-def _state(profile: Profile, results: store.Store, folder: Path) -> str:
-    "A hash of what the two files are made from, and of the files."
+def _made_from(profile: Profile, results: store.Store, folder: Path) -> str:
+    "A hash of what the two files are made from: results, notebooks, settings and code."
     there = {
         stage: sorted(
             [p.name, p.stat().st_mtime_ns] for p in (results.folder / stage).glob("*.json")
         )
         for stage in store.STAGES
     }
-    files = {n: file_hash(folder / n) for n in (EXPERIMENTS, RESULTS) if (folder / n).exists()}
-    settings = [repr(profile), code_of(study), missing_inputs(profile)]
+    settings = [repr(profile), code_of(study), _LAYOUT, missing_inputs(profile)]
     if not settings[-1]:
         settings += [name_of(Experiment(model), profile) for model in profile.models]
-    return content_hash([there, files, sorted(read_by(folder)), settings])
+    return content_hash([there, sorted(read_by(folder)), settings])
 
 
-def _noted(results: store.Store) -> str:  # empty where nothing was noted
-    "The state in which the two files were written last."
-    note = results.folder / NOTE
-    return json.loads(note.read_text(encoding="utf-8")) if note.exists() else ""
+def _is_written(note: Path, made_from: str, folder: Path) -> bool:
+    "Whether the two files are as they were written from the same."
+    try:
+        return json.loads(note.read_text(encoding="utf-8")) == [made_from, *_files(folder)]
+    except (OSError, ValueError):
+        return False
+
+
+def _files(folder: Path) -> list:  # of hashes
+    return [file_hash(folder / name) for name in (EXPERIMENTS, RESULTS)]
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-011
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
@@ -94,10 +100,12 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     path = checkout() / "figures" / profile.name / EXPERIMENTS
     results, wanted = results_of(profile), read_by(path.parent)
     archive = path.with_name(RESULTS)
-    if path.exists() and _noted(results) == _state(profile, results, path.parent):
+    note = results.folder / NOTE
+    if _is_written(note, _made_from(profile, results, path.parent), path.parent):
         return pd.read_csv(path)
     if archive.exists():
         store.unpack(archive, results)
+    made_from = _made_from(profile, results, path.parent)  # what arrives later is not in it
     found = {name_of(e, profile): (e, result) for e, result in stored(profile).items()}
     found = {name: found[name] for name in sorted(wanted & set(found))}
     keys = _stage_keys([e for e, _ in found.values()], profile)
@@ -109,7 +117,7 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     both = pd.concat(parts) if parts else before.iloc[:0]
     both = both.sort_values(ORDER, kind="stable") if len(both) else both
     write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
-    write_atomically(results.folder / NOTE, json.dumps(_state(profile, results, path.parent)))
+    write_atomically(note, json.dumps([made_from, *_files(path.parent)]))
     return pd.read_csv(path)
 
 # %% ../../nbs/library/reporting/09_page.ipynb #cell-013
