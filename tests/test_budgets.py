@@ -198,6 +198,7 @@ MISTAKES = {
     "another table": (dict(budget={"kv": 0.5}, costs=device()), "of latency and 6 layers"),
     "a ratio too": (dict(budget={"kv": 0.5}, ratio=0.3), "give one of"),
     "equal shares": (dict(budget={"kv": 0.5}, allocation="layer"), "allocation='global'"),
+    "standardized": (dict(budget={"kv": 0.5}, allocation="standardized"), "allocation='global'"),
     "uniform": (dict(budget={"kv": 0.5}, shape="uniform"), "blockwise"),
 }
 

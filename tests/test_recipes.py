@@ -42,6 +42,7 @@ CHOICES = [
     ({"allocation": "layer"}, Recipe("gauss_newton", "layer", "uniform", True)),
     ({"allocation": "obs"}, Recipe("obs", "obs", "blockwise", True)),
     ({"reconstruct": False}, Recipe("gauss_newton", "global", "blockwise")),
+    ({"method": "flap", "allocation": "standardized"}, Recipe("flap", "standardized")),
     ({"method": "taylor"}, Recipe("taylor")),
     ({"method": "taylor", "reconstruct": True}, Recipe("taylor", reconstruct=True)),
     ({"pruning": "layerwise"}, Recipe("block_influence", pruning="layerwise")),
@@ -71,6 +72,8 @@ CONTRADICTIONS = [
     ({"method": "gauss_newton", "allocation": "obs"}, "use method obs"),
     ({"method": "block_influence", "allocation": "global"}, "leave it out"),
     ({"shape": "uniform", "allocation": "global"}, "shape blockwise, or allocation layer"),
+    ({"shape": "uniform", "allocation": "standardized"}, "shape blockwise, or allocation layer"),
+    ({"method": "block_influence", "allocation": "standardized"}, "leave it out"),
     ({"recipe": "recommended", "shape": "uniform"}, "shape blockwise, or allocation layer"),
 ]
 

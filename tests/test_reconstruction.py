@@ -359,6 +359,42 @@ def test_global_ranking_equals_plain_loops(case, ratio):
     assert 1 - lm_parameters(small) / lm_parameters(model) == pytest.approx(achieved)
 
 
+def standardized_reference(model, scores, ratio):
+    "Units one at a time, lowest standardised score first, whatever their size."
+    sizes, total, removed, units = layer_sizes(model), lm_parameters(model), 0, []
+    for i, s in enumerate(sizes):
+        for kind, price, floor in (
+            ("heads", s.head_parameters, 1),
+            ("neurons", s.neuron_parameters, 8),
+        ):
+            v = np.array(getattr(scores, kind)[i].tolist())
+            z = (v - v.mean()) / v.std() if v.std() > 0 else np.zeros(len(v))
+            order = sorted(range(len(v)), key=lambda u: (v[u], u))[: len(v) - floor]
+            units += [(z[u], i, kind, u, price) for u in order]
+    gone = set()
+    for _, i, kind, u, price in sorted(units, key=lambda unit: unit[0]):
+        if abs(removed + price - ratio * total) >= abs(removed - ratio * total):
+            break
+        gone.add((kind, i, u))
+        removed += price
+    return gone, removed / total
+
+
+@pytest.mark.parametrize("case", ["llama-4x1", "phi3-3x2", "tiny-bunny"])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.45])
+def test_standardised_ranking_equals_plain_loops(case, ratio):
+    model = build(case)
+    scores = width_scores(model)
+    gone, achieved = standardized_reference(model, scores, ratio)
+    other = WidthScores(scores.heads, scores.neurons, "magnitude", {})  # any kind will do
+    plan = plan_widthwise(model, other, ratio=ratio, allocation="standardized")
+    ours = {
+        (k, i, u) for k in ("heads", "neurons") for i in plan.layers for u in plan.removed(k, i)
+    }
+    assert ours == gone and plan.achieved_ratio == pytest.approx(achieved)
+    assert plan.meta["allocation"] == "standardized"
+
+
 def test_floors_rounding_nesting_and_scale():
     model = build("qwen2-3x2")
     scores = width_scores(model)

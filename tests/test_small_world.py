@@ -317,7 +317,8 @@ def test_learning_rates_are_those_that_validation_chose(profile):
     found = list(csv.DictReader(file.open()))
     assert set(used) == {r["objective"] for r in found} and len(used) == 7
     for r in found:
-        here = rate_of(used[r["objective"]], "widthwise", float(r["ratio"]))
-        assert float(r["rate in use"]) == float(r["chosen"]) == here
+        here, ratio = float(r["chosen"]), float(r["ratio"])
+        both = {rate_of(used[r["objective"]], p, ratio) for p in ("layerwise", "widthwise")}
+        assert float(r["rate in use"]) == here and both == {here}
         assert float(r["points lost by it"]) <= 1
         assert r["interior"] == "yes" or here != float(r["best rate"])

@@ -746,10 +746,12 @@ def test_new_fields_change_no_key_at_their_defaults():
             {"shape": "uniform"},
             {"reconstruct": "stream"},
             {"reconstruct": "bias"},
+            {"importance": "flap", "reconstruct": "bias"},
+            {"importance": "flap", "allocation": "standardized", "reconstruct": "bias"},
             {"quantize": "int8", "recovery": "none"},
         )
     }
-    assert len(keys) == 9
+    assert len(keys) == 11
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,9 @@ def check_budget_recipe(o: dict, recipe) -> None:
             "are thinned and which go."
         )
     stored = recipe.method == "stored"
-    if not stored and (recipe.allocation == "layer" or recipe.method not in COMPARABLE["global"]):
+    if not stored and not (
+        recipe.allocation in COMPARABLE and recipe.method in COMPARABLE["global"]
+    ):
         raise ValueError(
             "--budget ranks the units of all layers: leave --recipe, --shape and --method out, or "
             "use --allocation global or obs."

@@ -62,6 +62,16 @@ def price_of(size: LayerSize, kind: str) -> int:
     "Parameters that leave with one unit."
     return size.head_parameters if kind == "heads" else size.neuron_parameters
 
+# %% ../../nbs/library/pruning/06_allocation.ipynb #15148135
+def standardized(
+    scores: torch.Tensor,  # [units], of one layer's heads or neurons
+) -> torch.Tensor:  # [units] float64, mean 0 and variance 1; all 0 where the scores are equal
+    "Scores less their mean, over their standard deviation (An et al. 2024, FLAP)."
+    scores = scores.double()
+    centred = scores - scores.mean()
+    spread = centred.square().mean().sqrt()
+    return centred / spread if spread > 1e-9 * scores.abs().max() else torch.zeros_like(scores)
+
 # %% ../../nbs/library/pruning/06_allocation.ipynb #cell-015
 def check_floor(floor: dict | None) -> dict:
     "The floor of every kind, with the defaults filled in."
@@ -77,6 +87,7 @@ def ranked_steps(
     layers: tuple,  # that may lose units
     steps: dict,  # see rounded_steps
     floor: dict,
+    standardize: bool = False,  # by `standardized` scores, whatever a unit's size
 ) -> tuple:  # steps (rate, layer, kind, kept, parameters) in order; (kind, layer) -> unit order
     "Every removal step of the model, cheapest per parameter first."
     queue, orders = [], {}
@@ -85,6 +96,7 @@ def ranked_steps(
             values, price = checked_scores(scores, sizes, i, kind), price_of(sizes[i], kind)
             counts = kept_counts(len(values), steps[kind], floor[kind])
             what = f"{kind} scores of layer {i}"
+            values = standardized(values) * price if standardize else values
             orders[kind, i], found = removal_steps(values, price, counts, what)
             queue += [(rate, i, kind, kept, cost) for rate, kept, cost in found]
     return sorted(queue, key=lambda s: s[0]), orders
@@ -98,18 +110,19 @@ def _kept_after(steps: list, orders: dict, kind: str) -> dict:  # layer -> kept 
 # %% ../../nbs/library/pruning/06_allocation.ipynb #cell-019
 def plan_global(
     model: PreTrainedModel,
-    scores: WidthScores,  # comparable across layers: gauss_newton or obs_scores
+    scores: WidthScores,  # comparable across layers: gauss_newton or obs_scores; or standardize
     ratio: float,  # fraction of LM-decoder parameters to remove, in total
     round_to: int = 1,  # neurons and attention channels stay multiples of this
     floor: dict | None = None,  # units that stay in each layer, {"heads": 1, "neurons": 8}
     base: PruningPlan | None = None,  # a layerwise plan to continue from
+    standardize: bool = False,  # rank any scores, after `standardized`
 ) -> PruningPlan:  # blockwise
     "Remove the units with the lowest saliency per parameter, in whatever layer they are."
     parts, sizes, total = anatomy(model), layer_sizes(model), lm_parameters(model)
     check_ratio(ratio)
     kept = tuple(range(len(sizes))) if base is None else base.layers
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    queue, orders = ranked_steps(scores, sizes, kept, steps, check_floor(floor))
+    queue, orders = ranked_steps(scores, sizes, kept, steps, check_floor(floor), standardize)
     already = sum(s.parameters for i, s in enumerate(sizes) if i not in kept)
     costs = torch.tensor([step[-1] for step in queue])
     most = (already + int(costs.sum())) / total
@@ -118,7 +131,8 @@ def plan_global(
     heads, neurons = (_kept_after(queue[:n], orders, kind) for kind in FLOOR)
     method = "widthwise" if base is None else "layerwise+widthwise"
     fields = dict(requested_ratio=ratio, method=method, shape="blockwise", round_to=round_to)
-    fields |= dict(allocation="global", scores=score_record(scores))
+    allocation = "standardized" if standardize else "global"
+    fields |= dict(allocation=allocation, scores=score_record(scores))
     return make_plan(model, kept, heads, neurons, **fields)
 
 # %% ../../nbs/library/pruning/06_allocation.ipynb #cell-025

@@ -126,7 +126,7 @@ def check_budget_options(
     "ValueError for options that a budget does not go with."
     if ratio is not None:
         raise ValueError("give a ratio or a budget, not both.")
-    if allocation == "layer" or shape == "uniform" or protect is not None:
+    if allocation not in COMPARABLE or shape == "uniform" or protect is not None:
         raise ValueError(
             "a budget ranks the units of all layers, so it needs allocation 'global' or 'obs' and "
             "the blockwise shape, without protect."
@@ -236,7 +236,8 @@ def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
     if r.method not in COMPARABLE.get(r.allocation, (r.method,)):
         raise ValueError(
             f"allocation {r.allocation!r} compares units of different layers, which scores of "
-            f"{r.method} cannot: use method {' or '.join(COMPARABLE[r.allocation])}."
+            f"{r.method} cannot: use method {' or '.join(COMPARABLE[r.allocation])}, or allocation "
+            "'standardized'."
         )
     return r
 
@@ -284,7 +285,7 @@ def prune(
     method: str | None = None,  # a criterion of importance.CRITERIA, or obs; None: the recipe's
     pruning: str | None = None,  # layerwise or widthwise; None: as the criterion has it
     recipe: str | None = None,  # recommended, uniform, layers, paper; None: as asked for
-    allocation: str | None = None,  # layer, global or obs; None: the recipe's
+    allocation: str | None = None,  # a row of ALLOCATIONS; None: the recipe's
     reconstruct: bool | None = None,  # refit the output projections; None: the recipe's
     ridge: float | None = None,  # of the refit; None: chosen on held-out samples
     layer_method: str | None = None,  # a layerwise criterion: whole layers go as well

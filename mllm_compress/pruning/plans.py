@@ -278,6 +278,7 @@ ALLOCATIONS = {
     "layer": "the same share of every layer that is not protected",
     "global": "one ranking of the units of all layers by score per parameter",
     "obs": "the same ranking of obs_scores: the error left after the other units adapt",
+    "standardized": "one ranking by any scores, standardised within each layer (as in FLAP)",
 }
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-051
@@ -288,19 +289,23 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
             f"allocation={allocation!r} needs a ratio or a budget and the blockwise shape, without "
             "channel_ratio or protect: the ranking decides what each layer keeps."
         )
-    wanted = ("obs",) if allocation == "obs" else ("gauss_newton", "obs")
-    if scores.kind not in wanted:
+    wanted = {"obs": ("obs",), "global": ("gauss_newton", "obs")}.get(allocation)
+    if wanted and scores.kind not in wanted:
         raise ValueError(
             f"allocation={allocation!r} compares units of different layers; scores of kind "
-            f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}."
+            f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}, or use "
+            "allocation='standardized'."
         )
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-053
-def _plan_ranked(model, scores, ratio, budget, costs, **about) -> PruningPlan:
+def _plan_ranked(model, scores, ratio, budget, costs, allocation, **about) -> PruningPlan:
     "The plan of one ranking over all layers."
-    if budget is not None:
-        return plan_budget(model, scores, budget, costs, **about)
-    return plan_global(model, scores, ratio, **about)
+    standardize = allocation == "standardized"
+    if budget is None:
+        return plan_global(model, scores, ratio, standardize=standardize, **about)
+    if standardize:
+        raise ValueError("a budget ranks units by score per cost: use allocation='global'.")
+    return plan_budget(model, scores, budget, costs, **about)
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-055
 def _equal_shares(model, ratio, channel_ratio, kept, free, steps, shape, ranges) -> dict:
@@ -335,7 +340,8 @@ def plan_widthwise(
     if allocation != "layer":
         options = shape != "blockwise" or channel_ratio is not None or protect is not None
         _check_allocation(allocation, scores, options)
-        return _plan_ranked(model, scores, ratio, budget, costs, round_to=round_to, base=base)
+        about = dict(round_to=round_to, base=base)
+        return _plan_ranked(model, scores, ratio, budget, costs, allocation, **about)
     parts, sizes = anatomy(model), layer_sizes(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
     free = _unprotected(kept, protect, shape)

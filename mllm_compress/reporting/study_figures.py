@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-002
+from dataclasses import replace
 from itertools import product
 
 import matplotlib
@@ -343,29 +344,44 @@ def recovery_curves(
     return fig
 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-033e
+def _lines_of(frame: pd.DataFrame, models: list) -> dict:  # (pruning, model) -> look
+    "A look per pruning and model: the pruning's colour, the model's marker and dashes."
+    prunings = sorted(frame.pruning.unique())
+    shapes = dict(zip(models, neutral(models)))
+    if len(prunings) == 1:
+        return {(prunings[0], m): shape for m, shape in shapes.items()}
+    colors = {p: look(p).color for p in prunings}
+    return {
+        (p, m): replace(shapes[m], color=color, label=f"{p}, {m}")
+        for p, color in colors.items()
+        for m in models
+    }
+
+
 def over_rates(
-    frame: pd.DataFrame,  # columns objective, ratio, model, rate, score
+    frame: pd.DataFrame,  # columns objective, ratio, pruning, model, rate, score
     best: pd.DataFrame,  # of `study.rates.best_rates`
     models: list,
 ):  # a figure
-    "Validation score over the learning rate: a panel per search, a line per model."
+    "Validation score over the learning rate: a panel per search, a line per model and pruning."
     several, n = best.ratio.nunique() > 1, len(best)
-    columns = min(n, 3)
-    fig, axes = panels(n, columns=columns, height=2.1)
+    columns = best.ratio.nunique() if several else min(n, 3)
+    fig, axes = panels(n, columns=columns, height=1.7 if several else 2.1, sharey="col")
+    lines = _lines_of(frame, models)
     with page():
         for k, (ax, b) in enumerate(zip(axes, best.itertuples())):
             own = frame[(frame.objective == b.objective) & (frame.ratio == b.ratio)]
-            for model, m in zip(models, neutral(models)):
-                g = own[own.model == model].sort_values("rate")
+            for (pruning, model), m in lines.items():
+                g = own[(own.model == model) & (own.pruning == pruning)].sort_values("rate")
                 line(ax, g.rate, g.score, m)
             ax.axvline(b.rate, color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
             train, losses = b.objective.split("/")
-            title = look(losses).label + ", projector only" * (train == "projector")
+            title = look(losses).label + ", proj." * (train == "projector")
             ax.set(xscale="log")
             ax.xaxis.set_minor_formatter(NullFormatter())
             ax.set_title(title + f", {b.ratio:.2f}" * several, fontsize=9)
             ax.tick_params(labelbottom=k + columns >= n)
-        legend_above(fig, neutral(models))
+        legend_above(fig, list(lines.values()))
         fig.supxlabel("learning rate", fontsize=9)
         fig.supylabel("validation score", fontsize=9)
     return fig

@@ -194,15 +194,21 @@ def beside_printed(
     return pd.DataFrame(out, columns=["panel", "label", "ours", "printed"])
 
 # %% ../../nbs/library/reporting/12_study_tables.ipynb #cell-017
+def _by_ratio(rates: dict) -> str:  # rate -> ratios
+    "Rates as text: one number, or each with its ratios."
+    at = [f"{rate:g} at " + ", ".join(f"{r:.2f}" for r in sorted(rates[rate])) for rate in rates]
+    return "; ".join(at) if len(rates) > 1 else "".join(f"{rate:g}" for rate in rates)
+
+
 def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
     "The learning rate of every objective: a row per objective and part, a column per model."
     rows = {}
     for e in (e for e in experiments if e.recovery != "none"):
         key = (look(e.recovery).label, e.train)
         rates = rows.setdefault(key, {}).setdefault(e.model, {})
-        rates[f"{recovery_config(e, setup).lr:g}"] = None
+        rates.setdefault(recovery_config(e, setup).lr, set()).add(e.ratio)
     table = [
-        {"objective": objective, "trained": part} | {m: ", ".join(r) for m, r in found.items()}
+        {"objective": objective, "trained": part} | {m: _by_ratio(r) for m, r in found.items()}
         for (objective, part), found in rows.items()
     ]
     return pd.DataFrame(table)

@@ -128,7 +128,7 @@ def _check_method(e: Experiment) -> None:
         raise ValueError(f"allocation and shape are of widthwise plans, not of {e.pruning!r}.")
     if e.allocation != "layer" and e.shape == "uniform":
         raise ValueError(f"allocation {e.allocation!r} gives each layer its own width.")
-    if e.allocation != "layer" and e.importance not in COMPARABLE["global"]:
+    if e.allocation in COMPARABLE and e.importance not in COMPARABLE["global"]:
         raise ValueError(
             f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
             "importance gauss_newton."

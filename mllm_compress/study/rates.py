@@ -20,7 +20,7 @@ SEARCH = ["objective", "ratio"]  # what has a rate of its own
 
 
 def following(
-    tried: pd.DataFrame,  # of one search: columns rate and score, a row per model
+    tried: pd.DataFrame,  # of one search: columns rate and score, a row per model and pruning
     start: list,  # the first grid
     most: int = 3,  # rates that may be added to it
 ) -> float | None:  # None where the best lies inside, or the grid may not grow
@@ -50,9 +50,8 @@ def best_rates(
 
 # %% ../../nbs/library/study/16_rates.ipynb #used
 def beside_used(
-    tried: pd.DataFrame,  # columns objective, ratio, model, rate, score
+    tried: pd.DataFrame,  # columns objective, ratio, pruning, model, rate, score
     profile: Profile,  # its rates are in use
-    pruning: str,
     margin: float = 0.5,  # points
 ) -> pd.DataFrame:  # `best_rates` with columns used, lost, and chosen
     "The best rates beside those in use: what these lose, and which of the two is chosen."
@@ -60,8 +59,9 @@ def beside_used(
     best, rows = best_rates(tried), []
     for b in best.itertuples():
         train, losses = b.objective.split("/")
-        rates = profile.learning_rates.get(train, {})
-        used = rate_of(rates.get(losses, float("nan")), pruning, b.ratio)
+        rate = profile.learning_rates.get(train, {}).get(losses)
+        used = {rate_of(rate, p, b.ratio) for p in tried.pruning.unique()}
+        used = used.pop() if len(used) == 1 and rate else float("nan")
         lost = b.score - mean.get((b.objective, b.ratio, used), float("nan"))
         rows.append({"train": train, "used": used, "lost": lost})
     found = best.join(pd.DataFrame(rows))
@@ -82,6 +82,21 @@ def common_rates(
             rate = lost.max(axis=1).idxmin()
             rows.append({"objective": objective, "rate": rate} | lost.loc[rate].to_dict())
     return pd.DataFrame(rows)
+
+# %% ../../nbs/library/study/16_rates.ipynb #04467a94
+def lost_alone(
+    tried: pd.DataFrame,  # columns objective, ratio, pruning, model, rate, score
+    chosen: pd.DataFrame,  # columns objective, ratio, chosen: a rate
+) -> pd.DataFrame:  # columns objective, ratio, and one per pruning and per model
+    "Points that the rate chosen for all loses to the best rate of a pruning, or of a model."
+    parts = {name: own for by in ("pruning", "model") for name, own in tried.groupby(by)}
+    rows = chosen[[*SEARCH, "chosen"]].set_index(SEARCH)
+    for name, own in parts.items():
+        mean = own.groupby([*SEARCH, "rate"]).score.mean()
+        best = mean.groupby(SEARCH).max()
+        at = [mean.get((*search, rate), float("nan")) for search, rate in rows.chosen.items()]
+        rows[name] = best.reindex(rows.index) - at
+    return rows.drop(columns="chosen").reset_index()
 
 # %% ../../nbs/library/study/16_rates.ipynb #cell-009
 def as_profile(
@@ -108,15 +123,14 @@ def scores_at(
     step: dict,  # (objective, ratio) -> the rate to try
     profile: Profile,
     looking: Evaluation,  # at validation questions
-    pruning: str,
+    prunings: list,
     fraction: float,  # of the training data
-) -> pd.DataFrame:  # columns objective, ratio, model, score, rate
-    "The validation score of every model after recovery at the rates of a step."
+) -> pd.DataFrame:  # columns objective, ratio, pruning, model, score, rate
+    "The validation score of every pruned model after recovery at the rates of a step."
     asked = pd.DataFrame([(*s, rate) for s, rate in step.items()], columns=[*SEARCH, "rate"])
     experiments = [
-        Experiment(
-            m, pruning, r, recovery=o.split("/")[1], train=o.split("/")[0], fraction=fraction
-        )
+        Experiment(m, p, r, recovery=o.split("/")[1], train=o.split("/")[0], fraction=fraction)
+        for p in prunings
         for m in profile.models
         for o, r in step
     ]
@@ -125,5 +139,5 @@ def scores_at(
     if (frame.status != "done").any():
         raise RuntimeError(frame[frame.status != "done"].error.iloc[0])
     named = frame.assign(objective=frame.train + "/" + frame.recovery, ratio=frame.requested_ratio)
-    mean = named.groupby([*SEARCH, "model"], as_index=False).score.mean()
+    mean = named.groupby([*SEARCH, "pruning", "model"], as_index=False).score.mean()
     return mean.merge(asked, on=SEARCH)
