@@ -240,6 +240,20 @@ def test_a_notebook_without_experiments_belongs_to_its_models_and_its_machine(wo
     )
 
 
+def test_a_scoreboard_is_drawn_again_when_another_profile_says_something_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "checkout", lambda: tmp_path)
+    said = tmp_path / "figures/other/10_findings-claim-1.json"
+    said.parent.mkdir(parents=True)
+    said.write_text("supported")
+    board = demo("board = scoreboard.scoreboard(verdicts, setup.name)")
+    before = notebooks.said_elsewhere(board, "smoke")
+    assert len(before) == 1
+    said.write_text("contradicted")
+    assert notebooks.said_elsewhere(board, "smoke") not in ([], before)
+    assert notebooks.said_elsewhere(board, "other") == []
+    assert notebooks.said_elsewhere(demo(GOOD), "smoke") == []
+
+
 def test_a_lost_tag_is_an_error():
     nb = demo(GOOD)
     nb.cells[0].metadata.tags = []

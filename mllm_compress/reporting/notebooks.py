@@ -245,6 +245,13 @@ def rates_record(profile) -> Path:
     name = LARGER.get(profile.name, profile.name)
     return checkout() / "figures" / name / "00_learning_rates-rates.csv"
 
+# %% ../../nbs/library/reporting/07_notebooks.ipynb #524bff89
+def said_elsewhere(nb, name: str) -> list:  # of hashes
+    "The verdicts of the other profiles, for a notebook with the scoreboard."
+    shows = any("scoreboard.scoreboard(" in c.source for c in nb.cells)
+    found = sorted(checkout().glob("figures/*/10_findings-claim-*.json")) if shows else []
+    return [file_hash(p) for p in found if p.parent.name != name]
+
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
 def made_from(nb, given: dict, experiments: list, profile) -> str:
     "A hash of everything that an executed notebook shows."
@@ -261,7 +268,7 @@ def made_from(nb, given: dict, experiments: list, profile) -> str:
             "parameters": given,
             "drawing": _drawing(),
             "results": names,
-            "beside": said_by_larger(profile),
+            "beside": said_by_larger(profile) + said_elsewhere(nb, profile.name),
             "models": [model_identity(source_of(m, profile)) for m in profile.models],
             "profile": repr(anywhere),
             "here": here,
