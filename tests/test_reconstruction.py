@@ -319,7 +319,7 @@ def test_a_reconstructed_model_stays_marked(tmp_path):
 # --- allocation
 
 
-def global_reference(model, scores, ratio):
+def global_reference(model, scores, ratio, standardize=False):
     "Units one at a time, cheapest first, in plain loops; stops as near the target as it can."
     sizes, total, removed = layer_sizes(model), lm_parameters(model), 0
     units = []
@@ -330,9 +330,8 @@ def global_reference(model, scores, ratio):
         ):
             values = getattr(scores, kind)[i].tolist()
             cheapest = sorted(range(len(values)), key=lambda u: (values[u], u))
-            units += [
-                (values[u] / price, i, kind, u, price) for u in cheapest[: len(values) - floor]
-            ]
+            worth = deviations(values) if standardize else [v / price for v in values]
+            units += [(worth[u], i, kind, u, price) for u in cheapest[: len(values) - floor]]
     gone = set()
     for _, i, kind, u, price in sorted(units):
         if abs(removed + price - ratio * total) >= abs(removed - ratio * total):
@@ -359,25 +358,10 @@ def test_global_ranking_equals_plain_loops(case, ratio):
     assert 1 - lm_parameters(small) / lm_parameters(model) == pytest.approx(achieved)
 
 
-def standardized_reference(model, scores, ratio):
-    "Units one at a time, lowest standardised score first, whatever their size."
-    sizes, total, removed, units = layer_sizes(model), lm_parameters(model), 0, []
-    for i, s in enumerate(sizes):
-        for kind, price, floor in (
-            ("heads", s.head_parameters, 1),
-            ("neurons", s.neuron_parameters, 8),
-        ):
-            v = np.array(getattr(scores, kind)[i].tolist())
-            z = (v - v.mean()) / v.std() if v.std() > 0 else np.zeros(len(v))
-            order = sorted(range(len(v)), key=lambda u: (v[u], u))[: len(v) - floor]
-            units += [(z[u], i, kind, u, price) for u in order]
-    gone = set()
-    for _, i, kind, u, price in sorted(units, key=lambda unit: unit[0]):
-        if abs(removed + price - ratio * total) >= abs(removed - ratio * total):
-            break
-        gone.add((kind, i, u))
-        removed += price
-    return gone, removed / total
+def deviations(values):
+    "How many standard deviations below or above the mean."
+    v = np.array(values)
+    return ((v - v.mean()) / v.std()).tolist() if v.std() > 0 else [0.0] * len(v)
 
 
 @pytest.mark.parametrize("case", ["llama-4x1", "phi3-3x2", "tiny-bunny"])
@@ -385,7 +369,7 @@ def standardized_reference(model, scores, ratio):
 def test_standardised_ranking_equals_plain_loops(case, ratio):
     model = build(case)
     scores = width_scores(model)
-    gone, achieved = standardized_reference(model, scores, ratio)
+    gone, achieved = global_reference(model, scores, ratio, standardize=True)
     other = WidthScores(scores.heads, scores.neurons, "magnitude", {})  # any kind will do
     plan = plan_widthwise(model, other, ratio=ratio, allocation="standardized")
     ours = {

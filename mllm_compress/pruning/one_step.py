@@ -236,8 +236,8 @@ def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
     if r.method not in COMPARABLE.get(r.allocation, (r.method,)):
         raise ValueError(
             f"allocation {r.allocation!r} compares units of different layers, which scores of "
-            f"{r.method} cannot: use method {' or '.join(COMPARABLE[r.allocation])}, or allocation "
-            "'standardized'."
+            f"{r.method} cannot: use method {' or '.join(COMPARABLE[r.allocation])}, or, for a "
+            "ratio, allocation 'standardized'."
         )
     return r
 
