@@ -293,8 +293,8 @@ def _check_allocation(allocation: str, scores, other_options: bool) -> None:
     if wanted and scores.kind not in wanted:
         raise ValueError(
             f"allocation={allocation!r} compares units of different layers; scores of kind "
-            f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}, or, for a ratio, "
-            "use allocation='standardized'."
+            f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}, or, for a "
+            "ratio, use allocation='standardized'."
         )
 
 # %% ../../nbs/library/pruning/03_plans.ipynb #cell-053
