@@ -604,6 +604,19 @@ def test_a_rival_without_a_shared_seed_is_no_rival():
     assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft"]
 
 
+def test_a_rival_at_fewer_places_is_no_rival_but_counts_where_it_ran():
+    "It would leave the other places untested; the strongest at 0.15 is the new one."
+    both = trained("sft", 0.9) | trained("sft+hidden_kd", 0.925)
+    both |= {replace(e, ratio=0.3): a for e, a in both.items()}
+    frame = answered({Experiment("m"): 1.0} | both | trained("logits_kd", 0.95))
+    assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft", "m at 0.30, over sft"]
+    assert CLAIMS[3].rivals(frame) == 1
+    here = frame[frame.requested_ratio.isin([0.0, 0.15])]
+    ((where, effect),) = CLAIMS[3].effects(here).items()
+    assert where == "m at 0.15, over logits_kd" and effect.value == pytest.approx(-2.5)
+    assert CLAIMS[3].rivals(here) == 2
+
+
 def test_the_rival_is_the_one_that_is_least_surely_beaten():
     "The mean alone would name a rival that scatters, and hide one that is better beyond doubt."
     wild = {

@@ -315,7 +315,7 @@ def test_learning_rates_are_those_that_validation_chose(profile):
         for losses, rate in rates.items()
     }
     found = list(csv.DictReader(file.open()))
-    assert set(used) == {r["objective"] for r in found} and len(used) == 7
+    assert set(used) == {r["objective"] for r in found} and len(used) == 10
     for r in found:
         here, ratio = float(r["chosen"]), float(r["ratio"])
         both = {rate_of(used[r["objective"]], p, ratio) for p in ("layerwise", "widthwise")}

@@ -203,13 +203,14 @@ def leads(
     favourite: str,  # the value that is claimed to be best
     by: str = "recovery",  # the column that tells rivals apart
 ) -> dict:  # rival -> {"model at ratio": Estimate}
-    "How much more the favourite retains than each rival, at every model and ratio."
+    "How much more the favourite retains than each rival that ran at most places."
     out, trained = {}, frame[frame.recovery != "none"]
     for rival in (n for n in dict.fromkeys(trained[by]) if n != favourite):
         ways = [lambda r, n=n: {"pruning": recommended(r), by: n} for n in (favourite, rival)]
         if found := contrast(trained_or_dense(frame), *ways):
             out[rival] = found
-    return out
+    most = max(map(len, out.values()), default=0)
+    return {rival: found for rival, found in out.items() if len(found) == most}
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-042
 def trained_or_dense(frame: pd.DataFrame) -> pd.DataFrame:

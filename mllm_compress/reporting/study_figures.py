@@ -154,11 +154,12 @@ def kept_map(experiments: list, setup: Profile):  # a figure
             ax.set_title(f"{model}, {kind}", fontsize=8.5)
             ax.set_xlabel(UNITS_OF[kind], fontsize=8.5)
         fig.supylabel("layer", fontsize=8.5)
-        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), "Blues")
+        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), TENTHS)
         fig.colorbar(shades, ax=axes, label="kept, % of plans", shrink=0.8, pad=0.02)
     return fig
 
 
+TENTHS = matplotlib.colormaps["Blues"].resampled(10)  # steps of 10 % can be told apart
 UNITS_OF = {
     "layers": "requested ratio (layerwise)",
     "heads": "key/value head (widthwise)",
@@ -184,7 +185,8 @@ def _units_kept(plans: dict, kind: str) -> tuple:  # ([layers, units], names)
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-021
 def _draw_map(ax, share: np.ndarray, names) -> None:  # [layers, columns]; a list, or place -> name
     "One panel of `kept_map`."
-    ax.imshow(100 * share, cmap="Blues", vmin=0, vmax=100, aspect="auto", origin="lower")
+    how = dict(cmap=TENTHS, vmin=0, vmax=100, interpolation="nearest")
+    ax.imshow(100 * share, aspect="auto", origin="lower", **how)
     places = names if isinstance(names, dict) else dict(enumerate(names))
     ax.set(xticks=list(places), xticklabels=list(places.values()))
     ax.set_yticks(range(0, len(share), max(1, len(share) // 6)))
@@ -364,23 +366,34 @@ def over_rates(
     models: list,
 ):  # a figure
     "Validation score over the learning rate: a panel per search, a line per model and pruning."
-    several, n = best.ratio.nunique() > 1, len(best)
+    searches = list(product(best.objective.unique(), best.ratio.unique()))
+    several, n = best.ratio.nunique() > 1, len(searches)
+    rates = best.set_index(["objective", "ratio"]).rate
     columns = best.ratio.nunique() if several else min(n, 3)
-    fig, axes = panels(n, columns=columns, height=1.7 if several else 2.1, sharey="col")
+    fig, axes = panels(n, columns=columns, height=1.3 if several else 2.1, sharey="col")
     lines = _lines_of(frame, models)
     with page():
-        for k, (ax, b) in enumerate(zip(axes, best.itertuples())):
-            own = frame[(frame.objective == b.objective) & (frame.ratio == b.ratio)]
+        for k, (ax, (objective, ratio)) in enumerate(zip(axes, searches)):
+            own = frame[(frame.objective == objective) & (frame.ratio == ratio)]
             for (pruning, model), m in lines.items():
                 g = own[(own.model == model) & (own.pruning == pruning)].sort_values("rate")
-                line(ax, g.rate, g.score, m)
-            ax.axvline(b.rate, color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
-            train, losses = b.objective.split("/")
-            title = look(losses).label + ", proj." * (train == "projector")
+                if len(g):  # an empty line would have a place of its own in the layout
+                    line(ax, g.rate, g.score, m)
+            if (objective, ratio) in rates:
+                how = dict(color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
+                ax.axvline(rates[objective, ratio], **how)
+            else:
+                middle = dict(ha="center", va="center", transform=ax.transAxes)
+                ax.text(0.5, 0.5, "not searched", fontsize=8.5, color=GREY, **middle)
+            train, losses = objective.split("/")
+            name = look(losses).label + ", proj." * (train == "projector")
             ax.set(xscale="log")
             ax.xaxis.set_minor_formatter(NullFormatter())
-            ax.set_title(title + f", {b.ratio:.2f}" * several, fontsize=9)
             ax.tick_params(labelbottom=k + columns >= n)
+            if several and k % columns == 0:
+                ax.set_ylabel(name.replace(" + ", " +\n"), fontsize=8.5)
+            if k < columns or not several:
+                ax.set_title(f"{ratio:.2f} removed" if several else name, fontsize=9)
         legend_above(fig, list(lines.values()))
         fig.supxlabel("learning rate", fontsize=9)
         fig.supylabel("validation score", fontsize=9)
