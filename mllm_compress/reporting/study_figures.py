@@ -360,6 +360,15 @@ def _lines_of(frame: pd.DataFrame, models: list) -> dict:  # (pruning, model) ->
     }
 
 
+def _mark_rate(ax, rate: float | None) -> None:  # None where nothing was searched
+    "The rate that is used, or a note that there is none."
+    if rate is not None:
+        ax.axvline(rate, color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
+        return
+    middle = dict(ha="center", va="center", transform=ax.transAxes)
+    ax.text(0.5, 0.5, "not searched", fontsize=8.5, color=GREY, **middle)
+
+# %% ../../nbs/library/reporting/13_study_figures.ipynb #rates-fig
 def over_rates(
     frame: pd.DataFrame,  # columns objective, ratio, pruning, model, rate, score
     best: pd.DataFrame,  # of `study.rates.best_rates`
@@ -379,12 +388,7 @@ def over_rates(
                 g = own[(own.model == model) & (own.pruning == pruning)].sort_values("rate")
                 if len(g):  # an empty line would have a place of its own in the layout
                     line(ax, g.rate, g.score, m)
-            if (objective, ratio) in rates:
-                how = dict(color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
-                ax.axvline(rates[objective, ratio], **how)
-            else:
-                middle = dict(ha="center", va="center", transform=ax.transAxes)
-                ax.text(0.5, 0.5, "not searched", fontsize=8.5, color=GREY, **middle)
+            _mark_rate(ax, rates.get((objective, ratio)))
             train, losses = objective.split("/")
             name = look(losses).label + ", proj." * (train == "projector")
             ax.set(xscale="log")
