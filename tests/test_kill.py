@@ -301,6 +301,62 @@ def test_notebooks_together_are_what_they_are_one_by_one(checkout, whole, monkey
     assert "here None" in (made / "04_alone.ipynb").read_text()
 
 
+LOOKING = """
+import os
+
+print("pid", os.getpid(), "earlier", "mine" in globals())
+mine = 1
+"""
+
+
+def looking(checkout, **others) -> dict:
+    "Notebooks that print the process of their kernel and whether it has others' variables; run."
+    sources = dict.fromkeys(("01_table", "02_second", "03_third"), LOOKING) | others
+    for name, source in sorted(sources.items()):
+        nb = nbformat.from_dict(NOTEBOOK)
+        nb.cells = [nb.cells[1], new_code_cell("experiments = []", metadata={"tags": ["grid"]})]
+        nb.cells.append(new_code_cell(source))
+        nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
+    return runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml")
+
+
+def printed(name: str):  # (process, execution count of the last cell)
+    "What such a notebook has printed, once it has found no variable of another one."
+    cell = nbformat.read(f"figures/small/{name}.ipynb", 4).cells[-1]
+    _, pid, _, earlier = cell.outputs[0].text.split()
+    assert earlier == "False"
+    return pid, cell.execution_count
+
+
+def test_notebooks_share_a_kernel_and_no_variables(checkout, monkeypatch):
+    monkeypatch.chdir(checkout)
+    assert looking(checkout) == []
+    assert printed("01_table") == printed("02_second") == printed("03_third")
+    assert alive(checkout) == [os.getpid()]  # the kernel has ended
+
+
+@pytest.mark.parametrize("end, said", [("os._exit(3)", "Dead"), ("1 / 0", "ZeroDivisionError")])
+def test_a_kernel_that_fails_serves_no_other_notebook(checkout, monkeypatch, end, said):
+    monkeypatch.chdir(checkout)
+    (problem,) = looking(checkout, **{"02_second": f"import os\n\nmine = 1\n{end}"})
+    assert problem.startswith("02_second failed") and said in problem
+    (first, count), (third, same) = printed("01_table"), printed("03_third")
+    assert first != third and count == same
+
+
+@pytest.mark.parametrize("how", ["measures time", "does not answer", "has a GPU"])
+def test_a_kernel_of_its_own(checkout, monkeypatch, how):
+    monkeypatch.chdir(checkout)
+    if how == "measures time":
+        monkeypatch.setattr(drawing, "measures_time", lambda path: True)
+    elif how == "has a GPU":
+        monkeypatch.setattr(drawing, "devices", lambda *_: ["cuda:0"])
+    else:
+        monkeypatch.setattr(drawing, "PATIENCE", 0)
+    assert looking(checkout) == []
+    assert len({printed(name)[0] for name in ("01_table", "02_second", "03_third")}) == 3
+
+
 def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
     bad = [
@@ -353,7 +409,7 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: [bad])
     monkeypatch.setattr(runner.page, "build", lambda _: checkout / "figures/small/index.html")
 
-    def notebook(name, path, values, profile):
+    def notebook(name, path, values, profile, kernel):
         monkeypatch.setattr(
             study,
             "EXECUTORS",

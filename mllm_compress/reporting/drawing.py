@@ -9,6 +9,7 @@ __all__ = []
 import logging
 import os
 import signal
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ from ..utils.extras import lazily
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-lazily
 nbformat, papermill = lazily("nbformat"), lazily("papermill")
+jupyter_client, jupyter = lazily("jupyter_client"), lazily("jupyter_core.utils")
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-004
 def failure_of(
@@ -40,10 +42,16 @@ def failure_of(
     return f"{name} failed: {type(error).__name__}: {error}{where}"
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-005
-def problem_of(name: str, path: Path, values: dict, profile: str) -> str:  # empty: it went well
+def problem_of(
+    name: str,
+    path: Path,
+    values: dict,
+    profile: str,
+    kernel=None,  # a Kernel; None: one of its own
+) -> str:  # empty: it went well
     "Execute a notebook that is not up to date, and say what went wrong."
     try:
-        execute(name, path, values, profile)
+        execute(name, path, values, profile, kernel)
     except Exception as error:
         return failure_of(name, error, failed_copy(target_of(name, values, profile)))
     return ""
@@ -53,18 +61,70 @@ def target_of(name: str, values: dict, profile: str) -> Path:
     "The path of an executed notebook."
     return output_folder(name, load_profile(profile), overridden(name, values)) / f"{name}.ipynb"
 
+# %% ../../nbs/library/reporting/29_drawing.ipynb #66a39cb3
+class Kernel:
+    "A kernel that is lent to one notebook after another."
+
+    def __init__(self, keep: bool = True):
+        self.keep, self.idle = keep, None
+
+    @contextmanager
+    def lent(self):
+        "The manager of a kernel without variables; after an error the kernel has ended."
+        manager, self.idle = self.idle or jupyter_client.AsyncKernelManager(), None
+        clients, new = [], type(manager).client
+        manager.client = lambda **how: clients.append(new(manager, **how)) or clients[-1]
+        try:
+            yield manager
+            for client in clients:
+                client.stop_channels()
+            self.idle = manager if self.keep and _emptied(manager) else None
+        finally:
+            if self.idle is None:
+                _ended(manager)
+
+    def close(self) -> None:
+        "End the kernel."
+        if self.idle is not None:
+            _ended(self.idle)
+            self.idle = None
+
+# %% ../../nbs/library/reporting/29_drawing.ipynb #3e9df979
+PATIENCE = 60  # seconds
+
+
+def _emptied(manager) -> bool:
+    "Whether a kernel's variables could be removed."
+    client = manager.blocking_client()
+    client.start_channels()
+    try:
+        how = {"store_history": False, "reply": True, "timeout": PATIENCE}
+        said = client.execute("get_ipython().reset()", **how)
+    except (TimeoutError, RuntimeError):  # it does not answer, or has died
+        return False
+    finally:
+        client.stop_channels()
+    return said["content"]["status"] == "ok"
+
+
+def _ended(manager) -> None:
+    "End a kernel at once."
+    if manager.has_kernel:
+        jupyter.run_sync(manager.shutdown_kernel)(now=True)
+
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-007
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: notebooks in, (status, problem) out, until the pipe closes."
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # nbclient ends its kernel then
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # which died as it should
     end_with_master()
-    while True:
-        try:
-            problem = problem_of(*pipe.recv())
+    with (
+        suppress(EOFError, BrokenPipeError, KeyboardInterrupt),
+        closing(Kernel(keep=device == "cpu")) as kernel,
+    ):
+        while True:
+            problem = problem_of(*pipe.recv(), kernel)
             pipe.send(("failed" if problem else "done", problem))
-        except (EOFError, BrokenPipeError, KeyboardInterrupt):
-            return
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-009
 def _drawn(plan: dict, profile: str, places: list):  # devices of the workers
@@ -108,7 +168,10 @@ def run_notebooks(
     places = devices(workers or loaded.workers, loaded.processes)[:AT_ONCE]
     if executor != "local" or min(len(places), len(shared)) < 2:
         shared = {}
-    with tqdm(total=len(plan), desc="notebooks", leave=False) as bar:
+    with (
+        closing(Kernel(keep=places[0] == "cpu")) as kernel,
+        tqdm(total=len(plan), desc="notebooks", leave=False) as bar,
+    ):
         for name, problem in _drawn(shared, profile, places):
             problems[name] = problem
             bar.set_postfix_str(f"done: {name}", refresh=False)
@@ -116,6 +179,7 @@ def run_notebooks(
         for name, (path, values, _) in plan.items():
             if name not in shared:
                 bar.set_postfix_str(name)
-                problems[name] = problem_of(name, path, values, profile)
+                own = None if measures_time(path) else kernel
+                problems[name] = problem_of(name, path, values, profile, own)
                 bar.update()
     return [problems[name] for name in plan if problems[name]]

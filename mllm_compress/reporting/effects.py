@@ -139,10 +139,9 @@ def arrays_of(
             f"The compressed model was evaluated on {sorted(set(rows.benchmark))}, the original "
             f"on {sorted(original.index)}: evaluate both on the same benchmarks."
         )
-    stacked = {
-        b: np.stack(list(g.sort_values("seed").units))
-        for b, g in rows.groupby("benchmark", sort=False)
-    }
+    by_seed = sorted(zip(rows.seed, rows.benchmark, rows.units), key=lambda row: row[0])
+    units = {b: [u for _, name, u in by_seed if name == b] for b in dict.fromkeys(rows.benchmark)}
+    stacked = {b: np.stack(some) for b, some in units.items()}
     if "measure" in rows:
         return {b: u - original[b] for b, u in stacked.items() if np.isfinite(u).all()}
     return {b: _shares(u, original[b], b) for b, u in stacked.items() if original[b].mean() > 0}

@@ -10,6 +10,7 @@ import ast
 import os
 import platform
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -294,6 +295,7 @@ def execute(
     nb_path: Path,
     given: dict,  # parameters
     profile="",  # empty: the one that is among the parameters
+    kernel=None,  # a `drawing.Kernel`; None: one of its own
 ) -> Path:  # the executed notebook
     "Run a notebook with papermill, where that is needed."
     profile = load_profile(profile or given["profile"])
@@ -305,7 +307,8 @@ def execute(
         failed_copy(target).unlink(missing_ok=True)
         if not is_current(target, made_from(nb, given, experiments, profile)):
             written = {p: p.stat().st_mtime_ns for p in target.parent.glob(f"{name}-*.*")}
-            done = _executed(nb, nb_path, part_of(target), given)
+            with kernel.lent() if kernel else nullcontext() as manager:
+                done = _executed(nb, nb_path, part_of(target), given, manager)
             for path, when in written.items():
                 if path.stat().st_mtime_ns == when:
                     path.unlink()
@@ -336,15 +339,14 @@ def part_of(target: Path) -> Path:
     return target.with_name(f".{target.stem}.part.ipynb")
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-056
-def _executed(nb, path: Path, part: Path, given: dict):
+def _executed(nb, path: Path, part: Path, given: dict, manager=None):
     "The notebook after papermill has run it, in the folder of its path."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
     options["shutdown_kernel"] = "immediate"  # a second interrupt would meet its exit handlers
     try:
         write_atomically(part, nbformat.writes(nb))
-        papermill.execute_notebook(
-            str(part), str(part), given, extra_arguments=["--log-level=40"], **options
-        )
+        options["extra_arguments"] = ["--log-level=40"]
+        papermill.execute_notebook(str(part), str(part), given, km=manager, **options)
         return tidied(nbformat.read(part, 4))
     except Exception:
         if part.exists():

@@ -104,8 +104,11 @@ def _written(fig, pdf: Path, caption: str) -> Figure:
     "Write a figure as PDF, PNG and the text of its caption, and close it."
     drawn = BytesIO()
     with page():
-        fig.savefig(pdf, metadata={"CreationDate": None}, bbox_inches="tight")
         fig.savefig(drawn, metadata={"Software": None}, bbox_inches="tight")
+        fig.set_dpi(plt.rcParams["savefig.dpi"])
+        box = fig.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
+        fig.set_layout_engine("none")  # the PDF has the layout and the edges of the PNG
+        fig.savefig(pdf, metadata={"CreationDate": None}, bbox_inches=box)
     plt.close(fig)
     png = _with_palette(drawn)
     write_atomically(pdf.with_suffix(".png"), png)

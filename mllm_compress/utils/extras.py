@@ -17,7 +17,8 @@ EXTRAS = {
     "resvg_py": "eyes",
     "bitsandbytes": "quantize",
     **dict.fromkeys(
-        "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel".split(),
+        "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel "
+        "jupyter_client jupyter_core".split(),
         "study",
     ),
 }  # package -> extra
