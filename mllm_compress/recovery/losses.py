@@ -23,6 +23,7 @@ from mllm_compress.utils.methods import (
     OLIVE,
     ORANGE,
     PINK,
+    RED,
     SKY,
     WINE,
     Look,
@@ -164,6 +165,7 @@ COMBINED_LOOKS = {
     "sft+hidden_kd": Look("SFT + hidden KD", GREEN, "D"),
     "sft+logits_kd": Look("SFT + logits KD", OLIVE, "P", DASHDOTTED),
     "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1))),
+    "reverse_logits_kd+hidden_kd": Look("reverse KD + hidden KD", RED, "8", DOTTED),
 }
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-029

@@ -53,12 +53,23 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{self.notebook}-{name}.{ending}"
 
-    def table(self, frame: pd.DataFrame, name: str, caption: str, best: dict = {}, **how) -> Table:
-        "Write a table as CSV, Markdown and LaTeX; `how`: digits and once, as in Table."
+    def table(
+        self,
+        frame: pd.DataFrame,
+        name: str,
+        caption: str,
+        best: dict = {},
+        columns: int = 0,  # that the notebook shows, the first ones; 0: all
+        **how,  # digits and once, as in Table
+    ) -> Table:
+        "Write a table as CSV, Markdown and LaTeX."
         table = Table(frame, caption + explained(frame), best, **how)
         for ending, text in _texts_of(table, frame).items():
             write_atomically(self.path(name, ending), text)
-        return table
+        if not columns:
+            return table
+        rest = f"{table.caption} All columns are in {self.path(name, 'csv').name}."
+        return replace(table, frame=frame.iloc[:, :columns], caption=rest)
 
     def figure(self, fig, name: str, caption: str) -> Figure:
         "Write a figure as PDF and PNG, and its caption."

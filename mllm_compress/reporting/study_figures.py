@@ -277,7 +277,7 @@ def skills(rows: pd.DataFrame, setup: Profile, order: list, ratio: float):  # a 
             part = part.drop_duplicates("recovery").set_index("recovery")
             kept = part.reindex([x for x in order if x in part.index])[names].astype(float)
             grids[f"{model}, {pruning}"] = 100 * kept / whole.iloc[0]
-    fig, axes = panels(max(len(grids), 1), height=0.26 * len(order) + 1.3)
+    fig, axes = panels(max(len(grids), 1), height=0.24 * len(order) + 1.3)
     lowest = min([99.0, *(g.min().min() for g in grids.values())])
     with page():
         for ax, (title, grid) in zip(axes, grids.items()):
@@ -289,7 +289,8 @@ def skills(rows: pd.DataFrame, setup: Profile, order: list, ratio: float):  # a 
 def _heat(ax, grid: pd.DataFrame, lowest: float) -> None:
     "A small heat map with its numbers."
     how = dict(annot=True, fmt=".0f", cbar=False, annot_kws={"fontsize": 8})
-    sns.heatmap(grid, ax=ax, cmap="cividis", vmin=lowest, vmax=100, **how)
+    how |= dict(cmap=sns.color_palette("cividis", 8))  # the numbers tell more
+    sns.heatmap(grid, ax=ax, vmin=lowest, vmax=100, **how)
     labels = [c.split("/")[-1] for c in grid]
     ax.set_xticklabels(labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
     ax.set_yticklabels(grid.index, rotation=0, fontsize=8.5)
@@ -337,10 +338,12 @@ def recovery_curves(
     fig, axes = panels(max(len(models), 1), height=2.6)
     with page():
         for ax, model in zip(axes, models):
+            own = rows[rows.model == model]
             for name in order:
-                g = rows[(rows.model == model) & (rows.recovery == name)]
+                g = own[(own.recovery == name) & (own.step > 0)]
                 line(ax, g.step, g.score, name)
-            ax.set(title=model, xlabel="step")
+            before = own[own.step == 0].score.mean()
+            ax.set(title=f"{model}, {before:.0f} before training", xlabel="step")
         axes[0].set_ylabel("validation score")
         legend_above(fig, order)
     return fig
@@ -412,17 +415,18 @@ PARTS = {
 
 
 def _share_bar(ax, y: int, own: pd.Series) -> None:
-    "The parts of one model side by side; the projector's share stands at the right."
+    "The parts that a model has side by side; the projector's share stands at the right."
     share, left = 100 * own / own.sum(), 0.0
     middle = dict(ha="center", va="center", fontsize=8.5)
     for part, (_, color) in PARTS.items():
         how = dict(left=left, color=color, height=0.7, edgecolor="white", linewidth=0.3)
         ax.barh(y, share[part], **how)
-        if part != "projector":
+        if part != "projector" and share[part] > 0:
             tint = "white" if part == "lm" else "black"
             ax.text(left + share[part] / 2, y, f"{share[part]:.0f}", color=tint, **middle)
         left += share[part]
-    ax.text(102, y, f"{share['projector']:.1f}", va="center", fontsize=8.5, color=ORANGE)
+    if share["projector"] > 0:
+        ax.text(102, y, f"{share['projector']:.1f}", va="center", fontsize=8.5, color=ORANGE)
 
 # %% ../../nbs/library/reporting/13_study_figures.ipynb #cell-037
 def shares(counts: dict):  # name -> Series of parameters by part; a figure

@@ -364,10 +364,10 @@ def three_digits(x: float) -> str:
 
 
 def parameter_table(counts: dict) -> pd.DataFrame:
-    "Parameters by part: counted, and as reported in the paper."
+    "Parameters by part that a model has: counted, and as reported in the paper."
     printed, rows = printed_parameters(), []
     for name, count in counts.items():
-        for part, n in with_total(count).items():
+        for part, n in with_total(count).loc[lambda parts: parts > 0].items():
             known = printed.get((name, part))
             row = {"model": name, "part": part, "share %": 100 * n / count.sum()}
             row["counted (M)"] = three_digits(n / 1e6)

@@ -129,10 +129,10 @@ def to_html(table: Table) -> str:
     "A table with its caption, as notebooks and the page show it."
     texts = _texts(table, "<b>{}</b>", html.escape)
     is_long = texts.map(lambda text: "long" if len(html.unescape(text)) > 40 else "")
-    sides = {True: "right", False: "left"}
-    styles = [{"selector": "caption", "props": "text-align:left"}]
-    for k, numeric in enumerate(_numeric(table)):
-        styles.append({"selector": f".col{k}", "props": f"text-align:{sides[numeric]}"})
+    sides = dict.fromkeys(("caption", "th", "td"), "left")
+    right = [k for k, numeric in enumerate(_numeric(table), 1) if numeric]
+    sides |= dict.fromkeys((f"tr > :nth-child({k})" for k in right), "right")
+    styles = [{"selector": at, "props": f"text-align:{side}"} for at, side in sides.items()]
     laid_out = Styler(
         texts.set_axis([_heading(c) for c in texts], axis=1),
         uuid=content_hash([list(texts.columns), texts.to_numpy().tolist()])[:8],
@@ -142,7 +142,8 @@ def to_html(table: Table) -> str:
     )
     is_long.columns = laid_out.columns
     laid_out = laid_out.hide(axis="index").set_table_styles(styles).set_td_classes(is_long)
-    return re.sub(r"data row\d+ |(?<=\n) +", "", laid_out.to_html())
+    places = r"data row\d+ col\d+ ?|col_heading level\d+ col\d+ ?|(?<=\n) +"  # a third of it
+    return re.sub(r' class="" ?', "", re.sub(places, "", laid_out.to_html()))
 
 # %% ../../nbs/library/reporting/04_tables.ipynb #cell-028
 def _heading(text: str) -> str:

@@ -62,7 +62,7 @@ def beside_used(
         rate = profile.learning_rates.get(train, {}).get(losses)
         used = {rate_of(rate, p, b.ratio) for p in tried.pruning.unique()}
         used = used.pop() if len(used) == 1 and rate else float("nan")
-        lost = b.score - mean.get((b.objective, b.ratio, used), float("nan"))
+        lost = round(b.score - mean.get((b.objective, b.ratio, used), float("nan")), 6)
         rows.append({"train": train, "used": used, "lost": lost})
     found = best.join(pd.DataFrame(rows))
     alike = [found.pop("train"), found.ratio]  # they are compared with each other
