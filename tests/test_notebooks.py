@@ -158,7 +158,7 @@ def world(tmp_path, monkeypatch):
         fails=False,
     )
 
-    def run(nb, path, part, given):
+    def run(nb, path, part, given, manager):
         world.runs += 1
         for name, text in world.leaves.items():
             (part.parent / name).write_text(text)

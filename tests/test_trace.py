@@ -12,7 +12,7 @@ from draw_again import MEASURED, fetched_inputs
 
 from mllm_compress.reporting import effects
 from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
-from mllm_compress.reporting.notebooks import experiments_of
+from mllm_compress.reporting.notebooks import experiments_of, for_profile
 from mllm_compress.reporting.verdicts import Verdict
 from mllm_compress.study import runs as study
 from mllm_compress.study import store
@@ -370,12 +370,11 @@ def recounted(found: dict, said: dict, margin: float | None) -> None:
 # ---- from the sources
 
 
-def code_of(path: Path) -> list:
+def code_of(nb) -> list:
     "The code of a notebook, without the parameters that papermill has put in."
-    cells = nbformat.read(path, 4).cells
     return [
         c.source
-        for c in cells
+        for c in nb.cells
         if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
     ]
 
@@ -387,7 +386,9 @@ def code_of(path: Path) -> list:
 )
 def test_committed_notebooks_were_run_from_their_sources(notebook):
     "All that a study runs; the search for learning rates (00) takes hours and is run by hand."
-    assert code_of(notebook) == code_of(ROOT / "nbs/study" / notebook.name)
+    source = nbformat.read(ROOT / "nbs/study" / notebook.name, 4)
+    applies = for_profile(notebook.stem, source, load_profile(notebook.parent.name))
+    assert code_of(nbformat.read(notebook, 4)) == code_of(applies)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ..utils.extras import lazily
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-lazily
 nbformat, papermill = lazily("nbformat"), lazily("papermill")
-jupyter_client, jupyter = lazily("jupyter_client"), lazily("jupyter_core.utils")
+jupyter_client = lazily("jupyter_client")
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-004
 def failure_of(
@@ -108,9 +108,13 @@ def _emptied(manager) -> bool:
 
 
 def _ended(manager) -> None:
-    "End a kernel at once."
-    if manager.has_kernel:
-        jupyter.run_sync(manager.shutdown_kernel)(now=True)
+    "End a kernel and its processes at once, whatever it was doing."
+    started = manager.provisioner
+    if started is not None and started.process is not None:
+        with suppress(OSError):
+            os.killpg(started.pgid, signal.SIGKILL) if started.pgid else started.process.kill()
+        started.process.wait()
+    manager.cleanup_connection_file()
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-007
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:

@@ -53,23 +53,12 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         return self.folder / f"{self.notebook}-{name}.{ending}"
 
-    def table(
-        self,
-        frame: pd.DataFrame,
-        name: str,
-        caption: str,
-        best: dict = {},
-        columns: int = 0,  # that the notebook shows, the first ones; 0: all
-        **how,  # digits and once, as in Table
-    ) -> Table:
-        "Write a table as CSV, Markdown and LaTeX."
+    def table(self, frame, name: str, caption: str, best: dict = {}, columns=0, **how) -> Table:
+        "Write a table, and return its first columns (0: all); `how`: digits and once, as in Table."
         table = Table(frame, caption + explained(frame), best, **how)
         for ending, text in _texts_of(table, frame).items():
             write_atomically(self.path(name, ending), text)
-        if not columns:
-            return table
-        rest = f"{table.caption} All columns are in {self.path(name, 'csv').name}."
-        return replace(table, frame=frame.iloc[:, :columns], caption=rest)
+        return _first(columns, table, self.path(name, "csv").name) if columns else table
 
     def figure(self, fig, name: str, caption: str) -> Figure:
         "Write a figure as PDF and PNG, and its caption."
@@ -103,6 +92,12 @@ def _texts_of(table: Table, frame: pd.DataFrame) -> dict:  # ending -> text
     "What a table is written as."
     numbers = frame.to_csv(index=False, float_format="%.6g")
     return {"csv": numbers, "md": to_markdown(table), "tex": to_latex(table)}
+
+
+def _first(n: int, table: Table, whole: str) -> Table:
+    "The first columns of a table, and where it is whole."
+    caption = f"{table.caption} All columns are in {whole}."
+    return replace(table, frame=table.frame.iloc[:, :n], caption=caption)
 
 
 def _run_with(changed: dict, folder: Path) -> str:

@@ -18,7 +18,7 @@ EXTRAS = {
     "bitsandbytes": "quantize",
     **dict.fromkeys(
         "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel "
-        "jupyter_client jupyter_core".split(),
+        "jupyter_client".split(),
         "study",
     ),
 }  # package -> extra
