@@ -119,8 +119,8 @@ def _ended(manager) -> None:
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-007
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: notebooks in, (status, problem) out, until the pipe closes."
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nbclient ends its kernel then
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # which died as it should
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the kernel ends too
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # silent about it
     end_with_master()
     with (
         suppress(EOFError, BrokenPipeError, KeyboardInterrupt),
