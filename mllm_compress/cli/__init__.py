@@ -7,7 +7,7 @@ __all__ = ['app']
 
 # %% ../../nbs/library/cli/00_index.ipynb #cell-003
 from mllm_compress.cli import (
-    check,
+    checking,
     exporting,
     look,
     measuring,

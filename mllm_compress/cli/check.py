@@ -13,11 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 from PIL import Image
 
 # %% ../../nbs/library/cli/09_check.ipynb #cell-004b
@@ -26,17 +24,6 @@ from ..anatomy.pictures import shares_prefixes
 from ..checkpoint.integrity import read_manifest
 from ..checkpoint.loading import load_pruned
 from ..checkpoint.saving import save_pruned
-from mllm_compress.cli.app import (
-    AsJson,
-    Device,
-    Model,
-    app,
-    check_models,
-    emit,
-    load,
-    politely,
-    resolve_device,
-)
 from ..cost.arithmetic import closed_parameters, example_inputs, shape_of_model
 from ..data.collator import Collator
 from ..data.instructions import InstructionData, has_image
@@ -420,27 +407,3 @@ def findings_text(findings: list) -> str:
     broken = [f.check for f in findings if f.passed is False]
     last = f"broken: {', '.join(broken)}" if broken else "Every check that ran passed."
     return "\n".join([*rows, last])
-
-# %% ../../nbs/library/cli/09_check.ipynb #cell-046
-@app.command()
-def check(
-    model: Model,
-    only: Annotated[
-        list[str] | None, typer.Option(help="A check to run; several times for several.")
-    ] = None,
-    device: Device = "cpu",
-    as_json: AsJson = False,
-):
-    "Check which steps work on a checkpoint: parts, pruning, recovery, evaluation, reload."
-    with politely():
-        from mllm_compress.utils.methods import check_choice
-
-        for name in only or ():
-            check_choice("check", name, CHECKS)
-        check_models(model)
-        loaded, processor, _ = load(model, resolve_device(device))
-        found = run_checks(Case(loaded, processor), tuple(only or CHECKS))
-        rows = [vars(f) for f in found]
-        emit(findings_text(found), {"model": model, "checks": rows}, as_json)
-        if any(f.passed is False for f in found):
-            raise typer.Exit(1)

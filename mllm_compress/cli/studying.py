@@ -15,6 +15,9 @@ from typing import Annotated
 import typer
 
 from .app import TABLES, AsJson, app, emit, note, politely
+from ..utils.extras import importing
+from ..utils.files import checkout
+from ..utils.processes import can_fork, no_gpu_here, start_fork_server
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-004
 class _Lines(io.StringIO):
@@ -43,6 +46,13 @@ def as_one_object(as_json: bool, **facts):
     if code:
         raise typer.Exit(code)
 
+# %% ../../nbs/library/cli/07_studying.ipynb #88b4c784
+def _prepare_to_draw(only: list) -> None:
+    "Start the fork server, where several notebooks are to be drawn without a GPU."
+    folder = checkout() / "nbs" / "study"
+    if can_fork("cpu") and no_gpu_here() and len(only or [*folder.glob("*.ipynb")]) > 1:
+        start_fork_server()
+
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-006
 @app.command()
 def study(
@@ -70,7 +80,10 @@ def study(
     "Compute missing results, run the notebooks, and make figures/PROFILE/index.html."
     kept = "Finished results are kept; the same command continues from them."
     with politely(kept), as_one_object(as_json, profile=profile):
-        from mllm_compress.reporting import notebooks, runner
+        if executor == "local" and workers != 1 and not (dry_run or status):
+            _prepare_to_draw(only)
+        with importing():
+            from mllm_compress.reporting import notebooks, runner
 
         profile = f"{profile}@{model}" if model else profile
         if reuse:

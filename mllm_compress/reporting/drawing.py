@@ -22,8 +22,14 @@ from mllm_compress.reporting.notebooks import (
     part_of,
 )
 from ..study.profiles import Profile, load_profile
-from ..study.workers import Worker, answers_of, devices, end_with_master, results_of
+from ..study.workers import Worker, answers_of, devices, results_of
 from ..utils.extras import lazily
+from mllm_compress.utils.processes import (
+    can_fork,
+    end_with_master,
+    start_fork_server,
+    stop_fork_server,
+)
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-lazily
 nbformat, papermill = lazily("nbformat"), lazily("papermill")
@@ -65,13 +71,17 @@ def target_of(name: str, values: dict, profile: str) -> Path:
 class Kernel:
     "A kernel that is lent to one notebook after another."
 
-    def __init__(self, keep: bool = True):
-        self.keep, self.idle = keep, None
+    def __init__(
+        self,
+        keep: bool = True,
+        spare=None,  # of `forked_kernels`: the process of the first kernel
+    ):
+        self.keep, self.spare, self.idle = keep, spare, None
 
     @contextmanager
     def lent(self):
         "The manager of a kernel without variables; after an error the kernel has ended."
-        manager, self.idle = self.idle or jupyter_client.AsyncKernelManager(), None
+        manager, self.idle = self.idle or _new_kernel(self.spare), None
         clients, new = [], type(manager).client
         manager.client = lambda **how: clients.append(new(manager, **how)) or clients[-1]
         try:
@@ -88,9 +98,20 @@ class Kernel:
         if self.idle is not None:
             _ended(self.idle)
             self.idle = None
+        if self.spare is not None:
+            self.spare.kill()
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #3e9df979
 PATIENCE = 60  # seconds
+
+
+def _new_kernel(spare):
+    "The manager of a kernel that has not started."
+    if spare is None:
+        return jupyter_client.AsyncKernelManager()
+    from mllm_compress.reporting.forked_kernels import manager_with
+
+    return manager_with(spare)
 
 
 def _emptied(manager) -> bool:
@@ -111,33 +132,53 @@ def _ended(manager) -> None:
     "End a kernel and its processes at once, whatever it was doing."
     started = manager.provisioner
     if started is not None and started.process is not None:
-        with suppress(OSError):
-            os.killpg(started.pgid, signal.SIGKILL) if started.pgid else started.process.kill()
+        with suppress(OSError):  # a process that has just been forked leads no group yet
+            os.killpg(started.pgid, signal.SIGKILL)
+        started.process.kill()
         started.process.wait()
     manager.cleanup_connection_file()
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-007
+def _spare_of(device: str):
+    "The spare process of a forked worker."
+    if not can_fork(device):
+        return None
+    from mllm_compress.reporting.forked_kernels import Spare
+
+    return Spare()
+
+
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: notebooks in, (status, problem) out, until the pipe closes."
+    spare = _spare_of(device)  # before there are threads
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the kernel ends too
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # silent about it
     end_with_master()
     with (
         suppress(EOFError, BrokenPipeError, KeyboardInterrupt),
-        closing(Kernel(keep=device == "cpu")) as kernel,
+        closing(Kernel(device == "cpu", spare)) as kernel,
     ):
         while True:
             problem = problem_of(*pipe.recv(), kernel)
             pipe.send(("failed" if problem else "done", problem))
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-009
+def _drawing_worker(loaded: Profile, folder: Path, place: str) -> Worker:
+    "A worker that draws, forked where that is possible."
+    if not can_fork(place):
+        return Worker(loaded, folder, place, _serve)
+    start_fork_server()
+    return Worker(loaded, folder, place, _serve, "forkserver")
+
+
 def _drawn(plan: dict, profile: str, places: list):  # devices of the workers
     "Yield the name and the problem of each notebook of a plan, as workers finish them."
     loaded, team = load_profile(profile), []
     waiting = [(name, path, values, profile) for name, (path, values, _) in plan.items()]
     try:
         folder = results_of(loaded).folder
-        team += [Worker(loaded, folder, place, _serve) for place in places[: len(waiting)]]
+        for place in places[: len(waiting)]:
+            team.append(_drawing_worker(loaded, folder, place))
         while waiting or any(worker.current for worker in team):
             for worker in team:
                 if worker.current is None and waiting:
@@ -148,6 +189,7 @@ def _drawn(plan: dict, profile: str, places: list):  # devices of the workers
         stopped = [worker.current for worker in team if worker.current]
         for worker in team:
             worker.stop()
+        stop_fork_server()
         for name, _, values, profile in stopped:  # a worker may have ended too early to tidy up
             part_of(target_of(name, values, profile)).unlink(missing_ok=True)
 

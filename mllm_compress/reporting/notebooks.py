@@ -256,6 +256,11 @@ def said_elsewhere(nb, name: str) -> list:  # of hashes
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
 def made_from(nb, given: dict, experiments: list, profile) -> str:
     "A hash of everything that an executed notebook shows."
+    return content_hash(_shown(nb, given, experiments, profile))
+
+
+def _shown(nb, given: dict, experiments: list, profile) -> dict:
+    "Everything that an executed notebook shows; a result that is missing is empty."
     profile = load_profile(profile)
     results, here = results_of(profile), ""
     anywhere = replace(profile, workers=0, slurm=Slurm(), folders={}, towers={})
@@ -263,18 +268,16 @@ def made_from(nb, given: dict, experiments: list, profile) -> str:
         device = record("cuda" if torch.cuda.is_available() else "cpu")["device"]
         here = f"{platform.node()} {device}"
     names = {name_of(e, profile): _content(e, profile, results) for e in experiments}
-    return content_hash(
-        {
-            "source": [c.source for c in nb.cells],
-            "parameters": given,
-            "drawing": _drawing(),
-            "results": names,
-            "beside": said_by_larger(profile) + said_elsewhere(nb, profile.name),
-            "models": [model_identity(source_of(m, profile)) for m in profile.models],
-            "profile": repr(anywhere),
-            "here": here,
-        }
-    )
+    return {
+        "source": [c.source for c in nb.cells],
+        "parameters": given,
+        "drawing": _drawing(),
+        "results": names,
+        "beside": said_by_larger(profile) + said_elsewhere(nb, profile.name),
+        "models": [model_identity(source_of(m, profile)) for m in profile.models],
+        "profile": repr(anywhere),
+        "here": here,
+    }
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-046
 def is_current(path: Path, made: str) -> bool:
@@ -319,12 +322,11 @@ def execute(
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-052
 def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
     "The metadata of an executed notebook: the hash of its inputs, and the results it has read."
-    results = results_of(profile)
-    complete = all(result_of(e, profile, results) for e in experiments)
+    shown = _shown(nb, given, experiments, profile)
     return {
-        "made_from": made_from(nb, given, experiments, profile) if complete else "",
+        "made_from": content_hash(shown) if all(shown["results"].values()) else "",
         "parameters": given,
-        "results": sorted({name_of(e, profile) for e in experiments}),
+        "results": sorted(shown["results"]),
         "files": files_of(target),
     }
 
@@ -343,6 +345,7 @@ def _executed(nb, path: Path, part: Path, given: dict, manager=None):
     "The notebook after papermill has run it, in the folder of its path."
     options = {"cwd": str(path.parent), "progress_bar": False, "kernel_name": "python3"}
     options["shutdown_kernel"] = "immediate"  # a second interrupt would meet its exit handlers
+    options["request_save_on_cell_execute"] = False  # at the end, also of one that fails
     try:
         write_atomically(part, nbformat.writes(nb))
         options["extra_arguments"] = ["--log-level=40"]

@@ -110,7 +110,8 @@ def _written(fig, pdf: Path, caption: str) -> Figure:
     "Write a figure as PDF, PNG and the text of its caption, and close it."
     drawn = BytesIO()
     with page():
-        fig.savefig(drawn, metadata={"Software": None}, bbox_inches="tight")
+        quickly = {"compress_level": 0}  # it is compressed with its palette
+        fig.savefig(drawn, bbox_inches="tight", pil_kwargs=quickly)
         fig.set_dpi(plt.rcParams["savefig.dpi"])
         box = fig.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
         fig.set_layout_engine("none")  # the PDF has the layout and the edges of the PNG

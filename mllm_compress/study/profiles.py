@@ -8,7 +8,9 @@ __all__ = ['Profile', 'profile_names', 'load_profile']
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-002
 import os
 import re
+from copy import deepcopy
 from dataclasses import asdict, field, fields, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -313,6 +315,12 @@ def profile_names() -> list:
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-044
+@lru_cache(16)
+def _parsed(text: str):
+    "What a text in YAML says."
+    return yaml.safe_load(text)
+
+
 def load_profile(
     name,  # of a shipped profile, a path to a YAML file, either with @MODEL, or a Profile
 ) -> Profile:
@@ -324,7 +332,7 @@ def load_profile(
         return only_model(load_profile(whole), model)
     path = _profile_path(str(name))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = deepcopy(_parsed(path.read_text(encoding="utf-8"))) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):

@@ -9,12 +9,10 @@ __all__ = []
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -30,6 +28,13 @@ from .stages import compute, index, missing_stages
 from .store import Store
 from .students import checkpoints_of
 from ..utils.files import checkout
+from mllm_compress.utils.processes import (
+    ONE_THREAD,
+    end_with_master,
+    environment,
+    on_cpu,
+    without_interrupts,
+)
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-004
 def results_of(profile: Profile) -> Store:
@@ -78,19 +83,6 @@ def complete_logged(
         sys.stderr.flush()
     return answer
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-014
-def _watch(master: int) -> None:
-    "End this process as soon as another has become its parent."
-    while os.getppid() == master:
-        time.sleep(1)
-    os._exit(1)
-
-
-def end_with_master() -> None:
-    "From now on this process ends with the one that started it."
-    master = multiprocessing.parent_process().pid
-    threading.Thread(target=_watch, args=(master,), daemon=True).start()
-
 # %% ../../nbs/library/study/11_workers.ipynb #cell-016
 def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
     "The life of a worker: experiments in, (status, message) out, until the pipe closes."
@@ -136,49 +128,25 @@ def check_gpus(profile: Profile) -> None:
         )
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-025
-HEAP = {  # glibc keeps what a training step frees for the next one
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**26),
-}
-
-
 def _surroundings(device: str, processes: int = 1) -> dict:
     "The environment of a worker: one thread, no progress bars of its own, its own GPUs."
-    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TQDM_DISABLE")
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
-    new = dict.fromkeys(threads, "1") | quiet
     if device == "cpu":
-        return new | {k: os.environ.get(k, v) for k, v in HEAP.items()}
+        return on_cpu()
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
     first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
     mine = (seen or all_gpus).split(",")[first : first + processes]
-    return new | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    return ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-027
-@contextmanager
-def _environment(new: dict):
-    "Processes started in this context find these values in their environment."
-    old = {k: os.environ.get(k) for k in new}
-    os.environ.update(new)
+# %% ../../nbs/library/study/11_workers.ipynb #a1378ea5
+def _begin(process, ours, theirs) -> None:  # with the ends of its pipe
+    "Start a process that ends by itself where its start is interrupted."
     try:
-        yield
+        process.start()
+    except BaseException:
+        ours.close()
+        raise
     finally:
-        for k, v in old.items():
-            if v is None:
-                del os.environ[k]
-            else:
-                os.environ[k] = v
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-029
-@contextmanager
-def _without_interrupts():
-    "Processes started in this context never receive SIGINT; ours waits until the block ends."
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        theirs.close()
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-031
 GRACE = 10  # seconds that a worker has to end by itself
@@ -187,16 +155,16 @@ GRACE = 10  # seconds that a worker has to end by itself
 class Worker:
     "A process that completes experiments, or serves otherwise, one after another."
 
-    def __init__(self, profile: Profile, folder: Path, device: str, serve=_serve):
-        self.args, self.current, self.last = (profile, folder, device, serve), None, None
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        own = "cpu" if device == "cpu" else "cuda:0"
-        args = (theirs, profile, folder, own)
-        self.process = spawn.Process(target=serve, args=args, daemon=True)
-        with _environment(_surroundings(device, profile.processes)), _without_interrupts():
-            self.process.start()
-        theirs.close()
+    def __init__(
+        self, profile: Profile, folder: Path, device: str, serve=_serve, start: str = "spawn"
+    ):
+        self.args, self.current, self.last = (profile, folder, device, serve, start), None, None
+        context = multiprocessing.get_context(start)
+        self.pipe, theirs = context.Pipe()
+        args = (theirs, profile, folder, "cpu" if device == "cpu" else "cuda:0")
+        self.process = context.Process(target=serve, args=args, daemon=start == "spawn")
+        with environment(_surroundings(device, profile.processes)), without_interrupts():
+            _begin(self.process, self.pipe, theirs)
 
     def give(self, experiment: Experiment) -> None:
         self.current = self.last = experiment

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/utils/03_extras.ipynb #cell-002
+import gc
 import sys
 from contextlib import contextmanager
 from importlib import import_module, util
@@ -53,3 +54,19 @@ def lazily(
     module = sys.modules[name] = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+# %% ../../nbs/library/utils/03_extras.ipynb #2e82ceab
+@contextmanager
+def importing():
+    "Import without searches for garbage; later searches leave out what was imported."
+    gc.disable()
+    try:
+        yield
+    finally:
+        keep_imported()
+
+
+def keep_imported() -> None:
+    "Search for garbage from now on, but not in what there is already."
+    gc.freeze()
+    gc.enable()
