@@ -8,6 +8,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -193,3 +194,14 @@ def test_a_kernel_that_has_not_begun_is_ended(checkout, monkeypatch):  # noqa: F
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
     )
     assert found.stdout.split() == [str(-signal.SIGKILL)], found.stderr
+
+
+def test_a_kernel_that_ended_at_once_has_no_group():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    started = SimpleNamespace(process=process, pgid=None)
+    removed = []
+    manager = SimpleNamespace(
+        provisioner=started, cleanup_connection_file=lambda: removed.append("connection file")
+    )
+    drawing._ended(manager)
+    assert process.returncode == -signal.SIGKILL and removed == ["connection file"]

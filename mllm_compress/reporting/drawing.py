@@ -133,7 +133,8 @@ def _ended(manager) -> None:
     started = manager.provisioner
     if started is not None and started.process is not None:
         with suppress(OSError):  # a process that has just been forked leads no group yet
-            os.killpg(started.pgid, signal.SIGKILL)
+            if started.pgid:  # none is known of one that ended at once
+                os.killpg(started.pgid, signal.SIGKILL)
         started.process.kill()
         started.process.wait()
     manager.cleanup_connection_file()
