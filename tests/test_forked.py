@@ -1,6 +1,7 @@
 """Processes forked from one that has imported everything: what they have, and how they end."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
 from test_kill import NOTEBOOK, Run, alive, checkout, linux, soon  # noqa: F401
+from typer.testing import CliRunner
 
+from mllm_compress.cli import studying
+from mllm_compress.cli.app import app
 from mllm_compress.reporting import drawing, forked_kernels, runner
 from mllm_compress.utils import processes
 
@@ -94,6 +98,80 @@ def test_after_a_kernel_that_died_comes_an_ordinary_one(checkout, monkeypatch): 
     assert problem.startswith("02_died failed") and "Dead" in problem
     assert said("01_slow")["imported"] and not said("03_after")["imported"]
     assert not said("03_after")["others"]
+
+
+@linux
+def test_what_the_server_shares(checkout, monkeypatch):  # noqa: F811
+    "Nothing that a process could take with it when it is killed."
+    monkeypatch.chdir(checkout)
+    processes.start_fork_server()
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        server = pool.apply(os.getppid)
+        assert server == forkserver._forkserver._forkserver_pid
+        assert pool.apply(eval, ("'mllm_compress.reporting' in __import__('sys').modules",))
+        assert os.listdir(f"/proc/{server}/task") == [str(server)]
+        assert "sem.mp" not in Path(f"/proc/{server}/maps").read_text()
+    processes.stop_fork_server()
+
+
+SHOWN = """
+from tqdm import tqdm
+
+for i in tqdm(range(3), disable=False):
+    print("shown", i)
+"""
+DIED = (
+    SHOWN
+    + """
+import os
+
+tqdm.get_lock().acquire()
+os._exit(3)
+"""
+)
+
+
+@linux
+def test_a_kernel_that_dies_while_it_shows_progress_blocks_nobody(
+    checkout,  # noqa: F811
+    monkeypatch,
+):
+    monkeypatch.chdir(checkout)
+    plan = write(checkout, **{"01_died": DIED, "02_shown": SHOWN, "03_third": SHOWN})
+    (problem,) = runner.run_notebooks(plan, "small.yaml", "local", workers=2)
+    assert problem.startswith("01_died failed") and "Dead" in problem
+    for name in ("02_shown", "03_third"):
+        assert "shown 2" in Path(f"figures/small/{name}.ipynb").read_text()
+
+
+@linux
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_command_that_fails_leaves_no_server(checkout, monkeypatch, workers):  # noqa: F811
+    monkeypatch.chdir(checkout)
+    write(checkout, **{"01_one": ABOUT, "02_two": ABOUT})
+    started, start = [], processes.start_fork_server
+    monkeypatch.setattr(studying, "start_fork_server", lambda: started.append(start()))
+    found = CliRunner().invoke(app, ["study", "--profile", "no.yaml", "--workers", workers])
+    assert found.exit_code == 2 and len(started) == (workers == "0")
+    assert forkserver._forkserver._forkserver_pid is None
+    assert alive(checkout) == [os.getpid()]
+
+
+@linux
+def test_a_server_of_somebody_else_is_left_alone(checkout, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(checkout)
+    forkserver.ensure_running()
+    theirs = forkserver._forkserver._forkserver_pid
+    plan = write(checkout, **dict.fromkeys(("01_one", "02_two"), ABOUT))
+    try:
+        assert runner.run_notebooks(plan, "small.yaml", "local", workers=2) == []
+        processes.start_fork_server()
+        processes.stop_fork_server()
+        assert forkserver._forkserver._forkserver_pid == theirs
+        assert theirs in alive(checkout)
+    finally:
+        forkserver._forkserver._stop()
+    assert not said("01_one")["imported"] and not said("02_two")["imported"]
 
 
 @linux

@@ -1,11 +1,13 @@
 """Nothing lost: the real command, killed, interrupted and started twice, at random moments."""
 
+import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -14,6 +16,8 @@ import nbformat
 import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 from mllm_compress.cli.app import app
 from mllm_compress.reporting import drawing, runner
@@ -69,6 +73,7 @@ def prepare(folder: Path) -> Path:
 @pytest.fixture
 def checkout(tmp_path):
     "Such a checkout; whatever still runs in it is ended afterwards."
+    multiprocessing.resource_tracker.ensure_running()  # elsewhere: it serves this process
     yield prepare(tmp_path)
     for pid in alive(tmp_path):
         os.kill(pid, signal.SIGKILL) if pid != os.getpid() else None
@@ -88,6 +93,7 @@ class Run:
             for stream in (1, 2):
                 os.dup2(out.fileno(), stream)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        tqdm.set_lock(threading.RLock())  # the one it has is shared with the process of the tests
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 70
         try:
@@ -163,6 +169,26 @@ def whole(tmp_path_factory):
     folder = prepare(tmp_path_factory.mktemp("whole"))
     said = [run.says() for run in [Run(folder), Run(folder)]]
     return folder, said
+
+
+def held(*_, **__) -> None:
+    "A command that is in the middle of writing its progress."
+    with tqdm.get_lock():
+        Path("held").touch()
+        time.sleep(600)
+
+
+@linux
+def test_a_command_that_is_killed_holds_no_lock_of_the_tests(checkout, monkeypatch):
+    for _ in tqdm(range(1)):  # makes the lock, if nothing has made it before
+        pass
+    monkeypatch.setitem(globals(), "app", held)
+    run = Run(checkout)
+    assert soon((checkout / "held").exists)
+    run.signal(signal.SIGKILL)
+    assert soon(run.ended)
+    assert TqdmDefaultWriteLock.mp_lock.acquire(timeout=5)
+    TqdmDefaultWriteLock.mp_lock.release()
 
 
 @linux

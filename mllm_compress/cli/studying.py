@@ -17,7 +17,12 @@ import typer
 from .app import TABLES, AsJson, app, emit, note, politely
 from ..utils.extras import importing
 from ..utils.files import checkout
-from ..utils.processes import can_fork, no_gpu_here, start_fork_server
+from mllm_compress.utils.processes import (
+    can_fork,
+    no_gpu_here,
+    start_fork_server,
+    stop_fork_server,
+)
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-004
 class _Lines(io.StringIO):
@@ -47,11 +52,16 @@ def as_one_object(as_json: bool, **facts):
         raise typer.Exit(code)
 
 # %% ../../nbs/library/cli/07_studying.ipynb #88b4c784
-def _prepare_to_draw(only: list) -> None:
-    "Start the fork server, where several notebooks are to be drawn without a GPU."
-    folder = checkout() / "nbs" / "study"
-    if can_fork("cpu") and no_gpu_here() and len(only or [*folder.glob("*.ipynb")]) > 1:
-        start_fork_server()
+@contextmanager
+def _server_for(drawing: bool, only: list):
+    "With the fork server, where several notebooks are to be drawn without a GPU."
+    notebooks = only or [*(checkout() / "nbs" / "study").glob("*.ipynb")] if drawing else []
+    try:
+        if len(notebooks) > 1 and can_fork("cpu") and no_gpu_here():
+            start_fork_server()
+        yield
+    finally:
+        stop_fork_server()
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-006
 @app.command()
@@ -79,9 +89,8 @@ def study(
 ):
     "Compute missing results, run the notebooks, and make figures/PROFILE/index.html."
     kept = "Finished results are kept; the same command continues from them."
-    with politely(kept), as_one_object(as_json, profile=profile):
-        if executor == "local" and workers != 1 and not (dry_run or status):
-            _prepare_to_draw(only)
+    drawing = executor == "local" and workers != 1 and not (dry_run or status)
+    with politely(kept), as_one_object(as_json, profile=profile), _server_for(drawing, only):
         with importing():
             from mllm_compress.reporting import notebooks, runner
 

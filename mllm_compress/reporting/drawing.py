@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-002
 import logging
+import multiprocessing
 import os
 import signal
 from contextlib import closing, contextmanager, suppress
@@ -141,8 +142,8 @@ def _ended(manager) -> None:
 
 # %% ../../nbs/library/reporting/29_drawing.ipynb #cell-007
 def _spare_of(device: str):
-    "The spare process of a forked worker."
-    if not can_fork(device):
+    "The spare process of a forked worker; other workers are daemons, which have no children."
+    if multiprocessing.current_process().daemon or not can_fork(device):
         return None
     from mllm_compress.reporting.forked_kernels import Spare
 

@@ -85,13 +85,26 @@ PRELOADED = [  # modules; first those that `lazily` would put off
     "mllm_compress.reporting.forked_kernels",
     "mllm_compress.reporting.study_figures",
 ]
-INLINE = "module://matplotlib_inline.backend_inline"  # as Jupyter says to its kernels
+SURROUNDINGS = {
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # as Jupyter says to its kernels
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+STARTED = {}  # process -> its server, where it is ours
+
+
+def _server():  # its process; None: there is none
+    return getattr(forkserver._forkserver, "_forkserver_pid", None)
+
+
+def _is_ours() -> bool:
+    "Whether there is no server but one that was started here."
+    return _server() in (None, STARTED.get(os.getpid()))
 
 
 def can_fork(device: str) -> bool:
     "Whether processes for a device may be forked from the server."
     wanted = os.environ.get("MLLM_COMPRESS_FORK", "1") != "0"
-    return wanted and sys.platform == "linux" and device == "cpu"
+    return wanted and _is_ours() and sys.platform == "linux" and device == "cpu"
 
 
 def no_gpu_here() -> bool:
@@ -99,19 +112,21 @@ def no_gpu_here() -> bool:
     drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD, and of Windows below
     return not any(Path(name).exists() for name in drivers)
 
-
+# %% ../../nbs/library/utils/06_processes.ipynb #4e7a2751
 def start_fork_server() -> None:
-    "Start the server in the background; nothing where it is running."
+    "Start the server in the background; nothing where it, or somebody else's, is running."
+    if not _is_ours():
+        return
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    backend = {"MPLBACKEND": os.environ.get("MPLBACKEND", INLINE)}
-    with environment(on_cpu() | backend), without_interrupts():
+    kept = {k: os.environ.get(k, v) for k, v in SURROUNDINGS.items()}
+    with environment(on_cpu() | kept), without_interrupts():
         forkserver.ensure_running()
+    STARTED[os.getpid()] = _server()
 
 
 def stop_fork_server() -> None:
-    "End the server before this process does."
-    server = forkserver._forkserver
-    pid, stop = (getattr(server, name, None) for name in ("_forkserver_pid", "_stop"))
-    if pid is not None and stop is not None:  # without them the server ends with this process
+    "End our server before this process does."
+    pid, stop = STARTED.pop(os.getpid(), None), getattr(forkserver._forkserver, "_stop", None)
+    if pid and pid == _server() and stop:  # without it the server ends with this process
         os.kill(pid, signal.SIGTERM)  # by itself it would wait for what was forked from it
         stop()
