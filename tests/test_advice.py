@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from mllm_compress.reporting import advice
+from mllm_compress.reporting.effects import difference, setting_of
 from mllm_compress.study import runs as study
 from mllm_compress.study import store
 from mllm_compress.study.experiments import Experiment
@@ -322,3 +323,31 @@ def test_advice_names_a_larger_ratio_that_kept_more():
     assert "kept more" not in advice.answer(frame, "tiny-llava", 0.6, 0.05, True, "quick").text
     both = pd.DataFrame([*rows[:2], better | {"importance": "x"}])  # the recipe was studied here
     assert "kept more" not in advice.answer(both, "tiny-llava", 0.3, 0.05, True, "quick").text
+
+
+def test_the_distances_are_those_of_the_paired_differences():
+    "The ranking takes its rows from groups; `difference` looks each setting up."
+    rng, rows = np.random.default_rng(0), []
+    answers = lambda share: (rng.random(400) < share) * 1.0
+    for row in RESULTS:
+        if row["requested_ratio"] in (0.0, 0.3):
+            seeds = [0] if row["pruning"] == "none" else [0, 1, 2]
+            seeds = seeds[1:] if row["train"] == "projector" else seeds  # one seed is missing
+            rows += [row | {"seed": s, "units": answers(row["score"] / 100)} for s in seeds]
+    frame = pd.DataFrame([row | {"images": [f"i{k // 2}" for k in range(400)]} for row in rows])
+    found = advice.ranked(frame, "tiny-llava", 0.3, data=1.0)
+    assert len(found) == 5 and found.avg_percent.is_monotonic_decreasing
+    settings = [dict(row[setting_of(found)].drop("model")) for _, row in found.iterrows()]
+    for (_, row), setting in zip(found.iterrows(), settings):
+        gap = difference(frame, "tiny-llava", settings[0], setting)
+        assert (row.behind, row.behind_low, row.behind_high) == (gap.value, gap.low, gap.high)
+        best, mine = (
+            {
+                r["seed"]: 100 * r["units"].mean() / rows[0]["units"].mean()
+                for r in rows
+                if all(r[k] == v for k, v in one.items())
+            }
+            for one in (settings[0], setting)
+        )
+        known = np.mean([best[seed] - mine[seed] for seed in set(best) & set(mine)])
+        assert abs(row.behind - known) < 1e-9

@@ -12,7 +12,14 @@ import pandas as pd
 
 from ..evaluation import published
 from .claims import MARGIN
-from .effects import Estimate, dense_rows, difference, setting_of, summary
+from mllm_compress.reporting.effects import (
+    Estimate,
+    Original,
+    dense_rows,
+    paired,
+    setting_of,
+    summary,
+)
 from .verdicts import basis_of
 from ..study.experiments import LATER
 from ..study.profile_inputs import missing_inputs
@@ -128,14 +135,16 @@ def ranked(
 ) -> pd.DataFrame:  # best first; behind (points of AVG-%), with low and high; tied; open; rival
     "The settings that answer the question, each with its distance to the best."
     its = frame[frame.model == model]
-    frame = pd.concat([dense_rows(its, model), fitting(its, ratio, data, training)])
+    dense, answers = dense_rows(its, model), fitting(its, ratio, data, training)
+    frame = pd.concat([dense, answers])
     rows = summary(frame)
     rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
     rows = rows.sort_values("avg_percent", ascending=False)
     if rows.empty:
         raise ValueError(f"The original {model} scores zero, so that no share of it is defined.")
-    settings = [dict(row[setting_of(rows)].drop("model")) for _, row in rows.iterrows()]
-    gaps = [difference(frame, model, settings[0], setting) for setting in settings]
+    by_setting, original = dict(iter(frame.groupby(setting_of(frame), sort=False))), Original(dense)
+    settings = [by_setting[tuple(row)] for row in rows[setting_of(rows)].itertuples(index=False)]
+    gaps = [paired(settings[0], setting, original) for setting in settings]
     tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
     rival = (
         rows.groupby(["recovery", "train", "fraction", "epochs"]).pruning.transform("nunique") > 1

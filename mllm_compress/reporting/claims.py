@@ -13,6 +13,7 @@ import pandas as pd
 
 from mllm_compress.reporting.effects import (
     Estimate,
+    Original,
     arrays_of,
     average,
     dense_rows,
@@ -180,8 +181,8 @@ def above(e: Estimate, line: float) -> Estimate:
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-035
 def kept(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
     "AVG-% of one setting."
-    rows, dense = select(frame, model=model, **wanted), dense_rows(frame, model)
-    return estimate_of(arrays_of(rows, dense), dense, sorted(set(rows.seed)))
+    rows, original = select(frame, model=model, **wanted), Original(dense_rows(frame, model))
+    return estimate_of(arrays_of(rows, original), original, sorted(set(rows.seed)))
 
 # %% ../../nbs/library/reporting/03_claims.ipynb #cell-037
 def keeps(
@@ -461,7 +462,8 @@ def little_against_all(frame: pd.DataFrame) -> dict:
             if not (shared := sorted(set(few.seed) & set(whole.seed))):
                 continue
             few, whole = few[few.seed.isin(shared)], whole[whole.seed == shared[0]]
-            share = estimate_of(arrays_of(few, whole), whole, shared)
+            original = Original(whole)
+            share = estimate_of(arrays_of(few, original), original, shared)
             out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
     return out
 

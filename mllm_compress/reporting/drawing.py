@@ -118,7 +118,7 @@ def _new_kernel(spare):
 def _emptied(manager) -> bool:
     "Whether a kernel's variables could be removed."
     client = manager.blocking_client()
-    client.start_channels()
+    client.start_channels(stdin=False, hb=False)  # the heartbeat would be a thread of its own
     try:
         how = {"store_history": False, "reply": True, "timeout": PATIENCE}
         said = client.execute("get_ipython().reset()", **how)

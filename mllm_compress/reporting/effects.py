@@ -8,6 +8,7 @@ __all__ = ['Estimate', 'summary', 'difference']
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-002
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -102,6 +103,20 @@ def estimate(
     )
     return found.at(0.95)
 
+# %% ../../nbs/library/reporting/02_effects.ipynb #fdcb8c43
+class Pictures(tuple):
+    "Per benchmark, the name of the picture of each unit."
+
+    @cached_property
+    def distinct(self) -> tuple:  # (per unit the position of its picture, names of the pictures)
+        positions, names = pd.factorize(np.concatenate([np.asarray(x, object) for x in self]))
+        return positions, pd.Index(names)
+
+
+def _unnamed(sizes: list) -> list:
+    "Every unit has a picture of its own."
+    return [[f"{b}-{k}" for k in range(n)] for b, n in enumerate(sizes)]
+
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-010
 def errors_by_image(
     arrays: list,  # per benchmark: [seeds, units]
@@ -109,14 +124,17 @@ def errors_by_image(
 ) -> pd.Series:  # picture -> its contribution to the error of the mean of means
     "What each picture contributes to the error of an estimate."
     parts = []
-    for b, a in enumerate(arrays):
+    for a in arrays:
         mean, n = a.mean(axis=0), a.shape[1]
         exact = math.sqrt(n / (n - 1)) if n > 1 else 1.0
-        names = images[b] if len(images) else [f"{b}-{k}" for k in range(n)]
+        parts.append((mean - mean.mean()) * exact / n / len(arrays))
+    sizes = [len(part) for part in parts]
+    pictures = images if isinstance(images, Pictures) else Pictures(images or _unnamed(sizes))
+    for names, n in zip(pictures, sizes):
         if len(names) != n:
             raise ValueError(f"{len(names)} pictures are named for {n} units of one benchmark.")
-        parts.append(pd.Series((mean - mean.mean()) * exact / n / len(arrays), names))
-    return pd.concat(parts).groupby(level=0, sort=False).sum()
+    positions, names = pictures.distinct
+    return pd.Series(np.concatenate(parts)).groupby(positions).sum().set_axis(names)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-016
 SETTING = ["model", "pruning", "requested_ratio", "importance", "recovery", "train", "fraction"]
@@ -130,14 +148,14 @@ def setting_of(frame: pd.DataFrame) -> list:
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-018
 def arrays_of(
     rows: pd.DataFrame,  # of one setting
-    dense: pd.DataFrame,  # of the same model, uncompressed
+    dense,  # an Original of the same model, or its rows
 ) -> dict:  # benchmark -> [seeds, units], percent of the dense score
     "The score of every question relative to the original's."
-    original = dense.drop_duplicates("benchmark").set_index("benchmark").units
-    if set(rows.benchmark) != set(original.index):
+    original = original_of(dense).units
+    if set(rows.benchmark) != set(original):
         raise ValueError(
             f"The compressed model was evaluated on {sorted(set(rows.benchmark))}, the original "
-            f"on {sorted(original.index)}: evaluate both on the same benchmarks."
+            f"on {sorted(original)}: evaluate both on the same benchmarks."
         )
     by_seed = sorted(zip(rows.seed, rows.benchmark, rows.units), key=lambda row: row[0])
     units = {b: [u for _, name, u in by_seed if name == b] for b in dict.fromkeys(rows.benchmark)}
@@ -160,21 +178,40 @@ def about_units(dense: pd.DataFrame) -> tuple:  # (list of pictures per benchmar
     known = "images" in scored and scored.images.notna().all()
     return dict(zip(scored.benchmark, scored.images if known else [()] * len(scored))), float(top)
 
+# %% ../../nbs/library/reporting/02_effects.ipynb #a58e4f09
+class Original:
+    "The answers of an uncompressed model, for all the settings that are compared with it."
+
+    def __init__(self, dense: pd.DataFrame):
+        first = dense.drop_duplicates("benchmark")
+        self.model, self.units = dense.model.iloc[0], dict(zip(first.benchmark, first.units))
+        self.images, self.top = about_units(dense)
+        self._pictures = {}
+
+    def pictures(self, benchmarks: tuple) -> Pictures | tuple:  # empty: each unit has its own
+        if benchmarks not in self._pictures:
+            named = Pictures(self.images[b] for b in benchmarks)
+            self._pictures[benchmarks] = named if all(len(x) for x in named) else ()
+        return self._pictures[benchmarks]
+
+
+def original_of(dense) -> Original:
+    "The original, of its rows or of itself."
+    return dense if isinstance(dense, Original) else Original(dense)
+
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-022
 def estimate_of(
     arrays: dict,  # benchmark -> [seeds, units]
-    dense: pd.DataFrame,
+    dense,  # an Original, or its rows
     seeds: list,  # their names, in the order of the rows of the arrays
     floor: float = 0.0,  # the least possible value in units of the highest possible AVG-%
     **about,  # empty and better, as in Estimate
 ) -> Estimate:
     "AVG-%, or a difference of two, with its pictures and bounds."
-    images, top = about_units(dense)
-    named = [images[b] for b in arrays]
-    known = named if named and all(len(names) for names in named) else ()
-    low = floor * top if floor else 0.0
-    about |= {"floor": low, "top": top, "model": dense.model.iloc[0]}
-    return estimate(list(arrays.values()), known, seeds, **about)
+    original = original_of(dense)
+    low = floor * original.top if floor else 0.0
+    about |= {"floor": low, "top": original.top, "model": original.model}
+    return estimate(list(arrays.values()), original.pictures(tuple(arrays)), seeds, **about)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-024
 def _shares(
@@ -218,21 +255,24 @@ def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: see `_summary_row`
     "AVG-% and the score on every benchmark, for each setting."
-    whole, rows = with_original(frame), []
+    originals, rows = {m: Original(dense_rows(frame, m)) for m in with_original(frame)}, []
     for key, group in frame.groupby(setting_of(frame), sort=False):
         done = group[group.status == "done"]
         row = dict(zip(setting_of(frame), key)) | {"failed": int((group.status != "done").sum())}
         row |= dict.fromkeys(("achieved_ratio", "avg_percent", "low", "high"), math.nan)
         row |= {"n": 0, "seeds": 0}
-        if len(done) and row["model"] in whole:
-            row |= _summary_row(done, dense_rows(frame, row["model"]))
+        if len(done) and row["model"] in originals:
+            row |= _summary_row(done, originals[row["model"]])
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-034
-def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
+def _summary_row(done: pd.DataFrame, original) -> dict:
     "AVG-% with its interval, of each seed too, and the mean score on each benchmark."
-    e = estimate_of(arrays_of(done, dense), dense, sorted(set(done.seed)))
+    e = estimate_of(arrays_of(done, original), original, sorted(set(done.seed)))
+    scores = {}
+    for name, score in zip(done.benchmark, done.score):
+        scores.setdefault(name, []).append(score)
     return {
         "achieved_ratio": done.achieved_ratio.mean(),
         "avg_percent": e.value,
@@ -241,7 +281,7 @@ def _summary_row(done: pd.DataFrame, dense: pd.DataFrame) -> dict:
         "n": e.n,
         "seeds": e.seeds,
         "by_seed": list(e.by_seed.values()),
-    } | {b: g.score.mean() for b, g in done.groupby("benchmark", sort=False)}
+    } | {b: pd.Series(some).mean() for b, some in scores.items()}
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-038
 def difference(
@@ -251,17 +291,27 @@ def difference(
     second: dict,  # and the other
 ) -> Estimate:  # in points of AVG-%; nan where they share no seed
     "The retained score of the first setting minus that of the second, paired."
-    dense = dense_rows(frame, model)
-    both = [select(frame, model=model, **s) for s in (first, second)]
-    shared = set(both[0].seed) & set(both[1].seed)
+    its = frame[frame.model == model]
+    original = Original(dense_rows(its, model))
+    return paired(*(select(its, model=model, **s) for s in (first, second)), original)
+
+# %% ../../nbs/library/reporting/02_effects.ipynb #29a4a69b
+def paired(
+    first: pd.DataFrame,  # finished rows of one setting
+    second: pd.DataFrame,  # and of the other
+    original,  # an Original, or its rows
+) -> Estimate:  # as `difference`
+    "The retained score of the first setting minus that of the second, on the seeds of both."
+    shared = set(first.seed) & set(second.seed)
     if not shared:
         return estimate([])
-    both = [rows[rows.seed.isin(shared)] for rows in both]
-    a, b = (arrays_of(rows, dense) for rows in both)
+    both = [rows[rows.seed.isin(shared)] for rows in (first, second)]
+    original = original_of(original)
+    a, b = (arrays_of(rows, original) for rows in both)
     about = {"empty": not any(rows.score.any() for rows in both)}
-    if a and "measure" not in frame:
+    if a and "measure" not in first:
         about["better"] = max(float(np.mean([v.mean() for v in side.values()])) for side in (a, b))
-    return estimate_of({k: a[k] - b[k] for k in a}, dense, sorted(shared), -1.0, **about)
+    return estimate_of({k: a[k] - b[k] for k in a}, original, sorted(shared), -1.0, **about)
 
 # %% ../../nbs/library/reporting/02_effects.ipynb #cell-040
 def having(frame: pd.DataFrame, **wanted) -> np.ndarray:  # a bool per row

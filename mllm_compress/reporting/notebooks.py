@@ -308,24 +308,26 @@ def execute(
     target.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(results, f"notebook-{name}", wait=True):
         failed_copy(target).unlink(missing_ok=True)
-        if not is_current(target, made_from(nb, given, experiments, profile)):
+        shown = _shown(nb, given, experiments, profile)
+        if not is_current(target, content_hash(shown)):
             written = {p: p.stat().st_mtime_ns for p in target.parent.glob(f"{name}-*.*")}
             with kernel.lent() if kernel else nullcontext() as manager:
                 done = _executed(nb, nb_path, part_of(target), given, manager)
             for path, when in written.items():
                 if path.stat().st_mtime_ns == when:
                     path.unlink()
-            done.metadata["mllm_compress"] = _mark(nb, given, experiments, profile, target)
+            if not all(shown["results"].values()):  # the notebook may have computed them
+                shown = _shown(nb, given, experiments, profile)
+            done.metadata["mllm_compress"] = _mark(shown, target)
             write_atomically(target, nbformat.writes(done))
     return target
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-052
-def _mark(nb, given: dict, experiments: list, profile, target: Path) -> dict:
+def _mark(shown: dict, target: Path) -> dict:
     "The metadata of an executed notebook: the hash of its inputs, and the results it has read."
-    shown = _shown(nb, given, experiments, profile)
     return {
         "made_from": content_hash(shown) if all(shown["results"].values()) else "",
-        "parameters": given,
+        "parameters": shown["parameters"],
         "results": sorted(shown["results"]),
         "files": files_of(target),
     }
@@ -370,5 +372,16 @@ def tidied(nb):
         cell.metadata = nbformat.from_dict(kept)
         if cell.cell_type == "code":
             own = (o for o in cell.outputs if o.get("name") != "stderr")
-            cell.outputs = [o for o in own if WIDGET not in o.get("data", {})]
+            cell.outputs = _joined([o for o in own if WIDGET not in o.get("data", {})])
     return nb
+
+
+def _joined(outputs: list) -> list:
+    "Outputs of a cell; what was printed one after the other in one of them."
+    found = []
+    for output in outputs:
+        if found and output.output_type == found[-1].output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
