@@ -34,7 +34,7 @@ def __dir__() -> list:
     "The names that the package offers."
     return sorted([*globals(), *_ROOMS])
 
-
+# %% ../nbs/library/00_package.ipynb #public-names
 _all_ = [
     "load_model",
     "prune",

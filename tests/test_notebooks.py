@@ -225,18 +225,23 @@ def test_a_run_that_fails_halfway_is_not_taken_for_a_whole_one(world):
     assert world.runs == 3 and (world.figures / "01_table-scores.csv").read_text() == "50"
 
 
+def made_from(*given) -> str:
+    "The hash that an executed notebook is marked with."
+    return notebooks.content_hash(notebooks.shown_by(*given))
+
+
 def test_a_notebook_without_experiments_belongs_to_its_models_and_its_machine(world, monkeypatch):
     nb, smoke = demo(GOOD), load_profile("smoke")
     nb.cells = nb.cells[:1]
-    here = notebooks.made_from(nb, {}, [], smoke)
+    here = made_from(nb, {}, [], smoke)
     monkeypatch.setattr(notebooks.platform, "node", lambda: "elsewhere")
-    assert notebooks.made_from(nb, {}, [], smoke) != here and notebooks.made_from(
+    assert made_from(nb, {}, [], smoke) != here and made_from(
         demo(GOOD), {}, [], smoke
-    ) == notebooks.made_from(demo(GOOD), {}, [], smoke)
+    ) == made_from(demo(GOOD), {}, [], smoke)
     monkeypatch.setattr(notebooks, "model_identity", lambda source: "another")
-    assert notebooks.made_from(demo(GOOD), {}, [], smoke) not in (
+    assert made_from(demo(GOOD), {}, [], smoke) not in (
         here,
-        notebooks.made_from(nb, {}, [], smoke),
+        made_from(nb, {}, [], smoke),
     )
 
 

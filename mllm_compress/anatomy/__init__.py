@@ -17,6 +17,7 @@ from mllm_compress.anatomy.families import (
 )
 from .wrappers import WRAPPERS, Wrapper
 
+# %% ../../nbs/library/anatomy/00_index.ipynb #public-names
 _all_ = [
     "FAMILIES",
     "Anatomy",

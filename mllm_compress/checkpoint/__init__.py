@@ -16,6 +16,7 @@ from .refit_files import reconstruct_files
 from .saving import save_pruned
 from .target import check_target
 
+# %% ../../nbs/library/checkpoint/00_index.ipynb #public-names
 _all_ = [
     "check_target",
     "export_model",

@@ -19,6 +19,7 @@ from .gpu_memory import memory_table
 from .report import cost_report
 from .timing import latency, time_call
 
+# %% ../../nbs/library/cost/00_index.ipynb #public-names
 _all_ = [
     "FORMS",
     "Form",

@@ -13,6 +13,7 @@ from .collator import Collator
 from .instructions import InstructionData, from_rows, load_json, turns
 from .small_sets import easy_vqa, scene_data, small_data
 
+# %% ../../nbs/library/data/00_index.ipynb #public-names
 _all_ = [
     "Collator",
     "InstructionData",

@@ -18,6 +18,7 @@ from mllm_compress.evaluation.scoring import (
     score_all,
 )
 
+# %% ../../nbs/library/evaluation/00_index.ipynb #public-names
 _all_ = [
     "BENCHMARKS",
     "REAL_SUITE",

@@ -12,6 +12,7 @@ from .influence import angular_distance, block_influence
 from .memory import largest_batch, scoring_memory
 from .scores import LayerScores, WidthScores, load_scores
 
+# %% ../../nbs/library/importance/00_index.ipynb #public-names
 _all_ = [
     "CRITERIA",
     "LayerScores",

@@ -15,6 +15,7 @@ from .pruning_plan import PruningPlan
 from .reconstruction import reconstruct
 from .slicing import apply_plan
 
+# %% ../../nbs/library/pruning/00_index.ipynb #public-names
 _all_ = [
     "PruningPlan",
     "apply_plan",

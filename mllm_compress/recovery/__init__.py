@@ -11,6 +11,7 @@ from .losses import LOSSES, TRAINS, Loss
 from .teacher_cache import TeacherCache
 from .training import RecoveryResult, recover
 
+# %% ../../nbs/library/recovery/00_index.ipynb #public-names
 _all_ = [
     "LOSSES",
     "Loss",

@@ -13,6 +13,7 @@ from .report import Report
 from .runner import run_study
 from .verdicts import Verdict
 
+# %% ../../nbs/library/reporting/00_index.ipynb #public-names
 _all_ = [
     "CLAIMS",
     "Claim",

@@ -254,12 +254,7 @@ def said_elsewhere(nb, name: str) -> list:  # of hashes
     return [file_hash(p) for p in found if p.parent.name != name]
 
 # %% ../../nbs/library/reporting/07_notebooks.ipynb #cell-044
-def made_from(nb, given: dict, experiments: list, profile) -> str:
-    "A hash of everything that an executed notebook shows."
-    return content_hash(_shown(nb, given, experiments, profile))
-
-
-def _shown(nb, given: dict, experiments: list, profile) -> dict:
+def shown_by(nb, given: dict, experiments: list, profile) -> dict:
     "Everything that an executed notebook shows; a result that is missing is empty."
     profile = load_profile(profile)
     results, here = results_of(profile), ""
@@ -308,7 +303,7 @@ def execute(
     target.parent.mkdir(parents=True, exist_ok=True)
     with store.lock(results, f"notebook-{name}", wait=True):
         failed_copy(target).unlink(missing_ok=True)
-        shown = _shown(nb, given, experiments, profile)
+        shown = shown_by(nb, given, experiments, profile)
         if not is_current(target, content_hash(shown)):
             written = {p: p.stat().st_mtime_ns for p in target.parent.glob(f"{name}-*.*")}
             with kernel.lent() if kernel else nullcontext() as manager:
@@ -317,7 +312,7 @@ def execute(
                 if path.stat().st_mtime_ns == when:
                     path.unlink()
             if not all(shown["results"].values()):  # the notebook may have computed them
-                shown = _shown(nb, given, experiments, profile)
+                shown = shown_by(nb, given, experiments, profile)
             done.metadata["mllm_compress"] = _mark(shown, target)
             write_atomically(target, nbformat.writes(done))
     return target

@@ -11,6 +11,7 @@ from .profiles import Profile, load_profile, profile_names
 from .runs import plan_of, run, status
 from .store import Store
 
+# %% ../../nbs/library/study/00_index.ipynb #public-names
 _all_ = [
     "Experiment",
     "Profile",

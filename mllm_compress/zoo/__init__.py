@@ -12,6 +12,7 @@ from .models import MODELS, cast, load_model
 from .real_models import REAL_MODELS, real_config, real_name
 from .tiny_models import tiny_model
 
+# %% ../../nbs/library/zoo/00_index.ipynb #public-names
 _all_ = [
     "MODELS",
     "REAL_MODELS",
