@@ -32,18 +32,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 from llama_cpp import engine_folder, run_engine  # noqa: E402
 
-from mllm_compress.anatomy.compat import CACHE_ARGUMENT  # noqa: E402
 from mllm_compress.anatomy.families import anatomy  # noqa: E402
+from mllm_compress.anatomy.wrappers import CACHE_ARGUMENT  # noqa: E402
 from mllm_compress.checkpoint.llama_cpp import write_gguf  # noqa: E402
 from mllm_compress.cost.arithmetic import forward  # noqa: E402
-from mllm_compress.cost.unit_costs import unit_seconds  # noqa: E402
+from mllm_compress.cost.timing import unit_seconds  # noqa: E402
 from mllm_compress.importance.criteria import measure  # noqa: E402
-from mllm_compress.pruning.budgets import COUNTED  # noqa: E402
+from mllm_compress.pruning.allocation import COUNTED  # noqa: E402
 from mllm_compress.pruning.one_step import plan_from_scores, prune  # noqa: E402
 from mllm_compress.pruning.pruning_plan import make_plan  # noqa: E402
 from mllm_compress.pruning.reconstruction import reconstruct  # noqa: E402
 from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
-from mllm_compress.reporting.style import label_ends, line, look, page  # noqa: E402
+from mllm_compress.study.style import label_ends, line, look, page  # noqa: E402
 from mllm_compress.utils.methods import DASHED, GREEN, PINK, Look  # noqa: E402
 
 OUT = ROOT / "figures" / "bench"

@@ -30,7 +30,7 @@ from mllm_compress.evaluation.speculative import (
     prompts_of,
 )
 from mllm_compress.importance.criteria import measure
-from mllm_compress.pruning.budgets import weight_costs
+from mllm_compress.pruning.allocation import weight_costs
 from mllm_compress.pruning.one_step import prune
 from mllm_compress.pruning.pruning_plan import make_plan
 

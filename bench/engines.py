@@ -37,9 +37,9 @@ from mllm_compress.importance.criteria import width_importance  # noqa: E402
 from mllm_compress.importance.scores import LayerScores  # noqa: E402
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise  # noqa: E402
 from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
-from mllm_compress.reporting.style import label_ends, line, look, page  # noqa: E402
+from mllm_compress.study.style import label_ends, line, look, page  # noqa: E402
 from mllm_compress.utils.methods import GREY, Look  # noqa: E402
-from mllm_compress.zoo.gguf import PACKAGED, missing_package  # noqa: E402
+from mllm_compress.zoo.weight_files import PACKAGED, missing_package  # noqa: E402
 
 OUT = ROOT / "figures" / "bench"
 RATIOS = (0.15, 0.30, 0.45, 0.60)

@@ -19,10 +19,10 @@ import torch
 from machine import facts
 
 from mllm_compress import zoo
-from mllm_compress.evaluation import features
+from mllm_compress.evaluation import generation as features
 from mllm_compress.evaluation.benchmarks import SMALL_SUITE, benchmark, load_questions
 from mllm_compress.evaluation.generation import answer_questions
-from mllm_compress.reporting.style import page
+from mllm_compress.study.style import page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 LOOKS = {

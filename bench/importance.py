@@ -24,11 +24,11 @@ from machine import facts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.anatomy.tensors import PeakTensors
+from mllm_compress.anatomy.streaming import PeakTensors
 from mllm_compress.importance.influence import block_influence, cosine_change
 from mllm_compress.importance.scores import evaluating
 from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
-from mllm_compress.reporting.style import page
+from mllm_compress.study.style import page
 from mllm_compress.utils.methods import BLUE, GREY
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"

@@ -24,7 +24,7 @@ from mllm_compress.cost.timing import time_call
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.reporting.style import label_ends, line, look, page
+from mllm_compress.study.style import label_ends, line, look, page
 from mllm_compress.utils.methods import GREY, Look
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"

@@ -25,10 +25,10 @@ import transformers
 from machine import facts
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.anatomy.tensors import PeakTensors
-from mllm_compress.data.collator import Collator
+from mllm_compress.anatomy.streaming import PeakTensors
+from mllm_compress.data.batches import Collator
 from mllm_compress.data.instructions import InstructionData
-from mllm_compress.data.small_sets import small_data
+from mllm_compress.data.scenes import small_data
 from mllm_compress.evaluation.scoring import evaluate, retained
 from mllm_compress.importance.gauss_newton import gauss_newton
 from mllm_compress.importance.influence import block_influence
@@ -218,7 +218,7 @@ def windows_of(tokenizer, names: tuple, part: str, n: int, batch_size: int = 8) 
 @torch.inference_mode()
 def perplexity(model, batches: list) -> float:
     "Of the supervised tokens of all batches."
-    from mllm_compress.evaluation.perplexity import entry_losses
+    from mllm_compress.evaluation.likelihood import entry_losses
 
     parts = [entry_losses(model, batch) for batch in batches]
     return float(np.exp(sum(p[0].sum() for p in parts) / sum(p[1].sum() for p in parts)))

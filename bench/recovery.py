@@ -39,20 +39,18 @@ from machine import facts
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.data.collator import Collator
-from mllm_compress.data.small_sets import scene_data
+from mllm_compress.data.batches import Collator
+from mllm_compress.data.scenes import scene_data
 from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery import states
-from mllm_compress.recovery.batches import passes_per_step
 from mllm_compress.recovery.config import RecoveryConfig
-from mllm_compress.recovery.distillation import Student
 from mllm_compress.recovery.losses import answer_positions, batch_counts
-from mllm_compress.recovery.rows import attention_for, block_size
 from mllm_compress.recovery.states import decoder_states, image_features, use_attention
+from mllm_compress.recovery.steps import Student, attention_for, block_size, passes_per_step
 from mllm_compress.recovery.student import add_lora, trainable_copy
-from mllm_compress.reporting.style import page
+from mllm_compress.study.style import page
 from mllm_compress.zoo.tiny_models import tiny_model, tiny_processor
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"

@@ -31,10 +31,10 @@ import pandas as pd
 import yaml
 from machine import facts
 
-from mllm_compress.reporting.style import page
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.style import page
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 GOAL = 0.5  # of the rival's time

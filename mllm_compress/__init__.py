@@ -19,7 +19,7 @@ _ROOMS = {
     "compare": "evaluation",
     "save_pruned": "checkpoint",
     "load_pruned": "checkpoint",
-    "advise": "reporting.advice",
+    "advise": "study.advice",
 }
 
 

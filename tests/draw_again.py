@@ -39,8 +39,8 @@ def begin(folder: Path, checkout: Path) -> subprocess.Popen:
     "Start the notebooks of a folder of figures on its results; None where results are missing."
     import nbformat
 
-    from mllm_compress.reporting.notebooks import experiments_of
     from mllm_compress.study import stages, store
+    from mllm_compress.study.notebooks import experiments_of
     from mllm_compress.study.profiles import load_profile
 
     (checkout / "nbs").mkdir()

@@ -17,7 +17,7 @@ def check_golden(
     version: int,  # of the row
     numbers,  # what the method computes: nested dicts and lists of floats, integers and words
     update: bool,  # the fixture update_golden: --update-golden was given
-    where: str,  # the table to edit: "CRITERIA (nbs/library/importance/04_criteria.ipynb)"
+    where: str,  # the table to edit: "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
     folder: Path = FOLDER,
 ) -> None:
     "Fail if a row's numbers changed and its version did not, or if the golden value is missing."

@@ -9,9 +9,9 @@ NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 ROOMS = (
     "utils anatomy zoo data importance pruning checkpoint recovery evaluation cost study".split()
 )
-ROOMS += ["reporting", "cli"]  # as they may import each other
+ROOMS += ["cli"]  # as they may import each other
 METHOD = ["anatomy", "importance", "pruning", "recovery", "evaluation", "cost"]  # read these first
-REST = ["zoo", "data", "checkpoint", "study", "reporting", "cli", "utils"]
+REST = ["zoo", "data", "checkpoint", "study", "cli", "utils"]
 START = ["quickstart", "play", "compress_your_own"]
 INTRO = """# The notebooks
 
@@ -19,7 +19,7 @@ Written by `python tests/notebook_map.py` from the first cell of every notebook.
 """
 LIBRARY = """## Library
 
-A folder is a room of the package: `nbs/library/pruning/03_plans.ipynb` exports
+A folder is a room of the package: `nbs/library/pruning/04_plans.ipynb` exports
 `mllm_compress/pruning/plans.py`. The order below is the order of reading, the method first.
 Imports go one way: a room imports only from rooms to its left in
 {rooms}.

@@ -10,8 +10,8 @@ import torch
 
 torch.set_num_threads(1)
 
-from mllm_compress.anatomy.tensors import weights_hash
-from mllm_compress.data.small_sets import scene_data
+from mllm_compress.anatomy.streaming import weights_hash
+from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.trainer import RecoveryTrainer
 from mllm_compress.recovery.training import recover

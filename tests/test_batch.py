@@ -18,7 +18,7 @@ from nbconvert.nbconvertapp import NbConvertApp
 from typer.testing import CliRunner
 
 from mllm_compress.cli.app import app
-from mllm_compress.reporting.notebooks import check_parameters
+from mllm_compress.study.notebooks import check_parameters
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
 
 ROOT = Path(__file__).parents[1]

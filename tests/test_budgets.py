@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from mllm_compress.anatomy.families import lm_parameters
 from mllm_compress.cli import app
 from mllm_compress.cost.arithmetic import kv_bytes_per_token, shape_of_model
-from mllm_compress.cost.unit_costs import fitted, modelled_seconds, unit_seconds
+from mllm_compress.cost.timing import fitted, modelled_seconds, unit_seconds
 from mllm_compress.importance.scores import WidthScores
 from mllm_compress.pruning import PruningPlan, apply_plan, plan_none, plan_widthwise, prune
-from mllm_compress.pruning.budgets import (
+from mllm_compress.pruning.allocation import (
     UnitCosts,
     cache_costs,
     depth_plans,

@@ -190,7 +190,7 @@ def test_advice_names_the_setting_that_kept_most(monkeypatch):
     import numpy as np
     import pandas as pd
 
-    from mllm_compress.reporting import advice
+    from mllm_compress.study import advice
 
     def made(pruning, ratio, worth):
         return {
@@ -292,7 +292,7 @@ def test_verbose_says_what_happens_and_quiet_nothing():
 def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
     import json
 
-    from mllm_compress.reporting import page, runner
+    from mllm_compress.study import page, runner
 
     def said(*args, code=0):
         result = CliRunner().invoke(app, [*args, "--json"])

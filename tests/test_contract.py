@@ -15,9 +15,8 @@ from mllm_compress.anatomy.wrappers import token_inputs
 from mllm_compress.cli.check import CHECKS, Case, run_checks, support_row, trial_data
 from mllm_compress.cost.arithmetic import decoder_flops, example_inputs, forward, shape_of_model
 from mllm_compress.cost.vision import EYES, vision_flops
-from mllm_compress.data.collator import Collator
+from mllm_compress.data.batches import Collator, Renderer
 from mllm_compress.data.instructions import turns
-from mllm_compress.data.rendering import Renderer
 from mllm_compress.importance.scores import model_inputs
 
 SUPPORT = Path(__file__).parents[1] / "figures/support.csv"

@@ -18,24 +18,28 @@ from mllm_compress.cost.arithmetic import closed_parameters
 from mllm_compress.cost.report import cost_report
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.zoo.convert import convert_original, load_original
-from mllm_compress.zoo.models import MODELS
-from mllm_compress.zoo.original_configs import padded_vocabulary
-from mllm_compress.zoo.original_processors import (
+from mllm_compress.zoo.convert import (
     CHAT_TEMPLATES,
     ProcessorParts,
+    append_rows,
     chat_template,
+    convert_original,
     image_processor,
+    load_original,
+    open_original,
     original_ids,
 )
-from mllm_compress.zoo.original_weights import append_rows, open_original
-from mllm_compress.zoo.real_models import REAL_MODELS, real_config, real_name
+from mllm_compress.zoo.models import MODELS
 from mllm_compress.zoo.releases import (
     INTERNVL_NAMES,
     LLAVA_NAMES,
+    REAL_MODELS,
     is_original_layout,
     native_config,
     native_names,
+    padded_vocabulary,
+    real_config,
+    real_name,
 )
 
 QUESTION = {
@@ -487,7 +491,7 @@ def test_memory_while_converting_stays_near_one_shard(layouts, tmp_path):
     script = (
         "import sys, resource\n"
         "from mllm_compress.zoo.convert import convert_original\n"
-        "from mllm_compress.zoo.original_weights import open_original\n"
+        "from mllm_compress.zoo.convert import open_original\n"
         "open_original(sys.argv[1])\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); convert_original(sys.argv[1], sys.argv[2]); print(peak() - before)"

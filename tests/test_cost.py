@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from mllm_compress.anatomy.compat import CACHE_ARGUMENT
 from mllm_compress.anatomy.families import part_parameters
-from mllm_compress.cost import gpu_memory
+from mllm_compress.anatomy.wrappers import CACHE_ARGUMENT
+from mllm_compress.cost import memory as gpu_memory
 from mllm_compress.cost.arithmetic import (
     FORMS,
     closed_parameters,
@@ -31,7 +31,7 @@ from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.config import RecoveryConfig
-from mllm_compress.zoo.real_models import REAL_MODELS, real_config
+from mllm_compress.zoo.releases import REAL_MODELS, real_config
 
 
 def width_scores(model):
@@ -329,8 +329,8 @@ def test_what_is_timed_has_the_size_of_what_was_scored():
 
     import pandas as pd
 
-    from mllm_compress.reporting.savings import asked_of, plan_like, quality_and_cost
     from mllm_compress.study.profiles import load_profile
+    from mllm_compress.study.savings import asked_of, plan_like, quality_and_cost
     from mllm_compress.zoo.models import load_model
 
     setup, (model, _) = load_profile("quick"), load_model("smoke-llava")

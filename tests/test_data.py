@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mllm_compress.data.collator import Collator
+from mllm_compress.data.batches import Collator
 from mllm_compress.data.instructions import InstructionData, LazyEntries, load_json, turns
-from mllm_compress.data.small_sets import entry
-from mllm_compress.recovery.batches import Batches
+from mllm_compress.data.scenes import entry
+from mllm_compress.recovery.steps import Batches
 
 
 def conversation(*said):

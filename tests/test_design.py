@@ -17,7 +17,7 @@ from mllm_compress.data.calibration import (
     coverage,
     question_types,
 )
-from mllm_compress.data.small_sets import entry
+from mllm_compress.data.scenes import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
 from mllm_compress.study import cache_keys, stages
 from mllm_compress.study.cache_keys import name_of, scores_inputs, subject_key
@@ -195,9 +195,9 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
     import torch
 
     from mllm_compress.anatomy.families import anatomy
-    from mllm_compress.cost.gpu_memory import on_meta
+    from mllm_compress.cost.memory import on_meta
     from mllm_compress.importance.scores import WidthScores
-    from mllm_compress.zoo.real_models import real_config
+    from mllm_compress.zoo.releases import real_config
 
     profile = load_profile("authors")
     model = on_meta(real_config(profile.printed[name]))

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from mllm_compress.cli import app
 from mllm_compress.cli.app import TABLES
 from mllm_compress.cli.studying import command_reference
-from mllm_compress.reporting import site
-from mllm_compress.reporting.rendering import head_of
+from mllm_compress.study import site
+from mllm_compress.study.rendering import head_of
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(
@@ -230,7 +230,7 @@ LOOKED_AT = [
     "api/pruning",
     "api/command_line",
 ]
-LOOKED_AT += ["library/pruning/07_reconstruction", "library/importance/02_influence"]
+LOOKED_AT += ["library/pruning/06_reconstruction", "library/importance/02_influence"]
 
 
 @browser
@@ -262,7 +262,7 @@ def test_light_and_dark_are_a_preference_and_a_button(built, tmp_path):
     "query, first",
     [
         ("apply_plan", "api/pruning.html#pruning.apply_plan"),
-        ("numbers come from", "library/reporting/09_page.html#where-every-number-comes-from"),
+        ("numbers come from", "library/study/29_page.html#where-every-number-comes-from"),
     ],
 )
 def test_a_search_finds_names_and_pages(built, query, first):

@@ -9,7 +9,8 @@ import torch
 from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.evaluation import features, generation, scoring
+from mllm_compress.evaluation import generation, scoring
+from mllm_compress.evaluation import generation as features
 from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, load_questions
 from mllm_compress.evaluation.definitions import Question
 from mllm_compress.evaluation.generation import answer_questions

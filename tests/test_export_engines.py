@@ -18,7 +18,7 @@ from mllm_compress.anatomy.families import anatomy
 from mllm_compress.checkpoint import export_model, load_pruned, save_pruned
 from mllm_compress.checkpoint import llama_cpp as cpp
 from mllm_compress.checkpoint.engines import ENGINES, per_layer_config
-from mllm_compress.checkpoint.filling import fill_up
+from mllm_compress.checkpoint.loading import fill_up
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.pruning.slicing import apply_plan
 
@@ -484,8 +484,8 @@ def test_the_decoder_of_a_tiny_mllm(tmp_path, tiny_llava):
 @LLAMA_CPP
 def test_smollm2_writes_the_same_text(tmp_path):
     "A pretrained model with unequal layers: tokens, probabilities and greedy text."
-    from mllm_compress.zoo.gguf import missing_package
     from mllm_compress.zoo.models import load_model
+    from mllm_compress.zoo.weight_files import missing_package
 
     if reason := missing_package("smollm2-135m"):
         pytest.skip(reason)
@@ -542,7 +542,7 @@ def test_the_projector_file_lies_beside_the_decoder(tmp_path, mllm_folder):
 
 
 def test_an_earlier_feature_layer_leaves_later_ones_out(tmp_path, tiny_llava):
-    from mllm_compress.checkpoint.projector_file import write_projector
+    from mllm_compress.checkpoint.llama_cpp import write_projector
 
     model, processor = tiny_llava
     model = copy.deepcopy(model)
@@ -563,7 +563,7 @@ MISFITS = [
 
 @pytest.mark.parametrize("entry, wrong, says", MISFITS)
 def test_a_vision_tower_that_llama_cpp_cannot_hold(tmp_path, tiny_llava, entry, wrong, says):
-    from mllm_compress.checkpoint.projector_file import write_projector
+    from mllm_compress.checkpoint.llama_cpp import write_projector
 
     model, processor = tiny_llava
     model = copy.deepcopy(model)

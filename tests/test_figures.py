@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress.reporting.notebooks import parameters_of
+from mllm_compress.study.notebooks import parameters_of
 
 STUDY = Path(__file__).parent.parent / "nbs/study"
 
@@ -74,7 +74,7 @@ def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():
         },
         index=questions,
     ).astype(bool)
-    from mllm_compress.reporting.answers import choose
+    from mllm_compress.study.answers import choose
 
     assert choose(right, [0.3, 0.6]) == {
         ("a", "1"): "one of its kind",
@@ -86,7 +86,7 @@ def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():
 
 
 def test_answers_are_marked_by_a_sign_not_by_colour():
-    from mllm_compress.reporting.answers import text_of
+    from mllm_compress.study.answers import text_of
 
     assert (
         text_of("red", True) == "red"
@@ -98,8 +98,8 @@ def test_answers_are_marked_by_a_sign_not_by_colour():
 
 def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch):
     "What only one pruning was given, the best of all here, says nothing about the other."
-    from mllm_compress.reporting import guide
-    from mllm_compress.reporting.effects import Estimate
+    from mllm_compress.study import guide
+    from mllm_compress.study.effects import Estimate
 
     behind = {
         0.05: Estimate(0.2, -0.3, 0.6, 100, 3),
@@ -145,7 +145,7 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
 
 def test_a_budget_without_new_training_is_no_situation():
     "Its answer would be that of less data."
-    from mllm_compress.reporting import guide
+    from mllm_compress.study import guide
 
     rows = pd.DataFrame(
         {"model": "m", "requested_ratio": 0.3, "recovery": ["none", "sft"], "fraction": [1.0, 0.05]}
@@ -160,7 +160,7 @@ def test_a_budget_without_new_training_is_no_situation():
 
 
 def test_saved_time_is_not_moved_by_an_outlier():
-    from mllm_compress.reporting.savings import saved
+    from mllm_compress.study.savings import saved
 
     pairs = pd.DataFrame({"dense": [1.0] * 9, "pruned": [0.5] * 8 + [50.0]})
     e = saved(pairs, ideal=4.0)  # of three quarters, half
@@ -206,9 +206,9 @@ def test_no_paragraph_stands_in_two_notebooks(path):
 def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, monkeypatch):
     import json
 
-    from mllm_compress.reporting import scoreboard
-    from mllm_compress.reporting.effects import Estimate
-    from mllm_compress.reporting.verdicts import Verdict
+    from mllm_compress.study import scoreboard
+    from mllm_compress.study.effects import Estimate
+    from mllm_compress.study.verdicts import Verdict
 
     (tmp_path / "settings.ini").touch()
     (tmp_path / "figures/tiny").mkdir(parents=True)
@@ -226,9 +226,9 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
 
 
 def test_a_forest_shows_every_setting_and_the_average():
-    from mllm_compress.reporting.effects import Estimate
-    from mllm_compress.reporting.figures import forest
-    from mllm_compress.reporting.verdicts import Verdict
+    from mllm_compress.study.effects import Estimate
+    from mllm_compress.study.figures import forest
+    from mllm_compress.study.verdicts import Verdict
 
     effects = {f"m at 0.{k}": Estimate(k, k - 1.5, k + 1.5, 100, 3) for k in range(4)}
     one = Verdict("B.", {"m at 0.3": Estimate(2, 1, 3, 100, 3)}, "")

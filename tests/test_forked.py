@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from mllm_compress.cli import studying
 from mllm_compress.cli.app import app
-from mllm_compress.reporting import drawing, forked_kernels, runner
+from mllm_compress.study import drawing, forked_kernels, runner
 from mllm_compress.utils import processes
 
 ABOUT = """
@@ -108,7 +108,7 @@ def test_what_the_server_shares(checkout, monkeypatch):  # noqa: F811
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         server = pool.apply(os.getppid)
         assert server == forkserver._forkserver._forkserver_pid
-        assert pool.apply(eval, ("'mllm_compress.reporting' in __import__('sys').modules",))
+        assert pool.apply(eval, ("'mllm_compress.study.figures' in __import__('sys').modules",))
         assert os.listdir(f"/proc/{server}/task") == [str(server)]
         assert "sem.mp" not in Path(f"/proc/{server}/maps").read_text()
     processes.stop_fork_server()
@@ -260,7 +260,7 @@ def test_the_first_process_is_protected_from_ctrl_c():
 def test_a_kernel_that_has_not_begun_is_ended(checkout, monkeypatch):  # noqa: F811
     "A signal to its group would find none, as the process does not lead one yet."
     code = (
-        "from mllm_compress.reporting import drawing, forked_kernels as f\n"
+        "from mllm_compress.study import drawing, forked_kernels as f\n"
         "f._become_kernel.__globals__['os'].setsid = lambda: __import__('time').sleep(600)\n"
         "spare = f.Spare()\n"
         "manager = f.manager_with(spare)\n"

@@ -5,7 +5,7 @@ import json
 import pytest
 from golden_versions import check_golden, check_no_stale
 
-WHERE = "CRITERIA (nbs/library/importance/04_criteria.ipynb)"
+WHERE = "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
 NUMBERS = {"values": [0.123456789, 2.0], "kept": [0, 3]}
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_compress.data import calibration, collator, scenes, small_sets
+from mllm_compress.data import batches as collator
+from mllm_compress.data import calibration, scenes
+from mllm_compress.data import scenes as small_sets
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo import tiny_models
 
@@ -61,10 +63,10 @@ def smoke_numbers(
     ]
 
 
-DATA = "nbs/library/data/08_collator.ipynb"
-CALIBRATION = "nbs/library/data/09_calibration.ipynb"
-SCENES = "nbs/library/data/03_scenes.ipynb"
-SMOKE = "nbs/library/zoo/08_tiny_models.ipynb"
+DATA = "nbs/library/data/05_batches.ipynb"
+CALIBRATION = "nbs/library/data/06_calibration.ipynb"
+SCENES = "nbs/library/data/02_scenes.ipynb"
+SMOKE = "nbs/library/zoo/04_tiny_models.ipynb"
 GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
     "scenes of train": (
         *("SCENES_VERSION", SCENES, 1),

@@ -13,9 +13,9 @@ from mllm_compress.pruning.reconstructions import RECONSTRUCTIONS, reconstructed
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.scratch import STARTS
 
-CRITERIA_AT = "CRITERIA (nbs/library/importance/04_criteria.ipynb)"
-PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/03_plans.ipynb)"
-RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/09_reconstructions.ipynb)"
+CRITERIA_AT = "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
+PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/04_plans.ipynb)"
+RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/07_reconstructions.ipynb)"
 MODELS = {"layerwise": ("tiny-llava", "phi-4x1"), "widthwise": ("tiny-llava", "qwen2-3x2")}
 OPTIONS = {"angular_distance": {"n": 2}}  # of criteria that need one
 
@@ -119,7 +119,7 @@ def test_start(name, update_golden):
     made = model if STARTS[name].function is None else STARTS[name].function(model, 3)
     layer = anatomy(made).layers[1]
     numbers = [few(p.detach().flatten()) for p in list(layer.parameters())[:4]]
-    where = "STARTS (nbs/library/recovery/13_scratch.ipynb)"
+    where = "STARTS (nbs/library/recovery/08_scratch.ipynb)"
     check_golden("start", name, STARTS[name].version, numbers, update_golden, where)
 
 

@@ -7,14 +7,14 @@ import torch
 from golden_versions import check_golden, check_no_stale
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.data.small_sets import scene_data
+from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.losses import LOSSES
-from mllm_compress.recovery.teacher_cache import TeacherCache
+from mllm_compress.recovery.states import TeacherCache
 from mllm_compress.recovery.training import RECOVERY_VERSION, recover
 
 LOSS_TABLE = "LOSSES (nbs/library/recovery/01_losses.ipynb)"
-LOOP = "RECOVERY_VERSION (nbs/library/recovery/12_training.ipynb)"
+LOOP = "RECOVERY_VERSION (nbs/library/recovery/07_training.ipynb)"
 CONFIGS = {
     "all losses": {"losses": dict.fromkeys(LOSSES, 0.25)},
     "projector": {"train": "projector"},

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from mllm_compress import recovery
 from mllm_compress.cli import gpu_check
 from mllm_compress.cli.app import app
-from mllm_compress.cost.gpu_memory import KINDS, training_kind
+from mllm_compress.cost.memory import KINDS, training_kind
 from mllm_compress.data import calibration_batches, scene_data
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance

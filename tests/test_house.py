@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, LIBRARY = ROOT / "mllm_compress", ROOT / "nbs/library"
 METHOD = ["utils", "anatomy", "zoo", "data", "importance", "pruning", "checkpoint", "recovery"]
 METHOD += ["evaluation", "cost"]
-ROOMS = METHOD + ["study", "reporting", "cli"]  # a room imports only from rooms to its left
+ROOMS = METHOD + ["study", "cli"]  # a room imports only from rooms to its left
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
     for p in sorted(PACKAGE.rglob("*.py"))
@@ -221,7 +221,7 @@ def packages(module: str) -> set:
 @pytest.mark.parametrize("name", ROOMS)
 def test_requirements_name_what_is_imported(name):
     allowed = required("requirements") | WITH
-    if name == "reporting":
+    if name == "study":
         allowed |= required("study_requirements") | WITH_STUDY
     if name == "evaluation":
         allowed |= required("lmms_eval_requirements")
@@ -279,7 +279,7 @@ def test_without_the_extra_of_the_study_the_method_runs(tmp_path):
 def test_a_processor_that_needs_torchvision_names_its_extra():
     if importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is installed")
-    from mllm_compress.zoo.original_processors import ProcessorParts, internvl_processor
+    from mllm_compress.zoo.convert import ProcessorParts, internvl_processor
 
     parts = ProcessorParts(None, "", "<image>", 0, 4)
     with pytest.raises(ImportError, match=r"pip install 'mllm_compress\[vision\]'"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.anatomy.tensors import PeakTensors
+from mllm_compress.anatomy.streaming import PeakTensors
 from mllm_compress.importance import (
     LayerScores,
     WidthScores,
@@ -27,7 +27,7 @@ from mllm_compress.importance import taylor as taylor_module
 from mllm_compress.importance.criteria import magnitude
 from mllm_compress.importance.influence import cosine_change, reference_change
 from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
-from mllm_compress.utils.resuming import resuming
+from mllm_compress.utils.files import resuming
 
 FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
 from mllm_compress.cli.app import app
-from mllm_compress.reporting import drawing, runner
+from mllm_compress.study import drawing, runner
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 VOLATILE = ["seconds", "peak_memory_mb", "date"]  # differ from run to run
 GRID = """
 from mllm_compress import study
-from mllm_compress.reporting import Report
+from mllm_compress.study.report import Report
 from mllm_compress.study import Experiment
 
 experiments = [Experiment("smoke-llava")]

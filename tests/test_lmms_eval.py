@@ -23,8 +23,7 @@ from mllm_compress.checkpoint import save_pruned
 from mllm_compress.evaluation import benchmarks
 from mllm_compress.evaluation import lmms_eval as plugin
 from mllm_compress.evaluation.generation import answer_questions
-from mllm_compress.evaluation.judges import LETTERS
-from mllm_compress.evaluation.scorers import SCORERS
+from mllm_compress.evaluation.scorers import LETTERS, SCORERS
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
 from mllm_compress.pruning.plans import plan_widthwise

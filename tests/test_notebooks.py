@@ -10,16 +10,15 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress.reporting import notebooks
-from mllm_compress.reporting.notebooks import (
+from mllm_compress.study import cache_keys, notebooks, store
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.notebooks import (
     check_parameters,
     execute,
     experiments_of,
     parameters_of,
     parse_parameter,
 )
-from mllm_compress.study import cache_keys, store
-from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.workers import results_of
 
@@ -292,7 +291,7 @@ def test_study_notebook_runs_at_smoke(path, checkout, monkeypatch):
 
 
 def test_the_page_is_self_contained(checkout, monkeypatch):
-    from mllm_compress.reporting import page as site
+    from mllm_compress.study import page as site
 
     monkeypatch.chdir(checkout)
     page = site.build("smoke").read_text(encoding="utf-8")

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from mllm_compress.checkpoint import load_pruned, save_pruned, target, verify
+from mllm_compress.checkpoint import load_pruned, save_pruned, verify
+from mllm_compress.checkpoint import saving as target
 from mllm_compress.cli import app
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
@@ -94,12 +95,12 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
         "Nothing is kept",
     ),
     "cost": (("cost", "llava"), "mllm_compress.cost.report.counted_rows", "Stopped"),
-    "cards": (("cards", "llava"), "mllm_compress.cost.gpu_memory.memory_table", "Stopped"),
+    "cards": (("cards", "llava"), "mllm_compress.cost.memory.memory_table", "Stopped"),
     "models": (("models",), "mllm_compress.cli.look.emit", "Stopped"),
-    "show": (("show", "small"), "mllm_compress.checkpoint.integrity.sha256", "Stopped"),
+    "show": (("show", "small"), "mllm_compress.checkpoint.formats.sha256", "Stopped"),
     "study": (
         ("study", "--profile", "smoke", "--status"),
-        "mllm_compress.reporting.runner.show_status",
+        "mllm_compress.study.runner.show_status",
         "Finished results are kept",
     ),
 }
@@ -289,7 +290,7 @@ METHODS = ("block_influence", "taylor", "activation", "gauss_newton")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how):
-    from mllm_compress.utils import resuming
+    from mllm_compress.utils import files as resuming
 
     entry = json.loads(Path("mine.json").read_text())[0]
     Path("mine.json").write_text(json.dumps([entry | {"id": k} for k in range(40)]))
@@ -314,7 +315,7 @@ def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how
 
 
 def test_sums_of_another_pass_or_damaged_ones_are_not_used(here, monkeypatch):
-    from mllm_compress.utils import resuming
+    from mllm_compress.utils import files as resuming
 
     for content in (b"", b"x" * 100, None):
         if content is None:
@@ -383,7 +384,7 @@ def test_a_disk_that_is_really_full_is_found_before_the_work(here, disk, monkeyp
 
 @pytest.mark.parametrize("command", ["prune", "recover"])
 def test_a_disk_that_really_fills_up_costs_no_model(here, disk, monkeypatch, command):
-    from mllm_compress.checkpoint import target
+    from mllm_compress.checkpoint import saving as target
 
     small = disk(64 << 20)
     (small / "thesis.txt").write_text("years of work")

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mllm_compress.reporting.injected import check_injected, parameters_run
+from mllm_compress.study.injected import check_injected, parameters_run
 from mllm_compress.utils.files import checkout
 
 ROOT = Path(__file__).parents[1]

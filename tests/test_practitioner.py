@@ -113,7 +113,7 @@ def test_pruned_twice_knows_the_first_model(here):
 
 
 def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
-    from mllm_compress.recovery import checkpoints
+    from mllm_compress.recovery import trainer as checkpoints
 
     run("prune", "llava", "-o", "small", "--layers", "1")
     args = ("recover", "small", "--teacher", "llava", "--data", "mine.json", "--batch-size", 2)
@@ -297,7 +297,7 @@ def test_what_data_say_is_no_markup_in_a_card():
 
 
 def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
-    from mllm_compress.checkpoint import hub
+    from mllm_compress.checkpoint import loading as hub
 
     class Recorder:
         def __init__(self, token=None):

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mllm_compress.data.collator import Collator
+from mllm_compress.data.batches import Collator
 from mllm_compress.data.instructions import InstructionData, from_rows, load_json, open_image, turns
 from mllm_compress.data.reading import EntryError, read_entries, read_entry
 

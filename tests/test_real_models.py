@@ -12,7 +12,7 @@ from original_layouts import NAMES, instruction_json, with_tokenizer
 
 from mllm_compress import recovery
 from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
-from mllm_compress.anatomy.tensors import weights_hash
+from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.checkpoint import load_pruned, save_pruned
 from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
 from mllm_compress.cost.report import cost_report

@@ -15,25 +15,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from mllm_compress.anatomy.families import Anatomy, anatomy
-from mllm_compress.anatomy.tensors import weights_hash
-from mllm_compress.data.collator import Collator
+from mllm_compress.anatomy.streaming import weights_hash
+from mllm_compress.data.batches import Collator, blocks, borrowing_mask, packed_mask
 from mllm_compress.data.instructions import InstructionData
-from mllm_compress.data.packing import blocks, borrowing_mask, packed_mask
-from mllm_compress.data.small_sets import scene_data
+from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery import training
-from mllm_compress.recovery.batches import Batches
-from mllm_compress.recovery.checkpoints import checkpoints
 from mllm_compress.recovery.config import PAPER, RecoveryConfig, config_from_dict, learning_rate
-from mllm_compress.recovery.distillation import layer_pairs
 from mllm_compress.recovery.states import (
     SHARED_PREFIX,
+    TeacherCache,
     decoder_states,
     image_features,
     use_attention,
 )
+from mllm_compress.recovery.steps import Batches, layer_pairs
 from mllm_compress.recovery.student import add_lora, lora_targets
-from mllm_compress.recovery.teacher_cache import TeacherCache
-from mllm_compress.recovery.trainer import NonFiniteLoss, RecoveryTrainer
+from mllm_compress.recovery.trainer import NonFiniteLoss, RecoveryTrainer, checkpoints
 from mllm_compress.recovery.training import recover
 
 N = 8
@@ -199,7 +196,7 @@ def test_packed_questions_equal_separate_ones(pair, data):
 def test_short_rows_and_small_passes_are_a_saving_and_nothing_else(pair, data, monkeypatch):
     config = RecoveryConfig(losses={"sft": 1, "hidden_kd": 1, "logits_kd": 1}, **ONE_STEP)
     short = run(pair, data, config).history
-    monkeypatch.setattr("mllm_compress.recovery.rows.block_size", lambda config: None)
+    monkeypatch.setattr("mllm_compress.recovery.steps.block_size", lambda config: None)
     whole = run(pair, data, config).history
     split = run(pair, data, RecoveryConfig(losses=config.losses, passes=4, **ONE_STEP)).history
     for column in ("loss", "sft", "hidden_kd", "logits_kd", "grad_norm"):
@@ -682,7 +679,7 @@ def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeypatch):
-    import mllm_compress.recovery.checkpoints as module
+    import mllm_compress.recovery.trainer as module
 
     save, calls = module.save_file, []
 

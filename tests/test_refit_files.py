@@ -5,7 +5,7 @@ import torch
 from pruning_cases import build
 from test_recipes import ask, here, shop  # noqa: F401  the fixtures
 
-from mllm_compress.anatomy.tensors import PeakTensors
+from mllm_compress.anatomy.streaming import PeakTensors
 from mllm_compress.checkpoint import load_pruned, reconstruct_files, save_pruned
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise, reconstruct

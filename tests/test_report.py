@@ -12,8 +12,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from mllm_compress.evaluation import published
-from mllm_compress.reporting import style
-from mllm_compress.reporting.claims import (
+from mllm_compress.study import style
+from mllm_compress.study.claims import (
     AT_EQUAL_SIZE,
     CLAIMS,
     holes,
@@ -22,12 +22,14 @@ from mllm_compress.reporting.claims import (
     recommended,
     split_grid,
 )
-from mllm_compress.reporting.effects import Estimate, difference
-from mllm_compress.reporting.figures import Figure, retained_over_ratio
-from mllm_compress.reporting.notebooks import output_folder, overridden
-from mllm_compress.reporting.report import Report
-from mllm_compress.reporting.tables import Table, to_html, to_latex, to_markdown
-from mllm_compress.reporting.verdicts import (
+from mllm_compress.study.effects import Estimate, difference
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.figures import Figure, retained_over_ratio
+from mllm_compress.study.notebooks import output_folder, overridden
+from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
+from mllm_compress.study.report import Report
+from mllm_compress.study.tables import Table, to_html, to_latex, to_markdown
+from mllm_compress.study.verdicts import (
     COLORS,
     DEFINITIONS,
     SIGNS,
@@ -36,8 +38,6 @@ from mllm_compress.reporting.verdicts import (
     basis_of,
     sentence,
 )
-from mllm_compress.study.experiments import Experiment
-from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 
 FRAME = pd.DataFrame(
     {
@@ -360,7 +360,7 @@ def test_raw_papermill_with_a_given_parameter_writes_to_scratch(checkout):
     nb = nbformat.read(path, 4)
     nb.cells.append(
         new_code_cell(
-            "from mllm_compress.reporting.report import Report\n"
+            "from mllm_compress.study.report import Report\n"
             'print(Report("02_demo", profile, globals()).folder)'
         )
     )
@@ -501,7 +501,7 @@ def test_claims_say_what_made_up_results_hold():
 
 
 def test_a_failed_original_takes_only_its_own_model_with_it():
-    from mllm_compress.reporting.effects import summary
+    from mllm_compress.study.effects import summary
 
     frame = answered(
         {Experiment("m"): 1.0, Experiment("k"): 1.0}
@@ -696,7 +696,7 @@ def test_names_keep_apart_where_another_panel_widens_the_scale():
 def test_withdrawn_verdicts_are_those_of_their_commits():
     import subprocess
 
-    from mllm_compress.reporting.withdrawn import WITHDRAWN
+    from mllm_compress.study.withdrawn import WITHDRAWN
 
     for w in WITHDRAWN:
         name = f"{w.commit}:figures/tiny/10_findings-claims.csv"
@@ -714,8 +714,8 @@ def test_a_rare_colour_survives_the_palette_of_a_picture():
     from matplotlib.colors import to_rgb
     from PIL import Image
 
-    from mllm_compress.reporting import report, scoreboard
-    from mllm_compress.reporting.verdicts import COLORS
+    from mllm_compress.study import report, scoreboard
+    from mllm_compress.study.verdicts import COLORS
 
     table = pd.read_csv(Path(__file__).parents[1] / "figures/tiny/10_findings-claims.csv").fillna(
         ""

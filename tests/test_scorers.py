@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress.evaluation import judges, scorers
+from mllm_compress.evaluation import scorers
+from mllm_compress.evaluation import scorers as judges
 from mllm_compress.evaluation.scorers import SCORERS
 
 

@@ -16,13 +16,13 @@ import pytest
 from nbconvert import HTMLExporter
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from mllm_compress.reporting import page as site
-from mllm_compress.reporting.claims import CLAIMS
-from mllm_compress.reporting.rendering import notebook_html
-from mllm_compress.reporting.report import Report
-from mllm_compress.reporting.style import panels
-from mllm_compress.reporting.tables import Table, to_html
+from mllm_compress.study import page as site
+from mllm_compress.study.claims import CLAIMS
 from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.rendering import notebook_html
+from mllm_compress.study.report import Report
+from mllm_compress.study.style import panels
+from mllm_compress.study.tables import Table, to_html
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.parent for p in (ROOT / "figures").glob("*/index.html"))

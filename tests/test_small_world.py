@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from mllm_compress import zoo
-from mllm_compress.data import collator, instructions, scenes, small_sets
+from mllm_compress.data import batches as collator
+from mllm_compress.data import instructions, scenes
+from mllm_compress.data import scenes as small_sets
 from mllm_compress.zoo import tiny_models as tiny
 from mllm_compress.zoo.models import SHIPPED
 

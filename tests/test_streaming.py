@@ -16,16 +16,16 @@ from test_refit_files import Peak
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import is_streamed
-from mllm_compress.cost.streaming import Prompts, streaming_cost
+from mllm_compress.cost.memory import Prompts, streaming_cost
 from mllm_compress.importance import block_influence, load_scores, width_importance
 from mllm_compress.importance.criteria import CRITERIA, Criterion, measure
 from mllm_compress.importance.scores import model_record
 from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.allocation import obs_scores
-from mllm_compress.utils import resuming
-from mllm_compress.utils.resuming import states_folder
+from mllm_compress.utils import files as resuming
+from mllm_compress.utils.files import states_folder
 from mllm_compress.zoo.models import load_model
-from mllm_compress.zoo.real_models import real_config
+from mllm_compress.zoo.releases import real_config
 from mllm_compress.zoo.tiny_models import tiny_processor
 from mllm_compress.zoo.weight_files import FileModel, open_files
 
@@ -284,7 +284,7 @@ def test_score_from_files(here, method):  # noqa: F811
 
 
 def test_a_model_larger_than_the_memory_is_streamed(here, monkeypatch):  # noqa: F811
-    from mllm_compress.importance import memory
+    from mllm_compress.importance import taylor as memory
 
     read, tensor = [], FileModel.tensor
     monkeypatch.setattr(FileModel, "tensor", lambda s, n: read.append(n) or tensor(s, n))

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress.anatomy.tensors import weights_hash
+from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
-from mllm_compress.reporting import effects
 from mllm_compress.study import (
     cache_keys,
+    effects,
     experiments,
     profile_inputs,
     pruned_models,

@@ -10,18 +10,17 @@ import pandas as pd
 import pytest
 from draw_again import MEASURED, fetched_inputs
 
-from mllm_compress.reporting import effects
-from mllm_compress.reporting.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
-from mllm_compress.reporting.notebooks import experiments_of, for_profile
-from mllm_compress.reporting.verdicts import Verdict
+from mllm_compress.study import effects, store
 from mllm_compress.study import runs as study
-from mllm_compress.study import store
 from mllm_compress.study.cache_keys import name_of
+from mllm_compress.study.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
 from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.notebooks import experiments_of, for_profile
 from mllm_compress.study.profile_inputs import missing_inputs
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.stages import result_of
 from mllm_compress.study.store import Store
+from mllm_compress.study.verdicts import Verdict
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv"))

@@ -174,12 +174,12 @@ def test_error_messages_of_all_modules_are_reworded(copy):
 
 
 def test_a_criterion_is_added_as_the_guide_says(copy):
-    notebook, guide = "importance/04_criteria.ipynb", "add_a_pruning_criterion"
+    notebook, guide = "importance/05_criteria.ipynb", "add_a_pruning_criterion"
     copy.append(notebook, cell_of(guide, "def wanda"), cell_of(guide, 'CRITERIA["widthwise"'))
     code = """
 from typer.testing import CliRunner
 from mllm_compress.cli.app import app
-from mllm_compress.reporting.style import look
+from mllm_compress.study.style import look
 say = lambda *args: CliRunner().invoke(app, ["score", *args]).output
 new = E("widthwise", 0.3, "wanda")
 row = run([new], p, "inline", quiet=True).iloc[0]
@@ -201,7 +201,7 @@ found = [say("--help"), wrong, row.status, row.error, drawn.label, drawn.color, 
 def test_a_decoder_family_is_added_as_the_guide_says(copy):
     family = cell_of("add_a_model", 'FAMILIES["starcoder2"]')
     form = cell_of("add_a_model", 'FORMS["starcoder2"]')
-    copy.append("anatomy/01_families.ipynb", family)
+    copy.append("anatomy/02_families.ipynb", family)
     copy.append("cost/01_arithmetic.ipynb", form)
     code = "from mllm_compress import anatomy\nfound = list(anatomy.FAMILIES)"
     before, families = copy.ask(code)
@@ -214,8 +214,8 @@ def test_a_multimodal_class_is_added_as_the_guide_says(copy):
     eyes = cell_of("add_a_model", 'EYES["cohere2_vision"]').split("\n\n\n", 1)[1]
     config = cell_of("add_a_model", "AutoConfig.for_model").split("try:")[0]
     assert len(wrapper.splitlines()) == 1 and len(eyes.splitlines()) <= 10
-    copy.append("anatomy/05_wrappers.ipynb", wrapper)
-    copy.append("cost/06_vision.ipynb", eyes)
+    copy.append("anatomy/01_wrappers.ipynb", wrapper)
+    copy.append("cost/04_vision.ipynb", eyes)
     code = f"{config}\nfrom mllm_compress.cli.check import Case, run_checks"
     code += "\nnames = ('parts', 'cost', 'uniform')"
     code += "\nfound = {f.check: f.passed for f in run_checks(Case(model), names)}"
@@ -244,7 +244,7 @@ BENCHMARKS["colours"] = COLOURS
 
 
 def test_a_benchmark_is_added_and_only_its_answers_are_computed(copy):
-    copy.append("evaluation/05_benchmarks.ipynb", BENCHMARK)
+    copy.append("evaluation/04_benchmarks.ipynb", BENCHMARK)
     code = """
 few = replace(few, benchmarks=[*few.benchmarks, "colours"])
 q = replace(p, evaluation=few)
@@ -277,7 +277,7 @@ ALL += ["layers hidden", "layers both", "bunny"]
     "notebook, old, new, gone",
     [
         (
-            "importance/04_criteria.ipynb",
+            "importance/05_criteria.ipynb",
             '        magnitude,\n        "widthwise",\n        version=1',
             '        magnitude,\n        "widthwise",\n        version=2',
             {"magnitude": ANSWERS, "magnitude sft": ANSWERS},
@@ -289,7 +289,7 @@ ALL += ["layers hidden", "layers both", "bunny"]
             {"layers hidden": ANSWERS, "layers both": ANSWERS},
         ),
         (
-            "evaluation/08_scorers.ipynb",
+            "evaluation/05_scorers.ipynb",
             "        yes_no_score,\n        harness=harness_yes_no",
             "        yes_no_score,\n        version=2,\n        harness=harness_yes_no",
             dict.fromkeys(ALL, {"score": ["scenes/hallucination"], "answers": []}),

@@ -8,13 +8,10 @@ __all__ = ['check_target', 'export_model', 'is_checkpoint', 'load_pruned', 'prun
 
 # %% ../../nbs/library/checkpoint/00_index.ipynb #cell-003
 from .engines import export_model
-from .from_files import prune_files
-from .hub import push_to_hub, register
-from .integrity import is_checkpoint, verify
-from .loading import load_pruned
-from .refit_files import reconstruct_files
-from .saving import save_pruned
-from .target import check_target
+from .formats import is_checkpoint, verify
+from .from_files import prune_files, reconstruct_files
+from .loading import load_pruned, push_to_hub, register
+from .saving import check_target, save_pruned
 
 # %% ../../nbs/library/checkpoint/00_index.ipynb #public-names
 _all_ = [

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from ..utils.extras import naming_extras
+from ..utils.methods import naming_extras
 
 # %% ../../nbs/library/cli/01_app.ipynb #cell-005
 _SETTINGS = {"quiet": False, "verbose": False, "begun": time.monotonic()}
@@ -252,7 +252,7 @@ def check_output_file(path: Path | None, overwrite: bool) -> None:
     "OSError or ValueError where a result could not be written there, or would replace a file."
     if path is None:
         return
-    from mllm_compress.checkpoint.target import check_writable
+    from mllm_compress.checkpoint.saving import check_writable
 
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}: make it first.")
@@ -384,7 +384,7 @@ Stream = Annotated[
 
 def choose_stream(model: str, device: str, wanted: bool | None, method: str = "taylor") -> bool:
     "Whether the weights stay in their files; prints a note if this was chosen automatically."
-    from mllm_compress.importance.memory import free_memory, scoring_memory
+    from mllm_compress.importance.taylor import free_memory, scoring_memory
     from mllm_compress.zoo.models import native_folder
     from mllm_compress.zoo.weight_files import NotFromFiles, open_files
 
@@ -427,7 +427,7 @@ def is_multimodal(processor) -> bool:
 
 def choose_template(processor, file: Path | None, chat: bool) -> str | None:
     "Give a processor the chat template that conversations need; returns which, if not its own."
-    from mllm_compress.data.rendering import set_chat_template
+    from mllm_compress.data.batches import set_chat_template
 
     which = set_chat_template(processor, file, chat)
     if which == "plain":

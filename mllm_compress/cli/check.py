@@ -21,11 +21,11 @@ from PIL import Image
 # %% ../../nbs/library/cli/09_check.ipynb #cell-004b
 from ..anatomy.families import anatomy, lm_parameters, part_parameters
 from ..anatomy.pictures import shares_prefixes
-from ..checkpoint.integrity import read_manifest
+from ..checkpoint.formats import read_manifest
 from ..checkpoint.loading import load_pruned
 from ..checkpoint.saving import save_pruned
 from ..cost.arithmetic import closed_parameters, example_inputs, shape_of_model
-from ..data.collator import Collator
+from ..data.batches import Collator
 from ..data.instructions import InstructionData, has_image
 from ..evaluation.definitions import Question
 from ..evaluation.generation import answer_questions, own_inputs, prepare
@@ -37,8 +37,8 @@ from ..pruning.pruning_plan import PruningPlan, removable
 from ..pruning.reconstruction import reconstruct
 from ..pruning.slicing import apply_plan, silence
 from ..recovery.config import RecoveryConfig
-from ..recovery.distillation import Student, Teacher
 from ..recovery.losses import batch_counts
+from ..recovery.steps import Student, Teacher
 from ..recovery.student import add_lora, trainable_copy
 from ..zoo.models import auto_classes, quiet_loading
 

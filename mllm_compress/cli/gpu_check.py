@@ -18,26 +18,25 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from .. import data, zoo
-from ..anatomy.compat import CHECKPOINTING
+from ..anatomy.wrappers import CHECKPOINTING
 from ..cost.arithmetic import example_inputs
-from ..cost.gpu_memory import KINDS, training_kind
-from ..cost.memory import peak_memory
+from ..cost.memory import KINDS, peak_memory, training_kind
 from ..cost.timing import latency, time_call
 from ..importance.criteria import width_importance
 from ..importance.influence import block_influence
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig
-from ..recovery.distillation import Student, Teacher
 from ..recovery.losses import batch_counts
+from ..recovery.steps import Student, Teacher
 from ..recovery.student import add_lora, trainable_copy
 from ..recovery.training import recover
-from ..reporting import runner
-from ..reporting.tables import Table, to_markdown
+from ..study import runner
 from ..study.students import trained_in_float32
+from ..study.tables import Table, to_markdown
 from ..utils.files import checkout, write_atomically
 from ..zoo.models import cast
-from ..zoo.real_models import real_config
+from ..zoo.releases import real_config
 from ..zoo.tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/cli/08_gpu_check.ipynb #cell-004

@@ -52,7 +52,7 @@ def advise(
 ):
     "Recommend a compression from the results of a study, with the evidence."
     with politely():
-        from mllm_compress.reporting import advice
+        from mllm_compress.study import advice
 
         text = str(advice.advise(model, ratio, data, training, profile))
         emit(text, {"model": model, "ratio": ratio, "profile": profile, "advice": text}, as_json)
@@ -67,7 +67,7 @@ def cards(
 ):
     "What a real model of the study needs, dense and pruned, and on which card it fits."
     with politely():
-        from mllm_compress.cost import gpu_memory as c
+        from mllm_compress.cost import memory as c
 
         needs = c.memory_table(name)
         lines = [
@@ -85,8 +85,7 @@ def _config_of(model: str) -> tuple:  # (config, a file of its weights or None)
     "The config of a model, by name or from a folder."
     from transformers import AutoConfig
 
-    from mllm_compress.zoo.catalogue import known_config
-    from mllm_compress.zoo.models import native_folder
+    from mllm_compress.zoo.models import known_config, native_folder
 
     folder = native_folder(model) or Path(model)
     there = (folder / "config.json").is_file()
@@ -96,7 +95,7 @@ def _config_of(model: str) -> tuple:  # (config, a file of its weights or None)
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010s
 def _cost_by_ratio(model: str, ratio: float) -> tuple:  # (text, facts)
     "The table of what pruning by a ratio saves."
-    from mllm_compress.cost.by_ratio import cost_by_ratio
+    from mllm_compress.cost.report import cost_by_ratio
 
     frame = cost_by_ratio(_config_of(model)[0], ratio)
     text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
@@ -108,7 +107,7 @@ def timed_units(model, processor):
     "The table of costs of the device that a model is on, with a note of what was found."
     from mllm_compress.cost.arithmetic import example_inputs
     from mllm_compress.cost.report import prompt_tokens
-    from mllm_compress.cost.unit_costs import unit_seconds
+    from mllm_compress.cost.timing import unit_seconds
 
     text = prompt_tokens(processor) if processor else 64
     costs = unit_seconds(model, example_inputs(model, text))
@@ -124,8 +123,8 @@ def _cost_of_streaming(model: str, ratio: float) -> tuple:  # (text, facts)
     "The table of the cost of each step while the weights stay in files."
     import torch
 
-    from mllm_compress.cost.by_ratio import without_weights
-    from mllm_compress.cost.streaming import machine_rates, streaming_table
+    from mllm_compress.cost.memory import machine_rates, streaming_table
+    from mllm_compress.cost.report import without_weights
 
     config, file = _config_of(model)
     empty = without_weights(config, config.dtype or torch.bfloat16)
@@ -197,8 +196,7 @@ def cost(
 # %% ../../nbs/library/cli/02_look.ipynb #cell-016
 def _about_checkpoint(folder: Path) -> tuple:  # (text, facts)
     "How a pruned checkpoint was made."
-    from mllm_compress.checkpoint.integrity import PLAN, verify
-    from mllm_compress.checkpoint.provenance import describe_steps
+    from mllm_compress.checkpoint.formats import PLAN, describe_steps, verify
     from mllm_compress.pruning.pruning_plan import PruningPlan
 
     manifest = verify(folder)

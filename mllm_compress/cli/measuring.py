@@ -119,7 +119,7 @@ def answers_folder(
     template: str | None = None,  # a chat template that is not the model's own
 ) -> Path | None:
     "Where the answers of a model are kept; None where nothing names a place."
-    from mllm_compress.anatomy.tensors import weights_hash
+    from mllm_compress.anatomy.streaming import weights_hash
     from mllm_compress.utils.files import content_hash
 
     base = answers or (out and out.parent / f".{out.name}.answers")
@@ -132,7 +132,7 @@ def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> 
     import pandas as pd
 
     from mllm_compress.evaluation import evaluate
-    from mllm_compress.evaluation.perplexity import as_processor, perplexity_row
+    from mllm_compress.evaluation.likelihood import as_processor, perplexity_row
 
     if perplexity:
         check_data(**data)
@@ -158,7 +158,7 @@ def measured(model: str, names: list, perplexity: bool, data: dict, o: dict) -> 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-010
 def record_results(model: str, rows, original, device: str) -> None:
     "Add an evaluation to the provenance of a checkpoint."
-    from mllm_compress.checkpoint.provenance import make_step
+    from mllm_compress.checkpoint.formats import make_step
     from mllm_compress.checkpoint.saving import add_step
 
     columns = ["benchmark", "metric", "score", "low", "high", "n"]
@@ -187,7 +187,7 @@ def _is_text_model(model: str) -> bool:
     path = Path(model) / "config.json"
     if not path.is_file():
         return False
-    from mllm_compress.zoo.files import read_config
+    from mllm_compress.zoo.weight_files import read_config
 
     config = read_config(path)
     return "vision_config" not in config.get("config", config)
@@ -491,7 +491,7 @@ _FILES = {"costs.csv", "scores.csv", "answers.csv", "speculative.csv", "comparis
 
 def check_comparison_folder(out: Path | None, overwrite: bool, inputs: dict) -> None:
     "ValueError or OSError where the results of a comparison cannot be written."
-    from mllm_compress.checkpoint.target import check_not_read, check_writable
+    from mllm_compress.checkpoint.saving import check_not_read, check_writable
 
     if out is None:
         return

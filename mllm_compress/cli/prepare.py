@@ -80,7 +80,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def _check_conversion(source: Path, out: Path, dtype: str) -> None:
     "ValueError or OSError where a conversion cannot begin."
-    from mllm_compress.checkpoint.target import check_not_read, check_writable
+    from mllm_compress.checkpoint.saving import check_not_read, check_writable
 
     if not source.is_dir():
         raise FileNotFoundError(
@@ -126,8 +126,9 @@ def convert(
         _check_conversion(source, out, dtype)
         import torch
 
-        from mllm_compress.checkpoint.target import check_writable
-        from mllm_compress.zoo import convert, original_weights
+        from mllm_compress.checkpoint.saving import check_writable
+        from mllm_compress.zoo import convert
+        from mllm_compress.zoo import convert as original_weights
 
         wanted = getattr(torch, dtype) if dtype else None
         found = original_weights.open_original(source, tower, wanted)
@@ -147,7 +148,7 @@ _SCORES = {"scores.json", "scores.safetensors"}
 
 def check_scores_target(out: Path, overwrite: bool, inputs: dict) -> None:
     "ValueError or OSError where scores cannot be written, or the folder holds other files."
-    from mllm_compress.checkpoint.target import check_not_read, check_writable
+    from mllm_compress.checkpoint.saving import check_not_read, check_writable
 
     check_not_read(out.resolve(), inputs)
     check_writable(out / "scores.json")
@@ -259,8 +260,7 @@ def keeping_sums(out: Path, kind: str, method: str, model, batches: list, seed: 
     from mllm_compress.anatomy.streaming import device_of, is_streamed
     from mllm_compress.importance.criteria import criterion
     from mllm_compress.importance.scores import model_record
-    from mllm_compress.utils.files import content_hash
-    from mllm_compress.utils.resuming import batches_hash, resuming
+    from mllm_compress.utils.files import batches_hash, content_hash, resuming
 
     order = "layer by layer" if is_streamed(model) else "batch by batch"
     key = [kind, method, criterion(kind, method).version, seed, model_record(model), order]
@@ -272,7 +272,7 @@ def forget_sums(out: Path) -> None:
     "Remove what an unfinished pass left."
     import shutil
 
-    from mllm_compress.utils.resuming import states_folder
+    from mllm_compress.utils.files import states_folder
 
     sums_file(out).unlink(missing_ok=True)
     shutil.rmtree(states_folder(sums_file(out)), ignore_errors=True)
@@ -302,7 +302,7 @@ def score(
         at_least(1, samples=samples, scenes=scenes, max_length=max_length)
         at_least(0, seed=seed)
         check_scores_target(out, overwrite, {"model": model})
-        from mllm_compress.checkpoint.target import save_or_rescue
+        from mllm_compress.checkpoint.saving import save_or_rescue
         from mllm_compress.pruning.one_step import pruning_of
 
         kind = pruning_of(method, pruning or None)  # a wrong name, before the model is loaded

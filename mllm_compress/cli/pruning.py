@@ -84,7 +84,7 @@ def parse_budget(
     text: str,  # such as latency=0.6; empty: none
 ) -> tuple | None:  # (name, share)
     "Name and share of a budget; ValueError for anything else."
-    from mllm_compress.pruning.budgets import BUDGETS, check_budget_request
+    from mllm_compress.pruning.allocation import BUDGETS, check_budget_request
 
     if not text:
         return None
@@ -99,7 +99,7 @@ def parse_budget(
 
 def parse_costs(path: Path | None, budget: str):  # UnitCosts, or None
     "The table of --costs; ValueError where it has no effect."
-    from mllm_compress.pruning.budgets import load_costs
+    from mllm_compress.pruning.allocation import load_costs
 
     if path is None:
         return None
@@ -250,7 +250,7 @@ def draw_beside(plan):
     "A function that draws the plan into a folder."
 
     def draw(folder: Path) -> None:
-        from mllm_compress.pruning.drawing import draw_plan
+        from mllm_compress.pruning.pruning_plan import draw_plan
 
         if (figure := new_figure(9, 0.8 + 0.16 * max(8, plan.num_layers))) is None:
             return
@@ -262,7 +262,7 @@ def draw_beside(plan):
 
 def prune_step(model: str, plan, device: str, **facts) -> dict:
     "The record of a pruning for the provenance."
-    from mllm_compress.checkpoint.provenance import make_step
+    from mllm_compress.checkpoint.formats import make_step
 
     scores = plan.meta.get("scores")
     ratios = {"requested_ratio": plan.requested_ratio, "achieved_ratio": plan.achieved_ratio}
@@ -313,7 +313,7 @@ def compute_plan(model: str, given: dict, device: str, stream: bool) -> tuple:
 def whole_plan(model: str, plan):
     "The plan in terms of the first dense model, where the model was pruned before."
     from mllm_compress.checkpoint import is_checkpoint
-    from mllm_compress.checkpoint.integrity import PLAN
+    from mllm_compress.checkpoint.formats import PLAN
     from mllm_compress.pruning.pruning_plan import PruningPlan, compose_plans
 
     if not is_checkpoint(model):
@@ -336,8 +336,8 @@ def run_pruning(model: str, out: Path, given: dict, overwrite: bool, device: str
     "Plan, cut and save; returns the whole plan and what was done."
     from transformers.utils import logging
 
-    from mllm_compress.checkpoint.provenance import history
-    from mllm_compress.checkpoint.target import save_or_rescue
+    from mllm_compress.checkpoint.formats import history
+    from mllm_compress.checkpoint.saving import save_or_rescue
     from mllm_compress.importance.scores import model_record
     from mllm_compress.zoo.models import check_image_token, load_processor
 
@@ -449,7 +449,7 @@ def _allocations() -> str:
 
 def _budgets() -> str:
     "Help of --budget."
-    from mllm_compress.pruning.budgets import BUDGETS
+    from mllm_compress.pruning.allocation import BUDGETS
 
     about = "Instead of a ratio, the share of the dense model's cost that may stay, as latency=0.6."
     return " ".join([about, *(f"{name}: {what}." for name, what in BUDGETS.items())])

@@ -137,7 +137,7 @@ def steps_between(samples: int, config, save_every: int | None) -> int:
 
 def check_training_space(student, config, out: Path) -> None:
     "OSError where there is no space for the result and the checkpoints of the training."
-    from mllm_compress.checkpoint.target import check_writable
+    from mllm_compress.checkpoint.saving import check_writable
 
     size = sum(p.numel() * p.element_size() for p in student.parameters())
     trained = 0.1 if config.lora else 1.0  # adapters are a small part
@@ -147,7 +147,7 @@ def check_training_space(student, config, out: Path) -> None:
 def train(student, dense, data, config, save_every: int, folder: Path, **options):
     "`recover` with checkpoints in a folder; ValueError where they are of another command."
     from mllm_compress import recovery
-    from mllm_compress.recovery.checkpoints import checkpoints
+    from mllm_compress.recovery.trainer import checkpoints
 
     keep = dict(folder=folder, save_every=save_every) if save_every else {}
     mine = not folder.exists()
@@ -199,7 +199,7 @@ def curve_files(history):
 
 def recover_step(config, data, teacher: str, result, device: str, template=None) -> dict:
     "The record of a recovery for the provenance."
-    from mllm_compress.checkpoint.provenance import make_step
+    from mllm_compress.checkpoint.formats import make_step
     from mllm_compress.recovery.config import learning_rate
 
     settings = {k: v for k, v in asdict(config).items() if v is not None}
@@ -225,8 +225,8 @@ def _pictures_beside(folder: Path):
 def save_recovered(model: str, out: Path, plan, result, step: dict, dtype, **options) -> None:
     "Save the trained model with everything that belongs to it."
     from mllm_compress import checkpoint, zoo
-    from mllm_compress.checkpoint.provenance import history
-    from mllm_compress.checkpoint.target import save_or_rescue
+    from mllm_compress.checkpoint.formats import history
+    from mllm_compress.checkpoint.saving import save_or_rescue
 
     curve, pictures = curve_files(result.history), _pictures_beside(Path(model))
     steps = [*history(model), step]

@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 
 from .app import TABLES, AsJson, app, emit, note, politely
-from ..utils.extras import importing
 from ..utils.files import checkout
+from ..utils.methods import importing
 from mllm_compress.utils.processes import (
     can_fork,
     no_gpu_here,
@@ -92,7 +92,7 @@ def study(
     drawing = executor == "local" and workers != 1 and not (dry_run or status)
     with politely(kept), as_one_object(as_json, profile=profile), _server_for(drawing, only):
         with importing():
-            from mllm_compress.reporting import notebooks, runner
+            from mllm_compress.study import notebooks, runner
 
         profile = f"{profile}@{model}" if model else profile
         if reuse:
@@ -150,7 +150,7 @@ def command_reference() -> list:  # of dicts with name, about and options
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-014
 def _write_site(out: Path, as_json: bool) -> None:
     "Write the documentation site, and name links that lead nowhere."
-    from mllm_compress.reporting.site import build_site
+    from mllm_compress.study.site import build_site
 
     pages, broken = build_site(out, command_reference())
     for page, link in broken:
@@ -172,7 +172,7 @@ def report(
 ):
     "Make figures/PROFILE/index.html again from the executed notebooks, or the whole site."
     with politely():
-        from mllm_compress.reporting.page import build
+        from mllm_compress.study.page import build
 
         if site:
             return _write_site(out, as_json)

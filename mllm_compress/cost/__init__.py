@@ -15,7 +15,7 @@ from mllm_compress.cost.arithmetic import (
     forward,
     shape_of_model,
 )
-from .gpu_memory import memory_table
+from .memory import memory_table
 from .report import cost_report
 from .timing import latency, time_call
 

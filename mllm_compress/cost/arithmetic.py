@@ -25,7 +25,7 @@ from mllm_compress.cost.vision import (
     vision_parameters,
 )
 from ..evaluation.published import published
-from ..zoo.real_models import REAL_MODELS, real_config
+from ..zoo.releases import REAL_MODELS, real_config
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-007
 @dataclass(frozen=True)

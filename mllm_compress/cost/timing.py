@@ -7,14 +7,22 @@ __all__ = ['time_call', 'latency']
 
 # %% ../../nbs/library/cost/03_timing.ipynb #cell-003
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import nnls
 from transformers import PreTrainedModel
 
-from ..anatomy.compat import CACHE_ARGUMENT
-from .arithmetic import forward
+from ..anatomy.families import anatomy
+from ..anatomy.wrappers import CACHE_ARGUMENT
+from .arithmetic import example_inputs, forward, shape_of_model
+from ..pruning.allocation import COUNTED, UnitCosts, cache_costs, weight_costs
+from ..pruning.pruning_plan import make_plan, removable
+from ..pruning.slicing import apply_plan
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/cost/03_timing.ipynb #cell-005
 @dataclass(frozen=True)
@@ -69,3 +77,114 @@ def latency(
 
     clock = dict(repeats=repeats, warmup=warmup, device=model.device)
     return {"prefill": time_call(prefill, **clock), "decode": time_call(decode, **clock)}
+
+# %% ../../nbs/library/cost/03_timing.ipynb #unit-costs-cell-005
+PHASES = ("decode", "prefill")
+
+
+def halves(model: PreTrainedModel) -> list:  # of PruningPlan
+    "Plans whose costs tell heads, neurons and layers apart."
+    parts = anatomy(model)
+    layers = range(parts.num_layers)
+    heads = {i: range(max(1, parts.groups(i) // 2)) for i in layers}
+    neurons = {i: range(max(1, parts.neurons(i) // 2)) for i in layers}
+    gone = set(removable(parts, reversed(layers))[: parts.num_layers // 2])
+    kept = [i for i in layers if i not in gone]
+    some = lambda units: {i: units[i] for i in kept}
+    return [
+        make_plan(model),
+        make_plan(model, heads=heads),
+        make_plan(model, neurons=neurons),
+        make_plan(model, layers=kept),
+        make_plan(model, layers=kept, heads=some(heads), neurons=some(neurons)),
+    ]
+
+
+def counts_of(model: PreTrainedModel) -> list:
+    "What the seconds are a sum over: 1, layers, heads (key/value groups), neurons."
+    shape = shape_of_model(model)
+    return [1, len(shape), sum(shape.groups), sum(shape.neurons)]
+
+# %% ../../nbs/library/cost/03_timing.ipynb #unit-costs-cell-007
+def seconds_in_turn(
+    models,  # function that gives an iterator over the models, once per round
+    inputs: dict,  # as the models take them
+    phase: str = "decode",  # seconds per further token; or prefill
+    rounds: int = 3,
+    repeats: int = 10,  # calls per model and round
+    quantile: float = 0.1,
+) -> list:  # seconds of each model
+    "Time several models, one after the other, in rounds."
+    found = defaultdict(list)
+    for _ in range(rounds):
+        for k, model in enumerate(models()):
+            found[k] += latency(model, inputs, repeats)[phase].seconds
+    return [float(np.quantile(found[k], quantile)) for k in found]
+
+
+def fitted(counts: np.ndarray, seconds: np.ndarray) -> tuple:  # [4] seconds, largest error
+    "Seconds per unit by least squares of relative errors, none below 0."
+    found, _ = nnls(counts / seconds[:, None], np.ones(len(seconds)))
+    return found, float(np.abs(counts @ found / seconds - 1).max())
+
+# %% ../../nbs/library/cost/03_timing.ipynb #unit-costs-cell-011
+@torch.no_grad()
+def unit_seconds(
+    model: PreTrainedModel,  # on the device to be measured
+    inputs: dict | None = None,  # as the model takes them; None: one picture, 64 text tokens
+    phase: str = "decode",  # seconds per further token; or prefill
+    rounds: int = 3,
+    repeats: int = 10,  # calls per model and round
+) -> UnitCosts:  # the largest relative error of the linear model is in its meta
+    "Seconds per head, neuron and layer, from timing the model at half of each."
+    check_choice("phase", phase, PHASES)
+    if model.device.type == "meta":
+        raise ValueError("seconds cannot be measured on the meta device: load the weights.")
+    inputs = example_inputs(model) if inputs is None else inputs
+    plans, counts = halves(model), {}
+
+    def models():
+        for k, plan in enumerate(plans):
+            small = apply_plan(model, plan)  # one at a time
+            counts[k] = counts_of(small)
+            yield small
+
+    seconds = seconds_in_turn(models, inputs, phase, rounds, repeats)
+    found, error = fitted(np.array([*counts.values()], float), np.array(seconds))
+    fixed, layer, head, neuron = found.tolist()
+    batch, tokens = inputs["input_ids"].shape
+    kind = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
+    meta = dict(phase=phase, batch=batch, context=tokens, dtype=str(model.dtype).split(".")[-1])
+    meta |= dict(device=kind, threads=torch.get_num_threads(), dense=seconds[0], error=error)
+    flat = lambda value: (value,) * anatomy(model).num_layers
+    return UnitCosts("latency", "s", fixed, flat(layer), flat(head), flat(neuron), meta)
+
+# %% ../../nbs/library/cost/03_timing.ipynb #unit-costs-cell-015
+def modelled_seconds(
+    model: PreTrainedModel,  # on any device, meta included
+    bandwidth: float,  # bytes per second
+    overhead: float,  # seconds per layer, whatever its width
+    context: int = 1024,  # tokens in the cache
+) -> UnitCosts:
+    "Seconds per decoded token of a device that is bound by its memory."
+    weights, cache = weight_costs(model), cache_costs(model)
+    seconds = lambda found: tuple(value / bandwidth for value in found)
+    heads = [w + context * c for w, c in zip(weights.heads, cache.heads)]
+    layers = tuple(value + overhead for value in seconds(weights.layers))
+    meta = dict(phase="decode", batch=1, context=context, bandwidth=bandwidth, overhead=overhead)
+    columns = (weights.fixed / bandwidth, layers, seconds(heads), seconds(weights.neurons))
+    return UnitCosts("latency", "s", *columns, meta)
+
+# %% ../../nbs/library/cost/03_timing.ipynb #unit-costs-cell-019
+def measured_costs(
+    models: list,
+    inputs: dict,  # for the clock
+    rounds: int = 5,
+) -> pd.DataFrame:  # seconds per token, bytes of the LM decoder, bytes of KV cache per token
+    "What models cost where they run, a row each."
+    seconds = seconds_in_turn(lambda: models, inputs, rounds=rounds)
+    counted = [
+        {name: count(model).total(make_plan(model)) for name, count in COUNTED.items()}
+        for model in models
+    ]
+    return pd.DataFrame(counted).assign(latency=seconds)

@@ -8,10 +8,10 @@ __all__ = ['Collator', 'InstructionData', 'calibration_batches', 'easy_vqa', 'fr
 
 # %% ../../nbs/library/data/00_index.ipynb #cell-003
 from . import scenes
+from .batches import Collator
 from .calibration import calibration_batches
-from .collator import Collator
 from .instructions import InstructionData, from_rows, load_json, turns
-from .small_sets import easy_vqa, scene_data, small_data
+from .scenes import easy_vqa, scene_data, small_data
 
 # %% ../../nbs/library/data/00_index.ipynb #public-names
 _all_ = [

@@ -12,7 +12,8 @@ from functools import partial
 from importlib.metadata import version as installed_version
 from itertools import zip_longest
 
-from ..data import instructions, scenes, small_sets, text
+from ..data import instructions, scenes, text
+from ..data import scenes as small_sets
 from .definitions import Benchmark, Question
 from ..utils.files import content_hash
 

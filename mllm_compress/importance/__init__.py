@@ -9,8 +9,8 @@ __all__ = ['CRITERIA', 'LayerScores', 'WidthScores', 'angular_distance', 'block_
 # %% ../../nbs/library/importance/00_index.ipynb #cell-003
 from .criteria import CRITERIA, layer_importance, width_importance
 from .influence import angular_distance, block_influence
-from .memory import largest_batch, scoring_memory
 from .scores import LayerScores, WidthScores, load_scores
+from .taylor import largest_batch, scoring_memory
 
 # %% ../../nbs/library/importance/00_index.ipynb #public-names
 _all_ = [

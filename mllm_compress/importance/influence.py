@@ -11,8 +11,13 @@ from contextlib import contextmanager
 import torch
 
 from ..anatomy.families import Anatomy, anatomy
-from .layer_by_layer import run_forward
-from .scores import LayerScores, check_batches, mean_weights, model_record
+from mllm_compress.importance.scores import (
+    LayerScores,
+    check_batches,
+    mean_weights,
+    model_record,
+    run_forward,
+)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-006
 CHUNK = {"cpu": 2**17, "cuda": 2**22}  # elements of one chunk

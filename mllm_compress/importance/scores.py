@@ -9,18 +9,21 @@ __all__ = ['LayerScores', 'WidthScores', 'load_scores']
 import hashlib
 import inspect
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
-from ..anatomy.streaming import SOURCE, device_of, is_streamed, layers_prefix
+from ..anatomy.streaming import SOURCE, device_of, in_memory, is_streamed, layers_prefix
 from ..anatomy.wrappers import token_inputs
-from ..utils.files import sha256, write_atomically
+from ..utils.files import batches_left, replacing, sha256, work_folder, write_atomically
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-006
 def _as_scores(
@@ -353,3 +356,194 @@ def _short(value) -> str:
     if not isinstance(value, list):
         return str(value)
     return f"{len(value)} layers of {min(value)} to {max(value)}" if value else "none"
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-005
+class _Reached(Exception):
+    "The pass has reached the final norm."
+
+
+def _stop(*_):
+    raise _Reached
+
+
+@contextmanager
+def recording(parts, calls: list):
+    "Layers pass their input on; (hidden state, keyword arguments) of each call go to `calls`."
+
+    def forward(hidden_states, *args, **kwargs):
+        if args:
+            raise ValueError("decoder layers must take all but the hidden state by keyword.")
+        calls.append((hidden_states, kwargs))
+        return hidden_states
+
+    own = [layer.__dict__.get("forward") for layer in parts.layers]
+    for layer in parts.layers:
+        layer.forward = forward
+    end = parts.final_norm.register_forward_pre_hook(_stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        end.remove()
+        for layer, before in zip(parts.layers, own):
+            del layer.forward
+            if before is not None:
+                layer.forward = before
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-007
+@torch.no_grad()
+def first_states(model: PreTrainedModel, batches: list) -> list:  # for each batch the calls
+    "What each decoder layer is called with; all hidden states are those of the embedding."
+    parts, found = anatomy(model), []
+    pictures = any(v.is_floating_point() for batch in batches for v in batch.values())
+    with in_memory(parts, "front", *["vision"] * pictures), evaluating(model):
+        for batch in batches:
+            found.append(calls := [])
+            with recording(parts, calls):
+                model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+    return found
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-009
+def added_between(
+    before: torch.Tensor,  # what a layer received while the layers pass their input on
+    after: torch.Tensor,  # what the next layer received
+) -> torch.Tensor | None:  # None for nothing
+    "What a model adds to the stream between two layers."
+    same = before is after or torch.equal(before, after)
+    return None if same else (after - before).to(torch.promote_types(after.dtype, torch.float32))
+
+
+def plus(state: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
+    "A state with what is added to it, if anything."
+    return state if more is None else state + more.to(state)
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-011
+@dataclass
+class Passage:
+    "One batch on its way through a model."
+
+    first: torch.Tensor  # [batch, tokens, hidden] what enters the first layer
+    calls: list  # other arguments of every layer
+    between: list  # for each layer what is added in front of it, or None
+
+    def enter(self, i: int, state: torch.Tensor | None) -> torch.Tensor:
+        "What enters layer `i`, from what the layer before it returned."
+        return plus(self.first if i == 0 else state, self.between[i])
+
+
+def open_passages(model: PreTrainedModel, batches: list) -> list:
+    "The batches in front of the first layer."
+    found = []
+    for calls in first_states(model, batches):
+        between = [None, *(added_between(a, b) for (a, _), (b, _) in zip(calls, calls[1:]))]
+        found.append(Passage(calls[0][0], [kwargs for _, kwargs in calls], between))
+    return found
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-013
+@torch.no_grad()
+def run_forward(
+    model: PreTrainedModel,
+    batches: list,
+    totals: dict,  # the sums that hooks add to, see utils.resuming
+    listening,  # context within which hooks are in place
+    begin,  # begin(k), before anything of batch k is computed
+) -> None:
+    "Forward passes over all batches, without the LM head; one order for each kind of model."
+    if is_streamed(model):
+        _all_batches_per_layer(model, batches, totals, listening, begin)
+        return
+    with evaluating(model), listening:
+        for k in batches_left(len(batches), totals):
+            begin(k)
+            model(**model_inputs(model, batches[k]), use_cache=False, logits_to_keep=1)
+
+
+def _all_batches_per_layer(model, batches, totals, listening, begin) -> None:
+    "The forward passes of a streamed model."
+    parts, passages = anatomy(model), open_passages(model, batches)
+    with evaluating(model), listening:
+        for i in batches_left(parts.num_layers + 1, totals):
+            _one_layer(parts, i, passages, totals, begin)
+
+
+def _one_layer(parts, i, passages, totals, begin) -> None:
+    "All batches through layer `i`, or through the final norm after the last one."
+    last = i == parts.num_layers
+    with in_memory(parts, "norm" if last else i):
+        for k, passage in enumerate(passages):
+            begin(k)
+            state = totals.pop(("state", k), None)
+            if last:
+                parts.final_norm(state)
+            else:
+                state = passage.enter(i, state)
+                totals["state", k] = parts.layers[i](state, **passage.calls[i])
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-017
+class StatesInFiles:
+    "The states of all batches behind each layer, one file per layer."
+
+    def __init__(self, folder: Path, device):
+        self.folder, self.device = folder, device
+
+    def path(self, i: int) -> Path:
+        "The file of the states behind layer `i`."
+        return self.folder / f"{i}.safetensors"
+
+    def write(self, i: int, states: list) -> None:
+        "Keep the states of all batches behind layer `i`."
+        with replacing(self.path(i)) as part:
+            save_file({str(k): s.contiguous() for k, s in enumerate(states)}, part)
+
+    def read(self, i: int, k: int) -> torch.Tensor:
+        "The state of batch `k` behind layer `i`."
+        with safe_open(self.path(i), "pt") as file:
+            return file.get_tensor(str(k)).to(self.device)
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-019
+def check_space(folder: Path, needed: int) -> None:
+    "OSError where a disk has less than `needed` bytes left."
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the states between the layers take {needed / 2**30:.2f} GiB, and the disk of "
+            f"{folder} has {free / 2**30:.2f} GiB left. Give fewer samples (--samples), or write "
+            "to another disk (--out; TMPDIR for the Python functions)."
+        )
+
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-021
+@dataclass
+class Trail:
+    "One batch behind the last layer, with what each layer was called with."
+
+    passage: Passage
+    states: StatesInFiles
+    number: int  # of the batch
+
+    def __getitem__(self, i: int) -> tuple:
+        "Positional and keyword arguments of layer `i`."
+        before = self.states.read(i - 1, self.number) if i else None
+        return (self.passage.enter(i, before),), self.passage.calls[i]
+
+    @property
+    def end(self) -> torch.Tensor:
+        "[batch, tokens, hidden] what the last layer returned."
+        return self.states.read(len(self.passage.calls) - 1, self.number)
+
+
+@contextmanager
+def kept_states(model: PreTrainedModel, batches: list):  # yields a list of Trail
+    "Forward passes through a streamed model whose states stay readable within this block."
+    parts, passages = anatomy(model), open_passages(model, batches)
+    needed = parts.num_layers * sum(p.first.nbytes for p in passages)
+    with work_folder() as folder, evaluating(model):
+        states = StatesInFiles(folder, device_of(model))
+        trails = [Trail(p, states, k) for k, p in enumerate(passages)]
+        missing = [i for i in range(parts.num_layers) if not states.path(i).exists()]
+        check_space(folder, needed * len(missing) // parts.num_layers)
+        for i in missing:
+            with in_memory(parts, i), torch.no_grad():
+                calls = (trail[i] for trail in trails)
+                states.write(i, [parts.layers[i](*args, **kwargs) for args, kwargs in calls])
+        yield trails

@@ -8,10 +8,9 @@ __all__ = ['PruningPlan', 'apply_plan', 'draw_plan', 'obs_scores', 'plan_layerwi
 
 # %% ../../nbs/library/pruning/00_index.ipynb #cell-003
 from .allocation import obs_scores
-from .drawing import draw_plan
 from .one_step import prune
 from .plans import plan_layerwise, plan_none, plan_widthwise
-from .pruning_plan import PruningPlan
+from .pruning_plan import PruningPlan, draw_plan
 from .reconstruction import reconstruct
 from .slicing import apply_plan
 

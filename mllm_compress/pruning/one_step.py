@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy
 from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.scores import LayerScores, WidthScores
-from .allocation import obs_scores
-from mllm_compress.pruning.budgets import (
+from mllm_compress.pruning.allocation import (
     check_budget_request,
     costs_of_budget,
     depth_plans,
     nearest_plan,
+    obs_scores,
     overhead_share,
     plan_budget,
 )

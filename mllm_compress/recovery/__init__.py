@@ -8,7 +8,7 @@ __all__ = ['LOSSES', 'Loss', 'PAPER', 'RecoveryConfig', 'RecoveryResult', 'TRAIN
 # %% ../../nbs/library/recovery/00_index.ipynb #cell-003
 from .config import PAPER, RecoveryConfig, config_from_dict
 from .losses import LOSSES, TRAINS, Loss
-from .teacher_cache import TeacherCache
+from .states import TeacherCache
 from .training import RecoveryResult, recover
 
 # %% ../../nbs/library/recovery/00_index.ipynb #public-names

@@ -12,9 +12,9 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from ..data.batches import Collator
 from ..data.calibration import calibration_data
-from ..data.collator import Collator
-from ..evaluation.perplexity import entry_losses
+from ..evaluation.likelihood import entry_losses
 from . import cache_keys, profile_inputs, pruned_models
 from .experiments import Experiment
 from .profiles import Profile, training_of

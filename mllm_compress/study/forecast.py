@@ -13,22 +13,21 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
-from mllm_compress.cost.gpu_memory import (
+from mllm_compress.cost.memory import (
     answering_bytes,
     answering_operations,
     float32_extra,
     on_meta,
     pruned_on_meta,
+    recovery_memory,
     training_operations,
 )
-from ..cost.memory import recovery_memory
 from ..recovery.config import RecoveryConfig
 from .cache_keys import recovery_config
 from .experiments import Experiment
 from .profile_inputs import source_of
 from .profiles import Profile, Training, located, training_of
-from ..zoo.real_models import real_config, real_name
-from ..zoo.releases import is_original_layout, native_config
+from ..zoo.releases import is_original_layout, native_config, real_config, real_name
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-004
 def config_of(model: str, profile: Profile):

@@ -14,18 +14,16 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from .. import data
-from ..data.collator import DATA_VERSION
+from ..data.batches import DATA_VERSION
 from ..data.emoji import emoji_data, emoji_hash, missing_emoji
 from ..data.instructions import InstructionData
-from ..data.scenes import SCENES_VERSION
-from ..data.small_sets import mix
+from ..data.scenes import SCENES_VERSION, mix
 from ..data.text import missing_text, text_data, text_hash
 from ..evaluation.benchmarks import benchmark, load_questions
-from ..evaluation.parquet import parquet_files
+from ..evaluation.public_sets import parquet_files
 from .profiles import Evaluation, Profile, Training, located, training_of
 from ..utils.files import checkout, file_hash
 from ..zoo.eyes import missing_eyes
-from ..zoo.gguf import PACKAGED, missing_package
 from mllm_compress.zoo.models import (
     ASSEMBLED,
     MODELS,
@@ -35,6 +33,7 @@ from mllm_compress.zoo.models import (
     packaged_identity,
 )
 from ..zoo.tiny_models import SMOKE_VERSION
+from ..zoo.weight_files import PACKAGED, missing_package
 
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-004
 HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name

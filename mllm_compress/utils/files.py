@@ -12,9 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 import uuid
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
@@ -172,3 +176,127 @@ def code_of(*packages) -> str:
     "A hash of the modules of some packages."
     folders = [Path(package.__file__).parent for package in packages]
     return content_hash([[p.name, sha256(p)] for f in folders for p in sorted(f.glob("*.py"))])
+
+# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-004
+def _write(path: Path, key: str, done: int, totals: dict) -> None:
+    "Save the sums after so many batches, atomically."
+    import torch
+    from safetensors.torch import save_file
+
+    tensors, rest = {}, []
+    for place, (name, value) in enumerate(totals.items()):
+        device = str(value.device) if torch.is_tensor(value) else None
+        if device is not None:
+            tensors[str(place)] = value.detach().cpu().contiguous()
+        rest.append([name, device, None if device is not None else value])
+    about = json.dumps({"key": key, "done": done, "totals": rest})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"sums": about})
+
+# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-006
+def _read(path: Path, key: str) -> tuple:  # (batches done, sums)
+    "The saved sums of a pass; (0, {}) where there are none."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["sums"])
+            if about["key"] != key:
+                return 0, {}
+            totals = {}
+            for place, (name, device, value) in enumerate(about["totals"]):
+                name = tuple(name) if isinstance(name, list) else name
+                totals[name] = file.get_tensor(str(place)).to(device) if device else value
+            return about["done"], totals
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return 0, {}
+
+# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-008
+class SavedSums:
+    "Where the sums of a pass are kept between its batches."
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key, self.due = Path(path), key, 0.0
+
+    def restore(self, totals: dict) -> int:
+        "Fill `totals` with what was saved; returns the number of batches that are done."
+        done, found = _read(self.path, self.key)
+        totals.update(found)
+        return done
+
+    def save(self, done: int, totals: dict) -> None:
+        "Save the sums after `done` batches, unless the last save was a moment ago."
+        begun = time.monotonic()
+        if begun < self.due:
+            return
+        try:
+            _write(self.path, self.key, done, totals)
+        except Exception as error:
+            warnings.warn(f"the sums so far cannot be kept in {self.path} ({error}).")
+        ended = time.monotonic()
+        self.due = ended + 20 * (ended - begun)
+
+# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-010
+_SAVED = ContextVar("saved", default=None)
+
+
+@contextmanager
+def resuming(
+    path: Path,  # of the file that keeps the sums
+    key: str,  # of everything that the result depends on
+):
+    "Within this block, `batches_left` saves its sums regularly, and continues from saved ones."
+    token = _SAVED.set(SavedSums(path, key))
+    try:
+        yield
+    finally:
+        _SAVED.reset(token)
+
+
+def batches_left(
+    count: int,  # batches
+    totals: dict,  # name -> tensor or number, filled by the loop
+):  # yields the numbers of the batches that are not in the sums yet
+    "The batches of a pass; outside of `resuming` all of them."
+    saved = _SAVED.get()
+    for k in range(saved.restore(totals) if saved else 0, count):
+        yield k
+        if saved:
+            saved.save(k + 1, totals)
+
+# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-013
+def states_folder(path: Path) -> Path:
+    "The folder beside the file of the sums."
+    return path.with_name(f"{path.name}.states")
+
+
+@contextmanager
+def work_folder():
+    "A folder for the states of a pass; kept until the result is written, or temporary."
+    saved = _SAVED.get()
+    if saved is None:
+        with tempfile.TemporaryDirectory(prefix="mllm_compress-") as folder:
+            yield Path(folder)
+        return
+    folder = states_folder(saved.path)
+    mark = folder / "key"
+    if not mark.is_file() or mark.read_text() != saved.key:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(mark, saved.key)
+    yield folder
+
+# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-016
+def batches_hash(
+    batches: list,  # of dicts of tensors
+) -> str:  # 16 hexadecimal digits
+    "A hash of every byte of some batches."
+    import torch
+
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -6,7 +6,11 @@
 __all__ = ['Look']
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-002
+import gc
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module, util
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-004
 @dataclass(frozen=True)
@@ -33,3 +37,63 @@ def check_choice(
     "ValueError where a name is not among the allowed ones."
     if name not in allowed:
         raise ValueError(f"Unknown {what} {name!r}: use one of {', '.join(map(str, allowed))}.")
+
+# %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-004
+EXTRAS = {
+    "torchvision": "vision",
+    "gguf": "gguf",
+    "resvg_py": "eyes",
+    "bitsandbytes": "quantize",
+    **dict.fromkeys(
+        "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel "
+        "jupyter_client".split(),
+        "study",
+    ),
+}  # package -> extra
+
+# %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-006
+@contextmanager
+def naming_extras():
+    "ImportError with the command that installs the extra, where a package of EXTRAS is missing."
+    try:
+        yield
+    except ImportError as error:
+        text = f"{error.name or ''} {error}".lower()
+        found = next((name for name in EXTRAS if name in text), None)
+        if found is None or "mllm_compress" in text:
+            raise
+        raise ImportError(
+            f"{found} is not installed and is needed here: "
+            f"pip install 'mllm_compress[{EXTRAS[found]}]'",
+            name=found,
+        ) from error
+
+# %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-010b
+def lazily(
+    name: str,  # of a package
+):  # the module
+    "A package that is imported when one of its attributes is first used."
+    if name in sys.modules:
+        return sys.modules[name]
+    if (spec := util.find_spec(name)) is None:
+        return import_module(name)  # which says that it is missing
+    spec.loader = util.LazyLoader(spec.loader)
+    module = sys.modules[name] = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+# %% ../../nbs/library/utils/02_methods.ipynb #extras-2e82ceab
+@contextmanager
+def importing():
+    "Import without searches for garbage; later searches leave out what was imported."
+    gc.disable()
+    try:
+        yield
+    finally:
+        keep_imported()
+
+
+def keep_imported() -> None:
+    "Search for garbage from now on, but not in what there is already."
+    gc.freeze()
+    gc.enable()

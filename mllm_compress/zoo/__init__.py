@@ -9,7 +9,7 @@ __all__ = ['MODELS', 'REAL_MODELS', 'cast', 'convert_original', 'load_model', 'l
 # %% ../../nbs/library/zoo/00_index.ipynb #cell-003
 from .convert import convert_original, load_original
 from .models import MODELS, cast, load_model
-from .real_models import REAL_MODELS, real_config, real_name
+from .releases import REAL_MODELS, real_config, real_name
 from .tiny_models import tiny_model
 
 # %% ../../nbs/library/zoo/00_index.ipynb #public-names
