@@ -83,6 +83,34 @@ def with_anchors(body: str) -> tuple:  # (body, headings)
     body = re.sub(r'<h([23])(?: id="([^"]*)")?>(.*?)</h\1>', anchored, body, flags=re.S)
     return body, headings
 
+# %% ../../nbs/library/study/42_site.ipynb #cell-011
+DIRECTIVE = re.compile(r"^#\|\s*(\w+)", flags=re.M)
+IMPORTS = re.compile(r"(\s*(#.*|from .+ import \([^)]*\)|from .+|import .+)?\n)*\Z")
+
+
+def code_cell(cell) -> str:
+    "A code cell with its outputs."
+    words, source = set(DIRECTIVE.findall(cell.source)), cell.source.strip() + "\n"
+    if "default_exp" in words or not cell.source.strip():
+        return ""
+    outputs = "".join(map(output_html, cell.get("outputs", [])))
+    look = "cell exported" if words & {"export", "exporti"} else "cell"
+    code = code_html(cell.source)
+    hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
+    if hidden or IMPORTS.match(source) or "hide" in words:
+        code = folded([code])
+    return f'<div class="{look}" id="{cell.id}">{code}{outputs}</div>'
+
+
+def open_notebook(nb) -> str:
+    "The body of a notebook whose code is shown, without its title."
+    first, *rest = nb.cells
+    parts = [markdown_html(head_of(nb)[2])]
+    for cell in rest:
+        shown = markdown_html(cell.source) if cell.cell_type == "markdown" else code_cell(cell)
+        parts.append(shown)
+    return "\n".join(parts)
+
 # %% ../../nbs/library/study/42_site.ipynb #cell-015
 def notebook_page(
     path: Path,  # of a notebook in nbs/
