@@ -27,9 +27,11 @@ from .page import EXPERIMENTS, executed, head_values, left_by, rendered
 from .profiles import load_profile
 from mllm_compress.study.rendering import (
     code_html,
+    folded,
     head_of,
     markdown_html,
     notebook_html,
+    output_html,
 )
 from ..utils.files import checkout, replacing_folder
 from ..utils.methods import lazily
