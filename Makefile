@@ -7,7 +7,7 @@
 # make readme  README.md from nbs/index.ipynb
 # make lowest  all tests at the oldest versions that settings.ini promises (PYTHON=python3.10 for the oldest Python too)
 # make bench   speed and memory against the plain way
-# make gpu-check  what depends on the device, on this machine's GPU; without one it says so
+# make gpu-check  the tests whose numbers depend on the device, on this machine's GPU
 # make clean   remove the environment and what can be regenerated (results in runs/ stay)
 
 PYTHON ?= python3
@@ -82,7 +82,7 @@ bench: $(READY)
 	@set -e; for script in bench/*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script $(BENCH_ARGS); done
 
 gpu-check: $(READY)
-	@$(BIN)/mllm-compress gpu-check $(GPU_ARGS)
+	@MLLM_COMPRESS_DEVICE=cuda $(BIN)/python -m pytest -q -m device tests
 
 clean:
 	rm -rf $(VENV) build dist _docs *.egg-info .pytest_cache .hypothesis .ruff_cache

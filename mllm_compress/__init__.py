@@ -8,8 +8,11 @@ __all__ = ['load_model', 'prune', 'recover', 'evaluate', 'compare', 'save_pruned
 
 # %% ../nbs/library/00_package.ipynb #cell-003
 import importlib
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
 
-from .utils.auto_classes import register_when_imported
+from .utils.methods import PRUNED_TYPE
 
 _ROOMS = {
     "load_model": "zoo",
@@ -45,6 +48,86 @@ _all_ = [
     "load_pruned",
     "advise",
 ]
+
+# %% ../nbs/library/00_package.ipynb #auto-cell-004
+_PASSED = ("attn_implementation", "device_map")  # on to load_pruned
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_IGNORED = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors")
+
+# %% ../nbs/library/00_package.ipynb #auto-cell-006
+class PrunedLoader:
+    "What auto classes call for a checkpoint whose layers differ in width."
+
+    @classmethod
+    def from_pretrained(cls, folder, config=None, dtype=None, torch_dtype=None, **options):
+        "The model of a checkpoint; ValueError for an option that is not supported."
+        import torch
+
+        from mllm_compress.checkpoint import loading
+
+        given = {k: v for k, v in options.items() if v is not None and not k.startswith("_")}
+        unknown = sorted(set(given) - {*_PASSED, *_HUB, *_IGNORED})
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]}= is not supported for a checkpoint whose layers differ in width: "
+                "leave it out, or load with mllm_compress.load_pruned."
+            )
+        dtype = torch_dtype if dtype is None else dtype
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        local = loading.fetched(folder, **{k: given[k] for k in _HUB if k in given})
+        passed = {k: given[k] for k in _PASSED if k in given}
+        return loading.load_pruned(local, dtype=dtype, **passed)[0]
+
+# %% ../nbs/library/00_package.ipynb #auto-cell-008
+def register() -> None:
+    "Let the auto classes of transformers load checkpoints whose layers differ in width."
+    from transformers import PreTrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    if PRUNED_TYPE in CONFIG_MAPPING:
+        return
+    about = {"model_type": PRUNED_TYPE, "__doc__": "The config that auto classes see."}
+    config = type("PrunedConfig", (PreTrainedConfig,), about)
+    PrunedLoader.config_class = config
+    AutoConfig.register(PRUNED_TYPE, config)
+    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        auto.register(config, PrunedLoader)
+
+# %% ../nbs/library/00_package.ipynb #auto-cell-010
+_AUTO = "transformers.models.auto.modeling_auto"
+
+
+class _AfterImport(MetaPathFinder):
+    "Calls `register` when the auto classes of transformers have been imported."
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module):
+            run(module)
+            register()
+
+        spec.loader.exec_module = run_and_register
+        return spec
+
+
+def register_when_imported() -> None:
+    "Register now if the auto classes are there, else as soon as they are imported."
+    if _AUTO in sys.modules:
+        register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
 
 # %% ../nbs/library/00_package.ipynb #cell-005
 register_when_imported()

@@ -306,10 +306,6 @@ def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
     assert found["problems"] == ["it rains"] and found["exit_code"] == 1
     monkeypatch.setattr(page, "build", lambda profile: tmp_path / "index.html")
     assert said("report")["page"] == f"file://{tmp_path / 'index.html'}"
-    import torch
-
-    if not torch.cuda.is_available():
-        assert "No GPU here" in said("gpu-check")["lines"][0]
 
 
 def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):

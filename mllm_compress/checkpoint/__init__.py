@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_target', 'export_model', 'is_checkpoint', 'load_pruned', 'prune_files', 'push_to_hub', 'reconstruct_files',
-           'register', 'save_pruned', 'verify']
+           'save_pruned', 'verify']
 
 # %% ../../nbs/library/checkpoint/00_index.ipynb #cell-003
 from .engines import export_model
 from .formats import is_checkpoint, verify
 from .from_files import prune_files, reconstruct_files
-from .loading import load_pruned, push_to_hub, register
+from .loading import load_pruned, push_to_hub
 from .saving import check_target, save_pruned
 
 # %% ../../nbs/library/checkpoint/00_index.ipynb #public-names
@@ -22,7 +22,6 @@ _all_ = [
     "prune_files",
     "push_to_hub",
     "reconstruct_files",
-    "register",
     "save_pruned",
     "verify",
 ]

@@ -31,7 +31,7 @@ from mllm_compress.checkpoint.formats import (
     write_manifest,
 )
 from ..pruning.pruning_plan import PruningPlan
-from ..utils.auto_classes import PRUNED_TYPE
+from ..utils.methods import PRUNED_TYPE
 from ..utils.files import clean_leftovers, replacing_folder, sha256, write_atomically
 
 # %% ../../nbs/library/checkpoint/03_saving.ipynb #cell-005

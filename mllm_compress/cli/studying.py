@@ -105,23 +105,6 @@ def study(
             return runner.dry_run(profile, only, given, executor, workers)
         raise typer.Exit(runner.run_study(profile, only, given, executor, workers))
 
-# %% ../../nbs/library/cli/07_studying.ipynb #cell-008
-@app.command("gpu-check")
-def gpu_check(
-    models: Annotated[
-        Path, typer.Option(help="Where the models of profile gpu are, or will be trained.")
-    ] = Path("runs/gpu-models"),
-    skip_study: Annotated[
-        bool, typer.Option("--skip-study", help="Leave out the gpu profile.")
-    ] = False,
-    as_json: AsJson = False,
-):
-    "Run everything that depends on the device on this machine's GPU; without one, say so."
-    with politely(), as_one_object(as_json, models=str(models)):
-        from mllm_compress.cli import gpu_check as g
-
-        raise typer.Exit(g.gpu_check(models, study=not skip_study))
-
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-010
 def _option(parameter) -> tuple:  # (how it is written, help)
     "An option or an argument of a command."

@@ -1,17 +1,11 @@
-"""The same numbers on $MLLM_COMPRESS_DEVICE as on the CPU; and gpu-check at toy shapes."""
+"""The same numbers on $MLLM_COMPRESS_DEVICE as on the CPU: `make gpu-check`."""
 
-import copy
 import os
 
-import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from mllm_compress import recovery
-from mllm_compress.cli import gpu_check
-from mllm_compress.cli.app import app
-from mllm_compress.cost.memory import KINDS, training_kind
 from mllm_compress.data import calibration_batches, scene_data
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
@@ -25,9 +19,6 @@ DEVICE = os.environ.get("MLLM_COMPRESS_DEVICE", "cpu")
 
 def on(batches):
     return [{k: v.to(DEVICE) for k, v in b.items()} for b in batches]
-
-
-# ---- device-sensitive
 
 
 @pytest.mark.device
@@ -85,63 +76,3 @@ def test_answers_are_those_of_the_cpu():
         for m in (here, there)
     )
     assert (a == b).mean() > 0.95
-
-
-# ---- the check itself
-
-
-def test_without_a_gpu_it_says_so_and_exits_cleanly(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = CliRunner().invoke(app, ["gpu-check"])
-    assert result.exit_code == 0 and "No GPU here" in result.output and not list(tmp_path.iterdir())
-
-
-def test_a_step_trains_what_its_kind_says():
-    model, _ = load_model("smoke-bunny", dtype=torch.bfloat16)
-    batch, before = gpu_check.random_batch(model, 24, 8), copy.deepcopy(model.state_dict())
-    for kind in KINDS:
-        step = gpu_check.recovery_step(model, model, training_kind(kind), batch)
-        assert all(torch.isfinite(torch.tensor([step(), step()])))
-    assert all(
-        torch.equal(before[k], v) for k, v in model.state_dict().items()
-    )  # the model itself is left alone
-
-
-def test_the_whole_check_at_toy_shapes(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        gpu_check, "device_tests", lambda device: 0
-    )  # they would run this test again
-    asked = []
-    monkeypatch.setattr(gpu_check.runner, "run_study", lambda profile: asked.append(profile) or 0)
-    monkeypatch.setattr(
-        gpu_check,
-        "gpu_study",
-        lambda models, device, original=gpu_check.gpu_study: original(
-            models,
-            device,
-            config=recovery.RecoveryConfig(losses={"sft": 1.0}, batch_size=256),
-            scenes=2,
-            sizes={f: {"layers": 2, "hidden": 96} for f in gpu_check.SIZES},
-        ),
-    )
-    monkeypatch.setattr(gpu_check.data, "small_data", scene_data)
-    monkeypatch.setenv("MLLM_COMPRESS_MODELS", "")
-    assert (
-        gpu_check.gpu_check(
-            tmp_path / "models", device="cpu", build=gpu_check.toy_model, text_tokens=24
-        )
-        == 0
-    )
-    assert asked == ["gpu"] and sorted(p.name for p in (tmp_path / "models").iterdir()) == [
-        "gpu-bunny",
-        "gpu-llava",
-    ]
-    table = pd.read_csv(next((tmp_path / "figures/gpu").glob("check-*.csv")))
-    assert (
-        set(table.model) == set(gpu_check.REAL)
-        and len(table) == 2 * (2 + 3 + 6)
-        and (table.seconds > 0).all()
-        and table.device.nunique() == 1
-    )
