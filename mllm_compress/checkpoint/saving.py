@@ -31,8 +31,8 @@ from mllm_compress.checkpoint.formats import (
     write_manifest,
 )
 from ..pruning.pruning_plan import PruningPlan
-from ..utils.methods import PRUNED_TYPE
 from ..utils.files import clean_leftovers, replacing_folder, sha256, write_atomically
+from ..utils.methods import PRUNED_TYPE
 
 # %% ../../nbs/library/checkpoint/03_saving.ipynb #cell-005
 def nearest_folder(
