@@ -18,25 +18,23 @@ from mllm_compress.cost.arithmetic import closed_parameters
 from mllm_compress.cost.report import cost_report
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.zoo.convert import (
+from mllm_compress.zoo.models import MODELS
+from mllm_compress.zoo.releases import (
     CHAT_TEMPLATES,
+    INTERNVL_NAMES,
+    LLAVA_NAMES,
+    REAL_MODELS,
     ProcessorParts,
     append_rows,
     chat_template,
     convert_original,
     image_processor,
-    load_original,
-    open_original,
-    original_ids,
-)
-from mllm_compress.zoo.models import MODELS
-from mllm_compress.zoo.releases import (
-    INTERNVL_NAMES,
-    LLAVA_NAMES,
-    REAL_MODELS,
     is_original_layout,
+    load_original,
     native_config,
     native_names,
+    open_original,
+    original_ids,
     padded_vocabulary,
     real_config,
     real_name,
@@ -490,8 +488,8 @@ def test_memory_while_converting_stays_near_one_shard(layouts, tmp_path):
     total = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     script = (
         "import sys, resource\n"
-        "from mllm_compress.zoo.convert import convert_original\n"
-        "from mllm_compress.zoo.convert import open_original\n"
+        "from mllm_compress.zoo.releases import convert_original\n"
+        "from mllm_compress.zoo.releases import open_original\n"
         "open_original(sys.argv[1])\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); convert_original(sys.argv[1], sys.argv[2]); print(peak() - before)"

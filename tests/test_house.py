@@ -279,7 +279,7 @@ def test_without_the_extra_of_the_study_the_method_runs(tmp_path):
 def test_a_processor_that_needs_torchvision_names_its_extra():
     if importlib.util.find_spec("torchvision"):
         pytest.skip("torchvision is installed")
-    from mllm_compress.zoo.convert import ProcessorParts, internvl_processor
+    from mllm_compress.zoo.releases import ProcessorParts, internvl_processor
 
     parts = ProcessorParts(None, "", "<image>", 0, 4)
     with pytest.raises(ImportError, match=r"pip install 'mllm_compress\[vision\]'"):

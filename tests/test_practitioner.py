@@ -290,7 +290,7 @@ def test_the_card_is_what_the_hub_reads(here):
 
 
 def test_what_data_say_is_no_markup_in_a_card():
-    from mllm_compress.checkpoint.card import card_section
+    from mllm_compress.checkpoint.saving import card_section
 
     text = card_section("data", {"<script>": "a|b\n# c [x](y) `z`"})
     assert "<script>" not in text and "\n# c" not in text and "[x](" not in text.replace("\\[", "")

@@ -22,8 +22,8 @@ from mllm_compress.importance.criteria import width_importance
 from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.zoo.convert import convert_original
 from mllm_compress.zoo.models import load_model
+from mllm_compress.zoo.releases import convert_original
 
 public_sets = test_benchmarks.root  # a fixture: small folders in the layout of the real sets
 

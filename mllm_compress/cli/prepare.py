@@ -127,8 +127,8 @@ def convert(
         import torch
 
         from mllm_compress.checkpoint.saving import check_writable
-        from mllm_compress.zoo import convert
-        from mllm_compress.zoo import convert as original_weights
+        from mllm_compress.zoo import releases as convert
+        from mllm_compress.zoo import releases as original_weights
 
         wanted = getattr(torch, dtype) if dtype else None
         found = original_weights.open_original(source, tower, wanted)
