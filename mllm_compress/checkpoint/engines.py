@@ -10,13 +10,23 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
+
 from ..anatomy.families import Anatomy, anatomy
 from .formats import equivalent_config, is_checkpoint, rehouse
-from .llama_cpp import DTYPES, check_dtype, projector_path, unequal_widths, vision_misfit, write_gguf, write_projector
+from mllm_compress.checkpoint.llama_cpp import (
+    DTYPES,
+    check_dtype,
+    projector_path,
+    unequal_widths,
+    vision_misfit,
+    write_gguf,
+    write_projector,
+)
 from .loading import fill_up, load_pruned
 from .saving import check_not_read, check_writable
 from ..pruning.slicing import layer_counts

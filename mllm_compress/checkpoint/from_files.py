@@ -9,18 +9,36 @@ __all__ = ['prune_files', 'reconstruct_files']
 import json
 import tempfile
 from pathlib import Path
+
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+
 from ..anatomy.families import anatomy
 from ..anatomy.streaming import SOURCE, in_memory, layers_prefix, tied_names
 from .formats import check_describes, choose_format
-from .saving import VARIANT, check_target, hide_config, keep_unlisted, write_records
+from mllm_compress.checkpoint.saving import (
+    VARIANT,
+    check_target,
+    hide_config,
+    keep_unlisted,
+    write_records,
+)
 from ..importance.scores import check_batches
 from ..pruning.pruning_plan import PruningPlan
-from ..pruning.reconstruction import MARK, advance_dense, check_pruned, check_tokens, fit_layer, lost_sinks, mark_of, open_streams, warn_of_sinks
+from mllm_compress.pruning.reconstruction import (
+    MARK,
+    advance_dense,
+    check_pruned,
+    check_tokens,
+    fit_layer,
+    lost_sinks,
+    mark_of,
+    open_streams,
+    warn_of_sinks,
+)
 from ..pruning.slicing import apply_plan
 from ..utils.files import replacing_folder
 from ..zoo.weight_files import DTYPES, FileModel

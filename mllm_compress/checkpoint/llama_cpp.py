@@ -10,9 +10,11 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+
 from ..anatomy.families import Anatomy, anatomy
 from .loading import fill_up
 from .saving import check_writable

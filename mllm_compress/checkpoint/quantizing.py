@@ -9,11 +9,19 @@ __all__ = []
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
+
 from .formats import history, is_checkpoint, make_step, shrink, verify
 from .loading import load_pruned, unpackable
-from .saving import VARIANT, check_target, hide_config, keep_unlisted, write_records
+from mllm_compress.checkpoint.saving import (
+    VARIANT,
+    check_target,
+    hide_config,
+    keep_unlisted,
+    write_records,
+)
 from ..pruning.pruning_plan import PruningPlan
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice, naming_extras

@@ -7,9 +7,14 @@ __all__ = ['MODELS', 'REAL_MODELS', 'cast', 'convert_original', 'load_model', 'l
            'tiny_model']
 
 # %% ../../nbs/library/zoo/00_index.ipynb #cell-003
-from .releases import convert_original, load_original
 from .models import MODELS, cast, load_model
-from .releases import REAL_MODELS, real_config, real_name
+from mllm_compress.zoo.releases import (
+    REAL_MODELS,
+    convert_original,
+    load_original,
+    real_config,
+    real_name,
+)
 from .tiny_models import tiny_model
 
 # %% ../../nbs/library/zoo/00_index.ipynb #public-names

@@ -9,11 +9,22 @@ __all__ = []
 import re
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, EfficientNetConfig, EfficientNetModel, FastVlmConfig, FastVlmForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    EfficientNetConfig,
+    EfficientNetModel,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlavaProcessor,
+)
+
 from ..utils.files import cache_folder, replacing_folder, sha256
 from .models import SHIPPED
 from .weight_files import gguf_folder, missing_package, packaged_file

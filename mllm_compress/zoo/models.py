@@ -175,8 +175,13 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from .releases import load_original
-from .releases import NATIVE, REAL_MODELS, is_original_layout, real_name
+from mllm_compress.zoo.releases import (
+    NATIVE,
+    REAL_MODELS,
+    is_original_layout,
+    load_original,
+    real_name,
+)
 from .tiny_models import tiny_model, tiny_processor
 from mllm_compress.zoo.weight_files import (
     PACKAGED,

@@ -8,18 +8,38 @@ __all__ = ['REAL_MODELS', 'real_name', 'real_config', 'load_original', 'convert_
 # %% ../../nbs/library/zoo/02_releases.ipynb #cell-003
 import json
 import re
-from dataclasses import dataclass, fields
-from pathlib import Path
-from transformers import CLIPVisionConfig, InternVLConfig, InternVLVisionConfig, LlamaConfig, LlavaConfig, Phi3Config, PhiConfig, PreTrainedConfig, SiglipVisionConfig
 import shutil
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from tempfile import TemporaryDirectory
+
 import torch
 from safetensors import safe_open
-from transformers import AddedToken, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, GotOcr2ImageProcessorPil, InternVLConfig, InternVLProcessor, InternVLVideoProcessor, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    GenerationConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
 from transformers.initialization import no_init_weights
+
 from ..utils.files import replacing_folder
 from ..utils.methods import naming_extras
 

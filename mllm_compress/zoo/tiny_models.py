@@ -7,9 +7,22 @@ __all__ = ['tiny_model']
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-005
 import math
+
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PhiConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil, SiglipVisionConfig
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PhiConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+)
+
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-007
