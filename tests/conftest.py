@@ -20,18 +20,16 @@ def pytest_addoption(parser):
     )
 
 
-LONGEST = ("test_rehearsal", "test_lessons", "test_trace", "test_notebooks")
-LONGEST += ("test_trials", "test_guides")
-
-
 def pytest_configure(config):
-    config.option.loadscopereorder = False  # of pytest-xdist: files in the order below
+    config.addinivalue_line("markers", "slow: only in `make test-all`")
 
 
 def pytest_collection_modifyitems(items):
-    "Files that take minutes begin first, so that no process ends long after the other."
-    place = {name: k for k, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    "Tests of a file share its fixtures, so they stay in one process; notebooks are independent."
+    for item in items:
+        alone = item.name if item.path.stem == "test_lessons" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(alone))
+    items.sort(key=lambda item: item.path.stem != "test_lessons")
 
 
 @pytest.fixture
