@@ -1,4 +1,4 @@
-"""The plan of the package: the study stands on public names of the library, which knows nothing of it."""
+"""The study stands on public names of the library, which knows nothing of the study."""
 
 import ast
 import importlib
