@@ -1,4 +1,6 @@
-"""The numbers of every loss and of the training loop may change only with their versions."""
+"""The numbers of every loss and of the training loop may change only with their versions.
+
+A curve belongs to a row of LOSSES or to a fixed set of losses: a new row moves no other number."""
 
 import copy
 
@@ -9,14 +11,20 @@ from golden_versions import check_golden, check_no_stale
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
-from mllm_compress.recovery.losses import LOSSES
+from mllm_compress.recovery.losses import LOSSES, Loss
 from mllm_compress.recovery.states import TeacherCache
 from mllm_compress.recovery.training import RECOVERY_VERSION, recover
+from mllm_compress.study.experiments import Experiment
+from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.stages import stage_keys
+from mllm_compress.utils.methods import GREY, Look
 
 LOSS_TABLE = "LOSSES (nbs/library/recovery/01_losses.ipynb)"
 LOOP = "RECOVERY_VERSION (nbs/library/recovery/07_training.ipynb)"
+ROW_OR_LOOP = f"{LOSS_TABLE}; or, if the curves of the fixed sets moved too, raise {LOOP},"
+FIXED = ("sft", "logits_kd", "reverse_logits_kd", "hidden_kd")  # not LOSSES: it may grow
 CONFIGS = {
-    "all losses": {"losses": dict.fromkeys(LOSSES, 0.25)},
+    "all losses": {"losses": dict.fromkeys(FIXED, 0.25)},
     "projector": {"train": "projector"},
     "all positions": {"positions": "all", "turns": "sequential"},
     "lora": {"lora": {"r": 4, "lora_dropout": 0.1}},
@@ -47,21 +55,68 @@ def test_no_stale_losses(update_golden):
     check_no_stale("loss", LOSSES, update_golden)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_loss_curves(name, tiny_llava, update_golden):
-    "Three steps of a recovery, compared to four significant digits."
+@pytest.fixture(scope="module")
+def curve(tiny_llava):
+    "Three steps of a recovery with some options; the loss and its terms at every step."
     teacher, processor = tiny_llava
     student, g = copy.deepcopy(teacher), torch.Generator().manual_seed(1)
     for p in anatomy(student).decoder.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=g)
-    config = RecoveryConfig(batch_size=4, lr=1e-3, **CONFIGS[name])
-    options = dict(cache=TeacherCache(), device="cpu", progress=False)
-    data = scene_data("train", 12)
-    history = recover(student, teacher, data, config, processor, **options).history
-    numbers = {column: history[column].tolist() for column in ("loss", *config.losses)}
-    assert len(history) == 3
-    check_golden("recovery", name, RECOVERY_VERSION, numbers, update_golden, LOOP)
+    options, data = (
+        dict(device="cpu", progress=False, cache=TeacherCache()),
+        scene_data("train", 12),
+    )
+
+    def numbers(**chosen) -> dict:
+        config = RecoveryConfig(batch_size=4, lr=1e-3, **chosen)
+        history = recover(student, teacher, data, config, processor, **options).history
+        assert len(history) == 3
+        return {column: history[column].tolist() for column in ("loss", *config.losses)}
+
+    return numbers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_curves(name, curve, update_golden):
+    "The training loop, on fixed losses."
+    check_golden("recovery", name, RECOVERY_VERSION, curve(**CONFIGS[name]), update_golden, LOOP)
 
 
 def test_no_stale_loss_curves(update_golden):
     check_no_stale("recovery", CONFIGS, update_golden)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_curve_of_a_loss(name, curve, update_golden):
+    version = [RECOVERY_VERSION, LOSSES[name].version]
+    numbers = curve(losses={name: 1.0})
+    check_golden("loss curve", name, version, numbers, update_golden, ROW_OR_LOOP)
+
+
+def test_no_stale_curves_of_losses(update_golden):
+    check_no_stale("loss curve", LOSSES, update_golden)
+
+
+def test_a_new_loss_moves_no_golden_number_and_no_key(curve, monkeypatch):
+    profile = load_profile("smoke")
+    experiments = [
+        Experiment("smoke-llava", "layerwise", 0.3, recovery=r, fraction=0.5)
+        for r in ("sft", "sft+hidden_kd", "logits_kd")
+    ]
+    keys = lambda: [stage_keys(experiment, profile)["student"] for experiment in experiments]
+    before = keys()
+    new = Loss(
+        lambda logits, targets: logits.float().logsumexp(-1),
+        ("answer_logits", "targets"),
+        version=1,
+        look=Look("new", GREY, "o"),
+        help="a loss that is not in the golden files",
+    )
+    monkeypatch.setitem(LOSSES, "new", new)
+    assert keys() == before
+    test_loss_curves("all losses", curve, False)
+    test_losses("sft", False)
+    test_the_curve_of_a_loss("sft", curve, False)
+    with pytest.raises(AssertionError, match="no golden value yet") as error:
+        check_golden("loss", "new", 1, {}, False, LOSS_TABLE)
+    assert "RECOVERY_VERSION" not in str(error.value)

@@ -206,12 +206,9 @@ def test_an_objective_has_one_spelling():
             canonical_objective(wrong)
 
 
-def test_every_objective_has_a_look_of_its_own():
-    names = [
-        "+".join(losses)
-        for n in range(1, len(LOSSES) + 1)
-        for losses in itertools.combinations(LOSSES, n)
-    ]
+def test_every_objective_of_the_study_has_a_look_of_its_own():
+    losses = ("sft", "logits_kd", "reverse_logits_kd", "hidden_kd")
+    names = ["+".join(c) for n in range(1, 5) for c in itertools.combinations(losses, n)]
     looks = [objective_look(name) for name in ["none", *names]]
     assert len({(look.color, look.marker, look.line) for look in looks}) == len(looks)
     assert len({look.label for look in looks}) == len(looks)

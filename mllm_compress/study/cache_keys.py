@@ -22,7 +22,6 @@ from ..pruning.plans import PRUNINGS
 from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
-from ..recovery.scratch import STARTS
 from ..recovery.training import RECOVERY_VERSION
 from .experiments import LATER, Experiment, calibration_words, canonical
 from mllm_compress.study.profile_inputs import (
@@ -41,6 +40,7 @@ from mllm_compress.study.profiles import (
     training_of,
 )
 from .rounding import QUANTIZERS, UNROUNDED
+from .scratch import STARTS
 from .store import stage_inputs
 from ..utils.files import code_of, content_hash, remembered
 

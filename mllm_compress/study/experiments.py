@@ -16,8 +16,8 @@ from ..pruning.one_step import COMPARABLE
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstructions import RECONSTRUCTIONS
 from ..recovery.losses import HIDDEN_LAYERS, LOSSES, TRAINS
-from ..recovery.scratch import STARTS
 from .rounding import QUANTIZERS, UNROUNDED
+from .scratch import STARTS
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-004

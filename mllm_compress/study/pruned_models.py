@@ -30,7 +30,6 @@ from mllm_compress.pruning.plans import (
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.reconstructions import reconstructed
 from ..pruning.slicing import apply_plan
-from ..recovery.scratch import STARTS
 from . import store
 from mllm_compress.study.cache_keys import (
     _score_options,
@@ -43,6 +42,7 @@ from mllm_compress.study.cache_keys import (
 from .experiments import Experiment, canonical
 from .profile_inputs import calibration_source, source_of
 from .profiles import Profile, Width, located, training_of
+from .scratch import STARTS
 from .store import Store
 from ..utils.files import content_hash
 from ..zoo.models import load_model
