@@ -99,7 +99,7 @@ def test_answers_are_marked_by_a_sign_not_by_colour():
 def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch):
     "What only one pruning was given, the best of all here, says nothing about the other."
     from mllm_compress.study import guide
-    from mllm_compress.study.effects import Estimate
+    from mllm_compress.study.statistics import Estimate
 
     behind = {
         0.05: Estimate(0.2, -0.3, 0.6, 100, 3),
@@ -207,8 +207,7 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     import json
 
     from mllm_compress.study import scoreboard
-    from mllm_compress.study.effects import Estimate
-    from mllm_compress.study.verdicts import Verdict
+    from mllm_compress.study.statistics import Estimate, Verdict
 
     (tmp_path / "settings.ini").touch()
     (tmp_path / "figures/tiny").mkdir(parents=True)
@@ -226,9 +225,8 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
 
 
 def test_a_forest_shows_every_setting_and_the_average():
-    from mllm_compress.study.effects import Estimate
     from mllm_compress.study.figures import forest
-    from mllm_compress.study.verdicts import Verdict
+    from mllm_compress.study.statistics import Estimate, Verdict
 
     effects = {f"m at 0.{k}": Estimate(k, k - 1.5, k + 1.5, 100, 3) for k in range(4)}
     one = Verdict("B.", {"m at 0.3": Estimate(2, 1, 3, 100, 3)}, "")

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from mllm_compress.cli.app import app
 from mllm_compress.study import front_page, schematic
 from mllm_compress.study.claims import CLAIMS
-from mllm_compress.study.effects import Estimate
 from mllm_compress.study.notebooks import check_parameters
+from mllm_compress.study.statistics import Estimate
 
 ROOT = NOTEBOOKS.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

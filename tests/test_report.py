@@ -22,22 +22,23 @@ from mllm_compress.study.claims import (
     recommended,
     split_grid,
 )
-from mllm_compress.study.effects import Estimate, difference
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import Figure, retained_over_ratio
 from mllm_compress.study.notebooks import output_folder, overridden
 from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 from mllm_compress.study.report import Report
-from mllm_compress.study.tables import Table, to_html, to_latex, to_markdown
-from mllm_compress.study.verdicts import (
+from mllm_compress.study.statistics import (
     COLORS,
     DEFINITIONS,
     SIGNS,
     WORDS,
+    Estimate,
     Verdict,
     basis_of,
+    difference,
     sentence,
 )
+from mllm_compress.study.tables import Table, to_html, to_latex, to_markdown
 
 FRAME = pd.DataFrame(
     {
@@ -501,7 +502,7 @@ def test_claims_say_what_made_up_results_hold():
 
 
 def test_a_failed_original_takes_only_its_own_model_with_it():
-    from mllm_compress.study.effects import summary
+    from mllm_compress.study.statistics import summary
 
     frame = answered(
         {Experiment("m"): 1.0, Experiment("k"): 1.0}
@@ -715,7 +716,7 @@ def test_a_rare_colour_survives_the_palette_of_a_picture():
     from PIL import Image
 
     from mllm_compress.study import report, scoreboard
-    from mllm_compress.study.verdicts import COLORS
+    from mllm_compress.study.statistics import COLORS
 
     table = pd.read_csv(Path(__file__).parents[1] / "figures/tiny/10_findings-claims.csv").fillna(
         ""

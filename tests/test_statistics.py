@@ -115,7 +115,7 @@ def test_avg_percent_interval_is_paired():
 
 def study_of(rng, truth, seeds=3, scatter=1.0, shared=0.5, models=("a", "b"), ratios=4):
     "Made-up differences at every setting; seeds and pictures are shared as in the study."
-    from mllm_compress.study.effects import estimate
+    from mllm_compress.study.statistics import estimate
 
     images = [[f"{b}{k // 4}" for k in range(80)] for b in "xy"]  # four questions a picture
     out, hard = {}, [rng.normal(0, 4, 20).repeat(4) for _ in images]
@@ -138,14 +138,14 @@ def simulated() -> dict:  # truth -> made-up studies
 
 def test_the_interval_of_an_average_covers_the_truth(simulated):
     "Whatever settings share: pictures, and seeds of a model."
-    from mllm_compress.study.effects import average
+    from mllm_compress.study.statistics import average
 
     found = [(average(s), truth) for truth, studies in simulated.items() for s in studies]
     assert 0.92 < np.mean([e.low < truth < e.high for e, truth in found]) < 0.995
 
 
 def test_pooled_intervals_of_settings_cover_the_truth_and_are_narrower(simulated):
-    from mllm_compress.study.effects import pooled
+    from mllm_compress.study.statistics import pooled
 
     width = lambda e: e.high - e.low
     pairs = [
@@ -161,7 +161,7 @@ def test_pooled_intervals_of_settings_cover_the_truth_and_are_narrower(simulated
 def test_questions_about_one_picture_are_not_independent(simulated):
     from dataclasses import replace
 
-    from mllm_compress.study.effects import average
+    from mllm_compress.study.statistics import average
 
     def naive(e):
         "As if every question had its own picture: the variance of 160 independent ones."
@@ -176,7 +176,7 @@ def test_questions_about_one_picture_are_not_independent(simulated):
 
 @pytest.mark.parametrize("truth, right", [(3.0, "supported"), (-3.0, "contradicted")])
 def test_verdicts_find_what_is_true_and_err_rarely(truth, right):
-    from mllm_compress.study.verdicts import WORDS, Verdict
+    from mllm_compress.study.statistics import WORDS, Verdict
 
     rng = np.random.default_rng(1)
     said = [Verdict("A.", study_of(rng, truth), "", margin=1.0).word for _ in range(60)]
@@ -186,7 +186,7 @@ def test_verdicts_find_what_is_true_and_err_rarely(truth, right):
 
 
 def test_no_difference_is_rarely_called_one_and_equivalence_is_found_with_enough_seeds():
-    from mllm_compress.study.verdicts import Verdict
+    from mllm_compress.study.statistics import Verdict
 
     rng = np.random.default_rng(2)
     none = [Verdict("A.", study_of(rng, 0.0), "").word for _ in range(100)]
@@ -199,7 +199,7 @@ def test_no_difference_is_rarely_called_one_and_equivalence_is_found_with_enough
 
 
 def test_one_setting_that_is_certainly_contrary_weakens_an_average():
-    from mllm_compress.study.verdicts import Verdict
+    from mllm_compress.study.statistics import Verdict
 
     rng = np.random.default_rng(3)
     good, bad = study_of(rng, 8.0, scatter=0.1), study_of(rng, -8.0, scatter=0.1)
@@ -226,7 +226,7 @@ def test_intervals_stay_within_what_is_possible(share, half, bounds):
 
 def test_logit_intervals_near_the_bound_cover_the_truth():
     "Where 99 of 100 answers are right, a symmetric interval would end above 100."
-    from mllm_compress.study.effects import estimate
+    from mllm_compress.study.statistics import estimate
 
     rng, truth = np.random.default_rng(4), 97.0
     found = [
@@ -266,7 +266,7 @@ def test_satterthwaite_is_welchs_for_two_samples():
 
 
 def fixed(value: float, half: float = 0.5, seeds: int = 3, **about):
-    from mllm_compress.study.effects import Estimate
+    from mllm_compress.study.statistics import Estimate
 
     return Estimate(value, value - half, value + half, 1000, seeds, **about)
 
@@ -280,7 +280,7 @@ def fixed(value: float, half: float = 0.5, seeds: int = 3, **about):
     ],
 )
 def test_a_claim_of_two_parts_has_the_word_of_the_weaker_one(low, high, word, deciding):
-    from mllm_compress.study.verdicts import Verdict
+    from mllm_compress.study.statistics import Verdict
 
     effects = {"m at 0.30": fixed(low), "m at 0.60": fixed(high)}
     parts = {"below": ("m at 0.30",), "above": ("m at 0.60",)}
@@ -292,7 +292,7 @@ def test_a_claim_of_two_parts_has_the_word_of_the_weaker_one(low, high, word, de
 
 
 def test_places_where_both_sides_are_no_better_than_guessing_do_not_count():
-    from mllm_compress.study.verdicts import Verdict, counted
+    from mllm_compress.study.statistics import Verdict, counted
 
     effects = {
         "m at 0.15": fixed(4.0, model="m", better=90.0),
@@ -307,7 +307,7 @@ def test_places_where_both_sides_are_no_better_than_guessing_do_not_count():
 
 
 def test_one_seed_does_not_show_equivalence():
-    from mllm_compress.study.verdicts import Verdict
+    from mllm_compress.study.statistics import Verdict
 
     words = {n: Verdict("A.", {"m": fixed(0.1, 0.2, n)}, "", margin=1.0).word for n in (1, 3)}
     assert words == {1: "leans for", 3: "equivalent"}
@@ -316,7 +316,7 @@ def test_one_seed_does_not_show_equivalence():
 def test_likelihoods_tell_apart_what_scores_cannot():
     import pandas as pd
 
-    from mllm_compress.study.effects import difference, in_nats
+    from mllm_compress.study.statistics import difference, in_nats
 
     common = dict(model="m", importance="", recovery="none", train="", fraction=1.0, epochs=0)
     common |= dict(calibration="default", status="done", benchmark="b", score=100.0)

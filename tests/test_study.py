@@ -18,7 +18,6 @@ from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.study import (
     cache_keys,
-    effects,
     experiments,
     profile_inputs,
     pruned_models,
@@ -28,6 +27,7 @@ from mllm_compress.study import (
     students,
     workers,
 )
+from mllm_compress.study import statistics as effects
 from mllm_compress.study.cache_keys import name_of, recovery_config, subject_key
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (

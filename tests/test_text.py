@@ -24,12 +24,12 @@ from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.study import profile_inputs, stages
 from mllm_compress.study.calibration import drawn_questions
-from mllm_compress.study.effects import summary
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.notebooks import experiments_of, for_profile, notebooks
 from mllm_compress.study.profiles import PROFILES, Profile, checked, load_profile, read_strictly
 from mllm_compress.study.runner import plan_study
 from mllm_compress.study.runs import frame_of
+from mllm_compress.study.statistics import summary
 from mllm_compress.study.store import Store
 from mllm_compress.zoo import weight_files as packaged
 
@@ -406,7 +406,7 @@ def test_the_command_reads_texts(tmp_path):
 
 
 def test_guessing_on_text_is_chance_among_candidates_and_nothing_on_running_text():
-    from mllm_compress.study.study_tables import question_only
+    from mllm_compress.study.tables import question_only
 
     setup = load_profile("smol")
     some = dict(benchmarks=["text/quotes", "text/definition"], questions=8, limits={})

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from draw_again import MEASURED, fetched_inputs
 
-from mllm_compress.study import effects, store
 from mllm_compress.study import runs as study
+from mllm_compress.study import statistics as effects
+from mllm_compress.study import store
 from mllm_compress.study.cache_keys import name_of
 from mllm_compress.study.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
 from mllm_compress.study.experiments import Experiment
@@ -19,8 +20,8 @@ from mllm_compress.study.notebooks import experiments_of, for_profile
 from mllm_compress.study.profile_inputs import missing_inputs
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.stages import result_of
+from mllm_compress.study.statistics import Verdict
 from mllm_compress.study.store import Store
-from mllm_compress.study.verdicts import Verdict
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv"))

@@ -9,29 +9,32 @@ __all__ = ['CLAIMS', 'Claim', 'Estimate', 'Experiment', 'Profile', 'Report', 'St
 # %% ../../nbs/library/study/00_index.ipynb #cell-003
 import importlib
 
-from .experiments import Experiment
-from .profiles import Profile, load_profile, profile_names
-from .runs import plan_of, run, status
-from .store import Store
-
-_DRAWN = {
+_HOMES = {
     "CLAIMS": "claims",
     "Claim": "claims",
-    "Estimate": "effects",
+    "Estimate": "statistics",
+    "Experiment": "experiments",
+    "Profile": "profiles",
     "Report": "report",
-    "Verdict": "verdicts",
+    "Store": "store",
+    "Verdict": "statistics",
     "advise": "advice",
-    "difference": "effects",
+    "difference": "statistics",
+    "load_profile": "profiles",
+    "plan_of": "runs",
+    "profile_names": "profiles",
+    "run": "runs",
     "run_study": "runner",
-    "summary": "effects",
+    "status": "runs",
+    "summary": "statistics",
 }
 
 
 def __getattr__(name: str):
-    "A public name of a module that draws, imported on first use."
-    if name not in _DRAWN:
+    "A public name, imported from its module on first use."
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_DRAWN[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 # %% ../../nbs/library/study/00_index.ipynb #public-names
 _all_ = [

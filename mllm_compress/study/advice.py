@@ -12,13 +12,20 @@ import pandas as pd
 
 from ..evaluation import published
 from .claims import MARGIN
-from .effects import Estimate, Original, dense_rows, paired, setting_of, summary
 from .experiments import LATER
 from .profile_inputs import missing_inputs
 from .profiles import load_profile
 from .runs import complete, frame_of
+from mllm_compress.study.statistics import (
+    Estimate,
+    Original,
+    basis_of,
+    dense_rows,
+    paired,
+    setting_of,
+    summary,
+)
 from .store import Store, unpack
-from .verdicts import basis_of
 from .workers import results_of
 from ..utils.files import cache_folder, checkout, sha256
 from ..zoo.models import MODELS

@@ -8,10 +8,13 @@ __all__ = ['CLAIMS', 'Claim']
 # %% ../../nbs/library/study/23_claims.ipynb #cell-003
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isclose
 
 import pandas as pd
 
-from mllm_compress.study.effects import (
+from ..recovery.losses import objective_look
+from .experiments import LATER, as_number
+from mllm_compress.study.statistics import (
     Estimate,
     Original,
     arrays_of,
@@ -23,7 +26,7 @@ from mllm_compress.study.effects import (
     select,
     with_original,
 )
-from .experiments import LATER
+from ..utils.methods import BLUE, GREEN, GREY, ORANGE, RED, Look
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
@@ -477,3 +480,131 @@ SECOND_FORM = Claim(
     f"points above {AGAINST_ALL} % of the score on all of the data",
     margin=None,
 )
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-004
+def values(
+    frame: pd.DataFrame,  # of `study.run`
+    places: dict,  # (model, label) -> {way: {column: value}}
+) -> pd.DataFrame:  # columns panel (the model), label, and AVG-% of every way
+    "AVG-% of every way at every place."
+    rows = []
+    for (model, label), ways in places.items():
+        row = {"panel": model, "label": label}
+        for way, setting in ways.items():
+            there = finished(frame, model=model, **setting)
+            row[way] = kept(frame, model, **setting).value if there else float("nan")
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-006
+def ahead(frame: pd.DataFrame, places: dict, first: str, second: str) -> dict:  # where -> Estimate
+    "How much more one way retains than another, at every place that has both."
+    out = {}
+    for (model, label), ways in places.items():
+        pair = [ways[first], ways[second]]
+        if not all(finished(frame, model=model, **s) for s in pair):
+            continue
+        sizes = [select(frame, model=model, **s).achieved_ratio.mean() for s in pair]
+        out[f"{model} at {label}" + uneven(*sizes)] = difference(frame, model, *pair)
+    return {where: e for where, e in out.items() if e.seeds}
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-008
+def repeated(
+    chosen: list,  # of (fraction, ratio, seed), each trained for one epoch
+    epochs: list,  # of k
+    most: float = 0.1,  # the largest k * fraction
+) -> list:  # of (k, fraction, ratio, seed)
+    "Where k epochs of a fraction take the steps of one epoch of a larger fraction that runs."
+    if wrong := [k for k in epochs if as_number("epochs", k, int) < 2]:
+        raise ValueError(f"epochs {wrong}: give whole numbers of 2 or more.")
+    runs = {(round(f, 9), r, s) for f, r, s in chosen}
+    return [
+        (k, f, r, s)
+        for k in epochs
+        for f, r, s in chosen
+        if k * f <= most + 1e-9 and (round(k * f, 9), r, s) in runs
+    ]
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-010
+STEPS = {
+    "once": Look("one epoch of a part", GREY, "o", "none"),
+    "repeated": Look("k epochs of the part", ORANGE, "s", "none"),
+    "fresh": Look("one epoch of k times as much", BLUE, "D", "none"),
+}
+
+
+def equal_steps(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
+    "The places with k epochs of a fraction, and one epoch of k times that fraction."
+    done = frame[(frame.status == "done") & (frame.recovery == losses)]
+    columns, out = ["model", "pruning", "requested_ratio", "epochs", "fraction"], {}
+    for model, pruning, ratio, k, f in (
+        done.loc[done.epochs > 1, columns].drop_duplicates().itertuples(index=False)
+    ):
+        here = {"pruning": pruning, "requested_ratio": ratio, "recovery": losses}
+        larger = next((g for g in done.fraction.unique() if isclose(g, k * f)), k * f)
+        shown = [("once", 0, f), ("repeated", k, f), ("fresh", 0, larger)]
+        label = f"{ratio:.2f}, {k} x {100 * f:g} %"
+        out[model, label] = {w: here | {"epochs": n, "fraction": g} for w, n, g in shown}
+    return out
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-014
+HYBRID = {
+    "layerwise": Look("layerwise", RED, "o", "none"),
+    "widthwise": Look("widthwise", BLUE, "s", "none"),
+    "hybrid": Look("layers, then width", GREEN, "D", "none"),
+}
+
+
+def hybrids(frame: pd.DataFrame) -> dict:  # (model, label) -> {way: setting}
+    "The places with a hybrid that was not trained."
+    done = frame[(frame.status == "done") & (frame.recovery == "none")]
+    columns, out = ["model", "requested_ratio", "layer_share"], {}
+    found = done.loc[done.layer_share > 0, columns].drop_duplicates()
+    several = found.layer_share.nunique() > 1
+    for model, ratio, share in found.itertuples(index=False):
+        here = {"requested_ratio": ratio, "recovery": "none"}
+        label = f"{ratio:.2f}" + f", {100 * share:g} % by layers" * several
+        ways = {p: here | {"pruning": p, "layer_share": 0.0} for p in ("layerwise", "widthwise")}
+        out[model, label] = ways | {"hybrid": here | {"layer_share": share}}
+    return out
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-017
+SCRATCH = {
+    "scratch": Look("trained from scratch", ORANGE, "^", "none"),
+    "untrained": Look("pruned, not trained", GREY, "o", "none"),
+    "recovered": Look("pruned and recovered", BLUE, "D", "none"),
+}
+
+
+def small_models(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
+    "The places with a model that was trained from scratch."
+    done = frame[(frame.status == "done") & (frame.start == "scratch")]
+    columns, out = ["model", "requested_ratio", "recovery", "fraction"], {}
+    for model, ratio, own, fraction in done[columns].drop_duplicates().itertuples(index=False):
+        here = {"pruning": recommended(ratio), "requested_ratio": ratio, "start": "pruned"}
+        trained = {"recovery": losses, "fraction": fraction}
+        out[model, f"{ratio:.2f}"] = {
+            "scratch": here | {"start": "scratch", "recovery": own, "fraction": fraction},
+            "untrained": here | {"recovery": "none"},
+            "recovered": here | trained,
+        }
+    return out
+
+# %% ../../nbs/library/study/23_claims.ipynb #comparisons-states
+STATES = {
+    "final": Look("final state", GREY, "o", "none"),
+    "quarters": Look("quarters of the depth too", BLUE, "D", "none"),
+}
+
+
+def several_layers(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
+    "The places where an objective also compares states inside the decoder."
+    done = frame[(frame.status == "done") & (frame.recovery == losses)]
+    columns, out = ["model", "pruning", "requested_ratio", "fraction"], {}
+    found = done.loc[done.hidden_layers == "quarters", columns].drop_duplicates()
+    for model, pruning, ratio, fraction in found.itertuples(index=False):
+        here = {"pruning": pruning, "requested_ratio": ratio}
+        here |= {"recovery": losses, "fraction": fraction}
+        ways = {name: here | {"hidden_layers": name} for name in STATES}
+        out[model, f"{ratio:.2f}, {objective_look(losses).label}"] = ways
+    return out

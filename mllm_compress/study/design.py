@@ -14,12 +14,11 @@ from ..evaluation.benchmarks import load_questions
 from . import style
 from .cache_keys import limit_of
 from .claims import MARGIN, contrast
-from .effects import summary
 from .experiments import study_criteria
 from .profile_inputs import root_of
 from .profiles import Profile
+from .statistics import COLORS, summary
 from .stored_answers import unit_numbers
-from .verdicts import COLORS
 from ..utils.methods import GREY
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-005

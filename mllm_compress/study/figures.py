@@ -9,15 +9,22 @@ __all__ = []
 import html
 from base64 import b64encode
 from dataclasses import dataclass, replace
+from itertools import product
 
+import matplotlib
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from .style import LOOKS, label_ends, line, look, page, panels
-from .verdicts import COLORS, Verdict
-from ..utils.methods import BLACK, GREY, Look
+from ..evaluation import published
+from ..pruning.pruning_plan import kept_grid
+from .profiles import Profile
+from .runs import plan_of
+from .statistics import COLORS, Verdict
+from .style import LOOKS, graded, label_ends, line, look, neutral, page, panels
+from ..utils.methods import BLACK, BLUE, GREY, ORANGE, SKY, Look
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-005
 def figure_html(
@@ -315,4 +322,422 @@ def dumbbells(
             _mark_guessing(ax, guessed.get(name), vertical=True)
         looks = [replace(k, line="none") for k in ends.values()]
         legend_above(fig, looks[::-1], fontsize=8.5)
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-004
+def _spans(frame: pd.DataFrame, by: str) -> pd.DataFrame:
+    "Mean, lowest and highest score over seeds of every setting on every benchmark."
+    done = frame[(frame.status == "done") & (frame.pruning != "none")]
+    groups = done.groupby(["model", by, "requested_ratio", "benchmark"], sort=False)
+    how = {"mean": ("score", "mean"), "min": ("score", "min"), "max": ("score", "max")}
+    table = groups.agg(achieved_ratio=("achieved_ratio", "mean"), **how).reset_index()
+    return table.sort_values("achieved_ratio")
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-006
+QUESTION_ONLY = Look("question only", GREY, "", (0, (1, 1.5)))
+
+
+def _one_benchmark(ax, own: pd.DataFrame, by: str, whole: float, floor) -> None:
+    "The score of one model on one benchmark over the achieved ratio."
+    for name, g in own.groupby(by, sort=False):
+        band = [[whole, *g[c]] for c in ("min", "max")]
+        line(ax, [0, *g.achieved_ratio], [whole, *g["mean"]], name, *band)
+    if floor is not None:
+        ax.axhline(floor, color=GREY, linewidth=1, linestyle=QUESTION_ONLY.line)
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-008
+def per_benchmark(
+    frame: pd.DataFrame,  # of `study.run`
+    setup: Profile,
+    blind: pd.Series,  # benchmark -> score of the question-only baseline
+    by: str = "pruning",
+):  # a figure
+    "Score on every benchmark over the achieved ratio: a row of panels per model."
+    names, spans = setup.evaluation.benchmarks, _spans(frame, by)
+    dense = frame[(frame.pruning == "none") & (frame.recovery == "none")]
+    whole = dense.set_index(["model", "benchmark"]).get("score", pd.Series(dtype=float))
+    n = len(names)
+    fig, axes = panels(n * len(setup.models), columns=n, width=max(7.2, 1.25 * n), height=1.75)
+    with page():
+        for ax, (model, name) in zip(axes, product(setup.models, names)):
+            own = spans[(spans.model == model) & (spans.benchmark == name)]
+            _one_benchmark(ax, own, by, whole.get((model, name), np.nan), blind.get(name))
+            ax.set_title(name.removeprefix("scenes/"), fontsize=7.5)
+            ax.tick_params(labelsize=8)
+        for i, model in enumerate(setup.models):
+            axes[i * n].set_ylabel(f"{model}\nscore", fontsize=8.5)
+        axes[0].set(xticks=[0, 0.3, 0.6], ylim=(0, 105), yticks=(0, 50, 100))
+        fig.supxlabel("fraction of LM-decoder parameters removed", fontsize=8.5)
+        shown = sorted(set(spans[by])) + [QUESTION_ONLY] * bool(len(blind))
+        legend_above(fig, shown)
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-010
+def gaps(frame: pd.DataFrame) -> pd.DataFrame:  # model, benchmark, ratio, gap
+    "Widthwise minus layerwise, in points of each original score, without recovery."
+    done = frame[(frame.status == "done") & (frame.recovery == "none")]
+    dense = done[done.pruning == "none"].set_index(["model", "benchmark"]).score
+    keys = ["model", "benchmark", "requested_ratio"]
+    wide = done.pivot_table("score", keys, "pruning", sort=False).reindex(
+        columns=["layerwise", "widthwise"]
+    )
+    gap = (wide.widthwise - wide.layerwise).dropna().rename("gap").reset_index()
+    whole = [dense.get((r.model, r.benchmark), np.nan) for r in gap.itertuples()]
+    gap["gap"] = 100 * gap.gap / whole
+    return gap.rename(columns={"requested_ratio": "ratio"})
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-012
+def printed_gaps() -> pd.DataFrame:  # as of `gaps`
+    "The same from Table 2 of the paper."
+    table = published("pruning_without_recovery")
+    names = list(table.loc[:, "mmmu":"gqa"])
+    long = table.melt(["model", "pruning", "ratio"], names, "benchmark", "score")
+    dense = long[long.pruning == "none"].set_index(["model", "benchmark"]).score
+    wide = long[long.pruning != "none"].pivot_table(
+        "score", ["model", "benchmark", "ratio"], "pruning", sort=False
+    )
+    gap = (wide.widthwise - wide.layerwise).rename("gap").reset_index()
+    whole = dense.loc[list(zip(gap.model, gap.benchmark))].to_numpy()
+    return gap.assign(gap=100 * gap.gap / whole)
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-014
+def gap_figure(
+    rows: pd.DataFrame,  # of `gaps` or `printed_gaps`
+):  # a figure
+    "Widthwise minus layerwise on every benchmark: a panel per model, a shade per ratio."
+    models, ratios = (list(dict.fromkeys(rows[c])) for c in ("model", "ratio"))
+    names, looks = list(dict.fromkeys(rows.benchmark)), graded([f"{r:.2f} removed" for r in ratios])
+    columns = min(max(len(models), 1), 3)
+    fig, axes = panels(max(len(models), 1), columns=columns, height=0.24 * len(names) + 1.1)
+    with page():
+        for ax, model in zip(axes, models):
+            ax.axvline(0, color=GREY, linewidth=1)
+            for ratio, m in zip(ratios, looks):
+                own = rows[(rows.model == model) & (rows.ratio == ratio)]
+                y = [names.index(b) for b in own.benchmark]
+                ax.plot(own.gap, y, m.marker, color=m.color, markeredgecolor="white", markersize=6)
+            ax.set(title=model, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+            ax.set_yticklabels([n.removeprefix("scenes/") for n in names], fontsize=8.5)
+        symmetric_scale(axes[0], least=2.0, linear=200)
+        fig.supxlabel("widthwise − layerwise, % of the original score", fontsize=8.5)
+        legend_above(fig, [Look(m.label, m.color, m.marker, "none") for m in looks])
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-017
+def kept_shares(plan) -> np.ndarray:  # [layers]
+    "The share of heads and neurons, weighted by parameters, that a plan keeps of each layer."
+    sizes = plan.meta["sizes"]
+    share = np.zeros(plan.num_layers)
+    for kind in ("heads", "neurons"):
+        grid = kept_grid(plan, kind).numpy()
+        part = np.array([s[f"{kind[:-1]}_parameters"] * s[kind] for s in sizes], float)
+        whole = np.array(
+            [sum(s[f"{k[:-1]}_parameters"] * s[k] for k in ("heads", "neurons")) for s in sizes]
+        )
+        share += grid.sum(1) / [s[kind] for s in sizes] * part / whole
+    return share
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-019
+def kept_map(experiments: list, setup: Profile):  # a figure
+    "Which layers stay at every ratio, and in how many plans each head and each neuron stays."
+    kinds = ("layers", "heads", "neurons")
+    shared = dict(sharex=False, sharey=False)
+    fig, axes = panels(3 * len(setup.models), columns=3, height=1.8, **shared)
+    with page():
+        for ax, (model, kind) in zip(axes, product(setup.models, kinds)):
+            pruning = "layerwise" if kind == "layers" else "widthwise"
+            own = [e for e in experiments if (e.model, e.pruning) == (model, pruning)]
+            plans = {e: plan for e in own if (plan := plan_of(e, setup))}
+            if plans:
+                _draw_map(
+                    ax, *(_layers_kept(plans) if kind == "layers" else _units_kept(plans, kind))
+                )
+            ax.set_title(f"{model}, {kind}", fontsize=8.5)
+            ax.set_xlabel(UNITS_OF[kind], fontsize=8.5)
+        fig.supylabel("layer", fontsize=8.5)
+        shades = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, 100), TENTHS)
+        fig.colorbar(shades, ax=axes, label="kept, % of plans", shrink=0.8, pad=0.02)
+    return fig
+
+
+TENTHS = matplotlib.colormaps["Blues"].resampled(10)  # steps of 10 % can be told apart
+UNITS_OF = {
+    "layers": "requested ratio (layerwise)",
+    "heads": "key/value head (widthwise)",
+    "neurons": "neurons, sorted (widthwise)",
+}
+
+
+def _layers_kept(plans: dict) -> tuple:  # ([layers, ratios], names of the ratios)
+    "In which share of the seeds each layer stays, at each ratio."
+    ratios = sorted({e.ratio for e in plans})
+    own = [[kept_shares(p) for e, p in plans.items() if e.ratio == r] for r in ratios]
+    return np.stack([np.mean(found, axis=0) for found in own], 1), [f"{r:.2f}" for r in ratios]
+
+
+def _units_kept(plans: dict, kind: str) -> tuple:  # ([layers, units], names)
+    "In which share of all plans, over ratios and seeds, each head or neuron stays."
+    share = np.mean([kept_grid(p, kind).numpy() for p in plans.values()], axis=0)
+    if kind == "neurons":
+        share = -np.sort(-share, axis=1)
+    places = np.unique(np.linspace(0, share.shape[1] - 1, 4).astype(int))
+    return share, {int(k): str(k) for k in places}
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-021
+def _draw_map(ax, share: np.ndarray, names) -> None:  # [layers, columns]; a list, or place -> name
+    "One panel of `kept_map`."
+    how = dict(cmap=TENTHS, vmin=0, vmax=100, interpolation="nearest")
+    ax.imshow(100 * share, aspect="auto", origin="lower", **how)
+    places = names if isinstance(names, dict) else dict(enumerate(names))
+    ax.set(xticks=list(places), xticklabels=list(places.values()))
+    ax.set_yticks(range(0, len(share), max(1, len(share) // 6)))
+    ax.tick_params(labelsize=8)
+    ax.grid(False)
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-023
+def over_ratio(
+    rows: pd.DataFrame,  # of `effects.summary`, compressed models; a column `line`
+    models: list,
+    lines: list,  # values of `line`, in their order
+    lowest: float = 0.0,
+):  # a figure
+    "AVG-% over the achieved ratio: a row per model, a column per pruning, one legend."
+    kinds = ("layerwise", "widthwise")
+    fig, axes = panels(2 * len(models), columns=2, height=2.1)
+    with page():
+        for ax, (model, pruning) in zip(axes, product(models, kinds)):
+            own = rows[(rows.model == model) & (rows.pruning == pruning) & rows.avg_percent.notna()]
+            for name in lines:
+                g = own[own.line == name].sort_values("achieved_ratio")
+                low, high = ([100, *g[c]] for c in ("low", "high"))
+                if len(g):
+                    line(ax, [0, *g.achieved_ratio], [100, *g.avg_percent], name, low, high)
+            if not set(lines[1:]) & set(own.line):
+                ax.text(
+                    0.03, 0.06, "recovery not run", transform=ax.transAxes, color=GREY, fontsize=8.5
+                )
+            ax.set_title(f"{model}, {pruning}")
+        axes[0].set_ylim(max(axes[0].get_ylim()[0], lowest), 102)
+        fig.supxlabel("fraction of LM-decoder parameters removed", fontsize=8.5)
+        fig.supylabel("retained, % of the original", fontsize=8.5)
+        legend_above(fig, lines)
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-025
+def objectives(
+    effects: dict,  # (model, pruning, ratio, losses) -> Estimate, of `study_tables.over_sft`
+    models: list,
+    order: list,  # of losses
+    ratios: list,
+):  # a figure
+    "How much more each objective retains than SFT."
+    kinds = [p for p in ("layerwise", "widthwise") if any(k[1] == p for k in effects)] or [
+        "layerwise"
+    ]
+    looks = dict(zip(ratios, graded([f"{r:.2f} removed" for r in ratios])))
+    names = [x for x in order if x != "sft"]
+    n = len(models) * len(kinds)
+    fig, axes = panels(n, columns=2, height=0.3 * len(names) + 0.9)
+    with page():
+        for ax, (model, pruning) in zip(axes, product(models, kinds)):
+            ax.axvspan(-1, 1, color="#eef2f6", zorder=0)
+            ax.axvline(0, color=GREY, linewidth=1)
+            own = {k[2:]: e for k, e in effects.items() if k[:2] == (model, pruning)}
+            _shaded_rows(ax, own, names, looks)
+            ax.set_title(f"{model}, {pruning}")
+        scale = symmetric_scale(axes[0])  # the axis is shared
+        fig.supxlabel(f"points of AVG-% more than SFT alone{scale}", fontsize=8.5)
+        legend_above(fig, [Look(k.label, k.color, k.marker, "none") for k in looks.values()])
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-027
+def _shaded_rows(ax, own: dict, names: list, looks: dict) -> None:
+    "Estimates (ratio, name) as rows of names, a shade per ratio."
+    shifts = dict(zip(looks, np.linspace(-0.28, 0.28, max(len(looks), 1))))
+    for (ratio, name), e in own.items():
+        if name in names and ratio in looks:
+            m, y = looks[ratio], names.index(name) + shifts[ratio]
+            bars = [[e.value - e.low], [e.high - e.value]]
+            drawn = dict(color=m.color, marker=m.marker, markersize=4.5, elinewidth=1.1)
+            ax.errorbar(e.value, y, xerr=bars, linestyle="none", **drawn)
+    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+    ax.set_yticklabels([look(name).label for name in names], fontsize=8.5)
+    ax.grid(axis="y", visible=False)
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-029
+def skills(rows: pd.DataFrame, setup: Profile, order: list, ratio: float):  # a figure
+    "Share of the original's score on every benchmark by objective, at one ratio."
+    names, grids = setup.evaluation.benchmarks, {}
+    for model in setup.models:
+        own = rows[rows.model == model]
+        whole = own[own.pruning == "none"][names].astype(float)
+        own = own[
+            (own.requested_ratio == ratio) & (own.recovery != "none") & own.avg_percent.notna()
+        ]
+        for pruning, part in own.groupby("pruning", sort=False):
+            part = part.drop_duplicates("recovery").set_index("recovery")
+            kept = part.reindex([x for x in order if x in part.index])[names].astype(float)
+            grids[f"{model}, {pruning}"] = 100 * kept / whole.iloc[0]
+    fig, axes = panels(max(len(grids), 1), height=0.24 * len(order) + 1.3)
+    lowest = min([99.0, *(g.min().min() for g in grids.values())])
+    with page():
+        for ax, (title, grid) in zip(axes, grids.items()):
+            _heat(ax, grid.rename(index=lambda n: look(n).label), lowest)
+            ax.set_title(title)
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-031
+def _heat(ax, grid: pd.DataFrame, lowest: float) -> None:
+    "A small heat map with its numbers."
+    how = dict(annot=True, fmt=".0f", cbar=False, annot_kws={"fontsize": 8})
+    how |= dict(cmap=sns.color_palette("cividis", 8))  # the numbers tell more
+    sns.heatmap(grid, ax=ax, vmin=lowest, vmax=100, **how)
+    labels = [c.split("/")[-1] for c in grid]
+    ax.set_xticklabels(labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=8.5)
+    ax.set_yticklabels(grid.index, rotation=0, fontsize=8.5)
+    ax.set(xlabel="", ylabel="")
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-033
+def over_fractions(
+    trained: pd.DataFrame,  # recovered rows of `effects.summary`
+    models: list,
+    promised: float,  # AVG-%, drawn as a line
+    seeds: int,  # of a full point
+):  # a figure
+    "AVG-% over the fraction of the training data, a line per ratio."
+    trained = trained[trained.avg_percent.notna()]
+    ratios, levels = sorted(trained.requested_ratio.unique()), sorted(trained.fraction.unique())
+    looks = dict(zip(ratios, graded([f"{r:.2f} removed" for r in ratios])))
+    fig, axes = panels(len(models))
+    with page():
+        for ax, model in zip(axes, models):
+            ax.axhline(promised, color=GREY, linewidth=1, linestyle=QUESTION_ONLY.line)
+            for k, (ratio, m) in enumerate(looks.items()):
+                own = trained[(trained.model == model) & (trained.requested_ratio == ratio)]
+                g, apart = own.sort_values("fraction"), 1.1 ** (k - (len(looks) - 1) / 2)
+                if len(g):
+                    line(ax, g.fraction * apart, g.avg_percent, m, hollow=g.seeds < seeds)
+                    ax.vlines(g.fraction * apart, g.low, g.high, color=m.color, linewidth=1.2)
+            ax.set(title=model, xscale="log")
+            ax.xaxis.set(
+                major_locator=FixedLocator(levels),
+                major_formatter=lambda fraction, _: f"{100 * fraction:g}",
+                minor_locator=NullLocator(),
+            )
+        fig.supxlabel("fraction of the training data, %", fontsize=8.5)
+        axes[0].set_ylabel("retained, % of the original")
+        legend_above(fig, list(looks.values()))
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-033b
+def recovery_curves(
+    rows: pd.DataFrame,  # of `study.curves.recovery_curves`
+    order: list,  # of losses
+):  # a figure
+    "Validation score over the steps of training: a panel per model, a line per objective."
+    models = list(dict.fromkeys(rows.model))
+    fig, axes = panels(max(len(models), 1), height=2.6)
+    with page():
+        for ax, model in zip(axes, models):
+            own = rows[rows.model == model]
+            for name in order:
+                g = own[(own.recovery == name) & (own.step > 0)]
+                line(ax, g.step, g.score, name)
+            before = own[own.step == 0].score.mean()
+            ax.set(title=f"{model}, {before:.0f} before training", xlabel="step")
+        axes[0].set_ylabel("validation score")
+        legend_above(fig, order)
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-033e
+def _lines_of(frame: pd.DataFrame, models: list) -> dict:  # (pruning, model) -> look
+    "A look per pruning and model: the pruning's colour, the model's marker and dashes."
+    prunings = sorted(frame.pruning.unique())
+    shapes = dict(zip(models, neutral(models)))
+    if len(prunings) == 1:
+        return {(prunings[0], m): shape for m, shape in shapes.items()}
+    colors = {p: look(p).color for p in prunings}
+    return {
+        (p, m): replace(shapes[m], color=color, label=f"{p}, {m}")
+        for p, color in colors.items()
+        for m in models
+    }
+
+
+def _mark_rate(ax, rate: float | None) -> None:  # None where nothing was searched
+    "The rate that is used, or a note that there is none."
+    if rate is not None:
+        ax.axvline(rate, color=ORANGE, linewidth=1.2, linestyle=QUESTION_ONLY.line)
+        return
+    middle = dict(ha="center", va="center", transform=ax.transAxes)
+    ax.text(0.5, 0.5, "not searched", fontsize=8.5, color=GREY, **middle)
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-rates-fig
+def over_rates(
+    frame: pd.DataFrame,  # columns objective, ratio, pruning, model, rate, score
+    best: pd.DataFrame,  # of `study.rates.best_rates`
+    models: list,
+):  # a figure
+    "Validation score over the learning rate: a panel per search, a line per model and pruning."
+    searches = list(product(best.objective.unique(), best.ratio.unique()))
+    several, n = best.ratio.nunique() > 1, len(searches)
+    rates = best.set_index(["objective", "ratio"]).rate
+    columns = best.ratio.nunique() if several else min(n, 3)
+    fig, axes = panels(n, columns=columns, height=1.3 if several else 2.1, sharey="col")
+    lines = _lines_of(frame, models)
+    with page():
+        for k, (ax, (objective, ratio)) in enumerate(zip(axes, searches)):
+            own = frame[(frame.objective == objective) & (frame.ratio == ratio)]
+            for (pruning, model), m in lines.items():
+                g = own[(own.model == model) & (own.pruning == pruning)].sort_values("rate")
+                if len(g):  # an empty line would have a place of its own in the layout
+                    line(ax, g.rate, g.score, m)
+            _mark_rate(ax, rates.get((objective, ratio)))
+            train, losses = objective.split("/")
+            name = look(losses).label + ", proj." * (train == "projector")
+            ax.set(xscale="log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.tick_params(labelbottom=k + columns >= n)
+            if several and k % columns == 0:
+                ax.set_ylabel(name.replace(" + ", " +\n"), fontsize=8.5)
+            if k < columns or not several:
+                ax.set_title(f"{ratio:.2f} removed" if several else name, fontsize=9)
+        legend_above(fig, list(lines.values()))
+        fig.supxlabel("learning rate", fontsize=9)
+        fig.supylabel("validation score", fontsize=9)
+    return fig
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-035
+PARTS = {
+    "vision": ("vision tower", SKY),
+    "projector": ("projector", ORANGE),
+    "lm": ("LM decoder", BLUE),
+}
+
+
+def _share_bar(ax, y: int, own: pd.Series) -> None:
+    "The parts that a model has side by side; the projector's share stands at the right."
+    share, left = 100 * own / own.sum(), 0.0
+    middle = dict(ha="center", va="center", fontsize=8.5)
+    for part, (_, color) in PARTS.items():
+        how = dict(left=left, color=color, height=0.7, edgecolor="white", linewidth=0.3)
+        ax.barh(y, share[part], **how)
+        if part != "projector" and share[part] > 0:
+            tint = "white" if part == "lm" else "black"
+            ax.text(left + share[part] / 2, y, f"{share[part]:.0f}", color=tint, **middle)
+        left += share[part]
+    if share["projector"] > 0:
+        ax.text(102, y, f"{share['projector']:.1f}", va="center", fontsize=8.5, color=ORANGE)
+
+# %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-037
+def shares(counts: dict):  # name -> Series of parameters by part; a figure
+    "The parts of each model as a stacked bar."
+    fig, (ax,) = panels(1, height=0.42 * len(counts) + 1)
+    with page():
+        for y, own in enumerate(counts.values()):
+            _share_bar(ax, y, own)
+        ax.set(yticks=range(len(counts)), yticklabels=list(counts), xlim=(0, 100))
+        ax.set(xlabel="share of all parameters, %", ylim=(len(counts) - 0.5, -0.5))
+        ax.grid(axis="y", visible=False)
+        legend_above(fig, [Look(name, color, "s", "none") for name, color in PARTS.values()])
     return fig

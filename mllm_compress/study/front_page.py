@@ -20,13 +20,13 @@ from ..evaluation.definitions import open_image
 from . import forecast
 from .answers import draw_answers
 from .claims import CLAIMS, LITTLE
-from .effects import Estimate
 from .figures import legend_above
 from .profile_inputs import root_of
 from .profiles import Profile, load_profile
 from .report import recorded
 from .runner import experiments_of_plan, plan_study
 from .scoreboard import printed_claims
+from .statistics import Estimate
 from .style import line, look, page, panels
 from ..utils.files import checkout
 from ..utils.methods import Look

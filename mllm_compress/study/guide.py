@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from . import advice
 from .claims import MARGIN, recommended
-from .effects import difference, setting_of
+from .statistics import difference, setting_of
 from .style import look, page, panels
 from ..utils.methods import BLACK, GREY
 

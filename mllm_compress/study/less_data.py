@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullLocator
 
 from . import claims
-from .effects import difference, summary
 from .figures import legend_above
+from .statistics import difference, summary
 from .style import page, panels
 
 # %% ../../nbs/library/study/48_less_data.ipynb #cell-004

@@ -15,10 +15,9 @@ import pandas as pd
 import yaml
 
 from .claims import CLAIMS
-from .effects import Estimate
 from .figures import figure_html
 from .profiles import Profile
-from .verdicts import COLORS, DEFINITIONS, SIGNS
+from .statistics import COLORS, DEFINITIONS, SIGNS, Estimate
 
 # %% ../../nbs/library/study/40_overview.ipynb #cell-005
 def citation(

@@ -17,15 +17,13 @@ import pandas as pd
 from PIL import Image, ImageChops, ImageStat
 
 from .claims import MARGIN, POINTS, Claim, claimed, judged_by
-from .effects import Estimate
 from .figures import Figure
 from .injected import check_injected
 from .notebooks import LARGER, output_folder, overridden
 from .profiles import load_profile
-from .study_tables import guessing
+from .statistics import Estimate, Verdict, counted, resting_on, sentence
 from .style import page
-from .tables import Table, explained, to_latex, to_markdown
-from .verdicts import Verdict, counted, resting_on, sentence
+from .tables import Table, explained, guessing, to_latex, to_markdown
 from ..utils.files import checkout, write_atomically
 
 # %% ../../nbs/library/study/28_report.ipynb #cell-005

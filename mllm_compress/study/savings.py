@@ -22,10 +22,10 @@ from ..checkpoint.formats import read_manifest
 from ..importance import scores
 from ..pruning import plans
 from .claims import SAME
-from .effects import Estimate
 from .figures import legend_above
 from .profiles import Profile
 from .pruned_models import teacher_of
+from .statistics import Estimate
 from .style import line, look, page, panels
 from ..utils.methods import GREY, Look
 from ..zoo import releases as real_models

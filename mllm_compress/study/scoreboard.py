@@ -14,14 +14,21 @@ import pandas as pd
 from ..evaluation import published
 from .cache_keys import name_of
 from .claims import CLAIMS, LITTLE, PROMISED, claimed, judged_by
-from .effects import with_original
 from .experiments import canonical
 from .notebooks import experiments_of, notebooks
 from .profiles import Profile
 from .report import recorded
-from .study_tables import guessing
+from mllm_compress.study.statistics import (
+    COLORS,
+    SIGNS,
+    UNTESTED,
+    Verdict,
+    basis_of,
+    resting_on,
+    with_original,
+)
 from .style import page, panels
-from .verdicts import COLORS, SIGNS, UNTESTED, Verdict, basis_of, resting_on
+from .tables import guessing
 from ..utils.methods import GREY, lazily
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-lazily

@@ -8,15 +8,37 @@ __all__ = []
 # %% ../../nbs/library/study/24_tables.ipynb #cell-003
 import html
 import re
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from importlib.metadata import version
+from importlib.resources import files
+from math import floor, log10
 
 import numpy as np
 import pandas as pd
+import torch
 from pandas.io.formats.style import Styler
+from transformers import AutoModelForImageTextToText
 
-from .effects import Estimate
+from .. import anatomy, cost, data, evaluation
+from ..data import scenes
+from ..data.emoji import ask_emoji
+from ..evaluation import published, score_all
+from ..evaluation.benchmarks import BENCHMARKS, load_questions
+from . import claims
+from .cache_keys import limit_of, recovery_config
+from .experiments import Experiment
+from .profile_inputs import data_inputs, missing_inputs
 from .profiles import Profile
-from ..utils.files import content_hash
+from .pruned_models import teacher_of
+from .runs import frame_of, plan_of
+from .stages import result_of
+from .statistics import Estimate, difference, summary
+from .style import look
+from .workers import results_of
+from ..utils.files import code_of, content_hash, remembered
+from ..zoo import releases as real_models
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-005
 def _text(value, digits: int) -> str:
@@ -196,3 +218,357 @@ def explained(frame: pd.DataFrame) -> str:
     "What the headings of a table mean, where they are terms of this study."
     found = [text for words, text in GLOSSARY.items() if set(words) <= set(frame.columns)]
     return f" {'; '.join(found)}." if found else ""
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-004
+def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or benchmark -> Counter
+    "How often each answer occurs in training, for every wording and every benchmark."
+    known = defaultdict(Counter)
+    for i in range(min(setup.training.scenes or 0, most)):
+        for q in scenes.ask(i, "train"):
+            for key in (q["question"], f"scenes/{q['type']}"):
+                known[key][q["answer"]] += 1
+    if setup.training.easy_vqa:
+        for q, a in (t for e in data.easy_vqa("train").samples for t in data.turns(e)):
+            for key in (q, "easy-vqa"):
+                known[key][a] += 1
+    for i in range(min(setup.training.emoji or 0, most)):
+        for type, question, answer, _ in ask_emoji(i, "train")["asked"]:
+            for key in (question, f"emoji/{type}"):
+                known[key][answer] += 1
+    return known
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-006
+def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it was trained for
+    "The scores of the question-only baseline."
+    e, ask = setup.evaluation, lambda: _ask_blindly(setup)
+    if not all(name.split("/")[0] in GENERATED for name in e.benchmarks):
+        return pd.Series(ask(), dtype=float)
+    made_by = [np.__version__, version("easy-vqa"), code_of(data, evaluation)]
+    scores = remembered("question-only", [data_inputs(setup.training), asdict(e), made_by], ask)
+    return pd.Series(scores, dtype=float)
+
+
+GENERATED = ("scenes", "emoji", "easy-vqa")  # data that code and a version determine
+
+
+def _ask_blindly(setup: Profile) -> dict:  # counting the answers takes seconds
+    known, e, scores = training_answers(setup), setup.evaluation, {}
+    scores |= {n: value for n in e.benchmarks if (value := chance(n, setup)) is not None}
+    for name in (n for n in e.benchmarks if n in known):
+        rows = []
+        for q in load_questions(name, e.split, limit_of(name, e)):
+            said = (known.get(q.prompt) or known[name]).most_common(1)[0][0]
+            row = {"benchmark": name, "id": q.id, "group": q.group, "candidate": None}
+            rows.append(row | q.fields() | {"extra": q.extra, "prediction": said})
+        scores[name] = score_all(pd.DataFrame(rows)).score.iloc[0]
+    return {n: float(scores[n]) for n in e.benchmarks if n in scores}
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-006s
+def chance(name: str, setup: Profile) -> float | None:  # in per cent; None: depends on answers
+    "The score of guessing where candidates are ranked by likelihood, and zero for running text."
+    scorer, e = BENCHMARKS[name].scorer, setup.evaluation
+    if scorer == "next_token":
+        return 0.0
+    if scorer != "likelihood_choice":
+        return None
+    questions = load_questions(name, e.split, limit_of(name, e))
+    return 100 * float(np.mean([1 / len(q.candidates) for q in questions]))
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-008
+def guessed_share(
+    rows: pd.DataFrame,  # of `effects.summary`
+    blind: pd.Series,  # of `question_only`
+) -> (
+    dict
+):  # model -> AVG-% of the question-only baseline; empty where it cannot answer every benchmark
+    "AVG-% of the question-only baseline for each model."
+    dense = rows[rows.pruning == "none"].set_index("model").dropna(axis="columns", how="all")
+    if blind.empty or not set(blind.index) <= set(dense):
+        return {}
+    own = dense[list(blind.index)].astype(float)
+    return (100 * blind / own[own > 0]).mean(axis=1).dropna().to_dict()
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-008sh
+def guessing(setup: Profile) -> dict:  # model -> AVG-% of the question-only baseline
+    "The question-only baseline of each model whose original was evaluated."
+    if missing_inputs(setup):
+        return {}
+    results = results_of(setup)
+    dense = [e for e in map(Experiment, setup.models) if result_of(e, setup, results)]
+    if not dense:
+        return {}
+    blind = question_only(setup)
+    whole = set(blind.index) == set(setup.evaluation.benchmarks)
+    return guessed_share(summary(frame_of(dense, setup, results_of(setup))), blind) if whole else {}
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-008s
+def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
+    "The question-only baseline's score on every benchmark, and its share of each original's score."
+    table = blind.rename("score").rename_axis("benchmark").reset_index()
+    dense = rows[rows.pruning == "none"].set_index("model")
+    for model in guessed_share(rows, blind):
+        own = dense.loc[model, list(blind.index)].astype(float).to_numpy()
+        table[f"% of {model}"] = 100 * table.score / own
+    mean = table.drop(columns=["benchmark", "score"]).mean()
+    return pd.concat([table, mean.to_frame().T.assign(benchmark="AVG-%")])[[*table]]
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-008ss
+def below_guessing(rows: pd.DataFrame, blind: pd.Series) -> list:  # of "model at ratio"
+    "Where no setting of `effects.summary` retains more than the question-only baseline."
+    shares, pruned = guessed_share(rows, blind), rows[rows.pruning != "none"]
+    best = pruned.groupby(["model", "requested_ratio"], sort=False).avg_percent.max()
+    return [f"{m} at {r:.2f}" for (m, r), kept in best.items() if kept <= shares.get(m, -1)]
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-011
+def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
+    "Per cent of heads and neurons that widthwise plans remove from the layers that lose any."
+    rows, kinds = [], ("heads", "neurons")
+    for e in (e for e in experiments if e.pruning == "widthwise"):
+        if (plan := plan_of(e, setup)) is None:
+            continue
+        touched = [i for i in plan.layers if any(plan.removed(kind, i) for kind in kinds)]
+        row = {"model": e.model, "requested": f"{e.ratio:.2f}", "achieved": plan.achieved_ratio}
+        row["layers touched"] = f"{len(touched)} of {plan.num_layers}"
+        for kind in kinds:
+            gone = [len(plan.removed(kind, i)) / plan.meta["sizes"][i][kind] for i in touched]
+            row[f"{kind} removed, %"] = 100 * sum(gone) / max(len(gone), 1)
+        rows.append(row)
+    table = pd.DataFrame(rows).drop_duplicates()
+    if not rows:
+        return table
+    keys = ["model", "requested", "layers touched"]
+    mean = table.groupby(keys, sort=False, as_index=False).mean()
+    return mean.assign(achieved=mean.achieved.map("{:.3f}".format))
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-013
+def knowledge_or_form(frame: pd.DataFrame, models: list) -> pd.DataFrame:
+    "Mean accuracy by free generation and by the best candidate, and unreadable answers."
+    metric = frame.get("metric", pd.Series("", frame.index)).astype(str)
+    other = metric.str.contains("acc+", regex=False) | metric.str.contains("by likelihood")
+    done = frame[(frame.status == "done") & frame.candidate_score.notna() & ~other]
+    how = {"free generation": ("score", "mean"), "best candidate": ("candidate_score", "mean")}
+    how |= {"unreadable": ("unparseable", "sum"), "asked": ("n", "sum")}
+    groups = ["model", "requested_ratio", "pruning"]
+    form = done.groupby(groups, sort=False).agg(**how).reset_index()
+    form["unreadable, %"] = 100 * form.unreadable / form.asked
+    form["place"] = form.model.map(models.index)
+    form = form.sort_values(["place", "requested_ratio", "pruning"])
+    form["requested"] = form.requested_ratio.map("{:.2f}".format)
+    form["pruning"] = form.pruning.replace("none", "original")
+    names = ["model", "requested", "pruning", "free generation", "best candidate", "unreadable, %"]
+    return form[names].reset_index(drop=True)
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-015
+def beside_printed(
+    rows: pd.DataFrame,  # of `effects.summary`, one recovery
+    setup: Profile,
+    table: str,  # a name of `published`
+) -> pd.DataFrame:  # columns panel, label, ours, printed, and what names the row
+    "Our AVG-% and the reported one, where both exist."
+    paper, out = published(table), []
+    for ours, theirs in setup.printed.items():
+        for p in paper[(paper.model == theirs) & (paper.ratio > 0)].itertuples():
+            own = rows[(rows.model == ours) & (rows.requested_ratio == p.ratio)]
+            value = own[own.pruning == p.pruning].avg_percent.mean()
+            row = {"panel": f"{ours} | {theirs}", "label": f"{p.pruning} {p.ratio:.2f}"}
+            row |= {"ours": value, "printed": p.avg_percent_as_printed}
+            out += [row] * bool(value == value)
+    return pd.DataFrame(out, columns=["panel", "label", "ours", "printed"])
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-017
+def _by_ratio(rates: dict) -> str:  # rate -> ratios
+    "Rates as text: one number, or each with its ratios."
+    at = [f"{rate:g} at " + ", ".join(f"{r:.2f}" for r in sorted(rates[rate])) for rate in rates]
+    return "; ".join(at) if len(rates) > 1 else "".join(f"{rate:g}" for rate in rates)
+
+
+def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
+    "The learning rate of every objective: a row per objective and part, a column per model."
+    rows = {}
+    for e in (e for e in experiments if e.recovery != "none"):
+        key = (look(e.recovery).label, e.train)
+        rates = rows.setdefault(key, {}).setdefault(e.model, {})
+        rates.setdefault(recovery_config(e, setup).lr, set()).add(e.ratio)
+    table = [
+        {"objective": objective, "trained": part} | {m: _by_ratio(r) for m, r in found.items()}
+        for (objective, part), found in rows.items()
+    ]
+    return pd.DataFrame(table)
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-019
+LEAST = 0.5  # points of AVG-%: with smaller losses there is no share
+
+
+def regained(
+    rows: pd.DataFrame,  # of `effects.summary`, with a column `trained`
+    models: list,
+) -> pd.DataFrame:
+    "Points lost by pruning, and the share of them that training each part regained."
+    index, parts = ["model", "requested_ratio", "pruning"], ("projector", "projector+lm")
+    wide = rows[rows.pruning != "none"].pivot_table(
+        index=index, columns="trained", values="avg_percent", sort=False
+    )
+    wide = wide.reindex(columns=["nothing", *parts]).reindex(models, level=0)
+    lost = 100 - wide.nothing
+    table = pd.DataFrame({"lost by pruning": lost})
+    for part in parts:
+        share = (100 * (wide[part] - wide.nothing) / lost).where(lost >= LEAST)
+        text = share.map(lambda s: f"{s:.0f}" if s == s else "–")
+        table[f"regained by {look(part).label}, %"] = text
+    table = table.reset_index().rename(columns={"requested_ratio": "requested"})
+    return table.assign(requested=table.requested.map("{:.2f}".format))
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-021
+def prices(frame: pd.DataFrame, losses: str, fraction: float = claims.LITTLE) -> pd.DataFrame:
+    "The distance of a fraction of the data to the original and to the largest fraction."
+    out = []
+    for model, ratio in claims.places(frame):
+        here = {"requested_ratio": ratio, "recovery": losses, "pruning": claims.recommended(ratio)}
+        if not claims.finished(frame, model=model, **here, fraction=fraction):
+            continue
+        most = max(fractions_at(frame, model, here))
+        short = claims.above(claims.kept(frame, model, **here, fraction=fraction), 100)
+        row = {"model": model, "requested": f"{ratio:.2f}", "against the original": f"{short:+1}"}
+        if most > fraction:
+            pair = [here | {"fraction": f} for f in (most, fraction)]
+            more = difference(frame, model, *pair)
+            row |= {"largest fraction": f"{100 * most:g} %", "it keeps more by": f"{more:+1}"}
+        out.append(row)
+    return pd.DataFrame(out).fillna("–")
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-023
+def amount_of(setup: Profile, fraction: float) -> str:
+    "How much a fraction of a profile's training data is, in words."
+    t, parts = setup.training, []
+    counts = {"scenes": t.scenes, "pictures": t.emoji, "tokens of text": t.tokens}
+    parts += [f"{fraction * n:,.0f} {name}" for name, n in counts.items() if n]
+    files = {"of easy-VQA's training questions": t.easy_vqa, f"of {t.json}": t.json}
+    parts += [f"{100 * fraction:g} % {name}" for name, there in files.items() if there]
+    return " and ".join(parts)
+
+
+def fractions_at(frame: pd.DataFrame, model: str, here: dict) -> list:  # ascending
+    "The fractions of the data with results at one model, ratio, pruning and objective."
+    rows = frame[(frame.status == "done") & (frame.model == model)]
+    for column, value in here.items():
+        rows = rows[rows[column] == value]
+    return sorted(rows.fraction.unique())
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-025
+def more_data(
+    frame: pd.DataFrame,
+    losses: str,
+    which: int = 0,  # 0: the next larger fraction; -1: the largest
+    fraction: float = claims.LITTLE,
+) -> dict:  # where -> Estimate
+    "How much more a larger fraction of the data retains than a small one."
+    out = {}
+    for model, ratio in claims.places(frame):
+        here = {"requested_ratio": ratio, "recovery": losses, "pruning": claims.recommended(ratio)}
+        larger = [f for f in fractions_at(frame, model, here) if f > fraction]
+        if not larger or not claims.finished(frame, model=model, **here, fraction=fraction):
+            continue
+        pair = [here | {"fraction": f} for f in (larger[which], fraction)]
+        out[f"{model} at {ratio:.2f}, {100 * larger[which]:g} %"] = difference(frame, model, *pair)
+    return {where: e for where, e in out.items() if e.seeds}
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027
+def over_sft(frame: pd.DataFrame) -> dict:  # (model, pruning, ratio, losses) -> Estimate
+    "How much more each objective retains than SFT, at every place that has both."
+    out, done = {}, frame[(frame.status == "done") & (frame.recovery != "none")]
+    keys = ["model", "pruning", "requested_ratio", "recovery"]
+    for model, pruning, ratio, losses in done[keys].drop_duplicates().itertuples(index=False):
+        here = {"pruning": pruning, "requested_ratio": ratio}
+        pair = [here | {"recovery": x} for x in (losses, "sft")]
+        if losses != "sft" and claims.finished(frame, model=model, **pair[1]):
+            e = difference(frame, model, *pair)
+            out |= {(model, pruning, ratio, losses): e} if e.seeds else {}
+    return out
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027b
+def perplexities(
+    frame: pd.DataFrame,  # of `study.run`
+    by: list,  # columns that tell the rows apart
+) -> pd.DataFrame:  # a column per text benchmark, geometric mean over seeds; empty without any
+    "Perplexity on every text, by setting."
+    done = frame[frame.status == "done"]
+    read = [b for b in dict.fromkeys(done.benchmark) if BENCHMARKS[b].scorer == "next_token"]
+    done = done[done.benchmark.isin(read)]
+    if done.empty:
+        return pd.DataFrame(columns=by)
+    logs = done.assign(log=np.log(done.perplexity))
+    means = logs.pivot_table("log", by, "benchmark", aggfunc="mean", sort=False)
+    table = np.exp(means)[read].rename_axis(columns=None).reset_index()
+    if "requested_ratio" in table:
+        table["requested_ratio"] = table.requested_ratio.map("{:.2f}".format)
+    return table.rename(columns={"requested_ratio": "requested"})
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-029
+def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part
+    "Parameters of the paper's models and of the profile's, counted twice."
+    models = {name: _on_meta(name) for name in real_models.REAL_MODELS}
+    models |= {name: teacher_of(name, setup)[0] for name in setup.models}
+    counts = {}
+    for name, model in models.items():
+        seen, closed = anatomy.part_parameters(model), cost.closed_parameters(model.config)
+        if any(closed[part] != n for part, n in seen.items()):
+            raise RuntimeError(f"{name}: {seen} parameters measured, {closed} by closed form.")
+        counts[name] = pd.Series(seen)
+    return counts
+
+
+def _on_meta(name: str):
+    "A real model without its weights."
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(real_models.real_config(name))
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-031
+def printed_parameters() -> dict:  # (model, part) -> Decimal
+    "The parameters that the paper reports, with the digits that it prints."
+    path = files("mllm_compress") / "published/models.csv"
+    table = pd.read_csv(path, dtype=str).set_index("model").filter(like="_params")
+    return {
+        (name, column.removesuffix("_params")): Decimal(text)
+        for name, row in table.iterrows()
+        for column, text in row.items()
+    }
+
+
+def with_total(count: pd.Series) -> pd.Series:
+    "The parts and their sum."
+    return pd.concat([count, pd.Series({"total": count.sum()})])
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-033
+def three_digits(x: float) -> str:
+    "A positive number with three significant digits."
+    x = float(f"{x:.3g}")
+    return f"{x:,.{max(0, 2 - floor(log10(x)))}f}"
+
+
+def parameter_table(counts: dict) -> pd.DataFrame:
+    "Parameters by part that a model has: counted, and as reported in the paper."
+    printed, rows = printed_parameters(), []
+    for name, count in counts.items():
+        for part, n in with_total(count).loc[lambda parts: parts > 0].items():
+            known = printed.get((name, part))
+            row = {"model": name, "part": part, "share %": 100 * n / count.sum()}
+            row["counted (M)"] = three_digits(n / 1e6)
+            row["reported (M)"] = f"{float(known) / 1e6:,g}" if known else "–"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-035
+def disagreements(counts: dict) -> list:  # of sentences
+    "Differences from the reported sizes that rounding does not explain."
+    found = []
+    for (name, part), theirs in printed_parameters().items():
+        if name not in counts:
+            continue
+        ours = int(with_total(counts[name])[part])
+        half = Decimal(10) ** theirs.as_tuple().exponent / 2  # "6.7e9": 0.05e9
+        if abs(ours - theirs) > half:
+            told = (
+                f"{float(theirs) / 1e6:,g} M reported, rounded by at most {float(half) / 1e6:g} M"
+            )
+            found.append(f"{name}, {part}: {three_digits(ours / 1e6)} M counted, {told}.")
+    return found

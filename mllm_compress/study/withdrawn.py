@@ -12,11 +12,11 @@ import pandas as pd
 
 from .claims import CLAIMS, MARGIN, SAME, claimed, contrast, usual
 from .design import claim_by_score
-from .effects import average
 from .experiments import calibration_words, study_criteria
 from .notebooks import rates_record
 from .profiles import Profile
 from .scoreboard import columns_of, read_said, said
+from .statistics import average
 from .style import look
 
 # %% ../../nbs/library/study/47_withdrawn.ipynb #cell-004

@@ -83,7 +83,7 @@ PRELOADED = [  # modules; first those that `lazily` would put off
     "seaborn",
     "mllm_compress.study.drawing",
     "mllm_compress.study.forked_kernels",
-    "mllm_compress.study.study_figures",
+    "mllm_compress.study.figures",
 ]
 SURROUNDINGS = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # as Jupyter says to its kernels
