@@ -408,6 +408,23 @@ def test_local_equals_inline_and_nothing_is_computed_twice(away, monkeypatch):
     pd.testing.assert_frame_equal(first.drop(columns="units"), again.drop(columns="units"))
 
 
+@pytest.mark.parametrize(("reconstruct", "copies"), [("none", True), ("stream", False)])
+def test_answers_are_copied_between_equal_weights_only(away, reconstruct, copies):
+    "Two seeds with one plan are one model when sliced, and two when each is refitted to its own."
+    profile = replace(load_profile("smoke"), calibration_seeds=[0, 1])
+    same = dict(pruning="widthwise", ratio=0.3, importance="magnitude", reconstruct=reconstruct)
+    pair = [Experiment("smoke-llava", seed=seed, **same) for seed in (0, 1)]
+    rows = inline(pair, profile)
+    plans = [runs.plan_of(e, profile) for e in pair]
+    assert plans[0].neurons == plans[1].neurons and plans[0].heads == plans[1].heads
+    results = results_of(profile)
+    answers = [store.read(results, "answers", k)["value"] for k in results.keys("answers")]
+    distinct = {content_hash(value) for value in answers}  # with the seconds that they took
+    assert len(answers) == 4 and len(distinct) == (2 if copies else 4)
+    first, second = (np.concatenate([*own.log_likelihoods]) for _, own in rows.groupby("seed"))
+    assert np.array_equal(first, second) is copies
+
+
 def test_killed_run_resumes_to_the_same_frame(away):
     code = (
         "from dataclasses import replace; from mllm_compress import study\n"

@@ -44,9 +44,10 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
 
 # %% ../../nbs/library/study/09_stages.ipynb #cell-006
 def same_models(experiment: Experiment, profile: Profile, results: Store) -> list:  # of keys
-    "The subjects of other calibration seeds whose stored plans keep the same units."
+    "The subjects of other calibration seeds with equal weights: sliced by equal plans."
     e, found, ours = experiment, [], _kept_units(experiment, profile, results)
-    if e.recovery != "none" or ours is None:
+    sliced_only = e.recovery == e.reconstruct == "none" and e.start == "pruned"
+    if not sliced_only or ours is None:
         return []
     for seed in dict.fromkeys([*profile.seeds, *profile.calibration_seeds]):
         other = replace(e, seed=seed, calibration_seed=seed)
@@ -84,7 +85,7 @@ def compute(
 ) -> None:
     "Compute the stages of an experiment that are missing."
     e, missing = canonical(experiment), missing_stages(experiment, profile, results)
-    if missing["answers"] and e.pruning != "none" and e.recovery == "none":
+    if missing["answers"] and e.pruning != "none" and e.recovery == e.reconstruct == "none":
         copy_answers(e, missing["answers"], profile, results, device)
         missing = missing_stages(experiment, profile, results)
     if missing["answers"]:
