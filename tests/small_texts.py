@@ -1,4 +1,4 @@
-"""The three texts of `data.text`, made up here and small, in the layout of their packages."""
+"""The three texts of `study.texts`, made up here and small, in the layout of their packages."""
 
 import gzip
 import random

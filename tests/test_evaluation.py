@@ -14,14 +14,11 @@ from mllm_compress.evaluation import generation as features
 from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, load_questions
 from mllm_compress.evaluation.definitions import Question
 from mllm_compress.evaluation.generation import answer_questions
-from mllm_compress.evaluation.published import published
 from mllm_compress.evaluation.scoring import (
     compare,
     disagreements,
     evaluate,
     judge,
-    leaderboard,
-    leaderboard_table,
     load_predictions,
     retained,
     score_all,
@@ -424,47 +421,6 @@ def test_compat_is_the_harness(tiny_llava):
     assert (
         score_all(judge(said)).score[0] == 100 and score_all(said, compat="lmms-eval").score[0] == 0
     )
-
-
-def test_leaderboard_and_printed_numbers(tiny_llava):
-    rows = evaluate(*tiny_llava, ["scenes/open", "scenes/choice"], limit=10).assign(
-        score=[50.0, 80.0]
-    )
-    board = leaderboard(
-        {"dense": rows, "pruned": rows.assign(score=[40.0, 80.0])},
-        dense="dense",
-        printed="best_compressed",
-    )
-    table = leaderboard_table(board)
-    assert table["AVG-%"].loc["ours", "pruned"] == "90.0" and set(board.source) == {
-        "ours",
-        "printed",
-    }
-    assert (
-        table.loc[("printed", "LLaVA-v1.5-7B"), "gqa"] == "62.0"
-        and table.loc[("printed", "LLaVA-v1.5-7B"), "scenes/open"] == ""
-    )
-    with pytest.raises(ValueError, match="dense, pruned"):
-        leaderboard({"dense": rows, "pruned": rows}, dense="other")
-    with pytest.raises(ValueError, match="best_compressed"):
-        published("table9")
-
-
-def test_recomputed_average_of_a_printed_row():
-    row = published().iloc[1]  # LLaVA, layerwise, 15 %
-    original = published().iloc[0]
-    names = [
-        "mmmu",
-        "sqa",
-        "mathvista",
-        "ai2d",
-        "mme_cognition",
-        "mme_perception",
-        "pope",
-        "docvqa",
-        "gqa",
-    ]
-    assert row.avg_percent == pytest.approx(100 * np.mean([row[n] / original[n] for n in names]))
 
 
 @pytest.fixture(scope="module")

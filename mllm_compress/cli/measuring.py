@@ -43,12 +43,20 @@ from mllm_compress.cli.app import (
 )
 
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-004
+def all_benchmarks() -> dict:  # name -> Benchmark
+    "The benchmarks of the library, and those that the study adds."
+    from mllm_compress.evaluation import BENCHMARKS
+    from mllm_compress.study import emoji, texts  # noqa: F401  (they add their rows)
+
+    return BENCHMARKS
+
+
 def _benchmarks() -> str:
     "Help of --benchmark."
-    from mllm_compress.evaluation import BENCHMARKS, SMALL_SUITE
+    from mllm_compress.evaluation import SMALL_SUITE
 
     return (
-        f"May be repeated; default: {', '.join(SMALL_SUITE)}. {listed(BENCHMARKS)} "
+        f"May be repeated; default: {', '.join(SMALL_SUITE)}. {listed(all_benchmarks())} "
         "perplexity: of the answers or texts in --data. Public sets are read from "
         "$MLLM_COMPRESS_BENCHMARKS."
     )
@@ -81,12 +89,13 @@ Answers = Annotated[
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-006
 def asked(benchmark: list, questions: Path | None, scorer: str, image_root: str, text: bool):
     "Names of benchmarks, own questions among them, and whether perplexity is wanted."
-    from mllm_compress.evaluation import SMALL_SUITE, own
-    from mllm_compress.evaluation.benchmarks import benchmark as find
+    from mllm_compress.evaluation import BENCHMARKS, SMALL_SUITE, own
     from mllm_compress.utils.methods import check_choice
 
     check_choice("scorer", scorer, own.OWN_SCORERS)
-    names = [find(name).name for name in benchmark if name != "perplexity"]
+    names = [name for name in benchmark if name != "perplexity"]
+    for name in names:
+        check_choice("benchmark", name, BENCHMARKS if name in BENCHMARKS else all_benchmarks())
     if questions is not None:
         names.append(own.own_benchmark(questions, image_root or questions.parent, scorer).name)
     perplexity = "perplexity" in benchmark

@@ -24,7 +24,6 @@ from mllm_compress.cost.vision import (
     vision_flops,
     vision_parameters,
 )
-from ..evaluation.published import published
 from ..zoo.releases import REAL_MODELS, real_config
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-007
@@ -186,27 +185,6 @@ def closed_parameters(
         "projector": projector_parameters(config) if sees else 0,
         "lm": lm,
     }
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-033
-PUBLISHED_COLUMNS = {
-    "vision": "vision_params",
-    "projector": "projector_params",
-    "lm": "lm_params",
-    "total": "total_params",
-}
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-035
-def published_sizes() -> pd.DataFrame:  # one row per model and part
-    "Sizes as the paper reports them (column `printed`) beside the closed form."
-    printed, rows = published("models").set_index("model"), []
-    for name in printed.index:
-        counts = closed_parameters(real_config(name))
-        counts["total"] = sum(counts.values())
-        rows += [
-            dict(model=name, part=part, printed=printed.loc[name, column], closed_form=counts[part])
-            for part, column in PUBLISHED_COLUMNS.items()
-        ]
-    return pd.DataFrame(rows).assign(difference=lambda t: t.closed_form / t.printed - 1)
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-041
 def decoder_flops(

@@ -9,9 +9,7 @@ __all__ = ['BENCHMARKS', 'SMALL_SUITE', 'REAL_SUITE']
 from functools import lru_cache
 from hashlib import sha256
 
-from ..data import text
 from .definitions import Benchmark, Source, StoredImage
-from .emoji_sets import EMOJI, WRONG
 from mllm_compress.evaluation.public_sets import (
     AI2D,
     DOCVQA,
@@ -23,7 +21,7 @@ from mllm_compress.evaluation.public_sets import (
     SCIENCEQA,
     parquet_files,
 )
-from .small_sets import EASY_VQA, READING, SCENES, WORDS
+from .small_sets import EASY_VQA, SCENES
 from ..utils.files import content_hash
 from ..utils.methods import check_choice
 
@@ -31,21 +29,25 @@ from ..utils.methods import check_choice
 BENCHMARKS = {
     b.name: b
     for b in (
-        *(*SCENES, EASY_VQA, *READING, *WORDS, *EMOJI, *WRONG),
+        *(*SCENES, EASY_VQA),
         *(MMMU, *SCIENCEQA, MATHVISTA, AI2D, *MME, POPE, DOCVQA, GQA),
     )
 }
 SMALL_SUITE = (*(b.name for b in SCENES), "easy-vqa")
 REAL_SUITE = tuple("mmmu sqa mathvista ai2d mme_cognition mme_perception pope docvqa gqa".split())
 
-# %% ../../nbs/library/evaluation/04_benchmarks.ipynb #cell-008
-TEXT_SUITE = tuple(f"text/{name}" for name in (*text.TEXTS, "definition", "cloze"))
-
 # %% ../../nbs/library/evaluation/04_benchmarks.ipynb #cell-010
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name."
     check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]
+
+
+def register_benchmarks(rows) -> None:
+    "Add benchmarks to the table; a row of a known name replaces it."
+    BENCHMARKS.update({row.name: row for row in rows})
+    load_questions.cache_clear()
+    unit_images.cache_clear()
 
 # %% ../../nbs/library/evaluation/04_benchmarks.ipynb #cell-013
 def file_sizes(source: Source, root=None) -> list:  # of [name, bytes]

@@ -12,7 +12,7 @@ from pathlib import Path
 from mllm_compress.data.batches import pictures_amid
 from mllm_compress.data.instructions import turns
 from mllm_compress.data.reading import IMAGE, image_paths, read_entries
-from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
+from mllm_compress.evaluation.benchmarks import register_benchmarks
 from mllm_compress.evaluation.definitions import Benchmark, Question, StoredImage
 from mllm_compress.evaluation.public_sets import take
 from mllm_compress.utils.files import content_hash, sha256
@@ -119,6 +119,5 @@ def own_benchmark(
         help=f"{len(questions)} questions of {path.name}.",
         source=sha256(path),
     )
-    BENCHMARKS[name] = row
-    load_questions.cache_clear()
+    register_benchmarks([row])
     return row

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from ..evaluation import published
 from .claims import MARGIN
 from .experiments import LATER
+from .paper import published
 from .profile_inputs import missing_inputs
 from .profiles import load_profile
 from .runs import complete, frame_of

@@ -18,8 +18,8 @@ import seaborn as sns
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from ..evaluation import published
 from ..pruning.pruning_plan import kept_grid
+from .paper import published
 from .profiles import Profile
 from .runs import plan_of
 from .statistics import COLORS, Verdict

@@ -15,13 +15,13 @@ from huggingface_hub import hf_hub_download
 
 from .. import data
 from ..data.batches import DATA_VERSION
-from ..data.emoji import emoji_data, emoji_hash, missing_emoji
 from ..data.instructions import InstructionData
 from ..data.scenes import SCENES_VERSION, mix
-from ..data.text import missing_text, text_data, text_hash
 from ..evaluation.benchmarks import benchmark, load_questions
 from ..evaluation.public_sets import parquet_files
+from .emoji import emoji_data, emoji_hash, missing_emoji
 from .profiles import Evaluation, Profile, Training, located, training_of
+from .texts import missing_text, text_data, text_hash
 from ..utils.files import checkout, file_hash
 from ..zoo.eyes import missing_eyes
 from mllm_compress.zoo.models import (

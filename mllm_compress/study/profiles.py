@@ -20,10 +20,10 @@ import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ..data.text import TEXTS
 from ..pruning.plans import PRUNINGS
 from ..recovery.losses import LOSSES, TRAINS
 from .experiments import check_recovery
+from .texts import TEXTS
 from ..utils.files import checkout
 from ..utils.methods import check_choice
 
@@ -47,10 +47,10 @@ class Training:
 
     scenes: CountOrNone = 0  # generated train scenes, with all of their questions
     easy_vqa: Flag = False  # easy-VQA's official training questions too
-    emoji: CountOrNone = 0  # or pictures of data.emoji, with one or four questions each
+    emoji: CountOrNone = 0  # or pictures of study.emoji, with one or four questions each
     json: Word = ""  # or a LLaVA-format JSON file
     image_root: Word = ""  # where its images are
-    text: tuple[Word, ...] = ()  # or domains of data.text, for a language model
+    text: tuple[Word, ...] = ()  # or domains of study.texts, for a language model
     window: Count = 128  # tokens of a window of text
     tokens: CountOrNone = 0  # of all windows; 0: all there are
     tokenizer: Word = ""  # the model whose tokenizer counts them

@@ -23,12 +23,13 @@ from transformers import AutoModelForImageTextToText
 
 from .. import anatomy, cost, data, evaluation
 from ..data import scenes
-from ..data.emoji import ask_emoji
-from ..evaluation import published, score_all
+from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
 from .cache_keys import limit_of, recovery_config
+from .emoji import ask_emoji
 from .experiments import Experiment
+from .paper import published
 from .profile_inputs import data_inputs, missing_inputs
 from .profiles import Profile
 from .pruned_models import teacher_of
