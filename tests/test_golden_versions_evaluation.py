@@ -11,7 +11,7 @@ from test_benchmarks import root  # noqa: F401
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.evaluation.generation import GENERATION_VERSION, answer_questions
 from mllm_compress.evaluation.scorers import SCORERS
-from mllm_compress.study import texts  # noqa: F401  (adds its benchmarks to the table)
+from mllm_compress.study import texts as _texts  # noqa: F401  (adds its benchmarks)
 from mllm_compress.study.emoji import missing_emoji
 from mllm_compress.utils.files import content_hash
 
