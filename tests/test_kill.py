@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
 from mllm_compress.cli.app import app
-from mllm_compress.study import drawing, runner
+from mllm_compress.study import runner
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
@@ -153,7 +153,7 @@ def results(folder: Path) -> dict:  # name of a finished experiment -> when it w
 
 def tables(folder: Path) -> tuple:
     "The bytes of the table, and the lines of experiments.csv that are the same in every run."
-    figures = folder / "figures/small"
+    figures = folder / "runs/small/figures"
     lines = pd.read_csv(figures / "experiments.csv").drop(columns=VOLATILE)
     return (figures / "01_table-scores.csv").read_bytes(), lines.to_csv()
 
@@ -161,6 +161,12 @@ def tables(folder: Path) -> tuple:
 linux = pytest.mark.skipif(
     not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc"
 )
+
+
+def computed(folder: Path, checkout: Path) -> None:
+    "Give a checkout the results of another one, and not its notebooks."
+    without = shutil.ignore_patterns("figures")
+    shutil.copytree(folder / "runs", checkout / "runs", ignore=without)
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +216,7 @@ def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
     moments = [
         (lambda: True, 4),
         (lambda: len(results(checkout)) >= some, 0.5),
-        (lambda: list(checkout.glob("figures/small/.*.part*")), 4),
+        (lambda: list(checkout.glob("runs/small/figures/.*.part*")), 4),
     ]  # starting, computing, in the notebook
     for reached, longest in moments:
         run = Run(checkout)
@@ -226,19 +232,17 @@ def test_killed_at_random_moments_ends_in_the_same_tables(checkout, whole):
     print(*log, sep="\n")
     assert len(now) == EXPERIMENTS and all(now[name] == when for name, when in kept.items()), log
     assert tables(checkout) == tables(whole[0]), log
-    assert not list((checkout / "figures").rglob("*.part*")) and soon(
-        lambda: not alive(checkout), 60
-    )
+    assert not list((checkout / "runs").rglob(".*.part*")) and soon(lambda: not alive(checkout), 60)
 
 
 @linux
 @pytest.mark.parametrize("where", ["experiments", "notebook"])
 def test_ctrl_c_stops_cleanly_and_leaves_no_process(checkout, whole, where):
     if where == "notebook":
-        shutil.copytree(whole[0] / "runs", checkout / "runs")
+        computed(whole[0], checkout)
     reached = {
         "experiments": lambda: results(checkout),
-        "notebook": lambda: list(checkout.glob("figures/small/.*.part*")),
+        "notebook": lambda: list(checkout.glob("runs/small/figures/.*.part*")),
     }[where]
     run = Run(checkout)
     assert soon(lambda: reached() or run.ended(), 200)
@@ -246,7 +250,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process(checkout, whole, where):
     text = run.says(130)
     assert "Stopped. Finished results are kept" in text and "Traceback" not in text
     assert soon(lambda: not alive(checkout), 60), alive(checkout)
-    assert not list((checkout / "figures").rglob("*.part*"))
+    assert not list((checkout / "runs").rglob(".*.part*"))
 
 
 @linux
@@ -265,13 +269,13 @@ def test_who_ends_the_master_alone_ends_its_workers(checkout, which, code):
 @linux
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_notebooks_that_are_drawn_together_end_with_the_study(checkout, whole, which):
-    shutil.copytree(whole[0] / "runs", checkout / "runs")
+    computed(whole[0], checkout)
     nb = nbformat.read(checkout / "nbs/study/01_table.ipynb", 4)
     nb.cells[-1].source = "import time\n\ntime.sleep(600)"
     for name in ("01_table", "02_other"):
         nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
     run = Run(checkout, "--workers", "2")
-    parts = lambda: list(checkout.glob("figures/small/.*.part.ipynb"))
+    parts = lambda: list(checkout.glob("runs/small/figures/.*.part.ipynb"))
     assert soon(lambda: len(parts()) == 2 or run.ended(), 200) and not run.ended()
     os.kill(run.pid, which) if which != signal.SIGINT else run.signal(which)
     text = run.says(-which if which == signal.SIGKILL else 130)
@@ -281,38 +285,10 @@ def test_notebooks_that_are_drawn_together_end_with_the_study(checkout, whole, w
         assert "Stopped. Finished results are kept" in text and not parts()
 
 
-def stubborn(pipe, profile, folder, device) -> None:
-    "A worker that draws one notebook well, and does not end in the middle of any other."
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    name, _, values, profile = pipe.recv()
-    target = drawing.target_of(name, values, profile)
-    if name != "01_table":
-        target.parent.mkdir(parents=True)
-        drawing.part_of(target).write_text("half of it")
-        time.sleep(600)
-    assert soon(lambda: target.parent.exists(), 60)
-    pipe.send(("done", ""))
-    time.sleep(600)
-
-
-def test_a_notebook_whose_worker_does_not_end_leaves_nothing(checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
-    monkeypatch.setattr(drawing, "_serve", stubborn)
-    monkeypatch.setattr("mllm_compress.study.workers.GRACE", 0.5)
-    given = {"profile": "small.yaml"}
-    plan = {name: (Path(f"{name}.ipynb"), given, []) for name in ("01_table", "02_other")}
-    drawn = drawing._drawn(plan, "small.yaml", ["cpu", "cpu"])
-    assert next(drawn) == ("01_table", "")
-    parts = lambda: list(checkout.glob("figures/small/.*.part.ipynb"))
-    assert soon(lambda: len(parts()) == 1, 60)
-    drawn.close()
-    assert not parts() and not multiprocessing.active_children()
-
-
 def test_notebooks_together_are_what_they_are_one_by_one(checkout, whole, monkeypatch):
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which a quiet command of another test sets
-    shutil.copytree(whole[0] / "runs", checkout / "runs")
+    computed(whole[0], checkout)
     nb = nbformat.read("nbs/study/01_table.ipynb", 4)
     nb.cells[-1].source = "1 / 0"
     nbformat.write(nb, "nbs/study/03_broken.ipynb")
@@ -322,65 +298,26 @@ def test_notebooks_together_are_what_they_are_one_by_one(checkout, whole, monkey
     plan = runner.plan_study("small.yaml")
     (problem,) = runner.run_notebooks(plan, "small.yaml", "local", workers=2)
     assert problem.startswith("03_broken failed in cell") and "ZeroDivisionError" in problem
-    made = Path("figures/small")
+    made = Path("runs/small/figures")
     assert (made / "01_table-scores.csv").read_bytes() == tables(whole[0])[0]
     assert "here None" in (made / "04_alone.ipynb").read_text()
 
 
-LOOKING = """
-import os
-
-print("pid", os.getpid(), "earlier", "mine" in globals())
-mine = 1
-"""
-
-
-def looking(checkout, **others) -> dict:
-    "Notebooks that print the process of their kernel and whether it has others' variables; run."
-    sources = dict.fromkeys(("01_table", "02_second", "03_third"), LOOKING) | others
-    for name, source in sorted(sources.items()):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch, workers):
+    monkeypatch.chdir(checkout)
+    sources = {"01_table": "print('mine' in globals())", "02_dies": "import os\n\nos._exit(3)"}
+    for name, source in (sources | {"03_third": sources["01_table"]}).items():
         nb = nbformat.from_dict(NOTEBOOK)
         nb.cells = [nb.cells[1], new_code_cell("experiments = []", metadata={"tags": ["grid"]})]
         nb.cells.append(new_code_cell(source))
         nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
-    return runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml")
-
-
-def printed(name: str):  # (process, execution count of the last cell)
-    "What such a notebook has printed, once it has found no variable of another one."
-    cell = nbformat.read(f"figures/small/{name}.ipynb", 4).cells[-1]
-    _, pid, _, earlier = cell.outputs[0].text.split()
-    assert earlier == "False"
-    return pid, cell.execution_count
-
-
-def test_notebooks_share_a_kernel_and_no_variables(checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
-    assert looking(checkout) == []
-    assert printed("01_table") == printed("02_second") == printed("03_third")
-    assert alive(checkout) == [os.getpid()]  # the kernel has ended
-
-
-@pytest.mark.parametrize("end, said", [("os._exit(3)", "Dead"), ("1 / 0", "ZeroDivisionError")])
-def test_a_kernel_that_fails_serves_no_other_notebook(checkout, monkeypatch, end, said):
-    monkeypatch.chdir(checkout)
-    (problem,) = looking(checkout, **{"02_second": f"import os\n\nmine = 1\n{end}"})
-    assert problem.startswith("02_second failed") and said in problem
-    (first, count), (third, same) = printed("01_table"), printed("03_third")
-    assert first != third and count == same
-
-
-@pytest.mark.parametrize("how", ["measures time", "does not answer", "has a GPU"])
-def test_a_kernel_of_its_own(checkout, monkeypatch, how):
-    monkeypatch.chdir(checkout)
-    if how == "measures time":
-        monkeypatch.setattr(drawing, "measures_time", lambda path: True)
-    elif how == "has a GPU":
-        monkeypatch.setattr(drawing, "devices", lambda *_: ["cuda:0"])
-    else:
-        monkeypatch.setattr(drawing, "PATIENCE", 0)
-    assert looking(checkout) == []
-    assert len({printed(name)[0] for name in ("01_table", "02_second", "03_third")}) == 3
+    plan = runner.plan_study("small.yaml")
+    (problem,) = runner.run_notebooks(plan, "small.yaml", "local", workers)
+    assert problem.startswith("02_dies failed") and "Dead" in problem
+    for name in ("01_table", "03_third"):
+        assert "False" in Path(f"runs/small/figures/{name}.ipynb").read_text()
+    assert soon(lambda: alive(checkout) == [os.getpid()], 60), alive(checkout)
 
 
 def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
@@ -391,7 +328,7 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     ]
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: bad)
     monkeypatch.setattr(runner, "run_notebooks", lambda *_: [])
-    monkeypatch.setattr(runner.page, "build", lambda _: checkout / "figures/small/index.html")
+    monkeypatch.setattr(runner.page, "build", lambda _: checkout / "runs/small/figures/index.html")
     assert runner.run_study("small.yaml", executor="inline") == 1
     text = capsys.readouterr().out
     assert (
@@ -419,12 +356,12 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
 
 
 def test_figures_carry_their_results(checkout, whole, monkeypatch):
-    archive = whole[0] / "figures/small/results.zip"
+    archive = whole[0] / "runs/small/figures/results.zip"
     said = Run(checkout, "--reuse", str(archive)).says()
     assert f"stages of {EXPERIMENTS} experiments taken, 0 experiments were in the store" in said
     assert not list(checkout.glob("runs/small/logs/*"))  # nothing was computed
     assert tables(checkout) == tables(whole[0])
-    assert (checkout / "figures/small/results.zip").read_bytes() == archive.read_bytes()
+    assert (checkout / "runs/small/figures/results.zip").read_bytes() == archive.read_bytes()
 
 
 def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
@@ -433,20 +370,20 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
     monkeypatch.chdir(checkout)
     bad, told = Experiment("smoke-llava", "widthwise", 0.94), {}
     monkeypatch.setattr(runner, "experiments_of_plan", lambda _: [bad])
-    monkeypatch.setattr(runner.page, "build", lambda _: checkout / "figures/small/index.html")
+    monkeypatch.setattr(runner.page, "build", lambda _: checkout / "runs/small/figures/index.html")
 
-    def notebook(name, path, values, profile, kernel):
+    def notebook(parameters, **options):
         monkeypatch.setattr(
             study,
             "EXECUTORS",
             {"inline": lambda todo, *_: ((e, "failed", "tried") for e in todo)},
         )
         told["frame"] = study.run(
-            [bad, Experiment("smoke-llava", "layerwise", 0.3)], profile, quiet=True
+            [bad, Experiment("smoke-llava", "layerwise", 0.3)], parameters["profile"], quiet=True
         )
         raise RuntimeError("Kernel died")
 
-    monkeypatch.setattr(drawing, "execute", notebook)
+    monkeypatch.setattr(runner.papermill, "execute_notebook", notebook)
     assert runner.run_study("small.yaml", executor="inline") == 1
     bad_error, new_error = told["frame"].set_index("pruning").error[["widthwise", "layerwise"]]
     assert (
@@ -471,14 +408,14 @@ def test_a_failed_notebook_is_kept_under_another_name(checkout, monkeypatch):
     nbformat.write(nb, "nbs/study/01_table.ipynb")
     plan = runner.plan_study("small.yaml")
     (problem,) = runner.run_notebooks(plan, "small.yaml")
-    assert "ZeroDivisionError" in problem and not Path("figures/small/01_table.ipynb").exists()
-    assert "so far" in Path("figures/small/01_table.failed.ipynb").read_text() and not list(
-        Path("figures/small").glob(".*")
+    assert "ZeroDivisionError" in problem and not Path("runs/small/figures/01_table.ipynb").exists()
+    assert "so far" in Path("runs/small/figures/01_table.failed.ipynb").read_text() and not list(
+        Path("runs/small/figures").glob(".*")
     )
     nb.cells[-1].source = "1 / 1"
     nbformat.write(nb, "nbs/study/01_table.ipynb")
     assert runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml") == []
-    assert [p.name for p in Path("figures/small").glob("*.ipynb")] == ["01_table.ipynb"]
+    assert [p.name for p in Path("runs/small/figures").glob("*.ipynb")] == ["01_table.ipynb"]
 
 
 def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, capsys):

@@ -10,11 +10,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress.study import cache_keys, notebooks, store
+from mllm_compress.study import cache_keys, notebooks, runner, store
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.notebooks import (
     check_parameters,
-    execute,
     experiments_of,
     parameters_of,
     parse_parameter,
@@ -152,23 +151,25 @@ def world(tmp_path, monkeypatch):
         runs=0,
         leaves={"01_table-scores.csv": "50"},
         results=results,
-        figures=tmp_path / "figures/smoke",
+        figures=tmp_path / "runs/smoke/figures",
         source=source,
         fails=False,
     )
 
-    def run(nb, path, part, given, manager):
+    def run(output_path, **options):
         world.runs += 1
         for name, text in world.leaves.items():
-            (part.parent / name).write_text(text)
+            (Path(output_path).parent / name).write_text(text)
         if world.fails:
             raise RuntimeError("in its last cell")
-        return nbformat.read(path, 4)
 
-    monkeypatch.setattr(notebooks, "_executed", run)
-    world.execute = lambda **given: notebooks.execute(
-        "01_table", source, {"profile": "smoke"} | given
-    )
+    def execute(**given):
+        given = {"profile": "smoke"} | given
+        world.problems = runner.run_notebooks({"01_table": (source, given, [])}, "smoke")
+        return notebooks.Execution("01_table", source, given).target
+
+    monkeypatch.setattr(runner.papermill, "execute_notebook", run)
+    world.execute = execute
     return world
 
 
@@ -194,7 +195,7 @@ def test_a_run_with_parameters_of_its_own_leaves_the_committed_files_alone(world
     before = {p.name: p.read_bytes() for p in world.figures.iterdir()}
     world.leaves = {"01_table-scores.csv": "a trial"}
     target = world.execute(ratios=[0.3])
-    assert world.runs == 2 and target.parent.parent == world.figures.parent.parent / "runs/scratch"
+    assert world.runs == 2 and target.parent.parent == world.figures.parents[1] / "scratch"
     assert (target.parent / "01_table-scores.csv").read_text() == "a trial"
     assert {p.name: p.read_bytes() for p in world.figures.iterdir()} == before
 
@@ -216,8 +217,8 @@ def test_a_run_that_fails_halfway_is_not_taken_for_a_whole_one(world):
     world.fails, world.leaves = True, {"01_table-scores.csv": "-1"}
     nb = nbformat.read(world.source, 4)
     nbformat.write(new_notebook(cells=[*nb.cells, new_code_cell("1 / 0")]), world.source)
-    with pytest.raises(RuntimeError):
-        world.execute()
+    world.execute()
+    assert world.problems[0].startswith("01_table failed: RuntimeError: in its last cell (see runs")
     nbformat.write(nb, world.source)
     world.fails, world.leaves = False, {"01_table-scores.csv": "50"}
     world.execute()
@@ -244,18 +245,19 @@ def test_a_notebook_without_experiments_belongs_to_its_models_and_its_machine(wo
     )
 
 
-def test_a_scoreboard_is_drawn_again_when_another_profile_says_something_new(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "checkout", lambda: tmp_path)
-    said = tmp_path / "figures/other/10_findings-claim-1.json"
-    said.parent.mkdir(parents=True)
-    said.write_text("supported")
-    board = demo("board = scoreboard.scoreboard(verdicts, setup.name)")
-    before = notebooks.said_elsewhere(board, "smoke")
-    assert len(before) == 1
-    said.write_text("contradicted")
-    assert notebooks.said_elsewhere(board, "smoke") not in ([], before)
-    assert notebooks.said_elsewhere(board, "other") == []
-    assert notebooks.said_elsewhere(demo(GOOD), "smoke") == []
+def test_a_scoreboard_is_drawn_again_when_another_profile_says_something_new(world):
+    other = world.source.parents[2] / "figures/other"
+    other.mkdir(parents=True)
+    (other / "10_findings.ipynb").touch()
+    verdict, smoke = other / "10_findings-claim-1.json", load_profile("smoke")
+    verdict.write_text("supported")
+    board = demo(GOOD)
+    alone = made_from(board, {}, [], smoke)
+    board.cells[1].metadata.tags = ["grid", "profiles"]
+    before = made_from(board, {}, [], smoke)
+    verdict.write_text("contradicted")
+    assert len({alone, before, made_from(board, {}, [], smoke)}) == 3
+    assert made_from(demo(GOOD), {}, [], smoke) == alone
 
 
 def test_a_lost_tag_is_an_error():
@@ -274,34 +276,22 @@ def checkout(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in STUDY if not p.stem.startswith("00")], ids=lambda p: p.stem
-)
-def test_study_notebook_runs_at_smoke(path, checkout, monkeypatch):
+def test_the_study_runs_at_smoke_and_once(checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    target = execute(path.stem, checkout / "nbs/study" / path.name, {"profile": "smoke"})
-    nb = nbformat.read(target, 4)
-    assert not any(
-        o.output_type == "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs
-    )
-    assert list(target.parent.glob(f"{path.stem}-*.csv")) and nb.metadata.mllm_compress.made_from
-    before = target.stat().st_mtime_ns
-    execute(path.stem, checkout / "nbs/study" / path.name, {"profile": "smoke"})
-    assert target.stat().st_mtime_ns == before  # nothing changed, so nothing was run
-
-
-def test_the_page_is_self_contained(checkout, monkeypatch):
-    from mllm_compress.study import page as site
-
-    monkeypatch.chdir(checkout)
-    page = site.build("smoke").read_text(encoding="utf-8")
-    assert (
-        'src="data:image/png;base64,' in page
-        and "prefers-color-scheme: dark" in page
-        and "width=device-width" in page
-    )
-    assert (
-        not any(f'{attribute}="http' in page for attribute in ("src", "href"))
-        and page.count("<script") == page.count("<script>") == 1  # light or dark, in the page
-    )
+    assert runner.run_study("smoke", workers=2) == 0
+    made = checkout / "runs/smoke/figures"
+    for path in STUDY:
+        if path.stem.startswith("00"):
+            continue
+        nb = nbformat.read(made / path.name, 4)
+        outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+        assert not [o for o in outputs if o.output_type == "error"]
+        assert list(made.glob(f"{path.stem}-*.csv")) and nb.metadata.mllm_compress.made_from
+    page = (made / "index.html").read_text(encoding="utf-8")
+    assert 'src="data:image/png;base64,' in page and "<details><summary>code</summary>" in page
     assert str(checkout) not in page
+    written = {p: p.stat().st_mtime_ns for p in made.glob("*.ipynb")}
+    assert runner.run_study("smoke", workers=2) == 0
+    assert {p: p.stat().st_mtime_ns for p in made.glob("*.ipynb")} == written, "nothing changed"
+    assert "Figures and tables: runs/smoke/figures/" in capsys.readouterr().out
+    assert not (checkout / "figures").exists()

@@ -5,11 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-from mllm_compress.study.injected import check_injected, parameters_run
+from mllm_compress.study.notebooks import check_injected
 from mllm_compress.utils.files import checkout
 
 ROOT = Path(__file__).parents[1]
@@ -83,16 +84,17 @@ def test_jupyter_runs_a_notebook_with_its_defaults(source, tmp_path, command):
     shutil.copy(source / "settings.ini", tmp_path)
     done = run(source, *command, "nbs/study/01_models.ipynb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "tiny-llava" in (tmp_path / "figures/quick/01_models-parameters.csv").read_text()
+    assert "tiny-llava" in (tmp_path / "runs/quick/figures/01_models-parameters.csv").read_text()
 
 
-def test_only_a_study_notebook_is_checked():
-    own = ["x = 1", "# Parameters\nratoi = [0.3]\n"]
-    assert parameters_run(own) == ({}, {})
-    assert parameters_run(["ratios: list = []  # no profile", own[1]]) == ({}, {})
-    known, given = parameters_run(['profile: str = "quick"  # scale', "# Parameters\nx = f()\n"])
-    assert list(known) == ["profile"] and given == {}
+def test_only_a_study_notebook_is_checked(monkeypatch):
     check_injected()  # no notebook, no error
+    shell = SimpleNamespace(user_ns={"In": ["", "x = 1", "# Parameters\nratoi = [0.3]\n"]})
+    monkeypatch.setattr("mllm_compress.study.notebooks.get_ipython", lambda: shell)
+    check_injected()
+    shell.user_ns["In"][1] = 'profile: str = "quick"  # scale'
+    with pytest.raises(ValueError, match="Unknown parameter 'ratoi'"):
+        check_injected()
 
 
 def test_the_named_checkout_is_used_where_the_folder_is_in_none(tmp_path, monkeypatch):

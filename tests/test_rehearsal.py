@@ -194,9 +194,9 @@ def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
     assert "This machine lacks" not in plan and "GPU hours" in plan
     text = ask("study", "--profile", "rehearsal.yaml", "--executor", "inline")
     assert "FAILED" not in text and "PROBLEM" not in text
-    table = pd.read_csv(tmp_path / "figures/rehearsal/06_best-scores.csv")
+    table = pd.read_csv(tmp_path / "runs/rehearsal/figures/06_best-scores.csv")
     assert set(table.model) == set(profile["models"]) and set(REAL_SUITE) <= set(table.columns)
-    figures = tmp_path / "figures/rehearsal"
+    figures = tmp_path / "runs/rehearsal/figures"
     assert (figures / "index.html").exists() and all(
         (figures / f"{name}.ipynb").exists() for name in NOTEBOOKS
     )

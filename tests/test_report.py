@@ -202,7 +202,7 @@ def test_the_larger_profile_stands_beside_the_direction(checkout):
     Report("02_demo", "tiny", given(profile="tiny")).verdict(claim, effects, "n = 100")
     said = Report("02_demo", "quick", given()).verdict(claim, effects, "n = 100")
     assert sentence(said).endswith("Profile tiny: supported (+2.0).")
-    written = json.loads((checkout / "figures/quick/02_demo-verdict.json").read_text())
+    written = json.loads((checkout / "runs/quick/figures/02_demo-verdict.json").read_text())
     assert "tiny" not in written["sentence"]  # files depend on the results of their profile only
     other = Report("02_demo", "quick", given()).verdict("B beats A.", effects, "n = 100")
     assert "tiny" not in sentence(other)
@@ -211,7 +211,7 @@ def test_the_larger_profile_stands_beside_the_direction(checkout):
 def test_a_verdict_drawn_again_is_the_same_to_six_digits(checkout):
     e = Estimate(1 / 3, 1 / 7, 11 / 21, 100, 3)
     Report("02_demo", "quick", given()).verdict("A.", {"here": e}, "n = 100")
-    record = json.loads((checkout / "figures/quick/02_demo-verdict.json").read_text())
+    record = json.loads((checkout / "runs/quick/figures/02_demo-verdict.json").read_text())
     assert record["effects"]["here"]["value"] == 0.333333 and record["average"]["low"] == 0.142857
 
 
@@ -247,11 +247,13 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
         out.figure(retained_over_ratio(rows, "pruning")[0], "f", "A figure.")
         out.table(FRAME, "t", "A table.")
         out.verdict("A beats B.", {"here": Estimate(2, 1, 3, 9, 3)}, "n = 9")
-        seen.append({p.name: p.read_bytes() for p in (tmp_path / name / "figures/smoke").iterdir()})
+        seen.append(
+            {p.name: p.read_bytes() for p in (tmp_path / name / "runs/smoke/figures").iterdir()}
+        )
     assert seen[0] == seen[1] and len(seen[0]) == 7
     assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
     assert json.loads(seen[0]["99_demo-verdict.json"])["word"] == "supported"
-    assert pd.read_csv(tmp_path / "one/figures/smoke/99_demo-t.csv")["AVG-%"].tolist()[:2] == [
+    assert pd.read_csv(tmp_path / "one/runs/smoke/figures/99_demo-t.csv")["AVG-%"].tolist()[:2] == [
         97.11,
         97.14,
     ]
@@ -313,25 +315,30 @@ def given(**values) -> dict:
     return {"profile": "quick", "ratios": [], "fewer": {}, "pd": pd} | values
 
 
+def test_a_maintainer_publishes(checkout, monkeypatch):
+    monkeypatch.setenv("MLLM_COMPRESS_PUBLISH", "1")
+    assert Report("02_demo", "quick", given()).folder == checkout / "figures/quick"
+
+
 @pytest.mark.parametrize("profile", ["quick", "tiny", "smoke"])
 def test_a_notebook_with_its_own_parameters_writes_to_the_folder_of_its_profile(
     checkout, profile, capsys
 ):
     out = Report("02_demo", profile, given(profile=profile))
     out.table(FRAME, "t", "A table.")
-    assert (checkout / "figures" / profile / "02_demo-t.csv").exists()
-    assert not (checkout / "runs").exists() and capsys.readouterr().out == ""
+    assert (checkout / "runs" / profile / "figures/02_demo-t.csv").exists()
+    assert not (checkout / "figures").exists() and capsys.readouterr().out == ""
 
 
 def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout, capsys):
     Report("02_demo", "quick", given()).table(FRAME, "t", "A table.")
-    before = (checkout / "figures/quick/02_demo-t.md").read_bytes()
+    before = (checkout / "runs/quick/figures/02_demo-t.md").read_bytes()
     out = Report("02_demo", "quick", given(ratios=[0.3]))
     out.table(FRAME, "t", "Another table.")
     out.verdict("A beats B.", {}, "n = 9")
     out.figure(style.panels(1)[0], "f", "A figure.")
-    assert (checkout / "figures/quick/02_demo-t.md").read_bytes() == before
-    assert len(list((checkout / "figures/quick").iterdir())) == 3
+    assert (checkout / "runs/quick/figures/02_demo-t.md").read_bytes() == before
+    assert len(list((checkout / "runs/quick/figures").iterdir())) == 3
     (scratch,) = (checkout / "runs/scratch").iterdir()
     assert scratch == out.folder and scratch.name.startswith("02_demo-")
     assert len(list(scratch.iterdir())) == 7
@@ -351,7 +358,7 @@ def test_what_a_profile_sets_for_a_notebook_is_no_override(checkout):
     own = replace(load_profile("quick"), notebooks={"02_demo": {"ratios": [0.6]}})
     assert resolve_parameters(own, "02_demo", ratios=[], fewer={}).ratios == [0.6]
     assert overridden("02_demo", given()) == {} and Report("02_demo", own, given()).folder == (
-        checkout / "figures/quick"
+        checkout / "runs/quick/figures"
     )
 
 
@@ -366,7 +373,7 @@ def test_raw_papermill_with_a_given_parameter_writes_to_scratch(checkout):
         )
     )
     nbformat.write(nb, path)
-    for values, folder in (({}, "figures/quick"), ({"ratios": [0.3]}, "runs/scratch")):
+    for values, folder in (({}, "runs/quick/figures"), ({"ratios": [0.3]}, "runs/scratch")):
         how = dict(cwd=str(path.parent), progress_bar=False, kernel_name="python3")
         done = papermill.execute_notebook(str(path), None, values, **how)
         shown = [o.text for o in done.cells[-1].outputs if o.name == "stdout"]
@@ -707,26 +714,3 @@ def test_withdrawn_verdicts_are_those_of_their_commits():
             pytest.skip("the history is not here")
         (line,) = [x for x in old.stdout.splitlines() if x.lstrip('"').startswith(f"{w.claim}. ")]
         assert f'{w.counts}",{w.word},3,' in line or f"{w.counts},{w.word},3," in line
-
-
-def test_a_rare_colour_survives_the_palette_of_a_picture():
-    from io import BytesIO
-
-    from matplotlib.colors import to_rgb
-    from PIL import Image
-
-    from mllm_compress.study import report, scoreboard
-    from mllm_compress.study.statistics import COLORS
-
-    table = pd.read_csv(Path(__file__).parents[1] / "figures/tiny/10_findings-claims.csv").fillna(
-        ""
-    )
-    shown = {word for name in scoreboard.columns_of("tiny") for word in table[name]}
-    drawn = BytesIO()
-    with style.page():
-        scoreboard.scoreboard_figure(table, "tiny").savefig(drawn, bbox_inches="tight")
-    picture = Image.open(BytesIO(report._with_palette(drawn))).convert("RGB")
-    pixels = np.asarray(picture).reshape(-1, 3).astype(int)
-    for word in shown & set(COLORS):  # thin letters, on fields of other colours
-        own = np.round(np.array(to_rgb(COLORS[word])) * 255)
-        assert np.abs(pixels - own).max(1).min() <= 30, word
