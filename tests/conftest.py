@@ -1,12 +1,10 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
 
-import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from draw_again import ROOT, begin, fetched_inputs
 from small_texts import write_texts
 
 torch.set_num_threads(1)
@@ -110,35 +108,3 @@ def tiny_lm():
         return AutoModelForCausalLM.from_config(config).eval()
 
     return build
-
-
-@pytest.fixture(scope="session")
-def drawn_again(
-    tmp_path_factory,
-) -> dict:  # name of a profile -> (checkout in which its notebooks run, the process)
-    "The notebooks of every committed profile run again on its results, all at once, one core each."
-    checkouts = {
-        p.parent: tmp_path_factory.mktemp(p.parent.name)
-        for p in sorted((ROOT / "figures").glob("*/results.zip"))
-    }
-    started = {
-        folder.name: (checkout, begin(folder, checkout))
-        for folder, checkout in checkouts.items()
-        if not fetched_inputs(folder.name)
-    }
-    yield started
-    for _, process in started.values():
-        if process:
-            process.kill()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def beside(request):
-    """Start the notebooks with the first test of a file that needs them, and of no other file.
-
-    The processes of pytest-xdist would each start them. If it fails, only those tests fail.
-    """
-    with contextlib.suppress(Exception):
-        own = (item for item in request.session.items if item.path == request.path)
-        if any("drawn_again" in getattr(item, "fixturenames", ()) for item in own):
-            request.getfixturevalue("drawn_again")

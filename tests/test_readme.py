@@ -1,11 +1,11 @@
 """README is short, its commands work, and it says what the index notebook and the results say."""
 
+import ast
 import contextlib
 import io
 import json
 import re
 import shlex
-from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -13,10 +13,7 @@ from notebook_map import NOTEBOOKS
 from typer.testing import CliRunner
 
 from mllm_compress.cli.app import app
-from mllm_compress.study import front_page, schematic
-from mllm_compress.study.claims import CLAIMS
 from mllm_compress.study.notebooks import check_parameters
-from mllm_compress.study.statistics import Estimate
 
 ROOT = NOTEBOOKS.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +44,7 @@ def test_readme_is_the_index_notebook():
 def test_readme_shows_what_the_index_notebook_shows():
     outputs = [o.get("data", {}) for c in CELLS for o in c.get("outputs", [])]
     shown = ["".join(data["text/markdown"]) for data in outputs if "text/markdown" in data]
-    assert len(shown) == 7
+    assert len(shown) == 8
     for text in shown:
         for line in text.replace("](../", "](").splitlines():
             assert line in README, line
@@ -81,72 +78,21 @@ def test_readme_points_at_files_that_exist():
 # Its numbers
 
 
-def test_the_tables_and_sentences_follow_from_the_committed_files():
-    computed = [front_page.answers()]
-    computed += [front_page.support_table(), front_page.claims_table(), front_page.by_score()]
-    small = front_page.first_with(front_page.COLUMNS["small"], "09_cost-pareto.csv")
-    answered = front_page.first_with(front_page.COLUMNS["small"], "07_qualitative-answers.csv")
-    computed += [front_page.latency_caption(small), front_page.answers_caption(answered)]
-    for text in computed:
-        assert text in README, "run: make readme"
-
-
-def test_readme_has_the_verdicts_of_the_results():
-    "Claim, word and average effect, as the committed verdicts have them."
-    for title, profile in front_page.claims_columns().items():
-        assert f"{title} (`{profile}`)" in README
-        for n, claim in CLAIMS.items():
-            names = [f"{claim.notebook}-verdict", f"{claim.notebook}-choice"]
-            paths = [
-                path
-                for p in front_page.COLUMNS[title]
-                for name in (f"10_findings-claim-{n}", *names)
-                if (path := ROOT / f"figures/{p}/{name}.json").exists()
-            ]
-            said = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-            said = [v for v in said if v["claim"] == claim.text]
-            verdict = next((v for v in said if v["average"]), {"average": None})
-            start = f"|{claim.text.split(':')[0].rstrip('.')}|"
-            row = next(line for line in README.splitlines() if line.startswith(start))
-            if verdict["average"]:
-                assert f"**{verdict['word']}** {Estimate(**verdict['average']):+1}" in row
-            else:
-                assert "not tested" in row
-
-
-def test_a_scale_without_results_says_so(tmp_path, monkeypatch):
-    (tmp_path / "nbs").mkdir()
-    (tmp_path / "settings.ini").touch()
-    monkeypatch.chdir(tmp_path)
-    said = [front_page.answer(scale)[0] for scale in front_page.SCALES]
-    assert ["no results" in text for text in said] == [True, True, True, False]
-    assert "not run" in said[3]
-    assert not re.search(r"\d %", "".join(said)) and front_page.claims_columns() == {}
-
-
-# Its pictures
-
-
-def test_the_schematic_and_the_badges_are_those_of_the_code():
-    drawn = (ROOT / "figures/readme/schematic.svg").read_text(encoding="utf-8")
-    assert drawn == schematic.schematic()
-    for path in sorted((NOTEBOOKS / "start").glob("*.ipynb")):
-        name = path.stem.replace("_", "-")
-        badge = (ROOT / f"figures/readme/run-{name}.svg").read_text(encoding="utf-8")
-        assert badge == schematic.badge("run offline", f"jupyter lab nbs/start/{path.name}")
-
-
-def test_the_schematic_is_legible_on_white_and_on_black():
-    "Every text stands in a white box; what stands outside has a middle grey."
-    space = "{http://www.w3.org/2000/svg}"
-    tree = ElementTree.fromstring(schematic.schematic())
-    place = lambda node: [float(node.get(k)) for k in ("x", "y", "width", "height")]
-    boxes = [place(n) for n in tree.iter(f"{space}rect") if n.get("fill") == "#ffffff"]
-    for node in tree.iter(f"{space}text"):
-        x, y = float(node.get("x")), float(node.get("y"))
-        assert any(a < x < a + w and b < y < b + h for a, b, w, h in boxes), node.text
-    lines = {node.get("stroke") for node in tree.iter(f"{space}polyline")}
-    assert lines == {schematic.GREY}
+def test_the_tables_and_sentences_follow_from_the_committed_files(monkeypatch):
+    "Every quick cell of the index notebook gives again what it shows."
+    monkeypatch.chdir(NOTEBOOKS)
+    names, compared = {}, 0
+    for cell in CELLS:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "plan_study" in source or "evaluate(" in source:
+            continue
+        *before, last = ast.parse(source).body
+        exec(compile(ast.Module(before, []), "index", "exec"), names)
+        value = eval(compile(ast.Expression(last.value), "index", "eval"), names)
+        (output,) = cell["outputs"]
+        assert value.data == "".join(output["data"]["text/markdown"])
+        compared += 1
+    assert compared == 6
 
 
 # Its commands
