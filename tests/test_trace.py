@@ -10,10 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_compress.study import runner, status
+from mllm_compress.study import runner, status, store
 from mllm_compress.study import runs as study
 from mllm_compress.study import statistics as effects
-from mllm_compress.study import store
 from mllm_compress.study.cache_keys import name_of
 from mllm_compress.study.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
 from mllm_compress.study.experiments import Experiment
@@ -146,7 +145,9 @@ def traced(request, tmp_path_factory, small_texts):  # (folder, name -> (experim
     "A folder of figures and the results that came with it, each believed only with its seal."
     setup, results = load_profile(request.param.name), Store(tmp_path_factory.mktemp("t") / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        if any(b.startswith(("text/", "emoji/")) for b in setup.evaluation.benchmarks):  # the real ones, not those that are made up for the tests
+        if any(
+            b.startswith(("text/", "emoji/")) for b in setup.evaluation.benchmarks
+        ):  # the real ones, not those that are made up for the tests
             patch.delenv("MLLM_COMPRESS_TEXTS")
             if lacking := missing_inputs(setup):
                 pytest.skip("; ".join(lacking))
