@@ -72,7 +72,7 @@ def room(name: str) -> list:
 
 def items() -> list:
     "Which notebook is which table or figure of the paper."
-    path = NOTEBOOKS.parent / "mllm_compress" / "templates" / "items.csv"
+    path = NOTEBOOKS.parent / "tests" / "items.csv"
     there = {p.stem for p in (NOTEBOOKS / "study").glob("*.ipynb")}
     lines = ["| in the paper | what | notebook |", "| --- | --- | --- |"]
     with path.open(encoding="utf-8", newline="") as rows:
