@@ -17,7 +17,7 @@ NOTEBOOKS = sorted(
     for p in LIBRARY.rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
-SKIPPED = re.compile(r"(?m)^#\|\s*(default_exp|eval:\s*false|hide\b)")
+SKIPPED = re.compile(r"(?m)^#\|\s*(default_exp|eval:\s*false)|nbdev_export\(\)")
 
 
 @pytest.fixture(scope="session")
