@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mllm_compress.evaluation import benchmarks, definitions, small_sets
+from mllm_compress.evaluation import benchmarks
 
 
 def png(color="red", size=(6, 4)):
@@ -200,7 +200,7 @@ SETS = {  # folder, file -> rows as the hub has them
 
 
 SOURCES = [
-    b.source for b in benchmarks.BENCHMARKS.values() if isinstance(b.source, definitions.Source)
+    b.source for b in benchmarks.BENCHMARKS.values() if isinstance(b.source, benchmarks.Source)
 ]
 
 
@@ -227,7 +227,7 @@ def test_gqa_joins_images(root):
         "yes",
         "Is it red?\nAnswer the question using a single word or phrase.",
     )
-    assert first.images[0] is second.images[0] and definitions.open_image(first.images[0]).getpixel(
+    assert first.images[0] is second.images[0] and benchmarks.open_image(first.images[0]).getpixel(
         (3, 3)
     ) == (255, 0, 0)
 
@@ -304,7 +304,7 @@ def test_scienceqa_context_and_letters_beyond_e(root):
 
 def test_mmmu_images_options_and_open_answers(root):
     choice, free = load("mmmu", root)
-    assert [definitions.open_image(i).getpixel((3, 3)) for i in choice.images] == [
+    assert [benchmarks.open_image(i).getpixel((3, 3)) for i in choice.images] == [
         (255, 0, 0),
         (0, 0, 255),
         (0, 128, 0),
@@ -388,16 +388,16 @@ def test_unknown_names_and_splits():
 
 
 def test_padding_is_the_mean_colour():
-    picture = definitions.open_image(
-        definitions.StoredImage(png(size=(10, 4))["bytes"]), (0.48145466, 0.4578275, 0.40821073)
+    picture = benchmarks.open_image(
+        benchmarks.StoredImage(png(size=(10, 4))["bytes"]), (0.48145466, 0.4578275, 0.40821073)
     )
     assert (
         picture.size == (10, 10)
         and picture.getpixel((0, 0)) == (122, 116, 104)
         and picture.getpixel((0, 5)) == (255, 0, 0)
     )
-    assert definitions.open_image(
-        definitions.StoredImage(png(size=(10, 4))["bytes"], square=False)
+    assert benchmarks.open_image(
+        benchmarks.StoredImage(png(size=(10, 4))["bytes"], square=False)
     ).size == (10, 4)
 
 
@@ -431,8 +431,8 @@ def test_the_hash_of_questions_follows_the_files(root, tmp_path):
 
 
 def test_the_hash_of_questions_loads_none(monkeypatch):
-    monkeypatch.setattr(small_sets.scenes, "questions", None)
-    monkeypatch.setattr(small_sets.small_sets, "easy_vqa", None)
+    monkeypatch.setattr(benchmarks.scenes, "questions", None)
+    monkeypatch.setattr(benchmarks.scenes, "easy_vqa", None)
     assert len({benchmarks.questions_hash(name) for name in benchmarks.SMALL_SUITE}) == len(
         benchmarks.SMALL_SUITE
     )

@@ -78,7 +78,7 @@ def test_scorers(name, update_golden):
         for compat in (None, "lmms-eval")
     }
     numbers = {"values": values, "score": scorer.combine(judged(scorer))}
-    where = "SCORERS (nbs/library/evaluation/05_scorers.ipynb)"
+    where = "SCORERS (nbs/library/evaluation/03_scorers.ipynb)"
     check_golden("scorer", name, scorer.version, numbers, update_golden, where)
 
 
@@ -97,7 +97,7 @@ def test_benchmarks(name, root: Path, update_golden):  # noqa: F811
         "scorer": benchmark.scorer,
         "max_new_tokens": benchmark.max_new_tokens,
     }
-    where = "BENCHMARKS (nbs/library/evaluation/04_benchmarks.ipynb)"
+    where = "BENCHMARKS (nbs/library/evaluation/01_benchmarks.ipynb)"
     check_golden("benchmark", name, benchmark.version, numbers, update_golden, where)
 
 
@@ -108,7 +108,7 @@ def test_generation(tiny_llava, update_golden):
     answers = answer_questions(*tiny_llava, questions, 4)
     numbers = {"answers": [a.text for a in answers], "candidates": [a.candidate for a in answers]}
     numbers["log_likelihoods"] = [a.log_likelihood for a in answers]
-    where = "GENERATION_VERSION (nbs/library/evaluation/06_generation.ipynb)"
+    where = "GENERATION_VERSION (nbs/library/evaluation/05_generation.ipynb)"
     check_golden("generation", "greedy", GENERATION_VERSION, numbers, update_golden, where)
 
 

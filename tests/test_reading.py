@@ -8,8 +8,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllm_compress.data.batches import Collator
-from mllm_compress.data.instructions import InstructionData, from_rows, load_json, open_image, turns
-from mllm_compress.data.reading import EntryError, read_entries, read_entry
+from mllm_compress.data.instructions import (
+    EntryError,
+    InstructionData,
+    from_rows,
+    load_json,
+    open_image,
+    read_entries,
+    read_entry,
+    turns,
+)
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 json_values = st.recursive(

@@ -13,11 +13,9 @@ from mllm_compress.cli import app
 from mllm_compress.data import instructions, scenes
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.calibration import calibration_batches, one_question
-from mllm_compress.data.instructions import from_rows, load_json
-from mllm_compress.data.reading import EntryError, read_entry
-from mllm_compress.evaluation.benchmarks import BENCHMARKS
+from mllm_compress.data.instructions import EntryError, from_rows, load_json, read_entry
+from mllm_compress.evaluation.benchmarks import BENCHMARKS, own_benchmark
 from mllm_compress.evaluation.generation import answer_questions
-from mllm_compress.evaluation.own import own_benchmark
 from mllm_compress.recovery.states import TeacherCache, compute_teacher_outputs, image_features
 
 MARK = "<image>"

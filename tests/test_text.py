@@ -232,7 +232,7 @@ def test_a_text_beyond_the_context_is_named(tokenizer, model, tmp_path):
 
 
 def evaluation_question(prompt: str, candidates: tuple = ()):
-    from mllm_compress.evaluation.definitions import Question
+    from mllm_compress.evaluation.benchmarks import Question
 
     return Question("q", prompt, "", candidates=candidates)
 

@@ -224,10 +224,6 @@ def test_a_multimodal_class_is_added_as_the_guide_says(copy):
 
 
 BENCHMARK = """
-from mllm_compress.evaluation.definitions import Question
-from mllm_compress.evaluation.public_sets import SHORT
-
-
 def colour_questions(split: str = "test", limit: int | None = None, root=None) -> list:
     "Three questions about a red picture."
     from PIL import Image
@@ -239,12 +235,12 @@ def colour_questions(split: str = "test", limit: int | None = None, root=None) -
 
 
 COLOURS = Benchmark("colours", "yes_no", colour_questions, help="A colour.", source="colours 1")
-BENCHMARKS["colours"] = COLOURS
+register_benchmarks([COLOURS])
 """
 
 
 def test_a_benchmark_is_added_and_only_its_answers_are_computed(copy):
-    copy.append("evaluation/04_benchmarks.ipynb", BENCHMARK)
+    copy.append("evaluation/02_public_sets.ipynb", BENCHMARK)
     code = """
 few = replace(few, benchmarks=[*few.benchmarks, "colours"])
 q = replace(p, evaluation=few)
@@ -289,7 +285,7 @@ ALL += ["layers hidden", "layers both", "bunny"]
             {"layers hidden": ANSWERS, "layers both": ANSWERS},
         ),
         (
-            "evaluation/05_scorers.ipynb",
+            "evaluation/03_scorers.ipynb",
             "        yes_no_score,\n        harness=harness_yes_no",
             "        yes_no_score,\n        version=2,\n        harness=harness_yes_no",
             dict.fromkeys(ALL, {"score": ["scenes/hallucination"], "answers": []}),

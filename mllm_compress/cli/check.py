@@ -27,7 +27,7 @@ from ..checkpoint.saving import save_pruned
 from ..cost.arithmetic import closed_parameters, example_inputs, shape_of_model
 from ..data.batches import Collator
 from ..data.instructions import InstructionData, has_image
-from ..evaluation.definitions import Question
+from ..evaluation.benchmarks import Question
 from ..evaluation.generation import answer_questions, own_inputs, prepare
 from ..importance.criteria import random_scores, whole_layers, width_importance
 from ..importance.influence import block_influence

@@ -64,7 +64,7 @@ def _benchmarks() -> str:
 
 def _scorers() -> str:
     "Help of --scorer."
-    from mllm_compress.evaluation.own import OWN_SCORERS
+    from mllm_compress.evaluation.benchmarks import OWN_SCORERS
     from mllm_compress.evaluation.scorers import SCORERS
 
     return f"For --questions. {listed({name: SCORERS[name] for name in OWN_SCORERS})}"
@@ -89,15 +89,20 @@ Answers = Annotated[
 # %% ../../nbs/library/cli/06_measuring.ipynb #cell-006
 def asked(benchmark: list, questions: Path | None, scorer: str, image_root: str, text: bool):
     "Names of benchmarks, own questions among them, and whether perplexity is wanted."
-    from mllm_compress.evaluation import BENCHMARKS, SMALL_SUITE, own
+    from mllm_compress.evaluation.benchmarks import (
+        BENCHMARKS,
+        OWN_SCORERS,
+        SMALL_SUITE,
+        own_benchmark,
+    )
     from mllm_compress.utils.methods import check_choice
 
-    check_choice("scorer", scorer, own.OWN_SCORERS)
+    check_choice("scorer", scorer, OWN_SCORERS)
     names = [name for name in benchmark if name != "perplexity"]
     for name in names:
         check_choice("benchmark", name, BENCHMARKS if name in BENCHMARKS else all_benchmarks())
     if questions is not None:
-        names.append(own.own_benchmark(questions, image_root or questions.parent, scorer).name)
+        names.append(own_benchmark(questions, image_root or questions.parent, scorer).name)
     perplexity = "perplexity" in benchmark
     if not (names or perplexity):
         names = list(SMALL_SUITE)

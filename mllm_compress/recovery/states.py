@@ -27,7 +27,7 @@ from mllm_compress.anatomy.pictures import (
     record_pictures,
 )
 from ..anatomy.wrappers import caches_projector_input
-from ..data.reading import image_names
+from ..data.instructions import image_names
 from .losses import answer_positions
 from ..utils.files import replacing
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pandas as pd
 
-from ..evaluation import benchmarks, definitions
+from ..evaluation import benchmarks
+from ..evaluation import benchmarks as definitions
 from .experiments import Experiment
 from .profile_inputs import root_of
 from .profiles import Profile

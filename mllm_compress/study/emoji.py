@@ -27,8 +27,7 @@ from PIL import Image
 
 from ..data.instructions import InstructionData, LazyEntries
 from ..data.scenes import entry
-from ..evaluation.benchmarks import register_benchmarks
-from ..evaluation.definitions import Benchmark, Question
+from ..evaluation.benchmarks import Benchmark, Question, register_benchmarks
 from mllm_compress.utils.files import (
     cache_folder,
     content_hash,

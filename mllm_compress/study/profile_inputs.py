@@ -18,7 +18,6 @@ from ..data.batches import DATA_VERSION
 from ..data.instructions import InstructionData
 from ..data.scenes import SCENES_VERSION, mix
 from ..evaluation.benchmarks import benchmark, load_questions
-from ..evaluation.public_sets import parquet_files
 from .emoji import emoji_data, emoji_hash, missing_emoji
 from .profiles import Evaluation, Profile, Training, located, training_of
 from .texts import missing_text, text_data, text_hash
@@ -187,7 +186,7 @@ def _missing_sets(evaluation: Evaluation) -> list:
             if callable(source):  # a text
                 load_questions(name, evaluation.split, 1)
             elif root and not isinstance(source, str):  # a public set, not a generated one
-                parquet_files(source, source.config, root)
+                source.files(root)
         except FileNotFoundError as error:
             missing.append(f"benchmark {name}: {error}")
     return missing

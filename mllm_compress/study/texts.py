@@ -24,10 +24,8 @@ from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
 
-from ..data.instructions import InstructionData
-from ..data.reading import decoded
-from ..evaluation.benchmarks import register_benchmarks
-from ..evaluation.definitions import Benchmark, Question
+from ..data.instructions import InstructionData, decoded
+from ..evaluation.benchmarks import Benchmark, Question, register_benchmarks
 from mllm_compress.utils.files import (
     cache_folder,
     content_hash,
