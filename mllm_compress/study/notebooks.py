@@ -301,7 +301,6 @@ class Execution:
 
     def is_current(self) -> bool:
         "Whether the executed notebook and the files that it has written are up to date."
-        self.failed.unlink(missing_ok=True)
         self.shown = shown_by(self.nb, self.given, self.experiments, self.profile)
         if not self.target.exists():
             return False
@@ -312,6 +311,7 @@ class Execution:
     def begin(self) -> dict:  # the arguments of `papermill.execute_notebook`
         "Write the notebook that papermill will run in the folder of its source."
         self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.failed.unlink(missing_ok=True)
         write_atomically(self.part, nbformat.writes(self.nb))
         paths = self.target.parent.glob(f"{self.name}-*.*")
         self.before = {path: path.stat().st_mtime_ns for path in paths}

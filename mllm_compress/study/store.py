@@ -55,7 +55,8 @@ def _claim_folder(folder: Path) -> None:
     "Mark a new folder as a store; refuse one that is not."
     mark = folder / MARK
     if not mark.exists() and folder.exists():
-        foreign = [p for p in folder.iterdir() if not p.name.startswith(f".{MARK}")]
+        names = {p.name for p in folder.iterdir()} - {"figures"}  # of notebooks without results
+        foreign = [name for name in names if not name.startswith(f".{MARK}")]
         if foreign and not mark.exists():  # checked twice: another run may be marking it
             raise NotOurs(
                 f"{folder} is not a results store (no {MARK} in it): name an empty or new folder."
