@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nbformat', 'papermill', 'TYPES', 'PUBLISH', 'LARGER', 'WIDGET', 'notebooks', 'choose', 'Parameter', 'parameters_of',
            'parameters_in', 'check_parameters', 'check_given', 'parse_parameter', 'parse_parameters', 'experiments_of',
-           'for_profile', 'overridden', 'check_injected', 'figures_folder', 'figure_files', 'output_folder',
+           'for_profile', 'overridden', 'check_injected', 'figures_folder', 'figure_files', 'executed', 'output_folder',
            'rates_record', 'shown_by', 'Execution', 'tidied']
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-002
@@ -227,6 +227,12 @@ def figure_files(profile: str, pattern: str) -> list:  # of Path, sorted by name
         if paths := sorted(folder.glob(pattern)):
             return paths
     return []
+
+
+def executed(folder: Path) -> list:  # of Path, sorted by name
+    "The executed notebooks of a folder, without the copies of those that failed."
+    paths = sorted(folder.glob("[0-9]*.ipynb"))
+    return [path for path in paths if not path.stem.endswith(".failed")]
 
 
 def output_folder(

@@ -17,7 +17,7 @@ import pandas as pd
 from . import store
 from .cache_keys import name_of
 from .experiments import Experiment
-from .notebooks import figures_folder, notebooks
+from .notebooks import executed, figures_folder, notebooks
 from .profiles import Profile, load_profile
 from .runs import stored
 from .stages import stage_keys
@@ -51,15 +51,15 @@ ORDER += ["result"]
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     "Write experiments.csv, and results.zip beside it, into the folder of a profile's figures."
     folder, results = figures_folder(profile.name), results_of(profile)
-    path, archive, executed = folder / EXPERIMENTS, folder / RESULTS, []
+    path, archive, times = folder / EXPERIMENTS, folder / RESULTS, []
     wanted = set()  # names of the results that the notebooks have read
-    for notebook in sorted(folder.glob("[0-9]*.ipynb")):
+    for notebook in executed(folder):
         mark = nbformat.read(notebook, 4).metadata.get("mllm_compress", {})
         wanted |= set(mark.get("results", []))
-        executed.append(notebook.stat().st_mtime_ns)
+        times.append(notebook.stat().st_mtime_ns)
     before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["result"])
     whole = archive.exists() and set(before.result) == wanted
-    if whole and min(p.stat().st_mtime_ns for p in (path, archive)) > max(executed, default=0):
+    if whole and min(p.stat().st_mtime_ns for p in (path, archive)) > max(times, default=0):
         return before
     if archive.exists():
         store.unpack(archive, results)
@@ -115,7 +115,7 @@ def build(profile) -> Path:  # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)
     folder, committed = figures_folder(profile.name), checkout() / "figures" / profile.name
-    if any(folder.glob("[0-9]*.ipynb")):
+    if executed(folder):
         lines = write_experiments(profile)
     elif (committed / EXPERIMENTS).exists():
         folder, lines = committed, pd.read_csv(committed / EXPERIMENTS)

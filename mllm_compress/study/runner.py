@@ -28,6 +28,7 @@ from mllm_compress.study.notebooks import (
     Execution,
     check_parameters,
     choose,
+    executed,
     experiments_of,
     figures_folder,
     for_profile,
@@ -313,7 +314,7 @@ def run_study(
         if scratch:
             folders = ", ".join(os.path.relpath(path) for path in sorted(scratch))
             print(f"{took} With parameters of your own: {folders}")
-        elif any(figures_folder(loaded.name).glob("[0-9]*.ipynb")):
+        elif executed(figures_folder(loaded.name)):
             built = page.build(profile)
             print(f"{took} Figures and tables: {os.path.relpath(built.parent)}/")
             if not publish and (checkout() / "figures" / loaded.name).exists():
