@@ -131,7 +131,7 @@ def names_of(room: str) -> list:
 
 def commands() -> list:  # of (name, first line of its help)
     "The commands of the command line."
-    from mllm_compress.cli.app import app
+    from mllm_compress.cli import app
 
     return [(c.name or c.callback.__name__, c.callback.__doc__) for c in app.registered_commands]
 

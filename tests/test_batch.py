@@ -17,7 +17,7 @@ from nbclient.cli import NbClientApp
 from nbconvert.nbconvertapp import NbConvertApp
 from typer.testing import CliRunner
 
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 from mllm_compress.study.notebooks import check_parameters
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 
 
 def ask(*args, code=0) -> str:
@@ -250,7 +250,7 @@ def test_convert_an_original_release(golden, tmp_path, monkeypatch):
         ((source, "out", "--tower", "clip"), "exists and is not an empty folder"),
         (("out", "again"), "original layouts that can be read are LlavaLlamaForCausalLM"),
         (("nowhere", "again"), "is not a folder"),
-        ((source, "again", "--dtype", "int8"), "use float32, bfloat16, float16"),
+        ((source, "again", "--dtype", "int8"), "use one of float32, bfloat16, float16"),
     ):
         assert says in ask("convert", *args, code=2)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
@@ -309,15 +309,14 @@ def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
 
 
 def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
-    from mllm_compress import cli
+    from mllm_compress import checkpoint
+    from mllm_compress.cli import requests
 
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text('[{"id": 7, "question": "why?", "answer": null}]')
-    for name in ("prepare", "recovering", "measuring"):
-        module = __import__(f"mllm_compress.cli.{name}", fromlist=["load"])
-        monkeypatch.setattr(module, "load", lambda *a: pytest.fail("a model was loaded"))
-        monkeypatch.setattr(module, "check_models", lambda *a: None)
-    monkeypatch.setattr(cli.recovering, "check_pruned", lambda *a: None)
+    monkeypatch.setattr(requests, "load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(requests, "check_models", lambda *a: None)
+    monkeypatch.setattr(checkpoint, "is_checkpoint", lambda *a: True)
     data = ("--data", "bad.json")
     for args in (
         ("score", "smoke-llava", "-o", "out"),

@@ -208,7 +208,7 @@ def test_a_part_that_a_row_forgets_is_an_error(monkeypatch):
 def test_check_is_a_command(tmp_path):
     from typer.testing import CliRunner
 
-    from mllm_compress.cli.app import app
+    from mllm_compress.cli import app
 
     say = lambda *args: CliRunner().invoke(app, ["check", *args])
     found = say("smoke-llava", "--only", "parts", "--only", "uniform", "--json")
@@ -223,8 +223,8 @@ def test_check_is_a_command(tmp_path):
 def test_a_broken_promise_is_named(monkeypatch):
     from typer.testing import CliRunner
 
+    from mllm_compress.cli import app
     from mllm_compress.cli import check as module
-    from mllm_compress.cli.app import app
 
     monkeypatch.setattr(module, "closed_parameters", lambda *_: {"vision": 0})
     found = CliRunner().invoke(app, ["check", "smoke-llava", "--only", "cost"])
@@ -258,7 +258,7 @@ def files(name: str, folder: Path) -> Path:
 def test_the_command_line_from_scores_to_answers(name, tmp_path):
     from typer.testing import CliRunner
 
-    from mllm_compress.cli.app import app
+    from mllm_compress.cli import app
 
     folder = files(name, tmp_path)
     data = ["--data", str(folder / "data.json")]

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellTimeoutError
 from typer.testing import CliRunner
 
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "nbs/guides").glob("*.ipynb"))

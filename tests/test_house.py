@@ -117,7 +117,7 @@ BLOCKED = """
 import sys
 for name in sys.argv[1].split(","): sys.modules[name] = None
 from typer.testing import CliRunner
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 for line in sys.argv[2:]:
     done = CliRunner().invoke(app, line.split())
     print(done.exit_code, done.output.strip().splitlines()[-1], done.exception)

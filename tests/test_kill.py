@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tqdm import tqdm
 from tqdm.std import TqdmDefaultWriteLock
 
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 from mllm_compress.study import runner
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment

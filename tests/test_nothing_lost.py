@@ -96,7 +96,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     ),
     "cost": (("cost", "llava"), "mllm_compress.cost.report.counted_rows", "Stopped"),
     "cards": (("cards", "llava"), "mllm_compress.cost.memory.memory_table", "Stopped"),
-    "models": (("models",), "mllm_compress.cli.look.emit", "Stopped"),
+    "models": (("models",), "mllm_compress.cli.requests.emit", "Stopped"),
     "show": (("show", "small"), "mllm_compress.checkpoint.formats.sha256", "Stopped"),
     "study": (
         ("study", "--profile", "smoke", "--status"),
@@ -204,8 +204,8 @@ def test_a_read_only_folder_is_found_before_the_work(here, monkeypatch, args):
     def refuse(dir=None):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    for where in ("mllm_compress.cli.measuring.load", "mllm_compress.cli.pruning.load"):
-        monkeypatch.setattr(where, lambda *a: pytest.fail("a model was loaded"))
+    fail = lambda *a: pytest.fail("a model was loaded")
+    monkeypatch.setattr("mllm_compress.cli.requests.load", fail)
     monkeypatch.setattr(target.tempfile, "TemporaryFile", refuse)
     before = tree(here)
     text = run(*args, code=2)
@@ -375,8 +375,8 @@ def fill(folder: Path) -> None:
 def test_a_disk_that_is_really_full_is_found_before_the_work(here, disk, monkeypatch, args):
     full = disk(1 << 20)
     fill(full)
-    for where in ("mllm_compress.cli.measuring.load", "mllm_compress.cli.prepare.load"):
-        monkeypatch.setattr(where, lambda *a: pytest.fail("a model was loaded"))
+    fail = lambda *a: pytest.fail("a model was loaded")
+    monkeypatch.setattr("mllm_compress.cli.requests.load", fail)
     text = run(*args[:-1], full / args[-1], code=2)
     assert "free" in text and str(full) in text
     assert [p.name for p in full.iterdir()] == ["junk"]

@@ -212,10 +212,10 @@ def test_own_questions_and_the_comparison(here):
 def test_the_picture_of_a_comparison_can_be_read(tmp_path, monkeypatch):
     import pandas as pd
 
-    from mllm_compress.cli import measuring
+    from mllm_compress.cli import measuring, requests
 
-    figures, new = [], measuring.new_figure
-    monkeypatch.setattr(measuring, "new_figure", lambda *a: figures.append(new(*a)) or figures[-1])
+    figures, new = [], requests.new_figure
+    monkeypatch.setattr(requests, "new_figure", lambda *a: figures.append(new(*a)) or figures[-1])
     costs = pd.DataFrame({"what": ["weights, byte", "x"], "small / dense": [0.7, float("nan")]})
     row = {"benchmark": "own/held_out-74f5c5", "n": 12, "score": 75.0, "score_dense": 75.0}
     none = dict.fromkeys(("difference", "low_difference", "high_difference"), 0.0)

@@ -12,7 +12,7 @@ import pytest
 from notebook_map import NOTEBOOKS
 from typer.testing import CliRunner
 
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 from mllm_compress.study.notebooks import check_parameters
 
 ROOT = NOTEBOOKS.parent

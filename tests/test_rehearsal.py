@@ -18,7 +18,7 @@ from original_layouts import instruction_json, with_tokenizer
 from test_benchmarks import SETS, write
 from typer.testing import CliRunner
 
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 from mllm_compress.evaluation.benchmarks import REAL_SUITE
 from mllm_compress.recovery.config import PAPER
 from mllm_compress.study.cache_keys import recovery_config, subject_key

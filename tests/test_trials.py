@@ -178,7 +178,7 @@ def test_a_criterion_is_added_as_the_guide_says(copy):
     copy.append(notebook, cell_of(guide, "def wanda"), cell_of(guide, 'CRITERIA["widthwise"'))
     code = """
 from typer.testing import CliRunner
-from mllm_compress.cli.app import app
+from mllm_compress.cli import app
 from mllm_compress.study.style import look
 say = lambda *args: CliRunner().invoke(app, ["score", *args]).output
 new = E("widthwise", 0.3, "wanda")

@@ -7,15 +7,13 @@ __all__ = ['app']
 
 # %% ../../nbs/library/cli/00_index.ipynb #cell-003
 from mllm_compress.cli import (
-    checking,
     exporting,
     look,
     measuring,
-    prepare,
     pruning,
     recovering,
     studying,
 )
-from .app import app
+from .requests import app
 
 _all_ = ["app"]

@@ -29,14 +29,19 @@ WINE, INDIGO, OLIVE = "#882255", "#332288", "#999933"
 DASHED, DOTTED, DASHDOTTED = (0, (5, 1.5)), (0, (1, 1.5)), (0, (3, 1, 1, 1))
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-008
-def check_choice(
+def unknown_choice(
     what: str,  # is chosen, such as "criterion"
     name,  # as given
     allowed,  # the names
-) -> None:
-    "ValueError where a name is not among the allowed ones."
+) -> str:
+    "The message about a name that is not among the allowed ones."
+    return f"Unknown {what} {name!r}: use one of {', '.join(map(str, allowed))}."
+
+
+def check_choice(what: str, name, allowed) -> None:
+    "ValueError where a name is not among the allowed ones; see `unknown_choice`."
     if name not in allowed:
-        raise ValueError(f"Unknown {what} {name!r}: use one of {', '.join(map(str, allowed))}.")
+        raise ValueError(unknown_choice(what, name, allowed))
 
 # %% ../../nbs/library/utils/02_methods.ipynb #pruned-type-code
 PRUNED_TYPE = "mllm_compress_pruned"

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 from transformers import (
     AddedToken,
     AutoModelForImageTextToText,
@@ -934,6 +935,7 @@ def write_safetensors(
 def write_weights(
     source: OriginalCheckpoint,
     out: Path,  # folder
+    progress: bool = False,  # show a progress bar per shard
 ) -> None:
     "Write one native shard per original file, and their index."
     n = len(source.files)
@@ -943,7 +945,8 @@ def write_weights(
     where, total = {}, 0
     for file, name in zip(source.files, names):
         shapes = list(source.tensors(file, read_shape))
-        write_safetensors(out / name, shapes, source.tensors(file))
+        bar = dict(desc=name, total=len(shapes), disable=not progress, leave=False)
+        write_safetensors(out / name, shapes, tqdm(source.tensors(file), **bar))
         where |= {tensor: name for tensor, _ in shapes}
         total += sum(t.numel() * t.element_size() for _, t in shapes)
     if n > 1:
@@ -956,6 +959,7 @@ def convert_original(
     out: str | Path,  # new folder
     tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
     dtype: torch.dtype | None = None,  # None keeps the checkpoint's
+    progress: bool = False,  # show a progress bar per shard
 ) -> Path:
     "Convert an original checkpoint into one that `from_pretrained` of transformers loads."
     out, source = Path(out), open_original(folder, tower, dtype)
@@ -963,7 +967,7 @@ def convert_original(
         raise FileExistsError(f"{out} is not empty; give a new folder")
     llava = source.release.placeholder == "<image>"
     with replacing_folder(out) as partial:
-        write_weights(source, partial)
+        write_weights(source, partial, progress)
         source.config.dtype = source.dtype
         source.config.architectures = [
             "LlavaForConditionalGeneration" if llava else "InternVLForConditionalGeneration"
