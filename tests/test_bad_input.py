@@ -32,7 +32,7 @@ def said(*turns) -> dict:
 ENTRIES = {
     "null": (None, "not an object"),
     "number": (7, "not an object"),
-    "text": ("hello", "not an object"),
+    "text": ("hello", "not an object|is plain text"),
     "list": ([1], "not an object"),
     "no-keys": ({}, "has neither 'conversations'"),
     "null-conversations": ({"id": "e", "conversations": None}, "write a list of objects"),
@@ -496,12 +496,39 @@ CASES = [
     Case(("convert", "llava", "llava/out"), "choose another folder"),
     # the study
     Case(("study", "--profile", "huge"), "use authors, eyes, gpu, llava-small, paper, quick"),
-    Case(("study", "--profile", "smoke", "-p", "seeds"), "NAME=VALUE"),
-    Case(("study", "--profile", "smoke", "-p", "ratios=[0.3"), "cannot be read"),
-    Case(
-        ("study", "--profile", "smoke", "--executor", "slrm", "--dry-run"), "local, inline, slurm"
-    ),
     Case(("study", "--profile", "gone.yaml"), "gone.yaml"),
+    *(
+        Case(("study", "--profile", "smoke", "--dry-run", *args.split()), says)
+        for args, says in (
+            ("-p seeds", "NAME=VALUE"),
+            ("-p ratios=[0.3", "The value of ratios cannot be read"),
+            ("-p profile=tiny", "given by --profile"),
+            ("-p ratios=[0.3]", "01_models: Unknown parameter"),
+            ("-p seeds=[0]", "Name the notebook that the parameter is for with --only"),
+            ("--executor slrm", "Unknown executor 'slrm': use one of local, inline, slurm"),
+            ("--executor slurm --workers 4", "jobs_at_once"),
+            ("--only 99_none", "01_models, 02_pruning"),
+            ("--only 02_pruning --workers -1", "workers is -1"),
+            ("--only 02_pruning -p ratio=[0.3]", r"ratios: list = \[\]"),
+            ("--only 02_pruning -p seeds=0", "seeds must be of type list"),
+            ("--only 02_pruning -p ratios=[a]", "ratio must be a number"),
+            ("--only 02_pruning -p seeds=[a]", "seed must be a whole number"),
+            ("--only 02_pruning -p seeds=[0] -p seeds=[1]", "seeds is given twice"),
+            (
+                "--only 04_distillation -p fewer={sft:{ratio:[0.3]}}",
+                "fewer: sft must hold ratios or seeds",
+            ),
+        )
+    ),
+    Case(
+        ("study", "--profile", "tiny", "--only", "06_best", "-p", "compare=false", "--dry-run"),
+        "an empty compare means 'as the profile says', and profile tiny says True",
+    ),
+    # requests
+    Case(("score", "llava"), "--out is missing: give it"),
+    Case(("score", "-o", "out"), "MODEL is missing: give it"),
+    Case(("score", "llava", "-o", "out", "--config", "unknown.yaml"), "Unknown option 'learning"),
+    Case(("score", "llava", "-o", "out", "--config", "text-samples.yaml"), "samples is 'many'"),
 ]
 
 
@@ -539,6 +566,7 @@ def make_data(folder: Path) -> None:
         "bad": "lr: [1\n",
         "unknown": "learning_rate: 1\n",
         "text-lr": "lr: fast\n",
+        "text-samples": "samples: many\n",
         "text-losses": "losses: sft\n",
         "projector-lora": "train: projector\n",
     }
@@ -599,29 +627,44 @@ def shop(tmp_path_factory, tiny_llava, tiny_bunny, tiny_lm):
     return folder
 
 
+def rotated(commands, problems) -> list:
+    "Every command with every problem; the first case of a problem is of another command each."
+    makes, cases = [*commands], []
+    for problem, says in problems:
+        cases += [Case(make(problem), says) for make in makes]
+        makes.append(makes.pop(0))
+    return cases
+
+
+def entries(table: dict) -> list:
+    "The files of some entries, and what the message must say."
+    return [(f"entry-{name}.json", says) for name, (_, says) in table.items()]
+
+
+LATER = [make for key, make in WITH_DATA.items() if key != "questions"]  # they use the pictures
 BUILT = [
-    *(Case(make(m), says) for make in WITH_MODEL.values() for m, says in MODELS.items()),
-    *(
-        Case(make(f"entry-{name}.json"), says)
-        for make in WITH_DATA.values()
-        for name, (_, says) in ENTRIES.items()
-        if not (make is WITH_DATA["questions"] and name in ("text",))
-    ),
-    *(
-        Case(make(f"entry-{name}.json"), says)
-        for key, make in WITH_DATA.items()
-        for name, (_, says) in READ_LATER.items()
-        if key != "questions"
-    ),
-    *(Case(make(name), says) for make in WITH_DATA.values() for name, (_, says) in FILES.items()),
     *CASES,
+    *rotated(WITH_MODEL.values(), MODELS.items()),
+    *rotated(WITH_DATA.values(), entries(ENTRIES)),
+    *rotated(LATER, entries(READ_LATER)),
+    *rotated(WITH_DATA.values(), ((name, says) for name, (_, says) in FILES.items())),
 ]
+
+
+def tiers() -> list:
+    "One quick case per message; its further cases run in `make test-all`."
+    params, met = [], set()
+    for case in BUILT:
+        marks = [pytest.mark.slow] if case.says in met else []
+        met.add(case.says)
+        params.append(pytest.param(*case, marks=marks, id=" ".join(case.args)))
+    return params
 
 
 LAST = {}  # folder -> its state after the last case, which is that before the next
 
 
-@pytest.mark.parametrize("args, says", BUILT, ids=lambda v: " ".join(v) if type(v) is tuple else "")
+@pytest.mark.parametrize("args, says", tiers())
 def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     monkeypatch.chdir(shop)
     before = LAST.get(shop) or changed(shop.parent)
@@ -638,10 +681,6 @@ def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     assert re.search(says, result.stderr), result.stderr
     assert "Traceback" not in result.output
     assert after == before
-
-
-def test_there_are_enough_cases():
-    assert len(BUILT) >= 300
 
 
 def test_a_benchmark_without_data_names_the_folder_to_set(shop, monkeypatch):

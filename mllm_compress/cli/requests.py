@@ -278,8 +278,6 @@ Config = Annotated[
     typer.Option("--config", help="YAML file of these options; the command line overrides it."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-_COMMON = {"config": (Config, None), "as_json": (AsJson, False)}
-_COMMON |= {"quiet": (Quiet, False), "verbose": (Verbose, False)}
 
 
 def _parameter(request: type, name: str) -> inspect.Parameter:
@@ -296,9 +294,8 @@ def _parameter(request: type, name: str) -> inspect.Parameter:
         flags = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *_SHORT.get(name, "").split()]
         about = typer.Option(*flags, help=help, show_default=False)
     annotation = Annotated[kind if many else kind | None, about]
-    default = [] if many else None
-    where = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, where, default=default, annotation=annotation)
+    how = dict(kind=inspect.Parameter.KEYWORD_ONLY, default=[] if many else None)
+    return inspect.Parameter(name, annotation=annotation, **how)
 
 
 class _Command(TyperCommand):
@@ -311,47 +308,47 @@ class _Command(TyperCommand):
         super().format_options(ctx, formatter)
 
 
-def command(request: type, name: str | None = None):
+def command(request: type):
     "Make a command of a function that takes a request: one option per field."
     inherited = request.__base__.model_fields  # after the command's own
     fields = sorted(request.model_fields, key=lambda field: field in inherited)
-    parameters = [_parameter(request, field) for field in fields]
-    for common, (annotation, default) in _COMMON.items():
-        where = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(common, where, default=default, annotation=annotation))
 
     def register(function):
-        def run(config, as_json, quiet, verbose, **given):
-            made = []
+        def run(
+            *,
+            config: Config = None,
+            as_json: AsJson = False,
+            quiet: Quiet = False,
+            verbose: Verbose = False,
+            **options,
+        ):
+            made, given = [], {k: v for k, v in options.items() if v not in (None, [], ())}
             with politely(lambda: made[0].kept if made else Request.kept):
-                _OUTPUT["quiet"] |= quiet
-                _OUTPUT["verbose"] |= verbose
-                if _OUTPUT["quiet"] and _OUTPUT["verbose"]:
+                quiet, verbose = quiet or _OUTPUT["quiet"], verbose or _OUTPUT["verbose"]
+                if quiet and verbose:
                     raise ValueError("--quiet and --verbose contradict each other: give one.")
-                if _OUTPUT["quiet"]:
+                if quiet:
                     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-                _OUTPUT["json"] = as_json
+                _OUTPUT.update(quiet=quiet, verbose=verbose, json=as_json)
                 detail(_versions())
-                values = read_yaml(config) if config else {}
-                values |= {k: v for k, v in given.items() if v not in (None, [], ())}
-                made.append(request(_names(request, given, config), **values))
+                values = (read_yaml(config) if config else {}) | given
+                names = given if config else options  # in a file, a field has its own name
+                names = {
+                    k: k.upper() if k in request.arguments else f"--{k.replace('_', '-')}"
+                    for k in names
+                }
+                made.append(request(names, **values))
                 function(made[0])
 
+        common = list(inspect.signature(run).parameters.values())[:-1]
+        parameters = [*(_parameter(request, field) for field in fields), *common]
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        kind = type("Command", (_Command,), {"rows": request.rows})
-        app.command(name or function.__name__, cls=kind)(run)
+        app.command(cls=type("Command", (_Command,), {"rows": request.rows}))(run)
         return function
 
     return register
-
-
-def _names(request: type, given: dict, config: Path | None) -> dict:  # field -> as it is written
-    "The names of fields on the command line; in a file a field has its own name."
-    written = {k for k, v in given.items() if v not in (None, [], ())}
-    named = written if config else given
-    return {k: k.upper() if k in request.arguments else f"--{k.replace('_', '-')}" for k in named}
 
 
 def read_yaml(path: Path) -> dict:

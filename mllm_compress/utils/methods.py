@@ -6,7 +6,6 @@
 __all__ = ['PRUNED_TYPE', 'Look']
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-002
-import gc
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,19 +88,3 @@ def lazily(
     module = sys.modules[name] = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-# %% ../../nbs/library/utils/02_methods.ipynb #extras-2e82ceab
-@contextmanager
-def importing():
-    "Import without searches for garbage; later searches leave out what was imported."
-    gc.disable()
-    try:
-        yield
-    finally:
-        keep_imported()
-
-
-def keep_imported() -> None:
-    "Search for garbage from now on, but not in what there is already."
-    gc.freeze()
-    gc.enable()
