@@ -237,11 +237,7 @@ def test_a_name_that_the_new_checkpoint_needs_is_not_taken_from_the_user(here):
 
 
 def test_leftovers_of_killed_saves_are_cleaned(here):
-    for name in (
-        ".out.0123abcd.new",
-        ".out.89abcdef.new",
-        ".other.1234abcd.new",
-    ):
+    for name in (".out.0123abcd.new", ".out.89abcdef.new", ".other.1234abcd.new"):
         (here / name).mkdir()
         (here / name / "model.safetensors").write_text("half")
     run("prune", "llava", "-o", "out", "--layers", "1")
