@@ -667,6 +667,7 @@ LAST = {}  # folder -> its state after the last case, which is that before the n
 @pytest.mark.parametrize("args, says", tiers())
 def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     monkeypatch.chdir(shop)
+    monkeypatch.setenv("MLLM_COMPRESS_CHECKOUT", str(Path(__file__).parents[1]))  # of the study
     before = LAST.get(shop) or changed(shop.parent)
     result = CliRunner().invoke(app, list(args))
     after = LAST[shop] = changed(shop.parent)

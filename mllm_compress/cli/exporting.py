@@ -50,7 +50,7 @@ def convert(request: ConvertRequest) -> dict:
     check_writable(out)
     dtype = getattr(torch, request.dtype) if request.dtype else None
     original = releases.open_original(source, request.tower, dtype)
-    tensors = (t for f in original.files for _, t in f.tensors(f, releases.read_shape))
+    tensors = (t for f in original.files for _, t in original.tensors(f, releases.read_shape))
     total = sum(t.numel() * t.element_size() for t in tensors)
     check_writable(out, total)
     releases.convert_original(source, out, request.tower, dtype, progress=cli.progress())
