@@ -28,6 +28,7 @@ setup(
         "mllm_compress": [
             "profiles/*.yaml",
             "published/*.csv",
+            "models/*.*",
             "models/*/*",
             "py.typed",
         ]

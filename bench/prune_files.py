@@ -21,8 +21,8 @@ from machine import facts
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from mllm_compress.checkpoint.from_files import write_weights
 from mllm_compress.zoo.tiny_models import tiny_processor
+from mllm_compress.zoo.weight_files import write_weights
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 PEAK = """

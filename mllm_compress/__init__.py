@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 
-from .utils.methods import PRUNED_TYPE
+from .utils.methods import LOADERS, PRUNED_TYPE
 
 _ROOMS = {
     "load_model": "zoo",
@@ -78,6 +78,16 @@ class PrunedLoader:
         local = loading.fetched(folder, **{k: given[k] for k in _HUB if k in given})
         passed = {k: given[k] for k in _PASSED if k in given}
         return loading.load_pruned(local, dtype=dtype, **passed)[0]
+
+# %% ../nbs/library/00_package.ipynb #auto-cell-006m
+def _load_pruned(folder, dtype) -> tuple:  # (model, processor)
+    "Load a checkpoint whose layers differ in width; the subpackage is imported when it is needed."
+    from mllm_compress.checkpoint.loading import load_pruned
+
+    return load_pruned(folder, dtype=dtype)[:2]
+
+
+LOADERS[PRUNED_TYPE] = _load_pruned
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-008
 def register() -> None:

@@ -419,19 +419,3 @@ def test_the_card_says_what_was_done(tmp_path):
     ):
         assert said in text, said
     assert "\n---\n" in text and str(tmp_path) not in text
-
-
-def test_options_reach_from_pretrained(tmp_path):
-    model, plan = pruned("phi3-3x2", "blockwise")
-    folder = save_pruned(model, plan, tmp_path / "out")
-    again = load_pruned(folder, device_map={"": "cpu"}, attn_implementation="eager")[0]
-    assert (
-        again.config._attn_implementation
-        == again.model.layers[1].self_attn.config._attn_implementation
-        == "eager"
-    )
-    assert torch.allclose(
-        cases.logits(model, cases.inputs(model)),
-        cases.logits(again, cases.inputs(model)),
-        atol=1e-4,
-    )

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.checkpoint import export_model, load_pruned, save_pruned
 from mllm_compress.checkpoint import llama_cpp as cpp
-from mllm_compress.checkpoint.engines import ENGINES, per_layer_config
+from mllm_compress.checkpoint.engines import ENGINES
 from mllm_compress.checkpoint.loading import fill_up
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.pruning.slicing import apply_plan
@@ -351,18 +351,6 @@ def test_stock_transformers_loads_what_is_filled_up(case, shape, checkpoints, tm
     torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "phi"])
-def test_the_day_that_transformers_builds_unequal_layers(case):
-    "Fails on that day: then blockwise plans can be saved for stock classes (checkpoint.formats)."
-    model, plan = pruned(random_lm(case), "blockwise")
-    neurons = apply_plan(random_lm(case), make_plan(random_lm(case), neurons={1: range(70)}))
-    config = per_layer_config(neurons)
-    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
-    assert [c.intermediate_size for c in again.per_layer_config] == [96, 70, 96]
-    with pytest.raises(RuntimeError, match="per-layer attribute"), torch.device("meta"):
-        AutoModelForCausalLM.from_config(again)
-
-
 def test_vllm_configs(checkpoints, tmp_path, tiny_llava):
     "What vLLM's loading code reads; nothing was run there."
     read = lambda name: json.loads((tmp_path / name / "config.json").read_text())
@@ -539,19 +527,6 @@ def test_the_projector_file_lies_beside_the_decoder(tmp_path, mllm_folder):
     with pytest.raises(FileExistsError, match="mmproj-m.gguf exists"):
         (tmp_path / "m.gguf").unlink()
         export_model(folder, "gguf", tmp_path / "m.gguf")
-
-
-def test_an_earlier_feature_layer_leaves_later_ones_out(tmp_path, tiny_llava):
-    from mllm_compress.checkpoint.llama_cpp import write_projector
-
-    model, processor = tiny_llava
-    model = copy.deepcopy(model)
-    model.config.vision_feature_layer = -2
-    write_projector(model, tmp_path / "m.gguf", processor.image_processor)
-    reader = gguf.GGUFReader(tmp_path / "m.gguf")
-    layers = model.config.vision_config.num_hidden_layers - 1
-    assert reader.fields["clip.vision.block_count"].contents() == layers
-    assert not any(t.name.startswith(f"v.blk.{layers}.") for t in reader.tensors)
 
 
 MISFITS = [

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers import EfficientNetModel
 
 from mllm_compress import evaluate, zoo
 from mllm_compress.data.instructions import turns
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.study import emoji
+from mllm_compress.study import eyes as training
 from mllm_compress.study.profile_inputs import missing_inputs
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.zoo import eyes
@@ -194,25 +194,15 @@ def test_trained_parts_are_checked(model, tmp_path):
     size = together.config.text_config.hidden_size
     a, b = torch.randn(2, size), torch.randn(size, 2)
     file = tmp_path / "trained.safetensors"
-    eyes.save_trained(file, own, {f"{place}A.weight": a, f"{place}B.weight": b}, 2.0)
+    training.save_trained(file, own, {f"{place}A.weight": a, f"{place}B.weight": b}, 2.0)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     before = together.get_parameter(name).detach().clone()
     eyes.add_trained(together, file)
     half = lambda t: t.to(torch.bfloat16).float()
     assert torch.equal(together.get_parameter(name), before + 2.0 * half(b) @ half(a))
-    eyes.save_trained(file, own, {f"{place.replace('0', '9')}A.weight": a}, 2.0)
+    training.save_trained(file, own, {f"{place.replace('0', '9')}A.weight": a}, 2.0)
     with pytest.raises(ValueError, match="adapters of another model"):
         eyes.add_trained(together, file)
-
-
-def test_the_warm_up_finds_names():
-    torch.manual_seed(0)
-    draw = torch.Generator().manual_seed(0)
-    names, which = torch.randn(12, 6, generator=draw), torch.arange(12).repeat(4)
-    features = torch.randn(12, 10, generator=draw)[which]
-    projector = nn.Sequential(nn.Linear(10, 24), nn.GELU(), nn.Linear(24, 6))
-    losses = eyes.warm_up(projector, features, which, names, steps=400)
-    assert eyes.named_right(projector, features, which, names) == 1.0 and losses[-1] < losses[0]
 
 
 REAL = eyes.missing_tower() or emoji.missing_emoji()
@@ -290,7 +280,7 @@ def test_putting_it_together_adds_what_was_trained(model, monkeypatch, tmp_path)
     (small, processor), _ = model
     projector = {k: v + 1 for k, v in small.model.multi_modal_projector.state_dict().items()}
     file = tmp_path / "trained.safetensors"
-    eyes.save_trained(file, projector, {}, 2.0)
+    training.save_trained(file, projector, {}, 2.0)
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(eyes, "trained_file", lambda: file)
     monkeypatch.setattr(eyes, "missing_eyes", lambda: "")

@@ -60,17 +60,6 @@ def test_shards_in_and_out(kind, tmp_path):
     load_pruned(two)
 
 
-def test_half_precision_and_tied_embeddings(tmp_path):
-    model = cases.build("qwen2-3x2", torch.bfloat16, tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "dense")
-    tiny_processor("llava").tokenizer.save_pretrained(tmp_path / "dense")
-    dense, processor = load_model(tmp_path / "dense")
-    plan = cases.plan(dense, "blockwise")
-    one = save_pruned(apply_plan(dense, plan), plan, tmp_path / "one", processor=processor)
-    two = prune_files(open_files(tmp_path / "dense"), plan, tmp_path / "two", processor)
-    assert differing(one, two) == [] and load_pruned(two)[0].dtype == torch.bfloat16
-
-
 def test_the_record_of_files_is_that_of_the_model(tmp_path):
     folder = dense_folder("tiny-llava", tmp_path / "dense")
     model, _ = load_model(folder)

@@ -167,16 +167,3 @@ def test_packed_weights_are_counted_as_what_they_stand_for(name, small, tmp_path
         with torch.no_grad():
             loaded(input_ids=IDS)
         assert weight_bytes(loaded) == sum(v.nbytes for k, v in named.items() if k not in about)
-
-
-def test_a_weight_of_four_bits_without_the_library():
-    from types import SimpleNamespace
-
-    from mllm_compress.anatomy.families import entries, parameter_bytes
-
-    packed = torch.zeros(24, 1, dtype=torch.uint8)
-    scales = {"absmax": torch.ones(1), "quant_map": torch.zeros(16), "blocksize": 64}
-    packed.quant_state = SimpleNamespace(shape=torch.Size((6, 8)), as_dict=lambda packed: scales)
-    assert entries(packed) == 48 and parameter_bytes(packed) == 24 + 4 + 64
-    assert parameter_bytes(torch.zeros(6, 8, dtype=torch.int8)) == 48 + 6 * 4
-    assert entries(torch.zeros(6, 8)) == 48 and parameter_bytes(torch.zeros(6, 8)) == 192

@@ -99,19 +99,6 @@ def test_a_batch_is_what_the_processor_makes_of_each_entry(case):
         assert said[-1] == {"llava": "</s>", "bunny": "<|endoftext|>", "internvl": "<|end|>"}[name]
 
 
-def test_scores_are_about_every_unit(case, scores):
-    _, model, *_ = case
-    layers, width = scores
-    parts = anatomy(model)
-    assert len(layers.values) == parts.num_layers and (layers.values > 0).all()
-    for i in range(parts.num_layers):
-        assert (
-            len(width.heads[i]) == parts.groups(i)
-            and len(width.neurons[i]) == parts.neurons(i)
-            and width.neurons[i].isfinite().all()
-        )
-
-
 STOCK = (
     "import sys, torch; from safetensors.torch import load_file\n"
     "from transformers import AutoModelForImageTextToText as A\n"

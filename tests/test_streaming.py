@@ -111,15 +111,6 @@ def test_families_that_add_or_scale_between_layers(name, tmp_path):
         assert one.allclose(two, rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_in_another_dtype(pair, tmp_path):
-    dense, streamed = pair
-    source = open_files(streamed.weights_source.folder, dtype=torch.float64)
-    two = block_influence(source.model, calibration(source.model))
-    one = block_influence(dense.double(), calibration(dense))
-    dense.float()
-    assert torch.equal(one.values, two.values)
-
-
 # What is read, and what is held
 
 
@@ -148,14 +139,6 @@ def test_each_weight_is_read_once_per_direction(pair, reads):
     layers = [n for n in reads if ".layers." in n and "vision" not in n]
     assert len(layers) == sum(1 for _ in parts.layers.named_parameters())
     assert {reads[n] for n in layers} == {2} and {reads[n] for n in set(reads) - set(layers)} == {1}
-
-
-def test_without_pictures_the_vision_tower_is_not_read(reads, tmp_path):
-    cases.build("tiny-llava", torch.float32).save_pretrained(tmp_path)
-    model = open_files(tmp_path).model
-    ids = torch.randint(5, 60, (2, 12))
-    block_influence(model, [{"input_ids": ids}])
-    assert reads and not any("vision_tower" in name for name in reads)
 
 
 def deep(folder, layers=30):

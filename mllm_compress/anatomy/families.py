@@ -171,64 +171,9 @@ class LinearSlot:
         "Rows or columns of one unit."
         return self.index([unit])
 
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-030
-def _linears(parts, i: int) -> list:
-    "The linear slots of layer `i`, heads first."
-    layer, dim = parts.layers[i], parts.head_dim
-    width = {
-        "query": parts.queries_per_group(i) * dim,
-        "key": dim,
-        "value": dim,
-        "neuron": 1,
-    }
-    return [
-        LinearSlot(slot, layer.get_submodule(slot.path), tuple(width[b] for b in slot.blocks))
-        for slot in parts.family.slots
-    ]
-
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-032
-def _norms(parts, i: int) -> list:
-    "The norms of layer `i` that are cut with the heads."
-    layer, groups = parts.layers[i], parts.groups(i)
-    present = [s for s in parts.family.norms if hasattr(parts.attention(i), s.name)]
-    modules = [(slot, layer.get_submodule(slot.path)) for slot in present]
-    return [LinearSlot(slot, m, (m.weight.shape[0] // groups,)) for slot, m in modules]
-
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-034
-class LayerFacts:
-    "Properties of single layers of an Anatomy."
-
-    def attention(self, i: int) -> nn.Module:
-        "The attention module of layer `i`."
-        return self.layers[i].get_submodule(self.family.attention)
-
-    def mlp(self, i: int) -> nn.Module:
-        "The feed-forward module of layer `i`."
-        return self.layers[i].get_submodule(self.family.mlp)
-
-    def queries_per_group(self, i: int) -> int:
-        "Query heads that share one key/value head in layer `i`."
-        return self.attention(i).num_key_value_groups
-
-    def linears(self, i: int) -> list:
-        "The linear slots of layer `i`, heads first."
-        return _linears(self, i)
-
-    def norms(self, i: int) -> list:
-        "Norms of layer `i` whose weights are cut with the heads."
-        return _norms(self, i)
-
-    def groups(self, i: int) -> int:
-        "Key/value groups in layer `i` (equal to heads without grouped-query attention)."
-        return next(s.units for s in self.linears(i) if s.kind == "head")
-
-    def neurons(self, i: int) -> int:
-        "Neurons of the MLP in layer `i`."
-        return next(s.units for s in self.linears(i) if s.kind == "neuron")
-
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-036
 @dataclass(frozen=True)
-class Anatomy(LayerFacts):
+class Anatomy:
     "The parts of a model, as `anatomy` finds them."
 
     model: PreTrainedModel
@@ -247,28 +192,66 @@ class Anatomy(LayerFacts):
     hidden_size = property(lambda self: self.embed_tokens.weight.shape[1], doc="Residual width.")
     vocab_size = property(lambda self: self.embed_tokens.weight.shape[0], doc="Embedding rows.")
     head_dim = property(lambda self: self.attention(0).head_dim, doc="Channels of one head.")
-    final_norm = property(
-        lambda self: getattr(self.decoder, self.family.final_norm), doc="After the last layer."
-    )
-    layer_types = property(lambda self: _layer_types(self), doc="Kind of attention, per layer.")
-    fixed_layers = property(
-        lambda self: range(self.wrapper.fixed(self.config) if self.wrapper else 0),
-        doc="Layers that must stay, because image features are added behind them.",
-    )
-    projector_parameters = property(
-        lambda self: parameters_at(self.model, self.wrapper.projector) if self.wrapper else [],
-        doc="Parameters that are trained as the projector; none for a plain LM.",
-    )
+
+    @property
+    def final_norm(self) -> nn.Module:
+        "The norm after the last layer."
+        return getattr(self.decoder, self.family.final_norm)
+
+    @property
+    def layer_types(self) -> list:
+        "The kind of attention of every layer; all the same where the config names none."
+        named = getattr(self.text_config, "layer_types", None)
+        return named or ["full_attention"] * self.num_layers
+
+    @property
+    def fixed_layers(self) -> range:
+        "Layers that must stay, because image features are added behind them."
+        return range(self.wrapper.fixed(self.config) if self.wrapper else 0)
+
+    @property
+    def projector_parameters(self) -> list:
+        "Parameters that are trained as the projector; none for a plain LM."
+        return parameters_at(self.model, self.wrapper.projector) if self.wrapper else []
+
+    def attention(self, i: int) -> nn.Module:
+        "The attention module of layer `i`."
+        return self.layers[i].get_submodule(self.family.attention)
+
+    def mlp(self, i: int) -> nn.Module:
+        "The feed-forward module of layer `i`."
+        return self.layers[i].get_submodule(self.family.mlp)
+
+    def queries_per_group(self, i: int) -> int:
+        "Query heads that share one key/value head in layer `i`."
+        return self.attention(i).num_key_value_groups
+
+    def linears(self, i: int) -> list:
+        "The linear slots of layer `i`, heads first."
+        widths = {"key": self.head_dim, "value": self.head_dim, "neuron": 1}
+        widths["query"] = self.queries_per_group(i) * self.head_dim
+        return [
+            LinearSlot(s, self.layers[i].get_submodule(s.path), tuple(widths[b] for b in s.blocks))
+            for s in self.family.slots
+        ]
+
+    def norms(self, i: int) -> list:
+        "Norms of layer `i` whose weights are cut with the heads."
+        present = [slot for slot in self.family.norms if hasattr(self.attention(i), slot.name)]
+        modules = [(slot, self.layers[i].get_submodule(slot.path)) for slot in present]
+        return [LinearSlot(slot, m, (len(m.weight) // self.groups(i),)) for slot, m in modules]
+
+    def groups(self, i: int) -> int:
+        "Key/value groups in layer `i` (equal to heads without grouped-query attention)."
+        return next(s.units for s in self.linears(i) if s.kind == "head")
+
+    def neurons(self, i: int) -> int:
+        "Neurons of the MLP in layer `i`."
+        return next(s.units for s in self.linears(i) if s.kind == "neuron")
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         "Logits of final states, [..., vocabulary]."
         return scaled_logits(self.lm_head(states), self.text_config, self.wrapper)
-
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-036s
-def _layer_types(parts: Anatomy) -> list:
-    "The kind of attention of every layer; all the same where the config names none."
-    named = getattr(parts.text_config, "layer_types", None)
-    return named or ["full_attention"] * parts.num_layers
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-038
 _EXPERTS = (
@@ -335,7 +318,7 @@ def entries(
     packed = getattr(p, "quant_state", None)  # of bitsandbytes
     return p.numel() if packed is None else torch.Size(packed.shape).numel()
 
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-048s
+
 def parameter_bytes(
     p: torch.Tensor,  # a parameter, packed or not
 ) -> int:
@@ -369,25 +352,18 @@ def part_parameters(
 ) -> dict:
     "Parameters of vision tower, projector and LM decoder; they add up to those of the model."
     parts = anatomy(model)
-    projector = {id(p) for p in parts.projector_parameters}
-    of_tower = [] if parts.vision_tower is None else parts.vision_tower.parameters()
-    counts = {
-        "vision": sum({id(p): entries(p) for p in of_tower if id(p) not in projector}.values()),
-        "projector": sum(map(entries, parts.projector_parameters)),
+    projector = {id(p): p for p in parts.projector_parameters}
+    tower = {id(p): p for p in parts.vision_tower.parameters()} if parts.wrapper else {}
+    decoder = {id(p) for m in (parts.decoder, parts.lm_head) for p in m.parameters()}
+    known = projector.keys() | tower.keys() | decoder
+    if others := [name for name, p in model.named_parameters() if id(p) not in known]:
+        raise ValueError(
+            f"{len(others)} weights of {type(model).__name__} belong to no part "
+            f"({', '.join(others[:3])}): add their paths to its row of "
+            "mllm_compress.anatomy.WRAPPERS."
+        )
+    return {
+        "vision": sum(entries(p) for key, p in tower.items() if key not in projector),
+        "projector": sum(map(entries, projector.values())),
         "lm": lm_parameters(model),
     }
-    if sum(counts.values()) != count_parameters(model):
-        raise ValueError(_left_over(parts))
-    return counts
-
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-056s
-def _left_over(parts: Anatomy) -> str:
-    "The error for parameters that belong to no part."
-    modules = [m for m in (parts.vision_tower, parts.decoder, parts.lm_head) if m is not None]
-    known = {id(p) for m in modules for p in m.parameters()}
-    known |= {id(p) for p in parts.projector_parameters}
-    names = [name for name, p in parts.model.named_parameters() if id(p) not in known]
-    return (
-        f"{len(names)} weights of {type(parts.model).__name__} belong to no part "
-        f"({', '.join(names[:3])}): add their paths to its row of mllm_compress.anatomy.WRAPPERS."
-    )

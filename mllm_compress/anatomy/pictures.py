@@ -68,21 +68,6 @@ def frozen_modules(parts: Anatomy) -> dict:  # module -> whether its output is r
     return {layer: i in read for i, layer in enumerate(layers)}
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-008
-@contextmanager
-def recording(parts: Anatomy, record: dict):
-    "Within this context, the outputs of the frozen modules go to `record`."
-    handles = []
-    for i, (module, read) in enumerate(frozen_modules(parts).items()):
-        if read:
-            keep = lambda module, args, output, i=i: record.__setitem__(i, output)
-            handles.append(module.register_forward_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _recorded(record: dict, i: int, *args, **kwargs):
     "The recorded output of frozen module `i`; what enters it where its output is not read."
     return record[i] if i in record else [*args, *kwargs.values()][0]
@@ -118,14 +103,19 @@ def record_pictures(
     batch: dict,  # with pixel_values and what goes with them
 ) -> dict:  # for `replaying`
     "The outputs of the frozen part of the tower on a batch's pictures."
-    record, tower = {}, parts.vision_tower
+    record, tower, handles = {}, parts.vision_tower, []
+    for i, (module, read) in enumerate(frozen_modules(parts).items()):
+        if read:
+            keep = lambda module, args, output, i=i: record.__setitem__(i, output)
+            handles.append(module.register_forward_hook(keep))
     training = tower.training
     tower.eval()
     try:
-        with recording(parts, record):
-            parts.model.get_image_features(**picture_inputs(parts, batch))
+        parts.model.get_image_features(**picture_inputs(parts, batch))
     finally:
         tower.train(training)
+        for handle in handles:
+            handle.remove()
     return record
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-012

@@ -13,106 +13,56 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..anatomy.families import Anatomy, anatomy
-from .formats import equivalent_config, is_checkpoint, rehouse
+from ..anatomy.families import anatomy
+from mllm_compress.checkpoint.formats import (
+    equivalent_config,
+    fit_class,
+    is_checkpoint,
+    layer_widths,
+)
 from mllm_compress.checkpoint.llama_cpp import (
     DTYPES,
+    all_heads,
     check_dtype,
     projector_path,
-    unequal_widths,
     vision_misfit,
     write_gguf,
     write_projector,
 )
 from .loading import fill_up, load_pruned
 from .saving import check_not_read, check_writable
-from ..pruning.slicing import layer_counts
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice
 from ..zoo.models import load_model
 
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-006
-def per_layer_overrides(parts: Anatomy) -> dict:  # layer -> the values in which it differs
-    "The widths of each layer under the names that configs use, where they are not all alike."
-    found = {i: layer_counts(parts, i) for i in range(parts.num_layers)}
-    unequal = [key for key in found[0] if len({counts[key] for counts in found.values()}) > 1]
-    return {i: {key: counts[key] for key in unequal} for i, counts in found.items()}
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-006s
-def per_layer_config(
-    model: PreTrainedModel,  # its layers may differ in width
-    config=None,  # to start from; None: that of the model
-) -> object:  # a config; of an MLLM, its decoder's config holds the overrides
-    "The config of a model with its widths as overrides of single layers."
-    parts, config = anatomy(model), config or model.config
-    values = config.to_dict()
-    text = values if config.get_text_config() is config else values["text_config"]
-    widest = {}
-    for i in range(parts.num_layers):
-        for key, value in layer_counts(parts, i).items():
-            widest[key] = max(value, widest.get(key, 0))
-    text |= widest | {"head_dim": parts.head_dim, "per_layer_config": per_layer_overrides(parts)}
-    return type(config).from_dict(values)
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-010
-def filled_widths(parts: Anatomy, square: bool = False) -> list:
-    "The widest widths for every layer; square: all heads that the hidden size holds."
-    heads, neurons = (max(w) for w in zip(*unequal_widths(parts)))
-    if square:
-        heads = parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
-    return [(heads, neurons)] * parts.num_layers
-
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-012
+def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
+    "The model with one width for all layers; square: with all heads that the hidden size holds."
+    parts = anatomy(model)
+    heads, neurons = (max(widths) for widths in zip(*layer_widths(parts)))
+    widths = (all_heads(parts) if square else heads, neurons)
+    return fill_up(model, [widths] * parts.num_layers)
+
+
 def stock_model(
     model: PreTrainedModel,  # pruned
     fill: bool = False,  # fill widths up with zero units
 ) -> PreTrainedModel:  # ValueError where no class of transformers fits
     "The model in a class that plain from_pretrained loads."
-    if fill:
-        model = fill_up(model, filled_widths(anatomy(model)))
-    uniform = len(set(unequal_widths(anatomy(model)))) == 1
-    for config in filter(None, (model.config, equivalent_config(model.config))):
-        try:
-            return rehouse(model, config if uniform else per_layer_config(model, config))
-        except (ValueError, RuntimeError, StrictDataclassError) as error:
-            reason = error
-    what = " ".join(str(reason).split())[:160] if uniform else "its layers differ in width"
-    raise ValueError(
-        f"transformers {transformers.__version__} has no class for this model ({what}). Fill its "
-        "widths up with zero units by --fill (fill=True), which computes the same; or leave the "
-        "checkpoint as it is: load_pruned loads it."
-    )
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-015
-SQUARE = ("phi", "qwen2")  # families whose head size vLLM computes as hidden / heads
-
-
-def check_served(parts: Anatomy) -> None:
-    "ValueError where vLLM's module for a family cannot hold the head count."
-    family, dim = parts.family.name, parts.head_dim
-    heads = parts.groups(0) * parts.queries_per_group(0)
-    if family in SQUARE and heads * dim != parts.hidden_size:
+    model = widened(model) if fill else model
+    try:
+        if len(set(layer_widths(anatomy(model)))) > 1:
+            raise ValueError("its layers differ in width")
+        return fit_class(model, (model.config, equivalent_config(model.config)))
+    except ValueError as error:
         raise ValueError(
-            f"vLLM computes the head size of {family} as hidden / heads, which is "
-            f"{parts.hidden_size / heads:.4g} here, not {dim}: fill the heads up to "
-            f"{parts.hidden_size // dim} with zeros by --fill (fill=True), or prune neurons and "
-            "layers only."
-        )
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-017
-def served_config(
-    config: dict,  # of config.json; changed
-    text_class: str,  # of the decoder, such as LlamaForCausalLM
-) -> dict:
-    "Add what vLLM reads and transformers does not write."
-    text = config.get("text_config", config)
-    text["architectures"] = [text_class]
-    if text["model_type"] == "phi":
-        text["n_inner"] = text["intermediate_size"]
-    return config
+            f"transformers {transformers.__version__} has no class for this model "
+            f"({str(error)[:160]}). Fill its widths up with zero units by --fill (fill=True), "
+            "which computes the same; or leave the checkpoint as it is: load_pruned loads it."
+        ) from None
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-019
 DECI_CONFIG = '''"""Config of a decoder with MLPs of unequal width, for DeciLM of vLLM."""
@@ -141,41 +91,33 @@ class DeciLMConfig(LlamaConfig):
 
 
 def deci_config(model: PreTrainedModel) -> dict:  # of config.json
-    "The config of a Llama-like decoder as DeciLM."
+    "The config of a Llama-like decoder as DeciLM; ValueError where its layers do not fit."
     parts, config = anatomy(model), model.config.to_dict()
-    block = dict(n_heads_in_group=parts.queries_per_group(0), no_op=False)
-    config |= {
-        "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
-        "num_attention_heads": parts.groups(0) * parts.queries_per_group(0),
-        "num_key_value_heads": parts.groups(0),
-        "head_dim": parts.head_dim,
-        "intermediate_size": max(n for _, n in unequal_widths(parts)),
-        "block_configs": [
-            {"attention": block, "ffn": {"intermediate_size": n, "no_op": False}}
-            for _, n in unequal_widths(parts)
-        ],
-    }
-    config.pop("per_layer_config", None)
-    return config
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-021
-def check_deci(parts: Anatomy) -> None:
-    "ValueError where a decoder with unequal layers cannot be written as DeciLM."
-    family, heads = parts.family.name, {h for h, _ in unequal_widths(parts)}
+    family, (heads, neurons) = parts.family.name, zip(*layer_widths(parts))
     reason = ""
     if parts.vision_tower is not None:
         reason = "inside an MLLM it has one width for all layers"
     elif family not in ("llama", "mistral"):
         reason = f"{family} has one width for all layers"
-    elif len(heads) > 1:
+    elif len(set(heads)) > 1:
         reason = f"its DeciLM varies neurons, not heads (here {min(heads)} to {max(heads)})"
     if reason:
         raise ValueError(
             f"vLLM cannot hold these layers: {reason}. Fill the widths up with zero units by "
             "--fill (fill=True), or prune with shape uniform."
         )
+    attention = dict(n_heads_in_group=parts.queries_per_group(0), no_op=False)
+    ffn = [{"intermediate_size": n, "no_op": False} for n in neurons]
+    return config | {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+        "num_attention_heads": heads[0] * parts.queries_per_group(0),
+        "num_key_value_heads": heads[0],
+        "head_dim": parts.head_dim,
+        "intermediate_size": max(neurons),
+        "block_configs": [{"attention": attention, "ffn": block} for block in ffn],
+    }
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-023
 RECORD = "export.json"
@@ -186,7 +128,6 @@ def check_export(
     source,  # what is exported
     out,  # file or folder to write
     overwrite: bool,
-    needed: int,  # bytes
 ) -> None:
     "ValueError or OSError where an export would replace something, or does not fit the disk."
     out = Path(out)
@@ -195,42 +136,25 @@ def check_export(
         raise FileExistsError(f"{out} exists: name another one, or replace it with --overwrite.")
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
         raise ValueError(f"{out} was not written by export: choose another folder.")
-    check_writable(out, needed)
+    check_writable(out)
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-025
 def write_folder(
     model: PreTrainedModel,  # as it is saved
     processor,  # or None
     out: Path,
-    config: dict | None = None,  # replaces config.json
-    files: dict | None = None,  # name -> text, further files
+    dtype: str | None = None,  # of FLOATS; None keeps that of the model
+    files: dict | None = None,  # name -> text, further files and those that are replaced
 ) -> None:
     "A checkpoint's folder, complete or absent."
+    if dtype is not None and FLOATS[dtype] != model.dtype:
+        model = copy.deepcopy(model).to(FLOATS[dtype])
     with replacing_folder(Path(out).resolve()) as new:
         model.save_pretrained(new)
-        if config is not None:
-            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if processor is not None:
             processor.save_pretrained(new)
-        for name, text in (files or {}).items():
+        for name, text in ({RECORD: "{}"} | (files or {})).items():
             (new / name).write_text(text, encoding="utf-8")
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-027
-def cast_copy(model: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
-    "The model, or a copy in another dtype."
-    if dtype is None or FLOATS[dtype] == model.dtype:
-        return model
-    return copy.deepcopy(model).to(FLOATS[dtype])
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-029
-@dataclass(frozen=True)
-class Engine:
-    "A format to export to, as a row of the table."
-
-    name: str
-    write: object  # function of (model, processor, out, dtype, fill) -> dict of facts
-    dtypes: tuple
-    help: str
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-031
 def to_gguf(model, processor, out, dtype, fill) -> dict:
@@ -247,66 +171,66 @@ def to_gguf(model, processor, out, dtype, fill) -> dict:
         facts["notes"].append(f"{path.name} holds vision tower and projector (--mmproj)")
     return facts
 
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-031s
+
 def to_transformers(model, processor, out, dtype, fill) -> dict:
     "A folder for plain from_pretrained."
-    saved = cast_copy(stock_model(model, fill), dtype)
-    write_folder(saved, processor, out, files={RECORD: "{}"})
+    saved = stock_model(model, fill)
+    write_folder(saved, processor, out, dtype)
     return {"architecture": type(saved).__name__, "notes": []}
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-033
+SQUARE = ("phi", "qwen2")  # families whose head size vLLM computes as hidden / heads
+
+
 def to_vllm(model, processor, out, dtype, fill) -> dict:
     "A folder for vLLM and SGLang."
-    parts = anatomy(model)
-    if fill:
-        model = fill_up(model, filled_widths(parts, square=parts.family.name in SQUARE))
-        parts = anatomy(model)
-    notes = ["not run in vLLM here: the config follows its source"]
-    if len(set(unequal_widths(parts))) > 1:
-        check_deci(parts)
-        files = {"configuration_decilm.py": DECI_CONFIG, RECORD: "{}"}
-        write_folder(cast_copy(model, dtype), processor, out, deci_config(model), files)
+    family = anatomy(model).family.name
+    model = widened(model, square=family in SQUARE) if fill else model
+    parts, notes = anatomy(model), ["not run in vLLM here: the config follows its source"]
+    if len(set(layer_widths(parts))) > 1:
+        config = json.dumps(deci_config(model), indent=2) + "\n"
+        files = {"config.json": config, "configuration_decilm.py": DECI_CONFIG}
+        write_folder(model, processor, out, dtype, files)
         notes.append("start vLLM with --trust-remote-code: it reads configuration_decilm.py")
         return {"architecture": "DeciLMForCausalLM", "notes": notes}
-    check_served(parts)
-    saved = cast_copy(stock_model(model), dtype)
-    text = anatomy(saved).text_config
-    name = AutoConfig.for_model(text.model_type)
-    config = served_config(saved_config(saved), causal_class(name))
-    write_folder(saved, processor, out, config, {RECORD: "{}"})
-    heads = anatomy(saved).groups(0)
-    notes.append(f"{heads} key/value heads: tensor parallel sizes must divide or multiply them")
-    return {"architecture": type(saved).__name__, "notes": notes}
-
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-035
-def saved_config(model: PreTrainedModel) -> dict:
-    "What save_pretrained would write into config.json."
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    return json.loads(config.to_json_string(use_diff=False)) | {
-        "architectures": [type(model).__name__]
-    }
-
-
-def causal_class(config) -> str:
-    "The name of the plain language model of a config, such as LlamaForCausalLM."
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    groups, dim, hidden = parts.groups(0), parts.head_dim, parts.hidden_size
+    heads = groups * parts.queries_per_group(0)
+    if family in SQUARE and heads * dim != hidden:
+        raise ValueError(
+            f"vLLM computes the head size of {family} as hidden / heads, which is "
+            f"{hidden / heads:.4g} here, not {dim}: fill the heads up to {hidden // dim} with "
+            "zeros by --fill (fill=True), or prune neurons and layers only."
+        )
+    saved = stock_model(model)
+    name = type(saved).__name__
+    config = json.loads(saved.config.to_json_string(use_diff=False)) | {"architectures": [name]}
+    text = config.get("text_config", config)
+    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
+    if text["model_type"] == "phi":
+        text["n_inner"] = text["intermediate_size"]
+    write_folder(saved, processor, out, dtype, {"config.json": json.dumps(config, indent=2) + "\n"})
+    notes.append(f"{groups} key/value heads: tensor parallel sizes must divide or multiply them")
+    return {"architecture": name, "notes": notes}
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-037
-ENGINES = {
-    row.name: row
-    for row in (
-        Engine(
-            "gguf", to_gguf, DTYPES, "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
-        ),
-        Engine("vllm", to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
-        Engine(
-            "transformers", to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."
-        ),
-    )
-}
+@dataclass(frozen=True)
+class Engine:
+    "A format to export to, as a row of the table."
+
+    name: str
+    write: object  # function of (model, processor, out, dtype, fill) -> dict of facts
+    dtypes: tuple
+    help: str
+
+
+_ROWS = (
+    Engine(
+        "gguf", to_gguf, DTYPES, "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
+    ),
+    Engine("vllm", to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
+    Engine("transformers", to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."),
+)
+ENGINES = {row.name: row for row in _ROWS}
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-039
 def export_model(
@@ -319,21 +243,19 @@ def export_model(
 ) -> dict:  # engine, architecture, bytes, notes
     "Write a checkpoint as an engine wants it; ValueError names the shape that does not fit."
     check_choice("engine", to, ENGINES)
+    path = Path(out)
     if to == "gguf":
         check_dtype(dtype or "f16")
+        if path.is_dir():
+            raise ValueError(f"{out} is a folder: name a file for GGUF, such as {out}/model.gguf.")
     elif dtype is not None:
         check_choice("dtype", dtype, ENGINES[to].dtypes)
-    if to == "gguf" and Path(out).is_dir():
-        raise ValueError(f"{out} is a folder: name a file for GGUF, such as {out}/model.gguf.")
-    check_export(folder, out, overwrite, 0)
-    if to == "gguf":
-        check_export(folder, projector_path(out), overwrite, 0)
+    for file in (out, projector_path(out)) if to == "gguf" else (out,):
+        check_export(folder, file, overwrite)
     model, processor = load_pruned(folder)[:2] if is_checkpoint(folder) else load_model(folder)
-    needed = sum(p.numel() for p in model.parameters()) * (4 if dtype == "f32" else 2)
     if to != "gguf":
-        check_writable(out, needed)
+        check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
     facts = ENGINES[to].write(model, processor, out, dtype, fill)
-    path = Path(out)
     if path.is_dir():
         facts["bytes"] = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
         record = {"engine": to, "source": Path(str(folder)).name, **facts}

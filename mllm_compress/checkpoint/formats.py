@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..anatomy.families import anatomy
+from ..anatomy.families import Anatomy, anatomy
 from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.reconstruction import MARK
 from ..pruning.slicing import cut
@@ -76,6 +76,9 @@ def read_manifest(
     return manifest
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #cell-014
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index*.json", "adapter_*")
+
+
 def _file_fault(path: Path, entry: dict, files: dict) -> str | None:
     "What is wrong with one file, by its entry and all entries of the manifest."
     if not path.is_file():
@@ -83,21 +86,11 @@ def _file_fault(path: Path, entry: dict, files: dict) -> str | None:
     digest, size = sha256(path), path.stat().st_size
     if digest == entry["sha256"]:
         return None
-    other = next((name for name, e in files.items() if e["sha256"] == digest), None)
-    if other:
+    if other := next((name for name, e in files.items() if e["sha256"] == digest), None):
         return f"swapped, it holds what belongs in {other}"
     if size < entry["bytes"]:
         return f"truncated, {size} of {entry['bytes']} bytes"
     return "edited or replaced, its checksum does not match"
-
-# %% ../../nbs/library/checkpoint/01_formats.ipynb #cell-016
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index*.json", "adapter_*")
-
-
-def _unlisted(folder: Path, files: dict) -> dict:
-    "Weight files that are not in the manifest, each with its fault."
-    found = (p.name for pattern in _WEIGHT_FILES for p in folder.glob(pattern))
-    return {name: "not part of this checkpoint" for name in found if name not in files}
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #cell-017
 def verify(
@@ -108,26 +101,28 @@ def verify(
     manifest = read_manifest(folder)
     files = manifest["files"]
     faults = {name: _file_fault(folder / name, entry, files) for name, entry in files.items()}
-    faults = {name: fault for name, fault in faults.items() if fault} | _unlisted(folder, files)
+    weights = {path.name for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
+    faults |= dict.fromkeys(sorted(weights - files.keys()), "not part of this checkpoint")
     if edited := faults.pop(CARD, None):
         warnings.warn(f"{folder / CARD}: {edited}")
-    if faults:
-        listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+    if listed := "; ".join(f"{name}: {fault}" for name, fault in faults.items() if fault):
         raise ValueError(f"damaged checkpoint {folder}: {listed}")
     return manifest
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-010
-def layer_widths(
+def planned_widths(
     plan: PruningPlan,  # with the sizes of its model, as make_plan adds them
 ) -> list:  # of (heads, neurons), one per kept layer
     "The widths of every layer of the pruned model, from the plan alone."
     if "sizes" not in plan.meta:
         raise ValueError("this plan does not know the sizes of its model: make it with make_plan.")
+    count = lambda i, kind: len(getattr(plan, kind).get(i, range(plan.meta["sizes"][i][kind])))
+    return [(count(i, "heads"), count(i, "neurons")) for i in plan.layers]
 
-    def size(layer: int, kind: str) -> int:
-        return len(getattr(plan, kind).get(layer, range(plan.meta["sizes"][layer][kind])))
 
-    return [(size(i, "heads"), size(i, "neurons")) for i in plan.layers]
+def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons), one per layer
+    "The widths of every layer of a model."
+    return [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-012
 def shrink(
@@ -135,10 +130,9 @@ def shrink(
     plan: PruningPlan,  # of the pruned model
 ) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
-    widths = dict(enumerate(layer_widths(plan)))
-    heads = {i: range(h) for i, (h, _) in widths.items()}
-    neurons = {i: range(n) for i, (_, n) in widths.items()}
-    return cut(model, make_plan(model, heads=heads, neurons=neurons))
+    heads, neurons = zip(*planned_widths(plan))
+    kept = lambda counts: {i: range(count) for i, count in enumerate(counts)}
+    return cut(model, make_plan(model, heads=kept(heads), neurons=kept(neurons)))
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-014
 def rehouse(
@@ -173,13 +167,13 @@ def equivalent_config(
     known = set(AutoConfig.for_model(name).to_dict()) - {"model_type", "architectures"}
     values = {k: v for k, v in text.to_dict().items() if k in known} | changes
     equivalent = AutoConfig.for_model(name, **values)
-    if text is config:
-        if mark := getattr(config, MARK, None):
-            setattr(equivalent, MARK, mark)  # of a reconstructed model
-        return equivalent
-    config = copy.deepcopy(config)
-    config.text_config = equivalent
-    return config
+    if text is not config:
+        config = copy.deepcopy(config)
+        config.text_config = equivalent
+        return config
+    if mark := getattr(config, MARK, None):
+        setattr(equivalent, MARK, mark)  # of a reconstructed model
+    return equivalent
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-018
 def enclosing_configs(
@@ -189,7 +183,7 @@ def enclosing_configs(
     "Configs of the model's own class with room for its widest layer, smallest first."
     parts, config = anatomy(model), copy.deepcopy(model.config)
     queries, text = parts.queries_per_group(0), config.get_text_config()
-    heads, neurons = (max(w) for w in zip(*layer_widths(plan)))
+    heads, neurons = (max(w) for w in zip(*planned_widths(plan)))
     text.head_dim, text.intermediate_size = parts.head_dim, neurons
     original = [size["heads"] for size in plan.meta["sizes"]]
     most = max(original + [parts.hidden_size // (queries * parts.head_dim)])
@@ -198,22 +192,32 @@ def enclosing_configs(
         yield config
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-020
+def fit_class(
+    model: PreTrainedModel,
+    configs,  # candidates, None for one that is not there
+    plan: PruningPlan | None = None,  # see rehouse
+) -> PreTrainedModel:  # ValueError where no class fits, with the reason of the last
+    "The model in the class of the first config that holds its weights."
+    reason = "no candidate"
+    for config in filter(None, configs):
+        try:
+            return rehouse(model, config, plan)
+        except (ValueError, RuntimeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+    raise ValueError(f"no class of transformers fits this {type(model).__name__}: {reason}")
+
+
 def choose_format(
     model: PreTrainedModel,  # pruned
     plan: PruningPlan,  # that was applied
 ) -> tuple:  # (the model as it is saved, "stock" or "pruned"); ValueError where no class fits
     "The model in the class that it is saved as, and the name of the format."
-    uniform = len(set(layer_widths(plan))) == 1
-    stock = [model.config, equivalent_config(model.config)] if uniform else []
-    candidates = [("stock", c) for c in stock if c is not None]
-    candidates += [("pruned", c) for c in enclosing_configs(model, plan)]
-    reason = "no candidate"
-    for kind, config in candidates:
+    if len(set(planned_widths(plan))) == 1:
         try:
-            return rehouse(model, config, plan if kind == "pruned" else None), kind
-        except (ValueError, RuntimeError, StrictDataclassError) as error:
-            reason = error
-    raise ValueError(f"no class of transformers fits this {type(model).__name__}: {reason}")
+            return fit_class(model, (model.config, equivalent_config(model.config))), "stock"
+        except ValueError:
+            pass  # our own format holds it
+    return fit_class(model, enclosing_configs(model, plan), plan), "pruned"
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-024
 def check_describes(
@@ -223,16 +227,15 @@ def check_describes(
     "ValueError where `plan` does not describe the pruned `model`, or adapters are not merged."
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the model carries LoRA adapters: call merge_and_unload() before saving.")
-    parts, planned = anatomy(model), layer_widths(plan)
-    found = [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
-    if found == planned:
+    widths, planned = layer_widths(anatomy(model)), planned_widths(plan)
+    if widths == planned:
         return
-    unequal = (i for i, (a, b) in enumerate(zip(found, planned)) if a != b)
-    i = next(unequal, min(len(found), len(planned)))
+    unequal = (i for i, (a, b) in enumerate(zip(widths, planned)) if a != b)
+    i = next(unequal, min(len(widths), len(planned)))
     raise ValueError(
         "the plan does not describe this model: "
-        f"planned {len(planned)} layers, found {len(found)}; (heads, neurons) from layer {i} on "
-        f"planned {planned[i : i + 1]}, found {found[i : i + 1]}. "
+        f"planned {len(planned)} layers, found {len(widths)}; (heads, neurons) from layer {i} on "
+        f"planned {planned[i : i + 1]}, found {widths[i : i + 1]}. "
         "Save what apply_plan returned, with its plan."
     )
 
@@ -248,24 +251,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def environment(
-    device="cpu",  # that the step ran on
-) -> dict:  # of text
-    "Versions and hardware."
-    cuda = torch.device(device).type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    versions = {name: _version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **versions, "hardware": hardware}
-
-# %% ../../nbs/library/checkpoint/01_formats.ipynb #provenance-cell-007
 def make_step(
     name: str,  # prune, recover, evaluate
     device="cpu",  # that it ran on
     **facts,  # JSON values
 ) -> dict:
     "One step, with its time and environment."
+    cuda = torch.device(device).type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    versions = {package: _version(package) for package in _PACKAGES}
+    environment = {"python": platform.python_version(), **versions, "hardware": hardware}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"step": name, **facts, "date": when, "environment": environment(device)}
+    return {"step": name, **facts, "date": when, "environment": environment}
 
 
 def history(
@@ -277,13 +274,6 @@ def history(
     return read_manifest(Path(folder)).get("provenance", [])
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #provenance-cell-009
-def _line(key: str, value) -> str:
-    "One fact as a line."
-    if isinstance(value, dict):
-        value = ", ".join(f"{k} {v}" for k, v in value.items())
-    return f"  {key:<16}{value}"
-
-
 def describe_steps(
     steps: list,  # of a provenance
 ) -> str:
@@ -291,7 +281,11 @@ def describe_steps(
     blocks = []
     for number, step in enumerate(steps, 1):
         facts = {k: v for k, v in step.items() if k not in ("step", "results")}
-        lines = [f"{number}. {step.get('step')}", *(_line(k, v) for k, v in facts.items())]
-        lines += [_line(row["benchmark"], f"{row['score']:.1f}") for row in step.get("results", [])]
+        facts |= {row["benchmark"]: f"{row['score']:.1f}" for row in step.get("results", [])}
+        lines = [f"{number}. {step.get('step')}"]
+        for key, value in facts.items():
+            if isinstance(value, dict):
+                value = ", ".join(f"{name} {entry}" for name, entry in value.items())
+            lines.append(f"  {key:<16}{value}")
         blocks.append("\n".join(lines))
     return "\n".join(blocks)

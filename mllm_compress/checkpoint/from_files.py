@@ -6,26 +6,18 @@
 __all__ = ['prune_files', 'reconstruct_files']
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-005
-import json
 import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
-from ..anatomy.streaming import SOURCE, in_memory, layers_prefix, tied_names
+from ..anatomy.streaming import SOURCE, in_memory, layers_prefix
 from .formats import check_describes, choose_format
-from mllm_compress.checkpoint.saving import (
-    VARIANT,
-    check_target,
-    hide_config,
-    keep_unlisted,
-    write_records,
-)
+from .saving import write_checkpoint
 from ..importance.scores import check_batches
 from ..pruning.pruning_plan import PruningPlan
 from mllm_compress.pruning.reconstruction import (
@@ -40,8 +32,7 @@ from mllm_compress.pruning.reconstruction import (
     warn_of_sinks,
 )
 from ..pruning.slicing import apply_plan
-from ..utils.files import replacing_folder
-from ..zoo.weight_files import DTYPES, FileModel
+from ..zoo.weight_files import FileModel, write_weights
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-007
 def cuts(
@@ -49,88 +40,36 @@ def cuts(
     plan: PruningPlan,
 ) -> dict:  # name in the pruned model -> (name in the dense model, (axis, kept) or None)
     "Where each weight of the pruned decoder layers comes from."
-    parts, prefix, found = anatomy(model), layers_prefix(model), {}
+    parts, prefix, origins = anatomy(model), layers_prefix(model), {}
     for new, old in enumerate(plan.layers):
         for name, _ in parts.layers[old].named_parameters():
-            found[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
+            origins[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
         kept = {"head": plan.heads.get(old), "neuron": plan.neurons.get(old)}
-        slots = [*parts.linears(old), *parts.norms(old)]
-        for slot in (s for s in slots if kept[s.kind] is not None):
-            index = slot.index(kept[slot.kind])
-            for kind in ("weight", "bias"):
-                name = f"{prefix}.{new}.{slot.slot.path}.{kind}"
-                if name in found and (kind == "weight" or slot.axis == 0):
-                    found[name] = (found[name][0], (slot.axis, index))
-    return found
-
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-007s
-def cut_tensor(source: FileModel, origin: tuple) -> torch.Tensor:
-    "A weight of the pruned model."
-    name, cut = origin
-    tensor = source.tensor(name)
-    return tensor if cut is None else tensor.index_select(*cut)
-
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-009
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+        for slot in (*parts.linears(old), *parts.norms(old)):
+            if kept[slot.kind] is None:
+                continue
+            for kind, p in slot.module.named_parameters():
+                if p.ndim > slot.axis:  # a bias has no columns
+                    name = f"{prefix}.{new}.{slot.slot.path}.{kind}"
+                    origins[name] = (origins[name][0], (slot.axis, slot.index(kept[slot.kind])))
+    return origins
 
 
-def write_tensors(
-    path: Path,  # of the file to write
-    shapes: dict,  # name -> tensor on the meta device
-    tensor,  # function of a name
-) -> None:
-    "Write a safetensors file one tensor at a time."
-    order = sorted(shapes, key=lambda n: (-shapes[n].dtype.itemsize, n))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in order:
-        begin, end = end, end + shapes[name].numel() * shapes[name].dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[shapes[name].dtype],
-            "shape": list(shapes[name].shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            raw = tensor(name).contiguous().flatten().view(torch.uint8)
-            file.write(raw.numpy().data)
+class CutWeights:
+    "The weights of a pruned model: cut from the files of the dense one, or fitted since."
 
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-011
-def _saved_names(model: PreTrainedModel) -> dict:  # name in the file -> name in the model
-    "The names under which transformers saves a model's weights, tied ones once."
-    from transformers.core_model_loading import revert_weight_conversion
+    def __init__(self, source: FileModel, plan: PruningPlan):
+        self.source, self.device, self.fitted = source, source.device, {}  # name -> file
+        self.origins = cuts(source.model, plan)
 
-    tied = tied_names(model)
-    state = {name: t for name, t in model.state_dict().items() if name not in tied}
-    back = {id(tensor): name for name, tensor in state.items()}
-    return {key: back[id(t)] for key, t in revert_weight_conversion(model, state).items()}
-
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-013
-def write_weights(
-    folder: Path,
-    model: PreTrainedModel,  # as it is saved, on the meta device
-    tensor,  # function of a name in the model
-    variant: str | None,
-    max_shard_size: str,
-) -> None:
-    "The weight files of a model, and their index where there are several."
-    names, state = _saved_names(model), model.state_dict()
-    shapes = {key: state[name] for key, name in names.items()}
-    split = split_torch_state_dict_into_shards(
-        shapes,
-        filename_pattern=f"model{'.' + variant if variant else ''}{{suffix}}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for file, keys in split.filename_to_tensors.items():
-        write_tensors(folder / file, {k: shapes[k] for k in keys}, lambda k: tensor(names[k]))
-    if split.is_sharded:
-        totals = {"total_parameters": model.num_parameters(), **split.metadata}
-        index = {"metadata": totals, "weight_map": split.tensor_to_filename}
-        suffix = f".{variant}" if variant else ""
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / f"model.safetensors.index{suffix}.json").write_text(text, encoding="utf-8")
+    def tensor(self, name: str) -> torch.Tensor:
+        "A weight by its name in the pruned model."
+        if name in self.fitted:
+            with safe_open(self.fitted[name], "pt") as file:
+                return file.get_tensor(name)
+        origin, cut = self.origins.get(name, (name, None))
+        tensor = self.source.tensor(origin)
+        return tensor if cut is None else tensor.index_select(*cut)
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-015
 def prune_files(
@@ -139,91 +78,27 @@ def prune_files(
     folder,  # to write
     processor=None,
     max_shard_size: str = "5GB",
-    overwrite: bool = True,  # False: an error where a checkpoint is there
     stored: PruningPlan | None = None,  # of the first dense model, where this one was pruned before
     small: PreTrainedModel | None = None,  # the pruned model on the meta device; None: it is made
-    changed=lambda name: None,  # a weight that is not as in the files, or None
-    **records,  # card, provenance, further: see save_pruned
+    weights: CutWeights | None = None,  # of the pruned model; None: those of the files, cut
+    **options,  # overwrite, card, provenance, further: see write_checkpoint
 ) -> Path:  # the folder
     "Write the checkpoint that `apply_plan` and `save_pruned` would, in the memory of one tensor."
     small, stored = small or apply_plan(source.model, plan), stored or plan
+    weights = weights or CutWeights(source, plan)
     check_describes(small, stored)
     saved, kind = choose_format(small, stored)
-    variant, origins = VARIANT if kind == "pruned" else None, cuts(source.model, plan)
-    target = check_target(folder, overwrite)
 
-    def tensor(name):
-        new = changed(name)
-        return cut_tensor(source, origins.get(name, (name, None))) if new is None else new
-
-    with replacing_folder(target) as new:
+    def write(new, variant):
         saved.save_pretrained(new, state_dict={}, variant=variant)
         for empty in new.glob("*.safetensors"):
             empty.unlink()
-        write_weights(new, saved, tensor, variant, max_shard_size)
-        if kind == "pruned":
-            hide_config(new)
-        if processor is not None:
-            processor.save_pretrained(new)
-        write_records(new, saved, stored, kind, processor, **records)
-        keep_unlisted(target, new)
-    return Path(folder)
+        write_weights(new, saved, weights.tensor, variant, max_shard_size)
 
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #refit-files-cell-005
-class CutWeights:
-    "The weights of a pruned model, cut from the files of the dense one."
-
-    def __init__(self, source: FileModel, plan: PruningPlan):
-        self.source, self.origins = source, cuts(source.model, plan)
-        self.device = source.device
-
-    def tensor(self, name: str) -> torch.Tensor:
-        "A weight by its name in the pruned model."
-        return cut_tensor(self.source, self.origins.get(name, (name, None)))
-
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #refit-files-cell-007
-class FittedLayers:
-    "The output projections of fitted layers, in a folder."
-
-    def __init__(self, folder: Path):
-        self.folder, self.places = folder, {}
-
-    def keep(self, parts, j: int, prefix: str) -> None:
-        "Write the output projections of layer `j`."
-        found = {}
-        for slot in (s for s in parts.linears(j) if s.axis == 1):
-            for kind, tensor in slot.module.named_parameters():
-                found[f"{prefix}.{j}.{slot.slot.path}.{kind}"] = tensor.detach().contiguous()
-        path = self.folder / f"{j}.safetensors"
-        save_file(found, path)
-        self.places |= dict.fromkeys(found, path)
-
-    def __call__(self, name: str) -> torch.Tensor | None:
-        "A weight that was fitted, or None."
-        if name not in self.places:
-            return None
-        with safe_open(self.places[name], "pt") as file:
-            return file.get_tensor(name)
-
-# %% ../../nbs/library/checkpoint/04_from_files.ipynb #refit-files-cell-009
-@torch.no_grad()
-def fit_from_files(small, dense, batches, plan, ridge, kept: FittedLayers) -> list:
-    "Fit all layers in order; the rows of the report."
-    before, after, prefix = anatomy(dense), anatomy(small), layers_prefix(small)
-    rows, lost = [], {}
-    streams = open_streams(small, dense, batches)
-    if plan.layers[0]:
-        advance_dense(before, streams, range(plan.layers[0]))
-    for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
-        advance_dense(before, streams, range(i, end))
-        with in_memory(after, j):
-            rows += fit_layer(after, j, i, streams, ridge)
-            kept.keep(after, j, prefix)
-        lost[i] = lost_sinks(streams)
-    warn_of_sinks(lost)
-    return rows
+    return write_checkpoint(folder, write, saved, stored, kind, processor, **options)
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #refit-files-cell-011
+@torch.no_grad()
 def reconstruct_files(
     source,  # FileModel of open_files
     plan: PruningPlan,  # made for its model
@@ -235,12 +110,29 @@ def reconstruct_files(
 ) -> Path:  # the folder
     "Prune and refit a checkpoint of any size: the files that `reconstruct` and `save_pruned` make."
     batches = check_batches(batches)
-    small = apply_plan(source.model, plan)
+    small, weights = apply_plan(source.model, plan), CutWeights(source, plan)
     check_pruned(small, source.model, plan)
     check_tokens(small, batches, ridge)
-    setattr(small, SOURCE, CutWeights(source, plan))
+    setattr(small, SOURCE, weights)
+    before, after, prefix = anatomy(source.model), anatomy(small), layers_prefix(small)
+    rows, lost = [], {}
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:
-        kept = FittedLayers(Path(work))
-        rows = fit_from_files(small, source.model, batches, plan, ridge, kept)
+        streams = open_streams(small, source.model, batches)
+        if plan.layers[0]:
+            advance_dense(before, streams, range(plan.layers[0]))
+        for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
+            advance_dense(before, streams, range(i, end))
+            with in_memory(after, j):
+                rows += fit_layer(after, j, i, streams, ridge)
+                outputs = [slot for slot in after.linears(j) if slot.axis == 1]
+                fitted = {
+                    f"{prefix}.{j}.{slot.slot.path}.{kind}": tensor.detach().contiguous()
+                    for slot in outputs
+                    for kind, tensor in slot.module.named_parameters()
+                }
+                save_file(fitted, Path(work, f"{j}.safetensors"))
+            weights.fitted |= dict.fromkeys(fitted, Path(work, f"{j}.safetensors"))
+            lost[i] = lost_sinks(streams)
+        warn_of_sinks(lost)
         setattr(small.config, MARK, mark_of(plan, rows, ridge))
-        return prune_files(source, plan, folder, processor, small=small, changed=kept, **options)
+        return prune_files(source, plan, folder, processor, small=small, weights=weights, **options)

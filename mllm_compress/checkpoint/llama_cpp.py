@@ -9,6 +9,7 @@ __all__ = []
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,17 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
+from .formats import layer_widths
 from .loading import fill_up
 from .saving import check_writable
 from ..utils.methods import naming_extras
+
+
+def _gguf():
+    "The package gguf; an ImportError names the extra that installs it."
+    with naming_extras():
+        import gguf
+    return gguf
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-006
 @dataclass(frozen=True)
@@ -29,50 +38,26 @@ class Architecture:
     families: tuple  # model types of the decoders that it computes
     activation: str  # of the MLP
     help: str
-    per_layer: bool = False
-    square: bool = False
-    interleaved: bool = False
-    factors: bool = False
-    stacked: bool = False  # keeps fused projections as they are
-    partial: bool = False  # rotary embedding may turn a part of each head
+    traits: frozenset  # of those above
 
 
-LLAMA_LIKE = dict(
-    families=("llama", "mistral", "qwen2", "phi3"),
-    activation="silu",
-    interleaved=True,
-    factors=True,
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "phi3")
+ROWS = (
+    ("qwen2", ("qwen2",), "silu", "one width, all heads", {"square"}),
+    ("qwen3", ("qwen3",), "silu", "one width", {}),
+    ("phi2", ("phi",), "gelu_new", "one width, all heads", {"square", "partial"}),
+    ("phi3", ("phi3",), "silu", "all heads", {"square", "partial", "fused", "scaled"}),
+    ("llama", LLAMA_LIKE, "silu", "one width", {"interleaved", "scaled"}),
+    ("deci", LLAMA_LIKE, "silu", "any widths", {"interleaved", "scaled", "per layer"}),
 )
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-008
-ARCHITECTURES = {
-    row.name: row
-    for row in (
-        Architecture("qwen2", ("qwen2",), "silu", "one width, all heads", square=True),
-        Architecture("qwen3", ("qwen3",), "silu", "one width"),
-        Architecture(
-            "phi2", ("phi",), "gelu_new", "one width, all heads", square=True, partial=True
-        ),
-        Architecture(
-            "phi3",
-            ("phi3",),
-            "silu",
-            "one width, all heads",
-            square=True,
-            stacked=True,
-            factors=True,
-            partial=True,
-        ),
-        Architecture("llama", help="one width", **LLAMA_LIKE),
-        Architecture("deci", help="every layer its own widths", per_layer=True, **LLAMA_LIKE),
-    )
-}
+ARCHITECTURES = {name: Architecture(name, *row, frozenset(traits)) for name, *row, traits in ROWS}
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-010
 def rotary_channels(parts: Anatomy) -> int:
     "Channels of a head that the rotary embedding turns."
-    share = (getattr(parts.text_config, "rope_parameters", None) or {}).get("partial_rotary_factor")
-    return int(parts.head_dim * (share or 1.0))
+    return int(
+        parts.head_dim * (parts.text_config.rope_parameters.get("partial_rotary_factor") or 1)
+    )
 
 
 def rotary_factors(parts: Anatomy) -> torch.Tensor | None:  # None: the plain formula
@@ -83,11 +68,6 @@ def rotary_factors(parts: Anatomy) -> torch.Tensor | None:  # None: the plain fo
     factors = (plain / parts.decoder.rotary_emb.inv_freq.double().cpu()).float()
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-012
-def unequal_widths(parts: Anatomy) -> list:
-    "The (heads, neurons) of every layer."
-    return [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
-
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-014
 def misfit(
     row: Architecture,
@@ -95,28 +75,33 @@ def misfit(
 ) -> str:  # empty where it fits
     "Why an architecture cannot hold a model, apart from its widths."
     config = parts.text_config
-    rope = config.rope_parameters
+    kind = config.rope_parameters["rope_type"]
     if config.hidden_act != row.activation:
         return f"its MLP computes {row.activation}, not {config.hidden_act}"
-    if rotary_channels(parts) != parts.head_dim and not row.partial:
+    if rotary_channels(parts) != parts.head_dim and "partial" not in row.traits:
         return "it turns whole heads, not a part of them"
-    if rope["rope_type"] not in ("default", "linear", "llama3", "longrope"):
-        return f"it has no rotary embedding of type {rope['rope_type']}"
-    if not row.factors and rope["rope_type"] != "default":
-        return f"its rotary embedding cannot be scaled ({rope['rope_type']})"
+    if kind not in ("default", "linear", "llama3", "longrope"):
+        return f"it has no rotary embedding of type {kind}"
+    if kind != "default" and "scaled" not in row.traits:
+        return f"its rotary embedding cannot be scaled ({kind})"
     if getattr(config, "qk_layernorm", False):
         return "it has no norm on queries and keys"
     return ""
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-016
+
+def all_heads(parts: Anatomy) -> int:
+    "Key/value heads with which heads times head width is the hidden size."
+    return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
+
+
 def narrow(row: Architecture, parts: Anatomy) -> str:  # empty where they fit
     "Why an architecture cannot hold the widths of a model."
-    widths = set(unequal_widths(parts))
-    if len(widths) > 1 and not row.per_layer:
+    widths = set(layer_widths(parts))
+    if len(widths) > 1 and "per layer" not in row.traits:
         return "it has one width for all layers"
     heads, _ = widths.pop()
     queries = heads * parts.queries_per_group(0)
-    if row.square and queries * parts.head_dim != parts.hidden_size:
+    if "square" in row.traits and queries * parts.head_dim != parts.hidden_size:
         wanted = parts.hidden_size // parts.head_dim
         return f"it has {wanted} query heads of width {parts.head_dim}, not {queries}"
     return ""
@@ -132,49 +117,44 @@ def choose_architecture(
     if not rows:
         known = sorted({name for row in ARCHITECTURES.values() for name in row.families})
         raise ValueError(f"{family} is not written as GGUF here; known: {', '.join(known)}.")
-    reasons = {row.name: misfit(row, parts) or narrow(row, parts) for row in rows}
-    fitting = [row for row in rows if not reasons[row.name]]
-    fillable = [row for row in rows if not misfit(row, parts)] if fill else []
-    if fitting or fillable:
-        return (fitting or fillable)[0]
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(
-        f"llama.cpp cannot hold this {family} decoder ({listed}). "
-        "Fill the widths up with zero units by --fill (fill=True), which computes the same and is "
+    computing = [row for row in rows if not misfit(row, parts)]
+    fitting = [row for row in computing if not narrow(row, parts)]
+    if fitting or fill and computing:
+        return (fitting or computing)[0]
+    reasons = "; ".join(f"{row.name}: {misfit(row, parts) or narrow(row, parts)}" for row in rows)
+    cure = (
+        " Fill the widths up with zero units by --fill (fill=True), which computes the same and is "
         "as slow as the filled width, or prune it layerwise."
-        if any(not misfit(row, parts) for row in rows)
-        else f"llama.cpp cannot hold this {family} decoder ({listed})."
+    )
+    raise ValueError(
+        f"llama.cpp cannot hold this {family} decoder ({reasons}).{cure if computing else ''}"
     )
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-022
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 BLOCK = 32  # weights of a quantized block
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-024
+
 def check_dtype(dtype: str) -> None:
     "ValueError for a type that is not written here."
     if dtype in DTYPES:
         return
-    also = ""
-    if "_k" in dtype.lower():
-        also = (
-            f" K-quants are made by llama.cpp's own tool: export f16, then llama-quantize "
-            f"model.gguf small.gguf {dtype.upper()}."
-        )
+    tool = (
+        f" K-quants are made by llama.cpp's own tool: export f16, then llama-quantize "
+        f"model.gguf small.gguf {dtype.upper()}."
+    )
+    also = tool if "_k" in dtype.lower() else ""
     raise ValueError(f"Unknown dtype {dtype!r} for GGUF: use {', '.join(DTYPES)}.{also}")
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-026
 def wanted_widths(parts: Anatomy, row: Architecture, dtype: str) -> list:
-    "The widths that are written, one (heads, neurons) per layer."
-    widths = unequal_widths(parts)
-    if dtype.startswith("q"):
-        widths = [(h, -(-n // BLOCK) * BLOCK) for h, n in widths]
-    if not row.per_layer:
-        heads, neurons = (max(w) for w in zip(*widths))
-        if row.square:
-            heads = parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
-        widths = [(heads, neurons)] * len(widths)
-    return widths
+    "The widths that are written, one (heads, neurons) per layer; whole blocks of neurons."
+    block = BLOCK if dtype.startswith("q") else 1
+    widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(parts)]
+    if "per layer" in row.traits:
+        return widths
+    heads, neurons = (max(w) for w in zip(*widths))
+    return [(all_heads(parts) if "square" in row.traits else heads, neurons)] * len(widths)
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-028
 def tensor_type(
@@ -183,43 +163,14 @@ def tensor_type(
     dtype: str,  # of DTYPES
 ):  # a gguf.GGMLQuantizationType
     "The type that a tensor is written in."
-    with naming_extras():
-        from gguf import GGMLQuantizationType as Type
+    kinds = _gguf().GGMLQuantizationType
     if tensor.ndim == 1:
-        return Type.F32
+        return kinds.F32
     if dtype.startswith("q") and tensor.shape[-1] % BLOCK:
-        return Type.F16
+        return kinds.F16
     if name.startswith(("token_embd", "output.")) and dtype[:2] in ("q4", "q5"):
-        return Type.Q8_0
-    return Type[dtype.upper()]
-
-
-def encoded(tensor: torch.Tensor, kind) -> np.ndarray:
-    "A tensor as the bytes of its type."
-    with naming_extras():
-        from gguf.quants import quantize
-    return np.ascontiguousarray(quantize(tensor.float().cpu().numpy(), kind))
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-030
-NAMES = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "qkv": "attn_qkv",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-    "gate_up": "ffn_up",
-    "fc1": "ffn_up",
-    "fc2": "ffn_down",
-}
-NORMS = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-}
+        return kinds.Q8_0
+    return kinds[dtype.upper()]
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-032
 def interleave(
@@ -231,115 +182,85 @@ def interleave(
     return halves.transpose(1, 2).reshape(rows.shape)
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-035
-SPLIT = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+SPLIT = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+}  # slot -> paths of its blocks in a decoder whose projections are separate
 
 
-def slot_tensors(
-    slot,  # LinearSlot
-    row: Architecture,
-    head_dim: int,
-):  # yields (name without suffix, weight or bias, tensor)
-    "The tensors of a linear layer, as an architecture wants them."
-    apart = slot.name in SPLIT and not row.stacked
-    names = SPLIT[slot.name] if apart else (slot.name,)
-    sizes = [width * slot.units for width in slot.widths]
-    for kind, whole in (("weight", slot.module.weight), ("bias", slot.module.bias)):
-        if whole is None:
-            continue
-        pieces = whole.detach().split(sizes) if apart else [whole.detach()]
-        for name, piece in zip(names, pieces):
-            if row.interleaved and name in ("q", "k"):
-                piece = interleave(piece, head_dim)
-            yield NAMES[name], kind, piece
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-037
-def module_tensors(name: str, module):  # yields (name in the file, tensor)
-    "Weight and bias of a norm, an embedding or a projection."
-    for kind, tensor in module.named_parameters():
-        yield f"{name}.{kind}", tensor.detach()
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-039
 def file_tensors(
     parts: Anatomy,
     row: Architecture,
-):  # yields (name in the file, tensor)
+):  # yields (name in the file, tensor, function that converts it)
     "The tensors of a decoder."
-    yield from module_tensors("token_embd", parts.embed_tokens)
-    factors = rotary_factors(parts)
-    if parts.text_config.rope_parameters["rope_type"] == "longrope":
-        for kind in ("long", "short"):
-            values = parts.text_config.rope_parameters[f"{kind}_factor"]
-            yield f"rope_factors_{kind}.weight", torch.tensor(values)
-    elif factors is not None:
-        yield "rope_freqs.weight", factors
-    for i, layer in enumerate(parts.layers):
-        for path, name in NORMS.items():
-            if (norm := _submodule(layer, path)) is not None:
-                yield from module_tensors(f"blk.{i}.{name}", norm)
+    gguf = _gguf()
+    architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[row.name]
+    names = gguf.get_tensor_name_map(architecture, parts.num_layers)
+    fused = {}  # module -> (paths of its blocks, their sizes)
+    for i in range(parts.num_layers):
         for slot in parts.linears(i):
-            for name, kind, tensor in slot_tensors(slot, row, parts.head_dim):
-                yield f"blk.{i}.{name}.{kind}", tensor
-    yield from module_tensors("output_norm", parts.final_norm)
-    tied = parts.lm_head.weight is parts.embed_tokens.weight
-    if not tied or parts.lm_head.bias is not None:
-        yield from module_tensors("output", parts.lm_head)
-
-
-def _submodule(layer, path: str):
-    "A module below a decoder layer, or None."
-    for name in path.split("."):
-        layer = getattr(layer, name, None)
-    return layer
+            if slot.name in SPLIT and "fused" not in row.traits:
+                paths = [f"model.layers.{i}.{path}" for path in SPLIT[slot.name]]
+                fused[slot.module] = paths, [width * slot.units for width in slot.widths]
+    modules = {f"model.{path}": module for path, module in parts.decoder.named_modules()}
+    if parts.lm_head.weight is not parts.embed_tokens.weight or parts.lm_head.bias is not None:
+        modules["lm_head"] = parts.lm_head
+    for path, module in modules.items():
+        for kind, tensor in module.named_parameters(recurse=False):
+            paths, sizes = fused.get(module, ([path], [len(tensor)]))
+            for path_of_block, block in zip(paths, tensor.detach().split(sizes)):
+                name = names.get_name(path_of_block)
+                rotated = "interleaved" in row.traits and name.endswith(("attn_q", "attn_k"))
+                convert = (
+                    partial(interleave, head_dim=parts.head_dim) if rotated else torch.Tensor.float
+                )
+                yield f"{name}.{kind}", block, convert
+    rope = parts.text_config.rope_parameters
+    if rope["rope_type"] == "longrope":
+        for kind in ("long", "short"):
+            factors = torch.tensor(rope[f"{kind}_factor"])
+            yield f"rope_factors_{kind}.weight", factors, torch.Tensor.float
+    elif (factors := rotary_factors(parts)) is not None:
+        yield "rope_freqs.weight", factors, torch.Tensor.float
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-041
 def context_length(config) -> int:
     "Tokens up to which llama.cpp computes what the model computes."
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or []
-    used = window and (not types or "sliding_attention" in types)
-    return min(config.max_position_embeddings, window) if used else config.max_position_embeddings
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window and (not types or "sliding_attention" in types):
+        return min(config.max_position_embeddings, window)
+    return config.max_position_embeddings
 
 
-def one_or_all(values: list):
-    "A value that all layers share, or all values."
-    return values[0] if len(set(values)) == 1 else values
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-043
 def hyperparameters(
     parts: Anatomy,
 ) -> dict:  # method of gguf.GGUFWriter -> its argument
     "What llama.cpp must know of a decoder."
-    config, layers = parts.text_config, range(parts.num_layers)
-    groups = [parts.groups(i) for i in layers]
-    queries = [g * parts.queries_per_group(i) for i, g in enumerate(groups)]
-    found = {
+    config, rope = parts.text_config, parts.text_config.rope_parameters
+    groups, neurons = (list(widths) for widths in zip(*layer_widths(parts)))
+    queries = [count * parts.queries_per_group(i) for i, count in enumerate(groups)]
+    one_or_all = lambda values: values[0] if len(set(values)) == 1 else values
+    values = {
         "add_context_length": context_length(config),
         "add_embedding_length": parts.hidden_size,
         "add_block_count": parts.num_layers,
         "add_head_count": one_or_all(queries),
         "add_head_count_kv": one_or_all(groups),
-        "add_feed_forward_length": one_or_all([parts.neurons(i) for i in layers]),
+        "add_feed_forward_length": one_or_all(neurons),
         "add_key_length": parts.head_dim,
         "add_value_length": parts.head_dim,
         "add_rope_dimension_count": rotary_channels(parts),
-        "add_rope_freq_base": float(config.rope_parameters["rope_theta"]),
+        "add_rope_freq_base": float(rope["rope_theta"]),
         "add_vocab_size": parts.vocab_size,
     }
-    if hasattr(config, "rms_norm_eps"):
-        return found | {"add_layer_norm_rms_eps": config.rms_norm_eps} | _long_rotary(parts)
-    return found | {"add_layer_norm_eps": config.layer_norm_eps}
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-045
-def _long_rotary(parts: Anatomy) -> dict:
-    "What the rotary embedding of Phi-3 for long contexts needs besides its factors."
-    rope, config = parts.text_config.rope_parameters, parts.text_config
+    if not hasattr(config, "rms_norm_eps"):
+        return values | {"add_layer_norm_eps": config.layer_norm_eps}
+    values["add_layer_norm_rms_eps"] = config.rms_norm_eps
     if rope["rope_type"] != "longrope":
-        return {}
-    with naming_extras():
-        from gguf import RopeScalingType
+        return values
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    return {
-        "add_rope_scaling_type": RopeScalingType.LONGROPE,
+    return values | {
+        "add_rope_scaling_type": _gguf().RopeScalingType.LONGROPE,
         "add_rope_scaling_orig_ctx_len": original,
         "add_rope_scaling_attn_factors": float(parts.decoder.rotary_emb.attention_scaling),
     }
@@ -355,175 +276,107 @@ SPLITS = {
 }  # how text is split -> its name in llama.cpp
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-049
-def split_name(pre_tokenizer: dict | None) -> str | None:
-    "The name of a pre-tokenizer in llama.cpp, None where it has none."
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    found = []
-    for step in steps:
-        if step.get("type") == "Split":
-            found.append(step["pattern"].get("Regex"))
-        elif step.get("type") == "Digits" and step["individual_digits"]:
-            found.append("digits")
-        elif step.get("type") == "ByteLevel":
-            found += ["gpt2"] if step["use_regex"] else []
-        else:
-            return None
-    return SPLITS.get(tuple(found))
-
-
 def tokenizer_kind(description: dict) -> tuple:  # (name, name of the split); (None, None)
     "Which tokenizer of llama.cpp does the same as one of the tokenizers package."
-    model = description["model"]
+    model, splitting = description["model"], description["pre_tokenizer"] or {}
     if model["type"] == "BPE" and model.get("byte_fallback"):
         return "llama", "default"
-    if model["type"] == "BPE" and (split := split_name(description["pre_tokenizer"])):
-        return "gpt2", split
-    return None, None
+    steps = []
+    for step in splitting.get("pretokenizers", [splitting]):
+        if step.get("type") == "Split":
+            steps.append(step["pattern"].get("Regex"))
+        elif step.get("type") == "Digits" and step["individual_digits"]:
+            steps.append("digits")
+        elif step.get("type") != "ByteLevel":
+            return None, None
+        elif step["use_regex"]:
+            steps.append("gpt2")
+    split = SPLITS.get(tuple(steps)) if model["type"] == "BPE" else None
+    return ("gpt2", split) if split else (None, None)
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-051
 def vocabulary(tokenizer, size: int) -> tuple:  # (texts, kinds)
     "Text and kind of every row of the embedding matrix."
-    with naming_extras():
-        from gguf import TokenType
-    texts = [f"[PAD{i}]" for i in range(size)]
-    kinds = [TokenType.UNUSED] * size
+    kind = _gguf().TokenType
+    texts, kinds = [f"[PAD{i}]" for i in range(size)], [kind.UNUSED] * size
     added = tokenizer.added_tokens_decoder
     for text, i in tokenizer.get_vocab().items():
         if i >= size:
             continue
-        texts[i], kinds[i] = text, TokenType.NORMAL
+        texts[i], kinds[i] = text, kind.NORMAL
         if i in added:
-            special = added[i].special
-            kinds[i] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+            kinds[i] = kind.CONTROL if added[i].special else kind.USER_DEFINED
         elif len(text) == 6 and text.startswith("<0x"):
-            kinds[i] = TokenType.BYTE
+            kinds[i] = kind.BYTE
     return texts, kinds
 
-
-def merge_scores(texts: list, merges: list) -> list:
-    "Scores in whose order SentencePiece merges: the earlier a merge, the higher."
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    rank = {"".join(pair): -float(i) for i, pair in reversed(list(enumerate(pairs)))}
-    return [rank.get(text, -float(len(pairs) + i)) for i, text in enumerate(texts)]
-
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-053
-_NO_MERGE = ["\u0120 \u0120"]  # llama.cpp wants at least one
-
-
-def add_words(
-    writer,  # gguf.GGUFWriter
-    tokenizer,  # or None
-    description: dict | None,  # of the tokenizer
-    size: int,  # rows of the embedding matrix
-) -> str:  # a note
-    "Write a vocabulary that llama.cpp has no tokenizer for."
-    with naming_extras():
-        from gguf import TokenType
-    what = description["model"]["type"] if description else "no tokenizer"
-    texts, kinds = [f"[{i}]" for i in range(size)], [TokenType.NORMAL] * size
-    note = f"the file takes and gives token ids, not text ({what}: unknown to llama.cpp)"
-    if what == "WordLevel":
-        texts, kinds = vocabulary(tokenizer, size)
-        kinds = [TokenType.USER_DEFINED if k == TokenType.NORMAL else k for k in kinds]
-        note = "words are found in the text, and written without spaces (WordLevel tokenizer)"
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(texts)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(_NO_MERGE)
-    return note
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-055
 def add_vocabulary(
     writer,  # gguf.GGUFWriter
     tokenizer,  # or None
     size: int,  # rows of the embedding matrix
 ) -> str:  # a note, empty where text works as in transformers
-    "Write a tokenizer."
+    "Write a tokenizer, its special tokens and its chat template."
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = json.loads(backend.to_str()) if backend is not None else None
-    kind, split = tokenizer_kind(description) if description else (None, None)
+    name, split = tokenizer_kind(description) if description else (None, None)
     if tokenizer is not None:
-        add_special_tokens(writer, tokenizer)
-    if kind is None:
-        return add_words(writer, tokenizer, description, size)
-    texts, kinds = vocabulary(tokenizer, size)
-    merges = description["model"]["merges"]
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(split)
+        for special in ("bos", "eos", "unk", "pad"):
+            if (token := getattr(tokenizer, f"{special}_token_id")) is not None:
+                getattr(writer, f"add_{special}_token_id")(token)
+        writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
+        if isinstance(tokenizer.chat_template, str):
+            writer.add_chat_template(tokenizer.chat_template)
+    note, kind = "", _gguf().TokenType
+    merges = description["model"].get("merges", []) if name else ["\u0120 \u0120"]  # at least one
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    if name:
+        texts, kinds = vocabulary(tokenizer, size)
+    elif description and description["model"]["type"] == "WordLevel":
+        texts, kinds = vocabulary(tokenizer, size)
+        kinds = [kind.USER_DEFINED if k == kind.NORMAL else k for k in kinds]
+        note = "words are found in the text, and written without spaces (WordLevel tokenizer)"
+    else:
+        texts, kinds = [f"[{i}]" for i in range(size)], [kind.NORMAL] * size
+        what = description["model"]["type"] if description else "no tokenizer"
+        note = f"the file takes and gives token ids, not text ({what}: unknown to llama.cpp)"
+    writer.add_tokenizer_model(name or "gpt2")
+    writer.add_tokenizer_pre(split or "default")
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    if kind == "llama":
-        writer.add_token_scores(merge_scores(texts, merges))
+    if name == "llama":  # SentencePiece merges in the order of scores
+        ranks = {
+            "".join(pair.split(" ")): -float(i) for i, pair in reversed(list(enumerate(merges)))
+        }
+        scores = [ranks.get(text, -float(len(merges) + i)) for i, text in enumerate(texts)]
+        writer.add_token_scores(scores)
         writer.add_add_space_prefix(tokenizer.tokenize("a")[-1:] == ["▁a"])
     else:
-        writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    return ""
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-057
-def add_special_tokens(writer, tokenizer) -> None:
-    "Ids of special tokens, whether one comes first, and the chat template."
-    for name in ("bos", "eos", "unk", "pad"):
-        if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
-    first = tokenizer("a").input_ids[:1]
-    writer.add_add_bos_token(first == [tokenizer.bos_token_id])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_token_merges(merges)
+    return note
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-059
-def announce(writer, tensors, dtype: str) -> int:  # bytes of all tensors
-    "Write name, shape and type of every tensor into the header."
-    with naming_extras():
-        from gguf.quants import quant_shape_to_byte_shape
-    total = 0
-    for name, tensor in tensors:
-        kind = tensor_type(name, tensor, dtype)
-        shape, unit = list(tensor.shape), np.dtype(np.uint8)
-        if kind.name in ("F32", "F16"):
-            unit = np.dtype(np.float32 if kind.name == "F32" else np.float16)
-        else:
-            shape = list(quant_shape_to_byte_shape(shape, kind))
-        size = int(np.prod(shape)) * unit.itemsize
-        writer.add_tensor_info(name, shape, unit, size, raw_dtype=kind)
-        total += size
-    return total
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-061
-def write_tensors(writer, path: Path, tensors, dtype: str) -> None:
-    "Write the header, then tensor after tensor."
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, tensor in tensors:
-        writer.write_tensor_data(encoded(tensor, tensor_type(name, tensor, dtype)))
-    writer.close()
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-063
-def open_writer(
-    parts: Anatomy,
-    row: Architecture,
-    dtype: str,
-    name: str | None,
-):  # gguf.GGUFWriter
-    "A writer with the hyperparameters of a decoder."
-    with naming_extras():
-        import gguf
-    writer = gguf.GGUFWriter(None, row.name)
+def _write(writer, path: Path, tensors, dtype: str) -> None:
+    "Add tensors to a writer, and write its file."
+    gguf = _gguf()
     kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[kinds])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_name(name or "pruned decoder")  # llama.cpp treats a name with phi3 in its own way
-    for method, value in hyperparameters(parts).items():
-        getattr(writer, method)(value)
-    return writer
-
-
-def filling_note(before: Anatomy, after: Anatomy) -> str:  # empty where nothing was added
-    "What was added to the widths of a model."
-    totals = [[sum(w) for w in zip(*unequal_widths(parts))] for parts in (before, after)]
-    heads, neurons = (b - a for a, b in zip(*totals))
-    return f"filled up with {heads} heads and {neurons} neurons of zeros" if heads + neurons else ""
+    for name, tensor, convert in tensors:
+        shape = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
+        read = lambda tensor, convert=convert: convert(tensor).float().cpu().numpy()
+        lazy = gguf.LazyNumpyTensor(meta=shape, args=(tensor,), func=read)
+        kind = tensor_type(name, tensor, dtype)
+        writer.add_tensor(name, gguf.quantize(lazy, kind), raw_dtype=kind)
+    check_writable(path, sum(info.nbytes for group in writer.tensors for info in group.values()))
+    part = path.with_name(f".{path.name}.part")
+    try:
+        writer.write_header_to_file(part)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-065
 def write_gguf(
@@ -539,20 +392,21 @@ def write_gguf(
     before, path = anatomy(model), Path(path)
     row = choose_architecture(before, fill)
     parts = anatomy(fill_up(model, wanted_widths(before, row, dtype)))
-    writer = open_writer(parts, row, dtype, name)
-    notes = [add_vocabulary(writer, tokenizer, parts.vocab_size), filling_note(before, parts)]
+    writer = _gguf().GGUFWriter(None, row.name)
+    writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
+    writer.add_name(name or "pruned decoder")  # llama.cpp treats a name with phi3 in its own way
+    for method, value in hyperparameters(parts).items():
+        getattr(writer, method)(value)
+    notes = [add_vocabulary(writer, tokenizer, parts.vocab_size)]
+    totals = [[sum(w) for w in zip(*layer_widths(p))] for p in (before, parts)]
+    if totals[0] != totals[1]:
+        heads, neurons = (after - dense for dense, after in zip(*totals))
+        notes.append(f"filled up with {heads} heads and {neurons} neurons of zeros")
     if parts.vision_tower is not None:
         notes.append("this file holds the decoder of the MLLM")
-    size = announce(writer, file_tensors(parts, row), dtype)
-    check_writable(path, size)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write_tensors(writer, part, file_tensors(parts, row), dtype)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    _write(writer, path, file_tensors(parts, row), dtype)
     facts = {"architecture": row.name, "dtype": dtype, "bytes": path.stat().st_size}
-    return facts | {"notes": [n for n in notes if n]}
+    return facts | {"notes": [note for note in notes if note]}
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-005
 FLAGS = {"quick_gelu": None, "gelu": "clip.use_gelu", "silu": "clip.use_silu"}
@@ -574,7 +428,7 @@ def vision_misfit(model: PreTrainedModel) -> str:  # empty where it fits
         return "it takes the class token as well"
     return ""
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-007
+# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-009
 VISION_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -586,57 +440,61 @@ VISION_NAMES = {
     "mlp.fc2": "ffn_down",
 }
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-009
+
 def vision_layers(config) -> int:
     "Layers of the tower that are run."
     count, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
     return layer if layer >= 0 else count + 1 + layer
 
 
-def vision_tensors(parts: Anatomy):  # yields (name in the file, tensor)
+def vision_tensors(parts: Anatomy):  # yields (name in the file, tensor, function that converts it)
     "The tensors of tower and projector."
     tower, embeddings = parts.vision_tower, parts.vision_tower.embeddings
-    yield "v.class_embd", embeddings.class_embedding.detach()
-    yield "v.patch_embd.weight", embeddings.patch_embedding.weight.detach()
-    yield "v.position_embd.weight", embeddings.position_embedding.weight.detach()
-    named = {"v.pre_ln": tower.pre_layrnorm}
+    yield "v.class_embd", embeddings.class_embedding.detach(), torch.Tensor.float
+    modules = {
+        "v.patch_embd": embeddings.patch_embedding,
+        "v.position_embd": embeddings.position_embedding,
+        "v.pre_ln": tower.pre_layrnorm,
+        "mm.0": parts.projector.linear_1,
+        "mm.2": parts.projector.linear_2,
+    }
     for i, layer in enumerate(tower.encoder.layers[: vision_layers(parts.config)]):
-        found = {f"v.blk.{i}.{new}": layer.get_submodule(p) for p, new in VISION_NAMES.items()}
-        named |= found
-    named |= {"mm.0": parts.projector.linear_1, "mm.2": parts.projector.linear_2}
-    for name, module in named.items():
+        for path, name in VISION_NAMES.items():
+            modules[f"v.blk.{i}.{name}"] = layer.get_submodule(path)
+    for name, module in modules.items():
         for kind, tensor in module.named_parameters():
-            yield f"{name}.{kind}", tensor.detach()
+            yield f"{name}.{kind}", tensor.detach(), torch.Tensor.float
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-011
-def vision_values(parts: Anatomy, image_processor) -> dict:  # key -> (method of the writer, value)
+def vision_values(parts: Anatomy, image_processor) -> dict:  # key -> value
     "What llama.cpp must know of tower and projector."
     vision, layers = parts.config.vision_config, vision_layers(parts.config)
-    numbers = {
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "embedding_length": vision.hidden_size,
-        "feed_forward_length": vision.intermediate_size,
-        "projection_dim": parts.hidden_size,
-        "block_count": layers,
-        "attention.head_count": vision.num_attention_heads,
-    }
-    found = {f"clip.vision.{name}": ("add_uint32", value) for name, value in numbers.items()}
-    for name in ("image_mean", "image_std"):
-        values = [float(v) for v in getattr(image_processor, name)]
-        found[f"clip.vision.{name}"] = ("add_array", values)
-    found["clip.vision.feature_layer"] = ("add_array", [layers])
-    found["clip.vision.attention.layer_norm_epsilon"] = ("add_float32", vision.layer_norm_eps)
-    found["clip.projector_type"] = ("add_string", "mlp")
     flags = ["clip.has_vision_encoder", "clip.has_llava_projector", FLAGS[vision.hidden_act]]
-    return found | {flag: ("add_bool", True) for flag in flags if flag}
+    return {
+        "clip.vision.image_size": vision.image_size,
+        "clip.vision.patch_size": vision.patch_size,
+        "clip.vision.embedding_length": vision.hidden_size,
+        "clip.vision.feed_forward_length": vision.intermediate_size,
+        "clip.vision.projection_dim": parts.hidden_size,
+        "clip.vision.block_count": layers,
+        "clip.vision.attention.head_count": vision.num_attention_heads,
+        "clip.vision.image_mean": [float(v) for v in image_processor.image_mean],
+        "clip.vision.image_std": [float(v) for v in image_processor.image_std],
+        "clip.vision.feature_layer": [layers],
+        "clip.vision.attention.layer_norm_epsilon": float(vision.layer_norm_eps),
+        "clip.projector_type": "mlp",
+        **{flag: True for flag in flags if flag},
+    }
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-013
+# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-015
+WRITE = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
+
+
 def projector_path(path: Path) -> Path:
     "Where the second file of a model lies beside the first."
     return Path(path).with_name(f"mmproj-{Path(path).name}")
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-015
+
 def write_projector(
     model: PreTrainedModel,  # LLaVA with a CLIP tower
     path,  # of the file; its folder exists
@@ -646,20 +504,9 @@ def write_projector(
     "Write vision tower and projector as a GGUF file."
     if reason := vision_misfit(model):
         raise ValueError(f"llama.cpp cannot hold this vision tower: {reason}.")
-    with naming_extras():
-        import gguf
-    parts, path = anatomy(model), Path(path)
-    writer = gguf.GGUFWriter(None, "clip")
+    parts, path, writer = anatomy(model), Path(path), _gguf().GGUFWriter(None, "clip")
     writer.add_type("mmproj")
-    kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[kinds])
-    for key, (method, value) in vision_values(parts, image_processor).items():
-        getattr(writer, method)(key, value)
-    check_writable(path, announce(writer, vision_tensors(parts), dtype))
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write_tensors(writer, part, vision_tensors(parts), dtype)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    for key, value in vision_values(parts, image_processor).items():
+        getattr(writer, WRITE.get(type(value), "add_array"))(key, value)
+    _write(writer, path, vision_tensors(parts), dtype)
     return path.stat().st_size

@@ -11,19 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig
 
 from .formats import history, is_checkpoint, make_step, shrink, verify
 from .loading import load_pruned, unpackable
-from mllm_compress.checkpoint.saving import (
-    VARIANT,
-    check_target,
-    hide_config,
-    keep_unlisted,
-    write_records,
-)
-from ..pruning.pruning_plan import PruningPlan
-from ..utils.files import replacing_folder
+from .saving import check_target, write_checkpoint
 from ..utils.methods import check_choice, naming_extras
 
 # %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-008
@@ -36,50 +28,16 @@ class Quantization:
     bits: float  # per weight, its scales included
     help: str
 
-# %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-010
-QUANTIZATIONS = {
-    row.name: row
-    for row in (
-        Quantization("int8", dict(load_in_8bit=True), 8.1, "8 bits, a scale per row."),
-        Quantization(
-            "nf4",
-            dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-            4.5,
-            "4 bits for normally distributed weights.",
-        ),
-        Quantization(
-            "fp4", dict(load_in_4bit=True, bnb_4bit_quant_type="fp4"), 4.5, "4 bits, floats."
-        ),
-    )
-}
+
+_FOUR = dict(load_in_4bit=True)
+_NF4, _FP4 = _FOUR | dict(bnb_4bit_quant_type="nf4"), _FOUR | dict(bnb_4bit_quant_type="fp4")
+_ROWS = (
+    Quantization("int8", dict(load_in_8bit=True), 8.1, "8 bits, a scale per row."),
+    Quantization("nf4", _NF4, 4.5, "4 bits for normally distributed weights."),
+    Quantization("fp4", _FP4, 4.5, "4 bits, floats."),
+)
+QUANTIZATIONS = {row.name: row for row in _ROWS}
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]  # stay as they are
-
-# %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-012
-def quantization_config(
-    name: str,  # a row of QUANTIZATIONS
-    dtype: torch.dtype = torch.float32,  # that 4 bits are unpacked to
-) -> BitsAndBytesConfig:
-    "The config that from_pretrained takes; ImportError names the extra."
-    check_choice("quantization", name, QUANTIZATIONS)
-    with naming_extras():
-        import bitsandbytes  # noqa: F401
-    options = dict(QUANTIZATIONS[name].options)
-    if "load_in_4bit" in options:
-        options["bnb_4bit_compute_dtype"] = dtype
-    return BitsAndBytesConfig(llm_int8_skip_modules=KEPT, **options)
-
-# %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-014
-def skeleton(
-    model: PreTrainedModel,  # quantized
-    plan: PruningPlan,
-    kind: str,  # the format, stock or pruned
-) -> PreTrainedModel:
-    "The model on the meta device, not quantized."
-    values = model.config.to_dict()
-    values.pop("quantization_config", None)
-    with torch.device("meta"):
-        made = type(model)(type(model.config).from_dict(values))
-        return shrink(made, plan) if kind == "pruned" else made
 
 # %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-016
 def check_quantizable(folder, out, name: str, overwrite: bool) -> dict:  # the manifest
@@ -115,20 +73,23 @@ def quantize(
     overwrite: bool = True,  # False: an error where a checkpoint is there
 ) -> Path:  # the folder; ValueError for a second quantization or another type
     "Write a checkpoint with fewer bits per weight; load_pruned loads it."
-    manifest = check_quantizable(folder, out, name, overwrite)
-    config, kind = quantization_config(name), manifest["kind"]
+    kind = check_quantizable(folder, out, name, overwrite)["kind"]
+    with naming_extras():
+        import bitsandbytes  # noqa: F401
+    options = dict(QUANTIZATIONS[name].options)
+    if "load_in_4bit" in options:
+        options["bnb_4bit_compute_dtype"] = torch.float32  # that 4 bits are unpacked to
+    config = BitsAndBytesConfig(llm_int8_skip_modules=KEPT, **options)
     model, processor, plan = load_pruned(folder, check_files=False, quantization_config=config)
     if kind == "stock" and unpackable(model):
         warnings.warn(NOT_PACKED.format(out=out))
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    with torch.device("meta"):
+        unpacked = type(model)(type(model.config).from_dict(values))
+        unpacked = shrink(unpacked, plan) if kind == "pruned" else unpacked
+    write = lambda new, variant: model.save_pretrained(new, variant=variant)
     step = make_step("quantize", quantization=name, bits=QUANTIZATIONS[name].bits)
-    target = check_target(out, overwrite, {"checkpoint": folder})
-    with replacing_folder(target) as new:
-        model.save_pretrained(new, variant=VARIANT if kind == "pruned" else None)
-        if kind == "pruned":
-            hide_config(new)
-        if processor is not None:
-            processor.save_pretrained(new)
-        steps = [*history(folder), step]
-        write_records(new, skeleton(model, plan, kind), plan, kind, processor, None, steps)
-        keep_unlisted(target, new)
-    return Path(out)
+    steps = [*history(folder), step]
+    check_target(out, overwrite, {"checkpoint": folder})
+    return write_checkpoint(out, write, unpacked, plan, kind, processor, overwrite, None, steps)

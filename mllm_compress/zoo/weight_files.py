@@ -7,11 +7,40 @@ __all__ = []
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-003
 import difflib
+import io
 import json
-import os
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from mllm_compress.anatomy.streaming import SOURCE, tied_names
+from mllm_compress.utils.files import cache_folder, replacing_folder, sha256
+from mllm_compress.utils.methods import naming_extras
+
 AGAIN = "copy or download it again"
+SHIPPED = Path(str(files("mllm_compress"))) / "models"  # what comes with the package
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-005
 def read_config(
@@ -26,6 +55,17 @@ def read_config(
         raise ValueError(f"{path} is damaged (it holds no object): {AGAIN}.")
     return found
 
+# %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-005b
+def listed(
+    faults: dict,  # kind of mistake -> names
+) -> str:
+    "The mistakes of a checkpoint as text, with the first names of each kind."
+    first = {kind: sorted(map(str, names))[:3] for kind, names in faults.items() if names}
+    return "; ".join(
+        f"{kind.replace('_', ' ')}: {', '.join(names)}{' …' if len(faults[kind]) > 3 else ''}"
+        for kind, names in first.items()
+    )
+
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-007
 def read_header(
     path: Path,  # of a safetensors file
@@ -35,7 +75,8 @@ def read_header(
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, 100_000_000):
-            hint = "a Git LFS pointer" if _is_pointer(path) else f"{size} bytes"
+            pointer = path.read_bytes()[:40].startswith(b"version https://git-lfs")
+            hint = "a Git LFS pointer" if pointer else f"{size} bytes"
             raise ValueError(f"{path} is truncated or no safetensors file ({hint}): {AGAIN}.")
         try:
             header = json.loads(file.read(length))
@@ -48,29 +89,49 @@ def read_header(
     header.pop("__metadata__", None)
     return header, 8 + length
 
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-009
-def _is_pointer(path: Path) -> bool:
-    "Whether a file is Git LFS's stand-in for a large file."
-    return path.read_bytes()[:40].startswith(b"version https://git-lfs")
-
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-011
 def shards(
     folder: Path,  # of a checkpoint
+    pattern: str = "*.safetensors",  # names of its weight files, where no index lists them
 ) -> list:  # of its safetensors files; FileNotFoundError where one is missing
     "The weight files of a folder."
-    found = sorted(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.safetensors.index.json")):
         named = read_config(index).get("weight_map")
         if not isinstance(named, dict):
             raise ValueError(f"{index} is damaged (it has no weight_map): {AGAIN}.")
-        missing = sorted({n for n in named.values() if not (folder / str(n)).is_file()})
-        if missing:
+        paths = sorted({folder / str(name) for name in named.values()})
+        if missing := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(
-                f"{folder} lacks {', '.join(map(str, missing[:3]))}, which its index names: "
+                f"{folder} lacks {', '.join(missing[:3])}, which its index names: "
                 "copy or download the missing shards."
             )
-        return sorted({folder / str(n) for n in named.values()})
-    return found
+        return paths
+    return sorted(folder.glob(pattern))
+
+# %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-011q
+CONVERT = (
+    "Convert them to safetensors on a machine you can spare "
+    "(safetensors' own convert script does it), then load the folder."
+)
+
+
+def refuse_pickle(
+    folder: Path,  # without safetensors
+    name: str = "",  # of the model, where it is not the folder
+    advice: str = CONVERT,  # how to make safetensors of the weights
+    twin: str = "",  # a sentence that names the same model as safetensors
+) -> None:
+    "Raise a ValueError for a folder of pickled weights, a FileNotFoundError for one without any."
+    patterns = ("*.bin", "*.pt", "*.pth")
+    pickles = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{name or folder} holds pickled weights ({', '.join(pickles[:3])}), and reading a "
+            f"pickle can run code. {advice}{twin}"
+        )
+    raise FileNotFoundError(
+        f"{name or folder} has no *.safetensors: is this the folder of a checkpoint?{twin}"
+    )
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-013
 def check_files(
@@ -92,13 +153,8 @@ def check_local(
     path = Path(name).expanduser()
     if path.is_file():
         raise NotADirectoryError(f"{name} is a file: give the folder of a checkpoint.")
-    explicit = (
-        name.startswith((".", "/", "~"))
-        or name.endswith("/")
-        or name.count("/") > 1
-        or os.sep * 2 in name
-    )
-    inside = "/" in name.rstrip("/") and path.parent.is_dir()
+    explicit = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    inside = "/" in name and path.parent.is_dir()
     if not explicit and not inside:
         return
     near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -108,30 +164,6 @@ def check_local(
         f"There is no folder {name}: {hint} or give a name that `mllm-compress models` lists, "
         "such as tiny-llava."
     )
-
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-003
-import io
-from contextlib import redirect_stderr
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
-from importlib.util import find_spec
-from pathlib import Path
-
-import torch
-from accelerate import init_empty_weights
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
-
-from ..anatomy.streaming import SOURCE, tied_names
-from ..utils.files import cache_folder, replacing_folder, sha256
-from ..utils.methods import naming_extras
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-005
 DTYPES = {
@@ -181,23 +213,17 @@ class NotFromFiles(Exception):
 
 def _model_names(model: PreTrainedModel, keys) -> dict:  # name in a file -> name in the model
     "Names of the weights in the model, by the rules of transformers; NotFromFiles beyond renaming."
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-    except ImportError as error:
-        raise NotFromFiles(f"this version of transformers has other rules ({error})") from None
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    found, state = {}, model.state_dict()
+    names, state = {}, model.state_dict()
     for key in keys:
-        name, converter = rename_source_key(
+        names[key], converter = rename_source_key(
             key, renamings, converters, model.base_model_prefix, state
         )
         if converter is not None:
             raise NotFromFiles(f"{key} is converted, not only renamed")
-        found[key] = name
-    return found
+    return names
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-011
 @dataclass(frozen=True)
@@ -279,6 +305,55 @@ def open_files(
         raise NotFromFiles(f"{sorted(extra)[0]} is in the files, but not in the model")
     return FileModel(folder, model, places, device)
 
+# %% ../../nbs/library/zoo/04_weight_files.ipynb #write-cell-001
+def write_tensors(
+    path: Path,  # of the file to write
+    shapes: dict,  # name -> tensor on the meta device
+    tensor,  # function of a name
+) -> None:
+    "Write a safetensors file one tensor at a time."
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    order = sorted(shapes, key=lambda n: (-shapes[n].dtype.itemsize, n))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        shape, dtype = list(shapes[name].shape), codes[shapes[name].dtype]
+        begin, end = end, end + shapes[name].nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            raw = tensor(name).contiguous().flatten().view(torch.uint8)
+            file.write(raw.numpy().data)
+
+# %% ../../nbs/library/zoo/04_weight_files.ipynb #write-cell-003
+def write_weights(
+    folder: Path,
+    model: PreTrainedModel,  # as it is saved, on the meta device
+    tensor,  # function of a name in the model
+    variant: str | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    "The weight files of a model, and their index where there are several."
+    tied, suffix = tied_names(model), f".{variant}" if variant else ""
+    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    shapes = revert_weight_conversion(model, state)  # name in the file -> tensor
+    back = {id(t): name for name, t in state.items()}
+    split = split_torch_state_dict_into_shards(
+        shapes,
+        filename_pattern=f"model{suffix}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, keys in split.filename_to_tensors.items():
+        part = {key: shapes[key] for key in keys}
+        write_tensors(folder / file, part, lambda key: tensor(back[id(shapes[key])]))
+    if split.is_sharded:
+        totals = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": totals, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"model.safetensors.index{suffix}.json").write_text(text, encoding="utf-8")
+
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-004
 @dataclass(frozen=True)
 class Packaged:
@@ -300,16 +375,23 @@ PACKAGED = {
 }
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-006
+def package_file(
+    package: str,  # of the Python index
+    file: str,  # in it
+) -> Path | None:  # None where the package is not installed
+    "A file of an installed package, none of whose code is imported."
+    try:
+        path = Path(distribution(package).locate_file(file))
+    except PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
 def packaged_file(
     name: str,  # of PACKAGED
 ) -> Path | None:  # None where the package is not installed
     "The GGUF file of an installed package."
-    row = PACKAGED[name]
-    try:
-        path = Path(distribution(row.package).locate_file(row.file))
-    except PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
+    return package_file(PACKAGED[name].package, PACKAGED[name].file)
 
 
 def install_command(name: str) -> str:
@@ -328,6 +410,9 @@ def missing_package(
     return ""
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-011
+READ_FROM_GGUF = ("llama", "mistral", "qwen2", "phi3")
+
+
 def check_gguf(
     path: Path,  # of a file
 ) -> None:
@@ -340,9 +425,9 @@ def check_gguf(
     except (ValueError, IndexError, KeyError) as error:
         line = " ".join(str(error).split())[:120]
         raise ValueError(f"{path} is no GGUF file, or a damaged one ({line}).") from None
-    if kind not in ARCHITECTURES:
+    if kind not in READ_FROM_GGUF:
         raise ValueError(
-            f"{path} holds a model of type {kind!r}; read here are {', '.join(ARCHITECTURES)}: "
+            f"{path} holds a model of type {kind!r}; read here are {', '.join(READ_FROM_GGUF)}: "
             "give the folder of its safetensors instead."
         )
     for tensor in {t.tensor_type: t for t in reader.tensors}.values():
@@ -353,9 +438,6 @@ def check_gguf(
                 f"{path} holds weights of type {tensor.tensor_type.name}, which the installed "
                 "gguf cannot unpack: update it, or take a file of type Q8_0, Q4_1 or F16."
             ) from None
-
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-013
-ARCHITECTURES = ("llama", "mistral", "qwen2", "phi3")
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-015
 def fresh_model(
