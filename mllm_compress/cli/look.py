@@ -80,7 +80,8 @@ def _cost_without_weights(request: CostRequest) -> dict:
     from transformers import AutoConfig
 
     from mllm_compress.cost import memory, report
-    from mllm_compress.zoo.models import known_config, native_folder
+    from mllm_compress.zoo.models import native_folder
+    from mllm_compress.zoo.releases import known_config
 
     model, ratio = request.model, 0.3 if request.ratio is None else request.ratio
     folder = native_folder(model) or Path(model)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -310,6 +311,7 @@ def write_tensors(
     path: Path,  # of the file to write
     shapes: dict,  # name -> tensor on the meta device
     tensor,  # function of a name
+    progress: bool = False,  # show a progress bar
 ) -> None:
     "Write a safetensors file one tensor at a time."
     codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -323,7 +325,7 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        for name in tqdm(order, path.name, disable=not progress, leave=False):
             raw = tensor(name).contiguous().flatten().view(torch.uint8)
             file.write(raw.numpy().data)
 
@@ -334,6 +336,7 @@ def write_weights(
     tensor,  # function of a name in the model
     variant: str | None = None,
     max_shard_size: str = "5GB",
+    progress: bool = False,  # show a progress bar per file
 ) -> None:
     "The weight files of a model, and their index where there are several."
     tied, suffix = tied_names(model), f".{variant}" if variant else ""
@@ -347,7 +350,8 @@ def write_weights(
     )
     for file, keys in split.filename_to_tensors.items():
         part = {key: shapes[key] for key in keys}
-        write_tensors(folder / file, part, lambda key: tensor(back[id(shapes[key])]))
+        read = lambda key: tensor(back[id(shapes[key])])
+        write_tensors(folder / file, part, read, progress)
     if split.is_sharded:
         totals = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": totals, "weight_map": split.tensor_to_filename}
