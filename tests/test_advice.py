@@ -11,7 +11,7 @@ from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.statistics import difference, setting_of
-from mllm_compress.study.workers import results_of
+from mllm_compress.study.store import results_of
 
 
 def made(

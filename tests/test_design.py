@@ -19,12 +19,10 @@ from mllm_compress.data.calibration import (
 )
 from mllm_compress.data.scenes import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
-from mllm_compress.study import cache_keys, stages
-from mllm_compress.study.cache_keys import name_of, scores_inputs, subject_key
+from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment, canonical, describe, described
 from mllm_compress.study.profiles import differences, load_profile, rate_of, resolve_parameters
-from mllm_compress.study.pruned_models import planned
-from mllm_compress.utils.files import content_hash
+from mllm_compress.study.stages import inputs_of, key_of, name_of, planned, subject_key
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_forms_of_answers(answer, form):
 def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
     def key(e=WIDTH, **changes):
         changed = replace(SMOKE, calibration=replace(SMOKE.calibration, **changes))
-        return content_hash(scores_inputs(e, changed))
+        return key_of("scores", e, changed)
 
     assert key() == key(batch_size=1) != key(samples=5)
     assert len({key(), key(design="first"), key(per_entry=1), key(mode="reference")}) == 4
@@ -91,27 +89,28 @@ def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
 
 
 def test_edited_data_is_another_calibration(monkeypatch):
-    before = scores_inputs(LAYERS, SMOKE)
+    before = inputs_of("scores", LAYERS, SMOKE)
     samples = [dict(scene_data(n=12).samples[i]) for i in range(12)]
     for sample in samples:
         said = [{**turn, "value": turn["value"] + "!"} for turn in sample["conversations"]]
         sample["conversations"] = said
-    monkeypatch.setattr(cache_keys, "calibration_source", lambda _: InstructionData(samples))
-    cache_keys.calibration_inputs.cache_clear()
-    assert scores_inputs(LAYERS, SMOKE)["calibration"] != before["calibration"]
-    cache_keys.calibration_inputs.cache_clear()
+    monkeypatch.setattr(stages, "calibration_source", lambda _: InstructionData(samples))
+    stages.drawn_hash.cache_clear()
+    assert inputs_of("scores", LAYERS, SMOKE)["calibration"] != before["calibration"]
+    stages.drawn_hash.cache_clear()
 
 
 def test_a_large_draw_is_hashed_once(monkeypatch, tmp_path):
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
-    real, drawn = cache_keys.calibration_data, []
+    real, drawn = stages.calibration_data, []
     counted = lambda *given: drawn.append(given[1:3]) or real(*given)
-    monkeypatch.setattr(cache_keys, "calibration_data", counted)
-    ask = lambda n, seed=0: cache_keys.questions_of(SMOKE.training, "stratified", n, 2, seed)
+    monkeypatch.setattr(stages, "calibration_data", counted)
+    again = stages.drawn_hash.__wrapped__  # as in another process
+    ask = lambda n, seed=0: again(SMOKE.training, "stratified", n, 2, seed)
     names = [ask(100), ask(100), ask(100, 1), ask(20), ask(20)]
     assert drawn == [(100, 0), (100, 1), (20, 0), (20, 0)]
     assert names[0] == names[1] != names[2] and names[3] == names[4]
-    monkeypatch.setattr(cache_keys, "code_of", lambda *_: "edited")
+    monkeypatch.setattr(stages, "code_of", lambda *_: "edited")
     assert ask(100) == names[0] and drawn[4:] == [(100, 0)]
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "file"))
@@ -123,7 +122,7 @@ def test_a_large_draw_is_hashed_once(monkeypatch, tmp_path):
 
 def test_seeds_are_named_apart():
     both = replace(TRAINED, calibration_seed=0, seed=4)
-    plans = [cache_keys.plan_inputs(e, SMOKE) for e in (TRAINED, both)]
+    plans = [inputs_of("plan", e, SMOKE) for e in (TRAINED, both)]
     assert plans[0] == plans[1] and subject_key(TRAINED, SMOKE) != subject_key(both, SMOKE)
     assert Experiment("m", "layerwise", 0.3, seed=2).calibration_seed == 2
     untrained = Experiment("m", "layerwise", 0.3, seed=7, calibration_seed=1)
@@ -160,14 +159,16 @@ def test_nonsense_is_refused(wrong):
 
 def test_epochs_of_an_experiment_replace_those_of_the_profile():
     longer = replace(TRAINED, epochs=5)
-    assert cache_keys.recovery_config(longer, SMOKE).epochs == 5
+    assert stages.recovery_config(longer, SMOKE).epochs == 5
     same = replace(TRAINED, epochs=SMOKE.recovery["epochs"])
     assert name_of(same, SMOKE) == name_of(TRAINED, SMOKE) != name_of(longer, SMOKE)
 
 
 def test_a_contiguous_block_is_an_experiment(away):
     blocks = replace(LAYERS, importance="angular_distance")
-    assert scores_inputs(blocks, SMOKE) != scores_inputs(replace(blocks, ratio=0.5), SMOKE)
+    assert inputs_of("scores", blocks, SMOKE) != inputs_of(
+        "scores", replace(blocks, ratio=0.5), SMOKE
+    )
     frame = inline([DENSE, blocks, replace(blocks, ratio=0.5)])
     assert frame.status.eq("done").all() and frame.achieved_ratio.nunique() == 3
 
@@ -226,9 +227,9 @@ def test_a_learning_rate_may_differ_between_prunings_and_ratios():
     assert found == [0.1, 0.2] and rate_of(rates, "widthwise", 0.45) == 0.3
     assert rate_of(None, "layerwise", 0.3) is None
     tuned = replace(SMOKE, learning_rates={"projector+lm": {"sft": rates}})
-    assert cache_keys.recovery_config(TRAINED, tuned).lr == 0.1
+    assert stages.recovery_config(TRAINED, tuned).lr == 0.1
     assert (
-        cache_keys.recovery_config(
+        stages.recovery_config(
             replace(TRAINED, pruning="widthwise", importance="taylor", ratio=0.5), tuned
         ).lr
         == 0.3
@@ -268,7 +269,7 @@ def test_equal_plans_share_their_answers(away, monkeypatch):
     seeded = replace(SMOKE, seeds=[0, 1])
     magnitude = replace(WIDTH, importance="magnitude")
     first = inline([DENSE, magnitude], seeded)
-    monkeypatch.setattr(stages, "answer", lambda *_: pytest.fail("answered again"))
+    monkeypatch.setattr(stages, "student_of", lambda *_: pytest.fail("answered again"))
     again = inline([replace(magnitude, seed=1, calibration_seed=1)], seeded)
     assert again.score.tolist() == first.score.tolist()[1:]
 
@@ -299,7 +300,7 @@ def test_a_hybrid_removes_the_layers_of_its_share_and_has_the_size_of_width_alon
 def test_a_hybrid_has_keys_of_its_own_and_the_scores_of_its_parts():
     hybrid = replace(WIDTH, layer_share=0.5)
     assert subject_key(hybrid, SMOKE) != subject_key(WIDTH, SMOKE)
-    first = cache_keys.layers_first(hybrid)
+    first = stages.layers_first(hybrid)
     assert (first.pruning, first.ratio) == ("layerwise", hybrid.ratio / 2)
     ours, width, layers = (stages.stage_keys(e, SMOKE) for e in (hybrid, WIDTH, first))
     assert ours["scores"] == width["scores"] | layers["scores"] and layers["plan"] < ours["plan"]
@@ -309,17 +310,17 @@ def test_a_hybrid_has_keys_of_its_own_and_the_scores_of_its_parts():
 def test_a_student_from_scratch_differs_by_seed_and_in_nothing_else_of_its_key():
     pruned = replace(LAYERS, recovery="sft", fraction=0.5)
     fresh = replace(pruned, start="scratch")
-    ours, theirs = (cache_keys.student_inputs(e, SMOKE) for e in (fresh, pruned))
+    ours, theirs = (inputs_of("student", e, SMOKE) for e in (fresh, pruned))
     assert [k for k in ours if ours[k] != theirs[k]] == ["start"]
     own = replace(SMOKE, learning_rates={"scratch": {"sft": 0.5}, "projector+lm": {"sft": 0.1}})
-    rates = [cache_keys.recovery_config(e, own).lr for e in (fresh, pruned)]
+    rates = [stages.recovery_config(e, own).lr for e in (fresh, pruned)]
     assert rates == [0.5, 0.1]
 
 
 def test_states_of_several_layers_are_a_setting_of_training():
     plain = replace(LAYERS, recovery="hidden_kd", fraction=0.5)
     deeper = replace(plain, hidden_layers="quarters")
-    configs = [cache_keys.recovery_config(e, SMOKE) for e in (plain, deeper)]
+    configs = [stages.recovery_config(e, SMOKE) for e in (plain, deeper)]
     assert [c.hidden_layers for c in configs] == [None, "quarters"]
     ours, theirs = (stages.stage_keys(e, SMOKE) for e in (deeper, plain))
     assert ours["plan"] == theirs["plan"] and ours["student"] != theirs["student"]
@@ -349,16 +350,14 @@ def test_comparisons_that_cannot_be_are_errors(changes, said):
 
 
 def test_a_curve_belongs_to_a_recovered_student_and_changes_no_other_key():
-    from mllm_compress.study.curves import recovery_curves
+    from mllm_compress.study.stages import recovery_curves
 
     assert "curve" not in stages.stage_keys(LAYERS, SMOKE)
     keys = stages.stage_keys(TRAINED, SMOKE)
-    assert len(keys["curve"]) == 1 and keys["student"] == {
-        content_hash(cache_keys.student_inputs(canonical(TRAINED), SMOKE))
-    }
+    assert len(keys["curve"]) == 1 and keys["student"] == {key_of("student", TRAINED, SMOKE)}
     with pytest.raises(ValueError, match="without recovery"):
         recovery_curves([LAYERS], SMOKE)
     unseen = replace(SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["pope"]))
-    assert cache_keys.validated(SMOKE) and not cache_keys.validated(unseen)
+    assert stages.validated(SMOKE) and not stages.validated(unseen)
     with pytest.raises(ValueError, match="has a validation split"):
-        cache_keys.validation_of(unseen, 10)
+        stages.validation_of(unseen, 10)

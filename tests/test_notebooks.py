@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from mllm_compress.study import cache_keys, notebooks, runner, store
+from mllm_compress.study import notebooks, runner, stages, store
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.notebooks import (
     check_parameters,
@@ -19,7 +19,7 @@ from mllm_compress.study.notebooks import (
     parse_parameter,
 )
 from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.workers import results_of
+from mllm_compress.study.store import results_of
 
 ROOT = Path(__file__).parent.parent
 STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))
@@ -125,11 +125,10 @@ experiments = [Experiment("smoke-llava")]
 def fabricate(results, score: float, seconds: float = 1) -> None:
     "Write stages of a dense model that has not run."
     smoke = load_profile("smoke")
-    subject = cache_keys.subject_key(EXPERIMENT, smoke)
     for name in smoke.evaluation.benchmarks:
         row = {"benchmark": name, "score": score}
         value = {"row": row, "units": [], "sample": [], "record": {"seconds": seconds}}
-        store.write(results, cache_keys.score_inputs(subject, name, smoke.evaluation), value)
+        store.write(results, stages.inputs_of("score", EXPERIMENT, smoke, name), value)
 
 
 @pytest.fixture

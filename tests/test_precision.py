@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mllm_compress.study import cache_keys, students
+from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.store import Store
@@ -23,9 +23,9 @@ def test_fastest_precision_is_settled_and_recorded(monkeypatch):
     result = SimpleNamespace(samples=1, seconds=1.0, history=pd.DataFrame({"loss": [1.0]}))
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
-        config = cache_keys.recovery_config(experiment, profile)
-        assert cache_keys.precision_here() == precision == config.precision
-        assert students._training_record(config, result)["precision"] == precision
+        config = stages.recovery_config(experiment, profile)
+        assert stages.precision_here() == precision == config.precision
+        assert stages._training_record(config, result)["precision"] == precision
 
 
 def rotary(model) -> torch.Tensor:
@@ -44,6 +44,6 @@ def test_a_student_trained_in_float32_goes_back_to_half_without_its_frequencies(
     profile = load_profile("smoke")
     profile = replace(profile, dtype="bfloat16", recovery=profile.recovery | {"precision": "bf16"})
     experiment = Experiment("smoke-llava", "layerwise", 0.3, recovery="sft", fraction=0.5)
-    student = students.student_of(experiment, profile, Store(tmp_path), "cpu")
+    student = stages.student_of(experiment, profile, Store(tmp_path), "cpu")
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert torch.equal(rotary(student), rotary(load_model("smoke-llava")[0]))

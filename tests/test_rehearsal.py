@@ -21,12 +21,10 @@ from typer.testing import CliRunner
 from mllm_compress.cli import app
 from mllm_compress.evaluation.benchmarks import REAL_SUITE
 from mllm_compress.recovery.config import PAPER
-from mllm_compress.study.cache_keys import recovery_config, subject_key
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile, training_of
-from mllm_compress.study.stages import result_of
+from mllm_compress.study.stages import checkpoints_of, recovery_config, result_of, subject_key
 from mllm_compress.study.store import Store
-from mllm_compress.study.students import checkpoints_of
 from mllm_compress.study.workers import complete
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import torch
 from mllm_compress.anatomy.families import lm_parameters
 from mllm_compress.pruning import apply_plan
 from mllm_compress.pruning.pruning_plan import make_plan
-from mllm_compress.study import cache_keys, stages, store, students
+from mllm_compress.study import stages, store
 from mllm_compress.study.experiments import Experiment, describe, method_of
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.rounding import (
@@ -106,13 +106,11 @@ def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
 def test_rounding_has_a_key_of_its_own_and_changes_no_other():
     smoke = load_profile("smoke")
     plain = Experiment("smoke-llava", "widthwise", 0.3)
-    keys = {
-        cache_keys.subject_key(replace(plain, quantize=q), smoke) for q in ("none", *QUANTIZERS)
-    }
+    keys = {stages.subject_key(replace(plain, quantize=q), smoke) for q in ("none", *QUANTIZERS)}
     assert len(keys) == 1 + len(QUANTIZERS)
     eight = replace(plain, quantize="int8")
-    assert cache_keys.plan_inputs(plain, smoke) == cache_keys.plan_inputs(eight, smoke)
-    assert "quantize" not in stages.index_inputs(plain)
+    assert stages.inputs_of("plan", plain, smoke) == stages.inputs_of("plan", eight, smoke)
+    assert "quantize" not in stages.inputs_of("experiment", plain, smoke)
     assert method_of(eight) == "taylor + int8"
     assert describe(Experiment("m", quantize="nf4")) == "m, dense, nf4, seed 0"
 
@@ -121,8 +119,8 @@ def test_the_student_is_rounded_after_its_refit(tmp_path):
     smoke, results = load_profile("smoke"), store.Store(tmp_path)
     how = dict(importance="gauss_newton", allocation="global", reconstruct="stream")
     whole = Experiment("smoke-llava", "widthwise", 0.3, **how, calibration="stratified 64")
-    first = students.student_of(whole, smoke, results, "cpu")
-    found = students.student_of(replace(whole, quantize="nf4"), smoke, results, "cpu")
+    first = stages.student_of(whole, smoke, results, "cpu")
+    found = stages.student_of(replace(whole, quantize="nf4"), smoke, results, "cpu")
     pairs = zip(rounded(first, "nf4").parameters(), found.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,19 +17,8 @@ import pytest
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.importance.criteria import criteria_of
 from mllm_compress.pruning.plans import PRUNINGS
-from mllm_compress.study import (
-    cache_keys,
-    experiments,
-    profile_inputs,
-    pruned_models,
-    runs,
-    stages,
-    store,
-    students,
-    workers,
-)
+from mllm_compress.study import experiments, profile_inputs, runs, stages, store, workers
 from mllm_compress.study import statistics as effects
-from mllm_compress.study.cache_keys import name_of, recovery_config, subject_key
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (
     Calibration,
@@ -37,7 +27,8 @@ from mllm_compress.study.profiles import (
     profile_names,
     read_strictly,
 )
-from mllm_compress.study.workers import results_of
+from mllm_compress.study.stages import name_of, recovery_config, subject_key
+from mllm_compress.study.store import results_of
 from mllm_compress.utils.files import content_hash
 
 ROOT = Path(__file__).parent.parent
@@ -230,15 +221,15 @@ def test_a_key_has_what_determines_a_stage_and_nothing_else():
     assert subject_key(LAYERS, SMOKE) == subject_key(LAYERS, wider)
     assert subject_key(WIDTH, SMOKE) != subject_key(WIDTH, wider)
     ratios = {
-        content_hash(cache_keys.scores_inputs(replace(WIDTH, ratio=r), SMOKE)) for r in (0.2, 0.5)
+        content_hash(stages.inputs_of("scores", replace(WIDTH, ratio=r), SMOKE)) for r in (0.2, 0.5)
     }
     assert len(ratios) == 1
 
 
 VERSIONS = [  # what is raised, and which of the dense, pruned, trained experiments it concerns
-    (cache_keys, "CALIBRATION_VERSION", (0, 1, 1)),
-    (cache_keys, "RECOVERY_VERSION", (0, 0, 1)),
-    (cache_keys, "GENERATION_VERSION", (1, 1, 1)),
+    (stages, "CALIBRATION_VERSION", (0, 1, 1)),
+    (stages, "RECOVERY_VERSION", (0, 0, 1)),
+    (stages, "GENERATION_VERSION", (1, 1, 1)),
     (profile_inputs, "SMOKE_VERSION", (1, 1, 1)),
     (profile_inputs, "DATA_VERSION", (0, 1, 1)),
 ]
@@ -247,7 +238,7 @@ VERSIONS = [  # what is raised, and which of the dense, pruned, trained experime
 @pytest.mark.parametrize("module, name, concerned", VERSIONS, ids=[n for _, n, _ in VERSIONS])
 def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, concerned):
     def names():
-        kept = (cache_keys._score_keys, cache_keys.calibration_inputs)
+        kept = (stages.key_of, stages.name_of, stages.drawn_hash)
         for cached in (*kept, profile_inputs.model_identity, profile_inputs.data_inputs):
             cached.cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, TRAINED)]
@@ -261,18 +252,18 @@ def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, conce
 
 def test_a_row_s_version_is_in_the_keys_of_its_results(monkeypatch):
     def names():
-        cache_keys._score_keys.cache_clear()
+        stages.key_of.cache_clear(), stages.name_of.cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, WIDTH, TRAINED)]
 
     before, row = names(), PRUNINGS["layerwise"]
     monkeypatch.setitem(PRUNINGS, "layerwise", replace(row, version=row.version + 1))
     assert [a != b for a, b in zip(before, names())] == [False, True, False, True]
     monkeypatch.undo()
-    row = cache_keys.LOSSES["sft"]
-    monkeypatch.setitem(cache_keys.LOSSES, "sft", replace(row, version=row.version + 1))
+    row = stages.LOSSES["sft"]
+    monkeypatch.setitem(stages.LOSSES, "sft", replace(row, version=row.version + 1))
     assert [a != b for a, b in zip(before, names())] == [False, False, False, True]
     monkeypatch.undo()
-    cache_keys._score_keys.cache_clear()
+    stages.key_of.cache_clear(), stages.name_of.cache_clear()
 
 
 def test_a_tower_that_lies_elsewhere_is_part_of_the_name(tmp_path):
@@ -288,8 +279,8 @@ def test_a_precision_left_open_is_the_same_key_on_every_machine(monkeypatch):
     left_open = replace(SMOKE, recovery=SMOKE.recovery | {"precision": "fastest"})
     names = set()
     for precision in ("fp32", "bf16"):
-        monkeypatch.setattr(cache_keys, "precision_here", lambda p=precision: p)
-        cache_keys._score_keys.cache_clear()
+        monkeypatch.setattr(stages, "precision_here", lambda p=precision: p)
+        stages.key_of.cache_clear(), stages.name_of.cache_clear()
         names.add(name_of(TRAINED, left_open))
         assert recovery_config(TRAINED, left_open).precision == precision
     assert len(names) == 1 and names != {name_of(TRAINED, SMOKE)}
@@ -302,7 +293,7 @@ def test_a_new_benchmark_asks_kept_students_and_trains_none(away, monkeypatch):
     keeping = replace(SMOKE, students="all")
     inline([DENSE, LAYERS, TRAINED], keeping)
     before = files(away)
-    monkeypatch.setattr(students, "trained", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(stages, "trained", lambda *_: pytest.fail("trained again"))
     more = replace(keeping, evaluation=replace(FEW, benchmarks=[*FEW.benchmarks, "scenes/open"]))
     frame = inline([DENSE, LAYERS, TRAINED], more)
     assert frame.status.eq("done").all() and len(frame) == 6
@@ -340,21 +331,18 @@ def test_adapters_are_kept_and_give_the_same_student(away):
     lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}
     recovery = {"epochs": 2, "batch_size": 2, "lr": 0.01, "lora": lora}
     keeping = replace(SMOKE, students="adapters", recovery=recovery)
-    results, plan = (
-        results_of(keeping),
-        pruned_models.plan_of(TRAINED, keeping, results_of(keeping), "cpu"),
-    )
-    first = students.student_of(TRAINED, keeping, results, "cpu")
-    again = students.kept_student(TRAINED, keeping, results, plan, "cpu")
-    pruned = students.student_of(LAYERS, keeping, results, "cpu")
+    results = results_of(keeping)
+    first = stages.student_of(TRAINED, keeping, results, "cpu")
+    again = stages.kept_student(TRAINED, keeping, results, "cpu")
+    pruned = stages.student_of(LAYERS, keeping, results, "cpu")
     assert weights_hash(first) == weights_hash(again) != weights_hash(pruned)
-    assert students.kept_bytes(results) < sum(p.nbytes for p in pruned.parameters()) / 3
+    assert stages.kept_bytes(results) < sum(p.nbytes for p in pruned.parameters()) / 3
 
 
 def test_students_beyond_the_limit_are_not_kept(away):
     inline([TRAINED], replace(SMOKE, students="all", students_gb=1e-6))
     results = results_of(SMOKE)
-    assert students.kept_bytes(results) == 0 and len(results.keys("student")) == 1
+    assert stages.kept_bytes(results) == 0 and len(results.keys("student")) == 1
     assert "students_gb" in results.log(name_of(TRAINED, SMOKE)).read_text()
 
 
@@ -379,7 +367,7 @@ def test_a_damaged_student_is_trained_again(away):
     with pytest.warns(UserWarning, match="damaged"):
         stages.compute(TRAINED, more, results_of(keeping))
     again = inline([TRAINED], keeping)
-    assert first.score.equals(again.score) and students.kept_bytes(results_of(keeping)) > 0
+    assert first.score.equals(again.score) and stages.kept_bytes(results_of(keeping)) > 0
 
 
 # ---- running
@@ -478,48 +466,45 @@ def test_whatever_goes_wrong_is_a_failed_experiment(away, monkeypatch):
     assert word == "failed" and "No space left" in message
 
 
-def test_a_worker_that_dies_while_idle_is_replaced(away):
-    "Killed between two experiments, it fails the next one, and the run goes on with another."
+def test_a_worker_that_dies_is_replaced(away):
+    "Killed between two experiments, or at the start of one, it costs one at most."
     run = workers.local([DENSE, LAYERS, WIDTH], SMOKE, results_of(SMOKE), workers=1)
     assert next(run)[1] == "done"
     (worker,) = multiprocessing.active_children()
     worker.kill()
     worker.join()
-    assert sorted(word for _, word, _ in run) == ["done", "failed"]
-
-
-class Fragile:
-    "A worker whose device breaks at the first experiment that needs too much."
-
-    made = []
-
-    def __init__(self, profile, folder, device):
-        self.args, self.pipe, self.broken = (profile, folder, device), object(), False
-        self.current = self.last = None
-        self.made.append(device)
-
-    def give(self, experiment):
-        self.current = self.last = experiment
-
-    def take(self):
-        done, self.current = self.current, None
-        self.broken = self.broken or done.ratio > 0.9
-        return done, "failed" if self.broken else "done", ""
-
-    def stop(self):
-        pass
+    answers = [(word, message) for _, word, message in run]
+    assert len(answers) == 2 and ("done", "") in answers
+    assert all(word == "done" or "exit code -9" in message for word, message in answers)
+    assert not multiprocessing.active_children()
 
 
 def test_a_failure_on_a_gpu_costs_one_experiment_and_one_worker(away, monkeypatch):
     "An error of the device breaks whatever its process does next; on a CPU a worker goes on."
-    monkeypatch.setattr(workers, "Worker", Fragile)
-    monkeypatch.setattr(workers, "wait", lambda pipes: pipes)
+    made = []
+
+    class Fragile(workers.Place):
+        "Its device breaks at the first experiment that needs too much."
+
+        def submit(self, experiment):
+            if self.pool is None:
+                self.pool, self.broken = object(), False
+                made.append(self.device)
+            self.last, future = experiment, Future()
+            self.broken = self.broken or experiment.ratio > 0.9
+            future.set_result(("failed" if self.broken else "done", ""))
+            return future
+
+        def stop(self):
+            self.pool = None
+
+    monkeypatch.setattr(workers, "Place", Fragile)
     three = [Experiment("m", "widthwise", r) for r in (0.94, 0.3, 0.5)]
-    for device, made, failed in (("cuda:0", 2, 1), ("cpu", 1, 3)):
-        Fragile.made.clear()
+    for device, places, failed in (("cuda:0", 2, 1), ("cpu", 1, 3)):
+        made.clear()
         monkeypatch.setattr(workers, "devices", lambda *_, d=device: [d])
         words = [word for _, word, _ in workers.local(three, SMOKE, results_of(SMOKE))]
-        assert words.count("failed") == failed and Fragile.made == [device] * made
+        assert words.count("failed") == failed and made == [device] * places
 
 
 def test_an_experiment_that_is_named_twice_counts_once(away):
@@ -527,30 +512,16 @@ def test_an_experiment_that_is_named_twice_counts_once(away):
     assert len(inline([DENSE, LAYERS, LAYERS])) == len(inline([DENSE, LAYERS]))
 
 
-def test_the_device_is_free_while_others_train_on_it():
-    class Model:
-        place = ["cuda:0"]
-
-        def to(self, device):
-            self.place = [*self.place, device]
-
-    teacher, student = Model(), Model()
-    with pytest.raises(RuntimeError), students._off("cuda:0", teacher, student):
-        assert teacher.place[-1] == student.place[-1] == "cpu"
-        raise RuntimeError
-    assert teacher.place[-1] == student.place[-1] == "cuda:0"
-
-
 def test_what_a_worker_finds_in_its_environment(monkeypatch):
-    one = workers._surroundings("cpu")
+    one = workers.surroundings("cpu")
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     assert {one[k] for k in threads} == {"1"} and "CUDA_VISIBLE_DEVICES" not in one
     assert one["MALLOC_TRIM_THRESHOLD_"] == str(2**30)
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
-    assert workers._surroundings("cpu")["MALLOC_TRIM_THRESHOLD_"] == "1000"
+    assert workers.surroundings("cpu")["MALLOC_TRIM_THRESHOLD_"] == "1000"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert workers._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
-    assert workers._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
+    assert workers.surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert workers.surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 def test_workers_are_counted():
@@ -565,7 +536,7 @@ def test_what_a_store_has_from_other_settings_is_passed_over(away):
     results = results_of(SMOKE)
     assert workers.complete(DENSE, SMOKE, results)[0] == "done"
     for other in ({"model": "gone"}, {"model": "smoke-llava", "depth": 3}, {"pruning": "odd"}):
-        store.write(results, store.stage_inputs("experiment", 1, **other), {})
+        store.write(results, {"stage": "experiment", "version": 1, **other}, {})
     assert list(runs.stored(SMOKE)) == [DENSE] and len(results.keys("experiment")) == 4
     longer = replace(SMOKE, evaluation=replace(FEW, questions=5))
     assert runs.stored(longer) == {}
@@ -656,7 +627,7 @@ def test_units_of_every_scorer_average_to_its_score():
     "MME sums two hundred points a subtask: its units must say the same as its score."
     from mllm_compress.evaluation.benchmarks import benchmark
     from mllm_compress.evaluation.scorers import SCORERS
-    from mllm_compress.study.stored_answers import units_of
+    from mllm_compress.study.stages import units_of
 
     rng = np.random.default_rng(1)
     paired = lambda name: (
@@ -684,7 +655,8 @@ def test_units_of_every_scorer_average_to_its_score():
             for k in range(120)
         ]
     )
-    for name, units in units_of(answers).items():
+    for name, rows in answers.groupby("benchmark"):
+        units = units_of(name, rows)
         score = SCORERS[benchmark(name).scorer].combine(answers[answers.benchmark == name])["score"]
         assert 100 * np.mean(units) == pytest.approx(score, abs=0.01) and len(units) == (
             60 if paired(name) else 120
@@ -701,7 +673,7 @@ def test_units_of_every_scorer_average_to_its_score():
 
 
 def test_groups_of_unequal_size_count_by_their_questions():
-    from mllm_compress.study.stored_answers import units_of
+    from mllm_compress.study.stages import units_of
 
     answers = pd.DataFrame(
         [
@@ -711,7 +683,7 @@ def test_groups_of_unequal_size_count_by_their_questions():
             )
         ]
     )
-    units = units_of(answers)["gqa"]
+    units = units_of("gqa", answers)
     assert (
         len(units) == 3
         and np.mean(units) == pytest.approx(3 / 5)
@@ -745,15 +717,15 @@ OURS = dict(importance="gauss_newton", allocation="global", reconstruct="stream"
 def test_new_fields_change_no_key_at_their_defaults():
     smoke = load_profile("smoke")
     plain = Experiment("smoke-llava", "widthwise", 0.3, recovery="sft", fraction=0.2)
-    for inputs in (cache_keys.scores_inputs, cache_keys.plan_inputs, cache_keys.student_inputs):
+    for stage in ("scores", "plan", "student"):
         fields = set(experiments.METHOD_FIELDS) - {"start"}  # a student starts from its plan
-        assert not set(inputs(plain, smoke)) & fields, inputs
-    starts = content_hash(cache_keys.plan_inputs(plain, smoke))
-    assert cache_keys.student_inputs(plain, smoke)["start"] == starts
-    found = stages.index_inputs(plain)
+        assert not set(stages.inputs_of(stage, plain, smoke)) & fields, stage
+    starts = content_hash(stages.inputs_of("plan", plain, smoke))
+    assert stages.inputs_of("student", plain, smoke)["start"] == starts
+    found = stages.inputs_of("experiment", plain, smoke)
     assert not set(found) & set(experiments.METHOD_FIELDS)
     keys = {
-        cache_keys.subject_key(replace(plain, **change), smoke)
+        stages.subject_key(replace(plain, **change), smoke)
         for change in (
             {},
             {"importance": "gauss_newton"},
@@ -797,16 +769,16 @@ def test_a_refitted_student_is_the_refit_of_its_plan(tmp_path):
     smoke = load_profile("smoke")
     results = store.Store(tmp_path)
     e = Experiment("smoke-llava", "widthwise", 0.3, **OURS, calibration="stratified 64")
-    plan = pruned_models.plan_of(e, smoke, results, "cpu")
-    model, processor = pruned_models.teacher_of(e.model, smoke)
-    batches = pruned_models.calibration_batches_of(e, smoke, processor, "cpu")
+    plan = stages.plan_of(e, smoke, results, "cpu")
+    model, processor = stages.teacher_of(e.model, smoke)
+    batches = stages.calibration_batches_of(e, smoke, processor, "cpu")
     expected = reconstruct(apply_plan(model, plan), model, batches, plan)
-    found = students.student_of(e, smoke, results, "cpu")
+    found = stages.student_of(e, smoke, results, "cpu")
     pairs = zip(expected.parameters(), found.parameters())
     assert plan.meta["allocation"] == "global" and all(torch.equal(a, b) for a, b in pairs)
     assert results.keys("reconstruction") == sorted(stages.stage_keys(e, smoke)["reconstruction"])
     trained = replace(e, recovery="hidden_kd", fraction=0.2)
-    assert cache_keys.recovery_config(trained, smoke).lr == 3e-4
-    assert cache_keys.recovery_config(replace(trained, train="projector"), smoke).lr == 2e-3
-    one, two = (students.student_of(trained, smoke, results, "cpu") for _ in range(2))
+    assert stages.recovery_config(trained, smoke).lr == 3e-4
+    assert stages.recovery_config(replace(trained, train="projector"), smoke).lr == 2e-3
+    one, two = (stages.student_of(trained, smoke, results, "cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from mllm_compress.recovery.trainer import RecoveryTrainer
-from mllm_compress.study import stages, students, workers
-from mllm_compress.study.cache_keys import name_of, subject_key
+from mllm_compress.study import stages, workers
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import Profile, Slurm, checked, load_profile, read_strictly
+from mllm_compress.study.stages import name_of, subject_key
 from mllm_compress.study.store import Store
 
 SMOKE = load_profile("smoke")
@@ -60,7 +60,7 @@ def test_processes_do_not_outlive_the_one_that_started_them():
         [
             sys.executable,
             "-c",
-            f"from mllm_compress.study.students import _end_with; _end_with({gone.pid})",
+            f"from mllm_compress.study.stages import _end_with; _end_with({gone.pid})",
         ],
         timeout=60,
     )
@@ -82,7 +82,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch)
     longer = replace(profile, recovery=profile.recovery | {"epochs": 3})
     with pytest.raises(KeyboardInterrupt):
         workers.complete(EXPERIMENT, longer, store)
-    folder = students.checkpoints_of(subject_key(EXPERIMENT, longer), store)
+    folder = stages.checkpoints_of(subject_key(EXPERIMENT, longer), store)
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(RecoveryTrainer, "training_step", real)
     resumed = result_of(longer, store)
@@ -110,9 +110,9 @@ def test_workers_share_the_gpus_out(monkeypatch):
     assert workers.devices() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"] and workers.devices(
         processes=2
     ) == ["cuda:0", "cuda:2"]
-    assert workers._surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert workers.surroundings("cuda:2", 2)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert workers._surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
+    assert workers.surroundings("cuda:1")["CUDA_VISIBLE_DEVICES"] == "5"
     with pytest.raises(ValueError, match="8 processes are to train an experiment together.*has 4"):
         workers.check_gpus(replace(SMOKE, processes=8))
-    assert "CUDA_VISIBLE_DEVICES" not in workers._surroundings("cpu")
+    assert "CUDA_VISIBLE_DEVICES" not in workers.surroundings("cpu")

@@ -13,13 +13,12 @@ import pytest
 from mllm_compress.study import runner, status, store
 from mllm_compress.study import runs as study
 from mllm_compress.study import statistics as effects
-from mllm_compress.study.cache_keys import name_of
 from mllm_compress.study.claims import AT_EQUAL_SIZE, CLAIMS, SECOND_FORM, judged_by
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.notebooks import experiments_of, for_profile
 from mllm_compress.study.profile_inputs import missing_inputs
 from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.stages import result_of
+from mllm_compress.study.stages import name_of, result_of
 from mllm_compress.study.statistics import Verdict
 from mllm_compress.study.store import Store
 

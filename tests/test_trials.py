@@ -18,11 +18,12 @@ LIBRARY = "nbs/library"
 GRID = """
 import json
 from dataclasses import replace
-from mllm_compress.study import stages, students
+from mllm_compress.study import stages
+from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.runs import run, status
-from mllm_compress.study.workers import results_of
+from mllm_compress.study.store import results_of
 
 p = load_profile("smoke")
 few = replace(p.evaluation, benchmarks=["scenes/open", "scenes/hallucination"], questions=4)
@@ -246,7 +247,7 @@ few = replace(few, benchmarks=[*few.benchmarks, "colours"])
 q = replace(p, evaluation=few)
 plan = status(grid.values(), q)
 open_stages, trained = missing(q), []
-students.recover = lambda *a, **k: trained.append(a)
+stages.recover = lambda *a, **k: trained.append(a)
 frame = run(grid.values(), q, "inline", quiet=True)
 found = [open_stages, bool(plan.trains.any()), len(trained)]
 found += [frame.status.tolist(), frame.benchmark.tolist(), count()]

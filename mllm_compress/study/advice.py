@@ -25,8 +25,7 @@ from mllm_compress.study.statistics import (
     setting_of,
     summary,
 )
-from .store import Store, unpack
-from .workers import results_of
+from .store import Store, results_of, unpack
 from ..utils.files import cache_folder, checkout, sha256
 from ..zoo.models import MODELS
 

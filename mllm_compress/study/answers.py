@@ -17,8 +17,8 @@ from .experiments import Experiment
 from .profile_inputs import root_of
 from .profiles import Profile
 from .stages import result_of
+from .store import results_of
 from .style import page, panels
-from .workers import results_of
 from ..utils.methods import GREEN, GREY, RED
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-004

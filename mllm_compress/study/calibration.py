@@ -15,27 +15,29 @@ import pandas as pd
 from ..data.batches import Collator
 from ..data.calibration import calibration_data
 from ..evaluation.likelihood import entry_losses
-from . import cache_keys, profile_inputs, pruned_models
+from . import profile_inputs, stages
 from .experiments import Experiment
 from .profiles import Profile, training_of
-from .workers import results_of
+from .store import results_of
 
 # %% ../../nbs/library/study/15_calibration.ipynb #cell-005
 def drawn_questions(
     experiment: Experiment, profile: Profile, device: str = "cpu"
 ) -> pd.DataFrame:  # a row per question: type, answer, loss
     "The calibration questions of an experiment, and the model's loss on each."
-    e, c = experiment, cache_keys.calibration_of(experiment, profile)
+    e, c = experiment, stages.calibration_of(experiment, profile)
     samples = profile_inputs.calibration_source(training_of(e.model, profile))
     drawn = calibration_data(samples, c.samples, e.calibration_seed, c.design, c.per_entry)
-    model, processor = pruned_models.teacher_of(e.model, profile, device)
+    model, processor = stages.teacher_of(e.model, profile, device)
     collate, losses = Collator(processor, drawn, turns="sequential"), []
     for start in range(0, len(drawn), c.batch_size):
         rows = [drawn[i] for i in range(start, min(start + c.batch_size, len(drawn)))]
         total, tokens = entry_losses(model, collate(rows))
         losses += (total / tokens).tolist()
-    said = lambda e: e["conversations"][-1]["value"] if "conversations" in e else e["text"]
-    answers = [said(entry) for entry in drawn.samples]
+    answers = [
+        e["conversations"][-1]["value"] if "conversations" in e else e["text"]
+        for e in drawn.samples
+    ]
     kinds = [entry["types"][0] for entry in drawn.samples]
     return pd.DataFrame({"type": kinds, "answer": answers, "loss": losses})
 
@@ -64,19 +66,11 @@ def vanishing_warning(questions: pd.DataFrame) -> str:  # of `drawn_questions`; 
     )
 
 # %% ../../nbs/library/study/15_calibration.ipynb #cell-012
-def removed_units(plan) -> set:  # of (kind, layer, unit)
-    "Everything that a plan removes."
-    found = {("layer", i, 0) for i in plan.removed_layers}
-    for kind in ("heads", "neurons"):
-        found |= {(kind, i, unit) for i in plan.layers for unit in plan.removed(kind, i)}
-    return found
-
-
 def overlap(first: set, second: set) -> float:  # from 0 to 1
     "Intersection over union of what two plans remove; 1 where neither removes anything."
     return len(first & second) / len(first | second) if first | second else 1.0
 
-# %% ../../nbs/library/study/15_calibration.ipynb #cell-013
+
 def agreement(
     experiment: Experiment, seeds: list, profile: Profile, device: str = "cpu"
 ) -> tuple:  # (mean overlap of all pairs, number of different plans)
@@ -84,23 +78,10 @@ def agreement(
     results, removed = results_of(profile), []
     for seed in seeds:
         e = replace(experiment, seed=seed, calibration_seed=seed)
-        removed.append(removed_units(pruned_models.plan_of(e, profile, results, device)))
+        plan = stages.plan_of(e, profile, results, device)
+        units = {("layer", i, 0) for i in plan.removed_layers}
+        for kind in ("heads", "neurons"):
+            units |= {(kind, i, unit) for i in plan.layers for unit in plan.removed(kind, i)}
+        removed.append(units)
     pairs = [overlap(a, b) for a, b in combinations(removed, 2)]
     return float(np.mean(pairs)) if pairs else 1.0, len(set(map(frozenset, removed)))
-
-# %% ../../nbs/library/study/15_calibration.ipynb #cell-016
-def calibration_report(
-    experiment: Experiment, seeds: list, profile: Profile, device: str = "cpu"
-) -> tuple:  # (table of `coverage_table`, dict of totals)
-    "What the calibration of an experiment covers, and how far its seeds agree."
-    questions = drawn_questions(experiment, profile, device)
-    same, plans = agreement(experiment, seeds, profile, device)
-    return coverage_table(questions), {
-        "questions": len(questions),
-        "types": questions.type.nunique(),
-        "loss": questions.loss.mean(),
-        "agreement": same,
-        "different plans": plans,
-        "seeds": len(seeds),
-        "warning": vanishing_warning(questions),
-    }

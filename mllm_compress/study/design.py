@@ -12,13 +12,12 @@ from matplotlib.ticker import NullLocator
 
 from ..evaluation.benchmarks import load_questions
 from . import style
-from .cache_keys import limit_of
 from .claims import MARGIN, contrast
 from .experiments import study_criteria
 from .profile_inputs import root_of
 from .profiles import Profile
+from .stages import limit_of, unit_numbers
 from .statistics import COLORS, summary
-from .stored_answers import unit_numbers
 from ..utils.methods import GREY
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-005

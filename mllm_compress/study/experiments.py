@@ -102,13 +102,22 @@ class Experiment:
         real = dict.fromkeys(("ratio", "fraction", "layer_share"), float)
         for name, kind in {**real, **whole}.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
-        _check_ranges(self)
-        _check_method(self)
-        _check_comparison(self)
+        for wrong, message in _rules(self):
+            if wrong:
+                raise ValueError(message)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014
-def _check_method(e: Experiment) -> None:
-    "ValueError for a way of pruning that is unknown, or that does not fit the criterion."
+def _rules(e: Experiment):
+    "Yield what would be wrong with an experiment, with its message."
+    yield not 0 <= e.ratio < 0.95, f"Ratio {e.ratio} is outside [0, 0.95)."
+    yield (
+        (e.pruning == "none") != (e.ratio == 0),
+        f"Ratio {e.ratio} does not fit pruning {e.pruning!r}: 0 belongs to 'none', and only to it.",
+    )
+    yield not 0 < e.fraction <= 1, f"Fraction {e.fraction} is outside (0, 1]."
+    for name in ("seed", "calibration_seed", "epochs"):
+        value = getattr(e, name)
+        yield value < 0, f"{name} {value} is negative: use 0, 1, 2 and so on."
     if e.calibration != "default":
         calibration_words(e.calibration)
     check_choice("of", e.of, ("auto", *PRESERVED))
@@ -116,67 +125,51 @@ def _check_method(e: Experiment) -> None:
     check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
     check_choice("reconstruct", e.reconstruct, RECONSTRUCTIONS)
     check_choice("quantize", e.quantize, (UNROUNDED, *QUANTIZERS))
-    if e.quantize != UNROUNDED and e.recovery != "none":
-        raise ValueError(
-            f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}."
-        )
-    if e.of != "auto" and e.importance != "gauss_newton":
-        raise ValueError(f"of={e.of!r} is an option of gauss_newton, not of {e.importance}.")
-    if e.pruning == "none" and e.reconstruct != "none":
-        raise ValueError(f"reconstruct={e.reconstruct!r} needs a pruning.")
-    if e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"):
-        raise ValueError(f"allocation and shape are of widthwise plans, not of {e.pruning!r}.")
-    if e.allocation != "layer" and e.shape == "uniform":
-        raise ValueError(f"allocation {e.allocation!r} gives each layer its own width.")
-    if e.allocation in COMPARABLE and e.importance not in COMPARABLE["global"]:
-        raise ValueError(
-            f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
-            "importance gauss_newton."
-        )
-
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-014b
-def _check_comparison(e: Experiment) -> None:
-    "ValueError for a comparison that has no effect, or that is impossible."
+    yield (
+        e.quantize != UNROUNDED and e.recovery != "none",
+        f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}.",
+    )
+    yield (
+        e.of != "auto" and e.importance != "gauss_newton",
+        f"of={e.of!r} is an option of gauss_newton, not of {e.importance}.",
+    )
+    refitted = e.reconstruct != "none"
+    yield e.pruning == "none" and refitted, f"reconstruct={e.reconstruct!r} needs a pruning."
+    yield (
+        e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"),
+        f"allocation and shape are of widthwise plans, not of {e.pruning!r}.",
+    )
+    yield (
+        e.allocation != "layer" and e.shape == "uniform",
+        f"allocation {e.allocation!r} gives each layer its own width.",
+    )
+    yield (
+        e.allocation in COMPARABLE and e.importance not in COMPARABLE["global"],
+        f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
+        "importance gauss_newton.",
+    )
     check_choice("start", e.start, STARTS)
     check_choice("hidden_layers", e.hidden_layers, HIDDEN_LAYERS)
-    if e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"):
-        raise ValueError(
-            f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states."
-        )
-    if not 0 <= e.layer_share < 1:
-        raise ValueError(f"layer_share {e.layer_share} is outside [0, 1).")
-    if e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"):
-        raise ValueError(
-            f"layer_share {e.layer_share} is of widthwise plans with allocation 'layer', not of "
-            f"{e.pruning!r} with {e.allocation!r}."
-        )
-    if e.start == "pruned":
-        return
-    if e.recovery == "none" or e.train == "projector":
-        raise ValueError(
-            f"start={e.start!r} has a new decoder: give a recovery, and train='projector+lm'."
-        )
-    if e.pruning == "none" or e.reconstruct != "none":
-        raise ValueError(
-            f"start={e.start!r} has the shape of a plan and no refitted weights: give a pruning, "
-            "and no reconstruct."
-        )
-
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-016
-def _check_ranges(e: Experiment) -> None:
-    "ValueError for a ratio or fraction that is impossible."
-    if not 0 <= e.ratio < 0.95:
-        raise ValueError(f"Ratio {e.ratio} is outside [0, 0.95).")
-    if (e.pruning == "none") != (e.ratio == 0):
-        raise ValueError(
-            f"Ratio {e.ratio} does not fit pruning {e.pruning!r}: 0 belongs to 'none', "
-            "and only to it."
-        )
-    if not 0 < e.fraction <= 1:
-        raise ValueError(f"Fraction {e.fraction} is outside (0, 1].")
-    for name in ("seed", "calibration_seed", "epochs"):
-        if getattr(e, name) < 0:
-            raise ValueError(f"{name} {getattr(e, name)} is negative: use 0, 1, 2 and so on.")
+    yield (
+        e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"),
+        f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states.",
+    )
+    yield not 0 <= e.layer_share < 1, f"layer_share {e.layer_share} is outside [0, 1)."
+    yield (
+        e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"),
+        f"layer_share {e.layer_share} is of widthwise plans with allocation 'layer', not of "
+        f"{e.pruning!r} with {e.allocation!r}.",
+    )
+    anew = e.start != "pruned"
+    yield (
+        anew and (e.recovery == "none" or e.train == "projector"),
+        f"start={e.start!r} has a new decoder: give a recovery, and train='projector+lm'.",
+    )
+    yield (
+        anew and (e.pruning == "none" or refitted),
+        f"start={e.start!r} has the shape of a plan and no refitted weights: give a pruning, "
+        "and no reconstruct.",
+    )
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-021
 def canonical(experiment: Experiment) -> Experiment:
@@ -208,10 +201,10 @@ LATER = {  # fields with their defaults
 
 def described(experiment: Experiment) -> dict:
     "The fields of an experiment, without later ones at their defaults."
-    found = asdict(experiment)
-    if found["calibration_seed"] == found["seed"]:
-        del found["calibration_seed"]
-    return {k: v for k, v in found.items() if LATER.get(k, ...) != v}
+    fields = asdict(experiment)
+    if fields["calibration_seed"] == fields["seed"]:
+        del fields["calibration_seed"]
+    return {k: v for k, v in fields.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
 METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start")
@@ -235,8 +228,5 @@ def describe(experiment: Experiment) -> str:
         states = f" ({e.hidden_layers})" * (e.hidden_layers != LATER["hidden_layers"])
         words += [f"{e.recovery}{states} on {e.train}, {100 * e.fraction:g} % of the data"]
     words += [f"{e.epochs} epochs"] * bool(e.epochs) + [f"seed {e.seed}"]
-    return ", ".join(words + [f"calibration seed {e.calibration_seed}"] * _two_seeds(e))
-
-
-def _two_seeds(e: Experiment) -> bool:
-    return e.calibration_seed != e.seed
+    two_seeds = e.calibration_seed != e.seed
+    return ", ".join(words + [f"calibration seed {e.calibration_seed}"] * two_seeds)

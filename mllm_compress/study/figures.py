@@ -631,7 +631,7 @@ def over_fractions(
 
 # %% ../../nbs/library/study/25_figures.ipynb #study-figures-cell-033b
 def recovery_curves(
-    rows: pd.DataFrame,  # of `study.curves.recovery_curves`
+    rows: pd.DataFrame,  # of `study.stages.recovery_curves`
     order: list,  # of losses
 ):  # a figure
     "Validation score over the steps of training: a panel per model, a line per objective."

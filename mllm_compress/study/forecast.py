@@ -22,11 +22,10 @@ from mllm_compress.cost.memory import (
     recovery_memory,
     training_operations,
 )
-from ..recovery.config import RecoveryConfig
-from .cache_keys import recovery_config
 from .experiments import Experiment
 from .profile_inputs import source_of
 from .profiles import Profile, Training, located, training_of
+from .stages import recovery_config
 from ..zoo.releases import is_original_layout, native_config, real_config, real_name
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-004
@@ -82,21 +81,6 @@ ASSUMED = (
     "question with 8 new tokens; memory from a dry run on the meta device, one pass, teacher "
     "beside the student; loading, images and waiting not counted"
 )
-
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-013
-LLAVA_RUNS = {  # stage -> samples, hours on 8 A100, fields of RecoveryConfig, text tokens
-    "pretraining": (558_000, 3.5, {"train": "projector"}, 64),
-    "instruction tuning": (665_000, 10.0, {"train": "projector+lm"}, 256),
-}
-
-
-def published_speed(stage: str) -> float:  # operations a second, on one A100
-    "The speed that a published run of LLaVA-v1.5-7B reached, by the same count of operations."
-    samples, hours, options, tokens = LLAVA_RUNS[stage]
-    recovery = RecoveryConfig(losses={"sft": 1.0}, gradient_checkpointing=True, **options)
-    config = real_config("llava-v1.5-7b")
-    work = samples * training_operations(config, recovery, text_tokens=tokens)
-    return work / (8 * 3600 * hours)
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-016
 FASTER = {"A100": (1.0, 1.0), "H100": (3.35 / 2.04, 989 / 312)}  # bandwidth TB/s, peak TFLOPS

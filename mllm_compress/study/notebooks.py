@@ -21,11 +21,10 @@ import yaml
 from IPython import get_ipython
 
 from .. import cost, study
-from .cache_keys import name_of
 from .profile_inputs import model_identity, source_of
 from .profiles import Slurm, load_profile
-from .stages import result_of
-from .workers import results_of
+from .stages import name_of, result_of
+from .store import results_of
 from ..utils import files
 from ..utils.files import checkout, code_of, content_hash, file_hash, write_atomically
 from ..utils.methods import lazily

@@ -15,13 +15,12 @@ from pathlib import Path
 import pandas as pd
 
 from . import store
-from .cache_keys import name_of
 from .experiments import Experiment
 from .notebooks import executed, figures_folder, notebooks
 from .profiles import Profile, load_profile
 from .runs import stored
-from .stages import stage_keys
-from .workers import results_of
+from .stages import name_of, stage_keys
+from .store import results_of
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
 

@@ -65,31 +65,31 @@ def model_identity(
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-008
 def model_inputs(model: str, profile: Profile) -> dict:
     "What determines a model of a profile: weights, dtype, and a vision tower that lies elsewhere."
-    found, tower = {"model": model_identity(source_of(model, profile))}, profile.towers.get(model)
+    inputs, tower = {"model": model_identity(source_of(model, profile))}, profile.towers.get(model)
     if profile.dtype:
-        found["dtype"] = profile.dtype
+        inputs["dtype"] = profile.dtype
     if tower:
-        found["tower"] = model_identity(str(located(tower)))
-    return found
+        inputs["tower"] = model_identity(str(located(tower)))
+    return inputs
 
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-010
 @lru_cache
 def data_inputs(training: Training) -> dict:
     "What determines the training data."
-    found = {"version": DATA_VERSION}
+    inputs = {"version": DATA_VERSION}
     if training.scenes:
-        found["scenes"] = [training.scenes, SCENES_VERSION]
+        inputs["scenes"] = [training.scenes, SCENES_VERSION]
     if training.easy_vqa:
-        found["easy_vqa"] = version("easy-vqa")
+        inputs["easy_vqa"] = version("easy-vqa")
     if training.emoji:
-        found["emoji"] = [training.emoji, emoji_hash()]
+        inputs["emoji"] = [training.emoji, emoji_hash()]
     if training.json:
-        found["json"] = file_hash(located(training.json))
+        inputs["json"] = file_hash(located(training.json))
     if training.text:
         hashes = [text_hash(name) for name in training.text]
         counted = [training.window, training.tokens, model_identity(training.tokenizer)]
-        found["text"] = [hashes, *counted]
-    return found
+        inputs["text"] = [hashes, *counted]
+    return inputs
 
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-012
 def text_windows(training: Training, part: str) -> InstructionData:
@@ -127,16 +127,23 @@ def calibration_source(training: Training) -> InstructionData:
         return training_data(training)
     return text_windows(training, "calibration")
 
-# %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-016
+# %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-018
 def root_of(evaluation: Evaluation) -> str | None:
     "The folder of the public evaluation sets; None: as the benchmarks find them."
     return str(located(evaluation.root)) if evaluation.root else None
 
-# %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-018
+
 def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all is there
     "What a profile names and this machine does not have."
+    models = {m: profile.folders.get(m, m) for m in profile.models}
+    trainings = [training_of(m, profile) for m in models]
+    paths = [
+        (f"model {m}", s) for m, s in models.items() if s not in MODELS and not HUB.fullmatch(s)
+    ]
+    paths += [(f"vision tower of {m}", t) for m, t in profile.towers.items() if m in models]
+    keys = [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
     missing = []
-    for what, path in _named_paths(profile):
+    for what, path in paths + [(what, path) for what, path in dict.fromkeys(keys) if path]:
         try:
             if not (place := located(path)).exists():
                 near = place.is_relative_to(checkout())
@@ -144,35 +151,17 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
                 missing.append(f"{what}: nothing at {shown}")
         except ValueError as error:
             missing.append(f"{what}: {error}")
-    return missing + _missing_packages(profile) + _missing_sets(profile.evaluation)
-
-
-def _missing_packages(profile: Profile) -> list:
-    "Models and texts that a package of this machine should have."
-    trainings = [training_of(m, profile) for m in profile.models]
-    sources = [source_of(m, profile) for m in profile.models if m not in profile.folders]
+    sources = [source_of(m, profile) for m in models if m not in profile.folders]
     named = dict.fromkeys([*sources, *(t.tokenizer for t in trainings)])
-    found = [(f"model {m}", missing_package(m)) for m in named if m in PACKAGED]
-    found += [(f"model {m}", missing_eyes()) for m in named if m in ASSEMBLED]
+    packages = [(f"model {m}", missing_package(m)) for m in named if m in PACKAGED]
+    packages += [(f"model {m}", missing_eyes()) for m in named if m in ASSEMBLED]
     texts = dict.fromkeys(name for t in trainings for name in t.text)
-    found += [(f"text {name}", missing_text(name)) for name in texts]
-    found += [("emoji", missing_emoji())] * any(t.emoji for t in trainings)
-    return [f"{what}: {missing}" for what, missing in found if missing]
+    packages += [(f"text {name}", missing_text(name)) for name in texts]
+    packages += [("emoji", missing_emoji())] * any(t.emoji for t in trainings)
+    missing += [f"{what}: {lacking}" for what, lacking in packages if lacking]
+    return missing + _missing_sets(profile.evaluation)
 
-# %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-020
-def _named_paths(profile: Profile) -> list:  # of (what, path)
-    "The models and data that a profile expects on this machine."
-    given = {m: profile.folders.get(m, m) for m in profile.models}
-    named = [
-        (f"model {m}", s) for m, s in given.items() if s not in MODELS and not HUB.fullmatch(s)
-    ]
-    towers = {m: t for m, t in profile.towers.items() if m in profile.models}
-    named += [(f"vision tower of {m}", tower) for m, tower in towers.items()]
-    trainings = [training_of(m, profile) for m in profile.models]
-    keys = [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
-    return named + [(what, path) for what, path in dict.fromkeys(keys) if path]
 
-# %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-022
 def _missing_sets(evaluation: Evaluation) -> list:
     "The benchmarks whose files are not there."
     missing = []

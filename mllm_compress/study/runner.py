@@ -20,8 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..cost import memory as gpu_memory
-from . import forecast, page, store, students
-from .cache_keys import name_of
+from . import forecast, page, stages, store
 from .experiments import canonical, describe
 from mllm_compress.study.notebooks import (
     PUBLISH,
@@ -49,7 +48,9 @@ from mllm_compress.study.runs import (
     status,
     stored,
 )
-from .workers import devices, results_of
+from .stages import name_of
+from .store import results_of
+from .workers import devices
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import check_choice, lazily
 from ..utils.processes import end_with_master, environment, on_cpu
@@ -187,7 +188,7 @@ def show_status(profile: str) -> None:
     if lacking:
         print("This machine lacks inputs of the profile, so its results cannot be found:")
         print("  " + "\n  ".join(lacking))
-    taken, kept = 0, students.kept_bytes(results)
+    taken, kept = 0, stages.kept_bytes(results)
     for path in results.folder.rglob("*"):
         with suppress(OSError):  # a running study has just moved it
             taken += path.stat().st_size if path.is_file() else 0

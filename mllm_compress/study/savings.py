@@ -24,7 +24,7 @@ from ..pruning import plans
 from .claims import SAME
 from .figures import legend_above
 from .profiles import Profile
-from .pruned_models import teacher_of
+from .stages import teacher_of
 from .statistics import Estimate
 from .style import line, look, page, panels
 from ..utils.methods import GREY, Look

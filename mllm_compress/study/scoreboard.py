@@ -11,13 +11,13 @@ import textwrap
 
 import pandas as pd
 
-from .cache_keys import name_of
 from .claims import CLAIMS, LITTLE, PROMISED, claimed, judged_by
 from .experiments import canonical
 from .notebooks import experiments_of, notebooks
 from .paper import published
 from .profiles import Profile
 from .report import recorded
+from .stages import name_of
 from mllm_compress.study.statistics import (
     COLORS,
     SIGNS,

@@ -8,32 +8,24 @@ __all__ = []
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-002
 import json
 import math
-import os
-import shlex
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections import Counter
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from pathlib import Path
+from dataclasses import dataclass, field
+from itertools import groupby, repeat
 
 import submitit
-import torch
-import yaml
-from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.helpers import DelayedSubmission
 from tqdm import tqdm
 
-from .cache_keys import name_of, subject_key
 from .experiments import Experiment
-from .profiles import Profile, Slurm, load_profile
-from .stages import missing_stages
+from .profiles import Profile, Slurm
+from .stages import checkpoints_of, missing_stages, name_of, subject_key
 from .store import Store
-from .students import checkpoints_of
-from .workers import complete_logged, devices
+from .workers import local
 from ..utils.files import write_atomically
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-004
@@ -42,13 +34,10 @@ def minutes_of(experiment: Experiment, slurm: Slurm) -> float:
     training = slurm.training_minutes * experiment.fraction
     return slurm.minutes + (training if experiment.recovery != "none" else 0)
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-006
+
 def arrays_of(experiments: list, slurm: Slurm) -> dict:  # minutes of a job -> jobs (lists)
     "Experiments in jobs of experiments_per_job, jobs in arrays of one time limit."
-
-    def minutes(e):
-        return minutes_of(e, slurm)
-
+    minutes = lambda e: minutes_of(e, slurm)
     order = sorted(experiments, key=lambda e: (minutes(e), e.model, e.fraction, e.seed))
     arrays, n = {}, slurm.experiments_per_job
     for limit, group in groupby(order, key=minutes):
@@ -78,172 +67,109 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
     more = {"requeue": True} | slurm.options.get("additional_parameters", {})
     return requested | slurm.options | {"additional_parameters": more}
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-012
-@dataclass(frozen=True)
-class Array:
-    "An array of jobs: its folder, its id in the queue, and the experiments' names of each job."
-
-    folder: Path
-    id: str
-    jobs: list
-
-    def job(self, name: str) -> str:
-        "The queue's name for the job that has an experiment."
-        return f"{self.id}_{next(k for k, names in enumerate(self.jobs) if name in names)}"
-
-    def answer(self, name: str):
-        "(status, message) of an experiment, or None while its job has not finished it."
-        path = self.folder / f"{name}.json"
-        return tuple(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-014
-def write_array(jobs: list, profile: Profile, results: Store) -> Path:  # its folder
-    "Write what the jobs of an array need."
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-    folder = results.folder.resolve() / "slurm" / stamp
-    folder.mkdir(parents=True)
-    text = yaml.safe_dump(asdict(profile), sort_keys=False)
-    (folder / "profile.yaml").write_text(text, encoding="utf-8")
-    named = [{name_of(e, profile): asdict(e) for e in job} for job in jobs]
-    content = {"store": str(results.folder.resolve()), "jobs": named}
-    (folder / "jobs.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return folder
-
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-016
-class TimeIsUp(BaseException):
-    "The job ends; not an Exception, so that no experiment takes it for a failure of its own."
+TOO_SHORT = (
+    "TimeIsUp: a job's time is too short for this experiment: raise minutes or training_minutes "
+    "in the profile's slurm section"
+)
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-018
-def _time_is_up(*_):
-    raise TimeIsUp
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-020
-def _work(folder: Path, waiting: dict, profile: Profile, results: Store) -> None:
-    "Complete the experiments of a job; each leaves `waiting` when it is finished."
-    while waiting:
-        name = next(iter(waiting))
-        given = waiting.pop(name)
-        device = devices(1, profile.processes)[0]
-        try:
-            status, message = complete_logged(Experiment(**given), profile, results, device)
-        except TimeIsUp:
-            waiting[name] = given
-            raise TimeIsUp(name) from None
-        if status == "busy":
-            waiting[name] = given
-            time.sleep(2)
-            continue
-        write_atomically(folder / f"{name}.json", json.dumps([status, message]))
-        if status == "failed" and device != "cpu" and waiting:
-            raise TimeIsUp
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-022
-def serve(folder) -> None:
+@dataclass
+class Job:
     "What a job runs."
-    folder, began = Path(folder), time.time()
-    content = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))
-    profile, results = load_profile(folder / "profile.yaml"), Store(content["store"])
-    mine = content["jobs"][int(os.environ["SLURM_ARRAY_TASK_ID"])]
-    waiting = {name: e for name, e in mine.items() if not (folder / f"{name}.json").exists()}
-    before = len(waiting), {name: _steps(e, profile, results) for name, e in waiting.items()}
-    signal.signal(signal.SIGUSR2, _time_is_up)
-    torch.set_num_threads(profile.slurm.cpus)
-    try:
-        _work(folder, waiting, profile, results)
-    except TimeIsUp as over:
-        name = over.args[0] if over.args else ""
-        if name and time.time() - began > 0.4 * 60 * _minutes(mine, profile):
-            steps = _steps(mine[name], profile, results)
-            if (len(waiting), steps) == (before[0], before[1][name]):
-                _give_up(folder, waiting, name)
-        if waiting:
-            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-024
-def _steps(given: dict, profile: Profile, results: Store) -> set:
-    "The checkpoints of an experiment in training."
-    folder = checkpoints_of(subject_key(Experiment(**given), profile), results)
-    return {p.name for p in folder.glob("checkpoint-*")}
+    minutes: int  # its time limit
+    given_up: list = field(default_factory=list)  # experiments that its time is too short for
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-026
-def _minutes(given: dict, profile: Profile) -> int:
-    "The time limit of the job that has these experiments."
-    longest = max(minutes_of(Experiment(**e), profile.slurm) for e in given.values())
-    return math.ceil(longest * profile.slurm.experiments_per_job)
+    def __call__(self, experiments: list, profile: Profile, results: Store) -> list:
+        "(name, status, message) of each experiment."
+        waiting = [e for e in experiments if e not in self.given_up]
+        self.began, self.before = time.time(), progress(waiting, profile, results)
+        answers = [(name_of(e, profile), "failed", TOO_SHORT) for e in self.given_up]
+        threads = profile.slurm.cpus
+        for e, status, message in local(waiting, profile, results, 1, threads):
+            answers.append((name_of(e, profile), status, message))
+        return answers
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-028
-def _give_up(folder: Path, waiting: dict, name: str) -> None:
-    "Report an experiment as one that a job's time is too short for."
-    del waiting[name]
-    why = (
-        "TimeIsUp: a job's time is too short for this experiment: raise minutes or "
-        "training_minutes in the profile's slurm section"
-    )
-    write_atomically(folder / f"{name}.json", json.dumps(["failed", why]))
+    def checkpoint(self, experiments: list, profile: Profile, results: Store):
+        "The job as it goes back into the queue."
+        given_up, waiting = self.given_up, [e for e in experiments if e not in self.given_up]
+        had_its_time = time.time() - self.began > 0.4 * 60 * self.minutes
+        if had_its_time and progress(waiting, profile, results) == self.before:
+            given_up = given_up + unfinished(waiting, profile, results)[:1]
+        return DelayedSubmission(Job(self.minutes, given_up), experiments, profile, results)
+
+
+def unfinished(experiments: list, profile: Profile, results: Store) -> list:
+    "The experiments that lack a score."
+    return [e for e in experiments if missing_stages(e, profile, results)["score"]]
+
+
+def progress(experiments: list, profile: Profile, results: Store) -> tuple:
+    "How far some experiments are: scores that are missing, and checkpoints of trainings."
+    missing = [len(missing_stages(e, profile, results)["score"]) for e in experiments]
+    folders = [checkpoints_of(subject_key(e, profile), results) for e in experiments]
+    return missing, sorted(p.name for f in folders for p in f.glob("checkpoint-*"))
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-032
-def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> Array:
+JOBS = "jobs.json"  # id of a job -> names of its experiments
+
+
+def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> dict:  # job -> names
     "Put an array of jobs into the queue; ValueError with Slurm's words where it is refused."
-    folder = write_array(jobs, profile, results)
-    executor = submitit.SlurmExecutor(folder)
-    code = f"from mllm_compress.study.slurm import serve; serve({str(folder)!r})"
-    command = shlex.join([sys.executable, "-c", code])
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    folder = results.folder.resolve() / "slurm" / stamp
+    shared = Store(results.folder.resolve())
     try:
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=10_000)  # `Job` decides
         executor.update_parameters(**parameters(minutes, profile.slurm))
-        executor.parameters["map_count"] = len(jobs)  # an array, even of one
-        job_id = executor._submit_command(command).job_id
+        submitted = executor.map_array(Job(minutes), jobs, repeat(profile), repeat(shared))
     except (FailedJobError, FailedSubmissionError) as error:
         where = f"check the slurm section of profile {profile.name}"
         raise ValueError(f"Slurm refused the jobs; {where}. {error}") from error
-    array = Array(folder, job_id, [[name_of(e, profile) for e in job] for job in jobs])
-    write_atomically(folder / "array.json", json.dumps({"id": array.id, "jobs": array.jobs}))
-    return array
+    named = {
+        job: [name_of(e, profile) for e in experiments] for job, experiments in zip(submitted, jobs)
+    }
+    text = json.dumps({job.job_id: names for job, names in named.items()})
+    write_atomically(folder / JOBS, text)
+    return named
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-034
+# %% ../../nbs/library/study/12_slurm.ipynb #cell-038
 POLL = 10.0  # seconds between looks
 PATIENCE = 12  # looks for which a job may be missing from the queue
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-036
+
 def _squeue(*options) -> subprocess.CompletedProcess:
     "What `squeue` prints about the jobs of this user."
     command = ["squeue", "--me", "--noheader", "--array", *options]
     return subprocess.run(command, capture_output=True, text=True)
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-038
+
 def queue():  # set of ids, as "1234_0"; None where the cluster does not answer
     "The jobs of this user that wait or run."
-    found = _squeue("--format=%i")
-    return set(found.stdout.split()) if found.returncode == 0 else None
+    answer = _squeue("--format=%i")
+    return set(answer.stdout.split()) if answer.returncode == 0 else None
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-040
-def _patient_queue() -> set:
-    "`queue`, tried several times; ValueError where the cluster stays silent."
-    for _ in range(6):
+
+def in_queue(names: set, results: Store) -> dict:  # job -> names
+    "Jobs of earlier runs in the queue that will still compute some experiments."
+    marks, alive = sorted((results.folder / "slurm").glob(f"*/{JOBS}")), set()
+    for attempt in range(6 if marks else 0):
         if (alive := queue()) is not None:
-            return alive
+            break
         time.sleep(POLL)
-    raise ValueError(
-        "Slurm does not answer (squeue fails): nothing was submitted; "
-        "give the same command again later."
-    )
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-042
-def in_queue(names: set, results: Store) -> list:  # of Array
-    "Arrays of earlier runs with jobs in the queue that will still compute some experiments."
-    found, marks = [], sorted((results.folder / "slurm").glob("*/array.json"))
-    alive = _patient_queue() if marks else set()
+    if alive is None:
+        raise ValueError(
+            "Slurm does not answer (squeue fails): nothing was submitted; "
+            "give the same command again later."
+        )
+    jobs = {}
     for mark in marks:
-        array = Array(mark.parent, **json.loads(mark.read_text(encoding="utf-8")))
-        open_jobs = [[n for n in job if _is_open(n, array, alive)] for job in array.jobs]
-        jobs = [[n for n in job if n in names] for job in open_jobs]
-        if any(jobs):
-            found.append(Array(array.folder, array.id, jobs))
-    return found
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-044
-def _is_open(name: str, array: Array, alive: set) -> bool:
-    "Whether a job in the queue will still compute an experiment."
-    return array.job(name) in alive and array.answer(name) is None
+        for job_id, theirs in json.loads(mark.read_text(encoding="utf-8")).items():
+            wanted = [name for name in theirs if name in names]
+            if job_id in alive and wanted:
+                jobs[submitit.SlurmJob(mark.parent, job_id)] = wanted
+    return jobs
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-046
 FOR_GOOD = (
@@ -257,63 +183,59 @@ FOR_GOOD = (
     "DependencyNeverSatisfied",
 )
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-048
-def stuck(jobs: set) -> dict:  # job -> why it waits
+
+def stuck(jobs: set) -> dict:  # id of a job -> why it waits
     "Those of some jobs that wait for something which will not come by itself."
     if not shutil.which("squeue"):
         return {}
     lines = _squeue("--states=PENDING", "--format=%i|%r").stdout.splitlines()
     waiting = dict(line.strip().split("|", 1) for line in lines if "|" in line)
-    return {job: why for job, why in waiting.items() if job in jobs and _is_for_good(why)}
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-050
-def _is_for_good(why: str) -> bool:
-    "Whether a job that waits for this reason will never start."
-    return any(word.lower() in why.lower() for word in FOR_GOOD)
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-052
-def _say_stuck(jobs: set, said: set) -> None:
-    "Print why jobs will never start, each once."
-    for job, why in stuck(jobs).items():
-        if (job, why) not in said:
-            tqdm.write(
-                f"Slurm job {job} waits: {why}. It will not start by itself: see the slurm section "
-                f"of the profile, or scontrol show job {job}; after a change of the profile, "
-                f"scancel {job} and give the command again."
-            )
-        said.add((job, why))
+    for_good = lambda why: any(word.lower() in why.lower() for word in FOR_GOOD)
+    return {job: why for job, why in waiting.items() if job in jobs and for_good(why)}
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-054
+def outcome(job, name: str):  # (status, message); None while it is not known
+    "What a job has returned about an experiment."
+    if not job.paths.result_pickle.exists():
+        return None
+    try:
+        answers = {n: (status, message) for n, status, message in job.result()}
+    except (FailedJobError, UncompletedJobError) as error:
+        return "failed", f"job {job.job_id}: {error}"
+    return answers.get(name)
+
+
 def watch(
-    arrays: list,
+    jobs: dict,  # job -> names of its experiments
     is_done=lambda name: False,  # whether the store has a result
 ):
-    "Yield (name, status, message) of every experiment of these arrays as its job finishes it."
-    waiting = {name: array for array in arrays for job in array.jobs for name in job}
-    unseen, said = Counter(), set()
+    "Yield (name, status, message) of every experiment of these jobs as it is finished."
+    waiting = {name: job for job, names in jobs.items() for name in names}
+    unseen, shown = Counter(), set()
     while waiting:
         time.sleep(POLL)
         alive = queue()
-        _say_stuck({array.job(name) for name, array in waiting.items()}, said)
-        for name, array in list(waiting.items()):
-            answer, job = array.answer(name), array.job(name)
-            answer = answer or (("done", "") if is_done(name) else None)
+        for job_id, why in stuck({job.job_id for job in waiting.values()}).items():
+            if (job_id, why) not in shown:
+                tqdm.write(
+                    f"Slurm job {job_id} waits: {why}. It will not start by itself: see the slurm "
+                    f"section of the profile, or scontrol show job {job_id}; after a change of "
+                    f"the profile, scancel {job_id} and give the command again."
+                )
+            shown.add((job_id, why))
+        for name, job in list(waiting.items()):
+            answer = outcome(job, name) or (("done", "") if is_done(name) else None)
             if alive is not None:
-                unseen[name] = 0 if job in alive else unseen[name] + 1
+                unseen[name] = 0 if job.job_id in alive else unseen[name] + 1
             if answer is None and unseen[name] > PATIENCE:
-                answer = "failed", _vanished(job, array)
+                answer = (
+                    "failed",
+                    f"job {job.job_id} left the queue without a result: cancelled, killed or out "
+                    f"of memory (its output: {job.paths.stderr})",
+                )
             if answer:
                 del waiting[name]
                 yield name, *answer
-
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-056
-def _vanished(job: str, array: Array) -> str:
-    "What is known of a job that has left the queue."
-    output = f"{array.folder}/{job}_0_log.err"
-    return (
-        f"job {job} left the queue without a result: cancelled, killed or out of memory "
-        f"(its output: {output})"
-    )
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-058
 def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0):
@@ -323,34 +245,29 @@ def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0)
             "The slurm executor needs sbatch: run it on a machine of a Slurm cluster, "
             "or use executor='local'."
         )
-    named, ours = {name_of(e, profile): e for e in experiments}, []
-    try:
-        for name, status, message in _all_jobs(named, ours, profile, results):
-            yield named[name], status, message
-    except BaseException:
-        if ours:
-            subprocess.run(["scancel", *(array.id for array in ours)])
-        raise
+    named, ours, lost = {name_of(e, profile): e for e in experiments}, {}, []
+    is_done = lambda name: not missing_stages(named[name], profile, results)["score"]
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-060
-def _all_jobs(named: dict, ours: list, profile: Profile, results: Store):
-    "Watch the jobs of earlier runs and our own, and submit again what another run gave up."
-    theirs, lost = in_queue(set(named), results), []
-    adopted = {name: array for array in theirs for job in array.jobs for name in job}
-
-    def is_done(name):
-        return not missing_stages(named[name], profile, results)["score"]
-
-    def submitted(names) -> list:  # arrays
+    def submitted(names) -> dict:
         arrays = arrays_of([named[n] for n in names], profile.slurm)
-        new = [submit(jobs, limit, profile, results) for limit, jobs in arrays.items()]
-        ours.extend(new)
+        new = {}
+        for minutes, jobs in arrays.items():
+            new |= submit(jobs, minutes, profile, results)
+            ours.update(new)
         return new
 
-    first = submitted(n for n in named if n not in adopted)
-    for name, status, message in watch(theirs + first, is_done):
-        if status == "failed" and name in adopted and adopted[name].answer(name) is None:
-            lost.append(name)  # another run cancelled its jobs
-        else:
-            yield name, status, message
-    yield from watch(submitted(lost), is_done)
+    try:
+        theirs = in_queue(set(named), results)
+        adopted = {name: job for job, names in theirs.items() for name in names}
+        first = submitted(n for n in named if n not in adopted)
+        for name, status, message in watch(theirs | first, is_done):
+            if status == "failed" and name in adopted and outcome(adopted[name], name) is None:
+                lost.append(name)  # another run cancelled its jobs
+            else:
+                yield named[name], status, message
+        for name, status, message in watch(submitted(lost), is_done):
+            yield named[name], status, message
+    except BaseException:
+        for job in ours:
+            job.cancel()
+        raise

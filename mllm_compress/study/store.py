@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from mllm_compress.utils.files import (
+    checkout,
     content_hash,
     file_hash,
     replacing,
@@ -27,22 +28,9 @@ from mllm_compress.utils.files import (
     write_atomically,
 )
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-004
+# %% ../../nbs/library/study/03_store.ipynb #cell-007
 STAGES = ("scores", "scoring", "plan", "reconstruction", "student", "curve")
 STAGES += ("answers", "score", "experiment")
-
-
-def stage_inputs(
-    stage: str,  # one of STAGES
-    version: int,  # of the method that makes it
-    **inputs,  # JSON values: keys of earlier stages, settings, hashes
-) -> dict:
-    "Everything that determines the result of a stage."
-    if stage not in STAGES:
-        raise ValueError(f"Unknown stage {stage!r}: use one of {', '.join(STAGES)}.")
-    return {"stage": stage, "version": version} | inputs
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-007
 MARK = "store.json"
 FORMAT = 2  # raised when the layout changes
 
@@ -50,7 +38,7 @@ FORMAT = 2  # raised when the layout changes
 class NotOurs(ValueError):
     "The folder holds something that is not a results store of this package."
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-009
+
 def _claim_folder(folder: Path) -> None:
     "Mark a new folder as a store; refuse one that is not."
     mark = folder / MARK
@@ -65,13 +53,13 @@ def _claim_folder(folder: Path) -> None:
     if not mark.exists():
         write_atomically(mark, json.dumps({"mllm_compress store": FORMAT}))
     try:
-        found = json.loads(mark.read_text(encoding="utf-8")).get("mllm_compress store")
+        written = json.loads(mark.read_text(encoding="utf-8")).get("mllm_compress store")
     except (ValueError, AttributeError):
-        found = None
-    if found != FORMAT:
+        written = None
+    if written != FORMAT:
         raise NotOurs(
-            f"{mark} is of format {found}, not {FORMAT}: move {folder} away; results of an earlier "
-            "format are not read."
+            f"{mark} is of format {written}, not {FORMAT}: move {folder} away; results of an "
+            "earlier format are not read."
         )
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-011
@@ -99,10 +87,15 @@ class Store:
         "Where the log of an experiment is written."
         return self.folder / "logs" / f"{key}.txt"
 
+# %% ../../nbs/library/study/03_store.ipynb #results-of-code
+def results_of(profile) -> Store:
+    "The results store of a Profile; one that is restricted to a model shares that of the whole."
+    return Store(checkout() / "runs" / profile.name.partition("@")[0])
+
 # %% ../../nbs/library/study/03_store.ipynb #cell-013
 def write(
     store: Store,
-    inputs: dict,  # of `stage_inputs`
+    inputs: dict,  # all that determines the result: stage, version, and what else
     value=None,  # JSON values
     fill=None,  # where the result has files: called with an empty folder; may return the value
 ) -> str:  # the key
@@ -112,16 +105,12 @@ def write(
     if fill is not None:
         with replacing_folder(store.folder / stage / key) as new:
             made = fill(new)
-            content |= {"value": value if made is None else made, "files": _hashes(new)}
+            hashes = {p.name: file_hash(p) for p in sorted(new.iterdir()) if p.is_file()}
+            content |= {"value": value if made is None else made, "files": hashes}
         _is_whole.cache_clear()
     text = json.dumps({"seal": content_hash(content), **content}, allow_nan=False)
     write_atomically(store.path(stage, key), text)
     return key
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-015
-def _hashes(folder: Path) -> dict:  # name -> hash
-    "The hashes of the files of a result."
-    return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.is_file()}
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-017
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged files
@@ -135,13 +124,13 @@ def unsealed(text: str, key: str) -> dict:
         raise ValueError("broken seal")
     return content
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-019
+
 @lru_cache(maxsize=100_000)
 def _parsed(path: Path, key: str, changed: int) -> dict:
     "The content of a file as it was at a time."
     return unsealed(path.read_text(encoding="utf-8"), key)
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-021
+
 def read(
     store: Store,
     stage: str,
@@ -154,26 +143,37 @@ def read(
     except FileNotFoundError:
         return None
     except BROKEN:
-        return _set_aside(store, stage, key)
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-023
-def _set_aside(store: Store, stage: str, key: str):
-    "Move a corrupt result aside, unless it has been made anew."
-    path = store.path(stage, key)
+        pass
     with lock(store, f"corrupt-{key}", wait=True):
         try:
             return unsealed(path.read_text(encoding="utf-8"), key)
         except FileNotFoundError:
             return None
         except BROKEN:
-            aside = store.folder / "corrupt" / f"{stage}-{key}-{uuid.uuid4().hex[:8]}.json"
-        os.replace(path, aside)
+            aside = _set_aside(store, path)
     warnings.warn(
         f"The {stage} {key} is corrupt and will be computed again; its file is kept as {aside}."
     )
     return None
 
+
+def _set_aside(store: Store, path: Path) -> Path:
+    "Move a damaged file or folder of a result into `corrupt`."
+    name = f"{path.parent.name}-{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    aside = store.folder / "corrupt" / name
+    os.replace(path, aside)
+    return aside
+
 # %% ../../nbs/library/study/03_store.ipynb #cell-025
+@lru_cache(None)
+def _is_whole(folder: Path, files: tuple) -> bool:
+    "Whether the files of a result are what was written."
+    try:
+        return all(file_hash(folder / name) == digest for name, digest in files)
+    except OSError:
+        return False
+
+
 def folder_of(
     store: Store,
     stage: str,
@@ -183,29 +183,13 @@ def folder_of(
     content, folder = read(store, stage, key), store.folder / stage / key
     if content is None or not content["files"]:
         return None
-    if not _is_whole(folder, tuple(sorted(content["files"].items()))):
-        _discard(store, stage, key)
-        return None
-    return folder
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-027
-@lru_cache(None)
-def _is_whole(folder: Path, files: tuple) -> bool:
-    "Whether the files of a result are what was written."
-    try:
-        return all(file_hash(folder / name) == digest for name, digest in files)
-    except OSError:
-        return False
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-029
-def _discard(store: Store, stage: str, key: str) -> None:
-    "Move the damaged files of a result aside."
-    folder = store.folder / stage / key
+    if _is_whole(folder, tuple(sorted(content["files"].items()))):
+        return folder
     if folder.exists():
-        aside = store.folder / "corrupt" / f"{stage}-{key}-{uuid.uuid4().hex[:8]}"
-        os.replace(folder, aside)
+        aside = _set_aside(store, folder)
         warnings.warn(f"Files of the {stage} {key} are damaged; they are kept in {aside}.")
     _is_whole.cache_clear()
+    return None
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-032
 @contextmanager
@@ -216,7 +200,16 @@ def lock(
 ):  # yields True where we hold the lock
     "Hold a lock until the block or the process ends."
     with open(store.folder / "locks" / name, "a") as file:
-        held = _take(file, wait, store)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            raise OSError(
+                f"{store.folder} is on a file system without locks ({error.strerror}): "
+                "mount it with flock, or make runs/ a link to one that has them."
+            ) from error
         if held:
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -228,21 +221,7 @@ def lock(
             if held:
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-034
-def _take(file, wait: bool, store: Store) -> bool:
-    "Whether a lock could be taken."
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise OSError(
-            f"{store.folder} is on a file system without locks ({error.strerror}): "
-            "mount it with flock, or make runs/ a link to one that has them."
-        ) from error
-    return True
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-036
 def holder(store: Store, name: str) -> str:
     "Who took a lock last, in words."
     path = store.folder / "locks" / name
@@ -251,7 +230,7 @@ def holder(store: Store, name: str) -> str:
 # %% ../../nbs/library/study/03_store.ipynb #cell-038
 def shared(
     store: Store,
-    inputs: dict,  # of `stage_inputs`
+    inputs: dict,  # as for `write`
     fill,  # as for `write`
 ) -> str:  # the key
     "The result of a stage with files, made where it is missing or damaged."
@@ -262,40 +241,13 @@ def shared(
     return key
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-040
-def pack(
-    store: Store,
-    keys: dict,  # stage -> keys
-    path: Path,  # the zip file
-    keep: bool = False,  # also what the file has beyond the keys
-) -> None:
-    "Write results into one file, from the store or else from the file as it was."
-    old = {stage: _lines(path, stage) for stage in keys} if path.exists() else {}
-    new = {}
-    for stage, own in sorted(keys.items()):
-        wanted = {*own, *(old.get(stage, ()) if keep else ())}
-        have = old.get(stage, {}) | _texts(store, stage, wanted)
-        new[stage] = {key: have[key] for key in sorted(wanted & set(have))}
-    if new == old and {f"{stage}.jsonl" for stage in new} == set(zipfile.ZipFile(path).namelist()):
-        return
-    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
-        for stage, lines in new.items():
-            entry = zipfile.ZipInfo(f"{stage}.jsonl")  # dated 1980
-            archive.writestr(entry, "".join(f"{t}\n" for t in lines.values()), zipfile.ZIP_LZMA)
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-042
-def _texts(store: Store, stage: str, keys) -> dict:  # key -> JSON of one line
-    "Results as they travel."
-    paths = {key: store.path(stage, key) for key in keys}
-    return {key: path.read_text(encoding="utf-8") for key, path in paths.items() if path.exists()}
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-044
 LIMIT = 2**30  # bytes of a member, unpacked
 
 
 def _lines(path: Path, stage: str) -> dict:  # key -> JSON
     "The results of a stage in a file; ValueError where it is no such file."
     name, wrong = f"{stage}.jsonl", f"{path} is not a file of results"
-    cure = "give the results.zip of a folder of figures, or remove it."
+    cure, lines = "give the results.zip of a folder of figures, or remove it.", {}
     try:
         with zipfile.ZipFile(path) as archive:
             if name not in archive.namelist():
@@ -306,40 +258,56 @@ def _lines(path: Path, stage: str) -> dict:  # key -> JSON
                 text = member.read(LIMIT + 1)[:LIMIT].decode("utf-8", "replace")
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError) as error:
         raise ValueError(f"{wrong} ({error}): {cure}") from error
-    return {content_hash(_inputs_of(line)): line for line in text.splitlines()}
+    for line in text.splitlines():
+        try:
+            lines[content_hash(json.loads(line)["inputs"])] = line
+        except BROKEN:
+            lines[content_hash(line)] = line
+    return lines
 
-# %% ../../nbs/library/study/03_store.ipynb #cell-046
-def _inputs_of(line: str):
-    "The inputs that a line names; the line itself where it does not parse."
-    try:
-        return json.loads(line)["inputs"]
-    except BROKEN:
-        return line
+
+def pack(
+    store: Store,
+    keys: dict,  # stage -> keys
+    path: Path,  # the zip file
+    keep: bool = False,  # also what the file has beyond the keys
+) -> None:
+    "Write results into one file, from the store or else from the file as it was."
+    old = {stage: _lines(path, stage) for stage in keys} if path.exists() else {}
+    new = {}
+    for stage, wanted in sorted(keys.items()):
+        lines = dict(old.get(stage, {}))
+        wanted = {*wanted, *(lines if keep else ())}
+        places = {key: store.path(stage, key) for key in wanted}
+        lines |= {k: p.read_text(encoding="utf-8") for k, p in places.items() if p.exists()}
+        new[stage] = {key: lines[key] for key in sorted(wanted & set(lines))}
+    if new == old and {f"{stage}.jsonl" for stage in new} == set(zipfile.ZipFile(path).namelist()):
+        return
+    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        for stage, lines in new.items():
+            entry = zipfile.ZipInfo(f"{stage}.jsonl")  # dated 1980
+            archive.writestr(entry, "".join(f"{t}\n" for t in lines.values()), zipfile.ZIP_LZMA)
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-048
 def unpack(
     path: Path,  # as `pack` wrote it
     store: Store,
-) -> dict:  # stage -> keys that are new to the store
+) -> dict:  # stage -> keys that were sound and new to the store
     "Take the results of a file into a store."
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"There is no file {path}: give the results.zip of a folder of figures."
         )
-    return {stage: _taken(path, stage, store) for stage in STAGES}
-
-# %% ../../nbs/library/study/03_store.ipynb #cell-050
-def _taken(path: Path, stage: str, store: Store) -> list:
-    "The keys of a stage's results that were sound and new."
-    taken = []
-    for key, line in _lines(path, stage).items():
-        try:
-            sound = unsealed(line, key)["inputs"]["stage"] == stage
-        except BROKEN:
-            sound = False
-        if not sound:
-            warnings.warn(f"The {stage} {key} in {path} is corrupt and was left out.")
-        elif read(store, stage, key) is None:
-            write_atomically(store.path(stage, key), line)
-            taken.append(key)
+    taken = {stage: [] for stage in STAGES}
+    for stage in STAGES:
+        for key, line in _lines(path, stage).items():
+            try:
+                sound = unsealed(line, key)["inputs"]["stage"] == stage
+            except BROKEN:
+                sound = False
+            if not sound:
+                warnings.warn(f"The {stage} {key} in {path} is corrupt and was left out.")
+            elif read(store, stage, key) is None:
+                write_atomically(store.path(stage, key), line)
+                taken[stage].append(key)
     return taken

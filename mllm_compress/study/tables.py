@@ -26,18 +26,16 @@ from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from . import claims
-from .cache_keys import limit_of, recovery_config
 from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
 from .profile_inputs import data_inputs, missing_inputs
 from .profiles import Profile
-from .pruned_models import teacher_of
 from .runs import frame_of, plan_of
-from .stages import result_of
+from .stages import limit_of, recovery_config, result_of, teacher_of
 from .statistics import Estimate, difference, summary
+from .store import results_of
 from .style import look
-from .workers import results_of
 from ..utils.files import code_of, content_hash, remembered
 from ..zoo import releases as real_models
 

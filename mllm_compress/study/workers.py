@@ -9,37 +9,39 @@ __all__ = []
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import store
-from .cache_keys import name_of, subject_key
 from .experiments import Experiment, describe
 from .profiles import Profile
-from .stages import compute, index, missing_stages
+from mllm_compress.study.stages import (
+    checkpoints_of,
+    compute,
+    index,
+    missing_stages,
+    name_of,
+    subject_key,
+)
 from .store import Store
-from .students import checkpoints_of
-from ..utils.files import checkout
 from mllm_compress.utils.processes import (
     ONE_THREAD,
+    THREADS,
     end_with_master,
     environment,
     on_cpu,
     without_interrupts,
 )
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-004
-def results_of(profile: Profile) -> Store:
-    "The results store of a profile; one that is restricted to a model shares that of the whole."
-    return Store(checkout() / "runs" / profile.name.partition("@")[0])
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-006
 def complete(
@@ -52,7 +54,9 @@ def complete(
             if not ours:
                 return "busy", store.holder(results, subject)
             if missing_stages(experiment, profile, results)["score"]:
-                _announce(experiment, device)
+                n, now = torch.get_num_threads(), time.strftime("%Y-%m-%d %H:%M:%S")
+                where = f"process {os.getpid()}, {n} thread{'s' * (n > 1)}, on {device}"
+                print(f"{now} {describe(experiment)}: {where}", flush=True)
                 compute(experiment, profile, results, device)
                 shutil.rmtree(checkpoints_of(subject, results), ignore_errors=True)
             index(experiment, profile, results)
@@ -61,14 +65,6 @@ def complete(
         with suppress(OSError):
             traceback.print_exc()  # on a full disk there is no log
         return "failed", f"{type(error).__name__}: {error}"
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-008
-def _announce(experiment: Experiment, device: str) -> None:
-    "Begin an experiment's log."
-    n = torch.get_num_threads()
-    now, threads = time.strftime("%Y-%m-%d %H:%M:%S"), f"{n} thread{'s' * (n > 1)}"
-    where = f"process {os.getpid()}, {threads}, on {device}"
-    print(f"{now} {describe(experiment)}: {where}", flush=True)
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-010
 def complete_logged(
@@ -83,18 +79,6 @@ def complete_logged(
         sys.stderr.flush()
     return answer
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-016
-def _serve(pipe, profile: Profile, folder: Path, device: str) -> None:
-    "The life of a worker: experiments in, (status, message) out, until the pipe closes."
-    torch.set_num_threads(1)
-    end_with_master()
-    results = Store(folder)
-    while True:
-        try:
-            pipe.send(complete_logged(pipe.recv(), profile, results, device))
-        except (EOFError, BrokenPipeError):
-            return
-
 # %% ../../nbs/library/study/11_workers.ipynb #cell-018
 def _cores() -> int:
     "How many cores this process may use: by affinity, and by the quota of its control group."
@@ -105,7 +89,7 @@ def _cores() -> int:
         return cores
     return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-020
+
 def devices(
     workers: int = 0,  # as many; 0: one per GPU, or per core
     processes: int = 1,  # that train an experiment together
@@ -117,7 +101,7 @@ def devices(
     places = max(1, (gpus or _cores()) // processes)
     return [f"cuda:{i % places * processes}" if gpus else "cpu" for i in range(workers or places)]
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-022
+
 def check_gpus(profile: Profile) -> None:
     "ValueError where an experiment requests more GPUs than this machine has."
     gpus = torch.cuda.device_count()
@@ -127,69 +111,88 @@ def check_gpus(profile: Profile) -> None:
             f"together, each on a GPU of its own, and this machine has {gpus}."
         )
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-025
-def _surroundings(device: str, processes: int = 1) -> dict:
-    "The environment of a worker: one thread, no progress bars of its own, its own GPUs."
+# %% ../../nbs/library/study/11_workers.ipynb #cell-031
+def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
+    "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
+    ours = on_cpu() if device == "cpu" else dict(ONE_THREAD)
+    ours |= dict.fromkeys(THREADS, str(threads))
     if device == "cpu":
-        return on_cpu()
+        return ours
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
     first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
     mine = (seen or all_gpus).split(",")[first : first + processes]
-    return ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
-
-# %% ../../nbs/library/study/11_workers.ipynb #a1378ea5
-def _begin(process, ours, theirs) -> None:  # with the ends of its pipe
-    "Start a process that ends by itself where its start is interrupted."
-    try:
-        process.start()
-    except BaseException:
-        ours.close()
-        raise
-    finally:
-        theirs.close()
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-031
-GRACE = 10  # seconds that a worker has to end by itself
+    return ours | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
 
 
-class Worker:
-    "A process that completes experiments, or serves otherwise, one after another."
+def _begin(threads: int) -> None:
+    "What a worker does first."
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a cluster tells the job, and it its workers
+    end_with_master()
 
-    def __init__(
-        self, profile: Profile, folder: Path, device: str, serve=_serve, start: str = "spawn"
-    ):
-        self.args, self.current, self.last = (profile, folder, device, serve, start), None, None
-        context = multiprocessing.get_context(start)
-        self.pipe, theirs = context.Pipe()
-        args = (theirs, profile, folder, "cpu" if device == "cpu" else "cuda:0")
-        self.process = context.Process(target=serve, args=args, daemon=start == "spawn")
-        with environment(_surroundings(device, profile.processes)), without_interrupts():
-            _begin(self.process, self.pipe, theirs)
 
-    def give(self, experiment: Experiment) -> None:
-        self.current = self.last = experiment
-        with suppress(BrokenPipeError):  # `take` reports a worker that has died
-            self.pipe.send(experiment)
+class Place:
+    "A core or some GPUs, with the process that computes there and its last experiment."
 
-    def take(self) -> tuple:
-        "The experiment just completed, with its status and message."
-        experiment, self.current = self.current, None
+    def __init__(self, device: str, profile: Profile, results: Store, threads: int = 1):
+        self.device, self.profile, self.results, self.threads = device, profile, results, threads
+        self.pool = self.process = self.last = None
+
+    def submit(self, experiment: Experiment) -> Future:
+        "Give the process here an experiment; a new process where there is none."
+        self.last, gpu = experiment, "cpu" if self.device == "cpu" else "cuda:0"
+        given = (complete_logged, experiment, self.profile, self.results, gpu)
+        if self.pool is not None:
+            with suppress(BrokenProcessPool):  # it died while it had nothing to do
+                return self.pool.submit(*given)
+        context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+        self.pool = ProcessPoolExecutor(1, context, _begin, (self.threads,))
+        new = surroundings(self.device, self.profile.processes, self.threads)
+        with environment(new), without_interrupts():
+            future = self.pool.submit(*given)
+        (self.process,) = set(multiprocessing.active_children()) - set(before)
+        return future
+
+    def answer(self, future: Future) -> tuple:  # (status, message)
+        "What became of the experiment."
         try:
-            return experiment, *self.pipe.recv()
-        except (EOFError, ConnectionResetError):
+            status, message = future.result()
+        except BrokenProcessPool:
             self.process.join()
             code = self.process.exitcode
             why = "out of memory, or killed" if (code or 0) < 0 else "see its log"
-            return experiment, "died", f"the worker died (exit code {code}): {why}"
+            status, message = "failed", f"the worker died (exit code {code}): {why}"
+            self.stop()
+        if status == "failed" and self.device != "cpu":
+            self.stop()
+        return status, message
 
     def stop(self) -> None:
         "End the process; its current experiment is dropped."
-        self.pipe.close()
-        if self.current is not None:
+        if self.pool is not None:
             self.process.terminate()
-        self.process.join(GRACE)
-        self.process.kill()  # nothing, where it has ended
-        self.process.join()
+            self.pool.shutdown(cancel_futures=True)
+        self.pool = self.process = None
+
+# %% ../../nbs/library/study/11_workers.ipynb #cell-039
+def best_next(
+    waiting: list, last: Experiment | None, others: list
+) -> int:  # a position in `waiting`
+    "The experiment for a worker that computed `last`, while others compute theirs."
+
+    def in_memory(e):  # equal where the teacher's outputs are shared
+        data = (e.fraction, e.seed if e.fraction < 1 else None) if e.recovery != "none" else ()
+        return (e.model, *data)
+
+    taken, mine = {in_memory(e) for e in others}, in_memory(last) if last else None
+
+    def cost(i):
+        e = waiting[i]
+        if in_memory(e) == mine:
+            return 0, i
+        return 1 + (in_memory(e) in taken) + bool(last and e.model != last.model), i
+
+    return min(range(len(waiting)), key=cost)
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-033
 @lru_cache(None)
@@ -197,7 +200,7 @@ def say_busy(experiment: Experiment, holder: str) -> None:
     "Say that another run computes an experiment."
     tqdm.write(f"{describe(experiment)} is computed by another run ({holder}): waiting for it.")
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-035
+
 def inline(experiments: list, profile: Profile, results: Store, workers: int = 0):
     "Complete experiments in this process, one after another."
     check_gpus(profile)
@@ -214,72 +217,31 @@ def inline(experiments: list, profile: Profile, results: Store, workers: int = 0
         else:
             yield experiment, status, message
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-037
-def cache_key(experiment: Experiment) -> tuple:  # equal where the teacher's outputs are shared
-    "What a worker keeps in memory for an experiment."
-    e = experiment
-    if e.recovery == "none":
-        return (e.model,)
-    return e.model, e.fraction, e.seed if e.fraction < 1 else None
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-039
-def best_next(
-    waiting: list, last: Experiment | None, others: list
-) -> int:  # a position in `waiting`
-    "The experiment for a worker that computed `last`, while others compute theirs."
-    taken, mine = {cache_key(e) for e in others}, cache_key(last) if last else None
-
-    def cost(i):
-        e = waiting[i]
-        if cache_key(e) == mine:
-            return 0, i
-        return 1 + (cache_key(e) in taken) + bool(last and e.model != last.model), i
-
-    return min(range(len(waiting)), key=cost)
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-042
-def _spent(status: str, device: str) -> bool:
-    "Whether a worker should get no further experiment: it died, or one failed on its GPU."
-    return status == "died" or status == "failed" and device != "cpu"
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-044
-def _hand_out(waiting: list, team: list) -> None:
-    "Give every idle worker an experiment."
-    for worker in team:
-        if worker.current is None and waiting:
-            others = [w.current for w in team if w.current]
-            worker.give(waiting.pop(best_next(waiting, worker.last, others)))
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-046
-def answers_of(team: list):
-    "Yield what workers answer; a spent worker is replaced."
-    for pipe in wait([w.pipe for w in team if w.current]):
-        k = next(k for k, worker in enumerate(team) if worker.pipe is pipe)
-        experiment, status, message = team[k].take()
-        if _spent(status, team[k].args[2]):
-            team[k].stop()
-            team[k] = Worker(*team[k].args)
-        yield experiment, status, message
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-048
-def local(experiments: list, profile: Profile, results: Store, workers: int = 0):
+def local(experiments: list, profile: Profile, results: Store, workers: int = 0, threads: int = 1):
     "Complete experiments in worker processes, one per core or GPU."
     check_gpus(profile)
-    waiting, aside, team = list(experiments), [], []
-    places = devices(workers or profile.workers, profile.processes)[: len(experiments)]
+    waiting, aside, running = list(experiments), [], {}
+    used = devices(workers or profile.workers, profile.processes)[: len(experiments)]
+    places = [Place(device, profile, results, threads) for device in used]
     try:
-        team += [Worker(profile, results.folder, device) for device in places]
-        while waiting or aside or any(w.current for w in team):
+        while waiting or aside or running:
             if aside and not waiting:
                 time.sleep(1)
                 waiting, aside = aside, []
-            _hand_out(waiting, team)
-            for experiment, status, message in answers_of(team):
+            for place in places:
+                if waiting and place not in running.values():
+                    others = [p.last for p in running.values()]
+                    experiment = waiting.pop(best_next(waiting, place.last, others))
+                    running[place.submit(experiment)] = place
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                place = running.pop(future)
+                experiment, (status, message) = place.last, place.answer(future)
                 if status == "busy":
                     aside.append(experiment)
                     say_busy(experiment, message)
                 else:
-                    yield experiment, status.replace("died", "failed"), message
+                    yield experiment, status, message
     finally:
-        for worker in team:
-            worker.stop()
+        for place in places:
+            place.stop()
