@@ -274,17 +274,6 @@ def run(
 
 # %% ../../nbs/library/study/13_runs.ipynb #252fbddb
 CHANGED = "its result has another key: data or model changed while the study ran; run it again"
-BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} in {elapsed}{postfix}"
-
-
-def learned(known: pd.DataFrame, experiment: Experiment, word: str, profile: Profile):
-    "The table `known` after one more experiment; a failed one is no longer waited for."
-    row = known["name"] == name_of(experiment, profile)
-    if word == "failed":
-        return known[~row]
-    now = _at_hand(experiment, profile, results_of(profile), True)
-    columns = ("student_seconds", "answer_seconds", "answers", "trains", "open_answers", "cached")
-    return known.assign(**{k: known[k].mask(row, now[k]) for k in columns})
 
 
 def settled(
@@ -308,20 +297,13 @@ def settled(
     names, failures = {e: name_of(e, profile) for e in missing}, context["failures"]
     errors = {e: failures[name] for e, name in names.items() if name in failures}
     if todo := [e for e in missing if e not in errors]:
-        n = 0 if quiet else at_once(executor, profile, workers)
-        known = at_hand([e for e in distinct if e not in errors], profile) if n else None
-        options = {"desc": "experiments", "disable": not n, "leave": False, "bar_format": BAR}
         answers = EXECUTORS[executor](todo, profile, results, workers)
+        options = {"desc": "experiments", "disable": quiet, "leave": False}
         with closing(answers), tqdm(total=len(todo), **options) as bar:
-            if n:
-                bar.set_postfix_str(time_left(known, n))
             for experiment, word, message in answers:
                 if word == "failed":
                     errors[experiment] = message
-                if n:
-                    known = learned(known, experiment, word, profile)
-                    text = f"{time_left(known, n)}; done: {describe(experiment)}"
-                    bar.set_postfix_str(text, refresh=False)
+                bar.set_postfix_str(f"done: {describe(experiment)}", refresh=False)
                 bar.update()
     errors = {e: errors.get(e, CHANGED) for e in missing if lacks(e)}
     if not quiet:

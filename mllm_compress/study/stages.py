@@ -37,17 +37,8 @@ from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
 from ..importance.criteria import criterion, measure, takes
 from ..importance.scores import load_scores
+from ..pruning import plans
 from ..pruning.allocation import obs_scores
-from mllm_compress.pruning.plans import (
-    PRUNINGS,
-    layers_for_ratio,
-    layerwise_ratio,
-    plan_channels,
-    plan_none,
-    plan_pruning,
-    plan_widthwise,
-    widthwise_reach,
-)
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.reconstructions import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
@@ -366,7 +357,7 @@ def scores_of(experiment: Experiment, profile: Profile, results: Store, device: 
         batches = calibration_batches_of(e, profile, processor, device)
         options, began = score_options(e, profile), time.perf_counter()
         if takes(e.pruning, e.importance, "n"):
-            options["n"] = layers_for_ratio(model, e.ratio)
+            options["n"] = plans.layers_for_ratio(model, e.ratio)
         if e.allocation == "obs":
             scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
         else:
@@ -395,22 +386,22 @@ def planned(experiment: Experiment, model, scores, width: Width, base=None) -> P
     protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
-        return plan_channels(model, scores, ratio, *spans)
+        return plans.plan_channels(model, scores, ratio, *spans)
     if e.pruning == "widthwise" and w.aim == "layers":
-        by_layers = layerwise_ratio(model, ratio)
-        ratio = by_layers if by_layers <= widthwise_reach(model, protect, shape) else ratio
+        by_layers = plans.layerwise_ratio(model, ratio)
+        ratio = by_layers if by_layers <= plans.widthwise_reach(model, protect, shape) else ratio
     if e.allocation != "layer":
-        return plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
+        return plans.plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
     if base is not None:
-        return plan_widthwise(model, scores, ratio, protect=protect, shape=shape, base=base)
-    return plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
+        return plans.plan_widthwise(model, scores, ratio, protect=protect, shape=shape, base=base)
+    return plans.plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
 
 
 def plan_of(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"):
     "What an experiment removes: a PruningPlan. Reading a stored one needs no model."
     e = canonical(experiment)
     if e.pruning == "none":
-        return plan_none(teacher_of(e.model, profile, device)[0])
+        return plans.plan_none(teacher_of(e.model, profile, device)[0])
     if text := value_of("plan", e, profile, results):
         return PruningPlan.from_json(text)
     model, _ = teacher_of(e.model, profile, device)
@@ -837,7 +828,7 @@ STAGE_TABLE = {
         scores_of,
     ),
     "scoring": Stage(_fixed(1), lambda e, p, _: {"scores": key_of("scores", e, p)}, keep_scoring),
-    "plan": Stage(lambda e, _: PRUNINGS[e.pruning].version, plan_inputs, plan_of),
+    "plan": Stage(lambda e, _: plans.PRUNINGS[e.pruning].version, plan_inputs, plan_of),
     "start": Stage(
         lambda e, _: STARTS[e.start].version,
         lambda e, p, _: {"how": e.start, "seed": e.seed, "plan": key_of("plan", e, p)},
