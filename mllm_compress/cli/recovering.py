@@ -227,7 +227,7 @@ def recover(request: RecoverRequest) -> dict:
     from mllm_compress import checkpoint, zoo
     from mllm_compress.checkpoint import formats, saving
     from mllm_compress.recovery.config import config_from_dict, learning_rate
-    from mllm_compress.study.students import trained_in_float32
+    from mllm_compress.study.stages import trained_in_float32
 
     name, out, options = request.model, request.out, request.options()
     config_from_dict(options)  # a mistake, before anything is loaded
