@@ -48,8 +48,14 @@ from mllm_compress.recovery import states
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.losses import answer_positions, batch_counts
 from mllm_compress.recovery.states import decoder_states, image_features, use_attention
-from mllm_compress.recovery.steps import Student, attention_for, block_size, passes_per_step
-from mllm_compress.recovery.student import add_lora, trainable_copy
+from mllm_compress.recovery.steps import (
+    Student,
+    add_lora,
+    attention_for,
+    block_size,
+    passes_per_step,
+    trainable_copy,
+)
 from mllm_compress.study.style import page
 from mllm_compress.zoo.tiny_models import tiny_model, tiny_processor
 

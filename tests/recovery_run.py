@@ -13,8 +13,7 @@ torch.set_num_threads(1)
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
-from mllm_compress.recovery.trainer import RecoveryTrainer
-from mllm_compress.recovery.training import recover
+from mllm_compress.recovery.training import RecoveryTrainer, recover
 from mllm_compress.zoo.models import load_model
 
 options = json.loads(sys.argv[1])  # config, folder, save_every, kill_at, result, fsdp, dtype

@@ -13,8 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mllm_compress.anatomy import FAMILIES, WRAPPERS, anatomy, part_parameters
 from mllm_compress.anatomy.wrappers import token_inputs
 from mllm_compress.cli.check import CHECKS, Case, run_checks, support_row, trial_data
-from mllm_compress.cost.arithmetic import decoder_flops, example_inputs, forward, shape_of_model
-from mllm_compress.cost.vision import EYES, vision_flops
+from mllm_compress.cost.arithmetic import (
+    EYES,
+    decoder_flops,
+    example_inputs,
+    forward,
+    picture_cost,
+    shape_of_model,
+)
 from mllm_compress.data.batches import Collator, Renderer
 from mllm_compress.data.instructions import turns
 from mllm_compress.importance.scores import model_inputs
@@ -44,17 +50,19 @@ def test_contract(name):
 
 
 @pytest.mark.parametrize("name", cases.MLLMS)
-def test_operations_in_closed_form(name, monkeypatch):
+def test_counted_operations_are_those_of_a_forward_pass(name, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr("mllm_compress.cost.vision.SIDE", 48)
+    monkeypatch.setattr("mllm_compress.cost.arithmetic.SIDE", 48)
     model = cases.build(name, torch.float32)
     model.set_attn_implementation("eager")
     inputs = example_inputs(model, 6, batch=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(model, inputs)
     decoder = decoder_flops(shape_of_model(model), inputs["input_ids"].shape[1], batch=2)
-    assert counter.get_total_flops() == decoder + sum(vision_flops(model.config, 2).values())
+    assert counter.get_total_flops() == decoder + sum(
+        picture_cost(model.config, 2).operations.values()
+    )
 
 
 @pytest.mark.parametrize("name", cases.MLLMS)
@@ -277,7 +285,7 @@ def test_the_command_line_from_scores_to_answers(name, tmp_path):
         (r["quantity"], r["part"], r["source"]): r["value"]
         for r in json.loads(found.stdout)["rows"]
     }
-    for part in ("vision", "projector", "lm", "total"):
+    for part in ("lm", "total"):
         assert rows["parameters", part, "closed form"] == rows["parameters", part, "measured"] > 0
 
 

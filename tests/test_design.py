@@ -196,12 +196,12 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
     import torch
 
     from mllm_compress.anatomy.families import anatomy
-    from mllm_compress.cost.memory import on_meta
+    from mllm_compress.cost.arithmetic import without_weights
     from mllm_compress.importance.scores import WidthScores
     from mllm_compress.zoo.releases import real_config
 
     profile = load_profile("authors")
-    model = on_meta(real_config(profile.printed[name]))
+    model = without_weights(real_config(profile.printed[name]))
     parts = anatomy(model)
     units = [{i: torch.rand(n(i)) for i in range(32)} for n in (parts.groups, parts.neurons)]
     scores, w = WidthScores(*units, "random", {}), profile.width

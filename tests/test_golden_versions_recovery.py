@@ -20,7 +20,7 @@ from mllm_compress.study.stages import stage_keys
 from mllm_compress.utils.methods import GREY, Look
 
 LOSS_TABLE = "LOSSES (nbs/library/recovery/01_losses.ipynb)"
-LOOP = "RECOVERY_VERSION (nbs/library/recovery/07_training.ipynb)"
+LOOP = "RECOVERY_VERSION (nbs/library/recovery/05_training.ipynb)"
 ROW_OR_LOOP = f"{LOSS_TABLE}; or, if the curves of the fixed sets moved too, raise {LOOP},"
 FIXED = ("sft", "logits_kd", "reverse_logits_kd", "hidden_kd")  # not LOSSES: it may grow
 CONFIGS = {

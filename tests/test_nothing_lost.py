@@ -71,12 +71,12 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     ),
     "recover": (
         ("recover", "small", "--teacher", "llava", "-o", "out", *DATA),
-        "mllm_compress.recovery.training._train",
+        "mllm_compress.recovery.training.RecoveryTrainer",
         "continues from there",
     ),
     "recover-without-checkpoints": (
         ("recover", "small", "--teacher", "llava", "-o", "out", *DATA, "--save-every", "0"),
-        "mllm_compress.recovery.training._train",
+        "mllm_compress.recovery.training.RecoveryTrainer",
         "nothing is kept",
     ),
     "evaluate": (
@@ -94,7 +94,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
         "mllm_compress.evaluation.scoring.answer_on",
         "Nothing is kept",
     ),
-    "cost": (("cost", "llava"), "mllm_compress.cost.report.counted_rows", "Stopped"),
+    "cost": (("cost", "llava"), "mllm_compress.cost.report.part_parameters", "Stopped"),
     "cards": (("cards", "llava"), "mllm_compress.cost.memory.memory_table", "Stopped"),
     "models": (("models",), "mllm_compress.cli.requests.emit", "Stopped"),
     "show": (("show", "small"), "mllm_compress.checkpoint.formats.sha256", "Stopped"),

@@ -113,7 +113,7 @@ def test_pruned_twice_knows_the_first_model(here):
 
 
 def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
-    from mllm_compress.recovery import trainer as checkpoints
+    from mllm_compress.recovery import training as checkpoints
 
     run("prune", "llava", "-o", "small", "--layers", "1")
     args = ("recover", "small", "--teacher", "llava", "--data", "mine.json", "--batch-size", 2)

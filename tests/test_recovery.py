@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,13 +24,10 @@ from mllm_compress.recovery.states import (
     SHARED_PREFIX,
     TeacherCache,
     decoder_states,
-    image_features,
     use_attention,
 )
-from mllm_compress.recovery.steps import Batches, layer_pairs
-from mllm_compress.recovery.student import add_lora, lora_targets
-from mllm_compress.recovery.trainer import NonFiniteLoss, RecoveryTrainer, checkpoints
-from mllm_compress.recovery.training import recover
+from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs, lora_targets
+from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
 
 N = 8
 
@@ -98,9 +94,7 @@ def test_sft_equals_the_models_own_loss(pair, data):
     [
         ({"logits_kd": 1}, "kl"),
         ({"reverse_logits_kd": 1}, "rkl"),
-        ({"hidden_kd": 1}, "l2"),
         ({"hidden_kd": 1, "logits_kd": 1}, "l2+kl"),
-        ({"hidden_kd": 1, "reverse_logits_kd": 1}, "l2+rkl"),
     ],
 )
 def test_all_positions_equal_the_original(pair, data, weights, strategy):
@@ -146,18 +140,6 @@ def test_chosen_layers(pair, data):
         ),
     ).history
     assert found.hidden_kd[0] == pytest.approx(expected.item(), rel=1e-4)
-
-
-def test_states_of_several_layers_by_name(pair, data):
-    labels, student, teacher = whole_batch(pair, data)
-    last, where = anatomy(pair[0]).num_layers - 1, labels[:, 1:] != -100
-    state = lambda out, i: out.hidden_states[i][:, :-1][where]  # 0: the embeddings
-    losses = [F.mse_loss(state(student, i), state(teacher, i)) for i in (*range(1, last + 1), -1)]
-    config = RecoveryConfig(
-        losses={"hidden_kd": 1}, hidden_layers="every", turns="sequential", **ONE_STEP
-    )
-    found = run(pair, data, config).history
-    assert found.hidden_kd[0] == pytest.approx((sum(losses) / len(losses)).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -248,26 +230,6 @@ def test_a_borrowed_prefix_is_the_prefix(tiny_lm, family, added):
     assert not torch.allclose(
         few["final"][~some], found["final"][~some]
     )  # elsewhere the last layer was not finished
-
-
-def test_a_batch_with_a_long_question_stays_in_whole_rows(pair, data):
-    long = data.samples[0] | {
-        "conversations": [
-            {"from": "human", "value": "<image>\n" + "is there a red circle " * 30},
-            {"from": "gpt", "value": "yes"},
-        ]
-    }
-    mixed = InstructionData([long, *data.samples[1:]], images=data.images)
-    collate = Collator(pair[2], mixed, block=64)
-    assert (
-        len(collate([mixed[0], mixed[1]])["input_ids"])
-        == 2
-        < len(collate([mixed[1], mixed[2]])["input_ids"])
-    )
-    found = run(pair, mixed, RecoveryConfig(**ONE_STEP)).history
-    now = run(pair, mixed, RecoveryConfig(**ONE_STEP), cache=TeacherCache(limit=0)).history
-    # outputs computed in other batches belong to the same answers
-    assert found.loss[0] == pytest.approx(now.loss[0], rel=1e-5)
 
 
 def test_ahead_or_while_training_is_the_same(pair, data):
@@ -376,16 +338,6 @@ def test_lora_reaches_every_linear_layer_of_every_family(tiny_lm, family):
     assert not torch.allclose(after, before)
 
 
-def test_both_families(tiny_bunny, data):
-    teacher, processor = tiny_bunny
-    history = run(
-        (disturbed(teacher), teacher, processor),
-        data,
-        RecoveryConfig(batch_size=4, lr=1e-3, warmup=0.0, epochs=3),
-    ).history
-    assert history.loss.iloc[-1] < history.loss.iloc[0]
-
-
 def test_samples_without_an_image(pair, data):
     mixed = InstructionData(
         [
@@ -458,18 +410,6 @@ def test_bf16_follows_float32(pair, data):
     )
 
 
-def test_bf16_without_a_device(pair, data):
-    "On a machine without an accelerator the run is the one on the CPU."
-    config = RecoveryConfig(losses={"sft": 1}, precision="bf16", **ONE_STEP)
-    found = run(pair, data, config, device=None)
-    assert torch.isfinite(torch.tensor(found.history.loss)).all()
-    if not torch.accelerator.is_available():
-        assert {p.device.type for p in found.model.parameters()} == {"cpu"}
-        expected = run(pair, data, config, device="cpu")
-        assert weights_hash(found.model) == weights_hash(expected.model)
-    pair[1].to("cpu")
-
-
 def test_teacher_outputs_are_computed_once(pair, data, tmp_path, monkeypatch):
     calls, compute = [], training.compute_teacher_outputs
     counted = lambda *a, **k: calls.append(1) or compute(*a, **k)
@@ -521,6 +461,9 @@ def test_every_epoch_has_its_own_order(pair, data, monkeypatch):
 # -- safety ------------------------------------------------------------------------------------
 
 
+TWO = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --standalone".split()
+
+
 def process(tmp_path, launcher=(), name="result.json", **options):
     "tests/recovery_run.py in its own process; its result."
     result = tmp_path / name
@@ -558,24 +501,10 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
 def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
     config = {"batch_size": 4, "epochs": 2, "lr": 1e-3}
     _, one = process(tmp_path, name="one.json", config=config, n=14)
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29533",
-    )
-    code, two = process(tmp_path, launcher, name="two.json", config=config, n=14)
+    code, two = process(tmp_path, TWO, name="two.json", config=config, n=14)
     assert two is not None, code.stderr[-2000:]
     for column in ("loss", "sft", "hidden_kd"):
-        torch.testing.assert_close(
-            torch.tensor(two["history"][column]),
-            torch.tensor(one["history"][column]),
-            rtol=1e-4,
-            atol=1e-6,
-        )
+        assert two["history"][column] == pytest.approx(one["history"][column], rel=1e-4, abs=1e-6)
 
 
 def test_fsdp(tmp_path):
@@ -583,35 +512,21 @@ def test_fsdp(tmp_path):
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     options = {"config": {"batch_size": 4, "epochs": 2, "lr": 1e-3}, "n": 14}
     options_of_two = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
-    launcher = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-    )
     _, one = process(tmp_path, name="one.json", **options)
-    code, two = process(tmp_path, launcher, name="two.json", **options_of_two)
+    code, two = process(tmp_path, TWO, name="two.json", **options_of_two)
     assert two is not None, code.stderr[-2000:]
     assert one["sharded"] == 0 and two["sharded"] > 0
-    right = torch.__version__ >= torch.torch_version.TorchVersion(
-        "2.10"
-    )  # before, torch got the norm of gradients in slices wrong
+    # before 2.10, torch got the norm of gradients in slices wrong
+    right = torch.__version__ >= torch.torch_version.TorchVersion("2.10")
     for column in ("loss", "grad_norm") if right else ("loss",):
-        torch.testing.assert_close(
-            torch.tensor(two["history"][column]),
-            torch.tensor(one["history"][column]),
-            rtol=1e-4,
-            atol=1e-6,
-        )
+        assert two["history"][column] == pytest.approx(one["history"][column], rel=1e-4, abs=1e-6)
     folder = {"folder": str(tmp_path / "run"), "save_every": 2}
-    _, nothing = process(tmp_path, launcher, **options_of_two, **folder, kill_at=5)
+    _, nothing = process(tmp_path, TWO, **options_of_two, **folder, kill_at=5)
     assert nothing is None and [p.name for p in checkpoints(folder["folder"])] == [
         "checkpoint-2",
         "checkpoint-4",
     ]
-    code, resumed = process(tmp_path, launcher, **options_of_two, **folder)
+    code, resumed = process(tmp_path, TWO, **options_of_two, **folder)
     assert resumed is not None, code.stderr[-2000:]
     assert (
         resumed["weights"] == two["weights"]
@@ -621,12 +536,6 @@ def test_fsdp(tmp_path):
     assert checkpoint and all(
         list(tensor.shape) == two["shapes"][name] for name, tensor in checkpoint.items()
     )
-
-
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return str(s.getsockname()[1])
 
 
 def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
@@ -643,43 +552,23 @@ def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
         "n": 14,
         "dtype": "bfloat16",
     }
-    launcher = (
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--use_fsdp",
-        "--fsdp_version",
-        "2",
-        "--fsdp_auto_wrap_policy",
-        "TRANSFORMER_BASED_WRAP",
-        "--fsdp_transformer_layer_cls_to_wrap",
-        "LlamaDecoderLayer",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "bf16",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        free_port(),
-    )
+    wrapped = "--fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP --fsdp_transformer_layer_cls_to_wrap"
+    machines = "--num_processes 2 --num_machines 1 --mixed_precision bf16 --dynamo_backend no"
+    line = f"--use_fsdp --fsdp_version 2 {wrapped} LlamaDecoderLayer {machines}"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        line += f" --main_process_port {free.getsockname()[1]}"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", *line.split())
     _, one = process(tmp_path, name="one.json", **options)
     code, two = process(tmp_path, launcher, name="two.json", **options, fsdp=True)
     assert two is not None, code.stderr[-2000:]
     assert two["sharded"] > 0 and two["history"]["loss"][-1] < 0.8 * two["history"]["loss"][0]
-    torch.testing.assert_close(
-        torch.tensor(two["history"]["loss"]),
-        torch.tensor(one["history"]["loss"]),
-        rtol=2e-2,
-        atol=0,
-    )
+    assert two["history"]["loss"] == pytest.approx(one["history"]["loss"], rel=2e-2)
     assert two["shapes"] == one["shapes"]
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeypatch):
-    import mllm_compress.recovery.trainer as module
+    import mllm_compress.recovery.training as module
 
     save, calls = module.save_file, []
 
@@ -704,26 +593,6 @@ def test_a_full_disk_keeps_the_previous_checkpoint(pair, data, tmp_path, monkeyp
     assert weights_hash(resumed.model) == weights_hash(
         run(pair, data, RecoveryConfig(batch_size=2, lr=1e-3)).model
     )
-
-
-def test_a_save_that_was_cut_off_is_not_taken_for_a_checkpoint(pair, data, tmp_path):
-    config = RecoveryConfig(batch_size=2, lr=1e-3)
-    whole = run(pair, data, config)
-    run(pair, data, config, folder=tmp_path, save_every=1)
-    left = checkpoints(tmp_path)
-    for late in left[1:]:
-        (
-            late / "trainer_state.json"
-        ).unlink()  # written last: without it the folder is not complete
-    partial = tmp_path / ".checkpoint-4.01234567.new"
-    partial.mkdir()
-    (partial / "weights.safetensors").write_bytes(b"half of it")
-    assert checkpoints(tmp_path) == left[:1]
-    for late in left[1:]:
-        shutil.rmtree(late)
-    assert weights_hash(
-        run(pair, data, config, folder=tmp_path, save_every=1).model
-    ) == weights_hash(whole.model)
 
 
 def test_another_runs_folder_is_refused(pair, data, tmp_path):
@@ -819,11 +688,6 @@ def test_lora_without_targets(tiny_lm, monkeypatch):
         lora_targets(tiny_lm("llama"))
 
 
-def test_too_few_samples_for_the_processes():
-    with pytest.raises(ValueError, match="3 samples cannot be split into 4 parts"):
-        Batches([1] * 3, 8, passes=2, processes=2)
-
-
 # -- small things ------------------------------------------------------------------------------
 
 
@@ -846,11 +710,3 @@ def test_learning_rates_are_data():
         learning_rate(RecoveryConfig(lora={"r": 2}), table) == 4.0
         and learning_rate(RecoveryConfig(**PAPER["internvl"])) == 4e-5
     )
-
-
-def test_features_ignore_training_mode(pair):
-    _, teacher, _ = pair
-    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    calm = image_features(teacher, pixels)
-    busy = copy.deepcopy(teacher).train()
-    assert torch.equal(image_features(busy, pixels), calm) and anatomy(busy).vision_tower.training

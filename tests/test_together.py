@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from mllm_compress.recovery.trainer import RecoveryTrainer
+from mllm_compress.recovery.training import RecoveryTrainer
 from mllm_compress.study import stages, workers
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import Profile, Slurm, checked, load_profile, read_strictly

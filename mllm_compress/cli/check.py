@@ -40,8 +40,7 @@ from ..pruning.reconstruction import reconstruct
 from ..pruning.slicing import apply_plan, silence
 from ..recovery.config import RecoveryConfig
 from ..recovery.losses import batch_counts
-from ..recovery.steps import Student, Teacher
-from ..recovery.student import add_lora, trainable_copy
+from ..recovery.steps import Student, Teacher, add_lora, trainable_copy
 from ..zoo.models import auto_classes, quiet_loading
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-006
