@@ -184,7 +184,7 @@ def with_defaults(options: dict, request: RecoverRequest, student, processor, de
 def _train(request: RecoverRequest, student, teacher, data, config, **options):
     "`recover` with checkpoints in a folder; ValueError where they are of another command."
     from mllm_compress import recovery
-    from mllm_compress.recovery.trainer import checkpoints
+    from mllm_compress.recovery.training import checkpoints
 
     every, folder = request.save_every, request.training_folder
     if every is None:  # a tenth of the run, at most 100 steps

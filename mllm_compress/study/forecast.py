@@ -13,11 +13,10 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
+from ..cost.arithmetic import without_weights
 from mllm_compress.cost.memory import (
     answering_bytes,
     answering_operations,
-    float32_extra,
-    on_meta,
     pruned_on_meta,
     recovery_memory,
     training_operations,
@@ -125,12 +124,12 @@ def planned(row: dict) -> str:
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-024
 def memory_of(experiment: Experiment, profile: Profile, config) -> int:
     "Bytes of an experiment at its peak, on one card."
-    e, dense = experiment, on_meta(config)
+    e, dense = experiment, without_weights(config)
     small = pruned_on_meta(dense, e.pruning, e.ratio)
     if e.recovery == "none":
         return answering_bytes(dense, batch=profile.evaluation.batch_size)
     recovery = recovery_config(e, profile)
-    return recovery_memory(small, recovery, dense, 256)["total"] + float32_extra(small, recovery)
+    return recovery_memory(small, recovery, dense, 256)["total"]
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-026
 def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per model and kind

@@ -44,7 +44,7 @@ from ..pruning.reconstructions import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
-from ..recovery.student import with_adapters
+from ..recovery.steps import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
 from . import store
 from mllm_compress.study.experiments import (
