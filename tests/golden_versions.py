@@ -58,15 +58,21 @@ def check_no_stale(table: str, names, update: bool, folder: Path = FOLDER) -> No
         )
 
 
-def first_difference(old, new, at: str = "") -> str | None:
-    "Where two nested values differ first: floats by more than RTOL, all else at all."
+def first_difference(old, new, at: str = "", scale: float = 0.0) -> str | None:
+    """Where two nested values differ first: floats by more than the tolerance, all else at all.
+
+    A sum of terms of both signs may be far smaller than its terms, which its rounding follows.
+    The numbers of one list are sums of the same kind, so the largest tells how large terms are.
+    """
     if isinstance(old, dict) and isinstance(new, dict) and set(old) == set(new):
         parts = ((old[k], new[k], f"{at}.{k}".lstrip(".")) for k in old)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        parts = ((a, b, f"{at}[{i}]") for i, (a, b) in enumerate(zip(old, new)))
+        scale = max((abs(v) for v in old if isinstance(v, float)), default=0.0)
+        parts = ((a, b, f"{at}[{i}]", scale) for i, (a, b) in enumerate(zip(old, new)))
     else:
         floats = {type(old), type(new)} <= {int, float} and float in (type(old), type(new))
-        same = math.isclose(old, new, rel_tol=RTOL, abs_tol=1e-9) if floats else old == new
+        near = lambda: math.isclose(old, new, rel_tol=RTOL, abs_tol=max(1e-9, RTOL / 10 * scale))
+        same = near() if floats else old == new
         return None if same else f"First difference at {at or 'the value'}: {old} stored, {new} now"
     return next((found for part in parts if (found := first_difference(*part))), None)
 

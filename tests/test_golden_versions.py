@@ -22,6 +22,7 @@ def stored(tmp_path):
 def test_equal_numbers_pass(stored):
     check(stored, NUMBERS)
     check(stored, {"kept": (0, 3), "values": [0.123456789 * (1 + 5e-5), 2]})
+    check(stored, {"kept": (0, 3), "values": [0.123456789 + 1.5e-5, 2.0]})  # 1e-5 of the largest
     assert json.loads((stored / "criterion.json").read_text())["taylor"]["version"] == 1
 
 

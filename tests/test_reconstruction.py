@@ -10,6 +10,7 @@ from pruning_cases import inputs as two_prompts
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import WidthScores
+from mllm_compress.pruning import prune
 from mllm_compress.pruning.allocation import obs_scores, plan_global, removal_errors
 from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from mllm_compress.pruning.pruning_plan import is_nested, make_plan
@@ -18,6 +19,18 @@ from mllm_compress.pruning.sizes import layer_sizes
 from mllm_compress.pruning.slicing import apply_plan, silence
 
 CASES = ["llama-4x1", "qwen2-3x2", "qwen3-3x2", "phi-4x1", "phi3-3x2", "gemma-3x2"]
+ALL_CASES = [*CASES, "gemma3_text-3x2"]  # the last with norms that switch channels off
+
+
+def random_model(case):
+    "A random model of a family; norms behind the projections of Gemma 3 (1 + w) get zeros."
+    model = build(case)
+    with torch.no_grad():
+        for layer in anatomy(model).layers if case.startswith("gemma3") else ():
+            layer.post_attention_layernorm.weight[[0, 7]] = -1.0
+            layer.post_feedforward_layernorm.weight[[7, 20]] = -1.0
+            layer.post_feedforward_layernorm.weight[21] = -0.99  # nearly off
+    return model
 
 
 def text_batches(rows=6, tokens=40, count=2, vocab=64):
@@ -147,19 +160,19 @@ def test_removed_layers_are_aimed_beyond(case, gone):
 # --- properties
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("ridge", [0.0, 0.1, None])
 def test_without_removal_the_weights_come_back(case, ridge):
-    model, batches = build(case), text_batches(rows=12)
+    model, batches = random_model(case), text_batches(rows=12)
     plan = plan_none(model)
     same = reconstruct(model, model, batches, plan, ridge=ridge)
     for key, module in projections(same).items():
         assert module.weight.allclose(projections(model)[key].weight, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_units_that_write_nothing_can_go_without_a_trace(case):
-    model = build(case)
+    model = random_model(case)
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
     model = silence(model, plan)
     batches = text_batches()
@@ -185,10 +198,10 @@ def with_copies(model):
     return model, make_plan(model, heads=keep, neurons=half)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_copies_are_recovered_exactly(case):
     "The dense layer is linear in what stays: least squares must find it."
-    model, plan = with_copies(build(case))
+    model, plan = with_copies(random_model(case))
     batches, small = text_batches(), apply_plan(model, plan)
     fitted = reconstruct(small, model, batches, plan, ridge=0.0)
     dense = logits(model, batches)
@@ -196,13 +209,14 @@ def test_copies_are_recovered_exactly(case):
     assert logits(fitted, batches).allclose(dense, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_errors_fall_and_outputs_come_nearer(case):
-    model, batches = build(case), text_batches(rows=12)
+    model, batches = random_model(case), text_batches(rows=12)
     plan = plan_widthwise(model, width_scores(model), ratio=0.25)
     small = apply_plan(model, plan)
     fitted, report = reconstruct(small, model, batches, plan, return_report=True)
-    assert (report.after <= report.before + 1e-6).all() and (report.held_out < 1).all()
+    assert (report.after <= report.before + 1e-6).all()
+    assert case not in CASES or (report.held_out < 1).all()  # a norm makes small errors large
     distance = lambda m: (logits(m, batches) - logits(model, batches)).norm()
     assert distance(fitted) < distance(small)
 
@@ -275,6 +289,14 @@ def test_removing_what_writes_a_sink_is_reported():
     with pytest.warns(UserWarning, match="sinks are lost from layer 1"):
         rest = make_plan(model, neurons={1: [u for u in range(40) if u != 7]})
         reconstruct(apply_plan(model, rest), model, batches, rest, ridge=1.0)
+
+
+@pytest.mark.parametrize("recipe", ["layers", "recommended", "uniform"])
+def test_recipes_refit_models_whose_norms_switch_channels_off(recipe):
+    model, batches = random_model("gemma3_text-3x2"), text_batches(rows=12)
+    small, plan = prune(model, batches, 0.25, recipe=recipe)
+    distance = lambda m: (logits(m, batches) - logits(model, batches)).norm()
+    assert distance(small) < distance(apply_plan(model, plan))
 
 
 # --- bad input

@@ -147,8 +147,7 @@ class Stream:
     held: torch.Tensor  # [batch] bool: held out when the ridge is chosen
     between: list  # for each layer what is added in front of it (Qwen3-VL), or None
     middle: torch.Tensor | None = None  # dense stream between attention and MLP
-    lengths: dict = field(default_factory=dict)  # slot -> [batch, tokens, 1] RMS of what it writes
-    target: torch.Tensor | None = field(default=None, repr=False)  # what the layer aims at
+    outputs: dict = field(default_factory=dict)  # slot -> its dense output, where a norm follows
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-007
 def working_dtype(model) -> torch.dtype:
@@ -191,7 +190,7 @@ def written(
     return y * getattr(parts.text_config, parts.family.residual) if parts.family.residual else y
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-013
-SMALLEST = 0.05  # of the RMS of a norm's weights: smaller ones are not divided by
+SMALLEST = 0.05  # of the RMS of a norm's weights: nothing is divided by smaller ones
 
 
 def sought(
@@ -199,7 +198,7 @@ def sought(
     layer: torch.nn.Module,
     name: str,  # of an output projection's slot
     r: torch.Tensor,  # [batch, tokens, hidden] to be added to the stream
-    length: torch.Tensor | None,  # [batch, tokens, 1] RMS of the dense output
+    dense: torch.Tensor | None,  # [batch, tokens, hidden] the dense output, where a norm follows
 ) -> tuple:  # the projection's output, and the factor of its error in the stream
     "The output of a projection that adds `r`."
     norm, factor = dict(parts.family.post_norms).get(name), 1.0
@@ -207,22 +206,25 @@ def sought(
         factor = getattr(parts.text_config, parts.family.residual)
         r = r / factor
     if norm:
-        w = layer.get_submodule(norm)(torch.ones_like(r[:1, :1]))  # [1, 1, hidden]
-        w = w.sign() * w.abs().clamp_min(SMALLEST * w.square().mean().sqrt())
-        r, factor = r / w * length, 1 / length.clamp_min(1e-12)[..., 0]
+        norm, size = layer.get_submodule(norm), lambda x: x.norm(dim=-1, keepdim=True)
+        w = norm(torch.ones_like(r[:1, :1]))  # [1, 1, hidden]
+        length = size(dense * w) / size(norm(dense)).clamp_min(1e-12)  # RMS, epsilon included
+        weak = w.abs() <= SMALLEST * w.square().mean().sqrt()
+        r = torch.where(weak, dense, r / w * length)
+        factor = 1 / length.clamp_min(1e-12)[..., 0]
     return r, factor
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-015
 @contextmanager
-def _recording(parts: Anatomy, layer: torch.nn.Module, inputs: dict, outputs: dict, lengths):
+def _recording(parts: Anatomy, layer: torch.nn.Module, inputs: dict, added: dict, outputs):
     "Within this context the output projections of a layer fill the dicts, by slot."
-    hooks = []
+    hooks, normed = [], dict(parts.family.post_norms)
     for slot in (s for s in parts.family.slots if s.axis == 1):
 
         def read(_, args, output, name=slot.name):
-            inputs[name], outputs[name] = args[0], written(parts, layer, name, output)
-            if lengths is not None:
-                lengths[name] = output.square().mean(-1, keepdim=True).sqrt()
+            inputs[name], added[name] = args[0], written(parts, layer, name, output)
+            if outputs is not None and name in normed:
+                outputs[name] = output
 
         hooks.append(layer.get_submodule(slot.path).register_forward_hook(read))
     try:
@@ -239,20 +241,20 @@ def run_layer(
     layer: torch.nn.Module,  # the layer itself, or its copy in float32
     hidden: torch.Tensor,  # [batch, tokens, hidden]
     call: dict,  # its other arguments
-    lengths: dict | None = None,  # filled with the RMS of each projection's output, by slot
+    outputs: dict | None = None,  # filled with projections' outputs in front of a norm, by slot
 ) -> tuple:  # (inputs by slot, what is added by slot, hidden state after the layer)
     "Inputs of the output projections of one layer, what they add, and what the layer returns."
-    inputs, outputs = {}, {}
-    with _recording(parts, layer, inputs, outputs, lengths):
+    inputs, added = {}, {}
+    with _recording(parts, layer, inputs, added, outputs):
         after = layer(hidden, **call)
     if not torch.allclose(
-        after, hidden + sum(outputs.values()), rtol=1e-3, atol=1e-3, equal_nan=True
+        after, hidden + sum(added.values()), rtol=1e-3, atol=1e-3, equal_nan=True
     ):
         raise ValueError(
             f"layer {i} adds more to its input than its output projections write; "
             "reconstruction has no closed form there."
         )
-    return inputs, outputs, after
+    return inputs, added, after
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-019
 @torch.no_grad()
@@ -298,10 +300,10 @@ def advance_dense(
         with in_dtype(parts, i, working_dtype(parts.model)) as layer:
             for s in streams:
                 s.dense = plus(s.dense, s.between[i])
-                lengths = s.lengths if i == layers[0] else None
-                _, outputs, after = run_layer(parts, i, layer, s.dense, s.calls[i], lengths)
+                outputs = s.outputs if i == layers[0] else None
+                _, added, after = run_layer(parts, i, layer, s.dense, s.calls[i], outputs)
                 if i == layers[0]:
-                    s.middle = s.dense + next(iter(outputs.values()))
+                    s.middle = s.dense + next(iter(added.values()))
                 s.dense = after
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-025
@@ -329,7 +331,7 @@ def stage_moments(
         inputs, outputs, _ = run_layer(parts, i, layer, s.pruned, s.calls[i])
         x = torch.cat([inputs[name] for name in names], -1)
         r = target - s.pruned - sum(outputs[name] for name in earlier)
-        r, factor = sought(parts, layer, names[0], r, s.lengths.get(names[0]))
+        r, factor = sought(parts, layer, names[0], r, s.outputs.get(names[0]))
         w = target.square().mean(-1).clamp_min(1e-12).rsqrt() * factor
         target = target / torch.as_tensor(factor)[..., None]
         for part, rows in zip(moments, (~s.held, s.held)):
@@ -537,4 +539,5 @@ def reconstruction_cost(
     work += sum(solves * (k**3 / 3 + 2 * k**2 * hidden) for k in widths)
     k, layer = max(widths), 4 * (max(before) + max(after))
     sums = 8 * (5 * k**2 + 7 * k * hidden)  # gram and cross, their parts, weight and solution
-    return {"operations": work, "bytes": 12 * tokens * hidden + sums + layer}
+    states = 5 if anatomy(dense).family.post_norms else 3  # float32, of every token
+    return {"operations": work, "bytes": 4 * states * tokens * hidden + sums + layer}
