@@ -1,7 +1,6 @@
 """Gauss-Newton saliency: a rival that masks units one token at a time, invariances, bad input."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -178,16 +177,6 @@ def test_recomputed_activations_give_the_same_scores():
     )
 
 
-def test_the_model_is_left_as_it_was():
-    model, batch = build("llama-4x1").train(), text_batch()
-    before = copy.deepcopy(model.state_dict())
-    gauss_newton(model, [batch])
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert all(m.training for m in model.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
 def test_multimodal_models_and_half_precision(tiny_llava):
     model = copy.deepcopy(tiny_llava[0])
     batch = two_prompts(model)
@@ -218,8 +207,3 @@ def test_bad_input_says_what_to_do():
         anatomy(model).linears(0)[0].module.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN in the weights"):
         gauss_newton(model, [batch])
-
-
-def test_every_option_is_documented():
-    source = inspect.getsource(gauss_newton)
-    assert all(f"    {name}: " in source for name in inspect.signature(gauss_newton).parameters)

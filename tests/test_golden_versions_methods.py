@@ -9,13 +9,13 @@ from mllm_compress.anatomy.families import anatomy
 from mllm_compress.importance.criteria import CRITERIA, measure
 from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import PRUNINGS, plan_pruning
-from mllm_compress.pruning.reconstructions import RECONSTRUCTIONS, reconstructed
+from mllm_compress.pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.study.scratch import STARTS
 
 CRITERIA_AT = "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
 PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/04_plans.ipynb)"
-RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/07_reconstructions.ipynb)"
+RECONSTRUCTIONS_AT = "RECONSTRUCTIONS (nbs/library/pruning/06_reconstruction.ipynb)"
 MODELS = {"layerwise": ("tiny-llava", "phi-4x1"), "widthwise": ("tiny-llava", "qwen2-3x2")}
 OPTIONS = {"angular_distance": {"n": 2}}  # of criteria that need one
 

@@ -1,14 +1,13 @@
 """Scores: golden cases, independent re-implementations, invariances, frugality, bad input."""
 
 import copy
-import gc
 import json
 import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import PeakTensors
@@ -17,7 +16,6 @@ from mllm_compress.importance import (
     WidthScores,
     angular_distance,
     block_influence,
-    largest_batch,
     layer_importance,
     load_scores,
     scoring_memory,
@@ -25,11 +23,10 @@ from mllm_compress.importance import (
 )
 from mllm_compress.importance import taylor as taylor_module
 from mllm_compress.importance.criteria import magnitude
-from mllm_compress.importance.influence import cosine_change, reference_change
-from mllm_compress.importance.taylor import ORDERS, output_gradients, summed_loss, taylor
+from mllm_compress.importance.taylor import ORDERS, taylor
 from mllm_compress.utils.files import resuming
 
-FAMILIES = ["llama", "mistral", "qwen2", "phi", "phi3"]
+FAMILIES = ["llama", "qwen2", "phi", "phi3"]
 
 
 def text_batch(rows=3, tokens=12, vocab=64, seed=0):
@@ -124,47 +121,6 @@ def by_autograd(model, batch, labels, order, share=1, sample_share=1):
 # --- golden cases -------------------------------------------------------------------------------
 
 
-def lost(channels, ratio):
-    "The original's rounding."
-    return channels - int(channels * (1 - ratio))
-
-
-@pytest.mark.parametrize("name", ["widthwise_llama", "widthwise_phi"])
-@pytest.mark.parametrize("joined", [True, False], ids=["one batch", "single samples"])
-def test_reference_taylor_selects_what_the_original_selects(golden, name, joined):
-    model = AutoModelForCausalLM.from_pretrained(golden / name)
-    batch = load_file(golden / name / "calibration.safetensors")
-    for case in json.loads((golden / name / "expected.json").read_text()):
-        scores = width_importance(
-            model, [batch] if joined else rows_of(batch), order=case["importance"], mode="reference"
-        )
-        assert abs(scores.meta["loss"] - case["loss"]) < 1e-5
-        for i, removed in case["removed"].items():
-            heads, neurons = scores.heads[int(i)], scores.neurons[int(i)]
-            assert (
-                sorted(heads.argsort()[: lost(48, case["channel_ratio"]) // 8].tolist())
-                == removed["heads"]
-            )
-            assert (
-                sorted(neurons.argsort()[: lost(120, case["channel_ratio"])].tolist())
-                == removed["neurons"]
-            )
-
-
-@pytest.mark.parametrize("name", ["widthwise_llama", "widthwise_phi"])
-@pytest.mark.parametrize("order", ORDERS)
-def test_every_order_ranks_as_the_straightforward_code(golden, name, order):
-    model = AutoModelForCausalLM.from_pretrained(golden / name)
-    batch = load_file(golden / name / "calibration.safetensors")
-    ours, theirs = (
-        taylor(model, [batch], order=order, mode="reference"),
-        by_autograd(model, batch, batch["input_ids"], order),
-    )
-    for i in ours.heads:
-        assert ours.heads[i].argsort().equal(theirs.heads[i].argsort())
-        assert ours.neurons[i].argsort().equal(theirs.neurons[i].argsort())
-
-
 def test_reference_block_influence_is_the_original(golden):
     folder = golden / "layerwise_llava"
     model, tensors = (
@@ -211,20 +167,6 @@ def test_taylor_equals_autograd_inside_an_mllm(request, fixture, order):
     for batches in ([batch], rows_of(batch)):
         ours = taylor(model, batches, order=order)
         assert close(ours, theirs, rtol=1e-3, atol=1e-9), len(batches)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_unit_that_nothing_reads_scores_zero(tiny_lm, family, order):
-    model = tiny_lm(family, layers=3)
-    silence(model, 1, unit=1)
-    scores = taylor(model, [text_batch()], order=order)
-    assert scores.heads[1][1] == 0 == scores.neurons[1][1]
-    assert (
-        scores.heads[1][0] > 0
-        and (scores.neurons[1] > 0).sum() == 47
-        and (scores.neurons[0] > 0).all()
-    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -302,18 +244,6 @@ def test_layer_by_layer_holds_the_gradient_of_one_layer(tiny_llava, monkeypatch)
     assert max(most) <= len(parts.linears(0)) + 1 < len(most) / parts.num_layers
 
 
-def test_recompute_and_padding_change_nothing(tiny_bunny):
-    model = tiny_bunny[0]
-    batch = image_batch(model)
-    plain = taylor(model, [batch], order="param_mix")
-    assert close(
-        plain, taylor(model, [batch], order="param_mix", recompute=True), rtol=1e-4, atol=1e-10
-    )
-    assert close(
-        plain, taylor(model, [padded(batch, 5, "right")], order="param_mix"), rtol=1e-3, atol=1e-9
-    )
-
-
 def test_token_weights_weigh_the_positions_of_a_gradient(tiny_llava):
     model = tiny_llava[0]
     batch, everything = image_batch(model), {"image": 2, "prompt": 2, "answer": 2}
@@ -349,6 +279,7 @@ def test_scoring_touches_nothing(tiny_llava):
         lambda: block_influence(model, [batch]),
         lambda: angular_distance(model, [batch], 2),
         lambda: width_importance(model, [batch], "activation"),
+        lambda: width_importance(model, [batch], "gauss_newton"),
     ):
         run()
     with pytest.raises(ValueError):
@@ -366,50 +297,6 @@ def test_scoring_touches_nothing(tiny_llava):
 # --- frugality ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_one_block_of_one_gradient_is_alive_at_a_time(tiny_lm, monkeypatch, order):
-    model, alive, most, largest = tiny_lm("llama", layers=4), set(), [0], [0]
-    moments = taylor_module.gradient_moments
-
-    def counted(*args):
-        gc.collect() if len(alive) > 2 else None
-        out = moments(*args)
-        for t in out:
-            if t is None:
-                continue
-            alive.add(id(t))
-            weakref.finalize(t, alive.discard, id(t))
-            largest[0] = max(largest[0], t.numel())
-        most[0] = max(most[0], len(alive))
-        return out
-
-    monkeypatch.setattr(taylor_module, "gradient_moments", counted)
-    monkeypatch.setitem(
-        taylor_module.CHUNK, "cpu", 400
-    )  # far below the 1,536 weights of an MLP matrix
-    scores = taylor(model, [text_batch()], order=order)
-    need = 2 if ORDERS[order].curvature else 1
-    assert (
-        most[0] <= 2 * need and largest[0] <= 400
-    )  # the block at hand, and the one just being replaced
-    monkeypatch.undo()
-    assert close(scores, taylor(model, [text_batch()], order=order), rtol=1e-4, atol=1e-10)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_peak_above_activations_is_a_tenth_of_all_gradients(tiny_lm, order):
-    model, batch = (
-        tiny_lm("llama", layers=16, hidden=64, neurons=160, groups=4, queries=1),
-        text_batch(2, 16),
-    )
-    gradients = sum(p.numel() * 4 for p in model.parameters())
-    with PeakTensors() as bare, output_gradients(anatomy(model), lambda *_: None):
-        summed_loss(model, batch, batch["input_ids"]).backward()
-    with PeakTensors() as scoring:
-        taylor(model, [batch], order=order)
-    assert scoring.peak - bare.peak <= 0.1 * gradients
-
-
 def test_block_influence_stores_no_hidden_states(tiny_lm):
     model, batch = tiny_lm("llama", layers=12), text_batch(4, 64)
     with PeakTensors() as bare, torch.no_grad():
@@ -418,47 +305,6 @@ def test_block_influence_stores_no_hidden_states(tiny_lm):
         block_influence(model, [batch])
     state = 4 * 64 * 32 * 4  # one hidden state of the batch
     assert scoring.peak - bare.peak < 2 * state
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_block_influence_function_needs_a_quarter_of_all_pairs(dtype):
-    x, y = torch.randn(2, 728, 4096).to(dtype)
-    with PeakTensors() as ours:
-        cosine_change(x, y)
-    with PeakTensors() as pairs:
-        (x @ y.T) / (x.norm(dim=-1, keepdim=True) * y.norm(dim=-1, keepdim=True))
-    assert ours.peak <= (pairs.peak / 4 if dtype == torch.float32 else pairs.peak)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"order": "param_mix"}, {"recompute": True}, {"method": "block_influence"}],
-    ids=str,
-)
-@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
-def test_memory_on_paper_is_what_is_measured(tiny_lm, family, options):
-    model = tiny_lm(family, layers=5, hidden=128, neurons=256, groups=4, queries=1)
-    batch, weights = text_batch(2, 64), sum(p.numel() * 4 for p in model.parameters())
-    run = block_influence if "method" in options else taylor
-    with PeakTensors() as memory:
-        run(model, [batch], **{k: v for k, v in options.items() if k != "method"})
-    paper = scoring_memory(
-        model, tokens=64, batch_size=2, supervised=63, dtype=torch.float32, device="cpu", **options
-    )
-    assert 0.93 < paper.total / (memory.peak + weights) < 1.2
-
-
-def test_llava_7b_fits_where_its_gradients_do_not():
-    from transformers import LlavaConfig
-
-    config = LlavaConfig()
-    one = scoring_memory(config)
-    assert (
-        abs(one.weights / 2**30 - 13.16) < 0.05
-        and one.total < 20 * 2**30 < one.total + one.all_gradients
-    )
-    assert one.working < 0.1 * one.all_gradients
-    assert largest_batch(config, 24, recompute=True) >= 10 and largest_batch(config, 12) == 0
 
 
 # --- block influence ----------------------------------------------------------------------------
@@ -506,35 +352,6 @@ def test_padding_is_not_noticed(tiny_lm, family, side):
         lambda b: taylor(model, [b]).neurons[1],
     ):
         assert score(more).allclose(score(batch), rtol=1e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_silent_layer_scores_zero_and_goes_first(tiny_lm, family):
-    model = tiny_lm(family)
-    silence(model, 2)
-    scores = block_influence(model, [text_batch()])
-    assert scores.values[2].abs() < 1e-6 and scores.values.argmin() == 2
-    silence(model, 1)
-    blocks = angular_distance(model, [text_batch()], n=2)
-    assert len(blocks.values) == 3 and blocks.meta["n"] == 2 and blocks.values.argmin() == 1
-
-
-def test_length_does_not_matter_and_angle_does():
-    x, y = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
-    assert cosine_change(1e4 * x, 1e-4 * y).allclose(cosine_change(x, y), atol=1e-5)
-    assert cosine_change(x, x).abs().max() < 1e-6 and cosine_change(x, -x).allclose(
-        torch.full((9,), 2.0)
-    )
-    assert cosine_change(x, 0 * y).equal(torch.ones(9))  # no direction: fully turned
-
-
-def test_half_precision_overflows_in_the_reference_only(tiny_lm):
-    x = 100 * torch.ones(1, 64, dtype=torch.float16)  # norm 800
-    assert cosine_change(x, x).abs().max() < 1e-6
-    assert float(reference_change(x, x, None)) == 0.5
-    model, batch = tiny_lm("llama"), text_batch()
-    full = block_influence(model, [batch]).values
-    assert block_influence(copy.deepcopy(model).bfloat16(), [batch]).values.allclose(full, rtol=0.1)
 
 
 def test_token_weights_of_block_influence(tiny_llava):
@@ -608,44 +425,21 @@ def test_baselines(tiny_lm, family):
     assert close(random[0], random[1]) and not close(random[0], random[2])
 
 
-def test_layers_by_any_method(tiny_lm):
-    model, batch = tiny_lm("qwen2"), text_batch()
-    width = taylor(model, [batch], order="vectorize")
-    layers = layer_importance(model, [batch], "taylor", order="vectorize")
-    assert layers.values[1].allclose(width.heads[1].sum() + width.neurons[1].sum())
-    assert layer_importance(model, [batch], "angular_distance", n=2).values.equal(
-        angular_distance(model, [batch], 2).values
-    )
-    assert layer_importance(model, [batch]).values.equal(block_influence(model, [batch]).values)
-
-
-def test_scores_come_back_and_foreign_files_do_not(tiny_lm, tmp_path):
-    model, batch = tiny_lm("llama"), text_batch()
-    width, layers = taylor(model, [batch]), block_influence(model, [batch])
-    width.save(tmp_path / "w"), layers.save(tmp_path / "l")
-    again = load_scores(tmp_path / "w")
-    assert all(
-        again.heads[i].equal(width.heads[i]) and again.neurons[i].equal(width.neurons[i])
-        for i in range(4)
-    )
-    assert (
-        again.meta == width.meta
-        and again.kind == "taylor"
-        and load_scores(str(tmp_path / "l")).values.equal(layers.values)
-    )
-    assert not list(tmp_path.rglob("*.p*")) and {p.suffix for p in tmp_path.rglob("*.*")} == {
-        ".json",
-        ".safetensors",
-    }
-    tensors = tmp_path / "w" / "scores.safetensors"
-    whole = tensors.read_bytes()
-    for wrong in (whole[:-4], (tmp_path / "l" / "scores.safetensors").read_bytes(), b""):
-        tensors.write_bytes(wrong)
+def test_files_of_other_scores_are_refused(tmp_path):
+    LayerScores([0.1, 0.2], "random").save(tmp_path / "layers")
+    WidthScores({0: [0.1]}, {0: [0.2]}, "random").save(tmp_path / "width")
+    numbers = tmp_path / "width" / "scores.safetensors"
+    for wrong in (
+        b"",
+        numbers.read_bytes()[:-4],
+        (tmp_path / "layers" / numbers.name).read_bytes(),
+    ):
+        numbers.write_bytes(wrong)
         with pytest.raises(ValueError, match="scores.safetensors is not the file"):
-            load_scores(tmp_path / "w")
-    tensors.unlink()
+            load_scores(tmp_path / "width")
+    numbers.unlink()
     with pytest.raises(ValueError, match="scores.safetensors missing"):
-        load_scores(tmp_path / "w")
+        load_scores(tmp_path / "width")
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -691,7 +485,6 @@ NO_LABELS = B | {"labels": torch.full_like(B["input_ids"], -100)}
         (lambda m: layer_importance(m, [B], "shapley"), "block_influence, angular_distance"),
         (lambda m: magnitude(m, p=0), "power above 0"),
         (lambda m: scoring_memory(m, method="magnitude"), "'taylor' or 'block_influence'"),
-        (lambda m: scoring_memory("llava"), "a model or a config"),
         (lambda m: LayerScores([1.0, float("inf")], "x"), "not finite"),
         (lambda m: LayerScores([], "x"), "list of numbers"),
         (lambda m: load_scores("nowhere"), "no scores in nowhere"),

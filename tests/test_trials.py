@@ -274,8 +274,8 @@ ALL += ["layers hidden", "layers both", "bunny"]
     [
         (
             "importance/05_criteria.ipynb",
-            '        magnitude,\n        "widthwise",\n        version=1',
-            '        magnitude,\n        "widthwise",\n        version=2',
+            "        magnitude,\n        version=1",
+            "        magnitude,\n        version=2",
             {"magnitude": ANSWERS, "magnitude sft": ANSWERS},
         ),
         (

@@ -8,9 +8,8 @@ __all__ = ['CRITERIA', 'width_importance', 'layer_importance']
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-004
 import inspect
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
@@ -23,6 +22,7 @@ from mllm_compress.importance.scores import (
     WidthScores,
     add_channels,
     check_batches,
+    hooked,
     mean_weights,
     run_forward,
     with_record,
@@ -49,11 +49,11 @@ from mllm_compress.utils.methods import (
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-006
 def of_weights(parts, size, axis: int | None = None) -> dict:  # (layer, slot name) -> [channels]
     "`size(slot)` of the linear layers of every decoder layer, of one axis or of both."
-    found = {}
+    channels = {}
     for i in range(parts.num_layers):
         with in_memory(parts, i):
-            found |= {(i, s.name): size(s) for s in parts.linears(i) if axis in (None, s.axis)}
-    return found
+            channels |= {(i, s.name): size(s) for s in parts.linears(i) if axis in (None, s.axis)}
+    return channels
 
 
 def magnitude(
@@ -69,32 +69,6 @@ def magnitude(
     return add_channels(parts, of_weights(parts, norm), "magnitude", {"p": p})
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-010
-@contextmanager
-def adding_inputs(
-    parts,
-    sums: dict,  # ("mean" or "power", layer, slot name) -> [channels], changed in place
-    weights,  # function without arguments: [batch, tokens] of the batch that runs
-):
-    "Within this context the inputs of output projections, and their squares, are added up."
-
-    def add(key):
-        def hook(_, args):
-            x, w = args[0].float(), weights().to(args[0].device)  # [batch, tokens, channels]
-            for kind, value in (("mean", x), ("power", x.square())):
-                name = (kind, *key)
-                sums[name] = sums.get(name, 0) + torch.einsum("btc,bt->c", value, w)
-
-        return hook
-
-    slots = [(i, s) for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1]
-    hooks = [s.module.register_forward_pre_hook(add((i, s.name))) for i, s in slots]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-# %% ../../nbs/library/importance/05_criteria.ipynb #cell-012
 def input_moments(
     model,
     batches: list,  # as for `block_influence`
@@ -104,7 +78,19 @@ def input_moments(
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     samples, sums, now = sum(len(b["input_ids"]) for b in batches), {}, {}
     weights = [mean_weights(b, image, token_weights) / samples for b in batches]
-    listening = adding_inputs(anatomy(model), sums, lambda: weights[now["batch"]])
+
+    def add(*slot):
+        def hook(_, args):
+            x, w = args[0].float(), weights[now["batch"]].to(args[0].device)
+            for kind, value in (("mean", x), ("power", x.square())):  # [batch, tokens, channels]
+                key = (kind, *slot)
+                sums[key] = sums.get(key, 0) + torch.einsum("btc,bt->c", value, w)
+
+        return hook
+
+    parts = anatomy(model)
+    slots = [(i, s) for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1]
+    listening = hooked(s.module.register_forward_pre_hook(add(i, s.name)) for i, s in slots)
     run_forward(model, batches, sums, listening, lambda k: now.update(batch=k))
     return tuple({k[1:]: v for k, v in sums.items() if k[0] == kind} for kind in ("mean", "power"))
 
@@ -168,138 +154,105 @@ class Criterion:
     "One way to score layers, or heads and neurons."
 
     function: Callable  # (model, batches, **options) -> LayerScores or WidthScores
-    prunes: str  # layerwise or widthwise
     version: int  # raised when its numbers change
     look: Look
     help: str  # one sentence
     streams: bool = False  # works layer by layer, on a model whose weights stay in files
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-032
-_LAYERWISE = {
-    "block_influence": Criterion(
+CRITERIA = {  # (pruning, name) -> row
+    ("layerwise", "block_influence"): Criterion(
         block_influence,
-        "layerwise",
         version=1,
         look=Look("block influence", RED, "o"),
         help="How much a layer changes the direction of its input (Men et al. 2024).",
         streams=True,
     ),
-    "angular_distance": Criterion(
+    ("layerwise", "angular_distance"): Criterion(
         angular_distance,
-        "layerwise",
         version=1,
         look=Look("angular distance", ORANGE, "^", DASHDOTTED),
         help="The angle between the input and the output of n layers (Gromov et al. 2024).",
         streams=True,
     ),
-    "random": Criterion(
+    ("layerwise", "random"): Criterion(
         random_layers,
-        "layerwise",
         version=1,
         look=Look("random layers", GREY, "x", DOTTED),
         help="A random order of the layers, the baseline.",
         streams=True,
     ),
-}
-
-# %% ../../nbs/library/importance/05_criteria.ipynb #cell-034
-_WIDTHWISE = {
-    "taylor": Criterion(
+    ("widthwise", "taylor"): Criterion(
         taylor,
-        "widthwise",
         version=3,
         look=Look("Taylor", BLUE, "s", DASHED),
         help="First-order change of the loss, per parameter (Ma et al. 2023).",
         streams=True,
     ),
-    "magnitude": Criterion(
+    ("widthwise", "magnitude"): Criterion(
         magnitude,
-        "widthwise",
         version=1,
         look=Look("magnitude", GREEN, "D", DASHDOTTED),
         help="The sum of the squared weights (Li et al. 2017); needs no data.",
         streams=True,
     ),
-    "activation": Criterion(
+    ("widthwise", "activation"): Criterion(
         activation,
-        "widthwise",
         version=1,
         look=Look("activation", PINK, "v"),
         help="The RMS of a unit's output over the calibration tokens.",
         streams=True,
     ),
-    "random": Criterion(
+    ("widthwise", "random"): Criterion(
         random_scores,
-        "widthwise",
         version=1,
         look=Look("random units", GREY, "X", DOTTED),
         help="A random order of heads and neurons, the baseline.",
         streams=True,
     ),
-}
-
-# %% ../../nbs/library/importance/05_criteria.ipynb #cell-036
-_TAYLOR_ORDERS = {
-    "taylor_vectorize": Criterion(
+    ("widthwise", "taylor_vectorize"): Criterion(
         partial(taylor, order="vectorize"),
-        "widthwise",
         version=1,
         look=Look("Taylor, vectorize", INDIGO, "P", DASHED),
         help="First-order change of the loss, with the absolute value after the sum.",
         streams=True,
     ),
-    "taylor_param_second": Criterion(
+    ("widthwise", "taylor_param_second"): Criterion(
         partial(taylor, order="param_second"),
-        "widthwise",
         version=1,
         look=Look("Taylor, second order", OLIVE, ">", DOTTED),
         help="Second-order change of the loss, with the Fisher diagonal as curvature.",
         streams=True,
     ),
-    "taylor_param_mix": Criterion(
+    ("widthwise", "taylor_param_mix"): Criterion(
         partial(taylor, order="param_mix"),
-        "widthwise",
         version=3,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
         streams=True,
     ),
-}
-
-# %% ../../nbs/library/importance/05_criteria.ipynb #cell-038
-_CURVATURE = {
-    "gauss_newton": Criterion(
+    ("widthwise", "gauss_newton"): Criterion(
         gauss_newton,
-        "widthwise",
         version=1,
         look=Look("Gauss-Newton", SKY, "p"),
         help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
         streams=True,
     ),
-}
-_RIVALS = {
-    "wanda_sp": Criterion(
+    ("widthwise", "wanda_sp"): Criterion(
         wanda_sp,
-        "widthwise",
         version=1,
         look=Look("Wanda-sp", "#44AA99", "h", DASHED),
         help="Output weights times the norm of their inputs (Sun et al. 2024).",
         streams=True,
     ),
-    "flap": Criterion(
+    ("widthwise", "flap"): Criterion(
         flap,
-        "widthwise",
         version=1,
         look=Look("fluctuation (FLAP)", "#661100", "d"),
         help="Variance of a unit's output times its squared output weights (An et al. 2024).",
         streams=True,
     ),
 }
-CRITERIA = {
-    (row.prunes, name): row
-    for rows in (_LAYERWISE, _WIDTHWISE, _TAYLOR_ORDERS, _CURVATURE, _RIVALS)
-    for name, row in rows.items()
-}  # (pruning, name) -> Criterion
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-041
 def criterion(
@@ -313,12 +266,9 @@ def criterion(
     return names[name]
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-043
-_signature = lru_cache(inspect.signature)
-
-
-def _options(row: Criterion) -> dict:
+def options_of(row: Criterion) -> dict:
     "The options of a criterion: its function's parameters besides the model and the batches."
-    known = _signature(row.function).parameters
+    known = inspect.signature(row.function).parameters
     return {k: p for k, p in known.items() if k not in ("model", "batches")}
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-045
@@ -328,21 +278,21 @@ def takes(
     option: str,
 ) -> bool:
     "Whether a criterion has an option of that name."
-    return option in _options(criterion(prunes, name))
+    return option in options_of(criterion(prunes, name))
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-047
 def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
     "Names of the criteria of a pruning that need no option; the first is the study's default."
-    needed = lambda row: [k for k, p in _options(row).items() if p.default is p.empty]
+    needed = lambda row: [k for k, p in options_of(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-050
-def _score(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
+def score_by(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
     "The scores of one criterion; an unknown name or option is a ValueError."
     row = criterion(prunes, name)
-    known, unknown = sorted(_options(row)), sorted(set(options) - set(_options(row)))
+    known, unknown = sorted(options_of(row)), sorted(set(options) - set(options_of(row)))
     if unknown:
         raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
     if is_streamed(model) and not row.streams:
@@ -363,9 +313,9 @@ def measure(
     **options,  # of the criterion
 ) -> LayerScores | WidthScores:
     "The scores of a row of CRITERIA; an unknown name or option is a ValueError."
-    if "seed" in _options(criterion(prunes, name)):
+    if "seed" in options_of(criterion(prunes, name)):
         options["seed"] = seed
-    return _score(prunes, name, model, batches, options)
+    return score_by(prunes, name, model, batches, options)
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-055
 def width_importance(
@@ -375,7 +325,7 @@ def width_importance(
     **options,  # of the criterion: order=, mode=, token_weights=, recompute=; p=; seed=
 ) -> WidthScores:
     "Scores of the heads and neurons of every layer; lower is removed first."
-    return _score("widthwise", method, model, batches, options)
+    return score_by("widthwise", method, model, batches, options)
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-061
 def whole_layers(
@@ -395,5 +345,5 @@ def layer_importance(
     "Scores of the decoder layers; lower is removed first."
     check_choice("criterion", method, dict.fromkeys(name for _, name in CRITERIA))
     if ("layerwise", method) in CRITERIA:
-        return _score("layerwise", method, model, batches, options)
-    return whole_layers(_score("widthwise", method, model, batches, options))
+        return score_by("layerwise", method, model, batches, options)
+    return whole_layers(score_by("widthwise", method, model, batches, options))

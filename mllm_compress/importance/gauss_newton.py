@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-004
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,18 +19,21 @@ from mllm_compress.importance.scores import (
     WidthScores,
     check_batches,
     evaluating,
+    hooked,
     kept_states,
     model_inputs,
 )
 from mllm_compress.importance.taylor import (
     Kept,
+    Probe,
     frozen,
     label_counts,
-    recomputing,
+    output_gradients,
     supervised,
     through_layers,
 )
 from ..utils.files import batches_left
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-006
 def squared_effects(
@@ -43,26 +46,6 @@ def squared_effects(
     effect = effect.unflatten(-1, (units, -1)).sum(-1)  # [batch, tokens, units]
     return effect.double().square().sum((0, 1))
 
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-010
-class Tap(torch.autograd.Function):
-    "Identity that gives (input, its gradient) to `see` during the backward pass."
-
-    @staticmethod
-    def forward(ctx, x, see):
-        ctx.save_for_backward(x)
-        ctx.see = see
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        ctx.see(*ctx.saved_tensors, gradient)
-        return gradient, None
-
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-012
-def output_projections(parts: Anatomy, i: int) -> list:
-    "The slots of layer `i` that write into the residual stream."
-    return [slot for slot in parts.linears(i) if slot.axis == 1]
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-014
 @contextmanager
 def taps(
@@ -73,31 +56,10 @@ def taps(
     "Within this context, a backward pass calls `see` per output projection of `layers`."
 
     def tap(i: int, slot: LinearSlot):
-        seen = lambda x, gradient: see(i, slot, x, gradient)
-        return lambda _, args: (Tap.apply(args[0], seen), *args[1:])
+        return lambda _, args: (Probe.apply(args[0], args[0], partial(see, i, slot)), *args[1:])
 
-    with ExitStack() as stack:
-        for i in layers:
-            for slot in output_projections(parts, i):
-                stack.callback(slot.module.register_forward_pre_hook(tap(i, slot)).remove)
-        yield
-
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-016
-@contextmanager
-def input_gradients(
-    parts: Anatomy,
-    see,  # as in `taps`
-    recompute: bool = False,  # keep the activations of one layer only, for one more forward pass
-):
-    "Within this context a backward pass calls `see` for every output projection."
-    enter = lambda _, args: (args[0].detach().requires_grad_(), *args[1:])
-    with ExitStack() as stack:
-        for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
-            stack.enter_context(context)
-        if recompute:
-            stack.enter_context(recomputing(parts.layers))
-        stack.callback(parts.layers[0].register_forward_pre_hook(enter).remove)
-        stack.enter_context(taps(parts, range(parts.num_layers), see))
+    slots = [(i, slot) for i in layers for slot in parts.linears(i) if slot.axis == 1]
+    with hooked(s.module.register_forward_pre_hook(tap(i, s)) for i, s in slots):
         yield
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-018
@@ -107,14 +69,11 @@ def answer_states(
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
 ) -> tuple:  # f [answers, hidden] after the final norm, targets [answers]
     "Final normed states at the positions that predict an answer token, row by row."
-    found = []
-    read = parts.final_norm.register_forward_hook(lambda _, args, output: found.append(output))
-    try:
-        inputs = model_inputs(parts.model, batch)
-        parts.model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        read.remove()
-    return answers_of(found[0], labels)
+    normed = []
+    read = lambda _, args, output: normed.append(output)
+    with hooked([parts.final_norm.register_forward_hook(read)]):
+        parts.model(**model_inputs(parts.model, batch), use_cache=False, logits_to_keep=1)
+    return answers_of(normed[0], labels)
 
 
 def answers_of(
@@ -172,8 +131,7 @@ def answer_loss(
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-030
 def check_gauss_newton(of: str, draws: int) -> None:
     "Raise ValueError for an unknown target, or for draws that make no sense."
-    if of not in ("auto", *PRESERVED):
-        raise ValueError(f"of={of!r}: use one of auto, {', '.join(PRESERVED)}.")
+    check_choice("target", of, ("auto", *PRESERVED))
     if not isinstance(draws, int) or draws < 1:
         raise ValueError(f"draws={draws!r}: at least one draw is needed.")
 
@@ -240,32 +198,18 @@ def run_backward(passes: Passes, k: int) -> None:
         value = PRESERVED[passes.of](f, parts.logits, targets, rng)
         value.backward(retain_graph=rng is not passes.generators[-1])
 
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-040
-@contextmanager
-def drawing_on(
-    generators: list,
-    totals: dict,  # ("generator", number) -> its state, beside the sums
-):
-    "Within this block, generators draw from where the last batch in the sums left them."
-    for d, generator in enumerate(generators):
-        if ("generator", d) in totals:
-            generator.set_state(totals["generator", d])
-    yield
-    for d, generator in enumerate(generators):
-        totals["generator", d] = generator.get_state()
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-042
 def end_gradients(passes: Passes, trails: list) -> list:  # of Kept, per batch and draw
     "Gradients of the preserved quantity at the last layer's output, for a streamed model."
-    parts, found = passes.parts, []
+    parts, ends = passes.parts, []
     for trail, label in zip(trails, passes.labels):
         end = trail.end.requires_grad_()
         f, targets = answers_of(parts.final_norm(end), label)
         for rng in passes.generators:
             value = PRESERVED[passes.of](f, parts.logits, targets, rng)
             (delta,) = torch.autograd.grad(value, end, retain_graph=True)
-            found.append(Kept(trail, delta, 0.0))
-    return found
+            ends.append(Kept(trail, delta, 0.0))
+    return ends
 
 
 def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: dict, see) -> Passes:
@@ -287,10 +231,15 @@ def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: di
 def backward_by_batch(model, batches, of, draws, seed, recompute, totals: dict, see) -> Passes:
     "The backward passes of a model in memory."
     passes = prepare_passes(model, batches, of, draws, seed)
-    seen = partial(see, len(passes.generators))
+    see = partial(see, len(passes.generators))
     for k in batches_left(len(passes.batches), totals):
-        with drawing_on(passes.generators, totals), input_gradients(passes.parts, seen, recompute):
+        for d, generator in enumerate(passes.generators):
+            if ("generator", d) in totals:  # of an interrupted run
+                generator.set_state(totals["generator", d])
+        with output_gradients(passes.parts, see, recompute, taps):
             run_backward(passes, k)
+        for d, generator in enumerate(passes.generators):
+            totals["generator", d] = generator.get_state()
     return passes
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-046

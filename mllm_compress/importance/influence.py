@@ -14,6 +14,7 @@ from ..anatomy.families import Anatomy, anatomy
 from mllm_compress.importance.scores import (
     LayerScores,
     check_batches,
+    hooked,
     mean_weights,
     model_record,
     run_forward,
@@ -61,16 +62,12 @@ def hidden_states(
     def leaving(_, args, output):
         see(parts.num_layers, output if normed else args[0])
 
-    hooks = [
+    handles = [
         layer.register_forward_pre_hook(entering(i), with_kwargs=True)
         for i, layer in enumerate(parts.layers)
     ]
-    hooks.append(parts.final_norm.register_forward_hook(leaving))
-    try:
+    with hooked([*handles, parts.final_norm.register_forward_hook(leaving)]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-024
 @torch.no_grad()

@@ -11,7 +11,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -107,12 +107,14 @@ def _write_scores(folder: str | Path, tensors: dict, scores) -> None:
     }
     write_atomically(folder / "scores.json", json.dumps(record, indent=1) + "\n")
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-020
-def _read_record(folder: Path) -> dict:
-    "The content of scores.json; missing, truncated or swapped files are a ValueError."
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-022
+def load_scores(
+    folder: str | Path,  # as given to `.save`
+) -> LayerScores | WidthScores:  # whichever was saved there
+    "Scores saved earlier; missing, truncated or swapped files are a ValueError."
+    folder = Path(folder)
     record, numbers = folder / "scores.json", folder / "scores.safetensors"
-    missing = [p.name for p in (record, numbers) if not p.is_file()]
-    if missing:
+    if missing := [p.name for p in (record, numbers) if not p.is_file()]:
         raise ValueError(
             f"There are no scores in {folder}: {' and '.join(missing)} missing. "
             "Save them with scores.save(folder)."
@@ -128,43 +130,14 @@ def _read_record(folder: Path) -> dict:
             f"{numbers} is not the file that {record.name} describes (truncated, edited or "
             "swapped); score again."
         )
-    return content
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-022
-def load_scores(
-    folder: str | Path,  # as given to `.save`
-) -> LayerScores | WidthScores:  # whichever was saved there
-    "Scores saved earlier; missing, truncated or swapped files are a ValueError."
-    record = _read_record(Path(folder))
-    tensors = load_file(Path(folder) / "scores.safetensors")
-    common = {"kind": record["kind"], "meta": record["meta"]}
-    if record["type"] == "LayerScores":
-        return LayerScores(tensors["values"], **common)
-    split = {
-        n: {int(k.split(".")[1]): v for k, v in tensors.items() if k.startswith(n)}
-        for n in ("heads", "neurons")
-    }
-    return WidthScores(**split, **common)
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-026
-def _check_batch(
-    k: int,  # index of the batch, for the error
-    batch: dict,
-) -> None:
-    "ValueError where one batch cannot be scored."
-    ids = batch.get("input_ids")
-    if ids is None:
-        raise ValueError(f"batch {k} has no input_ids, only {sorted(batch)}.")
-    if ids.ndim != 2 or not ids.numel():
-        raise ValueError(
-            f"batch {k}: input_ids must be [batch, tokens] and not empty, got {tuple(ids.shape)}."
-        )
-    for name in ("attention_mask", "labels"):
-        if batch.get(name) is not None and batch[name].shape != ids.shape:
-            raise ValueError(
-                f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is "
-                f"{tuple(ids.shape)}; calibration batches hold one conversation per row."
-            )
+    tensors, about = load_file(numbers), {k: content[k] for k in ("kind", "meta")}
+    if content["type"] == "LayerScores":
+        return LayerScores(tensors["values"], **about)
+    by_kind = {"heads": {}, "neurons": {}}
+    for name, values in tensors.items():
+        kind, layer = name.split(".")
+        by_kind[kind][int(layer)] = values
+    return WidthScores(**by_kind, **about)
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-028
 def check_batches(
@@ -180,7 +153,20 @@ def check_batches(
             "there are no calibration batches: give at least one (a used generator is empty)."
         )
     for k, batch in enumerate(batches):
-        _check_batch(k, batch)
+        ids = batch.get("input_ids")
+        if ids is None:
+            raise ValueError(f"batch {k} has no input_ids, only {sorted(batch)}.")
+        shape = tuple(ids.shape)
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(
+                f"batch {k}: input_ids must be [batch, tokens] and not empty, got {shape}."
+            )
+        for name in ("attention_mask", "labels"):
+            if batch.get(name) is not None and batch[name].shape != ids.shape:
+                raise ValueError(
+                    f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is {shape}; "
+                    "calibration batches hold one conversation per row."
+                )
     return batches
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-030
@@ -204,6 +190,35 @@ def evaluating(model):
         for m in training:
             m.training = True
 
+# %% ../../nbs/library/importance/01_scores.ipynb #hooked
+@contextmanager
+def hooked(handles):  # what torch's register_..._hook functions return
+    "Remove hooks at the end of the block."
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+# %% ../../nbs/library/importance/01_scores.ipynb #replaced
+@contextmanager
+def replaced_forward(
+    layers,
+    change,  # forward -> the function that takes its place
+):
+    "Within this block the layers have another `forward` method."
+    before = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = change(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-035
 def token_kinds(
     batch: dict,  # with input_ids and, where there are any, attention_mask and labels
@@ -216,20 +231,18 @@ def token_kinds(
     answer = real & ~image & (labels != -100) if labels is not None else torch.zeros_like(real)
     return {"image": image, "prompt": real & ~image & ~answer, "answer": answer}
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-039
-_KINDS = ("image", "prompt", "answer")
-
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-041
 def check_token_weights(token_weights) -> None:
     "None, 'balanced', or a dict from kind to a number >= 0; all else is a ValueError."
     if token_weights is None or token_weights == "balanced":
         return
+    kinds = ("image", "prompt", "answer")
     named = isinstance(token_weights, Mapping) and token_weights
     valid = lambda w: isinstance(w, (int, float)) and 0 <= w < float("inf")
-    if not named or not set(named) <= set(_KINDS) or not all(map(valid, named.values())):
+    if not named or not set(named) <= set(kinds) or not all(map(valid, named.values())):
         raise ValueError(
             f"token_weights={token_weights!r}: give 'balanced' or a dict with keys among "
-            f"{', '.join(_KINDS)} and values >= 0."
+            f"{', '.join(kinds)} and values >= 0."
         )
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-043
@@ -283,30 +296,20 @@ def add_channels(
     return WidthScores(units["head"], units["neuron"], kind, meta)
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-054
-_SAMPLED = 256  # weights of every tensor, at least
+SAMPLED = 256  # weights of every tensor, at least
 
 
-def sampling_step(count: int) -> int:
-    "One number in so many is sampled of a tensor of `count` numbers."
-    return max(1, count // _SAMPLED)
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-054s
-def some_weights(model):  # yields (name, shape, numbers) of every weight of the decoder layers
-    "A few numbers of each weight, read one by one where the weights are in files."
-    prefix, source = layers_prefix(model), getattr(model, SOURCE, None)
-    for name, weight in anatomy(model).layers.named_parameters():
-        step = sampling_step(weight.numel())
-        if source is None:
-            yield name, weight.shape, weight.detach().flatten()[::step]
-        else:
-            yield name, weight.shape, source.numbers(f"{prefix}.{name}", step)
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-054ss
 def weights_sample(model) -> str:  # 16 hexadecimal digits
     "A hash of a few numbers of every weight of the decoder layers."
-    digest = hashlib.blake2b(digest_size=8)
-    for name, shape, numbers in some_weights(model):
-        digest.update(f"{name} {tuple(shape)}".encode())
+    digest, prefix = hashlib.blake2b(digest_size=8), layers_prefix(model)
+    source = getattr(model, SOURCE, None)
+    for name, weight in anatomy(model).layers.named_parameters():
+        step = max(1, weight.numel() // SAMPLED)
+        if source is None:
+            numbers = weight.detach().flatten()[::step]
+        else:
+            numbers = source.numbers(f"{prefix}.{name}", step)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(numbers.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -362,63 +365,31 @@ class _Reached(Exception):
     "The pass has reached the final norm."
 
 
-def _stop(*_):
-    raise _Reached
+@torch.no_grad()
+def calls_of_layers(model: PreTrainedModel, batch: dict) -> list:
+    "(hidden state, keyword arguments) of every layer's call, where layers pass their input on."
+    parts, calls = anatomy(model), []
 
-
-@contextmanager
-def recording(parts, calls: list):
-    "Layers pass their input on; (hidden state, keyword arguments) of each call go to `calls`."
-
-    def forward(hidden_states, *args, **kwargs):
+    def pass_on(hidden_states, *args, **kwargs):
         if args:
             raise ValueError("decoder layers must take all but the hidden state by keyword.")
         calls.append((hidden_states, kwargs))
         return hidden_states
 
-    own = [layer.__dict__.get("forward") for layer in parts.layers]
-    for layer in parts.layers:
-        layer.forward = forward
-    end = parts.final_norm.register_forward_pre_hook(_stop)
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        end.remove()
-        for layer, before in zip(parts.layers, own):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
+    def stop(*_):
+        raise _Reached
 
-# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-007
-@torch.no_grad()
-def first_states(model: PreTrainedModel, batches: list) -> list:  # for each batch the calls
-    "What each decoder layer is called with; all hidden states are those of the embedding."
-    parts, found = anatomy(model), []
-    pictures = any(v.is_floating_point() for batch in batches for v in batch.values())
-    with in_memory(parts, "front", *["vision"] * pictures), evaluating(model):
-        for batch in batches:
-            found.append(calls := [])
-            with recording(parts, calls):
-                model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
-    return found
+    end = parts.final_norm.register_forward_pre_hook(stop)
+    with hooked([end]), replaced_forward(parts.layers, lambda _: pass_on), suppress(_Reached):
+        model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+    return calls
 
-# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-009
-def added_between(
-    before: torch.Tensor,  # what a layer received while the layers pass their input on
-    after: torch.Tensor,  # what the next layer received
-) -> torch.Tensor | None:  # None for nothing
-    "What a model adds to the stream between two layers."
-    same = before is after or torch.equal(before, after)
-    return None if same else (after - before).to(torch.promote_types(after.dtype, torch.float32))
-
-
+# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-011
 def plus(state: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
     "A state with what is added to it, if anything."
     return state if more is None else state + more.to(state)
 
-# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-011
+
 @dataclass
 class Passage:
     "One batch on its way through a model."
@@ -432,13 +403,22 @@ class Passage:
         return plus(self.first if i == 0 else state, self.between[i])
 
 
-def open_passages(model: PreTrainedModel, batches: list) -> list:
+def open_passages(model: PreTrainedModel, batches: list) -> list:  # of Passage
     "The batches in front of the first layer."
-    found = []
-    for calls in first_states(model, batches):
-        between = [None, *(added_between(a, b) for (a, _), (b, _) in zip(calls, calls[1:]))]
-        found.append(Passage(calls[0][0], [kwargs for _, kwargs in calls], between))
-    return found
+
+    def added(a, b):  # what two layers received
+        if a is b or torch.equal(a, b):
+            return None
+        return (b - a).to(torch.promote_types(b.dtype, torch.float32))
+
+    parts, passages = anatomy(model), []
+    pictures = any(v.is_floating_point() for batch in batches for v in batch.values())
+    with in_memory(parts, "front", *["vision"] * pictures), evaluating(model):
+        for batch in batches:
+            states, arguments = zip(*calls_of_layers(model, batch))
+            between = [None, *map(added, states, states[1:])]
+            passages.append(Passage(states[0], list(arguments), between))
+    return passages
 
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-013
 @torch.no_grad()
@@ -450,100 +430,70 @@ def run_forward(
     begin,  # begin(k), before anything of batch k is computed
 ) -> None:
     "Forward passes over all batches, without the LM head; one order for each kind of model."
-    if is_streamed(model):
-        _all_batches_per_layer(model, batches, totals, listening, begin)
+    if not is_streamed(model):
+        with evaluating(model), listening:
+            for k in batches_left(len(batches), totals):
+                begin(k)
+                model(**model_inputs(model, batches[k]), use_cache=False, logits_to_keep=1)
         return
-    with evaluating(model), listening:
-        for k in batches_left(len(batches), totals):
-            begin(k)
-            model(**model_inputs(model, batches[k]), use_cache=False, logits_to_keep=1)
-
-
-def _all_batches_per_layer(model, batches, totals, listening, begin) -> None:
-    "The forward passes of a streamed model."
     parts, passages = anatomy(model), open_passages(model, batches)
     with evaluating(model), listening:
-        for i in batches_left(parts.num_layers + 1, totals):
-            _one_layer(parts, i, passages, totals, begin)
-
-
-def _one_layer(parts, i, passages, totals, begin) -> None:
-    "All batches through layer `i`, or through the final norm after the last one."
-    last = i == parts.num_layers
-    with in_memory(parts, "norm" if last else i):
-        for k, passage in enumerate(passages):
-            begin(k)
-            state = totals.pop(("state", k), None)
-            if last:
-                parts.final_norm(state)
-            else:
-                state = passage.enter(i, state)
-                totals["state", k] = parts.layers[i](state, **passage.calls[i])
+        for i in batches_left(parts.num_layers + 1, totals):  # the last step is the final norm
+            with in_memory(parts, i if i < parts.num_layers else "norm"):
+                for k, passage in enumerate(passages):
+                    begin(k)
+                    state = totals.pop(("state", k), None)
+                    if i == parts.num_layers:
+                        parts.final_norm(state)
+                    else:
+                        state = passage.enter(i, state)
+                        totals["state", k] = parts.layers[i](state, **passage.calls[i])
 
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-017
-class StatesInFiles:
-    "The states of all batches behind each layer, one file per layer."
-
-    def __init__(self, folder: Path, device):
-        self.folder, self.device = folder, device
-
-    def path(self, i: int) -> Path:
-        "The file of the states behind layer `i`."
-        return self.folder / f"{i}.safetensors"
-
-    def write(self, i: int, states: list) -> None:
-        "Keep the states of all batches behind layer `i`."
-        with replacing(self.path(i)) as part:
-            save_file({str(k): s.contiguous() for k, s in enumerate(states)}, part)
-
-    def read(self, i: int, k: int) -> torch.Tensor:
-        "The state of batch `k` behind layer `i`."
-        with safe_open(self.path(i), "pt") as file:
-            return file.get_tensor(str(k)).to(self.device)
-
-# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-019
-def check_space(folder: Path, needed: int) -> None:
-    "OSError where a disk has less than `needed` bytes left."
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"the states between the layers take {needed / 2**30:.2f} GiB, and the disk of "
-            f"{folder} has {free / 2**30:.2f} GiB left. Give fewer samples (--samples), or write "
-            "to another disk (--out; TMPDIR for the Python functions)."
-        )
-
-# %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-021
 @dataclass
 class Trail:
     "One batch behind the last layer, with what each layer was called with."
 
     passage: Passage
-    states: StatesInFiles
+    folder: Path  # of a file per layer, with the states of all batches behind it
     number: int  # of the batch
+    device: torch.device
+
+    def behind(self, i: int) -> torch.Tensor:
+        "[batch, tokens, hidden] what layer `i` returned."
+        with safe_open(self.folder / f"{i}.safetensors", "pt") as file:
+            return file.get_tensor(str(self.number)).to(self.device)
 
     def __getitem__(self, i: int) -> tuple:
         "Positional and keyword arguments of layer `i`."
-        before = self.states.read(i - 1, self.number) if i else None
+        before = self.behind(i - 1) if i else None
         return (self.passage.enter(i, before),), self.passage.calls[i]
 
     @property
     def end(self) -> torch.Tensor:
         "[batch, tokens, hidden] what the last layer returned."
-        return self.states.read(len(self.passage.calls) - 1, self.number)
+        return self.behind(len(self.passage.calls) - 1)
 
 
 @contextmanager
 def kept_states(model: PreTrainedModel, batches: list):  # yields a list of Trail
     "Forward passes through a streamed model whose states stay readable within this block."
     parts, passages = anatomy(model), open_passages(model, batches)
-    needed = parts.num_layers * sum(p.first.nbytes for p in passages)
     with work_folder() as folder, evaluating(model):
-        states = StatesInFiles(folder, device_of(model))
-        trails = [Trail(p, states, k) for k, p in enumerate(passages)]
-        missing = [i for i in range(parts.num_layers) if not states.path(i).exists()]
-        check_space(folder, needed * len(missing) // parts.num_layers)
-        for i in missing:
-            with in_memory(parts, i), torch.no_grad():
+        trails = [Trail(p, folder, k, device_of(model)) for k, p in enumerate(passages)]
+        files = {i: folder / f"{i}.safetensors" for i in range(parts.num_layers)}
+        missing = {i: file for i, file in files.items() if not file.exists()}
+        needed = len(missing) * sum(p.first.nbytes for p in passages)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                f"the states between the layers take {needed / 2**30:.2f} GiB, and the disk of "
+                f"{folder} has {free / 2**30:.2f} GiB left. Give fewer samples (--samples), or "
+                "write to another disk (--out; TMPDIR for the Python functions)."
+            )
+        for i, file in missing.items():
+            with in_memory(parts, i), torch.no_grad(), replacing(file) as part:
                 calls = (trail[i] for trail in trails)
-                states.write(i, [parts.layers[i](*args, **kwargs) for args, kwargs in calls])
+                states = [parts.layers[i](*args, **kwargs) for args, kwargs in calls]
+                save_file({str(k): s.contiguous() for k, s in enumerate(states)}, part)
         yield trails

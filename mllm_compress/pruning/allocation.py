@@ -28,19 +28,17 @@ from ..importance.taylor import output_gradients
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
+    check_ratio,
+    check_reachable,
+    kept_counts,
+    layer_sizes,
     make_plan,
+    nearest_prefix,
     removable,
+    rounded_steps,
     score_record,
 )
 from .reconstruction import reconstruct
-from mllm_compress.pruning.sizes import (
-    LayerSize,
-    check_ratio,
-    check_reachable,
-    layer_sizes,
-    nearest_prefix,
-    rounded_steps,
-)
 from .slicing import apply_plan
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice
@@ -49,10 +47,12 @@ from ..utils.methods import check_choice
 FLOOR = {"heads": 1, "neurons": 8}  # units that every layer keeps
 
 
-def kept_counts(units: int, step: int, floor: int) -> list:
-    "Counts that may be kept, descending: all, then multiples of `step`, not below the floor."
-    least = -(-min(floor, units) // step) * step  # the floor, up to a whole step
-    return [units] + list(range((units - 1) // step * step, least - 1, -step))
+def check_floor(floor: dict | None) -> dict:
+    "The floor of every kind, with the defaults filled in."
+    floor = FLOOR | (floor or {})
+    if set(floor) != set(FLOOR) or any(n < 1 for n in floor.values()):
+        raise ValueError(f"floor={floor}: give heads and neurons that stay in each layer, from 1.")
+    return floor
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-009
 def removal_steps(
@@ -78,11 +78,6 @@ def checked_scores(scores: WidthScores, sizes: list, i: int, kind: str) -> torch
         raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
     return values
 
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-013
-def price_of(size: LayerSize, kind: str) -> int:
-    "Parameters that leave with one unit."
-    return size.head_parameters if kind == "heads" else size.neuron_parameters
-
 # %% ../../nbs/library/pruning/03_allocation.ipynb #15148135
 def standardized(
     scores: torch.Tensor,  # [units], of one layer's heads or neurons
@@ -93,14 +88,6 @@ def standardized(
     spread = centred.square().mean().sqrt()
     return centred / spread if spread > 1e-9 * scores.abs().max() else torch.zeros_like(scores)
 
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-015
-def check_floor(floor: dict | None) -> dict:
-    "The floor of every kind, with the defaults filled in."
-    floor = FLOOR | (floor or {})
-    if set(floor) != set(FLOOR) or any(n < 1 for n in floor.values()):
-        raise ValueError(f"floor={floor}: give heads and neurons that stay in each layer, from 1.")
-    return floor
-
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-017
 def ranked_steps(
     scores: WidthScores,
@@ -109,24 +96,31 @@ def ranked_steps(
     steps: dict,  # see rounded_steps
     floor: dict,
     standardize: bool = False,  # by `standardized` scores, whatever a unit's size
-) -> tuple:  # steps (rate, layer, kind, kept, parameters) in order; (kind, layer) -> unit order
+) -> tuple:  # steps (rate, layer, kind, kept, parameters) in order; layer -> kind -> unit order
     "Every removal step of the model, cheapest per parameter first."
-    queue, orders = [], {}
+    queue, orders = [], {i: {} for i in layers}
     for i in layers:
         for kind in FLOOR:
-            values, price = checked_scores(scores, sizes, i, kind), price_of(sizes[i], kind)
+            values, price = checked_scores(scores, sizes, i, kind), sizes[i].price(kind)
             counts = kept_counts(len(values), steps[kind], floor[kind])
-            what = f"{kind} scores of layer {i}"
             values = standardized(values) * price if standardize else values
-            orders[kind, i], found = removal_steps(values, price, counts, what)
-            queue += [(rate, i, kind, kept, cost) for rate, kept, cost in found]
+            what = f"{kind} scores of layer {i}"
+            orders[i][kind], removals = removal_steps(values, price, counts, what)
+            queue += [(rate, i, kind, kept, cost) for rate, kept, cost in removals]
     return sorted(queue, key=lambda s: s[0]), orders
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-019a
-def _kept_after(steps: list, orders: dict, kind: str) -> dict:  # layer -> kept units
-    "The heads or neurons that stay after some steps of a ranking."
-    left = {i: count for _, i, k, count, _ in steps if k == kind}  # the last step counts
-    return {i: order[-left[i] :] for (k, i), order in orders.items() if k == kind and i in left}
+def kept_after(
+    taken: list,  # steps (rate, layer, kind, kept, cost saved)
+    orders: dict,  # layer -> kind -> unit order, first to leave first
+) -> tuple:  # layers, heads, neurons, as make_plan takes them
+    "What stays of each layer after some steps."
+    gone = {i for _, i, kind, *_ in taken if kind == "layer"}
+    units = defaultdict(dict)
+    for _, i, kind, kept, _ in taken:
+        if i not in gone:
+            units[kind][i] = orders[i][kind][-kept:]
+    return [i for i in orders if i not in gone], units["heads"], units["neurons"]
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-019
 def plan_global(
@@ -149,7 +143,7 @@ def plan_global(
     most = (already + int(costs.sum())) / total
     check_reachable(ratio, most, "Lower the floor or round_to, or remove layers first.")
     n = nearest_prefix(costs, ratio * total - already)
-    heads, neurons = (_kept_after(queue[:n], orders, kind) for kind in FLOOR)
+    kept, heads, neurons = kept_after(queue[:n], orders)
     method = "widthwise" if base is None else "layerwise+widthwise"
     fields = dict(requested_ratio=ratio, method=method, shape="blockwise", round_to=round_to)
     allocation = "standardized" if standardize else "global"
@@ -157,15 +151,11 @@ def plan_global(
     return make_plan(model, kept, heads, neurons, **fields)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-025
-def diagonal_blocks(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    "The diagonal blocks [units, width, width] of a square matrix."
-    n = len(matrix) // width
-    return matrix.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-027
 def unit_errors(inverse: torch.Tensor, cost: torch.Tensor, width: int) -> torch.Tensor:
     "Error of removing each unit alone, the others refitted; float64."
-    blocks = torch.linalg.solve(diagonal_blocks(inverse, width), diagonal_blocks(cost, width))
+    n = len(inverse) // width
+    diagonal = lambda m: m.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    blocks = torch.linalg.solve(diagonal(inverse), diagonal(cost))  # [units, width, width]
     return blocks.diagonal(dim1=1, dim2=2).sum(1)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-029
@@ -234,17 +224,6 @@ def slot_errors(slot, gram, curvature, ridge: float, chunk: int | None) -> torch
     chunk = chunk or max(1, slot.units // 512)
     return removal_errors(gram, weight.T @ curvature @ weight, sum(slot.widths), chunk).cpu()
 
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-039a
-def _check_obs(model: PreTrainedModel, ridge: float) -> None:
-    "ValueError where the scores cannot be computed."
-    if not ridge > 0:
-        raise ValueError(f"ridge={ridge}: a number above 0 is needed, such as 0.1.")
-    if is_streamed(model):
-        raise ValueError(
-            "obs needs the whole model in memory: load it without stream (--no-stream), or use "
-            "gauss_newton, which works layer by layer."
-        )
-
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-039
 def obs_scores(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
@@ -257,9 +236,15 @@ def obs_scores(
     recompute: bool = False,  # keep the activations of one layer only
 ) -> WidthScores:  # per head (key/value group) and neuron
     "Block Optimal Brain Surgeon: error of removing a unit after the others are refitted."
-    _check_obs(model, ridge)
+    if not ridge > 0:
+        raise ValueError(f"ridge={ridge}: a number above 0 is needed, such as 0.1.")
+    if is_streamed(model):
+        raise ValueError(
+            "obs needs the whole model in memory: load it without stream (--no-stream), or use "
+            "gauss_newton, which works layer by layer."
+        )
     passes = prepare_passes(model, batches, of, draws, seed)
-    grams, curvatures, found = {}, {}, {"head": {}, "neuron": {}}
+    grams, curvatures, errors = {}, {}, {"head": {}, "neuron": {}}
     tokens = sum(
         add_moments(passes, k, grams, curvatures, recompute) for k in range(len(passes.batches))
     )
@@ -269,9 +254,9 @@ def obs_scores(
             curvature = curvature / (tokens * len(passes.generators))
             # every draw has seen the same inputs
             gram = gram / len(passes.generators)
-            found[slot.kind][i] = slot_errors(slot, gram, curvature, ridge, chunk)
+            errors[slot.kind][i] = slot_errors(slot, gram, curvature, ridge, chunk)
     meta = passes.meta | {"ridge": ridge, "tokens": tokens}
-    return WidthScores(found["head"], found["neuron"], "obs", meta)
+    return WidthScores(errors["head"], errors["neuron"], "obs", meta)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-006
 @dataclass(frozen=True)
@@ -288,7 +273,7 @@ class UnitCosts:
 
     def total(self, plan: PruningPlan) -> float:  # in `unit`
         "The cost of what a plan keeps."
-        left = lambda kind, i: len(plan.__dict__[kind].get(i, range(plan.meta["sizes"][i][kind])))
+        left = lambda kind, i: len(plan.kept(kind, i))
         return self.fixed + sum(
             self.layers[i] + self.heads[i] * left("heads", i) + self.neurons[i] * left("neurons", i)
             for i in plan.layers
@@ -299,19 +284,15 @@ class UnitCosts:
         write_atomically(Path(path), json.dumps(asdict(self), indent=1))
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-008
-def _is_cost(value) -> bool:
-    "Whether a value is a number from 0."
-    return type(value) in (int, float) and 0 <= value < float("inf")
-
-
 def load_costs(
     path,  # of a file that UnitCosts.save wrote, or that has the same keys
 ) -> UnitCosts:
     "A table of costs; ValueError for anything else."
+    is_cost = lambda value: type(value) in (int, float) and 0 <= value < float("inf")
     try:
         costs = UnitCosts(**json.loads(Path(path).read_text(encoding="utf-8")))
         rows = (costs.layers, costs.heads, costs.neurons)
-        good = all(map(_is_cost, [costs.fixed, *(v for row in rows for v in row)]))
+        good = all(map(is_cost, [costs.fixed, *(v for row in rows for v in row)]))
         good &= len({len(row) for row in rows}) == 1 and isinstance(costs.meta, dict)
     except (TypeError, ValueError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         good = False
@@ -326,7 +307,7 @@ def load_costs(
 def weight_costs(model: PreTrainedModel) -> UnitCosts:
     "Bytes of the LM decoder's weights, embedding and LM head included."
     sizes, size = layer_sizes(model), model.dtype.itemsize
-    heads, neurons = ([getattr(s, k) * size for s in sizes] for k in PRICES)
+    heads, neurons = ([s.price(kind) * size for s in sizes] for kind in FLOOR)
     units = [s.heads * h + s.neurons * n for s, h, n in zip(sizes, heads, neurons)]
     layers = [s.parameters * size - u for s, u in zip(sizes, units)]
     fixed = lm_parameters(model) * size - sum(s.parameters * size for s in sizes)
@@ -341,36 +322,12 @@ def cache_costs(model: PreTrainedModel) -> UnitCosts:
     return UnitCosts("kv", "byte", 0.0, nothing, (group,) * parts.num_layers, nothing)
 
 
-PRICES = ("head_parameters", "neuron_parameters")  # of a LayerSize
 COUNTED = {"bytes": weight_costs, "kv": cache_costs}  # need no clock
 BUDGETS = {
     "latency": "seconds per token; measured on this device, or a table of costs",
     "bytes": "bytes of the LM decoder's weights",
     "kv": "bytes of KV cache per token",
 }
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-014
-def unit_steps(
-    values: dict,  # kind -> [units] scores of one layer
-    prices: dict,  # kind -> cost of one unit
-    counts: dict,  # kind -> see kept_counts
-) -> tuple:  # steps (saliency lost, cost saved, kind, kept), best first; kind -> unit order
-    "The steps that take heads and neurons from one layer."
-    steps, orders = [], {}
-    for kind, scores in values.items():
-        what = f"{kind} scores"
-        orders[kind], found = removal_steps(scores, 1, counts[kind], what)
-        if prices[kind] > 0:
-            steps += [(rate * n, n * prices[kind], kind, kept) for rate, kept, n in found]
-    return sorted(steps, key=lambda s: s[0] / s[1]), orders
-
-
-def layer_step(values: dict, prices: dict, overhead: float, steps: list) -> tuple:
-    "The step that removes the layer after all others: (saliency lost, cost saved, kind, kept)."
-    whole = sum(v.double().sum().item() for v in values.values())
-    price = overhead + sum(len(v) * prices[k] for k, v in values.items())
-    lost, saved = (sum(s[k] for s in steps) for k in (0, 1))
-    return max(0.0, whole - lost), price - saved, "layer", 0
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-016
 def pooled_rates(
@@ -393,15 +350,22 @@ def layer_queue(
     floor: dict,  # units that stay
 ) -> tuple:  # steps (rate, layer, kind, kept, cost saved) in order; kind -> unit order
     "Every step of one layer with its pooled rate; the last one removes it, where it may go."
-    values = {kind: checked_scores(scores, sizes, i, kind) for kind in FLOOR}
-    prices = {kind: getattr(costs, kind)[i] for kind in FLOOR}
-    counts = {k: kept_counts(len(values[k]), steps[k], floor[k]) for k in FLOOR}
-    found, orders = unit_steps(values, prices, counts)
-    if goes:
-        last = layer_step(values, prices, costs.layers[i], found)
-        found += [last] if last[1] > 0 else []
-    rates = pooled_rates(found)
-    queue = [(rate, i, kind, kept, saved) for rate, (_, saved, kind, kept) in zip(rates, found)]
+    removals, orders, saliency, units = [], {}, 0.0, 0
+    for kind in FLOOR:
+        values, unit_price = checked_scores(scores, sizes, i, kind), getattr(costs, kind)[i]
+        counts = kept_counts(len(values), steps[kind], floor[kind])
+        orders[kind], found = removal_steps(values, 1, counts, f"{kind} scores")
+        if unit_price > 0:  # (saliency lost, cost saved, kind, kept)
+            removals += [(rate * n, n * unit_price, kind, kept) for rate, kept, n in found]
+        saliency += values.double().sum().item()
+        units += len(values) * unit_price
+    removals.sort(key=lambda s: s[0] / s[1])
+    lost, saved = (sum(s[k] for s in removals) for k in (0, 1))
+    price = costs.layers[i] + units
+    if goes and price > saved:
+        removals.append((max(0.0, saliency - lost), price - saved, "layer", 0))
+    rates = pooled_rates(removals)
+    queue = [(rate, i, kind, kept, saved) for rate, (_, saved, kind, kept) in zip(rates, removals)]
     return queue, orders
 
 
@@ -454,30 +418,7 @@ def costs_of_budget(model: PreTrainedModel, name: str, costs: UnitCosts | None) 
         )
     return costs
 
-# %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-024
-def check_meets(name: str, share: float, least: float) -> None:
-    "ValueError with the smallest share that can be reached."
-    if share < least - 1e-9:
-        raise ValueError(
-            f"budget {name}={share:g} cannot be met: the least that this plan can keep is "
-            f"{least:.4f} of the dense model. Ask for {-(-least * 1000 // 1) / 1000:.3f} or more, "
-            "or lower the floor or round_to."
-        )
-
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-026
-def kept_after(
-    taken: list,  # steps (rate, layer, kind, kept, cost saved)
-    orders: dict,  # layer -> kind -> unit order, first to leave first
-) -> tuple:  # layers, heads, neurons, as make_plan takes them
-    "What stays of each layer after some steps."
-    gone = {i for _, i, kind, *_ in taken if kind == "layer"}
-    units = defaultdict(dict)
-    for _, i, kind, kept, _ in taken:
-        if i not in gone:
-            units[kind][i] = orders[i][kind][-kept:]
-    return [i for i in orders if i not in gone], units["heads"], units["neurons"]
-
-
 def plan_budget(
     model: PreTrainedModel,
     scores: WidthScores,  # comparable across layers: gauss_newton or obs_scores
@@ -495,7 +436,13 @@ def plan_budget(
     queue, orders = whole_queue(model, about, base)
     dense, start = costs.total(make_plan(model)), costs.total(base or make_plan(model))
     saved = torch.tensor([s[-1] for s in queue], dtype=torch.float64)
-    check_meets(name, share, (start - float(saved.sum())) / dense)
+    least = (start - float(saved.sum())) / dense
+    if share < least - 1e-9:
+        raise ValueError(
+            f"budget {name}={share:g} cannot be met: the least that this plan can keep is "
+            f"{least:.4f} of the dense model. Ask for {-(-least * 1000 // 1) / 1000:.3f} or more, "
+            "or lower the floor or round_to."
+        )
     taken = queue[: nearest_prefix(saved, start - share * dense)]
     layers, heads, neurons = kept_after(taken, orders)
     fields = dict(round_to=round_to, allocation="global", scores=score_record(scores))
@@ -512,48 +459,40 @@ def depth_plans(
     model: PreTrainedModel,
     scores: WidthScores,
     budget: dict,
-    costs: UnitCosts,
+    costs: UnitCosts | None,
     layer_scores,  # LayerScores of single layers
     **options,  # round_to, floor: see plan_budget
 ) -> list:  # of plans that meet the budget, shallow ones first
     "Plans of one budget that differ in how many whole layers go."
-    parts, share = anatomy(model), check_budget_request(budget)[1]
+    parts, (name, share) = anatomy(model), check_budget_request(budget)
+    costs = costs_of_budget(model, name, costs)
     order = removable(parts, ascending(layer_scores.values, "layer scores"))
-    found, dense = [], costs.total(make_plan(model))
+    plans, dense = [], costs.total(make_plan(model))
     for n in range(0, len(order) + 1, max(1, parts.num_layers // TRIED)):
         base = make_plan(model, layers=set(range(parts.num_layers)) - set(order[:n]))
         try:
-            found.append(plan_budget(model, scores, budget, costs, base=base, **options))
+            plans.append(plan_budget(model, scores, budget, costs, base=base, **options))
         except ValueError:  # too few layers go
             continue
         if costs.total(base) <= share * dense:
             break
-    return found
+    return plans
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-034
 @torch.no_grad()
-def state_distance(
-    small: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: list,
+def refit_error(
+    model: PreTrainedModel, plan: PruningPlan, batches: list, ridge: float | None
 ) -> float:
-    "Squared distance of the final states at answer positions, relative to their squared length."
-    parts, total, scale = (anatomy(small), anatomy(dense)), 0.0, 0.0
-    for batch, labels in zip(batches, answer_labels(dense, batches)[0]):
+    "Relative squared distance of the refitted model's final states, on batches not fitted to."
+    held = max(1, len(batches) // 4)
+    small, fit = apply_plan(model, plan), batches[:-held] or batches
+    small = reconstruct(small, model, fit, plan, ridge, inplace=True)
+    parts, total, scale = (anatomy(small), anatomy(model)), 0.0, 0.0
+    for batch, labels in zip(batches[-held:], answer_labels(model, batches[-held:])[0]):
         ours, theirs = (answer_states(p, batch, labels)[0].double() for p in parts)
         total += (ours - theirs).square().sum().item()
         scale += theirs.square().sum().item()
     return total / scale
-
-
-def refit_error(
-    model: PreTrainedModel, plan: PruningPlan, batches: list, ridge: float | None
-) -> float:
-    "How far the refitted model is from the dense one, on batches that the fit has not seen."
-    held = max(1, len(batches) // 4)
-    small, fit = apply_plan(model, plan), batches[:-held] or batches
-    small = reconstruct(small, model, fit, plan, ridge, inplace=True)
-    return state_distance(small, model, batches[-held:])
 
 
 def nearest_plan(
@@ -567,8 +506,3 @@ def nearest_plan(
     best = plans[errors.index(min(errors))]
     tried = [{"layers": len(p.layers), "error": round(e, 5)} for p, e in zip(plans, errors)]
     return replace(best, meta=best.meta | {"depths": tried})
-
-
-def overhead_share(model: PreTrainedModel, costs: UnitCosts) -> float:
-    "The part of the dense model's cost that layers have whatever their width."
-    return sum(costs.layers) / costs.total(make_plan(model))

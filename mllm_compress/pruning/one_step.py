@@ -19,13 +19,17 @@ from mllm_compress.pruning.allocation import (
     depth_plans,
     nearest_plan,
     obs_scores,
-    overhead_share,
-    plan_budget,
 )
-from .plans import ALLOCATIONS, plan_combined, plan_layerwise, plan_widthwise
-from .pruning_plan import PruningPlan
+from mllm_compress.pruning.plans import (
+    ALLOCATIONS,
+    check_comparable,
+    plan_combined,
+    plan_layerwise,
+    plan_none,
+    plan_widthwise,
+)
+from .pruning_plan import PruningPlan, layer_sizes
 from .reconstruction import reconstruct as refit
-from .sizes import layer_sizes
 from .slicing import apply_plan
 from ..utils.methods import check_choice
 
@@ -59,16 +63,6 @@ def auto_round(
         step //= 2
     return step
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011a
-def _by_kind(scores) -> tuple:  # (list of LayerScores, list of WidthScores)
-    "Scores by kind; ValueError unless there are one or two, of different kinds."
-    given = scores if isinstance(scores, (list, tuple)) else [scores]
-    layers = [s for s in given if isinstance(s, LayerScores)]
-    widths = [s for s in given if isinstance(s, WidthScores)]
-    if len(layers) > 1 or len(widths) > 1 or not given:
-        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
-    return layers, widths
-
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011
 def plan_from_scores(
     model: PreTrainedModel,  # on any device, meta included
@@ -80,18 +74,29 @@ def plan_from_scores(
     layer_share: float = 0.5,  # with both kinds of scores: part of the ratio that layers take
     allocation: str = "layer",  # widthwise: a row of ALLOCATIONS
     budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
-    **about,  # with a budget, costs, batches, ridge: see plan_for_budget
+    costs=None,  # of a latency budget: a table of UnitCosts
+    batches: list | None = None,  # with a budget: to try several depths, see nearest_plan
+    ridge: float | None = None,  # of the refit in these trials
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan for scores of layers, of heads and neurons, or of both."
-    layers, widths = _by_kind(scores)
+    given = scores if isinstance(scores, (list, tuple)) else [scores]
+    layers = [s for s in given if isinstance(s, LayerScores)]
+    widths = [s for s in given if isinstance(s, WidthScores)]
+    if len(layers) > 1 or len(widths) > 1 or not given:
+        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
     shape = shape or ("uniform" if allocation == "layer" and not protect else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
     options = dict(protect=protect, shape=shape, round_to=step, allocation=allocation)
     if budget is not None:
-        check_budget_options(widths, ratio, **options)
-        plan = plan_for_budget(model, [*widths, *layers], budget, round_to=step, **about)
-        return check_removes(model, plan, ratio)
-    if layers and widths:
+        if ratio is not None:
+            raise ValueError("give a ratio or a budget, not both.")
+        if not widths:
+            raise ValueError("a budget ranks heads and neurons: give scores of them.")
+        plan = plan_widthwise(model, widths[0], budget=budget, costs=costs, **options)
+        if layers and batches is not None:
+            deep = depth_plans(model, widths[0], budget, costs, layers[0], round_to=step)
+            plan = nearest_plan(model, [plan, *deep], batches, ridge)
+    elif layers and widths:
         plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
     elif layers:
         plan = plan_layerwise(model, layers[0], ratio=ratio)
@@ -114,29 +119,6 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
         "heads and neurons with shape='blockwise' (--shape blockwise)."
     )
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-015
-def check_budget_options(
-    widths: list,  # the WidthScores that are given
-    ratio: float | None,
-    allocation: str,
-    shape: str,
-    protect: tuple | None,
-    **others,
-) -> None:
-    "ValueError for options that a budget does not go with."
-    if ratio is not None:
-        raise ValueError("give a ratio or a budget, not both.")
-    if allocation not in COMPARABLE or shape == "uniform" or protect is not None:
-        raise ValueError(
-            "a budget ranks the units of all layers, so it needs allocation 'global' or 'obs' and "
-            "the blockwise shape, without protect."
-        )
-    if not widths or widths[0].kind not in COMPARABLE["global"]:
-        raise ValueError(
-            "a budget compares units of different layers: give scores of heads and neurons of "
-            "method gauss_newton or obs."
-        )
-
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017
 WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 
@@ -144,26 +126,8 @@ WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 def layers_for_budget(model: PreTrainedModel, budget: dict, costs) -> str | None:
     "The criterion for whole layers that a budget needs; None where width alone is enough."
     costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
-    deep = overhead_share(model, costs) > WORTH_A_TRY
-    return criteria_of("layerwise")[0] if deep else None
-
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017x
-def plan_for_budget(
-    model: PreTrainedModel,
-    scores: list,  # WidthScores, then LayerScores where whole layers are tried
-    budget: dict,  # a row of BUDGETS with the share that may stay
-    costs=None,  # a table of UnitCosts; bytes and kv need none
-    round_to: int = 1,
-    batches: list | None = None,  # calibration batches; None: the one ranking, nothing is tried
-    ridge: float | None = None,  # of the refit
-) -> PruningPlan:
-    "The plan that meets a budget; of several depths the one with the smallest error."
-    costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
-    plans = [plan_budget(model, scores[0], budget, costs, round_to=round_to)]
-    if batches is None or len(scores) < 2:
-        return plans[0]
-    plans += depth_plans(model, scores[0], budget, costs, scores[1], round_to=round_to)
-    return nearest_plan(model, plans, batches, ridge)
+    overhead = sum(costs.layers) / costs.total(plan_none(model))
+    return default_method("layerwise") if overhead > WORTH_A_TRY else None
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
 @dataclass(frozen=True)
@@ -216,9 +180,6 @@ def default_method(pruning: str) -> str:
     return criteria_of(pruning)[0]
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-023
-COMPARABLE = {"global": ("gauss_newton", "obs"), "obs": ("obs",)}  # scores that compare layers
-
-
 def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
     "The recipe; a ValueError that names the two options where two of them do not fit."
     r, kind = recipe, pruning_of(recipe.method, recipe.pruning)
@@ -233,12 +194,7 @@ def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
             f"allocation {r.allocation!r} gives every layer a width of its own, and the uniform "
             "shape gives all the same: use shape blockwise, or allocation layer."
         )
-    if r.method not in COMPARABLE.get(r.allocation, (r.method,)):
-        raise ValueError(
-            f"allocation {r.allocation!r} compares units of different layers, which scores of "
-            f"{r.method} cannot: use method {' or '.join(COMPARABLE[r.allocation])}, or, for a "
-            "ratio, allocation 'standardized'."
-        )
+    check_comparable(r.allocation, r.method)
     return r
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-026
@@ -267,15 +223,6 @@ def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
     facts = {"tokens": int(report.tokens[0]), "ridge": sorted(set(report.ridge.tolist()))}
     error = {"error_before": report.before.iloc[-1], "error_after": report.after.iloc[-1]}
     return small, facts | {k: round(float(v), 4) for k, v in error.items()}
-
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-030a
-def _recipe_in_use(recipe: str | None, scores, budget: dict | None, named: dict) -> Recipe:
-    "The recipe of the options; with scores that are given, they replace its method."
-    if scores is None:
-        return choose_recipe(recipe, **named)
-    usual = "layer" if budget is None else "global"
-    allocation, reconstruct = named["allocation"] or usual, bool(named["reconstruct"])
-    return Recipe("stored", allocation, named["shape"], reconstruct)
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #plan-by-recipe-code
 def plan_by_recipe(
@@ -322,11 +269,15 @@ def prune(
     **options,  # shape, protect, round_to, layer_share: see plan_from_scores
 ) -> tuple:  # (the pruned model, its plan)
     "Score, plan, apply and refit."
-    named = dict(method=method, pruning=pruning, allocation=allocation, reconstruct=reconstruct)
-    named["shape"] = options.pop("shape", None)
+    shape = options.pop("shape", None)
     if budget is None:
         ratio = 0.3 if ratio is None else ratio
-    chosen = _recipe_in_use(recipe, scores, budget, named)
+    if scores is None:
+        named = dict(method=method, pruning=pruning, allocation=allocation, shape=shape)
+        chosen = choose_recipe(recipe, reconstruct=reconstruct, **named)
+    else:  # they take the place of the recipe's method
+        usual = "layer" if budget is None else "global"
+        chosen = Recipe("stored", allocation or usual, shape, bool(reconstruct))
     about = dict(seed=seed, ridge=ridge, scores=scores, budget=budget, costs=costs)
     about |= dict(layer_method=layer_method) | options
     plan = plan_by_recipe(model, chosen, batches, ratio, **about)

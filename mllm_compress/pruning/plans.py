@@ -9,32 +9,35 @@ __all__ = ['plan_none', 'plan_layerwise', 'plan_widthwise']
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
 from ..importance.scores import LayerScores, WidthScores, check_record, model_record
-from .allocation import UnitCosts, plan_budget, plan_global
+from mllm_compress.pruning.allocation import (
+    FLOOR,
+    UnitCosts,
+    checked_scores,
+    plan_budget,
+    plan_global,
+)
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
-    make_plan,
-    removable,
-    score_record,
-    spans,
-)
-from mllm_compress.pruning.sizes import (
-    check_budget,
     check_ratio,
     check_reachable,
+    kept_counts,
     kept_parameters,
     layer_sizes,
+    make_plan,
     nearest_prefix,
     reference_count,
+    removable,
     rounded_steps,
+    score_record,
     solve_budget,
+    spans,
 )
 from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, check_choice
 
@@ -46,7 +49,7 @@ def plan_none(
     return make_plan(model, requested_ratio=0.0, method="none", shape="none")
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-010
-def _check_scores(scores, kind: type, other: str, model) -> None:
+def check_kind(scores, kind: type, other: str, model) -> None:
     "ValueError for scores of the other kind, or of another model."
     if not isinstance(scores, kind):
         raise ValueError(f"{kind.__name__} are needed, not {type(scores).__name__}: {other}")
@@ -78,7 +81,7 @@ def layerwise_ratio(
     return sum(size.parameters for size in removed) / lm_parameters(model)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-016
-def _layers_to_remove(model, scores, ratio, n_layers) -> list:
+def layers_to_remove(model, scores, ratio, n_layers) -> list:
     "Layers to remove, first to go first."
     parts, block = anatomy(model), scores.meta.get("n") or 1
     total = parts.num_layers
@@ -101,30 +104,6 @@ def _layers_to_remove(model, scores, ratio, n_layers) -> list:
     blocks = (list(range(first, first + block)) for first in order)
     return next(b for b in blocks if removable(parts, b) == b)
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-018
-def _check_layer_request(scores, **amounts) -> None:
-    "ValueError unless exactly one amount is given, and scores where they are needed."
-    given = [name for name, value in amounts.items() if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of {_listed(amounts)}, not {given or 'none'}.")
-    if given != ["layers"] and scores is None:
-        raise ValueError("scores are needed, unless `layers` lists what to remove.")
-
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-020
-def _listed(names) -> str:
-    "a, b and c."
-    *first, last = names
-    return f"{', '.join(first)} and {last}"
-
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-022
-def _check_removed(removed: list, total: int) -> None:
-    "ValueError unless the layers to remove are distinct, in range, and not all."
-    if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
-        raise ValueError(
-            f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, "
-            f"not {removed}."
-        )
-
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-024
 def plan_layerwise(
     model: PreTrainedModel,
@@ -134,13 +113,22 @@ def plan_layerwise(
     layers=None,  # indices of the layers to remove
 ) -> PruningPlan:
     "Remove whole layers: the lowest scores, the lowest contiguous block, or an explicit list."
-    _check_layer_request(scores, ratio=ratio, n_layers=n_layers, layers=layers)
+    amounts = dict(ratio=ratio, n_layers=n_layers, layers=layers)
+    given = [name for name, value in amounts.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of ratio, n_layers and layers, not {given or 'none'}.")
+    if layers is None and scores is None:
+        raise ValueError("scores are needed, unless `layers` lists what to remove.")
     if scores is not None:
         other = "use plan_widthwise, or score layers (method block_influence)."
-        _check_scores(scores, LayerScores, other, model)
+        check_kind(scores, LayerScores, other, model)
     total = anatomy(model).num_layers
-    removed = _layers_to_remove(model, scores, ratio, n_layers) if layers is None else list(layers)
-    _check_removed(removed, total)
+    removed = layers_to_remove(model, scores, ratio, n_layers) if layers is None else list(layers)
+    if not set(removed) <= set(range(total)) or len(set(removed)) >= total:
+        raise ValueError(
+            f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, "
+            f"not {removed}."
+        )
     return make_plan(
         model,
         set(range(total)) - set(removed),
@@ -152,7 +140,7 @@ def plan_layerwise(
     )
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-032
-def _unprotected(
+def unprotected(
     kept: tuple,  # layers of the model that stay
     protect: tuple | None,  # (first, last) counts; None: (1, 1) blockwise, (0, 0) uniform
     shape: str,  # blockwise or uniform
@@ -177,23 +165,12 @@ def widthwise_reach(
 ) -> float:  # of LM-decoder parameters
     "The largest ratio that a widthwise plan can remove."
     sizes = layer_sizes(model)
-    free = [sizes[i] for i in _unprotected(tuple(range(len(sizes))), protect, shape)]
+    free = [sizes[i] for i in unprotected(tuple(range(len(sizes))), protect, shape)]
     most = sum(size.parameters - kept_parameters(size, 1, 1) for size in free)
     return most / lm_parameters(model)
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-036
-def _removed_before(all_sizes: list, kept: tuple, ratio: float, total: int) -> int:
-    "Parameters of the layers that are already removed; ValueError where the ratio is exceeded."
-    already = sum(s.parameters for i, s in enumerate(all_sizes) if i not in kept)
-    if already > ratio * total + max(s.parameters for s in all_sizes) / 2:
-        raise ValueError(
-            f"the base plan alone removes {already / total:.4f}, more than the ratio {ratio}; "
-            "give a base that removes fewer layers, or a larger ratio."
-        )
-    return already
-
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-038
-def _budget_counts(
+def budget_counts(
     model,
     ratio: float,  # fraction of LM-decoder parameters, in total
     kept: tuple,  # layers that stay
@@ -209,12 +186,20 @@ def _budget_counts(
         raise ValueError(
             "a uniform plan needs a model whose layers have equal widths; use shape='blockwise'."
         )
-    already = _removed_before(all_sizes, kept, ratio, total)
-    check_budget(sizes, steps, ratio, already, total)
+    already = sum(s.parameters for i, s in enumerate(all_sizes) if i not in kept)
+    if already > ratio * total + max(s.parameters for s in all_sizes) / 2:
+        raise ValueError(
+            f"the base plan alone removes {already / total:.4f}, more than the ratio {ratio}; "
+            "give a base that removes fewer layers, or a larger ratio."
+        )
+    fewest = lambda s: (kept_counts(getattr(s, kind), steps[kind])[-1] for kind in FLOOR)
+    most = sum(s.parameters - kept_parameters(s, *fewest(s)) for s in sizes.values())
+    remedy = "Protect fewer layers, lower round_to, or remove layers first."
+    check_reachable(ratio, (already + most) / total, remedy)
     return solve_budget(sizes, ratio * total - already, steps, uniform)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-040
-def _reference_counts(
+def reference_counts(
     model, channel_ratio: float, steps: dict, attention_layers, mlp_layers
 ) -> dict:
     "Kept counts for a channel ratio, rounded as the original does (then up to whole steps)."
@@ -230,7 +215,7 @@ def _reference_counts(
     return counts
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-042
-def _check_range(layers, kept: tuple, shape: str) -> list:
+def check_range(layers, kept: tuple, shape: str) -> list:
     "ValueError unless layers are among those that stay, and all of them for a uniform plan."
     layers = list(layers)
     if not set(layers) <= set(kept):
@@ -241,22 +226,9 @@ def _check_range(layers, kept: tuple, shape: str) -> list:
         )
     return layers
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-044
-def _check_width_request(amounts: tuple, allocation: str, ranges: list) -> None:
-    "ValueError unless one amount is given, and layer ranges only with a channel ratio."
-    ratio, _, budget = amounts
-    if sum(amount is not None for amount in amounts) != 1:
-        raise ValueError("give one of ratio, channel_ratio and budget.")
-    if budget is not None and allocation == "layer":
-        raise ValueError("a budget ranks the units of all layers: use allocation='global'.")
-    if ratio is not None and ranges != [None, None]:
-        raise ValueError(
-            "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
-        )
-
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-046
-def _keep_best(
-    scores: dict,  # layer -> [units] scores
+def keep_best(
+    scores: WidthScores,
     counts: dict,  # layer -> how many stay
     kind: str,  # heads or neurons
     sizes: list,  # of LayerSize
@@ -264,55 +236,55 @@ def _keep_best(
     "Layer -> the kept units, those with the highest scores."
     kept = {}
     for i, count in counts.items():
-        units = getattr(sizes[i], kind)
-        if i not in scores or len(scores[i]) != units:
-            raise ValueError(
-                f"no scores for the {units} {kind} of layer {i}; score this model itself."
-            )
-        kept[i] = sorted(ascending(scores[i], f"{kind} scores of layer {i}")[units - count :])
+        values = checked_scores(scores, sizes, i, kind)
+        order = ascending(values, f"{kind} scores of layer {i}")
+        kept[i] = sorted(order[len(order) - count :])
     return kept
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-049
+@dataclass(frozen=True)
+class Allocation:
+    "Where a widthwise plan takes its budget."
+
+    help: str
+    scores: tuple = ()  # the kinds of scores that it can compare across layers; (): any
+
+
 ALLOCATIONS = {
-    "layer": "the same share of every layer that is not protected",
-    "global": "one ranking of the units of all layers by score per parameter",
-    "obs": "the same ranking of obs_scores: the error left after the other units adapt",
-    "standardized": "one ranking by any scores, standardised within each layer (as in FLAP)",
+    "layer": Allocation("the same share of every layer that is not protected"),
+    "global": Allocation(
+        "one ranking of the units of all layers by score per parameter",
+        scores=("gauss_newton", "obs"),
+    ),
+    "obs": Allocation(
+        "the same ranking of obs_scores: the error left after the other units adapt",
+        scores=("obs",),
+    ),
+    "standardized": Allocation(
+        "one ranking by any scores, standardised within each layer (as in FLAP)"
+    ),
 }
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-051
-def _check_allocation(allocation: str, scores, other_options: bool) -> None:
-    "ValueError where a ranking over layers does not fit the scores or the other options."
-    if other_options:
+
+def check_comparable(allocation: str, kind: str) -> None:
+    "ValueError where an allocation cannot compare scores of a kind across layers."
+    needed = ALLOCATIONS[allocation].scores
+    if needed and kind not in needed:
         raise ValueError(
-            f"allocation={allocation!r} needs a ratio or a budget and the blockwise shape, without "
-            "channel_ratio or protect: the ranking decides what each layer keeps."
-        )
-    wanted = {"obs": ("obs",), "global": ("gauss_newton", "obs")}.get(allocation)
-    if wanted and scores.kind not in wanted:
-        raise ValueError(
-            f"allocation={allocation!r} compares units of different layers; scores of kind "
-            f"{scores.kind!r} cannot be compared. Score with {' or '.join(wanted)}, or, for a "
-            "ratio, use allocation='standardized'."
+            f"allocation {allocation!r} compares units of different layers, which scores of {kind} "
+            f"cannot: use method {' or '.join(needed)}, or, for a ratio, allocation 'standardized'."
         )
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-053
-def _plan_ranked(model, scores, ratio, budget, costs, allocation, **about) -> PruningPlan:
+# %% ../../nbs/library/pruning/04_plans.ipynb #cell-051
+def plan_ranked(model, scores, ratio, budget, costs, allocation, **about) -> PruningPlan:
     "The plan of one ranking over all layers."
+    check_comparable(allocation, scores.kind)
     standardize = allocation == "standardized"
     if budget is None:
         return plan_global(model, scores, ratio, standardize=standardize, **about)
     if standardize:
         raise ValueError("a budget ranks units by score per cost: use allocation='global'.")
     return plan_budget(model, scores, budget, costs, **about)
-
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-055
-def _equal_shares(model, ratio, channel_ratio, kept, free, steps, shape, ranges) -> dict:
-    "Kept counts of every layer, by a ratio, or by a channel ratio in ranges of layers."
-    if ratio is not None:
-        return _budget_counts(model, ratio, kept, free, steps, shape == "uniform")
-    ranges = [_check_range(free if r is None else r, kept, shape) for r in ranges]
-    return _reference_counts(model, channel_ratio, steps, *ranges)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-057
 def plan_widthwise(
@@ -332,25 +304,39 @@ def plan_widthwise(
 ) -> PruningPlan:
     "Remove heads and neurons, by a parameter budget or by the original's channel ratio."
     ranges = [None if r is None else list(r) for r in (attention_layers, mlp_layers)]
-    _check_width_request((ratio, channel_ratio, budget), allocation, ranges)
+    if sum(amount is not None for amount in (ratio, channel_ratio, budget)) != 1:
+        raise ValueError("give one of ratio, channel_ratio and budget.")
+    if budget is not None and allocation == "layer":
+        raise ValueError("a budget ranks the units of all layers: use allocation='global'.")
+    if ratio is not None and ranges != [None, None]:
+        raise ValueError(
+            "attention_layers and mlp_layers belong to channel_ratio; with ratio use protect."
+        )
     other = "use plan_layerwise, or score heads and neurons (method taylor)."
-    _check_scores(scores, WidthScores, other, model)
+    check_kind(scores, WidthScores, other, model)
     check_choice("allocation", allocation, ALLOCATIONS)
     if allocation != "layer":
-        options = shape != "blockwise" or channel_ratio is not None or protect is not None
-        _check_allocation(allocation, scores, options)
+        if shape != "blockwise" or channel_ratio is not None or protect is not None:
+            raise ValueError(
+                f"allocation={allocation!r} needs a ratio or a budget and the blockwise shape, "
+                "without channel_ratio or protect: the ranking decides what each layer keeps."
+            )
         about = dict(round_to=round_to, base=base)
-        return _plan_ranked(model, scores, ratio, budget, costs, allocation, **about)
+        return plan_ranked(model, scores, ratio, budget, costs, allocation, **about)
     parts, sizes = anatomy(model), layer_sizes(model)
     kept = tuple(range(parts.num_layers)) if base is None else base.layers
-    free = _unprotected(kept, protect, shape)
+    free = unprotected(kept, protect, shape)
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    counts = _equal_shares(model, ratio, channel_ratio, kept, free, steps, shape, ranges)
-    units = [_keep_best(getattr(scores, k), counts[k], k, sizes) for k in ("heads", "neurons")]
+    if ratio is not None:
+        counts = budget_counts(model, ratio, kept, free, steps, shape == "uniform")
+    else:
+        ranges = [check_range(free if r is None else r, kept, shape) for r in ranges]
+        counts = reference_counts(model, channel_ratio, steps, *ranges)
+    heads, neurons = (keep_best(scores, counts[kind], kind, sizes) for kind in FLOOR)
     method = "widthwise" if base is None else "layerwise+widthwise"
     fields = dict(requested_ratio=ratio, shape=shape, channel_ratio=channel_ratio, method=method)
     records = dict(scores=score_record(scores), layer_scores=base and base.meta.get("scores"))
-    return make_plan(model, kept, *units, **fields, round_to=round_to, **records)
+    return make_plan(model, kept, heads, neurons, **fields, round_to=round_to, **records)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-065
 def plan_combined(
@@ -378,37 +364,31 @@ class Pruning:
     look: Look
     help: str  # one sentence
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-070
-def _none(model, scores, ratio, protect, shape) -> PruningPlan:
+# %% ../../nbs/library/pruning/04_plans.ipynb #cell-076
+def keep_all(model, scores, ratio, protect, shape) -> PruningPlan:
     "Everything stays, so the ratio must be 0."
     if ratio:
         raise ValueError(f"ratio {ratio} needs a pruning; with 'none' the ratio is 0.")
     return plan_none(model)
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-072
-def _layerwise(model, scores, ratio, protect, shape) -> PruningPlan:
-    return plan_layerwise(model, scores, ratio=ratio)
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-074
-def _widthwise(model, scores, ratio, protect, shape) -> PruningPlan:
-    return plan_widthwise(model, scores, ratio=ratio, protect=protect, shape=shape)
-
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-076
 PRUNINGS = {
     "none": Pruning(
-        _none,
+        keep_all,
         version=1,
         look=Look("original", BLACK, "*"),
         help="Keeps everything: the dense baseline.",
     ),
     "layerwise": Pruning(
-        _layerwise,
+        lambda model, scores, ratio, protect, shape: plan_layerwise(model, scores, ratio=ratio),
         version=1,
         look=Look("layerwise", RED, "o"),
         help="Removes the decoder layers with the lowest scores.",
     ),
     "widthwise": Pruning(
-        _widthwise,
+        lambda model, scores, ratio, protect, shape: plan_widthwise(
+            model, scores, ratio=ratio, protect=protect, shape=shape
+        ),
         version=1,
         look=Look("widthwise", BLUE, "s", DASHED),
         help="Removes the heads and neurons with the lowest scores of each layer.",
@@ -428,16 +408,6 @@ def plan_pruning(
     check_choice("pruning", pruning, PRUNINGS)
     return PRUNINGS[pruning].function(model, scores, ratio, protect, shape)
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-087
-def _reached(model, attention_layers, mlp_layers, step: int) -> float:
-    "The ratio that a channel ratio of so many thousandths removes."
-    one, sizes = {"heads": 1, "neurons": 1}, layer_sizes(model)
-    kept = _reference_counts(model, step / 1000, one, attention_layers, mlp_layers)
-    heads = sum((sizes[i].heads - n) * sizes[i].head_parameters for i, n in kept["heads"].items())
-    rest = kept["neurons"].items()
-    neurons = sum((sizes[i].neurons - n) * sizes[i].neuron_parameters for i, n in rest)
-    return (heads + neurons) / lm_parameters(model)
-
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-089
 def plan_channels(
     model: PreTrainedModel,
@@ -447,7 +417,13 @@ def plan_channels(
     mlp_layers,  # layers that lose neurons
 ) -> PruningPlan:
     "The original's plan with the achieved ratio nearest to `ratio`; ValueError if out of reach."
-    reached = partial(_reached, model, attention_layers, mlp_layers)
+    sizes, total, one = layer_sizes(model), lm_parameters(model), {"heads": 1, "neurons": 1}
+
+    def reached(step):  # the ratio that a channel ratio of so many thousandths removes
+        kept = reference_counts(model, step / 1000, one, attention_layers, mlp_layers)
+        left = [(kind, sizes[i], n) for kind in kept for i, n in kept[kind].items()]
+        return sum((getattr(s, kind) - n) * s.price(kind) for kind, s, n in left) / total
+
     check_reachable(ratio, reached(999), "Give more layers, or a smaller ratio.")
     above = bisect_left(range(1000), ratio, key=reached)
     nearest = min((max(above - 1, 0), above), key=lambda step: abs(reached(step) - ratio)) / 1000

@@ -36,8 +36,8 @@ def slice_linear(
 class LayerConfig:
     "A view of a config with some values of its own; all others are read from the shared config."
 
-    def __init__(self, shared, **own):
-        self.__dict__.update(own, _shared=shared)
+    def __init__(self, shared, **values):
+        self.__dict__.update(values, _shared=shared)
 
     def __getattr__(self, name):
         if name == "_shared":
@@ -65,11 +65,11 @@ def sync_modules(
     "Set attributes and configs of all layers to the sizes of their weights."
     for i, layer in enumerate(parts.layers):
         counts = layer_counts(parts, i)
-        own = {**counts, "num_heads": counts["num_attention_heads"]}
+        values = {**counts, "num_heads": counts["num_attention_heads"]}
         for module in (parts.attention(i), parts.mlp(i)):
-            for name in own:
+            for name in values:
                 if name in vars(module):
-                    setattr(module, name, own[name])
+                    setattr(module, name, values[name])
             if hasattr(module, "config"):
                 shared = parts.text_config
                 module.config = shared if uniform else LayerConfig(shared, **counts)
@@ -130,18 +130,6 @@ def cut(
     sync_modules(parts, sync_config(parts, plan.layers))
     return model
 
-# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-022
-def _shared_while_copying(parts: Anatomy, plan: PruningPlan) -> list:
-    "Modules and weights that a copy may share, because slicing replaces them in the copy."
-    shared = [parts.layers[i] for i in plan.removed_layers]
-    for i in plan.layers:
-        for slot in parts.linears(i):
-            if i in (plan.heads if slot.kind == "head" else plan.neurons):
-                shared.append(slot.module.weight)
-                if slot.axis == 0 and slot.module.bias is not None:
-                    shared.append(slot.module.bias)
-    return shared
-
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-024
 def apply_plan(
     model: PreTrainedModel,  # stays untouched
@@ -151,7 +139,12 @@ def apply_plan(
     "A new, pruned model; `model` is not changed."
     parts = anatomy(model)
     check_fits(parts, plan)
-    shared = _shared_while_copying(parts, plan)
+    shared = [parts.layers[i] for i in plan.removed_layers]
+    for i in plan.layers:
+        for slot in parts.linears(i):
+            if i in (plan.heads if slot.kind == "head" else plan.neurons):
+                bias = slot.module.bias if slot.axis == 0 else None
+                shared += [slot.module.weight] if bias is None else [slot.module.weight, bias]
     if share_vision and parts.vision_tower:
         shared.append(parts.vision_tower)
     small = cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
