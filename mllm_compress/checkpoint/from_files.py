@@ -15,21 +15,17 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
-from ..anatomy.streaming import SOURCE, in_memory, layers_prefix
+from ..anatomy.streaming import SOURCE, layers_prefix
 from .formats import check_describes, choose_format
 from .saving import write_checkpoint
 from ..importance.scores import check_batches
 from ..pruning.pruning_plan import PruningPlan
 from mllm_compress.pruning.reconstruction import (
     MARK,
-    advance_dense,
     check_pruned,
     check_tokens,
-    fit_layer,
-    lost_sinks,
+    fit_layers,
     mark_of,
-    open_streams,
-    warn_of_sinks,
 )
 from ..pruning.slicing import apply_plan
 from ..zoo.weight_files import FileModel, write_weights
@@ -114,25 +110,18 @@ def reconstruct_files(
     check_pruned(small, source.model, plan)
     check_tokens(small, batches, ridge)
     setattr(small, SOURCE, weights)
-    before, after, prefix = anatomy(source.model), anatomy(small), layers_prefix(small)
-    rows, lost = [], {}
+    parts, prefix = anatomy(small), layers_prefix(small)
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:
-        streams = open_streams(small, source.model, batches)
-        if plan.layers[0]:
-            advance_dense(before, streams, range(plan.layers[0]))
-        for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
-            advance_dense(before, streams, range(i, end))
-            with in_memory(after, j):
-                rows += fit_layer(after, j, i, streams, ridge)
-                outputs = [slot for slot in after.linears(j) if slot.axis == 1]
-                fitted = {
-                    f"{prefix}.{j}.{slot.slot.path}.{kind}": tensor.detach().contiguous()
-                    for slot in outputs
-                    for kind, tensor in slot.module.named_parameters()
-                }
-                save_file(fitted, Path(work, f"{j}.safetensors"))
-            weights.fitted |= dict.fromkeys(fitted, Path(work, f"{j}.safetensors"))
-            lost[i] = lost_sinks(streams)
-        warn_of_sinks(lost)
+
+        def keep(j):
+            fitted, file = {}, Path(work, f"{j}.safetensors")
+            for slot in (s for s in parts.linears(j) if s.axis == 1):
+                for kind, tensor in slot.module.named_parameters():
+                    name = f"{prefix}.{j}.{slot.slot.path}.{kind}"
+                    fitted[name] = tensor.detach().contiguous()
+            save_file(fitted, file)
+            weights.fitted |= dict.fromkeys(fitted, file)
+
+        rows = fit_layers(small, source.model, batches, plan, ridge, keep)
         setattr(small.config, MARK, mark_of(plan, rows, ridge))
         return prune_files(source, plan, folder, processor, small=small, weights=weights, **options)

@@ -174,7 +174,7 @@ def _allocations() -> str:
     "The allocations."
     from mllm_compress.pruning.plans import ALLOCATIONS
 
-    return " ".join(f"{name}: {what}." for name, what in ALLOCATIONS.items())
+    return " ".join(f"{name}: {row.help}." for name, row in ALLOCATIONS.items())
 
 
 def _budgets() -> str:
@@ -291,7 +291,7 @@ class PruneRequest(CalibratedRequest):
     def _check(self):
         "ValueError where options are wrong, contradict each other, or do not say what to remove."
         from mllm_compress.importance.criteria import criterion
-        from mllm_compress.pruning.sizes import check_ratio
+        from mllm_compress.pruning.pruning_plan import check_ratio
 
         named = [f"--{n}" for n in ("layers", "plan", "budget") if getattr(self, n)]
         amount = self.ratio is not None or self.scores and named != ["--budget"]
@@ -321,7 +321,7 @@ class PruneRequest(CalibratedRequest):
 
     def _check_budget(self) -> None:
         "ValueError for a wrong budget, or for options that it does not go with."
-        from mllm_compress.pruning.one_step import COMPARABLE
+        from mllm_compress.pruning.plans import ALLOCATIONS
 
         budget, recipe = parse_budget(self.budget), self.chosen
         if self.costs and "latency" not in (budget or ()):
@@ -334,7 +334,8 @@ class PruneRequest(CalibratedRequest):
                 f"--{other.replace('_', '-')} goes with --ratio: a budget decides itself which "
                 "layers are thinned and which go."
             )
-        ranked = recipe.allocation in COMPARABLE and recipe.method in COMPARABLE["global"]
+        rankings = [name for name, row in ALLOCATIONS.items() if row.scores]
+        ranked = recipe.allocation in rankings and recipe.method in ALLOCATIONS["global"].scores
         if not self.stored and not ranked:
             raise ValueError(
                 "--budget ranks the units of all layers: leave --recipe, --shape and --method out, "
