@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from ..data.calibration import DESIGNS
 from ..importance.criteria import CRITERIA, criteria_of
 from ..importance.gauss_newton import PRESERVED
-from ..pruning.one_step import COMPARABLE
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
-from ..pruning.reconstructions import RECONSTRUCTIONS
+from ..pruning.reconstruction import RECONSTRUCTIONS
 from ..recovery.losses import HIDDEN_LAYERS, LOSSES, TRAINS
 from .rounding import QUANTIZERS, UNROUNDED
 from .scratch import STARTS
@@ -143,8 +142,9 @@ def _rules(e: Experiment):
         e.allocation != "layer" and e.shape == "uniform",
         f"allocation {e.allocation!r} gives each layer its own width.",
     )
+    ranked = bool(ALLOCATIONS[e.allocation].scores)
     yield (
-        e.allocation in COMPARABLE and e.importance not in COMPARABLE["global"],
+        ranked and e.importance not in ALLOCATIONS["global"].scores,
         f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
         "importance gauss_newton.",
     )

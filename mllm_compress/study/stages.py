@@ -40,7 +40,7 @@ from ..importance.scores import load_scores
 from ..pruning import plans
 from ..pruning.allocation import obs_scores
 from ..pruning.pruning_plan import PruningPlan
-from ..pruning.reconstructions import RECONSTRUCTIONS, reconstructed
+from ..pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
 from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
