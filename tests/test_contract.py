@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy import FAMILIES, WRAPPERS, anatomy, part_parameters
 from mllm_compress.anatomy.wrappers import token_inputs
-from mllm_compress.cli.check import CHECKS, Case, run_checks, support_row, trial_data
+from mllm_compress.cli.check import CHECKS, Case, run_checks, trial_data
 from mllm_compress.cost.arithmetic import (
     EYES,
     decoder_flops,
@@ -28,6 +28,17 @@ from mllm_compress.importance.scores import model_inputs
 SUPPORT = Path(__file__).parents[1] / "figures/support.csv"
 FOUND = {}  # name -> its row of the table
 ROWS = [*cases.MLLMS, *cases.LMS]
+
+
+def support_row(config, findings: list) -> dict:
+    "A row of the table of support in nbs/README.md."
+    text = config.get_text_config()
+    row = {"class": "" if text is config else config.model_type, "decoder": text.model_type}
+    states = {True: "yes", False: "NO", None: "-"}
+    for f in findings:
+        prunes = f.check in ("layerwise", "uniform", "blockwise", "combined", "reload")
+        row[f.check] = f.detail if prunes and f.passed else states[f.passed]
+    return row
 
 
 def test_every_row_is_tried():

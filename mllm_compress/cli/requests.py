@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Quiet', 'Verbose', 'app', 'COUNT', 'Config', 'AsJson', 'MODEL', 'OUT', 'OVERWRITE', 'DEVICE', 'SEED', 'STREAM',
            'options', 'progress', 'note', 'detail', 'prints_json', 'emit', 'table_text', 'table_rows', 'peak_memory',
-           'new_figure', 'politely', 'option', 'path', 'Request', 'allowed_values', 'command', 'read_yaml', 'listed',
-           'DataRequest', 'has_chat', 'is_multimodal', 'resolve_device', 'check_models', 'load', 'choose_stream',
-           'check_output_file', 'check_output_folder']
+           'new_figure', 'politely', 'option', 'path', 'Request', 'allowed_values', 'from_tables', 'command',
+           'read_yaml', 'listed', 'DataRequest', 'has_chat', 'is_multimodal', 'resolve_device', 'check_models', 'load',
+           'choose_stream', 'check_output_file', 'check_output_folder']
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-003
 import errno
@@ -29,9 +29,9 @@ from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticUndefined
 from typer.core import TyperCommand
 
+from ..utils.files import remembered
 from ..utils.methods import naming_extras, unknown_choice
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-005
@@ -289,7 +289,7 @@ def _parameter(request: type, name: str) -> inspect.Parameter:
     if name in request.arguments:
         about = typer.Argument(help=help, metavar=name.upper(), show_default=False)
     else:
-        if kind is not bool and field.default not in (..., None, "", [], PydanticUndefined):
+        if kind is not bool and not field.is_required() and field.default not in (None, "", []):
             help += f" [default: {field.default}]"
         flags = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *_SHORT.get(name, "").split()]
         about = typer.Option(*flags, help=help, show_default=False)
@@ -298,13 +298,27 @@ def _parameter(request: type, name: str) -> inspect.Parameter:
     return inspect.Parameter(name, annotation=annotation, **how)
 
 
+def from_tables(
+    name: str,  # of the value
+    make,  # function without arguments that reads tables of methods
+):
+    "What the function returns; from the user's cache where torch would be imported for it."
+    if "torch" in sys.modules:
+        return make()
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    changed = [[str(file), file.stat().st_mtime_ns] for file in files]
+    return remembered("tables", [name, changed], make)
+
+
 class _Command(TyperCommand):
     "A command whose help lists the rows of tables."
 
     def format_options(self, ctx, formatter):
+        make = lambda: {name: rows() for name, rows in self.rows.items()}
+        texts = from_tables(f"help of {self.name}", make) if self.rows else {}
         for parameter in self.params:
-            if (rows := self.rows.get(parameter.name)) and not parameter.help.endswith(rows()):
-                parameter.help = f"{parameter.help} {rows()}".strip()
+            if (text := texts.get(parameter.name)) and not parameter.help.endswith(text):
+                parameter.help = f"{parameter.help} {text}"
         super().format_options(ctx, formatter)
 
 
@@ -513,8 +527,7 @@ def load(
     if not stream and checkpoint.is_checkpoint(model):
         loaded, processor, plan = checkpoint.load_pruned(model, device=device)
     else:
-        streamed = {"stream": True} if stream else {}
-        (loaded, processor), plan = zoo.load_model(model, device=device, **streamed), None
+        (loaded, processor), plan = zoo.load_model(model, device=device, stream=stream), None
     size = f"{loaded.num_parameters():,} parameters in {loaded.dtype} on {loaded.device}"
     detail(f"{type(loaded).__name__}: {size}")
     return loaded, processor, plan
