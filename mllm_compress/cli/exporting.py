@@ -59,35 +59,24 @@ def convert(request: ConvertRequest) -> dict:
     return cli.emit(text, {"out": str(out), "release": name, "bytes": total, "dtype": kind})
 
 # %% ../../nbs/library/cli/10_exporting.ipynb #cell-006
-def _engines() -> str:
-    from mllm_compress.checkpoint.engines import ENGINES
-
-    return cli.listed(ENGINES)
-
-
-def _dtypes() -> str:
-    from mllm_compress.checkpoint.engines import ENGINES
-
-    return " ".join(f"{name}: {', '.join(row.dtypes)}." for name, row in ENGINES.items())
-
-
-def _quantizations() -> str:
-    from mllm_compress.checkpoint.quantizing import QUANTIZATIONS
-
-    return cli.listed(QUANTIZATIONS)
-
-
 class ExportRequest(cli.Request):
     "A model, and the engine that it is written for."
 
     arguments: ClassVar = ("model",)
-    rows: ClassVar = {"to": _engines, "dtype": _dtypes}
     model: str = cli.MODEL
     to: str = cli.option(..., "The engine.")
     out: Path = cli.path(..., "GGUF file, or folder for the other engines, to write.")
     dtype: str = cli.option("", "Type of the weights.")
     fill: bool = cli.option(False, "Fill widths up with zero units where the engine needs it.")
     overwrite: bool = cli.OVERWRITE
+
+    @staticmethod
+    def tables():
+        "The engines, and their types."
+        from mllm_compress.checkpoint.engines import ENGINES
+
+        types = {name: ", ".join(row.dtypes) for name, row in ENGINES.items()}
+        return {"to": cli.listed(ENGINES), "dtype": cli.listed(types)}
 
 
 @cli.command(ExportRequest)
@@ -110,11 +99,17 @@ class QuantizeRequest(cli.Request):
     "A pruned checkpoint, and its bits per weight."
 
     arguments: ClassVar = ("model",)
-    rows: ClassVar = {"to": _quantizations}
     model: str = cli.option(..., "Folder that `prune` or `recover` wrote.")
     to: str = cli.option(..., "The format.")
     out: Path = cli.OUT
     overwrite: bool = cli.OVERWRITE
+
+    @staticmethod
+    def tables():
+        "The formats."
+        from mllm_compress.checkpoint.quantizing import QUANTIZATIONS
+
+        return {"to": cli.listed(QUANTIZATIONS)}
 
 
 @cli.command(QuantizeRequest)

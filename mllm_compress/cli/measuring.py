@@ -24,29 +24,9 @@ def all_benchmarks() -> dict:  # name -> Benchmark
     return BENCHMARKS
 
 
-def _benchmarks() -> str:
-    "The benchmarks."
-    from mllm_compress.evaluation import SMALL_SUITE
-
-    rows = cli.listed(all_benchmarks())
-    return (
-        f"Default: {', '.join(SMALL_SUITE)}. {rows} perplexity: of the answers or texts "
-        "in --data. Public sets are read from $MLLM_COMPRESS_BENCHMARKS."
-    )
-
-
-def _scorers() -> str:
-    "The scorers of own questions."
-    from mllm_compress.evaluation.benchmarks import OWN_SCORERS
-    from mllm_compress.evaluation.scorers import SCORERS
-
-    return cli.listed({name: SCORERS[name] for name in OWN_SCORERS})
-
-
 class MeasureRequest(cli.DataRequest):
     "What a model is scored on."
 
-    rows: ClassVar = {"benchmark": _benchmarks, "scorer": _scorers}
     benchmark: list[str] = cli.option([], "May be repeated.")
     questions: Path | None = cli.path(None, "A file with questions of your own, with answers.")
     scorer: str = cli.option("exact", "For --questions.")
@@ -54,6 +34,19 @@ class MeasureRequest(cli.DataRequest):
     answers: Path | None = cli.path(
         None, "Folder for every answer; after an interruption the same command continues from it."
     )
+
+    @staticmethod
+    def tables():
+        "The benchmarks, and the scorers of own questions."
+        from mllm_compress.evaluation.benchmarks import OWN_SCORERS, SMALL_SUITE
+        from mllm_compress.evaluation.scorers import SCORERS
+
+        benchmarks = (
+            f"Default: {', '.join(SMALL_SUITE)}. {cli.listed(all_benchmarks())} perplexity: of the "
+            "answers or texts in --data. Public sets are read from $MLLM_COMPRESS_BENCHMARKS."
+        )
+        scorers = cli.listed({name: SCORERS[name] for name in OWN_SCORERS})
+        return {"benchmark": benchmarks, "scorer": scorers}
 
     def suite(self, model: str) -> tuple:  # (names, perplexity)
         "Names of benchmarks, own questions among them, and whether perplexity is measured."

@@ -218,9 +218,13 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     arguments: ClassVar[tuple] = ()  # fields that are written without the name of an option
-    rows: ClassVar[dict] = {}  # field -> function that lists a table of methods, for the help
     title: ClassVar[str] = ""  # of its options, in messages
     kept: ClassVar[str] = "Nothing was written."  # what an interruption leaves
+
+    @staticmethod
+    def tables() -> dict:  # field -> text
+        "The rows of tables of methods, which the help lists."
+        return {}
 
     def __init__(self, /, _names: dict | None = None, **values):
         try:
@@ -314,8 +318,7 @@ class _Command(TyperCommand):
     "A command whose help lists the rows of tables."
 
     def format_options(self, ctx, formatter):
-        make = lambda: {name: rows() for name, rows in self.rows.items()}
-        texts = from_tables(f"help of {self.name}", make) if self.rows else {}
+        texts = from_tables(f"help of {self.name}", self.tables)
         for parameter in self.params:
             if (text := texts.get(parameter.name)) and not parameter.help.endswith(text):
                 parameter.help = f"{parameter.help} {text}"
@@ -359,7 +362,8 @@ def command(request: type):
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        app.command(cls=type("Command", (_Command,), {"rows": request.rows}))(run)
+        tables = {"tables": staticmethod(request.tables)}
+        app.command(cls=type("Command", (_Command,), tables))(run)
         return function
 
     return register
@@ -385,8 +389,9 @@ def listed(
     rows: dict,  # name -> row of a table of methods
 ) -> str:
     "The rows of a table of methods, one after the other."
+    texts = {name: getattr(row, "help", None) or str(row) for name, row in rows.items()}
     ended = lambda text: text if text.endswith((".", "?")) else f"{text}."
-    return " ".join(f"{name}: {ended(row.help)}" for name, row in rows.items())
+    return " ".join(f"{name}: {ended(text)}" for name, text in texts.items())
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-022
 MODEL = option(..., "A name (see `models`), a folder, or a hub id.")
