@@ -50,11 +50,11 @@ def convert(request: ConvertRequest) -> dict:
     check_writable(out)
     dtype = getattr(torch, request.dtype) if request.dtype else None
     original = releases.open_original(source, request.tower, dtype)
-    tensors = (t for f in original.files for _, t in original.tensors(f, releases.read_shape))
+    tensors = original.model.state_dict().values()  # on the meta device
     total = sum(t.numel() * t.element_size() for t in tensors)
     check_writable(out, total)
     releases.convert_original(source, out, request.tower, dtype, progress=cli.progress())
-    kind, name = str(original.dtype).split(".")[-1], original.release.name
+    kind, name = str(original.model.dtype).split(".")[-1], original.release.name
     text = f"{name}, {total / 2**30:.2f} GiB in {kind}\nwritten to {out}"
     return cli.emit(text, {"out": str(out), "release": name, "bytes": total, "dtype": kind})
 

@@ -22,12 +22,16 @@ class ModelsRequest(cli.Request):
 @cli.command(ModelsRequest)
 def models(request: ModelsRequest) -> dict:
     "List the models known by name."
+    known = cli.from_tables("models", _models)
+    width = max(map(len, known))
+    return cli.emit("\n".join(f"{name:<{width}}  {about}" for name, about in known.items()), known)
+
+
+def _models() -> dict:  # name -> description
+    "The models known by name."
     from mllm_compress.zoo.models import MODELS
 
-    width = max(map(len, MODELS))
-    return cli.emit(
-        "\n".join(f"{name:<{width}}  {about}" for name, about in MODELS.items()), MODELS
-    )
+    return dict(MODELS)
 
 
 class CardsRequest(cli.Request):

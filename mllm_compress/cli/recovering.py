@@ -19,26 +19,11 @@ from . import requests as cli
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/cli/04_recovering.ipynb #cell-004
-def _losses() -> str:
-    "The losses."
-    from mllm_compress.recovery.losses import LOSSES
-
-    return cli.listed(LOSSES)
-
-
-def _trains() -> str:
-    "What can be trained."
-    from mllm_compress.recovery.losses import TRAINS
-
-    return cli.listed(TRAINS)
-
-
 class RecoverRequest(cli.DataRequest):
     "A pruned model, its teacher, and the training."
 
     title: ClassVar = "recovery"
     arguments: ClassVar = ("model",)
-    rows: ClassVar = {"losses": _losses, "train": _trains}
     model: str = cli.option(..., "Folder that `prune` wrote.")
     teacher: str = cli.option(..., "The dense model.")
     out: Path = cli.OUT
@@ -99,6 +84,13 @@ class RecoverRequest(cli.DataRequest):
     report_to: Literal["tensorboard", "wandb", "trackio"] | None = cli.option(
         None, "tensorboard, wandb or trackio."
     )
+
+    @staticmethod
+    def tables():
+        "The losses, and what can be trained."
+        from mllm_compress.recovery.losses import LOSSES, TRAINS
+
+        return {"losses": cli.listed(LOSSES), "train": cli.listed(TRAINS)}
 
     @property
     def kept(self):
