@@ -68,21 +68,20 @@ def needs_no_data(pruning: str, method: str) -> bool:
     return batches.default is None
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-006
-def _methods() -> str:
-    "The criteria that can be named."
-    from mllm_compress.importance.criteria import CRITERIA, criteria_of
-
-    free = {key: row for key, row in CRITERIA.items() if key[1] in criteria_of(key[0])}
-    return cli.listed({f"{name} ({pruning})": row for (pruning, name), row in free.items()})
-
-
 class ScoreRequest(CalibratedRequest):
     "A model, and the criterion that scores its parts."
 
-    rows: ClassVar = {"method": _methods}
     method: str = cli.option("block_influence", "The criterion.")
 
     kept: ClassVar = "Finished batches are kept; the same command continues from there."
+
+    @staticmethod
+    def tables():
+        "The criteria that can be named."
+        from mllm_compress.importance.criteria import CRITERIA, criteria_of
+
+        named = {key: row for key, row in CRITERIA.items() if key[1] in criteria_of(key[0])}
+        return {"method": cli.listed({f"{name} ({p})": row for (p, name), row in named.items()})}
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-008
 def _keeping_sums(file: Path, kind: str, method: str, model, batches: list, seed: int):
@@ -163,36 +162,9 @@ def parse_budget(
     return {name: float(share)}
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-013
-def _recipes() -> str:
-    "The recipes."
-    from mllm_compress.pruning.one_step import RECIPES
-
-    return " ".join(f"{name}: {recipe}." for name, recipe in RECIPES.items())
-
-
-def _allocations() -> str:
-    "The allocations."
-    from mllm_compress.pruning.plans import ALLOCATIONS
-
-    return " ".join(f"{name}: {row.help}." for name, row in ALLOCATIONS.items())
-
-
-def _budgets() -> str:
-    "The budgets."
-    from mllm_compress.pruning.allocation import BUDGETS
-
-    return " ".join(f"{name}: {what}." for name, what in BUDGETS.items())
-
-
 class PruneRequest(CalibratedRequest):
     "A model, what to remove from it, and how that is chosen."
 
-    rows: ClassVar = {
-        "recipe": _recipes,
-        "method": _methods,
-        "allocation": _allocations,
-        "budget": _budgets,
-    }
     ratio: float | None = cli.option(
         None, "Fraction of the LM decoder's parameters to remove, in (0, 0.95)."
     )
@@ -237,6 +209,15 @@ class PruneRequest(CalibratedRequest):
     layer_method: str = cli.option(
         "block_influence", "With --layer-share: the criterion for layers."
     )
+
+    @staticmethod
+    def tables():
+        "Recipes, criteria, allocations and budgets."
+        from mllm_compress.pruning import allocation, one_step, plans
+
+        rows = {"recipe": one_step.RECIPES, "allocation": plans.ALLOCATIONS}
+        rows["budget"] = allocation.BUDGETS
+        return ScoreRequest.tables() | {name: cli.listed(table) for name, table in rows.items()}
 
     @cached_property
     def stored(self) -> str:
