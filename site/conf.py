@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,12 @@ exclude_patterns = ["**.failed.ipynb", "**/.ipynb_checkpoints"]
 exclude_patterns += ["figures/quick/*", "figures/**.md"]
 html_copy_source = False
 html_static_path, html_css_files = ["static"], ["custom.css"]
-suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure", "toc.not_included"]
+suppress_warnings = [
+    "mystnb.unknown_mime_type",
+    "myst.header",
+    "misc.highlighting_failure",
+    "toc.not_included",
+]
 
 nb_execution_mode = "off"
 nb_code_prompt_show, nb_code_prompt_hide = "code", "code"
@@ -113,9 +119,11 @@ def adapted(app, page: str, source: list) -> None:
         code, tags = "".join(cell["source"]), cell["metadata"].setdefault("tags", [])
         if cell["cell_type"] != "code":
             continue
+        hidden = cell["metadata"].get("jupyter", {}).get("source_hidden")
+        first = re.sub(r"(?m)^(#.*|from .+ import \([^)]*\)|from .+|import .+)?\n?", "", code)
         if code.startswith(("#| hide", "#| default_exp")):
             tags.append("remove-cell")
-        elif "hide-input" not in tags and cell["metadata"].get("jupyter", {}).get("source_hidden"):
+        elif "hide-input" not in tags and (hidden or not first.strip()):  # or imports only
             tags.append("hide-input")
         lines = code.splitlines(keepends=True)
         cell["source"] = [line for line in lines if not line.startswith("#|")]
