@@ -1,4 +1,4 @@
-"""Configuration of the documentation site, which `make docs` builds with Sphinx; its pages are the notebooks."""
+"""The documentation site: `make docs` builds it with Sphinx; its pages are the notebooks."""
 
 import importlib
 import json
@@ -17,7 +17,8 @@ exclude_patterns = ["**.failed.ipynb", "**/.ipynb_checkpoints"]
 exclude_patterns += ["figures/quick/*", "figures/**.md"]
 html_copy_source = False
 html_static_path, html_css_files = ["static"], ["custom.css"]
-suppress_warnings = [
+suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
+suppress_warnings += ["toc.not_included"]
     "mystnb.unknown_mime_type",
     "myst.header",
     "misc.highlighting_failure",
