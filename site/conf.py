@@ -19,11 +19,6 @@ html_copy_source = False
 html_static_path, html_css_files = ["static"], ["custom.css"]
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
 suppress_warnings += ["toc.not_included"]
-    "mystnb.unknown_mime_type",
-    "myst.header",
-    "misc.highlighting_failure",
-    "toc.not_included",
-]
 
 nb_execution_mode = "off"
 nb_code_prompt_show, nb_code_prompt_hide = "code", "code"
