@@ -127,7 +127,9 @@ def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
 def _begin(threads: int) -> None:
     "What a worker does first."
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a cluster tells the job, and it its workers
+    if "SUBMITIT_EXECUTOR" in os.environ:  # the cluster's signals are for the job, not for us
+        for ours in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(ours, signal.SIG_IGN)
     end_with_master()
 
 
@@ -170,7 +172,7 @@ class Place:
     def stop(self) -> None:
         "End the process; its current experiment is dropped."
         if self.pool is not None:
-            self.process.terminate()
+            self.process.kill()
             self.pool.shutdown(cancel_futures=True)
         self.pool = self.process = None
 
