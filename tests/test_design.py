@@ -21,7 +21,7 @@ from mllm_compress.data.scenes import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
 from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment, canonical, describe, described
-from mllm_compress.study.profiles import differences, load_profile, rate_of, resolve_parameters
+from mllm_compress.study.profiles import load_profile, rate_of, resolve_parameters
 from mllm_compress.study.stages import inputs_of, key_of, name_of, planned, subject_key
 
 
@@ -234,17 +234,6 @@ def test_a_learning_rate_may_differ_between_prunings_and_ratios():
         ).lr
         == 0.3
     )
-
-
-def test_knobs_of_the_two_paper_profiles():
-    changed = {
-        key: (a, b) for key, a, b in differences(load_profile("paper"), load_profile("authors"))
-    }
-    assert changed["calibration.mode"] == ("default", "reference")
-    assert changed["width.attention_layers"] == ([], [3, 20])
-    assert changed["per_model.mini-internvl-4b.recovery.weight_decay"] == (None, 0.05)
-    assert not {"models", "seeds", "fractions", "recovery.lr"} & set(changed)
-    assert differences(load_profile("tiny"), load_profile("tiny")) == []
 
 
 def test_untrained_experiments_have_seeds_of_their_own():

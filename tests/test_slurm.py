@@ -115,8 +115,8 @@ def test_a_study_that_lost_its_terminal_watches_the_jobs_it_left(cluster):
 
 @real
 def test_ctrl_c_takes_the_jobs_back(cluster, monkeypatch):
-    stop = lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
-    monkeypatch.setattr(slurm.time, "sleep", stop)  # Ctrl-C comes while the run watches
+    stop = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    monkeypatch.setattr(slurm, "queue", stop)  # Ctrl-C comes while the run watches
     with pytest.raises(KeyboardInterrupt):
         study.run(EXPERIMENTS, SMOKE, executor="slurm", quiet=True)
     monkeypatch.undo()

@@ -349,22 +349,6 @@ def only_model(profile: Profile, model: str) -> Profile:
     check_choice(f"model of profile {profile.name}", model, profile.models)
     return replace(profile, models=[model], name=f"{profile.name}@{model}")
 
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-057
-def differences(first: Profile, second: Profile) -> list:  # of (key, value, value)
-    "The settings in which two profiles differ, without name and description."
-    a, b = (_flat(asdict(p)) for p in (first, second))
-    keys = [k for k in dict.fromkeys([*a, *b]) if k not in ("name", "about")]
-    return [(k, a.get(k), b.get(k)) for k in keys if a.get(k) != b.get(k)]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    "Nested mappings as one, keys joined by points."
-    flat = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-060
 def located(
     path: str,  # as a profile says it
