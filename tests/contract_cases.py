@@ -97,188 +97,73 @@ INTERN = VISION | {"model_type": "internvl_vision", "image_size": [28, 28], "pat
 CONVOLVED = dict(model_type="efficientnet", image_size=64, hidden_dim=256, hidden_size=256)
 CONVOLVED |= dict(width_coefficient=0.2, depth_coefficient=0.1)
 GRID = dict(image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
-# name -> (model_type, options of its config, pixels, image tokens of each of the three images)
+
+
+def row(kind: str, decoder, eyes: dict, pixels, counts, **options) -> tuple:
+    "(model_type, options of its config, pixels, image tokens of each of the three images)."
+    decoder = text(decoder) if isinstance(decoder, str) else decoder
+    return kind, options | dict(text_config=decoder, vision_config=eyes), pixels, counts
+
+
+def of_type(eyes: dict, model_type: str) -> dict:
+    "The config of a tower, of another class."
+    return eyes | {"model_type": model_type}
+
+
+LAST, BOTH = dict(vision_feature_layer=-2), [-2, -1]
+GEMMA = dict(query_pre_attn_scalar=8, **SLIDING)
+MERGED = QWEN_EYES | dict(hidden_size=16, intermediate_size=24, out_hidden_size=32)
+QWEN2_EYES = QWEN_EYES | dict(embed_dim=16, hidden_size=32)
+QWEN25_EYES = MERGED | dict(window_size=16, fullatt_block_indexes=[1])
+QWEN3_EYES = MERGED | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
+QWEN3 = text("qwen3_vl_text", rope_parameters=MROPE | {"mrope_interleaved": True})
+PALI = dict(projection_dim=32, hidden_size=32)
+FEATURES = dict(vision_feature_layers=BOTH, vision_feature_layer=BOTH)
+FULL = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
+wide = lambda: {"pixel_values": torch.rand(3, 3, 64, 64) - 0.5}
+multi = lambda kind: text(kind, rope_parameters=MROPE)
+SIXTEEN, FOUR, MIXED = [16] * 3, [4] * 3, [4, 6, 2]
 MLLMS = {
-    "llava-llama": (
-        "llava",
-        dict(text_config=text("llama"), vision_config=CLIP, vision_feature_layer=-2),
-        square,
-        [16] * 3,
+    "llava-llama": row("llava", "llama", CLIP, square, SIXTEEN, **LAST),
+    "llava-phi3": row("llava", "phi3", CLIP, square, SIXTEEN, **LAST),
+    "llava-pixtral": row("llava", "mistral", PIXTRAL, mixed, [16, 24, 8], **FULL),
+    "fast-vlm": row("fast_vlm", "llama", CONVOLVED, wide, FOUR, image_seq_length=4),
+    "vipllava": row("vipllava", "llama", CLIP, square, SIXTEEN, **FEATURES),
+    "llava-next": row("llava_next", "mistral", CLIP, tiles, None, **LAST, **GRID),
+    "llava-onevision": row("llava_onevision", "qwen2", SIGLIP, tiles, None, **GRID),
+    "internvl-qwen2": row("internvl", "qwen2", INTERN, square, FOUR, downsample_ratio=0.5),
+    "internvl-qwen3": row("internvl", "qwen3", INTERN, square, FOUR, downsample_ratio=0.5),
+    "paligemma": row("paligemma", "gemma", SIGLIP, square, SIXTEEN, **PALI),
+    "paligemma2": row("paligemma", text("gemma2", **GEMMA), SIGLIP, square, SIXTEEN, **PALI),
+    "mistral3": row("mistral3", "mistral", PIXTRAL, mixed, MIXED, spatial_merge_size=2),
+    "idefics3": row(
+        "idefics3", "llama", of_type(VISION, "idefics3_vision"), several, FOUR, scale_factor=2
     ),
-    "llava-phi3": (
-        "llava",
-        dict(text_config=text("phi3"), vision_config=CLIP, vision_feature_layer=-2),
-        square,
-        [16] * 3,
+    "smolvlm": row(
+        "smolvlm", "llama", of_type(VISION, "smolvlm_vision"), several, FOUR, scale_factor=2
     ),
-    "llava-pixtral": (
-        "llava",
-        dict(
-            text_config=text("mistral"),
-            vision_config=PIXTRAL,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        ),
-        mixed,
-        [16, 24, 8],
+    "aya-vision": row(
+        "aya_vision", text("cohere2", **SLIDING), SIGLIP, square, FOUR, downsample_factor=2
     ),
-    "fast-vlm": (
-        "fast_vlm",
-        dict(text_config=text("llama"), vision_config=CONVOLVED, image_seq_length=4),
-        lambda: {"pixel_values": torch.rand(3, 3, 64, 64) - 0.5},
-        [4] * 3,
-    ),
-    "vipllava": (
-        "vipllava",
-        dict(
-            text_config=text("llama"),
-            vision_config=CLIP,
-            vision_feature_layers=[-2, -1],
-            vision_feature_layer=[-2, -1],
-        ),
-        square,
-        [16] * 3,
-    ),
-    "llava-next": (
-        "llava_next",
-        dict(text_config=text("mistral"), vision_config=CLIP, vision_feature_layer=-2, **GRID),
-        tiles,
-        None,
-    ),
-    "llava-onevision": (
-        "llava_onevision",
-        dict(text_config=text("qwen2"), vision_config=SIGLIP, **GRID),
-        tiles,
-        None,
-    ),
-    "internvl-qwen2": (
-        "internvl",
-        dict(text_config=text("qwen2"), vision_config=INTERN, downsample_ratio=0.5),
-        square,
-        [4] * 3,
-    ),
-    "internvl-qwen3": (
-        "internvl",
-        dict(text_config=text("qwen3"), vision_config=INTERN, downsample_ratio=0.5),
-        square,
-        [4] * 3,
-    ),
-    "paligemma": (
-        "paligemma",
-        dict(text_config=text("gemma"), vision_config=SIGLIP, projection_dim=32, hidden_size=32),
-        square,
-        [16] * 3,
-    ),
-    "paligemma2": (
-        "paligemma",
-        dict(
-            text_config=text("gemma2", query_pre_attn_scalar=8, **SLIDING),
-            vision_config=SIGLIP,
-            projection_dim=32,
-            hidden_size=32,
-        ),
-        square,
-        [16] * 3,
-    ),
-    "mistral3": (
-        "mistral3",
-        dict(text_config=text("mistral"), vision_config=PIXTRAL, spatial_merge_size=2),
-        mixed,
-        [4, 6, 2],
-    ),
-    "idefics3": (
-        "idefics3",
-        dict(
-            text_config=text("llama"),
-            vision_config=VISION | {"model_type": "idefics3_vision"},
-            scale_factor=2,
-        ),
-        several,
-        [4] * 3,
-    ),
-    "smolvlm": (
-        "smolvlm",
-        dict(
-            text_config=text("llama"),
-            vision_config=VISION | {"model_type": "smolvlm_vision"},
-            scale_factor=2,
-        ),
-        several,
-        [4] * 3,
-    ),
-    "aya-vision": (
-        "aya_vision",
-        dict(text_config=text("cohere2", **SLIDING), vision_config=SIGLIP, downsample_factor=2),
-        square,
-        [4] * 3,
-    ),
-    "qwen2-vl": (
-        "qwen2_vl",
-        dict(
-            text_config=text("qwen2_vl_text", rope_parameters=MROPE),
-            vision_config=QWEN_EYES | dict(embed_dim=16, hidden_size=32),
-        ),
-        flat,
-        [4, 6, 2],
-    ),
-    "qwen2.5-vl": (
-        "qwen2_5_vl",
-        dict(
-            text_config=text("qwen2_5_vl_text", rope_parameters=MROPE),
-            vision_config=QWEN_EYES
-            | dict(
-                hidden_size=16,
-                intermediate_size=24,
-                out_hidden_size=32,
-                window_size=16,
-                fullatt_block_indexes=[1],
-            ),
-        ),
-        flat,
-        [4, 6, 2],
-    ),
-    "qwen3-vl": (
-        "qwen3_vl",
-        dict(
-            text_config=text("qwen3_vl_text", rope_parameters=MROPE | {"mrope_interleaved": True}),
-            vision_config=QWEN_EYES
-            | dict(
-                hidden_size=16,
-                intermediate_size=24,
-                out_hidden_size=32,
-                num_position_embeddings=64,
-                deepstack_visual_indexes=[0, 1],
-            ),
-        ),
-        flat,
-        [4, 6, 2],
-    ),
-    "gemma3": (
-        "gemma3",
-        dict(
-            text_config=text("gemma3_text", query_pre_attn_scalar=8, **SLIDING),
-            vision_config=SIGLIP,
-            mm_tokens_per_image=4,
-        ),
-        square,
-        [4] * 3,
+    "qwen2-vl": row("qwen2_vl", multi("qwen2_vl_text"), QWEN2_EYES, flat, MIXED),
+    "qwen2.5-vl": row("qwen2_5_vl", multi("qwen2_5_vl_text"), QWEN25_EYES, flat, MIXED),
+    "qwen3-vl": row("qwen3_vl", QWEN3, QWEN3_EYES, flat, MIXED),
+    "gemma3": row(
+        "gemma3", text("gemma3_text", **GEMMA), SIGLIP, square, FOUR, mm_tokens_per_image=4
     ),
 }
+GRANITE = dict(embedding_multiplier=2.0, logits_scaling=3.0)
+GRANITE |= dict(residual_multiplier=0.5, attention_multiplier=0.3)
 LMS = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
     "qwen3": {},
     "gemma": {},
-    "gemma2": dict(query_pre_attn_scalar=8, **SLIDING),
-    "gemma3_text": dict(query_pre_attn_scalar=8, **SLIDING),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "smollm3": dict(no_rope_layer_interval=3),
-    "granite": dict(
-        embedding_multiplier=2.0,
-        logits_scaling=3.0,
-        residual_multiplier=0.5,
-        attention_multiplier=0.3,
-    ),
+    "granite": GRANITE,
     "olmo2": {},
     "cohere": dict(use_qk_norm=True),
     "cohere2": dict(**SLIDING),
@@ -393,53 +278,35 @@ def processor(name: str):
     pixtral = dict(size={"longest_edge": 42}, patch_size={"height": 7, "width": 7})
     idefics = dict(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     got = dict(size=side, crop_to_patches=True, max_patches=4)
+    square = dict(size=side)
+    large = dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    full, silent = dict(vision_feature_select_strategy="full"), dict(video_processor=None)
+    joined = dict(patch_size=7, image_token="<image>")
+    aya = dict(patch_size=7, downsample_factor=2, img_size=28)
+    aya |= dict(image_token="<picture>", img_patch_token="<image>")
+    one_frame = dict(video_processor=SimpleNamespace(num_frames=1, fps=1))
+    pinned = dict(image_grid_pinpoints=grid)
     kinds = {
         "llava": ("Llava", ("CLIP", clip), clipped),
-        "llava-pixtral": (
-            "Pixtral",
-            ("Pixtral", pixtral),
-            dict(patch_size=7, image_token="<image>"),
-        ),
-        "fast-vlm": (
-            "Llava",
-            ("CLIP", dict(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})),
-            dict(patch_size=32, vision_feature_select_strategy="full"),
-        ),
+        "llava-pixtral": ("Pixtral", ("Pixtral", pixtral), joined),
+        "fast-vlm": ("Llava", ("CLIP", large), dict(patch_size=32) | full),
         "vipllava": ("Llava", ("CLIP", clip), clipped),
-        "llava-next": ("LlavaNext", ("LlavaNext", clip | dict(image_grid_pinpoints=grid)), clipped),
+        "llava-next": ("LlavaNext", ("LlavaNext", clip | pinned), clipped),
         "llava-onevision": (
             "LlavaOnevision",
-            ("LlavaOnevision", dict(size=side, image_grid_pinpoints=grid)),
-            dict(num_image_tokens=16, vision_feature_select_strategy="full", video_processor=None),
+            ("LlavaOnevision", square | pinned),
+            dict(num_image_tokens=16) | full | silent,
         ),
-        "internvl": ("InternVL", ("GotOcr2", got), dict(image_seq_length=4, video_processor=None)),
-        "paligemma": ("PaliGemma", ("Siglip", dict(size=side)), {}),
-        "mistral3": (
-            "Pixtral",
-            ("Pixtral", pixtral),
-            dict(patch_size=7, spatial_merge_size=2, image_token="<image>"),
-        ),
+        "internvl": ("InternVL", ("GotOcr2", got), dict(image_seq_length=4) | silent),
+        "paligemma": ("PaliGemma", ("Siglip", square), {}),
+        "mistral3": ("Pixtral", ("Pixtral", pixtral), joined | dict(spatial_merge_size=2)),
         "idefics3": ("Idefics3", ("Idefics3", idefics), dict(image_seq_len=4)),
-        "smolvlm": (
-            "SmolVLM",
-            ("SmolVLM", idefics),
-            dict(image_seq_len=4, video_processor=SimpleNamespace(num_frames=1, fps=1)),
-        ),
-        "aya": (
-            "AyaVision",
-            ("GotOcr2", got),
-            dict(
-                patch_size=7,
-                downsample_factor=2,
-                img_size=28,
-                image_token="<picture>",
-                img_patch_token="<image>",
-            ),
-        ),
-        "qwen2-vl": ("Qwen2VL", ("Qwen2VL", merged), dict(video_processor=None)),
-        "qwen2.5-vl": ("Qwen2_5_VL", ("Qwen2VL", merged), dict(video_processor=None)),
-        "qwen3-vl": ("Qwen3VL", ("Qwen2VL", merged), dict(video_processor=None)),
-        "gemma3": ("Gemma3", ("Gemma3", dict(size=side)), dict(image_seq_length=4)),
+        "smolvlm": ("SmolVLM", ("SmolVLM", idefics), dict(image_seq_len=4) | one_frame),
+        "aya": ("AyaVision", ("GotOcr2", got), aya),
+        "qwen2-vl": ("Qwen2VL", ("Qwen2VL", merged), silent),
+        "qwen2.5-vl": ("Qwen2_5_VL", ("Qwen2VL", merged), silent),
+        "qwen3-vl": ("Qwen3VL", ("Qwen2VL", merged), silent),
+        "gemma3": ("Gemma3", ("Gemma3", square), dict(image_seq_length=4)),
     }
     kind, (eyes, sizes), options = kinds[max((k for k in kinds if name.startswith(k)), key=len)]
     mark = {"aya-vision": "<picture>", "gemma3": "<boi>"}.get(name, "<image>")
@@ -449,8 +316,8 @@ def processor(name: str):
         images.image_seq_length = 16
     with without_torchvision():
         made = processor_class(f"{kind}Processor")
-        options["chat_template"] = words.chat_template
-        return made(image_processor=images, tokenizer=words, **options)
+        template = dict(chat_template=words.chat_template)
+        return made(image_processor=images, tokenizer=words, **options, **template)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from mllm_compress.anatomy.families import anatomy, lm_parameters, part_paramete
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.checkpoint import load_pruned, save_pruned
 from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
-from mllm_compress.cost.report import cost_report
 from mllm_compress.data import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
@@ -162,17 +161,6 @@ def test_plans_apply_save_and_reload(case, scores, kind, tmp_path):
     assert run.returncode == 0 and "ForConditionalGeneration" in run.stdout, run.stderr[-2000:]
 
 
-def test_heads_cut_uniformly_load_by_load_pruned_where_no_stock_config_takes_them(
-    case, scores, tmp_path
-):
-    name, model, *_ = case
-    plan = plan_widthwise(model, scores[1], ratio=0.2, shape="uniform")
-    save_pruned(apply_plan(model, plan), plan, tmp_path / "small")
-    assert ("load_pruned" in (tmp_path / "small/README.md").read_text()) == (
-        name == "internvl"
-    ) and load_pruned(tmp_path / "small")[2] == plan
-
-
 @pytest.mark.parametrize("train", ["projector", "lora", "full"])
 def test_one_recovery_step_of_each_kind(case, scores, train):
     name, model, processor, samples, _ = case
@@ -213,15 +201,3 @@ def test_evaluation_on_public_sets(case, public_sets):
     name, model, processor, *_ = case
     rows = evaluate(model, processor, ["pope", "mme_perception", "sqa"], root=public_sets)
     assert rows.n.tolist() == [2, 8, 2] and rows.score.notna().all()
-
-
-def test_cost_report_of_dense_and_pruned(case, scores):
-    _, model, processor, *_ = case
-    small = apply_plan(model, plan_widthwise(model, scores[1], ratio=0.2))
-    dense, pruned = (cost_report(m, processor, memory=True) for m in (model, small))
-    assert (
-        pruned.value("parameters", "lm", "measured")
-        == pruned.value("parameters", "lm", "closed form")
-        < dense.value("parameters", "lm")
-    )
-    assert pruned.value("KV cache per token") < dense.value("KV cache per token")

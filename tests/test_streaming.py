@@ -329,13 +329,3 @@ def test_states_of_another_pass_are_not_used(here):  # noqa: F811
     assert ask("score", "lm", "-o", "out", *args)[0] == 0
     assert ask("score", "lm", "-o", "again", *args)[0] == 0
     assert torch.equal(values(load_scores("out")), values(load_scores("again")))
-
-
-def test_cost_of_streaming(here):  # noqa: F811
-    code, out, error = ask("cost", "lm", "--stream", "--json")
-    assert code == 0, error
-    rows = {row["step"]: row for row in json.loads(out)["rows"]}
-    assert set(rows) == {"block_influence", "gauss_newton", "taylor", "prune", "reconstruct"}
-    size = sum(p.stat().st_size for p in (here / "lm").glob("*.safetensors")) / 2**30
-    assert 1.5 < rows["prune"]["read_gib"] / size < 2  # what is written is read for its checksum
-    assert all(row["seconds"] > 0 for row in rows.values())

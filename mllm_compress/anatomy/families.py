@@ -78,14 +78,7 @@ WIDE_NORMS = (
     Slot("q_norm", "self_attn.q_norm", 0, ("query",)),
     Slot("k_norm", "self_attn.k_norm", 0, ("key",)),
 )
-
-
-def post_norms(
-    attention: str = "post_attention_layernorm",
-    mlp: str = "post_feedforward_layernorm",
-) -> tuple:
-    "Norms of what the output projections o and down write."
-    return (("o", attention), ("down", mlp))
+POST_NORMS = (("o", "post_attention_layernorm"), ("down", "post_feedforward_layernorm"))
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-016
 def gated(name: str, help: str, **more) -> Family:
@@ -103,14 +96,14 @@ _LLAMA_LIKE = (
     gated("granite", "as Llama, with multipliers", residual="residual_multiplier"),
 )
 _NORMED = (
-    gated("gemma2", "norms on both sides, soft-capping, sliding", post_norms=post_norms()),
-    gated("gemma3_text", "as Gemma 2, with norms on q and k", post_norms=post_norms()),
+    gated("gemma2", "norms on both sides, soft-capping, sliding", post_norms=POST_NORMS),
+    gated("gemma3_text", "as Gemma 2, with norms on q and k", post_norms=POST_NORMS),
     gated(
         "olmo2",
         "norms behind the branches, and over all q and k heads",
         norms=WIDE_NORMS,
         joint_norm=True,
-        post_norms=post_norms(),
+        post_norms=POST_NORMS,
     ),
 )
 
@@ -142,9 +135,7 @@ class LinearSlot:
 
     slot: Slot  # the row of the table
     module: nn.Module  # of the model: nn.Linear, or a norm
-    widths: (
-        tuple  # channels of one unit in each block: (16, 8, 8) for a fused qkv with 2 x 8 queries
-    )
+    widths: tuple  # channels of one unit per block: (16, 8, 8) for a fused qkv with 2 x 8 queries
 
     name = property(lambda self: self.slot.name, doc="Short name, such as q or down.")
     kind = property(lambda self: self.slot.kind, doc="head or neuron.")
@@ -153,9 +144,9 @@ class LinearSlot:
     @property
     def units(self) -> int:
         "Units present."
-        m, sizes = self.module, self.module.weight.shape
-        if isinstance(m, torch.nn.Linear):
-            sizes = m.out_features, m.in_features  # of packed weights too
+        sizes, module = self.module.weight.shape, self.module
+        if isinstance(module, nn.Linear):
+            sizes = module.out_features, module.in_features  # of packed weights too
         return sizes[self.axis] // sum(self.widths)
 
     def index(self, units) -> torch.Tensor:
