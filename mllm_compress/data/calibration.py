@@ -125,16 +125,12 @@ def calibration_data(
     return InstructionData(entries, dataset.image_root, dataset.images, f"{dataset.name}@{seed}")
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-022
-def coverage(
-    drawn: InstructionData,  # of `calibration_data`
-) -> dict:  # type -> questions
+def coverage(drawn: InstructionData) -> dict:  # type -> questions
     "How many questions of each type there are."
     return dict(sorted(Counter(e["types"][0] for e in drawn.samples).items()))
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-026
-def calibration_hash(
-    drawn: InstructionData,  # of `calibration_data`
-) -> str:
+def calibration_hash(drawn: InstructionData) -> str:
     "A hash of the questions, their answers and the names of their images."
     names = entry_ids(drawn.samples)
     rows = [[n, e.get("image"), turns(e)] for n, e in zip(names, drawn.samples)]

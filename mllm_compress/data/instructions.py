@@ -259,9 +259,7 @@ def _objects(path: Path) -> list:
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-045
-def read_entries(
-    path,  # of a .json, .jsonl or .txt file
-) -> list:  # of entries
+def read_entries(path) -> list:  # of entries
     "The entries of a file; ValueError or OSError where it cannot be read."
     path = Path(path)
     if path.is_dir():
@@ -351,9 +349,7 @@ class LazyEntries(Sequence):
         return self.make(i % len(self))
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-014
-def entry_ids(
-    samples,  # a list of entries, or LazyEntries
-) -> list:
+def entry_ids(samples) -> list:
     "The ids of entries; an entry without one is given its number."
     if isinstance(samples, LazyEntries):
         return samples.ids

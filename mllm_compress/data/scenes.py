@@ -334,9 +334,7 @@ def questions(
     return out[: n + n % 2] if out[0]["pair"] else out[:n]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-059
-def candidates(
-    q: dict,  # a question as `ask` gives it
-) -> list:  # of str
+def candidates(q: dict) -> list:  # of str
     "The possible answers to a question."
     if q["options"]:
         return list(LETTERS[: len(q["options"])])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GENERATION_VERSION', 'FEATURES', 'in_batches', 'ImageFeatures', 'encode_images', 'ImageEncoder', 'render_prompts',
            'Prompt', 'right_answer', 'encode_prompts', 'pad_left', 'run_tokens', 'embed_images', 'Prefix',
-           'read_prefixes', 'read_questions', 'greedy', 'stop_tokens', 'candidate_scores', 'score_answers',
-           'own_inputs', 'answer_alone', 'Answer', 'prepare', 'answer_questions']
+           'read_prefixes', 'Asked', 'read_questions', 'greedy', 'stop_tokens', 'score_answers', 'own_inputs',
+           'answer_alone', 'Answer', 'prepare', 'answer_questions']
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #cell-004
 import hashlib
@@ -209,9 +209,7 @@ def encode_prompts(
     end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
     joint = "" if end[-1:].isspace() else " "
 
-    def ids(text: str) -> list:
-        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     right = [right_answer(q) for q in questions]
     answers = {c for q in questions for c in q.candidates} | set(right)
     tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
@@ -301,32 +299,40 @@ def read_prefixes(
     return Prefix(cache, mask, row)
 
 
+@dataclass
+class Asked:
+    "A batch of questions that a model has read."
+
+    logits: torch.Tensor  # [batch, vocabulary] behind the prompt
+    mask: torch.Tensor  # [batch, tokens] of the prompt
+    cache: DynamicCache  # of the prompt
+
+
 def read_questions(
     parts,  # Anatomy
     prefix: Prefix,
     prompts: list,  # of Prompt
-) -> tuple:  # logits behind the prompt [batch, vocabulary], mask, cache
+) -> Asked:
     "One pass over the questions' own tokens, behind their prefixes."
     rows = [prefix.row[p.shared, p.images] for p in prompts]
     rows = torch.tensor(rows, device=prefix.mask.device)
-    layers = prefix.cache.layers if prefix.cache else []
+    layers = [] if prefix.cache is None else prefix.cache.layers
     copied = [(layer.keys[rows], layer.values[rows]) for layer in layers] or None
     cache = DynamicCache(copied, config=parts.text_config)
     ids, own = pad_left([p.own for p in prompts], prefix.mask.device)
     mask = torch.cat([prefix.mask[rows], own], 1)
-    return run_tokens(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache
+    return Asked(run_tokens(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache)
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-022
 def greedy(
     parts,  # Anatomy
-    first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
-    mask: torch.Tensor,  # [batch, tokens] of the prompt
-    cache: DynamicCache,  # of the prompt
+    asked: Asked,  # its cache is used up
     stop: set,  # token ids that end an answer
     max_new_tokens: int,
 ) -> list:  # of token id lists, without the end token
     "Greedy decoding of a batch from its prompts' cache."
-    answers, alive, logits = [[] for _ in first], list(range(len(first))), first
+    logits, mask, cache = asked.logits, asked.mask, asked.cache
+    answers, alive = [[] for _ in logits], list(range(len(logits)))
     for left in reversed(range(max_new_tokens)):
         tokens = logits.argmax(-1).tolist()
         going = [row for row, token in enumerate(tokens) if token not in stop]
@@ -351,54 +357,39 @@ def stop_tokens(model, tokenizer) -> set:
     return set(stop if isinstance(stop, list) else [stop])
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-028
-def candidate_scores(
-    parts,  # Anatomy
-    first: torch.Tensor,  # [batch, vocabulary] logits behind the prompt
-    mask: torch.Tensor,  # [batch, tokens] of the prompt
-    cache: DynamicCache,  # of the prompt; left as it was
-    candidates: list,  # for each row a tuple of token id lists
-) -> torch.Tensor:  # [batch, most candidates] -inf where there is none
-    "Mean log-likelihood per token of each row's candidate answers."
-    logp = first.log_softmax(-1).cpu()
-    scores = torch.full((len(first), max(map(len, candidates))), -torch.inf)
-    for row, choices in enumerate(candidates):
-        if choices:
-            scores[row, : len(choices)] = logp[row, [c[0] for c in choices]]
-    for k in range(scores.shape[1]):
-        chosen = [c[k] if k < len(c) else [] for c in candidates]
-        if max(map(len, chosen)) < 2:
-            continue
-        padded = [torch.tensor(c or [0]) for c in chosen]
-        ids = pad_sequence(padded, batch_first=True).to(mask.device)
-        new = ids.shape[1] - 1  # the second and later tokens
-        longer = torch.cat([mask, mask.new_ones(len(ids), new)], 1)
-        logits = run_tokens(parts, parts.embed_tokens(ids[:, :-1]), longer, cache, new)
-        cache.crop(-new)
-        rest = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
-        for row, c in enumerate(chosen):
-            if len(c) > 1:
-                scores[row, k] = (scores[row, k] + rest[row, : len(c) - 1].sum()) / len(c)
-    return scores
-
-
 def score_answers(
     parts,  # Anatomy
-    first: torch.Tensor,  # as in `candidate_scores`
-    mask: torch.Tensor,
-    cache: DynamicCache,
+    asked: Asked,  # its cache is left as it was
     prompts: list,  # of Prompt
 ) -> tuple:  # per prompt: index of the best candidate or None; log-likelihood of the right answer
     "The most likely candidate, and the mean log-likelihood per token of the right answer, in nats."
-    extra = [[p.right] if p.right and p.right not in p.candidates else [] for p in prompts]
-    options = [(*p.candidates, *more) for p, more in zip(prompts, extra)]
-    if not any(options):
-        return [None] * len(prompts), [None] * len(prompts)
-    rows = candidate_scores(parts, first, mask, cache, options).tolist()
+    rows = []  # for each prompt its candidates and, where it is none of them, the right answer
+    for p in prompts:
+        more = [p.right] if p.right and p.right not in p.candidates else []
+        rows.append([*p.candidates, *more])
+    logp, mask = asked.logits.log_softmax(-1).cpu(), asked.mask
+    scores = [[logp[i, answer[0]] for answer in row] for i, row in enumerate(rows)]
+    for k in range(max(map(len, rows))):
+        chosen = [row[k] if k < len(row) else [] for row in rows]
+        if max(map(len, chosen)) < 2:
+            continue
+        padded = [torch.tensor(answer or [0]) for answer in chosen]
+        ids = pad_sequence(padded, batch_first=True).to(mask.device)
+        new = ids.shape[1] - 1  # the second and later tokens
+        longer = torch.cat([mask, mask.new_ones(len(ids), new)], 1)
+        logits = run_tokens(parts, parts.embed_tokens(ids[:, :-1]), longer, asked.cache, new)
+        asked.cache.crop(-new)
+        rest = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
+        for i, answer in enumerate(chosen):
+            if len(answer) > 1:
+                later = rest[i, : len(answer) - 1].sum()
+                scores[i][k] = (scores[i][k] + later) / len(answer)
     best, likely = [], []
-    for p, scored, row in zip(prompts, options, rows):
-        among = row[: len(p.candidates)]
+    for p, row, values in zip(prompts, rows, scores):
+        values = [value.item() for value in values]
+        among = values[: len(p.candidates)]
         best.append(among.index(max(among)) if among else None)
-        likely.append(row[scored.index(p.right)] if p.right else None)
+        likely.append(values[row.index(p.right)] if p.right else None)
     return best, likely
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-040
@@ -494,9 +485,9 @@ def answer_questions(
         prefix, results = read_prefixes(parts, prompts, features), []
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
-            first, mask, cache = read_questions(parts, prefix, batch)
-            best, likely = score_answers(parts, first, mask, cache, batch)
-            tokens = greedy(parts, first, mask, cache, stop, max_new_tokens)
+            asked = read_questions(parts, prefix, batch)
+            best, likely = score_answers(parts, asked, batch)
+            tokens = greedy(parts, asked, stop, max_new_tokens)
             results += zip([p.place for p in batch], tokens, best, likely)
         return results
 

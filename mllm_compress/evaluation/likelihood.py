@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGITS', 'CHOICES', 'entry_losses', 'perplexity_row', 'TextProcessor', 'as_processor', 'encode_texts', 'passes',
-           'read_texts', 'encode_choices', 'choose', 'answer_by_likelihood']
+           'read_texts', 'encode_choices', 'answer_by_likelihood']
 
 # %% ../../nbs/library/evaluation/06_likelihood.ipynb #cell-003
 from collections.abc import Callable
@@ -89,10 +89,7 @@ def as_processor(processor):
     return processor if hasattr(processor, "image_processor") else TextProcessor(processor)
 
 # %% ../../nbs/library/evaluation/06_likelihood.ipynb #likelihood-cell-004
-def encode_texts(
-    tokenizer,
-    texts: list,  # of str
-) -> list:  # of token id lists
+def encode_texts(tokenizer, texts: list) -> list:  # of token id lists
     "Texts as tokens; ValueError for one that is too short or longer than the context."
     most, rows = tokenizer.model_max_length, tokenizer(texts, verbose=False)["input_ids"]
     for text, ids in zip(texts, rows):
@@ -147,10 +144,10 @@ def read_texts(
     return counts.double().sum(-1).T.cpu()
 
 # %% ../../nbs/library/evaluation/06_likelihood.ipynb #likelihood-cell-012
-def encode_choices(
-    tokenizer,
-    questions: list,  # of Question with candidates
-) -> list:  # of generation.Prompt
+CHOICES = 32  # contexts of a pass
+
+
+def encode_choices(tokenizer, questions: list) -> list:  # of generation.Prompt
     "Contexts and their continuations as tokens."
     prompts = []
     for place, q in enumerate(questions):
@@ -162,18 +159,6 @@ def encode_choices(
 
 
 @torch.inference_mode()
-def choose(
-    parts,  # Anatomy
-    prompts: list,  # of generation.Prompt
-) -> list:  # per prompt: number of the best candidate, log-likelihood of the right one or None
-    "The most likely candidate of each prompt, by its mean log-likelihood per token."
-    first, mask, cache = read_questions(parts, read_prefixes(parts, prompts, {}), prompts)
-    return list(zip(*score_answers(parts, first, mask, cache, prompts)))
-
-# %% ../../nbs/library/evaluation/06_likelihood.ipynb #likelihood-cell-014
-CHOICES = 32  # contexts of a pass
-
-
 def answer_by_likelihood(
     model,  # causal LM or MLLM
     processor,  # its tokenizer or processor
@@ -189,7 +174,8 @@ def answer_by_likelihood(
     prompts.sort(key=lambda p: len(p.own))
     size = min(batch_size, CHOICES)
     for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-        for prompt, (best, likely) in zip(batch, choose(parts, batch)):
+        asked = read_questions(parts, read_prefixes(parts, batch, {}), batch)
+        for prompt, best, likely in zip(batch, *score_answers(parts, asked, batch)):
             word = questions[places[prompt.place]].candidates[best]
             answers[places[prompt.place]] = Answer(word, word, likely)
         report(len(batch))

@@ -15,12 +15,12 @@ from ..checkpoint.loading import load_pruned
 from .benchmarks import Question, pad_to_square
 from mllm_compress.evaluation.generation import (
     answer_questions,
-    candidate_scores,
     greedy,
     in_batches,
     prepare,
     read_prefixes,
     read_questions,
+    score_answers,
 )
 from ..utils.methods import check_choice
 from ..zoo.models import load_model
@@ -60,19 +60,18 @@ def settings(
 def likelihoods(
     model,  # MLLM
     processor,  # its processor
-    questions: list,  # of Question with one candidate each
+    questions: list,  # of Question with its answer
     batch_size: int = 32,
 ) -> list:  # of (mean negative log-likelihood per token, whether greedy decoding gives it)
-    "How likely each question's candidate is as its answer."
+    "How likely each question's answer is."
     parts, prompts, features = prepare(model, processor, questions)
 
     def run(batch, _):
-        first, mask, cache = read_questions(parts, read_prefixes(parts, batch, features), batch)
-        wanted = [p.candidates[0] for p in batch]
-        scores = candidate_scores(parts, first, mask, cache, [(w,) for w in wanted])[:, 0]
-        generated = greedy(parts, first, mask, cache, set(), max(map(len, wanted)))
-        rows = zip(scores.tolist(), generated, wanted)
-        return [(-score, tokens[: len(w)] == w) for score, tokens, w in rows]
+        asked = read_questions(parts, read_prefixes(parts, batch, features), batch)
+        _, likely = score_answers(parts, asked, batch)
+        generated = greedy(parts, asked, set(), max(len(p.right) for p in batch))
+        rows = zip(likely, generated, [p.right for p in batch])
+        return [(-score, tokens[: len(right)] == right) for score, tokens, right in rows]
 
     return in_batches(run, prompts, batch_size)
 
@@ -116,7 +115,7 @@ class CompressedModel(lmms):
         loaded = load(str(pretrained), device=str(self.device), dtype=number)
         self.model, self.processor = loaded[:2]
 
-    def question(self, request, candidates: tuple = ()) -> Question:
+    def question(self, request, answer: str = "") -> Question:
         "A request of lmms-eval as a Question."
         prompt, _, visual, row, task, split = request.args
         images = visual(self.task_dict[task][split][row]) or ()
@@ -127,7 +126,7 @@ class CompressedModel(lmms):
         mean = getattr(self.processor.image_processor, "image_mean", None)
         images = [i.convert("RGB") for i in images]
         images = tuple(pad_to_square(i, mean) if self.square else i for i in images)
-        return Question(f"{task}/{row}", prompt, "", images, candidates)
+        return Question(f"{task}/{row}", prompt, answer, images)
 
     def generate_until(self, requests: list) -> list:  # of str
         "Greedy answers, in the order of the requests."
@@ -153,7 +152,7 @@ class CompressedModel(lmms):
                 _, target, _, row, task, split = request.args
                 if not isinstance(target, str):
                     target = target(self.task_dict[task][split][row])
-                questions.append(self.question(request, (target.strip(),)))
+                questions.append(self.question(request, target.strip()))
             pairs += likelihoods(self.model, self.processor, questions, self.batch_size)
         return [GenerationResult(pair) for pair in pairs]
 

@@ -36,10 +36,7 @@ def judged(parsed: str | None, right: bool) -> Judgement:
     return Judgement(parsed, float(parsed is not None and bool(right)))
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-009
-def exact(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer"
-) -> Judgement:
+def exact(text: str, question: dict) -> Judgement:  # needs "answer"
     "GQA's exact match, after lower-casing and dropping a final full stop."
     parsed = text.strip().rstrip(".").strip().lower()
     return judged(parsed or None, parsed == str(question["answer"]).strip().lower())
@@ -48,9 +45,7 @@ def exact(
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def read_yes_no(
-    text: str,  # what the model wrote
-) -> str | None:
+def read_yes_no(text: str) -> str | None:
     "POPE's reading of the first sentence: 'yes', 'no' or None."
     sentence = text.strip().lower().split(".")[0].replace(",", " ")
     words = set(sentence.translate(_NO_PUNCTUATION).split())
@@ -59,19 +54,13 @@ def read_yes_no(
     return "yes" if "yes" in words else None
 
 
-def yes_no(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer": yes or no
-) -> Judgement:
+def yes_no(text: str, question: dict) -> Judgement:  # needs "answer": yes or no
     "POPE's accuracy on one question."
     parsed = read_yes_no(text)
     return judged(parsed, parsed == question["answer"].strip().lower())
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-017
-def mme_yes_no(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer": yes or no
-) -> Judgement:
+def mme_yes_no(text: str, question: dict) -> Judgement:  # needs "answer": yes or no
     "MME's reading: yes or no within the first four characters."
     head = text.strip().lower()[:4]
     parsed = "yes" if "yes" in head else "no" if "no" in head else None
@@ -87,10 +76,7 @@ _LETTER = [
 ]
 
 
-def read_letter(
-    text: str,  # what the model wrote
-    options: list,  # the texts behind the letters
-) -> str | None:
+def read_letter(text: str, options: list) -> str | None:
     "The option letter an answer names, or None."
     text, allowed = text.strip(), LETTERS[: len(options)]
     for pattern in _LETTER:
@@ -102,10 +88,7 @@ def read_letter(
     return allowed[named[0]] if len(named) == 1 else None
 
 
-def letter(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer": a letter, and "options": texts
-) -> Judgement:
+def letter(text: str, question: dict) -> Judgement:  # needs "answer": a letter; "options": texts
     "Whether the right option's letter was given."
     parsed = read_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
@@ -167,10 +150,7 @@ def key_phrases(text: str) -> list:
     return phrases or [text]
 
 
-def mmmu_open(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer": a string or a list of strings
-) -> Judgement:
+def mmmu_open(text: str, question: dict) -> Judgement:  # needs "answer": a text or several
     "MMMU's open answers: the expected string in a key phrase, or the expected number."
     answer, phrases = question["answer"], key_phrases(text)
     answers = answer if isinstance(answer, (list, tuple)) else [answer]
@@ -182,10 +162,7 @@ def mmmu_open(
     return judged(text.strip() and str(given[0]) or None, right)
 
 
-def mmmu(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer", "options" (none for an open question)
-) -> Judgement:
+def mmmu(text: str, question: dict) -> Judgement:  # needs "answer", "options" (none: open)
     "MMMU: option letter, or open answer where there are no options."
     if not question["options"]:
         return mmmu_open(text, question)
@@ -208,10 +185,7 @@ def tidy(text: str) -> str:
     return " ".join(str(text).lower().split())
 
 
-def anls(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer": list of accepted answers
-) -> Judgement:
+def anls(text: str, question: dict) -> Judgement:  # needs "answer": list of accepted answers
     "Average normalised Levenshtein similarity of one answer, threshold 0.5."
     parsed = tidy(text)
     distances = [
@@ -240,10 +214,7 @@ def last_list(text: str) -> list | None:
     return None
 
 
-def mathvista(
-    text: str,  # what the model wrote
-    question: dict,  # needs "answer", "options", "answer_type", "precision"
-) -> Judgement:
+def mathvista(text: str, question: dict) -> Judgement:  # needs "answer_type", "precision", too
     "MathVista's comparison of the answer, which is extracted in the type that is asked for."
     answer, kind = question["answer"], question["answer_type"]
     if question["options"]:
@@ -343,17 +314,13 @@ def harness_mathvista(text: str, question: dict) -> Judgement:
     return judged(parsed, parsed == str(question["answer"]).strip())
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-005
-def question_worth(
-    frame: pd.DataFrame,  # one row a question, columns "id", "value"
-) -> pd.DataFrame:  # columns "unit", "stratum", "worth" (0 … 1)
-    "Each question is a unit."
+def question_worth(frame: pd.DataFrame) -> pd.DataFrame:  # columns "unit", "stratum", "worth"
+    "Each question is a unit: its value (0 … 1)."
     worth = frame.value.to_numpy(float)
     return pd.DataFrame({"unit": frame.id.to_numpy(), "stratum": "", "worth": worth})
 
 
-def pair_worth(
-    frame: pd.DataFrame,  # columns "group", "value", and "subtask" where there are several
-) -> pd.DataFrame:  # columns "unit", "stratum", "worth", "acc", "plus"
+def pair_worth(frame: pd.DataFrame) -> pd.DataFrame:  # with columns "acc" and "plus", too
     "Each pair of questions is a unit: its mean, and once more if both are right (MME)."
     subtask = frame.subtask.fillna("") if "subtask" in frame else pd.Series("", frame.index)
     by = [subtask.rename("stratum"), frame.group.rename("unit")]
@@ -392,10 +359,8 @@ def mme_score(frame: pd.DataFrame) -> dict:
     return {"score": float(means.sum().sum())} | parts
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-021
-def counts_of(
-    parsed: pd.Series,  # of str: loss, right tokens, tokens
-) -> pd.DataFrame:  # of float, columns "loss", "right", "tokens"
-    "The numbers that stand for a model's reading of each text."
+def counts_of(parsed: pd.Series) -> pd.DataFrame:  # of float, columns "loss", "right", "tokens"
+    "The numbers that stand for a model's reading of each text: loss, right tokens, tokens."
     rows = [[float(number) for number in text.split()] for text in parsed]
     return pd.DataFrame(rows, columns=["loss", "right", "tokens"], index=parsed.index)
 

@@ -74,10 +74,8 @@ def judge(
     return frame.assign(parsed=parsed, value=values, candidate_value=candidates)
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-012
-def score(
-    frame: pd.DataFrame,  # judged answers to one benchmark
-) -> dict:
-    "The result of one benchmark."
+def score(frame: pd.DataFrame) -> dict:
+    "The result of one benchmark, from its judged answers."
     name, n = frame.benchmark.iloc[0], len(frame)
     scorer = SCORERS[benchmark(name).scorer]
     parts = scorer.combine(frame)
@@ -109,11 +107,8 @@ def score_all(
 _NESTED = ("answer", "options", "extra")  # columns stored as JSON
 
 
-def write_part(
-    frame: pd.DataFrame,  # of answer_rows, one benchmark
-    folder: Path,
-) -> None:
-    "Add answers to a folder, all or none of them."
+def write_part(frame: pd.DataFrame, folder: Path) -> None:
+    "Add answers to one benchmark to a folder, all or none of them."
     part = folder / frame.benchmark.iloc[0].replace("/", "__")
     part.mkdir(parents=True, exist_ok=True)
     number = len(list(part.glob("part-*.parquet")))
@@ -121,11 +116,7 @@ def write_part(
         frame.assign(**{c: frame[c].map(json.dumps) for c in _NESTED}).to_parquet(path, index=False)
 
 
-def load_predictions(
-    folder,  # that evaluate wrote
-) -> (
-    pd.DataFrame
-):  # one row per question, as evaluate(…, return_predictions=True) without judgements
+def load_predictions(folder) -> pd.DataFrame:  # one row per question, not judged
     "The answers stored in a folder; FileNotFoundError where there are none."
     parts = sorted(Path(folder).glob("*/part-*.parquet"))
     if not parts:
@@ -243,19 +234,14 @@ def evaluate(
     return (score_all(judged), judged) if return_predictions else score_all(judged)
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-038
-def units(
-    frame: pd.DataFrame,  # judged answers
-) -> dict:  # benchmark -> columns "unit", "stratum", "worth"
-    "The worth of every question, or pair of questions."
+def units(frame: pd.DataFrame) -> dict:  # benchmark -> columns "unit", "stratum", "worth"
+    "The worth of every question, or pair of questions, from judged answers."
     groups = frame.groupby("benchmark", sort=False)
     return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in groups}
 
 
-def compare(
-    first: pd.DataFrame,  # judged answers of one model
-    second: pd.DataFrame,  # of another, to the same questions
-) -> pd.DataFrame:  # one row a benchmark
-    "First minus second on every benchmark, paired."
+def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:  # one row a benchmark
+    "First minus second on every benchmark, paired by question; both frames are judged answers."
     a, b, rows = units(first), units(second), []
     require_same_benchmarks(a, b)
     for name in a:
@@ -275,9 +261,6 @@ def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.loc[differ, keys + ["prompt", "answer"] + texts + values]
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-045
-def retained(
-    frame: pd.DataFrame,  # judged answers of the compressed model
-    dense: pd.DataFrame,  # of the original, to the same questions
-) -> tuple:  # (AVG-%, low, high)
-    "AVG-% with its 95 % interval."
+def retained(frame: pd.DataFrame, dense: pd.DataFrame) -> tuple:  # (AVG-%, low, high)
+    "AVG-% with its 95 % interval, from judged answers of a model and of the original."
     return avg_percent_interval(units(frame), units(dense))

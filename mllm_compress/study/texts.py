@@ -74,10 +74,8 @@ def meaning_of(line: str, kind: str, counts: dict) -> Meaning:
 
 
 @lru_cache(maxsize=2)
-def meanings(
-    paths: tuple,  # of files data.noun, data.verb and so on
-) -> tuple:  # of Meaning
-    "All meanings in files of WordNet."
+def meanings(paths: tuple) -> tuple:  # of Meaning
+    "All meanings in files of WordNet (data.noun, data.verb and so on)."
     counts, counted = Counter(), paths[0].parent / "cntlist.rev"
     for line in decoded(counted).splitlines() if counted.is_file() else []:
         sense, _, count = line.split()
@@ -165,9 +163,7 @@ FETCH = 'python -c "from mllm_compress.study.texts import fetch_texts; fetch_tex
 INSTALLED = Path("/")  # below which packages install their files
 
 
-def text_files(
-    name: str,  # of TEXTS
-) -> tuple:  # of paths, sorted; empty where the text is not on this machine
+def text_files(name: str) -> tuple:  # of paths, sorted; empty where it is not on this machine
     "The files of a text."
     row, named = TEXTS[name], os.environ.get("MLLM_COMPRESS_TEXTS")
     roots = [Path(named)] if named else []
@@ -178,9 +174,7 @@ def text_files(
     return ()
 
 
-def missing_text(
-    name: str,  # of TEXTS
-) -> str:  # empty where it is there
+def missing_text(name: str) -> str:  # empty where it is there
     "What is missing of a text, and how to get it."
     check_choice("text", name, TEXTS)
     if text_files(name):
@@ -188,10 +182,8 @@ def missing_text(
     return f"the Debian package {TEXTS[name].package} is not on this machine: {FETCH}"
 
 
-def fetch_texts(
-    *names: str,  # of TEXTS; none: all
-) -> None:
-    "Make sure that texts are on this machine; OSError with the cure where they cannot be had."
+def fetch_texts(*names: str) -> None:
+    "Fetch texts, all by default, that are missing; OSError with the cure if they cannot be had."
     for name in names or TEXTS:
         if missing_text(name):
             _fetch(TEXTS[name].package)
@@ -240,9 +232,7 @@ def _documents(name: str, paths: tuple) -> tuple:
     return tuple(sorted(read, key=lambda d: hashlib.sha256(d.id.encode()).digest()))
 
 
-def all_documents(
-    name: str,  # of TEXTS
-) -> tuple:  # of Document
+def all_documents(name: str) -> tuple:  # of Document
     "All documents of a text; FileNotFoundError where it is missing, ValueError where damaged."
     if missing := missing_text(name):
         raise FileNotFoundError(missing)
@@ -254,16 +244,12 @@ def _hash(name: str, paths: tuple) -> str:
     return content_hash([TEXT_VERSION, name, [[path.name, sha256(path)] for path in paths]])
 
 
-def text_hash(
-    name: str,  # of TEXTS
-) -> str:
+def text_hash(name: str) -> str:
     "A hash of what determines the documents of a text."
     return _hash(name, text_files(name))
 
 
-def part_of(
-    id: str,  # of a document
-) -> str:
+def part_of(id: str) -> str:  # of PARTS
     "The part of a trained text in which a document is."
     place = int(hashlib.sha256(f"part/{id}".encode()).hexdigest(), 16) % sum(PARTS.values())
     for part, share in PARTS.items():
