@@ -27,6 +27,7 @@ setup(
     package_data={
         "mllm_compress": [
             "profiles/*.yaml",
+            "public_sets.yaml",
             "published/*.csv",
             "models/*.*",
             "models/*/*",

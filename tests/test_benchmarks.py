@@ -15,186 +15,77 @@ def png(color="red", size=(6, 4)):
     return {"bytes": out.getvalue(), "path": f"{color}.png"}
 
 
+def math(pid, question, answer, kind, choices=None, unit=None, precision=None) -> dict:
+    row = {"pid": pid, "question": question, "answer": answer, "answer_type": kind, "query": ""}
+    row |= {"choices": choices, "unit": unit, "precision": precision, "decoded_image": png()}
+    more = {"question_type": "multi_choice" if choices else "free_form"}
+    return row | more | {"image": "images/2.jpg", "metadata": {"split": "testmini"}}
+
+
+def exam(question, options, answer, kind, *images) -> dict:
+    row = {"id": f"validation_{kind}", "question": question, "options": options, "answer": answer}
+    pictures = [*map(png, images), None, None, None, None][:4]
+    return row | {"question_type": kind} | {f"image_{i + 1}": p for i, p in enumerate(pictures)}
+
+
+LETTER = {"question": "Which letter?", "choices": list("tuvwxyz"), "answer": 6, "hint": ""}
+SOLID = {"question": "Which is a solid?", "choices": ["water", "ice"], "answer": 1}
+POPE = {"image_source": "a", "question_id": "1"}
 SETS = {  # folder, file -> rows as the hub has them
     ("GQA/testdev_balanced_instructions", "testdev-00000-of-00001"): [
-        {
-            "id": "201",
-            "imageId": "n1",
-            "question": "Is it red?",
-            "answer": "yes",
-            "fullAnswer": "Yes.",
-            "isBalanced": True,
-        },
-        {
-            "id": "202",
-            "imageId": "n1",
-            "question": "What is it?",
-            "answer": "square",
-            "fullAnswer": "A square.",
-            "isBalanced": True,
-        },
+        {"id": "201", "imageId": "n1", "question": "Is it red?", "answer": "yes"},
+        {"id": "202", "imageId": "n1", "question": "What is it?", "answer": "square"},
     ],
     ("GQA/testdev_balanced_images", "testdev-00000-of-00001"): [
         {"id": "n1", "image": png()},
         {"id": "n2", "image": png("blue")},
     ],
     ("POPE/data", "test-00000-of-00002"): [
-        {
-            "id": "0",
-            "question_id": "1",
-            "question": "Is there a dog in the image?",
-            "answer": "yes",
-            "image_source": "a",
-            "image": png(),
-            "category": "random",
-        }
+        POPE
+        | {"id": "0", "question": "Is there a dog in the image?", "answer": "yes"}
+        | {"image": png(), "category": "random"}
     ],
     ("POPE/data", "test-00001-of-00002"): [
-        {
-            "id": "1",
-            "question_id": "1",
-            "question": "Is there a cat in the image?",
-            "answer": "no",
-            "image_source": "a",
-            "image": png(),
-            "category": "adversarial",
-        }
+        POPE
+        | {"id": "1", "question": "Is there a cat in the image?", "answer": "no"}
+        | {"image": png(), "category": "adversarial"}
     ],
     ("MME/data", "test-00000-of-00001"): [
-        {
-            "question_id": f"{c}/{i}.png",
-            "image": png(),
-            "question": f"Is it {a}? Please answer yes or no.",
-            "answer": a,
-            "category": c,
-        }
+        {"question_id": f"{c}/{i}.png", "image": png(), "answer": a, "category": c}
+        | {"question": f"Is it {a}? Please answer yes or no."}
         for c in ("existence", "OCR", "code_reasoning")
         for i in range(2)
         for a in ("Yes", "No")
     ],
     ("ScienceQA/ScienceQA-FULL", "test-00000-of-00001"): [
-        {
-            "image": None,
-            "question": "Which is a solid?",
-            "choices": ["water", "ice"],
-            "answer": 1,
-            "hint": "Think.",
-            "task": "closed choice",
-        },
-        {
-            "image": png(),
-            "question": "Which letter?",
-            "choices": list("tuvwxyz"),
-            "answer": 6,
-            "hint": "",
-            "task": "closed choice",
-        },
+        SOLID | {"image": None, "hint": "Think.", "task": "closed choice"},
+        LETTER | {"image": png(), "task": "closed choice"},
     ],
     ("ScienceQA/ScienceQA-IMG", "test-00000-of-00001"): [
-        {
-            "image": png(),
-            "question": "Which letter?",
-            "choices": list("tuvwxyz"),
-            "answer": 6,
-            "hint": "",
-            "task": "closed choice",
-        }
+        LETTER | {"image": png(), "task": "closed choice"}
     ],
     ("MMMU/data", "validation-00000-of-00001"): [
-        {
-            "id": "validation_Art_1",
-            "question": "<image 1> beside <image 2>?",
-            "options": "['red', '<image 3>']",
-            "answer": "B",
-            "question_type": "multiple-choice",
-            **{f"image_{i}": png(c) for i, c in ((1, "red"), (2, "blue"), (3, "green"))},
-            "image_4": None,
-        },
-        {
-            "id": "validation_Math_2",
-            "question": "How many in <image 1>?",
-            "options": "[]",
-            "answer": "['5', 'five']",
-            "question_type": "open",
-            "image_1": png(),
-            "image_2": None,
-            "image_3": None,
-            "image_4": None,
-        },
+        exam(
+            "<image 1> beside <image 2>?",
+            "['red', '<image 3>']",
+            "B",
+            "multiple-choice",
+            *("red", "blue", "green"),
+        ),
+        exam("How many in <image 1>?", "[]", "['5', 'five']", "open", "red"),
     ],
     ("ai2d/data", "test-00000-of-00001"): [
         {"question": "Which?", "options": ["a", "b", "c"], "answer": "2", "image": png()}
     ],
     ("MathVista/data", "testmini-00000-of-00001"): [
-        {
-            "pid": "1",
-            "question": "How long?",
-            "image": "images/1.jpg",
-            "decoded_image": png(),
-            "choices": None,
-            "unit": "cm",
-            "precision": 1.0,
-            "answer": "1.2",
-            "question_type": "free_form",
-            "answer_type": "float",
-            "metadata": {"split": "testmini"},
-            "query": "",
-        },
-        {
-            "pid": "2",
-            "question": "Which part?",
-            "image": "images/2.jpg",
-            "decoded_image": png(),
-            "choices": ["3/11", "8/11"],
-            "unit": None,
-            "precision": None,
-            "answer": "8/11",
-            "question_type": "multi_choice",
-            "answer_type": "text",
-            "metadata": {"split": "testmini"},
-            "query": "",
-        },
-        {
-            "pid": "3",
-            "question": "How many?",
-            "image": "images/2.jpg",
-            "decoded_image": png(),
-            "choices": None,
-            "unit": None,
-            "precision": None,
-            "answer": "4",
-            "question_type": "free_form",
-            "answer_type": "integer",
-            "metadata": {"split": "testmini"},
-            "query": "",
-        },
-        {
-            "pid": "4",
-            "question": "Which years?",
-            "image": "images/2.jpg",
-            "decoded_image": png(),
-            "choices": None,
-            "unit": None,
-            "precision": None,
-            "answer": "[2007, 2008]",
-            "question_type": "free_form",
-            "answer_type": "list",
-            "metadata": {"split": "testmini"},
-            "query": "",
-        },
+        math("1", "How long?", "1.2", "float", unit="cm", precision=1.0),
+        math("2", "Which part?", "8/11", "text", ["3/11", "8/11"]),
+        math("3", "How many?", "4", "integer"),
+        math("4", "Which years?", "[2007, 2008]", "list"),
     ],
     ("DocVQA/DocVQA", "validation-00000-of-00001"): [
-        {
-            "questionId": "7",
-            "question": "What is the date?",
-            "question_types": ["layout"],
-            "image": png(),
-            "docId": 1,
-            "ucsf_document_id": "x",
-            "ucsf_document_page_no": "1",
-            "answers": ["May 5", "5 May"],
-            "data_split": "val",
-        }
+        {"questionId": "7", "question": "What is the date?", "question_types": ["layout"]}
+        | {"image": png(), "answers": ["May 5", "5 May"], "data_split": "val"}
     ],
 }
 
@@ -220,134 +111,72 @@ def load(name, root, limit=None):
     return benchmarks.benchmark(name).load(split="test", limit=limit, root=root)
 
 
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTERED = "\nAnswer with the option's letter from the given choices directly."
+
+
+def pixel(image) -> tuple:
+    return benchmarks.open_image(image).getpixel((3, 3))
+
+
 def test_gqa_joins_images(root):
     first, second = load("gqa", root)
-    assert (first.id, first.answer, first.prompt) == (
-        "201",
-        "yes",
-        "Is it red?\nAnswer the question using a single word or phrase.",
-    )
-    assert first.images[0] is second.images[0] and benchmarks.open_image(first.images[0]).getpixel(
-        (3, 3)
-    ) == (255, 0, 0)
+    assert (first.id, first.answer, first.prompt) == ("201", "yes", "Is it red?" + SHORT)
+    assert first.images[0] is second.images[0] and pixel(first.images[0]) == (255, 0, 0)
 
 
 def test_pope_reads_all_files_and_keeps_categories_apart(root):
-    questions = load("pope", root)
-    assert [(q.id, q.answer, q.extra["subtask"]) for q in questions] == [
-        ("random/1", "yes", "random"),
-        ("adversarial/1", "no", "adversarial"),
-    ]
-    assert (
-        questions[0].candidates == ("Yes", "No")
-        and questions[0].images[0] is questions[1].images[0]
-    )  # one picture, kept once
+    first, second = load("pope", root)
+    assert (first.id, first.answer, first.extra["subtask"]) == ("random/1", "yes", "random")
+    assert (second.id, second.answer) == ("adversarial/1", "no")
+    assert first.candidates == ("Yes", "No")
+    assert first.images[0] is second.images[0]  # one picture, kept once
 
 
-def test_mme_halves_pairs_and_prompt(root):
+def test_mme_halves_pairs_and_prompt(root, tmp_path):
     perception, cognition = load("mme_perception", root), load("mme_cognition", root)
-    assert (
-        len(perception) == 8
-        and len(cognition) == 4
-        and {q.extra["subtask"] for q in cognition} == {"code_reasoning"}
-    )
-    assert perception[0].prompt == "Is it Yes?\nAnswer the question using a single word or phrase."
+    assert len(perception) == 8 and len(cognition) == 4
+    assert {q.extra["subtask"] for q in cognition} == {"code_reasoning"}
+    assert perception[0].prompt == "Is it Yes?" + SHORT
     assert perception[0].group == perception[1].group and perception[0].id != perception[1].id
-
-
-@pytest.mark.parametrize(
-    "limit, taken",
-    [
-        (1, ["existence"] * 2),
-        (3, ["existence"] * 2 + ["OCR"] * 2),
-        (5, ["existence"] * 2 + ["OCR"] * 2 + ["existence"] * 2),
-    ],
-)
-def test_mme_limit_takes_whole_pairs_of_all_subtasks(root, limit, taken):
-    assert [q.extra["subtask"] for q in load("mme_perception", root, limit)] == taken
-
-
-def test_mme_with_a_missing_row_is_an_error(tmp_path):
+    turns = [q.extra["subtask"] for q in load("mme_perception", root, 5)]
+    assert turns == ["existence"] * 2 + ["OCR"] * 2 + ["existence"] * 2
+    for limit, taken in ((1, 2), (3, 4)):
+        assert [q.extra["subtask"] for q in load("mme_perception", root, limit)] == turns[:taken]
     key = ("MME/data", "test-00000-of-00001")
+    rows = [r for r in SETS[key] if (r["question_id"], r["answer"]) != ("OCR/1.png", "No")]
     with pytest.raises(ValueError, match="two questions about an image; 'OCR/OCR/1.png' has 1"):
-        load(
-            "mme_perception",
-            write(
-                tmp_path,
-                {
-                    key: [
-                        r
-                        for r in SETS[key]
-                        if (r["question_id"], r["answer"]) != ("OCR/1.png", "No")
-                    ]
-                },
-            ),
-        )
+        load("mme_perception", write(tmp_path, {key: rows}))
 
 
-def test_scienceqa_context_and_letters_beyond_e(root):
+def test_letters_beyond_e_and_context(root):
     text, picture = load("sqa", root)
-    assert (
-        text.prompt == "Context: Think.\nWhich is a solid?\nA. water\nB. ice\n"
-        "Answer with the option's letter from the given choices directly."
-    )
-    assert (
-        text.images == ()
-        and text.answer == "B"
-        and picture.answer == "G"
-        and picture.candidates == tuple("ABCDEFG")
-    )
-    assert not picture.prompt.startswith("Context") and [
-        q.answer for q in load("sqa_img", root)
-    ] == ["G"]
+    asked = "Context: Think.\nWhich is a solid?\nA. water\nB. ice"
+    assert text.prompt == asked + LETTERED and text.images == () and text.answer == "B"
+    assert picture.answer == "G" and picture.candidates == tuple("ABCDEFG")
+    assert not picture.prompt.startswith("Context")
+    assert [q.answer for q in load("sqa_img", root)] == ["G"]
+    (question,) = load("ai2d", root)
+    assert question.answer == "C" and question.options == ("a", "b", "c")
+    assert question.prompt == "Which?\nA. a\nB. b\nC. c" + LETTERED
 
 
 def test_mmmu_images_options_and_open_answers(root):
     choice, free = load("mmmu", root)
-    assert [benchmarks.open_image(i).getpixel((3, 3)) for i in choice.images] == [
-        (255, 0, 0),
-        (0, 0, 255),
-        (0, 128, 0),
-    ]
-    assert (
-        choice.prompt == "<image 1> beside <image 2>?\nA. red\nB. <image 3>\n\n"
-        "Answer with the option's letter from the given choices directly."
-    )
-    assert (
-        free.options == ()
-        and free.answer == ["5", "five"]
-        and free.prompt.endswith("\n\nAnswer the question using a single word or phrase.")
-    )
-
-
-def test_ai2d(root):
-    (question,) = load("ai2d", root)
-    assert (
-        question.answer == "C"
-        and question.options == ("a", "b", "c")
-        and question.prompt.startswith("Which?\nA. a\nB. b\nC. c\nAnswer")
-    )
+    assert [pixel(i) for i in choice.images] == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+    assert choice.prompt == "<image 1> beside <image 2>?\nA. red\nB. <image 3>\n" + LETTERED
+    assert free.options == () and free.answer == ["5", "five"]
+    assert free.prompt.endswith("\n" + SHORT)
 
 
 def test_mathvista_hints(root):
     length, part, count, years = load("mathvista", root)
-    assert (
-        length.prompt == "How long? (Unit: cm)\n"
-        "Answer the question using a single floating-point number with one decimal place."
-    )
+    hint = "Answer the question using a single floating-point number with one decimal place."
+    assert length.prompt == f"How long? (Unit: cm)\n{hint}"
     assert length.extra == {"answer_type": "float", "precision": 1.0}
-    assert (
-        part.prompt
-        == "Which part?\nA. 3/11\nB. 8/11\n"
-        "Answer with the option's letter from the given choices directly."
-        and part.candidates == ("A", "B")
-    )
-    assert count.prompt.endswith("a single integer number.") and years.prompt.endswith(
-        "a Python list."
-    )
-
-
-def test_docvqa(root):
+    assert part.prompt == "Which part?\nA. 3/11\nB. 8/11" + LETTERED
+    assert part.candidates == ("A", "B") and count.prompt.endswith("a single integer number.")
+    assert years.prompt.endswith("a Python list.")
     (question,) = load("docvqa", root)
     assert question.answer == ["May 5", "5 May"] and question.id == "7"
 
@@ -388,17 +217,11 @@ def test_unknown_names_and_splits():
 
 
 def test_padding_is_the_mean_colour():
-    picture = benchmarks.open_image(
-        benchmarks.StoredImage(png(size=(10, 4))["bytes"]), (0.48145466, 0.4578275, 0.40821073)
-    )
-    assert (
-        picture.size == (10, 10)
-        and picture.getpixel((0, 0)) == (122, 116, 104)
-        and picture.getpixel((0, 5)) == (255, 0, 0)
-    )
-    assert benchmarks.open_image(
-        benchmarks.StoredImage(png(size=(10, 4))["bytes"], square=False)
-    ).size == (10, 4)
+    data, mean = png(size=(10, 4))["bytes"], (0.48145466, 0.4578275, 0.40821073)
+    picture = benchmarks.open_image(benchmarks.StoredImage(data), mean)
+    assert picture.size == (10, 10) and picture.getpixel((0, 0)) == (122, 116, 104)
+    assert picture.getpixel((0, 5)) == (255, 0, 0)
+    assert benchmarks.open_image(benchmarks.StoredImage(data, square=False)).size == (10, 4)
 
 
 def test_small_suite_has_its_answers_among_its_candidates():
@@ -406,11 +229,8 @@ def test_small_suite_has_its_answers_among_its_candidates():
         for q in benchmarks.load_questions(name, "test", 30):
             assert q.answer in q.candidates and len(q.images) == 1
     pairs = benchmarks.load_questions("scenes/cognition", "test", 7)
-    assert (
-        len(pairs) == 8
-        and {q.answer for q in pairs[:2]} == {"yes", "no"}
-        and pairs[0].group == pairs[1].group
-    )
+    assert len(pairs) == 8 and pairs[0].group == pairs[1].group
+    assert {q.answer for q in pairs[:2]} == {"yes", "no"}
 
 
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)

@@ -17,72 +17,33 @@ def conversation(*said):
     return [{"from": ("human", "gpt")[k % 2], "value": text} for k, text in enumerate(said)]
 
 
+def entry_of(id, image, *said, **more) -> dict:
+    return {"id": id, **({"image": image} if image else more), "conversations": conversation(*said)}
+
+
 # Entries as the two files have them: the marker before or after the question, several turns,
 # text alone with a "model", ids that are numbers and that repeat.
+BUS = ("<image>\nIs the bus red?", "yes")
 LAYOUTS = {
     "llava_v1_5_mix665k": (
         "",
         [
-            {
-                "id": "000000033471",
-                "image": "coco/train2017/000000033471.jpg",
-                "conversations": conversation(
-                    "<image>\nIs the bus red?", "yes", "Is it blue?", "no"
-                ),
-            },
-            {
-                "id": "n161313",
-                "image": "gqa/images/2354786.jpg",
-                "conversations": conversation("Is it day?\n<image>", "yes"),
-            },
-            {
-                "id": "ocr",
-                "image": "ocr_vqa/images/1421539276.jpg",
-                "conversations": conversation("<image>\nIs this a book?", "yes"),
-            },
-            {
-                "id": "text",
-                "image": "textvqa/train_images/011e7e629fb9ae7b.jpg",
-                "conversations": conversation("<image>\nIs there a word?", "no"),
-            },
-            {
-                "id": 1,
-                "image": "vg/VG_100K/1.jpg",
-                "conversations": conversation(
-                    "<image>\nIs there a circle?", "yes", "Is there a square?", "no"
-                ),
-            },
-            {
-                "id": 2,
-                "image": "vg/VG_100K_2/2.jpg",
-                "conversations": conversation("<image>\nIs there a square?", "no"),
-            },
-            {
-                "id": "wgByO4Y_0",
-                "model": "",
-                "conversations": conversation("Is one less than two?", "yes"),
-            },
-            {
-                "id": "wgByO4Y_0",
-                "model": "",
-                "conversations": conversation("Is two less than one?", "no"),
-            },
+            entry_of("000000033471", "coco/train2017/000000033471.jpg", *BUS, "Is it blue?", "no"),
+            entry_of("n161313", "gqa/images/2354786.jpg", "Is it day?\n<image>", "yes"),
+            entry_of("ocr", "ocr_vqa/images/1421539276.jpg", "<image>\nIs this a book?", "yes"),
+            entry_of("text", "textvqa/train_images/011e7e.jpg", "<image>\nIs there a word?", "no"),
+            entry_of(1, "vg/VG_100K/1.jpg", "<image>\nIs there a circle?", "yes", "Red?", "no"),
+            entry_of(2, "vg/VG_100K_2/2.jpg", "<image>\nIs there a square?", "no"),
+            entry_of("wgByO4Y_0", "", "Is one less than two?", "yes", model=""),
+            entry_of("wgByO4Y_0", "", "Is two less than one?", "no", model=""),
         ],
     ),
     "bunny_695k": (
         "images",
         [
-            {
-                "id": "svit_1",
-                "image": "000000033471.jpg",
-                "conversations": conversation("<image>\nIs the bus red?", "yes"),
-            },
-            {"id": "wizard_7", "conversations": conversation("Is one less than two?", "yes")},
-            {
-                "id": "gqa_2354786",
-                "image": "gqa/2354786.jpg",
-                "conversations": conversation("<image>\nIs it day?", "yes", "Is it night?", "no"),
-            },
+            entry_of("svit_1", "000000033471.jpg", *BUS),
+            entry_of("wizard_7", "", "Is one less than two?", "yes"),
+            entry_of("gqa_2", "gqa/2.jpg", "<image>\nIs it day?", "yes", "Is it night?", "no"),
         ],
     ),
 }
@@ -110,12 +71,11 @@ def test_real_layouts(tmp_path, tiny_llava, name, how):
     has = (batch["input_ids"] == processor.image_token_id).any(1)
     assert has.tolist() == ["image" in e for e in entries]
     for row, sample in zip(batch["labels"], entries):
-        said = processor.tokenizer.decode(row[row != -100], skip_special_tokens=True).split()
-        assert said == [answer for _, answer in turns(sample)]
-    one, again = data.fraction(0.5, 1), load_json(*on_disk(tmp_path, name)).fraction(0.5, 1)
-    assert [s["id"] for s in one.samples] == [
-        s["id"] for s in again.samples
-    ] and data.hash == load_json(*on_disk(tmp_path, name)).hash
+        text = processor.tokenizer.decode(row[row != -100], skip_special_tokens=True)
+        assert text.split() == [answer for _, answer in turns(sample)]
+    again = load_json(*on_disk(tmp_path, name))
+    ids = lambda data: [e["id"] for e in data.fraction(0.5, 1).samples]
+    assert ids(data) == ids(again) and data.hash == again.hash
 
 
 def test_a_missing_download_is_reported_before_anything_runs(tmp_path):
@@ -136,9 +96,9 @@ def test_json_lines(tmp_path):
     assert load_json(lines, root).samples == load_json(path, root).samples
 
 
-def test_a_few_hundred_thousand_samples_pass_without_staying():
+def test_many_samples_pass_without_staying():
     "With entries made on demand, memory does not grow with the entries read."
-    n = 300_000
+    n = 60_000
     data = InstructionData(
         LazyEntries(range(n), lambda i: entry(i, None, [(f"question {i}", "yes" * 50)]))
     )
@@ -156,5 +116,5 @@ def test_a_few_hundred_thousand_samples_pass_without_staying():
     drain(n)
     late, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    # bytes; all entries at once are over 200 MB
+    # bytes; all entries at once are over 40 MB
     assert seen.all() and late - early < 100_000 and peak - early < 1_000_000

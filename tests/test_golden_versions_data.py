@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mllm_compress.data import batches as collator
-from mllm_compress.data import calibration, scenes
-from mllm_compress.data import scenes as small_sets
+from mllm_compress.data import batches, calibration, scenes
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo import tiny_models
 
@@ -38,18 +36,18 @@ def batch_numbers(
     **kwargs,
 ) -> dict:
     "One batch of three scenes."
-    data = small_sets.scene_data(n=3)
+    data = scenes.scene_data(n=3)
     processor = tiny_models.tiny_processor("llava")
-    collate = collator.Collator(processor, data, turns, **kwargs)
+    collate = batches.Collator(processor, data, turns, **kwargs)
     return integers(collate([data[i] for i in range(3)]))
 
 
 def calibration_numbers(design: str) -> list:
     "Two calibration batches of four questions, from twenty scenes."
-    data = small_sets.scene_data(n=20)
+    data = scenes.scene_data(n=20)
     processor = tiny_models.tiny_processor("llava")
-    batches = calibration.calibration_batches(data, processor, 8, 4, design=design)
-    return [integers(b) for b in batches]
+    drawn = calibration.calibration_batches(data, processor, 8, 4, design=design)
+    return [integers(batch) for batch in drawn]
 
 
 def smoke_numbers(
@@ -63,71 +61,38 @@ def smoke_numbers(
     ]
 
 
-DATA = "nbs/library/data/03_batches.ipynb"
-CALIBRATION = "nbs/library/data/04_calibration.ipynb"
-SCENES = "nbs/library/data/02_scenes.ipynb"
-SMOKE = "nbs/library/zoo/03_tiny_models.ipynb"
-GOLDEN = {  # what: (name of its version, notebook, version, numbers, hash)
-    "scenes of train": (
-        *("SCENES_VERSION", SCENES, 1),
-        lambda: scene_numbers("train"),
-        "302093830fa75b034c5d",
-    ),
-    "scenes of validation": (
-        *("SCENES_VERSION", SCENES, 1),
-        lambda: scene_numbers("validation"),
-        "0d47e69ddd6cc4ebdf7d",
-    ),
-    "scenes of test": (
-        *("SCENES_VERSION", SCENES, 1),
-        lambda: scene_numbers("test"),
-        "946351dc89f7687b0262",
-    ),
-    "independent batches": (
-        *("DATA_VERSION", DATA, 1),
-        lambda: batch_numbers("independent"),
-        "2c072c02bffe09f56b74",
-    ),
-    "sequential batches": (
-        *("DATA_VERSION", DATA, 1),
-        lambda: batch_numbers("sequential"),
-        "039505dea44659a2fbf4",
-    ),
-    "batches in blocks": (
-        *("DATA_VERSION", DATA, 1),
-        lambda: batch_numbers("independent", block=40),
-        "fbdaa723311bb6ee8054",
-    ),
+DATA = (batches, "DATA_VERSION", 1, "nbs/library/data/03_batches.ipynb")
+CALIBRATION = (calibration, "CALIBRATION_VERSION", 2, "nbs/library/data/04_calibration.ipynb")
+SCENES = (scenes, "SCENES_VERSION", 1, "nbs/library/data/02_scenes.ipynb")
+SMOKE = (tiny_models, "SMOKE_VERSION", 1, "nbs/library/zoo/03_tiny_models.ipynb")
+blocks = lambda: batch_numbers("independent", block=40)
+GOLDEN = {  # what: (where its version is, numbers, hash)
+    "scenes of train": (SCENES, lambda: scene_numbers("train"), "302093830fa75b034c5d"),
+    "scenes of validation": (SCENES, lambda: scene_numbers("validation"), "0d47e69ddd6cc4ebdf7d"),
+    "scenes of test": (SCENES, lambda: scene_numbers("test"), "946351dc89f7687b0262"),
+    "independent batches": (DATA, lambda: batch_numbers("independent"), "2c072c02bffe09f56b74"),
+    "sequential batches": (DATA, lambda: batch_numbers("sequential"), "039505dea44659a2fbf4"),
+    "batches in blocks": (DATA, blocks, "fbdaa723311bb6ee8054"),
     "calibration on first questions": (
-        *("CALIBRATION_VERSION", CALIBRATION, 2),
+        CALIBRATION,
         lambda: calibration_numbers("first"),
         "b2adbf41c969a81bb851",
     ),
     "stratified calibration": (
-        *("CALIBRATION_VERSION", CALIBRATION, 2),
+        CALIBRATION,
         lambda: calibration_numbers("stratified"),
         "cabde4ff8af7f59ac635",
     ),
-    "smoke-llava": (
-        *("SMOKE_VERSION", SMOKE, 1),
-        lambda: smoke_numbers("llava"),
-        "dac2d4502ac753d350f2",
-    ),
-    "smoke-bunny": (
-        *("SMOKE_VERSION", SMOKE, 1),
-        lambda: smoke_numbers("bunny"),
-        "e4ddaccc1f3862731619",
-    ),
+    "smoke-llava": (SMOKE, lambda: smoke_numbers("llava"), "dac2d4502ac753d350f2"),
+    "smoke-bunny": (SMOKE, lambda: smoke_numbers("bunny"), "e4ddaccc1f3862731619"),
 }
 
 
 @pytest.mark.parametrize("what", GOLDEN)
 def test_numbers_move_only_with_their_version(what):
-    name, notebook, version, numbers, expected = GOLDEN[what]
-    modules = {DATA: collator, CALIBRATION: calibration, SCENES: scenes, SMOKE: tiny_models}
-    module = modules[notebook]
-    found = (getattr(module, name), content_hash(numbers()))
-    assert found == (version, expected), (
+    (module, name, version, notebook), numbers, expected = GOLDEN[what]
+    moved = (getattr(module, name), content_hash(numbers()))
+    assert moved == (version, expected), (
         f"numbers of {what} moved: raise {name} in {notebook}, then update this golden value "
-        f"to {found}"
+        f"to {moved}"
     )

@@ -87,37 +87,27 @@ def test_answers_of_the_plugin_are_those_of_the_engine(checkpoints, name):
 
 def test_likelihoods_by_a_plain_forward_pass(checkpoints):
     _, model, processor = checkpoints["dense"]
-    lm, questions = (
-        plugin.CompressedModel("tiny-llava", device="cpu"),
-        benchmarks.load_questions("scenes/open", "test", 3),
-    )
-    for said in ("red", "red large circle"):
-        for q, (loss, greedy) in zip(
-            questions, losses(lm, requests_of(lm, questions, lambda q: " " + said))
-        ):
+    lm = plugin.CompressedModel("tiny-llava", device="cpu")
+    questions = benchmarks.load_questions("scenes/open", "test", 3)
+    for option in ("red", "red large circle"):
+        pairs = losses(lm, requests_of(lm, questions, lambda q: " " + option))
+        for q, (loss, greedy) in zip(questions, pairs):
             content = [{"type": "image"}, {"type": "text", "text": q.prompt}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            start = processor(text=text, images=q.images[0], return_tensors="pt")[
-                "input_ids"
-            ].shape[1]
-            inputs = processor(text=f"{text} {said}", images=q.images[0], return_tensors="pt")
+            turns = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(turns, add_generation_prompt=True)
+            encode = lambda text: processor(text=text, images=q.images[0], return_tensors="pt")
+            start, inputs = encode(text)["input_ids"].shape[1], encode(f"{text} {option}")
             with torch.inference_mode():
                 logp = model(**inputs).logits[0].log_softmax(-1)
             ids = inputs["input_ids"][0]
-            assert loss == pytest.approx(
-                -sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids)))
-                / (len(ids) - start),
-                abs=1e-4,
-            )
-            assert greedy == all(logp[i - 1].argmax() == ids[i] for i in range(start, len(ids)))
-    named = losses(
-        lm, requests_of(lm, questions, lambda q: lambda row: row.answer)
-    )  # a target may be a function of the row
-    assert named == losses(lm, requests_of(lm, questions, lambda q: q.answer)) and any(
-        greedy for _, greedy in named
-    )
+            new = range(start, len(ids))
+            expected = -sum(logp[i - 1, ids[i]].item() for i in new) / len(new)
+            assert loss == pytest.approx(expected, abs=1e-4)
+            assert greedy == all(logp[i - 1].argmax() == ids[i] for i in new)
+    # a target may be a function of the row
+    named = losses(lm, requests_of(lm, questions, lambda q: lambda row: row.answer))
+    assert named == losses(lm, requests_of(lm, questions, lambda q: q.answer))
+    assert any(greedy for _, greedy in named)
 
 
 def test_images_are_padded_by_default(checkpoints):
@@ -180,78 +170,39 @@ def tasks(tmp_path_factory):
     folder, rows = tmp_path_factory.mktemp("tasks"), []
     for q in (q for kind in KINDS for q in benchmarks.load_questions(kind, "test", 12)):
         q.images[0].save(out := io.BytesIO(), "PNG")
-        rows.append(
-            {
-                "id": q.id,
-                "question": q.prompt,
-                "answer": q.answer,
-                "choices": list(q.candidates),
-                "image": out.getvalue(),
-            }
-        )
+        row = {"id": q.id, "question": q.prompt, "answer": q.answer}
+        rows.append(row | {"choices": list(q.candidates), "image": out.getvalue()})
     pd.DataFrame(rows).to_parquet(folder / "rows.parquet")
     (folder / "utils.py").write_text(UTILS)
     for name, kind, target, more in (
         ("local_generate", "generate_until", "answer", GENERATE),
         ("local_choose", "multiple_choice", "place", CHOOSE),
     ):
-        (folder / f"{name}.yaml").write_text(
-            TASK.format(
-                rows=folder / "rows.parquet", name=name, kind=kind, target=target, more=more
-            )
-        )
+        given = dict(rows=folder / "rows.parquet", name=name, kind=kind, target=target, more=more)
+        (folder / f"{name}.yaml").write_text(TASK.format(**given))
     return folder
 
 
 def run_harness(pretrained, tasks, out, launcher=()):
     "The command of the notebook, offline: results, and {task: answers in the order of the rows}."
-    env = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(out / "hf"),
-        "LMMS_EVAL_HOME": str(out / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        sys.executable,
-        "-m",
-        *launcher,
-        *(["-m"] if launcher else []),
-        "lmms_eval",
-        "--model",
-        "mllm_compress",
-        "--model_args",
-        f"pretrained={pretrained}",
-        "--tasks",
-        "local_generate,local_choose",
-        "--include_path",
-        str(tasks),
-        "--batch_size",
-        "auto",
-        "--device",
-        "cpu",
-        "--log_samples",
-        "--output_path",
-        str(out / "logs"),
-    ]
+    homes = {"HF_HOME": str(out / "hf"), "LMMS_EVAL_HOME": str(out / "cache")}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, *(["-m"] if launcher else []), "lmms_eval"]
+    command += ["--model", "mllm_compress", "--model_args", f"pretrained={pretrained}"]
+    command += ["--tasks", "local_generate,local_choose", "--include_path", str(tasks)]
+    command += ["--batch_size", "auto", "--device", "cpu", "--log_samples"]
+    command += ["--output_path", str(out / "logs")]
+    env = os.environ | homes | offline
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     found = next((out / "logs").rglob("*_results.json"), None)  # where it fails, it still returns 0
     assert found, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads(found.read_text())["results"]
-    samples = {
-        name: [
-            json.loads(line)
-            for line in next((out / "logs").rglob(f"*_samples_{name}.jsonl"))
-            .read_text()
-            .splitlines()
-        ]
-        for name in ("local_generate", "local_choose")
-    }
-    return results, {
-        name: [s["filtered_resps"] for s in sorted(found, key=lambda s: s["doc_id"])]
-        for name, found in samples.items()
-    }
+    answers = {}
+    for name in ("local_generate", "local_choose"):
+        lines = next((out / "logs").rglob(f"*_samples_{name}.jsonl")).read_text().splitlines()
+        rows = sorted(map(json.loads, lines), key=lambda row: row["doc_id"])
+        answers[name] = [row["filtered_resps"] for row in rows]
+    return results, answers
 
 
 @harness
@@ -297,9 +248,7 @@ def test_the_entry_point_is_found():
 
 def readers(monkeypatch):
     "scorer -> lmms-eval's reading of (text, question)."
-    monkeypatch.setenv(
-        "OPENAI_API_KEY", "unused"
-    )  # its MathVista makes a client when it is imported
+    monkeypatch.setenv("OPENAI_API_KEY", "unused")  # its MathVista makes a client on import
     from lmms_eval.api.metrics import anls, exact_match_hf_evaluate
     from lmms_eval.tasks._task_utils import mmmu_mcq_utils
     from lmms_eval.tasks.ai2d.utils import MultiChoiceRegexFilter
@@ -317,38 +266,23 @@ def readers(monkeypatch):
     monkeypatch.setattr(mmmu_mcq_utils, "random", SimpleNamespace(choice=lambda letters: "drawn"))
 
     def same(text, answer):
-        return exact_match_hf_evaluate(
-            [text.strip()], [answer], ignore_case=True, ignore_punctuation=True
-        )["exact_match"]
+        ignored = dict(ignore_case=True, ignore_punctuation=True)
+        return exact_match_hf_evaluate([text.strip()], [answer], **ignored)["exact_match"]
 
     def mmmu(text, q):
-        doc = {
-            "id": "validation_Art_1",
-            "question_type": "multiple-choice" if q["options"] else "open",
-            "options": str(q["options"]),
-            "answer": str(q["answer"]),
-        }
-        found = mmmu_process_results(doc, [text.strip()])["mmmu_acc"]
-        return (
-            1 / len(q["options"])
-            if found["parsed_pred"] == ["drawn"]
-            else evaluate_mmmu([found])[1]["acc"]
-        )
+        kind = "multiple-choice" if q["options"] else "open"
+        doc = {"id": "validation_Art_1", "question_type": kind}
+        doc |= {"options": str(q["options"]), "answer": str(q["answer"])}
+        read = mmmu_process_results(doc, [text.strip()])["mmmu_acc"]
+        drawn = read["parsed_pred"] == ["drawn"]
+        return 1 / len(q["options"]) if drawn else evaluate_mmmu([read])[1]["acc"]
 
     def mathvista(text, q):
-        kind, problem = (
-            "multi_choice" if q["options"] else "free_form",
-            q | {"choices": q["options"], "query": ""},
-        )
-        read = judge.extract_answer(text.strip(), problem | {"question_type": kind})
-        return float(
-            judge.safe_equal(
-                judge.normalize_extracted_answer(
-                    read, q["options"], kind, q["answer_type"], q["precision"]
-                ),
-                q["answer"],
-            )
-        )
+        kind = "multi_choice" if q["options"] else "free_form"
+        problem = q | {"choices": q["options"], "query": "", "question_type": kind}
+        read = judge.extract_answer(text.strip(), problem)
+        known = q["options"], kind, q["answer_type"], q["precision"]
+        return float(judge.safe_equal(judge.normalize_extracted_answer(read, *known), q["answer"]))
 
     return {
         "exact": lambda t, q: same(t, q["answer"]),
@@ -368,63 +302,12 @@ def readers(monkeypatch):
     }
 
 
-PIECES = [
-    "A",
-    "B",
-    "b",
-    "(A)",
-    "(B)",
-    "B.",
-    "A.",
-    "C",
-    "USA",
-    "made in",
-    "yes",
-    "Yes.",
-    "no",
-    "No",
-    "not",
-    "y",
-    "n",
-    "the answer is",
-    "so",
-    "therefore",
-    "=",
-    "12",
-    "12.5",
-    "1,250",
-    "3e2",
-    "is",
-    "result",
-    "\n",
-    ".",
-    ",",
-    "red",
-    "blue",
-    "a blue square",
-    "[1, 2]",
-    "-3",
-    "+14",
-    "014",
-    "14.7",
-    "0.6",
-    "1.45",
-    "result is \n",
-    "?",
-    "'",
-    "Invoice",
-    "ab",
-    "bill of sale",
-    "t-shirt",
-    "tshirt",
-    "",
-    " ",
-    "  yes",
-    "B. blue",
-    "red blue",
-    "['6', '7']",
-    "6",
-]
+PIECES = (
+    "A|B|b|(A)|(B)|B.|A.|C|USA|made in|yes|Yes.|no|No|not|y|n|the answer is|so|therefore|=|12|"
+    "12.5|1,250|3e2|is|result|\n|.|,|red|blue|a blue square|[1, 2]|-3|+14|014|14.7|0.6|1.45|"
+    "result is \n|?|'|Invoice|ab|bill of sale|t-shirt|tshirt|| |  yes|B. blue|red blue|"
+    "['6', '7']|6"
+).split("|")
 MORE = {"options": ["red", "blue", "green"]}
 MATH = {"options": [], "precision": None}
 ASKED = {
@@ -457,18 +340,13 @@ def test_compat_reads_as_lmms_eval(scorer, monkeypatch):
         for joint in (" ", "")
         for _ in range(1000)
     ]
-    for question in ASKED[scorer]:
-        question = {"options": []} | question
-        differ = [
-            t
-            for t in texts
-            if SCORERS[scorer].read(t, question, "lmms-eval").value
-            != pytest.approx(theirs(t, question))
-        ]
+    for question in ({"options": []} | q for q in ASKED[scorer]):
+        ours = lambda text: SCORERS[scorer].read(text, question, "lmms-eval").value
+        differ = [t for t in texts if ours(t) != pytest.approx(theirs(t, question))]
         assert not differ, f"{question}: {differ[:5]}"
 
 
-# the table of 15_scorers: (scorer, answer given, question, here, in lmms-eval), judged by hand
+# the table of 03_scorers: (scorer, answer given, question, here, in lmms-eval), judged by hand
 TABLE = [
     ("exact", "t-shirt", {"answer": "tshirt"}, 0, 1),
     ("yes_no", "Yes.", {"answer": "yes"}, 1, 0),
@@ -482,6 +360,7 @@ TABLE = [
     ("mmmu", "7", {"answer": ["6", "7"]}, 1, 0),
     ("anls", "ab", {"answer": ["abcd"]}, 0, 0.5),
     ("anls", "bill  of  sale", {"answer": ["bill of sale"]}, 1, 1),
+    ("anls", "abc ", {"answer": ["abcd"]}, 0.75, 0.75),
     ("mathvista", "0.6", MATH | {"answer": "0.6", "answer_type": "float", "precision": 1.0}, 1, 0),
     ("mathvista", "It is 14.", MATH | {"answer": "14", "answer_type": "integer"}, 1, 0),
     ("mathvista", "blu", MATH | {"answer": "blue", "answer_type": "text"} | MORE, 0, 1),
@@ -490,10 +369,9 @@ TABLE = [
 
 @pytest.mark.parametrize("scorer, text, question, here, there", TABLE)
 def test_where_we_differ_from_lmms_eval(scorer, text, question, here, there):
-    question = {"options": []} | question
-    assert SCORERS[scorer].read(text, question).value == here and SCORERS[scorer].read(
-        text, question, "lmms-eval"
-    ).value == pytest.approx(there)
+    question, scorer = {"options": []} | question, SCORERS[scorer]
+    assert scorer.read(text, question).value == here
+    assert scorer.read(text, question, "lmms-eval").value == pytest.approx(there)
 
 
 @harness
@@ -520,31 +398,21 @@ def test_prompts_are_those_of_lmms_eval(root, monkeypatch):  # noqa: F811
     def rows(*folders):
         return [r for (folder, _), rows in SETS.items() if folder in folders for r in rows]
 
-    for name, task, file, found in (
+    mme = [r for r in rows("MME/data") if r["category"] != "code_reasoning"]
+    for name, task, file, sets in (
         ("gqa", "gqa", "gqa.yaml", rows("GQA/testdev_balanced_instructions")),
         ("pope", "pope", "pope.yaml", rows("POPE/data")),
-        (
-            "mme_perception",
-            "mme",
-            "mme.yaml",
-            [r for r in rows("MME/data") if r["category"] != "code_reasoning"],
-        ),
+        ("mme_perception", "mme", "mme.yaml", mme),
         ("sqa", "scienceqa", "scienceqa.yaml", rows("ScienceQA/ScienceQA-FULL")),
         ("ai2d", "ai2d", "ai2d.yaml", rows("ai2d/data")),
         ("mmmu", "mmmu", "mmmu_val.yaml", rows("MMMU/data")),
         ("docvqa", "docvqa", "_default_template_docvqa_yaml", rows("DocVQA/DocVQA")),
         ("mathvista", "mathvista", "mathvista_testmini_format.yaml", rows("MathVista/data")),
     ):
-        told = yaml.load((tasks / task / file).read_text(), Plain)["lmms_eval_specific_kwargs"][
-            "default"
-        ]
+        settings = yaml.load((tasks / task / file).read_text(), Plain)["lmms_eval_specific_kwargs"]
         utils = import_module(f"lmms_eval.tasks.{task}.utils")
-        text = next(
-            getattr(utils, f"{short}_doc_to_text")
-            for short in (task, "sqa")
-            if hasattr(utils, f"{short}_doc_to_text")
-        )
-        asked = {
-            q.prompt for q in benchmarks.benchmark(name).load(split="test", limit=None, root=root)
-        }
-        assert asked == {text({"caption": "", "ocr": "", **row}, told) for row in found}, name
+        names = [f"{short}_doc_to_text" for short in (task, "sqa")]
+        text = getattr(utils, next(name for name in names if hasattr(utils, name)))
+        questions = benchmarks.benchmark(name).load(split="test", limit=None, root=root)
+        expected = {text({"caption": "", "ocr": "", **row}, settings["default"]) for row in sets}
+        assert {q.prompt for q in questions} == expected, name

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GENERATION_VERSION', 'FEATURES', 'in_batches', 'ImageFeatures', 'encode_images', 'ImageEncoder', 'render_prompts',
-           'Prompt', 'right_answer', 'encode_prompts', 'pad_left', 'run_tokens', 'embed_images', 'Prefix',
-           'read_prefixes', 'Asked', 'read_questions', 'greedy', 'stop_tokens', 'score_answers', 'own_inputs',
-           'answer_alone', 'Answer', 'prepare', 'answer_questions']
+           'Prompt', 'encode_prompts', 'pad_left', 'run_tokens', 'Prefix', 'read_prefixes', 'Asked', 'read_questions',
+           'greedy', 'stop_tokens', 'score_answers', 'own_inputs', 'answer_alone', 'Answer', 'prepare',
+           'answer_questions']
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #cell-004
 import hashlib
@@ -187,15 +187,6 @@ class Prompt:
     place: int  # among the questions
 
 
-def right_answer(question) -> str:  # empty where it is unknown
-    "The text of a question's right answer."
-    known = question.answer
-    if isinstance(known, (list, tuple)):
-        known = known[0] if known else ""
-    text = "" if known is None else str(known)
-    return next((c for c in question.candidates if c.lower() == text.lower()), text)
-
-
 def encode_prompts(
     processor,
     questions: list,  # of Question
@@ -210,7 +201,11 @@ def encode_prompts(
     joint = "" if end[-1:].isspace() else " "
 
     ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    right = [right_answer(q) for q in questions]
+    right = []  # the text of each right answer; empty where it is unknown
+    for q in questions:
+        first = next(iter(q.answer), "") if isinstance(q.answer, (list, tuple)) else q.answer
+        text = "" if first is None else str(first)
+        right.append(next((c for c in q.candidates if c.lower() == text.lower()), text))
     answers = {c for q in questions for c in q.candidates} | set(right)
     tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
     tokens[""], prompts = [], []
@@ -255,25 +250,6 @@ def run_tokens(
     return parts.logits(hidden[:, -keep:]).float()
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-012
-def embed_images(
-    parts,  # Anatomy
-    ids: torch.Tensor,  # [batch, tokens]
-    images: list,  # of ImageFeatures, in the order of their tokens
-) -> torch.Tensor:  # [batch, tokens, hidden]
-    "Token embeddings with the projected images in the place of the image tokens."
-    if images and images[0].projected:
-        states = torch.cat([image.features for image in images]).to(ids.device)
-        return put_pictures(parts, ids, states)
-    places, features = {}, []  # an image that several questions share is projected once
-    for image in images:
-        if id(image) not in places:
-            start = sum(map(len, features))
-            places[id(image)] = range(start, start + len(image.features))
-            features.append(image.features)
-    order = [tile for image in images for tile in places[id(image)]]
-    return embed(parts, ids, torch.cat(features) if images else None, order)
-
-
 @dataclass
 class Prefix:
     "Prefixes of a batch, computed once, for any number of questions."
@@ -293,9 +269,21 @@ def read_prefixes(
     ids, mask = pad_left([shared for shared, _ in row], parts.embed_tokens.weight.device)
     if not ids.shape[1]:
         return Prefix(None, mask, row)
+    images = [features[k] for _, keys in row for k in keys]  # in the order of their tokens
+    if images and images[0].projected:
+        states = torch.cat([image.features for image in images]).to(ids.device)
+        embeddings = put_pictures(parts, ids, states)
+    else:
+        places, distinct = {}, []  # an image that several prompts share is projected once
+        for image in images:
+            if id(image) not in places:
+                start = sum(map(len, distinct))
+                places[id(image)] = range(start, start + len(image.features))
+                distinct.append(image.features)
+        order = [tile for image in images for tile in places[id(image)]]
+        embeddings = embed(parts, ids, torch.cat(distinct) if images else None, order)
     cache = DynamicCache(config=parts.text_config)
-    images = [features[k] for _, keys in row for k in keys]
-    run_tokens(parts, embed_images(parts, ids, images), mask, cache)
+    run_tokens(parts, embeddings, mask, cache)
     return Prefix(cache, mask, row)
 
 
