@@ -50,17 +50,6 @@ def question_types(
     source = folder[0] if len(folder) > 1 or not image_names(entry) else "image"
     return [f"{source}/{answer_form(answer)}" for _, answer in turns(entry)]
 
-# %% ../../nbs/library/data/04_calibration.ipynb #cell-014
-def _by_type(dataset: InstructionData, n: int, rng) -> dict:  # type -> [(entry, question)]
-    "The questions of a shuffled part of the entries, sorted by type."
-    found = defaultdict(list)
-    for i in rng.permutation(len(dataset))[: max(4 * n, 100)].tolist():
-        types = question_types(dataset.samples[i])
-        for k in rng.permutation(len(types)).tolist():
-            found[types[k]].append((i, k))
-    names = sorted(found)
-    return {names[j]: found[names[j]] for j in rng.permutation(len(names)).tolist()}
-
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-015
 def draw_stratified(
     dataset: InstructionData,
@@ -69,16 +58,21 @@ def draw_stratified(
     per_entry: int = 2,  # questions of one entry, at most
 ) -> list:  # of (number of the entry, number of its question)
     "Questions of all types alike."
-    queues, used, drawn = _by_type(dataset, n, np.random.default_rng(seed)), Counter(), []
-    waiting = [iter(queue) for queue in queues.values()]
+    rng, by_type = np.random.default_rng(seed), defaultdict(list)
+    for i in rng.permutation(len(dataset))[: max(4 * n, 100)].tolist():
+        types = question_types(dataset.samples[i])
+        for k in rng.permutation(len(types)).tolist():
+            by_type[types[k]].append((i, k))
+    names, used, drawn = sorted(by_type), Counter(), []
+    waiting = [iter(by_type[names[j]]) for j in rng.permutation(len(names)).tolist()]
     while waiting and len(drawn) < n:
         for queue in list(waiting)[: n - len(drawn)]:
-            found = next((pair for pair in queue if used[pair[0]] < per_entry), None)
-            if found is None:
+            pair = next((pair for pair in queue if used[pair[0]] < per_entry), None)
+            if pair is None:
                 waiting.remove(queue)
                 continue
-            used[found[0]] += 1
-            drawn.append(found)
+            used[pair[0]] += 1
+            drawn.append(pair)
     return drawn
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-017

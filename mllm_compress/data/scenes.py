@@ -172,21 +172,15 @@ def ask_open(items, rng):
     ways = (f"what {attribute} is the {noun}?", f"what is the {attribute} of the {noun}?")
     return ways[rng.integers(2)], getattr(item, attribute), None
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-031
-def _present_absent(items, rng):
-    "Two pairs (colour, shape): one in the scene, one only as single values; or None."
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-033
+def ask_hallucination(items, rng):
+    "Two existence questions, one with each answer."
     here = {(it.color, it.shape) for it in items}
     absent = sorted({(c, s) for c, _ in here for _, s in here} - here)
     if not absent:
         return None
     here = sorted(here)
-    return here[rng.integers(len(here))], absent[rng.integers(len(absent))]
-
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-033
-def ask_hallucination(items, rng):
-    "Two existence questions, one with each answer."
-    if not (pair := _present_absent(items, rng)):
-        return None
+    pair = here[rng.integers(len(here))], absent[rng.integers(len(absent))]
     word = ("is there a {} in the image?", "does the image contain a {}?", "can you see a {}?")
     return [
         (word[rng.integers(3)].format(" ".join(p)), a, None) for p, a in zip(pair, ("yes", "no"))
@@ -204,9 +198,34 @@ def ask_perception(items, rng):
     say = {"shape": "is the {} a {}?"}.get(attribute, "is the {} {}?")
     return [(say.format(ref, right), "yes", None), (say.format(ref, wrong), "no", None)]
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-037
-def _compare(items, rng):
-    "'are there more X than Y' and its mirror image, for two values with different counts."
+# %% ../../nbs/library/data/02_scenes.ipynb #cell-045
+def _plural(shape):
+    "circle -> circles, cross -> crosses."
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _rules(items):
+    "Questions 'are all X Y?' over groups of two or more: (those that hold, those that do in part)."
+    holds, partly = [], []
+    for have, then in zip(("color", "shape", "color", "shape"), ("shape", "color", "size", "size")):
+        groups = defaultdict(list)
+        for it in items:
+            groups[getattr(it, have)].append(getattr(it, then))
+        for value, seen in groups.items():
+            if len(seen) < 2:
+                continue
+            group = _plural(value) if have == "shape" else f"{value} objects"
+            values = [_plural(v) if then == "shape" else v for v in sorted(set(seen))]
+            (holds if len(values) == 1 else partly).extend(f"are all {group} {v}?" for v in values)
+    return holds, partly
+
+
+def ask_cognition(items, rng):
+    "A yes/no pair that needs counting or a rule."
+    holds, partly = _rules(items)
+    if holds and partly and rng.random() < 0.5:
+        rules = (holds, "yes"), (partly, "no")
+        return [(some[rng.integers(len(some))], answer, None) for some, answer in rules]
     attribute = ("color", "shape")[rng.integers(2)]
     counts = Counter(getattr(it, attribute) for it in items)
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
@@ -220,43 +239,6 @@ def _compare(items, rng):
         (f"are there more {a} than {b}?", "yes", None),
         (f"are there more {b} than {a}?", "no", None),
     ]
-
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-039
-def _plural(shape):
-    "circle -> circles, cross -> crosses."
-    return shape + ("es" if shape.endswith("s") else "s")
-
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-041
-def _rules(items):
-    "Rules 'all X are Y' over groups of two or more: (those that hold, those that hold in part)."
-    holds, partly = [], []
-    for have, then in zip(("color", "shape", "color", "shape"), ("shape", "color", "size", "size")):
-        groups = defaultdict(list)
-        for it in items:
-            groups[getattr(it, have)].append(getattr(it, then))
-        for value, seen in groups.items():
-            if len(seen) < 2:
-                continue
-            rule = [(have, value, then, v) for v in sorted(set(seen))]
-            (holds if len(rule) == 1 else partly).extend(rule)
-    return holds, partly
-
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-043
-def _say_rule(have, value, then, v):
-    "('shape', 'circle', 'color', 'red') -> 'are all circles red?'"
-    group = _plural(value) if have == "shape" else f"{value} objects"
-    return f"are all {group} {_plural(v) if then == 'shape' else v}?"
-
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-045
-def ask_cognition(items, rng):
-    "A yes/no pair that needs counting or a rule."
-    holds, partly = _rules(items)
-    if holds and partly and rng.random() < 0.5:
-        return [
-            (_say_rule(*r[rng.integers(len(r))]), a, None)
-            for r, a in ((holds, "yes"), (partly, "no"))
-        ]
-    return _compare(items, rng)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-047
 def ask_choice(items, rng):
