@@ -29,6 +29,7 @@ setup(
             "profiles/*.yaml",
             "public_sets.yaml",
             "published/*.csv",
+            "advice.csv",
             "models/*.*",
             "models/*/*",
             "py.typed",

@@ -106,13 +106,11 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
         0.1: Estimate(0.8, -0.3, 1.9, 100, 3),
         1.0: Estimate(3.0, 2.0, 4.0, 100, 3),
     }  # of layerwise, by fraction
-    monkeypatch.setattr(
-        guide, "difference", lambda frame, model, best, setting: behind[setting["fraction"]]
-    )
+    gap = lambda frame, model, best, setting: behind[setting["fraction"]]
+    monkeypatch.setattr(guide, "difference", gap)
     agreement = lambda *given: guide.agreement(None, *given)
-    compared_on = guide.compared_on
 
-    def found(fraction, *more):
+    def ranking(fraction, *more):
         rows = [
             ("layerwise", "hidden_kd", fraction, False),
             *more,
@@ -120,54 +118,14 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
             ("layerwise", "sft", fraction, True),
             ("layerwise", "none", 1.0, False),
         ]
-        return pd.DataFrame(rows, columns=["pruning", "recovery", "fraction", "rival"]).assign(
-            model="m"
-        )
+        names = ["pruning", "recovery", "fraction", "rival"]
+        return pd.DataFrame(rows, columns=names).assign(model="m")
 
-    assert [agreement(found(f), "layerwise", True) for f in behind] == ["tied", "open", "behind"]
-    assert (
-        agreement(found(1.0), "widthwise", True)
-        == agreement(found(1.0, ("layerwise", "sft", 1.0, True)), "layerwise", True)
-        == "same"
-    )
-    assert (
-        agreement(found(1.0).query("not rival"), "layerwise", True) == "no rival"
-        and agreement(found(1.0), "random", True)
-        == agreement(found(1.0), "widthwise", False)
-        == "not studied"
-    )
-    assert (
-        compared_on(found(0.05), 1.0) == 0.05
-        and compared_on(found(0.05).query("not rival"), 1.0) == 1.0
-        and compared_on(found(0.05), 0) == 0
-    )  # a larger budget rests on the comparison of a smaller one
-
-
-def test_a_budget_without_new_training_is_no_situation():
-    "Its answer would be that of less data."
-    from mllm_compress.study import guide
-
-    rows = pd.DataFrame(
-        {"model": "m", "requested_ratio": 0.3, "recovery": ["none", "sft"], "fraction": [1.0, 0.05]}
-    )
-    asked = []
-    ranked = lambda frame, model, ratio, budget, training: asked.append((budget, training))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guide.advice, "ranked", ranked)
-        found = guide.situations(None, rows, ["m"], [0.3], [0.0, 0.05, 1.0])
-    assert list(found) == [("m", 0.3, 0.0), ("m", 0.3, 0.05)]
-    assert asked == [(0.0, False), (0.05, True)]
-
-
-def test_saved_time_is_not_moved_by_an_outlier():
-    from mllm_compress.study.savings import saved
-
-    pairs = pd.DataFrame({"dense": [1.0] * 9, "pruned": [0.5] * 8 + [50.0]})
-    e = saved(pairs, ideal=4.0)  # of three quarters, half
-    assert [round(v, 9) for v in (e.value, e.low, e.high)] == [round(200 / 3, 9)] * 3 and (
-        e.n,
-        e.seeds,
-    ) == (9, 0)
+    assert [agreement(ranking(f), 0.3, f) for f in behind] == ["tied", "open", "behind"]
+    first = ranking(1.0, ("layerwise", "sft", 1.0, True))
+    assert agreement(ranking(1.0), 0.6, 1.0) == agreement(first, 0.3, 1.0) == "same"
+    assert agreement(ranking(1.0).query("not rival"), 0.3, 1.0) == "no rival"
+    assert agreement(ranking(1.0), 0.6, 0.0) == "not studied"
 
 
 # ---- the shape of a study notebook
@@ -213,13 +171,16 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     (tmp_path / "figures/tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     average = {"value": -7.0, "low": -11.4, "high": -2.6, "n": 7000, "seeds": 3}
-    written = {"claim": "", "word": "contradicted", "average": average}
+    written = {"claim": "", "word": "contradicted", "average": average, "n": 7000, "seeds": 3}
+    written["counts"] = {"undecided": 3, "contradicted": 5}
     (tmp_path / "figures/tiny/10_findings-claim-1.json").write_text(json.dumps(written))
     mine = {1: Verdict("A.", {"here": Estimate(2, 1, 3, 100, 1)}, ""), 2: Verdict("B.", {}, "")}
     board = scoreboard.scoreboard(mine, "quick")
     assert list(board.tiny) == ["contradicted", "not tested"]
-    assert list(board.quick) == ["leans for", "not tested"]
+    assert list(board.quick) == ["undecided", "not tested"]
     assert board["tiny, average effect"][0] == "-7.0 [-11.4, -2.6]"
+    assert board["tiny, contradicted in"][0] == "5 of 8"
+    assert board["tiny, questions x seeds"][0] == "7,000 x 3"
     ax = scoreboard.scoreboard_figure(board, "quick").axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()][1:] == ["profile\ntiny", "profile\nquick"]
 

@@ -198,17 +198,27 @@ def test_no_difference_is_rarely_called_one_and_equivalence_is_found_with_enough
     assert edge.count("equivalent") <= 10  # at the margin, two one-sided tests err in 5 %
 
 
-def test_one_setting_that_is_certainly_contrary_weakens_an_average():
+def test_settings_that_contradict_are_counted_beside_the_average():
     from mllm_compress.study.statistics import Verdict
 
     rng = np.random.default_rng(3)
     good, bad = study_of(rng, 8.0, scatter=0.1), study_of(rng, -8.0, scatter=0.1)
     (where, contrary), *_ = bad.items()
     mixed = Verdict("A.", good | {where: contrary}, "", margin=1.0)
-    assert mixed.average.low > 0 and mixed.word == "leans for" and mixed.exceptions == [where]
-    assert where in str(mixed._repr_markdown_())
+    assert mixed.average.low > 0 and mixed.word == "supported"
+    assert mixed.record()["counts"] == {"supported": 7, "contradicted": 1}
+    assert "contradicted in 1 of 8 settings" in mixed.sentence()
     halves = dict([*list(good.items())[:4], *list(bad.items())[4:]])
-    assert Verdict("A.", halves, "", margin=5.0).word != "equivalent"
+    assert Verdict("A.", halves, "", margin=5.0).word == "undecided"
+
+
+def test_words_of_settings_hold_simultaneously():
+    "Where nothing differs, some setting of eight is called different in about 5 % of studies."
+    from mllm_compress.study.statistics import Verdict
+
+    rng = np.random.default_rng(4)
+    none = [Verdict("A.", study_of(rng, 0.0), "") for _ in range(100)]
+    assert sum({"supported", "contradicted"} & set(v.words.values()) != set() for v in none) <= 12
 
 
 @given(
@@ -244,13 +254,6 @@ def test_shrinking_follows_the_agreement_of_variances():
     assert S.shrunk(9.0, 4, (1.0, np.inf)) == (1.0, np.inf)
     assert S.shrunk(9.0, 4, (1.0, 4.0)) == (5.0, 8.0)
     assert S.prior_variance([1.0, 2.0], [2, 2]) == (0.0, 0.0)  # too few to say anything
-
-
-def test_adjusted_p_values_are_those_of_statsmodels():
-    from statsmodels.stats.multitest import multipletests
-
-    p = np.random.default_rng(6).random(20) ** 3
-    assert S.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
 
 
 def test_satterthwaite_is_welchs_for_two_samples():
@@ -292,7 +295,7 @@ def test_a_claim_of_two_parts_has_the_word_of_the_weaker_one(low, high, word, de
 
 
 def test_places_where_both_sides_are_no_better_than_guessing_do_not_count():
-    from mllm_compress.study.statistics import Verdict, counted
+    from mllm_compress.study.statistics import Verdict
 
     effects = {
         "m at 0.15": fixed(4.0, model="m", better=90.0),
@@ -300,7 +303,7 @@ def test_places_where_both_sides_are_no_better_than_guessing_do_not_count():
     }
     v = Verdict("A.", effects, "", guessed={"m": 42.0})
     assert list(v.settings) == ["m at 0.15"] and v.word == "supported"
-    assert "not tested (1)" in counted(v)
+    assert v.counts["not tested"] == 1
     assert Verdict("A.", effects, "", guessed={"m": 40.0}).word != "supported"
     low = {"m at 0.60": effects["m at 0.60"]}
     assert Verdict("A.", low, "", guessed={"m": 42.0}).word == "not tested"
@@ -310,7 +313,7 @@ def test_one_seed_does_not_show_equivalence():
     from mllm_compress.study.statistics import Verdict
 
     words = {n: Verdict("A.", {"m": fixed(0.1, 0.2, n)}, "", margin=1.0).word for n in (1, 3)}
-    assert words == {1: "leans for", 3: "equivalent"}
+    assert words == {1: "undecided", 3: "equivalent"}
 
 
 def test_likelihoods_tell_apart_what_scores_cannot():

@@ -15,14 +15,13 @@ import pandas as pd
 from ..recovery.losses import objective_look
 from .experiments import LATER, as_number
 from mllm_compress.study.statistics import (
-    Estimate,
     Original,
+    above,
     arrays_of,
     average,
-    dense_rows,
     difference,
-    estimate_of,
-    having,
+    finished,
+    retained,
     select,
     with_original,
 )
@@ -33,14 +32,14 @@ LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
 POINTS = "points of AVG-%"
 MARGIN = 1.0  # of them, that count as equal
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-007
+
 def recommended(
     ratio: float,  # requested fraction of LM-decoder parameters to remove
 ) -> str:  # a pruning
     "The pruning that the study recommends at a ratio."
     return "widthwise" if ratio >= WIDTHWISE_FROM else "layerwise"
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-009
+
 def other(ratio: float) -> str:
     "The pruning that the study does not recommend at a ratio."
     return "layerwise" if ratio >= WIDTHWISE_FROM else "widthwise"
@@ -56,9 +55,9 @@ def split_grid(
     "The full grid, split into what runs and what is left out."
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
-    for kind, own in fewer.items():
-        if not isinstance(own, dict) or set(own) - {"ratios", "seeds", *also}:
-            raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {own!r}.")
+    for kind, limits in fewer.items():
+        if not isinstance(limits, dict) or set(limits) - {"ratios", "seeds", *also}:
+            raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {limits!r}.")
     full = [(k, r, s) for k in kinds for r in ratios for s in seeds]
     everywhere = {"ratios": ratios, "seeds": seeds}
     allowed = {k: everywhere | fewer.get(k, {}) for k in kinds}
@@ -89,33 +88,21 @@ def places(
     frame: pd.DataFrame,  # of `study.run`
 ) -> list:  # of (model, requested ratio)
     "Where compressed models have results, and their originals too."
-    whole = with_original(frame)
-    done = frame[(frame.status == "done") & (frame.pruning != "none") & frame.model.isin(whole)]
+    evaluated = frame.model.isin(with_original(frame))
+    done = frame[(frame.status == "done") & (frame.pruning != "none") & evaluated]
     order = {model: i for i, model in enumerate(dict.fromkeys(frame.model))}
-    found = {(r.model, r.requested_ratio) for r in done.itertuples()}
-    return sorted(found, key=lambda place: (order[place[0]], place[1]))
+    pairs = {(r.model, r.requested_ratio) for r in done.itertuples()}
+    return sorted(pairs, key=lambda place: (order[place[0]], place[1]))
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-020
-def finished(frame: pd.DataFrame, **wanted) -> bool:
-    "Whether any finished row has these values."
-    return bool(having(frame, **wanted).any())
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-020b
-BESIDE = (
-    "epochs",
-    "layer_share",
-    "start",
-    "hidden_layers",
-)  # what a comparison beside the claims varies
+BESIDE = ("epochs", "layer_share", "start", "hidden_layers")  # vary beside the claims
+PAPERS = (0.15, 0.3, 0.45, 0.6)  # the paper's requested ratios
 
 
 def usual(frame: pd.DataFrame) -> pd.DataFrame:
     "The rows of a frame that the claims are about."
-    own = {name: LATER[name] for name in BESIDE if name in frame}
-    return frame[frame[list(own)].eq(pd.Series(own)).all(axis=1)]
-
-
-PAPERS = (0.15, 0.3, 0.45, 0.6)  # the paper's requested ratios
+    defaults = {name: LATER[name] for name in BESIDE if name in frame}
+    return frame[frame[list(defaults)].eq(pd.Series(defaults)).all(axis=1)]
 
 
 def claimed(frame: pd.DataFrame) -> pd.DataFrame:
@@ -128,30 +115,56 @@ def beyond(frame: pd.DataFrame) -> pd.DataFrame:
     return usual(frame[(frame.requested_ratio > PAPERS[-1] + 1e-9) | (frame.pruning == "none")])
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-022
+def ahead(
+    frame: pd.DataFrame,  # of `study.run`
+    ways_at: dict,  # (model, label) -> {way: {column: value}}
+    first: str,  # a way
+    second: str,  # another
+) -> dict:  # "model at label" -> Estimate
+    "How much more one way retains than another, at every place that has both."
+    out = {}
+    for (model, label), ways in ways_at.items():
+        pair = [ways.get(first), ways.get(second)]
+        if not all(w and finished(frame, model=model, **w) for w in pair):
+            continue
+        sizes = [select(frame, model=model, **w).achieved_ratio.mean() for w in pair]
+        apart = abs(sizes[0] - sizes[1]) > 0.02
+        uneven = " (removed {:.3f} v. {:.3f})".format(*sizes) if apart else ""
+        out[f"{model} at {label}{uneven}"] = difference(frame, model, *pair)
+    return {where: e for where, e in out.items() if e.value == e.value}
+
+
+def values(frame: pd.DataFrame, ways_at: dict) -> pd.DataFrame:  # columns panel, label, and ways
+    "AVG-% of every way at every place; nan without a result."
+    rows = []
+    for (model, label), ways in ways_at.items():
+        row = {"panel": model, "label": label}
+        for way, setting in ways.items():
+            there = finished(frame, model=model, **setting)
+            row[way] = retained(frame, model, **setting).value if there else float("nan")
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
+
+
 def contrast(
     frame: pd.DataFrame,  # of `study.run`
     first: Callable,  # ratio -> {column: value}, names the one way
     second: Callable,  # and the other
 ) -> dict:  # "model at ratio" -> Estimate
     "How much more the first way retains than the second, wherever both have results."
-    out = {}
-    for model, ratio in places(frame):
-        a, b = ({"requested_ratio": ratio} | way(ratio) for way in (first, second))
-        if not all(finished(frame, model=model, **s) for s in (a, b)):
-            continue
-        sizes = [select(frame, model=model, **s).achieved_ratio.mean() for s in (a, b)]
-        out[f"{model} at {ratio:.2f}" + uneven(*sizes)] = difference(frame, model, a, b)
-    return {where: e for where, e in out.items() if e.seeds}
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-024
-def uneven(first: float, second: float) -> str:
-    "A remark where two settings have not removed the same."
-    return f" (removed {first:.3f} v. {second:.3f})" if abs(first - second) > 0.02 else ""
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-028
-SAME = 0.005  # of the decoder's parameters
+    ways_at = {
+        (model, f"{ratio:.2f}"): {
+            name: {"requested_ratio": ratio} | way(ratio)
+            for name, way in (("first", first), ("second", second))
+        }
+        for model, ratio in places(frame)
+    }
+    return ahead(frame, ways_at, "first", "second")
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-030
+SAME = 0.005  # of the decoder's parameters
+
+
 def same_size(
     frame: pd.DataFrame,  # of `study.run`; one recovery
     favourite: Callable,  # requested ratio of layerwise pruning -> the claimed better pruning
@@ -175,18 +188,6 @@ def same_size(
         out[where] = difference(frame, model, first, *settings.values())
     return {where: e for where, e in out.items() if e.seeds}
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-033
-def above(e: Estimate, line: float) -> Estimate:
-    "How far an estimate lies above a threshold."
-    moved = {k: getattr(e, k) - line for k in ("value", "low", "high", "floor", "top")}
-    return replace(e, by_seed={seed: v - line for seed, v in e.by_seed.items()}, **moved)
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-035
-def kept(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
-    "AVG-% of one setting."
-    rows, original = select(frame, model=model, **wanted), Original(dense_rows(frame, model))
-    return estimate_of(arrays_of(rows, original), original, sorted(set(rows.seed)))
-
 # %% ../../nbs/library/study/23_claims.ipynb #cell-037
 def keeps(
     frame: pd.DataFrame,
@@ -198,47 +199,38 @@ def keeps(
     for model, ratio in places(frame):
         setting = {"requested_ratio": ratio} | way(ratio)
         if finished(frame, model=model, **setting):
-            out[f"{model} at {ratio:.2f}"] = above(kept(frame, model, **setting), least)
+            out[f"{model} at {ratio:.2f}"] = above(retained(frame, model, **setting), least)
     return out
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-040
 def leads(
     frame: pd.DataFrame,  # of `study.run`
-    favourite: str,  # the value that is claimed to be best
-    by: str = "recovery",  # the column that tells rivals apart
+    favourite: str,  # the loss that is claimed to be best
 ) -> dict:  # rival -> {"model at ratio": Estimate}
     "How much more the favourite retains than each rival that ran at most places."
-    out, trained = {}, frame[frame.recovery != "none"]
-    for rival in (n for n in dict.fromkeys(trained[by]) if n != favourite):
-        ways = [lambda r, n=n: {"pruning": recommended(r), by: n} for n in (favourite, rival)]
-        if found := contrast(trained_or_dense(frame), *ways):
-            out[rival] = found
+    out, trained = {}, frame[(frame.recovery != "none") | (frame.pruning == "none")]
+    for rival in dict.fromkeys(trained.recovery):
+        if rival in (favourite, "none"):
+            continue
+        way = lambda name: lambda ratio: {"pruning": recommended(ratio), "recovery": name}
+        if effects := contrast(trained, way(favourite), way(rival)):
+            out[rival] = effects
     most = max(map(len, out.values()), default=0)
-    return {rival: found for rival, found in out.items() if len(found) == most}
+    return {rival: effects for rival, effects in out.items() if len(effects) == most}
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-042
-def trained_or_dense(frame: pd.DataFrame) -> pd.DataFrame:
-    "The recovered rows, and those of the originals."
-    return frame[(frame.recovery != "none") | (frame.pruning == "none")]
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-044
-def best_rival(
-    frame: pd.DataFrame,  # of `study.run`
-    favourite: str,  # the value that is claimed to be best
-    by: str = "recovery",
-) -> dict:  # "model at ratio, over rival" -> Estimate
-    "How much more the favourite retains than its strongest rival."
-    found = leads(frame, favourite, by)
-    if not found:
-        return {}
-    rival = min(found, key=lambda name: relative_lead(found[name]))
-    return {f"{where}, over {rival}": e for where, e in found[rival].items()}
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-046
 def relative_lead(effects: dict) -> float:
     "The average of some differences in standard errors."
     e = average(effects)
     return e.value / max(e.variance[0] ** 0.5, 1e-9)
+
+
+def best_rival(frame: pd.DataFrame, favourite: str) -> dict:  # "model at ratio, over rival" -> …
+    "How much more the favourite retains than its strongest rival."
+    if not (rivals := leads(frame, favourite)):
+        return {}
+    rival = min(rivals, key=lambda name: relative_lead(rivals[name]))
+    return {f"{where}, over {rival}": e for where, e in rivals[rival].items()}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-049
 @dataclass(frozen=True)
@@ -251,31 +243,26 @@ class Claim:
     effects: Callable  # frame of that notebook -> {where: Estimate}, positive where it is right
     unit: str = POINTS
     margin: float | None = MARGIN  # differences within it are equivalent; None: a threshold
-    rivals: Callable = lambda frame: 1  # frame -> among how many the strongest rival was chosen
-    missing: Callable = lambda frame: ""  # frame -> the part of the claim without results
-    parts: Callable = lambda frame: {}  # frame -> {part: its effects}, if all parts must hold
+    every_ratio: bool = False  # of the paper must have results
+    halves: bool = False  # small and large ratios must both support it
+    favourite: str = ""  # the loss that is compared with its strongest rival
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-048s
-def ratios_without(effects: Callable) -> Callable:  # frame -> str, empty where all have results
-    "The paper's ratios at which a claim has no results, though it has some."
-
-    def missing(frame: pd.DataFrame) -> str:
-        found = effects(frame)
-        empty = [r for r in PAPERS if not any(f" at {r:.2f}" in where for where in found)]
-        return "at " + ", ".join(f"{r:.2f}" for r in empty) if found and empty else ""
-
-    return missing
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-051c
-def judged_by(claim: Claim, frame: pd.DataFrame) -> dict:  # of Verdict
-    "How the verdict on a claim is reached on a frame."
-    return {
-        "unit": claim.unit,
-        "margin": claim.margin,
-        "rivals": claim.rivals(frame),
-        "missing": claim.missing(frame),
-        "parts": {name: tuple(effects) for name, effects in claim.parts(frame).items()},
-    }
+    def measure(self, frame: pd.DataFrame) -> dict:  # of Verdict
+        "Its effects on a frame, and how the verdict on them is reached."
+        effects, missing, parts = self.effects(frame), "", {}
+        if self.every_ratio and effects:
+            empty = [r for r in PAPERS if not any(f" at {r:.2f}" in where for where in effects)]
+            missing = "at " * bool(empty) + ", ".join(f"{r:.2f}" for r in empty)
+        if self.halves:
+            dense, ratios = frame.pruning == "none", frame.requested_ratio
+            halves = {f"{100 * LAYERWISE_TO:.0f} % and below": ratios <= LAYERWISE_TO}
+            halves[f"{100 * WIDTHWISE_SURE:.0f} % and above"] = ratios >= WIDTHWISE_SURE
+            parts = {name: tuple(self.effects(frame[at | dense])) for name, at in halves.items()}
+            empty = [name for name, settings in parts.items() if not settings]
+            missing = empty[0] if len(empty) == 1 else ""
+        rivals = len(leads(frame, self.favourite)) if self.favourite else 1
+        how = {"unit": self.unit, "margin": self.margin, "rivals": max(rivals, 1)}
+        return how | {"effects": effects, "missing": missing, "parts": parts}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-051
 SMALL = 0.2  # claim 2: ratios below are small
@@ -296,35 +283,35 @@ def trained_with(train: str) -> Callable:
     "The way of the recommended pruning, recovered with one part trained."
     return lambda ratio: {"pruning": recommended(ratio), "train": train}
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-057
+
 def untrained(ratio: float) -> dict:
     "The way of the recommended pruning, not recovered."
     return {"pruning": recommended(ratio), "recovery": "none"}
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-059
+
 def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:
     "The recovered rows at small ratios or at larger ones, with the dense ones."
     recovered = (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)
     return frame[(frame.pruning == "none") | recovered]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-061
-def projector_is_close(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
+def projector_is_close(frame: pd.DataFrame) -> dict:
     "Projector alone minus projector and LM, plus the margin, at small ratios."
     close = contrast(_trained(frame, True), trained_with("projector"), trained_with("projector+lm"))
-    return {where: above(e, -margin) for where, e in close.items()}
+    return {where: above(e, -MARGIN) for where, e in close.items()}
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-063
+
 def lm_must_learn(frame: pd.DataFrame) -> dict:
     "Projector and LM minus projector alone, at larger ratios."
     return contrast(_trained(frame, False), trained_with("projector+lm"), trained_with("projector"))
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-065
-def projector_suffices(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
+def projector_suffices(frame: pd.DataFrame) -> dict:
     "Claim 2: the less certain of its two conditions, at every place with a small ratio."
-    small, close = frame[frame.requested_ratio < SMALL], projector_is_close(frame, margin)
+    small, close = frame[frame.requested_ratio < SMALL], projector_is_close(frame)
     gain = contrast(small, trained_with("projector"), untrained)
     both = {
-        f"over projector + LM less {margin:.0f} point": close,
+        f"over projector + LM less {MARGIN:.0f} point": close,
         "over no training": {where: gain[where] for where in close if where in gain},
     }
     both = {name: effects for name, effects in both.items() if effects}
@@ -333,53 +320,24 @@ def projector_suffices(frame: pd.DataFrame, margin: float = MARGIN) -> dict:
     name = min(both, key=lambda condition: relative_lead(both[condition]))
     return {f"{where}, {name}": e for where, e in both[name].items()}
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-067
-def hidden_states_help(frame: pd.DataFrame) -> dict:
-    "Claim 3: SFT with hidden-state KD minus the strongest rival."
-    return best_rival(frame, BEST)
-
 # %% ../../nbs/library/study/23_claims.ipynb #cell-069
-def little_data_suffices(frame: pd.DataFrame, fraction: float = LITTLE) -> dict:
+def little_data_suffices(frame: pd.DataFrame) -> dict:
     "Claim 4: AVG-% on a little data, above the claimed one."
-    recipe = {"recovery": BEST, "train": "projector+lm", "fraction": fraction}
+    recipe = {"recovery": BEST, "train": "projector+lm", "fraction": LITTLE}
     return keeps(frame, lambda ratio: {"pruning": recommended(ratio)} | recipe, PROMISED)
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-071
+
 def _claimed_ratios(frame: pd.DataFrame) -> pd.Series:
     "Whether claim 5 covers a row's ratio."
     return (frame.requested_ratio <= LAYERWISE_TO) | (frame.requested_ratio >= WIDTHWISE_SURE)
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-073
+
 def recommendation_wins(frame: pd.DataFrame) -> dict:
     "Claim 5: the recommended pruning minus the other, both recovered."
     first, second = (
         lambda ratio, p=p: {"pruning": p(ratio), "recovery": BEST} for p in (recommended, other)
     )
     return contrast(frame[_claimed_ratios(frame)], first, second)
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-073s
-def halves(effects: Callable) -> Callable:  # frame -> {half: its effects}
-    "The two halves of claim 5."
-
-    def split(frame: pd.DataFrame) -> dict:
-        sides = {
-            f"{100 * LAYERWISE_TO:.0f} % and below": frame.requested_ratio <= LAYERWISE_TO,
-            f"{100 * WIDTHWISE_SURE:.0f} % and above": frame.requested_ratio >= WIDTHWISE_SURE,
-        }
-        dense = frame.pruning == "none"
-        return {side: effects(frame[rows | dense]) for side, rows in sides.items()}
-
-    return split
-
-
-def untested_half(effects: Callable) -> Callable:  # frame -> str, empty where both have results
-    "The half of claim 5 without results."
-
-    def missing(frame: pd.DataFrame) -> str:
-        empty = [half for half, found in halves(effects)(frame).items() if not found]
-        return empty[0] if len(empty) == 1 else ""
-
-    return missing
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-075
 _FIRST = "Without recovery, widthwise keeps more than layerwise."
@@ -397,9 +355,9 @@ _ROWS = (
         3,
         "04_distillation",
         "SFT with hidden-state distillation recovers best, at every ratio.",
-        hidden_states_help,
-        rivals=lambda frame: max(len(leads(frame, BEST)), 1),
-        missing=ratios_without(hidden_states_help),
+        lambda frame: best_rival(frame, BEST),
+        every_ratio=True,
+        favourite=BEST,
     ),
     Claim(
         4,
@@ -414,8 +372,7 @@ _ROWS = (
         "06_best",
         "With recovery, layerwise wins at 30 % and below, widthwise at 45 % and above.",
         recommendation_wins,
-        missing=untested_half(recommendation_wins),
-        parts=halves(recommendation_wins),
+        halves=True,
     ),
 )
 CLAIMS = {claim.number: claim for claim in _ROWS}
@@ -425,15 +382,14 @@ def width_keeps_more_evenly(frame: pd.DataFrame) -> dict:
     "Claim 1 at equal size."
     return same_size(frame[frame.recovery == "none"], lambda ratio: "widthwise")
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-080
+
 def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
     "Claim 5 at equal size; the recommendation is that of the layerwise setting's ratio."
     chosen = (frame.pruning == "widthwise") | _claimed_ratios(frame)
-    return same_size(
-        frame[(frame.pruning == "none") | (frame.recovery == BEST) & chosen], recommended
-    )
+    trained = (frame.recovery == BEST) & chosen
+    return same_size(frame[(frame.pruning == "none") | trained], recommended)
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-082
+
 AT_EQUAL_SIZE = {
     1: replace(
         CLAIMS[1],
@@ -445,8 +401,6 @@ AT_EQUAL_SIZE = {
         text="At equal size and with recovery, layerwise wins where 30 % or less was asked for, "
         "widthwise where 45 % or more was.",
         effects=recommendation_wins_evenly,
-        missing=untested_half(recommendation_wins_evenly),
-        parts=halves(recommendation_wins_evenly),
     ),
 }
 
@@ -465,8 +419,8 @@ def little_against_all(frame: pd.DataFrame) -> dict:
             if not (shared := sorted(set(few.seed) & set(whole.seed))):
                 continue
             few, whole = few[few.seed.isin(shared)], whole[whole.seed == shared[0]]
-            original = Original(whole)
-            share = estimate_of(arrays_of(few, original), original, shared)
+            trained_on_all = Original(whole)
+            share = trained_on_all.estimate(arrays_of(few, trained_on_all), shared)
             out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
     return out
 
@@ -480,33 +434,6 @@ SECOND_FORM = Claim(
     f"points above {AGAINST_ALL} % of the score on all of the data",
     margin=None,
 )
-
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-004
-def values(
-    frame: pd.DataFrame,  # of `study.run`
-    places: dict,  # (model, label) -> {way: {column: value}}
-) -> pd.DataFrame:  # columns panel (the model), label, and AVG-% of every way
-    "AVG-% of every way at every place."
-    rows = []
-    for (model, label), ways in places.items():
-        row = {"panel": model, "label": label}
-        for way, setting in ways.items():
-            there = finished(frame, model=model, **setting)
-            row[way] = kept(frame, model, **setting).value if there else float("nan")
-        rows.append(row)
-    return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
-
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-006
-def ahead(frame: pd.DataFrame, places: dict, first: str, second: str) -> dict:  # where -> Estimate
-    "How much more one way retains than another, at every place that has both."
-    out = {}
-    for (model, label), ways in places.items():
-        pair = [ways[first], ways[second]]
-        if not all(finished(frame, model=model, **s) for s in pair):
-            continue
-        sizes = [select(frame, model=model, **s).achieved_ratio.mean() for s in pair]
-        out[f"{model} at {label}" + uneven(*sizes)] = difference(frame, model, *pair)
-    return {where: e for where, e in out.items() if e.seeds}
 
 # %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-008
 def repeated(
@@ -545,6 +472,32 @@ def equal_steps(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> 
         shown = [("once", 0, f), ("repeated", k, f), ("fresh", 0, larger)]
         label = f"{ratio:.2f}, {k} x {100 * f:g} %"
         out[model, label] = {w: here | {"epochs": n, "fraction": g} for w, n, g in shown}
+    return out
+
+# %% ../../nbs/library/study/23_claims.ipynb #fractions-code
+def fractions_of(frame: pd.DataFrame, losses: str) -> dict:  # (model, ratio) -> {fraction: setting}
+    "The fractions that were trained after the recommended pruning, wherever a little data was."
+    done, out = frame[(frame.status == "done") & (frame.recovery == losses)], {}
+    for model, ratio in places(frame):
+        here = {"requested_ratio": ratio, "recovery": losses, "pruning": recommended(ratio)}
+        at = (done.model == model) & (done.requested_ratio == ratio)
+        fractions = sorted(done.fraction[at & (done.pruning == recommended(ratio))].unique())
+        if LITTLE in fractions:
+            out[model, ratio] = {f: here | {"fraction": f} for f in fractions}
+    return out
+
+
+def larger_fraction(
+    frame: pd.DataFrame,
+    losses: str,
+    which: int = 0,  # 0: the next larger fraction; -1: the largest
+) -> dict:  # (model, label) -> {way: setting}
+    "The places with a little data and with a larger fraction."
+    out = {}
+    for (model, ratio), settings in fractions_of(frame, losses).items():
+        if larger := [f for f in settings if f > LITTLE]:
+            ways = {"little": settings[LITTLE], "larger": settings[larger[which]]}
+            out[model, f"{ratio:.2f}, {100 * larger[which]:g} %"] = ways
     return out
 
 # %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-014
@@ -608,3 +561,46 @@ def several_layers(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) 
         ways = {name: here | {"hidden_layers": name} for name in STATES}
         out[model, f"{ratio:.2f}, {objective_look(losses).label}"] = ways
     return out
+
+# %% ../../nbs/library/study/23_claims.ipynb #less-data-001
+TIMED = ["model", "requested_ratio", "fraction", "importance"]
+
+
+def at_equal_data(frame: pd.DataFrame, first: str, second: str) -> dict:  # place -> Estimate
+    "How much more one way retains than another that saw the same share of the data."
+    shares = sorted(frame.fraction[frame.pruning != "none"].unique())
+    ways_at = {
+        (model, f"{ratio:.2f}, {100 * share:g} %"): {
+            way: {"requested_ratio": ratio, "fraction": share, "importance": way}
+            for way in (first, second)
+        }
+        for model, ratio in places(frame)
+        for share in shares
+    }
+    return ahead(frame, ways_at, first, second)
+
+
+def seconds_of(frame: pd.DataFrame) -> pd.Series:  # (model, ratio, share, way) -> seconds
+    "The median seconds over seeds that one student took."
+    done = frame[(frame.status == "done") & (frame.pruning != "none")]
+    once = done.drop_duplicates([*TIMED, "seed"])
+    return once.groupby(TIMED, sort=False).compression_seconds.median().dropna()
+
+
+def at_equal_seconds(frame: pd.DataFrame, first: str, second: str) -> dict:  # place -> Estimate
+    "How much more one way retains than another that took at least as long."
+    took, ways_at = seconds_of(frame), {}
+    for (model, ratio, share, way), seconds in took.items():
+        longer = {
+            s: other_share
+            for (m, r, other_share, w), s in took.items()
+            if (m, r, w) == (model, ratio, second) and s >= seconds
+        }
+        if way == first and longer:
+            shares = {first: share, second: longer[min(longer)]}
+            label = f"{ratio:.2f}, {seconds:.0f} against {min(longer):.0f} s"
+            ways_at[model, label] = {
+                w: {"requested_ratio": ratio, "fraction": f, "importance": w}
+                for w, f in shares.items()
+            }
+    return ahead(frame, ways_at, first, second)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-002
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,80 +16,166 @@ from matplotlib.patches import Rectangle
 
 from . import advice
 from .claims import MARGIN, recommended
-from .statistics import difference, setting_of
+from .experiments import LATER
+from .profiles import Profile
+from .runs import complete
+from mllm_compress.study.statistics import (
+    Estimate,
+    basis_of,
+    difference,
+    original_of,
+    paired,
+    setting_of,
+    summary,
+)
 from .style import look, page, panels
 from ..utils.methods import BLACK, GREY
+
+# %% ../../nbs/library/study/34_guide.ipynb #cell-r1
+def studied(profile: Profile) -> list:  # of Experiment, sorted
+    "The experiments of a profile that have results; without rounded or new weights, or hybrids."
+    elsewhere = ("quantize", "start", "layer_share", "hidden_layers")
+    usual = lambda e: all(getattr(e, name) == LATER[name] for name in elsewhere)
+    return sorted(filter(usual, complete(profile)))
+
+
+def is_tied(gap: Estimate) -> bool:
+    "Whether a setting was shown to retain at most the margin less; not with one seed."
+    return gap.seeds > 1 and gap.high <= MARGIN
+
+
+def ranked(
+    frame: pd.DataFrame,  # of `study.run`
+    model: str,
+    ratio: float,  # requested
+    data: float = 0.05,  # fraction of the training data at hand; 0: no training
+) -> pd.DataFrame:  # best first; behind (points of AVG-%), with low and high; tied; open; rival
+    "The settings that answer the question, each with its distance to the best."
+    its = frame[(frame.model == model) & (frame.status == "done")]
+    fits = (its.recovery == "none") | (its.fraction <= data + 1e-9) & (data > 0)
+    its = its[(its.pruning == "none") & fits | (its.requested_ratio == ratio) & fits]
+    rows = summary(its)
+    rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
+    rows = rows.sort_values("avg_percent", ascending=False)
+    if rows.empty:
+        raise ValueError(f"{model} has no result at ratio {ratio} and {data:.0%} of the data.")
+    by_setting = dict(iter(its.groupby(setting_of(its), sort=False)))
+    original = original_of(its, model)
+    settings = [by_setting[tuple(row)] for row in rows[setting_of(rows)].itertuples(index=False)]
+    gaps = [paired(settings[0], setting, original) for setting in settings]
+    tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
+    recipe = ["recovery", "train", "fraction", "epochs"]
+    return rows.assign(
+        rival=rows.groupby(recipe).pruning.transform("nunique") > 1,
+        behind=[gap.value for gap in gaps],
+        behind_low=[gap.low for gap in gaps],
+        behind_high=[gap.high for gap in gaps],
+        tied=tied,
+        open=[gap.low <= MARGIN and not same for gap, same in zip(gaps, tied)],
+    ).reset_index(drop=True)
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-004
 def situations(
     frame: pd.DataFrame,  # of `study.run`
-    rows: pd.DataFrame,  # its `effects.summary`
     models: list,
-    ratios: list,
-    budgets: list,  # fractions of the data; 0: no training
-) -> dict:  # (model, ratio, budget) -> frame of `advice.ranked`, best first
+) -> dict:  # (model, requested ratio, share of the data; 0: untrained) -> frame of `ranked`
     "The possible settings of each situation."
-    out, trained = {}, rows[rows.recovery != "none"]
-    for model, ratio, budget in product(models, ratios, budgets):
-        tried = trained[(trained.model == model) & (trained.requested_ratio == ratio)].fraction
-        smaller = max([b for b in budgets if b < budget], default=0.0)
-        if budget and not ((tried > smaller + 1e-9) & (tried <= budget + 1e-9)).any():
-            continue
-        try:
-            out[model, ratio, budget] = advice.ranked(frame, model, ratio, budget, budget > 0)
-        except ValueError:
-            continue
+    done, out = frame[(frame.status == "done") & (frame.pruning != "none")], {}
+    for model, ratio in product(models, sorted(set(done.requested_ratio))):
+        here = done[(done.model == model) & (done.requested_ratio == ratio)]
+        here = here[here.recovery != "none"]
+        for share in sorted({0.0, *here.fraction}):
+            try:
+                out[model, ratio, share] = ranked(frame, model, ratio, share)
+            except ValueError:
+                continue
     return out
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-006
-def papers_choice(ratio: float, budget: float) -> str:
-    "The pruning that the paper would choose."
-    return recommended(ratio) if budget else "widthwise"
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-008
-def tried_after_both(found: pd.DataFrame, trained: bool) -> pd.DataFrame:
-    "The settings that can compare the prunings, best first."
-    return found[((found.recovery != "none") == trained) & found.rival]
+def at_budgets(
+    every: dict, ratios: list, budgets: list
+) -> dict:  # (model, ratio, budget) -> as `situations`
+    "The situations at some budgets: each the one with the largest share of the data within it."
+    out = {}
+    for (model, ratio, share), rows in every.items():
+        fits = [b for b in budgets if share <= b + 1e-9 and (share > 0) == (b > 0)]
+        if fits and ratio in ratios:
+            out[model, ratio, min(fits)] = rows
+    return out
+
+# %% ../../nbs/library/study/34_guide.ipynb #cell-t1
+RECIPE = ["pruning", "importance", "recovery", "train", "fraction", "epochs", "calibration"]
+
+
+def larger_ratio(fitting: dict, model: str, ratio: float, budget: float) -> float:  # nan: none
+    "The smallest larger ratio at which a recipe that was not run here kept over a point more."
+    here = fitting[model, ratio, budget]
+    for r in sorted({r for m, r, _ in fitting if m == model and r > ratio + advice.WITHIN}):
+        budgets = [b for m, q, b in fitting if (m, q) == (model, r) and b <= budget]
+        if not budgets:
+            continue
+        best = fitting[model, r, max(budgets)].iloc[0]
+        known = (here[RECIPE] == best[RECIPE]).all(axis=1).any()
+        if best.avg_percent > here.avg_percent[0] + MARGIN and not known:
+            return r
+    return float("nan")
+
+
+def advice_table(
+    frame: pd.DataFrame,  # of `study.run`, of one profile
+    fitting: dict,  # of `situations`, of all budgets
+    setup: Profile,
+) -> pd.DataFrame:  # as `advice` reads it
+    "The best settings of every situation, for advice."
+    parts, names = [], {"avg_percent": "retained", "achieved_ratio": "achieved"}
+    for (model, ratio, budget), rows in fitting.items():
+        basis = basis_of(frame[frame.model == model])
+        shown = rows[(rows.index < 8) | (rows.index == advice.cheapest(rows).name)]
+        same = {"profile": setup.name, "paper": setup.printed.get(model, ""), "ratio": ratio}
+        same |= {"data": budget, "n": basis.n, "drawn": basis.of, "shape": setup.width.shape}
+        same["ties"] = int(rows.tied.sum()) - 1
+        same["larger"] = larger_ratio(fitting, model, ratio, budget)
+        parts.append(shown.rename(columns=names).assign(**same))
+    columns = ["profile", "model", "paper", "ratio", "data", *RECIPE, "shape", "achieved"]
+    columns += ["retained", "low", "high", "n", "seeds", "drawn", "behind", "behind_low"]
+    columns += ["behind_high", "tied", "open", "rival", "ties", "larger"]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return table.reindex(columns=columns)
+
+
+def ship(folders: list, path: Path) -> None:
+    "Join the tables of some profiles' figures into the one that ships with the package."
+    tables = [advice.read(Path(folder) / "08_guide-advice.csv") for folder in folders]
+    pd.concat(tables).to_csv(path, index=False, float_format="%.6g")
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-010
-def agreement(frame: pd.DataFrame, found: pd.DataFrame, choice: str, trained: bool) -> str:
+def tried_after_both(rows: pd.DataFrame, budget: float) -> pd.DataFrame:
+    "The settings that can compare the prunings, best first."
+    return rows[((rows.recovery != "none") == (budget > 0)) & rows.rival]
+
+
+def _gap(frame: pd.DataFrame, first, second) -> Estimate:
+    "How much more one row of `ranked` retains than another."
+    pair = [{k: row[k] for k in setting_of(row) if k != "model"} for row in (first, second)]
+    return difference(frame, first.model, *pair)
+
+
+def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: float) -> str:
     "Whether the paper's pruning retains most, by the recoveries that were run after both."
-    equal = tried_after_both(found, trained)
-    if choice not in set(found.pruning[(found.recovery != "none") == trained]):
+    equal, choice = tried_after_both(rows, budget), recommended(ratio) if budget else "widthwise"
+    if choice not in set(rows.pruning[(rows.recovery != "none") == (budget > 0)]):
         return "not studied"
     if equal.empty:
         return "no rival"
     best = equal.iloc[0]
     if best.pruning == choice:
         return "same"
-    setting = lambda row: {k: row[k] for k in setting_of(row) if k != "model"}
-    others = [row for _, row in equal[equal.pruning == choice].iterrows()]
-    lost = [difference(frame, best.model, setting(best), setting(row)) for row in others]
-    if any(advice.is_tied(gap) for gap in lost):
+    gaps = [_gap(frame, best, row) for _, row in equal[equal.pruning == choice].iterrows()]
+    if any(map(is_tied, gaps)):
         return "tied"
-    return "open" if any(gap.low <= MARGIN for gap in lost) else "behind"
-
-# %% ../../nbs/library/study/34_guide.ipynb #cell-012
-def compared_on(found: pd.DataFrame, budget: float) -> float:  # fraction of the data
-    "How much data the recoveries had that compare the prunings; the budget where none do."
-    return max(tried_after_both(found, budget > 0).fraction, default=budget) if budget else budget
-
-# %% ../../nbs/library/study/34_guide.ipynb #cell-014
-def recovered_how(row) -> str:
-    "How a setting is recovered."
-    if row.recovery == "none":
-        return "no training"
-    only = ", projector only" if row.train == "projector" else ""
-    often = f" x {row.epochs} epochs" if row.epochs else ""
-    return f"{look(row.recovery).label}{only}, {100 * row.fraction:g} %{often}"
+    return "open" if any(gap.low <= MARGIN for gap in gaps) else "behind"
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-016
-def pruned_how(row) -> str:
-    "The score of a setting, and what else its plan had."
-    score, *more = row.importance.split(" + ")
-    return ", ".join([look(score).label, *(ADDED.get(m, m.replace("_", " ")) for m in more)])
-
-
 ADDED = {
     "global": "one budget",
     "stream": "refitted",
@@ -98,78 +185,77 @@ ADDED = {
 }
 
 
-def more_kept_at(fitting: dict, model: str, ratio: float, budget: float) -> str:
-    "The larger ratios at which over a point more was kept: a better recipe was run there."
-    best = lambda r: fitting[model, r, budget].iloc[0].avg_percent
-    larger = [r for m, r, b in fitting if (m, b) == (model, budget) and r > ratio]
-    found = [f"{r:.0%} ({best(r):.1f})" for r in larger if best(r) > best(ratio) + MARGIN]
-    return ", ".join(found) or "–"
+def recovered_how(row) -> str:
+    "How a setting is recovered."
+    if row.recovery == "none":
+        return "no training"
+    only = ", projector only" if row.train == "projector" else ""
+    often = f" x {row.epochs} epochs" if row.epochs else ""
+    return f"{look(row.recovery).label}{only}, {100 * row.fraction:g} %{often}"
 
 
 def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
     "The best setting of every situation, and how the paper's pruning did."
     out = []
-    for (model, ratio, budget), found in fitting.items():
-        best, cheap = found.iloc[0], advice.cheapest(found)
-        said = agreement(frame, found, papers_choice(ratio, budget), budget > 0)
-        had = compared_on(found, budget)
-        row = {"model": model, "to remove": f"{ratio:.0%}", "budget": budget_name(budget)}
-        row |= {"AVG-%": best.avg_percent, "low": best.low, "high": best.high}
-        row |= {"prune": best.pruning, "by": pruned_how(best), "recover": recovered_how(best)}
-        row["more kept at"] = more_kept_at(fitting, model, ratio, budget)
-        row["tied"] = f"{int(found.tied.sum()) - 1} of {len(found) - 1}"
-        other = f"{cheap.pruning}, {recovered_how(cheap)}" if cheap.name else "–"
-        row["cheapest tied setting"] = other
-        row["paper's kind of pruning"] = said + (f" ({100 * had:g} %)" if had < budget else "")
-        out.append(row)
+    for (model, ratio, budget), rows in fitting.items():
+        best, cheap = rows.iloc[0], advice.cheapest(rows)
+        score, *more = best.importance.split(" + ")
+        by = [look(score).label, *(ADDED.get(m, m.replace("_", " ")) for m in more)]
+        compared = max(tried_after_both(rows, budget).fraction, default=budget) if budget else 0
+        smaller = f" ({100 * compared:g} %)" if compared < budget else ""
+        larger = larger_ratio(fitting, model, ratio, budget)
+        out.append(
+            {
+                "model": model,
+                "to remove": f"{ratio:.0%}",
+                "budget": f"{100 * budget:g} % of the data" if budget else "no training",
+                "AVG-%": best.avg_percent,
+                "low": best.low,
+                "high": best.high,
+                "prune": best.pruning,
+                "by": ", ".join(by),
+                "recover": recovered_how(best),
+                "more kept at": f"{larger:.0%}" if larger == larger else "–",
+                "tied": f"{int(rows.tied.sum()) - 1} of {len(rows) - 1}",
+                "cheapest tied setting": f"{cheap.pruning}, {recovered_how(cheap)}"
+                if cheap.name
+                else "–",
+                "paper's kind of pruning": agreement(frame, rows, ratio, budget) + smaller,
+            }
+        )
     return pd.DataFrame(out)
 
-
-def budget_name(budget: float) -> str:
-    "A budget in words."
-    return f"{100 * budget:g} % of the data" if budget else "no training"
-
 # %% ../../nbs/library/study/34_guide.ipynb #cell-018
-def preference(frame: pd.DataFrame, found: pd.DataFrame, trained: bool) -> tuple:
-    "(pruning, opacity, points): which pruning retains more, and how certain this is."
-    equal = tried_after_both(found, trained)
+def preference(frame: pd.DataFrame, rows: pd.DataFrame, budget: float) -> tuple:
+    "(pruning, opacity): which pruning retains more, and how certain this is."
+    equal = tried_after_both(rows, budget)
     if equal.pruning.nunique() < 2:
-        return None, 0.0, float("nan")
+        return None, 0.0
     firsts = [equal[equal.pruning == p].iloc[0] for p in equal.pruning.unique()[:2]]
-    pair = [{k: row[k] for k in setting_of(row) if k != "model"} for row in firsts]
-    gap = difference(frame, firsts[0].model, *pair)
+    gap = _gap(frame, *firsts)
     sure = gap.seeds > 1 and gap.low > 0
     opacity = (0.75 if sure else 0.4) if gap.value > MARGIN else 0.3 if sure else 0.12
-    return firsts[0].pruning, opacity, gap.value
+    return firsts[0].pruning, opacity
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-020
-def _field(ax, x: int, y: int, frame: pd.DataFrame, found: pd.DataFrame, budget: float) -> None:
-    "One situation of the map."
-    best, (pruning, opacity, _) = found.iloc[0], preference(frame, found, budget > 0)
-    color = look(pruning).color if pruning else "white"
-    heavy = best.avg_percent < advice.HEAVY
-    drawn = dict(facecolor=color, alpha=opacity or None, hatch="///" if heavy else None)
-    ax.add_patch(Rectangle((x, y), 1, 1, edgecolor=GREY, linewidth=0, **drawn))
-    ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="white", linewidth=2))
-    how = look(best.recovery).label if best.recovery != "none" else ""
-    lines = [
-        best.pruning,
-        f"{best.avg_percent:.1f} %",
-        *([how.replace(" + ", " +\n")] if how else []),
-    ]
-    text = dict(ha="center", va="center", fontsize=7, linespacing=1.1)
-    ax.text(x + 0.5, y + 0.5, "\n".join(lines), **text)
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-022
 def guide_map(frame: pd.DataFrame, fitting: dict, ratios: list, budgets: list):  # a figure
     "A small map of situations for each model."
     models = list(dict.fromkeys(m for m, *_ in fitting)) or [""]
     fig, axes = panels(len(models), columns=2, height=0.68 * len(budgets) + 0.8)
     with page():
+        for (model, ratio, budget), rows in fitting.items():
+            ax, x, y = axes[models.index(model)], ratios.index(ratio), budgets.index(budget)
+            best, (pruning, opacity) = rows.iloc[0], preference(frame, rows, budget)
+            drawn = dict(facecolor=look(pruning).color if pruning else "white", linewidth=0)
+            drawn["hatch"] = "///" if best.avg_percent < advice.HEAVY else None
+            ax.add_patch(Rectangle((x, y), 1, 1, edgecolor=GREY, alpha=opacity or None, **drawn))
+            ax.add_patch(Rectangle((x, y), 1, 1, fill=False, edgecolor="white", linewidth=2))
+            lines = [best.pruning, f"{best.avg_percent:.1f} %"]
+            if best.recovery != "none":
+                lines.append(look(best.recovery).label.replace(" + ", " +\n"))
+            text = dict(ha="center", va="center", fontsize=7, linespacing=1.1)
+            ax.text(x + 0.5, y + 0.5, "\n".join(lines), **text)
         for ax, model in zip(axes, models):
-            for (m, r, b), found in fitting.items():
-                if m == model:
-                    _field(ax, ratios.index(r), budgets.index(b), frame, found, b)
             ax.set(xlim=(0, len(ratios)), ylim=(len(budgets), 0), title=model)
             ax.set_xticks(np.arange(len(ratios)) + 0.5, [f"−{r:.0%}" for r in ratios])
             names = ["no training" if not b else f"≤ {100 * b:g} %\nof the data" for b in budgets]
@@ -177,131 +263,99 @@ def guide_map(frame: pd.DataFrame, fitting: dict, ratios: list, budgets: list): 
             ax.tick_params(length=0, labelsize=8.5)
             ax.grid(False)
             ax.spines[:].set_visible(False)
-        keys = [
-            Rectangle((0, 0), 1, 1, color=look(p).color, alpha=0.75)
-            for p in ("layerwise", "widthwise")
-        ]
-        words = ["layerwise keeps more", "widthwise keeps more"]
-        fig.legend(keys, words, loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+        kinds = ("layerwise", "widthwise")
+        keys = [Rectangle((0, 0), 1, 1, color=look(p).color, alpha=0.75) for p in kinds]
+        place = dict(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+        fig.legend(keys, [f"{p} keeps more" for p in kinds], **place)
     return fig
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-024
+# %% ../../nbs/library/study/34_guide.ipynb #cell-026
 STRATEGIES = list(product(("layerwise", "widthwise"), (False, True)))
 
 
-def best_of(found: pd.DataFrame | None, pruning: str, trained: bool):
-    "The best setting of a strategy, of those tried after both prunings where any was; or None."
-    if found is None:
-        return None
-    found = found[(found.recovery != "none") == trained]
-    found = found[found.rival] if found.rival.any() else found
-    found = found[found.pruning == pruning]
-    return found.iloc[0] if len(found) else None
-
-# %% ../../nbs/library/study/34_guide.ipynb #cell-026
 def strategy_shares(
-    rows: pd.DataFrame,  # of `effects.summary`
+    rows: pd.DataFrame,  # of `statistics.summary`
     fitting: dict,  # of `situations`
     names: list,  # of benchmarks
     budget: float,
 ) -> pd.DataFrame:  # columns model, ratio, pruning, trained, AVG-%, and the benchmarks
-    "The share of the original kept on every benchmark, for each strategy and place."
+    "The share of the original kept on every benchmark, by the best setting of each strategy."
     dense, out = rows[rows.pruning == "none"].set_index("model")[names].astype(float), []
     for model, ratio in dict.fromkeys(key[:2] for key in fitting):
         for pruning, trained in STRATEGIES:
-            found = fitting.get((model, ratio, budget if trained else 0.0))
-            if (best := best_of(found, pruning, trained)) is None:
+            ranking = fitting.get((model, ratio, budget if trained else 0.0))
+            if ranking is None:
                 continue
-            share = 100 * best[names].astype(float) / dense.loc[model]
-            row = {"model": model, "ratio": ratio, "pruning": pruning, "trained": trained}
-            out.append(row | {"AVG-%": best.avg_percent} | share.to_dict())
+            ranking = ranking[(ranking.recovery != "none") == trained]
+            ranking = ranking[ranking.rival] if ranking.rival.any() else ranking
+            for _, best in ranking[ranking.pruning == pruning].head(1).iterrows():
+                share = 100 * best[names].astype(float) / dense.loc[model]
+                row = {"model": model, "ratio": ratio, "pruning": pruning, "trained": trained}
+                out.append(row | {"AVG-%": best.avg_percent} | share.to_dict())
     return pd.DataFrame(out, columns=["model", "ratio", "pruning", "trained", "AVG-%", *names])
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-028
+
 def telling(shares: pd.DataFrame, least: float = 5.0) -> pd.DataFrame:
-    "The rows at ratios where something was lost; the largest ratio if nothing was."
+    "The rows at ratios where five points were lost on average; the largest ratio if nothing was."
     lost = 100 - shares.groupby("ratio")["AVG-%"].min()
     chosen = lost[lost >= least].index.tolist() or lost.index[-1:].tolist()
     return shares[shares.ratio.isin(chosen[-2:])]
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-030
+# %% ../../nbs/library/study/34_guide.ipynb #cell-036
 def strategy_look(pruning: str, trained: bool) -> dict:
     "How a strategy is drawn."
     m = look(pruning)
-    return dict(
-        color=m.color,
-        marker=m.marker,
-        markerfacecolor=m.color if trained else "white",
-        linestyle="-" if trained else (0, (1, 1.2)),
-        markersize=4.5,
-        linewidth=1.4,
-    )
+    face, dashes = (m.color, "-") if trained else ("white", (0, (1, 1.2)))
+    drawn = dict(color=m.color, marker=m.marker, markerfacecolor=face, linestyle=dashes)
+    return drawn | dict(markersize=4.5, linewidth=1.4)
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-032
-def _radar(ax, own: pd.DataFrame, names: list, floor: float) -> None:
-    "One radar chart with named spokes."
-    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    ring = np.linspace(floor, 100, 3)
-    ax.set_theta_offset(np.pi / 2)
-    ax.set_theta_direction(-1)
-    ax.set(ylim=(floor, 103), yticks=ring, yticklabels=[f"{v:.0f}" for v in ring], xticks=angles)
-    ax.set_xticklabels([n.split("/")[-1] for n in names], fontsize=7.5)
-    ax.tick_params(axis="y", labelsize=6.5, labelcolor=GREY)
-    ax.tick_params(axis="x", pad=-2)
-    for text, angle in zip(ax.get_xticklabels(), angles):
-        side = "left" if angle < np.pi else "right"
-        text.set_ha("center" if min(angle % np.pi, -angle % np.pi) < 0.1 else side)
-    circle = np.linspace(0, 2 * np.pi, 100)
-    ax.plot(circle, np.full(100, 100), color=BLACK, linewidth=0.8)
-    for _, r in own.iterrows():
-        values = np.maximum(r[names].astype(float), floor)
-        ends = np.append(angles, angles[0]), np.append(values, values.iloc[0])
-        ax.plot(*ends, clip_on=False, **strategy_look(r.pruning, r.trained))
-    ax.spines["polar"].set_visible(False)
 
-# %% ../../nbs/library/study/34_guide.ipynb #cell-034
-def _dots(ax, own: pd.DataFrame, names: list) -> None:
-    "The same numbers as a row per benchmark, and the average."
-    shown = [*names, "AVG-%"]
-    for _, r in own.iterrows():
-        m = strategy_look(r.pruning, r.trained)
-        y = np.arange(len(shown)) + (0.14 if r.pruning == "widthwise" else -0.14)
-        ax.plot(r[shown].astype(float), y, **m | {"linestyle": "none"}, clip_on=False)
-    ax.axvline(100, color=BLACK, linewidth=0.8)
-    ax.axhline(len(names) - 0.5, color="#cccccc", linewidth=0.8)
-    ax.set(yticks=range(len(shown)), ylim=(len(shown) - 0.5, -0.5))
-    ax.set_yticklabels([n.split("/")[-1] for n in shown], fontsize=8)
-    ax.tick_params(axis="x", labelsize=8)
-
-# %% ../../nbs/library/study/34_guide.ipynb #cell-036
 def radars(shares: pd.DataFrame, names: list, floor: float = 40.0):  # a figure
     "Radar charts and dot plots of the shares kept on every benchmark."
     places = list(dict.fromkeys(zip(shares.model, shares.ratio))) or [("", 0.0)]
+    angles, shown = np.linspace(0, 2 * np.pi, len(names), endpoint=False), [*names, "AVG-%"]
+    labels, ring = [n.split("/")[-1] for n in shown], np.linspace(floor, 100, 3)
+    lowest = min([floor, *(shares[names].min() - 3)])
+    highest = max([103.0, *(shares[names].max() + 3)])
+    fig, _ = panels(1, height=2.3 * len(places) + 0.3)
+    fig.clear()
     with page():
-        fig = style_figure(len(places))
         for i, (model, ratio) in enumerate(places):
-            own = shares[(shares.model == model) & (shares.ratio == ratio)]
             left = fig.add_subplot(len(places), 2, 2 * i + 1, projection="polar")
             right = fig.add_subplot(len(places), 2, 2 * i + 2)
-            if len(own):
-                _radar(left, own, names, floor)
-                _dots(right, own, names)
+            left.set_theta_offset(np.pi / 2)
+            left.set_theta_direction(-1)
+            rings = [f"{v:.0f}" for v in ring]
+            left.set(ylim=(floor, 103), yticks=ring, yticklabels=rings, xticks=angles)
+            left.set_xticklabels(labels[:-1], fontsize=7.5)
+            left.tick_params(axis="y", labelsize=6.5, labelcolor=GREY)
+            left.tick_params(axis="x", pad=-2)
+            for text, angle in zip(left.get_xticklabels(), angles):
+                side = "left" if angle < np.pi else "right"
+                text.set_ha("center" if min(angle % np.pi, -angle % np.pi) < 0.1 else side)
+            left.plot(np.linspace(0, 2 * np.pi, 100), np.full(100, 100), color=BLACK, linewidth=0.8)
+            for _, r in shares[(shares.model == model) & (shares.ratio == ratio)].iterrows():
+                m, values = strategy_look(r.pruning, r.trained), r[names].astype(float)
+                values = np.maximum(values, floor)
+                ends = np.append(angles, angles[0]), np.append(values, values.iloc[0])
+                left.plot(*ends, clip_on=False, **m)
+                y = np.arange(len(shown)) + (0.14 if r.pruning == "widthwise" else -0.14)
+                right.plot(r[shown].astype(float), y, **m | {"linestyle": "none"}, clip_on=False)
+            left.spines["polar"].set_visible(False)
+            right.axvline(100, color=BLACK, linewidth=0.8)
+            right.axhline(len(names) - 0.5, color="#cccccc", linewidth=0.8)
+            right.set(yticks=range(len(shown)), ylim=(len(shown) - 0.5, -0.5))
+            right.set_yticklabels(labels, fontsize=8)
+            right.tick_params(axis="x", labelsize=8)
             right.set_title(f"{model}, {ratio:.0%} removed", fontsize=9)
-            right.set_xlim(
-                min(floor, shares[names].min().min() - 3) if len(own) else floor,
-                max(103, shares[names].max().max() + 3),
-            )
+            right.set_xlim(lowest, highest)
         right.set_xlabel("% of the original score", fontsize=8.5)
         there = set(zip(shares.pruning, shares.trained))
-        drawn = [s for s in STRATEGIES if s in there]
-        keys = [Line2D([], [], **strategy_look(*s)) for s in drawn]
-        words = [f"{p}, {'trained' if t else 'untrained'}" for p, t in drawn]
-        fig.legend(keys, words, loc="outside upper left", ncols=4, frameon=False, fontsize=8)
-    return fig
-
-
-def style_figure(rows: int):
-    "An empty figure, as wide as a page and 2.3 inches per row high."
-    fig, _ = panels(1, height=2.3 * rows + 0.3)
-    fig.clear()
+        keys = {
+            f"{p}, {'trained' if t else 'untrained'}": Line2D([], [], **strategy_look(p, t))
+            for p, t in STRATEGIES
+            if (p, t) in there
+        }
+        place = dict(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+        fig.legend(list(keys.values()), list(keys), **place)
     return fig

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch
 from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 
 from ..importance.criteria import CRITERIA
 from ..pruning.plans import PRUNINGS
@@ -135,33 +136,14 @@ def spread(
     low: float = -np.inf,  # bound of the lowest
     high: float = np.inf,  # bound of the highest
 ) -> list:  # heights in the same order
-    "Heights at least `gap` apart, in the same order and, inside the bounds, of the same mean."
+    "Heights at least `gap` apart, in the same order, as near to the wanted ones as possible."
     order = np.argsort(positions, kind="stable")
-    out = [0.0] * len(positions)
-    for members, mean in _clusters(positions, order, gap):
-        for j, k in enumerate(members):
-            out[k] = mean + (j - (len(members) - 1) / 2) * gap
-    for j, k in enumerate(order):
-        out[k] = float(min(max(out[k], low + j * gap), high - (len(out) - 1 - j) * gap))
-    return out
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-029
-def _clusters(positions, order, gap: float) -> list:  # of (members, mean height)
-    "Groups of heights that do not overlap."
-    groups = []
-    for k in order:
-        groups.append(([k], float(positions[k])))
-        while len(groups) > 1 and _distance(groups[-2], groups[-1], gap) < gap:
-            (a, mean_a), (b, mean_b) = groups[-2], groups.pop()
-            mean = (mean_a * len(a) + mean_b * len(b)) / (len(a) + len(b))
-            groups[-1] = (a + b, mean)
-    return groups
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-031
-def _distance(below, above, gap: float) -> float:
-    "From the highest member of one group to the lowest of the next."
-    half = lambda group: (len(group[0]) - 1) / 2 * gap
-    return (above[1] - half(above)) - (below[1] + half(below))
+    steps = gap * np.arange(len(order))
+    heights = isotonic_regression(np.asarray(positions, float)[order] - steps).x + steps
+    heights = np.clip(heights, low + steps, high - steps[::-1])
+    out = np.empty(len(order))
+    out[order] = heights
+    return out.tolist()
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-034
 def line(
@@ -199,28 +181,15 @@ def label_ends(
     low, high = ax.get_ylim()
     gap = min(gap, 1 / len(ends)) * (high - low)
     heights = spread([y for _, y in ends.values()], gap, low + gap / 2, high - gap / 2)
+    right = ax.get_yaxis_transform()
+    beside = lambda points: right + ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
     for (name, (x, end)), y in zip(ends.items(), heights):
-        _end_label(ax, look(name), y)
-        far = (ax.transScale + ax.transLimits).transform((x, end))[0] < 0.7  # of the panel's width
-        if far or abs(y - end) > gap / 2:
-            _leader(ax, (x, end), y)
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-038
-def _beside(ax, points: float):
-    "Coordinates: x = 1 is this many points right of the panel, y is in data units."
-    shift = ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)
-    return ax.get_yaxis_transform() + shift
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-040
-def _end_label(ax, m: Look, y: float) -> None:
-    "A method's marker and name right of the panel."
-    marker = dict(color=m.color, marker=m.marker, markersize=4.5, linestyle="none")
-    ax.add_artist(Line2D([1], [y], transform=_beside(ax, 9), clip_on=False, **marker))
-    where = dict(xycoords=ax.get_yaxis_transform(), xytext=(15, 0), textcoords="offset points")
-    ax.annotate(m.label, (1, y), va="center", fontsize=8.5, annotation_clip=False, **where)
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-042
-def _leader(ax, end: tuple, y: float) -> None:
-    "A dotted line from the end of a method's line to its name."
-    drawn = dict(color=GREY, linewidth=0.7, linestyle=DOTTED, zorder=2)
-    ax.add_artist(ConnectionPatch(end, (1, y), ax.transData, _beside(ax, 5), **drawn))
+        m = look(name)
+        marker = dict(color=m.color, marker=m.marker, markersize=4.5, linestyle="none")
+        ax.add_artist(Line2D([1], [y], transform=beside(9), clip_on=False, **marker))
+        text = dict(xycoords=right, xytext=(15, 0), textcoords="offset points", fontsize=8.5)
+        ax.annotate(m.label, (1, y), va="center", annotation_clip=False, **text)
+        early = (ax.transScale + ax.transLimits).transform((x, end))[0] < 0.7  # of the width
+        if early or abs(y - end) > gap / 2:
+            drawn = dict(color=GREY, linewidth=0.7, linestyle=DOTTED, zorder=2)
+            ax.add_artist(ConnectionPatch((x, end), (1, y), ax.transData, beside(5), **drawn))
