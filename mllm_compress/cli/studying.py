@@ -24,7 +24,9 @@ class AdviseRequest(cli.Request):
     ratio: float = cli.option(..., "Fraction of the LM decoder's parameters to remove.")
     data: float = cli.option(0.05, "Fraction of the training data at hand.")
     training: bool = cli.option(True, "Whether students may be trained.")
-    profile: str = cli.option("quick", "Whose results to look at.")
+    profile: str | None = cli.option(
+        None, "The study profile to use; the recommended one otherwise."
+    )
 
 
 @cli.command(AdviseRequest)
@@ -33,10 +35,10 @@ def advise(request: AdviseRequest) -> dict:
     from mllm_compress.study import advice
 
     r = request
-    text = str(advice.advise(r.model, r.ratio, r.data, r.training, r.profile))
-    return cli.emit(
-        text, {"model": r.model, "ratio": r.ratio, "profile": r.profile, "advice": text}
-    )
+    given = advice.advise(r.model, r.ratio, r.data, r.training, r.profile)
+    record = {"model": r.model, "ratio": r.ratio, "profile": given.profile}
+    record |= {"setting": given.setting, "advice": str(given)}
+    return cli.emit(str(given), record)
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-004
 class _Lines(io.StringIO):

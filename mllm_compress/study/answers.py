@@ -12,25 +12,24 @@ from dataclasses import replace
 import pandas as pd
 
 from ..evaluation import benchmarks
-from ..evaluation import benchmarks as definitions
 from .experiments import Experiment
 from .profile_inputs import root_of
 from .profiles import Profile
 from .stages import result_of
 from .store import results_of
 from .style import page, panels
-from ..utils.methods import GREEN, GREY, RED
-
-# %% ../../nbs/library/study/35_answers.ipynb #cell-004
-def kept_answers(experiment: Experiment, setup: Profile) -> pd.DataFrame:
-    "The answers kept with a result, in the order asked; none where the experiment failed."
-    found = result_of(experiment, setup, results_of(setup))
-    columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
-    rows = pd.DataFrame(found["sample"] if found else [], columns=columns)
-    return rows.set_index(["benchmark", "id"])
+from ..utils.methods import GREEN, RED
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-006
 STATES = ("pruned", "recovered")
+
+
+def kept_answers(experiment: Experiment, setup: Profile) -> pd.DataFrame:
+    "The answers kept with a result, in the order asked; none where the experiment failed."
+    result = result_of(experiment, setup, results_of(setup))
+    columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
+    rows = pd.DataFrame(result["sample"] if result else [], columns=columns)
+    return rows.set_index(["benchmark", "id"])
 
 
 def side_by_side(
@@ -62,142 +61,91 @@ def choose(right: pd.DataFrame, ratios: list) -> dict:  # question -> why it is 
     return why
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-010
-MARK = {True: "", False: " ×"}
-
-
-def text_of(said: str, right: bool, width: int = 30) -> str:
+def text_of(answer: str, right: bool, width: int = 30) -> str:
     "An answer as it is shown."
-    if not isinstance(said, str):
-        return "–" + MARK[bool(right)]
-    return (textwrap.shorten(said, width, placeholder="…") or "(nothing)") + MARK[bool(right)]
+    text = "–"
+    if isinstance(answer, str):
+        text = textwrap.shorten(answer, width, placeholder="…") or "(nothing)"
+    return text if right else f"{text} ×"
 
-# %% ../../nbs/library/study/35_answers.ipynb #cell-012
+
+def column_name(column: tuple) -> str:  # of `side_by_side`
+    "The model and the ratio that answered."
+    return "original" if column[0] == "original" else f"{column[0]:.0%} {column[1]}"
+
+
 def answer_table(
-    model: str, asked: pd.DataFrame, said: pd.DataFrame, right: pd.DataFrame, why: dict
-):
+    model: str,
+    questions: pd.DataFrame,  # of `kept_answers`
+    answers: pd.DataFrame,  # of `side_by_side`
+    right: pd.DataFrame,  # whether each is right
+    chosen: dict,  # of `choose`
+) -> pd.DataFrame:
     "The chosen answers of a model and the counts of right ones."
-    name = lambda key: "original" if key[0] == "original" else f"{key[0]:.0%} {key[1]}"
-    rows = [
-        {"model": model, "benchmark": q[0], "question": asked.prompt[q], "answer": asked.answer[q]}
-        | {name(k): text_of(said.loc[q, k], right.loc[q, k]) for k in said}
-        for q in why
-    ]
+    rows = []
+    for q in chosen:
+        row = {"model": model, "benchmark": q[0], "question": questions.prompt[q]}
+        row |= {"answer": questions.answer[q]}
+        rows.append(
+            row | {column_name(c): text_of(answers.loc[q, c], right.loc[q, c]) for c in right}
+        )
     counts = {"model": model, "benchmark": "all", "question": f"{len(right)} kept", "answer": ""}
-    rows.append(counts | {name(k): f"{int(right[k].sum())} right" for k in right})
+    rows.append(counts | {column_name(c): f"{int(right[c].sum())} right" for c in right})
     return pd.DataFrame(rows)
-
-# %% ../../nbs/library/study/35_answers.ipynb #cell-014
-X = {"image": 0, "question": 0.53, "answer": 2.06, "original": 2.7, "state": 3.46, "ratios": 4.12}
-STEP, ROW, HEAD = 0.78, 0.56, 0.6
-
-
-def _mark(ax, x: float, y: float, said, right: bool) -> None:
-    "An answer with a tick or a cross."
-    color, sign = (GREEN, "✓") if right else (RED, "×")
-    text, weight = text_of(said, True, 13), "normal" if right else "bold"
-    size = 8 if len(text) <= 9 else 6.5
-    ax.text(x, y, f"{sign} {text}", color=color, weight=weight, fontsize=size, va="center")
-
-# %% ../../nbs/library/study/35_answers.ipynb #cell-016
-def _answer_row(ax, asked, why: str, said: pd.Series, right: pd.Series, picture, y: float) -> None:
-    "A question with its picture and all answers."
-    box = (X["image"], X["image"] + ROW - 0.1, y + ROW / 2 - 0.05, y - ROW / 2 + 0.05)
-    ax.imshow(picture, extent=box, aspect="auto", interpolation="nearest", zorder=3)
-    lost = why != FIRST
-    short = textwrap.shorten(asked.prompt, 60 if lost else 84, placeholder=" …")
-    place = dict(fontsize=7.5, va="center", linespacing=1)
-    ax.text(X["question"], y - 0.06 * lost, textwrap.fill(short, 24), **place)
-    if lost:
-        ax.text(X["question"], y + ROW / 2 - 0.09, why, color=GREY, fontsize=7.5, va="center")
-    ax.text(X["answer"], y, str(asked.answer), fontsize=8, va="center", weight="bold")
-    _mark(ax, X["original"], y, said["original", ""], right["original", ""])
-    for dy, state in zip((-0.115, 0.115), STATES):
-        ax.text(X["state"], y + dy, state, fontsize=7.5, va="center", color=GREY)
-        for i, r in enumerate(dict.fromkeys(k[0] for k in said.index[1:])):
-            _mark(ax, X["ratios"] + i * STEP, y + dy, said[r, state], right[r, state])
-
-# %% ../../nbs/library/study/35_answers.ipynb #cell-018
-def _head(ax, model: str, recovered: dict) -> None:
-    "Names of the columns."
-    names = {"question": model, "answer": "truth", "original": "original"}
-    for i, (r, e) in enumerate(recovered.items()):
-        x = X["ratios"] + i * STEP
-        text = f"{100 * r:.0f} %\nremoved,\n{e.pruning}"
-        ax.text(x, HEAD / 2, text, fontsize=8, weight="bold", va="center")
-    for name, text in names.items():
-        ax.text(X[name], HEAD / 2, text, fontsize=8, weight="bold", va="center")
-
-
-def _foot(ax, right: pd.DataFrame, y: float) -> None:
-    "How many of all kept answers are right."
-    ax.axhline(y - ROW / 2, color="black", linewidth=1.2)
-    ax.text(X["question"], y, f"right, of all {len(right)} kept", fontsize=8, va="center")
-    ax.text(X["original"], y, int(right["original", ""].sum()), fontsize=8, va="center")
-    for dy, state in zip((-0.115, 0.115), STATES):
-        ax.text(X["state"], y + dy, state, fontsize=7.5, va="center", color=GREY)
-        for i, r in enumerate(dict.fromkeys(k[0] for k in list(right)[1:])):
-            x = X["ratios"] + i * STEP
-            ax.text(x, y + dy, int(right[r, state].sum()), fontsize=8, va="center")
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-020
 def pictures_of(chosen: dict, setup: Profile) -> dict:  # question -> image
     "The pictures of the chosen questions."
-    e, found = setup.evaluation, {}
+    e, images = setup.evaluation, {}
     for b in {b for b, _ in chosen}:
         for q in benchmarks.load_questions(b, e.split, e.questions, root=root_of(e)):
-            found[b, q.id] = q.images
-    return {q: definitions.open_image(found[q][0]) for q in chosen if found.get(q)}
+            images[b, q.id] = q.images
+    return {q: benchmarks.open_image(images[q][0]) for q in chosen if images.get(q)}
 
-# %% ../../nbs/library/study/35_answers.ipynb #cell-022
-def answers_figure(
-    model: str,
-    recovered: dict,  # ratio -> Experiment
-    asked: pd.DataFrame,  # of `kept_answers`
-    said: pd.DataFrame,
-    right: pd.DataFrame,
-    chosen: dict,  # of `choose`
-    setup: Profile,
-):  # a figure
-    "All chosen questions of a model."
-    width = X["ratios"] + STEP * len(recovered)
-    height = HEAD + ROW * (len(chosen) + 1)
-    fig, (ax,) = panels(1, width=width, height=height)
-    images = pictures_of(chosen, setup)
-    with page():
-        _head(ax, model, recovered)
-        for i, (q, why) in enumerate(chosen.items()):
-            top = HEAD + ROW * i
-            ax.axhline(top, color="#cccccc", linewidth=0.6)
-            blank = [[[255, 255, 255]]]
-            picture = images.get(q, blank)
-            _answer_row(ax, asked.loc[q], why, said.loc[q], right.loc[q], picture, top + ROW / 2)
-        _foot(ax, right, height - ROW / 2)
-    ax.set(xlim=(0, width), ylim=(height, 0))
-    ax.set_axis_off()
-    return fig
 
-# %% ../../nbs/library/study/35_answers.ipynb #cell-025
 def draw_answers(
-    pictures: list,  # PIL images
+    pictures: list,  # PIL images; None: a question without a picture
     questions: list,  # of str
-    said: dict,  # model -> one answer per question
+    answers: dict,  # model -> one answer per question
     right: dict,  # model -> one bool per question
+    columns: int = 4,  # pictures side by side
 ):  # a figure
     "Pictures with their questions and the answers of some models."
-    n = len(pictures)
-    size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(said))
+    n, columns = len(pictures), min(columns, len(pictures))
+    texts = [textwrap.fill(textwrap.shorten(q, 110, placeholder=" …"), 28) for q in questions]
+    most = max(text.count("\n") + 1 for text in texts)
+    inches = 2.4 + 0.18 * most + 0.22 * len(answers)
+    size = dict(columns=columns, width=2.4 * columns, height=inches)
     fig, axes = panels(n, **size, sharex=False, sharey=False)
-    asked = [textwrap.fill(question, 28) for question in questions]
-    below = 0.13 + 0.08 * max(text.count("\n") + 1 for text in asked)
     with page():
+        fig.get_layout_engine().set(hspace=(0.18 * most + 0.22 * len(answers)) / 2.0)
         for k, ax in enumerate(axes):
-            ax.imshow(pictures[k], interpolation="nearest")
+            if pictures[k] is not None:
+                ax.imshow(pictures[k], interpolation="nearest")
             ax.set_axis_off()
             text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
-            ax.text(0, -0.05, asked[k], weight="bold", **text)
-            for i, name in enumerate(said):
+            ax.text(0, -0.05, texts[k], weight="bold", **text)
+            for i, name in enumerate(answers):
                 color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
-                y = -below - 0.11 * i
+                y = -0.13 - 0.08 * most - 0.11 * i
                 ax.text(0, y, name, color="#333333", **text)
-                ax.text(0.5, y, f"{sign} {said[name][k]}", color=color, **text)
+                shown = textwrap.shorten(str(answers[name][k]), 14, placeholder="…")
+                ax.text(0.55, y, f"{sign} {shown}", color=color, **text)
     return fig
+
+
+def answers_figure(
+    questions: pd.DataFrame,
+    answers: pd.DataFrame,
+    right: pd.DataFrame,
+    chosen: dict,
+    setup: Profile,
+):  # as `answer_table`; a figure
+    "All chosen questions of a model."
+    images = pictures_of(chosen, setup)
+    return draw_answers(
+        [images.get(q) for q in chosen],
+        [questions.prompt[q] for q in chosen],
+        {column_name(c): [text_of(answers.loc[q, c], True) for q in chosen] for c in right},
+        {column_name(c): [right.loc[q, c] for q in chosen] for c in right},
+    )

@@ -106,7 +106,8 @@ class Report:
 def recorded(profile: str, notebook: str, name: str) -> dict | None:
     "A verdict that a notebook of a profile has left; None where there is none."
     paths = figure_files(profile, f"{notebook}-{name}.json")
-    return json.loads(paths[0].read_text(encoding="utf-8")) if paths else None
+    found = json.loads(paths[0].read_text(encoding="utf-8")) if paths else {}
+    return found if "counts" in found else None  # older versions wrote no counts
 
 
 def said_elsewhere(profile: str, notebook: str, name: str, claim: str) -> str:

@@ -219,32 +219,27 @@ def quartiles(values: pd.Series) -> str:
 # %% ../../nbs/library/study/37_savings.ipynb #cell-028
 def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
     "Sizes of the paper's models and of their pruned versions, on the meta device; not measured."
-    return pd.DataFrame(
-        [row for name in real_models.REAL_MODELS for row in _real(name, setup, ratios, multiple)]
-    )
-
-
-def _real(name: str, setup: Profile, ratios: list, multiple: int) -> list:
-    "The rows of one model, with its ideal speed-ups."
-    with torch.device("meta"):
-        config = real_models.real_config(name)
-        dense = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    rows, base = [], {}
-    for method, ratio in [("dense", 0.0), *itertools.product(("layerwise", "rounded"), ratios)]:
-        plan = plan_like(dense, method, ratio, setup, multiple)
-        small = pruning.apply_plan(dense, plan, share_vision=True)
-        c = cost.cost_report(small, text_tokens=64, memory=False)
-        row = {"model": name, "method": method_label(method), "requested": f"{ratio:.2f}"}
-        row["achieved"] = f"{plan.achieved_ratio:.3f}"
-        row["LM parameters (G)"] = c.value("parameters", "lm") / 1e9
-        row["weights (GiB)"] = c.value("weights") / 2**30
-        row["KV cache (KiB/token)"] = round(c.value("KV cache per token") / 2**10)
-        for phase, unit, scale in (("prefill", "T", 1e12), ("decode", "G", 1e9)):
-            ops = c.value(f"{phase} operations") / scale
-            first = base.setdefault(phase, ops)
-            row |= {f"{phase} ops ({unit})": ops, f"ideal {phase} speed-up": first / ops}
-        rows.append(row)
-    return rows
+    rows = []
+    for name in real_models.REAL_MODELS:
+        with torch.device("meta"):
+            config = real_models.real_config(name)
+            dense = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+        base = {}
+        for method, ratio in [("dense", 0.0), *itertools.product(("layerwise", "rounded"), ratios)]:
+            plan = plan_like(dense, method, ratio, setup, multiple)
+            small = pruning.apply_plan(dense, plan, share_vision=True)
+            c = cost.cost_report(small, text_tokens=64, memory=False)
+            row = {"model": name, "method": method_label(method), "requested": f"{ratio:.2f}"}
+            row["achieved"] = f"{plan.achieved_ratio:.3f}"
+            row["LM parameters (G)"] = c.value("parameters", "lm") / 1e9
+            row["weights (GiB)"] = c.value("weights") / 2**30
+            row["KV cache (KiB/token)"] = round(c.value("KV cache per token") / 2**10)
+            for phase, unit, scale in (("prefill", "T", 1e12), ("decode", "G", 1e9)):
+                ops = c.value(f"{phase} operations") / scale
+                first = base.setdefault(phase, ops)
+                row |= {f"{phase} ops ({unit})": ops, f"ideal {phase} speed-up": first / ops}
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-030
 def saved(
@@ -317,21 +312,6 @@ def front(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # indices, from cheap to
             kept.append(k)
     return np.array(kept, int)
 
-# %% ../../nbs/library/study/37_savings.ipynb #cell-040
-def _name_points(ax, own: pd.DataFrame, cost_of: str) -> None:
-    "The ratios of the points, where there is room for them."
-    taken = []
-    for r in own.sort_values("AVG-%", ascending=False).to_dict("records"):
-        at, layers = (r[cost_of], r["AVG-%"]), r["pruning"] == "layerwise"
-        x, y = ax.transAxes.inverted().transform(ax.transData.transform(at))
-        x += -0.06 if layers else 0.06
-        if any(abs(x - a) < 0.1 and abs(y - b) < 0.09 for a, b in taken):
-            continue
-        taken.append((x, y))
-        place, ha = ((-5, 3), "right") if layers else ((5, -9), "left")
-        text = dict(xytext=place, textcoords="offset points", fontsize=7.5, ha=ha)
-        ax.annotate(f"{r['requested']:.2f}", at, color=look(r["pruning"]).color, **text)
-
 # %% ../../nbs/library/study/37_savings.ipynb #cell-039c
 def pareto_figure(points: pd.DataFrame, models: list):  # a figure
     "Quality over measured time and over bytes, with the Pareto front."
@@ -348,8 +328,9 @@ def pareto_figure(points: pd.DataFrame, models: list):  # a figure
                 face = "white" if r["recovery"] == "none" else m.color
                 mark = dict(color=m.color, markerfacecolor=face, markersize=6)
                 ax.plot(r[cost_of], r["AVG-%"], m.marker, **mark)
+                text = dict(xytext=(5, -9), textcoords="offset points", fontsize=7, color=m.color)
+                ax.annotate(f"{r['requested']:.2f}", (r[cost_of], r["AVG-%"]), **text)
             ax.margins(y=0.12)
-            _name_points(ax, own, cost_of)
             ax.set_title(model)
             ax.set_xlabel(
                 f"{'decoding time' if 'time' in cost_of else 'weights'}, % of the original",

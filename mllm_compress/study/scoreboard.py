@@ -6,12 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-002
-import re
 import textwrap
 
 import pandas as pd
 
-from .claims import CLAIMS, LITTLE, PROMISED, claimed, judged_by
+from .claims import CLAIMS, LITTLE, PROMISED, claimed
 from .experiments import canonical
 from .notebooks import experiments_of, notebooks
 from .paper import published
@@ -20,11 +19,13 @@ from .report import recorded
 from .stages import name_of
 from mllm_compress.study.statistics import (
     COLORS,
+    CONTRADICTED,
     SIGNS,
+    UNDECIDED,
     UNTESTED,
+    Estimate,
     Verdict,
     basis_of,
-    resting_on,
     with_original,
 )
 from .style import page, panels
@@ -55,50 +56,33 @@ def printed_claims() -> dict:  # claim -> sentence
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-007
 PROFILES = ("smol", "eyes", "tiny", "quick")  # in this order, where they have results
+NOT_RUN = {"word": UNTESTED, "average": None, "why": "not run", "counts": {}}
 
 
-def columns_of(own: str) -> list:  # of profile names
+def columns_of(shown: str) -> list:  # of profile names
     "The profiles that have a column beside the one that is shown."
     first = lambda p: recorded(p, "10_findings", "claim-1") is not None
-    return [p for p in PROFILES if p == own or first(p)] + [own] * (own not in PROFILES)
-
-# %% ../../nbs/library/study/36_scoreboard.ipynb #cell-009
-def said(v: Verdict) -> dict:
-    "The word and the average of a verdict, and what it rests on."
-    if not v.settings:
-        reason = "no better than guessing" if v.effects else "not run"
-        return {"word": UNTESTED, "effect": "", "basis": reason}
-    rests = _rests(resting_on(v.basis, v.settings))
-    return {"word": v.word, "effect": f"{v.average:+1}", "basis": rests}
+    return [p for p in PROFILES if p == shown or first(p)] + [shown] * (shown not in PROFILES)
 
 
-def _rests(basis) -> str:  # of a Basis, or of its words
-    "Questions x seeds."
-    found = re.search(r"n = ([\d,]+) .*?(\d+) seed", str(basis))
-    return " x ".join(found.groups()) if found else str(basis)
-
-
-def read_said(profile: str, name: str) -> dict:
-    "The same from the files of another profile."
-    found = recorded(profile, "10_findings", name)
-    if not found or not found.get("average"):
-        return {"word": UNTESTED, "effect": "", "basis": (found or {}).get("why", "not run")}
-    a = found["average"]
-    effect = f"{a['value']:+.1f} [{a['low']:.1f}, {a['high']:.1f}]"
-    return {"word": found["word"], "effect": effect, "basis": _rests(found.get("basis", ""))}
-
-# %% ../../nbs/library/study/36_scoreboard.ipynb #cell-011
 def scoreboard(
-    verdicts: dict, own: str
-) -> pd.DataFrame:  # claim, printed, and two columns a profile
+    verdicts: dict,  # claim -> Verdict, of the profile that is shown
+    shown: str,  # its name
+) -> pd.DataFrame:  # claim, what the paper reports, and four columns a profile
     "The claims with their verdicts at every scale."
     rows, printed = [], printed_claims()
     for n, v in verdicts.items():
         row = {"claim": f"{n}. {CLAIMS[n].text}", "reported in the paper": printed[n]}
-        for p in columns_of(own):
-            found = said(v) if p == own else read_said(p, f"claim-{n}")
-            row |= {p: found["word"], f"{p}, average effect": found["effect"] or "–"}
-            row[f"{p}, questions x seeds"] = found["basis"]
+        for p in columns_of(shown):
+            read = lambda p=p: recorded(p, "10_findings", f"claim-{n}") or NOT_RUN
+            record = v.record() if p == shown else read()
+            average, total = record["average"], sum(record["counts"].values())
+            against = record["counts"].get(CONTRADICTED, 0)
+            row[p] = record["word"]
+            row[f"{p}, average effect"] = f"{Estimate(**average):+1}" if average else "–"
+            row[f"{p}, contradicted in"] = f"{against} of {total}" if total else "–"
+            extent = f"{record['n']:,} x {record['seeds']}" if average else record["why"]
+            row[f"{p}, questions x seeds"] = extent
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -106,20 +90,30 @@ def scoreboard(
 CLAIM, FIELD = 2.2, 1.15  # inches: the width of a claim, and of each column
 
 
-def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
+def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
     "The scoreboard as coloured fields, with what the paper reports in the first column."
-    names, n = columns_of(own), len(table)
+    names, n = columns_of(shown), len(table)
     width = 1 + len(names)
     fig, (ax,) = panels(1, width=CLAIM + FIELD * width, height=0.74 * n + 0.6)
+    middle = dict(ha="center", va="center")
     with page():
         for y, row in enumerate(table.to_dict("records")):
             name = wrapped(row["claim"], 38, 220)
             ax.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=7.5)
-            told = wrapped(row["reported in the paper"], 23)
-            ax.text(0.5, y + 0.5, told, ha="center", va="center", fontsize=6.5, color=GREY)
+            reported = wrapped(row["reported in the paper"], 23)
+            ax.text(0.5, y + 0.5, reported, fontsize=6.5, color=GREY, **middle)
             for x, p in enumerate(names, 1):
-                below = [row[f"{p}, {what}"] for what in ("average effect", "questions x seeds")]
-                _draw_field(ax, x, y, row[p], below)
+                word = row[p]
+                alpha = {UNTESTED: 0.03, UNDECIDED: 0.1}.get(word, 0.28)
+                sides = [x + 0.03, x + 0.97], y + 0.05, y + 0.95
+                ax.fill_between(*sides, linewidth=0, color=COLORS[word], alpha=alpha)
+                strong = dict(fontsize=7, weight="bold", color=COLORS[word])
+                ax.text(x + 0.5, y + 0.2, f"{SIGNS[word]} {word}", **middle, **strong)
+                below = [row[f"{p}, average effect"], row[f"{p}, questions x seeds"]]
+                if not (against := row[f"{p}, contradicted in"]).startswith(("–", "0 ")):
+                    below.append(f"contradicted in {against}")
+                for k, text in enumerate(below):
+                    ax.text(x + 0.5, y + 0.42 + 0.21 * k, text, fontsize=6.5, **middle)
         ax.set(xlim=(-CLAIM / FIELD, width), ylim=(n, 0))
         titles = ["reported in\nthe paper", *(f"profile\n{p}" for p in names)]
         ax.set_xticks([x + 0.5 for x in range(width)], titles)
@@ -130,19 +124,6 @@ def scoreboard_figure(table: pd.DataFrame, own: str):  # a figure
         ax.spines[:].set_visible(False)
     return fig
 
-# %% ../../nbs/library/study/36_scoreboard.ipynb #cell-015
-def _draw_field(ax, x: int, y: int, word: str, below: list) -> None:
-    "One verdict."
-    strong, tested = word in ("supported", "contradicted", "equivalent"), word != UNTESTED
-    alpha = 0.28 if strong else 0.1 if tested else 0.03
-    sides = [x + 0.03, x + 0.97], y + 0.05, y + 0.95
-    ax.fill_between(*sides, linewidth=0, color=COLORS[word], alpha=alpha)
-    text = dict(ha="center", va="center")
-    strongly = dict(fontsize=7, weight="bold", color=COLORS[word])
-    ax.text(x + 0.5, y + 0.27, f"{SIGNS[word]} {word}", **text, **strongly)
-    for height, line in zip((0.54, 0.79), below):
-        ax.text(x + 0.5, y + height, line, fontsize=6.5, **text)
-
 
 def wrapped(text: str, width: int, most: int = 130) -> str:
     "A text on a few lines."
@@ -151,10 +132,11 @@ def wrapped(text: str, width: int, most: int = 130) -> str:
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-017
 def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of its notebook
     "The experiments that the notebooks of the claims need."
-    paths = notebooks()
-    read = {n: nbformat.read(paths[c.notebook], 4) for n, c in claims.items()}
-    found = {n: experiments_of(nb, {"profile": profile}) for n, nb in read.items()}
-    return {n: list(dict.fromkeys(map(canonical, some))) for n, some in found.items()}
+    paths, out = notebooks(), {}
+    for n, claim in claims.items():
+        nb = nbformat.read(paths[claim.notebook], 4)
+        out[n] = list(dict.fromkeys(map(canonical, experiments_of(nb, {"profile": profile}))))
+    return out
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-019
 def verdicts_of_claims(
@@ -166,14 +148,14 @@ def verdicts_of_claims(
     "The verdict on each claim from the results at hand."
     out, guessed = {}, guessing(setup)
     for n, claim in claims.items():
-        frame = results
-        if len(frame):
-            place = {name_of(e, setup): i for i, e in enumerate(wanted[n])}
-            own = results[results.result.isin(place)]
-            frame = claimed(own.iloc[own.result.map(place).argsort(kind="stable")])
-            frame = frame[frame.model.isin(with_original(frame))]
-        effects = claim.effects(frame) if len(frame) else {}
+        if results.empty:
+            out[n] = Verdict(claim.text, {}, "nothing finished", claim.unit)
+            continue
+        place = {name_of(e, setup): i for i, e in enumerate(wanted[n])}
+        its = results[results.result.isin(place)]
+        frame = claimed(its.iloc[its.result.map(place).argsort(kind="stable")])
+        frame = frame[frame.model.isin(with_original(frame))]
+        measured = claim.measure(frame) if len(frame) else {"effects": {}, "unit": claim.unit}
         basis = basis_of(frame) if len(frame) else "nothing finished"
-        how = judged_by(claim, frame) if len(frame) else {"unit": claim.unit}
-        out[n] = Verdict(claim.text, effects, basis, guessed=guessed, **how)
+        out[n] = Verdict(claim.text, basis=basis, guessed=guessed, **measured)
     return out
