@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['normal_quantile', 'student_quantile', 'wilson', 'bootstrap', 'is_proportion', 'score_interval', 'mcnemar',
            'Difference', 'paired_units', 'paired_difference', 'require_same_benchmarks', 'avg_percent',
-           'avg_percent_interval', 'cluster_variance', 'satterthwaite', 'prior_variance', 'shrunk', 'bounded_interval',
-           'holm']
+           'avg_percent_interval', 'cluster_variance', 'satterthwaite', 'prior_variance', 'shrunk', 'bounded_interval']
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-004
 from dataclasses import dataclass
@@ -238,13 +237,3 @@ def bounded_interval(
     ends = expit(logit(centre) + slope * half * np.array([-1.0, 1.0]))
     low, high = (float(floor + (top - floor) * end) for end in ends)
     return min(low, value), max(high, value)
-
-# %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-059
-def holm(p: list) -> np.ndarray:  # adjusted, in the same order
-    "p-values that may be compared with the level although there are several (Holm 1979)."
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    out = np.empty(len(p))
-    out[order] = np.minimum(steps, 1)
-    return out
