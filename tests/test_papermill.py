@@ -74,6 +74,7 @@ def test_a_wrong_parameter_is_an_error_before_anything_is_computed(
     assert sorted(source.glob("runs/*/*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [("jupyter", "execute"), ("jupyter", "nbconvert", "--to", "notebook", "--execute")],
