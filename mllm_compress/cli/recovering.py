@@ -97,7 +97,8 @@ class RecoverRequest(cli.DataRequest):
         "What an interruption leaves."
         if self.save_every == 0:
             return "Without checkpoints (--save-every 0) nothing is kept."
-        return "The training is kept up to its last checkpoint; the same command continues there."
+        kept = "The training is kept up to its last checkpoint"
+        return f"{kept}; the same command continues from there."
 
     @property
     def training_folder(self) -> Path:
