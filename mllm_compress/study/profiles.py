@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'Profile', 'profile_names', 'load_profile']
 import os
 import re
 from copy import deepcopy
-from dataclasses import asdict, field, fields, replace
+from dataclasses import field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
