@@ -158,6 +158,7 @@ def absent_texts(monkeypatch, empty) -> None:
     monkeypatch.setenv("MLLM_COMPRESS_TEXTS", str(empty))
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(empty / "cache"))
     monkeypatch.setattr(text, "INSTALLED", empty)
+    load_questions.cache_clear()
 
 
 def test_a_missing_text_names_its_cure(monkeypatch, tmp_path):

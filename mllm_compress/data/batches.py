@@ -344,10 +344,10 @@ class Collator:
         "A batch of entries."
         if self.turns == "separate":
             entries, begins = separated(entries)
-        whole = [self.row(e) for e in entries]
-        cut = [blocks(row, self.block or len(row["ids"])) for row in whole]
+        packed = [self.row(e) for e in entries]
+        cut = [blocks(row, self.block or len(row["ids"])) for row in packed]
         if self.block and any(len(b["ids"]) > self.block for row in cut for b in row):
-            cut = [[row] for row in whole]
+            cut = [[row] for row in packed]
         rows = [block for row in cut for block in row]
         width, padding = max(len(row["ids"]) for row in rows), pad_id(self.render.tokenizer)
         fill = {"ids": padding, "answer": False, "segment": -1, "position": 0}

@@ -95,14 +95,14 @@ def one_question(entry: dict, k: int) -> dict:
     types = {"types": [question_types(entry)[k]]}
     if "conversations" not in entry:
         return entry | types
-    said, images = entry["conversations"], image_names(entry)
-    asked, answer = said[2 * k : 2 * k + 2]
-    if images and not pictures_first(said):
-        before = sum(turn["value"].count(IMAGE) for turn in said[: 2 * k])
-        seen = images[: before + asked["value"].count(IMAGE)]
-        asked = asked | {"value": f"{IMAGE}\n" * before + asked["value"]}
+    conversation, images = entry["conversations"], image_names(entry)
+    question, answer = conversation[2 * k : 2 * k + 2]
+    if images and not pictures_first(conversation):
+        before = sum(turn["value"].count(IMAGE) for turn in conversation[: 2 * k])
+        seen = images[: before + question["value"].count(IMAGE)]
+        question = question | {"value": f"{IMAGE}\n" * before + question["value"]}
         entry = entry | {"image": seen or None}
-    return entry | types | {"conversations": [asked, answer]}
+    return entry | types | {"conversations": [question, answer]}
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-020
 def calibration_data(

@@ -124,17 +124,17 @@ def _noun(want):
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-021
 def _unique(items, ask, rng):
     "A description without attribute `ask` that fits exactly one item: (want, item), or None."
-    found = []
+    matches = []
     for keys in (("shape",), ("color",), ("size", "shape"), ("color", "shape"), ("size", "color")):
         if ask in keys:
             continue
         counts = Counter(tuple(getattr(it, k) for k in keys) for it in items)
-        found += [
+        matches += [
             (dict(zip(keys, v)), it)
             for it in items
             if counts[v := tuple(getattr(it, k) for k in keys)] == 1
         ]
-    return found[rng.integers(len(found))] if found else None
+    return matches[rng.integers(len(matches))] if matches else None
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-023
 def _letters(answer, wrong, rng):
@@ -164,13 +164,13 @@ def ask_open(items, rng):
     attribute = ("color", "shape")[rng.integers(2)]
     most = _most(items, attribute)
     if most and rng.random() < 0.25:
-        ways = (f"what is the most common {attribute}?", f"which {attribute} is most common?")
-        return ways[rng.integers(2)], most, None
+        wordings = (f"what is the most common {attribute}?", f"which {attribute} is most common?")
+        return wordings[rng.integers(2)], most, None
     if not (hit := _unique(items, attribute, rng)):
         return None
     noun, item = _noun(hit[0]), hit[1]
-    ways = (f"what {attribute} is the {noun}?", f"what is the {attribute} of the {noun}?")
-    return ways[rng.integers(2)], getattr(item, attribute), None
+    wordings = (f"what {attribute} is the {noun}?", f"what is the {attribute} of the {noun}?")
+    return wordings[rng.integers(2)], getattr(item, attribute), None
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-033
 def ask_hallucination(items, rng):
@@ -348,11 +348,11 @@ def entry(
     **more,  # further keys
 ) -> dict:
     "A LLaVA entry from (question, answer) pairs."
-    said = []
+    conversation = []
     for k, (question, answer) in enumerate(pairs):
-        said.append({"from": "human", "value": ("<image>\n" if k == 0 else "") + question})
-        said.append({"from": "gpt", "value": answer})
-    return {"id": id, "image": image, "conversations": said, **more}
+        conversation.append({"from": "human", "value": ("<image>\n" if k == 0 else "") + question})
+        conversation.append({"from": "gpt", "value": answer})
+    return {"id": id, "image": image, "conversations": conversation, **more}
 
 # %% ../../nbs/library/data/02_scenes.ipynb #small-sets-cell-007
 def scene_data(
@@ -364,7 +364,7 @@ def scene_data(
 
     def make(i):
         tried = ((k, ask(k, split)) for k in itertools.count(i, n))
-        k, asked = next(found for found in tried if found[1])
+        k, asked = next(made for made in tried if made[1])
         pairs = [(q["question"], q["answer"]) for q in asked]
         types = [f"scenes/{q['type']}" for q in asked]
         return entry(ids[i], ids[i], pairs, scene=k, split=split, types=types)

@@ -405,16 +405,16 @@ def answer_alone(
     max_new_tokens: int,
 ) -> tuple:  # (place, token ids, index of the best candidate or None, log-likelihood or None)
     "One question, by the model's own `generate`."
-    asked = prompt.shared + prompt.own
+    tokens = prompt.shared + prompt.own
     options = {"do_sample": False, "eos_token_id": list(stop), "pad_token_id": min(stop)}
-    inputs = own_inputs(parts, processor, question, asked)
-    tokens = parts.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
-    new = tokens[inputs["input_ids"].shape[1] :].tolist()
+    inputs = own_inputs(parts, processor, question, tokens)
+    written = parts.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
+    new = written[inputs["input_ids"].shape[1] :].tolist()
     end = next((k for k, token in enumerate(new) if token in stop), len(new))
 
     def score(answer: list) -> float:
         length = len(answer)
-        inputs = own_inputs(parts, processor, question, asked + tuple(answer), length)
+        inputs = own_inputs(parts, processor, question, tokens + tuple(answer), length)
         logits = parts.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits
         chances = logits[0, :-1].float().log_softmax(-1)
         return chances[range(length), answer].mean().item()

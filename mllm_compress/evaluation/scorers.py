@@ -73,8 +73,8 @@ def read_letter(text: str, options: list) -> str | None:
     "The option letter an answer names, or None."
     text, allowed = text.strip(), LETTERS[: len(options)]
     for pattern in _LETTER:
-        found = set(pattern.findall(text))
-        if len(found) == 1 and (letter := found.pop()) in allowed:
+        letters = set(pattern.findall(text))
+        if len(letters) == 1 and (letter := letters.pop()) in allowed:
             return letter
     bare = text.rstrip(".").lower()
     named = [i for i, o in enumerate(options) if str(o).strip().rstrip(".").lower() == bare]
