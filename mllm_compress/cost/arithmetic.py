@@ -309,7 +309,13 @@ def picture_cost(
 @lru_cache
 def _counted(kind: type, text: str, side: int, images: int) -> PictureCost:
     "The count for a config in JSON; `side` is SIDE, as part of the cache's key."
-    config = kind.from_dict(json.loads(text))
+    values = json.loads(text)
+    decoder = values["text_config"]
+    # it is not counted, and its class may refuse the head count of a pruned model
+    if (dim := decoder.get("head_dim")) and decoder["hidden_size"] % dim == 0:
+        heads = decoder["hidden_size"] // dim
+        decoder |= dict(num_attention_heads=heads, num_key_value_heads=heads)
+    config = kind.from_dict(values)
     decoder = config.get_text_config()
     decoder.num_hidden_layers = 1
     if getattr(decoder, "layer_types", None):
