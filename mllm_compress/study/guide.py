@@ -143,10 +143,12 @@ def advice_table(
     return table.reindex(columns=columns)
 
 
-def ship(folders: list, path: Path) -> None:
-    "Join the tables of some profiles' figures into the one that ships with the package."
-    tables = [advice.read(Path(folder) / "08_guide-advice.csv") for folder in folders]
-    pd.concat(tables).to_csv(path, index=False, float_format="%.6g")
+def ship(root: Path) -> None:  # a checkout
+    "Put the tables of the published profiles into the one that ships with the package."
+    tables = [advice.read(path) for path in sorted(root.glob("figures/*/08_guide-advice.csv"))]
+    old, new = advice.shipped(), {name for table in tables for name in table.profile}
+    joined = pd.concat([old[~old.profile.isin(new)], *tables])
+    joined.to_csv(root / "mllm_compress/advice.csv", index=False, float_format="%.6g")
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-010
 def tried_after_both(rows: pd.DataFrame, budget: float) -> pd.DataFrame:

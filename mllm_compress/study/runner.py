@@ -309,6 +309,10 @@ def run_study(
         problems = ["some experiments failed (above)"] * bool(failures) + problems
         for problem in problems:
             print(f"PROBLEM: {problem}")
+        if publish and (checkout() / "mllm_compress/advice.csv").exists():
+            from mllm_compress.study.guide import ship  # it draws, which workers need not
+
+            ship(checkout())
         took = f"{len(plan)} notebook{'s' * (len(plan) != 1)} in {hours(time.time() - start)}."
         changed = {name: overridden(name, values) for name, (_, values, _) in plan.items()}
         scratch = {output_folder(name, loaded, c) for name, c in changed.items() if c}
