@@ -91,7 +91,10 @@ def plan_from_scores(
         if ratio is not None:
             raise ValueError("give a ratio or a budget, not both.")
         if not widths:
-            raise ValueError("a budget ranks heads and neurons: give scores of them.")
+            raise ValueError(
+                "a budget ranks heads and neurons of all layers: give scores of them, of method "
+                "gauss_newton or obs."
+            )
         plan = plan_widthwise(model, widths[0], budget=budget, costs=costs, **options)
         if layers and batches is not None:
             deep = depth_plans(model, widths[0], budget, costs, layers[0], round_to=step)
