@@ -41,6 +41,7 @@ from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from ..pruning.reconstruction import reconstruction_cost
 from ..pruning.slicing import apply_plan
 from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
+from ..recovery.losses import LOSSES
 from ..recovery.steps import add_lora, trainable_copy
 from ..utils.methods import check_choice
 from ..zoo.releases import real_config
@@ -196,7 +197,7 @@ def training_operations(
     student = teacher - 2 * tokens * ratio * closed_parameters(config)["lm"]
     full = recovery.train == "projector+lm" and not recovery.lora
     passes = 2 + full + recovery.gradient_checkpointing
-    distils = any(name.endswith("kd") for name in recovery.losses)
+    distils = any(LOSSES[name].needs_teacher for name in recovery.losses)
     return int(passes * student + distils * teacher + sum(pictures.operations.values()))
 
 # %% ../../nbs/library/cost/02_memory.ipynb #gpu-memory-cell-034
