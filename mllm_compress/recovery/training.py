@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'RECOVERY_VERSION', 'split_state', 'join_state', 'random_state', 'set_random_state', 'write_checkpoint',
-           'checkpoints', 'whole', 'sliced', 'shape_of', 'NonFiniteLoss', 'Bar', 'Watch', 'RecoveryTrainer',
-           'RecoveryResult', 'training_arguments', 'with_rate', 'recover']
+           'checkpoints', 'gathered', 'sliced', 'shape_of', 'NonFiniteLoss', 'Bar', 'Watch', 'RecoveryTrainer',
+           'RecoveryResult', 'training_arguments', 'recover']
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-003
 import copy
@@ -127,7 +127,7 @@ def checkpoints(
     return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-sharded-cell-005
-def whole(
+def gathered(
     tensor,  # a tensor or a slice of one; anything else stays as it is
 ):
     "The tensor of which every process has a slice, on the CPU."
@@ -230,7 +230,7 @@ class RecoveryTrainer(Trainer):
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
         if any(isinstance(p, DTensor) for p in self.student.parameters()):
-            weights = {name: whole(p) for name, p in self.student.named_parameters()}
+            weights = {name: gathered(p) for name, p in self.student.named_parameters()}
             self.shape.load_state_dict(weights, strict=False, assign=True)
             self.student.model = self.shape.model
         return output
@@ -294,10 +294,10 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         named = self.model.named_parameters()  # every process gathers, the first one writes
-        weights = {name: whole(p).contiguous() for name, p in named if p.requires_grad}
+        weights = {name: gathered(p).contiguous() for name, p in named if p.requires_grad}
         optimizer = self.optimizer.state_dict()
         entries = optimizer["state"].items()
-        optimizer["state"] = {i: {k: whole(v) for k, v in e.items()} for i, e in entries}
+        optimizer["state"] = {i: {k: gathered(v) for k, v in e.items()} for i, e in entries}
         generators = gather_object([random_state()])
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if not self.args.should_save or folder.exists():
@@ -441,14 +441,6 @@ def _teacher_outputs(
 
     return cache.get(key, compute)
 
-# %% ../../nbs/library/recovery/05_training.ipynb #cell-035
-def with_rate(config: RecoveryConfig, student: nn.Module) -> RecoveryConfig:
-    "The config, with the smaller learning rate where the student was reconstructed."
-    refitted = getattr(getattr(student, "config", None), MARK, None) is not None
-    if config.lr is not None or not refitted:
-        return config
-    return replace(config, lr=learning_rate(config, reconstructed=True))
-
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-038
 def recover(
     student: nn.Module,  # a pruned MLLM; it is not changed
@@ -468,7 +460,8 @@ def recover(
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
     steps.check_pair(student, teacher, config)
-    config = with_rate(config, student)
+    if config.lr is None and getattr(student.config, MARK, None) is not None:
+        config = replace(config, lr=learning_rate(config, reconstructed=True))
     source = teacher if teacher is not None else student
     if processor is None:
         path = source.config._name_or_path
