@@ -175,6 +175,8 @@ class Bar(ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.set_description("recover")
             self.training_bar.leave = False
+            done = state.global_step  # of a resumed run
+            self.training_bar.n = self.training_bar.initial = self.current_step = done
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in (logs or {}):
