@@ -2,7 +2,7 @@
 
 tiny-llava is pruned widthwise at 60 %, its students are trained with SFT and hidden-state
 distillation for one epoch on a small part of the generated scenes, and then answer questions. The
-rival is the same in a process without the settings (`utils.processes.HEAP`). Both have one thread;
+rival is the same in a process without the settings (`study.workers.HEAP`). Both have one thread;
 pairs are run in turn, and what counts is the time of the processor.
 
     python bench/heap.py [--quick] [--pairs 3]
@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 from machine import facts
 
-from mllm_compress.utils.processes import HEAP
+from mllm_compress.study.workers import HEAP
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 RUN = """

@@ -50,10 +50,9 @@ from mllm_compress.study.runs import (
 )
 from .stages import name_of
 from .store import results_of
-from .workers import devices
+from .workers import devices, end_with_master, environment, on_cpu
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import check_choice, lazily
-from ..utils.processes import end_with_master, environment, on_cpu
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-lazily
 nbformat, papermill = lazily("nbformat"), lazily("papermill")

@@ -11,12 +11,14 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 
 import torch
@@ -34,16 +36,64 @@ from mllm_compress.study.stages import (
     subject_key,
 )
 from .store import Store
-from mllm_compress.utils.processes import (
-    ONE_THREAD,
-    THREADS,
-    end_with_master,
-    environment,
-    on_cpu,
-    without_interrupts,
-)
+
+# %% ../../nbs/library/study/11_workers.ipynb #cell-004
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+ONE_THREAD = dict.fromkeys(THREADS, "1") | {
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+HEAP = {  # glibc keeps what a training step frees for the next one
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+
+
+def on_cpu() -> dict:
+    "The environment of a process that computes on the CPU: one thread, and no progress bars."
+    return ONE_THREAD | {k: os.environ.get(k, v) for k, v in HEAP.items()}
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-006
+@contextmanager
+def environment(new: dict):
+    "Processes started in this context find these values in their environment."
+    old = {k: os.environ.get(k) for k in new}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for k, v in old.items():
+            if v is None:
+                del os.environ[k]
+            else:
+                os.environ[k] = v
+
+# %% ../../nbs/library/study/11_workers.ipynb #cell-008
+@contextmanager
+def without_interrupts():
+    "Processes started in this context never receive SIGINT; ours waits until the block ends."
+    resource_tracker.ensure_running()  # the first start of a process starts it, and unblocks SIGINT
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+# %% ../../nbs/library/study/11_workers.ipynb #cell-010
+def _watch(sentinel: int) -> None:
+    "End this process as soon as the sentinel's has ended."
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def end_with_master() -> None:
+    "From now on this process ends with the one that started it."
+    master = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_watch, args=(master,), daemon=True).start()
+
+# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-006
 def complete(
     experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"
 ) -> tuple:  # (status, message)
@@ -66,7 +116,7 @@ def complete(
             traceback.print_exc()  # on a full disk there is no log
         return "failed", f"{type(error).__name__}: {error}"
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-010
+# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-010
 def complete_logged(
     experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"
 ) -> tuple:  # as `complete`
@@ -79,7 +129,7 @@ def complete_logged(
         sys.stderr.flush()
     return answer
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-018
+# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-018
 def _cores() -> int:
     "How many cores this process may use: by affinity, and by the quota of its control group."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -111,7 +161,7 @@ def check_gpus(profile: Profile) -> None:
             f"together, each on a GPU of its own, and this machine has {gpus}."
         )
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-031
+# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-031
 def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
     "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
     ours = on_cpu() if device == "cpu" else dict(ONE_THREAD)
@@ -176,7 +226,7 @@ class Place:
             self.pool.shutdown(cancel_futures=True)
         self.pool = self.process = None
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-039
+# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-039
 def best_next(
     waiting: list, last: Experiment | None, others: list
 ) -> int:  # a position in `waiting`
@@ -196,7 +246,7 @@ def best_next(
 
     return min(range(len(waiting)), key=cost)
 
-# %% ../../nbs/library/study/11_workers.ipynb #cell-033
+# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-033
 @lru_cache(None)
 def say_busy(experiment: Experiment, holder: str) -> None:
     "Say that another run computes an experiment."
