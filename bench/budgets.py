@@ -39,7 +39,8 @@ from mllm_compress.cost.arithmetic import forward  # noqa: E402
 from mllm_compress.cost.timing import unit_seconds  # noqa: E402
 from mllm_compress.importance.criteria import measure  # noqa: E402
 from mllm_compress.pruning.allocation import COUNTED  # noqa: E402
-from mllm_compress.pruning.one_step import plan_from_scores, prune  # noqa: E402
+from mllm_compress.pruning.one_step import prune  # noqa: E402
+from mllm_compress.pruning.plans import plan_widthwise  # noqa: E402
 from mllm_compress.pruning.pruning_plan import make_plan  # noqa: E402
 from mllm_compress.pruning.reconstruction import reconstruct  # noqa: E402
 from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
@@ -67,7 +68,7 @@ def scores_of(model, batches: list) -> dict:
 def by_seconds(model, batches, scores, share, costs):
     "Pruned to a share of the seconds, by the one ranking of units and layers."
     budget = dict(budget={"latency": share}, costs=costs)
-    plan = plan_from_scores(model, scores, None, None, allocation="global", **budget)
+    plan = plan_widthwise(model, scores, allocation="global", **budget)
     small = reconstruct(apply_plan(model, plan), model, batches, plan, inplace=True)
     return small, plan
 

@@ -8,10 +8,7 @@ from mllm_compress.importance.scores import WidthScores
 from mllm_compress.pruning import plan_layerwise, plan_widthwise
 from mllm_compress.zoo.tiny_models import tiny_model
 
-TEXT_MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3"]  # of FAMILIES
-LMS = [
-    f"{family}-{groups}x{queries}" for family in TEXT_MODELS for groups, queries in ((4, 1), (3, 2))
-]
+LMS = ["llama-4x1", "mistral-3x2", "qwen2-3x2", "qwen3-3x2", "gemma-4x1", "phi-4x1", "phi3-3x2"]
 MLLMS = ["tiny-llava", "tiny-bunny"]
 KINDS = ["layerwise", "uniform", "blockwise", "combined"]
 

@@ -214,18 +214,6 @@ def reference_counts(
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
     return counts
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-042
-def check_range(layers, kept: tuple, shape: str) -> list:
-    "ValueError unless layers are among those that stay, and all of them for a uniform plan."
-    layers = list(layers)
-    if not set(layers) <= set(kept):
-        raise ValueError(f"layers {spans(sorted(layers))} are not all among {spans(kept)}.")
-    if shape == "uniform" and set(layers) != set(kept):
-        raise ValueError(
-            "a uniform plan prunes every layer alike; layer ranges need shape='blockwise'."
-        )
-    return layers
-
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-046
 def keep_best(
     scores: WidthScores,
@@ -330,7 +318,14 @@ def plan_widthwise(
     if ratio is not None:
         counts = budget_counts(model, ratio, kept, free, steps, shape == "uniform")
     else:
-        ranges = [check_range(free if r is None else r, kept, shape) for r in ranges]
+        ranges = [list(free) if r is None else r for r in ranges]
+        for layers in ranges:
+            if not set(layers) <= set(kept):
+                raise ValueError(f"layers {spans(sorted(layers))} are not all among {spans(kept)}.")
+            if shape == "uniform" and set(layers) != set(kept):
+                raise ValueError(
+                    "a uniform plan prunes every layer alike; layer ranges need shape='blockwise'."
+                )
         counts = reference_counts(model, channel_ratio, steps, *ranges)
     heads, neurons = (keep_best(scores, counts[kind], kind, sizes) for kind in FLOOR)
     method = "widthwise" if base is None else "layerwise+widthwise"

@@ -161,23 +161,19 @@ def silence(
     model = copy.deepcopy(model)
     parts = anatomy(model)
     for i in range(plan.num_layers):
-        if parts.family.joint_norm and i in plan.heads:
-            _leave_norms(parts, i, plan)
-        for slot in (s for s in parts.linears(i) if s.axis == 1):
+        joint = parts.family.joint_norm and i in plan.heads
+        for slot in parts.linears(i):
             kind = "heads" if slot.kind == "head" else "neurons"
             gone = plan.removed(kind, i) if i in plan.layers else range(slot.units)
-            slot.module.weight[:, slot.index(gone).to(slot.module.weight.device)] = 0
-            if i not in plan.layers and slot.module.bias is not None:
-                slot.module.bias.zero_()
+            gone, module = slot.index(gone).to(slot.module.weight.device), slot.module
+            if slot.axis == 1:
+                module.weight[:, gone] = 0
+                if i not in plan.layers and module.bias is not None:
+                    module.bias.zero_()
+            elif joint and kind == "heads":  # a mean over all heads counts only those that remain
+                module.weight[gone] = 0
+                if module.bias is not None:
+                    module.bias[gone] = 0
+        for norm in parts.norms(i) if joint else ():
+            norm.module.weight *= (len(plan.heads[i]) / parts.groups(i)) ** 0.5
     return model
-
-# %% ../../nbs/library/pruning/05_slicing.ipynb #cell-028s
-def _leave_norms(parts: Anatomy, i: int, plan: PruningPlan) -> None:
-    "Take the removed heads of a layer out of the means of its norms."
-    gone, share = plan.removed("heads", i), len(plan.heads[i]) / parts.groups(i)
-    for slot in (s for s in parts.linears(i) if s.kind == "head" and s.axis == 0):
-        slot.module.weight[slot.index(gone).to(slot.module.weight.device)] = 0
-        if slot.module.bias is not None:
-            slot.module.bias[slot.index(gone)] = 0
-    for norm in parts.norms(i):
-        norm.module.weight *= share**0.5
