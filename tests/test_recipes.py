@@ -235,11 +235,6 @@ def test_a_language_model_from_plain_text(here):
 
 
 MISTAKES = {  # options after `prune llava -o out --ratio 0.3`, and what the message must say
-    "unknown-recipe": (("--recipe", "best"), "recommended, uniform, layers, paper"),
-    "unknown-allocation": (("--allocation", "fair"), "layer, global, obs"),
-    "incomparable": (("--method", "taylor", "--allocation", "global"), "gauss_newton or obs"),
-    "one-width": (("--shape", "uniform", "--allocation", "global"), "shape blockwise"),
-    "ranked-layers": (("--method", "random", "--allocation", "global"), "leave it out"),
     "few-tokens": (("--samples", 4, "--ridge", 0.1), "ten times as many"),
     "few-samples": (("--samples", 3), "--samples"),
     "idle-ridge": (("--ridge", 0.1, "--no-reconstruct"), "add --reconstruct"),
