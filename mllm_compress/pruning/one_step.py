@@ -63,50 +63,6 @@ def auto_round(
         step //= 2
     return step
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-011
-def plan_from_scores(
-    model: PreTrainedModel,  # on any device, meta included
-    scores,  # LayerScores, WidthScores, or one of each for both prunings
-    ratio: float | None,  # fraction of LM-decoder parameters to remove; None: see budget
-    shape: str | None = None,  # widthwise: blockwise or uniform; None: uniform where it is possible
-    protect: tuple | None = None,  # widthwise: (first, last) layers kept whole
-    round_to: int | str = 1,  # widthwise: widths stay multiples of this; "auto": see auto_round
-    layer_share: float = 0.5,  # with both kinds of scores: part of the ratio that layers take
-    allocation: str = "layer",  # widthwise: a row of ALLOCATIONS
-    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
-    costs=None,  # of a latency budget: a table of UnitCosts
-    batches: list | None = None,  # with a budget: to try several depths, see nearest_plan
-    ridge: float | None = None,  # of the refit in these trials
-) -> PruningPlan:  # ValueError where it would remove nothing
-    "The plan for scores of layers, of heads and neurons, or of both."
-    given = scores if isinstance(scores, (list, tuple)) else [scores]
-    layers = [s for s in given if isinstance(s, LayerScores)]
-    widths = [s for s in given if isinstance(s, WidthScores)]
-    if len(layers) > 1 or len(widths) > 1 or not given:
-        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
-    shape = shape or ("uniform" if allocation == "layer" and not protect else "blockwise")
-    step = auto_round(model) if round_to == "auto" else round_to
-    options = dict(protect=protect, shape=shape, round_to=step, allocation=allocation)
-    if budget is not None:
-        if ratio is not None:
-            raise ValueError("give a ratio or a budget, not both.")
-        if not widths:
-            raise ValueError(
-                "a budget ranks heads and neurons of all layers: give scores of them, of method "
-                "gauss_newton or obs."
-            )
-        plan = plan_widthwise(model, widths[0], budget=budget, costs=costs, **options)
-        if layers and batches is not None:
-            deep = depth_plans(model, widths[0], budget, costs, layers[0], round_to=step)
-            plan = nearest_plan(model, [plan, *deep], batches, ridge)
-    elif layers and widths:
-        plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
-    elif layers:
-        plan = plan_layerwise(model, layers[0], ratio=ratio)
-    else:
-        plan = plan_widthwise(model, widths[0], ratio=ratio, **options)
-    return check_removes(model, plan, ratio)
-
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-013
 def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> PruningPlan:
     "The plan; ValueError where it removes nothing although a ratio or budget was given."
@@ -232,26 +188,51 @@ def plan_by_recipe(
     model: PreTrainedModel,  # with scores that are given, on any device, meta included
     recipe: Recipe,
     batches: list | None,  # calibration batches
-    ratio: float | None,
+    ratio: float | None,  # fraction of LM-decoder parameters to remove; None: see budget
     *,
-    layer_method: str | None = None,  # see `prune` for this and all below
-    seed: int = 0,
-    ridge: float | None = None,
-    scores=None,
-    budget: dict | None = None,
-    costs=None,
-    **options,
-) -> PruningPlan:
+    scores=None,  # LayerScores, WidthScores, or one of each; None: those of the recipe
+    layer_method: str | None = None,  # a layerwise criterion: whole layers go as well
+    layer_share: float = 0.5,  # with both kinds of scores: part of the ratio that layers take
+    protect: tuple | None = None,  # widthwise: (first, last) layers kept whole
+    round_to: int | str = 1,  # widthwise: widths stay multiples of this; "auto": see auto_round
+    seed: int = 0,  # for criteria that draw random numbers
+    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
+    costs=None,  # of a latency budget: a table of UnitCosts
+    ridge: float | None = None,  # of the refit by which several depths are compared
+) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that a recipe makes."
     if scores is None:
         if budget is not None:
             layer_method = layer_method or layers_for_budget(model, budget, costs)
         scores = scores_for(recipe, model, batches, seed, layer_method)
-    options |= dict(shape=recipe.shape, allocation=recipe.allocation)
+    given = scores if isinstance(scores, (list, tuple)) else [scores]
+    layers = [s for s in given if isinstance(s, LayerScores)]
+    widths = [s for s in given if isinstance(s, WidthScores)]
+    if len(layers) > 1 or len(widths) > 1 or not given:
+        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
+    same = recipe.allocation == "layer" and not protect
+    shape = recipe.shape or ("uniform" if same else "blockwise")
+    step = auto_round(model) if round_to == "auto" else round_to
+    options = dict(protect=protect, shape=shape, round_to=step, allocation=recipe.allocation)
     if budget is not None:
-        fit = dict(batches=batches, ridge=ridge) if recipe.reconstruct else {}
-        options |= dict(budget=budget, costs=costs, **fit)
-    return plan_from_scores(model, scores, ratio, **options)
+        if ratio is not None:
+            raise ValueError("give a ratio or a budget, not both.")
+        if not widths:
+            raise ValueError(
+                "a budget ranks heads and neurons of all layers: give scores of them, of method "
+                "gauss_newton or obs."
+            )
+        plan = plan_widthwise(model, widths[0], budget=budget, costs=costs, **options)
+        if layers and recipe.reconstruct and batches is not None:
+            deep = depth_plans(model, widths[0], budget, costs, layers[0], round_to=step)
+            plan = nearest_plan(model, [plan, *deep], batches, ridge)
+    elif layers and widths:
+        plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
+    elif layers:
+        plan = plan_layerwise(model, layers[0], ratio=ratio)
+    else:
+        plan = plan_widthwise(model, widths[0], ratio=ratio, **options)
+    return check_removes(model, plan, ratio)
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-030
 def prune(
@@ -269,7 +250,7 @@ def prune(
     scores=None,  # computed before; then method is not used
     budget: dict | None = None,  # instead of a ratio: {"latency": 0.6}, {"bytes": 0.7}, {"kv": 0.5}
     costs=None,  # of a latency budget: what cost.unit_costs.unit_seconds measured
-    **options,  # shape, protect, round_to, layer_share: see plan_from_scores
+    **options,  # shape, protect, round_to, layer_share: see plan_by_recipe
 ) -> tuple:  # (the pruned model, its plan)
     "Score, plan, apply and refit."
     shape = options.pop("shape", None)
