@@ -177,30 +177,6 @@ def test_images_back_off_too(tiny_llava, monkeypatch):
     assert sizes == [3, 3, 3, 2, 1, 1, 1]  # sixteen, eight, four and two at a time are too many
 
 
-def test_the_bar_counts_the_missing_answers(tiny_llava, tmp_path, monkeypatch):
-    bars = []
-
-    class Bar:
-        def __init__(self, total, **_):
-            self.total, self.steps = total, []
-            bars.append(self)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, n):
-            self.steps.append(n)
-
-    monkeypatch.setattr(scoring, "tqdm", Bar)
-    evaluate(*tiny_llava, "scenes/open", limit=12, folder=tmp_path, batch_size=4)
-    evaluate(*tiny_llava, ["scenes/open", "scenes/choice"], limit=12, folder=tmp_path)
-    assert [(b.total, sum(b.steps)) for b in bars] == [(12, 12), (12, 12)]
-    assert len(bars[0].steps) > 1
-
-
 def test_an_image_token_in_a_question_is_dropped(tiny_llava):
     question = load_questions("scenes/open", "test", 2)[0]
     odd = replace(question, prompt="<image>" + question.prompt)

@@ -13,7 +13,6 @@ from mllm_compress.data.instructions import (
     InstructionData,
     from_rows,
     load_json,
-    open_image,
     read_entries,
     read_entry,
     turns,
@@ -112,14 +111,6 @@ def test_plain_text_is_supervised_but_for_its_first_token(tiny_llava):
     ids = tokenizer("the circle is red")["input_ids"]
     assert batch["input_ids"][0].tolist() == ids
     assert batch["labels"][0].tolist() == [-100, *ids[1:]]
-
-
-def test_a_large_picture_is_reduced_while_it_is_read(tmp_path):
-    Image.new("RGB", (9000, 30)).save(tmp_path / "wide.jpg")
-    Image.new("L", (64, 48)).save(tmp_path / "small.png")
-    wide = open_image({"id": 0}, tmp_path / "wide.jpg", tmp_path)
-    small = open_image({"id": 1}, tmp_path / "small.png", tmp_path)
-    assert max(wide.size) <= 4096 and small.size == (64, 48) and small.mode == "RGB"
 
 
 def test_a_link_inside_the_image_folder_may_lead_elsewhere(tmp_path):

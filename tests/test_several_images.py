@@ -223,14 +223,6 @@ def test_the_pictures_of_an_entry_share_one_bound(tmp_path, monkeypatch):
     assert all(max(size) <= 50 for size in sizes) and len(sizes) == 4
 
 
-def test_a_missing_picture_among_several_is_named(shop, tmp_path):
-    gone = FRONT | {"image": ["0.png", "gone.png"]}
-    (tmp_path / "data.json").write_text(json.dumps([gone, ONE]))
-    with pytest.raises(FileNotFoundError, match="1 of 2 entries .*gone.png"):
-        load_json(tmp_path / "data.json", shop)
-    assert len(load_json(tmp_path / "data.json", shop, skip_missing=True)) == 1
-
-
 def test_the_whole_path(shop, tiny_llava, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for part in tiny_llava:
