@@ -194,19 +194,3 @@ def test_a_forest_shows_every_setting_and_the_average():
     fig = forest({"Many": Verdict("A.", effects, ""), "One": one, "None": Verdict("C.", {}, "")})
     rows = [[t.get_text() for t in ax.get_yticklabels()] for ax in fig.axes]
     assert rows == [[*effects, "average"], ["m at 0.3"]]
-
-
-def test_the_map_of_the_paper_names_notebooks_that_exist_or_are_announced():
-    items = pd.read_csv(STUDY.parents[1] / "mllm_compress/templates/items.csv")
-    there = {p.stem for p in NOTEBOOKS}
-    announced = {"02b_calibration", "09b_modalities", "11_beyond", "12_equal_bytes"}
-    assert (
-        set(items.notebook) <= there | announced
-        and there - set(items.notebook)
-        <= {
-            "00_learning_rates",
-            "00_teachers",
-        }
-        | announced
-    )
-    assert items.item.str.contains("Tab. 1").any() and len(items) == 14
