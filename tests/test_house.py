@@ -126,7 +126,7 @@ for line in sys.argv[2:]:
 
 def test_without_the_extra_of_the_study_the_library_runs(tmp_path):
     missing = "matplotlib,seaborn,papermill,nbformat,nbconvert,IPython,ipykernel"
-    prune = f"prune smoke-llava -o {tmp_path}/p --ratio 0.3 --samples 2 --scenes 4"
+    prune = f"prune smoke-llava -o {tmp_path}/p --ratio 0.3 --method magnitude"
     run = [sys.executable, "-W", "ignore", "-c", BLOCKED, missing, prune]
     run.append("study --profile smoke --status")
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)

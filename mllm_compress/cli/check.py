@@ -41,7 +41,8 @@ from ..pruning.slicing import apply_plan, silence
 from ..recovery.config import RecoveryConfig
 from ..recovery.losses import batch_counts
 from ..recovery.steps import Student, Teacher, add_lora, trainable_copy
-from ..zoo.models import auto_classes, quiet_loading
+from ..zoo.models import quiet_loading
+from ..zoo.weight_files import auto_classes
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-006
 PICTURES = ((96, 96), (160, 80), (80, 160), (200, 200))  # width and height

@@ -26,13 +26,12 @@ from ..zoo.eyes import missing_eyes
 from mllm_compress.zoo.models import (
     ASSEMBLED,
     MODELS,
-    SHIPPED,
     load_model,
     load_tokenizer,
     packaged_identity,
 )
 from ..zoo.tiny_models import SMOKE_VERSION
-from ..zoo.weight_files import PACKAGED, missing_package
+from ..zoo.weight_files import PACKAGED, SHIPPED, missing_package
 
 # %% ../../nbs/library/study/04_profile_inputs.ipynb #cell-004
 HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
