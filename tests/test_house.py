@@ -126,19 +126,13 @@ for line in sys.argv[2:]:
 
 def test_without_the_extra_of_the_study_the_library_runs(tmp_path):
     missing = "matplotlib,seaborn,papermill,nbformat,nbconvert,IPython,ipykernel"
-<<<<<<< HEAD
     prune = f"prune smoke-llava -o {tmp_path}/p --ratio 0.3 --method magnitude"
     run = [sys.executable, "-W", "ignore", "-c", BLOCKED, missing, prune]
-=======
-    score = f"score smoke-llava -o {tmp_path}/s --samples 2 --scenes 4"
-    prune = f"prune smoke-llava -o {tmp_path}/p --scores {tmp_path}/s --ratio 0.3"
-    run = [sys.executable, "-W", "ignore", "-c", BLOCKED, missing, score, prune]
->>>>>>> 5a5c3217 (The extra's test prunes from scores)
     run.append("study --profile smoke --status")
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    *written, study = done.stdout.splitlines()
-    assert [line[:13] for line in written] == ["0 written to "] * 2
+    pruned, study = done.stdout.splitlines()
+    assert pruned.startswith("0 written to")
     assert study.startswith("2 Error: ") and "pip install 'mllm_compress[study]'" in study
 
 
