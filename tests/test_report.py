@@ -162,8 +162,10 @@ def test_the_larger_profile_stands_beside_the_direction(checkout):
     Report("02_demo", "tiny", given(profile="tiny")).verdict(claim, effects, "n = 100")
     said = Report("02_demo", "quick", given()).verdict(claim, effects, "n = 100")
     assert said.sentence().endswith("Profile tiny: supported (+2.0).")
-    written = json.loads((checkout / "runs/quick/figures/02_demo-verdict.json").read_text())
-    assert "tiny" not in written["sentence"]  # files depend on the results of their profile only
+    written = json.loads((checkout / "runs/quick/figures/02_demo-verdicts.json").read_text())
+    assert (
+        "tiny" not in written["verdict"]["sentence"]
+    )  # files depend on the results of their profile only
     other = Report("02_demo", "quick", given()).verdict("B beats A.", effects, "n = 100")
     assert "tiny" not in other.sentence()
 
@@ -198,7 +200,7 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
         )
     assert seen[0] == seen[1] and len(seen[0]) == 7
     assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
-    assert json.loads(seen[0]["99_demo-verdict.json"])["word"] == "supported"
+    assert json.loads(seen[0]["99_demo-verdicts.json"])["verdict"]["word"] == "supported"
     assert pd.read_csv(tmp_path / "one/runs/smoke/figures/99_demo-t.csv")["AVG-%"].tolist()[:2] == [
         97.11,
         97.14,

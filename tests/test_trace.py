@@ -88,10 +88,11 @@ def test_verdicts_are_those_of_a_recount_by_other_code(folder, number):
     "Effects by plain means, the average's standard error by statsmodels' clustered regression."
     name = {1: "02_pruning-verdict", 3: "04_distillation-verdict"}
     name |= {4: "05_data-verdict", 5: "06_best-choice"}
-    if not (path := folder / f"{name[number]}.json").exists():
-        pytest.skip(f"{name[number]} is not drawn in this profile")
-    verdict = json.loads(path.read_text(encoding="utf-8"))
-    table = scores_of(folder / f"{path.name.split('-')[0]}.ipynb")
+    notebook, verdict_name = name[number].split("-")
+    if not (path := folder / f"{notebook}-verdicts.json").exists():
+        pytest.skip(f"{notebook} is not drawn in this profile")
+    verdict = json.loads(path.read_text(encoding="utf-8"))[verdict_name]
+    table = scores_of(folder / f"{notebook}.ipynb")
     effects = {where: by_hand(number, where, table) for where in verdict["effects"]}
     for where, effect in effects.items():
         assert effect.mean() == pytest.approx(verdict["effects"][where]["value"], abs=2e-3), where

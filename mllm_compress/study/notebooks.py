@@ -259,11 +259,11 @@ def rates_record(profile) -> Path:
 
 def _shown_beside(nb, profile) -> list:  # of Path
     "The files of other profiles that a notebook reads."
-    paths = [rates_record(profile), *figure_files(LARGER.get(profile.name, "none"), "*-*.json")]
+    paths = [rates_record(profile), *figure_files(LARGER.get(profile.name, "none"), "*-verdicts.json")]
     if _tagged(nb, "profiles"):
         others = {p.parent.name for p in (checkout() / "figures").glob("*/10_findings.ipynb")}
         for name in sorted(others - {profile.name}):
-            paths += figure_files(name, "10_findings-claim-*.json")
+            paths += figure_files(name, "10_findings-verdicts.json")
     return [path for path in paths if path.exists()]
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-044

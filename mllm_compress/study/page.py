@@ -94,8 +94,9 @@ def provenance(lines: pd.DataFrame) -> pd.DataFrame:
 def verdict_lines(folder: Path, notebook: str) -> list:  # of Markdown
     "The verdicts that a notebook has left, a line each."
     lines = []
-    for path in sorted(folder.glob(f"{notebook}-*.json")):
-        verdict = json.loads(path.read_text(encoding="utf-8"))
+    path = folder / f"{notebook}-verdicts.json"
+    verdicts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for verdict in verdicts.values():
         line = f"- {verdict['claim'].rstrip('.')}: **{verdict['word']}**"
         if average := verdict.get("average"):
             value, low, high = (average[k] for k in ("value", "low", "high"))

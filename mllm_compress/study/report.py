@@ -46,7 +46,7 @@ class Report:
     ):
         changed = overridden(notebook, values)
         self.notebook, self.setup = notebook, load_profile(profile)
-        self.profile, self.guessed = self.setup.name, None
+        self.profile, self.guessed, self.verdicts = self.setup.name, None, {}
         self.folder = output_folder(notebook, profile, changed)
         if changed:
             given, where = ", ".join(f"{k}={v!r}" for k, v in changed.items()), self.folder
@@ -94,8 +94,9 @@ class Report:
             self.guessed = guessing(self.setup)
         usual = {"margin": MARGIN if unit == POINTS else None, "guessed": self.guessed or {}}
         verdict = Verdict(claim, effects, basis, unit, **usual | how)
-        text = json.dumps(verdict.record(), indent=1, ensure_ascii=False)
-        write_atomically(self.path(name, "json"), text + "\n")
+        self.verdicts[name] = verdict.record()
+        text = json.dumps(self.verdicts, indent=1, ensure_ascii=False)
+        write_atomically(self.path("verdicts", "json"), text + "\n")
         return replace(verdict, beside=said_elsewhere(self.profile, self.notebook, name, claim))
 
     def claim(self, claim: Claim, frame: pd.DataFrame, basis, name="verdict") -> Verdict:
@@ -105,9 +106,8 @@ class Report:
 # %% ../../nbs/library/study/28_report.ipynb #cell-019
 def recorded(profile: str, notebook: str, name: str) -> dict | None:
     "A verdict that a notebook of a profile has left; None where there is none."
-    paths = figure_files(profile, f"{notebook}-{name}.json")
-    found = json.loads(paths[0].read_text(encoding="utf-8")) if paths else {}
-    return found if "counts" in found else None  # older versions wrote no counts
+    paths = figure_files(profile, f"{notebook}-verdicts.json")
+    return json.loads(paths[0].read_text(encoding="utf-8")).get(name) if paths else None
 
 
 def said_elsewhere(profile: str, notebook: str, name: str, claim: str) -> str:
