@@ -259,7 +259,10 @@ def rates_record(profile) -> Path:
 
 def _shown_beside(nb, profile) -> list:  # of Path
     "The files of other profiles that a notebook reads."
-    paths = [rates_record(profile), *figure_files(LARGER.get(profile.name, "none"), "*-verdicts.json")]
+    paths = [
+        rates_record(profile),
+        *figure_files(LARGER.get(profile.name, "none"), "*-verdicts.json"),
+    ]
     if _tagged(nb, "profiles"):
         others = {p.parent.name for p in (checkout() / "figures").glob("*/10_findings.ipynb")}
         for name in sorted(others - {profile.name}):
