@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from mllm_compress.anatomy.families import lm_parameters
 from mllm_compress.cli import app
 from mllm_compress.cost.arithmetic import kv_bytes_per_token, shape_of_model
-from mllm_compress.cost.timing import fitted, modelled_seconds, unit_seconds
+from mllm_compress.cost.timing import fitted, modelled_seconds
 from mllm_compress.importance.scores import WidthScores
 from mllm_compress.pruning import PruningPlan, apply_plan, plan_none, plan_widthwise, prune
 from mllm_compress.pruning.allocation import (
@@ -148,14 +148,6 @@ def small_layers(model):
     from mllm_compress.anatomy.families import anatomy
 
     return anatomy(model).layers
-
-
-def test_measured_units_add_up_to_what_was_timed(model):
-    costs = unit_seconds(model, rounds=1, repeats=2)
-    assert (costs.name, costs.unit, costs.meta["phase"]) == ("latency", "s", "decode")
-    assert costs.total(plan_none(model)) == pytest.approx(
-        costs.meta["dense"], rel=costs.meta["error"] + 1e-6
-    )
 
 
 def test_a_fit_has_no_negative_seconds():
