@@ -23,7 +23,6 @@ from mllm_compress.evaluation.scoring import (
     retained,
     score_all,
 )
-from mllm_compress.zoo.models import load_model
 
 FAMILIES = ["tiny_llava", "tiny_bunny"]
 
@@ -75,16 +74,6 @@ def test_answers_equal_those_of_generate_at_any_batch_size(mllm):
     answers = answer_questions(model, processor, questions, 6, batch_size=32)
     assert [a.text for a in answers] == expected and len(set(expected)) > 1
     assert answer_questions(model, processor, questions, 6, batch_size=1) == answers
-
-
-def test_a_trained_model_answers_as_generate_and_rightly():
-    model, processor = load_model("tiny-llava")
-    questions = [q for name in SMALL_SUITE for q in load_questions(name, "test", 6)]
-    answers = answer_questions(model, processor, questions, 4)
-    assert [a.text for a in answers] == [generated(model, processor, q, 4) for q in questions]
-    assert answers == answer_questions(model, processor, questions, 4, batch_size=1)
-    assert np.mean([a.text == q.answer for a, q in zip(answers, questions)]) > 0.8
-    assert np.mean([a.candidate == q.answer for a, q in zip(answers, questions)]) > 0.8
 
 
 def test_candidates_are_ranked_by_their_likelihood(mllm):
@@ -159,22 +148,6 @@ def test_memory_back_off(tiny_llava, monkeypatch):
         monkeypatch.setattr(generation, "read_prefixes", failing)
         with pytest.raises(RuntimeError, match=message):
             answer_questions(*tiny_llava, questions, 3)
-
-
-def test_images_back_off_too(tiny_llava, monkeypatch):
-    questions, sizes, encode = mixed(4), [], generation.encode_images
-
-    def tight(model, processor, images):
-        sizes.append(len(images))
-        if len(images) > 1:
-            raise MemoryError
-        return encode(model, processor, images)
-
-    expected = answer_questions(*tiny_llava, questions, 3)
-    monkeypatch.setattr(generation, "encode_images", tight)
-    use_cache(monkeypatch, SizedCache(2**29), 16)
-    assert answer_questions(*tiny_llava, questions, 3) == expected
-    assert sizes == [3, 3, 3, 2, 1, 1, 1]  # sixteen, eight, four and two at a time are too many
 
 
 def test_an_image_token_in_a_question_is_dropped(tiny_llava):
@@ -263,14 +236,6 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     assert np.allclose(answers.log_likelihood, uninterrupted.log_likelihood, atol=1e-4)
     again = score_all(load_predictions(tmp_path)).set_index("benchmark").score
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
-
-
-def test_a_folder_belongs_to_one_model(tiny_llava, tiny_bunny, tmp_path):
-    evaluate(*tiny_llava, "scenes/open", limit=2, folder=tmp_path)
-    with pytest.raises(ValueError, match="another run"):
-        evaluate(*tiny_bunny, "scenes/open", limit=2, folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no predictions"):
-        load_predictions(tmp_path / "elsewhere")
 
 
 def test_two_devices_answer_as_one(tiny_llava):
