@@ -453,23 +453,6 @@ def test_llama_cpp_tokenizes_the_same(kind, tmp_path):
 
 
 @LLAMA_CPP
-def test_the_decoder_of_a_tiny_mllm(tmp_path, tiny_llava):
-    model, processor = tiny_llava
-    small, plan = pruned(model, "layerwise")
-    save_pruned(small, plan, tmp_path / "small", processor=processor)
-    export_model(tmp_path / "small", "gguf", tmp_path / "m.gguf", dtype="q8_0")
-    text = "USER: is there a red circle? ASSISTANT:"
-    ids = processor.tokenizer(text).input_ids
-    (answer,) = run_engine([dict(model=tmp_path / "m.gguf", prompts=[ids], texts=[text])])
-    assert answer["texts"][0]["tokens"] == ids
-    with torch.no_grad():
-        expected = small(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
-    torch.testing.assert_close(
-        torch.tensor(answer["probabilities"][0]), expected, atol=0.01, rtol=0
-    )
-
-
-@LLAMA_CPP
 def test_smollm2_writes_the_same_text(tmp_path):
     "A pretrained model with unequal layers: tokens, probabilities and greedy text."
     from mllm_compress.zoo.models import load_model
