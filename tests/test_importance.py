@@ -2,7 +2,6 @@
 
 import copy
 import json
-import weakref
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.anatomy.streaming import PeakTensors
 from mllm_compress.importance import (
     LayerScores,
     WidthScores,
@@ -21,10 +19,8 @@ from mllm_compress.importance import (
     scoring_memory,
     width_importance,
 )
-from mllm_compress.importance import taylor as taylor_module
 from mllm_compress.importance.criteria import magnitude
 from mllm_compress.importance.taylor import ORDERS, taylor
-from mllm_compress.utils.files import resuming
 
 FAMILIES = ["llama", "qwen2", "phi", "phi3"]
 
@@ -58,16 +54,6 @@ def padded(batch, extra, side):
 
 def rows_of(batch):
     return [{k: v[i : i + 1] for k, v in batch.items()} for i in range(len(batch["input_ids"]))]
-
-
-def silence(model, layer, unit=None):
-    "Zero what a unit (or the whole layer) writes into the residual stream, bias included."
-    with torch.no_grad():
-        for slot in anatomy(model).linears(layer):
-            if slot.axis == 1:
-                slot.module.weight[:, slice(None) if unit is None else slot.unit_index(unit)] = 0
-                if unit is None and slot.module.bias is not None:
-                    slot.module.bias.zero_()
 
 
 def close(a, b, **kw):
@@ -170,21 +156,6 @@ def test_taylor_equals_autograd_inside_an_mllm(request, fixture, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_taylor_does_not_see_a_rescaling_that_changes_nothing(tiny_lm, order):
-    model, batch = tiny_lm("llama", layers=2), text_batch()
-    rescaled = copy.deepcopy(model)
-    with torch.no_grad():  # up and down are linear in between: 4 · ¼ = 1
-        (
-            rescaled.model.layers[0].mlp.up_proj.weight.mul_(4),
-            rescaled.model.layers[0].mlp.down_proj.weight.mul_(0.25),
-        )
-    assert close(
-        taylor(model, [batch], order=order), taylor(rescaled, [batch], order=order), rtol=1e-4
-    )
-    assert not close(magnitude(model), magnitude(rescaled), rtol=0.5)
-
-
-@pytest.mark.parametrize("order", ORDERS)
 def test_scores_do_not_depend_on_the_batch_size(tiny_llava, order):
     model = tiny_llava[0]
     a, b = image_batch(model, rows=2), image_batch(model, rows=1, words=5, answers=1, seed=1)
@@ -196,52 +167,6 @@ def test_scores_do_not_depend_on_the_batch_size(tiny_llava, order):
     joined = [{k: torch.cat([a[k], late[k]]) for k in a}]
     once = taylor(model, joined, order=order, mode="reference")
     assert close(once, whole, rtol=1e-3, atol=1e-9)
-
-
-@pytest.mark.parametrize("order", ["param_first", "param_mix"])
-@pytest.mark.parametrize("weights", [None, "balanced"])
-def test_layer_by_layer_goes_on_after_a_stop(tiny_llava, order, weights, tmp_path, monkeypatch):
-    model = tiny_llava[0]
-    batches = rows_of(image_batch(model, rows=3))
-    whole = taylor(model, batches, order=order, token_weights=weights)
-    through, passes = taylor_module.backward_through, []
-
-    def stopping(parts, i, *args):
-        if len(passes) == 2 * len(batches):
-            raise KeyboardInterrupt
-        passes.append(i)
-        through(parts, i, *args)
-
-    monkeypatch.setattr(taylor_module, "backward_through", stopping)
-    with pytest.raises(KeyboardInterrupt), resuming(tmp_path / "sums", "key"):
-        taylor(model, batches, order=order, token_weights=weights)
-    monkeypatch.setattr(
-        taylor_module,
-        "backward_through",
-        lambda parts, i, *args: (passes.append(i), through(parts, i, *args)),
-    )
-    with resuming(tmp_path / "sums", "key"):
-        again = taylor(model, batches, order=order, token_weights=weights)
-    assert len(passes) <= len(batches) * (anatomy(model).num_layers + 1)  # one layer may be unsaved
-    for i in whole.heads:
-        assert whole.heads[i].equal(again.heads[i]) and whole.neurons[i].equal(again.neurons[i])
-    assert again.meta["loss"] == whole.meta["loss"]
-
-
-def test_layer_by_layer_holds_the_gradient_of_one_layer(tiny_llava, monkeypatch):
-    model, alive, most = tiny_llava[0], [], []
-    made = taylor_module.gradient_moments
-
-    def counted(*args):
-        found = made(*args)
-        alive.append(weakref.ref(found[0]))
-        most.append(sum(ref() is not None for ref in alive))
-        return found
-
-    monkeypatch.setattr(taylor_module, "gradient_moments", counted)
-    taylor(model, rows_of(image_batch(model, rows=3)))
-    parts = anatomy(model)
-    assert max(most) <= len(parts.linears(0)) + 1 < len(most) / parts.num_layers
 
 
 def test_token_weights_weigh_the_positions_of_a_gradient(tiny_llava):
@@ -297,16 +222,6 @@ def test_scoring_touches_nothing(tiny_llava):
 # --- frugality ----------------------------------------------------------------------------------
 
 
-def test_block_influence_stores_no_hidden_states(tiny_lm):
-    model, batch = tiny_lm("llama", layers=12), text_batch(4, 64)
-    with PeakTensors() as bare, torch.no_grad():
-        model(**batch, logits_to_keep=1, use_cache=False)
-    with PeakTensors() as scoring:
-        block_influence(model, [batch])
-    state = 4 * 64 * 32 * 4  # one hidden state of the batch
-    assert scoring.peak - bare.peak < 2 * state
-
-
 # --- block influence ----------------------------------------------------------------------------
 
 
@@ -352,28 +267,6 @@ def test_padding_is_not_noticed(tiny_lm, family, side):
         lambda b: taylor(model, [b]).neurons[1],
     ):
         assert score(more).allclose(score(batch), rtol=1e-3, atol=1e-6)
-
-
-def test_token_weights_of_block_influence(tiny_llava):
-    model = tiny_llava[0]
-    batch = image_batch(model)
-    h = from_hidden_states(model, batch)
-    change = torch.stack(
-        [1 - torch.cosine_similarity(a, b, dim=-1) for a, b in zip(h, h[1:])]
-    )  # [layers, batch, tokens]
-    means = {
-        "image": change[..., :16].mean((1, 2)),
-        "prompt": change[..., 16:21].mean((1, 2)),
-        "answer": change[..., 21:].mean((1, 2)),
-    }
-    for kind, mean in means.items():
-        only = block_influence(
-            model, [batch], token_weights={k: float(k == kind) for k in means}
-        ).values
-        assert only.allclose(mean, atol=1e-5)
-    assert block_influence(model, [batch], token_weights="balanced").values.allclose(
-        sum(means.values()) / 3, atol=1e-5
-    )
 
 
 def test_angular_distance_is_the_mean_angle(tiny_lm):
@@ -423,23 +316,6 @@ def test_baselines(tiny_lm, family):
     )
     random = [width_importance(model, method="random", seed=s) for s in (3, 3, 4)]
     assert close(random[0], random[1]) and not close(random[0], random[2])
-
-
-def test_files_of_other_scores_are_refused(tmp_path):
-    LayerScores([0.1, 0.2], "random").save(tmp_path / "layers")
-    WidthScores({0: [0.1]}, {0: [0.2]}, "random").save(tmp_path / "width")
-    numbers = tmp_path / "width" / "scores.safetensors"
-    for wrong in (
-        b"",
-        numbers.read_bytes()[:-4],
-        (tmp_path / "layers" / numbers.name).read_bytes(),
-    ):
-        numbers.write_bytes(wrong)
-        with pytest.raises(ValueError, match="scores.safetensors is not the file"):
-            load_scores(tmp_path / "width")
-    numbers.unlink()
-    with pytest.raises(ValueError, match="scores.safetensors missing"):
-        load_scores(tmp_path / "width")
 
 
 # --- bad input ----------------------------------------------------------------------------------
