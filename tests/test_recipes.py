@@ -22,7 +22,6 @@ from mllm_compress.pruning import (
     reconstruct,
 )
 from mllm_compress.pruning.one_step import RECIPES, Recipe, auto_round, choose_recipe
-from mllm_compress.pruning.plans import ALLOCATIONS
 
 
 def ask(*args):
@@ -287,8 +286,3 @@ def test_batches_without_answers_are_named():
         prune(model, empty, 0.3)
     with pytest.raises(ValueError, match="[Bb]atches"):
         prune(model, None, 0.3)
-
-
-def test_help_comes_from_the_tables():
-    text = " ".join(ask("prune", "--help")[1].split())
-    assert all(f"{name}:" in text for name in (*RECIPES, *ALLOCATIONS))
