@@ -52,12 +52,6 @@ def checked_papermill(words: list) -> dict:
 LINES = [shlex.split(s) for s in "\n".join(blocks("sh")).splitlines() if s and "export" not in s]
 
 
-def test_the_shell_blocks_have_these_programs():
-    programs = [words[0] for words in LINES]
-    assert programs.count("papermill") == 3 and programs.count("mllm-compress") == 3
-    assert set(programs) == {"papermill", "mllm-compress", "jupyter", "job=$(sbatch", "sbatch"}
-
-
 @pytest.mark.parametrize("words", LINES, ids=" ".join)
 def test_a_command_names_what_exists(words):
     options = {w.partition("=")[0] for w in words if w.startswith("--")}

@@ -11,17 +11,15 @@ from test_study import DENSE, LAYERS, SMOKE, TRAINED, WIDTH, inline
 
 from mllm_compress.data import InstructionData, scene_data, small_data
 from mllm_compress.data.calibration import (
-    answer_form,
     calibration_data,
     calibration_hash,
     coverage,
-    question_types,
 )
 from mllm_compress.data.scenes import entry
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
 from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment, canonical, describe, described
-from mllm_compress.study.profiles import load_profile, rate_of, resolve_parameters
+from mllm_compress.study.profiles import load_profile, rate_of
 from mllm_compress.study.stages import inputs_of, key_of, name_of, planned, subject_key
 
 
@@ -63,15 +61,6 @@ def test_seeds_draw_other_questions_and_the_hash_sees_every_answer():
     assert calibration_hash(changed) == hashes[0]
     changed.samples[3]["conversations"][1]["value"] += "!"
     assert calibration_hash(changed) != hashes[0]
-
-
-@pytest.mark.parametrize(
-    "answer, form",
-    [("C", "letter"), ("No.", "yes or no"), ("12", "number"), ("3.5", "number"), ("cat", "word")],
-)
-def test_forms_of_answers(answer, form):
-    assert answer_form(answer) == form
-    assert question_types(entry("1", "gqa/images/7.jpg", [("q", answer)])) == [f"gqa/{form}"]
 
 
 def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
@@ -137,24 +126,6 @@ def test_later_fields_leave_older_descriptions_as_they_were():
     new = replace(TRAINED, epochs=3, calibration_seed=5, calibration="first 9")
     assert set(described(new)) == old | {"epochs", "calibration_seed", "calibration"}
     assert Experiment(**described(new)) == new
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"calibration": "first"},
-        {"calibration": "last 5"},
-        {"calibration": "stratified 0"},
-        {"calibration": "stratified many"},
-        {"calibration_seed": -1},
-        {"calibration_seed": "a"},
-        {"epochs": -1},
-        {"epochs": 0.5},
-    ],
-)
-def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError):
-        Experiment("m", "layerwise", 0.3, **wrong)
 
 
 def test_epochs_of_an_experiment_replace_those_of_the_profile():
@@ -236,13 +207,6 @@ def test_a_learning_rate_may_differ_between_prunings_and_ratios():
     )
 
 
-def test_untrained_experiments_have_seeds_of_their_own():
-    for name, least in (("quick", 3), ("tiny", 10)):
-        profile = load_profile(name)
-        ask = resolve_parameters(profile, "10_findings", calibration_seeds=[])
-        assert len(ask.calibration_seeds) >= least
-
-
 # ---- outcomes
 
 
@@ -252,15 +216,6 @@ def test_the_likelihood_of_right_answers_is_in_the_frame(away):
     for row in frame.itertuples():
         assert len(row.log_likelihoods) == len(row.units)
         assert np.isclose(row.log_likelihoods.mean(), row.log_likelihood, rtol=0.05)
-
-
-def test_equal_plans_share_their_answers(away, monkeypatch):
-    seeded = replace(SMOKE, seeds=[0, 1])
-    magnitude = replace(WIDTH, importance="magnitude")
-    first = inline([DENSE, magnitude], seeded)
-    monkeypatch.setattr(stages, "student_of", lambda *_: pytest.fail("answered again"))
-    again = inline([replace(magnitude, seed=1, calibration_seed=1)], seeded)
-    assert again.score.tolist() == first.score.tolist()[1:]
 
 
 # ---- hybrids, and students from scratch
@@ -315,27 +270,6 @@ def test_states_of_several_layers_are_a_setting_of_training():
     assert ours["plan"] == theirs["plan"] and ours["student"] != theirs["student"]
     assert "hidden_layers" not in described(plain) and Experiment(**described(deeper)) == deeper
     assert "hidden_kd (quarters)" in describe(deeper)
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        (dict(pruning="layerwise", recovery="sft", hidden_layers="every"), "compares no states"),
-        (dict(pruning="layerwise", recovery="hidden_kd", hidden_layers="all"), "quarters"),
-        (dict(pruning="layerwise", layer_share=0.5), "widthwise plans"),
-        (dict(pruning="widthwise", layer_share=1.0), "outside"),
-        (dict(pruning="widthwise", layer_share="half"), "must be a number"),
-        (dict(pruning="layerwise", start="scratch"), "give a recovery"),
-        (
-            dict(pruning="layerwise", start="scratch", recovery="sft", train="projector"),
-            "projector",
-        ),
-        (dict(pruning="layerwise", start="zero", recovery="sft"), "pruned, scratch"),
-    ],
-)
-def test_comparisons_that_cannot_be_are_errors(changes, said):
-    with pytest.raises(ValueError, match=said):
-        Experiment("m", ratio=0.3, **changes)
 
 
 def test_a_curve_belongs_to_a_recovered_student_and_changes_no_other_key():

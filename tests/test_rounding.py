@@ -123,15 +123,3 @@ def test_the_student_is_rounded_after_its_refit(tmp_path):
     found = stages.student_of(replace(whole, quantize="nf4"), smoke, results, "cpu")
     pairs = zip(rounded(first, "nf4").parameters(), found.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (dict(quantize="int3"), "use one of none, int8, nf4, int4"),
-        (dict(quantize="int8", recovery="sft"), "studied without training"),
-    ],
-)
-def test_what_does_not_fit_is_named(change, says):
-    with pytest.raises(ValueError, match=says):
-        Experiment("m", "widthwise", 0.3, **change)
