@@ -70,9 +70,8 @@ def by_autograd(model, batch, labels, order, share=1, sample_share=1):
     curvature = {}
     for b in range(len(labels)):
         model.zero_grad()
-        model(
-            **{k: v[b : b + 1] for k, v in inputs.items()}, labels=labels[b : b + 1]
-        ).loss.backward()
+        one = {k: v[b : b + 1] for k, v in inputs.items()}
+        model(**one, labels=labels[b : b + 1]).loss.backward()
         for name, p in model.named_parameters():
             if p.grad is not None:
                 curvature[name] = curvature.get(name, 0) + p.grad**2 / len(labels)
@@ -93,11 +92,8 @@ def by_autograd(model, batch, labels, order, share=1, sample_share=1):
                 "param_second": second,
                 "param_mix": first - 0.5 * second,
             }[order]
-            channel = (
-                salience.sum(1 - slot.axis).abs()
-                if order == "vectorize"
-                else salience.abs().sum(1 - slot.axis)
-            )
+            salience = salience if order == "vectorize" else salience.abs()
+            channel = salience.sum(1 - slot.axis).abs()
             into = heads[i] if slot.kind == "head" else neurons[i]
             for u in range(len(into)):
                 into[u] += channel[slot.unit_index(u)].sum()
@@ -109,16 +105,12 @@ def by_autograd(model, batch, labels, order, share=1, sample_share=1):
 
 def test_reference_block_influence_is_the_original(golden):
     folder = golden / "layerwise_llava"
-    model, tensors = (
-        LlavaForConditionalGeneration.from_pretrained(folder),
-        load_file(folder / "calibration.safetensors"),
-    )
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    tensors = load_file(folder / "calibration.safetensors")
     expected = json.loads((folder / "expected.json").read_text())
-    one = lambda i, name, dims: tensors[f"{i}.{name}"].reshape(
-        -1, *tensors[f"{i}.{name}"].shape[-dims:]
-    )
+    rows = lambda tensor, dims: tensor.reshape(-1, *tensor.shape[-dims:])
     samples = [
-        {"input_ids": one(i, "input_ids", 1), "pixel_values": one(i, "pixel_values", 3)}
+        {k: rows(tensors[f"{i}.{k}"], d) for k, d in (("input_ids", 1), ("pixel_values", 3))}
         for i in range(expected["n_samples"])
     ]
     scores = block_influence(model, samples, mode="reference")
@@ -174,15 +166,9 @@ def test_token_weights_weigh_the_positions_of_a_gradient(tiny_llava):
     batch, everything = image_batch(model), {"image": 2, "prompt": 2, "answer": 2}
     plain = taylor(model, [batch], order="vectorize")
     doubled = taylor(model, [batch], order="vectorize", token_weights=everything)
-    assert close(
-        doubled,
-        WidthScores(
-            {i: 2 * v for i, v in plain.heads.items()},
-            {i: 2 * v for i, v in plain.neurons.items()},
-            "",
-        ),
-        rtol=1e-4,
-    )
+    twice = lambda values: {i: 2 * v for i, v in values.items()}
+    expected = WidthScores(twice(plain.heads), twice(plain.neurons), "")
+    assert close(doubled, expected, rtol=1e-4)
     assert doubled.meta["loss"] == plain.meta["loss"]
     # in the last layer the MLP has a gradient only where an answer is predicted, not at the image
     image = taylor(model, [batch], token_weights={"prompt": 0, "answer": 0})
@@ -193,30 +179,22 @@ def test_scoring_touches_nothing(tiny_llava):
     model = copy.deepcopy(tiny_llava[0]).train()
     model.model.vision_tower.eval().requires_grad_(False)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    flags = [
-        (m.training, len(m._forward_hooks) + len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for m in model.modules()
-    ]
-    required = [p.requires_grad for p in model.parameters()]
-    batch = image_batch(model)
-    for run in (
-        lambda: taylor(model, [batch], recompute=True),
-        lambda: block_influence(model, [batch]),
-        lambda: angular_distance(model, [batch], 2),
-        lambda: width_importance(model, [batch], "activation"),
-        lambda: width_importance(model, [batch], "gauss_newton"),
-    ):
-        run()
+
+    def flags():
+        hooks = lambda m: len(m._forward_hooks) + len(m._forward_pre_hooks)
+        modules = [(m.training, hooks(m), "forward" in m.__dict__) for m in model.modules()]
+        return modules, [p.requires_grad for p in model.parameters()]
+
+    flags_before, batch = flags(), image_batch(model)
+    taylor(model, [batch], recompute=True)
+    block_influence(model, [batch])
+    angular_distance(model, [batch], 2)
+    for method in ("activation", "gauss_newton"):
+        width_importance(model, [batch], method)
     with pytest.raises(ValueError):
         taylor(model, [batch | {"pixel_values": batch["pixel_values"] * float("nan")}])
     assert all(v.equal(before[k]) for k, v in model.state_dict().items())
-    assert flags == [
-        (m.training, len(m._forward_hooks) + len(m._forward_pre_hooks), "forward" in m.__dict__)
-        for m in model.modules()
-    ]
-    assert required == [p.requires_grad for p in model.parameters()] and all(
-        p.grad is None for p in model.parameters()
-    )
+    assert flags() == flags_before and all(p.grad is None for p in model.parameters())
 
 
 # --- frugality ----------------------------------------------------------------------------------
@@ -242,12 +220,8 @@ def test_block_influence_is_the_mean_over_tokens_then_samples(request, fixture):
     expected = torch.zeros(4)
     for batch in (long, short):
         h = from_hidden_states(model, batch)
-        expected += (
-            torch.stack(
-                [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(h, h[1:])]
-            )
-            / 2
-        )
+        change = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in zip(h, h[1:])]
+        expected += torch.stack(change) / 2
     assert block_influence(model, [long, short]).values.allclose(expected, atol=1e-5)
     together = {k: torch.cat([long[k], padded(short, 16, "right")[k]]) for k in long}
     assert block_influence(model, [together]).values.allclose(expected, atol=1e-5)
@@ -272,16 +246,12 @@ def test_padding_is_not_noticed(tiny_lm, family, side):
 def test_angular_distance_is_the_mean_angle(tiny_lm):
     model, batch = tiny_lm("mistral"), text_batch()
     h = from_hidden_states(model, batch)
-    angle = torch.stack(
-        [torch.arccos(torch.cosine_similarity(a, b, dim=-1)) / torch.pi for a, b in zip(h, h[3:])]
-    )
+    cosine = torch.stack([torch.cosine_similarity(a, b, dim=-1) for a, b in zip(h, h[3:])])
+    angle = torch.arccos(cosine) / torch.pi
     assert angular_distance(model, [batch], 3).values.allclose(angle.mean((1, 2)), atol=1e-4)
-    assert angular_distance(model, [batch], 3, tokens="last").values.allclose(
-        angle[..., -1].mean(1), atol=1e-4
-    )
-    assert angular_distance(model, [padded(batch, 4, "right")], 3, tokens="last").values.allclose(
-        angle[..., -1].mean(1), atol=1e-4
-    )
+    for same in (batch, padded(batch, 4, "right")):
+        last = angular_distance(model, [same], 3, tokens="last").values
+        assert last.allclose(angle[..., -1].mean(1), atol=1e-4)
 
 
 # --- baselines and files ------------------------------------------------------------------------
@@ -300,20 +270,13 @@ def test_baselines(tiny_lm, family):
             )
             assert sizes.heads[i][u].allclose(total, rtol=1e-4)
     outputs = {}
-    hooks = [
-        s.module.register_forward_pre_hook(lambda _, a, k=s.kind: outputs.update({k: a[0]}))
-        for s in parts.linears(2)
-        if s.axis == 1
-    ]
-    with torch.no_grad():
-        model(**batch)
-    for hook in hooks:
-        hook.remove()
+    for s in (s for s in parts.linears(2) if s.axis == 1):
+        s.module.register_forward_pre_hook(lambda _, a, k=s.kind: outputs.update({k: a[0].clone()}))
     scores = width_importance(model, [batch], "activation")
-    assert scores.neurons[2].allclose(outputs["neuron"].square().mean((0, 1)).sqrt(), rtol=1e-4)
-    assert scores.heads[2].allclose(
-        outputs["head"].unflatten(-1, (2, -1)).square().sum(-1).mean((0, 1)).sqrt(), rtol=1e-4
-    )
+    squares = {kind: x.square() for kind, x in outputs.items()}
+    squares["head"] = squares["head"].unflatten(-1, (2, -1)).sum(-1)
+    assert scores.neurons[2].allclose(squares["neuron"].mean((0, 1)).sqrt(), rtol=1e-4)
+    assert scores.heads[2].allclose(squares["head"].mean((0, 1)).sqrt(), rtol=1e-4)
     random = [width_importance(model, method="random", seed=s) for s in (3, 3, 4)]
     assert close(random[0], random[1]) and not close(random[0], random[2])
 
