@@ -242,11 +242,8 @@ def test_the_card_is_what_the_hub_reads(here):
     run("prune", "llava", "-o", "small", "--layers", "1")
     run("recover", "small", "--teacher", "llava", "-o", "out", "--data", "mine.json")
     data = ModelCard.load("out/README.md").data
-    assert (data.license, data.base_model, data.pipeline_tag) == (
-        "apache-2.0",
-        "me/dense",
-        "image-text-to-text",
-    )
+    assert (data.license, data.base_model) == ("apache-2.0", "me/dense")
+    assert data.pipeline_tag == "image-text-to-text"
     assert data.datasets == ["mine"] and data.base_model_relation == "finetune"
     assert "| teacher | llava |" in Path("out/README.md").read_text()
 
@@ -278,9 +275,6 @@ def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
     Path("small/diary.txt").write_text("private")
     assert "commit/1" in run("push", "small", "me/small")
     assert sent[0] == ("me/small", True) and "diary.txt" not in sent[1] and "plan.png" in sent[1]
-    assert "write owner/name" in run("push", "small", "small", code=2)
-    Path("small/config.json").write_text("{}")
-    assert "damaged" in run("push", "small", "me/small", code=2) and len(sent) == 2
 
 
 def test_options_of_the_program(here):
@@ -292,10 +286,8 @@ def test_options_of_the_program(here):
     assert run("--version").strip() == f"mllm_compress {__version__}"
     command = [sys.executable, "-m", "mllm_compress", "models", "--json"]
     assert "tiny-llava" in json.loads(subprocess.run(command, capture_output=True).stdout)
-    noisy = CliRunner().invoke(app, ["recover", "x", "--teacher", "y", "-o", "z"])
-    assert noisy.exit_code == 2
+    run("prune", "llava", "-o", "small", "--layers", "1")
     for command in ("models", "cost llava", "show small", "cards LLaVA-v1.5-7B"):
-        run("prune", "llava", "-o", "small", "--layers", "1", "--overwrite")
         assert isinstance(facts(*command.split()), dict)
 
 
