@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mllm_compress.anatomy.families import Anatomy, anatomy
+from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.data.batches import Collator, blocks, borrowing_mask, packed_mask
 from mllm_compress.data.instructions import InstructionData
@@ -240,9 +240,7 @@ def test_projector_alone(run, pair, data):
 def test_projector_and_lm_in_full(run, pair):
     result = run(**TWO_STEPS, warmup=0.0, epochs=3)
     tower = {name for name, _ in pair[0].named_parameters() if "vision_tower" in name}
-    assert (
-        changed(pair[0], result.model) == {name for name, _ in pair[0].named_parameters()} - tower
-    )
+    assert changed(pair[0], result.model) == dict(pair[0].named_parameters()).keys() - tower
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0]
     assert list(result.history.step) == [1, 2, 3, 4, 5, 6]
 
@@ -492,28 +490,11 @@ def test_no_supervised_token(run, data):
         run(samples=empty, **SFT, max_length=18, **ONE_STEP)
 
 
-@pytest.mark.parametrize(
-    "values, says",
-    [
-        ({"fraction": 0}, "outside"),
-        ({"losses": {"mse": 1}}, "Unknown loss 'mse'"),
-        ({"train": "lm"}, "use one of"),
-        ({"lora": {"r": 2}, "train": "projector"}, "lora adapts"),
-        ({"rank": 8}, "Unknown recovery option"),
-        ({"batch_size": 0}, "must be positive"),
-    ],
-)
-def test_wrong_configs(values, says):
-    with pytest.raises(ValueError, match=says):
-        config_from_dict(values)
-
-
-def test_layers_that_are_not_there(tiny_lm, monkeypatch):
+def test_options_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="lora adapts"):
+        config_from_dict({"lora": {"r": 2}, "train": "projector"})
     with pytest.raises(ValueError, match="none at or before"):
         layer_pairs((0,), kept=(1, 2))
-    monkeypatch.setattr(Anatomy, "linears", lambda self, i: [])
-    with pytest.raises(ValueError, match="no LoRA targets for family 'llama'"):
-        lora_targets(tiny_lm("llama"))
 
 
 def test_learning_rates_are_data():
