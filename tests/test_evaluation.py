@@ -140,10 +140,8 @@ def test_memory_back_off(tiny_llava, monkeypatch):
     monkeypatch.setattr(generation, "read_prefixes", tight)
     assert answer_questions(*tiny_llava, questions, 3, batch_size=16) == expected
     assert tried[0] > 3 >= tried[-1]
-    for error, message in (
-        (torch.OutOfMemoryError("no"), "single question"),
-        (RuntimeError("shapes differ"), "shapes differ"),
-    ):
+    errors = (torch.OutOfMemoryError("no"), RuntimeError("shapes differ"))
+    for error, message in zip(errors, ("single question", "shapes differ")):
         failing = lambda *_, error=error: (_ for _ in ()).throw(error)
         monkeypatch.setattr(generation, "read_prefixes", failing)
         with pytest.raises(RuntimeError, match=message):
@@ -205,9 +203,8 @@ def test_a_perfect_and_a_half_model(tiny_llava):
 
 
 def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
-    run = lambda **more: evaluate(
-        *tiny_llava, ["scenes/open", "scenes/cognition"], limit=20, return_predictions=True, **more
-    )
+    kinds, options = ["scenes/open", "scenes/cognition"], dict(limit=20, return_predictions=True)
+    run = lambda **more: evaluate(*tiny_llava, kinds, **options, **more)
     expected, uninterrupted = run()
     asked, answered = [], scoring.answer_questions
 
@@ -223,9 +220,7 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     stored = load_predictions(tmp_path)
     assert len(stored.drop_duplicates(["benchmark", "id"])) == 16
     later = []
-    counting = lambda m, p, questions, *more: (
-        later.extend(questions) or answered(m, p, questions, *more)
-    )
+    counting = lambda m, p, asked, *more: later.extend(asked) or answered(m, p, asked, *more)
     monkeypatch.setattr(scoring, "answer_questions", counting)
     rows, answers = run(folder=tmp_path, save_every=8)
     assert len(later) == 24
