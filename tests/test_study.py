@@ -166,6 +166,8 @@ def test_a_copy_of_a_profile_with_one_model_keeps_the_others_entries(tmp_path):
     assert only_model(load_profile("paper"), "bunny-v1.0-3b").models == mine.models
     named = " ".join(profile_inputs.missing_inputs(mine))
     assert "bunny" in named and "llava-v1.5" not in named and "internvl" not in named
+    whole = " ".join(profile_inputs.missing_inputs(load_profile("paper")))
+    assert "vision tower of llava-v1.5-7b" in whole
     with pytest.raises(ValueError, match="Unknown model of profile paper 'gpt'"):
         only_model(load_profile("paper"), "gpt")
 
