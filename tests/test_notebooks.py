@@ -233,7 +233,7 @@ def test_a_scoreboard_is_drawn_again_when_another_profile_says_something_new(wor
     other = world.source.parents[2] / "figures/other"
     other.mkdir(parents=True)
     (other / "10_findings.ipynb").touch()
-    verdict, smoke = other / "10_findings-claim-1.json", load_profile("smoke")
+    verdict, smoke = other / "10_findings-verdicts.json", load_profile("smoke")
     verdict.write_text("supported")
     board = demo(GOOD)
     alone = made_from(board, {}, [], smoke)
