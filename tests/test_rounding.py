@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mllm_compress.anatomy.families import lm_parameters
-from mllm_compress.pruning import apply_plan
+from mllm_compress.importance.criteria import random_scores
+from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.study import stages, store
 from mllm_compress.study.experiments import Experiment, describe, method_of
@@ -91,9 +92,6 @@ def test_bytes_follow_the_plan(tiny_llava):
 
 @pytest.mark.parametrize("how", ["none", *QUANTIZERS])
 def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
-    from mllm_compress.importance.criteria import random_scores
-    from mllm_compress.pruning import plan_widthwise
-
     model, limit = tiny_llava[0], 0.7 * stored_bytes(tiny_llava[0], how)
     ratio = ratio_within(model, how, limit)
     plan = plan_widthwise(model, random_scores(model), ratio=ratio)
