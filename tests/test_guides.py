@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from mllm_compress.cli import app
 
+pytestmark = pytest.mark.slow  # whole processes
+
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "nbs/guides").glob("*.ipynb"))
 START = sorted((ROOT / "nbs/start").glob("*.ipynb"))

@@ -23,6 +23,8 @@ from mllm_compress.study import runner
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
+pytestmark = pytest.mark.slow  # whole processes
+
 ROOT = Path(__file__).parent.parent
 VOLATILE = ["seconds", "peak_memory_mb", "date"]  # differ from run to run
 GRID = """

@@ -26,6 +26,8 @@ from mllm_compress.study.stages import checkpoints_of, recovery_config, result_o
 from mllm_compress.study.store import Store
 from mllm_compress.study.workers import complete
 
+pytestmark = pytest.mark.slow  # whole processes
+
 ROOT = Path(__file__).parent.parent
 FAMILY = {"llava-v1.5-7b": "llava", "bunny-v1.0-3b": "bunny", "mini-internvl-4b": "internvl"}
 NOTEBOOKS = sorted(

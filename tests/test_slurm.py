@@ -21,6 +21,8 @@ from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
 from mllm_compress.study.stages import checkpoints_of, name_of, score_keys, subject_key
 from mllm_compress.study.store import results_of
 
+pytestmark = pytest.mark.slow  # whole processes
+
 SMOKE = load_profile("smoke")
 SMOKE = replace(
     SMOKE,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole processes
+
 pytest.importorskip("nbdev.export")
 ROOT = Path(__file__).parents[1]
 LIBRARY = "nbs/library"
