@@ -56,6 +56,9 @@ def test_lessons_hold(name, checkout, monkeypatch):
     """
     import torch
 
+    from mllm_compress.cli import app
+
+    commands = list(app.registered_commands)  # a lesson of the command line defines them again
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir((checkout / name).parent)
     environment, threads = dict(os.environ), torch.get_num_threads()
@@ -67,6 +70,7 @@ def test_lessons_hold(name, checkout, monkeypatch):
                 code = compile(ast.parse(cell.source), f"{name} {cell.id}", "exec")
                 exec(code, scope)  # noqa: S102
     finally:
+        app.registered_commands[:] = commands
         for key in set(os.environ) - set(environment):
             del os.environ[key]
         os.environ.update(environment)

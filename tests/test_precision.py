@@ -3,9 +3,7 @@
 The result names that precision."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 import torch
 
@@ -20,7 +18,6 @@ def test_fastest_precision_is_settled_and_recorded(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     experiment = Experiment("tiny-llava", "layerwise", 0.3, recovery="sft", fraction=0.05)
     profile = load_profile("quick")
-    result = SimpleNamespace(samples=1, seconds=1.0, history=pd.DataFrame({"loss": [1.0]}))
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
         config = stages.recovery_config(experiment, profile)

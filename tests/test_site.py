@@ -31,7 +31,8 @@ def made(tmp_path, monkeypatch) -> Path:
         nbformat.write(new_notebook(cells=cells), folder / "01_a.ipynb")
     average = {"value": -1.5, "low": -1.8, "high": -1.2}
     verdict = {"claim": "A beats B.", "word": "contradicted", "unit": "points", "average": average}
-    (figures / "01_a-verdict.json").write_text(json.dumps(verdict), encoding="utf-8")
+    text = json.dumps({"verdict": verdict})
+    (figures / "01_a-verdicts.json").write_text(text, encoding="utf-8")
     (figures / "02_b.failed.ipynb").touch()
     monkeypatch.chdir(tmp_path)
     return page.build("smoke")
