@@ -133,7 +133,8 @@ def commands() -> list:  # of (name, first line of its help)
     "The commands of the command line."
     from mllm_compress.cli import app
 
-    return [(c.name or c.callback.__name__, c.callback.__doc__) for c in app.registered_commands]
+    named = [(c.name or c.callback.__name__, c.callback.__doc__) for c in app.registered_commands]
+    return sorted(named)  # the order of registration depends on what was imported first
 
 
 def llms() -> str:

@@ -3,7 +3,10 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,40 +16,14 @@ from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.statistics import difference, setting_of
 
 
-def made(
-    pruning="none",
-    ratio=0.0,
-    share=1.0,
-    recovery="none",
-    fraction=1.0,
-    train="projector+lm",
-    model="tiny-llava",
-    n=400,
-    achieved=None,
-    importance="x",
-):
+def made(pruning="none", ratio=0.0, share=1.0, recovery="none", fraction=1.0, **more) -> dict:
     "A row as `study.run` gives it: n questions, of which the first `share` were right."
-    return {
-        "model": model,
-        "pruning": pruning,
-        "ratio": ratio,
-        "requested_ratio": ratio,
-        "achieved_ratio": achieved or ratio,
-        "importance": importance,
-        "recovery": recovery,
-        "train": train,
-        "fraction": fraction,
-        "epochs": 0,
-        "calibration": "default",
-        "seed": 0,
-        "status": "done",
-        "error": "",
-        "profile": "p",
-        "benchmark": "b",
-        "score": 100 * share,
-        "n": n,
-        "units": np.arange(n) < n * share,
-    }
+    row = dict(model="tiny-llava", importance="x", train="projector+lm", n=400)
+    row |= dict(pruning=pruning, ratio=ratio, recovery=recovery, fraction=fraction)
+    row |= dict(epochs=0, calibration="default", seed=0, status="done", error="", profile="p")
+    row |= dict(benchmark="b", score=100 * share, requested_ratio=ratio, achieved_ratio=ratio)
+    row |= more
+    return row | {"units": np.arange(row["n"]) < row["n"] * share}
 
 
 def thrice(rows: list) -> list:
@@ -63,11 +40,11 @@ RESULTS = [
     made(),
     made("layerwise", 0.15, 0.94),
     made("widthwise", 0.15, 0.97),
-    made("layerwise", 0.3, 0.7, achieved=0.31),
+    made("layerwise", 0.3, 0.7, achieved_ratio=0.31),
     made("widthwise", 0.3, 0.9),
     made("layerwise", 0.3, 0.99, "sft", 1.0),
     made("layerwise", 0.3, 0.9875, "sft", 0.05),
-    made("layerwise", 0.3, 0.985, "sft", 0.05, "projector"),
+    made("layerwise", 0.3, 0.985, "sft", 0.05, train="projector"),
     made("widthwise", 0.6, 0.6),
     made("widthwise", 0.6, 0.78, "sft", 0.05),
 ]
@@ -78,16 +55,12 @@ def ask(monkeypatch):
     "Advice from made-up results, through the file that ships."
 
     def asking(model="tiny-llava", rows=RESULTS, **kw):
-        frame, setup = pd.DataFrame(rows), load_profile("quick")
-        models = list(dict.fromkeys(frame.model))
-        every = guide.situations(frame, models)
-        table = guide.advice_table(frame, every, setup)
+        frame = pd.DataFrame(rows)
+        situations = guide.situations(frame, list(dict.fromkeys(frame.model)))
+        table = guide.advice_table(frame, situations, load_profile("quick"))
         text = table.to_csv(index=False, float_format="%.6g")
-
-        class File:
-            open = lambda self, **_: io.StringIO(text)
-
-        monkeypatch.setattr(advice, "shipped", lambda: advice.read(File()))
+        file = SimpleNamespace(open=lambda **_: io.StringIO(text))
+        monkeypatch.setattr(advice, "shipped", lambda: advice.read(file))
         return advice.advise(model, **kw)
 
     return asking
@@ -233,14 +206,10 @@ def test_the_recommended_profile_is_the_one_that_says_most():
 
 def test_command_function_and_guide_give_the_same_answer():
     "08_guide prints what the command prints for the profile that it shows."
-    from pathlib import Path
-
-    import nbformat
-
     root = Path(__file__).parents[1]
     for path in sorted(root.glob("figures/*/08_guide.ipynb")):
-        outputs = [o for c in nbformat.read(path, 4).cells for o in c.get("outputs", [])]
-        texts = [o.text for o in outputs if o.output_type == "stream"]
+        outputs = [c.get("outputs", []) for c in nbformat.read(path, 4).cells]
+        texts = ["".join(o.get("text", "") for o in its) for its in outputs]
         (printed,) = [text for text in texts if text.startswith("$ mllm-compress advise")]
         command, _, text = printed.partition("\n\n")
         words = dict(zip(command.split()[3::2], command.split()[4::2]))

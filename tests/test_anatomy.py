@@ -5,12 +5,9 @@ import copy
 import pruning_cases as cases
 import pytest
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
 )
 
 from mllm_compress.anatomy.families import (
@@ -20,7 +17,6 @@ from mllm_compress.anatomy.families import (
     anatomy,
     attention_slots,
     lm_parameters,
-    part_parameters,
 )
 from mllm_compress.importance.criteria import random_scores, width_importance
 from mllm_compress.importance.influence import block_influence
@@ -49,78 +45,6 @@ def test_a_head_is_its_rows_and_columns(name):
                     slot.module.bias[rows] += 1
         assert (before - silenced).abs().max() > 1e-6
         assert (cases.logits(model, batch) - silenced).abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("name", cases.LMS)
-def test_units_partition_every_slot(name):
-    parts = anatomy(cases.build(name))
-    groups, queries = map(int, name.split("-")[1].split("x"))
-    assert (parts.groups(0), parts.queries_per_group(0), parts.neurons(0), parts.head_dim) == (
-        groups,
-        queries,
-        40,
-        8,
-    )
-    for slot in parts.linears(0):
-        assert slot.units == (groups if slot.kind == "head" else 40)
-        assert sorted(slot.index(range(slot.units)).tolist()) == list(
-            range(slot.module.weight.shape[slot.axis])
-        )
-
-
-@pytest.mark.parametrize("name", cases.MLLMS)
-def test_parts_of_an_mllm(name):
-    model = cases.build(name)
-    parts = anatomy(model)
-    assert (
-        parts.vision_tower is model.model.vision_tower
-        and parts.projector is model.model.multi_modal_projector
-    )
-    assert parts.text_config is model.config.text_config is parts.decoder.config
-    assert parts.embed_tokens is model.get_input_embeddings() and parts.lm_head is model.lm_head
-    assert (
-        isinstance(parts.final_norm, nn.Module)
-        and parts.hidden_size == 96
-        and parts.num_layers == 4
-    )
-    counts = part_parameters(model)
-    assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
-    assert counts["lm"] == lm_parameters(model) > counts["vision"] > counts["projector"] > 0
-
-
-def test_plain_lm_has_no_vision():
-    model = cases.build("llama-4x1")
-    parts = anatomy(model)
-    assert (
-        parts.vision_tower is None and parts.projector is None and parts.config is parts.text_config
-    )
-    assert part_parameters(model) == {
-        "vision": 0,
-        "projector": 0,
-        "lm": sum(p.numel() for p in model.parameters()),
-    }
-
-
-def test_internvl_is_the_same_anatomy():
-    text = cases.lm_config("phi3-4x1")
-    config = InternVLConfig(
-        text_config=text.to_dict(),
-        vision_config=dict(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=[28, 28],
-            patch_size=[14, 14],
-        ),
-        image_token_id=4,
-    )
-    parts = anatomy(InternVLForConditionalGeneration(config))
-    assert (
-        parts.family is FAMILIES["phi3"]
-        and parts.vision_tower is not None
-        and parts.projector is not None
-    )
 
 
 def test_unknown_architecture_is_named_with_a_way_out():

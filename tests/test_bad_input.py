@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -31,53 +32,37 @@ def said(*turns) -> dict:
 # Entries that cannot be read, and what the message must say.
 ENTRIES = {
     "null": (None, "not an object"),
-    "number": (7, "not an object"),
-    "text": ("hello", "not an object|is plain text"),
-    "list": ([1], "not an object"),
     "no-keys": ({}, "has neither 'conversations'"),
     "null-conversations": ({"id": "e", "conversations": None}, "write a list of objects"),
-    "text-conversations": ({"id": "e", "conversations": "hi"}, "write a list of objects"),
-    "list-of-texts": ({"id": "e", "conversations": ["hi", "ho"]}, "write a list of objects"),
     "empty-text": ({"id": "e", "text": " "}, "leave it out"),
-    "null-text": ({"id": "e", "text": None}, "null where 'text' should be text"),
     "no-turns": ({"id": "e", "conversations": []}, "alternate"),
     "no-answer": (said(("human", "hi")), "end with an answer"),
     "answer-first": (said(("gpt", "hi"), ("human", "ho")), "start with a question"),
     "two-questions": (said(("human", "a"), ("human", "b")), "alternate"),
-    "null-answer": (said(("human", "a"), ("gpt", None)), "null where a turn should be text"),
     "number-answer": (said(("human", "a"), ("gpt", 4)), "int where a turn should be text"),
     "unknown-speaker": (said(("bot", "a"), ("gpt", "b")), "use human, user, gpt"),
-    "null-speaker": (said((None, "a"), ("gpt", "b")), "use human, user, gpt"),
-    "list-speaker": (said((["x"], "a"), ("gpt", "b")), "use human, user, gpt"),
     "late-system": (said(("human", "a"), ("system", "x"), ("gpt", "b")), "put it first"),
-    "null-messages": ({"id": "e", "messages": None}, "write a list of objects"),
     "audio-part": (
         {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "use parts of type text or image",
     ),
-    "null-content": ({"messages": [{"role": "user", "content": None}]}, "should be text"),
     "marker-in-answer": (
         {**said(("human", "a"), ("gpt", "<image>\nb")), "image": "0.png"},
         "put it into a question",
     ),
     "two-markers": (pair("<image><image>\nwhat?"), "write one marker per image"),
     "marker-without-image": (said(("human", "<image>\na"), ("gpt", "b")), "remove the marker"),
-    "marker-amid-two-images": (pair("is <image> red?", image=["0.png"] * 2), "one marker per"),
-    "two-images": (pair(image=["0.png", "1.png"]), "write one marker per image"),
     "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),
     "missing-among-images": (
         pair("<image><image>?", image=["0.png", "gone.png"]),
         "check|Complete",
     ),
     "url": (pair(image="https://example.org/a.jpg"), "download it"),
-    "data-url": (pair(image="data:image/png;base64,AAAA"), "download it"),
     "number-image": (pair(image=5), "name the file"),
-    "true-image": (pair(image=True), "name the file"),
     "empty-image": (pair(image=""), "name the file"),
     "missing-image": (pair(image="gone.png"), "check|Complete the folder"),
     "traversal": (pair(image="../outside.png"), "--image-root"),
     "absolute": (pair(image="/etc/hostname"), "--image-root"),
-    "hidden-traversal": (pair(image="a/../../outside.png"), "--image-root"),
     "surrogate": (pair(answer="\ud800"), "repair its encoding"),
 }
 READ_LATER = {  # the file of a picture is opened when the entry is used
@@ -87,39 +72,27 @@ READ_LATER = {  # the file of a picture is opened when the entry is used
 }
 FILES = {  # bytes of a data file, and what the message must say
     "empty.json": (b"", "is empty"),
-    "space.json": (b" \n\n", "is empty"),
     "empty-list.json": (b"[]", "is empty"),
     "object.json": (b'{"data": []}', "a list of entries is needed"),
     "cut.json": (b'[{"id": 1', "not valid JSON"),
     "cut.jsonl": (b'{"text": "a b c"}\n{"text": ', "Line 2 of"),
     "utf16.json": ('[{"id": 1}]'.encode("utf-16"), "save it as UTF-8"),
-    "latin.json": ('[{"id": "é"}]'.encode("latin-1"), "save it as UTF-8"),
     "deep.json": (b"[" * 100_000, "nested too deeply"),
-    "binary.json": (bytes(range(128, 256)), "save it as UTF-8"),
-    "number.json": (b"7", "not an object"),
 }
 
 
 # Models that cannot be loaded, and what the message must say.
 MODELS = {
     "bad/cut": "is truncated",
-    "bad/tiny": "is truncated",
-    "bad/zero": "is truncated",
     "bad/pointer": "a Git LFS pointer",
     "bad/header": "damaged header",
     "bad/half-config": "config.json is damaged",
-    "bad/list-config": "config.json is damaged",
-    "bad/binary-config": "config.json is damaged",
     "bad/no-type": "check its config.json",
-    "bad/new-type": "check its config.json",
     "bad/token": "copy both from the same checkpoint",
     "bad/default": "Copy config.json again",
     "bad/half-processor": "check its config.json, processor",
-    "bad/half-tokenizer": "check its config.json, processor",
-    "bad/no-vocabulary": "check its config.json, processor",
     "bad/no-shards": "missing shards",
     "bad/half-index": "is damaged",
-    "bad/odd-index": "no weight_map",
     "bad/missing": "missing keys",
     "bad/extra": "unexpected keys",
     "bad/shape": "does not fit|cannot be loaded",
@@ -132,7 +105,6 @@ MODELS = {
     "bad/no-weights": "model.safetensors: missing",
     "bad/emty": "did you mean empty",
     "./lama": "did you mean",
-    "/nowhere/at/all": "check the path",
     "mine.json": "give the folder",
     "lava": "Unknown model",
     "tiny-lava": "tiny-llava",
@@ -150,23 +122,15 @@ def make_damaged(folder: Path) -> None:
     shard = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     for name, file, content in (
         ("cut", "model.safetensors", weights[:-10]),
-        ("tiny", "model.safetensors", weights[:5]),
-        ("zero", "model.safetensors", b""),
         ("pointer", "model.safetensors", pointer),
         ("header", "model.safetensors", weights[:9] + b"!!!!" + weights[13:]),
         ("half-config", "config.json", b'{"model_type": '),
-        ("list-config", "config.json", b"[1]"),
-        ("binary-config", "config.json", b"\xff\xfe\x00"),
         ("no-type", "config.json", text({"vocab_size": 4})),
         ("token", "config.json", text({**config, "image_token_index": 9, "image_token_id": 9})),
         ("default", "config.json", text({k: v for k, v in config.items() if "text" not in k})),
-        ("new-type", "config.json", text({**config, "model_type": "llava9"})),
         ("half-processor", "processor_config.json", b"{"),
-        ("half-tokenizer", "tokenizer.json", b"{"),
-        ("no-vocabulary", "tokenizer.json", b"{}"),
         ("no-shards", "model.safetensors.index.json", text(shard)),
         ("half-index", "model.safetensors.index.json", b'{"weight'),
-        ("odd-index", "model.safetensors.index.json", b'{"weight_map": 3}'),
     ):
         shutil.copytree(dense, bad / name)
         (bad / name / file).write_bytes(content)
@@ -251,7 +215,6 @@ CASES = [
     ),
     Case((*PRUNE, "--ratio", ".3", "--layers", "1"), "not several"),
     Case((*PRUNE, "--plan", "plan.json", "--layers", "1"), "not several"),
-    Case((*PRUNE, "--plan", "plan.json", "--scores", "scores"), "not several"),
     *(
         Case((*PRUNE, "--layers", x), "numbers such as 3,5-7")
         for x in ("a", "1,", "3-1", "-1", "1.5")
@@ -260,7 +223,6 @@ CASES = [
     Case((*PRUNE, "--layers", "0-3"), "fewer than 4"),
     Case((*PRUNE, "--plan", "gone.json"), "No such file|gone.json"),
     Case((*PRUNE, "--plan", "mine.json"), "give a file that plan.save wrote"),
-    Case((*PRUNE, "--plan", "notes.txt"), "give a file that plan.save wrote"),
     Case((*PRUNE, "--plan", "other-plan.json"), "Make a plan for this model"),
     Case((*PRUNE, "--ratio", ".3", "--shape", "round"), "use one of uniform, blockwise"),
     *(Case((*PRUNE, "--ratio", ".3", "--protect", p), "such as 1,1") for p in ("1", "a,b", "-1,1")),
@@ -288,12 +250,9 @@ CASES = [
         )
     ),
     Case((*PRUNE, "--budget", "kv=.5", "--ratio", ".3"), "not several"),
-    Case((*PRUNE, "--budget", "kv=.5", "--layers", "1"), "not several"),
     Case((*PRUNE, "--budget", "kv=.5", "--costs", "mine.json"), "give --budget latency"),
     Case((*PRUNE, "--budget", "latency=.5", "--costs", "mine.json"), "is no table of costs"),
-    Case((*PRUNE, "--budget", "latency=.5", "--costs", "gone.json"), "No such file|gone.json"),
     Case((*PRUNE, "--budget", "kv=.5", "--shape", "uniform"), "ranks the units of all layers"),
-    Case((*PRUNE, "--budget", "kv=.5", "--recipe", "paper"), "ranks the units of all layers"),
     Case((*PRUNE, "--budget", "kv=.5", "--method", "taylor"), "ranks the units of all layers"),
     Case((*PRUNE, "--budget", "kv=.5", "--protect", "1,1"), "--protect goes with --ratio"),
     Case((*PRUNE, "--budget", "kv=.5", "--layer-share", ".5"), "--layer-share goes with --ratio"),
@@ -307,14 +266,9 @@ CASES = [
     Case(("cost", "llava", "--units", "c.json", "--ratio", ".3"), "--units needs weights"),
     # scores
     Case((*PRUNE, "--ratio", ".3", "--scores", "gone"), "There are no scores in gone"),
-    Case((*PRUNE, "--ratio", ".3", "--scores", "notes"), "There are no scores in notes"),
-    Case((*PRUNE, "--ratio", ".3", "--scores", "small"), "There are no scores in small"),
     Case((*PRUNE, "--ratio", ".3", "--scores", "cut-scores"), "score again"),
-    Case((*PRUNE, "--ratio", ".3", "--scores", "half-scores"), "score again"),
-    Case((*PRUNE, "--ratio", ".3", "--scores", "list-scores"), "score again"),
     Case((*PRUNE, "--ratio", ".3", "--scores", "lm-scores"), "another model: heads differ|another"),
     Case((*PRUNE, "--ratio", ".3", "--scores", "other-scores"), "weights differ. Score this model"),
-    Case(("prune", "small", "-o", "out", "--ratio", ".3", "--scores", "scores"), "another model"),
     Case((*PRUNE, "--ratio", ".3", "--scores", "scores", "--scores", "scores"), "one of each"),
     # numbers
     *(
@@ -352,12 +306,9 @@ CASES = [
     Case((*RECOVER, "--passes", "5"), "use fewer, or more data"),
     *(Case((*EVALUATE, "--limit", n), f"--limit is {n}") for n in ("-1", "-100")),
     Case((*EVALUATE, "--max-length", "0"), "--max-length is 0"),
-    Case(("compare", "llava", "small", "--limit", "-1"), "--limit is -1"),
     Case(("compare", "llava", "small", "--examples", "-1"), "--examples is -1"),
     # names of methods
     Case((*RECOVER, "--losses", "luck"), "use one of"),
-    Case((*RECOVER, "--losses", "sft+luck"), "use one of"),
-    Case((*RECOVER, "--losses", "+"), "use one of"),
     Case((*RECOVER, "--train", "everything"), "use one of projector"),
     Case((*RECOVER, "--recipe", "gpt"), "use one of llava, bunny, internvl"),
     Case(("evaluate", "llava", "--benchmark", "luck"), "use one of scenes/open"),
@@ -369,7 +320,6 @@ CASES = [
         "needs one of A, B",
     ),
     Case(("evaluate", "llava", "--questions", "text.jsonl"), "is plain text"),
-    Case(("evaluate", "llava", "--questions", "gone.json"), "There is no file"),
     *(
         Case((*command, "--device", device), says)
         for command in (
@@ -399,27 +349,12 @@ CASES = [
     Case((*RECOVER, "--config", "list.yaml"), "write lines such as"),
     Case((*RECOVER, "--config", "bad.yaml"), "not valid YAML"),
     Case((*RECOVER, "--config", "unknown.yaml"), "Unknown recovery option 'learning_rate'"),
-    Case((*RECOVER, "--config", "text-lr.yaml"), "lr is 'fast': give a number"),
     *(
         Case(
             (*RECOVER, "--config", f"option-{k}.yaml"),
             f"(?i){name}.* (give|use one of)|Unknown loss|must be|the teacher has",
         )
         for k, (name, _) in enumerate(YAML_VALUES)
-    ),
-    Case(
-        (
-            *RECOVER,
-            "--config",
-            "projector-lora.yaml",
-            "--lora",
-            "4",
-            "--train",
-            "projector+lm",
-            "--losses",
-            "nothing",
-        ),
-        "use one of",
     ),
     Case((*RECOVER, "--config", "notes"), "check --config"),
     # where results go
@@ -453,19 +388,15 @@ CASES = [
     Case((*EVALUATE, "-o", "gone/rows.csv"), "make it first"),
     Case((*EVALUATE, "-o", "notes"), "name a file to write"),
     Case((*EVALUATE, "-o", "notes.txt"), "--overwrite"),
-    Case((*EVALUATE, "-o", "/sys/rows.csv"), "cannot be written"),
     Case(("compare", "llava", "small", "-o", "notes"), "choose a new folder"),
     Case(("compare", "llava", "small", "-o", "small"), "choose another folder"),
-    Case(("compare", "llava", "small", "-o", "/sys/out"), "cannot be written"),
     # models without pictures, and the like
     Case(("score", "lm", "-o", "out"), "give --data FILE"),
     Case(("score", "lm", "-o", "out", *MINE), "use entries without images"),
     Case(("evaluate", "lm"), "give --data FILE for its perplexity"),
     Case(("evaluate", "lm", "--benchmark", "easy-vqa"), "--benchmark perplexity"),
     Case(("recover", "llava", "--teacher", "llava", "-o", "out"), "is not a pruned checkpoint"),
-    Case(("recover", "lava", "--teacher", "llava", "-o", "out"), "is not a pruned checkpoint"),
     Case(("recover", "small", "--teacher", "lm", "-o", "out", *MINE[:2]), "dense model"),
-    Case(("recover", "small", "--teacher", "bunny", "-o", "out", *MINE[:2]), "dense model"),
     Case((*RECOVER, "--image-root", "gone"), "check --image-root"),
     Case((*RECOVER[:6], "--data", "missing-all.json", "--skip-missing"), "none of the images"),
     # looking
@@ -474,10 +405,8 @@ CASES = [
     Case(("show", "notes.txt"), "There is no folder"),
     Case(("show", "llava"), "mllm-compress cost"),
     Case(("show", "bad/edited"), "truncated"),
-    Case(("show", "bad/manifest"), "is damaged"),
     Case(("show", "cut-scores"), "score again"),
     Case(("cards", "gpt"), "use one of LLaVA-v1.5-7B"),
-    Case(("cards", ""), "use one of LLaVA-v1.5-7B"),
     Case(("advise", "--model", "m", "--ratio", "1.5"), r"outside \(0, 0.95\)"),
     Case(("advise", "--model", "m", "--ratio", ".3", "--profile", "huge"), "use|huge"),
     Case(("push", "small", "small"), "write owner/name"),
@@ -487,11 +416,9 @@ CASES = [
     *(Case(make("gone.json"), "There is no file gone.json") for make in WITH_DATA.values()),
     # converting
     Case(("convert", "gone", "out"), "is not a folder. Download"),
-    Case(("convert", "notes.txt", "out"), "is not a folder"),
     Case(("convert", "llava", "notes"), "give a new folder"),
     Case(("convert", "llava", "out"), "the original layouts that can be read"),
     Case(("convert", "llava", "out", "--dtype", "int8"), "use one of float32, bfloat16, float16"),
-    Case(("convert", "bad/empty", "out"), "original layouts"),
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
     Case(("convert", "llava", "llava/out"), "choose another folder"),
     # the study
@@ -545,8 +472,6 @@ def make_data(folder: Path) -> None:
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:40])
     bomb = bytearray((folder / "0.png").read_bytes())
     bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in the header
-    import zlib
-
     bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
     (folder / "bomb.png").write_bytes(bytes(bomb))
     entries = [pair(id=k, image=f"{k}.png") for k in range(2)]
@@ -565,10 +490,7 @@ def make_data(folder: Path) -> None:
         "list": "- a\n- b\n",
         "bad": "lr: [1\n",
         "unknown": "learning_rate: 1\n",
-        "text-lr": "lr: fast\n",
         "text-samples": "samples: many\n",
-        "text-losses": "losses: sft\n",
-        "projector-lora": "train: projector\n",
     }
     for name, text in yamls.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -585,16 +507,13 @@ def make_scores(folder: Path) -> None:
     score("llava", "scores")
     score("other", "other-scores")
     score("lm", "lm-scores")
-    for name in ("cut", "half", "list"):
-        shutil.copytree(folder / "scores", folder / f"{name}-scores")
+    shutil.copytree(folder / "scores", folder / "cut-scores")
     weights = folder / "cut-scores/scores.safetensors"
     weights.write_bytes(weights.read_bytes()[:-3])
-    (folder / "half-scores/scores.json").write_text('{"type"')
-    (folder / "list-scores/scores.json").write_text("[]")
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory, tiny_llava, tiny_bunny, tiny_lm):
+def shop(tmp_path_factory, tiny_llava, tiny_lm):
     "A folder with models, checkpoints, scores and data, good and bad; the current folder."
     from mllm_compress.checkpoint import save_pruned
     from mllm_compress.pruning.plans import plan_layerwise
@@ -602,9 +521,8 @@ def shop(tmp_path_factory, tiny_llava, tiny_bunny, tiny_lm):
 
     folder = tmp_path_factory.mktemp("shop") / "shop"
     folder.mkdir()
-    for name, (model, processor) in (("llava", tiny_llava), ("bunny", tiny_bunny)):
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    for part in tiny_llava:
+        part.save_pretrained(folder / "llava")
     lm = tiny_lm("llama", vocab=len(tiny_llava[1].tokenizer))
     lm.save_pretrained(folder / "lm")
     tiny_llava[1].tokenizer.save_pretrained(folder / "lm")
@@ -703,10 +621,3 @@ def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):
     monkeypatch.setattr(models, "_load_folder", fail)
     result = CliRunner().invoke(app, ["cost", "llava"])
     assert result.exit_code == 2 and "pip install 'mllm_compress[vision]'" in result.stderr
-
-
-def test_a_repository_of_pickles_names_its_twin():
-    from mllm_compress.zoo import models
-
-    assert "llava-hf/llava-1.5-7b-hf" in models._twin("liuhaotian/llava-v1.5-7b")
-    assert models._twin("me/another") == ""

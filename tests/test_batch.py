@@ -1,5 +1,6 @@
 """The commands and files of the guide on batch use: they parse, and name what exists."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -52,12 +53,6 @@ def checked_papermill(words: list) -> dict:
 LINES = [shlex.split(s) for s in "\n".join(blocks("sh")).splitlines() if s and "export" not in s]
 
 
-def test_the_shell_blocks_have_these_programs():
-    programs = [words[0] for words in LINES]
-    assert programs.count("papermill") == 3 and programs.count("mllm-compress") == 3
-    assert set(programs) == {"papermill", "mllm-compress", "jupyter", "job=$(sbatch", "sbatch"}
-
-
 @pytest.mark.parametrize("words", LINES, ids=" ".join)
 def test_a_command_names_what_exists(words):
     options = {w.partition("=")[0] for w in words if w.startswith("--")}
@@ -83,15 +78,11 @@ def test_each_job_of_the_array_runs_another_ratio(tmp_path):
     (tmp_path / "papermill").write_text("#!/bin/sh\nprintf '%s\\n' papermill \"$@\"\n")
     (tmp_path / "papermill").chmod(0o755)
     ratios = []
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(ROOT.parent)}
+    how = dict(capture_output=True, text=True, check=True)
     for k in range(int(jobs) + 1):
-        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(ROOT.parent)}
-        run = subprocess.run(
-            ["bash", "-c", script],
-            env=env | {"SLURM_ARRAY_TASK_ID": str(k)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        here = env | {"SLURM_ARRAY_TASK_ID": str(k)}
+        run = subprocess.run(["bash", "-c", script], env=here, **how)
         given = checked_papermill(run.stdout.splitlines())
         assert given["profile"] == "tiny"
         ratios += given["ratios"]
@@ -141,15 +132,10 @@ def test_the_airflow_graph_is_the_same(monkeypatch):
         def __rrshift__(self, before: list):
             edges.extend((b.task_id, self.task_id) for b in before)
 
-    class Dag:
+    class Dag(contextlib.nullcontext):
         def __init__(self, *_, **options):
+            super().__init__()
             assert options == {"schedule": None, "catchup": False}
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
 
     for name, own in {"operators.bash": {"BashOperator": Operator}, "sdk": {"DAG": Dag}}.items():
         full = "airflow.sdk" if name == "sdk" else f"airflow.providers.standard.{name}"

@@ -23,7 +23,8 @@ def math(pid, question, answer, kind, choices=None, unit=None, precision=None) -
 
 
 def exam(question, options, answer, kind, *images) -> dict:
-    row = {"id": f"validation_{kind}", "question": question, "options": options, "answer": answer}
+    name = {"multiple-choice": "validation_Art_1", "open": "validation_Math_2"}[kind]
+    row = {"id": name, "question": question, "options": options, "answer": answer}
     pictures = [*map(png, images), None, None, None, None][:4]
     return row | {"question_type": kind} | {f"image_{i + 1}": p for i, p in enumerate(pictures)}
 
@@ -216,23 +217,6 @@ def test_unknown_names_and_splits():
         benchmarks.benchmark("gqa").load(split="train", limit=1, root=".")
 
 
-def test_padding_is_the_mean_colour():
-    data, mean = png(size=(10, 4))["bytes"], (0.48145466, 0.4578275, 0.40821073)
-    picture = benchmarks.open_image(benchmarks.StoredImage(data), mean)
-    assert picture.size == (10, 10) and picture.getpixel((0, 0)) == (122, 116, 104)
-    assert picture.getpixel((0, 5)) == (255, 0, 0)
-    assert benchmarks.open_image(benchmarks.StoredImage(data, square=False)).size == (10, 4)
-
-
-def test_small_suite_has_its_answers_among_its_candidates():
-    for name in benchmarks.SMALL_SUITE:
-        for q in benchmarks.load_questions(name, "test", 30):
-            assert q.answer in q.candidates and len(q.images) == 1
-    pairs = benchmarks.load_questions("scenes/cognition", "test", 7)
-    assert len(pairs) == 8 and pairs[0].group == pairs[1].group
-    assert {q.answer for q in pairs[:2]} == {"yes", "no"}
-
-
 @pytest.mark.parametrize("name", benchmarks.BENCHMARKS)
 def test_the_hash_of_questions_follows_what_is_asked(name, root):
     ask = lambda **kw: benchmarks.questions_hash(name, **{"root": str(root)} | kw)
@@ -248,11 +232,3 @@ def test_the_hash_of_questions_follows_the_files(root, tmp_path):
     assert benchmarks.questions_hash("gqa", root=other) != before["gqa"]
     with pytest.raises(FileNotFoundError, match="lmms-lab/GQA"):
         benchmarks.questions_hash("gqa", root=tmp_path / "elsewhere")
-
-
-def test_the_hash_of_questions_loads_none(monkeypatch):
-    monkeypatch.setattr(benchmarks.scenes, "questions", None)
-    monkeypatch.setattr(benchmarks.scenes, "easy_vqa", None)
-    assert len({benchmarks.questions_hash(name) for name in benchmarks.SMALL_SUITE}) == len(
-        benchmarks.SMALL_SUITE
-    )

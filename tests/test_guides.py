@@ -1,6 +1,5 @@
 """Start notebooks and guides run from top to bottom, and what they show is current and small."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -12,16 +11,12 @@ from typer.testing import CliRunner
 
 from mllm_compress.cli import app
 
+pytestmark = pytest.mark.slow  # whole processes
+
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "nbs/guides").glob("*.ipynb"))
 START = sorted((ROOT / "nbs/start").glob("*.ipynb"))
 PLACES = ("/work/", "/tmp/", "/home/", "/root/")
-
-
-def test_the_guides_are_there():
-    guides = "add_a_benchmark add_a_model add_a_pruning_criterion give_a_model_eyes run_in_batch"
-    assert [p.stem for p in GUIDES] == guides.split()
-    assert [p.stem for p in START] == ["compress_your_own", "play", "quickstart"]
 
 
 @pytest.mark.parametrize("path", GUIDES + START, ids=lambda p: p.stem)
@@ -53,17 +48,6 @@ def test_a_start_notebook_shows_its_results(path):
 
 
 @pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
-def test_a_start_notebook_opens_with_a_badge_and_its_links_exist(path):
-    nb = nbformat.read(path, 4)
-    badge = re.search(r"\[!\[run: (.+)\]\((\S+\.svg)\)\]\(\S+\)", nb.cells[0].source)
-    assert badge[1] == f"jupyter lab nbs/start/{path.name}"
-    text = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
-    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
-    assert targets and not [t for t in targets if not (path.parent / t).exists()]
-    assert f"`make lab` in a clone, then `nbs/start/{path.name}`" in nb.cells[0].source
-
-
-@pytest.mark.parametrize("path", START, ids=lambda p: p.stem)
 def test_a_start_notebook_says_how_to_install_what_is_missing(path, monkeypatch):
     cell = nbformat.read(path, 4).cells[1]
     assert cell.metadata == {"jupyter": {"source_hidden": True}, "tags": ["setup"]}
@@ -71,14 +55,6 @@ def test_a_start_notebook_says_how_to_install_what_is_missing(path, monkeypatch)
     monkeypatch.setitem(sys.modules, "mllm_compress", None)
     with pytest.raises(ImportError, match=r"make lab.*Colab.*\n  git archive.*\n.*\n  !unzip.*pip"):
         exec(cell.source, {})
-
-
-def test_play_without_widgets_says_how_to_get_them():
-    (text,) = [c.source for p in START if p.stem == "play" for c in nbformat.read(p, 4).cells
-               if "ipywidgets" in c.source and c.cell_type == "code"]  # fmt: skip
-    assert "except ImportError" in text and "mllm_compress[study]" in text
-    assert "manual=True" in text  # shown while its cell runs, it may block nbclient (issue 312)
-    assert "ipywidgets" in (ROOT / "settings.ini").read_text(encoding="utf-8")
 
 
 def test_the_commands_of_the_compression_guide_exist():
@@ -96,16 +72,3 @@ def test_the_commands_of_the_compression_guide_exist():
         help_text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
         assert f"mllm-compress {command} " in text
         assert all(o in text and o in help_text for o in options), command
-
-
-def test_the_compression_guide_asks_enough_questions_and_names_cards():
-    path = next(p for p in START if p.stem == "compress_your_own")
-    text = "".join(
-        "".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", ""))
-        for c in nbformat.read(path, 4).cells
-        if c.cell_type == "code"
-        for o in c.outputs
-    )
-    held_out = int(re.search(r"(\d+) held out", text)[1])
-    assert held_out >= 300
-    assert all(card in text for card in ("RTX 4090 (24 GB)", "A100 (40 GB)", "H100 (80 GB)"))

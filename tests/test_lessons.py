@@ -17,6 +17,15 @@ NOTEBOOKS = sorted(
     for p in LIBRARY.rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
+LONG = {  # half a minute and more
+    "cost/02_memory",
+    "cost/05_report",
+    "pruning/06_reconstruction",
+    "recovery/05_training",
+    "study/11_workers",
+    "study/14_forecast",
+    "study/30_runner",
+}
 SKIPPED = re.compile(r"(?m)^#\|\s*(default_exp|eval:\s*false)|nbdev_export\(\)")
 
 
@@ -33,7 +42,13 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+def marked(name: str):
+    "A notebook; `make test` leaves out those that take long."
+    long = name.removeprefix("nbs/library/").removesuffix(".ipynb") in LONG
+    return pytest.param(name, marks=[pytest.mark.slow] if long else [])
+
+
+@pytest.mark.parametrize("name", map(marked, NOTEBOOKS))
 def test_lessons_hold(name, checkout, monkeypatch):
     """The cells run one after another in this process, as a kernel would run them.
 

@@ -31,11 +31,9 @@ from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.models import load_model
 
 KINDS = ("scenes/open", "scenes/hallucination", "scenes/choice")
+names = (d.metadata["Name"].lower() for d in importlib.metadata.distributions())
 harness = pytest.mark.skipif(
-    "lmms-eval"
-    not in {
-        d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()
-    },
+    not {"lmms-eval", "lmms_eval"} & set(names),
     reason="needs the extra: pip install mllm_compress[lmms-eval]",
 )
 
@@ -44,13 +42,8 @@ harness = pytest.mark.skipif(
 def checkpoints(tmp_path_factory):
     "name -> (what --model_args names, model, processor): a dense model and one pruned blockwise."
     model, processor = load_model("tiny-llava")
-    plan = plan_widthwise(
-        model,
-        width_importance(model, method="magnitude"),
-        ratio=0.2,
-        protect=(1, 1),
-        shape="blockwise",
-    )
+    scores = width_importance(model, method="magnitude")
+    plan = plan_widthwise(model, scores, ratio=0.2, protect=(1, 1), shape="blockwise")
     small, folder = apply_plan(model, plan), str(tmp_path_factory.mktemp("pruned") / "out")
     save_pruned(small, plan, folder, processor=processor)
     return {"dense": ("tiny-llava", model, processor), "blockwise": (folder, small, processor)}
@@ -74,15 +67,11 @@ def test_answers_of_the_plugin_are_those_of_the_engine(checkpoints, name):
     pretrained, model, processor = checkpoints[name]
     lm = plugin.CompressedModel(pretrained, device="cpu", batch_size="3")
     questions = [q for kind in KINDS for q in benchmarks.load_questions(kind, "test", 4)]
-    lengths = {
-        q.id: 1 + n % 3 for n, q in enumerate(questions)
-    }  # tasks of different lengths in one call, answers in order
-    said = lm.generate_until(
-        requests_of(lm, questions, lambda q: {"max_new_tokens": lengths[q.id], "do_sample": False})
-    )
-    assert said == [
-        answer_questions(model, processor, [q], lengths[q.id])[0].text for q in questions
-    ]
+    # tasks of different lengths in one call, answers in order
+    lengths = {q.id: 1 + n % 3 for n, q in enumerate(questions)}
+    how = lambda q: {"max_new_tokens": lengths[q.id], "do_sample": False}
+    alone = [answer_questions(model, processor, [q], lengths[q.id])[0].text for q in questions]
+    assert lm.generate_until(requests_of(lm, questions, how)) == alone
 
 
 def test_likelihoods_by_a_plain_forward_pass(checkpoints):
@@ -116,10 +105,9 @@ def test_images_are_padded_by_default(checkpoints):
         lm = plugin.CompressedModel("tiny-llava", device="cpu", square=square)
         (image,) = lm.question(requests_of(lm, [wide], lambda q: {})[0]).images
         assert image.size == size and image.mode == "RGB"
+    film = SimpleNamespace(images=["film.mp4"], prompt="?")
     with pytest.raises(ValueError, match="str"):
-        lm.question(
-            requests_of(lm, [SimpleNamespace(images=["film.mp4"], prompt="?")], lambda q: {})[0]
-        )
+        lm.question(requests_of(lm, [film], lambda q: {})[0])
 
 
 def test_unsupported_settings_are_errors():
@@ -220,26 +208,21 @@ def test_lmms_eval_gets_the_answers_of_our_own_evaluation(
     pretrained, model, processor = checkpoints[name]
     results, said = run_harness(pretrained, tasks, tmp_path, launcher)
     _, ours = evaluate(model, processor, KINDS, limit=12, return_predictions=True)
-    assert [
-        s[0] if isinstance(s, list) else s for s in said["local_generate"]
-    ] == ours.prediction.tolist()
-    assert results["local_generate"]["exact_match,none"] == pytest.approx(
-        (ours.prediction == ours.answer).mean()
-    )
-    assert results["local_choose"]["acc,none"] == pytest.approx(
-        (ours.candidate == ours.answer).mean()
-    )
-    assert name == "blockwise" or results["local_generate"]["exact_match,none"] > 0.8
+    texts = [s[0] if isinstance(s, list) else s for s in said["local_generate"]]
+    assert texts == ours.prediction.tolist()
+    right = results["local_generate"]["exact_match,none"]
+    assert right == pytest.approx((ours.prediction == ours.answer).mean())
+    chosen = results["local_choose"]["acc,none"]
+    assert chosen == pytest.approx((ours.candidate == ours.answer).mean())
+    assert name == "blockwise" or right > 0.8
 
 
 @harness
 def test_the_entry_point_is_found():
     from lmms_eval.models import get_model, get_model_manifest
 
-    assert (
-        get_model_manifest("mllm_compress") == plugin.manifest()
-        and get_model("mllm_compress") is plugin.CompressedModel
-    )
+    assert get_model_manifest("mllm_compress") == plugin.manifest()
+    assert get_model("mllm_compress") is plugin.CompressedModel
 
 
 # answer parsing: lmms-eval's own functions, on answers that reach every branch and on thousands
@@ -260,9 +243,8 @@ def readers(monkeypatch):
 
     judge, letters = MathVistaEvaluator(), MultiChoiceRegexFilter(regex_pattern="([A-Z])\\.")
     monkeypatch.setattr(judge, "create_test_prompt", lambda demo, query, response: response)
-    monkeypatch.setattr(
-        judge, "get_chat_response", lambda prompt, **_: prompt
-    )  # a judge that returns what it was given
+    # a judge that returns what it was given
+    monkeypatch.setattr(judge, "get_chat_response", lambda prompt, **_: prompt)
     monkeypatch.setattr(mmmu_mcq_utils, "random", SimpleNamespace(choice=lambda letters: "drawn"))
 
     def same(text, answer):

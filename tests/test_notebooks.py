@@ -23,6 +23,7 @@ from mllm_compress.study.store import results_of
 
 ROOT = Path(__file__).parent.parent
 STUDY = sorted(p for p in (ROOT / "nbs/study").glob("*.ipynb"))
+PLACES = ("/work/", "/tmp/", "/home/", "/root/")
 LIBRARY = sorted((ROOT / "nbs/library").rglob("[0-9]*.ipynb"))
 
 
@@ -44,32 +45,23 @@ def test_study_notebooks_have_a_skeleton_and_no_machine_paths(path):
     nb = nbformat.read(path, 4)
     assert nb.cells[0].source.startswith("# ") and "\n> " in nb.cells[0].source
     assert all(p.comment for p in parameters_of(nb).values())
-    assert not any(
-        place in path.read_text(encoding="utf-8")
-        for place in ("/work/", "/tmp/", "/home/", "/root/")
-    )
+    assert not [place for place in PLACES if place in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_library_notebooks_show_nothing_of_the_machine_that_ran_them(path):
     outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs]
-    assert not [
-        o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"
-    ]  # warnings and progress bars
-    assert not [o for o in outputs if o.output_type == "error"]
-    assert not any(
-        place in str(o) for o in outputs for place in ("/work/", "/tmp/", "/home/", "/root/")
-    )
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs for place in PLACES if place in str(o)]
 
 
 def demo(source: str):
     "A notebook with this parameters cell."
-    return new_notebook(
-        cells=[
-            new_code_cell(source, metadata={"tags": ["parameters"]}),
-            new_code_cell("experiments = seeds", metadata={"tags": ["grid"]}),
-        ]
-    )
+    cells = [
+        new_code_cell(source, metadata={"tags": ["parameters"]}),
+        new_code_cell("experiments = seeds", metadata={"tags": ["grid"]}),
+    ]
+    return new_notebook(cells=cells)
 
 
 GOOD = """profile: str = "quick"  # which
@@ -88,17 +80,14 @@ def test_wrong_parameters_are_errors_that_list_the_right_ones(given):
 
 def test_right_parameters_pass_and_reach_the_grid():
     assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
-    assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2] and experiments_of(
-        demo(GOOD)
-    ) == [0]
-    assert parse_parameter("seeds=[0, 1]") == ("seeds", [0, 1]) and parse_parameter(
-        "profile=tiny"
-    ) == ("profile", "tiny")
-    assert (
-        parse_parameter("lr=1e-3") == ("lr", 0.001)
-        and parse_parameter("lrs=[1e-3, 2]") == ("lrs", [0.001, 2])
-        and parse_parameter("name=1e") == ("name", "1e")
-    )
+    assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2]
+    assert experiments_of(demo(GOOD)) == [0]
+    for text, parameter in (
+        ("profile=tiny", ("profile", "tiny")),
+        ("lrs=[1e-3, 2]", ("lrs", [0.001, 2])),
+        ("name=1e", ("name", "1e")),
+    ):
+        assert parse_parameter(text) == parameter
     with pytest.raises(ValueError, match="seeds is given twice"):
         notebooks.parse_parameters(["seeds=[0]", "seeds=[1]"])
 
@@ -139,11 +128,9 @@ def world(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "nbs/study/01_table.ipynb"
     parameters = 'profile: str = "smoke"  # scale\nratios: list = []  # removed'
-    cells = [
-        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-        new_code_cell(GRID, metadata={"tags": ["grid"]}),
-    ]
-    nbformat.write(new_notebook(cells=cells), source)
+    nb = demo(parameters)
+    nb.cells[1].source = GRID
+    nbformat.write(nb, source)
     results = results_of(load_profile("smoke"))
     fabricate(results, 50)
     world = SimpleNamespace(
@@ -189,7 +176,7 @@ def test_a_notebook_is_run_again_when_what_it_shows_has_changed(world):
     assert world.runs == 3
 
 
-def test_a_run_with_parameters_of_its_own_leaves_the_committed_files_alone(world):
+def test_a_run_with_parameters_of_its_own_leaves_the_other_files_alone(world):
     world.execute()
     before = {p.name: p.read_bytes() for p in world.figures.iterdir()}
     world.leaves = {"01_table-scores.csv": "a trial"}
@@ -234,21 +221,19 @@ def test_a_notebook_without_experiments_belongs_to_its_models_and_its_machine(wo
     nb.cells = nb.cells[:1]
     here = made_from(nb, {}, [], smoke)
     monkeypatch.setattr(notebooks.platform, "node", lambda: "elsewhere")
-    assert made_from(nb, {}, [], smoke) != here and made_from(
-        demo(GOOD), {}, [], smoke
-    ) == made_from(demo(GOOD), {}, [], smoke)
+    elsewhere, board = made_from(nb, {}, [], smoke), made_from(demo(GOOD), {}, [], smoke)
+    assert elsewhere != here
+    monkeypatch.setattr(notebooks.platform, "node", lambda: "back")
+    assert made_from(demo(GOOD), {}, [], smoke) == board  # which has experiments
     monkeypatch.setattr(notebooks, "model_identity", lambda source: "another")
-    assert made_from(demo(GOOD), {}, [], smoke) not in (
-        here,
-        made_from(nb, {}, [], smoke),
-    )
+    assert made_from(demo(GOOD), {}, [], smoke) not in (here, elsewhere, board)
 
 
 def test_a_scoreboard_is_drawn_again_when_another_profile_says_something_new(world):
     other = world.source.parents[2] / "figures/other"
     other.mkdir(parents=True)
     (other / "10_findings.ipynb").touch()
-    verdict, smoke = other / "10_findings-claim-1.json", load_profile("smoke")
+    verdict, smoke = other / "10_findings-verdicts.json", load_profile("smoke")
     verdict.write_text("supported")
     board = demo(GOOD)
     alone = made_from(board, {}, [], smoke)

@@ -13,6 +13,8 @@ import pytest
 from mllm_compress.study.notebooks import check_injected
 from mllm_compress.utils.files import checkout
 
+pytestmark = pytest.mark.slow  # whole processes
+
 ROOT = Path(__file__).parents[1]
 
 

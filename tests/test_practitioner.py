@@ -26,13 +26,6 @@ def facts(*args) -> dict:
     return json.loads(result.stdout)
 
 
-def tree(folder) -> dict:
-    "The bytes of every file of a folder."
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, tiny_llava, tiny_lm):
     "A folder with a multimodal model, a language model, and data for both."
@@ -209,27 +202,6 @@ def test_own_questions_and_the_comparison(here):
     assert {p.name for p in Path("both").iterdir()} == names
 
 
-def test_the_picture_of_a_comparison_can_be_read(tmp_path, monkeypatch):
-    import pandas as pd
-
-    from mllm_compress.cli import measuring, requests
-
-    figures, new = [], requests.new_figure
-    monkeypatch.setattr(requests, "new_figure", lambda *a: figures.append(new(*a)) or figures[-1])
-    costs = pd.DataFrame({"what": ["weights, byte", "x"], "small / dense": [0.7, float("nan")]})
-    row = {"benchmark": "own/held_out-74f5c5", "n": 12, "score": 75.0, "score_dense": 75.0}
-    none = dict.fromkeys(("difference", "low_difference", "high_difference"), 0.0)
-    measuring.comparison_picture(costs, pd.DataFrame([row | none]), tmp_path / "a.png")
-    left, right = figures[0].axes
-    assert [t.get_text() for t in right.get_yticklabels()] == ["held_out (n = 12)"]
-    assert right.get_xlim() == (-10, 10) and len(left.get_yticklabels()) == 1
-    wide = none | {"difference": -30.0, "low_difference": -40.0, "high_difference": -20.0}
-    measuring.comparison_picture(costs, pd.DataFrame([row | wide]), tmp_path / "b.png")
-    assert figures[1].axes[1].get_xlim()[0] < -40
-    measuring.comparison_picture(costs, pd.DataFrame([row]), tmp_path / "c.png")
-    assert "75.00 small" in figures[2].axes[1].texts[0].get_text()
-
-
 def test_a_stopped_evaluation_goes_on(here, monkeypatch):
     from mllm_compress.evaluation import scoring
 
@@ -247,16 +219,6 @@ def test_a_stopped_evaluation_goes_on(here, monkeypatch):
     monkeypatch.setattr(scoring, "answer_on", lambda *a: asked.append(len(a[2])) or answer(*a))
     run(*args)
     assert asked == [512, 88] and not Path(".rows.csv.answers").exists()
-
-
-def test_the_library_offers_the_steps_by_name():
-    import mllm_compress
-
-    for name in mllm_compress.__all__:
-        assert callable(getattr(mllm_compress, name))
-    with pytest.raises(AttributeError):
-        mllm_compress.prunes
-    assert (Path(mllm_compress.__file__).parent / "py.typed").is_file()
 
 
 def test_a_blockwise_folder_loads_as_a_model_and_as_a_teacher(here):
@@ -280,11 +242,8 @@ def test_the_card_is_what_the_hub_reads(here):
     run("prune", "llava", "-o", "small", "--layers", "1")
     run("recover", "small", "--teacher", "llava", "-o", "out", "--data", "mine.json")
     data = ModelCard.load("out/README.md").data
-    assert (data.license, data.base_model, data.pipeline_tag) == (
-        "apache-2.0",
-        "me/dense",
-        "image-text-to-text",
-    )
+    assert (data.license, data.base_model) == ("apache-2.0", "me/dense")
+    assert data.pipeline_tag == "image-text-to-text"
     assert data.datasets == ["mine"] and data.base_model_relation == "finetune"
     assert "| teacher | llava |" in Path("out/README.md").read_text()
 
@@ -316,9 +275,6 @@ def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
     Path("small/diary.txt").write_text("private")
     assert "commit/1" in run("push", "small", "me/small")
     assert sent[0] == ("me/small", True) and "diary.txt" not in sent[1] and "plan.png" in sent[1]
-    assert "write owner/name" in run("push", "small", "small", code=2)
-    Path("small/config.json").write_text("{}")
-    assert "damaged" in run("push", "small", "me/small", code=2) and len(sent) == 2
 
 
 def test_options_of_the_program(here):
@@ -330,10 +286,8 @@ def test_options_of_the_program(here):
     assert run("--version").strip() == f"mllm_compress {__version__}"
     command = [sys.executable, "-m", "mllm_compress", "models", "--json"]
     assert "tiny-llava" in json.loads(subprocess.run(command, capture_output=True).stdout)
-    noisy = CliRunner().invoke(app, ["recover", "x", "--teacher", "y", "-o", "z"])
-    assert noisy.exit_code == 2
+    run("prune", "llava", "-o", "small", "--layers", "1")
     for command in ("models", "cost llava", "show small", "cards LLaVA-v1.5-7B"):
-        run("prune", "llava", "-o", "small", "--layers", "1", "--overwrite")
         assert isinstance(facts(*command.split()), dict)
 
 

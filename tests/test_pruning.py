@@ -7,7 +7,7 @@ import pruning_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import LayerScores, WidthScores
@@ -15,7 +15,6 @@ from mllm_compress.importance.taylor import taylor
 from mllm_compress.pruning import (
     PruningPlan,
     apply_plan,
-    draw_plan,
     plan_layerwise,
     plan_none,
     plan_widthwise,
@@ -48,50 +47,36 @@ def test_contract(name, kind):
     assert (pruned - cases.logits(model, batch)).abs().max() > 1e-3
 
     # the closed form is what was removed
-    assert 1 - lm_parameters(small) / lm_parameters(model) == pytest.approx(
-        plan.achieved_ratio, abs=1e-12
-    )
+    removed = 1 - lm_parameters(small) / lm_parameters(model)
+    assert removed == pytest.approx(plan.achieved_ratio, abs=1e-12)
 
     # the cache agrees with its absence, also behind left padding
     assert torch.equal(cases.greedy(small, batch, True), cases.greedy(small, batch, False))
 
     # indices and counts say what the weights are
-    parts = anatomy(small)
-    assert [parts.attention(i).layer_idx for i in range(parts.num_layers)] == list(
-        range(len(plan.layers))
-    )
-    assert (
-        parts.text_config.num_hidden_layers
-        == len(plan.layers)
-        == len(getattr(parts.text_config, "layer_types", None) or plan.layers)
-    )
+    parts, n = anatomy(small), len(plan.layers)
+    assert [parts.attention(i).layer_idx for i in range(parts.num_layers)] == list(range(n))
+    assert parts.text_config.num_hidden_layers == n
+    assert len(getattr(parts.text_config, "layer_types", None) or plan.layers) == n
     for new, old in enumerate(plan.layers):
-        size = plan.meta["sizes"][old]
+        size, sliced = plan.meta["sizes"][old], parts.attention(new).config
         heads = len(plan.heads.get(old, range(size["heads"])))
-        assert (parts.groups(new), parts.neurons(new)) == (
-            heads,
-            len(plan.neurons.get(old, range(size["neurons"]))),
-        )
-        assert parts.attention(new).config.num_key_value_heads == heads
-        assert parts.attention(new).config.num_attention_heads == heads * parts.queries_per_group(
-            new
-        )
+        neurons = len(plan.neurons.get(old, range(size["neurons"])))
+        assert (parts.groups(new), parts.neurons(new)) == (heads, neurons)
+        assert sliced.num_key_value_heads == heads
+        assert sliced.num_attention_heads == heads * parts.queries_per_group(new)
 
     # the original is untouched and shares nothing
-    assert (
-        all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        and model.config.to_dict() == config
-    )
-    assert not {p.data_ptr() for p in small.parameters()} & {
-        p.data_ptr() for p in model.parameters()
-    }
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.config.to_dict() == config
+    pointers = lambda m: {p.data_ptr() for p in m.parameters()}
+    assert not pointers(small) & pointers(model)
 
 
 @pytest.mark.parametrize("name", ["llama-3x2", "phi3-3x2", "qwen2-3x2", "phi-4x1"])
 def test_pruned_model_trains_copies_and_switches_attention(name):
-    model = cases.build(
-        name, dtype=torch.float32
-    )  # eager masks of transformers overflow in float64
+    # eager masks of transformers overflow in float64
+    model = cases.build(name, dtype=torch.float32)
     small = apply_plan(model, cases.plan(model, "blockwise"))
     batch = cases.inputs(model)
     expected = cases.logits(small, batch)
@@ -112,12 +97,10 @@ def test_a_pruned_model_can_be_pruned_again(first, second):
     once = apply_plan(model, cases.plan(model, first))
     plan = cases.plan(once, second)
     twice, batch = apply_plan(once, plan), cases.inputs(model)
-    assert (
-        cases.logits(twice, batch) - cases.logits(silence(once, plan), batch)
-    ).abs().max() < 1e-9
-    assert lm_parameters(twice) / lm_parameters(once) == pytest.approx(
-        1 - plan.achieved_ratio, abs=1e-12
-    )
+    expected = cases.logits(silence(once, plan), batch)
+    assert (cases.logits(twice, batch) - expected).abs().max() < 1e-9
+    left = lm_parameters(twice) / lm_parameters(once)
+    assert left == pytest.approx(1 - plan.achieved_ratio, abs=1e-12)
 
 
 def test_sliding_layers_keep_their_windows():
@@ -152,13 +135,6 @@ def test_copying_never_holds_what_is_thrown_away(llama):
     assert sum(copied) == sum(p.numel() for p in small.parameters())
 
 
-def test_share_vision_shares_only_the_tower():
-    model = cases.build("tiny-llava")
-    small = apply_plan(model, cases.plan(model, "blockwise"), share_vision=True)
-    pointers = lambda m: {p.data_ptr() for p in m.parameters()}
-    assert pointers(small) & pointers(model) == pointers(model.model.vision_tower)
-
-
 # ---- golden: what the original implementation selects
 
 
@@ -183,39 +159,27 @@ def test_golden_widthwise(golden, case):
         }
         assert removed == expected["removed"]
         count = lambda m: sum(p.numel() for p in m.parameters())
-        assert (count(model), count(apply_plan(model, plan))) == (
-            expected["params_before"],
-            expected["params_after"],
-        )
+        assert count(model) == expected["params_before"]
+        assert count(apply_plan(model, plan)) == expected["params_after"]
 
 
 def test_golden_layerwise(golden):
-    from transformers import AutoModelForImageTextToText
-
     expected = json.loads((golden / "layerwise_llava" / "expected.json").read_text())
+    config = AutoConfig.from_pretrained(golden / "layerwise_llava")
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            AutoConfig.from_pretrained(golden / "layerwise_llava")
-        )
-    plan = plan_layerwise(
-        model,
-        LayerScores(torch.tensor(expected["block_influence_sum"]), "block_influence", {}),
-        n_layers=4,
-    )
-    assert plan.meta["removal_order"] == expected["removed_4"] and plan.removed_layers == tuple(
-        sorted(expected["removed_4"])
-    )
+        model = AutoModelForImageTextToText.from_config(config)
+    scores = LayerScores(expected["block_influence_sum"], "block_influence", {})
+    plan = plan_layerwise(model, scores, n_layers=4)
+    assert plan.meta["removal_order"] == expected["removed_4"]
+    assert plan.removed_layers == tuple(sorted(expected["removed_4"]))
 
 
 # ---- plans
 
 
 def random_layers(model, seed=0):
-    return LayerScores(
-        torch.rand(anatomy(model).num_layers, generator=torch.Generator().manual_seed(seed)),
-        "random",
-        {},
-    )
+    generator = torch.Generator().manual_seed(seed)
+    return LayerScores(torch.rand(anatomy(model).num_layers, generator=generator), "random", {})
 
 
 def test_layerwise_takes_the_nearest_count(llama):
@@ -223,10 +187,8 @@ def test_layerwise_takes_the_nearest_count(llama):
     for ratio in [i / 50 for i in range(38)]:
         plan = plan_layerwise(llama, scores, ratio=ratio)
         n = len(plan.removed_layers)
-        assert (
-            abs(n * one - ratio) <= abs((n + 1) * one - ratio)
-            and abs(n * one - ratio) <= abs((n - 1) * one - ratio) + 1e-12
-        )
+        miss = lambda n: abs(n * one - ratio)
+        assert miss(n) <= miss(n + 1) and miss(n) <= miss(n - 1) + 1e-12
         assert plan.achieved_ratio == pytest.approx(n * one) and plan.requested_ratio == ratio
         assert plan.removed_layers == tuple(sorted(scores.values.argsort()[:n].tolist()))
     assert layers_for_ratio(llama, 1.5 * one - 1e-9) == 1 and layers_for_ratio(llama, 0) == 0
@@ -256,13 +218,8 @@ def test_budget_is_hit_and_nested(name, shape, round_to):
         plan = plan_widthwise(model, scores, ratio=ratio, shape=shape, round_to=round_to)
         assert abs(plan.achieved_ratio - ratio) <= step / 2 + 1e-12 and is_nested(plan, previous)
         assert all(len(v) % round_to == 0 for v in plan.neurons.values())
-        counts = {
-            (
-                len(plan.heads.get(i, range(size["heads"]))),
-                len(plan.neurons.get(i, range(size["neurons"]))),
-            )
-            for i in plan.layers
-        }
+        kept = lambda kind, i: len(getattr(plan, kind).get(i, range(size[kind])))
+        counts = {(kept("heads", i), kept("neurons", i)) for i in plan.layers}
         assert shape == "blockwise" or len(counts) == 1
         if shape == "blockwise":
             assert not {0, 3} & (set(plan.heads) | set(plan.neurons))
@@ -281,21 +238,10 @@ def test_lowest_scores_go_ties_by_index(llama):
     assert plan.removed("neurons", 3) == tuple(range(20, 40)) and plan.removed("neurons", 0) == ()
 
 
-def test_plan_survives_json_prints_and_draws(llama):
+def test_plan_survives_json(llama):
     plan = plan_combined(llama, random_layers(llama), cases.width_scores(llama), ratio=0.5)
     again = PruningPlan.from_json(plan.to_json())
     assert again == plan and isinstance(next(iter(again.heads)), int)
-    text = str(plan)
-    assert (
-        "requested 50.0%" in text
-        and f"achieved {plan.achieved_ratio:.1%}" in text
-        and "neurons" in text
-    )
-    axes = draw_plan(plan)
-    grid = axes[0].images[0].get_array()
-    for i in range(plan.num_layers):
-        kept = plan.heads.get(i, range(4)) if i in plan.layers else ()
-        assert grid[i].nonzero()[0].tolist() == list(kept)
     with pytest.raises(TypeError, match="colour"):
         PruningPlan.from_json(json.dumps({**json.loads(plan.to_json()), "colour": 1}))
     with pytest.raises(AttributeError):

@@ -1,7 +1,6 @@
 """Every step of a practitioner, on converted checkpoints of the three real layouts."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,12 +8,12 @@ import pytest
 import test_benchmarks
 import torch
 from original_layouts import NAMES, instruction_json, with_tokenizer
+from safetensors.torch import save_file
 
 from mllm_compress import recovery
-from mllm_compress.anatomy.families import anatomy, lm_parameters, part_parameters
+from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.checkpoint import load_pruned, save_pruned
-from mllm_compress.cost.arithmetic import closed_parameters, shape_of_model
 from mllm_compress.data import Collator, calibration_batches, load_json
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.criteria import width_importance
@@ -33,9 +32,8 @@ def case(request, golden, tmp_path_factory):
     if request.param == "internvl":
         pytest.importorskip("torchvision", reason="InternVL's processor of transformers needs it")
     work = tmp_path_factory.mktemp(request.param)
-    out = convert_original(
-        with_tokenizer(golden / "original_layout", request.param, work), work / "native"
-    )
+    source = with_tokenizer(golden / "original_layout", request.param, work)
+    out = convert_original(source, work / "native")
     model, processor = load_model(str(out))
     (work / "data.json").write_text(json.dumps(instruction_json(work / "images")))
     samples = load_json(work / "data.json", work / "images")
@@ -48,20 +46,6 @@ def scores(case):
     return block_influence(model, batches), width_importance(model, batches, method="taylor")
 
 
-def test_anatomy_and_counts(case):
-    name, model, *_ = case
-    parts, dims = anatomy(model), model.config.get_text_config()
-    assert (
-        parts.num_layers == dims.num_hidden_layers
-        and parts.groups(0) == dims.num_key_value_heads
-        and parts.neurons(0) == dims.intermediate_size
-    )
-    assert (
-        closed_parameters(model.config, shape_of_model(model)) == part_parameters(model)
-        and min(part_parameters(model).values()) > 0
-    )
-
-
 def test_a_batch_is_what_the_processor_makes_of_each_entry(case):
     name, model, processor, samples, _ = case
     collate = Collator(processor, samples, turns="sequential")
@@ -69,32 +53,19 @@ def test_a_batch_is_what_the_processor_makes_of_each_entry(case):
         batch = collate([samples[i]])
         asked = samples.samples[i]["conversations"][0]["value"].replace("<image>\n", "")
         image = samples.image(i)
-        turn = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}] * (image is not None)
-                + [{"type": "text", "text": asked}],
-            }
-        ]
-        prompt = processor(
-            images=image,
-            text=processor.apply_chat_template(turn, add_generation_prompt=True),
-            return_tensors="pt",
-        )
+        content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": asked}]
+        turn = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(turn, add_generation_prompt=True)
+        prompt = processor(images=image, text=text, return_tensors="pt")
         size = prompt["input_ids"].shape[1]
-        assert (
-            batch["input_ids"][0, :size].tolist() == prompt["input_ids"][0].tolist()
-            and (batch["labels"][0, :size] == -100).all()
-        )
+        assert batch["input_ids"][0, :size].equal(prompt["input_ids"][0])
+        assert (batch["labels"][0, :size] == -100).all()
         if image is not None:
             assert torch.equal(batch["pixel_values"], prompt["pixel_values"])
-        said = processor.tokenizer.convert_ids_to_tokens(
-            batch["input_ids"][0][batch["labels"][0] != -100]
-        )
-        assert (
-            "".join(said).replace("▁", "")[: -len(said[-1])]
-            == samples.samples[i]["conversations"][1]["value"]
-        )
+        supervised = batch["input_ids"][0][batch["labels"][0] != -100]
+        said = processor.tokenizer.convert_ids_to_tokens(supervised)
+        answer = samples.samples[i]["conversations"][1]["value"]
+        assert "".join(said).replace("▁", "")[: -len(said[-1])] == answer
         assert said[-1] == {"llava": "</s>", "bunny": "<|endoftext|>", "internvl": "<|end|>"}[name]
 
 
@@ -114,11 +85,9 @@ def planned(name, model, scores, kind):
     "A plan of each kind. With long rope, Phi-3's config takes fewer neurons but not fewer heads."
     if kind == "layerwise":
         return plan_layerwise(model, scores[0], ratio=0.2)
-    everywhere = range(anatomy(model).num_layers)
     if (name, kind) == ("internvl", "uniform"):
-        return plan_widthwise(
-            model, scores[1], channel_ratio=0.4, attention_layers=(), mlp_layers=everywhere
-        )
+        where = dict(attention_layers=(), mlp_layers=range(anatomy(model).num_layers))
+        return plan_widthwise(model, scores[1], channel_ratio=0.4, **where)
     return plan_widthwise(model, scores[1], ratio=0.2, shape=kind)
 
 
@@ -134,30 +103,18 @@ def test_plans_apply_save_and_reload(case, scores, kind, tmp_path):
         logits = small(**batch).logits
     save_pruned(small, plan, tmp_path / "small", processor=processor, card={"Where from": name})
     card = (tmp_path / "small/README.md").read_text()
-    assert (
-        f"{part_parameters(small)['lm']:,}" in card
-        and name in card
-        and ("load_pruned" in card) == (kind == "blockwise")
-    )
+    assert f"{lm_parameters(small):,}" in card and name in card
+    assert ("load_pruned" in card) == (kind == "blockwise")
     again, words, same = load_pruned(tmp_path / "small")
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, logits) and same == plan
     assert type(words) is type(processor)
     if kind == "blockwise":
         return
-    from safetensors.torch import save_file
-
-    save_file(
-        {k: v.contiguous() for k, v in (batch | {"logits": logits}).items()},
-        tmp_path / "small.case",
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "small")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    tensors = {k: v.contiguous() for k, v in (batch | {"logits": logits}).items()}
+    save_file(tensors, tmp_path / "small.case")
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "small")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and "ForConditionalGeneration" in run.stdout, run.stderr[-2000:]
 
 
@@ -165,26 +122,12 @@ def test_plans_apply_save_and_reload(case, scores, kind, tmp_path):
 def test_one_recovery_step_of_each_kind(case, scores, train):
     name, model, processor, samples, _ = case
     small = apply_plan(model, plan_layerwise(model, scores[0], ratio=0.2))
-    paper = {
-        k: v for k, v in recovery.PAPER[name].items() if k not in ("lora", "precision", "warmup")
-    }
-    options = paper | {
-        "lr": 1e-3,
-        "warmup": 0.0,
-        "batch_size": 12,
-        "train": "projector" if train == "projector" else "projector+lm",
-    }
-    if train == "lora":
-        options["lora"] = recovery.PAPER[name]["lora"]
-    result = recovery.recover(
-        small,
-        model,
-        samples,
-        recovery.config_from_dict(options),
-        processor=processor,
-        device="cpu",
-        progress=False,
-    )
+    options = dict(recovery.PAPER[name], lr=1e-3, warmup=0.0, batch_size=12)
+    options["train"] = "projector" if train == "projector" else "projector+lm"
+    for left_out in ("precision",) if train == "lora" else ("precision", "lora"):
+        options.pop(left_out, None)
+    config, quiet = recovery.config_from_dict(options), dict(device="cpu", progress=False)
+    result = recovery.recover(small, model, samples, config, processor=processor, **quiet)
     assert len(result.history) == 1 and result.history[["sft", "hidden_kd"]].gt(0).all().all()
     before, after = anatomy(small), anatomy(result.model)
     moved = {
@@ -192,9 +135,8 @@ def test_one_recovery_step_of_each_kind(case, scores, train):
         for part in ("projector", "decoder", "vision_tower")
     }
     assert moved == {"projector": True, "decoder": train != "projector", "vision_tower": False}
-    assert type(result.model) is type(model) and not any(
-        "lora" in n for n, _ in result.model.named_parameters()
-    )
+    assert type(result.model) is type(model)
+    assert not any("lora" in n for n, _ in result.model.named_parameters())
 
 
 def test_evaluation_on_public_sets(case, public_sets):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from mllm_compress.anatomy.families import Anatomy, anatomy
+from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.data.batches import Collator, blocks, borrowing_mask, packed_mask
 from mllm_compress.data.instructions import InstructionData
@@ -240,17 +240,9 @@ def test_projector_alone(run, pair, data):
 def test_projector_and_lm_in_full(run, pair):
     result = run(**TWO_STEPS, warmup=0.0, epochs=3)
     tower = {name for name, _ in pair[0].named_parameters() if "vision_tower" in name}
-    assert (
-        changed(pair[0], result.model) == {name for name, _ in pair[0].named_parameters()} - tower
-    )
+    assert changed(pair[0], result.model) == dict(pair[0].named_parameters()).keys() - tower
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0]
     assert list(result.history.step) == [1, 2, 3, 4, 5, 6]
-
-
-def test_an_identical_teacher_leaves_the_student_alone(run, pair):
-    _, teacher, processor = pair
-    result = run((teacher, teacher, processor), **HIDDEN, **TWO_STEPS)
-    assert result.history.hidden_kd.max() < 1e-8
 
 
 def test_the_teacher_keeps_its_own_projector(run, pair, data):
@@ -289,12 +281,6 @@ def test_lora_reaches_every_linear_layer_of_every_family(tiny_lm, family):
     after = adapted(ids).logits
     torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, after, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(after, before)
-
-
-def test_fractions_are_nested_and_counted(run, data):
-    assert run(**SFT, fraction=0.25, seed=3, lr=1e-3).samples == 2
-    few, more = ({s["id"] for s in data.fraction(f, 3).samples} for f in (0.25, 0.5))
-    assert few <= more
 
 
 # -- the same numbers again --------------------------------------------------------------------
@@ -458,31 +444,6 @@ def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
     assert two["shapes"] == one["shapes"]
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(run, tmp_path, monkeypatch):
-    save, calls = training.save_file, []
-
-    def full(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > 3:
-            raise OSError(28, "No space left on device")
-        save(*args, **kwargs)
-
-    monkeypatch.setattr(training, "save_file", full)
-    options = {"batch_size": 2, "lr": 1e-3}
-    saving = {"folder": tmp_path / "run", "save_every": 1}
-    with pytest.raises(OSError, match="No space left"):
-        run(**options, how=saving)
-    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-1"]
-    assert not list((tmp_path / "run").glob(".checkpoint-*"))
-    monkeypatch.setattr(training, "save_file", save)
-    # what a killed save leaves is not taken for a checkpoint
-    partial = tmp_path / "run/.checkpoint-4.01234567.new"
-    partial.mkdir()
-    (partial / "weights.safetensors").write_bytes(b"half of it")
-    resumed = run(**options, how=saving)
-    assert weights_hash(resumed.model) == weights_hash(run(**options).model)
-
-
 def test_another_runs_folder_is_refused(run, tmp_path):
     saving = {"folder": tmp_path, "save_every": 1}
     run(**SFT, **ONE_STEP, how=saving)
@@ -529,28 +490,11 @@ def test_no_supervised_token(run, data):
         run(samples=empty, **SFT, max_length=18, **ONE_STEP)
 
 
-@pytest.mark.parametrize(
-    "values, says",
-    [
-        ({"fraction": 0}, "outside"),
-        ({"losses": {"mse": 1}}, "Unknown loss 'mse'"),
-        ({"train": "lm"}, "use one of"),
-        ({"lora": {"r": 2}, "train": "projector"}, "lora adapts"),
-        ({"rank": 8}, "Unknown recovery option"),
-        ({"batch_size": 0}, "must be positive"),
-    ],
-)
-def test_wrong_configs(values, says):
-    with pytest.raises(ValueError, match=says):
-        config_from_dict(values)
-
-
-def test_layers_that_are_not_there(tiny_lm, monkeypatch):
+def test_options_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="lora adapts"):
+        config_from_dict({"lora": {"r": 2}, "train": "projector"})
     with pytest.raises(ValueError, match="none at or before"):
         layer_pairs((0,), kept=(1, 2))
-    monkeypatch.setattr(Anatomy, "linears", lambda self, i: [])
-    with pytest.raises(ValueError, match="no LoRA targets for family 'llama'"):
-        lora_targets(tiny_lm("llama"))
 
 
 def test_learning_rates_are_data():

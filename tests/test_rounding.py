@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mllm_compress.anatomy.families import lm_parameters
-from mllm_compress.pruning import apply_plan
+from mllm_compress.importance.criteria import random_scores
+from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.study import stages, store
 from mllm_compress.study.experiments import Experiment, describe, method_of
@@ -91,9 +92,6 @@ def test_bytes_follow_the_plan(tiny_llava):
 
 @pytest.mark.parametrize("how", ["none", *QUANTIZERS])
 def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
-    from mllm_compress.importance.criteria import random_scores
-    from mllm_compress.pruning import plan_widthwise
-
     model, limit = tiny_llava[0], 0.7 * stored_bytes(tiny_llava[0], how)
     ratio = ratio_within(model, how, limit)
     plan = plan_widthwise(model, random_scores(model), ratio=ratio)
@@ -123,15 +121,3 @@ def test_the_student_is_rounded_after_its_refit(tmp_path):
     found = stages.student_of(replace(whole, quantize="nf4"), smoke, results, "cpu")
     pairs = zip(rounded(first, "nf4").parameters(), found.parameters())
     assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (dict(quantize="int3"), "use one of none, int8, nf4, int4"),
-        (dict(quantize="int8", recovery="sft"), "studied without training"),
-    ],
-)
-def test_what_does_not_fit_is_named(change, says):
-    with pytest.raises(ValueError, match=says):
-        Experiment("m", "widthwise", 0.3, **change)

@@ -87,25 +87,6 @@ def test_all_forms_of_several_images_are_one():
     assert instructions.turns(read_entry(amid, 0))[0][0] == f"{MARK}\nsame?\n{MARK}"
 
 
-@pytest.mark.parametrize(
-    "change, complaint",
-    [
-        ({"image": ["a", "b", "c"]}, "3 images and 2 <image> markers: write one marker per image"),
-        ({"image": "a"}, "1 image and 2 <image> markers"),
-        ({"image": ["a", None]}, "null in its list of images"),
-        ({"image": ["a", ["b"]]}, "name the file"),
-        ({"image": ["a", "http://x/b.png"]}, "by its URL"),
-        ({"image": None}, "names no image"),
-        ({"image": ["a", "b"], "conversations": said("same?", "no")}, "2 images and 0 <image>"),
-        ({"image": ["a", "b"], "conversations": said(MARK, MARK)}, "in an answer"),
-    ],
-)
-def test_images_and_markers_belong_together(change, complaint):
-    with pytest.raises(EntryError, match=complaint) as error:
-        read_entry(FRONT | change, 0)
-    assert "'front'" in str(error.value)
-
-
 def test_a_batch_is_what_the_native_processor_makes(shop, mine, tiny_llava):
     model, processor = tiny_llava
     collate = Collator(processor, mine, turns="sequential")

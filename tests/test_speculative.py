@@ -52,12 +52,6 @@ def test_the_text_is_that_of_the_dense_model(dense, small):
     assert timed_drafts(dense, small, PROMPTS, 20, drafted=3)["same text"]
 
 
-def test_a_model_accepts_all_of_its_own_drafts(dense):
-    table = speculative_table(dense, copy.deepcopy(dense), PROMPTS, new_tokens=20)
-    assert (table.accepted == 1).all() and table["same text"].all()
-    assert table["tokens per pass"].tolist() == [4.0, 5.0]  # 20 tokens in 5 and in 4 passes
-
-
 @pytest.mark.parametrize("drafted", [2, 3, 5])
 def test_the_counts_are_those_of_generate(dense, small, drafted):
     from mllm_compress.evaluation.speculative import draft_settings
@@ -83,17 +77,6 @@ def test_behind_pictures_the_share_stands_alone(tiny_llava):
     prompts = prompts_of(small_data("test"), processor, n=3)
     table = speculative_table(model, copy.deepcopy(model), prompts, new_tokens=8)
     assert (table.accepted.dropna() == 1).all() and "speed-up" not in table
-
-
-def test_drafts_behind_pictures_still_go_wrong_in_transformers(tiny_llava):
-    "The day this fails, seconds can be measured for multimodal models too."
-    model = copy.deepcopy(tiny_llava[0])
-    model.generation_config.eos_token_id = None
-    inputs = prompts_of(small_data("test"), tiny_llava[1], n=1)[0]
-    draft = copy.deepcopy(model)
-    calls = counted(model)
-    greedy(model, inputs, 20, assistant_model=draft)
-    assert len(calls) > drafted_passes([True] * 20, 20)[0] + 4
 
 
 def test_another_vocabulary_is_refused(dense, tiny_lm):

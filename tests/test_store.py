@@ -168,6 +168,7 @@ def packed(tmp_path, text: str, stage: str = "plan"):
 
 FORGERIES = {
     "whole": (lambda t: t, True),
+    "another stage": (lambda t: t, False),
     "another score": (lambda t: t.replace('"score": 2.0', '"score": 3.0'), False),
     "half": (lambda t: t[:20], False),
     "a list": (lambda t: "[]", False),
@@ -176,24 +177,18 @@ FORGERIES = {
 }
 
 
-@pytest.mark.parametrize("forge, kept", FORGERIES.values(), ids=FORGERIES)
-def test_results_travel_and_are_believed_only_with_their_seal(tmp_path, forge, kept):
+@pytest.mark.parametrize("name", FORGERIES)
+def test_results_travel_and_are_believed_only_with_their_seal(tmp_path, name):
+    forge, kept = FORGERIES[name]
     ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
     key = store.write(ours, inputs(), {"score": 2.0})
     text = forge(ours.path("plan", key).read_text()).encode("utf-8", "surrogateescape")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        taken = store.unpack(packed(tmp_path, text), theirs)
-    assert taken["plan"] == [key] * kept and theirs.keys("plan") == [key] * kept
+        stage = "score" if name == "another stage" else "plan"
+        taken = store.unpack(packed(tmp_path, text, stage), theirs)
+    assert sum(taken.values(), []) == theirs.keys("plan") == [key] * kept
     assert kept or "corrupt and was left out" in str(told[0].message)
-
-
-def test_a_result_of_one_stage_is_not_taken_for_another(tmp_path):
-    ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
-    key = store.write(ours, inputs(), {})
-    with pytest.warns(UserWarning, match="corrupt"):
-        taken = store.unpack(packed(tmp_path, ours.path("plan", key).read_text(), "score"), theirs)
-    assert not any(taken.values())
 
 
 def test_what_is_no_file_of_results_is_refused(tmp_path, monkeypatch):

@@ -32,18 +32,15 @@ def scores_of(notebook: Path) -> pd.DataFrame:  # columns KEYS, avg, achieved, a
     dense = frame[frame.pruning == "none"].set_index(["model", "benchmark"]).score
     whole = np.array([dense[m, b] for m, b in zip(frame.model, frame.benchmark)])
     frame = frame.assign(avg=100 * frame.score / np.where(whole > 0, whole, np.nan))
-    means = frame.groupby(KEYS, as_index=False).agg(
-        avg=("avg", "mean"), achieved=("achieved_ratio", "mean")
-    )
+    mean = dict(avg=("avg", "mean"), achieved=("achieved_ratio", "mean"))
+    means = frame.groupby(KEYS, as_index=False).agg(**mean)
     return means.merge(frame.pivot_table("score", KEYS, "benchmark").reset_index(), on=KEYS)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
-    table, rows = (
-        pd.read_csv(folder / "02_pruning-scores.csv"),
-        scores_of(folder / "02_pruning.ipynb"),
-    )
+    table = pd.read_csv(folder / "02_pruning-scores.csv")
+    rows = scores_of(folder / "02_pruning.ipynb")
     names = [c for c in table if c in rows and c not in KEYS and c != "achieved"]
     assert names
     for row in table.to_dict("records"):
@@ -70,15 +67,15 @@ def by_hand(number: int, where: str, table: pd.DataFrame) -> pd.Series:  # seed 
             own = own[own[column] == value]
         return own.set_index("seed").avg
 
-    pairs = {
-        1: lambda: [kept(pruning=p, recovery="none") for p in ("widthwise", "layerwise")],
-        3: lambda: [
-            kept(pruning=advised, **best | {"recovery": r}) for r in (best["recovery"], rival)
-        ],
-        4: lambda: [kept(pruning=advised, **best), 95.0],
-        5: lambda: [kept(pruning=p, **best) for p in (advised, other)],
-    }
-    first, second = pairs[number]()
+    ours = best["recovery"]
+    if number == 1:
+        first, second = (kept(pruning=p, recovery="none") for p in ("widthwise", "layerwise"))
+    elif number == 3:
+        first, second = (kept(pruning=advised, **best | {"recovery": r}) for r in (ours, rival))
+    elif number == 4:
+        first, second = kept(pruning=advised, **best), 95.0
+    elif number == 5:
+        first, second = (kept(pruning=p, **best) for p in (advised, other))
     return (first - second).dropna()
 
 
@@ -115,22 +112,19 @@ def recount(effects: dict, part: dict, margin: float | None) -> None:
     if part["average"]["seeds"] == 1:
         assert part["word"] == "undecided"
         return
-    long = [
+    long = pd.concat(
         pd.DataFrame({"y": e, "cluster": where.split(" at ")[0]}).assign(seed=e.index)
         for where, e in effects.items()
-    ]
-    long = pd.concat(long)
+    )
     cluster = (long.cluster + long.seed.astype(str)).factorize()[0]
     setting = np.repeat(range(len(effects)), [len(e) for e in effects.values()])
-    fit = sm.OLS(long.y.to_numpy(), pd.get_dummies(setting).to_numpy(float)).fit(
-        cov_type="cluster", cov_kwds={"groups": cluster, "use_correction": False}
-    )
+    how = dict(cov_type="cluster", cov_kwds={"groups": cluster, "use_correction": False})
+    fit = sm.OLS(long.y.to_numpy(), pd.get_dummies(setting).to_numpy(float)).fit(**how)
     weights = np.full(len(effects), 1 / len(effects))
     error = np.sqrt(weights @ fit.cov_params() @ weights)
     low, high = (part["average"][end] for end in ("low", "high"))
-    assert (
-        1.5 * error < (high - low) / 2
-    )  # questions add to the seeds, few seeds widen the interval
+    # questions add to the seeds, and few seeds widen the interval
+    assert 1.5 * error < (high - low) / 2
     if margin is not None and -margin < low and high < margin:
         assert part["word"] in ("equivalent", "undecided")
     elif low > 0 or high < 0:
@@ -144,11 +138,8 @@ def recount(effects: dict, part: dict, margin: float | None) -> None:
 
 def code_of(nb) -> list:
     "The code of a notebook, without the parameters that papermill has put in."
-    return [
-        c.source
-        for c in nb.cells
-        if c.cell_type == "code" and "injected-parameters" not in c.metadata.get("tags", [])
-    ]
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    return [c.source for c in code if "injected-parameters" not in c.metadata.get("tags", [])]
 
 
 @pytest.mark.parametrize(
@@ -168,18 +159,10 @@ def test_committed_notebooks_were_run_from_their_sources(notebook):
 )
 def test_study_notebooks_show_what_the_quick_run_showed(path):
     def shown(notebook):
-        outputs = [
-            o
-            for c in nbformat.read(notebook, 4).cells
-            if c.cell_type == "code"
-            for o in c.get("outputs", [])
-        ]
-        return [
-            o.text
-            if o.output_type == "stream"
-            else o.data.get("text/markdown", o.data.get("text/plain"))
-            for o in outputs
-        ]
+        cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+        outputs = [o for c in cells for o in c.get("outputs", [])]
+        texts = [{"text/plain": o.get("text")} | o.get("data", {}) for o in outputs]
+        return [text.get("text/markdown", text["text/plain"]) for text in texts]
 
     assert shown(ROOT / "nbs/study" / path.name) == shown(path)
 
@@ -187,26 +170,21 @@ def test_study_notebooks_show_what_the_quick_run_showed(path):
 # ---- from the results once more, by the notebooks themselves
 
 
-def same_values(ours: Path, again: Path) -> bool:
-    "Whether two tables or verdicts say the same, up to rounding."
+def leaves(value) -> list:
+    "The values of a nested dictionary, in the order of their sorted keys."
+    if not isinstance(value, dict):
+        return [value]
+    return [leaf for key in sorted(value) for leaf in leaves(value[key])]
+
+
+def compare(ours: Path, again: Path) -> None:
+    "Two tables or verdicts must say the same, up to rounding."
     if ours.suffix == ".csv":
-        return (
-            pd.testing.assert_frame_equal(
-                pd.read_csv(ours), pd.read_csv(again), rtol=1e-4, atol=1e-6
-            )
-            is None
-        )
-    flat = lambda value: (
-        [leaf for k in sorted(value) for leaf in flat(value[k])]
-        if isinstance(value, dict)
-        else [value]
-    )
-    return len(flat(a := json.loads(ours.read_text()))) == len(
-        flat(b := json.loads(again.read_text()))
-    ) and all(
-        x == pytest.approx(y, rel=1e-5, abs=1e-9) if isinstance(x, float) else x == y
-        for x, y in zip(flat(a), flat(b))
-    )
+        tables = pd.read_csv(ours), pd.read_csv(again)
+        return pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-6)
+    pairs = zip(*(leaves(json.loads(path.read_text())) for path in (ours, again)), strict=True)
+    for x, y in pairs:
+        assert x == (pytest.approx(y, rel=1e-5, abs=1e-9) if isinstance(x, float) else y), ours
 
 
 @pytest.mark.slow
@@ -224,11 +202,8 @@ def test_notebooks_draw_every_table_and_verdict_of_quick_from_the_results_again(
     plan = runner.plan_study("quick", names)
     assert not (~status(runner.experiments_of_plan(plan), "quick").cached).any()
     assert runner.run_notebooks(plan, "quick", "local", workers=2) == []
-    written = [
-        p
-        for p in sorted(committed.glob("*-*.*"))
-        if p.suffix in (".csv", ".json") and not p.name.startswith(MEASURED)
-    ]
+    written = sorted([*committed.glob("*-*.csv"), *committed.glob("*-*.json")])
+    written = [p for p in written if not p.name.startswith(MEASURED)]
     assert len(written) > 15
     for path in written:
-        assert same_values(path, tmp_path / "runs/quick/figures" / path.name), path.name
+        compare(path, tmp_path / "runs/quick/figures" / path.name)

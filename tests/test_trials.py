@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole processes
+
 pytest.importorskip("nbdev.export")
 ROOT = Path(__file__).parents[1]
 LIBRARY = "nbs/library"
@@ -18,7 +20,6 @@ LIBRARY = "nbs/library"
 GRID = """
 import json
 from dataclasses import replace
-from mllm_compress.study import stages
 from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
@@ -199,28 +200,23 @@ found = [say("--help"), wrong, row.status, row.error, drawn.label, drawn.color, 
     copy.stored = stored
 
 
-def test_a_decoder_family_is_added_as_the_guide_says(copy):
-    family = cell_of("add_a_model", 'FAMILIES["starcoder2"]')
-    form = cell_of("add_a_model", 'FORMS["starcoder2"]')
-    copy.append("anatomy/02_families.ipynb", family)
-    copy.append("cost/01_arithmetic.ipynb", form)
-    code = "from mllm_compress import anatomy\nfound = list(anatomy.FAMILIES)"
-    before, families = copy.ask(code)
-    assert before == {} and "starcoder2" in families
-
-
-def test_a_multimodal_class_is_added_as_the_guide_says(copy):
-    "Two rows in two notebooks, a line each, and the contract holds."
-    wrapper = cell_of("add_a_model", 'WRAPPERS["cohere2_vision"]').splitlines()[-1]
-    eyes = cell_of("add_a_model", 'EYES["cohere2_vision"]').splitlines()[-1]
+def test_a_decoder_family_and_a_multimodal_class_are_added_as_the_guide_says(copy):
+    "A row in each of two notebooks, and the contract of a class holds."
+    last = lambda row: cell_of("add_a_model", row).splitlines()[-1]
+    wrappers, eyes = last('WRAPPERS["cohere2_vision"]'), last('EYES["cohere2_vision"]')
     config = cell_of("add_a_model", "AutoConfig.for_model").split("try:")[0]
-    copy.append("anatomy/01_wrappers.ipynb", wrapper)
-    copy.append("cost/01_arithmetic.ipynb", eyes)
-    code = f"{config}\nfrom mllm_compress.cli.check import Case, run_checks"
-    code += "\nnames = ('parts', 'cost', 'uniform')"
-    code += "\nfound = {f.check: f.passed for f in run_checks(Case(model), names)}"
-    before, found = copy.ask(code)
-    assert before == {} and found == {"parts": True, "cost": True, "uniform": True}
+    copy.append("anatomy/02_families.ipynb", cell_of("add_a_model", 'FAMILIES["starcoder2"]'))
+    copy.append("anatomy/01_wrappers.ipynb", wrappers)
+    copy.append("cost/01_arithmetic.ipynb", cell_of("add_a_model", 'FORMS["starcoder2"]'), eyes)
+    code = f"""{config}
+from mllm_compress import anatomy
+from mllm_compress.cli.check import Case, run_checks
+checks = run_checks(Case(model), ("parts", "cost", "uniform"))
+found = [{{check.check: check.passed for check in checks}}, list(anatomy.FAMILIES)]
+"""
+    before, (checks, families) = copy.ask(code)
+    assert before == {} and checks == {"parts": True, "cost": True, "uniform": True}
+    assert "starcoder2" in families
 
 
 BENCHMARK = """

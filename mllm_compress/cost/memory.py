@@ -71,8 +71,8 @@ def answering_bytes(
     batch: int = 1,
 ) -> int:
     "Memory of a prefill with one image per prompt, weights included."
-    prefill = lambda: forward(model, example_inputs(model, text_tokens, batch=batch))
-    return weight_bytes(model) + peak_memory(prefill, "meta")
+    inputs = example_inputs(model, text_tokens, batch=batch)  # counting pictures takes memory too
+    return weight_bytes(model) + peak_memory(lambda: forward(model, inputs), "meta")
 
 
 def scoring_bytes(
