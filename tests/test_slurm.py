@@ -117,12 +117,12 @@ def test_a_study_that_lost_its_terminal_watches_the_jobs_it_left(cluster):
 
 @real
 def test_ctrl_c_takes_the_jobs_back(cluster, monkeypatch):
-    stop = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    results, stop = results_of(SMOKE), lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     monkeypatch.setattr(slurm, "queue", stop)  # Ctrl-C comes while the run watches
     with pytest.raises(KeyboardInterrupt):
         study.run(EXPERIMENTS, SMOKE, executor="slurm", quiet=True)
     monkeypatch.undo()
-    (mark,) = results_of(SMOKE).folder.glob(f"slurm/*/{slurm.JOBS}")
+    (mark,) = results.folder.resolve().glob(f"slurm/*/{slurm.JOBS}")
     jobs = set(json.loads(mark.read_text()))
     for _ in range(200):
         if not jobs & slurm.queue():

@@ -18,7 +18,7 @@ from .profiles import Profile
 from .stages import result_of
 from .store import results_of
 from .style import page, panels
-from ..utils.methods import GREEN, RED
+from ..utils.methods import GREEN, GREY, RED
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-006
 STATES = ("pruned", "recovered")
@@ -103,37 +103,6 @@ def pictures_of(chosen: dict, setup: Profile) -> dict:  # question -> image
     return {q: benchmarks.open_image(images[q][0]) for q in chosen if images.get(q)}
 
 
-def draw_answers(
-    pictures: list,  # PIL images; None: a question without a picture
-    questions: list,  # of str
-    answers: dict,  # model -> one answer per question
-    right: dict,  # model -> one bool per question
-    columns: int = 4,  # pictures side by side
-):  # a figure
-    "Pictures with their questions and the answers of some models."
-    n, columns = len(pictures), min(columns, len(pictures))
-    texts = [textwrap.fill(textwrap.shorten(q, 110, placeholder=" …"), 28) for q in questions]
-    most = max(text.count("\n") + 1 for text in texts)
-    inches = 2.4 + 0.18 * most + 0.22 * len(answers)
-    size = dict(columns=columns, width=2.4 * columns, height=inches)
-    fig, axes = panels(n, **size, sharex=False, sharey=False)
-    with page():
-        fig.get_layout_engine().set(hspace=(0.18 * most + 0.22 * len(answers)) / 2.0)
-        for k, ax in enumerate(axes):
-            if pictures[k] is not None:
-                ax.imshow(pictures[k], interpolation="nearest")
-            ax.set_axis_off()
-            text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
-            ax.text(0, -0.05, texts[k], weight="bold", **text)
-            for i, name in enumerate(answers):
-                color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
-                y = -0.13 - 0.08 * most - 0.11 * i
-                ax.text(0, y, name, color="#333333", **text)
-                shown = textwrap.shorten(str(answers[name][k]), 14, placeholder="…")
-                ax.text(0.55, y, f"{sign} {shown}", color=color, **text)
-    return fig
-
-
 def answers_figure(
     questions: pd.DataFrame,
     answers: pd.DataFrame,
@@ -141,11 +110,65 @@ def answers_figure(
     chosen: dict,
     setup: Profile,
 ):  # as `answer_table`; a figure
-    "All chosen questions of a model."
-    images = pictures_of(chosen, setup)
-    return draw_answers(
-        [images.get(q) for q in chosen],
-        [questions.prompt[q] for q in chosen],
-        {column_name(c): [text_of(answers.loc[q, c], True) for q in chosen] for c in right},
-        {column_name(c): [right.loc[q, c] for q in chosen] for c in right},
-    )
+    "All chosen questions of a model, a row each, and how many of all answers are right."
+    images, row, lefts = pictures_of(chosen, setup), 0.62, {"question": 0.64, "truth": 2.5}
+    lefts |= {column: 3.3 + 0.92 * i for i, column in enumerate(right)}
+    width, height = 3.3 + 0.92 * len(right.columns), row * (len(chosen) + 2)
+    fig, (ax,) = panels(1, width=width, height=height)
+
+    def put(where, y: float, text, **look) -> None:
+        ax.text(lefts[where], y, text, va="center", **({"fontsize": 8} | look))
+
+    with page():
+        for where in lefts:
+            name = where if isinstance(where, str) else column_name(where).replace(" ", "\n")
+            put(where, row / 2, name, weight="bold")
+        for i, (q, why) in enumerate(chosen.items(), 1):
+            top, y = row * i, row * (i + 0.5)
+            ax.axhline(top, color="#cccccc", linewidth=0.6)
+            if q in images:
+                box = (0, row - 0.08, top + row - 0.04, top + 0.04)
+                ax.imshow(images[q], extent=box, aspect="auto", interpolation="nearest", zorder=3)
+            text = textwrap.fill(textwrap.shorten(questions.prompt[q], 72, placeholder=" …"), 25)
+            put("question", y - 0.08 * (why != FIRST), text, fontsize=7.5, linespacing=1)
+            if why != FIRST:
+                put("question", top + row - 0.09, why, fontsize=7.5, color=GREY)
+            put("truth", y, str(questions.answer[q]), weight="bold")
+            for column in right:
+                good = right.loc[q, column]
+                said = text_of(answers.loc[q, column], True, 13)
+                look = dict(color=GREEN) if good else dict(color=RED, weight="bold")
+                put(column, y, f"{'✓' if good else '×'} {said}", **look)
+        ax.axhline(height - row, color="black", linewidth=1.2)
+        put("question", height - row / 2, f"right, of all {len(right)} kept")
+        for column in right:
+            put(column, height - row / 2, int(right[column].sum()))
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.set_axis_off()
+    return fig
+
+
+def draw_answers(
+    pictures: list,  # PIL images
+    questions: list,  # of str
+    answers: dict,  # model -> one answer per question
+    right: dict,  # model -> one bool per question
+):  # a figure
+    "Pictures with their questions and the answers of some models."
+    n = len(pictures)
+    size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(answers))
+    fig, axes = panels(n, **size, sharex=False, sharey=False)
+    texts = [textwrap.fill(question, 28) for question in questions]
+    below = 0.13 + 0.08 * max(text.count("\n") + 1 for text in texts)
+    with page():
+        for k, ax in enumerate(axes):
+            ax.imshow(pictures[k], interpolation="nearest")
+            ax.set_axis_off()
+            text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
+            ax.text(0, -0.05, texts[k], weight="bold", **text)
+            for i, name in enumerate(answers):
+                color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
+                y = -below - 0.11 * i
+                ax.text(0, y, name, color="#333333", **text)
+                ax.text(0.5, y, f"{sign} {answers[name][k]}", color=color, **text)
+    return fig
