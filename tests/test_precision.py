@@ -12,7 +12,7 @@ from mllm_compress.study.store import Store
 from mllm_compress.zoo.models import load_model
 
 
-def test_fastest_precision_is_settled_and_recorded(monkeypatch):
+def test_fastest_precision_is_settled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     experiment = Experiment("tiny-llava", "layerwise", 0.3, recovery="sft", fraction=0.05)
     profile = load_profile("quick")
