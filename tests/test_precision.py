@@ -38,6 +38,9 @@ def test_a_student_trained_in_float32_goes_back_to_half_without_its_frequencies(
     profile = load_profile("smoke")
     profile = replace(profile, dtype="bfloat16", recovery=profile.recovery | {"precision": "bf16"})
     experiment = Experiment("smoke-llava", "layerwise", 0.3, recovery="sft", fraction=0.5)
-    student = stages.student_of(experiment, profile, Store(tmp_path), "cpu")
+    results = Store(tmp_path)
+    student = stages.student_of(experiment, profile, results, "cpu")
+    training = stages.value_of("student", experiment, profile, results)["training"]
+    assert training["precision"] == "bf16" and training["samples"] > 0
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert torch.equal(rotary(student), rotary(load_model("smoke-llava")[0]))

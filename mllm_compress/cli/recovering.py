@@ -217,10 +217,9 @@ def recover(request: RecoverRequest) -> dict:
     "Train a pruned model and write it; after an interruption the same command continues."
     from importlib.util import find_spec
 
-    from mllm_compress import checkpoint, zoo
+    from mllm_compress import checkpoint
     from mllm_compress.checkpoint import formats, saving
     from mllm_compress.recovery.config import config_from_dict, learning_rate
-    from mllm_compress.study.stages import trained_in_float32
 
     name, out, options = request.model, request.out, request.options()
     config_from_dict(options)  # a mistake, before anything is loaded
@@ -245,9 +244,7 @@ def recover(request: RecoverRequest) -> dict:
     saving.check_writable(request.training_folder, int(size * (1 + 9 * trained)))
     if request.restart:
         shutil.rmtree(request.training_folder, ignore_errors=True)
-    teacher, dtype = cli.load(request.teacher, device)[0], student.dtype
-    if dtype.itemsize == 2:
-        trained_in_float32(student, config)
+    teacher = cli.load(request.teacher, device)[0]
     extras = dict(processor=processor, plan=plan, device=device, progress=cli.progress())
     result = _train(request, student, teacher, data, config, **extras)
     settings = {k: v for k, v in asdict(config).items() if v is not None}
@@ -269,10 +266,9 @@ def recover(request: RecoverRequest) -> dict:
             shutil.copy2(Path(name) / "plan.png", folder / "plan.png")
         write_curve(result.history, folder)
 
-    model = zoo.cast(result.model, dtype)
     records = dict(processor=processor, overwrite=request.overwrite, further=further)
     records |= dict(provenance=[*formats.history(name), step])
-    saving.save_or_rescue(lambda to: checkpoint.save_pruned(model, plan, to, **records), out)
+    saving.save_or_rescue(lambda to: checkpoint.save_pruned(result.model, plan, to, **records), out)
     shutil.rmtree(request.training_folder, ignore_errors=True)
     loss, seconds = float(result.history.loss.iloc[-1]), result.seconds
     text = f"trained on {result.samples} samples in {seconds:.0f} s, last loss {loss:.3f}"

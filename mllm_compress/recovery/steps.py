@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CPU_PASS', 'BLOCK', 'Batches', 'Loader', 'indexed', 'sample_lengths', 'passes_per_step', 'block_size',
            'attention_for', 'processor_hash', 'run_collator', 'layer_pairs', 'Student', 'Teacher', 'check_pair',
-           'trainable_copy', 'lora_targets', 'add_lora', 'adapter_tensors', 'with_adapters']
+           'trainable_copy', 'trained_in_float32', 'lora_targets', 'add_lora', 'adapter_tensors', 'with_adapters']
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #cell-003
 import copy
@@ -25,6 +25,7 @@ from .config import RecoveryConfig
 from .losses import HIDDEN_LAYERS, LOSSES, answer_positions, loss_terms
 from .states import SHARED_PREFIX, decoder_states, shared_features
 from ..utils.files import content_hash
+from ..zoo.models import cast
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #cell-009
 class Batches(Sampler):
@@ -323,6 +324,20 @@ def trainable_copy(
     model = copy.deepcopy(student, dict(shared)).requires_grad_(True)
     for p in shared.values():
         p.requires_grad_(False)
+    return model
+
+# %% ../../nbs/library/recovery/04_steps.ipynb #c-0633c61c
+def trained_in_float32(
+    model: nn.Module,  # changed in place
+    config: RecoveryConfig,
+) -> nn.Module:
+    "The model with the parts in float32 that training changes in full."
+    parts = anatomy(model)
+    only_projector = config.lora or config.train == "projector"
+    rest = [] if only_projector else [parts.decoder, parts.lm_head]
+    for part in (parts.projector, *rest):
+        if part is not None:  # a language model has no projector
+            cast(part, torch.float32)
     return model
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-009

@@ -50,6 +50,7 @@ from mllm_compress.recovery.states import (
     use_attention,
 )
 from ..utils.files import content_hash, replacing_folder, write_atomically
+from ..zoo.models import cast
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-cell-005
 def split_state(
@@ -475,7 +476,8 @@ def recover(
     set_seed(config.seed)
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
     pairs = steps.layer_pairs(config.hidden_layers, kept)
-    model = steps.trainable_copy(student, config)
+    model, half = steps.trainable_copy(student, config), student.dtype.itemsize == 2
+    model = steps.trained_in_float32(model, config) if half else model
     model = steps.add_lora(model, config.lora) if config.lora else model
     module = steps.Student(model, config.losses, config.positions, config.temperature, pairs)
     with tempfile.TemporaryDirectory() as scratch:
@@ -519,6 +521,7 @@ def recover(
     model = module.model
     adapters = steps.adapter_tensors(model) if config.lora else None
     model = model.merge_and_unload() if config.lora else model
+    model = cast(model, student.dtype) if half else model
     return RecoveryResult(
         model.eval(),
         pd.DataFrame([row for row in run.state.log_history if "loss" in row]),

@@ -429,17 +429,6 @@ def start_of(experiment: Experiment, profile: Profile, results: Store, device: s
         store.write(results, inputs_of("reconstruction", e, profile), value)
     return small
 
-# %% ../../nbs/library/study/05_stages.ipynb #students-cell-004
-def trained_in_float32(student, config: RecoveryConfig):
-    "The student with the parts in float32 that training changes in full (peft casts adapters)."
-    parts = anatomy(student)
-    only_projector = config.lora or config.train == "projector"
-    rest = [] if only_projector else [parts.decoder, parts.lm_head]
-    for part in (parts.projector, *rest):
-        if part is not None:  # a language model has no projector
-            cast(part, torch.float32)
-    return student
-
 # %% ../../nbs/library/study/05_stages.ipynb #students-cell-008
 def checkpoints_of(
     subject: str,  # key of a student
@@ -456,8 +445,6 @@ def trained(
     e, config, options = experiment, recovery_config(experiment, profile), {}
     model, processor = teacher_of(e.model, profile, device)
     student = start_of(e, profile, results, device)
-    if student.dtype != torch.float32:
-        trained_in_float32(student, config)
     if profile.checkpoint_every:
         options["folder"] = checkpoints_of(subject_key(e, profile), results)
         options["save_every"] = profile.checkpoint_every
