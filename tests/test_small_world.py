@@ -12,7 +12,10 @@ from mllm_compress.zoo.tiny_models import tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-def test_splits_do_not_meet():
+def test_scenes_are_deterministic_and_splits_do_not_meet():
+    again, pixels = scenes.scene.__wrapped__, scenes.image.__wrapped__  # not from the cache
+    assert scenes.scene(5, "test") == again(5, "test") and scenes.ask(5) == scenes.ask(5)
+    assert scenes.image(3).tobytes() == pixels(3).tobytes() != pixels(3, "test").tobytes()
     train = {scenes.scene(i) for i in range(3000)}
     for split in ("validation", "test"):
         assert not train & {scenes.scene(i, split) for i in range(1500)}
@@ -72,6 +75,14 @@ def test_pairs_hold_one_yes_and_one_no():
         assert len(got) == 102
         for a, b in zip(got[::2], got[1::2]):
             assert a["pair"] == b["pair"] and {a["answer"], b["answer"]} == {"yes", "no"}
+
+
+def test_guessing_without_the_picture_is_chance():
+    train = [q for i in range(4000) for q in scenes.ask(i)]
+    blind = scenes.question_only(train, [q for i in range(800) for q in scenes.ask(i, "test")])
+    limits = {"open": 0.28, "hallucination": 0.56, "perception": 0.56, "cognition": 0.58}
+    assert all(blind[kind] < limit for kind, limit in limits.items()), blind
+    assert blind["choice"] < 0.4 and blind["composition"] < 0.41, blind
 
 
 def test_every_word_is_in_the_vocabulary():

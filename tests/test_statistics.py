@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_ind
 
 from mllm_compress.evaluation import intervals as S
+from mllm_compress.study import statistics
 from mllm_compress.study.statistics import WORDS, Estimate, Verdict, average, estimate, pooled
 
 
@@ -181,7 +182,7 @@ def test_words_of_settings_hold_simultaneously():
 def test_intervals_stay_within_what_is_possible(share, half, bounds):
     floor, top = bounds
     value = share if np.isinf(top) else floor + share * (top - floor)
-    low, high = S.bounded_interval(value, half, floor, top)
+    low, high = statistics.bounded_interval(value, half, floor, top)
     assert floor <= low <= value <= high <= top
     if half < 0.01 and not np.isinf(top) and 0.1 < share < 0.9:
         assert high - low == pytest.approx(2 * half, rel=0.02)
@@ -199,16 +200,16 @@ def test_logit_intervals_near_the_bound_cover_the_truth():
 
 
 def test_shrinking_follows_the_agreement_of_variances():
-    assert S.shrunk(9.0, 4, (1.0, np.inf)) == (1.0, np.inf)
-    assert S.shrunk(9.0, 4, (1.0, 4.0)) == (5.0, 8.0)
-    assert S.prior_variance([1.0, 2.0], [2, 2]) == (0.0, 0.0)  # too few to say anything
+    alike = np.random.default_rng(5).chisquare(4, 50) / 4
+    assert statistics.prior_variance(alike, np.full(50, 4))[1] > 15
+    assert statistics.prior_variance([1.0, 2.0], [2, 2]) == (0.0, 0.0)  # too few to say anything
 
 
 def test_satterthwaite_is_welchs_for_two_samples():
     rng = np.random.default_rng(7)
     a, b = rng.normal(0, 1, 6), rng.normal(0, 3, 9)
     v, f = [a.var(ddof=1) / 6, b.var(ddof=1) / 9], [5, 8]
-    assert S.satterthwaite(v, f) == pytest.approx(ttest_ind(a, b, equal_var=False).df)
+    assert statistics.satterthwaite(v, f) == pytest.approx(ttest_ind(a, b, equal_var=False).df)
 
 
 # ---- parts

@@ -13,17 +13,44 @@ from functools import cached_property
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import digamma, expit, logit, polygamma
 
-from mllm_compress.evaluation.intervals import (
-    bounded_interval,
-    cluster_variance,
-    normal_quantile,
-    prior_variance,
-    satterthwaite,
-    shrunk,
-    student_quantile,
-)
 from ..utils.methods import BLUE, GREEN, GREY, RED
+
+# %% ../../nbs/library/study/22_statistics.ipynb #cluster-variance
+def cluster_variance(
+    sums: np.ndarray,  # [clusters], contributions to the error of a mean, summed over a cluster
+) -> float:
+    "Variance of a mean from the contributions of independent clusters; 0 for a single one."
+    sums = np.asarray(sums, float)
+    return float(len(sums) / (len(sums) - 1) * np.square(sums).sum()) if len(sums) > 1 else 0.0
+
+# %% ../../nbs/library/study/22_statistics.ipynb #satterthwaite
+def satterthwaite(
+    variances: list,
+    freedoms: list,  # of each; inf where it is known
+) -> float:
+    "Degrees of freedom of a sum of variances."
+    uncertain = sum(v**2 / f for v, f in zip(variances, freedoms) if v)
+    return sum(variances) ** 2 / uncertain if uncertain else np.inf
+
+# %% ../../nbs/library/study/22_statistics.ipynb #bounded-interval
+def bounded_interval(
+    value: float,
+    half: float,  # quantile times standard error
+    floor: float,  # the least possible value, or -inf
+    top: float,  # the greatest, or inf
+) -> tuple:  # (low, high)
+    "value ± half, on the logit scale between finite bounds, else cut at them."
+    if half == 0 or np.isinf(top - floor) or not floor < value < top:
+        return max(value - half, min(floor, value)), min(value + half, max(top, value))
+    slope = (top - floor) / ((value - floor) * (top - value))
+    centre = (value - floor) / (top - floor)
+    ends = expit(logit(centre) + slope * half * np.array([-1.0, 1.0]))
+    low, high = (float(floor + (top - floor) * end) for end in ends)
+    return min(low, value), max(high, value)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-004
 @dataclass(frozen=True)
@@ -50,14 +77,14 @@ class Estimate:
     def variance(self) -> tuple:  # (variance, degrees of freedom)
         "The variance of the value; from the interval where nothing else is known."
         if math.isnan(self.questions):
-            return ((self.high - self.low) / 2 / normal_quantile()) ** 2, math.inf
+            return ((self.high - self.low) / 2 / stats.norm.ppf(0.975)) ** 2, math.inf
         parts = [self.questions, self.spread]
         return sum(parts), satterthwaite(parts, [math.inf, self.freedom])
 
     def at(self, level: float) -> "Estimate":
         "The same value with an interval of another level."
         variance, freedom = self.variance
-        half = student_quantile(freedom, level) * math.sqrt(variance)
+        half = stats.t.ppf((1 + level) / 2, freedom) * math.sqrt(variance)
         low, high = bounded_interval(self.value, half, self.floor, self.top)
         return replace(self, low=low, high=high)
 
@@ -314,18 +341,39 @@ def in_nats(frame: pd.DataFrame) -> pd.DataFrame:
     rows = frame[[isinstance(u, np.ndarray) for u in frame.log_likelihoods]]
     return rows.assign(units=rows.log_likelihoods, measure="nats")
 
+# %% ../../nbs/library/study/22_statistics.ipynb #prior-variance
+def prior_variance(
+    variances: list,  # positive
+    freedoms: list,  # of each
+) -> tuple:  # (s0², d0); d0 = 0 where nothing can be said, inf where all are alike
+    "The common variance of several settings and its degrees of freedom (Smyth 2004)."
+    if len(variances) < 3:
+        return 0.0, 0.0
+    half = np.asarray(freedoms, float) / 2
+    e = np.log(variances) - digamma(half) + np.log(half)
+    excess = e.var(ddof=1) - polygamma(1, half).mean()
+    if excess <= 0:
+        return float(np.exp(e.mean())), np.inf
+    # the derivative of digamma has no closed inverse, but falls steadily
+    d0 = 2 * float(brentq(lambda x: polygamma(1, x) - excess, 1e-8, 1 / excess + 1))
+    return float(np.exp(e.mean() + digamma(d0 / 2) - np.log(d0 / 2))), d0
+
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-044
 def pooled(
     effects: dict,  # where -> Estimate
 ) -> dict:  # the same with variances over seeds shrunk towards each other
     "Settings with the degrees of freedom of all their seeds."
     several = [e for e in effects.values() if e.seeds > 1 and e.spread > 0]
-    prior = prior_variance([e.spread * e.seeds for e in several], [e.seeds - 1 for e in several])
+    variances, freedoms = [e.spread * e.seeds for e in several], [e.seeds - 1 for e in several]
+    common, known = prior_variance(variances, freedoms)
     out = dict(effects)
     for where, e in effects.items():
         same_model = e.seeds > 1 and e.spread == 0
-        if prior[1] and e.seeds and not same_model and not math.isnan(e.questions):
-            variance, freedom = shrunk(e.spread * e.seeds, e.seeds - 1, prior)
+        if known and e.seeds and not same_model and not math.isnan(e.questions):
+            freedom = known + e.seeds - 1
+            variance = common
+            if math.isfinite(known):
+                variance = (known * common + (e.seeds - 1) * (e.spread * e.seeds)) / freedom
             out[where] = replace(e, spread=variance / e.seeds, freedom=freedom).at(0.95)
     return out
 
