@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from tqdm import tqdm
 
 from mllm_compress.cli import app
-from mllm_compress.study import runner
+from mllm_compress.study import notebooks, runner
 from mllm_compress.study import runs as study
 from mllm_compress.study.experiments import Experiment
 
@@ -353,7 +353,7 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
         told["frame"] = study.run(both, parameters["profile"], quiet=True)
         raise RuntimeError("Kernel died")
 
-    monkeypatch.setattr(runner.papermill, "execute_notebook", notebook)
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", notebook)
     assert runner.run_study("small.yaml", executor="inline") == 1
     bad_error, new_error = told["frame"].set_index("pruning").error[["widthwise", "layerwise"]]
     assert "ValueError" in bad_error

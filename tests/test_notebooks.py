@@ -154,7 +154,7 @@ def world(tmp_path, monkeypatch):
         world.problems = runner.run_notebooks({"01_table": (source, given, [])}, "smoke")
         return notebooks.Execution("01_table", source, given).target
 
-    monkeypatch.setattr(runner.papermill, "execute_notebook", run)
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", run)
     world.execute = execute
     return world
 

@@ -1,7 +1,6 @@
 """The Slurm executor: on a real cluster of one node, or on the local executor of submitit."""
 
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from mllm_compress.study import runs as study
 from mllm_compress.study import slurm
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
-from mllm_compress.study.stages import checkpoints_of, name_of, score_keys, subject_key
+from mllm_compress.study.stages import checkpoints_of, key_of, name_of, subject_key
 from mllm_compress.study.store import results_of
 
 pytestmark = pytest.mark.slow  # whole processes
@@ -72,10 +71,10 @@ def undisturbed(tmp_path_factory):
 
 
 def finished(results) -> dict:  # name of a finished experiment -> when its score was written
-    keys = {name_of(e, SMOKE): score_keys(e, SMOKE).values() for e in EXPERIMENTS}
-    paths = {name: [results.path("score", k) for k in keys[name]] for name in keys}
-    done = {name: files for name, files in paths.items() if all(p.exists() for p in files)}
-    return {name: files[0].stat().st_mtime_ns for name, files in done.items()}
+    (benchmark,) = SMOKE.evaluation.benchmarks
+    keys = {name_of(e, SMOKE): key_of("score", e, SMOKE, benchmark) for e in EXPERIMENTS}
+    paths = {name: results.path("score", key) for name, key in keys.items()}
+    return {name: p.stat().st_mtime_ns for name, p in paths.items() if p.exists()}
 
 
 # ---- a real cluster
@@ -92,9 +91,8 @@ def test_study_on_slurm_equals_local_and_survives_scancel_and_requeue(cluster, u
     while run.is_alive() and not finished(results):
         time.sleep(0.02)  # until a job is at work and has finished an experiment
     kept = finished(results)
-    (mark,) = results.folder.glob(f"slurm/*/{slurm.JOBS}")
-    jobs = json.loads(mark.read_text())
-    job = next(job for job, names in jobs.items() if set(names) & set(kept))
+    jobs = slurm.in_queue(set(NAMES), results)
+    job = next(job.job_id for job, names in jobs.items() if set(names) & set(kept))
     subprocess.run(["scancel", job], check=True)
     while subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode:
         time.sleep(0.1)
@@ -122,13 +120,11 @@ def test_ctrl_c_takes_the_jobs_back(cluster, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         study.run(EXPERIMENTS, SMOKE, executor="slurm", quiet=True)
     monkeypatch.undo()
-    (mark,) = results.folder.resolve().glob(f"slurm/*/{slurm.JOBS}")
-    jobs = set(json.loads(mark.read_text()))
     for _ in range(200):
-        if not jobs & slurm.queue():
+        if not (jobs := slurm.in_queue(set(NAMES), results)):
             return
         time.sleep(0.05)
-    pytest.fail(f"{jobs & slurm.queue()} still in the queue")
+    pytest.fail(f"{jobs} still in the queue")
 
 
 @real
@@ -243,9 +239,10 @@ def test_what_a_job_requests():
 def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
     results = results_of(SMOKE)
     (results.folder / "slurm/earlier").mkdir(parents=True)
-    (results.folder / "slurm/earlier" / slurm.JOBS).write_text('{"7_0": ["a"], "7_1": ["a"]}')
+    (results.folder / "slurm/earlier" / slurm.JOBS).write_text('[["a"], ["a", "b"]]')
     monkeypatch.setattr(slurm, "POLL", 0)
-    answers = iter([None, None, {"7_0"}])
+    alive = {"7_0": "mllm-compress-earlier", "8_0": "somebody's", "8_1": "mllm-compress-other"}
+    answers = iter([None, None, alive])
     monkeypatch.setattr(slurm, "queue", lambda: next(answers))
     jobs = slurm.in_queue({"a"}, results)
     assert [(job.job_id, names) for job, names in jobs.items()] == [("7_0", ["a"])]
@@ -272,21 +269,22 @@ def test_jobs_that_will_never_start_are_named_once(cluster, monkeypatch, capsys)
     assert shown == 1
 
 
-def test_experiments_of_a_run_that_took_its_jobs_back_are_submitted_once(cluster, monkeypatch):
-    submitted, named = [], dict(zip(EXPERIMENTS[:3], NAMES))
-    theirs = Job(cluster, "7", [(NAMES[1], "failed", "an error of its own")])
+def test_ctrl_c_within_the_submission_loses_no_job(cluster, monkeypatch):
+    "The note is there before Slurm has the jobs, and names them by what they carry."
+    results, carried = results_of(SMOKE), []
 
-    def submit(jobs, minutes, profile, store):
-        experiments = [e for job in jobs for e in job]
-        submitted.append(experiments)
-        names = [named[e] for e in experiments]
-        return {Job(cluster, f"9{len(submitted)}", [(n, "done", "") for n in names]): names}
+    class Interrupted(submitit.SlurmExecutor):
+        "Slurm has taken the jobs; the run never hears of it."
 
-    monkeypatch.setattr(slurm, "POLL", 0)
-    monkeypatch.setattr(slurm.shutil, "which", lambda name: name if name == "sbatch" else None)
-    monkeypatch.setattr(slurm, "queue", lambda: set())
-    monkeypatch.setattr(slurm, "in_queue", lambda names, store: {theirs: NAMES[:2]})
-    monkeypatch.setattr(slurm, "submit", submit)
-    answers = {e: word for e, word, _ in slurm.slurm(EXPERIMENTS[:3], SMOKE, results_of(SMOKE))}
-    assert submitted == [[EXPERIMENTS[2]], [EXPERIMENTS[0]]]  # what nobody had, then the lost one
-    assert answers == dict(zip(EXPERIMENTS, ["done", "failed", "done"]))
+        def map_array(self, *_):
+            carried.append(self.parameters["job_name"])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(slurm.submitit.SlurmExecutor, "affinity", classmethod(lambda _: 1))
+    monkeypatch.setattr(slurm.submitit, "SlurmExecutor", Interrupted)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: "/usr/bin/" + name)
+    with pytest.raises(KeyboardInterrupt):
+        list(slurm.slurm(EXPERIMENTS[:2], SMOKE, results))
+    monkeypatch.setattr(slurm, "queue", lambda: {"7_0": carried[0], "8": "somebody's"})
+    jobs = slurm.in_queue(set(NAMES), results)
+    assert [(job.job_id, set(names)) for job, names in jobs.items()] == [("7_0", set(NAMES[:2]))]

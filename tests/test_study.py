@@ -372,13 +372,13 @@ def test_answers_are_copied_between_equal_weights_only(away, reconstruct, copies
     assert np.array_equal(first, second) is copies
 
 
-def test_what_is_left_is_told_from_what_is_done(away):
-    four = [DENSE, LAYERS, HOPELESS, TRAINED]
-    assert runs.time_left(runs.at_hand(four, SMOKE), 1).startswith("4 experiments of a kind not")
+def test_what_is_left_is_estimated_from_what_is_done(away):
+    seconds = runs.status([DENSE, LAYERS, HOPELESS, TRAINED], SMOKE).seconds
+    assert len(seconds) == 4 and seconds.isna().all()  # nothing finished, nothing known
     inline([DENSE, LAYERS, LAYERS])
-    known = runs.at_hand([DENSE, LAYERS, WIDTH, TRAINED, TRAINED], SMOKE)
+    known = runs.status([DENSE, LAYERS, WIDTH, TRAINED, TRAINED], SMOKE)
     assert known.cached.tolist() == [True, True, False, False]
-    assert "and 1 experiment of a kind not seen yet left" in runs.time_left(known, 1)
+    assert known.seconds.isna().tolist() == [False, False, False, True]
     assert runs.at_once("inline", SMOKE) == 1 and runs.at_once("local", SMOKE, 3) == 3
     assert runs.at_once("slurm", SMOKE) == SMOKE.slurm.jobs_at_once
 

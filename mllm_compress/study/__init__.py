@@ -9,32 +9,25 @@ __all__ = ['CLAIMS', 'Claim', 'Estimate', 'Experiment', 'Profile', 'Report', 'St
 # %% ../../nbs/library/study/00_index.ipynb #cell-003
 import importlib
 
-_HOMES = {
-    "CLAIMS": "claims",
-    "Claim": "claims",
-    "Estimate": "statistics",
-    "Experiment": "experiments",
-    "Profile": "profiles",
-    "Report": "report",
-    "Store": "store",
-    "Verdict": "statistics",
-    "advise": "advice",
-    "difference": "statistics",
-    "load_profile": "profiles",
-    "plan_of": "runs",
-    "profile_names": "profiles",
-    "run": "runs",
-    "run_study": "runner",
-    "status": "runs",
-    "summary": "statistics",
+_HOMES = {  # module -> its public names
+    "advice": ["advise"],
+    "claims": ["CLAIMS", "Claim"],
+    "experiments": ["Experiment"],
+    "profiles": ["Profile", "load_profile", "profile_names"],
+    "report": ["Report"],
+    "runner": ["run_study"],
+    "runs": ["plan_of", "run", "status"],
+    "statistics": ["Estimate", "Verdict", "difference", "summary"],
+    "store": ["Store"],
 }
 
 
 def __getattr__(name: str):
     "A public name, imported from its module on first use."
-    if name not in _HOMES:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 # %% ../../nbs/library/study/00_index.ipynb #public-names
 _all_ = [

@@ -7,7 +7,7 @@ __all__ = ['Experiment']
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-002
 import numbers
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from ..data.calibration import DESIGNS
 from ..importance.criteria import CRITERIA, criteria_of
@@ -174,37 +174,30 @@ def _rules(e: Experiment):
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-021
 def canonical(experiment: Experiment) -> Experiment:
     "The same experiment with everything that cannot matter at its default."
-    e = experiment
+    e, changes = experiment, {}
     if e.pruning == "none":
-        e = replace(e, calibration="default", calibration_seed=e.seed)
+        changes = dict(calibration="default", calibration_seed=e.seed)
     if e.recovery == "none":
         seed = 0 if e.pruning == "none" else e.calibration_seed
-        own = dict(train="projector+lm", fraction=1.0, epochs=0)
-        return replace(e, seed=seed, calibration_seed=seed, **own)
-    names = e.recovery.split("+")
-    return replace(e, recovery="+".join(name for name in LOSSES if name in names))
+        changes |= dict(seed=seed, calibration_seed=seed)
+        changes |= dict(train="projector+lm", fraction=1.0, epochs=0)
+    else:
+        names = e.recovery.split("+")
+        changes["recovery"] = "+".join(name for name in LOSSES if name in names)
+    same = all(getattr(e, name) == value for name, value in changes.items())
+    return e if same else replace(e, **changes)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-024
-LATER = {  # fields with their defaults
-    "calibration": "default",
-    "epochs": 0,
-    "of": "auto",
-    "allocation": "layer",
-    "shape": "default",
-    "reconstruct": "none",
-    "quantize": UNROUNDED,
-    "layer_share": 0.0,
-    "start": "pruned",
-    "hidden_layers": "final",
-}
+FIRST = ("model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed")
+LATER = {f.name: f.default for f in fields(Experiment) if f.name not in FIRST}
 
 
 def described(experiment: Experiment) -> dict:
     "The fields of an experiment, without later ones at their defaults."
-    fields = asdict(experiment)
-    if fields["calibration_seed"] == fields["seed"]:
-        del fields["calibration_seed"]
-    return {k: v for k, v in fields.items() if LATER.get(k, ...) != v}
+    values = asdict(experiment)
+    if values["calibration_seed"] == values["seed"]:
+        del values["calibration_seed"]
+    return {k: v for k, v in values.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
 METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start")

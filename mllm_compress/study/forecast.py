@@ -97,29 +97,21 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
     return work / SPEED / 3600
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-021
-def per_experiment(experiments: list, profile: Profile) -> pd.DataFrame:  # a row per model and card
-    "Hours of one trained experiment with its evaluation: of the cheapest and of the dearest."
-    rows, trained = [], [e for e in experiments if e.recovery != "none"]
+def planned(experiments: list, profile: Profile) -> list:  # of sentences
+    "Hours of one trained experiment with its evaluation, by model and card, and of all of them."
+    sentences, trained = [], [e for e in experiments if e.recovery != "none"]
     for model in dict.fromkeys(e.model for e in trained):
         if (config := config_of(model, profile)) is None:
             continue
         hours = [hours_of(e, profile, config) for e in trained if e.model == model]
         for card, (least, most) in FASTER.items():
-            row = {"model": model, "card": card, "experiments": len(hours)}
-            row |= {"from": min(hours) / most, "to": max(hours) / least}
-            rows.append(row | {"all, from": sum(hours) / most, "all, to": sum(hours) / least})
-    return pd.DataFrame(rows)
-
-
-def planned(row: dict) -> str:
-    "A row of `per_experiment` as a sentence."
-    low, high = (f"{row[k]:.0f}" for k in ("all, from", "all, to"))
-    whole = low if low == high else f"{low} to {high}"
-    return (
-        f"One trained experiment of {row['model']}, its evaluation included, takes "
-        f"{row['from']:.1f} to {row['to']:.1f} hours on one {row['card']}; all "
-        f"{row['experiments']} of them take {whole}."
-    )
+            every = dict.fromkeys(f"{sum(hours) / speed:.0f}" for speed in (most, least))
+            sentences.append(
+                f"One trained experiment of {model}, its evaluation included, takes "
+                f"{min(hours) / most:.1f} to {max(hours) / least:.1f} hours on one {card}; all "
+                f"{len(hours)} of them take {' to '.join(every)}."
+            )
+    return sentences
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-024
 def memory_of(experiment: Experiment, profile: Profile, config) -> int:
@@ -134,20 +126,15 @@ def memory_of(experiment: Experiment, profile: Profile, config) -> int:
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-026
 def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per model and kind
     "Experiments, GPU hours and memory by model and kind, for the models whose config is known."
-    kinds = {}
+    kinds, rows = {}, []
     for e in experiments:
         kind = "evaluation only" if e.recovery == "none" else f"training {e.train}"
         kinds.setdefault((e.model, kind), []).append(e)
     configs = {m: config_of(m, profile) for m in dict.fromkeys(m for m, _ in kinds)}
-    rows = [
-        {
-            "model": model,
-            "kind": kind,
-            "experiments": len(mine),
-            "GPU hours": sum(hours_of(e, profile, configs[model]) for e in mine),
-            "GiB": memory_of(min(mine, key=lambda e: e.ratio), profile, configs[model]) / 2**30,
-        }
-        for (model, kind), mine in kinds.items()
-        if configs[model] is not None
-    ]
+    for (model, kind), alike in kinds.items():
+        if (config := configs[model]) is not None:
+            hours = sum(hours_of(e, profile, config) for e in alike)
+            largest = memory_of(min(alike, key=lambda e: e.ratio), profile, config) / 2**30
+            row = {"model": model, "kind": kind, "experiments": len(alike)}
+            rows.append(row | {"GPU hours": hours, "GiB": largest})
     return pd.DataFrame(rows)

@@ -140,9 +140,9 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
         (f"model {m}", s) for m, s in models.items() if s not in MODELS and not HUB.fullmatch(s)
     ]
     paths += [(f"vision tower of {m}", t) for m, t in profile.towers.items() if m in models]
-    keys = [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
+    paths += [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
     missing = []
-    for what, path in paths + [(what, path) for what, path in dict.fromkeys(keys) if path]:
+    for what, path in dict.fromkeys((what, path) for what, path in paths if path):
         try:
             if not (place := located(path)).exists():
                 near = place.is_relative_to(checkout())
@@ -150,29 +150,21 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
                 missing.append(f"{what}: nothing at {shown}")
         except ValueError as error:
             missing.append(f"{what}: {error}")
-    sources = [source_of(m, profile) for m in models if m not in profile.folders]
-    named = dict.fromkeys([*sources, *(t.tokenizer for t in trainings)])
-    packages = [(f"model {m}", missing_package(m)) for m in named if m in PACKAGED]
-    packages += [(f"model {m}", missing_eyes()) for m in named if m in ASSEMBLED]
-    texts = dict.fromkeys(name for t in trainings for name in t.text)
-    packages += [(f"text {name}", missing_text(name)) for name in texts]
-    packages += [("emoji", missing_emoji())] * any(t.emoji for t in trainings)
-    missing += [f"{what}: {lacking}" for what, lacking in packages if lacking]
-    return missing + _missing_sets(profile.evaluation)
-
-
-def _missing_sets(evaluation: Evaluation) -> list:
-    "The benchmarks whose files are not there."
-    missing = []
+    named = [m for m in models if m not in profile.folders] + [t.tokenizer for t in trainings]
+    packages = {f"model {m}": missing_package(m) for m in named if m in PACKAGED}
+    packages |= {f"model {m}": missing_eyes() for m in named if m in ASSEMBLED}
+    packages |= {f"text {name}": missing_text(name) for t in trainings for name in t.text}
+    packages |= {"emoji": missing_emoji() for t in trainings if t.emoji}
+    missing += [f"{what}: {lacking}" for what, lacking in packages.items() if lacking]
     try:
-        root = root_of(evaluation)
+        root = root_of(profile.evaluation)
     except ValueError as error:
-        return [f"benchmarks: {error}"]
-    for name in evaluation.benchmarks:
+        return [*missing, f"benchmarks: {error}"]
+    for name in profile.evaluation.benchmarks:
         source = benchmark(name).source
         try:
             if callable(source):  # a text
-                load_questions(name, evaluation.split, 1)
+                load_questions(name, profile.evaluation.split, 1)
             elif root and not isinstance(source, str):  # a public set, not a generated one
                 source.files(root)
         except FileNotFoundError as error:

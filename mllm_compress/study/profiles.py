@@ -8,7 +8,6 @@ __all__ = ['PROFILES', 'Profile', 'profile_names', 'load_profile']
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-002
 import os
 import re
-from copy import deepcopy
 from dataclasses import field, fields, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -300,7 +299,16 @@ def profile_names() -> list:
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
 
-_yaml = lru_cache(16)(yaml.safe_load)
+@lru_cache(16)
+def _profile_in(content: bytes, path: Path) -> Profile:
+    "The profile that a file describes."
+    try:
+        data = yaml.safe_load(content) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
+    return checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
 
 
 def load_profile(
@@ -320,13 +328,7 @@ def load_profile(
             f"Unknown profile {name!r}: use {', '.join(profile_names())}, "
             "or a path to a .yaml file."
         )
-    try:
-        data = deepcopy(_yaml(path.read_text(encoding="utf-8"))) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
-    return checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
+    return _profile_in(path.read_bytes(), path)
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-051
 def training_of(model: str, profile: Profile) -> Training:
@@ -337,11 +339,6 @@ def training_of(model: str, profile: Profile) -> Training:
     if "training" not in own:
         return profile.training
     return read_strictly(Training, own["training"], f"{where}, training")
-
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-053
-def recovery_of(model: str, profile: Profile) -> dict:
-    "Fields of `recovery.RecoveryConfig` that hold for all experiments of a model."
-    return profile.recovery | profile.per_model.get(model, {}).get("recovery", {})
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-055
 def only_model(profile: Profile, model: str) -> Profile:
@@ -362,30 +359,30 @@ def located(
     return checkout() / Path(expanded).expanduser()
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-063
+def is_of(value, kind: type) -> bool:
+    "Whether a value is of a type; an int is a float, a bool is no number."
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
 def resolve_parameters(
     profile: Profile,
     notebook: str,  # as "04_distillation"
     **given,  # its parameters, as they stand in its parameters cell
 ) -> SimpleNamespace:  # the same, resolved
     "Parameters as given, else as the profile sets them for this notebook, else for all."
-    own = profile.notebooks.get(notebook, {})
-    for name, value in own.items():
+    section = profile.notebooks.get(notebook, {})
+    for name, value in section.items():
         if name not in given:
             raise ValueError(
                 f"profile {profile.name}: {notebook} has no parameter {name!r} that a profile "
                 f"may set; it has {', '.join(given)}."
             )
-        if not _is_of(value, type(given[name])):
+        if not is_of(value, kind := type(given[name])):
             raise ValueError(
-                f"profile {profile.name}: {notebook}, {name} must be of type "
-                f"{type(given[name]).__name__}, not {value!r}."
+                f"profile {profile.name}: {notebook}, {name} must be of type {kind.__name__}, "
+                f"not {value!r}."
             )
-    default = {name: own.get(name, getattr(profile, name, value)) for name, value in given.items()}
+    default = {k: section.get(k, getattr(profile, k, value)) for k, value in given.items()}
     return SimpleNamespace(**{name: value or default[name] for name, value in given.items()})
-
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-065
-def _is_of(value, kind: type) -> bool:
-    "Whether a value is of a type; an int is a float, a bool is no number."
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind)

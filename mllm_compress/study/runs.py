@@ -23,31 +23,14 @@ from .experiments import Experiment, canonical, describe, method_of
 from .profile_inputs import missing_inputs, root_of
 from .profiles import Profile, load_profile
 from .slurm import slurm
-from mllm_compress.study.stages import (
-    benchmarks_of,
-    key_of,
-    limit_of,
-    missing_stages,
-    name_of,
-    records_of,
-    result_of,
-    score_keys,
-)
+from .stages import benchmarks_of, key_of, missing_stages, name_of
 from .store import Store, results_of
 from .workers import devices, inline, local
 from ..utils.files import checkout
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-004
-CIRCUMSTANCES = (
-    "seconds",
-    "compression_seconds",
-    "device",
-    "date",
-    "torch",
-    "transformers",
-    "peak_memory_mb",
-)
+CIRCUMSTANCES = ("seconds", "compression_seconds", "device", "date", "torch", "transformers")
 
 
 def rows_of(experiment: Experiment, result: dict) -> list:
@@ -59,24 +42,16 @@ def rows_of(experiment: Experiment, result: dict) -> list:
         "status": "done",
         "error": "",
     }
-    same |= {name: result["record"].get(name) for name in CIRCUMSTANCES}
+    same |= {name: result["record"].get(name) for name in (*CIRCUMSTANCES, "peak_memory_mb")}
     same["precision"] = result["training"].get("precision")
     rows = []
     for row in result["rows"]:
-        outcomes = {column: result[column] for column in ("units", "log_likelihoods")}
-        arrays = {c: v.get(row["benchmark"]) for c, v in outcomes.items()}
-        arrays = {c: v if v is None else np.array(v) for c, v in arrays.items()}
+        outcomes = {c: result[c].get(row["benchmark"]) for c in ("units", "log_likelihoods")}
+        arrays = {c: v if v is None else np.array(v) for c, v in outcomes.items()}
         rows.append(same | row | arrays)
     return rows
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-010
-def _with_images(rows: list, name: str, profile: Profile) -> list:
-    "The rows of a result with its name, and with the picture of every unit."
-    e, root = profile.evaluation, root_of(profile.evaluation)
-    images = lambda name: unit_images(name, e.split, limit_of(name, e), root)
-    return [row | {"result": name, "images": images(row["benchmark"])} for row in rows]
-
-
 def frame_of(
     experiments: list,
     profile: Profile,
@@ -84,10 +59,13 @@ def frame_of(
     errors: dict = {},  # Experiment -> message
 ) -> pd.DataFrame:  # one row per experiment and benchmark
     "The results of experiments as tidy rows."
-    rows = []
+    rows, e, root = [], profile.evaluation, root_of(profile.evaluation)
+    images = lambda name: unit_images(name, e.split, stages.limit_of(name, e), root)
     for experiment in dict.fromkeys(experiments):
-        if result := result_of(experiment, profile, results):
-            rows += _with_images(rows_of(experiment, result), name_of(experiment, profile), profile)
+        if result := stages.result_of(experiment, profile, results):
+            same = {"result": name_of(experiment, profile)}
+            for row in rows_of(experiment, result):
+                rows.append(row | same | {"images": images(row["benchmark"])})
         else:
             message = errors.get(canonical(experiment), "not computed")
             failed = {"requested_ratio": experiment.ratio, "status": "failed", "error": message}
@@ -122,7 +100,7 @@ def complete(
             continue
     experiments = [e for e in experiments if e.model in profile.models]
     for e in sorted(experiments, key=lambda e: e.calibration != "default"):
-        if all(store.read(results, "score", k) for k in score_keys(e, profile).values()):
+        if not missing_stages(e, profile, results)["score"]:
             named.setdefault(name_of(e, profile), e)
     return list(named.values())
 
@@ -132,32 +110,15 @@ def stored(profile: Profile, results: Store | None = None) -> dict:  # Experimen
     if not (experiments := complete(profile, results)):
         return {}  # where inputs are missing no store is made
     results = results or results_of(profile)
-    return {e: result_of(e, profile, results) for e in experiments}
+    return {e: stages.result_of(e, profile, results) for e in experiments}
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
-NUMBERS = ("student_seconds", "answer_seconds", "memory_mb", "bytes")
-
-
-def at_hand(experiments: list, profile: Profile) -> pd.DataFrame:
-    "Each distinct experiment with what the store has of it; nan where it has nothing."
-    results, nameable = results_of(profile), not missing_inputs(profile)
-    distinct = dict.fromkeys(map(canonical, experiments))
-    rows = [asdict(e) | _at_hand(e, profile, results, nameable) for e in distinct]
-    return pd.DataFrame(rows).astype(dict.fromkeys(NUMBERS, float) if rows else {})
-
-
-def _at_hand(experiment: Experiment, profile: Profile, results: Store, nameable: bool) -> dict:
-    "What the store has of an experiment; nothing where its inputs are not on this machine."
+def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
+    "What the store has of an experiment."
     e, names = experiment, benchmarks_of(profile)
-    row = {"experiment": describe(e), "name": "", "cached": False, "missing": "all stages"}
-    row |= dict.fromkeys(NUMBERS) | {"answers": 0, "trains": e.recovery != "none"}
-    row |= {"open_answers": len(names)}
-    if not nameable:
-        return row
-    missing, records = missing_stages(e, profile, results), records_of(e, profile, results)
+    missing, records = missing_stages(e, profile, results), stages.records_of(e, profile, results)
     answers, student = records["answers"], records["student"]
-    keys = {name: key_of("answers", e, profile, name) for name in names}
-    sizes = [p.stat().st_size for k in keys.values() if (p := results.path("answers", k)).exists()]
+    paths = [results.path("answers", key_of("answers", e, profile, name)) for name in names]
     peaks = [r["peak_memory_mb"] for r in (student, *answers) if r.get("peak_memory_mb")]
     trains, parts = e.recovery != "none" and bool(missing["answers"]), []
     if trains:
@@ -168,7 +129,7 @@ def _at_hand(experiment: Experiment, profile: Profile, results: Store, nameable:
         if lacking:
             shown = f"{len(lacking)} benchmarks" if len(lacking) > 2 else ", ".join(lacking)
             parts.append(f"{what} {shown}")
-    return row | {
+    return {
         "name": name_of(e, profile),
         "cached": not missing["score"],
         "missing": "; ".join(parts),
@@ -178,39 +139,40 @@ def _at_hand(experiment: Experiment, profile: Profile, results: Store, nameable:
         "answer_seconds": np.mean([r["seconds"] for r in answers]) if answers else None,
         "answers": len(answers),
         "memory_mb": max(peaks, default=None),
-        "bytes": sum(sizes) or None,
+        "bytes": sum(path.stat().st_size for path in paths if path.exists()) or None,
     }
-
-# %% ../../nbs/library/study/13_runs.ipynb #cell-032
-def expected_seconds(
-    frame: pd.DataFrame,  # of `at_hand`
-) -> pd.Series:
-    "The seconds that the missing stages of each experiment will take; nan where unknown."
-    model, seen = frame.model, frame.fraction * frame.epochs.clip(lower=1)
-
-    def typical(values, *groups):  # the median of the finest group that has one
-        medians = [values.groupby(group).transform("median") for group in groups]
-        return medians[0].fillna(medians[1])
-
-    kinds = [model, frame.train, frame.ratio], [model, frame.train]
-    training = typical(frame.student_seconds / seen, *kinds)
-    answers = typical(frame.answer_seconds, [model, frame.ratio], model)
-    seconds = (training * seen).where(frame.trains.astype(bool), 0.0)
-    seconds = seconds + (answers * frame.open_answers).where(frame.open_answers > 0, 0.0)
-    return seconds.where(~frame.cached.astype(bool), 0.0)
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-037
 def status(experiments: list, profile: Profile) -> pd.DataFrame:
     "Each distinct experiment: is it cached, what is missing, its seconds, memory and disk."
-    frame = at_hand(experiments, profile)
-    if frame.empty:
-        return frame
+    results, nameable = results_of(profile), not missing_inputs(profile)
+    nothing = {"name": "", "cached": False, "missing": "all stages", "answers": 0}
+    numbers = ("student_seconds", "answer_seconds", "memory_mb", "bytes")
+    rows = []
+    for e in dict.fromkeys(map(canonical, experiments)):
+        row = {"experiment": describe(e), "trains": e.recovery != "none"} | nothing
+        row |= {"open_answers": len(benchmarks_of(profile))} | dict.fromkeys(numbers)
+        rows.append(asdict(e) | row | (at_hand(e, profile, results) if nameable else {}))
+    if not rows:
+        return pd.DataFrame()
+    frame = pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
+    model, ratio, train = frame.model, frame.ratio, frame.train
+    seen = frame.fraction * frame.epochs.clip(lower=1)
+
+    def typical(values, fine, coarse):  # the median of the finest group that has one
+        medians = [values.groupby(group).transform("median") for group in (fine, coarse)]
+        return medians[0].fillna(medians[1])
+
+    training = seen * typical(frame.student_seconds / seen, [model, train, ratio], [model, train])
+    answering = frame.open_answers * typical(frame.answer_seconds, [model, ratio], model)
+    left = training.where(frame.trains, 0) + answering.where(frame.open_answers > 0, 0)
     took = frame.student_seconds.fillna(0) + frame.answer_seconds * frame.answers
-    frame["seconds"] = took.where(frame.cached, expected_seconds(frame))
-    alike = [frame.model, frame.recovery == "none"]
-    peak = frame.memory_mb.groupby(alike).transform("max").fillna(frame.memory_mb.max())
-    frame["memory_mb"] = frame.memory_mb.fillna(peak)
-    return frame.assign(bytes=frame.bytes.fillna(frame.bytes.median()))
+    peak = frame.memory_mb.groupby([model, frame.recovery == "none"]).transform("max")
+    return frame.assign(
+        seconds=took.where(frame.cached, left),
+        memory_mb=frame.memory_mb.fillna(peak).fillna(frame.memory_mb.max()),
+        bytes=frame.bytes.fillna(frame.bytes.median()),
+    )
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-039
 def hours(seconds: float) -> str:
@@ -218,19 +180,6 @@ def hours(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def time_left(
-    frame: pd.DataFrame,  # of `at_hand`
-    at_once: int,  # experiments that are computed at the same time
-) -> str:
-    "What the missing stages will take, in words."
-    expected = expected_seconds(frame)[~frame.cached.astype(bool)]
-    known, unknown = expected.dropna(), int(expected.isna().sum())
-    parts = [f"about {hours(max(known.sum() / at_once, known.max()))}"] if known.sum() else []
-    if unknown:
-        parts.append(f"{unknown} experiment{'s' * (unknown > 1)} of a kind not seen yet")
-    return f"{' and '.join(parts)} left" if parts else "nothing left"
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-044
 EXECUTORS = {"local": local, "inline": inline, "slurm": slurm}
@@ -307,14 +256,9 @@ def settled(
                 bar.update()
     errors = {e: errors.get(e, CHANGED) for e in missing if lacks(e)}
     if not quiet:
-        summarise(distinct, errors, profile, results)
+        failed, done = f", {len(errors)} FAILED:" if errors else ".", len(distinct) - len(errors)
+        print(f"{len(distinct)} experiments of profile {profile.name}, {done} with results{failed}")
+        for e, message in errors.items():
+            log = os.path.relpath(results.log(name_of(e, profile)), checkout())
+            print(f"  {describe(e)}: {message.splitlines()[0]} (log: {log})")
     return errors
-
-# %% ../../nbs/library/study/13_runs.ipynb #cell-062
-def summarise(distinct: list, errors: dict, profile: Profile, results: Store) -> None:
-    "One line, and one for each failed experiment."
-    failed, done = f", {len(errors)} FAILED:" if errors else ".", len(distinct) - len(errors)
-    print(f"{len(distinct)} experiments of profile {profile.name}, {done} with results{failed}")
-    for experiment, message in errors.items():
-        log = os.path.relpath(results.log(name_of(experiment, profile)), checkout())
-        print(f"  {describe(experiment)}: {message.splitlines()[0]} (log: {log})")

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-002
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -29,15 +30,12 @@ from .workers import local
 from ..utils.files import write_atomically
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-004
-def minutes_of(experiment: Experiment, slurm: Slurm) -> float:
-    "The time limit of an experiment: a fraction of the data takes its part of the training time."
-    training = slurm.training_minutes * experiment.fraction
-    return slurm.minutes + (training if experiment.recovery != "none" else 0)
-
-
 def arrays_of(experiments: list, slurm: Slurm) -> dict:  # minutes of a job -> jobs (lists)
     "Experiments in jobs of experiments_per_job, jobs in arrays of one time limit."
-    minutes = lambda e: minutes_of(e, slurm)
+
+    def minutes(e: Experiment) -> float:  # a fraction of the data takes its part of the time
+        return slurm.minutes + slurm.training_minutes * e.fraction * (e.recovery != "none")
+
     order = sorted(experiments, key=lambda e: (minutes(e), e.model, e.fraction, e.seed))
     arrays, n = {}, slurm.experiments_per_job
     for limit, group in groupby(order, key=minutes):
@@ -86,53 +84,47 @@ class Job:
         waiting = [e for e in experiments if e not in self.given_up]
         self.began, self.before = time.time(), progress(waiting, profile, results)
         answers = [(name_of(e, profile), "failed", TOO_SHORT) for e in self.given_up]
-        threads = profile.slurm.cpus
-        for e, status, message in local(waiting, profile, results, 1, threads):
+        for e, status, message in local(waiting, profile, results, 1, profile.slurm.cpus):
             answers.append((name_of(e, profile), status, message))
         return answers
 
     def checkpoint(self, experiments: list, profile: Profile, results: Store):
         "The job as it goes back into the queue."
-        given_up, waiting = self.given_up, [e for e in experiments if e not in self.given_up]
+        now = progress([e for e in experiments if e not in self.given_up], profile, results)
         had_its_time = time.time() - self.began > 0.4 * 60 * self.minutes
-        if had_its_time and progress(waiting, profile, results) == self.before:
-            given_up = given_up + unfinished(waiting, profile, results)[:1]
+        given_up = self.given_up + list(now)[: had_its_time and now == self.before]
         return DelayedSubmission(Job(self.minutes, given_up), experiments, profile, results)
 
 
-def unfinished(experiments: list, profile: Profile, results: Store) -> list:
-    "The experiments that lack a score."
-    return [e for e in experiments if missing_stages(e, profile, results)["score"]]
-
-
-def progress(experiments: list, profile: Profile, results: Store) -> tuple:
-    "How far some experiments are: scores that are missing, and checkpoints of trainings."
-    missing = [len(missing_stages(e, profile, results)["score"]) for e in experiments]
-    folders = [checkpoints_of(subject_key(e, profile), results) for e in experiments]
-    return missing, sorted(p.name for f in folders for p in f.glob("checkpoint-*"))
+def progress(experiments: list, profile: Profile, results: Store) -> dict:
+    "How far each unfinished experiment is: scores that are missing, and checkpoints."
+    states = {}
+    for e in experiments:
+        if missing := missing_stages(e, profile, results)["score"]:
+            folder = checkpoints_of(subject_key(e, profile), results)
+            states[e] = len(missing), sorted(p.name for p in folder.glob("checkpoint-*"))
+    return states
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-032
-JOBS = "jobs.json"  # id of a job -> names of its experiments
+JOBS = "jobs.json"  # the names of the experiments of each job
 
 
 def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> dict:  # job -> names
     "Put an array of jobs into the queue; ValueError with Slurm's words where it is refused."
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     folder = results.folder.resolve() / "slurm" / stamp
-    shared = Store(results.folder.resolve())
+    shared, options = Store(results.folder.resolve()), parameters(minutes, profile.slurm)
+    names = [[name_of(e, profile) for e in experiments] for experiments in jobs]
+    folder.mkdir(parents=True)
+    write_atomically(folder / JOBS, json.dumps(names))
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=10_000)  # `Job` decides
-        executor.update_parameters(**parameters(minutes, profile.slurm))
+        executor.update_parameters(**options | {"job_name": f"{options['job_name']}-{stamp}"})
         submitted = executor.map_array(Job(minutes), jobs, repeat(profile), repeat(shared))
     except (FailedJobError, FailedSubmissionError) as error:
         where = f"check the slurm section of profile {profile.name}"
         raise ValueError(f"Slurm refused the jobs; {where}. {error}") from error
-    named = {
-        job: [name_of(e, profile) for e in experiments] for job, experiments in zip(submitted, jobs)
-    }
-    text = json.dumps({job.job_id: names for job, names in named.items()})
-    write_atomically(folder / JOBS, text)
-    return named
+    return dict(zip(submitted, names))
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-038
 POLL = 10.0  # seconds between looks
@@ -145,16 +137,17 @@ def _squeue(*options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def queue():  # set of ids, as "1234_0"; None where the cluster does not answer
+def queue():  # id as "1234_0" -> name; None where the cluster does not answer
     "The jobs of this user that wait or run."
-    answer = _squeue("--format=%i")
-    return set(answer.stdout.split()) if answer.returncode == 0 else None
+    answer = _squeue("--format=%i %j")
+    lines = [line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip()]
+    return {job_id: name for job_id, name in lines} if answer.returncode == 0 else None
 
 
 def in_queue(names: set, results: Store) -> dict:  # job -> names
     "Jobs of earlier runs in the queue that will still compute some experiments."
-    marks, alive = sorted((results.folder / "slurm").glob(f"*/{JOBS}")), set()
-    for attempt in range(6 if marks else 0):
+    notes, alive = sorted((results.folder.resolve() / "slurm").glob(f"*/{JOBS}")), {}
+    for attempt in range(6 if notes else 0):
         if (alive := queue()) is not None:
             break
         time.sleep(POLL)
@@ -164,23 +157,19 @@ def in_queue(names: set, results: Store) -> dict:  # job -> names
             "give the same command again later."
         )
     jobs = {}
-    for mark in marks:
-        for job_id, theirs in json.loads(mark.read_text(encoding="utf-8")).items():
-            wanted = [name for name in theirs if name in names]
-            if job_id in alive and wanted:
-                jobs[submitit.SlurmJob(mark.parent, job_id)] = wanted
+    for note in notes:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        for job_id in (i for i, name in alive.items() if name.endswith(note.parent.name)):
+            place = int(job_id.partition("_")[2] or 0)  # a single job is no array
+            if wanted := [name for name in noted[place] if name in names]:
+                jobs[submitit.SlurmJob(note.parent, job_id)] = wanted
     return jobs
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-046
-FOR_GOOD = (
-    "PartitionTimeLimit",
-    "PartitionNodeLimit",
-    "BadConstraints",
-    "ReqNodeNotAvail",
-    "held",
-    "InvalidQOS",
-    "InvalidAccount",
-    "DependencyNeverSatisfied",
+FOR_GOOD = re.compile(
+    "PartitionTimeLimit|PartitionNodeLimit|BadConstraints|ReqNodeNotAvail|held|InvalidQOS|"
+    "InvalidAccount|DependencyNeverSatisfied",
+    re.IGNORECASE,
 )
 
 
@@ -190,8 +179,7 @@ def stuck(jobs: set) -> dict:  # id of a job -> why it waits
         return {}
     lines = _squeue("--states=PENDING", "--format=%i|%r").stdout.splitlines()
     waiting = dict(line.strip().split("|", 1) for line in lines if "|" in line)
-    for_good = lambda why: any(word.lower() in why.lower() for word in FOR_GOOD)
-    return {job: why for job, why in waiting.items() if job in jobs and for_good(why)}
+    return {job: why for job, why in waiting.items() if job in jobs and FOR_GOOD.search(why)}
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-054
 def outcome(job, name: str):  # (status, message); None while it is not known
@@ -245,27 +233,15 @@ def slurm(experiments: list, profile: Profile, results: Store, workers: int = 0)
             "The slurm executor needs sbatch: run it on a machine of a Slurm cluster, "
             "or use executor='local'."
         )
-    named, ours, lost = {name_of(e, profile): e for e in experiments}, {}, []
-    is_done = lambda name: not missing_stages(named[name], profile, results)["score"]
-
-    def submitted(names) -> dict:
-        arrays = arrays_of([named[n] for n in names], profile.slurm)
-        new = {}
-        for minutes, jobs in arrays.items():
-            new |= submit(jobs, minutes, profile, results)
-            ours.update(new)
-        return new
-
+    named, ours = {name_of(e, profile): e for e in experiments}, {}
+    theirs = in_queue(set(named), results)
+    adopted = {name for names in theirs.values() for name in names}
     try:
-        theirs = in_queue(set(named), results)
-        adopted = {name: job for job, names in theirs.items() for name in names}
-        first = submitted(n for n in named if n not in adopted)
-        for name, status, message in watch(theirs | first, is_done):
-            if status == "failed" and name in adopted and outcome(adopted[name], name) is None:
-                lost.append(name)  # another run cancelled its jobs
-            else:
-                yield named[name], status, message
-        for name, status, message in watch(submitted(lost), is_done):
+        new = [e for name, e in named.items() if name not in adopted]
+        for minutes, jobs in arrays_of(new, profile.slurm).items():
+            ours |= submit(jobs, minutes, profile, results)
+        is_done = lambda name: not missing_stages(named[name], profile, results)["score"]
+        for name, status, message in watch(theirs | ours, is_done):
             yield named[name], status, message
     except BaseException:
         for job in ours:

@@ -11,14 +11,13 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
-from multiprocessing import connection, resource_tracker
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -30,6 +29,7 @@ from .profiles import Profile
 from mllm_compress.study.stages import (
     checkpoints_of,
     compute,
+    end_with_master,
     index,
     missing_stages,
     name_of,
@@ -80,18 +80,6 @@ def without_interrupts():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-010
-def _watch(sentinel: int) -> None:
-    "End this process as soon as the sentinel's has ended."
-    connection.wait([sentinel])
-    os._exit(1)
-
-
-def end_with_master() -> None:
-    "From now on this process ends with the one that started it."
-    master = multiprocessing.parent_process().sentinel
-    threading.Thread(target=_watch, args=(master,), daemon=True).start()
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-006
 def complete(
@@ -164,14 +152,13 @@ def check_gpus(profile: Profile) -> None:
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-031
 def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
     "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
-    ours = on_cpu() if device == "cpu" else dict(ONE_THREAD)
-    ours |= dict.fromkeys(THREADS, str(threads))
+    threads_of_it = dict.fromkeys(THREADS, str(threads))
     if device == "cpu":
-        return ours
+        return on_cpu() | threads_of_it
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
     first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine = (seen or all_gpus).split(",")[first : first + processes]
-    return ours | {"CUDA_VISIBLE_DEVICES": ",".join(mine)}
+    gpus = (seen or all_gpus).split(",")[first : first + processes]
+    return ONE_THREAD | threads_of_it | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 def _begin(threads: int) -> None:
@@ -227,24 +214,17 @@ class Place:
         self.pool = self.process = None
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-039
-def best_next(
-    waiting: list, last: Experiment | None, others: list
-) -> int:  # a position in `waiting`
+def best_next(waiting: list, last: Experiment | None, others: list) -> Experiment:
     "The experiment for a worker that computed `last`, while others compute theirs."
 
     def in_memory(e):  # equal where the teacher's outputs are shared
         data = (e.fraction, e.seed if e.fraction < 1 else None) if e.recovery != "none" else ()
         return (e.model, *data)
 
-    taken, mine = {in_memory(e) for e in others}, in_memory(last) if last else None
-
-    def cost(i):
-        e = waiting[i]
-        if in_memory(e) == mine:
-            return 0, i
-        return 1 + (in_memory(e) in taken) + bool(last and e.model != last.model), i
-
-    return min(range(len(waiting)), key=cost)
+    taken, mine = {in_memory(e) for e in others}, last and in_memory(last)
+    other_model = lambda e: bool(last) and e.model != last.model
+    cost = lambda e: 1 + (in_memory(e) in taken) + other_model(e) if in_memory(e) != mine else 0
+    return min(waiting, key=cost)
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-033
 @lru_cache(None)
@@ -284,7 +264,7 @@ def local(experiments: list, profile: Profile, results: Store, workers: int = 0,
             for place in places:
                 if waiting and place not in running.values():
                     others = [p.last for p in running.values()]
-                    experiment = waiting.pop(best_next(waiting, place.last, others))
+                    waiting.remove(experiment := best_next(waiting, place.last, others))
                     running[place.submit(experiment)] = place
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 place = running.pop(future)
