@@ -1,4 +1,8 @@
-"""The map of the notebooks, nbs/README.md, and llms.txt: `python tests/notebook_map.py`."""
+"""Files that follow from others, written by `python tests/notebook_map.py`.
+
+The map of the notebooks (nbs/README.md), llms.txt, and the rows of tables that the help of commands
+lists (mllm_compress/cli/rows.json).
+"""
 
 import ast
 import csv
@@ -155,6 +159,17 @@ def llms() -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows() -> str:
+    "rows.json: for each command, what its tables add to the help of its options."
+    from mllm_compress.cli import app
+
+    callbacks = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
+    tables = {name: run.request.tables() for name, run in sorted(callbacks.items())}
+    filled = {name: table for name, table in tables.items() if table}
+    return json.dumps(filled, indent=1, ensure_ascii=False) + "\n"
+
+
 if __name__ == "__main__":
     (NOTEBOOKS / "README.md").write_text(text(), encoding="utf-8")
     (NOTEBOOKS.parent / "llms.txt").write_text(llms(), encoding="utf-8")
+    (NOTEBOOKS.parent / "mllm_compress/cli/rows.json").write_text(rows(), encoding="utf-8")

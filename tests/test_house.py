@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import json
 import re
 import subprocess
 import sys
@@ -147,13 +146,9 @@ def test_the_map_lists_every_notebook():
     assert llms == notebook_map.llms(), "run: python tests/notebook_map.py"
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "llms.txt", "nbs/README.md"], ids=str
-)
-def test_links_lead_somewhere(name):
-    text = (ROOT / name).read_text(encoding="utf-8")
-    links = [x for x in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in x]
-    assert links and not [x for x in links if not ((ROOT / name).parent / x).exists()]
+def test_the_help_of_commands_lists_the_rows_of_tables():
+    text = (PACKAGE / "cli/rows.json").read_text(encoding="utf-8")
+    assert text == notebook_map.rows(), "run: python tests/notebook_map.py"
 
 
 def test_contributing_names_every_requirement():
@@ -164,19 +159,3 @@ def test_contributing_names_every_requirement():
     names = [re.match(r"[\w-]+", one)[0] for key in keys for one in config["DEFAULT"][key].split()]
     listed = set(re.findall(r"[\w-]+", text.split("## Dependencies")[1]))
     assert names and set(names) <= listed, set(names) - listed
-
-
-def links_of(path: Path) -> list:
-    "Local links in the Markdown of a notebook."
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    prose = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    return [x for x in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose) if "://" not in x]
-
-
-def test_links_of_notebooks_lead_somewhere():
-    paths = [p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts]
-    wrong = {
-        str(path.relative_to(ROOT)): [x for x in links_of(path) if not (path.parent / x).exists()]
-        for path in paths
-    }
-    assert not {name: links for name, links in wrong.items() if links}

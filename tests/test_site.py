@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from mllm_compress.study import page
 
 ROOT = Path(__file__).parent.parent
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "nbs/README.md"]
+TEXTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "llms.txt", "nbs/README.md")]
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
 
 
@@ -55,9 +55,15 @@ def test_links_of_texts_and_notebooks_exist(path):
         text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     text = re.sub(r"```.*?```", "", text, flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        place = target.partition("#")[0]
-        if place and not re.match(r"[a-z]+:", place):
-            assert (path.parent / place).exists(), target
+        place, _, anchor = target.partition("#")
+        if re.match(r"[a-z]+:", place):
+            continue
+        assert (path.parent / place).exists(), target
+        if anchor and (path.parent / place).suffix in ("", ".md"):  # of this page, or of a text
+            page = text if not place else (path.parent / place).read_text(encoding="utf-8")
+            heads = re.findall(r"(?m)^#+ (.+)$", page.lower())
+            slugs = {re.sub(r"[^\w -]", "", head).replace(" ", "-") for head in heads}
+            assert anchor.lower() in slugs, target
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")

@@ -181,18 +181,19 @@ def test_a_criterion_is_added_as_the_guide_says(copy):
     code = """
 from typer.testing import CliRunner
 from mllm_compress.cli import app
+from mllm_compress.cli.pruning import ScoreRequest
 from mllm_compress.study.style import look
 say = lambda *args: CliRunner().invoke(app, ["score", *args]).output
 new = E("widthwise", 0.3, "wanda")
 row = run([new], p, "inline", quiet=True).iloc[0]
 drawn = look("wanda")
 wrong = say("smoke-llava", "-o", "x", "--method", "luck")
-found = [say("--help"), wrong, row.status, row.error, drawn.label, drawn.color, count()]
+rows = ScoreRequest.tables()["method"]
+found = [rows, wrong, row.status, row.error, drawn.label, drawn.color, count()]
 """
     before, (helped, error, state, why, label, color, stored) = copy.ask(code)
     changed = ([f"{LIBRARY}/{notebook}"], ["mllm_compress/importance/criteria.py"])
     assert before == {} and copy.changed() == changed
-    helped = " ".join(helped.split())
     assert "wanda" in helped and "norms of their inputs" in helped and "wanda" in error
     assert (state, label, color) == ("done", "Wanda", "#E69F00"), why
     more = {"scores": 1, "plan": 1, "student": 0, "answers": 2, "score": 2}

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'NEAR', 'KINDS', 'CHECKS', 'noise', 'trial_data', 'noise_batch', 'Case', 'logits_of', 'Broken',
-           'need_near', 'parts_add_up', 'closed_form', 'silenced', 'scored', 'trial_plan', 'reloaded',
-           'same_with_cache', 'pruned', 'one_conversation', 'cached', 'reload', 'NotTried', 'reconstructed',
-           'distilled', 'recovered', 'evaluated', 'Finding', 'run_checks', 'findings_text']
+           'need_near', 'parts_add_up', 'closed_form', 'scored', 'trial_plan', 'reloaded', 'same_with_cache', 'pruned',
+           'one_conversation', 'cached', 'reload', 'NotTried', 'reconstructed', 'distilled', 'recovered', 'evaluated',
+           'Finding', 'run_checks', 'findings_text']
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-004
-import copy
 import tempfile
 import time
 from dataclasses import dataclass
@@ -131,24 +130,6 @@ def closed_form(case: Case) -> str:
     if closed != counted:
         raise Broken(f"closed form {closed}, counted {counted}")
     return f"{sum(closed.values()):,} parameters"
-
-# %% ../../nbs/library/cli/08_check.ipynb #cell-016
-@torch.no_grad()
-def silenced(case: Case) -> str:
-    "With its output columns at zero, a unit's input rows change nothing."
-    model = copy.deepcopy(case.model)
-    parts = anatomy(model)
-    middle = parts.num_layers // 2
-    kinds = ("neuron",) if parts.family.joint_norm else ("head", "neuron")
-    for kind in kinds:
-        slots = [s for s in parts.linears(middle) if s.kind == kind]
-        for slot in (s for s in slots if s.axis == 1):
-            slot.module.weight[:, slot.unit_index(1 % slot.units)] = 0
-        before = logits_of(model, case.batch)
-        for slot in (s for s in slots if s.axis == 0):
-            slot.module.weight[slot.unit_index(1 % slot.units)] *= -3
-        need_near(logits_of(model, case.batch), before, model.dtype, f"logits without a {kind}")
-    return " and ".join(kinds)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-018
 def scored(case: Case) -> str:
@@ -319,7 +300,6 @@ def evaluated(case: Case) -> str:
 CHECKS = {  # name -> Case -> a few words
     "parts": parts_add_up,
     "cost": closed_form,
-    "silenced": silenced,
     "score": scored,
     "layerwise": partial(pruned, kind="layerwise"),
     "uniform": partial(pruned, kind="uniform"),

@@ -16,11 +16,11 @@ class ConvertRequest(cli.Request):
     "An original release, and where its conversion is written."
 
     arguments: ClassVar = ("source", "out")
-    source: Path = cli.path(
+    source: cli.File = cli.option(
         ..., "Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release."
     )
-    out: Path = cli.path(..., "New folder, for plain from_pretrained.")
-    tower: Path | None = cli.path(
+    out: cli.File = cli.option(..., "New folder, for plain from_pretrained.")
+    tower: cli.File | None = cli.option(
         None, "Folder of the vision tower, for LLaVA, whose release has none."
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = cli.option(
@@ -65,7 +65,7 @@ class ExportRequest(cli.Request):
     arguments: ClassVar = ("model",)
     model: str = cli.MODEL
     to: str = cli.option(..., "The engine.")
-    out: Path = cli.path(..., "GGUF file, or folder for the other engines, to write.")
+    out: cli.File = cli.option(..., "GGUF file, or folder for the other engines, to write.")
     dtype: str = cli.option("", "Type of the weights.")
     fill: bool = cli.option(False, "Fill widths up with zero units where the engine needs it.")
     overwrite: bool = cli.OVERWRITE
@@ -101,7 +101,7 @@ class QuantizeRequest(cli.Request):
     arguments: ClassVar = ("model",)
     model: str = cli.option(..., "Folder that `prune` or `recover` wrote.")
     to: str = cli.option(..., "The format.")
-    out: Path = cli.OUT
+    out: cli.File = cli.OUT
     overwrite: bool = cli.OVERWRITE
 
     @staticmethod
@@ -134,7 +134,7 @@ class PushRequest(cli.Request):
     "A checkpoint, and where it is published."
 
     arguments: ClassVar = ("folder", "repo")
-    folder: Path = cli.path(..., "Folder that `prune` or `recover` wrote.")
+    folder: cli.File = cli.option(..., "Folder that `prune` or `recover` wrote.")
     repo: str = cli.option(..., "owner/name on the hub.")
     private: bool = cli.option(True, "Make the repository private.")
 

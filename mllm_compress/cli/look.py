@@ -18,20 +18,20 @@ from . import requests as cli
 class ModelsRequest(cli.Request):
     "No options."
 
+    @staticmethod
+    def tables():
+        "The models known by name."
+        from mllm_compress.zoo.models import MODELS
+
+        return dict(MODELS)
+
 
 @cli.command(ModelsRequest)
 def models(request: ModelsRequest) -> dict:
     "List the models known by name."
-    known = cli.from_tables("models", _models)
+    known = cli.ROWS["models"]
     width = max(map(len, known))
     return cli.emit("\n".join(f"{name:<{width}}  {about}" for name, about in known.items()), known)
-
-
-def _models() -> dict:  # name -> description
-    "The models known by name."
-    from mllm_compress.zoo.models import MODELS
-
-    return dict(MODELS)
 
 
 class CardsRequest(cli.Request):
@@ -71,7 +71,7 @@ class CostRequest(cli.Request):
         "Show what scoring, pruning and refitting take while the weights stay in their files: "
         "memory, bytes read, seconds.",
     )
-    units: Path | None = cli.path(
+    units: cli.File | None = cli.option(
         None, "JSON file to write: seconds per head, neuron and layer, for a budget."
     )
     device: str = cli.DEVICE
@@ -140,7 +140,7 @@ def cost(request: CostRequest) -> dict:
 
     cli.check_output_file(request.units, request.overwrite)
     cli.check_models(request.model)
-    model, processor, _ = cli.load(request.model, cli.resolve_device(request.device))
+    model, processor = cli.load(request.model, cli.resolve_device(request.device))
     report = cost_report(model, processor, latency=request.latency)
     if request.units is not None:
         timed_units(model, processor).save(request.units)
@@ -166,7 +166,7 @@ def check(request: CheckRequest) -> dict:
     for name in request.only:
         check_choice("check", name, checks.CHECKS)
     cli.check_models(request.model)
-    model, processor, _ = cli.load(request.model, cli.resolve_device(request.device))
+    model, processor = cli.load(request.model, cli.resolve_device(request.device))
     names = tuple(request.only or checks.CHECKS)
     findings = checks.run_checks(checks.Case(model, processor), names)
     rows = [vars(finding) for finding in findings]
@@ -179,23 +179,7 @@ class ShowRequest(cli.Request):
     "A folder to describe."
 
     arguments: ClassVar = ("folder",)
-    folder: Path = cli.path(..., "Folder that `score`, `prune` or `recover` wrote.")
-
-
-def _show_checkpoint(folder: Path) -> dict:
-    "How a pruned checkpoint was made."
-    from mllm_compress.checkpoint.formats import PLAN, describe_steps, verify
-    from mllm_compress.pruning.pruning_plan import PruningPlan
-
-    manifest = verify(folder)
-    plan, steps = PruningPlan.load(folder / PLAN), manifest.get("provenance", [])
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    about = f"{manifest['model_class']} in format {manifest['kind']}, {size / 2**20:.1f} MiB"
-    loads = "plain transformers" if manifest["kind"] == "stock" else "mllm_compress.load_pruned"
-    lines = [f"{folder}: {about}", str(plan), describe_steps(steps), f"Loads with {loads}."]
-    facts = {"folder": str(folder), "kind": manifest["kind"], "bytes": size, "provenance": steps}
-    facts |= {"model_class": manifest["model_class"], "achieved_ratio": plan.achieved_ratio}
-    return cli.emit("\n".join(lines), facts)
+    folder: cli.File = cli.option(..., "Folder that `score`, `prune` or `recover` wrote.")
 
 
 @cli.command(ShowRequest)
@@ -211,11 +195,21 @@ def show(request: ShowRequest) -> dict:
         lines = [f"{folder}: {scores}", *(f"  {k:<14}{v}" for k, v in scores.meta.items())]
         facts = {"folder": str(folder), "kind": scores.kind, "meta": scores.meta}
         return cli.emit("\n".join(lines), facts)
-    from mllm_compress.checkpoint import is_checkpoint
+    from mllm_compress.checkpoint import formats
+    from mllm_compress.pruning.pruning_plan import PruningPlan
 
-    if not is_checkpoint(folder):
+    if not formats.is_checkpoint(folder):
         raise ValueError(
             f"{folder} was not written by mllm-compress: give a folder of score, prune or "
             "recover. `mllm-compress cost` describes any model."
         )
-    return _show_checkpoint(folder)
+    manifest = formats.verify(folder)
+    plan, steps = PruningPlan.load(folder / formats.PLAN), manifest.get("provenance", [])
+    kind, made = manifest["kind"], manifest["model_class"]
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    about = f"{folder}: {made} in format {kind}, {size / 2**20:.1f} MiB"
+    loader = "plain transformers" if kind == "stock" else "mllm_compress.load_pruned"
+    lines = [about, str(plan), formats.describe_steps(steps), f"Loads with {loader}."]
+    facts = {"folder": str(folder), "kind": kind, "bytes": size, "provenance": steps}
+    facts |= {"model_class": made, "achieved_ratio": plan.achieved_ratio}
+    return cli.emit("\n".join(lines), facts)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['all_benchmarks', 'MeasureRequest', 'check_text_model', 'measured', 'write_table', 'EvaluateRequest', 'evaluate',
-           'cost_table', 'score_table', 'side_by_side', 'comparison_picture', 'CompareRequest', 'compare']
+           'cost_table', 'comparison_picture', 'CompareRequest', 'draft_table', 'compare']
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-002
 import multiprocessing
@@ -28,10 +28,12 @@ class MeasureRequest(cli.DataRequest):
     "What a model is scored on."
 
     benchmark: list[str] = cli.option([], "May be repeated.")
-    questions: Path | None = cli.path(None, "A file with questions of your own, with answers.")
+    questions: cli.File | None = cli.option(
+        None, "A file with questions of your own, with answers."
+    )
     scorer: str = cli.option("exact", "For --questions.")
-    limit: int = cli.option(0, "Questions per benchmark; 0: all.", ge=0, le=10_000_000)
-    answers: Path | None = cli.path(
+    limit: cli.Limit = cli.option(0, "Questions per benchmark; 0: all.")
+    answers: cli.File | None = cli.option(
         None, "Folder for every answer; after an interruption the same command continues from it."
     )
 
@@ -41,9 +43,10 @@ class MeasureRequest(cli.DataRequest):
         from mllm_compress.evaluation.benchmarks import OWN_SCORERS, SMALL_SUITE
         from mllm_compress.evaluation.scorers import SCORERS
 
+        named = {k: row for k, row in all_benchmarks().items() if not k.startswith("own/")}
         benchmarks = (
-            f"Default: {', '.join(SMALL_SUITE)}. {cli.listed(all_benchmarks())} perplexity: of the "
-            "answers or texts in --data. Public sets are read from $MLLM_COMPRESS_BENCHMARKS."
+            f"Default: {', '.join(SMALL_SUITE)}. {cli.listed(named)} perplexity: of the answers or "
+            "texts in --data. Public sets are read from $MLLM_COMPRESS_BENCHMARKS."
         )
         scorers = cli.listed({name: SCORERS[name] for name in OWN_SCORERS})
         return {"benchmark": benchmarks, "scorer": scorers}
@@ -52,9 +55,13 @@ class MeasureRequest(cli.DataRequest):
         "Names of benchmarks, own questions among them, and whether perplexity is measured."
         from mllm_compress.evaluation import benchmarks
         from mllm_compress.utils.methods import check_choice
+        from mllm_compress.zoo.weight_files import read_config
 
         check_choice("scorer", self.scorer, benchmarks.OWN_SCORERS)
-        if not self.benchmark and self.questions is None and _is_text_model(model):
+        file = Path(model) / "config.json"
+        config = read_config(file) if file.is_file() else {"vision_config": "unknown"}
+        is_text = "vision_config" not in config.get("config", config)
+        if not self.benchmark and self.questions is None and is_text:
             if self.data == "small":
                 raise ValueError(
                     "this model takes no pictures: give --data FILE for its perplexity."
@@ -70,17 +77,6 @@ class MeasureRequest(cli.DataRequest):
         perplexity = "perplexity" in self.benchmark
         names = list(dict.fromkeys(names))
         return names if names or perplexity else list(benchmarks.SMALL_SUITE), perplexity
-
-
-def _is_text_model(model: str) -> bool:
-    "Whether a local checkpoint is of a language model without pictures."
-    file = Path(model) / "config.json"
-    if not file.is_file():
-        return False
-    from mllm_compress.zoo.weight_files import read_config
-
-    config = read_config(file)
-    return "vision_config" not in config.get("config", config)
 
 
 def check_text_model(names: list, processor) -> None:
@@ -112,7 +108,7 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
     names, perplexity = suite
     if perplexity:
         request.check_data()
-    loaded, processor, _ = cli.load(model, cli.resolve_device(request.device))
+    loaded, processor = cli.load(model, cli.resolve_device(request.device))
     check_text_model(names, processor)
     rows, judged, template = [], None, request.template(processor, bool(names))
     if names:
@@ -152,7 +148,7 @@ class EvaluateRequest(MeasureRequest):
     arguments: ClassVar = ("model",)
     model: str = cli.MODEL
     dense: str = cli.option("", "The original, for AVG-%.")
-    out: Path | None = cli.path(None, "CSV file to write.")
+    out: cli.File | None = cli.option(None, "CSV file to write.")
     record: bool = cli.option(False, "Add the scores to the checkpoint and its card.")
 
     @property
@@ -225,7 +221,7 @@ def _memory_rise(model: str) -> float:  # MiB
     from mllm_compress.cost.report import prompt_tokens
 
     before = cli.peak_memory()  # which is what it holds now: the process is new
-    loaded, processor, _ = cli.load(model, "cpu")
+    loaded, processor = cli.load(model, "cpu")
     with torch.no_grad():
         forward(loaded, example_inputs(loaded, prompt_tokens(processor)))
     return cli.peak_memory() - before
@@ -251,7 +247,7 @@ def cost_table(dense: str, small: str, device: str):
 
     columns = []
     for name in (dense, small):
-        model, processor, _ = cli.load(name, device)
+        model, processor = cli.load(name, device)
         report = cost_report(model, processor, latency=True, memory=True, repeats=5, warmup=1)
         columns.append({what: float(report.value(*where)) for what, where in _SIZES.items()})
     if device == "cpu":
@@ -261,60 +257,30 @@ def cost_table(dense: str, small: str, device: str):
     table["small / dense"] = (table.small / table.dense).where(table.dense != 0)
     return table.reset_index()
 
-# %% ../../nbs/library/cli/05_measuring.ipynb #cell-023
-def score_table(dense, small, answers: tuple):
-    "Scores of two models with the paired differences of their answers."
-    from mllm_compress.evaluation import compare
-
-    both = small[["benchmark", "score", "low", "high", "n"]].merge(
-        dense[["benchmark", "score"]], on="benchmark", suffixes=("", "_dense")
-    )
-    if answers[0] is None:
-        return both
-    gaps = compare(answers[1], answers[0])[["benchmark", "difference", "low", "high", "p"]]
-    return both.merge(gaps, on="benchmark", how="left", suffixes=("", "_difference"))
-
-
-def side_by_side(dense, small, count: int):
-    "Some answers of two models, first those that differ."
-    keys = ["benchmark", "id"]
-    both = dense.merge(small[[*keys, "prediction"]], on=keys, suffixes=("_dense", "_small"))
-    differ = both.prediction_dense != both.prediction_small
-    order = differ.sort_values(ascending=False, kind="stable").index
-    columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
-    return both.loc[order, columns].head(count)
-
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-027
 def comparison_picture(costs, scores, file: Path) -> None:
-    "Two panels: sizes and seconds in percent, and the differences of scores."
+    "Sizes and seconds in percent, and the differences of scores where there are any."
     if (figure := cli.new_figure(10, 3.2)) is None:
         return
-    left, right = figure.subplots(1, 2)
-    kept = costs.dropna(subset="small / dense")[::-1]
-    percent = 100 * kept["small / dense"].astype(float)
-    bars = left.barh([what.split(", ")[0] for what in kept.what], percent, color="#0072B2")
+    paired = "difference" in scores and scores.difference.notna().any()
+    left, *others = figure.subplots(1, 1 + paired, squeeze=False)[0]
+    costs = costs.dropna(subset="small / dense")[::-1]
+    percent = 100 * costs["small / dense"].astype(float)
+    bars = left.barh([what.split(", ")[0] for what in costs.what], percent, color="#0072B2")
     left.bar_label(bars, [f"{p:.0f}" for p in percent], padding=3, fontsize=8)
     left.axvline(100, color="#777777", lw=1)
     left.set(xlabel="% of the dense model", xlim=(0, max(110, 1.12 * percent.max())), title="cost")
-    right.set_title("scores")
-    if "difference" in scores and scores.difference.notna().any():
+    for right in others:
         shown = scores.dropna(subset="difference")[::-1]
-        own = shown.benchmark.str.replace(r"^own/(.*)-[^-]*$", r"\1", regex=True)
-        names = [f"{name} (n = {n:.0f})" for name, n in zip(own, shown.n)]
+        names = shown.benchmark.str.replace(r"^own/(.*)-[^-]*$", r"\1", regex=True)
+        names = [f"{name} (n = {n:.0f})" for name, n in zip(names, shown.n)]
         low, high = shown.low_difference, shown.high_difference
         error = [shown.difference - low, high - shown.difference]
         right.errorbar(shown.difference, names, xerr=error, fmt="o", capsize=3, color="#D55E00")
         right.axvline(0, color="#777777", lw=1)
         span = max(10, 1.1 * low.abs().max(), 1.1 * high.abs().max())
-        right.set(xlabel="small - dense, points [95 %]", xlim=(-span, span))
+        right.set(xlabel="small - dense, points [95 %]", xlim=(-span, span), title="scores")
         right.set_ylim(-0.6, len(names) - 0.4)
-    else:
-        rows = zip(scores.benchmark, scores.score_dense, scores.score)
-        lines = [f"{name}: {dense:.2f} dense, {small:.2f} small" for name, dense, small in rows]
-        right.text(0.5, 0.5, "\n".join(lines), ha="center", va="center")
-        right.axis("off")
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-031
@@ -324,12 +290,12 @@ class CompareRequest(MeasureRequest):
     arguments: ClassVar = ("dense", "small")
     dense: str = cli.option(..., "The original model.")
     small: str = cli.option(..., "The compressed model.")
-    limit: int = cli.option(100, "Questions per benchmark; 0: all.", ge=0, le=10_000_000)
-    examples: int = cli.option(5, "Answers to show side by side.", ge=0, le=10_000_000)
-    speculative: int = cli.option(
-        0, "Prompts on which SMALL drafts for DENSE; 0: leave this out.", ge=0, le=10_000_000
+    limit: cli.Limit = cli.option(100, "Questions per benchmark; 0: all.")
+    examples: cli.Limit = cli.option(5, "Answers to show side by side.")
+    speculative: cli.Limit = cli.option(
+        0, "Prompts on which SMALL drafts for DENSE; 0: leave this out."
     )
-    out: Path | None = cli.path(None, "Folder for tables (CSV) and the picture.")
+    out: cli.File | None = cli.option(None, "Folder for tables (CSV) and the picture.")
 
     @property
     def kept(self):
@@ -337,26 +303,28 @@ class CompareRequest(MeasureRequest):
         return "Answers are kept in --answers." if self.answers else "Nothing is kept."
 
 
-def _draft_table(request: CompareRequest, device: str):
+def draft_table(request: CompareRequest, device: str):
     "Accepted tokens and speed-up with the small model as a draft for the dense one."
     from mllm_compress.evaluation.speculative import check_draft, prompts_of, speculative_table
 
-    (dense, processor, _), (small, _, _) = (
+    (dense, processor), (small, _) = (
         cli.load(name, device) for name in (request.dense, request.small)
     )
     check_draft(dense, small)
-    if not cli.is_multimodal(processor) and request.data == "small":
+    if cli.is_multimodal(processor):
+        cli.note("seconds are not measured: drafts behind pictures go wrong in transformers.")
+    elif request.data == "small":
         raise ValueError("this model takes no pictures: give --data FILE with text to draft for.")
     samples = request.training_data(processor, 200)
     prompts = prompts_of(samples, processor, request.speculative, request.max_length or 512)
-    if cli.is_multimodal(processor):
-        cli.note("seconds are not measured: drafts behind pictures go wrong in transformers.")
     return speculative_table(dense, small, prompts)
 
 
 @cli.command(CompareRequest)
 def compare(request: CompareRequest) -> dict:
     "Two models: sizes, cache, seconds, memory, scores with paired differences, and answers."
+    from mllm_compress import evaluation
+
     dense, small, out = request.dense, request.small, request.out
     if out is not None:
         names = ("costs", "scores", "answers", "speculative")
@@ -367,14 +335,25 @@ def compare(request: CompareRequest) -> dict:
     device = cli.resolve_device(request.device)
     cli.check_models(dense, small)
     suite = request.suite(dense)
-    drafts = _draft_table(request, device) if request.speculative else None
+    drafts = draft_table(request, device) if request.speculative else None
     (original, first), (rows, second) = (
         measured(request, name, suite, request.answers) for name in (dense, small)
     )
-    tables = {"costs": cost_table(dense, small, device)}
-    tables["scores"] = score_table(original, rows, (first, second))
+    scores = rows[["benchmark", "score", "low", "high", "n"]].merge(
+        original[["benchmark", "score"]], on="benchmark", suffixes=("", "_dense")
+    )
+    tables = {"costs": cost_table(dense, small, device), "scores": scores}
     if first is not None:
-        tables["answers"] = side_by_side(first, second, request.examples)
+        gaps = evaluation.compare(second, first)
+        gaps = gaps[["benchmark", "difference", "low", "high", "p"]]
+        suffixes = ("", "_difference")
+        tables["scores"] = scores.merge(gaps, on="benchmark", how="left", suffixes=suffixes)
+        keys, suffixes = ["benchmark", "id"], ("_dense", "_small")
+        both = first.merge(second[[*keys, "prediction"]], on=keys, suffixes=suffixes)
+        differ = both.prediction_dense != both.prediction_small
+        order = differ.sort_values(ascending=False, kind="stable").index
+        columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
+        tables["answers"] = both.loc[order, columns].head(request.examples)
     if drafts is not None:
         tables["speculative"] = drafts
     facts = {name: cli.table_rows(table) for name, table in tables.items()}

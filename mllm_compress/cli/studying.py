@@ -9,7 +9,6 @@ __all__ = ['AdviseRequest', 'advise', 'StudyRequest', 'study', 'ReportRequest', 
 import io
 import sys
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import ClassVar
 
 import typer
@@ -79,7 +78,7 @@ class StudyRequest(cli.Request):
     )
     workers: int = cli.option(0, "Processes; 0: one per core or GPU.")
     executor: str = cli.option("local", "local, slurm, or inline for debugging.")
-    reuse: Path | None = cli.path(
+    reuse: cli.File | None = cli.option(
         None, "A results.zip of earlier figures: its results are not computed again."
     )
     dry_run: bool = cli.option(False, "Only print what would be computed.")

@@ -293,6 +293,12 @@ def check_pair(
     if teacher is None:
         return
     s, t = anatomy(student), anatomy(teacher)
+    named = () if isinstance(config.hidden_layers, str) else config.hidden_layers or ()
+    named = named.values() if isinstance(named, dict) else named
+    if wrong := [i for i in named if type(i) is int and not 0 <= i < t.num_layers]:
+        raise ValueError(
+            f"hidden_layers names layer {wrong[0]}: the teacher has 0 to {t.num_layers - 1}."
+        )
     for what in ("vocab_size", "hidden_size"):
         ours, theirs = getattr(s, what), getattr(t, what)
         if ours != theirs:
