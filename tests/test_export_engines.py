@@ -481,8 +481,12 @@ def test_the_projector_file_lies_beside_the_decoder(tmp_path, mllm_folder):
     file = tmp_path / "mmproj-m.gguf"
     assert facts["notes"][-1].startswith("mmproj-m.gguf holds vision tower and projector")
     assert facts["projector_bytes"] == file.stat().st_size
-    value = lambda key: gguf.GGUFReader(file).fields[key].contents()
-    assert value("clip.vision.projection_dim") == anatomy(small).hidden_size
+    fields, layers = gguf.GGUFReader(file).fields, small.config.vision_config.num_hidden_layers
+    value = lambda key: fields[key].contents()
+    header = {"general.architecture": "clip", "clip.projector_type": "mlp"}
+    header |= {"clip.vision.block_count": layers, "clip.vision.feature_layer": [layers]}
+    header |= {"clip.vision.projection_dim": anatomy(small).hidden_size}
+    assert {key: value(key) for key in header} == header and "clip.use_gelu" not in fields
     assert value("clip.vision.image_mean") == pytest.approx(processor.image_processor.image_mean)
     with pytest.raises(FileExistsError, match="mmproj-m.gguf exists"):
         (tmp_path / "m.gguf").unlink()

@@ -18,7 +18,7 @@ from mllm_compress.checkpoint import saving as target
 from mllm_compress.cli import app
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.utils.files import clean_leftovers, leftovers, replacing_folder
+from mllm_compress.utils.files import clean_leftovers, replacing_folder
 
 
 def run(*args, code=0) -> str:
@@ -248,8 +248,8 @@ def test_leftovers_of_killed_saves_are_cleaned(here):
 
 def test_a_save_in_progress_is_left_alone(tmp_path):
     with replacing_folder(tmp_path / "out") as new:
-        assert leftovers(tmp_path / "out") == []
         clean_leftovers(tmp_path / "out")
+        assert new.is_dir()
         with replacing_folder(tmp_path / "out") as other:
             (other / "a").write_text("1")
         (new / "a").write_text("2")

@@ -7,6 +7,7 @@ __all__ = ['REFIT_QUESTIONS', 'CalibratedRequest', 'needs_no_data', 'ScoreReques
            'base_facts', 'make_plan', 'prune']
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-002
+import hashlib
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ from pydantic import model_validator
 
 from . import requests as cli
 from .look import timed_units
-from ..utils.files import batches_hash, content_hash, resuming, states_folder
+from ..utils.files import content_hash, resuming, states_folder
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-004
 REFIT_QUESTIONS = 512
@@ -92,6 +93,7 @@ def score(request: ScoreRequest) -> dict:
     inputs = {"model": request.model}
     cli.check_output_folder(out, request.overwrite, files, "scores.json", "scores", inputs)
     import torch
+    from safetensors.torch import save
 
     from mllm_compress.anatomy.streaming import device_of, is_streamed
     from mllm_compress.checkpoint.saving import save_or_rescue
@@ -112,7 +114,10 @@ def score(request: ScoreRequest) -> dict:
         batches, record = request.calibration(processor, device)
         order = "layer by layer" if is_streamed(model) else "batch by batch"
         key = [kind, method, criterion(kind, method).version, seed, model_record(model), order]
-        key += [batches_hash(batches), str(model.dtype), str(device_of(model)), torch.__version__]
+        key += [str(model.dtype), str(device_of(model)), torch.__version__]
+        alone = dict(memory_format=torch.contiguous_format)  # as safetensors takes them
+        copies = ({k: v.clone(**alone) for k, v in batch.items()} for batch in batches)
+        key += [hashlib.sha256(save(batch)).hexdigest() for batch in copies]
         keeping = resuming(sums, content_hash(key))
     with keeping:
         scores = measure(kind, method, model, batches, seed)

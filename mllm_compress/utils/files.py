@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['content_hash', 'sha256', 'file_hash', 'replacing', 'write_atomically', 'replacing_folder', 'checkout', 'cache_folder',
-           'remembered', 'code_of', 'resuming', 'batches_left', 'states_folder', 'work_folder', 'batches_hash']
+           'remembered', 'code_of', 'resuming', 'batches_left', 'states_folder', 'work_folder']
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-002
 import fcntl
@@ -86,28 +86,19 @@ def _locked(folder: Path) -> int | None:
     return descriptor
 
 
-def leftovers(
-    path,  # of a folder that `replacing_folder` writes
-) -> list:  # of temporary folders that no running process fills
-    "What killed writers left beside a folder."
-    path, found = Path(path), []
-    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*")):
-        writer = left.with_suffix(".new")
-        if left.suffix not in (".new", ".old") or not left.is_dir() or left.is_symlink():
-            continue
-        held = _locked(writer if writer.is_dir() else left)
-        if held is not None:
-            os.close(held)
-            found.append(left)
-    return found
-
-# %% ../../nbs/library/utils/01_files.ipynb #cell-015
 def clean_leftovers(
     path,  # of a folder that `replacing_folder` writes
 ) -> None:
     "Remove what killed writers left, and give an earlier folder its name back."
-    for left in leftovers(path):
-        if left.suffix == ".old" and not Path(path).exists():
+    path = Path(path)
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}.*")):
+        writer = left.with_suffix(".new")
+        if left.suffix not in (".new", ".old") or not left.is_dir() or left.is_symlink():
+            continue
+        if (lock := _locked(writer if writer.is_dir() else left)) is None:
+            continue  # a running process fills it
+        os.close(lock)
+        if left.suffix == ".old" and not path.exists():
             os.rename(left, path)
         else:
             shutil.rmtree(left, ignore_errors=True)
@@ -124,15 +115,15 @@ def replacing_folder(
     temporary = f".{path.name}.{uuid.uuid4().hex[:8]}"
     new, old = (path.with_name(f"{temporary}.{suffix}") for suffix in ("new", "old"))
     new.mkdir()
-    held = _locked(new)
+    lock = _locked(new)
     try:
         yield new
         if path.exists():
             os.rename(path, old)
         os.rename(new, path)
     finally:
-        if held is not None:
-            os.close(held)
+        if lock is not None:
+            os.close(lock)
         if old.exists() and not path.exists():  # the second rename failed
             os.rename(old, path)
         for left in (new, old):
@@ -220,12 +211,6 @@ class SavedSums:
     def __init__(self, path: Path, key: str):
         self.path, self.key, self.due = Path(path), key, 0.0
 
-    def restore(self, totals: dict) -> int:
-        "Fill `totals` with what was saved; returns the number of batches that are done."
-        done, found = _read(self.path, self.key)
-        totals.update(found)
-        return done
-
     def save(self, done: int, totals: dict) -> None:
         "Save the sums after `done` batches, unless the last save was a moment ago."
         begun = time.monotonic()
@@ -261,7 +246,9 @@ def batches_left(
 ):  # yields the numbers of the batches that are not in the sums yet
     "The batches of a pass; outside of `resuming` all of them."
     saved = _SAVED.get()
-    for k in range(saved.restore(totals) if saved else 0, count):
+    done, sums = _read(saved.path, saved.key) if saved else (0, {})
+    totals.update(sums)
+    for k in range(done, count):
         yield k
         if saved:
             saved.save(k + 1, totals)
@@ -287,17 +274,3 @@ def work_folder():
         folder.mkdir(parents=True)
         write_atomically(mark, saved.key)
     yield folder
-
-# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-016
-def batches_hash(
-    batches: list,  # of dicts of tensors
-) -> str:  # 16 hexadecimal digits
-    "A hash of every byte of some batches."
-    import torch
-
-    digest = hashlib.blake2b(digest_size=8)
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
