@@ -24,6 +24,7 @@ import traceback
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -249,7 +250,7 @@ def _problem(request: type, problem: dict, names: dict) -> str:
     return f"{name} is {value!r}: give {allowed_values(request, key)}."
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-020
-ROWS = json.loads(Path(__file__).with_name("rows.json").read_text(encoding="utf-8"))
+ROWS = json.loads(files("mllm_compress").joinpath("cli/rows.json").read_text("utf-8"))
 _SHORT = {"out": "-o", "parameter": "-p"}
 CONFIG = typer.Option("--config", help="YAML file of these options; the command line overrides it.")
 AS_JSON = typer.Option("--json", help="Print one JSON object instead of text.")
