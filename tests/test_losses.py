@@ -17,10 +17,10 @@ from mllm_compress.recovery.losses import (
     hidden_kd,
     logits_kd,
     loss_terms,
-    objective_look,
     reverse_logits_kd,
     sft,
 )
+from mllm_compress.study.style import look
 
 G = torch.Generator().manual_seed(0)
 B, S, V, H = 3, 7, 11, 5
@@ -155,8 +155,8 @@ def test_an_objective_has_one_spelling():
 
 def test_every_objective_of_the_study_has_a_look_of_its_own():
     names = ["+".join(c) for n in range(1, 5) for c in itertools.combinations(STUDY, n)]
-    looks = [objective_look(name) for name in ["none", *names]]
-    assert len({(look.color, look.marker, look.line) for look in looks}) == len(looks)
-    assert len({look.label for look in looks}) == len(looks)
-    assert objective_look("hidden_kd+sft") == objective_look("sft+hidden_kd")
-    assert objective_look("hidden_kd+logits_kd+sft").label == "SFT + logits KD + hidden KD"
+    looks = [look(name) for name in ["none", *names]]
+    assert len({(m.color, m.marker, m.line) for m in looks}) == len(looks)
+    assert len({m.label for m in looks}) == len(looks)
+    assert look("hidden_kd+sft") == look("sft+hidden_kd")
+    assert look("hidden_kd+logits_kd+sft").label == "SFT + logits KD + hidden KD"

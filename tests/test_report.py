@@ -12,14 +12,13 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from mllm_compress.study import style
 from mllm_compress.study.claims import (
-    AT_EQUAL_SIZE,
     CLAIMS,
     places,
     recommended,
     split_grid,
 )
 from mllm_compress.study.experiments import Experiment
-from mllm_compress.study.figures import retained_over_ratio
+from mllm_compress.study.figures import curves
 from mllm_compress.study.notebooks import output_folder, overridden
 from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 from mllm_compress.study.report import Report
@@ -137,7 +136,7 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         out = Report("99_demo", "smoke")
-        out.figure(retained_over_ratio(rows, "pruning")[0], "f", "A figure.")
+        out.figure(curves(rows, start=100, named=True)[0], "f", "A figure.")
         out.table(FRAME, "t", "A table.")
         out.verdict("A beats B.", {"here": Estimate(2, 1, 3, 9, 3)}, "n = 9")
         seen.append({p.name: p.read_bytes() for p in Path("runs/smoke/figures").iterdir()})
@@ -359,28 +358,6 @@ def test_half_of_claim_5_is_undecided():
     assert "not tested: 30 % and below" in verdicts[0.45,].sentence()
     assert "not tested" not in verdicts[0.3, 0.45].sentence()
     assert CLAIMS[5].effects(answered(cells(0.38))) == {}  # of these ratios the claim says nothing
-
-
-@pytest.mark.parametrize("recovery, claim", [("none", 1), ("sft+hidden_kd", 5)])
-def test_prunings_are_compared_at_equal_size(recovery, claim):
-    "Retained scores depend on the achieved ratio; widthwise pruning has five points more."
-    layers = {0.3: 0.33, 0.38: 0.36, 0.45: 0.41, 0.6: 0.58}  # requested and achieved
-    width = {0.3: 0.30, 0.33: 0.331, 0.36: 0.36, 0.41: 0.4125, 0.6: 0.60}
-    cells = {}
-    for pruning, achieved in (("layerwise", layers), ("widthwise", width)):
-        for ratio, size in achieved.items():
-            cells |= seeded(size, pruning, ratio, recovery=recovery)
-    worths = {c: 1 - size + 0.05 * (c.pruning == "widthwise") for c, size in cells.items()}
-    frame = answered(ORIGINAL | worths)
-    frame["achieved_ratio"] = [0, *cells.values()]
-    found = AT_EQUAL_SIZE[claim].effects(frame)
-    expected = {"m, 0.330 removed": 5, "m, 0.360 removed": 5, "m, 0.410 removed": 5}
-    if claim == 5:  # 0.38 is a ratio that it leaves out
-        expected = {"m, 0.330 removed": -5, "m, 0.410 removed": 5}
-    assert set(found) == set(expected)  # nothing of widthwise is near 0.58
-    for where, e in found.items():
-        assert e.value == pytest.approx(expected[where], abs=0.5) and e.seeds == 3
-    assert AT_EQUAL_SIZE[6 - claim].effects(frame) == {}
 
 
 def test_a_rival_without_a_shared_seed_is_no_rival():

@@ -18,7 +18,7 @@ from .profiles import Profile
 from .stages import result_of
 from .store import results_of
 from .style import page, panels
-from ..utils.methods import GREEN, GREY, RED
+from ..utils.methods import GREEN, RED
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-006
 STATES = ("pruned", "recovered")
@@ -82,87 +82,35 @@ def answer_table(
     chosen: dict,  # of `choose`
 ) -> pd.DataFrame:
     "The chosen answers of a model and the counts of right ones."
-    rows = []
-    for q in chosen:
-        row = {"model": model, "benchmark": q[0], "question": questions.prompt[q]}
-        row |= {"answer": questions.answer[q]}
-        rows.append(
-            row | {column_name(c): text_of(answers.loc[q, c], right.loc[q, c]) for c in right}
-        )
-    counts = {"model": model, "benchmark": "all", "question": f"{len(right)} kept", "answer": ""}
-    rows.append(counts | {column_name(c): f"{int(right[c].sum())} right" for c in right})
-    return pd.DataFrame(rows)
+    table = questions.loc[[*chosen], ["prompt", "answer"]].reset_index("benchmark")
+    table = table.rename(columns={"prompt": "question"})
+    for c in right:
+        texts = [text_of(answers.loc[q, c], right.loc[q, c]) for q in chosen]
+        table[column_name(c)] = texts
+    counts = {"benchmark": "all", "question": f"{len(right)} kept", "answer": ""}
+    counts |= {column_name(c): f"{int(right[c].sum())} right" for c in right}
+    table = pd.concat([table, pd.DataFrame([counts])], ignore_index=True)
+    table.insert(0, "model", model)
+    return table
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-020
-def pictures_of(chosen: dict, setup: Profile) -> dict:  # question -> image
-    "The pictures of the chosen questions."
-    e, images = setup.evaluation, {}
-    for b in {b for b, _ in chosen}:
-        for q in benchmarks.load_questions(b, e.split, e.questions, root=root_of(e)):
-            images[b, q.id] = q.images
-    return {q: benchmarks.open_image(images[q][0]) for q in chosen if images.get(q)}
-
-
-def answers_figure(
-    questions: pd.DataFrame,
-    answers: pd.DataFrame,
-    right: pd.DataFrame,
-    chosen: dict,
-    setup: Profile,
-):  # as `answer_table`; a figure
-    "All chosen questions of a model, a row each, and how many of all answers are right."
-    images, row, lefts = pictures_of(chosen, setup), 0.62, {"question": 0.64, "truth": 2.5}
-    lefts |= {column: 3.3 + 0.92 * i for i, column in enumerate(right)}
-    width, height = 3.3 + 0.92 * len(right.columns), row * (len(chosen) + 2)
-    fig, (ax,) = panels(1, width=width, height=height)
-
-    def put(where, y: float, text, **look) -> None:
-        ax.text(lefts[where], y, text, va="center", **({"fontsize": 8} | look))
-
-    with page():
-        for where in lefts:
-            name = where if isinstance(where, str) else column_name(where).replace(" ", "\n")
-            put(where, row / 2, name, weight="bold")
-        for i, (q, why) in enumerate(chosen.items(), 1):
-            top, y = row * i, row * (i + 0.5)
-            ax.axhline(top, color="#cccccc", linewidth=0.6)
-            if q in images:
-                box = (0, row - 0.08, top + row - 0.04, top + 0.04)
-                ax.imshow(images[q], extent=box, aspect="auto", interpolation="nearest", zorder=3)
-            text = textwrap.fill(textwrap.shorten(questions.prompt[q], 72, placeholder=" …"), 25)
-            put("question", y - 0.08 * (why != FIRST), text, fontsize=7.5, linespacing=1)
-            if why != FIRST:
-                put("question", top + row - 0.09, why, fontsize=7.5, color=GREY)
-            put("truth", y, str(questions.answer[q]), weight="bold")
-            for column in right:
-                good = right.loc[q, column]
-                said = text_of(answers.loc[q, column], True, 13)
-                look = dict(color=GREEN) if good else dict(color=RED, weight="bold")
-                put(column, y, f"{'✓' if good else '×'} {said}", **look)
-        ax.axhline(height - row, color="black", linewidth=1.2)
-        put("question", height - row / 2, f"right, of all {len(right)} kept")
-        for column in right:
-            put(column, height - row / 2, int(right[column].sum()))
-    ax.set(xlim=(0, width), ylim=(height, 0))
-    ax.set_axis_off()
-    return fig
-
-
 def draw_answers(
-    pictures: list,  # PIL images
+    pictures: list,  # PIL images; None where a question has none
     questions: list,  # of str
     answers: dict,  # model -> one answer per question
     right: dict,  # model -> one bool per question
+    columns: int = 0,  # pictures side by side; 0: all
 ):  # a figure
     "Pictures with their questions and the answers of some models."
-    n = len(pictures)
+    n = columns or len(pictures)
     size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(answers))
-    fig, axes = panels(n, **size, sharex=False, sharey=False)
-    texts = [textwrap.fill(question, 28) for question in questions]
+    fig, axes = panels(len(pictures), **size, sharex=False, sharey=False)
+    texts = [textwrap.fill(textwrap.shorten(q, 84, placeholder=" …"), 28) for q in questions]
     below = 0.13 + 0.08 * max(text.count("\n") + 1 for text in texts)
     with page():
         for k, ax in enumerate(axes):
-            ax.imshow(pictures[k], interpolation="nearest")
+            if pictures[k] is not None:
+                ax.imshow(pictures[k], interpolation="nearest")
             ax.set_axis_off()
             text = dict(transform=ax.transAxes, va="top", fontsize=10, clip_on=False)
             ax.text(0, -0.05, texts[k], weight="bold", **text)
@@ -170,5 +118,26 @@ def draw_answers(
                 color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
                 y = -below - 0.11 * i
                 ax.text(0, y, name, color="#333333", **text)
-                ax.text(0.5, y, f"{sign} {answers[name][k]}", color=color, **text)
+                ax.text(0.6, y, f"{sign} {answers[name][k]}", color=color, **text)
     return fig
+
+
+def answers_figure(
+    questions: pd.DataFrame,  # of `kept_answers`
+    answers: pd.DataFrame,  # of `side_by_side`
+    right: pd.DataFrame,  # whether each is right
+    chosen: dict,  # of `choose`
+    setup: Profile,
+):  # a figure
+    "All chosen questions of a model with the answers at every ratio."
+    e, images, shown = setup.evaluation, {}, [*chosen]
+    for name in {name for name, _ in chosen}:
+        for q in benchmarks.load_questions(name, e.split, e.questions, root=root_of(e)):
+            images[name, q.id] = benchmarks.open_image(q.images[0]) if q.images else None
+    texts = {
+        column_name(c): answers.loc[shown, c].map(lambda a: text_of(a, True, 13)) for c in right
+    }
+    marks = {column_name(c): right.loc[shown, c].tolist() for c in right}
+    lists = {name: answer.tolist() for name, answer in texts.items()}
+    pictures = [images.get(q) for q in shown]
+    return draw_answers(pictures, questions.prompt[shown].tolist(), lists, marks, columns=4)

@@ -7,12 +7,10 @@ __all__ = ['CLAIMS', 'Claim']
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-003
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import isclose
+from dataclasses import dataclass
 
 import pandas as pd
 
-from ..recovery.losses import objective_look
 from .experiments import LATER, as_number
 from mllm_compress.study.statistics import (
     Original,
@@ -21,11 +19,11 @@ from mllm_compress.study.statistics import (
     average,
     difference,
     finished,
+    having,
     retained,
     select,
     with_original,
 )
-from ..utils.methods import BLUE, GREEN, GREY, ORANGE, RED, Look
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
@@ -72,13 +70,11 @@ def holes(
 ) -> str:
     "What a grid leaves out."
     kinds, places, parts = {k for k, _, _ in run}, {(k, r) for k, r, _ in run}, []
-    for kind in dict.fromkeys(k for k, _, _ in left_out):
-        ratios = dict.fromkeys(r for k, r, _ in left_out if k == kind)
-        seeds = {
-            r: ", ".join(str(s) for k, q, s in left_out if (k, q) == (kind, r)) for r in ratios
-        }
+    missing = pd.DataFrame(left_out, columns=["kind", "ratio", "seed"])
+    for kind, its in missing.groupby("kind", sort=False):
         where = [
-            f"{r:.2f}" + (f" (seeds {seeds[r]})" if (kind, r) in places else "") for r in ratios
+            f"{ratio:.2f}" + f" (seeds {', '.join(map(str, seeds))})" * ((kind, ratio) in places)
+            for ratio, seeds in its.groupby("ratio", sort=False).seed
         ]
         parts.append(f"{name(kind)} at {', '.join(where)}" if kind in kinds else name(kind))
     return "; ".join(parts) or "nothing"
@@ -146,91 +142,66 @@ def values(frame: pd.DataFrame, ways_at: dict) -> pd.DataFrame:  # columns panel
     return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
 
 
+def at_ratio(way: dict, ratio: float) -> dict:
+    "The columns of a way at a ratio; a value may be a function of it."
+    columns = {name: value(ratio) if callable(value) else value for name, value in way.items()}
+    return {"requested_ratio": ratio} | columns
+
+
 def contrast(
     frame: pd.DataFrame,  # of `study.run`
-    first: Callable,  # ratio -> {column: value}, names the one way
-    second: Callable,  # and the other
+    first: dict,  # {column: value, or a function of the ratio}, names the one way
+    second: dict,  # and the other
+    covers: Callable = lambda ratio: True,  # whether a ratio is compared
 ) -> dict:  # "model at ratio" -> Estimate
     "How much more the first way retains than the second, wherever both have results."
     ways_at = {
-        (model, f"{ratio:.2f}"): {
-            name: {"requested_ratio": ratio} | way(ratio)
-            for name, way in (("first", first), ("second", second))
-        }
-        for model, ratio in places(frame)
+        (model, f"{r:.2f}"): {"first": at_ratio(first, r), "second": at_ratio(second, r)}
+        for model, r in places(frame)
+        if covers(r)
     }
     return ahead(frame, ways_at, "first", "second")
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-030
-SAME = 0.005  # of the decoder's parameters
-
-
-def same_size(
-    frame: pd.DataFrame,  # of `study.run`; one recovery
-    favourite: Callable,  # requested ratio of layerwise pruning -> the claimed better pruning
-) -> dict:  # "model, share removed" -> Estimate
-    "How much more the favourite pruning retains than the other, wherever sizes are equal."
-    out, done = {}, frame[frame.status == "done"]
-    for model, ratio in places(frame):
-        achieved = done[done.model == model].groupby(["pruning", "requested_ratio"]).achieved_ratio
-        layers, widths = (achieved.mean().get(p) for p in ("layerwise", "widthwise"))
-        if layers is None or widths is None or ratio not in layers:
-            continue
-        nearest = (widths - layers[ratio]).abs().idxmin()
-        if abs(widths[nearest] - layers[ratio]) > SAME:
-            continue
-        settings = {
-            "layerwise": {"pruning": "layerwise", "requested_ratio": ratio},
-            "widthwise": {"pruning": "widthwise", "requested_ratio": nearest},
-        }
-        first = settings.pop(favourite(ratio))
-        where = f"{model}, {layers[ratio]:.3f} removed"
-        out[where] = difference(frame, model, first, *settings.values())
-    return {where: e for where, e in out.items() if e.seeds}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-037
 def keeps(
     frame: pd.DataFrame,
-    way: Callable,  # ratio -> {column: value}
+    way: dict,  # as in `contrast`
     least: float = 95,  # the claimed AVG-%
 ) -> dict:  # "model at ratio" -> Estimate
     "How far the retained score of each place is above the claimed one."
-    out = {}
-    for model, ratio in places(frame):
-        setting = {"requested_ratio": ratio} | way(ratio)
-        if finished(frame, model=model, **setting):
-            out[f"{model} at {ratio:.2f}"] = above(retained(frame, model, **setting), least)
-    return out
+    return {
+        f"{model} at {ratio:.2f}": above(retained(frame, model, **at_ratio(way, ratio)), least)
+        for model, ratio in places(frame)
+        if finished(frame, model=model, **at_ratio(way, ratio))
+    }
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-040
+def weakest(comparisons: dict) -> dict:  # name -> effects; the effects of one, with its name
+    "The comparison with the smallest average lead in standard errors."
+
+    def lead(name: str) -> float:
+        e = average(comparisons[name])
+        return e.value / max(e.variance[0] ** 0.5, 1e-9)
+
+    name = min((name for name in comparisons if comparisons[name]), key=lead, default="")
+    return {f"{where}, {name}": e for where, e in comparisons.get(name, {}).items()}
+
+
+def recovered(frame: pd.DataFrame) -> pd.DataFrame:
+    "The rows of recovered models and of the originals."
+    return frame[(frame.recovery != "none") | (frame.pruning == "none")]
+
+
 def leads(
     frame: pd.DataFrame,  # of `study.run`
     favourite: str,  # the loss that is claimed to be best
-) -> dict:  # rival -> {"model at ratio": Estimate}
+) -> dict:  # "over rival" -> {"model at ratio": Estimate}
     "How much more the favourite retains than each rival that ran at most places."
-    out, trained = {}, frame[(frame.recovery != "none") | (frame.pruning == "none")]
-    for rival in dict.fromkeys(trained.recovery):
-        if rival in (favourite, "none"):
-            continue
-        way = lambda name: lambda ratio: {"pruning": recommended(ratio), "recovery": name}
-        if effects := contrast(trained, way(favourite), way(rival)):
-            out[rival] = effects
-    most = max(map(len, out.values()), default=0)
-    return {rival: effects for rival, effects in out.items() if len(effects) == most}
-
-
-def relative_lead(effects: dict) -> float:
-    "The average of some differences in standard errors."
-    e = average(effects)
-    return e.value / max(e.variance[0] ** 0.5, 1e-9)
-
-
-def best_rival(frame: pd.DataFrame, favourite: str) -> dict:  # "model at ratio, over rival" -> …
-    "How much more the favourite retains than its strongest rival."
-    if not (rivals := leads(frame, favourite)):
-        return {}
-    rival = min(rivals, key=lambda name: relative_lead(rivals[name]))
-    return {f"{where}, over {rival}": e for where, e in rivals[rival].items()}
+    trained, way = recovered(frame), lambda loss: {"pruning": recommended, "recovery": loss}
+    rivals = [x for x in dict.fromkeys(trained.recovery) if x not in (favourite, "none")]
+    effects = {f"over {x}": contrast(trained, way(favourite), way(x)) for x in rivals}
+    most = max(map(len, effects.values()), default=0)
+    return {rival: found for rival, found in effects.items() if len(found) == most > 0}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-049
 @dataclass(frozen=True)
@@ -270,79 +241,42 @@ LITTLE = 0.05  # claim 4: fraction of the data
 PROMISED = 95  # claim 4: AVG-%
 BEST = "sft+hidden_kd"  # claim 3
 
-# %% ../../nbs/library/study/23_claims.ipynb #cell-053
-def width_keeps_more(frame: pd.DataFrame) -> dict:
-    "Claim 1: widthwise minus layerwise, without recovery."
-    first, second = (
-        lambda ratio, p=p: {"pruning": p, "recovery": "none"} for p in ("widthwise", "layerwise")
-    )
-    return contrast(frame, first, second)
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-055
-def trained_with(train: str) -> Callable:
-    "The way of the recommended pruning, recovered with one part trained."
-    return lambda ratio: {"pruning": recommended(ratio), "train": train}
-
-
-def untrained(ratio: float) -> dict:
-    "The way of the recommended pruning, not recovered."
-    return {"pruning": recommended(ratio), "recovery": "none"}
-
-
-def _trained(frame: pd.DataFrame, small: bool) -> pd.DataFrame:
-    "The recovered rows at small ratios or at larger ones, with the dense ones."
-    recovered = (frame.recovery != "none") & ((frame.requested_ratio < SMALL) == small)
-    return frame[(frame.pruning == "none") | recovered]
+UNTRAINED = {"pruning": recommended, "recovery": "none"}
+PROJECTOR = {"pruning": recommended, "train": "projector"}
+PROJECTOR_LM = {"pruning": recommended, "train": "projector+lm"}
+RECOVERED = {"pruning": recommended, "recovery": BEST}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-061
 def projector_is_close(frame: pd.DataFrame) -> dict:
     "Projector alone minus projector and LM, plus the margin, at small ratios."
-    close = contrast(_trained(frame, True), trained_with("projector"), trained_with("projector+lm"))
+    close = contrast(recovered(frame), PROJECTOR, PROJECTOR_LM, lambda ratio: ratio < SMALL)
     return {where: above(e, -MARGIN) for where, e in close.items()}
 
 
-def lm_must_learn(frame: pd.DataFrame) -> dict:
-    "Projector and LM minus projector alone, at larger ratios."
-    return contrast(_trained(frame, False), trained_with("projector+lm"), trained_with("projector"))
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-065
 def projector_suffices(frame: pd.DataFrame) -> dict:
     "Claim 2: the less certain of its two conditions, at every place with a small ratio."
-    small, close = frame[frame.requested_ratio < SMALL], projector_is_close(frame)
-    gain = contrast(small, trained_with("projector"), untrained)
-    both = {
-        f"over projector + LM less {MARGIN:.0f} point": close,
-        "over no training": {where: gain[where] for where in close if where in gain},
-    }
-    both = {name: effects for name, effects in both.items() if effects}
-    if not both:
-        return {}
-    name = min(both, key=lambda condition: relative_lead(both[condition]))
-    return {f"{where}, {name}": e for where, e in both[name].items()}
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-069
-def little_data_suffices(frame: pd.DataFrame) -> dict:
-    "Claim 4: AVG-% on a little data, above the claimed one."
-    recipe = {"recovery": BEST, "train": "projector+lm", "fraction": LITTLE}
-    return keeps(frame, lambda ratio: {"pruning": recommended(ratio)} | recipe, PROMISED)
-
-
-def _claimed_ratios(frame: pd.DataFrame) -> pd.Series:
-    "Whether claim 5 covers a row's ratio."
-    return (frame.requested_ratio <= LAYERWISE_TO) | (frame.requested_ratio >= WIDTHWISE_SURE)
-
-
-def recommendation_wins(frame: pd.DataFrame) -> dict:
-    "Claim 5: the recommended pruning minus the other, both recovered."
-    first, second = (
-        lambda ratio, p=p: {"pruning": p(ratio), "recovery": BEST} for p in (recommended, other)
+    close = projector_is_close(frame)
+    gain = contrast(frame, PROJECTOR, UNTRAINED, lambda ratio: ratio < SMALL)
+    gain = {where: gain[where] for where in close if where in gain}
+    return weakest(
+        {f"over projector + LM less {MARGIN:.0f} point": close, "over no training": gain}
     )
-    return contrast(frame[_claimed_ratios(frame)], first, second)
+
+
+def covered(ratio: float) -> bool:
+    "Whether claim 5 says anything about a ratio."
+    return ratio <= LAYERWISE_TO or ratio >= WIDTHWISE_SURE
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-075
-_FIRST = "Without recovery, widthwise keeps more than layerwise."
 _ROWS = (
-    Claim(1, "02_pruning", _FIRST, width_keeps_more),
+    Claim(
+        1,
+        "02_pruning",
+        "Without recovery, widthwise keeps more than layerwise.",
+        lambda frame: contrast(
+            frame, UNTRAINED | {"pruning": "widthwise"}, UNTRAINED | {"pruning": "layerwise"}
+        ),
+    ),
     Claim(
         2,
         "03_projector",
@@ -355,7 +289,7 @@ _ROWS = (
         3,
         "04_distillation",
         "SFT with hidden-state distillation recovers best, at every ratio.",
-        lambda frame: best_rival(frame, BEST),
+        lambda frame: weakest(leads(frame, BEST)),
         every_ratio=True,
         favourite=BEST,
     ),
@@ -363,7 +297,7 @@ _ROWS = (
         4,
         "05_data",
         f"{100 * LITTLE:.0f} % of the data keeps more than {PROMISED} % of the original.",
-        little_data_suffices,
+        lambda frame: keeps(frame, RECOVERED | PROJECTOR_LM | {"fraction": LITTLE}, PROMISED),
         f"points of AVG-% above {PROMISED} %",
         margin=None,
     ),
@@ -371,38 +305,11 @@ _ROWS = (
         5,
         "06_best",
         "With recovery, layerwise wins at 30 % and below, widthwise at 45 % and above.",
-        recommendation_wins,
+        lambda frame: contrast(frame, RECOVERED, RECOVERED | {"pruning": other}, covered),
         halves=True,
     ),
 )
 CLAIMS = {claim.number: claim for claim in _ROWS}
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-078
-def width_keeps_more_evenly(frame: pd.DataFrame) -> dict:
-    "Claim 1 at equal size."
-    return same_size(frame[frame.recovery == "none"], lambda ratio: "widthwise")
-
-
-def recommendation_wins_evenly(frame: pd.DataFrame) -> dict:
-    "Claim 5 at equal size; the recommendation is that of the layerwise setting's ratio."
-    chosen = (frame.pruning == "widthwise") | _claimed_ratios(frame)
-    trained = (frame.recovery == BEST) & chosen
-    return same_size(frame[(frame.pruning == "none") | trained], recommended)
-
-
-AT_EQUAL_SIZE = {
-    1: replace(
-        CLAIMS[1],
-        text="At equal size and without recovery, widthwise keeps more than layerwise.",
-        effects=width_keeps_more_evenly,
-    ),
-    5: replace(
-        CLAIMS[5],
-        text="At equal size and with recovery, layerwise wins where 30 % or less was asked for, "
-        "widthwise where 45 % or more was.",
-        effects=recommendation_wins_evenly,
-    ),
-}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-090d
 AGAINST_ALL = 90  # per cent, the authors' second form of claim 4
@@ -411,17 +318,14 @@ BELOW = 0.5  # and the ratios it is about
 
 def little_against_all(frame: pd.DataFrame) -> dict:
     "Claim 4 in its second form: the share of what all of the data keeps, above the claimed one."
-    out, recipe = {}, {"recovery": BEST, "train": "projector+lm"}
-    for model, ratio in places(frame[(frame.requested_ratio < BELOW)]):
-        setting = {"model": model, "requested_ratio": ratio, "pruning": recommended(ratio)} | recipe
-        if all(finished(frame, **setting, fraction=f) for f in (LITTLE, 1.0)):
-            few, whole = (select(frame, **setting, fraction=f) for f in (LITTLE, 1.0))
-            if not (shared := sorted(set(few.seed) & set(whole.seed))):
-                continue
-            few, whole = few[few.seed.isin(shared)], whole[whole.seed == shared[0]]
-            trained_on_all = Original(whole)
-            share = trained_on_all.estimate(arrays_of(few, trained_on_all), shared)
-            out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
+    out = {}
+    for model, ratio in places(frame[frame.requested_ratio < BELOW]):
+        setting = at_ratio(RECOVERED | PROJECTOR_LM, ratio) | {"model": model}
+        few, most = (frame[having(frame, **setting, fraction=f)] for f in (LITTLE, 1.0))
+        if shared := sorted(set(few.seed) & set(most.seed)):
+            on_all = Original(most[most.seed == shared[0]])
+            scores = arrays_of(few[few.seed.isin(shared)], on_all)
+            out[f"{model} at {ratio:.2f}"] = above(on_all.estimate(scores, shared), AGAINST_ALL)
     return out
 
 
@@ -452,116 +356,6 @@ def repeated(
         if k * f <= most + 1e-9 and (round(k * f, 9), r, s) in runs
     ]
 
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-010
-STEPS = {
-    "once": Look("one epoch of a part", GREY, "o", "none"),
-    "repeated": Look("k epochs of the part", ORANGE, "s", "none"),
-    "fresh": Look("one epoch of k times as much", BLUE, "D", "none"),
-}
-
-
-def equal_steps(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
-    "The places with k epochs of a fraction, and one epoch of k times that fraction."
-    done = frame[(frame.status == "done") & (frame.recovery == losses)]
-    columns, out = ["model", "pruning", "requested_ratio", "epochs", "fraction"], {}
-    for model, pruning, ratio, k, f in (
-        done.loc[done.epochs > 1, columns].drop_duplicates().itertuples(index=False)
-    ):
-        here = {"pruning": pruning, "requested_ratio": ratio, "recovery": losses}
-        larger = next((g for g in done.fraction.unique() if isclose(g, k * f)), k * f)
-        shown = [("once", 0, f), ("repeated", k, f), ("fresh", 0, larger)]
-        label = f"{ratio:.2f}, {k} x {100 * f:g} %"
-        out[model, label] = {w: here | {"epochs": n, "fraction": g} for w, n, g in shown}
-    return out
-
-# %% ../../nbs/library/study/23_claims.ipynb #fractions-code
-def fractions_of(frame: pd.DataFrame, losses: str) -> dict:  # (model, ratio) -> {fraction: setting}
-    "The fractions that were trained after the recommended pruning, wherever a little data was."
-    done, out = frame[(frame.status == "done") & (frame.recovery == losses)], {}
-    for model, ratio in places(frame):
-        here = {"requested_ratio": ratio, "recovery": losses, "pruning": recommended(ratio)}
-        at = (done.model == model) & (done.requested_ratio == ratio)
-        fractions = sorted(done.fraction[at & (done.pruning == recommended(ratio))].unique())
-        if LITTLE in fractions:
-            out[model, ratio] = {f: here | {"fraction": f} for f in fractions}
-    return out
-
-
-def larger_fraction(
-    frame: pd.DataFrame,
-    losses: str,
-    which: int = 0,  # 0: the next larger fraction; -1: the largest
-) -> dict:  # (model, label) -> {way: setting}
-    "The places with a little data and with a larger fraction."
-    out = {}
-    for (model, ratio), settings in fractions_of(frame, losses).items():
-        if larger := [f for f in settings if f > LITTLE]:
-            ways = {"little": settings[LITTLE], "larger": settings[larger[which]]}
-            out[model, f"{ratio:.2f}, {100 * larger[which]:g} %"] = ways
-    return out
-
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-014
-HYBRID = {
-    "layerwise": Look("layerwise", RED, "o", "none"),
-    "widthwise": Look("widthwise", BLUE, "s", "none"),
-    "hybrid": Look("layers, then width", GREEN, "D", "none"),
-}
-
-
-def hybrids(frame: pd.DataFrame) -> dict:  # (model, label) -> {way: setting}
-    "The places with a hybrid that was not trained."
-    done = frame[(frame.status == "done") & (frame.recovery == "none")]
-    columns, out = ["model", "requested_ratio", "layer_share"], {}
-    found = done.loc[done.layer_share > 0, columns].drop_duplicates()
-    several = found.layer_share.nunique() > 1
-    for model, ratio, share in found.itertuples(index=False):
-        here = {"requested_ratio": ratio, "recovery": "none"}
-        label = f"{ratio:.2f}" + f", {100 * share:g} % by layers" * several
-        ways = {p: here | {"pruning": p, "layer_share": 0.0} for p in ("layerwise", "widthwise")}
-        out[model, label] = ways | {"hybrid": here | {"layer_share": share}}
-    return out
-
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-017
-SCRATCH = {
-    "scratch": Look("trained from scratch", ORANGE, "^", "none"),
-    "untrained": Look("pruned, not trained", GREY, "o", "none"),
-    "recovered": Look("pruned and recovered", BLUE, "D", "none"),
-}
-
-
-def small_models(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
-    "The places with a model that was trained from scratch."
-    done = frame[(frame.status == "done") & (frame.start == "scratch")]
-    columns, out = ["model", "requested_ratio", "recovery", "fraction"], {}
-    for model, ratio, own, fraction in done[columns].drop_duplicates().itertuples(index=False):
-        here = {"pruning": recommended(ratio), "requested_ratio": ratio, "start": "pruned"}
-        trained = {"recovery": losses, "fraction": fraction}
-        out[model, f"{ratio:.2f}"] = {
-            "scratch": here | {"start": "scratch", "recovery": own, "fraction": fraction},
-            "untrained": here | {"recovery": "none"},
-            "recovered": here | trained,
-        }
-    return out
-
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-states
-STATES = {
-    "final": Look("final state", GREY, "o", "none"),
-    "quarters": Look("quarters of the depth too", BLUE, "D", "none"),
-}
-
-
-def several_layers(frame: pd.DataFrame, losses: str) -> dict:  # (model, label) -> {way: setting}
-    "The places where an objective also compares states inside the decoder."
-    done = frame[(frame.status == "done") & (frame.recovery == losses)]
-    columns, out = ["model", "pruning", "requested_ratio", "fraction"], {}
-    found = done.loc[done.hidden_layers == "quarters", columns].drop_duplicates()
-    for model, pruning, ratio, fraction in found.itertuples(index=False):
-        here = {"pruning": pruning, "requested_ratio": ratio}
-        here |= {"recovery": losses, "fraction": fraction}
-        ways = {name: here | {"hidden_layers": name} for name in STATES}
-        out[model, f"{ratio:.2f}, {objective_look(losses).label}"] = ways
-    return out
-
 # %% ../../nbs/library/study/23_claims.ipynb #less-data-001
 TIMED = ["model", "requested_ratio", "fraction", "importance"]
 
@@ -589,18 +383,16 @@ def seconds_of(frame: pd.DataFrame) -> pd.Series:  # (model, ratio, share, way) 
 
 def at_equal_seconds(frame: pd.DataFrame, first: str, second: str) -> dict:  # place -> Estimate
     "How much more one way retains than another that took at least as long."
-    took, ways_at = seconds_of(frame), {}
-    for (model, ratio, share, way), seconds in took.items():
-        longer = {
-            s: other_share
-            for (m, r, other_share, w), s in took.items()
-            if (m, r, w) == (model, ratio, second) and s >= seconds
+    took = seconds_of(frame).rename("seconds").reset_index()
+    sides = (took[took.importance == way] for way in (first, second))
+    pairs = pd.merge(*sides, on=["model", "requested_ratio"], suffixes=("", "_of_second"))
+    pairs = pairs[pairs.seconds_of_second >= pairs.seconds].sort_values("seconds_of_second")
+    pairs = pairs.drop_duplicates(["model", "requested_ratio", "fraction"]).sort_index()
+    ways_at = {}
+    for p in pairs.itertuples():
+        label = f"{p.requested_ratio:.2f}, {p.seconds:.0f} against {p.seconds_of_second:.0f} s"
+        ways_at[p.model, label] = {
+            way: {"requested_ratio": p.requested_ratio, "fraction": fraction, "importance": way}
+            for way, fraction in ((first, p.fraction), (second, p.fraction_of_second))
         }
-        if way == first and longer:
-            shares = {first: share, second: longer[min(longer)]}
-            label = f"{ratio:.2f}, {seconds:.0f} against {min(longer):.0f} s"
-            ways_at[model, label] = {
-                w: {"requested_ratio": ratio, "fraction": f, "importance": w}
-                for w, f in shares.items()
-            }
     return ahead(frame, ways_at, first, second)

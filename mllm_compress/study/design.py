@@ -8,90 +8,48 @@ __all__ = []
 # %% ../../nbs/library/study/38_design.ipynb #cell-003
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import NullLocator
 
 from ..evaluation.benchmarks import load_questions
-from . import style
-from .claims import MARGIN, contrast
+from .claims import contrast
 from .experiments import study_criteria
 from .profile_inputs import root_of
 from .profiles import Profile
 from .stages import limit_of, unit_numbers
-from .statistics import COLORS, summary
-from ..utils.methods import GREY
+from .statistics import summary
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-005
 def by_calibration(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
     "AVG-% and its spread over draws, by model, pruning, ratio, design and number of questions."
-    rows = summary(frame)
-    rows = rows[rows.calibration != "default"]
-    word = rows.calibration.str.split(" ").str
+    rows = summary(frame[(frame.calibration != "default") | (frame.pruning == "none")])
+    rows = rows[rows.pruning != "none"]
+    words = rows.calibration.str.split(" ").str
     spread = [float(np.std(list(s), ddof=1)) if len(s) > 1 else np.nan for s in rows.by_seed]
-    columns, order = (
-        ["model", "pruning", "requested_ratio", "design", "questions"],
-        [*dict.fromkeys(rows.model)],
-    )
-    found = rows.assign(design=word[0], questions=word[1].astype(int), spread=spread)
-    shown = found[[*columns, "avg_percent", "low", "high", "spread", "seeds"]]
-    place = lambda column: column.map(order.index) if column.name == "model" else column
-    return shown.sort_values(columns, kind="stable", key=place).reset_index(drop=True)
+    rows = rows.assign(design=words[0], questions=words[1].astype(int), spread=spread)
+    rows = rows.assign(place=rows.model.factorize()[0])
+    keys = ["pruning", "requested_ratio", "design", "questions"]
+    rows = rows.sort_values(["place", *keys], kind="stable").reset_index(drop=True)
+    return rows[["model", *keys, "avg_percent", "low", "high", "spread", "seeds"]]
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-007
 def calibration_sentence(table: pd.DataFrame) -> str:  # of `by_calibration`
     "The effect of the number of questions and of their design, in a sentence."
-    table = table[table.avg_percent.notna()]
-    own = table[(table.design == "stratified") & (table.pruning == "widthwise")]
-    if own.empty:
+    width = table[table.avg_percent.notna() & (table.pruning == "widthwise")]
+    drawn, first = (width[width.design == design] for design in ("stratified", "first"))
+    if drawn.empty:
         return "No calibration can be compared: widthwise pruning has no retained score here."
-    few, many = (own[own.questions == n(own.questions)] for n in (min, max))
-    first = table[(table.design == "first") & (table.pruning == "widthwise")]
+    few, many = (drawn[drawn.questions == n(drawn.questions)] for n in (min, max))
     text = (
         f"With {few.questions.iloc[0]} to {many.questions.iloc[0]} calibration questions, "
         f"widthwise pruning retains {few.avg_percent.mean():.1f} to "
         f"{many.avg_percent.mean():.1f} % in the mean over {len(many)} settings of "
-        f"{own.seeds.max()} draws"
+        f"{drawn.seeds.max()} draws"
     )
+    spreads = [f"{some.spread.mean():.1f}" for some in (few, many)]
     if many.spread.notna().any():
-        text += (
-            f", with a standard deviation over draws of {few.spread.mean():.1f} and "
-            f"{many.spread.mean():.1f} points"
-        )
-    if len(first):
-        text += (
-            f"; the first {first.questions.iloc[0]} questions give {first.avg_percent.mean():.1f} %"
-        )
+        text += f", with a standard deviation over draws of {' and '.join(spreads)} points"
+    for n, group in first.groupby("questions"):
+        text += f"; the first {n} questions give {group.avg_percent.mean():.1f} %"
     return text + "."
-
-# %% ../../nbs/library/study/38_design.ipynb #cell-010
-def calibration_figure(table: pd.DataFrame):  # of `by_calibration`
-    "AVG-% over the number of calibration questions, a panel per model."
-    models = list(dict.fromkeys(table.model))
-    fig, axes = style.panels(len(models))
-    with style.page():
-        for ax, model in zip(axes, models):
-            ends = {}
-            for (pruning, ratio), g in table[table.model == model].groupby(
-                ["pruning", "requested_ratio"], sort=False
-            ):
-                _calibration_line(ax, g, pruning, ratio, ends)
-            ax.set(title=model, xlabel="calibration questions", xscale="log")
-            sizes = sorted(table.questions.unique())
-            ax.set_xticks(sizes, [str(size) for size in sizes])
-            ax.xaxis.set_minor_locator(NullLocator())
-            style.label_ends(ax, ends)
-        axes[0].set_ylabel("retained, % of the original")
-    return fig
-
-
-def _calibration_line(ax, g: pd.DataFrame, pruning: str, ratio: float, ends: dict) -> None:
-    "One line with its intervals, and the point of the first questions."
-    own, first = g[g.design == "stratified"], g[g.design == "first"]
-    look = style.look(pruning)
-    look = type(look)(f"{pruning} {ratio:.0%}", look.color, look.marker, look.line)
-    style.line(ax, own.questions.to_numpy(), own.avg_percent.to_numpy(), look)
-    ax.vlines(own.questions, own.low, own.high, color=look.color, linewidth=1)
-    ax.plot(first.questions, first.avg_percent, look.marker, mfc="none", mec=look.color, ms=8)
-    ends[look] = float(own.questions.iloc[-1]), float(own.avg_percent.iloc[-1])
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-012
 def content_and_form(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
@@ -99,15 +57,14 @@ def content_and_form(frame: pd.DataFrame) -> pd.DataFrame:  # of `study.run`
     done = frame[(frame.status == "done") & frame.candidate_score.notna()]
     dense = done[(done.pruning == "none") & (done.recovery == "none")]
     base = dense.drop_duplicates(["model", "benchmark"]).set_index(["model", "benchmark"])
-    at = list(zip(done.model, done.benchmark))
+    base = base.reindex(list(zip(done.model, done.benchmark)))
     shares = done.assign(
-        written=100 * done.score.to_numpy() / base.score.reindex(at).to_numpy(),
-        content=100 * done.candidate_score.to_numpy() / base.candidate_score.reindex(at).to_numpy(),
+        written=100 * done.score.to_numpy() / base.score.to_numpy(),
+        content=100 * done.candidate_score.to_numpy() / base.candidate_score.to_numpy(),
     )
     keys = ["model", "pruning", "requested_ratio", "recovery"]
-    found = shares.groupby(keys, sort=False)[["achieved_ratio", "written", "content"]].mean()
-    found = found.reset_index()
-    return found.assign(form=(found.content - found.written).clip(lower=0))
+    means = shares.groupby(keys, sort=False)[["achieved_ratio", "written", "content"]].mean()
+    return means.assign(form=(means.content - means.written).clip(lower=0)).reset_index()
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-014
 def modality_sentence(table: pd.DataFrame) -> str:  # of `content_and_form`
@@ -124,29 +81,6 @@ def modality_sentence(table: pd.DataFrame) -> str:  # of `content_and_form`
         for pruning, g in last.groupby("pruning", sort=False)
     ]
     return f"At {last.requested_ratio.max():.0%}, without recovery, {'; '.join(parts)}."
-
-# %% ../../nbs/library/study/38_design.ipynb #cell-016
-def modality_figure(table: pd.DataFrame):  # of `content_and_form`
-    "Written answers and right options over the achieved ratio, without recovery."
-    own = table[(table.pruning != "none") & (table.recovery == "none")]
-    models = list(dict.fromkeys(own.model))
-    fig, axes = style.panels(len(models))
-    with style.page():
-        for ax, model in zip(axes, models):
-            ends = {}
-            for pruning, g in own[own.model == model].groupby("pruning", sort=False):
-                g, look = g.sort_values("achieved_ratio"), style.look(pruning)
-                if not np.isfinite(g[["written", "content"]].to_numpy(float)).all():
-                    continue  # the original scores 0, so there is no share of it
-                x, content = g.achieved_ratio.to_numpy(), g.content.to_numpy()
-                style.line(ax, x, g.written.to_numpy(), look)
-                ax.plot(x, content, color=look.color, linewidth=0.9, alpha=0.7)
-                ax.fill_between(x, g.written, content, color=look.color, alpha=0.12, linewidth=0)
-                ends[look] = float(x[-1]), float(g.written.iloc[-1])
-            ax.set(title=model, xlabel="fraction of LM-decoder parameters removed")
-            style.label_ends(ax, ends)
-        axes[0].set_ylabel("% of the original")
-    return fig
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-018
 def by_picture(frame: pd.DataFrame, profile: Profile) -> pd.DataFrame:
@@ -172,44 +106,19 @@ def by_picture(frame: pd.DataFrame, profile: Profile) -> pd.DataFrame:
 def all_alike(profile: Profile) -> str:
     "Whether all questions of a profile have a picture, or none."
     e = profile.evaluation
-    seen = [
-        bool(q.images)
-        for name in e.benchmarks
-        for q in load_questions(name, e.split, limit_of(name, e), root_of(e))
-    ]
-    which = (
-        "No question" if not any(seen) else "Every question" if all(seen) else "Not every question"
+    questions = (load_questions(b, e.split, limit_of(b, e), root_of(e)) for b in e.benchmarks)
+    kinds = {bool(q.images) for of_one in questions for q in of_one}
+    which = {frozenset({True}): "Every question", frozenset({True, False}): "Not every question"}
+    return (
+        f"{which.get(frozenset(kinds), 'No question')} of this profile's benchmarks has a picture."
     )
-    return f"{which} of this profile's benchmarks has a picture."
 
 # %% ../../nbs/library/study/38_design.ipynb #cell-018-d
 def claim_by_score(frame: pd.DataFrame) -> dict:  # score of width -> {where: Estimate}
     "How much more width keeps than layers without recovery, by the score of width."
-    own = frame[(frame.status == "done") & (frame.recovery == "none")]
-    layers = study_criteria("layerwise")[0]
-    first = lambda r: {"pruning": "layerwise", "importance": layers}
-    found = {}
-    for name in dict.fromkeys(own.importance[own.pruning == "widthwise"]):
-        width = lambda r, name=name: {"pruning": "widthwise", "importance": name}
-        found[name] = contrast(own, width, first)
-    return {name: effects for name, effects in found.items() if effects}
-
-# %% ../../nbs/library/study/38_design.ipynb #cell-020sg
-def score_figure(by_score: dict):  # score -> Verdict; a figure
-    "Claim 1 by the score of width: a row per score, the average above its settings."
-    shown = sorted((v.average.value, name) for name, v in by_score.items() if v.settings)
-    fig, (ax,) = style.panels(1, columns=1, width=5.6, height=0.3 * len(shown) + 0.8)
-    with style.page():
-        ax.axvspan(-MARGIN, MARGIN, color="#eef2f6", zorder=0)
-        ax.axvline(0, color=GREY, linewidth=1)
-        for y, (_, name) in enumerate(shown):
-            v = by_score[name]
-            a, color = v.average, COLORS[v.word]
-            x = [e.value for e in v.settings.values()]
-            ax.plot(x, [y] * len(x), "o", color=color, markersize=3.5, alpha=0.45)
-            ax.plot([a.low, a.high], [y, y], color=color, linewidth=2.4, solid_capstyle="butt")
-            ax.plot(a.value, y, "D", color=color, markersize=7)
-        ax.set_yticks(range(len(shown)), [style.look(name).label for _, name in shown])
-        ax.set_xlabel("widthwise - layerwise, points of AVG-%")
-        ax.grid(axis="y", visible=False)
-    return fig
+    pruned = frame[(frame.status == "done") & (frame.recovery == "none")]
+    layers = {"pruning": "layerwise", "importance": study_criteria("layerwise")[0]}
+    scores = dict.fromkeys(pruned.importance[pruned.pruning == "widthwise"])
+    width = lambda name: {"pruning": "widthwise", "importance": name}
+    effects = {name: contrast(pruned, width(name), layers) for name in scores}
+    return {name: found for name, found in effects.items() if found}

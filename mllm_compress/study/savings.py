@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-002
-import itertools
 import tempfile
 import time
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,14 @@ from transformers import AutoModelForImageTextToText
 from .. import checkpoint, cost, pruning
 from ..anatomy.wrappers import CACHE_ARGUMENT
 from ..checkpoint.formats import read_manifest
-from ..importance import scores
+from ..importance.criteria import random_layers, random_scores
 from ..pruning import plans
-from .claims import SAME
-from .figures import legend_above
+from .figures import KEPT, curves
 from .profiles import Profile
 from .stages import teacher_of
 from .statistics import Estimate
-from .style import line, look, page, panels
-from ..utils.methods import GREY, Look
+from .style import look
+from ..utils.methods import BLACK, Look
 from ..zoo import releases as real_models
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-004
@@ -39,30 +39,19 @@ def method_label(method: str) -> str:
     "The name of a way to prune, with its shape."
     return "widthwise, blockwise" if method == "widthwise" else look(method).label
 
-# %% ../../nbs/library/study/37_savings.ipynb #cell-006
-def _drawn_scores(model, method: str):
-    "Random scores of layers, or of heads and neurons."
-    shape, draw = cost.shape_of_model(model), torch.Generator().manual_seed(0)
-    if method == "layerwise":
-        return scores.LayerScores(torch.rand(len(shape), generator=draw), "random")
-    counts = (shape.groups, shape.neurons)
-    units = [{i: torch.rand(n, generator=draw) for i, n in enumerate(c)} for c in counts]
-    return scores.WidthScores(*units, kind="random")
-
 # %% ../../nbs/library/study/37_savings.ipynb #cell-008
 def plan_like(model, method: str, ratio: float, setup: Profile, multiple: int):
     "A plan of one of the four kinds; None where the ratio is out of reach."
-    if method == "dense":
-        return plans.plan_none(model)
-    found, w = _drawn_scores(model, method), setup.width
-    how = {"ratio": ratio}
+    w = setup.width
+    shape = {"shape": "uniform", "round_to": multiple if method == "rounded" else 1}
     if method == "widthwise":
-        how["protect"] = (w.protect_first, w.protect_last)
-    elif method != "layerwise":
-        how |= {"shape": "uniform", "round_to": multiple if method == "rounded" else 1}
-    plan = plans.plan_layerwise if method == "layerwise" else plans.plan_widthwise
+        shape = {"protect": (w.protect_first, w.protect_last)}
     try:
-        return plan(model, found, **how)
+        if method == "dense":
+            return plans.plan_none(model)
+        if method == "layerwise":
+            return plans.plan_layerwise(model, random_layers(model), ratio=ratio)
+        return plans.plan_widthwise(model, random_scores(model), ratio=ratio, **shape)
     except ValueError:
         return None
 
@@ -98,8 +87,8 @@ def on_disk(model, plan, inputs: dict, device: str) -> dict:
     return {"disk": stored, "loads with": loader}
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-014
-def _seconds(call, device: str) -> float:
-    "Seconds of one call."
+def seconds_of_call(call, device: str) -> float:
+    "Seconds of one call: of the processor on a CPU, elapsed on a GPU."
     if device != "cpu":
         return cost.time_call(call, 1, 0, device).seconds[0]
     start = time.thread_time()
@@ -127,9 +116,9 @@ def _phases(model, inputs: dict) -> dict:  # phase -> function without arguments
 def in_turn(dense, small, inputs: dict, repeats: int, device: str) -> pd.DataFrame:
     "Time two models alternately: phase, dense, pruned in seconds; the first pair only warms up."
     calls, pairs = {"dense": _phases(dense, inputs), "pruned": _phases(small, inputs)}, []
-    for phase, turn in itertools.product(calls["dense"], range(repeats + 1)):
+    for phase, turn in product(calls["dense"], range(repeats + 1)):
         order = list(calls)[:: 1 if turn % 2 else -1]
-        took = {who: _seconds(calls[who][phase], device) for who in order}
+        took = {who: seconds_of_call(calls[who][phase], device) for who in order}
         if turn:
             pairs.append({"phase": phase, **took})
     return pd.DataFrame(pairs)
@@ -147,7 +136,7 @@ def measured(name: str, setup: Profile, want, device: str) -> tuple:  # (sizes, 
     "Sizes and times of a model and of its pruned versions."
     dense, _ = teacher_of(name, setup, device)
     inputs, sizes, times = cost.example_inputs(dense, TEXT_TOKENS), [], []
-    for method, ratio in [("dense", 0.0), *itertools.product(METHODS, want.ratios)]:
+    for method, ratio in [("dense", 0.0), *product(METHODS, want.ratios)]:
         aim = asked_of(dense, method, ratio, setup, want.round_to)
         if (plan := plan_like(dense, method, aim, setup, want.round_to)) is None:
             continue
@@ -155,7 +144,10 @@ def measured(name: str, setup: Profile, want, device: str) -> tuple:  # (sizes, 
         who = {"model": name, "method": method, "requested": ratio, "achieved": plan.achieved_ratio}
         sizes.append(who | sizes_of(small) | on_disk(small, plan, inputs, device))
         if method != "dense":
-            times.append(in_turn(dense, small, inputs, want.repeats, device).assign(**who))
+            pairs = in_turn(dense, small, inputs, want.repeats, device)
+            operations = pairs.phase + " operations"
+            ideal = operations.map(sizes[0]) / operations.map(sizes[-1])
+            times.append(pairs.assign(ideal=ideal.astype(float), **who))
     return pd.DataFrame(sizes), pd.concat(times, ignore_index=True)
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-020
@@ -171,50 +163,44 @@ def device_name(device: str) -> str:
 # %% ../../nbs/library/study/37_savings.ipynb #cell-022
 def size_table(sizes: pd.DataFrame) -> pd.DataFrame:
     "Sizes in readable units."
-    names = {"weights": "weights (MiB)", "disk": "disk (MiB)"}
-    names["working memory"] = "working memory (MiB)"
-    table = sizes[["model"]].assign(
-        method=sizes.method.map(method_label),
-        requested=sizes.requested.map("{:.2f}".format),
-        achieved=sizes.achieved.map("{:.3f}".format),
-    )
-    table["LM parameters (M)"] = sizes["LM parameters"] / 1e6
-    for column, name in names.items():
-        table[name] = sizes[column] / 2**20
-    table["KV cache (bytes/token)"] = sizes["KV per token"]
-    for phase in ("prefill", "decode"):
-        table[f"{phase} ops (M)"] = sizes[f"{phase} operations"] / 1e6
-    return table.assign(**{"loads with": sizes["loads with"]})
+    mib = sizes[["weights", "disk", "working memory"]] / 2**20
+    millions = sizes[["prefill operations", "decode operations"]] / 1e6
+    parts = [
+        named(sizes)[["model", "method", "requested", "achieved"]],
+        (sizes["LM parameters"] / 1e6).rename("LM parameters (M)"),
+        mib.rename(columns="{} (MiB)".format),
+        sizes["KV per token"].rename("KV cache (bytes/token)"),
+        millions.rename(columns=lambda c: f"{c.replace('operations', 'ops')} (M)"),
+        sizes["loads with"],
+    ]
+    return pd.concat(parts, axis=1)
 
-# %% ../../nbs/library/study/37_savings.ipynb #cell-024
-def ideal_speedups(sizes: pd.DataFrame) -> dict:  # (phase, model, method, requested) -> speed-up
-    "Operations of the original over operations of each pruned model."
-    out = {}
-    for phase in ("prefill", "decode"):
-        whole = sizes[sizes.method == "dense"].set_index("model")[f"{phase} operations"]
-        for _, r in sizes.iterrows():
-            speed = whole[r.model] / r[f"{phase} operations"]
-            out[phase, r.model, r.method, r.requested] = float(speed)
-    return out
+
+def named(rows: pd.DataFrame) -> pd.DataFrame:
+    "Rows with their way to prune and their ratios as text."
+    return rows.assign(
+        method=rows.method.map(method_label),
+        requested=rows.requested.map("{:.2f}".format),
+        achieved=rows.achieved.map("{:.3f}".format),
+    )
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-026
-def time_table(pairs: pd.DataFrame, ideal: dict, models: list) -> pd.DataFrame:
-    "Medians and quartiles of times and speed-ups."
-    keys, rows = ["model", "phase", "method", "requested", "achieved"], []
-    order = {v: i for i, v in enumerate([*models, "prefill", "decode"])}
-    for (m, p, k, r, a), g in pairs.groupby(keys, sort=False):
-        row = {"model": m, "phase": p, "method": method_label(k), "requested": f"{r:.2f}"}
-        row |= {"achieved": f"{a:.3f}", "speed-up": quartiles(g.dense / g.pruned)}
-        row |= {"ideal": ideal[p, m, k, r], "original (ms)": quartiles(1e3 * g.dense)}
-        rows.append(row | {"pruned (ms)": quartiles(1e3 * g.pruned)})
-    key = lambda column: column.map(order)
-    return pd.DataFrame(rows).sort_values(["model", "phase"], key=key, kind="stable")
-
-
 def quartiles(values: pd.Series) -> str:
     "Median and quartiles."
     low, middle, high = values.quantile([0.25, 0.5, 0.75])
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def time_table(pairs: pd.DataFrame, models: list) -> pd.DataFrame:
+    "Medians and quartiles of times and speed-ups."
+    columns = {"speed-up": pairs.dense / pairs.pruned, "ideal": pairs.ideal}
+    columns |= {"original (ms)": 1e3 * pairs.dense, "pruned (ms)": 1e3 * pairs.pruned}
+    keys = ["model", "phase", "method", "requested", "achieved"]
+    groups = pd.concat([pairs[keys], pd.DataFrame(columns)], axis=1).groupby(keys, sort=False)
+    table = groups.agg(dict.fromkeys(columns, quartiles) | {"ideal": "first"}).reset_index()
+    place = [*models, "prefill", "decode"].index
+    rank = lambda names: names.map(place)
+    return named(table.sort_values(["model", "phase"], key=rank, kind="stable"))
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-028
 def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
@@ -225,7 +211,7 @@ def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
             config = real_models.real_config(name)
             dense = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
         base = {}
-        for method, ratio in [("dense", 0.0), *itertools.product(("layerwise", "rounded"), ratios)]:
+        for method, ratio in [("dense", 0.0), *product(("layerwise", "rounded"), ratios)]:
             plan = plan_like(dense, method, ratio, setup, multiple)
             small = pruning.apply_plan(dense, plan, share_vision=True)
             c = cost.cost_report(small, text_tokens=64, memory=False)
@@ -243,102 +229,55 @@ def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-030
 def saved(
-    pairs: pd.DataFrame,  # columns dense, pruned: seconds
-    ideal: float,  # speed-up, if time were proportional to operations
+    pairs: pd.DataFrame,  # columns dense and pruned: seconds; ideal: speed-up by operations
 ) -> Estimate:
     "Per cent of the ideal saving: the median over pairs, with its 95 % bootstrap interval."
-    share = 100 * (1 - pairs.pruned / pairs.dense).to_numpy() / (1 - 1 / ideal)
+    share = (100 * (1 - pairs.pruned / pairs.dense) / (1 - 1 / pairs.ideal)).to_numpy()
     drawn = np.median(np.random.default_rng(0).choice(share, (2000, len(share))), axis=1)
     ends = map(float, np.quantile(drawn, [0.025, 0.975]))
     return Estimate(float(np.median(share)), *ends, len(share), 0)
 
-# %% ../../nbs/library/study/37_savings.ipynb #cell-033
-IDEAL = Look("ideal", GREY, "")
-
-
-def speed_figure(pairs: pd.DataFrame, sizes: pd.DataFrame, ideal: dict, models: list):  # a figure
-    "Speed-up over the achieved ratio: a row per model, a column per phase."
-    fig, axes = panels(2 * len(models), columns=2, height=2.3)
-    with page():
-        for ax, (model, phase) in zip(axes, itertools.product(models, ("prefill", "decode"))):
-            own = pairs[(pairs.model == model) & (pairs.phase == phase)]
-            for method, g in own.assign(up=own.dense / own.pruned).groupby("method", sort=False):
-                q = g.groupby("achieved").up.quantile([0.25, 0.5, 0.75]).unstack()
-                line(ax, [0, *q.index], [1, *q[0.5]], method)
-                ax.vlines(q.index, q[0.25], q[0.75], color=look(method).color, linewidth=1)
-            rows = sizes[(sizes.model == model) & sizes.method.isin(("dense", "uniform"))]
-            steps = [
-                (r.achieved, ideal[phase, model, r.method, r.requested]) for r in rows.itertuples()
-            ]
-            ax.plot(*zip(*sorted(steps)), color=GREY, linewidth=1.2)
-            ax.set_title(f"{model}, {phase}")
-        fig.supxlabel("fraction of LM-decoder parameters removed", fontsize=8.5)
-        fig.supylabel("speed-up", fontsize=8.5)
-        legend_above(fig, [*METHODS, IDEAL], ncols=5)
-    return fig
-
 # %% ../../nbs/library/study/37_savings.ipynb #cell-035
+SAME = 0.005  # of the decoder's parameters: sizes that differ by less are equal
+
+
 def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
     "AVG-%, relative decoding time and relative bytes of the best setting per pruning and ratio."
+    keys, decode = ["model", "method", "requested"], pairs[pairs.phase == "decode"]
+    share = (100 * decode.pruned / decode.dense).rename("time, %")
+    time = share.groupby([decode[key] for key in keys]).median().reset_index()
+    timed = sizes[[*keys, "achieved", "weights"]].merge(time, on=keys)
+    dense = sizes[sizes.method == "dense"].set_index("model").weights
+    timed["bytes, %"] = 100 * timed.weights / timed.model.map(dense)
     best = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
-    timed = sizes.set_index(["model", "method", "requested"]).achieved
-    there = [timed.get(k, -1.0) for k in zip(best.model, best.pruning, best.requested_ratio)]
-    best = best[(best.achieved_ratio - there).abs() < SAME]  # what is timed is what was scored
-    best = best.sort_values("avg_percent").groupby(["model", "pruning", "requested_ratio"]).tail(1)
-    decode = pairs[pairs.phase == "decode"]
-    time = (
-        (decode.pruned / decode.dense)
-        .groupby([decode.model, decode.method, decode.requested])
-        .median()
-    )
-    size = sizes.set_index(["model", "method", "requested"]).weights
-    whole, out = size.xs("dense", level="method").droplevel("requested"), []
-    for r in best.itertuples():
-        key = r.model, r.pruning, r.requested_ratio
-        if key in time.index and key in size.index:
-            row = {"model": r.model, "pruning": r.pruning, "requested": r.requested_ratio}
-            row |= {"AVG-%": r.avg_percent, "recovery": r.recovery, "time, %": 100 * time[key]}
-            out.append(row | {"bytes, %": 100 * size[key] / whole[r.model]})
+    best = best.rename(columns={"requested_ratio": "requested", "avg_percent": "AVG-%"})
+    best = best.merge(timed.rename(columns={"method": "pruning"}), on=[*keys[::2], "pruning"])
+    best = best[(best.achieved_ratio - best.achieved).abs() < SAME]  # what is timed was scored
+    best = best.sort_values("AVG-%").groupby(["model", "pruning", "requested"]).tail(1)
     columns = ["model", "pruning", "requested", "AVG-%", "recovery", "time, %", "bytes, %"]
-    return pd.DataFrame(out, columns=columns)
-
-# %% ../../nbs/library/study/37_savings.ipynb #cell-037
-def front(x: np.ndarray, y: np.ndarray) -> np.ndarray:  # indices, from cheap to good
-    "The points of the Pareto front: no other point has less x and more y."
-    order, best, kept = np.lexsort((-y, x)), -np.inf, []
-    for k in order:
-        if y[k] > best:
-            best = y[k]
-            kept.append(k)
-    return np.array(kept, int)
+    return best[columns].reset_index(drop=True)
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-039c
-def pareto_figure(points: pd.DataFrame, models: list):  # a figure
+ORIGINAL, FRONT = Look("original", BLACK, "*", "none"), Look("Pareto front", "#bbbbbb", "")
+
+
+def pareto_figure(points: pd.DataFrame):  # of `quality_and_cost`; a figure
     "Quality over measured time and over bytes, with the Pareto front."
-    fig, axes = panels(2 * len(models), columns=2, height=2.3, sharex=False)
-    with page():
-        for ax, (model, cost_of) in zip(axes, itertools.product(models, ("time, %", "bytes, %"))):
-            own = points[points.model == model]
-            x, y = (np.append(own[c].to_numpy(float), 100.0) for c in (cost_of, "AVG-%"))
-            f = front(x, y)
-            ax.plot(x[f], y[f], color="#bbbbbb", linewidth=1.2, zorder=1)
-            ax.plot(100, 100, "*", color="black", markersize=9)
-            for r in own.to_dict("records"):
-                m = look(r["pruning"])
-                face = "white" if r["recovery"] == "none" else m.color
-                mark = dict(color=m.color, markerfacecolor=face, markersize=6)
-                ax.plot(r[cost_of], r["AVG-%"], m.marker, **mark)
-                text = dict(xytext=(5, -9), textcoords="offset points", fontsize=7, color=m.color)
-                ax.annotate(f"{r['requested']:.2f}", (r[cost_of], r["AVG-%"]), **text)
-            ax.margins(y=0.12)
-            ax.set_title(model)
-            ax.set_xlabel(
-                f"{'decoding time' if 'time' in cost_of else 'weights'}, % of the original",
-                fontsize=8.5,
-            )
-        fig.supylabel("retained, % of the original", fontsize=8.5)
-        plain = [
-            Look(k.label, k.color, k.marker, "none") for k in map(look, ("layerwise", "widthwise"))
-        ]
-        legend_above(fig, [*plain, Look("original", "black", "*", "none")])
+    costs, parts = {"time, %": "decoding time", "bytes, %": "weights"}, []
+    for (model, its), (column, name) in product(points.groupby("model", sort=False), costs.items()):
+        mine = pd.DataFrame({"x": its[column], "y": its["AVG-%"], "ratio": its.requested})
+        mine["look"] = [replace(look(p), line="none") for p in its.pruning]
+        mine["hollow"] = its.recovery == "none"
+        mine.loc[-1] = [100.0, 100.0, np.nan, ORIGINAL, False]
+        cheap = mine.sort_values(["x", "y"], ascending=[True, False])
+        cheap = cheap[cheap.y > cheap.y.cummax().shift(fill_value=-np.inf)]
+        both = [cheap.assign(look=FRONT, hollow=False, ratio=np.nan), mine]
+        parts.append(pd.concat(both).assign(model=model, cost=name))
+    rows = pd.concat(parts)
+    shape = dict(by="look", panel=["model", "cost"], labels=("% of the original", KEPT))
+    fig, axes = curves(rows, "x", "y", **shape, height=2.3, sharex=False)
+    for ax, (_, its) in zip(axes, rows.groupby(["model", "cost"], sort=False)):
+        for r in its.dropna(subset="ratio").itertuples():
+            text = dict(xytext=(5, -9), textcoords="offset points", fontsize=7, color=r.look.color)
+            ax.annotate(f"{r.ratio:.2f}", (r.x, r.y), **text)
     return fig

@@ -12,6 +12,7 @@ import pandas as pd
 
 from .claims import CLAIMS, LITTLE, PROMISED, claimed
 from .experiments import canonical
+from .figures import fields
 from .notebooks import experiments_of, notebooks
 from .paper import published
 from .profiles import Profile
@@ -28,7 +29,6 @@ from mllm_compress.study.statistics import (
     basis_of,
     with_original,
 )
-from .style import page, panels
 from .tables import guessing
 from ..utils.methods import GREY, lazily
 
@@ -87,47 +87,30 @@ def scoreboard(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-013
-CLAIM, FIELD = 2.2, 1.15  # inches: the width of a claim, and of each column
+CLAIM, FIELD = 2.2, 1.25  # inches: the width of a claim, and of each column
 
 
 def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
     "The scoreboard as coloured fields, with what the paper reports in the first column."
-    names, n = columns_of(shown), len(table)
-    width = 1 + len(names)
-    fig, (ax,) = panels(1, width=CLAIM + FIELD * width, height=0.74 * n + 0.6)
-    middle = dict(ha="center", va="center")
-    with page():
-        for y, row in enumerate(table.to_dict("records")):
-            name = wrapped(row["claim"], 38, 220)
-            ax.text(-0.06, y + 0.5, name, ha="right", va="center", fontsize=7.5)
-            reported = wrapped(row["reported in the paper"], 23)
-            ax.text(0.5, y + 0.5, reported, fontsize=6.5, color=GREY, **middle)
-            for x, p in enumerate(names, 1):
-                word = row[p]
-                alpha = {UNTESTED: 0.03, UNDECIDED: 0.1}.get(word, 0.28)
-                sides = [x + 0.03, x + 0.97], y + 0.05, y + 0.95
-                ax.fill_between(*sides, linewidth=0, color=COLORS[word], alpha=alpha)
-                strong = dict(fontsize=7, weight="bold", color=COLORS[word])
-                ax.text(x + 0.5, y + 0.2, f"{SIGNS[word]} {word}", **middle, **strong)
-                below = [row[f"{p}, average effect"], row[f"{p}, questions x seeds"]]
-                if not (against := row[f"{p}, contradicted in"]).startswith(("–", "0 ")):
-                    below.append(f"contradicted in {against}")
-                for k, text in enumerate(below):
-                    ax.text(x + 0.5, y + 0.42 + 0.21 * k, text, fontsize=6.5, **middle)
-        ax.set(xlim=(-CLAIM / FIELD, width), ylim=(n, 0))
-        titles = ["reported in\nthe paper", *(f"profile\n{p}" for p in names)]
-        ax.set_xticks([x + 0.5 for x in range(width)], titles)
-        ax.xaxis.tick_top()
-        ax.tick_params(length=0)
-        ax.set_yticks([])
-        ax.grid(False)
-        ax.spines[:].set_visible(False)
+    wrapped = lambda text, width: textwrap.fill(textwrap.shorten(text, 220), width)
+    names, cells = columns_of(shown), []
+    for row in table.to_dict("records"):
+        cell = {"row": wrapped(row["claim"], 38), "column": "reported in\nthe paper"}
+        cell |= {"text": wrapped(row["reported in the paper"], 23), "color": GREY, "alpha": 0.0}
+        cells.append(cell)
+        for p in names:
+            word, against = row[p], row[f"{p}, contradicted in"]
+            lines = [f"{SIGNS[word]} {word}", row[f"{p}, average effect"]]
+            lines.append(row[f"{p}, questions x seeds"])
+            if not against.startswith(("–", "0 ")):
+                lines.append(f"contradicted in {against}")
+            alpha = {UNTESTED: 0.03, UNDECIDED: 0.1}.get(word, 0.28)
+            look = {"column": f"profile\n{p}", "color": COLORS[word], "alpha": alpha}
+            cells.append(cell | look | {"text": "\n".join(lines)})
+    size = dict(width=CLAIM + FIELD * (1 + len(names)), height=0.74 * len(table) + 0.6)
+    fig, (ax,) = fields(pd.DataFrame(cells).assign(model=""), columns=1, **size)
+    ax.xaxis.tick_top()
     return fig
-
-
-def wrapped(text: str, width: int, most: int = 130) -> str:
-    "A text on a few lines."
-    return textwrap.fill(textwrap.shorten(text, most, placeholder=" …"), width)
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-017
 def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of its notebook

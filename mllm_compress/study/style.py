@@ -18,26 +18,37 @@ from scipy.optimize import isotonic_regression
 
 from ..importance.criteria import CRITERIA
 from ..pruning.plans import PRUNINGS
-from ..recovery.losses import COMBINED_LOOKS, LOSSES, TRAINS, objective_look
-from ..utils.methods import DASHDOTTED, DASHED, DOTTED, GREEN, GREY, PINK, SKY, Look
+from ..recovery.losses import LOSSES, TRAINS, canonical_objective
+from mllm_compress.utils.methods import (
+    BLACK,
+    DASHDOTTED,
+    DASHED,
+    DOTTED,
+    GREEN,
+    GREY,
+    OLIVE,
+    PINK,
+    RED,
+    SKY,
+    WINE,
+    Look,
+)
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-005
-METHOD_LOOKS = {
+LOOKS = {
     **{name: row.look for (_, name), row in CRITERIA.items()},
-    **{name: row.look for name, row in PRUNINGS.items()},
-    **{name: row.look for name, row in TRAINS.items()},
-    **{name: objective_look(name) for name in (*LOSSES, *COMBINED_LOOKS)},
-}
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-007
-OTHER_LOOKS = {
+    **{name: row.look for rows in (PRUNINGS, TRAINS, LOSSES) for name, row in rows.items()},
+    "none": Look("no recovery", WINE, "<", DASHED),
+    "sft+hidden_kd": Look("SFT + hidden KD", GREEN, "D"),
+    "sft+logits_kd": Look("SFT + logits KD", OLIVE, "P", DASHDOTTED),
+    "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1))),
+    "reverse_logits_kd+hidden_kd": Look("reverse KD + hidden KD", RED, "8", DOTTED),
     "dense": PRUNINGS["none"].look,
     "uniform": Look("widthwise, uniform", SKY, "v", DASHDOTTED),
     "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
     "best": Look("best practice", GREEN, "D"),
     "printed": Look("reported in the paper", GREY, "x", DOTTED),
 }
-LOOKS = METHOD_LOOKS | OTHER_LOOKS
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-009
 def look(
@@ -46,11 +57,16 @@ def look(
     "The look of a method."
     if isinstance(name, Look):
         return name
+    of_losses = set(name.split("+")) <= set(LOSSES)
+    name = canonical_objective(name) if of_losses else name
     if name in LOOKS:
         return LOOKS[name]
-    if set(name.split("+")) <= set(LOSSES):
-        return objective_look(name)
-    raise ValueError(f"No look for {name!r}: give it one in its row, or add it to style.LOOKS.")
+    if not of_losses:
+        raise ValueError(f"No look for {name!r}: give it one in its row, or add it to style.LOOKS.")
+    losses = name.split("+")
+    place = sum(2**i for i, loss in enumerate(LOSSES) if loss in losses)
+    label = " + ".join(LOSSES[loss].look.label for loss in losses)
+    return Look(label, OLIVE if "sft" in losses else GREY, "hp8H>"[place % 5], DOTTED)
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-013
 def graded(labels: list) -> list:  # of Look, one per label
@@ -58,16 +74,6 @@ def graded(labels: list) -> list:  # of Look, one per label
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.3, 1, len(labels)))
     return [
         Look(label, matplotlib.colors.to_hex(c), "osD^vPX"[i % 7])
-        for i, (label, c) in enumerate(zip(labels, shades))
-    ]
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-016
-def neutral(labels: list) -> list:  # of Look, one per label
-    "Looks without colour, from black to grey."
-    dashes = ("-", DASHED, DOTTED, DASHDOTTED)
-    shades = [matplotlib.colors.to_hex((v, v, v)) for v in np.linspace(0, 0.5, len(labels))]
-    return [
-        Look(label, c, "osD^vPX"[i % 7], dashes[i % 4])
         for i, (label, c) in enumerate(zip(labels, shades))
     ]
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from importlib.metadata import version
 from importlib.resources import files
+from itertools import product
 from math import floor, log10
 
 import numpy as np
@@ -25,6 +26,7 @@ from .. import anatomy, cost, data, evaluation
 from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
+from ..pruning.pruning_plan import kept_grid
 from . import claims
 from .emoji import ask_emoji
 from .experiments import Experiment
@@ -185,14 +187,6 @@ def score_table(
     names = ["model", "requested", "pruning", *columns, "AVG-%", "low", "high", "achieved"]
     return order.reindex(columns=[*names, *setup.evaluation.benchmarks])
 
-# %% ../../nbs/library/study/24_tables.ipynb #cell-036-b
-def sizes_apart(rows: pd.DataFrame) -> float:  # of `effects.summary`
-    "The largest difference of what the two prunings removed at one request."
-    pruned = rows[rows.pruning != "none"]
-    at = ["model", "requested_ratio"]
-    sizes = pruned.pivot_table("achieved_ratio", at, "pruning").dropna()
-    return float((sizes.max(axis=1) - sizes.min(axis=1)).max()) if len(sizes) else 0.0
-
 # %% ../../nbs/library/study/24_tables.ipynb #cell-039
 GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "
@@ -321,6 +315,33 @@ def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
     keys = ["model", "requested", "layers touched"]
     mean = table.groupby(keys, sort=False, as_index=False).mean()
     return mean.assign(achieved=mean.achieved.map("{:.3f}".format))
+
+# %% ../../nbs/library/study/24_tables.ipynb #kept-shares
+UNITS_OF = {
+    "layers": "requested ratio (layerwise)",
+    "heads": "key/value head (widthwise)",
+    "neurons": "neurons, sorted (widthwise)",
+}
+
+
+def kept_shares(experiments: list, setup: Profile) -> dict:  # "model, kind" -> frame of per cents
+    "In which share of plans each layer is kept at each ratio, or each head or neuron at any."
+    grids = {}
+    for model, kind in product(setup.models, UNITS_OF):
+        pruning = "layerwise" if kind == "layers" else "widthwise"
+        its = [e for e in experiments if (e.model, e.pruning) == (model, pruning)]
+        plans = {e: plan for e in its if (plan := plan_of(e, setup))}
+        if not plans:
+            continue
+        if kind == "layers":
+            kept = [[i in plan.layers for i in range(plan.num_layers)] for plan in plans.values()]
+            kept = pd.DataFrame(kept, [f"{e.ratio:.2f}" for e in plans]).groupby(level=0).mean().T
+        else:
+            kept = pd.DataFrame(np.mean([kept_grid(p, kind) for p in plans.values()], axis=0))
+        if kind == "neurons":
+            kept = pd.DataFrame(-np.sort(-kept.to_numpy(), axis=1))
+        grids[f"{model}, {kind}"] = 100 * kept.rename_axis(index="layer", columns=UNITS_OF[kind])
+    return grids
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-015
 def beside_printed(
