@@ -618,6 +618,6 @@ def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):
         raise ImportError("InternVLProcessor requires the Torchvision library but it was not found")
 
     monkeypatch.chdir(shop)
-    monkeypatch.setattr(models, "_load_folder", fail)
+    monkeypatch.setattr(models, "quiet_loading", fail)
     result = CliRunner().invoke(app, ["cost", "llava"])
     assert result.exit_code == 2 and "pip install 'mllm_compress[vision]'" in result.stderr

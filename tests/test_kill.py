@@ -153,9 +153,9 @@ def results(folder: Path) -> dict:  # name of a finished experiment -> when it w
 
 
 def tables(folder: Path) -> tuple:
-    "The bytes of the table, and the lines of experiments.csv that are the same in every run."
+    "The bytes of the table, and the lines of experiments.csv.xz that are the same in every run."
     figures = folder / "runs/small/figures"
-    lines = pd.read_csv(figures / "experiments.csv").drop(columns=VOLATILE)
+    lines = pd.read_csv(figures / "experiments.csv.xz").drop(columns=VOLATILE)
     return (figures / "01_table-scores.csv").read_bytes(), lines.to_csv()
 
 

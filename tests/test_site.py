@@ -67,10 +67,10 @@ def test_links_of_texts_and_notebooks_exist(path):
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
-def test_git_keeps_results_tables_pictures_and_executed_notebooks():
+def test_git_keeps_results_tables_and_executed_notebooks():
     command = ["git", "ls-files", "figures"]
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
-    kept = {".zip", ".csv", ".json", ".png", ".svg", ".ipynb"}
+    kept = {".zip", ".csv", ".xz", ".json", ".png", ".svg", ".ipynb"}
     others = [path for path in tracked if Path(path).suffix not in kept]
     assert others == ["figures/searches/README.md"]
 

@@ -15,14 +15,14 @@ from mllm_compress.study.notebooks import for_profile
 from mllm_compress.study.profiles import load_profile
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv"))
+FOLDERS = sorted(p.parent for p in (ROOT / "figures").glob("*/experiments.csv.xz"))
 MEASURED = ("00_", "09_")  # learning rates are searched by hand; times are another machine's
 KEYS = ["model", "pruning", "ratio", "recovery", "train", "fraction", "seed"]
 
 
 def scores_of(notebook: Path) -> pd.DataFrame:  # columns KEYS, avg, achieved, and the benchmarks
     "AVG-% of every experiment that a notebook has read: plain means of scores, no package code."
-    lines = pd.read_csv(notebook.parent / "experiments.csv", dtype={"result": str})
+    lines = pd.read_csv(notebook.parent / "experiments.csv.xz", dtype={"result": str})
     results = nbformat.read(notebook, 4).metadata["mllm_compress"]["results"]
     assert set(results) <= set(lines.result)
     usual = {"epochs": 0, "layer_share": 0, "start": "pruned", "hidden_layers": "final"}

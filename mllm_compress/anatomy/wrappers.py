@@ -47,32 +47,17 @@ class Wrapper:
     since: str = "5.20"  # version of transformers from which the row holds
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-008
-NEWLINE = ("model.multi_modal_projector", "model.image_newline")
+_SIZED = {"inputs": ("image_sizes",), "cached": "tower"}
+_TILED = _SIZED | {"projector": ("model.multi_modal_projector", "model.image_newline")}
+_MANY = _TILED | {"inputs": ("image_sizes", "batch_num_images")}
 _LLAVA = (
     Wrapper("llava", "LLaVA-1.5, Bunny, Pixtral", inputs=("image_sizes",)),
     Wrapper("vipllava", "LLaVA with features of several vision layers"),
-    Wrapper(
-        "llava_next",
-        "LLaVA-NeXT: tiles, rows that end with a learned vector",
-        projector=NEWLINE,
-        inputs=("image_sizes",),
-        cached="tower",
-    ),
-    Wrapper(
-        "llava_onevision",
-        "LLaVA-OneVision: as NeXT, up to nine tiles",
-        projector=NEWLINE,
-        inputs=("image_sizes", "batch_num_images"),
-        cached="tower",
-    ),
+    Wrapper("llava_next", "LLaVA-NeXT: tiles, rows that end with a learned vector", **_TILED),
+    Wrapper("llava_onevision", "LLaVA-OneVision: as NeXT, up to nine tiles", **_MANY),
     Wrapper("internvl", "InternVL 2.5 and 3: tiles, pixel shuffle before the projector"),
     Wrapper("fast_vlm", "FastVLM: a convolutional tower"),
-    Wrapper(
-        "mistral3",
-        "Mistral 3: Pixtral's tower, patches merged by the projector",
-        inputs=("image_sizes",),
-        cached="tower",
-    ),
+    Wrapper("mistral3", "Mistral 3: Pixtral's tower, patches merged by the projector", **_SIZED),
     Wrapper("aya_vision", "Aya Vision: tiles, pixel shuffle in the projector"),
 )
 
@@ -91,52 +76,33 @@ _CONNECTED = (
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-012
 _QWEN = {
     "vision": "model.visual",
+    "projector": ("model.visual.merger",),
     "layers": "model.visual.blocks",
     "inputs": ("image_grid_thw",),
     "tokens": ("mm_token_type_ids",),
     "plain": False,
     "cached": "tower",
 }
+_DEEP = _QWEN | {
+    "projector": ("model.visual.merger", "model.visual.deepstack_merger_list"),
+    "fixed": lambda config: len(config.vision_config.deepstack_visual_indexes),
+}
 _MERGED = (
+    Wrapper("qwen2_vl", "Qwen2-VL: any picture size, M-RoPE", **_QWEN),
+    Wrapper("qwen2_5_vl", "Qwen2.5-VL: as Qwen2-VL, windowed attention in the tower", **_QWEN),
     Wrapper(
-        "qwen2_vl",
-        "Qwen2-VL: any picture size, M-RoPE",
-        projector=("model.visual.merger",),
-        **_QWEN,
-    ),
-    Wrapper(
-        "qwen2_5_vl",
-        "Qwen2.5-VL: as Qwen2-VL, windowed attention in the tower",
-        projector=("model.visual.merger",),
-        **_QWEN,
-    ),
-    Wrapper(
-        "qwen3_vl",
-        "Qwen3-VL: features of several tower layers, each to one decoder layer",
-        projector=("model.visual.merger", "model.visual.deepstack_merger_list"),
-        fixed=lambda config: len(config.vision_config.deepstack_visual_indexes),
-        **_QWEN,
+        "qwen3_vl", "Qwen3-VL: features of several tower layers, each to one decoder layer", **_DEEP
     ),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-014
+_TYPED = {"tokens": ("token_type_ids",), "plain": False, "cached": "tower"}
+_CAPPED = _TYPED | {"marks": "answer", "logits": ("final_logit_softcapping",)}
 _BOTH_WAYS = (
     Wrapper(
-        "paligemma",
-        "PaliGemma 1 and 2: attention in both directions within the prompt",
-        tokens=("token_type_ids",),
-        marks="answer",
-        plain=False,
-        cached="tower",
-        logits=("final_logit_softcapping",),
+        "paligemma", "PaliGemma 1 and 2: attention in both directions within the prompt", **_CAPPED
     ),
-    Wrapper(
-        "gemma3",
-        "Gemma 3: attention in both directions within a picture",
-        tokens=("token_type_ids",),
-        plain=False,
-        cached="tower",
-    ),
+    Wrapper("gemma3", "Gemma 3: attention in both directions within a picture", **_TYPED),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-016

@@ -123,21 +123,6 @@ def deci_config(model: PreTrainedModel) -> dict:  # of config.json
 RECORD = "export.json"
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-
-def check_export(
-    source,  # what is exported
-    out,  # file or folder to write
-    overwrite: bool,
-) -> None:
-    "ValueError or OSError where an export would replace something, or does not fit the disk."
-    out = Path(out)
-    check_not_read(out.resolve(), {"checkpoint": source})
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: name another one, or replace it with --overwrite.")
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise ValueError(f"{out} was not written by export: choose another folder.")
-    check_writable(out)
-
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-025
 def write_folder(
     model: PreTrainedModel,  # as it is saved
@@ -250,8 +235,15 @@ def export_model(
             raise ValueError(f"{out} is a folder: name a file for GGUF, such as {out}/model.gguf.")
     elif dtype is not None:
         check_choice("dtype", dtype, ENGINES[to].dtypes)
-    for file in (out, projector_path(out)) if to == "gguf" else (out,):
-        check_export(folder, file, overwrite)
+    for file in (path, projector_path(path)) if to == "gguf" else (path,):
+        check_not_read(file.resolve(), {"checkpoint": folder})
+        if file.exists() and not overwrite:
+            raise FileExistsError(
+                f"{file} exists: name another one, or replace it with --overwrite."
+            )
+        if file.is_dir() and any(file.iterdir()) and not (file / RECORD).is_file():
+            raise ValueError(f"{file} was not written by export: choose another folder.")
+        check_writable(file)
     model, processor = load_pruned(folder)[:2] if is_checkpoint(folder) else load_model(folder)
     if to != "gguf":
         check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))

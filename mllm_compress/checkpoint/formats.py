@@ -12,13 +12,14 @@ import json
 import platform
 import warnings
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from .. import __version__
 from ..anatomy.families import Anatomy, anatomy
 from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.reconstruction import MARK
@@ -240,15 +241,7 @@ def check_describes(
     )
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #provenance-cell-005
-_PACKAGES = ("mllm_compress", "torch", "transformers", "peft", "safetensors")
-
-
-def _version(package: str) -> str:
-    "The installed version of a package."
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+_PACKAGES = ("torch", "transformers", "peft", "safetensors")
 
 
 def make_step(
@@ -259,7 +252,7 @@ def make_step(
     "One step, with its time and environment."
     cuda = torch.device(device).type == "cuda"
     hardware = torch.cuda.get_device_name(device) if cuda else platform.machine()
-    versions = {package: _version(package) for package in _PACKAGES}
+    versions = {"mllm_compress": __version__} | {name: version(name) for name in _PACKAGES}
     environment = {"python": platform.python_version(), **versions, "hardware": hardware}
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {"step": name, **facts, "date": when, "environment": environment}

@@ -69,11 +69,13 @@ def rotary_factors(parts: Anatomy) -> torch.Tensor | None:  # None: the plain fo
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-014
-def misfit(
-    row: Architecture,
-    parts: Anatomy,
-) -> str:  # empty where it fits
-    "Why an architecture cannot hold a model, apart from its widths."
+def all_heads(parts: Anatomy) -> int:
+    "Key/value heads with which heads times head width is the hidden size."
+    return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
+
+
+def misfit(row: Architecture, parts: Anatomy) -> str:  # empty where it fits
+    "Why an architecture cannot compute a model."
     config = parts.text_config
     kind = config.rope_parameters["rope_type"]
     if config.hidden_act != row.activation:
@@ -87,11 +89,6 @@ def misfit(
     if getattr(config, "qk_layernorm", False):
         return "it has no norm on queries and keys"
     return ""
-
-
-def all_heads(parts: Anatomy) -> int:
-    "Key/value heads with which heads times head width is the hidden size."
-    return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
 
 
 def narrow(row: Architecture, parts: Anatomy) -> str:  # empty where they fit
@@ -145,16 +142,6 @@ def check_dtype(dtype: str) -> None:
     )
     also = tool if "_k" in dtype.lower() else ""
     raise ValueError(f"Unknown dtype {dtype!r} for GGUF: use {', '.join(DTYPES)}.{also}")
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-026
-def wanted_widths(parts: Anatomy, row: Architecture, dtype: str) -> list:
-    "The widths that are written, one (heads, neurons) per layer; whole blocks of neurons."
-    block = BLOCK if dtype.startswith("q") else 1
-    widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(parts)]
-    if "per layer" in row.traits:
-        return widths
-    heads, neurons = (max(w) for w in zip(*widths))
-    return [(all_heads(parts) if "square" in row.traits else heads, neurons)] * len(widths)
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-028
 def tensor_type(
@@ -224,14 +211,6 @@ def file_tensors(
         yield "rope_freqs.weight", factors, torch.Tensor.float
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-041
-def context_length(config) -> int:
-    "Tokens up to which llama.cpp computes what the model computes."
-    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window and (not types or "sliding_attention" in types):
-        return min(config.max_position_embeddings, window)
-    return config.max_position_embeddings
-
-
 def hyperparameters(
     parts: Anatomy,
 ) -> dict:  # method of gguf.GGUFWriter -> its argument
@@ -240,8 +219,11 @@ def hyperparameters(
     groups, neurons = (list(widths) for widths in zip(*layer_widths(parts)))
     queries = [count * parts.queries_per_group(i) for i, count in enumerate(groups)]
     one_or_all = lambda values: values[0] if len(set(values)) == 1 else values
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window and (not types or "sliding_attention" in types)  # llama.cpp has no window
+    limits = (config.max_position_embeddings, *([window] if slides else []))
     values = {
-        "add_context_length": context_length(config),
+        "add_context_length": min(limits),
         "add_embedding_length": parts.hidden_size,
         "add_block_count": parts.num_layers,
         "add_head_count": one_or_all(queries),
@@ -391,7 +373,12 @@ def write_gguf(
     check_dtype(dtype)
     before, path = anatomy(model), Path(path)
     row = choose_architecture(before, fill)
-    parts = anatomy(fill_up(model, wanted_widths(before, row, dtype)))
+    block = BLOCK if dtype.startswith("q") else 1
+    widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(before)]
+    if "per layer" not in row.traits:
+        heads, neurons = (max(w) for w in zip(*widths))
+        widths = [(all_heads(before) if "square" in row.traits else heads, neurons)] * len(widths)
+    parts = anatomy(fill_up(model, widths))
     writer = _gguf().GGUFWriter(None, row.name)
     writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
     writer.add_name(name or "pruned decoder")  # llama.cpp treats a name with phi3 in its own way

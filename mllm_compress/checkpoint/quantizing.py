@@ -39,24 +39,6 @@ _ROWS = (
 QUANTIZATIONS = {row.name: row for row in _ROWS}
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]  # stay as they are
 
-# %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-016
-def check_quantizable(folder, out, name: str, overwrite: bool) -> dict:  # the manifest
-    "ValueError or OSError where a checkpoint cannot be quantized."
-    check_choice("quantization", name, QUANTIZATIONS)
-    if not is_checkpoint(folder):
-        raise ValueError(
-            f"{folder} is not a checkpoint of prune or recover: prune first, then quantize."
-        )
-    if found := next((s for s in history(folder) if s["step"] == "quantize"), None):
-        raise ValueError(
-            f"{folder} is quantized to {found['quantization']} already: quantize the checkpoint "
-            "that it was made from."
-        )
-    manifest = verify(folder)
-    bytes_ = sum(entry["bytes"] for entry in manifest["files"].values())
-    check_target(out, overwrite, {"checkpoint": folder}, bytes_)
-    return manifest
-
 # %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-018
 NOT_PACKED = (
     "{out}: on CPUs with AVX512-BF16, plain from_pretrained of this checkpoint fails at its first "
@@ -73,7 +55,19 @@ def quantize(
     overwrite: bool = True,  # False: an error where a checkpoint is there
 ) -> Path:  # the folder; ValueError for a second quantization or another type
     "Write a checkpoint with fewer bits per weight; load_pruned loads it."
-    kind = check_quantizable(folder, out, name, overwrite)["kind"]
+    check_choice("quantization", name, QUANTIZATIONS)
+    if not is_checkpoint(folder):
+        raise ValueError(
+            f"{folder} is not a checkpoint of prune or recover: prune first, then quantize."
+        )
+    if earlier := next((s for s in history(folder) if s["step"] == "quantize"), None):
+        raise ValueError(
+            f"{folder} is quantized to {earlier['quantization']} already: quantize the checkpoint "
+            "that it was made from."
+        )
+    manifest = verify(folder)
+    kind, files = manifest["kind"], manifest["files"].values()
+    check_target(out, overwrite, {"checkpoint": folder}, sum(f["bytes"] for f in files))
     with naming_extras():
         import bitsandbytes  # noqa: F401
     options = dict(QUANTIZATIONS[name].options)

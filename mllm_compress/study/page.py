@@ -8,6 +8,7 @@ __all__ = ['nbconvert', 'nbformat', 'EXPERIMENTS', 'RESULTS', 'FIELDS', 'ORDER',
 
 # %% ../../nbs/library/study/29_page.ipynb #cell-003
 import json
+import lzma
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +29,13 @@ from ..utils.methods import lazily
 nbconvert, nbformat = lazily("nbconvert"), lazily("nbformat")
 
 # %% ../../nbs/library/study/29_page.ipynb #cell-005
-EXPERIMENTS, RESULTS = "experiments.csv", "results.zip"
+EXPERIMENTS, RESULTS = "experiments.csv.xz", "results.zip"
 FIELDS = ["seconds", "peak_memory_mb", "device", "date"]
 FIELDS += ["python", "torch", "transformers", "mllm_compress"]
 
 
 def lines_of(name: str, experiment: Experiment, result: dict) -> list:  # one per benchmark
-    "A result as lines of `experiments.csv`."
+    "A result as lines of `experiments.csv.xz`."
     achieved = round(result["achieved_ratio"], 6)
     same = {"result": name, **asdict(experiment), "achieved_ratio": achieved}
     same["precision"] = result["training"].get("precision")
@@ -48,7 +49,7 @@ ORDER += ["result"]
 
 
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
-    "Write experiments.csv, and results.zip beside it, into the folder of a profile's figures."
+    "Write experiments.csv.xz and results.zip into the folder of a profile's figures."
     folder, results = figures_folder(profile.name), results_of(profile)
     path, archive, times = folder / EXPERIMENTS, folder / RESULTS, []
     wanted = set()  # names of the results that the notebooks have read
@@ -75,7 +76,8 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     parts = [part for part in (kept, pd.DataFrame(lines)) if len(part)]
     both = pd.concat(parts) if parts else before.iloc[:0]
     both = both.sort_values(ORDER, kind="stable") if len(both) else both
-    write_atomically(path, both.to_csv(index=False, float_format="%.6g"))
+    text = both.to_csv(index=False, float_format="%.6g")
+    write_atomically(path, lzma.compress(text.encode()))
     return pd.read_csv(path)
 
 # %% ../../nbs/library/study/29_page.ipynb #cell-018

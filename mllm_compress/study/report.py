@@ -79,8 +79,8 @@ class Report:
             fig.set_layout_engine("none")  # the PDF has the layout and the edges of the PNG
             fig.savefig(pdf, metadata={"CreationDate": None}, bbox_inches=box)
         plt.close(fig)  # so that no notebook shows it twice
-        few = Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        few.save(png, "PNG", optimize=True)  # a third of the size, as figures are committed
+        few = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        few.save(png, "PNG", optimize=True)  # a third of the size, as notebooks are committed
         write_atomically(pdf.with_suffix(".png"), png.getvalue())
         write_atomically(pdf.with_suffix(".txt"), caption + "\n")
         return Figure(png.getvalue(), caption)

@@ -266,6 +266,14 @@ def _lines(path: Path, stage: str) -> dict:  # key -> JSON
     return lines
 
 
+def _packed(text: str) -> str:
+    "The text of a result without spaces between its entries; that of a damaged one as it is."
+    try:
+        return json.dumps(json.loads(text), separators=(",", ":"))
+    except BROKEN:
+        return text
+
+
 def pack(
     store: Store,
     keys: dict,  # stage -> keys
@@ -279,14 +287,15 @@ def pack(
         lines = dict(old.get(stage, {}))
         wanted = {*wanted, *(lines if keep else ())}
         places = {key: store.path(stage, key) for key in wanted}
-        lines |= {k: p.read_text(encoding="utf-8") for k, p in places.items() if p.exists()}
+        lines |= {k: _packed(p.read_text("utf-8")) for k, p in places.items() if p.exists()}
         new[stage] = {key: lines[key] for key in sorted(wanted & set(lines))}
     if new == old and {f"{stage}.jsonl" for stage in new} == set(zipfile.ZipFile(path).namelist()):
         return
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
         for stage, lines in new.items():
             entry = zipfile.ZipInfo(f"{stage}.jsonl")  # dated 1980
-            archive.writestr(entry, "".join(f"{t}\n" for t in lines.values()), zipfile.ZIP_LZMA)
+            similar = sorted(lines.values(), key=lambda line: line.partition('"value":')[2])
+            archive.writestr(entry, "".join(f"{t}\n" for t in similar), zipfile.ZIP_LZMA)
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-048
 def unpack(
@@ -300,7 +309,7 @@ def unpack(
         )
     taken = {stage: [] for stage in STAGES}
     for stage in STAGES:
-        for key, line in _lines(path, stage).items():
+        for key, line in sorted(_lines(path, stage).items()):
             try:
                 sound = unsealed(line, key)["inputs"]["stage"] == stage
             except BROKEN:

@@ -6,7 +6,11 @@
 __all__ = ['ADAPTER', 'PROJECTOR', 'DECODER', 'add_trained', 'missing_eyes', 'untrained_eyes']
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-002
+import hashlib
+import lzma
 import re
+import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -187,16 +191,23 @@ BUILD_VERSION = 1  # raised when the files that are put together change
 
 
 def trained_file() -> Path:
-    "The projector and the adapters that ship with the package."
-    return SHIPPED / "smollm2-eyes" / "trained.safetensors"
+    "The projector and the adapters that ship with the package, compressed."
+    return SHIPPED / "smollm2-eyes" / "trained.safetensors.xz"
+
+
+@lru_cache
+def unpacked(path: Path) -> bytes:
+    "The content of a compressed file."
+    return lzma.decompress(path.read_bytes())
 
 
 def eyes_identity() -> str | None:  # None where a package is not installed
     "A name for the weights of the trained model, without putting it together."
     if missing_eyes():
         return None
-    parts = (packaged_file(DECODER), tower_file(), trained_file())
-    return "-".join(["smollm2-eyes", *(sha256(p)[:12] for p in parts), str(BUILD_VERSION)])
+    hashes = [sha256(packaged_file(DECODER)), sha256(tower_file())]
+    hashes.append(hashlib.sha256(unpacked(trained_file())).hexdigest())
+    return "-".join(["smollm2-eyes", *(digest[:12] for digest in hashes), str(BUILD_VERSION)])
 
 
 def eyes_folder() -> Path:  # of a checkpoint in the cache
@@ -206,7 +217,9 @@ def eyes_folder() -> Path:  # of a checkpoint in the cache
     folder = cache_folder("eyes") / eyes_identity()
     if not (folder / "config.json").is_file():
         model, processor = untrained_eyes()
-        add_trained(model, trained_file())
+        with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+            Path(file.name).write_bytes(unpacked(trained_file()))
+            add_trained(model, Path(file.name))
         with replacing_folder(folder) as new:
             model.save_pretrained(new)
             processor.save_pretrained(new)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATED', 'ASSEMBLED', 'MODELS', 'quiet_loading', 'check_image_token', 'load_processor', 'cast', 'native_folder',
-           'check_model', 'packaged_identity', 'load_tokenizer', 'load_model']
+           'check_model', 'from_hub', 'packaged_identity', 'load_tokenizer', 'load_model']
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-004
 import math
@@ -39,7 +39,6 @@ from mllm_compress.zoo.weight_files import (
     packaged_file,
     read_config,
     read_header,
-    refuse_pickle,
     shards,
 )
 
@@ -77,19 +76,6 @@ def quiet_loading():
     finally:
         if shown:
             logging.enable_progress_bar()
-
-# %% ../../nbs/library/zoo/01_models.ipynb #models-cell-012
-def _load_folder(source: Path, dtype, trust_remote_code: bool) -> tuple:
-    "Model and processor of a native checkpoint; ValueError where a weight does not fit."
-    options = dict(trust_remote_code=trust_remote_code)
-    auto, processor = auto_classes(AutoConfig.from_pretrained(source, **options))
-    strict = dict(output_loading_info=True, use_safetensors=True)  # the report, and no pickles
-    with quiet_loading():
-        model, report = auto.from_pretrained(source, dtype=dtype or "auto", **strict, **options)
-    faults = {kind: names for kind, names in report.items() if kind != "error_msgs"}
-    if any(faults.values()):
-        raise ValueError(f"{source} does not fit its own config.json: {listed(faults)}")
-    return model, processor.from_pretrained(source, **options)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-014
 def _twin(name: str) -> str:
@@ -133,14 +119,17 @@ def check_image_token(folder: Path, model, processor) -> None:
         )
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-026
-def _load_checked(folder: Path, dtype, trust_remote_code: bool) -> tuple:
-    "Load a folder; a ValueError, OSError or ImportError with one line where that fails."
-    check_files(folder)
+def _load_native(folder: Path, name: str, dtype, trust_remote_code: bool) -> tuple:
+    "Load a native folder; a ValueError, OSError or ImportError with one line where that fails."
+    check_files(folder, name, _twin(name))
+    options = dict(trust_remote_code=trust_remote_code)
+    strict = dict(output_loading_info=True, use_safetensors=True)  # the report, and no pickles
     with named_failures(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, **options)
+        auto, processor_class = auto_classes(config)
         if not trust_remote_code and not getattr(config, "quantization_config", None):
             with torch.device("meta"):
-                described = auto_classes(config)[0].from_config(config).num_parameters()
+                described = auto.from_config(config).num_parameters()
             entries = (e for file in shards(folder) for e in read_header(file)[0].values())
             stored = sum(math.prod(entry["shape"]) for entry in entries)
             if described > 2 * stored:
@@ -148,7 +137,12 @@ def _load_checked(folder: Path, dtype, trust_remote_code: bool) -> tuple:
                     f"{folder} does not fit its own config.json: that describes {described:,} "
                     f"parameters, and the files hold {stored:,}. Copy config.json again."
                 )
-        model, processor = _load_folder(folder, dtype, trust_remote_code)
+        with quiet_loading():
+            model, report = auto.from_pretrained(folder, dtype=dtype or "auto", **strict, **options)
+        faults = {kind: names for kind, names in report.items() if kind != "error_msgs"}
+        if any(faults.values()):
+            raise ValueError(f"{folder} does not fit its own config.json: {listed(faults)}")
+        processor = processor_class.from_pretrained(folder, **options)
     check_image_token(folder, model, processor)
     return model, processor
 
@@ -159,17 +153,22 @@ def load_processor(folder: Path):
         return auto_classes(AutoConfig.from_pretrained(folder))[1].from_pretrained(folder)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-028
-def _own_format(folder: Path) -> str | None:
-    "The model_type of a checkpoint that is loaded by LOADERS; None for another one."
+def layout_of(folder: Path) -> str:
+    "How a checkpoint is loaded: a model_type of LOADERS, original or native."
     config = folder / "config.json"
     kind = read_config(config).get("model_type") if config.is_file() else None
-    return kind if kind in LOADERS else None
+    if kind in LOADERS:
+        return kind
+    return "original" if is_original_layout(folder) else "native"
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-032
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
 def _check_hub_id(name: str) -> None:
     "An error for a name that is no model, and cannot be one on the hub."
     check_local(name)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not HUB_ID.fullmatch(name):
         known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
         raise ValueError(
             f"Unknown model {name!r}. Give one of these, any hub id as owner/name, "
@@ -217,7 +216,7 @@ def native_folder(
 ) -> Path | None:  # None for generated models, original layouts, pruned formats and hub ids
     "The local folder of a checkpoint in native classes."
     folder = _local_folder(str(name))
-    if folder is None or _own_format(folder) or is_original_layout(folder):
+    if folder is None or layout_of(folder) != "native":
         return None
     complete = (folder / "config.json").is_file() and list(folder.glob("*.safetensors"))
     return folder if complete else None
@@ -238,21 +237,19 @@ def check_model(
         return
     if not folder.is_dir():
         _check_hub_id(name)
-    elif not _own_format(folder) and not is_original_layout(folder):
-        if not list(folder.glob("*.safetensors")):
-            refuse_pickle(folder)
+    elif layout_of(folder) == "native":
         check_files(folder)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-045
-def _fetched(name: str, trust_remote_code: bool) -> Path:
-    "The folder of a checkpoint of the hub, without its pickles."
+def from_hub(name: str, trust_remote_code: bool = False, **options) -> Path:
+    "The folder of a checkpoint of the hub, without its pickles; OSError where it is out of reach."
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repo = PACKAGED[name].hub if name in PACKAGED else name
     ignored = ["*.bin"] if trust_remote_code else ["*.bin", "*.pt", "*.pth", "*.py"]
     try:
-        return Path(snapshot_download(repo, ignore_patterns=ignored))
+        return Path(snapshot_download(repo, ignore_patterns=ignored, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__
         if name in PACKAGED:
@@ -274,7 +271,7 @@ def _folder(name: str, trust_remote_code: bool = False) -> Path:
         return gguf_folder(Path(name).expanduser())
     if name not in PACKAGED:
         _check_hub_id(name)
-    return _fetched(name, trust_remote_code)
+    return from_hub(name, trust_remote_code)
 
 
 def packaged_identity(
@@ -300,18 +297,18 @@ def load_tokenizer(
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-049
 def _load_streamed(name: str, device: str, dtype: torch.dtype | None) -> tuple:
     "A model whose weights stay in their files, and its processor."
-    folder = None if name in GENERATED else _folder(name)
-    cure = ""
-    if folder is None:
-        cure = "it has no files of its own, so load it as a whole, without stream (--no-stream)"
-    elif _own_format(folder):
-        cure = "its layers differ in width, so load it as a whole, without stream (--no-stream)"
-    elif is_original_layout(folder):
-        cure = "convert it first: mllm-compress convert FOLDER NEW"
-    if cure:
-        raise ValueError(f"{name} cannot be streamed from safetensors of native classes: {cure}.")
-    if not list(folder.glob("*.safetensors")):
-        refuse_pickle(folder)
+    layout = "generated" if name in GENERATED else layout_of(folder := _folder(name))
+    if layout != "native":
+        cures = {
+            "generated": "it has no files of its own, so load it as a whole, without stream "
+            "(--no-stream)",
+            "original": "convert it first: mllm-compress convert FOLDER NEW",
+        }
+        other = "its layers differ in width, so load it as a whole, without stream (--no-stream)"
+        raise ValueError(
+            f"{name} cannot be streamed from safetensors of native classes: "
+            f"{cures.get(layout, other)}."
+        )
     check_files(folder)
     processor = load_processor(folder)
     try:
@@ -323,21 +320,6 @@ def _load_streamed(name: str, device: str, dtype: torch.dtype | None) -> tuple:
         ) from None
     check_image_token(folder, model, processor)
     return model, processor
-
-
-def _load_whole(name: str, dtype, trust_remote_code: bool, vision_tower) -> tuple:
-    "Model and processor, whatever layout the folder of the model has."
-    if name in GENERATED:
-        family = name.split("-")[-1]
-        return tiny_model(family, layers=4), tiny_processor(family)
-    folder = _folder(name, trust_remote_code)
-    if kind := _own_format(folder):
-        return LOADERS[kind](folder, dtype)
-    if is_original_layout(folder):
-        return load_original(folder, vision_tower, dtype=dtype)
-    if not list(folder.glob("*.safetensors")):
-        refuse_pickle(folder, name, twin=_twin(name))
-    return _load_checked(folder, dtype, trust_remote_code)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-051
 def load_model(
@@ -352,5 +334,16 @@ def load_model(
     name, dtype = str(name), _dtype(dtype)
     if stream:
         return _load_streamed(name, device, dtype)
-    model, processor = _load_whole(name, dtype, trust_remote_code, vision_tower)
+    if name in GENERATED:
+        family = name.split("-")[-1]
+        model, processor = tiny_model(family, layers=4), tiny_processor(family)
+    else:
+        folder = _folder(name, trust_remote_code)
+        layout = layout_of(folder)
+        if layout in LOADERS:
+            model, processor = LOADERS[layout](folder, dtype)
+        elif layout == "original":
+            model, processor = load_original(folder, vision_tower, dtype=dtype)
+        else:
+            model, processor = _load_native(folder, name, dtype, trust_remote_code)
     return cast(model, dtype or model.dtype).to(device).eval(), processor

@@ -411,43 +411,24 @@ def generation_config(
     suppressed = list(range(config.image_token_id, text.vocab_size)) if appended else None
     return transformers.GenerationConfig(**kept, suppress_tokens=suppressed)
 
-# %% ../../nbs/library/zoo/02_releases.ipynb #convert-cell-027
-@torch.no_grad()
-def read_model(
-    source: OriginalCheckpoint,
-) -> PreTrainedModel:  # native, in evaluation mode
-    "The native model with the original's weights."
-    with no_init_weights():
-        config, dtype = source.model.config, source.model.dtype
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(source.tensor(name))
-    model.generation_config = generation_config(source)
-    return model.eval()
-
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-005
-def _tiles(original: dict) -> transformers.GotOcr2ImageProcessorPil:
-    "Tiles of the nearest aspect ratio and a thumbnail; source: InternVL's `dynamic_preprocess`."
-    side = original["force_image_size"]
-    return transformers.GotOcr2ImageProcessorPil(
-        size={"height": side, "width": side},
-        crop_to_patches=original.get("dynamic_image_size", True),
-        min_patches=original.get("min_dynamic_patch", 1),
-        max_patches=original.get("max_dynamic_patch", 12),
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
-    )
-
-
 def image_processor(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a separate vision tower
 ):  # -> image processor of transformers
-    "Pad to a square, resize, crop, normalise (source: LLaVA's `expand2square`), or make tiles."
+    "Pad to a square, resize, crop and normalise, or make tiles, as the release does."
     folder = Path(folder)
     release, original = release_of(folder), read_json(folder / "config.json")
-    if release.placeholder != "<image>":
-        return _tiles(original)
+    if release.placeholder != "<image>":  # tiles of the nearest aspect ratio, and a thumbnail
+        side = original["force_image_size"]
+        return transformers.GotOcr2ImageProcessorPil(
+            size={"height": side, "width": side},
+            crop_to_patches=original.get("dynamic_image_size", True),
+            min_patches=original.get("min_dynamic_patch", 1),
+            max_patches=original.get("max_dynamic_patch", 12),
+            image_mean=(0.485, 0.456, 0.406),
+            image_std=(0.229, 0.224, 0.225),
+        )
     place, vision = tower_folder(folder, release, tower), native_config(folder, tower).vision_config
     side = {"height": vision.image_size, "width": vision.image_size}
     settings = {"size": {"shortest_edge": vision.image_size}, "crop_size": side}
@@ -522,9 +503,6 @@ class ProcessorParts:
 
     image_processor: object
     chat_template: str
-    placeholder: str  # the token that stands for one image feature
-    image_token_id: int
-    image_seq_length: int  # placeholders per image or tile
 
     def save_pretrained(self, folder: str | Path):
         "Write preprocessor_config.json and chat_template.jinja."
@@ -551,30 +529,7 @@ def load_tokenizer(
         auto = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
         return auto.from_pretrained(apart, **options)
 
-# %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-036
-def llava_processor(
-    parts: ProcessorParts,
-    tokenizer,
-    config: transformers.LlavaConfig,  # native
-) -> transformers.LlavaProcessor:
-    "A native processor whose <image> has the id the model expects."
-    image = transformers.AddedToken(parts.placeholder, special=True, normalized=False)
-    tokenizer.add_tokens([image], special_tokens=True)
-    if (token := tokenizer.convert_tokens_to_ids(parts.placeholder)) != parts.image_token_id:
-        raise ValueError(
-            f"the tokenizer gives {parts.placeholder} the id {token} "
-            f"and the model {parts.image_token_id}: they are not of one release"
-        )
-    return transformers.LlavaProcessor(
-        parts.image_processor,
-        tokenizer,
-        patch_size=config.vision_config.patch_size,
-        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=fit_template(parts.chat_template, tokenizer, parts.image_token_id),
-    )
-
-# %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-040
+# %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-042
 INTERNVL_TOKENS = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -583,46 +538,43 @@ INTERNVL_TOKENS = {
 }
 
 
-def internvl_processor(
-    parts: ProcessorParts,
-    tokenizer,
-    config: transformers.InternVLConfig,  # native
-) -> transformers.InternVLProcessor:
-    "A native processor that wraps a run of <IMG_CONTEXT> in <img> and </img>."
-    with naming_extras():
-        video = transformers.InternVLVideoProcessor()
-    return transformers.InternVLProcessor(
-        parts.image_processor,
-        tokenizer,
-        video,
-        image_seq_length=parts.image_seq_length,
-        chat_template=parts.chat_template,
-    )
-
-# %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-042
 def read_processor(
     source: OriginalCheckpoint,
     tower: str | Path | None = None,  # folder of a separate vision tower
 ):  # -> native processor or ProcessorParts
     "The native processor, or its parts if the folder has no tokenizer."
-    config, placeholder = source.model.config, source.release.placeholder
-    parts = ProcessorParts(
-        image_processor(source.folder, tower),
-        chat_template(source.folder),
-        placeholder,
-        config.image_token_id,
-        config.image_seq_length,
-    )
-    plain = placeholder == "<image>"
-    special = {} if plain else {"extra_special_tokens": INTERNVL_TOKENS}
+    config, token = source.model.config, source.release.placeholder
+    parts = ProcessorParts(image_processor(source.folder, tower), chat_template(source.folder))
+    special = {} if token == "<image>" else {"extra_special_tokens": INTERNVL_TOKENS}
     tokenizer = load_tokenizer(source.folder, **special)
     if tokenizer is None:
         return parts
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = config.get_text_config().pad_token_id
-    return (llava_processor if plain else internvl_processor)(parts, tokenizer, config)
+    if special:
+        with naming_extras():
+            video = transformers.InternVLVideoProcessor()
+        options = {"image_seq_length": config.image_seq_length}
+        options["chat_template"] = parts.chat_template
+        return transformers.InternVLProcessor(parts.image_processor, tokenizer, video, **options)
+    image = transformers.AddedToken(token, special=True, normalized=False)
+    tokenizer.add_tokens([image], special_tokens=True)
+    if (given := tokenizer.convert_tokens_to_ids(token)) != config.image_token_id:
+        raise ValueError(
+            f"the tokenizer gives {token} the id {given} "
+            f"and the model {config.image_token_id}: they are not of one release"
+        )
+    return transformers.LlavaProcessor(
+        parts.image_processor,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=fit_template(parts.chat_template, tokenizer, config.image_token_id),
+    )
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-convert-cell-006
+@torch.no_grad()
 def load_original(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
@@ -631,7 +583,13 @@ def load_original(
 ) -> tuple:  # (native model in evaluation mode, processor or ProcessorParts)
     "Load an original checkpoint into native classes, without writing a file."
     source = open_original(folder, tower, dtype)
-    return read_model(source).to(device), read_processor(source, tower)
+    config, dtype = source.model.config, source.model.dtype
+    with no_init_weights():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(source.tensor(name))
+    model.generation_config = generation_config(source)
+    return model.eval().to(device), read_processor(source, tower)
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-convert-cell-012
 def convert_original(

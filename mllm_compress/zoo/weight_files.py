@@ -17,6 +17,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -138,8 +139,12 @@ def refuse_pickle(
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-013
 def check_files(
     folder: Path,  # of a checkpoint
+    name: str = "",  # see refuse_pickle
+    twin: str = "",
 ) -> None:
     "ValueError or FileNotFoundError where a folder is not a complete checkpoint."
+    if not list(folder.glob("*.safetensors")):
+        refuse_pickle(folder, name, twin=twin)
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give the folder of a checkpoint.")
@@ -193,39 +198,9 @@ def read_tensor(
         file.readinto(raw.numpy().data)
     return raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
 
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-007
-def read_numbers(
-    path: Path,
-    entry: dict,
-    start: int,  # as for read_tensor
-    step: int,  # one number in so many
-) -> torch.Tensor:  # [numbers]
-    "Every so many numbers of a tensor of a file."
-    dtype, (begin, end), raw = DTYPES[entry["dtype"]], entry["data_offsets"], bytearray()
-    with open(path, "rb", buffering=0) as file:
-        for place in range(start + begin, start + end, step * dtype.itemsize):
-            file.seek(place)
-            raw += file.read(dtype.itemsize)
-    return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-009
 class NotFromFiles(Exception):
     "A checkpoint whose weights cannot be read one by one; it is loaded instead."
-
-
-def _model_names(model: PreTrainedModel, keys) -> dict:  # name in a file -> name in the model
-    "Names of the weights in the model, by the rules of transformers; NotFromFiles beyond renaming."
-    rules = get_model_conversion_mapping(model)
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    names, state = {}, model.state_dict()
-    for key in keys:
-        names[key], converter = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        if converter is not None:
-            raise NotFromFiles(f"{key} is converted, not only renamed")
-    return names
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-011
 @dataclass(frozen=True)
@@ -248,8 +223,12 @@ class FileModel:
         return read_tensor(*self.places[name]).to(self.device, self.model.dtype)
 
     def numbers(self, name: str, step: int) -> torch.Tensor:
-        "One number in so many of a weight, in the dtype of the model."
-        return read_numbers(*self.places[name], step).to(self.model.dtype)
+        "One number in so many of a weight, in the dtype of the model, from a map of the file."
+        path, entry, start = self.places[name]
+        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        shape = (end - begin) // dtype.itemsize, dtype.itemsize
+        raw = np.memmap(path, np.uint8, "r", start + begin, shape)[::step].copy()
+        return torch.from_numpy(raw).view(dtype).flatten().to(self.model.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -263,9 +242,14 @@ def auto_classes(config) -> tuple:  # (of the model, of the processor)
         return AutoModelForImageTextToText, AutoProcessor
     return AutoModelForCausalLM, AutoTokenizer
 
-
-def _empty_model(folder: Path, device: str, dtype: torch.dtype | None) -> PreTrainedModel:
-    "The model of a folder, without weights."
+# %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-015
+def open_files(
+    folder,  # of a checkpoint in native classes
+    device: str = "cpu",  # where weights go when they are read
+    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
+) -> FileModel:  # NotFromFiles where it must be loaded as a whole
+    "A checkpoint whose weights stay in their files."
+    folder, places = Path(folder), {}
     config = AutoConfig.from_pretrained(folder)
     dtype = dtype or config.dtype
     if dtype is None:
@@ -280,32 +264,28 @@ def _empty_model(folder: Path, device: str, dtype: torch.dtype | None) -> PreTra
     model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
-
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-015
-def open_files(
-    folder,  # of a checkpoint in native classes
-    device: str = "cpu",  # where weights go when they are read
-    dtype: torch.dtype | None = None,  # None keeps the checkpoint's
-) -> FileModel:  # NotFromFiles where it must be loaded as a whole
-    "A checkpoint whose weights stay in their files."
-    folder, places = Path(folder), {}
-    model = _empty_model(folder, device, dtype)
-    tied = tied_names(model)
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     for path in shards(folder):
         header, start = read_header(path)
-        for key, name in _model_names(model, header).items():
-            places[name] = (path, header[key], start)
-    for name, first in tied.items():
+        for key, entry in header.items():
+            name, converter = rename_source_key(
+                key, renamings, converters, model.base_model_prefix, state
+            )
+            if converter is not None:
+                raise NotFromFiles(f"{key} is converted, not only renamed")
+            places[name] = (path, entry, start)
+    for name, first in tied_names(model).items():
         if name in places or first in places:
             places.setdefault(name, places.get(first))
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         entry = places.get(name, (None, {}))[1]
         if entry.get("shape") != list(tensor.shape) or entry.get("dtype") not in DTYPES:
             raise NotFromFiles(f"{name} is not in the files as the model has it")
-    if extra := set(places) - set(model.state_dict()):
+    if extra := set(places) - set(state):
         raise NotFromFiles(f"{sorted(extra)[0]} is in the files, but not in the model")
-    return FileModel(folder, model, places, device)
+    return FileModel(folder, model.eval(), places, device)
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #write-cell-001
 def write_tensors(
