@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front', 'pictures_first',
-           'read_entry', 'decoded', 'read_entries', 'image_paths', 'parquet_rows', 'turns', 'LazyEntries', 'entry_ids',
-           'has_image', 'read_image', 'open_image', 'nested_part', 'InstructionData', 'load_json', 'picture_of',
-           'from_rows']
+           'read_entry', 'decoded', 'read_entries', 'image_paths', 'turns', 'LazyEntries', 'entry_ids', 'has_image',
+           'read_image', 'open_image', 'InstructionData', 'load_json', 'picture_of', 'from_rows']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -32,31 +31,29 @@ ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "s
 class EntryError(ValueError):
     "An entry that cannot be read; the message names it."
 
-
-def _fail(entry, what: str, cure: str):
-    "Raise an EntryError for an entry."
-    name = entry.get("id") if isinstance(entry, dict) else None
-    raise EntryError(f"Entry {name!r} {what}: {cure}.")
+    def __init__(self, entry: dict, what: str, cure: str):
+        super().__init__(f"Entry {entry.get('id')!r} {what}: {cure}.")
 
 
 def _text_of(entry: dict, value, where: str) -> str:
     "A text of an entry; EntryError for anything else."
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        _fail(entry, f"has {kind} where {where} should be text", "write a text, or leave it out")
+        what = f"has {kind} where {where} should be text"
+        raise EntryError(entry, what, "write a text, or leave it out")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        _fail(entry, f"has half a surrogate pair in {where}", "repair its encoding")
+        raise EntryError(
+            entry, f"has half a surrogate pair in {where}", "repair its encoding"
+        ) from None
     return value
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-013
-def _content(entry: dict, content) -> tuple:  # (text with markers, pictures)
-    "A message's text and pictures."
-    if not isinstance(content, list):
-        return _text_of(entry, content, "a message"), []
+def _join_parts(entry: dict, parts: list) -> tuple:  # (text with markers, pictures)
+    "The text and the pictures of a message's parts."
     texts, pictures = [], []
-    for part in content:
+    for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("image", "image_url", "input_image"):
             texts.append(IMAGE)
@@ -67,29 +64,10 @@ def _content(entry: dict, content) -> tuple:  # (text with markers, pictures)
         elif kind in ("text", "input_text", "output_text"):
             texts.append(_text_of(entry, part.get("text"), "a part of a message"))
         else:
-            _fail(entry, f"has a part of type {kind!r}", "use parts of type text or image")
+            raise EntryError(
+                entry, f"has a part of type {kind!r}", "use parts of type text or image"
+            )
     return "\n".join(texts), pictures
-
-
-def _from_messages(entry: dict) -> dict:
-    "An entry with `messages` in the form of LLaVA."
-    conversation, pictures = [], []
-    for message in _list_of(entry, "messages"):
-        text, named = _content(entry, message.get("content"))
-        conversation.append({"from": message.get("role"), "value": text})
-        pictures += named
-    rest = {k: v for k, v in entry.items() if k != "messages"}
-    if pictures and rest.get("image") is None:
-        rest["image"] = pictures[0] if len(pictures) == 1 else pictures
-    return rest | {"conversations": conversation}
-
-
-def _list_of(entry: dict, key: str) -> list:
-    "The list of turns of an entry."
-    turns = entry[key]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        _fail(entry, f"has no list of turns in {key!r}", "write a list of objects")
-    return turns
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-019
 def image_names(entry: dict) -> list:
@@ -117,30 +95,59 @@ def pictures_first(
     return not later and (last or IMAGE not in split_front(first)[1])
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-026
-def _turns_of(entry: dict) -> list:
-    "The turns of an entry as human and gpt, the system turn part of the first question."
-    conversation, system = [], []
-    for turn in _list_of(entry, "conversations"):
-        speaker = turn.get("from", turn.get("role"))
-        role = ROLES.get(speaker) if isinstance(speaker, str) else None
-        text = _text_of(entry, turn.get("value", turn.get("content")), "a turn")
-        if role is None:
-            _fail(entry, f"has a turn of {speaker!r}", f"use {', '.join(ROLES)}")
-        if role == "system" and conversation:
-            _fail(entry, "has a system turn in the middle", "put it first")
-        (system if role == "system" else conversation).append({"from": role, "value": text})
-    speakers = [turn["from"] for turn in conversation]
+def _check_speakers(entry: dict, conversation: list) -> None:
+    "EntryError where questions and answers do not alternate."
+    speakers = [turn.get("from") for turn in conversation]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        _fail(
-            entry,
-            "has no 'conversations' that alternate between 'human' and 'gpt'",
-            "start with a question and end with an answer",
-        )
+        what = "has no 'conversations' that alternate between 'human' and 'gpt'"
+        raise EntryError(entry, what, "start with a question and end with an answer")
+
+
+def _read_turns(entry: dict, key: str) -> tuple:  # (turns as human and gpt, pictures in them)
+    "The turns under `conversations` or `messages`, the system turn part of the first question."
+    conversation, system, pictures = [], [], []
+    if not isinstance(entry[key], list) or not all(isinstance(t, dict) for t in entry[key]):
+        raise EntryError(entry, f"has no list of turns in {key!r}", "write a list of objects")
+    for turn in entry[key]:
+        speaker = turn.get("from", turn.get("role"))
+        text = turn.get("value", turn.get("content"))
+        if key == "messages" and isinstance(text, list):
+            text, named = _join_parts(entry, text)
+            pictures += named
+        text = _text_of(entry, text, "a turn")
+        role = ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            raise EntryError(entry, f"has a turn of {speaker!r}", f"use {', '.join(ROLES)}")
+        if role == "system" and conversation:
+            raise EntryError(entry, "has a system turn in the middle", "put it first")
+        (system if role == "system" else conversation).append({"from": role, "value": text})
+    _check_speakers(entry, conversation)
     if system:
         front, question = split_front(conversation[0]["value"].strip())
         text = "\n".join([*(t["value"] for t in system), question])
         conversation[0] = conversation[0] | {"value": f"{IMAGE}\n" * front + text}
-    return conversation
+    return conversation, pictures
+
+# %% ../../nbs/library/data/01_instructions.ipynb #cell-032
+def _stored_images(entry: dict) -> list:
+    "What `image` or `images` holds, as a list."
+    stored = entry.get("image")
+    stored = entry.get("images") if stored is None else stored
+    return list(stored) if isinstance(stored, (list, tuple)) else [] if stored is None else [stored]
+
+
+def _image_of(entry: dict):
+    "The image of an entry as it is named, a list of several, or None."
+    listed = _stored_images(entry)
+    for image in listed:
+        name = image if isinstance(image, str) else "an object" if isinstance(image, dict) else ""
+        if name.startswith(("http://", "https://", "data:", "file:")):
+            cure = "download it, and name the file"
+            raise EntryError(entry, "names an image by its URL", cure)
+        if not name.strip() or "\0" in name:
+            cure = "name the file, or leave it out"
+            raise EntryError(entry, f"has {image!r:.40} as an image", cure)
+    return listed if len(listed) > 1 else next(iter(listed), None)
 
 
 def _check_markers(entry: dict, conversation: list) -> None:
@@ -148,36 +155,15 @@ def _check_markers(entry: dict, conversation: list) -> None:
     images = len(image_names(entry))
     counts = [turn["value"].count(IMAGE) for turn in conversation]
     if any(counts[1::2]):
-        _fail(entry, f"has {IMAGE} in an answer", "put it into a question")
+        raise EntryError(entry, f"has {IMAGE} in an answer", "put it into a question")
     if any(counts) and not images:
-        _fail(entry, f"has {IMAGE} but names no image", "add 'image', or remove the marker")
+        cure = "add 'image', or remove the marker"
+        raise EntryError(entry, f"has {IMAGE} but names no image", cure)
     if sum(counts) != images and (images > 1 or any(counts)):
         many, marks = "s" * (images > 1), "s" * (sum(counts) != 1)
-        _fail(
-            entry,
-            f"has {images} image{many} and {sum(counts)} {IMAGE} marker{marks}",
-            "write one marker per image where it belongs, in the order of the images",
-        )
-
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-032
-def _image_of(entry: dict):
-    "The image of an entry as it is named, a list of several, or None."
-    named = entry.get("image")
-    named = entry.get("images") if named is None else named
-    if named is None:
-        return None
-    listed = list(named) if isinstance(named, (list, tuple)) else [named]
-    for one in listed:
-        if isinstance(one, str):
-            if one.startswith(("http://", "https://", "data:", "file:")):
-                _fail(entry, "names an image by its URL", "download it, and name the file")
-            if not one.strip() or "\0" in one:
-                _fail(entry, "has an image without a name", "name the file, or leave 'image' out")
-        elif isinstance(one, (bool, int, float, list)):
-            _fail(entry, f"has {one!r:.40} as its image", "name the file, or leave 'image' out")
-        elif one is None:
-            _fail(entry, "has null in its list of images", "name the file, or leave it out")
-    return listed if len(listed) > 1 else listed[0] if listed else None
+        what = f"has {images} image{many} and {sum(counts)} {IMAGE} marker{marks}"
+        cure = "write one marker per image where it belongs, in the order of the images"
+        raise EntryError(entry, what, cure)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-034
 def read_entry(
@@ -186,27 +172,35 @@ def read_entry(
 ) -> dict:  # LLaVA's form; plain text stays {"id", "text"}
     "One entry in the form that is trained on; EntryError where it cannot be read."
     if not isinstance(entry, dict):
-        raise EntryError(f"Entry {number} is {entry!r:.40}, not an object: write one per sample.")
+        what = f"is {entry!r:.40}, not an object"
+        raise EntryError({"id": number}, what, "write one per sample")
     if entry.get("id") is None:
         entry = entry | {"id": number}
-    if "messages" in entry and "conversations" not in entry:
-        entry = _from_messages(entry)
-    if "question" in entry and "answer" in entry and "conversations" not in entry:
+    conversation = None
+    if "conversations" in entry:
+        conversation, _ = _read_turns(entry, "conversations")
+    elif "messages" in entry:
+        conversation, pictures = _read_turns(entry, "messages")
+        entry = {k: v for k, v in entry.items() if k != "messages"}
+        if pictures and entry.get("image") is None:
+            entry["image"] = pictures
+    elif "question" in entry and "answer" in entry:
         pair = (("human", entry["question"]), ("gpt", entry["answer"]))
-        entry = entry | {"conversations": [{"from": who, "value": text} for who, text in pair]}
-    image = _image_of(entry)
-    if "text" in entry and "conversations" not in entry:
-        if image is not None:
-            _fail(entry, "has an image but plain text", "write 'conversations'")
-        if not _text_of(entry, entry["text"], "'text'").strip():
-            _fail(entry, "has an empty 'text'", "leave it out")
-        return {k: v for k, v in entry.items() if k not in ("image", "images")}
-    if "conversations" not in entry:
+        turns = [{"from": who, "value": text} for who, text in pair]
+        conversation, _ = _read_turns(entry | {"conversations": turns}, "conversations")
+    elif "text" not in entry:
         keys = "'conversations', 'messages', 'question' with 'answer', nor 'text'"
-        _fail(entry, f"has neither {keys}", "see the format in the documentation of data")
+        cure = "see the format in the documentation of data"
+        raise EntryError(entry, f"has neither {keys}", cure)
+    image = _image_of(entry)
+    if conversation is None:  # plain text
+        if image is not None:
+            raise EntryError(entry, "has an image but plain text", "write 'conversations'")
+        if not _text_of(entry, entry["text"], "'text'").strip():
+            raise EntryError(entry, "has an empty 'text'", "leave it out")
+        return {k: v for k, v in entry.items() if k not in ("image", "images")}
     if image is not None or "image" in entry:
         entry = entry | {"image": image}
-    conversation = _turns_of(entry)
     _check_markers(entry, conversation)
     return entry | {"conversations": conversation}
 
@@ -231,9 +225,8 @@ def _parsed(text: str, where: str):
     except RecursionError:
         raise ValueError(f"{where} is nested too deeply to be data.") from None
     except ValueError as error:
-        raise ValueError(
-            f"{where} is not valid JSON ({error}): repair or export it again."
-        ) from None
+        cure = "repair or export it again"
+        raise ValueError(f"{where} is not valid JSON ({error}): {cure}.") from None
 
 
 def _objects(path: Path) -> list:
@@ -247,14 +240,12 @@ def _objects(path: Path) -> list:
         try:
             single = json.loads(text)
         except ValueError:
-            single = None  # JSON lines
-        if single and {"conversations", "messages", "text"} & set(single):
+            single = {}  # JSON lines
+        if {"conversations", "messages", "text"} & set(single):
             return [single]
-        if single is not None:
-            raise ValueError(
-                f"{path} holds one object with {', '.join(list(single)[:5])}: a list of entries "
-                "is needed."
-            )
+        if single:
+            keys = ", ".join(list(single)[:5])
+            raise ValueError(f"{path} holds one object with {keys}: a list of entries is needed.")
     rows = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
@@ -284,42 +275,20 @@ def image_paths(
     for name in image_names(entry):
         paths.append(Path(os.path.normpath(root / str(name))))
         if not paths[-1].is_relative_to(root):
-            _fail(
-                entry,
-                f"names the image {name!r} outside of the image folder {root}",
-                "give a folder that contains it with --image-root (image_root=)",
-            )
+            what = f"names the image {name!r} outside of the image folder {root}"
+            cure = "give a folder that contains it with --image-root (image_root=)"
+            raise EntryError(entry, what, cure)
     return paths
-
-# %% ../../nbs/library/data/01_instructions.ipynb #cell-050
-def parquet_rows(
-    path: Path,  # a .parquet file, or a folder of them
-) -> list:  # of dicts
-    "The rows of parquet files; FileNotFoundError where there are none."
-    import pyarrow.parquet as pq
-
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise FileNotFoundError(
-            f"{path} is a folder without parquet files: give a JSON, JSON-lines, parquet or text "
-            "file."
-        )
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-009
 def turns(
     entry: dict,  # one LLaVA entry
 ) -> list:  # of (question, answer) pairs; a marker is left only where its picture is in the text
-    "The question-answer pairs of a conversation; ValueError where speakers do not alternate."
+    "The question-answer pairs of a conversation; EntryError where speakers do not alternate."
     if "text" in entry and "conversations" not in entry:
         return [(None, entry["text"])]  # plain text, all of it supervised
     conversation = entry.get("conversations") or []
-    speakers = [turn.get("from") for turn in conversation]
-    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        raise ValueError(
-            f"Entry {entry.get('id')!r} has no 'conversations' "
-            "that alternate between 'human' and 'gpt'."
-        )
+    _check_speakers(entry, conversation)
     texts = [turn["value"] for turn in conversation]
     if not image_names(entry) or pictures_first(conversation):
         for marker in ("<image>\n", "\n<image>", IMAGE):
@@ -410,21 +379,6 @@ def open_image(
             "Replace it, or load with skip_missing=True."
         ) from None
 
-# %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-024
-def nested_part(
-    ids: list,  # of all entries
-    fraction: float,  # in (0, 1]
-    seed: int,  # another seed draws other entries
-) -> list:  # of numbers of entries, in the order of the data
-    "A fraction of the entries: nested, and independent of their order."
-    if not 0 < fraction <= 1:
-        raise ValueError(
-            f"fraction={fraction} is outside (0, 1]: give the part of the data to use, e.g. 0.05."
-        )
-    rank = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in ids]
-    order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
-    return sorted(order[: max(1, math.ceil(fraction * len(ids)))])
-
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-026
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
@@ -459,10 +413,17 @@ class InstructionData(torch.utils.data.Dataset):
 
     def fraction(self, fraction: float, seed: int = 0) -> "InstructionData":
         "A nested part of the data, independent of its order; the seed draws the entries."
-        kept = nested_part(entry_ids(self.samples), fraction, seed)
+        if not 0 < fraction <= 1:
+            raise ValueError(
+                f"fraction={fraction} is outside (0, 1]: give the part of the data to use, e.g. "
+                "0.05."
+            )
+        names = entry_ids(self.samples)
+        rank = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names]
+        order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
+        kept = sorted(order[: max(1, math.ceil(fraction * len(names)))])
         name = f"{self.name}[{fraction:g}@{seed}]"
-        samples = [self.samples[i] for i in kept]
-        return InstructionData(samples, self.image_root, self.images, name)
+        return InstructionData([self.samples[i] for i in kept], self.image_root, self.images, name)
 
     @cached_property
     def hash(self) -> str:
@@ -472,30 +433,39 @@ class InstructionData(torch.utils.data.Dataset):
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-029
 def load_json(
-    path,  # a JSON, JSON-lines or text file, see data.reading
+    path,  # a JSON, JSON-lines or text file; a parquet file, or a folder of them
     image_root,  # folder of the images
     skip_missing: bool = False,  # leave out entries whose image does not exist
 ) -> InstructionData:
     "Read a data set; FileNotFoundError where an image does not exist, ValueError for bad entries."
-    if Path(path).suffix == ".parquet" or Path(path).is_dir():
-        return from_rows(parquet_rows(Path(path)), Path(path).stem)
-    samples, root = read_entries(path), Path(image_root)
-    absent = [not all(path.is_file() for path in image_paths(e, root)) for e in samples]
-    count = f"{sum(absent)} of {len(samples)} entries"
-    if any(absent) and not skip_missing:
-        paths = [str(root / n) for e in samples for n in image_names(e)]
-        paths = [path for path in paths if not Path(path).is_file()]
+    path, root = Path(path), Path(image_root)
+    if path.suffix == ".parquet" or path.is_dir():
+        import pyarrow.parquet as pq
+
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise FileNotFoundError(
+                f"{path} is a folder without parquet files: give a JSON, JSON-lines, parquet or "
+                "text file."
+            )
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+        return from_rows(rows, path.stem)
+    samples = read_entries(path)
+    missing = [[p for p in image_paths(e, root) if not p.is_file()] for e in samples]
+    kept = [e for e, paths in zip(samples, missing) if not paths]
+    count = f"{len(samples) - len(kept)} of {len(samples)} entries"
+    if len(kept) < len(samples) and not skip_missing:
+        paths = [str(path) for paths in missing for path in paths]
         raise FileNotFoundError(
             f"{count} of {path} name an image that does not exist: {', '.join(paths[:3])}"
             f"{', …' if len(paths) > 3 else ''}. Complete the folder, or leave them out "
             "with skip_missing=True (--skip-missing)."
         )
-    if all(absent):
+    if not kept:
         raise FileNotFoundError(f"{path}: none of the images exists in {root}: check image_root.")
-    if any(absent):
+    if len(kept) < len(samples):
         print(f"{path}: left out {count} whose image does not exist.")
-    kept = [e for e, gone in zip(samples, absent) if not gone]
-    return InstructionData(kept, root, name=Path(path).stem)
+    return InstructionData(kept, root, name=path.stem)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-035
 def picture_of(
@@ -514,35 +484,24 @@ def picture_of(
     return read_image(io.BytesIO(raw), among)
 
 
-def _row_pictures(row: dict) -> list:
-    "The pictures of a row, as they are stored."
-    stored = row.get("image")
-    stored = row.get("images") if stored is None else stored
-    return list(stored) if isinstance(stored, (list, tuple)) else [] if stored is None else [stored]
-
-
-def _row_entry(row: dict, number: int) -> dict:
-    "An entry of a row; its picture is named by the row's number."
-    pictures = _row_pictures(row)
-    row = {k: v for k, v in dict(row).items() if v is not None and k not in ("image", "images")}
-    if len(pictures) == 1:
-        row["image"] = f"row-{number}"
-    elif pictures:
-        row["image"] = [f"row-{number}/{k}" for k in range(len(pictures))]
-    return read_entry(row, number) | {"row": number}
-
-
 def from_rows(
     rows,  # a data set of the `datasets` package, or any sequence of dicts
     name: str = "rows",
 ) -> InstructionData:
     "Rows as instruction data; ValueError for rows that cannot be read."
-    entries = [_row_entry(rows[i], i) for i in range(len(rows))]
+    entries = []
+    for number in range(len(rows)):
+        row, places = dict(rows[number]), range(len(_stored_images(rows[number])))
+        row = {k: v for k, v in row.items() if v is not None and k not in ("image", "images")}
+        if places:
+            several = [f"row-{number}/{k}" for k in places]
+            row["image"] = several if len(places) > 1 else f"row-{number}"
+        entries.append(read_entry(row, number) | {"row": number})
     if not entries:
         raise ValueError(f"{name} is empty: it should hold at least one row.")
 
     def images(entry):
-        stored = _row_pictures(rows[entry["row"]])
+        stored = _stored_images(rows[entry["row"]])
         return [picture_of(value, len(stored)) for value in stored]
 
     return InstructionData(entries, images=images, name=name)
