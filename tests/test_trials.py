@@ -203,12 +203,10 @@ found = [rows, wrong, row.status, row.error, drawn.label, drawn.color, count()]
 
 def test_a_decoder_family_and_a_multimodal_class_are_added_as_the_guide_says(copy):
     "A row in each of two notebooks, and the contract of a class holds."
-    last = lambda row: cell_of("add_a_model", row).splitlines()[-1]
-    wrappers, eyes = last('WRAPPERS["cohere2_vision"]'), last('EYES["cohere2_vision"]')
+    wrapper = cell_of("add_a_model", 'WRAPPERS["cohere2_vision"]').splitlines()[-1]
     config = cell_of("add_a_model", "AutoConfig.for_model").split("try:")[0]
     copy.append("anatomy/02_families.ipynb", cell_of("add_a_model", 'FAMILIES["starcoder2"]'))
-    copy.append("anatomy/01_wrappers.ipynb", wrappers)
-    copy.append("cost/01_arithmetic.ipynb", cell_of("add_a_model", 'FORMS["starcoder2"]'), eyes)
+    copy.append("anatomy/01_wrappers.ipynb", wrapper)
     code = f"""{config}
 from mllm_compress import anatomy
 from mllm_compress.cli.check import Case, run_checks
