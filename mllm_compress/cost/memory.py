@@ -36,8 +36,8 @@ from mllm_compress.cost.arithmetic import (
 )
 from .timing import time_call
 from ..importance.criteria import random_scores, whole_layers
-from ..importance.taylor import ORDERS, activation_bytes, channel_scores, scoring_memory
-from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
+from ..importance.taylor import ORDERS, channel_scores, scoring_memory
+from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.reconstruction import reconstruction_cost
 from ..pruning.slicing import apply_plan
 from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
@@ -128,22 +128,22 @@ KINDS = {  # kind of training -> its config
 }
 
 # %% ../../nbs/library/cost/02_memory.ipynb #gpu-memory-cell-010
-WAYS = {
-    "dense": lambda model, scores, ratio: plan_none(model),
-    "layerwise": lambda model, scores, ratio: plan_layerwise(model, whole_layers(scores), ratio),
-    "uniform": lambda model, scores, ratio: plan_widthwise(model, scores, ratio, shape="uniform"),
-    "blockwise": lambda model, scores, ratio: plan_widthwise(model, scores, ratio),
-}
+WAYS = ("dense", "layerwise", "uniform", "blockwise")
 
 
 def pruned_on_meta(
     model: PreTrainedModel,  # of `without_weights`
-    pruning: str,  # a row of WAYS; or none or widthwise, as the study names them
+    pruning: str,  # one of WAYS; or none or widthwise, as the study names them
     ratio: float,
 ) -> PreTrainedModel:
     "A pruned model on the meta device."
-    way = {"none": "dense", "widthwise": "blockwise"}.get(pruning, pruning)
-    return apply_plan(model, WAYS[way](model, random_scores(model), ratio))
+    if pruning in ("none", "dense"):
+        return model
+    scores = random_scores(model)
+    if pruning == "layerwise":
+        return apply_plan(model, plan_layerwise(model, whole_layers(scores), ratio))
+    shape = "uniform" if pruning == "uniform" else "blockwise"
+    return apply_plan(model, plan_widthwise(model, scores, ratio, shape=shape))
 
 # %% ../../nbs/library/cost/02_memory.ipynb #gpu-memory-cell-026
 def memory_table(
@@ -220,27 +220,25 @@ COMMON_DISK = 1e9  # bytes per second, where no file is given
 
 def machine_rates(dtype: torch.dtype, file: Path | None = None, width: int = 2048) -> dict:
     "Per second: operations in `dtype` and in float32, weights, gradients, bytes read and written."
-    few, many, rates = 16, 512, {}  # tokens
+    fastest = lambda call: min(time_call(call, repeats=10).seconds)
+    few, many, rates = 16, 512, {"read": COMMON_DISK}  # tokens
     for name, kind in (("float32", torch.float32), ("model", dtype)):
-        w, seconds = torch.ones(width, width, dtype=kind), {}
-        for tokens in (few, many):
-            x = torch.ones(tokens, width, dtype=kind)
-            seconds[tokens] = min(time_call(lambda: x @ w.T, repeats=10).seconds)
-        per_token = max(seconds[many] - seconds[few], seconds[many] / 100) / (many - few)
+        w, x = torch.ones(width, width, dtype=kind), torch.ones(many, width, dtype=kind)
+        short, long = fastest(lambda: x[:few] @ w.T), fastest(lambda: x @ w.T)
+        per_token = max(long - short, long / 100) / (many - few)
         rates[name] = 2 * width**2 / per_token
-        rates["weights"] = width**2 / max(seconds[few] - few * per_token, seconds[few] / 100)
+        rates["weights"] = width**2 / max(short - few * per_token, short / 100)
     linear, x = torch.nn.Linear(width, width, dtype=dtype), torch.ones(1, 64, width, dtype=dtype)
     slot, counts = SimpleNamespace(module=linear, axis=0), ([64], (64, 1))
     gradient = lambda: channel_scores(slot, x, x, *counts, ORDERS["param_first"])
-    rates["gradients"] = width**2 / min(time_call(gradient, repeats=3).seconds)
-    rates["read"] = COMMON_DISK
+    rates["gradients"] = width**2 / fastest(gradient)
     if file is not None:
         (entries, first), size, start = read_header(file), 0, time.perf_counter()
         for entry in entries.values():
             if size < 2**28:
                 size += read_tensor(file, entry, first).nbytes
         rates["read"] = size / (time.perf_counter() - start)
-    raw, start = torch.ones(2**26, dtype=torch.uint8).numpy().data, time.perf_counter()
+    raw, start = bytes(2**26), time.perf_counter()
     with tempfile.TemporaryFile() as temporary:
         temporary.write(raw)
         os.fsync(temporary.fileno())
@@ -269,46 +267,19 @@ class Phases:
 
     def __init__(self, parts: Anatomy, prompts: Prompts):
         self.parts, self.prompts, self.item = parts, prompts, parts.model.dtype.itemsize
-        known = dict(parts.model.named_parameters(remove_duplicate=False))
-        of = lambda part: sum(self.item * known[name].numel() for name in weight_names(parts, part))
-        self.vision, self.front, self.norm, self.head = map(of, ("vision", "front", "norm", "head"))
-        self.layers = [of(i) for i in range(parts.num_layers)]
-        tied = sum(self.item * known[name].numel() for name in tied_names(parts.model))
-        self.total = self.vision + self.front + self.norm + self.head + sum(self.layers) - tied
-        self.largest = self.item * max(p.numel() for p in known.values())
+        sizes = {
+            name: p.numel() for name, p in parts.model.named_parameters(remove_duplicate=False)
+        }
+        of = lambda names: self.item * sum(sizes[name] for name in names)
+        of_part = lambda part: of(weight_names(parts, part))
+        self.vision, self.front, self.norm, self.head = map(
+            of_part, ("vision", "front", "norm", "head")
+        )
+        self.layers = [of_part(i) for i in range(parts.num_layers)]
+        self.total = of(sizes) - of(tied_names(parts.model))
+        self.largest = self.item * max(sizes.values())
         self.tokens = prompts.tokens(parts.config)  # of one batch
         self.states = prompts.batches * self.tokens * parts.hidden_size * self.item
-
-    @torch.no_grad()
-    def front_peak(self) -> int:
-        "In front of the first layer."
-        tower, prompts, seen = self.parts.vision_tower, self.prompts, 0
-        if not prompts.pictures or tower is None:
-            return self.front + self.states
-        inputs = example_inputs(self.parts.model, 0, prompts.pictures, prompts.rows)
-        if (pixels := inputs.get("pixel_values")) is not None:
-            seen = peak_memory(lambda: tower(pixels, output_hidden_states=True), "meta")
-        return self.front + self.states + self.vision + seen
-
-    def layer_peak(self, step: str) -> int:
-        "Within the layers."
-        parts = self.parts
-        each = activation_bytes(parts.text_config, parts.model.dtype)  # of a token
-        forward = max(self.layers) + 2 * self.states + self.tokens * each["forward"]
-        if step == "block_influence":
-            return int(forward)
-        neurons, weights = max(parts.neurons(i) for i in range(parts.num_layers)), 0
-        effects = self.tokens * neurons * 24  # two float32, an effect in float64 and its square
-        if step == "taylor":
-            effects = 8 * max(slot.module.weight.numel() for slot in parts.linears(0))
-            weights = 4 * sum(p.numel() for p in parts.layers[0].parameters())
-        backward = self.tokens * (each["layer"] + each["working"]) + effects + weights
-        return int(max(forward, max(self.layers) + self.states + backward))
-
-    def end_peak(self) -> int:
-        "Behind the last layer."
-        logits = self.prompts.rows * self.prompts.supervised * self.parts.vocab_size
-        return self.norm + self.head + self.states + logits * (self.item + 3 * 4)
 
 # %% ../../nbs/library/cost/02_memory.ipynb #streaming-cell-015
 def scoring_work(parts: Anatomy, step: str, prompts: Prompts, ratio: float) -> tuple:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..anatomy.families import anatomy, part_parameters
+from ..anatomy.families import lm_parameters, part_parameters
 from . import timing
 from mllm_compress.cost.arithmetic import (
     decoder_flops,
@@ -104,25 +104,21 @@ def cost_report(
     inputs = example_inputs(model, text_tokens, images, batch)
     prompt, rows = inputs["input_ids"].shape[1], []
 
-    def add(quantity: str, counts: dict, unit: str, source: str):
+    def add(quantity: str, counts: dict, unit: str = "", source: str = "closed form"):
         rows.extend((quantity, part, n, unit, source) for part, n in counts.items())
 
-    with_total = lambda counts: counts | {"total": sum(counts.values())}
-    measured = part_parameters(model)
-    closed = measured | {"lm": sum(decoder_parameters(shape).values())}
-    closed = {part: n for part, n in with_total(closed).items() if part in ("lm", "total")}
-    add("parameters", closed, "", "closed form")
-    add("parameters", with_total(measured), "", "measured")
+    measured, lm = part_parameters(model), sum(decoder_parameters(shape).values())
+    add("parameters", {"lm": lm, "total": sum((measured | {"lm": lm}).values())})
+    add("parameters", measured | {"total": sum(measured.values())}, source="measured")
     sees = getattr(model.config, "vision_config", None) is not None and images
     seen = picture_cost(model.config, batch * images).operations if sees else {}
-    operations = with_total(seen | {"lm": decoder_flops(shape, prompt, batch=batch)})
-    add("prefill operations", seen, "", "counted")
-    closed = {part: operations[part] for part in ("lm", "total")}
-    add("prefill operations", closed, "", "closed form")
-    add("decode operations", {"total": decoder_flops(shape, 1, prompt, batch)}, "", "closed form")
+    add("prefill operations", seen, source="counted")
+    flops = decoder_flops(shape, prompt, batch=batch)
+    add("prefill operations", {"lm": flops, "total": sum(seen.values()) + flops})
+    add("decode operations", {"total": decoder_flops(shape, 1, prompt, batch)})
     cache = kv_bytes_per_token(shape, model.dtype.itemsize)
-    add("KV cache per token", {"total": cache}, "byte", "closed form")
-    add("KV cache of prompt", {"total": cache * prompt * batch}, "byte", "closed form")
+    add("KV cache per token", {"total": cache}, "byte")
+    add("KV cache of prompt", {"total": cache * prompt * batch}, "byte")
     add("weights", {"total": weight_bytes(model)}, "byte", "measured")
     if on_meta if memory is None else memory:
         peak = peak_memory(lambda: forward(model, inputs), model.device)
@@ -143,21 +139,21 @@ def cost_by_ratio(
 ) -> pd.DataFrame:
     "Size and cost of a model after each kind of pruning; no weights are needed."
     dense, rows = without_weights(config, dtype), []
-    for way in WAYS:
-        model = pruned_on_meta(dense, way, ratio)
-        parts, report, counts = anatomy(model), cost_report(model), part_parameters(model)
-        middle = parts.num_layers // 2
+    for pruning in WAYS:
+        model = pruned_on_meta(dense, pruning, ratio)
+        report, shape = cost_report(model), shape_of_model(model)
+        lm, middle = report.value("parameters", "lm"), len(shape) // 2
         rows.append(
             {
-                "pruning": way,
-                "removed of the LM": 1 - counts["lm"] / part_parameters(dense)["lm"],
-                "layers": parts.num_layers,
-                "heads": parts.groups(middle) * parts.queries_per_group(middle),
-                "neurons": parts.neurons(middle),
-                "LM (billion)": counts["lm"] / 1e9,
-                "all (billion)": sum(counts.values()) / 1e9,
+                "pruning": pruning,
+                "removed of the LM": 1 - lm / lm_parameters(dense),
+                "layers": len(shape),
+                "heads": shape.queries[middle],
+                "neurons": shape.neurons[middle],
+                "LM (billion)": lm / 1e9,
+                "all (billion)": report.value("parameters") / 1e9,
                 "weights (GiB)": report.value("weights") / 2**30,
-                "KV cache (KiB per token)": kv_bytes_per_token(shape_of_model(model)) / 2**10,
+                "KV cache (KiB per token)": report.value("KV cache per token") / 2**10,
                 "prefill (TFLOP)": report.value("prefill operations") / 1e12,
                 "decode (GFLOP per token)": report.value("decode operations") / 1e9,
                 "peak of a prefill (GiB)": report.value("peak beyond weights", "prefill") / 2**30,

@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from scipy.optimize import nnls
 from transformers import PreTrainedModel
@@ -29,9 +28,9 @@ class Timing:
     "Seconds of repeated calls, warm-up excluded."
 
     seconds: tuple
-    median = property(lambda self: pd.Series(self.seconds).median(), doc="Median seconds.")
-    low = property(lambda self: pd.Series(self.seconds).quantile(0.25), doc="First quartile.")
-    high = property(lambda self: pd.Series(self.seconds).quantile(0.75), doc="Third quartile.")
+    median = property(lambda self: float(np.median(self.seconds)), doc="Median seconds.")
+    low = property(lambda self: float(np.quantile(self.seconds, 0.25)), doc="First quartile.")
+    high = property(lambda self: float(np.quantile(self.seconds, 0.75)), doc="Third quartile.")
 
     def __str__(self):
         interval = f"[{1e3 * self.low:.2f}, {1e3 * self.high:.2f}]"
@@ -102,15 +101,15 @@ def unit_seconds(
     inputs = example_inputs(model) if inputs is None else inputs
     parts = anatomy(model)
     layers = range(parts.num_layers)
-    heads = {i: range(max(1, parts.groups(i) // 2)) for i in layers}
-    neurons = {i: range(max(1, parts.neurons(i) // 2)) for i in layers}
+    half = lambda count, some: {i: range(max(1, count(i) // 2)) for i in some}
     gone = set(removable(parts, reversed(layers))[: parts.num_layers // 2])
     kept = [i for i in layers if i not in gone]
-    both = {"heads": {i: heads[i] for i in kept}, "neurons": {i: neurons[i] for i in kept}}
-    halves = [{}, {"heads": heads}, {"neurons": neurons}, {"layers": kept}, both | {"layers": kept}]
-    counts, seconds = {}, {k: [] for k in range(len(halves))}
-    for k, half in list(enumerate(halves)) * rounds:
-        small = apply_plan(model, make_plan(model, **half))  # one at a time
+    plans = [{}, {"heads": half(parts.groups, layers)}, {"neurons": half(parts.neurons, layers)}]
+    both = {"heads": half(parts.groups, kept), "neurons": half(parts.neurons, kept)}
+    plans += [{"layers": kept}, {"layers": kept} | both]
+    counts, seconds = {}, {k: [] for k in range(len(plans))}
+    for k, plan in list(enumerate(plans)) * rounds:
+        small = apply_plan(model, make_plan(model, **plan))  # one at a time
         shape = shape_of_model(small)
         counts[k] = [1, len(shape), sum(shape.groups), sum(shape.neurons)]
         seconds[k] += latency(small, inputs, repeats)[phase].seconds

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN_CHAT', 'SHAPES', 'PICTURE_INPUTS', 'TURNS', 'DATA_VERSION', 'SizedCache', 'question_parts', 'keeps_order',
-           'pictures_amid', 'set_chat_template', 'pad_id', 'placeholder_id', 'process_images', 'Renderer', 'expand',
+           'pictures_amid', 'set_chat_template', 'pad_id', 'placeholder_id', 'process_images', 'expand', 'Renderer',
            'packed_mask', 'pack', 'blocks', 'borrowing_mask', 'separated', 'Collator']
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-003
@@ -149,14 +149,23 @@ PICTURE_INPUTS = tuple(
 )
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-034
+def expand(
+    text: str,  # rendered
+    token: str,  # the placeholder of a picture
+    images: tuple,  # the text of each picture, in order
+) -> str:
+    "A rendered conversation, or its first turns, with the tokens of its pictures."
+    pieces = text.split(token) if images else [text]
+    pairs = itertools.zip_longest(pieces, images[: len(pieces) - 1], fillvalue="")
+    return "".join(piece + image for piece, image in pairs)
+
+
 class Renderer:
     "Turns conversations into token ids and answer masks, for any processor with a chat template."
 
     def __init__(self, processor):
         self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", processor)
         self.multimodal = hasattr(processor, "image_processor")
-        if self.multimodal:
-            self.check_template()
         self.image_token = getattr(processor, "image_token", None)
         self.image_id = placeholder_id(processor)
         self.encoded = SizedCache(3_000_000)  # tokens, each of which takes 25 to 60 bytes
@@ -164,18 +173,9 @@ class Renderer:
         # whether the tokens of a picture depend on its shape
         self.tiled = self.multimodal and len(set(map(self.image_text, SHAPES))) > 1
 
-    def check_template(self) -> None:
-        "ValueError where there is no chat template."
-        if not getattr(self.processor, "chat_template", None):
-            raise ValueError(
-                "The processor has no chat_template: give the file of one that renders the model's "
-                'conversation format (--chat-template), or use plain text ({"text": …}).'
-            )
-
     def _image_text(self, size: tuple) -> str:
         "The placeholder tokens of a picture of that (width, height)."
-        image = Image.new("RGB", size)
-        inputs = process_images(self.processor, [image])
+        inputs = process_images(self.processor, [Image.new("RGB", size)])
         return self.processor.replace_image_token(inputs, 0)
 
     @cached_property
@@ -185,7 +185,11 @@ class Renderer:
 
     def text(self, pairs, front: int, prompt_only=False) -> str:
         "The rendered conversation with pictures before it, or its part before the last answer."
-        self.check_template()
+        if not getattr(self.processor, "chat_template", None):
+            raise ValueError(
+                "The processor has no chat_template: give the file of one that renders the model's "
+                'conversation format (--chat-template), or use plain text ({"text": …}).'
+            )
         messages, options = [], {"add_generation_prompt": prompt_only}
         if not self.multimodal:
             options["tokenize"] = False
@@ -211,17 +215,23 @@ class Renderer:
         return encoded
 
     def _encode_chat(self, pairs: tuple, images: tuple) -> tuple:
-        front = 0 if pictures_amid(pairs) else len(images)
+        front, token = 0 if pictures_amid(pairs) else len(images), self.image_token
         spans = []  # of answers: first character, character after the last
         for k in range(1, len(pairs) + 1):
-            prompt, text = self.text(pairs[:k], front, True), self.text(pairs[:k], front)
+            rendered = self.text(pairs[:k], front)
+            prompt = expand(self.text(pairs[:k], front, True), token, images)
+            text = expand(rendered, token, images)
             if not text.startswith(prompt):
                 raise ValueError(
                     "The chat template renders an answered conversation differently from its "
                     "prompt, so answers cannot be located. Use a template that only appends."
                 )
             spans.append((len(prompt), len(text)))
-        text, spans = expand(text, spans, self.image_token, images)
+        if images and (placeholders := rendered.count(token)) != len(images):
+            raise ValueError(
+                f"The chat template renders {placeholders} placeholders {token!r} for "
+                f"{len(images)} pictures: remove {token!r} from the texts, or correct the template."
+            )
         begun = not self.multimodal and text.startswith(self.tokenizer.bos_token or "\0")
         out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
         answer = [
@@ -229,26 +239,6 @@ class Renderer:
             for start, end in out["offset_mapping"]
         ]
         return tuple(out["input_ids"]), tuple(answer)
-
-
-def expand(
-    text: str,  # rendered
-    spans: list,  # of (first character, character after the last)
-    token: str,  # the placeholder of a picture
-    images: tuple,  # the text of each picture
-) -> tuple:  # text and spans
-    "A rendered conversation with the tokens of its pictures."
-    pieces = text.split(token) if images else [text]
-    if len(pieces) != len(images) + 1:
-        raise ValueError(
-            f"The chat template renders {len(pieces) - 1} placeholders {token!r} for "
-            f"{len(images)} pictures: remove {token!r} from the texts, or correct the template."
-        )
-    starts = itertools.accumulate(len(piece) + len(token) for piece in pieces[:-1])
-    added = [(end, len(image) - len(token)) for end, image in zip(starts, images)]
-    shift = lambda place: sum(more for end, more in added if end <= place)
-    expanded = "".join(a + b for a, b in itertools.zip_longest(pieces, images, fillvalue=""))
-    return expanded, [(a + shift(a), b + shift(b)) for a, b in spans]
 
 # %% ../../nbs/library/data/03_batches.ipynb #packing-cell-005
 def packed_mask(

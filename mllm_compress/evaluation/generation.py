@@ -186,6 +186,18 @@ class Prompt:
     right: list  # token ids of the right answer; empty where it is unknown
     place: int  # among the questions
 
+    @property
+    def scored(self) -> tuple:
+        "The candidates, and the right answer where it is none of them."
+        more = self.right and self.right not in self.candidates
+        return (*self.candidates, self.right) if more else self.candidates
+
+    def compared(self, scores: list) -> tuple:
+        "The best candidate's index or None, and the right answer's score, from those of `scored`."
+        among = scores[: len(self.candidates)]
+        best = among.index(max(among)) if among else None
+        return best, scores[self.scored.index(self.right)] if self.right else None
+
 
 def encode_prompts(
     processor,
@@ -212,11 +224,9 @@ def encode_prompts(
     rows = zip(questions, keys, processor.tokenizer(rendered)["input_ids"])
     for place, (q, images, row) in enumerate(rows):
         cut = len(row) - row[::-1].index(image_token) if images else 0
-        candidates = tuple(tokens[c] for c in q.candidates)
-        answer = tokens[right[place]]
-        prompts.append(
-            Prompt(tuple(row[:cut]), tuple(row[cut:]), tuple(images), candidates, answer, place)
-        )
+        candidates, answer = tuple(tokens[c] for c in q.candidates), tokens[right[place]]
+        parts = tuple(row[:cut]), tuple(row[cut:]), tuple(images)
+        prompts.append(Prompt(*parts, candidates, answer, place))
     return prompts
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-008
@@ -349,13 +359,10 @@ def score_answers(
     parts,  # Anatomy
     asked: Asked,  # its cache is left as it was
     prompts: list,  # of Prompt
-) -> tuple:  # per prompt: index of the best candidate or None; log-likelihood of the right answer
+) -> list:  # per prompt: index of the best candidate or None; log-likelihood of the right answer
     "The most likely candidate, and the mean log-likelihood per token of the right answer, in nats."
-    rows = []  # for each prompt its candidates and, where it is none of them, the right answer
-    for p in prompts:
-        more = [p.right] if p.right and p.right not in p.candidates else []
-        rows.append([*p.candidates, *more])
-    logp, mask = asked.logits.log_softmax(-1).cpu(), asked.mask
+    rows, mask = [p.scored for p in prompts], asked.mask
+    logp = asked.logits.log_softmax(-1).cpu()
     scores = [[logp[i, answer[0]] for answer in row] for i, row in enumerate(rows)]
     for k in range(max(map(len, rows))):
         chosen = [row[k] if k < len(row) else [] for row in rows]
@@ -372,13 +379,7 @@ def score_answers(
             if len(answer) > 1:
                 later = rest[i, : len(answer) - 1].sum()
                 scores[i][k] = (scores[i][k] + later) / len(answer)
-    best, likely = [], []
-    for p, row, values in zip(prompts, rows, scores):
-        values = [value.item() for value in values]
-        among = values[: len(p.candidates)]
-        best.append(among.index(max(among)) if among else None)
-        likely.append(values[row.index(p.right)] if p.right else None)
-    return best, likely
+    return [p.compared([value.item() for value in row]) for p, row in zip(prompts, scores)]
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-040
 def own_inputs(parts, processor, question, ids: tuple, answer: int = 0) -> dict:
@@ -403,7 +404,7 @@ def answer_alone(
     prompt: Prompt,  # of that question
     stop: set,  # token ids that end an answer
     max_new_tokens: int,
-) -> tuple:  # (place, token ids, index of the best candidate or None, log-likelihood or None)
+) -> tuple:  # (token ids, what `score_answers` gives for a prompt)
     "One question, by the model's own `generate`."
     tokens = prompt.shared + prompt.own
     options = {"do_sample": False, "eos_token_id": list(stop), "pad_token_id": min(stop)}
@@ -419,11 +420,7 @@ def answer_alone(
         chances = logits[0, :-1].float().log_softmax(-1)
         return chances[range(length), answer].mean().item()
 
-    scores = [score(candidate) for candidate in prompt.candidates]
-    best = scores.index(max(scores)) if scores else None
-    if prompt.right in prompt.candidates:
-        return prompt.place, new[:end], best, scores[prompt.candidates.index(prompt.right)]
-    return prompt.place, new[:end], best, score(prompt.right) if prompt.right else None
+    return new[:end], prompt.compared([score(answer) for answer in prompt.scored])
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-032
 @dataclass(frozen=True)
@@ -464,7 +461,7 @@ def answer_questions(
     if not questions:
         return []
     parts, prompts, features = prepare(model, processor, questions)
-    stop = stop_tokens(model, processor.tokenizer)
+    limits = stop_tokens(model, processor.tokenizer), max_new_tokens
     by_prefix = lambda prompt: (-len(prompt.shared), prompt.images, prompt.shared)
     groups = [list(g) for _, g in groupby(sorted(prompts, key=by_prefix), by_prefix)]
 
@@ -474,20 +471,19 @@ def answer_questions(
         for start in range(0, len(prompts), size):
             batch = prompts[start : start + size]
             asked = read_questions(parts, prefix, batch)
-            best, likely = score_answers(parts, asked, batch)
-            tokens = greedy(parts, asked, stop, max_new_tokens)
-            results += zip([p.place for p in batch], tokens, best, likely)
+            scores = score_answers(parts, asked, batch)
+            results += zip(batch, greedy(parts, asked, *limits), scores)
         return results
 
     def alone(prompts: list, size: int) -> list:
-        limits = stop, max_new_tokens
-        return [answer_alone(parts, processor, questions[p.place], p, *limits) for p in prompts]
+        ask = lambda p: answer_alone(parts, processor, questions[p.place], p, *limits)
+        return [(p, *ask(p)) for p in prompts]
 
     work = (together, groups) if shares_prefixes(parts) else (alone, prompts)
     done = in_batches(*work, batch_size, on_batch)
-    texts = processor.tokenizer.batch_decode([ids for _, ids, *_ in done], skip_special_tokens=True)
+    texts = processor.tokenizer.batch_decode([ids for _, ids, _ in done], skip_special_tokens=True)
     answers = [None] * len(questions)
-    for (place, _, best, likely), text in zip(done, texts):
-        candidate = None if best is None else questions[place].candidates[best]
-        answers[place] = Answer(text.strip(), candidate, likely)
+    for (prompt, _, (best, likely)), text in zip(done, texts):
+        candidate = None if best is None else questions[prompt.place].candidates[best]
+        answers[prompt.place] = Answer(text.strip(), candidate, likely)
     return answers

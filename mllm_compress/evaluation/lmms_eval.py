@@ -68,10 +68,10 @@ def likelihoods(
 
     def run(batch, _):
         asked = read_questions(parts, read_prefixes(parts, batch, features), batch)
-        _, likely = score_answers(parts, asked, batch)
+        scores = score_answers(parts, asked, batch)
         generated = greedy(parts, asked, set(), max(len(p.right) for p in batch))
-        rows = zip(likely, generated, [p.right for p in batch])
-        return [(-score, tokens[: len(right)] == right) for score, tokens, right in rows]
+        rows = zip(scores, generated, [p.right for p in batch])
+        return [(-score, tokens[: len(right)] == right) for (_, score), tokens, right in rows]
 
     return in_batches(run, prompts, batch_size)
 
@@ -103,10 +103,8 @@ class CompressedModel(lmms):
             )
         check_choice("dtype", dtype, DTYPES)
         self.accelerator, self.square, self.task_dict = Accelerator(), square, {}
-        self._rank, self._world_size = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
         shared = self._world_size > 1 or device is None
         self.device = torch.device(self.accelerator.device if shared else device)
         self.batch_size = 256 if str(batch_size).startswith("auto") else int(batch_size)

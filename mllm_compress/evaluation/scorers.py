@@ -37,7 +37,7 @@ def judged(parsed: str | None, right: bool) -> Judgement:
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-009
 def exact(text: str, question: dict) -> Judgement:  # needs "answer"
-    "GQA's exact match, after lower-casing and dropping a final full stop."
+    "The answer is the expected string, whatever its case and final full stop (GQA)."
     parsed = text.strip().rstrip(".").strip().lower()
     return judged(parsed or None, parsed == str(question["answer"]).strip().lower())
 
@@ -46,7 +46,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def yes_no(text: str, question: dict) -> Judgement:  # needs "answer": yes or no
-    "POPE's accuracy on one question, by its reading of the first sentence."
+    "Yes or no in the first sentence (POPE)."
     sentence = text.strip().lower().split(".")[0].replace(",", " ")
     words = set(sentence.translate(_NO_PUNCTUATION).split())
     parsed = "no" if words & {"no", "not"} else "yes" if "yes" in words else None
@@ -82,7 +82,7 @@ def read_letter(text: str, options: list) -> str | None:
 
 
 def letter(text: str, question: dict) -> Judgement:  # needs "answer": a letter; "options": texts
-    "Whether the right option's letter was given."
+    "The letter or the text of an option (ScienceQA, AI2D)."
     parsed = read_letter(text, question["options"])
     return judged(parsed, parsed == question["answer"])
 
@@ -179,7 +179,7 @@ def tidy(text: str) -> str:
 
 
 def anls(text: str, question: dict) -> Judgement:  # needs "answer": list of accepted answers
-    "Average normalised Levenshtein similarity of one answer, threshold 0.5."
+    "Normalised Levenshtein similarity to the accepted answers, threshold 0.5 (DocVQA)."
     parsed = tidy(text)
     distances = [
         edit_distance(parsed, a) / max(len(parsed), len(a), 1)
@@ -405,7 +405,7 @@ class Scorer:
     scale: float = 100.0  # score = scale * sum over strata of the units' mean worth
     harness: Callable | None = None  # (text, question) -> Judgement as lmms-eval reads
     version: int = 1
-    help: str = ""  # a sentence for the command line
+    help = property(lambda self: self.judge.__doc__, doc="A sentence for the command line.")
 
     def read(self, text: str, question: dict, compat: str | None = None) -> Judgement:
         "Judge an answer, by the official rules or as a harness does."
@@ -415,67 +415,18 @@ class Scorer:
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-029
 SCORERS = {
-    "exact": Scorer(
-        exact,
-        metric="exact match",
-        harness=harness_exact,
-        help="The answer is the expected string, whatever its case (GQA).",
-    ),
-    "yes_no": Scorer(
-        yes_no,
-        yes_no_score,
-        harness=harness_yes_no,
-        help="Yes or no in the first sentence (POPE).",
-    ),
-    "letter": Scorer(
-        letter, harness=harness_letter, help="The letter or the text of an option (ScienceQA)."
-    ),
-    "diagram": Scorer(
-        letter, harness=harness_diagram, help="The letter or the text of an option (AI2D)."
-    ),
-    "mmmu": Scorer(mmmu, harness=harness_mmmu, help="Option letters and open answers (MMMU)."),
-    "anls": Scorer(
-        anls, metric="ANLS", harness=harness_anls, help="Similarity to accepted answers (DocVQA)."
-    ),
-    "mathvista": Scorer(
-        mathvista,
-        harness=harness_mathvista,
-        help="A number, list, text or option, compared in its type (MathVista).",
-    ),
+    "exact": Scorer(exact, metric="exact match", harness=harness_exact),
+    "yes_no": Scorer(yes_no, yes_no_score, harness=harness_yes_no),
+    "letter": Scorer(letter, harness=harness_letter),
+    "diagram": Scorer(letter, harness=harness_diagram),
+    "mmmu": Scorer(mmmu, harness=harness_mmmu),
+    "anls": Scorer(anls, metric="ANLS", harness=harness_anls),
+    "mathvista": Scorer(mathvista, harness=harness_mathvista),
     "mme_pairs": Scorer(
-        mme_yes_no,
-        paired_score,
-        "(acc + acc+) / 2",
-        pair_worth,
-        harness=harness_mme,
-        help="Pairs of yes/no questions about an image, in percent (one subtask of MME).",
+        mme_yes_no, paired_score, "(acc + acc+) / 2", pair_worth, harness=harness_mme
     ),
-    "mme": Scorer(
-        mme_yes_no,
-        mme_score,
-        "sum of acc + acc+",
-        pair_worth,
-        200.0,
-        harness_mme,
-        help="Pairs of yes/no questions about an image, summed over subtasks (MME).",
-    ),
-    "next_token": Scorer(
-        next_token,
-        next_token_score,
-        "next-token accuracy",
-        next_token_worth,
-        help="The share of tokens that are the most likely ones in their place.",
-    ),
-    "perplexity": Scorer(
-        token_probability,
-        perplexity_score,
-        "100 / perplexity",
-        perplexity_worth,
-        help="100 / perplexity: the geometric mean of the tokens' probabilities in percent.",
-    ),
-    "likelihood_choice": Scorer(
-        exact,
-        metric="accuracy by likelihood",
-        help="The candidate with the highest mean log-likelihood per token is the right one.",
-    ),
+    "mme": Scorer(mme_yes_no, mme_score, "sum of acc + acc+", pair_worth, 200.0, harness_mme),
+    "next_token": Scorer(next_token, next_token_score, "next-token accuracy", next_token_worth),
+    "perplexity": Scorer(token_probability, perplexity_score, "100 / perplexity", perplexity_worth),
+    "likelihood_choice": Scorer(exact, metric="accuracy by likelihood"),
 }

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['answer_rows', 'judge', 'score', 'score_all', 'write_part', 'load_predictions', 'open_folder', 'image_order',
-           'answer_on', 'answer_missing', 'evaluate', 'units', 'compare', 'disagreements', 'retained']
+           'answer_on', 'answer_missing', 'evaluate', 'units', 'compare', 'retained']
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-004
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -246,19 +247,8 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:  # one r
     require_same_benchmarks(a, b)
     for name in a:
         gap = paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
-        row = {"benchmark": name, "difference": gap.value, "low": gap.low, "high": gap.high}
-        rows.append(row | {"p": gap.p, "n": gap.n, "test": gap.test})
-    return pd.DataFrame(rows)
-
-
-def disagreements(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    "The questions that two models answered with different success."
-    keys = ["benchmark", "id"]
-    results = second[keys + ["prediction", "value"]]
-    both = first.merge(results, on=keys, suffixes=("_first", "_second"))
-    texts, values = ["prediction_first", "prediction_second"], ["value_first", "value_second"]
-    differ = both.value_first != both.value_second
-    return both.loc[differ, keys + ["prompt", "answer"] + texts + values]
+        rows.append({"benchmark": name} | asdict(gap))
+    return pd.DataFrame(rows).rename(columns={"value": "difference"})
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-045
 def retained(frame: pd.DataFrame, dense: pd.DataFrame) -> tuple:  # (AVG-%, low, high)
