@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mllm_compress.data import instructions, scenes
+from mllm_compress.evaluation.benchmarks import scene_questions
 from mllm_compress.study.profiles import load_profile, rate_of
 from mllm_compress.zoo.tiny_models import tiny_tokenizer
 
@@ -71,10 +72,10 @@ def test_every_answer_follows_from_its_scene():
 
 def test_pairs_hold_one_yes_and_one_no():
     for kind in scenes.PAIRED:
-        got = scenes.questions(kind, "test", 101)
+        got = scene_questions(kind, "test", 101)
         assert len(got) == 102
         for a, b in zip(got[::2], got[1::2]):
-            assert a["pair"] == b["pair"] and {a["answer"], b["answer"]} == {"yes", "no"}
+            assert a.group == b.group and {a.answer, b.answer} == {"yes", "no"}
 
 
 def test_guessing_without_the_picture_is_chance():

@@ -243,7 +243,9 @@ def evaluation_question(prompt: str, candidates: tuple = ()):
 # Likelihoods
 
 
-def test_losses_are_those_of_the_model(model, tokenizer):
+@pytest.mark.parametrize("family, more", [("llama", {}), ("granite", {"logits_scaling": 8.0})])
+def test_losses_are_those_of_the_model(tiny_lm, tokenizer, family, more):
+    model = tiny_lm(family, vocab=300, **more)
     texts = ["a short text", "another one that is longer", "ab"]
     found = answer_by_likelihood(model, tokenizer, [evaluation_question(t) for t in texts])
     for words, answer in zip(texts, found):

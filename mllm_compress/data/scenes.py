@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'SIZES', 'GRID', 'CELL', 'KINDS', 'SPLITS', 'LETTERS', 'SCENES_VERSION', 'QUESTION_MAKERS',
            'PAIRED', 'Item', 'scene', 'render', 'image', 'ask_open', 'ask_hallucination', 'ask_perception',
-           'ask_cognition', 'ask_choice', 'ask_composition', 'ask', 'questions', 'candidates', 'question_only', 'entry',
+           'ask_cognition', 'ask_choice', 'ask_composition', 'ask', 'candidates', 'question_only', 'entry',
            'scene_data', 'easy_vqa', 'mix', 'small_data']
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-003
@@ -297,23 +297,6 @@ def ask(
             row = {"type": kind, "question": q, "answer": a, "options": options, "pair": pair}
             out.append(row)
     return out
-
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-057
-def questions(
-    kind: str,  # one of KINDS
-    split: str = "test",  # which stream
-    n: int = 1000,  # how many; pairs are never cut in two
-) -> list:  # of dicts: id, image, question, answer, type, pair, options, candidates
-    "The first n questions of one kind, each with its picture."
-    check_choice("kind", kind, KINDS)
-    out, index = [], 0
-    while len(out) < n:
-        for k, q in enumerate(ask(index, split, (kind,))):
-            name = f"scenes-{split}-{index}-{kind}-{k}"
-            more = {"id": name, "scene": index, "image": image(index, split)}
-            out.append(q | more | {"candidates": candidates(q)})
-        index += 1
-    return out[: n + n % 2] if out[0]["pair"] else out[:n]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-059
 def candidates(q: dict) -> list:  # of str

@@ -217,13 +217,16 @@ def scene_questions(
     limit: int | None = None,  # None: 1,000; pairs are not cut
     root=None,  # not needed
 ) -> list:  # of Question
-    "Questions of one kind over generated scenes."
-    questions = []
-    for q in scenes.questions(kind, split, 1000 if limit is None else limit):
-        choices = tuple(q["candidates"]), tuple(q["options"] or ())
-        asked = q["id"], q["question"], q["answer"], (q["image"],)
-        questions.append(Question(*asked, *choices, q["pair"]))
-    return questions
+    "The first questions of one kind, over consecutive generated scenes."
+    questions, n, index = [], 1000 if limit is None else limit, 0
+    while len(questions) < n:
+        for k, q in enumerate(scenes.ask(index, split, (kind,))):
+            name = f"scenes-{split}-{index}-{kind}-{k}"
+            asked = name, q["question"], q["answer"], (scenes.image(index, split),)
+            choices = tuple(scenes.candidates(q)), tuple(q["options"] or ())
+            questions.append(Question(*asked, *choices, q["pair"]))
+        index += 1
+    return questions[: n + n % 2] if questions[0].group else questions[:n]
 
 
 SCENE_SETS = {  # kind -> (scorer, a sentence for the command line)

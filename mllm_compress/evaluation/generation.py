@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, zip_longest
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -49,9 +50,8 @@ def in_batches(
         try:
             new = run(items[done : done + batch_size], batch_size)
         except (RuntimeError, MemoryError) as error:
-            known, text = isinstance(error, (torch.OutOfMemoryError, MemoryError)), str(error)
-            on_cpu = "not enough memory" in text.lower() or "can't allocate memory" in text.lower()
-            if not (known or on_cpu):
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not (known or should_reduce_batch_size(error)):
                 raise
             if batch_size == 1:
                 raise RuntimeError(
@@ -59,8 +59,7 @@ def in_batches(
                     "use a smaller dtype or a larger device."
                 ) from error
             batch_size //= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache()
             continue
         done += batch_size
         results += new
@@ -232,12 +231,11 @@ def encode_prompts(
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-008
 def pad_left(
     rows: list,  # of token id sequences
-    device=None,
+    device,
 ) -> tuple:  # ids and mask, both [batch, tokens]
     "Stack sequences of different lengths, padding in front."
-    width = max(map(len, rows))
-    padded = [[-1] * (width - len(r)) + list(r) for r in rows]
-    ids = torch.tensor(padded, dtype=torch.long, device=device).reshape(len(rows), width)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(device)
     return ids.clamp(min=0), (ids >= 0).long()
 
 

@@ -136,7 +136,7 @@ def read_texts(
         inputs_embeds=parts.embed_tokens(ids), attention_mask=mask.long(), use_cache=False
     ).last_hidden_state[:, :-1]
     targets, seen = ids[:, 1:], mask[:, 1:]
-    logits = parts.lm_head(states[seen]).float()  # [tokens, vocabulary]
+    logits = parts.logits(states[seen]).float()  # [tokens, vocabulary]
     counts = torch.zeros(3, *seen.shape, device=device)
     counts[0][seen] = F.cross_entropy(logits, targets[seen], reduction="none")
     counts[1][seen] = (logits.argmax(-1) == targets[seen]).float()
