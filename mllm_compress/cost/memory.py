@@ -36,7 +36,7 @@ from mllm_compress.cost.arithmetic import (
 )
 from .timing import time_call
 from ..importance.criteria import random_scores, whole_layers
-from ..importance.taylor import ORDERS, activation_bytes, channel_scores, scoring_memory
+from ..importance.taylor import ORDERS, channel_scores, scoring_memory
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.reconstruction import reconstruction_cost
 from ..pruning.slicing import apply_plan

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATION_VERSION', 'FEATURES', 'in_batches', 'ImageFeatures', 'encode_images', 'ImageEncoder', 'render_prompts',
-           'Prompt', 'encode_prompts', 'pad_left', 'run_tokens', 'Prefix', 'read_prefixes', 'Asked', 'read_questions',
-           'greedy', 'stop_tokens', 'score_answers', 'own_inputs', 'answer_alone', 'Answer', 'prepare',
-           'answer_questions']
+           'Prompt', 'pad_left', 'run_tokens', 'Prefix', 'read_prefixes', 'Asked', 'read_questions', 'greedy',
+           'stop_tokens', 'score_answers', 'own_inputs', 'answer_alone', 'Answer', 'prepare', 'answer_questions']
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #cell-004
 import hashlib
@@ -197,37 +196,6 @@ class Prompt:
         best = among.index(max(among)) if among else None
         return best, scores[self.scored.index(self.right)] if self.right else None
 
-
-def encode_prompts(
-    processor,
-    questions: list,  # of Question
-    keys: list,  # for each question the keys of its images
-    texts: dict,  # key -> text that stands for the image
-    image_token: int,  # its id
-) -> list:  # of Prompt
-    "Questions as token ids."
-    image_texts = [[texts[k] for k in ks] for ks in keys]
-    rendered = render_prompts(processor, [q.prompt for q in questions], image_texts)
-    end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
-    joint = "" if end[-1:].isspace() else " "
-
-    ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    right = []  # the text of each right answer; empty where it is unknown
-    for q in questions:
-        first = next(iter(q.answer), "") if isinstance(q.answer, (list, tuple)) else q.answer
-        text = "" if first is None else str(first)
-        right.append(next((c for c in q.candidates if c.lower() == text.lower()), text))
-    answers = {c for q in questions for c in q.candidates} | set(right)
-    tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
-    tokens[""], prompts = [], []
-    rows = zip(questions, keys, processor.tokenizer(rendered)["input_ids"])
-    for place, (q, images, row) in enumerate(rows):
-        cut = len(row) - row[::-1].index(image_token) if images else 0
-        candidates, answer = tuple(tokens[c] for c in q.candidates), tokens[right[place]]
-        parts = tuple(row[:cut]), tuple(row[cut:]), tuple(images)
-        prompts.append(Prompt(*parts, candidates, answer, place))
-    return prompts
-
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-008
 def pad_left(
     rows: list,  # of token id sequences
@@ -278,18 +246,11 @@ def read_prefixes(
     if not ids.shape[1]:
         return Prefix(None, mask, row)
     images = [features[k] for _, keys in row for k in keys]  # in the order of their tokens
+    states = torch.cat([image.features for image in images]) if images else None
     if images and images[0].projected:
-        states = torch.cat([image.features for image in images]).to(ids.device)
-        embeddings = put_pictures(parts, ids, states)
+        embeddings = put_pictures(parts, ids, states.to(ids.device))
     else:
-        places, distinct = {}, []  # an image that several prompts share is projected once
-        for image in images:
-            if id(image) not in places:
-                start = sum(map(len, distinct))
-                places[id(image)] = range(start, start + len(image.features))
-                distinct.append(image.features)
-        order = [tile for image in images for tile in places[id(image)]]
-        embeddings = embed(parts, ids, torch.cat(distinct) if images else None, order)
+        embeddings = embed(parts, ids, states)
     cache = DynamicCache(config=parts.text_config)
     run_tokens(parts, embeddings, mask, cache)
     return Prefix(cache, mask, row)
@@ -436,14 +397,30 @@ def prepare(
     questions: list,  # of Question
 ) -> tuple:  # (Anatomy, list of Prompt, {key: ImageFeatures})
     "The inputs of the passes."
-    encoder = ImageEncoder(model, processor)
+    encoder, token = ImageEncoder(model, processor), placeholder_id(processor)
     pictures = {id(image): image for q in questions for image in q.images}
     key = {i: encoder.key(image) for i, image in pictures.items()}
     features = encoder({key[i]: image for i, image in pictures.items()})
-    keys = [[key[id(image)] for image in q.images] for q in questions]
-    texts = {k: f.text for k, f in features.items()}
-    token = placeholder_id(processor)
-    return anatomy(model), encode_prompts(processor, questions, keys, texts, token), features
+    keys = [tuple(key[id(image)] for image in q.images) for q in questions]
+    image_texts = [[features[k].text for k in ks] for ks in keys]
+    rendered = render_prompts(processor, [q.prompt for q in questions], image_texts)
+    end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
+    joint = "" if end[-1:].isspace() else " "
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    right = []  # the text of each right answer; empty where it is unknown
+    for q in questions:
+        first = next(iter(q.answer), "") if isinstance(q.answer, (list, tuple)) else q.answer
+        text = "" if first is None else str(first)
+        right.append(next((c for c in q.candidates if c.lower() == text.lower()), text))
+    answers = {c for q in questions for c in q.candidates} | set(right)
+    tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
+    tokens[""], prompts = [], []
+    for place, row in enumerate(processor.tokenizer(rendered)["input_ids"]):
+        cut = len(row) - row[::-1].index(token) if keys[place] else 0
+        candidates = tuple(tokens[c] for c in questions[place].candidates)
+        parts = tuple(row[:cut]), tuple(row[cut:]), keys[place]
+        prompts.append(Prompt(*parts, candidates, tokens[right[place]], place))
+    return anatomy(model), prompts, features
 
 
 @torch.inference_mode()

@@ -225,14 +225,10 @@ def mathvista(text: str, question: dict) -> Judgement:  # needs "answer_type", "
     return judged(None if parsed is None else str(parsed), parsed == expected)
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #harness-judges-cell-005
-def _plain(text) -> str:
-    "Lower case without punctuation, as lmms-eval's exact_match compares."
-    return str(text).strip().lower().translate(_NO_PUNCTUATION)
-
-
 def harness_exact(text: str, question: dict) -> Judgement:
     "lmms-eval's exact_match: case and punctuation ignored."
-    return judged(_plain(text), _plain(text) == _plain(question["answer"]))
+    plain = lambda text: str(text).strip().lower().translate(_NO_PUNCTUATION)
+    return judged(plain(text), plain(text) == plain(question["answer"]))
 
 
 def harness_yes_no(text: str, question: dict) -> Judgement:
