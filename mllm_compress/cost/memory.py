@@ -36,7 +36,7 @@ from mllm_compress.cost.arithmetic import (
 )
 from .timing import time_call
 from ..importance.criteria import random_scores, whole_layers
-from ..importance.taylor import ORDERS, channel_scores, scoring_memory
+from ..importance.taylor import ORDERS, activation_bytes, channel_scores, scoring_memory
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.reconstruction import reconstruction_cost
 from ..pruning.slicing import apply_plan
@@ -280,6 +280,37 @@ class Phases:
         self.largest = self.item * max(sizes.values())
         self.tokens = prompts.tokens(parts.config)  # of one batch
         self.states = prompts.batches * self.tokens * parts.hidden_size * self.item
+
+    @torch.no_grad()
+    def front_peak(self) -> int:
+        "In front of the first layer."
+        tower, prompts, seen = self.parts.vision_tower, self.prompts, 0
+        if not prompts.pictures or tower is None:
+            return self.front + self.states
+        inputs = example_inputs(self.parts.model, 0, prompts.pictures, prompts.rows)
+        if (pixels := inputs.get("pixel_values")) is not None:
+            seen = peak_memory(lambda: tower(pixels, output_hidden_states=True), "meta")
+        return self.front + self.states + self.vision + seen
+
+    def layer_peak(self, step: str) -> int:
+        "Within the layers."
+        parts = self.parts
+        each = activation_bytes(parts.text_config, parts.model.dtype)  # of a token
+        forward = max(self.layers) + 2 * self.states + self.tokens * each["forward"]
+        if step == "block_influence":
+            return int(forward)
+        neurons, weights = max(parts.neurons(i) for i in range(parts.num_layers)), 0
+        effects = self.tokens * neurons * 24  # two float32, an effect in float64 and its square
+        if step == "taylor":
+            effects = 8 * max(slot.module.weight.numel() for slot in parts.linears(0))
+            weights = 4 * sum(p.numel() for p in parts.layers[0].parameters())
+        backward = self.tokens * (each["layer"] + each["working"]) + effects + weights
+        return int(max(forward, max(self.layers) + self.states + backward))
+
+    def end_peak(self) -> int:
+        "Behind the last layer."
+        logits = self.prompts.rows * self.prompts.supervised * self.parts.vocab_size
+        return self.norm + self.head + self.states + logits * (self.item + 3 * 4)
 
 # %% ../../nbs/library/cost/02_memory.ipynb #streaming-cell-015
 PASSES = {"block_influence": 1, "gauss_newton": 3, "taylor": 4}  # of scoring; a backward one is two
