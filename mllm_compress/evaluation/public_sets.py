@@ -193,20 +193,11 @@ def mathvista(row: dict) -> dict:
     }
 
 # %% ../../nbs/library/evaluation/02_public_sets.ipynb #public-sets-cell-049
-ADAPTERS = {
-    "gqa": gqa,
-    "pope": pope,
-    "docvqa": docvqa,
-    "mmmu": mmmu,
-    "mathvista": mathvista,
-    "choices": partial(by_letter, "choices"),
-    "options": partial(by_letter, "options"),
-    "cognition": partial(mme, "cognition"),
-    "perception": partial(mme, "perception"),
-}
+ADAPTERS = {f.__name__: f for f in (gqa, pope, docvqa, mmmu, mathvista, by_letter, mme)}
 ROWS = yaml.safe_load((files("mllm_compress") / "public_sets.yaml").read_text(encoding="utf-8"))
 for name, row in ROWS.items():
     source = Source(*row["source"], tuple(row["columns"].split()), row.get("images"))
-    load = partial(public_questions, ADAPTERS[row["adapter"]], source)
-    tokens, details = row.get("max_new_tokens", 16), dict(help=row["help"], source=source)
-    register_benchmarks([Benchmark(name, row["scorer"], load, tokens, **details)])
+    adapter, *details = row["adapter"]
+    load = partial(public_questions, partial(ADAPTERS[adapter], *details), source)
+    tokens, help = row.get("max_new_tokens", 16), row["help"]
+    register_benchmarks([Benchmark(name, row["scorer"], load, tokens, help=help, source=source)])
