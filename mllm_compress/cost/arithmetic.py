@@ -64,7 +64,8 @@ def shape_of_model(
     layers = range(parts.num_layers)
     groups = tuple(parts.groups(i) for i in layers)
     ends = nn.ModuleList([parts.final_norm, parts.lm_head])
-    vectors = lambda module: sum(p.numel() for p in module.parameters() if p.ndim == 1)
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    others = lambda m: sum(p.numel() for p in m.parameters() if id(p) not in matrices)
     return DecoderShape(
         family=parts.family.name,
         hidden=parts.hidden_size,
@@ -74,7 +75,7 @@ def shape_of_model(
         groups=groups,
         neurons=tuple(parts.neurons(i) for i in layers),
         matrices=sum(len(s.blocks) for s in parts.family.slots if s.kind == "neuron"),
-        vectors=tuple(map(vectors, [*parts.layers, ends])),
+        vectors=tuple(map(others, [*parts.layers, ends])),
         tied=parts.lm_head.weight is parts.embed_tokens.weight,
     )
 
