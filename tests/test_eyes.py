@@ -14,9 +14,7 @@ from mllm_compress import evaluate, zoo
 from mllm_compress.data.instructions import turns
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.study import emoji
-from mllm_compress.study import eyes as training
-from mllm_compress.study.profile_inputs import missing_inputs
-from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.profiles import load_profile, missing_inputs
 from mllm_compress.zoo import eyes
 
 KINDS = list(emoji.KINDS.values())
@@ -171,13 +169,13 @@ def test_trained_parts_are_checked(model, tmp_path):
     size = together.config.text_config.hidden_size
     a, b = torch.randn(2, size), torch.randn(size, 2)
     file = tmp_path / "trained.safetensors"
-    training.save_trained(file, own, {f"{place}A.weight": a, f"{place}B.weight": b}, 2.0)
+    eyes.save_trained(file, own, {f"{place}A.weight": a, f"{place}B.weight": b}, 2.0)
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     before = together.get_parameter(name).detach().clone()
     eyes.add_trained(together, file)
     half = lambda t: t.to(torch.bfloat16).float()
     assert torch.equal(together.get_parameter(name), before + 2.0 * half(b) @ half(a))
-    training.save_trained(file, own, {f"{place.replace('0', '9')}A.weight": a}, 2.0)
+    eyes.save_trained(file, own, {f"{place.replace('0', '9')}A.weight": a}, 2.0)
     with pytest.raises(ValueError, match="adapters of another model"):
         eyes.add_trained(together, file)
 
@@ -256,7 +254,7 @@ def test_putting_it_together_adds_what_was_trained(model, monkeypatch, tmp_path)
     (small, processor), _ = model
     projector = {k: v + 1 for k, v in small.model.multi_modal_projector.state_dict().items()}
     file = tmp_path / "trained.safetensors"
-    training.save_trained(file, projector, {}, 2.0)
+    eyes.save_trained(file, projector, {}, 2.0)
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     packed = tmp_path / "trained.safetensors.xz"
     packed.write_bytes(lzma.compress(file.read_bytes()))

@@ -11,7 +11,7 @@ from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import PRUNINGS, plan_pruning
 from mllm_compress.pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.study.scratch import STARTS
+from mllm_compress.study.alternatives import STARTS
 
 CRITERIA_AT = "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
 PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/04_plans.ipynb)"
@@ -119,7 +119,7 @@ def test_start(name, update_golden):
     made = model if STARTS[name].function is None else STARTS[name].function(model, 3)
     layer = anatomy(made).layers[1]
     numbers = [few(p.detach().flatten()) for p in list(layer.parameters())[:4]]
-    where = "STARTS (nbs/library/study/06b_scratch.ipynb)"
+    where = "STARTS (nbs/library/study/10_alternatives.ipynb)"
     check_golden("start", name, STARTS[name].version, numbers, update_golden, where)
 
 

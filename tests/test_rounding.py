@@ -11,9 +11,7 @@ from mllm_compress.importance.criteria import random_scores
 from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.study import stages, store
-from mllm_compress.study.experiments import Experiment, describe, method_of
-from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.rounding import (
+from mllm_compress.study.alternatives import (
     INT4,
     NF4,
     QUANTIZERS,
@@ -25,6 +23,8 @@ from mllm_compress.study.rounding import (
     rounded_rows,
     stored_bytes,
 )
+from mllm_compress.study.experiments import Experiment, describe, method_of
+from mllm_compress.study.profiles import load_profile
 
 LIBRARY = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra quantize"

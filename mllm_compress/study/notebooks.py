@@ -22,8 +22,14 @@ from typing import NamedTuple
 import yaml
 from IPython import get_ipython
 
-from .profile_inputs import model_identity, source_of
-from .profiles import Profile, Slurm, is_of, load_profile
+from mllm_compress.study.profiles import (
+    Profile,
+    Slurm,
+    is_of,
+    load_profile,
+    model_identity,
+    source_of,
+)
 from .stages import name_of, result_of
 from .store import results_of
 from ..utils import files

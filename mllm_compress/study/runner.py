@@ -22,8 +22,7 @@ from tqdm import tqdm
 from ..cost import memory as gpu_memory
 from . import forecast, notebooks, page, runs, stages, store
 from .experiments import canonical, describe
-from .profile_inputs import missing_inputs
-from .profiles import Profile, load_profile
+from .profiles import Profile, load_profile, missing_inputs
 from .runs import hours
 from .store import results_of
 from .workers import devices, environment, on_cpu

@@ -20,14 +20,13 @@ from ..evaluation.benchmarks import unit_images
 from ..pruning.pruning_plan import PruningPlan
 from . import stages, store
 from .experiments import Experiment, canonical, describe, method_of
-from .profile_inputs import missing_inputs, root_of
-from .profiles import Profile, load_profile
+from .profiles import Profile, load_profile, missing_inputs
 from .slurm import slurm
 from .stages import benchmarks_of, key_of, missing_stages, name_of
 from .store import Store, results_of
 from .workers import devices, inline, local
 from ..utils.files import checkout
-from ..utils.methods import check_choice
+from ..utils.methods import unknown_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-004
 CIRCUMSTANCES = ("seconds", "compression_seconds", "device", "date", "torch", "transformers")
@@ -59,8 +58,7 @@ def frame_of(
     errors: dict = {},  # Experiment -> message
 ) -> pd.DataFrame:  # one row per experiment and benchmark
     "The results of experiments as tidy rows."
-    rows, e, root = [], profile.evaluation, root_of(profile.evaluation)
-    images = lambda name: unit_images(name, e.split, stages.limit_of(name, e), root)
+    rows, images = [], lambda name: unit_images(*stages.asked_of(name, profile.evaluation))
     for experiment in dict.fromkeys(experiments):
         if result := stages.result_of(experiment, profile, results):
             same = {"result": name_of(experiment, profile)}
@@ -186,14 +184,6 @@ EXECUTORS = {"local": local, "inline": inline, "slurm": slurm}
 RUN_CONTEXT = "MLLM_COMPRESS_RUN_CONTEXT"
 
 
-def run_context() -> dict:  # executor, workers, failures (name of a result -> message), scratch
-    "What is known about the run that this process belongs to."
-    known = {"executor": "local", "workers": 0, "failures": {}, "scratch": ""}
-    if path := os.environ.get(RUN_CONTEXT):
-        known |= json.loads(Path(path).read_text(encoding="utf-8"))
-    return known
-
-
 def require_inputs(profile: Profile) -> None:
     "FileNotFoundError that lists what a profile names and this machine does not have."
     if missing := missing_inputs(profile):
@@ -233,9 +223,12 @@ def settled(
     quiet: bool = False,
 ) -> dict:  # Experiment -> why it has no result
     "Compute the missing stages of experiments; the arguments are those of `run`."
-    context, profile = run_context(), load_profile(profile)
+    profile, context = load_profile(profile), {"executor": "local", "workers": 0, "failures": {}}
+    if path := os.environ.get(RUN_CONTEXT):  # of the run that this process belongs to
+        context |= json.loads(Path(path).read_text(encoding="utf-8"))
     executor, workers = executor or context["executor"], workers or context["workers"]
-    check_choice("executor", executor, EXECUTORS)
+    if executor not in EXECUTORS:
+        raise ValueError(unknown_choice("executor", executor, EXECUTORS))
     require_inputs(profile)
     results, distinct = results_of(profile), list(dict.fromkeys(map(canonical, experiments)))
     lacks = lambda e: bool(missing_stages(e, profile, results)["score"])

@@ -47,12 +47,10 @@ from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
 from ..recovery.losses import LOSSES
 from ..recovery.steps import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
-from . import experiments, profile_inputs, profiles, store
+from . import experiments, profiles, store
+from .alternatives import QUANTIZERS, STARTS, UNROUNDED, rounded
 from .experiments import LATER, Experiment, canonical
-from .profile_inputs import data_inputs, model_inputs, root_of, training_data
 from .profiles import Evaluation, Profile, Training, training_of
-from .rounding import QUANTIZERS, UNROUNDED, rounded
-from .scratch import STARTS
 from .store import Store, results_of
 from ..utils.files import code_of, content_hash, remembered
 from ..zoo.models import cast, load_model
@@ -114,13 +112,13 @@ def drawn_hash(training: Training, design: str, samples: int, per_entry: int, se
     "The hash of the questions that are drawn."
 
     def draw() -> str:
-        source = profile_inputs.calibration_source(training)
+        source = profiles.calibration_source(training)
         return calibration_hash(calibration_data(source, samples, seed, design, per_entry))
 
     if samples < LARGE:
         return draw()
     made_by = [np.__version__, code_of(data)]
-    named = [data_inputs(training), design, samples, per_entry, seed, made_by]
+    named = [profiles.data_inputs(training), design, samples, per_entry, seed, made_by]
     return remembered("calibration", named, draw)
 
 
@@ -147,11 +145,11 @@ _hash_of_questions = lru_cache(None)(questions_hash)
 
 def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: str = "") -> dict:
     "Everything that determines the result of a stage, with the version of its method."
-    e, evaluation, version = canonical(experiment), profile.evaluation, 1
+    e, version = canonical(experiment), 1
     key = lambda stage: key_of(stage, e, profile)
     match stage:
         case "model":
-            return model_inputs(e.model, profile)
+            return profiles.model_inputs(e.model, profile)
         case "scores":
             obs, c = e.allocation == "obs", calibration_of(e, profile)
             training, seed = training_of(e.model, profile), e.calibration_seed
@@ -162,12 +160,12 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
                 "prunes": e.pruning,
                 "criterion": "obs" if obs else e.importance,
                 "calibration": calibration | {"samples": c.samples} | score_options(e, profile),
-                "data": data_inputs(training),
+                "data": profiles.data_inputs(training),
                 "seed": seed,
             }
             if takes(e.pruning, e.importance, "n"):  # blocks of layers, measured for every ratio
                 inputs["ratio"] = e.ratio
-            inputs |= model_inputs(e.model, profile)
+            inputs |= profiles.model_inputs(e.model, profile)
         case "scoring":
             inputs = {"scores": key("scores")}
         case "plan":
@@ -194,7 +192,7 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
                 "start": subject_key(e, profile, trained=False),
                 "losses": {name: [w, LOSSES[name].version] for name, w in losses.items()},
                 "options": options,
-                "data": data_inputs(training_of(e.model, profile)),
+                "data": profiles.data_inputs(training_of(e.model, profile)),
             }
         case "curve":
             version = CURVE["version"]
@@ -209,10 +207,9 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
             inputs = {"how": e.quantize, "of": of}
         case "answers":
             row = benchmark_row(benchmark)
-            asked = row.name, evaluation.split, limit_of(row.name, evaluation), root_of(evaluation)
             version, inputs = row.version, {"subject": subject_key(e, profile)}
             inputs |= {"benchmark": row.name, "generation": GENERATION_VERSION}
-            inputs["questions"] = _hash_of_questions(*asked)
+            inputs["questions"] = _hash_of_questions(*asked_of(row.name, profile.evaluation))
         case "score":
             scorer = benchmark_row(benchmark).scorer
             version = SCORERS[scorer].version
@@ -253,6 +250,11 @@ def subject_key(experiment: Experiment, profile: Profile, trained: bool = True) 
 def limit_of(name: str, e: Evaluation) -> int:
     "The most questions of a benchmark that are used."
     return e.limits.get(name, e.questions)
+
+
+def asked_of(name: str, e: Evaluation) -> tuple:
+    "The benchmark, split, limit and folder of its questions, as `load_questions` takes them."
+    return name, e.split, limit_of(name, e), profiles.root_of(e)
 
 
 def benchmarks_of(profile: Profile) -> list:  # of names
@@ -297,7 +299,7 @@ def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, pr
     "An uncompressed model of a profile."
     tower = profile.towers.get(model)
     tower = str(profiles.located(tower)) if tower else None
-    return _teacher(profile_inputs.source_of(model, profile), device, tower, profile.dtype)
+    return _teacher(profiles.source_of(model, profile), device, tower, profile.dtype)
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-010
 def calibration_batches_of(
@@ -305,7 +307,7 @@ def calibration_batches_of(
 ) -> list:  # of batch dicts
     "The questions that the scores of an experiment are measured on."
     e, c = experiment, calibration_of(experiment, profile)
-    samples = profile_inputs.calibration_source(training_of(e.model, profile))
+    samples = profiles.calibration_source(training_of(e.model, profile))
     size = c.batch_size if c.mode == "default" else c.samples
     draw = dict(seed=e.calibration_seed, design=c.design, per_entry=c.per_entry)
     batches = data.calibration_batches(samples, processor, c.samples, size, **draw)
@@ -416,7 +418,7 @@ def trained(
     result = recover(
         student,
         model,
-        training_data(training_of(e.model, profile)),
+        profiles.training_data(training_of(e.model, profile)),
         config,
         processor=processor,
         plan=plan_of(e, profile, results, device),
@@ -630,7 +632,7 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
         limit={name: limit_of(name, e) for name in names},
         split=e.split,
         batch_size=e.batch_size,
-        root=root_of(e),
+        root=profiles.root_of(e),
         return_predictions=True,
     )
     share = (time.perf_counter() - began) / len(answers)  # seconds of a question
@@ -657,10 +659,9 @@ SHOWN = ["benchmark", "id", "prompt", "answer", "prediction", "value"]  # of a f
 
 def score_answers(experiment: Experiment, profile: Profile, results: Store) -> None:
     "Score the answers of an experiment that have no score yet."
-    e = profile.evaluation
     for name in missing_stages(experiment, profile, results)["score"]:
         answers = unpacked_answers(value_of("answers", experiment, profile, results, name))
-        questions = load_questions(name, e.split, limit_of(name, e), root_of(e))
+        questions = load_questions(*asked_of(name, profile.evaluation))
         frame = judge(answer_rows(name, questions, answers))
         row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
         sample = frame.head(6)[SHOWN].to_dict("records")
@@ -678,7 +679,7 @@ def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
 
 def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; nan where unknown
     "Mean log-likelihood of the right answers of each unit, from the value of an answers stage."
-    units = np.array(unit_numbers(name, e.split, limit_of(name, e), root_of(e)))
+    units = np.array(unit_numbers(*asked_of(name, e)))
     kept = np.array(answers["log_likelihood"], dtype=float) / 1000  # None becomes nan
     known = ~np.isnan(kept)
     count = partial(np.bincount, units[known], minlength=units.max() + 1)

@@ -184,39 +184,26 @@ def missing_text(name: str) -> str:  # empty where it is there
 
 def fetch_texts(*names: str) -> None:
     "Fetch texts, all by default, that are missing; OSError with the cure if they cannot be had."
-    for name in names or TEXTS:
-        if missing_text(name):
-            _fetch(TEXTS[name].package)
-
-
-def _fetch(package: str) -> None:
-    "Download a Debian package into the cache, and unpack it there."
     wanted = "; ".join(f"{row.files} of package {row.package}" for row in TEXTS.values())
     cure = (
         "Run `apt-get update` first, or copy these files to a folder, and name it in "
         f"MLLM_COMPRESS_TEXTS: {wanted}."
     )
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-        raise OSError(f"{package} is a Debian package, and there is no apt-get here. {cure}")
-
-    def run(*command: str) -> str:
-        try:
-            done = subprocess.run(command, cwd=new, capture_output=True, text=True, timeout=600)
-        except subprocess.TimeoutExpired:
-            raise OSError(f"{package}: {command[0]} took more than ten minutes. {cure}") from None
-        if done.returncode:
-            message = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise OSError(f"{package}: {' '.join(command[:2])} failed ({message[:160]}). {cure}")
-        return done.stdout.strip()
-
-    with replacing_folder(cache_folder("texts") / package) as new:
-        run("apt-get", "download", package)
-        archive = next(new.glob("*.deb"))
-        run("dpkg-deb", "-x", archive.name, ".")
-        version = run("dpkg-deb", "-f", archive.name, "Version")
-        note = {"package": package, "version": version, "sha256": sha256(archive)}
-        write_atomically(new / "package.json", json.dumps(note, indent=1))
-        archive.unlink()
+    for package in (TEXTS[name].package for name in names or TEXTS if missing_text(name)):
+        if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+            raise OSError(f"{package} is a Debian package, and there is no apt-get here. {cure}")
+        with replacing_folder(cache_folder("texts") / package) as new:
+            how = dict(cwd=new, check=True, capture_output=True, text=True, timeout=600)
+            try:
+                subprocess.run(["apt-get", "download", package], **how)
+                archive = next(new.glob("*.deb"))
+                subprocess.run(["dpkg-deb", "-x", archive.name, "."], **how)
+            except subprocess.SubprocessError as error:
+                message = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+                raise OSError(f"{package}: its download failed ({message[:160]}). {cure}") from None
+            note = {"package": archive.name, "sha256": sha256(archive)}  # with its version
+            write_atomically(new / "package.json", json.dumps(note, indent=1))
+            archive.unlink()
 
 # %% ../../nbs/library/study/52_texts.ipynb #cell-026
 PARTS = {"test": 2, "validation": 1, "calibration": 1, "train": 16}  # twentieths
@@ -239,14 +226,12 @@ def all_documents(name: str) -> tuple:  # of Document
     return _documents(name, text_files(name))
 
 
-@lru_cache(maxsize=8)
-def _hash(name: str, paths: tuple) -> str:
-    return content_hash([TEXT_VERSION, name, [[path.name, sha256(path)] for path in paths]])
+_sha256 = lru_cache(sha256)
 
 
 def text_hash(name: str) -> str:
     "A hash of what determines the documents of a text."
-    return _hash(name, text_files(name))
+    return content_hash([TEXT_VERSION, name, [[p.name, _sha256(p)] for p in text_files(name)]])
 
 
 def part_of(id: str) -> str:  # of PARTS
