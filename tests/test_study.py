@@ -379,8 +379,6 @@ def test_what_is_left_is_estimated_from_what_is_done(away):
     known = runs.status([DENSE, LAYERS, WIDTH, TRAINED, TRAINED], SMOKE)
     assert known.cached.tolist() == [True, True, False, False]
     assert known.seconds.isna().tolist() == [False, False, False, True]
-    assert runs.at_once("inline", SMOKE) == 1 and runs.at_once("local", SMOKE, 3) == 3
-    assert runs.at_once("slurm", SMOKE) == SMOKE.slurm.jobs_at_once
 
 
 def test_whatever_goes_wrong_is_a_failed_experiment(away, monkeypatch):

@@ -35,8 +35,8 @@ def config_of(model: str, profile: Profile):
         if is_original_layout(folder):
             return native_config(folder, tower and located(tower))
         if (folder / "config.json").is_file():
-            found = AutoConfig.from_pretrained(folder)
-            return found if getattr(found, "vision_config", None) else None
+            config = AutoConfig.from_pretrained(folder)
+            return config if getattr(config, "vision_config", None) else None
     except (FileNotFoundError, ValueError):
         pass  # its folder or its tower is not there yet
     try:
@@ -104,11 +104,11 @@ def planned(experiments: list, profile: Profile) -> list:  # of sentences
             continue
         hours = [hours_of(e, profile, config) for e in trained if e.model == model]
         for card, (least, most) in FASTER.items():
-            every = dict.fromkeys(f"{sum(hours) / speed:.0f}" for speed in (most, least))
+            totals = dict.fromkeys(f"{sum(hours) / speed:.0f}" for speed in (most, least))
             sentences.append(
                 f"One trained experiment of {model}, its evaluation included, takes "
                 f"{min(hours) / most:.1f} to {max(hours) / least:.1f} hours on one {card}; all "
-                f"{len(hours)} of them take {' to '.join(every)}."
+                f"{len(hours)} of them take {' to '.join(totals)}."
             )
     return sentences
 

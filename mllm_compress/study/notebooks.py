@@ -43,21 +43,21 @@ nbformat, papermill = lazily("nbformat"), lazily("papermill")
 def notebooks() -> dict:  # name -> path, in the order of the study
     "The study's notebooks."
     folder = checkout() / "nbs" / "study"
-    found = {p.stem: p for p in sorted(folder.glob("*.ipynb"))}
-    if not found:
+    paths = {p.stem: p for p in sorted(folder.glob("*.ipynb"))}
+    if not paths:
         raise FileNotFoundError(
             f"No notebooks in {folder}: the study runs in a checkout of the repository; "
             "change into it first."
         )
-    return found
+    return paths
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-006
 def choose(only: list = ()) -> dict:
     "The named notebooks, or all but those that prepare the study (00_...)."
-    found = notebooks()
-    if unknown := [n for n in only if n not in found]:
-        raise ValueError(f"Unknown notebook {', '.join(unknown)}: use {', '.join(found)}.")
-    return {n: p for n, p in found.items() if (n in only if only else not n.startswith("00"))}
+    paths = notebooks()
+    if unknown := [n for n in only if n not in paths]:
+        raise ValueError(f"Unknown notebook {', '.join(unknown)}: use {', '.join(paths)}.")
+    return {n: p for n, p in paths.items() if (n in only if only else not n.startswith("00"))}
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-008
 class Parameter(NamedTuple):
@@ -166,8 +166,8 @@ def for_profile(name: str, nb, profile):
     if name not in profile.skip:
         return nb
     short, parameters = nbformat.from_dict(nb), _tagged(nb, "parameters")[:1]
-    said = f"## Not for profile {profile.name}\n\n{profile.skip[name]}"
-    short.cells = [nb.cells[i] for i in {0, *parameters}] + [nbformat.v4.new_markdown_cell(said)]
+    why = f"## Not for profile {profile.name}\n\n{profile.skip[name]}"
+    short.cells = [nb.cells[i] for i in {0, *parameters}] + [nbformat.v4.new_markdown_cell(why)]
     return short
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-033

@@ -346,12 +346,12 @@ def load_profile(
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-051
 def training_of(model: str, profile: Profile) -> Training:
     "What students of a model are trained on."
-    own, where = profile.per_model.get(model, {}), f"profile {profile.name}, per_model, {model}"
-    if not isinstance(own, dict) or set(own) - {"training", "recovery"}:
-        raise ValueError(f"{where} may hold training and recovery, not {own!r}.")
-    if "training" not in own:
+    section, where = profile.per_model.get(model, {}), f"profile {profile.name}, per_model, {model}"
+    if not isinstance(section, dict) or set(section) - {"training", "recovery"}:
+        raise ValueError(f"{where} may hold training and recovery, not {section!r}.")
+    if "training" not in section:
         return profile.training
-    return read_strictly(Training, own["training"], f"{where}, training")
+    return read_strictly(Training, section["training"], f"{where}, training")
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-055
 def only_model(profile: Profile, model: str) -> Profile:

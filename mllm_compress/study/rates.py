@@ -42,11 +42,11 @@ def best_rates(
 ) -> pd.DataFrame:  # columns objective, ratio, rate, score, interior, tried
     "The best rate of every objective at every ratio."
     mean = tried.groupby([*SEARCH, "rate"], sort=False, as_index=False).score.mean()
-    found = mean.loc[mean.groupby(SEARCH, sort=False).score.idxmax()].set_index(SEARCH)
+    best = mean.loc[mean.groupby(SEARCH, sort=False).score.idxmax()].set_index(SEARCH)
     edges = mean.groupby(SEARCH, sort=False).rate.agg(["min", "max", "size"])
-    inside = (found.rate > edges["min"]) & (found.rate < edges["max"])
+    inside = (best.rate > edges["min"]) & (best.rate < edges["max"])
     words = inside.map({True: "yes", False: "no"})
-    return found.assign(interior=words, tried=edges["size"]).reset_index()
+    return best.assign(interior=words, tried=edges["size"]).reset_index()
 
 # %% ../../nbs/library/study/16_rates.ipynb #used
 def beside_used(
@@ -64,10 +64,10 @@ def beside_used(
         used = used.pop() if len(used) == 1 and rate else float("nan")
         lost = round(b.score - mean.get((b.objective, b.ratio, used), float("nan")), 6)
         rows.append({"train": train, "used": used, "lost": lost})
-    found = best.join(pd.DataFrame(rows))
-    alike = [found.pop("train"), found.ratio]  # they are compared with each other
-    most = found.lost.fillna(float("inf")).groupby(alike).transform("max")
-    return found.assign(chosen=found.used.where(most <= margin, found.rate))
+    table = best.join(pd.DataFrame(rows))
+    alike = [table.pop("train"), table.ratio]  # they are compared with each other
+    most = table.lost.fillna(float("inf")).groupby(alike).transform("max")
+    return table.assign(chosen=table.used.where(most <= margin, table.rate))
 
 # %% ../../nbs/library/study/16_rates.ipynb #42bb80d2
 def common_rates(
@@ -75,8 +75,8 @@ def common_rates(
 ) -> pd.DataFrame:  # columns objective, rate, and the points lost at each ratio
     "The best single rate of every objective, and what it loses to the best rate at each ratio."
     rows = []
-    for objective, own in tried.groupby("objective", sort=False):
-        mean = own.groupby(["rate", "ratio"]).score.mean().unstack()
+    for objective, searches in tried.groupby("objective", sort=False):
+        mean = searches.groupby(["rate", "ratio"]).score.mean().unstack()
         lost = (mean.max() - mean).dropna()
         if len(lost):
             rate = lost.max(axis=1).idxmin()
@@ -89,10 +89,10 @@ def lost_alone(
     chosen: pd.DataFrame,  # columns objective, ratio, chosen: a rate
 ) -> pd.DataFrame:  # columns objective, ratio, and one per pruning and per model
     "Points that the rate chosen for all loses to the best rate of a pruning, or of a model."
-    parts = {name: own for by in ("pruning", "model") for name, own in tried.groupby(by)}
+    parts = {name: part for by in ("pruning", "model") for name, part in tried.groupby(by)}
     rows = chosen[[*SEARCH, "chosen"]].set_index(SEARCH)
-    for name, own in parts.items():
-        mean = own.groupby([*SEARCH, "rate"]).score.mean()
+    for name, part in parts.items():
+        mean = part.groupby([*SEARCH, "rate"]).score.mean()
         best = mean.groupby(SEARCH).max()
         at = [mean.get((*search, rate), float("nan")) for search, rate in rows.chosen.items()]
         rows[name] = best.reindex(rows.index) - at
@@ -103,13 +103,13 @@ def as_profile(
     best: pd.DataFrame,  # of `best_rates`
 ) -> dict:  # what is trained -> losses -> a rate, or one per ratio
     "The best rates as the section `learning_rates` of a profile."
-    found = {}
-    for objective, own in best.groupby("objective", sort=False):
+    section = {}
+    for objective, rows in best.groupby("objective", sort=False):
         train, losses = objective.split("/")
-        rates = dict(zip(own.ratio, own.rate))
-        one = own.rate.iloc[0] if own.rate.nunique() == 1 else None
-        found.setdefault(train, {})[losses] = rates if one is None else one
-    return found
+        rates = dict(zip(rows.ratio, rows.rate))
+        alike = rows.rate.nunique() == 1
+        section.setdefault(train, {})[losses] = rows.rate.iloc[0] if alike else rates
+    return section
 
 
 def as_yaml(rates: dict) -> str:

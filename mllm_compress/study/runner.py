@@ -94,7 +94,9 @@ def estimate(
 ) -> str:
     "The estimated cost of the missing stages of a table, in a sentence."
     missing = table[~table.cached]
-    n = min(runs.at_once(executor, profile, workers), max(len(missing), 1))
+    at_once = {"inline": 1, "slurm": profile.slurm.jobs_at_once}.get(executor)
+    at_once = at_once or len(devices(workers or profile.workers, profile.processes))
+    n = min(at_once, max(len(missing), 1))
     known, text = missing.seconds.dropna(), f"{len(table)} experiments, {len(missing)} missing"
     if len(known):
         seconds, memory = max(known.sum() / n, known.max()), missing.memory_mb.max() * 2**20

@@ -24,7 +24,7 @@ from .profiles import Profile, load_profile, missing_inputs
 from .slurm import slurm
 from .stages import benchmarks_of, key_of, missing_stages, name_of
 from .store import Store, results_of
-from .workers import devices, inline, local
+from .workers import inline, local
 from ..utils.files import checkout
 from ..utils.methods import unknown_choice
 
@@ -191,12 +191,6 @@ def require_inputs(profile: Profile) -> None:
             f"Profile {profile.name} cannot run here; {len(missing)} of its inputs are missing:\n  "
             + "\n  ".join(missing)
         )
-
-
-def at_once(executor: str, profile: Profile, workers: int = 0) -> int:
-    "How many experiments an executor computes at the same time; for a cluster, at most."
-    fixed = {"inline": 1, "slurm": profile.slurm.jobs_at_once}
-    return fixed.get(executor) or len(devices(workers or profile.workers, profile.processes))
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-050
 def run(
