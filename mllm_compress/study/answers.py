@@ -13,8 +13,7 @@ import pandas as pd
 
 from ..evaluation import benchmarks
 from .experiments import Experiment
-from .profile_inputs import root_of
-from .profiles import Profile
+from .profiles import Profile, root_of
 from .stages import result_of
 from .store import results_of
 from .style import page, panels

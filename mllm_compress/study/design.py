@@ -12,8 +12,7 @@ import pandas as pd
 from ..evaluation.benchmarks import load_questions
 from .claims import contrast
 from .experiments import study_criteria
-from .profile_inputs import root_of
-from .profiles import Profile
+from .profiles import Profile, root_of
 from .stages import limit_of, unit_numbers
 from .statistics import summary
 

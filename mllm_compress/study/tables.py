@@ -31,8 +31,7 @@ from . import claims
 from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
-from .profile_inputs import data_inputs, missing_inputs
-from .profiles import Profile
+from .profiles import Profile, data_inputs, missing_inputs
 from .runs import frame_of, plan_of
 from .stages import limit_of, recovery_config, teacher_of
 from .statistics import Estimate, difference, summary
