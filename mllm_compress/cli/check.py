@@ -62,8 +62,8 @@ def trial_data(pictures: bool) -> InstructionData:
         turns = [("human", ask), ("gpt", "a red circle"), ("human", "is it red ?"), ("gpt", "yes")]
         entry = {"id": k, "conversations": [{"from": who, "value": text} for who, text in turns]}
         samples.append(entry | ({"image": [str(i) for i in group]} if group and pictures else {}))
-    made = lambda e: [noise(PICTURES[int(i)], int(i)) for i in e["image"]]
-    return InstructionData(samples, images=made, name="trial")
+    pictures_of = lambda e: [noise(PICTURES[int(i)], int(i)) for i in e["image"]]
+    return InstructionData(samples, images=pictures_of, name="trial")
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-008
 def noise_batch(model, seed: int = 0, batch: int = 2) -> dict:
@@ -188,10 +188,10 @@ def pruned(case: Case, kind: str) -> str:
     if abs(achieved - plan.achieved_ratio) > 1e-9:
         raise Broken(f"the plan says {plan.achieved_ratio:.4f}, removed are {achieved:.4f}")
     with tempfile.TemporaryDirectory() as folder:
-        back, how = reloaded(small.cpu(), plan, f"{folder}/pruned")
+        back, kind_of_file = reloaded(small.cpu(), plan, f"{folder}/pruned")
         need_near(logits_of(back, batch), logits_of(small, batch), model.dtype, "reloaded logits")
         same_with_cache(back, one_conversation(case))
-    return how
+    return kind_of_file
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-026
 def one_conversation(case: Case) -> dict:
@@ -211,10 +211,10 @@ def cached(case: Case) -> str:
 def reload(case: Case) -> str:
     "The unpruned model, saved and loaded, is the model."
     with tempfile.TemporaryDirectory() as folder:
-        back, how = reloaded(case.model, plan_none(case.model), f"{folder}/whole")
-        whole = logits_of(case.model, case.batch)
-        need_near(logits_of(back, case.batch), whole, case.model.dtype, "reloaded logits")
-    return how
+        back, kind_of_file = reloaded(case.model, plan_none(case.model), f"{folder}/whole")
+        unpruned = logits_of(case.model, case.batch)
+        need_near(logits_of(back, case.batch), unpruned, case.model.dtype, "reloaded logits")
+    return kind_of_file
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-028
 class NotTried(Exception):

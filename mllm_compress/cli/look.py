@@ -205,11 +205,11 @@ def show(request: ShowRequest) -> dict:
         )
     manifest = formats.verify(folder)
     plan, steps = PruningPlan.load(folder / formats.PLAN), manifest.get("provenance", [])
-    kind, made = manifest["kind"], manifest["model_class"]
+    kind, model_class = manifest["kind"], manifest["model_class"]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
-    about = f"{folder}: {made} in format {kind}, {size / 2**20:.1f} MiB"
+    about = f"{folder}: {model_class} in format {kind}, {size / 2**20:.1f} MiB"
     loader = "plain transformers" if kind == "stock" else "mllm_compress.load_pruned"
     lines = [about, str(plan), formats.describe_steps(steps), f"Loads with {loader}."]
     facts = {"folder": str(folder), "kind": kind, "bytes": size, "provenance": steps}
-    facts |= {"model_class": made, "achieved_ratio": plan.achieved_ratio}
+    facts |= {"model_class": model_class, "achieved_ratio": plan.achieved_ratio}
     return cli.emit("\n".join(lines), facts)

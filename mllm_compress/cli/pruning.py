@@ -152,7 +152,7 @@ class PruneRequest(CalibratedRequest):
         "",
         "Instead of a ratio, the share of the dense model's cost that may stay, as latency=0.6.",
         "a cost with the share that may stay, such as latency=0.6",
-        pattern=r"^\w*=\d*\.?\d+$",
+        pattern=r"^\w+=\d*\.?\d+$",
     )
     costs: cli.File | None = cli.option(
         None, "With --budget latency: a table that `cost --units` wrote, of any device."
@@ -385,27 +385,27 @@ def prune(request: PruneRequest) -> dict:
         usual = REFIT_QUESTIONS if recipe.reconstruct else 64
         batches, record = request.calibration(processor, where, usual)
     plan = plan or make_plan(request, model, batches, processor)
-    whole = plan  # in terms of the first dense model
+    total = plan  # in terms of the first dense model
     if checkpoint.is_checkpoint(name):
         first = pruning_plan.PruningPlan.load(Path(name) / formats.PLAN)
-        whole = pruning_plan.compose_plans(first, plan)
+        total = pruning_plan.compose_plans(first, plan)
     facts, ridge = {} if stored else {"recipe": str(recipe)}, request.ridge
     if source is None:
         small = slicing.apply_plan(model, plan)
         if recipe.reconstruct:
             small, fit = one_step.refitted(small, model, batches, plan, ridge)
             facts["reconstruction"] = fit
-        save = lambda to: checkpoint.save_pruned(small, whole, to, **records)
+        save = lambda to: checkpoint.save_pruned(small, total, to, **records)
     elif recipe.reconstruct:
         facts["reconstruction"] = {"ridge": ridge or "chosen", "weights": "in files"}
-        how = dict(stored=whole, ridge=ridge)
-        save = lambda to: checkpoint.reconstruct_files(source, plan, batches, to, **how, **records)
+        fit = dict(stored=total, ridge=ridge)
+        save = lambda to: checkpoint.reconstruct_files(source, plan, batches, to, **fit, **records)
     else:
-        save = lambda to: checkpoint.prune_files(source, plan, to, stored=whole, **records)
+        save = lambda to: checkpoint.prune_files(source, plan, to, stored=total, **records)
 
     def further(folder: Path) -> None:
-        if (figure := cli.new_figure(9, 0.8 + 0.16 * max(8, whole.num_layers))) is not None:
-            pruning_plan.draw_plan(whole, figure.subplots(1, 2, width_ratios=(1, 3)))
+        if (figure := cli.new_figure(9, 0.8 + 0.16 * max(8, total.num_layers))) is not None:
+            pruning_plan.draw_plan(total, figure.subplots(1, 2, width_ratios=(1, 3)))
             figure.savefig(folder / "plan.png", dpi=120)
 
     step = formats.make_step(
@@ -424,8 +424,8 @@ def prune(request: PruneRequest) -> dict:
     records = dict(provenance=[*formats.history(name), step], processor=processor)
     records |= dict(overwrite=request.overwrite, further=further)
     saving.save_or_rescue(save, out)
-    lines = [*([facts["recipe"]] if "recipe" in facts else []), str(whole), f"written to {out}"]
-    facts |= {"out": str(out), "achieved_ratio": whole.achieved_ratio, "plan": repr(whole)}
-    facts |= {"requested_ratio": request.ratio, "layers": len(whole.layers)}
-    facts |= {k: whole.meta[k] for k in ("budget", "achieved_budget", "costs") if k in whole.meta}
+    lines = [*([facts["recipe"]] if "recipe" in facts else []), str(total), f"written to {out}"]
+    facts |= {"out": str(out), "achieved_ratio": total.achieved_ratio, "plan": repr(total)}
+    facts |= {"requested_ratio": request.ratio, "layers": len(total.layers)}
+    facts |= {k: total.meta[k] for k in ("budget", "achieved_budget", "costs") if k in total.meta}
     return cli.emit("\n".join(lines), json.loads(json.dumps(facts)))

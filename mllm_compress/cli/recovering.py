@@ -165,14 +165,14 @@ def train(request: RecoverRequest, folder: Path, student, teacher, data, config,
     from mllm_compress import recovery
     from mllm_compress.recovery.training import checkpoints
 
-    every = request.save_every
-    if every is None:  # a tenth of the run, at most 100 steps
+    interval = request.save_every
+    if interval is None:  # a tenth of the run, at most 100 steps
         steps = math.ceil(len(data) * config.fraction * config.epochs / config.batch_size)
-        every = max(1, min(100, steps // 10))
+        interval = max(1, min(100, steps // 10))
     if tracker := request.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{request.out}.runs")
         options["trainer"] = {"report_to": [tracker], "run_name": request.out.name}
-    options |= dict(folder=folder, save_every=every) if every else {}
+    options |= dict(folder=folder, save_every=interval) if interval else {}
     is_new = not folder.exists()
     try:
         return recovery.recover(student, teacher, data, config, **options)

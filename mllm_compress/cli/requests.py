@@ -268,8 +268,8 @@ def _parameter(request: type, name: str, rows: str) -> inspect.Parameter:
         flags = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag, *_SHORT.get(name, "").split()]
         about = typer.Option(*flags, help=f"{help} {rows}".rstrip(), show_default=False)
     annotation = Annotated[kind if many else kind | None, about]
-    how = dict(kind=inspect.Parameter.KEYWORD_ONLY, default=[] if many else None)
-    return inspect.Parameter(name, annotation=annotation, **how)
+    default, keyword = [] if many else None, inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
 
 def command(request: type):
@@ -300,16 +300,16 @@ def command(request: type):
                     k: k.upper() if k in request.arguments else f"--{k.replace('_', '-')}"
                     for k in (given if config else options)
                 }
-                made = request(names, **(read_yaml(config) if config else {}) | given)
-            with politely(made.kept):
-                function(made)
+                parsed = request(names, **(read_yaml(config) if config else {}) | given)
+            with politely(parsed.kept):
+                function(parsed)
             detail(f"done; at most {peak_memory():,.0f} MiB of memory were held")
 
         common = list(inspect.signature(run).parameters.values())[:-1]
         rows = ROWS.get(function.__name__, {})
-        own = [_parameter(request, field, rows.get(field, "")) for field in fields]
-        run.__signature__ = inspect.Signature([*own, *common])
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *common]}
+        parameters = [_parameter(request, field, rows.get(field, "")) for field in fields] + common
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__, run.request = function.__name__, function.__doc__, request
         app.command()(run)
         return function

@@ -101,12 +101,12 @@ def study(request: StudyRequest) -> None:
             runner.take_in(request.reuse, profile)
         if request.status:
             return runner.show_status(profile)
-        how = (request.executor, request.workers)
+        executor = (request.executor, request.workers)
         given = notebooks.parse_parameters(request.parameter)
-        runner.check_executor(*how)
+        runner.check_executor(*executor)
         if request.dry_run:
-            return runner.dry_run(profile, request.only, given, *how)
-        raise typer.Exit(runner.run_study(profile, request.only, given, *how, request.publish))
+            return runner.dry_run(profile, request.only, given, *executor)
+        raise typer.Exit(runner.run_study(profile, request.only, given, *executor, request.publish))
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-014
 class ReportRequest(cli.Request):

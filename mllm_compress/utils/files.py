@@ -133,18 +133,18 @@ def replacing_folder(
 def checkout() -> Path:
     "The checkout around the current folder, else $MLLM_COMPRESS_CHECKOUT, else this folder."
     here = Path.cwd()
-    found = (p for p in (here, *here.parents) if (p / "settings.ini").exists())
+    roots = (p for p in (here, *here.parents) if (p / "settings.ini").exists())
     named = Path(os.environ.get("MLLM_COMPRESS_CHECKOUT") or here)
-    return next((p for p in found if (p / "nbs").exists()), named)
+    return next((p for p in roots if (p / "nbs").exists()), named)
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-024
 def cache_folder(
     name: str,  # of a part of the cache
 ) -> Path:
     "A folder for files that can be made again; it may not exist yet."
-    own = os.environ.get("MLLM_COMPRESS_CACHE")
+    named = os.environ.get("MLLM_COMPRESS_CACHE")
     general = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return (Path(own).expanduser() if own else general / "mllm_compress") / name
+    return (Path(named).expanduser() if named else general / "mllm_compress") / name
 
 # %% ../../nbs/library/utils/01_files.ipynb #remembered
 def remembered(

@@ -68,13 +68,13 @@ def naming_extras():
         yield
     except ImportError as error:
         text = f"{error.name or ''} {error}".lower()
-        found = next((name for name in EXTRAS if name in text), None)
-        if found is None or "mllm_compress" in text:
+        package = next((name for name in EXTRAS if name in text), None)
+        if package is None or "mllm_compress" in text:
             raise
         raise ImportError(
-            f"{found} is not installed and is needed here: "
-            f"pip install 'mllm_compress[{EXTRAS[found]}]'",
-            name=found,
+            f"{package} is not installed and is needed here: "
+            f"pip install 'mllm_compress[{EXTRAS[package]}]'",
+            name=package,
         ) from error
 
 # %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-010b
