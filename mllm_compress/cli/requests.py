@@ -215,19 +215,18 @@ _TYPES = {  # of JSON Schema -> (as Typer takes it, in words)
 }
 
 
-def _kinds(request: type, name: str) -> list:  # of JSON Schemas with their type of _TYPES
+def _kinds(schema: dict) -> list:  # of JSON Schemas whose type is one of _TYPES
     "What a field may be, besides None."
-    schema = request.model_json_schema()["properties"][name]
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind["type"] != "null"]
     return [kind | {"type": kind.get("format", kind["type"])} for kind in kinds]
 
 
-def allowed_values(request: type, name: str) -> str:
+def allowed_values(schema: dict) -> str:  # of a field
     "What a field allows, in words."
-    if extra := request.model_fields[name].json_schema_extra:
-        return extra["allowed"]
+    if "allowed" in schema:
+        return schema["allowed"]
     words = []
-    for kind in _kinds(request, name):
+    for kind in _kinds(schema):
         low = f" from {kind['minimum']:,}" if "minimum" in kind else ""
         high = f" to {kind['maximum']:,}" if "maximum" in kind else ""
         words.append(f"{_TYPES[kind['type']][1]}{low}{high}")
@@ -244,10 +243,11 @@ def _problem(request: type, problem: dict, names: dict) -> str:
         return f"{name} is missing: give it ({fields[key].description})"
     if kind == "extra_forbidden":
         return unknown_choice(f"{request.title} option".strip(), key, fields)
+    schema = request.model_json_schema()["properties"][key]
     if kind == "literal_error":
-        choices = _kinds(request, key)[0]["enum"]
+        choices = _kinds(schema)[0]["enum"]
         return unknown_choice(name.lstrip("-").replace("-", " "), value, choices)
-    return f"{name} is {value!r}: give {allowed_values(request, key)}."
+    return f"{name} is {value!r}: give {allowed_values(schema)}."
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-020
 ROWS = json.loads(files("mllm_compress").joinpath("cli/rows.json").read_text("utf-8"))
@@ -256,9 +256,9 @@ CONFIG = typer.Option("--config", help="YAML file of these options; the command 
 AS_JSON = typer.Option("--json", help="Print one JSON object instead of text.")
 
 
-def _parameter(request: type, name: str, rows: str) -> inspect.Parameter:
+def _parameter(request: type, name: str, schema: dict, rows: str) -> inspect.Parameter:
     "A field as Typer takes it."
-    field, kind = request.model_fields[name], _TYPES[_kinds(request, name)[0]["type"]][0]
+    field, kind = request.model_fields[name], _TYPES[_kinds(schema)[0]["type"]][0]
     many, flag, help = kind == list[str], f"--{name.replace('_', '-')}", field.description
     if name in request.arguments:
         about = typer.Argument(help=help, metavar=name.upper(), show_default=False)
@@ -306,8 +306,8 @@ def command(request: type):
             detail(f"done; at most {peak_memory():,.0f} MiB of memory were held")
 
         common = list(inspect.signature(run).parameters.values())[:-1]
-        rows = ROWS.get(function.__name__, {})
-        parameters = [_parameter(request, field, rows.get(field, "")) for field in fields] + common
+        rows, schemas = ROWS.get(function.__name__, {}), request.model_json_schema()["properties"]
+        parameters = [_parameter(request, f, schemas[f], rows.get(f, "")) for f in fields] + common
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__, run.request = function.__name__, function.__doc__, request
