@@ -84,7 +84,7 @@ readme: $(READY)
 	@PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace nbs/index.ipynb
 	@$(BIN)/nbdev_clean --fname nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input --output-dir . --output README nbs/index.ipynb
-	@$(BIN)/python -c 'import pathlib, re; p = pathlib.Path("README.md"); p.write_text(re.sub(r"\n{3,}", "\n\n", p.read_text().replace("](../", "](")))'
+	@$(BIN)/python -c 'import pathlib, re; p = pathlib.Path("README.md"); p.write_text(re.sub(r"\n{3,}", "\n\n", p.read_text().replace("](../", "](").replace("../figures", "figures")))'
 
 bench: $(READY)
 	@set -e; for script in bench/*.py; do echo "$$script"; OMP_NUM_THREADS=1 $(BIN)/python $$script $(BENCH_ARGS); done
