@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PruningPlan', 'apply_plan', 'draw_plan', 'obs_scores', 'plan_layerwise', 'plan_none', 'plan_widthwise', 'prune',
-           'reconstruct']
+           'reconstruct', 'search']
 
 # %% ../../nbs/library/pruning/00_index.ipynb #cell-003
 from .allocation import obs_scores
@@ -12,6 +12,7 @@ from .one_step import prune
 from .plans import plan_layerwise, plan_none, plan_widthwise
 from .pruning_plan import PruningPlan, draw_plan
 from .reconstruction import reconstruct
+from .search import search
 from .slicing import apply_plan
 
 # %% ../../nbs/library/pruning/00_index.ipynb #public-names
@@ -25,4 +26,5 @@ _all_ = [
     "plan_widthwise",
     "prune",
     "reconstruct",
+    "search",
 ]

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
+from ..anatomy.streaming import is_streamed
 from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.allocation import (
     check_budget_request,
     costs_of_budget,
-    depth_plans,
-    nearest_plan,
     obs_scores,
 )
 from mllm_compress.pruning.plans import (
@@ -28,8 +27,9 @@ from mllm_compress.pruning.plans import (
     plan_none,
     plan_widthwise,
 )
-from .pruning_plan import PruningPlan, layer_sizes
+from .pruning_plan import PruningPlan, check_ratio, layer_sizes
 from .reconstruction import reconstruct as refit
+from .search import search as searched
 from .slicing import apply_plan
 from ..utils.methods import check_choice
 
@@ -198,9 +198,20 @@ def plan_by_recipe(
     seed: int = 0,  # for criteria that draw random numbers
     budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
     costs=None,  # of a latency budget: a table of UnitCosts
-    ridge: float | None = None,  # of the refit by which several depths are compared
+    ridge: float | None = None,  # of the refit by which several plans are compared
+    search: dict | None = None,  # options of pruning.search, such as {"minutes": 5}
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that a recipe makes."
+    if search is not None:
+        if budget is None:
+            check_ratio(ratio)
+            ratio, budget = None, {"parameters": 1 - ratio}
+        if not recipe.reconstruct or batches is None:
+            raise ValueError(
+                "a search compares plans after the refit: give reconstruct=True (--reconstruct), "
+                "and calibration data."
+            )
+        layer_method = layer_method or default_method("layerwise")
     if scores is None:
         if budget is not None:
             layer_method = layer_method or layers_for_budget(model, budget, costs)
@@ -223,9 +234,12 @@ def plan_by_recipe(
                 "gauss_newton or obs."
             )
         plan = plan_widthwise(model, widths[0], budget=budget, costs=costs, **options)
-        if layers and recipe.reconstruct and batches is not None:
-            deep = depth_plans(model, widths[0], budget, costs, layers[0], round_to=step)
-            plan = nearest_plan(model, [plan, *deep], batches, ridge)
+        depths = layers and recipe.reconstruct and batches is not None and not is_streamed(model)
+        if search is not None or depths:
+            about = dict(scores=given, round_to=step, seed=seed)
+            about |= {} if ridge is None else dict(ridge=ridge)
+            about |= dict(minutes=None, generations=0) if search is None else search
+            plan = searched(model, batches, budget, costs, **about).plan
     elif layers and widths:
         plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
     elif layers:
@@ -250,7 +264,7 @@ def prune(
     scores=None,  # computed before; then method is not used
     budget: dict | None = None,  # instead of a ratio: {"latency": 0.6}, {"bytes": 0.7}, {"kv": 0.5}
     costs=None,  # of a latency budget: what cost.unit_costs.unit_seconds measured
-    **options,  # shape, protect, round_to, layer_share: see plan_by_recipe
+    **options,  # shape, protect, round_to, layer_share, search: see plan_by_recipe
 ) -> tuple:  # (the pruned model, its plan)
     "Score, plan, apply and refit."
     shape = options.pop("shape", None)

@@ -1,0 +1,189 @@
+"""The search for a plan: budgets hold, recipes are never beaten down, files continue, bad input."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mllm_compress.importance.scores import LayerScores, WidthScores
+from mllm_compress.pruning import apply_plan, plan_none, prune, search
+from mllm_compress.pruning.allocation import COUNTED, UnitCosts
+from mllm_compress.pruning.search import (
+    Candidate,
+    FirstRanking,
+    HeldOut,
+    SharedSums,
+    Space,
+    mutated,
+    recipes,
+    refitted_divergence,
+    writers,
+)
+
+LAYERS, GROUPS, NEURONS = 6, 4, 24
+flat = lambda value: (float(value),) * LAYERS
+DEVICE = UnitCosts("latency", "s", 1.0, flat(1.0), flat(0.3), flat(0.05))
+RUN = dict(minutes=5, generations=4, ridge=0.1)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_lm):
+    model = tiny_lm("llama", layers=LAYERS, groups=GROUPS, queries=1, neurons=NEURONS)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # far from its initial values, so that layers matter
+        for p in model.model.layers.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    return model
+
+
+@pytest.fixture(scope="module")
+def batches():
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 60, (6, 16), generator=draw) for _ in range(8)]
+    return [dict(input_ids=x, attention_mask=torch.ones_like(x), labels=x.clone()) for x in ids]
+
+
+def scored(seed: int = 0, kind: str = "gauss_newton") -> list:
+    draw = torch.Generator().manual_seed(seed)
+    of = lambda n: {i: torch.rand(n, generator=draw) for i in range(LAYERS)}
+    layers = LayerScores(torch.rand(LAYERS, generator=draw), "block_influence", {})
+    return [WidthScores(of(GROUPS), of(NEURONS), kind, {}), layers]
+
+
+def space_of(model, name: str, share: float, seed: int = 0, kind="gauss_newton") -> Space:
+    costs = DEVICE if name == "latency" else COUNTED[name](model)
+    return Space(model, [scored(seed, kind)[0]], scored(seed)[1], {name: share}, costs)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    name=st.sampled_from(["latency", "bytes", "kv", "parameters"]),
+    share=st.floats(0.5, 0.95),
+    seed=st.integers(0, 5),
+    kind=st.sampled_from(["gauss_newton", "taylor"]),
+)
+def test_no_candidate_exceeds_the_budget_or_leaves_a_unit_of_it(model, name, share, seed, kind):
+    space, rng = space_of(model, name, share, seed, kind), random.Random(seed)
+    candidates = recipes(space)
+    assert len(candidates) > 1 and candidates[-1].moves == 0
+    for _ in range(12):
+        candidates += filter(None, [mutated(space, rng.choice(candidates), rng)])
+    price = getattr(space.costs, space.spent_on)[0]
+    for candidate in candidates:
+        cost = space.costs.total(space.plan(candidate))
+        full = all(
+            c[1 + (space.spent_on == "neurons")] == (GROUPS, NEURONS)[space.spent_on == "neurons"]
+            for c in candidate.counts
+        )
+        assert cost <= space.limit * (1 + 1e-9)
+        assert full or cost + price > space.limit * (1 - 1e-9)
+
+
+def test_a_refit_from_shared_sums_is_the_ridge_solution(model, batches):
+    sums, slot = (
+        SharedSums(model, batches[:6]),
+        writers(SharedSums(model, batches[:1]).parts, 2)[-1],
+    )
+    kept, inputs, targets = [1, 4, 9, 16], [], []
+    for (x, end, weight), later in zip(sums.rows(2), sums.ends[3]):
+        written = (later - end).flatten(0, 1) * weight[:, None]
+        inputs.append(x[slot.name])
+        targets.append(x[slot.name] @ slot.module.weight.T + written)  # layer 3 is gone as well
+    x, target = torch.cat(inputs)[:, kept].double(), torch.cat(targets).double()
+    ridge, dense = 0.1 * (x * x).sum(0).mean(), slot.module.weight.T[kept].double()
+    best = torch.linalg.solve(x.T @ x + ridge * torch.eye(4), x.T @ target + ridge * dense)
+    weight = sums.refitted(2, slot, kept, 4)
+    torch.testing.assert_close(weight.T.double(), best, rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_ranking_runs_the_plan_and_does_not_depend_on_what_it_ran_before(model, batches):
+    space, held = space_of(model, "latency", 0.6), HeldOut(model, batches[6:])
+    sums, rng = SharedSums(model, batches[:6]), random.Random(0)
+    ranking, candidates = FirstRanking(space, sums, held), recipes(space)
+    candidates += [c for c in (mutated(space, candidates[0], rng) for _ in range(6)) if c]
+    values = [ranking.divergence(c, 3) for c in candidates]
+    fresh = [FirstRanking(space, sums, held).divergence(c, 3) for c in reversed(candidates)]
+    assert values == pytest.approx(fresh[::-1], rel=1e-4)
+    ranking.weights = lambda *_: {}  # nothing refitted, nothing sliced: what whole layers leave
+    kept = tuple((i, GROUPS, NEURONS) for i in (0, 1, 3, 5))
+    whole = Candidate(kept, 0, "whole layers")
+    small = apply_plan(model, space.plan(whole))
+    with torch.no_grad():
+        log_q = [
+            small(b["input_ids"]).logits[:, :-1].log_softmax(-1).flatten(0, 1) for b in held.batches
+        ]
+    ranking.trail.clear()
+    exact = held.divergence([q[:: held.step] for q in log_q])
+    assert ranking.divergence(whole, 3) == pytest.approx(exact, rel=1e-3)
+
+
+def test_the_result_is_no_worse_than_any_recipe(model, batches):
+    front = search(model, batches, {"latency": 0.6}, DEVICE, scores=scored(), **RUN)
+    space, held = space_of(model, "latency", 0.6), HeldOut(model, batches[6:])
+    full = lambda plan: refitted_divergence(model, plan, batches[:6], held, 0.1)
+    fixed = {c.origin: full(space.plan(c)) for c in recipes(space)}
+    assert full(front.plan) <= min(fixed.values()) * (1 + 1e-6)
+    assert front.frame.kl_refit[0] == pytest.approx(full(front.plan), rel=1e-4)
+    assert DEVICE.total(front.plan) <= 0.6 * DEVICE.total(plan_none(model))
+    assert front.plan.meta["achieved_budget"]["latency"] <= 0.6
+    assert "the lowest of" in front.reason and front.reason in str(front)
+    assert set(fixed) <= set(front.frame[front.frame.kl_refit.notna()].origin)
+
+
+def test_an_interrupted_search_continues_and_comes_to_the_same_front(model, batches, tmp_path):
+    about = dict(scores=scored(), file=tmp_path / "search.jsonl", **RUN)
+    first = search(model, batches, {"bytes": 0.7}, **about)
+    lines = about["file"].read_text().splitlines(keepends=True)
+    about["file"].write_text("".join(lines[: len(lines) // 2]) + lines[-1][:20])  # cut off
+    again = search(model, batches, {"bytes": 0.7}, **about)
+    shown = ["origin", "moves", "layers", "kl_look", "kl_held", "kl_refit"]
+    assert again.frame[shown].round(5).equals(first.frame[shown].round(5))
+    assert again.plan.layers == first.plan.layers and again.plan.neurons == first.plan.neurons
+    rows = [json.loads(line) for line in about["file"].read_text().splitlines()]
+    assert [r["plan"] for r in rows] == [json.loads(line)["plan"] for line in lines]
+    done = about["file"].read_text()
+    assert search(model, batches, {"bytes": 0.7}, **about).frame[shown].equals(again.frame[shown])
+    assert about["file"].read_text() == done  # nothing was computed again
+    with pytest.raises(ValueError, match="another model, data, budget"):
+        search(model, batches, {"bytes": 0.6}, **about)
+    about["file"].write_text("a diary\n")
+    with pytest.raises(ValueError, match="line 1 was not written by a search"):
+        search(model, batches, {"bytes": 0.7}, **about)
+
+
+TABLES = {"this device": DEVICE, "llama.cpp": DEVICE}
+MISTAKES = {
+    "no time": (dict(minutes=0), "give a number above 0"),
+    "words": (dict(minutes="long"), "give a number above 0"),
+    "a moment": (dict(minutes=1e-6), "shorter than one candidate.*give minutes="),
+    "an engine": (dict(costs=TABLES, engine="vllm"), "Unknown engine 'vllm': use one of this"),
+    "which engine": (dict(costs=TABLES), "name one of them as engine"),
+    "no tables": (dict(engine="vllm"), "costs={engine: table}"),
+    "out of reach": (dict(budget={"latency": 0.05}), "cannot be met: the least"),
+    "no scores": (dict(scores=scored()[:1] + ["seven"]), "give WidthScores"),
+    "few tokens": (dict(batches=1), "calibration tokens are too few"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_clear_line(model, batches, name):
+    options, says = MISTAKES[name]
+    about = dict(budget={"latency": 0.6}, costs=DEVICE, scores=scored(), **RUN) | options
+    few = [{k: v[:1] for k, v in b.items()} for b in batches[: about.pop("batches", 0)]]
+    with pytest.raises(ValueError, match=says) as error:
+        search(model, few or batches, **about)
+    assert "\n" not in str(error.value)
+
+
+def test_prune_searches_for_a_ratio_or_a_budget(model, batches):
+    small, plan = prune(model, batches, ratio=0.3, search=RUN | dict(ridge=0.1))
+    assert plan.achieved_ratio >= 0.3 and small.config.reconstructed["ridge"] is None
+    found = plan.meta["search"]
+    assert found["front"][0]["kl_refit"] == min(row["kl_refit"] for row in found["front"])
+    assert math.isfinite(found["front"][0]["kl_refit"]) and "Chosen" in found["reason"]
+    with pytest.raises(ValueError, match="after the refit"):
+        prune(model, batches, ratio=0.3, search=RUN, reconstruct=False)
