@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from mllm_compress.cli import app
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning import apply_plan, plan_none, prune, search
 from mllm_compress.pruning.allocation import COUNTED, UnitCosts
@@ -187,3 +189,22 @@ def test_prune_searches_for_a_ratio_or_a_budget(model, batches):
     assert math.isfinite(found["front"][0]["kl_refit"]) and "Chosen" in found["reason"]
     with pytest.raises(ValueError, match="after the refit"):
         prune(model, batches, ratio=0.3, search=RUN, reconstruct=False)
+
+
+def test_the_command_searches_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = lambda line: CliRunner().invoke(app, f"prune smoke-llava {line}".split())
+    done = run("-o small --samples 64 --json --ratio 0.3 --search minutes=0.5")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["requested_ratio"] == 0.3 <= found["achieved_ratio"]
+    assert "lowest of" in found["search"]["reason"] and not list(tmp_path.glob(".small*"))
+    for line, says in {
+        "-o x --ratio 0.3 --search 5": "minutes=5",
+        "-o x --layers 1 --search minutes=5": "leave --layers",
+        "-o x --ratio 0.3 --search minutes=5 --protect 1,1": "decides itself",
+        "-o x --ratio 0.3 --search minutes=5 --recipe paper": "after the refit",
+        "-o x --ratio 0.3 --search minutes=0.00001 --samples 64": "shorter than one candidate",
+    }.items():
+        done = run(line)
+        assert done.exit_code == 2 and says in " ".join(done.output.split()), done.output

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFIT_QUESTIONS', 'CalibratedRequest', 'needs_no_data', 'ScoreRequest', 'score', 'parse_layers', 'PruneRequest',
-           'base_facts', 'make_plan', 'prune']
+           'base_facts', 'make_plan', 'search_file', 'prune']
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-002
 import hashlib
@@ -154,6 +154,13 @@ class PruneRequest(CalibratedRequest):
         "a cost with the share that may stay, such as latency=0.6",
         pattern=r"^\w+=\d*\.?\d+$",
     )
+    search: str = cli.option(
+        "",
+        "With --ratio or --budget: improve the plan for so long, by KL to the dense model after "
+        "the refit, as minutes=5.",
+        "minutes with a number above 0, such as minutes=5",
+        pattern=r"^minutes=(?=.*[1-9])\d*\.?\d+$",
+    )
     costs: cli.File | None = cli.option(
         None, "With --budget latency: a table that `cost --units` wrote, of any device."
     )
@@ -230,7 +237,7 @@ class PruneRequest(CalibratedRequest):
             raise ValueError(
                 f"{self.stored} says what is removed, so --{name} has no effect: leave it out."
             )
-        usual = "global" if self.budget else "layer"
+        usual = "global" if self.budget or self.search else "layer"
         return Recipe("stored", self.allocation or usual, self.shape, bool(self.reconstruct))
 
     @cached_property
@@ -276,7 +283,12 @@ class PruneRequest(CalibratedRequest):
             )
         if self.costs and "latency" not in (self.budget_share or ()):
             raise ValueError("--costs is a table of seconds: give --budget latency=0.6 with it.")
-        if self.budget:
+        if self.search and (self.layers or self.plan or not self.chosen.reconstruct):
+            raise ValueError(
+                "--search compares plans of a --ratio or --budget after the refit: leave --layers "
+                "and --plan out, and refit (--reconstruct)."
+            )
+        if self.budget or self.search:
             self._check_budget()
         if self.layer_share is not None and not self.stored:
             criterion("layerwise", self.layer_method)
@@ -288,18 +300,20 @@ class PruneRequest(CalibratedRequest):
         from mllm_compress.pruning.allocation import check_budget_request
         from mllm_compress.pruning.plans import ALLOCATIONS
 
-        check_budget_request(self.budget_share)
+        option = "--search" if self.search else "--budget"
+        if self.budget:
+            check_budget_request(self.budget_share)
         if other := next((n for n in ("protect", "layer_share") if getattr(self, n)), None):
             raise ValueError(
-                f"--{other.replace('_', '-')} goes with --ratio: a budget decides itself which "
-                "layers are thinned and which go."
+                f"--{other.replace('_', '-')} goes with --ratio alone: {option} decides itself "
+                "which layers are thinned and which go."
             )
         rankings = [name for name, row in ALLOCATIONS.items() if row.scores]
         recipe, ranked = self.chosen, ALLOCATIONS["global"].scores
         if not self.stored and (recipe.allocation not in rankings or recipe.method not in ranked):
             raise ValueError(
-                "--budget ranks the units of all layers: leave --recipe, --shape and --method out, "
-                "or use --allocation global or obs."
+                f"{option} ranks the units of all layers: leave --recipe, --shape and --method "
+                "out, or use --allocation global or obs."
             )
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-015
@@ -334,7 +348,10 @@ def make_plan(request: PruneRequest, model, batches=None, processor=None):
     costs = allocation.load_costs(request.costs) if request.costs else None
     if "latency" in (request.budget_share or ()) and costs is None:
         costs = timed_units(model, processor)
-    share, step = request.layer_share, str(request.round_to)
+    share, step, search = request.layer_share, str(request.round_to), None
+    if request.search:
+        minutes = float(request.search.partition("=")[2])
+        search = {"minutes": minutes, "file": search_file(request.out)}
     return one_step.plan_by_recipe(
         model,
         request.chosen,
@@ -349,12 +366,21 @@ def make_plan(request: PruneRequest, model, batches=None, processor=None):
         round_to=step if step == "auto" else int(step),
         seed=request.seed,
         ridge=request.ridge,
+        search=search,
     )
+
+
+def search_file(out: Path) -> Path:
+    "Where the numbers of a search are kept until the checkpoint is written."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent / f".{out.name}.search.jsonl"
 
 
 @cli.command(PruneRequest)
 def prune(request: PruneRequest) -> dict:
     "Score if there are no scores, plan, apply the plan, refit, and write the smaller model."
+    import pandas as pd
+
     from mllm_compress import checkpoint
     from mllm_compress.checkpoint import formats, saving
     from mllm_compress.pruning import allocation, one_step, pruning_plan, slicing
@@ -375,11 +401,15 @@ def prune(request: PruneRequest) -> dict:
     timed = request.budget.startswith("latency") and not request.costs
     if timed and request.stream:
         raise ValueError("a budget of seconds is measured in memory: give --costs to stream.")
+    if request.search and request.stream:
+        raise ValueError("a search needs the model in memory: leave --stream out.")
+    timed = timed or bool(request.search)
     stream = not (stored or timed) and cli.choose_stream(name, device, request.stream)
     source = cli.open_source(name) if stream or stored and not timed else None
     where = "cpu" if stored and source else device
     model, processor = cli.load(name, where, stream or source is not None)
-    plan = make_plan(request, model, processor=processor) if stored else None
+    early = stored and not request.search  # the plan needs no data
+    plan = make_plan(request, model, processor=processor) if early else None
     batches, record = None, None
     if request.needs_data:
         usual = REFIT_QUESTIONS if recipe.reconstruct else 64
@@ -425,6 +455,11 @@ def prune(request: PruneRequest) -> dict:
     records |= dict(overwrite=request.overwrite, further=further)
     saving.save_or_rescue(save, out)
     lines = [*([facts["recipe"]] if "recipe" in facts else []), str(total), f"written to {out}"]
+    if "search" in plan.meta:
+        search_file(out).unlink(missing_ok=True)
+        facts["search"] = found = plan.meta["search"]
+        front = pd.DataFrame(found["front"]).to_string(index=False, float_format="%.3g")
+        lines[-1:] = [front, found["reason"], lines[-1]]
     facts |= {"out": str(out), "achieved_ratio": total.achieved_ratio, "plan": repr(total)}
     facts |= {"requested_ratio": request.ratio, "layers": len(total.layers)}
     facts |= {k: total.meta[k] for k in ("budget", "achieved_budget", "costs") if k in total.meta}

@@ -202,10 +202,11 @@ def plan_by_recipe(
     search: dict | None = None,  # options of pruning.search, such as {"minutes": 5}
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that a recipe makes."
+    requested = None
     if search is not None:
         if budget is None:
             check_ratio(ratio)
-            ratio, budget = None, {"parameters": 1 - ratio}
+            requested, ratio, budget = ratio, None, {"parameters": 1 - ratio}
         if not recipe.reconstruct or batches is None:
             raise ValueError(
                 "a search compares plans after the refit: give reconstruct=True (--reconstruct), "
@@ -240,6 +241,7 @@ def plan_by_recipe(
             about |= {} if ridge is None else dict(ridge=ridge)
             about |= dict(minutes=None, generations=0) if search is None else search
             plan = searched(model, batches, budget, costs, **about).plan
+            plan = replace(plan, requested_ratio=requested)
     elif layers and widths:
         plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
     elif layers:
