@@ -159,7 +159,7 @@ class PruneRequest(CalibratedRequest):
         "With --ratio or --budget: improve the plan for so long, by KL to the dense model after "
         "the refit, as minutes=5.",
         "minutes with a number above 0, such as minutes=5",
-        pattern=r"^minutes=(?=.*[1-9])\d*\.?\d+$",
+        pattern=r"^minutes=(0*[1-9]\d*(\.\d+)?|\d*\.\d*[1-9]\d*)$",
     )
     costs: cli.File | None = cli.option(
         None, "With --budget latency: a table that `cost --units` wrote, of any device."

@@ -6,6 +6,7 @@
 __all__ = ['Front', 'front_of', 'search']
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-004
+import hashlib
 import heapq
 import json
 import math
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from safetensors.torch import save
 from torch.func import functional_call
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
@@ -61,7 +63,7 @@ from mllm_compress.pruning.pruning_plan import (
 )
 from .reconstruction import reconstruct
 from .slicing import apply_plan
-from ..utils.files import batches_hash, content_hash, write_atomically
+from ..utils.files import content_hash, write_atomically
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-006
@@ -722,13 +724,14 @@ def sorted_scores(model, scores, batches: list) -> tuple:  # LayerScores, list o
 
 def search_key(space: Space, layers, batches: list, *options) -> str:
     "A hash of everything that the values of a search depend on."
-    tensors = [{f"layers {k}": layers.values} for k in range(1)]
+    tensors = [{"layers": layers.values}, *batches]
     for scores in space.scores:
         units = {"heads": scores.heads, "neurons": scores.neurons}
         tensors += [{f"{k} {i}": v for i, v in units[k].items()} for k in units]
+    copies = ({k: v.detach().cpu().contiguous() for k, v in group.items()} for group in tensors)
     record = [SEARCH_VERSION, model_record(space.model), asdict(space.costs), space.budget]
-    record += [batches_hash(batches), batches_hash(tensors), space.round_to, *options]
-    return content_hash(record)
+    record += [hashlib.sha256(save(copy)).hexdigest() for copy in copies]
+    return content_hash([*record, space.round_to, *options])
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-037
 def search(
