@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.Image import DecompressionBombError
 
 IMAGE = "<image>"  # the marker of LLaVA's format
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -44,9 +45,8 @@ def _text_of(entry: dict, value, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise EntryError(
-            entry, f"has half a surrogate pair in {where}", "repair its encoding"
-        ) from None
+        what = f"has half a surrogate pair in {where}"
+        raise EntryError(entry, what, "repair its encoding") from None
     return value
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-013
@@ -64,9 +64,8 @@ def _join_parts(entry: dict, parts: list) -> tuple:  # (text with markers, pictu
         elif kind in ("text", "input_text", "output_text"):
             texts.append(_text_of(entry, part.get("text"), "a part of a message"))
         else:
-            raise EntryError(
-                entry, f"has a part of type {kind!r}", "use parts of type text or image"
-            )
+            what = f"has a part of type {kind!r}"
+            raise EntryError(entry, what, "use parts of type text or image")
     return "\n".join(texts), pictures
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-019
@@ -331,14 +330,7 @@ def has_image(entry: dict) -> bool:
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-018
 MAX_PIXELS, LONGEST_SIDE = 100_000_000, 4096
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError)
 
 
 def read_image(
@@ -414,10 +406,8 @@ class InstructionData(torch.utils.data.Dataset):
     def fraction(self, fraction: float, seed: int = 0) -> "InstructionData":
         "A nested part of the data, independent of its order; the seed draws the entries."
         if not 0 < fraction <= 1:
-            raise ValueError(
-                f"fraction={fraction} is outside (0, 1]: give the part of the data to use, e.g. "
-                "0.05."
-            )
+            use = "give the part of the data to use, e.g. 0.05"
+            raise ValueError(f"fraction={fraction} is outside (0, 1]: {use}.")
         names = entry_ids(self.samples)
         rank = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names]
         order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
