@@ -314,7 +314,7 @@ CASES = [
     Case(("evaluate", "llava", "--benchmark", "luck"), "use one of scenes/open"),
     Case((*EVALUATE, "--scorer", "luck"), "use one of exact, anls, letter, yes_no"),
     Case((*EVALUATE, "--scorer", "letter"), "needs a list of texts"),
-    Case((*EVALUATE, "--scorer", "yes_no"), "needs yes or no"),
+    Case((*EVALUATE, "--scorer", "yes_no"), "needs one of yes, no"),
     Case(
         ("evaluate", "llava", "--questions", "options.json", "--scorer", "letter"),
         "needs one of A, B",
