@@ -405,9 +405,10 @@ def prune(request: PruneRequest) -> dict:
         raise ValueError("a search needs the model in memory: leave --stream out.")
     timed = timed or bool(request.search)
     stream = not (stored or timed) and cli.choose_stream(name, device, request.stream)
-    source = cli.open_source(name) if stream or stored and not timed else None
+    from_files = (stored or stream or not recipe.reconstruct) and not timed
+    source = cli.open_source(name) if from_files else None
     where = "cpu" if stored and source else device
-    model, processor = cli.load(name, where, stream or source is not None)
+    model, processor = cli.load(name, where, stream or bool(stored and source))
     early = stored and not request.search  # the plan needs no data
     plan = make_plan(request, model, processor=processor) if early else None
     batches, record = None, None
