@@ -259,11 +259,12 @@ REFUSED = {
     "layers cannot be removed alike",
 }
 
-
-def check_supported(
-    text_config,
-) -> None:
-    "ValueError for a decoder without a row in FAMILIES, or of a kind that is refused."
+# %% ../../nbs/library/anatomy/02_families.ipynb #cell-040
+def anatomy(
+    model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
+) -> Anatomy:
+    "The parts of `model`; ValueError for one that is not in `FAMILIES` and `WRAPPERS`."
+    text_config = model.config.get_text_config()
     name = text_config.model_type
     for entry, reason in REFUSED.items():
         if getattr(text_config, entry, None):
@@ -274,14 +275,6 @@ def check_supported(
             f"known: {', '.join(FAMILIES)}. If its decoder layers hold linear projections, "
             "add a Family row to mllm_compress.anatomy.FAMILIES."
         )
-
-# %% ../../nbs/library/anatomy/02_families.ipynb #cell-040
-def anatomy(
-    model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
-) -> Anatomy:
-    "The parts of `model`; ValueError for one that is not in `FAMILIES` and `WRAPPERS`."
-    text_config = model.config.get_text_config()
-    check_supported(text_config)
     wrapper = wrapper_of(model.config)
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if lm_head is None or not hasattr(decoder, "layers"):
@@ -291,7 +284,7 @@ def anatomy(
         )
     return Anatomy(
         model,
-        FAMILIES[text_config.model_type],
+        FAMILIES[name],
         model.config,
         text_config,
         decoder,

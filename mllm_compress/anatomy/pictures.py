@@ -6,8 +6,9 @@
 __all__ = ['shares_prefixes']
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-003
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -34,11 +35,11 @@ def put_pictures(
     images: torch.Tensor,  # [..., hidden], projected
 ) -> torch.Tensor:  # [batch, tokens, hidden]; ValueError where placeholders and features differ
     "Token embeddings with projected features in the places of the placeholders."
-    embeddings, found = embed_words(parts, input_ids), images.shape[:-1].numel()
+    embeddings, count = embed_words(parts, input_ids), images.shape[:-1].numel()
     places = input_ids == getattr(parts.config, parts.wrapper.image_token)
-    if places.sum() != found:
+    if places.sum() != count:
         raise ValueError(
-            f"{int(places.sum())} image placeholders for {found} image features: the processor's "
+            f"{int(places.sum())} image placeholders for {count} image features: the processor's "
             "patch_size, num_additional_image_tokens or vision_feature_select_strategy "
             "do not fit the model."
         )
@@ -76,17 +77,10 @@ def _recorded(record: dict, i: int, *args, **kwargs):
 @contextmanager
 def replaying(parts: Anatomy, record: dict):
     "Within this context, the frozen modules return what is in `record`."
-    modules = list(frozen_modules(parts))
-    own = [module.__dict__.get("forward") for module in modules]
-    for i, module in enumerate(modules):
-        module.forward = partial(_recorded, record, i)
-    try:
+    with ExitStack() as stack:
+        for i, module in enumerate(frozen_modules(parts)):
+            stack.enter_context(patch.object(module, "forward", partial(_recorded, record, i)))
         yield
-    finally:
-        for module, before in zip(modules, own):
-            del module.forward
-            if before is not None:
-                module.forward = before
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-010
 def picture_inputs(parts: Anatomy, batch: dict) -> dict:
@@ -126,10 +120,10 @@ def picture_features(
 ) -> torch.Tensor:  # [image tokens, hidden]
     "The projected features of a batch's pictures."
     with replaying(parts, record):
-        found = parts.model.get_image_features(**picture_inputs(parts, batch), return_dict=True)
-    found = found.pooler_output
-    found = torch.cat(list(found)) if isinstance(found, (list, tuple)) else found
-    return found.reshape(-1, found.shape[-1])
+        output = parts.model.get_image_features(**picture_inputs(parts, batch), return_dict=True)
+    features = output.pooler_output
+    features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+    return features.reshape(-1, features.shape[-1])
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-014
 def own_forward(

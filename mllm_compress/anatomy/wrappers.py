@@ -170,10 +170,10 @@ def parameters_at(
     paths: tuple,  # of modules or parameters
 ) -> list:
     "Parameters at some paths, shared ones once; AttributeError for a path that is not there."
-    found = {}
+    parameters = {}
     for path in paths:
         parent, _, name = path.rpartition(".")
         value = getattr(model.get_submodule(parent), name)
         for p in value.parameters() if isinstance(value, nn.Module) else [value]:
-            found[id(p)] = p
-    return list(found.values())
+            parameters[id(p)] = p
+    return list(parameters.values())

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..utils.methods import LOADERS
+from ..utils.methods import LOADERS, naming_extras
 from mllm_compress.zoo.releases import (
     NATIVE,
     REAL_MODELS,
@@ -89,12 +89,11 @@ def _twin(name: str) -> str:
 def named_failures(folder: Path):
     "Any error while a folder is loaded becomes one line that names the folder."
     try:
-        yield
+        with naming_extras():
+            yield
     except ImportError as error:
-        vision = any(name in str(error).lower() for name in ("torchvision", "num2words"))
-        cure = "pip install 'mllm_compress[vision]'" if vision else "install what it names"
         line = " ".join(str(error).split())[:200]
-        raise ImportError(f"{folder} needs a package that is missing: {cure} ({line})") from None
+        raise ImportError(f"{folder} needs a missing package, so install it: {line}") from None
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

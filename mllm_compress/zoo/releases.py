@@ -364,10 +364,10 @@ def open_original(
     folder, places, twice = Path(folder), {}, []
     release = release_of(folder)
     for place in filter(None, (folder, tower_folder(folder, release, tower))):
-        found = shards(place, "*model*.safetensors")
-        if not found:
+        weight_files = shards(place, "*model*.safetensors")
+        if not weight_files:
             refuse_pickle(place, advice=HOW_TO_CONVERT)
-        for file in found:
+        for file in weight_files:
             header, start = read_header(file)
             for stored, entry in header.items():
                 names = native_names(stored, release.names)

@@ -51,12 +51,12 @@ def read_config(
 ) -> dict:
     "The object in a JSON file of a checkpoint; ValueError where it is damaged."
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}.") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it holds no object): {AGAIN}.")
-    return found
+    return content
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-005b
 def listed(
