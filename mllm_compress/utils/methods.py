@@ -50,6 +50,7 @@ LOADERS = {}  # model_type -> function of (folder, dtype) that returns model and
 # %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-004
 EXTRAS = {
     "torchvision": "vision",
+    "num2words": "vision",
     "gguf": "gguf",
     "resvg_py": "eyes",
     "bitsandbytes": "quantize",

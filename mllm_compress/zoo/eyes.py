@@ -81,12 +81,12 @@ def efficientnet_lite0() -> EfficientNetModel:
     if missing := missing_tower():
         raise FileNotFoundError(missing)
     stored = torch.load(tower_file(), weights_only=True)
-    found = {_native_name(k): v for k, v in stored.items() if not k.startswith("_fc.")}
+    weights = {_native_name(k): v for k, v in stored.items() if not k.startswith("_fc.")}
     tower = EfficientNetModel(tower_config())
     for name, weight in tower.state_dict().items():
         if "squeeze_excite" in name:
-            found[name] = torch.full_like(weight, 20.0 * name.endswith("expand.bias"))
-    tower.load_state_dict(found)
+            weights[name] = torch.full_like(weight, 20.0 * name.endswith("expand.bias"))
+    tower.load_state_dict(weights)
     return tower.eval()
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-009
