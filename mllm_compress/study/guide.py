@@ -257,33 +257,8 @@ def guide_map(frame: pd.DataFrame, fitting: dict):  # a figure
     return fig
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-026
-STRATEGIES = list(product(("layerwise", "widthwise"), (False, True)))
-
-
-def strategy_shares(
-    rows: pd.DataFrame,  # of `statistics.summary`
-    fitting: dict,  # of `situations`
-    names: list,  # of benchmarks
-    budget: float,
-) -> pd.DataFrame:  # columns model, ratio, pruning, trained, AVG-%, and the benchmarks
-    "The share of the original kept on every benchmark, by the best setting of each strategy."
-    dense, out = rows[rows.pruning == "none"].set_index("model")[names].astype(float), []
-    for model, ratio in dict.fromkeys(key[:2] for key in fitting):
-        for pruning, trained in STRATEGIES:
-            ranking = fitting.get((model, ratio, budget if trained else 0.0))
-            if ranking is None:
-                continue
-            ranking = ranking[(ranking.recovery != "none") == trained]
-            ranking = ranking[ranking.rival] if ranking.rival.any() else ranking
-            for _, best in ranking[ranking.pruning == pruning].head(1).iterrows():
-                share = 100 * best[names].astype(float) / dense.loc[model]
-                row = {"model": model, "ratio": ratio, "pruning": pruning, "trained": trained}
-                out.append(row | {"AVG-%": best.avg_percent} | share.to_dict())
-    return pd.DataFrame(out, columns=["model", "ratio", "pruning", "trained", "AVG-%", *names])
-
-
-def telling(shares: pd.DataFrame, least: float = 5.0) -> pd.DataFrame:
-    "The rows at ratios where five points were lost on average; the largest ratio if nothing was."
-    lost = 100 - shares.groupby("ratio")["AVG-%"].min()
-    chosen = lost[lost >= least].index.tolist() or lost.index[-1:].tolist()
-    return shares[shares.ratio.isin(chosen[-2:])]
+def of_strategy(rows: pd.DataFrame, trained: bool) -> pd.DataFrame:  # of one situation
+    "The best setting of each pruning, with training or without."
+    rows = rows[(rows.recovery != "none") == trained]
+    rows = rows[rows.rival] if rows.rival.any() else rows
+    return rows.drop_duplicates("pruning")

@@ -102,15 +102,6 @@ class Estimate:
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 # %% ../../nbs/library/study/22_statistics.ipynb #fdcb8c43
-class Pictures(tuple):
-    "Per benchmark, the name of the picture of each unit."
-
-    @cached_property
-    def distinct(self) -> tuple:  # (per unit the position of its picture, names of the pictures)
-        positions, names = pd.factorize(np.concatenate([np.asarray(x, object) for x in self]))
-        return positions, pd.Index(names)
-
-
 def errors_by_image(
     arrays: list,  # per benchmark: [seeds, units]
     images: list = (),  # per benchmark: the picture of each unit; empty: each has its own
@@ -121,15 +112,13 @@ def errors_by_image(
         mean, n = a.mean(axis=0), a.shape[1]
         exact = math.sqrt(n / (n - 1)) if n > 1 else 1.0
         parts.append((mean - mean.mean()) * exact / n / len(arrays))
-    unnamed = [[f"{b}-{k}" for k in range(len(part))] for b, part in enumerate(parts)]
-    pictures = images if isinstance(images, Pictures) else Pictures(images or unnamed)
-    for names, part in zip(pictures, parts):
+    images = images or [[f"{b}-{k}" for k in range(len(part))] for b, part in enumerate(parts)]
+    for names, part in zip(images, parts):
         if len(names) != len(part):
             raise ValueError(
                 f"{len(names)} pictures are named for {len(part)} units of one benchmark."
             )
-    positions, names = pictures.distinct
-    return pd.Series(np.concatenate(parts)).groupby(positions).sum().set_axis(names)
+    return pd.Series(np.concatenate(parts)).groupby(np.concatenate(images), sort=False).sum()
 
 
 def estimate(
@@ -178,14 +167,7 @@ class Original:
         self.top = float(np.mean([100 / u.mean() for u in scored.units])) if plain else math.inf
         known = "images" in scored and scored.images.notna().all()
         images = scored.images if known else [()] * len(scored)
-        self.images, self._pictures = dict(zip(scored.benchmark, images)), {}
-
-    def pictures(self, benchmarks: tuple) -> Pictures | tuple:  # empty: each unit has its own
-        "The pictures of the units of some benchmarks."
-        if benchmarks not in self._pictures:
-            named = Pictures(self.images[b] for b in benchmarks)
-            self._pictures[benchmarks] = named if all(len(x) for x in named) else ()
-        return self._pictures[benchmarks]
+        self.images = dict(zip(scored.benchmark, images))
 
     def estimate(
         self,
@@ -197,7 +179,9 @@ class Original:
         "AVG-%, or a difference of two, with its pictures and bounds."
         about |= {"floor": floor * self.top if floor else 0.0, "top": self.top}
         about["model"] = self.model
-        return estimate(list(arrays.values()), self.pictures(tuple(arrays)), seeds, **about)
+        images = [self.images[benchmark] for benchmark in arrays]
+        images = images if all(len(names) for names in images) else []
+        return estimate(list(arrays.values()), images, seeds, **about)
 
 
 def arrays_of(
