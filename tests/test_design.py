@@ -87,7 +87,7 @@ def test_edited_data_is_another_calibration(monkeypatch):
     for turn in (turn for sample in samples for turn in sample["conversations"]):
         turn["value"] += "!"
     monkeypatch.setattr(
-        stages.profile_inputs, "calibration_source", lambda _: InstructionData(samples)
+        stages.profiles, "calibration_source", lambda _: InstructionData(samples)
     )
     stages.drawn_hash.cache_clear()
     assert inputs_of("scores", LAYERS, SMOKE)["calibration"] != before["calibration"]
