@@ -86,9 +86,7 @@ def test_edited_data_is_another_calibration(monkeypatch):
     samples = [deepcopy(scene_data(n=12).samples[i]) for i in range(12)]
     for turn in (turn for sample in samples for turn in sample["conversations"]):
         turn["value"] += "!"
-    monkeypatch.setattr(
-        stages.profiles, "calibration_source", lambda _: InstructionData(samples)
-    )
+    monkeypatch.setattr(stages.profiles, "calibration_source", lambda _: InstructionData(samples))
     stages.drawn_hash.cache_clear()
     assert inputs_of("scores", LAYERS, SMOKE)["calibration"] != before["calibration"]
     stages.drawn_hash.cache_clear()
