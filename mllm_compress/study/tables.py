@@ -10,19 +10,14 @@ import html
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from decimal import Decimal
 from importlib.metadata import version
-from importlib.resources import files
 from itertools import product
-from math import floor, log10
 
 import numpy as np
 import pandas as pd
-import torch
 from pandas.io.formats.style import Styler
-from transformers import AutoModelForImageTextToText
 
-from .. import anatomy, cost, data, evaluation
+from .. import data, evaluation
 from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
@@ -33,12 +28,11 @@ from .experiments import Experiment
 from .paper import published
 from .profiles import Profile, data_inputs, missing_inputs
 from .runs import frame_of, plan_of
-from .stages import limit_of, recovery_config, teacher_of
-from .statistics import Estimate, difference, summary
+from .stages import limit_of, recovery_config
+from .statistics import Estimate, summary
 from .store import results_of
 from .style import look
 from ..utils.files import code_of, content_hash, remembered
-from ..zoo import releases as real_models
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-005
 def _text(value, digits: int) -> str:
@@ -276,24 +270,6 @@ def guessing(setup: Profile) -> dict:  # model -> AVG-% of the question-only bas
     complete = set(blind.index) == set(setup.evaluation.benchmarks)
     return guessed_share(summary(dense), blind) if complete else {}
 
-
-def question_only_table(rows: pd.DataFrame, blind: pd.Series) -> pd.DataFrame:
-    "The question-only baseline's score on every benchmark, and its share of each original's score."
-    table = blind.rename("score").rename_axis("benchmark").reset_index()
-    dense = rows[rows.pruning == "none"].set_index("model")
-    for model in guessed_share(rows, blind):
-        scores = dense.loc[model, list(blind.index)].astype(float).to_numpy()
-        table[f"% of {model}"] = 100 * table.score / scores
-    mean = table.drop(columns=["benchmark", "score"]).mean()
-    return pd.concat([table, mean.to_frame().T.assign(benchmark="AVG-%")])[[*table]]
-
-
-def below_guessing(rows: pd.DataFrame, blind: pd.Series) -> list:  # of "model at ratio"
-    "Where no setting of `statistics.summary` retains more than the question-only baseline."
-    shares, pruned = guessed_share(rows, blind), rows[rows.pruning != "none"]
-    best = pruned.groupby(["model", "requested_ratio"], sort=False).avg_percent.max()
-    return [f"{m} at {r:.2f}" for (m, r), kept in best.items() if kept <= shares.get(m, -1)]
-
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-011
 def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
     "Per cent of heads and neurons that widthwise plans remove from the layers that lose any."
@@ -344,20 +320,21 @@ def kept_shares(experiments: list, setup: Profile) -> dict:  # "model, kind" -> 
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-015
 def beside_printed(
-    rows: pd.DataFrame,  # of `effects.summary`, one recovery
+    rows: pd.DataFrame,  # of `statistics.summary`, one recovery
     setup: Profile,
     table: str,  # a name of `published`
-) -> pd.DataFrame:  # columns panel, label, ours, printed, and what names the row
+) -> pd.DataFrame:  # columns panel, label, ours, printed
     "Our AVG-% and the reported one, where both exist."
-    paper, out = published(table), []
-    for ours, theirs in setup.printed.items():
-        for p in paper[(paper.model == theirs) & (paper.ratio > 0)].itertuples():
-            own = rows[(rows.model == ours) & (rows.requested_ratio == p.ratio)]
-            value = own[own.pruning == p.pruning].avg_percent.mean()
-            row = {"panel": f"{ours} | {theirs}", "label": f"{p.pruning} {p.ratio:.2f}"}
-            row |= {"ours": value, "printed": p.avg_percent_as_printed}
-            out += [row] * bool(value == value)
-    return pd.DataFrame(out, columns=["panel", "label", "ours", "printed"])
+    ours = rows.rename(columns={"requested_ratio": "ratio", "avg_percent": "ours"})
+    paper = published(table).rename(columns={"avg_percent_as_printed": "printed"})
+    paper, parts = paper[paper.ratio > 0], []
+    for model, theirs in setup.printed.items():
+        both = paper[paper.model == theirs].drop(columns="model")
+        both = both.merge(ours[ours.model == model], on=["pruning", "ratio"]).dropna(subset="ours")
+        labels = [f"{p} {r:.2f}" for p, r in zip(both.pruning, both.ratio)]
+        parts.append(both.assign(panel=f"{model} | {theirs}", label=labels))
+    columns = ["panel", "label", "ours", "printed"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-017
 def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
@@ -378,52 +355,6 @@ def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
         for (objective, part), rates in rows.items()
     ]
     return pd.DataFrame(table)
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-019
-LEAST = 0.5  # points of AVG-%: with smaller losses there is no share
-
-
-def regained(
-    rows: pd.DataFrame,  # of `effects.summary`, with a column `trained`
-    models: list,
-) -> pd.DataFrame:
-    "Points lost by pruning, and the share of them that training each part regained."
-    index, parts = ["model", "requested_ratio", "pruning"], ("projector", "projector+lm")
-    wide = rows[rows.pruning != "none"].pivot_table(
-        index=index, columns="trained", values="avg_percent", sort=False
-    )
-    wide = wide.reindex(columns=["nothing", *parts]).reindex(models, level=0)
-    lost = 100 - wide.nothing
-    table = pd.DataFrame({"lost by pruning": lost})
-    for part in parts:
-        share = (100 * (wide[part] - wide.nothing) / lost).where(lost >= LEAST)
-        text = share.map(lambda s: f"{s:.0f}" if s == s else "–")
-        table[f"regained by {look(part).label}, %"] = text
-    table = table.reset_index().rename(columns={"requested_ratio": "requested"})
-    return table.assign(requested=table.requested.map("{:.2f}".format))
-
-# %% ../../nbs/library/study/24_tables.ipynb #amount-of
-def amount_of(setup: Profile, fraction: float) -> str:
-    "How much a fraction of a profile's training data is, in words."
-    t, parts = setup.training, []
-    counts = {"scenes": t.scenes, "pictures": t.emoji, "tokens of text": t.tokens}
-    parts += [f"{fraction * n:,.0f} {name}" for name, n in counts.items() if n]
-    files = {"of easy-VQA's training questions": t.easy_vqa, f"of {t.json}": t.json}
-    parts += [f"{100 * fraction:g} % {name}" for name, there in files.items() if there]
-    return " and ".join(parts)
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027
-def over_sft(frame: pd.DataFrame) -> dict:  # (model, pruning, ratio, losses) -> Estimate
-    "How much more each objective retains than SFT, at every place that has both."
-    out, done = {}, frame[(frame.status == "done") & (frame.recovery != "none")]
-    keys = ["model", "pruning", "requested_ratio", "recovery"]
-    for model, pruning, ratio, losses in done[keys].drop_duplicates().itertuples(index=False):
-        here = {"pruning": pruning, "requested_ratio": ratio}
-        pair = [here | {"recovery": x} for x in (losses, "sft")]
-        if losses != "sft" and claims.finished(frame, model=model, **pair[1]):
-            e = difference(frame, model, *pair)
-            out |= {(model, pruning, ratio, losses): e} if e.seeds else {}
-    return out
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027b
 def perplexities(
@@ -458,71 +389,3 @@ def by_share(frame: pd.DataFrame) -> pd.DataFrame:
     rows = rows.sort_values(["place", "requested_ratio", "fraction"], kind="stable")
     names = ["model", "requested", "share of the data", "way", "seconds", "AVG-%", "low", "high"]
     return rows[names].reset_index(drop=True)
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-029
-def part_counts(setup: Profile) -> dict:  # model -> Series of parameters by part
-    "Parameters of the paper's models and of the profile's, counted twice."
-    with torch.device("meta"):
-        models = {
-            name: AutoModelForImageTextToText.from_config(real_models.real_config(name))
-            for name in real_models.REAL_MODELS
-        }
-    models |= {name: teacher_of(name, setup)[0] for name in setup.models}
-    counts = {}
-    for name, model in models.items():
-        seen, closed = anatomy.part_parameters(model), cost.closed_parameters(model.config)
-        if any(closed[part] != n for part, n in seen.items()):
-            raise RuntimeError(f"{name}: {seen} parameters measured, {closed} by closed form.")
-        counts[name] = pd.Series(seen)
-    return counts
-
-
-def printed_parameters() -> dict:  # (model, part) -> Decimal
-    "The parameters that the paper reports, with the digits that it prints."
-    path = files("mllm_compress") / "published/models.csv"
-    table = pd.read_csv(path, dtype=str).set_index("model").filter(like="_params")
-    return {
-        (name, column.removesuffix("_params")): Decimal(text)
-        for name, row in table.iterrows()
-        for column, text in row.items()
-    }
-
-
-def with_total(count: pd.Series) -> pd.Series:
-    "The parts and their sum."
-    return pd.concat([count, pd.Series({"total": count.sum()})])
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-033
-def three_digits(x: float) -> str:
-    "A positive number with three significant digits."
-    x = float(f"{x:.3g}")
-    return f"{x:,.{max(0, 2 - floor(log10(x)))}f}"
-
-
-def parameter_table(counts: dict) -> pd.DataFrame:
-    "Parameters by part that a model has: counted, and as reported in the paper."
-    printed, rows = printed_parameters(), []
-    for name, count in counts.items():
-        for part, n in with_total(count).loc[lambda parts: parts > 0].items():
-            known = printed.get((name, part))
-            row = {"model": name, "part": part, "share %": 100 * n / count.sum()}
-            row["counted (M)"] = three_digits(n / 1e6)
-            row["reported (M)"] = f"{float(known) / 1e6:,g}" if known else "–"
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-035
-def disagreements(counts: dict) -> list:  # of sentences
-    "Differences from the reported sizes that rounding does not explain."
-    found = []
-    for (name, part), theirs in printed_parameters().items():
-        if name not in counts:
-            continue
-        ours = int(with_total(counts[name])[part])
-        half = Decimal(10) ** theirs.as_tuple().exponent / 2  # "6.7e9": 0.05e9
-        if abs(ours - theirs) > half:
-            told = (
-                f"{float(theirs) / 1e6:,g} M reported, rounded by at most {float(half) / 1e6:g} M"
-            )
-            found.append(f"{name}, {part}: {three_digits(ours / 1e6)} M counted, {told}.")
-    return found
