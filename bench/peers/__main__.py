@@ -43,10 +43,10 @@ def token_windows(tokenizer, texts, width: int, n: int) -> torch.Tensor:  # [n, 
     )
 
 
-def calibration(tokenizer) -> torch.Tensor:  # [64, 128]
+def calibration(tokenizer, windows: int) -> torch.Tensor:  # [windows, 128]
     "Half glosses, half quotes, of the calibration part."
     parts = ([d.text for d in documents(name, "calibration")] for name in text.TEXTS)
-    return torch.cat([token_windows(tokenizer, texts, WINDOW, 32) for texts in parts])
+    return torch.cat([token_windows(tokenizer, texts, WINDOW, windows // 2) for texts in parts])
 
 
 @torch.inference_mode()
@@ -72,7 +72,7 @@ def decode_ratio(models: list, ids: torch.Tensor, tokens: int = 12, rounds: int 
     return second / first
 
 
-def measured(name: str, folder: Path | None, texts: dict, windows: int) -> dict:
+def measured(name: str, folder: Path | None, texts: dict, windows: int, calibrated: int) -> dict:
     "One method, in this process."
     torch.set_num_threads(1)
     dense, tokenizer = text.load()
@@ -82,7 +82,7 @@ def measured(name: str, folder: Path | None, texts: dict, windows: int) -> dict:
     }
     if name == "dense":
         return {k: perplexity(dense, ids) for k, ids in tested.items()}
-    tokens, total = calibration(tokenizer), sum(p.numel() for p in dense.parameters())
+    tokens, total = calibration(tokenizer, calibrated), sum(p.numel() for p in dense.parameters())
     model = text.load()[0]
     model.set_attn_implementation("eager" if name in ("torch-pruning", "llm-pruner") else "sdpa")
     model.config.use_cache = False
@@ -130,6 +130,7 @@ def main():
     parser.add_argument("--only", nargs="+", help="methods to run")
     parser.add_argument("--text", nargs="+", default=[], help="further texts, as essay=FILE")
     parser.add_argument("--windows", type=int, default=8, help="of each text")
+    parser.add_argument("--calibration", type=int, default=64, help="windows; fewer for a check")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--in-this-process", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,12 +140,14 @@ def main():
         return print(f"unknown: {', '.join(sorted(unknown))}; use {', '.join(PEERS)}")
     here = runnable(args.checkouts and args.checkouts.resolve())
     if name := args.in_this_process:
-        return print(json.dumps(measured(name, here[name], texts_of(args.text), args.windows)))
+        about = dict(windows=args.windows, calibrated=args.calibration)
+        return print(json.dumps(measured(name, here[name], texts_of(args.text), **about)))
     texts = texts_of(args.text)
     rows = pd.read_csv(args.out).to_dict("records") if args.out.exists() else []
     for name in here if args.only is None else [n for n in here if n in args.only]:
         command = [sys.executable, __file__, "--in-this-process", name, "--windows"]
-        command += [str(args.windows), *(["--text", *args.text] if args.text else [])]
+        command += [str(args.windows), "--calibration", str(args.calibration)]
+        command += [*(["--text", *args.text] if args.text else [])]
         command += ["--checkouts", str(args.checkouts)] if args.checkouts else []
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -154,7 +157,8 @@ def main():
         peer = PEERS.get(name)
         row |= dict(name=name, method=peer.label if peer else "dense")
         row |= dict(version=peer.version if peer else "", source="this script")
-        row |= dict(predictions=args.windows * (TESTED - 1), **facts("cpu"))
+        row |= dict(predictions=args.windows * (TESTED - 1), calibrated=args.calibration)
+        row |= facts("cpu")
         rows = [r for r in rows if (r["name"], r["source"]) != (name, row["source"])] + [row]
         dense = [r for r in rows if (r["name"], r["source"]) == ("dense", row["source"])]
         if dense:

@@ -728,7 +728,8 @@ def search_key(space: Space, layers, batches: list, *options) -> str:
     for scores in space.scores:
         units = {"heads": scores.heads, "neurons": scores.neurons}
         tensors += [{f"{k} {i}": v for i, v in units[k].items()} for k in units]
-    copies = ({k: v.detach().cpu().contiguous() for k, v in group.items()} for group in tensors)
+    alone = dict(memory_format=torch.contiguous_format)  # as safetensors takes them
+    copies = ({k: v.cpu().clone(**alone) for k, v in group.items()} for group in tensors)
     record = [SEARCH_VERSION, model_record(space.model), asdict(space.costs), space.budget]
     record += [hashlib.sha256(save(copy)).hexdigest() for copy in copies]
     return content_hash([*record, space.round_to, *options])
