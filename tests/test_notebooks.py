@@ -16,7 +16,7 @@ from mllm_compress.study.notebooks import (
     check_parameters,
     experiments_of,
     parameters_of,
-    parse_parameter,
+    parse_parameters,
 )
 from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.store import results_of
@@ -82,14 +82,10 @@ def test_right_parameters_pass_and_reach_the_grid():
     assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
     assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2]
     assert experiments_of(demo(GOOD)) == [0]
-    for text, parameter in (
-        ("profile=tiny", ("profile", "tiny")),
-        ("lrs=[1e-3, 2]", ("lrs", [0.001, 2])),
-        ("name=1e", ("name", "1e")),
-    ):
-        assert parse_parameter(text) == parameter
+    parsed = parse_parameters(["profile=tiny", "lrs=[1e-3, 2]", "name=1e"])
+    assert parsed == {"profile": "tiny", "lrs": [0.001, 2], "name": "1e"}
     with pytest.raises(ValueError, match="seeds is given twice"):
-        notebooks.parse_parameters(["seeds=[0]", "seeds=[1]"])
+        parse_parameters(["seeds=[0]", "seeds=[1]"])
 
 
 @pytest.mark.parametrize(

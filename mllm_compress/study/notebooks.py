@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['nbformat', 'papermill', 'PUBLISH', 'LARGER', 'WIDGET', 'notebooks', 'choose', 'Parameter', 'parameters_of',
-           'parameters_in', 'check_parameters', 'check_given', 'parse_parameter', 'parse_parameters', 'experiments_of',
-           'for_profile', 'overridden', 'check_injected', 'figures_folder', 'figure_files', 'executed', 'output_folder',
+           'parameters_in', 'check_parameters', 'check_given', 'parse_parameters', 'experiments_of', 'for_profile',
+           'overridden', 'check_injected', 'figures_folder', 'figure_files', 'executed', 'output_folder',
            'shown_beside', 'shown_by', 'Execution', 'tidied']
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-002
@@ -120,29 +120,27 @@ def check_given(
     return dict(given)
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-020
-def parse_parameter(
-    text: str,  # as "seeds=[0,1,2]"
-) -> tuple:  # (name, value)
-    "A parameter from the command line."
-    name, equals, value = text.partition("=")
-    name, how = name.strip(), "NAME=VALUE, as seeds=[0,1,2]"
-    if not equals or not name.isidentifier():
-        raise ValueError(f"A parameter is written {how}, not {text!r}.")
-    with suppress(ValueError):
-        return name, json.loads(value)
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The value of {name} cannot be read: {value!r}. Write {how}.") from error
-
-
-def parse_parameters(texts: list) -> dict:
-    "All parameters of a command line; ValueError where one is given twice."
-    parameters = {}
-    for name, value in map(parse_parameter, texts):
+def parse_parameters(
+    texts: list,  # as "seeds=[0,1,2]"
+) -> dict:  # name -> value
+    "The parameters of a command line; ValueError where one cannot be read, or is given twice."
+    parameters, how = {}, "NAME=VALUE, as seeds=[0,1,2]"
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise ValueError(f"A parameter is written {how}, not {text!r}.")
         if name in parameters:
             raise ValueError(f"Parameter {name} is given twice.")
-        parameters[name] = value
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            try:
+                parameters[name] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise ValueError(
+                    f"The value of {name} cannot be read: {value!r}. Write {how}."
+                ) from error
     return parameters
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-027
