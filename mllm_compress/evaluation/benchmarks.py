@@ -27,7 +27,7 @@ from ..data.batches import pictures_amid
 from ..data.instructions import IMAGE, image_paths, read_entries, turns
 from ..utils.files import content_hash
 from ..utils.files import sha256 as file_sha256
-from ..utils.methods import check_choice
+from ..utils.methods import check_choice, unknown_choice
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-005
 @dataclass(frozen=True)
@@ -141,7 +141,8 @@ def register_benchmarks(rows) -> None:
 
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name."
-    check_choice("benchmark", name, BENCHMARKS)
+    if name not in BENCHMARKS:
+        raise ValueError(unknown_choice("benchmark", name, BENCHMARKS))
     return BENCHMARKS[name]
 
 

@@ -333,9 +333,9 @@ def load_profile(
     whole, _, model = (name := str(name)).rpartition("@")
     if whole and not Path(name).is_file():
         return only_model(load_profile(whole), model)
-    path = Path(name) if Path(name).is_file() else checkout() / name
-    if name in profile_names():
-        path = PROFILES / f"{name}.yaml"
+    path = PROFILES / f"{name}.yaml"
+    if Path(name).name != name or not path.is_file():
+        path = Path(name) if Path(name).is_file() else checkout() / name
     if path.suffix != ".yaml" or not path.is_file():
         raise ValueError(
             f"Unknown profile {name!r}: use {', '.join(profile_names())}, "

@@ -247,14 +247,9 @@ def subject_key(experiment: Experiment, profile: Profile, trained: bool = True) 
     return key_of(next(stage for stage, holds in stages.items() if holds), e, profile)
 
 
-def limit_of(name: str, e: Evaluation) -> int:
-    "The most questions of a benchmark that are used."
-    return e.limits.get(name, e.questions)
-
-
 def asked_of(name: str, e: Evaluation) -> tuple:
     "The benchmark, split, limit and folder of its questions, as `load_questions` takes them."
-    return name, e.split, limit_of(name, e), profiles.root_of(e)
+    return name, e.split, e.limits.get(name, e.questions), profiles.root_of(e)
 
 
 def benchmarks_of(profile: Profile) -> list:  # of names
@@ -629,7 +624,7 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
         student,
         processor,
         names,
-        limit={name: limit_of(name, e) for name in names},
+        limit={name: asked_of(name, e)[2] for name in names},
         split=e.split,
         batch_size=e.batch_size,
         root=profiles.root_of(e),
