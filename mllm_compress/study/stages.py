@@ -252,6 +252,11 @@ def asked_of(name: str, e: Evaluation) -> tuple:
     return name, e.split, e.limits.get(name, e.questions), profiles.root_of(e)
 
 
+def limit_of(name: str, e: Evaluation) -> int:
+    "The most questions of a benchmark that are used."
+    return asked_of(name, e)[2]
+
+
 def benchmarks_of(profile: Profile) -> list:  # of names
     "The benchmarks of a profile."
     return [benchmark_row(name).name for name in profile.evaluation.benchmarks]
@@ -624,7 +629,7 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
         student,
         processor,
         names,
-        limit={name: asked_of(name, e)[2] for name in names},
+        limit={name: limit_of(name, e) for name in names},
         split=e.split,
         batch_size=e.batch_size,
         root=profiles.root_of(e),
