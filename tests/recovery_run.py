@@ -54,7 +54,7 @@ result = recover(
     student,
     teacher,
     scene_data("train", options.get("n", 12)),
-    RecoveryConfig(**options["config"]),
+    RecoveryConfig(**{"held_out": 0.0} | options["config"]),
     processor,
     folder=options.get("folder"),
     save_every=options.get("save_every"),
@@ -68,6 +68,8 @@ if int(os.environ.get("RANK", 0)) == 0:
             {
                 "weights": weights_hash(result.model),
                 "history": result.history.to_dict("list"),
+                "looks": None if result.looks is None else result.looks.to_dict("list"),
+                "chosen": [result.best_step, result.lr],
                 "sharded": sharded,
                 "shapes": {
                     f"model.{name}": list(p.shape) for name, p in result.model.named_parameters()

@@ -9,10 +9,10 @@ import torch
 from golden_versions import check_golden, check_no_stale
 
 from mllm_compress.anatomy.families import anatomy
+from mllm_compress.data.batches import SizedCache
 from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
 from mllm_compress.recovery.losses import LOSSES, Loss
-from mllm_compress.recovery.states import TeacherCache
 from mllm_compress.recovery.training import RECOVERY_VERSION, recover
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
@@ -36,6 +36,9 @@ def step_tensors() -> dict:
     g = torch.Generator().manual_seed(0)
     tensors = {f"{who}_logits": torch.randn(3, 6, generator=g) for who in ("student", "teacher")}
     tensors |= {f"{who}_hidden": torch.randn(3, 4, generator=g) for who in ("student", "teacher")}
+    tensors |= {
+        f"{who}_blocks": torch.randn(3, 2, 4, generator=g) for who in ("student", "teacher")
+    }
     answers = {"answer_logits": tensors["student_logits"], "targets": torch.tensor([1, 5, 2])}
     return tensors | answers | {"temperature": 2.0}
 
@@ -63,12 +66,12 @@ def curve(tiny_llava):
     for p in anatomy(student).decoder.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=g)
     options, data = (
-        dict(device="cpu", progress=False, cache=TeacherCache()),
+        dict(device="cpu", progress=False, cache=SizedCache(2**31)),
         scene_data("train", 12),
     )
 
     def numbers(**chosen) -> dict:
-        config = RecoveryConfig(batch_size=4, lr=1e-3, **chosen)
+        config = RecoveryConfig(**{"batch_size": 4, "lr": 1e-3, "held_out": 0.0} | chosen)
         history = recover(student, teacher, data, config, processor, **options).history
         assert len(history) == 3
         return {column: history[column].tolist() for column in ("loss", *config.losses)}

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,32 @@ from safetensors.torch import load_file
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import weights_hash
-from mllm_compress.data.batches import Collator, blocks, borrowing_mask, packed_mask
+from mllm_compress.data.batches import (
+    Collator,
+    SizedCache,
+    blocks,
+    borrowing_mask,
+    packed_mask,
+)
 from mllm_compress.data.instructions import InstructionData
 from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery import training
-from mllm_compress.recovery.config import PAPER, RecoveryConfig, config_from_dict, learning_rate
+from mllm_compress.recovery.best_state import held_out_samples
+from mllm_compress.recovery.config import (
+    PAPER,
+    RecoveryConfig,
+    config_from_dict,
+    learning_rate,
+    run_identity,
+)
 from mllm_compress.recovery.states import (
     SHARED_PREFIX,
-    TeacherCache,
     decoder_states,
     use_attention,
 )
 from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs, lora_targets
 from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
+from mllm_compress.utils.files import content_hash
 
 N = 8
 SFT = {"losses": {"sft": 1}}
@@ -58,8 +72,8 @@ def run(pair, data):
 
     def run(models=pair, samples=data, how={}, **options):
         student, teacher, processor = models
-        quiet = {"cache": TeacherCache(), "device": "cpu", "progress": False} | how
-        config = RecoveryConfig(**options)
+        quiet = {"cache": SizedCache(2**31), "device": "cpu", "progress": False} | how
+        config = RecoveryConfig(**{"held_out": 0.0} | options)
         return recover(student, teacher, samples, config, processor, **quiet)
 
     return run
@@ -211,7 +225,7 @@ def test_ahead_or_while_training_is_the_same(run, data):
     mixed = InstructionData(samples, images=data.images)
     options = TWO_STEPS | {"losses": {"sft": 1, "hidden_kd": 1, "logits_kd": 1}}
     ahead = run(samples=mixed, **options).history.loss
-    now = run(samples=mixed, how={"cache": TeacherCache(limit=0)}, **options).history.loss
+    now = run(samples=mixed, how={"cache": SizedCache(0)}, **options).history.loss
     assert ahead.tolist() == pytest.approx(now.tolist(), rel=1e-4, abs=1e-5)
 
 
@@ -283,6 +297,58 @@ def test_lora_reaches_every_linear_layer_of_every_family(tiny_lm, family):
     assert not torch.allclose(after, before)
 
 
+# -- never worse than the start ----------------------------------------------------------------
+
+WILD = {"batch_size": 3, "epochs": 4, "warmup": 0.0, "held_out": 0.25, "turns": "sequential"}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_a_rate_that_destroys_the_student_returns_the_start(run, pair, lora):
+    "The student equals its teacher, so that every step is away from it."
+    perfect = (pair[1], pair[1], pair[2])
+    result = run(
+        perfect, **{"losses": {"sft": 0.01, "hidden_kd": 1}} | WILD, lr=0.5, lora=lora, patience=3
+    )
+    assert result.best_step == 0 and "better than the start" in str(result)
+    assert weights_hash(result.model) == weights_hash(pair[1])
+    assert list(result.looks.step) == [0, 1, 2, 3]  # of eight steps: stopped early
+    assert result.looks.held_out_loss[0] < result.looks.held_out_loss[1:].min()
+
+
+def test_the_best_state_is_returned(run, pair, data):
+    "Its loss on the held-out samples is that of its look, and the lowest."
+    result = run(**SFT, **WILD, lr=2e-2, schedule="constant")
+    looks = result.looks.set_index("step").held_out_loss
+    assert 0 < result.best_step == looks.idxmin() < looks.index[-1]
+    held = [data.samples[i] for i in held_out_samples([s["id"] for s in data.samples], 0.25)]
+    held = InstructionData(held, images=data.images)
+    labels, out, _ = whole_batch((result.model, *pair[1:]), held)
+    loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert len(held) == 2 and loss.item() == pytest.approx(looks[result.best_step], rel=1e-4)
+    assert result.samples == 6
+
+
+def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
+    result = run(**HIDDEN, **WILD, lr="search")
+    first, last = (result.search[result.search["round"] == i] for i in (0, 1))
+    assert list(first.lr) == pytest.approx([1e-4, 3e-4, 1e-3, 3e-3])  # around that of the table
+    assert list(first.steps) == [4] * 4 and list(last.steps) == [8] * 2
+    start = result.looks.held_out_score[0]
+    ranked = lambda rows: rows.assign(forgot=rows.held_out_score < start).sort_values(
+        ["forgot", "held_out_loss"]
+    )
+    assert set(last.lr) == set(ranked(first).lr[:2]) and result.lr == ranked(last).lr.iloc[0]
+    same = run(**HIDDEN, **WILD, lr=result.lr)
+    assert weights_hash(same.model) == weights_hash(result.model)
+    assert f"found in {4 * 4 + 2 * 8} steps" in str(result)
+
+
+def test_later_options_are_in_a_key_only_where_they_are_used():
+    old, new = (run_identity(asdict(RecoveryConfig(held_out=share))) for share in (0.0, 0.1))
+    assert content_hash(old) == "7ec7ad6f5c4f8ae1efdb"  # before there were any
+    assert new == old | {"held_out": 0.1, "patience": 4}
+
+
 # -- the same numbers again --------------------------------------------------------------------
 
 
@@ -317,14 +383,14 @@ def test_without_a_device_it_is_the_accelerator_or_the_cpu(run, pair):
     pair[1].to("cpu")
 
 
-def test_teacher_outputs_are_computed_once(run, tmp_path, monkeypatch):
+def test_teacher_outputs_are_computed_once(run, monkeypatch):
     calls, compute = [], training.compute_teacher_outputs
     counted = lambda *a, **k: calls.append(1) or compute(*a, **k)
     monkeypatch.setattr(training, "compute_teacher_outputs", counted)
-    cache = TeacherCache(folder=tmp_path)
+    cache = SizedCache(2**31)
     first = run(**TWO_STEPS, how={"cache": cache})
     run(batch_size=4, lr=1e-2, seed=1, how={"cache": cache})  # another run
-    again = run(**TWO_STEPS, how={"cache": TeacherCache(folder=tmp_path)})  # another process
+    again = run(**TWO_STEPS, how={"cache": cache})
     assert len(calls) == 1 and weights_hash(first.model) == weights_hash(again.model)
     run(**TWO_STEPS, turns="sequential", how={"cache": cache})  # other rows, other outputs
     assert len(calls) == 2
@@ -377,17 +443,19 @@ def process(tmp_path, launcher=(sys.executable,), name="result.json", **options)
     return code, json.loads(result.read_text()) if result.exists() else None
 
 
-def test_killed_and_resumed_is_bit_identical(tmp_path):
-    config = {"batch_size": 4, "epochs": 3, "lr": 1e-3, "lora": {"r": 4, "lora_dropout": 0.1}}
+@pytest.mark.parametrize("lr, left", [(1e-3, SAVED), ("search", [])])  # killed in a trial
+def test_killed_and_resumed_is_bit_identical(tmp_path, lr, left):
+    lora = {"lora": {"r": 4, "lora_dropout": 0.1}, "held_out": 0.25, "patience": 9}
+    config = {"batch_size": 4, "epochs": 3, "lr": lr} | lora
     _, whole = process(tmp_path, name="whole.json", config=config)
     options = {"config": config, "folder": str(tmp_path / "run"), "save_every": 2}
     killed, nothing = process(tmp_path, **options, kill_at=5)
     assert killed.returncode == -9 and nothing is None
-    assert [p.name for p in checkpoints(options["folder"])] == SAVED
+    assert [p.name for p in checkpoints(options["folder"])] == left
     written = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert written == {".json", ".safetensors"}  # nothing pickled
+    assert written == ({".json", ".safetensors"} if left else {".json"})  # nothing pickled
     _, resumed = process(tmp_path, **options)
-    assert resumed == whole
+    assert resumed == whole and len(whole["looks"]["step"]) == 10
 
 
 def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
@@ -402,7 +470,8 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
 def test_fsdp(tmp_path):
     "The losses of one process; the same bits when killed and resumed; a whole model at the end."
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    options = {"config": {"batch_size": 4, "epochs": 2, "lr": 1e-3}, "n": 14}
+    config = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "held_out": 0.2, "patience": 9}
+    options = {"config": config, "n": 17}
     sharded = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
     _, one = process(tmp_path, name="one.json", **options)
     code, two = process(tmp_path, TWO, name="two.json", **sharded)
@@ -419,6 +488,7 @@ def test_fsdp(tmp_path):
     assert resumed is not None, code.stderr[-2000:]
     assert resumed["weights"] == two["weights"]
     assert resumed["history"]["loss"] == two["history"]["loss"]
+    assert resumed["looks"] == two["looks"] and two["chosen"] == one["chosen"]
     checkpoint = load_file(checkpoints(folder["folder"])[-1] / "weights.safetensors")
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.items()}
     assert shapes and shapes.items() <= two["shapes"].items()

@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['SHARED_PREFIX', 'CACHE', 'image_features', 'shared_features', 'shared_prefix', 'use_attention', 'last_layer_at',
-           'final_states', 'decoder_states', 'TeacherOutputs', 'compute_teacher_outputs', 'TeacherCache']
+           'final_states', 'decoder_states', 'TeacherOutputs', 'compute_teacher_outputs']
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-003
 import contextlib
-from collections import OrderedDict
-from dataclasses import dataclass, field
-from pathlib import Path
+import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AttentionInterface
@@ -29,9 +27,9 @@ from mllm_compress.anatomy.pictures import (
     record_pictures,
 )
 from ..anatomy.wrappers import caches_projector_input
+from ..data.batches import SizedCache
 from ..data.instructions import image_names
 from .losses import answer_positions
-from ..utils.files import replacing
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-005
 @torch.no_grad()
@@ -194,25 +192,23 @@ def decoder_states(
 class TeacherOutputs:
     "Image features and teacher states of a data set, which no training step changes."
 
-    features: torch.Tensor | None  # [images, image tokens, vision hidden]
-    image: list  # sample -> the rows of features of its images, a tuple
-    states: dict  # layer index or "final" -> [answer positions of all samples, hidden]
-    first: torch.Tensor  # [samples + 1] where the positions of a sample begin
+    features: list  # sample -> a list of [image tokens, vision hidden], one per image
+    states: dict  # layer index or "final" -> a list: sample -> [its answer positions, hidden]
 
     @property
     def nbytes(self) -> int:
-        "Bytes of its tensors."
-        return sum(t.nbytes for t in (self.features, *self.states.values()) if t is not None)
+        "Bytes of its tensors, shared ones once."
+        tensors = [t for rows in (*self.features, *self.states.values()) for t in rows]
+        return sum({id(t): t.nbytes for t in tensors}.values())
 
     def batch_features(self, index: list):  # [images, image tokens, vision hidden], or None
         "Features of the images of these samples, in their order."
-        rows = [row for i in index for row in self.image[i]]
-        return self.features[torch.tensor(rows)] if rows else None
+        pictures = [picture for i in index for picture in self.features[i]]
+        return torch.stack(pictures) if pictures else None
 
     def batch_states(self, index: list) -> dict:  # name -> [answer positions, hidden]
         "The teacher's states at the answer positions of these samples, in their order."
-        rows = torch.cat([torch.arange(self.first[i], self.first[i + 1]) for i in index])
-        return {name: state[rows] for name, state in self.states.items()}
+        return {name: torch.cat([rows[i] for i in index]) for name, rows in self.states.items()}
 
 # %% ../../nbs/library/recovery/03_states.ipynb #teacher-cache-cell-015
 def _image_keys(sample: dict) -> list:
@@ -233,85 +229,29 @@ def compute_teacher_outputs(
     progress: bool = False,  # show a bar
 ) -> TeacherOutputs | None:  # None if over the limit, or an image has several tiles
     "Features of every image and the teacher's states at every answer position."
-    parts, n = anatomy(model), len(data)
-    rows, features, lengths = {}, [], [torch.zeros(1, dtype=torch.long)]
-    states = {name: [] for name in wanted}
+    parts, n, pictures = anatomy(model), len(data), {}
+    outputs = TeacherOutputs([], {name: [] for name in wanted})
     for start in tqdm(range(0, n, chunk), desc="teacher", leave=False, disable=not progress):
         samples = [data[i] for i in range(start, min(start + chunk, n))]
         batch = {k: v.to(parts.embed_tokens.weight.device) for k, v in collate(samples).items()}
-        seen = shared_features(model, batch)
-        keys = [key for s in samples for key in _image_keys(s)]
-        if isinstance(seen, dict) or seen is not None and len(seen) != len(keys):
+        seen, keys = shared_features(model, batch), [_image_keys(s) for s in samples]
+        if isinstance(seen, dict) or seen is not None and len(seen) != sum(map(len, keys)):
             return None  # pictures that have no tensor each, or several tiles
-        new = [k for k, key in enumerate(keys) if key not in rows and key not in keys[:k]]
-        rows |= {keys[k]: len(rows) + place for place, k in enumerate(new)}
-        if new:
-            features.append(seen[new].cpu())
+        for key, picture in zip(itertools.chain(*keys), () if seen is None else seen):
+            if key not in pictures:
+                pictures[key] = picture.cpu().clone()
+        outputs.features += [[pictures[key] for key in names] for names in keys]
         if wanted:
             mask, _ = answer_positions(batch["labels"])
             answers = mask.sum(1)
-            for name, state in decoder_states(parts, batch, seen, wanted, mask).items():
-                if name in states:
-                    states[name].append(state[mask].cpu())
             first = batch.get("first_row", torch.arange(len(mask), device=mask.device))
-            per_sample = torch.zeros_like(answers).index_add(0, first, answers)
-            lengths.append(per_sample[first.unique()].cpu())
-        size = sum(t.nbytes for tensors in (features, *states.values()) for t in tensors)
-        if not start and size * n / len(samples) > limit:
+            per_sample = torch.zeros_like(answers).index_add(0, first, answers)[first.unique()]
+            states = decoder_states(parts, batch, seen, wanted, mask)
+            for name, rows in outputs.states.items():
+                rows += states[name][mask].cpu().split(per_sample.tolist())
+        if not start and outputs.nbytes * n / len(samples) > limit:
             return None
-    return TeacherOutputs(
-        torch.cat(features) if features else None,
-        [tuple(rows[key] for key in _image_keys(data[i])) for i in range(n)],
-        {name: torch.cat(state) for name, state in states.items()},
-        torch.cat(lengths).cumsum(0) if wanted else torch.zeros(n + 1, dtype=torch.long),
-    )
-
-# %% ../../nbs/library/recovery/03_states.ipynb #teacher-cache-cell-023
-@dataclass
-class TeacherCache:
-    "Teacher outputs by key: bounded in memory, optionally on disk."
-
-    limit: int = 2**31  # bytes in memory, and the most that one data set may take
-    folder: Path | None = None  # kept here too, for other processes and later days
-    held: OrderedDict = field(default_factory=OrderedDict)
-
-    def get(
-        self,
-        key: str,
-        compute,  # limit in bytes -> TeacherOutputs, or None if they do not fit
-    ) -> TeacherOutputs | None:
-        "The outputs of a key, computed at most once; None if they do not fit."
-        if key not in self.held:
-            path = Path(self.folder) / f"{key}.safetensors" if self.folder else None
-            if path and path.exists():
-                self.held[key] = self._read(path)
-            else:
-                self.held[key] = compute(self.limit)
-                if path and self.held[key] is not None:
-                    self._write(self.held[key], path)
-        self.held.move_to_end(key)
-        while len(self.held) > 1 and sum(t.nbytes for t in self.held.values() if t) > self.limit:
-            self.held.popitem(last=False)
-        return self.held[key]
-
-    def _write(self, outputs: TeacherOutputs, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        width = max([1, *map(len, outputs.image)])
-        table = torch.tensor([[*rows, *[-1] * (width - len(rows))] for rows in outputs.image])
-        tensors = {f"state.{name}": state for name, state in outputs.states.items()}
-        tensors |= {"first": outputs.first, "image": table}
-        if outputs.features is not None:
-            tensors["features"] = outputs.features
-        with replacing(path) as part:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-
-    def _read(self, path: Path) -> TeacherOutputs:
-        tensors = load_file(path)
-        names = [key.removeprefix("state.") for key in tensors if key.startswith("state.")]
-        states = {int(n) if n.isdigit() else n: tensors[f"state.{n}"] for n in names}
-        table = tensors["image"].reshape(len(tensors["first"]) - 1, -1).tolist()
-        image = [tuple(row for row in rows if row >= 0) for rows in table]
-        return TeacherOutputs(tensors.get("features"), image, states, tensors["first"])
+    return outputs
 
 # %% ../../nbs/library/recovery/03_states.ipynb #teacher-cache-cell-026
-CACHE = TeacherCache()
+CACHE = SizedCache(2**31)  # bytes in all, and the most that one data set may take
