@@ -25,7 +25,7 @@ import transformers
 
 from mllm_compress import checkpoint
 from mllm_compress.data.instructions import InstructionData
-from mllm_compress.data.own_data import own_data
+from mllm_compress.data.self_data import own_data
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.recovery import recover
 from mllm_compress.study.experiments import Experiment
