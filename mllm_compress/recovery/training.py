@@ -479,43 +479,6 @@ def _claim(folder: Path, run: dict) -> None:
             "give another folder or delete it."
         )
 
-# %% ../../nbs/library/recovery/05_training.ipynb #cell-025
-def _teacher_outputs(
-    pairs: tuple,  # of layers that are compared
-    teacher: nn.Module | None,  # None where no loss compares with it
-    tower: nn.Module,  # the model whose frozen vision tower is used
-    data,  # the fraction that is used
-    processor,
-    config: RecoveryConfig,
-    device: str,  # its type
-    attention: str | None,
-    shares: bool,  # whether the student lets questions share a prefix
-    cache: SizedCache,
-    progress: bool,
-):  # TeacherOutputs; None where they do not fit, or are none
-    "Image features and teacher states of the data, from the cache or computed."
-    parts, wanted, bf16 = anatomy(tower), (), config.precision == "bf16"
-    if teacher is not None and config.positions == "answer":
-        final = ["final"] if "teacher_logits" in needed_tensors(config.losses) else []
-        wanted = tuple(dict.fromkeys([*final, *(t for _, t in pairs)]))
-    if parts.vision_tower is None and not wanted:
-        return None
-    if parts.wrapper and not caches_projector_input(parts.config):
-        return None
-    owners = [m for m in (parts.vision_tower, teacher if wanted else None) if m is not None]
-    rows = [steps.processor_hash(processor), config.turns, config.max_length]
-    key = content_hash([weights_hash(*owners), data.hash, *rows, wanted, bf16])
-
-    if (outputs := cache.get(key)) is None:
-        collate = steps.run_collator(processor, data, config, shares=shares)
-        autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
-        with use_attention(tower, attention), autocast:
-            size = dict(limit=cache.limit, progress=progress)
-            outputs = compute_teacher_outputs(tower, data, collate, wanted, **size)
-        if outputs is not None:
-            cache.put(key, outputs, outputs.nbytes)
-    return outputs
-
 # %% ../../nbs/library/recovery/05_training.ipynb #search-code
 def _search(
     fit,  # (rate, steps, start) -> RecoveryTrainer after these steps
@@ -583,6 +546,28 @@ def recover(
         model = steps.trained_in_float32(model, config) if half else model
         return steps.add_lora(model, config.lora) if config.lora else model
 
+    def teacher_outputs():  # TeacherOutputs; None where they do not fit, or are none
+        parts, wanted, bf16 = anatomy(tower), (), config.precision == "bf16"
+        if teacher is not None and config.positions == "answer":
+            final = ["final"] if "teacher_logits" in needed_tensors(config.losses) else []
+            wanted = tuple(dict.fromkeys([*final, *(t for _, t in (*pairs, *blocks))]))
+        if parts.vision_tower is None and not wanted:
+            return None
+        if parts.wrapper and not caches_projector_input(parts.config):
+            return None
+        owners = [m for m in (parts.vision_tower, teacher if wanted else None) if m is not None]
+        rows = [steps.processor_hash(processor), config.turns, config.max_length]
+        key = content_hash([weights_hash(*owners), data.hash, *rows, wanted, bf16])
+        if (outputs := cache.get(key)) is not None:
+            return outputs
+        collate = steps.run_collator(processor, data, config, shares=shares)
+        size = dict(limit=cache.limit, progress=progress)
+        with use_attention(tower, attention), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+            outputs = compute_teacher_outputs(tower, data, collate, wanted, **size)
+        if outputs is not None:
+            cache.put(key, outputs, outputs.nbytes)
+        return outputs
+
     with tempfile.TemporaryDirectory() as scratch:
         args = training_arguments(config, folder or scratch, save_every, device, trainer)
         if folder:
@@ -598,8 +583,7 @@ def recover(
         tower, kind = source.to(args.device), args.device.type
         shares, started = shares_prefixes(anatomy(student)), time.perf_counter()
         attention = steps.attention_for(config, kind, shares)
-        parts_of_run = ((*pairs, *blocks), teacher, tower, data, processor, config)
-        outputs = _teacher_outputs(*parts_of_run, kind, attention, shares, cache, progress)
+        outputs = teacher_outputs()
         teacher_seconds, processes = time.perf_counter() - started, args.world_size
         passes = steps.passes_per_step(config, len(members), kind, processes)
         lengths, place = steps.sample_lengths(data, config), (passes, processes, args.process_index)
