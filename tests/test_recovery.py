@@ -201,13 +201,17 @@ def test_a_borrowed_prefix_is_the_prefix(tiny_lm, family, added):
     mask = borrowing_mask(torch.tensor([block["segment"] for block in cut]), first)
     mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9) if added else mask
     short = batch(cut) | {"attention_mask": mask, "first_row": first}
+    some = torch.rand(2, 9, generator=g) < 0.3
     with torch.no_grad():
         expected = decoder_states(parts, whole, None, (0, "final"))
         with use_attention(model, SHARED_PREFIX):
             found = decoder_states(parts, short, None, (0, "final"))
+            few = decoder_states(parts, short, None, (0, "final"), some)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     for name in (0, "final"):
         close(found[name].reshape(18, -1), expected[name][0])
+        close(few[name][some], found[name][some])
+    assert not torch.allclose(few["final"][~some], found["final"][~some])  # not finished there
 
 
 def test_ahead_or_while_training_is_the_same(run, data):

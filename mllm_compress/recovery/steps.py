@@ -204,7 +204,8 @@ class Student(nn.Module):
         answers, targets = answer_positions(batch["labels"])
         where = self.compared(batch["labels"])
         wanted = tuple(dict.fromkeys(["final", *(s for s, _ in (*self.pairs, *self.blocks))]))
-        states = decoder_states(self.parts, batch, features, wanted)
+        only = answers if self.positions == "answer" else None
+        states = decoder_states(self.parts, batch, features, wanted, only)
         tensors = teacher | {"targets": targets, "temperature": self.temperature}
         if "answer_logits" in self.needs:
             tensors["answer_logits"] = self.parts.logits(states["final"][answers])
@@ -261,9 +262,10 @@ class Teacher:
             states = {name: s.to(device) for name, s in outputs.batch_states(index).items()}
         else:
             where = student.compared(batch["labels"])
+            only = where if student.positions == "answer" else None
             compared = (*student.pairs, *student.blocks)
             wanted = tuple(dict.fromkeys(["final", *(t for _, t in compared)]))
-            states = decoder_states(self.parts, batch, features, wanted)
+            states = decoder_states(self.parts, batch, features, wanted, only)
             states = {name: state[where] for name, state in states.items()}
         tensors = {}
         if "teacher_hidden" in student.needs:
