@@ -180,6 +180,7 @@ YAML_VALUES = [
     *(("epochs", v) for v in ("'3'", "x", "-1", "[]")),
     *(("batch_size", v) for v in ("1.5", "0", "-3", "x", "true")),
     *(("passes", v) for v in ("0", "1.5", "x")),
+    *(("patience", v) for v in ("0", "x")),
     *(("seed", v) for v in ("x", "-1", "1.5", "99999999999")),
     *(("warmup", v) for v in ("x", "-1")),
     *(("weight_decay", v) for v in ("x", "-1")),
@@ -339,6 +340,12 @@ CASES = [
     ),
     Case((*RECOVER, "--report-to", "paper"), "use one of tensorboard, wandb, trackio"),
     Case((*EVALUATE, "--record"), "leave --record out"),
+    Case((*RECOVER, "--lr", "search", "--held-out", "0"), "compares rates on held-out data"),
+    Case((*RECOVER, "--held-out", "1"), r"outside \[0, 1\)"),
+    Case(("score", "llava", "-o", "out", "--data", "self", "--stream"), "without --stream"),
+    Case(
+        ("recover", "small", "--teacher", "llava", "-o", "out", "--data", "self:no.json"), "no.json"
+    ),
     *(
         Case((*command, "--chat-template", file), says)
         for command in (RECOVER, EVALUATE, ("score", "llava", "-o", "out", *MINE))

@@ -110,7 +110,7 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
 
     run("prune", "llava", "-o", "small", "--layers", "1")
     args = ("recover", "small", "--teacher", "llava", "--data", "mine.json", "--batch-size", 2)
-    args = (*args, "--epochs", 3, "--save-every", 2)
+    args = (*args, "--epochs", 3, "--save-every", 2, "--patience", 20)
     run(*args, "-o", "whole")
     write, written = checkpoints.write_checkpoint, []
 
@@ -130,7 +130,20 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
     assert one == two and Path("parts/learning_curve.png").is_file()
     assert Path("whole/learning_curve.csv").read_text().count("\n") == 10
     step = facts("show", "parts")["provenance"][-1]
-    assert step["data"]["samples"] == 6 and step["config"]["fraction"] == 1.0  # all of one's own
+    assert step["data"]["samples"] == 5 and step["config"]["fraction"] == 1.0  # one is held out
+    assert 0 <= step["best_step"] <= 9 and step["config"]["held_out"] == 0.1
+
+
+def test_a_model_writes_its_own_data(here):
+    own = ("--data", "self:mine.json")
+    run("prune", "llava", "-o", "small", "--ratio", 0.3, "--method", "taylor", *own, "--samples", 4)
+    args = ("recover", "small", "--teacher", "llava", "--batch-size", 2)
+    assert "held-out loss" in run(*args, "-o", "out", *own, "--lr", "search")
+    step = facts("show", "out")["provenance"][-1]
+    assert step["data"]["name"] == "self:mine.json" and 5e-5 < step["config"]["lr"] < 5e-3
+    run(*args, "-o", "free", "--data", "self", "--own-tokens", 300, "--held-out", 0)
+    data = facts("show", "free")["provenance"][-1]["data"]
+    assert data["samples"] == 3  # of up to 128 tokens
 
 
 def test_checkpoints_of_another_run_are_not_mixed_in(here):
