@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN_LAYERS', 'LOSSES', 'TRAINS', 'POSITIONS', 'COUNTS', 'sft', 'logits_kd', 'reverse_logits_kd', 'hidden_kd',
-           'Loss', 'check_losses', 'canonical_objective', 'TrainedParts', 'answer_positions', 'batch_counts',
-           'loss_terms']
+           'block_kd', 'Loss', 'check_losses', 'needed_tensors', 'canonical_objective', 'TrainedParts',
+           'answer_positions', 'right_answers', 'batch_counts', 'loss_terms']
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-002
 from dataclasses import dataclass
@@ -67,6 +67,15 @@ HIDDEN_LAYERS = {  # name -> the student's layers, of n, whose outputs are compa
     "every": lambda n: tuple(range(n - 1)),
 }
 
+# %% ../../nbs/library/recovery/01_losses.ipynb #block-code
+def block_kd(
+    student: torch.Tensor,  # [positions, blocks, hidden]
+    teacher: torch.Tensor,  # [positions, blocks, hidden]
+) -> torch.Tensor:  # [positions]
+    "Squared difference of the states after every block, relative to the dense stream."
+    distance = (student.float() - teacher.float()).square().sum(-1)
+    return (distance / teacher.float().square().sum(-1)).mean(-1)
+
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-018
 @dataclass(frozen=True)
 class Loss:
@@ -122,6 +131,13 @@ LOSSES = {
         look=Look("hidden KD", INDIGO, "s", DASHED),
         help="mean squared difference of the final hidden states",
     ),
+    "block_kd": Loss(
+        block_kd,
+        ("student_blocks", "teacher_blocks"),
+        version=1,
+        look=Look("block KD", OLIVE, "d", DASHDOTTED),
+        help="relative squared difference of the states after every block",
+    ),
 }
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-022
@@ -139,6 +155,13 @@ def check_losses(
             f"loss weights must be positive, not {wrong}: leave a loss out to switch it off."
         )
     return {name: float(w) for name, w in losses.items()}
+
+
+def needed_tensors(
+    losses: dict,  # name -> weight
+) -> set:  # of names
+    "The tensors that some losses are computed from."
+    return {name for loss in losses for name in LOSSES[loss].needs}
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-025
 def canonical_objective(
@@ -180,6 +203,19 @@ def answer_positions(
     following = F.pad(labels[:, 1:], (0, 1), value=-100)
     mask = following.ne(-100)
     return mask, following[mask]
+
+# %% ../../nbs/library/recovery/01_losses.ipynb #right-answers-code
+def right_answers(
+    mask: torch.Tensor,  # [batch, tokens] bool, the positions that predict an answer token
+    right: torch.Tensor,  # [positions in the mask] bool, whether the token is the most likely one
+) -> torch.Tensor:  # [2]: answers whose tokens are all right, and all answers
+    "How many answers greedy decoding would give."
+    begins = mask & ~F.pad(mask, (1, 0))[:, :-1]
+    answer = begins.flatten().cumsum(0)[mask.flatten()] - 1  # [positions] which answer it is of
+    wrong = torch.zeros(int(begins.sum()), device=mask.device).index_add(
+        0, answer, 1.0 - right.float()
+    )
+    return torch.stack([(wrong == 0).sum().float(), begins.sum().float()])
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-040
 POSITIONS = ("answer", "all")  # where distillation compares
