@@ -18,6 +18,7 @@ from mllm_compress.utils.methods import (
     DASHDOTTED,
     DASHED,
     INDIGO,
+    OLIVE,
     ORANGE,
     PINK,
     SKY,
