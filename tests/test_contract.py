@@ -262,7 +262,7 @@ def test_recovery_trains_what_it_should(name):
     teacher, processor = cases.build(name, torch.float32), cases.processor(name)
     plan = plan_layerwise(teacher, layers=[3])
     small, data = apply_plan(teacher, plan), trial_data(name in cases.MLLMS)
-    config = RecoveryConfig(batch_size=3, epochs=2, lr=1e-2)
+    config = RecoveryConfig(batch_size=3, epochs=2, lr=1e-2, held_out=0.0)
     result = recover(small, teacher, data, config, processor, plan, progress=False)
     assert result.history.loss.iloc[-1] < result.history.loss.iloc[0]
     before, after = dict(small.named_parameters()), dict(result.model.named_parameters())
