@@ -54,11 +54,11 @@ RUNS = {  # name of the profile -> (data, objective, state that is returned, rat
     ],
     "eyes": [
         ("labels", "hidden_kd", "last", None),
-        ("labels", "hidden_kd", "best", None),
+        ("labels", "hidden_kd", "best", "search"),
         ("self", BOTH, "best", None),
-        ("labels", BOTH, "best", "search"),
+        ("labels", BOTH, "best", None),
         ("both", BOTH, "best", None),
-        ("labels", BOTH, "last", None),
+        ("labels", "hidden_kd", "best", None),
     ],
 }
 
@@ -136,7 +136,7 @@ def main():
                 print(f"own data: {time.process_time() - began:.0f} CPU s", flush=True)
             config = recovery_config(replace(e, recovery=objective), profile)
             held_out = 0.1 if state == "best" else 0.0
-            config = replace(config, fraction=1.0, held_out=held_out, lr=rate, patience=10)
+            config = replace(config, fraction=1.0, held_out=held_out, lr=rate)
             samples = made.get(data, labels)
             began = time.process_time()
             result = recover(

@@ -45,7 +45,7 @@ class RecoveryConfig:
     optimizer: str = "adamw_torch_fused"  # any of the Trainer's
     gradient_checkpointing: bool = False
     held_out: float = 0.1  # of the data, to choose the state that is returned; 0: the last state
-    patience: int = 4  # looks at it without a better state, after which training stops
+    patience: int = 4  # looks at it without a new low of the loss, after which training stops
 
     def __post_init__(self):
         choices = {

@@ -45,10 +45,13 @@ from ..pruning.reconstruction import MARK
 from . import steps
 from mllm_compress.recovery.best_state import (
     LOOKS,
+    MEASURES,
     RATES,
     best_look,
     held_out_samples,
+    is_over,
     successive_halving,
+    sure_gain,
     trial_steps,
 )
 from .config import RecoveryConfig, learning_rate, run_identity
@@ -207,7 +210,7 @@ class RecoveryTrainer(Trainer):
         batches: steps.Batches,
         held_out: list = [],  # numbers of samples that are not trained on
         patience: int = 1,  # looks at them without a better state, after which training stops
-        start: dict | None = None,  # the first look, where it is known
+        start: tuple | None = None,  # what was `measured` before the first step, where known
         **kwargs,  # of the Trainer
     ):
         self.teacher, self.student, self.batches = teacher, teacher.student, batches
@@ -252,42 +255,40 @@ class RecoveryTrainer(Trainer):
     @property
     def looks(self) -> list:
         "The looks at the held-out part so far."
-        columns, rows = ("step", "held_out_loss", "held_out_score"), self.state.log_history
-        return [{k: row[k] for k in columns} for row in rows if "held_out_loss" in row]
+        columns, rows = ("step", *MEASURES), self.state.log_history
+        return [{k: row[k] for k in columns} for row in rows if MEASURES[0] in row]
 
     def evaluate(self, *args, **kwargs) -> dict:
         "Look at the held-out part: keep the state if it is the best, stop if none was for long."
         step = self.state.global_step
         if step not in [look["step"] for look in self.looks]:
-            self.log(dict(self.start) if self.start and not step else self.measured())
+            losses, score = self.start if self.start and not step else self.measured()
+            self.start = self.start or (losses, score)
+            gain = sure_gain(self.start[0], losses)
+            self.log(dict(zip(MEASURES, (sum(losses) / len(losses), score, gain))))
             if step and best_look(self.looks)["step"] == step:
                 named = self.model.named_parameters()
                 self.best = {n: gathered(p).clone() for n, p in named if p.requires_grad}
-        worse = [x for x in self.looks if x["step"] > best_look(self.looks)["step"]]
-        if len(worse) >= self.patience:
+        if is_over(self.looks, self.patience):
             self.control.should_training_stop, self.control.should_save = True, False
         return {}
 
     @torch.no_grad()
-    def measured(self) -> dict:
+    def measured(self) -> tuple:  # losses of the held-out samples, share of their answers
         "The objective of the run on the held-out part, and the share of answers that are right."
-        model, counts, sums = self.model_wrapped.eval(), 0, 0
-        for begin in range(0, len(self.held_out), steps.CPU_PASS):
-            index = self.held_out[begin : begin + steps.CPU_PASS]
-            batch = self.data_collator([self.train_dataset[i] for i in index])
-            batch = self._prepare_inputs(batch)
-            counts = counts + batch_counts(batch["labels"])
-            sums = sums + self._terms(model, batch, torch.ones_like(counts))
+        model, counts, sums = self.model_wrapped.eval(), [], []
+        for i in self.held_out:
+            batch = self._prepare_inputs(self.data_collator([self.train_dataset[i]]))
+            counts.append(batch_counts(batch["labels"]))
+            sums.append(self._terms(model, batch, torch.ones_like(counts[0])))
         model.train()
-        *terms, right, answers = self.accelerator.reduce(sums.float(), "mean")
-        divisors = [LOSSES[name].divisor(self.student.positions) for name in self.student.losses]
+        sums = self.accelerator.reduce(torch.stack(sums).float(), "mean")
+        answers, positions = sums[:, -1].sum(), self.student.positions
         if not answers:
             raise self._silent(self.held_out)
-        loss = sum(
-            weight * term / counts[COUNTS.index(divisor)]
-            for weight, term, divisor in zip(self.weights, terms, divisors)
-        )
-        return {"held_out_loss": float(loss), "held_out_score": float(right / answers)}
+        divisors = [COUNTS.index(LOSSES[n].divisor(positions)) for n in self.student.losses]
+        terms = sums[:, :-2] / torch.stack(counts).float().mean(0)[divisors]
+        return (terms @ self.weights).tolist(), float(sums[:, -2].sum() / answers)
 
     def _silent(self, index: list) -> ValueError:
         "The error of samples without a supervised token."
@@ -349,6 +350,7 @@ class RecoveryTrainer(Trainer):
         if not self.args.should_save or folder.exists():
             return
         state = {"schedule": self.lr_scheduler.state_dict(), "random": generators}
+        state["start"] = self.start
         write_checkpoint(folder, weights, optimizer, state, self.state, self.best)
         for old in checkpoints(self.args.output_dir)[: -self.kept]:
             shutil.rmtree(old)
@@ -363,6 +365,7 @@ class RecoveryTrainer(Trainer):
         self._restore(load_file(Path(checkpoint) / FILES[0]))
         best = Path(checkpoint) / BEST
         self.best = load_file(best) if best.exists() else {}
+        self.start = json.loads((Path(checkpoint) / FILES[2]).read_text())["start"]
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -398,7 +401,7 @@ class RecoveryResult:
     adapters: dict | None = None  # name -> tensor, of LoRA before it was merged
     lr: float | None = None  # that was used
     best_step: int | None = None  # whose state the model is; 0: the student as it was given
-    looks: pd.DataFrame | None = None  # step, held_out_loss and held_out_score of every look
+    looks: pd.DataFrame | None = None  # step and MEASURES of every look at the held-out part
     search: pd.DataFrame | None = None  # round, lr, steps, seconds and look of every trial
 
     def __str__(self):
@@ -485,17 +488,18 @@ def _search(
     rate: float,  # that would be used without a search
     steps: int,  # of the whole run
     folder,  # of the run, or None
-) -> tuple:  # (the best rate, the look at the start, DataFrame of trials)
+) -> tuple:  # (the best rate, what was measured at the start, DataFrame of trials)
     "The best of some learning rates on the held-out part."
     path = Path(folder) / "search.json" if folder else None
-    done = json.loads(path.read_text()) if path and path.exists() else {}
+    done = json.loads(path.read_text()) if path and path.exists() else {"start": None}
 
     def trial(rate: float, steps: int) -> list:
         name, began = f"{rate:g} {steps}", time.perf_counter()
         if name not in done:
-            start = next(iter(done.values()))[0] if done else None
-            before, after = fit(rate, steps, start).looks
+            run = fit(rate, steps, done["start"])
+            before, after = run.looks
             done[name] = [before, after | {"seconds": time.perf_counter() - began}]
+            done["start"] = run.start
             if path:
                 write_atomically(path, json.dumps(done))
         return done[name]
@@ -503,7 +507,7 @@ def _search(
     best, trials = successive_halving(
         [rate * factor for factor in RATES], trial_steps(steps), trial
     )
-    return best, next(iter(done.values()))[0], pd.DataFrame(trials).drop(columns="step")
+    return best, done["start"], pd.DataFrame(trials).drop(columns="step")
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-038
 def recover(
@@ -594,7 +598,7 @@ def recover(
         numbers = lambda samples: torch.tensor([sample["index"] for sample in samples])
         indexed = lambda samples: collate(samples) | {"index": numbers(samples)}
 
-        def fit(rate: float, last_step: int | None = None, start: dict | None = None):
+        def fit(rate: float, last_step: int | None = None, start: tuple | None = None):
             "A training of its own: the whole run, or a trial of a few steps."
             own = dict(trainer, max_steps=last_step, report_to="none") if last_step else trainer
             every, where = (None, scratch) if last_step else (save_every, folder or scratch)
@@ -625,7 +629,7 @@ def recover(
                 except NonFiniteLoss:
                     if not last_step:
                         raise
-                    run.log({"held_out_loss": math.inf, "held_out_score": 0.0})
+                    run.log(dict(zip(MEASURES, (math.inf, 0.0, -math.inf))))
             return run
 
         start = search = None
