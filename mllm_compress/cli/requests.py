@@ -244,7 +244,7 @@ def _problem(request: type, problem: dict, names: dict) -> str:
     if kind == "extra_forbidden":
         return unknown_choice(f"{request.title} option".strip(), key, fields)
     schema = request.model_json_schema()["properties"][key]
-    if kind == "literal_error":
+    if kind == "literal_error" and "enum" in _kinds(schema)[0]:
         choices = _kinds(schema)[0]["enum"]
         return unknown_choice(name.lstrip("-").replace("-", " "), value, choices)
     return f"{name} is {value!r}: give {allowed_values(schema)}."
@@ -359,8 +359,10 @@ class DataRequest(Request):
     data: str = option(
         "small",
         "A file in LLaVA's or a chat API's JSON, JSON lines, or plain text; or 'small': generated "
-        "scenes and easy-VQA.",
+        "scenes and easy-VQA; or 'self:FILE': the dense model answers its questions, or "
+        "continues its texts; or 'self': it writes texts from nothing.",
     )
+    own_tokens: Count = option(20_000, "With --data self: tokens that the model writes.")
     image_root: str = option("", "Folder of the images that the data name; default: theirs.")
     skip_missing: bool = option(False, "Leave out entries whose image does not exist.")
     max_length: Count | None = option(
@@ -377,24 +379,59 @@ class DataRequest(Request):
     @cached_property
     def entries(self):  # InstructionData, or None for 'small'
         "The entries of the file; ValueError or OSError where they cannot be used."
-        if self.data == "small":
+        if self.source in ("", "small"):
             return None
         from mllm_compress.data import load_json
 
         if self.image_root and not Path(self.image_root).is_dir():
             raise FileNotFoundError(f"There is no folder {self.image_root}: check --image-root.")
-        root = self.image_root or Path(self.data).parent
-        entries = load_json(self.data, root, self.skip_missing)
-        detail(f"{len(entries)} entries of {self.data}, hash {entries.hash}")
+        root = self.image_root or Path(self.source).parent
+        entries = load_json(self.source, root, self.skip_missing)
+        detail(f"{len(entries)} entries of {self.source}, hash {entries.hash}")
         return entries
+
+    @property
+    def is_own(self) -> bool:
+        "Whether the dense model writes the data."
+        return self.data == "self" or self.data.startswith("self:")
+
+    @property
+    def source(self) -> str:
+        "The file or 'small' that the data come from; empty where there is none."
+        return self.data[len("self:") :] if self.is_own else self.data
 
     def check_data(self) -> None:
         "An error where the data cannot be used, before a model is loaded."
         _ = self.entries
 
-    def training_data(self, processor, scenes: int):  # InstructionData
+    def own_data(self, model, processor, data):  # InstructionData
+        "What the dense model answers or writes; from the user's cache where it did so before."
+        from mllm_compress.anatomy.streaming import is_streamed, weights_hash
+        from mllm_compress.data import InstructionData, own_data
+        from mllm_compress.utils.files import remembered
+
+        if model is None or is_streamed(model):
+            raise ValueError(
+                f"--data {self.data} needs the dense model in memory, to write with: it goes with "
+                "score, prune and recover, without --stream."
+            )
+        note(f"the dense model writes the data: {f'to {len(data)} entries' if data else 'texts'}.")
+        options = dict(tokens=self.own_tokens, max_length=self.max_length)
+        key = [weights_hash(model), data and data.hash, options, str(processor)]
+        make = lambda: own_data(model, processor, data, progress=progress(), **options)
+        entries = remembered("own", key, lambda: list(make().samples))
+        root, images = (data.image_root, data.images) if data else (None, None)
+        return InstructionData(entries, root, images, self.data)
+
+    def training_data(self, processor, scenes: int, model=None):  # InstructionData
         "The training data; ValueError where a model without pictures cannot use them."
-        if self.entries is not None:
+        if self.is_own:
+            return self.own_data(model, processor, self.given_data(processor, scenes))
+        return self.given_data(processor, scenes)
+
+    def given_data(self, processor, scenes: int):  # InstructionData; None for 'self' alone
+        "The data that were given."
+        if self.entries is not None or not self.source:
             return self.entries
         if not is_multimodal(processor):
             raise ValueError(
