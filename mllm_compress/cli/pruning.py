@@ -38,11 +38,15 @@ class CalibratedRequest(cli.DataRequest):
     scenes: cli.Count = cli.option(2000, "Training scenes of the data 'small'.")
     stream: bool | None = cli.STREAM
 
-    def calibration(self, processor, device: str, usual: int = 64) -> tuple:  # (batches, record)
+    def calibration(self, model, processor, device: str, usual: int = 64) -> tuple:
         "Calibration batches on the device, and what they are made of."
-        from mllm_compress.data import calibration_batches
+        from mllm_compress.data.calibration import calibration_batches, calibration_data
 
-        data = self.training_data(processor, self.scenes)
+        data = self.given_data(processor, self.scenes)
+        if self.is_own:
+            count = self.samples or usual
+            drawn = None if data is None else calibration_data(data, count, self.seed)
+            data = self.own_data(model, processor, drawn)
         template = self.template(processor, cli.has_chat(data))
         if self.samples is not None and self.samples > len(data):
             raise ValueError(
@@ -111,7 +115,7 @@ def score(request: ScoreRequest) -> dict:
     model, processor = cli.load(request.model, device, stream)
     sums, batches, record, keeping = out.parent / f".{out.name}.scoring", None, None, nullcontext()
     if with_data:
-        batches, record = request.calibration(processor, device)
+        batches, record = request.calibration(model, processor, device)
         order = "layer by layer" if is_streamed(model) else "batch by batch"
         key = [kind, method, criterion(kind, method).version, seed, model_record(model), order]
         key += [str(model.dtype), str(device_of(model)), torch.__version__]
@@ -414,7 +418,7 @@ def prune(request: PruneRequest) -> dict:
     batches, record = None, None
     if request.needs_data:
         usual = REFIT_QUESTIONS if recipe.reconstruct else 64
-        batches, record = request.calibration(processor, where, usual)
+        batches, record = request.calibration(model, processor, where, usual)
     plan = plan or make_plan(request, model, batches, processor)
     total = plan  # in terms of the first dense model
     if checkpoint.is_checkpoint(name):
