@@ -365,7 +365,7 @@ class RecoveryTrainer(Trainer):
         self._restore(load_file(Path(checkpoint) / FILES[0]))
         best = Path(checkpoint) / BEST
         self.best = load_file(best) if best.exists() else {}
-        self.start = json.loads((Path(checkpoint) / FILES[2]).read_text())["start"]
+        self.start = json.loads((Path(checkpoint) / FILES[2]).read_text()).get("start")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
