@@ -43,7 +43,12 @@ from ..pruning.allocation import obs_scores
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
-from ..recovery.config import RecoveryConfig, config_from_dict, learning_rate
+from mllm_compress.recovery.config import (
+    RecoveryConfig,
+    config_from_dict,
+    learning_rate,
+    run_identity,
+)
 from ..recovery.losses import LOSSES
 from ..recovery.steps import with_adapters
 from ..recovery.training import RECOVERY_VERSION, recover
@@ -60,6 +65,7 @@ def recovery_options(experiment: Experiment, profile: Profile) -> dict:
     "Fields of `RecoveryConfig` for an experiment; the precision may be 'fastest'."
     e, losses = experiment, experiment.recovery.split("+")
     options = {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
+    options["held_out"] = 0.0  # the last state, as in the paper, unless a profile says otherwise
     options |= {"seed": e.seed, "fraction": e.fraction} | profile.recovery
     options |= profile.per_model.get(e.model, {}).get("recovery", {})
     if e.train == "projector":
@@ -185,7 +191,7 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
             version = RECONSTRUCTIONS[e.reconstruct].version
             inputs = {"how": e.reconstruct, "plan": key("plan")}
         case "student":
-            version, options = RECOVERY_VERSION, recovery_options(e, profile)
+            version, options = RECOVERY_VERSION, run_identity(recovery_options(e, profile))
             losses = options.pop("losses")
             del options["passes"]  # which changes only the speed
             inputs = {
