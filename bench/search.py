@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few windows: checks the script")
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
-    parser.add_argument("--tests", type=int, default=24, help="windows of each kind of text")
+    parser.add_argument("--tests", type=int, default=16, help="windows of each kind of text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budgets", nargs="+", default=["parameters", "latency"])
     parser.add_argument("--work", type=Path, help="keeps what takes long")

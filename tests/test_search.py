@@ -45,7 +45,7 @@ def model(tiny_lm):
 @pytest.fixture(scope="module")
 def batches():
     draw = torch.Generator().manual_seed(1)
-    ids = [torch.randint(3, 60, (6, 16), generator=draw) for _ in range(8)]
+    ids = [torch.randint(3, 60, (24, 16), generator=draw) for _ in range(8)]
     return [dict(input_ids=x, attention_mask=torch.ones_like(x), labels=x.clone()) for x in ids]
 
 

@@ -70,16 +70,17 @@ from ..utils.methods import check_choice
 POSITIONS = 1024  # answer positions, at most, at which predictions are compared
 
 
-LOOK = 4  # samples of a first look
+LOOK = 256  # answer positions of a first look
 
 
-def first_rows(batch: dict) -> list:  # of one or two batches
+def first_rows(batch: dict, labels: torch.Tensor) -> list:  # of one or two batches
     "The first samples of a batch and the others, where each of its tensors has a row per sample."
-    rows = len(batch["input_ids"])
-    if rows <= LOOK or any(len(tensor) != rows for tensor in batch.values()):
+    reached = (labels[:, 1:] != -100).sum(1).cumsum(0)
+    rows = 1 + int((reached < LOOK).sum())
+    if rows >= len(labels) or any(len(tensor) != len(labels) for tensor in batch.values()):
         return [batch]
     part = lambda rows: {name: tensor[rows] for name, tensor in batch.items()}
-    return [part(slice(LOOK)), part(slice(LOOK, None))]
+    return [part(slice(rows)), part(slice(rows, None))]
 
 
 class HeldOut:
@@ -87,7 +88,8 @@ class HeldOut:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, batches: list):
-        self.batches = batches = [*first_rows(batches[0]), *batches[1:]]
+        first = first_rows(batches[0], answer_labels(model, batches)[0][0])
+        self.batches = batches = [*first, *batches[1:]]
         self.labels = answer_labels(model, batches)[0]
         answers = sum(int((labels[:, 1:] != -100).sum()) for labels in self.labels)
         self.step = -(-answers // POSITIONS)
@@ -579,6 +581,10 @@ class Run:
 
     def value(self, candidate: Candidate, stage: str) -> float:
         "KL of a candidate: a `look` at a few samples, all that are `held` out, after the `refit`."
+        if stage == "look" and len(self.held.batches) == 1:
+            value = self.value(candidate, "held")
+            self.seen[candidate]["look"] = value
+            return value
         plan = [candidate.scores, candidate.counts]
         if stage == "refit":
             compute = lambda: refitted_divergence(
@@ -762,10 +768,10 @@ def search(
     seconds = check_time(minutes, run.estimate)
     for candidate in recipes(space):
         run.value(candidate, "look")
-    for candidate in run.ranked("look")[: max(PARENTS, len(run.seen) // 2)]:
+    for candidate in run.ranked("look")[: max(PARENTS, len(run.seen) // 3)]:
         run.value(candidate, "held")
     if generations:
-        until = seconds - max(seconds / 2, 2 * run.estimate()) if minutes else math.inf
+        until = seconds - max(seconds / 3, 2.5 * run.estimate()) if minutes else math.inf
         evolve(run, random.Random(seed), generations, until)
     refit_best(run, seconds, None if generations else REFITS)
     return front_of(run)
