@@ -84,18 +84,20 @@ def kept(path: Path, load, make):
     return load(path)
 
 
-def recipes(model, layers, units, budget: dict, costs) -> dict:  # name -> plan
-    "The fixed plans of a budget."
+def recipes(model, layers, units, budget: dict, costs) -> dict:  # name -> (plan, its origin)
+    "The fixed plans of a budget, and what a search calls them."
     share, order = next(iter(budget.values())), dict(allocation="global")
     order |= dict(budget=budget, costs=costs)
     dense, n = costs.total(plan_none(model)), 0
     while costs.total(by_layers := plan_layerwise(model, layers, n_layers=n)) > share * dense:
         n += 1
-    half = plan_layerwise(model, layers, n_layers=round(n / 2))
+    half, by = plan_layerwise(model, layers, n_layers=round(n / 2)), units.kind
+    recommended = plan_widthwise(model, units, **order)
+    half = plan_widthwise(model, units, base=half, **order)
     return {
-        "recommended": plan_widthwise(model, units, **order),
-        "whole layers": by_layers,
-        "half by layers": plan_widthwise(model, units, base=half, **order),
+        "recommended": (recommended, f"one ranking by {by}"),
+        "whole layers": (by_layers, f"{n} whole layers"),
+        "half by layers": (half, f"{round(n / 2)} layers, then {by} over all"),
     }
 
 
@@ -160,13 +162,19 @@ def main():
         front = search(model, batches, budget, costs, **about)
         spent = time.process_time() - start
         print(front, flush=True)
-        front.frame.drop(columns="plan").to_csv(work / f"front-{name}.csv", index=False)
-        for method, plan in {**plans, "searched": front.plan}.items():
+        recipe = front.frame[front.frame.moves == 0].set_index("origin")
+        plans = {
+            k: (plan, origin, recipe.kl_look.get(origin)) for k, (plan, origin) in plans.items()
+        }
+        chosen = front.plan.meta["search"]["front"][0]
+        plans["searched"] = (front.plan, chosen["origin"], front.frame.kl_look[0])
+        for method, (plan, origin, look) in plans.items():
             start = time.process_time()
             small = reconstruct(apply_plan(model, plan), model, batches, plan, inplace=True)
-            clock = dict(refit_seconds=time.process_time() - start)
-            clock |= dict(search_seconds=spent) if method == "searched" else {}
-            origin = front.plan.meta["search"]["origin"] if method == "searched" else ""
+            clock = dict(refit_seconds=time.process_time() - start, kl_look=look)
+            clock |= (
+                dict(search_seconds=spent, seen=len(front.frame)) if method == "searched" else {}
+            )
             add(small, plan, method, budget=f"{name} {shares[name]:.3f}", origin=origin, **clock)
 
 
