@@ -72,6 +72,14 @@ def decode_ratio(models: list, ids: torch.Tensor, tokens: int = 12, rounds: int 
     return second / first
 
 
+def counted(model) -> int:
+    "Parameters, without added biases, and a head that equals the embedding once."
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    twice = head is not embedding and torch.equal(head, embedding)
+    weights = sum(p.numel() for k, p in model.named_parameters() if not k.endswith("bias"))
+    return weights - twice * head.numel()
+
+
 def measured(name: str, folder: Path | None, texts: dict, windows: int, calibrated: int) -> dict:
     "One method, in this process."
     torch.set_num_threads(1)
@@ -92,8 +100,7 @@ def measured(name: str, folder: Path | None, texts: dict, windows: int, calibrat
     model.config.use_cache = True
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = i
-    biases = sum(p.numel() for k, p in model.named_parameters() if k.endswith("bias"))
-    row["removed"] = 1 - (sum(p.numel() for p in model.parameters()) - biases) / total
+    row["removed"] = 1 - counted(model) / total
     row |= {k: perplexity(model, ids) for k, ids in tested.items()}
     try:
         row["decode"] = decode_ratio([dense, model], tokens[:1, :64])
