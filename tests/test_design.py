@@ -21,11 +21,19 @@ from mllm_compress.data.calibration import (
 from mllm_compress.data.scenes import entry
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.importance.scores import LayerScores, WidthScores
-from mllm_compress.pruning.plans import layerwise_ratio, plan_channels, plan_layerwise
+from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment, canonical, describe, described
 from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.stages import inputs_of, key_of, name_of, planned, subject_key
+from mllm_compress.study.stages import (
+    inputs_of,
+    key_of,
+    layerwise_ratio,
+    name_of,
+    plan_channels,
+    planned,
+    subject_key,
+)
 from mllm_compress.zoo.releases import real_config
 
 

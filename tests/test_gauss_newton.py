@@ -1,6 +1,7 @@
 """Gauss-Newton saliency: a rival that masks units one token at a time, invariances, bad input."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -142,6 +143,16 @@ def test_micro_batches_add_up_and_the_same_seed_gives_the_same_bits():
     labels = gauss_newton(model, [batch], of="labels")
     assert same(labels, gauss_newton(model, [batch], of="labels", seed=1))
     assert gauss_newton(model, [batch]).meta["of"] == "labels"  # where the loss is large
+
+
+def test_the_mean_loss_decides_whatever_the_first_batch_says(monkeypatch):
+    model, rows = build("llama-4x1"), [text_batch(rows=1, seed=seed) for seed in range(6)]
+    rows.sort(key=lambda row: gauss_newton(model, [row]).meta["loss"])
+    first, mean = (gauss_newton(model, part).meta["loss"] for part in (rows[:1], rows))
+    module = sys.modules["mllm_compress.importance.gauss_newton"]
+    monkeypatch.setattr(module, "CONFIDENT", (first + mean) / 2)  # the first row is confident
+    assert gauss_newton(model, rows[:1]).meta["of"] == "states"
+    assert same(gauss_newton(model, rows), gauss_newton(model, rows, of="labels"))
 
 
 def test_recomputed_activations_give_the_same_scores():

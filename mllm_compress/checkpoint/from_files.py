@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
-from ..anatomy.streaming import SOURCE, layers_prefix
+from ..anatomy.streaming import SOURCE, layers_prefix, weight_names
 from .formats import check_describes, choose_format
 from .saving import write_checkpoint
 from ..importance.scores import check_batches
@@ -110,18 +110,17 @@ def reconstruct_files(
     check_pruned(small, source.model, plan)
     check_tokens(small, batches, ridge)
     setattr(small, SOURCE, weights)
-    parts, prefix = anatomy(small), layers_prefix(small)
+    parts = anatomy(small)
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:
 
-        def keep(j):
-            fitted, file = {}, Path(work, f"{j}.safetensors")
-            for slot in (s for s in parts.linears(j) if s.axis == 1):
-                for kind, tensor in slot.module.named_parameters():
-                    name = f"{prefix}.{j}.{slot.slot.path}.{kind}"
-                    fitted[name] = tensor.detach().contiguous()
-            save_file(fitted, file)
-            weights.fitted |= dict.fromkeys(fitted, file)
+        def keep(part):
+            file, names = Path(work, f"{part}.safetensors"), weight_names(parts, part)
+            if part != "norm":
+                paths = [f".{slot.path}." for slot in parts.family.slots if slot.axis == 1]
+                names = [name for name in names if any(path in name for path in paths)]
+            save_file({n: small.get_parameter(n).detach().contiguous() for n in names}, file)
+            weights.fitted |= dict.fromkeys(names, file)
 
-        rows = fit_layers(small, source.model, batches, plan, ridge, keep)
+        rows = fit_layers(small, source.model, batches, plan, ridge, keep=keep)
         setattr(small.config, MARK, mark_of(plan, rows, ridge))
         return prune_files(source, plan, folder, processor, small=small, weights=weights, **options)

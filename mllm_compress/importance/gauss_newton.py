@@ -7,21 +7,22 @@ __all__ = ['PRESERVED', 'CONFIDENT']
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-004
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, LinearSlot, anatomy
+from ..anatomy.families import Anatomy, LinearSlot, anatomy, count_parameters
 from ..anatomy.streaming import in_memory, is_streamed
 from mllm_compress.importance.scores import (
     WidthScores,
     check_batches,
-    evaluating,
     hooked,
     kept_states,
     model_inputs,
+    split_rows,
 )
 from mllm_compress.importance.taylor import (
     Kept,
@@ -44,7 +45,7 @@ def squared_effects(
     "Sum over tokens of the squared effect of each unit."
     effect = x.detach().float() * gradient.float()  # float16 would lose squares below 6e-8
     effect = effect.unflatten(-1, (units, -1)).sum(-1)  # [batch, tokens, units]
-    return effect.double().square().sum((0, 1))
+    return effect.square().sum((0, 1), dtype=torch.float64)
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-014
 @contextmanager
@@ -111,23 +112,6 @@ PRESERVED = {
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-028
-@torch.no_grad()
-def answer_loss(
-    parts: Anatomy,
-    batches: list,
-    labels: list,  # of tensors [batch, tokens]
-    final=answer_states,  # final(parts, batch, label)
-) -> float:  # nats per answer token
-    "Mean cross-entropy of the calibration answers."
-    total = count = 0
-    with evaluating(parts.model):
-        for batch, label in zip(batches, labels):
-            f, targets = final(parts, batch, label)
-            total -= log_likelihood(parts.logits(f), targets).item()
-            count += len(targets)
-    return total / count
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-030
 def check_gauss_newton(of: str, draws: int) -> None:
     "Raise ValueError for an unknown target, or for draws that make no sense."
@@ -151,6 +135,9 @@ def answer_labels(
     return labels, *label_counts(labels)[1]
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-034
+PART = 128  # tokens of a text in one backward pass, if a row is not longer
+
+
 @dataclass
 class Passes:
     "Checked inputs of one scoring run."
@@ -158,9 +145,23 @@ class Passes:
     parts: Anatomy
     batches: list
     labels: list  # [batch, tokens] for each batch
-    of: str  # a row of PRESERVED
-    generators: list  # one per draw
+    requested: str  # auto, or a row of PRESERVED
+    draws: int
+    seed: int
     meta: dict
+    of: str = ""  # the row; "" until the first loss is known
+    generators: list = field(default_factory=list)  # one per draw
+
+    def choose(self, loss: float) -> bool:
+        "Decide what is preserved by a mean loss; returns whether that changes the choice."
+        auto, before = "states" if loss < CONFIDENT else "labels", self.of
+        self.of = auto if self.requested == "auto" else self.requested
+        if self.of == before:
+            return False
+        seeds = range(self.seed, self.seed + (1 if self.of == "labels" else self.draws))
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.meta |= {"of": self.of, "draws": len(seeds)}
+        return True
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-036
 def prepare_passes(
@@ -169,78 +170,120 @@ def prepare_passes(
     of: str,
     draws: int,
     seed: int,
-    final=answer_states,  # final(parts, batch, label), see answer_loss
 ) -> Passes:
-    "Check the inputs, measure the calibration loss, and decide what `auto` stands for."
+    "Check the inputs, and split batches of text."
     check_gauss_newton(of, draws)
     parts, batches = anatomy(model), check_batches(batches)
+    if not is_streamed(model):  # whose states are written batch by batch
+        batches = [part for batch in batches for part in split_rows(batch, PART)]
     labels, tokens, samples = answer_labels(model, batches)
-    loss = answer_loss(parts, batches, labels, final)
-    if not loss < float("inf"):
-        raise ValueError(
-            f"the calibration loss is {loss}: look for NaN in the weights or in the batches, "
-            "or score in float32 or bfloat16 instead of float16."
-        )
-    if of == "auto":
-        of = "states" if loss < CONFIDENT else "labels"
-    draws = 1 if of == "labels" else draws
-    meta = dict(of=of, draws=draws, seed=seed, loss=loss, samples=samples, answer_tokens=tokens)
+    meta = dict(of=of, draws=draws, seed=seed, loss=0.0, samples=samples, answer_tokens=tokens)
     meta["model_type"] = parts.text_config.model_type
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(draws)]
-    return Passes(parts, batches, labels, of, generators, meta)
+    return Passes(parts, batches, labels, of, draws, seed, meta)
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-038
-def run_backward(passes: Passes, k: int) -> None:
-    "Forward pass of batch `k`, then a backward pass per draw."
-    parts = passes.parts
-    f, targets = answer_states(parts, passes.batches[k], passes.labels[k])
-    for rng in passes.generators:
-        value = PRESERVED[passes.of](f, parts.logits, targets, rng)
-        value.backward(retain_graph=rng is not passes.generators[-1])
+LOGITS = 2**21  # numbers at once, if that is not below 16 positions
+
+
+def end_gradients(
+    run: Passes,
+    f: torch.Tensor,  # [answers, hidden] final states
+    targets: torch.Tensor,  # [answers]
+    totals: dict,  # "loss" is added to
+) -> list:  # of [answers, hidden] for each draw
+    "Gradients of the preserved quantity at the final states."
+    head, pieces = run.parts.logits, []
+    step = max(16, LOGITS // run.parts.vocab_size // 16 * 16)
+    for states, tokens in zip(f.detach().split(step), targets.split(step)):
+        loss = None
+        if run.of != "labels":
+            with torch.no_grad():
+                loss = -log_likelihood(head(states), tokens).item()
+            if not run.of:
+                run.choose(loss / len(tokens))
+        gradients = []
+        for rng in run.generators:
+            leaf = states.clone().requires_grad_()
+            value = PRESERVED[run.of](leaf, head, tokens, rng)
+            gradients += torch.autograd.grad(value, leaf)
+        loss = -value.item() if run.of == "labels" else loss
+        totals["loss"] = totals.get("loss", 0.0) + loss
+        if not totals["loss"] < float("inf"):
+            raise ValueError(
+                f"the calibration loss is {loss}: look for NaN in the weights or in the batches, "
+                "or score in float32 or bfloat16 instead of float16."
+            )
+        pieces.append(gradients)
+    return [torch.cat(draw) for draw in zip(*pieces)]
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-042
-def end_gradients(passes: Passes, trails: list) -> list:  # of Kept, per batch and draw
+def trail_gradients(run: Passes, trails: list) -> list:  # of Kept, per batch and draw
     "Gradients of the preserved quantity at the last layer's output, for a streamed model."
-    parts, ends = passes.parts, []
-    for trail, label in zip(trails, passes.labels):
+    totals, ends = {}, []
+    for trail, label in zip(trails, run.labels):
         end = trail.end.requires_grad_()
-        f, targets = answers_of(parts.final_norm(end), label)
-        for rng in passes.generators:
-            value = PRESERVED[passes.of](f, parts.logits, targets, rng)
-            (delta,) = torch.autograd.grad(value, end, retain_graph=True)
+        f, targets = answers_of(run.parts.final_norm(end), label)
+        for gradient in end_gradients(run, f, targets, totals):
+            (delta,) = torch.autograd.grad(f, end, gradient, retain_graph=True)
             ends.append(Kept(trail, delta, 0.0))
-    return ends
+    run.meta["loss"] = totals["loss"] / run.meta["answer_tokens"]
+    return trail_gradients(run, trails) if run.choose(run.meta["loss"]) else ends
 
 
 def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: dict, see) -> Passes:
     "The backward passes of a streamed model; `see` as in `taps`, with the number of draws."
-    check_gauss_newton(of, draws)
-    batches, parts = check_batches(batches), anatomy(model)
-    answer_labels(model, batches)
-    with kept_states(model, batches) as trails, frozen(model):
-        ends = iter(trails)
-        final = lambda _, batch, label: answers_of(parts.final_norm(next(ends).end), label)
-        with in_memory(parts, "norm", "head"), torch.enable_grad():
-            passes = prepare_passes(model, batches, of, draws, seed, final)
-            kept = end_gradients(passes, trails)
-        see_of = lambda _: partial(see, len(passes.generators))
-        through_layers(parts, kept, totals, see_of, listen=taps)
-    return passes
+    run = prepare_passes(model, batches, of, draws, seed)
+    with kept_states(model, run.batches) as trails, frozen(model):
+        with in_memory(run.parts, "norm", "head"), torch.enable_grad():
+            kept = trail_gradients(run, trails)
+        see_of = lambda _: partial(see, len(run.generators))
+        through_layers(run.parts, kept, totals, see_of, listen=taps)
+    return run
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-044
-def backward_by_batch(model, batches, of, draws, seed, recompute, totals: dict, see) -> Passes:
-    "The backward passes of a model in memory."
-    passes = prepare_passes(model, batches, of, draws, seed)
-    see = partial(see, len(passes.generators))
-    for k in batches_left(len(passes.batches), totals):
-        for d, generator in enumerate(passes.generators):
-            if ("generator", d) in totals:  # of an interrupted run
+SPARE = 0.15  # of the model's bytes: what activations may take
+
+
+def layers_to_repeat(parts: Anatomy, tokens: int) -> int:
+    "How many layers cannot keep the activations of so many tokens."
+    linears = [slot.module for slot in parts.linears(0)]
+    layer = tokens * sum(m.in_features + m.out_features for m in linears)
+    state = tokens * parts.hidden_size  # what a layer that runs again keeps
+    room = SPARE * count_parameters(parts.model) - parts.num_layers * state
+    return parts.num_layers - max(0, min(parts.num_layers, int(room / (layer - state))))
+
+
+def backward_by_batch(
+    model, batches, of, draws, seed, recompute, totals: dict, see_of, listen=taps
+) -> Passes:
+    "The backward passes of a model in memory; see_of(batch) as in `taps`, with the draws."
+    run = prepare_passes(model, batches, of, draws, seed)
+    count, longest = len(run.batches), max(b["input_ids"].numel() for b in run.batches)
+    if recompute is None:
+        recompute = layers_to_repeat(run.parts, longest)
+    bar = dict(total=count, desc="scores", unit="batch", leave=False, disable=None)
+    for k in tqdm(batches_left(2 * count, totals), **bar):
+        if "labels" in totals:  # of an interrupted run
+            run.choose(float(CONFIDENT) if totals["labels"] else 0.0)
+        if k == count:
+            if not run.choose(totals["loss"] / run.meta["answer_tokens"]):
+                break
+            totals.clear()  # the first answers were not like the others
+        for d, generator in enumerate(run.generators):
+            if ("generator", d) in totals:
                 generator.set_state(totals["generator", d])
-        with output_gradients(passes.parts, see, recompute, taps):
-            run_backward(passes, k)
-        for d, generator in enumerate(passes.generators):
-            totals["generator", d] = generator.get_state()
-    return passes
+        batch, labels = run.batches[k % count], run.labels[k % count]
+        see = see_of(batch)
+        listener = lambda *seen: see(len(run.generators), *seen)
+        with output_gradients(run.parts, listener, recompute, listen):
+            f, targets = answer_states(run.parts, batch, labels)
+            gradients = end_gradients(run, f, targets, totals)
+            for n, gradient in enumerate(gradients, 1):
+                f.backward(gradient, retain_graph=n < len(gradients))
+        totals["labels"] = float(run.of == "labels")
+        totals |= {("generator", d): g.get_state() for d, g in enumerate(run.generators)}
+    run.meta["loss"] = totals["loss"] / run.meta["answer_tokens"]
+    return run
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-046
 def gauss_newton(
@@ -249,7 +292,7 @@ def gauss_newton(
     of: str = "auto",  # states, logits, sampled, labels; auto: states if the loss is near 0
     draws: int = 1,  # random directions or sampled answers per position; labels need none
     seed: int = 0,  # of the draws
-    recompute: bool = False,  # a third more time, the memory of one layer's activations
+    recompute: bool | None = None,  # run layers again, all or none; None: where memory needs it
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
     "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower is removed first."
     totals = {}  # (kind, layer) -> [units]
@@ -259,8 +302,10 @@ def gauss_newton(
         totals[slot.kind, i] = totals.get((slot.kind, i), 0) + effects
 
     if is_streamed(model):
-        passes = backward_by_layer(model, batches, of, draws, seed, totals, see)
+        run = backward_by_layer(model, batches, of, draws, seed, totals, see)
     else:
-        passes = backward_by_batch(model, batches, of, draws, seed, recompute, totals, see)
-    of_kind = lambda kind: {i: v for (k, i), v in totals.items() if k == kind}
-    return WidthScores(of_kind("head"), of_kind("neuron"), "gauss_newton", passes.meta)
+        run = backward_by_batch(
+            model, batches, of, draws, seed, recompute, totals, see_of=lambda batch: see
+        )
+    of_kind = lambda kind: {key[1]: v for key, v in totals.items() if key[0] == kind}
+    return WidthScores(of_kind("head"), of_kind("neuron"), "gauss_newton", run.meta)

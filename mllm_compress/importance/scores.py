@@ -178,6 +178,23 @@ def model_inputs(model, batch: dict) -> dict:
     move = lambda t: t.to(device, model.dtype if t.is_floating_point() else t.dtype)
     return {k: move(v) for k, v in batch.items() if k in known and v is not None}
 
+# %% ../../nbs/library/importance/01_scores.ipynb #split-rows
+def split_rows(
+    batch: dict,
+    tokens: int,  # of a part, at most, if a row has no more
+) -> list:  # of batches
+    "Parts of a batch of text, without the padding at the end of their rows."
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if any(t is not None and t.shape != ids.shape for t in batch.values()):
+        return [batch]
+    parts, step = [], max(1, tokens // ids.shape[1])
+    for start in range(0, len(ids), step):
+        rows = slice(start, start + step)
+        seen = None if mask is None else mask[rows].any(0).nonzero()
+        end = ids.shape[1] if seen is None or not len(seen) else int(seen[-1]) + 1
+        parts.append({k: t if t is None else t[rows, :end] for k, t in batch.items()})
+    return parts
+
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-032
 @contextmanager
 def evaluating(model):
@@ -361,7 +378,7 @@ def _short(value) -> str:
     return f"{len(value)} layers of {min(value)} to {max(value)}" if value else "none"
 
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-005
-class _Reached(Exception):
+class Reached(Exception):
     "The pass has reached the final norm."
 
 
@@ -377,10 +394,10 @@ def calls_of_layers(model: PreTrainedModel, batch: dict) -> list:
         return hidden_states
 
     def stop(*_):
-        raise _Reached
+        raise Reached
 
     end = parts.final_norm.register_forward_pre_hook(stop)
-    with hooked([end]), replaced_forward(parts.layers, lambda _: pass_on), suppress(_Reached):
+    with hooked([end]), replaced_forward(parts.layers, lambda _: pass_on), suppress(Reached):
         model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
     return calls
 
@@ -449,6 +466,17 @@ def run_forward(
                         state = passage.enter(i, state)
                         totals["state", k] = parts.layers[i](state, **passage.calls[i])
 
+# %% ../../nbs/library/importance/01_scores.ipynb #check-disk
+def check_disk(folder, needed: int) -> None:
+    "OSError where the disk of a folder has no room for the states between layers."
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the states between the layers take {needed / 2**30:.2f} GiB, and the disk of "
+            f"{folder} has {free / 2**30:.2f} GiB left. Give fewer samples (--samples), or "
+            "write to another disk (--out; TMPDIR for the Python functions)."
+        )
+
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-017
 @dataclass
 class Trail:
@@ -483,14 +511,7 @@ def kept_states(model: PreTrainedModel, batches: list):  # yields a list of Trai
         trails = [Trail(p, folder, k, device_of(model)) for k, p in enumerate(passages)]
         files = {i: folder / f"{i}.safetensors" for i in range(parts.num_layers)}
         missing = {i: file for i, file in files.items() if not file.exists()}
-        needed = len(missing) * sum(p.first.nbytes for p in passages)
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(
-                f"the states between the layers take {needed / 2**30:.2f} GiB, and the disk of "
-                f"{folder} has {free / 2**30:.2f} GiB left. Give fewer samples (--samples), or "
-                "write to another disk (--out; TMPDIR for the Python functions)."
-            )
+        check_disk(folder, len(missing) * sum(p.first.nbytes for p in passages))
         for i, file in missing.items():
             with in_memory(parts, i), torch.no_grad(), replacing(file) as part:
                 calls = (trail[i] for trail in trails)

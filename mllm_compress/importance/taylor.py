@@ -159,7 +159,7 @@ def probes(
 def output_gradients(
     parts: Anatomy,  # of the model
     see: Callable,  # see(layer, slot, x [batch, tokens, in], delta [batch, tokens, out])
-    recompute: bool = False,  # a second forward pass instead of the activations of all layers
+    recompute: bool | int = False,  # run all layers, or the first few, again: less memory
     listen: Callable = probes,  # what calls `see`
 ):
     "Within this context, a backward pass calls `see` per linear layer, without weight gradients."
@@ -171,8 +171,8 @@ def output_gradients(
     with ExitStack() as stack:
         for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
             stack.enter_context(context)
-        if recompute:
-            stack.enter_context(replaced_forward(parts.layers, again))
+        repeated = parts.layers if recompute is True else parts.layers[: int(recompute)]
+        stack.enter_context(replaced_forward(repeated, again))
         stack.enter_context(hooked([parts.layers[0].register_forward_pre_hook(enter)]))
         stack.enter_context(listen(parts, range(parts.num_layers), see))
         yield

@@ -10,6 +10,7 @@ __all__ = ['COUNTED', 'BUDGETS', 'obs_scores', 'parameter_costs', 'weight_costs'
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +20,10 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy, lm_parameters
 from ..anatomy.streaming import is_streamed
 from mllm_compress.importance.gauss_newton import (
-    prepare_passes,
-    run_backward,
+    backward_by_batch,
 )
 from ..importance.scores import WidthScores
-from ..importance.taylor import output_gradients
+from ..importance.taylor import probes
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
@@ -42,14 +42,6 @@ from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-006
 FLOOR = {"heads": 1, "neurons": 8}  # units that every layer keeps
-
-
-def check_floor(floor: dict | None) -> dict:
-    "The floor of every kind, with the defaults filled in."
-    floor = FLOOR | (floor or {})
-    if set(floor) != set(FLOOR) or any(n < 1 for n in floor.values()):
-        raise ValueError(f"floor={floor}: give heads and neurons that stay in each layer, from 1.")
-    return floor
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-009
 def removal_steps(
@@ -91,7 +83,6 @@ def ranked_steps(
     sizes: list,  # of LayerSize
     layers: tuple,  # that may lose units
     steps: dict,  # see rounded_steps
-    floor: dict,
     standardize: bool = False,  # by `standardized` scores, whatever a unit's size
 ) -> tuple:  # steps (rate, layer, kind, kept, parameters) in order; layer -> kind -> unit order
     "Every removal step of the model, cheapest per parameter first."
@@ -99,7 +90,7 @@ def ranked_steps(
     for i in layers:
         for kind in FLOOR:
             values, price = checked_scores(scores, sizes, i, kind), sizes[i].price(kind)
-            counts = kept_counts(len(values), steps[kind], floor[kind])
+            counts = kept_counts(len(values), steps[kind], FLOOR[kind])
             values = standardized(values) * price if standardize else values
             what = f"{kind} scores of layer {i}"
             orders[i][kind], removals = removal_steps(values, price, counts, what)
@@ -125,7 +116,6 @@ def plan_global(
     scores: WidthScores,  # comparable across layers: gauss_newton or obs_scores; or standardize
     ratio: float,  # fraction of LM-decoder parameters to remove, in total
     round_to: int = 1,  # neurons and attention channels stay multiples of this
-    floor: dict | None = None,  # units that stay in each layer, {"heads": 1, "neurons": 8}
     base: PruningPlan | None = None,  # a layerwise plan to continue from
     standardize: bool = False,  # rank any scores, after `standardized`
 ) -> PruningPlan:  # blockwise
@@ -134,11 +124,11 @@ def plan_global(
     check_ratio(ratio)
     kept = tuple(range(len(sizes))) if base is None else base.layers
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    queue, orders = ranked_steps(scores, sizes, kept, steps, check_floor(floor), standardize)
+    queue, orders = ranked_steps(scores, sizes, kept, steps, standardize)
     already = sum(s.parameters for i, s in enumerate(sizes) if i not in kept)
     costs = torch.tensor([step[-1] for step in queue])
     most = (already + int(costs.sum())) / total
-    check_reachable(ratio, most, "Lower the floor or round_to, or remove layers first.")
+    check_reachable(ratio, most, "Lower round_to, or remove layers first.")
     n = nearest_prefix(costs, ratio * total - already)
     kept, heads, neurons = kept_after(queue[:n], orders)
     method = "widthwise" if base is None else "layerwise+widthwise"
@@ -188,27 +178,25 @@ def removal_errors(
     return errors
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-035
-def add_moments(
-    passes,  # see prepare_passes
-    k: int,  # batch
-    grams: dict,  # (layer, slot name) -> sum of x xᵀ, added to
-    curvatures: dict,  # (layer, slot name) -> sum of δ δᵀ, added to
-    recompute: bool,
-) -> int:  # tokens that are not padding
-    "Second moments of inputs and output gradients of every output projection."
-    ids, mask = (passes.batches[k].get(name) for name in ("input_ids", "attention_mask"))
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+def real_tokens(batch: dict) -> torch.Tensor:  # [batch, tokens] bool
+    "Which tokens of a batch are no padding."
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
-    def see(i, slot, x, delta):
+
+def moments_of(totals: dict, batch: dict):
+    "What adds x xᵀ and δ δᵀ of every output projection to `totals`, as mean over draws."
+    real = real_tokens(batch)
+
+    def see(draws, i, slot, x, delta):
         if slot.axis == 1:
             pick = real.to(x.device)
-            for moments, rows in ((grams, x), (curvatures, delta)):
+            for kind, rows in (("gram", x), ("curvature", delta)):
                 rows = rows.detach()[pick].float() if rows.dtype.itemsize < 4 else rows[pick]
-                moments[i, slot.name] = moments.get((i, slot.name), 0) + (rows.T @ rows).double()
+                key = (kind, i, slot.name)
+                totals[key] = totals.get(key, 0) + (rows.T @ rows).double() / draws
 
-    with output_gradients(passes.parts, see, recompute):
-        run_backward(passes, k)
-    return int(real.sum())
+    return see
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-037
 def slot_errors(slot, gram, curvature, ridge: float, chunk: int | None) -> torch.Tensor:
@@ -230,7 +218,7 @@ def obs_scores(
     seed: int = 0,  # of the draws
     ridge: float = 0.1,  # on the Gram matrix, as a fraction of its mean diagonal
     chunk: int | None = None,  # units removed between two updates; None: 1 up to 1,023 units
-    recompute: bool = False,  # keep the activations of one layer only
+    recompute: bool | None = None,  # run layers again; None: where memory needs it
 ) -> WidthScores:  # per head (key/value group) and neuron
     "Block Optimal Brain Surgeon: error of removing a unit after the others are refitted."
     if not ridge > 0:
@@ -240,19 +228,15 @@ def obs_scores(
             "obs needs the whole model in memory: load it without stream (--no-stream), or use "
             "gauss_newton, which works layer by layer."
         )
-    passes = prepare_passes(model, batches, of, draws, seed)
-    grams, curvatures, errors = {}, {}, {"head": {}, "neuron": {}}
-    tokens = sum(
-        add_moments(passes, k, grams, curvatures, recompute) for k in range(len(passes.batches))
-    )
-    for i in range(passes.parts.num_layers):
-        for slot in (s for s in passes.parts.linears(i) if s.axis == 1):
-            gram, curvature = grams.pop((i, slot.name)), curvatures.pop((i, slot.name))
-            curvature = curvature / (tokens * len(passes.generators))
-            # every draw has seen the same inputs
-            gram = gram / len(passes.generators)
-            errors[slot.kind][i] = slot_errors(slot, gram, curvature, ridge, chunk)
-    meta = passes.meta | {"ridge": ridge, "tokens": tokens}
+    totals, errors = {}, {"head": {}, "neuron": {}}
+    see_of = partial(moments_of, totals)
+    run = backward_by_batch(model, batches, of, draws, seed, recompute, totals, see_of, probes)
+    tokens = sum(int(real_tokens(batch).sum()) for batch in run.batches)
+    for i in range(run.parts.num_layers):
+        for slot in (s for s in run.parts.linears(i) if s.axis == 1):
+            gram, curvature = (totals.pop((k, i, slot.name)) for k in ("gram", "curvature"))
+            errors[slot.kind][i] = slot_errors(slot, gram, curvature / tokens, ridge, chunk)
+    meta = run.meta | {"ridge": ridge, "tokens": tokens}
     return WidthScores(errors["head"], errors["neuron"], "obs", meta)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-006
@@ -356,13 +340,12 @@ def layer_queue(
     sizes: list,  # of LayerSize
     costs: UnitCosts,
     steps: dict,  # see rounded_steps
-    floor: dict,  # units that stay
 ) -> tuple:  # steps (rate, layer, kind, kept, cost saved) in order; kind -> unit order
     "Every step of one layer with its pooled rate; the last one removes it, where it may go."
     removals, orders, saliency, units = [], {}, 0.0, 0
     for kind in FLOOR:
         values, unit_price = checked_scores(scores, sizes, i, kind), getattr(costs, kind)[i]
-        counts = kept_counts(len(values), steps[kind], floor[kind])
+        counts = kept_counts(len(values), steps[kind], FLOOR[kind])
         orders[kind], found = removal_steps(values, 1, counts, f"{kind} scores")
         if unit_price > 0:  # (saliency lost, cost saved, kind, kept)
             removals += [(rate * n, n * unit_price, kind, kept) for rate, kept, n in found]
@@ -434,14 +417,13 @@ def plan_budget(
     budget: dict,  # a row of BUDGETS with the share that may stay, such as {"latency": 0.6}
     costs: UnitCosts | None = None,  # latency: the table of a device
     round_to: int = 1,  # neurons and attention channels stay multiples of this
-    floor: dict | None = None,  # units that stay in each layer, {"heads": 1, "neurons": 8}
     base: PruningPlan | None = None,  # a layerwise plan to continue from, by width alone
 ) -> PruningPlan:  # blockwise; whole layers go where their overhead makes them the cheapest
     "Remove what has the lowest saliency per cost until a budget is met."
     name, share = check_budget_request(budget)
     costs, parts = costs_of_budget(model, name, costs), anatomy(model)
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    about = (scores, layer_sizes(model), costs, steps, check_floor(floor))
+    about = (scores, layer_sizes(model), costs, steps)
     queue, orders = whole_queue(model, about, base)
     dense, start = costs.total(make_plan(model)), costs.total(base or make_plan(model))
     saved = torch.tensor([s[-1] for s in queue], dtype=torch.float64)
@@ -450,7 +432,7 @@ def plan_budget(
         raise ValueError(
             f"budget {name}={share:g} cannot be met: the least that this plan can keep is "
             f"{least:.4f} of the dense model. Ask for {-(-least * 1000 // 1) / 1000:.3f} or more, "
-            "or lower the floor or round_to."
+            "or lower round_to."
         )
     taken = queue[: nearest_prefix(saved, start - share * dense)]
     layers, heads, neurons = kept_after(taken, orders)

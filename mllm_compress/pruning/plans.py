@@ -7,7 +7,6 @@ __all__ = ['ALLOCATIONS', 'PRUNINGS', 'plan_none', 'plan_layerwise', 'Allocation
            'keep_all']
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-006
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,15 +70,6 @@ def layers_for_ratio(
     remedy = "One layer (of each kind) must stay; add widthwise pruning or request less."
     check_reachable(ratio, float(costs.sum()) / total, remedy)
     return nearest_prefix(costs, ratio * total)
-
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-014
-def layerwise_ratio(
-    model: PreTrainedModel,  # with layers of equal size
-    ratio: float,  # requested
-) -> float:  # of LM-decoder parameters
-    "The ratio that removing whole layers reaches where `ratio` is requested."
-    removed = layer_sizes(model)[: layers_for_ratio(model, ratio)]
-    return sum(size.parameters for size in removed) / lm_parameters(model)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-016
 def layers_to_remove(model, scores, ratio, n_layers) -> list:
@@ -403,25 +393,3 @@ def plan_pruning(
     "The plan of a row of PRUNINGS; an unknown name is a ValueError."
     check_choice("pruning", pruning, PRUNINGS)
     return PRUNINGS[pruning].function(model, scores, ratio, protect, shape)
-
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-089
-def plan_channels(
-    model: PreTrainedModel,
-    scores,  # WidthScores
-    ratio: float,  # fraction of LM-decoder parameters to remove
-    attention_layers,  # layers that lose heads
-    mlp_layers,  # layers that lose neurons
-) -> PruningPlan:
-    "The original's plan with the achieved ratio nearest to `ratio`; ValueError if out of reach."
-    sizes, total, one = layer_sizes(model), lm_parameters(model), {"heads": 1, "neurons": 1}
-
-    def reached(step):  # the ratio that a channel ratio of so many thousandths removes
-        kept = reference_counts(model, step / 1000, one, attention_layers, mlp_layers)
-        left = [(kind, sizes[i], n) for kind in kept for i, n in kept[kind].items()]
-        return sum((getattr(s, kind) - n) * s.price(kind) for kind, s, n in left) / total
-
-    check_reachable(ratio, reached(999), "Give more layers, or a smaller ratio.")
-    above = bisect_left(range(1000), ratio, key=reached)
-    nearest = min((max(above - 1, 0), above), key=lambda step: abs(reached(step) - ratio)) / 1000
-    ranges = dict(attention_layers=attention_layers, mlp_layers=mlp_layers)
-    return plan_widthwise(model, scores, channel_ratio=nearest, **ranges)

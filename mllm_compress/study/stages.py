@@ -16,6 +16,7 @@ import socket
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from importlib import metadata
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
 from .. import data
-from ..anatomy.families import anatomy
+from ..anatomy.families import anatomy, lm_parameters
 from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
 from ..evaluation.benchmarks import benchmark as benchmark_row
 from ..evaluation.benchmarks import load_questions, questions_hash
@@ -40,7 +41,7 @@ from ..importance.criteria import criterion, measure, takes
 from ..importance.scores import load_scores
 from ..pruning import plans
 from ..pruning.allocation import obs_scores
-from ..pruning.pruning_plan import PruningPlan
+from ..pruning.pruning_plan import PruningPlan, layer_sizes
 from ..pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from ..pruning.slicing import apply_plan
 from mllm_compress.recovery.config import (
@@ -341,6 +342,32 @@ def scores_of(experiment: Experiment, profile: Profile, results: Store, device: 
     key = store.shared(results, inputs_of("scores", e, profile), fill)
     return load_scores(store.folder_of(results, "scores", key))
 
+# %% ../../nbs/library/study/05_stages.ipynb #planners
+def plan_channels(
+    model,
+    scores,  # WidthScores
+    ratio: float,  # fraction of LM-decoder parameters to remove
+    attention_layers,  # layers that lose heads
+    mlp_layers,  # layers that lose neurons
+) -> PruningPlan:
+    "The original's plan with the achieved ratio nearest to `ratio`; ValueError if out of reach."
+    ranges = dict(attention_layers=attention_layers, mlp_layers=mlp_layers)
+    plan_of = lambda step: plans.plan_widthwise(model, scores, channel_ratio=step / 1000, **ranges)
+    if ratio > (most := plan_of(999).achieved_ratio):
+        raise ValueError(
+            f"ratio {ratio} cannot be reached, {most:.4f} is the most. Give more layers, or a "
+            "smaller ratio."
+        )
+    above = bisect_left(range(1000), ratio, key=lambda step: plan_of(step).achieved_ratio)
+    nearest = [plan_of(step) for step in (max(above - 1, 0), above)]
+    return min(nearest, key=lambda plan: abs(plan.achieved_ratio - ratio))
+
+
+def layerwise_ratio(model, ratio: float) -> float:  # of LM-decoder parameters
+    "The ratio that removing whole layers of equal size reaches where `ratio` is requested."
+    layers = plans.layers_for_ratio(model, ratio)
+    return layers * layer_sizes(model)[0].parameters / lm_parameters(model)
+
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-016
 def planned(
     experiment: Experiment,
@@ -355,9 +382,9 @@ def planned(
     protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
-        return plans.plan_channels(model, scores, ratio, *spans)
+        return plan_channels(model, scores, ratio, *spans)
     if e.pruning == "widthwise" and w.aim == "layers":
-        by_layers = plans.layerwise_ratio(model, ratio)
+        by_layers = layerwise_ratio(model, ratio)
         ratio = by_layers if by_layers <= plans.widthwise_reach(model, protect, shape) else ratio
     if e.allocation != "layer":
         return plans.plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
