@@ -581,11 +581,16 @@ def fit_norm(after: Anatomy, before: Anatomy, streams: list) -> torch.Tensor:  #
     offset = centred * (g - gain * f) / count
     if labelled:
         step, pairs = max(1, labelled * after.vocab_size // LOGITS), list(zip(streams, answers))
-        states = torch.cat([ours(s.take("pruned")[picked][::step]) for s, picked in pairs])
-        states = (states * gain + offset).to(after.lm_head.weight.dtype)
         targets = torch.cat([s.targets[picked][::step] for s, picked in pairs])
-        factor = fit_factor(after.logits(states).to(dtype), targets)
-        gain, offset = gain * factor, offset * factor
+
+        def factor(parts, name, norm, gain, offset):
+            states = torch.cat([norm(s.take(name)[picked][::step]) for s, picked in pairs])
+            states = (states * gain + offset).to(parts.lm_head.weight.dtype)
+            return fit_factor(parts.logits(states).to(dtype), targets)
+
+        of_dense = factor(before, "dense", theirs, 1.0, 0.0)
+        share = min(1.0, factor(after, "pruned", ours, gain, offset) / of_dense)
+        gain, offset = gain * share, offset * share
     plain, stored = ours(torch.ones(1, len(gain)).to(gain.device, dtype))[0], norm.weight.double()
     shift = 1.0 if not centred and (plain - stored).abs().mean() > 0.5 else 0.0  # Gemma: 1 + w
     norm.weight.copy_((stored + shift) * gain - shift)
@@ -620,7 +625,7 @@ def fit_layers(
         if tokens := lost_sinks(streams):
             lost[i] = tokens
     if norm:
-        with in_memory(before, "norm"), in_memory(after, "norm", "head"):
+        with in_memory(before, "norm", "head"), in_memory(after, "norm", "head"):
             fit_norm(after, before, streams)
             keep("norm")
     if lost:
