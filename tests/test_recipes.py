@@ -210,7 +210,7 @@ def test_uniform_shapes_and_layers_are_refitted_too(here):
     assert plain[0] == 0
     one, two = (load_file(f"{out}/model.safetensors") for out in "lp")
     moved = {k for k in one if not torch.equal(one[k], two[k])}
-    refitted = ("o_proj.weight", "down_proj.weight", "language_model.norm.weight")
+    refitted = ("o_proj.weight", "down_proj.weight", "model.norm.weight")
     assert {k.endswith(refitted) for k in moved} == {True}
 
 
