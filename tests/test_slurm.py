@@ -1,6 +1,5 @@
 """The Slurm executor: on a real cluster of one node, or on the local executor of submitit."""
 
-import itertools
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from mllm_compress.study import runs as study
 from mllm_compress.study import slurm
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
-from mllm_compress.study.stages import checkpoints_of, key_of, name_of, subject_key
+from mllm_compress.study.stages import key_of, name_of
 from mllm_compress.study.store import results_of
 
 pytestmark = pytest.mark.slow  # whole processes
@@ -175,6 +174,12 @@ class Job:
         return self.answers
 
 
+def test_a_job_whose_time_ends_comes_back_with_its_experiments():
+    job, given = slurm.Job(), (EXPERIMENTS[:3], SMOKE, None)
+    again = job.checkpoint(*given)
+    assert again.function is job and again.args == given
+
+
 def test_a_job_that_vanished_is_a_failed_experiment(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "POLL", 0)
     monkeypatch.setattr(slurm, "queue", lambda: set())
@@ -184,27 +189,6 @@ def test_a_job_that_vanished_is_a_failed_experiment(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "queue", lambda: None)  # a silent cluster has lost nothing
     done = Job(cluster, "7_1", [("a", "done", "")])
     assert list(slurm.watch({done: ["a"]})) == [("a", "done", "")]
-
-
-def test_an_experiment_that_never_gets_on_fails_and_the_rest_comes_back(cluster, monkeypatch):
-    results, three = results_of(SMOKE), EXPERIMENTS[:3]
-    given = (three, SMOKE, results)
-    local = lambda waiting, *_: ((e, "done", "") for e in waiting)
-    monkeypatch.setattr(slurm, "local", local)
-    job = slurm.Job(minutes=1)
-    assert [word for _, word, _ in job(*given)] == ["done"] * 3
-    assert job.checkpoint(*given).function.given_up == []  # at once: the node is wanted
-    clock = itertools.repeat(time.time() + 3600)
-    monkeypatch.setattr(slurm.time, "time", lambda: next(clock))
-    checkpoint = checkpoints_of(subject_key(three[0], SMOKE), results) / "checkpoint-4"
-    checkpoint.mkdir(parents=True)  # an hour later, and its training got on
-    assert job.checkpoint(*given).function.given_up == []
-    shutil.rmtree(checkpoint)
-    again = job.checkpoint(*given)  # and now it did not
-    assert again.function.given_up == three[:1] and again.args == given
-    answers = again.function(*given)
-    assert [word for _, word, _ in answers] == ["failed", "done", "done"]
-    assert answers[0][0] == NAMES[0] and "training_minutes" in answers[0][2]
 
 
 def test_options_are_checked_before_anything_is_submitted(tmp_path):
@@ -249,24 +233,6 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "queue", lambda: None)
     with pytest.raises(ValueError, match="does not answer"):
         slurm.in_queue({"a"}, results)
-
-
-def test_jobs_that_will_never_start_are_named_once(cluster, monkeypatch, capsys):
-    reasons = "7_0|PartitionTimeLimit\n7_1|Resources\n8_0|JobHeldUser\n"
-    answered = subprocess.CompletedProcess([], 0, reasons, "")
-    monkeypatch.setattr(slurm.shutil, "which", lambda _: "/usr/bin/squeue")
-    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: answered)
-    assert slurm.stuck({"7_0", "7_1"}) == {"7_0": "PartitionTimeLimit"}
-    assert slurm.stuck({"8_0"}) == {"8_0": "JobHeldUser"}
-    job, looks = Job(cluster, "7_0"), iter(range(3))
-    job.answers = [("a", "done", "")]
-    sleep = lambda _: next(looks, None) is None and job.paths.result_pickle.touch()
-    monkeypatch.setattr(slurm.time, "sleep", sleep)
-    monkeypatch.setattr(slurm, "queue", lambda: {"7_0"})
-    assert list(slurm.watch({job: ["a"]})) == [("a", "done", "")]
-    printed = capsys.readouterr()
-    shown = (printed.out + printed.err).count("Slurm job 7_0 waits: PartitionTimeLimit")
-    assert shown == 1
 
 
 def test_ctrl_c_within_the_submission_loses_no_job(cluster, monkeypatch):

@@ -13,8 +13,8 @@ import pandas as pd
 
 from ..evaluation import benchmarks
 from .experiments import Experiment
-from .profiles import Profile, root_of
-from .stages import result_of
+from .profiles import Profile
+from .stages import asked_of, result_of
 from .store import results_of
 from .style import page, panels
 from ..utils.methods import GREEN, RED
@@ -131,7 +131,7 @@ def answers_figure(
     "All chosen questions of a model with the answers at every ratio."
     e, images, shown = setup.evaluation, {}, [*chosen]
     for name in {name for name, _ in chosen}:
-        for q in benchmarks.load_questions(name, e.split, e.questions, root=root_of(e)):
+        for q in benchmarks.load_questions(*asked_of(name, e)):
             images[name, q.id] = benchmarks.open_image(q.images[0]) if q.images else None
     texts = {
         column_name(c): answers.loc[shown, c].map(lambda a: text_of(a, True, 13)) for c in right

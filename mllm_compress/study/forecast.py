@@ -80,9 +80,6 @@ ASSUMED = (
     "beside the student; loading, images and waiting not counted"
 )
 
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-016
-FASTER = {"A100": (1.0, 1.0), "H100": (3.35 / 2.04, 989 / 312)}  # bandwidth TB/s, peak TFLOPS
-
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-018
 def hours_of(experiment: Experiment, profile: Profile, config) -> float:
     "GPU hours of an experiment: training and evaluation."
@@ -94,23 +91,6 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
         samples = samples_of(training_of(e.model, profile)) * e.fraction * recovery.epochs
         work += samples * training_operations(config, recovery, e.ratio)
     return work / SPEED / 3600
-
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-021
-def planned(experiments: list, profile: Profile) -> list:  # of sentences
-    "Hours of one trained experiment with its evaluation, by model and card, and of all of them."
-    sentences, trained = [], [e for e in experiments if e.recovery != "none"]
-    for model in dict.fromkeys(e.model for e in trained):
-        if (config := config_of(model, profile)) is None:
-            continue
-        hours = [hours_of(e, profile, config) for e in trained if e.model == model]
-        for card, (least, most) in FASTER.items():
-            totals = dict.fromkeys(f"{sum(hours) / speed:.0f}" for speed in (most, least))
-            sentences.append(
-                f"One trained experiment of {model}, its evaluation included, takes "
-                f"{min(hours) / most:.1f} to {max(hours) / least:.1f} hours on one {card}; all "
-                f"{len(hours)} of them take {' to '.join(totals)}."
-            )
-    return sentences
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-024
 def memory_of(experiment: Experiment, profile: Profile, config) -> int:

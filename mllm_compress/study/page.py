@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['nbconvert', 'nbformat', 'EXPERIMENTS', 'RESULTS', 'FIELDS', 'ORDER', 'FOLDED', 'lines_of', 'write_experiments',
-           'provenance', 'verdict_lines', 'build']
+           'build']
 
 # %% ../../nbs/library/study/29_page.ipynb #cell-003
-import json
 import lzma
 import os
 from dataclasses import asdict
@@ -80,32 +79,6 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     write_atomically(path, lzma.compress(text.encode()))
     return pd.read_csv(path)
 
-# %% ../../nbs/library/study/29_page.ipynb #cell-018
-def provenance(lines: pd.DataFrame) -> pd.DataFrame:
-    "What the results behind a page were computed with, one row per distinct answer."
-    if lines.empty:
-        return pd.DataFrame()
-    by = ["device", "python", "torch", "transformers", "mllm_compress"]
-    groups = lines.drop_duplicates("result").groupby(by)
-    hours = lambda seconds: round(seconds.sum() / 3600, 2)
-    dates = {"first": ("date", "min"), "last": ("date", "max")}
-    table = groups.agg(experiments=("seconds", "size"), hours=("seconds", hours), **dates)
-    return table.reset_index()
-
-# %% ../../nbs/library/study/29_page.ipynb #cell-verdicts
-def verdict_lines(folder: Path, notebook: str) -> list:  # of Markdown
-    "The verdicts that a notebook has left, a line each."
-    lines = []
-    path = folder / f"{notebook}-verdicts.json"
-    verdicts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for verdict in verdicts.values():
-        line = f"- {verdict['claim'].rstrip('.')}: **{verdict['word']}**"
-        if average := verdict.get("average"):
-            value, low, high = (average[k] for k in ("value", "low", "high"))
-            line += f", {value:+.1f} [{low:.1f}, {high:.1f}] {verdict['unit']}"
-        lines.append(line + f" ([{notebook}](#{notebook}))")
-    return lines
-
 # %% ../../nbs/library/study/29_page.ipynb #cell-040
 FOLDED = """{%- extends 'lab/index.html.j2' -%}
 {%- block input -%}
@@ -118,16 +91,16 @@ def build(profile) -> Path:  # index.html
     profile = load_profile(profile)
     folder, committed = figures_folder(profile.name), checkout() / "figures" / profile.name
     if executed(folder):
-        lines = write_experiments(profile)
-    elif (committed / EXPERIMENTS).exists():
-        folder, lines = committed, pd.read_csv(committed / EXPERIMENTS)
+        write_experiments(profile)
+    else:
+        folder = committed
     names = [name for name in notebooks() if (folder / f"{name}.ipynb").exists()]
     if not names:
         raise FileNotFoundError(
             f"No executed notebooks of profile {profile.name}: "
             f"run mllm-compress study --profile {profile.name} first."
         )
-    cells, contents, verdicts = [], [], []
+    cells, contents = [], []
     links = os.path.relpath(checkout() / "nbs", folder)
     for name in sorted(names, key=lambda name: (name.startswith("00"), name)):
         nb = nbformat.read(folder / f"{name}.ipynb", 4)
@@ -135,7 +108,6 @@ def build(profile) -> Path:  # index.html
         given = ", ".join(f"{k}={v!r}" for k, v in mark.items() if k != "profile")
         contents.append(f"- [{nb.cells[0].source.splitlines()[0].lstrip('# ')}](#{name})")
         contents[-1] += f" (run with {given})" if given else ""
-        verdicts += [line for line in verdict_lines(folder, name) if line not in verdicts]
         cells.append(nbformat.v4.new_markdown_cell(f'<a id="{name}"></a>'))
         for cell in nb.cells:
             if cell.cell_type == "markdown":
@@ -144,10 +116,8 @@ def build(profile) -> Path:  # index.html
     failed = [f"- {p.stem.removesuffix('.failed')}" for p in sorted(folder.glob("*.failed.ipynb"))]
     head = [f"# mllm_compress: {profile.name}", profile.about]
     head += ["**Failed when last run:**", "\n".join(failed)] if failed else []
-    head += ["## Verdicts", "\n".join(verdicts), "## Contents", "\n".join(contents)]
-    table = provenance(lines).to_html(index=False, border=0)
+    head += ["## Contents", "\n".join(contents)]
     cells.insert(0, nbformat.v4.new_markdown_cell("\n\n".join(head)))
-    cells.append(nbformat.v4.new_markdown_cell(f"## Provenance\n\n{table}"))
     for i, cell in enumerate(cells):
         cell["id"] = f"cell-{i:04d}"
     exporter = nbconvert.HTMLExporter(raw_template=FOLDED)

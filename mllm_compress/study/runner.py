@@ -109,14 +109,13 @@ def estimate(
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-018
 def show_forecast(experiments: list, profile: Profile) -> None:
-    "Print hours and memory from configs, where they are known, and those of one experiment."
+    "Print hours and memory from configs, where they are known."
     table = forecast.table(experiments, profile)
     if table.empty:
         return
     formats = {"GPU hours": "{:.1f}".format, "GiB": "{:.0f}".format}
     print(f"All experiments, by model and kind ({forecast.ASSUMED}):")
     print(table.to_string(index=False, formatters=formats))
-    print(*forecast.planned(experiments, profile), sep="\n")
     total, largest = table["GPU hours"].sum(), table.GiB.max()
     print(
         f"In all about {total:.0f} GPU hours; the largest needs {largest:.0f} GiB, "

@@ -8,23 +8,20 @@ __all__ = []
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-002
 import json
 import math
-import re
 import shutil
 import subprocess
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import groupby, repeat
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
-from submitit.helpers import DelayedSubmission
-from tqdm import tqdm
+from submitit.helpers import Checkpointable
 
 from .experiments import Experiment
 from .profiles import Profile, Slurm
-from .stages import checkpoints_of, missing_stages, name_of, subject_key
+from .stages import missing_stages, name_of
 from .store import Store
 from .workers import local
 from ..utils.files import write_atomically
@@ -66,44 +63,16 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
     return requested | slurm.options | {"additional_parameters": more}
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-016
-TOO_SHORT = (
-    "TimeIsUp: a job's time is too short for this experiment: raise minutes or training_minutes "
-    "in the profile's slurm section"
-)
+LIVES = 20  # time limits that a job may use up
 
 
-@dataclass
-class Job:
+class Job(Checkpointable):
     "What a job runs."
-
-    minutes: int  # its time limit
-    given_up: list = field(default_factory=list)  # experiments that its time is too short for
 
     def __call__(self, experiments: list, profile: Profile, results: Store) -> list:
         "(name, status, message) of each experiment."
-        waiting = [e for e in experiments if e not in self.given_up]
-        self.began, self.before = time.time(), progress(waiting, profile, results)
-        answers = [(name_of(e, profile), "failed", TOO_SHORT) for e in self.given_up]
-        for e, status, message in local(waiting, profile, results, 1, profile.slurm.cpus):
-            answers.append((name_of(e, profile), status, message))
-        return answers
-
-    def checkpoint(self, experiments: list, profile: Profile, results: Store):
-        "The job as it goes back into the queue."
-        now = progress([e for e in experiments if e not in self.given_up], profile, results)
-        had_its_time = time.time() - self.began > 0.4 * 60 * self.minutes
-        given_up = self.given_up + list(now)[: had_its_time and now == self.before]
-        return DelayedSubmission(Job(self.minutes, given_up), experiments, profile, results)
-
-
-def progress(experiments: list, profile: Profile, results: Store) -> dict:
-    "How far each unfinished experiment is: scores that are missing, and checkpoints."
-    states = {}
-    for e in experiments:
-        if missing := missing_stages(e, profile, results)["score"]:
-            folder = checkpoints_of(subject_key(e, profile), results)
-            states[e] = len(missing), sorted(p.name for p in folder.glob("checkpoint-*"))
-    return states
+        answers = local(experiments, profile, results, 1, profile.slurm.cpus)
+        return [(name_of(e, profile), status, message) for e, status, message in answers]
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-032
 JOBS = "jobs.json"  # the names of the experiments of each job
@@ -118,9 +87,9 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> dict: 
     folder.mkdir(parents=True)
     write_atomically(folder / JOBS, json.dumps(names))
     try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=10_000)  # `Job` decides
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=LIVES)
         executor.update_parameters(**options | {"job_name": f"{options['job_name']}-{stamp}"})
-        submitted = executor.map_array(Job(minutes), jobs, repeat(profile), repeat(shared))
+        submitted = executor.map_array(Job(), jobs, repeat(profile), repeat(shared))
     except (FailedJobError, FailedSubmissionError) as error:
         where = f"check the slurm section of profile {profile.name}"
         raise ValueError(f"Slurm refused the jobs; {where}. {error}") from error
@@ -131,15 +100,10 @@ POLL = 10.0  # seconds between looks
 PATIENCE = 12  # looks for which a job may be missing from the queue
 
 
-def _squeue(*options) -> subprocess.CompletedProcess:
-    "What `squeue` prints about the jobs of this user."
-    command = ["squeue", "--me", "--noheader", "--array", *options]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def queue():  # id as "1234_0" -> name; None where the cluster does not answer
     "The jobs of this user that wait or run."
-    answer = _squeue("--format=%i %j")
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %j"]
+    answer = subprocess.run(command, capture_output=True, text=True)
     lines = [line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip()]
     return {job_id: name for job_id, name in lines} if answer.returncode == 0 else None
 
@@ -165,22 +129,6 @@ def in_queue(names: set, results: Store) -> dict:  # job -> names
                 jobs[submitit.SlurmJob(note.parent, job_id)] = wanted
     return jobs
 
-# %% ../../nbs/library/study/12_slurm.ipynb #cell-046
-FOR_GOOD = re.compile(
-    "PartitionTimeLimit|PartitionNodeLimit|BadConstraints|ReqNodeNotAvail|held|InvalidQOS|"
-    "InvalidAccount|DependencyNeverSatisfied",
-    re.IGNORECASE,
-)
-
-
-def stuck(jobs: set) -> dict:  # id of a job -> why it waits
-    "Those of some jobs that wait for something which will not come by itself."
-    if not shutil.which("squeue"):
-        return {}
-    lines = _squeue("--states=PENDING", "--format=%i|%r").stdout.splitlines()
-    waiting = dict(line.strip().split("|", 1) for line in lines if "|" in line)
-    return {job: why for job, why in waiting.items() if job in jobs and FOR_GOOD.search(why)}
-
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-054
 def outcome(job, name: str):  # (status, message); None while it is not known
     "What a job has returned about an experiment."
@@ -189,7 +137,8 @@ def outcome(job, name: str):  # (status, message); None while it is not known
     try:
         answers = {n: (status, message) for n, status, message in job.result()}
     except (FailedJobError, UncompletedJobError) as error:
-        return "failed", f"job {job.job_id}: {error}"
+        cure = "if its time was too short, raise minutes or training_minutes in the slurm section"
+        return "failed", f"job {job.job_id}: {error} ({cure} of the profile)"
     return answers.get(name)
 
 
@@ -199,18 +148,10 @@ def watch(
 ):
     "Yield (name, status, message) of every experiment of these jobs as it is finished."
     waiting = {name: job for job, names in jobs.items() for name in names}
-    unseen, shown = Counter(), set()
+    unseen = Counter()
     while waiting:
         time.sleep(POLL)
         alive = queue()
-        for job_id, why in stuck({job.job_id for job in waiting.values()}).items():
-            if (job_id, why) not in shown:
-                tqdm.write(
-                    f"Slurm job {job_id} waits: {why}. It will not start by itself: see the slurm "
-                    f"section of the profile, or scontrol show job {job_id}; after a change of "
-                    f"the profile, scancel {job_id} and give the command again."
-                )
-            shown.add((job_id, why))
         for name, job in list(waiting.items()):
             answer = outcome(job, name) or (("done", "") if is_done(name) else None)
             if alive is not None:
