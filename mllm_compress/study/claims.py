@@ -64,20 +64,14 @@ def split_grid(
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-015
 def holes(
-    run: list,  # of (kind, ratio, seed)
-    left_out: list,
+    left_out: list,  # of (kind, ratio, seed)
     name=str,  # kind -> its name
 ) -> str:
     "What a grid leaves out."
-    kinds, places, parts = {k for k, _, _ in run}, {(k, r) for k, r, _ in run}, []
     missing = pd.DataFrame(left_out, columns=["kind", "ratio", "seed"])
-    for kind, its in missing.groupby("kind", sort=False):
-        where = [
-            f"{ratio:.2f}" + f" (seeds {', '.join(map(str, seeds))})" * ((kind, ratio) in places)
-            for ratio, seeds in its.groupby("ratio", sort=False).seed
-        ]
-        parts.append(f"{name(kind)} at {', '.join(where)}" if kind in kinds else name(kind))
-    return "; ".join(parts) or "nothing"
+    places = missing.groupby(["kind", "ratio"], sort=False).seed
+    seeds = [f"{name(k)} at {r:.2f} (seeds {', '.join(map(str, s))})" for (k, r), s in places]
+    return "; ".join(seeds) or "nothing"
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-018
 def places(
@@ -355,44 +349,3 @@ def repeated(
         for f, r, s in chosen
         if k * f <= most + 1e-9 and (round(k * f, 9), r, s) in runs
     ]
-
-# %% ../../nbs/library/study/23_claims.ipynb #less-data-001
-TIMED = ["model", "requested_ratio", "fraction", "importance"]
-
-
-def at_equal_data(frame: pd.DataFrame, first: str, second: str) -> dict:  # place -> Estimate
-    "How much more one way retains than another that saw the same share of the data."
-    shares = sorted(frame.fraction[frame.pruning != "none"].unique())
-    ways_at = {
-        (model, f"{ratio:.2f}, {100 * share:g} %"): {
-            way: {"requested_ratio": ratio, "fraction": share, "importance": way}
-            for way in (first, second)
-        }
-        for model, ratio in places(frame)
-        for share in shares
-    }
-    return ahead(frame, ways_at, first, second)
-
-
-def seconds_of(frame: pd.DataFrame) -> pd.Series:  # (model, ratio, share, way) -> seconds
-    "The median seconds over seeds that one student took."
-    done = frame[(frame.status == "done") & (frame.pruning != "none")]
-    once = done.drop_duplicates([*TIMED, "seed"])
-    return once.groupby(TIMED, sort=False).compression_seconds.median().dropna()
-
-
-def at_equal_seconds(frame: pd.DataFrame, first: str, second: str) -> dict:  # place -> Estimate
-    "How much more one way retains than another that took at least as long."
-    took = seconds_of(frame).rename("seconds").reset_index()
-    sides = (took[took.importance == way] for way in (first, second))
-    pairs = pd.merge(*sides, on=["model", "requested_ratio"], suffixes=("", "_of_second"))
-    pairs = pairs[pairs.seconds_of_second >= pairs.seconds].sort_values("seconds_of_second")
-    pairs = pairs.drop_duplicates(["model", "requested_ratio", "fraction"]).sort_index()
-    ways_at = {}
-    for p in pairs.itertuples():
-        label = f"{p.requested_ratio:.2f}, {p.seconds:.0f} against {p.seconds_of_second:.0f} s"
-        ways_at[p.model, label] = {
-            way: {"requested_ratio": p.requested_ratio, "fraction": fraction, "importance": way}
-            for way, fraction in ((first, p.fraction), (second, p.fraction_of_second))
-        }
-    return ahead(frame, ways_at, first, second)

@@ -69,35 +69,6 @@ def beside_used(
     most = table.lost.fillna(float("inf")).groupby(alike).transform("max")
     return table.assign(chosen=table.used.where(most <= margin, table.rate))
 
-# %% ../../nbs/library/study/16_rates.ipynb #42bb80d2
-def common_rates(
-    tried: pd.DataFrame,  # columns objective, ratio, model, rate, score
-) -> pd.DataFrame:  # columns objective, rate, and the points lost at each ratio
-    "The best single rate of every objective, and what it loses to the best rate at each ratio."
-    rows = []
-    for objective, searches in tried.groupby("objective", sort=False):
-        mean = searches.groupby(["rate", "ratio"]).score.mean().unstack()
-        lost = (mean.max() - mean).dropna()
-        if len(lost):
-            rate = lost.max(axis=1).idxmin()
-            rows.append({"objective": objective, "rate": rate} | lost.loc[rate].to_dict())
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/library/study/16_rates.ipynb #04467a94
-def lost_alone(
-    tried: pd.DataFrame,  # columns objective, ratio, pruning, model, rate, score
-    chosen: pd.DataFrame,  # columns objective, ratio, chosen: a rate
-) -> pd.DataFrame:  # columns objective, ratio, and one per pruning and per model
-    "Points that the rate chosen for all loses to the best rate of a pruning, or of a model."
-    parts = {name: part for by in ("pruning", "model") for name, part in tried.groupby(by)}
-    rows = chosen[[*SEARCH, "chosen"]].set_index(SEARCH)
-    for name, part in parts.items():
-        mean = part.groupby([*SEARCH, "rate"]).score.mean()
-        best = mean.groupby(SEARCH).max()
-        at = [mean.get((*search, rate), float("nan")) for search, rate in rows.chosen.items()]
-        rows[name] = best.reindex(rows.index) - at
-    return rows.drop(columns="chosen").reset_index()
-
 # %% ../../nbs/library/study/16_rates.ipynb #cell-009
 def as_profile(
     best: pd.DataFrame,  # of `best_rates`
@@ -110,13 +81,6 @@ def as_profile(
         alike = rows.rate.nunique() == 1
         section.setdefault(train, {})[losses] = rows.rate.iloc[0] if alike else rates
     return section
-
-
-def as_yaml(rates: dict) -> str:
-    "A mapping of mappings on one line."
-    if not isinstance(rates, dict):
-        return f"{rates:g}"
-    return "{" + ", ".join(f"{k}: {as_yaml(v)}" for k, v in rates.items()) + "}"
 
 # %% ../../nbs/library/study/16_rates.ipynb #cell-010b
 def scores_at(

@@ -64,11 +64,6 @@ def plan_study(
                 f"{loaded.name} says {section[silent]!r}: give another value, or a profile of "
                 "your own."
             )
-        if unknown := sorted(set(section) - set(known)):
-            raise ValueError(
-                f"profile {loaded.name}: notebooks, {name}: this notebook has no parameter "
-                f"{', '.join(unknown)}; it has {', '.join(known)}."
-            )
         nb = notebooks.for_profile(name, nb, loaded)
         plan[name] = path, values, notebooks.experiments_of(nb, values)
     return plan

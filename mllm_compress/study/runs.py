@@ -29,7 +29,7 @@ from ..utils.files import checkout
 from ..utils.methods import unknown_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-004
-CIRCUMSTANCES = ("seconds", "compression_seconds", "device", "date", "torch", "transformers")
+CIRCUMSTANCES = ("seconds", "device", "date", "torch", "transformers")
 
 
 def rows_of(experiment: Experiment, result: dict) -> list:

@@ -29,8 +29,7 @@ from mllm_compress.utils.files import (
 )
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-011
-STAGES = ("scores", "scoring", "plan", "reconstruction", "student", "curve")
-STAGES += ("answers", "score", "experiment")
+STAGES = ("scores", "plan", "reconstruction", "student", "curve", "answers", "score", "experiment")
 MARK = "store.json"
 FORMAT = 2  # raised when the layout changes
 

@@ -22,7 +22,6 @@ from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from ..pruning.pruning_plan import kept_grid
-from . import claims
 from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
@@ -373,19 +372,3 @@ def perplexities(
     if "requested_ratio" in table:
         table["requested_ratio"] = table.requested_ratio.map("{:.2f}".format)
     return table.rename(columns={"requested_ratio": "requested"})
-
-# %% ../../nbs/library/study/24_tables.ipynb #less-data-004
-def by_share(frame: pd.DataFrame) -> pd.DataFrame:
-    "AVG-% of every way at every share of the data, with its seconds."
-    rows, took = summary(frame), claims.seconds_of(frame)
-    rows = rows[rows.pruning != "none"].rename(columns={"avg_percent": "AVG-%"})
-    rows = rows.assign(
-        seconds=[took.get(tuple(key)) for key in rows[claims.TIMED].to_numpy()],
-        way=rows.importance,
-        place=rows.model.factorize()[0],
-        requested=rows.requested_ratio.map("{:.2f}".format),
-    )
-    rows["share of the data"] = [f"{100 * share:g} %" for share in rows.fraction]
-    rows = rows.sort_values(["place", "requested_ratio", "fraction"], kind="stable")
-    names = ["model", "requested", "share of the data", "way", "seconds", "AVG-%", "low", "high"]
-    return rows[names].reset_index(drop=True)
