@@ -112,9 +112,6 @@ def test_a_large_draw_is_hashed_once(monkeypatch, tmp_path):
     assert names[0] == names[1] != names[2] and names[3] == names[4]
     monkeypatch.setattr(stages, "code_of", lambda *_: "edited")
     assert ask(100) == names[0] and drawn[4:] == [(100, 0)]
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "file"))
-    assert ask(100) == names[0] and drawn[5:] == [(100, 0)]
 
 
 # ---- experiments
@@ -186,17 +183,6 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
         assert cut == set(range(3, 21))
     with pytest.raises(ValueError, match="cannot be reached"):
         plan_channels(model, scores, 0.6, *spans)
-
-
-# ---- profiles
-
-
-def test_a_learning_rate_may_differ_between_prunings_and_ratios():
-    rates = {"layerwise": 0.1, "widthwise": {0.15: 0.2, "0.6": 0.3}}
-    tuned = replace(SMOKE, learning_rates={"projector+lm": {"sft": rates}})
-    wide = replace(TRAINED, pruning="widthwise", importance="taylor")
-    asked = [TRAINED, replace(wide, ratio=0.2), replace(wide, ratio=0.5)]
-    assert [stages.recovery_config(e, tuned).lr for e in asked] == [0.1, 0.2, 0.3]
 
 
 # ---- outcomes

@@ -11,7 +11,6 @@ from safetensors import torch as safe
 from transformers import EfficientNetModel
 
 from mllm_compress import evaluate, zoo
-from mllm_compress.data.instructions import turns
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
 from mllm_compress.study import emoji
 from mllm_compress.study.profiles import load_profile, missing_inputs
@@ -87,14 +86,6 @@ def test_answers_are_right_and_balanced(drawn):
         assert q["answer"] == known[left[1]].name
     first = sum(q["question"].split(": ")[1].startswith(q["answer"] + " or") for q in ask["side"])
     assert 150 < first < 250
-
-
-def test_the_same_questions_at_every_call(drawn):
-    data = emoji.emoji_data("train", 12)
-    again = emoji.emoji_data("train", 12)
-    assert data[5] == again[5] and [len(e["types"]) for e in data.samples] == [4, 4, 1] * 4
-    assert data.image(2).tobytes() == again.image(2).tobytes()
-    assert {len(turns(e)) for e in data.samples} == {1, 4}
 
 
 def test_benchmarks_read_the_held_out_vendor(drawn):

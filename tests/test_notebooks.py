@@ -94,6 +94,8 @@ def test_right_parameters_pass_and_reach_the_grid():
 def test_a_parameters_cell_holds_annotated_literals_only(source):
     with pytest.raises(ValueError):
         parameters_of(demo(source))
+    with pytest.raises(ValueError, match="one cell tagged 'parameters'"):
+        parameters_of(new_notebook())
 
 
 # ---- when a notebook is up to date
@@ -238,13 +240,6 @@ def test_a_scoreboard_is_drawn_again_when_another_profile_says_something_new(wor
     verdict.write_text("contradicted")
     assert len({alone, before, made_from(board, {}, [], smoke)}) == 3
     assert made_from(demo(GOOD), {}, [], smoke) == alone
-
-
-def test_a_lost_tag_is_an_error():
-    nb = demo(GOOD)
-    nb.cells[0].metadata.tags = []
-    with pytest.raises(ValueError, match="one cell tagged 'parameters'"):
-        parameters_of(nb)
 
 
 @pytest.fixture(scope="module")

@@ -360,13 +360,6 @@ def test_half_of_claim_5_is_undecided():
     assert CLAIMS[5].effects(answered(cells(0.38))) == {}  # of these ratios the claim says nothing
 
 
-def test_a_rival_without_a_shared_seed_is_no_rival():
-    lucky = {Experiment("m", "layerwise", 0.15, recovery="logits_kd", seed=7): 1.0}
-    both = trained("sft", 0.9) | trained("sft+hidden_kd", 0.925)
-    frame = answered(ORIGINAL | both | lucky)
-    assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft"]
-
-
 def test_a_rival_at_fewer_places_is_no_rival_but_counts_where_it_ran():
     "It would leave the other places untested; the strongest at 0.15 is the new one."
     both = trained("sft", 0.9) | trained("sft+hidden_kd", 0.925)

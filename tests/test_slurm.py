@@ -206,20 +206,6 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
     assert len(names) == 1
 
 
-def test_what_a_job_requests():
-    sizes = dict(gpus=2, cpus=6, memory_gb=1.5, jobs_at_once=7, partition="long")
-    setup, account = ["module load cuda"], {"account": "us"}
-    requested = slurm.parameters(90, Slurm(**sizes, setup=setup, options=account))
-    expected = dict(gpus_per_node=2, cpus_per_task=6, mem="1536MB", array_parallelism=7, time=90)
-    assert requested.items() >= (expected | account | {"partition": "long"}).items()
-    assert requested["setup"][0] == "export OMP_NUM_THREADS=6"
-    assert requested["setup"][-1] == "module load cuda"
-    own = Slurm(options={"additional_parameters": {"reservation": "ours"}})
-    more = slurm.parameters(90, own)["additional_parameters"]
-    assert more == {"requeue": True, "reservation": "ours"}
-    assert not {"gpus_per_node", "partition"} & set(slurm.parameters(90, Slurm()))
-
-
 def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
     results = results_of(SMOKE)
     (results.folder / "slurm/earlier").mkdir(parents=True)

@@ -199,12 +199,6 @@ def test_logit_intervals_near_the_bound_cover_the_truth():
     assert 0.93 < np.mean([e.low <= truth <= e.high for e in found]) < 0.98
 
 
-def test_shrinking_follows_the_agreement_of_variances():
-    alike = np.random.default_rng(5).chisquare(4, 50) / 4
-    assert statistics.prior_variance(alike, np.full(50, 4))[1] > 15
-    assert statistics.prior_variance([1.0, 2.0], [2, 2]) == (0.0, 0.0)  # too few to say anything
-
-
 def test_satterthwaite_is_welchs_for_two_samples():
     rng = np.random.default_rng(7)
     a, b = rng.normal(0, 1, 6), rng.normal(0, 3, 9)

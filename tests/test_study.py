@@ -1,7 +1,6 @@
 """Experiments, profiles and the running of experiments: nothing lost, nothing twice."""
 
 import multiprocessing
-import os
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -449,7 +448,7 @@ def test_workers_are_counted():
         workers.devices(-1)
     with pytest.raises(ValueError, match="workers"):
         replace(SMOKE, workers=-2)
-    assert len(workers.devices(3)) == 3 and 1 <= workers._cores() <= os.cpu_count()
+    assert len(workers.devices(3)) == 3
 
 
 def test_what_a_store_has_from_other_settings_is_passed_over(away):

@@ -170,11 +170,8 @@ def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) 
     notes = {
         f"Nothing was studied within {WITHIN:.2f} of ratio {ratio}: this is the next larger "
         "step, so expect to keep a little more.": off > WITHIN,
-        f"It removes a little less than requested ({best.achieved:.1%}), so its score is a little "
-        "too high.": off < -0.01,
         f"No training on {data:.0%} of the data or less was studied at this ratio.": untrained,
         "The other pruning was not tried with this recovery, or not at all.": not best.rival,
-        "It rests on one seed; another may change the order.": best.seeds == 1,
         BLOCKWISE: best["shape"] == "blockwise" and best.pruning == "widthwise",
         "That is a heavy loss: consider a smaller model instead of pruning this far.": heavy,
         BEYOND: ratio > WRONG_TOOL + 0.005 and not heavy,

@@ -113,11 +113,9 @@ def stored(profile: Profile, results: Store | None = None) -> dict:  # Experimen
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
 def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "What the store has of an experiment."
-    e, names = experiment, benchmarks_of(profile)
+    e = experiment
     missing, records = missing_stages(e, profile, results), stages.records_of(e, profile, results)
     answers, student = records["answers"], records["student"]
-    paths = [results.path("answers", key_of("answers", e, profile, name)) for name in names]
-    peaks = [r["peak_memory_mb"] for r in (student, *answers) if r.get("peak_memory_mb")]
     trains, parts = e.recovery != "none" and bool(missing["answers"]), []
     if trains:
         content = store.read(results, "student", key_of("student", e, profile))
@@ -136,16 +134,14 @@ def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
         "student_seconds": student.get("seconds"),
         "answer_seconds": np.mean([r["seconds"] for r in answers]) if answers else None,
         "answers": len(answers),
-        "memory_mb": max(peaks, default=None),
-        "bytes": sum(path.stat().st_size for path in paths if path.exists()) or None,
     }
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-037
 def status(experiments: list, profile: Profile) -> pd.DataFrame:
-    "Each distinct experiment: is it cached, what is missing, its seconds, memory and disk."
+    "Each distinct experiment: is it cached, what is missing, and its seconds."
     results, nameable = results_of(profile), not missing_inputs(profile)
     nothing = {"name": "", "cached": False, "missing": "all stages", "answers": 0}
-    numbers = ("student_seconds", "answer_seconds", "memory_mb", "bytes")
+    numbers = ("student_seconds", "answer_seconds")
     rows = []
     for e in dict.fromkeys(map(canonical, experiments)):
         row = {"experiment": describe(e), "trains": e.recovery != "none"} | nothing
@@ -165,12 +161,7 @@ def status(experiments: list, profile: Profile) -> pd.DataFrame:
     answering = frame.open_answers * typical(frame.answer_seconds, [model, ratio], model)
     left = training.where(frame.trains, 0) + answering.where(frame.open_answers > 0, 0)
     took = frame.student_seconds.fillna(0) + frame.answer_seconds * frame.answers
-    peak = frame.memory_mb.groupby([model, frame.recovery == "none"]).transform("max")
-    return frame.assign(
-        seconds=took.where(frame.cached, left),
-        memory_mb=frame.memory_mb.fillna(peak).fillna(frame.memory_mb.max()),
-        bytes=frame.bytes.fillna(frame.bytes.median()),
-    )
+    return frame.assign(seconds=took.where(frame.cached, left))
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-039
 def hours(seconds: float) -> str:
