@@ -173,8 +173,6 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
             if takes(e.pruning, e.importance, "n"):  # blocks of layers, measured for every ratio
                 inputs["ratio"] = e.ratio
             inputs |= profiles.model_inputs(e.model, profile)
-        case "scoring":
-            inputs = {"scores": key("scores")}
         case "plan":
             version = plans.PRUNINGS[e.pruning].version
             inputs = {"pruning": e.pruning, "scores": key("scores"), "ratio": e.ratio}
@@ -773,13 +771,10 @@ def recovery_curves(
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-009b
 def index(experiment: Experiment, profile: Profile, results: Store) -> None:
-    "Leave the description of an experiment in a store, and how long its scores took."
-    e, values = canonical(experiment), {"experiment": {}}
-    if e.pruning != "none":
-        values["scoring"] = value_of("scores", e, profile, results)
-    for stage, value in values.items():
-        if value is not None and value_of(stage, e, profile, results) is None:
-            store.write(results, inputs_of(stage, e, profile), value)
+    "Leave the description of an experiment in a store."
+    e = canonical(experiment)
+    if value_of("experiment", e, profile, results) is None:
+        store.write(results, inputs_of("experiment", e, profile), {})
 
 
 def compute(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu") -> None:
@@ -810,17 +805,13 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
     if None in scores.values():
         return None
     answers = {name: kept for name in scores if (kept := value("answers", name))}
-    pruned = e.pruning != "none"
-    plan, scoring = (value("plan") or "", value("scoring") or {}) if pruned else ("", {})
+    plan = (value("plan") or "") if e.pruning != "none" else ""
     student = (value("student") if e.recovery != "none" else None) or {}
     stages = records_of(e, profile, results)
-    made = [stages["student"], stages["refit"]]
-    records = [r for r in (*made, *stages["answers"]) if r]
-    timed = not pruned or "seconds" in scoring
-    total = lambda parts: round(sum(r.get("seconds", 0) for r in parts), 2)
+    records = [r for r in (stages["student"], stages["refit"], *stages["answers"]) if r]
+    seconds = round(sum(r.get("seconds", 0) for r in records), 2)
     circumstances = (records[-1] | records[0] if records else {}) | {
-        "seconds": total(records) if records else None,
-        "compression_seconds": total([scoring, *made]) if timed else None,
+        "seconds": seconds if records else None,
         "peak_memory_mb": max((r.get("peak_memory_mb", 0) for r in records), default=None),
     }
     return {
@@ -840,7 +831,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     e, names = canonical(experiment), benchmarks_of(profile)
     pruned, recovered = e.pruning != "none", e.recovery != "none"
     stages = {"experiment": True, "student": recovered, "reconstruction": e.reconstruct != "none"}
-    stages |= dict.fromkeys(("scores", "scoring", "plan"), pruned)
+    stages |= dict.fromkeys(("scores", "plan"), pruned)
     stages["curve"] = recovered and bool(validated(profile))
     keys = {stage: {key_of(stage, e, profile)} for stage, holds in stages.items() if holds}
     for stage in ("scores", "plan") if e.layer_share else ():
