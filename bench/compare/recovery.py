@@ -29,8 +29,7 @@ from mllm_compress.data.self_data import own_data
 from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.recovery import recover
 from mllm_compress.study.experiments import Experiment
-from mllm_compress.study.profile_inputs import training_data
-from mllm_compress.study.profiles import load_profile
+from mllm_compress.study.profiles import load_profile, training_data
 from mllm_compress.study.stages import plan_of, recovery_config, start_of, teacher_of
 from mllm_compress.study.store import Store, unpack
 
