@@ -25,7 +25,6 @@ from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.study import profiles, stages
 from mllm_compress.study import texts as text
-from mllm_compress.study.calibration import drawn_questions
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.notebooks import experiments_of, for_profile, notebooks
 from mllm_compress.study.profiles import PROFILES, Profile, checked, load_profile, read_strictly
@@ -361,13 +360,6 @@ def test_students_and_scores_never_see_what_is_tested(words):
     seen = "\n".join(e["text"] for part in parts.values() for e in part.samples)
     for name in ("glosses", "quotes"):
         assert not [d for d in text.documents(name, "test") if d.text in seen]
-
-
-def test_the_coverage_of_a_calibration_on_texts_is_reported(words):
-    found = drawn_questions(Experiment("words", "widthwise", 0.3), words)
-    assert len(found) == 4 and set(found.type) == {"glosses", "quotes"}
-    windows = {e["text"] for e in profiles.text_windows(words.training, "calibration").samples}
-    assert set(found.answer) <= windows and found.loss.gt(3).all()
 
 
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
