@@ -115,6 +115,7 @@ class Slurm:
     cpus: Count = 1
     memory_gb: Positive = 8
     experiments_per_job: Count = 1
+    time_limits: Count = 5  # that a job may use up; it goes on from its checkpoints
     jobs_at_once: Count = 64  # of an array
     setup: list[Word] = field(
         default_factory=list

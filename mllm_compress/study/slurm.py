@@ -63,9 +63,6 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
     return requested | slurm.options | {"additional_parameters": more}
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-016
-LIVES = 20  # time limits that a job may use up
-
-
 class Job(Checkpointable):
     "What a job runs."
 
@@ -87,7 +84,7 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> dict: 
     folder.mkdir(parents=True)
     write_atomically(folder / JOBS, json.dumps(names))
     try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=LIVES)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=profile.slurm.time_limits)
         executor.update_parameters(**options | {"job_name": f"{options['job_name']}-{stamp}"})
         submitted = executor.map_array(Job(), jobs, repeat(profile), repeat(shared))
     except (FailedJobError, FailedSubmissionError) as error:
