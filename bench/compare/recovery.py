@@ -84,10 +84,11 @@ def halves(labels: InstructionData, own: InstructionData) -> InstructionData:
 
 
 def scores(name: str, model, processor, questions: int) -> dict:
-    "Scores of a model, by benchmark."
+    "Right answers in % or perplexities, by benchmark."
     limit = questions if name == "eyes" else questions // 4
     rows = evaluate(model, processor, DOMAIN[name] + FOREIGN[name], limit, batch_size=16)
-    return dict(zip(rows.benchmark, rows.score.round(3)))
+    values = rows.score if name == "eyes" else 100 / rows.score  # which is 100 / perplexity
+    return dict(zip(rows.benchmark, values.round(2)))
 
 
 def main():
