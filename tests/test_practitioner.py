@@ -137,6 +137,10 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
 def test_a_model_writes_its_own_data(here):
     own = ("--data", "self:mine.json")
     run("prune", "llava", "-o", "small", "--ratio", 0.3, "--method", "taylor", *own, "--samples", 4)
+    asked = [
+        {k: e[k] for k in ("image", "question")} for e in json.loads(Path("mine.json").read_text())
+    ]
+    Path("mine.json").write_text(json.dumps(asked))  # nobody knows the answers
     args = ("recover", "small", "--teacher", "llava", "--batch-size", 2)
     assert "held-out loss" in run(*args, "-o", "out", *own, "--lr", "search")
     step = facts("show", "out")["provenance"][-1]

@@ -386,7 +386,7 @@ class DataRequest(Request):
         if self.image_root and not Path(self.image_root).is_dir():
             raise FileNotFoundError(f"There is no folder {self.image_root}: check --image-root.")
         root = self.image_root or Path(self.source).parent
-        entries = load_json(self.source, root, self.skip_missing)
+        entries = load_json(self.source, root, self.skip_missing, answered=not self.is_own)
         detail(f"{len(entries)} entries of {self.source}, hash {entries.hash}")
         return entries
 

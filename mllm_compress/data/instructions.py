@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front', 'pictures_first',
-           'read_entry', 'decoded', 'read_entries', 'image_paths', 'turns', 'LazyEntries', 'entry_ids', 'has_image',
-           'read_image', 'open_image', 'InstructionData', 'load_json', 'picture_of', 'from_rows']
+           'read_entry', 'decoded', 'with_empty_answer', 'read_entries', 'image_paths', 'turns', 'LazyEntries',
+           'entry_ids', 'has_image', 'read_image', 'open_image', 'InstructionData', 'load_json', 'picture_of',
+           'from_rows']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -249,7 +250,26 @@ def _objects(path: Path) -> list:
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-045
-def read_entries(path) -> list:  # of entries
+def with_empty_answer(entry):
+    "An entry that ends with a question, answered by an empty text."
+    if not isinstance(entry, dict):
+        return entry
+    if "question" in entry:
+        return {"answer": ""} | entry
+    key, who, text = ("messages", "role", "content")
+    if "conversations" in entry:
+        key, who, text = ("conversations", "from", "value")
+    turns = entry.get(key)
+    ends = isinstance(turns, list) and turns and isinstance(turns[-1], dict)
+    if ends and ROLES.get(turns[-1].get(who)) == "human":
+        return entry | {key: [*turns, {who: "assistant", text: ""}]}
+    return entry
+
+
+def read_entries(
+    path,
+    answered: bool = True,  # False: entries may end with a question
+) -> list:  # of entries
     "The entries of a file; ValueError or OSError where it cannot be read."
     path = Path(path)
     if path.is_dir():
@@ -257,7 +277,8 @@ def read_entries(path) -> list:  # of entries
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: check the path of the data.")
     try:
-        entries = [read_entry(e, n) for n, e in enumerate(_objects(path))]
+        objects = _objects(path) if answered else map(with_empty_answer, _objects(path))
+        entries = [read_entry(e, n) for n, e in enumerate(objects)]
     except EntryError as error:
         raise ValueError(f"{path}: {error}") from None
     if not entries:
@@ -426,6 +447,7 @@ def load_json(
     path,  # a JSON, JSON-lines or text file; a parquet file, or a folder of them
     image_root,  # folder of the images
     skip_missing: bool = False,  # leave out entries whose image does not exist
+    answered: bool = True,  # False: entries may end with a question, for a model to answer
 ) -> InstructionData:
     "Read a data set; FileNotFoundError where an image does not exist, ValueError for bad entries."
     path, root = Path(path), Path(image_root)
@@ -440,7 +462,7 @@ def load_json(
             )
         rows = [row for file in files for row in pq.read_table(file).to_pylist()]
         return from_rows(rows, path.stem)
-    samples = read_entries(path)
+    samples = read_entries(path, answered)
     missing = [[p for p in image_paths(e, root) if not p.is_file()] for e in samples]
     kept = [e for e, paths in zip(samples, missing) if not paths]
     count = f"{len(samples) - len(kept)} of {len(samples)} entries"

@@ -75,6 +75,9 @@ def own_data(
     else:
         places = [(i, k) for i, e in enumerate(data.samples) for k in range(len(turns(e)))]
         entries = [one_question(data.samples[i], k) for i, k in places]
+        answer = {"from": "gpt", "value": "x"}  # behind the beginning; there may be none
+        for entry in (e for e in entries if "conversations" in e):
+            entry["conversations"] = [entry["conversations"][0], answer]
         asked = InstructionData(entries, data.image_root, data.images)
         collate = Collator(processor, asked, turns="sequential")
         for i, entry in enumerate(entries):
