@@ -261,7 +261,7 @@ def with_empty_answer(entry):
         key, who, text = ("conversations", "from", "value")
     turns = entry.get(key)
     ends = isinstance(turns, list) and turns and isinstance(turns[-1], dict)
-    if ends and ROLES.get(turns[-1].get(who)) == "human":
+    if ends and ROLES.get(str(turns[-1].get(who))) == "human":
         return entry | {key: [*turns, {who: "assistant", text: ""}]}
     return entry
 
