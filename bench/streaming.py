@@ -30,7 +30,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from mllm_compress.checkpoint import prune_files, reconstruct_files
-from mllm_compress.cost.memory import Prompts, machine_rates, streaming_cost
+from mllm_compress.cost.memory import Prompts, streaming_cost
 from mllm_compress.importance.criteria import measure, random_scores
 from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.zoo.models import auto_classes
@@ -174,22 +174,21 @@ def step_main(name: str, how: str, dense: str, out: str) -> None:
 # --- all of them
 
 
-def predicted(dense: Path, name: str, rates: dict) -> dict:
+def predicted(dense: Path, name: str) -> dict:
     "What `cost` says about a step."
     model, o = open_files(dense).model, dict(STEPS[name])
     ratio = o.pop("ratio", 0.3)
     batches = len(refit_batches(model, ratio, **o)) if name == "reconstruct" else 1
     tokens = o.pop("tokens", 0)
     prompts = Prompts(tokens, batches=batches, supervised=tokens // 4, **o)
-    row = streaming_cost(model, name.replace(" ", "_"), prompts, ratio, rates)
-    return {f"predicted_{k}": row[k] for k in ("peak_gib", "read_gib", "seconds")}
+    row = streaming_cost(model, name.replace(" ", "_"), prompts, ratio)
+    return {f"predicted_{k}": row[k] for k in ("peak_gib", "read_gib")}
 
 
 def measured_rows(size: str, steps: list, work: Path):
     "A row per step and way to run it."
     dense = work / "dense"
     checkpoint = write_checkpoint(dense, size)
-    rates = machine_rates(torch.bfloat16, next(dense.glob("*.safetensors")))
     for name in steps:
         ways = ["streamed"]
         if size not in ("big", "third") and name not in ("prune", "reconstruct"):
@@ -202,7 +201,7 @@ def measured_rows(size: str, steps: list, work: Path):
             row |= dict(read_gib=found["read"] / gib if how == "streamed" else None)
             row |= dict(seconds=found["seconds"])
             row |= dict(cpu_s=found["cpu_s"], **STEPS[name])
-            yield row | (predicted(dense, name, rates) if how == "streamed" else {})
+            yield row | (predicted(dense, name) if how == "streamed" else {})
             shutil.rmtree(work / "out", ignore_errors=True)
 
 

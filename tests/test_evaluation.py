@@ -231,15 +231,6 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
 
 
-def test_two_devices_answer_as_one(tiny_llava):
-    names, options = ["scenes/open", "easy-vqa"], dict(limit=12, return_predictions=True)
-    one, two = (
-        evaluate(*tiny_llava, names, devices=d, **options)[1] for d in (None, ("cpu", "cpu"))
-    )
-    columns = ["prediction", "candidate"]
-    assert one[columns].equals(two[columns])
-
-
 def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa: F811
     rows, _ = evaluate(*tiny_llava, REAL_SUITE, root=root, folder=tmp_path, return_predictions=True)
     assert rows.benchmark.tolist() == list(REAL_SUITE)
@@ -251,4 +242,3 @@ def test_the_nine_benchmarks_run_end_to_end(tiny_llava, root, tmp_path):  # noqa
     assert (scores == 100).all()
     bare = right[right.benchmark == "pope"].assign(prediction=lambda f: f.prediction + ".")
     assert score_all(judge(bare)).score[0] == 100
-    assert score_all(bare, compat="lmms-eval").score[0] == 0  # the harness wants the bare word

@@ -358,21 +358,6 @@ def test_vllm_configs(checkpoints, tmp_path, tiny_llava):
     )
 
 
-def test_unequal_neurons_are_deci_in_vllm(tmp_path):
-    model = random_lm("llama")
-    plan = make_plan(model, neurons={1: range(70)})
-    save_pruned(apply_plan(model, plan), plan, tmp_path / "small")
-    facts = export_model(tmp_path / "small", "vllm", tmp_path / "out", dtype="bf16")
-    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert facts["architecture"] == config.architectures[0] == "DeciLMForCausalLM"
-    assert [b.ffn.intermediate_size for b in config.block_configs] == [96, 70, 96]
-    assert config.num_attention_heads // config.block_configs[0].attention.n_heads_in_group == 4
-    assert config.to_dict()["block_configs"][1]["ffn"] == {"intermediate_size": 70, "no_op": False}
-    save_pruned(*pruned(model, "blockwise"), tmp_path / "heads")
-    with pytest.raises(ValueError, match="varies neurons, not heads .here 3 to 4.*--fill"):
-        export_model(tmp_path / "heads", "vllm", tmp_path / "no")
-
-
 def test_bad_input_of_export(checkpoints, tmp_path, monkeypatch):
     folder, out = checkpoints("llama", "uniform"), tmp_path / "m.gguf"
     with pytest.raises(ValueError, match="Unknown engine 'onnx': use one of gguf, vllm"):

@@ -54,7 +54,7 @@ def judged(scorer) -> pd.DataFrame:
     name = next(n for n, row in SCORERS.items() if row is scorer)
     pairs = [(question, text) for question, texts in ANSWERS[name] for text in texts]
     pairs = pairs[: len(pairs) // 2 * 2]
-    read = [scorer.read(text, question) for question, text in pairs]
+    read = [scorer.judge(text, question) for question, text in pairs]
     return pd.DataFrame(
         {
             "id": range(len(pairs)),
@@ -70,13 +70,7 @@ def judged(scorer) -> pd.DataFrame:
 @pytest.mark.parametrize("name", SCORERS)
 def test_scorers(name, update_golden):
     scorer = SCORERS[name]
-    values = {
-        str(compat): [
-            [scorer.read(text, question, compat).value for text in texts]
-            for question, texts in ANSWERS[name]
-        ]
-        for compat in (None, "lmms-eval")
-    }
+    values = [[scorer.judge(t, question).value for t in texts] for question, texts in ANSWERS[name]]
     numbers = {"values": values, "score": scorer.combine(judged(scorer))}
     where = "SCORERS (nbs/library/evaluation/03_scorers.ipynb)"
     check_golden("scorer", name, scorer.version, numbers, update_golden, where)

@@ -80,17 +80,17 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     ),
     "evaluate": (
         ("evaluate", "llava", "--questions", "mine.json"),
-        "mllm_compress.evaluation.scoring.answer_on",
+        "mllm_compress.evaluation.scoring.answer_questions",
         "Nothing is kept without --out or --answers",
     ),
     "evaluate-kept": (
         ("evaluate", "llava", "--questions", "mine.json", "-o", "rows.csv"),
-        "mllm_compress.evaluation.scoring.answer_on",
+        "mllm_compress.evaluation.scoring.answer_questions",
         "continues from there",
     ),
     "compare": (
         ("compare", "llava", "small", "--questions", "mine.json"),
-        "mllm_compress.evaluation.scoring.answer_on",
+        "mllm_compress.evaluation.scoring.answer_questions",
         "Nothing is kept",
     ),
     "cost": (("cost", "llava"), "mllm_compress.cost.report.part_parameters", "Stopped"),

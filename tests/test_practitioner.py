@@ -222,18 +222,19 @@ def test_own_questions_and_the_comparison(here):
 def test_a_stopped_evaluation_goes_on(here, monkeypatch):
     from mllm_compress.evaluation import scoring
 
-    asked, answer = [], scoring.answer_on
+    asked, answer = [], scoring.answer_questions
 
-    def counted(models, processor, questions, *rest):
+    def counted(model, processor, questions, *rest):
         if len(asked) == 1:
             raise KeyboardInterrupt
         asked.append(len(questions))
-        return answer(models, processor, questions, *rest)
+        return answer(model, processor, questions, *rest)
 
     args = ("evaluate", "llava", "--benchmark", "scenes/open", "--limit", 600, "-o", "rows.csv")
-    monkeypatch.setattr(scoring, "answer_on", counted)
+    monkeypatch.setattr(scoring, "answer_questions", counted)
     assert "continues from there" in run(*args, code=130)
-    monkeypatch.setattr(scoring, "answer_on", lambda *a: asked.append(len(a[2])) or answer(*a))
+    counted = lambda *a: asked.append(len(a[2])) or answer(*a)
+    monkeypatch.setattr(scoring, "answer_questions", counted)
     run(*args)
     assert asked == [512, 88] and not Path(".rows.csv.answers").exists()
 

@@ -102,7 +102,7 @@ WORTH = [
 def test_what_is_read(scorer, question, texts):
     for expected, several in texts.items():
         for text in several:
-            judgement = SCORERS[scorer].read(text, {"options": []} | question)
+            judgement = SCORERS[scorer].judge(text, {"options": []} | question)
             assert judgement.parsed == expected, text
             right = expected is not None and expected.lower() == question["answer"].lower()
             assert expected == "7.0" or judgement.value == right, text
@@ -112,7 +112,7 @@ def test_what_is_read(scorer, question, texts):
 def test_what_it_is_worth(scorer, question, texts):
     for expected, several in texts.items():
         for text in several:
-            value = SCORERS[scorer].read(text, {"options": []} | question).value
+            value = SCORERS[scorer].judge(text, {"options": []} | question).value
             assert value == pytest.approx(expected, abs=1e-6), text
 
 
@@ -137,8 +137,3 @@ def test_f1_of_yes_by_hand():
     read = {"parsed": ["yes", "yes", "no", None], "answer": ["yes", "no", "yes", "no"]}
     combined = SCORERS["yes_no"].combine(pd.DataFrame(read | {"value": [1.0, 0, 0, 0]}))
     assert combined == {"score": 25, "f1": 50, "yes_rate": 50}
-
-
-def test_an_unknown_harness_is_named():
-    with pytest.raises(ValueError, match="Unknown compat 'vlmeval'"):
-        SCORERS["exact"].read("red", {"answer": "red"}, "vlmeval")

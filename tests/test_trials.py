@@ -281,8 +281,8 @@ ALL += ["layers hidden", "layers both", "bunny"]
         ),
         (
             "evaluation/03_scorers.ipynb",
-            "        yes_no_score,\n        harness=harness_yes_no",
-            "        yes_no_score,\n        version=2,\n        harness=harness_yes_no",
+            "Scorer(yes_no, yes_no_score)",
+            "Scorer(yes_no, yes_no_score, version=2)",
             dict.fromkeys(ALL, {"score": ["scenes/hallucination"], "answers": []}),
         ),
     ],

@@ -6,15 +6,13 @@
 __all__ = ['shares_prefixes']
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-003
-from contextlib import ExitStack, contextmanager
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from .families import Anatomy
-from .streaming import weights_hash
+from .streaming import evaluating, hooked, replaced_forward, weights_hash
 from .wrappers import token_inputs
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-005
@@ -74,13 +72,10 @@ def _recorded(record: dict, i: int, *args, **kwargs):
     return record[i] if i in record else [*args, *kwargs.values()][0]
 
 
-@contextmanager
 def replaying(parts: Anatomy, record: dict):
-    "Within this context, the frozen modules return what is in `record`."
-    with ExitStack() as stack:
-        for i, module in enumerate(frozen_modules(parts)):
-            stack.enter_context(patch.object(module, "forward", partial(_recorded, record, i)))
-        yield
+    "A context within which the frozen modules return what is in `record`."
+    modules = frozen_modules(parts)
+    return replaced_forward(modules, [partial(_recorded, record, i) for i in range(len(modules))])
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-010
 def picture_inputs(parts: Anatomy, batch: dict) -> dict:
@@ -97,19 +92,13 @@ def record_pictures(
     batch: dict,  # with pixel_values and what goes with them
 ) -> dict:  # for `replaying`
     "The outputs of the frozen part of the tower on a batch's pictures."
-    record, tower, handles = {}, parts.vision_tower, []
+    record, handles = {}, []
     for i, (module, read) in enumerate(frozen_modules(parts).items()):
         if read:
             keep = lambda module, args, output, i=i: record.__setitem__(i, output)
             handles.append(module.register_forward_hook(keep))
-    training = tower.training
-    tower.eval()
-    try:
+    with hooked(handles), evaluating(parts.vision_tower):
         parts.model.get_image_features(**picture_inputs(parts, batch))
-    finally:
-        tower.train(training)
-        for handle in handles:
-            handle.remove()
     return record
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-012

@@ -56,7 +56,8 @@ class PeakTensors(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
 # %% ../../nbs/library/anatomy/03_streaming.ipynb #streaming-cell-003
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
@@ -132,3 +133,38 @@ def in_memory(
         yield
     finally:
         model.load_state_dict(empty, strict=False, assign=True)
+
+# %% ../../nbs/library/anatomy/03_streaming.ipynb #contexts
+@contextmanager
+def evaluating(model):
+    "The model in evaluation mode within this context; each module's own mode is restored."
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def hooked(handles):  # what torch's register_..._hook functions return
+    "Remove hooks at the end of the block."
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced_forward(
+    modules,
+    forwards,  # a function for each
+):
+    "Within this block the modules have other `forward` methods."
+    with ExitStack() as stack:
+        for module, forward in zip(modules, forwards):
+            stack.enter_context(patch.object(module, "forward", forward))
+        yield

@@ -64,61 +64,6 @@ def stock_model(
             "which computes the same; or leave the checkpoint as it is: load_pruned loads it."
         ) from None
 
-# %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-019
-DECI_CONFIG = '''"""Config of a decoder with MLPs of unequal width, for DeciLM of vLLM."""
-
-from types import SimpleNamespace
-
-from transformers import LlamaConfig
-
-
-class DeciLMConfig(LlamaConfig):
-    model_type = "nemotron-nas"
-
-    def __init__(self, block_configs=None, **kwargs):
-        super().__init__(**kwargs)
-        self.block_configs = [
-            SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in block.items()})
-            for block in block_configs or []
-        ]
-
-    def to_dict(self):
-        values = {**self.__dict__, "block_configs": []}
-        shown = LlamaConfig.from_dict({k: v for k, v in values.items() if k != "block_configs"})
-        blocks = [{k: vars(v) for k, v in vars(b).items()} for b in self.block_configs]
-        return shown.to_dict() | {"model_type": self.model_type, "block_configs": blocks}
-'''
-
-
-def deci_config(model: PreTrainedModel) -> dict:  # of config.json
-    "The config of a Llama-like decoder as DeciLM; ValueError where its layers do not fit."
-    parts, config = anatomy(model), model.config.to_dict()
-    family, (heads, neurons) = parts.family.name, zip(*layer_widths(parts))
-    reason = ""
-    if parts.vision_tower is not None:
-        reason = "inside an MLLM it has one width for all layers"
-    elif family not in ("llama", "mistral"):
-        reason = f"{family} has one width for all layers"
-    elif len(set(heads)) > 1:
-        reason = f"its DeciLM varies neurons, not heads (here {min(heads)} to {max(heads)})"
-    if reason:
-        raise ValueError(
-            f"vLLM cannot hold these layers: {reason}. Fill the widths up with zero units by "
-            "--fill (fill=True), or prune with shape uniform."
-        )
-    attention = dict(n_heads_in_group=parts.queries_per_group(0), no_op=False)
-    ffn = [{"intermediate_size": n, "no_op": False} for n in neurons]
-    return config | {
-        "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
-        "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
-        "num_attention_heads": heads[0] * parts.queries_per_group(0),
-        "num_key_value_heads": heads[0],
-        "head_dim": parts.head_dim,
-        "intermediate_size": max(neurons),
-        "block_configs": [{"attention": attention, "ffn": block} for block in ffn],
-    }
-
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-023
 RECORD = "export.json"
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -129,7 +74,7 @@ def write_folder(
     processor,  # or None
     out: Path,
     dtype: str | None = None,  # of FLOATS; None keeps that of the model
-    files: dict | None = None,  # name -> text, further files and those that are replaced
+    config: dict | None = None,  # written instead of the model's own
 ) -> None:
     "A checkpoint's folder, complete or absent."
     if dtype is not None and FLOATS[dtype] != model.dtype:
@@ -138,8 +83,9 @@ def write_folder(
         model.save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)
-        for name, text in ({RECORD: "{}"} | (files or {})).items():
-            (new / name).write_text(text, encoding="utf-8")
+        if config is not None:
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (new / RECORD).write_text("{}")
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-031
 def to_gguf(model, processor, out, dtype, fill) -> dict:
@@ -172,12 +118,6 @@ def to_vllm(model, processor, out, dtype, fill) -> dict:
     family = anatomy(model).family.name
     model = widened(model, square=family in SQUARE) if fill else model
     parts, notes = anatomy(model), ["not run in vLLM here: the config follows its source"]
-    if len(set(layer_widths(parts))) > 1:
-        config = json.dumps(deci_config(model), indent=2) + "\n"
-        files = {"config.json": config, "configuration_decilm.py": DECI_CONFIG}
-        write_folder(model, processor, out, dtype, files)
-        notes.append("start vLLM with --trust-remote-code: it reads configuration_decilm.py")
-        return {"architecture": "DeciLMForCausalLM", "notes": notes}
     groups, dim, hidden = parts.groups(0), parts.head_dim, parts.hidden_size
     heads = groups * parts.queries_per_group(0)
     if family in SQUARE and heads * dim != hidden:
@@ -193,7 +133,7 @@ def to_vllm(model, processor, out, dtype, fill) -> dict:
     text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
     if text["model_type"] == "phi":
         text["n_inner"] = text["intermediate_size"]
-    write_folder(saved, processor, out, dtype, {"config.json": json.dumps(config, indent=2) + "\n"})
+    write_folder(saved, processor, out, dtype, config)
     notes.append(f"{groups} key/value heads: tensor parallel sizes must divide or multiply them")
     return {"architecture": name, "notes": notes}
 

@@ -69,7 +69,7 @@ class CostRequest(cli.Request):
     stream: bool = cli.option(
         False,
         "Show what scoring, pruning and refitting take while the weights stay in their files: "
-        "memory, bytes read, seconds.",
+        "memory, disk and bytes read.",
     )
     units: cli.File | None = cli.option(
         None, "JSON file to write: seconds per head, neuron and layer, for a budget."
@@ -97,16 +97,10 @@ def _cost_without_weights(request: CostRequest) -> dict:
         text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
         title = f"{model}, bfloat16, one picture and 64 words"
         return cli.emit(f"{title}\n{text}", facts | {"rows": cli.table_rows(frame)})
-    file = max(folder.glob("*.safetensors"), key=lambda f: f.stat().st_size, default=None)
     empty = report.without_weights(config, config.dtype or torch.bfloat16)
-    rates = memory.machine_rates(empty.dtype, file)
-    frame = memory.streaming_table(empty, ratio=ratio, rates=rates)
-    speed = f"{rates['model'] / 1e9:,.0f} G operations/s, reading {rates['read'] / 2**30:.1f} GiB/s"
-    title = (
-        f"{model}, its weights in files; peak beyond the process itself, seconds on this machine "
-        f"with {torch.get_num_threads()} threads ({speed})"
-    )
-    facts |= {"rates": rates, "rows": cli.table_rows(frame)}
+    frame = memory.streaming_table(empty, ratio=ratio)
+    title = f"{model}, its weights in files; peak beyond the process itself"
+    facts |= {"rows": cli.table_rows(frame)}
     return cli.emit(f"{title}\n{cli.table_text(frame, ',.2f')}", facts)
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-012

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from ..anatomy.families import anatomy
 from ..anatomy.pictures import embed, picture_inputs, put_pictures, shares_prefixes
-from ..anatomy.streaming import weights_hash
+from ..anatomy.streaming import hooked, weights_hash
 from ..anatomy.wrappers import CACHE_ARGUMENT, caches_projector_input, token_inputs
 from mllm_compress.data.batches import (
     SizedCache,
@@ -93,11 +93,9 @@ def encode_images(
         token = processor.tokenizer.convert_ids_to_tokens(placeholder_id(processor))
         split = states.cpu().split([text.count(token) for text in texts])
         return [ImageFeatures(f, text, projected=True) for f, text in zip(split, texts)]
-    hook = parts.projector.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
+    keep = lambda module, args: inputs.append(args[0])
+    with hooked([parts.projector.register_forward_pre_hook(keep)]):
         model.get_image_features(pixels["pixel_values"].to(model.device, model.dtype))
-    finally:
-        hook.remove()
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
     return [ImageFeatures(f.cpu(), text) for f, text in zip(inputs[0].split(tiles), texts)]
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['LETTERS', 'SCORERS', 'Judgement', 'judged', 'exact', 'yes_no', 'mme_yes_no', 'read_letter', 'letter',
            'read_mmmu_letter', 'normal_forms', 'key_phrases', 'mmmu_open', 'mmmu', 'edit_distance', 'tidy', 'anls',
-           'last_list', 'mathvista', 'harness_exact', 'harness_yes_no', 'harness_mme', 'harness_letter',
-           'harness_diagram', 'harness_mmmu', 'harness_anls', 'harness_mathvista', 'question_worth', 'pair_worth',
-           'mean_score', 'yes_no_score', 'paired_score', 'mme_score', 'counts_of', 'next_token', 'token_probability',
-           'next_token_score', 'next_token_worth', 'perplexity_score', 'perplexity_worth', 'Scorer']
+           'last_list', 'mathvista', 'question_worth', 'pair_worth', 'mean_score', 'yes_no_score', 'paired_score',
+           'mme_score', 'counts_of', 'next_token', 'token_probability', 'next_token_score', 'next_token_worth',
+           'perplexity_score', 'perplexity_worth', 'Scorer']
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-003
 import ast
@@ -19,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
-
-from ..utils.methods import check_choice
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-005
 @dataclass(frozen=True)
@@ -90,18 +87,14 @@ def letter(text: str, question: dict) -> Judgement:  # needs "answer": a letter;
 def read_mmmu_letter(
     text: str,  # what the model wrote
     options: list,  # the texts behind the letters
-    bounded: bool = True,  # "USA" is not A; the original reads a letter at the end of a word
 ) -> str | None:
     "The last option that an answer mentions, by letter or by text."
     for c in ",.!?;:'":
         text = text.strip(c)
     text, letters = f" {text} ", LETTERS[: len(options)]
-    edge = r"(?<!\w)" if bounded else ""
-    for pattern in (r"\({}\)", edge + "{} ", edge + r"{}\."):
+    for pattern in (r"\({}\)", r"(?<!\w){} ", r"(?<!\w){}\."):  # "USA" is not A
         hits = {c: [m.start() for m in re.finditer(pattern.format(c), text)] for c in letters}
         last = {c: starts[-1] for c, starts in hits.items() if starts}
-        if not bounded and "(" not in pattern:  # the original then compares the places of " A "
-            last = {c: text.rfind(f" {c} ") for c in last}
         if last:
             return max(last, key=last.get)
     if len(text.split()) <= 5:
@@ -224,79 +217,6 @@ def mathvista(text: str, question: dict) -> Judgement:  # needs "answer_type", "
             expected = round(expected, places)
     return judged(None if parsed is None else str(parsed), parsed == expected)
 
-# %% ../../nbs/library/evaluation/03_scorers.ipynb #harness-judges-cell-005
-def harness_exact(text: str, question: dict) -> Judgement:
-    "lmms-eval's exact_match: case and punctuation ignored."
-    plain = lambda text: str(text).strip().lower().translate(_NO_PUNCTUATION)
-    return judged(plain(text), plain(text) == plain(question["answer"]))
-
-
-def harness_yes_no(text: str, question: dict) -> Judgement:
-    "lmms-eval's POPE: the bare word, so that 'Yes.' is wrong."
-    word = text.lower().strip()
-    return judged(word, word == question["answer"].lower().strip())
-
-
-def harness_mme(text: str, question: dict) -> Judgement:
-    "lmms-eval's MME: full stops dropped, y and n understood."
-    word = text.lower().strip().replace(".", "")
-    head = {"y": "yes", "n": "no"}.get(word, word)[:4]
-    parsed = "yes" if "yes" in head else "no" if "no" in head else None
-    return judged(parsed, parsed == question["answer"].lower().strip().replace(".", ""))
-
-
-def harness_letter(text: str, question: dict) -> Judgement:
-    "lmms-eval's ScienceQA: 'B', 'b' or 'B. …' and nothing else."
-    text = text.strip()
-    read = text[0] if len(text) >= 2 and text[0].isupper() and text[1] == "." else text.upper()
-    return judged(read, read == question["answer"])
-
-
-def harness_diagram(text: str, question: dict) -> Judgement:
-    "lmms-eval's AI2D: the letter of 'B. …', else its exact_match."
-    lettered = re.match(r"\s*([A-Z])\.", text)
-    return harness_exact(lettered[1] if lettered else text, question)
-
-
-def harness_mmmu(text: str, question: dict) -> Judgement:
-    "lmms-eval's MMMU; where it draws a letter, the expected value of the draw."
-    if not question["options"]:
-        return mmmu_open(text, question | {"answer": str(question["answer"])})
-    parsed = read_mmmu_letter(text.strip(), question["options"], bounded=False)
-    if parsed is None:
-        return Judgement(None, 1 / len(question["options"]))
-    return judged(parsed, parsed == question["answer"])
-
-
-def harness_anls(text: str, question: dict) -> Judgement:
-    "lmms-eval's ANLS: lengths before tidying, and one half is kept."
-    text = text.strip()
-    distances = [
-        edit_distance(tidy(text), tidy(a)) / max(len(a), len(text), 1) for a in question["answer"]
-    ]
-    similarity = 1 - min(distances)
-    return Judgement(tidy(text), similarity if similarity >= 0.5 else 0.0)
-
-
-def harness_mathvista(text: str, question: dict) -> Judgement:
-    "lmms-eval's MathVista without a judge model: text equality, closest option, no decimals."
-    parsed, options = text.strip(), list(map(str, question["options"]))
-    if options:  # a letter in brackets, else the option with the most similar text
-        letters = re.findall(r"\(([a-zA-Z])\)", parsed)
-        read = letters[0].upper() if letters else parsed
-        if read in list(LETTERS[: len(options)]):
-            parsed = options[LETTERS.index(read)]
-        else:
-            parsed = min(options, key=lambda option: edit_distance(read, option))
-    elif (kind := question["answer_type"]) in ("integer", "float"):
-        try:
-            number = float(parsed)
-            read = int(number) if kind == "integer" else round(number, question["precision"])
-            parsed = str(read)
-        except (ValueError, TypeError, OverflowError):
-            parsed = None  # the sets hold the precision as a float, which round refuses
-    return judged(parsed, parsed == str(question["answer"]).strip())
-
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-005
 def question_worth(frame: pd.DataFrame) -> pd.DataFrame:  # columns "unit", "stratum", "worth"
     "Each question is a unit: its value (0 … 1)."
@@ -399,29 +319,20 @@ class Scorer:
     metric: str = "accuracy"  # name of the score in tables
     worth: Callable = question_worth  # frame -> units with strata
     scale: float = 100.0  # score = scale * sum over strata of the units' mean worth
-    harness: Callable | None = None  # (text, question) -> Judgement as lmms-eval reads
     version: int = 1
     help = property(lambda self: self.judge.__doc__, doc="A sentence for the command line.")
 
-    def read(self, text: str, question: dict, compat: str | None = None) -> Judgement:
-        "Judge an answer, by the official rules or as a harness does."
-        check_choice("compat", compat, (None, "lmms-eval"))
-        judge = self.harness if compat and self.harness else self.judge
-        return judge(text, question)
-
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-029
 SCORERS = {
-    "exact": Scorer(exact, metric="exact match", harness=harness_exact),
-    "yes_no": Scorer(yes_no, yes_no_score, harness=harness_yes_no),
-    "letter": Scorer(letter, harness=harness_letter),
-    "diagram": Scorer(letter, harness=harness_diagram),
-    "mmmu": Scorer(mmmu, harness=harness_mmmu),
-    "anls": Scorer(anls, metric="ANLS", harness=harness_anls),
-    "mathvista": Scorer(mathvista, harness=harness_mathvista),
-    "mme_pairs": Scorer(
-        mme_yes_no, paired_score, "(acc + acc+) / 2", pair_worth, harness=harness_mme
-    ),
-    "mme": Scorer(mme_yes_no, mme_score, "sum of acc + acc+", pair_worth, 200.0, harness_mme),
+    "exact": Scorer(exact, metric="exact match"),
+    "yes_no": Scorer(yes_no, yes_no_score),
+    "letter": Scorer(letter),
+    "diagram": Scorer(letter),
+    "mmmu": Scorer(mmmu),
+    "anls": Scorer(anls, metric="ANLS"),
+    "mathvista": Scorer(mathvista),
+    "mme_pairs": Scorer(mme_yes_no, paired_score, "(acc + acc+) / 2", pair_worth),
+    "mme": Scorer(mme_yes_no, mme_score, "sum of acc + acc+", pair_worth, 200.0),
     "next_token": Scorer(next_token, next_token_score, "next-token accuracy", next_token_worth),
     "perplexity": Scorer(token_probability, perplexity_score, "100 / perplexity", perplexity_worth),
     "likelihood_choice": Scorer(exact, metric="accuracy by likelihood"),

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['answer_rows', 'judge', 'score', 'score_all', 'write_part', 'open_folder', 'load_predictions', 'image_order',
-           'answer_on', 'evaluate', 'units', 'compare', 'retained']
+           'evaluate', 'units', 'compare', 'retained']
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-004
-import copy
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,7 +56,6 @@ def answer_rows(
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-008
 def judge(
     frame: pd.DataFrame,  # of answer_rows
-    compat: str | None = None,  # "lmms-eval" reads answers as that harness does
 ) -> pd.DataFrame:  # with columns parsed, value, candidate_value
     "Read and judge every answer."
     columns = ["benchmark", "answer", "options", "extra", "prediction", "candidate"]
@@ -66,7 +63,7 @@ def judge(
     for name, answer, options, extra, text, candidate in frame[columns].itertuples(index=False):
         scorer = SCORERS[benchmark(name).scorer]
         fields = {"answer": answer, "options": options} | extra
-        judgement = scorer.read(text, fields, compat)
+        judgement = scorer.judge(text, fields)
         parsed.append(judgement.parsed)
         values.append(judgement.value)
         known = isinstance(candidate, str)
@@ -98,10 +95,9 @@ def score(frame: pd.DataFrame) -> dict:
 
 def score_all(
     frame: pd.DataFrame,  # answers, judged or not
-    compat: str | None = None,  # judge again, as a harness does
 ) -> pd.DataFrame:  # one row a benchmark
     "The results of all benchmarks in a frame of answers."
-    frame = judge(frame, compat) if compat or "value" not in frame else frame
+    frame = frame if "value" in frame else judge(frame)
     return pd.DataFrame([score(f) for _, f in frame.groupby("benchmark", sort=False)])
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-016
@@ -143,37 +139,13 @@ def load_predictions(folder) -> pd.DataFrame:  # one row per question, not judge
     frame = pd.concat([pd.read_parquet(p) for p in parts], ignore_index=True)
     return frame.assign(**{c: frame[c].map(json.loads) for c in _NESTED})
 
-# %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-022
+# %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-028
 def image_order(questions: list) -> list:  # for each question the rank of its first image
     "Rank questions by when their image first appeared."
     rank = {}
     return [rank.setdefault(id(q.images[0]) if q.images else None, len(rank)) for q in questions]
 
 
-def answer_on(
-    models: list,  # copies of one model, on as many devices
-    processor,
-    questions: list,  # of Question
-    max_new_tokens: int,
-    batch_size: int,
-    on_batch=None,  # called with the number of questions of each batch
-) -> list:  # of Answer, in the order of the questions
-    "Distribute the questions over copies of a model."
-    if not max_new_tokens:  # nothing is generated
-        return answer_by_likelihood(models[0], processor, questions, batch_size, on_batch)
-
-    def run(model, share):
-        return answer_questions(model, processor, share, max_new_tokens, batch_size, on_batch)
-
-    if len(models) == 1:
-        return run(models[0], questions)
-    turn = [rank % len(models) for rank in image_order(questions)]
-    shares = [[q for q, t in zip(questions, turn) if t == k] for k in range(len(models))]
-    with ThreadPoolExecutor(len(models)) as pool:
-        answers = [iter(share) for share in pool.map(run, models, shares)]
-    return [next(answers[t]) for t in turn]
-
-# %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-028
 def evaluate(
     model,  # MLLM
     processor,  # its processor
@@ -182,9 +154,7 @@ def evaluate(
     split: str = "test",  # or "validation", for tuning
     batch_size: int = 256,  # questions at a time; halved when memory runs out
     folder=None,  # stores the answers; an interrupted evaluation resumes
-    compat: str | None = None,  # "lmms-eval" reads answers as that harness does
     root: str | None = None,  # folder of the public sets
-    devices: tuple | None = None,  # copies of the model go there
     save_every: int = 4096,  # questions
     return_predictions: bool = False,  # also return the judged answers
 ) -> pd.DataFrame:  # one row per benchmark
@@ -199,7 +169,6 @@ def evaluate(
         frames = open_folder(folder, {"model": weights_hash(model), "split": split})
     answered = {key for frame in frames for key in zip(frame.benchmark, frame.id)}
     missing = [(n, q) for n, q in asked if (n, q.id) not in answered]
-    models = [model] if not devices else [copy.deepcopy(model).to(d) for d in devices]
     with tqdm(total=len(missing), desc="questions", leave=False, disable=None) as bar:
         for length in dict.fromkeys(tokens.values()):
             pairs = [(n, q) for n, q in missing if tokens[n] == length]
@@ -207,7 +176,11 @@ def evaluate(
             pairs = [pairs[i] for i in sorted(range(len(pairs)), key=order.__getitem__)]
             for some in (pairs[s : s + save_every] for s in range(0, len(pairs), save_every)):
                 portion = [q for _, q in some]
-                answers = answer_on(models, processor, portion, length, batch_size, bar.update)
+                given = (model, processor, portion)
+                if length:
+                    answers = answer_questions(*given, length, batch_size, bar.update)
+                else:  # nothing is generated
+                    answers = answer_by_likelihood(*given, batch_size, bar.update)
                 for name in dict.fromkeys(n for n, _ in some):
                     mine = [(q, a) for (n, q), a in zip(some, answers) if n == name]
                     frames.append(answer_rows(name, *zip(*mine)))
@@ -216,7 +189,7 @@ def evaluate(
     frame = pd.concat(frames, ignore_index=True)
     indexed = frame.drop_duplicates(["benchmark", "id"]).set_index(["benchmark", "id"])
     in_order = indexed.loc[[(n, q.id) for n, q in asked]].reset_index()[frame.columns]
-    judged = judge(in_order, compat)
+    judged = judge(in_order)
     return (score_all(judged), judged) if return_predictions else score_all(judged)
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-038

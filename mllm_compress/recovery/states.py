@@ -26,6 +26,7 @@ from mllm_compress.anatomy.pictures import (
     put_pictures,
     record_pictures,
 )
+from ..anatomy.streaming import evaluating, hooked
 from ..anatomy.wrappers import caches_projector_input
 from ..data.batches import SizedCache
 from ..data.instructions import image_names
@@ -39,14 +40,9 @@ def image_features(
 ) -> torch.Tensor:  # [images, tokens, vision hidden], what the projector receives
     "The output of the frozen vision tower, before the projector."
     parts, received = anatomy(model), []
-    tower, training = parts.vision_tower, parts.vision_tower.training
-    handle = parts.projector.register_forward_pre_hook(lambda _, args: received.append(args[0]))
-    tower.eval()
-    try:
+    tower, keep = parts.vision_tower, lambda _, args: received.append(args[0])
+    with hooked([parts.projector.register_forward_pre_hook(keep)]), evaluating(tower):
         model.get_image_features(pixel_values=pixel_values.to(tower.device, tower.dtype))
-    finally:
-        handle.remove()
-        tower.train(training)
     return received[0]
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-007
@@ -130,11 +126,8 @@ def last_layer_at(
     handles = []
     for module in (output_projection, parts.mlp(-1)):
         handles += [module.register_forward_pre_hook(pick), module.register_forward_hook(put)]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-023
 def final_states(
@@ -180,12 +173,8 @@ def decoder_states(
             {i: out[0] if isinstance(out, tuple) else out}
         )
         handles.append(parts.layers[i].register_forward_hook(keep))
-    try:
-        with last_layer_at(parts, where):
-            return states | {"final": final_states(parts, batch, features)}
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), last_layer_at(parts, where):
+        return states | {"final": final_states(parts, batch, features)}
 
 # %% ../../nbs/library/recovery/03_states.ipynb #teacher-cache-cell-005
 @dataclass
