@@ -7,6 +7,7 @@ __all__ = ['shares_prefixes']
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-003
 from functools import partial
+from itertools import count
 
 import torch
 from torch import nn
@@ -74,8 +75,9 @@ def _recorded(record: dict, i: int, *args, **kwargs):
 
 def replaying(parts: Anatomy, record: dict):
     "A context within which the frozen modules return what is in `record`."
-    modules = frozen_modules(parts)
-    return replaced_forward(modules, [partial(_recorded, record, i) for i in range(len(modules))])
+    numbers = count()
+    recorded = lambda _: partial(_recorded, record, next(numbers))
+    return replaced_forward(frozen_modules(parts), recorded)
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-010
 def picture_inputs(parts: Anatomy, batch: dict) -> dict:

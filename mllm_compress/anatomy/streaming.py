@@ -161,10 +161,10 @@ def hooked(handles):  # what torch's register_..._hook functions return
 @contextmanager
 def replaced_forward(
     modules,
-    forwards,  # a function for each
+    change,  # forward -> the function that takes its place
 ):
-    "Within this block the modules have other `forward` methods."
+    "Within this block the modules have another `forward` method."
     with ExitStack() as stack:
-        for module, forward in zip(modules, forwards):
-            stack.enter_context(patch.object(module, "forward", forward))
+        for module in modules:
+            stack.enter_context(patch.object(module, "forward", change(module.forward)))
         yield

@@ -21,7 +21,16 @@ from safetensors.torch import load_file, save, save_file
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy
-from ..anatomy.streaming import SOURCE, device_of, in_memory, is_streamed, layers_prefix
+from mllm_compress.anatomy.streaming import (
+    SOURCE,
+    device_of,
+    evaluating,
+    hooked,
+    in_memory,
+    is_streamed,
+    layers_prefix,
+    replaced_forward,
+)
 from ..anatomy.wrappers import token_inputs
 from ..utils.files import batches_left, replacing, sha256, work_folder, write_atomically
 
@@ -194,47 +203,6 @@ def split_rows(
         end = ids.shape[1] if seen is None or not len(seen) else int(seen[-1]) + 1
         parts.append({k: t if t is None else t[rows, :end] for k, t in batch.items()})
     return parts
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-032
-@contextmanager
-def evaluating(model):
-    "The model in evaluation mode within this context; each module's own mode is restored."
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for m in training:
-            m.training = True
-
-# %% ../../nbs/library/importance/01_scores.ipynb #hooked
-@contextmanager
-def hooked(handles):  # what torch's register_..._hook functions return
-    "Remove hooks at the end of the block."
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-# %% ../../nbs/library/importance/01_scores.ipynb #replaced
-@contextmanager
-def replaced_forward(
-    layers,
-    change,  # forward -> the function that takes its place
-):
-    "Within this block the layers have another `forward` method."
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = change(layer.forward)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, before):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-035
 def token_kinds(
