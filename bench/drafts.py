@@ -21,14 +21,11 @@ import numpy as np
 import pandas as pd
 import torch
 from machine import facts, text
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.generation import GenerationConfig
 
-from mllm_compress.evaluation.speculative import (
-    continued,
-    draft_settings,
-    drafted_passes,
-    greedy,
-    prompts_of,
-)
+from mllm_compress.data.batches import Collator
 from mllm_compress.importance.criteria import measure
 from mllm_compress.pruning.allocation import weight_costs
 from mllm_compress.pruning.one_step import prune
@@ -38,6 +35,65 @@ OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 RATIOS = (0.15, 0.30, 0.45, 0.60)
 DRAFTS = (1, 2, 3, 5)  # tokens of a draft
 TIMED = 3  # of these, the length that is timed
+
+
+def prompts_of(
+    data,  # InstructionData
+    processor,  # or tokenizer
+    n: int,
+    max_length: int | None = 512,  # tokens
+) -> list:  # of inputs of one question each; a plain text is cut in the middle
+    "What a model is given before it answers, for the first entries of some data."
+    collate, prompts = Collator(processor, data, turns="sequential", max_length=max_length), []
+    for k in range(min(n, len(data))):
+        batch = collate([data[k]])
+        labels, shape = batch.pop("labels")[0], batch["input_ids"].shape
+        first = int((labels != -100).nonzero()[0]) if (labels != -100).any() else 0
+        end = first if first > 1 else shape[1] // 2
+        if end:
+            prompts.append({k: v[:, :end] if v.shape[:2] == shape else v for k, v in batch.items()})
+    return prompts
+
+
+def continued(inputs: dict, tokens: torch.Tensor) -> dict:
+    "Inputs that go on with more tokens [1, tokens]."
+    shape, more = inputs["input_ids"].shape, tokens.shape[1]
+    longer = {
+        k: pad(v, (0, more), value=int(k == "attention_mask"))
+        for k, v in inputs.items()
+        if v.shape == shape and k != "input_ids"
+    }
+    return inputs | longer | {"input_ids": torch.cat([inputs["input_ids"], tokens], 1)}
+
+
+def greedy(model: PreTrainedModel, inputs: dict, new_tokens: int, **options) -> torch.Tensor:
+    "The tokens that a model adds, [1, tokens]."
+    config = GenerationConfig.from_dict(model.generation_config.to_dict())
+    config.update(do_sample=False, max_new_tokens=new_tokens, temperature=None, top_p=None)
+    config.update(top_k=None, max_length=None)
+    tokens = model.generate(**inputs, generation_config=config, **options)
+    return tokens[:, inputs["input_ids"].shape[1] :]
+
+
+def drafted_passes(
+    agrees: list,  # of bool
+    drafted: int,  # tokens of a draft
+) -> tuple:  # (passes of the dense model, tokens drafted, of them accepted)
+    "What speculative decoding does with an answer: each pass checks a draft and adds a token."
+    passes = total = accepted = place = 0
+    while place < len(agrees):
+        draft = agrees[place : min(place + drafted, len(agrees) - 1)]
+        matches = next((k for k, same in enumerate(draft) if not same), len(draft))
+        passes, total, accepted = passes + 1, total + len(draft), accepted + matches
+        place += matches + 1
+    return passes, total, accepted
+
+
+def draft_settings(small: PreTrainedModel, drafted: int) -> None:
+    "A constant number of drafted tokens per pass, whatever the draft's confidence."
+    config = small.generation_config
+    config.num_assistant_tokens, config.num_assistant_tokens_schedule = drafted, "constant"
+    config.assistant_confidence_threshold = 0.0
 
 
 def drafts_of(dense, batches: list, ratios) -> iter:  # of (way, plan, model)

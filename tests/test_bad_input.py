@@ -259,9 +259,6 @@ CASES = [
     Case((*PRUNE, "--budget", "kv=.5", "--layer-share", ".5"), "--layer-share goes with --ratio"),
     Case((*PRUNE, "--budget", "kv=.5", "--scores", "scores"), "gauss_newton or obs"),
     Case((*PRUNE, "--budget", "kv=.01", "--no-reconstruct", *MINE), "cannot be met: the least"),
-    Case(
-        ("compare", "llava", "llava", "--speculative", "-1"), "--speculative is -1: give a number"
-    ),
     Case(("cost", "llava", "--units", "notes.txt"), "replace it with --overwrite"),
     Case(("cost", "llava", "--units", "gone/costs.json"), "There is no folder gone"),
     Case(("cost", "llava", "--units", "c.json", "--ratio", ".3"), "--units needs weights"),

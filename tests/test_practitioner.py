@@ -211,9 +211,6 @@ def test_own_questions_and_the_comparison(here):
     costs = {row["what"]: row for row in both["costs"]}
     assert costs["parameters"]["small / dense"] < 1
     assert 0.4 < costs["KV cache per token, byte"]["small / dense"] < 0.6
-    resident, tensors = "resident memory, byte", "peak tensors of a prefill, byte"
-    if not torch.cuda.is_available():
-        assert costs[resident]["dense"] > costs[tensors]["dense"] > 0
     assert len(both["answers"]) == 3 and {"low", "high", "difference"} <= set(both["scores"][0])
     names = {"answers.csv", "comparison.png", "costs.csv", "scores.csv"}
     assert {p.name for p in Path("both").iterdir()} == names

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['all_benchmarks', 'MeasureRequest', 'check_text_model', 'measured', 'write_table', 'EvaluateRequest', 'evaluate',
-           'cost_table', 'comparison_picture', 'CompareRequest', 'draft_table', 'compare']
+           'cost_table', 'comparison_picture', 'CompareRequest', 'compare']
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-002
-import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -213,32 +211,6 @@ _SIZES = {
 }
 
 
-def _memory_rise(model: str) -> float:  # MiB
-    "How far the memory of this process rises while it loads a model and reads a prompt on the CPU."
-    import torch
-
-    from mllm_compress.cost.arithmetic import example_inputs, forward
-    from mllm_compress.cost.report import prompt_tokens
-
-    before = cli.peak_memory()  # which is what it holds now: the process is new
-    loaded, processor = cli.load(model, "cpu")
-    with torch.no_grad():
-        forward(loaded, example_inputs(loaded, prompt_tokens(processor)))
-    return cli.peak_memory() - before
-
-
-def _resident_bytes(models: tuple) -> list:  # nan, with a note, where a process fails
-    "The rise of the memory of a new process per model; one server imports what they need."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mllm_compress.cost", "mllm_compress.checkpoint"])
-    try:
-        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-            return [2**20 * rise for rise in pool.map(_memory_rise, models)]
-    except Exception as error:
-        cli.note(f"the memory of a process with each model could not be measured ({error}).")
-        return [float("nan")] * len(models)
-
-
 def cost_table(dense: str, small: str, device: str):
     "Sizes, seconds and memory of two models, and their ratio."
     import pandas as pd
@@ -250,9 +222,6 @@ def cost_table(dense: str, small: str, device: str):
         model, processor = cli.load(name, device)
         report = cost_report(model, processor, latency=True, memory=True, repeats=5, warmup=1)
         columns.append({what: float(report.value(*where)) for what, where in _SIZES.items()})
-    if device == "cpu":
-        for column, size in zip(columns, _resident_bytes((dense, small))):
-            column["resident memory, byte"] = size
     table = pd.DataFrame({"dense": columns[0], "small": columns[1]}).rename_axis("what")
     table["small / dense"] = (table.small / table.dense).where(table.dense != 0)
     return table.reset_index()
@@ -292,32 +261,12 @@ class CompareRequest(MeasureRequest):
     small: str = cli.option(..., "The compressed model.")
     limit: cli.Limit = cli.option(100, "Questions per benchmark; 0: all.")
     examples: cli.Limit = cli.option(5, "Answers to show side by side.")
-    speculative: cli.Limit = cli.option(
-        0, "Prompts on which SMALL drafts for DENSE; 0: leave this out."
-    )
     out: cli.File | None = cli.option(None, "Folder for tables (CSV) and the picture.")
 
     @property
     def kept(self):
         "What an interruption leaves."
         return "Answers are kept in --answers." if self.answers else "Nothing is kept."
-
-
-def draft_table(request: CompareRequest, device: str):
-    "Accepted tokens and speed-up with the small model as a draft for the dense one."
-    from mllm_compress.evaluation.speculative import check_draft, prompts_of, speculative_table
-
-    (dense, processor), (small, _) = (
-        cli.load(name, device) for name in (request.dense, request.small)
-    )
-    check_draft(dense, small)
-    if cli.is_multimodal(processor):
-        cli.note("seconds are not measured: drafts behind pictures go wrong in transformers.")
-    elif request.data == "small":
-        raise ValueError("this model takes no pictures: give --data FILE with text to draft for.")
-    samples = request.training_data(processor, 200)
-    prompts = prompts_of(samples, processor, request.speculative, request.max_length or 512)
-    return speculative_table(dense, small, prompts)
 
 
 @cli.command(CompareRequest)
@@ -327,15 +276,13 @@ def compare(request: CompareRequest) -> dict:
 
     dense, small, out = request.dense, request.small, request.out
     if out is not None:
-        names = ("costs", "scores", "answers", "speculative")
-        files = {"comparison.png", *(f"{name}.csv" for name in names)}
+        files = {"comparison.png", "costs.csv", "scores.csv", "answers.csv"}
         inputs = {"dense model": dense, "small model": small}
         what = "a comparison's files"
         cli.check_output_folder(out, request.overwrite, files, "costs.csv", what, inputs)
     device = cli.resolve_device(request.device)
     cli.check_models(dense, small)
     suite = request.suite(dense)
-    drafts = draft_table(request, device) if request.speculative else None
     (original, first), (rows, second) = (
         measured(request, name, suite, request.answers) for name in (dense, small)
     )
@@ -354,8 +301,6 @@ def compare(request: CompareRequest) -> dict:
         order = differ.sort_values(ascending=False, kind="stable").index
         columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
         tables["answers"] = both.loc[order, columns].head(request.examples)
-    if drafts is not None:
-        tables["speculative"] = drafts
     facts = {name: cli.table_rows(table) for name, table in tables.items()}
     cli.emit("\n\n".join(map(cli.table_text, tables.values())), facts)
     if out is not None:
