@@ -134,25 +134,14 @@ def to_latex(table: Table) -> str:
 def to_html(table: Table) -> str:
     "A table with its caption, as notebooks and the page show it."
     texts = _texts(table, "<b>{}</b>", html.escape)
-    is_long = texts.map(lambda text: "long" if len(html.unescape(text)) > 40 else "")
     sides = dict.fromkeys(("caption", "th", "td"), "left")
     right = [k for k, numeric in enumerate(_numeric(table), 1) if numeric]
     sides |= dict.fromkeys((f"tr > :nth-child({k})" for k in right), "right")
     styles = [{"selector": at, "props": f"text-align:{side}"} for at, side in sides.items()]
-    headings = [text.replace("/", "/<wbr>") for text in texts]
-    headings = [
-        f'<span class="words">{text}</span>' if {" ", "/"} & set(text) else text
-        for text in headings
-    ]
-    laid_out = Styler(
-        texts.set_axis(headings, axis=1),
-        uuid=content_hash([list(texts.columns), texts.to_numpy().tolist()])[:8],
-        caption=html.escape(table.caption),
-        table_attributes='class="study"',
-        cell_ids=False,
-    )
-    is_long.columns = laid_out.columns
-    laid_out = laid_out.hide(axis="index").set_table_styles(styles).set_td_classes(is_long)
+    uuid = content_hash([list(texts.columns), texts.to_numpy().tolist()])[:8]
+    headed = texts.set_axis([text.replace("/", "/<wbr>") for text in texts], axis=1)
+    laid_out = Styler(headed, uuid=uuid, caption=html.escape(table.caption), cell_ids=False)
+    laid_out = laid_out.hide(axis="index").set_table_styles(styles)
     places = r"data row\d+ col\d+ ?|col_heading level\d+ col\d+ ?|(?<=\n) +"  # a third of it
     return re.sub(r' class="" ?', "", re.sub(places, "", laid_out.to_html()))
 
