@@ -157,24 +157,22 @@ def main():
     for name in args.budgets:
         budget, costs = {name: shares[name]}, tables[name]
         plans = recipes(model, layers, units, budget, costs)
-        file, start = work / f"{name}.jsonl", time.process_time()
+        file = work / f"{name}.jsonl"
         about = dict(scores=[units, layers], file=file, minutes=args.minutes)
         front = search(model, batches, budget, costs, **about)
-        spent = time.process_time() - start
+        found = front.plan.meta["search"]
         print(front, flush=True)
         recipe = front.frame[front.frame.moves == 0].set_index("origin")
         plans = {
             k: (plan, origin, recipe.kl_look.get(origin)) for k, (plan, origin) in plans.items()
         }
-        chosen = front.plan.meta["search"]["front"][0]
-        plans["searched"] = (front.plan, chosen["origin"], front.frame.kl_look[0])
+        plans["searched"] = (front.plan, found["front"][0]["origin"], front.frame.kl_look[0])
         for method, (plan, origin, look) in plans.items():
             start = time.process_time()
             small = reconstruct(apply_plan(model, plan), model, batches, plan, inplace=True)
             clock = dict(refit_seconds=time.process_time() - start, kl_look=look)
-            clock |= (
-                dict(search_seconds=spent, seen=len(front.frame)) if method == "searched" else {}
-            )
+            if method == "searched":
+                clock |= dict(search_seconds=found["seconds"], seen=found["seen"])
             add(small, plan, method, budget=f"{name} {shares[name]:.3f}", origin=origin, **clock)
 
 

@@ -680,6 +680,7 @@ def front_of(run: Run) -> Front:
         reason += f" Rank correlation of first ranking and refit: {agreement:.2f}."
     shown = ["origin", "moves", "layers", "kl_refit"]
     record = dict(reason=reason, front=full[shown].to_dict("records"))
+    record |= dict(seen=len(frame), seconds=round(run.log.spent, 1))
     plan = replace(best.plan, meta=best.plan.meta | {"search": record})
     return Front(frame, plan, reason)
 
