@@ -235,7 +235,7 @@ register_benchmarks([COLOURS])
 
 
 def test_a_benchmark_is_added_and_only_its_answers_are_computed(copy):
-    copy.append("evaluation/02_public_sets.ipynb", BENCHMARK)
+    copy.append("evaluation/01_benchmarks.ipynb", BENCHMARK)
     code = """
 few = replace(few, benchmarks=[*few.benchmarks, "colours"])
 q = replace(p, evaluation=few)

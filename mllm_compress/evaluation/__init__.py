@@ -6,7 +6,6 @@
 __all__ = ['BENCHMARKS', 'REAL_SUITE', 'SMALL_SUITE', 'avg_percent', 'compare', 'evaluate', 'load_predictions', 'score_all']
 
 # %% ../../nbs/library/evaluation/00_index.ipynb #cell-003
-from . import public_sets  # noqa: F401  (adds its rows to the table)
 from .benchmarks import BENCHMARKS, REAL_SUITE, SMALL_SUITE
 from .intervals import avg_percent
 from mllm_compress.evaluation.scoring import (

@@ -4,27 +4,34 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'REAL_SUITE', 'SCENE_SETS', 'EASY_ANSWERS', 'help', 'source', 'row', 'SMALL_SUITE', 'OWN_SCORERS',
-           'Question', 'Benchmark', 'Source', 'StoredImage', 'pad_to_square', 'open_image', 'register_benchmarks',
-           'benchmark', 'load_questions', 'take', 'questions_hash', 'unit_images', 'scene_questions',
-           'easy_vqa_questions', 'own_questions', 'own_benchmark']
+           'SHORT', 'BY_LETTER', 'MME_SUBTASKS', 'MATH_HINTS', 'ADAPTERS', 'ROWS', 'Question', 'Benchmark', 'Source',
+           'StoredImage', 'pad_to_square', 'open_image', 'register_benchmarks', 'benchmark', 'load_questions', 'take',
+           'questions_hash', 'unit_images', 'scene_questions', 'easy_vqa_questions', 'own_questions', 'own_benchmark',
+           'read_rows', 'public_questions', 'gqa', 'docvqa', 'yes_or_no', 'pope', 'mme', 'lettered', 'by_letter',
+           'literal', 'mmmu', 'mathvista']
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-003
+import ast
 import io
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.metadata import version as installed_version
+from importlib.resources import files as package_files
 from itertools import zip_longest
 from pathlib import Path
-from string import ascii_uppercase
 
+import pyarrow.parquet as pq
+import yaml
 from PIL import Image
 
 from ..data import instructions, scenes
 from ..data.batches import pictures_amid
 from ..data.instructions import IMAGE, image_paths, read_entries, turns
+from .scorers import LETTERS
 from ..utils.files import content_hash
 from ..utils.files import sha256 as file_sha256
 from ..utils.methods import check_choice, unknown_choice
@@ -282,7 +289,7 @@ def _expected(entry: dict, answer: str, scorer: str):
     "What the scorer compares with; ValueError where it could not."
     if scorer == "anls":
         return [str(a) for a in entry.get("answers") or [answer]]
-    answer, letters = answer.strip(), ascii_uppercase[: len(entry.get("options") or ())]
+    answer, letters = answer.strip(), LETTERS[: len(entry.get("options") or ())]
     if scorer == "yes_no":
         answer = answer.rstrip(".")
     allowed = {"letter": [*letters], "yes_no": ["yes", "no"]}.get(scorer, [answer])
@@ -345,3 +352,179 @@ def own_benchmark(
     row = Benchmark(name, scorer, load, max_new_tokens, help=help, source=digest)
     register_benchmarks([row])
     return row
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-cell-009
+def read_rows(
+    source: Source,
+    root=None,
+    columns: tuple | None = None,  # others than the source's
+    config: str | None = None,  # another than the source's
+):  # yields dicts
+    "Rows of a set; ValueError where a file lacks a column."
+    needed = source.columns if columns is None else columns
+    for path in source.files(root, config):
+        file = pq.ParquetFile(path)
+        present = file.schema_arrow.names
+        if missing := [c for c in needed if c not in present]:
+            raise ValueError(
+                f"{path.name} of {source.repo} has no column {', '.join(map(repr, missing))}; "
+                f"it has {', '.join(sorted(present))}."
+            )
+        images = [c for c in present if c.startswith("image_") and c[6:].isdigit()]
+        wanted = [c for c in present if c in needed or c in images]
+        for batch in file.iter_batches(256, columns=wanted):
+            yield from batch.to_pylist()
+
+
+def public_questions(
+    adapter: Callable,  # row -> fields of a Question, or None
+    source: Source,
+    split: str = "test",
+    limit: int | None = None,
+    root=None,
+) -> list:  # of Question
+    "Questions of a public benchmark's evaluation split."
+    if split != "test":
+        raise ValueError(
+            f"{source.repo} is read in its evaluation split only, not in {split!r}: "
+            "use split='test'."
+        )
+    by_id, stored, in_group, questions = {}, {}, Counter(), []
+    if source.images:
+        pictures = read_rows(source, root, ("id", "image"), source.images)
+        by_id = {r["id"]: r["image"] for r in pictures}
+    for n, row in enumerate(read_rows(source, root)):
+        if (fields := adapter(row)) is None:
+            continue
+        images = [by_id[i] if by_id else i for i in fields["images"] if i is not None]
+        images = [stored.setdefault(i["bytes"], StoredImage(i["bytes"])) for i in images]
+        if group := fields.get("group"):
+            fields["id"] = f"{group}/{in_group[group]}"
+            in_group[group] += 1
+        questions.append(Question(**{"id": str(n)} | fields | {"images": tuple(images)}))
+    if odd := [group for group, count in in_group.items() if count != 2]:
+        raise ValueError(
+            f"{source.repo} asks two questions about an image; {odd[0]!r} has {in_group[odd[0]]}: "
+            "check its files."
+        )
+    return take(questions, limit)
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-public-sets-cell-005
+SHORT = "\nAnswer the question using a single word or phrase."
+BY_LETTER = "\nAnswer with the option's letter from the given choices directly."
+MME_SUBTASKS = {
+    "perception": (
+        "existence count position color posters celebrity scene landmark artwork OCR".split()
+    ),
+    "cognition": (
+        "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+    ),
+}
+
+
+def gqa(row: dict) -> dict:
+    "GQA, balanced test-dev (Hudson & Manning 2019)."
+    fields = {"id": str(row["id"]), "prompt": row["question"].strip() + SHORT}
+    return fields | {"answer": row["answer"], "images": [row["imageId"]]}
+
+
+def docvqa(row: dict) -> dict:
+    "DocVQA, validation (Mathew et al. 2021)."
+    fields = {"id": str(row["questionId"]), "prompt": row["question"] + SHORT}
+    return fields | {"answer": row["answers"], "images": [row["image"]]}
+
+
+def yes_or_no(row: dict) -> dict:
+    "What POPE and MME have in common."
+    question = row["question"].replace("Please answer yes or no.", "").strip()
+    fields = {"prompt": question + SHORT, "answer": row["answer"].strip()}
+    fields |= {"images": [row["image"]], "candidates": ("Yes", "No")}
+    return fields | {"extra": {"subtask": row["category"]}}
+
+
+def pope(row: dict) -> dict:
+    "POPE: random, popular and adversarial negatives (Li et al. 2023)."
+    fields, name = yes_or_no(row), f"{row['category']}/{row['question_id']}"
+    return fields | {"id": name, "answer": fields["answer"].lower()}
+
+
+def mme(part: str, row: dict) -> dict | None:
+    "One part of MME (Fu et al. 2023)."
+    if row["category"] in MME_SUBTASKS[part]:
+        return yes_or_no(row) | {"group": f"{row['category']}/{row['question_id']}"}
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-public-sets-cell-021
+def lettered(options) -> str:
+    "Options, one a line, behind their letters."
+    return "\n".join(f"{c}. {o}" for c, o in zip(LETTERS, options))
+
+
+def by_letter(column: str, row: dict) -> dict:
+    "ScienceQA (Lu et al. 2022), its hint as context, and AI2D (Kembhavi et al. 2016)."
+    context, options = f"Context: {row['hint']}\n" if row.get("hint") else "", row[column]
+    return {
+        "prompt": f"{context}{row['question']}\n{lettered(options)}{BY_LETTER}",
+        "answer": LETTERS[int(row["answer"])],
+        "images": [row["image"]],
+        "candidates": tuple(LETTERS[: len(options)]),
+        "options": tuple(options),
+    }
+
+
+def literal(text: str):
+    "A Python literal, or the text itself."
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def mmmu(row: dict) -> dict:
+    "MMMU, validation (Yue et al. 2024)."
+    choice, answer = row["question_type"] == "multiple-choice", row["answer"]
+    options = tuple(map(str, literal(row["options"]))) if choice else ()
+    prompt = f"{row['question']}\n" + (f"{lettered(options)}\n{BY_LETTER}" if choice else SHORT)
+    return {
+        "id": row["id"],
+        "prompt": prompt,
+        "answer": literal(answer) if not choice and answer.startswith("[") else answer,
+        "images": [row.get(f"image_{i}") for i in range(1, 8) if f"<image {i}>" in prompt],
+        "candidates": tuple(LETTERS[: len(options)]),
+        "options": options,
+    }
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-public-sets-cell-037
+MATH_HINTS = {
+    "integer": "Answer the question using a single integer number.",
+    "float": "Answer the question using a single floating-point number with {} decimal place{}.",
+    "list": "Answer the question using a Python list.",
+    "text": SHORT.strip(),
+}
+
+
+def mathvista(row: dict) -> dict:
+    "MathVista, testmini (Lu et al. 2024), in the direct format."
+    options, places = tuple(map(str, row["choices"] or ())), int(row["precision"] or 0)
+    unit = f" (Unit: {row['unit']})" if row["unit"] else ""
+    number = {1: "one", 2: "two", 3: "three"}.get(places, places)
+    hint = MATH_HINTS[row["answer_type"]].format(number, "s" * (places != 1))
+    hint = f"{lettered(options)}{BY_LETTER}" if options else hint
+    return {
+        "id": row["pid"],
+        "prompt": f"{row['question']}{unit}\n{hint}",
+        "answer": row["answer"],
+        "images": [row["decoded_image"]],
+        "candidates": tuple(LETTERS[: len(options)]),
+        "options": options,
+        "extra": {"answer_type": row["answer_type"], "precision": row["precision"]},
+    }
+
+# %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-public-sets-cell-049
+ADAPTERS = {f.__name__: f for f in (gqa, pope, docvqa, mmmu, mathvista, by_letter, mme)}
+ROWS = yaml.safe_load((package_files("mllm_compress") / "public_sets.yaml").read_text("utf-8"))
+for name, row in ROWS.items():
+    source = Source(*row["source"], tuple(row["columns"].split()), row.get("images"))
+    adapter, *details = row["adapter"]
+    load = partial(public_questions, partial(ADAPTERS[adapter], *details), source)
+    tokens, help = row.get("max_new_tokens", 16), row["help"]
+    register_benchmarks([Benchmark(name, row["scorer"], load, tokens, help=help, source=source)])
