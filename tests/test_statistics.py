@@ -1,6 +1,5 @@
 """Intervals and tests against values known otherwise."""
 
-from dataclasses import replace
 from math import comb
 
 import numpy as np
@@ -122,18 +121,6 @@ def test_pooled_intervals_of_settings_cover_the_truth_and_are_narrower(simulated
     ]
     assert 0.92 < np.mean([e.low < truth < e.high for _, e, truth in pairs]) < 0.99
     assert np.mean([width(e) for _, e, _ in pairs]) < np.mean([width(raw) for raw, *_ in pairs])
-
-
-def test_questions_about_one_picture_are_not_independent(simulated):
-    from mllm_compress.study.statistics import average
-
-    def naive(e):
-        "As if every question had its own picture: the variance of 160 independent ones."
-        return replace(e, by_image=None, questions=e.questions / 2.5, low=0, high=0)
-
-    for study in simulated[0.0][:40]:
-        alone = average({where: naive(e) for where, e in study.items()})
-        assert alone.variance[0] < average(study).variance[0]
 
 
 @pytest.mark.parametrize("truth, right", [(3.0, "supported"), (-3.0, "contradicted")])
