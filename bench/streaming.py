@@ -1,14 +1,13 @@
 """A model larger than the memory: scored, pruned and reconstructed from its files.
 
 A LLaVA checkpoint with random weights in bfloat16 is written, used and removed. Every step runs in
-a process of its own. Reported are the largest resident set of the process (VmHWM), also beyond
-what it has after its imports, seconds, CPU seconds, and the bytes that it reads (rchar of
-/proc/self/io beyond the imports; loading as a whole maps the files, which does not count). Beside
-them stands what `cost` predicts. The default checkpoint has half the width and a quarter of the
-layers of LLaVA-v1.5-7B (1.6 GiB); it is scored in memory as well. `--model third` has ten of its
-layers at full width (4.9 GiB), so that peaks are those of the whole model. `--model big` has its
-full size, takes 22 GiB of disk and most of an hour. Steps that are measured again replace their
-rows; the others stay in the table.
+a process of its own. Reported are the largest resident set of the process (VmHWM), also beyond what
+it has after its imports, seconds, CPU seconds, and the bytes that it reads (rchar of /proc/self/io
+beyond the imports; loading as a whole maps the files, which does not count). The default checkpoint
+has half the width and a quarter of the layers of LLaVA-v1.5-7B (1.6 GiB); it is scored in memory as
+well. `--model third` has ten of its layers at full width (4.9 GiB), so that peaks are those of the
+whole model. `--model big` has its full size, takes 22 GiB of disk and most of an hour. Steps that
+are measured again replace their rows; the others stay in the table.
 
     python bench/streaming.py [--model third] [--steps taylor prune] [--quick]
 """
@@ -30,7 +29,6 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 from mllm_compress.checkpoint import prune_files, reconstruct_files
-from mllm_compress.cost.memory import Prompts, streaming_cost
 from mllm_compress.importance.criteria import measure, random_scores
 from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.zoo.models import auto_classes
@@ -174,17 +172,6 @@ def step_main(name: str, how: str, dense: str, out: str) -> None:
 # --- all of them
 
 
-def predicted(dense: Path, name: str) -> dict:
-    "What `cost` says about a step."
-    model, o = open_files(dense).model, dict(STEPS[name])
-    ratio = o.pop("ratio", 0.3)
-    batches = len(refit_batches(model, ratio, **o)) if name == "reconstruct" else 1
-    tokens = o.pop("tokens", 0)
-    prompts = Prompts(tokens, batches=batches, supervised=tokens // 4, **o)
-    row = streaming_cost(model, name.replace(" ", "_"), prompts, ratio)
-    return {f"predicted_{k}": row[k] for k in ("peak_gib", "read_gib")}
-
-
 def measured_rows(size: str, steps: list, work: Path):
     "A row per step and way to run it."
     dense = work / "dense"
@@ -201,7 +188,7 @@ def measured_rows(size: str, steps: list, work: Path):
             row |= dict(read_gib=found["read"] / gib if how == "streamed" else None)
             row |= dict(seconds=found["seconds"])
             row |= dict(cpu_s=found["cpu_s"], **STEPS[name])
-            yield row | (predicted(dense, name) if how == "streamed" else {})
+            yield row
             shutil.rmtree(work / "out", ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ from test_refit_files import Peak
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import is_streamed
-from mllm_compress.cost.memory import Prompts, streaming_cost
+from mllm_compress.cost.memory import streaming_table
 from mllm_compress.importance import block_influence, load_scores, width_importance
 from mllm_compress.importance.criteria import CRITERIA, Criterion, measure
 from mllm_compress.importance.scores import model_record
@@ -164,7 +164,7 @@ def test_the_record_reads_a_few_numbers(pair, reads):
 
 def test_cost_counts_the_bytes_that_are_read(pair, monkeypatch):
     dense, streamed = pair
-    read, tensor = [0], FileModel.tensor
+    read, tensor, table = [0], FileModel.tensor, streaming_table(streamed).set_index("step")
 
     def counting(source, name):
         found = tensor(source, name)
@@ -176,8 +176,7 @@ def test_cost_counts_the_bytes_that_are_read(pair, monkeypatch):
         read[0] = 0
         prunes = next(p for p, name in CRITERIA if name == method)
         measure(prunes, method, streamed, calibration(streamed, 2))
-        row = streaming_cost(streamed, method, Prompts(rows=2, batches=2))
-        assert row["read_gib"] * 2**30 == read[0]
+        assert table.read_gib[method] * 2**30 == read[0]
 
 
 # Bad input

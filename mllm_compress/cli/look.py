@@ -69,7 +69,7 @@ class CostRequest(cli.Request):
     stream: bool = cli.option(
         False,
         "Show what scoring, pruning and refitting take while the weights stay in their files: "
-        "memory, disk and bytes read.",
+        "weights in memory at once, and bytes read.",
     )
     units: cli.File | None = cli.option(
         None, "JSON file to write: seconds per head, neuron and layer, for a budget."
@@ -99,7 +99,7 @@ def _cost_without_weights(request: CostRequest) -> dict:
         return cli.emit(f"{title}\n{text}", facts | {"rows": cli.table_rows(frame)})
     empty = report.without_weights(config, config.dtype or torch.bfloat16)
     frame = memory.streaming_table(empty, ratio=ratio)
-    title = f"{model}, its weights in files; peak beyond the process itself"
+    title = f"{model}, its weights in files; states and activations come on top"
     facts |= {"rows": cli.table_rows(frame)}
     return cli.emit(f"{title}\n{cli.table_text(frame, ',.2f')}", facts)
 
