@@ -142,7 +142,7 @@ def test_a_model_writes_its_own_data(here):
     ]
     Path("mine.json").write_text(json.dumps(asked))  # nobody knows the answers
     args = ("recover", "small", "--teacher", "llava", "--batch-size", 2)
-    assert "held-out loss" in run(*args, "-o", "out", *own, "--lr", "search")
+    assert "state" in run(*args, "-o", "out", *own, "--lr", "search")
     step = facts("show", "out")["provenance"][-1]
     assert step["data"]["name"] == "self:mine.json" and 5e-5 < step["config"]["lr"] < 5e-3
     run(*args, "-o", "free", "--data", "self", "--own-tokens", 300, "--held-out", 0)

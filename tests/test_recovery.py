@@ -471,7 +471,7 @@ def test_fsdp(tmp_path):
     "The losses of one process; the same bits when killed and resumed; a whole model at the end."
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     config = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "held_out": 0.2, "patience": 9}
-    options = {"config": config, "n": 17}
+    options = {"config": config, "n": 18}  # 14 are trained on
     sharded = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
     _, one = process(tmp_path, name="one.json", **options)
     code, two = process(tmp_path, TWO, name="two.json", **sharded)
