@@ -112,13 +112,6 @@ PRESERVED = {
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-030
-def check_gauss_newton(of: str, draws: int) -> None:
-    "Raise ValueError for an unknown target, or for draws that make no sense."
-    check_choice("target", of, ("auto", *PRESERVED))
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws={draws!r}: at least one draw is needed.")
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-032
 def answer_labels(
     model: PreTrainedModel,
@@ -172,7 +165,9 @@ def prepare_passes(
     seed: int,
 ) -> Passes:
     "Check the inputs, and split batches of text."
-    check_gauss_newton(of, draws)
+    check_choice("target", of, ("auto", *PRESERVED))
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws={draws!r}: at least one draw is needed.")
     parts, batches = anatomy(model), check_batches(batches)
     if not is_streamed(model):  # whose states are written batch by batch
         batches = [part for batch in batches for part in split_rows(batch, PART)]
