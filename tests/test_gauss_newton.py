@@ -140,6 +140,10 @@ def test_micro_batches_add_up_and_the_same_seed_gives_the_same_bits():
     assert close(whole, gauss_newton(model, rows, of="states", draws=2), rtol=1e-5)
     assert same(whole, gauss_newton(model, [batch], of="states", draws=2))
     assert not same(whole, gauss_newton(model, [batch], of="states", draws=2, seed=1))
+    empty = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    for mixed in ([empty, batch], [batch, empty]):
+        assert gauss_newton(model, mixed).meta["of"] == "labels"
+        assert close(whole, gauss_newton(model, mixed, of="states", draws=2), rtol=1e-5)
     labels = gauss_newton(model, [batch], of="labels")
     assert same(labels, gauss_newton(model, [batch], of="labels", seed=1))
     assert gauss_newton(model, [batch]).meta["of"] == "labels"  # where the loss is large

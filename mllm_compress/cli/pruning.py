@@ -133,7 +133,7 @@ def score(request: ScoreRequest) -> dict:
     sums, batches, record, keeping = out.parent / f".{out.name}.scoring", None, None, nullcontext()
     if with_data:
         batches, record = request.calibration(model, processor, device)
-        order = "layer by layer" if is_streamed(model) else "batch by batch"
+        order = "layer by layer" if is_streamed(model) else "in parts of batches"
         key = [kind, method, criterion(kind, method).version, seed, model_record(model), order]
         key += [str(model.dtype), str(device_of(model)), torch.__version__]
         alone = dict(memory_format=torch.contiguous_format)  # as safetensors takes them

@@ -190,6 +190,8 @@ def end_gradients(
     head, pieces = run.parts.logits, []
     step = max(16, LOGITS // run.parts.vocab_size // 16 * 16)
     for states, tokens in zip(f.detach().split(step), targets.split(step)):
+        if not len(tokens):  # a part of a batch without answers
+            return []
         loss = None
         if run.of != "labels":
             with torch.no_grad():
@@ -275,7 +277,8 @@ def backward_by_batch(
             gradients = end_gradients(run, f, targets, totals)
             for n, gradient in enumerate(gradients, 1):
                 f.backward(gradient, retain_graph=n < len(gradients))
-        totals["labels"] = float(run.of == "labels")
+        if run.of:
+            totals["labels"] = float(run.of == "labels")
         totals |= {("generator", d): g.get_state() for d, g in enumerate(run.generators)}
     run.meta["loss"] = totals["loss"] / run.meta["answer_tokens"]
     return run
