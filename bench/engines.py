@@ -39,7 +39,7 @@ from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise  # noqa: 
 from mllm_compress.pruning.slicing import apply_plan  # noqa: E402
 from mllm_compress.study.style import label_ends, line, look, page  # noqa: E402
 from mllm_compress.utils.methods import GREY, Look  # noqa: E402
-from mllm_compress.zoo.weight_files import PACKAGED, missing_package  # noqa: E402
+from mllm_compress.zoo.weight_files import PACKAGED  # noqa: E402
 
 OUT = ROOT / "figures" / "bench"
 RATIOS = (0.15, 0.30, 0.45, 0.60)
@@ -177,8 +177,8 @@ def main():
     args = parser.parse_args()
     if engine_folder() is None:
         return print("nothing measured: node-llama-cpp is missing, see tests/llama_cpp.py")
-    if args.model in PACKAGED and missing_package(args.model):
-        return print(f"nothing measured: {missing_package(args.model)}")
+    if args.model in PACKAGED and PACKAGED[args.model].missing:
+        return print(f"nothing measured: {PACKAGED[args.model].missing}")
     matplotlib.use("Agg")
     tokens, rounds = (4, 1) if args.quick else (args.tokens, args.rounds)
     with tempfile.TemporaryDirectory() as temporary:

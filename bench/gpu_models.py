@@ -15,7 +15,10 @@ from mllm_compress.recovery import RecoveryConfig, recover
 from mllm_compress.zoo import load_model
 from mllm_compress.zoo.tiny_models import tiny_model, tiny_processor
 
-SIZES = {"llava": {"layers": 32, "hidden": 768}, "bunny": {"layers": 14, "hidden": 768}}
+SIZES = {
+    "llava": {"layers": 32, "hidden_size": 768, "head_dim": 96},
+    "bunny": {"layers": 14, "hidden_size": 768, "intermediate_size": 3072},
+}
 CONFIG = RecoveryConfig(losses={"sft": 1.0}, batch_size=64, epochs=4, lr=3e-4, precision="bf16")
 
 

@@ -354,7 +354,7 @@ def test_shards_streamed_into_one_file_give_the_same(layouts, loaded, tmp_path, 
 
 
 def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
-    from mllm_compress.zoo.releases import HOW_TO_CONVERT
+    from mllm_compress.zoo.weight_files import HOW_TO_CONVERT
 
     folder = copy_of(layouts, "llava", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -426,9 +426,9 @@ def test_llama_cpp_tokenizes_the_same(kind, tmp_path):
 def test_smollm2_writes_the_same_text(tmp_path):
     "A pretrained model with unequal layers: tokens, probabilities and greedy text."
     from mllm_compress.zoo.models import load_model
-    from mllm_compress.zoo.weight_files import missing_package
+    from mllm_compress.zoo.weight_files import PACKAGED
 
-    if reason := missing_package("smollm2-135m"):
+    if reason := PACKAGED["smollm2-135m"].missing:
         pytest.skip(reason)
     dense, tokenizer = load_model("smollm2-135m")
     plan = make_plan(dense, neurons={i: range(1300) for i in range(2, 28, 4)})

@@ -171,13 +171,13 @@ def test_trained_parts_are_checked(model, tmp_path):
         eyes.add_trained(together, file)
 
 
-REAL = eyes.missing_tower() or emoji.missing_emoji()
+REAL = eyes.TOWER.missing or emoji.missing_emoji()
 
 
 @pytest.mark.skipif(bool(REAL), reason=REAL or "the tower is there")
 def test_the_tower_knows_what_imagenet_knows():
     "The classifier of the package, on drawings of things that ImageNet has."
-    tower, stored = eyes.efficientnet_lite0(), torch.load(eyes.tower_file(), weights_only=True)
+    tower, stored = eyes.efficientnet_lite0(), torch.load(eyes.TOWER.path, weights_only=True)
     side = dict(image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)
     from transformers import CLIPImageProcessorPil
 
@@ -231,7 +231,7 @@ def test_four_types_are_answered_by_looking_and_only_these_are_in_the_profile():
 
 
 def test_without_its_packages_the_error_says_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(eyes, "tower_file", lambda: None)
+    monkeypatch.setattr(eyes.Packaged, "path", None)
     for load in (zoo.load_model, zoo.models.native_folder):
         with pytest.raises(FileNotFoundError, match=r"smollm2-eyes: .*mllm_compress\[eyes\]"):
             load("smollm2-eyes")
@@ -251,8 +251,7 @@ def test_putting_it_together_adds_what_was_trained(model, monkeypatch, tmp_path)
     packed.write_bytes(lzma.compress(file.read_bytes()))
     monkeypatch.setattr(eyes, "trained_file", lambda: packed)
     monkeypatch.setattr(eyes, "missing_eyes", lambda: "")
-    monkeypatch.setattr(eyes, "packaged_file", lambda name: file)
-    monkeypatch.setattr(eyes, "tower_file", lambda: file)
+    monkeypatch.setattr(eyes.Packaged, "path", file)
     monkeypatch.setattr(eyes, "untrained_eyes", lambda: (copy.deepcopy(small), processor))
     made, _ = zoo.load_model("smollm2-eyes")
     for name, weight in made.model.multi_modal_projector.state_dict().items():

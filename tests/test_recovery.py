@@ -543,7 +543,10 @@ def test_models_that_do_not_fit(run, pair):
     anatomy(blind).vision_tower.requires_grad_(False)
     next(anatomy(blind).vision_tower.parameters()).data += 1
     for models, says in (
-        ((tiny_model("llava", 2, hidden=48), teacher), "differ in hidden_size .48 and 96"),
+        (
+            (tiny_model("llava", 2, hidden_size=48, head_dim=6), teacher),
+            "differ in hidden_size .48 and 96",
+        ),
         ((smaller, teacher), "differ in vocab_size"),
         ((blind, teacher), "different vision towers"),
         ((student, None), "hidden_kd needs a teacher"),

@@ -8,7 +8,7 @@ import pytest
 from mllm_compress.data import instructions, scenes
 from mllm_compress.evaluation.benchmarks import scene_questions
 from mllm_compress.study.profiles import load_profile, rate_of
-from mllm_compress.zoo.tiny_models import tiny_tokenizer
+from mllm_compress.zoo.tiny_models import tiny_processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,7 +87,10 @@ def test_guessing_without_the_picture_is_chance():
 
 
 def test_every_word_is_in_the_vocabulary():
-    tok, sets = tiny_tokenizer(), [scenes.easy_vqa(split) for split in ("train", "test")]
+    tok, sets = (
+        tiny_processor("llava").tokenizer,
+        [scenes.easy_vqa(split) for split in ("train", "test")],
+    )
     texts = {q["question"] for i in range(500) for q in scenes.ask(i)}
     texts |= {p for d in sets for e in d.samples for qa in instructions.turns(e) for p in qa}
     assert tok.unk_token_id not in {t for ids in tok(sorted(texts)).input_ids for t in ids}

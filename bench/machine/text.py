@@ -4,14 +4,14 @@ from mllm_compress import zoo
 from mllm_compress.data.calibration import calibration_batches
 from mllm_compress.evaluation.likelihood import perplexity_row
 from mllm_compress.study.texts import missing_text, text_data
-from mllm_compress.zoo.weight_files import missing_package
+from mllm_compress.zoo.weight_files import PACKAGED
 
 NAME, TEXTS, WINDOW = "smollm2-135m", ("glosses", "quotes"), 128
 
 
 def missing() -> str:
     "What is not on this machine, empty where nothing is."
-    return missing_package(NAME) or next(filter(None, map(missing_text, TEXTS)), "")
+    return PACKAGED[NAME].missing or next(filter(None, map(missing_text, TEXTS)), "")
 
 
 def load() -> tuple:

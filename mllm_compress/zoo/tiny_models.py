@@ -10,112 +10,40 @@ import math
 
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from ..utils.methods import check_choice
-
-# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-007
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-WORDS = """USER: ASSISTANT: ? A B C D A. B. C. D. yes no
-a all are any as can color common contain does exist have how image in is it less many more most
-not of object objects one or picture present same see shape size than that the there these thing
-this what which you
-small large circle circles square squares triangle triangles cross crosses rectangle rectangles
-red green blue yellow purple cyan black gray brown teal""".split()
-
-# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-009
-def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    "A word-level tokenizer over the vocabulary of the small data sets."
-    vocab = {w: i for i, w in enumerate(SPECIAL + WORDS)}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"\?"), "isolated")]
-    )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    fast.model_max_length, fast.padding_side = 512, "right"
-    return fast
-
-# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-012
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'user' %}USER: "
-    "{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content if c.type == 'image' %}<image>\n{% endfor %}"
-    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %} "
-    "{% else %}ASSISTANT: {% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}{% endif %}</s>"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+from .weight_files import SHIPPED
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-014
-def tiny_processor(
-    family: str,  # "llava" or "bunny"
-) -> transformers.LlavaProcessor:
-    "The processor of a tiny model: 64-pixel images, 16 image tokens."
-    clip, side = family == "llava", {"height": 64, "width": 64}
-    images = (
-        transformers.CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side)
-        if clip
-        else transformers.SiglipImageProcessorPil(size=side)
-    )
-    return transformers.LlavaProcessor(
-        images,
-        tiny_tokenizer(),
-        patch_size=16,
-        chat_template=CHAT_TEMPLATE,
-        vision_feature_select_strategy="default" if clip else "full",
-        num_additional_image_tokens=int(clip),
-    )
+def shipped_folder(
+    family: str,  # "llava" (CLIP + Llama) or "bunny" (SigLIP + Phi)
+):  # -> Path
+    "The trained tiny model of a family; ValueError for another family."
+    check_choice("family", family, ("llava", "bunny"))
+    return SHIPPED / f"tiny-{family}"
 
-# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-019
-VISION_SIZES = dict(
-    hidden_size=96,
-    intermediate_size=192,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    image_size=64,
-    patch_size=16,
-)
-TEXT_SIZES = dict(
-    vocab_size=len(SPECIAL) + len(WORDS),
-    num_attention_heads=8,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+
+def tiny_processor(family: str) -> transformers.LlavaProcessor:
+    "The processor of a tiny model: 64-pixel images, 16 image tokens, a token per word."
+    folder = shipped_folder(family)
+    processor = transformers.LlavaProcessor.from_pretrained(folder)
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
+        folder,
+        backend="pil",  # the same pixels whether torchvision is installed or not
+    )
+    return processor
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-021
 def tiny_config(
-    family: str,  # "llava" (CLIP + Llama) or "bunny" (SigLIP + Phi)
+    family: str,  # "llava" or "bunny"
     layers: int = 12,  # decoder layers
-    hidden: int = 96,  # width of the residual stream
+    **text,  # further entries of the decoder's configuration that differ, such as hidden_size
 ) -> transformers.LlavaConfig:
-    "The configuration of a tiny model of either family; ValueError for another one."
-    check_choice("family", family, ("llava", "bunny"))
-    text = TEXT_SIZES | {"hidden_size": hidden, "num_hidden_layers": layers}
-    if family == "llava":
-        vision = transformers.CLIPVisionConfig(**VISION_SIZES)
-        text = transformers.LlamaConfig(**text, intermediate_size=256)
-    else:
-        vision = transformers.SiglipVisionConfig(**VISION_SIZES, vision_use_head=False)
-        text = transformers.PhiConfig(**text, intermediate_size=4 * hidden, resid_pdrop=0.0)
-    return transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=SPECIAL.index("<image>"),
-        image_seq_length=16,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default" if family == "llava" else "full",
-        tie_word_embeddings=False,
-    )
+    "The configuration of a tiny model of either family."
+    config = transformers.LlavaConfig.from_pretrained(shipped_folder(family))
+    config.name_or_path = ""
+    config.text_config.update({"num_hidden_layers": layers} | text)
+    return config
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-023
 def init_weights(
