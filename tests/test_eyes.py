@@ -196,8 +196,8 @@ def test_the_tower_knows_what_imagenet_knows():
 
 
 def shipped() -> tuple:  # (names of the weights, record)
-    names = set(safe.load(eyes.unpacked(eyes.trained_file())))
-    record = eyes.trained_file().with_name("training.json").read_text(encoding="utf-8")
+    names = set(safe.load(eyes.unpacked(eyes.TRAINED)))
+    record = eyes.TRAINED.with_name("training.json").read_text(encoding="utf-8")
     return names, json.loads(record)
 
 
@@ -207,7 +207,7 @@ def test_what_ships_is_small_and_holds_the_projector_and_the_adapters_of_every_l
     slots = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     assert len(names) == 2 * len(adapters) + 4 and len(adapters) == 30 * len(slots)
     assert {name.rsplit(".", 1)[-1] for name in adapters} == set(slots)
-    assert eyes.trained_file().stat().st_size < 10e6
+    assert eyes.TRAINED.stat().st_size < 10e6
 
 
 @pytest.mark.skipif(bool(emoji.missing_emoji()), reason=emoji.missing_emoji() or "all is there")
@@ -249,7 +249,7 @@ def test_putting_it_together_adds_what_was_trained(model, monkeypatch, tmp_path)
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     packed = tmp_path / "trained.safetensors.xz"
     packed.write_bytes(lzma.compress(file.read_bytes()))
-    monkeypatch.setattr(eyes, "trained_file", lambda: packed)
+    monkeypatch.setattr(eyes, "TRAINED", packed)
     monkeypatch.setattr(eyes, "missing_eyes", lambda: "")
     monkeypatch.setattr(eyes.Packaged, "path", file)
     monkeypatch.setattr(eyes, "untrained_eyes", lambda: (copy.deepcopy(small), processor))

@@ -174,11 +174,7 @@ def untrained_eyes(seed: int = 0) -> tuple:  # (model, processor)
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-019f
 BUILD_VERSION = 1  # raised when the files that are put together change
-
-
-def trained_file() -> Path:
-    "The projector and the adapters that ship with the package, compressed."
-    return SHIPPED / "smollm2-eyes" / "trained.safetensors.xz"
+TRAINED = SHIPPED / "smollm2-eyes/trained.safetensors.xz"  # projector and adapters that ship
 
 
 @lru_cache
@@ -192,7 +188,7 @@ def eyes_identity() -> str | None:  # None where a package is not installed
     if missing_eyes():
         return None
     hashes = [sha256(DECODER.path), sha256(TOWER.path)]
-    hashes.append(hashlib.sha256(unpacked(trained_file())).hexdigest())
+    hashes.append(hashlib.sha256(unpacked(TRAINED)).hexdigest())
     return "-".join(["smollm2-eyes", *(digest[:12] for digest in hashes), str(BUILD_VERSION)])
 
 
@@ -204,7 +200,7 @@ def eyes_folder() -> Path:  # of a checkpoint in the cache
     if not (folder / "config.json").is_file():
         model, processor = untrained_eyes()
         with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-            Path(file.name).write_bytes(unpacked(trained_file()))
+            Path(file.name).write_bytes(unpacked(TRAINED))
             add_trained(model, Path(file.name))
         with replacing_folder(folder) as new:
             model.save_pretrained(new)

@@ -279,12 +279,8 @@ def tower_folder(
 def placeholder_id(folder: Path, token: str) -> int | None:
     "The id of a token as the folder's JSON files say; None if none does."
     listed = read_json(folder / "added_tokens.json") | read_json(folder / "token_ids.json")
-    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
-    listed |= {entry["content"]: int(i) for i, entry in decoder.items()}
-    listed |= {
-        entry["content"]: entry["id"]
-        for entry in read_json(folder / "tokenizer.json").get("added_tokens", [])
-    }
+    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
+    listed |= {entry["content"]: entry["id"] for entry in added}
     return listed.get(token)
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-032
