@@ -37,7 +37,7 @@ from ..zoo import models as named_models
 from ..zoo.eyes import missing_eyes
 from ..zoo.models import ASSEMBLED, MODELS
 from ..zoo.tiny_models import SMOKE_VERSION
-from ..zoo.weight_files import PACKAGED, SHIPPED, missing_package
+from ..zoo.weight_files import PACKAGED, SHIPPED
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-004
 Whole = Annotated[int, Strict()]
@@ -519,7 +519,7 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
         except ValueError as error:
             missing.append(f"{what}: {error}")
     named = [m for m in models if m not in profile.folders] + [t.tokenizer for t in trainings]
-    packages = {f"model {m}": missing_package(m) for m in named if m in PACKAGED}
+    packages = {f"model {m}": PACKAGED[m].missing for m in named if m in PACKAGED}
     packages |= {f"model {m}": missing_eyes() for m in named if m in ASSEMBLED}
     packages |= {f"text {name}": missing_text(name) for t in trainings for name in t.text}
     packages |= {"emoji": missing_emoji() for t in trainings if t.emoji}
