@@ -19,7 +19,7 @@ from mllm_compress.pruning.allocation import (
     UnitCosts,
     cache_costs,
     load_costs,
-    plan_budget,
+    plan_global,
     pooled_rates,
     weight_costs,
 )
@@ -54,7 +54,7 @@ def device(fixed=1.0, layer=1.0, head=0.5, neuron=0.05) -> UnitCosts:
 def test_a_budget_is_met_within_one_step(model, name, share, seed, layer):
     costs = device(fixed=0.1, layer=layer) if name == "latency" else None
     try:
-        plan = plan_budget(model, saliency(seed), {name: share}, costs)
+        plan = plan_global(model, saliency(seed), budget={name: share}, costs=costs)
     except ValueError as error:
         assert "cannot be met" in str(error)
         return
@@ -74,13 +74,15 @@ def test_a_budget_is_met_within_one_step(model, name, share, seed, layer):
 )
 def test_a_tighter_budget_keeps_a_part_of_a_wider_one(model, shares, seed, layer):
     costs, scores = device(fixed=0.0, layer=layer), saliency(seed)
-    tight, wide = (plan_budget(model, scores, {"latency": s}, costs) for s in sorted(shares))
+    tight, wide = (
+        plan_global(model, scores, budget={"latency": s}, costs=costs) for s in sorted(shares)
+    )
     assert is_nested(tight, wide)
 
 
 def test_costs_are_those_of_the_pruned_model(model):
     for name, table in (("bytes", weight_costs), ("kv", cache_costs)):
-        plan = plan_budget(model, saliency(), {name: 0.6})
+        plan = plan_global(model, saliency(), budget={name: 0.6})
         small = apply_plan(model, plan)
         assert table(small).total(plan_none(small)) == table(model).total(plan)
     assert weight_costs(small).total(plan_none(small)) == 4 * lm_parameters(small)
@@ -89,17 +91,17 @@ def test_costs_are_those_of_the_pruned_model(model):
 
 
 def test_a_cache_budget_takes_heads_and_layers_only(model):
-    plan = plan_budget(model, saliency(), {"kv": 0.5})
+    plan = plan_global(model, saliency(), budget={"kv": 0.5})
     assert plan.heads and not plan.neurons
     kept = sum(len(plan.heads.get(i, range(GROUPS))) for i in plan.layers)
     assert kept == LAYERS * GROUPS / 2
-    fewest = plan_budget(model, saliency(), {"kv": 1.2 / (LAYERS * GROUPS)})
+    fewest = plan_global(model, saliency(), budget={"kv": 1.2 / (LAYERS * GROUPS)})
     assert len(fewest.layers) == 1 and not fewest.neurons
 
 
 def test_overhead_decides_between_depth_and_width(model):
-    thin = plan_budget(model, saliency(), {"latency": 0.6}, device(layer=0))
-    deep = plan_budget(model, saliency(), {"latency": 0.6}, device(layer=1e3))
+    thin = plan_global(model, saliency(), budget={"latency": 0.6}, costs=device(layer=0))
+    deep = plan_global(model, saliency(), budget={"latency": 0.6}, costs=device(layer=1e3))
     assert len(thin.layers) == LAYERS and thin.neurons
     assert len(deep.layers) in (3, 4) and deep.method.startswith("layerwise")
 
@@ -119,7 +121,7 @@ def test_one_layer_of_each_kind_stays(tiny_lm):
     scores = WidthScores(two("heads"), two("neurons"), "gauss_newton", {})
     with pytest.raises(ValueError, match=r"latency=0\.1 cannot be met: the least .* 0\.\d+") as e:
         costs = UnitCosts("latency", "s", 0.0, (1.0,) * 2, (0.0,) * 2, (0.0,) * 2)
-        plan_budget(model, scores, {"latency": 0.1}, costs)
+        plan_global(model, scores, budget={"latency": 0.1}, costs=costs)
     assert "Ask for 0.500 or more" in str(e.value)
 
 

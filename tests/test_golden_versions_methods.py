@@ -8,7 +8,7 @@ from pruning_cases import build, inputs, width_scores
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.importance.criteria import CRITERIA, measure
 from mllm_compress.importance.scores import LayerScores
-from mllm_compress.pruning.plans import PRUNINGS, plan_pruning
+from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.study.alternatives import STARTS
@@ -75,7 +75,7 @@ def test_pruning(name, update_golden):
         scores = {"layerwise": layer_scores, "widthwise": width_scores}.get(name, lambda m: None)
         for ratio in (0.1, 0.3, 0.45) if name != "none" else (0.0,):
             for shape in ("blockwise", "uniform"):
-                plan = plan_pruning(name, model, scores(model), ratio, shape=shape)
+                plan = PRUNINGS[name].function(model, scores(model), ratio, None, shape)
                 numbers[f"{model_name} {shape} {ratio}"] = {
                     "layers": plan.layers,
                     "heads": plan.heads,
@@ -93,7 +93,7 @@ def test_reconstruction(name, update_golden):
     for model_name in ("qwen2-3x2", "phi-4x1"):
         model = build(model_name)
         for pruning, scores in (("layerwise", layer_scores), ("widthwise", width_scores)):
-            plan = plan_pruning(pruning, model, scores(model), 0.3)
+            plan = PRUNINGS[pruning].function(model, scores(model), 0.3, None, "blockwise")
             before = apply_plan(model, plan)
             after = reconstructed(name, before, model, batches, plan)
             with torch.no_grad():

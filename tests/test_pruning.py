@@ -18,8 +18,9 @@ from mllm_compress.pruning import (
     plan_layerwise,
     plan_none,
     plan_widthwise,
+    prune,
 )
-from mllm_compress.pruning.plans import layers_for_ratio, plan_combined, plan_pruning
+from mllm_compress.pruning.plans import layers_for_ratio
 from mllm_compress.pruning.pruning_plan import is_nested, make_plan
 from mllm_compress.pruning.slicing import silence
 
@@ -239,7 +240,8 @@ def test_lowest_scores_go_ties_by_index(llama):
 
 
 def test_plan_survives_json(llama):
-    plan = plan_combined(llama, random_layers(llama), cases.width_scores(llama), ratio=0.5)
+    layers = plan_layerwise(llama, random_layers(llama), ratio=0.25)
+    plan = plan_widthwise(llama, cases.width_scores(llama), ratio=0.5, base=layers)
     again = PruningPlan.from_json(plan.to_json())
     assert again == plan and isinstance(next(iter(again.heads)), int)
     with pytest.raises(TypeError, match="colour"):
@@ -299,9 +301,7 @@ def test_plan_survives_json(llama):
             lambda m, l, w: plan_widthwise(m, w, ratio=0.1, base=plan_layerwise(m, l, n_layers=3)),
             "base plan alone removes",
         ),
-        (lambda m, l, w: plan_combined(m, l, w, ratio=0.4, layer_share=2), r"outside \[0, 1\]"),
-        (lambda m, l, w: plan_pruning("depthwise", m, l, 0.1), "none, layerwise, widthwise"),
-        (lambda m, l, w: plan_pruning("none", m, l, 0.1), "with 'none' the ratio is 0"),
+        (lambda m, l, w: prune(m, ratio=0.4, scores=[l, w], layer_share=2), r"outside \[0, 1\]"),
         (lambda m, l, w: make_plan(m, layers=[0, 7]), "must lie in 0 … 5"),
         (lambda m, l, w: make_plan(m, heads={1: []}), "at least one must stay"),
         (lambda m, l, w: make_plan(m, layers=[0], heads={1: [0]}), "not kept"),

@@ -383,7 +383,7 @@ def test_rankings_equal_plain_loops(case, ratio, standardize):
     model = build(case)
     scores = width_scores(model)
     gone, achieved = global_reference(model, scores, ratio, standardize)
-    plan = plan_global(model, scores, ratio, standardize=standardize)
+    plan = plan_global(model, scores, ratio, allocation="standardized" if standardize else "global")
     ours = {
         (k, i, u) for k in ("heads", "neurons") for i in plan.layers for u in plan.removed(k, i)
     }

@@ -22,7 +22,6 @@ from mllm_compress.pruning.allocation import (
 from mllm_compress.pruning.plans import (
     ALLOCATIONS,
     check_comparable,
-    plan_combined,
     plan_layerwise,
     plan_none,
     plan_widthwise,
@@ -81,12 +80,11 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017
 WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 
-
-def layers_for_budget(model: PreTrainedModel, budget: dict, costs) -> str | None:
-    "The criterion for whole layers that a budget needs; None where width alone is enough."
-    costs = costs_of_budget(model, check_budget_request(budget)[0], costs)
-    overhead = sum(costs.layers) / costs.total(plan_none(model))
-    return default_method("layerwise") if overhead > WORTH_A_TRY else None
+# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-021x
+def default_method(pruning: str) -> str:
+    "The criterion of the study for a pruning."
+    check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
+    return criteria_of(pruning)[0]
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
 @dataclass(frozen=True)
@@ -130,48 +128,21 @@ def choose_recipe(
     else:
         uniform = given.get("shape") == "uniform" or given.get("allocation") == "layer"
         start = RECIPES["uniform" if uniform else "recommended"]
-    return checked_recipe(replace(start, **given), given)
-
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-021x
-def default_method(pruning: str) -> str:
-    "The criterion of the study for a pruning."
-    check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
-    return criteria_of(pruning)[0]
-
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-023
-def checked_recipe(recipe: Recipe, given: dict) -> Recipe:
-    "The recipe; a ValueError that names the two options where two of them do not fit."
-    r, kind = recipe, pruning_of(recipe.method, recipe.pruning)
-    check_choice("allocation", r.allocation, ALLOCATIONS)
-    if kind == "layerwise" and "allocation" in given and r.allocation != "layer":
+    chosen = replace(start, **given)
+    check_choice("allocation", chosen.allocation, ALLOCATIONS)
+    ranks_layers = pruning_of(chosen.method, chosen.pruning) == "layerwise"
+    if ranks_layers and given.get("allocation", "layer") != "layer":
         raise ValueError(
-            f"allocation {r.allocation!r} ranks heads and neurons, and {r.method} scores layers: "
-            "leave it out, or use method gauss_newton."
+            f"allocation {chosen.allocation!r} ranks heads and neurons, and {chosen.method} scores "
+            "layers: leave it out, or use method gauss_newton."
         )
-    if r.allocation != "layer" and r.shape == "uniform":
+    if chosen.allocation != "layer" and chosen.shape == "uniform":
         raise ValueError(
-            f"allocation {r.allocation!r} gives every layer a width of its own, and the uniform "
-            "shape gives all the same: use shape blockwise, or allocation layer."
+            f"allocation {chosen.allocation!r} gives every layer a width of its own, and the "
+            "uniform shape gives all the same: use shape blockwise, or allocation layer."
         )
-    check_comparable(r.allocation, r.method)
-    return r
-
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-026
-def scores_for(recipe: Recipe, model, batches, seed: int = 0, layer_method: str | None = None):
-    "The scores that a recipe needs: one, or two where whole layers are removed as well."
-    kind = pruning_of(recipe.method, recipe.pruning)
-    if recipe.method == "obs":
-        width = obs_scores(model, batches, seed=seed)
-    else:
-        width = measure(kind, recipe.method, model, batches, seed)
-    if layer_method is None:
-        return width
-    if kind != "widthwise":
-        raise ValueError(
-            f"{recipe.method} scores layers already; a share for layers goes with a method for "
-            "heads and neurons, such as gauss_newton."
-        )
-    return [measure("layerwise", layer_method, model, batches, seed), width]
+    check_comparable(chosen.allocation, chosen.method)
+    return chosen
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-028
 def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
@@ -196,7 +167,7 @@ def plan_by_recipe(
     protect: tuple | None = None,  # widthwise: (first, last) layers kept whole
     round_to: int | str = 1,  # widthwise: widths stay multiples of this; "auto": see auto_round
     seed: int = 0,  # for criteria that draw random numbers
-    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see plan_budget
+    budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see BUDGETS
     costs=None,  # of a latency budget: a table of UnitCosts
     ridge: float | None = None,  # of the refit by which several plans are compared
     search: dict | None = None,  # options of pruning.search, such as {"minutes": 5}
@@ -215,13 +186,26 @@ def plan_by_recipe(
         layer_method = layer_method or default_method("layerwise")
     if scores is None:
         if budget is not None:
-            layer_method = layer_method or layers_for_budget(model, budget, costs)
-        scores = scores_for(recipe, model, batches, seed, layer_method)
+            table = costs_of_budget(model, check_budget_request(budget)[0], costs)
+            if sum(table.layers) > WORTH_A_TRY * table.total(plan_none(model)):
+                layer_method = layer_method or default_method("layerwise")
+        kind = pruning_of(recipe.method, recipe.pruning)
+        if layer_method and kind != "widthwise":
+            raise ValueError(
+                f"{recipe.method} scores layers already; a share for layers goes with a method for "
+                "heads and neurons, such as gauss_newton."
+            )
+        if recipe.method == "obs":  # no row of CRITERIA: it is an allocation's own
+            scores = [obs_scores(model, batches, seed=seed)]
+        else:
+            scores = [measure(kind, recipe.method, model, batches, seed)]
+        if layer_method:
+            scores.insert(0, measure("layerwise", layer_method, model, batches, seed))
     given = scores if isinstance(scores, (list, tuple)) else [scores]
-    layers = [s for s in given if isinstance(s, LayerScores)]
-    widths = [s for s in given if isinstance(s, WidthScores)]
-    if len(layers) > 1 or len(widths) > 1 or not given:
+    by_kind = {type(s): s for s in given}
+    if not given or len(by_kind) < len(given) or not by_kind.keys() <= {LayerScores, WidthScores}:
         raise ValueError("give scores of layers, of heads and neurons, or one of each.")
+    layers, widths = by_kind.get(LayerScores), by_kind.get(WidthScores)
     same = recipe.allocation == "layer" and not protect
     shape = recipe.shape or ("uniform" if same else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
@@ -229,25 +213,29 @@ def plan_by_recipe(
     if budget is not None:
         if ratio is not None:
             raise ValueError("give a ratio or a budget, not both.")
-        if not widths:
+        if widths is None:
             raise ValueError(
                 "a budget ranks heads and neurons of all layers: give scores of them, of method "
                 "gauss_newton or obs."
             )
-        plan = plan_widthwise(model, widths[0], budget=budget, costs=costs, **options)
-        depths = layers and recipe.reconstruct and batches is not None and not is_streamed(model)
-        if search is not None or depths:
+        plan = plan_widthwise(model, widths, budget=budget, costs=costs, **options)
+        compared = recipe.reconstruct and batches is not None and not is_streamed(model)
+        if search is not None or layers is not None and compared:
             about = dict(scores=given, round_to=step, seed=seed)
             about |= {} if ridge is None else dict(ridge=ridge)
             about |= dict(minutes=None, generations=0) if search is None else search
             plan = searched(model, batches, budget, costs, **about).plan
             plan = replace(plan, requested_ratio=requested)
-    elif layers and widths:
-        plan = plan_combined(model, layers[0], widths[0], ratio, layer_share, **options)
-    elif layers:
-        plan = plan_layerwise(model, layers[0], ratio=ratio)
+    elif widths is None:
+        plan = plan_layerwise(model, layers, ratio=ratio)
     else:
-        plan = plan_widthwise(model, widths[0], ratio=ratio, **options)
+        base = None
+        if layers is not None:
+            if not 0 <= layer_share <= 1:
+                raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
+            check_ratio(ratio)
+            base = plan_layerwise(model, layers, ratio=ratio * layer_share)
+        plan = plan_widthwise(model, widths, ratio=ratio, base=base, **options)
     return check_removes(model, plan, ratio)
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-030

@@ -57,9 +57,8 @@ def layer_sizes(
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-012
 def kept_parameters(size: LayerSize, heads: int, neurons: int) -> int:
     "Parameters of a layer that keeps this many heads and neurons."
-    removed_heads, removed_neurons = size.heads - heads, size.neurons - neurons
-    removed = removed_heads * size.head_parameters + removed_neurons * size.neuron_parameters
-    return size.parameters - removed
+    removed = (size.heads - heads) * size.head_parameters
+    return size.parameters - removed - (size.neurons - neurons) * size.neuron_parameters
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-017
 MAX_RATIO = 0.95  # beyond it too little is left for a useful model
@@ -91,40 +90,11 @@ def check_reachable(ratio: float, most: float, remedy: str) -> None:
             f"of the LM decoder. {remedy}"
         )
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-024
-def reference_count(
-    channels: int,  # C, width of the layer
-    channel_ratio: float,  # fraction of channels to remove
-    per_unit: int = 1,  # channels of one unit
-) -> int:
-    "Units the original implementation removes (its rounding, kept bit for bit)."
-    return (channels - int(channels * (1 - channel_ratio))) // per_unit
-
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-028
 def kept_counts(units: int, step: int, floor: int = 1) -> list:
     "Counts that may be kept, descending: all, then multiples of `step`, not below the floor."
     least = -(-min(floor, units) // step) * step  # the floor, up to a whole step
     return [units] + list(range((units - 1) // step * step, least - 1, -step))
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-030
-def removal_path(
-    sizes: dict,  # layer -> LayerSize of the layers that may lose units
-    steps: dict,  # "heads" and "neurons" -> kept counts are multiples of this
-) -> dict:
-    "Every removal step in order: tensors layer, kind (0 heads, 1 neurons), kept, cost."
-    due, columns = [], {"layer": [], "kind": [], "kept": [], "cost": []}
-    for i in sorted(sizes, reverse=True):
-        for kind, name in enumerate(("heads", "neurons")):
-            counts = kept_counts(getattr(sizes[i], name), steps[name])
-            counts = torch.tensor(counts, dtype=torch.float64)
-            due.append(1 - counts[1:] / counts[0])
-            kept = counts[1:].long()
-            columns["kept"].append(kept)
-            columns["cost"].append((counts[:-1] - counts[1:]).long() * sizes[i].price(name))
-            columns["layer"].append(torch.full_like(kept, i))
-            columns["kind"].append(torch.full_like(kept, kind))
-    order = torch.argsort(torch.cat(due), stable=True)
-    return {name: torch.cat(parts)[order] for name, parts in columns.items()}
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-034
 def rounded_steps(
@@ -135,22 +105,6 @@ def rounded_steps(
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, not {round_to}.")
     return {"heads": round_to // gcd(round_to, group_channels), "neurons": round_to}
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-036
-def solve_budget(
-    sizes: dict,  # layer -> LayerSize of the layers that may lose units
-    target: int,  # parameters to remove
-    steps: dict,  # see rounded_steps
-    uniform: bool,  # the same counts in every layer
-) -> dict:
-    "Kept counts {heads: {layer: n}, neurons: {layer: n}} that come nearest to `target`."
-    first = next(iter(sizes))
-    path = removal_path({first: sizes[first]} if uniform else sizes, steps)
-    n = nearest_prefix(path["cost"] * (len(sizes) if uniform else 1), target)
-    counts = {"heads": {}, "neurons": {}}
-    for layer, kind, kept in zip(*(path[key][:n].tolist() for key in ("layer", "kind", "kept"))):
-        counts[("heads", "neurons")[kind]][layer] = kept
-    return {k: {i: v[first] for i in sizes} if uniform and v else v for k, v in counts.items()}
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-012
 @dataclass(frozen=True, repr=False)
@@ -285,21 +239,25 @@ def plan_table(plan: PruningPlan) -> str:
     return "\n".join(lines)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-028
-def method_and_shape(some_layers: bool, some_units) -> dict:
-    "Method and shape of an explicit plan."
-    used = (("layerwise", some_layers), ("widthwise", some_units))
-    method = "+".join(name for name, given in used if given) or "none"
-    shape = "blockwise" if some_units else "layers" if some_layers else "none"
-    return {"method": method, "shape": shape}
-
-
-def removed_parameters(sizes: list, layers: tuple, heads: dict, neurons: dict) -> int:
-    "Parameters that a plan removes."
-    kept = 0
+def plan_of_record(
+    model_type: str,
+    meta: dict,  # sizes and lm_parameters of the model, and how the plan was made
+    layers: tuple,  # kept layers
+    heads: dict,  # layer -> kept heads
+    neurons: dict,  # layer -> kept neurons
+    **fields,  # requested_ratio, method, shape; those left out follow from what is removed
+) -> PruningPlan:
+    "A plan with explicit lists of what stays; the achieved ratio is computed."
+    sizes, kept = [LayerSize(**size) for size in meta["sizes"]], 0
     for i in layers:
         counts = (heads.get(i, range(sizes[i].heads)), neurons.get(i, range(sizes[i].neurons)))
         kept += kept_parameters(sizes[i], *map(len, counts))
-    return sum(s.parameters for s in sizes) - kept
+    achieved = (sum(s.parameters for s in sizes) - kept) / meta["lm_parameters"]
+    used = {"layerwise": len(layers) < len(sizes), "widthwise": heads or neurons}
+    method = "+".join(name for name, given in used.items() if given) or "none"
+    shape = "blockwise" if used["widthwise"] else "layers" if used["layerwise"] else "none"
+    fields = dict(method=method, shape=shape, achieved_ratio=achieved) | fields
+    return PruningPlan(model_type, len(sizes), layers, heads, neurons, meta=meta, **fields)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-030
 def removable(
@@ -341,24 +299,21 @@ def make_plan(
     **fields,  # requested_ratio, method, shape, and anything else for meta
 ) -> PruningPlan:
     "A plan with explicit lists of what stays; the achieved ratio is computed."
-    parts, sizes, total = anatomy(model), layer_sizes(model), lm_parameters(model)
+    parts, sizes = anatomy(model), layer_sizes(model)
     layers = tuple(range(len(sizes))) if layers is None else tuple(sorted(layers))
     heads, neurons = ({i: sorted(v) for i, v in (kept or {}).items()} for kept in (heads, neurons))
     known = {k: fields.pop(k) for k in ("requested_ratio", "method", "shape") if k in fields}
-    if "method" not in known:
-        known |= method_and_shape(len(layers) < len(sizes), heads or neurons)
     check_kept("layers", layers, len(sizes))
     check_stays(parts, layers)
     meta = dict(
         sizes=[asdict(s) for s in sizes],
-        lm_parameters=total,
+        lm_parameters=lm_parameters(model),
         head_dim=parts.head_dim,
         hidden_size=parts.hidden_size,
         queries_per_group=parts.queries_per_group(0),
         **fields,
     )
-    known |= {"achieved_ratio": removed_parameters(sizes, layers, heads, neurons) / total}
-    return PruningPlan(parts.family.name, len(sizes), layers, heads, neurons, meta=meta, **known)
+    return plan_of_record(parts.family.name, meta, layers, heads, neurons, **known)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-040
 def is_nested(
@@ -383,25 +338,20 @@ def compose_plans(
             f"the second plan is of a model of {second.num_layers} layers, but the first one "
             f"leaves {len(first.layers)}: make it for the pruned model."
         )
-    sizes = [LayerSize(**size) for size in first.meta["sizes"]]
     layers, units = tuple(first.layers[i] for i in second.layers), {"heads": {}, "neurons": {}}
     for kind in units:
         for i, original in zip(second.layers, layers):
             left = first.kept(kind, original)
             kept = tuple(left[k] for k in getattr(second, kind).get(i, range(len(left))))
-            if len(kept) < getattr(sizes[original], kind):
+            if len(kept) < first.meta["sizes"][original][kind]:
                 units[kind][original] = kept
-    how = method_and_shape(len(layers) < first.num_layers, any(units.values()))
-    if how["shape"] == "blockwise" and "blockwise" not in (first.shape, second.shape):
-        how["shape"] = "uniform"
-    removed = removed_parameters(sizes, layers, **units)
+    alike = any(units.values()) and "blockwise" not in (first.shape, second.shape)
     meta = first.meta | {
         "scores": second.meta.get("scores"),
         "plans": [*first.meta.get("plans", [repr(first)]), repr(second)],
     }
-    achieved = {"achieved_ratio": removed / first.meta["lm_parameters"]}
-    options = units | how | achieved
-    return PruningPlan(first.model_type, first.num_layers, layers, **options, meta=meta)
+    shape = {"shape": "uniform"} if alike else {}
+    return plan_of_record(first.model_type, meta, layers, **units, **shape)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-050
 def ascending(values: torch.Tensor, what: str) -> list:
