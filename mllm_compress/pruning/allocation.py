@@ -194,12 +194,10 @@ def standardized(
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-016
 def pooled_rates(
-    steps: list,  # of (saliency lost, cost saved, ...), in the order of leaving
+    steps: list,  # of (saliency lost, cost saved), in the order of leaving; not empty
 ) -> list:  # never falling
     "Slopes of the lower convex hull of saliency lost over cost saved."
-    if not steps:
-        return []
-    lost, saved = torch.tensor([s[:2] for s in steps], dtype=torch.float64).T.numpy()
+    lost, saved = torch.tensor(steps, dtype=torch.float64).T.numpy()
     return isotonic_regression(lost / saved, weights=saved).x.tolist()
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-020
