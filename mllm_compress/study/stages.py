@@ -388,7 +388,7 @@ def planned(
         return plans.plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
     if base is not None:
         return plans.plan_widthwise(model, scores, ratio, protect=protect, shape=shape, base=base)
-    return plans.plan_pruning(e.pruning, model, scores, ratio=ratio, protect=protect, shape=shape)
+    return plans.PRUNINGS[e.pruning].function(model, scores, ratio, protect, shape)
 
 
 def plan_of(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"):
