@@ -140,7 +140,7 @@ def held_out_errors(
     predicted = seen @ start
     slope = (moves * (predicted - wanted)).sum(1)
     bend = seen * (moves @ moves.T)
-    scale = torch.tensor(ridges).to(values) * values.mean()
+    scale = values.new_tensor(ridges) * values.mean()
     shrink = 1 / (values + scale[:, None])  # [ridges, channels]
     before = square + ((predicted - 2 * wanted) * start).sum()
     return before + 2 * shrink @ slope + ((shrink @ bend) * shrink).sum(1)
