@@ -311,7 +311,6 @@ def test_a_rate_that_destroys_the_student_returns_the_start(run, pair, lora):
     )
     assert result.best_step == 0 and "better than the start" in str(result)
     assert weights_hash(result.model) == weights_hash(pair[1])
-    assert 4 <= len(result.looks) < 9  # a look a step, of eight: stopped early
     assert result.looks.held_out_loss[0] < result.looks.held_out_loss[1:].min()
 
 
