@@ -7,8 +7,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from mllm_compress.checkpoint import load_pruned, prune_files, save_pruned
-from mllm_compress.importance.criteria import random_layers
-from mllm_compress.importance.scores import check_record, model_record, with_record
+from mllm_compress.importance.criteria import measure
+from mllm_compress.importance.scores import check_record, model_record
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.zoo.models import load_model
@@ -64,7 +64,7 @@ def test_the_record_of_files_is_that_of_the_model(tmp_path):
     folder = dense_folder("tiny-llava", tmp_path / "dense")
     model, _ = load_model(folder)
     assert model_record(open_files(folder).model) == model_record(model)
-    scores = with_record(random_layers(model), model)
+    scores = measure("layerwise", "random", model)
     check_record(scores, model_record(open_files(folder).model))
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight += 0.01

@@ -9,7 +9,7 @@ __all__ = ['CRITERIA', 'random_scores', 'random_layers', 'criterion', 'takes', '
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-004
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,8 +25,8 @@ from mllm_compress.importance.scores import (
     check_batches,
     hooked,
     mean_weights,
+    model_record,
     run_forward,
-    with_record,
 )
 from .taylor import taylor
 from mllm_compress.utils.methods import (
@@ -158,7 +158,7 @@ class Criterion:
     version: int  # raised when its numbers change
     look: Look
     help: str  # one sentence
-    streams: bool = False  # works layer by layer, on a model whose weights stay in files
+    streams: bool = True  # works layer by layer, so weights may stay in files
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-032
 CRITERIA = {  # (pruning, name) -> row
@@ -167,91 +167,78 @@ CRITERIA = {  # (pruning, name) -> row
         version=1,
         look=Look("block influence", RED, "o"),
         help="How much a layer changes the direction of its input (Men et al. 2024).",
-        streams=True,
     ),
     ("layerwise", "angular_distance"): Criterion(
         angular_distance,
         version=1,
         look=Look("angular distance", ORANGE, "^", DASHDOTTED),
         help="The angle between the input and the output of n layers (Gromov et al. 2024).",
-        streams=True,
     ),
     ("layerwise", "random"): Criterion(
         random_layers,
         version=1,
         look=Look("random layers", GREY, "x", DOTTED),
         help="A random order of the layers, the baseline.",
-        streams=True,
     ),
     ("widthwise", "taylor"): Criterion(
         taylor,
         version=3,
         look=Look("Taylor", BLUE, "s", DASHED),
         help="First-order change of the loss, per parameter (Ma et al. 2023).",
-        streams=True,
     ),
     ("widthwise", "magnitude"): Criterion(
         magnitude,
         version=1,
         look=Look("magnitude", GREEN, "D", DASHDOTTED),
         help="The sum of the squared weights (Li et al. 2017); needs no data.",
-        streams=True,
     ),
     ("widthwise", "activation"): Criterion(
         activation,
         version=1,
         look=Look("activation", PINK, "v"),
         help="The RMS of a unit's output over the calibration tokens.",
-        streams=True,
     ),
     ("widthwise", "random"): Criterion(
         random_scores,
         version=1,
         look=Look("random units", GREY, "X", DOTTED),
         help="A random order of heads and neurons, the baseline.",
-        streams=True,
     ),
     ("widthwise", "taylor_vectorize"): Criterion(
         partial(taylor, order="vectorize"),
         version=1,
         look=Look("Taylor, vectorize", INDIGO, "P", DASHED),
         help="First-order change of the loss, with the absolute value after the sum.",
-        streams=True,
     ),
     ("widthwise", "taylor_param_second"): Criterion(
         partial(taylor, order="param_second"),
         version=1,
         look=Look("Taylor, second order", OLIVE, ">", DOTTED),
         help="Second-order change of the loss, with the Fisher diagonal as curvature.",
-        streams=True,
     ),
     ("widthwise", "taylor_param_mix"): Criterion(
         partial(taylor, order="param_mix"),
         version=3,
         look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
-        streams=True,
     ),
     ("widthwise", "gauss_newton"): Criterion(
         gauss_newton,
         version=1,
         look=Look("Gauss-Newton", SKY, "p"),
         help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
-        streams=True,
     ),
     ("widthwise", "wanda_sp"): Criterion(
         wanda_sp,
         version=1,
         look=Look("Wanda-sp", "#44AA99", "h", DASHED),
         help="Output weights times the norm of their inputs (Sun et al. 2024).",
-        streams=True,
     ),
     ("widthwise", "flap"): Criterion(
         flap,
         version=1,
         look=Look("fluctuation (FLAP)", "#661100", "d"),
         help="Variance of a unit's output times its squared output weights (An et al. 2024).",
-        streams=True,
     ),
 }
 
@@ -289,21 +276,6 @@ def criteria_of(
     needed = lambda row: [k for k, p in options_of(row).items() if p.default is p.empty]
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
 
-# %% ../../nbs/library/importance/05_criteria.ipynb #cell-050
-def score_by(prunes: str, name: str, model, batches, options: dict) -> LayerScores | WidthScores:
-    "The scores of one criterion; an unknown name or option is a ValueError."
-    row = criterion(prunes, name)
-    known, unknown = sorted(options_of(row)), sorted(set(options) - set(options_of(row)))
-    if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known)}.")
-    if is_streamed(model) and not row.streams:
-        able = ", ".join(n for (p, n), r in CRITERIA.items() if p == prunes and r.streams)
-        raise ValueError(
-            f"{name} needs the whole model in memory: load it without stream (--no-stream), or "
-            f"use a criterion that works layer by layer: {able}."
-        )
-    return with_record(row.function(model, batches, **options), model)
-
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-052
 def measure(
     prunes: str,  # layerwise or widthwise
@@ -314,9 +286,21 @@ def measure(
     **options,  # of the criterion
 ) -> LayerScores | WidthScores:
     "The scores of a row of CRITERIA; an unknown name or option is a ValueError."
-    if "seed" in options_of(criterion(prunes, name)):
+    row = criterion(prunes, name)
+    known = options_of(row)
+    if unknown := sorted(set(options) - set(known)):
+        allowed = ", ".join(sorted(known))
+        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {allowed}.")
+    if is_streamed(model) and not row.streams:
+        able = ", ".join(n for (p, n), r in CRITERIA.items() if p == prunes and r.streams)
+        raise ValueError(
+            f"{name} needs the whole model in memory: load it without stream (--no-stream), or "
+            f"use a criterion that works layer by layer: {able}."
+        )
+    if "seed" in known:
         options["seed"] = seed
-    return score_by(prunes, name, model, batches, options)
+    scores = row.function(model, batches, **options)
+    return replace(scores, meta=scores.meta | {"model": model_record(model)})
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-055
 def width_importance(
@@ -326,7 +310,7 @@ def width_importance(
     **options,  # of the criterion: order=, mode=, token_weights=, recompute=; p=; seed=
 ) -> WidthScores:
     "Scores of the heads and neurons of every layer; lower is removed first."
-    return score_by("widthwise", method, model, batches, options)
+    return measure("widthwise", method, model, batches, **options)
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-061
 def whole_layers(
@@ -346,5 +330,5 @@ def layer_importance(
     "Scores of the decoder layers; lower is removed first."
     check_choice("criterion", method, dict.fromkeys(name for _, name in CRITERIA))
     if ("layerwise", method) in CRITERIA:
-        return score_by("layerwise", method, model, batches, options)
-    return whole_layers(score_by("widthwise", method, model, batches, options))
+        return measure("layerwise", method, model, batches, **options)
+    return whole_layers(measure("widthwise", method, model, batches, **options))

@@ -74,20 +74,22 @@ def hidden_states(
 def sum_changes(
     model,
     batches: list,
-    change,  # change(x, y, weights) -> scalar
-    weigh,  # weigh(batch) -> [batch, tokens]
+    change,  # change(x, y) -> [batch, tokens]
+    weights: list | None,  # [batch, tokens] for each batch; None: a plain sum
     n: int = 1,  # layers between the compared states
     normed: bool = False,
 ) -> torch.Tensor:  # [layers - n + 1] float64, summed over the batches
     "Sum `change` over all batches, for each block of `n` layers."
     parts, totals, now = anatomy(model), {}, {}
-    weights = [weigh(batch) for batch in batches]
 
     def see(i, state):
         k = now["batch"]
         if i >= n:
-            before, w = totals.pop(("earlier", k, i - n)), weights[k].to(state.device)
-            new = change(before, state, w).cpu().double()
+            changes = change(totals.pop(("earlier", k, i - n)), state)
+            if weights is not None:
+                w = weights[k].to(state.device)
+                changes = torch.where(w > 0, w * changes, 0)
+            new = changes.sum().cpu().double()
             totals["change", i - n] = totals.get(("change", i - n), 0) + new
         if i + n <= parts.num_layers:
             totals["earlier", k, i] = state
@@ -96,16 +98,11 @@ def sum_changes(
     run_forward(model, batches, totals, listening, lambda k: now.update(batch=k))
     return torch.stack([totals["change", i] for i in range(parts.num_layers - n + 1)])
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-026
-def weighted_change(x, y, weights):
-    "Default: weighted sum of 1 - cos."
-    return torch.where(weights > 0, weights * cosine_change(x, y), 0).sum()
-
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-028
-def reference_change(x, y, weights):
-    "Reference: sum over all tokens in the dtype of the model, a NaN similarity counted as 0.5."
+def reference_change(x, y):
+    "1 - cos in the dtype of the model, a NaN similarity counted as 0.5."
     dot, norm_x, norm_y = inner_products(x, y).to(x.dtype)
-    return (1 - (dot / (norm_x * norm_y)).nan_to_num(nan=0.5)).sum().float()
+    return 1 - (dot / (norm_x * norm_y)).nan_to_num(nan=0.5)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-030
 def check_mode(mode: str, token_weights=None) -> None:
@@ -137,18 +134,16 @@ def block_influence(
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     meta = _meta(model, batches, token_weights, mode=mode)
     if mode == "reference":
-        ones = lambda batch: torch.ones(1)
-        total = sum_changes(model, batches, reference_change, ones, normed=True)
+        total = sum_changes(model, batches, reference_change, None, normed=True)
         return LayerScores(total, "block_influence", meta)
-    weigh = lambda batch: mean_weights(batch, image, token_weights)
-    total = sum_changes(model, batches, weighted_change, weigh)
+    weights = [mean_weights(batch, image, token_weights) for batch in batches]
+    total = sum_changes(model, batches, cosine_change, weights)
     return LayerScores(total / meta["samples"], "block_influence", meta)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-048
-def angular_change(x, y, weights):
-    "Weighted sum of the angle over π (Gromov et al. 2024, eq. 6)."
-    angle = torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
-    return torch.where(weights > 0, weights * angle, 0).sum()
+def angular_change(x, y):
+    "The angle over π (Gromov et al. 2024, eq. 6)."
+    return torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-050
 def last_token(
@@ -173,8 +168,9 @@ def angular_distance(
     if tokens not in ("all", "last"):
         raise ValueError(f"tokens={tokens!r}: use 'all' or 'last'.")
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
-    mean = lambda batch: mean_weights(batch, image, token_weights)
-    weigh = mean if tokens == "all" else lambda batch: last_token(mean(batch))
-    total = sum_changes(model, batches, angular_change, weigh, n)
+    weights = [mean_weights(batch, image, token_weights) for batch in batches]
+    if tokens == "last":
+        weights = [last_token(w) for w in weights]
+    total = sum_changes(model, batches, angular_change, weights, n)
     meta = _meta(model, batches, token_weights, n=n, tokens=tokens)
     return LayerScores(total / meta["samples"], "angular_distance", meta)

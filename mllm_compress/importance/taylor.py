@@ -9,10 +9,9 @@ __all__ = ['scoring_memory', 'free_memory']
 import copy
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ from mllm_compress.importance.scores import (
     WidthScores,
     add_channels,
     check_batches,
-    check_token_weights,
     evaluating,
     hooked,
     kept_states,
@@ -82,30 +80,22 @@ def gradient_moments(
         H.addcmul_(g_b, g_b, value=1 / (n * n * samples))
     return g, H
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-016
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
 CHUNK = {"cpu": 2**20, "cuda": 2**24}  # weights whose gradient exists at once
 
 
-def channels_at_once(weight: torch.Tensor, axis: int) -> int:
-    "Channels of a block."
-    return max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // weight.shape[1 - axis])
-
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-018
 def channel_scores(
     slot: LinearSlot,
-    x: torch.Tensor,  # [batch, tokens, in], as in `gradient_moments`
-    delta: torch.Tensor,  # [batch, tokens, out]
-    counts: list,
-    totals: tuple,
     order: Order,
+    moments: Callable,  # moments(rows, columns) -> (g, H) of a block, given as slices
 ) -> torch.Tensor:  # [channels] float32, signed for `vectorize`
     "Scores of the rows (axis 0) or columns (axis 1) of one linear layer, block by block."
-    weight, axis = slot.module.weight.detach(), slot.axis
-    step, scores = channels_at_once(weight, axis), []
-    for w, part in zip(weight.split(step, axis), (delta, x)[axis].split(step, -1)):
-        pair = (x, part) if axis == 0 else (part, delta)
-        g, H = gradient_moments(*pair, counts, totals, order.curvature)
-        scores.append(order.formula(w.float(), g, H, 1 - axis))
+    weight, axis, scores = slot.module.weight.detach(), slot.axis, []
+    step = max(1, CHUNK.get(weight.device.type, CHUNK["cuda"]) // weight.shape[1 - axis])
+    for start in range(0, weight.shape[axis], step):
+        block = [slice(None), slice(None)]
+        block[axis] = slice(start, start + step)
+        scores.append(order.formula(weight[tuple(block)].float(), *moments(*block), 1 - axis))
     return torch.cat(scores)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-020
@@ -126,12 +116,13 @@ class Probe(torch.autograd.Function):
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
 @contextmanager
 def frozen(model):
-    "No parameter requires a gradient within this context."
+    "Autograd runs through the model in evaluation mode, and not to its weights, in this block."
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     try:
-        yield
+        with evaluating(model), torch.enable_grad():
+            yield
     finally:
         for p in trainable:
             p.requires_grad_(True)
@@ -168,30 +159,39 @@ def output_gradients(
         return (args[0].detach().requires_grad_(), *args[1:])
 
     again = lambda forward: partial(checkpoint, forward, use_reentrant=False)
-    with ExitStack() as stack:
-        for context in (frozen(parts.model), evaluating(parts.model), torch.enable_grad()):
-            stack.enter_context(context)
-        repeated = parts.layers if recompute is True else parts.layers[: int(recompute)]
-        stack.enter_context(replaced_forward(repeated, again))
-        stack.enter_context(hooked([parts.layers[0].register_forward_pre_hook(enter)]))
-        stack.enter_context(listen(parts, range(parts.num_layers), see))
-        yield
+    repeated = parts.layers if recompute is True else parts.layers[: int(recompute)]
+    entering, layers = parts.layers[0].register_forward_pre_hook(enter), range(parts.num_layers)
+    with frozen(parts.model), replaced_forward(repeated, again), hooked([entering]):
+        with listen(parts, layers, see):
+            yield
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-030
-def predicting(labels: torch.Tensor) -> torch.Tensor:
-    "Positions that predict a supervised token in any row."
-    return (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
-
-
-def logits_loss(
-    logits: torch.Tensor,  # [batch, positions, vocabulary]
+def answer_states(
+    parts: Anatomy,
+    batch: dict,
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
-    before: torch.Tensor,  # the positions
-) -> torch.Tensor:  # scalar: sum over supervised tokens
-    "Next-token cross-entropy at some positions."
-    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    target = labels[:, before + 1].flatten().to(logits.device)
-    return torch.nn.functional.cross_entropy(logits, target, reduction="sum")  # ignores -100
+) -> tuple:  # f [answers, hidden] after the final norm, targets [answers]
+    "Final normed states at the positions that predict an answer token, row by row."
+    normed = []
+    read = lambda _, args, output: normed.append(output)
+    with hooked([parts.final_norm.register_forward_hook(read)]):
+        parts.model(**model_inputs(parts.model, batch), use_cache=False, logits_to_keep=1)
+    return answers_of(normed[0], labels)
+
+
+def answers_of(
+    normed: torch.Tensor,  # [batch, tokens, hidden] after the final norm
+    labels: torch.Tensor,
+) -> tuple:  # as of answer_states
+    "The states that predict an answer token, and the tokens."
+    where = (labels[:, 1:] != -100).to(normed.device)  # position t predicts token t + 1
+    return normed[:, :-1][where], labels[:, 1:].to(where.device)[where]
+
+
+def log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    "Sum of the log-probabilities of `tokens`, in float32 or better."
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
 
 
 def summed_loss(
@@ -200,11 +200,9 @@ def summed_loss(
     labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
 ) -> torch.Tensor:  # scalar: sum over supervised tokens
     "Next-token cross-entropy, computed at the positions that predict a supervised token."
-    before = predicting(labels)
-    logits = model(
-        **model_inputs(model, batch), use_cache=False, logits_to_keep=before.to(model.device)
-    ).logits
-    return logits_loss(logits, labels, before)
+    parts = anatomy(model)
+    states, targets = answer_states(parts, batch, labels)
+    return -log_likelihood(parts.logits(states), targets)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-034
 def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
@@ -246,39 +244,27 @@ def keep_inputs(parts: Anatomy, batch: dict, labels: torch.Tensor) -> Kept:
     (delta,) = torch.autograd.grad(total, end)
     return Kept(calls, delta, total.item())
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-042
-def backward_through(
-    parts: Anatomy,
-    i: int,  # layer
-    kept: Kept,  # of one batch; its `delta` moves from the output of the layer to its input
-    see: Callable,  # as in `probes`
-    listen: Callable = probes,  # what calls `see`
-) -> None:
-    "Run one layer again and lead the gradient back through it."
-    (hidden, *args), kwargs = kept.calls[i]
-    hidden = hidden.detach().requires_grad_()
-    with listen(parts, [i], see):
-        output = parts.layers[i](hidden, *args, **kwargs)
-        (kept.delta,) = torch.autograd.grad(output, hidden, kept.delta.to(output))
-
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-046
 def through_layers(
     parts: Anatomy,
-    kept: list,  # of Kept
+    kept: list,  # of Kept; `delta` of each moves from the end of the last layer to the first
     totals: dict,  # the sums that `see` adds to, see utils.resuming
     see_of: Callable,  # see_of(number in `kept`) -> a function as in `probes`
     leave: Callable = lambda i: None,  # called once all gradients have passed layer `i`
     listen: Callable = probes,
 ) -> None:
     "Lead the gradients of all batches back through one layer, then through the one before."
-    model, layers = parts.model, parts.num_layers
-    with frozen(model), evaluating(model), torch.enable_grad():
-        for step in batches_left(layers, totals):
-            i = layers - 1 - step
+    with frozen(parts.model):
+        for step in batches_left(parts.num_layers, totals):
+            i = parts.num_layers - 1 - step
             with in_memory(parts, i):
                 for k, one in enumerate(kept):
-                    one.delta = totals.pop(("delta", k), one.delta)
-                    backward_through(parts, i, one, see_of(k), listen)
+                    delta = totals.pop(("delta", k), one.delta)
+                    (hidden, *args), kwargs = one.calls[i]
+                    hidden = hidden.detach().requires_grad_()
+                    with listen(parts, [i], see_of(k)):
+                        output = parts.layers[i](hidden, *args, **kwargs)
+                        (one.delta,) = torch.autograd.grad(output, hidden, delta.to(output))
                 leave(i)
             totals.update({("delta", k): one.delta for k, one in enumerate(kept)})
     for k in range(len(kept)):
@@ -287,9 +273,9 @@ def through_layers(
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-048
 def keep_trail(parts: Anatomy, trail: Trail, labels: torch.Tensor) -> Kept:
     "As `keep_inputs`, for a batch behind the last layer of a streamed model."
-    end, before = trail.end.requires_grad_(), predicting(labels)
-    logits = parts.logits(parts.final_norm(end)[:, before.to(end.device)])
-    total = logits_loss(logits, labels, before)
+    end = trail.end.requires_grad_()
+    states, targets = answers_of(parts.final_norm(end), labels)
+    total = -log_likelihood(parts.logits(states), targets)
     (delta,) = torch.autograd.grad(total, end)
     return Kept(trail, delta, total.item())
 
@@ -297,12 +283,11 @@ def keep_trail(parts: Anatomy, trail: Trail, labels: torch.Tensor) -> Kept:
 @contextmanager
 def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Kept
     "Within this block a backward pass can be led through the layers."
-    model = parts.model
-    with frozen(model), evaluating(model), torch.enable_grad():
-        if not is_streamed(model):
+    with frozen(parts.model):
+        if not is_streamed(parts.model):
             yield [keep_inputs(parts, b, l) for b, l in zip(batches, labels)]
             return
-        with kept_states(model, batches) as trails:
+        with kept_states(parts.model, batches) as trails:
             with in_memory(parts, "norm", "head"):
                 kept = [keep_trail(parts, trail, l) for trail, l in zip(trails, labels)]
             yield kept
@@ -333,7 +318,6 @@ class Scoring:
 def prepare_scoring(model, batches: list, order: str, mode: str, token_weights) -> Scoring:
     "Check the inputs of a scoring run."
     check_mode(mode, token_weights)
-    check_token_weights(token_weights)
     check_choice("order", order, ORDERS)
     batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
     if mode == "reference":
@@ -347,8 +331,12 @@ def prepare_scoring(model, batches: list, order: str, mode: str, token_weights) 
     counts, totals = label_counts(labels)
     some = [k for k, c in enumerate(counts) if sum(c)]
     batches, labels, counts = ([x[k] for k in some] for x in (batches, labels, counts))
-    weigh = lambda b, l: position_weights({**b, "labels": l}, image, token_weights)
-    weights = [token_weights and weigh(b, l) for b, l in zip(batches, labels)]
+    weights = [None] * len(batches)
+    if token_weights is not None:
+        supervision = zip(batches, labels)
+        weights = [
+            position_weights(b | {"labels": l}, image, token_weights) for b, l in supervision
+        ]
     return Scoring(anatomy(model), batches, labels, weights, counts, totals, ORDERS[order])
 
 
@@ -374,7 +362,10 @@ def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
     for k in batches_left(len(run.batches), channels):
 
         def see(i, slot, x, delta, counts=run.counts[k]):
-            scores = channel_scores(slot, x.detach(), delta, counts, run.totals, run.order)
+            moments = lambda rows, columns: gradient_moments(
+                x.detach()[..., columns], delta[..., rows], counts, run.totals, run.order.curvature
+            )
+            scores = channel_scores(slot, run.order, moments)
             channels[i, slot.name] = channels.get((i, slot.name), 0) + scores
 
         with output_gradients(run.parts, weighted(see, run.weights[k]), recompute):
@@ -382,20 +373,6 @@ def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
             loss = check_finite(total.item(), k)
             total.backward()
         channels["loss"] = channels.get("loss", 0.0) + loss / run.totals[0]
-
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-060b
-def reduced(
-    slot: LinearSlot,
-    g: torch.Tensor,  # [out, in], as `gradient_moments` gives it
-    H: torch.Tensor | None,
-    order: Order,
-) -> torch.Tensor:  # [channels]
-    "Scores of the rows or columns of one linear layer from its whole gradient."
-    weight, axis = slot.module.weight.detach(), slot.axis
-    step = channels_at_once(weight, axis)
-    blocks = [repeat(None) if t is None else t.split(step, axis) for t in (weight, g, H)]
-    scores = [order.formula(w.float(), *moments, 1 - axis) for w, *moments in zip(*blocks)]
-    return torch.cat(scores)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-062
 def score_by_layer(run: Scoring, channels: dict) -> None:
@@ -415,7 +392,9 @@ def score_by_layer(run: Scoring, channels: dict) -> None:
 
     def leave(i):
         for slot in run.parts.linears(i):
-            channels[i, slot.name] = reduced(slot, *sums.pop(slot.name), run.order)
+            sums_of = sums.pop(slot.name)
+            moments = lambda *block: [None if s is None else s[block] for s in sums_of]
+            channels[i, slot.name] = channel_scores(slot, run.order, moments)
 
     with keeping_inputs(run.parts, run.batches, run.labels) as kept:
         losses = [check_finite(batch.loss, k) for k, batch in enumerate(kept)]
@@ -491,49 +470,27 @@ def activation_bytes(
     (one, working, forward), (two, *_) = (measured_bytes(config, n, dtype) for n in (1, 2))
     return {"layer": two - one, "ends": 2 * one - two, "working": working, "forward": forward}
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-016
-@dataclass(frozen=True)
-class ScoringMemory:
-    "Bytes that a scoring pass holds at its peak."
-
-    weights: int
-    activations: int  # kept for the backward pass
-    working: int  # of one layer, the logits, and one block of gradients
-
-    @property
-    def total(self) -> int:
-        "Bytes at the peak."
-        return self.weights + self.activations + self.working
-
 # %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-024
 def scoring_memory(
     model: PreTrainedModel,  # also on the meta device
-    tokens: int = 728,  # per sample, image tokens included
-    batch_size: int = 1,
+    tokens: int = 728,  # of the sample, image tokens included
     method: str = "taylor",  # or "block_influence"
-    order: str = "param_first",  # for taylor
-    supervised: int = 32,  # positions per sample whose logits are computed
-    recompute: bool = False,  # for taylor
+    supervised: int = 32,  # positions whose logits are computed
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",  # sets the block size of the gradients
-) -> ScoringMemory:
-    "Estimated peak memory of scoring; nothing of the model's size is allocated."
+) -> int:  # bytes
+    "Estimated peak memory of scoring one sample; nothing of the model's size is allocated."
     if method not in ("taylor", "block_influence"):
         raise ValueError(f"method={method!r}: use 'taylor' or 'block_influence'.")
-    check_choice("order", order, ORDERS)
-    parts, size, n = anatomy(model), dtype.itemsize, tokens * batch_size
-    per = activation_bytes(parts.text_config, dtype)
-    weights, logits = count_parameters(model) * size, batch_size * parts.vocab_size  # of a token
+    parts, size = anatomy(model), dtype.itemsize
+    per, weights = activation_bytes(parts.text_config, dtype), count_parameters(model) * size
     if method == "block_influence":
-        return ScoringMemory(weights, 0, int(n * per["forward"] + logits * size))
-    kept = n * parts.num_layers * per["layer"]
-    if recompute:
-        kept = (parts.num_layers - 1) * n * parts.hidden_size * size + n * per["layer"]
+        return int(weights + tokens * per["forward"] + parts.vocab_size * size)
+    kept = tokens * (parts.num_layers * per["layer"] + per["ends"])
+    logits = supervised * parts.vocab_size * (size + 3 * 4)
     largest = max(slot.module.weight.numel() for slot in parts.linears(0))
-    in_block = min(CHUNK.get(device, CHUNK["cuda"]), largest)  # weights
-    block = in_block * (4 * (5 if ORDERS[order].curvature else 3) + size)
-    working = max(supervised * logits * (size + 3 * 4), n * per["working"] + block)
-    return ScoringMemory(weights, int(kept + n * per["ends"]), int(working))
+    block = min(CHUNK.get(device, CHUNK["cuda"]), largest) * (size + 3 * 4)
+    return int(weights + kept + max(logits, tokens * per["working"] + block))
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-036
 def group_limit() -> float:  # bytes, infinite without a limit
