@@ -163,16 +163,18 @@ def test_scores_do_not_depend_on_the_batch_size(tiny_llava, order):
 
 def test_token_weights_weigh_the_positions_of_a_gradient(tiny_llava):
     model = tiny_llava[0]
-    batch, everything = image_batch(model), {"image": 2, "prompt": 2, "answer": 2}
+    batch = image_batch(model)
+    weighted = lambda weights: [batch | {"token_weights": weights}]
+    everything, image = torch.full((2, 24), 2.0), (torch.arange(24) < 16).float().expand(2, 24)
     plain = taylor(model, [batch], order="vectorize")
-    doubled = taylor(model, [batch], order="vectorize", token_weights=everything)
+    doubled = taylor(model, weighted(everything), order="vectorize")
     twice = lambda values: {i: 2 * v for i, v in values.items()}
     expected = WidthScores(twice(plain.heads), twice(plain.neurons), "")
     assert close(doubled, expected, rtol=1e-4)
     assert doubled.meta["loss"] == plain.meta["loss"]
     # in the last layer the MLP has a gradient only where an answer is predicted, not at the image
-    image = taylor(model, [batch], token_weights={"prompt": 0, "answer": 0})
-    assert (image.neurons[3] == 0).all() and (image.neurons[0] > 0).any()
+    seen = taylor(model, weighted(image))
+    assert (seen.neurons[3] == 0).all() and (seen.neurons[0] > 0).any()
 
 
 def test_scoring_touches_nothing(tiny_llava):
@@ -284,6 +286,7 @@ def test_baselines(tiny_lm, family):
 # --- bad input ----------------------------------------------------------------------------------
 
 B = text_batch()
+ONES = torch.ones(B["input_ids"].shape)
 NO_LABELS = B | {"labels": torch.full_like(B["input_ids"], -100)}
 
 
@@ -309,12 +312,11 @@ NO_LABELS = B | {"labels": torch.full_like(B["input_ids"], -100)}
         (lambda m: taylor(m, [B], mode="exact"), "'default' or 'reference'"),
         (lambda m: block_influence(m, [B], mode="sum"), "'default' or 'reference'"),
         (
-            lambda m: block_influence(m, [B], mode="reference", token_weights="balanced"),
+            lambda m: block_influence(m, [B | {"token_weights": ONES}], mode="reference"),
             "mode='default'",
         ),
-        (lambda m: taylor(m, [B], token_weights={"images": 1}), "image, prompt, answer"),
-        (lambda m: taylor(m, [B], token_weights={"image": -1}), "values >= 0"),
-        (lambda m: block_influence(m, [B], token_weights={"prompt": 0}), "no token that counts"),
+        (lambda m: taylor(m, [B | {"token_weights": ONES[:1]}]), "token_weights is"),
+        (lambda m: block_influence(m, [B | {"token_weights": 0 * ONES}]), "no token that counts"),
         (lambda m: taylor(m, [B, text_batch(2, 9)], mode="reference"), "one length"),
         (lambda m: angular_distance(m, [B], 0), "1 to 4 layers"),
         (lambda m: angular_distance(m, [B], 5), "1 to 4 layers"),

@@ -37,7 +37,7 @@ MODELS = {  # name -> (case, options)
 }
 OPTIONS = {"angular_distance": [{"n": 1}, {"n": 3}], "block_influence": [{}, {"mode": "reference"}]}
 OPTIONS |= {"gauss_newton": [{"of": "states", "draws": 2}, {"of": "labels"}, {"of": "sampled"}]}
-OPTIONS |= {"taylor": [{}, {"token_weights": "balanced"}, {"mode": "reference"}]}
+OPTIONS |= {"taylor": [{}, {"mode": "reference"}]}
 ROWS = [(*key, o) for key in CRITERIA for o in OPTIONS.get(key[1], [{}])]
 
 

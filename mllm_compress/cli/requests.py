@@ -545,7 +545,7 @@ def choose_stream(model: str, device: str, stream: bool | None, method: str = "t
     if 4 * size < free or (source := open_source(model)) is None:
         return False
     kind = dict(method=method, dtype=source.model.dtype, device=device)
-    needed = scoring_memory(source.model, **kind).total
+    needed = scoring_memory(source.model, **kind)
     if needed > free:
         note(
             f"scoring in memory takes about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "

@@ -73,12 +73,11 @@ def magnitude(
 def input_moments(
     model,
     batches: list,  # as for `block_influence`
-    token_weights: dict | str | None = None,  # as for `block_influence`
 ) -> tuple:  # two dicts (layer, slot name) -> [channels]: mean of x, mean of x²
     "Moments of the inputs of every output projection: over the tokens of a sample, then samples."
-    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
+    batches = check_batches(batches)
     samples, sums, now = sum(len(b["input_ids"]) for b in batches), {}, {}
-    weights = [mean_weights(b, image, token_weights) / samples for b in batches]
+    weights = [mean_weights(b) / samples for b in batches]
 
     def add(*slot):
         def hook(_, args):
@@ -99,12 +98,11 @@ def input_moments(
 def activation(
     model,
     batches: list,  # as for `block_influence`
-    token_weights: dict | str | None = None,  # as for `block_influence`
 ) -> WidthScores:  # root mean square norm of a unit's output
     "RMS of each head's and neuron's output activation, over the calibration tokens."
     batches = check_batches(batches)
-    _, power = input_moments(model, batches, token_weights)
-    meta = {"samples": sum(len(b["input_ids"]) for b in batches), "token_weights": token_weights}
+    _, power = input_moments(model, batches)
+    meta = {"samples": sum(len(b["input_ids"]) for b in batches)}
     squares = add_channels(anatomy(model), power, "activation", meta)
     roots = ({i: v.sqrt() for i, v in d.items()} for d in (squares.heads, squares.neurons))
     return WidthScores(*roots, "activation", squares.meta)
@@ -307,7 +305,7 @@ def width_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
     method: str = "taylor",  # a widthwise criterion: taylor, magnitude, activation, random, …
-    **options,  # of the criterion: order=, mode=, token_weights=, recompute=; p=; seed=
+    **options,  # of the criterion: order=, mode=, recompute=; p=; seed=
 ) -> WidthScores:
     "Scores of the heads and neurons of every layer; lower is removed first."
     return measure("widthwise", method, model, batches, **options)
@@ -325,7 +323,7 @@ def layer_importance(
     model,  # MLLM or causal LM of a known family
     batches: list | None = None,  # calibration batches; magnitude and random need none
     method: str = "block_influence",  # a layerwise criterion, or a widthwise one to be summed
-    **options,  # of the criterion: mode=, token_weights=; n=, tokens=; order=; p=; seed=
+    **options,  # of the criterion: mode=; n=, tokens=; order=; p=; seed=
 ) -> LayerScores:
     "Scores of the decoder layers; lower is removed first."
     check_choice("criterion", method, dict.fromkeys(name for _, name in CRITERIA))

@@ -105,38 +105,36 @@ def reference_change(x, y):
     return 1 - (dot / (norm_x * norm_y)).nan_to_num(nan=0.5)
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-030
-def check_mode(mode: str, token_weights=None) -> None:
+def check_mode(mode: str, batches: list) -> None:
     "ValueError unless mode is 'default', or 'reference' without token weights."
     if mode not in ("default", "reference"):
         raise ValueError(f"mode={mode!r}: use 'default' or 'reference'.")
-    if mode == "reference" and token_weights is not None:
+    if mode == "reference" and any("token_weights" in batch for batch in batches):
         raise ValueError(
             "token_weights need mode='default': the original sums over all tokens alike."
         )
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-032
-def _meta(model, batches: list, token_weights, **options) -> dict:
+def _meta(model, batches: list, **options) -> dict:
     "The options of a score, the number of samples, and the type of the decoder."
     samples = sum(len(b["input_ids"]) for b in batches)
     kind = anatomy(model).text_config.model_type
-    options |= {"samples": samples, "token_weights": token_weights, "model_type": kind}
-    return {**options, "model": model_record(model)}
+    return {**options, "samples": samples, "model_type": kind, "model": model_record(model)}
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-034
 def block_influence(
     model,  # MLLM or causal LM of a known family
-    batches: list,  # dicts with input_ids [batch, tokens]; attention_mask, pixel_values, labels
+    batches: list,  # dicts with input_ids [batch, tokens], attention_mask, pixel_values, …
     mode: str = "default",  # "reference": sum over all tokens, h_L after the final norm
-    token_weights: dict | str | None = None,  # {"image": 1, "prompt": 1}, "balanced"; None: all 1
 ) -> LayerScores:  # 1 - cos per layer: mean over tokens, then samples (reference: the sum)
     "Block influence of each decoder layer (Men et al. 2024, eq. 1); lower is removed first."
-    check_mode(mode, token_weights)
-    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
-    meta = _meta(model, batches, token_weights, mode=mode)
+    batches = check_batches(batches)
+    check_mode(mode, batches)
+    meta = _meta(model, batches, mode=mode)
     if mode == "reference":
         total = sum_changes(model, batches, reference_change, None, normed=True)
         return LayerScores(total, "block_influence", meta)
-    weights = [mean_weights(batch, image, token_weights) for batch in batches]
+    weights = [mean_weights(batch) for batch in batches]
     total = sum_changes(model, batches, cosine_change, weights)
     return LayerScores(total / meta["samples"], "block_influence", meta)
 
@@ -159,7 +157,6 @@ def angular_distance(
     batches: list,  # as for `block_influence`
     n: int,  # layers in a block
     tokens: str = "all",  # "all", or "last" token of each sample as in the source
-    token_weights: dict | str | None = None,  # as for `block_influence`
 ) -> LayerScores:  # [layers - n + 1], of the block starting at each layer; from 0 to 1
     "Angle over π between what enters and leaves each block (Gromov et al. 2024, eq. 6)."
     layers = anatomy(model).num_layers
@@ -167,10 +164,10 @@ def angular_distance(
         raise ValueError(f"n={n!r}: a block has 1 to {layers} layers in this model.")
     if tokens not in ("all", "last"):
         raise ValueError(f"tokens={tokens!r}: use 'all' or 'last'.")
-    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
-    weights = [mean_weights(batch, image, token_weights) for batch in batches]
+    batches = check_batches(batches)
+    weights = [mean_weights(batch) for batch in batches]
     if tokens == "last":
         weights = [last_token(w) for w in weights]
     total = sum_changes(model, batches, angular_change, weights, n)
-    meta = _meta(model, batches, token_weights, n=n, tokens=tokens)
+    meta = _meta(model, batches, n=n, tokens=tokens)
     return LayerScores(total / meta["samples"], "angular_distance", meta)

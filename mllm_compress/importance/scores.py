@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -130,17 +130,17 @@ def load_scores(
         )
     try:
         content = json.loads(record.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{record} is not readable JSON ({error}); score again.") from None
-    if not isinstance(content, dict) or not {"type", "kind", "meta"} <= set(content):
-        raise ValueError(f"{record} describes no scores; score again.")
+        about = {k: content[k] for k in ("kind", "meta")}
+        layerwise = content["type"] == "LayerScores"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} describes no scores ({error!r}); score again.") from None
     if sha256(numbers) != content.get("sha256"):
         raise ValueError(
             f"{numbers} is not the file that {record.name} describes (truncated, edited or "
             "swapped); score again."
         )
-    tensors, about = load_file(numbers), {k: content[k] for k in ("kind", "meta")}
-    if content["type"] == "LayerScores":
+    tensors = load_file(numbers)
+    if layerwise:
         return LayerScores(tensors["values"], **about)
     by_kind = {"heads": {}, "neurons": {}}
     for name, values in tensors.items():
@@ -170,7 +170,7 @@ def check_batches(
             raise ValueError(
                 f"batch {k}: input_ids must be [batch, tokens] and not empty, got {shape}."
             )
-        for name in ("attention_mask", "labels"):
+        for name in ("attention_mask", "labels", "token_weights"):
             if batch.get(name) is not None and batch[name].shape != ids.shape:
                 raise ValueError(
                     f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is {shape}; "
@@ -204,59 +204,20 @@ def split_rows(
         parts.append({k: t if t is None else t[rows, :end] for k, t in batch.items()})
     return parts
 
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-035
-def token_kinds(
-    batch: dict,  # with input_ids and, where there are any, attention_mask and labels
-    image_token_id: int | None,  # None for a plain LM
-) -> dict:  # kind -> bool [batch, tokens]
-    "Which tokens are image, prompt and answer (supervised) tokens; padding is none of them."
-    ids, mask, labels = (batch.get(k) for k in ("input_ids", "attention_mask", "labels"))
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    image = real & (ids == image_token_id) if image_token_id is not None else torch.zeros_like(real)
-    answer = real & ~image & (labels != -100) if labels is not None else torch.zeros_like(real)
-    return {"image": image, "prompt": real & ~image & ~answer, "answer": answer}
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-041
-def check_token_weights(token_weights) -> None:
-    "None, 'balanced', or a dict from kind to a number >= 0; all else is a ValueError."
-    if token_weights is None or token_weights == "balanced":
-        return
-    kinds = ("image", "prompt", "answer")
-    named = isinstance(token_weights, Mapping) and token_weights
-    valid = lambda w: isinstance(w, (int, float)) and 0 <= w < float("inf")
-    if not named or not set(named) <= set(kinds) or not all(map(valid, named.values())):
-        raise ValueError(
-            f"token_weights={token_weights!r}: give 'balanced' or a dict with keys among "
-            f"{', '.join(kinds)} and values >= 0."
-        )
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-043
-def position_weights(
-    batch: dict,
-    image_token_id: int | None,
-    token_weights: dict | str | None = None,  # of one token of each kind, "balanced"; None: all 1
-) -> torch.Tensor:  # [batch, tokens] float32
-    "How much each position counts."
-    check_token_weights(token_weights)
-    kinds = token_kinds(batch, image_token_id)
-    if token_weights == "balanced":  # each kind adds up to 1 per sample
-        return sum(k / k.sum(1, keepdim=True).clamp_min(1) for k in kinds.values())
-    return sum(k * float((token_weights or {}).get(name, 1)) for name, k in kinds.items()).float()
-
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-047
 def mean_weights(
-    batch: dict,
-    image_token_id: int | None,
-    token_weights: dict | str | None = None,
+    batch: dict,  # with input_ids and, where there are any, attention_mask and token_weights
 ) -> torch.Tensor:  # [batch, tokens] float32, each row adds up to 1
-    "Position weights as a mean over the tokens of each sample."
-    weights = position_weights(batch, image_token_id, token_weights)
+    "How much each token counts in the mean over its sample."
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    weights = torch.ones_like(ids).float() if mask is None else mask.bool().float()
+    weights = weights * batch.get("token_weights", 1)
     total = weights.sum(1, keepdim=True)  # [batch, 1]
-    if (total == 0).any():
-        sample = int((total[:, 0] == 0).nonzero()[0, 0])
+    if not (total > 0).all():
+        sample = int((~(total[:, 0] > 0)).nonzero()[0, 0])
         raise ValueError(
-            f"sample {sample} of a batch has no token that counts under "
-            f"token_weights={token_weights!r}: check its attention_mask and labels."
+            f"sample {sample} of a batch has no token that counts: "
+            "check its attention_mask and token_weights."
         )
     return weights / total
 
@@ -314,14 +275,6 @@ def model_record(
     if is_streamed(model) or model.device.type != "meta":
         record["weights"] = weights_sample(model)
     return record
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-058
-def with_record(
-    scores,  # LayerScores or WidthScores
-    model,  # that they were computed on
-):  # the scores
-    "The same scores, with the record of their model."
-    return replace(scores, meta=scores.meta | {"model": model_record(model)})
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-060
 def check_record(

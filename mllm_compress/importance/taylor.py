@@ -31,7 +31,6 @@ from mllm_compress.importance.scores import (
     hooked,
     kept_states,
     model_inputs,
-    position_weights,
     replaced_forward,
 )
 from ..utils.files import batches_left
@@ -309,17 +308,16 @@ class Scoring:
     parts: Anatomy
     batches: list
     labels: list  # [batch, tokens] for each batch
-    weights: list  # [batch, tokens] of each position's part of the gradients, or None
     counts: list  # supervised tokens of each sample, for each batch
     totals: tuple  # (supervised tokens, samples that have any)
     order: Order
 
 
-def prepare_scoring(model, batches: list, order: str, mode: str, token_weights) -> Scoring:
+def prepare_scoring(model, batches: list, order: str, mode: str) -> Scoring:
     "Check the inputs of a scoring run."
-    check_mode(mode, token_weights)
     check_choice("order", order, ORDERS)
-    batches, image = check_batches(batches), getattr(model.config, "image_token_id", None)
+    batches = check_batches(batches)
+    check_mode(mode, batches)
     if mode == "reference":
         if len({(b["input_ids"].shape[1], frozenset(b)) for b in batches}) > 1:
             raise ValueError(
@@ -327,21 +325,17 @@ def prepare_scoring(model, batches: list, order: str, mode: str, token_weights) 
                 "or use mode='default'."
             )
         batches = [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
-    labels = [supervised(b, mode, image is not None) for b in batches]
+    multimodal = getattr(model.config, "image_token_id", None) is not None
+    labels = [supervised(b, mode, multimodal) for b in batches]
     counts, totals = label_counts(labels)
     some = [k for k, c in enumerate(counts) if sum(c)]
     batches, labels, counts = ([x[k] for k in some] for x in (batches, labels, counts))
-    weights = [None] * len(batches)
-    if token_weights is not None:
-        supervision = zip(batches, labels)
-        weights = [
-            position_weights(b | {"labels": l}, image, token_weights) for b, l in supervision
-        ]
-    return Scoring(anatomy(model), batches, labels, weights, counts, totals, ORDERS[order])
+    return Scoring(anatomy(model), batches, labels, counts, totals, ORDERS[order])
 
 
-def weighted(see: Callable, weights: torch.Tensor | None) -> Callable:
-    "`see`, with the output gradients times a weight of each position."
+def weighted(see: Callable, batch: dict) -> Callable:
+    "`see`, with the output gradients times the weight of each position, if the batch has any."
+    weights = batch.get("token_weights")
     if weights is None:
         return see
     return lambda i, slot, x, delta: see(i, slot, x, delta * weights.to(delta)[..., None])
@@ -368,7 +362,7 @@ def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
             scores = channel_scores(slot, run.order, moments)
             channels[i, slot.name] = channels.get((i, slot.name), 0) + scores
 
-        with output_gradients(run.parts, weighted(see, run.weights[k]), recompute):
+        with output_gradients(run.parts, weighted(see, run.batches[k]), recompute):
             total = summed_loss(run.parts.model, run.batches[k], run.labels[k])
             loss = check_finite(total.item(), k)
             total.backward()
@@ -388,7 +382,7 @@ def score_by_layer(run: Scoring, channels: dict) -> None:
                 new = tuple(a if a is None else a.add_(b) for a, b in zip(old, new))
             sums[slot.name] = new
 
-        return weighted(see, run.weights[k])
+        return weighted(see, run.batches[k])
 
     def leave(i):
         for slot in run.parts.linears(i):
@@ -407,18 +401,16 @@ def taylor(
     batches: list,  # dicts with input_ids, labels (-100 = not supervised), attention_mask, …
     order: str = "param_first",  # vectorize, param_first, param_second, param_mix
     mode: str = "default",  # any number of batches; "reference": the original's, joined to one
-    token_weights: dict | str | None = None,  # of each position's δ·xᵀ: {"image": .1}, "balanced"
     recompute: bool = False,  # recompute activations: a third more time, memory of one layer
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
     "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower is removed first."
-    run, channels = prepare_scoring(model, batches, order, mode, token_weights), {}
+    run, channels = prepare_scoring(model, batches, order, mode), {}
     if not is_streamed(model) and (run.order.additive or len(run.batches) == 1):
         score_by_batch(run, channels, recompute)
     else:
         score_by_layer(run, channels)
     loss, (tokens, samples) = channels.pop("loss"), run.totals
-    meta = {"order": order, "mode": mode, "token_weights": token_weights, "loss": loss}
-    meta |= {"samples": samples, "supervised_tokens": tokens}
+    meta = dict(order=order, mode=mode, loss=loss, samples=samples, supervised_tokens=tokens)
     return add_channels(run.parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-006
