@@ -27,7 +27,7 @@ from mllm_compress.anatomy.families import anatomy
 from mllm_compress.cost.timing import unit_seconds
 from mllm_compress.data.calibration import calibration_batches
 from mllm_compress.importance.criteria import measure
-from mllm_compress.importance.gauss_newton import answer_states
+from mllm_compress.importance.taylor import answer_states
 from mllm_compress.importance.scores import load_scores
 from mllm_compress.pruning.allocation import load_costs, parameter_costs
 from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise

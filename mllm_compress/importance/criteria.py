@@ -29,23 +29,8 @@ from mllm_compress.importance.scores import (
     run_forward,
 )
 from .taylor import taylor
-from mllm_compress.utils.methods import (
-    BLUE,
-    DASHDOTTED,
-    DASHED,
-    DOTTED,
-    GREEN,
-    GREY,
-    INDIGO,
-    OLIVE,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    WINE,
-    Look,
-    check_choice,
-)
+from ..utils import methods
+from ..utils.methods import Look, check_choice
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-006
 def of_weights(parts, size, axis: int | None = None) -> dict:  # (layer, slot name) -> [channels]
@@ -163,73 +148,73 @@ CRITERIA = {  # (pruning, name) -> row
     ("layerwise", "block_influence"): Criterion(
         block_influence,
         version=1,
-        look=Look("block influence", RED, "o"),
+        look=Look("block influence", methods.RED, "o"),
         help="How much a layer changes the direction of its input (Men et al. 2024).",
     ),
     ("layerwise", "angular_distance"): Criterion(
         angular_distance,
         version=1,
-        look=Look("angular distance", ORANGE, "^", DASHDOTTED),
+        look=Look("angular distance", methods.ORANGE, "^", methods.DASHDOTTED),
         help="The angle between the input and the output of n layers (Gromov et al. 2024).",
     ),
     ("layerwise", "random"): Criterion(
         random_layers,
         version=1,
-        look=Look("random layers", GREY, "x", DOTTED),
+        look=Look("random layers", methods.GREY, "x", methods.DOTTED),
         help="A random order of the layers, the baseline.",
     ),
     ("widthwise", "taylor"): Criterion(
         taylor,
         version=3,
-        look=Look("Taylor", BLUE, "s", DASHED),
+        look=Look("Taylor", methods.BLUE, "s", methods.DASHED),
         help="First-order change of the loss, per parameter (Ma et al. 2023).",
     ),
     ("widthwise", "magnitude"): Criterion(
         magnitude,
         version=1,
-        look=Look("magnitude", GREEN, "D", DASHDOTTED),
+        look=Look("magnitude", methods.GREEN, "D", methods.DASHDOTTED),
         help="The sum of the squared weights (Li et al. 2017); needs no data.",
     ),
     ("widthwise", "activation"): Criterion(
         activation,
         version=1,
-        look=Look("activation", PINK, "v"),
+        look=Look("activation", methods.PINK, "v"),
         help="The RMS of a unit's output over the calibration tokens.",
     ),
     ("widthwise", "random"): Criterion(
         random_scores,
         version=1,
-        look=Look("random units", GREY, "X", DOTTED),
+        look=Look("random units", methods.GREY, "X", methods.DOTTED),
         help="A random order of heads and neurons, the baseline.",
     ),
     ("widthwise", "taylor_vectorize"): Criterion(
         partial(taylor, order="vectorize"),
         version=1,
-        look=Look("Taylor, vectorize", INDIGO, "P", DASHED),
+        look=Look("Taylor, vectorize", methods.INDIGO, "P", methods.DASHED),
         help="First-order change of the loss, with the absolute value after the sum.",
     ),
     ("widthwise", "taylor_param_second"): Criterion(
         partial(taylor, order="param_second"),
         version=1,
-        look=Look("Taylor, second order", OLIVE, ">", DOTTED),
+        look=Look("Taylor, second order", methods.OLIVE, ">", methods.DOTTED),
         help="Second-order change of the loss, with the Fisher diagonal as curvature.",
     ),
     ("widthwise", "taylor_param_mix"): Criterion(
         partial(taylor, order="param_mix"),
         version=3,
-        look=Look("Taylor, mixed", WINE, "<", DASHDOTTED),
+        look=Look("Taylor, mixed", methods.WINE, "<", methods.DASHDOTTED),
         help="First-order minus half the second-order change of the loss.",
     ),
     ("widthwise", "gauss_newton"): Criterion(
         gauss_newton,
         version=1,
-        look=Look("Gauss-Newton", SKY, "p"),
+        look=Look("Gauss-Newton", methods.SKY, "p"),
         help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
     ),
     ("widthwise", "wanda_sp"): Criterion(
         wanda_sp,
         version=1,
-        look=Look("Wanda-sp", "#44AA99", "h", DASHED),
+        look=Look("Wanda-sp", "#44AA99", "h", methods.DASHED),
         help="Output weights times the norm of their inputs (Sun et al. 2024).",
     ),
     ("widthwise", "flap"): Criterion(

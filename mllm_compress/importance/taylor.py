@@ -223,25 +223,24 @@ def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
 class Kept:
     "What a batch needs for a backward pass layer by layer."
 
-    calls: list  # (args, kwargs) of each layer; the first argument is [batch, tokens, hidden]
+    calls: Trail  # (args, kwargs) of each layer; the first argument is [batch, tokens, hidden]
     delta: torch.Tensor  # [batch, tokens, hidden] gradient at the end of the last layer
     loss: float  # summed over supervised tokens
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-040
-def keep_inputs(parts: Anatomy, batch: dict, labels: torch.Tensor) -> Kept:
-    "The inputs of all layers, and the gradient of the summed loss behind the last one."
-    calls, end = [], []
-
-    def leave(_, args, output):
-        end.append(output.detach().requires_grad_())
-        return end[0]
-
-    keep = lambda _, args, kwargs: calls.append((args, kwargs))
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in parts.layers]
-    with hooked([*handles, parts.layers[-1].register_forward_hook(leave)]):
-        total = summed_loss(parts.model, batch, labels)
-    (delta,) = torch.autograd.grad(total, end)
-    return Kept(calls, delta, total.item())
+# %% ../../nbs/library/importance/03_taylor.ipynb #cell-048
+@contextmanager
+def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Kept
+    "Within this block a backward pass of the summed loss can be led through the layers."
+    kept = []
+    with frozen(parts.model), kept_states(parts.model, batches) as trails:
+        with in_memory(parts, "norm", "head"):
+            for trail, supervision in zip(trails, labels):
+                end = trail.end.detach().requires_grad_()
+                states, targets = answers_of(parts.final_norm(end), supervision)
+                loss = -log_likelihood(parts.logits(states), targets)
+                (delta,) = torch.autograd.grad(loss, end)
+                kept.append(Kept(trail, delta, loss.item()))
+        yield kept
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-046
 def through_layers(
@@ -268,28 +267,6 @@ def through_layers(
             totals.update({("delta", k): one.delta for k, one in enumerate(kept)})
     for k in range(len(kept)):
         totals.pop(("delta", k), None)
-
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-048
-def keep_trail(parts: Anatomy, trail: Trail, labels: torch.Tensor) -> Kept:
-    "As `keep_inputs`, for a batch behind the last layer of a streamed model."
-    end = trail.end.requires_grad_()
-    states, targets = answers_of(parts.final_norm(end), labels)
-    total = -log_likelihood(parts.logits(states), targets)
-    (delta,) = torch.autograd.grad(total, end)
-    return Kept(trail, delta, total.item())
-
-
-@contextmanager
-def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Kept
-    "Within this block a backward pass can be led through the layers."
-    with frozen(parts.model):
-        if not is_streamed(parts.model):
-            yield [keep_inputs(parts, b, l) for b, l in zip(batches, labels)]
-            return
-        with kept_states(parts.model, batches) as trails:
-            with in_memory(parts, "norm", "head"):
-                kept = [keep_trail(parts, trail, l) for trail, l in zip(trails, labels)]
-            yield kept
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-050
 def label_counts(labels: list) -> tuple:
