@@ -27,8 +27,8 @@ from mllm_compress.anatomy.families import anatomy
 from mllm_compress.cost.timing import unit_seconds
 from mllm_compress.data.calibration import calibration_batches
 from mllm_compress.importance.criteria import measure
-from mllm_compress.importance.taylor import answer_states
 from mllm_compress.importance.scores import load_scores
+from mllm_compress.importance.taylor import answer_states
 from mllm_compress.pruning.allocation import load_costs, parameter_costs
 from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from mllm_compress.pruning.reconstruction import reconstruct

@@ -210,8 +210,8 @@ def mean_weights(
 ) -> torch.Tensor:  # [batch, tokens] float32, each row adds up to 1
     "How much each token counts in the mean over its sample."
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    weights = torch.ones_like(ids).float() if mask is None else mask.bool().float()
-    weights = weights * batch.get("token_weights", 1)
+    real = torch.ones_like(ids) if mask is None else mask.bool()
+    weights = (real * batch.get("token_weights", 1)).float()
     total = weights.sum(1, keepdim=True)  # [batch, 1]
     if not (total > 0).all():
         sample = int((~(total[:, 0] > 0)).nonzero()[0, 0])
@@ -400,42 +400,61 @@ def check_disk(folder, needed: int) -> None:
 
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-017
 @dataclass
-class Trail:
-    "One batch behind the last layer, with what each layer was called with."
+class StateFiles:
+    "What each layer returned for one batch, in files."
 
-    passage: Passage
     folder: Path  # of a file per layer, with the states of all batches behind it
     number: int  # of the batch
     device: torch.device
 
-    def behind(self, i: int) -> torch.Tensor:
-        "[batch, tokens, hidden] what layer `i` returned."
+    def __getitem__(self, i: int) -> torch.Tensor:
         with safe_open(self.folder / f"{i}.safetensors", "pt") as file:
             return file.get_tensor(str(self.number)).to(self.device)
 
+
+@dataclass
+class Trail:
+    "One batch behind the last layer, with what each layer was called with."
+
+    passage: Passage
+    behind: list | StateFiles  # [batch, tokens, hidden] what each layer returned
+
     def __getitem__(self, i: int) -> tuple:
         "Positional and keyword arguments of layer `i`."
-        before = self.behind(i - 1) if i else None
+        before = self.behind[i - 1] if i else None
         return (self.passage.enter(i, before),), self.passage.calls[i]
 
     @property
     def end(self) -> torch.Tensor:
         "[batch, tokens, hidden] what the last layer returned."
-        return self.behind(len(self.passage.calls) - 1)
+        return self.behind[len(self.passage.calls) - 1]
 
 
 @contextmanager
 def kept_states(model: PreTrainedModel, batches: list):  # yields a list of Trail
-    "Forward passes through a streamed model whose states stay readable within this block."
+    "Forward passes whose states stay readable within this block; of a streamed model in files."
     parts, passages = anatomy(model), open_passages(model, batches)
+
+    def run_layer(i, trails):
+        with in_memory(parts, i), torch.no_grad():
+            return [parts.layers[i](*args, **kwargs) for args, kwargs in (t[i] for t in trails)]
+
+    if not is_streamed(model):
+        trails = [Trail(passage, []) for passage in passages]
+        with evaluating(model):
+            for i in range(parts.num_layers):
+                for trail, state in zip(trails, run_layer(i, trails)):
+                    trail.behind.append(state)
+            yield trails
+        return
     with work_folder() as folder, evaluating(model):
-        trails = [Trail(p, folder, k, device_of(model)) for k, p in enumerate(passages)]
+        device = device_of(model)
+        trails = [Trail(p, StateFiles(folder, k, device)) for k, p in enumerate(passages)]
         files = {i: folder / f"{i}.safetensors" for i in range(parts.num_layers)}
         missing = {i: file for i, file in files.items() if not file.exists()}
         check_disk(folder, len(missing) * sum(p.first.nbytes for p in passages))
         for i, file in missing.items():
-            with in_memory(parts, i), torch.no_grad(), replacing(file) as part:
-                calls = (trail[i] for trail in trails)
-                states = [parts.layers[i](*args, **kwargs) for args, kwargs in calls]
-                save_file({str(k): s.contiguous() for k, s in enumerate(states)}, part)
+            with replacing(file) as part:
+                states = enumerate(run_layer(i, trails))
+                save_file({str(k): s.contiguous() for k, s in states}, part)
         yield trails

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ..anatomy.families import Anatomy, anatomy
 from ..anatomy.streaming import is_streamed
 from ..importance.criteria import measure
-from ..importance.gauss_newton import answer_labels, answer_states, answers_of
+from ..importance.gauss_newton import answer_labels
 from mllm_compress.importance.scores import (
     LayerScores,
     WidthScores,
@@ -41,6 +41,7 @@ from mllm_compress.importance.scores import (
     open_passages,
     plus,
 )
+from ..importance.taylor import answer_states, answers_of
 from mllm_compress.pruning.allocation import (
     COUNTED,
     FLOOR,
