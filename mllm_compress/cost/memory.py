@@ -68,7 +68,7 @@ def scoring_bytes(
 ) -> int:
     "Memory of Taylor scoring, one sample at a time."
     tokens = image_tokens(model.config) + text_tokens
-    return scoring_memory(model, tokens=tokens, dtype=model.dtype).total
+    return scoring_memory(model, tokens=tokens, dtype=model.dtype)
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-015
 def recovery_memory(

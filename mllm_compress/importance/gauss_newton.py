@@ -21,14 +21,16 @@ from mllm_compress.importance.scores import (
     check_batches,
     hooked,
     kept_states,
-    model_inputs,
     split_rows,
 )
 from mllm_compress.importance.taylor import (
     Kept,
     Probe,
+    answer_states,
+    answers_of,
     frozen,
     label_counts,
+    log_likelihood,
     output_gradients,
     supervised,
     through_layers,
@@ -62,34 +64,6 @@ def taps(
     slots = [(i, slot) for i in layers for slot in parts.linears(i) if slot.axis == 1]
     with hooked(s.module.register_forward_pre_hook(tap(i, s)) for i, s in slots):
         yield
-
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-018
-def answer_states(
-    parts: Anatomy,
-    batch: dict,
-    labels: torch.Tensor,  # [batch, tokens], -100 = not supervised
-) -> tuple:  # f [answers, hidden] after the final norm, targets [answers]
-    "Final normed states at the positions that predict an answer token, row by row."
-    normed = []
-    read = lambda _, args, output: normed.append(output)
-    with hooked([parts.final_norm.register_forward_hook(read)]):
-        parts.model(**model_inputs(parts.model, batch), use_cache=False, logits_to_keep=1)
-    return answers_of(normed[0], labels)
-
-
-def answers_of(
-    normed: torch.Tensor,  # [batch, tokens, hidden] after the final norm
-    labels: torch.Tensor,
-) -> tuple:  # as of answer_states
-    "The states that predict an answer token, and the tokens."
-    where = (labels[:, 1:] != -100).to(normed.device)  # position t predicts token t + 1
-    return normed[:, :-1][where], labels[:, 1:].to(where.device)[where]
-
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-020
-def log_likelihood(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    "Sum of the log-probabilities of `tokens`, in float32 or better."
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-022
 def random_direction(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
