@@ -106,7 +106,8 @@ def test_verbose_says_what_happens_and_quiet_nothing():
 def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
     import json
 
-    from mllm_compress.study import page, runner
+    from mllm_compress.study import report as page
+    from mllm_compress.study import runner
 
     def said(*args, code=0):
         result = CliRunner().invoke(app, [*args, "--json"])

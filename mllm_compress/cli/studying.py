@@ -118,7 +118,7 @@ class ReportRequest(cli.Request):
 @cli.command(ReportRequest)
 def report(request: ReportRequest) -> dict:
     "Make the page of a profile, index.html, again from its executed notebooks."
-    from mllm_compress.study.page import build
+    from mllm_compress.study.report import build
 
     where = f"file://{build(request.profile)}"
     return cli.emit(where, {"profile": request.profile, "page": where})

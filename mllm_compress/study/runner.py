@@ -18,7 +18,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from . import forecast, notebooks, page, runs, stages, store
+from . import forecast, notebooks, runs, stages, store
+from . import report as page
 from .experiments import canonical, describe
 from .profiles import Profile, load_profile, missing_inputs
 from .runs import hours
