@@ -96,7 +96,7 @@ MODELS = {
     "bad/missing": "missing keys",
     "bad/extra": "unexpected keys",
     "bad/shape": "does not fit|cannot be loaded",
-    "bad/pickles": "Convert them to safetensors",
+    "bad/pickles": "Make safetensors of it",
     "bad/empty": "folder of a checkpoint",
     "bad/weightless": "folder of a checkpoint",
     "bad/edited": "config.json: truncated",
@@ -485,7 +485,7 @@ def make_data(folder: Path) -> None:
     letters = [pair(options=["red", "blue"], answer="green")]
     (folder / "options.json").write_text(json.dumps(letters))
     for name, (entry, _) in {**ENTRIES, **READ_LATER}.items():
-        (folder / f"entry-{name}.json").write_text(json.dumps([entry]))
+        (folder / f"entry-{name}.json").write_text(json.dumps([entry, entry]))
     for name, (content, _) in FILES.items():
         (folder / name).write_bytes(content)
     for k, (name, value) in enumerate(YAML_VALUES):

@@ -57,8 +57,10 @@ def test_lessons_hold(name, checkout, monkeypatch):
     import torch
 
     from mllm_compress.cli import app
+    from mllm_compress.evaluation.benchmarks import BENCHMARKS, register_benchmarks
 
     commands = list(app.registered_commands)  # a lesson of the command line defines them again
+    benchmarks = dict(BENCHMARKS)  # and one of the benchmarks registers them again
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir((checkout / name).parent)
     environment, threads = dict(os.environ), torch.get_num_threads()
@@ -71,6 +73,7 @@ def test_lessons_hold(name, checkout, monkeypatch):
                 exec(code, scope)  # noqa: S102
     finally:
         app.registered_commands[:] = commands
+        register_benchmarks(benchmarks.values())
         for key in set(os.environ) - set(environment):
             del os.environ[key]
         os.environ.update(environment)

@@ -113,8 +113,8 @@ def shards(
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-011q
 HOW_TO_CONVERT = (
     "So this is not done here. Make safetensors of it, tensor data only, on a machine you can "
-    "spare:\n"
-    '  python -c "import sys, torch, safetensors.torch as s; '
+    "spare: "
+    'python -c "import sys, torch, safetensors.torch as s; '
     "[s.save_file({k: v.clone() for k, v in "
     "torch.load(f, map_location='cpu', weights_only=True).items()}, "
     "f[:-4] + '.safetensors') for f in sys.argv[1:]]\" FOLDER/*.bin"
