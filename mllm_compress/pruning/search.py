@@ -12,9 +12,10 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache, partial
-from itertools import product, zip_longest
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,12 +49,10 @@ from mllm_compress.pruning.allocation import (
     check_budget_request,
     checked_scores,
     costs_of_budget,
-    plan_global,
-    plan_of_counts,
-    real_tokens,
 )
 from .plans import ALLOCATIONS, plan_none, plan_widthwise
 from mllm_compress.pruning.pruning_plan import (
+    MAX_RATIO,
     PruningPlan,
     ascending,
     kept_counts,
@@ -61,6 +60,7 @@ from mllm_compress.pruning.pruning_plan import (
     make_plan,
     removable,
     rounded_steps,
+    score_record,
 )
 from .reconstruction import reconstruct
 from .slicing import apply_plan
@@ -68,7 +68,20 @@ from ..utils.files import content_hash, write_atomically
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-006
-LOOK, POSITIONS = 256, 1024  # answer positions of a first look, and of all comparisons, at most
+POSITIONS = 1024  # answer positions, at most, at which predictions are compared
+
+
+LOOK = 256  # answer positions of a first look
+
+
+def first_rows(batch: dict, labels: torch.Tensor) -> list:  # of one or two batches
+    "The first samples of a batch and the others, where each of its tensors has a row per sample."
+    reached = (labels[:, 1:] != -100).sum(1).cumsum(0)
+    rows = 1 + int((reached < LOOK).sum())
+    if rows >= len(labels) or any(len(tensor) != len(labels) for tensor in batch.values()):
+        return [batch]
+    part = lambda rows: {name: tensor[rows] for name, tensor in batch.items()}
+    return [part(slice(rows)), part(slice(rows, None))]
 
 
 class HeldOut:
@@ -76,25 +89,23 @@ class HeldOut:
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, batches: list):
-        first, labels = batches[0], answer_labels(model, batches)[0][0]
-        rows = 1 + int(((labels[:, 1:] != -100).sum(1).cumsum(0) < LOOK).sum())
-        if rows < len(labels) and all(len(tensor) == len(labels) for tensor in first.values()):
-            parts = (slice(rows), slice(rows, None))  # each tensor has a row per sample
-            looks = [{name: tensor[part] for name, tensor in first.items()} for part in parts]
-            batches = [*looks, *batches[1:]]
-        self.batches, self.labels = batches, answer_labels(model, batches)[0]
+        first = first_rows(batches[0], answer_labels(model, batches)[0][0])
+        self.batches = batches = [*first, *batches[1:]]
+        self.labels = answer_labels(model, batches)[0]
         answers = sum(int((labels[:, 1:] != -100).sum()) for labels in self.labels)
         self.step = -(-answers // POSITIONS)
         self.passages = open_passages(model, batches)
         self.log_p = [self.predictions(anatomy(model), k) for k in range(len(batches))]
 
-    def predictions(self, parts: Anatomy, k: int, behind=None) -> torch.Tensor:
-        "Log-probabilities for batch `k`, of a model or from the state behind its last layer."
-        if behind is None:
-            with evaluating(parts.model):
-                states, _ = answer_states(parts, self.batches[k], self.labels[k])
-        else:
-            states, _ = answers_of(parts.final_norm(behind), self.labels[k])
+    def predictions(self, parts: Anatomy, k: int) -> torch.Tensor:  # [positions, vocabulary]
+        "Log-probabilities of a model for batch `k`."
+        with evaluating(parts.model):
+            states, _ = answer_states(parts, self.batches[k], self.labels[k])
+        return parts.logits(states[:: self.step]).float().log_softmax(-1)
+
+    def behind_norm(self, parts: Anatomy, state: torch.Tensor, k: int) -> torch.Tensor:
+        "Log-probabilities of batch `k` from the state behind the last layer."
+        states, _ = answers_of(parts.final_norm(state), self.labels[k])
         return parts.logits(states[:: self.step]).float().log_softmax(-1)
 
     def divergence(self, log_q: list) -> float:  # nats per answer position
@@ -119,9 +130,11 @@ class SharedSums:
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, batches: list):
         self.parts, self.passages = anatomy(model), open_passages(model, batches)
-        self.real = [real_tokens(b).to(p.first.device) for b, p in zip(batches, self.passages)]
-        self.ends, self.grams, self.gaps = [], {}, {}  # states behind layers; (layer, name) -> G
-        self.cached = lru_cache(3 * self.parts.num_layers)(self.refitted)
+        masks = [batch.get("attention_mask") for batch in batches]
+        real = [torch.ones_like(b["input_ids"]) if m is None else m for b, m in zip(batches, masks)]
+        self.real = [mask.bool().to(p.first.device) for mask, p in zip(real, self.passages)]
+        self.ends, self.grams = [], {}  # states behind each layer; (layer, slot name) -> G
+        self.gaps, self.weights = {}, OrderedDict()
         with evaluating(model):
             for i in range(self.parts.num_layers):
                 self.ends.append([])
@@ -142,6 +155,16 @@ class SharedSums:
             weight = end[real].float().square().mean(-1).clamp_min(1e-12).rsqrt()
             yield {n: x[real].float() * weight[:, None] for n, x in seen.items()}, end, weight
 
+    def gap(self, i: int, after: int, name: str) -> torch.Tensor:  # C [channels, hidden]
+        "What layers i + 1 … after - 1 wrote, against the inputs of a projection of layer `i`."
+        if (i, after) not in self.gaps:
+            later = (end - start for end, start in zip(self.ends[after - 1], self.ends[i]))
+            self.gaps[i, after] = sum(
+                inputs[name].T @ (written[real].float() * weight[:, None])
+                for (inputs, _, weight), written, real in zip(self.rows(i), later, self.real)
+            )
+        return self.gaps[i, after]
+
     def refitted(self, i: int, slot, units, after: int) -> torch.Tensor:  # [hidden, kept channels]
         "The weight of a projection that keeps `units`; `after`: the next layer that stays."
         dense = slot.module.weight.float().T  # [channels, hidden]
@@ -150,14 +173,8 @@ class SharedSums:
         gone[kept] = False
         gram = self.grams[i, slot.name][kept]
         target = gram[:, gone] @ dense[gone]
-        if after > i + 1:  # the last projection also writes what the layers between wrote
-            if (i, after) not in self.gaps:  # C [channels, hidden]
-                later = (end - start for end, start in zip(self.ends[after - 1], self.ends[i]))
-                self.gaps[i, after] = sum(
-                    inputs[slot.name].T @ (written[real].float() * weight[:, None])
-                    for (inputs, _, weight), written, real in zip(self.rows(i), later, self.real)
-                )
-            target = target + self.gaps[i, after][kept]
+        if after > i + 1:
+            target = target + self.gap(i, after, slot.name)[kept]
         system = gram[:, kept]
         ridge = RIDGE * system.diagonal().mean().clamp_min(1e-12)
         system.diagonal().add_(ridge)
@@ -180,12 +197,11 @@ class Space:
 
     def __init__(self, model, scores: list, layer_scores, budget: dict, costs, round_to: int = 1):
         self.model, self.parts, self.scores = model, anatomy(model), scores
-        self.request = dict(budget=budget, costs=costs, round_to=round_to)
-        self.costs, self.dense = costs, costs.total(plan_none(model))
+        self.budget, self.costs, self.round_to = budget, costs, round_to
+        self.dense = costs.total(plan_none(model))
         self.limit = self.dense * next(iter(budget.values()))
         self.sizes, order = layer_sizes(model), ascending(layer_scores.values, "layer scores")
         self.removable = removable(self.parts, order)
-        self.spent_on = "neurons" if any(costs.neurons) else "heads"
         steps = rounded_steps(round_to, self.parts.queries_per_group(0) * self.parts.head_dim)
         self.levels = {  # counts that may stay, descending
             (kind, i): kept_counts(getattr(size, kind), steps[kind], FLOOR[kind])
@@ -198,142 +214,202 @@ class Space:
             comparable = given.kind in ALLOCATIONS["global"].scores
             for kind, i in self.levels:
                 values = checked_scores(given, self.sizes, i, kind).double()
-                self.orders[k, kind, i] = ascending(values, f"{kind} scores of layer {i}")
-                ranked = values.sort()[0] if comparable else torch.arange(1.0, 1 + len(values))
+                order = ascending(values, f"{kind} scores of layer {i}")
+                ranked = values[order] if comparable else torch.arange(1.0, 1 + len(order))
+                self.orders[k, kind, i] = order
                 self.lost[k, kind, i] = [0.0, *ranked.cumsum(0).tolist()]
+        self.spent_on = "neurons" if any(costs.neurons) else "heads"
 
-    def nearest(self, i: int, units) -> list:  # heads, neurons
-        "The counts that layer `i` may keep and that are nearest to the given ones."
-        counts = []
-        for kind, n in zip(FLOOR, units):
-            near = n if n in self.places[kind, i] else None  # at once, as it mostly is
-            counts.append(near or min(self.levels[kind, i], key=lambda level: abs(level - n)))
-        return counts
+    def units(self, candidate: Candidate, kind: str, i: int, n: int) -> list:
+        "The `n` units that stay, ascending."
+        order = self.orders[candidate.scores, kind, i]
+        return sorted(order[len(order) - n :])
 
-    def step(self, k: int, i: int, n: int, down: bool) -> tuple | None:
+    def nearest(self, kind: str, i: int, n: int) -> int:
+        "The count that layer `i` may keep and that is nearest to `n`."
+        levels = self.levels[kind, i]
+        return n if n in self.places[kind, i] else min(levels, key=lambda level: abs(level - n))
+
+    def step(self, k: int, i: int, counts: dict, down: bool) -> tuple | None:
         "(saliency per cost, layer, count, cost) of the next unit to leave or to come back."
-        levels = self.levels[self.spent_on, i]
-        place = self.places[self.spent_on, i][n] + (1 if down else -1)
+        kind = self.spent_on
+        n = counts[i][kind == "neurons"]
+        levels = self.levels[kind, i]
+        place = self.places[kind, i][n] + (1 if down else -1)
         if not 0 <= place < len(levels):
             return None
-        m, lost = levels[place], self.lost[k, self.spent_on, i]
-        price = (m - n) * getattr(self.costs, self.spent_on)[i]
-        change = lost[len(lost) - 1 - m] - lost[len(lost) - 1 - n]
-        return change / max(abs(price), 1e-300), i, m, price
+        m, lost = levels[place], self.lost[k, kind, i]
+        price = abs(n - m) * getattr(self.costs, kind)[i]
+        gained = lost[len(lost) - 1 - min(n, m)] - lost[len(lost) - 1 - max(n, m)]
+        return (gained if down else -gained) / max(price, 1e-300), i, m, price
 
-    def candidate(self, counts: dict, k: int, origin: str, moves: int = 0) -> Candidate | None:
+    def within(self, counts: dict, k: int) -> dict | None:
         "Counts that use the budget and do not exceed it; None where the floor is too high."
-        counts = {i: self.nearest(i, units) for i, units in sorted(counts.items())}
-        column, cost = list(FLOOR).index(self.spent_on), self.costs.total_of(counts)
+        whole = lambda i, units: [self.nearest(kind, i, n) for kind, n in zip(FLOOR, units)]
+        counts, place = {i: whole(i, n) for i, n in counts.items()}, int(self.spent_on == "neurons")
+        cost = self.costs.total_of(counts)
         for down in (True, False):
-            queue = [s for i in counts if (s := self.step(k, i, counts[i][column], down))]
+            queue = [s for i in counts if (s := self.step(k, i, counts, down))]
             heapq.heapify(queue)
             while queue and (cost > self.limit or not down):
                 _, i, n, price = heapq.heappop(queue)
                 if down or cost + price <= self.limit:
-                    counts[i][column] = n
-                    cost += price
-                    if further := self.step(k, i, n, down):
+                    counts[i][place] = n
+                    cost += -price if down else price
+                    if further := self.step(k, i, counts, down):
                         heapq.heappush(queue, further)
-        if self.costs.total_of(counts) > self.limit * (1 + 1e-9):
+        return counts if self.costs.total_of(counts) <= self.limit * (1 + 1e-9) else None
+
+    def candidate(self, counts: dict, k: int, origin: str, moves: int = 0) -> Candidate | None:
+        "The candidate with these counts, brought within the budget."
+        if (counts := self.within(counts, k)) is None:
             return None
-        return Candidate(tuple((i, *units) for i, units in counts.items()), k, origin, moves)
+        kept = tuple((i, *counts[i]) for i in sorted(counts))
+        return Candidate(kept, k, origin, moves)
 
     def plan(self, candidate: Candidate) -> PruningPlan:
         "The plan of a candidate."
-        counts = {kind: {} for kind in FLOOR}
-        for i, *units in candidate.counts:
-            for kind, n in zip(FLOOR, units):
+        kept = {kind: {} for kind in FLOOR}
+        for i, *counts in candidate.counts:
+            for kind, n in zip(FLOOR, counts):
                 if n < getattr(self.sizes[i], kind):
-                    counts[kind][i] = n
-        counts["layer"] = set(range(len(self.sizes))) - {i for i, *_ in candidate.counts}
-        about = self.request | dict(costs=asdict(self.costs), allocation="search")
-        plan = plan_of_counts(self.model, self.scores[candidate.scores], counts, None, **about)
-        share = self.costs.total(plan) / self.dense
-        plan.meta["achieved_budget"] = dict.fromkeys(self.request["budget"], share)
-        return plan
+                    kept[kind][i] = self.units(candidate, kind, i, n)
+        about = dict(scores=score_record(self.scores[candidate.scores]), round_to=self.round_to)
+        about |= dict(budget=self.budget, costs=asdict(self.costs), allocation="search")
+        plan = make_plan(self.model, [i for i, *_ in candidate.counts], **kept, **about)
+        share = {name: self.costs.total(plan) / self.dense for name in self.budget}
+        return replace(plan, meta=plan.meta | {"achieved_budget": share})
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-016
 SHARES = (0, 0.25, 0.5, 0.75)  # of the layers whose removal alone would meet the budget
 
 
+def counts_of(plan: PruningPlan) -> dict:
+    "Layer -> heads and neurons that a plan keeps."
+    return {i: [len(plan.kept(kind, i)) for kind in FLOOR] for i in plan.layers}
+
+
+def even_plan(space: Space, scores, base: PruningPlan) -> PruningPlan | None:
+    "The same share of every layer behind a layerwise plan, by bisection of the ratio."
+    low, high, best = base.achieved_ratio, MAX_RATIO, None
+    for _ in range(10):
+        ratio = (low + high) / 2
+        try:
+            plan = plan_widthwise(
+                space.model, scores, ratio=ratio, base=base, round_to=space.round_to
+            )
+        except ValueError:  # more than width can give
+            high = ratio
+            continue
+        if space.costs.total(plan) <= space.limit:
+            best, high = plan, ratio
+        else:
+            low = ratio
+    return best
+
+
 def recipes(space: Space) -> list:  # of Candidate
     "Fixed plans of the budget; ValueError where it is out of reach."
-    model, layers, plans = space.model, range(len(space.sizes)), []
+    model, found = space.model, []
+    about = dict(allocation="global", budget=space.budget, costs=space.costs)
+    about |= dict(round_to=space.round_to)
+    layers, alone = range(space.parts.num_layers), None
     bases = [
-        make_plan(model, set(layers) - set(space.removable[:n]))
+        make_plan(model, layers=set(layers) - set(space.removable[:n]))
         for n in range(len(space.removable) + 1)
     ]
     alone = next((n for n, b in enumerate(bases) if space.costs.total(b) <= space.limit), None)
     depths = sorted({round(share * (alone or len(bases) - 1)) for share in SHARES})
     for k, scores in enumerate(space.scores):
-        allocations = {"layer": "evenly"}
-        if scores.kind in ALLOCATIONS["global"].scores:
-            allocations["global"] = "over all"
-            plan = plan_widthwise(model, scores, allocation="global", **space.request)
-            plans.append((plan, k, f"one ranking by {scores.kind}"))  # of layers as well
-        for n, (allocation, way) in product(depths, allocations.items()):
-            about = space.request | dict(base=bases[n], allocation=allocation)
-            about["free"] = bases[n].layers[1:-1] if allocation == "layer" else None
-            try:
-                plan = plan_global(model, scores, **about)
-            except ValueError:  # width alone cannot meet the budget
-                continue
-            plans.append((plan, k, f"{n} layers, then {scores.kind} {way}"))
+        ranked = scores.kind in ALLOCATIONS["global"].scores
+        if ranked:  # also decides which layers go
+            plan = plan_widthwise(model, scores, **about)
+            found.append((plan, k, f"one ranking by {scores.kind}"))
+        for n in depths:
+            name = f"{n} layers, then {scores.kind}"
+            found.append((even_plan(space, scores, bases[n]), k, f"{name} evenly"))
+            if ranked:
+                try:
+                    plan = plan_widthwise(model, scores, base=bases[n], **about)
+                except ValueError:  # width alone cannot meet the budget
+                    continue
+                found.append((plan, k, f"{name} over all"))
     if alone is not None:
-        plans.append((bases[alone], 0, f"{alone} whole layers"))
-        plans.append((bases[alone - 1], 0, f"{alone - 1} whole layers, the rest by width"))
-    candidates = []
-    for plan, *about in plans:
-        counts = {i: [len(plan.kept(kind, i)) for kind in FLOOR] for i in plan.layers}
-        candidates.append(space.candidate(counts, *about))
+        found.append((bases[alone], 0, f"{alone} whole layers"))
+        found.append((bases[alone - 1], 0, f"{alone - 1} whole layers, the rest by width"))
+    plans = [(counts_of(plan), k, origin) for plan, k, origin in found if plan is not None]
+    candidates = (space.candidate(*described) for described in plans)
     return list(dict.fromkeys(c for c in candidates if c is not None))
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-018
-def give_units(space: Space, counts: dict, rng: random.Random, kind: str, portions: tuple) -> None:
-    "Heads or neurons of one layer to another, or to the width of all."
-    column, portion = list(FLOOR).index(kind), rng.choice(portions)
-    levels = {i: space.levels[kind, i] for i in sorted(counts)}
-    rich = [i for i in levels if counts[i][column] > levels[i][-1]]
+PORTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of a layer's neurons
+
+
+def give_neurons(space: Space, counts: dict, rng: random.Random) -> dict | None:
+    "Neurons of one layer to another."
+    if len(counts) < 2:
+        return None
+    (a, b), portion = rng.sample(sorted(counts), 2), rng.choice(PORTIONS)
+    for i, sign in ((a, -1), (b, 1)):
+        n = counts[i][1] + sign * round(portion * space.sizes[i].neurons)
+        counts[i][1] = space.nearest("neurons", i, n)
+    return counts
+
+
+def give_heads(space: Space, counts: dict, rng: random.Random) -> dict | None:
+    "A head of one layer to another, or to the width of all."
+    levels = {i: space.levels["heads", i] for i in counts}
+    rich = [i for i in sorted(counts) if counts[i][0] > levels[i][-1]]
+    poor = [i for i in sorted(counts) if counts[i][0] < levels[i][0]]
     if not rich:
-        return
-    shifts = [(rng.choice(rich), 1)]
-    poor = [i for i in levels if i != shifts[0][0] and counts[i][column] < levels[i][0]]
-    if poor and (kind == space.spent_on or rng.random() < 0.75):
-        shifts.append((rng.choice(poor), -1))
-    for i, sign in shifts:
-        place = space.places[kind, i][counts[i][column]]
-        place += sign * max(1, round(portion * len(levels[i])))
-        counts[i][column] = levels[i][min(max(place, 0), len(levels[i]) - 1)]
+        return None
+    a = rng.choice(rich)
+    counts[a][0] = levels[a][levels[a].index(counts[a][0]) + 1]
+    if poor and rng.random() < 0.75:
+        b = rng.choice(poor)
+        counts[b][0] = levels[b][levels[b].index(counts[b][0]) - 1]
+    return counts
 
 
-def change_layers(space: Space, counts: dict, rng: random.Random, swap: bool) -> None:
-    "A removed layer for a kept one; or a layer more or less, whose width the others pay or gain."
+def may_leave(space: Space, counts: dict) -> list:
+    "Kept layers that may be removed as well, low scores first."
     gone = [i for i in range(len(space.sizes)) if i not in counts]
     fits = lambda i: removable(space.parts, [*gone, i]) == [*gone, i]
-    leaving = [i for i in space.removable if i in counts and fits(i)]  # low scores first
-    back = rng.choice(gone) if gone else None
-    if swap and gone and leaving:
-        counts[back] = space.nearest(back, counts.pop(rng.choice(leaving)))
-    elif gone and (rng.random() < 0.5 or not leaving):
-        counts[back] = [getattr(space.sizes[back], kind) for kind in FLOOR]
-    elif leaving:
-        counts.pop(rng.choice(leaving[: max(1, len(leaving) // 3)]))
+    return [i for i in space.removable if i in counts and fits(i)]
 
 
-MOVES = (
-    partial(give_units, kind="neurons", portions=(1 / 32, 1 / 16, 1 / 8, 1 / 4)),
-    partial(give_units, kind="heads", portions=(0,)),  # one
-    partial(change_layers, swap=True),
-    partial(change_layers, swap=False),
-)
+def swap_layers(space: Space, counts: dict, rng: random.Random) -> dict | None:
+    "A removed layer for a kept one."
+    gone, leaving = [i for i in space.removable if i not in counts], may_leave(space, counts)
+    if not gone or not leaving:
+        return None
+    a, b = rng.choice(leaving), rng.choice(gone)
+    counts[b] = [space.nearest(kind, b, n) for kind, n in zip(FLOOR, counts.pop(a))]
+    return counts
+
+
+def change_depth(space: Space, counts: dict, rng: random.Random) -> dict | None:
+    "A layer more or less; the width of the others pays or gains."
+    gone, leaving = [i for i in space.removable if i not in counts], may_leave(space, counts)
+    if gone and (rng.random() < 0.5 or not leaving):
+        b = rng.choice(gone)
+        counts[b] = [getattr(space.sizes[b], kind) for kind in FLOOR]
+        return counts
+    if not leaving:
+        return None
+    counts.pop(rng.choice(leaving[: max(1, len(leaving) // 3)]))
+    return counts
+
+
+MOVES = (give_neurons, give_heads, swap_layers, change_depth)
 
 
 def mutated(space: Space, parent: Candidate, rng: random.Random) -> Candidate | None:
     "A child after one to three moves, few more often than many."
     counts = {i: [heads, neurons] for i, heads, neurons in parent.counts}
     for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
-        rng.choice(MOVES)(space, counts, rng)
+        copy = {i: list(n) for i, n in counts.items()}
+        counts = rng.choice(MOVES)(space, copy, rng) or counts
     return space.candidate(counts, parent.scores, parent.origin, parent.moves + 1)
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-020
@@ -345,31 +421,39 @@ class FirstRanking:
 
     def __init__(self, space: Space, sums: SharedSums, held: HeldOut):
         self.space, self.sums, self.held = space, sums, held
-        self.trail = {}  # (batch, scores, layers so far) -> state
+        self.trail = OrderedDict()  # (batch, scores, layers so far) -> state
         plain = not (space.parts.family.post_norms or space.parts.family.residual)
         self.fills_gaps = plain  # a norm or a factor behind the projection: nothing linear to fill
 
-    def weights(self, candidate: Candidate, i: int, counts: list, after: int) -> dict:
+    def weights(self, candidate: Candidate, i: int, counts: tuple, after: int) -> dict:
         "Name of a parameter of layer `i` -> its value in the candidate, where it is another one."
-        parts, changed = self.space.parts, {}
+        parts, changed, cache = self.space.parts, {}, self.sums.weights
         slots = writers(parts, i)
         for slot in slots:
             kind = "heads" if slot.kind == "head" else "neurons"
-            n = dict(zip(FLOOR, counts))[kind]
+            n = counts[kind == "neurons"]
             end = after if slot is slots[-1] and self.fills_gaps else i + 1
             if n == slot.units and end == i + 1:
                 continue
-            units = tuple(sorted(self.space.orders[candidate.scores, kind, i][slot.units - n :]))
-            weight = self.sums.cached(i, slot, units, end)
+            units, key = (
+                self.space.units(candidate, kind, i, n),
+                (i, slot.name, n, candidate.scores, end),
+            )
+            if key not in cache:
+                cache[key] = self.sums.refitted(i, slot, units, end)
+                if len(cache) > 3 * len(self.space.sizes):
+                    cache.popitem(last=False)
+            cache.move_to_end(key)
+            weight = cache[key]
             if kind == "heads":
                 index = slot.index(units).to(weight.device)
                 weight = torch.zeros_like(slot.module.weight).index_copy_(1, index, weight)
-            elif n < slot.units:
+            changed[f"{slot.slot.path}.weight"] = weight
+            if kind == "neurons" and n < slot.units:
                 for reader in (s for s in parts.linears(i) if s.kind == "neuron" and s.axis == 0):
                     index = reader.index(units).to(weight.device)
                     for name, value in reader.module.named_parameters():
                         changed[f"{reader.slot.path}.{name}"] = value[index]
-            changed[f"{slot.slot.path}.weight"] = weight
         return changed
 
     def state(self, candidate: Candidate, k: int) -> torch.Tensor:
@@ -382,13 +466,13 @@ class FirstRanking:
         state = self.trail[keys[start]] if start else passage.first
         for p in range(start, len(path)):
             (i, *counts), after = path[p]
-            weights = self.weights(candidate, i, counts, after)
+            weights = self.weights(candidate, i, tuple(counts), after)
             entering = (plus(state, passage.between[i]),)
             state = functional_call(layers[i], weights, entering, passage.calls[i])
             if (p + 1) % EVERY == 0:
                 self.trail[keys[p + 1]] = state
                 if len(self.trail) > TRAIL:
-                    del self.trail[next(iter(self.trail))]  # the oldest
+                    self.trail.popitem(last=False)
         return state
 
     @torch.no_grad()
@@ -397,7 +481,7 @@ class FirstRanking:
         parts = self.space.parts
         with evaluating(parts.model):
             states = (self.state(candidate, k) for k in range(batches))
-            log_q = [self.held.predictions(parts, k, state) for k, state in enumerate(states)]
+            log_q = [self.held.behind_norm(parts, state, k) for k, state in enumerate(states)]
         return self.held.divergence(log_q)
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-022
@@ -410,81 +494,109 @@ def refitted_divergence(
         log_q = [held.predictions(anatomy(small), k) for k in range(len(held.batches))]
     return held.divergence(log_q)
 
-# %% ../../nbs/library/pruning/07_search.ipynb #se-028
-class Run:
-    "The candidates of a search with their values, in memory and as lines of a file."
+# %% ../../nbs/library/pruning/07_search.ipynb #se-026
+class Log:
+    "The values of a search, in memory and as lines of a file."
 
-    def __init__(self, space: Space, batches: list, ridge: float | None, file, key: str):
-        self.space, self.ridge, self.file, self.key = space, ridge, file and Path(file), key
-        held = max(1, len(batches) // 4)
-        self.fit, self.batches = batches[:-held] or batches, batches[-held:]
-        self.seen, self.seconds, self.rows = {}, {}, {}  # rows: (stage, plan) -> value, seconds
-        text = self.file.read_text(encoding="utf-8") if file and self.file.exists() else ""
-        *lines, cut = text.split("\n")
+    def __init__(self, path, key: str):
+        self.path, self.key = None if path is None else Path(path), key
+        self.rows, self.used, self.spent = {}, set(), 0.0  # rows: (stage, plan) -> value, seconds
+        self.last = {}  # stage -> seconds of the last value
+        if self.path is not None and self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        "Take over the lines of an earlier run; ValueError where they are not of this search."
+        *lines, cut = self.path.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                at, same = (row["stage"], json.dumps(row["plan"])), row["search"] == key
+                at, same = (row["stage"], json.dumps(row["plan"])), row["search"] == self.key
                 self.rows[at] = float(row["value"]), float(row["seconds"])
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
-                    f"{file}, line {number} was not written by a search: give another file."
+                    f"{self.path}, line {number} was not written by a search: give another file."
                 ) from None
             if not same:
                 raise ValueError(
-                    f"{file} is of a search with another model, data, budget or options: "
+                    f"{self.path} is of a search with another model, data, budget or options: "
                     "give another file, or remove it."
                 )
         if cut:  # the end of a line is missing
-            write_atomically(self.file, "".join(f"{line}\n" for line in lines))
+            write_atomically(self.path, "".join(f"{line}\n" for line in lines))
+
+    def value(self, stage: str, plan, compute) -> float:  # plan: what JSON can hold
+        "The value of a stage, from the file, or computed and written there."
+        at = stage, json.dumps(plan)
+        if at not in self.rows:
+            start = time.perf_counter()
+            value = float(compute())
+            self.rows[at] = value if value == value else math.inf, time.perf_counter() - start
+            if self.path is not None:
+                row = dict(search=self.key, stage=stage, plan=plan)
+                row |= dict(zip(("value", "seconds"), self.rows[at]))
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+        if at not in self.used:
+            self.used.add(at)
+            self.last[stage] = self.rows[at][1]
+            self.spent += self.last[stage]
+        return self.rows[at][0]
+
+# %% ../../nbs/library/pruning/07_search.ipynb #se-028
+class Run:
+    "The candidates of a search with their values so far."
+
+    def __init__(self, space: Space, batches: list, log: Log, ridge: float | None):
+        self.space, self.log, self.ridge, self.seen = space, log, ridge, {}
+        held = max(1, len(batches) // 4)
+        self.fit, self.batches = batches[:-held] or batches, batches[-held:]
+
+    @cached_property
+    def held(self) -> HeldOut:
+        "The held-out batches."
+        return HeldOut(self.space.model, self.batches)
 
     @cached_property
     def ranking(self) -> FirstRanking:
         "The first ranking, from the first batches that hold enough tokens."
-        model, parts = self.space.model, self.space.parts
-        slots = [slot for i in range(parts.num_layers) for slot in writers(parts, i)]
+        slots = (
+            s for i in range(self.space.parts.num_layers) for s in writers(self.space.parts, i)
+        )
         enough = TOKENS * max(slot.module.in_features for slot in slots)
         sizes = torch.tensor([batch["input_ids"].numel() for batch in self.fit])
         n = 1 + int((sizes.cumsum(0) < enough).sum())
-        sums = SharedSums(model, self.fit[:n])
-        return FirstRanking(self.space, sums, HeldOut(model, self.batches))
+        return FirstRanking(self.space, SharedSums(self.space.model, self.fit[:n]), self.held)
 
-    def computed(self, candidate: Candidate | None, stage: str) -> float:
-        "The KL of a candidate at a stage; the estimate is of a refit, in seconds."
+    def estimate(self) -> float:  # seconds
+        "What one full refit takes, from one forward pass: its runs and sums cost about four."
         model = self.space.model
-        if stage == "estimate":  # one forward pass; a refit's runs and sums cost about four
+
+        def timed() -> float:
             start = time.perf_counter()
             with torch.no_grad(), evaluating(model):
                 model(**model_inputs(model, self.fit[0]), use_cache=False, logits_to_keep=1)
             return 4 * len(self.fit) * (time.perf_counter() - start)
-        held = self.ranking.held
+
+        return self.log.value("estimate", None, timed)
+
+    def value(self, candidate: Candidate, stage: str) -> float:
+        "KL of a candidate: a `look` at a few samples, all that are `held` out, after the `refit`."
+        if stage == "look" and len(self.held.batches) == 1:
+            value = self.value(candidate, "held")
+            self.seen[candidate]["look"] = value
+            return value
+        plan = [candidate.scores, candidate.counts]
         if stage == "refit":
-            plan = self.space.plan(candidate)
-            return refitted_divergence(model, plan, self.fit, held, self.ridge)
-        return self.ranking.divergence(candidate, 1 if stage == "look" else len(held.batches))
-
-    def value(self, candidate: Candidate | None, stage: str) -> float:
-        "A `look` at a few samples, all that are `held` out, after the `refit`; the `estimate`."
-        plan = candidate and [candidate.scores, candidate.counts]
-        at = stage, json.dumps(plan)
-        if at not in self.rows:
-            start, value = time.perf_counter(), self.computed(candidate, stage)
-            seconds = time.perf_counter() - start
-            value = math.inf if math.isnan(value) else value
-            self.rows[at] = value, seconds
-            if self.file:
-                row = dict(search=self.key, stage=stage, plan=plan, value=value, seconds=seconds)
-                with open(self.file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-        value, self.seconds[at] = self.rows[at]
-        if candidate:
-            self.seen.setdefault(candidate, {})[stage] = value
+            compute = lambda: refitted_divergence(
+                self.space.model, self.space.plan(candidate), self.fit, self.held, self.ridge
+            )
+        else:
+            n = 1 if stage == "look" else len(self.held.batches)
+            compute = lambda: self.ranking.divergence(candidate, n)
+        value = self.log.value(stage, plan, compute)
+        self.seen.setdefault(candidate, {})[stage] = value
         return value
-
-    @property
-    def spent(self) -> float:
-        "Seconds of all values that were asked for."
-        return sum(self.seconds.values())
 
     def ranked(self, stage: str) -> list:  # of Candidate
         "Candidates that reached a stage, lowest KL first."
@@ -499,16 +611,18 @@ def evolve(run: Run, rng: random.Random, generations: int, until: float) -> None
     "Improve the best candidates by moves, until so many seconds are spent."
     parents, idle = run.ranked("held")[:PARENTS], 0
     for generation in range(generations):
-        if run.spent >= until or idle >= PATIENCE:
+        if run.log.spent >= until or idle >= PATIENCE:
             return
         parent = parents[generation % len(parents)]
-        children = dict.fromkeys(mutated(run.space, parent, rng) for _ in range(CHILDREN))
-        children = [c for c in children if c is not None and c not in run.seen]
+        children = (mutated(run.space, parent, rng) for _ in range(CHILDREN))
+        children = list(dict.fromkeys(c for c in children if c is not None and c not in run.seen))
         idle += 1
-        better = lambda c, stage: run.value(c, stage) < run.value(parent, stage)
-        best = min(children, key=lambda c: run.value(c, "look"), default=parent)
-        if better(best, "look") and better(best, "held"):
-            parents[generation % len(parents)], idle = best, 0
+        if not children:
+            continue
+        best = min(children, key=lambda c: run.value(c, "look"))
+        if run.value(best, "look") < run.value(parent, "look"):
+            if run.value(best, "held") < run.value(parent, "held"):
+                parents[generation % len(parents)], idle = best, 0
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-032
 REFITS = 4  # searched plans that are refitted; without moves: recipes
@@ -516,16 +630,14 @@ REFITS = 4  # searched plans that are refitted; without moves: recipes
 
 def refit_best(run: Run, seconds: float, recipes: int | None) -> None:
     "The full refit of the best candidates of both kinds, within the time."
-    order, last = list(dict.fromkeys([*run.ranked("held"), *run.ranked("look")])), 0.0
+    order = list(dict.fromkeys([*run.ranked("held"), *run.ranked("look")]))
     kinds = [[c for c in order if not c.moves][:recipes], [c for c in order if c.moves][:REFITS]]
     if order[0].moves:
         kinds.reverse()
     for candidate in (c for pair in zip_longest(*kinds) for c in pair if c is not None):
-        before = run.spent
-        if last and before + last > seconds:
+        if run.ranked("refit") and run.log.spent + run.log.last["refit"] > seconds:
             return
         run.value(candidate, "refit")
-        last = run.spent - before
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-034
 class Front(NamedTuple):
@@ -544,50 +656,67 @@ def front_of(run: Run) -> Front:
     "Table, choice and reason of a finished run."
     space, rows = run.space, []
     tables = {name: count(space.model) for name, count in COUNTED.items()}
-    tables |= {name: space.costs for name in space.request["budget"]}
-    dense = {name: table.total(plan_none(space.model)) for name, table in tables.items()}
+    tables |= {name: space.costs for name in space.budget}
+    whole = {i: [getattr(size, kind) for kind in FLOOR] for i, size in enumerate(space.sizes)}
     for candidate, values in run.seen.items():
         counts = {i: n for i, *n in candidate.counts}
         row = dict(origin=candidate.origin, moves=candidate.moves, layers=len(counts))
-        row |= {name: table.total_of(counts) / dense[name] for name, table in tables.items()}
+        row |= {k: table.total_of(counts) / table.total_of(whole) for k, table in tables.items()}
         row |= {f"kl_{stage}": values.get(stage, math.nan) for stage in ("look", "held", "refit")}
         rows.append(row | dict(plan=space.plan(candidate) if "refit" in values else None))
     frame = pd.DataFrame(rows).sort_values(["kl_refit", "kl_held", "kl_look"], ignore_index=True)
-    full, best, seconds = frame.dropna(subset="kl_refit"), frame.iloc[0], run.spent
+    full, best = frame.dropna(subset="kl_refit"), frame.iloc[0]
     moved = f" and {best.moves} generations of moves" if best.moves else ""
     reason = (
         f"Chosen: {best.origin}{moved} ({best.layers} layers). Its KL after the refit, "
         f"{best.kl_refit:.3g}, is the lowest of {len(full)} refitted plans; {len(frame)} were seen "
-        f"in {seconds:.0f} s."
+        f"in {run.log.spent:.0f} s."
     )
-    for first in full[full.moves == 0][: 1 if best.moves else 0].itertuples():
+    recipes = full[full.moves == 0]
+    if best.moves and len(recipes):
+        first = recipes.iloc[0]
         reason += f" The best recipe, {first.origin}, has {first.kl_refit:.3g}."
     if len(full) > 3:
         agreement = full.kl_held.fillna(full.kl_look).corr(full.kl_refit, "spearman")
         reason += f" Rank correlation of first ranking and refit: {agreement:.2f}."
-    shown = full[["origin", "moves", "layers", "kl_refit"]].to_dict("records")
-    best.plan.meta["search"] = dict(
-        reason=reason, front=shown, seen=len(frame), seconds=round(seconds, 1)
-    )
-    return Front(frame, best.plan, reason)
+    shown = ["origin", "moves", "layers", "kl_refit"]
+    record = dict(reason=reason, front=full[shown].to_dict("records"))
+    record |= dict(seen=len(frame), seconds=round(run.log.spent, 1))
+    plan = replace(best.plan, meta=best.plan.meta | {"search": record})
+    return Front(frame, plan, reason)
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-036
-SEARCH_VERSION = 2  # raised when the same file would give another front
+SEARCH_VERSION = 1  # raised when the same file would give another front
 
 
 def costs_of_engine(costs, engine: str | None) -> UnitCosts | None:
     "One table of costs out of several; ValueError for an engine that has none."
-    if isinstance(costs, dict):
-        if engine is None and len(costs) > 1:
-            raise ValueError(f"costs hold {', '.join(costs)}: name one of them as engine.")
-        engine = next(iter(costs), None) if engine is None else engine
-        check_choice("engine", engine, costs)
-        return costs[engine]
-    if engine is not None:
+    if not isinstance(costs, dict):
+        if engine is not None:
+            raise ValueError(
+                f"engine={engine!r} names one of several tables: give costs={{engine: table}}."
+            )
+        return costs
+    if engine is None and len(costs) > 1:
+        raise ValueError(f"costs hold {', '.join(costs)}: name one of them as engine.")
+    engine = next(iter(costs), None) if engine is None else engine
+    check_choice("engine", engine, costs)
+    return costs[engine]
+
+
+def check_time(minutes: float | None, estimate) -> float:  # seconds
+    "Seconds of a search; ValueError where they are too few for a candidate."
+    if minutes is None:
+        return math.inf
+    if isinstance(minutes, bool) or not isinstance(minutes, (int, float)) or not minutes > 0:
+        raise ValueError(f"minutes={minutes!r}: give a number above 0, such as 5.")
+    if (needed := estimate()) > 60 * minutes:
         raise ValueError(
-            f"engine={engine!r} names one of several tables: give costs={{engine: table}}."
+            f"minutes={minutes:g} is shorter than one candidate, whose refit takes about "
+            f"{needed:.0f} s here: give minutes={math.ceil(needed / 6) / 10:g} or more, or fewer "
+            "calibration samples."
         )
-    return costs
+    return 60 * minutes
 
 
 def sorted_scores(model, scores, batches: list) -> tuple:  # LayerScores, list of WidthScores
@@ -604,13 +733,14 @@ def sorted_scores(model, scores, batches: list) -> tuple:  # LayerScores, list o
 def search_key(space: Space, layers, batches: list, *options) -> str:
     "A hash of everything that the values of a search depend on."
     tensors = [{"layers": layers.values}, *batches]
-    for scores, kind in product(space.scores, FLOOR):
-        tensors.append({f"{kind} {i}": v for i, v in getattr(scores, kind).items()})
+    for scores in space.scores:
+        units = {"heads": scores.heads, "neurons": scores.neurons}
+        tensors += [{f"{k} {i}": v for i, v in units[k].items()} for k in units]
     alone = dict(memory_format=torch.contiguous_format)  # as safetensors takes them
     copies = ({k: v.cpu().clone(**alone) for k, v in group.items()} for group in tensors)
-    request = space.request | dict(costs=asdict(space.costs))
-    hashes = [hashlib.sha256(save(copy)).hexdigest() for copy in copies]
-    return content_hash([SEARCH_VERSION, model_record(space.model), request, hashes, *options])
+    record = [SEARCH_VERSION, model_record(space.model), asdict(space.costs), space.budget]
+    record += [hashlib.sha256(save(copy)).hexdigest() for copy in copies]
+    return content_hash([*record, space.round_to, *options])
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-037
 def search(
@@ -632,26 +762,18 @@ def search(
         raise ValueError("a search needs the model in memory: load it without stream.")
     (name, _), batches = check_budget_request(budget), check_batches(batches)
     costs = costs_of_budget(model, name, costs_of_engine(costs, engine))
-    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
-    if minutes is not None and not (number and minutes > 0):
-        raise ValueError(f"minutes={minutes!r}: give a number above 0, such as 5.")
-    seconds = math.inf if minutes is None else 60 * minutes
+    check_time(minutes, lambda: 0.0)
     layers, widths = sorted_scores(model, scores, batches)
     space = Space(model, widths, layers, budget, costs, round_to)
     key = search_key(space, layers, batches, ridge, seed)
-    run = Run(space, batches, ridge, file, key)
-    if minutes is not None and (needed := run.value(None, "estimate")) > seconds:
-        raise ValueError(
-            f"minutes={minutes:g} is shorter than one candidate, whose refit takes about "
-            f"{needed:.0f} s here: give minutes={math.ceil(needed / 6) / 10:g} or more, or fewer "
-            "calibration samples."
-        )
+    run = Run(space, batches, Log(file, key), ridge)
+    seconds = check_time(minutes, run.estimate)
     for candidate in recipes(space):
         run.value(candidate, "look")
     for candidate in run.ranked("look")[: max(PARENTS, len(run.seen) // 3)]:
         run.value(candidate, "held")
     if generations:
-        refits = max(seconds / 3, 2 * run.value(None, "estimate")) if minutes else 0
-        evolve(run, random.Random(seed), generations, seconds - refits)
+        until = seconds - max(seconds / 3, 2 * run.estimate()) if minutes else math.inf
+        evolve(run, random.Random(seed), generations, until)
     refit_best(run, seconds, None if generations else REFITS)
     return front_of(run)
