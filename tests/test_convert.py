@@ -359,7 +359,7 @@ def test_the_advised_command_makes_a_loadable_folder(layouts, tmp_path):
     folder = copy_of(layouts, "llava", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    command = HOW_TO_CONVERT.split("\n")[1].strip().replace("python", sys.executable, 1)
+    command = HOW_TO_CONVERT.split("spare: ")[1].replace("python", sys.executable, 1)
     command = command.replace("FOLDER", str(folder))
     subprocess.run(command, shell=True, check=True)
     assert load_original(folder)[0].config.text_config.vocab_size == padded_vocabulary(320)

@@ -13,8 +13,9 @@ import torch
 from mllm_compress.anatomy.streaming import weights_hash
 from mllm_compress.evaluation.benchmarks import benchmark
 from mllm_compress.evaluation.scorers import SCORERS
-from mllm_compress.pruning import apply_plan, reconstruct
+from mllm_compress.pruning import apply_plan
 from mllm_compress.pruning.plans import PRUNINGS
+from mllm_compress.pruning.reconstruction import reconstructed
 from mllm_compress.study import experiments, profiles, runs, stages, store, workers
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import (
@@ -532,7 +533,7 @@ def test_a_refitted_student_is_the_refit_of_its_plan(tmp_path):
     plan = stages.plan_of(e, smoke, results, "cpu")
     model, processor = stages.teacher_of(e.model, smoke)
     batches = stages.calibration_batches_of(e, smoke, processor, "cpu")
-    expected = reconstruct(apply_plan(model, plan), model, batches, plan)
+    expected = reconstructed("stream", apply_plan(model, plan), model, batches, plan)
     found = stages.student_of(e, smoke, results, "cpu")
     pairs = zip(expected.parameters(), found.parameters())
     assert plan.meta["allocation"] == "global" and all(torch.equal(a, b) for a, b in pairs)
