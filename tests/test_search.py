@@ -166,6 +166,10 @@ MISTAKES = {
     "which engine": (dict(costs=TABLES), "name one of them as engine"),
     "no tables": (dict(engine="vllm"), "costs={engine: table}"),
     "out of reach": (dict(budget={"latency": 0.05}), "cannot be met: the least"),
+    "out of reach by width": (
+        dict(budget={"latency": 0.05}, scores=scored(kind="taylor")),
+        "cannot be met: no fixed plan",
+    ),
     "no scores": (dict(scores=scored()[:1] + ["seven"]), "give WidthScores"),
     "few tokens": (dict(batches=1), "calibration tokens are too few"),
 }

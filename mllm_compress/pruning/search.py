@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +49,11 @@ from mllm_compress.pruning.allocation import (
     check_budget_request,
     checked_scores,
     costs_of_budget,
+    plan_global,
+    plan_of_counts,
 )
-from .plans import ALLOCATIONS, plan_none, plan_widthwise
+from .plans import ALLOCATIONS, plan_none, unprotected
 from mllm_compress.pruning.pruning_plan import (
-    MAX_RATIO,
     PruningPlan,
     ascending,
     kept_counts,
@@ -60,7 +61,6 @@ from mllm_compress.pruning.pruning_plan import (
     make_plan,
     removable,
     rounded_steps,
-    score_record,
 )
 from .reconstruction import reconstruct
 from .slicing import apply_plan
@@ -269,14 +269,12 @@ class Space:
 
     def plan(self, candidate: Candidate) -> PruningPlan:
         "The plan of a candidate."
-        kept = {kind: {} for kind in FLOOR}
-        for i, *counts in candidate.counts:
-            for kind, n in zip(FLOOR, counts):
-                if n < getattr(self.sizes[i], kind):
-                    kept[kind][i] = self.units(candidate, kind, i, n)
-        about = dict(scores=score_record(self.scores[candidate.scores]), round_to=self.round_to)
-        about |= dict(budget=self.budget, costs=asdict(self.costs), allocation="search")
-        plan = make_plan(self.model, [i for i, *_ in candidate.counts], **kept, **about)
+        stay = {i: counts for i, *counts in candidate.counts}
+        counts = {kind: {i: n[k] for i, n in stay.items()} for k, kind in enumerate(FLOOR)}
+        counts["layer"] = set(range(len(self.sizes))) - set(stay)
+        about = dict(budget=self.budget, costs=asdict(self.costs), allocation="search")
+        about |= dict(round_to=self.round_to)
+        plan = plan_of_counts(self.model, self.scores[candidate.scores], counts, None, **about)
         share = {name: self.costs.total(plan) / self.dense for name in self.budget}
         return replace(plan, meta=plan.meta | {"achieved_budget": share})
 
@@ -289,31 +287,11 @@ def counts_of(plan: PruningPlan) -> dict:
     return {i: [len(plan.kept(kind, i)) for kind in FLOOR] for i in plan.layers}
 
 
-def even_plan(space: Space, scores, base: PruningPlan) -> PruningPlan | None:
-    "The same share of every layer behind a layerwise plan, by bisection of the ratio."
-    low, high, best = base.achieved_ratio, MAX_RATIO, None
-    for _ in range(10):
-        ratio = (low + high) / 2
-        try:
-            plan = plan_widthwise(
-                space.model, scores, ratio=ratio, base=base, round_to=space.round_to
-            )
-        except ValueError:  # more than width can give
-            high = ratio
-            continue
-        if space.costs.total(plan) <= space.limit:
-            best, high = plan, ratio
-        else:
-            low = ratio
-    return best
-
-
 def recipes(space: Space) -> list:  # of Candidate
     "Fixed plans of the budget; ValueError where it is out of reach."
-    model, found = space.model, []
-    about = dict(allocation="global", budget=space.budget, costs=space.costs)
-    about |= dict(round_to=space.round_to)
-    layers, alone = range(space.parts.num_layers), None
+    model, plans = space.model, []
+    about = dict(budget=space.budget, costs=space.costs, round_to=space.round_to)
+    layers = range(space.parts.num_layers)
     bases = [
         make_plan(model, layers=set(layers) - set(space.removable[:n]))
         for n in range(len(space.removable) + 1)
@@ -321,25 +299,31 @@ def recipes(space: Space) -> list:  # of Candidate
     alone = next((n for n, b in enumerate(bases) if space.costs.total(b) <= space.limit), None)
     depths = sorted({round(share * (alone or len(bases) - 1)) for share in SHARES})
     for k, scores in enumerate(space.scores):
-        ranked = scores.kind in ALLOCATIONS["global"].scores
-        if ranked:  # also decides which layers go
-            plan = plan_widthwise(model, scores, **about)
-            found.append((plan, k, f"one ranking by {scores.kind}"))
-        for n in depths:
-            name = f"{n} layers, then {scores.kind}"
-            found.append((even_plan(space, scores, bases[n]), k, f"{name} evenly"))
-            if ranked:
-                try:
-                    plan = plan_widthwise(model, scores, base=bases[n], **about)
-                except ValueError:  # width alone cannot meet the budget
-                    continue
-                found.append((plan, k, f"{name} over all"))
+        spread = {"layer": "evenly"}
+        if scores.kind in ALLOCATIONS["global"].scores:
+            spread["global"] = "over all"
+            plan = plan_global(model, scores, **about)  # also decides which layers go
+            plans.append((plan, k, f"one ranking by {scores.kind}"))
+        for n, (allocation, how) in product(depths, spread.items()):
+            try:
+                where = dict(base=bases[n], allocation=allocation)
+                if allocation == "layer":
+                    where["free"] = unprotected(bases[n].layers, None, "blockwise")
+                plan = plan_global(model, scores, **where, **about)
+            except ValueError:  # width alone cannot meet the budget
+                continue
+            plans.append((plan, k, f"{n} layers, then {scores.kind} {how}"))
     if alone is not None:
-        found.append((bases[alone], 0, f"{alone} whole layers"))
-        found.append((bases[alone - 1], 0, f"{alone - 1} whole layers, the rest by width"))
-    plans = [(counts_of(plan), k, origin) for plan, k, origin in found if plan is not None]
-    candidates = (space.candidate(*described) for described in plans)
-    return list(dict.fromkeys(c for c in candidates if c is not None))
+        plans.append((bases[alone], 0, f"{alone} whole layers"))
+        plans.append((bases[alone - 1], 0, f"{alone - 1} whole layers, the rest by width"))
+    candidates = (space.candidate(counts_of(plan), k, origin) for plan, k, origin in plans)
+    if not (reached := list(dict.fromkeys(c for c in candidates if c is not None))):
+        ((name, share),) = space.budget.items()
+        raise ValueError(
+            f"budget {name}={share:g} cannot be met: no fixed plan is within it. Ask for a larger "
+            "share, or lower round_to."
+        )
+    return reached
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-018
 PORTIONS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of a layer's neurons
@@ -686,7 +670,7 @@ def front_of(run: Run) -> Front:
     return Front(frame, plan, reason)
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-036
-SEARCH_VERSION = 1  # raised when the same file would give another front
+SEARCH_VERSION = 2  # raised when the same file would give another front
 
 
 def costs_of_engine(costs, engine: str | None) -> UnitCosts | None:
