@@ -16,7 +16,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from PIL import Image
 
 from . import store
 from .claims import MARGIN, POINTS, Claim, claimed
@@ -37,7 +36,7 @@ from .runs import stored
 from .stages import name_of, stage_keys
 from .statistics import Verdict
 from .store import results_of
-from .style import page
+from .style import few_colours, page
 from .tables import Table, explained, guessing, to_latex, to_markdown
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
@@ -82,7 +81,7 @@ class Report:
 
     def figure(self, fig, name: str, caption: str) -> Figure:
         "Write a figure as PDF and PNG, and its caption, and close it."
-        pdf, drawn, png = self.path(name, "pdf"), BytesIO(), BytesIO()
+        pdf, drawn = self.path(name, "pdf"), BytesIO()
         with page():
             fig.savefig(drawn, bbox_inches="tight", pil_kwargs={"compress_level": 0})
             fig.set_dpi(plt.rcParams["savefig.dpi"])
@@ -90,11 +89,10 @@ class Report:
             fig.set_layout_engine("none")  # the PDF has the layout and the edges of the PNG
             fig.savefig(pdf, metadata={"CreationDate": None}, bbox_inches=box)
         plt.close(fig)  # so that no notebook shows it twice
-        few = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
-        few.save(png, "PNG", optimize=True)  # a third of the size, as notebooks are committed
-        write_atomically(pdf.with_suffix(".png"), png.getvalue())
+        png = few_colours(drawn)
+        write_atomically(pdf.with_suffix(".png"), png)
         write_atomically(pdf.with_suffix(".txt"), caption + "\n")
-        return Figure(png.getvalue(), caption)
+        return Figure(png, caption)
 
     def verdict(
         self, claim: str, effects: dict, basis, name="verdict", unit=POINTS, **how
