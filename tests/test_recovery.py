@@ -466,6 +466,7 @@ def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
         assert two["history"][column] == pytest.approx(one["history"][column], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fsdp(tmp_path):
     "The losses of one process; the same bits when killed and resumed; a whole model at the end."
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -493,6 +494,7 @@ def test_fsdp(tmp_path):
     assert shapes and shapes.items() <= two["shapes"].items()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_shards_adapters_on_half_precision(tmp_path):
     "As the real models: frozen bfloat16, float32 adapters and projector, gradient checkpointing."
     lora = {"lora": {"r": 4, "lora_alpha": 8}, "precision": "bf16", "gradient_checkpointing": True}
