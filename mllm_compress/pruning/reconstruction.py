@@ -776,6 +776,12 @@ RECONSTRUCTIONS = {
         look=Look("refitted to the dense stream", GREEN, "o"),
         help="Output projections are fitted so that the residual stream stays (ours).",
     ),
+    "refit": Reconstruction(
+        reconstruct,
+        version=1,
+        look=Look("refitted, with the final norm", GREEN, "s"),
+        help="As `stream`, with more ridges to choose from and a new final norm (the default).",
+    ),
     "bias": Reconstruction(
         compensate_bias,
         version=1,
