@@ -30,6 +30,7 @@ setup(
             "public_sets.yaml",
             "published/*.csv",
             "advice.csv",
+            "study.mplstyle",
             "cli/rows.json",
             "models/*.*",
             "models/*/*",

@@ -43,7 +43,8 @@ TABLE = Table(FRAME, "Kept, in %.", {"AVG-%": ["model"]}, once=("model",))
 
 def test_what_rests_on_fewer_seeds_says_so():
     rows = pd.DataFrame({"seed": range(3), "status": "done", "model": "m", "benchmark": "b"})
-    rows = rows.assign(n=100, pruning="layerwise", profile="p")
+    rows = rows.assign(n=100, pruning="layerwise", profile="p", recovery="none")
+    rows = rows.assign(calibration_seed=0)
     lost, named = ["done", "done", "failed"], rows.assign(calibration_seed=rows.seed)
     trained = named.assign(recovery="sft")
     n = "n = 100 questions per model"
@@ -52,7 +53,7 @@ def test_what_rests_on_fewer_seeds_says_so():
         (rows.assign(status=lost), f"{n}, 2 seeds, profile p; 1 cells FAILED"),
         (rows.assign(status="failed"), "no finished cells, profile p; 3 cells FAILED"),
         (rows[:1], f"{n}, 1 seed (intervals cover questions only), profile p"),
-        (named.assign(recovery="none"), f"{n}, 3 seeds of calibration, profile p"),
+        (named, f"{n}, 3 seeds of calibration, profile p"),
         (trained, f"{n}, 3 seeds of calibration and training, profile p"),
         (
             trained.assign(recovery=["none", "none", "sft"]),

@@ -8,6 +8,7 @@ __all__ = ['CLAIMS', 'Claim']
 # %% ../../nbs/library/study/23_claims.ipynb #cell-003
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import pandas as pd
 
@@ -15,7 +16,6 @@ from .experiments import LATER, as_number
 from mllm_compress.study.statistics import (
     Original,
     above,
-    arrays_of,
     average,
     difference,
     finished,
@@ -40,7 +40,7 @@ def recommended(
 
 def other(ratio: float) -> str:
     "The pruning that the study does not recommend at a ratio."
-    return "layerwise" if ratio >= WIDTHWISE_FROM else "widthwise"
+    return {"layerwise": "widthwise", "widthwise": "layerwise"}[recommended(ratio)]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
 def split_grid(
@@ -56,10 +56,9 @@ def split_grid(
     for kind, limits in fewer.items():
         if not isinstance(limits, dict) or set(limits) - {"ratios", "seeds", *also}:
             raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {limits!r}.")
-    full = [(k, r, s) for k in kinds for r in ratios for s in seeds]
-    everywhere = {"ratios": ratios, "seeds": seeds}
-    allowed = {k: everywhere | fewer.get(k, {}) for k in kinds}
-    run = [(k, r, s) for k, r, s in full if r in allowed[k]["ratios"] and s in allowed[k]["seeds"]]
+    grids = {k: {"ratios": ratios, "seeds": seeds} | fewer.get(k, {}) for k in kinds}
+    full = list(product(kinds, ratios, seeds))
+    run = [(k, r, s) for k, r, s in full if r in grids[k]["ratios"] and s in grids[k]["seeds"]]
     return run, [point for point in full if point not in run]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-015
@@ -68,10 +67,10 @@ def holes(
     name=str,  # kind -> its name
 ) -> str:
     "What a grid leaves out."
-    missing = pd.DataFrame(left_out, columns=["kind", "ratio", "seed"])
-    places = missing.groupby(["kind", "ratio"], sort=False).seed
-    seeds = [f"{name(k)} at {r:.2f} (seeds {', '.join(map(str, s))})" for (k, r), s in places]
-    return "; ".join(seeds) or "nothing"
+    seeds = {}
+    for kind, ratio, seed in left_out:
+        seeds.setdefault(f"{name(kind)} at {ratio:.2f}", []).append(str(seed))
+    return "; ".join(f"{at} (seeds {', '.join(its)})" for at, its in seeds.items()) or "nothing"
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-018
 def places(
@@ -80,9 +79,9 @@ def places(
     "Where compressed models have results, and their originals too."
     evaluated = frame.model.isin(with_original(frame))
     done = frame[(frame.status == "done") & (frame.pruning != "none") & evaluated]
-    order = {model: i for i, model in enumerate(dict.fromkeys(frame.model))}
-    pairs = {(r.model, r.requested_ratio) for r in done.itertuples()}
-    return sorted(pairs, key=lambda place: (order[place[0]], place[1]))
+    models = list(dict.fromkeys(frame.model))
+    pairs = set(zip(done.model, done.requested_ratio))
+    return sorted(pairs, key=lambda place: (models.index(place[0]), place[1]))
 
 
 BESIDE = ("epochs", "layer_share", "start", "hidden_layers")  # vary beside the claims
@@ -202,7 +201,6 @@ def leads(
 class Claim:
     "A claim of the study that can be measured."
 
-    number: int
     notebook: str  # that tests it
     text: str
     effects: Callable  # frame of that notebook -> {where: Estimate}, positive where it is right
@@ -256,54 +254,48 @@ def projector_suffices(frame: pd.DataFrame) -> dict:
         {f"over projector + LM less {MARGIN:.0f} point": close, "over no training": gain}
     )
 
-
-def covered(ratio: float) -> bool:
-    "Whether claim 5 says anything about a ratio."
-    return ratio <= LAYERWISE_TO or ratio >= WIDTHWISE_SURE
-
 # %% ../../nbs/library/study/23_claims.ipynb #cell-075
-_ROWS = (
-    Claim(
-        1,
+CLAIMS = {
+    1: Claim(
         "02_pruning",
         "Without recovery, widthwise keeps more than layerwise.",
         lambda frame: contrast(
             frame, UNTRAINED | {"pruning": "widthwise"}, UNTRAINED | {"pruning": "layerwise"}
         ),
     ),
-    Claim(
-        2,
+    2: Claim(
         "03_projector",
         f"At ratios below {100 * SMALL:.0f} %, training the projector alone recovers: to within "
         f"{MARGIN:.0f} point as much as training projector and LM, and more than no training.",
         projector_suffices,
         margin=None,
     ),
-    Claim(
-        3,
+    3: Claim(
         "04_distillation",
         "SFT with hidden-state distillation recovers best, at every ratio.",
         lambda frame: weakest(leads(frame, BEST)),
         every_ratio=True,
         favourite=BEST,
     ),
-    Claim(
-        4,
+    4: Claim(
         "05_data",
         f"{100 * LITTLE:.0f} % of the data keeps more than {PROMISED} % of the original.",
         lambda frame: keeps(frame, RECOVERED | PROJECTOR_LM | {"fraction": LITTLE}, PROMISED),
         f"points of AVG-% above {PROMISED} %",
         margin=None,
     ),
-    Claim(
-        5,
+    5: Claim(
         "06_best",
         "With recovery, layerwise wins at 30 % and below, widthwise at 45 % and above.",
-        lambda frame: contrast(frame, RECOVERED, RECOVERED | {"pruning": other}, covered),
+        lambda frame: contrast(
+            frame,
+            RECOVERED,
+            RECOVERED | {"pruning": other},
+            lambda ratio: not LAYERWISE_TO < ratio < WIDTHWISE_SURE,
+        ),
         halves=True,
     ),
-)
-CLAIMS = {claim.number: claim for claim in _ROWS}
+}
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-090d
 AGAINST_ALL = 90  # per cent, the authors' second form of claim 4
@@ -317,14 +309,12 @@ def little_against_all(frame: pd.DataFrame) -> dict:
         setting = at_ratio(RECOVERED | PROJECTOR_LM, ratio) | {"model": model}
         few, most = (frame[having(frame, **setting, fraction=f)] for f in (LITTLE, 1.0))
         if shared := sorted(set(few.seed) & set(most.seed)):
-            on_all = Original(most[most.seed == shared[0]])
-            scores = arrays_of(few[few.seed.isin(shared)], on_all)
-            out[f"{model} at {ratio:.2f}"] = above(on_all.estimate(scores, shared), AGAINST_ALL)
+            share = Original(most[most.seed == shared[0]]).retained(few[few.seed.isin(shared)])
+            out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
     return out
 
 
 SECOND_FORM = Claim(
-    4,
     "05_data",
     f"Below {100 * BELOW:.0f} % removed, {100 * LITTLE:.0f} % of the data keeps more than "
     f"{AGAINST_ALL} % of what all of the data keeps.",

@@ -90,7 +90,9 @@ def curves(
 ) -> tuple:  # (figure, panels)
     "Values over a position: a panel per group of rows, a line per method."
     if start is not None and rows.groupby([*panel, by], sort=False).size().max() == 1:
-        return at_one_position(rows, x, y, by, panel, guessed)
+        names = [f"{look(name).label}, {at:.2f} removed" for name, at in zip(rows[by], rows[x])]
+        rows = rows.assign(label=names).sort_values(y, ascending=False, kind="stable")
+        return dots(rows, y, by=by, panel=panel, guessed=guessed, sharey=False)
     rows = titled(rows[rows[y].notna()], panel)
     titles, names = list(dict.fromkeys(rows.title)), list(dict.fromkeys(rows[by]))
     first = pd.DataFrame([] if start is None else [{x: 0.0, y: start, "low": start, "high": start}])
@@ -131,19 +133,6 @@ def curves(
             legend_above(fig, names)
     return fig, axes
 
-
-def at_one_position(rows: pd.DataFrame, x: str, y: str, by: str, panel: list, guessed: dict):
-    "Methods that were measured at one position only, below each other."
-    means = rows.groupby(by, sort=False)[y].mean().sort_values(ascending=False)
-    rows = rows.set_index(by, drop=False).loc[means.index].reset_index(drop=True)
-    rows = rows.assign(label=[look(name).label for name in rows[by]])
-    fig, axes = dots(rows, y, by=by, panel=panel, guessed=guessed)
-    with page():
-        for ax, (_, its) in zip(axes, rows.groupby(list(panel), sort=False)):
-            ends = dict.fromkeys(f"{end:.2f}" for end in (its[x].min(), its[x].max()))
-            ax.set_title(f"{ax.get_title(loc='left')}, {'-'.join(ends)} removed")
-    return fig, axes
-
 # %% ../../nbs/library/study/25_figures.ipynb #dots
 def symmetric_scale(ax, least: float = 1.0, linear: float = 8.0) -> str:  # to add to the label
     "A linear axis for small effects; linear up to 2 and logarithmic beyond for large ones."
@@ -154,11 +143,9 @@ def symmetric_scale(ax, least: float = 1.0, linear: float = 8.0) -> str:  # to a
         return ""
     ax.set_xscale("symlog", linthresh=2, linscale=0.7)
     ax.set_xlim(low * (1.1 if low < -2 else 1), high * (1.1 if high > 2 else 1))
-    steps = [1, 2, 5, 10, 20, 50, 100] if max(-low, high) < 30 else [1, 2, 5, 20, 100]
-    ticks = [s for s in (*(-s for s in steps[::-1]), 0, *steps) if low <= s <= high]
-    ax.xaxis.set(
-        major_locator=FixedLocator(ticks), major_formatter="{x:g}", minor_locator=NullLocator()
-    )
+    steps = (1, 2, 5, 10, 20, 50, 100) if max(-low, high) < 30 else (1, 2, 5, 20, 100)
+    ticks = FixedLocator([*(-step for step in steps), 0, *steps])
+    ax.xaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_locator=NullLocator())
     return " (logarithmic beyond ±2)"
 
 

@@ -102,25 +102,6 @@ class Estimate:
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 # %% ../../nbs/library/study/22_statistics.ipynb #fdcb8c43
-def errors_by_image(
-    arrays: list,  # per benchmark: [seeds, units]
-    images: list = (),  # per benchmark: the picture of each unit; empty: each has its own
-) -> pd.Series:  # picture -> its contribution to the error of the mean of means
-    "What each picture contributes to the error of an estimate."
-    parts = []
-    for a in arrays:
-        mean, n = a.mean(axis=0), a.shape[1]
-        exact = math.sqrt(n / (n - 1)) if n > 1 else 1.0
-        parts.append((mean - mean.mean()) * exact / n / len(arrays))
-    images = images or [[f"{b}-{k}" for k in range(len(part))] for b, part in enumerate(parts)]
-    for names, part in zip(images, parts):
-        if len(names) != len(part):
-            raise ValueError(
-                f"{len(names)} pictures are named for {len(part)} units of one benchmark."
-            )
-    return pd.Series(np.concatenate(parts)).groupby(np.concatenate(images), sort=False).sum()
-
-
 def estimate(
     arrays: list,  # per benchmark: [seeds, units], in percent of the dense score
     images: list = (),  # per benchmark: the picture of each unit; empty: each has its own
@@ -131,18 +112,21 @@ def estimate(
     if not arrays:
         return Estimate(math.nan, math.nan, math.nan, 0, 0)
     averages = np.mean([a.mean(axis=1) for a in arrays], axis=0)  # [seeds]
-    errors = errors_by_image(arrays, images)
-    value, n = float(averages.mean()), sum(a.shape[1] for a in arrays)
-    count = len(averages)
+    value, count, sizes = float(averages.mean()), len(averages), [a.shape[1] for a in arrays]
+    errors = []  # what each unit contributes to the error of the value
+    for a, n in zip(arrays, sizes):
+        mean, exact = a.mean(axis=0), math.sqrt(n / max(n - 1, 1))
+        errors.append((mean - mean.mean()) * exact / n / len(arrays))
+    images = images or [[f"{b}-{k}" for k in range(n)] for b, n in enumerate(sizes)]
+    by_image = pd.Series(np.concatenate(errors)).groupby(np.concatenate(images), sort=False).sum()
     spread = float(averages.var(ddof=1) / count) if count > 1 else 0.0
-    names = seeds if len(seeds) else range(count)
     return Estimate(
-        *(value, value, value, n, count),
-        questions=cluster_variance(errors),
+        *(value, value, value, sum(sizes), count),
+        questions=cluster_variance(by_image),
         spread=0.0 if spread < 1e-18 else spread,
         freedom=count - 1 if count > 1 else math.inf,
-        by_seed=dict(zip(names, averages.tolist())),
-        by_image=errors,
+        by_seed=dict(zip(seeds or range(count), averages.tolist())),
+        by_image=by_image,
         **about,
     ).at(0.95)
 
@@ -166,8 +150,7 @@ class Original:
         plain = not nats and all((units <= 1).all() for units in scored.units) and len(scored)
         self.top = float(np.mean([100 / u.mean() for u in scored.units])) if plain else math.inf
         known = "images" in scored and scored.images.notna().all()
-        images = scored.images if known else [()] * len(scored)
-        self.images = dict(zip(scored.benchmark, images))
+        self.images = dict(zip(scored.benchmark, scored.images)) if known else {}
 
     def estimate(
         self,
@@ -179,40 +162,37 @@ class Original:
         "AVG-%, or a difference of two, with its pictures and bounds."
         about |= {"floor": floor * self.top if floor else 0.0, "top": self.top}
         about["model"] = self.model
-        images = [self.images[benchmark] for benchmark in arrays]
-        images = images if all(len(names) for names in images) else []
+        images = [self.images[benchmark] for benchmark in arrays] if self.images else []
         return estimate(list(arrays.values()), images, seeds, **about)
 
-
-def arrays_of(
-    rows: pd.DataFrame,  # of one setting
-    original: Original,  # of the same model
-) -> dict:  # benchmark -> [seeds, units], percent of the dense score
-    "The score of every question relative to the original's."
-    dense = original.units
-    if set(rows.benchmark) != set(dense):
-        raise ValueError(
-            f"The compressed model was evaluated on {sorted(set(rows.benchmark))}, the original "
-            f"on {sorted(dense)}: evaluate both on the same benchmarks."
-        )
-    by_seed = sorted(zip(rows.seed, rows.benchmark, rows.units), key=lambda row: row[0])
-    units = {
-        b: np.stack([u for _, name, u in by_seed if name == b])
-        for b in dict.fromkeys(rows.benchmark)
-    }
-    if "measure" in rows:
-        return {b: u - dense[b] for b, u in units.items() if np.isfinite(u).all()}
-    shares = {}
-    for b, u in units.items():
-        if u.shape[1] != len(dense[b]):
+    def arrays(
+        self,
+        rows: pd.DataFrame,  # of one setting of the same model
+    ) -> dict:  # benchmark -> [seeds, units], percent of the dense score
+        "The score of every question relative to the original's."
+        if set(rows.benchmark) != set(self.units):
             raise ValueError(
-                f"{b}: the compressed model answered {u.shape[1]} questions, the original "
-                f"{len(dense[b])}: evaluate both on the same questions."
+                f"The compressed model was evaluated on {sorted(set(rows.benchmark))}, the "
+                f"original on {sorted(self.units)}: evaluate both on the same benchmarks."
             )
-        if (whole := dense[b].mean()) > 0:  # the mean over units is the retained score
-            share = u.mean(axis=1, keepdims=True) / whole
-            shares[b] = 100 * (share + (u - share * dense[b]) / whole)
-    return shares
+        shares = {}
+        for b, its in rows.sort_values("seed", kind="stable").groupby("benchmark", sort=False):
+            units, dense = np.stack(its.units.tolist()), self.units[b]
+            if units.shape[1] != len(dense):
+                raise ValueError(
+                    f"{b}: the compressed model answered {units.shape[1]} questions, the original "
+                    f"{len(dense)}: evaluate both on the same questions."
+                )
+            if "measure" in rows:
+                shares |= {b: units - dense} if np.isfinite(units).all() else {}
+            elif (whole := dense.mean()) > 0:  # the mean over units is the retained score
+                share = units.mean(axis=1, keepdims=True) / whole
+                shares[b] = 100 * (share + (units - share * dense) / whole)
+        return shares
+
+    def retained(self, rows: pd.DataFrame) -> Estimate:
+        "AVG-% of one setting."
+        return self.estimate(self.arrays(rows), sorted(set(rows.seed)))
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-026
 def _dense(frame: pd.DataFrame) -> pd.Series:
@@ -248,8 +228,7 @@ def summary(
         row |= dict.fromkeys(("achieved_ratio", "avg_percent", "low", "high"), math.nan)
         row |= {"n": 0, "seeds": 0}
         if len(done) and row["model"] in originals:
-            original = originals[row["model"]]
-            e = original.estimate(arrays_of(done, original), sorted(set(done.seed)))
+            e = originals[row["model"]].retained(done)
             row["achieved_ratio"] = done.achieved_ratio.mean()
             row |= {"avg_percent": e.value, "low": e.low, "high": e.high, "n": e.n}
             row |= {"seeds": e.seeds, "by_seed": list(e.by_seed.values())}
@@ -280,7 +259,7 @@ def paired(
     if not shared:
         return estimate([])
     both = [rows[rows.seed.isin(shared)] for rows in (first, second)]
-    a, b = (arrays_of(rows, original) for rows in both)
+    a, b = map(original.arrays, both)
     about = {"empty": not any(rows.score.any() for rows in both)}
     if a and "measure" not in first:
         about["better"] = max(float(np.mean([v.mean() for v in side.values()])) for side in (a, b))
@@ -310,8 +289,7 @@ def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
 
 def retained(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
     "AVG-% of one setting."
-    rows, original = select(frame, model=model, **wanted), original_of(frame, model)
-    return original.estimate(arrays_of(rows, original), sorted(set(rows.seed)))
+    return original_of(frame, model).retained(select(frame, model=model, **wanted))
 
 
 def above(e: Estimate, threshold: float) -> Estimate:
@@ -428,23 +406,16 @@ def basis_of(
 ) -> Basis:
     "Questions, seeds and profile of a frame, for captions."
     done = frame[frame.status == "done"]
-    answered = done.drop_duplicates(["model", "benchmark"])
+    answered, pruned = done.drop_duplicates(["model", "benchmark"]), done[done.pruning != "none"]
     n = answered.groupby("model").n.sum().max() if len(done) else 0
-    seeds = done[done.pruning != "none"].seed.nunique() or 1
+    seeds, trained = pruned.seed.nunique(), pruned.seed[pruned.recovery != "none"].nunique()
+    drawn = "calibration" if pruned.calibration_seed.nunique() > 1 else ""
+    if drawn and trained:
+        drawn += " and training" if trained == seeds else f", {trained} of training"
+    elif trained > 1:
+        drawn = "training"
     profiles, failed = sorted(set(frame.profile)), len(frame) - len(done)
-    return Basis(int(n), seeds, ", ".join(profiles), failed, drawn_by_seeds(done))
-
-
-def drawn_by_seeds(done: pd.DataFrame) -> str:  # empty where it is not recorded
-    "What differs between the seeds of finished experiments."
-    if not {"calibration_seed", "recovery"} <= set(done):
-        return ""
-    pruned = done[done.pruning != "none"]
-    trained = pruned[pruned.recovery != "none"].seed.nunique()
-    calibrated, seeds = pruned.calibration_seed.nunique(), pruned.seed.nunique()
-    if calibrated < 2 or not trained:
-        return "training" if trained > 1 else "calibration" if calibrated > 1 else ""
-    return "calibration and training" if trained == seeds else f"calibration, {trained} of training"
+    return Basis(int(n), seeds or 1, ", ".join(profiles), failed, drawn)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-011
 WORDS = ("supported", "equivalent", "undecided", "contradicted", "not tested")
@@ -459,11 +430,6 @@ DEFINITIONS = {  # in order of precedence
     UNDECIDED: "otherwise; always with a single seed, and where a part of the claim was not tested "
     "and the rest does not contradict it",
 }
-SETTINGS = (
-    "A single setting is judged by the same rule, with intervals that hold simultaneously for all "
-    "settings of the claim (Bonferroni)."
-)
-PARTS = "A claim that consists of parts has the verdict of the part with the least support."
 DIGITS = {"nats per answer": 3}  # unit -> digits that are shown
 SIGNS = dict(zip(WORDS, "✓≈?✗–"))  # tell the words apart without colour
 COLORS = dict(zip(WORDS, (GREEN, BLUE, GREY, RED, GREY)))
@@ -537,11 +503,12 @@ class Verdict:
     @cached_property
     def by_part(self) -> dict:  # name -> Verdict
         "The verdict on each part that was tested; one without a name where a claim has no parts."
-        verdicts = {}
-        for name, places in self.parts.items():
-            effects = {w: self.effects[w] for w in places if w in self.effects}
-            verdicts[name] = replace(self, effects=effects, parts={})
-        tested = {name: v for name, v in verdicts.items() if v.settings}
+        effects = {
+            name: {where: self.effects[where] for where in places if where in self.effects}
+            for name, places in self.parts.items()
+        }
+        parts = {name: replace(self, effects=its, parts={}) for name, its in effects.items()}
+        tested = {name: part for name, part in parts.items() if part.settings}
         return tested or {"": replace(self, parts={})}
 
     @cached_property
@@ -596,36 +563,26 @@ class Verdict:
 
     def record(self) -> dict:
         "The verdict as JSON can express it: every number is a field."
-        basis, tested = self.used, bool(self.settings)
-        known = isinstance(basis, Basis)
+        mean, tested = self.average, bool(self.settings)
+        known = self.used if isinstance(self.used, Basis) else Basis(mean.n, mean.seeds, "")
+        fields = ("claim", "word", "unit", "margin", "rivals", "missing")
         return {
-            "claim": self.claim,
-            "word": self.word,
-            "unit": self.unit,
-            "margin": self.margin,
-            "rivals": self.rivals,
-            "missing": self.missing,
+            **{name: getattr(self, name) for name in fields},
             "why": "" if tested else "no better than guessing" if self.effects else "not run",
-            "profile": basis.profile if known else "",
-            "n": basis.n if known else self.average.n if tested else 0,
-            "seeds": basis.seeds if known else self.average.seeds if tested else 0,
-            "seeds of": basis.of if known else "",
+            **{"profile": known.profile, "n": known.n, "seeds": known.seeds},
+            "seeds of": known.of,
             "counts": self.counts,
             "settings": self.counted,
-            "average": self.average.record() if tested else None,
+            "average": mean.record() if tested else None,
             "effects": {where: e.record() for where, e in self.settings.items()},
             "words": self.words,
             "guessed": self.guessed,
             "parts": {
-                name: {
-                    "word": part.word,
-                    "average": part.average.record(),
-                    "settings": [*part.settings],
-                }
-                for name, part in self.by_part.items()
+                name: {"word": v.word, "average": v.average.record(), "settings": [*v.settings]}
+                for name, v in self.by_part.items()
                 if name
             },
-            "basis": str(basis),
+            "basis": str(self.used),
             "sentence": self.sentence(),
         }
 
@@ -635,6 +592,3 @@ class Verdict:
     def _repr_html_(self) -> str:
         bar = f"border-left:4px solid {COLORS[self.word]};padding-left:.8em"
         return f'<p class="verdict" style="{bar}">{html.escape(self.sentence())}</p>'
-
-    def _repr_markdown_(self) -> str:
-        return self.sentence()

@@ -6,7 +6,6 @@
 __all__ = ['few_colours']
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-003
-from contextlib import contextmanager
 from io import BytesIO
 
 import matplotlib
@@ -79,41 +78,18 @@ def graded(labels: list) -> list:  # of Look, one per label
         for i, (label, c) in enumerate(zip(labels, shades))
     ]
 
-# %% ../../nbs/library/study/21_style.ipynb #cell-019
-RC = {
-    "pdf.fonttype": 42,
-    "ps.fonttype": 42,
-    "svg.fonttype": "none",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "figure.dpi": 110,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
-
 # %% ../../nbs/library/study/21_style.ipynb #cell-021
-@contextmanager
+SHEET = "mllm_compress.study"  # of mllm_compress/study.mplstyle
+
+
 def page():
     "Draw in the style of this study inside the block."
-    with matplotlib.rc_context(RC):
-        yield
+    return plt.style.context(SHEET)
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-023
 def use_style() -> None:
     "Draw in the style of this study from here on, for notebooks that use matplotlib directly."
-    matplotlib.rcParams.update(RC)
+    plt.style.use(SHEET)
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-025
 def panels(

@@ -9,7 +9,7 @@ __all__ = []
 import html
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
 
@@ -18,17 +18,21 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from .. import data, evaluation
-from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from ..pruning.pruning_plan import kept_grid
-from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
-from .profiles import Profile, data_inputs, missing_inputs
+from mllm_compress.study.profiles import (
+    Profile,
+    Training,
+    data_inputs,
+    missing_inputs,
+    training_data,
+)
 from .runs import frame_of, plan_of
 from .stages import limit_of, recovery_config
-from .statistics import Estimate, summary
+from .statistics import summary
 from .store import results_of
 from .style import look
 from ..utils.files import code_of, content_hash, remembered
@@ -36,14 +40,11 @@ from ..utils.files import code_of, content_hash, remembered
 # %% ../../nbs/library/study/24_tables.ipynb #cell-005
 def _text(value, digits: int) -> str:
     "A value as text."
-    if isinstance(value, Estimate):
-        return format(value, str(digits))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if value != value:
         return "–"
-    whole = isinstance(value, int) and digits != 0
-    return f"{value:,}" if whole else f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-008
 _TEX = {c: "\\" + c for c in "&%$#_{}"} | {
@@ -79,9 +80,6 @@ class Table:
 
     def _repr_html_(self) -> str:
         return to_html(self)
-
-    def _repr_markdown_(self) -> str:
-        return to_markdown(self)
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-016
 def _texts(table: Table, mark: str, escape) -> pd.DataFrame:  # of str, headings too
@@ -183,27 +181,22 @@ def explained(frame: pd.DataFrame) -> str:
     return f" {'; '.join(found)}." if found else ""
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-004
-def training_answers(setup: Profile, most: int = 8000) -> dict:  # wording or benchmark -> Counter
+def training_answers(training: Training, most: int = 8000) -> dict:  # -> Counter of answers
     "How often each answer occurs in training, for every wording and every benchmark."
     known = defaultdict(Counter)
-    for i in range(min(setup.training.scenes or 0, most)):
-        for q in scenes.ask(i, "train"):
-            for key in (q["question"], f"scenes/{q['type']}"):
-                known[key][q["answer"]] += 1
-    if setup.training.easy_vqa:
-        for q, a in (t for e in data.easy_vqa("train").samples for t in data.turns(e)):
-            for key in (q, "easy-vqa"):
-                known[key][a] += 1
-    for i in range(min(setup.training.emoji or 0, most)):
-        for type, question, answer, _ in ask_emoji(i, "train")["asked"]:
-            for key in (question, f"emoji/{type}"):
+    few = {"scenes": min(training.scenes, most), "emoji": min(training.emoji, most)}
+    few = replace(training, **few, json="", text=())
+    generated = few.scenes or few.emoji or few.easy_vqa
+    for entry in training_data(few).samples if generated else ():
+        for (question, answer), type in zip(data.turns(entry), entry["types"]):
+            for key in (question, type, type.split("/")[0]):
                 known[key][answer] += 1
     return known
 
 
 def _blind_scores(setup: Profile) -> dict:  # counting the answers takes seconds
     "The question-only baseline's score on every benchmark that it can answer."
-    known, e, scores = training_answers(setup), setup.evaluation, {}
+    known, e, scores = training_answers(setup.training), setup.evaluation, {}
     for name in e.benchmarks:
         scorer, limit = BENCHMARKS[name].scorer, limit_of(name, e)
         if scorer == "next_token":
@@ -314,15 +307,14 @@ def beside_printed(
 ) -> pd.DataFrame:  # columns panel, label, ours, printed
     "Our AVG-% and the reported one, where both exist."
     ours = rows.rename(columns={"requested_ratio": "ratio", "avg_percent": "ours"})
-    paper = published(table).rename(columns={"avg_percent_as_printed": "printed"})
-    paper, parts = paper[paper.ratio > 0], []
-    for model, theirs in setup.printed.items():
-        both = paper[paper.model == theirs].drop(columns="model")
-        both = both.merge(ours[ours.model == model], on=["pruning", "ratio"]).dropna(subset="ours")
-        labels = [f"{p} {r:.2f}" for p, r in zip(both.pruning, both.ratio)]
-        parts.append(both.assign(panel=f"{model} | {theirs}", label=labels))
-    columns = ["panel", "label", "ours", "printed"]
-    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+    ours["panel"] = [f"{m} | {setup.printed.get(m)}" for m in ours.model]
+    ours["theirs"] = [setup.printed.get(m, "") for m in ours.model]
+    names = {"model": "theirs", "avg_percent_as_printed": "printed"}
+    paper = published(table).rename(columns=names).query("ratio > 0")
+    both = paper.merge(ours, on=["theirs", "pruning", "ratio"]).dropna(subset="ours")
+    both["label"] = both.pruning + both.ratio.map(" {:.2f}".format)
+    order = both.model.map([*setup.printed].index).argsort(kind="stable")
+    return both.iloc[order][["panel", "label", "ours", "printed"]]
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-017
 def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
@@ -350,14 +342,10 @@ def perplexities(
     by: list,  # columns that tell the rows apart
 ) -> pd.DataFrame:  # a column per text benchmark, geometric mean over seeds; empty without any
     "Perplexity on every text, by setting."
-    done = frame[frame.status == "done"]
-    read = [b for b in dict.fromkeys(done.benchmark) if BENCHMARKS[b].scorer == "next_token"]
-    done = done[done.benchmark.isin(read)]
-    if done.empty:
-        return pd.DataFrame(columns=by)
-    logs = done.assign(log=np.log(done.perplexity))
-    means = logs.pivot_table("log", by, "benchmark", aggfunc="mean", sort=False)
-    table = np.exp(means)[read].rename_axis(columns=None).reset_index()
+    read = frame.reindex(columns=[*by, "benchmark", "perplexity"]).dropna(subset="perplexity")
+    logs = read.assign(log=np.log(read.perplexity))
+    table = np.exp(logs.pivot_table("log", by, "benchmark", sort=False))
+    table = table.rename_axis(columns=None).reset_index()
     if "requested_ratio" in table:
         table["requested_ratio"] = table.requested_ratio.map("{:.2f}".format)
     return table.rename(columns={"requested_ratio": "requested"})
