@@ -32,6 +32,7 @@ from mllm_compress.importance.criteria import random_scores
 from mllm_compress.pruning.plans import plan_widthwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.recovery.config import RecoveryConfig
+from mllm_compress.zoo.models import load_model
 from mllm_compress.zoo.releases import REAL_MODELS, real_config
 
 
@@ -142,9 +143,7 @@ def test_recovery_memory_by_purpose(tiny_llava):
 
 
 def test_float32_for_what_is_trained_in_full():
-    from mllm_compress.zoo.tiny_models import tiny_config
-
-    half = without_weights(tiny_config("llava", 2))
+    half = without_weights(load_model("smoke-llava")[0].config)
     projector, lm = (part_parameters(half)[part] for part in ("projector", "lm"))
     extra = {kind: recovery_memory(half, config)["float32"] for kind, config in KINDS.items()}
     assert extra == {
@@ -217,7 +216,6 @@ def test_what_is_timed_has_the_size_of_what_was_scored():
 
     from mllm_compress.study.profiles import load_profile
     from mllm_compress.study.savings import asked_of, plan_like, quality_and_cost
-    from mllm_compress.zoo.models import load_model
 
     setup, (model, _) = load_profile("quick"), load_model("smoke-llava")
     layers = plan_like(model, "layerwise", 0.3, setup, 8).achieved_ratio

@@ -121,7 +121,7 @@ def model(tiny_lm):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [eyes.IMAGE_TOKEN]})
     lm = tiny_lm("llama", vocab=len(tokenizer))
-    return eyes.with_eyes(lm, tokenizer, EfficientNetModel(eyes.tower_config()).eval()), lm
+    return eyes.with_eyes(lm, tokenizer, EfficientNetModel(eyes.TOWER_CONFIG).eval()), lm
 
 
 def test_pictures_take_twenty_five_tokens(model):

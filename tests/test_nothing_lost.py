@@ -65,7 +65,7 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
     ),
     "prune": (
         ("prune", "llava", "-o", "out", "--layers", "1"),
-        "mllm_compress.zoo.weight_files.write_tensors",
+        "mllm_compress.checkpoint.from_files.write_weights",
         "Nothing was written",
     ),
     "recover": (

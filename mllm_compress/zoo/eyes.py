@@ -49,10 +49,14 @@ TOWER_NAMES = (
 )
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-007
-def tower_config() -> EfficientNetConfig:
-    "The configuration of EfficientNet-lite0 at the size of our pictures."
-    sizes = dict(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_size=1280)
-    return EfficientNetConfig(**sizes, image_size=SIDE, hidden_act="relu6")
+TOWER_CONFIG = EfficientNetConfig(
+    width_coefficient=1.0,
+    depth_coefficient=1.0,
+    hidden_dim=1280,
+    hidden_size=1280,
+    image_size=SIDE,
+    hidden_act="relu6",
+)
 
 
 def efficientnet_lite0() -> EfficientNetModel:
@@ -61,43 +65,25 @@ def efficientnet_lite0() -> EfficientNetModel:
         raise FileNotFoundError(TOWER.missing)
     stored = torch.load(TOWER.path, weights_only=True)
     weights = {new: v for k, v in stored.items() for new in native_names(k, TOWER_NAMES)}
-    tower = EfficientNetModel(tower_config())
+    tower = EfficientNetModel(TOWER_CONFIG)
     for name, weight in tower.state_dict().items():
         if "squeeze_excite" in name:
             weights[name] = torch.full_like(weight, 20.0 * name.endswith("expand.bias"))
     tower.load_state_dict(weights)
     return tower.eval()
 
-# %% ../../nbs/library/zoo/05_eyes.ipynb #cell-009
+# %% ../../nbs/library/zoo/05_eyes.ipynb #cell-011
 IMAGE_TOKEN = "<empty_output>"  # token 16 of SmolLM2
 STRIDE = 32  # pixels of the tower's input per token
 CHAT_TEMPLATE = (SHIPPED / "smollm2-eyes/chat_template.jinja").read_text(encoding="utf-8")
 
 
-def eyes_processor(tokenizer) -> transformers.LlavaProcessor:
-    "The processor of a model with eyes; pixels are scaled as the tower was trained."
-    side = {"height": SIDE, "width": SIDE}
-    scaled = dict(image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)
-    images = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size=side, **scaled
-    )
-    return transformers.LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=STRIDE,
-        chat_template=CHAT_TEMPLATE,
-        image_token=IMAGE_TOKEN,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-    )
-
-# %% ../../nbs/library/zoo/05_eyes.ipynb #cell-011
 def with_eyes(
     model,  # a causal LM of transformers
     tokenizer,
     tower: EfficientNetModel,
     seed: int = 0,  # of the new projector
-) -> tuple:  # (transformers.FastVlmForConditionalGeneration, processor)
+) -> tuple:  # (transformers.FastVlmForConditionalGeneration, transformers.LlavaProcessor)
     "A language model behind a tower and an untrained projector."
     torch.manual_seed(seed)
     config = transformers.FastVlmConfig(
@@ -115,7 +101,22 @@ def with_eyes(
     else:
         together.lm_head.load_state_dict(model.lm_head.state_dict())
     together.generation_config = model.generation_config
-    return together.eval(), eyes_processor(tokenizer)
+    images = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[127 / 255] * 3,
+        image_std=[128 / 255] * 3,
+    )
+    processor = transformers.LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=STRIDE,
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+    )
+    return together.eval(), processor
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-019
 ADAPTER = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")  # as peft names them

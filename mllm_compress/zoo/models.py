@@ -7,6 +7,7 @@ __all__ = ['GENERATED', 'ASSEMBLED', 'MODELS', 'quiet_loading', 'check_image_tok
            'check_model', 'from_hub', 'packaged_identity', 'load_tokenizer', 'load_model']
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-004
+import difflib
 import math
 import re
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ from mllm_compress.zoo.weight_files import (
     NotFromFiles,
     auto_classes,
     check_files,
-    check_local,
     gguf_folder,
     gguf_identity,
     listed,
@@ -127,8 +127,8 @@ def _load_native(folder: Path, name: str, dtype, trust_remote_code: bool) -> tup
         if not trust_remote_code and not getattr(config, "quantization_config", None):
             with torch.device("meta"):
                 described = auto.from_config(config).num_parameters()
-            entries = (e for file in shards(folder) for e in read_header(file)[0].values())
-            stored = sum(math.prod(entry["shape"]) for entry in entries)
+            headers = [read_header(file) for file in shards(folder)]
+            stored = sum(math.prod(shape) for h in headers for _, shape in h.values())
             if described > 2 * stored:
                 raise ValueError(
                     f"{folder} does not fit its own config.json: that describes {described:,} "
@@ -163,8 +163,19 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def _check_hub_id(name: str) -> None:
-    "An error for a name that is no model, and cannot be one on the hub."
-    check_local(name)
+    "An error for a name that is no model here, and cannot be one on the hub."
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise NotADirectoryError(f"{name} is a file: give the folder of a checkpoint.")
+    explicit = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if explicit or "/" in name and path.parent.is_dir():  # else it may be an id of the hub
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, near, 3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "check the path,"
+        raise FileNotFoundError(
+            f"There is no folder {name}: {hint} or give a name that `mllm-compress models` lists, "
+            "such as tiny-llava."
+        )
     if not HUB_ID.fullmatch(name):
         known = "".join(f"\n  {k}: {v}" for k, v in MODELS.items())
         raise ValueError(
@@ -293,23 +304,17 @@ def load_tokenizer(
     return getattr(processor, "tokenizer", processor)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-049
-def _load_streamed(name: str, device: str, dtype: torch.dtype | None) -> tuple:
-    "A model whose weights stay in their files, and its processor."
-    layout = "generated" if name in GENERATED else layout_of(folder := _folder(name))
-    if layout != "native":
-        cures = {
-            "generated": "it has no files of its own, so load it as a whole, without stream "
-            "(--no-stream)",
-            "original": "convert it first: mllm-compress convert FOLDER NEW",
-        }
-        other = "its layers differ in width, so load it as a whole, without stream (--no-stream)"
-        raise ValueError(
-            f"{name} cannot be streamed from safetensors of native classes: "
-            f"{cures.get(layout, other)}."
-        )
-    check_files(folder)
-    processor = load_processor(folder)
+def _load_streamed(name: str, layout: str, folder: Path | None, device: str, dtype) -> tuple:
+    "A model whose weights stay in their files, and its processor; ValueError where they cannot."
+    reasons = {
+        "generated": "it has no files of its own",
+        "original": "its files are those of the release (to convert them: mllm-compress convert)",
+    }
     try:
+        if layout != "native":
+            raise NotFromFiles(reasons.get(layout, "its layers differ in width"))
+        check_files(folder)
+        processor = load_processor(folder)
         model = open_files(folder, device, dtype).model
     except NotFromFiles as reason:
         raise ValueError(
@@ -330,18 +335,17 @@ def load_model(
 ) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor; ValueError for an unknown name or pickled weights."
     name, dtype = str(name), _dtype(dtype)
+    folder = None if name in GENERATED else _folder(name, trust_remote_code)
+    layout = layout_of(folder) if folder else "generated"
     if stream:
-        return _load_streamed(name, device, dtype)
-    if name in GENERATED:
+        return _load_streamed(name, layout, folder, device, dtype)
+    if layout == "generated":
         family = name.split("-")[-1]
         model, processor = tiny_model(family, layers=4), tiny_processor(family)
+    elif layout == "original":
+        model, processor = load_original(folder, vision_tower, dtype=dtype)
+    elif layout == "native":
+        model, processor = _load_native(folder, name, dtype, trust_remote_code)
     else:
-        folder = _folder(name, trust_remote_code)
-        layout = layout_of(folder)
-        if layout in LOADERS:
-            model, processor = LOADERS[layout](folder, dtype)
-        elif layout == "original":
-            model, processor = load_original(folder, vision_tower, dtype=dtype)
-        else:
-            model, processor = _load_native(folder, name, dtype, trust_remote_code)
+        model, processor = LOADERS[layout](folder, dtype)
     return cast(model, dtype or model.dtype).to(device).eval(), processor

@@ -33,18 +33,6 @@ def tiny_processor(family: str) -> transformers.LlavaProcessor:
     )
     return processor
 
-# %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-021
-def tiny_config(
-    family: str,  # "llava" or "bunny"
-    layers: int = 12,  # decoder layers
-    **text,  # further entries of the decoder's configuration that differ, such as hidden_size
-) -> transformers.LlavaConfig:
-    "The configuration of a tiny model of either family."
-    config = transformers.LlavaConfig.from_pretrained(shipped_folder(family))
-    config.name_or_path = ""
-    config.text_config.update({"num_hidden_layers": layers} | text)
-    return config
-
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-023
 def init_weights(
     model: torch.nn.Module,  # a decoder or a vision tower
@@ -73,11 +61,14 @@ def tiny_model(
     family: str,  # "llava" or "bunny"
     layers: int = 12,  # decoder layers
     seed: int = 0,  # of the weights
-    **kwargs,  # further arguments of tiny_config
+    **text,  # further entries of the decoder's configuration that differ, such as hidden_size
 ) -> transformers.LlavaForConditionalGeneration:
     "A tiny model with fresh weights, in evaluation mode."
+    config = transformers.LlavaConfig.from_pretrained(shipped_folder(family))
+    config.name_or_path = ""
+    config.text_config.update({"num_hidden_layers": layers} | text)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the tower's class and patch embeddings keep the library's draw
-        model = transformers.LlavaForConditionalGeneration(tiny_config(family, layers, **kwargs))
+        model = transformers.LlavaForConditionalGeneration(config)
     init_weights(model, layers, seed)
     return model.eval()

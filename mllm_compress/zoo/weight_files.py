@@ -6,7 +6,6 @@
 __all__ = ['AGAIN', 'SHIPPED', 'PACKAGED', 'read_config', 'NotFromFiles', 'auto_classes', 'open_files', 'Packaged']
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-003
-import difflib
 import io
 import json
 from contextlib import redirect_stderr
@@ -16,10 +15,10 @@ from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -36,6 +35,7 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.modeling_utils import str_to_torch_dtype
 
 from ..anatomy.streaming import SOURCE, tied_names
 from ..utils.files import cache_folder, replacing_folder, sha256
@@ -71,25 +71,21 @@ def listed(
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-007
 def read_header(
     path: Path,  # of a safetensors file
-) -> tuple:  # (name -> {dtype, shape, data_offsets}, bytes before the first tensor)
-    "The header of a safetensors file; ValueError where the file is damaged or cut short."
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, 100_000_000):
-            pointer = path.read_bytes()[:40].startswith(b"version https://git-lfs")
-            hint = "a Git LFS pointer" if pointer else f"{size} bytes"
-            raise ValueError(f"{path} is truncated or no safetensors file ({hint}): {AGAIN}.")
-        try:
-            header = json.loads(file.read(length))
-            ends = [t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{path} has a damaged header: {AGAIN}.") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise ValueError(f"{path} is truncated, {size} of {expected} bytes: {AGAIN}.")
-    header.pop("__metadata__", None)
-    return header, 8 + length
+) -> dict:  # name -> (dtype, shape), in the order of the file
+    "The tensors of a safetensors file; ValueError where the file is damaged or cut short."
+    try:
+        with safe_open(path, "pt", backend="pread") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        size = f"{path.stat().st_size} bytes"
+        hint = "a Git LFS pointer" if pointer else f"{size}, {str(error).rpartition(': ')[2]}"
+        raise ValueError(
+            f"{path} is truncated or has a damaged header ({hint}): {AGAIN}."
+        ) from None
+    dtypes = {name: str_to_torch_dtype.get(part.get_dtype()) for name, part in slices.items()}
+    return {name: (dtypes[name], tuple(part.get_shape())) for name, part in slices.items()}
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-011
 def shards(
@@ -154,51 +150,11 @@ def check_files(
     for path in shards(folder):
         read_header(path)
 
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-016
-def check_local(
-    name: str,  # as given for a model
-) -> None:
-    "FileNotFoundError where a name is the path of a folder that does not exist."
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise NotADirectoryError(f"{name} is a file: give the folder of a checkpoint.")
-    explicit = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-    inside = "/" in name and path.parent.is_dir()
-    if not explicit and not inside:
-        return
-    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, near, 3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "check the path,"
-    raise FileNotFoundError(
-        f"There is no folder {name}: {hint} or give a name that `mllm-compress models` lists, "
-        "such as tiny-llava."
-    )
-
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-005
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def read_tensor(
-    path: Path,  # of a safetensors file
-    entry: dict,  # of its header
-    start: int,  # of the first tensor, in bytes
-) -> torch.Tensor:
-    "One tensor of a file."
-    begin, end = entry["data_offsets"]
-    raw = torch.empty(end - begin, dtype=torch.uint8)
-    with open(path, "rb") as file:
-        file.seek(start + begin)
-        file.readinto(raw.numpy().data)
-    return raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+def read_tensor(path: Path, name: str, backend: str = "pread") -> torch.Tensor:
+    "One tensor of a safetensors file; with the backend mmap, as a map of the file."
+    with safe_open(path, "pt", backend=backend) as file:
+        return file.get_tensor(name)
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-009
 class NotFromFiles(Exception):
@@ -211,7 +167,7 @@ class FileModel:
 
     folder: Path
     model: PreTrainedModel  # on the meta device; reads its weights here when it runs
-    places: dict  # name in the model -> (file, entry of its header, first byte)
+    places: dict  # name in the model -> (file, name there)
     device: str = "cpu"  # where weights go
 
     def __post_init__(self):
@@ -226,16 +182,8 @@ class FileModel:
 
     def numbers(self, name: str, step: int) -> torch.Tensor:
         "One number in so many of a weight, in the dtype of the model, from a map of the file."
-        path, entry, start = self.places[name]
-        dtype, (begin, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        shape = (end - begin) // dtype.itemsize, dtype.itemsize
-        raw = np.memmap(path, np.uint8, "r", start + begin, shape)[::step].copy()
-        return torch.from_numpy(raw).view(dtype).flatten().to(self.model.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        "Bytes of the weights in memory."
-        return sum(p.numel() for p in self.model.parameters()) * self.model.dtype.itemsize
+        mapped = read_tensor(*self.places[name], backend="mmap")
+        return mapped.flatten()[::step].to(self.model.dtype)
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-013
 def auto_classes(config) -> tuple:  # (of the model, of the processor)
@@ -270,49 +218,27 @@ def open_files(
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     for path in shards(folder):
-        header, start = read_header(path)
-        for key, entry in header.items():
+        for key, (_, shape) in read_header(path).items():
             name, converter = rename_source_key(
                 key, renamings, converters, model.base_model_prefix, state
             )
             if converter is not None:
                 raise NotFromFiles(f"{key} is converted, not only renamed")
-            places[name] = (path, entry, start)
+            if name not in state:
+                raise NotFromFiles(f"{name} is in the files, but not in the model")
+            if shape == state[name].shape:
+                places[name] = (path, key)
     for name, first in tied_names(model).items():
-        if name in places or first in places:
-            places.setdefault(name, places.get(first))
-    for name, tensor in state.items():
-        entry = places.get(name, (None, {}))[1]
-        if entry.get("shape") != list(tensor.shape) or entry.get("dtype") not in DTYPES:
-            raise NotFromFiles(f"{name} is not in the files as the model has it")
-    if extra := set(places) - set(state):
-        raise NotFromFiles(f"{sorted(extra)[0]} is in the files, but not in the model")
+        if first in places:
+            places.setdefault(name, places[first])
+    if missing := [name for name in state if name not in places]:
+        raise NotFromFiles(f"{missing[0]} is not in the files as the model has it")
     return FileModel(folder, model.eval(), places, device)
 
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #write-cell-001
-def write_tensors(
-    path: Path,  # of the file to write
-    shapes: dict,  # name -> tensor on the meta device
-    tensor,  # function of a name
-    progress: bool = False,  # show a progress bar
-) -> None:
-    "Write a safetensors file one tensor at a time."
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    order = sorted(shapes, key=lambda n: (-shapes[n].dtype.itemsize, n))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in order:
-        shape, dtype = list(shapes[name].shape), codes[shapes[name].dtype]
-        begin, end = end, end + shapes[name].nbytes
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in tqdm(order, path.name, disable=not progress, leave=False):
-            raw = tensor(name).contiguous().flatten().view(torch.uint8)
-            file.write(raw.numpy().data)
-
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #write-cell-003
+CODES = {dtype: code for code, dtype in str_to_torch_dtype.items()}
+
+
 def write_weights(
     folder: Path,
     model: PreTrainedModel,  # as it is saved, on the meta device
@@ -321,7 +247,7 @@ def write_weights(
     max_shard_size: str = "5GB",
     progress: bool = False,  # show a progress bar per file
 ) -> None:
-    "The weight files of a model, and their index where there are several."
+    "Write the weight files of a model one tensor at a time, and an index if there are several."
     tied, suffix = tied_names(model), f".{variant}" if variant else ""
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
     shapes = revert_weight_conversion(model, state)  # name in the file -> tensor
@@ -332,9 +258,19 @@ def write_weights(
         max_shard_size=max_shard_size,
     )
     for file, keys in split.filename_to_tensors.items():
-        part = {key: shapes[key] for key in keys}
-        read = lambda key: tensor(back[id(shapes[key])])
-        write_tensors(folder / file, part, read, progress)
+        order = sorted(keys, key=lambda key: (-shapes[key].dtype.itemsize, key))
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for key in order:
+            shape, dtype = list(shapes[key].shape), CODES[shapes[key].dtype]
+            begin, end = end, end + shapes[key].nbytes
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for key in tqdm(order, file, disable=not progress, leave=False):
+                raw = tensor(back[id(shapes[key])]).contiguous().flatten().view(torch.uint8)
+                out.write(raw.numpy().data)
     if split.is_sharded:
         totals = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": totals, "weight_map": split.tensor_to_filename}
