@@ -180,6 +180,8 @@ def dots(
                 ax.hlines(spans.index, spans["min"], spans["max"], **drawn)
             for kind in kinds:
                 g, m = its[title][its[title][by] == kind], look(kind)
+                if g.empty:  # an empty line would have a place of its own in the layout
+                    continue
                 at = y[g.index] + heights[kind]
                 for low, high, width in (("low", "high", 1.5), ("lowest", "highest", 0.7)):
                     if low in g:
