@@ -28,7 +28,6 @@ from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.stages import (
     inputs_of,
     key_of,
-    layerwise_ratio,
     name_of,
     plan_channels,
     planned,
@@ -178,7 +177,8 @@ def test_the_ranges_of_authors_reach_its_ratios(name):
     for ratio in profile.ratios:
         plan = plan_channels(model, scores, ratio, *spans)
         assert abs(plan.achieved_ratio - ratio) < 0.01
-        assert abs(layerwise_ratio(model, ratio) - ratio) < 0.016  # half a layer
+        layers = plan_layerwise(model, LayerScores(torch.rand(32), "random"), ratio=ratio)
+        assert abs(layers.achieved_ratio - ratio) < 0.016  # half a layer
         cut = {i for i in range(32) for part in ("heads", "neurons") if plan.removed(part, i)}
         assert cut == set(range(3, 21))
     with pytest.raises(ValueError, match="cannot be reached"):
@@ -213,7 +213,8 @@ def test_a_hybrid_removes_the_layers_of_its_share_and_has_the_size_of_width_alon
         assert first == again and first.method == "layerwise+widthwise"
         assert first.layers == base.layers
         assert len(first.layers) < 10 == len(alone.layers)
-        assert first.achieved_ratio == pytest.approx(layerwise_ratio(model, ratio), abs=0.02)
+        whole = plan_layerwise(model, layers, ratio=ratio).achieved_ratio
+        assert first.achieved_ratio == pytest.approx(whole, abs=0.02)
 
 
 def test_a_hybrid_has_keys_of_its_own_and_the_scores_of_its_parts():

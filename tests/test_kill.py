@@ -315,7 +315,7 @@ def test_damage_and_failure_are_named_and_mended(checkout, monkeypatch, capsys):
     for says in ("1 FAILED", "widthwise 94%", "log: runs/small/logs/", "PROBLEM: some experiments"):
         assert says in text
     file = sorted(checkout.glob("runs/small/score/*.json"))[0]
-    file.write_text(file.read_text().replace('"score": ', '"score": 1', 1))
+    file.write_text(file.read_text().replace('"score":', '"score":1', 1))
     with pytest.warns(UserWarning, match=f"The score {file.stem} is corrupt"):
         runner.run_study("small.yaml", executor="inline")
     assert len(results(checkout)) == 2 and file.exists()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mllm_compress.recovery.config import RecoveryConfig, settled
 from mllm_compress.study import stages
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile
@@ -14,12 +15,10 @@ from mllm_compress.zoo.models import load_model
 
 def test_fastest_precision_is_settled(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    experiment = Experiment("tiny-llava", "layerwise", 0.3, recovery="sft", fraction=0.05)
-    profile = load_profile("quick")
     for able, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able, raising=False)
-        config = stages.recovery_config(experiment, profile)
-        assert stages.precision_here() == precision == config.precision
+        assert settled(RecoveryConfig(precision="fastest")).precision == precision
+        assert settled(RecoveryConfig(precision="bf16")).precision == "bf16"
 
 
 def rotary(model) -> torch.Tensor:

@@ -6,12 +6,11 @@ import sys
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 
 from mllm_compress.study import store
-from mllm_compress.study.store import NotOurs, Store
+from mllm_compress.study.store import Store
 from mllm_compress.utils import files
 
 
@@ -21,7 +20,7 @@ def inputs(k: int = 0, stage: str = "plan") -> dict:
 
 def test_store_refuses_a_folder_that_is_not_ours(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(NotOurs, match="not a results store"):
+    with pytest.raises(ValueError, match="not a results store"):
         Store(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -38,7 +37,7 @@ def test_a_new_store_may_be_opened_by_many_at_once(tmp_path):
 @pytest.mark.parametrize("found", [1, 99])
 def test_store_refuses_another_format(tmp_path, found):
     (tmp_path / "store.json").write_text(json.dumps({"mllm_compress store": found}))
-    with pytest.raises(NotOurs, match=f"is of format {found}, not 2: move .* away"):
+    with pytest.raises(ValueError, match=f"is of format {found}, not 2: move .* away"):
         Store(tmp_path)
 
 
@@ -52,26 +51,6 @@ def test_corrupt_result_is_named_moved_and_missing(tmp_path, damage):
     assert s.keys("plan") == [] and len(list((s.folder / "corrupt").iterdir())) == 1
     store.write(s, inputs(), {"score": 2.0})
     assert store.read(s, "plan", key)["value"] == {"score": 2.0}
-
-
-def test_a_result_that_was_made_anew_is_not_moved_aside(tmp_path, monkeypatch):
-    s = Store(tmp_path / "s")
-    key = store.write(s, inputs(), {"score": 2.0})
-    path = s.path("plan", key)
-    good = path.read_text()
-    path.write_text("{")
-
-    @contextmanager
-    def late(*args, **kw):  # another run mends it while we wait
-        path.write_text(good)
-        yield True
-
-    monkeypatch.setattr(store, "lock", late)
-    assert store.read(s, "plan", key)["value"] == {"score": 2.0}
-    assert not list((s.folder / "corrupt").iterdir())
-    path.write_text("{")
-    monkeypatch.setattr(store, "lock", contextmanager(lambda *a, **k: iter([path.unlink()])))
-    assert store.read(s, "plan", key) is None  # or has just moved it
 
 
 def test_a_result_that_changes_is_read_again(tmp_path):
@@ -169,7 +148,7 @@ def packed(tmp_path, text: str, stage: str = "plan"):
 FORGERIES = {
     "whole": (lambda t: t, True),
     "another stage": (lambda t: t, False),
-    "another score": (lambda t: t.replace('"score": 2.0', '"score": 3.0'), False),
+    "another score": (lambda t: t.replace('"score":2.0', '"score":3.0'), False),
     "half": (lambda t: t[:20], False),
     "a list": (lambda t: "[]", False),
     "deep": (lambda t: "[" * 100_000, False),

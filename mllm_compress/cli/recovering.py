@@ -67,7 +67,7 @@ class RecoverRequest(cli.DataRequest):
     seed: Seed | None = option(
         None, "Seed of the fraction, the order of samples, and LoRA; default 0."
     )
-    precision: str | None = option(None, "fp32 or bf16; default fp32.")
+    precision: str | None = option(None, "fp32, bf16 or fastest; default fp32.")
     gradient_checkpointing: bool | None = option(None, "Compute activations again, for memory.")
     positions: str | None = option(None, "Where losses compare: answer (default) or all.")
     temperature: float | None = option(None, "Of logits distillation; default 2.")

@@ -54,7 +54,7 @@ from mllm_compress.recovery.best_state import (
     sure_gain,
     trial_steps,
 )
-from .config import RecoveryConfig, learning_rate, run_identity
+from .config import RecoveryConfig, learning_rate, run_identity, settled
 from .losses import COUNTS, LOSSES, batch_counts, needed_tensors
 from .states import CACHE, compute_teacher_outputs, use_attention
 from ..utils.files import content_hash, replacing_folder, write_atomically
@@ -526,6 +526,7 @@ def recover(
     watch=None,  # called after every step with step, last step and model
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
+    config = settled(config)
     steps.check_pair(student, teacher, config)
     reconstructed = getattr(student.config, MARK, None) is not None
     rate = learning_rate(config, reconstructed=reconstructed)

@@ -40,7 +40,6 @@ from ..zoo.tiny_models import SMOKE_VERSION
 from ..zoo.weight_files import PACKAGED, SHIPPED
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-004
-Whole = Annotated[int, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]
 CountOrNone = Annotated[int, Strict(), Field(ge=0)]  # 0: none, or as the comment says
 Positive = Annotated[float, Strict(), Field(gt=0)]
@@ -50,6 +49,8 @@ Fraction = Annotated[float, Strict(), Field(gt=0, le=1)]
 Word = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
 Dtype = Literal["", "float32", "bfloat16", "float16"]
+LearningRates = Literal[(*TRAINS, "reconstructed", "scratch")]  # what is trained, or from what
+OfModel = dict[Literal["training", "recovery"], dict]
 STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-006
@@ -139,18 +140,17 @@ class Profile:
     recovery: dict  # fields of recovery.RecoveryConfig that hold for all experiments
     evaluation: Evaluation
     calibration_seeds: list[CountOrNone] = field(default_factory=list)  # without training; or seeds
-    learning_rates: dict = field(default_factory=dict)  # train -> {losses: rate}, see `rate_of`
+    learning_rates: dict[LearningRates, dict] = field(default_factory=dict)  # see `rate_of`
     printed: dict = field(default_factory=dict)  # model -> the paper's model of its architecture
-    notebooks: dict = field(default_factory=dict)  # notebook -> {parameter: value}
+    notebooks: dict[Word, dict] = field(default_factory=dict)  # notebook -> {parameter: value}
     skip: dict[Word, Word] = field(default_factory=dict)  # notebook -> why it does not apply
     workers: CountOrNone = 0  # experiments at once; 0: one per core, or per GPU
     processes: Count = 1  # that train one experiment together, each with its GPU (FSDP) or core
     checkpoint_every: CountOrNone = 0  # optimiser steps; 0: a killed training starts again
     students: Literal["none", "adapters", "all"] = "none"  # which trained weights are kept
-    students_gb: Positive = 10  # at most, in all
     folders: dict = field(default_factory=dict)  # model -> folder or hub id
     towers: dict = field(default_factory=dict)  # model -> folder of its vision tower
-    per_model: dict = field(default_factory=dict)  # model -> {"training": …, "recovery": …}
+    per_model: dict[Word, OfModel] = field(default_factory=dict)  # sections of single models
     dtype: Dtype = ""  # of the weights; empty: as in the checkpoint
     slurm: Slurm = field(default_factory=Slurm)
 
@@ -209,99 +209,82 @@ def rate_of(
     return None if nearest is None else float(ratios[nearest])
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-030
-def _check_rate(rate, where: str) -> None:
-    "ValueError for a learning rate that is neither a positive number nor a mapping to some."
-    for key, value in rate.items() if isinstance(rate, dict) else ():
-        if key not in PRUNINGS and not _is_number(key, below=0.95):
-            raise ValueError(f"{where}: {key!r} is neither a pruning nor a ratio below 0.95.")
-        _check_rate(value, f"{where}, {key}")
-    if not isinstance(rate, dict) and not _is_number(rate):
-        raise ValueError(f"{where}: the learning rate {rate!r} must be a number above 0.")
-    if rate == {}:
-        raise ValueError(f"{where}: no learning rate is given.")
-
-
-def _is_number(value, below: float = float("inf")) -> bool:
-    "A number in (0, below), or a text of one, as JSON keys are."
+def is_rate(rate) -> bool:
+    "Whether it is a number above 0, or a mapping of prunings, or of ratios, to such."
+    if isinstance(rate, dict):
+        places = [k in PRUNINGS or is_rate(k) and float(k) < 0.95 for k in rate]
+        return bool(rate) and all(places) and all(map(is_rate, rate.values()))
     try:
-        return not isinstance(value, bool) and 0 < float(value) < below
+        return not isinstance(rate, bool) and 0 < float(rate) < float("inf")
     except (TypeError, ValueError):
         return False
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-032
-def _rules(profile: Profile):
-    "Yield what would be wrong with the values of a profile together, with its message."
-    p, where, per_model = profile, f"profile {profile.name}", profile.per_model.values()
-    for name in ("models", "ratios", "fractions", "seeds", "calibration_seeds"):
-        values = getattr(p, name)
-        yield len(set(values)) < len(values), f"{where}: {name} {values} names a value twice."
-    for training in (training_of(model, p) for model in p.models):
-        for name in training.text:
-            check_choice("text", name, TEXTS)
-            tested_only = not TEXTS[name].trained
-            yield tested_only, f"{where}: training, text: {name} is for tests only; leave it out."
-        yield (
-            training.text and not training.tokenizer,
-            f"{where}: training, text needs a tokenizer: the model whose tokens are counted.",
-        )
-    for train, rates in p.learning_rates.items():
-        check_choice("train", train, (*TRAINS, "reconstructed", "scratch"))
-        for recovery, rate in rates.items():
-            check_recovery(recovery)
-            ordered = "+".join(name for name in LOSSES if name in recovery.split("+"))
-            place = f"{where}: learning_rates, {train}"
-            yield ordered != recovery, f"{place}: write {ordered!r}, not {recovery!r}."
-            _check_rate(rate, f"{place}, {recovery}")
-    ranges = (p.width.attention_layers, p.width.mlp_layers)
-    yield (
-        any(len(r) not in (0, 2) or sorted(r) != r for r in ranges)
-        or bool(ranges[0]) != bool(ranges[1]),
-        f"{where}: width: attention_layers {ranges[0]} and mlp_layers {ranges[1]} must both be "
-        "empty, or both the first and the last layer to prune.",
-    )
-    for options in (p.recovery, *(o.get("recovery", {}) for o in per_model if isinstance(o, dict))):
-        taken = sorted(set(options) & {"train", "losses", "fraction", "seed"})
-        yield (
-            taken,
-            f"{where}: recovery may not set {', '.join(taken)}: every experiment has its own.",
-        )
-    for model in p.per_model:
-        training_of(model, p)
-    yield (
-        "setup" in p.slurm.options,
-        f"{where}: shell lines belong to setup of the slurm section itself, not to its options.",
-    )
-    yield (
-        p.slurm.gpus % p.processes,
-        f"{where}: processes is {p.processes} and a Slurm job gets {p.slurm.gpus} GPUs: give each "
-        "process one.",
-    )
-    for notebook, given in p.notebooks.items():
-        place = f"{where}: notebooks, {notebook}"
-        yield (
-            not isinstance(given, dict),
-            f"{place} must be a mapping of parameters, not {given!r}.",
-        )
-        for model in _models_in(given):
-            check_choice(f"model of {place}", model, p.models)
-
-
-def _models_in(given: dict) -> list:
+def models_in(given: dict) -> list:
     "The models that parameters name, also in nested mappings."
     models = []
     for key, value in given.items():
         if isinstance(value, dict):
-            models += _models_in(value)
+            models += models_in(value)
         elif key in ("models", "curves"):
             models += value if isinstance(value, list) else [value]
     return models
 
 
 def checked(profile: Profile) -> Profile:
-    "The profile, if its values fit each other."
-    for wrong, message in _rules(profile):
-        if wrong:
-            raise ValueError(message)
+    "The profile, if its values fit each other; else a ValueError."
+    p, where = profile, f"profile {profile.name}"
+    for name in ("models", "ratios", "fractions", "seeds", "calibration_seeds"):
+        values = getattr(p, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"{where}: {name} {values} names a value twice.")
+    for training in (training_of(model, p) for model in [*p.models, *p.per_model]):
+        for name in training.text:
+            check_choice("text", name, TEXTS)
+            if not TEXTS[name].trained:
+                raise ValueError(
+                    f"{where}: training, text: {name} is for tests only; leave it out."
+                )
+        if training.text and not training.tokenizer:
+            raise ValueError(
+                f"{where}: training, text needs a tokenizer: the model whose tokens are counted."
+            )
+    rates = [(train, *pair) for train, group in p.learning_rates.items() for pair in group.items()]
+    for train, recovery, rate in rates:
+        check_recovery(recovery)
+        ordered = "+".join(name for name in LOSSES if name in recovery.split("+"))
+        if ordered != recovery:
+            raise ValueError(
+                f"{where}: learning_rates, {train}: write {ordered!r}, not {recovery!r}."
+            )
+        if not is_rate(rate):
+            raise ValueError(
+                f"{where}: learning_rates, {train}, {recovery}: {rate!r} must be a number above 0, "
+                "or a mapping of prunings, or of ratios below 0.95, to such numbers."
+            )
+    ranges = (p.width.attention_layers, p.width.mlp_layers)
+    if {len(r) for r in ranges} not in ({0}, {2}) or any(sorted(r) != r for r in ranges):
+        raise ValueError(
+            f"{where}: width: attention_layers {ranges[0]} and mlp_layers {ranges[1]} must both "
+            "be empty, or both the first and the last layer to prune."
+        )
+    for options in (p.recovery, *(of.get("recovery", {}) for of in p.per_model.values())):
+        if taken := sorted(set(options) & {"train", "losses", "fraction", "seed"}):
+            raise ValueError(
+                f"{where}: recovery may not set {', '.join(taken)}: every experiment has its own."
+            )
+    if "setup" in p.slurm.options:
+        raise ValueError(
+            f"{where}: shell lines belong to setup of the slurm section itself, not to its options."
+        )
+    if p.slurm.gpus % p.processes:
+        raise ValueError(
+            f"{where}: processes is {p.processes} and a Slurm job gets {p.slurm.gpus} GPUs: give "
+            "each process one."
+        )
+    for notebook, given in p.notebooks.items():
+        for model in models_in(given):
+            check_choice(f"model of {where}: notebooks, {notebook}", model, p.models)
     return profile
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-040
@@ -333,7 +316,9 @@ def load_profile(
         return name
     whole, _, model = (name := str(name)).rpartition("@")
     if whole and not Path(name).is_file():
-        return only_model(load_profile(whole), model)
+        profile = load_profile(whole)
+        check_choice(f"model of profile {whole}", model, profile.models)
+        return replace(profile, models=[model], name=f"{profile.name}@{model}")
     path = PROFILES / f"{name}.yaml"
     if Path(name).name != name or not path.is_file():
         path = Path(name) if Path(name).is_file() else checkout() / name
@@ -348,17 +333,9 @@ def load_profile(
 def training_of(model: str, profile: Profile) -> Training:
     "What students of a model are trained on."
     section, where = profile.per_model.get(model, {}), f"profile {profile.name}, per_model, {model}"
-    if not isinstance(section, dict) or set(section) - {"training", "recovery"}:
-        raise ValueError(f"{where} may hold training and recovery, not {section!r}.")
     if "training" not in section:
         return profile.training
     return read_strictly(Training, section["training"], f"{where}, training")
-
-# %% ../../nbs/library/study/02_profiles.ipynb #cell-055
-def only_model(profile: Profile, model: str) -> Profile:
-    "The same profile with one of its models."
-    check_choice(f"model of profile {profile.name}", model, profile.models)
-    return replace(profile, models=[model], name=f"{profile.name}@{model}")
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-060
 def located(

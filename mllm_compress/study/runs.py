@@ -8,7 +8,7 @@ __all__ = ['plan_of', 'status', 'run']
 # %% ../../nbs/library/study/13_runs.ipynb #cell-002
 import json
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,35 +22,16 @@ from . import stages, store
 from .experiments import Experiment, canonical, describe, method_of
 from .profiles import Profile, load_profile, missing_inputs
 from .slurm import slurm
-from .stages import benchmarks_of, key_of, missing_stages, name_of
+from .stages import key_of, missing_stages, name_of
 from .store import Store, results_of
 from .workers import inline, local
 from ..utils.files import checkout
-from ..utils.methods import unknown_choice
-
-# %% ../../nbs/library/study/13_runs.ipynb #cell-004
-CIRCUMSTANCES = ("seconds", "device", "date", "torch", "transformers")
-
-
-def rows_of(experiment: Experiment, result: dict) -> list:
-    "One row per benchmark."
-    same = asdict(experiment) | {
-        "importance": method_of(experiment),
-        "requested_ratio": experiment.ratio,
-        "achieved_ratio": result["achieved_ratio"],
-        "status": "done",
-        "error": "",
-    }
-    same |= {name: result["record"].get(name) for name in (*CIRCUMSTANCES, "peak_memory_mb")}
-    same["precision"] = result["training"].get("precision")
-    rows = []
-    for row in result["rows"]:
-        outcomes = {c: result[c].get(row["benchmark"]) for c in ("units", "log_likelihoods")}
-        arrays = {c: v if v is None else np.array(v) for c, v in outcomes.items()}
-        rows.append(same | row | arrays)
-    return rows
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-010
+RECORDED = ("seconds", "device", "date", "torch", "transformers", "peak_memory_mb")
+
+
 def frame_of(
     experiments: list,
     profile: Profile,
@@ -58,16 +39,24 @@ def frame_of(
     errors: dict = {},  # Experiment -> message
 ) -> pd.DataFrame:  # one row per experiment and benchmark
     "The results of experiments as tidy rows."
-    rows, images = [], lambda name: unit_images(*stages.asked_of(name, profile.evaluation))
+    rows = []
     for experiment in dict.fromkeys(experiments):
-        if result := stages.result_of(experiment, profile, results):
-            same = {"result": name_of(experiment, profile)}
-            for row in rows_of(experiment, result):
-                rows.append(row | same | {"images": images(row["benchmark"])})
-        else:
+        same = asdict(experiment) | {"requested_ratio": experiment.ratio}
+        result = stages.result_of(experiment, profile, results)
+        if result is None:
             message = errors.get(canonical(experiment), "not computed")
-            failed = {"requested_ratio": experiment.ratio, "status": "failed", "error": message}
-            rows.append(asdict(experiment) | failed)
+            rows.append(same | {"status": "failed", "error": message})
+            continue
+        same |= {"importance": method_of(experiment), "achieved_ratio": result["achieved_ratio"]}
+        same |= {"status": "done", "error": ""} | {k: result["record"].get(k) for k in RECORDED}
+        same |= {"precision": result["training"].get("precision")}
+        for row in result["rows"]:
+            name = row["benchmark"]
+            outcomes = {c: result[c].get(name) for c in ("units", "log_likelihoods")}
+            arrays = {c: v if v is None else np.array(v) for c, v in outcomes.items()}
+            arrays["result"] = name_of(experiment, profile)
+            arrays["images"] = unit_images(*stages.asked_of(name, profile.evaluation))
+            rows.append(same | row | arrays)
     return pd.DataFrame(rows).assign(profile=profile.name)
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-014
@@ -88,19 +77,16 @@ def complete(
     "The experiments of a profile with all scores up to date, without reading their answers."
     if missing_inputs(profile):
         return []
-    results, experiments, named = results or results_of(profile), [], {}
+    results, experiments = results or results_of(profile), []
     for key in results.keys("experiment"):
         content = store.read(results, "experiment", key) or {"inputs": {}}
         given = {k: v for k, v in content["inputs"].items() if k not in ("stage", "version")}
-        try:
+        with suppress(TypeError, ValueError):
             experiments.append(Experiment(**given))
-        except (TypeError, ValueError):
-            continue
-    experiments = [e for e in experiments if e.model in profile.models]
-    for e in sorted(experiments, key=lambda e: e.calibration != "default"):
-        if not missing_stages(e, profile, results)["score"]:
-            named.setdefault(name_of(e, profile), e)
-    return list(named.values())
+    known = [e for e in experiments if e.model in profile.models]
+    done = [e for e in known if not missing_stages(e, profile, results)["score"]]
+    done.sort(key=lambda e: e.calibration != "default")  # of two with one name, the first counts
+    return list({name_of(e, profile): e for e in reversed(done)}.values())
 
 
 def stored(profile: Profile, results: Store | None = None) -> dict:  # Experiment -> result
@@ -113,27 +99,24 @@ def stored(profile: Profile, results: Store | None = None) -> dict:  # Experimen
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
 def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "What the store has of an experiment."
-    e = experiment
-    missing, records = missing_stages(e, profile, results), stages.records_of(e, profile, results)
-    answers, student = records["answers"], records["student"]
-    trains, parts = e.recovery != "none" and bool(missing["answers"]), []
-    if trains:
-        content = store.read(results, "student", key_of("student", e, profile))
+    missing, trains = missing_stages(experiment, profile, results), False
+    records = stages.records_of(experiment, profile, results)
+    if experiment.recovery != "none" and missing["answers"]:
+        content = store.read(results, "student", key_of("student", experiment, profile))
         trains = not (content and content["files"])
-        parts += ["training"] * trains
-    for what, lacking in (("answers to", missing["answers"]), ("score of", missing["score"])):
-        if lacking:
-            shown = f"{len(lacking)} benchmarks" if len(lacking) > 2 else ", ".join(lacking)
-            parts.append(f"{what} {shown}")
+    parts = ["training"] * trains
+    for what, names in (("answers to", missing["answers"]), ("score of", missing["score"])):
+        shown = f"{len(names)} benchmarks" if len(names) > 2 else ", ".join(names)
+        parts += [f"{what} {shown}"] * bool(names)
     return {
-        "name": name_of(e, profile),
+        "name": name_of(experiment, profile),
         "cached": not missing["score"],
         "missing": "; ".join(parts),
         "open_answers": len(missing["answers"]),
         "trains": trains,
-        "student_seconds": student.get("seconds"),
-        "answer_seconds": np.mean([r["seconds"] for r in answers]) if answers else None,
-        "answers": len(answers),
+        "student_seconds": records["student"].get("seconds"),
+        "answer_seconds": pd.Series([r["seconds"] for r in records["answers"]], dtype=float).mean(),
+        "answers": len(records["answers"]),
     }
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-037
@@ -141,24 +124,19 @@ def status(experiments: list, profile: Profile) -> pd.DataFrame:
     "Each distinct experiment: is it cached, what is missing, and its seconds."
     results, nameable = results_of(profile), not missing_inputs(profile)
     nothing = {"name": "", "cached": False, "missing": "all stages", "answers": 0}
-    numbers = ("student_seconds", "answer_seconds")
+    nothing |= {"open_answers": len(profile.evaluation.benchmarks)}
+    nothing |= dict.fromkeys(("student_seconds", "answer_seconds"), np.nan)
     rows = []
     for e in dict.fromkeys(map(canonical, experiments)):
         row = {"experiment": describe(e), "trains": e.recovery != "none"} | nothing
-        row |= {"open_answers": len(benchmarks_of(profile))} | dict.fromkeys(numbers)
         rows.append(asdict(e) | row | (at_hand(e, profile, results) if nameable else {}))
     if not rows:
         return pd.DataFrame()
-    frame = pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
-    model, ratio, train = frame.model, frame.ratio, frame.train
+    frame = pd.DataFrame(rows).astype(dict.fromkeys(("student_seconds", "answer_seconds"), float))
     seen = frame.fraction * frame.epochs.clip(lower=1)
-
-    def typical(values, fine, coarse):  # the median of the finest group that has one
-        medians = [values.groupby(group).transform("median") for group in (fine, coarse)]
-        return medians[0].fillna(medians[1])
-
-    training = seen * typical(frame.student_seconds / seen, [model, train, ratio], [model, train])
-    answering = frame.open_answers * typical(frame.answer_seconds, [model, ratio], model)
+    trainings = (frame.student_seconds / seen).groupby([frame.model, frame.train])
+    training = seen * trainings.transform("median")
+    answering = frame.open_answers * frame.groupby("model").answer_seconds.transform("median")
     left = training.where(frame.trains, 0) + answering.where(frame.open_answers > 0, 0)
     took = frame.student_seconds.fillna(0) + frame.answer_seconds * frame.answers
     return frame.assign(seconds=took.where(frame.cached, left))
@@ -212,8 +190,7 @@ def settled(
     if path := os.environ.get(RUN_CONTEXT):  # of the run that this process belongs to
         context |= json.loads(Path(path).read_text(encoding="utf-8"))
     executor, workers = executor or context["executor"], workers or context["workers"]
-    if executor not in EXECUTORS:
-        raise ValueError(unknown_choice("executor", executor, EXECUTORS))
+    check_choice("executor", executor, EXECUTORS)
     require_inputs(profile)
     results, distinct = results_of(profile), list(dict.fromkeys(map(canonical, experiments)))
     lacks = lambda e: bool(missing_stages(e, profile, results)["score"])

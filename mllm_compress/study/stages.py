@@ -32,27 +32,19 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from .. import data
 from ..anatomy.families import anatomy, lm_parameters
 from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
-from ..evaluation.benchmarks import benchmark as benchmark_row
-from ..evaluation.benchmarks import load_questions, questions_hash
+from ..evaluation import benchmarks
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
 from ..importance.criteria import criterion, measure, takes
 from ..importance.scores import load_scores
-from ..pruning import plans
-from ..pruning.allocation import obs_scores
-from ..pruning.pruning_plan import PruningPlan, layer_sizes
+from ..pruning import PruningPlan, apply_plan, obs_scores, plans
+from ..pruning.pruning_plan import layer_sizes
 from ..pruning.reconstruction import RECONSTRUCTIONS, reconstructed
-from ..pruning.slicing import apply_plan
-from mllm_compress.recovery.config import (
-    RecoveryConfig,
-    config_from_dict,
-    learning_rate,
-    run_identity,
-)
-from ..recovery.losses import LOSSES
+from ..recovery import LOSSES, RecoveryConfig, config_from_dict, recover
+from ..recovery.config import learning_rate, run_identity, settled
 from ..recovery.steps import with_adapters
-from ..recovery.training import RECOVERY_VERSION, recover
+from ..recovery.training import RECOVERY_VERSION
 from . import experiments, profiles, store
 from .alternatives import QUANTIZERS, STARTS, UNROUNDED, rounded
 from .experiments import LATER, Experiment, canonical
@@ -62,43 +54,25 @@ from ..utils.files import code_of, content_hash, remembered
 from ..zoo.models import cast, load_model
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-004
-def recovery_options(experiment: Experiment, profile: Profile) -> dict:
-    "Fields of `RecoveryConfig` for an experiment; the precision may be 'fastest'."
+def recovery_config(experiment: Experiment, profile: Profile) -> RecoveryConfig:
+    "The training of an experiment."
     e, losses = experiment, experiment.recovery.split("+")
     options = {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
     options["held_out"] = 0.0  # the last state, as in the paper, unless a profile says otherwise
     options |= {"seed": e.seed, "fraction": e.fraction} | profile.recovery
     options |= profile.per_model.get(e.model, {}).get("recovery", {})
+    options |= {"epochs": e.epochs} if e.epochs else {}
     if e.train == "projector":
         options.pop("lora", None)
-    if e.epochs:
-        options["epochs"] = e.epochs
     if e.hidden_layers != LATER["hidden_layers"]:
         options["hidden_layers"] = e.hidden_layers
-    config = config_from_dict({k: v for k, v in options.items() if v != "fastest"})
-    refitted = e.reconstruct != "none"
+    config, refitted = config_from_dict(options), e.reconstruct != "none"
     small_steps = refitted and e.train == "projector+lm"
     rates = profile.learning_rates.get("reconstructed" if small_steps else e.train, {})
     rates = rates | profile.learning_rates.get(e.start, {})  # where new weights have a rate
     rate = profiles.rate_of(rates.get(e.recovery), e.pruning, e.ratio)
     rate = learning_rate(config, reconstructed=refitted) if rate is None else rate
-    return asdict(replace(config, lr=rate)) | {k: v for k, v in options.items() if v == "fastest"}
-
-# %% ../../nbs/library/study/05_stages.ipynb #cell-006
-def precision_here() -> str:  # bf16 or fp32
-    "The precision in which this machine trains fastest."
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if has_bf16() else "fp32"
-
-
-def recovery_config(experiment: Experiment, profile: Profile) -> RecoveryConfig:
-    "The training of an experiment on this machine."
-    options = recovery_options(experiment, profile)
-    if options["precision"] == "fastest":
-        options["precision"] = precision_here()
-    return config_from_dict(options)
+    return replace(config, lr=rate)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-010
 def calibration_of(experiment: Experiment, profile: Profile) -> profiles.Calibration:
@@ -146,8 +120,8 @@ def layers_first(experiment: Experiment) -> Experiment:
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-018
 OBS_VERSION = 1  # of `obs_scores`; raised when its numbers change
-CURVE = {"version": 1, "questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
-_hash_of_questions = lru_cache(None)(questions_hash)
+CURVE = {"questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
+_hash_of_questions = lru_cache(None)(benchmarks.questions_hash)
 
 
 def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: str = "") -> dict:
@@ -163,16 +137,12 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
             version = OBS_VERSION if obs else criterion(e.pruning, e.importance).version
             drawn = drawn_hash(training, c.design, c.samples, c.per_entry, seed)
             calibration = {"version": CALIBRATION_VERSION, "design": c.design, "questions": drawn}
-            inputs = {
-                "prunes": e.pruning,
-                "criterion": "obs" if obs else e.importance,
-                "calibration": calibration | {"samples": c.samples} | score_options(e, profile),
-                "data": profiles.data_inputs(training),
-                "seed": seed,
-            }
+            calibration |= {"samples": c.samples} | score_options(e, profile)
+            inputs = {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
+            inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
+            inputs |= {"seed": seed} | profiles.model_inputs(e.model, profile)
             if takes(e.pruning, e.importance, "n"):  # blocks of layers, measured for every ratio
                 inputs["ratio"] = e.ratio
-            inputs |= profiles.model_inputs(e.model, profile)
         case "plan":
             version = plans.PRUNINGS[e.pruning].version
             inputs = {"pruning": e.pruning, "scores": key("scores"), "ratio": e.ratio}
@@ -190,7 +160,7 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
             version = RECONSTRUCTIONS[e.reconstruct].version
             inputs = {"how": e.reconstruct, "plan": key("plan")}
         case "student":
-            version, options = RECOVERY_VERSION, run_identity(recovery_options(e, profile))
+            version, options = RECOVERY_VERSION, run_identity(asdict(recovery_config(e, profile)))
             losses = options.pop("losses")
             del options["passes"]  # which changes only the speed
             inputs = {
@@ -200,23 +170,20 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
                 "data": profiles.data_inputs(training_of(e.model, profile)),
             }
         case "curve":
-            version = CURVE["version"]
             looks = replace(profile, evaluation=validation_of(profile, CURVE["questions"]))
-            names = looks.evaluation.benchmarks
-            answers = {name: key_of("answers", e, looks, name) for name in names}
-            student = subject_key(e, profile)
-            inputs = {"asked": answers, "looks": CURVE["looks"], "student": student}
+            asked = {n: key_of("answers", e, looks, n) for n in looks.evaluation.benchmarks}
+            inputs = {"asked": asked, "looks": CURVE["looks"], "student": subject_key(e, profile)}
         case "rounding":
             version = QUANTIZERS[e.quantize].version
-            of = subject_key(replace(e, quantize=UNROUNDED), profile)
-            inputs = {"how": e.quantize, "of": of}
+            unrounded = replace(e, quantize=UNROUNDED)
+            inputs = {"how": e.quantize, "of": subject_key(unrounded, profile)}
         case "answers":
-            row = benchmark_row(benchmark)
-            version, inputs = row.version, {"subject": subject_key(e, profile)}
-            inputs |= {"benchmark": row.name, "generation": GENERATION_VERSION}
-            inputs["questions"] = _hash_of_questions(*asked_of(row.name, profile.evaluation))
+            version = benchmarks.benchmark(benchmark).version
+            inputs = {"subject": subject_key(e, profile), "benchmark": benchmark}
+            inputs["generation"] = GENERATION_VERSION
+            inputs["questions"] = _hash_of_questions(*asked_of(benchmark, profile.evaluation))
         case "score":
-            scorer = benchmark_row(benchmark).scorer
+            scorer = benchmarks.benchmark(benchmark).scorer
             version = SCORERS[scorer].version
             inputs = {"scorer": scorer, "answers": key_of("answers", e, profile, benchmark)}
         case "experiment":
@@ -261,16 +228,11 @@ def limit_of(name: str, e: Evaluation) -> int:
     "The most questions of a benchmark that are used."
     return asked_of(name, e)[2]
 
-
-def benchmarks_of(profile: Profile) -> list:  # of names
-    "The benchmarks of a profile."
-    return [benchmark_row(name).name for name in profile.evaluation.benchmarks]
-
 # %% ../../nbs/library/study/05_stages.ipynb #cell-024
 @lru_cache(maxsize=20_000)
 def name_of(experiment: Experiment, profile: Profile) -> str:
     "The name of an experiment's result."
-    names = benchmarks_of(profile)
+    names = profile.evaluation.benchmarks
     return content_hash({name: key_of("score", experiment, profile, name) for name in names})
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-004
@@ -293,18 +255,15 @@ def record(
     }
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-006
-@lru_cache(maxsize=2)
-def _teacher(source: str, device: str, tower: str | None, dtype: str):  # (model, processor)
-    "An uncompressed model; never changed, so it can be shared."
-    kind = getattr(torch, dtype) if dtype else None
-    return load_model(source, device=device, vision_tower=tower, dtype=kind)
+_loaded = lru_cache(maxsize=2)(load_model)  # models that are never changed, and so are shared
 
 
 def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, processor)
     "An uncompressed model of a profile."
-    tower = profile.towers.get(model)
+    source, tower = profiles.source_of(model, profile), profile.towers.get(model)
     tower = str(profiles.located(tower)) if tower else None
-    return _teacher(profiles.source_of(model, profile), device, tower, profile.dtype)
+    dtype = getattr(torch, profile.dtype) if profile.dtype else None
+    return _loaded(source, device=device, vision_tower=tower, dtype=dtype)
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-010
 def calibration_batches_of(
@@ -360,12 +319,6 @@ def plan_channels(
     nearest = [plan_of(step) for step in (max(above - 1, 0), above)]
     return min(nearest, key=lambda plan: abs(plan.achieved_ratio - ratio))
 
-
-def layerwise_ratio(model, ratio: float) -> float:  # of LM-decoder parameters
-    "The ratio that removing whole layers of equal size reaches where `ratio` is requested."
-    layers = plans.layers_for_ratio(model, ratio)
-    return layers * layer_sizes(model)[0].parameters / lm_parameters(model)
-
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-016
 def planned(
     experiment: Experiment,
@@ -381,8 +334,9 @@ def planned(
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
         return plan_channels(model, scores, ratio, *spans)
-    if e.pruning == "widthwise" and w.aim == "layers":
-        by_layers = layerwise_ratio(model, ratio)
+    if e.pruning == "widthwise" and w.aim == "layers":  # the size of as many whole layers
+        removed = plans.layers_for_ratio(model, ratio) * layer_sizes(model)[0].parameters
+        by_layers = removed / lm_parameters(model)
         ratio = by_layers if by_layers <= plans.widthwise_reach(model, protect, shape) else ratio
     if e.allocation != "layer":
         return plans.plan_widthwise(model, scores, ratio=ratio, allocation=e.allocation)
@@ -433,31 +387,21 @@ def checkpoints_of(
 
 
 def trained(
-    experiment: Experiment, profile: Profile, results: Store, device: str, watch=None
+    experiment: Experiment, profile: Profile, results: Store, start, device: str, watch=None
 ) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
-    e, config, options = experiment, recovery_config(experiment, profile), {}
-    model, processor = teacher_of(e.model, profile, device)
-    student = start_of(e, profile, results, device)
+    e, config = experiment, settled(recovery_config(experiment, profile))
+    teacher, processor = teacher_of(e.model, profile, device)
+    plan, samples = plan_of(e, profile, results, device), training_of(e.model, profile)
+    options = dict(processor=processor, plan=plan, device=device, progress=False, watch=watch)
     if profile.checkpoint_every:
         options["folder"] = checkpoints_of(subject_key(e, profile), results)
         options["save_every"] = profile.checkpoint_every
     if profile.processes > 1 and device != "cpu":
-        layer = type(anatomy(student).layers[0]).__name__
+        layer = type(anatomy(start).layers[0]).__name__
         sharding = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
         options["trainer"] = {"fsdp": True, "fsdp_config": sharding}
-    result = recover(
-        student,
-        model,
-        profiles.training_data(training_of(e.model, profile)),
-        config,
-        processor=processor,
-        plan=plan_of(e, profile, results, device),
-        device=device,
-        progress=False,
-        watch=watch,
-        **options,
-    )
+    result = recover(start, teacher, profiles.training_data(samples), config, **options)
     about = {"lr": config.lr, "precision": config.precision, "samples": result.samples}
     about |= {"seconds": result.seconds, "loss": float(result.history.loss.iloc[-1])}
     return result.model, about, result.adapters
@@ -477,8 +421,7 @@ def trained_together(
     teacher, student = teacher_of(experiment.model, profile, device)[0], copy.deepcopy(start)
     for model in (teacher, start, student):
         model.to("cpu")
-    if device != "cpu":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # which does nothing without a GPU
     n = profile.processes
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -509,7 +452,8 @@ def train_as_one_of(
     os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_PORT": str(port)}
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    model, about, _ = trained(experiment, profile, results, device)
+    start = start_of(experiment, profile, results, device)
+    model, about, _ = trained(experiment, profile, results, start, device)
     if rank == 0:
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         save_file(weights, Path(folder, "weights.safetensors"))
@@ -526,23 +470,13 @@ def tensors_to_keep(
     small = bool(adapters) or experiment.train == "projector"
     if profile.students == "none" or profile.students == "adapters" and not small:
         return None
-    before = start.state_dict()
-    changed = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in student.state_dict().items()
-        if not torch.equal(tensor.cpu(), before[name].cpu().to(tensor.dtype))
-    }
-    if not adapters:
-        return changed
-    projector = {id(p) for p in anatomy(student).projector_parameters}
-    names = {name for name, p in student.named_parameters() if id(p) in projector}
-    kept = {name: tensor for name, tensor in changed.items() if name in names}
-    return kept | {f"{ADAPTER}{name}": tensor for name, tensor in adapters.items()}
-
-
-def kept_bytes(results: Store) -> int:
-    "The size of all kept students."
-    return sum(p.stat().st_size for p in (results.folder / "student").glob("*/*.safetensors"))
+    before, projector = start.state_dict(), {id(p) for p in anatomy(student).projector_parameters}
+    kept = {f"{ADAPTER}{name}": tensor for name, tensor in (adapters or {}).items()}
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        same = torch.equal(tensor.cpu(), before[name].cpu().to(tensor.dtype))
+        if not same and (not adapters or id(tensor) in projector):
+            kept[name] = tensor.detach().cpu().contiguous()
+    return kept
 
 
 def kept_student(experiment: Experiment, profile: Profile, results: Store, device: str):
@@ -552,13 +486,11 @@ def kept_student(experiment: Experiment, profile: Profile, results: Store, devic
         return None
     student = start_of(experiment, profile, results, device)
     tensors = load_file(folder / "weights.safetensors")
-    adapters = {n.removeprefix(ADAPTER): t for n, t in tensors.items() if n.startswith(ADAPTER)}
-    if adapters:
-        lora = recovery_options(experiment, profile)["lora"]
+    names = [name for name in tensors if name.startswith(ADAPTER)]
+    if adapters := {name.removeprefix(ADAPTER): tensors.pop(name) for name in names}:
+        lora = recovery_config(experiment, profile).lora
         student = with_adapters(student, lora, adapters).eval()
-    state = student.state_dict()
-    for name in tensors.keys() - {f"{ADAPTER}{n}" for n in adapters}:
-        state[name].copy_(tensors[name])
+    student.load_state_dict(student.state_dict() | tensors)
     return student
 
 # %% ../../nbs/library/study/05_stages.ipynb #students-cell-036
@@ -573,17 +505,11 @@ def student_of(experiment: Experiment, profile: Profile, results: Store, device:
     if (kept := kept_student(e, profile, results, device)) is not None:
         return kept
     start, began = start_of(e, profile, results, device), time.perf_counter()
-    if profile.processes > 1:
-        student, about, adapters = trained_together(e, profile, results, start, device)
-    else:
-        student, about, adapters = trained(e, profile, results, device)
+    train = trained_together if profile.processes > 1 else trained
+    student, about, adapters = train(e, profile, results, start, device)
     student = cast(student, teacher_of(e.model, profile, device)[0].dtype)
     value = {"training": about, "record": record(device, began)}
     tensors = tensors_to_keep(e, profile, student, start, adapters)
-    size = kept_bytes(results) + sum(t.nbytes for t in (tensors or {}).values())
-    if tensors is not None and size > profile.students_gb * 2**30:
-        print(f"students_gb: {profile.students_gb} is reached; this student is not kept.")
-        tensors = None
     save = lambda folder: save_file(tensors, folder / "weights.safetensors")
     inputs = inputs_of("student", e, profile)
     store.write(results, inputs, value, None if tensors is None else save)
@@ -594,23 +520,20 @@ def packed_answers(frame: pd.DataFrame) -> dict:
     "The answers to one benchmark as JSON values: distinct texts, and which of them was given."
     value = {}
     for column in ("prediction", "candidate"):
-        given = [None if not isinstance(a, str) else a for a in frame[column]]
-        texts = list(dict.fromkeys(given))
-        place = {text: k for k, text in enumerate(texts)}
-        value[column] = {"texts": texts, "given": [place[text] for text in given]}
+        given, texts = pd.factorize(frame[column], use_na_sentinel=False)
+        texts = [text if isinstance(text, str) else None for text in texts]
+        value[column] = {"texts": texts, "given": given.tolist()}
     two_digits = lambda nats: int(float(f"{1000 * max(nats, -1e6):.1e}"))
-    unknown = lambda nats: nats is None or nats != nats
-    likely = [None if unknown(nats) else two_digits(nats) for nats in frame.log_likelihood]
+    likely = [None if pd.isna(nats) else two_digits(nats) for nats in frame.log_likelihood]
     return value | {"log_likelihood": likely}
 
 
 def unpacked_answers(value: dict) -> list:  # of Answer
     "The answers that `packed_answers` kept."
-    prediction, candidate = (
-        [value[c]["texts"][k] for k in value[c]["given"]] for c in ("prediction", "candidate")
-    )
+    columns = [value[column] for column in ("prediction", "candidate")]
+    texts = [[column["texts"][k] for k in column["given"]] for column in columns]
     likely = [None if n is None else n / 1000 for n in value["log_likelihood"]]
-    return [Answer(*given) for given in zip(prediction, candidate, likely)]
+    return [Answer(*given) for given in zip(*texts, likely)]
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-006b
 def copy_answers(
@@ -638,12 +561,9 @@ def copy_answers(
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-018
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
-    e = canonical(experiment)
-    missing = lambda stage, names: [
-        name for name in names if value_of(stage, e, profile, results, name) is None
-    ]
-    scores = missing("score", benchmarks_of(profile))
-    return {"score": scores, "answers": missing("answers", scores)}
+    value = lambda stage, name: value_of(stage, canonical(experiment), profile, results, name)
+    scores = [name for name in profile.evaluation.benchmarks if value("score", name) is None]
+    return {"score": scores, "answers": [name for name in scores if value("answers", name) is None]}
 
 
 def answer(experiment: Experiment, profile: Profile, results: Store, device: str) -> None:
@@ -675,7 +595,7 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-010
 def units_of(name: str, answers: pd.DataFrame) -> list:  # their mean is score / 100
     "What each question, or group of questions that belong together, was worth in a benchmark."
-    scorer = SCORERS[benchmark_row(name).scorer]
+    scorer = SCORERS[benchmarks.benchmark(name).scorer]
     worth = scorer.worth(answers)  # a row for what is scored together: unit, stratum, worth
     size = worth.groupby("stratum").worth.transform("size")
     weighted = worth.worth * len(worth) / size * scorer.scale / 100  # a stratum counts by its mean
@@ -692,7 +612,7 @@ def score_answers(experiment: Experiment, profile: Profile, results: Store) -> N
     "Score the answers of an experiment that have no score yet."
     for name in missing_stages(experiment, profile, results)["score"]:
         answers = unpacked_answers(value_of("answers", experiment, profile, results, name))
-        questions = load_questions(*asked_of(name, profile.evaluation))
+        questions = benchmarks.load_questions(*asked_of(name, profile.evaluation))
         frame = judge(answer_rows(name, questions, answers))
         row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
         sample = frame.head(6)[SHOWN].to_dict("records")
@@ -703,7 +623,7 @@ def score_answers(experiment: Experiment, profile: Profile, results: Store) -> N
 @lru_cache
 def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
     "For each question of a benchmark the number of its unit, in the order of `units_of`."
-    numbers, questions = {}, load_questions(name, split, limit, root)
+    numbers, questions = {}, benchmarks.load_questions(name, split, limit, root)
     keys = [(str(q.extra.get("subtask", "")), q.group or q.id) for q in questions]
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
@@ -721,7 +641,7 @@ def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; na
 def validated(profile: Profile) -> list:  # of names
     "The benchmarks of a profile that have a validation split."
     texts = ("text/quotes", "text/glosses")
-    names = benchmarks_of(profile)
+    names = profile.evaluation.benchmarks
     return [n for n in names if n.startswith(("scenes/", "emoji/")) or n in texts]
 
 
@@ -733,22 +653,25 @@ def validation_of(profile: Profile, questions: int) -> Evaluation:
     return replace(profile.evaluation, **how)
 
 
-def draw_curve(experiment: Experiment, profile: Profile, results: Store, device: str) -> None:
-    "Store pairs of step and validation score, from the pruned model to the student."
-    e = validation_of(profile, CURVE["questions"])
+def curve_of(experiment: Experiment, profile: Profile, results: Store, device: str) -> list:
+    "Pairs of step and validation score, from the pruned model to the student."
+    if stored := value_of("curve", experiment, profile, results):
+        return stored["points"]
+    e, spread = validation_of(profile, CURVE["questions"]), range(1, CURVE["looks"] + 1)
     _, processor = teacher_of(experiment.model, profile, device)
     asked = dict(limit=e.questions, split=e.split, batch_size=e.batch_size)
     mean = lambda model: float(evaluate(model, processor, e.benchmarks, **asked).score.mean())
-    points = [(0, mean(start_of(experiment, profile, results, device)))]
+    start = start_of(experiment, profile, results, device)
+    points = [(0, mean(start))]
 
     def watch(step, last, model):
-        spread = {max(1, round(last * k / CURVE["looks"])) for k in range(1, CURVE["looks"] + 1)}
-        if step in spread:
+        if step in {max(1, round(last * k / CURVE["looks"])) for k in spread}:
             points.append((step, mean(model)))
 
-    trained(experiment, profile, results, device, watch)
+    trained(experiment, profile, results, start, device, watch)
     value = {"points": points, "record": record(device)}
     store.write(results, inputs_of("curve", experiment, profile), value)
+    return points
 
 
 def recovery_curves(
@@ -758,23 +681,18 @@ def recovery_curves(
 ) -> pd.DataFrame:  # columns model, recovery, step, score
     "The validation score over the steps of each experiment; a stored curve is not computed again."
     profile, rows = profiles.load_profile(profile), []
-    results = results_of(profile)
     for e in map(canonical, recovered):
         if e.recovery == "none":
             raise ValueError(f"{e.model}: an experiment without recovery has no curve.")
-        if value_of("curve", e, profile, results) is None:
-            draw_curve(e, profile, results, device)
-        about = {"model": e.model, "recovery": e.recovery}
-        points = value_of("curve", e, profile, results)["points"]
-        rows += [about | {"step": step, "score": y} for step, y in points]
+        points = curve_of(e, profile, results_of(profile), device)
+        rows += [(e.model, e.recovery, *point) for point in points]
     return pd.DataFrame(rows, columns=["model", "recovery", "step", "score"])
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-009b
 def index(experiment: Experiment, profile: Profile, results: Store) -> None:
     "Leave the description of an experiment in a store."
-    e = canonical(experiment)
-    if value_of("experiment", e, profile, results) is None:
-        store.write(results, inputs_of("experiment", e, profile), {})
+    if value_of("experiment", experiment, profile, results) is None:
+        store.write(results, inputs_of("experiment", experiment, profile), {})
 
 
 def compute(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu") -> None:
@@ -786,22 +704,20 @@ def compute(experiment: Experiment, profile: Profile, results: Store, device: st
 # %% ../../nbs/library/study/05_stages.ipynb #cell-015b
 def records_of(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "On what the training, the refit and the answers of an experiment were computed, where known."
-    e = canonical(experiment)
+    e, names = canonical(experiment), profile.evaluation.benchmarks
     value = lambda stage, name="": value_of(stage, e, profile, results, name) or {}
-    answers = [  # older scores have the record
-        value("answers", name).get("record") or value("score", name).get("record")
-        for name in benchmarks_of(profile)
-    ]
-    student = value("student").get("record") if e.recovery != "none" else None
-    refit = value("reconstruction").get("record") if e.reconstruct != "none" else None
-    return {"student": student or {}, "refit": refit or {}, "answers": list(filter(None, answers))}
+    of = lambda *stage: value(*stage).get("record", {})
+    answers = [of("answers", n) or of("score", n) for n in names]  # older ones have it there
+    student = of("student") if e.recovery != "none" else {}
+    refit = of("reconstruction") if e.reconstruct != "none" else {}
+    return {"student": student, "refit": refit, "answers": [r for r in answers if r]}
 
 
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
     e, evaluation = canonical(experiment), profile.evaluation
     value = lambda stage, name="": value_of(stage, e, profile, results, name)
-    scores = {name: value("score", name) for name in benchmarks_of(profile)}
+    scores = {name: value("score", name) for name in evaluation.benchmarks}
     if None in scores.values():
         return None
     answers = {name: kept for name in scores if (kept := value("answers", name))}
@@ -828,7 +744,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
 # %% ../../nbs/library/study/05_stages.ipynb #cell-019b
 def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
     "The keys of all stages of an experiment."
-    e, names = canonical(experiment), benchmarks_of(profile)
+    e, names = canonical(experiment), profile.evaluation.benchmarks
     pruned, recovered = e.pruning != "none", e.recovery != "none"
     stages = {"experiment": True, "student": recovered, "reconstruction": e.reconstruct != "none"}
     stages |= dict.fromkeys(("scores", "plan"), pruned)
