@@ -24,7 +24,7 @@ from mllm_compress.cost.memory import (
     KINDS,
     peak_memory,
     recovery_memory,
-    training_operations,
+    sample_operations,
 )
 from mllm_compress.cost.report import cost_report
 from mllm_compress.cost.timing import latency, time_call
@@ -197,9 +197,8 @@ def test_operations_of_training_are_those_of_its_passes():
     seen = sum(picture_cost(config).operations.values())
 
     def operations(ratio=0.0, **options):
-        return training_operations(
-            config, RecoveryConfig(**{"losses": {"sft": 1.0}} | options), ratio
-        )
+        recovery = RecoveryConfig(**{"losses": {"sft": 1.0}} | options)
+        return sample_operations(config, ratio, recovery, text_tokens=256)
 
     teacher = operations(losses={"sft": 0.5, "hidden_kd": 0.5}) - operations()
     assert operations() == 3 * teacher + seen

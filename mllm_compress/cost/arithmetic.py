@@ -11,7 +11,7 @@ __all__ = ['SIDE', 'PIXELS', 'DecoderShape', 'shape_of_model', 'without_weights'
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-005
 import json
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from unittest.mock import patch
@@ -310,27 +310,19 @@ def example_inputs(
     return inputs | {k: put(x) for k, x in pictures.items()} | token_inputs(config, inputs)
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-047
-@contextmanager
-def _without_values(model: PreTrainedModel):
-    "Switch off the parts of a forward pass that read values of tensors."
-    scaled = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
-    for m in scaled:
-        m.rope_type = "default"
-    try:
-        with patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"}):
-            yield
-    finally:
-        for m in scaled:
-            m.rope_type = "longrope"
-
-
 def forward(
     model: PreTrainedModel,  # on any device, meta included
     inputs: dict,  # of the forward pass
     **kwargs,  # further arguments of the forward pass
 ):
     "A forward pass that returns a cache and scores the last token only."
-    with _without_values(model) if model.device.type == "meta" else nullcontext():
+    with ExitStack() as switched_off:
+        if model.device.type == "meta":
+            no_check = patch.dict(os.environ, {"TRANSFORMERS_DISABLE_TORCH_CHECK": "1"})
+            switched_off.enter_context(no_check)
+            for m in model.modules():
+                if getattr(m, "rope_type", None) == "longrope":
+                    switched_off.enter_context(patch.object(m, "rope_type", "default"))
         return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-054

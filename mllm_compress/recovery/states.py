@@ -200,13 +200,6 @@ class TeacherOutputs:
         return {name: torch.cat([rows[i] for i in index]) for name, rows in self.states.items()}
 
 # %% ../../nbs/library/recovery/03_states.ipynb #teacher-cache-cell-015
-def _image_keys(sample: dict) -> list:
-    "What identifies each of a sample's images."
-    names = image_names(sample)
-    among = (len(names),) if len(names) > 1 else ()
-    return [(sample.get("source"), name, *among) for name in names]
-
-
 @torch.no_grad()
 def compute_teacher_outputs(
     model: nn.Module,  # the teacher; or the student, if only features are wanted
@@ -223,7 +216,11 @@ def compute_teacher_outputs(
     for start in tqdm(range(0, n, chunk), desc="teacher", leave=False, disable=not progress):
         samples = [data[i] for i in range(start, min(start + chunk, n))]
         batch = {k: v.to(parts.embed_tokens.weight.device) for k, v in collate(samples).items()}
-        seen, keys = shared_features(model, batch), [_image_keys(s) for s in samples]
+        seen, keys = shared_features(model, batch), []
+        for sample in samples:
+            names = image_names(sample)
+            among = (len(names),) if len(names) > 1 else ()
+            keys.append([(sample.get("source"), name, *among) for name in names])
         if isinstance(seen, dict) or seen is not None and len(seen) != sum(map(len, keys)):
             return None  # pictures that have no tensor each, or several tiles
         for key, picture in zip(itertools.chain(*keys), () if seen is None else seen):

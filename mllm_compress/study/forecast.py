@@ -16,10 +16,9 @@ from transformers import AutoConfig
 from ..cost.arithmetic import without_weights
 from mllm_compress.cost.memory import (
     answering_bytes,
-    answering_operations,
     pruned_on_meta,
     recovery_memory,
-    training_operations,
+    sample_operations,
 )
 from .experiments import Experiment
 from .profiles import Profile, Training, located, source_of, training_of
@@ -85,11 +84,11 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
     "GPU hours of an experiment: training and evaluation."
     e, limit = experiment, profile.evaluation.questions
     questions = sum(min(QUESTIONS.get(n, limit), limit) for n in profile.evaluation.benchmarks)
-    work = questions * answering_operations(config, e.ratio)
+    work = questions * sample_operations(config, e.ratio)
     if e.recovery != "none":
         recovery = recovery_config(e, profile)
         samples = samples_of(training_of(e.model, profile)) * e.fraction * recovery.epochs
-        work += samples * training_operations(config, recovery, e.ratio)
+        work += samples * sample_operations(config, e.ratio, recovery, 256, 64)
     return work / SPEED / 3600
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-024
