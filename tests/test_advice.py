@@ -21,6 +21,7 @@ def made(pruning="none", ratio=0.0, share=1.0, recovery="none", fraction=1.0, **
     row = dict(model="tiny-llava", importance="x", train="projector+lm", n=400)
     row |= dict(pruning=pruning, ratio=ratio, recovery=recovery, fraction=fraction)
     row |= dict(epochs=0, calibration="default", seed=0, status="done", error="", profile="p")
+    row |= dict(calibration_seed=0)
     row |= dict(benchmark="b", score=100 * share, requested_ratio=ratio, achieved_ratio=ratio)
     row |= more
     return row | {"units": np.arange(row["n"]) < row["n"] * share}
@@ -100,7 +101,7 @@ def test_a_tie_must_be_shown(ask):
     assert list(few.rows.open) == [False, False, True, False, False]  # 0.5 [-0.2, 1.2]
     once = ask(ratio=0.3, data=1.0)
     assert "tie" not in once.text and "1 seed (intervals cover questions only)" in once.text
-    assert "(n = 400 questions per model, 3 seeds, profile quick)" in few.text
+    assert "(n = 400 questions per model, 3 seeds of training, profile quick)" in few.text
     seeds = lambda rows: [row | {"seed": s} for s, row in enumerate(rows)]
     wide = seeds([made("widthwise", 0.3, share) for share in (0.5, 0.9, 0.97)])
     sure = seeds([made("layerwise", 0.3, 0.95, "sft", 0.05)] * 3)

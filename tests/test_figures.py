@@ -46,11 +46,11 @@ def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():
     )
     right = pd.DataFrame(
         {
-            ("original", ""): [1, 0, 1, 1, 1, 1, 1],
-            (0.3, "pruned"): [0] * 7,
-            (0.3, "recovered"): [0, 0, 1, 0, 0, 1, 1],
-            (0.6, "pruned"): [0] * 7,
-            (0.6, "recovered"): [0] * 7,
+            "original": [1, 0, 1, 1, 1, 1, 1],
+            "30% pruned": [0] * 7,
+            "30% recovered": [0, 0, 1, 0, 0, 1, 1],
+            "60% pruned": [0] * 7,
+            "60% recovered": [0] * 7,
         },
         index=questions,
     ).astype(bool)

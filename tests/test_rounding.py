@@ -15,7 +15,6 @@ from mllm_compress.study.alternatives import (
     INT4,
     NF4,
     QUANTIZERS,
-    bytes_at,
     matrices,
     ratio_within,
     rounded,
@@ -97,7 +96,7 @@ def test_a_ratio_fits_into_its_bytes(tiny_llava, how):
     plan = plan_widthwise(model, random_scores(model), ratio=ratio)
     found = stored_bytes(apply_plan(model, plan), how)
     assert found <= 1.02 * limit
-    assert found == pytest.approx(bytes_at(model, how, plan.achieved_ratio), rel=0.01)
+    assert found == pytest.approx(stored_bytes(model, how, plan.achieved_ratio), rel=0.01)
     assert ratio_within(model, how, limit, step=0.25) in (0.25, 0.5, 0.75)
 
 

@@ -40,17 +40,17 @@ def table_of(profile, model: str) -> pd.DataFrame:  # of one profile
     if profile is None:
         return table[table.profile == recommended_profile(table, model)]
     name = getattr(profile, "name", str(profile))
+    if name in set(table.profile):
+        return table[table.profile == name]
     computed = checkout() / "runs" / name / "figures/08_guide-advice.csv"
     for path in (Path(name), computed):
-        if name not in set(table.profile) and path.is_file() and path.suffix == ".csv":
+        if path.is_file() and path.suffix == ".csv":
             return read(path)
-    if name not in set(table.profile):
-        known = ", ".join(dict.fromkeys(table.profile))
-        raise ValueError(
-            f"There are no results of profile {name} to advise from: use one of {known}, or run "
-            f"mllm-compress study --profile {name} first."
-        )
-    return table[table.profile == name]
+    known = ", ".join(dict.fromkeys(table.profile))
+    raise ValueError(
+        f"There are no results of profile {name} to advise from: use one of {known}, or run "
+        f"mllm-compress study --profile {name} first."
+    )
 
 
 def recommended_profile(table: pd.DataFrame, model: str) -> str:
@@ -142,13 +142,9 @@ def say_ties(rows: pd.DataFrame) -> str:  # of one situation
     if len(rows) == 1:
         return "Nothing else that fits was studied."
     second, low_cost = rows.iloc[1], cheapest(rows)
-    interval = f"[{second.behind_low:.1f}, {second.behind_high:.1f}]"
-    text = f"Next best: {say(second)} (keeps {second.behind:.1f} {interval} points less"
-    if second.tied:
-        text += ", a tie"
-    elif second.open:
-        text += ", not shown to be more than 1 point"
-    text += ")."
+    less = f"{second.behind:.1f} [{second.behind_low:.1f}, {second.behind_high:.1f}] points less"
+    unsure = ", not shown to be more than 1 point" if second.open else ""
+    text = f"Next best: {say(second)} (keeps {less}{', a tie' if second.tied else unsure})."
     if low_cost.name not in (0, 1):
         cheap = f"{say(low_cost)} ({low_cost.retained:.1f} %)"
         text += f" {second.ties} settings are tied with the best; the cheapest: {cheap}."

@@ -44,12 +44,11 @@ class Start:
 
     function: Callable | None  # (pruned model, seed) -> model; None: the pruned model itself
     version: int  # raised when its weights change
-    help: str  # one sentence
 
 
 STARTS = {
-    "pruned": Start(None, 1, "The weights that pruning left."),
-    "scratch": Start(from_scratch, 1, "The same shape, with a new projector, decoder and LM head."),
+    "pruned": Start(None, 1),  # the weights that pruning left
+    "scratch": Start(from_scratch, 1),  # the same shape with new weights
 }
 
 # %% ../../nbs/library/study/10_alternatives.ipynb #rounding-cell-006
@@ -88,21 +87,12 @@ class Quantizer:
     bits: int  # of a weight
     per_scale: int | None  # weights that share a scale in float32; None: those of a row
     version: int  # raised when its numbers change
-    help: str
 
 
 QUANTIZERS = {
-    "int8": Quantizer(rounded_rows, 8, None, 1, "8 bits, a scale per row of a matrix"),
-    "nf4": Quantizer(
-        partial(rounded_blocks, levels=NF4),
-        4,
-        BLOCK,
-        1,
-        "4 bits at the quantiles of a normal distribution, a scale per 64 weights",
-    ),
-    "int4": Quantizer(
-        partial(rounded_blocks, levels=INT4), 4, BLOCK, 1, "4 bits in even steps, per 64 weights"
-    ),
+    "int8": Quantizer(rounded_rows, 8, None, 1),
+    "nf4": Quantizer(partial(rounded_blocks, levels=NF4), 4, BLOCK, 1),  # quantiles of a normal
+    "int4": Quantizer(partial(rounded_blocks, levels=INT4), 4, BLOCK, 1),  # even steps
 }
 UNROUNDED = "none"  # and its bytes
 HALF = 2  # bytes of everything that is not rounded: embedding, LM head, norms, biases
@@ -111,8 +101,8 @@ HALF = 2  # bytes of everything that is not rounded: embedding, LM head, norms, 
 def matrices(model: PreTrainedModel) -> list:  # of linear modules
     "The linear maps of the decoder's layers, fused ones once."
     parts = anatomy(model)
-    modules = [s.module for i in range(parts.num_layers) for s in parts.linears(i)]
-    return list({id(module): module for module in modules}.values())
+    modules = (s.module for i in range(parts.num_layers) for s in parts.linears(i))
+    return list(dict.fromkeys(modules))
 
 
 @torch.no_grad()
@@ -146,21 +136,13 @@ def parts_in_bytes(model: PreTrainedModel, how: str) -> tuple:
 def stored_bytes(
     model: PreTrainedModel,  # on any device, meta included
     how: str = UNROUNDED,
-) -> int:
+    ratio: float = 0.0,  # of LM-decoder parameters that are pruned before
+) -> float:
     "Bytes of the LM decoder in a checkpoint whose other weights have 16 bits, in closed form."
-    return sum(parts_in_bytes(model, how)[1:])
+    inside, size, others = parts_in_bytes(model, how)
+    return others + size * (1 - ratio * lm_parameters(model) / inside)
 
 # %% ../../nbs/library/study/10_alternatives.ipynb #rounding-cell-017
-def bytes_at(
-    model: PreTrainedModel,  # dense, on any device
-    how: str,  # how what is left is rounded
-    ratio: float,  # of LM-decoder parameters
-) -> float:
-    "Bytes after pruning and rounding, in closed form."
-    inside, size, others = parts_in_bytes(model, how)
-    return others + (inside - ratio * lm_parameters(model)) * size / inside
-
-
 def ratio_within(
     model: PreTrainedModel,  # dense, on any device
     how: str,  # how what is left is rounded
@@ -170,6 +152,6 @@ def ratio_within(
     "The smallest ratio at which a pruned and rounded model has at most so many bytes."
     inside, size, others = parts_in_bytes(model, how)
     ratio = max(0.0, (inside - (limit - others) * inside / size) / lm_parameters(model))
-    if step and ratio:
-        ratio = step * math.ceil(ratio / step - 1e-6)
-    return math.ceil(1000 * ratio - 1e-6) / 1000 if not step else round(ratio, 4)
+    if step:
+        return round(step * math.ceil(ratio / step - 1e-6), 4)
+    return math.ceil(1000 * ratio - 1e-6) / 1000

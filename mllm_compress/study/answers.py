@@ -37,12 +37,12 @@ def side_by_side(
     setup: Profile,
     column: str,  # prediction or value
 ) -> pd.DataFrame:  # a row per question
-    "Answers, or their values, of the original and of every ratio."
-    columns = {("original", ""): kept_answers(Experiment(model), setup)[column]}
+    "Answers, or their values, of the original and of every ratio, as `30% pruned`."
+    columns = {"original": kept_answers(Experiment(model), setup)[column]}
     for ratio, after in recovered.items():
         for state, e in zip(STATES, (replace(after, recovery="none"), after)):
-            columns[ratio, state] = kept_answers(e, setup)[column]
-    return pd.DataFrame(columns, index=columns["original", ""].index)
+            columns[f"{ratio:.0%} {state}"] = kept_answers(e, setup)[column]
+    return pd.DataFrame(columns, index=columns["original"].index)
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-008
 FIRST = "one of its kind"
@@ -53,7 +53,7 @@ def choose(right: pd.DataFrame, ratios: list) -> dict:  # question -> why it is 
     of_each = right.groupby(level="benchmark", sort=False)
     why = {own.index[k % len(own)]: FIRST for k, (_, own) in enumerate(of_each)}
     for r in ratios:
-        lost = right.index[right["original", ""] & ~right[r, "recovered"]]
+        lost = right.index[right["original"] & ~right[f"{r:.0%} recovered"]]
         new = next((q for q in lost if q not in why), None)
         if new:
             why[new] = f"first lost at {r:.0%}"
@@ -68,13 +68,7 @@ def text_of(answer: str, right: bool, width: int = 30) -> str:
     return text if right else f"{text} ×"
 
 
-def column_name(column: tuple) -> str:  # of `side_by_side`
-    "The model and the ratio that answered."
-    return "original" if column[0] == "original" else f"{column[0]:.0%} {column[1]}"
-
-
 def answer_table(
-    model: str,
     questions: pd.DataFrame,  # of `kept_answers`
     answers: pd.DataFrame,  # of `side_by_side`
     right: pd.DataFrame,  # whether each is right
@@ -84,13 +78,10 @@ def answer_table(
     table = questions.loc[[*chosen], ["prompt", "answer"]].reset_index("benchmark")
     table = table.rename(columns={"prompt": "question"})
     for c in right:
-        texts = [text_of(answers.loc[q, c], right.loc[q, c]) for q in chosen]
-        table[column_name(c)] = texts
+        table[c] = [text_of(answers.loc[q, c], right.loc[q, c]) for q in chosen]
     counts = {"benchmark": "all", "question": f"{len(right)} kept", "answer": ""}
-    counts |= {column_name(c): f"{int(right[c].sum())} right" for c in right}
-    table = pd.concat([table, pd.DataFrame([counts])], ignore_index=True)
-    table.insert(0, "model", model)
-    return table
+    counts |= {c: f"{int(right[c].sum())} right" for c in right}
+    return pd.concat([table, pd.DataFrame([counts])], ignore_index=True)
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-020
 def draw_answers(
@@ -129,14 +120,12 @@ def answers_figure(
     setup: Profile,
 ):  # a figure
     "All chosen questions of a model with the answers at every ratio."
-    e, images, shown = setup.evaluation, {}, [*chosen]
+    images, shown = {}, [*chosen]
     for name in {name for name, _ in chosen}:
-        for q in benchmarks.load_questions(*asked_of(name, e)):
-            images[name, q.id] = benchmarks.open_image(q.images[0]) if q.images else None
-    texts = {
-        column_name(c): answers.loc[shown, c].map(lambda a: text_of(a, True, 13)) for c in right
-    }
-    marks = {column_name(c): right.loc[shown, c].tolist() for c in right}
-    lists = {name: answer.tolist() for name, answer in texts.items()}
-    pictures = [images.get(q) for q in shown]
-    return draw_answers(pictures, questions.prompt[shown].tolist(), lists, marks, columns=4)
+        for q in benchmarks.load_questions(*asked_of(name, setup.evaluation)):
+            if (name, q.id) in chosen and q.images:
+                images[name, q.id] = benchmarks.open_image(q.images[0])
+    texts = {c: [text_of(answer, True, 13) for answer in answers.loc[shown, c]] for c in right}
+    marks = {c: right.loc[shown, c].tolist() for c in right}
+    pictures, prompts = [images.get(q) for q in shown], questions.prompt[shown].tolist()
+    return draw_answers(pictures, prompts, texts, marks, columns=4)

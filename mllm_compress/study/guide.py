@@ -50,12 +50,12 @@ def ranked(
     "The settings that answer the question, each with its distance to the best."
     its = frame[(frame.model == model) & (frame.status == "done")]
     fits = (its.recovery == "none") | (its.fraction <= data + 1e-9) & (data > 0)
-    its = its[(its.pruning == "none") & fits | (its.requested_ratio == ratio) & fits]
+    its = its[((its.pruning == "none") | (its.requested_ratio == ratio)) & fits]
     rows = summary(its)
     rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
     rows = rows.sort_values("avg_percent", ascending=False)
     if rows.empty:
-        raise ValueError(f"{model} has no result at ratio {ratio} and {data:.0%} of the data.")
+        return rows
     by_setting = dict(iter(its.groupby(setting_of(its), sort=False)))
     original = original_of(its, model)
     settings = [by_setting[tuple(row)] for row in rows[setting_of(rows)].itertuples(index=False)]
@@ -80,12 +80,9 @@ def situations(
     done, out = frame[(frame.status == "done") & (frame.pruning != "none")], {}
     for model, ratio in product(models, sorted(set(done.requested_ratio))):
         here = done[(done.model == model) & (done.requested_ratio == ratio)]
-        here = here[here.recovery != "none"]
-        for share in sorted({0.0, *here.fraction}):
-            try:
-                out[model, ratio, share] = ranked(frame, model, ratio, share)
-            except ValueError:
-                continue
+        for share in sorted({0.0, *here.fraction[here.recovery != "none"]}):
+            if len(rows := ranked(frame, model, ratio, share)):
+                out[model, ratio, share] = rows
     return out
 
 
@@ -106,12 +103,12 @@ RECIPE = ["pruning", "importance", "recovery", "train", "fraction", "epochs", "c
 
 def larger_ratio(fitting: dict, model: str, ratio: float, budget: float) -> float:  # nan: none
     "The smallest larger ratio at which a recipe that was not run here kept over a point more."
-    here = fitting[model, ratio, budget]
-    for r in sorted({r for m, r, _ in fitting if m == model and r > ratio + advice.WITHIN}):
-        budgets = [b for m, q, b in fitting if (m, q) == (model, r) and b <= budget]
-        if not budgets:
-            continue
-        best = fitting[model, r, max(budgets)].iloc[0]
+    here, most = fitting[model, ratio, budget], {}  # ratio -> the largest budget within this one
+    for m, r, b in fitting:
+        if m == model and r > ratio + advice.WITHIN and b <= budget:
+            most[r] = max(b, most.get(r, 0))
+    for r in sorted(most):
+        best = fitting[model, r, most[r]].iloc[0]
         known = (here[RECIPE] == best[RECIPE]).all(axis=1).any()
         if best.avg_percent > here.avg_percent[0] + MARGIN and not known:
             return r
@@ -166,10 +163,10 @@ def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: flo
         return "not studied"
     if equal.empty:
         return "no rival"
-    best = equal.iloc[0]
-    if best.pruning == choice:
+    if equal.pruning.iloc[0] == choice:
         return "same"
-    gaps = [_gap(frame, best, row) for _, row in equal[equal.pruning == choice].iterrows()]
+    its = equal[equal.pruning == choice]
+    gaps = [_gap(frame, equal.iloc[0], row) for _, row in its.iterrows()]
     if any(map(is_tied, gaps)):
         return "tied"
     return "open" if any(gap.low <= MARGIN for gap in gaps) else "behind"
@@ -203,38 +200,28 @@ def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
         compared = max(tried_after_both(rows, budget).fraction, default=budget) if budget else 0
         smaller = f" ({100 * compared:g} %)" if compared < budget else ""
         larger = larger_ratio(fitting, model, ratio, budget)
-        out.append(
-            {
-                "model": model,
-                "to remove": f"{ratio:.0%}",
-                "budget": f"{100 * budget:g} % of the data" if budget else "no training",
-                "AVG-%": best.avg_percent,
-                "low": best.low,
-                "high": best.high,
-                "prune": best.pruning,
-                "by": ", ".join(by),
-                "recover": recovered_how(best),
-                "more kept at": f"{larger:.0%}" if larger == larger else "–",
-                "tied": f"{int(rows.tied.sum()) - 1} of {len(rows) - 1}",
-                "cheapest tied setting": f"{cheap.pruning}, {recovered_how(cheap)}"
-                if cheap.name
-                else "–",
-                "paper's kind of pruning": agreement(frame, rows, ratio, budget) + smaller,
-            }
-        )
+        row = {"model": model, "to remove": f"{ratio:.0%}"}
+        row["budget"] = f"{100 * budget:g} % of the data" if budget else "no training"
+        row |= {"AVG-%": best.avg_percent, "low": best.low, "high": best.high}
+        row |= {"prune": best.pruning, "by": ", ".join(by), "recover": recovered_how(best)}
+        row["more kept at"] = f"{larger:.0%}" if larger == larger else "–"
+        row["tied"] = f"{int(rows.tied.sum()) - 1} of {len(rows) - 1}"
+        cheapest = f"{cheap.pruning}, {recovered_how(cheap)}"
+        row["cheapest tied setting"] = cheapest if cheap.name else "–"
+        row["paper's kind of pruning"] = agreement(frame, rows, ratio, budget) + smaller
+        out.append(row)
     return pd.DataFrame(out)
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-018
 def preference(frame: pd.DataFrame, rows: pd.DataFrame, budget: float) -> tuple:
     "(pruning, opacity): which pruning retains more, and how certain this is."
-    equal = tried_after_both(rows, budget)
-    if equal.pruning.nunique() < 2:
+    firsts = tried_after_both(rows, budget).drop_duplicates("pruning")
+    if len(firsts) < 2:
         return None, 0.0
-    firsts = [equal[equal.pruning == p].iloc[0] for p in equal.pruning.unique()[:2]]
-    gap = _gap(frame, *firsts)
+    gap = _gap(frame, firsts.iloc[0], firsts.iloc[1])
     sure = gap.seeds > 1 and gap.low > 0
     opacity = (0.75 if sure else 0.4) if gap.value > MARGIN else 0.3 if sure else 0.12
-    return firsts[0].pruning, opacity
+    return firsts.pruning.iloc[0], opacity
 
 
 def guide_map(frame: pd.DataFrame, fitting: dict):  # a figure
@@ -246,10 +233,10 @@ def guide_map(frame: pd.DataFrame, fitting: dict):  # a figure
         if best.recovery != "none":
             lines.append(look(best.recovery).label.replace(" + ", " +\n"))
         lines += ["(heavy loss)"] * bool(best.avg_percent < advice.HEAVY)
-        cell = {"model": model, "ratio": ratio, "budget": budget, "column": f"−{ratio:.0%}"}
-        cell["row"] = f"≤ {100 * budget:g} %\nof the data" if budget else "no training"
-        cell |= {"text": "\n".join(lines), "alpha": opacity}
-        cells.append(cell | {"color": look(pruning).color if pruning else "white"})
+        row = f"≤ {100 * budget:g} %\nof the data" if budget else "no training"
+        color = look(pruning).color if pruning else "white"
+        field = (row, f"−{ratio:.0%}", "\n".join(lines), color, opacity)
+        cells.append((model, ratio, budget, *field))
     columns = ["model", "ratio", "budget", "row", "column", "text", "color", "alpha"]
     cells = pd.DataFrame(cells, columns=columns).sort_values(["budget", "ratio"], kind="stable")
     fig, _ = fields(cells, height=0.68 * cells.budget.nunique() + 0.8)

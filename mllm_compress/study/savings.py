@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-002
+import re
 import tempfile
 import time
 from dataclasses import replace
@@ -18,7 +19,6 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from .. import checkpoint, cost, pruning
-from ..anatomy.wrappers import CACHE_ARGUMENT
 from ..checkpoint.formats import read_manifest
 from ..importance.criteria import random_layers, random_scores
 from ..pruning import plans
@@ -86,39 +86,17 @@ def on_disk(model, plan, inputs: dict, device: str) -> dict:
     loader = {"stock": "from_pretrained", "pruned": "load_pruned"}[kind]
     return {"disk": stored, "loads with": loader}
 
-# %% ../../nbs/library/study/37_savings.ipynb #cell-014
-def seconds_of_call(call, device: str) -> float:
-    "Seconds of one call: of the processor on a CPU, elapsed on a GPU."
-    if device != "cpu":
-        return cost.time_call(call, 1, 0, device).seconds[0]
-    start = time.thread_time()
-    call()
-    return time.thread_time() - start
-
-
-@torch.no_grad()
-def _phases(model, inputs: dict) -> dict:  # phase -> function without arguments
-    "A prefill, and one more token after it."
-    cache, token = getattr(cost.forward(model, inputs), CACHE_ARGUMENT), inputs["input_ids"][:, -1:]
-
-    @torch.no_grad()
-    def prefill():
-        cost.forward(model, inputs)
-
-    @torch.no_grad()
-    def decode():
-        cost.forward(model, {"input_ids": token, CACHE_ARGUMENT: cache})
-        cache.crop(-1)
-
-    return {"prefill": prefill, "decode": decode}
-
 # %% ../../nbs/library/study/37_savings.ipynb #cell-016
+@torch.no_grad()
 def in_turn(dense, small, inputs: dict, repeats: int, device: str) -> pd.DataFrame:
     "Time two models alternately: phase, dense, pruned in seconds; the first pair only warms up."
-    calls, pairs = {"dense": _phases(dense, inputs), "pruned": _phases(small, inputs)}, []
+    models, pairs = {"dense": dense, "pruned": small}, []
+    calls = {who: cost.phase_calls(model, inputs) for who, model in models.items()}
+    elapsed = time.thread_time if device == "cpu" else time.perf_counter
+    clock = dict(repeats=1, warmup=0, device=device, clock=elapsed)
     for phase, turn in product(calls["dense"], range(repeats + 1)):
         order = list(calls)[:: 1 if turn % 2 else -1]
-        took = {who: seconds_of_call(calls[who][phase], device) for who in order}
+        took = {who: cost.time_call(calls[who][phase], **clock).seconds[0] for who in order}
         if turn:
             pairs.append({"phase": phase, **took})
     return pd.DataFrame(pairs)
@@ -156,9 +134,8 @@ def device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, processor time of one thread"
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{name[1] if name else 'CPU'}, processor time of one thread"
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-022
 def size_table(sizes: pd.DataFrame) -> pd.DataFrame:

@@ -10,6 +10,7 @@ import textwrap
 
 import pandas as pd
 
+from .advice import PROFILES
 from .claims import CLAIMS, LITTLE, PROMISED, claimed
 from .experiments import canonical
 from .figures import fields
@@ -55,14 +56,13 @@ def printed_claims() -> dict:  # claim -> sentence
     }
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-007
-PROFILES = ("smol", "eyes", "tiny", "quick")  # in this order, where they have results
 NOT_RUN = {"word": UNTESTED, "average": None, "why": "not run", "counts": {}}
 
 
 def columns_of(shown: str) -> list:  # of profile names
     "The profiles that have a column beside the one that is shown."
-    first = lambda p: recorded(p, "10_findings", "claim-1") is not None
-    return [p for p in PROFILES if p == shown or first(p)] + [shown] * (shown not in PROFILES)
+    there = lambda p: p == shown or recorded(p, "10_findings", "claim-1") is not None
+    return list(filter(there, dict.fromkeys([*PROFILES, shown])))
 
 
 def scoreboard(
@@ -113,32 +113,31 @@ def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
     return fig
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-017
-def wanted_by(claims: dict, profile: str) -> dict:  # claim -> experiments of its notebook
+def wanted_by(profile: str) -> dict:  # claim -> experiments of its notebook
     "The experiments that the notebooks of the claims need."
-    paths, out = notebooks(), {}
-    for n, claim in claims.items():
-        nb = nbformat.read(paths[claim.notebook], 4)
-        out[n] = list(dict.fromkeys(map(canonical, experiments_of(nb, {"profile": profile}))))
-    return out
+    needed = {}
+    for n, claim in CLAIMS.items():
+        nb = nbformat.read(notebooks()[claim.notebook], 4)
+        needed[n] = list(dict.fromkeys(map(canonical, experiments_of(nb, {"profile": profile}))))
+    return needed
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-019
 def verdicts_of_claims(
-    claims: dict,
     wanted: dict,  # claim -> experiments, of `wanted_by`
     setup: Profile,
     results: pd.DataFrame,  # of `frame_of`, of everything that is finished
 ) -> dict:  # claim -> Verdict
     "The verdict on each claim from the results at hand."
-    out, guessed = {}, guessing(setup)
-    for n, claim in claims.items():
-        if results.empty:
-            out[n] = Verdict(claim.text, {}, "nothing finished", claim.unit)
-            continue
-        place = {name_of(e, setup): i for i, e in enumerate(wanted[n])}
-        its = results[results.result.isin(place)]
-        frame = claimed(its.iloc[its.result.map(place).argsort(kind="stable")])
-        frame = frame[frame.model.isin(with_original(frame))]
-        measured = claim.measure(frame) if len(frame) else {"effects": {}, "unit": claim.unit}
-        basis = basis_of(frame) if len(frame) else "nothing finished"
-        out[n] = Verdict(claim.text, basis=basis, guessed=guessed, **measured)
-    return out
+    verdicts, guessed = {}, guessing(setup)
+    for n, claim in CLAIMS.items():
+        frame, place = results, {name_of(e, setup): i for i, e in enumerate(wanted[n])}
+        if len(results):  # in the order of the notebook
+            its = results[results.result.isin(place)]
+            frame = claimed(its.iloc[its.result.map(place).argsort(kind="stable")])
+            frame = frame[frame.model.isin(with_original(frame))]
+        if len(frame):
+            how = claim.measure(frame) | {"basis": basis_of(frame)}
+        else:
+            how = {"effects": {}, "basis": "nothing finished", "unit": claim.unit}
+        verdicts[n] = Verdict(claim.text, guessed=guessed, **how)
+    return verdicts
