@@ -39,7 +39,7 @@ ENTRIES = {
     "no-answer": (said(("human", "hi")), "end with an answer"),
     "answer-first": (said(("gpt", "hi"), ("human", "ho")), "start with a question"),
     "two-questions": (said(("human", "a"), ("human", "b")), "alternate"),
-    "number-answer": (said(("human", "a"), ("gpt", 4)), "int where a turn should be text"),
+    "boolean-answer": (said(("human", "a"), ("gpt", True)), "bool where a turn should be text"),
     "unknown-speaker": (said(("bot", "a"), ("gpt", "b")), "use human, user, gpt"),
     "late-system": (said(("human", "a"), ("system", "x"), ("gpt", "b")), "put it first"),
     "audio-part": (
@@ -50,6 +50,9 @@ ENTRIES = {
         {**said(("human", "a"), ("gpt", "<image>\nb")), "image": "0.png"},
         "put it into a question",
     ),
+    "swapped-markers": (pair("<|image_2|> or <|image_1|>?"), "number them 1, 2"),
+    "two-image-keys": (pair(images=["1.png"]), "name all of them in 'images'"),
+    "no-answers": ({"question": "a?", "answers": []}, "end with an answer"),
     "two-markers": (pair("<image><image>\nwhat?"), "write one marker per image"),
     "marker-without-image": (said(("human", "<image>\na"), ("gpt", "b")), "remove the marker"),
     "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),

@@ -10,10 +10,10 @@ import torch
 from test_benchmarks import root  # noqa: F401  (a fixture)
 
 from mllm_compress.anatomy.families import anatomy
-from mllm_compress.data.batches import SizedCache
+from mllm_compress.data.batches import SizedCache, stop_tokens
 from mllm_compress.evaluation import generation, scoring
 from mllm_compress.evaluation.benchmarks import REAL_SUITE, SMALL_SUITE, Question, load_questions
-from mllm_compress.evaluation.generation import answer_questions, stop_tokens
+from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.evaluation.scoring import (
     compare,
     evaluate,

@@ -2,21 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
-from mllm_compress.data.batches import Collator
+from mllm_compress.data.batches import Collator, Renderer
 from mllm_compress.data.instructions import (
     EntryError,
     InstructionData,
     from_rows,
     load_json,
-    read_entries,
     read_entry,
+    read_image,
     turns,
 )
+from mllm_compress.evaluation.benchmarks import open_image, own_benchmark
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 json_values = st.recursive(
@@ -26,7 +30,8 @@ json_values = st.recursive(
     ),
     max_leaves=12,
 )
-KEYS = ("id", "image", "images", "conversations", "messages", "question", "answer", "text")
+KEYS = "id image images conversations messages question answer answers text prompt completion"
+KEYS = (*KEYS.split(), "instruction", "input", "output")
 TURN_KEYS = ("from", "value", "role", "content", "type", "image_url", "text")
 words = st.sampled_from(
     ["human", "gpt", "user", "assistant", "system", "<image>", "hi", "text", "image"]
@@ -68,9 +73,9 @@ def test_any_file_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.json"
     path.write_bytes(content)
     try:
-        entries = read_entries(path)
-    except ValueError as error:
-        assert str(path) in str(error)
+        entries = load_json(path, path.parent).samples
+    except (ValueError, FileNotFoundError) as error:
+        assert str(path) in str(error) or isinstance(error, EntryError)
     else:
         assert entries and all(map(is_entry, entries))
 
@@ -93,15 +98,99 @@ def test_all_forms_say_the_same(pairs, picture, system):
     said = [{"from": "system", "value": system}, *one["conversations"]]
     with_system = turns(read_entry(one | {"conversations": said}, 0))
     assert with_system[1:] == first[1:] and with_system[0][0].startswith(system.strip())
+    prompt, completion = ([{"role": "User", "content": t}] for t in flat[:2])
+    for form in (
+        {"prompt": marked[0], "completion": flat[1]},
+        {"prompt": prompt, "completion": completion and [{"role": "GPT", "content": flat[1]}]},
+        {"instruction": marked[0], "input": "", "output": flat[1]},
+        {
+            "question": marked[0].replace("<image>", "<|image_1|>"),
+            "answers": [flat[1], "", flat[1]],
+        },
+    ):
+        assert turns(read_entry(image | form, 0)) == first[:1]
 
 
-def test_a_byte_order_mark_and_plain_text(tmp_path):
-    entry = {"id": 1, "question": "hi?", "answer": "ho"}
-    (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([entry]).encode())
-    assert turns(read_entries(tmp_path / "bom.json")[0]) == [("hi?", "ho")]
-    (tmp_path / "book.txt").write_text("One paragraph\nof two lines.\n\nAnother.\n")
-    texts = [e["text"] for e in read_entries(tmp_path / "book.txt")]
-    assert texts == ["One paragraph\nof two lines.", "Another."]
+def test_answers_of_many_kinds():
+    votes = {"question": "How many?", "answers": [{"answer": a} for a in (3, 4, 4)]}
+    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": 3}
+    developer = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
+    assert turns(read_entry(votes, 0)) == [("How many?", "4")]
+    assert turns(read_entry(alpaca, 0)) == [("Add.\n1 and 2", "3")]
+    assert turns(read_entry({"prompt": developer}, 0, answered=False)) == [("Be brief.\nHi?", "")]
+
+
+def test_files_of_text(tmp_path):
+    lines = [{"question": "hi\u2028there?", "answer": "ho"}] * 2
+    texts = {
+        "bom.json": "\ufeff" + json.dumps(lines),
+        "lines.jsonl": "\r\n".join(json.dumps(e, ensure_ascii=False) for e in lines),
+        "book.txt": "One paragraph\r\nof two lines.\r\n\r\nAnother.\r\n",
+        "sentences.txt": "One sentence.\nAnother.\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    read = lambda name: [turns(e)[0] for e in load_json(tmp_path / name, "").samples]
+    assert read("bom.json") == read("lines.jsonl") == [("hi\u2028there?", "ho")] * 2
+    assert [t for _, t in read("book.txt")] == ["One paragraph\nof two lines.", "Another."]
+    assert [t for _, t in read("sentences.txt")] == ["One sentence.", "Another."]
+
+
+def test_pictures_are_read_as_they_are_meant(tmp_path):
+    grey = np.linspace(0, 1, 12).reshape(3, 4)
+    stored = {
+        "png": (grey * 65535).astype(np.uint16),
+        "tiff": grey.astype(np.float32),
+        "bmp": (grey * 255).astype(np.uint8),
+    }
+    for suffix, values in stored.items():
+        Image.fromarray(values).save(tmp_path / f"grey.{suffix}")
+        read = np.asarray(read_image(tmp_path / f"grey.{suffix}"), int)
+        assert read.shape == (3, 4, 3) and abs(read - 255 * grey[..., None]).max() <= 1, suffix
+    Image.fromarray(1000 * stored["tiff"]).save(tmp_path / "depth.tiff")
+    with pytest.raises(ValueError, match="grey values are 0 … 1000: save it with 8 bits"):
+        read_image(tmp_path / "depth.tiff")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    Image.fromarray(stored["bmp"]).save(tmp_path / "side.jpg", exif=exif)
+    assert read_image(tmp_path / "side.jpg").size == (3, 4)
+
+
+pieces = st.text(st.sampled_from("aB1 :\n<|é"), max_size=6)
+sentences = ["the red circle is large", "A: yes", "Assistant: no. 12"] * 4
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    "A tokenizer that joins a space with the word behind it."
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(sentences, vocab_size=330, special_tokens=["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="</s>")
+
+
+@quick
+@given(st.tuples(pieces, pieces, pieces, pieces), st.lists(st.tuples(plain, plain), min_size=1))
+@example(("", "\n", "Assistant: ", "</s>"), [("is it red?", "yes")])
+def test_every_answer_is_supervised(byte_level, template, pairs):
+    before, behind, begin, end = map(json.dumps, template)
+    byte_level.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        f"{{{{ {before} + m.content + {behind} }}}}{{% else %}}"
+        f"{{{{ {begin} + m.content + {end} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {begin} }}}}{{% endif %}}"
+    )
+    pairs = [(question, answer.strip() or "no") for question, answer in pairs]
+    ids, supervised = Renderer(byte_level).encode(tuple(pairs), ())
+    rest = byte_level.decode([i for i, trained in zip(ids, supervised) if trained])
+    for _, answer in pairs:
+        _, matched, rest = rest.partition(answer)
+        assert matched == answer
+
+
+def test_an_answer_that_the_template_drops_is_an_error(byte_level):
+    byte_level.chat_template = "{% for m in messages %}{{ m.role }}: {% endfor %}assistant: "
+    with pytest.raises(ValueError, match="No token belongs to the answer 'yes'"):
+        Renderer(byte_level).encode((("is it red?", "yes"),), ())
 
 
 def test_plain_text_is_supervised_but_for_its_first_token(tiny_llava):
@@ -150,9 +239,11 @@ def test_rows_with_pictures_and_parquet_files(tmp_path):
     ):
         assert data.image(0).getpixel((0, 0)) == (255, 0, 0) and data.image(1) is None
         assert [turns(e) for e in data.samples] == [[("red?", "yes")], [("is one two?", "no")]]
+    asked = own_benchmark(tmp_path / "rows.parquet", scorer="yes_no").load()
+    assert open_image(asked[0].images[0]).size == (8, 8) and not asked[1].images
     path = [{"image": "../secret.png", "question": "a?", "answer": "b"}]
     with pytest.raises(ValueError, match="decode it"):
-        from_rows(path).image(0)
+        from_rows(path)
     with pytest.raises(ValueError, match="one marker per image"):
         from_rows([{"images": [rows[0]["image"]] * 2, "question": "a?", "answer": "b"}])
     with pytest.raises(ValueError, match="is empty"):

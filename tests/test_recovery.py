@@ -20,7 +20,6 @@ from mllm_compress.data.batches import (
     Collator,
     SizedCache,
     blocks,
-    borrowing_mask,
     packed_mask,
 )
 from mllm_compress.data.instructions import InstructionData
@@ -198,7 +197,7 @@ def test_a_borrowed_prefix_is_the_prefix(tiny_lm, family, added):
         "position_ids": torch.tensor([r["position"] for r in rows]),
     }
     whole = batch([row]) | {"attention_mask": packed_mask(torch.tensor([segment]))}
-    mask = borrowing_mask(torch.tensor([block["segment"] for block in cut]), first)
+    mask = packed_mask(torch.tensor([block["segment"] for block in cut]), first)
     mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9) if added else mask
     short = batch(cut) | {"attention_mask": mask, "first_row": first}
     some = torch.rand(2, 9, generator=g) < 0.3

@@ -12,7 +12,7 @@ from mllm_compress.cli import app
 from mllm_compress.data import instructions, scenes
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.calibration import calibration_batches, one_question
-from mllm_compress.data.instructions import EntryError, from_rows, load_json, read_entry
+from mllm_compress.data.instructions import from_rows, load_json, read_entry
 from mllm_compress.evaluation.benchmarks import BENCHMARKS, own_benchmark
 from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.recovery.states import compute_teacher_outputs, image_features
@@ -179,7 +179,7 @@ def test_rows_with_several_pictures():
     )
     for i in range(2):
         assert [p.getpixel((0, 0)) for p in data.pictures(i)] == [(255, 0, 0), (0, 0, 255)]
-    with pytest.raises(EntryError, match="2 images and 0"):
+    with pytest.raises(ValueError, match="2 images and 0"):
         from_rows([{"images": pictures, "question": "same?", "answer": "no"}])
 
 

@@ -38,7 +38,10 @@ def test_wilson_ends_and_nothing_asked():
 @settings(max_examples=50, deadline=None)
 def test_mcnemar_is_a_binomial_tail(a, b):
     tail = sum(comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
-    assert S.mcnemar(a, b) == pytest.approx(min(1, 2 * tail)) == S.mcnemar(b, a)
+    right = [[1] * a + [0] * b + [1], [0] * a + [1] * b + [1]]
+    units = [pd.DataFrame({"unit": range(a + b + 1), "stratum": "", "worth": r}) for r in right]
+    p = S.paired_difference(*units).p
+    assert p == pytest.approx(min(1, 2 * tail)) == S.paired_difference(*units[::-1]).p
 
 
 def test_bootstrap_keeps_strata_apart():

@@ -100,7 +100,7 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
 
     from mllm_compress.anatomy.streaming import weights_hash
     from mllm_compress.evaluation import evaluate
-    from mllm_compress.evaluation.likelihood import as_processor, perplexity_row
+    from mllm_compress.evaluation.likelihood import TextProcessor, perplexity_row
     from mllm_compress.utils.files import content_hash
 
     names, perplexity = suite
@@ -113,9 +113,8 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
         other = f"-{content_hash(template)[:8]}" if template else ""
         folder = answers and answers / f"{weights_hash(loaded)}{other}"
         options = dict(folder=folder, save_every=512, return_predictions=True)
-        scores, judged = evaluate(
-            loaded, as_processor(processor), names, request.limit or None, **options
-        )
+        asked = processor if cli.is_multimodal(processor) else TextProcessor(processor)
+        scores, judged = evaluate(loaded, asked, names, request.limit or None, **options)
         rows.append(scores)
     if perplexity:
         samples = request.training_data(processor, 200)

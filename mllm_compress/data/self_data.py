@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..anatomy.families import anatomy
 from ..anatomy.pictures import picture_inputs
 from ..anatomy.wrappers import token_inputs
-from .batches import Collator, pad_id, process_images
+from .batches import Collator, pad_id, process_images, stop_tokens
 from .calibration import one_question
 from .instructions import InstructionData, turns
 
@@ -43,9 +43,7 @@ def written(
         torch.manual_seed(seed)
         longest = max(new for _, new in begun)
         out = model.generate(**inputs, max_new_tokens=longest, pad_token_id=pad, **how)
-    end = model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    stop, results = {*(end if isinstance(end, list) else [end]), pad}, []
+    stop, results = {*stop_tokens(model, tokenizer), pad}, []
     for (_, new), row in zip(begun, out[:, width:].tolist()):
         ended = next((k for k, token in enumerate(row) if token in stop), len(row))
         results.append(row[: min(ended, new)])
@@ -81,7 +79,7 @@ def own_data(
         asked = InstructionData(entries, data.image_root, data.images)
         collate = Collator(processor, asked, turns="sequential")
         for i, entry in enumerate(entries):
-            row = collate.row(asked[i])
+            (row,) = collate.rows(asked[i])
             size = min(len(row["ids"]), max_length or len(row["ids"]))
             read = max(1, size // 4)
             if "conversations" in entry:

@@ -7,7 +7,7 @@ __all__ = ['BENCHMARKS', 'REAL_SUITE', 'SCENE_SETS', 'EASY_ANSWERS', 'help', 'so
            'SHORT', 'BY_LETTER', 'MME_SUBTASKS', 'MATH_HINTS', 'ADAPTERS', 'ROWS', 'Question', 'Benchmark', 'Source',
            'StoredImage', 'pad_to_square', 'open_image', 'register_benchmarks', 'benchmark', 'load_questions', 'take',
            'questions_hash', 'unit_images', 'scene_questions', 'easy_vqa_questions', 'own_questions', 'own_benchmark',
-           'read_rows', 'public_questions', 'gqa', 'docvqa', 'yes_or_no', 'pope', 'mme', 'lettered', 'by_letter',
+           'read_rows', 'public_questions', 'short_answer', 'yes_or_no', 'pope', 'mme', 'lettered', 'by_letter',
            'literal', 'mmmu', 'mathvista']
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-003
@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from ..data import instructions, scenes
+from ..data import load_json, scenes, turns
 from ..data.batches import pictures_amid
-from ..data.instructions import IMAGE, image_paths, read_entries, turns
+from ..data.instructions import IMAGE, answers_of, read_image
 from .scorers import LETTERS
 from ..utils.files import content_hash
 from ..utils.files import sha256 as file_sha256
@@ -130,8 +130,8 @@ def open_image(
 ) -> Image.Image:  # RGB
     "The picture that a model sees."
     if not isinstance(image, StoredImage):
-        return image.convert("RGB")
-    picture = instructions.read_image(io.BytesIO(image.data), image.among)
+        return read_image(image)
+    picture = read_image(image.data, image.among)
     return pad_to_square(picture, mean) if image.square else picture
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #benchmarks-cell-006
@@ -285,22 +285,6 @@ SMALL_SUITE = tuple(BENCHMARKS)
 OWN_SCORERS = ("exact", "anls", "letter", "yes_no")
 
 
-def _expected(entry: dict, answer: str, scorer: str):
-    "What the scorer compares with; ValueError where it could not."
-    if scorer == "anls":
-        return [str(a) for a in entry.get("answers") or [answer]]
-    answer, letters = answer.strip(), LETTERS[: len(entry.get("options") or ())]
-    if scorer == "yes_no":
-        answer = answer.rstrip(".")
-    allowed = {"letter": [*letters], "yes_no": ["yes", "no"]}.get(scorer, [answer])
-    if not {answer, answer.lower()} & set(allowed):
-        raise ValueError(
-            f"Entry {entry.get('id')!r} has the answer {answer!r}: the scorer {scorer} needs one "
-            f"of {', '.join(allowed)}."
-        )
-    return answer
-
-
 def own_questions(
     path: Path,  # of the file
     images: Path,  # folder of its images
@@ -310,8 +294,8 @@ def own_questions(
     root=None,  # of the public sets; not needed
 ) -> list:  # of Question
     "The questions of a file; an error for an entry that cannot be asked or judged."
-    questions = []
-    for number, entry in enumerate(read_entries(path)):
+    data, questions = load_json(path, images), []
+    for number, entry in enumerate(data.samples):
         name, options = f"Entry {entry.get('id')!r}", entry.get("options") or ()
         if "conversations" not in entry:
             raise ValueError(
@@ -319,26 +303,30 @@ def own_questions(
             )
         if scorer == "letter" and (not isinstance(options, list) or len(options) < 2):
             raise ValueError(f"{name} has no 'options': the scorer letter needs a list of texts.")
-        files, options = image_paths(entry, images), tuple(map(str, options))
-        if missing := [file for file in files if not file.is_file()]:
-            raise FileNotFoundError(
-                f"{name} needs the image {missing[0]}, which does not exist: check --image-root "
-                "(image_root)."
-            )
-        pictures = tuple(StoredImage(f.read_bytes(), square=False, among=len(files)) for f in files)
+        allowed = {"letter": LETTERS[: len(options)], "yes_no": ("yes", "no")}.get(scorer)
+        files = [s.read_bytes() if isinstance(s, Path) else s for s in data.stored(number)]
+        pictures = tuple(StoredImage(file, square=False, among=len(files)) for file in files)
         pairs, seen = turns(entry), 0
         amid = pictures_amid(pairs)
         for k, (prompt, answer) in enumerate(pairs):
             marked = prompt.count(IMAGE) if amid else 0
             shown = pictures[seen : seen + marked] if marked else pictures[: seen if amid else None]
             seen += marked
-            expected = _expected(entry, answer, scorer)
-            questions.append(Question(f"{number}/{k}", prompt, expected, shown, options=options))
+            expected = answer.rstrip(".") if scorer == "yes_no" else answer
+            if allowed and not {expected, expected.lower()} & {*allowed}:
+                raise ValueError(
+                    f"{name} has the answer {answer!r}: the scorer {scorer} needs one of "
+                    f"{', '.join(allowed)}."
+                )
+            if scorer == "anls":
+                expected = answers_of(entry) or [answer]
+            place, options = f"{number}/{k}", tuple(map(str, options))
+            questions.append(Question(place, prompt, expected, shown, options=options))
     return take(questions, limit)
 
 
 def own_benchmark(
-    path,  # a JSON or JSON-lines file of entries with answers
+    path,  # a file of entries with answers, or a folder of parquet files
     image_root=None,  # folder of the images; None: the folder of the file
     scorer: str = "exact",  # one of OWN_SCORERS
     max_new_tokens: int = 32,
@@ -347,7 +335,9 @@ def own_benchmark(
     check_choice("scorer", scorer, OWN_SCORERS)
     path = Path(path)
     load = partial(own_questions, path, Path(image_root) if image_root else path.parent, scorer)
-    help, digest = f"{len(load())} questions of {path.name}.", file_sha256(path)
+    help = f"{len(load())} questions of {path.name}."
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    digest = "".join(map(file_sha256, files))
     name = f"own/{path.stem}-{content_hash([digest, scorer])[:6]}"
     row = Benchmark(name, scorer, load, max_new_tokens, help=help, source=digest)
     register_benchmarks([row])
@@ -422,16 +412,10 @@ MME_SUBTASKS = {
 }
 
 
-def gqa(row: dict) -> dict:
-    "GQA, balanced test-dev (Hudson & Manning 2019)."
-    fields = {"id": str(row["id"]), "prompt": row["question"].strip() + SHORT}
-    return fields | {"answer": row["answer"], "images": [row["imageId"]]}
-
-
-def docvqa(row: dict) -> dict:
-    "DocVQA, validation (Mathew et al. 2021)."
-    fields = {"id": str(row["questionId"]), "prompt": row["question"] + SHORT}
-    return fields | {"answer": row["answers"], "images": [row["image"]]}
+def short_answer(id: str, answer: str, image: str, row: dict) -> dict:
+    "GQA (Hudson & Manning 2019) and DocVQA (Mathew et al. 2021), by the names of their columns."
+    fields = {"id": str(row[id]), "prompt": row["question"] + SHORT}
+    return fields | {"answer": row[answer], "images": [row[image]]}
 
 
 def yes_or_no(row: dict) -> dict:
@@ -520,7 +504,7 @@ def mathvista(row: dict) -> dict:
     }
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-public-sets-cell-049
-ADAPTERS = {f.__name__: f for f in (gqa, pope, docvqa, mmmu, mathvista, by_letter, mme)}
+ADAPTERS = {f.__name__: f for f in (short_answer, pope, mmmu, mathvista, by_letter, mme)}
 ROWS = yaml.safe_load((package_files("mllm_compress") / "public_sets.yaml").read_text("utf-8"))
 for name, row in ROWS.items():
     source = Source(*row["source"], tuple(row["columns"].split()), row.get("images"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GENERATION_VERSION', 'FEATURES', 'in_batches', 'ImageFeatures', 'encode_images', 'ImageEncoder', 'render_prompts',
            'Prompt', 'pad_left', 'run_tokens', 'Prefix', 'read_prefixes', 'Asked', 'read_questions', 'greedy',
-           'stop_tokens', 'score_answers', 'own_inputs', 'answer_alone', 'Answer', 'prepare', 'answer_questions']
+           'score_answers', 'own_inputs', 'answer_alone', 'Answer', 'prepare', 'answer_questions']
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #cell-004
 import hashlib
@@ -26,12 +26,14 @@ from ..anatomy.streaming import hooked, weights_hash
 from ..anatomy.wrappers import CACHE_ARGUMENT, caches_projector_input, token_inputs
 from mllm_compress.data.batches import (
     SizedCache,
-    keeps_order,
+    amid_token,
     placeholder_id,
     process_images,
     question_parts,
+    stop_tokens,
 )
 from ..data.instructions import IMAGE
+from ..data.self_data import written
 from .benchmarks import StoredImage, open_image
 
 GENERATION_VERSION = 2
@@ -162,8 +164,7 @@ def render_prompts(
     rendered = []
     for prompt, texts in zip(prompts, image_texts):
         if texts and prompt.count(IMAGE) == len(texts):
-            token = None if keeps_order(processor) else processor.image_token
-            pieces = render(question_parts(prompt, token))
+            pieces = render(question_parts(prompt, amid_token(processor)))
         else:
             words = prompt.replace(processor.image_token, "")
             pieces = [piece.replace(_PLACE, words) for piece in frames[len(texts)]]
@@ -304,13 +305,6 @@ def greedy(
         logits = run_tokens(parts, new, mask, cache)[:, -1]
     return answers
 
-
-def stop_tokens(model, tokenizer) -> set:
-    "Token ids that end an answer, as `generate` has them."
-    stop = getattr(model.generation_config, "eos_token_id", None)
-    stop = tokenizer.eos_token_id if stop is None else stop
-    return set(stop if isinstance(stop, list) else [stop])
-
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-028
 def score_answers(
     parts,  # Anatomy
@@ -359,16 +353,18 @@ def answer_alone(
     processor,
     question,
     prompt: Prompt,  # of that question
-    stop: set,  # token ids that end an answer
     max_new_tokens: int,
 ) -> tuple:  # (token ids, what `score_answers` gives for a prompt)
     "One question, by the model's own `generate`."
-    tokens = prompt.shared + prompt.own
-    options = {"do_sample": False, "eos_token_id": list(stop), "pad_token_id": min(stop)}
-    inputs = own_inputs(parts, processor, question, tokens)
-    written = parts.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)[0]
-    new = written[inputs["input_ids"].shape[1] :].tolist()
-    end = next((k for k, token in enumerate(new) if token in stop), len(new))
+    tokens, mean = (
+        prompt.shared + prompt.own,
+        getattr(processor.image_processor, "image_mean", None),
+    )
+    images, begun = (
+        [open_image(image, mean) for image in question.images],
+        [(tokens, max_new_tokens)],
+    )
+    (new,) = written(parts.model, processor, begun, images, sampled=False, seed=0)
 
     def score(answer: list) -> float:
         length = len(answer)
@@ -377,7 +373,7 @@ def answer_alone(
         chances = logits[0, :-1].float().log_softmax(-1)
         return chances[range(length), answer].mean().item()
 
-    return new[:end], prompt.compared([score(answer) for answer in prompt.scored])
+    return new, prompt.compared([score(answer) for answer in prompt.scored])
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-032
 @dataclass(frozen=True)
@@ -402,9 +398,11 @@ def prepare(
     keys = [tuple(key[id(image)] for image in q.images) for q in questions]
     image_texts = [[features[k].text for k in ks] for ks in keys]
     rendered = render_prompts(processor, [q.prompt for q in questions], image_texts)
-    end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
-    joint = "" if end[-1:].isspace() else " "
     ids = lambda text: processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
+    if end.endswith(" ") and ids(f"{end}x")[: len(ids(end))] != ids(end):
+        rendered, end = [text.rstrip(" ") for text in rendered], end.rstrip(" ")
+    joint = "" if end[-1:].isspace() else " "
     right = []  # the text of each right answer; empty where it is unknown
     for q in questions:
         first = next(iter(q.answer), "") if isinstance(q.answer, (list, tuple)) else q.answer
@@ -434,7 +432,7 @@ def answer_questions(
     if not questions:
         return []
     parts, prompts, features = prepare(model, processor, questions)
-    limits = stop_tokens(model, processor.tokenizer), max_new_tokens
+    stop = stop_tokens(model, processor.tokenizer)
     by_prefix = lambda prompt: (-len(prompt.shared), prompt.images, prompt.shared)
     groups = [list(g) for _, g in groupby(sorted(prompts, key=by_prefix), by_prefix)]
 
@@ -445,11 +443,11 @@ def answer_questions(
             batch = prompts[start : start + size]
             asked = read_questions(parts, prefix, batch)
             scores = score_answers(parts, asked, batch)
-            results += zip(batch, greedy(parts, asked, *limits), scores)
+            results += zip(batch, greedy(parts, asked, stop, max_new_tokens), scores)
         return results
 
     def alone(prompts: list, size: int) -> list:
-        ask = lambda p: answer_alone(parts, processor, questions[p.place], p, *limits)
+        ask = lambda p: answer_alone(parts, processor, questions[p.place], p, max_new_tokens)
         return [(p, *ask(p)) for p in prompts]
 
     work = (together, groups) if shares_prefixes(parts) else (alone, prompts)
