@@ -14,17 +14,8 @@ from mllm_compress.cli import app
 from mllm_compress.importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning import apply_plan, plan_none, prune, search
 from mllm_compress.pruning.allocation import COUNTED, UnitCosts
-from mllm_compress.pruning.search import (
-    Candidate,
-    FirstRanking,
-    HeldOut,
-    SharedSums,
-    Space,
-    mutated,
-    recipes,
-    refitted_divergence,
-    writers,
-)
+from mllm_compress.pruning.reconstruction import reconstruct
+from mllm_compress.pruning.search import Candidate, HeldOut, SharedSums, Space
 
 LAYERS, GROUPS, NEURONS = 6, 4, 24
 flat = lambda value: (float(value),) * LAYERS
@@ -70,10 +61,10 @@ def space_of(model, name: str, share: float, seed: int = 0, kind="gauss_newton")
 )
 def test_no_candidate_exceeds_the_budget_or_leaves_a_unit_of_it(model, name, share, seed, kind):
     space, rng = space_of(model, name, share, seed, kind), random.Random(seed)
-    candidates = recipes(space)
+    candidates = space.recipes()
     assert len(candidates) > 1 and candidates[-1].moves == 0
     for _ in range(12):
-        candidates += filter(None, [mutated(space, rng.choice(candidates), rng)])
+        candidates += filter(None, [space.child(rng.choice(candidates), rng)])
     price = getattr(space.costs, space.spent_on)[0]
     for candidate in candidates:
         cost = space.costs.total(space.plan(candidate))
@@ -86,48 +77,45 @@ def test_no_candidate_exceeds_the_budget_or_leaves_a_unit_of_it(model, name, sha
 
 
 def test_a_refit_from_shared_sums_is_the_ridge_solution(model, batches):
-    sums, slot = (
-        SharedSums(model, batches[:6]),
-        writers(SharedSums(model, batches[:1]).parts, 2)[-1],
-    )
-    kept, inputs, targets = [1, 4, 9, 16], [], []
+    sums = SharedSums(model, batches[:6])
+    slot, kept, inputs, targets = sums.parts.writers(2)[-1], (1, 4, 9, 16), [], []
     for (x, end, weight), later in zip(sums.rows(2), sums.ends[3]):
         written = (later - end).flatten(0, 1) * weight[:, None]
         inputs.append(x[slot.name])
         targets.append(x[slot.name] @ slot.module.weight.T + written)  # layer 3 is gone as well
-    x, target = torch.cat(inputs)[:, kept].double(), torch.cat(targets).double()
-    ridge, dense = 0.1 * (x * x).sum(0).mean(), slot.module.weight.T[kept].double()
+    x, target = torch.cat(inputs)[:, list(kept)].double(), torch.cat(targets).double()
+    ridge, dense = 0.1 * (x * x).sum(0).mean(), slot.module.weight.T[list(kept)].double()
     best = torch.linalg.solve(x.T @ x + ridge * torch.eye(4), x.T @ target + ridge * dense)
     weight = sums.refitted(2, slot, kept, 4)
     torch.testing.assert_close(weight.T.double(), best, rtol=1e-3, atol=1e-4)
 
 
-def test_the_first_ranking_runs_the_plan_and_does_not_depend_on_what_it_ran_before(model, batches):
+def test_the_first_ranking_is_that_of_the_pruned_model(model, batches):
     space, held = space_of(model, "latency", 0.6), HeldOut(model, batches[6:])
     sums, rng = SharedSums(model, batches[:6]), random.Random(0)
-    ranking, candidates = FirstRanking(space, sums, held), recipes(space)
-    candidates += [c for c in (mutated(space, candidates[0], rng) for _ in range(6)) if c]
-    values = [ranking.divergence(c, 3) for c in candidates]
-    fresh = [FirstRanking(space, sums, held).divergence(c, 3) for c in reversed(candidates)]
-    assert values == pytest.approx(fresh[::-1], rel=1e-4)
-    ranking.weights = lambda *_: {}  # nothing refitted, nothing sliced: what whole layers leave
-    kept = tuple((i, GROUPS, NEURONS) for i in (0, 1, 3, 5))
-    whole = Candidate(kept, 0, "whole layers")
-    small = apply_plan(model, space.plan(whole))
-    with torch.no_grad():
-        log_q = [
-            small(b["input_ids"]).logits[:, :-1].log_softmax(-1).flatten(0, 1) for b in held.batches
-        ]
-    ranking.trail.clear()
-    exact = held.divergence([q[:: held.step] for q in log_q])
-    assert ranking.divergence(whole, 3) == pytest.approx(exact, rel=1e-3)
+    for candidate in filter(None, [space.child(space.recipes()[0], rng) for _ in range(3)]):
+        plan = space.plan(candidate)
+        small = sums.pruned(plan)
+        with torch.no_grad():
+            answers = [small(b["input_ids"]).logits[:, :-1] for b in batches[6:]]
+        log_q = torch.cat([x.log_softmax(-1).flatten(0, 1) for x in answers])
+        log_p = torch.cat([model(b["input_ids"]).logits[:, :-1].flatten(0, 1) for b in batches[6:]])
+        log_p = log_p.detach().log_softmax(-1)
+        exact = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+        assert held.step == 1 and held.divergence(small, plan) == pytest.approx(exact, rel=1e-3)
+        sliced = held.divergence(apply_plan(model, plan), plan)
+        assert held.divergence(small, plan) < sliced
+    kept = tuple((i, GROUPS, NEURONS) for i in range(LAYERS))
+    whole = space.plan(Candidate(kept, 0, "nothing removed"))
+    assert held.divergence(sums.pruned(whole), whole) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_result_is_no_worse_than_any_recipe(model, batches):
     front = search(model, batches, {"latency": 0.6}, DEVICE, scores=scored(), **RUN)
     space, held = space_of(model, "latency", 0.6), HeldOut(model, batches[6:])
-    full = lambda plan: refitted_divergence(model, plan, batches[:6], held, 0.1)
-    fixed = {c.origin: full(space.plan(c)) for c in recipes(space)}
+    refit = lambda plan: reconstruct(apply_plan(model, plan), model, batches[:6], plan, 0.1)
+    full = lambda plan: held.divergence(refit(plan), plan)
+    fixed = {c.origin: full(space.plan(c)) for c in space.recipes()}
     assert full(front.plan) <= min(fixed.values()) * (1 + 1e-6)
     assert front.frame.kl_refit[0] == pytest.approx(full(front.plan), rel=1e-4)
     assert DEVICE.total(front.plan) <= 0.6 * DEVICE.total(plan_none(model))
@@ -137,34 +125,31 @@ def test_the_result_is_no_worse_than_any_recipe(model, batches):
 
 
 def test_an_interrupted_search_continues_and_comes_to_the_same_front(model, batches, tmp_path):
-    about = dict(scores=scored(), file=tmp_path / "search.jsonl", **RUN)
+    about = dict(scores=scored(), file=tmp_path / "search.json", **RUN)
     first = search(model, batches, {"bytes": 0.7}, **about)
-    lines = about["file"].read_text().splitlines(keepends=True)
-    about["file"].write_text("".join(lines[: len(lines) // 2]) + lines[-1][:20])  # cut off
+    record = json.loads(about["file"].read_text())
+    half = dict(list(record["values"].items())[: len(record["values"]) // 2])
+    about["file"].write_text(json.dumps(record | {"values": half}))  # interrupted
     again = search(model, batches, {"bytes": 0.7}, **about)
     shown = ["origin", "moves", "layers", "kl_look", "kl_held", "kl_refit"]
     assert again.frame[shown].round(5).equals(first.frame[shown].round(5))
     assert again.plan.layers == first.plan.layers and again.plan.neurons == first.plan.neurons
-    rows = [json.loads(line) for line in about["file"].read_text().splitlines()]
-    assert [r["plan"] for r in rows] == [json.loads(line)["plan"] for line in lines]
     done = about["file"].read_text()
+    assert list(json.loads(done)["values"]) == list(record["values"])
     assert search(model, batches, {"bytes": 0.7}, **about).frame[shown].equals(again.frame[shown])
     assert about["file"].read_text() == done  # nothing was computed again
     with pytest.raises(ValueError, match="another model, data, budget"):
         search(model, batches, {"bytes": 0.6}, **about)
-    about["file"].write_text("a diary\n")
-    with pytest.raises(ValueError, match="line 1 was not written by a search"):
-        search(model, batches, {"bytes": 0.7}, **about)
+    for text in ("a diary\n", "[]", '{"values": 3}'):
+        about["file"].write_text(text)
+        with pytest.raises(ValueError, match="was not written by a search"):
+            search(model, batches, {"bytes": 0.7}, **about)
 
 
-TABLES = {"this device": DEVICE, "llama.cpp": DEVICE}
 MISTAKES = {
     "no time": (dict(minutes=0), "give a number above 0"),
     "words": (dict(minutes="long"), "give a number above 0"),
     "a moment": (dict(minutes=1e-6), "shorter than one candidate.*give minutes="),
-    "an engine": (dict(costs=TABLES, engine="vllm"), "Unknown engine 'vllm': use one of this"),
-    "which engine": (dict(costs=TABLES), "name one of them as engine"),
-    "no tables": (dict(engine="vllm"), "costs={engine: table}"),
     "out of reach": (dict(budget={"latency": 0.05}), "cannot be met: the least"),
     "out of reach by width": (
         dict(budget={"latency": 0.05}, scores=scored(kind="taylor")),

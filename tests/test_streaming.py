@@ -246,7 +246,7 @@ def test_score_from_files(here, method):  # noqa: F811
 
 
 def test_a_model_larger_than_the_memory_is_streamed(here, monkeypatch):  # noqa: F811
-    from mllm_compress.importance import taylor as memory
+    from mllm_compress.importance import scores as memory
 
     read, tensor = [], FileModel.tensor
     monkeypatch.setattr(FileModel, "tensor", lambda s, n: read.append(n) or tensor(s, n))

@@ -226,6 +226,10 @@ class Anatomy:
             for s in self.family.slots
         ]
 
+    def writers(self, i: int) -> list:
+        "The slots of layer `i` that write to the residual stream: its output projections."
+        return [slot for slot in self.linears(i) if slot.axis == 1]
+
     def norms(self, i: int) -> list:
         "Norms of layer `i` whose weights are cut with the heads."
         present = [slot for slot in self.family.norms if hasattr(self.attention(i), slot.name)]

@@ -7,7 +7,6 @@ __all__ = ['CalibratedRequest', 'say_coverage', 'needs_no_data', 'ScoreRequest',
            'base_facts', 'make_plan', 'search_file', 'prune']
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-002
-import hashlib
 import json
 import re
 import shutil
@@ -114,12 +113,11 @@ def score(request: ScoreRequest) -> dict:
     inputs = {"model": request.model}
     cli.check_output_folder(out, request.overwrite, files, "scores.json", "scores", inputs)
     import torch
-    from safetensors.torch import save
 
     from mllm_compress.anatomy.streaming import device_of, is_streamed
     from mllm_compress.checkpoint.saving import save_or_rescue
     from mllm_compress.importance.criteria import criterion, measure, takes
-    from mllm_compress.importance.scores import model_record
+    from mllm_compress.importance.scores import model_record, tensor_hashes
     from mllm_compress.pruning.one_step import pruning_of
 
     kind = pruning_of(method, request.pruning or None)  # a wrong name, before the model is loaded
@@ -136,9 +134,7 @@ def score(request: ScoreRequest) -> dict:
         order = "layer by layer" if is_streamed(model) else "in parts of batches"
         key = [kind, method, criterion(kind, method).version, seed, model_record(model), order]
         key += [str(model.dtype), str(device_of(model)), torch.__version__]
-        alone = dict(memory_format=torch.contiguous_format)  # as safetensors takes them
-        copies = ({k: v.clone(**alone) for k, v in batch.items()} for batch in batches)
-        key += [hashlib.sha256(save(batch)).hexdigest() for batch in copies]
+        key += tensor_hashes(batches)
         keeping = resuming(sums, content_hash(key))
     with keeping:
         scores = measure(kind, method, model, batches, seed)

@@ -535,7 +535,8 @@ def open_source(model: str):  # FileModel, or None where the model must be loade
 
 def choose_stream(model: str, device: str, stream: bool | None, method: str = "taylor") -> bool:
     "Whether the weights stay in their files; prints a note if this was chosen automatically."
-    from mllm_compress.importance.taylor import free_memory, scoring_memory
+    from mllm_compress.importance.scores import free_memory
+    from mllm_compress.importance.taylor import scoring_memory
     from mllm_compress.zoo.models import native_folder
 
     if stream is not None:

@@ -74,7 +74,7 @@ def input_moments(
         return hook
 
     parts = anatomy(model)
-    slots = [(i, s) for i in range(parts.num_layers) for s in parts.linears(i) if s.axis == 1]
+    slots = [(i, s) for i in range(parts.num_layers) for s in parts.writers(i)]
     listening = hooked(s.module.register_forward_pre_hook(add(i, s.name)) for i, s in slots)
     run_forward(model, batches, sums, listening, lambda k: now.update(batch=k))
     return tuple({k[1:]: v for k, v in sums.items() if k[0] == kind} for kind in ("mean", "power"))

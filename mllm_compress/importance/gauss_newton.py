@@ -61,7 +61,7 @@ def taps(
     def tap(i: int, slot: LinearSlot):
         return lambda _, args: (Probe.apply(args[0], args[0], partial(see, i, slot)), *args[1:])
 
-    slots = [(i, slot) for i in layers for slot in parts.linears(i) if slot.axis == 1]
+    slots = [(i, slot) for i in layers for slot in parts.writers(i)]
     with hooked(s.module.register_forward_pre_hook(tap(i, s)) for i, s in slots):
         yield
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy, lm_parameters
 from ..anatomy.streaming import is_streamed
 from ..importance.gauss_newton import backward_by_batch
-from ..importance.scores import WidthScores
+from ..importance.scores import WidthScores, real_tokens
 from ..importance.taylor import probes
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
@@ -59,8 +59,7 @@ class UnitCosts:
 
     def total(self, plan: PruningPlan) -> float:  # in `unit`
         "The cost of what a plan keeps."
-        left = lambda i: (len(plan.kept("heads", i)), len(plan.kept("neurons", i)))
-        return self.total_of({i: left(i) for i in plan.layers})
+        return self.total_of(plan.counts())
 
     def save(self, path) -> None:
         "Write the table as JSON."
@@ -376,12 +375,6 @@ def removal_errors(
     return errors
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-035
-def real_tokens(batch: dict) -> torch.Tensor:  # [batch, tokens] bool
-    "Which tokens of a batch are no padding."
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-
-
 def moments_of(totals: dict, batch: dict):
     "What adds x xᵀ and δ δᵀ of every output projection to `totals`, as mean over draws."
     real = real_tokens(batch)
@@ -431,7 +424,7 @@ def obs_scores(
     run = backward_by_batch(model, batches, of, draws, seed, recompute, totals, see_of, probes)
     tokens = sum(int(real_tokens(batch).sum()) for batch in run.batches)
     for i in range(run.parts.num_layers):
-        for slot in (s for s in run.parts.linears(i) if s.axis == 1):
+        for slot in run.parts.writers(i):
             gram, curvature = (totals.pop((k, i, slot.name)) for k in ("gram", "curvature"))
             errors[slot.kind][i] = slot_errors(slot, gram, curvature / tokens, ridge, chunk)
     meta = run.meta | {"ridge": ridge, "tokens": tokens}

@@ -106,6 +106,23 @@ def rounded_steps(
         raise ValueError(f"round_to must be at least 1, not {round_to}.")
     return {"heads": round_to // gcd(round_to, group_channels), "neurons": round_to}
 
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-016
+def check_kept(name: str, kept: tuple, total: int | None) -> None:
+    "ValueError unless kept indices are ascending, distinct, in range and not empty."
+    if not kept:
+        raise ValueError(f"{name}: at least one must stay.")
+    if list(kept) != sorted(set(kept)):
+        raise ValueError(f"{name} must be ascending and distinct, not {kept[:8]} …")
+    if kept[0] < 0 or (total and kept[-1] >= total):
+        raise ValueError(f"{name} must lie in 0 … {(total or 0) - 1}, not {kept[0]} … {kept[-1]}.")
+
+# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-020
+def spans(numbers) -> str:
+    "Ascending integers in short: 0-2,5."
+    pairs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[n for _, n in run] for _, run in pairs]
+    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-012
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
@@ -128,13 +145,51 @@ class PruningPlan:
             object.__setattr__(self, name, indices(getattr(self, name)))
         object.__setattr__(self, "layers", tuple(map(int, self.layers)))
         object.__setattr__(self, "meta", json.loads(json.dumps(self.meta)))
-        check_plan(self)
-
-    def __str__(self):
-        return plan_table(self)
+        methods = ("none", "layerwise", "widthwise", "layerwise+widthwise")
+        check_choice("method of a plan", self.method, methods)
+        check_choice("shape of a plan", self.shape, ("none", "layers", "blockwise", "uniform"))
+        check_kept("layers", self.layers, self.num_layers)
+        sizes = self.meta.get("sizes", [{}] * self.num_layers)
+        for kind in ("heads", "neurons"):
+            for i, kept in getattr(self, kind).items():
+                if i not in self.layers:
+                    raise ValueError(f"{kind} names layer {i}, which is not kept.")
+                check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
 
     def __repr__(self):
-        return plan_title(self)
+        "Method, shape, and the requested and achieved ratio or budget."
+        ratio, reached = self.requested_ratio, self.meta.get("achieved_budget", {})
+        requested = "" if ratio is None else f"requested {ratio:.1%}, "
+        for name, share in self.meta.get("budget", {}).items():
+            requested += f"{name} {reached.get(name, share):.1%} of {share:.1%} allowed, "
+        return (
+            f"{self.method} plan ({self.shape}) for {self.model_type}: {requested}"
+            f"achieved {self.achieved_ratio:.1%} of the LM decoder, "
+            f"{len(self.layers)} of {self.num_layers} layers"
+        )
+
+    def __str__(self):
+        "The plan as a readable table, one line per run of equal layers."
+        if "sizes" not in self.meta:
+            return repr(self)
+        rows = [("-", "-", "0.0%")] * self.num_layers
+        for i, (heads, neurons) in self.counts().items():
+            size = LayerSize(**self.meta["sizes"][i])
+            share = kept_parameters(size, heads, neurons) / size.parameters
+            rows[i] = f"{heads}/{size.heads}", f"{neurons}/{size.neurons}", f"{share:.1%}"
+        lines = [repr(self)]
+        lines.append(f"{'layers':>10} {'heads':>9} {'neurons':>13} {'parameters kept':>16}")
+        for row, run in groupby(range(len(rows)), rows.__getitem__):
+            lines.append(f"{spans(run):>10} {row[0]:>9} {row[1]:>13} {row[2]:>16}")
+        return "\n".join(lines)
+
+    def __le__(self, other: "PruningPlan") -> bool:
+        "Whether `other`, of the same model, keeps everything that this plan keeps."
+        return set(self.layers) <= set(other.layers) and all(
+            set(self.kept(kind, i)) <= set(other.kept(kind, i))
+            for kind in ("heads", "neurons")
+            for i in self.layers
+        )
 
     @property
     def removed_layers(self) -> tuple:
@@ -145,6 +200,10 @@ class PruningPlan:
         "Units of a kept layer that stay; `kind` is heads or neurons."
         kept = getattr(self, kind).get(layer)
         return range(self.meta["sizes"][layer][kind]) if kept is None else kept
+
+    def counts(self) -> dict:  # layer -> (heads, neurons)
+        "How many units of each kept layer stay."
+        return {i: (len(self.kept("heads", i)), len(self.kept("neurons", i))) for i in self.layers}
 
     def removed(self, kind: str, layer: int) -> tuple:
         "Removed units of a kept layer; `kind` is heads or neurons."
@@ -175,68 +234,6 @@ class PruningPlan:
             raise ValueError(
                 f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
             ) from None
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-016
-def check_kept(name: str, kept: tuple, total: int | None) -> None:
-    "ValueError unless kept indices are ascending, distinct, in range and not empty."
-    if not kept:
-        raise ValueError(f"{name}: at least one must stay.")
-    if list(kept) != sorted(set(kept)):
-        raise ValueError(f"{name} must be ascending and distinct, not {kept[:8]} …")
-    if kept[0] < 0 or (total and kept[-1] >= total):
-        raise ValueError(f"{name} must lie in 0 … {(total or 0) - 1}, not {kept[0]} … {kept[-1]}.")
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-018
-def check_plan(plan: PruningPlan) -> None:
-    "ValueError if a plan contradicts itself."
-    methods = ("none", "layerwise", "widthwise", "layerwise+widthwise")
-    check_choice("method of a plan", plan.method, methods)
-    check_choice("shape of a plan", plan.shape, ("none", "layers", "blockwise", "uniform"))
-    check_kept("layers", plan.layers, plan.num_layers)
-    sizes = plan.meta.get("sizes", [{}] * plan.num_layers)
-    for kind in ("heads", "neurons"):
-        for i, kept in getattr(plan, kind).items():
-            if i not in plan.layers:
-                raise ValueError(f"{kind} names layer {i}, which is not kept.")
-            check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-020
-def spans(numbers) -> str:
-    "Ascending integers in short: 0-2,5."
-    pairs = groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    runs = [[n for _, n in run] for _, run in pairs]
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-024
-def plan_title(plan: PruningPlan) -> str:
-    "Method, shape, and the requested and achieved ratio or budget."
-    ratio = plan.requested_ratio
-    requested = "" if ratio is None else f"requested {ratio:.1%}, "
-    reached = plan.meta.get("achieved_budget", {})
-    for name, share in plan.meta.get("budget", {}).items():
-        requested += f"{name} {reached.get(name, share):.1%} of {share:.1%} allowed, "
-    return (
-        f"{plan.method} plan ({plan.shape}) for {plan.model_type}: {requested}"
-        f"achieved {plan.achieved_ratio:.1%} of the LM decoder, "
-        f"{len(plan.layers)} of {plan.num_layers} layers"
-    )
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-026
-def plan_table(plan: PruningPlan) -> str:
-    "The plan as a readable table, one line per run of equal layers."
-    if "sizes" not in plan.meta:
-        return plan_title(plan)
-    rows = [("-", "-", "0.0%")] * plan.num_layers
-    for i in plan.layers:
-        size = LayerSize(**plan.meta["sizes"][i])
-        heads, neurons = len(plan.kept("heads", i)), len(plan.kept("neurons", i))
-        share = kept_parameters(size, heads, neurons) / size.parameters
-        rows[i] = f"{heads}/{size.heads}", f"{neurons}/{size.neurons}", f"{share:.1%}"
-    header = f"{'layers':>10} {'heads':>9} {'neurons':>13} {'parameters kept':>16}"
-    lines = [plan_title(plan), header]
-    for row, run in groupby(range(len(rows)), rows.__getitem__):
-        lines.append(f"{spans(run):>10} {row[0]:>9} {row[1]:>13} {row[2]:>16}")
-    return "\n".join(lines)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-028
 def plan_of_record(
@@ -314,18 +311,6 @@ def make_plan(
         **fields,
     )
     return plan_of_record(parts.family.name, meta, layers, heads, neurons, **known)
-
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-040
-def is_nested(
-    small: PruningPlan,  # keeps less
-    large: PruningPlan,  # keeps more, of the same model
-) -> bool:
-    "Whether `large` keeps everything that `small` keeps."
-    return set(small.layers) <= set(large.layers) and all(
-        set(small.kept(kind, i)) <= set(large.kept(kind, i))
-        for kind in ("heads", "neurons")
-        for i in small.layers
-    )
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-047
 def compose_plans(
