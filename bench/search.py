@@ -157,7 +157,7 @@ def main():
     for name in args.budgets:
         budget, costs = {name: shares[name]}, tables[name]
         plans = recipes(model, layers, units, budget, costs)
-        file = work / f"{name}.jsonl"
+        file = work / f"{name}.json"
         about = dict(scores=[units, layers], file=file, minutes=args.minutes)
         front = search(model, batches, budget, costs, **about)
         found = front.plan.meta["search"]

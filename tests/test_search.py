@@ -49,7 +49,7 @@ def scored(seed: int = 0, kind: str = "gauss_newton") -> list:
 
 def space_of(model, name: str, share: float, seed: int = 0, kind="gauss_newton") -> Space:
     costs = DEVICE if name == "latency" else COUNTED[name](model)
-    return Space(model, [scored(seed, kind)[0]], scored(seed)[1], {name: share}, costs)
+    return Space(model, scored(seed, kind)[0], scored(seed)[1], {name: share}, costs)
 
 
 @settings(max_examples=12, deadline=None)
@@ -106,7 +106,7 @@ def test_the_first_ranking_is_that_of_the_pruned_model(model, batches):
         sliced = held.divergence(apply_plan(model, plan), plan)
         assert held.divergence(small, plan) < sliced
     kept = tuple((i, GROUPS, NEURONS) for i in range(LAYERS))
-    whole = space.plan(Candidate(kept, 0, "nothing removed"))
+    whole = space.plan(Candidate(kept, "nothing removed"))
     assert held.divergence(sums.pruned(whole), whole) == pytest.approx(0, abs=1e-6)
 
 
@@ -155,7 +155,7 @@ MISTAKES = {
         dict(budget={"latency": 0.05}, scores=scored(kind="taylor")),
         "cannot be met: no fixed plan",
     ),
-    "no scores": (dict(scores=scored()[:1] + ["seven"]), "give WidthScores"),
+    "no scores": (dict(scores=scored()[:1] + ["seven"]), "give scores of layers, of heads"),
     "few tokens": (dict(batches=1), "calibration tokens are too few"),
 }
 

@@ -26,13 +26,13 @@ from mllm_compress.importance.scores import (
 from mllm_compress.importance.taylor import (
     Kept,
     Probe,
+    answer_labels,
     answer_states,
     answers_of,
+    check_finite,
     frozen,
-    label_counts,
     log_likelihood,
     output_gradients,
-    supervised,
     through_layers,
 )
 from ..utils.files import batches_left
@@ -86,21 +86,6 @@ PRESERVED = {
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-032
-def answer_labels(
-    model: PreTrainedModel,
-    batches: list,
-) -> tuple:  # labels of each batch, answer tokens, samples that have any
-    "The labels of every batch; without any answer token a ValueError."
-    multimodal = getattr(model.config, "image_token_id", None) is not None
-    labels = [supervised(b, "default", multimodal) for b in batches]
-    if not any((x[:, 1:] != -100).any() for x in labels):
-        raise ValueError(
-            "the calibration batches hold no answer token: after the first position every label "
-            "is -100. Mark answers in `labels`, or leave labels out for a plain LM."
-        )
-    return labels, *label_counts(labels)[1]
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-034
 PART = 128  # tokens of a text in one backward pass, if a row is not longer
 
@@ -145,7 +130,7 @@ def prepare_passes(
     parts, batches = anatomy(model), check_batches(batches)
     if not is_streamed(model):  # whose states are written batch by batch
         batches = [part for batch in batches for part in split_rows(batch, PART)]
-    labels, tokens, samples = answer_labels(model, batches)
+    labels, _, (tokens, samples) = answer_labels(model, batches)
     meta = dict(of=of, draws=draws, seed=seed, loss=0.0, samples=samples, answer_tokens=tokens)
     meta["model_type"] = parts.text_config.model_type
     return Passes(parts, batches, labels, of, draws, seed, meta)
@@ -178,12 +163,7 @@ def end_gradients(
             value = PRESERVED[run.of](leaf, head, tokens, rng)
             gradients += torch.autograd.grad(value, leaf)
         loss = -value.item() if run.of == "labels" else loss
-        totals["loss"] = totals.get("loss", 0.0) + loss
-        if not totals["loss"] < float("inf"):
-            raise ValueError(
-                f"the calibration loss is {loss}: look for NaN in the weights or in the batches, "
-                "or score in float32 or bfloat16 instead of float16."
-            )
+        totals["loss"] = check_finite(totals.get("loss", 0.0) + loss)
         pieces.append(gradients)
     return [torch.cat(draw) for draw in zip(*pieces)]
 

@@ -202,19 +202,41 @@ def summed_loss(
     return -log_likelihood(parts.logits(states), targets)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-034
-def supervised(batch: dict, mode: str, multimodal: bool) -> torch.Tensor:
-    "The labels of a batch: its own, or for a plain LM its tokens (default mode: without padding)."
-    ids, labels, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
-    if labels is not None:
-        return labels
-    if multimodal:
+def answer_labels(
+    model: PreTrainedModel,
+    batches: list,
+    mode: str = "default",  # without labels, padding is not predicted; "reference": it is
+) -> tuple:  # labels of each batch, supervised tokens per sample, (tokens, samples) in total
+    "The labels of every batch; without any answer token a ValueError."
+    labels = []
+    for batch in batches:
+        ids, given, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
+        if given is None and getattr(model.config, "image_token_id", None) is not None:
+            raise ValueError(
+                "a batch has no labels: give labels with -100 on image, prompt and padding tokens."
+            )
+        if given is None and mode == "default" and mask is not None:
+            before = torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # a real token precedes
+            given = ids.masked_fill(~(mask.bool() & before), -100)
+        labels.append(ids if given is None else given)
+    counts = [(x[:, 1:] != -100).sum(1).tolist() for x in labels]
+    totals = sum(map(sum, counts)), sum(n > 0 for c in counts for n in c)
+    if not totals[0]:
         raise ValueError(
-            "a batch has no labels: give labels with -100 on image, prompt and padding tokens."
+            "the calibration batches hold no answer token: after the first position every label "
+            "is -100. Mark answers in `labels`, or leave labels out for a plain LM."
         )
-    if mode == "reference" or mask is None:
-        return ids
-    before = torch.nn.functional.pad(mask, (1, 0))[:, :-1].bool()  # a real token precedes
-    return ids.masked_fill(~(mask.bool() & before), -100)
+    return labels, counts, totals
+
+
+def check_finite(loss: float) -> float:
+    "A loss; a ValueError where it is not finite, because it would make all scores invalid."
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the calibration loss is {loss}: look for NaN in the weights or in the batches, "
+            "or score in float32 or bfloat16 instead of float16."
+        )
+    return loss
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
 @dataclass
@@ -266,15 +288,6 @@ def through_layers(
     for k in range(len(kept)):
         totals.pop(("delta", k), None)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-050
-def label_counts(labels: list) -> tuple:
-    "Supervised tokens of each sample of each batch, and (tokens, samples) in total."
-    counts = [(l[:, 1:] != -100).sum(1).tolist() for l in labels]
-    totals = sum(map(sum, counts)), sum(n > 0 for c in counts for n in c)
-    if not totals[0]:
-        raise ValueError("no token is supervised: every label (after the first position) is -100.")
-    return counts, totals
-
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-054
 @dataclass
 class Scoring:
@@ -300,9 +313,7 @@ def prepare_scoring(model, batches: list, order: str, mode: str) -> Scoring:
                 "or use mode='default'."
             )
         batches = [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
-    multimodal = getattr(model.config, "image_token_id", None) is not None
-    labels = [supervised(b, mode, multimodal) for b in batches]
-    counts, totals = label_counts(labels)
+    labels, counts, totals = answer_labels(model, batches, mode)
     some = [k for k, c in enumerate(counts) if sum(c)]
     batches, labels, counts = ([x[k] for k in some] for x in (batches, labels, counts))
     return Scoring(anatomy(model), batches, labels, counts, totals, ORDERS[order])
@@ -314,16 +325,6 @@ def weighted(see: Callable, batch: dict) -> Callable:
     if weights is None:
         return see
     return lambda i, slot, x, delta: see(i, slot, x, delta * weights.to(delta)[..., None])
-
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-058
-def check_finite(loss: float, k: int) -> float:
-    "The loss of batch `k`; a ValueError where it is not finite."
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss of batch {k} is {loss}: look for NaN in the weights or pixels, "
-            "or score in float32."
-        )
-    return loss
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-060
 def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
@@ -339,7 +340,7 @@ def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
 
         with output_gradients(run.parts, weighted(see, run.batches[k]), recompute):
             total = summed_loss(run.parts.model, run.batches[k], run.labels[k])
-            loss = check_finite(total.item(), k)
+            loss = check_finite(total.item())
             total.backward()
         channels["loss"] = channels.get("loss", 0.0) + loss / run.totals[0]
 
@@ -366,8 +367,7 @@ def score_by_layer(run: Scoring, channels: dict) -> None:
             channels[i, slot.name] = channel_scores(slot, run.order, moments)
 
     with keeping_inputs(run.parts, run.batches, run.labels) as kept:
-        losses = [check_finite(batch.loss, k) for k, batch in enumerate(kept)]
-        channels["loss"] = sum(losses) / run.totals[0]
+        channels["loss"] = check_finite(sum(one.loss for one in kept)) / run.totals[0]
         through_layers(run.parts, kept, channels, see_of, leave)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-068
@@ -388,9 +388,14 @@ def taylor(
     meta = dict(order=order, mode=mode, loss=loss, samples=samples, supervised_tokens=tokens)
     return add_channels(run.parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-006
-def narrow_config(config, layers: int) -> tuple:  # (config, k)
-    "The text config with all widths divided by the largest common factor k, and few layers."
+# %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-012
+def activation_bytes(
+    config,  # a text config, or that of an MLLM
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 64,
+) -> dict:  # bytes per token: saved by each "layer" and by the "ends", "working", "forward"
+    "Activation memory of the architecture per token, measured on a narrow copy of it."
+    config, measured = config.get_text_config(), []
     if name := FAMILIES[config.model_type].text_model:
         known = set(AutoConfig.for_model(name).to_dict())
         known -= {"model_type", "architectures", "rope_parameters", "layer_types"}
@@ -402,39 +407,23 @@ def narrow_config(config, layers: int) -> tuple:  # (config, k)
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(small, name, None):
             setattr(small, name, getattr(small, name) // k)
-    small.num_hidden_layers, small.vocab_size = layers, 8
-    if getattr(small, "layer_types", None):
-        small.layer_types = small.layer_types[:layers]
+    small.vocab_size = 8
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    return small, k
-
-# %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-010
-def measured_bytes(
-    config,  # a text config
-    layers: int,
-    dtype: torch.dtype,
-    tokens: int = 64,
-) -> list:  # bytes per token: saved for the backward pass, working in it, forward without one
-    "Bytes alive after a forward pass, at most in its backward pass, and at most without gradients."
-    small, k = narrow_config(config, layers)
-    model = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
-    x = torch.zeros(1, tokens, small.hidden_size, dtype=dtype)
-    with PeakTensors() as memory, output_gradients(anatomy(model), lambda *_: None):
-        y = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
-        saved = memory.now
-        y.backward(torch.ones_like(y))
-    with PeakTensors() as forward, torch.no_grad():
-        model.model(inputs_embeds=x, use_cache=False)
-    return [k * b / tokens for b in (saved, memory.peak - saved, forward.peak)]
-
-# %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-012
-def activation_bytes(
-    config,  # a text config, or that of an MLLM
-    dtype: torch.dtype = torch.bfloat16,
-) -> dict:  # bytes per token: saved by each "layer" and by the "ends", "working", "forward"
-    "Activation memory of the architecture per token, measured on a narrow copy of it."
-    config = config.get_text_config()
-    (one, working, forward), (two, *_) = (measured_bytes(config, n, dtype) for n in (1, 2))
+    for layers in (1, 2):
+        small.num_hidden_layers = layers
+        if getattr(small, "layer_types", None):
+            small.layer_types = config.layer_types[:layers]
+        model = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
+        x = torch.zeros(1, tokens, small.hidden_size, dtype=dtype)
+        with PeakTensors() as memory, output_gradients(anatomy(model), lambda *_: None):
+            y = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            saved = memory.now
+            y.backward(torch.ones_like(y))
+        with PeakTensors() as forward, torch.no_grad():
+            model.model(inputs_embeds=x, use_cache=False)
+        peaks = saved, memory.peak - saved, forward.peak
+        measured.append([k * peak / tokens for peak in peaks])
+    (one, working, forward), (two, *_) = measured
     return {"layer": two - one, "ends": 2 * one - two, "working": working, "forward": forward}
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-024

@@ -9,7 +9,6 @@ __all__ = ['COUNTED', 'BUDGETS', 'parameter_costs', 'weight_costs', 'cache_costs
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-004
 import json
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -374,32 +373,6 @@ def removal_errors(
             inverse, cost = remove_channels(inverse, cost, channels(gone), channels(stay))
     return errors
 
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-035
-def moments_of(totals: dict, batch: dict):
-    "What adds x xᵀ and δ δᵀ of every output projection to `totals`, as mean over draws."
-    real = real_tokens(batch)
-
-    def see(draws, i, slot, x, delta):
-        if slot.axis == 1:
-            pick = real.to(x.device)
-            for kind, rows in (("gram", x), ("curvature", delta)):
-                rows = rows.detach()[pick].float() if rows.dtype.itemsize < 4 else rows[pick]
-                key = (kind, i, slot.name)
-                totals[key] = totals.get(key, 0) + (rows.T @ rows).double() / draws
-
-    return see
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-037
-def slot_errors(slot, gram, curvature, ridge: float, chunk: int | None) -> torch.Tensor:
-    "Removal errors of the units of one projection; all zero where all inputs are zero."
-    gram, mean = gram.clone(), gram.diagonal().mean()
-    if mean == 0:
-        return torch.zeros(slot.units)
-    gram.diagonal().add_(ridge * mean)
-    weight = slot.module.weight.detach().double()
-    chunk = chunk or max(1, slot.units // 512)
-    return removal_errors(gram, weight.T @ curvature @ weight, sum(slot.widths), chunk).cpu()
-
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-039
 def obs_scores(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
@@ -419,13 +392,31 @@ def obs_scores(
             "obs needs the whole model in memory: load it without stream (--no-stream), or use "
             "gauss_newton, which works layer by layer."
         )
-    totals, errors = {}, {"head": {}, "neuron": {}}
-    see_of = partial(moments_of, totals)
+    totals, errors = {}, {"head": {}, "neuron": {}}  # totals: (kind, layer, slot name) -> sums
+
+    def see_of(batch):
+        real = real_tokens(batch)
+
+        def see(draws, i, slot, x, delta):
+            pick = real.to(x.device)
+            for kind, rows in (("gram", x), ("curvature", delta)) if slot.axis == 1 else ():
+                rows = rows.detach()[pick].float() if rows.dtype.itemsize < 4 else rows[pick]
+                key = (kind, i, slot.name)
+                totals[key] = totals.get(key, 0) + (rows.T @ rows).double() / draws
+
+        return see
+
     run = backward_by_batch(model, batches, of, draws, seed, recompute, totals, see_of, probes)
     tokens = sum(int(real_tokens(batch).sum()) for batch in run.batches)
     for i in range(run.parts.num_layers):
         for slot in run.parts.writers(i):
             gram, curvature = (totals.pop((k, i, slot.name)) for k in ("gram", "curvature"))
-            errors[slot.kind][i] = slot_errors(slot, gram, curvature / tokens, ridge, chunk)
+            errors[slot.kind][i], mean = torch.zeros(slot.units), gram.diagonal().mean()
+            if mean == 0:  # all inputs are zero
+                continue
+            gram.diagonal().add_(ridge * mean)
+            weight, step = slot.module.weight.detach().double(), chunk or max(1, slot.units // 512)
+            cost = weight.T @ (curvature / tokens) @ weight
+            errors[slot.kind][i] = removal_errors(gram, cost, sum(slot.widths), step).cpu()
     meta = run.meta | {"ridge": ridge, "tokens": tokens}
     return WidthScores(errors["head"], errors["neuron"], "obs", meta)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy
 from ..anatomy.streaming import is_streamed
 from ..importance.criteria import CRITERIA, criteria_of, measure
-from ..importance.scores import LayerScores, WidthScores
 from mllm_compress.pruning.allocation import (
     check_budget_request,
     costs_of_budget,
@@ -25,6 +24,7 @@ from mllm_compress.pruning.plans import (
     plan_layerwise,
     plan_none,
     plan_widthwise,
+    scores_by_kind,
 )
 from .pruning_plan import PruningPlan, check_ratio, layer_sizes
 from .reconstruction import reconstruct as refit
@@ -201,11 +201,7 @@ def plan_by_recipe(
             scores = [measure(kind, recipe.method, model, batches, seed)]
         if layer_method:
             scores.insert(0, measure("layerwise", layer_method, model, batches, seed))
-    given = scores if isinstance(scores, (list, tuple)) else [scores]
-    by_kind = {type(s): s for s in given}
-    if not given or len(by_kind) < len(given) or not by_kind.keys() <= {LayerScores, WidthScores}:
-        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
-    layers, widths = by_kind.get(LayerScores), by_kind.get(WidthScores)
+    layers, widths = scores_by_kind(scores)
     same = recipe.allocation == "layer" and not protect
     shape = recipe.shape or ("uniform" if same else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
@@ -221,7 +217,7 @@ def plan_by_recipe(
         plan = plan_widthwise(model, widths, budget=budget, costs=costs, **options)
         compared = recipe.reconstruct and batches is not None and not is_streamed(model)
         if search is not None or layers is not None and compared:
-            about = dict(scores=given, round_to=step, seed=seed)
+            about = dict(scores=scores, round_to=step, seed=seed)
             about |= {} if ridge is None else dict(ridge=ridge)
             about |= dict(minutes=None, generations=0) if search is None else search
             plan = searched(model, batches, budget, costs, **about).plan

@@ -39,6 +39,15 @@ def plan_none(
     return make_plan(model, requested_ratio=0.0, method="none", shape="none")
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-010
+def scores_by_kind(scores) -> tuple:  # LayerScores and WidthScores, either of them or None
+    "Scores of layers, of heads and neurons, or a list with one of each; else a ValueError."
+    given = scores if isinstance(scores, (list, tuple)) else [scores]
+    by_kind = {type(s): s for s in given}
+    if not given or len(by_kind) < len(given) or not by_kind.keys() <= {LayerScores, WidthScores}:
+        raise ValueError("give scores of layers, of heads and neurons, or one of each.")
+    return by_kind.get(LayerScores), by_kind.get(WidthScores)
+
+
 def check_kind(scores, kind: type, other: str, model) -> None:
     "ValueError for scores of the other kind, or of another model."
     if not isinstance(scores, kind):

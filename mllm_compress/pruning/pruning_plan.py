@@ -270,23 +270,6 @@ def removable(
             may_go.append(i)
     return may_go
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-032
-def check_stays(
-    parts: Anatomy,
-    kept,  # layers that stay
-) -> None:
-    "ValueError where a layer that must stay is removed."
-    if missing := sorted(set(parts.fixed_layers) - set(kept)):
-        raise ValueError(
-            f"layers {spans(missing)} receive image features and must stay; others may go."
-        )
-    kinds = set(parts.layer_types) - {parts.layer_types[i] for i in kept}
-    if kinds:
-        raise ValueError(
-            f"all layers with {', '.join(sorted(kinds))} would go, and one must stay: keep one of "
-            f"{spans(i for i, kind in enumerate(parts.layer_types) if kind in kinds)}."
-        )
-
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-034
 def make_plan(
     model: PreTrainedModel,  # the model to be pruned
@@ -301,7 +284,15 @@ def make_plan(
     heads, neurons = ({i: sorted(v) for i, v in (kept or {}).items()} for kept in (heads, neurons))
     known = {k: fields.pop(k) for k in ("requested_ratio", "method", "shape") if k in fields}
     check_kept("layers", layers, len(sizes))
-    check_stays(parts, layers)
+    if missing := sorted(set(parts.fixed_layers) - set(layers)):
+        raise ValueError(
+            f"layers {spans(missing)} receive image features and must stay; others may go."
+        )
+    if kinds := set(parts.layer_types) - {parts.layer_types[i] for i in layers}:
+        raise ValueError(
+            f"all layers with {', '.join(sorted(kinds))} would go, and one must stay: keep one of "
+            f"{spans(i for i, kind in enumerate(parts.layer_types) if kind in kinds)}."
+        )
     meta = dict(
         sizes=[asdict(s) for s in sizes],
         lm_parameters=lm_parameters(model),

@@ -25,10 +25,7 @@ from transformers import PreTrainedModel
 from ..anatomy.families import anatomy
 from ..anatomy.streaming import is_streamed
 from ..importance.criteria import measure
-from ..importance.gauss_newton import answer_labels
 from mllm_compress.importance.scores import (
-    LayerScores,
-    WidthScores,
     check_batches,
     evaluating,
     hooked,
@@ -39,7 +36,7 @@ from mllm_compress.importance.scores import (
     real_tokens,
     tensor_hashes,
 )
-from ..importance.taylor import answers_of
+from ..importance.taylor import answer_labels, answers_of
 from mllm_compress.pruning.allocation import (
     COUNTED,
     FLOOR,
@@ -50,7 +47,7 @@ from mllm_compress.pruning.allocation import (
     plan_global,
     plan_of_counts,
 )
-from .plans import ALLOCATIONS, plan_none, unprotected
+from .plans import ALLOCATIONS, plan_none, scores_by_kind, unprotected
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
@@ -187,7 +184,6 @@ class Candidate:
     "How many heads and neurons of which layers stay."
 
     counts: tuple  # (layer, heads, neurons) of the layers that stay, ascending
-    scores: int  # place in the list of the scores that choose the units
     origin: str = field(compare=False)  # the recipe that it comes from
     moves: int = field(default=0, compare=False)  # generations away from it
 
@@ -200,7 +196,7 @@ MOVES = ("neurons", "heads", "swap", "depth")
 class Space:
     "The plans of one model within a budget."
 
-    def __init__(self, model, scores: list, layer_scores, budget: dict, costs, round_to: int = 1):
+    def __init__(self, model, scores, layer_scores, budget: dict, costs, round_to: int = 1):
         self.model, self.parts, self.scores = model, anatomy(model), scores
         self.budget, self.costs, self.round_to = budget, costs, round_to
         self.dense = costs.total(plan_none(model))
@@ -215,13 +211,12 @@ class Space:
         }
         self.places = {at: {n: p for p, n in enumerate(ns)} for at, ns in self.levels.items()}
         self.lost = {}  # saliency lost with the first n units
-        for k, given in enumerate(scores):
-            comparable = given.kind in ALLOCATIONS["global"].scores
-            for kind, i in self.levels:
-                values = checked_scores(given, self.sizes, i, kind).double()
-                order = ascending(values, f"{kind} scores of layer {i}")
-                ranked = values[order] if comparable else torch.arange(1.0, 1 + len(order))
-                self.lost[k, kind, i] = [0.0, *ranked.cumsum(0).tolist()]
+        self.comparable = scores.kind in ALLOCATIONS["global"].scores
+        for kind, i in self.levels:
+            values = checked_scores(scores, self.sizes, i, kind).double()
+            order = ascending(values, f"{kind} scores of layer {i}")
+            ranked = values[order] if self.comparable else torch.arange(1.0, 1 + len(order))
+            self.lost[kind, i] = [0.0, *ranked.cumsum(0).tolist()]
         self.spent_on = "neurons" if any(costs.neurons) else "heads"
 
     def nearest(self, kind: str, i: int, n: int) -> int:
@@ -234,39 +229,38 @@ class Space:
         place, levels = self.places[kind, i][n] + (1 if down else -1), self.levels[kind, i]
         return levels[place] if 0 <= place < len(levels) else None
 
-    def step(self, k: int, i: int, counts: dict, down: bool) -> tuple | None:
+    def step(self, i: int, counts: dict, down: bool) -> tuple | None:
         "(saliency per cost, layer, count, cost) of the next unit to leave or to come back."
         kind = self.spent_on
-        n, lost = counts[i][kind == "neurons"], self.lost[k, kind, i]
+        n, lost = counts[i][kind == "neurons"], self.lost[kind, i]
         if (m := self.beside(kind, i, n, down)) is None:
             return None
         price = abs(n - m) * getattr(self.costs, kind)[i]
         gained = lost[len(lost) - 1 - min(n, m)] - lost[len(lost) - 1 - max(n, m)]
         return (gained if down else -gained) / max(price, 1e-300), i, m, price
 
-    def within(self, counts: dict, k: int) -> dict | None:
+    def within(self, counts: dict) -> dict | None:
         "Counts that use the budget and do not exceed it; None where the floor is too high."
         whole = lambda i, units: [self.nearest(kind, i, n) for kind, n in zip(FLOOR, units)]
         counts, place = {i: whole(i, n) for i, n in counts.items()}, int(self.spent_on == "neurons")
         cost = self.costs.total_of(counts)
         for down in (True, False):
-            queue = [s for i in counts if (s := self.step(k, i, counts, down))]
+            queue = [s for i in counts if (s := self.step(i, counts, down))]
             heapq.heapify(queue)
             while queue and (cost > self.limit or not down):
                 _, i, n, price = heapq.heappop(queue)
                 if down or cost + price <= self.limit:
                     counts[i][place] = n
                     cost += -price if down else price
-                    if further := self.step(k, i, counts, down):
+                    if further := self.step(i, counts, down):
                         heapq.heappush(queue, further)
         return counts if self.costs.total_of(counts) <= self.limit * (1 + 1e-9) else None
 
-    def candidate(self, counts: dict, k: int, origin: str, moves: int = 0) -> Candidate | None:
+    def candidate(self, counts: dict, origin: str, moves: int = 0) -> Candidate | None:
         "The candidate with these counts, brought within the budget."
-        if (counts := self.within(counts, k)) is None:
+        if (counts := self.within(counts)) is None:
             return None
-        kept = tuple((i, *counts[i]) for i in sorted(counts))
-        return Candidate(kept, k, origin, moves)
+        return Candidate(tuple((i, *counts[i]) for i in sorted(counts)), origin, moves)
 
     def plan(self, candidate: Candidate) -> PruningPlan:
         "The plan of a candidate."
@@ -275,7 +269,7 @@ class Space:
         counts["layer"] = set(range(len(self.sizes))) - set(stay)
         about = dict(budget=self.budget, costs=asdict(self.costs), allocation="search")
         about |= dict(round_to=self.round_to)
-        plan = plan_of_counts(self.model, self.scores[candidate.scores], counts, None, **about)
+        plan = plan_of_counts(self.model, self.scores, counts, None, **about)
         share = {name: self.costs.total(plan) / self.dense for name in self.budget}
         return replace(plan, meta=plan.meta | {"achieved_budget": share})
 
@@ -289,25 +283,24 @@ class Space:
         ]
         alone = next((n for n, b in enumerate(bases) if self.costs.total(b) <= self.limit), None)
         depths = sorted({round(share * (alone or len(going))) for share in SHARES})
-        for k, scores in enumerate(self.scores):
-            spread = {"layer": "evenly"}
-            if scores.kind in ALLOCATIONS["global"].scores:
-                spread["global"] = "over all"
-                plan = plan_global(self.model, scores, **about)  # also decides which layers go
-                plans.append((plan, k, f"one ranking by {scores.kind}"))
-            for n, (allocation, how) in product(depths, spread.items()):
-                try:
-                    where = dict(base=bases[n], allocation=allocation)
-                    if allocation == "layer":
-                        where["free"] = unprotected(bases[n].layers, None, "blockwise")
-                    plan = plan_global(self.model, scores, **where, **about)
-                except ValueError:  # width alone cannot meet the budget
-                    continue
-                plans.append((plan, k, f"{n} layers, then {scores.kind} {how}"))
+        spread, kind = {"layer": "evenly"}, self.scores.kind
+        if self.comparable:
+            spread["global"] = "over all"
+            plan = plan_global(self.model, self.scores, **about)  # also decides which layers go
+            plans.append((plan, f"one ranking by {kind}"))
+        for n, (allocation, how) in product(depths, spread.items()):
+            try:
+                where = dict(base=bases[n], allocation=allocation)
+                if allocation == "layer":
+                    where["free"] = unprotected(bases[n].layers, None, "blockwise")
+                plan = plan_global(self.model, self.scores, **where, **about)
+            except ValueError:  # width alone cannot meet the budget
+                continue
+            plans.append((plan, f"{n} layers, then {kind} {how}"))
         if alone is not None:
-            plans.append((bases[alone], 0, f"{alone} whole layers"))
-            plans.append((bases[alone - 1], 0, f"{alone - 1} whole layers, the rest by width"))
-        candidates = (self.candidate(plan.counts(), k, origin) for plan, k, origin in plans)
+            plans.append((bases[alone], f"{alone} whole layers"))
+            plans.append((bases[alone - 1], f"{alone - 1} whole layers, the rest by width"))
+        candidates = (self.candidate(plan.counts(), origin) for plan, origin in plans)
         if not (reached := list(dict.fromkeys(c for c in candidates if c is not None))):
             ((name, share),) = self.budget.items()
             raise ValueError(
@@ -352,7 +345,7 @@ class Space:
         counts = {i: units for i, *units in parent.counts}
         for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
             counts = self.moved(counts, rng)
-        return self.candidate(counts, parent.scores, parent.origin, parent.moves + 1)
+        return self.candidate(counts, parent.origin, parent.moves + 1)
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-028
 PARENTS, CHILDREN, PATIENCE = 2, 4, 15  # PATIENCE: generations without an improvement
@@ -449,8 +442,7 @@ class Run:
 
         values = self.seen.setdefault(candidate, {})
         if stage not in values:
-            plan = [candidate.scores, candidate.counts]
-            values[stage] = self.timed(stage, plan, compute)
+            values[stage] = self.timed(stage, candidate.counts, compute)
         return values[stage]
 
     def ranked(self, stage: str) -> list:  # of Candidate
@@ -545,7 +537,7 @@ def search(
     budget: dict,  # a row of BUDGETS with the share that may stay, such as {"latency": 0.7}
     costs: UnitCosts | None = None,  # of a latency budget
     minutes: float | None = 5.0,  # for all that follows the scores; None: no limit
-    scores=None,  # WidthScores, several, and LayerScores; None: Gauss-Newton, block influence
+    scores=None,  # WidthScores, LayerScores, or both; else Gauss-Newton and block influence
     generations: int = 200,  # of moves, at most; 0: recipes alone
     file=None,  # of JSON; an interrupted search continues from there
     ridge: float | None = 0.1,  # of the refits that are compared; None: chosen for each, slower
@@ -557,16 +549,12 @@ def search(
         raise ValueError("a search needs the model in memory: load it without stream.")
     (name, _), batches = check_budget_request(budget), check_batches(batches)
     costs, seconds = costs_of_budget(model, name, costs), check_time(minutes)
-    given = list(scores) if isinstance(scores, (list, tuple)) else [scores] if scores else []
-    layers = [s for s in given if isinstance(s, LayerScores)]
-    widths = [s for s in given if isinstance(s, WidthScores)]
-    if len(layers) > 1 or len(layers) + len(widths) < len(given):
-        raise ValueError("scores: give WidthScores, and at most one LayerScores.")
-    layers = layers or [measure("layerwise", "block_influence", model, batches)]
-    widths = widths or [measure("widthwise", "gauss_newton", model, batches)]
-    space = Space(model, widths, *layers, budget, costs, round_to)
+    layers, widths = (None, None) if scores is None else scores_by_kind(scores)
+    layers = layers or measure("layerwise", "block_influence", model, batches)
+    widths = widths or measure("widthwise", "gauss_newton", model, batches)
+    space = Space(model, widths, layers, budget, costs, round_to)
     options = [SEARCH_VERSION, model_record(model), asdict(costs), budget, ridge, round_to, seed]
-    hashes = tensor_hashes([*(s.tensors for s in layers + widths), *batches])
+    hashes = tensor_hashes([layers.tensors, widths.tensors, *batches])
     run = Run(space, batches, ridge, file, content_hash([*options, *hashes]))
     if minutes is not None:
         check_time(minutes, run.estimate)
