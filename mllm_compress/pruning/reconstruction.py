@@ -30,13 +30,14 @@ from mllm_compress.importance.scores import (
     check_batches,
     check_disk,
     evaluating,
+    free_memory,
     hooked,
     open_passages,
     plus,
+    real_tokens,
     replaced_forward,
     split_rows,
 )
-from ..importance.taylor import free_memory
 from .pruning_plan import PruningPlan
 from .slicing import check_fits
 from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, check_choice
@@ -153,25 +154,6 @@ def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new
         return [True] * len(ids)
     return [k == 0 or not torch.equal(pixels[k], pixels[k - 1]) for k in range(len(ids))]
 
-# %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-019
-def fit_projection(
-    train: Moments,
-    held: Moments,
-    weight: torch.Tensor,  # W₀ [hidden, channels], float64
-    bias: bool,
-    ridge: float | tuple | None,  # a tuple: candidates, chosen on `held`; None: RIDGES
-    dtype: torch.dtype = torch.float64,  # in which λ is chosen
-) -> tuple:  # W, b, the ridge, relative error on the held-out tokens (nan if none were needed)
-    "The refitted projection."
-    error = float("nan")
-    if ridge is None or isinstance(ridge, tuple):
-        candidates = ridge or RIDGES
-        errors = held_out_errors(train, held, weight, bias, candidates, dtype)
-        errors = errors.nan_to_num(held.scale)  # constant inputs have no eigenvalues
-        ridge = candidates[errors.argmin()]
-        error = (max(0.0, errors.min().item()) / held.scale) ** 0.5
-    return *solve_ridge(train + held, weight, ridge, bias), ridge, error
-
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-005
 ROWS = 2048  # tokens of a text that pass through a layer at once, if a row is not longer
 
@@ -235,7 +217,9 @@ def open_streams(
         return wide.setdefault(id(x), (x, x.to(dtype)))[1]
 
     fronts = [open_passages(model, batches) for model in (dense, small)]
-    widest = max(widths_of(anatomy(small)))
+    parts = anatomy(small)
+    slots = (slot for j in range(parts.num_layers) for slot in parts.writers(j))
+    widest = max(slot.module.in_features for slot in slots)
     size = sum(p.first[..., 0].numel() for p in fronts[0]) * dtype.itemsize
     needed = size * (3 * fronts[0][0].first.shape[-1] + widest)
     in_files = needed > free_memory(fronts[0][0].first.device) / 4
@@ -244,10 +228,8 @@ def open_streams(
         for new in sample_groups(batch):
             samples += new
             held.append(samples % HELD == HELD - 1)
-        mask = batch.get("attention_mask")
-        real = torch.ones_like(batch["input_ids"]) if mask is None else mask
         device = pruned.first.device
-        real, held = real.bool().to(device), torch.tensor(held, device=device)
+        real, held = real_tokens(batch).to(device), torch.tensor(held, device=device)
         labels, labels_on = batch.get("labels"), batch["input_ids"].device
         if labels is None:  # a plain LM predicts every token
             labels = batch["input_ids"].masked_fill(~real.to(labels_on), -100)
@@ -257,12 +239,6 @@ def open_streams(
         streams.append(Stream(None, None, calls, real, held, targets, front.between, in_files))
         streams[-1].keep(dense=front.first.to(dtype), pruned=pruned.first.to(dtype))
     return streams
-
-
-def widths_of(parts: Anatomy) -> list:
-    "The input channels of every output projection of a model."
-    layers = range(parts.num_layers)
-    return [s.module.in_features for j in layers for s in parts.linears(j) if s.axis == 1]
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-011
 def written(
@@ -331,16 +307,6 @@ def added(parts: Anatomy, layer: torch.nn.Module, outputs: dict) -> torch.Tensor
     "What outputs of projections, by slot, add to the stream."
     return sum(written(parts, layer, name, y) for name, y in outputs.items())
 
-
-def check_written(parts: Anatomy, i: int, layer, before, outputs: dict, after) -> None:
-    "ValueError where a layer adds something else than what its output projections write."
-    expected = before + added(parts, layer, outputs)
-    if not torch.allclose(after, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise ValueError(
-            f"layer {i} adds more to its input than its output projections write; "
-            "reconstruction has no closed form there."
-        )
-
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-019
 @torch.no_grad()
 def projection_inputs(
@@ -388,8 +354,12 @@ def advance_dense(
             for s in streams:
                 before = plus(s.take("dense"), s.between[i])
                 outputs, after, parallel = run_layer(parts, layer, before, s.calls[i])
-                if s is streams[0]:
-                    check_written(parts, i, layer, before, outputs, after)
+                expected = before + added(parts, layer, outputs) if s is streams[0] else after
+                if not torch.allclose(after, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
+                    raise ValueError(
+                        f"layer {i} adds more to its input than its output projections write; "
+                        "reconstruction has no closed form there."
+                    )
                 s.keep(dense=after)
                 if i == layers[0]:
                     s.parallel, first = parallel, dict([next(iter(outputs.items()))])
@@ -431,22 +401,27 @@ def stage_moments(
 def fit_stage(
     modules: list,  # the projections of one stage, in the pruned model
     moments: tuple,  # see stage_moments
-    ridge: float | tuple | None,
+    ridge: float | tuple | None,  # a tuple: candidates; None: RIDGES
 ) -> dict:  # of a row of the report
     "Refit the projections of one stage."
-    before = torch.cat([m.weight.double() for m in modules], 1)
-    biased = [m for m in modules if m.bias is not None]
+    before, (train, held) = torch.cat([m.weight.double() for m in modules], 1), moments
+    biased, both, error = [m for m in modules if m.bias is not None], train + held, float("nan")
     offset = sum((m.bias.double() for m in biased), torch.zeros_like(before[:, 0]))
-    dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
-    weight, b, chosen, held = fit_projection(*moments, before, bool(biased), ridge, dtype)
+    if ridge is None or isinstance(ridge, tuple):
+        candidates = ridge or RIDGES
+        dtype = torch.promote_types(modules[0].weight.dtype, torch.float32)
+        errors = held_out_errors(train, held, before, bool(biased), candidates, dtype)
+        errors = errors.nan_to_num(held.scale)  # constant inputs have no eigenvalues
+        ridge = candidates[errors.argmin()]
+        error = (max(0.0, errors.min().item()) / held.scale) ** 0.5
+    weight, b = solve_ridge(both, before, ridge, bool(biased))
     for module, part in zip(modules, weight.split([m.in_features for m in modules], 1)):
         module.weight.copy_(part)
     if biased:
         biased[-1].bias.copy_(b - sum(m.bias.double() for m in biased[:-1]))
-    both = moments[0] + moments[1]
-    row = dict(channels=before.shape[1], tokens=both.tokens, ridge=chosen)
+    row = dict(channels=before.shape[1], tokens=both.tokens, ridge=ridge)
     row |= dict(before=relative_error(both, before, offset))
-    return row | dict(after=relative_error(both, weight, b), held_out=held)
+    return row | dict(after=relative_error(both, weight, b), held_out=error)
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-035
 def fit_layer(
@@ -510,7 +485,7 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
             "this model is already reconstructed: start again from apply_plan(dense, plan)."
         )
     parts = anatomy(small)
-    expected = [(len(plan.kept("heads", i)), len(plan.kept("neurons", i))) for i in plan.layers]
+    expected = list(plan.counts().values())
     present = [(parts.groups(j), parts.neurons(j)) for j in range(parts.num_layers)]
     if present != expected:
         raise ValueError(
@@ -521,15 +496,14 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-014
 def widest_fit(parts: Anatomy) -> int:
     "The most input channels that the output projections of one layer have."
-    slots = [[s for s in parts.linears(j) if s.axis == 1] for j in range(parts.num_layers)]
-    return max(sum(s.module.in_features for s in layer) for layer in slots)
+    layers = (parts.writers(j) for j in range(parts.num_layers))
+    return max(sum(s.module.in_features for s in slots) for slots in layers)
 
 
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | tuple | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     needed = widest_fit(anatomy(small))
-    masks = [(b["input_ids"], b.get("attention_mask")) for b in batches]
-    tokens = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in masks)
+    tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
     if tokens <= needed:
         raise ValueError(
             f"{tokens} calibration tokens are too few: the widest fit has {needed} channels, so "
@@ -659,24 +633,6 @@ def reconstruct(
     setattr(small.config, MARK, mark_of(plan, rows, ridge))
     return (small, pd.DataFrame(rows)) if return_report else small
 
-# %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-018
-def reconstruction_cost(
-    dense: PreTrainedModel,  # on any device, meta included
-    small: PreTrainedModel,  # its pruned form, likewise
-    tokens: int,  # of calibration, padding included
-) -> dict:  # operations, and bytes at the peak beyond what lies outside the layers
-    "Operations and memory of a reconstruction from files, in closed form."
-    weights = lambda parts: [sum(p.numel() for p in x.parameters()) for x in parts.layers]
-    before, after = weights(anatomy(dense)), weights(anatomy(small))
-    hidden, widths = anatomy(dense).text_config.hidden_size, widths_of(anatomy(small))
-    work = 2 * tokens * (sum(before) + sum(after))
-    work += sum(2 * tokens * k * (k + hidden) for k in widths)
-    work += sum(14 * k**3 + 22 * k**2 * hidden for k in widths)
-    k, layer = max(widths), 4 * (max(before) + max(after))
-    sums = 8 * (7 * k**2 + 7 * k * hidden)  # gram and cross, their parts, weight and solution
-    states = 5 if anatomy(dense).family.post_norms else 3  # float32, of every token
-    return {"operations": work, "bytes": 4 * tokens * (states * hidden + k) + sums + layer}
-
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #enough
 LEAST = 32_768  # calibration tokens
 
@@ -692,9 +648,11 @@ def refit_seconds(
 ) -> float:  # seconds, or more
     "A forecast for Gauss-Newton scores and the refit on this device, if nothing is removed."
     parts, device = anatomy(model), device_of(model)
-    work = reconstruction_cost(model, model, tokens)["operations"]
-    work += 6 * tokens * lm_parameters(model)  # forward, backward, and layers that run again
-    x, w = (torch.randn(512, parts.hidden_size, device=device) for _ in range(2))
+    hidden, weights = parts.hidden_size, sum(p.numel() for p in parts.layers.parameters())
+    work = 4 * tokens * weights + 6 * tokens * lm_parameters(model)
+    for k in (s.module.in_features for i in range(parts.num_layers) for s in parts.writers(i)):
+        work += 2 * tokens * k * (k + hidden) + 14 * k**3 + 22 * k**2 * hidden
+    x, w = (torch.randn(512, hidden, device=device) for _ in range(2))
     for _ in range(2):  # the first product warms up
         start = time.perf_counter()
         (x @ w.T).sum().item()
@@ -709,8 +667,8 @@ def compensate_bias(small, dense, batches: list, plan: PruningPlan) -> PreTraine
     small, (means, _) = copy.deepcopy(small), input_moments(dense, batches)
     for j, i in enumerate(plan.layers):
         kept = {"head": plan.heads.get(i), "neuron": plan.neurons.get(i)}
-        pairs = zip(anatomy(dense).linears(i), anatomy(small).linears(j))
-        for full, cut in (p for p in pairs if p[0].axis == 1 and kept[p[0].kind] is not None):
+        pairs = zip(anatomy(dense).writers(i), anatomy(small).writers(j))
+        for full, cut in (p for p in pairs if kept[p[0].kind] is not None):
             gone = torch.ones(full.module.in_features, dtype=torch.bool)
             gone[full.index(kept[full.kind])] = False
             mean = means[i, full.name][gone].to(full.module.weight)
@@ -733,24 +691,19 @@ def fold_linear_map(
     for j, (i, end) in enumerate(zip(plan.layers, [*plan.layers[1:], plan.num_layers])):
         advance_dense(before, streams, range(i, end))
         if end > i + 1:
-            fold_into(after, j, i, streams, ridge)
+            moments, slot = Moments(), after.writers(j)[-1]
+            for s in streams:
+                outputs, state, _ = run_layer(after, after.layers[j], s.pruned, s.calls[i])
+                wrote = written(after, after.layers[j], slot.name, outputs[slot.name])
+                missing = s.dense - (state - wrote)
+                moments.add(*(x[s.real] for x in (wrote, missing, s.dense, s.real.to(wrote))))
+            identity = torch.eye(slot.module.out_features, dtype=torch.float64)
+            fitted, _ = solve_ridge(moments, identity, ridge, bias=False)
+            for p in slot.module.parameters():
+                p.copy_(fitted @ p.double())
         for s in streams:
             s.pruned = after.layers[j](s.pruned, **s.calls[i])
     return small.to(dtype)
-
-# %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-012
-def fold_into(parts, j: int, i: int, streams: list, ridge: float) -> None:
-    "Fit the map of layer `j`, the layer `i` of the dense model, and multiply its matrix with it."
-    moments, slot = Moments(), parts.linears(j)[-1]
-    for s in streams:
-        outputs, after, _ = run_layer(parts, parts.layers[j], s.pruned, s.calls[i])
-        wrote = written(parts, parts.layers[j], slot.name, outputs[slot.name])
-        missing = s.dense - (after - wrote)
-        moments.add(wrote[s.real], missing[s.real], s.dense[s.real], s.real[s.real].to(wrote))
-    identity = torch.eye(slot.module.out_features, dtype=torch.float64)
-    fitted, _ = solve_ridge(moments, identity, ridge, bias=False)
-    for p in (p for p in (slot.module.weight, slot.module.bias) if p is not None):
-        p.copy_(fitted @ p.double())
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-014
 @dataclass(frozen=True)
