@@ -24,10 +24,13 @@ _ROOMS = {
     "load_pruned": "checkpoint",
     "advise": "study.advice",
 }
+_SUBPACKAGES = "anatomy zoo data importance pruning checkpoint recovery evaluation cost".split()
 
 
 def __getattr__(name: str):
-    "A public name of a room, imported on first use."
+    "A subpackage, or a public name of one, imported on first use."
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
@@ -35,7 +38,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list:
     "The names that the package offers."
-    return sorted([*globals(), *_ROOMS])
+    return sorted([*globals(), *_SUBPACKAGES, *_ROOMS])
 
 # %% ../nbs/library/00_package.ipynb #public-names
 _all_ = [
@@ -131,13 +134,8 @@ class _AfterImport(MetaPathFinder):
         spec.loader.exec_module = run_and_register
         return spec
 
-
-def register_when_imported() -> None:
-    "Register now if the auto classes are there, else as soon as they are imported."
-    if _AUTO in sys.modules:
-        register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
 # %% ../nbs/library/00_package.ipynb #cell-005
-register_when_imported()
+if _AUTO in sys.modules:
+    register()
+else:
+    sys.meta_path.insert(0, _AfterImport())

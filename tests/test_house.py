@@ -43,6 +43,9 @@ def imports(module: str) -> list:  # of (module, name or "")
             for alias in node.names:
                 whole = f"{base}.{alias.name}"
                 pairs.append((whole, "") if whole in MODULES else (base, alias.name))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("mc."):
+            whole = f"mllm_compress{ast.unparse(node)[2:]}"  # imported when it is used
+            pairs.append((whole, "") if whole in MODULES else tuple(whole.rsplit(".", 1)))
     return [(m, name) for m, name in pairs if m in MODULES and m != module]
 
 

@@ -9,6 +9,9 @@ __all__ = ['ConvertRequest', 'convert', 'ExportRequest', 'export', 'QuantizeRequ
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
+import mllm_compress as mc
 from . import requests as cli
 
 # %% ../../nbs/library/cli/10_exporting.ipynb #cell-004
@@ -16,18 +19,15 @@ class ConvertRequest(cli.Request):
     "An original release, and where its conversion is written."
 
     arguments: ClassVar = ("source", "out")
-    source: cli.File = cli.option(
-        ..., "Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release."
-    )
-    out: cli.File = cli.option(..., "New folder, for plain from_pretrained.")
-    tower: cli.File | None = cli.option(
-        None, "Folder of the vision tower, for LLaVA, whose release has none."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = cli.option(
-        None,
-        "float32, bfloat16 or float16; default: the checkpoint's. The originals are float16; train "
-        "in bfloat16.",
-    )
+    source: cli.File
+    "Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release."
+    out: cli.File
+    "New folder, for plain from_pretrained."
+    tower: cli.File | None = None
+    "Folder of the vision tower, for LLaVA, whose release has none."
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """float32, bfloat16 or float16; default: the checkpoint's. The originals are float16; train in
+    bfloat16."""
 
 
 @cli.command(ConvertRequest)
@@ -43,17 +43,14 @@ def convert(request: ConvertRequest) -> dict:
         raise FileExistsError(f"{out} exists and is not an empty folder; give a new folder.")
     import torch
 
-    from mllm_compress.checkpoint.saving import check_not_read, check_writable
-    from mllm_compress.zoo import releases
-
-    check_not_read(out.resolve(), {"release": source})
-    check_writable(out)
+    mc.checkpoint.saving.check_not_read(out.resolve(), {"release": source})
+    mc.checkpoint.saving.check_writable(out)
     dtype = getattr(torch, request.dtype) if request.dtype else None
-    original = releases.open_original(source, request.tower, dtype)
+    original = mc.zoo.releases.open_original(source, request.tower, dtype)
     tensors = original.model.state_dict().values()  # on the meta device
     total = sum(t.numel() * t.element_size() for t in tensors)
-    check_writable(out, total)
-    releases.convert_original(source, out, request.tower, dtype, progress=cli.progress())
+    mc.checkpoint.saving.check_writable(out, total)
+    mc.zoo.releases.convert_original(source, out, request.tower, dtype, progress=cli.progress())
     kind, name = str(original.model.dtype).split(".")[-1], original.release.name
     text = f"{name}, {total / 2**30:.2f} GiB in {kind}\nwritten to {out}"
     return cli.emit(text, {"out": str(out), "release": name, "bytes": total, "dtype": kind})
@@ -63,20 +60,22 @@ class ExportRequest(cli.Request):
     "A model, and the engine that it is written for."
 
     arguments: ClassVar = ("model",)
-    model: str = cli.MODEL
-    to: str = cli.option(..., "The engine.")
-    out: cli.File = cli.option(..., "GGUF file, or folder for the other engines, to write.")
-    dtype: str = cli.option("", "Type of the weights.")
-    fill: bool = cli.option(False, "Fill widths up with zero units where the engine needs it.")
-    overwrite: bool = cli.OVERWRITE
+    model: cli.Model
+    to: str
+    "The engine."
+    out: cli.File
+    "GGUF file, or folder for the other engines, to write."
+    dtype: str = ""
+    "Type of the weights."
+    fill: bool = False
+    "Fill widths up with zero units where the engine needs it."
+    overwrite: cli.Overwrite = False
 
     @staticmethod
     def tables():
         "The engines, and their types."
-        from mllm_compress.checkpoint.engines import ENGINES
-
-        types = {name: ", ".join(row.dtypes) for name, row in ENGINES.items()}
-        return {"to": cli.listed(ENGINES), "dtype": cli.listed(types)}
+        types = {name: ", ".join(row.dtypes) for name, row in mc.checkpoint.engines.ENGINES.items()}
+        return {"to": cli.listed(mc.checkpoint.engines.ENGINES), "dtype": cli.listed(types)}
 
 
 @cli.command(ExportRequest)
@@ -84,12 +83,10 @@ def export(request: ExportRequest) -> dict:
     "Write a model for an inference engine: llama.cpp (GGUF), vLLM, or plain transformers."
     from transformers.utils import logging
 
-    from mllm_compress.checkpoint import export_model
-
     logging.disable_progress_bar()
     cli.check_models(request.model)
     r = request
-    facts = export_model(r.model, r.to, r.out, r.dtype or None, r.fill, r.overwrite)
+    facts = mc.checkpoint.export_model(r.model, r.to, r.out, r.dtype or None, r.fill, r.overwrite)
     notes = "".join(f"\n- {line}" for line in facts["notes"])
     size = f"{facts['bytes'] / 2**20:.1f} MiB"
     return cli.emit(f"written to {r.out}: {facts['architecture']}, {size}{notes}", facts)
@@ -99,17 +96,19 @@ class QuantizeRequest(cli.Request):
     "A pruned checkpoint, and its bits per weight."
 
     arguments: ClassVar = ("model",)
-    model: str = cli.option(..., "Folder that `prune` or `recover` wrote.")
-    to: str = cli.option(..., "The format.")
-    out: cli.File = cli.OUT
-    overwrite: bool = cli.OVERWRITE
+    model: str
+    "Folder that `prune` or `recover` wrote."
+    to: str
+    "The format."
+    out: cli.Out
+    overwrite: cli.Overwrite = False
 
     @staticmethod
     def tables():
         "The formats."
-        from mllm_compress.checkpoint.quantizing import QUANTIZATIONS
+        from mllm_compress.checkpoint import quantizing
 
-        return {"to": cli.listed(QUANTIZATIONS)}
+        return {"to": cli.listed(quantizing.QUANTIZATIONS)}
 
 
 @cli.command(QuantizeRequest)
@@ -134,9 +133,12 @@ class PushRequest(cli.Request):
     "A checkpoint, and where it is published."
 
     arguments: ClassVar = ("folder", "repo")
-    folder: cli.File = cli.option(..., "Folder that `prune` or `recover` wrote.")
-    repo: str = cli.option(..., "owner/name on the hub.")
-    private: bool = cli.option(True, "Make the repository private.")
+    folder: cli.File
+    "Folder that `prune` or `recover` wrote."
+    repo: str = Field(pattern=r"^\w[\w.-]*/\w[\w.-]*$", examples=["owner/name"])
+    "owner/name on the hub."
+    private: bool = True
+    "Make the repository private."
 
     kept: ClassVar = "What was uploaded so far may be on the hub."
 
@@ -144,15 +146,9 @@ class PushRequest(cli.Request):
 @cli.command(PushRequest)
 def push(request: PushRequest) -> dict:
     "Verify a checkpoint and publish it on the hub; other files of its folder are left out."
-    import re
-
-    from mllm_compress.checkpoint import is_checkpoint, push_to_hub
-
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", request.repo):
-        raise ValueError(f"{request.repo!r} is not an id of the hub: write owner/name.")
-    if not is_checkpoint(request.folder):
+    if not mc.checkpoint.is_checkpoint(request.folder):
         raise ValueError(
             f"{request.folder} is not a checkpoint of prune or recover: give its folder."
         )
-    where = push_to_hub(request.folder, request.repo, request.private)
+    where = mc.checkpoint.push_to_hub(request.folder, request.repo, request.private)
     return cli.emit(f"published at {where}", {"repo": request.repo, "commit": where})

@@ -12,7 +12,9 @@ from typing import ClassVar
 
 import typer
 
+import mllm_compress as mc
 from . import requests as cli
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-004
 class ModelsRequest(cli.Request):
@@ -21,9 +23,7 @@ class ModelsRequest(cli.Request):
     @staticmethod
     def tables():
         "The models known by name."
-        from mllm_compress.zoo.models import MODELS
-
-        return dict(MODELS)
+        return dict(mc.zoo.MODELS)
 
 
 @cli.command(ModelsRequest)
@@ -38,22 +38,18 @@ class CardsRequest(cli.Request):
     "A model whose memory is estimated."
 
     arguments: ClassVar = ("name",)
-    name: str = cli.option(..., "LLaVA-v1.5-7B, Bunny-v1.0-3B or Mini-InternVL-Chat-4B.")
+    name: str
+    "LLaVA-v1.5-7B, Bunny-v1.0-3B or Mini-InternVL-Chat-4B."
 
 
 @cli.command(CardsRequest)
 def cards(request: CardsRequest) -> dict:
     "What a real model of the study needs, dense and pruned, and on which card it fits."
-    from mllm_compress.cost import memory
-
-    needs = memory.memory_table(request.name)
-    lines = [
-        "GiB, estimated on the meta device; training with the dense teacher loaded, one sample per "
-        "pass",
-        cli.table_text(needs, ".2f"),
-    ]
-    kinds = ("answering", "scoring", *memory.KINDS)
-    lines += [f"{kind:<10} {memory.fits(needs[kind].max())}" for kind in kinds]
+    needs = mc.cost.memory.memory_table(request.name)
+    title = "GiB, estimated; training with the dense teacher loaded, one sample per pass"
+    kinds = ("answering", "scoring", *mc.cost.memory.KINDS)
+    lines = [title, cli.table_text(needs, ".2f")]
+    lines += [f"{kind:<10} {mc.cost.memory.fits(needs[kind].max())}" for kind in kinds]
     return cli.emit("\n".join(lines), {"GiB": cli.table_rows(needs)})
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
@@ -61,21 +57,18 @@ class CostRequest(cli.Request):
     "A model, and what of its cost is shown."
 
     arguments: ClassVar = ("model",)
-    model: str = cli.MODEL
-    latency: bool = cli.option(False, "Measure seconds too.")
-    ratio: float | None = cli.option(
-        None, "Show what pruning by this ratio would save; needs no weights."
-    )
-    stream: bool = cli.option(
-        False,
-        "Show what scoring, pruning and refitting take while the weights stay in their files: "
-        "weights in memory at once, and bytes read.",
-    )
-    units: cli.File | None = cli.option(
-        None, "JSON file to write: seconds per head, neuron and layer, for a budget."
-    )
-    device: str = cli.DEVICE
-    overwrite: bool = cli.OVERWRITE
+    model: cli.Model
+    latency: bool = False
+    "Measure seconds too."
+    ratio: float | None = None
+    "Show what pruning by this ratio would save; needs no weights."
+    stream: bool = False
+    """Show what scoring, pruning and refitting take while the weights stay in their files: weights
+    in memory at once, and bytes read."""
+    units: cli.File | None = None
+    "JSON file to write: seconds per head, neuron and layer, for a budget."
+    device: cli.Device = "auto"
+    overwrite: cli.Overwrite = False
 
 
 def _cost_without_weights(request: CostRequest) -> dict:
@@ -83,35 +76,27 @@ def _cost_without_weights(request: CostRequest) -> dict:
     import torch
     from transformers import AutoConfig
 
-    from mllm_compress.cost import memory, report
-    from mllm_compress.zoo.models import native_folder
-    from mllm_compress.zoo.releases import known_config
-
     model, ratio = request.model, 0.3 if request.ratio is None else request.ratio
-    folder = native_folder(model) or Path(model)
+    folder = mc.zoo.models.native_folder(model) or Path(model)
     present = (folder / "config.json").is_file()
-    config = AutoConfig.from_pretrained(folder) if present else known_config(model)
-    facts = {"model": model, "ratio": ratio}
-    if not request.stream:
-        frame = report.cost_by_ratio(config, ratio)
-        text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
+    config = AutoConfig.from_pretrained(folder) if present else mc.zoo.releases.known_config(model)
+    if request.stream:
+        empty = mc.cost.arithmetic.without_weights(config, config.dtype or torch.bfloat16)
+        frame = mc.cost.memory.streaming_table(empty, ratio=ratio)
+        title = f"{model}, its weights in files; states and activations come on top"
+        text = cli.table_text(frame, ",.2f")
+    else:
+        frame = mc.cost.report.cost_by_ratio(config, ratio)
         title = f"{model}, bfloat16, one picture and 64 words"
-        return cli.emit(f"{title}\n{text}", facts | {"rows": cli.table_rows(frame)})
-    empty = report.without_weights(config, config.dtype or torch.bfloat16)
-    frame = memory.streaming_table(empty, ratio=ratio)
-    title = f"{model}, its weights in files; states and activations come on top"
-    facts |= {"rows": cli.table_rows(frame)}
-    return cli.emit(f"{title}\n{cli.table_text(frame, ',.2f')}", facts)
+        text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
+    facts = {"model": model, "ratio": ratio, "rows": cli.table_rows(frame)}
+    return cli.emit(f"{title}\n{text}", facts)
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-012
 def timed_units(model, processor):
     "The table of costs of the device that a model is on, with a note of what was measured."
-    from mllm_compress.cost.arithmetic import example_inputs
-    from mllm_compress.cost.report import prompt_tokens
-    from mllm_compress.cost.timing import unit_seconds
-
-    tokens = prompt_tokens(processor) if processor else 64
-    costs = unit_seconds(model, example_inputs(model, tokens))
+    tokens = mc.cost.report.prompt_tokens(processor) if processor else 64
+    costs = mc.cost.timing.unit_seconds(model, mc.cost.example_inputs(model, tokens))
     share = sum(costs.layers) / costs.meta["dense"]
     cli.note(
         f"a token takes {1e3 * costs.meta['dense']:.2f} ms here, {share:.0%} of it overhead of "
@@ -124,18 +109,13 @@ def timed_units(model, processor):
 def cost(request: CostRequest) -> dict:
     "Parameters, operations, bytes and seconds of a model; with --ratio by its config alone."
     if request.ratio is not None or request.stream:
-        if request.latency or request.units:
-            what = "--latency" if request.latency else "--units"
-            raise ValueError(
-                f"{what} needs weights: leave it out, or leave out --ratio and --stream."
-            )
+        request.refuse(["latency", "units"], "with --ratio and --stream, which need no weights")
         return _cost_without_weights(request)
-    from mllm_compress.cost.report import cost_report
 
     cli.check_output_file(request.units, request.overwrite)
     cli.check_models(request.model)
     model, processor = cli.load(request.model, cli.resolve_device(request.device))
-    report = cost_report(model, processor, latency=request.latency)
+    report = mc.cost.cost_report(model, processor, latency=request.latency)
     if request.units is not None:
         timed_units(model, processor).save(request.units)
     rows = report.to_frame().to_dict("records")
@@ -146,24 +126,23 @@ class CheckRequest(cli.Request):
     "A model, and the checks to run on it."
 
     arguments: ClassVar = ("model",)
-    model: str = cli.MODEL
-    only: list[str] = cli.option([], "A check to run; several times for several.")
-    device: str = cli.option("cpu", cli.DEVICE.description)
+    model: cli.Model
+    only: list[str] = []
+    "A check to run; several times for several."
+    device: cli.Device = "cpu"
 
 
 @cli.command(CheckRequest)
 def check(request: CheckRequest) -> dict:
     "Check which steps work on a checkpoint: parts, pruning, recovery, evaluation, reload."
     from mllm_compress.cli import check as checks
-    from mllm_compress.utils.methods import check_choice
 
     for name in request.only:
         check_choice("check", name, checks.CHECKS)
     cli.check_models(request.model)
-    model, processor = cli.load(request.model, cli.resolve_device(request.device))
-    names = tuple(request.only or checks.CHECKS)
-    findings = checks.run_checks(checks.Case(model, processor), names)
-    rows = [vars(finding) for finding in findings]
+    case = checks.Case(*cli.load(request.model, cli.resolve_device(request.device)))
+    findings = checks.run_checks(case, tuple(request.only or checks.CHECKS))
+    rows = [finding._asdict() for finding in findings]
     cli.emit(checks.findings_text(findings), {"model": request.model, "checks": rows})
     if any(finding.passed is False for finding in findings):
         raise typer.Exit(1)
@@ -173,7 +152,8 @@ class ShowRequest(cli.Request):
     "A folder to describe."
 
     arguments: ClassVar = ("folder",)
-    folder: cli.File = cli.option(..., "Folder that `score`, `prune` or `recover` wrote.")
+    folder: cli.File
+    "Folder that `score`, `prune` or `recover` wrote."
 
 
 @cli.command(ShowRequest)
@@ -183,27 +163,24 @@ def show(request: ShowRequest) -> dict:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: check the path.")
     if (folder / "scores.json").is_file():
-        from mllm_compress.importance.scores import load_scores
-
-        scores = load_scores(folder)
+        scores = mc.importance.load_scores(folder)
         lines = [f"{folder}: {scores}", *(f"  {k:<14}{v}" for k, v in scores.meta.items())]
         facts = {"folder": str(folder), "kind": scores.kind, "meta": scores.meta}
         return cli.emit("\n".join(lines), facts)
-    from mllm_compress.checkpoint import formats
-    from mllm_compress.pruning.pruning_plan import PruningPlan
 
-    if not formats.is_checkpoint(folder):
+    if not mc.checkpoint.is_checkpoint(folder):
         raise ValueError(
             f"{folder} was not written by mllm-compress: give a folder of score, prune or "
             "recover. `mllm-compress cost` describes any model."
         )
-    manifest = formats.verify(folder)
-    plan, steps = PruningPlan.load(folder / formats.PLAN), manifest.get("provenance", [])
+    manifest = mc.checkpoint.verify(folder)
+    plan = mc.pruning.PruningPlan.load(folder / mc.checkpoint.formats.PLAN)
+    steps = manifest.get("provenance", [])
     kind, model_class = manifest["kind"], manifest["model_class"]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     about = f"{folder}: {model_class} in format {kind}, {size / 2**20:.1f} MiB"
     loader = "plain transformers" if kind == "stock" else "mllm_compress.load_pruned"
-    lines = [about, str(plan), formats.describe_steps(steps), f"Loads with {loader}."]
+    lines = [about, str(plan), mc.checkpoint.formats.describe_steps(steps), f"Loads with {loader}."]
     facts = {"folder": str(folder), "kind": kind, "bytes": size, "provenance": steps}
     facts |= {"model_class": model_class, "achieved_ratio": plan.achieved_ratio}
     return cli.emit("\n".join(lines), facts)

@@ -19,13 +19,16 @@ from . import requests as cli
 class AdviseRequest(cli.Request):
     "What is to be compressed, and what there is for it."
 
-    model: str = cli.option(..., "A model of the study, or another.")
-    ratio: float = cli.option(..., "Fraction of the LM decoder's parameters to remove.")
-    data: float = cli.option(0.05, "Fraction of the training data at hand.")
-    training: bool = cli.option(True, "Whether students may be trained.")
-    profile: str | None = cli.option(
-        None, "The study profile to use; the recommended one otherwise."
-    )
+    model: str
+    "A model of the study, or another."
+    ratio: float
+    "Fraction of the LM decoder's parameters to remove."
+    data: float = 0.05
+    "Fraction of the training data at hand."
+    training: bool = True
+    "Whether students may be trained."
+    profile: str | None = None
+    "The study profile to use; the recommended one otherwise."
 
 
 @cli.command(AdviseRequest)
@@ -33,11 +36,9 @@ def advise(request: AdviseRequest) -> dict:
     "Recommend a compression from the results of a study, with the evidence."
     from mllm_compress.study import advice
 
-    r = request
-    given = advice.advise(r.model, r.ratio, r.data, r.training, r.profile)
-    record = {"model": r.model, "ratio": r.ratio, "profile": given.profile}
-    record |= {"setting": given.setting, "advice": str(given)}
-    return cli.emit(str(given), record)
+    given = advice.advise(**dict(request))
+    record = {"model": request.model, "ratio": request.ratio, "profile": given.profile}
+    return cli.emit(str(given), record | {"setting": given.setting, "advice": str(given)})
 
 # %% ../../nbs/library/cli/07_studying.ipynb #cell-004
 class _Lines(io.StringIO):
@@ -70,22 +71,26 @@ def _as_one_object(**facts):
 class StudyRequest(cli.Request):
     "A profile, and how much of its study is run."
 
-    profile: str = cli.option("quick", "Scale of the study, or a path to a .yaml file.")
-    model: str = cli.option("", "Only this model of the profile.")
-    only: list[str] = cli.option([], "Run only this notebook; may be repeated.")
-    parameter: list[str] = cli.option(
-        [], "NAME=VALUE, a parameter of the notebooks; may be repeated."
-    )
-    workers: int = cli.option(0, "Processes; 0: one per core or GPU.")
-    executor: str = cli.option("local", "local, slurm, or inline for debugging.")
-    reuse: cli.File | None = cli.option(
-        None, "A results.zip of earlier figures: its results are not computed again."
-    )
-    dry_run: bool = cli.option(False, "Only print what would be computed.")
-    publish: bool = cli.option(
-        False, "Write to figures/PROFILE, which git tracks, as maintainers do."
-    )
-    status: bool = cli.option(False, "Only list the stored results.")
+    profile: str = "quick"
+    "Scale of the study, or a path to a .yaml file."
+    model: str = ""
+    "Only this model of the profile."
+    only: list[str] = []
+    "Run only this notebook; may be repeated."
+    parameter: list[str] = []
+    "NAME=VALUE, a parameter of the notebooks; may be repeated."
+    workers: int = 0
+    "Processes; 0: one per core or GPU."
+    executor: str = "local"
+    "local, slurm, or inline for debugging."
+    reuse: cli.File | None = None
+    "A results.zip of earlier figures: its results are not computed again."
+    dry_run: bool = False
+    "Only print what would be computed."
+    publish: bool = False
+    "Write to figures/PROFILE, which git tracks, as maintainers do."
+    status: bool = False
+    "Only list the stored results."
 
     kept: ClassVar = "Finished results are kept; the same command continues from them."
 
@@ -112,7 +117,8 @@ def study(request: StudyRequest) -> None:
 class ReportRequest(cli.Request):
     "The profile whose page is made."
 
-    profile: str = cli.option("quick", "Whose executed notebooks to show.")
+    profile: str = "quick"
+    "Whose executed notebooks to show."
 
 
 @cli.command(ReportRequest)

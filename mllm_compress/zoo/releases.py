@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NATIVE', 'RELEASED', 'REAL_MODELS', 'is_original_layout', 'Released', 'known_name', 'known_config', 'real_name',
-           'real_config', 'native_config', 'load_original', 'convert_original']
+           'real_config', 'native_config', 'open_original', 'load_original', 'convert_original']
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #cell-003
 import json
