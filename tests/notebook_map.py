@@ -164,7 +164,7 @@ def rows() -> str:
     from mllm_compress.cli import app
 
     callbacks = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
-    tables = {name: run.request.tables() for name, run in sorted(callbacks.items())}
+    tables = {name: run.request.rows() for name, run in sorted(callbacks.items())}
     filled = {name: table for name, table in tables.items() if table}
     return json.dumps(filled, indent=1, ensure_ascii=False) + "\n"
 

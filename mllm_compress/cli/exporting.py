@@ -71,11 +71,10 @@ class ExportRequest(cli.Request):
     "Fill widths up with zero units where the engine needs it."
     overwrite: cli.Overwrite = False
 
-    @staticmethod
-    def tables():
-        "The engines, and their types."
-        types = {name: ", ".join(row.dtypes) for name, row in mc.checkpoint.engines.ENGINES.items()}
-        return {"to": cli.listed(mc.checkpoint.engines.ENGINES), "dtype": cli.listed(types)}
+    tables: ClassVar = {
+        "to": lambda: mc.checkpoint.engines.ENGINES,
+        "dtype": lambda: {n: ", ".join(e.dtypes) for n, e in mc.checkpoint.engines.ENGINES.items()},
+    }
 
 
 @cli.command(ExportRequest)
@@ -103,12 +102,7 @@ class QuantizeRequest(cli.Request):
     out: cli.Out
     overwrite: cli.Overwrite = False
 
-    @staticmethod
-    def tables():
-        "The formats."
-        from mllm_compress.checkpoint import quantizing
-
-        return {"to": cli.listed(quantizing.QUANTIZATIONS)}
+    tables: ClassVar = {"to": lambda: mc.checkpoint.quantizing.QUANTIZATIONS}
 
 
 @cli.command(QuantizeRequest)
@@ -116,10 +110,8 @@ def quantize(request: QuantizeRequest) -> dict:
     "Store a pruned checkpoint with 8 or 4 bits per weight of its decoder."
     from transformers.utils import logging
 
-    from mllm_compress.checkpoint import quantizing
-
     logging.disable_progress_bar()
-    quantizing.quantize(request.model, request.to, request.out, request.overwrite)
+    mc.checkpoint.quantize(request.model, request.to, request.out, request.overwrite)
     before, after = (
         sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
         for folder in (request.model, request.out)

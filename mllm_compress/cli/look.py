@@ -20,8 +20,8 @@ from ..utils.methods import check_choice
 class ModelsRequest(cli.Request):
     "No options."
 
-    @staticmethod
-    def tables():
+    @classmethod
+    def rows(cls) -> dict:  # name -> what it is
         "The models known by name."
         return dict(mc.zoo.MODELS)
 
@@ -111,7 +111,6 @@ def cost(request: CostRequest) -> dict:
     if request.ratio is not None or request.stream:
         request.refuse(["latency", "units"], "with --ratio and --stream, which need no weights")
         return _cost_without_weights(request)
-
     cli.check_output_file(request.units, request.overwrite)
     cli.check_models(request.model)
     model, processor = cli.load(request.model, cli.resolve_device(request.device))

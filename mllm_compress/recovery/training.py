@@ -448,7 +448,7 @@ def _claim(folder: Path, run: dict) -> None:
     if differs := [key for key in run if before.get(key) != run[key]]:
         raise ValueError(
             f"{folder} holds checkpoints of another run (different {', '.join(differs)}): "
-            "give another folder or delete it."
+            "give another folder, or delete it (--restart)."
         )
 
 # %% ../../nbs/library/recovery/05_training.ipynb #search-code
