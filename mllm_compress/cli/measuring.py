@@ -11,61 +11,59 @@ import shutil
 from pathlib import Path
 from typing import ClassVar
 
+import mllm_compress as mc
 from . import requests as cli
+from ..utils.files import content_hash, write_atomically
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-004
 def all_benchmarks() -> dict:  # name -> Benchmark
     "The benchmarks of the library, and those that the study adds."
-    from mllm_compress.evaluation import BENCHMARKS
     from mllm_compress.study import emoji, texts  # noqa: F401  (they add their rows)
 
-    return BENCHMARKS
+    return mc.evaluation.BENCHMARKS
 
 
 class MeasureRequest(cli.DataRequest):
     "What a model is scored on."
 
-    benchmark: list[str] = cli.option([], "May be repeated.")
-    questions: cli.File | None = cli.option(
-        None, "A file with questions of your own, with answers."
-    )
-    scorer: str = cli.option("exact", "For --questions.")
-    limit: cli.Limit = cli.option(0, "Questions per benchmark; 0: all.")
-    answers: cli.File | None = cli.option(
-        None, "Folder for every answer; after an interruption the same command continues from it."
-    )
+    benchmark: list[str] = []
+    """May be repeated; default: the scenes and easy-vqa. Public sets are read from
+    $MLLM_COMPRESS_BENCHMARKS."""
+    questions: cli.File | None = None
+    "A file with questions of your own, with answers."
+    scorer: str = "exact"
+    "For --questions."
+    limit: cli.Limit = 0
+    "Questions per benchmark; 0: all, and 256 samples for perplexity."
+    answers: cli.File | None = None
+    "Folder for every answer; after an interruption the same command continues from it."
 
-    @staticmethod
-    def tables():
-        "The benchmarks, and the scorers of own questions."
-        from mllm_compress.evaluation.benchmarks import OWN_SCORERS, SMALL_SUITE
-        from mllm_compress.evaluation.scorers import SCORERS
-
-        named = {k: row for k, row in all_benchmarks().items() if not k.startswith("own/")}
-        benchmarks = (
-            f"Default: {', '.join(SMALL_SUITE)}. {cli.listed(named)} perplexity: of the answers or "
-            "texts in --data. Public sets are read from $MLLM_COMPRESS_BENCHMARKS."
-        )
-        scorers = cli.listed({name: SCORERS[name] for name in OWN_SCORERS})
-        return {"benchmark": benchmarks, "scorer": scorers}
+    tables: ClassVar = {
+        "benchmark": lambda: (
+            {name: row for name, row in all_benchmarks().items() if not name.startswith("own/")}
+            | {"perplexity": "of the answers or texts in --data"}
+        ),
+        "scorer": lambda: {
+            name: row
+            for name, row in mc.evaluation.scorers.SCORERS.items()
+            if name in mc.evaluation.benchmarks.OWN_SCORERS
+        },
+    }
 
     def suite(self, model: str) -> tuple:  # (names, perplexity)
         "Names of benchmarks, own questions among them, and whether perplexity is measured."
-        from mllm_compress.evaluation import benchmarks
-        from mllm_compress.utils.methods import check_choice
-        from mllm_compress.zoo.weight_files import read_config
-
+        benchmarks, file = mc.evaluation.benchmarks, Path(model) / "config.json"
         check_choice("scorer", self.scorer, benchmarks.OWN_SCORERS)
-        file = Path(model) / "config.json"
-        config = read_config(file) if file.is_file() else {"vision_config": "unknown"}
-        is_text = "vision_config" not in config.get("config", config)
+        config = mc.zoo.weight_files.read_config(file) if file.is_file() else {}
+        is_text = bool(config) and "vision_config" not in config.get("config", config)
         if not self.benchmark and self.questions is None and is_text:
             if self.data == "small":
                 raise ValueError(
                     "this model takes no pictures: give --data FILE for its perplexity."
                 )
             return [], True
-        names = [name for name in self.benchmark if name != "perplexity"]
+        names = [name for name in dict.fromkeys(self.benchmark) if name != "perplexity"]
         for name in names:
             known = benchmarks.BENCHMARKS
             check_choice("benchmark", name, known if name in known else all_benchmarks())
@@ -73,18 +71,17 @@ class MeasureRequest(cli.DataRequest):
             images = self.image_root or self.questions.parent
             names.append(benchmarks.own_benchmark(self.questions, images, self.scorer).name)
         perplexity = "perplexity" in self.benchmark
-        names = list(dict.fromkeys(names))
+        if not perplexity:
+            self.refuse(["data"], "without --benchmark perplexity")
         return names if names or perplexity else list(benchmarks.SMALL_SUITE), perplexity
 
 
 def check_text_model(names: list, processor) -> None:
     "ValueError where a model without pictures gets questions about pictures."
-    from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
-
     if cli.is_multimodal(processor):
         return
-    ours = lambda name: name.startswith("own/") or not BENCHMARKS[name].max_new_tokens
-    pictures = lambda name: any(q.images for q in load_questions(name))
+    ours = lambda name: name.startswith("own/") or not mc.evaluation.BENCHMARKS[name].max_new_tokens
+    pictures = lambda name: any(q.images for q in mc.evaluation.benchmarks.load_questions(name))
     other = [name for name in names if not ours(name) or pictures(name)]
     if other:
         raise ValueError(
@@ -99,9 +96,6 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
     import pandas as pd
 
     from mllm_compress.anatomy.streaming import weights_hash
-    from mllm_compress.evaluation import evaluate
-    from mllm_compress.evaluation.likelihood import TextProcessor, perplexity_row
-    from mllm_compress.utils.files import content_hash
 
     names, perplexity = suite
     if perplexity:
@@ -113,14 +107,16 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
         other = f"-{content_hash(template)[:8]}" if template else ""
         folder = answers and answers / f"{weights_hash(loaded)}{other}"
         options = dict(folder=folder, save_every=512, return_predictions=True)
-        asked = processor if cli.is_multimodal(processor) else TextProcessor(processor)
-        scores, judged = evaluate(loaded, asked, names, request.limit or None, **options)
+        text = mc.evaluation.likelihood.TextProcessor
+        asked = processor if cli.is_multimodal(processor) else text(processor)
+        limit = request.limit or None
+        scores, judged = mc.evaluation.evaluate(loaded, asked, names, limit, **options)
         rows.append(scores)
     if perplexity:
-        samples = request.training_data(processor, 200)
+        samples = request.load_data(processor, 200)
         template = template or request.template(processor, cli.has_chat(samples))
         limits = dict(limit=request.limit or 256, max_length=request.max_length or 1024)
-        rows.append(perplexity_row(loaded, processor, samples, **limits))
+        rows.append(mc.evaluation.likelihood.perplexity_row(loaded, processor, samples, **limits))
     rows = pd.concat(rows, ignore_index=True)
     rows.attrs["chat_template"] = template
     return rows, judged
@@ -128,8 +124,6 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
 
 def write_table(table, file: Path) -> None:
     "Write a CSV file, complete or not at all; OSError that names it."
-    from mllm_compress.utils.files import write_atomically
-
     try:
         write_atomically(file, table.to_csv(index=False))
     except OSError as error:
@@ -143,10 +137,13 @@ class EvaluateRequest(MeasureRequest):
     "A model, and where its scores are written."
 
     arguments: ClassVar = ("model",)
-    model: str = cli.MODEL
-    dense: str = cli.option("", "The original, for AVG-%.")
-    out: cli.File | None = cli.option(None, "CSV file to write.")
-    record: bool = cli.option(False, "Add the scores to the checkpoint and its card.")
+    model: cli.Model
+    dense: str = ""
+    "The original, for AVG-%."
+    out: cli.File | None = None
+    "CSV file to write."
+    record: bool = False
+    "Add the scores to the checkpoint and its card."
 
     @property
     def kept(self):
@@ -159,16 +156,11 @@ class EvaluateRequest(MeasureRequest):
 @cli.command(EvaluateRequest)
 def evaluate(request: EvaluateRequest) -> dict:
     "Score a model on benchmarks, on own questions, or by perplexity."
-    from mllm_compress.checkpoint import is_checkpoint
-    from mllm_compress.checkpoint.formats import make_step
-    from mllm_compress.checkpoint.saving import add_step
-    from mllm_compress.evaluation import avg_percent
-
     model, dense, out = request.model, request.dense, request.out
     cli.check_output_file(out, request.overwrite)
     device = cli.resolve_device(request.device)
     cli.check_models(model, *([dense] if dense else []))
-    if request.record and not is_checkpoint(model):
+    if request.record and not mc.checkpoint.is_checkpoint(model):
         raise ValueError(
             f"{model} is not a checkpoint of prune or recover, so nothing can be recorded in it: "
             "leave --record out."
@@ -182,7 +174,7 @@ def evaluate(request: EvaluateRequest) -> dict:
     if dense:
         original, _ = measured(request, dense, suite, answers)
         scored = [frame[frame.benchmark != "perplexity"] for frame in (rows, original)]
-        percent = avg_percent(*scored) if len(scored[0]) else None
+        percent = mc.evaluation.avg_percent(*scored) if len(scored[0]) else None
         facts |= {"avg_percent": percent, "dense": cli.table_rows(original)}
         lines += [f"AVG-%: {percent:.2f}"] if percent else []
         dense_scores = dict(zip(original.benchmark, original.score.round(3)))
@@ -190,9 +182,10 @@ def evaluate(request: EvaluateRequest) -> dict:
     if request.record:
         columns = ["benchmark", "metric", "score", "low", "high", "n"]
         results = {"results": cli.table_rows(rows[columns]), "dense_scores": dense_scores}
-        if rows.attrs["chat_template"]:
-            results["chat_template"] = rows.attrs["chat_template"]
-        add_step(model, cli.load(model, "cpu")[0], make_step("evaluate", device, **results))
+        if template := rows.attrs["chat_template"]:
+            results["chat_template"] = template
+        step = mc.checkpoint.formats.make_step("evaluate", device, **results)
+        mc.checkpoint.saving.add_step(model, cli.load(model, "cpu")[0], step)
     if out:
         write_table(rows, out)
         if not request.answers:
@@ -214,16 +207,14 @@ def cost_table(dense: str, small: str, device: str):
     "Sizes, seconds and memory of two models, and their ratio."
     import pandas as pd
 
-    from mllm_compress.cost.report import cost_report
-
-    columns = []
-    for name in (dense, small):
-        model, processor = cli.load(name, device)
-        report = cost_report(model, processor, latency=True, memory=True, repeats=5, warmup=1)
-        columns.append({what: float(report.value(*where)) for what, where in _SIZES.items()})
-    table = pd.DataFrame({"dense": columns[0], "small": columns[1]}).rename_axis("what")
-    table["small / dense"] = (table.small / table.dense).where(table.dense != 0)
-    return table.reset_index()
+    table = {"what": list(_SIZES)}
+    for column, name in {"dense": dense, "small": small}.items():
+        report = mc.cost.cost_report(
+            *cli.load(name, device), latency=True, memory=True, repeats=5, warmup=1
+        )
+        table[column] = [float(report.value(*where)) for where in _SIZES.values()]
+    table = pd.DataFrame(table)
+    return table.assign(**{"small / dense": (table.small / table.dense).where(table.dense != 0)})
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-027
 def comparison_picture(costs, scores, file: Path) -> None:
@@ -235,7 +226,7 @@ def comparison_picture(costs, scores, file: Path) -> None:
     costs = costs.dropna(subset="small / dense")[::-1]
     percent = 100 * costs["small / dense"].astype(float)
     bars = left.barh([what.split(", ")[0] for what in costs.what], percent, color="#0072B2")
-    left.bar_label(bars, [f"{p:.0f}" for p in percent], padding=3, fontsize=8)
+    left.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
     left.axvline(100, color="#777777", lw=1)
     left.set(xlabel="% of the dense model", xlim=(0, max(110, 1.12 * percent.max())), title="cost")
     for right in others:
@@ -256,11 +247,16 @@ class CompareRequest(MeasureRequest):
     "Two models, and what of them is compared."
 
     arguments: ClassVar = ("dense", "small")
-    dense: str = cli.option(..., "The original model.")
-    small: str = cli.option(..., "The compressed model.")
-    limit: cli.Limit = cli.option(100, "Questions per benchmark; 0: all.")
-    examples: cli.Limit = cli.option(5, "Answers to show side by side.")
-    out: cli.File | None = cli.option(None, "Folder for tables (CSV) and the picture.")
+    dense: str
+    "The original model."
+    small: str
+    "The compressed model."
+    limit: cli.Limit = 100
+    "Questions per benchmark; 0: all, and 256 samples for perplexity."
+    examples: cli.Limit = 5
+    "Answers to show side by side."
+    out: cli.File | None = None
+    "Folder for tables (CSV) and the picture."
 
     @property
     def kept(self):
@@ -271,14 +267,11 @@ class CompareRequest(MeasureRequest):
 @cli.command(CompareRequest)
 def compare(request: CompareRequest) -> dict:
     "Two models: sizes, cache, seconds, memory, scores with paired differences, and answers."
-    from mllm_compress import evaluation
-
     dense, small, out = request.dense, request.small, request.out
     if out is not None:
-        files = {"comparison.png", "costs.csv", "scores.csv", "answers.csv"}
+        files = ("costs.csv", "scores.csv", "answers.csv", "comparison.png")
         inputs = {"dense model": dense, "small model": small}
-        what = "a comparison's files"
-        cli.check_output_folder(out, request.overwrite, files, "costs.csv", what, inputs)
+        cli.check_output_folder(out, request.overwrite, files, "a comparison's files", inputs)
     device = cli.resolve_device(request.device)
     cli.check_models(dense, small)
     suite = request.suite(dense)
@@ -290,7 +283,7 @@ def compare(request: CompareRequest) -> dict:
     )
     tables = {"costs": cost_table(dense, small, device), "scores": scores}
     if first is not None:
-        gaps = evaluation.compare(second, first)
+        gaps = mc.evaluation.compare(second, first)
         gaps = gaps[["benchmark", "difference", "low", "high", "p"]]
         suffixes = ("", "_difference")
         tables["scores"] = scores.merge(gaps, on="benchmark", how="left", suffixes=suffixes)
