@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from importlib import metadata
 from multiprocessing import connection
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -291,8 +292,8 @@ def scores_of(experiment: Experiment, profile: Profile, results: Store, device: 
         if e.allocation == "obs":
             scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
         else:
-            named = e.pruning, e.importance
-            scores = measure(*named, model, batches, e.calibration_seed, **options)
+            given = (model, batches, e.calibration_seed)
+            scores = measure(e.pruning, e.importance, *given, **options)
         scores.save(folder)
         return record(device, began)
 
@@ -543,15 +544,11 @@ def copy_answers(
     e = experiment
     if e.pruning == "none" or not e.recovery == e.reconstruct == "none":
         return
-    plan_of(e, profile, results, device)
-
-    def kept_units(of: Experiment):  # None where there is no plan
-        plan = json.loads(value_of("plan", of, profile, results) or "null")
-        return plan and [plan[k] for k in ("layers", "heads", "neurons")]
-
+    plan, units = plan_of(e, profile, results, device), attrgetter("layers", "heads", "neurons")
     for seed in dict.fromkeys([*profile.seeds, *profile.calibration_seeds]):
         other = replace(e, seed=seed, calibration_seed=seed)
-        if other == e or kept_units(other) != kept_units(e):
+        text = value_of("plan", other, profile, results)
+        if other == e or not text or units(PruningPlan.from_json(text)) != units(plan):
             continue
         for name in names:
             known = value_of("answers", e, profile, results, name)
@@ -573,19 +570,11 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
         copy_answers(x, names, profile, results, device)
     if not (names := missing_stages(x, profile, results)["answers"]):
         return
-    student = student_of(x, profile, results, device)
+    student, limits = student_of(x, profile, results, device), {n: limit_of(n, e) for n in names}
+    asked = dict(limit=limits, split=e.split, batch_size=e.batch_size, root=profiles.root_of(e))
     _, processor = teacher_of(x.model, profile, device)
     began = time.perf_counter()
-    _, answers = evaluate(
-        student,
-        processor,
-        names,
-        limit={name: limit_of(name, e) for name in names},
-        split=e.split,
-        batch_size=e.batch_size,
-        root=profiles.root_of(e),
-        return_predictions=True,
-    )
+    _, answers = evaluate(student, processor, names, **asked, return_predictions=True)
     share = (time.perf_counter() - began) / len(answers)  # seconds of a question
     for name, rows in answers.groupby("benchmark", sort=False):
         took = {"seconds": round(share * len(rows), 3)}
@@ -706,11 +695,10 @@ def records_of(experiment: Experiment, profile: Profile, results: Store) -> dict
     "On what the training, the refit and the answers of an experiment were computed, where known."
     e, names = canonical(experiment), profile.evaluation.benchmarks
     value = lambda stage, name="": value_of(stage, e, profile, results, name) or {}
-    of = lambda *stage: value(*stage).get("record", {})
-    answers = [of("answers", n) or of("score", n) for n in names]  # older ones have it there
-    student = of("student") if e.recovery != "none" else {}
-    refit = of("reconstruction") if e.reconstruct != "none" else {}
-    return {"student": student, "refit": refit, "answers": [r for r in answers if r]}
+    answers = [value("answers", name).get("record") for name in names]
+    student = value("student").get("record", {}) if e.recovery != "none" else {}
+    refit = value("reconstruction").get("record", {}) if e.reconstruct != "none" else {}
+    return {"student": student, "refit": refit, "answers": list(filter(None, answers))}
 
 
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
