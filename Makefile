@@ -76,7 +76,7 @@ lab: $(READY)
 # Sphinx reads a copy, so that everything it needs is below one folder and it writes nothing into nbs/.
 docs: $(READY)
 	@rm -rf build/site && mkdir -p build/site
-	@cp -Rp site/index.md nbs figures README.md CONTRIBUTING.md CITATION.cff LICENSE build/site
+	@cp -Rp site/index.md nbs figures bench README.md CONTRIBUTING.md CITATION.cff LICENSE build/site
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -b html -c site -d build/doctrees build/site _docs
 	@echo "Open _docs/index.html in a browser."
 

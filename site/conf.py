@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 from fastcore.docments import docments
 
 project, copyright = "mllm_compress", "2026, the mllm_compress authors"
@@ -83,6 +84,22 @@ def write_commands(source: Path) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
+def write_benchmarks(source: Path) -> None:
+    "The page of other methods' own code beside ours."
+    rows = pd.read_csv(source / "figures/bench/peers.csv").query("source == 'this script'")
+    texts = ["quotes", "technical", "licences", "docstrings"]
+    rows = rows.sort_values("over_dense")[["method", *texts, "over_dense", "cpu_seconds", "decode"]]
+    rows.columns = ["method", *texts, "over dense", "CPU s", "decoding, of dense"]
+    lines = ["", "## Perplexity on four texts", "", *[f"|{'|'.join(rows)}|"]]
+    lines.append("|---" * len(rows.columns) + "|")
+    for row in rows.itertuples(index=False):
+        numbers = ("" if number != number else f"{number:,.4g}" for number in row[1:])
+        lines.append(f"|{'|'.join([row[0], *numbers])}|")
+    about = (source / "bench/peers/README.md").read_text(encoding="utf-8")
+    page = f"{about}\n" + "\n".join(lines) + "\n"
+    (source / "made" / "benchmarks.md").write_text(page, encoding="utf-8")
+
+
 # %% What Sphinx calls
 
 
@@ -132,6 +149,7 @@ def setup(app) -> None:
     (source / "made").mkdir(exist_ok=True)
     write_groups(source)
     write_commands(source)
+    write_benchmarks(source)
     for room in ROOMS:
         write_names(source, room)
     app.connect("autodoc-process-docstring", documented)
