@@ -11,11 +11,11 @@ from transformers import (
 )
 
 from mllm_compress.anatomy.families import (
+    ATTENTION,
     FAMILIES,
     Family,
     Slot,
     anatomy,
-    attention_slots,
     lm_parameters,
 )
 from mllm_compress.importance.criteria import random_scores, width_importance
@@ -59,7 +59,7 @@ def test_unknown_architecture_is_named_with_a_way_out():
 def starcoder2(monkeypatch, tiny_lm):
     "A model of a family that the package does not have, registered as one row."
     mlp = (Slot("fc1", "mlp.c_fc", 0, ("neuron",)), Slot("fc2", "mlp.c_proj", 1, ("neuron",)))
-    family = Family("starcoder2", attention_slots() + mlp, "biases and a plain MLP")
+    family = Family("starcoder2", ATTENTION + mlp, "biases and a plain MLP")
     monkeypatch.setitem(FAMILIES, "starcoder2", family)
     return cases.random_weights(tiny_lm("starcoder2", residual_dropout=0.0)).double()
 

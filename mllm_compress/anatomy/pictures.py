@@ -6,7 +6,7 @@
 __all__ = ['shares_prefixes']
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-003
-from functools import partial
+from contextlib import nullcontext
 from itertools import count
 
 import torch
@@ -17,10 +17,7 @@ from .streaming import evaluating, hooked, replaced_forward, weights_hash
 from .wrappers import token_inputs
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-005
-def embed_words(
-    parts: Anatomy,
-    input_ids: torch.Tensor,  # [batch, tokens]
-) -> torch.Tensor:  # [batch, tokens, hidden]
+def embed_words(parts: Anatomy, input_ids: torch.Tensor) -> torch.Tensor:  # [batch, tokens, hidden]
     "Token embeddings; a placeholder beyond the vocabulary gets that of token 0."
     token = parts.wrapper and getattr(parts.config, parts.wrapper.image_token)
     if token is not None and token >= parts.vocab_size:
@@ -68,15 +65,14 @@ def frozen_modules(parts: Anatomy) -> dict:  # module -> whether its output is r
     return {layer: i in read for i, layer in enumerate(layers)}
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-008
-def _recorded(record: dict, i: int, *args, **kwargs):
-    "The recorded output of frozen module `i`; what enters it where its output is not read."
-    return record[i] if i in record else [*args, *kwargs.values()][0]
-
-
 def replaying(parts: Anatomy, record: dict):
     "A context within which the frozen modules return what is in `record`."
     numbers = count()
-    recorded = lambda _: partial(_recorded, record, next(numbers))
+
+    def recorded(_):
+        i = next(numbers)
+        return lambda *args, **kwargs: record[i] if i in record else [*args, *kwargs.values()][0]
+
     return replaced_forward(frozen_modules(parts), recorded)
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-010
@@ -127,10 +123,8 @@ def own_forward(
     names = ("input_ids", "attention_mask")
     inputs = {name: batch[name] for name in names if batch.get(name) is not None}
     inputs |= token_inputs(parts.config, batch)
-    if record is None:
-        return parts.model.model(**inputs, **options).last_hidden_state
-    with replaying(parts, record):
-        inputs |= picture_inputs(parts, batch)
+    inputs |= {} if record is None else picture_inputs(parts, batch)
+    with nullcontext() if record is None else replaying(parts, record):
         return parts.model.model(**inputs, **options).last_hidden_state
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-018

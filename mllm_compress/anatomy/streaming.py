@@ -15,9 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # %% ../../nbs/library/anatomy/03_streaming.ipynb #cell-004
-def weights_hash(
-    *modules: nn.Module,
-) -> str:  # 24 hexadecimal digits
+def weights_hash(*modules: nn.Module) -> str:  # 24 hexadecimal digits
     "A hash of names, shapes, dtypes and every byte of the weights."
     digest = hashlib.blake2b(digest_size=12)
     for module in modules:
@@ -79,12 +77,8 @@ def device_of(model: PreTrainedModel) -> torch.device:
 # %% ../../nbs/library/anatomy/03_streaming.ipynb #streaming-cell-007
 def layers_prefix(model: PreTrainedModel) -> str:
     "The name of the decoder's list of layers."
-    return _name_of(model, anatomy(model).layers)
-
-
-def _name_of(model: PreTrainedModel, wanted) -> str:
-    "The name of a module."
-    return next(name for name, module in model.named_modules() if module is wanted)
+    layers = anatomy(model).layers
+    return next(name for name, module in model.named_modules() if module is layers)
 
 
 def weight_names(
@@ -96,7 +90,8 @@ def weight_names(
     if isinstance(part, int):
         return [f"{layers}.{part}.{name}" for name, _ in parts.layers[part].named_parameters()]
     modules = {"vision": parts.vision_tower, "norm": parts.final_norm, "head": parts.lm_head}
-    roots = {k: _name_of(model, module) for k, module in modules.items() if module is not None}
+    paths = {module: name for name, module in model.named_modules()}
+    roots = {k: paths[module] for k, module in modules.items() if module is not None}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     within = lambda *roots: [n for n in names if n.startswith(tuple(f"{r}." for r in roots))]
     if part in modules:
@@ -159,11 +154,8 @@ def hooked(handles):  # what torch's register_..._hook functions return
 
 
 @contextmanager
-def replaced_forward(
-    modules,
-    change,  # forward -> the function that takes its place
-):
-    "Within this block the modules have another `forward` method."
+def replaced_forward(modules, change):
+    "Within this block `change(forward)` takes the place of each module's `forward` method."
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(patch.object(module, "forward", change(module.forward)))

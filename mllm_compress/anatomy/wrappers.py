@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -42,7 +41,7 @@ class Wrapper:
     plain: bool = True  # positions count up, attention is causal
     cached: str = "projector"  # what is kept of a picture: see above
     layers: str = ""  # path of the tower's layers, where the projector is inside the tower
-    logits: tuple = ()  # config entries that scale or cap the logits, see `scaled_logits`
+    logits: tuple = ()  # config entries that scale or cap the logits, see `Anatomy.logits`
     fixed: Callable = lambda config: 0  # config -> first decoder layers that must stay
     since: str = "5.20"  # version of transformers from which the row holds
 
@@ -109,10 +108,8 @@ _BOTH_WAYS = (
 WRAPPERS = {row.name: row for row in _LLAVA + _CONNECTED + _MERGED + _BOTH_WAYS}
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-019
-def wrapper_of(
-    config,  # of a model
-) -> Wrapper | None:  # None for a text model; ValueError for a class without a row
-    "The row of a model's class."
+def wrapper_of(config) -> Wrapper | None:
+    "The row of a model's class, None for a text model; ValueError for a class without a row."
     if config.get_text_config() is config:
         return None
     if config.model_type not in WRAPPERS:
@@ -124,10 +121,7 @@ def wrapper_of(
     return WRAPPERS[config.model_type]
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-022
-def token_inputs(
-    config,  # of a model
-    batch: dict,  # with input_ids, and labels where answers are known
-) -> dict:  # name -> [batch, tokens]
+def token_inputs(config, batch: dict) -> dict:  # name -> [batch, tokens]
     "The inputs with one entry per token that a class takes; those in the batch as they are."
     row, ids = wrapper_of(config), batch["input_ids"]
     if row is None or not row.tokens:
@@ -138,42 +132,9 @@ def token_inputs(
         marked = ids.new_zeros(ids.shape).bool() if labels is None else labels != -100
     return {name: batch.get(name, marked.long()) for name in row.tokens}
 
-# %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-025
-_LOGITS = {
-    "logits_scaling": lambda z, value: z / value,
-    "logit_scale": lambda z, value: z * value,
-    "final_logit_softcapping": lambda z, value: value * (z / value).tanh(),
-}
-
-
-def scaled_logits(
-    z,  # [..., vocabulary], of the LM head
-    text_config,
-    wrapper: Wrapper | None,
-):
-    "Logits as the model's own forward pass returns them."
-    for entry in _LOGITS if wrapper is None else wrapper.logits:
-        if (value := getattr(text_config, entry, None)) is not None:
-            z = _LOGITS[entry](z, value)
-    return z
-
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-028
 def caches_projector_input(config) -> bool:
     "Whether what enters the projector is one tensor per picture or tile."
     row = wrapper_of(config)
     joined = getattr(getattr(config, "vision_config", None), "model_type", "") == "pixtral"
     return row is not None and row.cached == "projector" and not joined
-
-# %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-030
-def parameters_at(
-    model: nn.Module,
-    paths: tuple,  # of modules or parameters
-) -> list:
-    "Parameters at some paths, shared ones once; AttributeError for a path that is not there."
-    parameters = {}
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        value = getattr(model.get_submodule(parent), name)
-        for p in value.parameters() if isinstance(value, nn.Module) else [value]:
-            parameters[id(p)] = p
-    return list(parameters.values())

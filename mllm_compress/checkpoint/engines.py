@@ -28,9 +28,7 @@ from mllm_compress.checkpoint.llama_cpp import (
     all_heads,
     check_dtype,
     projector_path,
-    vision_misfit,
     write_gguf,
-    write_projector,
 )
 from .loading import fill_up, load_pruned
 from .saving import check_not_read, check_writable
@@ -88,22 +86,7 @@ def write_folder(
         (new / RECORD).write_text("{}")
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-031
-def to_gguf(model, processor, out, dtype, fill) -> dict:
-    "A GGUF file of the decoder for llama.cpp, and one of vision tower and projector."
-    tokenizer = getattr(processor, "tokenizer", processor)
-    facts = write_gguf(model, out, tokenizer, dtype or "f16", fill)
-    if anatomy(model).vision_tower is None:
-        return facts
-    path, kind = projector_path(out), "f32" if dtype == "f32" else "f16"
-    if reason := vision_misfit(model):
-        facts["notes"].append(f"vision tower and projector are not written: {reason}")
-    else:
-        facts["projector_bytes"] = write_projector(model, path, processor.image_processor, kind)
-        facts["notes"].append(f"{path.name} holds vision tower and projector (--mmproj)")
-    return facts
-
-
-def to_transformers(model, processor, out, dtype, fill) -> dict:
+def to_transformers(model, out, processor, dtype, fill) -> dict:
     "A folder for plain from_pretrained."
     saved = stock_model(model, fill)
     write_folder(saved, processor, out, dtype)
@@ -113,7 +96,7 @@ def to_transformers(model, processor, out, dtype, fill) -> dict:
 SQUARE = ("phi", "qwen2")  # families whose head size vLLM computes as hidden / heads
 
 
-def to_vllm(model, processor, out, dtype, fill) -> dict:
+def to_vllm(model, out, processor, dtype, fill) -> dict:
     "A folder for vLLM and SGLang."
     family = anatomy(model).family.name
     model = widened(model, square=family in SQUARE) if fill else model
@@ -143,14 +126,14 @@ class Engine:
     "A format to export to, as a row of the table."
 
     name: str
-    write: object  # function of (model, processor, out, dtype, fill) -> dict of facts
+    write: object  # function of (model, out, processor, dtype, fill) -> dict of facts
     dtypes: tuple
     help: str
 
 
 _ROWS = (
     Engine(
-        "gguf", to_gguf, DTYPES, "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
+        "gguf", write_gguf, DTYPES, "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
     ),
     Engine("vllm", to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
     Engine("transformers", to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."),
@@ -187,7 +170,7 @@ def export_model(
     model, processor = load_pruned(folder)[:2] if is_checkpoint(folder) else load_model(folder)
     if to != "gguf":
         check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
-    facts = ENGINES[to].write(model, processor, out, dtype, fill)
+    facts = ENGINES[to].write(model, out, processor, dtype, fill)
     if path.is_dir():
         facts["bytes"] = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
         record = {"engine": to, "source": Path(str(folder)).name, **facts}

@@ -31,32 +31,27 @@ from ..pruning.slicing import apply_plan
 from ..zoo.weight_files import FileModel, write_weights
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-007
-def cuts(
-    model: PreTrainedModel,  # dense, on the meta device
-    plan: PruningPlan,
-) -> dict:  # name in the pruned model -> (name in the dense model, (axis, kept) or None)
-    "Where each weight of the pruned decoder layers comes from."
-    parts, prefix, origins = anatomy(model), layers_prefix(model), {}
-    for new, old in enumerate(plan.layers):
-        for name, _ in parts.layers[old].named_parameters():
-            origins[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
-        kept = {"head": plan.heads.get(old), "neuron": plan.neurons.get(old)}
-        for slot in (*parts.linears(old), *parts.norms(old)):
-            if kept[slot.kind] is None:
-                continue
-            for kind, p in slot.module.named_parameters():
-                if p.ndim > slot.axis:  # a bias has no columns
-                    name = f"{prefix}.{new}.{slot.slot.path}.{kind}"
-                    origins[name] = (origins[name][0], (slot.axis, slot.index(kept[slot.kind])))
-    return origins
-
-
 class CutWeights:
     "The weights of a pruned model: cut from the files of the dense one, or fitted since."
 
     def __init__(self, source: FileModel, plan: PruningPlan):
         self.source, self.device, self.fitted = source, source.device, {}  # name -> file
-        self.origins = cuts(source.model, plan)
+        self.origins = {}  # name here -> (name in the dense model, (axis, kept) or None)
+        parts, prefix = anatomy(source.model), layers_prefix(source.model)
+        for new, old in enumerate(plan.layers):
+            for name, _ in parts.layers[old].named_parameters():
+                self.origins[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
+            kept = {"head": plan.heads.get(old), "neuron": plan.neurons.get(old)}
+            for slot in (*parts.linears(old), *parts.norms(old)):
+                if kept[slot.kind] is None:
+                    continue
+                for kind, p in slot.module.named_parameters():
+                    if p.ndim > slot.axis:  # a bias has no columns
+                        name, cut = (
+                            f"{prefix}.{new}.{slot.slot.path}.{kind}",
+                            slot.index(kept[slot.kind]),
+                        )
+                        self.origins[name] = (self.origins[name][0], (slot.axis, cut))
 
     def tensor(self, name: str) -> torch.Tensor:
         "A weight by its name in the pruned model."

@@ -7,9 +7,8 @@ __all__ = []
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-003
 import json
-import os
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from ..anatomy.families import Anatomy, anatomy
 from .formats import layer_widths
 from .loading import fill_up
 from .saving import check_writable
+from ..utils.files import replacing
 from ..utils.methods import naming_extras
 
 
@@ -37,20 +37,18 @@ class Architecture:
     name: str
     families: tuple  # model types of the decoders that it computes
     activation: str  # of the MLP
-    help: str
-    traits: frozenset  # of those above
+    traits: tuple  # of those above
 
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "phi3")
-ROWS = (
-    ("qwen2", ("qwen2",), "silu", "one width, all heads", {"square"}),
-    ("qwen3", ("qwen3",), "silu", "one width", {}),
-    ("phi2", ("phi",), "gelu_new", "one width, all heads", {"square", "partial"}),
-    ("phi3", ("phi3",), "silu", "all heads", {"square", "partial", "fused", "scaled"}),
-    ("llama", LLAMA_LIKE, "silu", "one width", {"interleaved", "scaled"}),
-    ("deci", LLAMA_LIKE, "silu", "any widths", {"interleaved", "scaled", "per layer"}),
+ARCHITECTURES = (
+    Architecture("qwen2", ("qwen2",), "silu", ("square",)),
+    Architecture("qwen3", ("qwen3",), "silu", ()),
+    Architecture("phi2", ("phi",), "gelu_new", ("square", "partial")),
+    Architecture("phi3", ("phi3",), "silu", ("square", "partial", "fused", "scaled")),
+    Architecture("llama", LLAMA_LIKE, "silu", ("interleaved", "scaled")),
+    Architecture("deci", LLAMA_LIKE, "silu", ("interleaved", "scaled", "per layer")),
 )
-ARCHITECTURES = {name: Architecture(name, *row, frozenset(traits)) for name, *row, traits in ROWS}
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-010
 def rotary_channels(parts: Anatomy) -> int:
@@ -60,48 +58,32 @@ def rotary_channels(parts: Anatomy) -> int:
     )
 
 
-def rotary_factors(parts: Anatomy) -> torch.Tensor | None:  # None: the plain formula
-    "How much slower than in the plain formula each pair of channels turns."
-    channels = rotary_channels(parts)
-    base = parts.text_config.rope_parameters["rope_theta"]
-    plain = base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-    factors = (plain / parts.decoder.rotary_emb.inv_freq.double().cpu()).float()
-    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-5) else factors
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-014
 def all_heads(parts: Anatomy) -> int:
     "Key/value heads with which heads times head width is the hidden size."
     return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
 
 
-def misfit(row: Architecture, parts: Anatomy) -> str:  # empty where it fits
-    "Why an architecture cannot compute a model."
-    config = parts.text_config
+def misfit(row: Architecture, parts: Anatomy) -> tuple:  # (reason, whether zeros cure it)
+    "Why an architecture cannot compute a model or hold its widths; empty where it can."
+    config, widths = parts.text_config, set(layer_widths(parts))
     kind = config.rope_parameters["rope_type"]
     if config.hidden_act != row.activation:
-        return f"its MLP computes {row.activation}, not {config.hidden_act}"
+        return f"its MLP computes {row.activation}, not {config.hidden_act}", False
     if rotary_channels(parts) != parts.head_dim and "partial" not in row.traits:
-        return "it turns whole heads, not a part of them"
+        return "it turns whole heads, not a part of them", False
     if kind not in ("default", "linear", "llama3", "longrope"):
-        return f"it has no rotary embedding of type {kind}"
+        return f"it has no rotary embedding of type {kind}", False
     if kind != "default" and "scaled" not in row.traits:
-        return f"its rotary embedding cannot be scaled ({kind})"
+        return f"its rotary embedding cannot be scaled ({kind})", False
     if getattr(config, "qk_layernorm", False):
-        return "it has no norm on queries and keys"
-    return ""
-
-
-def narrow(row: Architecture, parts: Anatomy) -> str:  # empty where they fit
-    "Why an architecture cannot hold the widths of a model."
-    widths = set(layer_widths(parts))
+        return "it has no norm on queries and keys", False
     if len(widths) > 1 and "per layer" not in row.traits:
-        return "it has one width for all layers"
-    heads, _ = widths.pop()
-    queries = heads * parts.queries_per_group(0)
+        return "it has one width for all layers", True
+    queries = parts.groups(0) * parts.queries_per_group(0)
     if "square" in row.traits and queries * parts.head_dim != parts.hidden_size:
         wanted = parts.hidden_size // parts.head_dim
-        return f"it has {wanted} query heads of width {parts.head_dim}, not {queries}"
-    return ""
+        return f"it has {wanted} query heads of width {parts.head_dim}, not {queries}", True
+    return "", True
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-018
 def choose_architecture(
@@ -110,21 +92,22 @@ def choose_architecture(
 ) -> Architecture:  # ValueError where none fits, with the reason of each
     "The architecture of llama.cpp that a decoder is written as."
     family = parts.family.name
-    rows = [row for row in ARCHITECTURES.values() if family in row.families]
+    rows = [row for row in ARCHITECTURES if family in row.families]
     if not rows:
-        known = sorted({name for row in ARCHITECTURES.values() for name in row.families})
+        known = sorted({name for row in ARCHITECTURES for name in row.families})
         raise ValueError(f"{family} is not written as GGUF here; known: {', '.join(known)}.")
-    computing = [row for row in rows if not misfit(row, parts)]
-    fitting = [row for row in computing if not narrow(row, parts)]
-    if fitting or fill and computing:
-        return (fitting or computing)[0]
-    reasons = "; ".join(f"{row.name}: {misfit(row, parts) or narrow(row, parts)}" for row in rows)
+    reasons = {row: misfit(row, parts) for row in rows}
+    fitting = [row for row, (reason, _) in reasons.items() if not reason]
+    curable = [row for row, (_, cured) in reasons.items() if cured]
+    if fitting or fill and curable:
+        return (fitting or curable)[0]
+    listed = "; ".join(f"{row.name}: {reason}" for row, (reason, _) in reasons.items())
     cure = (
         " Fill the widths up with zero units by --fill (fill=True), which computes the same and is "
         "as slow as the filled width, or prune it layerwise."
     )
     raise ValueError(
-        f"llama.cpp cannot hold this {family} decoder ({reasons}).{cure if computing else ''}"
+        f"llama.cpp cannot hold this {family} decoder ({listed}).{cure if curable else ''}"
     )
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-022
@@ -136,19 +119,14 @@ def check_dtype(dtype: str) -> None:
     "ValueError for a type that is not written here."
     if dtype in DTYPES:
         return
-    tool = (
-        f" K-quants are made by llama.cpp's own tool: export f16, then llama-quantize "
-        f"model.gguf small.gguf {dtype.upper()}."
-    )
-    also = tool if "_k" in dtype.lower() else ""
-    raise ValueError(f"Unknown dtype {dtype!r} for GGUF: use {', '.join(DTYPES)}.{also}")
+    hint = ""
+    if "_k" in dtype.lower():
+        hint = " K-quants are made by llama.cpp's own tool: export f16, then llama-quantize "
+        hint += f"model.gguf small.gguf {dtype.upper()}."
+    raise ValueError(f"Unknown dtype {dtype!r} for GGUF: use {', '.join(DTYPES)}.{hint}")
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-028
-def tensor_type(
-    name: str,  # in the file
-    tensor: torch.Tensor,
-    dtype: str,  # of DTYPES
-):  # a gguf.GGMLQuantizationType
+def tensor_type(name: str, tensor: torch.Tensor, dtype: str):  # a gguf.GGMLQuantizationType
     "The type that a tensor is written in."
     kinds = _gguf().GGMLQuantizationType
     if tensor.ndim == 1:
@@ -160,10 +138,7 @@ def tensor_type(
     return kinds[dtype.upper()]
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-032
-def interleave(
-    rows: torch.Tensor,  # [heads * head_dim, ...] of q or k, weight or bias
-    head_dim: int,
-) -> torch.Tensor:  # the same shape
+def interleave(rows: torch.Tensor, head_dim: int) -> torch.Tensor:  # the same shape
     "Reorder the channels of each head so that partners in rotation are neighbours."
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
@@ -175,10 +150,7 @@ SPLIT = {
 }  # slot -> paths of its blocks in a decoder whose projections are separate
 
 
-def file_tensors(
-    parts: Anatomy,
-    row: Architecture,
-):  # yields (name in the file, tensor, function that converts it)
+def decoder_tensors(parts: Anatomy, row: Architecture):  # yields (name in the file, tensor)
     "The tensors of a decoder."
     gguf = _gguf()
     architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[row.name]
@@ -196,24 +168,19 @@ def file_tensors(
         for kind, tensor in module.named_parameters(recurse=False):
             paths, sizes = fused.get(module, ([path], [len(tensor)]))
             for path_of_block, block in zip(paths, tensor.detach().split(sizes)):
-                name = names.get_name(path_of_block)
-                rotated = "interleaved" in row.traits and name.endswith(("attn_q", "attn_k"))
-                convert = (
-                    partial(interleave, head_dim=parts.head_dim) if rotated else torch.Tensor.float
-                )
-                yield f"{name}.{kind}", block, convert
-    rope = parts.text_config.rope_parameters
+                yield f"{names.get_name(path_of_block)}.{kind}", block
+    rope, channels = parts.text_config.rope_parameters, rotary_channels(parts)
     if rope["rope_type"] == "longrope":
         for kind in ("long", "short"):
-            factors = torch.tensor(rope[f"{kind}_factor"])
-            yield f"rope_factors_{kind}.weight", factors, torch.Tensor.float
-    elif (factors := rotary_factors(parts)) is not None:
-        yield "rope_freqs.weight", factors, torch.Tensor.float
+            yield f"rope_factors_{kind}.weight", torch.tensor(rope[f"{kind}_factor"])
+        return
+    plain = rope["rope_theta"] ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    factors = (plain / parts.decoder.rotary_emb.inv_freq.double().cpu()).float()
+    if not torch.allclose(factors, torch.ones_like(factors), rtol=1e-5):
+        yield "rope_freqs.weight", factors
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-041
-def hyperparameters(
-    parts: Anatomy,
-) -> dict:  # method of gguf.GGUFWriter -> its argument
+def hyperparameters(parts: Anatomy) -> dict:  # method of gguf.GGUFWriter -> its argument
     "What llama.cpp must know of a decoder."
     config, rope = parts.text_config, parts.text_config.rope_parameters
     groups, neurons = (list(widths) for widths in zip(*layer_widths(parts)))
@@ -276,22 +243,6 @@ def tokenizer_kind(description: dict) -> tuple:  # (name, name of the split); (N
     split = SPLITS.get(tuple(steps)) if model["type"] == "BPE" else None
     return ("gpt2", split) if split else (None, None)
 
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-051
-def vocabulary(tokenizer, size: int) -> tuple:  # (texts, kinds)
-    "Text and kind of every row of the embedding matrix."
-    kind = _gguf().TokenType
-    texts, kinds = [f"[PAD{i}]" for i in range(size)], [kind.UNUSED] * size
-    added = tokenizer.added_tokens_decoder
-    for text, i in tokenizer.get_vocab().items():
-        if i >= size:
-            continue
-        texts[i], kinds[i] = text, kind.NORMAL
-        if i in added:
-            kinds[i] = kind.CONTROL if added[i].special else kind.USER_DEFINED
-        elif len(text) == 6 and text.startswith("<0x"):
-            kinds[i] = kind.BYTE
-    return texts, kinds
-
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-053
 def add_vocabulary(
     writer,  # gguf.GGUFWriter
@@ -300,8 +251,9 @@ def add_vocabulary(
 ) -> str:  # a note, empty where text works as in transformers
     "Write a tokenizer, its special tokens and its chat template."
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    description = json.loads(backend.to_str()) if backend is not None else None
-    name, split = tokenizer_kind(description) if description else (None, None)
+    none = {"model": {"type": "no tokenizer"}, "pre_tokenizer": None}
+    description = none if backend is None else json.loads(backend.to_str())
+    name, split = tokenizer_kind(description)
     if tokenizer is not None:
         for special in ("bos", "eos", "unk", "pad"):
             if (token := getattr(tokenizer, f"{special}_token_id")) is not None:
@@ -309,91 +261,40 @@ def add_vocabulary(
         writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
         if isinstance(tokenizer.chat_template, str):
             writer.add_chat_template(tokenizer.chat_template)
-    note, kind = "", _gguf().TokenType
-    merges = description["model"].get("merges", []) if name else ["\u0120 \u0120"]  # at least one
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    if name:
-        texts, kinds = vocabulary(tokenizer, size)
-    elif description and description["model"]["type"] == "WordLevel":
-        texts, kinds = vocabulary(tokenizer, size)
-        kinds = [kind.USER_DEFINED if k == kind.NORMAL else k for k in kinds]
-        note = "words are found in the text, and written without spaces (WordLevel tokenizer)"
+    model, kind, note = description["model"], _gguf().TokenType, ""
+    texts, kinds = [f"[PAD{i}]" for i in range(size)], [kind.UNUSED] * size
+    if name or model["type"] == "WordLevel":
+        ordinary, added = kind.NORMAL, tokenizer.added_tokens_decoder
+        if not name:
+            ordinary = kind.USER_DEFINED
+            note = "words are found in the text, and written without spaces (WordLevel tokenizer)"
+        for text, i in tokenizer.get_vocab().items():
+            if i >= size:
+                continue
+            texts[i], kinds[i] = text, ordinary
+            if i in added:
+                kinds[i] = kind.CONTROL if added[i].special else kind.USER_DEFINED
+            elif len(text) == 6 and text.startswith("<0x"):
+                kinds[i] = kind.BYTE
     else:
         texts, kinds = [f"[{i}]" for i in range(size)], [kind.NORMAL] * size
-        what = description["model"]["type"] if description else "no tokenizer"
-        note = f"the file takes and gives token ids, not text ({what}: unknown to llama.cpp)"
+        why = f"{model['type']}: unknown to llama.cpp"
+        note = f"the file takes and gives token ids, not text ({why})"
     writer.add_tokenizer_model(name or "gpt2")
     writer.add_tokenizer_pre(split or "default")
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    if name == "llama":  # SentencePiece merges in the order of scores
-        ranks = {
-            "".join(pair.split(" ")): -float(i) for i, pair in reversed(list(enumerate(merges)))
-        }
-        scores = [ranks.get(text, -float(len(merges) + i)) for i, text in enumerate(texts)]
-        writer.add_token_scores(scores)
-        writer.add_add_space_prefix(tokenizer.tokenize("a")[-1:] == ["▁a"])
-    else:
+    merges = model.get("merges", []) if name else ["\u0120 \u0120"]  # at least one
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    if name != "llama":
         writer.add_token_merges(merges)
+        return note
+    # SentencePiece merges in the order of scores; of equal results the first merge counts
+    ranks = {merge.replace(" ", ""): -float(i) for i, merge in reversed(list(enumerate(merges)))}
+    scores = [ranks.get(text, -float(len(merges) + i)) for i, text in enumerate(texts)]
+    writer.add_token_scores(scores)
+    writer.add_add_space_prefix(tokenizer.tokenize("a")[-1:] == ["▁a"])
     return note
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-059
-def _write(writer, path: Path, tensors, dtype: str) -> None:
-    "Add tensors to a writer, and write its file."
-    gguf = _gguf()
-    kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
-    writer.add_file_type(gguf.LlamaFileType[kinds])
-    for name, tensor, convert in tensors:
-        shape = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
-        read = lambda tensor, convert=convert: convert(tensor).float().cpu().numpy()
-        lazy = gguf.LazyNumpyTensor(meta=shape, args=(tensor,), func=read)
-        kind = tensor_type(name, tensor, dtype)
-        writer.add_tensor(name, gguf.quantize(lazy, kind), raw_dtype=kind)
-    check_writable(path, sum(info.nbytes for group in writer.tensors for info in group.values()))
-    part = path.with_name(f".{path.name}.part")
-    try:
-        writer.write_header_to_file(part)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-065
-def write_gguf(
-    model: PreTrainedModel,  # an MLLM, of which the decoder is written, or a plain LM
-    path,  # of the file; its folder exists
-    tokenizer=None,
-    dtype: str = "f16",  # of DTYPES
-    fill: bool = False,  # fill widths up with zero units where llama.cpp needs it
-    name: str | None = None,  # for the header
-) -> dict:  # architecture, bytes, notes; ValueError where no architecture fits
-    "Write the decoder of a model as a GGUF file."
-    check_dtype(dtype)
-    before, path = anatomy(model), Path(path)
-    row = choose_architecture(before, fill)
-    block = BLOCK if dtype.startswith("q") else 1
-    widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(before)]
-    if "per layer" not in row.traits:
-        heads, neurons = (max(w) for w in zip(*widths))
-        widths = [(all_heads(before) if "square" in row.traits else heads, neurons)] * len(widths)
-    parts = anatomy(fill_up(model, widths))
-    writer = _gguf().GGUFWriter(None, row.name)
-    writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
-    writer.add_name(name or "pruned decoder")  # llama.cpp treats a name with phi3 in its own way
-    for method, value in hyperparameters(parts).items():
-        getattr(writer, method)(value)
-    notes = [add_vocabulary(writer, tokenizer, parts.vocab_size)]
-    totals = [[sum(w) for w in zip(*layer_widths(p))] for p in (before, parts)]
-    if totals[0] != totals[1]:
-        heads, neurons = (after - dense for dense, after in zip(*totals))
-        notes.append(f"filled up with {heads} heads and {neurons} neurons of zeros")
-    if parts.vision_tower is not None:
-        notes.append("this file holds the decoder of the MLLM")
-    _write(writer, path, file_tensors(parts, row), dtype)
-    facts = {"architecture": row.name, "dtype": dtype, "bytes": path.stat().st_size}
-    return facts | {"notes": [note for note in notes if note]}
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-005
 FLAGS = {"quick_gelu": None, "gelu": "clip.use_gelu", "silu": "clip.use_silu"}
@@ -416,84 +317,122 @@ def vision_misfit(model: PreTrainedModel) -> str:  # empty where it fits
     return ""
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-009
-VISION_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-
-
-def vision_layers(config) -> int:
-    "Layers of the tower that are run."
-    count, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    return layer if layer >= 0 else count + 1 + layer
-
-
-def vision_tensors(parts: Anatomy):  # yields (name in the file, tensor, function that converts it)
-    "The tensors of tower and projector."
-    tower, embeddings = parts.vision_tower, parts.vision_tower.embeddings
-    yield "v.class_embd", embeddings.class_embedding.detach(), torch.Tensor.float
-    modules = {
-        "v.patch_embd": embeddings.patch_embedding,
-        "v.position_embd": embeddings.position_embedding,
-        "v.pre_ln": tower.pre_layrnorm,
-        "mm.0": parts.projector.linear_1,
-        "mm.2": parts.projector.linear_2,
-    }
-    for i, layer in enumerate(tower.encoder.layers[: vision_layers(parts.config)]):
-        for path, name in VISION_NAMES.items():
-            modules[f"v.blk.{i}.{name}"] = layer.get_submodule(path)
-    for name, module in modules.items():
+def vision_tensors(parts: Anatomy, layers: int):  # yields (name in the file, tensor)
+    "The tensors of the first layers of the tower, and of the projector."
+    gguf = _gguf()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
+    for path, tensor in parts.vision_tower.named_parameters():
+        name = names.get_name(f"vision_tower.vision_model.{path}", (".weight", ".bias"))
+        if name is not None and not name.startswith("v.post_ln"):  # behind the layer that is read
+            yield name, tensor.detach()
+    for number, module in ((0, parts.projector.linear_1), (2, parts.projector.linear_2)):
         for kind, tensor in module.named_parameters():
-            yield f"{name}.{kind}", tensor.detach(), torch.Tensor.float
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-011
-def vision_values(parts: Anatomy, image_processor) -> dict:  # key -> value
-    "What llama.cpp must know of tower and projector."
-    vision, layers = parts.config.vision_config, vision_layers(parts.config)
-    flags = ["clip.has_vision_encoder", "clip.has_llava_projector", FLAGS[vision.hidden_act]]
-    return {
-        "clip.vision.image_size": vision.image_size,
-        "clip.vision.patch_size": vision.patch_size,
-        "clip.vision.embedding_length": vision.hidden_size,
-        "clip.vision.feed_forward_length": vision.intermediate_size,
-        "clip.vision.projection_dim": parts.hidden_size,
-        "clip.vision.block_count": layers,
-        "clip.vision.attention.head_count": vision.num_attention_heads,
-        "clip.vision.image_mean": [float(v) for v in image_processor.image_mean],
-        "clip.vision.image_std": [float(v) for v in image_processor.image_std],
-        "clip.vision.feature_layer": [layers],
-        "clip.vision.attention.layer_norm_epsilon": float(vision.layer_norm_eps),
-        "clip.projector_type": "mlp",
-        **{flag: True for flag in flags if flag},
-    }
-
-# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-015
-WRITE = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
+            yield f"mm.{number}.{kind}", tensor.detach()
 
 
+def projector_writer(parts: Anatomy, image_processor, dtype: str):  # a gguf.GGUFWriter
+    "The file of vision tower and projector, ready to be written."
+    vision, layer = parts.config.vision_config, parts.config.vision_feature_layer
+    layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
+    kind = "f32" if dtype == "f32" else "f16"
+    writer = announced("clip", vision_tensors(parts, layers), kind)
+    writer.add_type("mmproj")
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_projection_dim(parts.hidden_size)
+    writer.add_vision_block_count(layers)
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_image_mean([float(v) for v in image_processor.image_mean])
+    writer.add_vision_image_std([float(v) for v in image_processor.image_std])
+    writer.add_vision_attention_layernorm_eps(float(vision.layer_norm_eps))
+    writer.add_array("clip.vision.feature_layer", [layers])
+    flags = ("clip.has_vision_encoder", "clip.has_llava_projector", FLAGS[vision.hidden_act])
+    for flag in filter(None, flags):
+        writer.add_bool(flag, True)
+    return writer
+
+# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-059
+def announced(
+    architecture: str,
+    tensors,  # of (name in the file, tensor)
+    dtype: str,  # of DTYPES
+    interleaved: int = 0,  # width of the heads of queries and keys to be interleaved
+):  # a gguf.GGUFWriter
+    "A writer that knows its tensors and converts each when it is written."
+    gguf = _gguf()
+    writer = gguf.GGUFWriter(None, architecture)
+    kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
+    writer.add_file_type(gguf.LlamaFileType[kinds])
+
+    def read(tensor, rotated):
+        tensor = interleave(tensor, interleaved) if rotated else tensor
+        return tensor.float().cpu().numpy()
+
+    for name, tensor in tensors:
+        rotated = interleaved and name.split(".")[-2] in ("attn_q", "attn_k")
+        shape = gguf.LazyNumpyTensor.meta_with_dtype_and_shape(np.float32, tuple(tensor.shape))
+        lazy = gguf.LazyNumpyTensor(meta=shape, args=(tensor, rotated), func=read)
+        kind = tensor_type(name, tensor, dtype)
+        writer.add_tensor(name, gguf.quantize(lazy, kind), raw_dtype=kind)
+    return writer
+
+# %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-065
 def projector_path(path: Path) -> Path:
     "Where the second file of a model lies beside the first."
     return Path(path).with_name(f"mmproj-{Path(path).name}")
 
 
-def write_projector(
-    model: PreTrainedModel,  # LLaVA with a CLIP tower
+def write_gguf(
+    model: PreTrainedModel,  # an MLLM or a plain LM
     path,  # of the file; its folder exists
-    image_processor,
-    dtype: str = "f16",  # f32, f16 or bf16
-) -> int:  # bytes; ValueError where it does not fit
-    "Write vision tower and projector as a GGUF file."
-    if reason := vision_misfit(model):
-        raise ValueError(f"llama.cpp cannot hold this vision tower: {reason}.")
-    parts, path, writer = anatomy(model), Path(path), _gguf().GGUFWriter(None, "clip")
-    writer.add_type("mmproj")
-    for key, value in vision_values(parts, image_processor).items():
-        getattr(writer, WRITE.get(type(value), "add_array"))(key, value)
-    _write(writer, path, vision_tensors(parts), dtype)
-    return path.stat().st_size
+    processor=None,  # or a tokenizer
+    dtype: str | None = None,  # of DTYPES; None: f16
+    fill: bool = False,  # fill widths up with zero units where llama.cpp needs it
+) -> dict:  # architecture, bytes, notes; ValueError where no architecture fits
+    "Write the decoder of a model as a GGUF file, and its vision tower and projector beside it."
+    dtype = dtype or "f16"
+    check_dtype(dtype)
+    before, path, beside, gguf = anatomy(model), Path(path), projector_path(path), _gguf()
+    row = choose_architecture(before, fill)
+    block = BLOCK if dtype.startswith("q") else 1
+    widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(before)]
+    if "per layer" not in row.traits:
+        heads, neurons = (max(w) for w in zip(*widths))
+        widths = [(all_heads(before) if "square" in row.traits else heads, neurons)] * len(widths)
+    parts = anatomy(fill_up(model, widths))
+    head_dim = parts.head_dim if "interleaved" in row.traits else 0
+    writer = announced(row.name, decoder_tensors(parts, row), dtype, head_dim)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_name("pruned decoder")  # llama.cpp treats a name with phi3 in its own way
+    for method, value in hyperparameters(parts).items():
+        getattr(writer, method)(value)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    notes, writers = [add_vocabulary(writer, tokenizer, parts.vocab_size)], {path: writer}
+    totals = [[sum(w) for w in zip(*layer_widths(p))] for p in (before, parts)]
+    if totals[0] != totals[1]:
+        heads, neurons = (after - dense for dense, after in zip(*totals))
+        notes.append(f"filled up with {heads} heads and {neurons} neurons of zeros")
+    if parts.vision_tower is not None:
+        notes.append("this file holds the decoder of the MLLM")
+        images = getattr(processor, "image_processor", None)
+        reason = vision_misfit(model) or ("" if images else "no image processor is given")
+        if reason:
+            notes.append(f"vision tower and projector are not written: {reason}")
+        else:
+            writers[beside] = projector_writer(parts, images, dtype)
+            notes.append(f"{beside.name} holds vision tower and projector (--mmproj)")
+    infos = [info for w in writers.values() for group in w.tensors for info in group.values()]
+    check_writable(path, sum(info.nbytes for info in infos))
+    with ExitStack() as files:
+        for file, writer in writers.items():
+            writer.write_header_to_file(files.enter_context(replacing(file)))
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    facts = {"architecture": row.name, "dtype": dtype, "bytes": path.stat().st_size}
+    if beside in writers:
+        facts["projector_bytes"] = beside.stat().st_size
+    return facts | {"notes": [note for note in notes if note]}

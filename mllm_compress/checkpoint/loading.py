@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..anatomy.families import LinearSlot, anatomy
+from ..anatomy.families import anatomy
 from mllm_compress.checkpoint.formats import (
     MANIFEST,
     PLAN,
@@ -34,11 +34,8 @@ from ..utils.methods import naming_extras
 from ..zoo.models import HUB_ID, from_hub
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #cell-006
-def _class_named(
-    name: str,  # from the manifest
-    kinds: tuple,  # what it may be a subclass of
-) -> type:
-    "A class of transformers by its name."
+def _class_named(name: str, *kinds: type) -> type:
+    "A class of transformers by the name in a manifest, of one of these kinds."
     named = getattr(transformers, name, None)
     if not (isinstance(named, type) and issubclass(named, kinds)):
         raise ValueError(
@@ -46,16 +43,6 @@ def _class_named(
             f"called {name!r}: upgrade it."
         )
     return named
-
-
-def _shrinking(cls: type, plan: PruningPlan) -> type:
-    "A subclass of a class of transformers whose fresh instances have the plan's widths."
-
-    def __init__(self, config, *args, **kwargs):
-        cls.__init__(self, config, *args, **kwargs)
-        shrink(self, plan)
-
-    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #cell-010
 @torch.no_grad()
@@ -66,10 +53,16 @@ def load_strictly(
     **options,  # for from_pretrained
 ) -> PreTrainedModel:  # ValueError for anything missing, unexpected or of another shape
     "The model of a checkpoint, in evaluation mode, its CPU weights copied out of the mapped file."
-    cls = _class_named(manifest["model_class"], (PreTrainedModel,))
+    cls = _class_named(manifest["model_class"], PreTrainedModel)
     pruned = manifest["kind"] == "pruned"
     config = json.loads((folder / "config.json").read_text())
-    model, report = (_shrinking(cls, plan) if pruned else cls).from_pretrained(
+
+    def __init__(self, config, *args, **kwargs):
+        cls.__init__(self, config, *args, **kwargs)
+        shrink(self, plan)
+
+    shrinking = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+    model, report = (shrinking if pruned else cls).from_pretrained(
         folder,
         config=cls.config_class.from_dict(config["config"] if pruned else config),
         use_safetensors=True,
@@ -128,9 +121,8 @@ def load_pruned(
         module.support_avx512bf16_for_cpu = False
     if manifest["processor_class"] is None:
         return model, None, plan
-    processor_class = _class_named(
-        manifest["processor_class"], (ProcessorMixin, PreTrainedTokenizerBase)
-    )
+    name = manifest["processor_class"]
+    processor_class = _class_named(name, ProcessorMixin, PreTrainedTokenizerBase)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -159,25 +151,8 @@ def push_to_hub(
         )
     )
 
-# %% ../../nbs/library/checkpoint/03_loading.ipynb #filling-cell-010
-@torch.no_grad()
-def fill_slot(
-    slot: LinearSlot,  # its module is changed in place
-    units: int,  # wanted
-) -> None:
-    "Give a linear layer more units, whose weights are zero."
-    linear, sizes = slot.module, list(slot.module.weight.shape)
-    sizes[slot.axis] = units * sum(slot.widths)
-    larger = nn.Linear(sizes[1], sizes[0], linear.bias is not None, device="meta")
-    index = replace(slot, module=larger).index(range(slot.units)).to(linear.weight.device)
-    for name, p in list(linear.named_parameters()):
-        if p.ndim > slot.axis:  # the bias has no columns
-            shape = larger.get_parameter(name).shape
-            grown = p.new_zeros(shape).index_copy_(slot.axis, index, p)
-            setattr(linear, name, nn.Parameter(grown))
-    linear.out_features, linear.in_features = sizes
-
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #filling-cell-012
+@torch.no_grad()
 def fill_up(
     model: PreTrainedModel,  # stays untouched
     widths: list,  # of (heads, neurons), one per layer, at least those present
@@ -190,7 +165,16 @@ def fill_up(
             units = heads if slot.kind == "head" else neurons
             if units < slot.units:
                 raise ValueError(f"layer {i} has {slot.units} {slot.kind}s, more than {units}.")
-            if units > slot.units:
-                fill_slot(slot, units)
+            if units == slot.units:
+                continue
+            linear, sizes = slot.module, list(slot.module.weight.shape)
+            sizes[slot.axis] = units * sum(slot.widths)
+            larger = nn.Linear(sizes[1], sizes[0], linear.bias is not None, device="meta")
+            index = replace(slot, module=larger).index(range(slot.units)).to(linear.weight.device)
+            for name, p in list(linear.named_parameters()):
+                if p.ndim > slot.axis:  # the bias has no columns
+                    grown = p.new_zeros(larger.get_parameter(name).shape)
+                    setattr(linear, name, nn.Parameter(grown.index_copy_(slot.axis, index, p)))
+            linear.out_features, linear.in_features = sizes
     sync_modules(parts, sync_config(parts, tuple(range(parts.num_layers))))
     return made

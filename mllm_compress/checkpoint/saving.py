@@ -37,26 +37,17 @@ from ..utils.files import clean_leftovers, replacing_folder, sha256, write_atomi
 from ..utils.methods import PRUNED_TYPE
 from ..zoo.weight_files import SHIPPED
 
-# %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-005
-def nearest_folder(
-    path,  # that may not exist
-) -> Path:  # that exists
-    "The path or its nearest parent that exists; NotADirectoryError where that is a file."
-    path = Path(os.path.abspath(path))
-    present = next(p for p in (path, *path.parents) if p.exists())
-    if not present.is_dir():
-        raise NotADirectoryError(
-            f"{present} is a file, so nothing can be written to {path}: choose another folder."
-        )
-    return present
-
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-007
 def check_writable(
     path,  # of a file or folder that will be written
     needed: int = 0,  # bytes
 ) -> None:
     "OSError where nothing can be written there, or not so much."
-    folder = nearest_folder(Path(os.path.abspath(path)).parent)
+    folder = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"{folder} is a file, so nothing can be written to {path}: choose another folder."
+        )
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))  # an empty file fits on a full disk
@@ -90,9 +81,7 @@ def check_not_read(
             )
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-011
-def unlisted(
-    folder: Path,  # written by save_pruned
-) -> list:  # of paths
+def unlisted(folder: Path) -> list:  # of paths
     "Files of a checkpoint's folder that its manifest does not name."
     listed = {MANIFEST, *read_manifest(folder)["files"]}
     paths = (p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
@@ -108,7 +97,7 @@ def check_target(
     "ValueError or OSError where a checkpoint cannot be saved to `folder`, or would replace files."
     target = Path(folder).resolve()
     check_not_read(target, inputs or {})
-    if nearest_folder(target) == target or target.parent.exists():
+    if target.parent.is_dir():
         clean_leftovers(target)
     ours = (target / MANIFEST).is_file()
     if target.exists() and not ours and not (target.is_dir() and not any(target.iterdir())):
@@ -128,26 +117,6 @@ def check_target(
         )
     check_writable(target, needed)
     return target
-
-# %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-016
-def keep_unlisted(
-    target: Path,  # the folder to be replaced
-    new: Path,  # the folder that replaces it, complete
-) -> None:
-    "Copy the files that are not the old checkpoint's own; FileExistsError where a name is taken."
-    if not (target / MANIFEST).is_file():
-        return
-    for path in unlisted(target):
-        copy = new / path.relative_to(target)
-        if copy.exists():
-            raise FileExistsError(
-                f"{path} is not part of the old checkpoint, but its name is needed: move it away."
-            )
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, copy, follow_symlinks=False)
-        except OSError:  # no links on this file system
-            shutil.copy2(path, copy, follow_symlinks=False)
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-018s
 def save_or_rescue(
@@ -292,7 +261,18 @@ def write_checkpoint(
             processor_class=None if processor is None else type(processor).__name__,
             provenance=list(provenance or ()),
         )
-        keep_unlisted(target, new)
+        for path in unlisted(target) if (target / MANIFEST).is_file() else ():
+            copy = new / path.relative_to(target)
+            if copy.exists():
+                raise FileExistsError(
+                    f"{path} is not part of the old checkpoint, but its name is needed: move it "
+                    "away."
+                )
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, copy, follow_symlinks=False)
+            except OSError:  # no links on this file system
+                shutil.copy2(path, copy, follow_symlinks=False)
     return Path(folder)
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #saving-cell-012

@@ -49,14 +49,8 @@ TOWER_NAMES = (
 )
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-007
-TOWER_CONFIG = EfficientNetConfig(
-    width_coefficient=1.0,
-    depth_coefficient=1.0,
-    hidden_dim=1280,
-    hidden_size=1280,
-    image_size=SIDE,
-    hidden_act="relu6",
-)
+_SIZES = dict(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_size=1280)
+TOWER_CONFIG = EfficientNetConfig(**_SIZES, image_size=SIDE, hidden_act="relu6")
 
 
 def efficientnet_lite0() -> EfficientNetModel:

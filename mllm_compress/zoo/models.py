@@ -193,16 +193,6 @@ def cast(
         p.data = p.data.to(dtype)
     return model
 
-# %% ../../nbs/library/zoo/01_models.ipynb #models-cell-037
-def _dtype(given) -> torch.dtype | None:
-    "A dtype from its name, such as bfloat16 or torch.bfloat16; ValueError for another one."
-    if not isinstance(given, str) or given in ("", "auto"):
-        return None if isinstance(given, str) else given
-    dtype = getattr(torch, given.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"Unknown dtype {given!r}: use float32, bfloat16 or float16.")
-    return dtype
-
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-041
 def _local_folder(name: str) -> Path | None:
     "The folder of a model; None for a generated one, and for one that is not on this machine."
@@ -334,7 +324,12 @@ def load_model(
     stream: bool = False,  # leave the weights in their files, for models larger than the memory
 ) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor; ValueError for an unknown name or pickled weights."
-    name, dtype = str(name), _dtype(dtype)
+    name = str(name)
+    if isinstance(dtype, str):
+        given, dtype = dtype, getattr(torch, dtype.removeprefix("torch."), None)
+        known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if not known and given not in ("", "auto"):
+            raise ValueError(f"Unknown dtype {given!r}: use float32, bfloat16 or float16.")
     folder = None if name in GENERATED else _folder(name, trust_remote_code)
     layout = layout_of(folder) if folder else "generated"
     if stream:

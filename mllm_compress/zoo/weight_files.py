@@ -45,9 +45,7 @@ AGAIN = "copy or download it again"
 SHIPPED = Path(str(files("mllm_compress"))) / "models"  # what comes with the package
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-005
-def read_config(
-    path: Path,  # of a JSON file
-) -> dict:
+def read_config(path: Path) -> dict:
     "The object in a JSON file of a checkpoint; ValueError where it is damaged."
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -58,10 +56,8 @@ def read_config(
     return content
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-005b
-def listed(
-    faults: dict,  # kind of mistake -> names
-) -> str:
-    "The mistakes of a checkpoint as text, with the first names of each kind."
+def listed(faults: dict) -> str:
+    "The mistakes of a checkpoint (kind -> names) as text, with the first names of each kind."
     first = {kind: sorted(map(str, names))[:3] for kind, names in faults.items() if names}
     return "; ".join(
         f"{kind.replace('_', ' ')}: {', '.join(names)}{' …' if len(faults[kind]) > 3 else ''}"
@@ -69,9 +65,7 @@ def listed(
     )
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-007
-def read_header(
-    path: Path,  # of a safetensors file
-) -> dict:  # name -> (dtype, shape), in the order of the file
+def read_header(path: Path) -> dict:  # name -> (dtype, shape), in the order of the file
     "The tensors of a safetensors file; ValueError where the file is damaged or cut short."
     try:
         with safe_open(path, "pt", backend="pread") as file:
@@ -117,12 +111,8 @@ HOW_TO_CONVERT = (
 )
 
 
-def refuse_pickle(
-    folder: Path,  # without safetensors
-    name: str = "",  # of the model, where it is not the folder
-    twin: str = "",  # a sentence that names the same model as safetensors
-) -> None:
-    "Raise a ValueError for a folder of pickled weights, a FileNotFoundError for one without any."
+def refuse_pickle(folder: Path, name: str = "", twin: str = "") -> None:
+    "ValueError for pickled weights, FileNotFoundError for none; `twin` names them as safetensors."
     patterns = ("*.bin", "*.pt", "*.pth")
     pickles = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
     if pickles:
@@ -135,11 +125,7 @@ def refuse_pickle(
     )
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-013
-def check_files(
-    folder: Path,  # of a checkpoint
-    name: str = "",  # see refuse_pickle
-    twin: str = "",
-) -> None:
+def check_files(folder: Path, name: str = "", twin: str = "") -> None:
     "ValueError or FileNotFoundError where a folder is not a complete checkpoint."
     if not list(folder.glob("*.safetensors")):
         refuse_pickle(folder, name, twin=twin)
@@ -321,9 +307,7 @@ PACKAGED = {
 READ_FROM_GGUF = ("llama", "mistral", "qwen2", "phi3")
 
 
-def check_gguf(
-    path: Path,  # of a file
-) -> None:
+def check_gguf(path: Path) -> None:
     "ValueError where a GGUF file is damaged, or its architecture or a quantization is unknown."
     with naming_extras():
         from gguf import GGUFReader, quants
@@ -348,9 +332,7 @@ def check_gguf(
             ) from None
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-015
-def fresh_model(
-    model,  # as read from a GGUF file
-):  # the same class, config and weights
+def fresh_model(model):  # the same class, config and weights
     "A copy of a model that can be saved."
     config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
@@ -363,10 +345,7 @@ def fresh_model(
     return fresh.eval()
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-017
-def convert_gguf(
-    path: Path,  # of a GGUF file
-    folder: Path,  # to write
-) -> None:
+def convert_gguf(path: Path, folder: Path) -> None:
     "Write a GGUF file as the folder of a checkpoint: safetensors, config and tokenizer."
     check_gguf(path)
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
@@ -382,16 +361,12 @@ def convert_gguf(
 CONVERSION_VERSION = 1  # raised when the written weights or the tokenizer change
 
 
-def gguf_identity(
-    path: Path,  # of a GGUF file
-) -> str:
+def gguf_identity(path: Path) -> str:
     "A name for the weights of a GGUF file, without reading them."
     return f"{path.stem}-{sha256(path)[:16]}-{CONVERSION_VERSION}"
 
 
-def gguf_folder(
-    path: Path,  # of a GGUF file
-) -> Path:  # of a checkpoint in the cache
+def gguf_folder(path: Path) -> Path:  # of a checkpoint in the cache
     "A GGUF file as a folder, converted at the first call."
     folder = cache_folder("gguf") / gguf_identity(path)
     if not (folder / "config.json").is_file():
