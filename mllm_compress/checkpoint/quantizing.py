@@ -85,5 +85,4 @@ def quantize(
     write = lambda new, variant: model.save_pretrained(new, variant=variant)
     step = make_step("quantize", quantization=name, bits=QUANTIZATIONS[name].bits)
     steps = [*history(folder), step]
-    check_target(out, overwrite, {"checkpoint": folder})
     return write_checkpoint(out, write, unpacked, plan, kind, processor, overwrite, None, steps)

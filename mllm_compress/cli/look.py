@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import typer
+import yaml
 
 import mllm_compress as mc
 from . import requests as cli
@@ -179,7 +180,10 @@ def show(request: ShowRequest) -> dict:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     about = f"{folder}: {model_class} in format {kind}, {size / 2**20:.1f} MiB"
     loader = "plain transformers" if kind == "stock" else "mllm_compress.load_pruned"
-    lines = [about, str(plan), mc.checkpoint.formats.describe_steps(steps), f"Loads with {loader}."]
+    scores = lambda step: {r["benchmark"]: round(r["score"], 1) for r in step["results"]}
+    brief = [step | ({"results": scores(step)} if step.get("results") else {}) for step in steps]
+    text = yaml.safe_dump(brief, sort_keys=False).rstrip()
+    lines = [about, str(plan), text, f"Loads with {loader}."]
     facts = {"folder": str(folder), "kind": kind, "bytes": size, "provenance": steps}
     facts |= {"model_class": model_class, "achieved_ratio": plan.achieved_ratio}
     return cli.emit("\n".join(lines), facts)

@@ -33,11 +33,7 @@ from mllm_compress.zoo.weight_files import (
 )
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #cell-005
-def config_from(
-    config_class: type,  # a native config class
-    original: dict,  # keys of an original config.json
-    **changed,  # values that override
-) -> PreTrainedConfig:
+def config_from(config_class: type, original: dict, **changed) -> PreTrainedConfig:
     "A native config made of those original keys that its class has."
     known = {f.name for f in fields(config_class)} - {f.name for f in fields(PreTrainedConfig)}
     known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
@@ -130,11 +126,8 @@ INTERNVL_NAMES = (
 )
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-009
-def native_names(
-    name: str,  # of a tensor in the original layout
-    rules: tuple,  # (pattern, replacements), first match wins
-) -> tuple:  # of native names: one, several (equal parts along rows), or none
-    "Where a tensor of the original layout belongs."
+def native_names(name: str, rules: tuple) -> tuple:
+    "Native names of a tensor, by the first rule that matches; several are equal parts of its rows."
     for pattern, new in rules:
         if re.match(pattern, name):
             return tuple(re.sub(pattern, n, name, count=1) for n in new)
@@ -275,11 +268,7 @@ def native_config(
     )
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-cell-006
-def append_rows(
-    name: str,  # native name of the tensor
-    tensor: torch.Tensor,  # [rows, hidden]
-    rows: int,  # wanted
-) -> torch.Tensor:
+def append_rows(name: str, tensor: torch.Tensor, rows: int) -> torch.Tensor:
     "The embedding or LM head with rows appended; other tensors as they are."
     more = rows - len(tensor)
     if name not in ("lm_head.weight", "model.language_model.embed_tokens.weight") or more == 0:
@@ -408,23 +397,15 @@ def chat_template(folder: Path, name: str) -> str:
     return CHAT_TEMPLATES[name + "-2024-05" if older else name]
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-024
-def original_ids(
-    prompt: str,  # with <image> in it
-    tokenizer,
-    image_token_id: int,
-) -> list:
-    "Token ids as the original makes them; source: LLaVA's `tokenizer_image_token`."
+def original_ids(prompt: str, tokenizer, image_token_id: int) -> list:
+    "Ids of a prompt with <image> in it; source: LLaVA's `tokenizer_image_token`."
     first, *rest = (tokenizer(piece)["input_ids"] for piece in prompt.split("<image>"))
     for ids in rest:
         first = first + [image_token_id] + ids[bool(ids) and ids[0] == tokenizer.bos_token_id :]
     return first
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-026
-def fit_template(
-    template: str,  # of the release
-    tokenizer,
-    image_token_id: int,
-) -> str:
+def fit_template(template: str, tokenizer, image_token_id: int) -> str:
     "The chat template with which whole prompts give the ids of the original."
     content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
 
@@ -450,10 +431,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 TOKENIZER_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def load_tokenizer(
-    folder: Path,  # in an original layout
-    **options,  # of from_pretrained
-):  # -> tokenizer
+def load_tokenizer(folder: Path, **options):  # -> tokenizer
     "The tokenizer in a folder, loaded without its config.json; None if there is none."
     if not any((folder / name).is_file() for name in TOKENIZER_FILES[:3]):
         return None
