@@ -30,22 +30,6 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
 # %% ../../nbs/library/study/00_index.ipynb #public-names
-_all_ = [
-    "CLAIMS",
-    "Claim",
-    "Estimate",
-    "Experiment",
-    "Profile",
-    "Report",
-    "Store",
-    "Verdict",
-    "advise",
-    "difference",
-    "load_profile",
-    "plan_of",
-    "profile_names",
-    "run",
-    "run_study",
-    "status",
-    "summary",
-]
+_all_ = ["CLAIMS", "Claim", "Estimate", "Experiment", "Profile", "Report", "Store", "Verdict"]
+_all_ += ["advise", "difference", "load_profile", "plan_of", "profile_names", "run", "run_study"]
+_all_ += ["status", "summary"]

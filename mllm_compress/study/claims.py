@@ -127,11 +127,9 @@ def values(frame: pd.DataFrame, ways_at: dict) -> pd.DataFrame:  # columns panel
     "AVG-% of every way at every place; nan without a result."
     rows = []
     for (model, label), ways in ways_at.items():
-        row = {"panel": model, "label": label}
-        for way, setting in ways.items():
-            there = finished(frame, model=model, **setting)
-            row[way] = retained(frame, model, **setting).value if there else float("nan")
-        rows.append(row)
+        there = {way: its for way, its in ways.items() if finished(frame, model=model, **its)}
+        scores = {way: retained(frame, model, **its).value for way, its in there.items()}
+        rows.append({"panel": model, "label": label} | dict.fromkeys(ways) | scores)
     return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
 
 

@@ -30,17 +30,13 @@ class Figure:
     png: bytes
     caption: str
 
-    def outputs(self) -> list:  # of two mime bundles
-        "The picture, and its caption."
-        picture = {"image/png": b64encode(self.png).decode(), "text/plain": self.caption}
-        below = f'<figcaption class="below">{html.escape(self.caption)}</figcaption>'
-        return [picture, {"text/html": below, "text/plain": self.caption}]
-
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        for bundle in self.outputs():
-            display(bundle, raw=True)
+        picture = {"image/png": b64encode(self.png).decode(), "text/plain": self.caption}
+        display(picture, raw=True)
+        below = f'<figcaption class="below">{html.escape(self.caption)}</figcaption>'
+        display({"text/html": below, "text/plain": self.caption}, raw=True)
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-016
 REMOVED = "fraction of LM-decoder parameters removed"
@@ -221,20 +217,15 @@ def dumbbells(
 WORD_LOOKS = {word: Look(word, COLORS[word], m, "none") for word, m in zip(WORDS, "osox.")}
 
 
-def place_label(where: str) -> str:
-    "The name of a setting in a figure: without its sizes, and with the label of a rival."
-    where = where.partition(" (removed")[0]
-    place, _, rival = where.partition(", over ")
-    return f"{place}, over {LOOKS[rival].label}" if rival in LOOKS else where
-
-
 def forest(verdicts: dict):  # title -> Verdict; a figure
     "The effects behind some verdicts, each with its 95 % interval, and their averages."
     shown, rows = {f"{t}: {v.word}": v for t, v in verdicts.items() if v.settings}, []
     for title, v in shown.items():
         for where, e in v.settings.items():
-            wide, word = e.at(v.level), v.words[where]
-            row = {"title": title, "label": place_label(where), "look": WORD_LOOKS[word]}
+            wide, word, label = e.at(v.level), v.words[where], where.partition(" (removed")[0]
+            if (rival := label.partition(", over ")[2]) in LOOKS:
+                label = label.removesuffix(rival) + LOOKS[rival].label
+            row = {"title": title, "label": label, "look": WORD_LOOKS[word]}
             row |= {"hollow": word == UNDECIDED, "lowest": wide.low, "highest": wide.high}
             rows.append(row | {"value": e.value, "low": e.low, "high": e.high})
         for name, part in v.by_part.items() if len(v.settings) > 1 else ():

@@ -85,18 +85,6 @@ def situations(
                 out[model, ratio, share] = rows
     return out
 
-
-def at_budgets(
-    every: dict, ratios: list, budgets: list
-) -> dict:  # (model, ratio, budget) -> as `situations`
-    "The situations at some budgets: each the one with the largest share of the data within it."
-    out = {}
-    for (model, ratio, share), rows in every.items():
-        fits = [b for b in budgets if share <= b + 1e-9 and (share > 0) == (b > 0)]
-        if fits and ratio in ratios:
-            out[model, ratio, min(fits)] = rows
-    return out
-
 # %% ../../nbs/library/study/34_guide.ipynb #cell-t1
 RECIPE = ["pruning", "importance", "recovery", "train", "fraction", "epochs", "calibration"]
 
@@ -242,10 +230,3 @@ def guide_map(frame: pd.DataFrame, fitting: dict):  # a figure
     fig, _ = fields(cells, height=0.68 * cells.budget.nunique() + 0.8)
     legend_above(fig, ["layerwise", "widthwise"])
     return fig
-
-# %% ../../nbs/library/study/34_guide.ipynb #cell-026
-def of_strategy(rows: pd.DataFrame, trained: bool) -> pd.DataFrame:  # of one situation
-    "The best setting of each pruning, with training or without."
-    rows = rows[(rows.recovery != "none") == trained]
-    rows = rows[rows.rival] if rows.rival.any() else rows
-    return rows.drop_duplicates("pruning")

@@ -347,30 +347,14 @@ def average(
     known = [e for e in effects.values() if e.value == e.value]
     if not known:
         return estimate([])
-    mean = lambda name: float(np.mean([getattr(e, name) for e in known]))
+    k, mean = len(known), lambda name: float(np.mean([getattr(e, name) for e in known]))
     if any(e.by_image is None for e in known):
-        questions = sum(e.variance[0] for e in known) / len(known) ** 2
+        questions = sum(e.variance[0] for e in known) / k**2
     else:
         errors = pd.concat([e.by_image for e in known]).groupby(level=0, sort=False).sum()
-        questions = cluster_variance(errors / len(known))
-    spread, freedom = _shared_spread(known)
-    return Estimate(
-        *[mean("value")] * 3,
-        n=max(e.n for e in known),
-        seeds=max(e.seeds for e in known),
-        questions=questions,
-        spread=spread,
-        freedom=freedom,
-        floor=mean("floor"),
-        top=mean("top"),
-    ).at(0.95)
-
-# %% ../../nbs/library/study/22_statistics.ipynb #cell-052
-def _shared_spread(known: list) -> tuple:  # (variance over seeds, degrees of freedom)
-    "Variance over seeds of the mean of some estimates, the settings of a model together."
-    k, parts, freedoms = len(known), [], []
-    several = [e for e in known if e.seeds > 1 and e.by_seed]
-    for model in dict.fromkeys(e.model for e in several):
+        questions = cluster_variance(errors / k)
+    several, parts, freedoms = [e for e in known if e.seeds > 1 and e.by_seed], [], []
+    for model in dict.fromkeys(e.model for e in several):  # its settings share their seeds
         its = [e for e in several if e.model == model]
         errors = [pd.Series(e.by_seed).sub(e.value) / e.seeds / k for e in its]
         by_seed = pd.concat(errors).groupby(level=0).sum()
@@ -379,7 +363,11 @@ def _shared_spread(known: list) -> tuple:  # (variance over seeds, degrees of fr
     if single := sum(e.seeds == 1 for e in known) * bool(several):
         parts.append(single / k**2 * np.mean([e.spread * e.seeds for e in several]))
         freedoms.append(len(several))
-    return float(sum(parts)), satterthwaite(parts, freedoms)
+    numbers = {"n": max(e.n for e in known), "seeds": max(e.seeds for e in known)}
+    numbers |= {"questions": questions, "spread": float(sum(parts))}
+    numbers |= {"freedom": satterthwaite(parts, freedoms)}
+    numbers |= {name: mean(name) for name in ("floor", "top")}
+    return Estimate(*[mean("value")] * 3, **numbers).at(0.95)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-005
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 __all__ = ['few_colours']
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-003
+from functools import partial
 from io import BytesIO
 
 import matplotlib
@@ -79,17 +80,9 @@ def graded(labels: list) -> list:  # of Look, one per label
     ]
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-021
-SHEET = "mllm_compress.study"  # of mllm_compress/study.mplstyle
-
-
-def page():
-    "Draw in the style of this study inside the block."
-    return plt.style.context(SHEET)
-
-# %% ../../nbs/library/study/21_style.ipynb #cell-023
-def use_style() -> None:
-    "Draw in the style of this study from here on, for notebooks that use matplotlib directly."
-    plt.style.use(SHEET)
+SHEET = "mllm_compress.study"  # mllm_compress/study.mplstyle
+page = partial(plt.style.context, SHEET)  # draws in the style of this study inside the block
+use_style = partial(plt.style.use, SHEET)  # from here on, where matplotlib is used directly
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-025
 def panels(

@@ -214,13 +214,13 @@ def _blind_scores(setup: Profile) -> dict:  # counting the answers takes seconds
     return scores
 
 
-GENERATED = ("scenes", "emoji", "easy-vqa")  # data that code and a version determine
+GENERATED = {"scenes", "emoji", "easy-vqa"}  # data that code and a version determine
 
 
 def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it was trained for
     "The scores of the question-only baseline."
     e, ask = setup.evaluation, lambda: _blind_scores(setup)
-    if not all(name.split("/")[0] in GENERATED for name in e.benchmarks):
+    if not {name.split("/")[0] for name in e.benchmarks} <= GENERATED:
         return pd.Series(ask(), dtype=float)
     made_by = [np.__version__, version("easy-vqa"), code_of(data, evaluation)]
     scores = remembered("question-only", [data_inputs(setup.training), asdict(e), made_by], ask)
@@ -319,22 +319,15 @@ def beside_printed(
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-017
 def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
     "The learning rate of every objective: a row per objective and part, a column per model."
-    rows = {}
+    rates, rows = {}, {}  # (objective, part, model) -> rate -> ratios
     for e in (e for e in experiments if e.recovery != "none"):
-        key = (look(e.recovery).label, e.train)
-        rates = rows.setdefault(key, {}).setdefault(e.model, {})
-        rates.setdefault(recovery_config(e, setup).lr, set()).add(e.ratio)
-
-    def by_ratio(rates: dict) -> str:  # rate -> ratios
-        "Rates as text: one number, or each with its ratios."
-        at = [f"{rate:g} at {', '.join(f'{r:.2f}' for r in sorted(rates[rate]))}" for rate in rates]
-        return "; ".join(at) if len(rates) > 1 else f"{next(iter(rates)):g}"
-
-    table = [
-        {"objective": objective, "trained": part} | {m: by_ratio(r) for m, r in rates.items()}
-        for (objective, part), rates in rows.items()
-    ]
-    return pd.DataFrame(table)
+        its = rates.setdefault((look(e.recovery).label, e.train, e.model), {})
+        its.setdefault(f"{recovery_config(e, setup).lr:g}", set()).add(f"{e.ratio:.2f}")
+    for (objective, part, model), its in rates.items():
+        row = rows.setdefault((objective, part), {"objective": objective, "trained": part})
+        by_ratio = [f"{rate} at {', '.join(sorted(ratios))}" for rate, ratios in its.items()]
+        row[model] = "; ".join(by_ratio) if len(its) > 1 else next(iter(its))
+    return pd.DataFrame(rows.values())
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027b
 def perplexities(
