@@ -57,7 +57,7 @@ def ask(monkeypatch):
 
     def asking(model="tiny-llava", rows=RESULTS, **kw):
         frame = pd.DataFrame(rows)
-        situations = guide.situations(frame, list(dict.fromkeys(frame.model)))
+        situations = guide.situations(frame)
         table = guide.advice_table(frame, situations, load_profile("quick"))
         text = table.to_csv(index=False, float_format="%.6g")
         file = SimpleNamespace(open=lambda **_: io.StringIO(text))

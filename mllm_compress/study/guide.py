@@ -6,13 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-002
-from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from . import advice
-from .claims import MARGIN, recommended
+from .claims import MARGIN, places, recommended
 from .experiments import LATER
 from .figures import fields, legend_above
 from .profiles import Profile
@@ -74,13 +73,12 @@ def ranked(
 # %% ../../nbs/library/study/34_guide.ipynb #cell-004
 def situations(
     frame: pd.DataFrame,  # of `study.run`
-    models: list,
 ) -> dict:  # (model, requested ratio, share of the data; 0: untrained) -> frame of `ranked`
     "The possible settings of each situation."
-    done, out = frame[(frame.status == "done") & (frame.pruning != "none")], {}
-    for model, ratio in product(models, sorted(set(done.requested_ratio))):
-        here = done[(done.model == model) & (done.requested_ratio == ratio)]
-        for share in sorted({0.0, *here.fraction[here.recovery != "none"]}):
+    trained, out = frame[(frame.status == "done") & (frame.recovery != "none")], {}
+    for model, ratio in places(frame):
+        here = trained[(trained.model == model) & (trained.requested_ratio == ratio)]
+        for share in sorted({0.0, *here.fraction}):
             if len(rows := ranked(frame, model, ratio, share)):
                 out[model, ratio, share] = rows
     return out

@@ -192,8 +192,8 @@ def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
             plan = plan_like(dense, method, ratio, setup, multiple)
             small = pruning.apply_plan(dense, plan, share_vision=True)
             c = cost.cost_report(small, text_tokens=64, memory=False)
-            row = {"model": name, "method": method_label(method), "requested": f"{ratio:.2f}"}
-            row["achieved"] = f"{plan.achieved_ratio:.3f}"
+            row = {"model": name, "method": method, "requested": ratio}
+            row["achieved"] = plan.achieved_ratio
             row["LM parameters (G)"] = c.value("parameters", "lm") / 1e9
             row["weights (GiB)"] = c.value("weights") / 2**30
             row["KV cache (KiB/token)"] = round(c.value("KV cache per token") / 2**10)
@@ -202,7 +202,7 @@ def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
                 first = base.setdefault(phase, ops)
                 row |= {f"{phase} ops ({unit})": ops, f"ideal {phase} speed-up": first / ops}
             rows.append(row)
-    return pd.DataFrame(rows)
+    return named(pd.DataFrame(rows))
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-030
 def saved(

@@ -255,9 +255,8 @@ def guessing(setup: Profile) -> dict:  # model -> AVG-% of the question-only bas
 def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
     "Per cent of heads and neurons that widthwise plans remove from the layers that lose any."
     rows, kinds = [], ("heads", "neurons")
-    for e in (e for e in experiments if e.pruning == "widthwise"):
-        if (plan := plan_of(e, setup)) is None:
-            continue
+    wide = [e for e in experiments if e.pruning == "widthwise"]
+    for e, plan in [(e, plan) for e in wide if (plan := plan_of(e, setup))]:
         touched = [i for i in plan.layers if any(plan.removed(kind, i) for kind in kinds)]
         row = {"model": e.model, "requested": f"{e.ratio:.2f}", "achieved": plan.achieved_ratio}
         row["layers touched"] = f"{len(touched)} of {plan.num_layers}"
@@ -265,11 +264,10 @@ def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
             gone = [len(plan.removed(kind, i)) / plan.meta["sizes"][i][kind] for i in touched]
             row[f"{kind} removed, %"] = 100 * sum(gone) / max(len(gone), 1)
         rows.append(row)
-    table = pd.DataFrame(rows).drop_duplicates()
     if not rows:
-        return table
+        return pd.DataFrame()
     keys = ["model", "requested", "layers touched"]
-    mean = table.groupby(keys, sort=False, as_index=False).mean()
+    mean = pd.DataFrame(rows).drop_duplicates().groupby(keys, sort=False, as_index=False).mean()
     return mean.assign(achieved=mean.achieved.map("{:.3f}".format))
 
 # %% ../../nbs/library/study/24_tables.ipynb #kept-shares
