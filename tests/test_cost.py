@@ -225,7 +225,7 @@ def test_what_is_timed_has_the_size_of_what_was_scored():
 
     sizes = pd.DataFrame(
         [("m", "dense", 0.0, 0.0, 100.0), ("m", "widthwise", 0.3, 0.3, 70.0)],
-        columns=["model", "method", "requested", "achieved", "weights"],
+        columns=["model", "method", "requested", "achieved", "weights (MiB)"],
     )
     pairs = pd.DataFrame([("m", "decode", "widthwise", 0.3, 2.0, 1.0)] * 3)
     pairs.columns = ["model", "phase", "method", "requested", "dense", "pruned"]

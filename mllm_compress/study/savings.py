@@ -57,18 +57,18 @@ def plan_like(model, method: str, ratio: float, setup: Profile, multiple: int):
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-010
 def sizes_of(model) -> dict:
-    "Parameters, operations and bytes."
+    "Parameters, operations and bytes, in readable units."
     report = cost.cost_report(model, text_tokens=TEXT_TOKENS, memory=True)
     closed, seen = (report.value("parameters", source=s) for s in ("closed form", "measured"))
     if closed != seen:
         raise RuntimeError(f"{closed} parameters by closed form, {seen} measured.")
     return {
-        "LM parameters": report.value("parameters", "lm"),
-        "prefill operations": report.value("prefill operations"),
-        "decode operations": report.value("decode operations"),
-        "weights": report.value("weights"),
-        "KV per token": report.value("KV cache per token"),
-        "working memory": report.value("peak beyond weights", "prefill"),
+        "LM parameters (M)": report.value("parameters", "lm") / 1e6,
+        "weights (MiB)": report.value("weights") / 2**20,
+        "working memory (MiB)": report.value("peak beyond weights", "prefill") / 2**20,
+        "KV cache (bytes/token)": report.value("KV cache per token"),
+        "prefill ops (M)": report.value("prefill operations") / 1e6,
+        "decode ops (M)": report.value("decode operations") / 1e6,
     }
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-012
@@ -84,7 +84,7 @@ def on_disk(model, plan, inputs: dict, device: str) -> dict:
         pair = [cost.forward(m, inputs).logits for m in (again, model)]
         torch.testing.assert_close(*pair)
     loader = {"stock": "from_pretrained", "pruned": "load_pruned"}[kind]
-    return {"disk": stored, "loads with": loader}
+    return {"disk (MiB)": stored / 2**20, "loads with": loader}
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-016
 @torch.no_grad()
@@ -123,7 +123,7 @@ def measured(name: str, setup: Profile, want, device: str) -> tuple:  # (sizes, 
         sizes.append(who | sizes_of(small) | on_disk(small, plan, inputs, device))
         if method != "dense":
             pairs = in_turn(dense, small, inputs, want.repeats, device)
-            operations = pairs.phase + " operations"
+            operations = pairs.phase + " ops (M)"
             ideal = operations.map(sizes[0]) / operations.map(sizes[-1])
             times.append(pairs.assign(ideal=ideal.astype(float), **who))
     return pd.DataFrame(sizes), pd.concat(times, ignore_index=True)
@@ -138,21 +138,6 @@ def device_name(device: str) -> str:
     return f"{name[1] if name else 'CPU'}, processor time of one thread"
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-022
-def size_table(sizes: pd.DataFrame) -> pd.DataFrame:
-    "Sizes in readable units."
-    mib = sizes[["weights", "disk", "working memory"]] / 2**20
-    millions = sizes[["prefill operations", "decode operations"]] / 1e6
-    parts = [
-        named(sizes)[["model", "method", "requested", "achieved"]],
-        (sizes["LM parameters"] / 1e6).rename("LM parameters (M)"),
-        mib.rename(columns="{} (MiB)".format),
-        sizes["KV per token"].rename("KV cache (bytes/token)"),
-        millions.rename(columns=lambda c: f"{c.replace('operations', 'ops')} (M)"),
-        sizes["loads with"],
-    ]
-    return pd.concat(parts, axis=1)
-
-
 def named(rows: pd.DataFrame) -> pd.DataFrame:
     "Rows with their way to prune and their ratios as text."
     return rows.assign(
@@ -223,9 +208,9 @@ def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFram
     keys, decode = ["model", "method", "requested"], pairs[pairs.phase == "decode"]
     share = (100 * decode.pruned / decode.dense).rename("time, %")
     time = share.groupby([decode[key] for key in keys]).median().reset_index()
-    timed = sizes[[*keys, "achieved", "weights"]].merge(time, on=keys)
-    dense = sizes[sizes.method == "dense"].set_index("model").weights
-    timed["bytes, %"] = 100 * timed.weights / timed.model.map(dense)
+    timed = sizes[[*keys, "achieved", "weights (MiB)"]].merge(time, on=keys)
+    dense = sizes[sizes.method == "dense"].set_index("model")["weights (MiB)"]
+    timed["bytes, %"] = 100 * timed["weights (MiB)"] / timed.model.map(dense)
     best = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
     best = best.rename(columns={"requested_ratio": "requested", "avg_percent": "AVG-%"})
     best = best.merge(timed.rename(columns={"method": "pruning"}), on=[*keys[::2], "pruning"])
