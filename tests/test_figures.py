@@ -71,7 +71,7 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
         1.0: Estimate(3.0, 2.0, 4.0, 100, 3),
     }  # of layerwise, by fraction
     gap = lambda frame, model, best, setting: behind[setting["fraction"]]
-    monkeypatch.setattr(guide, "difference", gap)
+    monkeypatch.setattr(guide.statistics, "difference", gap)
     agreement = lambda *given: guide.agreement(None, *given)
 
     def ranking(fraction, *more):

@@ -12,18 +12,8 @@ from itertools import product
 
 import pandas as pd
 
+from . import statistics
 from .experiments import LATER, as_number
-from mllm_compress.study.statistics import (
-    Original,
-    above,
-    average,
-    difference,
-    finished,
-    having,
-    retained,
-    select,
-    with_original,
-)
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
@@ -77,7 +67,7 @@ def places(
     frame: pd.DataFrame,  # of `study.run`
 ) -> list:  # of (model, requested ratio)
     "Where compressed models have results, and their originals too."
-    evaluated = frame.model.isin(with_original(frame))
+    evaluated = frame.model.isin(statistics.with_original(frame))
     done = frame[(frame.status == "done") & (frame.pruning != "none") & evaluated]
     models = list(dict.fromkeys(frame.model))
     pairs = set(zip(done.model, done.requested_ratio))
@@ -114,12 +104,12 @@ def ahead(
     out = {}
     for (model, label), ways in ways_at.items():
         pair = [ways.get(first), ways.get(second)]
-        if not all(w and finished(frame, model=model, **w) for w in pair):
+        if not all(w and statistics.finished(frame, model=model, **w) for w in pair):
             continue
-        sizes = [select(frame, model=model, **w).achieved_ratio.mean() for w in pair]
+        sizes = [statistics.select(frame, model=model, **w).achieved_ratio.mean() for w in pair]
         apart = abs(sizes[0] - sizes[1]) > 0.02
         uneven = " (removed {:.3f} v. {:.3f})".format(*sizes) if apart else ""
-        out[f"{model} at {label}{uneven}"] = difference(frame, model, *pair)
+        out[f"{model} at {label}{uneven}"] = statistics.difference(frame, model, *pair)
     return {where: e for where, e in out.items() if e.value == e.value}
 
 
@@ -127,8 +117,8 @@ def values(frame: pd.DataFrame, ways_at: dict) -> pd.DataFrame:  # columns panel
     "AVG-% of every way at every place; nan without a result."
     rows = []
     for (model, label), ways in ways_at.items():
-        there = {way: its for way, its in ways.items() if finished(frame, model=model, **its)}
-        scores = {way: retained(frame, model, **its).value for way, its in there.items()}
+        there = [way for way in ways if statistics.finished(frame, model=model, **ways[way])]
+        scores = {way: statistics.retained(frame, model, **ways[way]).value for way in there}
         rows.append({"panel": model, "label": label} | dict.fromkeys(ways) | scores)
     return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
 
@@ -160,18 +150,20 @@ def keeps(
     least: float = 95,  # the claimed AVG-%
 ) -> dict:  # "model at ratio" -> Estimate
     "How far the retained score of each place is above the claimed one."
-    return {
-        f"{model} at {ratio:.2f}": above(retained(frame, model, **at_ratio(way, ratio)), least)
-        for model, ratio in places(frame)
-        if finished(frame, model=model, **at_ratio(way, ratio))
-    }
+    out = {}
+    for model, ratio in places(frame):
+        setting = at_ratio(way, ratio) | {"model": model}
+        if statistics.finished(frame, **setting):
+            kept = statistics.retained(frame, **setting)
+            out[f"{model} at {ratio:.2f}"] = statistics.above(kept, least)
+    return out
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-040
 def weakest(comparisons: dict) -> dict:  # name -> effects; the effects of one, with its name
     "The comparison with the smallest average lead in standard errors."
 
     def lead(name: str) -> float:
-        e = average(comparisons[name])
+        e = statistics.average(comparisons[name])
         return e.value / max(e.variance[0] ** 0.5, 1e-9)
 
     name = min((name for name in comparisons if comparisons[name]), key=lead, default="")
@@ -240,7 +232,7 @@ RECOVERED = {"pruning": recommended, "recovery": BEST}
 def projector_is_close(frame: pd.DataFrame) -> dict:
     "Projector alone minus projector and LM, plus the margin, at small ratios."
     close = contrast(recovered(frame), PROJECTOR, PROJECTOR_LM, lambda ratio: ratio < SMALL)
-    return {where: above(e, -MARGIN) for where, e in close.items()}
+    return {where: statistics.above(e, -MARGIN) for where, e in close.items()}
 
 
 def projector_suffices(frame: pd.DataFrame) -> dict:
@@ -305,10 +297,11 @@ def little_against_all(frame: pd.DataFrame) -> dict:
     out = {}
     for model, ratio in places(frame[frame.requested_ratio < BELOW]):
         setting = at_ratio(RECOVERED | PROJECTOR_LM, ratio) | {"model": model}
-        few, most = (frame[having(frame, **setting, fraction=f)] for f in (LITTLE, 1.0))
+        few, most = (frame[statistics.having(frame, **setting, fraction=f)] for f in (LITTLE, 1.0))
         if shared := sorted(set(few.seed) & set(most.seed)):
-            share = Original(most[most.seed == shared[0]]).retained(few[few.seed.isin(shared)])
-            out[f"{model} at {ratio:.2f}"] = above(share, AGAINST_ALL)
+            on_all = statistics.Original(most[most.seed == shared[0]])
+            share = on_all.retained(few[few.seed.isin(shared)])
+            out[f"{model} at {ratio:.2f}"] = statistics.above(share, AGAINST_ALL)
     return out
 
 

@@ -10,21 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import advice
+from . import advice, statistics
 from .claims import MARGIN, places, recommended
 from .experiments import LATER
 from .figures import fields, legend_above
 from .profiles import Profile
 from .runs import complete
-from mllm_compress.study.statistics import (
-    Estimate,
-    basis_of,
-    difference,
-    original_of,
-    paired,
-    setting_of,
-    summary,
-)
 from .style import look
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-r1
@@ -35,7 +26,7 @@ def studied(profile: Profile) -> list:  # of Experiment, sorted
     return sorted(filter(usual, complete(profile)))
 
 
-def is_tied(gap: Estimate) -> bool:
+def is_tied(gap: statistics.Estimate) -> bool:
     "Whether a setting was shown to retain at most the margin less; not with one seed."
     return gap.seeds > 1 and gap.high <= MARGIN
 
@@ -50,15 +41,15 @@ def ranked(
     its = frame[(frame.model == model) & (frame.status == "done")]
     fits = (its.recovery == "none") | (its.fraction <= data + 1e-9) & (data > 0)
     its = its[((its.pruning == "none") | (its.requested_ratio == ratio)) & fits]
-    rows = summary(its)
+    rows = statistics.summary(its)
     rows = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
     rows = rows.sort_values("avg_percent", ascending=False)
     if rows.empty:
         return rows
-    by_setting = dict(iter(its.groupby(setting_of(its), sort=False)))
-    original = original_of(its, model)
-    settings = [by_setting[tuple(row)] for row in rows[setting_of(rows)].itertuples(index=False)]
-    gaps = [paired(settings[0], setting, original) for setting in settings]
+    names, original = statistics.setting_of(its), statistics.original_of(its, model)
+    by_setting = dict(iter(its.groupby(names, sort=False)))
+    settings = [by_setting[tuple(row)] for row in rows[names].itertuples(index=False)]
+    gaps = [statistics.paired(settings[0], setting, original) for setting in settings]
     tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
     recipe = ["recovery", "train", "fraction", "epochs"]
     return rows.assign(
@@ -109,7 +100,7 @@ def advice_table(
     "The best settings of every situation, for advice."
     parts, names = [], {"avg_percent": "retained", "achieved_ratio": "achieved"}
     for (model, ratio, budget), rows in fitting.items():
-        basis = basis_of(frame[frame.model == model])
+        basis = statistics.basis_of(frame[frame.model == model])
         shown = rows[(rows.index < 8) | (rows.index == advice.cheapest(rows).name)]
         same = {"profile": setup.name, "paper": setup.printed.get(model, ""), "ratio": ratio}
         same |= {"data": budget, "n": basis.n, "drawn": basis.of, "shape": setup.width.shape}
@@ -136,10 +127,10 @@ def tried_after_both(rows: pd.DataFrame, budget: float) -> pd.DataFrame:
     return rows[((rows.recovery != "none") == (budget > 0)) & rows.rival]
 
 
-def _gap(frame: pd.DataFrame, first, second) -> Estimate:
+def _gap(frame: pd.DataFrame, first, second) -> statistics.Estimate:
     "How much more one row of `ranked` retains than another."
-    pair = [{k: row[k] for k in setting_of(row) if k != "model"} for row in (first, second)]
-    return difference(frame, first.model, *pair)
+    pair = [row[statistics.setting_of(row)].drop("model").to_dict() for row in (first, second)]
+    return statistics.difference(frame, first.model, *pair)
 
 
 def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: float) -> str:

@@ -10,6 +10,7 @@ import textwrap
 
 import pandas as pd
 
+from . import statistics
 from .advice import PROFILES
 from .claims import CLAIMS, LITTLE, PROMISED, claimed
 from .experiments import canonical
@@ -19,17 +20,6 @@ from .paper import published
 from .profiles import Profile
 from .report import recorded
 from .stages import name_of
-from mllm_compress.study.statistics import (
-    COLORS,
-    CONTRADICTED,
-    SIGNS,
-    UNDECIDED,
-    UNTESTED,
-    Estimate,
-    Verdict,
-    basis_of,
-    with_original,
-)
 from .tables import guessing
 from ..utils.methods import GREY, lazily
 
@@ -56,7 +46,7 @@ def printed_claims() -> dict:  # claim -> sentence
     }
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-007
-NOT_RUN = {"word": UNTESTED, "average": None, "why": "not run", "counts": {}}
+NOT_RUN = {"word": statistics.UNTESTED, "average": None, "why": "not run", "counts": {}}
 
 
 def columns_of(shown: str) -> list:  # of profile names
@@ -72,14 +62,14 @@ def scoreboard(
     "The claims with their verdicts at every scale."
     rows, printed = [], printed_claims()
     for n, v in verdicts.items():
-        row = {"claim": f"{n}. {CLAIMS[n].text}", "reported in the paper": printed[n]}
+        name, text = f"claim-{n}", f"{n}. {CLAIMS[n].text}"
+        row = {"claim": text, "reported in the paper": printed[n]}
         for p in columns_of(shown):
-            read = lambda p=p: recorded(p, "10_findings", f"claim-{n}") or NOT_RUN
-            record = v.record() if p == shown else read()
+            record = v.record() if p == shown else recorded(p, "10_findings", name) or NOT_RUN
             average, total = record["average"], sum(record["counts"].values())
-            against = record["counts"].get(CONTRADICTED, 0)
+            against = record["counts"].get(statistics.CONTRADICTED, 0)
             row[p] = record["word"]
-            row[f"{p}, average effect"] = f"{Estimate(**average):+1}" if average else "–"
+            row[f"{p}, average effect"] = f"{statistics.Estimate(**average):+1}" if average else "–"
             row[f"{p}, contradicted in"] = f"{against} of {total}" if total else "–"
             extent = f"{record['n']:,} x {record['seeds']}" if average else record["why"]
             row[f"{p}, questions x seeds"] = extent
@@ -100,12 +90,12 @@ def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
         cells.append(cell)
         for p in names:
             word, against = row[p], row[f"{p}, contradicted in"]
-            lines = [f"{SIGNS[word]} {word}", row[f"{p}, average effect"]]
+            lines = [f"{statistics.SIGNS[word]} {word}", row[f"{p}, average effect"]]
             lines.append(row[f"{p}, questions x seeds"])
             if not against.startswith(("–", "0 ")):
                 lines.append(f"contradicted in {against}")
-            alpha = {UNTESTED: 0.03, UNDECIDED: 0.1}.get(word, 0.28)
-            look = {"column": f"profile\n{p}", "color": COLORS[word], "alpha": alpha}
+            alpha = {statistics.UNTESTED: 0.03, statistics.UNDECIDED: 0.1}.get(word, 0.28)
+            look = {"column": f"profile\n{p}", "color": statistics.COLORS[word], "alpha": alpha}
             cells.append(cell | look | {"text": "\n".join(lines)})
     size = dict(width=CLAIM + FIELD * (1 + len(names)), height=0.74 * len(table) + 0.6)
     fig, (ax,) = fields(pd.DataFrame(cells).assign(model=""), columns=1, **size)
@@ -134,10 +124,10 @@ def verdicts_of_claims(
         if len(results):  # in the order of the notebook
             its = results[results.result.isin(place)]
             frame = claimed(its.iloc[its.result.map(place).argsort(kind="stable")])
-            frame = frame[frame.model.isin(with_original(frame))]
+            frame = frame[frame.model.isin(statistics.with_original(frame))]
         if len(frame):
-            how = claim.measure(frame) | {"basis": basis_of(frame)}
+            how = claim.measure(frame) | {"basis": statistics.basis_of(frame)}
         else:
             how = {"effects": {}, "basis": "nothing finished", "unit": claim.unit}
-        verdicts[n] = Verdict(claim.text, guessed=guessed, **how)
+        verdicts[n] = statistics.Verdict(claim.text, guessed=guessed, **how)
     return verdicts

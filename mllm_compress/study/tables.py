@@ -23,13 +23,7 @@ from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from ..pruning.pruning_plan import kept_grid
 from .experiments import Experiment
 from .paper import published
-from mllm_compress.study.profiles import (
-    Profile,
-    Training,
-    data_inputs,
-    missing_inputs,
-    training_data,
-)
+from .profiles import Profile, data_inputs, missing_inputs, training_data
 from .runs import frame_of, plan_of
 from .stages import limit_of, recovery_config
 from .statistics import summary
@@ -181,11 +175,11 @@ def explained(frame: pd.DataFrame) -> str:
     return f" {'; '.join(found)}." if found else ""
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-004
-def training_answers(training: Training, most: int = 8000) -> dict:  # -> Counter of answers
+def training_answers(setup: Profile, most: int = 8000) -> dict:  # -> Counter of answers
     "How often each answer occurs in training, for every wording and every benchmark."
-    known = defaultdict(Counter)
-    few = {"scenes": min(training.scenes, most), "emoji": min(training.emoji, most)}
-    few = replace(training, **few, json="", text=())
+    known, t = defaultdict(Counter), setup.training
+    few = {"scenes": min(t.scenes, most), "emoji": min(t.emoji, most), "json": "", "text": ()}
+    few = replace(t, **few)
     generated = few.scenes or few.emoji or few.easy_vqa
     for entry in training_data(few).samples if generated else ():
         for (question, answer), type in zip(data.turns(entry), entry["types"]):
@@ -196,7 +190,7 @@ def training_answers(training: Training, most: int = 8000) -> dict:  # -> Counte
 
 def _blind_scores(setup: Profile) -> dict:  # counting the answers takes seconds
     "The question-only baseline's score on every benchmark that it can answer."
-    known, e, scores = training_answers(setup.training), setup.evaluation, {}
+    known, e, scores = training_answers(setup), setup.evaluation, {}
     for name in e.benchmarks:
         scorer, limit = BENCHMARKS[name].scorer, limit_of(name, e)
         if scorer == "next_token":
