@@ -7,7 +7,7 @@ __all__ = ['PRESERVED', 'CONFIDENT']
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-004
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,7 +24,6 @@ from mllm_compress.importance.scores import (
     split_rows,
 )
 from mllm_compress.importance.taylor import (
-    Kept,
     Probe,
     answer_labels,
     answer_states,
@@ -168,7 +167,7 @@ def end_gradients(
     return [torch.cat(draw) for draw in zip(*pieces)]
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-042
-def trail_gradients(run: Passes, trails: list) -> list:  # of Kept, per batch and draw
+def trail_gradients(run: Passes, trails: list) -> list:  # of Trail, per batch and draw
     "Gradients of the preserved quantity at the last layer's output, for a streamed model."
     totals, ends = {}, []
     for trail, label in zip(trails, run.labels):
@@ -176,7 +175,7 @@ def trail_gradients(run: Passes, trails: list) -> list:  # of Kept, per batch an
         f, targets = answers_of(run.parts.final_norm(end), label)
         for gradient in end_gradients(run, f, targets, totals):
             (delta,) = torch.autograd.grad(f, end, gradient, retain_graph=True)
-            ends.append(Kept(trail, delta, 0.0))
+            ends.append(replace(trail, delta=delta))
     run.meta["loss"] = totals["loss"] / run.meta["answer_tokens"]
     return trail_gradients(run, trails) if run.choose(run.meta["loss"]) else ends
 

@@ -325,26 +325,6 @@ def check_record(
 class Reached(Exception):
     "The pass has reached the final norm."
 
-
-@torch.no_grad()
-def calls_of_layers(model: PreTrainedModel, batch: dict) -> list:
-    "(hidden state, keyword arguments) of every layer's call, where layers pass their input on."
-    parts, calls = anatomy(model), []
-
-    def pass_on(hidden_states, *args, **kwargs):
-        if args:
-            raise ValueError("decoder layers must take all but the hidden state by keyword.")
-        calls.append((hidden_states, kwargs))
-        return hidden_states
-
-    def stop(*_):
-        raise Reached
-
-    end = parts.final_norm.register_forward_pre_hook(stop)
-    with hooked([end]), replaced_forward(parts.layers, lambda _: pass_on), suppress(Reached):
-        model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
-    return calls
-
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-011
 def plus(state: torch.Tensor, more: torch.Tensor | None) -> torch.Tensor:
     "A state with what is added to it, if anything."
@@ -364,21 +344,37 @@ class Passage:
         return plus(self.first if i == 0 else state, self.between[i])
 
 
+@torch.no_grad()
 def open_passages(model: PreTrainedModel, batches: list) -> list:  # of Passage
-    "The batches in front of the first layer."
+    "The batches in front of the first layer, from a pass in which layers pass their input on."
+    parts, passages, states, calls = anatomy(model), [], [], []
+
+    def pass_on(hidden_states, *args, **kwargs):
+        if args:
+            raise ValueError("decoder layers must take all but the hidden state by keyword.")
+        states.append(hidden_states)
+        calls.append(kwargs)
+        return hidden_states
+
+    def stop(*_):
+        raise Reached
 
     def added(a, b):  # what two layers received
         if a is b or torch.equal(a, b):
             return None
         return (b - a).to(torch.promote_types(b.dtype, torch.float32))
 
-    parts, passages = anatomy(model), []
     pictures = any(v.is_floating_point() for batch in batches for v in batch.values())
     with in_memory(parts, "front", *["vision"] * pictures), evaluating(model):
         for batch in batches:
-            states, arguments = zip(*calls_of_layers(model, batch))
+            end = parts.final_norm.register_forward_pre_hook(stop)
+            passing_on = replaced_forward(parts.layers, lambda _: pass_on)
+            with hooked([end]), passing_on, suppress(Reached):
+                model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
             between = [None, *map(added, states, states[1:])]
-            passages.append(Passage(states[0], list(arguments), between))
+            passages.append(Passage(states[0], list(calls), between))
+            states.clear()
+            calls.clear()
     return passages
 
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-013
@@ -457,11 +453,12 @@ class Trail:
 
     passage: Passage
     behind: list | StateFiles  # [batch, tokens, hidden] what each layer returned
+    delta: torch.Tensor | None = None  # the same shape: gradient at the end of a layer
+    loss: float = 0.0  # summed over supervised tokens
 
     def __getitem__(self, i: int) -> tuple:
-        "Positional and keyword arguments of layer `i`."
-        before = self.behind[i - 1] if i else None
-        return (self.passage.enter(i, before),), self.passage.calls[i]
+        "State and keyword arguments that layer `i` is called with."
+        return self.passage.enter(i, self.behind[i - 1] if i else None), self.passage.calls[i]
 
     @property
     def end(self) -> torch.Tensor:
@@ -478,7 +475,7 @@ def kept_states(model: PreTrainedModel, batches: list):  # yields a list of Trai
 
     def run_layer(i, trails):
         with in_memory(parts, i), torch.no_grad():
-            return [parts.layers[i](*args, **kwargs) for args, kwargs in (t[i] for t in trails)]
+            return [parts.layers[i](state, **call) for state, call in (t[i] for t in trails)]
 
     if not (large or is_streamed(model)):
         trails = [Trail(passage, []) for passage in passages]

@@ -21,7 +21,6 @@ from ..anatomy.families import FAMILIES, Anatomy, LinearSlot, anatomy, count_par
 from ..anatomy.streaming import PeakTensors, in_memory, is_streamed
 from .influence import check_mode
 from mllm_compress.importance.scores import (
-    Trail,
     WidthScores,
     add_channels,
     check_batches,
@@ -62,9 +61,12 @@ def gradient_moments(
     counts: list,  # [batch] supervised tokens of each sample
     totals: tuple,  # (supervised tokens, samples that have any), over the whole calibration
     curvature: bool,  # whether H is needed
+    weights: torch.Tensor | None = None,  # [batch, tokens] of the positions
 ) -> tuple:  # g [out, in] of the mean loss, H [out, in] or None; float32
     "Gradient of the label-mean loss, and mean over samples of the squared per-sample gradients."
     tokens, samples = totals
+    if weights is not None:
+        delta = delta * weights.to(delta)[..., None]
     if not curvature:
         return (delta.flatten(0, 1).T @ x.flatten(0, 1)).float().div_(tokens), None
     g = torch.zeros(delta.shape[-1], x.shape[-1], device=x.device)
@@ -238,36 +240,26 @@ def check_finite(loss: float) -> float:
         )
     return loss
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #cell-038
-@dataclass
-class Kept:
-    "What a batch needs for a backward pass layer by layer."
-
-    calls: Trail  # (args, kwargs) of each layer; the first argument is [batch, tokens, hidden]
-    delta: torch.Tensor  # [batch, tokens, hidden] gradient at the end of the last layer
-    loss: float  # summed over supervised tokens
-
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-048
 @contextmanager
-def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Kept
+def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Trail
     "Within this block a backward pass of the summed loss can be led through the layers."
-    kept = []
     with frozen(parts.model), kept_states(parts.model, batches) as trails:
         with in_memory(parts, "norm", "head"):
             for trail, supervision in zip(trails, labels):
                 end = trail.end.detach().requires_grad_()
                 states, targets = answers_of(parts.final_norm(end), supervision)
                 loss = -log_likelihood(parts.logits(states), targets)
-                (delta,) = torch.autograd.grad(loss, end)
-                kept.append(Kept(trail, delta, loss.item()))
-        yield kept
+                (trail.delta,) = torch.autograd.grad(loss, end)
+                trail.loss = loss.item()
+        yield trails
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-046
 def through_layers(
     parts: Anatomy,
-    kept: list,  # of Kept; `delta` of each moves from the end of the last layer to the first
+    trails: list,  # the `delta` of each moves from the end of the last layer to the first
     totals: dict,  # the sums that `see` adds to, see utils.resuming
-    see_of: Callable,  # see_of(number in `kept`) -> a function as in `probes`
+    see_of: Callable,  # see_of(number in `trails`) -> a function as in `probes`
     leave: Callable = lambda i: None,  # called once all gradients have passed layer `i`
     listen: Callable = probes,
 ) -> None:
@@ -276,16 +268,16 @@ def through_layers(
         for step in batches_left(parts.num_layers, totals):
             i = parts.num_layers - 1 - step
             with in_memory(parts, i):
-                for k, one in enumerate(kept):
-                    delta = totals.pop(("delta", k), one.delta)
-                    (hidden, *args), kwargs = one.calls[i]
+                for k, trail in enumerate(trails):
+                    delta = totals.pop(("delta", k), trail.delta)
+                    hidden, arguments = trail[i]
                     hidden = hidden.detach().requires_grad_()
                     with listen(parts, [i], see_of(k)):
-                        output = parts.layers[i](hidden, *args, **kwargs)
-                        (one.delta,) = torch.autograd.grad(output, hidden, delta.to(output))
+                        output = parts.layers[i](hidden, **arguments)
+                        (trail.delta,) = torch.autograd.grad(output, hidden, delta.to(output))
                 leave(i)
-            totals.update({("delta", k): one.delta for k, one in enumerate(kept)})
-    for k in range(len(kept)):
+            totals.update({("delta", k): trail.delta for k, trail in enumerate(trails)})
+    for k in range(len(trails)):
         totals.pop(("delta", k), None)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-054
@@ -300,45 +292,24 @@ class Scoring:
     totals: tuple  # (supervised tokens, samples that have any)
     order: Order
 
-
-def prepare_scoring(model, batches: list, order: str, mode: str) -> Scoring:
-    "Check the inputs of a scoring run."
-    check_choice("order", order, ORDERS)
-    batches = check_batches(batches)
-    check_mode(mode, batches)
-    if mode == "reference":
-        if len({(b["input_ids"].shape[1], frozenset(b)) for b in batches}) > 1:
-            raise ValueError(
-                "mode='reference' scores one batch: pad the samples to one length, "
-                "or use mode='default'."
-            )
-        batches = [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
-    labels, counts, totals = answer_labels(model, batches, mode)
-    some = [k for k, c in enumerate(counts) if sum(c)]
-    batches, labels, counts = ([x[k] for k in some] for x in (batches, labels, counts))
-    return Scoring(anatomy(model), batches, labels, counts, totals, ORDERS[order])
-
-
-def weighted(see: Callable, batch: dict) -> Callable:
-    "`see`, with the output gradients times the weight of each position, if the batch has any."
-    weights = batch.get("token_weights")
-    if weights is None:
-        return see
-    return lambda i, slot, x, delta: see(i, slot, x, delta * weights.to(delta)[..., None])
+    def about(self, k: int) -> tuple:
+        "The arguments of `gradient_moments` for batch `k`."
+        weights = self.batches[k].get("token_weights")
+        return self.counts[k], self.totals, self.order.curvature, weights
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-060
 def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
     "Add up channel scores and the mean loss, one batch after the other."
     for k in batches_left(len(run.batches), channels):
 
-        def see(i, slot, x, delta, counts=run.counts[k]):
+        def see(i, slot, x, delta, about=run.about(k)):
             moments = lambda rows, columns: gradient_moments(
-                x.detach()[..., columns], delta[..., rows], counts, run.totals, run.order.curvature
+                x.detach()[..., columns], delta[..., rows], *about
             )
             scores = channel_scores(slot, run.order, moments)
             channels[i, slot.name] = channels.get((i, slot.name), 0) + scores
 
-        with output_gradients(run.parts, weighted(see, run.batches[k]), recompute):
+        with output_gradients(run.parts, see, recompute):
             total = summed_loss(run.parts.model, run.batches[k], run.labels[k])
             loss = check_finite(total.item())
             total.backward()
@@ -351,14 +322,12 @@ def score_by_layer(run: Scoring, channels: dict) -> None:
 
     def see_of(k):
         def see(i, slot, x, delta):
-            counts, curvature = run.counts[k], run.order.curvature
-            new = gradient_moments(x.detach(), delta, counts, run.totals, curvature)
-            old = sums.get(slot.name)
+            new, old = gradient_moments(x.detach(), delta, *run.about(k)), sums.get(slot.name)
             if old is not None:
                 new = tuple(a if a is None else a.add_(b) for a, b in zip(old, new))
             sums[slot.name] = new
 
-        return weighted(see, run.batches[k])
+        return see
 
     def leave(i):
         for slot in run.parts.linears(i):
@@ -366,9 +335,9 @@ def score_by_layer(run: Scoring, channels: dict) -> None:
             moments = lambda *block: [None if s is None else s[block] for s in sums_of]
             channels[i, slot.name] = channel_scores(slot, run.order, moments)
 
-    with keeping_inputs(run.parts, run.batches, run.labels) as kept:
-        channels["loss"] = check_finite(sum(one.loss for one in kept)) / run.totals[0]
-        through_layers(run.parts, kept, channels, see_of, leave)
+    with keeping_inputs(run.parts, run.batches, run.labels) as trails:
+        channels["loss"] = check_finite(sum(trail.loss for trail in trails)) / run.totals[0]
+        through_layers(run.parts, trails, channels, see_of, leave)
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-068
 def taylor(
@@ -379,12 +348,25 @@ def taylor(
     recompute: bool = False,  # recompute activations: a third more time, memory of one layer
 ) -> WidthScores:  # per head (key/value group) and neuron; meta holds the mean loss
     "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower is removed first."
-    run, channels = prepare_scoring(model, batches, order, mode), {}
+    check_choice("order", order, ORDERS)
+    batches, channels = check_batches(batches), {}
+    check_mode(mode, batches)
+    if mode == "reference":
+        if len({(b["input_ids"].shape[1], frozenset(b)) for b in batches}) > 1:
+            raise ValueError(
+                "mode='reference' scores one batch: pad the samples to one length, "
+                "or use mode='default'."
+            )
+        batches = [{k: torch.cat([b[k] for b in batches]) for k in batches[0]}]
+    labels, counts, totals = answer_labels(model, batches, mode)
+    some = [k for k, c in enumerate(counts) if sum(c)]
+    per_batch = ([x[k] for k in some] for x in (batches, labels, counts))
+    run = Scoring(anatomy(model), *per_batch, totals, ORDERS[order])
     if not is_streamed(model) and (run.order.additive or len(run.batches) == 1):
         score_by_batch(run, channels, recompute)
     else:
         score_by_layer(run, channels)
-    loss, (tokens, samples) = channels.pop("loss"), run.totals
+    loss, (tokens, samples) = channels.pop("loss"), totals
     meta = dict(order=order, mode=mode, loss=loss, samples=samples, supervised_tokens=tokens)
     return add_channels(run.parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
 
