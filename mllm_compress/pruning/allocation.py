@@ -88,11 +88,11 @@ def load_costs(
 def parameter_costs(model: PreTrainedModel) -> UnitCosts:
     "Parameters of the LM decoder, embedding and LM head included."
     sizes = layer_sizes(model)
-    heads, neurons = ([s.price(kind) for s in sizes] for kind in FLOOR)
+    heads, neurons = zip(*((s.head_parameters, s.neuron_parameters) for s in sizes))
     units = [s.heads * h + s.neurons * n for s, h, n in zip(sizes, heads, neurons)]
     layers = [s.parameters - u for s, u in zip(sizes, units)]
     fixed = lm_parameters(model) - sum(s.parameters for s in sizes)
-    return UnitCosts("parameters", "", fixed, tuple(layers), tuple(heads), tuple(neurons))
+    return UnitCosts("parameters", "", fixed, tuple(layers), heads, neurons)
 
 
 def weight_costs(model: PreTrainedModel) -> UnitCosts:

@@ -31,10 +31,6 @@ class LayerSize:
     neuron_parameters: int  # in one neuron
     parameters: int  # in the whole layer, norms included
 
-    def price(self, kind: str) -> int:
-        "Parameters that leave with one of the `heads` or `neurons`."
-        return self.head_parameters if kind == "heads" else self.neuron_parameters
-
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-008
 def layer_sizes(
     model: PreTrainedModel,  # on any device
