@@ -19,7 +19,7 @@ from nbconvert.nbconvertapp import NbConvertApp
 from typer.testing import CliRunner
 
 from mllm_compress.cli import app
-from mllm_compress.study.notebooks import check_parameters
+from mllm_compress.study.notebooks import check_parameters, parameters_of
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,7 @@ def checked_papermill(words: list) -> dict:
             options = options[1:]
     if "profile" in given:
         load_profile(given["profile"])
-    return check_parameters(nbformat.read(ROOT / notebook, 4), given)
+    return check_parameters(parameters_of(nbformat.read(ROOT / notebook, 4)), given)
 
 
 LINES = [shlex.split(s) for s in "\n".join(blocks("sh")).splitlines() if s and "export" not in s]

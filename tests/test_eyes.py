@@ -105,10 +105,10 @@ def test_missing_pictures_are_named(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="fetch_emoji"):
             call()
     assert emoji.emoji_hash() == "" and "not on this machine" in emoji.missing_emoji()
-    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLLM_COMPRESS_EMOJI")
-    with pytest.raises(OSError, match="install Node.js"):
+    with pytest.raises(OSError, match="there is no npm here. Install Node.js"):
         emoji.fetch_emoji()
     assert not list(tmp_path.rglob("emoji.json"))
 

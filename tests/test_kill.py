@@ -247,26 +247,7 @@ def test_who_ends_the_master_alone_ends_its_workers(checkout, which, code):
     assert soon(lambda: not alive(checkout), 20), alive(checkout)
 
 
-@linux
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
-def test_notebooks_that_are_drawn_together_end_with_the_study(checkout, whole, which):
-    computed(whole[0], checkout)
-    nb = nbformat.read(checkout / "nbs/study/01_table.ipynb", 4)
-    nb.cells[-1].source = "import time\n\ntime.sleep(600)"
-    for name in ("01_table", "02_other"):
-        nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
-    run = Run(checkout, "--workers", "2")
-    parts = lambda: list(checkout.glob("runs/small/figures/.*.part.ipynb"))
-    assert soon(lambda: len(parts()) == 2 or run.ended(), 200) and not run.ended()
-    os.kill(run.pid, which) if which != signal.SIGINT else run.signal(which)
-    text = run.says(-which if which == signal.SIGKILL else 130)
-    assert "Traceback" not in text
-    assert soon(lambda: not alive(checkout), 60), alive(checkout)
-    if which != signal.SIGKILL:
-        assert "Stopped. Finished results are kept" in text and not parts()
-
-
-def test_notebooks_together_are_what_they_are_one_by_one(checkout, whole, monkeypatch):
+def test_a_timed_notebook_has_all_threads_and_a_broken_one_stops_none(checkout, whole, monkeypatch):
     monkeypatch.chdir(checkout)
     monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which a quiet command of another test sets
     computed(whole[0], checkout)
@@ -275,17 +256,16 @@ def test_notebooks_together_are_what_they_are_one_by_one(checkout, whole, monkey
     nbformat.write(nb, "nbs/study/03_broken.ipynb")
     nb.cells[2:] = [new_code_cell("import os\n\nprint('here', os.environ.get('TQDM_DISABLE'))")]
     nb.cells[-1].metadata["tags"] = ["clock"]
-    nbformat.write(nb, "nbs/study/04_alone.ipynb")  # it measures time: by the master itself
+    nbformat.write(nb, "nbs/study/04_alone.ipynb")
     plan = runner.plan_study("small.yaml")
-    (problem,) = runner.run_notebooks(plan, "small.yaml", "local", workers=2)
+    (problem,) = runner.run_notebooks(plan, "small.yaml")
     assert problem.startswith("03_broken failed in cell") and "ZeroDivisionError" in problem
     made = Path("runs/small/figures")
     assert (made / "01_table-scores.csv").read_bytes() == tables(whole[0])[0]
     assert "here None" in (made / "04_alone.ipynb").read_text()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch, workers):
+def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     sources = {"01_table": "print('mine' in globals())", "02_dies": "import os\n\nos._exit(3)"}
     for name, source in (sources | {"03_third": sources["01_table"]}).items():
@@ -294,7 +274,7 @@ def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch, work
         nb.cells.append(new_code_cell(source))
         nbformat.write(nb, checkout / f"nbs/study/{name}.ipynb")
     plan = runner.plan_study("small.yaml")
-    (problem,) = runner.run_notebooks(plan, "small.yaml", "local", workers)
+    (problem,) = runner.run_notebooks(plan, "small.yaml")
     assert problem.startswith("02_dies failed") and "Dead" in problem
     for name in ("01_table", "03_third"):
         assert "False" in Path(f"runs/small/figures/{name}.ipynb").read_text()

@@ -75,11 +75,14 @@ fast: bool = False  # or slow"""
 )
 def test_wrong_parameters_are_errors_that_list_the_right_ones(given):
     with pytest.raises(ValueError, match="(?s)The notebook has:.*seeds: list = .0.  # which draws"):
-        check_parameters(demo(GOOD), given)
+        check_parameters(parameters_of(demo(GOOD)), given)
 
 
 def test_right_parameters_pass_and_reach_the_grid():
-    assert check_parameters(demo(GOOD), {"lr": 1, "fast": True}) == {"lr": 1, "fast": True}
+    assert check_parameters(parameters_of(demo(GOOD)), {"lr": 1, "fast": True}) == {
+        "lr": 1,
+        "fast": True,
+    }
     assert experiments_of(demo(GOOD), {"seeds": [1, 2]}) == [1, 2]
     assert experiments_of(demo(GOOD)) == [0]
     parsed = parse_parameters(["profile=tiny", "lrs=[1e-3, 2]", "name=1e"])
@@ -149,8 +152,9 @@ def world(tmp_path, monkeypatch):
 
     def execute(**given):
         given = {"profile": "smoke"} | given
-        world.problems = runner.run_notebooks({"01_table": (source, given, [])}, "smoke")
-        return notebooks.Execution("01_table", source, given).target
+        notebook = notebooks.Execution("01_table", source, given)
+        world.problems = runner.run_notebooks({"01_table": notebook}, "smoke")
+        return notebook.target
 
     monkeypatch.setattr(notebooks.papermill, "execute_notebook", run)
     world.execute = execute

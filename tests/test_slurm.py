@@ -210,10 +210,8 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
     results = results_of(SMOKE)
     (results.folder / "slurm/earlier").mkdir(parents=True)
     (results.folder / "slurm/earlier" / slurm.JOBS).write_text('[["a"], ["a", "b"]]')
-    monkeypatch.setattr(slurm, "POLL", 0)
     alive = {"7_0": "mllm-compress-earlier", "8_0": "somebody's", "8_1": "mllm-compress-other"}
-    answers = iter([None, None, alive])
-    monkeypatch.setattr(slurm, "queue", lambda: next(answers))
+    monkeypatch.setattr(slurm, "queue", lambda: alive)
     jobs = slurm.in_queue({"a"}, results)
     assert [(job.job_id, names) for job, names in jobs.items()] == [("7_0", ["a"])]
     monkeypatch.setattr(slurm, "queue", lambda: None)

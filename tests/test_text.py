@@ -139,12 +139,12 @@ def test_the_real_model_knows_a_capital():
 
 
 def test_texts_are_read_and_split(small_texts):
-    for name in text.TEXTS:
-        found = text.all_documents(name)
+    read = {name: text._documents(name, text.text_files(name)) for name in text.TEXTS}
+    for found in read.values():
         assert len(found) == len({d.id for d in found}) > 50
         assert not any("\n" in d.text or "  " in d.text for d in found)
-    assert not any("table" in d.text for d in text.all_documents("technical"))
-    assert not any("drawing" in d.text for d in text.all_documents("quotes"))
+    assert not any("table" in d.text for d in read["technical"])
+    assert not any("drawing" in d.text for d in read["quotes"])
     parts = [{d.id for d in text.documents("quotes", part)} for part in text.PARTS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 300
     with pytest.raises(ValueError, match="technical is for tests only.*'train'"):
@@ -178,7 +178,7 @@ def test_a_mirror_out_of_reach_names_its_cure(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(text, "text_files", lambda name: ())
-    with pytest.raises(OSError, match="download failed .*Unable to locate.*apt-get update"):
+    with pytest.raises(OSError, match="download .* failed .*Unable to locate.*apt-get update"):
         text.fetch_texts("glosses")
     assert not list((tmp_path / "cache/texts").glob("*"))
 
@@ -189,18 +189,18 @@ def test_files_that_are_no_text(monkeypatch, tmp_path):
     file = tmp_path / "usr/share/games/fortunes/wisdom"
     file.write_bytes(b"a quote of five words\n\0\n")
     with pytest.raises(ValueError, match="is binary"):
-        text.all_documents("quotes")
+        text.documents("quotes")
     file.write_text("\n%\n")
     text._documents.cache_clear()
     with pytest.raises(ValueError, match="quotes: no document in"):
-        text.all_documents("quotes")
+        text.documents("quotes")
 
 
 def test_windows_hold_all_documents_and_no_more_than_fits(tokenizer):
     texts = [d.text for d in text.documents("quotes", "train")]
-    for measure in (text.characters, text.tokens_of(tokenizer)):
-        found = text.windows(texts, 100, measure)
-        assert max(measure(found)) <= 100
+    for counting in (None, tokenizer):
+        found = text.windows(texts, 100, counting)
+        assert max(text.lengths(found, counting)) <= 100
         assert " ".join(" ".join(found).split()) == " ".join(texts)
     assert text.windows(["x" * 95], 30) == ["x" * n for n in (23, 24, 24, 24)]
     assert text.windows([], 30) == []

@@ -201,7 +201,7 @@ def test_notebooks_draw_every_table_and_verdict_of_quick_from_the_results_again(
     plan = runner.plan_study("quick", names)
     stored = status(runner.experiments_of_plan(plan), load_profile("quick"))
     assert stored.cached.all()
-    assert runner.run_notebooks(plan, "quick", "local", workers=2) == []
+    assert runner.run_notebooks(plan, "quick") == []
     written = sorted([*committed.glob("*-*.csv"), *committed.glob("*-*.json")])
     written = [p for p in written if not p.name.startswith(MEASURED)]
     assert len(written) > 15

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['nbformat', 'papermill', 'PUBLISH', 'LARGER', 'WIDGET', 'notebooks', 'choose', 'Parameter', 'parameters_of',
-           'parameters_in', 'check_parameters', 'check_given', 'parse_parameters', 'experiments_of', 'for_profile',
-           'overridden', 'check_injected', 'figures_folder', 'figure_files', 'executed', 'output_folder',
-           'shown_beside', 'shown_by', 'Execution', 'tidied']
+           'parameters_in', 'check_parameters', 'parse_parameters', 'experiments_of', 'for_profile', 'overridden',
+           'check_injected', 'figures_folder', 'figure_files', 'executed', 'output_folder', 'shown_by', 'Execution',
+           'tidied']
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-002
 import ast
@@ -14,7 +14,6 @@ import builtins
 import json
 import os
 import platform
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -71,8 +70,8 @@ class Parameter(NamedTuple):
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-010
 def _tagged(nb, tag: str) -> list:
     "The indices of the code cells with a tag."
-    code = [(i, c) for i, c in enumerate(nb.cells) if c.cell_type == "code"]
-    return [i for i, c in code if tag in c.metadata.get("tags", [])]
+    tags = [c.metadata.get("tags", []) if c.cell_type == "code" else [] for c in nb.cells]
+    return [i for i, some in enumerate(tags) if tag in some]
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-012
 def parameters_of(nb) -> dict:  # name -> Parameter
@@ -100,12 +99,7 @@ def parameters_in(source: str) -> dict:  # name -> Parameter
     return parameters
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-018
-def check_parameters(nb, given: dict) -> dict:
-    "The given parameters, if the notebook has them and their types fit."
-    return check_given(parameters_of(nb), given)
-
-
-def check_given(
+def check_parameters(
     known: dict,  # name -> Parameter
     given: dict,  # name -> value
 ) -> dict:
@@ -149,7 +143,7 @@ def experiments_of(
     given: dict = {},  # parameters
 ) -> list:  # of Experiment; empty where a notebook has no grid
     "The experiments that a notebook needs with these parameters."
-    given, space = check_parameters(nb, given), {}
+    given, space = check_parameters(parameters_of(nb), given), {}
     grid, parameters = _tagged(nb, "grid"), _tagged(nb, "parameters")[0]
     for i in range(grid[-1] + 1 if grid else 0):
         if nb.cells[i].cell_type == "code":
@@ -186,14 +180,11 @@ def check_injected() -> None:
     "ValueError where papermill gave this notebook a parameter that it does not have."
     shell = get_ipython()
     cells = [text for text in shell.user_ns.get("In", []) if text] if shell else []
-    known, given = {}, {}
     for before, cell in zip(cells, cells[1:]):
         if cell.startswith("# Parameters\n") and "profile: str" in before:
-            known = parameters_in(before)
-            for node in ast.parse(cell).body:
-                with suppress(ValueError):  # papermill writes nan as float("nan")
-                    given[node.targets[0].id] = ast.literal_eval(node.value)
-    check_given(known, given)
+            given = {}
+            exec(cell, {}, given)
+            check_parameters(parameters_in(before), given)
     source = Path(files.__file__).parents[2]
     in_notebook = any("profile: str" in cell for cell in cells)
     if in_notebook and (source / "settings.ini").exists() and not (checkout() / "nbs").exists():
@@ -239,19 +230,6 @@ def output_folder(
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-042
 LARGER = {"quick": "tiny"}  # profile -> the one whose verdicts stand beside its own
 
-
-def shown_beside(nb, profile: Profile) -> list:  # of Path
-    "The files of other profiles that a notebook reads: searched rates, and verdicts."
-    larger = LARGER.get(profile.name, profile.name)
-    paths = figure_files(larger, "00_learning_rates-rates.csv")
-    if larger != profile.name:
-        paths += figure_files(larger, "*-verdicts.json")
-    if _tagged(nb, "profiles"):
-        others = {p.parent.name for p in (checkout() / "figures").glob("*/10_findings.ipynb")}
-        for name in sorted(others - {profile.name}):
-            paths += figure_files(name, "10_findings-verdicts.json")
-    return paths
-
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-044
 def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
     "Everything that an executed notebook shows; a result that is missing is empty."
@@ -260,11 +238,19 @@ def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
         result = result_of(experiment, profile, results) or {}
         shown = {k: v for k, v in result.items() if k not in ("record", "training")}
         contents[name_of(experiment, profile)] = content_hash(shown) if result else ""
+    larger = LARGER.get(profile.name, profile.name)
+    beside = figure_files(larger, "00_learning_rates-rates.csv")  # files of other profiles
+    if larger != profile.name:
+        beside += figure_files(larger, "*-verdicts.json")
+    if _tagged(nb, "profiles"):
+        others = {p.parent.name for p in (checkout() / "figures").glob("*/10_findings.ipynb")}
+        for name in sorted(others - {profile.name}):
+            beside += figure_files(name, "10_findings-verdicts.json")
     return {
         "source": [cell.source for cell in nb.cells],
         "parameters": given,
         "results": contents,
-        "beside": [file_hash(path) for path in shown_beside(nb, profile)],
+        "beside": [file_hash(path) for path in beside],
         "models": [model_identity(source_of(m, profile)) for m in profile.models],
         "profile": repr(replace(profile, workers=0, slurm=Slurm(), folders={}, towers={})),
         "here": "" if _tagged(nb, "grid") else platform.node(),
@@ -314,10 +300,10 @@ class Execution:
         write_atomically(self.part, nbformat.writes(self.nb))
         try:
             papermill.execute_notebook(
-                input_path=str(self.part),
-                output_path=str(self.part),
+                input_path=self.part,
+                output_path=self.part,
                 parameters=self.given,
-                cwd=str(self.path.parent),
+                cwd=self.path.parent,
                 kernel_name="python3",
                 progress_bar=False,
                 request_save_on_cell_execute=False,  # at the end, also of one that fails

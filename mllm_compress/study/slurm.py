@@ -23,7 +23,7 @@ from .experiments import Experiment
 from .profiles import Profile, Slurm
 from .stages import missing_stages, name_of
 from .store import Store
-from .workers import local
+from .workers import THREADS, local
 from ..utils.files import write_atomically
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-004
@@ -44,8 +44,7 @@ def arrays_of(experiments: list, slurm: Slurm) -> dict:  # minutes of a job -> j
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-009
 def parameters(minutes: int, slurm: Slurm) -> dict:
     "A job's options, as submitit spells them."
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    threads = [f"export {name}={slurm.cpus}" for name in names]
+    threads = [f"export {name}={slurm.cpus}" for name in THREADS]
     requested = {
         "job_name": "mllm-compress",
         "time": minutes,
@@ -55,10 +54,8 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
         "signal_delay_s": min(120, 15 * minutes),
         "setup": [*threads, "export TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1", *slurm.setup],
     }
-    if slurm.partition:
-        requested["partition"] = slurm.partition
-    if slurm.gpus:
-        requested["gpus_per_node"] = slurm.gpus
+    optional = {"partition": slurm.partition, "gpus_per_node": slurm.gpus}
+    requested |= {name: value for name, value in optional.items() if value}
     more = {"requeue": True} | slurm.options.get("additional_parameters", {})
     return requested | slurm.options | {"additional_parameters": more}
 
@@ -102,17 +99,13 @@ def queue():  # id as "1234_0" -> name; None where the cluster does not answer
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i %j"]
     answer = subprocess.run(command, capture_output=True, text=True)
     lines = [line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip()]
-    return {job_id: name for job_id, name in lines} if answer.returncode == 0 else None
+    return dict(lines) if answer.returncode == 0 else None
 
 
 def in_queue(names: set, results: Store) -> dict:  # job -> names
     "Jobs of earlier runs in the queue that will still compute some experiments."
-    notes, alive = sorted((results.folder.resolve() / "slurm").glob(f"*/{JOBS}")), {}
-    for attempt in range(6 if notes else 0):
-        if (alive := queue()) is not None:
-            break
-        time.sleep(POLL)
-    if alive is None:
+    notes = sorted((results.folder.resolve() / "slurm").glob(f"*/{JOBS}"))
+    if (alive := queue() if notes else {}) is None:
         raise ValueError(
             "Slurm does not answer (squeue fails): nothing was submitted; "
             "give the same command again later."
@@ -127,18 +120,6 @@ def in_queue(names: set, results: Store) -> dict:  # job -> names
     return jobs
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-054
-def outcome(job, name: str):  # (status, message); None while it is not known
-    "What a job has returned about an experiment."
-    if not job.paths.result_pickle.exists():
-        return None
-    try:
-        answers = {n: (status, message) for n, status, message in job.result()}
-    except (FailedJobError, UncompletedJobError) as error:
-        cure = "if its time was too short, raise minutes or training_minutes in the slurm section"
-        return "failed", f"job {job.job_id}: {error} ({cure} of the profile)"
-    return answers.get(name)
-
-
 def watch(
     jobs: dict,  # job -> names of its experiments
     is_done=lambda name: False,  # whether the store has a result
@@ -150,9 +131,16 @@ def watch(
         time.sleep(POLL)
         alive = queue()
         for name, job in list(waiting.items()):
-            answer = outcome(job, name) or (("done", "") if is_done(name) else None)
             if alive is not None:
                 unseen[name] = 0 if job.job_id in alive else unseen[name] + 1
+            answer = ("done", "") if is_done(name) else None
+            if answer is None and job.paths.result_pickle.exists():
+                try:
+                    answer = {n: (status, message) for n, status, message in job.result()}.get(name)
+                except (FailedJobError, UncompletedJobError) as error:
+                    cure = "raise minutes or training_minutes in the slurm section of the profile"
+                    why = f"{error} (if its time was too short, {cure})"
+                    answer = "failed", f"job {job.job_id}: {why}"
             if answer is None and unseen[name] > PATIENCE:
                 answer = (
                     "failed",

@@ -15,12 +15,13 @@ import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
+from accelerate.utils import patch_environment
 from tqdm import tqdm
 
 from . import store
@@ -39,11 +40,7 @@ from .store import Store
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-004
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-ONE_THREAD = dict.fromkeys(THREADS, "1") | {
-    "TQDM_DISABLE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
+QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 HEAP = {  # glibc keeps what a training step frees for the next one
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
@@ -51,35 +48,15 @@ HEAP = {  # glibc keeps what a training step frees for the next one
 }
 
 
-def on_cpu() -> dict:
-    "The environment of a process that computes on the CPU: one thread, and no progress bars."
-    return ONE_THREAD | {k: os.environ.get(k, v) for k, v in HEAP.items()}
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-006
-@contextmanager
-def environment(new: dict):
-    "Processes started in this context find these values in their environment."
-    old = {k: os.environ.get(k) for k in new}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for k, v in old.items():
-            if v is None:
-                del os.environ[k]
-            else:
-                os.environ[k] = v
-
-# %% ../../nbs/library/study/11_workers.ipynb #cell-008
-@contextmanager
-def without_interrupts():
-    "Processes started in this context never receive SIGINT; ours waits until the block ends."
-    resource_tracker.ensure_running()  # the first start of a process starts it, and unblocks SIGINT
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
+    "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
+    shared = QUIET | dict.fromkeys(THREADS, str(threads))
+    if device == "cpu":
+        return shared | {k: os.environ.get(k, v) for k, v in HEAP.items()}
+    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (seen or all_gpus).split(",")[first : first + processes]
+    return shared | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-006
 def complete(
@@ -112,22 +89,9 @@ def complete_logged(
     with open(results.log(name_of(experiment, profile)), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        answer = complete(experiment, profile, results, device)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return answer
+    return complete(experiment, profile, results, device)
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-018
-def _cores() -> int:
-    "How many cores this process may use: by affinity, and by the quota of its control group."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else min(cores, max(1, round(int(quota) / int(period))))
-
-
 def devices(
     workers: int = 0,  # as many; 0: one per GPU, or per core
     processes: int = 1,  # that train an experiment together
@@ -135,8 +99,12 @@ def devices(
     "The device of each worker: its first GPU."
     if workers < 0:
         raise ValueError(f"workers is {workers}: say how many, or 0 for one per GPU or per core.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # the quota of a container; "max" where there is none
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, round(quota / period)))
     gpus = torch.cuda.device_count()
-    places = max(1, (gpus or _cores()) // processes)
+    places = max(1, (gpus or cores) // processes)
     return [f"cuda:{i % places * processes}" if gpus else "cpu" for i in range(workers or places)]
 
 
@@ -150,20 +118,10 @@ def check_gpus(profile: Profile) -> None:
         )
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-031
-def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
-    "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
-    threads_of_it = dict.fromkeys(THREADS, str(threads))
-    if device == "cpu":
-        return on_cpu() | threads_of_it
-    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
-    first, seen = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (seen or all_gpus).split(",")[first : first + processes]
-    return ONE_THREAD | threads_of_it | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
-
-
 def _begin(threads: int) -> None:
     "What a worker does first."
     torch.set_num_threads(threads)
+    sys.stdout.reconfigure(line_buffering=True)  # each line goes to the log of its experiment
     if "SUBMITIT_EXECUTOR" in os.environ:  # the cluster's signals are for the job, not for us
         for ours in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(ours, signal.SIG_IGN)
@@ -186,9 +144,14 @@ class Place:
                 return self.pool.submit(*given)
         context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
         self.pool = ProcessPoolExecutor(1, context, _begin, (self.threads,))
+        resource_tracker.ensure_running()  # the first process starts it, and unblocks SIGINT
         new = surroundings(self.device, self.profile.processes, self.threads)
-        with environment(new), without_interrupts():
-            future = self.pool.submit(*given)
+        with patch_environment(**new):  # a process has that of the moment in which it starts
+            unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                future = self.pool.submit(*given)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         (self.process,) = set(multiprocessing.active_children()) - set(before)
         return future
 
@@ -213,49 +176,43 @@ class Place:
             self.pool.shutdown(cancel_futures=True)
         self.pool = self.process = None
 
+
+class ThisProcess(Place):
+    "The process of the caller, for debugging."
+
+    def submit(self, experiment: Experiment) -> Future:
+        "Complete an experiment, its output appended to the experiment's log."
+        self.last, future = experiment, Future()
+        path = self.results.log(name_of(experiment, self.profile))
+        with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
+            future.set_result(complete(experiment, self.profile, self.results, self.device))
+        return future
+
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-039
-def best_next(waiting: list, last: Experiment | None, others: list) -> Experiment:
-    "The experiment for a worker that computed `last`, while others compute theirs."
-
-    def in_memory(e):  # equal where the teacher's outputs are shared
-        data = (e.fraction, e.seed if e.fraction < 1 else None) if e.recovery != "none" else ()
-        return (e.model, *data)
-
-    taken, mine = {in_memory(e) for e in others}, last and in_memory(last)
-    other_model = lambda e: bool(last) and e.model != last.model
-    cost = lambda e: 1 + (in_memory(e) in taken) + other_model(e) if in_memory(e) != mine else 0
-    return min(waiting, key=cost)
-
-# %% ../../nbs/library/study/11_workers.ipynb #workers-cell-033
 @lru_cache(None)
 def say_busy(experiment: Experiment, holder: str) -> None:
     "Say that another run computes an experiment."
     tqdm.write(f"{describe(experiment)} is computed by another run ({holder}): waiting for it.")
 
 
-def inline(experiments: list, profile: Profile, results: Store, workers: int = 0):
-    "Complete experiments in this process, one after another."
-    check_gpus(profile)
-    waiting, device = list(experiments), devices(1, profile.processes)[0]
-    while waiting:
-        experiment = waiting.pop(0)
-        path = results.log(name_of(experiment, profile))
-        with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
-            status, message = complete(experiment, profile, results, device)
-        if status == "busy":
-            waiting.append(experiment)
-            say_busy(experiment, message)
-            time.sleep(1)  # another run has it; its result will be ours
-        else:
-            yield experiment, status, message
+def in_memory(experiment: Experiment | None) -> tuple:
+    "What a worker has after an experiment: a model, and the teacher's outputs on some data."
+    if (e := experiment) is None:
+        return ()
+    if e.recovery == "none":
+        return (e.model,)
+    return (e.model, e.fraction, e.seed if e.fraction < 1 else None)
 
 
-def local(experiments: list, profile: Profile, results: Store, workers: int = 0, threads: int = 1):
-    "Complete experiments in worker processes, one per core or GPU."
-    check_gpus(profile)
+def completed(experiments: list, places: list):
+    "Complete experiments at some places; yield each with its status and message."
     waiting, aside, running = list(experiments), [], {}
-    used = devices(workers or profile.workers, profile.processes)[: len(experiments)]
-    places = [Place(device, profile, results, threads) for device in used]
+
+    def cost(experiment):  # of an experiment at `place`: what must be loaded, or loaded twice
+        needed, there = in_memory(experiment), in_memory(place.last)
+        twice = needed in [in_memory(other.last) for other in running.values()]
+        return needed != there, twice, needed[:1] != there[:1]
+
     try:
         while waiting or aside or running:
             if aside and not waiting:
@@ -263,8 +220,7 @@ def local(experiments: list, profile: Profile, results: Store, workers: int = 0,
                 waiting, aside = aside, []
             for place in places:
                 if waiting and place not in running.values():
-                    others = [p.last for p in running.values()]
-                    waiting.remove(experiment := best_next(waiting, place.last, others))
+                    waiting.remove(experiment := min(waiting, key=cost))
                     running[place.submit(experiment)] = place
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 place = running.pop(future)
@@ -277,3 +233,17 @@ def local(experiments: list, profile: Profile, results: Store, workers: int = 0,
     finally:
         for place in places:
             place.stop()
+
+
+def local(experiments: list, profile: Profile, results: Store, workers: int = 0, threads: int = 1):
+    "Complete experiments in worker processes, one per core or GPU."
+    check_gpus(profile)
+    used = devices(workers or profile.workers, profile.processes)[: len(experiments)]
+    return completed(experiments, [Place(d, profile, results, threads) for d in used])
+
+
+def inline(experiments: list, profile: Profile, results: Store, workers: int = 0):
+    "Complete experiments in this process, one after another."
+    check_gpus(profile)
+    (device,) = devices(1, profile.processes)
+    return completed(experiments, [ThisProcess(device, profile, results)])
