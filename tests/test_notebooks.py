@@ -227,7 +227,7 @@ def test_a_notebook_without_experiments_belongs_to_its_models_and_its_machine(wo
     assert elsewhere != here
     monkeypatch.setattr(notebooks.platform, "node", lambda: "back")
     assert made_from(demo(GOOD), {}, [], smoke) == board  # which has experiments
-    monkeypatch.setattr(notebooks, "model_identity", lambda source: "another")
+    monkeypatch.setattr(notebooks.profiles, "model_identity", lambda source: "another")
     assert made_from(demo(GOOD), {}, [], smoke) not in (here, elsewhere, board)
 
 

@@ -341,7 +341,7 @@ def test_local_equals_inline_and_nothing_is_computed_twice(away, monkeypatch):
     logs = [p.read_text() for p in (away / "runs/two/logs").glob("*.txt")]
     assert len(logs) == 4  # two workers on two cores must not use four threads
     assert all(", 1 thread, on cpu" in text for text in logs)
-    monkeypatch.setattr(workers, "compute", lambda *a: pytest.fail("computed twice"))
+    monkeypatch.setattr(stages, "compute", lambda *a: pytest.fail("computed twice"))
     again = inline(four, one)
     pd.testing.assert_frame_equal(first.drop(columns="units"), again.drop(columns="units"))
 
@@ -377,7 +377,7 @@ def test_whatever_goes_wrong_is_a_failed_experiment(away, monkeypatch):
         raise OSError(28, "No space left on device")
 
     results = results_of(SMOKE)
-    monkeypatch.setattr(workers, "missing_stages", full)
+    monkeypatch.setattr(stages, "missing_stages", full)
     word, message = workers.complete(DENSE, SMOKE, results)
     assert word == "failed" and "No space left" in message
 

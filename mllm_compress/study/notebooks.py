@@ -21,14 +21,8 @@ from typing import NamedTuple
 import yaml
 from IPython import get_ipython
 
-from mllm_compress.study.profiles import (
-    Profile,
-    Slurm,
-    is_of,
-    load_profile,
-    model_identity,
-    source_of,
-)
+from . import profiles
+from .profiles import Profile, Slurm, load_profile
 from .stages import name_of, result_of
 from .store import results_of
 from ..utils import files
@@ -109,7 +103,7 @@ def check_parameters(
         if name not in known:
             raise ValueError(f"Unknown parameter {name!r}. {listing}")
         kind = known[name].type
-        if not is_of(value, getattr(builtins, kind)):
+        if not profiles.is_of(value, getattr(builtins, kind)):
             raise ValueError(f"Parameter {name} must be of type {kind}, not {value!r}. {listing}")
     return dict(given)
 
@@ -251,7 +245,7 @@ def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
         "parameters": given,
         "results": contents,
         "beside": [file_hash(path) for path in beside],
-        "models": [model_identity(source_of(m, profile)) for m in profile.models],
+        "models": [profiles.model_identity(profiles.source_of(m, profile)) for m in profile.models],
         "profile": repr(replace(profile, workers=0, slurm=Slurm(), folders={}, towers={})),
         "here": "" if _tagged(nb, "grid") else platform.node(),
     }

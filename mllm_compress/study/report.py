@@ -17,20 +17,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from . import store
+from . import notebooks, store
 from .claims import MARGIN, POINTS, Claim, claimed
 from .experiments import Experiment
 from .figures import Figure
-from mllm_compress.study.notebooks import (
-    LARGER,
-    check_injected,
-    executed,
-    figure_files,
-    figures_folder,
-    notebooks,
-    output_folder,
-    overridden,
-)
 from .profiles import Profile, load_profile
 from .runs import stored
 from .stages import name_of, stage_keys
@@ -42,7 +32,7 @@ from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
 
 # %% ../../nbs/library/study/28_report.ipynb #cell-005
-check_injected()
+notebooks.check_injected()
 
 # %% ../../nbs/library/study/28_report.ipynb #cell-007
 class Report:
@@ -54,10 +44,10 @@ class Report:
         profile,  # a name, a path or a Profile
         values: dict = {},  # the notebook's globals(), to see which parameters were overridden
     ):
-        changed = overridden(notebook, values)
+        changed = notebooks.overridden(notebook, values)
         self.notebook, self.setup = notebook, load_profile(profile)
         self.profile, self.guessed, self.verdicts = self.setup.name, None, {}
-        self.folder = output_folder(notebook, profile, changed)
+        self.folder = notebooks.output_folder(notebook, profile, changed)
         if changed:
             given, where = ", ".join(f"{k}={v!r}" for k, v in changed.items()), self.folder
             print(f"Run with {given}: files are written to {os.path.relpath(where, checkout())}.")
@@ -106,7 +96,7 @@ class Report:
         self.verdicts[name] = verdict.record()
         text = json.dumps(self.verdicts, indent=1, ensure_ascii=False)
         write_atomically(self.path("verdicts", "json"), text + "\n")
-        larger = LARGER.get(self.profile, "")
+        larger = notebooks.LARGER.get(self.profile, "")
         other = recorded(larger, self.notebook, name) if larger else None
         if not other or other["claim"] != claim or not other.get("average"):
             return verdict
@@ -120,7 +110,7 @@ class Report:
 # %% ../../nbs/library/study/28_report.ipynb #cell-019
 def recorded(profile: str, notebook: str, name: str) -> dict | None:
     "A verdict that a notebook of a profile has left; None where there is none."
-    paths = figure_files(profile, f"{notebook}-verdicts.json")
+    paths = notebooks.figure_files(profile, f"{notebook}-verdicts.json")
     return json.loads(paths[0].read_text(encoding="utf-8")).get(name) if paths else None
 
 # %% ../../nbs/library/study/28_report.ipynb #page-cell-lazily
@@ -136,9 +126,9 @@ ORDER += ["result"]
 # %% ../../nbs/library/study/28_report.ipynb #page-cell-009
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     "Write experiments.csv.xz and results.zip into the folder of a profile's figures."
-    folder, results = figures_folder(profile.name), results_of(profile)
+    folder, results = notebooks.figures_folder(profile.name), results_of(profile)
     path, archive, wanted, newest = folder / EXPERIMENTS, folder / RESULTS, set(), 0
-    for notebook in executed(folder):
+    for notebook in notebooks.executed(folder):
         mark = nbformat.read(notebook, 4).metadata.get("mllm_compress", {})
         wanted |= set(mark.get("results", []))  # names of the results that it has read
         newest = max(newest, notebook.stat().st_mtime_ns)
@@ -179,12 +169,12 @@ FOLDED = """{%- extends 'lab/index.html.j2' -%}
 def build(profile) -> Path:  # index.html
     "Make the page of a profile from its executed notebooks."
     profile = load_profile(profile)
-    folder, committed = figures_folder(profile.name), checkout() / "figures" / profile.name
-    if executed(folder):
+    folder = notebooks.figures_folder(profile.name)
+    if notebooks.executed(folder):
         write_experiments(profile)
     else:
-        folder = committed
-    names = [name for name in notebooks() if (folder / f"{name}.ipynb").exists()]
+        folder = checkout() / "figures" / profile.name  # of the repository
+    names = [name for name in notebooks.notebooks() if (folder / f"{name}.ipynb").exists()]
     if not names:
         raise FileNotFoundError(
             f"No executed notebooks of profile {profile.name}: "

@@ -24,18 +24,9 @@ import torch
 from accelerate.utils import patch_environment
 from tqdm import tqdm
 
-from . import store
+from . import stages, store
 from .experiments import Experiment, describe
 from .profiles import Profile
-from mllm_compress.study.stages import (
-    checkpoints_of,
-    compute,
-    end_with_master,
-    index,
-    missing_stages,
-    name_of,
-    subject_key,
-)
 from .store import Store
 
 # %% ../../nbs/library/study/11_workers.ipynb #cell-004
@@ -64,17 +55,17 @@ def complete(
 ) -> tuple:  # (status, message)
     "Make sure that an experiment's stages are stored: done, busy (another run has it) or failed."
     try:
-        subject = subject_key(experiment, profile)
+        subject = stages.subject_key(experiment, profile)
         with store.lock(results, subject) as ours:
             if not ours:
                 return "busy", store.holder(results, subject)
-            if missing_stages(experiment, profile, results)["score"]:
+            if stages.missing_stages(experiment, profile, results)["score"]:
                 n, now = torch.get_num_threads(), time.strftime("%Y-%m-%d %H:%M:%S")
                 where = f"process {os.getpid()}, {n} thread{'s' * (n > 1)}, on {device}"
                 print(f"{now} {describe(experiment)}: {where}", flush=True)
-                compute(experiment, profile, results, device)
-                shutil.rmtree(checkpoints_of(subject, results), ignore_errors=True)
-            index(experiment, profile, results)
+                stages.compute(experiment, profile, results, device)
+                shutil.rmtree(stages.checkpoints_of(subject, results), ignore_errors=True)
+            stages.index(experiment, profile, results)
             return "done", ""
     except Exception as error:
         with suppress(OSError):
@@ -86,7 +77,7 @@ def complete_logged(
     experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"
 ) -> tuple:  # as `complete`
     "Complete an experiment in a process of its own, its output appended to the experiment's log."
-    with open(results.log(name_of(experiment, profile)), "a") as log:
+    with open(results.log(stages.name_of(experiment, profile)), "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     return complete(experiment, profile, results, device)
@@ -125,7 +116,7 @@ def _begin(threads: int) -> None:
     if "SUBMITIT_EXECUTOR" in os.environ:  # the cluster's signals are for the job, not for us
         for ours in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(ours, signal.SIG_IGN)
-    end_with_master()
+    stages.end_with_master()
 
 
 class Place:
@@ -183,7 +174,7 @@ class ThisProcess(Place):
     def submit(self, experiment: Experiment) -> Future:
         "Complete an experiment, its output appended to the experiment's log."
         self.last, future = experiment, Future()
-        path = self.results.log(name_of(experiment, self.profile))
+        path = self.results.log(stages.name_of(experiment, self.profile))
         with open(path, "a") as log, redirect_stdout(log), redirect_stderr(log):
             future.set_result(complete(experiment, self.profile, self.results, self.device))
         return future
