@@ -14,6 +14,7 @@ import builtins
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -120,15 +121,12 @@ def parse_parameters(
             raise ValueError(f"A parameter is written {how}, not {text!r}.")
         if name in parameters:
             raise ValueError(f"Parameter {name} is given twice.")
-        try:
-            parameters[name] = json.loads(value)
-        except ValueError:
-            try:
-                parameters[name] = yaml.safe_load(value)
-            except yaml.YAMLError as error:
-                raise ValueError(
-                    f"The value of {name} cannot be read: {value!r}. Write {how}."
-                ) from error
+        for read in (json.loads, yaml.safe_load):
+            with suppress(ValueError, yaml.YAMLError):
+                parameters[name] = read(value)
+                break
+        else:
+            raise ValueError(f"The value of {name} cannot be read: {value!r}. Write {how}.")
     return parameters
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-027

@@ -149,9 +149,8 @@ def take_in(
     results = results_of(load_profile(profile))
     before = len(results.keys("experiment"))
     taken = store.unpack(Path(path), results)
-    n = sum(map(len, taken.values()))
-    experiments = f"{len(taken['experiment'])} experiments"
-    print(f"{path}: {n} stages of {experiments} taken, {before} experiments were in the store.")
+    n, new = sum(map(len, taken.values())), f"{len(taken['experiment'])} experiments"
+    print(f"{path}: {n} stages of {new} taken, {before} experiments were in the store.")
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-043
 def check_executor(executor: str, workers: int = 0) -> None:

@@ -23,7 +23,7 @@ from .experiments import Experiment
 from .profiles import Profile, Slurm
 from .stages import missing_stages, name_of
 from .store import Store
-from .workers import THREADS, local
+from .workers import local, surroundings
 from ..utils.files import write_atomically
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-004
@@ -44,7 +44,7 @@ def arrays_of(experiments: list, slurm: Slurm) -> dict:  # minutes of a job -> j
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-009
 def parameters(minutes: int, slurm: Slurm) -> dict:
     "A job's options, as submitit spells them."
-    threads = [f"export {name}={slurm.cpus}" for name in THREADS]
+    setup = [f"export {k}={v}" for k, v in surroundings("cpu", threads=slurm.cpus).items()]
     requested = {
         "job_name": "mllm-compress",
         "time": minutes,
@@ -52,7 +52,7 @@ def parameters(minutes: int, slurm: Slurm) -> dict:
         "cpus_per_task": slurm.cpus,
         "array_parallelism": slurm.jobs_at_once,
         "signal_delay_s": min(120, 15 * minutes),
-        "setup": [*threads, "export TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1", *slurm.setup],
+        "setup": setup + slurm.setup,
     }
     optional = {"partition": slurm.partition, "gpus_per_node": slurm.gpus}
     requested |= {name: value for name, value in optional.items() if value}

@@ -41,7 +41,7 @@ HEAP = {  # glibc keeps what a training step frees for the next one
 
 def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
     "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
-    shared = QUIET | dict.fromkeys(THREADS, str(threads))
+    shared = dict.fromkeys(THREADS, str(threads)) | QUIET
     if device == "cpu":
         return shared | {k: os.environ.get(k, v) for k, v in HEAP.items()}
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
