@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-002
 import json
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,19 +30,15 @@ from ..zoo.releases import is_original_layout, native_config, real_config, real_
 def config_of(model: str, profile: Profile):
     "The config of a profile's MLLM; None for a plain LM, or where it is unknown."
     tower = profile.towers.get(model)
-    try:
+    with suppress(FileNotFoundError, ValueError):  # its folder or its tower is not there yet
         folder = Path(source_of(model, profile))
         if is_original_layout(folder):
             return native_config(folder, tower and located(tower))
         if (folder / "config.json").is_file():
             config = AutoConfig.from_pretrained(folder)
             return config if getattr(config, "vision_config", None) else None
-    except (FileNotFoundError, ValueError):
-        pass  # its folder or its tower is not there yet
-    try:
+    with suppress(ValueError):  # no model of the paper
         return real_config(real_name(model))
-    except ValueError:
-        return None
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-007
 NAMED = {"mix665k": 665_000, "695k": 695_000}
@@ -91,16 +88,6 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
         work += samples * sample_operations(config, e.ratio, recovery, 256, 64)
     return work / SPEED / 3600
 
-# %% ../../nbs/library/study/14_forecast.ipynb #cell-024
-def memory_of(experiment: Experiment, profile: Profile, config) -> int:
-    "Bytes of an experiment at its peak, on one card."
-    e, dense = experiment, without_weights(config)
-    small = pruned_on_meta(dense, e.pruning, e.ratio)
-    if e.recovery == "none":
-        return answering_bytes(dense, batch=profile.evaluation.batch_size)
-    recovery = recovery_config(e, profile)
-    return recovery_memory(small, recovery, dense, 256)["total"]
-
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-026
 def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per model and kind
     "Experiments, GPU hours and memory by model and kind, for the models whose config is known."
@@ -112,7 +99,12 @@ def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per m
     for (model, kind), alike in kinds.items():
         if (config := configs[model]) is not None:
             hours = sum(hours_of(e, profile, config) for e in alike)
-            largest = memory_of(min(alike, key=lambda e: e.ratio), profile, config) / 2**30
+            e, dense = min(alike, key=lambda e: e.ratio), without_weights(config)
+            if e.recovery == "none":
+                peak = answering_bytes(dense, batch=profile.evaluation.batch_size)
+            else:
+                student = pruned_on_meta(dense, e.pruning, e.ratio)
+                peak = recovery_memory(student, recovery_config(e, profile), dense, 256)["total"]
             row = {"model": model, "kind": kind, "experiments": len(alike)}
-            rows.append(row | {"GPU hours": hours, "GiB": largest})
+            rows.append(row | {"GPU hours": hours, "GiB": peak / 2**30})
     return pd.DataFrame(rows)
