@@ -210,7 +210,7 @@ def test_check_is_a_command(tmp_path):
 
 
 def test_a_broken_promise_is_named(monkeypatch):
-    monkeypatch.setattr("mllm_compress.cli.check.closed_parameters", lambda *_: {"vision": 0})
+    monkeypatch.setattr("mllm_compress.cost.closed_parameters", lambda *_: {"vision": 0})
     found = CliRunner().invoke(app, ["check", "smoke-llava", "--only", "cost"])
     assert found.exit_code == 1 and "broken: cost" in found.output
     assert "closed form" in found.output

@@ -20,28 +20,8 @@ import torch
 from PIL import Image
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-004b
-from ..anatomy.families import anatomy, lm_parameters, part_parameters
+import mllm_compress as mc
 from ..anatomy.pictures import shares_prefixes
-from ..checkpoint.formats import read_manifest
-from ..checkpoint.loading import load_pruned
-from ..checkpoint.saving import save_pruned
-from ..cost.arithmetic import closed_parameters, example_inputs, shape_of_model
-from ..data.batches import Collator
-from ..data.instructions import InstructionData, has_image
-from ..evaluation.benchmarks import Question
-from ..evaluation.generation import answer_questions, own_inputs, prepare
-from ..importance.criteria import random_scores, whole_layers, width_importance
-from ..importance.influence import block_influence
-from ..importance.scores import model_inputs
-from ..pruning.plans import plan_layerwise, plan_none, plan_widthwise
-from ..pruning.pruning_plan import PruningPlan, removable
-from ..pruning.reconstruction import reconstruct
-from ..pruning.slicing import apply_plan, silence
-from ..recovery.config import RecoveryConfig
-from ..recovery.losses import batch_counts
-from ..recovery.steps import Student, Teacher, add_lora, trainable_copy
-from ..zoo.models import quiet_loading
-from ..zoo.weight_files import auto_classes
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-006
 PICTURES = ((96, 96), (160, 80), (80, 160), (200, 200))  # width and height
@@ -53,7 +33,7 @@ def noise(size: tuple, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def trial_data(pictures: bool) -> InstructionData:
+def trial_data(pictures: bool) -> mc.data.InstructionData:
     "Conversations about noise: with one picture, with two, and without any."
     groups = [[0], [1, 2], [], [3], [2], [0]]
     samples = []
@@ -63,15 +43,15 @@ def trial_data(pictures: bool) -> InstructionData:
         entry = {"id": k, "conversations": [{"from": who, "value": text} for who, text in turns]}
         samples.append(entry | ({"image": [str(i) for i in group]} if group and pictures else {}))
     pictures_of = lambda e: [noise(PICTURES[int(i)], int(i)) for i in e["image"]]
-    return InstructionData(samples, images=pictures_of, name="trial")
+    return mc.data.InstructionData(samples, images=pictures_of, name="trial")
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-008
 def noise_batch(model, seed: int = 0, batch: int = 2) -> dict:
     "Random words behind a picture of noise, the last six words being the answer."
-    inputs, generator = example_inputs(model, 14, batch=batch), torch.Generator().manual_seed(seed)
-    ids, row = inputs["input_ids"], anatomy(model).wrapper
+    inputs, parts = mc.cost.example_inputs(model, 14, batch=batch), mc.anatomy.anatomy(model)
+    ids, row, generator = inputs["input_ids"], parts.wrapper, torch.Generator().manual_seed(seed)
     mark = -1 if row is None else getattr(model.config, row.image_token)
-    words = torch.randint(5, anatomy(model).vocab_size, ids.shape, generator=generator)
+    words = torch.randint(5, parts.vocab_size, ids.shape, generator=generator)
     words = words.masked_fill(words == mark, 4).to(ids.device)
     inputs["input_ids"] = torch.where(ids == mark, ids, words)
     if "pixel_values" in inputs:
@@ -95,7 +75,7 @@ class Case:
             self.conversation = noise_batch(model, batch=1)
         else:
             self.data = trial_data(hasattr(processor, "image_processor"))
-            collate, n = Collator(processor, self.data, "sequential"), len(self.data)
+            collate, n = mc.data.Collator(processor, self.data, "sequential"), len(self.data)
             pairs = ((self.data[k], self.data[(k + 1) % n]) for k in range(n))
             self.batches = [collate(list(pair)) for pair in pairs]
             self.conversation = collate([self.data[0]])  # without padding
@@ -105,7 +85,7 @@ class Case:
 @torch.no_grad()
 def logits_of(model, batch: dict) -> torch.Tensor:  # [tokens, vocabulary]
     "Logits at the tokens that are not padding."
-    out = model(**model_inputs(model, batch), use_cache=False).logits
+    out = model(**mc.importance.scores.model_inputs(model, batch), use_cache=False).logits
     return out[batch["attention_mask"].bool().to(out.device)].float().cpu()
 
 
@@ -122,13 +102,14 @@ def need_near(a: torch.Tensor, b: torch.Tensor, dtype, what: str, times: float =
 # %% ../../nbs/library/cli/08_check.ipynb #cell-014
 def parts_add_up(case: Case) -> str:
     "Vision tower, projector and decoder hold every parameter."
-    return ", ".join(f"{part} {n:,}" for part, n in part_parameters(case.model).items())
+    counts = mc.anatomy.part_parameters(case.model)
+    return ", ".join(f"{part} {n:,}" for part, n in counts.items())
 
 
 def closed_form(case: Case) -> str:
     "The closed form of the cost equals the count."
-    shape, counted = shape_of_model(case.model), part_parameters(case.model)
-    closed = closed_parameters(case.model.config, shape)
+    shape, counted = mc.cost.shape_of_model(case.model), mc.anatomy.part_parameters(case.model)
+    closed = mc.cost.closed_parameters(case.model.config, shape)
     if closed != counted:
         raise Broken(f"closed form {closed}, counted {counted}")
     return f"{sum(closed.values()):,} parameters"
@@ -136,9 +117,9 @@ def closed_form(case: Case) -> str:
 # %% ../../nbs/library/cli/08_check.ipynb #cell-018
 def scored(case: Case) -> str:
     "Block influence, Taylor and Gauss-Newton scores are finite, and not all alike."
-    results = {"block influence": block_influence(case.model, case.batches).values}
+    results = {"block influence": mc.importance.block_influence(case.model, case.batches).values}
     for method in ("taylor", "gauss_newton"):
-        scores = width_importance(case.model, case.batches, method=method)
+        scores = mc.importance.width_importance(case.model, case.batches, method=method)
         results[method] = torch.cat([*scores.heads.values(), *scores.neurons.values()])
     for name, values in results.items():
         if not values.isfinite().all() or values.std() == 0:
@@ -146,36 +127,39 @@ def scored(case: Case) -> str:
     return ", ".join(results)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-020
-def trial_plan(model, kind: str) -> PruningPlan:
+def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
     "A plan that removes about a third, by random scores."
-    units = random_scores(model)
-    n = max(1, len(removable(anatomy(model), range(anatomy(model).num_layers))) // 3)
-    layers = plan_layerwise(model, whole_layers(units), n_layers=n)
+    units = mc.importance.criteria.random_scores(model)
+    parts, scores = mc.anatomy.anatomy(model), mc.importance.criteria.whole_layers(units)
+    candidates = mc.pruning.pruning_plan.removable(parts, range(parts.num_layers))
+    n = max(1, len(candidates) // 3)
+    layers = mc.pruning.plan_layerwise(model, scores, n_layers=n)
     if kind == "layerwise":
         return layers
     base = layers if kind == "combined" else None
     shape = "uniform" if kind == "uniform" else "blockwise"
-    return plan_widthwise(model, units, channel_ratio=0.5, shape=shape, base=base)
+    return mc.pruning.plan_widthwise(model, units, channel_ratio=0.5, shape=shape, base=base)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-022
-@quiet_loading()
-def reloaded(model, plan: PruningPlan) -> tuple:  # (model, format)
+@mc.zoo.models.quiet_loading()
+def reloaded(model, plan: mc.pruning.PruningPlan) -> tuple:  # (model, format)
     "The model as a user gets it back."
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "saved")
-        save_pruned(model, plan, folder)
-        if read_manifest(folder)["kind"] == "pruned":
-            return load_pruned(folder)[0], "own format"
-        loader = auto_classes(model.config)[0]
+        mc.checkpoint.save_pruned(model, plan, folder)
+        if mc.checkpoint.formats.read_manifest(folder)["kind"] == "pruned":
+            return mc.checkpoint.load_pruned(folder)[0], "own format"
+        loader = mc.zoo.weight_files.auto_classes(model.config)[0]
         return loader.from_pretrained(folder, dtype="auto").eval(), "stock"
 
 
 def same_with_cache(model, batch: dict) -> None:
     "Raise `Broken` where five greedy tokens differ with the cache and without."
-    row = anatomy(model).wrapper
+    row = mc.anatomy.anatomy(model).wrapper
     pictures = None if row is None else [getattr(model.config, row.image_token)]
     options = dict(eos_token_id=None, pad_token_id=0, suppress_tokens=pictures)
-    options |= dict(model_inputs(model, batch), max_new_tokens=5, do_sample=False)
+    options |= mc.importance.scores.model_inputs(model, batch)
+    options |= dict(max_new_tokens=5, do_sample=False)
     if not torch.equal(*(model.generate(**options, use_cache=use) for use in (True, False))):
         raise Broken("generation with the cache differs from generation without")
 
@@ -184,11 +168,12 @@ def pruned(case: Case, kind: str) -> str:
     "Pruned equals silenced, and reload equals what was saved."
     model, batch = case.model, case.batch
     plan = trial_plan(model, kind)
-    small = apply_plan(model, plan)
-    masked, ours = logits_of(silence(model, plan), batch), logits_of(small, batch)
-    rough = 20 if anatomy(model).family.joint_norm else 1  # the norm's epsilon, see `silence`
+    small = mc.pruning.apply_plan(model, plan)
+    silenced, family = mc.pruning.slicing.silence(model, plan), mc.anatomy.anatomy(model).family
+    masked, ours = logits_of(silenced, batch), logits_of(small, batch)
+    rough = 20 if family.joint_norm else 1  # the norm's epsilon, see `silence`
     need_near(ours, masked, model.dtype, "pruned and silenced logits", rough)
-    achieved = 1 - lm_parameters(small) / lm_parameters(model)
+    achieved = 1 - mc.anatomy.lm_parameters(small) / mc.anatomy.lm_parameters(model)
     if abs(achieved - plan.achieved_ratio) > 1e-9:
         raise Broken(f"the plan says {plan.achieved_ratio:.4f}, removed are {achieved:.4f}")
     back, kind_of_file = reloaded(small.cpu(), plan)
@@ -205,7 +190,7 @@ def cached(case: Case) -> str:
 
 def reload(case: Case) -> str:
     "The unpruned model, saved and loaded, is the model."
-    back, kind_of_file = reloaded(case.model, plan_none(case.model))
+    back, kind_of_file = reloaded(case.model, mc.pruning.plan_none(case.model))
     unpruned = logits_of(case.model, case.batch)
     need_near(logits_of(back, case.batch), unpruned, case.model.dtype, "reloaded logits")
     return kind_of_file
@@ -217,13 +202,13 @@ class NotTried(Exception):
 
 def reconstructed(case: Case) -> str:
     "The refit brings the pruned model nearer to the dense one."
-    parts = anatomy(case.model)
+    parts = mc.anatomy.anatomy(case.model)
     widest = max(s.module.in_features for s in parts.linears(0) if s.axis == 1)
     if sum(int(b["attention_mask"].sum()) for b in case.batches) <= 2 * widest:
         raise NotTried(f"takes more than {2 * widest} calibration tokens")
     plan = trial_plan(case.model, "layerwise")
-    small = apply_plan(case.model, plan)
-    fitted = reconstruct(small, case.model, case.batches, plan, ridge=0.1)
+    small = mc.pruning.apply_plan(case.model, plan)
+    fitted = mc.pruning.reconstruct(small, case.model, case.batches, plan, ridge=0.1)
     errors = []
     for model in (small, fitted):
         off = [logits_of(model, b) - logits_of(case.model, b) for b in case.batches]
@@ -235,14 +220,15 @@ def reconstructed(case: Case) -> str:
 # %% ../../nbs/library/cli/08_check.ipynb #cell-030
 def distilled(case: Case, student, losses: dict, **options) -> tuple:  # (loss, weights reached)
     "The loss of one batch, and how many weights its gradients reach."
-    config = RecoveryConfig(losses=losses, **options)
-    model = trainable_copy(student, config)
-    model = add_lora(model, config.lora) if config.lora else model
-    module = Student(model, config.losses)
-    teacher = Teacher(case.model, case.model, module)
+    config = mc.recovery.RecoveryConfig(losses=losses, **options)
+    model = mc.recovery.steps.trainable_copy(student, config)
+    model = mc.recovery.steps.add_lora(model, config.lora) if config.lora else model
+    module = mc.recovery.steps.Student(model, config.losses)
+    teacher = mc.recovery.steps.Teacher(case.model, case.model, module)
     batch = {k: v.to(case.model.device) for k, v in case.batch.items()}
     features, tensors = teacher(batch, [0, 1])
-    loss = module(batch, features, tensors, batch_counts(batch["labels"])).sum()
+    counts = mc.recovery.losses.batch_counts(batch["labels"])
+    loss = module(batch, features, tensors, counts).sum()
     loss.backward()
     reached = {n: p for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     if frozen := sorted(n for n, p in reached.items() if not p.requires_grad):
@@ -252,8 +238,9 @@ def distilled(case: Case, student, losses: dict, **options) -> tuple:  # (loss, 
 
 def recovered(case: Case) -> str:
     "One distillation step reaches projector, adapters and decoder, as asked."
-    small = apply_plan(case.model, trial_plan(case.model, "layerwise"), share_vision=True)
-    kinds = {"projector": {"train": "projector"}} if anatomy(small).wrapper else {}
+    plan = trial_plan(case.model, "layerwise")
+    small = mc.pruning.apply_plan(case.model, plan, share_vision=True)
+    kinds = {"projector": {"train": "projector"}} if mc.anatomy.anatomy(small).wrapper else {}
     kinds |= {"LoRA": {"lora": {"r": 4, "lora_alpha": 8}}, "full": {}}
     losses = {"sft": 0.5, "hidden_kd": 0.25, "logits_kd": 0.25}
     for kind, options in kinds.items():
@@ -270,12 +257,13 @@ def evaluated(case: Case) -> str:
     "Answers equal those of the model's own `generate`."
     if not hasattr(case.processor, "image_processor"):
         raise NotTried("questions about pictures need a vision tower and a processor")
-    pictures = [case.data.pictures(i) for i in range(3) if has_image(case.data[i])]
-    questions = [Question(k, "what is in it ?", "", tuple(p), ()) for k, p in enumerate(pictures)]
-    parts, prompts, _ = prepare(case.model, case.processor, questions)
-    answers = answer_questions(case.model, case.processor, questions, max_new_tokens=4)
+    ask, answering = mc.evaluation.benchmarks.Question, mc.evaluation.generation
+    pictures = [case.data.pictures(i) for i in (0, 1)]  # one, and two
+    questions = [ask(k, "what is in it ?", "", tuple(p), ()) for k, p in enumerate(pictures)]
+    parts, prompts, _ = answering.prepare(case.model, case.processor, questions)
+    answers = answering.answer_questions(case.model, case.processor, questions, max_new_tokens=4)
     for question, prompt, answer in zip(questions, prompts, answers):
-        inputs = own_inputs(parts, case.processor, question, prompt.shared + prompt.own)
+        inputs = answering.own_inputs(parts, case.processor, question, prompt.shared + prompt.own)
         new = case.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         ids = new[0, inputs["input_ids"].shape[1] :]
         text = case.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

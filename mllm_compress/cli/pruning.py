@@ -286,7 +286,7 @@ class PruneRequest(CalibratedRequest):
         "ValueError for a wrong budget, or for options that it does not go with."
         if self.budget:
             mc.pruning.allocation.check_budget_request(self.budget_share)
-        self.refuse(["protect", "layer_share"], f"with {option}, which chooses layers itself")
+        self.refuse(["protect", "layer_share"], f"with {option}, which decides itself about layers")
         rankings = [name for name, row in mc.pruning.plans.ALLOCATIONS.items() if row.scores]
         recipe, ranked = self.chosen, mc.pruning.plans.ALLOCATIONS["global"].scores
         if not self.stored and (recipe.allocation not in rankings or recipe.method not in ranked):
