@@ -161,12 +161,20 @@ def llms() -> str:
 
 def rows() -> str:
     "rows.json: for each command, what its tables add to the help of its options."
+    from mllm_compress import zoo
     from mllm_compress.cli import app
 
-    callbacks = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
-    tables = {name: run.request.rows() for name, run in sorted(callbacks.items())}
-    filled = {name: table for name, table in tables.items() if table}
-    return json.dumps(filled, indent=1, ensure_ascii=False) + "\n"
+    def listed(table: dict) -> str:
+        texts = {name: getattr(row, "help", None) or str(row) for name, row in table.items()}
+        ended = lambda text: text if text.endswith((".", "?")) else f"{text}."
+        return " ".join(f"{name}: {ended(text)}" for name, text in texts.items())
+
+    filled = {"models": dict(zoo.MODELS)}  # which the command prints
+    for command in app.registered_commands:
+        if tables := command.callback.request.tables:
+            name = command.name or command.callback.__name__
+            filled[name] = {field: listed(table()) for field, table in tables.items()}
+    return json.dumps(dict(sorted(filled.items())), indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ new = E("widthwise", 0.3, "wanda")
 row = run([new], p, "inline", quiet=True).iloc[0]
 drawn = look("wanda")
 wrong = say("smoke-llava", "-o", "x", "--method", "luck")
-rows = ScoreRequest.rows()["method"]
+rows = str(ScoreRequest.tables["method"]())
 found = [rows, wrong, row.status, row.error, drawn.label, drawn.color, count()]
 """
     before, (helped, error, state, why, label, color, stored) = copy.ask(code)

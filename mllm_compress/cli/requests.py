@@ -204,17 +204,7 @@ class Request(BaseModel):
     arguments: ClassVar[tuple] = ()  # fields that are written without the name of an option
     title: ClassVar[str] = ""  # of its options, in messages
     kept: ClassVar[str] = "Nothing was written."  # what an interruption leaves
-    tables: ClassVar[dict] = {}  # field -> function that returns a table of methods, name -> row
-
-    @classmethod
-    def rows(cls) -> dict:  # field -> text
-        "The rows of its tables, which the help lists."
-        about = lambda row: getattr(row, "help", None) or str(row)
-        ended = lambda text: text if text.endswith((".", "?")) else f"{text}."
-        return {
-            field: " ".join(f"{name}: {ended(about(row))}" for name, row in table().items())
-            for field, table in cls.tables.items()
-        }
+    tables: ClassVar[dict] = {}  # field -> function that returns the table its help lists
 
     def __init__(self, /, _names: dict | None = None, **values):
         try:
@@ -370,7 +360,6 @@ class DataRequest(Request):
         "The entries of the file; ValueError or OSError where they cannot be used."
         if self.source in ("", "small"):
             return None
-
         if self.image_root and not Path(self.image_root).is_dir():
             raise FileNotFoundError(f"There is no folder {self.image_root}: check --image-root.")
         root = self.image_root or Path(self.source).parent
