@@ -248,7 +248,7 @@ AS_JSON = typer.Option("--json", help="Print one JSON object instead of text.")
 def _parameter(request: type, name: str, schema: dict, rows: str) -> inspect.Parameter:
     "A field as Typer takes it."
     field, kind = request.model_fields[name], _TYPES[_kinds(schema)[0]["type"]][0]
-    many, flag, help = kind == list[str], f"--{name.replace('_', '-')}", field.description
+    many, flag, help = kind == list[str], f"--{name.replace('_', '-')}", field.description or ""
     if name in request.arguments:
         about = typer.Argument(help=help, metavar=name.upper(), show_default=False)
     else:
