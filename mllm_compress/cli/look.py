@@ -21,11 +21,6 @@ from ..utils.methods import check_choice
 class ModelsRequest(cli.Request):
     "No options."
 
-    @classmethod
-    def rows(cls) -> dict:  # name -> what it is
-        "The models known by name."
-        return dict(mc.zoo.MODELS)
-
 
 @cli.command(ModelsRequest)
 def models(request: ModelsRequest) -> dict:
