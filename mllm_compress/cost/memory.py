@@ -127,7 +127,6 @@ def pruned_on_meta(
 def memory_table(
     name: str,  # a key of REAL_MODELS
     ratios: tuple = (0.15, 0.3, 0.45, 0.6),
-    trained_at: tuple = (0.3,),  # ratios at which training is dry-run too: seconds each
 ) -> pd.DataFrame:
     "What a real model of the study needs, dense and pruned, in GiB."
     dense = without_weights(real_config(name))
@@ -142,7 +141,7 @@ def memory_table(
         if pruning == "none":
             tokens = image_tokens(small.config) + 64
             row["scoring"] = scoring_memory(small, tokens=tokens, dtype=small.dtype) / 2**30
-        elif pruning == "layerwise" and ratio in trained_at:
+        elif pruning == "layerwise" and ratio == 0.3:  # training takes seconds to dry-run
             for kind, config in KINDS.items():
                 row[kind] = recovery_memory(small, config, dense, 256)["total"] / 2**30
         rows.append(row)
@@ -154,11 +153,11 @@ CARDS = (24, 40, 80)  # GiB
 
 def fits(
     needed: float,  # GiB
-    reserve: float = 2,  # GiB
 ) -> str:
     "The smallest card with enough memory."
-    card = next((c for c in CARDS if needed + reserve <= c), None)
-    several = -(-(needed + reserve) // CARDS[-1])
+    needed += 2  # for the driver and for fragmentation
+    card = next((c for c in CARDS if needed <= c), None)
+    several = -(-needed // CARDS[-1])
     return f"{card} GB" if card else f"{several:.0f} x {CARDS[-1]} GB, sharded"
 
 # %% ../../nbs/library/cost/02_memory.ipynb #gpu-memory-cell-032

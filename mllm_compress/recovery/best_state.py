@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_HELD_OUT', 'LOOKS', 'MEASURES', 'SURE', 'RATES', 'held_out_samples', 'sure_gain', 'best_look', 'is_over',
-           'trial_steps', 'successive_halving']
+           'successive_halving']
 
 # %% ../../nbs/library/recovery/04b_best_state.ipynb #cell-003
 import hashlib
@@ -71,20 +71,14 @@ def is_over(looks: list, patience: int) -> bool:
 RATES = (0.1, 0.3, 1.0, 3.0)  # times the rate that a config would have without a search
 
 
-def trial_steps(
-    steps: int,  # of the whole run
-) -> int:
-    "Steps of a trial in the first round; the search takes eight times as many in all."
-    return min(steps, max(4, steps // 40))
-
-
 def successive_halving(
     rates: list,
-    steps: int,  # of a trial in the first round
+    steps: int,  # of the whole run
     trial: Callable,  # (rate, steps) -> looks before and after a short training
 ) -> tuple:  # (the best rate, the looks of all trials, with round, lr and steps)
     "The best of some rates after short trainings."
     rates, trials, rounds = list(rates), [], 0
+    steps = min(steps, max(4, steps // 40))  # the search takes eight times as many in all
     while len(rates) > 1:
         tried = {rate: trial(rate, steps) for rate in rates}
         ends = {rate: looks[-1] for rate, looks in tried.items()}
