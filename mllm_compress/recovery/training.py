@@ -51,7 +51,6 @@ from mllm_compress.recovery.best_state import (
     is_over,
     successive_halving,
     sure_gain,
-    trial_steps,
 )
 from .config import RecoveryConfig, learning_rate, run_identity, settled
 from .losses import COUNTS, LOSSES, batch_counts, needed_tensors
@@ -473,9 +472,7 @@ def _search(
                 write_atomically(path, json.dumps(done))
         return done[name]
 
-    best, trials = successive_halving(
-        [rate * factor for factor in RATES], trial_steps(steps), trial
-    )
+    best, trials = successive_halving([rate * factor for factor in RATES], steps, trial)
     return best, done["start"], pd.DataFrame(trials).drop(columns="step")
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-038
@@ -560,10 +557,12 @@ def recover(
         outputs = teacher_outputs()
         teacher_seconds, processes = time.perf_counter() - started, args.world_size
         passes = steps.passes_per_step(config, len(members), kind, processes)
-        lengths, place = steps.sample_lengths(data, config), (passes, processes, args.process_index)
-        batches = steps.Batches(
-            [lengths[i] for i in members], config.batch_size, *place, config.seed, members
-        )
+        place, lengths = (passes, processes, args.process_index), [1] * len(members)
+        if config.group_by_length:  # in characters
+            dialogues = (data.samples[i] for i in members)
+            dialogues = (s.get("conversations") or [{"value": s["text"]}] for s in dialogues)
+            lengths = [sum(len(turn["value"]) for turn in turns) for turns in dialogues]
+        batches = steps.Batches(lengths, config.batch_size, *place, config.seed, members)
         collate = steps.run_collator(processor, data, config, outputs is None, shares)
         numbers = lambda samples: torch.tensor([sample["index"] for sample in samples])
         indexed = lambda samples: collate(samples) | {"index": numbers(samples)}
