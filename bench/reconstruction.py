@@ -218,7 +218,7 @@ def windows_of(tokenizer, names: tuple, part: str, n: int, batch_size: int = 8) 
 @torch.inference_mode()
 def perplexity(model, batches: list) -> float:
     "Of the supervised tokens of all batches."
-    from mllm_compress.evaluation.likelihood import entry_losses
+    from mllm_compress.evaluation.generation import entry_losses
 
     parts = [entry_losses(model, batch) for batch in batches]
     return float(np.exp(sum(p[0].sum() for p in parts) / sum(p[1].sum() for p in parts)))

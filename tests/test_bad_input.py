@@ -76,7 +76,7 @@ READ_LATER = {  # the file of a picture is opened when the entry is used
 FILES = {  # bytes of a data file, and what the message must say
     "empty.json": (b"", "is empty"),
     "empty-list.json": (b"[]", "is empty"),
-    "object.json": (b'{"data": []}', "a list of entries is needed"),
+    "object.json": (b'{"data": []}', "a list or one a line"),
     "cut.json": (b'[{"id": 1', "not valid JSON"),
     "cut.jsonl": (b'{"text": "a b c"}\n{"text": ', "Line 2 of"),
     "utf16.json": ('[{"id": 1}]'.encode("utf-16"), "save it as UTF-8"),

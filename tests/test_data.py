@@ -89,13 +89,6 @@ def test_a_missing_download_is_reported_before_anything_runs(tmp_path):
     assert len(load_json(path, root, skip_missing=True)) == 6
 
 
-def test_json_lines(tmp_path):
-    path, root = on_disk(tmp_path, "bunny_695k")
-    lines = tmp_path / "lines.jsonl"
-    lines.write_text("\n".join(json.dumps(e) for e in json.loads(path.read_text())) + "\n")
-    assert load_json(lines, root).samples == load_json(path, root).samples
-
-
 def test_many_samples_pass_without_staying():
     "With entries made on demand, memory does not grow with the entries read."
     n = 60_000

@@ -20,7 +20,8 @@ from mllm_compress.data.instructions import (
     read_image,
     turns,
 )
-from mllm_compress.evaluation.benchmarks import open_image, own_benchmark
+from mllm_compress.evaluation.benchmarks import Question, open_image, own_benchmark
+from mllm_compress.evaluation.generation import answer_questions, prepare
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 json_values = st.recursive(
@@ -95,29 +96,22 @@ def test_all_forms_say_the_same(pairs, picture, system):
     two = {"messages": messages}
     first, second = (turns(read_entry(e, 0)) for e in (one, two))
     assert first == second == [(q.strip(), a.strip()) for q, a in pairs]
-    said = [{"from": "system", "value": system}, *one["conversations"]]
+    said = [{"from": "Developer", "value": system}, *one["conversations"]]
     with_system = turns(read_entry(one | {"conversations": said}, 0))
     assert with_system[1:] == first[1:] and with_system[0][0].startswith(system.strip())
-    prompt, completion = ([{"role": "User", "content": t}] for t in flat[:2])
+    chat = [{"role": role, "content": text} for role, text in zip(("User", "GPT"), marked)]
+    other_marker = marked[0].replace("<image>", "<|image_1|>")
     for form in (
         {"prompt": marked[0], "completion": flat[1]},
-        {"prompt": prompt, "completion": completion and [{"role": "GPT", "content": flat[1]}]},
+        {"prompt": chat[:1], "completion": chat[1:]},
         {"instruction": marked[0], "input": "", "output": flat[1]},
-        {
-            "question": marked[0].replace("<image>", "<|image_1|>"),
-            "answers": [flat[1], "", flat[1]],
-        },
+        {"question": other_marker, "answers": [flat[1], "", flat[1]]},
     ):
         assert turns(read_entry(image | form, 0)) == first[:1]
-
-
-def test_answers_of_many_kinds():
     votes = {"question": "How many?", "answers": [{"answer": a} for a in (3, 4, 4)]}
-    alpaca = {"instruction": "Add.", "input": "1 and 2", "output": 3}
-    developer = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi?"}]
     assert turns(read_entry(votes, 0)) == [("How many?", "4")]
-    assert turns(read_entry(alpaca, 0)) == [("Add.\n1 and 2", "3")]
-    assert turns(read_entry({"prompt": developer}, 0, answered=False)) == [("Be brief.\nHi?", "")]
+    alpaca = {"instruction": "Add.", "input": "1 and 2"}
+    assert turns(read_entry(alpaca, 0, answered=False)) == [("Add.\n1 and 2", "")]
 
 
 def test_files_of_text(tmp_path):
@@ -248,3 +242,13 @@ def test_rows_with_pictures_and_parquet_files(tmp_path):
         from_rows([{"images": [rows[0]["image"]] * 2, "question": "a?", "answer": "b"}])
     with pytest.raises(ValueError, match="is empty"):
         from_rows([])
+
+
+def test_a_prompt_leaves_its_last_space_to_the_answer(byte_level, tiny_lm):
+    byte_level.chat_template = "{{ messages[0].content }} A: "
+    model = tiny_lm("llama", vocab=len(byte_level))
+    question = Question("0", "is it red?", "yes", candidates=("yes", "no"))
+    _, (prompt,), _ = prepare(model, byte_level, [question])
+    for answer, ids in zip(question.candidates, prompt.candidates):
+        assert [*prompt.own, *ids] == byte_level(f"is it red? A: {answer}")["input_ids"]
+    assert answer_questions(model, byte_level, [question])[0].candidate in question.candidates

@@ -16,12 +16,7 @@ from safetensors.torch import load_file
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import weights_hash
-from mllm_compress.data.batches import (
-    Collator,
-    SizedCache,
-    blocks,
-    packed_mask,
-)
+from mllm_compress.data.batches import Collator, SizedCache, blocks, packed_mask
 from mllm_compress.data.instructions import InstructionData
 from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery import training

@@ -1,7 +1,5 @@
 """Intervals and tests against values known otherwise."""
 
-from math import comb
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,16 +30,6 @@ def test_wilson_solves_its_equation(n, share):
 
 def test_wilson_ends_and_nothing_asked():
     assert S.wilson(0, 5)[0] == 0 and S.wilson(5, 5)[1] == 1 and S.wilson(0, 0) == (0, 1)
-
-
-@given(st.integers(0, 40), st.integers(0, 40))
-@settings(max_examples=50, deadline=None)
-def test_mcnemar_is_a_binomial_tail(a, b):
-    tail = sum(comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
-    right = [[1] * a + [0] * b + [1], [0] * a + [1] * b + [1]]
-    units = [pd.DataFrame({"unit": range(a + b + 1), "stratum": "", "worth": r}) for r in right]
-    p = S.paired_difference(*units).p
-    assert p == pytest.approx(min(1, 2 * tail)) == S.paired_difference(*units[::-1]).p
 
 
 def test_bootstrap_keeps_strata_apart():

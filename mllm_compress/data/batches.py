@@ -11,7 +11,7 @@ __all__ = ['PLAIN_CHAT', 'SHAPES', 'PICTURE_INPUTS', 'TURNS', 'DATA_VERSION', 'S
 import hashlib
 import itertools
 from collections import OrderedDict
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -177,8 +177,11 @@ class Renderer:
         self.image_id = placeholder_id(processor)
         self.encoded = SizedCache(3_000_000)  # tokens, each of which takes 25 to 60 bytes
         self.image_text = lru_cache(10_000)(self._image_text)
-        # whether the tokens of a picture depend on its shape
-        self.tiled = self.multimodal and len(set(map(self.image_text, SHAPES))) > 1
+
+    @cached_property
+    def tiled(self) -> bool:
+        "Whether the tokens of a picture depend on its shape."
+        return len(set(map(self.image_text, SHAPES))) > 1
 
     def _image_text(self, size: tuple) -> str:
         "The placeholder tokens of a picture of that (width, height)."

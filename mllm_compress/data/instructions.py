@@ -18,6 +18,7 @@ import struct
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def _raw_turns(entry: dict, answered: bool):  # turns as they are written
     "The turns of an entry in any of its forms; None for one without turns."
     for key in ("conversations", "messages"):
         if key in entry:
-            return entry[key]
+            return [None] if entry[key] is None else entry[key]  # None: no list of turns
     for asks, replies in PAIRS.items():
         reply = next((key for key in replies if key in entry), None)
         if asks not in entry or (reply is None and answered):
@@ -234,7 +235,7 @@ def read_entry(
     if raw is None and "text" not in entry:
         keys = "'conversations', 'messages', 'question' with 'answer', 'prompt' with 'completion'"
         what = f"has neither {keys}, 'instruction' with 'output', nor 'text'"
-        raise EntryError(entry, what, "write one of them (formats: documentation of data)")
+        raise EntryError(entry, what, "give entries with one of them, a list or one a line")
     if raw is None:  # plain text
         if _stored_images(entry):
             raise EntryError(entry, "has an image but plain text", "write 'conversations'")
@@ -285,16 +286,8 @@ def _objects(path: Path) -> list:
         return [{"text": words.strip()} for words in texts if words.strip()]
     if text.lstrip().startswith("["):
         return _parsed(text, str(path))
-    if text.lstrip().startswith("{") and path.suffix == ".json":
-        try:
-            single = json.loads(text)
-        except (ValueError, RecursionError):
-            single = {}  # JSON lines
-        if {"conversations", "messages", "text", *PAIRS} & set(single):
-            return [single]
-        if single:
-            keys = ", ".join(list(single)[:5])
-            raise ValueError(f"{path} holds one object with {keys}: a list of entries is needed.")
+    with suppress(ValueError, RecursionError):  # raised by JSON lines
+        return [json.loads(text)]
     rows = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [_parsed(line, f"Line {n} of {path}") for n, line in rows]
 
@@ -355,11 +348,8 @@ class LazyEntries(Sequence):
         return len(self.ids)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        return self.make(i % len(self))
+        places = range(len(self))[i]
+        return self.make(places) if isinstance(places, int) else [self.make(k) for k in places]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-014
 def entry_ids(samples) -> list:
@@ -445,18 +435,13 @@ class InstructionData(torch.utils.data.Dataset):
         name, stored = f"Entry {self.samples[i].get('id')!r}", self.stored(i)
         pictures = []
         for source in stored:
-            where = f"image {source}" if isinstance(source, Path) else "picture of the row"
             try:
                 pictures.append(read_image(source, len(stored)))
-            except FileNotFoundError:
-                raise FileNotFoundError(
-                    f"{name} needs the {where}, which does not exist: "
-                    f"check image_root={str(self.image_root)!r}."
-                ) from None
             except _UNREADABLE as error:
+                where = f"image {source}" if isinstance(source, Path) else "picture of the row"
                 raise OSError(
-                    f"{name}: the {where} cannot be read ({error}). Replace it, or load with "
-                    "skip_missing=True."
+                    f"{name}: the {where} cannot be read ({error}). Replace it, check "
+                    f"image_root={str(self.image_root)!r}, or load with skip_missing=True."
                 ) from None
         return pictures
 

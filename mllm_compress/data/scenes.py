@@ -104,9 +104,8 @@ def image(
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-019
 def _noun(want):
     "A noun phrase for wanted attributes: {'color': 'red'} -> 'red object'."
-    return " ".join(
-        [*(want[k] for k in ("size", "color") if k in want), want.get("shape", "object")]
-    )
+    words = want.get("size"), want.get("color"), want.get("shape", "object")
+    return " ".join(filter(None, words))
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-021
 def _unique(items, ask, rng):
@@ -340,16 +339,10 @@ def easy_vqa(
     for q, a, i in zip(questions, answers, ids):
         pairs.setdefault(i, []).append((q, a))
     root = Path(paths[0]).parent
-    kind = lambda answer: "yes or no" if answer in ("yes", "no") else "attribute"
-    samples = [
-        entry(
-            f"easy-{split}-{i}",
-            Path(paths[i]).name,
-            asked,
-            types=[f"easy-vqa/{kind(answer)}" for _, answer in asked],
-        )
-        for i, asked in pairs.items()
-    ]
+    kind, samples = lambda answer: "yes or no" if answer in ("yes", "no") else "attribute", []
+    for i, asked in pairs.items():
+        types = [f"easy-vqa/{kind(answer)}" for _, answer in asked]
+        samples.append(entry(f"easy-{split}-{i}", Path(paths[i]).name, asked, types=types))
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
 
 # %% ../../nbs/library/data/02_scenes.ipynb #small-sets-cell-013

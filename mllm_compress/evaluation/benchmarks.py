@@ -21,7 +21,7 @@ from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.metadata import version as installed_version
 from importlib.resources import files as package_files
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -194,8 +194,8 @@ def questions_hash(
     source = benchmark(name).source
     data = source() if callable(source) else source
     if isinstance(data, Source):
-        configs = [source.config] + ([source.images] if source.images else [])
-        files = [path for config in configs for path in source.files(root, config)]
+        configs = filter(None, (data.config, data.images))
+        files = [path for config in configs for path in data.files(root, config)]
         data = [[path.name, path.stat().st_size] for path in files]
     return content_hash([name, split, limit, data])
 
@@ -264,15 +264,14 @@ def easy_vqa_questions(
     root=None,  # not needed: the package contains the images
 ) -> list:  # of Question
     "easy-VQA's own questions; the candidates are the answers of the same kind."
-    samples, questions = scenes.easy_vqa(split), []
-    for i, entry in enumerate(samples.samples):
-        if limit is not None and len(questions) >= limit:
-            break
-        image = samples.image(i)
-        for k, (prompt, answer) in enumerate(turns(entry)):
-            kind = next(kind for kind in EASY_ANSWERS if answer in kind)
-            questions.append(Question(f"{entry['id']}-{k}", prompt, answer, (image,), kind))
-    return questions[:limit]
+    data, kind_of = scenes.easy_vqa(split), {a: kind for kind in EASY_ANSWERS for a in kind}
+    questions = (
+        Question(f"{entry['id']}-{k}", prompt, answer, (image,), kind_of[answer])
+        for i, entry in enumerate(data.samples)
+        for image in data.pictures(i)
+        for k, (prompt, answer) in enumerate(turns(entry))
+    )
+    return list(islice(questions, limit))
 
 
 help, source = "easy-VQA's official questions about one coloured shape.", "easy-vqa"

@@ -207,14 +207,12 @@ def mathvista(text: str, question: dict) -> Judgement:  # needs "answer_type", "
     if kind == "list":
         parsed, expected = last_list(text), last_list(str(answer))
     else:
-        numbers, expected = [n.replace(",", "") for n in _NUMBER.findall(text)], float(answer)
-        number = float(numbers[-1]) if numbers else None
-        if kind == "integer":
-            parsed = None if number is None else int(number)
-        else:
+        numbers, expected, shorten = _NUMBER.findall(text), float(answer), int
+        if kind != "integer":
             places = int(question["precision"] or 0)
-            parsed = None if number is None else round(number, places)
-            expected = round(expected, places)
+            shorten = lambda number: round(number, places)
+            expected = shorten(expected)
+        parsed = shorten(float(numbers[-1].replace(",", ""))) if numbers else None
     return judged(None if parsed is None else str(parsed), parsed == expected)
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-005

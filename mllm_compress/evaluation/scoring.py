@@ -8,7 +8,6 @@ __all__ = ['answer_rows', 'judge', 'score', 'score_all', 'write_part', 'open_fol
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-004
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +199,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:  # one r
     require_same_benchmarks(a, b)
     for name in a:
         gap = paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
-        rows.append({"benchmark": name} | asdict(gap))
+        rows.append({"benchmark": name} | gap._asdict())
     return pd.DataFrame(rows).rename(columns={"value": "difference"})
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-045
