@@ -263,7 +263,9 @@ def evaluated(case: Case) -> str:
     parts, prompts, _ = answering.prepare(case.model, case.processor, questions)
     answers = answering.answer_questions(case.model, case.processor, questions, max_new_tokens=4)
     for question, prompt, answer in zip(questions, prompts, answers):
-        inputs = answering.own_inputs(parts, case.processor, question, prompt.shared + prompt.own)
+        ids = prompt.shared + prompt.own
+        batch = answering.prompt_batch(parts, case.processor, question, ids)
+        inputs = mc.importance.scores.model_inputs(case.model, batch)
         new = case.model.generate(**inputs, max_new_tokens=4, do_sample=False)
         ids = new[0, inputs["input_ids"].shape[1] :]
         text = case.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -107,10 +107,8 @@ def measured(request: MeasureRequest, model: str, suite: tuple, answers: Path | 
         other = f"-{content_hash(template)[:8]}" if template else ""
         folder = answers and answers / f"{weights_hash(loaded)}{other}"
         options = dict(folder=folder, save_every=512, return_predictions=True)
-        text = mc.evaluation.likelihood.TextProcessor
-        asked = processor if cli.is_multimodal(processor) else text(processor)
         limit = request.limit or None
-        scores, judged = mc.evaluation.evaluate(loaded, asked, names, limit, **options)
+        scores, judged = mc.evaluation.evaluate(loaded, processor, names, limit, **options)
         rows.append(scores)
     if perplexity:
         samples = request.load_data(processor, 200)
