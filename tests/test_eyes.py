@@ -155,18 +155,9 @@ def test_a_model_with_eyes_is_saved_and_loaded_exactly(model, tmp_path):
 
 def test_trained_parts_are_checked(model, tmp_path):
     (together, _), _ = model
-    own = together.model.multi_modal_projector.state_dict()
-    place = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_"
-    size = together.config.text_config.hidden_size
-    a, b = torch.randn(2, size), torch.randn(size, 2)
-    file = tmp_path / "trained.safetensors"
-    eyes.save_trained(file, own, {f"{place}A.weight": a, f"{place}B.weight": b}, 2.0)
-    name = "model.language_model.layers.0.self_attn.q_proj.weight"
-    before = together.get_parameter(name).detach().clone()
-    eyes.add_trained(together, file)
-    half = lambda t: t.to(torch.bfloat16).float()
-    assert torch.equal(together.get_parameter(name), before + 2.0 * half(b) @ half(a))
-    eyes.save_trained(file, own, {f"{place.replace('0', '9')}A.weight": a}, 2.0)
+    own, file = together.model.multi_modal_projector.state_dict(), tmp_path / "trained.safetensors"
+    name = "base_model.model.model.language_model.layers.9.self_attn.q_proj.lora_A.weight"
+    eyes.save_trained(file, own, {name: torch.randn(2, 2)}, 2.0)
     with pytest.raises(ValueError, match="adapters of another model"):
         eyes.add_trained(together, file)
 
