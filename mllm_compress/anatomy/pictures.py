@@ -85,10 +85,7 @@ def picture_inputs(parts: Anatomy, batch: dict) -> dict:
 
 
 @torch.no_grad()
-def record_pictures(
-    parts: Anatomy,
-    batch: dict,  # with pixel_values and what goes with them
-) -> dict:  # for `replaying`
+def record_pictures(parts: Anatomy, batch: dict) -> dict:  # for `replaying`
     "The outputs of the frozen part of the tower on a batch's pictures."
     record, handles = {}, []
     for i, (module, read) in enumerate(frozen_modules(parts).items()):

@@ -112,11 +112,8 @@ def tied_names(model: PreTrainedModel) -> dict:  # name -> the earlier one
 
 # %% ../../nbs/library/anatomy/03_streaming.ipynb #streaming-cell-011
 @contextmanager
-def in_memory(
-    parts: Anatomy,
-    *which,  # parts of the forward pass, see weight_names
-):
-    "Within this block the weights of some parts of the model are in memory."
+def in_memory(parts: Anatomy, *which):
+    "Within this block the weights of some parts of the model (see weight_names) are in memory."
     source, model = getattr(parts.model, SOURCE, None), parts.model
     if source is None:
         yield

@@ -131,10 +131,9 @@ class Engine:
     help: str
 
 
+_FILES = "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
 _ROWS = (
-    Engine(
-        "gguf", write_gguf, DTYPES, "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
-    ),
+    Engine("gguf", write_gguf, DTYPES, _FILES),
     Engine("vllm", to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
     Engine("transformers", to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."),
 )
