@@ -96,9 +96,9 @@ class Experiment:
         check_recovery(self.recovery)
         if self.calibration_seed is None:
             object.__setattr__(self, "calibration_seed", self.seed)
-        whole = dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
-        real = dict.fromkeys(("ratio", "fraction", "layer_share"), float)
-        for name, kind in {**real, **whole}.items():
+        kinds = dict.fromkeys(("ratio", "fraction", "layer_share"), float)
+        kinds |= dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
+        for name, kind in kinds.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
         for wrong, message in _rules(self):
             if wrong:
@@ -204,10 +204,10 @@ METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start"
 
 def method_of(experiment: Experiment) -> str:
     "The criterion of an experiment, with what else belongs to its way of pruning."
-    own = [getattr(experiment, n) for n in METHOD_FIELDS if getattr(experiment, n) != LATER[n]]
-    share = experiment.layer_share
-    layers = [f"{100 * share:g} % by layers"] if share else []
-    return " + ".join([experiment.importance, *layers, *own])
+    e = experiment
+    layers = [f"{100 * e.layer_share:g} % by layers"] if e.layer_share else []
+    settings = [getattr(e, name) for name in METHOD_FIELDS if getattr(e, name) != LATER[name]]
+    return " + ".join([e.importance, *layers, *settings])
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-030
 def describe(experiment: Experiment) -> str:

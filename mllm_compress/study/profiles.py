@@ -314,10 +314,10 @@ def load_profile(
     "Read a profile; ValueError where it cannot be used."
     if isinstance(name, Profile):
         return name
-    whole, _, model = (name := str(name)).rpartition("@")
-    if whole and not Path(name).is_file():
-        profile = load_profile(whole)
-        check_choice(f"model of profile {whole}", model, profile.models)
+    unrestricted, _, model = (name := str(name)).rpartition("@")
+    if unrestricted and not Path(name).is_file():
+        profile = load_profile(unrestricted)
+        check_choice(f"model of profile {profile.name}", model, profile.models)
         return replace(profile, models=[model], name=f"{profile.name}@{model}")
     path = PROFILES / f"{name}.yaml"
     if Path(name).name != name or not path.is_file():

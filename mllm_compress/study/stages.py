@@ -172,8 +172,9 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
             }
         case "curve":
             looks = replace(profile, evaluation=validation_of(profile, CURVE["questions"]))
-            asked = {n: key_of("answers", e, looks, n) for n in looks.evaluation.benchmarks}
-            inputs = {"asked": asked, "looks": CURVE["looks"], "student": subject_key(e, profile)}
+            answers = {n: key_of("answers", e, looks, n) for n in looks.evaluation.benchmarks}
+            inputs = {"asked": answers, "looks": CURVE["looks"]}
+            inputs["student"] = subject_key(e, profile)
         case "rounding":
             version = QUANTIZERS[e.quantize].version
             unrounded = replace(e, quantize=UNROUNDED)
@@ -571,10 +572,10 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
     if not (names := missing_stages(x, profile, results)["answers"]):
         return
     student, limits = student_of(x, profile, results, device), {n: limit_of(n, e) for n in names}
-    asked = dict(limit=limits, split=e.split, batch_size=e.batch_size, root=profiles.root_of(e))
+    options = dict(limit=limits, split=e.split, batch_size=e.batch_size, root=profiles.root_of(e))
     _, processor = teacher_of(x.model, profile, device)
     began = time.perf_counter()
-    _, answers = evaluate(student, processor, names, **asked, return_predictions=True)
+    _, answers = evaluate(student, processor, names, **options, return_predictions=True)
     share = (time.perf_counter() - began) / len(answers)  # seconds of a question
     for name, rows in answers.groupby("benchmark", sort=False):
         took = {"seconds": round(share * len(rows), 3)}
@@ -635,7 +636,7 @@ def validated(profile: Profile) -> list:  # of names
 
 
 def validation_of(profile: Profile, questions: int) -> Evaluation:
-    "The benchmarks of a profile that have a validation split, asked there."
+    "The benchmarks of a profile that have a validation split, with its questions."
     if not (names := validated(profile)):
         raise ValueError(f"No benchmark of profile {profile.name} has a validation split.")
     how = dict(benchmarks=names, questions=questions, limits={}, split="validation")
@@ -648,8 +649,8 @@ def curve_of(experiment: Experiment, profile: Profile, results: Store, device: s
         return stored["points"]
     e, spread = validation_of(profile, CURVE["questions"]), range(1, CURVE["looks"] + 1)
     _, processor = teacher_of(experiment.model, profile, device)
-    asked = dict(limit=e.questions, split=e.split, batch_size=e.batch_size)
-    mean = lambda model: float(evaluate(model, processor, e.benchmarks, **asked).score.mean())
+    options = dict(limit=e.questions, split=e.split, batch_size=e.batch_size)
+    mean = lambda model: float(evaluate(model, processor, e.benchmarks, **options).score.mean())
     start = start_of(experiment, profile, results, device)
     points = [(0, mean(start))]
 
