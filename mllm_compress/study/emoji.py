@@ -230,43 +230,41 @@ def _others(thing: Thing, pool: tuple, n: int, draw: random.Random) -> list:  # 
             near.remove(other)
     return others
 
-
-def _ask(type: str, thing: Thing, pool: tuple, draw: random.Random) -> tuple:
-    "(question, answer, options) about one picture."
-    if type == "name":
-        return "What is this?", thing.name, ()
-    if type == "kind":
-        *kinds, last = KINDS.values()
-        return f"Is this {', '.join(kinds)} or {last}?", thing.kind, ()
-    if type == "yes-no":
-        yes = draw.random() < 0.5
-        name = thing.name if yes else _others(thing, pool, 1, draw)[0]
-        return f"Is this: {name}?", "yes" if yes else "no", ()
-    options = _others(thing, pool, 3, draw)
-    place = draw.randrange(4)
-    options.insert(place, thing.name)
-    lines = " ".join(f"{letter}. {name}" for letter, name in zip("ABCD", options))
-    return f"Which is it? {lines}", "ABCD"[place], tuple(options)
-
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-024
 HALF = SIDE // 2
 FIELDS = [(x, y) for y in (0, HALF) for x in (0, HALF)]
 
 
-def _canvas(type: str, i: int, pool: tuple, draw: random.Random) -> tuple:
-    "(places as `draw_picture` takes them, (question, answer, options))"
-    first = pool[i % len(pool)]
+def _question(type: str, i: int, pool: tuple, draw: random.Random) -> tuple:
+    "(places as `draw_picture` takes them, question, answer, options) about the i-th picture."
+    thing, vendor = first = pool[i % len(pool)]
+    places = [(vendor, thing.code, 0, 0, SIDE)]
+    if type == "name":
+        return places, "What is this?", thing.name, ()
+    if type == "kind":
+        *kinds, last = KINDS.values()
+        return places, f"Is this {', '.join(kinds)} or {last}?", thing.kind, ()
+    if type == "yes-no":
+        yes = draw.random() < 0.5
+        name = thing.name if yes else _others(thing, pool, 1, draw)[0]
+        return places, f"Is this: {name}?", "yes" if yes else "no", ()
+    if type == "choice":
+        options = _others(thing, pool, 3, draw)
+        place = draw.randrange(4)
+        options.insert(place, thing.name)
+        lines = " ".join(f"{letter}. {name}" for letter, name in zip("ABCD", options))
+        return places, f"Which is it? {lines}", "ABCD"[place], tuple(options)
     if type == "count":
         n = 1 + draw.randrange(4)
         pictures = [first, *(draw.choice(pool) for _ in range(n - 1))]
-        fields, asked = draw.sample(FIELDS, n), ("How many things are there?", str(n), ())
-    else:
-        other = next(p for p in iter(lambda: draw.choice(pool), None) if p[0].name != first[0].name)
-        pictures, fields = draw.sample([first, other], 2), ((0, HALF // 2), (HALF, HALF // 2))
-        left, right = (thing.name for thing, _ in pictures)
-        named = draw.sample([left, right], 2)
-        asked = (f"Which is on the left: {named[0]} or {named[1]}?", left, ())
-    return [(v, t.code, x, y, HALF) for (t, v), (x, y) in zip(pictures, fields)], asked
+        fields = draw.sample(FIELDS, n)
+        places = [(v, t.code, x, y, HALF) for (t, v), (x, y) in zip(pictures, fields)]
+        return places, "How many things are there?", str(n), ()
+    other = next(p for p in iter(lambda: draw.choice(pool), None) if p[0].name != thing.name)
+    pictures = draw.sample([first, other], 2)
+    places = [(v, t.code, x, HALF // 2, HALF) for (t, v), x in zip(pictures, (0, HALF))]
+    names = [t.name for t, _ in pictures]
+    return places, "Which is on the left: {} or {}?".format(*draw.sample(names, 2)), names[0], ()
 
 
 def picture_of(vendor: str, code: str) -> Image.Image:
@@ -288,13 +286,10 @@ def ask_emoji(
 ) -> dict:  # places, and questions as (type, question, answer, options)
     "The i-th picture of a part with its questions: every third one is a canvas."
     pool, draw = shown(part), random.Random(f"emoji {part} {i}")
-    if i % 3 == 2:
-        type = SEVERAL[i // 3 % 2]
-        places, asked = _canvas(type, i, pool, draw)
-        return {"places": places, "asked": [(type, *asked)]}
-    thing, vendor = pool[i % len(pool)]
-    asked = [(type, *_ask(type, thing, pool, draw)) for type in ONE]
-    return {"places": [(vendor, thing.code, 0, 0, SIDE)], "asked": asked}
+    types = [SEVERAL[i // 3 % 2]] if i % 3 == 2 else ONE
+    made = [_question(type, i, pool, draw) for type in types]
+    asked = [(type, *question) for type, (_, *question) in zip(types, made)]
+    return {"places": made[0][0], "asked": asked}
 
 
 def emoji_data(
@@ -323,17 +318,11 @@ def type_questions(
     "Questions of one type, each about another picture."
     pool, made, seen = shown(part), [], Counter()
     for i in range(len(pool) if type in ONE else n):
-        draw = random.Random(f"emoji {part} {type} {i}")
-        if type in ONE:
-            thing, vendor = pool[i]
-            seen[thing.kind] += 1
-            if type == "kind" and seen[thing.kind] > math.ceil(n / len(KINDS)):
-                continue
-            places, asked = [(vendor, thing.code, 0, 0, SIDE)], _ask(type, thing, pool, draw)
-        else:
-            places, asked = _canvas(type, i, pool, draw)
-        fields = dict(zip(("question", "answer", "options"), asked))
-        made.append(fields | {"id": f"emoji-{part}-{type}-{i}", "places": places})
+        question = _question(type, i, pool, random.Random(f"emoji {part} {type} {i}"))
+        fields = dict(zip(("places", "question", "answer", "options"), question))
+        seen[fields["answer"]] += 1
+        if type != "kind" or seen[fields["answer"]] <= math.ceil(n / len(KINDS)):
+            made.append(fields | {"id": f"emoji-{part}-{type}-{i}"})
     return made[:n]
 
 # %% ../../nbs/library/study/51_emoji.ipynb #sets-001

@@ -257,6 +257,7 @@ class Execution:
         self.profile = load_profile(profile or given["profile"])
         self.nb = for_profile(name, nbformat.read(path, 4), self.profile)
         self.experiments = experiments_of(self.nb, given)
+        self.timed = bool(_tagged(self.nb, "clock"))  # it measures time
         self.folder = output_folder(name, self.profile, overridden(name, given))
         self.target = self.folder / f"{name}.ipynb"
         self.part = self.folder / f".{name}.part.ipynb"  # what papermill has written so far
@@ -271,10 +272,6 @@ class Execution:
             "results": sorted(shown["results"]),
             "files": {p.name: file_hash(p) for p in sorted(self.folder.glob(f"{self.name}-*.*"))},
         }
-
-    def is_timed(self) -> bool:
-        "Whether it measures time, and so must run alone."
-        return bool(_tagged(self.nb, "clock"))
 
     def is_current(self) -> bool:
         "Whether the executed notebook and the files that it has written are up to date."

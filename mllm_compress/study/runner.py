@@ -172,7 +172,7 @@ def run_notebooks(
     with store.lock(results_of(load_profile(profile)), "notebooks", wait=True):
         due = [notebook for notebook in plan.values() if not notebook.is_current()]
         for notebook in tqdm(due, desc="notebooks", leave=False):
-            one_thread = {} if notebook.is_timed() else surroundings("cpu")
+            one_thread = {} if notebook.timed else surroundings("cpu")
             try:
                 with patch_environment(**one_thread):
                     problems.append(notebook.run())
