@@ -190,28 +190,22 @@ def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-018
-def preference(frame: pd.DataFrame, rows: pd.DataFrame, budget: float) -> tuple:
-    "(pruning, opacity): which pruning retains more, and how certain this is."
-    firsts = tried_after_both(rows, budget).drop_duplicates("pruning")
-    if len(firsts) < 2:
-        return None, 0.0
-    gap = _gap(frame, firsts.iloc[0], firsts.iloc[1])
-    sure = gap.seeds > 1 and gap.low > 0
-    opacity = (0.75 if sure else 0.4) if gap.value > MARGIN else 0.3 if sure else 0.12
-    return firsts.pruning.iloc[0], opacity
-
-
 def guide_map(frame: pd.DataFrame, fitting: dict):  # a figure
     "A small map of situations for each model."
     cells = []
     for (model, ratio, budget), rows in fitting.items():
-        best, (pruning, opacity) = rows.iloc[0], preference(frame, rows, budget)
+        best, color, opacity = rows.iloc[0], "white", 0.0
+        firsts = tried_after_both(rows, budget).drop_duplicates("pruning")
+        if len(firsts) == 2:  # how sure it is that the first retains more than the second
+            gap = _gap(frame, firsts.iloc[0], firsts.iloc[1])
+            sure = gap.seeds > 1 and gap.low > 0
+            opacity = (0.75 if sure else 0.4) if gap.value > MARGIN else 0.3 if sure else 0.12
+            color = look(firsts.pruning.iloc[0]).color
         lines = [best.pruning, f"{best.avg_percent:.1f} %"]
         if best.recovery != "none":
             lines.append(look(best.recovery).label.replace(" + ", " +\n"))
         lines += ["(heavy loss)"] * bool(best.avg_percent < advice.HEAVY)
         row = f"≤ {100 * budget:g} %\nof the data" if budget else "no training"
-        color = look(pruning).color if pruning else "white"
         field = (row, f"−{ratio:.0%}", "\n".join(lines), color, opacity)
         cells.append((model, ratio, budget, *field))
     columns = ["model", "ratio", "budget", "row", "column", "text", "color", "alpha"]

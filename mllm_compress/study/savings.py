@@ -147,21 +147,15 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-026
-def quartiles(values: pd.Series) -> str:
-    "Median and quartiles."
-    low, middle, high = values.quantile([0.25, 0.5, 0.75])
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def time_table(pairs: pd.DataFrame, models: list) -> pd.DataFrame:
     "Medians and quartiles of times and speed-ups."
     columns = {"speed-up": pairs.dense / pairs.pruned, "ideal": pairs.ideal}
     columns |= {"original (ms)": 1e3 * pairs.dense, "pruned (ms)": 1e3 * pairs.pruned}
     keys = ["model", "phase", "method", "requested", "achieved"]
-    groups = pd.concat([pairs[keys], pd.DataFrame(columns)], axis=1).groupby(keys, sort=False)
+    groups = pairs[keys].assign(**columns).groupby(keys, sort=False)
+    quartiles = lambda its: "{1:.2f} [{0:.2f}, {2:.2f}]".format(*its.quantile([0.25, 0.5, 0.75]))
     table = groups.agg(dict.fromkeys(columns, quartiles) | {"ideal": "first"}).reset_index()
-    place = [*models, "prefill", "decode"].index
-    rank = lambda names: names.map(place)
+    rank = lambda names: names.map([*models, "prefill", "decode"].index)
     return named(table.sort_values(["model", "phase"], key=rank, kind="stable"))
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-028
