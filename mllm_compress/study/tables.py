@@ -9,7 +9,7 @@ __all__ = []
 import html
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
 
@@ -18,12 +18,14 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from .. import data, evaluation
+from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from ..pruning.pruning_plan import kept_grid
+from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
-from .profiles import Profile, data_inputs, missing_inputs, training_data
+from .profiles import Profile, data_inputs, missing_inputs
 from .runs import frame_of, plan_of
 from .stages import limit_of, recovery_config
 from .statistics import summary
@@ -175,22 +177,25 @@ def explained(frame: pd.DataFrame) -> str:
     return f" {'; '.join(found)}." if found else ""
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-004
-def training_answers(setup: Profile, most: int = 8000) -> dict:  # -> Counter of answers
+def training_answers(training, most: int = 8000) -> dict:  # wording or benchmark -> Counter
     "How often each answer occurs in training, for every wording and every benchmark."
-    known, t = defaultdict(Counter), setup.training
-    few = {"scenes": min(t.scenes, most), "emoji": min(t.emoji, most), "json": "", "text": ()}
-    few = replace(t, **few)
-    generated = few.scenes or few.emoji or few.easy_vqa
-    for entry in training_data(few).samples if generated else ():
-        for (question, answer), type in zip(data.turns(entry), entry["types"]):
-            for key in (question, type, type.split("/")[0]):
-                known[key][answer] += 1
+    asked, known = [], defaultdict(Counter)  # asked: (wording, benchmark, answer)
+    for i in range(min(training.scenes, most)):
+        asked += [(q["question"], f"scenes/{q['type']}", q["answer"]) for q in scenes.ask(i)]
+    for entry in data.easy_vqa("train").samples if training.easy_vqa else ():
+        asked += [(question, "easy-vqa", answer) for question, answer in data.turns(entry)]
+    for i in range(min(training.emoji, most)):
+        made = ask_emoji(i, "train")["asked"]
+        asked += [(question, f"emoji/{type}", answer) for type, question, answer, _ in made]
+    for wording, benchmark, answer in asked:
+        known[wording][answer] += 1
+        known[benchmark][answer] += 1
     return known
 
 
 def _blind_scores(setup: Profile) -> dict:  # counting the answers takes seconds
     "The question-only baseline's score on every benchmark that it can answer."
-    known, e, scores = training_answers(setup), setup.evaluation, {}
+    known, e, scores = training_answers(setup.training), setup.evaluation, {}
     for name in e.benchmarks:
         scorer, limit = BENCHMARKS[name].scorer, limit_of(name, e)
         if scorer == "next_token":
