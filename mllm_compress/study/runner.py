@@ -169,13 +169,14 @@ def run_notebooks(
 ) -> list:  # of problems, in the order of the plan
     "Execute the notebooks that are not up to date."
     problems = []
-    with store.lock(results_of(load_profile(profile)), "notebooks", wait=True):
+    alone = store.lock(results_of(load_profile(profile)), "notebooks", wait=True)
+    with alone, notebooks.Kernel() as kernel:
         due = [notebook for notebook in plan.values() if not notebook.is_current()]
         for notebook in tqdm(due, desc="notebooks", leave=False):
             one_thread = {} if notebook.timed else surroundings("cpu")
             try:
                 with patch_environment(**one_thread):
-                    problems.append(notebook.run())
+                    problems.append(notebook.run(kernel))
             finally:
                 notebook.part.unlink(missing_ok=True)
     return list(filter(None, problems))
