@@ -319,7 +319,7 @@ class Execution:
                 output_path=self.part,
                 parameters=self.given,
                 cwd=self.path.parent,
-                km=None if self.is_timed() else kernel.cleared(self.path.parent),
+                km=None if self.timed else kernel.cleared(self.path.parent),
                 kernel_name="python3",
                 progress_bar=False,
                 request_save_on_cell_execute=False,  # at the end, also of one that fails
