@@ -268,16 +268,16 @@ def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how
     Path("mine.json").write_text(json.dumps([entry | {"id": k} for k in range(40)]))
     args = ("score", "llava", "--method", method, *DATA, "--samples", 40)
     run(*args, "-o", "whole")
-    write, done = resuming._write, []
+    write, done = resuming.SavedSums.write, []
 
-    def stop_at_the_second(path, key, count, totals):
-        write(path, key, count, totals)
+    def stop_at_the_second(saved, count, totals):
+        write(saved, count, totals)
         done.append(count)
         if len(done) == 2:
             os.kill(os.getpid(), how)
 
     monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
-    monkeypatch.setattr(resuming, "_write", stop_at_the_second)
+    monkeypatch.setattr(resuming.SavedSums, "write", stop_at_the_second)
     assert "continues from there" in run(*args, "-o", "parts", code=130)
     assert not Path("parts").exists() and Path(".parts.scoring").is_file()
     run(*args, "-o", "parts")
@@ -291,13 +291,14 @@ def test_sums_of_another_pass_or_damaged_ones_are_not_used(here, monkeypatch):
 
     for content in (b"", b"x" * 100, None):
         if content is None:
-            resuming._write(Path(".out.scoring"), "another", 1, {"changes": torch.ones(4)})
+            sums = resuming.SavedSums(".out.scoring", "another")
+            sums.write(1, {"changes": torch.ones(4)})
         else:
             Path(".out.scoring").write_bytes(content)
         run("score", "llava", "-o", "out", *DATA, "--overwrite")
         assert not Path(".out.scoring").exists()
     first = tree("out")
-    monkeypatch.setattr(resuming, "_write", lambda *a: 1 / 0)
+    monkeypatch.setattr(resuming.SavedSums, "write", lambda *a: 1 / 0)
     with pytest.warns(UserWarning, match="cannot be kept"):
         run("score", "llava", "-o", "out", *DATA, "--overwrite")
     assert tree("out") == first

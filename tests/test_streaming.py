@@ -276,17 +276,17 @@ def test_prune_from_files(here, recipe):  # noqa: F811
 def test_stopped_streaming_goes_on_to_the_same_bits(here, monkeypatch, method, reads):  # noqa: F811
     args = ("score", "lm", "--method", method, *TEXT, "--stream")
     assert ask(*args, "-o", "whole")[0] == 0
-    all_reads, write, done = sum(reads.values()), resuming._write, []
+    all_reads, write, done = sum(reads.values()), resuming.SavedSums.write, []
     reads.clear()
 
-    def stop_at_the_second(path, key, count, totals):
-        write(path, key, count, totals)
+    def stop_at_the_second(saved, count, totals):
+        write(saved, count, totals)
         done.append(count)
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
-    monkeypatch.setattr(resuming, "_write", stop_at_the_second)
+    monkeypatch.setattr(resuming.SavedSums, "write", stop_at_the_second)
     assert ask(*args, "-o", "parts")[0] == 130
     sums = here / ".parts.scoring"
     gradients = method in ("gauss_newton", "taylor")

@@ -169,41 +169,6 @@ def code_of(*packages) -> str:
     folders = [Path(package.__file__).parent for package in packages]
     return content_hash([[p.name, sha256(p)] for f in folders for p in sorted(f.glob("*.py"))])
 
-# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-004
-def _write(path: Path, key: str, done: int, totals: dict) -> None:
-    "Save the sums after so many batches, atomically."
-    import torch
-    from safetensors.torch import save_file
-
-    tensors, rest = {}, []
-    for place, (name, value) in enumerate(totals.items()):
-        device = str(value.device) if torch.is_tensor(value) else None
-        if device is not None:
-            tensors[str(place)] = value.detach().cpu().contiguous()
-        rest.append([name, device, None if device is not None else value])
-    about = json.dumps({"key": key, "done": done, "totals": rest})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        save_file(tensors, part, metadata={"sums": about})
-
-# %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-006
-def _read(path: Path, key: str) -> tuple:  # (batches done, sums)
-    "The saved sums of a pass; (0, {}) where there are none."
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["sums"])
-            if about["key"] != key:
-                return 0, {}
-            totals = {}
-            for place, (name, device, value) in enumerate(about["totals"]):
-                name = tuple(name) if isinstance(name, list) else name
-                totals[name] = file.get_tensor(str(place)).to(device) if device else value
-            return about["done"], totals
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return 0, {}
-
 # %% ../../nbs/library/utils/01_files.ipynb #resuming-cell-008
 class SavedSums:
     "Where the sums of a pass are kept between its batches."
@@ -211,13 +176,43 @@ class SavedSums:
     def __init__(self, path: Path, key: str):
         self.path, self.key, self.due = Path(path), key, 0.0
 
+    def read(self) -> tuple:  # (batches done, sums)
+        "The saved sums of the pass; (0, {}) where there are none."
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                about, totals = json.loads(file.metadata()["sums"]), {}
+                for place, (name, device, value) in enumerate(about["totals"]):
+                    name = tuple(name) if isinstance(name, list) else name
+                    totals[name] = file.get_tensor(str(place)).to(device) if device else value
+                return (about["done"], totals) if about["key"] == self.key else (0, {})
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return 0, {}
+
+    def write(self, done: int, totals: dict) -> None:
+        "Save the sums after so many batches, atomically."
+        import torch
+        from safetensors.torch import save_file
+
+        tensors, rest = {}, []
+        for place, (name, value) in enumerate(totals.items()):
+            device = str(value.device) if torch.is_tensor(value) else None
+            if device is not None:
+                tensors[str(place)] = value.detach().cpu().contiguous()
+            rest.append([name, device, None if device is not None else value])
+        about = json.dumps({"key": self.key, "done": done, "totals": rest})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            save_file(tensors, part, metadata={"sums": about})
+
     def save(self, done: int, totals: dict) -> None:
-        "Save the sums after `done` batches, unless the last save was a moment ago."
+        "Write the sums after `done` batches, unless the last save was a moment ago."
         begun = time.monotonic()
         if begun < self.due:
             return
         try:
-            _write(self.path, self.key, done, totals)
+            self.write(done, totals)
         except Exception as error:
             warnings.warn(f"the sums so far cannot be kept in {self.path} ({error}).")
         ended = time.monotonic()
@@ -246,7 +241,7 @@ def batches_left(
 ):  # yields the numbers of the batches that are not in the sums yet
     "The batches of a pass; outside of `resuming` all of them."
     saved = _SAVED.get()
-    done, sums = _read(saved.path, saved.key) if saved else (0, {})
+    done, sums = saved.read() if saved else (0, {})
     totals.update(sums)
     for k in range(done, count):
         yield k
