@@ -37,7 +37,7 @@ from ..evaluation import benchmarks
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
-from ..importance.criteria import criterion, measure, takes
+from ..importance.criteria import CRITERIA, criteria_of, measure, takes
 from ..importance.scores import load_scores
 from ..pruning import PruningPlan, apply_plan, obs_scores, plans
 from ..pruning.pruning_plan import layer_sizes
@@ -135,14 +135,14 @@ def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: s
         case "scores":
             obs, c = e.allocation == "obs", calibration_of(e, profile)
             training, seed = training_of(e.model, profile), e.calibration_seed
-            version = OBS_VERSION if obs else criterion(e.pruning, e.importance).version
+            version = OBS_VERSION if obs else CRITERIA[e.pruning, e.importance].version
             drawn = drawn_hash(training, c.design, c.samples, c.per_entry, seed)
             calibration = {"version": CALIBRATION_VERSION, "design": c.design, "questions": drawn}
             calibration |= {"samples": c.samples} | score_options(e, profile)
             inputs = {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
             inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
             inputs |= {"seed": seed} | profiles.model_inputs(e.model, profile)
-            if takes(e.pruning, e.importance, "n"):  # blocks of layers, measured for every ratio
+            if e.importance not in criteria_of(e.pruning):  # blocks of layers, for every ratio
                 inputs["ratio"] = e.ratio
         case "plan":
             version = plans.PRUNINGS[e.pruning].version
@@ -288,7 +288,7 @@ def scores_of(experiment: Experiment, profile: Profile, results: Store, device: 
         model, processor = teacher_of(e.model, profile, device)
         batches = calibration_batches_of(e, profile, processor, device)
         options, began = score_options(e, profile), time.perf_counter()
-        if takes(e.pruning, e.importance, "n"):
+        if e.importance not in criteria_of(e.pruning):
             options["n"] = plans.layers_for_ratio(model, e.ratio)
         if e.allocation == "obs":
             scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
