@@ -161,6 +161,15 @@ def test_scores_do_not_depend_on_the_batch_size(tiny_llava, order):
     assert close(once, whole, rtol=1e-3, atol=1e-9)
 
 
+def test_states_of_a_large_calibration_go_to_files(tiny_llava, monkeypatch):
+    model, files = tiny_llava[0], []
+    batches = [image_batch(model, seed=seed) for seed in range(2)]
+    in_memory = taylor(model, batches)
+    monkeypatch.setattr("mllm_compress.importance.scores.free_memory", lambda device: 0)
+    monkeypatch.setattr("mllm_compress.importance.scores.check_disk", lambda *a: files.append(a))
+    assert close(taylor(model, batches), in_memory, rtol=0, atol=0) and len(files) == 1
+
+
 def test_token_weights_weigh_the_positions_of_a_gradient(tiny_llava):
     model = tiny_llava[0]
     batch = image_batch(model)
