@@ -217,7 +217,7 @@ class PruneRequest(CalibratedRequest):
     @cached_property
     def search_file(self) -> Path:
         "Where the numbers of a search are kept until the checkpoint is written."
-        return self.out.parent / f".{self.out.name}.search.jsonl"
+        return self.out.parent / f".{self.out.name}.search.json"
 
     @cached_property
     def chosen(self):
