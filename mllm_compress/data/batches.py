@@ -21,6 +21,7 @@ from ..anatomy.wrappers import WRAPPERS
 from mllm_compress.data.instructions import (
     IMAGE,
     InstructionData,
+    decoded,
     has_image,
     image_names,
     split_front,
@@ -106,10 +107,7 @@ def set_chat_template(
         return "plain"
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no file {file}: check --chat-template.")
-    try:
-        processor.chat_template = template = Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8: give a Jinja chat template as text.") from None
+    processor.chat_template = template = decoded(Path(file))
     words = {"user": "first words", "assistant": "last words"}
     content = lambda text: [{"type": "text", "text": text}] if multimodal else text
     messages = [{"role": role, "content": content(text)} for role, text in words.items()]
