@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
+from string import ascii_letters
 
 import numpy as np
 import torch
@@ -407,7 +408,8 @@ def prepare(
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
-    if end.endswith(" ") and ids(f"{end}x")[: len(ids(end))] != ids(end):
+    joins = lambda letter: ids(end + letter)[: len(ids(end))] != ids(end)
+    if end.endswith(" ") and any(map(joins, ascii_letters)):
         rendered, end = [text.rstrip(" ") for text in rendered], end.rstrip(" ")
     joint = "" if end[-1:].isspace() else " "
     right = []  # the text of each right answer; empty where it is unknown
