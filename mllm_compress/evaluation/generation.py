@@ -408,16 +408,16 @@ def prepare(
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
-    joins = lambda letter: ids(end + letter)[: len(ids(end))] != ids(end)
-    if end.endswith(" ") and any(map(joins, ascii_letters)):
-        rendered, end = [text.rstrip(" ") for text in rendered], end.rstrip(" ")
-    joint = "" if end[-1:].isspace() else " "
     right = []  # the text of each right answer; empty where it is unknown
     for q in questions:
         first = next(iter(q.answer), "") if isinstance(q.answer, (list, tuple)) else q.answer
         text = "" if first is None else str(first)
         right.append(next((c for c in q.candidates if c.lower() == text.lower()), text))
     answers = {c for q in questions for c in q.candidates} | set(right)
+    joins = lambda text: ids(end + text)[: len(ids(end))] != ids(end)
+    if end.endswith(" ") and any(map(joins, [*answers, *ascii_letters])):
+        rendered, end = [text.rstrip(" ") for text in rendered], end.rstrip(" ")
+    joint = "" if end[-1:].isspace() else " "
     tokens = {answer: ids(end + joint + answer)[len(ids(end)) :] for answer in answers}
     tokens[""], prompts = [], []
     for place, row in enumerate(tokenizer(rendered)["input_ids"]):
