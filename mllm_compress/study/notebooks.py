@@ -239,6 +239,7 @@ def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
         others = {p.parent.name for p in (checkout() / "figures").glob("*/10_findings.ipynb")}
         for name in sorted(others - {profile.name}):
             beside += figure_files(name, "10_findings-verdicts.json")
+        beside += figure_files(profile.name, "1[12]_*-verdicts.json")
     return {
         "source": [cell.source for cell in nb.cells],
         "parameters": given,
@@ -284,6 +285,7 @@ class Execution:
         self.nb = for_profile(name, nbformat.read(path, 4), self.profile)
         self.experiments = experiments_of(self.nb, given)
         self.timed = bool(_tagged(self.nb, "clock"))  # it measures time
+        self.last = bool(_tagged(self.nb, "profiles"))  # it reads what others have found
         self.folder = output_folder(name, self.profile, overridden(name, given))
         self.target = self.folder / f"{name}.ipynb"
         self.part = self.folder / f".{name}.part.ipynb"  # what papermill has written so far

@@ -168,18 +168,20 @@ def run_notebooks(
     profile: str,
 ) -> list:  # of problems, in the order of the plan
     "Execute the notebooks that are not up to date."
-    problems = []
+    problems = {}
     alone = store.lock(results_of(load_profile(profile)), "notebooks", wait=True)
     with alone, notebooks.Kernel() as kernel:
-        due = [notebook for notebook in plan.values() if not notebook.is_current()]
-        for notebook in tqdm(due, desc="notebooks", leave=False):
+        in_order = sorted(plan.items(), key=lambda item: item[1].last)
+        for name, notebook in tqdm(in_order, desc="notebooks", leave=False):
+            if notebook.is_current():
+                continue
             one_thread = {} if notebook.timed else surroundings("cpu")
             try:
                 with patch_environment(**one_thread):
-                    problems.append(notebook.run(kernel))
+                    problems[name] = notebook.run(kernel)
             finally:
                 notebook.part.unlink(missing_ok=True)
-    return list(filter(None, problems))
+    return [problems[name] for name in plan if problems.get(name)]
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-053
 def run_study(

@@ -415,8 +415,8 @@ DEFINITIONS = {  # in order of precedence
     "way (not for thresholds), and no setting lies outside",
     SUPPORTED: "the whole interval is on the claim's side",
     CONTRADICTED: "the whole interval is on the other side",
-    UNDECIDED: "otherwise; always with a single seed, and where a part of the claim was not tested "
-    "and the rest does not contradict it",
+    UNDECIDED: "otherwise; always with a single seed, where one setting supports the claim and "
+    "another contradicts it, and where a part was not tested and the rest does not contradict it",
 }
 DIGITS = {"nats per answer": 3}  # unit -> digits that are shown
 SIGNS = dict(zip(WORDS, "✓≈?✗–"))  # tell the words apart without colour
@@ -524,6 +524,8 @@ class Verdict:
             ends = [e.at(part.level) for e in part.settings.values() if e.seeds != 1]
             if any(e.low > self.margin or e.high < -self.margin for e in ends):
                 verdict = UNDECIDED
+        if {SUPPORTED, CONTRADICTED} <= set(part.words.values()):
+            return UNDECIDED  # an average over settings that contradict each other says nothing
         return UNDECIDED if self.missing and verdict != CONTRADICTED else verdict
 
     @property
