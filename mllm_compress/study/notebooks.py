@@ -271,7 +271,7 @@ class Kernel:
         client = self.manager.blocking_client()
         client.start_channels()
         client.wait_for_ready()
-        client.execute_interactive("%reset -f\n%reset -f in", store_history=False)
+        client.execute("%reset -f\n%reset -f in", store_history=False, reply=True)
         client.stop_channels()
         return self.manager
 
