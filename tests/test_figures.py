@@ -10,8 +10,11 @@ import pytest
 
 from mllm_compress.study import guide, scoreboard
 from mllm_compress.study.answers import choose
+from mllm_compress.study.figures import forest
 from mllm_compress.study.notebooks import parameters_of
+from mllm_compress.study.profiles import load_profile
 from mllm_compress.study.statistics import Estimate, Verdict
+from mllm_compress.study.tables import beside_printed
 
 STUDY = Path(__file__).parent.parent / "nbs/study"
 
@@ -111,3 +114,24 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     assert board["tiny, questions x seeds"][0] == "7,000 x 3"
     ax = scoreboard.scoreboard_figure(board, "quick").axes[0]
     assert [t.get_text() for t in ax.get_xticklabels()][1:] == ["profile\ntiny", "profile\nquick"]
+
+
+def test_a_model_that_the_paper_has_not_measured_has_no_row_beside_it():
+    row = {"requested_ratio": 0.3, "avg_percent": 80.0, "pruning": "layerwise"}
+    table = "pruning_without_recovery"
+    assert beside_printed(pd.DataFrame([row | {"model": "a"}]), load_profile("smol"), table).empty
+    (printed,) = beside_printed(
+        pd.DataFrame([row | {"model": "tiny-llava"}]), load_profile("tiny"), table
+    ).printed
+    assert printed == 69.18
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_panels_with_other_words_have_room():
+    verdicts = {
+        name: Verdict(name, {f"m at {r}": Estimate(x, x - 1, x + 1, 9, 3) for r in "12"}, "")
+        for name, x in (("better", 5), ("worse", -5))
+    }
+    fig = forest(verdicts)
+    fig.canvas.draw()
+    assert min(ax.get_position().height for ax in fig.axes) > 0.15

@@ -308,8 +308,8 @@ def beside_printed(
     ours["theirs"] = [setup.printed.get(m, "") for m in ours.model]
     names = {"model": "theirs", "avg_percent_as_printed": "printed"}
     paper = published(table).rename(columns=names).query("ratio > 0")
+    paper["label"] = paper.pruning + paper.ratio.map(" {:.2f}".format)
     both = paper.merge(ours, on=["theirs", "pruning", "ratio"]).dropna(subset="ours")
-    both["label"] = both.pruning + both.ratio.map(" {:.2f}".format)
     order = both.model.map([*setup.printed].index).argsort(kind="stable")
     return both.iloc[order][["panel", "label", "ours", "printed"]]
 
