@@ -286,7 +286,7 @@ def test_plan_survives_json(llama):
             lambda m, l, w: plan_widthwise(m, w, channel_ratio=0.1, mlp_layers=[7]),
             "not all among 0-5",
         ),
-        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="round"), "blockwise or uniform"),
+        (lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="round"), "blockwise, uniform"),
         (
             lambda m, l, w: plan_widthwise(m, w, ratio=0.1, shape="uniform", protect=(1, 1)),
             "prunes every layer alike",

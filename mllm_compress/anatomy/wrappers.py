@@ -43,7 +43,6 @@ class Wrapper:
     layers: str = ""  # path of the tower's layers, where the projector is inside the tower
     logits: tuple = ()  # config entries that scale or cap the logits, see `Anatomy.logits`
     fixed: Callable = lambda config: 0  # config -> first decoder layers that must stay
-    since: str = "5.20"  # version of transformers from which the row holds
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-008
 _SIZED = {"inputs": ("image_sizes",), "cached": "tower"}

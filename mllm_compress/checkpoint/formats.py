@@ -108,8 +108,7 @@ def planned_widths(plan: PruningPlan) -> list:  # of (heads, neurons), one per k
     "The widths of every layer of the pruned model, from the plan alone."
     if "sizes" not in plan.meta:
         raise ValueError("this plan does not know the sizes of its model: make it with make_plan.")
-    count = lambda i, kind: len(getattr(plan, kind).get(i, range(plan.meta["sizes"][i][kind])))
-    return [(count(i, "heads"), count(i, "neurons")) for i in plan.layers]
+    return list(plan.counts().values())
 
 
 def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons), one per layer

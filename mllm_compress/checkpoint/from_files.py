@@ -43,14 +43,11 @@ class CutWeights:
                 self.origins[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
             kept = {"head": plan.heads.get(old), "neuron": plan.neurons.get(old)}
             for slot in (*parts.linears(old), *parts.norms(old)):
-                if kept[slot.kind] is None:
+                if (units := kept[slot.kind]) is None:
                     continue
                 for kind, p in slot.module.named_parameters():
                     if p.ndim > slot.axis:  # a bias has no columns
-                        name, cut = (
-                            f"{prefix}.{new}.{slot.slot.path}.{kind}",
-                            slot.index(kept[slot.kind]),
-                        )
+                        name, cut = f"{prefix}.{new}.{slot.slot.path}.{kind}", slot.index(units)
                         self.origins[name] = (self.origins[name][0], (slot.axis, cut))
 
     def tensor(self, name: str) -> torch.Tensor:

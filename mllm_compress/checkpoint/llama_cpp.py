@@ -62,29 +62,6 @@ def all_heads(parts: Anatomy) -> int:
     "Key/value heads with which heads times head width is the hidden size."
     return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
 
-
-def misfit(row: Architecture, parts: Anatomy) -> tuple:  # (reason, whether zeros cure it)
-    "Why an architecture cannot compute a model or hold its widths; empty where it can."
-    config, widths = parts.text_config, set(layer_widths(parts))
-    kind = config.rope_parameters["rope_type"]
-    if config.hidden_act != row.activation:
-        return f"its MLP computes {row.activation}, not {config.hidden_act}", False
-    if rotary_channels(parts) != parts.head_dim and "partial" not in row.traits:
-        return "it turns whole heads, not a part of them", False
-    if kind not in ("default", "linear", "llama3", "longrope"):
-        return f"it has no rotary embedding of type {kind}", False
-    if kind != "default" and "scaled" not in row.traits:
-        return f"its rotary embedding cannot be scaled ({kind})", False
-    if getattr(config, "qk_layernorm", False):
-        return "it has no norm on queries and keys", False
-    if len(widths) > 1 and "per layer" not in row.traits:
-        return "it has one width for all layers", True
-    queries = parts.groups(0) * parts.queries_per_group(0)
-    if "square" in row.traits and queries * parts.head_dim != parts.hidden_size:
-        wanted = parts.hidden_size // parts.head_dim
-        return f"it has {wanted} query heads of width {parts.head_dim}, not {queries}", True
-    return "", True
-
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-018
 def choose_architecture(
     parts: Anatomy,
@@ -96,7 +73,29 @@ def choose_architecture(
     if not rows:
         known = sorted({name for row in ARCHITECTURES for name in row.families})
         raise ValueError(f"{family} is not written as GGUF here; known: {', '.join(known)}.")
-    reasons = {row: misfit(row, parts) for row in rows}
+    config, widths = parts.text_config, set(layer_widths(parts))
+    kind = config.rope_parameters["rope_type"]
+    queries = parts.groups(0) * parts.queries_per_group(0)
+
+    def misfit(row: Architecture) -> tuple:  # (reason, whether zeros cure it)
+        if config.hidden_act != row.activation:
+            return f"its MLP computes {row.activation}, not {config.hidden_act}", False
+        if rotary_channels(parts) != parts.head_dim and "partial" not in row.traits:
+            return "it turns whole heads, not a part of them", False
+        if kind not in ("default", "linear", "llama3", "longrope"):
+            return f"it has no rotary embedding of type {kind}", False
+        if kind != "default" and "scaled" not in row.traits:
+            return f"its rotary embedding cannot be scaled ({kind})", False
+        if getattr(config, "qk_layernorm", False):
+            return "it has no norm on queries and keys", False
+        if len(widths) > 1 and "per layer" not in row.traits:
+            return "it has one width for all layers", True
+        if "square" in row.traits and queries * parts.head_dim != parts.hidden_size:
+            wanted = parts.hidden_size // parts.head_dim
+            return f"it has {wanted} query heads of width {parts.head_dim}, not {queries}", True
+        return "", True
+
+    reasons = {row: misfit(row) for row in rows}
     fitting = [row for row, (reason, _) in reasons.items() if not reason]
     curable = [row for row, (_, cured) in reasons.items() if cured]
     if fitting or fill and curable:

@@ -54,11 +54,10 @@ def peak_memory(
 @torch.no_grad()
 def answering_bytes(
     model: PreTrainedModel,  # on the meta device
-    text_tokens: int = 64,
     batch: int = 1,
 ) -> int:
     "Memory of a prefill with one image per prompt, weights included."
-    inputs = example_inputs(model, text_tokens, batch=batch)  # counting pictures takes memory too
+    inputs = example_inputs(model, batch=batch)  # counting pictures takes memory too
     return weight_bytes(model) + peak_memory(lambda: forward(model, inputs), "meta")
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-015

@@ -135,10 +135,9 @@ def cost_report(
 def cost_by_ratio(
     config: PreTrainedConfig,  # of an MLLM or a plain LM
     ratio: float,  # of LM-decoder parameters
-    dtype: torch.dtype = torch.bfloat16,
 ) -> pd.DataFrame:
     "Size and cost of a model after each kind of pruning; no weights are needed."
-    dense, rows = without_weights(config, dtype), []
+    dense, rows = without_weights(config), []
     for pruning in WAYS:
         model = pruned_on_meta(dense, pruning, ratio)
         report, shape = cost_report(model), shape_of_model(model)

@@ -34,7 +34,7 @@ from ..data.instructions import IMAGE, answers_of, read_image
 from .scorers import LETTERS
 from ..utils.files import content_hash
 from ..utils.files import sha256 as file_sha256
-from ..utils.methods import check_choice, unknown_choice
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-005
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ def register_benchmarks(rows) -> None:
 
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name."
-    if name not in BENCHMARKS:
-        raise ValueError(unknown_choice("benchmark", name, BENCHMARKS))
+    check_choice("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]
 
 

@@ -19,6 +19,7 @@ from mllm_compress.importance.scores import (
     model_record,
     run_forward,
 )
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-006
 CHUNK = {"cpu": 2**17, "cuda": 2**22}  # elements of one chunk
@@ -104,16 +105,6 @@ def reference_change(x, y):
     dot, norm_x, norm_y = inner_products(x, y).to(x.dtype)
     return 1 - (dot / (norm_x * norm_y)).nan_to_num(nan=0.5)
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-030
-def check_mode(mode: str, batches: list) -> None:
-    "ValueError unless mode is 'default', or 'reference' without token weights."
-    if mode not in ("default", "reference"):
-        raise ValueError(f"mode={mode!r}: use 'default' or 'reference'.")
-    if mode == "reference" and any("token_weights" in batch for batch in batches):
-        raise ValueError(
-            "token_weights need mode='default': the original sums over all tokens alike."
-        )
-
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-032
 def _meta(model, batches: list, **options) -> dict:
     "The options of a score, the number of samples, and the type of the decoder."
@@ -129,7 +120,7 @@ def block_influence(
 ) -> LayerScores:  # 1 - cos per layer: mean over tokens, then samples (reference: the sum)
     "Block influence of each decoder layer (Men et al. 2024, eq. 1); lower is removed first."
     batches = check_batches(batches)
-    check_mode(mode, batches)
+    check_choice("mode", mode, ("default", "reference"))
     meta = _meta(model, batches, mode=mode)
     if mode == "reference":
         total = sum_changes(model, batches, reference_change, None, normed=True)
@@ -143,14 +134,6 @@ def angular_change(x, y):
     "The angle over π (Gromov et al. 2024, eq. 6)."
     return torch.arccos((1 - cosine_change(x, y)).clamp(-1, 1)) / torch.pi
 
-# %% ../../nbs/library/importance/02_influence.ipynb #cell-050
-def last_token(
-    weights: torch.Tensor,  # [batch, tokens], rows add up to 1
-) -> torch.Tensor:  # [batch, tokens], all weight on the last position that had any
-    "Move the weight of each row to its last token."
-    last = (weights > 0).float().cumsum(1).argmax(1)  # the first place where the count is complete
-    return torch.nn.functional.one_hot(last, weights.shape[1]).float()
-
 # %% ../../nbs/library/importance/02_influence.ipynb #cell-052
 def angular_distance(
     model,
@@ -162,12 +145,12 @@ def angular_distance(
     layers = anatomy(model).num_layers
     if not isinstance(n, int) or not 1 <= n <= layers:
         raise ValueError(f"n={n!r}: a block has 1 to {layers} layers in this model.")
-    if tokens not in ("all", "last"):
-        raise ValueError(f"tokens={tokens!r}: use 'all' or 'last'.")
+    check_choice("tokens", tokens, ("all", "last"))
     batches = check_batches(batches)
     weights = [mean_weights(batch) for batch in batches]
     if tokens == "last":
-        weights = [last_token(w) for w in weights]
+        last = lambda w: (w > 0).float().cumsum(1).argmax(1)  # the first place with the full count
+        weights = [torch.nn.functional.one_hot(last(w), w.shape[1]).float() for w in weights]
     total = sum_changes(model, batches, angular_change, weights, n)
     meta = _meta(model, batches, n=n, tokens=tokens)
     return LayerScores(total / meta["samples"], "angular_distance", meta)

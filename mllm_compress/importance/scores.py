@@ -181,7 +181,7 @@ def check_batches(
             raise ValueError(
                 f"batch {k}: input_ids must be [batch, tokens] and not empty, got {shape}."
             )
-        for name in ("attention_mask", "labels", "token_weights"):
+        for name in ("attention_mask", "labels"):
             if batch.get(name) is not None and batch[name].shape != ids.shape:
                 raise ValueError(
                     f"batch {k}: {name} is {tuple(batch[name].shape)} but input_ids is {shape}; "
@@ -232,17 +232,14 @@ def real_tokens(batch: dict) -> torch.Tensor:  # [batch, tokens] bool
 
 
 def mean_weights(
-    batch: dict,  # with input_ids and, where there are any, attention_mask and token_weights
+    batch: dict,  # with input_ids and, where there is one, attention_mask
 ) -> torch.Tensor:  # [batch, tokens] float32, each row adds up to 1
     "How much each token counts in the mean over its sample."
-    weights = (real_tokens(batch) * batch.get("token_weights", 1)).float()
+    weights = real_tokens(batch).float()
     total = weights.sum(1, keepdim=True)  # [batch, 1]
     if not (total > 0).all():
         sample = int((~(total[:, 0] > 0)).nonzero()[0, 0])
-        raise ValueError(
-            f"sample {sample} of a batch has no token that counts: "
-            "check its attention_mask and token_weights."
-        )
+        raise ValueError(f"sample {sample} of a batch is all padding: check its attention_mask.")
     return weights / total
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-050

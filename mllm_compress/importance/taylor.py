@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.families import FAMILIES, Anatomy, LinearSlot, anatomy, count_parameters
 from ..anatomy.streaming import PeakTensors, in_memory, is_streamed
-from .influence import check_mode
 from mllm_compress.importance.scores import (
     WidthScores,
     add_channels,
@@ -61,12 +60,9 @@ def gradient_moments(
     counts: list,  # [batch] supervised tokens of each sample
     totals: tuple,  # (supervised tokens, samples that have any), over the whole calibration
     curvature: bool,  # whether H is needed
-    weights: torch.Tensor | None = None,  # [batch, tokens] of the positions
 ) -> tuple:  # g [out, in] of the mean loss, H [out, in] or None; float32
     "Gradient of the label-mean loss, and mean over samples of the squared per-sample gradients."
     tokens, samples = totals
-    if weights is not None:
-        delta = delta * weights.to(delta)[..., None]
     if not curvature:
         return (delta.flatten(0, 1).T @ x.flatten(0, 1)).float().div_(tokens), None
     g = torch.zeros(delta.shape[-1], x.shape[-1], device=x.device)
@@ -294,8 +290,7 @@ class Scoring:
 
     def about(self, k: int) -> tuple:
         "The arguments of `gradient_moments` for batch `k`."
-        weights = self.batches[k].get("token_weights")
-        return self.counts[k], self.totals, self.order.curvature, weights
+        return self.counts[k], self.totals, self.order.curvature
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-060
 def score_by_batch(run: Scoring, channels: dict, recompute: bool) -> None:
@@ -350,7 +345,7 @@ def taylor(
     "Taylor importance of heads and neurons (Ma et al. 2023, eq. 3-6); lower is removed first."
     check_choice("order", order, ORDERS)
     batches, channels = check_batches(batches), {}
-    check_mode(mode, batches)
+    check_choice("mode", mode, ("default", "reference"))
     if mode == "reference":
         if len({(b["input_ids"].shape[1], frozenset(b)) for b in batches}) > 1:
             raise ValueError(
@@ -418,8 +413,7 @@ def scoring_memory(
     device: str = "cuda",  # sets the block size of the gradients
 ) -> int:  # bytes
     "Estimated peak memory of scoring one sample; nothing of the model's size is allocated."
-    if method not in ("taylor", "block_influence"):
-        raise ValueError(f"method={method!r}: use 'taylor' or 'block_influence'.")
+    check_choice("method", method, ("taylor", "block_influence"))
     parts, size = anatomy(model), dtype.itemsize
     per, weights = activation_bytes(parts.text_config, dtype), count_parameters(model) * size
     if method == "block_influence":

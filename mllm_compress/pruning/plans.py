@@ -136,8 +136,7 @@ def unprotected(
     shape: str,  # blockwise or uniform
 ) -> tuple:
     "The layers that may lose units."
-    if shape not in ("blockwise", "uniform"):
-        raise ValueError(f"shape must be blockwise or uniform, not {shape!r}.")
+    check_choice("shape", shape, ("blockwise", "uniform"))
     first, last = protect if protect is not None else (1, 1) if shape == "blockwise" else (0, 0)
     if shape == "uniform" and (first or last):
         raise ValueError(

@@ -158,14 +158,6 @@ def sample_groups(batch: dict) -> list:  # for each row, whether it starts a new
 ROWS = 2048  # tokens of a text that pass through a layer at once, if a row is not longer
 
 
-def filed(state: torch.Tensor) -> torch.Tensor:
-    "The same numbers in a temporary file, which goes when the tensor does."
-    with tempfile.NamedTemporaryFile(prefix="mllm_compress-") as file:
-        check_disk(file.name, state.nbytes)
-        kind = dict(size=state.numel(), dtype=state.dtype)
-        return torch.from_file(file.name, shared=True, **kind).view(state.shape).copy_(state)
-
-
 @dataclass
 class Stream:
     "One calibration batch on its way through both models."
@@ -189,8 +181,13 @@ class Stream:
             setattr(self, name, self.placed(state))
 
     def placed(self, state: torch.Tensor) -> torch.Tensor:
-        "A state where states are kept."
-        return filed(state) if self.in_files else state
+        "A state where states are kept: in memory, or in a temporary file, which goes with it."
+        if not self.in_files:
+            return state
+        with tempfile.NamedTemporaryFile(prefix="mllm_compress-") as file:
+            check_disk(file.name, state.nbytes)
+            kind = dict(size=state.numel(), dtype=state.dtype)
+            return torch.from_file(file.name, shared=True, **kind).view(state.shape).copy_(state)
 
     def take(self, name: str) -> torch.Tensor:
         "A state, where the model computes."

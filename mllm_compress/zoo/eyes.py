@@ -54,9 +54,7 @@ TOWER_CONFIG = EfficientNetConfig(**_SIZES, image_size=SIDE, hidden_act="relu6")
 
 
 def efficientnet_lite0() -> EfficientNetModel:
-    "The pretrained tower; FileNotFoundError with the cure where its package is missing."
-    if TOWER.missing:
-        raise FileNotFoundError(TOWER.missing)
+    "The pretrained tower, whose package is there."
     stored = torch.load(TOWER.path, weights_only=True)
     weights = {new: v for k, v in stored.items() for new in native_names(k, TOWER_NAMES)}
     tower = EfficientNetModel(TOWER_CONFIG)

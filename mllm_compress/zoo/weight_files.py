@@ -331,19 +331,6 @@ def check_gguf(path: Path) -> None:
                 "gguf cannot unpack: update it, or take a file of type Q8_0, Q4_1 or F16."
             ) from None
 
-# %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-015
-def fresh_model(model):  # the same class, config and weights
-    "A copy of a model that can be saved."
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
-    config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
-    fresh = type(model).from_pretrained(
-        None, config=type(model.config).from_dict(config), state_dict=model.state_dict()
-    )
-    fresh.generation_config = model.generation_config
-    return fresh.eval()
-
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-017
 def convert_gguf(path: Path, folder: Path) -> None:
     "Write a GGUF file as the folder of a checkpoint: safetensors, config and tokenizer."
@@ -351,7 +338,14 @@ def convert_gguf(path: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with redirect_stderr(io.StringIO()):  # three progress bars
         read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        model, tokenizer = fresh_model(read), AutoTokenizer.from_pretrained(**source)
+        config = read.config.to_dict()
+        for key in ("quantization_config", "_name_or_path"):
+            config.pop(key, None)
+        config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        config = type(read.config).from_dict(config)
+        model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict())
+        model.generation_config = read.generation_config
+        tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer.model_max_length = model.config.max_position_embeddings
         with replacing_folder(folder) as new:
             model.save_pretrained(new)
