@@ -152,6 +152,7 @@ def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: flo
 ADDED = {
     "global": "one budget",
     "stream": "refitted",
+    "refit": "refitted with the final norm",
     "bias": "with bias",
     "linear_map": "with a linear map",
     "uniform": "equal widths",
