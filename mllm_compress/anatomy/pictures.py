@@ -12,7 +12,7 @@ from itertools import count
 import torch
 from torch import nn
 
-from .families import Anatomy
+from .families import Anatomy, anatomy
 from .streaming import evaluating, hooked, replaced_forward, weights_hash
 from .wrappers import token_inputs
 
@@ -96,14 +96,27 @@ def record_pictures(parts: Anatomy, batch: dict) -> dict:  # for `replaying`
         parts.model.get_image_features(**picture_inputs(parts, batch))
     return record
 
+# %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-010q
+@torch.no_grad()
+def image_features(
+    model: nn.Module,  # an MLLM
+    pixel_values: torch.Tensor,  # [images, channels, height, width]
+) -> torch.Tensor:  # [images, tokens, vision hidden], what the projector receives
+    "The output of the frozen vision tower, before the projector."
+    parts, received = anatomy(model), []
+    tower, keep = parts.vision_tower, lambda _, args: received.append(args[0])
+    with hooked([parts.projector.register_forward_pre_hook(keep)]), evaluating(tower):
+        model.get_image_features(pixel_values=pixel_values.to(tower.device, tower.dtype))
+    return received[0]
+
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-012
 def picture_features(
     parts: Anatomy,
     batch: dict,  # with pixel_values and what goes with them
-    record: dict,  # of record_pictures, from this model or one with the same tower
+    record: dict | None = None,  # of record_pictures, from this model or one with the same tower
 ) -> torch.Tensor:  # [image tokens, hidden]
     "The projected features of a batch's pictures."
-    with replaying(parts, record):
+    with nullcontext() if record is None else replaying(parts, record):
         output = parts.model.get_image_features(**picture_inputs(parts, batch), return_dict=True)
     features = output.pooler_output
     features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features

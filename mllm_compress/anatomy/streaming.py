@@ -57,7 +57,6 @@ class PeakTensors(TorchDispatchMode):
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-import torch
 from transformers import PreTrainedModel
 
 from mllm_compress.anatomy.families import Anatomy, anatomy

@@ -29,7 +29,7 @@ class Quantization:
     help: str
 
 
-_FOUR = dict(load_in_4bit=True)
+_FOUR = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)  # what is computed with
 _NF4, _FP4 = _FOUR | dict(bnb_4bit_quant_type="nf4"), _FOUR | dict(bnb_4bit_quant_type="fp4")
 _ROWS = (
     Quantization("int8", dict(load_in_8bit=True), 8.1, "8 bits, a scale per row."),
@@ -70,10 +70,7 @@ def quantize(
     check_target(out, overwrite, {"checkpoint": folder}, sum(f["bytes"] for f in files))
     with naming_extras():
         import bitsandbytes  # noqa: F401
-    options = dict(QUANTIZATIONS[name].options)
-    if "load_in_4bit" in options:
-        options["bnb_4bit_compute_dtype"] = torch.float32  # that 4 bits are unpacked to
-    config = BitsAndBytesConfig(llm_int8_skip_modules=KEPT, **options)
+    config = BitsAndBytesConfig(llm_int8_skip_modules=KEPT, **QUANTIZATIONS[name].options)
     model, processor, plan = load_pruned(folder, check_files=False, quantization_config=config)
     if kind == "stock" and unpackable(model):
         warnings.warn(NOT_PACKED.format(out=out))

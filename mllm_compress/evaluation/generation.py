@@ -25,8 +25,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..anatomy.families import anatomy
-from ..anatomy.pictures import embed, picture_inputs, put_pictures, shares_prefixes
-from ..anatomy.streaming import hooked, weights_hash
+from mllm_compress.anatomy.pictures import (
+    embed,
+    image_features,
+    picture_features,
+    picture_inputs,
+    put_pictures,
+    shares_prefixes,
+)
+from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CACHE_ARGUMENT, caches_projector_input
 from mllm_compress.data.batches import (
     Renderer,
@@ -90,21 +97,16 @@ def encode_images(
     images: list,  # PIL images
 ) -> list:  # of ImageFeatures
     "Preprocessing and vision tower on a batch of images."
-    parts, pixels, inputs = anatomy(model), process_images(processor, images), []
+    pixels = process_images(processor, images)
     texts = [processor.replace_image_token(pixels, i) for i in range(len(images))]
     if not caches_projector_input(model.config):
-        states = model.get_image_features(**picture_inputs(parts, pixels), return_dict=True)
-        states = states.pooler_output
-        several = isinstance(states, (list, tuple))
-        states = torch.cat(list(states)) if several else states.flatten(0, 1)
+        states = picture_features(anatomy(model), pixels)
         token = processor.tokenizer.convert_ids_to_tokens(placeholder_id(processor))
         split = states.cpu().split([text.count(token) for text in texts])
         return [ImageFeatures(f, text, projected=True) for f, text in zip(split, texts)]
-    keep = lambda module, args: inputs.append(args[0])
-    with hooked([parts.projector.register_forward_pre_hook(keep)]):
-        model.get_image_features(pixels["pixel_values"].to(model.device, model.dtype))
+    states = image_features(model, pixels["pixel_values"])
     tiles = [int(n) for n in pixels.get("num_patches", [1] * len(images))]
-    return [ImageFeatures(f.cpu(), text) for f, text in zip(inputs[0].split(tiles), texts)]
+    return [ImageFeatures(f.cpu(), text) for f, text in zip(states.split(tiles), texts)]
 
 
 def pictures_of(processor, images) -> list:  # of PIL images in RGB

@@ -8,7 +8,6 @@ __all__ = ['CRITERIA', 'random_scores', 'random_layers', 'criterion', 'takes', '
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-004
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -134,13 +133,9 @@ def random_layers(
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-030
 @dataclass(frozen=True)
-class Criterion:
+class Criterion(methods.Method):  # (model, batches, **options) -> LayerScores or WidthScores
     "One way to score layers, or heads and neurons."
 
-    function: Callable  # (model, batches, **options) -> LayerScores or WidthScores
-    version: int  # raised when its numbers change
-    look: Look
-    help: str  # one sentence
     streams: bool = True  # works layer by layer, so weights may stay in files
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-032

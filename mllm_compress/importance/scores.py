@@ -53,9 +53,26 @@ def _as_scores(
         )
     return values
 
+# %% ../../nbs/library/importance/01_scores.ipynb #cell-018
+class _Stored:
+    "What scores of layers and of widths have in common: they can be written to a folder."
+
+    def save(self, folder: str | Path) -> None:
+        "Write the tensors first, then the JSON with their checksum."
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "scores.safetensors", save(self.tensors))
+        record = {
+            "type": type(self).__name__,
+            "kind": self.kind,
+            "meta": self.meta,
+            "sha256": sha256(folder / "scores.safetensors"),
+        }
+        write_atomically(folder / "scores.json", json.dumps(record, indent=1) + "\n")
+
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-008
 @dataclass(frozen=True, eq=False)
-class LayerScores:
+class LayerScores(_Stored):
     "One score per decoder layer (or block start); lower is removed first."
 
     values: torch.Tensor  # [layers] float32
@@ -74,13 +91,9 @@ class LayerScores:
         "The numbers by name, as they are stored."
         return {"values": self.values}
 
-    def save(self, folder):
-        "Write scores.safetensors and scores.json."
-        _write_scores(folder, self)
-
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-012
 @dataclass(frozen=True, eq=False)
-class WidthScores:
+class WidthScores(_Stored):
     "One score per head and neuron of every layer; lower is removed first, within a layer."
 
     heads: dict  # layer -> [groups] float32
@@ -108,24 +121,6 @@ class WidthScores:
         "The numbers by name, as they are stored."
         named = {"heads": self.heads, "neurons": self.neurons}
         return {f"{n}.{i}": v for n, d in named.items() for i, v in d.items()}
-
-    def save(self, folder):
-        "Write scores.safetensors and scores.json."
-        _write_scores(folder, self)
-
-# %% ../../nbs/library/importance/01_scores.ipynb #cell-018
-def _write_scores(folder: str | Path, scores) -> None:
-    "Write the tensors first, then the JSON with their checksum."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "scores.safetensors", save(scores.tensors))
-    record = {
-        "type": type(scores).__name__,
-        "kind": scores.kind,
-        "meta": scores.meta,
-        "sha256": sha256(folder / "scores.safetensors"),
-    }
-    write_atomically(folder / "scores.json", json.dumps(record, indent=1) + "\n")
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-022
 def load_scores(

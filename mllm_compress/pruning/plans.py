@@ -6,7 +6,6 @@
 __all__ = ['ALLOCATIONS', 'PRUNINGS', 'plan_none', 'plan_layerwise', 'Allocation', 'check_comparable', 'plan_widthwise']
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-006
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ from mllm_compress.pruning.pruning_plan import (
     score_record,
     spans,
 )
-from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, check_choice
+from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, Method, check_choice
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-008
 def plan_none(
@@ -272,28 +271,19 @@ def plan_widthwise(
     counts = reference_counts(sizes, parts.head_dim, channel_ratio, steps, **ranges)
     return plan_of_counts(model, scores, counts, base, shape=shape, round_to=round_to, **records)
 
-# %% ../../nbs/library/pruning/04_plans.ipynb #cell-068
-@dataclass(frozen=True)
-class Pruning:
-    "One way to reach a ratio."
-
-    function: Callable  # (model, scores, ratio, protect, shape) -> PruningPlan
-    version: int  # raised when its selection changes
-    look: Look
-
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-076
 PRUNINGS = {
-    "none": Pruning(
+    "none": Method(
         lambda model, *_: plan_none(model),
         version=1,
         look=Look("original", BLACK, "*"),
     ),
-    "layerwise": Pruning(
+    "layerwise": Method(
         lambda model, scores, ratio, protect, shape: plan_layerwise(model, scores, ratio=ratio),
         version=1,
         look=Look("layerwise", RED, "o"),
     ),
-    "widthwise": Pruning(
+    "widthwise": Method(
         lambda model, scores, ratio, protect, shape: plan_widthwise(
             model, scores, ratio=ratio, protect=protect, shape=shape
         ),

@@ -11,7 +11,6 @@ import hashlib
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,7 +39,7 @@ from mllm_compress.importance.scores import (
 )
 from .pruning_plan import PruningPlan
 from .slicing import check_fits
-from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, check_choice
+from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, Method, check_choice
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-005
 @dataclass
@@ -675,9 +674,7 @@ def compensate_bias(small, dense, batches: list, plan: PruningPlan) -> PreTraine
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-010
 @torch.no_grad()
-def fold_linear_map(
-    small, dense, batches: list, plan: PruningPlan, ridge: float = 1e-3
-) -> PreTrainedModel:
+def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTrainedModel:
     "A linear map in place of removed layers (Shopkhoev et al. 2025, eq. 6)."
     check_pruned(small, dense, plan)
     dtype, small = small.dtype, copy.deepcopy(small)
@@ -695,50 +692,40 @@ def fold_linear_map(
                 missing = s.dense - (state - wrote)
                 moments.add(*(x[s.real] for x in (wrote, missing, s.dense, s.real.to(wrote))))
             identity = torch.eye(slot.module.out_features, dtype=torch.float64)
-            fitted, _ = solve_ridge(moments, identity, ridge, bias=False)
+            fitted, _ = solve_ridge(moments, identity, ridge=1e-3, bias=False)
             for p in slot.module.parameters():
                 p.copy_(fitted @ p.double())
         for s in streams:
             s.pruned = after.layers[j](s.pruned, **s.calls[i])
     return small.to(dtype)
 
-# %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-014
-@dataclass(frozen=True)
-class Reconstruction:
-    "One way to change the weights that are left, without training."
-
-    function: Callable  # (small, dense, batches, plan) -> model
-    version: int  # raised when its numbers change
-    look: Look
-    help: str  # one sentence
-
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-014x
 RECONSTRUCTIONS = {
-    "none": Reconstruction(
+    "none": Method(
         lambda small, dense, batches, plan: small,
         version=1,
         look=Look("sliced", BLACK, "x", DOTTED),
         help="The weights stay as they were.",
     ),
-    "stream": Reconstruction(
+    "stream": Method(
         partial(reconstruct, ridge=NARROW, norm=False),
         version=1,
         look=Look("refitted to the dense stream", GREEN, "o"),
         help="Output projections are fitted so that the residual stream stays (ours).",
     ),
-    "refit": Reconstruction(
+    "refit": Method(
         reconstruct,
         version=1,
         look=Look("refitted, with the final norm", GREEN, "s"),
         help="As `stream`, with more ridges to choose from and a new final norm (the default).",
     ),
-    "bias": Reconstruction(
+    "bias": Method(
         compensate_bias,
         version=1,
         look=Look("bias compensation", PINK, "v"),
         help="The mean output of what was removed becomes a bias (An et al. 2024).",
     ),
-    "linear_map": Reconstruction(
+    "linear_map": Method(
         fold_linear_map,
         version=1,
         look=Look("linear map over gaps", SKY, "D"),

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'BLUE', 'RED', 'PINK', 'GREY', 'WINE', 'INDIGO', 'OLIVE', 'DASHED', 'DOTTED',
-           'DASHDOTTED', 'PRUNED_TYPE', 'LOADERS', 'Look', 'unknown_choice', 'check_choice', 'naming_extras', 'lazily']
+           'DASHDOTTED', 'PRUNED_TYPE', 'LOADERS', 'Look', 'Method', 'unknown_choice', 'check_choice', 'naming_extras',
+           'lazily']
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-002
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, util
@@ -21,6 +23,16 @@ class Look:
     color: str
     marker: str
     line: object = "-"  # a dash pattern of matplotlib
+
+
+@dataclass(frozen=True)
+class Method:
+    "A row of a table: one way to score, to prune or to refit."
+
+    function: Callable  # its parameters are the same in all rows of a table
+    version: int  # raised when its numbers change
+    look: Look
+    help: str = ""  # one sentence
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-006
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"

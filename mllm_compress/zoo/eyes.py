@@ -88,10 +88,8 @@ def with_eyes(
     together = transformers.FastVlmForConditionalGeneration(config)
     together.model.vision_tower.load_state_dict(tower.state_dict())
     together.model.language_model.load_state_dict(model.model.state_dict())
-    if config.tie_word_embeddings:
-        together.tie_weights()
-    else:
-        together.lm_head.load_state_dict(model.lm_head.state_dict())
+    together.lm_head.load_state_dict(model.lm_head.state_dict())
+    together.tie_weights()  # where the config says so
     together.generation_config = model.generation_config
     images = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": SIDE},
@@ -155,15 +153,14 @@ def missing_eyes() -> str:  # empty where nothing is missing
     return "; ".join(filter(None, (DECODER.missing, TOWER.missing)))
 
 
-def untrained_eyes(seed: int = 0) -> tuple:  # (model, processor)
+def untrained_eyes() -> tuple:  # (model, processor)
     "EfficientNet-lite0 and SmolLM2 with an untrained projector; FileNotFoundError with the cure."
     if missing := missing_eyes():
         raise FileNotFoundError(missing)
     decoder = gguf_folder(DECODER.path)
     lm = transformers.AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32)
-    return with_eyes(
-        lm, transformers.AutoTokenizer.from_pretrained(decoder), efficientnet_lite0(), seed
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(decoder)
+    return with_eyes(lm, tokenizer, efficientnet_lite0())
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-019f
 BUILD_VERSION = 1  # raised when the files that are put together change
