@@ -123,8 +123,6 @@ class _AfterImport(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
         run = spec.loader.exec_module
 
         def run_and_register(module):

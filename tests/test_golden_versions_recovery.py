@@ -110,7 +110,7 @@ def test_a_new_loss_moves_no_golden_number_and_no_key(curve, monkeypatch):
     before = keys()
     new = Loss(
         lambda logits, targets: logits.float().logsumexp(-1),
-        ("answer_logits", "targets"),
+        needs=("answer_logits", "targets"),
         version=1,
         look=Look("new", GREY, "o"),
         help="a loss that is not in the golden files",

@@ -125,19 +125,17 @@ def to_vllm(model, out, processor, dtype, fill) -> dict:
 class Engine:
     "A format to export to, as a row of the table."
 
-    name: str
     write: object  # function of (model, out, processor, dtype, fill) -> dict of facts
     dtypes: tuple
     help: str
 
 
 _FILES = "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
-_ROWS = (
-    Engine("gguf", write_gguf, DTYPES, _FILES),
-    Engine("vllm", to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
-    Engine("transformers", to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."),
-)
-ENGINES = {row.name: row for row in _ROWS}
+ENGINES = {
+    "gguf": Engine(write_gguf, DTYPES, _FILES),
+    "vllm": Engine(to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
+    "transformers": Engine(to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."),
+}
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-039
 def export_model(

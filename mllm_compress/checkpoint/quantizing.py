@@ -23,7 +23,6 @@ from ..utils.methods import check_choice, naming_extras
 class Quantization:
     "A type for weights, as a row of the table."
 
-    name: str
     options: dict  # of BitsAndBytesConfig
     bits: float  # per weight, its scales included
     help: str
@@ -31,12 +30,11 @@ class Quantization:
 
 _FOUR = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)  # what is computed with
 _NF4, _FP4 = _FOUR | dict(bnb_4bit_quant_type="nf4"), _FOUR | dict(bnb_4bit_quant_type="fp4")
-_ROWS = (
-    Quantization("int8", dict(load_in_8bit=True), 8.1, "8 bits, a scale per row."),
-    Quantization("nf4", _NF4, 4.5, "4 bits for normally distributed weights."),
-    Quantization("fp4", _FP4, 4.5, "4 bits, floats."),
-)
-QUANTIZATIONS = {row.name: row for row in _ROWS}
+QUANTIZATIONS = {
+    "int8": Quantization(dict(load_in_8bit=True), 8.1, "8 bits, a scale per row."),
+    "nf4": Quantization(_NF4, 4.5, "4 bits for normally distributed weights."),
+    "fp4": Quantization(_FP4, 4.5, "4 bits, floats."),
+}
 KEPT = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]  # stay as they are
 
 # %% ../../nbs/library/checkpoint/07_quantizing.ipynb #cell-018

@@ -99,10 +99,7 @@ class RecoverRequest(cli.DataRequest):
     report_to: Literal["tensorboard", "wandb", "trackio"] | None = None
     "tensorboard, wandb or trackio."
 
-    tables: ClassVar = {
-        "losses": lambda: mc.recovery.LOSSES,
-        "train": lambda: mc.recovery.TRAINS,
-    }
+    tables: ClassVar = {"losses": lambda: mc.recovery.LOSSES, "train": lambda: mc.recovery.TRAINS}
 
     @property
     def kept(self):

@@ -92,7 +92,6 @@ def fitted(counts: np.ndarray, seconds: np.ndarray) -> tuple:  # [4] seconds, la
 def unit_seconds(
     model: PreTrainedModel,  # on the device to be measured
     inputs: dict | None = None,  # as the model takes them; None: one picture, 64 text tokens
-    rounds: int = 3,
 ) -> UnitCosts:  # the largest relative error of the linear model is in its meta
     "Seconds per head, neuron and layer, from timing the model at half of each."
     if model.device.type == "meta":
@@ -107,7 +106,7 @@ def unit_seconds(
     both = {"heads": half(parts.groups, kept), "neurons": half(parts.neurons, kept)}
     plans += [{"layers": kept}, {"layers": kept} | both]
     counts, seconds = {}, {k: [] for k in range(len(plans))}
-    for k, plan in list(enumerate(plans)) * rounds:
+    for k, plan in list(enumerate(plans)) * 3:  # rounds
         small = apply_plan(model, make_plan(model, **plan))  # one at a time
         shape = shape_of_model(small)
         counts[k] = [1, len(shape), sum(shape.groups), sum(shape.neurons)]

@@ -194,15 +194,6 @@ def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: di
 SPARE = 0.15  # of the model's bytes: what activations may take
 
 
-def layers_to_repeat(parts: Anatomy, tokens: int) -> int:
-    "How many layers cannot keep the activations of so many tokens."
-    linears = [slot.module for slot in parts.linears(0)]
-    layer = tokens * sum(m.in_features + m.out_features for m in linears)
-    state = tokens * parts.hidden_size  # what a layer that runs again keeps
-    room = SPARE * count_parameters(parts.model) - parts.num_layers * state
-    return parts.num_layers - max(0, min(parts.num_layers, int(room / (layer - state))))
-
-
 def backward_by_batch(
     model, batches, of, draws, seed, recompute, totals: dict, see_of, listen=taps
 ) -> Passes:
@@ -210,7 +201,11 @@ def backward_by_batch(
     run = prepare_passes(model, batches, of, draws, seed)
     count, longest = len(run.batches), max(b["input_ids"].numel() for b in run.batches)
     if recompute is None:
-        recompute = layers_to_repeat(run.parts, longest)
+        linears, layers = [slot.module for slot in run.parts.linears(0)], run.parts.num_layers
+        layer = longest * sum(m.in_features + m.out_features for m in linears)
+        state = longest * run.parts.hidden_size  # what a layer that runs again keeps
+        room = SPARE * count_parameters(model) - layers * state
+        recompute = layers - max(0, min(layers, int(room / (layer - state))))
     bar = dict(total=count, desc="scores", unit="batch", leave=False, disable=None)
     for k in tqdm(batches_left(2 * count, totals), **bar):
         if "labels" in totals:  # of an interrupted run

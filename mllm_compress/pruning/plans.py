@@ -274,9 +274,7 @@ def plan_widthwise(
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-076
 PRUNINGS = {
     "none": Method(
-        lambda model, *_: plan_none(model),
-        version=1,
-        look=Look("original", BLACK, "*"),
+        lambda model, *_: plan_none(model), version=1, look=Look("original", BLACK, "*")
     ),
     "layerwise": Method(
         lambda model, scores, ratio, protect, shape: plan_layerwise(model, scores, ratio=ratio),

@@ -9,7 +9,6 @@ __all__ = ['HIDDEN_LAYERS', 'LOSSES', 'TRAINS', 'POSITIONS', 'COUNTS', 'sft', 'l
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-002
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from mllm_compress.utils.methods import (
     PINK,
     SKY,
     Look,
+    Method,
     check_choice,
 )
 
@@ -79,14 +79,10 @@ def block_kd(
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-018
 @dataclass(frozen=True)
-class Loss:
+class Loss(Method):  # whose function returns one value per position
     "A loss of recovery: one row of LOSSES."
 
-    function: Callable  # returns one value per position
-    needs: tuple  # names of tensors, in the order of the function's parameters
-    version: int  # raised when the loss's numbers change
-    look: Look  # how it is named and drawn
-    help: str  # for the command line
+    needs: tuple = ()  # names of tensors, in the order of the function's parameters
     divisor_all: str = "positions"  # what positions="all" divides it by: one of COUNTS
 
     @property
@@ -103,7 +99,7 @@ _KD = ("student_logits", "teacher_logits", "temperature")
 LOSSES = {
     "sft": Loss(
         sft,
-        ("answer_logits", "targets"),
+        needs=("answer_logits", "targets"),
         version=1,
         look=Look("SFT", SKY, "o"),
         help="cross-entropy on the answers of the data",
@@ -111,7 +107,7 @@ LOSSES = {
     ),
     "logits_kd": Loss(
         logits_kd,
-        _KD,
+        needs=_KD,
         version=1,
         look=Look("logits KD", ORANGE, "^", DASHED),
         help="KL(teacher ‖ student) of the next-token distributions",
@@ -119,7 +115,7 @@ LOSSES = {
     ),
     "reverse_logits_kd": Loss(
         reverse_logits_kd,
-        _KD,
+        needs=_KD,
         version=1,
         look=Look("reverse KD", PINK, "v", DASHDOTTED),
         help="KL(student ‖ teacher) of the next-token distributions",
@@ -127,14 +123,14 @@ LOSSES = {
     ),
     "hidden_kd": Loss(
         hidden_kd,
-        ("student_hidden", "teacher_hidden"),
+        needs=("student_hidden", "teacher_hidden"),
         version=1,
         look=Look("hidden KD", INDIGO, "s", DASHED),
         help="mean squared difference of the final hidden states",
     ),
     "block_kd": Loss(
         block_kd,
-        ("student_blocks", "teacher_blocks"),
+        needs=("student_blocks", "teacher_blocks"),
         version=1,
         look=Look("block KD", OLIVE, "d", DASHDOTTED),
         help="relative squared difference of the states after every block",
