@@ -308,6 +308,6 @@ def test_results_are_shown_although_their_file_finds_no_space(here, monkeypatch)
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mllm_compress.utils.files.write_atomically", full)
+    monkeypatch.setattr("mllm_compress.cli.measuring.write_atomically", full)
     text = run("evaluate", "llava", "--questions", "mine.json", "-o", "rows.csv", code=2)
     assert "own/mine" in text and "free" in text and "rows.csv" in text

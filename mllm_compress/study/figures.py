@@ -87,7 +87,7 @@ def curves(
     "Values over a position: a panel per group of rows, a line per method."
     if start is not None and rows.groupby([*panel, by], sort=False).size().max() == 1:
         names = [f"{look(name).label}, {at:.2f} removed" for name, at in zip(rows[by], rows[x])]
-        groups = rows.assign(label=names).groupby(panel, sort=False)
+        groups = rows.assign(label=names).groupby([*panel], sort=False)
         rows = pd.concat([its.sort_values(y, ascending=False, kind="stable") for _, its in groups])
         return dots(rows, y, by=by, panel=panel, guessed=guessed, sharey=False)
     rows = titled(rows[rows[y].notna()], panel)
