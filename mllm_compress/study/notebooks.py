@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import yaml
 from IPython import get_ipython
+from jupyter_core.utils import run_sync
 
 from . import profiles
 from .profiles import Profile, Slurm, load_profile
@@ -260,15 +261,17 @@ class Kernel:
 
     def __exit__(self, *error):
         if self.manager:
-            self.manager.shutdown_kernel(now=True)
+            run_sync(self.manager.shutdown_kernel)(now=True)
 
-    def cleared(self, folder: Path):  # a jupyter_client.KernelManager
+    def cleared(self, folder: Path):  # a jupyter_client.AsyncKernelManager
         "The kernel without variables; a new one, in a folder, where there is none or it has died."
-        if not (self.manager and self.manager.is_alive()):
-            self.manager = jupyter_client.KernelManager(kernel_name="python3")
-            self.manager.start_kernel(cwd=str(folder))
+        if not (self.manager and run_sync(self.manager.is_alive)()):
+            # the synchronous manager does not tell papermill that a kernel has died
+            self.manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
+            run_sync(self.manager.start_kernel)(cwd=str(folder))
             return self.manager
-        client = self.manager.blocking_client()
+        client = jupyter_client.BlockingKernelClient()
+        client.load_connection_info(self.manager.get_connection_info())
         client.start_channels()
         client.wait_for_ready()
         client.execute("%reset -f\n%reset -f in", store_history=False, reply=True)
