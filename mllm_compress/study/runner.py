@@ -205,6 +205,7 @@ def run_study(
         known = {"executor": executor, "workers": workers, "failures": failures}
         write_atomically(context, json.dumps(known))
         with patch_environment(**{runs.RUN_CONTEXT: context}):
+            plan = plan_study(profile, only, given)  # with the results that have come since
             problems = run_notebooks(plan, profile)
         problems = ["some experiments failed (above)"] * bool(failures) + problems
         for problem in problems:
