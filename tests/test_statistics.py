@@ -139,7 +139,7 @@ def test_settings_that_contradict_are_counted_beside_the_average():
     good, bad = study_of(rng, 8.0, scatter=0.1), study_of(rng, -8.0, scatter=0.1)
     (where, contrary), *_ = bad.items()
     mixed = Verdict("A.", good | {where: contrary}, "", margin=1.0)
-    assert mixed.average.low > 0 and mixed.word == "supported"
+    assert mixed.average.low > 0 and mixed.word == "undecided"
     assert mixed.record()["counts"] == {"supported": 7, "contradicted": 1}
     assert "contradicted in 1 of 8 settings" in mixed.sentence()
     halves = dict([*list(good.items())[:4], *list(bad.items())[4:]])
