@@ -77,7 +77,7 @@ def test_the_site_has_notebooks_names_with_parameters_and_commands(tmp_path):
     source.mkdir()
     for name in ("site/index.md", "README.md", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, source)
-    for name in ("nbs/library/pruning", "nbs/study", "nbs/start"):
+    for name in ("nbs/library/pruning", "nbs/study", "nbs/start", "bench/peers", "figures/bench"):
         shutil.copytree(ROOT / name, source / name)
     options = ["-q", "-b", "html", "-c", str(ROOT / "site")]
     command = [sys.executable, "-m", "sphinx", *options, str(source), str(out)]
