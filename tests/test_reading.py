@@ -121,6 +121,7 @@ def test_files_of_text(tmp_path):
         "lines.jsonl": "\r\n".join(json.dumps(e, ensure_ascii=False) for e in lines),
         "book.txt": "One paragraph\r\nof two lines.\r\n\r\nAnother.\r\n",
         "sentences.txt": "One sentence.\nAnother.\n",
+        "wrapped.txt": "A sentence that goes\non in a second line\nand a third.\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
@@ -128,6 +129,7 @@ def test_files_of_text(tmp_path):
     assert read("bom.json") == read("lines.jsonl") == [("hi\u2028there?", "ho")] * 2
     assert [t for _, t in read("book.txt")] == ["One paragraph\nof two lines.", "Another."]
     assert [t for _, t in read("sentences.txt")] == ["One sentence.", "Another."]
+    assert len(list(read("wrapped.txt"))) == 1
 
 
 def test_pictures_are_read_as_they_are_meant(tmp_path):
@@ -148,6 +150,11 @@ def test_pictures_are_read_as_they_are_meant(tmp_path):
     exif[0x0112] = 6  # stored on its side
     Image.fromarray(stored["bmp"]).save(tmp_path / "side.jpg", exif=exif)
     assert read_image(tmp_path / "side.jpg").size == (3, 4)
+    assert read_image(Image.open(tmp_path / "side.jpg")).size == (3, 4)
+    edges = np.tile(np.float32([0, 0, 1, 1]), (4, 2000))  # wider than is kept
+    Image.fromarray(edges).save(tmp_path / "wide.tiff")
+    reduced = np.asarray(read_image(tmp_path / "wide.tiff"))
+    assert reduced.shape[1] == 4096 and reduced.max() > 200
 
 
 pieces = st.text(st.sampled_from("aB1 :\n<|é"), max_size=6)

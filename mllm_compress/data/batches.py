@@ -240,8 +240,10 @@ class Renderer:
         overlap = lambda a, b: [start < end and start < b and a < end for start, end in places]
         supervised = [overlap(*span) for span in spans]
         for (begin, end), (_, answer) in zip(spans, pairs):
-            at = text.find(answer, begin, end)
-            if answer and not any(overlap(at, at + len(answer)) if at >= 0 else [False]):
+            rendered = lambda words: text.find(words, begin, end) >= 0
+            words = next(filter(rendered, (answer, *answer.split())), "")  # it may be laid out anew
+            at = text.find(words, begin, end)
+            if answer and not (words and any(overlap(at, at + len(words)))):
                 raise ValueError(
                     f"No token belongs to the answer {answer!r:.40}: give a chat template that "
                     "renders answers (--chat-template), and a tokenizer that keeps their text."

@@ -282,7 +282,9 @@ def _objects(path: Path) -> list:
     text = decoded(path).replace("\r\n", "\n")
     if path.suffix == ".txt":
         paragraphs = re.split(r"\n\s*\n", text.strip())
-        texts = paragraphs if len(paragraphs) > 1 else text.split("\n")
+        lines = text.strip().split("\n")
+        ended = sum(line.rstrip(" \"'”’)")[-1:] in ".?!…。" for line in lines)
+        texts = lines if len(paragraphs) == 1 and 2 * ended > len(lines) else paragraphs
         return [{"text": words.strip()} for words in texts if words.strip()]
     if text.lstrip().startswith("["):
         return _parsed(text, str(path))
@@ -388,7 +390,8 @@ def read_image(
 ) -> Image.Image:  # RGB
     "A picture, reduced if it is very large; ValueError for one that is too large to unpack."
     if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else in_rgb(source)
+        plain = source.mode == "RGB" and not source.getexif()
+        return source if plain else in_rgb(ImageOps.exif_transpose(source))
     side = int(LONGEST_SIDE / max(1, among) ** 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -397,6 +400,8 @@ def read_image(
         raise ValueError(
             f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS // 10**6} million"
         )
+    if picture.mode[0] in "IF":  # before resizing, which leaves the range of the values
+        picture = in_rgb(ImageOps.exif_transpose(picture))
     if max(picture.size) > side:
         picture.draft("RGB", (side, side))
         picture.thumbnail((side, side))

@@ -317,7 +317,7 @@ def own_questions(
                     f"{', '.join(allowed)}."
                 )
             if scorer == "anls":
-                expected = answers_of(entry) or [answer]
+                expected = answers_of(entry, ("answers",)) or [answer]
             place, options = f"{number}/{k}", tuple(map(str, options))
             questions.append(Question(place, prompt, expected, shown, options=options))
     return take(questions, limit)

@@ -6,6 +6,8 @@
 __all__ = ['DTYPES', 'PORTION', 'manifest', 'settings', 'CompressedModel']
 
 # %% ../../nbs/library/evaluation/08_lmms_eval.ipynb #cell-004
+import re
+
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
@@ -113,6 +115,8 @@ class CompressedModel(lmms):
 
     def generate_until(self, requests: list) -> list:  # of str
         "Greedy answers, in the order of the requests."
+        if not requests:  # of this process
+            return []
         lengths, ends = zip(*(settings(request.args[1]) for request in requests))
         texts = [answer.text for answer in self.answers(requests, lengths, [""] * len(requests))]
         for n, stops in enumerate(ends):
@@ -127,10 +131,11 @@ class CompressedModel(lmms):
             _, option, _, row, task, split = request.args
             option = option if isinstance(option, str) else option(self.task_dict[task][split][row])
             options.append(option.strip())
+        begins = lambda option, text: re.match(rf"{re.escape(option)}(?!\w)", text)
         words = self.processor.tokenizer([f" {option}" for option in options])["input_ids"]
         answers = self.answers(requests, list(map(len, words)), options)
         return [
-            GenerationResult((-answer.log_likelihood, answer.text.startswith(option)))
+            GenerationResult((-answer.log_likelihood, bool(begins(option, answer.text))))
             for answer, option in zip(answers, options)
         ]
 

@@ -119,7 +119,7 @@ def values(frame: pd.DataFrame, ways_at: dict) -> pd.DataFrame:  # columns panel
     for (model, label), ways in ways_at.items():
         there = [way for way in ways if statistics.finished(frame, model=model, **ways[way])]
         scores = {way: statistics.retained(frame, model, **ways[way]).value for way in there}
-        rows.append({"panel": model, "label": label} | dict.fromkeys(ways) | scores)
+        rows.append({"panel": model, "label": label} | dict.fromkeys(ways, float("nan")) | scores)
     return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
 
 

@@ -260,8 +260,13 @@ class Kernel:
         return self
 
     def __exit__(self, *error):
+        self.close()
+
+    def close(self) -> None:
+        "End the kernel; the next notebook gets a new one."
         if self.manager:
             run_sync(self.manager.shutdown_kernel)(now=True)
+        self.manager = None
 
     def cleared(self, folder: Path):  # a jupyter_client.AsyncKernelManager
         "The kernel without variables; a new one, in a folder, where there is none or it has died."
@@ -273,9 +278,14 @@ class Kernel:
         client = jupyter_client.BlockingKernelClient()
         client.load_connection_info(self.manager.get_connection_info())
         client.start_channels()
-        client.wait_for_ready()
-        client.execute("%reset -f\n%reset -f in", store_history=False, reply=True)
-        client.stop_channels()
+        try:
+            client.wait_for_ready(timeout=60)
+            client.execute("%reset -f\n%reset -f in", store_history=False, reply=True, timeout=60)
+        except (RuntimeError, TimeoutError):  # it is still busy
+            self.close()
+            return self.cleared(folder)
+        finally:
+            client.stop_channels()
         return self.manager
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-050
@@ -361,10 +371,12 @@ def tidied(nb):
         for output in cell.get("outputs", []):
             if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
                 continue
+            if "execution_count" in output:
+                output.execution_count = None
             if outputs and output.output_type == outputs[-1].output_type == "stream":
                 outputs[-1].text += output.text
             else:
                 outputs.append(output)
         if cell.cell_type == "code":
-            cell.outputs = outputs
+            cell.outputs, cell.execution_count = outputs, None  # a shared kernel counts on
     return nb

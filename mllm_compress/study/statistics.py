@@ -517,6 +517,8 @@ class Verdict:
         if not self.settings:
             return UNTESTED
         part, mean = self.decisive, self.average
+        if {SUPPORTED, CONTRADICTED} <= set(part.words.values()):
+            return UNDECIDED  # an average over settings that contradict each other says nothing
         verdict = word(mean, self.margin)
         if verdict == CONTRADICTED:
             verdict = word(mean, self.margin, 1 - 0.05 / self.rivals)
@@ -524,8 +526,6 @@ class Verdict:
             ends = [e.at(part.level) for e in part.settings.values() if e.seeds != 1]
             if any(e.low > self.margin or e.high < -self.margin for e in ends):
                 verdict = UNDECIDED
-        if {SUPPORTED, CONTRADICTED} <= set(part.words.values()):
-            return UNDECIDED  # an average over settings that contradict each other says nothing
         return UNDECIDED if self.missing and verdict != CONTRADICTED else verdict
 
     @property
