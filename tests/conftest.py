@@ -1,6 +1,7 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: only in `make test-all`")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
 def pytest_collection_modifyitems(items):
