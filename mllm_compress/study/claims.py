@@ -13,7 +13,7 @@ from itertools import product
 import pandas as pd
 
 from . import statistics
-from .experiments import LATER, as_number
+from .experiments import LATER
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
@@ -313,20 +313,3 @@ SECOND_FORM = Claim(
     f"points above {AGAINST_ALL} % of the score on all of the data",
     margin=None,
 )
-
-# %% ../../nbs/library/study/23_claims.ipynb #comparisons-cell-008
-def repeated(
-    chosen: list,  # of (fraction, ratio, seed), each trained for one epoch
-    epochs: list,  # of k
-    most: float = 0.1,  # the largest k * fraction
-) -> list:  # of (k, fraction, ratio, seed)
-    "Where k epochs of a fraction take the steps of one epoch of a larger fraction that runs."
-    if wrong := [k for k in epochs if as_number("epochs", k, int) < 2]:
-        raise ValueError(f"epochs {wrong}: give whole numbers of 2 or more.")
-    runs = {(round(f, 9), r, s) for f, r, s in chosen}
-    return [
-        (k, f, r, s)
-        for k in epochs
-        for f, r, s in chosen
-        if k * f <= most + 1e-9 and (round(k * f, 9), r, s) in runs
-    ]
