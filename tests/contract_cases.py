@@ -1,6 +1,7 @@
 """A small random model per row of WRAPPERS and per family of text models, with its inputs."""
 
 import importlib.util
+import re
 import sys
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -99,7 +100,7 @@ CONVOLVED |= dict(width_coefficient=0.2, depth_coefficient=0.1)
 GRID = dict(image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
 
 
-def row(kind: str, decoder, eyes: dict, pixels, counts, **options) -> tuple:
+def row(kind: str, decoder, eyes: dict, pixels=None, counts=None, **options) -> tuple:
     "(model_type, options of its config, pixels, image tokens of each of the three images)."
     decoder = text(decoder) if isinstance(decoder, str) else decoder
     return kind, options | dict(text_config=decoder, vision_config=eyes), pixels, counts
@@ -117,6 +118,24 @@ QWEN2_EYES = QWEN_EYES | dict(embed_dim=16, hidden_size=32)
 QWEN25_EYES = MERGED | dict(window_size=16, fullatt_block_indexes=[1])
 QWEN3_EYES = MERGED | dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
 QWEN3 = text("qwen3_vl_text", rope_parameters=MROPE | {"mrope_interleaved": True})
+PARTIAL = MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
+LINEAR = ["linear_attention", "full_attention"] * (LAYERS // 2)
+QWEN35 = dict(layer_types=LINEAR, linear_num_key_heads=2, linear_num_value_heads=2)
+QWEN35 |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+QWEN35_EYES = MERGED | dict(num_position_embeddings=64)
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+EXPERTS |= dict(shared_expert_intermediate_size=16, n_routed_experts=4)
+GLM_MOE = EXPERTS | dict(rope_parameters=MROPE | {"partial_rotary_factor": 1.0})
+QWEN3_MOE, QWEN35_MOE = "qwen3_vl_moe_text", "qwen3_5_moe_text"
+NEXT, QWEN35 = QWEN35 | EXPERTS, text("qwen3_5_text", rope_parameters=PARTIAL, **QWEN35)
+GLM_EYES = MERGED | dict(image_size=28)
+LFM = dict(layer_types=["conv", "full_attention"] * (LAYERS // 2), block_multiple_of=8)
+SIGLIP2 = of_type(VISION, "siglip2_vision_model") | dict(num_patches=16, vision_use_head=False)
+LFM_EYES = dict(projector_hidden_size=24)
+JANUS = of_type(VISION, "janus_vision_model") | dict(projection_dim=32, num_image_tokens=16)
+DRAWING = dict(embed_dim=4, num_embeddings=8, latent_channels=8, base_channels=32)
+DRAWING |= dict(channel_multiplier=[1, 1], num_res_blocks=1, projection_dim=32)
+DRAWING |= dict(image_token_embed_dim=32)
 PALI = dict(projection_dim=32, hidden_size=32)
 FEATURES = dict(vision_feature_layers=BOTH, vision_feature_layer=BOTH)
 FULL = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
@@ -151,6 +170,20 @@ MLLMS = {
     "gemma3": row(
         "gemma3", text("gemma3_text", **GEMMA), SIGLIP, square, FOUR, mm_tokens_per_image=4
     ),
+    "qwen3.5": row("qwen3_5", QWEN35, QWEN35_EYES),
+    "glm4v": row("glm4v", multi("glm4v_text"), GLM_EYES),
+    "glm46v": row("glm46v", multi("glm4v_text"), of_type(GLM_EYES, "glm4v_vision")),
+    "qwen3-vl-moe": row("qwen3_vl_moe", QWEN3 | EXPERTS | {"model_type": QWEN3_MOE}, QWEN3_EYES),
+    "qwen3.5-moe": row("qwen3_5_moe", QWEN35 | EXPERTS | {"model_type": QWEN35_MOE}, QWEN35_EYES),
+    "glm4v-moe": row("glm4v_moe", text("glm4v_moe_text", **GLM_MOE), GLM_EYES),
+    "lfm2-vl": row("lfm2_vl", text("lfm2", **LFM), SIGLIP2, **LFM_EYES),
+    "cohere2-vision": row(
+        "cohere2_vision", text("cohere2", **SLIDING), SIGLIP, alignment_intermediate_size=24
+    ),
+    "perception-lm": row("perception_lm", "llama", CLIP | dict(model_args=dict(embed_dim=16))),
+    "deepseek-vl": row("deepseek_vl", "llama", SIGLIP),
+    "janus": row("janus", "llama", JANUS, vq_config=DRAWING),
+    "video-llama-3": row("video_llama_3", "qwen2", of_type(VISION, "video_llama_3_vision")),
 }
 GRANITE = dict(embedding_multiplier=2.0, logits_scaling=3.0)
 GRANITE |= dict(residual_multiplier=0.5, attention_multiplier=0.3)
@@ -165,6 +198,14 @@ LMS = {
     "smollm3": dict(no_rope_layer_interval=3),
     "granite": GRANITE,
     "olmo2": {},
+    "olmo3": SLIDING,
+    "glm4": {},
+    "lfm2": LFM,
+    "mixtral": dict(num_local_experts=4),
+    "glm4_moe": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "qwen3_next": NEXT,
     "cohere": dict(use_qk_norm=True),
     "cohere2": dict(**SLIDING),
     "phi": {},
@@ -265,7 +306,7 @@ def image_processor(kind: str, **more):
 
 
 def processor(name: str):
-    "The processor of a row, or a tokenizer."
+    "The processor of a row, or a tokenizer; None where it cannot be made here."
     if name in LMS:
         return tokenizer()
     side = {"height": 28, "width": 28}
@@ -275,6 +316,7 @@ def processor(name: str):
     grid = GRID["image_grid_pinpoints"]
     merged = dict(patch_size=4, temporal_patch_size=2, merge_size=2)
     merged |= dict(size={"shortest_edge": 64, "longest_edge": 1024})
+    patched = dict(patch_size=7, size={"shortest_edge": 196, "longest_edge": 1024})
     pixtral = dict(size={"longest_edge": 42}, patch_size={"height": 7, "width": 7})
     idefics = dict(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
     got = dict(size=side, crop_to_patches=True, max_patches=4)
@@ -307,10 +349,18 @@ def processor(name: str):
         "qwen2.5-vl": ("Qwen2_5_VL", ("Qwen2VL", merged), silent),
         "qwen3-vl": ("Qwen3VL", ("Qwen2VL", merged), silent),
         "gemma3": ("Gemma3", ("Gemma3", square), dict(image_seq_length=4)),
+        "qwen3.5": ("Qwen3VL", ("Qwen2VL", merged), silent),
+        "glm4v": ("Glm4v", ("Glm4v", merged), silent),
+        "glm46v": ("Glm46V", ("Glm46V", merged), silent),
+        "deepseek-vl": ("DeepseekVL", ("DeepseekVL", square), dict(num_image_tokens=16)),
+        "janus": ("Janus", ("Janus", square), dict(num_image_tokens=16)),
+        "video-llama-3": ("VideoLlama3", ("VideoLlama3", patched), silent),
     }
-    kind, (eyes, sizes), options = kinds[max((k for k in kinds if name.startswith(k)), key=len)]
+    if not (names := [kind for kind in kinds if name.startswith(kind)]):
+        return None  # it needs torchvision
+    kind, (eyes, sizes), options = kinds[max(names, key=len)]
     mark = {"aya-vision": "<picture>", "gemma3": "<boi>"}.get(name, "<image>")
-    mark = f"<img>{mark}</img>" if name.startswith("qwen") else mark  # as its template has it
+    mark = f"<img>{mark}</img>" if re.match("qwen|glm", name) else mark  # as its template has it
     images, words = image_processor(eyes, **sizes), tokenizer(mark)
     if kind == "PaliGemma":
         images.image_seq_length = 16

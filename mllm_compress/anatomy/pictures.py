@@ -93,7 +93,7 @@ def record_pictures(parts: Anatomy, batch: dict) -> dict:  # for `replaying`
             keep = lambda module, args, output, i=i: record.__setitem__(i, output)
             handles.append(module.register_forward_hook(keep))
     with hooked(handles), evaluating(parts.vision_tower):
-        parts.model.get_image_features(**picture_inputs(parts, batch))
+        parts.model.model.get_image_features(**picture_inputs(parts, batch))
     return record
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-010q
@@ -106,7 +106,7 @@ def image_features(
     parts, received = anatomy(model), []
     tower, keep = parts.vision_tower, lambda _, args: received.append(args[0])
     with hooked([parts.projector.register_forward_pre_hook(keep)]), evaluating(tower):
-        model.get_image_features(pixel_values=pixel_values.to(tower.device, tower.dtype))
+        model.model.get_image_features(pixel_values=pixel_values.to(tower.device, tower.dtype))
     return received[0]
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-012
@@ -117,7 +117,8 @@ def picture_features(
 ) -> torch.Tensor:  # [image tokens, hidden]
     "The projected features of a batch's pictures."
     with nullcontext() if record is None else replaying(parts, record):
-        output = parts.model.get_image_features(**picture_inputs(parts, batch), return_dict=True)
+        inputs = picture_inputs(parts, batch)
+        output = parts.model.model.get_image_features(**inputs, return_dict=True)
     features = output.pooler_output
     features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
     return features.reshape(-1, features.shape[-1])

@@ -42,6 +42,7 @@ class Wrapper:
     cached: str = "projector"  # what is kept of a picture: see above
     layers: str = ""  # path of the tower's layers, where the projector is inside the tower
     logits: tuple = ()  # config entries that scale or cap the logits, see `Anatomy.logits`
+    others: tuple = ()  # paths of what neither sees nor writes, such as a generator of pictures
     fixed: Callable = lambda config: 0  # config -> first decoder layers that must stay
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-008
@@ -57,6 +58,10 @@ _LLAVA = (
     Wrapper("fast_vlm", "FastVLM: a convolutional tower"),
     Wrapper("mistral3", "Mistral 3: Pixtral's tower, patches merged by the projector", **_SIZED),
     Wrapper("aya_vision", "Aya Vision: tiles, pixel shuffle in the projector"),
+    Wrapper("cohere2_vision", "Command A Vision: as Aya Vision, a gated projector"),
+    Wrapper(
+        "perception_lm", "Perception LM: tiles, tokens pooled in the projector", cached="tower"
+    ),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-010
@@ -66,9 +71,28 @@ _IDEFICS = {
     "inputs": ("pixel_attention_mask",),
     "cached": "tower",
 }
+_ALIGNED = {"vision": "model.vision_model", "projector": ("model.aligner",)}
+_DRAWING = ("model.vqmodel", "model.generation_embeddings")
+_DRAWING += ("model.generation_aligner", "model.generation_head")
 _CONNECTED = (
     Wrapper("idefics3", "Idefics3: tiles, a connector of one matrix", **_IDEFICS),
     Wrapper("smolvlm", "SmolVLM: as Idefics3", **_IDEFICS),
+    Wrapper("deepseek_vl", "DeepSeek-VL: SigLIP and Llama", **_ALIGNED),
+    Wrapper("janus", "Janus: as DeepSeek-VL, and draws pictures", others=_DRAWING, **_ALIGNED),
+    Wrapper(
+        "video_llama_3",
+        "VideoLLaMA 3: pictures of any size",
+        vision="model.vision_model",
+        projector=("model.projector",),
+        inputs=("image_grid_thw", "image_merge_sizes"),
+        cached="tower",
+    ),
+    Wrapper(
+        "lfm2_vl",
+        "LFM2-VL: patches of all sizes, tiles",
+        inputs=("spatial_shapes", "pixel_attention_mask"),
+        cached="tower",
+    ),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-012
@@ -86,11 +110,17 @@ _DEEP = _QWEN | {
     "fixed": lambda config: len(config.vision_config.deepstack_visual_indexes),
 }
 _MERGED = (
+    Wrapper("qwen3_vl_moe", "Qwen3-VL with experts", **_DEEP),
+    Wrapper("qwen3_5_moe", "Qwen3.5 with experts", **_QWEN),
+    Wrapper("glm4v_moe", "GLM-4.5V: as GLM-4.1V, with experts", **_QWEN),
     Wrapper("qwen2_vl", "Qwen2-VL: any picture size, M-RoPE", **_QWEN),
     Wrapper("qwen2_5_vl", "Qwen2.5-VL: as Qwen2-VL, windowed attention in the tower", **_QWEN),
     Wrapper(
         "qwen3_vl", "Qwen3-VL: features of several tower layers, each to one decoder layer", **_DEEP
     ),
+    Wrapper("qwen3_5", "Qwen3.5: as Qwen3-VL, without those features", **_QWEN),
+    Wrapper("glm4v", "GLM-4.1V: as Qwen2-VL", **_QWEN),
+    Wrapper("glm46v", "GLM-4.6V: as GLM-4.1V", **_QWEN),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-014

@@ -119,7 +119,7 @@ def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons), one per layer
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
     heads, neurons = zip(*planned_widths(plan))
-    kept = lambda counts: {i: range(count) for i, count in enumerate(counts)}
+    kept = lambda counts: {i: range(count) for i, count in enumerate(counts) if count}
     return cut(model, make_plan(model, heads=kept(heads), neurons=kept(neurons)))
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-016
@@ -149,7 +149,10 @@ def enclosing_configs(model: PreTrainedModel, plan: PruningPlan):  # yields conf
     parts, config = anatomy(model), copy.deepcopy(model.config)
     queries, text = parts.queries_per_group(0), config.get_text_config()
     heads, neurons = (max(w) for w in zip(*planned_widths(plan)))
-    text.head_dim, text.intermediate_size = parts.head_dim, neurons
+    text.head_dim = parts.head_dim
+    widths = [("intermediate_size", neurons), *parts.family.settings] if neurons else []
+    for name, value in widths:
+        setattr(text, name, value)
     original = [size["heads"] for size in plan.meta["sizes"]]
     most = max(original + [parts.hidden_size // (queries * parts.head_dim)])
     for groups in range(heads, most + 1):
@@ -186,7 +189,7 @@ def choose_format(
     plan: PruningPlan,  # that was applied
 ) -> tuple:  # (the model as it is saved, "stock" or "pruned"); ValueError where no class fits
     "The model in the class that it is saved as, and the name of the format."
-    if len(set(planned_widths(plan))) == 1:
+    if all(len(set(widths) - {0}) < 2 for widths in zip(*planned_widths(plan))):
         try:
             return fit_class(model, (model.config, equivalent_config(model.config))), "stock"
         except ValueError:

@@ -108,7 +108,8 @@ def reconstruct_files(
         def keep(part):
             file, names = Path(work, f"{part}.safetensors"), weight_names(parts, part)
             if part != "norm":
-                paths = [f".{slot.path}." for slot in parts.family.slots if slot.axis == 1]
+                slots = (*parts.family.mixers, *parts.family.slots)
+                paths = [f".{slot.path}." for slot in slots if slot.axis == 1]
                 names = [name for name in names if any(path in name for path in paths)]
             save_file({n: small.get_parameter(n).detach().contiguous() for n in names}, file)
             weights.fitted |= dict.fromkeys(names, file)

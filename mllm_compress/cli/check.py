@@ -129,7 +129,7 @@ def scored(case: Case) -> str:
 def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
     "A plan that removes about a third, by random scores."
     units = mc.importance.criteria.random_scores(model)
-    parts, scores = mc.anatomy.anatomy(model), mc.importance.criteria.whole_layers(units)
+    parts, scores = mc.anatomy.anatomy(model), mc.importance.criteria.random_layers(model)
     candidates = mc.pruning.pruning_plan.removable(parts, range(parts.num_layers))
     n = max(1, len(candidates) // 3)
     layers = mc.pruning.plan_layerwise(model, scores, n_layers=n)
@@ -196,8 +196,7 @@ class NotTried(Exception):
 
 def reconstructed(case: Case) -> str:
     "The refit brings the pruned model nearer to the dense one."
-    parts = mc.anatomy.anatomy(case.model)
-    widest = max(s.module.in_features for s in parts.linears(0) if s.axis == 1)
+    widest = mc.pruning.reconstruction.widest_fit(mc.anatomy.anatomy(case.model))
     if sum(int(b["attention_mask"].sum()) for b in case.batches) <= 2 * widest:
         raise NotTried(f"takes more than {2 * widest} calibration tokens")
     plan = trial_plan(case.model, "layerwise")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'PIXELS', 'DecoderShape', 'shape_of_model', 'without_weights', 'shape_of_config', 'layer_matrices',
-           'decoder_parameters', 'squares', 'grids', 'in_rows', 'flat_patches', 'example_pictures', 'ShapesOnly',
-           'PictureCost', 'picture_cost', 'image_tokens', 'closed_parameters', 'decoder_flops', 'example_inputs',
-           'forward', 'kv_bytes_per_token', 'weight_bytes']
+           'decoder_parameters', 'squares', 'grids', 'in_rows', 'flat_patches', 'one_tile', 'patch_rows',
+           'example_pictures', 'ShapesOnly', 'PictureCost', 'picture_cost', 'image_tokens', 'closed_parameters',
+           'decoder_flops', 'example_inputs', 'forward', 'kv_bytes_per_token', 'weight_bytes']
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-005
 import json
@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from ..anatomy.families import anatomy, parameter_bytes, part_parameters
-from ..anatomy.wrappers import caches_projector_input, token_inputs
+from ..anatomy.wrappers import WRAPPERS, caches_projector_input, token_inputs
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-011
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class DecoderShape:
     groups: tuple  # key/value heads, per layer
     neurons: tuple  # of the MLP, per layer
     matrices: int  # of the MLP: gate, up, down; or fc1, fc2
-    vectors: tuple  # numbers in biases and norms, per layer, and then behind the layers
+    projections: int  # of a query head: q and o, and the gate of q where there is one
+    fixed: tuple  # numbers in matrices without units, such as linear attention, per layer
+    active: tuple  # numbers in the experts that one token passes, per layer
+    vectors: tuple  # biases, norms, convolutions and experts, per layer, then behind the layers
     tied: bool  # the LM head is the embedding
 
     def __len__(self):
@@ -64,7 +67,18 @@ def shape_of_model(
     layers = range(parts.num_layers)
     groups = tuple(parts.groups(i) for i in layers)
     ends = nn.ModuleList([parts.final_norm, parts.lm_head])
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    linears = lambda m: {id(x.weight): x.weight for x in m.modules() if isinstance(x, nn.Linear)}
+    blocks = [block for slot in parts.family.slots for block in slot.blocks]
+    matrices, slots = linears(model), [s for i in layers for s in parts.linears(i)]
+    units = {id(slot.module.weight) for slot in slots}
+    fixed = lambda m: sum(w.numel() for key, w in linears(m).items() if key not in units)
+    routed = getattr(parts.text_config, "num_experts_per_tok", None) or 0
+    stacks = lambda m: (
+        p
+        for module in m.modules()
+        for p in module.parameters(recurse=False)
+        if p.ndim == 3 and not isinstance(module, nn.Conv1d)
+    )  # [experts, rows, columns]
     others = lambda m: sum(p.numel() for p in m.parameters() if id(p) not in matrices)
     return DecoderShape(
         family=parts.family.name,
@@ -74,7 +88,10 @@ def shape_of_model(
         queries=tuple(g * parts.queries_per_group(i) for i, g in enumerate(groups)),
         groups=groups,
         neurons=tuple(parts.neurons(i) for i in layers),
-        matrices=sum(len(s.blocks) for s in parts.family.slots if s.kind == "neuron"),
+        matrices=blocks.count("neuron"),
+        projections=blocks.count("query") + 2 * blocks.count("gated_query"),
+        fixed=tuple(map(fixed, parts.layers)),
+        active=tuple(sum(routed * p[0].numel() for p in stacks(m)) for m in parts.layers),
         vectors=tuple(map(others, [*parts.layers, ends])),
         tied=parts.lm_head.weight is parts.embed_tokens.weight,
     )
@@ -106,16 +123,17 @@ def shape_of_config(
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-023
 def layer_matrices(shape: DecoderShape) -> list:  # per layer: (of heads, of neurons)
     "Weights in the matrices of each decoder layer, in closed form."
-    h, d, m = shape.hidden, shape.head_dim, shape.matrices
+    h, d, m, p = shape.hidden, shape.head_dim, shape.matrices, shape.projections
     widths = zip(shape.queries, shape.groups, shape.neurons)
-    return [(h * d * (2 * q + 2 * g), m * h * n) for q, g, n in widths]
+    return [(h * d * (p * q + 2 * g), m * h * n) for q, g, n in widths]
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-025
 def decoder_parameters(shape: DecoderShape) -> dict:
     "Parameters of the LM decoder by what they belong to: matrices in closed form, and vectors."
     heads, neurons = map(sum, zip(*layer_matrices(shape)))
     embedding = shape.vocab * shape.hidden
-    counts = {"heads": heads, "neurons": neurons, "vectors": sum(shape.vectors)}
+    counts = {"heads": heads, "neurons": neurons}
+    counts |= {"fixed": sum(shape.fixed), "vectors": sum(shape.vectors)}
     return counts | {"embedding": embedding, "lm_head": 0 if shape.tied else embedding}
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #vision-vision-cell-020
@@ -167,9 +185,27 @@ def flat_patches(config: PreTrainedConfig, batch: int, images: int) -> dict:
     "Patches of all pictures in one list, and their grids."
     v, n = config.vision_config, batch * images
     per_side = _any_side(config) // _side(v.patch_size)
-    numbers = 3 * _side(v.temporal_patch_size) * _side(v.patch_size) ** 2
-    pixels = torch.zeros(n * per_side**2, numbers)
-    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, per_side, per_side]] * n)}
+    numbers = 3 * _side(getattr(v, "temporal_patch_size", 1)) * _side(v.patch_size) ** 2
+    pixels, grids = torch.zeros(n * per_side**2, numbers), [[1, per_side, per_side]] * n
+    ones = torch.ones(n, dtype=torch.long)  # VideoLLaMA 3 merges patches of videos only
+    grids = {"image_grid_thw": torch.tensor(grids), "image_merge_sizes": ones}
+    known = ("image_grid_thw", *WRAPPERS[config.model_type].inputs)
+    return {"pixel_values": pixels} | {k: v for k, v in grids.items() if k in known}
+
+
+def one_tile(config: PreTrainedConfig, batch: int, images: int) -> dict:
+    "Pixels [batch * images, 1, 3, side, side] of pictures of one tile."
+    return {"pixel_values": squares(config, batch, images)["pixel_values"][:, None]}
+
+
+def patch_rows(config: PreTrainedConfig, batch: int, images: int) -> dict:
+    "Patches [batch * images, patches, numbers] of square pictures, their sides and their mask."
+    v, n = config.vision_config, batch * images
+    side = _any_side(config) // (v.patch_size * config.downsample_factor) * config.downsample_factor
+    pixels = torch.zeros(n, side**2, 3 * v.patch_size**2)
+    shapes = torch.tensor([[side, side]] * n)
+    mask = torch.ones(n, side**2, dtype=torch.long)
+    return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #vision-vision-cell-028
 PIXELS = {  # model_type -> (config, batch, images) -> the pictures as inputs of the model
@@ -177,7 +213,9 @@ PIXELS = {  # model_type -> (config, batch, images) -> the pictures as inputs of
     "llava_onevision": grids,
     "idefics3": in_rows,
     "smolvlm": in_rows,
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), flat_patches),
+    "perception_lm": one_tile,
+    "lfm2_vl": patch_rows,
+    **{name: flat_patches for name, row in WRAPPERS.items() if "image_grid_thw" in row.inputs},
 }
 
 
@@ -250,7 +288,7 @@ def _counted(kind: type, text: str, side: int, images: int) -> PictureCost:
                 module.register_forward_hook(lambda *_: projected.append(counter.get_total_flops()))
     with torch.no_grad(), ShapesOnly(), counter:
         pictures = example_pictures(config, 1, images)
-        features = model.get_image_features(**pictures, return_dict=True).pooler_output
+        features = model.model.get_image_features(**pictures, return_dict=True).pooler_output
     features = features if torch.is_tensor(features) else torch.cat(list(features))
     parameters, projector = part_parameters(model), sum(projected)
     return PictureCost(
@@ -283,7 +321,8 @@ def decoder_flops(
     logits: int = 1,  # tokens per sequence at which the vocabulary is scored
 ) -> int:
     "Floating-point operations of the LM decoder's matrix products in one forward pass."
-    weights, pairs = sum(map(sum, layer_matrices(shape))), tokens * (tokens + cached)
+    weights = sum(map(sum, layer_matrices(shape))) + sum(shape.fixed + shape.active)
+    pairs = tokens * (tokens + cached)
     attention = 4 * pairs * shape.head_dim * sum(shape.queries)
     return batch * (2 * tokens * weights + attention + 2 * logits * shape.hidden * shape.vocab)
 

@@ -114,9 +114,8 @@ def random_scores(
 ) -> WidthScores:  # uniform between 0 and 1
     "A random order of the heads and of the neurons of each layer."
     parts, generator = anatomy(model), torch.Generator().manual_seed(seed)
-    draw = lambda count: {
-        i: torch.rand(count(i), generator=generator) for i in range(parts.num_layers)
-    }
+    layers = range(parts.num_layers)
+    draw = lambda count: {i: torch.rand(count(i), generator=generator) for i in layers if count(i)}
     meta = {"seed": seed, "model_type": parts.text_config.model_type}
     return WidthScores(draw(parts.groups), draw(parts.neurons), "random", meta)
 
@@ -295,7 +294,9 @@ def whole_layers(
     scores: WidthScores,  # of every layer
 ) -> LayerScores:  # sum over the heads and neurons of each layer
     "Layer scores from width scores."
-    both = [scores.heads[i].sum() + scores.neurons[i].sum() for i in scores.heads]
+    sums = lambda values: {i: v.sum() for i, v in values.items()}
+    heads, neurons = sums(scores.heads), sums(scores.neurons)
+    both = [heads.get(i, 0) + neurons.get(i, 0) for i in sorted(heads | neurons)]
     return LayerScores(torch.stack(both), scores.kind, scores.meta)
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-063

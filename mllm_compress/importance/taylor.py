@@ -420,6 +420,7 @@ def scoring_memory(
         return int(weights + tokens * per["forward"] + parts.vocab_size * size)
     kept = tokens * (parts.num_layers * per["layer"] + per["ends"])
     logits = supervised * parts.vocab_size * (size + 3 * 4)
-    largest = max(slot.module.weight.numel() for slot in parts.linears(0))
+    slots = (slot for i in range(parts.num_layers) for slot in parts.linears(i))
+    largest = max(slot.module.weight.numel() for slot in slots)
     block = min(CHUNK.get(device, CHUNK["cuda"]), largest) * (size + 3 * 4)
     return int(weights + kept + max(logits, tokens * per["working"] + block))

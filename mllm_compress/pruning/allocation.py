@@ -175,8 +175,9 @@ def removal_steps(
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-011
 def checked_scores(scores: WidthScores, sizes: list, i: int, kind: str) -> torch.Tensor:
     "The scores of the heads or neurons of layer `i`; a ValueError if they are not of this model."
-    units, values = getattr(sizes[i], kind), getattr(scores, kind).get(i)
-    if values is None or len(values) != units:
+    units = getattr(sizes[i], kind)
+    values = getattr(scores, kind).get(i, torch.zeros(0))
+    if len(values) != units:
         raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
     return values
 
@@ -264,9 +265,9 @@ def plan_of_counts(
     layers = [i for i in kept if i not in counts.get("layer", ())]
     for kind in units:
         for i in counts[kind].keys() & set(layers):
-            values = checked_scores(scores, sizes, i, kind)
-            order = ascending(values, f"{kind} scores of layer {i}")
-            units[kind][i] = order[len(order) - counts[kind][i] :]
+            if len(values := checked_scores(scores, sizes, i, kind)):
+                order = ascending(values, f"{kind} scores of layer {i}")
+                units[kind][i] = order[len(order) - counts[kind][i] :]
     if "shape" in fields:
         fields["method"] = "widthwise" if base is None else "layerwise+widthwise"
     return make_plan(model, layers, **units, **fields, scores=score_record(scores))

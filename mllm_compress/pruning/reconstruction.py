@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy, lm_parameters
+from ..anatomy.families import Anatomy, anatomy, below, lm_parameters
 from ..anatomy.streaming import device_of, in_memory
 from ..importance.criteria import input_moments
 from mllm_compress.importance.scores import (
@@ -214,8 +214,8 @@ def open_streams(
 
     fronts = [open_passages(model, batches) for model in (dense, small)]
     parts = anatomy(small)
-    slots = (slot for j in range(parts.num_layers) for slot in parts.writers(j))
-    widest = max(slot.module.in_features for slot in slots)
+    modules = (m for layer in parts.layers for m in projections(parts, layer).values())
+    widest = max(module.in_features for module in modules)
     size = sum(p.first[..., 0].numel() for p in fronts[0]) * dtype.itemsize
     needed = size * (3 * fronts[0][0].first.shape[-1] + widest)
     in_files = needed > free_memory(fronts[0][0].first.device) / 4
@@ -282,11 +282,11 @@ def run_layer(
     hidden: torch.Tensor,  # [batch, tokens, hidden]
     call: dict,  # its other arguments
 ) -> tuple:  # output of each output projection by slot, the state behind the layer, parallel
-    "Run a layer; the last value is whether its attention and MLP read the same state (Phi)."
+    "Run a layer; the last value is whether its projections are to be fitted together (Phi)."
     outputs, read = {}, []
     keep = lambda name: lambda _, args, output: outputs.update({name: output})
     see = lambda _, args, kwargs: read.append(args[0] if args else kwargs["hidden_states"])
-    blocks = [layer.get_submodule(path) for path in (parts.family.attention, parts.family.mlp)]
+    blocks = [mixer_of(parts, layer), layer.get_submodule(parts.family.mlp)]
     handles = [m.register_forward_hook(keep(n)) for n, m in projections(parts, layer).items()]
     handles += [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
     with hooked(handles):
@@ -295,8 +295,16 @@ def run_layer(
 
 
 def projections(parts: Anatomy, layer: torch.nn.Module) -> dict:  # slot name -> module
-    "The output projections of a layer, attention first."
-    return {s.name: layer.get_submodule(s.path) for s in parts.family.slots if s.axis == 1}
+    "The output projections of a layer, that of attention or of what is in its place first."
+    slots = [s for s in (*parts.family.mixers, *parts.family.slots) if s.axis == 1]
+    modules = {s.name: below(layer, s.path) for s in slots}
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+def mixer_of(parts: Anatomy, layer: torch.nn.Module) -> torch.nn.Module:
+    "The attention of a layer, or what is in its place."
+    paths = (parts.family.attention, *(s.path.rpartition(".")[0] for s in parts.family.mixers))
+    return next(m for m in (below(layer, path) for path in paths) if m is not None)
 
 
 def added(parts: Anatomy, layer: torch.nn.Module, outputs: dict) -> torch.Tensor:
@@ -320,12 +328,18 @@ def projection_inputs(
         if len(inputs) == len(names):
             raise Reached
 
-    nothing = lambda _: lambda *args, **kwargs: (torch.zeros_like(hidden), None)
-    done = [] if next(iter(modules)) in names else [layer.get_submodule(parts.family.attention)]
+    done = nullcontext() if next(iter(modules)) in names else without_mixer(parts, layer, hidden)
     handles = [modules[name].register_forward_pre_hook(see) for name in names]
-    with hooked(handles), replaced_forward(done, nothing), suppress(Reached):
+    with hooked(handles), done, suppress(Reached):
         layer(hidden, **call)
     return torch.cat(inputs, -1)
+
+
+def without_mixer(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor):
+    "A context in which the attention of a layer, or what is in its place, adds nothing."
+    zeros, mixer = torch.zeros_like(hidden), mixer_of(parts, layer)
+    silent = (zeros, None) if mixer is below(layer, parts.family.attention) else zeros
+    return replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent)
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-021
 @contextmanager
@@ -351,7 +365,8 @@ def advance_dense(
                 before = plus(s.take("dense"), s.between[i])
                 outputs, after, parallel = run_layer(parts, layer, before, s.calls[i])
                 near = partial(torch.allclose, after, rtol=1e-3, atol=1e-3, equal_nan=True)
-                if s is streams[0] and not near(before + added(parts, layer, outputs)):
+                checked = s is streams[0] and parts.neurons(i)  # experts add more
+                if checked and not near(before + added(parts, layer, outputs)):
                     raise ValueError(
                         f"layer {i} adds more to its input than its output projections write; "
                         "reconstruction has no closed form there."
@@ -430,12 +445,12 @@ def fit_layer(
     "Refit one layer and move the pruned stream behind it."
     stored, rows = projections(parts, parts.layers[j]), []
     names = list(stored)
-    stages = [names] if streams[0].parallel else [names[:1], names[1:]]
+    stages = [names] if streams[0].parallel else filter(None, [names[:1], names[1:]])
     with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         for s in streams:
             s.keep(pruned=plus(s.take("pruned"), s.between[i]))
         for stage in stages:
-            target = "dense" if stage[-1] == names[-1] else "middle"
+            target = "dense" if stage[-1] == names[-1] and parts.neurons(j) else "middle"
             moments = stage_moments(parts, i, layer, streams, stage, target)
             about = dict(layer=i, projection="+".join(stage))
             rows.append(about | fit_stage([stored[name] for name in stage], moments, ridge))
@@ -447,6 +462,9 @@ def fit_layer(
                 outputs = {name: m(part) for (name, m), part in zip(modules.items(), x)}
                 s.keep(pruned=s.take("pruned") + added(parts, layer, outputs))
                 s.inputs = None
+        for s in streams if not parts.neurons(j) else ():  # experts are not refitted
+            with without_mixer(parts, layer, before := s.take("pruned")):
+                s.keep(pruned=layer(before, **s.calls[i]))
     return rows
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-037
@@ -492,8 +510,8 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstruction-cell-014
 def widest_fit(parts: Anatomy) -> int:
     "The most input channels that the output projections of one layer have."
-    layers = (parts.writers(j) for j in range(parts.num_layers))
-    return max(sum(s.module.in_features for s in slots) for slots in layers)
+    layers = (projections(parts, layer).values() for layer in parts.layers)
+    return max(sum(module.in_features for module in modules) for modules in layers)
 
 
 def check_tokens(small: PreTrainedModel, batches: list, ridge: float | tuple | None) -> None:

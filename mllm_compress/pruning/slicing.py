@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.families import Anatomy, anatomy, below
 from ..anatomy.streaming import SOURCE
 from .pruning_plan import PruningPlan
 
@@ -51,11 +51,12 @@ def layer_counts(
 ) -> dict:
     "The counts of layer `i` under the names that configs use."
     groups = parts.groups(i)
-    return {
+    counts = {
         "num_attention_heads": groups * parts.queries_per_group(i),
         "num_key_value_heads": groups,
         "intermediate_size": parts.neurons(i),
     }
+    return {name: count for name, count in counts.items() if count}  # of units that the layer has
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-014
 def sync_modules(
@@ -65,8 +66,9 @@ def sync_modules(
     "Set attributes and configs of all layers to the sizes of their weights."
     for i, layer in enumerate(parts.layers):
         counts = layer_counts(parts, i)
-        values = {**counts, "num_heads": counts["num_attention_heads"]}
-        for module in (parts.attention(i), parts.mlp(i)):
+        heads = {name: n for name, n in counts.items() if name == "num_attention_heads"}
+        values = counts | {"num_heads": n for n in heads.values()}
+        for module in layer.children():
             for name in values:
                 if name in vars(module):
                     setattr(module, name, values[name])
@@ -90,10 +92,13 @@ def sync_config(
     for name in PER_LAYER:
         if values := getattr(config, name, None):
             setattr(config, name, [values[i] for i in kept])
-    uniform = all(c == counts[0] for c in counts)
-    if uniform and any(getattr(config, name) != value for name, value in counts[0].items()):
+    if dense := getattr(config, "first_k_dense_replace", None):  # the first have no experts
+        config.first_k_dense_replace = sum(i < dense for i in kept)
+    shared = {name: value for c in counts for name, value in c.items()}
+    uniform = all(shared[name] == value for c in counts for name, value in c.items())
+    if uniform and any(getattr(config, name) != value for name, value in shared.items()):
         config.head_dim = parts.head_dim
-        for name, value in counts[0].items():
+        for name, value in (*shared.items(), *parts.family.settings):
             setattr(config, name, value)
     return uniform
 
@@ -161,7 +166,12 @@ def silence(
     model = copy.deepcopy(model)
     parts = anatomy(model)
     for i in range(plan.num_layers):
-        joint = parts.family.joint_norm and i in plan.heads
+        joint, layer = parts.family.joint_norm and i in plan.heads, parts.layers[i]
+        if i not in plan.layers:  # what has no units is silenced as a whole
+            mixers = (below(layer, slot.path) for slot in parts.family.mixers)
+            whole = [*mixers, None if parts.neurons(i) else parts.mlp(i)]
+            for p in (p for module in whole if module is not None for p in module.parameters()):
+                p.zero_()
         for slot in parts.linears(i):
             kind = "heads" if slot.kind == "head" else "neurons"
             gone = plan.removed(kind, i) if i in plan.layers else range(slot.units)

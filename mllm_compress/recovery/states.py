@@ -98,7 +98,8 @@ def last_layer_at(
     where: torch.Tensor | None,  # [batch, tokens] bool; None: everywhere
 ):
     "The last layer computes only some positions; its output at the others is undefined."
-    if where is None or getattr(parts.layers[-1], "gradient_checkpointing", False):
+    experts = not parts.neurons(parts.num_layers - 1)  # whose MLP takes [batch, tokens, hidden]
+    if where is None or experts or getattr(parts.layers[-1], "gradient_checkpointing", False):
         yield
         return
     index = where.flatten().nonzero()[:, 0]
@@ -110,9 +111,8 @@ def last_layer_at(
         full = output.new_zeros(where.numel(), output.shape[-1])
         return full.index_copy(0, index, output).view(*where.shape, -1)
 
-    output_projection = next(s.module for s in parts.linears(parts.num_layers - 1) if s.name == "o")
-    handles = []
-    for module in (output_projection, parts.mlp(-1)):
+    last, handles = parts.linears(parts.num_layers - 1), []
+    for module in (*(slot.module for slot in last if slot.name == "o"), parts.mlp(-1)):
         handles += [module.register_forward_pre_hook(pick), module.register_forward_hook(put)]
     with hooked(handles):
         yield

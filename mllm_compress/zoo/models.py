@@ -17,6 +17,8 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
+from ..anatomy.families import family_of
+from ..anatomy.wrappers import wrapper_of
 from ..utils.methods import LOADERS, naming_extras
 from mllm_compress.zoo.releases import (
     NATIVE,
@@ -228,7 +230,7 @@ def _is_gguf(name: str) -> bool:
 def check_model(
     name,  # as for load_model
 ) -> None:
-    "An error where a model is missing or damaged; nothing is loaded."
+    "An error where a model is missing, damaged or of a class without a row; nothing is loaded."
     name = str(name)
     folder = Path(name).expanduser()
     if name in MODELS or _is_gguf(name):
@@ -237,6 +239,9 @@ def check_model(
         _check_hub_id(name)
     elif layout_of(folder) == "native":
         check_files(folder)
+        with named_failures(folder):
+            config = AutoConfig.from_pretrained(folder)
+        family_of(config), wrapper_of(config)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-045
 def from_hub(name: str, trust_remote_code: bool = False, **options) -> Path:
