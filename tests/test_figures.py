@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 from mllm_compress.study import guide, scoreboard
-from mllm_compress.study.answers import choose
 from mllm_compress.study.figures import forest
 from mllm_compress.study.notebooks import parameters_of
 from mllm_compress.study.profiles import load_profile
@@ -40,30 +39,6 @@ def test_reports_see_the_parameters_as_they_were_given(path):
             names = [n for n in ast.walk(statement) if isinstance(n, ast.Name)]
             names = [n.id for n in names if isinstance(n.ctx, ast.Store) and id(n) not in inside]
             assert not set(names) & parameters, ast.unparse(statement)
-
-
-def test_examples_are_one_of_each_kind_and_the_first_lost_at_each_ratio():
-    questions = pd.MultiIndex.from_tuples(
-        [("a", "1"), ("a", "2"), ("a", "3"), ("b", "1"), ("b", "2"), ("c", "1"), ("c", "2")],
-        names=["benchmark", "id"],
-    )
-    right = pd.DataFrame(
-        {
-            "original": [1, 0, 1, 1, 1, 1, 1],
-            "30% pruned": [0] * 7,
-            "30% recovered": [0, 0, 1, 0, 0, 1, 1],
-            "60% pruned": [0] * 7,
-            "60% recovered": [0] * 7,
-        },
-        index=questions,
-    ).astype(bool)
-    assert choose(right, [0.3, 0.6]) == {
-        ("a", "1"): "one of its kind",
-        ("b", "2"): "one of its kind",
-        ("c", "1"): "one of its kind",  # the third of two is the first
-        ("b", "1"): "first lost at 30%",  # a-1 was lost too, but is shown already
-        ("a", "3"): "first lost at 60%",
-    }  # a-2 was never right
 
 
 def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch):

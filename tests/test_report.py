@@ -8,6 +8,9 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given as given_any
+from hypothesis import settings
+from hypothesis import strategies as hypothesis
 from nbformat.v4 import new_code_cell, new_notebook
 
 from mllm_compress.study import style
@@ -29,7 +32,7 @@ from mllm_compress.study.statistics import (
     difference,
     summary,
 )
-from mllm_compress.study.tables import Table, to_html, to_latex, to_markdown
+from mllm_compress.study.tables import Table, score_table, to_html, to_latex, to_markdown
 
 FRAME = pd.DataFrame(
     {
@@ -73,11 +76,22 @@ def test_every_notation_escapes_marks_and_fits():
     assert to_markdown(TABLE).count("**") == 4
     assert "y &amp; z" in to_html(TABLE) and "<b>97.1</b>" in to_html(TABLE)
     tex = to_latex(TABLE)
-    parts = (r"x\_1", r"y \& z", r"\caption{Kept, in \%.}", r"\toprule", r"\textbf{97.1}", " & -- ")
+    parts = (r"x\_1", r"y \& z", r"\caption{Kept, in \%.}", r"\toprule", r"\textbf{97.1}", " & – ")
     assert not [part for part in parts if part not in tex]
     lines = Table(pd.DataFrame({"question": ["What is x^2?\nA. ~4\n  B. 5"]}), "Asked.", {})
     assert "| What is x^2? A. ~4 B. 5 |" in to_markdown(lines)
     assert r"What is x\^{}2? A. \textasciitilde{}4 B. 5" in to_latex(lines)
+
+
+@given_any(hypothesis.floats(0, 99), hypothesis.floats(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_above_guessing_is_nothing_for_guessing_and_all_for_the_original(chance, share):
+    scores = [chance, chance + share * (100 - chance), 100.0]
+    rows = pd.DataFrame({"model": "smoke-llava", "pruning": "none", "avg_percent": scores})
+    rows = rows.assign(requested_ratio=0.0, achieved_ratio=0.0, low=0.0, high=0.0)
+    table = score_table(rows, load_profile("smoke"), guessed={"smoke-llava": chance})
+    assert table["AVG-% above guessing"].tolist() == pytest.approx([0, 100 * share, 100], abs=1e-6)
+    assert "AVG-% above guessing" not in score_table(rows, load_profile("smoke"))
 
 
 @pytest.mark.parametrize(
@@ -293,21 +307,6 @@ def test_claims_say_what_made_up_results_hold():
     assert CLAIMS[4].effects(losses)["m at 0.15"].value == pytest.approx(-2.5)
 
 
-@pytest.mark.parametrize(
-    "untrained, where, value",
-    [
-        (None, "projector + LM less 1 point", 0.5),  # half a point worse, one granted
-        (0.8, "projector + LM less 1 point", 0.5),  # 9.5 more than no training is the surer half
-        (0.92, "no training", -2.5),  # within a point, but worse than before
-    ],
-)
-def test_training_the_projector_is_compared_with_both(untrained, where, value):
-    parts = ORIGINAL | trained("sft", 0.9) | trained("sft", 0.895, train="projector")
-    parts |= trained("sft", 0.9, 0.45) | trained("sft", 0.5, 0.45, train="projector")  # not small
-    parts |= seeded(untrained, "layerwise", 0.15) if untrained else {}
-    assert rounded(CLAIMS[2].effects(answered(parts))) == {f"m at 0.15, over {where}": value}
-
-
 def test_shares_are_paired_with_the_original():
     "The interval of a share of the original's score is that of a bootstrap over questions."
     rng = np.random.default_rng(0)
@@ -342,36 +341,19 @@ def test_a_failed_original_takes_only_its_own_model_with_it():
 def test_half_of_claim_5_is_undecided():
     "Layerwise at 30 % was compared, and nothing at 45 % or above; then both were."
 
-    def cells(*ratios):
+    def verdict(*ratios):
         kept = ORIGINAL
         for r in ratios:
-            first, second = (0.9, 0.6) if r < 0.4 else (0.6, 0.9)
-            kept = kept | seeded(first, "layerwise", r, recovery="sft+hidden_kd")
-            kept |= seeded(second, "widthwise", r, recovery="sft+hidden_kd")
-        return kept
+            scores = (0.9, 0.6) if r < 0.4 else (0.6, 0.9)
+            for pruning, score in zip(("layerwise", "widthwise"), scores):
+                kept = kept | seeded(score, pruning, r, recovery="sft+hidden_kd")
+        return Verdict("A.", basis="", **CLAIMS[5].measure(answered(kept)))
 
-    verdicts = {}
-    for ratios in ((0.3,), (0.45,), (0.3, 0.45)):
-        frame, claim = answered(cells(*ratios)), CLAIMS[5]
-        verdicts[ratios] = Verdict(claim.text, basis="", **claim.measure(frame))
-    assert [v.word for v in verdicts.values()] == ["undecided", "undecided", "supported"]
-    assert "not tested: 45 % and above" in verdicts[0.3,].sentence()
-    assert "not tested: 30 % and below" in verdicts[0.45,].sentence()
-    assert "not tested" not in verdicts[0.3, 0.45].sentence()
-    assert CLAIMS[5].effects(answered(cells(0.38))) == {}  # of these ratios the claim says nothing
-
-
-def test_a_rival_at_fewer_places_is_no_rival_but_counts_where_it_ran():
-    "It would leave the other places untested; the strongest at 0.15 is the new one."
-    both = trained("sft", 0.9) | trained("sft+hidden_kd", 0.925)
-    both |= {replace(e, ratio=0.3): a for e, a in both.items()}
-    frame = answered(ORIGINAL | both | trained("logits_kd", 0.95))
-    assert list(CLAIMS[3].effects(frame)) == ["m at 0.15, over sft", "m at 0.30, over sft"]
-    assert CLAIMS[3].measure(frame)["rivals"] == 1
-    here = frame[frame.requested_ratio.isin([0.0, 0.15])]
-    ((where, effect),) = CLAIMS[3].effects(here).items()
-    assert where == "m at 0.15, over logits_kd" and effect.value == pytest.approx(-2.5)
-    assert CLAIMS[3].measure(here)["rivals"] == 2
+    small, large, both = verdict(0.3), verdict(0.45), verdict(0.3, 0.45)
+    assert [v.word for v in (small, large, both)] == ["undecided", "undecided", "supported"]
+    assert (large.missing, both.missing) == ("30 % and below", "")
+    assert "not tested: 45 % and above" in small.sentence()
+    assert verdict(0.38).effects == {}  # of these ratios the claim says nothing
 
 
 def test_the_rival_is_the_one_that_is_least_surely_beaten():
@@ -379,7 +361,9 @@ def test_the_rival_is_the_one_that_is_least_surely_beaten():
     wild = trained("logits_kd", 0.99)
     wild[next(iter(wild))] = 0.80
     known = trained("sft+hidden_kd", 0.9) | trained("hidden_kd", 0.925)
-    ((where, effect),) = CLAIMS[3].effects(answered(ORIGINAL | known | wild)).items()
+    frame = answered(ORIGINAL | known | wild)
+    ((where, effect),) = CLAIMS[3].effects(frame).items()
+    assert CLAIMS[3].measure(frame)["rivals"] == 2
     assert where == "m at 0.15, over hidden_kd" and effect.high < 0  # wild: 2.7 better on average
     assert effect.value == pytest.approx(-2.5)
 

@@ -147,11 +147,9 @@ def ratio_within(
     model: PreTrainedModel,  # dense, on any device
     how: str,  # how what is left is rounded
     limit: float,  # bytes
-    step: float = 0.0,  # fraction of LM parameters; ratios are multiples of it
+    step: float = 0.001,  # fraction of LM parameters; ratios are multiples of it
 ) -> float:  # of LM-decoder parameters; 0 where the dense model fits
     "The smallest ratio at which a pruned and rounded model has at most so many bytes."
     inside, size, others = parts_in_bytes(model, how)
     ratio = max(0.0, (inside - (limit - others) * inside / size) / lm_parameters(model))
-    if step:
-        return round(step * math.ceil(ratio / step - 1e-6), 4)
-    return math.ceil(1000 * ratio - 1e-6) / 1000
+    return round(step * math.ceil(ratio / step - 1e-6), 4)

@@ -7,51 +7,21 @@ __all__ = []
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-002
 import textwrap
-from dataclasses import replace
 
 import pandas as pd
 
-from ..evaluation import benchmarks
-from .experiments import Experiment
-from .profiles import Profile
-from .stages import asked_of, result_of
-from .store import results_of
 from .style import page, panels
 from ..utils.methods import GREEN, RED
 
-# %% ../../nbs/library/study/35_answers.ipynb #cell-006
-STATES = ("pruned", "recovered")
-
-
-def kept_answers(experiment: Experiment, setup: Profile) -> pd.DataFrame:
-    "The answers kept with a result, in the order asked; none where the experiment failed."
-    result = result_of(experiment, setup, results_of(setup))
-    columns = ["benchmark", "id", "prompt", "answer", "prediction", "value"]
-    rows = pd.DataFrame(result["sample"] if result else [], columns=columns)
-    return rows.set_index(["benchmark", "id"])
-
-
-def side_by_side(
-    model: str,
-    recovered: dict,  # ratio -> the recovered Experiment
-    setup: Profile,
-    column: str,  # prediction or value
-) -> pd.DataFrame:  # a row per question
-    "Answers, or their values, of the original and of every ratio, as `30% pruned`."
-    columns = {"original": kept_answers(Experiment(model), setup)[column]}
-    for ratio, after in recovered.items():
-        for state, e in zip(STATES, (replace(after, recovery="none"), after)):
-            columns[f"{ratio:.0%} {state}"] = kept_answers(e, setup)[column]
-    return pd.DataFrame(columns, index=columns["original"].index)
-
 # %% ../../nbs/library/study/35_answers.ipynb #cell-008
-FIRST = "one of its kind"
-
-
-def choose(right: pd.DataFrame, ratios: list) -> dict:  # question -> why it is shown
+def choose(
+    right: pd.DataFrame,  # [questions by benchmark and id, original and `30% recovered`] of bool
+    ratios: list,
+) -> dict:  # question -> why it is shown
     "The k-th stored question of the k-th benchmark, and the first one lost at every ratio."
     of_each = right.groupby(level="benchmark", sort=False)
-    why = {own.index[k % len(own)]: FIRST for k, (_, own) in enumerate(of_each)}
+    kinds = enumerate(rows.index for _, rows in of_each)
+    why = {index[k % len(index)]: "one of its kind" for k, index in kinds}
     for r in ratios:
         lost = right.index[right["original"] & ~right[f"{r:.0%} recovered"]]
         new = next((q for q in lost if q not in why), None)
@@ -66,22 +36,6 @@ def text_of(answer: str, right: bool, width: int = 30) -> str:
     if isinstance(answer, str):
         text = textwrap.shorten(answer, width, placeholder="…") or "(nothing)"
     return text if right else f"{text} ×"
-
-
-def answer_table(
-    questions: pd.DataFrame,  # of `kept_answers`
-    answers: pd.DataFrame,  # of `side_by_side`
-    right: pd.DataFrame,  # whether each is right
-    chosen: dict,  # of `choose`
-) -> pd.DataFrame:
-    "The chosen answers of a model and the counts of right ones."
-    table = questions.loc[[*chosen], ["prompt", "answer"]].reset_index("benchmark")
-    table = table.rename(columns={"prompt": "question"})
-    for c in right:
-        table[c] = [text_of(answers.loc[q, c], right.loc[q, c]) for q in chosen]
-    counts = {"benchmark": "all", "question": f"{len(right)} kept", "answer": ""}
-    counts |= {c: f"{int(right[c].sum())} right" for c in right}
-    return pd.concat([table, pd.DataFrame([counts])], ignore_index=True)
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-020
 def draw_answers(
@@ -110,22 +64,3 @@ def draw_answers(
                 ax.text(0, y, name, color="#333333", **text)
                 ax.text(0.6, y, f"{sign} {answers[name][k]}", color=color, **text)
     return fig
-
-
-def answers_figure(
-    questions: pd.DataFrame,  # of `kept_answers`
-    answers: pd.DataFrame,  # of `side_by_side`
-    right: pd.DataFrame,  # whether each is right
-    chosen: dict,  # of `choose`
-    setup: Profile,
-):  # a figure
-    "All chosen questions of a model with the answers at every ratio."
-    images, shown = {}, [*chosen]
-    for name in {name for name, _ in chosen}:
-        for q in benchmarks.load_questions(*asked_of(name, setup.evaluation)):
-            if (name, q.id) in chosen and q.images:
-                images[name, q.id] = benchmarks.open_image(q.images[0])
-    texts = {c: [text_of(answer, True, 13) for answer in answers.loc[shown, c]] for c in right}
-    marks = {c: right.loc[shown, c].tolist() for c in right}
-    pictures, prompts = [images.get(q) for q in shown], questions.prompt[shown].tolist()
-    return draw_answers(pictures, prompts, texts, marks, columns=4)

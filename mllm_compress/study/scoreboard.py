@@ -34,14 +34,13 @@ def printed_claims() -> dict:  # claim -> sentence
     more = wide.widthwise - wide.layerwise
     best = published("best_compressed").query("ratio > 0")
     kept = best.avg_percent_as_printed
-    enough = best[kept > PROMISED]
     return {
         1: f"Tab. 2: {more.min():+.1f} to {more.max():+.1f}, {(more > 0).sum()} of {len(more)} "
         "settings",
         2: "Fig. 3, text",
         3: "Fig. 4 and 5, text",
-        4: f"Tab. 5, all data: over {PROMISED} % up to {enough.ratio.max():.2f}; none for "
-        f"{100 * LITTLE:g} %",
+        4: f"Tab. 5, all data: over {PROMISED} % up to "
+        f"{best.ratio[kept > PROMISED].max():.2f}; none for {100 * LITTLE:g} %",
         5: f"Tab. 5: {kept.min():.1f} to {kept.max():.1f} %, no rival",
     }
 
@@ -85,9 +84,8 @@ def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
     wrapped = lambda text, width: textwrap.fill(textwrap.shorten(text, 220), width)
     names, cells = columns_of(shown), []
     for row in table.to_dict("records"):
-        cell = {"row": wrapped(row["claim"], 38), "column": "reported in\nthe paper"}
-        cell |= {"text": wrapped(row["reported in the paper"], 23), "color": GREY, "alpha": 0.0}
-        cells.append(cell)
+        claim, printed = wrapped(row["claim"], 38), wrapped(row["reported in the paper"], 23)
+        cells.append((claim, "reported in\nthe paper", printed, GREY, 0.0))
         for p in names:
             word, against = row[p], row[f"{p}, contradicted in"]
             lines = [f"{statistics.SIGNS[word]} {word}", row[f"{p}, average effect"]]
@@ -95,10 +93,11 @@ def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
             if not against.startswith(("–", "0 ")):
                 lines.append(f"contradicted in {against}")
             alpha = {statistics.UNTESTED: 0.03, statistics.UNDECIDED: 0.1}.get(word, 0.28)
-            look = {"column": f"profile\n{p}", "color": statistics.COLORS[word], "alpha": alpha}
-            cells.append(cell | look | {"text": "\n".join(lines)})
+            look = "\n".join(lines), statistics.COLORS[word], alpha
+            cells.append((claim, f"profile\n{p}", *look))
+    cells = pd.DataFrame(cells, columns=["row", "column", "text", "color", "alpha"])
     size = dict(width=CLAIM + FIELD * (1 + len(names)), height=0.74 * len(table) + 0.6)
-    fig, (ax,) = fields(pd.DataFrame(cells).assign(model=""), columns=1, **size)
+    fig, (ax,) = fields(cells.assign(model=""), columns=1, **size)
     ax.xaxis.tick_top()
     return fig
 
@@ -125,9 +124,8 @@ def verdicts_of_claims(
             its = results[results.result.isin(place)]
             frame = claimed(its.iloc[its.result.map(place).argsort(kind="stable")])
             frame = frame[frame.model.isin(statistics.with_original(frame))]
+        how = {"effects": {}, "basis": "nothing finished", "unit": claim.unit}
         if len(frame):
             how = claim.measure(frame) | {"basis": statistics.basis_of(frame)}
-        else:
-            how = {"effects": {}, "basis": "nothing finished", "unit": claim.unit}
         verdicts[n] = statistics.Verdict(claim.text, guessed=guessed, **how)
     return verdicts

@@ -68,7 +68,7 @@ class Estimate:
     floor: float = -math.inf  # the least possible value
     top: float = math.inf  # the greatest
     model: str = ""
-    empty: bool = False  # a difference of two settings that both score nothing
+    ratio: float = math.nan  # of a difference: the share that the two sides removed on average
     better: float = math.nan  # of a difference: AVG-% of its better side
     by_seed: dict = field(default_factory=dict, compare=False, repr=False)  # seed -> value
     by_image: pd.Series = field(default=None, compare=False, repr=False)  # errors of the value
@@ -97,8 +97,8 @@ class Estimate:
         "'1' gives 97.1 [95.9, 98.2]; a leading plus is kept: '+1' gives +2.1 [0.9, 3.2]."
         sign, digits = ("+", int(spec[1:])) if spec.startswith("+") else ("", int(spec or 1))
         digits += any(b and round(b, digits) == 0 for b in (self.low, self.high))
-        rounded = (round(x, digits) + 0.0 for x in (self.value, self.low, self.high))  # no "-0.0"
-        value, low, high = rounded
+        # adding 0.0 turns -0.0 into 0.0
+        value, low, high = (round(x, digits) + 0.0 for x in (self.value, self.low, self.high))
         return f"{value:{sign}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 # %% ../../nbs/library/study/22_statistics.ipynb #fdcb8c43
@@ -152,17 +152,10 @@ class Original:
         known = "images" in scored and scored.images.notna().all()
         self.images = dict(zip(scored.benchmark, scored.images)) if known else {}
 
-    def estimate(
-        self,
-        arrays: dict,  # benchmark -> [seeds, units]
-        seeds: list,  # their names, in the order of the rows of the arrays
-        floor: float = 0.0,  # the least possible value in units of the highest possible AVG-%
-        **about,  # empty and better, as in Estimate
-    ) -> Estimate:
-        "AVG-%, or a difference of two, with its pictures and bounds."
-        about |= {"floor": floor * self.top if floor else 0.0, "top": self.top}
-        about["model"] = self.model
+    def estimate(self, arrays: dict, seeds: list, **about) -> Estimate:
+        "AVG-%, or a difference of two, from `arrays` and the seeds of their rows."
         images = [self.images[benchmark] for benchmark in arrays] if self.images else []
+        about |= {"top": self.top, "model": self.model}
         return estimate(list(arrays.values()), images, seeds, **about)
 
     def arrays(
@@ -170,19 +163,14 @@ class Original:
         rows: pd.DataFrame,  # of one setting of the same model
     ) -> dict:  # benchmark -> [seeds, units], percent of the dense score
         "The score of every question relative to the original's."
-        if set(rows.benchmark) != set(self.units):
+        asked, shares = {name: len(units) for name, units in self.units.items()}, {}
+        if (answered := dict(zip(rows.benchmark, map(len, rows.units)))) != asked:
             raise ValueError(
-                f"The compressed model was evaluated on {sorted(set(rows.benchmark))}, the "
-                f"original on {sorted(self.units)}: evaluate both on the same benchmarks."
+                f"The compressed model answered {answered}, the original {asked}: "
+                "evaluate both on the same questions of the same benchmarks."
             )
-        shares = {}
         for b, its in rows.sort_values("seed", kind="stable").groupby("benchmark", sort=False):
             units, dense = np.stack(its.units.tolist()), self.units[b]
-            if units.shape[1] != len(dense):
-                raise ValueError(
-                    f"{b}: the compressed model answered {units.shape[1]} questions, the original "
-                    f"{len(dense)}: evaluate both on the same questions."
-                )
             if "measure" in rows:
                 shares |= {b: units - dense} if np.isfinite(units).all() else {}
             elif (whole := dense.mean()) > 0:  # the mean over units is the retained score
@@ -192,7 +180,7 @@ class Original:
 
     def retained(self, rows: pd.DataFrame) -> Estimate:
         "AVG-% of one setting."
-        return self.estimate(self.arrays(rows), sorted(set(rows.seed)))
+        return self.estimate(self.arrays(rows), sorted(set(rows.seed)), floor=0.0)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-026
 def _dense(frame: pd.DataFrame) -> pd.Series:
@@ -260,10 +248,11 @@ def paired(
         return estimate([])
     both = [rows[rows.seed.isin(shared)] for rows in (first, second)]
     a, b = map(original.arrays, both)
-    about = {"empty": not any(rows.score.any() for rows in both)}
+    gaps, about = {name: a[name] - b[name] for name in a}, {"floor": -original.top}
+    about["ratio"] = float(np.mean([rows.achieved_ratio.mean() for rows in both]))
     if a and "measure" not in first:
         about["better"] = max(float(np.mean([v.mean() for v in side.values()])) for side in (a, b))
-    return original.estimate({k: a[k] - b[k] for k in a}, sorted(shared), -1.0, **about)
+    return original.estimate(gaps, sorted(shared), **about)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-040
 def having(frame: pd.DataFrame, **wanted) -> np.ndarray:  # a bool per row
@@ -333,9 +322,8 @@ def pooled(
         same_model = e.seeds > 1 and e.spread == 0
         if known and e.seeds and not same_model and not math.isnan(e.questions):
             freedom = known + e.seeds - 1
-            variance = common
-            if math.isfinite(known):
-                variance = (known * common + (e.seeds - 1) * (e.spread * e.seeds)) / freedom
+            weight = (e.seeds - 1) / freedom  # of its own variance; 0 where all are alike
+            variance = common + weight * (e.spread * e.seeds - common)
             out[where] = replace(e, spread=variance / e.seeds, freedom=freedom).at(0.95)
     return out
 
@@ -355,9 +343,8 @@ def average(
         questions = cluster_variance(errors / k)
     several, parts, freedoms = [e for e in known if e.seeds > 1 and e.by_seed], [], []
     for model in dict.fromkeys(e.model for e in several):  # its settings share their seeds
-        its = [e for e in several if e.model == model]
-        errors = [pd.Series(e.by_seed).sub(e.value) / e.seeds / k for e in its]
-        by_seed = pd.concat(errors).groupby(level=0).sum()
+        errors = [(pd.Series(e.by_seed) - e.value) / e.seeds for e in several if e.model == model]
+        by_seed = pd.concat(errors).groupby(level=0).sum() / k
         parts.append(cluster_variance(by_seed))
         freedoms.append(max(len(by_seed) - 1, 1))
     if single := sum(e.seeds == 1 for e in known) * bool(several):
@@ -368,6 +355,26 @@ def average(
     numbers |= {"freedom": satterthwaite(parts, freedoms)}
     numbers |= {name: mean(name) for name in ("floor", "top")}
     return Estimate(*[mean("value")] * 3, **numbers).at(0.95)
+
+# %% ../../nbs/library/study/22_statistics.ipynb #crossing
+def crossing(
+    effects: list,  # of Estimate, of one model at several ratios
+) -> Estimate | None:  # a ratio; None: the sign is the same at all ratios
+    "The ratio at which a difference changes its sign; several such ratios are covered together."
+    known = sorted((e for e in effects if e.value == e.value), key=lambda e: e.ratio)
+    if not known:
+        return None
+    at = np.linspace(known[0].ratio, known[-1].ratio, 1001)
+    ends = ([getattr(e, end) for e in known] for end in ("low", "value", "high"))
+    low, value, high = (np.interp(at, [e.ratio for e in known], end) for end in ends)
+    changes = at[1:][np.diff(value > 0)]
+    if not len(changes):
+        return None
+    sure = at[(low > 0) | (high < 0)]
+    first = max(sure[sure < changes[0]], default=at[0])
+    last = min(sure[sure > changes[-1]], default=at[-1])
+    n, seeds = (max(getattr(e, name) for e in known) for name in ("n", "seeds"))
+    return Estimate(*map(float, (np.median(changes), first, last)), n, seeds)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-005
 @dataclass(frozen=True)
@@ -408,16 +415,6 @@ def basis_of(
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-011
 WORDS = ("supported", "equivalent", "undecided", "contradicted", "not tested")
 SUPPORTED, EQUIVALENT, UNDECIDED, CONTRADICTED, UNTESTED = WORDS
-DEFINITIONS = {  # in order of precedence
-    UNTESTED: "no results, or in every setting both sides are no better than guessing without the "
-    "picture",
-    EQUIVALENT: "the 95 % interval of the average difference is within one point of AVG-% either "
-    "way (not for thresholds), and no setting lies outside",
-    SUPPORTED: "the whole interval is on the claim's side",
-    CONTRADICTED: "the whole interval is on the other side",
-    UNDECIDED: "otherwise; always with a single seed, where one setting supports the claim and "
-    "another contradicts it, and where a part was not tested and the rest does not contradict it",
-}
 DIGITS = {"nats per answer": 3}  # unit -> digits that are shown
 SIGNS = dict(zip(WORDS, "✓≈?✗–"))  # tell the words apart without colour
 COLORS = dict(zip(WORDS, (GREEN, BLUE, GREY, RED, GREY)))
@@ -455,7 +452,7 @@ class Verdict:
 
     def compares(self, e: Estimate) -> bool:
         "Whether an effect is a comparison: not where both sides are no better than guessing."
-        return not e.empty and not e.better <= self.guessed.get(e.model, -1.0)
+        return not e.better <= self.guessed.get(e.model, 0.0)
 
     @cached_property
     def settings(self) -> dict:  # where -> Estimate
@@ -480,22 +477,11 @@ class Verdict:
         words = [*self.words.values(), *untested]
         return {w: words.count(w) for w in WORDS if w in words}
 
-    @property
-    def counted(self) -> str:
-        "The counts in words."
-        if len(self.effects) < 2:
-            return "one setting" if self.effects else "no settings"
-        counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
-        return f"{counts} of {len(self.effects)} settings"
-
     @cached_property
     def by_part(self) -> dict:  # name -> Verdict
         "The verdict on each part that was tested; one without a name where a claim has no parts."
-        effects = {
-            name: {where: self.effects[where] for where in places if where in self.effects}
-            for name, places in self.parts.items()
-        }
-        parts = {name: replace(self, effects=its, parts={}) for name, its in effects.items()}
+        of = lambda places: {where: e for where, e in self.effects.items() if where in places}
+        parts = {k: replace(self, effects=of(places), parts={}) for k, places in self.parts.items()}
         tested = {name: part for name, part in parts.items() if part.settings}
         return tested or {"": replace(self, parts={})}
 
@@ -547,32 +533,27 @@ class Verdict:
             value = f"{part.average:+{DIGITS.get(self.unit, 1)}} {self.unit}"
             named = f"{name}: {part.word}, " if name else ""
             texts.append(f"{named}{value} (95 % interval; {where})")
-        texts += [self.counted] * (len(self.effects) > 1)
+        counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
+        texts += [f"{counts} of {len(self.effects)} settings"] * (len(self.effects) > 1)
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
         return f"{head}{'; '.join(texts)}. {self.used}. {self.beside}".strip()
 
     def record(self) -> dict:
         "The verdict as JSON can express it: every number is a field."
         mean, tested = self.average, bool(self.settings)
-        known = self.used if isinstance(self.used, Basis) else Basis(mean.n, mean.seeds, "")
-        fields = ("claim", "word", "unit", "margin", "rivals", "missing")
-        return {
-            **{name: getattr(self, name) for name in fields},
+        counted = self.used if isinstance(self.used, Basis) else mean
+        fields = {name: getattr(self, name) for name in ("claim", "word", "unit", "margin")}
+        return fields | {
             "why": "" if tested else "no better than guessing" if self.effects else "not run",
-            **{"profile": known.profile, "n": known.n, "seeds": known.seeds},
-            "seeds of": known.of,
-            "counts": self.counts,
-            "settings": self.counted,
+            **{"n": counted.n, "seeds": counted.seeds, "counts": self.counts},
             "average": mean.record() if tested else None,
             "effects": {where: e.record() for where, e in self.settings.items()},
             "words": self.words,
-            "guessed": self.guessed,
             "parts": {
                 name: {"word": v.word, "average": v.average.record(), "settings": [*v.settings]}
                 for name, v in self.by_part.items()
                 if name
             },
-            "basis": str(self.used),
             "sentence": self.sentence(),
         }
 

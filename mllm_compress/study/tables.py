@@ -11,7 +11,6 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -21,17 +20,19 @@ from .. import data, evaluation
 from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
-from ..pruning.pruning_plan import kept_grid
 from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
 from .profiles import Profile, data_inputs, missing_inputs
-from .runs import frame_of, plan_of
+from .runs import frame_of
 from .stages import limit_of, recovery_config
-from .statistics import summary
 from .store import results_of
 from .style import look
 from ..utils.files import code_of, content_hash, remembered
+from ..utils.methods import lazily
+
+# %% ../../nbs/library/study/24_tables.ipynb #cell-003b
+nbconvert = lazily("nbconvert")
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-005
 def _text(value, digits: int) -> str:
@@ -41,15 +42,6 @@ def _text(value, digits: int) -> str:
     if value != value:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
-
-# %% ../../nbs/library/study/24_tables.ipynb #cell-008
-_TEX = {c: "\\" + c for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "^": r"\^{}",
-    "~": r"\textasciitilde{}",
-    "–": "--",
-}
-_escape_tex = lambda text: text.translate(str.maketrans(_TEX))
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-014
 @dataclass(frozen=True, repr=False)
@@ -115,35 +107,39 @@ TABULAR\end{adjustbox}
 
 def to_latex(table: Table) -> str:
     "A booktabs table that fits its page."
-    texts, kinds = _texts(table, r"\textbf{{{}}}", _escape_tex), []
+    escape = nbconvert.filters.escape_latex
+    texts, kinds = _texts(table, r"\textbf{{{}}}", escape), []
     for column, numeric in zip(texts, _numeric(table)):
         longest = max(map(len, texts[column]), default=0)
         wrapped = r">{\raggedright\arraybackslash}p{4.5cm}"
         kinds.append("r" if numeric else wrapped if longest > 40 else "l")
     laid_out = Styler(texts).hide(axis="index")
     tabular = laid_out.to_latex(hrules=True, column_format="".join(kinds))
-    return _FLOAT.replace("CAPTION", _escape_tex(table.caption)).replace("TABULAR", tabular)
+    return _FLOAT.replace("CAPTION", escape(table.caption)).replace("TABULAR", tabular)
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-026
 def to_html(table: Table) -> str:
     "A table with its caption, as notebooks and the page show it."
     texts = _texts(table, "<b>{}</b>", html.escape)
-    sides = dict.fromkeys(("caption", "th", "td"), "left")
-    right = [k for k, numeric in enumerate(_numeric(table), 1) if numeric]
-    sides |= dict.fromkeys((f"tr > :nth-child({k})" for k in right), "right")
-    styles = [{"selector": at, "props": f"text-align:{side}"} for at, side in sides.items()]
-    uuid = content_hash([list(texts.columns), texts.to_numpy().tolist()])[:8]
+    styles = [{"selector": "caption", "props": "text-align:left"}]
+    for k, numeric in enumerate(_numeric(table), 1):
+        align = f"text-align:{'right' if numeric else 'left'}"
+        styles.append({"selector": f"tr > :nth-child({k})", "props": align})
     headed = texts.set_axis([text.replace("/", "/<wbr>") for text in texts], axis=1)
-    laid_out = Styler(headed, uuid=uuid, caption=html.escape(table.caption), cell_ids=False)
-    laid_out = laid_out.hide(axis="index").set_table_styles(styles)
-    places = r"data row\d+ col\d+ ?|col_heading level\d+ col\d+ ?|(?<=\n) +"  # a third of it
-    return re.sub(r' class="" ?', "", re.sub(places, "", laid_out.to_html()))
+    uuid, caption = content_hash(texts.to_csv())[:8], html.escape(table.caption)
+    laid_out = Styler(headed, uuid=uuid, caption=caption, cell_ids=False).hide(axis="index")
+    text = laid_out.set_table_styles(styles).to_html()
+    return re.sub(r' class="[^"]*"|(?<=\n) +', "", text)
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-034
+ABOVE = "AVG-% above guessing"
+
+
 def score_table(
     rows: pd.DataFrame,  # of `statistics.summary`
     setup: Profile,
     *columns: str,  # that tell settings apart, beside model, ratio and pruning
+    guessed: dict = {},  # of `guessing`
 ) -> pd.DataFrame:
     "Settings as rows, with their retained scores."
     order = rows.assign(rank=rows.model.map(setup.models.index))
@@ -159,8 +155,12 @@ def score_table(
         achieved=achieved,
     ).rename(columns={"avg_percent": "AVG-%"})
     order.loc[order.pruning == "original", ["low", "high"]] = np.nan
-    names = ["model", "requested", "pruning", *columns, "AVG-%", "low", "high", "achieved"]
-    return order.reindex(columns=[*names, *setup.evaluation.benchmarks])
+    names = ["model", "requested", "pruning", *columns, "AVG-%", "low", "high"]
+    if guessed:
+        chance = order.model.map(guessed).where(lambda share: share < 100)
+        order[ABOVE] = 100 * (order["AVG-%"] - chance) / (100 - chance)
+        names.append(ABOVE)
+    return order.reindex(columns=[*names, "achieved", *setup.evaluation.benchmarks])
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-039
 GLOSSARY = {
@@ -168,6 +168,8 @@ GLOSSARY = {
     "to be removed, and that was",
     ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
     ("low", "high"): "low, high: the ends of its 95 % interval over questions and seeds",
+    (ABOVE,): f"{ABOVE}: the same scale with 0 for the most frequent training answer to each "
+    "wording, without the picture (chance among ranked candidates), and 100 for the original",
 }
 
 
@@ -226,75 +228,18 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it 
     return pd.Series(scores, dtype=float)
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-008
-def guessed_share(
-    rows: pd.DataFrame,  # of `statistics.summary`
-    blind: pd.Series,  # of `question_only`
-) -> dict:  # model -> AVG-%; empty where the baseline cannot answer every benchmark
-    "AVG-% of the question-only baseline for each model."
-    dense = rows[rows.pruning == "none"].set_index("model").dropna(axis="columns", how="all")
-    if blind.empty or not set(blind.index) <= set(dense):
-        return {}
-    scores = dense[list(blind.index)].astype(float)
-    return (100 * blind / scores[scores > 0]).mean(axis=1).dropna().to_dict()
-
-
 def guessing(setup: Profile) -> dict:  # model -> AVG-% of the question-only baseline
-    "The question-only baseline of each model whose original was evaluated."
+    "The question-only baseline in per cent of each original; none where it cannot answer all."
     if missing_inputs(setup):
         return {}
     dense = frame_of([Experiment(m) for m in setup.models], setup, results_of(setup))
-    dense = dense[dense.status == "done"]
-    if dense.empty:
+    if not (dense.status == "done").any():
         return {}
     blind = question_only(setup)
-    complete = set(blind.index) == set(setup.evaluation.benchmarks)
-    return guessed_share(summary(dense), blind) if complete else {}
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-011
-def channel_ratios(experiments: list, setup: Profile) -> pd.DataFrame:
-    "Per cent of heads and neurons that widthwise plans remove from the layers that lose any."
-    rows, kinds = [], ("heads", "neurons")
-    wide = [e for e in experiments if e.pruning == "widthwise"]
-    for e, plan in [(e, plan) for e in wide if (plan := plan_of(e, setup))]:
-        touched = [i for i in plan.layers if any(plan.removed(kind, i) for kind in kinds)]
-        row = {"model": e.model, "requested": f"{e.ratio:.2f}", "achieved": plan.achieved_ratio}
-        row["layers touched"] = f"{len(touched)} of {plan.num_layers}"
-        for kind in kinds:
-            gone = [len(plan.removed(kind, i)) / plan.meta["sizes"][i][kind] for i in touched]
-            row[f"{kind} removed, %"] = 100 * sum(gone) / max(len(gone), 1)
-        rows.append(row)
-    if not rows:
-        return pd.DataFrame()
-    keys = ["model", "requested", "layers touched"]
-    mean = pd.DataFrame(rows).drop_duplicates().groupby(keys, sort=False, as_index=False).mean()
-    return mean.assign(achieved=mean.achieved.map("{:.3f}".format))
-
-# %% ../../nbs/library/study/24_tables.ipynb #kept-shares
-UNITS_OF = {
-    "layers": "requested ratio (layerwise)",
-    "heads": "key/value head (widthwise)",
-    "neurons": "neurons, sorted (widthwise)",
-}
-
-
-def kept_shares(experiments: list, setup: Profile) -> dict:  # "model, kind" -> frame of per cents
-    "In which share of plans each layer is kept at each ratio, or each head or neuron at any."
-    grids = {}
-    for model, kind in product(setup.models, UNITS_OF):
-        pruning = "layerwise" if kind == "layers" else "widthwise"
-        its = [e for e in experiments if (e.model, e.pruning) == (model, pruning)]
-        plans = {e: plan for e in its if (plan := plan_of(e, setup))}
-        if not plans:
-            continue
-        if kind == "layers":
-            kept = [[i in plan.layers for i in range(plan.num_layers)] for plan in plans.values()]
-            kept = pd.DataFrame(kept, [f"{e.ratio:.2f}" for e in plans]).groupby(level=0).mean().T
-        else:
-            kept = pd.DataFrame(np.mean([kept_grid(p, kind) for p in plans.values()], axis=0))
-        if kind == "neurons":
-            kept = pd.DataFrame(-np.sort(-kept.to_numpy(), axis=1))
-        grids[f"{model}, {kind}"] = 100 * kept.rename_axis(index="layer", columns=UNITS_OF[kind])
-    return grids
+    if set(blind.index) != set(setup.evaluation.benchmarks):
+        return {}
+    scores = dense.pivot_table("score", "model", "benchmark")
+    return (100 * blind / scores[scores > 0]).mean(axis=1).dropna().to_dict()
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-015
 def beside_printed(
@@ -304,8 +249,8 @@ def beside_printed(
 ) -> pd.DataFrame:  # columns panel, label, ours, printed
     "Our AVG-% and the reported one, where both exist."
     ours = rows.rename(columns={"requested_ratio": "ratio", "avg_percent": "ours"})
-    ours["panel"] = [f"{m} | {setup.printed.get(m)}" for m in ours.model]
     ours["theirs"] = [setup.printed.get(m, "") for m in ours.model]
+    ours["panel"] = ours.model + " | " + ours.theirs
     names = {"model": "theirs", "avg_percent_as_printed": "printed"}
     paper = published(table).rename(columns=names).query("ratio > 0")
     paper["label"] = paper.pruning + paper.ratio.map(" {:.2f}".format)
