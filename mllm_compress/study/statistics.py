@@ -84,7 +84,7 @@ class Estimate:
     def at(self, level: float) -> "Estimate":
         "The same value with an interval of another level."
         variance, freedom = self.variance
-        half = stats.t.ppf((1 + level) / 2, freedom) * math.sqrt(variance)
+        half = float(stats.t.ppf((1 + level) / 2, freedom)) * math.sqrt(variance)
         low, high = bounded_interval(self.value, half, self.floor, self.top)
         return replace(self, low=low, high=high)
 

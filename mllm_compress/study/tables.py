@@ -121,10 +121,9 @@ def to_latex(table: Table) -> str:
 def to_html(table: Table) -> str:
     "A table with its caption, as notebooks and the page show it."
     texts = _texts(table, "<b>{}</b>", html.escape)
-    styles = [{"selector": "caption", "props": "text-align:left"}]
-    for k, numeric in enumerate(_numeric(table), 1):
-        align = f"text-align:{'right' if numeric else 'left'}"
-        styles.append({"selector": f"tr > :nth-child({k})", "props": align})
+    styles = [{"selector": "caption, th, td", "props": "text-align:left"}]
+    right = [k for k, numeric in enumerate(_numeric(table), 1) if numeric]
+    styles += [{"selector": f"tr > :nth-child({k})", "props": "text-align:right"} for k in right]
     headed = texts.set_axis([text.replace("/", "/<wbr>") for text in texts], axis=1)
     uuid, caption = content_hash(texts.to_csv())[:8], html.escape(table.caption)
     laid_out = Styler(headed, uuid=uuid, caption=caption, cell_ids=False).hide(axis="index")
