@@ -150,13 +150,12 @@ def keeps(
     least: float = 95,  # the claimed AVG-%
 ) -> dict:  # "model at ratio" -> Estimate
     "How far the retained score of each place is above the claimed one."
-    out = {}
-    for model, ratio in places(frame):
-        setting = at_ratio(way, ratio) | {"model": model}
-        if statistics.finished(frame, **setting):
-            kept = statistics.retained(frame, **setting)
-            out[f"{model} at {ratio:.2f}"] = statistics.above(kept, least)
-    return out
+    settings = {place: at_ratio(way, place[1]) | {"model": place[0]} for place in places(frame)}
+    return {
+        f"{model} at {ratio:.2f}": statistics.above(statistics.retained(frame, **its), least)
+        for (model, ratio), its in settings.items()
+        if statistics.finished(frame, **its)
+    }
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-040
 def weakest(comparisons: dict) -> dict:  # name -> effects; the effects of one, with its name
@@ -286,30 +285,3 @@ CLAIMS = {
         halves=True,
     ),
 }
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-090d
-AGAINST_ALL = 90  # per cent, the authors' second form of claim 4
-BELOW = 0.5  # and the ratios it is about
-
-
-def little_against_all(frame: pd.DataFrame) -> dict:
-    "Claim 4 in its second form: the share of what all of the data keeps, above the claimed one."
-    out = {}
-    for model, ratio in places(frame[frame.requested_ratio < BELOW]):
-        setting = at_ratio(RECOVERED | PROJECTOR_LM, ratio) | {"model": model}
-        few, most = (frame[statistics.having(frame, **setting, fraction=f)] for f in (LITTLE, 1.0))
-        if shared := sorted(set(few.seed) & set(most.seed)):
-            on_all = statistics.Original(most[most.seed == shared[0]])
-            share = on_all.retained(few[few.seed.isin(shared)])
-            out[f"{model} at {ratio:.2f}"] = statistics.above(share, AGAINST_ALL)
-    return out
-
-
-SECOND_FORM = Claim(
-    "05_data",
-    f"Below {100 * BELOW:.0f} % removed, {100 * LITTLE:.0f} % of the data keeps more than "
-    f"{AGAINST_ALL} % of what all of the data keeps.",
-    little_against_all,
-    f"points above {AGAINST_ALL} % of the score on all of the data",
-    margin=None,
-)
