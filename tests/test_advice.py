@@ -4,7 +4,6 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -60,8 +59,7 @@ def ask(monkeypatch):
         situations = guide.situations(frame)
         table = guide.advice_table(frame, situations, load_profile("quick"))
         text = table.to_csv(index=False, float_format="%.6g")
-        file = SimpleNamespace(open=lambda **_: io.StringIO(text))
-        monkeypatch.setattr(advice, "shipped", lambda: advice.read(file))
+        monkeypatch.setattr(advice, "shipped", lambda: advice.read(io.StringIO(text)))
         return advice.advise(model, **kw)
 
     return asking

@@ -214,14 +214,14 @@ def test_what_is_timed_has_the_size_of_what_was_scored():
     import pandas as pd
 
     from mllm_compress.study.profiles import load_profile
-    from mllm_compress.study.savings import asked_of, plan_like, quality_and_cost
+    from mllm_compress.study.savings import plan_like, quality_and_cost
 
     setup, (model, _) = load_profile("quick"), load_model("smoke-llava")
-    layers = plan_like(model, "layerwise", 0.3, setup, 8).achieved_ratio
-    assert asked_of(model, "layerwise", 0.3, setup, 8) == 0.3
-    assert asked_of(model, "widthwise", 0.3, setup, 8) == layers != 0.3
     to_request = replace(setup, width=replace(setup.width, aim="ratio"))
-    assert asked_of(model, "widthwise", 0.3, to_request, 8) == 0.3
+    plan = lambda method, ratio, aim: plan_like(model, method, ratio, aim, 8)
+    layers = plan("layerwise", 0.3, setup).achieved_ratio
+    assert plan("widthwise", 0.3, setup) == plan("widthwise", layers, to_request)
+    assert layers != 0.3 and plan("widthwise", 0.3, setup) != plan("widthwise", 0.3, to_request)
 
     sizes = pd.DataFrame(
         [("m", "dense", 0.0, 0.0, 100.0), ("m", "widthwise", 0.3, 0.3, 70.0)],

@@ -252,7 +252,7 @@ def test_a_timed_notebook_has_all_threads_and_a_broken_one_stops_none(checkout, 
     monkeypatch.delenv("TQDM_DISABLE", raising=False)  # which a quiet command of another test sets
     computed(whole[0], checkout)
     nb = nbformat.read("nbs/study/01_table.ipynb", 4)
-    nb.cells[-1].source = "1 / 0"
+    nb.cells[-1].source = "print('so far')\n1 / 0"
     nbformat.write(nb, "nbs/study/03_broken.ipynb")
     nb.cells[2:] = [new_code_cell("import os\n\nprint('here', os.environ.get('TQDM_DISABLE'))")]
     nb.cells[-1].metadata["tags"] = ["clock"]
@@ -263,6 +263,8 @@ def test_a_timed_notebook_has_all_threads_and_a_broken_one_stops_none(checkout, 
     made = Path("runs/small/figures")
     assert (made / "01_table-scores.csv").read_bytes() == tables(whole[0])[0]
     assert "here None" in (made / "04_alone.ipynb").read_text()
+    assert "so far" in (made / "03_broken.failed.ipynb").read_text()
+    assert sorted(p.stem[:9] for p in made.glob("*.ipynb")) == ["01_table", "03_broken", "04_alone"]
 
 
 def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch):
@@ -346,23 +348,6 @@ def test_notebooks_do_not_try_again_what_failed_and_a_failed_one_stops_nobody(
         runner.plan_study("small.yaml", given={"profile": "tiny"})
     with pytest.raises(ValueError, match="^01_table: Unknown parameter 'seeds'"):
         runner.plan_study("small.yaml", given={"seeds": [0]})
-
-
-def test_a_failed_notebook_is_kept_under_another_name(checkout, monkeypatch):
-    monkeypatch.chdir(checkout)
-    nb = nbformat.read("nbs/study/01_table.ipynb", 4)
-    nb.cells = nb.cells[:2] + [new_code_cell("print('so far')"), new_code_cell("1 / 0")]
-    nbformat.write(nb, "nbs/study/01_table.ipynb")
-    plan = runner.plan_study("small.yaml")
-    (problem,) = runner.run_notebooks(plan, "small.yaml")
-    assert "ZeroDivisionError" in problem and not Path("runs/small/figures/01_table.ipynb").exists()
-    assert "so far" in Path("runs/small/figures/01_table.failed.ipynb").read_text() and not list(
-        Path("runs/small/figures").glob(".*")
-    )
-    nb.cells[-1].source = "1 / 1"
-    nbformat.write(nb, "nbs/study/01_table.ipynb")
-    assert runner.run_notebooks(runner.plan_study("small.yaml"), "small.yaml") == []
-    assert [p.name for p in Path("runs/small/figures").glob("*.ipynb")] == ["01_table.ipynb"]
 
 
 def test_what_is_absent_is_named_before_anything_starts(checkout, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Study notebooks as people run them: papermill, jupyter execute and nbconvert, from any folder."""
+"""Study notebooks as people run them: papermill and jupyter execute, from any folder."""
 
 import os
 import shutil
@@ -76,16 +76,10 @@ def test_a_wrong_parameter_is_an_error_before_anything_is_computed(
     assert sorted(source.glob("runs/*/*")) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [("jupyter", "execute"), ("jupyter", "nbconvert", "--to", "notebook", "--execute")],
-    ids=["execute", "nbconvert"],
-)
-def test_jupyter_runs_a_notebook_with_its_defaults(source, tmp_path, command):
+def test_jupyter_runs_a_notebook_with_its_defaults(source, tmp_path):
     shutil.copytree(source / "nbs", tmp_path / "nbs")
     shutil.copy(source / "settings.ini", tmp_path)
-    done = run(source, *command, "nbs/study/01_models.ipynb", cwd=tmp_path)
+    done = run(source, "jupyter", "execute", "nbs/study/01_models.ipynb", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tiny-llava" in (tmp_path / "runs/quick/figures/01_models-parameters.csv").read_text()
 

@@ -32,7 +32,7 @@ from mllm_compress.study.statistics import (
     difference,
     summary,
 )
-from mllm_compress.study.tables import Table, score_table, to_html, to_latex, to_markdown
+from mllm_compress.study.tables import Table, score_table, to_html, to_latex
 
 FRAME = pd.DataFrame(
     {
@@ -73,13 +73,11 @@ def test_what_rests_on_fewer_seeds_says_so():
 
 def test_every_notation_escapes_marks_and_fits():
     assert TABLE.marked("AVG-%").tolist() == [True, True, False, False]  # read the same; no rival
-    assert to_markdown(TABLE).count("**") == 4
     assert "y &amp; z" in to_html(TABLE) and "<b>97.1</b>" in to_html(TABLE)
     tex = to_latex(TABLE)
     parts = (r"x\_1", r"y \& z", r"\caption{Kept, in \%.}", r"\toprule", r"\textbf{97.1}", " & – ")
     assert not [part for part in parts if part not in tex]
     lines = Table(pd.DataFrame({"question": ["What is x^2?\nA. ~4\n  B. 5"]}), "Asked.", {})
-    assert "| What is x^2? A. ~4 B. 5 |" in to_markdown(lines)
     assert r"What is x\^{}2? A. \textasciitilde{}4 B. 5" in to_latex(lines)
 
 
@@ -155,7 +153,7 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
         out.table(FRAME, "t", "A table.")
         out.verdict("A beats B.", {"here": Estimate(2, 1, 3, 9, 3)}, "n = 9")
         seen.append({p.name: p.read_bytes() for p in Path("runs/smoke/figures").iterdir()})
-    assert seen[0] == seen[1] and len(seen[0]) == 7
+    assert seen[0] == seen[1] and len(seen[0]) == 6
     assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
     assert json.loads(seen[0]["99_demo-verdicts.json"])["verdict"]["word"] == "supported"
     written = pd.read_csv("runs/smoke/figures/99_demo-t.csv")
@@ -204,16 +202,16 @@ def test_a_notebook_with_its_own_parameters_writes_to_the_folder_of_its_profile(
 
 def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout, capsys):
     Report("02_demo", "quick", given()).table(FRAME, "t", "A table.")
-    before = (checkout / "runs/quick/figures/02_demo-t.md").read_bytes()
+    before = (checkout / "runs/quick/figures/02_demo-t.tex").read_bytes()
     out = Report("02_demo", "quick", given(ratios=[0.3]))
     out.table(FRAME, "t", "Another table.")
     out.verdict("A beats B.", {}, "n = 9")
     out.figure(style.panels(1)[0], "f", "A figure.")
-    assert (checkout / "runs/quick/figures/02_demo-t.md").read_bytes() == before
-    assert len(list((checkout / "runs/quick/figures").iterdir())) == 3
+    assert (checkout / "runs/quick/figures/02_demo-t.tex").read_bytes() == before
+    assert len(list((checkout / "runs/quick/figures").iterdir())) == 2
     (scratch,) = (checkout / "runs/scratch").iterdir()
     assert scratch == out.folder and scratch.name.startswith("02_demo-")
-    assert len(list(scratch.iterdir())) == 7
+    assert len(list(scratch.iterdir())) == 6
     printed = f"Run with ratios=[0.3]: files are written to runs/scratch/{scratch.name}.\n"
     assert capsys.readouterr().out == printed
 

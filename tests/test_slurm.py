@@ -207,14 +207,20 @@ def test_options_are_checked_before_anything_is_submitted(tmp_path):
 
 
 def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
-    results = results_of(SMOKE)
+    results, queue = results_of(SMOKE), slurm.queue
     (results.folder / "slurm/earlier").mkdir(parents=True)
     (results.folder / "slurm/earlier" / slurm.JOBS).write_text('[["a"], ["a", "b"]]')
     alive = {"7_0": "mllm-compress-earlier", "8_0": "somebody's", "8_1": "mllm-compress-other"}
     monkeypatch.setattr(slurm, "queue", lambda: alive)
     jobs = slurm.in_queue({"a"}, results)
     assert [(job.job_id, names) for job, names in jobs.items()] == [("7_0", ["a"])]
-    monkeypatch.setattr(slurm, "queue", lambda: None)
+    monkeypatch.setattr(slurm, "queue", queue)
+    monkeypatch.setattr(slurm, "POLL", 0)
+    answers = [
+        SimpleNamespace(returncode=code, stdout="7_0 a job\n") for code in (1, 1, 0, 1, 1, 1)
+    ]
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **how: answers.pop(0))
+    assert slurm.queue() == {"7_0": "a job"} and len(answers) == 3  # the third time
     with pytest.raises(ValueError, match="does not answer"):
         slurm.in_queue({"a"}, results)
 

@@ -103,5 +103,8 @@ def test_workers_share_the_gpus_out(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert workers.devices() == ["cuda:0", "cuda:1", "cuda:2", "cuda:3"]
     assert workers.devices(processes=2) == ["cuda:0", "cuda:2"]
+    monkeypatch.setattr(workers, "cores", lambda: 32)
+    assert workers.surroundings("cuda:1")["OMP_NUM_THREADS"] == "8"  # of four GPUs, on 32 cores
+    assert workers.surroundings("cpu", threads=3)["OMP_NUM_THREADS"] == "3"
     with pytest.raises(ValueError, match="8 processes are to train an experiment together.*has 4"):
         workers.check_gpus(replace(SMOKE, processes=8))

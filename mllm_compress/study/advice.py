@@ -29,9 +29,8 @@ def shipped() -> pd.DataFrame:
 
 def read(path) -> pd.DataFrame:
     "A table of advice."
-    with path.open(encoding="utf-8") as file:
-        table = pd.read_csv(file)
-    return table.assign(**{column: table[column].fillna("") for column in TEXT})
+    table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
+    return table.fillna(dict.fromkeys(TEXT, ""))
 
 
 def table_of(profile, model: str) -> pd.DataFrame:  # of one profile
@@ -90,12 +89,8 @@ WITHIN = 0.05  # how far a studied ratio may be from the wanted one
 HEAVY = 80  # AVG-%; below it a smaller model is the better choice; ours, not the paper's
 
 
-def situation(
-    rows: pd.DataFrame,  # of one model
-    ratio: float,  # wanted fraction of LM parameters to remove
-    data: float,  # fraction of the training data at hand; 0: no training
-) -> pd.DataFrame:  # best first
-    "The rows of the situation that represents a ratio and an amount of data."
+def situation(rows: pd.DataFrame, ratio: float, data: float) -> pd.DataFrame:  # best first
+    "Of one model's rows, the situation that represents a ratio and an amount of data."
     off = rows.groupby("ratio").achieved.mean() - ratio
     near = off.abs().round(6).sort_index(ascending=False)  # of two equally near the larger
     if near.min() > WITHIN:
@@ -194,14 +189,8 @@ class Advice:
         return f"{self.text}\n\n{self.rows.to_string(index=False, float_format='{:.2f}'.format)}"
 
 
-def answer(
-    table: pd.DataFrame,  # of one profile
-    model: str,  # that was studied
-    ratio: float,
-    data: float,
-    training: bool,
-) -> Advice:
-    "The advice for a studied model."
+def answer(table: pd.DataFrame, model: str, ratio: float, data: float, training: bool) -> Advice:
+    "The advice for a studied model, from the table of a profile."
     rows = table[table.model == model]
     here = situation(rows, ratio, data if training else 0.0)
     best, larger = here.iloc[0], ""

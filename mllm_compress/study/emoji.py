@@ -74,7 +74,7 @@ class Thing:
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-009
 def drawing_of(package: dict, thing: Thing) -> str | None:  # None where it has none
-    "A vendor's drawing of a thing, as SVG."
+    "The drawing of a thing, as SVG, in a package: icons, codes (of characters), width, height."
     codes, short = package["codes"], thing.code.replace("-FE0F", "").lower()
     plain = thing.name.replace("’", "").replace("'", "")
     name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")  # as packages of icons spell it
@@ -135,12 +135,8 @@ def fetch_emoji() -> Path:  # the folder
     return _cached()
 
 
-def draw_emoji(
-    things: list,  # of Thing
-    packages: dict,  # vendor -> icons, codes (character -> name of its icon), width, height
-    folder: Path,  # exists
-) -> None:
-    "Write a picture of every thing by every vendor, and a list of them."
+def draw_emoji(things: list, packages: dict, folder: Path) -> None:
+    "Write a picture of every thing by every vendor (in packages, as in `drawing_of`), and a list."
     pictures = {}
     for thing in things:
         drawings = {v: svg for v, p in packages.items() if (svg := drawing_of(p, thing))}
@@ -235,36 +231,41 @@ HALF = SIDE // 2
 FIELDS = [(x, y) for y in (0, HALF) for x in (0, HALF)]
 
 
-def _question(type: str, i: int, pool: tuple, draw: random.Random) -> tuple:
-    "(places as `draw_picture` takes them, question, answer, options) about the i-th picture."
+def _question(type: str, i: int, pool: tuple, draw: random.Random) -> dict:
+    "About the i-th picture: type, question, answer, options, and places for `draw_picture`."
     thing, vendor = first = pool[i % len(pool)]
-    places = [(vendor, thing.code, 0, 0, SIDE)]
+    places, options = [(vendor, thing.code, 0, 0, SIDE)], []
     if type == "name":
-        return places, "What is this?", thing.name, ()
-    if type == "kind":
+        question, answer = "What is this?", thing.name
+    elif type == "kind":
         *kinds, last = KINDS.values()
-        return places, f"Is this {', '.join(kinds)} or {last}?", thing.kind, ()
-    if type == "yes-no":
-        yes = draw.random() < 0.5
-        name = thing.name if yes else _others(thing, pool, 1, draw)[0]
-        return places, f"Is this: {name}?", "yes" if yes else "no", ()
-    if type == "choice":
+        question, answer = f"Is this {', '.join(kinds)} or {last}?", thing.kind
+    elif type == "yes-no":
+        answer = "yes" if draw.random() < 0.5 else "no"
+        name = thing.name if answer == "yes" else _others(thing, pool, 1, draw)[0]
+        question = f"Is this: {name}?"
+    elif type == "choice":
         options = _others(thing, pool, 3, draw)
-        place = draw.randrange(4)
-        options.insert(place, thing.name)
+        options.insert(place := draw.randrange(4), thing.name)
         lines = " ".join(f"{letter}. {name}" for letter, name in zip("ABCD", options))
-        return places, f"Which is it? {lines}", "ABCD"[place], tuple(options)
-    if type == "count":
+        question, answer = f"Which is it? {lines}", "ABCD"[place]
+    elif type == "count":
         n = 1 + draw.randrange(4)
         pictures = [first, *(draw.choice(pool) for _ in range(n - 1))]
         fields = draw.sample(FIELDS, n)
         places = [(v, t.code, x, y, HALF) for (t, v), (x, y) in zip(pictures, fields)]
-        return places, "How many things are there?", str(n), ()
-    other = next(p for p in iter(lambda: draw.choice(pool), None) if p[0].name != thing.name)
-    pictures = draw.sample([first, other], 2)
-    places = [(v, t.code, x, HALF // 2, HALF) for (t, v), x in zip(pictures, (0, HALF))]
-    names = [t.name for t, _ in pictures]
-    return places, "Which is on the left: {} or {}?".format(*draw.sample(names, 2)), names[0], ()
+        question, answer = "How many things are there?", str(n)
+    else:  # side
+        other = next(p for p in iter(lambda: draw.choice(pool), None) if p[0].name != thing.name)
+        pictures = draw.sample([first, other], 2)
+        places = [(v, t.code, x, HALF // 2, HALF) for (t, v), x in zip(pictures, (0, HALF))]
+        names = [t.name for t, _ in pictures]
+        question, answer = (
+            "Which is on the left: {} or {}?".format(*draw.sample(names, 2)),
+            names[0],
+        )
+    asked = {"type": type, "question": question, "answer": answer, "options": tuple(options)}
+    return asked | {"places": places}
 
 
 def picture_of(vendor: str, code: str) -> Image.Image:
@@ -281,15 +282,11 @@ def draw_picture(places: list) -> Image.Image:  # of (vendor, code, x, y, side)
     return canvas
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-026
-def ask_emoji(
-    i: int, part: str
-) -> dict:  # places, and questions as (type, question, answer, options)
-    "The i-th picture of a part with its questions: every third one is a canvas."
+def ask_emoji(i: int, part: str) -> list:  # of dict: type, question, answer, options, places
+    "The questions about the i-th picture of a part: every third picture is a canvas."
     pool, draw = shown(part), random.Random(f"emoji {part} {i}")
     types = [SEVERAL[i // 3 % 2]] if i % 3 == 2 else ONE
-    made = [_question(type, i, pool, draw) for type in types]
-    asked = [(type, *question) for type, (_, *question) in zip(types, made)]
-    return {"places": made[0][0], "asked": asked}
+    return [_question(type, i, pool, draw) for type in types]
 
 
 def emoji_data(
@@ -301,10 +298,10 @@ def emoji_data(
     ids = [f"emoji-{part}-{i}" for i in range(n)]
 
     def make(i):
-        made = ask_emoji(i, part)
-        pairs = [(question, answer) for _, question, answer, _ in made["asked"]]
-        types = [f"emoji/{type}" for type, *_ in made["asked"]]
-        return entry(ids[i], ids[i], pairs, places=made["places"], types=types)
+        questions = ask_emoji(i, part)
+        pairs = [(q["question"], q["answer"]) for q in questions]
+        types = [f"emoji/{q['type']}" for q in questions]
+        return entry(ids[i], ids[i], pairs, places=questions[0]["places"], types=types)
 
     picture = lambda e: draw_picture(e["places"])
     return InstructionData(LazyEntries(ids, make), images=picture, name=f"emoji-{part}")
@@ -314,26 +311,21 @@ def type_questions(
     type: str,  # of TYPES
     part: str = "test",
     n: int = 500,  # kinds and names are asked of as many things as there are
-) -> list:  # of dict: id, question, answer, options, places
+) -> list:  # of dict: id, and as in `ask_emoji`
     "Questions of one type, each about another picture."
     pool, made, seen = shown(part), [], Counter()
     for i in range(len(pool) if type in ONE else n):
         question = _question(type, i, pool, random.Random(f"emoji {part} {type} {i}"))
-        fields = dict(zip(("places", "question", "answer", "options"), question))
-        seen[fields["answer"]] += 1
-        if type != "kind" or seen[fields["answer"]] <= math.ceil(n / len(KINDS)):
-            made.append(fields | {"id": f"emoji-{part}-{type}-{i}"})
+        seen[question["answer"]] += 1
+        if type != "kind" or seen[question["answer"]] <= math.ceil(n / len(KINDS)):
+            made.append(question | {"id": f"emoji-{part}-{type}-{i}"})
     return made[:n]
 
 # %% ../../nbs/library/study/51_emoji.ipynb #sets-001
 def emoji_questions(
-    type: str,  # of TYPES
-    wrong: bool,  # each with the picture of one that has another answer
-    split: str = "test",
-    limit: int | None = None,  # None: 500
-    root=None,  # not needed
+    type: str, wrong: bool, split: str, limit: int | None, root
 ) -> list:  # of Question
-    "Questions of one type about pictures of things, which are drawn when they are loaded."
+    "Questions of one type; if wrong, each with the picture of one that has another answer."
     made = type_questions(type, split, 500 if limit is None else limit)
     questions = []
     for i, q in enumerate(made):

@@ -42,17 +42,8 @@ def config_of(model: str, profile: Profile):
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-007
 NAMED = {"mix665k": 665_000, "695k": 695_000}
-QUESTIONS = {
-    "mmmu": 900,
-    "sqa": 4241,
-    "mathvista": 1000,
-    "ai2d": 3088,
-    "mme_cognition": 260,
-    "mme_perception": 2114,
-    "pope": 9000,
-    "docvqa": 5349,
-    "gqa": 12578,
-}
+QUESTIONS = {"mmmu": 900, "sqa": 4241, "mathvista": 1000, "ai2d": 3088, "pope": 9000}
+QUESTIONS |= {"mme_cognition": 260, "mme_perception": 2114, "docvqa": 5349, "gqa": 12578}
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-009
 @lru_cache

@@ -32,12 +32,9 @@ def is_tied(gap: statistics.Estimate) -> bool:
 
 
 def ranked(
-    frame: pd.DataFrame,  # of `study.run`
-    model: str,
-    ratio: float,  # requested
-    data: float = 0.05,  # fraction of the training data at hand; 0: no training
+    frame: pd.DataFrame, model: str, ratio: float, data: float = 0.05
 ) -> pd.DataFrame:  # best first; behind (points of AVG-%), with low and high; tied; open; rival
-    "The settings that answer the question, each with its distance to the best."
+    "The settings of a situation (data: share of the training data), each compared with the best."
     its = frame[(frame.model == model) & (frame.status == "done")]
     fits = (its.recovery == "none") | (its.fraction <= data + 1e-9) & (data > 0)
     its = its[((its.pruning == "none") | (its.requested_ratio == ratio)) & fits]
@@ -63,7 +60,7 @@ def ranked(
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-004
 def situations(
-    frame: pd.DataFrame,  # of `study.run`
+    frame: pd.DataFrame,
 ) -> dict:  # (model, requested ratio, share of the data; 0: untrained) -> frame of `ranked`
     "The possible settings of each situation."
     trained, out = frame[(frame.status == "done") & (frame.recovery != "none")], {}
@@ -92,12 +89,8 @@ def larger_ratio(fitting: dict, model: str, ratio: float, budget: float) -> floa
     return float("nan")
 
 
-def advice_table(
-    frame: pd.DataFrame,  # of `study.run`, of one profile
-    fitting: dict,  # of `situations`, of all budgets
-    setup: Profile,
-) -> pd.DataFrame:  # as `advice` reads it
-    "The best settings of every situation, for advice."
+def advice_table(frame: pd.DataFrame, fitting: dict, setup: Profile) -> pd.DataFrame:
+    "The best settings of every one of some situations, as `advice` reads them."
     parts, names = [], {"avg_percent": "retained", "achieved_ratio": "achieved"}
     for (model, ratio, budget), rows in fitting.items():
         basis = statistics.basis_of(frame[frame.model == model])
@@ -149,45 +142,18 @@ def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: flo
     return "open" if any(gap.low <= MARGIN for gap in gaps) else "behind"
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-016
-ADDED = {
-    "global": "one budget",
-    "stream": "refitted",
-    "refit": "refitted with the final norm",
-    "bias": "with bias",
-    "linear_map": "with a linear map",
-    "uniform": "equal widths",
-}
+SHOWN = ["model", "ratio", "data", "retained", "low", "high", "pruning", "importance", "recovery"]
+SHOWN += ["train", "fraction", "larger", "ties"]
 
 
-def recovered_how(row) -> str:
-    "How a setting is recovered."
-    if row.recovery == "none":
-        return "no training"
-    only = ", projector only" if row.train == "projector" else ""
-    often = f" x {row.epochs} epochs" if row.epochs else ""
-    return f"{look(row.recovery).label}{only}, {100 * row.fraction:g} %{often}"
-
-
-def decisions(frame: pd.DataFrame, fitting: dict) -> pd.DataFrame:
+def decisions(frame: pd.DataFrame, fitting: dict, setup: Profile) -> pd.DataFrame:
     "The best setting of every situation, and how the paper's pruning did."
-    out = []
-    for (model, ratio, budget), rows in fitting.items():
+    table, out = advice_table(frame, fitting, setup), []
+    for situation, rows in table.groupby(["model", "ratio", "data"], sort=False):
         best, cheap = rows.iloc[0], advice.cheapest(rows)
-        score, *more = best.importance.split(" + ")
-        by = [look(score).label, *(ADDED.get(m, m.replace("_", " ")) for m in more)]
-        compared = max(tried_after_both(rows, budget).fraction, default=budget) if budget else 0
-        smaller = f" ({100 * compared:g} %)" if compared < budget else ""
-        larger = larger_ratio(fitting, model, ratio, budget)
-        row = {"model": model, "to remove": f"{ratio:.0%}"}
-        row["budget"] = f"{100 * budget:g} % of the data" if budget else "no training"
-        row |= {"AVG-%": best.avg_percent, "low": best.low, "high": best.high}
-        row |= {"prune": best.pruning, "by": ", ".join(by), "recover": recovered_how(best)}
-        row["more kept at"] = f"{larger:.0%}" if larger == larger else "–"
-        row["tied"] = f"{int(rows.tied.sum()) - 1} of {len(rows) - 1}"
-        cheapest = f"{cheap.pruning}, {recovered_how(cheap)}"
-        row["cheapest tied setting"] = cheapest if cheap.name else "–"
-        row["paper's kind of pruning"] = agreement(frame, rows, ratio, budget) + smaller
-        out.append(row)
+        row = {"cheapest tied setting": "–" if cheap.name == best.name else advice.say(cheap)}
+        row["paper's kind of pruning"] = agreement(frame, fitting[situation], *situation[1:])
+        out.append(best[SHOWN].to_dict() | row)
     return pd.DataFrame(out)
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-018

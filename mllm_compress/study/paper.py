@@ -20,8 +20,7 @@ def published(
     folder = files("mllm_compress") / "published"
     names = sorted(p.name[:-4] for p in folder.iterdir() if p.name.endswith(".csv"))
     check_choice("table of the paper", name, names)
-    with (folder / f"{name}.csv").open(encoding="utf-8") as file:
-        table = pd.read_csv(file)
+    table = pd.read_csv(folder / f"{name}.csv")
     if "gqa" not in table:
         return table
     scores = table.loc[:, "mmmu":"gqa"]

@@ -27,7 +27,7 @@ from .stages import name_of, stage_keys
 from .statistics import Verdict
 from .store import results_of
 from .style import few_colours, page
-from .tables import Table, explained, guessing, to_latex, to_markdown
+from .tables import Table, explained, guessing, to_latex
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
 
@@ -38,12 +38,7 @@ notebooks.check_injected()
 class Report:
     "Writes a study notebook's tables, figures and verdicts, and returns them to be shown."
 
-    def __init__(
-        self,
-        notebook: str,  # as "02_pruning"
-        profile,  # a name, a path or a Profile
-        values: dict = {},  # the notebook's globals(), to see which parameters were overridden
-    ):
+    def __init__(self, notebook: str, profile, values: dict = {}):  # the notebook's globals()
         changed = notebooks.overridden(notebook, values)
         self.notebook, self.setup = notebook, load_profile(profile)
         self.profile, self.guessed, self.verdicts = self.setup.name, None, {}
@@ -62,7 +57,6 @@ class Report:
         table = Table(frame, caption + explained(frame), best, **how)
         numbers = frame.to_csv(index=False, float_format="%.6g")
         write_atomically(self.path(name, "csv"), numbers)
-        write_atomically(self.path(name, "md"), to_markdown(table))
         write_atomically(self.path(name, "tex"), to_latex(table))
         if not columns:
             return table
@@ -74,10 +68,7 @@ class Report:
         pdf, drawn = self.path(name, "pdf"), BytesIO()
         with page():
             fig.savefig(drawn, bbox_inches="tight", pil_kwargs={"compress_level": 0})
-            fig.set_dpi(plt.rcParams["savefig.dpi"])
-            box = fig.get_tightbbox().padded(plt.rcParams["savefig.pad_inches"])
-            fig.set_layout_engine("none")  # the PDF has the layout and the edges of the PNG
-            fig.savefig(pdf, metadata={"CreationDate": None}, bbox_inches=box)
+            fig.savefig(pdf, bbox_inches="tight", metadata={"CreationDate": None})
         plt.close(fig)  # so that no notebook shows it twice
         png = few_colours(drawn)
         write_atomically(pdf.with_suffix(".png"), png)
@@ -133,8 +124,8 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
         wanted |= set(mark.get("results", []))  # names of the results that it has read
         newest = max(newest, notebook.stat().st_mtime_ns)
     before = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["result"])
-    whole = archive.exists() and set(before.result) == wanted
-    if whole and path.stat().st_mtime_ns > newest:
+    complete = archive.exists() and set(before.result) == wanted
+    if complete and path.stat().st_mtime_ns > newest:
         return before
     if archive.exists():
         store.unpack(archive, results)
@@ -152,10 +143,9 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
         circumstances = {k: result["record"].get(k) for k in FIELDS}
         scored = ("benchmark", "metric", "score", "n", "candidate_score")
         lines += [same | {k: row[k] for k in scored} | circumstances for row in result["rows"]]
-    kept = before[before.result.isin(wanted - set(there))]
-    parts = [part for part in (kept, pd.DataFrame(lines)) if len(part)]
-    both = pd.concat(parts).sort_values(ORDER, kind="stable") if parts else before.iloc[:0]
-    text = both.to_csv(index=False, float_format="%.6g")
+    lines += before[before.result.isin(wanted - set(there))].to_dict("records")
+    frame = pd.DataFrame(lines).sort_values(ORDER, kind="stable") if lines else before.iloc[:0]
+    text = frame.to_csv(index=False, float_format="%.6g")
     write_atomically(path, lzma.compress(text.encode()))
     return pd.read_csv(path)
 

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
@@ -71,13 +72,8 @@ def experiments_of_plan(plan: dict) -> list:
     return list(dict.fromkeys(canonical(e) for nb in plan.values() for e in nb.experiments))
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-016
-def estimate(
-    table: pd.DataFrame,  # of `status`
-    profile: Profile,
-    executor: str = "local",
-    workers: int = 0,
-) -> str:
-    "The estimated time of the missing stages of a table, in a sentence."
+def estimate(table: pd.DataFrame, profile: Profile, executor="local", workers=0) -> str:
+    "The estimated time of the missing stages of a table of `status`, in a sentence."
     missing = table[~table.cached]
     at_once = {"inline": 1, "slurm": profile.slurm.jobs_at_once}.get(executor)
     at_once = at_once or len(devices(workers or profile.workers, profile.processes))
@@ -85,10 +81,9 @@ def estimate(
     known, text = missing.seconds.dropna(), f"{len(table)} experiments, {len(missing)} missing"
     if len(known):
         seconds = max(known.sum() / n, known.max())
-        text += f": about {hours(seconds)} on {n} worker{'s' * (n > 1)}"
+        text += f", about {hours(seconds)} on {n} worker{'s' * (n > 1)}"
     if unknown := len(missing) - len(known):
-        none = "none like it is finished" if unknown == 1 else "none like them is finished"
-        text += f"{', and ' if len(known) else ', '}{unknown} of them of unknown cost ({none})"
+        text += f", {unknown} of them of unknown cost (none like them is finished)"
     return text + "."
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-020
@@ -136,16 +131,13 @@ def show_status(profile: str) -> None:
     print_missing(lacking, "its results cannot be found")
     other = len(results.keys("experiment")) - len(finished)
     corrupt = len(list((results.folder / "corrupt").iterdir()))
-    text = f"{len(finished)} results of profile {loaded.name} in {os.path.relpath(results.folder)}"
-    text += f"; {other} of other settings or versions, or not complete" if other else ""
-    print(text + (f"; {corrupt} corrupt, in corrupt/" if corrupt else "") + ".")
+    where = os.path.relpath(results.folder)
+    print(f"{len(finished)} results of profile {loaded.name} in {where}; {other} of other settings")
+    print(f"or versions, or not complete; {corrupt} corrupt, in corrupt/.")
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-032
-def take_in(
-    path: Path,  # a results.zip
-    profile: str,
-) -> None:
-    "Fill a profile's store with results that were computed elsewhere."
+def take_in(path: Path, profile: str) -> None:
+    "Fill a profile's store with results that were computed elsewhere, from a results.zip."
     results = results_of(load_profile(profile))
     before = len(results.keys("experiment"))
     taken = store.unpack(Path(path), results)
@@ -163,14 +155,11 @@ def check_executor(executor: str, workers: int = 0) -> None:
         )
 
 # %% ../../nbs/library/study/30_runner.ipynb #run-notebooks-code
-def run_notebooks(
-    plan: dict,  # of `plan_study`
-    profile: str,
-) -> list:  # of problems, in the order of the plan
+def run_notebooks(plan: dict, profile: str) -> list:  # of problems, in the order of the plan
     "Execute the notebooks that are not up to date."
     problems = {}
     alone = store.lock(results_of(load_profile(profile)), "notebooks", wait=True)
-    with alone, notebooks.Kernel() as kernel:
+    with alone, closing(notebooks.Kernel()) as kernel:
         in_order = sorted(plan.items(), key=lambda item: item[1].last)
         for name, notebook in tqdm(in_order, desc="notebooks", leave=False):
             if notebook.is_current():

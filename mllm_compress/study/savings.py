@@ -9,17 +9,16 @@ __all__ = []
 import re
 import tempfile
 import time
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForImageTextToText
 
 from .. import checkpoint, cost, pruning
 from ..checkpoint.formats import read_manifest
+from ..cost.arithmetic import without_weights
 from ..importance.criteria import random_layers, random_scores
 from ..pruning import plans
 from .figures import KEPT, curves
@@ -27,8 +26,7 @@ from .profiles import Profile
 from .stages import teacher_of
 from .statistics import Estimate
 from .style import look
-from ..utils.methods import BLACK, Look
-from ..zoo import releases as real_models
+from ..zoo.releases import REAL_MODELS, real_config
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-004
 METHODS = ("layerwise", "widthwise", "uniform", "rounded")  # "widthwise" is blockwise
@@ -41,49 +39,55 @@ def method_label(method: str) -> str:
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-008
 def plan_like(model, method: str, ratio: float, setup: Profile, multiple: int):
-    "A plan of one of the four kinds; None where the ratio is out of reach."
-    w = setup.width
-    shape = {"shape": "uniform", "round_to": multiple if method == "rounded" else 1}
-    if method == "widthwise":
-        shape = {"protect": (w.protect_first, w.protect_last)}
+    "A plan of one of the kinds; None where the ratio is out of reach."
     try:
         if method == "dense":
             return plans.plan_none(model)
-        if method == "layerwise":
-            return plans.plan_layerwise(model, random_layers(model), ratio=ratio)
+        if method == "layerwise" or setup.width.aim == "layers":
+            layers = plans.plan_layerwise(model, random_layers(model), ratio=ratio)
+            if method == "layerwise":
+                return layers
+            ratio = layers.achieved_ratio
+        shape = {"shape": "uniform", "round_to": multiple if method == "rounded" else 1}
+        if method == "widthwise":
+            shape = {"protect": (setup.width.protect_first, setup.width.protect_last)}
         return plans.plan_widthwise(model, random_scores(model), ratio=ratio, **shape)
     except ValueError:
         return None
 
+
+def versions(dense, methods: tuple, ratios: list, setup: Profile, multiple: int):
+    "Yield a model and its pruned versions: method and ratios, plan and model."
+    for method, ratio in [("dense", 0.0), *product(methods, ratios)]:
+        if plan := plan_like(dense, method, ratio, setup, multiple):
+            row = {"method": method, "requested": ratio, "achieved": plan.achieved_ratio}
+            share = method != "dense"
+            yield row, plan, pruning.apply_plan(dense, plan, share_vision=True) if share else dense
+
 # %% ../../nbs/library/study/37_savings.ipynb #cell-010
-def sizes_of(model) -> dict:
+UNITS = {"M": (1e6, 2**20), "G": (1e9, 2**30)}  # of numbers, and of bytes
+
+
+def sizes_of(model, unit: str = "M", text_tokens: int = TEXT_TOKENS) -> dict:
     "Parameters, operations and bytes, in readable units."
-    report = cost.cost_report(model, text_tokens=TEXT_TOKENS, memory=True)
-    closed, seen = (report.value("parameters", source=s) for s in ("closed form", "measured"))
-    if closed != seen:
-        raise RuntimeError(f"{closed} parameters by closed form, {seen} measured.")
-    return {
-        "LM parameters (M)": report.value("parameters", "lm") / 1e6,
-        "weights (MiB)": report.value("weights") / 2**20,
-        "working memory (MiB)": report.value("peak beyond weights", "prefill") / 2**20,
-        "KV cache (bytes/token)": report.value("KV cache per token"),
-        "prefill ops (M)": report.value("prefill operations") / 1e6,
-        "decode ops (M)": report.value("decode operations") / 1e6,
-    }
+    weights, (numbers, size) = model.device.type != "meta", UNITS[unit]
+    value = cost.cost_report(model, text_tokens=text_tokens, memory=weights).value
+    row = {f"LM parameters ({unit})": value("parameters", "lm") / numbers}
+    row[f"weights ({unit}iB)"] = value("weights") / size
+    if weights:
+        row[f"working memory ({unit}iB)"] = value("peak beyond weights", "prefill") / size
+    row["KV cache (bytes/token)"] = value("KV cache per token")
+    operations = {phase: value(f"{phase} operations") / numbers for phase in ("prefill", "decode")}
+    return row | {f"{phase} ops ({unit})": count for phase, count in operations.items()}
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-012
-@torch.no_grad()
-def on_disk(model, plan, inputs: dict, device: str) -> dict:
+def on_disk(model, plan) -> dict:
     "Bytes of a saved checkpoint, and what loads it."
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "saved"
         checkpoint.save_pruned(model, plan, saved)
         stored = sum(f.stat().st_size for f in saved.glob("*.safetensors"))
-        kind = read_manifest(saved)["kind"]
-        again, *_ = checkpoint.load_pruned(saved, device=device)
-        pair = [cost.forward(m, inputs).logits for m in (again, model)]
-        torch.testing.assert_close(*pair)
-    loader = {"stock": "from_pretrained", "pruned": "load_pruned"}[kind]
+        loader = {"stock": "from_pretrained", "pruned": "load_pruned"}[read_manifest(saved)["kind"]]
     return {"disk (MiB)": stored / 2**20, "loads with": loader}
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-016
@@ -102,26 +106,14 @@ def in_turn(dense, small, inputs: dict, repeats: int, device: str) -> pd.DataFra
     return pd.DataFrame(pairs)
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-018
-def asked_of(model, method: str, ratio: float, setup: Profile, multiple: int) -> float:
-    "The ratio a plan aims at: the size that whole layers reach, where the profile prunes so."
-    if method in ("dense", "layerwise") or setup.width.aim != "layers":
-        return ratio
-    layers = plan_like(model, "layerwise", ratio, setup, multiple)
-    return ratio if layers is None else layers.achieved_ratio
-
-
 def measured(name: str, setup: Profile, want, device: str) -> tuple:  # (sizes, pairs of times)
     "Sizes and times of a model and of its pruned versions."
     dense, _ = teacher_of(name, setup, device)
     inputs, sizes, times = cost.example_inputs(dense, TEXT_TOKENS), [], []
-    for method, ratio in [("dense", 0.0), *product(METHODS, want.ratios)]:
-        aim = asked_of(dense, method, ratio, setup, want.round_to)
-        if (plan := plan_like(dense, method, aim, setup, want.round_to)) is None:
-            continue
-        small = dense if method == "dense" else pruning.apply_plan(dense, plan, share_vision=True)
-        who = {"model": name, "method": method, "requested": ratio, "achieved": plan.achieved_ratio}
-        sizes.append(who | sizes_of(small) | on_disk(small, plan, inputs, device))
-        if method != "dense":
+    for row, plan, small in versions(dense, METHODS, want.ratios, setup, want.round_to):
+        who = {"model": name} | row
+        sizes.append(who | sizes_of(small) | on_disk(small, plan))
+        if small is not dense:
             pairs = in_turn(dense, small, inputs, want.repeats, device)
             operations = pairs.phase + " ops (M)"
             ideal = operations.map(sizes[0]) / operations.map(sizes[-1])
@@ -147,40 +139,24 @@ def named(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-026
-def time_table(pairs: pd.DataFrame, models: list) -> pd.DataFrame:
+def time_table(pairs: pd.DataFrame) -> pd.DataFrame:
     "Medians and quartiles of times and speed-ups."
     columns = {"speed-up": pairs.dense / pairs.pruned, "ideal": pairs.ideal}
     columns |= {"original (ms)": 1e3 * pairs.dense, "pruned (ms)": 1e3 * pairs.pruned}
-    keys = ["model", "phase", "method", "requested", "achieved"]
+    keys = ["phase", "model", "method", "requested", "achieved"]
     groups = pairs[keys].assign(**columns).groupby(keys, sort=False)
     quartiles = lambda its: "{1:.2f} [{0:.2f}, {2:.2f}]".format(*its.quantile([0.25, 0.5, 0.75]))
     table = groups.agg(dict.fromkeys(columns, quartiles) | {"ideal": "first"}).reset_index()
-    rank = lambda names: names.map([*models, "prefill", "decode"].index)
-    return named(table.sort_values(["model", "phase"], key=rank, kind="stable"))
+    return named(table.sort_values("phase", ascending=False, kind="stable"))  # prefill, decode
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-028
 def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
     "Sizes of the paper's models and of their pruned versions, on the meta device; not measured."
-    rows = []
-    for name in real_models.REAL_MODELS:
-        with torch.device("meta"):
-            config = real_models.real_config(name)
-            dense = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-        base = {}
-        for method, ratio in [("dense", 0.0), *product(("layerwise", "rounded"), ratios)]:
-            plan = plan_like(dense, method, ratio, setup, multiple)
-            small = pruning.apply_plan(dense, plan, share_vision=True)
-            c = cost.cost_report(small, text_tokens=64, memory=False)
-            row = {"model": name, "method": method, "requested": ratio}
-            row["achieved"] = plan.achieved_ratio
-            row["LM parameters (G)"] = c.value("parameters", "lm") / 1e9
-            row["weights (GiB)"] = c.value("weights") / 2**30
-            row["KV cache (KiB/token)"] = round(c.value("KV cache per token") / 2**10)
-            for phase, unit, scale in (("prefill", "T", 1e12), ("decode", "G", 1e9)):
-                ops = c.value(f"{phase} operations") / scale
-                first = base.setdefault(phase, ops)
-                row |= {f"{phase} ops ({unit})": ops, f"ideal {phase} speed-up": first / ops}
-            rows.append(row)
+    rows, methods = [], ("layerwise", "rounded")
+    for name in REAL_MODELS:
+        dense = without_weights(real_config(name))
+        for row, _, small in versions(dense, methods, ratios, setup, multiple):
+            rows.append({"model": name} | row | sizes_of(small, "G", text_tokens=64))
     return named(pd.DataFrame(rows))
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-030
@@ -214,26 +190,14 @@ def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFram
     return best[columns].reset_index(drop=True)
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-039c
-ORIGINAL, FRONT = Look("original", BLACK, "*", "none"), Look("Pareto front", "#bbbbbb", "")
-
-
 def pareto_figure(points: pd.DataFrame):  # of `quality_and_cost`; a figure
-    "Quality over measured time and over bytes, with the Pareto front."
-    costs, parts = {"time, %": "decoding time", "bytes, %": "weights"}, []
-    for (model, its), (column, name) in product(points.groupby("model", sort=False), costs.items()):
-        mine = pd.DataFrame({"x": its[column], "y": its["AVG-%"], "ratio": its.requested})
-        mine["look"] = [replace(look(p), line="none") for p in its.pruning]
-        mine["hollow"] = its.recovery == "none"
-        mine.loc[-1] = [100.0, 100.0, np.nan, ORIGINAL, False]
-        cheap = mine.sort_values(["x", "y"], ascending=[True, False])
-        cheap = cheap[cheap.y > cheap.y.cummax().shift(fill_value=-np.inf)]
-        both = [cheap.assign(look=FRONT, hollow=False, ratio=np.nan), mine]
-        parts.append(pd.concat(both).assign(model=model, cost=name))
-    rows = pd.concat(parts)
-    shape = dict(by="look", panel=["model", "cost"], labels=("% of the original", KEPT))
-    fig, axes = curves(rows, "x", "y", **shape, height=2.3, sharex=False)
-    for ax, (_, its) in zip(axes, rows.groupby(["model", "cost"], sort=False)):
-        for r in its.dropna(subset="ratio").itertuples():
-            text = dict(xytext=(5, -9), textcoords="offset points", fontsize=7, color=r.look.color)
-            ax.annotate(f"{r.ratio:.2f}", (r.x, r.y), **text)
-    return fig
+    "Quality over measured time and over bytes."
+    costs = {"time, %": "decoding time", "bytes, %": "weights"}
+    original = points.drop_duplicates("model").assign(
+        pruning="dense", recovery="", **{"AVG-%": 100}
+    )
+    rows = pd.concat([original.assign(**dict.fromkeys(costs, 100)), points])
+    rows = rows.assign(hollow=rows.recovery == "none").rename(columns=costs)
+    rows = rows.melt(["model", "pruning", "AVG-%", "hollow"], [*costs.values()], "cost", "share")
+    shape = dict(by="pruning", panel=["cost", "model"], labels=("% of the original", KEPT))
+    return curves(rows, "share", "AVG-%", **shape, height=2.3, sharex=False)[0]

@@ -92,14 +92,19 @@ def submit(jobs: list, minutes: int, profile: Profile, results: Store) -> dict: 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-038
 POLL = 10.0  # seconds between looks
 PATIENCE = 12  # looks for which a job may be missing from the queue
+TRIES = 3  # of a look: a busy cluster answers the next one
 
 
 def queue():  # id as "1234_0" -> name; None where the cluster does not answer
     "The jobs of this user that wait or run."
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i %j"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    lines = [line.split(maxsplit=1) for line in answer.stdout.splitlines() if line.strip()]
-    return dict(lines) if answer.returncode == 0 else None
+    for _ in range(TRIES):
+        answer = subprocess.run(command, capture_output=True, text=True)
+        if answer.returncode == 0:
+            lines = [line.split(maxsplit=1) for line in answer.stdout.splitlines()]
+            return dict(line for line in lines if line)
+        time.sleep(POLL)
+    return None
 
 
 def in_queue(names: set, results: Store) -> dict:  # job -> names
@@ -120,10 +125,7 @@ def in_queue(names: set, results: Store) -> dict:  # job -> names
     return jobs
 
 # %% ../../nbs/library/study/12_slurm.ipynb #cell-054
-def watch(
-    jobs: dict,  # job -> names of its experiments
-    is_done=lambda name: False,  # whether the store has a result
-):
+def watch(jobs: dict, is_done=lambda name: False):  # job -> names; whether there is a result
     "Yield (name, status, message) of every experiment of these jobs as it is finished."
     waiting = {name: job for job, names in jobs.items() for name in names}
     unseen = Counter()

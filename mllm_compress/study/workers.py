@@ -39,9 +39,24 @@ HEAP = {  # glibc keeps what a training step frees for the next one
 }
 
 
-def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
+def cores() -> int:
+    "How many cores this process may use; a container may have fewer than its machine."
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # the quota of a container; "max" where there is none
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, round(quota / period)))
+    return count
+
+
+def threads_each() -> int:
+    "The threads of a worker: one; on a machine with GPUs, the cores that each GPU has."
+    gpus = torch.cuda.device_count()
+    return max(1, cores() // gpus) if gpus else 1
+
+
+def surroundings(device: str, processes: int = 1, threads: int = 0) -> dict:
     "The environment of a worker: its threads, no progress bars of its own, its own GPUs."
-    shared = dict.fromkeys(THREADS, str(threads)) | QUIET
+    shared = dict.fromkeys(THREADS, str(threads or threads_each())) | QUIET
     if device == "cpu":
         return shared | {k: os.environ.get(k, v) for k, v in HEAP.items()}
     all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
@@ -50,10 +65,8 @@ def surroundings(device: str, processes: int = 1, threads: int = 1) -> dict:
     return shared | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-006
-def complete(
-    experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"
-) -> tuple:  # (status, message)
-    "Make sure that an experiment's stages are stored: done, busy (another run has it) or failed."
+def complete(experiment: Experiment, profile: Profile, results: Store, device="cpu") -> tuple:
+    "Store an experiment's stages: (done, busy as another run has it, or failed; a message)."
     try:
         subject = stages.subject_key(experiment, profile)
         with store.lock(results, subject) as ours:
@@ -73,9 +86,7 @@ def complete(
         return "failed", f"{type(error).__name__}: {error}"
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-010
-def complete_logged(
-    experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"
-) -> tuple:  # as `complete`
+def complete_logged(experiment: Experiment, profile: Profile, results: Store, device: str) -> tuple:
     "Complete an experiment in a process of its own, its output appended to the experiment's log."
     with open(results.log(stages.name_of(experiment, profile)), "a") as log:
         os.dup2(log.fileno(), 1)
@@ -83,19 +94,12 @@ def complete_logged(
     return complete(experiment, profile, results, device)
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-018
-def devices(
-    workers: int = 0,  # as many; 0: one per GPU, or per core
-    processes: int = 1,  # that train an experiment together
-) -> list:
-    "The device of each worker: its first GPU."
+def devices(workers: int = 0, processes: int = 1) -> list:
+    "The device of each worker: its first GPU; `processes` train an experiment together."
     if workers < 0:
         raise ValueError(f"workers is {workers}: say how many, or 0 for one per GPU or per core.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # the quota of a container; "max" where there is none
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, max(1, round(quota / period)))
     gpus = torch.cuda.device_count()
-    places = max(1, (gpus or cores) // processes)
+    places = max(1, (gpus or cores()) // processes)
     return [f"cuda:{i % places * processes}" if gpus else "cpu" for i in range(workers or places)]
 
 
@@ -122,8 +126,9 @@ def _begin(threads: int) -> None:
 class Place:
     "A core or some GPUs, with the process that computes there and its last experiment."
 
-    def __init__(self, device: str, profile: Profile, results: Store, threads: int = 1):
-        self.device, self.profile, self.results, self.threads = device, profile, results, threads
+    def __init__(self, device: str, profile: Profile, results: Store, threads: int = 0):
+        self.device, self.profile, self.results = device, profile, results
+        self.threads = threads or threads_each()
         self.pool = self.process = self.last = None
 
     def submit(self, experiment: Experiment) -> Future:
@@ -226,7 +231,7 @@ def completed(experiments: list, places: list):
             place.stop()
 
 
-def local(experiments: list, profile: Profile, results: Store, workers: int = 0, threads: int = 1):
+def local(experiments: list, profile: Profile, results: Store, workers: int = 0, threads: int = 0):
     "Complete experiments in worker processes, one per core or GPU."
     check_gpus(profile)
     used = devices(workers or profile.workers, profile.processes)[: len(experiments)]
