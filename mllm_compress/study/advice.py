@@ -54,8 +54,8 @@ def table_of(profile, model: str) -> pd.DataFrame:  # of one profile
 
 def recommended_profile(table: pd.DataFrame, model: str) -> str:
     "The profile whose results say most about a model."
-    order = [p for p in PROFILES if p in set(table.profile)]
-    order += [p for p in dict.fromkeys(table.profile) if p not in PROFILES]
+    known = set(table.profile)
+    order = [p for p in dict.fromkeys([*PROFILES, *table.profile]) if p in known]
     studied = set(zip(table.profile, table.model))
     same = set(table.profile[table.paper == paper_name(model, table)]) - {""}
     first = [p for p in order if (p, model) in studied] + [p for p in order if p in same]

@@ -291,10 +291,10 @@ def text_benchmark(name: str, scorer: str, load: Callable, help: str, text: str)
 
 
 register_benchmarks(
-    text_benchmark(f"{kind}/{name}", scorer, partial(text_questions, name), help + row.help, name)
+    text_benchmark(f"{kind}/{name}", scorer, partial(text_questions, name), help % row.help, name)
     for kind, scorer, help in (
-        ("text", "next_token", "Next-token accuracy on "),
-        ("perplexity", "perplexity", "Perplexity on "),
+        ("text", "next_token", "Next-token accuracy on %s."),
+        ("perplexity", "perplexity", "Perplexity on %s."),
     )
     for name, row in TEXTS.items()
 )
