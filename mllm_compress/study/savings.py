@@ -177,8 +177,7 @@ def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFram
     "AVG-%, relative decoding time and relative bytes of the best setting per pruning and ratio."
     keys, decode = ["model", "method", "requested"], pairs[pairs.phase == "decode"]
     share = (100 * decode.pruned / decode.dense).rename("time, %")
-    time = share.groupby([decode[key] for key in keys]).median().reset_index()
-    timed = sizes[[*keys, "achieved", "weights (MiB)"]].merge(time, on=keys)
+    timed = sizes.merge(share.groupby([decode[key] for key in keys]).median(), on=keys)
     dense = sizes[sizes.method == "dense"].set_index("model")["weights (MiB)"]
     timed["bytes, %"] = 100 * timed["weights (MiB)"] / timed.model.map(dense)
     best = rows[(rows.pruning != "none") & rows.avg_percent.notna()]
@@ -193,9 +192,7 @@ def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFram
 def pareto_figure(points: pd.DataFrame):  # of `quality_and_cost`; a figure
     "Quality over measured time and over bytes."
     costs = {"time, %": "decoding time", "bytes, %": "weights"}
-    original = points.drop_duplicates("model").assign(
-        pruning="dense", recovery="", **{"AVG-%": 100}
-    )
+    original = points.drop_duplicates("model").assign(pruning="dense", recovery="", **{"AVG-%": 100})
     rows = pd.concat([original.assign(**dict.fromkeys(costs, 100)), points])
     rows = rows.assign(hollow=rows.recovery == "none").rename(columns=costs)
     rows = rows.melt(["model", "pruning", "AVG-%", "hollow"], [*costs.values()], "cost", "share")
