@@ -212,8 +212,7 @@ def answer(table: pd.DataFrame, model: str, ratio: float, data: float, training:
         say_published(paper_name(model, table), ratio, training),
     ]
     text = " ".join(part for part in parts if part)
-    setting = {k: v.item() if hasattr(v, "item") else v for k, v in best[SETTING].items()}
-    return Advice(setting, text, here[SHOWN], best.profile)
+    return Advice(best[SETTING].to_dict(), text, here[SHOWN], best.profile)
 
 # %% ../../nbs/library/study/31_advice.ipynb #cell-061
 def advise(

@@ -184,11 +184,7 @@ def emoji_hash() -> str:
 TYPES = {  # type -> scorer, the answers where they are few, and a sentence for the command line
     "name": ("exact", (), "The name of a thing, in another drawing style than trained on."),
     "kind": ("exact", tuple(KINDS.values()), "Which of five kinds a thing is of."),
-    "yes-no": (
-        "yes_no",
-        ("yes", "no"),
-        "Whether a picture shows a named thing; half are near misses.",
-    ),
+    "yes-no": ("yes_no", ("yes", "no"), "Whether a picture shows a thing; half are near misses."),
     "choice": ("letter", tuple("ABCD"), "Which of four named things a picture shows."),
     "count": ("exact", tuple("1234"), "How many things a picture shows, one to four."),
     "side": ("exact", (), "Which of two things is on the left."),
@@ -260,10 +256,7 @@ def _question(type: str, i: int, pool: tuple, draw: random.Random) -> dict:
         pictures = draw.sample([first, other], 2)
         places = [(v, t.code, x, HALF // 2, HALF) for (t, v), x in zip(pictures, (0, HALF))]
         names = [t.name for t, _ in pictures]
-        question, answer = (
-            "Which is on the left: {} or {}?".format(*draw.sample(names, 2)),
-            names[0],
-        )
+        question, answer = "Which is on the left: {} or {}?".format(*draw.sample(names, 2)), names[0]
     asked = {"type": type, "question": question, "answer": answer, "options": tuple(options)}
     return asked | {"places": places}
 
