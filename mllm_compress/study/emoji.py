@@ -256,7 +256,8 @@ def _question(type: str, i: int, pool: tuple, draw: random.Random) -> dict:
         pictures = draw.sample([first, other], 2)
         places = [(v, t.code, x, HALF // 2, HALF) for (t, v), x in zip(pictures, (0, HALF))]
         names = [t.name for t, _ in pictures]
-        question, answer = "Which is on the left: {} or {}?".format(*draw.sample(names, 2)), names[0]
+        a, b = draw.sample(names, 2)
+        question, answer = f"Which is on the left: {a} or {b}?", names[0]
     asked = {"type": type, "question": question, "answer": answer, "options": tuple(options)}
     return asked | {"places": places}
 

@@ -192,8 +192,8 @@ def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFram
 def pareto_figure(points: pd.DataFrame):  # of `quality_and_cost`; a figure
     "Quality over measured time and over bytes."
     costs = {"time, %": "decoding time", "bytes, %": "weights"}
-    original = points.drop_duplicates("model").assign(pruning="dense", recovery="", **{"AVG-%": 100})
-    rows = pd.concat([original.assign(**dict.fromkeys(costs, 100)), points])
+    original = dict.fromkeys([*costs, "AVG-%"], 100) | {"pruning": "dense", "recovery": ""}
+    rows = pd.concat([points.drop_duplicates("model").assign(**original), points])
     rows = rows.assign(hollow=rows.recovery == "none").rename(columns=costs)
     rows = rows.melt(["model", "pruning", "AVG-%", "hollow"], [*costs.values()], "cost", "share")
     shape = dict(by="pruning", panel=["cost", "model"], labels=("% of the original", KEPT))
