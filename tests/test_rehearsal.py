@@ -22,7 +22,7 @@ from mllm_compress.evaluation.benchmarks import REAL_SUITE
 from mllm_compress.recovery.config import PAPER
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.profiles import load_profile, training_of
-from mllm_compress.study.stages import checkpoints_of, recovery_config, result_of, subject_key
+from mllm_compress.study.stages import recovery_config, result_of, subject_key
 from mllm_compress.study.store import Store
 from mllm_compress.study.workers import complete
 
@@ -163,4 +163,4 @@ def test_two_processes_train_an_experiment_of_the_paper_profile(
     results = result_of(experiment, one, store), result_of(experiment, two, together)
     loss = [result["training"]["loss"] for result in results]
     assert loss[0] == pytest.approx(loss[1], rel=2e-2)
-    assert not checkpoints_of(subject_key(experiment, two), together).exists()
+    assert not together.checkpoints(subject_key(experiment, two)).exists()

@@ -87,19 +87,18 @@ def test_a_result_under_another_key_is_not_believed(tmp_path):
 
 
 def test_damaged_files_are_made_again(tmp_path):
-    s, made = Store(tmp_path / "s"), []
-
-    def fill(folder):
-        made.append(1)
-        (folder / "scores.bin").write_bytes(b"0" * 100)
-
-    key = store.shared(s, inputs(stage="scores"), fill)
-    (store.folder_of(s, "scores", key) / "scores.bin").write_bytes(b"0" * 10)
+    s, fill = (
+        Store(tmp_path / "s"),
+        lambda folder: (folder / "scores.bin").write_bytes(b"00") and {},
+    )
+    key = store.write(s, inputs(stage="scores"), fill=fill)
+    (store.folder_of(s, "scores", key) / "scores.bin").write_bytes(b"0")
     store._is_whole.cache_clear()  # as in another process
     with pytest.warns(UserWarning, match="damaged"):
-        assert store.shared(s, inputs(stage="scores"), fill) == key
-    assert len(made) == 2 and list((s.folder / "corrupt").glob("scores-*"))
-    assert (store.folder_of(s, "scores", key) / "scores.bin").stat().st_size == 100
+        assert store.folder_of(s, "scores", key) is None
+    assert list((s.folder / "corrupt").glob("scores-*"))
+    assert store.write(s, inputs(stage="scores"), fill=fill) == key
+    assert (store.folder_of(s, "scores", key) / "scores.bin").stat().st_size == 2
 
 
 def test_failed_work_leaves_nothing_and_is_made_again(tmp_path):
@@ -110,9 +109,9 @@ def test_failed_work_leaves_nothing_and_is_made_again(tmp_path):
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError):
-        store.shared(s, inputs(stage="scores"), broken)
+        store.write(s, inputs(stage="scores"), fill=broken)
     assert s.keys("scores") == [] and not list((s.folder / "scores").iterdir())
-    key = store.shared(s, inputs(stage="scores"), lambda f: (f / "whole").touch())
+    key = store.write(s, inputs(stage="scores"), fill=lambda f: (f / "whole").touch())
     assert [p.name for p in store.folder_of(s, "scores", key).iterdir()] == ["whole"]
 
 

@@ -79,7 +79,7 @@ def test_a_killed_cell_goes_on_from_its_checkpoint(alone, tmp_path, monkeypatch)
     longer = replace(profile, recovery=profile.recovery | {"epochs": 3})
     with pytest.raises(KeyboardInterrupt):
         workers.complete(EXPERIMENT, longer, store)
-    folder = stages.checkpoints_of(subject_key(EXPERIMENT, longer), store)
+    folder = store.checkpoints(subject_key(EXPERIMENT, longer))
     assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(RecoveryTrainer, "training_step", real)
     resumed = result_of(longer, store)

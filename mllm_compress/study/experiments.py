@@ -19,10 +19,8 @@ from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-004
-def check_recovery(
-    recovery: str,  # "none", or names of losses joined by plus signs
-) -> None:
-    "ValueError where a recovery names an unknown loss, or one loss twice."
+def check_recovery(recovery: str) -> None:
+    "ValueError where a recovery, as 'none' or 'sft+hidden_kd', has an unknown loss or one twice."
     names = recovery.split("+")
     if recovery == "none":
         return
@@ -41,10 +39,8 @@ def as_number(what: str, given, kind: type):
     return kind(given)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-008
-def calibration_words(
-    calibration: str,  # as "stratified 512"
-) -> tuple:  # (design, questions)
-    "Design and number of questions; ValueError for anything else."
+def calibration_words(calibration: str) -> tuple:  # (design, questions)
+    "The parts of a calibration such as 'stratified 512'; ValueError for anything else."
     design, _, count = calibration.partition(" ")
     if design not in DESIGNS or not count.isdecimal() or not int(count):
         raise ValueError(
@@ -100,22 +96,22 @@ class Experiment:
         kinds |= dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
         for name, kind in kinds.items():
             object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
-        for wrong, message in _rules(self):
-            if wrong:
-                raise ValueError(message)
+        for message in _mistakes(self):
+            raise ValueError(message)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-014
-def _rules(e: Experiment):
-    "Yield what would be wrong with an experiment, with its message."
-    yield not 0 <= e.ratio < 0.95, f"Ratio {e.ratio} is outside [0, 0.95)."
-    yield (
-        (e.pruning == "none") != (e.ratio == 0),
-        f"Ratio {e.ratio} does not fit pruning {e.pruning!r}: 0 belongs to 'none', and only to it.",
-    )
-    yield not 0 < e.fraction <= 1, f"Fraction {e.fraction} is outside (0, 1]."
+def _mistakes(e: Experiment):
+    "Yield what is wrong with an experiment, as messages."
+    if not 0 <= e.ratio < 0.95:
+        yield f"Ratio {e.ratio} is outside [0, 0.95)."
+    if (e.pruning == "none") != (e.ratio == 0):
+        fits = "0 belongs to 'none', and only to it"
+        yield f"Ratio {e.ratio} does not fit pruning {e.pruning!r}: {fits}."
+    if not 0 < e.fraction <= 1:
+        yield f"Fraction {e.fraction} is outside (0, 1]."
     for name in ("seed", "calibration_seed", "epochs"):
-        value = getattr(e, name)
-        yield value < 0, f"{name} {value} is negative: use 0, 1, 2 and so on."
+        if (value := getattr(e, name)) < 0:
+            yield f"{name} {value} is negative: use 0, 1, 2 and so on."
     if e.calibration != "default":
         calibration_words(e.calibration)
     check_choice("of", e.of, ("auto", *PRESERVED))
@@ -123,52 +119,39 @@ def _rules(e: Experiment):
     check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
     check_choice("reconstruct", e.reconstruct, RECONSTRUCTIONS)
     check_choice("quantize", e.quantize, (UNROUNDED, *QUANTIZERS))
-    yield (
-        e.quantize != UNROUNDED and e.recovery != "none",
-        f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}.",
-    )
-    yield (
-        e.of != "auto" and e.importance != "gauss_newton",
-        f"of={e.of!r} is an option of gauss_newton, not of {e.importance}.",
-    )
-    refitted = e.reconstruct != "none"
-    yield e.pruning == "none" and refitted, f"reconstruct={e.reconstruct!r} needs a pruning."
-    yield (
-        e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"),
-        f"allocation and shape are of widthwise plans, not of {e.pruning!r}.",
-    )
-    yield (
-        e.allocation != "layer" and e.shape == "uniform",
-        f"allocation {e.allocation!r} gives each layer its own width.",
-    )
-    ranked = bool(ALLOCATIONS[e.allocation].scores)
-    yield (
-        ranked and e.importance not in ALLOCATIONS["global"].scores,
-        f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
-        "importance gauss_newton.",
-    )
+    if e.quantize != UNROUNDED and e.recovery != "none":
+        yield f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}."
+    if e.of != "auto" and e.importance != "gauss_newton":
+        yield f"of={e.of!r} is an option of gauss_newton, not of {e.importance}."
+    if e.pruning == "none" and e.reconstruct != "none":
+        yield f"reconstruct={e.reconstruct!r} needs a pruning."
+    if e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"):
+        yield f"allocation and shape are of widthwise plans, not of {e.pruning!r}."
+    if e.allocation != "layer" and e.shape == "uniform":
+        yield f"allocation {e.allocation!r} gives each layer its own width."
+    if ALLOCATIONS[e.allocation].scores and e.importance not in ALLOCATIONS["global"].scores:
+        yield (
+            f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
+            "importance gauss_newton."
+        )
     check_choice("start", e.start, STARTS)
     check_choice("hidden_layers", e.hidden_layers, HIDDEN_LAYERS)
-    yield (
-        e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"),
-        f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states.",
-    )
-    yield not 0 <= e.layer_share < 1, f"layer_share {e.layer_share} is outside [0, 1)."
-    yield (
-        e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"),
-        f"layer_share {e.layer_share} is of widthwise plans with allocation 'layer', not of "
-        f"{e.pruning!r} with {e.allocation!r}.",
-    )
-    anew = e.start != "pruned"
-    yield (
-        anew and (e.recovery == "none" or e.train == "projector"),
-        f"start={e.start!r} has a new decoder: give a recovery, and train='projector+lm'.",
-    )
-    yield (
-        anew and (e.pruning == "none" or refitted),
-        f"start={e.start!r} has the shape of a plan and no refitted weights: give a pruning, "
-        "and no reconstruct.",
-    )
+    if e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"):
+        yield f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states."
+    if not 0 <= e.layer_share < 1:
+        yield f"layer_share {e.layer_share} is outside [0, 1)."
+    if e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"):
+        yield (
+            f"layer_share {e.layer_share} is of widthwise plans with allocation 'layer', not of "
+            f"{e.pruning!r} with {e.allocation!r}."
+        )
+    if e.start != "pruned" and (e.recovery == "none" or e.train == "projector"):
+        yield f"start={e.start!r} has a new decoder: give a recovery, and train='projector+lm'."
+    if e.start != "pruned" and (e.pruning == "none" or e.reconstruct != "none"):
+        yield (
+            f"start={e.start!r} has the shape of a plan and no refitted weights: give a pruning, "
+            "and no reconstruct."
+        )
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-021
 def canonical(experiment: Experiment) -> Experiment:

@@ -118,9 +118,7 @@ class Slurm:
     experiments_per_job: Count = 1
     time_limits: Count = 5  # that a job may use up; it goes on from its checkpoints
     jobs_at_once: Count = 64  # of an array
-    setup: list[Word] = field(
-        default_factory=list
-    )  # shell lines before ours, as "module load cuda"
+    setup: list[Word] = field(default_factory=list)  # shell lines, as "module load cuda"
     options: dict = field(default_factory=dict)  # sbatch options as submitit spells them: account
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-016
@@ -179,12 +177,8 @@ def _sentence(error: dict, kind: type, where: str) -> str:
     return f"{where}: {last} is {error['input']!r}: {wanted}."
 
 
-def read_strictly(
-    kind: type,  # a dataclass of this notebook
-    data,  # as YAML gives it
-    where: str,  # for messages
-):  # an instance
-    "A section of a profile; unknown, missing and mistyped keys are a ValueError."
+def read_strictly(kind: type, data, where: str):  # an instance of the dataclass
+    "A section of a profile from what YAML gives; unknown or mistyped keys are a ValueError."
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be a mapping, not {data!r}.")
     try:
@@ -231,60 +225,56 @@ def models_in(given: dict) -> list:
     return models
 
 
-def checked(profile: Profile) -> Profile:
-    "The profile, if its values fit each other; else a ValueError."
-    p, where = profile, f"profile {profile.name}"
+def misfits(p: Profile):
+    "Yield a sentence for each mistake that concerns several values of a profile."
     for name in ("models", "ratios", "fractions", "seeds", "calibration_seeds"):
         values = getattr(p, name)
         if len(set(values)) < len(values):
-            raise ValueError(f"{where}: {name} {values} names a value twice.")
+            yield f"{name} {values} names a value twice."
     for training in (training_of(model, p) for model in [*p.models, *p.per_model]):
         for name in training.text:
             check_choice("text", name, TEXTS)
             if not TEXTS[name].trained:
-                raise ValueError(
-                    f"{where}: training, text: {name} is for tests only; leave it out."
-                )
+                yield f"training, text: {name} is for tests only; leave it out."
         if training.text and not training.tokenizer:
-            raise ValueError(
-                f"{where}: training, text needs a tokenizer: the model whose tokens are counted."
-            )
+            yield "training, text needs a tokenizer: the model whose tokens are counted."
     rates = [(train, *pair) for train, group in p.learning_rates.items() for pair in group.items()]
     for train, recovery, rate in rates:
         check_recovery(recovery)
         ordered = "+".join(name for name in LOSSES if name in recovery.split("+"))
         if ordered != recovery:
-            raise ValueError(
-                f"{where}: learning_rates, {train}: write {ordered!r}, not {recovery!r}."
-            )
+            yield f"learning_rates, {train}: write {ordered!r}, not {recovery!r}."
         if not is_rate(rate):
-            raise ValueError(
-                f"{where}: learning_rates, {train}, {recovery}: {rate!r} must be a number above 0, "
-                "or a mapping of prunings, or of ratios below 0.95, to such numbers."
+            yield (
+                f"learning_rates, {train}, {recovery}: {rate!r} must be a number above 0, or a "
+                "mapping of prunings, or of ratios below 0.95, to such numbers."
             )
-    ranges = (p.width.attention_layers, p.width.mlp_layers)
-    if {len(r) for r in ranges} not in ({0}, {2}) or any(sorted(r) != r for r in ranges):
-        raise ValueError(
-            f"{where}: width: attention_layers {ranges[0]} and mlp_layers {ranges[1]} must both "
-            "be empty, or both the first and the last layer to prune."
+    heads, neurons = p.width.attention_layers, p.width.mlp_layers
+    in_order = sorted(heads) == heads and sorted(neurons) == neurons
+    if {len(heads), len(neurons)} not in ({0}, {2}) or not in_order:
+        yield (
+            f"width: attention_layers {heads} and mlp_layers {neurons} must both be empty, or both "
+            "the first and the last layer to prune."
         )
     for options in (p.recovery, *(of.get("recovery", {}) for of in p.per_model.values())):
         if taken := sorted(set(options) & {"train", "losses", "fraction", "seed"}):
-            raise ValueError(
-                f"{where}: recovery may not set {', '.join(taken)}: every experiment has its own."
-            )
+            yield f"recovery may not set {', '.join(taken)}: every experiment has its own."
     if "setup" in p.slurm.options:
-        raise ValueError(
-            f"{where}: shell lines belong to setup of the slurm section itself, not to its options."
-        )
+        yield "shell lines belong to setup of the slurm section itself, not to its options."
     if p.slurm.gpus % p.processes:
-        raise ValueError(
-            f"{where}: processes is {p.processes} and a Slurm job gets {p.slurm.gpus} GPUs: give "
-            "each process one."
+        yield (
+            f"processes is {p.processes} and a Slurm job gets {p.slurm.gpus} GPUs: give each "
+            "process one."
         )
     for notebook, given in p.notebooks.items():
         for model in models_in(given):
-            check_choice(f"model of {where}: notebooks, {notebook}", model, p.models)
+            check_choice(f"model of profile {p.name}: notebooks, {notebook}", model, p.models)
+
+
+def checked(profile: Profile) -> Profile:
+    "The profile, if its values fit each other; else a ValueError."
+    for sentence in misfits(profile):
+        raise ValueError(f"profile {profile.name}: {sentence}")
     return profile
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-040
@@ -338,9 +328,7 @@ def training_of(model: str, profile: Profile) -> Training:
     return read_strictly(Training, section["training"], f"{where}, training")
 
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-060
-def located(
-    path: str,  # as a profile says it
-) -> Path:
+def located(path: str) -> Path:
     "A profile's path on this machine; ValueError for an environment variable that is not set."
     expanded = os.path.expandvars(path)
     if unset := re.findall(r"\$\{?(\w+)\}?", expanded):
@@ -391,10 +379,8 @@ def source_of(model: str, profile: Profile) -> str:
 
 # %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-006
 @lru_cache
-def model_identity(
-    name: str,  # as `load_model` takes it
-) -> str:
-    "A name for a model's weights."
+def model_identity(name: str) -> str:
+    "A name for the weights of a model, which is named as for `load_model`."
     if name in MODELS and name.startswith("smoke-"):
         return f"{name} {SMOKE_VERSION}"
     if name in PACKAGED or name in ASSEMBLED:
@@ -417,25 +403,6 @@ def model_inputs(model: str, profile: Profile) -> dict:
     return inputs
 
 # %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-010
-@lru_cache
-def data_inputs(training: Training) -> dict:
-    "What determines the training data."
-    inputs = {"version": DATA_VERSION}
-    if training.scenes:
-        inputs["scenes"] = [training.scenes, SCENES_VERSION]
-    if training.easy_vqa:
-        inputs["easy_vqa"] = version("easy-vqa")
-    if training.emoji:
-        inputs["emoji"] = [training.emoji, emoji_hash()]
-    if training.json:
-        inputs["json"] = file_hash(located(training.json))
-    if training.text:
-        hashes = [text_hash(name) for name in training.text]
-        counted = [training.window, training.tokens, model_identity(training.tokenizer)]
-        inputs["text"] = [hashes, *counted]
-    return inputs
-
-# %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-012
 def text_windows(training: Training, part: str) -> InstructionData:
     "Windows of a part of the texts of a profile."
     tokens = training.tokens if part == "train" else 0
@@ -443,22 +410,41 @@ def text_windows(training: Training, part: str) -> InstructionData:
     return text_data(training.text, part, tokenizer, training.window, tokens)
 
 
+def text_identity(training: Training) -> list:
+    "Hashes of the texts, and how their windows are counted."
+    hashes = [text_hash(name) for name in training.text]
+    return [hashes, training.window, training.tokens, model_identity(training.tokenizer)]
+
+
+json_data = lambda t: data.load_json(located(t.json), located(t.image_root))
+SOURCES = {
+    "scenes": (lambda t: [t.scenes, SCENES_VERSION], lambda t: data.scene_data("train", t.scenes)),
+    "easy_vqa": (lambda t: version("easy-vqa"), lambda t: data.easy_vqa("train")),
+    "emoji": (lambda t: [t.emoji, emoji_hash()], lambda t: emoji_data("train", t.emoji)),
+    "json": (lambda t: file_hash(located(t.json)), json_data),
+    "text": (text_identity, lambda t: text_windows(t, "train")),
+}
+
+
+def sources_of(training: Training) -> list:  # of (name, identity, data); the last two are functions
+    "The kinds of data that a training section names."
+    return [(name, *row) for name, row in SOURCES.items() if getattr(training, name)]
+
+
+@lru_cache
+def data_inputs(training: Training) -> dict:
+    "What determines the training data."
+    named = {name: identity(training) for name, identity, _ in sources_of(training)}
+    return {"version": DATA_VERSION} | named
+
+# %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-012
 @lru_cache(maxsize=1)
 def training_data(training: Training) -> InstructionData:
     "The data that students are trained on and scores are measured on."
-    parts = [data.scene_data("train", training.scenes)] if training.scenes else []
-    if training.easy_vqa:
-        parts.append(data.easy_vqa("train"))
-    if training.emoji:
-        parts.append(emoji_data("train", training.emoji))
-    if training.json:
-        parts.append(data.load_json(located(training.json), located(training.image_root)))
-    if training.text:
-        parts.append(text_windows(training, "train"))
+    parts = [load(training) for _, _, load in sources_of(training)]
     if not parts:
         raise ValueError(
-            "The profile's training section names no data: give scenes, easy_vqa, emoji, json or "
-            "text."
+            f"The profile's training section names no data: give one of {', '.join(SOURCES)}."
         )
     return parts[0] if len(parts) == 1 else mix(*parts)
 
@@ -466,10 +452,8 @@ def training_data(training: Training) -> InstructionData:
 @lru_cache(maxsize=1)
 def calibration_source(training: Training) -> InstructionData:
     "What calibration samples are drawn from: training data, or the calibration part of a text."
-    pictures = training.scenes or training.easy_vqa or training.emoji or training.json
-    if pictures or not training.text:
-        return training_data(training)
-    return text_windows(training, "calibration")
+    only_text = [name for name, _, _ in sources_of(training)] == ["text"]
+    return text_windows(training, "calibration") if only_text else training_data(training)
 
 # %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-018
 def root_of(evaluation: Evaluation) -> str | None:
@@ -477,41 +461,40 @@ def root_of(evaluation: Evaluation) -> str | None:
     return str(located(evaluation.root)) if evaluation.root else None
 
 
+def missing_at(path: str) -> str:
+    "What a path of a profile lacks, in words; empty where something is there."
+    try:
+        place = located(path)
+    except ValueError as error:
+        return str(error)
+    shown = place.relative_to(checkout()) if place.is_relative_to(checkout()) else place
+    return "" if place.exists() else f"nothing at {shown}"
+
+
 def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all is there
     "What a profile names and this machine does not have."
-    models = {m: profile.folders.get(m, m) for m in profile.models}
+    models, e = {m: profile.folders.get(m, m) for m in profile.models}, profile.evaluation
     trainings = [training_of(m, profile) for m in models]
     paths = [
         (f"model {m}", s) for m, s in models.items() if s not in MODELS and not HUB.fullmatch(s)
     ]
     paths += [(f"vision tower of {m}", t) for m, t in profile.towers.items() if m in models]
     paths += [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
-    missing = []
-    for what, path in dict.fromkeys((what, path) for what, path in paths if path):
-        try:
-            if not (place := located(path)).exists():
-                near = place.is_relative_to(checkout())
-                shown = place.relative_to(checkout()) if near else place
-                missing.append(f"{what}: nothing at {shown}")
-        except ValueError as error:
-            missing.append(f"{what}: {error}")
+    missing = [(what, missing_at(path)) for what, path in paths if path]
     named = [m for m in models if m not in profile.folders] + [t.tokenizer for t in trainings]
-    packages = {f"model {m}": PACKAGED[m].missing for m in named if m in PACKAGED}
-    packages |= {f"model {m}": missing_eyes() for m in named if m in ASSEMBLED}
-    packages |= {f"text {name}": missing_text(name) for t in trainings for name in t.text}
-    packages |= {"emoji": missing_emoji() for t in trainings if t.emoji}
-    missing += [f"{what}: {lacking}" for what, lacking in packages.items() if lacking]
-    try:
-        root = root_of(profile.evaluation)
-    except ValueError as error:
-        return [*missing, f"benchmarks: {error}"]
-    for name in profile.evaluation.benchmarks:
+    missing += [(f"model {m}", PACKAGED[m].missing) for m in named if m in PACKAGED]
+    missing += [(f"model {m}", missing_eyes()) for m in named if m in ASSEMBLED]
+    missing += [(f"text {name}", missing_text(name)) for t in trainings for name in t.text]
+    missing += [("emoji", missing_emoji()) for t in trainings if t.emoji]
+    for name in e.benchmarks:
         source = benchmark(name).source
         try:
             if callable(source):  # a text
-                load_questions(name, profile.evaluation.split, 1)
-            elif root and not isinstance(source, str):  # a public set, not a generated one
-                source.files(root)
+                load_questions(name, e.split, 1)
+            elif e.root and not isinstance(source, str):  # a public set, not a generated one
+                source.files(root_of(e))
         except FileNotFoundError as error:
-            missing.append(f"benchmark {name}: {error}")
-    return missing
+            missing.append((f"benchmark {name}", str(error)))
+        except ValueError as error:
+            missing.append(("benchmarks", str(error)))
+    return [f"{what}: {lacking}" for what, lacking in dict.fromkeys(missing) if lacking]

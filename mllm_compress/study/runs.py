@@ -33,12 +33,9 @@ RECORDED = ("seconds", "device", "date", "torch", "transformers", "peak_memory_m
 
 
 def frame_of(
-    experiments: list,
-    profile: Profile,
-    results: Store,
-    errors: dict = {},  # Experiment -> message
+    experiments: list, profile: Profile, results: Store, errors: dict = {}
 ) -> pd.DataFrame:  # one row per experiment and benchmark
-    "The results of experiments as tidy rows."
+    "The results of experiments as tidy rows; `errors` says why an experiment has none."
     rows = []
     for experiment in dict.fromkeys(experiments):
         same = asdict(experiment) | {"requested_ratio": experiment.ratio}
@@ -70,14 +67,11 @@ def plan_of(experiment: Experiment, profile: Profile):  # a PruningPlan, or None
     return PruningPlan.from_json(text) if done and text else None
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-016
-def complete(
-    profile: Profile,
-    results: Store | None = None,  # None: those of runs/
-) -> list:  # of Experiment
+def complete(profile: Profile) -> list:  # of Experiment
     "The experiments of a profile with all scores up to date, without reading their answers."
     if missing_inputs(profile):
         return []
-    results, experiments = results or results_of(profile), []
+    results, experiments = results_of(profile), []
     for key in results.keys("experiment"):
         content = store.read(results, "experiment", key) or {"inputs": {}}
         given = {k: v for k, v in content["inputs"].items() if k not in ("stage", "version")}
@@ -89,18 +83,19 @@ def complete(
     return list({name_of(e, profile): e for e in reversed(done)}.values())
 
 
-def stored(profile: Profile, results: Store | None = None) -> dict:  # Experiment -> result
+def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
-    if not (experiments := complete(profile, results)):
+    if not (experiments := complete(profile)):
         return {}  # where inputs are missing no store is made
-    results = results or results_of(profile)
+    results = results_of(profile)
     return {e: stages.result_of(e, profile, results) for e in experiments}
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
 def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "What the store has of an experiment."
     missing, trains = missing_stages(experiment, profile, results), False
-    records = stages.records_of(experiment, profile, results)
+    values = stages.values_of(experiment, profile, results)
+    seconds = [value["record"]["seconds"] for value in values["answers"].values()]
     if experiment.recovery != "none" and missing["answers"]:
         content = store.read(results, "student", key_of("student", experiment, profile))
         trains = not (content and content["files"])
@@ -114,9 +109,9 @@ def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
         "missing": "; ".join(parts),
         "open_answers": len(missing["answers"]),
         "trains": trains,
-        "student_seconds": records["student"].get("seconds"),
-        "answer_seconds": pd.Series([r["seconds"] for r in records["answers"]], dtype=float).mean(),
-        "answers": len(records["answers"]),
+        "student_seconds": values.get("student", {}).get("record", {}).get("seconds"),
+        "answer_seconds": pd.Series(seconds, dtype=float).mean(),
+        "answers": len(seconds),
     }
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-037
@@ -179,11 +174,7 @@ CHANGED = "its result has another key: data or model changed while the study ran
 
 
 def settled(
-    experiments: list,
-    profile,
-    executor: str = "",
-    workers: int = 0,
-    quiet: bool = False,
+    experiments: list, profile, executor: str = "", workers: int = 0, quiet: bool = False
 ) -> dict:  # Experiment -> why it has no result
     "Compute the missing stages of experiments; the arguments are those of `run`."
     profile, context = load_profile(profile), {"executor": "local", "workers": 0, "failures": {}}
@@ -197,8 +188,7 @@ def settled(
     lacks = lambda e: bool(missing_stages(e, profile, results)["score"])
     missing = [e for e in distinct if lacks(e)]
     for e in set(distinct) - set(missing):
-        if not results.path("experiment", key_of("experiment", e, profile)).exists():
-            stages.index(e, profile, results)
+        stages.made("experiment", e, profile, results, "cpu")
     names, failures = {e: name_of(e, profile) for e in missing}, context["failures"]
     errors = {e: failures[name] for e, name in names.items() if name in failures}
     if todo := [e for e in missing if e not in errors]:

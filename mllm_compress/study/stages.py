@@ -17,11 +17,11 @@ import tempfile
 import threading
 import time
 from bisect import bisect_left
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from importlib import metadata
 from multiprocessing import connection
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -55,35 +55,33 @@ from ..utils.files import code_of, content_hash, remembered
 from ..zoo.models import cast, load_model
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-004
-def recovery_config(experiment: Experiment, profile: Profile) -> RecoveryConfig:
+def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
     "The training of an experiment."
-    e, losses = experiment, experiment.recovery.split("+")
-    options = {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
-    options["held_out"] = 0.0  # the last state, as in the paper, unless a profile says otherwise
-    options |= {"seed": e.seed, "fraction": e.fraction} | profile.recovery
-    options |= profile.per_model.get(e.model, {}).get("recovery", {})
-    options |= {"epochs": e.epochs} if e.epochs else {}
+    losses = e.recovery.split("+")
+    options = {"held_out": 0.0}  # the last state, as in the paper, unless a profile says otherwise
+    options |= profile.recovery | profile.per_model.get(e.model, {}).get("recovery", {})
+    options |= {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
+    options |= {"seed": e.seed, "fraction": e.fraction} | ({"epochs": e.epochs} if e.epochs else {})
     if e.train == "projector":
         options.pop("lora", None)
     if e.hidden_layers != LATER["hidden_layers"]:
         options["hidden_layers"] = e.hidden_layers
     config, refitted = config_from_dict(options), e.reconstruct != "none"
-    small_steps = refitted and e.train == "projector+lm"
-    rates = profile.learning_rates.get("reconstructed" if small_steps else e.train, {})
+    section = "reconstructed" if refitted and e.train == "projector+lm" else e.train
+    rates = profile.learning_rates.get(section, {})
     rates = rates | profile.learning_rates.get(e.start, {})  # where new weights have a rate
     rate = profiles.rate_of(rates.get(e.recovery), e.pruning, e.ratio)
     rate = learning_rate(config, reconstructed=refitted) if rate is None else rate
     return replace(config, lr=rate)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-010
-def calibration_of(experiment: Experiment, profile: Profile) -> profiles.Calibration:
+def calibration_of(e: Experiment, profile: Profile) -> profiles.Calibration:
     "On what the scores of an experiment are measured."
     c = profile.calibration
-    if experiment.calibration != "default":
-        design, samples = experiments.calibration_words(experiment.calibration)
+    if e.calibration != "default":
+        design, samples = experiments.calibration_words(e.calibration)
         return replace(c, design=design, samples=samples)
-    layers = experiment.pruning == "layerwise" and c.layerwise_samples
-    return replace(c, samples=layers or c.samples)
+    return replace(c, samples=e.pruning == "layerwise" and c.layerwise_samples or c.samples)
 
 # %% ../../nbs/library/study/05_stages.ipynb #kept-hash
 LARGE = 100  # questions of a draw whose hash is kept
@@ -104,18 +102,17 @@ def drawn_hash(training: Training, design: str, samples: int, per_entry: int, se
     return remembered("calibration", named, draw)
 
 
-def score_options(experiment: Experiment, profile: Profile) -> dict:
+def score_options(e: Experiment, profile: Profile) -> dict:
     "Options of the criterion that are not at their defaults."
-    e, mode = experiment, profile.calibration.mode
+    mode = profile.calibration.mode
     options = {"of": e.of} if e.of != "auto" else {}
     if mode != "default" and takes(e.pruning, e.importance, "mode"):
         options["mode"] = mode
     return options
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-016
-def layers_first(experiment: Experiment) -> Experiment:
+def layers_first(e: Experiment) -> Experiment:
     "The layerwise experiment whose plan says which whole layers a hybrid removes."
-    e = experiment
     seeds = dict(seed=e.seed, calibration_seed=e.calibration_seed, calibration=e.calibration)
     return Experiment(e.model, "layerwise", e.ratio * e.layer_share, **seeds)
 
@@ -125,100 +122,78 @@ CURVE = {"questions": 100, "looks": 8}  # per benchmark; beside the one before s
 _hash_of_questions = lru_cache(None)(benchmarks.questions_hash)
 
 
-def inputs_of(stage: str, experiment: Experiment, profile: Profile, benchmark: str = "") -> dict:
-    "Everything that determines the result of a stage, with the version of its method."
-    e, version = canonical(experiment), 1
-    key = lambda stage: key_of(stage, e, profile)
-    match stage:
-        case "model":
-            return profiles.model_inputs(e.model, profile)
-        case "scores":
-            obs, c = e.allocation == "obs", calibration_of(e, profile)
-            training, seed = training_of(e.model, profile), e.calibration_seed
-            version = OBS_VERSION if obs else CRITERIA[e.pruning, e.importance].version
-            drawn = drawn_hash(training, c.design, c.samples, c.per_entry, seed)
-            calibration = {"version": CALIBRATION_VERSION, "design": c.design, "questions": drawn}
-            calibration |= {"samples": c.samples} | score_options(e, profile)
-            inputs = {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
-            inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
-            inputs |= {"seed": seed} | profiles.model_inputs(e.model, profile)
-            if e.importance not in criteria_of(e.pruning):  # blocks of layers, for every ratio
-                inputs["ratio"] = e.ratio
-        case "plan":
-            version = plans.PRUNINGS[e.pruning].version
-            inputs = {"pruning": e.pruning, "scores": key("scores"), "ratio": e.ratio}
-            if e.pruning == "widthwise":
-                inputs["width"] = asdict(profile.width)
-            for name in ("allocation", "shape", "layer_share"):
-                if getattr(e, name) != LATER[name]:
-                    inputs[name] = getattr(e, name)
-            if e.layer_share:
-                inputs["base"] = key_of("plan", layers_first(e), profile)
-        case "start":
-            version = STARTS[e.start].version
-            inputs = {"how": e.start, "seed": e.seed, "plan": key("plan")}
-        case "reconstruction":
-            version = RECONSTRUCTIONS[e.reconstruct].version
-            inputs = {"how": e.reconstruct, "plan": key("plan")}
-        case "student":
-            version, options = RECOVERY_VERSION, run_identity(asdict(recovery_config(e, profile)))
-            losses = options.pop("losses")
-            del options["passes"]  # which changes only the speed
-            inputs = {
-                "start": subject_key(e, profile, trained=False),
-                "losses": {name: [w, LOSSES[name].version] for name, w in losses.items()},
-                "options": options,
-                "data": profiles.data_inputs(training_of(e.model, profile)),
-            }
-        case "curve":
-            looks = replace(profile, evaluation=validation_of(profile, CURVE["questions"]))
-            answers = {n: key_of("answers", e, looks, n) for n in looks.evaluation.benchmarks}
-            inputs = {"asked": answers, "looks": CURVE["looks"]}
-            inputs["student"] = subject_key(e, profile)
-        case "rounding":
-            version = QUANTIZERS[e.quantize].version
-            unrounded = replace(e, quantize=UNROUNDED)
-            inputs = {"how": e.quantize, "of": subject_key(unrounded, profile)}
-        case "answers":
-            version = benchmarks.benchmark(benchmark).version
-            inputs = {"subject": subject_key(e, profile), "benchmark": benchmark}
-            inputs["generation"] = GENERATION_VERSION
-            inputs["questions"] = _hash_of_questions(*asked_of(benchmark, profile.evaluation))
-        case "score":
-            scorer = benchmarks.benchmark(benchmark).scorer
-            version = SCORERS[scorer].version
-            inputs = {"scorer": scorer, "answers": key_of("answers", e, profile, benchmark)}
-        case "experiment":
-            inputs = experiments.described(e)
-    return {"stage": stage, "version": version} | inputs
+def scores_inputs(e: Experiment, profile: Profile) -> dict:
+    "Criterion, model and calibration questions; the ratio for blocks of layers only."
+    c, training = calibration_of(e, profile), training_of(e.model, profile)
+    drawn = drawn_hash(training, c.design, c.samples, c.per_entry, e.calibration_seed)
+    calibration = {"version": CALIBRATION_VERSION, "design": c.design, "questions": drawn}
+    calibration |= {"samples": c.samples} | score_options(e, profile)
+    obs, blocks = e.allocation == "obs", e.importance not in criteria_of(e.pruning)
+    inputs = {"version": OBS_VERSION if obs else CRITERIA[e.pruning, e.importance].version}
+    inputs |= {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
+    inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
+    inputs |= {"seed": e.calibration_seed} | profiles.model_inputs(e.model, profile)
+    return inputs | ({"ratio": e.ratio} if blocks else {})
 
 
-@lru_cache(maxsize=100_000)
-def key_of(stage: str, experiment: Experiment, profile: Profile, benchmark: str = "") -> str:
-    "The key under which the result of a stage is stored."
-    return content_hash(inputs_of(stage, experiment, profile, benchmark))
+def plan_inputs(e: Experiment, profile: Profile) -> dict:
+    "Pruning, scores and ratio, and the settings of widthwise plans."
+    inputs = {"version": plans.PRUNINGS[e.pruning].version, "pruning": e.pruning}
+    inputs |= {"scores": key_of("scores", e, profile), "ratio": e.ratio}
+    inputs |= {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
+    settings = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
+    inputs |= {name: value for name, value in settings.items() if value != LATER[name]}
+    base = {"base": key_of("plan", layers_first(e), profile)} if e.layer_share else {}
+    return inputs | base
 
 
-def value_of(
-    stage: str, experiment: Experiment, profile: Profile, results: Store, benchmark: str = ""
-):  # JSON values; None where the store has none
-    "The stored value of a stage."
-    content = store.read(results, stage, key_of(stage, experiment, profile, benchmark))
-    return content["value"] if content else None
+def student_inputs(e: Experiment, profile: Profile) -> dict:
+    "What training starts from, its losses, options and data."
+    options, data = run_identity(asdict(recovery_config(e, profile))), training_of(e.model, profile)
+    del options["passes"]  # which changes only the speed
+    losses = {name: [w, LOSSES[name].version] for name, w in options.pop("losses").items()}
+    inputs = {"version": RECOVERY_VERSION, "start": subject_key(e, profile, trained=False)}
+    return inputs | {"losses": losses, "options": options, "data": profiles.data_inputs(data)}
 
-# %% ../../nbs/library/study/05_stages.ipynb #subject-code
-def subject_key(experiment: Experiment, profile: Profile, trained: bool = True) -> str:
-    "The key of the model that is evaluated; with `trained=False`, of what training starts from."
-    e = canonical(experiment)
-    stages = {  # the first that holds
-        "rounding": trained and e.quantize != UNROUNDED,
-        "student": trained and e.recovery != "none",
-        "model": e.pruning == "none",
-        "start": e.start != "pruned",
-        "reconstruction": e.reconstruct != "none",
-        "plan": True,
-    }
-    return key_of(next(stage for stage, holds in stages.items() if holds), e, profile)
+
+def curve_inputs(e: Experiment, profile: Profile) -> dict:
+    "The student, and its answers to validation questions."
+    looks = replace(profile, evaluation=validation_of(profile, CURVE["questions"]))
+    answers = {n: key_of("answers", e, looks, n) for n in looks.evaluation.benchmarks}
+    return {"asked": answers, "looks": CURVE["looks"], "student": subject_key(e, profile)}
+
+
+def refit_inputs(e: Experiment, profile: Profile) -> dict:
+    "The method, and the plan whose weights it refits."
+    version, plan = RECONSTRUCTIONS[e.reconstruct].version, key_of("plan", e, profile)
+    return {"version": version, "how": e.reconstruct, "plan": plan}
+
+
+def start_inputs(e: Experiment, profile: Profile) -> dict:
+    "How new weights are drawn, in the shape of a plan."
+    version, plan = STARTS[e.start].version, key_of("plan", e, profile)
+    return {"version": version, "how": e.start, "seed": e.seed, "plan": plan}
+
+
+def rounding_inputs(e: Experiment, profile: Profile) -> dict:
+    "The model before its rounding."
+    unrounded = subject_key(replace(e, quantize=UNROUNDED), profile)
+    return {"version": QUANTIZERS[e.quantize].version, "how": e.quantize, "of": unrounded}
+
+
+def answers_inputs(e: Experiment, profile: Profile, benchmark: str) -> dict:
+    "The model and the questions of a benchmark."
+    questions = _hash_of_questions(*asked_of(benchmark, profile.evaluation))
+    inputs = {"version": benchmarks.benchmark(benchmark).version, "benchmark": benchmark}
+    inputs |= {"subject": subject_key(e, profile), "generation": GENERATION_VERSION}
+    return inputs | {"questions": questions}
+
+
+def score_inputs(e: Experiment, profile: Profile, benchmark: str) -> dict:
+    "The answers to a benchmark and its scorer."
+    scorer = benchmarks.benchmark(benchmark).scorer
+    answers = key_of("answers", e, profile, benchmark)
+    return {"version": SCORERS[scorer].version, "scorer": scorer, "answers": answers}
 
 
 def asked_of(name: str, e: Evaluation) -> tuple:
@@ -229,13 +204,6 @@ def asked_of(name: str, e: Evaluation) -> tuple:
 def limit_of(name: str, e: Evaluation) -> int:
     "The most questions of a benchmark that are used."
     return asked_of(name, e)[2]
-
-# %% ../../nbs/library/study/05_stages.ipynb #cell-024
-@lru_cache(maxsize=20_000)
-def name_of(experiment: Experiment, profile: Profile) -> str:
-    "The name of an experiment's result."
-    names = profile.evaluation.benchmarks
-    return content_hash({name: key_of("score", experiment, profile, name) for name in names})
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-004
 def record(
@@ -268,11 +236,9 @@ def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, pr
     return _loaded(source, device=device, vision_tower=tower, dtype=dtype)
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-010
-def calibration_batches_of(
-    experiment: Experiment, profile: Profile, processor, device: str
-) -> list:  # of batch dicts
-    "The questions that the scores of an experiment are measured on."
-    e, c = experiment, calibration_of(experiment, profile)
+def calibration_batches_of(e: Experiment, profile: Profile, processor, device: str) -> list:
+    "The questions that the scores of an experiment are measured on, as batches."
+    c = calibration_of(e, profile)
     samples = profiles.calibration_source(training_of(e.model, profile))
     size = c.batch_size if c.mode == "default" else c.samples
     draw = dict(seed=e.calibration_seed, design=c.design, per_entry=c.per_entry)
@@ -283,23 +249,28 @@ def calibration_batches_of(
 def scores_of(experiment: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
     e = canonical(experiment)
-
-    def fill(folder):
-        model, processor = teacher_of(e.model, profile, device)
-        batches = calibration_batches_of(e, profile, processor, device)
-        options, began = score_options(e, profile), time.perf_counter()
-        if e.importance not in criteria_of(e.pruning):
-            options["n"] = plans.layers_for_ratio(model, e.ratio)
-        if e.allocation == "obs":
-            scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
-        else:
-            given = (model, batches, e.calibration_seed)
-            scores = measure(e.pruning, e.importance, *given, **options)
-        scores.save(folder)
-        return record(device, began)
-
-    key = store.shared(results, inputs_of("scores", e, profile), fill)
+    key = key_of("scores", e, profile)
+    with store.lock(results, f"scores-{key}", wait=True):
+        if store.folder_of(results, "scores", key) is None:
+            measured = partial(make_scores, e, profile, device)
+            store.write(results, inputs_of("scores", e, profile), fill=measured)
     return load_scores(store.folder_of(results, "scores", key))
+
+
+def make_scores(e: Experiment, profile: Profile, device: str, folder: Path) -> dict:
+    "Measure the scores of an experiment and save them in a folder."
+    model, processor = teacher_of(e.model, profile, device)
+    batches = calibration_batches_of(e, profile, processor, device)
+    options, began = score_options(e, profile), time.perf_counter()
+    if e.importance not in criteria_of(e.pruning):
+        options["n"] = plans.layers_for_ratio(model, e.ratio)
+    if e.allocation == "obs":
+        scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
+    else:
+        given = (model, batches, e.calibration_seed)
+        scores = measure(e.pruning, e.importance, *given, **options)
+    scores.save(folder)
+    return record(device, began)
 
 # %% ../../nbs/library/study/05_stages.ipynb #planners
 def plan_channels(
@@ -323,15 +294,14 @@ def plan_channels(
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-016
 def planned(
-    experiment: Experiment,
+    e: Experiment,
     model,
     scores,
-    width: profiles.Width,
+    w: profiles.Width,
     base: PruningPlan | None = None,  # layerwise, that a hybrid begins with
 ) -> PruningPlan:
     "The plan of an experiment from its scores."
-    e, w, ratio = experiment, width, experiment.ratio
-    shape = w.shape if e.shape == "default" else e.shape
+    ratio, shape = e.ratio, w.shape if e.shape == "default" else e.shape
     protect = (w.protect_first, w.protect_last) if shape == "blockwise" else None
     if e.pruning == "widthwise" and w.attention_layers:
         spans = [range(a, b + 1) for a, b in (w.attention_layers, w.mlp_layers)]
@@ -352,13 +322,14 @@ def plan_of(experiment: Experiment, profile: Profile, results: Store, device: st
     e = canonical(experiment)
     if e.pruning == "none":
         return plans.plan_none(teacher_of(e.model, profile, device)[0])
-    if text := value_of("plan", e, profile, results):
-        return PruningPlan.from_json(text)
-    model, _ = teacher_of(e.model, profile, device)
+    return PruningPlan.from_json(made("plan", e, profile, results, device))
+
+
+def make_plan(e: Experiment, profile: Profile, results: Store, device: str) -> str:  # JSON
+    "The plan of an experiment from its scores, and for a hybrid from its layerwise plan."
+    model, scores = teacher_of(e.model, profile, device)[0], scores_of(e, profile, results, device)
     base = plan_of(layers_first(e), profile, results, device) if e.layer_share else None
-    plan = planned(e, model, scores_of(e, profile, results, device), profile.width, base)
-    store.write(results, inputs_of("plan", e, profile), plan.to_json())
-    return plan
+    return planned(e, model, scores, profile.width, base).to_json()
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-020
 def start_of(experiment: Experiment, profile: Profile, results: Store, device: str):
@@ -380,24 +351,16 @@ def start_of(experiment: Experiment, profile: Profile, results: Store, device: s
     return small
 
 # %% ../../nbs/library/study/05_stages.ipynb #students-cell-008
-def checkpoints_of(
-    subject: str,  # key of a student
-    results: Store,
-) -> Path:
-    "Where the checkpoints of a student in training are."
-    return results.folder / "checkpoints" / subject
-
-
 def trained(
-    experiment: Experiment, profile: Profile, results: Store, start, device: str, watch=None
+    e: Experiment, profile: Profile, results: Store, start, device: str, watch=None
 ) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
-    e, config = experiment, settled(recovery_config(experiment, profile))
+    config = settled(recovery_config(e, profile))
     teacher, processor = teacher_of(e.model, profile, device)
     plan, samples = plan_of(e, profile, results, device), training_of(e.model, profile)
     options = dict(processor=processor, plan=plan, device=device, progress=False, watch=watch)
     if profile.checkpoint_every:
-        options["folder"] = checkpoints_of(subject_key(e, profile), results)
+        options["folder"] = results.checkpoints(subject_key(e, profile))
         options["save_every"] = profile.checkpoint_every
     if profile.processes > 1 and device != "cpu":
         layer = type(anatomy(start).layers[0]).__name__
@@ -416,11 +379,9 @@ def end_with_master() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def trained_together(
-    experiment: Experiment, profile: Profile, results: Store, start, device: str
-) -> tuple:  # as `trained`
-    "The student after its recovery by several processes."
-    teacher, student = teacher_of(experiment.model, profile, device)[0], copy.deepcopy(start)
+def trained_together(e: Experiment, profile: Profile, results: Store, start, device: str) -> tuple:
+    "The student after its recovery by several processes, as from `trained`."
+    teacher, student = teacher_of(e.model, profile, device)[0], copy.deepcopy(start)
     for model in (teacher, start, student):
         model.to("cpu")
     torch.cuda.empty_cache()  # which does nothing without a GPU
@@ -430,7 +391,7 @@ def trained_together(
         port = free.getsockname()[1]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            spawn(train_as_one_of, (folder, port, experiment, profile, results), n)
+            spawn(train_as_one_of, (folder, port, e, profile, results), n)
             student.load_state_dict(load_file(Path(folder, "weights.safetensors")), strict=False)
             about = json.loads(Path(folder, "training.json").read_text(encoding="utf-8"))
     except (ProcessRaisedException, ProcessExitedException) as error:
@@ -445,7 +406,7 @@ def trained_together(
 
 
 def train_as_one_of(
-    rank: int, folder: str, port: int, experiment: Experiment, profile: Profile, results: Store
+    rank: int, folder: str, port: int, e: Experiment, profile: Profile, results: Store
 ) -> None:
     "Train an experiment, as one of its processes."
     end_with_master()
@@ -454,8 +415,8 @@ def train_as_one_of(
     os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_PORT": str(port)}
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    start = start_of(experiment, profile, results, device)
-    model, about, _ = trained(experiment, profile, results, start, device)
+    start = start_of(e, profile, results, device)
+    model, about, _ = trained(e, profile, results, start, device)
     if rank == 0:
         weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
         save_file(weights, Path(folder, "weights.safetensors"))
@@ -465,11 +426,9 @@ def train_as_one_of(
 ADAPTER = "adapter:"  # how the names of adapters begin in a file of kept weights
 
 
-def tensors_to_keep(
-    experiment: Experiment, profile: Profile, student, start, adapters
-) -> dict | None:  # name -> tensor; None where the student is not kept
-    "The weights that a profile keeps of a student that was trained from `start`."
-    small = bool(adapters) or experiment.train == "projector"
+def tensors_to_keep(e: Experiment, profile: Profile, student, start, adapters):  # dict, or None
+    "The weights (name -> tensor) that a profile keeps of a student that was trained from `start`."
+    small = bool(adapters) or e.train == "projector"
     if profile.students == "none" or profile.students == "adapters" and not small:
         return None
     before, projector = start.state_dict(), {id(p) for p in anatomy(student).projector_parameters}
@@ -481,16 +440,15 @@ def tensors_to_keep(
     return kept
 
 
-def kept_student(experiment: Experiment, profile: Profile, results: Store, device: str):
+def kept_student(e: Experiment, profile: Profile, results: Store, device: str):
     "The student of an experiment from its kept weights; None where there are none."
-    key = key_of("student", experiment, profile)
-    if (folder := store.folder_of(results, "student", key)) is None:
+    if (folder := store.folder_of(results, "student", key_of("student", e, profile))) is None:
         return None
-    student = start_of(experiment, profile, results, device)
+    student = start_of(e, profile, results, device)
     tensors = load_file(folder / "weights.safetensors")
     names = [name for name in tensors if name.startswith(ADAPTER)]
     if adapters := {name.removeprefix(ADAPTER): tensors.pop(name) for name in names}:
-        lora = recovery_config(experiment, profile).lora
+        lora = recovery_config(e, profile).lora
         student = with_adapters(student, lora, adapters).eval()
     student.load_state_dict(student.state_dict() | tensors)
     return student
@@ -513,8 +471,7 @@ def student_of(experiment: Experiment, profile: Profile, results: Store, device:
     value = {"training": about, "record": record(device, began)}
     tensors = tensors_to_keep(e, profile, student, start, adapters)
     save = lambda folder: save_file(tensors, folder / "weights.safetensors")
-    inputs = inputs_of("student", e, profile)
-    store.write(results, inputs, value, None if tensors is None else save)
+    store.write(results, inputs_of("student", e, profile), value, tensors is not None and save)
     return student
 
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-004
@@ -537,25 +494,6 @@ def unpacked_answers(value: dict) -> list:  # of Answer
     likely = [None if n is None else n / 1000 for n in value["log_likelihood"]]
     return [Answer(*given) for given in zip(*texts, likely)]
 
-# %% ../../nbs/library/study/05_stages.ipynb #cell-006b
-def copy_answers(
-    experiment: Experiment, names: list, profile: Profile, results: Store, device: str
-) -> None:
-    "Take over the answers of another seed whose plan keeps the same, where weights are equal."
-    e = experiment
-    if e.pruning == "none" or not e.recovery == e.reconstruct == "none":
-        return
-    plan, units = plan_of(e, profile, results, device), attrgetter("layers", "heads", "neurons")
-    for seed in dict.fromkeys([*profile.seeds, *profile.calibration_seeds]):
-        other = replace(e, seed=seed, calibration_seed=seed)
-        text = value_of("plan", other, profile, results)
-        if other == e or not text or units(PruningPlan.from_json(text)) != units(plan):
-            continue
-        for name in names:
-            known = value_of("answers", e, profile, results, name)
-            if known is None and (value := value_of("answers", other, profile, results, name)):
-                store.write(results, inputs_of("answers", e, profile, name), value)
-
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-018
 def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "The benchmarks without a score, and among them those without answers."
@@ -567,8 +505,6 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
 def answer(experiment: Experiment, profile: Profile, results: Store, device: str) -> None:
     "Ask the model of an experiment the questions that it has not answered, and keep the answers."
     x, e = canonical(experiment), profile.evaluation
-    if names := missing_stages(x, profile, results)["answers"]:
-        copy_answers(x, names, profile, results, device)
     if not (names := missing_stages(x, profile, results)["answers"]):
         return
     student, limits = student_of(x, profile, results, device), {n: limit_of(n, e) for n in names}
@@ -598,16 +534,14 @@ def units_of(name: str, answers: pd.DataFrame) -> list:  # their mean is score /
 SHOWN = ["benchmark", "id", "prompt", "answer", "prediction", "value"]  # of a few answers
 
 
-def score_answers(experiment: Experiment, profile: Profile, results: Store) -> None:
-    "Score the answers of an experiment that have no score yet."
-    for name in missing_stages(experiment, profile, results)["score"]:
-        answers = unpacked_answers(value_of("answers", experiment, profile, results, name))
-        questions = benchmarks.load_questions(*asked_of(name, profile.evaluation))
-        frame = judge(answer_rows(name, questions, answers))
-        row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
-        sample = frame.head(6)[SHOWN].to_dict("records")
-        value = {"row": row, "units": units_of(name, frame), "sample": sample}
-        store.write(results, inputs_of("score", experiment, profile, name), value)
+def make_score(e: Experiment, profile: Profile, results: Store, _, benchmark: str) -> dict:
+    "The score of the answers to a benchmark, what each unit was worth, and some answers."
+    answers = unpacked_answers(value_of("answers", e, profile, results, benchmark))
+    questions = benchmarks.load_questions(*asked_of(benchmark, profile.evaluation))
+    frame = judge(answer_rows(benchmark, questions, answers))
+    row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
+    sample = frame.head(6)[SHOWN].to_dict("records")
+    return {"row": row, "units": units_of(benchmark, frame), "sample": sample}
 
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-012
 @lru_cache
@@ -618,21 +552,19 @@ def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def likelihoods_of(name: str, answers: dict, e: Evaluation) -> list:  # nats; nan where unknown
-    "Mean log-likelihood of the right answers of each unit, from the value of an answers stage."
-    units = np.array(unit_numbers(*asked_of(name, e)))
-    kept = np.array(answers["log_likelihood"], dtype=float) / 1000  # None becomes nan
-    known = ~np.isnan(kept)
+def likelihoods_of(name: str, answers: list, e: Evaluation) -> list:  # nats; nan where unknown
+    "Mean log-likelihood of the right answers of each unit, from that of each question."
+    units, nats = np.array(unit_numbers(*asked_of(name, e))), np.array(answers, float) / 1000
+    known = ~np.isnan(nats)
     count = partial(np.bincount, units[known], minlength=units.max() + 1)
     with np.errstate(invalid="ignore"):  # 0 / 0 where nothing of a unit is known
-        return (count(kept[known]) / count()).tolist()
+        return (count(nats[known]) / count()).tolist()
 
 # %% ../../nbs/library/study/05_stages.ipynb #curves-cell-004
 def validated(profile: Profile) -> list:  # of names
     "The benchmarks of a profile that have a validation split."
-    texts = ("text/quotes", "text/glosses")
-    names = profile.evaluation.benchmarks
-    return [n for n in names if n.startswith(("scenes/", "emoji/")) or n in texts]
+    known = ("scenes/", "emoji/", "text/quotes", "text/glosses")
+    return [name for name in profile.evaluation.benchmarks if name.startswith(known)]
 
 
 def validation_of(profile: Profile, questions: int) -> Evaluation:
@@ -643,25 +575,21 @@ def validation_of(profile: Profile, questions: int) -> Evaluation:
     return replace(profile.evaluation, **how)
 
 
-def curve_of(experiment: Experiment, profile: Profile, results: Store, device: str) -> list:
+def make_curve(e: Experiment, profile: Profile, results: Store, device: str) -> dict:
     "Pairs of step and validation score, from the pruned model to the student."
-    if stored := value_of("curve", experiment, profile, results):
-        return stored["points"]
-    e, spread = validation_of(profile, CURVE["questions"]), range(1, CURVE["looks"] + 1)
-    _, processor = teacher_of(experiment.model, profile, device)
-    options = dict(limit=e.questions, split=e.split, batch_size=e.batch_size)
-    mean = lambda model: float(evaluate(model, processor, e.benchmarks, **options).score.mean())
-    start = start_of(experiment, profile, results, device)
+    asked, spread = validation_of(profile, CURVE["questions"]), range(1, CURVE["looks"] + 1)
+    _, processor = teacher_of(e.model, profile, device)
+    options = dict(limit=asked.questions, split=asked.split, batch_size=asked.batch_size)
+    mean = lambda model: float(evaluate(model, processor, asked.benchmarks, **options).score.mean())
+    start = start_of(e, profile, results, device)
     points = [(0, mean(start))]
 
     def watch(step, last, model):
         if step in {max(1, round(last * k / CURVE["looks"])) for k in spread}:
             points.append((step, mean(model)))
 
-    trained(experiment, profile, results, start, device, watch)
-    value = {"points": points, "record": record(device)}
-    store.write(results, inputs_of("curve", experiment, profile), value)
-    return points
+    trained(e, profile, results, start, device, watch)
+    return {"points": points, "record": record(device)}
 
 
 def recovery_curves(
@@ -674,72 +602,132 @@ def recovery_curves(
     for e in map(canonical, recovered):
         if e.recovery == "none":
             raise ValueError(f"{e.model}: an experiment without recovery has no curve.")
-        points = curve_of(e, profile, results_of(profile), device)
-        rows += [(e.model, e.recovery, *point) for point in points]
+        curve = made("curve", e, profile, results_of(profile), device)
+        rows += [(e.model, e.recovery, *point) for point in curve["points"]]
     return pd.DataFrame(rows, columns=["model", "recovery", "step", "score"])
 
+# %% ../../nbs/library/study/05_stages.ipynb #table-code
+@dataclass(frozen=True)
+class Stage:
+    "A row: what determines a stage, which experiments have it, and how it is made."
+
+    inputs: Callable  # of an experiment, a profile and maybe a benchmark; with a version above 1
+    applies: Callable = lambda e: True  # whether an experiment has it
+    make: Callable | None = None  # of the same, a store and a device: its value
+    of_benchmark: bool = False  # whether each benchmark has its own
+
+
+pruned, recovered = (lambda e: e.pruning != "none"), (lambda e: e.recovery != "none")
+STAGES = {
+    "scores": Stage(scores_inputs, pruned),
+    "plan": Stage(plan_inputs, pruned, make_plan),
+    "reconstruction": Stage(refit_inputs, lambda e: e.reconstruct != "none"),
+    "start": Stage(start_inputs, lambda e: e.start != "pruned"),
+    "student": Stage(student_inputs, recovered),
+    "rounding": Stage(rounding_inputs, lambda e: e.quantize != UNROUNDED),
+    "curve": Stage(curve_inputs, recovered, make_curve),
+    "answers": Stage(answers_inputs, of_benchmark=True),
+    "score": Stage(score_inputs, make=make_score, of_benchmark=True),
+    "experiment": Stage(lambda e, _: experiments.described(e), make=lambda *_: {}),
+}
+
+# %% ../../nbs/library/study/05_stages.ipynb #generic-code
+def inputs_of(stage: str, experiment: Experiment, profile: Profile, *benchmark: str) -> dict:
+    "Everything that determines the result of a stage, with the version of its method."
+    inputs = STAGES[stage].inputs(canonical(experiment), profile, *benchmark)
+    return {"stage": stage, "version": 1} | inputs
+
+
+@lru_cache(maxsize=100_000)
+def key_of(stage: str, experiment: Experiment, profile: Profile, *benchmark: str) -> str:
+    "The key under which the result of a stage is stored."
+    return content_hash(inputs_of(stage, experiment, profile, *benchmark))
+
+
+def value_of(stage: str, e: Experiment, profile: Profile, results: Store, *benchmark: str):
+    "The stored value of a stage, which JSON can hold; None where the store has none."
+    content = store.read(results, stage, key_of(stage, e, profile, *benchmark))
+    return content["value"] if content else None
+
+
+def made(
+    stage: str, e: Experiment, profile: Profile, results: Store, device: str, *benchmark: str
+):  # as `value_of`
+    "The value of a stage, made and stored where the store has none."
+    value = value_of(stage, e, profile, results, *benchmark)
+    if value is None:
+        value = STAGES[stage].make(canonical(e), profile, results, device, *benchmark)
+        store.write(results, inputs_of(stage, e, profile, *benchmark), value)
+    return value
+
+# %% ../../nbs/library/study/05_stages.ipynb #subject-code
+MODELS = ("plan", "reconstruction", "start", "student", "rounding")  # each from an earlier one
+
+
+def subject_key(experiment: Experiment, profile: Profile, trained: bool = True) -> str:
+    "The key of the model that is evaluated; with `trained=False`, of what training starts from."
+    e, stages = canonical(experiment), MODELS if trained else MODELS[:3]
+    if made_by := [stage for stage in stages if STAGES[stage].applies(e)]:
+        return key_of(made_by[-1], e, profile)
+    return content_hash(profiles.model_inputs(e.model, profile))  # the dense model is no stage
+
+# %% ../../nbs/library/study/05_stages.ipynb #cell-024
+@lru_cache(maxsize=20_000)
+def name_of(experiment: Experiment, profile: Profile) -> str:
+    "The name of an experiment's result."
+    names = profile.evaluation.benchmarks
+    return content_hash({name: key_of("score", experiment, profile, name) for name in names})
+
+# %% ../../nbs/library/study/05_stages.ipynb #cell-019b
+def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
+    "The keys of all stages of an experiment that are stored."
+    e, keys = canonical(experiment), {}
+    for stage in store.STORED:
+        if STAGES[stage].applies(e) and (stage != "curve" or validated(profile)):
+            each = zip(profile.evaluation.benchmarks) if STAGES[stage].of_benchmark else [()]
+            keys[stage] = {key_of(stage, e, profile, *benchmark) for benchmark in each}
+    for stage in ("scores", "plan") if e.layer_share else ():
+        keys[stage].add(key_of(stage, layers_first(e), profile))
+    return keys
+
 # %% ../../nbs/library/study/05_stages.ipynb #cell-009b
-def index(experiment: Experiment, profile: Profile, results: Store) -> None:
-    "Leave the description of an experiment in a store."
-    if value_of("experiment", experiment, profile, results) is None:
-        store.write(results, inputs_of("experiment", experiment, profile), {})
-
-
 def compute(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu") -> None:
     "Compute the stages of an experiment that are missing."
     answer(experiment, profile, results, device)
-    score_answers(experiment, profile, results)
-    index(experiment, profile, results)
+    for name in missing_stages(experiment, profile, results)["score"]:
+        made("score", experiment, profile, results, device, name)
+    made("experiment", experiment, profile, results, device)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-015b
-def records_of(experiment: Experiment, profile: Profile, results: Store) -> dict:
-    "On what the training, the refit and the answers of an experiment were computed, where known."
+def values_of(experiment: Experiment, profile: Profile, results: Store) -> dict:
+    "What the store has of an experiment: stage -> value, of answers and scores for each benchmark."
     e, names = canonical(experiment), profile.evaluation.benchmarks
-    value = lambda stage, name="": value_of(stage, e, profile, results, name) or {}
-    answers = [value("answers", name).get("record") for name in names]
-    student = value("student").get("record", {}) if e.recovery != "none" else {}
-    refit = value("reconstruction").get("record", {}) if e.reconstruct != "none" else {}
-    return {"student": student, "refit": refit, "answers": list(filter(None, answers))}
+    value = lambda stage, *name: value_of(stage, e, profile, results, *name) or {}
+    values = {s: value(s) for s in ("plan", "reconstruction", "student") if STAGES[s].applies(e)}
+    return values | {s: {n: v for n in names if (v := value(s, n))} for s in ("answers", "score")}
 
 
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
-    "Rows, units, sample answers, plan and records of an experiment; None where any is missing."
-    e, evaluation = canonical(experiment), profile.evaluation
-    value = lambda stage, name="": value_of(stage, e, profile, results, name)
-    scores = {name: value("score", name) for name in evaluation.benchmarks}
-    if None in scores.values():
+    "Rows, units, sample answers, plan and record of an experiment; None where a score is missing."
+    values, evaluation = values_of(experiment, profile, results), profile.evaluation
+    scores, answers, plan = values["score"], values["answers"], values.get("plan") or ""
+    if len(scores) < len(evaluation.benchmarks):
         return None
-    answers = {name: kept for name in scores if (kept := value("answers", name))}
-    plan = (value("plan") or "") if e.pruning != "none" else ""
-    student = (value("student") if e.recovery != "none" else None) or {}
-    stages = records_of(e, profile, results)
-    records = [r for r in (stages["student"], stages["refit"], *stages["answers"]) if r]
-    seconds = round(sum(r.get("seconds", 0) for r in records), 2)
+    student = values.get("student", {})
+    stages = (student, values.get("reconstruction", {}), *answers.values())
+    records = [record for value in stages if (record := value.get("record"))]
     circumstances = (records[-1] | records[0] if records else {}) | {
-        "seconds": seconds if records else None,
+        "seconds": round(sum(r.get("seconds", 0) for r in records), 2) if records else None,
         "peak_memory_mb": max((r.get("peak_memory_mb", 0) for r in records), default=None),
     }
+    nats = {n: likelihoods_of(n, v["log_likelihood"], evaluation) for n, v in answers.items()}
     return {
         "rows": [v["row"] for v in scores.values()],
         "units": {name: v["units"] for name, v in scores.items()},
-        "log_likelihoods": {n: likelihoods_of(n, kept, evaluation) for n, kept in answers.items()},
+        "log_likelihoods": nats,
         "sample": [row for v in scores.values() for row in v["sample"]],
         "plan": plan,
         "training": student.get("training", {}),
         "achieved_ratio": json.loads(plan)["achieved_ratio"] if plan else 0.0,
         "record": circumstances,
     }
-
-# %% ../../nbs/library/study/05_stages.ipynb #cell-019b
-def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> set of keys
-    "The keys of all stages of an experiment."
-    e, names = canonical(experiment), profile.evaluation.benchmarks
-    pruned, recovered = e.pruning != "none", e.recovery != "none"
-    stages = {"experiment": True, "student": recovered, "reconstruction": e.reconstruct != "none"}
-    stages |= dict.fromkeys(("scores", "plan"), pruned)
-    stages["curve"] = recovered and bool(validated(profile))
-    keys = {stage: {key_of(stage, e, profile)} for stage, holds in stages.items() if holds}
-    for stage in ("scores", "plan") if e.layer_share else ():
-        keys[stage].add(key_of(stage, layers_first(e), profile))
-    many = {stage: {key_of(stage, e, profile, n) for n in names} for stage in ("answers", "score")}
-    return keys | many
