@@ -110,3 +110,10 @@ def tiny_lm():
         return AutoModelForCausalLM.from_config(config).eval()
 
     return build
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch) -> Path:
+    "A current folder outside of the checkout, so that results go there."
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

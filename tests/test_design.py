@@ -35,13 +35,6 @@ from mllm_compress.study.stages import (
 )
 from mllm_compress.zoo.releases import real_config
 
-
-@pytest.fixture
-def away(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 # ---- calibration
 
 

@@ -18,6 +18,7 @@ from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.pruning.reconstruction import reconstructed
 from mllm_compress.recovery import LOSSES
 from mllm_compress.study import experiments, profiles, runs, stages, store, workers
+from mllm_compress.study.alternatives import QUANTIZERS
 from mllm_compress.study.experiments import Experiment, canonical
 from mllm_compress.study.profiles import load_profile, profile_names
 from mllm_compress.study.stages import name_of, recovery_config, subject_key
@@ -25,13 +26,6 @@ from mllm_compress.study.store import results_of
 from mllm_compress.utils.files import content_hash
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def away(tmp_path, monkeypatch):
-    "A current folder outside of the checkout, so that results go there."
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 SMOKE = load_profile("smoke")
@@ -261,6 +255,12 @@ def test_a_kept_student_gives_the_same_answers(away):
     assert weights.stat().st_size > 100_000  # training has changed the model
     log = results_of(keeping).log(name_of(TRAINED, keeping)).read_text()
     assert log.count("smoke-llava, layerwise") == 2
+    weights.write_bytes(weights.read_bytes()[:-8])
+    store._is_whole.cache_clear()
+    more = replace(keeping, evaluation=replace(FEW, benchmarks=["scenes/open"]))
+    with pytest.warns(UserWarning, match="damaged"):
+        stages.compute(TRAINED, more, results_of(keeping))
+    assert weights.stat().st_size > 100_000  # trained again
 
 
 @pytest.mark.parametrize(
@@ -294,19 +294,6 @@ def test_without_kept_students_the_dry_run_says_what_is_trained_again(away):
         "sft": "training; answers to scenes/open; score of scenes/open",
     }
     assert not table.cached.any() and table.seconds.notna().all()
-
-
-def test_a_damaged_student_is_trained_again(away):
-    keeping = replace(SMOKE, students="all")
-    first = inline([TRAINED], keeping)
-    (weights,) = (away / "runs/smoke/student").glob("*/weights.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-8])
-    store._is_whole.cache_clear()
-    more = replace(keeping, evaluation=replace(FEW, benchmarks=["scenes/open"]))
-    with pytest.warns(UserWarning, match="damaged"):
-        stages.compute(TRAINED, more, results_of(keeping))
-    again = inline([TRAINED], keeping)
-    assert first.score.equals(again.score) and weights.stat().st_size > 100_000
 
 
 # ---- running
@@ -496,9 +483,11 @@ def test_new_fields_change_no_key_at_their_defaults():
     changes = [{}, newton, newton | {"of": "labels"}, newton | {"allocation": "global"}]
     changes += [newton | {"allocation": "obs"}, flap, flap | {"allocation": "standardized"}]
     changes += [{"shape": "uniform"}, {"reconstruct": "stream"}, {"reconstruct": "bias"}]
-    changes += [{"quantize": "int8", "recovery": "none"}]
+    changes += [{"quantize": how, "recovery": "none"} for how in ("none", *QUANTIZERS)]
     keys = {stages.subject_key(replace(plain, **change), smoke) for change in changes}
-    assert len(keys) == 11
+    assert len(keys) == len(changes) == 11 + len(QUANTIZERS)
+    rounded = replace(plain, recovery="none", quantize="int8")
+    assert stages.inputs_of("plan", plain, smoke) == stages.inputs_of("plan", rounded, smoke)
 
 
 def test_a_refitted_student_is_the_refit_of_its_plan(tmp_path):

@@ -47,11 +47,11 @@ def frame_of(
         same |= {"importance": method_of(experiment), "achieved_ratio": result["achieved_ratio"]}
         same |= {"status": "done", "error": ""} | {k: result["record"].get(k) for k in RECORDED}
         same |= {"precision": result["training"].get("precision")}
+        same |= {"result": name_of(experiment, profile)}
         for row in result["rows"]:
             name = row["benchmark"]
-            outcomes = {c: result[c].get(name) for c in ("units", "log_likelihoods")}
-            arrays = {c: v if v is None else np.array(v) for c, v in outcomes.items()}
-            arrays["result"] = name_of(experiment, profile)
+            arrays = {"units": np.array(result["units"][name])}
+            arrays["log_likelihoods"] = result["log_likelihoods"].get(name)
             arrays["images"] = unit_images(*stages.asked_of(name, profile.evaluation))
             rows.append(same | row | arrays)
     return pd.DataFrame(rows).assign(profile=profile.name)
