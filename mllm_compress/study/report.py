@@ -132,7 +132,7 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     there = {name_of(e, profile): (e, result) for e, result in stored(profile).items()}
     there = {name: there[name] for name in sorted(wanted & set(there))}
     used = [stage_keys(experiment, profile) for experiment, _ in there.values()]
-    stages = [stage for stage in store.STAGES if stage != "scores"]
+    stages = [stage for stage in store.STORED if stage != "scores"]
     keys = {stage: set().union(*(known.get(stage, ()) for known in used)) for stage in stages}
     store.pack(results, keys, archive, keep=not wanted <= set(there))
     lines = []  # one per result and benchmark

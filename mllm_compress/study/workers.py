@@ -77,8 +77,8 @@ def complete(experiment: Experiment, profile: Profile, results: Store, device="c
                 where = f"process {os.getpid()}, {n} thread{'s' * (n > 1)}, on {device}"
                 print(f"{now} {describe(experiment)}: {where}", flush=True)
                 stages.compute(experiment, profile, results, device)
-                shutil.rmtree(stages.checkpoints_of(subject, results), ignore_errors=True)
-            stages.index(experiment, profile, results)
+                shutil.rmtree(results.checkpoints(subject), ignore_errors=True)
+            stages.made("experiment", experiment, profile, results, device)
             return "done", ""
     except Exception as error:
         with suppress(OSError):
