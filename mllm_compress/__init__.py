@@ -7,38 +7,22 @@ __version__ = "0.1.0"
 __all__ = ['load_model', 'prune', 'recover', 'evaluate', 'compare', 'save_pruned', 'load_pruned', 'advise']
 
 # %% ../nbs/library/00_package.ipynb #cell-003
-import importlib
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 
-from .utils.methods import LOADERS, PRUNED_TYPE
+from .utils.methods import LOADERS, PRUNED_TYPE, offering
 
-_ROOMS = {
-    "load_model": "zoo",
-    "prune": "pruning",
-    "recover": "recovery",
-    "evaluate": "evaluation",
-    "compare": "evaluation",
-    "save_pruned": "checkpoint",
-    "load_pruned": "checkpoint",
-    "advise": "study.advice",
+_MODULES = dict.fromkeys("anatomy data importance cost".split(), "") | {
+    "zoo": "load_model",
+    "pruning": "prune",
+    "recovery": "recover",
+    "evaluation": "evaluate",
+    "checkpoint": "save_pruned load_pruned",
+    "cli.measuring": "compare=compare_models",
+    "study.advice": "advise",
 }
-_SUBPACKAGES = "anatomy zoo data importance pruning checkpoint recovery evaluation cost".split()
-
-
-def __getattr__(name: str):
-    "A subpackage, or a public name of one, imported on first use."
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
-
-
-def __dir__() -> list:
-    "The names that the package offers."
-    return sorted([*globals(), *_SUBPACKAGES, *_ROOMS])
+__getattr__ = offering(__name__, _MODULES)
 
 # %% ../nbs/library/00_package.ipynb #public-names
 _all_ = [
@@ -52,35 +36,25 @@ _all_ = [
     "advise",
 ]
 
-# %% ../nbs/library/00_package.ipynb #auto-cell-004
-_PASSED = ("attn_implementation", "device_map")  # on to load_pruned
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_IGNORED = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors")
+
+def __dir__() -> list:
+    "The names that the package offers."
+    return sorted({*globals(), *_all_, *(module for module in _MODULES if "." not in module)})
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-006
+_IGNORED = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors")
+
+
 class PrunedLoader:
     "What auto classes call for a checkpoint whose layers differ in width."
 
     @classmethod
-    def from_pretrained(cls, folder, config=None, dtype=None, torch_dtype=None, **options):
+    def from_pretrained(cls, folder, config=None, **options):
         "The model of a checkpoint; ValueError for an option that is not supported."
-        import torch
-
-        from mllm_compress.checkpoint import loading
+        from mllm_compress.checkpoint.loading import load_pruned
 
         given = {k: v for k, v in options.items() if v is not None and not k.startswith("_")}
-        unknown = sorted(set(given) - {*_PASSED, *_HUB, *_IGNORED})
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]}= is not supported for a checkpoint whose layers differ in width: "
-                "leave it out, or load with mllm_compress.load_pruned."
-            )
-        dtype = torch_dtype if dtype is None else dtype
-        if isinstance(dtype, str):
-            dtype = None if dtype == "auto" else getattr(torch, dtype)
-        local = loading.fetched(folder, **{k: given[k] for k in _HUB if k in given})
-        passed = {k: given[k] for k in _PASSED if k in given}
-        return loading.load_pruned(local, dtype=dtype, **passed)[0]
+        return load_pruned(folder, **{k: v for k, v in given.items() if k not in _IGNORED})[0]
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-006m
 def _load_pruned(folder, dtype) -> tuple:  # (model, processor)

@@ -185,7 +185,7 @@ def test_a_full_disk_is_found_before_the_work(here, monkeypatch, args):
     monkeypatch.setattr(target.shutil, "disk_usage", lambda folder: usage)
     before = tree(here)
     text = run(*args, code=2)
-    assert "GiB are free" in text and "free some space" in text and tree(here) == before
+    assert "MiB are free" in text and "free some space" in text and tree(here) == before
 
 
 READ_ONLY = [

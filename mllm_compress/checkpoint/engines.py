@@ -34,7 +34,7 @@ from .loading import fill_up, load_pruned
 from .saving import check_not_read, check_writable
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice
-from ..zoo.models import load_model
+from ..zoo.models import check_finite, load_model
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-012
 def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
@@ -161,10 +161,13 @@ def export_model(
             raise FileExistsError(
                 f"{file} exists: name another one, or replace it with --overwrite."
             )
+        if file.is_file() and (to != "gguf" or file.open("rb").read(4) != b"GGUF"):
+            raise FileExistsError(f"{file} was not written by export: name another one.")
         if file.is_dir() and any(file.iterdir()) and not (file / RECORD).is_file():
             raise ValueError(f"{file} was not written by export: choose another folder.")
         check_writable(file)
     model, processor = load_pruned(folder)[:2] if is_checkpoint(folder) else load_model(folder)
+    check_finite(model)
     if to != "gguf":
         check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
     facts = ENGINES[to].write(model, out, processor, dtype, fill)

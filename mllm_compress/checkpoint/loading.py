@@ -102,15 +102,26 @@ def fetched(
     return from_hub(str(folder), **options)
 
 
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_PASSED = ("attn_implementation", "device_map", "quantization_config")  # to from_pretrained
+
+
 def load_pruned(
     folder,  # written by save_pruned, or a hub id
     device="cpu",  # the weights go there directly
-    dtype: torch.dtype | None = None,  # None: as stored
+    dtype: torch.dtype | str | None = None,  # None: as stored
     check_files: bool = True,  # compare every checksum (seconds for a model of some GB)
-    **options,  # for from_pretrained, such as attn_implementation
+    torch_dtype=None,  # another name of dtype
+    **options,  # for the hub, or for from_pretrained: see _HUB and _PASSED
 ) -> tuple:  # (model in eval mode, processor or None, plan); ValueError where anything does not fit
     "Model, processor and plan of a checkpoint of `save_pruned`, loaded strictly."
-    folder = fetched(folder)
+    if unknown := sorted(set(options) - {*_HUB, *_PASSED}):
+        raise ValueError(
+            f"{unknown[0]}= is not supported for a checkpoint whose layers differ in width: "
+            f"leave it out, or use one of {', '.join((*_HUB, *_PASSED))}."
+        )
+    folder = fetched(folder, **{k: options.pop(k) for k in _HUB if k in options})
+    dtype = torch_dtype if dtype is None else dtype
     manifest = verify(folder) if check_files else read_manifest(folder)
     plan = PruningPlan.from_json((folder / PLAN).read_text())
     if str(device) != "cpu":
@@ -141,15 +152,16 @@ def push_to_hub(
 ) -> str:  # address of the commit
     "Publish a checkpoint: the files of its manifest and nothing else."
     files, api = verify(folder)["files"], api or HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=str(folder),
-            allow_patterns=[MANIFEST, *files],
-            commit_message="Pruned checkpoint",
-        )
-    )
+    about = dict(folder_path=str(folder), commit_message="Pruned checkpoint")
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, allow_patterns=[MANIFEST, *files], **about))
+    except Exception as error:  # of the hub, of its client, of the network
+        line = " ".join(str(error).split())[:200]
+        raise OSError(
+            f"{repo_id} could not be published ({type(error).__name__}: {line}): check the network "
+            "and the name, and log in with `hf auth login`."
+        ) from error
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #filling-cell-012
 @torch.no_grad()

@@ -60,7 +60,7 @@ def check_writable(
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{path} needs about {needed / 2**30:.2f} GiB, but {free / 2**30:.2f} GiB are free "
+            f"{path} needs about {needed / 2**20:,.1f} MiB, but {free / 2**20:,.1f} MiB are free "
             f"in {folder}: free some space, or choose another folder."
         )
 

@@ -107,7 +107,7 @@ def cost(request: CostRequest) -> dict:
     if request.ratio is not None or request.stream:
         request.refuse(["latency", "units"], "with --ratio and --stream, which need no weights")
         return _cost_without_weights(request)
-    cli.check_output_file(request.units, request.overwrite)
+    cli.check_output_file(request.units, request.overwrite, b'{\n "name": "latency"')
     cli.check_models(request.model)
     model, processor = cli.load(request.model, cli.resolve_device(request.device))
     report = mc.cost.cost_report(model, processor, latency=request.latency)
@@ -117,7 +117,7 @@ def cost(request: CostRequest) -> dict:
     return cli.emit(str(report), {"title": report.title, **report.setting, "rows": rows})
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-check-code
-class CheckRequest(cli.Request):
+class CheckRequest(cli.ChatRequest):
     "A model, and the checks to run on it."
 
     arguments: ClassVar = ("model",)
@@ -135,7 +135,10 @@ def check(request: CheckRequest) -> dict:
     for name in request.only:
         check_choice("check", name, checks.CHECKS)
     cli.check_models(request.model)
-    case = checks.Case(*cli.load(request.model, cli.resolve_device(request.device)))
+    model, processor = cli.load(request.model, cli.resolve_device(request.device))
+    if processor is not None:
+        request.template(processor, True)
+    case = checks.Case(model, processor)
     findings = checks.run_checks(case, tuple(request.only or checks.CHECKS))
     rows = [finding._asdict() for finding in findings]
     cli.emit(checks.findings_text(findings), {"model": request.model, "checks": rows})

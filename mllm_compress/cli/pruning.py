@@ -20,6 +20,7 @@ import mllm_compress as mc
 from . import requests as cli
 from .look import timed_units
 from ..utils.files import content_hash, resuming, states_folder
+from ..utils.methods import Seed
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-004
 class CalibratedRequest(cli.DataRequest):
@@ -32,7 +33,7 @@ class CalibratedRequest(cli.DataRequest):
     "layerwise or widthwise, where both have a method of that name."
     samples: cli.Count | None = None
     "Calibration samples; default: 64, or all."
-    seed: cli.Seed = 0
+    seed: Seed = 0
     "Seed of the calibration draw and of random scores."
     scenes: cli.Count = 2000
     "Training scenes of the data 'small'."
@@ -408,9 +409,10 @@ def prune(request: PruneRequest) -> dict:
     lines = [*([facts["recipe"]] if "recipe" in facts else []), str(total), f"written to {out}"]
     if "search" in plan.meta:
         request.search_file.unlink(missing_ok=True)
-        facts["search"] = found = plan.meta["search"]
-        front = pd.DataFrame(found["front"]).to_string(index=False, float_format="%.3g")
-        lines[-1:] = [front, found["reason"], lines[-1]]
+        facts["search"] = plan.meta["search"]
+        front = pd.DataFrame(facts["search"]["front"])
+        front = front.to_string(index=False, float_format="%.3g")
+        lines[-1:] = [front, facts["search"]["reason"], lines[-1]]
     facts |= {"out": str(out), "achieved_ratio": total.achieved_ratio, "plan": repr(total)}
     facts |= {"requested_ratio": request.ratio, "layers": len(total.layers)}
     facts |= {k: total.meta[k] for k in ("budget", "achieved_budget", "costs") if k in total.meta}

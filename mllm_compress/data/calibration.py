@@ -15,13 +15,14 @@ from .batches import Collator
 from mllm_compress.data.instructions import (
     IMAGE,
     InstructionData,
+    as_data,
     entry_ids,
     image_names,
     pictures_first,
     turns,
 )
 from ..utils.files import content_hash
-from ..utils.methods import check_choice
+from ..utils.methods import check_choice, check_counts
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-006
 CALIBRATION_VERSION = 2  # how questions are drawn; raised when the draw changes
@@ -113,7 +114,7 @@ def calibration_hash(drawn: InstructionData) -> str:
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-029
 def calibration_batches(
-    dataset: InstructionData,
+    dataset,  # InstructionData, or what as_data makes it of
     processor,
     n: int = 64,  # questions
     batch_size: int = 16,  # rows of a batch
@@ -123,7 +124,8 @@ def calibration_batches(
     per_entry: int = 2,  # stratified: questions of one entry, at most
 ) -> list:  # of batch dicts
     "Questions that importance scores are measured on, as right-padded batches."
-    drawn = calibration_data(dataset, n, seed, design, per_entry)
+    check_counts(n=n, batch_size=batch_size, max_length=max_length, per_entry=per_entry)
+    drawn = calibration_data(as_data(dataset), n, seed, design, per_entry)
     collate = Collator(processor, drawn, turns="sequential", max_length=max_length)
     rows = [drawn[i] for i in range(len(drawn))]
     return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]

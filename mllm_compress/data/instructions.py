@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'PAIRS', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front', 'pictures_first',
            'answers_of', 'read_entry', 'decoded', 'image_paths', 'turns', 'LazyEntries', 'entry_ids', 'has_image',
-           'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows']
+           'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'as_data']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 IMAGE = "<image>"  # the marker of LLaVA's format
@@ -443,10 +443,12 @@ class InstructionData(torch.utils.data.Dataset):
             try:
                 pictures.append(read_image(source, len(stored)))
             except _UNREADABLE as error:
-                where = f"image {source}" if isinstance(source, Path) else "picture of the row"
+                file = isinstance(source, Path)
+                reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else error
+                cure = f", or check image_root={str(self.image_root)!r}" if file else ""
                 raise OSError(
-                    f"{name}: the {where} cannot be read ({error}). Replace it, check "
-                    f"image_root={str(self.image_root)!r}, or load with skip_missing=True."
+                    f"{name}: the {f'image {source}' if file else 'picture of the row'} cannot be "
+                    f"read ({reason}). Replace it{cure}, or leave the entry out."
                 ) from None
         return pictures
 
@@ -482,7 +484,9 @@ def load_json(
     "Read a data set; FileNotFoundError where an image does not exist, ValueError for bad entries."
     path, root = Path(path), Path(image_root)
     if not path.exists():
-        raise FileNotFoundError(f"There is no file {path}: check the path of the data.")
+        raise FileNotFoundError(
+            f"There is no file {path}: check the path of the data (--data, --questions)."
+        )
     if path.suffix == ".parquet" or path.is_dir():
         import pyarrow.parquet as pq
 
@@ -539,3 +543,14 @@ def from_rows(
 
     entries = _entries(named(), name, answered)
     return InstructionData(entries, images=lambda e: _row_pictures(rows[e["row"]]), name=name)
+
+# %% ../../nbs/library/data/01_instructions.ipynb #as_data-code
+def as_data(
+    data,  # InstructionData, the path of a file, a `datasets.Dataset`, or a sequence of dicts
+) -> InstructionData:
+    "Instruction data; ValueError or OSError where they cannot be read."
+    if isinstance(data, InstructionData):
+        return data
+    if isinstance(data, (str, Path)):
+        return load_json(data, Path(data).parent)
+    return from_rows(data)

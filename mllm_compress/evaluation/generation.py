@@ -46,6 +46,7 @@ from mllm_compress.data.batches import (
 from ..data.instructions import IMAGE
 from ..data.self_data import written
 from .benchmarks import StoredImage, open_image
+from ..importance.scores import check_tokens
 from ..importance.taylor import answer_states
 
 GENERATION_VERSION = 2
@@ -426,6 +427,7 @@ def prepare(
         cut = len(row) - row[::-1].index(token) if keys[place] else 0
         candidates = tuple(tokens[c] for c in questions[place].candidates)
         parts = tuple(row[:cut]), tuple(row[cut:]), keys[place]
+        check_tokens(model.config, torch.tensor(row))
         prompts.append(Prompt(*parts, candidates, tokens[right[place]], place))
     return anatomy(model), prompts, features
 

@@ -24,6 +24,7 @@ from mllm_compress.evaluation.generation import (
     score_answers,
 )
 from .intervals import bootstrap
+from ..zoo.models import check_finite
 
 # %% ../../nbs/library/evaluation/06_likelihood.ipynb #cell-006
 def perplexity_row(
@@ -35,6 +36,7 @@ def perplexity_row(
     max_length: int | None = 1024,  # tokens of an entry
 ) -> pd.DataFrame:  # one row, as `evaluate` has them; lower is better
     "The perplexity of the supervised tokens, with a bootstrap interval over the entries."
+    check_finite(model)
     collate = Collator(processor, data, turns="sequential", max_length=max_length)
     numbers = range(min(limit, len(data)))
     parts = [

@@ -15,6 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..anatomy.streaming import weights_hash
+from ..anatomy.wrappers import wrapper_of
 from .benchmarks import SMALL_SUITE, benchmark, load_questions
 from .generation import answer_questions
 from mllm_compress.evaluation.intervals import (
@@ -26,6 +27,8 @@ from mllm_compress.evaluation.intervals import (
 from .likelihood import answer_by_likelihood
 from .scorers import SCORERS
 from ..utils.files import replacing, write_atomically
+from ..utils.methods import check_choice, check_counts
+from ..zoo.models import check_finite
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-006
 def answer_rows(
@@ -155,8 +158,19 @@ def evaluate(
     names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
     tokens = {name: benchmark(name).max_new_tokens for name in names}
     most = limit if isinstance(limit, dict) else dict.fromkeys(tokens, limit)
+    for name, questions in most.items():
+        check_choice("benchmark in limit", name, tokens)
+        check_counts(**{f"the limit of {name}": questions})
+    check_finite(model)
     root, frames = None if root is None else str(root), []
     asked = [(n, q) for n in tokens for q in load_questions(n, split, most.get(n), root)]
+    pictures = dict.fromkeys(n for n, q in asked if q.images)
+    if pictures and wrapper_of(model.config) is None:
+        raise ValueError(
+            f"this model takes no pictures, which {', '.join([*pictures][:3])} are about: use "
+            "--benchmark perplexity --data FILE, --benchmark text/quotes (or another text/…), or "
+            "--questions FILE without images."
+        )
     if folder is not None:
         folder = Path(folder)
         frames = open_folder(folder, {"model": weights_hash(model), "split": split})

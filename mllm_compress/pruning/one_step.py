@@ -121,6 +121,11 @@ def choose_recipe(
     if recipe is not None:
         check_choice("recipe", recipe, RECIPES)
         start = RECIPES[recipe]
+        if given.get("method", start.method) != start.method:
+            raise ValueError(
+                f"recipe {recipe!r} scores by {start.method}, not {given['method']}: leave the "
+                "method or the recipe out."
+            )
     elif "method" in given or "pruning" in given:
         start = Recipe(given.get("method") or default_method(given["pruning"]))
     elif given.get("allocation") == "obs":
@@ -163,7 +168,7 @@ def plan_by_recipe(
     *,
     scores=None,  # LayerScores, WidthScores, or one of each; None: those of the recipe
     layer_method: str | None = None,  # a layerwise criterion: whole layers go as well
-    layer_share: float = 0.5,  # with both kinds of scores: part of the ratio that layers take
+    layer_share: float | None = None,  # whole layers go as well: their part of the ratio; 0.5
     protect: tuple | None = None,  # widthwise: (first, last) layers kept whole
     round_to: int | str = 1,  # widthwise: widths stay multiples of this; "auto": see auto_round
     seed: int = 0,  # for criteria that draw random numbers
@@ -174,6 +179,11 @@ def plan_by_recipe(
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that a recipe makes."
     requested = None
+    if layer_share is not None:
+        if not 0 <= layer_share <= 1:
+            raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
+        if scores is None:
+            layer_method = layer_method or default_method("layerwise")
     if search is not None:
         if budget is None:
             check_ratio(ratio)
@@ -202,6 +212,11 @@ def plan_by_recipe(
         if layer_method:
             scores.insert(0, measure("layerwise", layer_method, model, batches, seed))
     layers, widths = scores_by_kind(scores)
+    if widths is None and (protect or recipe.shape or round_to != 1):
+        raise ValueError(
+            "protect, shape and round_to have no effect where whole layers are removed: leave "
+            "them out."
+        )
     same = recipe.allocation == "layer" and not protect
     shape = recipe.shape or ("uniform" if same else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
@@ -227,10 +242,9 @@ def plan_by_recipe(
     else:
         base = None
         if layers is not None:
-            if not 0 <= layer_share <= 1:
-                raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
             check_ratio(ratio)
-            base = plan_layerwise(model, layers, ratio=ratio * layer_share)
+            share = 0.5 if layer_share is None else layer_share
+            base = plan_layerwise(model, layers, ratio=ratio * share)
         plan = plan_widthwise(model, widths, ratio=ratio, base=base, **options)
     return check_removes(model, plan, ratio)
 
@@ -250,20 +264,28 @@ def prune(
     scores=None,  # computed before; then method is not used
     budget: dict | None = None,  # instead of a ratio: {"latency": 0.6}, {"bytes": 0.7}, {"kv": 0.5}
     costs=None,  # of a latency budget: what cost.unit_costs.unit_seconds measured
-    **options,  # shape, protect, round_to, layer_share, search: see plan_by_recipe
+    shape: str | None = None,  # widthwise: blockwise or uniform; None: the recipe's
+    protect: tuple | None = None,  # these and the rest: see plan_by_recipe
+    round_to: int | str = 1,
+    layer_share: float | None = None,
+    search: dict | None = None,
 ) -> tuple:  # (the pruned model, its plan)
     "Score, plan, apply and refit."
-    shape = options.pop("shape", None)
     if budget is None:
         ratio = 0.3 if ratio is None else ratio
+    if scores is not None and (method or recipe or pruning):
+        raise ValueError("method, pruning and recipe have no effect beside scores: leave them out.")
     if scores is None:
         named = dict(method=method, pruning=pruning, allocation=allocation, shape=shape)
         chosen = choose_recipe(recipe, reconstruct=reconstruct, **named)
     else:  # they take the place of the recipe's method
         usual = "layer" if budget is None else "global"
         chosen = Recipe("stored", allocation or usual, shape, bool(reconstruct))
-    about = dict(seed=seed, ridge=ridge, scores=scores, budget=budget, costs=costs)
-    about |= dict(layer_method=layer_method) | options
+    if ridge is not None and not chosen.reconstruct:
+        raise ValueError("ridge has no effect without a refit: leave it out, or reconstruct=True.")
+    about = dict(seed=seed, ridge=ridge, scores=scores, budget=budget, costs=costs, search=search)
+    about |= dict(layer_method=layer_method, layer_share=layer_share)
+    about |= dict(protect=protect, round_to=round_to)
     plan = plan_by_recipe(model, chosen, batches, ratio, **about)
     small = apply_plan(model, plan)
     return (refitted(small, model, batches, plan, ridge)[0] if chosen.reconstruct else small), plan

@@ -6,9 +6,14 @@
 __all__ = ['LOSSES', 'Loss', 'PAPER', 'RecoveryConfig', 'RecoveryResult', 'TRAINS', 'config_from_dict', 'recover']
 
 # %% ../../nbs/library/recovery/00_index.ipynb #cell-003
-from .config import PAPER, RecoveryConfig, config_from_dict
-from .losses import LOSSES, TRAINS, Loss
-from .training import RecoveryResult, recover
+from ..utils.methods import offering
+
+_MODULES = {
+    "config": "PAPER RecoveryConfig config_from_dict",
+    "losses": "LOSSES Loss TRAINS",
+    "training": "RecoveryResult recover",
+}
+__getattr__ = offering(__name__, _MODULES | {"best_state": "", "states": "", "steps": ""})
 
 # %% ../../nbs/library/recovery/00_index.ipynb #public-names
 _all_ = [

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from torch import nn
 from torch.utils.data import Sampler
 
-from ..anatomy.families import anatomy
+from ..anatomy.families import anatomy, lm_parameters
 from ..anatomy.pictures import tower_hash
 from ..anatomy.wrappers import CHECKPOINTING
 from ..data.batches import Collator
@@ -294,6 +294,10 @@ def check_pair(
                 f"student and teacher differ in {what} ({ours} and {theirs}): "
                 "use the dense model that the student was pruned from."
             )
+    if lm_parameters(student) > lm_parameters(teacher):
+        raise ValueError(
+            "the student is larger than its teacher: swap them, or merge its adapters first."
+        )
     towers = [tower_hash(part) for part in (s, t) if part.vision_tower is not None]
     if len(towers) == 1 or len(set(towers)) > 1:
         raise ValueError(

@@ -39,7 +39,7 @@ from ..anatomy.pictures import shares_prefixes
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CHECKPOINTING, caches_projector_input
 from ..data.batches import SizedCache
-from ..data.instructions import entry_ids
+from ..data.instructions import as_data, entry_ids
 from ..pruning.reconstruction import MARK
 from . import steps
 from mllm_compress.recovery.best_state import (
@@ -52,7 +52,13 @@ from mllm_compress.recovery.best_state import (
     successive_halving,
     sure_gain,
 )
-from .config import RecoveryConfig, learning_rate, run_identity, settled
+from mllm_compress.recovery.config import (
+    RecoveryConfig,
+    config_from_dict,
+    learning_rate,
+    run_identity,
+    settled,
+)
 from .losses import COUNTS, LOSSES, batch_counts, needed_tensors
 from .states import CACHE, compute_teacher_outputs, use_attention
 from ..utils.files import content_hash, replacing_folder, write_atomically
@@ -479,8 +485,8 @@ def _search(
 def recover(
     student: nn.Module,  # a pruned MLLM; it is not changed
     teacher: nn.Module | None,  # the dense model; None for SFT alone
-    data,  # data.InstructionData
-    config: RecoveryConfig = RecoveryConfig(),
+    data,  # InstructionData, or a path, a `datasets.Dataset` or a list of dicts: see as_data
+    config: RecoveryConfig | dict = RecoveryConfig(),
     processor=None,  # of the teacher; None: found where the teacher was loaded from
     plan=None,  # PruningPlan of the student; needed where hidden_layers names layers it dropped
     folder=None,  # where checkpoints go; a run found there is resumed
@@ -492,7 +498,7 @@ def recover(
     watch=None,  # called after every step with step, last step and model
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
-    config = settled(config)
+    config = settled(config_from_dict(config) if isinstance(config, dict) else config)
     steps.check_pair(student, teacher, config)
     reconstructed = getattr(student.config, MARK, None) is not None
     rate = learning_rate(config, reconstructed=reconstructed)
@@ -503,7 +509,7 @@ def recover(
             processor = AutoProcessor.from_pretrained(path)
         except Exception as error:
             raise ValueError(f"no processor found at {path!r}: pass processor=.") from error
-    data = data.fraction(config.fraction, config.seed)
+    data = as_data(data).fraction(config.fraction, config.seed)
     held_out = held_out_samples(entry_ids(data.samples), config.held_out)
     members = sorted(set(range(len(data))) - set(held_out))
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))

@@ -4,15 +4,22 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'BLUE', 'RED', 'PINK', 'GREY', 'WINE', 'INDIGO', 'OLIVE', 'DASHED', 'DOTTED',
-           'DASHDOTTED', 'PRUNED_TYPE', 'LOADERS', 'Look', 'Method', 'unknown_choice', 'check_choice', 'naming_extras',
-           'lazily']
+           'DASHDOTTED', 'described', 'Count', 'Seed', 'TYPES', 'BOUNDS', 'PRUNED_TYPE', 'LOADERS', 'Look', 'Method',
+           'unknown_choice', 'check_choice', 'kinds_of', 'in_words', 'check_fields', 'check_counts', 'naming_extras',
+           'lazily', 'offering']
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-002
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module, util
+from numbers import Integral
+from pathlib import Path
+from typing import Annotated, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-004
 @dataclass(frozen=True)
@@ -54,6 +61,82 @@ def check_choice(what: str, name, allowed) -> None:
     "ValueError where a name is not among the allowed ones; see `unknown_choice`."
     if name not in allowed:
         raise ValueError(unknown_choice(what, name, allowed))
+
+# %% ../../nbs/library/utils/02_methods.ipynb #values-code
+described = lambda kind, text, **bounds: Annotated[kind, Field(description=text, **bounds)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+TYPES = {  # of JSON Schema -> (of Python, in words)
+    "boolean": (bool, "true or false"),
+    "integer": (int, "a number"),
+    "number": (float, "a number"),
+    "string": (str, "text"),
+    "path": (Path, "a path"),
+    "array": (list[str], "a list"),
+    "object": (str, "a mapping"),
+}
+BOUNDS = {
+    "minimum": "from",
+    "exclusiveMinimum": "above",
+    "maximum": "to",
+    "exclusiveMaximum": "and below",
+}
+
+
+def kinds_of(schema: dict) -> list:  # of JSON Schemas whose type is one of TYPES
+    "What a field may be, besides None."
+    kinds = [kind for kind in schema.get("anyOf", [schema]) if kind["type"] != "null"]
+    return [kind | {"type": kind.get("format", kind["type"])} for kind in kinds]
+
+
+def in_words(
+    model: type[BaseModel],
+    error: ValidationError,  # of its values
+    names: dict = {},  # field -> how it was written, where that differs
+    title: str = "",  # of its options
+) -> str:
+    "The first problem that pydantic found, in our words."
+    problem, fields = error.errors()[0], model.model_fields
+    if "error" in problem.get("ctx", {}):  # a ValueError of our own
+        return str(problem["ctx"]["error"])
+    key, value = problem["loc"][0], problem["input"]
+    name = names.get(key, key)
+    if problem["type"] == "missing":
+        return f"{name} is missing: give it ({fields[key].description})"
+    if problem["type"] == "extra_forbidden":
+        return unknown_choice(f"{title} option".strip(), key, fields)
+    schema, words = model.model_json_schema()["properties"][key], []
+    for kind in kinds_of(schema):
+        if "enum" in kind:
+            return unknown_choice(name.lstrip("-").replace("-", " "), value, kind["enum"])
+        bounds = [f"{word} {kind[bound]:,}" for bound, word in BOUNDS.items() if bound in kind]
+        words.append(kind.get("const") or " ".join([TYPES[kind["type"]][1], *bounds]))
+    examples = ", ".join(map(str, schema.get("examples", [])))
+    such_as = f", such as {examples}" if examples else ""
+    return f"{name} is {value!r}: give {' or '.join(dict.fromkeys(words))}{such_as}."
+
+
+@lru_cache(None)
+def _model_of(kind: type) -> type[BaseModel]:
+    "A pydantic model with the fields of a dataclass."
+    fields = {name: (hint, ...) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **fields)
+
+
+def check_fields(value) -> None:
+    "ValueError where a field of a dataclass is not as its type says; the values stay as they are."
+    try:
+        _model_of(type(value))(**vars(value))
+    except ValidationError as error:
+        raise ValueError(in_words(_model_of(type(value)), error)) from None
+
+
+def check_counts(**values) -> None:
+    "ValueError for a value that is neither None nor a whole number from 1."
+    for name, value in values.items():
+        whole_number = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole_number and value >= 1):
+            raise ValueError(f"{name} is {value!r}: give a whole number from 1.")
 
 # %% ../../nbs/library/utils/02_methods.ipynb #pruned-type-code
 PRUNED_TYPE = "mllm_compress_pruned"
@@ -103,3 +186,21 @@ def lazily(
     module = sys.modules[name] = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+# %% ../../nbs/library/utils/02_methods.ipynb #offering-code
+def offering(
+    package: str,  # its name
+    modules: dict,  # module -> the names that it has, "public=name" where they differ
+) -> Callable:  # `__getattr__` of the package
+    "The modules of a package and their names, imported on first use."
+    pairs = [(m, *name.partition("=")) for m, names in modules.items() for name in names.split()]
+    places = {public: (module, name or public) for module, public, _, name in pairs}
+
+    def get(name: str):
+        if name not in places and name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, attribute = places.get(name, (name, None))
+        module = import_module(f"{package}.{module}")
+        return getattr(module, attribute) if attribute else module
+
+    return get

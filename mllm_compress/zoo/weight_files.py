@@ -48,7 +48,10 @@ SHIPPED = Path(str(files("mllm_compress"))) / "models"  # what comes with the pa
 def read_config(path: Path) -> dict:
     "The object in a JSON file of a checkpoint; ValueError where it is damaged."
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("it starts with a byte-order mark, so save it as UTF-8 without one")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}.") from None
     if not isinstance(content, dict):
