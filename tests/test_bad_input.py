@@ -95,7 +95,7 @@ MODELS = {
     "bad/no-type": "check its config.json",
     "bad/token": "copy both from the same checkpoint",
     "bad/default": "Copy config.json again",
-    "bad/vit": "neither answers questions about pictures nor continues texts",
+    "bad/vit": "no anatomy for model_type .vit",
     "bad/mark": "save it as UTF-8 without one",
     "bad/half-processor": "check its config.json, processor",
     "bad/no-shards": "missing shards",

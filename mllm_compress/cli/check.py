@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'NEAR', 'CHECKS', 'Finding', 'noise', 'trial_data', 'noise_batch', 'Case', 'logits_of', 'Broken',
-           'need_near', 'parts_add_up', 'closed_form', 'scored', 'trial_plan', 'reloaded', 'same_with_cache', 'pruned',
-           'reload', 'NotTried', 'reconstructed', 'distilled', 'recovered', 'evaluated', 'run_checks', 'findings_text']
+           'NotTried', 'need_near', 'parts_add_up', 'closed_form', 'tokens_shown', 'scored', 'trial_plan', 'reloaded',
+           'same_with_cache', 'pruned', 'reload', 'reconstructed', 'distilled', 'recovered', 'evaluated', 'run_checks',
+           'findings_text']
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-004
 import tempfile
@@ -92,6 +93,10 @@ class Broken(ValueError):
     "A check that failed."
 
 
+class NotTried(Exception):
+    "A check that does not apply, with the reason."
+
+
 def need_near(a: torch.Tensor, b: torch.Tensor, dtype, what: str, times: float = 1) -> None:
     "Raise `Broken` unless two results agree."
     off = (a - b).abs().max().item() / b.abs().max().clamp_min(1e-12).item()
@@ -112,6 +117,20 @@ def closed_form(case: Case) -> str:
     if closed != counted:
         raise Broken(f"closed form {closed}, counted {counted}")
     return f"{sum(closed.values()):,} parameters"
+
+# %% ../../nbs/library/cli/08_check.ipynb #tokens-code
+def tokens_shown(case: Case) -> str:
+    "The tokens of a conversation, with the supervised ones marked."
+    if case.processor is None:
+        raise NotTried("takes a processor")
+    tokenizer = getattr(case.processor, "tokenizer", case.processor)
+    ids, labels = (case.conversation[name][0].tolist() for name in ("input_ids", "labels"))
+    picture, shown = mc.data.batches.placeholder_id(case.processor), []
+    for before, token, label in zip([None, *ids], ids, labels):
+        if not before == token == picture:
+            text = tokenizer.decode([token])
+            shown.append(text if label == -100 else f"«{text}»")
+    return " ".join(shown)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-018
 def scored(case: Case) -> str:
@@ -190,10 +209,6 @@ def reload(case: Case) -> str:
     return kind_of_file
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-028
-class NotTried(Exception):
-    "A check that does not apply, with the reason."
-
-
 def reconstructed(case: Case) -> str:
     "The refit brings the pruned model nearer to the dense one."
     widest = mc.pruning.reconstruction.widest_fit(mc.anatomy.anatomy(case.model))
@@ -270,6 +285,7 @@ def evaluated(case: Case) -> str:
 CHECKS = {  # name -> Case -> a few words
     "parts": parts_add_up,
     "cost": closed_form,
+    "tokens": tokens_shown,
     "score": scored,
     "layerwise": partial(pruned, kind="layerwise"),
     "uniform": partial(pruned, kind="uniform"),
