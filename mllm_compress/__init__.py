@@ -51,20 +51,12 @@ class PrunedLoader:
     @classmethod
     def from_pretrained(cls, folder, config=None, **options):
         "The model of a checkpoint; ValueError for an option that is not supported."
-        from mllm_compress.checkpoint.loading import load_pruned
-
-        given = {k: v for k, v in options.items() if v is not None and not k.startswith("_")}
-        return load_pruned(folder, **{k: v for k, v in given.items() if k not in _IGNORED})[0]
+        ignored = lambda key, value: value is None or key.startswith("_") or key in _IGNORED
+        given = {key: value for key, value in options.items() if not ignored(key, value)}
+        return __getattr__("load_pruned")(folder, **given)[0]
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-006m
-def _load_pruned(folder, dtype) -> tuple:  # (model, processor)
-    "Load a checkpoint whose layers differ in width; the subpackage is imported when it is needed."
-    from mllm_compress.checkpoint.loading import load_pruned
-
-    return load_pruned(folder, dtype=dtype)[:2]
-
-
-LOADERS[PRUNED_TYPE] = _load_pruned
+LOADERS[PRUNED_TYPE] = lambda folder, dtype: __getattr__("load_pruned")(folder, dtype=dtype)[:2]
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-008
 def register() -> None:

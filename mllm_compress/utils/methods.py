@@ -134,8 +134,7 @@ def check_fields(value) -> None:
 def check_counts(**values) -> None:
     "ValueError for a value that is neither None nor a whole number from 1."
     for name, value in values.items():
-        whole_number = isinstance(value, Integral) and not isinstance(value, bool)
-        if value is not None and not (whole_number and value >= 1):
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} is {value!r}: give a whole number from 1.")
 
 # %% ../../nbs/library/utils/02_methods.ipynb #pruned-type-code
