@@ -29,7 +29,8 @@ from mllm_compress.anatomy.streaming import PeakTensors
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.instructions import InstructionData
 from mllm_compress.data.scenes import small_data
-from mllm_compress.evaluation.scoring import evaluate, retained
+from mllm_compress.evaluation.intervals import avg_percent
+from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.gauss_newton import gauss_newton
 from mllm_compress.importance.influence import block_influence
 from mllm_compress.importance.taylor import taylor
@@ -91,8 +92,8 @@ def calibration(processor, n: int, seed: int, first_only: bool = False, batch_si
 def quality_rows(name: str, ratios: list, seeds: list, limit: int, images: int):
     "AVG-% of every plan, before and after reconstruction."
     model, processor = load_model(name)
-    judged = lambda m: evaluate(m, processor, limit=limit, return_predictions=True)[1]
-    dense = judged(model)
+    scored = lambda m: evaluate(m, processor, limit=limit)
+    dense = scored(model)
     for seed in seeds:
         batches, scores, spent = calibration(processor, images, seed), {}, {}
         for score, function in SCORES.items():
@@ -112,8 +113,8 @@ def quality_rows(name: str, ratios: list, seeds: list, limit: int, images: int):
                 about = dict(model=name, ratio=ratio, achieved=plan.achieved_ratio, plan=label)
                 about |= dict(seed=seed, images=images, tokens=report.tokens[0], questions=limit)
                 for refitted, m, cpu in ((False, small, 0.0), (True, fitted, refit)):
-                    value, low, high = retained(judged(m), dense)
-                    row = dict(reconstructed=refitted, avg_percent=value, low=low, high=high)
+                    percent = avg_percent(scored(m), dense)
+                    row = dict(reconstructed=refitted, avg_percent=percent)
                     yield about | row | dict(cpu_s=spent[score] + cpu)
 
 

@@ -54,10 +54,10 @@ RESULTS = [
 def ask(monkeypatch):
     "Advice from made-up results, through the file that ships."
 
-    def asking(model="tiny-llava", rows=RESULTS, **kw):
+    def asking(model="tiny-llava", rows=RESULTS, guessed={}, **kw):
         frame = pd.DataFrame(rows)
         situations = guide.situations(frame)
-        table = guide.advice_table(frame, situations, load_profile("quick"))
+        table = guide.advice_table(frame, situations, load_profile("quick"), guessed)
         text = table.to_csv(index=False, float_format="%.6g")
         monkeypatch.setattr(advice, "shipped", lambda: advice.read(io.StringIO(text)))
         return advice.advise(model, **kw)
@@ -90,6 +90,13 @@ def test_ties_are_named_with_the_cheapest(ask):
     assert cheap in given.text
     assert given.rows.behind.round(6).tolist() == [0, 0.25, 0.5, 9, 29]
     assert "tie" not in ask(ratio=0.6).text
+
+
+def test_a_setting_that_loses_the_picture_says_so(ask):
+    "Half of what is kept beyond answers from the words alone is the limit."
+    for words, loses in ((57, True), (55, False)):  # 78 % is kept
+        assert ("loses the picture" in ask(ratio=0.6, guessed={"tiny-llava": words}).text) == loses
+    assert "loses the picture" not in ask(ratio=0.6).text
 
 
 def test_a_tie_must_be_shown(ask):

@@ -17,9 +17,10 @@ from mllm_compress.evaluation.generation import answer_questions
 from mllm_compress.evaluation.scoring import (
     compare,
     evaluate,
+    grounding,
     judge,
     load_predictions,
-    retained,
+    say_grounding,
     score_all,
 )
 
@@ -190,14 +191,40 @@ def test_a_perfect_and_a_half_model(tiny_llava):
     first = answers.groupby("benchmark").cumcount() < 10
     half = judge(answers.assign(prediction=np.where(first, answers.answer, "?")))
     assert (score_all(half).score == 50).all()
-    value, low, high = retained(half, perfect)
-    assert value == pytest.approx(50) and low < 50 < high
     gaps = compare(perfect, half)
     assert (gaps.difference == 50).all()
     expected = [2 * 0.5**n for n in (10, 10, 5, 5, 10, 10, 10)]  # five pairs
     assert gaps.p.tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="easy-vqa"):
         compare(perfect, half[half.benchmark != "easy-vqa"])
+
+
+def said(words: str, end: str = "", **columns) -> pd.DataFrame:
+    "Judged answers to questions of easy-VQA whose right answers are abcd, abcd and so on."
+    asked = {"benchmark": f"easy-vqa{end}", "id": range(len(words)), "group": None}
+    asked |= {"answer": list("abcd" * (len(words) // 4)), "prediction": list(words)}
+    frame = pd.DataFrame(asked | {"candidate": "a"} | columns)
+    return judge(frame.assign(options=[[]] * len(frame), extra=[{}] * len(frame)))
+
+
+def test_grounding_by_hand():
+    wrong, none = "/wrong-picture", "/no-picture"
+    dense = pd.concat([said("abcd", confidence=0.5), said("aaaa", wrong), said("xxxx", none)])
+    pruned = pd.concat([said("abxd"), said("abxx", wrong), said("aaxx", none)])
+    was, own = grounding(dense, pruned).to_dict("records")
+    assert [was[k] for k in ("right", "wrong", "none", "agreement")] == [100, 25, 0, 100]
+    assert [own[k] for k in ("right", "wrong", "none", "agreement")] == [75, 50, 25, 75]
+    assert [own[k] for k in ("lost", "gained", "p")] == [1, 0, 1]
+    # |1 - 0.5| once and |0 - 0.5| three times, each in a bin of its own; no answer is yes or no
+    assert was["calibration_error"] == 50 and np.isnan(own["calibration_error"] + own["yes_bias"])
+    with pytest.raises(ValueError, match="Only one of two models"):
+        grounding(dense, pruned[1:])
+    dense, blind = (said(words * 10) for words in ("abcd", "abxx"))
+    shown = said("xxxx" * 10, wrong), said("abxx" * 10, wrong)
+    dense, blind = (pd.concat(pair) for pair in zip((dense, blind), shown))
+    (sentence,) = say_grounding(table := grounding(dense, blind))
+    assert "0.0 points to the pruned model, which keeps 50 %" in sentence
+    assert table.lost.tolist() == [0, 20] and compare(blind, dense).difference.item() == -50
 
 
 def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):

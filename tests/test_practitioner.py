@@ -212,7 +212,9 @@ def test_own_questions_and_the_comparison(here):
     assert costs["parameters"]["small / dense"] < 1
     assert 0.4 < costs["KV cache per token, byte"]["small / dense"] < 0.6
     assert len(both["answers"]) == 3 and {"low", "high", "difference"} <= set(both["scores"][0])
-    names = {"answers.csv", "comparison.png", "costs.csv", "scores.csv"}
+    assert [row["model"] for row in both["grounding"]] == ["dense", "pruned"]
+    assert both["grounding"][1]["none"] is not None and len(both["scores"]) == 1
+    names = {"answers.csv", "comparison.png", "costs.csv", "grounding.csv", "scores.csv"}
     assert {p.name for p in Path("both").iterdir()} == names
 
 

@@ -202,10 +202,12 @@ def model_card(
     counts = {name: f"{n:,}" for name, n in (parts | {"all": sum(parts.values())}).items()}
     sections = {"Parameters": counts} | (extra or {})
     for number, step in enumerate(steps, 1):
-        entries = {k: v for k, v in step.items() if k not in ("step", "results", "environment")}
+        tables = {"results": "Scores", "grounding": "Grounding"}
+        entries = {k: v for k, v in step.items() if k not in ("step", "environment", *tables)}
         sections[f"Step {number}: {_cell(step.get('step'))}"] = entries
-        if step.get("results"):
-            sections[f"Scores of step {number}"] = step["results"]
+        for key, title in tables.items():
+            if step.get(key):
+                sections[f"{title} of step {number}"] = step[key]
     return ModelCard.from_template(
         ModelCardData(**{key: value for key, value in facts.items() if value}),
         SHIPPED / "model_card.md",

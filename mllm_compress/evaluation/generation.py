@@ -9,7 +9,6 @@ __all__ = ['GENERATION_VERSION', 'FEATURES', 'in_batches', 'ImageFeatures', 'enc
            'answer_questions']
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #cell-004
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ from mllm_compress.data.batches import (
 )
 from ..data.instructions import IMAGE
 from ..data.self_data import written
-from .benchmarks import StoredImage, open_image
+from .benchmarks import StoredImage, open_image, picture_hash
 from ..importance.scores import check_tokens
 from ..importance.taylor import answer_states
 
@@ -134,13 +133,9 @@ class ImageEncoder:
 
     def key(self, image) -> tuple:  # of a PIL image or StoredImage
         "Content of an image, of the tower and of the preprocessing."
-        if isinstance(image, StoredImage):
-            among = f", one of {image.among}" * (image.among > 1)
-            about, content = f"file, square {image.square}{among}", image.data
-        else:
-            about, content = f"{image.mode} {image.size}", image.tobytes()
-        digest = hashlib.blake2b(about.encode() + b" " + content, digest_size=12)
-        return self.tower, digest.hexdigest()
+        stored = isinstance(image, StoredImage)
+        form = (image.square, image.among) if stored else (image.mode, image.size)
+        return self.tower, form, picture_hash(image)
 
     def __call__(self, images: dict) -> dict:
         "Features of {key: image}."
@@ -196,11 +191,12 @@ class Prompt:
         more = self.right and self.right not in self.candidates
         return (*self.candidates, self.right) if more else self.candidates
 
-    def compared(self, scores: list) -> tuple:
-        "The best candidate's index or None, and the right answer's score, from those of `scored`."
-        among = scores[: len(self.candidates)]
-        best = among.index(max(among)) if among else None
-        return best, scores[self.scored.index(self.right)] if self.right else None
+    def compared(self, scores: list) -> tuple:  # best candidate, score of the right answer, share
+        "From the scores of `scored`: the best candidate's share is of the likelihood of all."
+        right = scores[self.scored.index(self.right)] if self.right else None
+        if not (among := np.array(scores[: len(self.candidates)])).size:
+            return None, right, None
+        return int(among.argmax()), right, float(1 / np.exp(among - among.max()).sum())
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-008
 def pad_left(
@@ -317,8 +313,8 @@ def score_answers(
     parts,  # Anatomy
     asked: Asked,  # its cache is left as it was
     prompts: list,  # of Prompt
-) -> list:  # per prompt: index of the best candidate or None; log-likelihood of the right answer
-    "The most likely candidate, and the mean log-likelihood per token of the right answer, in nats."
+) -> list:  # per prompt what `Prompt.compared` gives
+    "Candidates and right answers compared by their mean log-likelihood per token, in nats."
     rows, mask = [p.scored for p in prompts], asked.mask
     logp = asked.logits.log_softmax(-1).cpu()
     scores = [[logp[i, answer[0]] for answer in row] for i, row in enumerate(rows)]
@@ -393,6 +389,7 @@ class Answer:
     text: str  # generated
     candidate: str | None  # the most likely candidate
     log_likelihood: float | None = field(default=None, compare=False)  # of the right answer
+    confidence: float | None = field(default=None, compare=False)  # in the candidate, 0 … 1
 
 
 def prepare(
@@ -468,7 +465,7 @@ def answer_questions(
     done = in_batches(*work, batch_size, on_batch)
     texts = tokenizer.batch_decode([ids for _, ids, _ in done], skip_special_tokens=True)
     answers = [None] * len(questions)
-    for (prompt, _, (best, likely)), text in zip(done, texts):
+    for (prompt, _, (best, *numbers)), text in zip(done, texts):
         candidate = None if best is None else questions[prompt.place].candidates[best]
-        answers[prompt.place] = Answer(text.strip(), candidate, likely)
+        answers[prompt.place] = Answer(text.strip(), candidate, *numbers)
     return answers

@@ -117,9 +117,9 @@ def answer_by_likelihood(
     size = min(batch_size, CHOICES)
     for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
         asked = read_questions(parts, read_prefixes(parts, batch, {}), batch)
-        for prompt, (best, likely) in zip(batch, score_answers(parts, asked, batch)):
+        for prompt, (best, *numbers) in zip(batch, score_answers(parts, asked, batch)):
             word = questions[places[prompt.place]].candidates[best]
-            answers[places[prompt.place]] = Answer(word, word, likely)
+            answers[places[prompt.place]] = Answer(word, word, *numbers)
         report(len(batch))
     places = [k for k, q in enumerate(questions) if not q.candidates]
     rows = encode_texts(tokenizer, [questions[k].prompt for k in places]) if places else []

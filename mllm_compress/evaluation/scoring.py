@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['answer_rows', 'judge', 'score', 'score_all', 'write_part', 'open_folder', 'load_predictions', 'evaluate', 'units',
-           'compare', 'retained']
+           'by_picture', 'yes_bias', 'calibration_error', 'grounding', 'say_grounding', 'compare']
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-004
 import json
@@ -16,16 +16,24 @@ from tqdm import tqdm
 
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import wrapper_of
-from .benchmarks import SMALL_SUITE, benchmark, load_questions
+from mllm_compress.evaluation.benchmarks import (
+    OTHER_PICTURES,
+    SMALL_SUITE,
+    benchmark,
+    load_questions,
+)
 from .generation import answer_questions
 from mllm_compress.evaluation.intervals import (
-    avg_percent_interval,
+    TAILS,
+    bootstrap,
+    mcnemar,
     paired_difference,
+    paired_units,
     require_same_benchmarks,
     score_interval,
 )
 from .likelihood import answer_by_likelihood
-from .scorers import SCORERS
+from .scorers import SCORERS, question_worth
 from ..utils.files import replacing, write_atomically
 from ..utils.methods import check_choice, check_counts
 from ..zoo.models import check_finite
@@ -50,6 +58,7 @@ def answer_rows(
             "prediction": a.text,
             "candidate": a.candidate,
             "log_likelihood": a.log_likelihood,
+            "confidence": a.confidence,
         }
         for q, a in zip(questions, answers)
     ]
@@ -153,24 +162,30 @@ def evaluate(
     root: str | None = None,  # folder of the public sets
     save_every: int = 4096,  # questions
     return_predictions: bool = False,  # also return the judged answers
+    other_pictures: bool = False,  # also ask with wrong pictures and without, see `grounding`
 ) -> pd.DataFrame:  # one row per benchmark
     "Score a model on benchmarks."
     names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
-    tokens = {name: benchmark(name).max_new_tokens for name in names}
-    most = limit if isinstance(limit, dict) else dict.fromkeys(tokens, limit)
-    for name, questions in most.items():
-        check_choice("benchmark in limit", name, tokens)
-        check_counts(**{f"the limit of {name}": questions})
+    most = limit if isinstance(limit, dict) else dict.fromkeys(names, limit)
+    for name, count in most.items():
+        check_choice("benchmark in limit", name, names)
+        check_counts(**{f"the limit of {name}": count})
     check_finite(model)
     root, frames = None if root is None else str(root), []
-    asked = [(n, q) for n in tokens for q in load_questions(n, split, most.get(n), root)]
-    pictures = dict.fromkeys(n for n, q in asked if q.images)
+    load = lambda name, end="": load_questions(name + end, split, most.get(name), root)
+    questions = {name: load(name) for name in names}
+    pictures = [name for name in names if any(q.images for q in questions[name])]
     if pictures and wrapper_of(model.config) is None:
         raise ValueError(
-            f"this model takes no pictures, which {', '.join([*pictures][:3])} are about: use "
+            f"this model takes no pictures, which {', '.join(pictures[:3])} are about: use "
             "--benchmark perplexity --data FILE, --benchmark text/quotes (or another text/…), or "
             "--questions FILE without images."
         )
+    for name in pictures if other_pictures else ():
+        if not name.endswith(OTHER_PICTURES):
+            questions |= {f"{name}/{end}": load(name, f"/{end}") for end in OTHER_PICTURES}
+    tokens = {name: benchmark(name).max_new_tokens for name in questions}
+    asked = [(name, q) for name, some in questions.items() for q in some]
     if folder is not None:
         folder = Path(folder)
         frames = open_folder(folder, {"model": weights_hash(model), "split": split})
@@ -206,17 +221,96 @@ def units(frame: pd.DataFrame) -> dict:  # benchmark -> columns "unit", "stratum
     groups = frame.groupby("benchmark", sort=False)
     return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in groups}
 
+# %% ../../nbs/library/evaluation/07_scoring.ipynb #grounding-code
+_SHOWN = {"right": "", "wrong": "/wrong-picture", "none": "/no-picture"}  # ends of the names
 
+
+def by_picture(
+    answers: dict,  # benchmark -> judged answers
+    name: str,  # of a benchmark
+) -> pd.DataFrame:  # question -> value with the right picture, a wrong one and none
+    "What the answers are worth with each picture; only questions that have one, if any has."
+    asked = {kind: answers.get(f"{name}{end}") for kind, end in _SHOWN.items()}
+    values = {k: f.set_index("id").value for k, f in asked.items() if f is not None}
+    table = pd.DataFrame(values, columns=[*_SHOWN]).astype(float)
+    return table.dropna(subset="wrong") if table.wrong.notna().any() else table
+
+
+def yes_bias(frame: pd.DataFrame) -> float:  # points; of judged answers; nan without both labels
+    "Half the sum of P(yes | yes) and P(yes | no), less 50 %: with balanced labels, yes too many."
+    answer, label = (frame[c].astype(str).str.lower().str.strip(" .") for c in ("parsed", "answer"))
+    readable = answer.isin(("yes", "no")) & label.isin(("yes", "no"))
+    rates = (answer == "yes")[readable].groupby(label[readable]).mean()
+    return 100 * (rates.mean() - 0.5) if len(rates) == 2 else np.nan
+
+
+def calibration_error(
+    confidence: np.ndarray,  # 0 … 1
+    right: np.ndarray,  # 0 or 1
+    bins: int = 10,  # of equally many answers
+) -> float:  # percent; nan without answers
+    "The expected calibration error, sum over bins b of n_b / n |accuracy_b - confidence_b|."
+    gaps = np.asarray(right - confidence)[np.argsort(confidence, kind="stable")]
+    sums = [abs(part.sum()) for part in np.array_split(gaps, bins)]
+    return 100 * sum(sums) / len(gaps) if len(gaps) else np.nan
+
+
+def grounding(
+    dense: pd.DataFrame,  # judged answers of the original
+    pruned: pd.DataFrame,  # and of the pruned model, to the same questions
+) -> pd.DataFrame:  # two rows a benchmark, of dense and pruned; nan where a number does not apply
+    """Whether a pruned model still looks, and how its answers differ from the original's.
+
+    right, wrong, none: mean value in % of answers with the right picture, a wrong one and none;
+    yes_bias: (P(yes | yes) + P(yes | no)) / 2 - 1/2, in points (Li et al. 2023, balanced labels);
+    calibration_error: sum_b n_b / n |accuracy_b - confidence_b| in %, in ten bins of equal mass
+    (Naeini et al. 2015; Nixon et al. 2019); agreement: answers equal to the original's, in %;
+    lost, gained: answers right -> wrong and wrong -> right; p: 2 P(X <= min(lost, gained)),
+    X ~ Bin(lost + gained, 1/2) (McNemar 1947); looks_away: 2 (right - wrong) is below the
+    original's right - wrong, by the 97.5 % quantile of a bootstrap over questions.
+    """
+    models, rows = {"dense": dense, "pruned": pruned}, []
+    parts = {m: dict(iter(f.groupby("benchmark", sort=False))) for m, f in models.items()}
+    require_same_benchmarks(*parts.values())
+    for name, original in parts["dense"].items():
+        if name.endswith(OTHER_PICTURES) or (original.answer == "").all():  # the last are texts
+            continue
+        before, was = by_picture(parts["dense"], name), original.set_index("id")
+        looked = before.right - before.wrong
+        for model, answers in parts.items():
+            both = paired_units(question_worth(answers[name]), question_worth(original))
+            right, was_right = both["first"] >= 0.5, both["second"] >= 0.5
+            lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
+            values, own = by_picture(answers, name), answers[name].set_index("id").loc[was.index]
+            draws = bootstrap(2 * (values.right - values.wrong) - looked)
+            equal = own.parsed.fillna(own.prediction) == was.parsed.fillna(was.prediction)
+            sure = own.reindex(columns=["confidence", "candidate_value"]).dropna()
+            row = {"benchmark": name, "model": model, "n": len(values), **100 * values.mean()}
+            row["yes_bias"] = yes_bias(own)
+            row["calibration_error"] = calibration_error(*sure.T.values)
+            row |= {"agreement": 100 * equal.mean(), "lost": lost, "gained": gained}
+            away = looked.mean() > 0 and np.quantile(draws, TAILS[1]) < 0
+            rows.append(row | {"p": mcnemar(lost, gained), "looks_away": bool(away)})
+    return pd.DataFrame(rows)
+
+
+def say_grounding(table: pd.DataFrame) -> list:  # of str; of `grounding`
+    "A sentence for every benchmark on which the pruned model looks away."
+    return [
+        f"{own.benchmark}: the right picture is worth {own.right - own.wrong:.1f} points to the "
+        f"pruned model, which keeps {100 * own.right / was.right:.0f} % of the accuracy, and "
+        f"{was.right - was.wrong:.1f} to the original: it looks away. Prune less, or recover it on "
+        "data with pictures."
+        for was, own in zip(*(table[k::2].itertuples() for k in (0, 1)))
+        if own.looks_away
+    ]
+
+# %% ../../nbs/library/evaluation/07_scoring.ipynb #compare-code
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:  # one row a benchmark
     "First minus second on every benchmark, paired by question; both frames are judged answers."
     a, b, rows = units(first), units(second), []
     require_same_benchmarks(a, b)
-    for name in a:
+    for name in (name for name in a if not name.endswith(OTHER_PICTURES)):
         gap = paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
         rows.append({"benchmark": name} | gap._asdict())
     return pd.DataFrame(rows).rename(columns={"value": "difference"})
-
-# %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-045
-def retained(frame: pd.DataFrame, dense: pd.DataFrame) -> tuple:  # (AVG-%, low, high)
-    "AVG-% with its 95 % interval, from judged answers of a model and of the original."
-    return avg_percent_interval(units(frame), units(dense))

@@ -6,6 +6,7 @@
 __all__ = ['advise']
 
 # %% ../../nbs/library/study/31_advice.ipynb #cell-003
+import math
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -158,12 +159,15 @@ def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) 
     best = rows.iloc[0]
     untrained = training and (rows.recovery == "none").all()
     off, heavy = best.achieved - ratio, best.retained < HEAVY
+    words = best.get("guessed", math.nan)  # nan too where it is not known
     notes = {
         f"Nothing was studied within {WITHIN:.2f} of ratio {ratio}: this is the next larger "
         "step, so expect to keep a little more.": off > WITHIN,
         f"No training on {data:.0%} of the data or less was studied at this ratio.": untrained,
         "The other pruning was not tried with this recovery, or not at all.": not best.rival,
         BLOCKWISE: best["shape"] == "blockwise" and best.pruning == "widthwise",
+        f"It loses the picture: answers from the words alone would keep {words:.0f} %, and less "
+        "than half of what the pictures add to them is left.": best.retained < (100 + words) / 2,
         "That is a heavy loss: consider a smaller model instead of pruning this far.": heavy,
         BEYOND: ratio > WRONG_TOOL + 0.005 and not heavy,
     }

@@ -316,32 +316,26 @@ def type_questions(
     return made[:n]
 
 # %% ../../nbs/library/study/51_emoji.ipynb #sets-001
-def emoji_questions(
-    type: str, wrong: bool, split: str, limit: int | None, root
-) -> list:  # of Question
-    "Questions of one type; if wrong, each with the picture of one that has another answer."
+def emoji_questions(type: str, split: str, limit: int | None, root) -> list:  # of Question
+    "Questions of one type, about pictures that are drawn when they are loaded."
     made = type_questions(type, split, 500 if limit is None else limit)
     questions = []
-    for i, q in enumerate(made):
-        start = (i + len(made) // 2) % len(made)
-        others = [*made[start:], *made[:start]] if wrong else ()
-        shown_with = next((o for o in others if o["answer"] != q["answer"]), q)
-        picture = draw_picture(shown_with["places"])
+    for q in made:
         rest = {"candidates": TYPES[type][1], "options": q["options"]}
-        questions.append(Question(q["id"], q["question"], q["answer"], (picture,), **rest))
+        shown = (draw_picture(q["places"]),)
+        questions.append(Question(q["id"], q["question"], q["answer"], shown, **rest))
     return questions
 
 
 register_benchmarks(
     Benchmark(
-        f"emoji{'-wrong' * wrong}/{type}",
+        f"emoji/{type}",
         scorer,
-        partial(emoji_questions, type, wrong),
+        partial(emoji_questions, type),
         12,
         version=2 if candidates else 1,  # 1 had no candidates
-        help=f"{help[:-1]}, asked with a wrong picture." if wrong else help,
+        help=help,
         source=emoji_hash,
     )
-    for wrong in (False, True)
     for type, (scorer, candidates, help) in TYPES.items()
 )

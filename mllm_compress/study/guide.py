@@ -89,8 +89,10 @@ def larger_ratio(fitting: dict, model: str, ratio: float, budget: float) -> floa
     return float("nan")
 
 
-def advice_table(frame: pd.DataFrame, fitting: dict, setup: Profile) -> pd.DataFrame:
-    "The best settings of every one of some situations, as `advice` reads them."
+def advice_table(
+    frame: pd.DataFrame, fitting: dict, setup: Profile, guessed: dict = {}
+) -> pd.DataFrame:
+    "The best settings of situations, as `advice` reads them; `guessed` is of `tables.guessing`."
     parts, names = [], {"avg_percent": "retained", "achieved_ratio": "achieved"}
     for (model, ratio, budget), rows in fitting.items():
         basis = statistics.basis_of(frame[frame.model == model])
@@ -99,10 +101,11 @@ def advice_table(frame: pd.DataFrame, fitting: dict, setup: Profile) -> pd.DataF
         same |= {"data": budget, "n": basis.n, "drawn": basis.of, "shape": setup.width.shape}
         same["ties"] = int(rows.tied.sum()) - 1
         same["larger"] = larger_ratio(fitting, model, ratio, budget)
+        same["guessed"] = guessed.get(model)
         parts.append(shown.rename(columns=names).assign(**same))
     columns = ["profile", "model", "paper", "ratio", "data", *RECIPE, "shape", "achieved"]
     columns += ["retained", "low", "high", "n", "seeds", "drawn", "behind", "behind_low"]
-    columns += ["behind_high", "tied", "open", "rival", "ties", "larger"]
+    columns += ["behind_high", "tied", "open", "rival", "ties", "larger", "guessed"]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return table.reindex(columns=columns)
 
