@@ -1,4 +1,4 @@
-"""A small random model per row of WRAPPERS and per family of text models, with its inputs."""
+"""A small random model per row of WRAPPERS and per family of text models, with its processor."""
 
 import importlib.util
 import re
@@ -52,43 +52,6 @@ def text(model_type: str, **more) -> dict:
     return TEXT | {"model_type": model_type} | more
 
 
-def square(side: int = 28, count: int = 3, **more) -> dict:
-    "Pixels of `count` images of one size."
-    return {"pixel_values": torch.rand(count, 3, side, side) - 0.5, **more}
-
-
-def tiles(count: int = 3) -> dict:
-    "Pixels of LLaVA-NeXT: one overview and two tiles per image, of images of 28 x 56."
-    sizes = torch.tensor([[28, 56]] * count)
-    return {"pixel_values": torch.rand(count, 3, 3, 28, 28) - 0.5, "image_sizes": sizes}
-
-
-def several(batch_images=(1, 2)) -> dict:
-    "Pixels of Idefics3: [rows, most images of a row, 3, side, side]; missing ones are zero."
-    pixels = torch.rand(2, max(batch_images), 3, 28, 28) - 0.5
-    mask = torch.ones(2, max(batch_images), 28, 28, dtype=torch.bool)
-    for row, n in enumerate(batch_images):
-        pixels[row, n:], mask[row, n:] = 0, False
-    return {"pixel_values": pixels, "pixel_attention_mask": mask}
-
-
-def flat(grids=((1, 4, 4), (1, 4, 6), (1, 2, 4)), channels: int = 3 * 2 * 4 * 4) -> dict:
-    "Pixels of Qwen-VL: patches of all images, one after the other, and each one's grid."
-    grid = torch.tensor(grids)
-    return {
-        "pixel_values": torch.rand(int(grid.prod(1).sum()), channels) - 0.5,
-        "image_grid_thw": grid,
-    }
-
-
-def mixed() -> dict:
-    "Pixels of Pixtral: images of unequal size, padded."
-    return {
-        "pixel_values": torch.rand(3, 3, 28, 42) - 0.5,
-        "image_sizes": torch.tensor([[28, 28], [28, 42], [14, 28]]),
-    }
-
-
 CLIP, SIGLIP = (
     VISION | {"model_type": "clip_vision_model"},
     VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
@@ -100,10 +63,10 @@ CONVOLVED |= dict(width_coefficient=0.2, depth_coefficient=0.1)
 GRID = dict(image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
 
 
-def row(kind: str, decoder, eyes: dict, pixels=None, counts=None, **options) -> tuple:
-    "(model_type, options of its config, pixels, image tokens of each of the three images)."
+def row(kind: str, decoder, eyes: dict, **options) -> tuple:
+    "(model_type, options of its config)."
     decoder = text(decoder) if isinstance(decoder, str) else decoder
-    return kind, options | dict(text_config=decoder, vision_config=eyes), pixels, counts
+    return kind, options | dict(text_config=decoder, vision_config=eyes)
 
 
 def of_type(eyes: dict, model_type: str) -> dict:
@@ -139,37 +102,27 @@ DRAWING |= dict(image_token_embed_dim=32)
 PALI = dict(projection_dim=32, hidden_size=32)
 FEATURES = dict(vision_feature_layers=BOTH, vision_feature_layer=BOTH)
 FULL = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
-wide = lambda: {"pixel_values": torch.rand(3, 3, 64, 64) - 0.5}
 multi = lambda kind: text(kind, rope_parameters=MROPE)
-SIXTEEN, FOUR, MIXED = [16] * 3, [4] * 3, [4, 6, 2]
 MLLMS = {
-    "llava-llama": row("llava", "llama", CLIP, square, SIXTEEN, **LAST),
-    "llava-phi3": row("llava", "phi3", CLIP, square, SIXTEEN, **LAST),
-    "llava-pixtral": row("llava", "mistral", PIXTRAL, mixed, [16, 24, 8], **FULL),
-    "fast-vlm": row("fast_vlm", "llama", CONVOLVED, wide, FOUR, image_seq_length=4),
-    "vipllava": row("vipllava", "llama", CLIP, square, SIXTEEN, **FEATURES),
-    "llava-next": row("llava_next", "mistral", CLIP, tiles, None, **LAST, **GRID),
-    "llava-onevision": row("llava_onevision", "qwen2", SIGLIP, tiles, None, **GRID),
-    "internvl-qwen2": row("internvl", "qwen2", INTERN, square, FOUR, downsample_ratio=0.5),
-    "internvl-qwen3": row("internvl", "qwen3", INTERN, square, FOUR, downsample_ratio=0.5),
-    "paligemma": row("paligemma", "gemma", SIGLIP, square, SIXTEEN, **PALI),
-    "paligemma2": row("paligemma", text("gemma2", **GEMMA), SIGLIP, square, SIXTEEN, **PALI),
-    "mistral3": row("mistral3", "mistral", PIXTRAL, mixed, MIXED, spatial_merge_size=2),
-    "idefics3": row(
-        "idefics3", "llama", of_type(VISION, "idefics3_vision"), several, FOUR, scale_factor=2
-    ),
-    "smolvlm": row(
-        "smolvlm", "llama", of_type(VISION, "smolvlm_vision"), several, FOUR, scale_factor=2
-    ),
-    "aya-vision": row(
-        "aya_vision", text("cohere2", **SLIDING), SIGLIP, square, FOUR, downsample_factor=2
-    ),
-    "qwen2-vl": row("qwen2_vl", multi("qwen2_vl_text"), QWEN2_EYES, flat, MIXED),
-    "qwen2.5-vl": row("qwen2_5_vl", multi("qwen2_5_vl_text"), QWEN25_EYES, flat, MIXED),
-    "qwen3-vl": row("qwen3_vl", QWEN3, QWEN3_EYES, flat, MIXED),
-    "gemma3": row(
-        "gemma3", text("gemma3_text", **GEMMA), SIGLIP, square, FOUR, mm_tokens_per_image=4
-    ),
+    "llava-llama": row("llava", "llama", CLIP, **LAST),
+    "llava-phi3": row("llava", "phi3", CLIP, **LAST),
+    "llava-pixtral": row("llava", "mistral", PIXTRAL, **FULL),
+    "fast-vlm": row("fast_vlm", "llama", CONVOLVED, image_seq_length=4),
+    "vipllava": row("vipllava", "llama", CLIP, **FEATURES),
+    "llava-next": row("llava_next", "mistral", CLIP, **LAST, **GRID),
+    "llava-onevision": row("llava_onevision", "qwen2", SIGLIP, **GRID),
+    "internvl-qwen2": row("internvl", "qwen2", INTERN, downsample_ratio=0.5),
+    "internvl-qwen3": row("internvl", "qwen3", INTERN, downsample_ratio=0.5),
+    "paligemma": row("paligemma", "gemma", SIGLIP, **PALI),
+    "paligemma2": row("paligemma", text("gemma2", **GEMMA), SIGLIP, **PALI),
+    "mistral3": row("mistral3", "mistral", PIXTRAL, spatial_merge_size=2),
+    "idefics3": row("idefics3", "llama", of_type(VISION, "idefics3_vision"), scale_factor=2),
+    "smolvlm": row("smolvlm", "llama", of_type(VISION, "smolvlm_vision"), scale_factor=2),
+    "aya-vision": row("aya_vision", text("cohere2", **SLIDING), SIGLIP, downsample_factor=2),
+    "qwen2-vl": row("qwen2_vl", multi("qwen2_vl_text"), QWEN2_EYES),
+    "qwen2.5-vl": row("qwen2_5_vl", multi("qwen2_5_vl_text"), QWEN25_EYES),
+    "qwen3-vl": row("qwen3_vl", QWEN3, QWEN3_EYES),
+    "gemma3": row("gemma3", text("gemma3_text", **GEMMA), SIGLIP, mm_tokens_per_image=4),
     "qwen3.5": row("qwen3_5", QWEN35, QWEN35_EYES),
     "glm4v": row("glm4v", multi("glm4v_text"), GLM_EYES),
     "glm46v": row("glm46v", multi("glm4v_text"), of_type(GLM_EYES, "glm4v_vision")),
@@ -197,6 +150,7 @@ LMS = {
     "gemma3_text": GEMMA,
     "smollm3": dict(no_rope_layer_interval=3),
     "granite": GRANITE,
+    "ministral3": dict(sliding_window=None),
     "olmo2": {},
     "olmo3": SLIDING,
     "glm4": {},
@@ -219,47 +173,11 @@ def build(name: str, dtype=torch.float64, **more):
         return random_weights(
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**text(name, **LMS[name] | more)))
         ).to(dtype)
-    kind, options, _, _ = MLLMS[name]
+    kind, options = MLLMS[name]
     options = options | {"text_config": options["text_config"] | more}
     config = AutoConfig.for_model(kind, image_token_id=IMAGE, image_token_index=IMAGE, **options)
     config.pad_token_id = PAD
     return random_weights(AutoModelForImageTextToText.from_config(config)).to(dtype)
-
-
-def inputs(name: str, model, seed: int = 0) -> dict:
-    "Two prompts, the first with one image and the second, which is padded, with two."
-    torch.manual_seed(seed)
-    if name in LMS:
-        ids = torch.randint(5, 96, (2, 30))
-        mask = torch.ones_like(ids)
-        ids[1, :3], mask[1, :3] = PAD, 0
-        return {"input_ids": ids, "attention_mask": mask}
-    _, _, pixels, counts = MLLMS[name]
-    batch = pixels()
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    if counts is None:
-        images = {k: v for k, v in batch.items()}
-        found = model.get_image_features(**images, return_dict=True).pooler_output
-        counts = [len(f) for f in found]
-    say = lambda n: torch.randint(5, 96, (n,))
-    run = lambda n: torch.full((n,), IMAGE)
-    rows = [
-        torch.cat([say(3), run(counts[0]), say(6)]),
-        torch.cat([say(2), run(counts[1]), say(2), run(counts[2]), say(5)]),
-    ]
-    width = max(map(len, rows))
-    ids, mask = torch.full((2, width), PAD), torch.zeros(2, width, dtype=torch.long)
-    for r, row in enumerate(rows):
-        ids[r, width - len(row) :], mask[r, width - len(row) :] = row, 1
-    batch |= {"input_ids": ids, "attention_mask": mask}
-    kinds = (ids == IMAGE).long()
-    if name.startswith("qwen"):
-        batch["mm_token_type_ids"] = kinds
-    if name == "gemma3":
-        batch["token_type_ids"] = kinds
-    if name.startswith("paligemma"):
-        batch["token_type_ids"] = torch.zeros_like(ids)
-    return batch
 
 
 # Processors

@@ -249,7 +249,7 @@ def files(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["llava-next", "idefics3", "gemma3", "aya-vision"])
+@pytest.mark.parametrize("name", ["llava-next", "idefics3", "gemma3", "aya-vision", "qwen3.5"])
 def test_the_command_line_from_scores_to_answers(name, tmp_path):
     folder = files(name, tmp_path)
     data = ["--data", str(folder / "data.json")]

@@ -88,6 +88,7 @@ def gated(name: str, help: str, **more) -> Family:
 _LLAMA_LIKE = (
     gated("llama", "gated MLP; the decoder of LLaVA-v1.5"),
     gated("mistral", "as Llama, with a sliding window"),
+    gated("ministral3", "as Mistral, queries scaled by position; the decoder of Mistral 3"),
     gated("qwen2", "as Llama, with biases on q, k and v"),
     gated("qwen3", "as Llama, with norms on q and k"),
     gated("gemma", "as Llama, with its own head width"),

@@ -115,6 +115,11 @@ def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons), one per layer
     "The widths of every layer of a model."
     return [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
 
+
+def alike(widths: list) -> bool:
+    "Whether all layers that have heads have as many, and all that have neurons."
+    return all(len(set(counts) - {0}) < 2 for counts in zip(*widths))
+
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-012
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
@@ -189,7 +194,7 @@ def choose_format(
     plan: PruningPlan,  # that was applied
 ) -> tuple:  # (the model as it is saved, "stock" or "pruned"); ValueError where no class fits
     "The model in the class that it is saved as, and the name of the format."
-    if all(len(set(widths) - {0}) < 2 for widths in zip(*planned_widths(plan))):
+    if alike(planned_widths(plan)):
         try:
             return fit_class(model, (model.config, equivalent_config(model.config))), "stock"
         except ValueError:
