@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..anatomy.families import anatomy
 from mllm_compress.checkpoint.formats import (
+    alike,
     equivalent_config,
     fit_class,
     is_checkpoint,
@@ -52,7 +53,7 @@ def stock_model(
     "The model in a class that plain from_pretrained loads."
     model = widened(model) if fill else model
     try:
-        if len(set(layer_widths(anatomy(model)))) > 1:
+        if not alike(layer_widths(anatomy(model))):
             raise ValueError("its layers differ in width")
         return fit_class(model, (model.config, equivalent_config(model.config)))
     except ValueError as error:
@@ -101,7 +102,8 @@ def to_vllm(model, out, processor, dtype, fill) -> dict:
     family = anatomy(model).family.name
     model = widened(model, square=family in SQUARE) if fill else model
     parts, notes = anatomy(model), ["not run in vLLM here: the config follows its source"]
-    groups, dim, hidden = parts.groups(0), parts.head_dim, parts.hidden_size
+    groups = max(map(parts.groups, range(parts.num_layers)))
+    dim, hidden = parts.head_dim, parts.hidden_size
     heads = groups * parts.queries_per_group(0)
     if family in SQUARE and heads * dim != hidden:
         raise ValueError(
@@ -113,7 +115,8 @@ def to_vllm(model, out, processor, dtype, fill) -> dict:
     name = type(saved).__name__
     config = json.loads(saved.config.to_json_string(use_diff=False)) | {"architectures": [name]}
     text = config.get("text_config", config)
-    text["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text["model_type"]]]
+    if architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text["model_type"]):
+        text["architectures"] = [architecture]
     if text["model_type"] == "phi":
         text["n_inner"] = text["intermediate_size"]
     write_folder(saved, processor, out, dtype, config)
