@@ -206,7 +206,10 @@ def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout
     out = Report("02_demo", "quick", given(ratios=[0.3]))
     out.table(FRAME, "t", "Another table.")
     out.verdict("A beats B.", {}, "n = 9")
-    out.figure(style.panels(1)[0], "f", "A figure.")
+    assert "no results" in out.figure(style.panels(1)[0], "nothing", "No figure.").data
+    fig, (ax,) = style.panels(1)
+    ax.plot([0, 1])
+    out.figure(fig, "f", "A figure.")
     assert (checkout / "runs/quick/figures/02_demo-t.tex").read_bytes() == before
     assert len(list((checkout / "runs/quick/figures").iterdir())) == 2
     (scratch,) = (checkout / "runs/scratch").iterdir()

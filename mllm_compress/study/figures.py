@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from .statistics import COLORS, UNDECIDED, WORDS
 from .style import LOOKS, label_ends, line, look, page, panels
-from ..utils.methods import BLACK, GREY, Look
+from ..utils.methods import GREY, Look
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-009
 @dataclass(frozen=True)
@@ -30,13 +30,18 @@ class Figure:
     png: bytes
     caption: str
 
+    @property
+    def outputs(self) -> list:  # of dicts: media type -> data
+        "The picture, and its caption below."
+        below = f'<figcaption class="below">{html.escape(self.caption)}</figcaption>'
+        picture = {"image/png": b64encode(self.png).decode()}
+        return [shown | {"text/plain": self.caption} for shown in (picture, {"text/html": below})]
+
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        picture = {"image/png": b64encode(self.png).decode(), "text/plain": self.caption}
-        display(picture, raw=True)
-        below = f'<figcaption class="below">{html.escape(self.caption)}</figcaption>'
-        display({"text/html": below, "text/plain": self.caption}, raw=True)
+        for output in self.outputs:
+            display(output, raw=True)
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-016
 REMOVED = "fraction of LM-decoder parameters removed"
@@ -198,47 +203,45 @@ def dots(
     return fig, axes
 
 
-BESIDE_PAPER = {  # column -> look
-    "printed": replace(look("printed"), line="none"),
-    "ours": Look("measured here", BLACK, "o", "none"),
-}
-
-
 def dumbbells(
     rows: pd.DataFrame,  # columns panel, label, and a column of values for each end
-    ends: dict = BESIDE_PAPER,  # column -> Look, the last on top
+    ends: tuple = ("printed", "ours"),  # columns, which are keys of LOOKS; the last on top
     guessed: dict = {},  # panel -> the value of the question-only baseline
 ):  # a figure
     "Values that belong together, joined by a line: a row for each label, a panel for each group."
-    values = rows.melt(["panel", "label"], list(ends), "end")
-    values = values.assign(look=values.end.map(ends))
+    values = rows.reindex(columns=["panel", "label", *ends]).melt(["panel", "label"], None, "look")
     return dots(values, panel=["panel"], joined=True, guessed=guessed, sharey=False)[0]
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-032
 WORD_LOOKS = {word: Look(word, COLORS[word], m, "none") for word, m in zip(WORDS, "osox.")}
 
 
-def forest(verdicts: dict):  # title -> Verdict; a figure
+def forest(
+    verdicts: dict,  # title -> Verdict
+    brief: bool = False,  # a row per model, its settings as dots, and one axis for all verdicts
+):  # a figure
     "The effects behind some verdicts, each with its 95 % interval, and their averages."
     shown, rows = {f"{t}: {v.word}": v for t, v in verdicts.items() if v.settings}, []
+    columns = ["title", "label", "look", "hollow", "lowest", "highest", "low", "high", "value"]
     for title, v in shown.items():
         for where, e in v.settings.items():
             wide, word, label = e.at(v.level), v.words[where], where.partition(" (removed")[0]
+            label = label.partition(" at ")[0] if brief else label
             if (rival := label.partition(", over ")[2]) in LOOKS:
                 label = label.removesuffix(rival) + LOOKS[rival].label
             row = {"title": title, "label": label, "look": WORD_LOOKS[word]}
             row |= {"hollow": word == UNDECIDED, "lowest": wide.low, "highest": wide.high}
-            rows.append(row | {"value": e.value, "low": e.low, "high": e.high})
-        for name, part in v.by_part.items() if len(v.settings) > 1 else ():
+            row |= {"value": e.value, "low": e.low, "high": e.high}
+            rows.append(row | dict.fromkeys(columns[4:8] if brief else (), np.nan))
+        for name, part in v.by_part.items() if brief or len(v.settings) > 1 else ():
             row = {"title": title, "label": f"average, {name}" if name else "average"}
             row |= {"look": Look("average", COLORS[part.word], "D", "none"), "hollow": False}
             ends = {end: getattr(part.average, end) for end in ("value", "low", "high")}
             rows.append(row | ends | {"lowest": np.nan, "highest": np.nan})
-    columns = ["title", "label", "look", "hollow", "lowest", "highest", "value", "low", "high"]
     rows = pd.DataFrame(rows, columns=columns)
-    sizes = rows.title.value_counts(sort=False).reindex([*shown]).tolist() or [1]
-    height = (0.21 * sum(sizes) + 0.3) / len(sizes) + 0.7
-    how = dict(columns=1, sharex=False, sharey=False, height=height)
+    sizes = rows.groupby("title", sort=False).label.nunique().reindex([*shown]).tolist() or [1]
+    height = (0.21 * sum(sizes) + (0.9 if brief else 0.3)) / len(sizes) + (0.35 if brief else 0.7)
+    how = dict(columns=1, sharex=brief, sharey=False, height=height)
     how["gridspec_kw"] = {"height_ratios": [n + 1 for n in sizes]}
     fig, axes = dots(rows, panel=["title"], xlabel="", margin=0.0, **how)
     with page():
@@ -246,7 +249,10 @@ def forest(verdicts: dict):  # title -> Verdict; a figure
             if v.margin and v.average.seeds != 1:
                 ax.axvspan(-v.margin, v.margin, color="#eef2f6", zorder=0)
             ax.set_title(ax.get_title(loc="left"), fontsize=9, color=COLORS[v.word])
-            ax.set_xlabel(v.unit + symmetric_scale(ax), fontsize=8.5)
+            if not brief:
+                ax.set_xlabel(v.unit + symmetric_scale(ax), fontsize=8.5)
+        if brief:  # the axis is shared
+            axes[-1].set_xlabel("points" + symmetric_scale(axes[0]), fontsize=8.5)
     return fig
 
 # %% ../../nbs/library/study/25_figures.ipynb #heatmaps
@@ -254,23 +260,60 @@ def heatmaps(
     grids: dict,  # title -> DataFrame of per cents
     label: str = "",  # of a colour bar; empty: numbers in the cells
     cmap: str = "cividis",
+    differences: bool = False,  # of per cents
     **how,  # of style.panels
 ) -> tuple:  # (figure, panels)
-    "Shares in per cent as colours, in steps that can be told apart."
+    "Shares in per cent, or their differences, as colours in steps that can be told apart."
     fig, axes = panels(max(len(grids), 1), **{"sharex": False, "sharey": False} | how)
     lowest = 0.0 if label else min([99.0, *(g.min().min() for g in grids.values())])
     look = dict(vmin=lowest, vmax=100, cmap=sns.color_palette(cmap, 10), cbar=False)
-    look |= dict(annot=not label, fmt=".0f", annot_kws={"fontsize": 8}, rasterized=True)
+    look |= dict(fmt=".0f", annot_kws={"fontsize": 8}, rasterized=True)
+    if differences:
+        most = max([1.0, *(g.abs().max().max() for g in grids.values())])
+        look |= dict(vmin=-most, vmax=most, cmap=sns.color_palette(cmap, 15), fmt="+.0f")
     with page():
         for ax, (title, grid) in zip(axes, grids.items()):
-            steps = dict(zip(("yticklabels", "xticklabels"), (max(1, k // 5) for k in grid.shape)))
-            sns.heatmap(grid, ax=ax, **look, **steps)
+            every = [max(1, k // 5) if label else 1 for k in grid.shape]
+            steps = dict(zip(("yticklabels", "xticklabels"), every))
+            numbers = False if label else grid.round() + 0.0  # no "-0"
+            sns.heatmap(grid, ax=ax, annot=numbers, **look, **steps)
             ax.set_title(title, fontsize=8.5)
             ax.tick_params(labelsize=8)
             ax.xaxis.label.set_size(8.5)
         if label and grids:
             fig.colorbar(axes[0].collections[0], ax=axes, label=label, shrink=0.8, pad=0.02)
     return fig, axes
+
+# %% ../../nbs/library/study/25_figures.ipynb #pareto
+def pareto(
+    points: pd.DataFrame,  # columns cost, quality, name and look; low and high; hollow
+    panel: list = ("model",),  # columns that tell panels apart
+    labels: tuple = ("% of the original", KEPT),  # of the axes
+    **how,  # of style.panels
+):  # a figure
+    "Quality over cost, with the front of the points that no other beats in both."
+    points = titled(points, panel).reset_index(drop=True)
+    panes = dict(list(points.groupby("title", sort=False)))
+    fig, axes = panels(max(len(panes), 1), **how)
+    with page():
+        for ax, (title, its) in zip(axes, panes.items()):
+            cheap = its.sort_values(["cost", "quality"], ascending=[True, False])
+            front = cheap[cheap.quality > cheap.quality.cummax().shift(fill_value=-np.inf)]
+            ax.plot(front.cost, front.quality, color="#bbbbbb", linewidth=1.2, zorder=1)
+            ends = {}
+            for r in its.itertuples():
+                m = replace(look(r.look), line="none", label=r.name)
+                m = m if r.Index in front.index else replace(m, color="#bbbbbb")
+                if "low" in its:
+                    ax.vlines([r.cost], r.low, r.high, color=m.color, linewidth=1.2)
+                line(ax, [r.cost], [r.quality], m, hollow=[r.hollow])
+                ends |= {m: (r.cost, r.quality)} if r.Index in front.index else {}
+            ax.set_title(title)
+            ax.margins(0.08)
+            label_ends(ax, ends)
+        fig.supxlabel(labels[0], fontsize=8.5)
+        fig.supylabel(labels[1], fontsize=8.5)
+    return fig
 
 # %% ../../nbs/library/study/25_figures.ipynb #fields
 def fields(

@@ -17,6 +17,7 @@ from .figures import fields, legend_above
 from .profiles import Profile
 from .runs import complete
 from .style import look
+from ..utils.methods import GREEN, ORANGE, SKY, Look
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-r1
 def studied(profile: Profile) -> list:  # of Experiment, sorted
@@ -160,26 +161,29 @@ def decisions(frame: pd.DataFrame, fitting: dict, setup: Profile) -> pd.DataFram
     return pd.DataFrame(out)
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-018
-def guide_map(frame: pd.DataFrame, fitting: dict):  # a figure
-    "A small map of situations for each model."
+PRICES = {
+    "nothing": Look("nothing is trained", GREEN, "s", "none"),
+    "projector": Look("the projector", SKY, "s", "none"),
+    "projector+lm": Look("the LM decoder too", ORANGE, "s", "none"),
+}
+
+
+def guide_map(fitting: dict):  # a figure
+    "The cheapest setting within a point of the best, in each situation."
     cells = []
     for (model, ratio, budget), rows in fitting.items():
-        best, color, opacity = rows.iloc[0], "white", 0.0
-        firsts = tried_after_both(rows, budget).drop_duplicates("pruning")
-        if len(firsts) == 2:  # how sure it is that the first retains more than the second
-            gap = _gap(frame, firsts.iloc[0], firsts.iloc[1])
-            sure = gap.seeds > 1 and gap.low > 0
-            opacity = (0.75 if sure else 0.4) if gap.value > MARGIN else 0.3 if sure else 0.12
-            color = look(firsts.pruning.iloc[0]).color
-        lines = [best.pruning, f"{best.avg_percent:.1f} %"]
-        if best.recovery != "none":
-            lines.append(look(best.recovery).label.replace(" + ", " +\n"))
-        lines += ["(heavy loss)"] * bool(best.avg_percent < advice.HEAVY)
+        chosen = advice.cheapest(rows.assign(tied=rows.behind <= MARGIN))
+        price = PRICES["nothing" if chosen.recovery == "none" else chosen.train]
+        lines = [chosen.pruning, f"{chosen.avg_percent:.1f} %"]
+        if chosen.recovery != "none":
+            lines += [look(chosen.recovery).label.replace(" + ", " +\n")]
+            lines += [f"on {100 * chosen.fraction:g} %"]
+        lines += ["(heavy loss)"] * bool(chosen.avg_percent < advice.HEAVY)
         row = f"≤ {100 * budget:g} %\nof the data" if budget else "no training"
-        field = (row, f"−{ratio:.0%}", "\n".join(lines), color, opacity)
+        field = (row, f"−{ratio:.0%}", "\n".join(lines), price.color, 0.45)
         cells.append((model, ratio, budget, *field))
     columns = ["model", "ratio", "budget", "row", "column", "text", "color", "alpha"]
     cells = pd.DataFrame(cells, columns=columns).sort_values(["budget", "ratio"], kind="stable")
-    fig, _ = fields(cells, height=0.68 * cells.budget.nunique() + 0.8)
-    legend_above(fig, ["layerwise", "widthwise"])
+    fig, _ = fields(cells, height=0.75 * cells.budget.nunique() + 0.8)
+    legend_above(fig, list(PRICES.values()))
     return fig

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['jupyter_client', 'nbconvert', 'nbformat', 'papermill', 'PUBLISH', 'LARGER', 'RESET', 'WIDGET', 'notebooks', 'choose',
            'Parameter', 'parameters_of', 'parameters_in', 'check_parameters', 'parse_parameters', 'experiments_of',
-           'for_profile', 'overridden', 'check_injected', 'figures_folder', 'figure_files', 'executed', 'output_folder',
-           'shown_by', 'Kernel', 'Execution', 'tidied']
+           'for_profile', 'defaults_of', 'overridden', 'resolved', 'check_injected', 'figures_folder', 'figure_files',
+           'executed', 'output_folder', 'shown_by', 'Kernel', 'Execution', 'tidied']
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-002
 import ast
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import yaml
 from IPython import get_ipython
+from IPython.utils.capture import capture_output
 from jupyter_core.utils import run_sync
 
 from . import profiles
@@ -133,7 +134,8 @@ def experiments_of(nb, given: dict = {}) -> list:  # of Experiment; empty withou
     grid, parameters = _tagged(nb, "grid"), _tagged(nb, "parameters")[0]
     for i in range(grid[-1] + 1 if grid else 0):
         if nb.cells[i].cell_type == "code":
-            exec(nb.cells[i].source, space)
+            with capture_output(stderr=False):  # what it shows is for its own notebook
+                exec(nb.cells[i].source, space)
         if i == parameters:
             space.update(given)
     return space.get("experiments", [])
@@ -149,14 +151,23 @@ def for_profile(name: str, nb, profile):
     return short
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-033
+def defaults_of(notebook: str) -> dict:  # name -> value; empty outside of a checkout
+    "The default parameters in a notebook's file, without the profile."
+    path = checkout() / "nbs" / "study" / f"{notebook}.ipynb"
+    known = parameters_of(nbformat.read(path, 4)) if path.exists() else {}
+    return {name: p.default for name, p in known.items() if name != "profile"}
+
+
 def overridden(notebook: str, values: dict) -> dict:  # name -> value
     "The parameters whose values, of globals(), differ from the defaults in the notebook's file."
-    path = checkout() / "nbs" / "study" / f"{notebook}.ipynb"
-    if not values or not path.exists():
-        return {}
-    defaults = {k: p.default for k, p in parameters_of(nbformat.read(path, 4)).items()}
-    defaults.pop("profile", None)
-    return {k: values[k] for k, v in defaults.items() if k in values and values[k] != v}
+    defaults = defaults_of(notebook).items() if values else ()
+    return {k: values[k] for k, v in defaults if k in values and values[k] != v}
+
+
+def resolved(notebook: str, profile: Profile, values: dict):  # a SimpleNamespace
+    "The parameters that are empty by default: as given in `values`, or as the profile says."
+    empty = [k for k, default in defaults_of(notebook).items() if k in values and not default]
+    return profiles.resolve_parameters(profile, notebook, **{k: values[k] for k in empty})
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #injected
 def check_injected() -> None:

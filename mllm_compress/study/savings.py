@@ -21,7 +21,6 @@ from ..checkpoint.formats import read_manifest
 from ..cost.arithmetic import without_weights
 from ..importance.criteria import random_layers, random_scores
 from ..pruning import plans
-from .figures import KEPT, curves
 from .profiles import Profile
 from .stages import teacher_of
 from .statistics import Estimate
@@ -187,14 +186,3 @@ def quality_and_cost(rows: pd.DataFrame, sizes: pd.DataFrame, pairs: pd.DataFram
     best = best.sort_values("AVG-%").groupby(["model", "pruning", "requested"]).tail(1)
     columns = ["model", "pruning", "requested", "AVG-%", "recovery", "time, %", "bytes, %"]
     return best[columns].reset_index(drop=True)
-
-# %% ../../nbs/library/study/37_savings.ipynb #cell-039c
-def pareto_figure(points: pd.DataFrame):  # of `quality_and_cost`; a figure
-    "Quality over measured time and over bytes."
-    costs = {"time, %": "decoding time", "bytes, %": "weights"}
-    original = dict.fromkeys([*costs, "AVG-%"], 100) | {"pruning": "dense", "recovery": ""}
-    rows = pd.concat([points.drop_duplicates("model").assign(**original), points])
-    rows = rows.assign(hollow=rows.recovery == "none").rename(columns=costs)
-    rows = rows.melt(["model", "pruning", "AVG-%", "hollow"], [*costs.values()], "cost", "share")
-    shape = dict(by="pruning", panel=["cost", "model"], labels=("% of the original", KEPT))
-    return curves(rows, "share", "AVG-%", **shape, height=2.3, sharex=False)[0]

@@ -536,7 +536,8 @@ class Verdict:
         counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
         texts += [f"{counts} of {len(self.effects)} settings"] * (len(self.effects) > 1)
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
-        return f"{head}{'; '.join(texts)}. {self.used}. {self.beside}".strip()
+        rests_on = f"{self.used}. " if self.used else ""
+        return f"{head}{'; '.join(texts)}. {rests_on}{self.beside}".strip()
 
     def record(self) -> dict:
         "The verdict as JSON can express it: every number is a field."

@@ -23,12 +23,14 @@ from ..pruning.plans import PRUNINGS
 from ..recovery.losses import LOSSES, TRAINS, canonical_objective
 from mllm_compress.utils.methods import (
     BLACK,
+    BLUE,
     DASHDOTTED,
     DASHED,
     DOTTED,
     GREEN,
     GREY,
     OLIVE,
+    ORANGE,
     PINK,
     RED,
     SKY,
@@ -49,7 +51,15 @@ LOOKS = {
     "uniform": Look("widthwise, uniform", SKY, "v", DASHDOTTED),
     "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
     "best": Look("best practice", GREEN, "D"),
+    "hybrid": Look("layers, then width", GREEN, "D"),
+    "final": Look("final state", GREY, "o"),
+    "quarters": Look("quarters of the depth too", BLUE, "D"),
+    "scratch": Look("trained from scratch", ORANGE, "^"),
+    "untrained": Look("pruned, not trained", GREY, "o"),
+    "recovered": Look("pruned and recovered", BLUE, "D"),
+    "difference": Look("difference", BLACK, "o"),
     "printed": Look("reported in the paper", GREY, "x", DOTTED),
+    "ours": Look("measured here", BLACK, "o"),
 }
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-009

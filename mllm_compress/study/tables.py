@@ -25,9 +25,8 @@ from .experiments import Experiment
 from .paper import published
 from .profiles import Profile, data_inputs, missing_inputs
 from .runs import frame_of
-from .stages import limit_of, recovery_config
+from .stages import limit_of
 from .store import results_of
-from .style import look
 from ..utils.files import code_of, content_hash, remembered
 from ..utils.methods import lazily
 
@@ -248,19 +247,6 @@ def beside_printed(
     both = paper.merge(ours, on=["theirs", "pruning", "ratio"]).dropna(subset="ours")
     order = both.model.map([*setup.printed].index).argsort(kind="stable")
     return both.iloc[order][["panel", "label", "ours", "printed"]]
-
-# %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-017
-def learning_rates(experiments: list, setup: Profile) -> pd.DataFrame:
-    "The learning rate of every objective: a row per objective and part, a column per model."
-    rates, rows = {}, {}  # (objective, part, model) -> rate -> ratios
-    for e in (e for e in experiments if e.recovery != "none"):
-        its = rates.setdefault((look(e.recovery).label, e.train, e.model), {})
-        its.setdefault(f"{recovery_config(e, setup).lr:g}", set()).add(f"{e.ratio:.2f}")
-    for (objective, part, model), its in rates.items():
-        row = rows.setdefault((objective, part), {"objective": objective, "trained": part})
-        by_ratio = [f"{rate} at {', '.join(sorted(ratios))}" for rate, ratios in its.items()]
-        row[model] = "; ".join(by_ratio) if len(its) > 1 else next(iter(its))
-    return pd.DataFrame(rows.values())
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027b
 def perplexities(
