@@ -552,13 +552,13 @@ def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
-def likelihoods_of(name: str, thousandths: list, e: Evaluation) -> np.ndarray:  # nats, or nan
+def likelihoods_of(name: str, thousandths: list, e: Evaluation) -> list:  # of nats, or nan
     "Mean log-likelihood of the right answers of each unit, from that of each question."
     units, nats = np.array(unit_numbers(*asked_of(name, e))), np.array(thousandths, float) / 1000
     known = ~np.isnan(nats)
     count = partial(np.bincount, units[known], minlength=units.max() + 1)
     with np.errstate(invalid="ignore"):  # 0 / 0 where nothing of a unit is known
-        return count(nats[known]) / count()
+        return (count(nats[known]) / count()).tolist()
 
 # %% ../../nbs/library/study/05_stages.ipynb #curves-cell-004
 def validated(profile: Profile) -> list:  # of names

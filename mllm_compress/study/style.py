@@ -188,7 +188,7 @@ def few_colours(
     "A picture with as few colours as show no difference."
     with Image.open(picture) as image:
         drawn = image.convert("RGB")
-    for colours in (16, 32, 64, 128):
+    for colours in (32, 64, 128):
         few, png = drawn.quantize(colours, dither=Image.Dither.NONE), BytesIO()
         if np.abs(np.asarray(few.convert("RGB")).astype(int) - np.asarray(drawn)).mean() < 0.25:
             break
