@@ -174,12 +174,6 @@ class Job:
         return self.answers
 
 
-def test_a_job_whose_time_ends_comes_back_with_its_experiments():
-    job, given = slurm.Job(), (EXPERIMENTS[:3], SMOKE, None)
-    again = job.checkpoint(*given)
-    assert again.function is job and again.args == given
-
-
 def test_a_job_that_vanished_is_a_failed_experiment(cluster, monkeypatch):
     monkeypatch.setattr(slurm, "POLL", 0)
     monkeypatch.setattr(slurm, "queue", lambda: set())

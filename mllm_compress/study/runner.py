@@ -131,9 +131,9 @@ def show_status(profile: str) -> None:
     print_missing(lacking, "its results cannot be found")
     other = len(results.keys("experiment")) - len(finished)
     corrupt = len(list((results.folder / "corrupt").iterdir()))
+    rest = f"{other} of other settings or versions, or not complete; {corrupt} corrupt, in corrupt/"
     where = os.path.relpath(results.folder)
-    print(f"{len(finished)} results of profile {loaded.name} in {where}; {other} of other settings")
-    print(f"or versions, or not complete; {corrupt} corrupt, in corrupt/.")
+    print(f"{len(finished)} results of profile {loaded.name} in {where}; {rest}.")
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-032
 def take_in(path: Path, profile: str) -> None:
