@@ -7,7 +7,7 @@ __all__ = ['PRESERVED', 'CONFIDENT']
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-004
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -89,19 +89,21 @@ CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 PART = 128  # tokens of a text in one backward pass, if a row is not longer
 
 
-@dataclass
 class Passes:
     "Checked inputs of one scoring run."
 
-    parts: Anatomy
-    batches: list
-    labels: list  # [batch, tokens] for each batch
-    requested: str  # auto, or a row of PRESERVED
-    draws: int
-    seed: int
-    meta: dict
-    of: str = ""  # the row; "" until the first loss is known
-    generators: list = field(default_factory=list)  # one per draw
+    def __init__(self, model: PreTrainedModel, batches, of: str, draws: int, seed: int):
+        check_choice("target", of, ("auto", *PRESERVED))
+        if not isinstance(draws, int) or draws < 1:
+            raise ValueError(f"draws={draws!r}: at least one draw is needed.")
+        self.parts, self.batches = anatomy(model), check_batches(batches)
+        if not is_streamed(model):  # whose states are written batch by batch
+            self.batches = [part for batch in self.batches for part in split_rows(batch, PART)]
+        self.labels, _, (tokens, samples) = answer_labels(model, self.batches)
+        self.requested, self.draws, self.seed = of, draws, seed
+        self.of, self.generators = "", []  # known with the first loss; a generator per draw
+        self.meta = dict(of=of, draws=draws, seed=seed, loss=0.0, samples=samples)
+        self.meta |= dict(answer_tokens=tokens, model_type=self.parts.text_config.model_type)
 
     def choose(self, loss: float) -> bool:
         "Decide what is preserved by a mean loss; returns whether that changes the choice."
@@ -113,26 +115,6 @@ class Passes:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.meta |= {"of": self.of, "draws": len(seeds)}
         return True
-
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-036
-def prepare_passes(
-    model: PreTrainedModel,
-    batches,
-    of: str,
-    draws: int,
-    seed: int,
-) -> Passes:
-    "Check the inputs, and split batches of text."
-    check_choice("target", of, ("auto", *PRESERVED))
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws={draws!r}: at least one draw is needed.")
-    parts, batches = anatomy(model), check_batches(batches)
-    if not is_streamed(model):  # whose states are written batch by batch
-        batches = [part for batch in batches for part in split_rows(batch, PART)]
-    labels, _, (tokens, samples) = answer_labels(model, batches)
-    meta = dict(of=of, draws=draws, seed=seed, loss=0.0, samples=samples, answer_tokens=tokens)
-    meta["model_type"] = parts.text_config.model_type
-    return Passes(parts, batches, labels, of, draws, seed, meta)
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-038
 LOGITS = 2**21  # numbers at once, if that is not below 16 positions
@@ -182,7 +164,7 @@ def trail_gradients(run: Passes, trails: list) -> list:  # of Trail, per batch a
 
 def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: dict, see) -> Passes:
     "The backward passes of a streamed model; `see` as in `taps`, with the number of draws."
-    run = prepare_passes(model, batches, of, draws, seed)
+    run = Passes(model, batches, of, draws, seed)
     with kept_states(model, run.batches) as trails, frozen(model):
         with in_memory(run.parts, "norm", "head"), torch.enable_grad():
             kept = trail_gradients(run, trails)
@@ -191,14 +173,14 @@ def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: di
     return run
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-044
-SPARE = 0.15  # of the model's bytes: what activations may take
+SPARE = 0.18  # of the model's bytes: what activations may take
 
 
 def backward_by_batch(
     model, batches, of, draws, seed, recompute, totals: dict, see_of, listen=taps
 ) -> Passes:
     "The backward passes of a model in memory; see_of(batch) as in `taps`, with the draws."
-    run = prepare_passes(model, batches, of, draws, seed)
+    run = Passes(model, batches, of, draws, seed)
     count, longest = len(run.batches), max(b["input_ids"].numel() for b in run.batches)
     if recompute is None:
         linears, layers = [slot.module for slot in run.parts.linears(0)], run.parts.num_layers
