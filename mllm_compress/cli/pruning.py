@@ -62,7 +62,8 @@ class CalibratedRequest(cli.DataRequest):
         samples, tokens = sum(len(b["input_ids"]) for b in batches), count(batches)
         kinds = mc.data.calibration.coverage(draw(data, samples))
         if refit:
-            seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, tokens)))
+            scored = count(mc.pruning.one_step.scored_rows(model, batches))
+            seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, tokens, scored)))
             cli.note(
                 f"calibration on {tokens:,} tokens of {len(kinds)} kind(s) of data; scores and "
                 f"refit take about {seconds} s."
@@ -118,7 +119,7 @@ def score(request: ScoreRequest) -> dict:
     if with_data := not needs_no_data(kind, method):
         request.check_data()
     device = cli.resolve_device(request.device)
-    backward = mc.importance.criteria.takes(kind, method, "recompute")
+    backward = "recompute" in mc.importance.criteria.criterion(kind, method).options
     needs = "taylor" if backward else "block_influence"  # alike in memory
     stream = cli.choose_stream(request.model, device, request.stream, needs)
     model, processor = cli.load(request.model, device, stream)

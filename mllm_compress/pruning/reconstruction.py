@@ -42,6 +42,19 @@ from .slicing import check_fits
 from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, Method, check_choice
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #cell-005
+BLOCK = 128  # columns of a Gram matrix at once
+
+
+def gram_of(x: torch.Tensor) -> torch.Tensor:  # [tokens, channels] -> [channels, channels]
+    "The symmetric product xᵀx, with little more than half of the operations."
+    gram = x.new_empty(x.shape[1], x.shape[1])
+    for start in range(0, len(gram), BLOCK):
+        end = start + BLOCK
+        gram[start:end, start:] = x[:, start:end].T @ x[:, start:]
+        gram[end:, start:end] = gram[start:end, end:].T
+    return gram
+
+
 @dataclass
 class Moments:
     "Weighted sums over tokens, in float64: all that a least-squares fit needs."
@@ -56,15 +69,16 @@ class Moments:
     tokens: int = 0
 
     def add(self, x, r, target, w) -> None:
-        "Add tokens: x [tokens, channels], r and target [tokens, hidden], w [tokens]."
-        x, r, target = (t * w[:, None] for t in (x, r, target))  # rows times their weight
-        sums = {"gram": x.T @ x, "cross": x.T @ r, "inputs": w @ x, "residuals": w @ r}
+        "Add tokens: x [tokens, channels], r [tokens, hidden], |target|² and w [tokens]."
+        x, r = x * w[:, None], r * w[:, None]  # rows times their weight
+        sums = {"gram": gram_of(x), "cross": x.T @ r, "inputs": w @ x, "residuals": w @ r}
         for name, total in sums.items():
             before = getattr(self, name)
             total = before.add_(total) if torch.is_tensor(before) else total.double()
             setattr(self, name, total)
-        for name, rows in (("square", r), ("scale", target), ("weight", w)):
-            total = rows.square().sum(dtype=torch.float64).item()
+        numbers = {"square": r.square(), "scale": w.square() * target, "weight": w.square()}
+        for name, values in numbers.items():
+            total = values.sum(dtype=torch.float64).item()
             setattr(self, name, getattr(self, name) + total)
         self.tokens += len(x)
 
@@ -78,9 +92,11 @@ class Moments:
 
     def about(self, x: torch.Tensor, r: torch.Tensor) -> tuple:  # gram, cross, square
         "The second moments of inputs less `x` and residuals less `r`."
+        square = self.square - 2 * self.residuals @ r + self.weight * (r @ r)
+        if not (x.any() or r.any()):
+            return self.gram.clone(), self.cross, square
         gram = self.gram - torch.outer(self.inputs, x) - torch.outer(x, self.inputs)
         cross = self.cross - torch.outer(self.inputs, r) - torch.outer(x, self.residuals)
-        square = self.square - 2 * self.residuals @ r + self.weight * (r @ r)
         gram += self.weight * torch.outer(x, x)
         return gram, cross + self.weight * torch.outer(x, r), square
 
@@ -394,12 +410,13 @@ def stage_moments(
         x = projection_inputs(parts, layer, names, before, s.calls[i])
         s.keep(inputs=x)
         r, factor = sought(parts, layer, names[0], goal - before, s.outputs.get(names[0]))
-        w = goal.square().mean(-1).clamp_min(1e-12).rsqrt() * factor
-        goal = goal / torch.as_tensor(factor)[..., None]
+        size = goal.square().mean(-1)  # [batch, tokens]
+        w = size.clamp_min(1e-12).rsqrt() * factor
+        size = size * goal.shape[-1] / factor**2  # squared length, in units of r
         for part, rows in zip(moments, (~s.held, s.held)):
             pick = s.real & rows[:, None]
             if pick.any():
-                part.add(x[pick], r[pick], goal[pick], w[pick])
+                part.add(x[pick], r[pick], size[pick], w[pick])
     if not all(torch.isfinite(torch.as_tensor(m.gram)).all() for m in moments):
         raise ValueError(
             f"the activations of layer {i} are not finite: look for NaN in the weights and in the "
@@ -535,17 +552,20 @@ def check_tokens(small: PreTrainedModel, batches: list, ridge: float | tuple | N
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #norm-fit
 LOGITS = 2**25  # numbers, at most, on which the factor is fitted
+CHUNK = 2**18  # of them at once, so that a step works in the cache of a processor
 STEPS = 6  # of Newton
 
 
 def fit_factor(logits: torch.Tensor, targets: torch.Tensor) -> float:
     "The factor of logits [tokens, vocabulary], from 0.5 to 1, with the smallest cross-entropy."
-    factor = 1.0
+    factor, rows = 1.0, max(1, CHUNK // logits.shape[1])
     for _ in range(STEPS):
-        p = (factor * logits).softmax(-1)
-        mean = (p * logits).sum(-1)
-        slope = (mean - logits.gather(1, targets[:, None])[:, 0]).mean()
-        curvature = ((p * logits.square()).sum(-1) - mean.square()).mean()
+        slope = curvature = 0.0
+        for z, token in zip(logits.split(rows), targets.split(rows)):
+            p = (factor * z).softmax(-1)
+            mean = torch.linalg.vecdot(p, z)
+            slope += (mean - z.gather(1, token[:, None])[:, 0]).sum()
+            curvature += (torch.linalg.vecdot(p, z.square()) - mean.square()).sum()
         factor = min(1.0, max(0.5, factor - (slope / curvature.clamp_min(1e-9)).item()))
     return factor
 
@@ -659,13 +679,14 @@ def enough_tokens(model: PreTrainedModel) -> int:
 def refit_seconds(
     model: PreTrainedModel,  # dense; its weights may be in files
     tokens: int,  # of calibration
+    scored: int | None = None,  # those that scores are computed from; None: all
 ) -> float:  # seconds, or more
     "A forecast for Gauss-Newton scores and the refit on this device, if nothing is removed."
     parts, device = anatomy(model), device_of(model)
     hidden, weights = parts.hidden_size, sum(p.numel() for p in parts.layers.parameters())
-    work = 4 * tokens * weights + 6 * tokens * lm_parameters(model)
+    work = 4 * tokens * weights + 6 * (scored or tokens) * lm_parameters(model)
     for k in (s.module.in_features for i in range(parts.num_layers) for s in parts.writers(i)):
-        work += 2 * tokens * k * (k + hidden) + 14 * k**3 + 22 * k**2 * hidden
+        work += tokens * k * (k + 2 * hidden) + 14 * k**3 + 22 * k**2 * hidden
     x, w = (torch.randn(512, hidden, device=device) for _ in range(2))
     for _ in range(2):  # the first product warms up
         start = time.perf_counter()
@@ -708,7 +729,8 @@ def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTraine
                 outputs, state, _ = run_layer(after, after.layers[j], s.pruned, s.calls[i])
                 wrote = written(after, after.layers[j], slot.name, outputs[slot.name])
                 missing = s.dense - (state - wrote)
-                moments.add(*(x[s.real] for x in (wrote, missing, s.dense, s.real.to(wrote))))
+                size = s.dense.square().sum(-1)
+                moments.add(*(x[s.real] for x in (wrote, missing, size, s.real.to(wrote))))
             identity = torch.eye(slot.module.out_features, dtype=torch.float64)
             fitted, _ = solve_ridge(moments, identity, ridge=1e-3, bias=False)
             for p in slot.module.parameters():

@@ -37,7 +37,7 @@ from ..evaluation import benchmarks
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
-from ..importance.criteria import CRITERIA, criteria_of, measure, takes
+from ..importance.criteria import CRITERIA, criteria_of, criterion, measure
 from ..importance.scores import load_scores
 from ..pruning import PruningPlan, apply_plan, obs_scores, plans
 from ..pruning.pruning_plan import layer_sizes
@@ -106,7 +106,7 @@ def score_options(e: Experiment, profile: Profile) -> dict:
     "Options of the criterion that are not at their defaults."
     mode = profile.calibration.mode
     options = {"of": e.of} if e.of != "auto" else {}
-    if mode != "default" and takes(e.pruning, e.importance, "mode"):
+    if mode != "default" and "mode" in criterion(e.pruning, e.importance).options:
         options["mode"] = mode
     return options
 
