@@ -383,7 +383,6 @@ def obs_scores(
     seed: int = 0,  # of the draws
     ridge: float = 0.1,  # on the Gram matrix, as a fraction of its mean diagonal
     chunk: int | None = None,  # units removed between two updates; None: 1 up to 1,023 units
-    recompute: bool | None = None,  # run layers again; None: where memory needs it
 ) -> WidthScores:  # per head (key/value group) and neuron
     "Block Optimal Brain Surgeon: error of removing a unit after the others are refitted."
     if not ridge > 0:
@@ -407,7 +406,7 @@ def obs_scores(
 
         return see
 
-    run = backward_by_batch(model, batches, of, draws, seed, recompute, totals, see_of, probes)
+    run = backward_by_batch(model, batches, of, draws, seed, None, totals, see_of, probes)
     tokens = sum(int(real_tokens(batch).sum()) for batch in run.batches)
     for i in range(run.parts.num_layers):
         for slot in run.parts.writers(i):

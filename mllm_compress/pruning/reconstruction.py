@@ -76,10 +76,10 @@ class Moments:
             before = getattr(self, name)
             total = before.add_(total) if torch.is_tensor(before) else total.double()
             setattr(self, name, total)
-        numbers = {"square": r.square(), "scale": w.square() * target, "weight": w.square()}
-        for name, values in numbers.items():
-            total = values.sum(dtype=torch.float64).item()
-            setattr(self, name, getattr(self, name) + total)
+        number = lambda values: values.sum(dtype=torch.float64).item()
+        self.square += number(r.square())
+        self.scale += number(w.square() * target)
+        self.weight += number(w.square())
         self.tokens += len(x)
 
     def __add__(self, other):
@@ -229,9 +229,7 @@ def open_streams(
         return wide.setdefault(id(x), (x, x.to(dtype)))[1]
 
     fronts = [open_passages(model, batches) for model in (dense, small)]
-    parts = anatomy(small)
-    modules = (m for layer in parts.layers for m in projections(parts, layer).values())
-    widest = max(module.in_features for module in modules)
+    widest = widest_fit(anatomy(small))
     size = sum(p.first[..., 0].numel() for p in fronts[0]) * dtype.itemsize
     needed = size * (3 * fronts[0][0].first.shape[-1] + widest)
     in_files = needed > free_memory(fronts[0][0].first.device) / 4
