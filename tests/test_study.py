@@ -256,7 +256,6 @@ def test_a_kept_student_gives_the_same_answers(away):
     log = results_of(keeping).log(name_of(TRAINED, keeping)).read_text()
     assert log.count("smoke-llava, layerwise") == 2
     weights.write_bytes(weights.read_bytes()[:-8])
-    store._is_whole.cache_clear()
     more = replace(keeping, evaluation=replace(FEW, benchmarks=["scenes/open"]))
     with pytest.warns(UserWarning, match="damaged"):
         stages.compute(TRAINED, more, results_of(keeping))
@@ -415,18 +414,13 @@ def test_workers_are_counted():
 
 
 def test_what_a_store_has_from_other_settings_is_passed_over(away):
-    results = results_of(SMOKE)
-    assert workers.complete(DENSE, SMOKE, results)[0] == "done"
-    for other in ({"model": "gone"}, {"model": "smoke-llava", "depth": 3}, {"pruning": "odd"}):
-        store.write(results, {"stage": "experiment", "version": 1, **other}, {})
-    assert list(runs.stored(SMOKE)) == [DENSE] and len(results.keys("experiment")) == 4
-    longer = replace(SMOKE, evaluation=replace(FEW, questions=5))
-    assert runs.stored(longer) == {}
-
-
-def test_a_run_killed_before_the_description_of_an_experiment_is_made_up_for(away):
+    "And a run that was killed before it described an experiment is made up for."
     inline([DENSE, LAYERS])
     results = results_of(SMOKE)
+    for other in ({"model": "gone"}, {"model": "smoke-llava", "depth": 3}, {"pruning": "odd"}):
+        store.write(results, {"stage": "experiment", "version": 1, **other}, {})
+    assert set(runs.stored(SMOKE)) == {DENSE, LAYERS} and len(results.keys("experiment")) == 5
+    assert runs.stored(replace(SMOKE, evaluation=replace(FEW, questions=5))) == {}
     for key in results.keys("experiment"):
         results.path("experiment", key).unlink()
     assert runs.stored(SMOKE) == {}

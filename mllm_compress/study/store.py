@@ -96,7 +96,6 @@ def write(
             made = fill(new)
             hashes = {p.name: file_hash(p) for p in sorted(new.iterdir()) if p.is_file()}
             content |= {"value": value if made is None else made, "files": hashes}
-        _is_whole.cache_clear()
     sealed = {"seal": content_hash(content), **content}
     text = json.dumps(sealed, allow_nan=False, separators=(",", ":"))
     write_atomically(store.path(stage, key), text)
@@ -141,24 +140,15 @@ def set_aside(store: Store, path: Path, why: str) -> None:
         warnings.warn(f"{why}; it is kept as corrupt/{name} in {store.folder}.")
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-025
-@lru_cache(None)
-def _is_whole(folder: Path, files: tuple) -> bool:
-    "Whether the files of a result are what was written."
-    try:
-        return all(file_hash(folder / name) == digest for name, digest in files)
-    except OSError:
-        return False
-
-
 def folder_of(store: Store, stage: str, key: str):  # Path, or None
     "The folder with a result's files; None where it has none, or damaged ones."
     content, folder = read(store, stage, key), store.folder / stage / key
     if content is None or not content["files"]:
         return None
-    if _is_whole(folder, tuple(sorted(content["files"].items()))):
-        return folder
+    with suppress(OSError):  # a file is gone
+        if all(file_hash(folder / name) == digest for name, digest in content["files"].items()):
+            return folder
     set_aside(store, folder, f"Files of the {stage} {key} are damaged")
-    _is_whole.cache_clear()
     return None
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-032
