@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import mllm_compress
 from mllm_compress.cli import app
 
 
@@ -214,6 +215,9 @@ def test_own_questions_and_the_comparison(here):
     assert len(both["answers"]) == 3 and {"low", "high", "difference"} <= set(both["scores"][0])
     assert [row["model"] for row in both["grounding"]] == ["dense", "pruned"]
     assert both["grounding"][1]["none"] is not None and len(both["scores"]) == 1
+    tables = mllm_compress.compare("llava", "small", benchmarks="scenes/open", limit=4)
+    assert list(tables) == ["costs", "scores", "grounding", "answers"]
+    assert len(tables["scores"]) == 1 and tables["grounding"].wrong.notna().all()
     names = {"answers.csv", "comparison.png", "costs.csv", "grounding.csv", "scores.csv"}
     assert {p.name for p in Path("both").iterdir()} == names
 
@@ -319,6 +323,8 @@ def test_scores_become_part_of_the_checkpoint(here):
     run("evaluate", "small", *asked)
     step = facts("show", "small")["provenance"][-1]
     assert step["step"] == "evaluate" and step["results"][0]["n"] == 6 and step["dense_scores"]
+    assert [row["model"] for row in step["grounding"]] == ["dense", "pruned"]
+    assert "## Grounding of step 2" in Path("small/README.md").read_text()
     results = ModelCard.load("small/README.md").data.eval_results
     assert results and results[0].dataset_name.startswith("own/mine-")
     load_pruned("small")
