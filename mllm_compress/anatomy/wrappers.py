@@ -91,6 +91,7 @@ _CONNECTED = (
         "lfm2_vl",
         "LFM2-VL: patches of all sizes, tiles",
         inputs=("spatial_shapes", "pixel_attention_mask"),
+        plain=False,  # its convolutions read across a shared prefix
         cached="tower",
     ),
 )
