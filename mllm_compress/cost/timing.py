@@ -65,7 +65,8 @@ def phase_calls(
 
     def decode():
         forward(model, {"input_ids": token, CACHE_ARGUMENT: cache})
-        cache.crop(-1)
+        if not anatomy(model).family.mixers:  # whose states cannot be taken back
+            cache.crop(-1)
 
     return {"prefill": lambda: forward(model, inputs), "decode": decode}
 

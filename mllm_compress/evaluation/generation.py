@@ -9,6 +9,7 @@ __all__ = ['GENERATION_VERSION', 'FEATURES', 'in_batches', 'ImageFeatures', 'enc
            'answer_questions']
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #cell-004
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -317,6 +318,7 @@ def score_answers(
     "Candidates and right answers compared by their mean log-likelihood per token, in nats."
     rows, mask = [p.scored for p in prompts], asked.mask
     logp = asked.logits.log_softmax(-1).cpu()
+    recurrent = parts.family.mixers  # states of a convolution or linear attention stay changed
     scores = [[logp[i, answer[0]] for answer in row] for i, row in enumerate(rows)]
     for k in range(max(map(len, rows))):
         chosen = [row[k] if k < len(row) else [] for row in rows]
@@ -326,8 +328,10 @@ def score_answers(
         ids = pad_sequence(padded, batch_first=True).to(mask.device)
         new = ids.shape[1] - 1  # the second and later tokens
         longer = torch.cat([mask, mask.new_ones(len(ids), new)], 1)
-        logits = run_tokens(parts, parts.embed_tokens(ids[:, :-1]), longer, asked.cache, new)
-        asked.cache.crop(-new)
+        cache = copy.deepcopy(asked.cache) if recurrent else asked.cache
+        logits = run_tokens(parts, parts.embed_tokens(ids[:, :-1]), longer, cache, new)
+        if not recurrent:
+            cache.crop(-new)
         rest = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
         for i, answer in enumerate(chosen):
             if len(answer) > 1:
