@@ -244,9 +244,11 @@ def ranked_steps(
         last = sorted((queue[-1][0], i) for i, queue in queues.items() if queue)
         may_go = removable(anatomy(model), [i for _, i in last])
         queues |= {i: layer_queue(i, False, *about) for i in free if i not in may_go}
-    if uniform:
-        first = queues[free[0]]
-        return [(rate, free, *step, saved * len(free)) for rate, _, *step, saved in first]
+    if uniform:  # the steps of one layer, in all layers that have such units
+        having = {kind: [i for i in free if getattr(about[1][i], kind)] for kind in FLOOR}
+        first = [s for kind, i in having.items() if i for s in queues[i[0]] if s[2] == kind]
+        first.sort(key=lambda step: step[0])
+        return [(s[0], having[s[2]], *s[2:4], s[4] * len(having[s[2]])) for s in first]
     deeper_first = about[-1] == "layer"
     steps = [step for i in sorted(free, reverse=deeper_first) for step in queues[i]]
     return sorted(steps, key=lambda step: step[0])  # stable: steps of a layer stay in order
@@ -296,7 +298,8 @@ def plan_global(
     parts, sizes, everything = anatomy(model), layer_sizes(model), make_plan(model)
     dense, start = costs.total(everything), costs.total(base or everything)
     free, gone = free or (base or everything).layers, dense - start
-    if shape == "uniform" and len({sizes[i] for i in free}) > 1:
+    widths = [{getattr(sizes[i], kind) for i in free} - {0} for kind in FLOOR]
+    if shape == "uniform" and any(len(counts) > 1 for counts in widths):
         raise ValueError(
             "a uniform plan needs a model whose layers have equal widths; use shape='blockwise'."
         )
