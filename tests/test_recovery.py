@@ -33,7 +33,7 @@ from mllm_compress.recovery.states import (
     decoder_states,
     use_attention,
 )
-from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs, lora_targets
+from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
 from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
 from mllm_compress.utils.files import content_hash
 
@@ -125,9 +125,9 @@ def test_answer_positions_are_the_default(run, pair, data):
 def test_chosen_layers(run, pair, data):
     labels, student, teacher = whole_batch(pair, data)
     where = labels[:, 1:] != -100
-    state = lambda out, layer: out.hidden_states[layer + 1][:, :-1][where]  # not of the last layer
-    expected = sum(F.mse_loss(state(student, i), state(teacher, i)) for i in (0, 2)) / 2
-    found = run(**HIDDEN, hidden_layers=(0, 2), **WHOLE_ROWS).history.hidden_kd[0]
+    states = lambda out: [state[:, :-1][where] for state in out.hidden_states[1:]]
+    expected = F.mse_loss(torch.stack(states(student)), torch.stack(states(teacher)))
+    found = run(**HIDDEN, hidden_layers="every", **WHOLE_ROWS).history.hidden_kd[0]
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -144,8 +144,6 @@ FINAL = ("final", "final")
         ("quarters", (0, 1, 2, 3, 4, 9, 18, 19), ((1, 1), (3, 3), (5, 17), FINAL)),
         ("quarters", (0, 9, 19), ((0, 8), (1, 18), FINAL)),
         ("quarters", (0,), (FINAL,)),
-        ((3, 5), (0, 1, 2, 5, 6), ((2, 3), (3, 5))),
-        ({"0": 1, "final": "final"}, (0, 1), ((0, 1), FINAL)),
     ],
 )
 def test_pairs_of_layers(layers, kept, pairs):
@@ -266,10 +264,14 @@ def test_the_teacher_keeps_its_own_projector(run, pair, data):
     assert expected > 1e-4 and found == pytest.approx(expected, rel=1e-4)
 
 
+def adapted_layers(names):
+    return {n.removeprefix("base_model.model.").split(".lora_A")[0] for n in names if "lora_A" in n}
+
+
 def test_lora_is_merged(run, pair):
     student, names = pair[0], {name for name, _ in pair[0].named_parameters()}
-    model = run(lora={"r": 4, "lora_alpha": 8}, batch_size=4, lr=1e-2).model
-    linears = {name + ".weight" for name in lora_targets(student)}
+    result = run(lora={"r": 4, "lora_alpha": 8}, batch_size=4, lr=1e-2)
+    model, linears = result.model, {n + ".weight" for n in adapted_layers(result.adapters)}
     projector = {name for name in names if "projector" in name}
     assert type(model) is type(student) and changed(student, model) == linears | projector
     assert {name for name, _ in model.named_parameters()} == names
@@ -279,9 +281,10 @@ def test_lora_is_merged(run, pair):
 def test_lora_reaches_every_linear_layer_of_every_family(tiny_lm, family):
     model, ids = tiny_lm(family), torch.arange(6)[None]
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert sorted(lora_targets(model)) == sorted(n for n in linears if "lm_head" not in n)
     before = model(ids).logits
     adapted = add_lora(model, {"r": 2})
+    layers = adapted_layers(name for name, _ in adapted.named_parameters())
+    assert layers == {n for n in linears if "lm_head" not in n}
     assert torch.equal(adapted(ids).logits, before)  # an adapter starts at zero
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -521,9 +524,8 @@ def test_a_loss_that_is_no_number_stops_the_run(run, data, tmp_path):
     options = SFT | {"batch_size": 4, "lr": 1e30, "warmup": 0.0, "epochs": 2}
     with pytest.raises(NonFiniteLoss, match="checkpoint-1") as error:
         run(**options, how={"folder": tmp_path, "save_every": 1})
-    assert error.value.step == 1 and len(error.value.ids) == 4
-    assert set(error.value.ids) <= {s["id"] for s in data.samples}
-    assert checkpoints(tmp_path)
+    assert sum(s["id"] in str(error.value) for s in data.samples) == 4
+    assert "at step 1, " in str(error.value) and checkpoints(tmp_path)
 
 
 # -- wrong input -------------------------------------------------------------------------------
@@ -561,12 +563,9 @@ def test_no_supervised_token(run, data):
 def test_options_that_do_not_fit_together():
     with pytest.raises(ValueError, match="lora adapts"):
         config_from_dict({"lora": {"r": 2}, "train": "projector"})
-    with pytest.raises(ValueError, match="none at or before"):
-        layer_pairs((0,), kept=(1, 2))
 
 
-def test_learning_rates_are_data():
-    table = {"projector": {"default": 1.0, "sft+hidden_kd": 2.0}, "lora": {"default": 4.0}}
-    rate = lambda **options: learning_rate(RecoveryConfig(**options), table)
-    assert rate(train="projector") == 2.0 and rate(train="projector", **SFT) == 1.0
-    assert rate(lora={"r": 2}) == 4.0 and rate(**PAPER["internvl"]) == 4e-5
+def test_learning_rates():
+    rate = lambda **options: learning_rate(RecoveryConfig(**options))
+    assert rate(train="projector") == 2e-3 and rate(**SFT) == 1e-3
+    assert rate(lora={"r": 2}) == 2e-5 and rate(**PAPER["internvl"]) == 4e-5

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CPU_PASS', 'BLOCK', 'Batches', 'passes_per_step', 'block_size', 'attention_for', 'processor_hash', 'run_collator',
-           'layer_pairs', 'Student', 'Teacher', 'check_pair', 'trainable_copy', 'trained_in_float32', 'lora_targets',
-           'add_lora', 'adapter_tensors', 'with_adapters']
+           'layer_pairs', 'Student', 'Teacher', 'check_pair', 'trainable_copy', 'add_lora', 'with_adapters']
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #cell-003
 import copy
@@ -13,7 +12,7 @@ import warnings
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Sampler
 
@@ -32,7 +31,6 @@ from mllm_compress.recovery.losses import (
 )
 from .states import SHARED_PREFIX, decoder_states, shared_features
 from ..utils.files import content_hash
-from ..zoo.models import cast
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #cell-009
 class Batches(Sampler):
@@ -137,26 +135,12 @@ def run_collator(
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #distillation-cell-009
 def layer_pairs(
-    hidden_layers,  # a row of HIDDEN_LAYERS, teacher layers, or {student layer: teacher layer}
+    hidden_layers: str | None,  # a row of HIDDEN_LAYERS; None: "final"
     kept: tuple,  # the teacher's layers that the student still has, in order
-) -> tuple:  # of (student layer, teacher layer); ValueError where the student has no such layer
+) -> tuple:  # of (student layer, teacher layer)
     "The pairs of states that hidden-state distillation compares."
-    if hidden_layers is None or isinstance(hidden_layers, str):
-        chosen = HIDDEN_LAYERS[hidden_layers or "final"](len(kept))
-        return (*((s, kept[s + 1] - 1) for s in chosen), ("final", "final"))
-    layer = lambda name: name if name == "final" else int(name)  # JSON makes strings of both
-    if isinstance(hidden_layers, dict):
-        return tuple((layer(s), layer(t)) for s, t in hidden_layers.items())
-    pairs = []
-    for target in map(layer, hidden_layers):
-        before = [s for s, t in enumerate(kept) if target != "final" and t <= target]
-        if target != "final" and not before:
-            raise ValueError(
-                f"hidden_layers: the student kept layers {kept}, none at or before the teacher's "
-                f"layer {target}: choose later ones."
-            )
-        pairs.append((before[-1] if before else "final", target))
-    return tuple(pairs)
+    chosen = HIDDEN_LAYERS[hidden_layers or "final"](len(kept))
+    return (*((s, kept[s + 1] - 1) for s in chosen), ("final", "final"))
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #distillation-cell-019
 class Student(nn.Module):
@@ -171,10 +155,9 @@ class Student(nn.Module):
         positions: str = "answer",  # or "all"
         temperature: float = 2.0,
         pairs: tuple = (("final", "final"),),  # (student layer, teacher layer) for hidden_kd
-        blocks: tuple = (),  # the same for block_kd
     ):
         super().__init__()
-        self.model, self.losses, self.pairs, self.blocks = model, losses, pairs, blocks
+        self.model, self.losses, self.pairs = model, losses, pairs
         self.positions, self.temperature = positions, temperature
         self.parts = anatomy(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.needs = needed_tensors(losses)
@@ -192,7 +175,7 @@ class Student(nn.Module):
         "The terms of the loss, [losses]; in eval mode also the right answers and all answers."
         answers, targets = answer_positions(batch["labels"])
         where = self.compared(batch["labels"])
-        wanted = tuple(dict.fromkeys(["final", *(s for s, _ in (*self.pairs, *self.blocks))]))
+        wanted = tuple(dict.fromkeys(["final", *(s for s, _ in self.pairs)]))
         only = answers if self.positions == "answer" else None
         states = decoder_states(self.parts, batch, features, wanted, only)
         tensors = teacher | {"targets": targets, "temperature": self.temperature}
@@ -204,8 +187,6 @@ class Student(nn.Module):
             tensors["student_logits"] = tensors["answer_logits"] if same else logits
         if "student_hidden" in self.needs:
             tensors["student_hidden"] = torch.cat([states[s][where] for s, _ in self.pairs], -1)
-        if "student_blocks" in self.needs:
-            tensors["student_blocks"] = torch.stack([states[s][where] for s, _ in self.blocks], 1)
         terms = loss_terms(self.losses, tensors, counts, self.positions)
         if features is None and self.parts.projector is not None:
             terms = terms + 0 * sum(p.sum() for p in self.parts.projector_parameters)
@@ -252,15 +233,12 @@ class Teacher:
         else:
             where = student.compared(batch["labels"])
             only = where if student.positions == "answer" else None
-            compared = (*student.pairs, *student.blocks)
-            wanted = tuple(dict.fromkeys(["final", *(t for _, t in compared)]))
+            wanted = tuple(dict.fromkeys(["final", *(t for _, t in student.pairs)]))
             states = decoder_states(self.parts, batch, features, wanted, only)
             states = {name: state[where] for name, state in states.items()}
         tensors = {}
         if "teacher_hidden" in student.needs:
             tensors["teacher_hidden"] = torch.cat([states[t] for _, t in student.pairs], -1)
-        if "teacher_blocks" in student.needs:
-            tensors["teacher_blocks"] = torch.stack([states[t] for _, t in student.blocks], 1)
         if "teacher_logits" in student.needs:
             tensors["teacher_logits"] = self.parts.logits(states["final"])
         return features, tensors
@@ -281,12 +259,6 @@ def check_pair(
     if teacher is None:
         return
     s, t = anatomy(student), anatomy(teacher)
-    named = () if isinstance(config.hidden_layers, str) else config.hidden_layers or ()
-    named = named.values() if isinstance(named, dict) else named
-    if wrong := [i for i in named if type(i) is int and not 0 <= i < t.num_layers]:
-        raise ValueError(
-            f"hidden_layers names layer {wrong[0]}: the teacher has 0 to {t.num_layers - 1}."
-        )
     for what in ("vocab_size", "hidden_size"):
         ours, theirs = getattr(s, what), getattr(t, what)
         if ours != theirs:
@@ -324,56 +296,28 @@ def trainable_copy(
         p.requires_grad_(False)
     return model
 
-# %% ../../nbs/library/recovery/04_steps.ipynb #c-0633c61c
-def trained_in_float32(
-    model: nn.Module,  # changed in place
-    config: RecoveryConfig,
-) -> nn.Module:
-    "The model with the parts in float32 that training changes in full."
-    parts = anatomy(model)
-    only_projector = config.lora or config.train == "projector"
-    rest = [] if only_projector else [parts.decoder, parts.lm_head]
-    for part in (parts.projector, *rest):
-        if part is not None:  # a language model has no projector
-            cast(part, torch.float32)
-    return model
-
-# %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-009
-def lora_targets(
-    model: nn.Module,
-) -> list:  # of full module names
-    "Every linear layer of every decoder layer."
-    parts = anatomy(model)
-    slots = {id(slot.module) for i in range(parts.num_layers) for slot in parts.linears(i)}
-    return [name for name, module in model.named_modules() if id(module) in slots]
-
 # %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-011
 def add_lora(
     model: nn.Module,  # changed in place
     options: dict,  # of peft's LoraConfig
 ) -> nn.Module:  # a peft model
-    "The model with adapters on its decoder; the projector stays trained in full."
+    "The model with adapters on its decoder's layers; the projector stays trained in full."
+    parts = anatomy(model)
+    slots = {id(slot.module) for i in range(parts.num_layers) for slot in parts.linears(i)}
+    linears = [name for name, module in model.named_modules() if id(module) in slots]
     with warnings.catch_warnings():
         # peft imports a name that transformers is about to remove
         warnings.simplefilter("ignore", FutureWarning)
-        adapted = get_peft_model(model, LoraConfig(target_modules=lora_targets(model), **options))
-    for p in anatomy(model).projector_parameters:
+        adapted = get_peft_model(model, LoraConfig(target_modules=linears, **options))
+    for p in parts.projector_parameters:
         p.requires_grad_(True)
     return adapted
-
-# %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-014
-def adapter_tensors(
-    adapted: nn.Module,  # a peft model
-) -> dict:  # name -> tensor, on the CPU
-    "The adapters of a model, before they are merged."
-    state = get_peft_model_state_dict(adapted)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-016
 def with_adapters(
     model: nn.Module,  # changed in place
     options: dict,  # of peft's LoraConfig, as they were trained
-    tensors: dict,  # of `adapter_tensors`
+    tensors: dict,  # of RecoveryResult.adapters
 ) -> nn.Module:
     "The model with trained adapters merged into it."
     adapted = add_lora(model, options)

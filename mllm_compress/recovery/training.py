@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate.utils import gather_object, parse_flag_from_env
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -118,15 +119,6 @@ def sliced(
 class NonFiniteLoss(FloatingPointError):
     "The loss or its gradient became infinite or not a number."
 
-    def __init__(self, what: str, step: int, ids: list, checkpoint):
-        self.step, self.ids = step, ids
-        last = f"The last good checkpoint is {checkpoint}."
-        super().__init__(
-            f"{what} at step {step}, samples {ids}. "
-            f"{last if checkpoint else 'There is no checkpoint (folder= was not given).'} "
-            "Look at these samples, lower lr, or train in float32."
-        )
-
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-trainer-cell-017
 class Bar(ProgressCallback):
     "One bar per run, on the main process, with the loss."
@@ -172,8 +164,7 @@ class RecoveryTrainer(Trainer):
         self.teacher, self.student, self.batches = teacher, teacher.student, batches
         self.held_out, self.patience, self.start, self.best = held_out, patience, start, {}
         super().__init__(module, args, **kwargs)
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)  # a line per step, where there is no bar
         weights = list(self.student.losses.values())
         self.weights = torch.tensor(weights, device=self.args.device)
         self.terms, self.logged = torch.zeros_like(self.weights), None
@@ -209,7 +200,12 @@ class RecoveryTrainer(Trainer):
     def stop(self, what: str):
         "Stop with the samples of the batch and the last good checkpoint."
         last = [None, *checkpoints(self.args.output_dir)][-1]
-        raise NonFiniteLoss(what, self.state.global_step, self.names(self.current), last)
+        good = f"The last good checkpoint is {last}."
+        raise NonFiniteLoss(
+            f"{what} at step {self.state.global_step}, samples {self.names(self.current)}. "
+            f"{good if last else 'There is no checkpoint (folder= was not given).'} "
+            "Look at these samples, lower lr, or train in float32."
+        )
 
     @property
     def looks(self) -> list:
@@ -410,7 +406,6 @@ def training_arguments(
         learning_rate=learning_rate(config),
         num_train_epochs=config.epochs,
         seed=config.seed,
-        data_seed=config.seed,
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
@@ -488,7 +483,7 @@ def recover(
     data,  # InstructionData, or a path, a `datasets.Dataset` or a list of dicts: see as_data
     config: RecoveryConfig | dict = RecoveryConfig(),
     processor=None,  # of the teacher; None: found where the teacher was loaded from
-    plan=None,  # PruningPlan of the student; needed where hidden_layers names layers it dropped
+    plan=None,  # PruningPlan of the student; needed where hidden_layers is not "final"
     folder=None,  # where checkpoints go; a run found there is resumed
     save_every: int | None = None,  # steps between checkpoints
     cache: SizedCache = CACHE,  # of teacher outputs, shared between runs
@@ -514,20 +509,21 @@ def recover(
     members = sorted(set(range(len(data))) - set(held_out))
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
     pairs, half = steps.layer_pairs(config.hidden_layers, kept), student.dtype.itemsize == 2
-    by_block = "student_blocks" in needed_tensors(config.losses)
-    blocks = steps.layer_pairs("every", kept) if by_block else ()
 
     def trainable():
         set_seed(config.seed)
         model = steps.trainable_copy(student, config)
-        model = steps.trained_in_float32(model, config) if half else model
-        return steps.add_lora(model, config.lora) if config.lora else model
+        model = steps.add_lora(model, config.lora) if config.lora else model
+        for p in model.parameters():
+            if half and p.requires_grad:
+                p.data = p.data.float()
+        return model
 
     def teacher_outputs():  # TeacherOutputs; None where they do not fit, or are none
         parts, wanted, bf16 = anatomy(tower), (), config.precision == "bf16"
         if teacher is not None and config.positions == "answer":
             final = ["final"] if "teacher_logits" in needed_tensors(config.losses) else []
-            wanted = tuple(dict.fromkeys([*final, *(t for _, t in (*pairs, *blocks))]))
+            wanted = tuple(dict.fromkeys([*final, *(t for _, t in pairs)]))
         if parts.vision_tower is None and not wanted:
             return None
         if parts.wrapper and not caches_projector_input(parts.config):
@@ -580,7 +576,7 @@ def recover(
             args = training_arguments(replace(config, lr=rate), where, every, device, own)
             args.gradient_accumulation_steps = passes
             args.eval_steps = last_step or args.eval_steps
-            about = (config.losses, config.positions, config.temperature, pairs, blocks)
+            about = (config.losses, config.positions, config.temperature, pairs)
             module = steps.Student(trainable(), *about)
             run = RecoveryTrainer(
                 module,
@@ -617,8 +613,11 @@ def recover(
         seconds = time.perf_counter() - trained_from
     best = best_look(run.looks)["step"] if held_out else run.state.global_step
     model = run.student.model if best else trainable().to(args.device)
-    adapters = steps.adapter_tensors(model) if config.lora else None
-    model = model.merge_and_unload() if config.lora else model
+    adapters = None
+    if config.lora:
+        state = get_peft_model_state_dict(model)
+        adapters = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        model = model.merge_and_unload()
     model = cast(model, student.dtype) if half else model
     return RecoveryResult(
         model.eval(),
