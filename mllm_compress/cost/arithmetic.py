@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'PIXELS', 'DecoderShape', 'shape_of_model', 'without_weights', 'shape_of_config', 'layer_matrices',
-           'decoder_parameters', 'squares', 'grids', 'in_rows', 'flat_patches', 'one_tile', 'patch_rows',
-           'example_pictures', 'ShapesOnly', 'PictureCost', 'picture_cost', 'image_tokens', 'closed_parameters',
-           'decoder_flops', 'example_inputs', 'forward', 'kv_bytes_per_token', 'weight_bytes']
+           'decoder_parameters', 'squares', 'grids', 'in_rows', 'flat_patches', 'patch_rows', 'example_pictures',
+           'ShapesOnly', 'PictureCost', 'picture_cost', 'image_tokens', 'closed_parameters', 'decoder_flops',
+           'example_inputs', 'forward', 'kv_bytes_per_token', 'weight_bytes']
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-005
 import json
@@ -193,11 +193,6 @@ def flat_patches(config: PreTrainedConfig, batch: int, images: int) -> dict:
     return {"pixel_values": pixels} | {k: v for k, v in grids.items() if k in known}
 
 
-def one_tile(config: PreTrainedConfig, batch: int, images: int) -> dict:
-    "Pixels [batch * images, 1, 3, side, side] of pictures of one tile."
-    return {"pixel_values": squares(config, batch, images)["pixel_values"][:, None]}
-
-
 def patch_rows(config: PreTrainedConfig, batch: int, images: int) -> dict:
     "Patches [batch * images, patches, numbers] of square pictures, their sides and their mask."
     v, n = config.vision_config, batch * images
@@ -213,7 +208,7 @@ PIXELS = {  # model_type -> (config, batch, images) -> the pictures as inputs of
     "llava_onevision": grids,
     "idefics3": in_rows,
     "smolvlm": in_rows,
-    "perception_lm": one_tile,
+    "perception_lm": lambda *of: {"pixel_values": squares(*of)["pixel_values"][:, None]},  # 1 tile
     "lfm2_vl": patch_rows,
     **{name: flat_patches for name, row in WRAPPERS.items() if "image_grid_thw" in row.inputs},
 }
