@@ -96,21 +96,6 @@ def test_draws_average_to_the_squared_jacobian():
         assert getattr(ours, f"{k}s")[i].sum().allclose(exact.sum(), rtol=0.1)
 
 
-def test_sampled_tokens_are_the_fisher_information():
-    "With one answer position, the mean over draws is the sum over the vocabulary of p times grad²."
-    model, batch = build("llama-4x1"), text_batch(rows=1, answers=1)
-    head = anatomy(model).lm_head
-    probability = head(masked_states(model, batch, {})).softmax(-1)[0].detach()
-    rows = [
-        naive(model, batch, lambda f, k=k: head(f).log_softmax(-1)[0, k])
-        for k in range(len(probability))
-    ]
-    ours = gauss_newton(model, [batch], of="sampled", draws=300)
-    for i, k in rows[0]:
-        exact = sum(p * r[i, k] for p, r in zip(probability, rows))
-        assert getattr(ours, f"{k}s")[i].sum().allclose(exact.sum().float(), rtol=0.25)
-
-
 @pytest.mark.parametrize("of", PRESERVED)
 def test_units_that_write_nothing_score_zero(of):
     model = build("phi3-3x2")
@@ -185,7 +170,7 @@ def test_bad_input_says_what_to_do():
     model, batch = build("llama-4x1"), text_batch()
     unlabelled = batch | {"labels": torch.full_like(batch["labels"], -100)}
     for kw, batches, words in (
-        (dict(of="answers"), [batch], "use one of auto, states, logits, sampled, labels"),
+        (dict(of="answers"), [batch], "use one of auto, states, logits, labels"),
         (dict(draws=0), [batch], "at least one draw"),
         ({}, [], "no calibration batches"),
         ({}, batch, r"write \[batch\]"),

@@ -37,7 +37,7 @@ MODELS = {  # name -> (case, options)
     "tied embedding": ("llama-4x1", {"tie_word_embeddings": True}),
 }
 OPTIONS = {"angular_distance": [{"n": 1}, {"n": 3}], "block_influence": [{}, {"mode": "reference"}]}
-OPTIONS |= {"gauss_newton": [{"of": "states", "draws": 2}, {"of": "labels"}, {"of": "sampled"}]}
+OPTIONS |= {"gauss_newton": [{"of": "states", "draws": 2}, {"of": "labels"}, {"of": "logits"}]}
 OPTIONS |= {"taylor": [{}, {"mode": "reference"}]}
 ROWS = [(*key, o) for key in CRITERIA for o in OPTIONS.get(key[1], [{}])]
 

@@ -69,18 +69,10 @@ def random_direction(like: torch.Tensor, generator: torch.Generator) -> torch.Te
     "Independent standard normal numbers, drawn on the CPU whatever the device."
     return torch.randn(like.shape, generator=generator).to(like)
 
-# %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-024
-def sampled_tokens(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    "One token from each predicted distribution, by the Gumbel-max rule on the CPU."
-    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64)
-    noise = -(-uniform.clamp_min(1e-300).log()).log()
-    return (logits.detach().double().cpu() + noise).argmax(-1).to(logits.device)
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-026
 PRESERVED = {
     "states": lambda f, head, targets, rng: (random_direction(f, rng) * f).sum(),
     "logits": lambda f, head, targets, rng: (random_direction(z := head(f), rng) * z).sum(),
-    "sampled": lambda f, head, targets, rng: log_likelihood(z := head(f), sampled_tokens(z, rng)),
     "labels": lambda f, head, targets, rng: log_likelihood(head(f), targets),
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
@@ -217,8 +209,8 @@ def backward_by_batch(
 def gauss_newton(
     model: PreTrainedModel,  # MLLM or causal LM of a known family
     batches: list,  # dicts with input_ids [batch, tokens], labels, attention_mask, pixel_values
-    of: str = "auto",  # states, logits, sampled, labels; auto: states if the loss is near 0
-    draws: int = 1,  # random directions or sampled answers per position; labels need none
+    of: str = "auto",  # states, logits, labels; auto: states if the loss is near 0
+    draws: int = 1,  # random directions per position; labels need none
     seed: int = 0,  # of the draws
     recompute: bool | None = None,  # run layers again, all or none; None: where memory needs it
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens

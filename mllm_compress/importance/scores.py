@@ -361,9 +361,7 @@ def open_passages(model: PreTrainedModel, batches: list) -> list:  # of Passage
     "The batches in front of the first layer, from a pass in which layers pass their input on."
     parts, passages, states, calls = anatomy(model), [], [], []
 
-    def pass_on(hidden_states, *args, **kwargs):
-        if args:
-            raise ValueError("decoder layers must take all but the hidden state by keyword.")
+    def pass_on(hidden_states, **kwargs):
         states.append(hidden_states)
         calls.append(kwargs)
         return hidden_states
