@@ -9,7 +9,7 @@ fitted to, and on a manual, a kind of text that calibration does not have.
 
     python bench/search.py [--quick] [--minutes 5] [--windows 64] [--seed 0] [--work FOLDER]
 
-With --work, scores and tables are kept there, and a run that was cut off reads them.
+With --work, scores, tables and searches are kept there, and a run that was cut off continues.
 """
 
 import argparse
@@ -157,7 +157,8 @@ def main():
     for name in args.budgets:
         budget, costs = {name: shares[name]}, tables[name]
         plans = recipes(model, layers, units, budget, costs)
-        about = dict(scores=[units, layers], minutes=args.minutes)
+        file = work / f"{name}.json"
+        about = dict(scores=[units, layers], file=file, minutes=args.minutes)
         front = search(model, batches, budget, costs, **about)
         found = front.plan.meta["search"]
         print(front, flush=True)

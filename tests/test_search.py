@@ -1,4 +1,4 @@
-"""The search for a plan: budgets hold, recipes are never beaten down, bad input."""
+"""The search for a plan: budgets hold, recipes are never beaten down, files continue, bad input."""
 
 import json
 import math
@@ -122,6 +122,28 @@ def test_the_result_is_no_worse_than_any_recipe(model, batches):
     assert front.plan.meta["achieved_budget"]["latency"] <= 0.6
     assert "the lowest of" in front.reason and front.reason in str(front)
     assert set(fixed) <= set(front.frame[front.frame.kl_refit.notna()].origin)
+
+
+def test_an_interrupted_search_continues_and_comes_to_the_same_front(model, batches, tmp_path):
+    about = dict(scores=scored(), file=tmp_path / "search.json", **RUN)
+    first = search(model, batches, {"bytes": 0.7}, **about)
+    record = json.loads(about["file"].read_text())
+    half = dict(list(record["values"].items())[: len(record["values"]) // 2])
+    about["file"].write_text(json.dumps(record | {"values": half}))  # interrupted
+    again = search(model, batches, {"bytes": 0.7}, **about)
+    shown = ["origin", "moves", "layers", "kl_look", "kl_held", "kl_refit"]
+    assert again.frame[shown].round(5).equals(first.frame[shown].round(5))
+    assert again.plan.layers == first.plan.layers and again.plan.neurons == first.plan.neurons
+    done = about["file"].read_text()
+    assert list(json.loads(done)["values"]) == list(record["values"])
+    assert search(model, batches, {"bytes": 0.7}, **about).frame[shown].equals(again.frame[shown])
+    assert about["file"].read_text() == done  # nothing was computed again
+    with pytest.raises(ValueError, match="another model, data, budget"):
+        search(model, batches, {"bytes": 0.6}, **about)
+    for text in ("a diary\n", "[]", '{"values": 3}'):
+        about["file"].write_text(text)
+        with pytest.raises(ValueError, match="was not written by a search"):
+            search(model, batches, {"bytes": 0.7}, **about)
 
 
 MISTAKES = {

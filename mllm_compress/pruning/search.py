@@ -7,12 +7,14 @@ __all__ = ['PARENTS', 'CHILDREN', 'PATIENCE', 'REFITS', 'Front', 'Run', 'search'
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-004
 import heapq
+import json
 import math
 import random
 import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import product, zip_longest
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -28,9 +30,11 @@ from mllm_compress.importance.scores import (
     evaluating,
     hooked,
     model_inputs,
+    model_record,
     open_passages,
     plus,
     real_tokens,
+    tensor_hashes,
 )
 from ..importance.taylor import answer_labels, answers_of
 from mllm_compress.pruning.allocation import (
@@ -55,6 +59,7 @@ from mllm_compress.pruning.pruning_plan import (
 )
 from .reconstruction import reconstruct
 from .slicing import apply_plan
+from ..utils.files import content_hash, write_atomically
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-006
 POSITIONS = 1024  # answer positions, at most, at which predictions are compared
@@ -362,11 +367,24 @@ class Front(NamedTuple):
 class Run:
     "The candidates of a search with their values so far."
 
-    def __init__(self, space: Space, batches: list, ridge: float | None):
+    def __init__(self, space: Space, batches: list, ridge: float | None, file=None, key: str = ""):
         held = max(1, len(batches) // 4)
         self.fit, self.batches = batches[:-held] or batches, batches[-held:]
-        self.space, self.ridge, self.seen = space, ridge, {}
-        self.spent = self.last = 0.0  # seconds of all values, and of the last one
+        self.space, self.ridge, self.file, self.key = space, ridge, file, key
+        self.seen, self.spent, self.last = {}, 0.0, {}  # last: stage -> seconds of the last value
+        self.values = {}  # stage and plan -> value, seconds
+        if file is None or not Path(file).exists():
+            return
+        try:
+            record = json.loads(Path(file).read_text(encoding="utf-8"))
+            self.values, written_for = dict(record["values"]), record["search"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} was not written by a search: give another file.") from None
+        if written_for != key:
+            raise ValueError(
+                f"{file} is of a search with another model, data, budget or options: "
+                "give another file, or remove it."
+            )
 
     @cached_property
     def held(self) -> HeldOut:
@@ -382,29 +400,49 @@ class Run:
         sizes = torch.tensor([batch["input_ids"].numel() for batch in self.fit])
         return SharedSums(parts.model, self.fit[: 1 + int((sizes.cumsum(0) < enough).sum())])
 
+    def timed(self, stage: str, plan, compute) -> float:  # plan: what JSON can hold
+        "The value of a stage, from the file, or computed and written there."
+        at = json.dumps([stage, plan])
+        if at not in self.values:
+            start = time.perf_counter()
+            value = float(compute())
+            seconds = time.perf_counter() - start
+            self.values[at] = value if value == value else math.inf, seconds
+            if self.file is not None:
+                record = {"search": self.key, "values": self.values}
+                write_atomically(self.file, json.dumps(record))
+        value, self.last[stage] = self.values[at]
+        self.spent += self.last[stage]
+        return value
+
     @cached_property
     def estimate(self) -> float:  # seconds
         "What one full refit takes, from one forward pass: its runs and sums cost about four."
-        model, start = self.space.model, time.perf_counter()
-        with torch.no_grad(), evaluating(model):
-            model(**model_inputs(model, self.fit[0]), use_cache=False, logits_to_keep=1)
-        return 4 * len(self.fit) * (time.perf_counter() - start)
+        model = self.space.model
+
+        def compute() -> float:
+            start = time.perf_counter()
+            with torch.no_grad(), evaluating(model):
+                model(**model_inputs(model, self.fit[0]), use_cache=False, logits_to_keep=1)
+            return 4 * len(self.fit) * (time.perf_counter() - start)
+
+        return self.timed("estimate", None, compute)
 
     def value(self, candidate: Candidate, stage: str) -> float:
         "KL of a candidate: a `look` at a few samples, all that are `held` out, after the `refit`."
-        values = self.seen.setdefault(candidate, {})
-        if stage not in values:
-            start = time.perf_counter()
+
+        def compute() -> float:
             plan, model = self.space.plan(candidate), self.space.model
             if stage == "refit":
                 small = apply_plan(model, plan)
                 reconstruct(small, model, self.fit, plan, self.ridge, inplace=True)
             else:
                 small = self.sums.pruned(plan)
-            kl = self.held.divergence(small, plan, 1 if stage == "look" else None)
-            values[stage] = math.inf if math.isnan(kl) else kl
-            self.last = time.perf_counter() - start
-            self.spent += self.last
+            return self.held.divergence(small, plan, 1 if stage == "look" else None)
+
+        values = self.seen.setdefault(candidate, {})
+        if stage not in values:
+            values[stage] = self.timed(stage, candidate.counts, compute)
         return values[stage]
 
     def ranked(self, stage: str) -> list:  # of Candidate
@@ -437,7 +475,7 @@ class Run:
         if order[0].moves:
             kinds.reverse()
         for candidate in (c for pair in zip_longest(*kinds) for c in pair if c is not None):
-            if self.ranked("refit") and self.spent + self.last > seconds:
+            if self.ranked("refit") and self.spent + self.last["refit"] > seconds:
                 return
             self.value(candidate, "refit")
 
@@ -475,6 +513,9 @@ class Run:
         return Front(frame, plan, reason)
 
 # %% ../../nbs/library/pruning/07_search.ipynb #se-036
+SEARCH_VERSION = 2  # raised when the same file would give another front
+
+
 def check_time(minutes: float | None, needed: float = 0.0) -> float:  # seconds
     "Seconds of a search; ValueError where they are too few for a candidate."
     if minutes is None:
@@ -498,6 +539,7 @@ def search(
     minutes: float | None = 5.0,  # for all that follows the scores; None: no limit
     scores=None,  # WidthScores, LayerScores, or both; else Gauss-Newton and block influence
     generations: int = 200,  # of moves, at most; 0: recipes alone
+    file=None,  # of JSON; an interrupted search continues from there
     ridge: float | None = 0.1,  # of the refits that are compared; None: chosen for each, slower
     round_to: int = 1,  # neurons and attention channels stay multiples of this
     seed: int = 0,  # of the moves
@@ -511,7 +553,9 @@ def search(
     layers = layers or measure("layerwise", "block_influence", model, batches)
     widths = widths or measure("widthwise", "gauss_newton", model, batches)
     space = Space(model, widths, layers, budget, costs, round_to)
-    run = Run(space, batches, ridge)
+    options = [SEARCH_VERSION, model_record(model), asdict(costs), budget, ridge, round_to, seed]
+    hashes = tensor_hashes([layers.tensors, widths.tensors, *batches])
+    run = Run(space, batches, ridge, file, content_hash([*options, *hashes]))
     if minutes is not None:
         check_time(minutes, run.estimate)
     for candidate in space.recipes():
