@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mllm_compress.recovery.losses import (
     COUNTS,
+    POSITIONS,
     answer_positions,
     batch_counts,
     canonical_objective,
@@ -92,7 +93,7 @@ def test_the_originals_normalisation_over_all_positions():
     assert terms(dict.fromkeys(STUDY, 1.0), "all") == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["answer", "all"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_parts_of_a_batch_add_up_to_the_whole(positions):
     weights, counts, tensors = dict.fromkeys(STUDY, 1.0), batch_counts(LABELS), state(positions)
 
