@@ -212,6 +212,11 @@ class PruneRequest(CalibratedRequest):
         return {name: float(share)} if name else None
 
     @cached_property
+    def search_file(self) -> Path:
+        "Where the numbers of a search are kept until the checkpoint is written."
+        return self.out.parent / f".{self.out.name}.search.json"
+
+    @cached_property
     def chosen(self):
         "The Recipe; ValueError for options that have no effect."
         if not self.stored:
@@ -323,7 +328,9 @@ def make_plan(request: PruneRequest, model, batches=None, processor=None):
     if request.protect:
         options["protect"] = tuple(map(int, request.protect.split(",")))
     if request.search:
-        options["search"] = {"minutes": float(request.search.partition("=")[2])}
+        request.search_file.parent.mkdir(parents=True, exist_ok=True)
+        minutes = float(request.search.partition("=")[2])
+        options["search"] = {"minutes": minutes, "file": request.search_file}
     recipe, ratio = request.chosen, request.ratio
     return mc.pruning.one_step.plan_by_recipe(model, recipe, batches, ratio, **options)
 
@@ -397,6 +404,7 @@ def prune(request: PruneRequest) -> dict:
     mc.checkpoint.saving.save_or_rescue(lambda to: write(folder=to, **records), out)
     lines = [*([facts["recipe"]] if "recipe" in facts else []), str(total), f"written to {out}"]
     if "search" in plan.meta:
+        request.search_file.unlink(missing_ok=True)
         facts["search"] = plan.meta["search"]
         front = pd.DataFrame(facts["search"]["front"])
         front = front.to_string(index=False, float_format="%.3g")

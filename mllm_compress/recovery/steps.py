@@ -155,9 +155,10 @@ class Student(nn.Module):
         positions: str = "answer",  # or "all"
         temperature: float = 2.0,
         pairs: tuple = (("final", "final"),),  # (student layer, teacher layer) for hidden_kd
+        blocks: tuple = (),  # the same for block_kd
     ):
         super().__init__()
-        self.model, self.losses, self.pairs = model, losses, pairs
+        self.model, self.losses, self.pairs, self.blocks = model, losses, pairs, blocks
         self.positions, self.temperature = positions, temperature
         self.parts = anatomy(model.get_base_model() if hasattr(model, "get_base_model") else model)
         self.needs = needed_tensors(losses)
@@ -175,7 +176,7 @@ class Student(nn.Module):
         "The terms of the loss, [losses]; in eval mode also the right answers and all answers."
         answers, targets = answer_positions(batch["labels"])
         where = self.compared(batch["labels"])
-        wanted = tuple(dict.fromkeys(["final", *(s for s, _ in self.pairs)]))
+        wanted = tuple(dict.fromkeys(["final", *(s for s, _ in (*self.pairs, *self.blocks))]))
         only = answers if self.positions == "answer" else None
         states = decoder_states(self.parts, batch, features, wanted, only)
         tensors = teacher | {"targets": targets, "temperature": self.temperature}
@@ -187,6 +188,8 @@ class Student(nn.Module):
             tensors["student_logits"] = tensors["answer_logits"] if same else logits
         if "student_hidden" in self.needs:
             tensors["student_hidden"] = torch.cat([states[s][where] for s, _ in self.pairs], -1)
+        if "student_blocks" in self.needs:
+            tensors["student_blocks"] = torch.stack([states[s][where] for s, _ in self.blocks], 1)
         terms = loss_terms(self.losses, tensors, counts, self.positions)
         if features is None and self.parts.projector is not None:
             terms = terms + 0 * sum(p.sum() for p in self.parts.projector_parameters)
@@ -233,12 +236,15 @@ class Teacher:
         else:
             where = student.compared(batch["labels"])
             only = where if student.positions == "answer" else None
-            wanted = tuple(dict.fromkeys(["final", *(t for _, t in student.pairs)]))
+            compared = (*student.pairs, *student.blocks)
+            wanted = tuple(dict.fromkeys(["final", *(t for _, t in compared)]))
             states = decoder_states(self.parts, batch, features, wanted, only)
             states = {name: state[where] for name, state in states.items()}
         tensors = {}
         if "teacher_hidden" in student.needs:
             tensors["teacher_hidden"] = torch.cat([states[t] for _, t in student.pairs], -1)
+        if "teacher_blocks" in student.needs:
+            tensors["teacher_blocks"] = torch.stack([states[t] for _, t in student.blocks], 1)
         if "teacher_logits" in student.needs:
             tensors["teacher_logits"] = self.parts.logits(states["final"])
         return features, tensors

@@ -509,6 +509,8 @@ def recover(
     members = sorted(set(range(len(data))) - set(held_out))
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
     pairs, half = steps.layer_pairs(config.hidden_layers, kept), student.dtype.itemsize == 2
+    by_block = "student_blocks" in needed_tensors(config.losses)
+    blocks = steps.layer_pairs("every", kept) if by_block else ()
 
     def trainable():
         set_seed(config.seed)
@@ -523,7 +525,7 @@ def recover(
         parts, wanted, bf16 = anatomy(tower), (), config.precision == "bf16"
         if teacher is not None and config.positions == "answer":
             final = ["final"] if "teacher_logits" in needed_tensors(config.losses) else []
-            wanted = tuple(dict.fromkeys([*final, *(t for _, t in pairs)]))
+            wanted = tuple(dict.fromkeys([*final, *(t for _, t in (*pairs, *blocks))]))
         if parts.vision_tower is None and not wanted:
             return None
         if parts.wrapper and not caches_projector_input(parts.config):
@@ -576,7 +578,7 @@ def recover(
             args = training_arguments(replace(config, lr=rate), where, every, device, own)
             args.gradient_accumulation_steps = passes
             args.eval_steps = last_step or args.eval_steps
-            about = (config.losses, config.positions, config.temperature, pairs)
+            about = (config.losses, config.positions, config.temperature, pairs, blocks)
             module = steps.Student(trainable(), *about)
             run = RecoveryTrainer(
                 module,
