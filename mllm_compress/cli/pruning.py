@@ -62,7 +62,12 @@ class CalibratedRequest(cli.DataRequest):
         samples, tokens = sum(len(b["input_ids"]) for b in batches), count(batches)
         kinds = mc.data.calibration.coverage(draw(data, samples))
         if refit:
-            cli.note(f"calibration on {tokens:,} tokens of {len(kinds)} kind(s) of data.")
+            scored = count(mc.pruning.one_step.scored_rows(model, batches))
+            seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, tokens, scored)))
+            cli.note(
+                f"calibration on {tokens:,} tokens of {len(kinds)} kind(s) of data; scores and "
+                f"refit take about {seconds} s."
+            )
         if refit and len(kinds) == 1:
             cli.note(
                 f"all calibration data are of one kind ({next(iter(kinds))}): elsewhere the loss "
