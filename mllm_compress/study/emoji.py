@@ -28,13 +28,7 @@ from ..data.instructions import InstructionData, LazyEntries
 from ..data.scenes import entry
 from ..evaluation.benchmarks import Benchmark, Question, register_benchmarks
 from .texts import run_tool
-from mllm_compress.utils.files import (
-    cache_folder,
-    content_hash,
-    replacing_folder,
-    sha256,
-    write_atomically,
-)
+from ..utils import files
 from ..utils.methods import check_choice, naming_extras
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-004
@@ -120,7 +114,7 @@ def fetch_emoji() -> Path:  # the folder
     "Make sure that the pictures are on this machine: 25 MB to download, a minute to draw."
     if folder := emoji_folder():
         return folder
-    with replacing_folder(_cached()) as new, tempfile.TemporaryDirectory() as downloads:
+    with files.replacing_folder(_cached()) as new, tempfile.TemporaryDirectory() as downloads:
         data, names = _downloaded(NAMES, downloads, "en/data.json", "meta/groups.json")
         groups, families, packages = names["groups"], names["subgroups"], {}
         things = [
@@ -145,16 +139,16 @@ def draw_emoji(things: list, packages: dict, folder: Path) -> None:
                 path = folder / vendor / f"{thing.code}.png"
                 path.parent.mkdir(exist_ok=True)
                 picture.save(path)
-                pictures[f"{vendor}/{thing.code}"] = sha256(path)
+                pictures[f"{vendor}/{thing.code}"] = files.sha256(path)
     codes = {name.partition("/")[2] for name in pictures}
     listed = [vars(t) for t in things if t.code in codes]
     sources = {v: VENDORS[v][0] for v in packages} | {"names": NAMES}
     text = json.dumps({"sources": sources, "things": listed, "pictures": pictures}, indent=1)
-    write_atomically(folder / "emoji.json", text)
+    files.write_atomically(folder / "emoji.json", text)
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-019
 def _cached() -> Path:
-    return cache_folder("emoji") / f"version-{EMOJI_VERSION}"
+    return files.cache_folder("emoji") / f"version-{EMOJI_VERSION}"
 
 
 def emoji_folder() -> Path | None:  # None where the pictures are not on this machine
@@ -177,8 +171,9 @@ def listed_emoji() -> dict:  # things, pictures (vendor/code -> sha256), sources
 
 def emoji_hash() -> str:
     "A hash of what determines pictures and questions; empty without pictures."
-    folder = emoji_folder()
-    return content_hash([EMOJI_VERSION, sha256(folder / "emoji.json")]) if folder else ""
+    if not (folder := emoji_folder()):
+        return ""
+    return files.content_hash([EMOJI_VERSION, files.sha256(folder / "emoji.json")])
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-021
 TYPES = {  # type -> scorer, the answers where they are few, and a sentence for the command line

@@ -6,8 +6,8 @@
 __all__ = ['Experiment']
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-002
-import numbers
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 
 from ..data.calibration import DESIGNS
 from ..importance.criteria import CRITERIA, criteria_of
@@ -28,15 +28,6 @@ def check_recovery(recovery: str) -> None:
         check_choice("loss", name, LOSSES)
     if len(set(names)) < len(names):
         raise ValueError(f"Recovery {recovery!r} names a loss twice.")
-
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-006
-def as_number(what: str, given, kind: type):
-    "A number as Python's own; ValueError for anything else."
-    wanted = numbers.Integral if kind is int else numbers.Real
-    if not isinstance(given, wanted) or isinstance(given, bool):
-        word = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{what} must be {word}, not {given!r}.")
-    return kind(given)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-008
 def calibration_words(calibration: str) -> tuple:  # (design, questions)
@@ -92,10 +83,13 @@ class Experiment:
         check_recovery(self.recovery)
         if self.calibration_seed is None:
             object.__setattr__(self, "calibration_seed", self.seed)
-        kinds = dict.fromkeys(("ratio", "fraction", "layer_share"), float)
-        kinds |= dict.fromkeys(("seed", "calibration_seed", "epochs"), int)
-        for name, kind in kinds.items():
-            object.__setattr__(self, name, as_number(name, getattr(self, name), kind))
+        kinds = dict.fromkeys(("ratio", "fraction", "layer_share"), (float, Real, "a number"))
+        whole = (int, Integral, "a whole number")
+        kinds |= dict.fromkeys(("seed", "calibration_seed", "epochs"), whole)
+        for name, (kind, allowed, word) in kinds.items():
+            if not isinstance(given := getattr(self, name), allowed) or isinstance(given, bool):
+                raise ValueError(f"{name} must be {word}, not {given!r}.")
+            object.__setattr__(self, name, kind(given))  # as Python's own
         for message in _mistakes(self):
             raise ValueError(message)
 

@@ -14,13 +14,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import AutoConfig
 
+from ..cost import memory
 from ..cost.arithmetic import without_weights
-from mllm_compress.cost.memory import (
-    answering_bytes,
-    pruned_on_meta,
-    recovery_memory,
-    sample_operations,
-)
 from .experiments import Experiment
 from .profiles import Profile, Training, located, source_of, training_of
 from .stages import recovery_config
@@ -72,11 +67,11 @@ def hours_of(experiment: Experiment, profile: Profile, config) -> float:
     "GPU hours of an experiment: training and evaluation."
     e, limit = experiment, profile.evaluation.questions
     questions = sum(min(QUESTIONS.get(n, limit), limit) for n in profile.evaluation.benchmarks)
-    work = questions * sample_operations(config, e.ratio)
+    work = questions * memory.sample_operations(config, e.ratio)
     if e.recovery != "none":
         recovery = recovery_config(e, profile)
         samples = samples_of(training_of(e.model, profile)) * e.fraction * recovery.epochs
-        work += samples * sample_operations(config, e.ratio, recovery, 256, 64)
+        work += samples * memory.sample_operations(config, e.ratio, recovery, 256, 64)
     return work / SPEED / 3600
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-026
@@ -92,10 +87,11 @@ def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per m
             hours = sum(hours_of(e, profile, config) for e in alike)
             e, dense = min(alike, key=lambda e: e.ratio), without_weights(config)
             if e.recovery == "none":
-                peak = answering_bytes(dense, batch=profile.evaluation.batch_size)
+                peak = memory.answering_bytes(dense, batch=profile.evaluation.batch_size)
             else:
-                student = pruned_on_meta(dense, e.pruning, e.ratio)
-                peak = recovery_memory(student, recovery_config(e, profile), dense, 256)["total"]
+                student = memory.pruned_on_meta(dense, e.pruning, e.ratio)
+                training = recovery_config(e, profile)
+                peak = memory.recovery_memory(student, training, dense, 256)["total"]
             row = {"model": model, "kind": kind, "experiments": len(alike)}
             rows.append(row | {"GPU hours": hours, "GiB": peak / 2**30})
     return pd.DataFrame(rows)

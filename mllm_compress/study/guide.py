@@ -119,28 +119,20 @@ def ship(root: Path) -> None:  # a checkout
     joined.to_csv(root / "mllm_compress/advice.csv", index=False, float_format="%.6g")
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-010
-def tried_after_both(rows: pd.DataFrame, budget: float) -> pd.DataFrame:
-    "The settings that can compare the prunings, best first."
-    return rows[((rows.recovery != "none") == (budget > 0)) & rows.rival]
-
-
-def _gap(frame: pd.DataFrame, first, second) -> statistics.Estimate:
-    "How much more one row of `ranked` retains than another."
-    pair = [row[statistics.setting_of(row)].drop("model").to_dict() for row in (first, second)]
-    return statistics.difference(frame, first.model, *pair)
-
-
 def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: float) -> str:
     "Whether the paper's pruning retains most, by the recoveries that were run after both."
-    equal, choice = tried_after_both(rows, budget), recommended(ratio) if budget else "widthwise"
-    if choice not in set(rows.pruning[(rows.recovery != "none") == (budget > 0)]):
+    choice = recommended(ratio) if budget else "widthwise"
+    rows = rows[(rows.recovery != "none") == (budget > 0)]
+    if choice not in set(rows.pruning):
         return "not studied"
+    equal = rows[rows.rival]  # the settings that can compare the prunings, best first
     if equal.empty:
         return "no rival"
     if equal.pruning.iloc[0] == choice:
         return "same"
-    its = equal[equal.pruning == choice]
-    gaps = [_gap(frame, equal.iloc[0], row) for _, row in its.iterrows()]
+    settings = equal[statistics.setting_of(equal)].drop(columns="model").to_dict("records")
+    best, rivals = settings[0], [its for its in settings if its["pruning"] == choice]
+    gaps = [statistics.difference(frame, equal.model.iloc[0], best, its) for its in rivals]
     if any(map(is_tied, gaps)):
         return "tied"
     return "open" if any(gap.low <= MARGIN for gap in gaps) else "behind"

@@ -26,7 +26,7 @@ from .stages import key_of, missing_stages, name_of
 from .store import Store, results_of
 from .workers import inline, local
 from ..utils.files import checkout
-from ..utils.methods import unknown_choice
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-010
 RECORDED = ("seconds", "device", "date", "torch", "transformers", "peak_memory_mb")
@@ -93,12 +93,14 @@ def stored(profile: Profile) -> dict:  # Experiment -> result
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
 def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
     "What the store has of an experiment."
-    missing, trains = missing_stages(experiment, profile, results), False
-    values = stages.values_of(experiment, profile, results)
-    seconds = [value["record"]["seconds"] for value in values["answers"].values()]
-    if experiment.recovery != "none" and missing["answers"]:
-        content = store.read(results, "student", key_of("student", experiment, profile))
-        trains = not (content and content["files"])
+    missing, trained = missing_stages(experiment, profile, results), None
+    value = lambda name: stages.value_of("answers", experiment, profile, results, name)
+    answers = filter(None, map(value, profile.evaluation.benchmarks))
+    seconds = [answer["record"]["seconds"] for answer in answers]
+    if experiment.recovery != "none":
+        trained = store.read(results, "student", key_of("student", experiment, profile))
+    kept = experiment.recovery == "none" or bool(trained and trained["files"])
+    trains = bool(missing["answers"]) and not kept
     parts = ["training"] * trains
     for what, names in (("answers to", missing["answers"]), ("score of", missing["score"])):
         shown = f"{len(names)} benchmarks" if len(names) > 2 else ", ".join(names)
@@ -109,7 +111,7 @@ def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
         "missing": "; ".join(parts),
         "open_answers": len(missing["answers"]),
         "trains": trains,
-        "student_seconds": values.get("student", {}).get("record", {}).get("seconds"),
+        "student_seconds": trained and trained["value"]["record"].get("seconds"),
         "answer_seconds": pd.Series(seconds, dtype=float).mean(),
         "answers": len(seconds),
     }
@@ -181,8 +183,7 @@ def settled(
     if path := os.environ.get(RUN_CONTEXT):  # of the run that this process belongs to
         context |= json.loads(Path(path).read_text(encoding="utf-8"))
     executor, workers = executor or context["executor"], workers or context["workers"]
-    if executor not in EXECUTORS:
-        raise ValueError(unknown_choice("executor", executor, EXECUTORS))
+    check_choice("executor", executor, EXECUTORS)
     require_inputs(profile)
     results, distinct = results_of(profile), list(dict.fromkeys(map(canonical, experiments)))
     lacks = lambda e: bool(missing_stages(e, profile, results)["score"])

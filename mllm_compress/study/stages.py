@@ -699,23 +699,17 @@ def compute(experiment: Experiment, profile: Profile, results: Store, device: st
     made("experiment", experiment, profile, results, device)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-015b
-def values_of(experiment: Experiment, profile: Profile, results: Store) -> dict:
-    "What the store has of an experiment: stage -> value, of answers and scores for each benchmark."
-    e, names = canonical(experiment), profile.evaluation.benchmarks
-    value = lambda stage, *name: value_of(stage, e, profile, results, *name) or {}
-    values = {s: value(s) for s in ("plan", "reconstruction", "student") if STAGES[s].applies(e)}
-    return values | {s: {n: v for n in names if (v := value(s, n))} for s in ("answers", "score")}
-
-
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and record of an experiment; None where a score is missing."
-    values, evaluation = values_of(experiment, profile, results), profile.evaluation
-    scores, answers, plan = values["score"], values["answers"], values.get("plan") or ""
-    if len(scores) < len(evaluation.benchmarks):
+    e, evaluation = canonical(experiment), profile.evaluation
+    value = lambda stage, *name: value_of(stage, e, profile, results, *name) or {}
+    scores = {name: value("score", name) for name in evaluation.benchmarks}
+    if not all(scores.values()):
         return None
-    student = values.get("student", {})
-    stages = (student, values.get("reconstruction", {}), *answers.values())
-    records = [record for value in stages if (record := value.get("record"))]
+    answers = {name: its for name in scores if (its := value("answers", name))}
+    stages = ("plan", "student", "reconstruction")
+    plan, student, refit = (value(s) if STAGES[s].applies(e) else {} for s in stages)
+    records = [its["record"] for its in (student, refit, *answers.values()) if its.get("record")]
     circumstances = (records[-1] | records[0] if records else {}) | {
         "seconds": round(sum(r.get("seconds", 0) for r in records), 2) if records else None,
         "peak_memory_mb": max((r.get("peak_memory_mb", 0) for r in records), default=None),
@@ -726,7 +720,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "units": {name: v["units"] for name, v in scores.items()},
         "log_likelihoods": nats,
         "sample": [row for v in scores.values() for row in v["sample"]],
-        "plan": plan,
+        "plan": plan or "",
         "training": student.get("training", {}),
         "achieved_ratio": json.loads(plan)["achieved_ratio"] if plan else 0.0,
         "record": circumstances,

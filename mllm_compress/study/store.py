@@ -19,14 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from mllm_compress.utils.files import (
-    checkout,
-    content_hash,
-    file_hash,
-    replacing,
-    replacing_folder,
-    write_atomically,
-)
+from ..utils import files
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-011
 STORED = ("scores", "plan", "reconstruction", "student", "curve", "answers", "score", "experiment")
@@ -51,7 +44,7 @@ class Store:
                     f"{folder} is not a results store (no {MARK} in it): name an empty or new "
                     "folder."
                 )
-            write_atomically(mark, MARKED)
+            files.write_atomically(mark, MARKED)
         if (written := mark.read_text(encoding="utf-8", errors="replace").strip()) != MARKED:
             raise ValueError(
                 f"{mark} says {written[:80]}, not {MARKED}: move {folder} away; results of an "
@@ -79,7 +72,7 @@ class Store:
 # %% ../../nbs/library/study/03_store.ipynb #results-of-code
 def results_of(profile) -> Store:
     "The results store of a Profile; one that is restricted to a model shares that of the whole."
-    return Store(checkout() / "runs" / profile.name.partition("@")[0])
+    return Store(files.checkout() / "runs" / profile.name.partition("@")[0])
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-013
 def write(
@@ -89,16 +82,16 @@ def write(
     fill=None,  # where the result has files: called with an empty folder; may return the value
 ) -> str:  # the key
     "Keep the result of a stage under the hash of its inputs."
-    key, stage = content_hash(inputs), inputs["stage"]
+    key, stage = files.content_hash(inputs), inputs["stage"]
     content = {"inputs": inputs, "value": value, "files": {}}
     if fill:
-        with replacing_folder(store.folder / stage / key) as new:
+        with files.replacing_folder(store.folder / stage / key) as new:
             made = fill(new)
-            hashes = {p.name: file_hash(p) for p in sorted(new.iterdir()) if p.is_file()}
+            hashes = {p.name: files.file_hash(p) for p in sorted(new.iterdir()) if p.is_file()}
             content |= {"value": value if made is None else made, "files": hashes}
-    sealed = {"seal": content_hash(content), **content}
+    sealed = {"seal": files.content_hash(content), **content}
     text = json.dumps(sealed, allow_nan=False, separators=(",", ":"))
-    write_atomically(store.path(stage, key), text)
+    files.write_atomically(store.path(stage, key), text)
     return key
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-017
@@ -109,7 +102,7 @@ def unsealed(text: str, key: str) -> dict:
     "The content of a result; an error in BROKEN where it is not what was written under this key."
     content = json.loads(text)
     seal = content.pop("seal")
-    if seal != content_hash(content) or content_hash(content["inputs"]) != key:
+    if seal != files.content_hash(content) or files.content_hash(content["inputs"]) != key:
         raise ValueError("broken seal")
     return content
 
@@ -146,7 +139,7 @@ def folder_of(store: Store, stage: str, key: str):  # Path, or None
     if content is None or not content["files"]:
         return None
     with suppress(OSError):  # a file is gone
-        if all(file_hash(folder / name) == digest for name, digest in content["files"].items()):
+        if all(files.file_hash(folder / name) == kept for name, kept in content["files"].items()):
             return folder
     set_aside(store, folder, f"Files of the {stage} {key} are damaged")
     return None
@@ -205,9 +198,9 @@ def _lines(path: Path, stage: str) -> dict:  # key -> JSON
         raise ValueError(f"{wrong} ({name} would take more than {LIMIT >> 20} MB): {cure}")
     for line in content.decode("utf-8", "replace").splitlines():
         try:
-            lines[content_hash(json.loads(line)["inputs"])] = line
+            lines[files.content_hash(json.loads(line)["inputs"])] = line
         except BROKEN:
-            lines[content_hash(line)] = line
+            lines[files.content_hash(line)] = line
     return lines
 
 
@@ -227,7 +220,7 @@ def pack(
         new[stage] = {key: lines[key] for key in sorted(wanted & set(lines))}
     if new == old and {f"{stage}.jsonl" for stage in new} == set(zipfile.ZipFile(path).namelist()):
         return
-    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+    with files.replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
         for stage, lines in new.items():
             entry = zipfile.ZipInfo(f"{stage}.jsonl")  # dated 1980
             similar = sorted(lines.values(), key=lambda line: line.partition('"value":')[2])
@@ -253,6 +246,6 @@ def unpack(
             if not sound:
                 warnings.warn(f"The {stage} {key} in {path} is corrupt and was left out.")
             elif read(store, stage, key) is None:
-                write_atomically(store.path(stage, key), line)
+                files.write_atomically(store.path(stage, key), line)
                 taken[stage].append(key)
     return taken

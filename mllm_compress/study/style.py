@@ -21,45 +21,31 @@ from scipy.optimize import isotonic_regression
 from ..importance.criteria import CRITERIA
 from ..pruning.plans import PRUNINGS
 from ..recovery.losses import LOSSES, TRAINS, canonical_objective
-from mllm_compress.utils.methods import (
-    BLACK,
-    BLUE,
-    DASHDOTTED,
-    DASHED,
-    DOTTED,
-    GREEN,
-    GREY,
-    OLIVE,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    WINE,
-    Look,
-)
+from ..utils import methods
+from ..utils.methods import Look
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-005
 LOOKS = {
     **{name: row.look for (_, name), row in CRITERIA.items()},
     **{name: row.look for rows in (PRUNINGS, TRAINS, LOSSES) for name, row in rows.items()},
-    "none": Look("no recovery", WINE, "<", DASHED),
-    "sft+hidden_kd": Look("SFT + hidden KD", GREEN, "D"),
-    "sft+logits_kd": Look("SFT + logits KD", OLIVE, "P", DASHDOTTED),
-    "sft+reverse_logits_kd": Look("SFT + reverse KD", BLACK, "X", (0, (1, 1))),
-    "reverse_logits_kd+hidden_kd": Look("reverse KD + hidden KD", RED, "8", DOTTED),
+    "none": Look("no recovery", methods.WINE, "<", methods.DASHED),
+    "sft+hidden_kd": Look("SFT + hidden KD", methods.GREEN, "D"),
+    "sft+logits_kd": Look("SFT + logits KD", methods.OLIVE, "P", methods.DASHDOTTED),
+    "sft+reverse_logits_kd": Look("SFT + reverse KD", methods.BLACK, "X", (0, (1, 1))),
+    "reverse_logits_kd+hidden_kd": Look("reverse KD + hidden KD", methods.RED, "8", methods.DOTTED),
     "dense": PRUNINGS["none"].look,
-    "uniform": Look("widthwise, uniform", SKY, "v", DASHDOTTED),
-    "rounded": Look("uniform, rounded", PINK, "^", (0, (1, 1))),
-    "best": Look("best practice", GREEN, "D"),
-    "hybrid": Look("layers, then width", GREEN, "D"),
-    "final": Look("final state", GREY, "o"),
-    "quarters": Look("quarters of the depth too", BLUE, "D"),
-    "scratch": Look("trained from scratch", ORANGE, "^"),
-    "untrained": Look("pruned, not trained", GREY, "o"),
-    "recovered": Look("pruned and recovered", BLUE, "D"),
-    "difference": Look("difference", BLACK, "o"),
-    "printed": Look("reported in the paper", GREY, "x", DOTTED),
-    "ours": Look("measured here", BLACK, "o"),
+    "uniform": Look("widthwise, uniform", methods.SKY, "v", methods.DASHDOTTED),
+    "rounded": Look("uniform, rounded", methods.PINK, "^", (0, (1, 1))),
+    "best": Look("best practice", methods.GREEN, "D"),
+    "hybrid": Look("layers, then width", methods.GREEN, "D"),
+    "final": Look("final state", methods.GREY, "o"),
+    "quarters": Look("quarters of the depth too", methods.BLUE, "D"),
+    "scratch": Look("trained from scratch", methods.ORANGE, "^"),
+    "untrained": Look("pruned, not trained", methods.GREY, "o"),
+    "recovered": Look("pruned and recovered", methods.BLUE, "D"),
+    "difference": Look("difference", methods.BLACK, "o"),
+    "printed": Look("reported in the paper", methods.GREY, "x", methods.DOTTED),
+    "ours": Look("measured here", methods.BLACK, "o"),
 }
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-009
@@ -78,7 +64,8 @@ def look(
     losses = name.split("+")
     place = sum(2**i for i, loss in enumerate(LOSSES) if loss in losses)
     label = " + ".join(LOSSES[loss].look.label for loss in losses)
-    return Look(label, OLIVE if "sft" in losses else GREY, "hp8H>"[place % 5], DOTTED)
+    color = methods.OLIVE if "sft" in losses else methods.GREY
+    return Look(label, color, "hp8H>"[place % 5], methods.DOTTED)
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-013
 def graded(labels: list) -> list:  # of Look, one per label
@@ -178,7 +165,7 @@ def label_ends(
         ax.annotate(m.label, (1, y), va="center", annotation_clip=False, **text)
         early = (ax.transScale + ax.transLimits).transform((x, end))[0] < 0.7  # of the width
         if early or abs(y - end) > gap / 2:
-            drawn = dict(color=GREY, linewidth=0.7, linestyle=DOTTED, zorder=2)
+            drawn = dict(color=methods.GREY, linewidth=0.7, linestyle=methods.DOTTED, zorder=2)
             ax.add_artist(ConnectionPatch((x, end), (1, y), ax.transData, beside(5), **drawn))
 
 # %% ../../nbs/library/study/21_style.ipynb #few-code

@@ -9,25 +9,25 @@ __all__ = []
 import html
 import re
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from .. import data, evaluation
+from .. import data
 from ..data import scenes
 from ..evaluation import score_all
 from ..evaluation.benchmarks import BENCHMARKS, load_questions
 from .emoji import ask_emoji
 from .experiments import Experiment
 from .paper import published
-from .profiles import Profile, data_inputs, missing_inputs
+from .profiles import Profile, missing_inputs
 from .runs import frame_of
 from .stages import limit_of
 from .store import results_of
-from ..utils.files import code_of, content_hash, remembered
+from ..utils.files import content_hash
 from ..utils.methods import lazily
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-003b
@@ -185,7 +185,8 @@ def training_answers(training, most: int = 8000) -> dict:  # wording or benchmar
     return known
 
 
-def _blind_scores(setup: Profile) -> dict:  # counting the answers takes seconds
+@lru_cache  # counting the answers takes seconds
+def question_only(setup: Profile) -> pd.Series:  # benchmark -> score
     "The question-only baseline's score on every benchmark that it can answer."
     known, e, scores = training_answers(setup.training), setup.evaluation, {}
     for name in e.benchmarks:
@@ -202,19 +203,6 @@ def _blind_scores(setup: Profile) -> dict:  # counting the answers takes seconds
         elif scorer == "likelihood_choice":
             chances = [1 / len(q.candidates) for q in load_questions(name, e.split, limit)]
             scores[name] = 100 * float(np.mean(chances))
-    return scores
-
-
-GENERATED = {"scenes", "emoji", "easy-vqa"}  # data that code and a version determine
-
-
-def question_only(setup: Profile) -> pd.Series:  # benchmark -> score; those it was trained for
-    "The scores of the question-only baseline."
-    e, ask = setup.evaluation, lambda: _blind_scores(setup)
-    if not {name.split("/")[0] for name in e.benchmarks} <= GENERATED:
-        return pd.Series(ask(), dtype=float)
-    made_by = [np.__version__, version("easy-vqa"), code_of(data, evaluation)]
-    scores = remembered("question-only", [data_inputs(setup.training), asdict(e), made_by], ask)
     return pd.Series(scores, dtype=float)
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-008
