@@ -34,10 +34,10 @@ def test_a_head_is_its_rows_and_columns(name):
         with torch.no_grad():
             before = cases.logits(model, batch)
             for slot in (s for s in slots if s.axis == 1):
-                slot.module.weight[:, slot.unit_index(unit)] = 0
+                slot.module.weight[:, slot.index([unit])] = 0
             silenced = cases.logits(model, batch)
             for slot in (s for s in slots if s.axis == 0):
-                rows = slot.unit_index(unit)
+                rows = slot.index([unit])
                 slot.module.weight[rows] += torch.randn(
                     len(rows), slot.module.in_features, generator=generator
                 )
@@ -70,7 +70,7 @@ def set_units_to_zero(model, plan):
         for slot in (s for s in anatomy(model).linears(i) if s.axis == 1):
             kept = (plan.heads if slot.kind == "head" else plan.neurons).get(i, range(slot.units))
             for unit in set(range(slot.units)) - set(kept):
-                slot.module.weight.data[:, slot.unit_index(unit)] = 0
+                slot.module.weight.data[:, slot.index([unit])] = 0
 
 
 def test_a_row_is_all_that_a_new_family_needs(starcoder2):

@@ -101,7 +101,7 @@ def test_units_that_write_nothing_score_zero(of):
     model = build("phi3-3x2")
     with torch.no_grad():
         for slot in (s for s in anatomy(model).linears(2) if s.axis == 1):
-            slot.module.weight[:, slot.unit_index(1)] = 0
+            slot.module.weight[:, slot.index([1])] = 0
     scores = gauss_newton(model, [text_batch()], of=of)
     assert scores.heads[2][1] == 0 == scores.neurons[2][1]
     assert scores.heads[2][0] > 0 < scores.neurons[2][0]

@@ -96,7 +96,7 @@ def by_autograd(model, batch, labels, order, share=1, sample_share=1):
             channel = salience.sum(1 - slot.axis).abs()
             into = heads[i] if slot.kind == "head" else neurons[i]
             for u in range(len(into)):
-                into[u] += channel[slot.unit_index(u)].sum()
+                into[u] += channel[slot.index([u])].sum()
     return WidthScores(heads, neurons, "autograd", {"loss": float(loss)})
 
 
@@ -259,7 +259,7 @@ def test_baselines(tiny_lm, family):
     for i in (0, 3):
         for u in range(parts.groups(i)):
             total = sum(
-                s.module.weight.abs().index_select(s.axis, s.unit_index(u)).sum()
+                s.module.weight.abs().index_select(s.axis, s.index([u])).sum()
                 for s in parts.linears(i)
                 if s.kind == "head"
             )

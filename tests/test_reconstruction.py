@@ -189,7 +189,7 @@ def with_copies(model):
                 for unit in range(slot.units // 2, slot.units) if slot.kind == "neuron" else [-1]:
                     unit %= slot.units
                     source = unit - slot.units // 2 if slot.kind == "neuron" else 0
-                    rows, other = slot.unit_index(unit), slot.unit_index(source)
+                    rows, other = slot.index([unit]), slot.index([source])
                     slot.module.weight[rows] = slot.module.weight[other]
                     if slot.module.bias is not None:
                         slot.module.bias[rows] = slot.module.bias[other]
@@ -466,7 +466,7 @@ def test_obs_scores(case):
     model, batches = build(case), text_batches()
     with torch.no_grad():
         for slot in (s for s in anatomy(model).linears(1) if s.axis == 1):
-            slot.module.weight[:, slot.unit_index(1)] = 0
+            slot.module.weight[:, slot.index([1])] = 0
     scores = obs_scores(model, batches, of="states")
     assert scores.heads[1][1] == pytest.approx(0, abs=1e-6 * scores.heads[1].max().item())
     assert scores.neurons[1].argmin() == 1

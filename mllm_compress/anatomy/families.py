@@ -186,10 +186,6 @@ class LinearSlot:
             start += width * self.units
         return torch.cat(blocks)
 
-    def unit_index(self, unit: int) -> torch.Tensor:
-        "Rows or columns of one unit."
-        return self.index([unit])
-
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-036
 LOGITS = {
     "logits_scaling": lambda z, value: z / value,
@@ -308,15 +304,11 @@ class Anatomy:
         return z
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-038
-_NO_ROW = (
+REFUSED = dict.fromkeys(
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "its MLPs are mixtures of experts, and no row says how its layers and heads can be removed: "
-    "choose a dense model, or add a Family row to mllm_compress.anatomy.FAMILIES"
-)
-REFUSED = {
-    "num_experts": _NO_ROW,
-    "num_local_experts": _NO_ROW,
-    "n_routed_experts": _NO_ROW,
-    "moe_num_experts": _NO_ROW,
+    "choose a dense model, or add a Family row to mllm_compress.anatomy.FAMILIES",
+) | {
     "num_kv_shared_layers": "its last layers read keys and values of earlier ones, so that no "
     "layer or head can be removed by itself",
     "cross_attention_layers": "its cross-attention layers read the picture by themselves, so that "

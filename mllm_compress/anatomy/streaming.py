@@ -141,12 +141,10 @@ def evaluating(model):
 @contextmanager
 def hooked(handles):  # what torch's register_..._hook functions return
     "Remove hooks at the end of the block."
-    handles = list(handles)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.enter_context(handle)
+        yield
 
 
 @contextmanager

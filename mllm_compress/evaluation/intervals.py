@@ -19,9 +19,7 @@ def wilson(
     right: float,  # questions answered correctly
     n: int,  # questions
 ) -> tuple:  # (low, high) as fractions
-    "Wilson's 95 % score interval of a proportion; without questions, everything from 0 to 1."
-    if not n:
-        return 0.0, 1.0
+    "Wilson's 95 % score interval of a proportion."
     low, high = proportion_confint(right, n, alpha=0.05, method="wilson")
     return (float(low) if right > 0 else 0.0), (float(high) if right < n else 1.0)
 
