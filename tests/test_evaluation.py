@@ -96,7 +96,8 @@ def test_candidates_are_ranked_by_their_likelihood(mllm):
 
 
 def use_cache(monkeypatch, cache: SizedCache, batch_size: int) -> None:
-    monkeypatch.setattr(generation.ImageEncoder.__init__, "__defaults__", (cache, batch_size))
+    monkeypatch.setattr(generation, "FEATURES", cache)
+    monkeypatch.setattr(generation, "IMAGES", batch_size)
 
 
 def test_each_image_is_encoded_once(tiny_llava, monkeypatch):

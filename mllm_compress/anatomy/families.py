@@ -332,10 +332,8 @@ def family_of(config) -> Family:
     )
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-040
-def anatomy(
-    model: PreTrainedModel,  # an MLLM (Llava…) or a causal LM, on any device, meta included
-) -> Anatomy:
-    "The parts of `model`; ValueError for one that is not in `FAMILIES` and `WRAPPERS`."
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    "The parts of an MLLM or a causal LM on any device, meta included; ValueError for others."
     family, wrapper = family_of(model.config), wrapper_of(model.config)
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if lm_head is None or not hasattr(decoder, "layers"):
@@ -378,17 +376,13 @@ def count_parameters(*modules) -> int:
     return sum(seen.values())
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-054
-def lm_parameters(
-    model: PreTrainedModel,
-) -> int:
+def lm_parameters(model: PreTrainedModel) -> int:
     "Parameters of the LM decoder with embedding and LM head: the denominator of every ratio."
     parts = anatomy(model)
     return count_parameters(parts.decoder, parts.lm_head)
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-056
-def part_parameters(
-    model: PreTrainedModel,
-) -> dict:
+def part_parameters(model: PreTrainedModel) -> dict:
     "Parameters of vision tower, projector and LM decoder; they add up to those of the model."
     parts = anatomy(model)
     projector = {id(p): p for p in parts.projector_parameters}

@@ -114,40 +114,31 @@ def pictures_of(processor, images) -> list:  # of PIL images in RGB
 
 
 FEATURES = SizedCache(2**29)  # bytes
+IMAGES = 64  # encoded at a time
 
 
-class ImageEncoder:
-    "The features of images for one model, from the cache where possible."
+def image_keys(model, processor, images: list) -> list:  # of PIL images or StoredImages
+    "Content of each image, of the tower and of the preprocessing."
+    parts, tower = anatomy(model), None
+    if parts.vision_tower is not None:
+        tower = weights_hash(parts.vision_tower), processor.image_processor.to_json_string()
+        if not caches_projector_input(model.config):
+            tower += (weights_hash(nn.ParameterList(parts.projector_parameters)),)
+    stored = lambda image: isinstance(image, StoredImage)
+    form = lambda i: (i.square, i.among) if stored(i) else (i.mode, i.size)
+    return [(tower, form(image), picture_hash(image)) for image in images]
 
-    def __init__(self, model, processor, cache: SizedCache = FEATURES, batch_size: int = 64):
-        self.model, self.processor = model, processor
-        self.cache, self.batch_size = cache, batch_size
-        tower, self.tower = anatomy(model).vision_tower, None
-        if tower is not None:
-            self.tower = weights_hash(tower), processor.image_processor.to_json_string()
-            if not caches_projector_input(model.config):
-                projector = nn.ParameterList(anatomy(model).projector_parameters)
-                self.tower += (weights_hash(projector),)
 
-    def key(self, image) -> tuple:  # of a PIL image or StoredImage
-        "Content of an image, of the tower and of the preprocessing."
-        stored = isinstance(image, StoredImage)
-        form = (image.square, image.among) if stored else (image.mode, image.size)
-        return self.tower, form, picture_hash(image)
-
-    def __call__(self, images: dict) -> dict:
-        "Features of {key: image}."
-        features = {k: f for k in images if (f := self.cache.get(k))}
-        missing = [k for k in images if k not in features]
-
-        def encode(keys, _):
-            pictures = pictures_of(self.processor, [images[k] for k in keys])
-            return encode_images(self.model, self.processor, pictures)
-
-        for k, new in zip(missing, in_batches(encode, missing, self.batch_size)):
-            features[k] = new
-            self.cache.put(k, new, new.features.nbytes)
-        return features
+def features_of(model, processor, images: dict) -> dict:  # key -> ImageFeatures
+    "The features of {key: image}, from the cache where possible."
+    features = {k: f for k in images if (f := FEATURES.get(k))}
+    missing = [k for k in images if k not in features]
+    pictures = lambda keys: pictures_of(processor, [images[k] for k in keys])
+    encode = lambda keys, _: encode_images(model, processor, pictures(keys))
+    for k, new in zip(missing, in_batches(encode, missing, IMAGES)):
+        features[k] = new
+        FEATURES.put(k, new, new.features.nbytes)
+    return features
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #prompts-cell-005
 _PLACE = "PLACEHOLDER"
@@ -399,10 +390,10 @@ def prepare(
     questions: list,  # of Question
 ) -> tuple:  # (Anatomy, list of Prompt, {key: ImageFeatures})
     "The inputs of the passes."
-    encoder, token = ImageEncoder(model, processor), placeholder_id(processor)
+    token = placeholder_id(processor)
     pictures = {id(image): image for q in questions for image in q.images}
-    key = {i: encoder.key(image) for i, image in pictures.items()}
-    features = encoder({key[i]: image for i, image in pictures.items()})
+    key = dict(zip(pictures, image_keys(model, processor, pictures.values())))
+    features = features_of(model, processor, {key[i]: pictures[i] for i in pictures})
     keys = [tuple(key[id(image)] for image in q.images) for q in questions]
     image_texts = [[features[k].text for k in ks] for ks in keys]
     rendered = render_prompts(processor, [q.prompt for q in questions], image_texts)

@@ -15,11 +15,8 @@ from scipy.stats import binomtest
 from statsmodels.stats.proportion import proportion_confint
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-011
-def wilson(
-    right: float,  # questions answered correctly
-    n: int,  # questions
-) -> tuple:  # (low, high) as fractions
-    "Wilson's 95 % score interval of a proportion."
+def wilson(right: float, n: int) -> tuple:  # (low, high) as fractions
+    "Wilson's 95 % score interval of the share of `n` questions that were answered correctly."
     low, high = proportion_confint(right, n, alpha=0.05, method="wilson")
     return (float(low) if right > 0 else 0.0), (float(high) if right < n else 1.0)
 
@@ -71,10 +68,8 @@ def mcnemar(lost: int, gained: int) -> float:  # two-sided p; 1 where no questio
 Difference = namedtuple("Difference", "value low high p n test")
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-029
-def paired_units(
-    first: pd.DataFrame, second: pd.DataFrame
-) -> pd.DataFrame:  # columns "first", "second", "stratum"
-    "The worth of the same units to two models; other units are an error."
+def paired_units(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    "The worth of the same units to two models, beside their stratum; other units are an error."
     both = first.merge(
         second, on=["stratum", "unit"], how="outer", suffixes=("_a", "_b"), indicator=True
     )

@@ -55,10 +55,8 @@ def answer_rows(
     return frame.assign(benchmark=name, subtask=subtasks)[COLUMNS]
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-008
-def judge(
-    frame: pd.DataFrame,  # of answer_rows
-) -> pd.DataFrame:  # with columns parsed, value, candidate_value
-    "Read and judge every answer."
+def judge(frame: pd.DataFrame) -> pd.DataFrame:  # with columns parsed, value, candidate_value
+    "Read and judge every answer of `answer_rows`."
     parsed, values, candidates = [], [], []
     for row in frame.itertuples():
         read = SCORERS[benchmark(row.benchmark).scorer].judge
@@ -92,10 +90,8 @@ def score(frame: pd.DataFrame) -> dict:
     } | parts
 
 
-def score_all(
-    frame: pd.DataFrame,  # answers, judged or not
-) -> pd.DataFrame:  # one row a benchmark
-    "The results of all benchmarks in a frame of answers."
+def score_all(frame: pd.DataFrame) -> pd.DataFrame:  # one row a benchmark
+    "The results of all benchmarks in a frame of answers, judged or not."
     frame = frame if "value" in frame else judge(frame)
     return pd.DataFrame([score(f) for _, f in frame.groupby("benchmark", sort=False)])
 
@@ -232,14 +228,12 @@ def yes_bias(frame: pd.DataFrame) -> float:  # points; of judged answers; nan wi
     return 100 * (rates.mean() - 0.5) if len(rates) == 2 else np.nan
 
 
-def calibration_error(
-    confidence: np.ndarray,  # 0 … 1
-    right: np.ndarray,  # 0 or 1
-    bins: int = 10,  # of equally many answers
-) -> float:  # percent; nan without answers
-    "The expected calibration error, sum over bins b of n_b / n |accuracy_b - confidence_b|."
-    gaps = np.asarray(right - confidence)[np.argsort(confidence, kind="stable")]
-    sums = [abs(part.sum()) for part in np.array_split(gaps, bins)]
+def calibration_error(frame: pd.DataFrame) -> float:  # percent; nan without candidate answers
+    "Sum over ten bins b of equally many answers of n_b / n |accuracy_b - confidence_b|."
+    sure = frame.reindex(columns=["confidence", "candidate_value"]).dropna()
+    sure = sure.sort_values("confidence", kind="stable")
+    gaps = (sure.candidate_value - sure.confidence).to_numpy()
+    sums = [abs(part.sum()) for part in np.array_split(gaps, 10)]
     return 100 * sum(sums) / len(gaps) if len(gaps) else np.nan
 
 
@@ -272,10 +266,8 @@ def grounding(
             values, own = by_picture(answers, name), answers[name].set_index("id").loc[was.index]
             draws = bootstrap(2 * (values.right - values.wrong) - looked)
             equal = own.parsed.fillna(own.prediction) == was.parsed.fillna(was.prediction)
-            sure = own.reindex(columns=["confidence", "candidate_value"]).dropna()
             row = {"benchmark": name, "model": model, "n": len(values), **100 * values.mean()}
-            row["yes_bias"] = yes_bias(own)
-            row["calibration_error"] = calibration_error(*sure.T.values)
+            row |= {"yes_bias": yes_bias(own), "calibration_error": calibration_error(own)}
             row |= {"agreement": 100 * equal.mean(), "lost": lost, "gained": gained}
             away = looked.mean() > 0 and np.quantile(draws, TAILS[1]) < 0
             rows.append(row | {"p": mcnemar(lost, gained), "looks_away": bool(away)})
