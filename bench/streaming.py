@@ -31,9 +31,8 @@ from transformers.utils import logging
 from mllm_compress.checkpoint import prune_files, reconstruct_files
 from mllm_compress.importance.criteria import measure, random_scores
 from mllm_compress.pruning.plans import plan_widthwise
-from mllm_compress.zoo.models import auto_classes
 from mllm_compress.zoo.releases import real_config
-from mllm_compress.zoo.weight_files import open_files, write_weights
+from mllm_compress.zoo.weight_files import auto_classes, open_files, write_weights
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 WIDTHS = {  # of the text config; the vision tower is that of LLaVA-v1.5-7B

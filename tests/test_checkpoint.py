@@ -172,13 +172,13 @@ def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):
 def test_the_full_size_model_never_exists(tmp_path, monkeypatch):
     model, plan = pruned("tiny-llava", "blockwise")
     save_pruned(model, plan, tmp_path / "out")
-    seen, shrink = [], loading.shrink
+    seen, shrink = [], loading.formats.shrink
 
     def seeing(fresh, plan):
         seen.extend(p.device.type for p in fresh.parameters())
         return shrink(fresh, plan)
 
-    monkeypatch.setattr(loading, "shrink", seeing)
+    monkeypatch.setattr(loading.formats, "shrink", seeing)
     load_pruned(tmp_path / "out")
     assert seen and set(seen) == {"meta"}
 

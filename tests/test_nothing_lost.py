@@ -147,7 +147,7 @@ FULL = (
 def test_a_disk_that_fills_up_costs_no_training(here, monkeypatch, command, error):
     from mllm_compress.checkpoint import saving
 
-    write, seen = saving.write_manifest, []
+    write, seen = saving.formats.write_manifest, []
 
     def full(folder, **facts):
         seen.append(folder)
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_up_costs_no_training(here, monkeypatch, command, erro
             raise error
         return write(folder, **facts)
 
-    monkeypatch.setattr(saving, "write_manifest", full)
+    monkeypatch.setattr(saving.formats, "write_manifest", full)
     args = ("recover", "small", "--teacher", "llava", *DATA, "--batch-size", 3)
     args = ("prune", "llava", "--layers", "1") if command == "prune" else args
     text = run(*args, "-o", "out", code=2)

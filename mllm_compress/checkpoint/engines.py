@@ -17,20 +17,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..anatomy.families import anatomy
-from mllm_compress.checkpoint.formats import (
-    alike,
-    equivalent_config,
-    fit_class,
-    is_checkpoint,
-    layer_widths,
-)
-from mllm_compress.checkpoint.llama_cpp import (
-    DTYPES,
-    all_heads,
-    check_dtype,
-    projector_path,
-    write_gguf,
-)
+from . import formats, llama_cpp
 from .loading import fill_up, load_pruned
 from .saving import check_not_read, check_writable
 from ..utils.files import replacing_folder
@@ -41,8 +28,8 @@ from ..zoo.models import check_finite, load_model
 def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
     "The model with one width for all layers; square: with all heads that the hidden size holds."
     parts = anatomy(model)
-    heads, neurons = (max(widths) for widths in zip(*layer_widths(parts)))
-    widths = (all_heads(parts) if square else heads, neurons)
+    heads, neurons = (max(widths) for widths in zip(*formats.layer_widths(parts)))
+    widths = (llama_cpp.all_heads(parts) if square else heads, neurons)
     return fill_up(model, [widths] * parts.num_layers)
 
 
@@ -53,9 +40,9 @@ def stock_model(
     "The model in a class that plain from_pretrained loads."
     model = widened(model) if fill else model
     try:
-        if not alike(layer_widths(anatomy(model))):
+        if not formats.alike(formats.layer_widths(anatomy(model))):
             raise ValueError("its layers differ in width")
-        return fit_class(model, (model.config, equivalent_config(model.config)))
+        return formats.fit_class(model, (model.config, formats.equivalent_config(model.config)))
     except ValueError as error:
         raise ValueError(
             f"transformers {transformers.__version__} has no class for this model "
@@ -135,7 +122,7 @@ class Engine:
 
 _FILES = "files for llama.cpp: the decoder, and mmproj-… of CLIP LLaVA."
 ENGINES = {
-    "gguf": Engine(write_gguf, DTYPES, _FILES),
+    "gguf": Engine(llama_cpp.write_gguf, llama_cpp.DTYPES, _FILES),
     "vllm": Engine(to_vllm, tuple(FLOATS), "a folder for vLLM or SGLang."),
     "transformers": Engine(to_transformers, tuple(FLOATS), "a folder for plain from_pretrained."),
 }
@@ -153,12 +140,12 @@ def export_model(
     check_choice("engine", to, ENGINES)
     path = Path(out)
     if to == "gguf":
-        check_dtype(dtype or "f16")
+        llama_cpp.check_dtype(dtype or "f16")
         if path.is_dir():
             raise ValueError(f"{out} is a folder: name a file for GGUF, such as {out}/model.gguf.")
     elif dtype is not None:
         check_choice("dtype", dtype, ENGINES[to].dtypes)
-    for file in (path, projector_path(path)) if to == "gguf" else (path,):
+    for file in (path, llama_cpp.projector_path(path)) if to == "gguf" else (path,):
         check_not_read(file.resolve(), {"checkpoint": folder})
         if file.exists() and not overwrite:
             raise FileExistsError(
@@ -169,7 +156,8 @@ def export_model(
         if file.is_dir() and any(file.iterdir()) and not (file / RECORD).is_file():
             raise ValueError(f"{file} was not written by export: choose another folder.")
         check_writable(file)
-    model, processor = load_pruned(folder)[:2] if is_checkpoint(folder) else load_model(folder)
+    load = load_pruned if formats.is_checkpoint(folder) else load_model
+    model, processor = load(folder)[:2]
     check_finite(model)
     if to != "gguf":
         check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))

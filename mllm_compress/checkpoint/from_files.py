@@ -19,14 +19,8 @@ from ..anatomy.streaming import SOURCE, layers_prefix, weight_names
 from .formats import check_describes, choose_format
 from .saving import write_checkpoint
 from ..importance.scores import check_batches
+from ..pruning import reconstruction
 from ..pruning.pruning_plan import PruningPlan
-from mllm_compress.pruning.reconstruction import (
-    MARK,
-    check_pruned,
-    check_tokens,
-    fit_layers,
-    mark_of,
-)
 from ..pruning.slicing import apply_plan
 from ..zoo.weight_files import FileModel, write_weights
 
@@ -99,8 +93,8 @@ def reconstruct_files(
     "Prune and refit a checkpoint of any size: the files that `reconstruct` and `save_pruned` make."
     batches = check_batches(batches)
     small, weights = apply_plan(source.model, plan), CutWeights(source, plan)
-    check_pruned(small, source.model, plan)
-    check_tokens(small, batches, ridge)
+    reconstruction.check_pruned(small, source.model, plan)
+    reconstruction.check_tokens(small, batches, ridge)
     setattr(small, SOURCE, weights)
     parts = anatomy(small)
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:
@@ -114,6 +108,6 @@ def reconstruct_files(
             save_file({n: small.get_parameter(n).detach().contiguous() for n in names}, file)
             weights.fitted |= dict.fromkeys(names, file)
 
-        rows = fit_layers(small, source.model, batches, plan, ridge, keep=keep)
-        setattr(small.config, MARK, mark_of(plan, rows, ridge))
+        rows = reconstruction.fit_layers(small, source.model, batches, plan, ridge, keep=keep)
+        setattr(small.config, reconstruction.MARK, reconstruction.mark_of(plan, rows, ridge))
         return prune_files(source, plan, folder, processor, small=small, weights=weights, **options)

@@ -316,25 +316,20 @@ def vision_misfit(model: PreTrainedModel) -> str:  # empty where it fits
     return ""
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #projector-file-cell-009
-def vision_tensors(parts: Anatomy, layers: int):  # yields (name in the file, tensor)
-    "The tensors of the first layers of the tower, and of the projector."
-    gguf = _gguf()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
-    for path, tensor in parts.vision_tower.named_parameters():
-        name = names.get_name(f"vision_tower.vision_model.{path}", (".weight", ".bias"))
-        if name is not None and not name.startswith("v.post_ln"):  # behind the layer that is read
-            yield name, tensor.detach()
-    for number, module in ((0, parts.projector.linear_1), (2, parts.projector.linear_2)):
-        for kind, tensor in module.named_parameters():
-            yield f"mm.{number}.{kind}", tensor.detach()
-
-
 def projector_writer(parts: Anatomy, image_processor, dtype: str):  # a gguf.GGUFWriter
     "The file of vision tower and projector, ready to be written."
     vision, layer = parts.config.vision_config, parts.config.vision_feature_layer
     layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
-    kind = "f32" if dtype == "f32" else "f16"
-    writer = announced("clip", vision_tensors(parts, layers), kind)
+    gguf, tensors = _gguf(), {}  # name in the file -> tensor
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
+    for path, tensor in parts.vision_tower.named_parameters():
+        name = names.get_name(f"vision_tower.vision_model.{path}", (".weight", ".bias"))
+        if name is not None and not name.startswith("v.post_ln"):  # behind the layer that is read
+            tensors[name] = tensor.detach()
+    for number, module in ((0, parts.projector.linear_1), (2, parts.projector.linear_2)):
+        for kind, tensor in module.named_parameters():
+            tensors[f"mm.{number}.{kind}"] = tensor.detach()
+    writer = announced("clip", tensors.items(), "f32" if dtype == "f32" else "f16")
     writer.add_type("mmproj")
     writer.add_clip_projector_type("mlp")
     writer.add_vision_image_size(vision.image_size)

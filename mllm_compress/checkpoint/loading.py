@@ -19,14 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..anatomy.families import anatomy
-from mllm_compress.checkpoint.formats import (
-    MANIFEST,
-    PLAN,
-    check_describes,
-    read_manifest,
-    shrink,
-    verify,
-)
+from . import formats
 from .saving import VARIANT
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import sync_config, sync_modules
@@ -59,7 +52,7 @@ def load_strictly(
 
     def __init__(self, config, *args, **kwargs):
         cls.__init__(self, config, *args, **kwargs)
-        shrink(self, plan)
+        formats.shrink(self, plan)
 
     shrinking = type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
     model, report = (shrinking if pruned else cls).from_pretrained(
@@ -73,7 +66,7 @@ def load_strictly(
     if faults := {k: sorted(map(str, v))[:5] for k, v in report.items() if v}:
         raise ValueError(f"{folder} does not fit {cls.__name__}: {faults}")
     model.__class__ = cls
-    check_describes(model, plan)
+    formats.check_describes(model, plan)
     for parameter in (p for p in model.parameters() if p.device.type == "cpu"):
         parameter.data = parameter.data.clone()
     return model.eval()
@@ -122,8 +115,8 @@ def load_pruned(
         )
     folder = fetched(folder, **{k: options.pop(k) for k in _HUB if k in options})
     dtype = torch_dtype if dtype is None else dtype
-    manifest = verify(folder) if check_files else read_manifest(folder)
-    plan = PruningPlan.from_json((folder / PLAN).read_text())
+    manifest = formats.verify(folder) if check_files else formats.read_manifest(folder)
+    plan = PruningPlan.from_json((folder / formats.PLAN).read_text())
     if str(device) != "cpu":
         options["device_map"] = device
     model = load_strictly(folder, manifest, plan, dtype=dtype or "auto", **options)
@@ -151,11 +144,11 @@ def push_to_hub(
     api=None,  # an HfApi, for tests
 ) -> str:  # address of the commit
     "Publish a checkpoint: the files of its manifest and nothing else."
-    files, api = verify(folder)["files"], api or HfApi(token=token)
+    files, api = [formats.MANIFEST, *formats.verify(folder)["files"]], api or HfApi(token=token)
     about = dict(folder_path=str(folder), commit_message="Pruned checkpoint")
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, allow_patterns=[MANIFEST, *files], **about))
+        return str(api.upload_folder(repo_id=repo_id, allow_patterns=files, **about))
     except Exception as error:  # of the hub, of its client, of the network
         line = " ".join(str(error).split())[:200]
         raise OSError(

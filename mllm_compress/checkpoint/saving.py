@@ -20,18 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..anatomy.families import part_parameters
-from mllm_compress.checkpoint.formats import (
-    CARD,
-    MANIFEST,
-    PLAN,
-    WEIGHT_FILES,
-    check_describes,
-    checksum,
-    choose_format,
-    read_manifest,
-    verify,
-    write_manifest,
-)
+from . import formats
 from ..pruning.pruning_plan import PruningPlan, spans
 from ..utils.files import clean_leftovers, replacing_folder, sha256, write_atomically
 from ..utils.methods import PRUNED_TYPE
@@ -83,7 +72,7 @@ def check_not_read(
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-011
 def unlisted(folder: Path) -> list:  # of paths
     "Files of a checkpoint's folder that its manifest does not name."
-    listed = {MANIFEST, *read_manifest(folder)["files"]}
+    listed = {formats.MANIFEST, *formats.read_manifest(folder)["files"]}
     paths = (p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
     return [p for p in paths if str(p.relative_to(folder)) not in listed]
 
@@ -99,7 +88,7 @@ def check_target(
     check_not_read(target, inputs or {})
     if target.parent.is_dir():
         clean_leftovers(target)
-    ours = (target / MANIFEST).is_file()
+    ours = (target / formats.MANIFEST).is_file()
     if target.exists() and not ours and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(
             f"{folder} exists and was not written by save_pruned: choose another folder."
@@ -110,7 +99,7 @@ def check_target(
             "checkpoint with --overwrite (overwrite=True)."
         )
     others = unlisted(target) if ours else []
-    if weights := [p.name for p in others if any(map(p.match, WEIGHT_FILES))]:
+    if weights := [p.name for p in others if any(map(p.match, formats.WEIGHT_FILES))]:
         raise ValueError(
             f"{folder} holds weights that are not part of its checkpoint ({', '.join(weights)}): "
             "move them away, or choose another folder."
@@ -250,12 +239,12 @@ def write_checkpoint(
             (new / "config.json").write_text(json.dumps(config, indent=2))
         if processor is not None:
             processor.save_pretrained(new)
-        (new / PLAN).write_text(plan.to_json(), encoding="utf-8")
+        (new / formats.PLAN).write_text(plan.to_json(), encoding="utf-8")
         text = model_card(model, plan, kind, card, list(provenance or ()))
-        (new / CARD).write_text(text, encoding="utf-8")
+        (new / formats.CARD).write_text(text, encoding="utf-8")
         if further is not None:
             further(new)
-        write_manifest(
+        formats.write_manifest(
             new,
             kind=kind,
             model_class=type(model).__name__,
@@ -263,7 +252,7 @@ def write_checkpoint(
             processor_class=None if processor is None else type(processor).__name__,
             provenance=list(provenance or ()),
         )
-        for path in unlisted(target) if (target / MANIFEST).is_file() else ():
+        for path in unlisted(target) if (target / formats.MANIFEST).is_file() else ():
             copy = new / path.relative_to(target)
             if copy.exists():
                 raise FileExistsError(
@@ -287,8 +276,8 @@ def save_pruned(
     **options,  # overwrite, card, provenance, further: see write_checkpoint
 ) -> Path:  # the folder; ValueError where plan and model differ, or the folder is not ours
     "Write a pruned model with its config, processor, plan, card and checksums."
-    check_describes(model, plan)
-    saved, kind = choose_format(model, plan)
+    formats.check_describes(model, plan)
+    saved, kind = formats.choose_format(model, plan)
     write = lambda new, variant: saved.save_pretrained(
         new, max_shard_size=max_shard_size, variant=variant
     )
@@ -301,12 +290,12 @@ def add_step(
     step: dict,  # of checkpoint.provenance
 ) -> None:
     "Add a step to the provenance of a checkpoint; ValueError where the checkpoint is damaged."
-    folder, manifest = Path(folder), verify(folder)
+    folder, manifest = Path(folder), formats.verify(folder)
     files, steps = manifest["files"], [*manifest.get("provenance", []), step]
-    card, plan = folder / CARD, PruningPlan.load(folder / PLAN)
-    if card.is_file() and sha256(card) == files[CARD]["sha256"]:
+    card, plan = folder / formats.CARD, PruningPlan.load(folder / formats.PLAN)
+    if card.is_file() and sha256(card) == files[formats.CARD]["sha256"]:
         write_atomically(card, model_card(model, plan, manifest["kind"], None, steps))
-        files[CARD] = {"bytes": card.stat().st_size, "sha256": sha256(card)}
+        files[formats.CARD] = {"bytes": card.stat().st_size, "sha256": sha256(card)}
     manifest = manifest | {"files": files, "provenance": steps}
-    manifest["checksum"] = checksum(manifest)
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
+    manifest["checksum"] = formats.checksum(manifest)
+    write_atomically(folder / formats.MANIFEST, json.dumps(manifest, indent=1))

@@ -6,14 +6,7 @@
 __all__ = ['app']
 
 # %% ../../nbs/library/cli/00_index.ipynb #cell-003
-from mllm_compress.cli import (
-    exporting,
-    look,
-    measuring,
-    pruning,
-    recovering,
-    studying,
-)
+from . import exporting, look, measuring, pruning, recovering, studying
 from .requests import app
 
 _all_ = ["app"]

@@ -33,14 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import mllm_compress as mc
 from ..utils.files import alone, remembered
-from mllm_compress.utils.methods import (
-    TYPES,
-    Count,
-    described,
-    in_words,
-    kinds_of,
-    naming_extras,
-)
+from ..utils.methods import TYPES, Count, described, in_words, kinds_of, naming_extras
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-005
 _OUTPUT = {"quiet": False, "verbose": False, "json": False, "begun": time.monotonic()}

@@ -18,15 +18,7 @@ import torch
 from PIL import Image
 
 from ..anatomy.wrappers import WRAPPERS
-from mllm_compress.data.instructions import (
-    IMAGE,
-    InstructionData,
-    decoded,
-    has_image,
-    image_names,
-    split_front,
-    turns,
-)
+from . import instructions
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-005
@@ -59,14 +51,14 @@ def question_parts(
     image_token: str | None,  # the placeholder; None: the template keeps the order of parts
 ) -> list:  # of parts of a message
     "A question as parts of a message, pictures where its markers are."
-    front, rest = split_front(question)
+    front, rest = instructions.split_front(question)
     text = lambda words: {"type": "text", "text": words}
     parts = [{"type": "image"}] * front
-    if IMAGE not in rest:
+    if instructions.IMAGE not in rest:
         return [*parts, text(rest)]
     if image_token is not None:
-        return [*parts, text(rest.replace(IMAGE, image_token))]
-    pieces = [text(words) if words else None for words in rest.split(IMAGE)]
+        return [*parts, text(rest.replace(instructions.IMAGE, image_token))]
+    pieces = [text(words) if words else None for words in rest.split(instructions.IMAGE)]
     between = [part for piece in pieces for part in ({"type": "image"}, piece)][1:]
     return parts + [part for part in between if part]
 
@@ -75,7 +67,7 @@ def pictures_amid(
     pairs,  # of (question, answer)
 ) -> bool:
     "Whether the questions say where their pictures are."
-    return any(IMAGE in (question or "") for question, _ in pairs)
+    return any(instructions.IMAGE in (question or "") for question, _ in pairs)
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-019
 PLAIN_CHAT = """\
@@ -99,7 +91,7 @@ def set_chat_template(
         return "plain"
     if not Path(file).is_file():
         raise FileNotFoundError(f"There is no file {file}: check --chat-template.")
-    processor.chat_template = template = decoded(Path(file))
+    processor.chat_template = template = instructions.decoded(Path(file))
     words = {"user": "first words", "assistant": "last words"}
     content = lambda text: [{"type": "text", "text": text}] if multimodal else text
     messages = [{"role": role, "content": content(text)} for role, text in words.items()]
@@ -176,7 +168,7 @@ class Renderer:
     @cached_property
     def amid_token(self) -> str | None:  # None: the template keeps the order of parts
         "The placeholder to write into a text for a picture amid its words."
-        parts = question_parts(f"first{IMAGE}second", None)
+        parts = question_parts(f"first{instructions.IMAGE}second", None)
         text = self.processor.apply_chat_template([{"role": "user", "content": parts}])
         before, _, after = text.partition(self.image_token)
         return None if "first" in before and "second" in after else self.image_token
@@ -197,7 +189,7 @@ class Renderer:
         token = self.amid_token if amid else None
         for k, (question, answer) in enumerate(pairs):
             if self.multimodal:
-                question = question_parts(IMAGE * front * (k == 0) + question, token)
+                question = question_parts(instructions.IMAGE * front * (k == 0) + question, token)
                 answer = [{"type": "text", "text": answer}]
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": answer})
@@ -313,7 +305,7 @@ class Collator:
     def __init__(
         self,
         processor,
-        dataset: InstructionData,
+        dataset: instructions.InstructionData,
         turns: str = "independent",  # questions attend to the picture only; or see TURNS
         images: bool = True,  # pixel_values, or only image_index
         max_length: int | None = None,  # tokens of a row
@@ -353,7 +345,7 @@ class Collator:
             e["index"]
             for e, rows in zip(entries, cut)
             for _ in (rows if separate else rows[:1])
-            if has_image(e)
+            if instructions.has_image(e)
         ]
         if not self.images:
             return batch | {"image_index": torch.tensor(shown)}
@@ -365,7 +357,8 @@ class Collator:
 
     def rows(self, entry: dict) -> list:  # of dicts of lists: ids, answer, segment, position
         "The rows of one entry: one, or where questions are separate one for each."
-        pairs, images, render = tuple(turns(entry)), self.image_texts(entry), self.render
+        pairs, images = tuple(instructions.turns(entry)), self.image_texts(entry)
+        render = self.render
         if self.turns == "sequential" or pictures_amid(pairs):
             rows = [pack([render.encode(pairs, images)], -1)]
         else:
@@ -390,14 +383,14 @@ class Collator:
 
     def image_texts(self, entry: dict) -> tuple:
         "What stands for each of an entry's pictures in its prompt."
-        if not has_image(entry):
+        if not instructions.has_image(entry):
             return ()
         if not self.render.multimodal:
             raise ValueError(
                 f"Entry {entry.get('id')!r} has an image, but the model has no vision tower: "
                 "use entries without images."
             )
-        sizes = [(64, 64)] * len(image_names(entry))
+        sizes = [(64, 64)] * len(instructions.image_names(entry))
         if self.render.tiled:  # only then does the shape matter
             sizes = [picture.size for picture in self.dataset.pictures(entry["index"])]
         return tuple(map(self.render.image_text, sizes))

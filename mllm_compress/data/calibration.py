@@ -11,16 +11,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from . import instructions
 from .batches import Collator
-from mllm_compress.data.instructions import (
-    IMAGE,
-    InstructionData,
-    as_data,
-    entry_ids,
-    image_names,
-    pictures_first,
-    turns,
-)
 from ..utils.files import content_hash
 from ..utils.methods import check_choice, check_counts
 
@@ -47,21 +39,21 @@ def question_types(
     "The type of each question: as the entry names it, else source and form of the answer."
     if "types" in entry:
         return entry["types"]
-    folder = str((image_names(entry) or ["no image"])[0]).split("/")
-    source = folder[0] if len(folder) > 1 or not image_names(entry) else "image"
-    return [f"{source}/{answer_form(answer)}" for _, answer in turns(entry)]
+    folder = str((instructions.image_names(entry) or ["no image"])[0]).split("/")
+    source = folder[0] if len(folder) > 1 or not instructions.image_names(entry) else "image"
+    return [f"{source}/{answer_form(answer)}" for _, answer in instructions.turns(entry)]
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-020
 DESIGNS = ("stratified", "first")
 
 
 def calibration_data(
-    dataset: InstructionData,
+    dataset: instructions.InstructionData,
     n: int = 64,  # questions
     seed: int = 0,  # which
     design: str = "stratified",  # all types of question alike; or "first", as the original draws
     per_entry: int = 2,  # stratified: questions of one entry, at most
-) -> InstructionData:  # an entry per question
+) -> instructions.InstructionData:  # an entry per question
     "The questions that scores are measured on."
     check_choice("design", design, DESIGNS)
     rng, by_type, used, drawn = np.random.default_rng(seed), defaultdict(list), Counter(), []
@@ -83,7 +75,8 @@ def calibration_data(
             used[pair[0]] += 1
             drawn.append(pair)
     entries = [one_question(dataset.samples[i], k) for i, k in drawn]
-    return InstructionData(entries, dataset.image_root, dataset.images, f"{dataset.name}@{seed}")
+    name = f"{dataset.name}@{seed}"
+    return instructions.InstructionData(entries, dataset.image_root, dataset.images, name)
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-019
 def one_question(entry: dict, k: int) -> dict:
@@ -91,25 +84,25 @@ def one_question(entry: dict, k: int) -> dict:
     types = {"types": [question_types(entry)[k]]}
     if "conversations" not in entry:
         return entry | types
-    conversation, images = entry["conversations"], image_names(entry)
+    conversation, images = entry["conversations"], instructions.image_names(entry)
     question, answer = conversation[2 * k : 2 * k + 2]
-    if images and not pictures_first(conversation):
-        before = sum(turn["value"].count(IMAGE) for turn in conversation[: 2 * k])
-        seen = images[: before + question["value"].count(IMAGE)]
-        question = question | {"value": f"{IMAGE}\n" * before + question["value"]}
+    if images and not instructions.pictures_first(conversation):
+        before = sum(turn["value"].count(instructions.IMAGE) for turn in conversation[: 2 * k])
+        seen = images[: before + question["value"].count(instructions.IMAGE)]
+        question = question | {"value": f"{instructions.IMAGE}\n" * before + question["value"]}
         entry = entry | {"image": seen or None}
     return entry | types | {"conversations": [question, answer]}
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-022
-def coverage(drawn: InstructionData) -> dict:  # type -> questions
+def coverage(drawn: instructions.InstructionData) -> dict:  # type -> questions
     "How many questions of each type there are."
     return dict(sorted(Counter(e["types"][0] for e in drawn.samples).items()))
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-026
-def calibration_hash(drawn: InstructionData) -> str:
+def calibration_hash(drawn: instructions.InstructionData) -> str:
     "A hash of the questions, their answers and the names of their images."
-    names = entry_ids(drawn.samples)
-    rows = [[n, e.get("image"), turns(e)] for n, e in zip(names, drawn.samples)]
+    names = instructions.entry_ids(drawn.samples)
+    rows = [[n, e.get("image"), instructions.turns(e)] for n, e in zip(names, drawn.samples)]
     return content_hash(rows)
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-029
@@ -125,7 +118,7 @@ def calibration_batches(
 ) -> list:  # of batch dicts
     "Questions that importance scores are measured on, as right-padded batches."
     check_counts(n=n, batch_size=batch_size, max_length=max_length, per_entry=per_entry)
-    drawn = calibration_data(as_data(dataset), n, seed, design, per_entry)
+    drawn = calibration_data(instructions.as_data(dataset), n, seed, design, per_entry)
     collate = Collator(processor, drawn, turns="sequential", max_length=max_length)
     rows = [drawn[i] for i in range(len(drawn))]
     return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]

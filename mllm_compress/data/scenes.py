@@ -346,9 +346,7 @@ def easy_vqa(
     return InstructionData(samples, root, name=f"easy-vqa-{split}")
 
 # %% ../../nbs/library/data/02_scenes.ipynb #small-sets-cell-013
-def mix(
-    *parts: InstructionData,
-) -> InstructionData:
+def mix(*parts: InstructionData) -> InstructionData:
     "Several data sets as one; each entry's image is opened by the set that it came from."
     where = [(k, i) for k, part in enumerate(parts) for i in range(len(part))]
 

@@ -20,27 +20,9 @@ from transformers.utils import logging
 from ..anatomy.families import family_of
 from ..anatomy.wrappers import wrapper_of
 from ..utils.methods import LOADERS, naming_extras
-from mllm_compress.zoo.releases import (
-    NATIVE,
-    REAL_MODELS,
-    is_original_layout,
-    load_original,
-)
+from . import weight_files
+from .releases import NATIVE, REAL_MODELS, is_original_layout, load_original
 from .tiny_models import tiny_model, tiny_processor
-from mllm_compress.zoo.weight_files import (
-    PACKAGED,
-    SHIPPED,
-    NotFromFiles,
-    auto_classes,
-    check_files,
-    gguf_folder,
-    gguf_identity,
-    listed,
-    open_files,
-    read_config,
-    read_header,
-    shards,
-)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-006
 _TRAINED = "12 layers of 96, trained on scenes and easy-VQA; ships with the package"
@@ -56,7 +38,7 @@ MODELS = {
     "tiny-llava": f"CLIP + Llama, {_TRAINED}",
     "tiny-bunny": f"SigLIP + Phi, {_TRAINED}",
     **GENERATED,
-    **{name: row.help for name, row in PACKAGED.items()},
+    **{name: row.help for name, row in weight_files.PACKAGED.items()},
     **ASSEMBLED,
 }
 MODELS |= {
@@ -120,16 +102,16 @@ def check_image_token(folder: Path, model, processor) -> None:
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-026
 def _load_native(folder: Path, name: str, dtype, trust_remote_code: bool) -> tuple:
     "Load a native folder; a ValueError, OSError or ImportError with one line where that fails."
-    check_files(folder, name, _twin(name))
+    weight_files.check_files(folder, name, _twin(name))
     options = dict(trust_remote_code=trust_remote_code)
     strict = dict(output_loading_info=True, use_safetensors=True)  # the report, and no pickles
     with named_failures(folder):
         config = AutoConfig.from_pretrained(folder, **options)
-        auto, processor_class = auto_classes(config)
+        auto, processor_class = weight_files.auto_classes(config)
         if not trust_remote_code and not getattr(config, "quantization_config", None):
             with torch.device("meta"):
                 described = auto.from_config(config).num_parameters()
-            headers = [read_header(file) for file in shards(folder)]
+            headers = [weight_files.read_header(file) for file in weight_files.shards(folder)]
             stored = sum(math.prod(shape) for h in headers for _, shape in h.values())
             if described > 2 * stored:
                 raise ValueError(
@@ -140,7 +122,9 @@ def _load_native(folder: Path, name: str, dtype, trust_remote_code: bool) -> tup
             model, report = auto.from_pretrained(folder, dtype=dtype or "auto", **strict, **options)
         faults = {kind: names for kind, names in report.items() if kind != "error_msgs"}
         if any(faults.values()):
-            raise ValueError(f"{folder} does not fit its own config.json: {listed(faults)}")
+            raise ValueError(
+                f"{folder} does not fit its own config.json: {weight_files.listed(faults)}"
+            )
         processor = processor_class.from_pretrained(folder, **options)
     check_image_token(folder, model, processor)
     return model, processor
@@ -149,13 +133,14 @@ def _load_native(folder: Path, name: str, dtype, trust_remote_code: bool) -> tup
 def load_processor(folder: Path):
     "The processor or tokenizer of a folder; a ValueError with one line where that fails."
     with named_failures(folder):
-        return auto_classes(AutoConfig.from_pretrained(folder))[1].from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
+        return weight_files.auto_classes(config)[1].from_pretrained(folder)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-028
 def layout_of(folder: Path) -> str:
     "How a checkpoint is loaded: a model_type of LOADERS, original or native."
     config = folder / "config.json"
-    kind = read_config(config).get("model_type") if config.is_file() else None
+    kind = weight_files.read_config(config).get("model_type") if config.is_file() else None
     if kind in LOADERS:
         return kind
     return "original" if is_original_layout(folder) else "native"
@@ -215,10 +200,10 @@ def _local_folder(name: str) -> Path | None:
         from mllm_compress.zoo.eyes import eyes_folder  # whose classes take long to import
 
         return eyes_folder()
-    if name in PACKAGED:
-        file = PACKAGED[name].path
-        return gguf_folder(file) if file else None
-    places = [SHIPPED / name] if name in MODELS else []
+    if name in weight_files.PACKAGED:
+        file = weight_files.PACKAGED[name].path
+        return weight_files.gguf_folder(file) if file else None
+    places = [weight_files.SHIPPED / name] if name in MODELS else []
     return next((p for p in (*places, Path(name).expanduser()) if p.is_dir()), None)
 
 
@@ -249,7 +234,7 @@ def check_model(
     if not folder.is_dir():
         _check_hub_id(name)
     elif layout_of(folder) == "native":
-        check_files(folder)
+        weight_files.check_files(folder)
         with named_failures(folder):
             config = AutoConfig.from_pretrained(folder)
         family_of(config), wrapper_of(config)
@@ -260,7 +245,7 @@ def from_hub(name: str, trust_remote_code: bool = False, **options) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    packaged = PACKAGED.get(name)
+    packaged = weight_files.PACKAGED.get(name)
     repo = packaged.hub if packaged else name
     ignored = ["*.bin"] if trust_remote_code else ["*.bin", "*.pt", "*.pth", "*.py"]
     try:
@@ -283,8 +268,8 @@ def _folder(name: str, trust_remote_code: bool = False) -> Path:
     if folder := _local_folder(name):
         return folder
     if _is_gguf(name):
-        return gguf_folder(Path(name).expanduser())
-    if name not in PACKAGED:
+        return weight_files.gguf_folder(Path(name).expanduser())
+    if name not in weight_files.PACKAGED:
         _check_hub_id(name)
     return from_hub(name, trust_remote_code)
 
@@ -297,8 +282,8 @@ def packaged_identity(
         from mllm_compress.zoo.eyes import eyes_identity
 
         return eyes_identity()
-    file = PACKAGED[name].path
-    return gguf_identity(file) if file else None
+    file = weight_files.PACKAGED[name].path
+    return weight_files.gguf_identity(file) if file else None
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-047
 def load_tokenizer(
@@ -318,11 +303,11 @@ def _load_streamed(name: str, layout: str, folder: Path | None, device: str, dty
     }
     try:
         if layout != "native":
-            raise NotFromFiles(reasons.get(layout, "its layers differ in width"))
-        check_files(folder)
+            raise weight_files.NotFromFiles(reasons.get(layout, "its layers differ in width"))
+        weight_files.check_files(folder)
         processor = load_processor(folder)
-        model = open_files(folder, device, dtype).model
-    except NotFromFiles as reason:
+        model = weight_files.open_files(folder, device, dtype).model
+    except weight_files.NotFromFiles as reason:
         raise ValueError(
             f"{name} cannot be streamed, because {reason}: load it as a whole, without stream "
             "(--no-stream)."

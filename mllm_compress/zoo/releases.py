@@ -22,15 +22,7 @@ from transformers.initialization import no_init_weights
 
 from ..utils.files import replacing_folder
 from ..utils.methods import naming_extras
-from mllm_compress.zoo.weight_files import (
-    SHIPPED,
-    listed,
-    read_header,
-    read_tensor,
-    refuse_pickle,
-    shards,
-    write_weights,
-)
+from . import weight_files
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #cell-005
 def config_from(config_class: type, original: dict, **changed) -> PreTrainedConfig:
@@ -182,7 +174,9 @@ class Released:
 
 
 NATIVE = "native layout"  # of weights; the other one is converted when it is loaded
-RELEASED = {name: Released(**row) for name, row in read_json(SHIPPED / "released.json").items()}
+RELEASED = {
+    name: Released(**row) for name, row in read_json(weight_files.SHIPPED / "released.json").items()
+}
 REAL_MODELS = {name: row for name, row in RELEASED.items() if row.study}
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #real-models-cell-017
@@ -292,7 +286,7 @@ class OriginalCheckpoint:
     model: PreTrainedModel  # of the native class, on the meta device
     places: dict  # native name -> (file, name there, part, number of parts)
 
-    def tensor(self, name: str, read=read_tensor) -> torch.Tensor:
+    def tensor(self, name: str, read=weight_files.read_tensor) -> torch.Tensor:
         "A weight by its native name."
         *place, part, parts = self.places[name]
         rows = self.model.config.get_text_config().vocab_size
@@ -308,11 +302,11 @@ def open_original(
     folder, headers, places, twice = Path(folder), {}, {}, []
     release, _, tower_folder = read_release(folder, tower)
     for place in filter(None, (folder, tower_folder)):
-        weight_files = shards(place, "*model*.safetensors")
-        if not weight_files:
-            refuse_pickle(place)
-        for file in weight_files:
-            headers[file] = read_header(file)
+        stored_files = weight_files.shards(place, "*model*.safetensors")
+        if not stored_files:
+            weight_files.refuse_pickle(place)
+        for file in stored_files:
+            headers[file] = weight_files.read_header(file)
             for stored in headers[file]:
                 names = native_names(stored, release.names)
                 twice += [name for name in names if name in places]
@@ -335,7 +329,9 @@ def open_original(
         ],
     }
     if any(faults.values()):
-        raise ValueError(f"{folder} does not fit {type(model.config).__name__}; {listed(faults)}")
+        raise ValueError(
+            f"{folder} does not fit {type(model.config).__name__}; {weight_files.listed(faults)}"
+        )
     return source
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-cell-025
@@ -384,7 +380,7 @@ def image_processor(
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-021
 CHAT_TEMPLATES = {
     path.stem: path.read_text(encoding="utf-8")
-    for path in (SHIPPED / "chat_templates").glob("*.jinja")
+    for path in (weight_files.SHIPPED / "chat_templates").glob("*.jinja")
 }
 
 
@@ -519,7 +515,7 @@ def convert_original(
     config = source.model.config
     config.dtype, config.architectures = source.model.dtype, [type(source.model).__name__]
     with replacing_folder(out) as partial:
-        write_weights(partial, source.model, source.tensor, progress=progress)
+        weight_files.write_weights(partial, source.model, source.tensor, progress=progress)
         for part in (config, generation_config(source), read_processor(source, tower)):
             part.save_pretrained(partial)
     return out

@@ -16,25 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel, core_model_loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    rename_source_key,
-    revert_weight_conversion,
-)
 from transformers.modeling_utils import str_to_torch_dtype
 
 from ..anatomy.streaming import SOURCE, tied_names
@@ -178,8 +166,8 @@ class FileModel:
 def auto_classes(config) -> tuple:  # (of the model, of the processor)
     "The classes that load a checkpoint: multimodal, or a plain LM with a tokenizer."
     if getattr(config, "vision_config", None) is not None:
-        return AutoModelForImageTextToText, AutoProcessor
-    return AutoModelForCausalLM, AutoTokenizer
+        return transformers.AutoModelForImageTextToText, transformers.AutoProcessor
+    return transformers.AutoModelForCausalLM, transformers.AutoTokenizer
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #weight-files-cell-015
 def open_files(
@@ -189,7 +177,7 @@ def open_files(
 ) -> FileModel:  # NotFromFiles where it must be loaded as a whole
     "A checkpoint whose weights stay in their files."
     folder, places = Path(folder), {}
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     dtype = dtype or config.dtype
     if dtype is None:
         raise NotFromFiles("config.json names no dtype")
@@ -202,13 +190,13 @@ def open_files(
         buffer.data = buffer.to(device)
     model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     rules, state = get_model_conversion_mapping(model), model.state_dict()
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, core_model_loading.WeightConverter)]
     for path in shards(folder):
         for key, (_, shape) in read_header(path).items():
-            name, converter = rename_source_key(
+            name, converter = core_model_loading.rename_source_key(
                 key, renamings, converters, model.base_model_prefix, state
             )
             if converter is not None:
@@ -239,7 +227,7 @@ def write_weights(
     "Write the weight files of a model one tensor at a time, and an index if there are several."
     tied, suffix = tied_names(model), f".{variant}" if variant else ""
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
-    shapes = revert_weight_conversion(model, state)  # name in the file -> tensor
+    shapes = core_model_loading.revert_weight_conversion(model, state)  # name in the file -> tensor
     back = {id(t): name for name, t in state.items()}
     split = split_torch_state_dict_into_shards(
         shapes,
@@ -340,7 +328,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     check_gguf(path)
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     with redirect_stderr(io.StringIO()):  # three progress bars
-        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         config = read.config.to_dict()
         for key in ("quantization_config", "_name_or_path"):
             config.pop(key, None)
@@ -348,7 +336,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
         config = type(read.config).from_dict(config)
         model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict())
         model.generation_config = read.generation_config
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         tokenizer.model_max_length = model.config.max_position_embeddings
         with replacing_folder(folder) as new:
             model.save_pretrained(new)
