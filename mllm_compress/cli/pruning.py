@@ -150,9 +150,7 @@ class PruneRequest(CalibratedRequest):
     budget: str = Field("", pattern=r"^\w+=\d*\.?\d+$", examples=["latency=0.6"])
     "Instead of a ratio, the share of the dense model's cost that may stay, as latency=0.6."
     search: str = Field(
-        "",
-        pattern=r"^minutes=(0*[1-9]\d*(\.\d+)?|\d*\.\d*[1-9]\d*)$",
-        examples=["minutes=5"],
+        "", pattern=r"^minutes=(0*[1-9]\d*(\.\d+)?|\d*\.\d*[1-9]\d*)$", examples=["minutes=5"]
     )
     """With --ratio or --budget: improve the plan for so long, by KL to the dense model after the
     refit, as minutes=5."""
