@@ -50,8 +50,9 @@ def frame_of(
         same |= {"result": name_of(experiment, profile)}
         for row in result["rows"]:
             name = row["benchmark"]
+            nats = result["log_likelihoods"].get(name)
             arrays = {"units": np.array(result["units"][name])}
-            arrays["log_likelihoods"] = result["log_likelihoods"].get(name)
+            arrays["log_likelihoods"] = None if nats is None else np.array(nats)
             arrays["images"] = unit_images(*stages.asked_of(name, profile.evaluation))
             rows.append(same | row | arrays)
     return pd.DataFrame(rows).assign(profile=profile.name)
