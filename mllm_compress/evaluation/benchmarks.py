@@ -107,11 +107,8 @@ class StoredImage:
     size = property(lambda self: Image.open(io.BytesIO(self.data)).size, doc="Width and height.")
 
 
-def pad_to_square(
-    image: Image.Image,
-    mean: tuple | None,  # of the preprocessing, 0 … 1; None: grey
-) -> Image.Image:  # as wide as high, the image in the middle
-    "LLaVA-1.5's preprocessing (`expand2square`)."
+def pad_to_square(image: Image.Image, mean: tuple | None) -> Image.Image:
+    "The image in the middle of a square of colour `mean`, 0 … 1, None: grey (`expand2square`)."
     side = max(image.size)
     color = tuple(int(255 * m) for m in mean or (0.5, 0.5, 0.5))
     out = Image.new("RGB", (side, side), color)
@@ -119,11 +116,8 @@ def pad_to_square(
     return out
 
 
-def open_image(
-    image,  # PIL image or StoredImage
-    mean: tuple | None = None,  # mean colour of the preprocessing, 0 … 1
-) -> Image.Image:  # RGB
-    "The picture that a model sees."
+def open_image(image, mean: tuple | None = None) -> Image.Image:  # RGB
+    "The picture that a model sees, of a PIL image or StoredImage; `mean` as in `pad_to_square`."
     if not isinstance(image, StoredImage):
         return read_image(image)
     picture = read_image(image.data, image.among)

@@ -89,12 +89,8 @@ class ImageFeatures:
 
 
 @torch.inference_mode()
-def encode_images(
-    model,  # MLLM
-    processor,  # its processor
-    images: list,  # PIL images
-) -> list:  # of ImageFeatures
-    "Preprocessing and vision tower on a batch of images."
+def encode_images(model, processor, images: list) -> list:  # of ImageFeatures
+    "Preprocessing and vision tower on a batch of PIL images."
     pixels = process_images(processor, images)
     texts = [processor.replace_image_token(pixels, i) for i in range(len(images))]
     if not caches_projector_input(model.config):
@@ -188,11 +184,8 @@ class Prompt:
         return int(among.argmax()), right, float(1 / np.exp(among - among.max()).sum())
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-008
-def pad_left(
-    rows: list,  # of token id sequences
-    device,
-) -> tuple:  # ids and mask, both [batch, tokens]
-    "Stack sequences of different lengths, padding in front."
+def pad_left(rows: list, device) -> tuple:  # ids and mask, both [batch, tokens]
+    "Stack token id sequences of different lengths, padding in front."
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     ids = pad_sequence(ids, batch_first=True, padding_value=-1, padding_side="left").to(device)
     return ids.clamp(min=0), (ids >= 0).long()
@@ -384,12 +377,8 @@ class Answer:
     confidence: float | None = field(default=None, compare=False)  # in the candidate, 0 … 1
 
 
-def prepare(
-    model,  # MLLM
-    processor,  # its processor or tokenizer
-    questions: list,  # of Question
-) -> tuple:  # (Anatomy, list of Prompt, {key: ImageFeatures})
-    "The inputs of the passes."
+def prepare(model, processor, questions: list) -> tuple:
+    "The inputs of the passes: (Anatomy, list of Prompt, {key: ImageFeatures})."
     token = placeholder_id(processor)
     pictures = {id(image): image for q in questions for image in q.images}
     key = dict(zip(pictures, image_keys(model, processor, pictures.values())))

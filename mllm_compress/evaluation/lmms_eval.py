@@ -35,10 +35,8 @@ def manifest():
     )
 
 # %% ../../nbs/library/evaluation/08_lmms_eval.ipynb #cell-009
-def settings(
-    generation: dict,  # of a task
-) -> tuple:  # (max_new_tokens, tuple of strings that end an answer)
-    "How long an answer may be and where it ends."
+def settings(generation: dict) -> tuple:  # (max_new_tokens, strings that end an answer)
+    "How long an answer may be and where it ends, of a task's generation arguments."
     sampled = generation.get("do_sample") and generation.get("temperature", 1)
     if sampled or (generation.get("num_beams") or 1) > 1:
         raise ValueError(
