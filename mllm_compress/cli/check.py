@@ -18,7 +18,7 @@ from PIL import Image
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-004b
 import mllm_compress as mc
-from mllm_compress.anatomy.pictures import shares_prefixes
+from ..anatomy.pictures import shares_prefixes
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-006
 PICTURES = ((96, 96), (160, 80), (80, 160), (200, 200))  # width and height

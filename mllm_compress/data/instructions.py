@@ -190,8 +190,8 @@ def _stored_images(entry: dict) -> list:
     return lists[0] if lists else []
 
 
-def _image_of(entry: dict, pictures: list):
-    "The image of an entry as it is named, a list of several, or None."
+def _image_of(entry: dict, conversation: list, pictures: list):
+    "The image of an entry as it is named, a list of several, or None; each needs its marker."
     listed = _stored_images(entry) or pictures
     for image in listed:
         name = image if isinstance(image, str) else ""
@@ -201,12 +201,7 @@ def _image_of(entry: dict, pictures: list):
         if not name.strip() or "\0" in name:
             cure = "name the file, or leave it out"
             raise EntryError(entry, f"has {image!r:.40} as an image", cure)
-    return listed if len(listed) > 1 else next(iter(listed), None)
-
-
-def _check_markers(entry: dict, conversation: list) -> None:
-    "EntryError where markers and images do not belong together one by one."
-    images = len(image_names(entry))
+    images = len(listed)
     counts = [turn["value"].count(IMAGE) for turn in conversation]
     if any(counts[1::2]):
         raise EntryError(entry, f"has {IMAGE} in an answer", "put it into a question")
@@ -218,6 +213,7 @@ def _check_markers(entry: dict, conversation: list) -> None:
         what = f"has {images} image{many} and {sum(counts)} {IMAGE} marker{marks}"
         cure = "write one marker per image where it belongs, in the order of the images"
         raise EntryError(entry, what, cure)
+    return listed if images > 1 else next(iter(listed), None)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-034
 def read_entry(
@@ -245,11 +241,10 @@ def read_entry(
         entry = {k: v for k, v in entry.items() if k not in ("image", "images")}
         return entry | {"text": text}
     conversation, pictures = _read_turns(entry, raw, answered)
-    image = _image_of(entry, pictures)
+    image = _image_of(entry, conversation, pictures)
     entry = {k: v for k, v in entry.items() if k != "messages"}
     if image is not None or "image" in entry:
         entry = entry | {"image": image}
-    _check_markers(entry, conversation)
     return entry | {"conversations": conversation}
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-037
