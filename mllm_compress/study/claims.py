@@ -67,7 +67,7 @@ def places(
     frame: pd.DataFrame,  # of `study.run`
 ) -> list:  # of (model, requested ratio)
     "Where compressed models have results, and their originals too."
-    evaluated = frame.model.isin(statistics.with_original(frame))
+    evaluated = frame.model.isin(statistics.dense_rows(frame).model)
     done = frame[(frame.status == "done") & (frame.pruning != "none") & evaluated]
     models = list(dict.fromkeys(frame.model))
     pairs = set(zip(done.model, done.requested_ratio))

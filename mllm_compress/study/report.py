@@ -21,7 +21,7 @@ from IPython.display import Markdown, display, update_display
 
 from . import notebooks, runs, store
 from .claims import MARGIN, POINTS, Claim, claimed, usual
-from .experiments import Experiment
+from .experiments import FIRST, Experiment
 from .figures import Figure, forest
 from .profiles import Profile, load_profile
 from .stages import name_of, stage_keys
@@ -164,8 +164,7 @@ nbconvert, nbformat = lazily("nbconvert"), lazily("nbformat")
 EXPERIMENTS, RESULTS = "experiments.csv.xz", "results.zip"
 FIELDS = ["seconds", "peak_memory_mb", "device", "date"]
 FIELDS += ["python", "torch", "transformers", "mllm_compress"]
-ORDER = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed"]
-ORDER += ["result"]
+ORDER = [*FIRST, "result"]
 
 # %% ../../nbs/library/study/28_report.ipynb #page-cell-009
 def write_experiments(profile: Profile) -> pd.DataFrame:  # as written

@@ -86,10 +86,7 @@ def complete(profile: Profile) -> list:  # of Experiment
 
 def stored(profile: Profile) -> dict:  # Experiment -> result
     "All results of a profile that are up to date."
-    if not (experiments := complete(profile)):
-        return {}  # where inputs are missing no store is made
-    results = results_of(profile)
-    return {e: stages.result_of(e, profile, results) for e in experiments}
+    return {e: stages.result_of(e, profile, results_of(profile)) for e in complete(profile)}
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
 def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:

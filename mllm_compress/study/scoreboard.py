@@ -123,7 +123,7 @@ def verdicts_of_claims(
         if len(results):  # in the order of the notebook
             its = results[results.result.isin(place)]
             frame = claimed(its.iloc[its.result.map(place).argsort(kind="stable")])
-            frame = frame[frame.model.isin(statistics.with_original(frame))]
+            frame = frame[frame.model.isin(statistics.dense_rows(frame).model)]
         how = {"effects": {}, "basis": "nothing finished", "unit": claim.unit}
         if len(frame):
             how = claim.measure(frame) | {"basis": statistics.basis_of(frame)}

@@ -200,11 +200,6 @@ def asked_of(name: str, e: Evaluation) -> tuple:
     "The benchmark, split, limit and folder of its questions, as `load_questions` takes them."
     return name, e.split, e.limits.get(name, e.questions), profiles.root_of(e)
 
-
-def limit_of(name: str, e: Evaluation) -> int:
-    "The most questions of a benchmark that are used."
-    return asked_of(name, e)[2]
-
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-004
 def record(
     device: str,
@@ -507,7 +502,8 @@ def answer(experiment: Experiment, profile: Profile, results: Store, device: str
     x, e = canonical(experiment), profile.evaluation
     if not (names := missing_stages(x, profile, results)["answers"]):
         return
-    student, limits = student_of(x, profile, results, device), {n: limit_of(n, e) for n in names}
+    student = student_of(x, profile, results, device)
+    limits = {name: asked_of(name, e)[2] for name in names}
     options = dict(limit=limits, split=e.split, batch_size=e.batch_size, root=profiles.root_of(e))
     _, processor = teacher_of(x.model, profile, device)
     began = time.perf_counter()

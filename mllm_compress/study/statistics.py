@@ -183,21 +183,16 @@ class Original:
         return self.estimate(self.arrays(rows), sorted(set(rows.seed)), floor=0.0)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-026
-def _dense(frame: pd.DataFrame) -> pd.Series:
-    "True for the finished rows of uncompressed models, whose weights are not rounded either."
+def dense_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    "The finished rows of uncompressed models, whose weights are not rounded either."
     unrounded = frame["quantize"] == "none" if "quantize" in frame else True
     done = (frame.recovery == "none") & (frame.status == "done")
-    return (frame.pruning == "none") & done & unrounded
-
-
-def with_original(frame: pd.DataFrame) -> set:
-    "The models whose original has been evaluated."
-    return set(frame.model[_dense(frame)])
+    return frame[(frame.pruning == "none") & done & unrounded]
 
 
 def original_of(frame: pd.DataFrame, model: str) -> Original:
     "The uncompressed model's answers."
-    rows = frame[(frame.model == model) & _dense(frame)]
+    rows = dense_rows(frame[frame.model == model])
     if rows.empty:
         raise ValueError(
             f"The frame has no dense rows of {model}: add Experiment({model!r}) to the experiments."
@@ -209,7 +204,7 @@ def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: AVG-%, interval, n, seeds, and the score on each benchmark
     "AVG-% and the score on every benchmark, for each setting."
-    originals, rows = {m: original_of(frame, m) for m in with_original(frame)}, []
+    originals, rows = {m: original_of(frame, m) for m in set(dense_rows(frame).model)}, []
     for key, group in frame.groupby(setting_of(frame), sort=False):
         done = group[group.status == "done"]
         row = dict(zip(setting_of(frame), key)) | {"failed": int((group.status != "done").sum())}

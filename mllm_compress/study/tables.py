@@ -25,7 +25,7 @@ from .experiments import Experiment
 from .paper import published
 from .profiles import Profile, missing_inputs
 from .runs import frame_of
-from .stages import limit_of
+from .stages import asked_of
 from .store import results_of
 from ..utils.files import content_hash
 from ..utils.methods import lazily
@@ -190,18 +190,18 @@ def question_only(setup: Profile) -> pd.Series:  # benchmark -> score
     "The question-only baseline's score on every benchmark that it can answer."
     known, e, scores = training_answers(setup.training), setup.evaluation, {}
     for name in e.benchmarks:
-        scorer, limit = BENCHMARKS[name].scorer, limit_of(name, e)
+        scorer = BENCHMARKS[name].scorer
         if scorer == "next_token":
             scores[name] = 0.0
         elif name in known:
             rows = []
-            for q in load_questions(name, e.split, limit):
+            for q in load_questions(*asked_of(name, e)):
                 answer = (known.get(q.prompt) or known[name]).most_common(1)[0][0]
                 row = {"benchmark": name, "id": q.id, "group": q.group, "candidate": None}
                 rows.append(vars(q) | row | {"prediction": answer})
             scores[name] = float(score_all(pd.DataFrame(rows)).score.iloc[0])
         elif scorer == "likelihood_choice":
-            chances = [1 / len(q.candidates) for q in load_questions(name, e.split, limit)]
+            chances = [1 / len(q.candidates) for q in load_questions(*asked_of(name, e))]
             scores[name] = 100 * float(np.mean(chances))
     return pd.Series(scores, dtype=float)
 
