@@ -22,7 +22,7 @@ _MODULES = dict.fromkeys("anatomy data importance cost".split(), "") | {
     "cli.measuring": "compare=compare_models",
     "study.advice": "advise",
 }
-__getattr__ = offering(__name__, _MODULES)
+__getattr__ = offering("mllm_compress", _MODULES)
 
 # %% ../nbs/library/00_package.ipynb #public-names
 _all_ = [

@@ -498,10 +498,10 @@ def test_a_full_disk_leaves_no_half_of_a_pair(tmp_path, mllm_folder, monkeypatch
     folder, write = mllm_folder[0], gguf.GGUFWriter.write_tensors_to_file
     full = lambda self: 1 / 0 if self.arch == "clip" else write(self)
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
-    (tmp_path / "m.gguf").write_text("old")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF, old")
     with pytest.raises(ZeroDivisionError):
         export_model(folder, "gguf", tmp_path / "m.gguf", overwrite=True)
-    assert (tmp_path / "m.gguf").read_text() == "old"
+    assert (tmp_path / "m.gguf").read_bytes() == b"GGUF, old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf", "small"]
 
 

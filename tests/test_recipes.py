@@ -50,7 +50,7 @@ CHOICES = [
     ({"recipe": "layers", "reconstruct": False}, Recipe("block_influence")),
     ({"recipe": "paper"}, Recipe("taylor", "layer", "blockwise")),
     ({"recipe": "paper", "reconstruct": True}, Recipe("taylor", "layer", "blockwise", True)),
-    ({"recipe": "uniform", "method": "magnitude"}, Recipe("magnitude", "layer", "uniform", True)),
+    ({"recipe": "uniform", "method": "gauss_newton"}, RECIPES["uniform"]),
     (
         {"method": "gauss_newton", "allocation": "global", "reconstruct": True},
         Recipe("gauss_newton", "global", None, True),
@@ -65,6 +65,7 @@ def test_what_is_asked_for_wins(options, chosen):
 
 CONTRADICTIONS = [
     ({"recipe": "best"}, "recipe"),
+    ({"recipe": "uniform", "method": "magnitude"}, "leave the method or the recipe out"),
     ({"method": "luck"}, "method"),
     ({"allocation": "fair"}, "allocation"),
     ({"pruning": "diagonal"}, "pruning"),
