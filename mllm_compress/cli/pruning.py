@@ -354,7 +354,7 @@ def prune(request: PruneRequest) -> dict:
     if request.needs_data:
         request.check_data()
     if not (stored or request.recipe or request.method):
-        cli.note(f"the recipe is {recipe}; --recipe and --method choose otherwise.")
+        cli.note(f"the recipe is {recipe}; --recipe or --method chooses otherwise.")
     device = cli.resolve_device(request.device)
     timed = request.budget.startswith("latency") and not request.costs
     in_memory = timed or bool(request.search)
