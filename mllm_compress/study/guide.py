@@ -102,7 +102,7 @@ def advice_table(
         same |= {"data": budget, "n": basis.n, "drawn": basis.of, "shape": setup.width.shape}
         same["ties"] = int(rows.tied.sum()) - 1
         same["larger"] = larger_ratio(fitting, model, ratio, budget)
-        same["guessed"] = guessed.get(model)
+        same["guessed"] = guessed.get(model, float("nan"))
         parts.append(shown.rename(columns=names).assign(**same))
     columns = ["profile", "model", "paper", "ratio", "data", *RECIPE, "shape", "achieved"]
     columns += ["retained", "low", "high", "n", "seeds", "drawn", "behind", "behind_low"]
