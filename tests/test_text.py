@@ -103,7 +103,9 @@ def test_a_quantization_that_cannot_be_unpacked_is_named(small_gguf, monkeypatch
 
 
 def test_a_converted_file_is_no_longer_marked_as_quantized(small_gguf, tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged.AutoTokenizer, "from_pretrained", lambda **_: byte_tokenizer())
+    monkeypatch.setattr(
+        packaged.transformers.AutoTokenizer, "from_pretrained", lambda **_: byte_tokenizer()
+    )
     packaged.convert_gguf(small_gguf, tmp_path / "converted")
     config = json.loads((tmp_path / "converted/config.json").read_text())
     assert config["rms_norm_eps"] == 1e-5 and "quantization_config" not in config
