@@ -165,6 +165,7 @@ def dots(
     **how,  # of style.panels
 ) -> tuple:  # (figure, panels)
     "Values beside names: a panel per group of rows."
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows, *panel, x, label, by])])  # if empty
     rows = titled(rows, panel).reset_index(drop=True)
     titles, kinds = list(dict.fromkeys(rows.title)), list(dict.fromkeys(rows[by]))
     its = {title: rows[rows.title == title] for title in titles}
