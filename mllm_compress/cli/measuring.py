@@ -236,7 +236,7 @@ def compare_models(
     small,  # the compressed model, likewise
     processor=None,  # of both; None: that of the dense model's folder
     benchmarks=None,  # names; None: those of `evaluate`
-    limit: int | None = 100,  # questions of each
+    limit: int | None = 100,  # questions of each; those about pictures are asked three times
     examples: int = 5,  # answers to show side by side, first those that differ
 ) -> dict:  # costs, scores, grounding (see evaluation.grounding) and answers as DataFrames
     "What the command `compare` shows of two models; of two frames of answers, their differences."
@@ -247,12 +247,10 @@ def compare_models(
     if processor is None:
         processor = mc.zoo.models.load_processor(Path(dense.config._name_or_path))
     pairs = [(model, processor) for model, _ in pairs]
-    benchmarks = benchmarks or mc.evaluation.SMALL_SUITE
+    names = [benchmarks] if isinstance(benchmarks, str) else benchmarks or mc.evaluation.SMALL_SUITE
     options = dict(limit=limit, return_predictions=True, other_pictures=True)
-    results = [mc.evaluation.evaluate(*pair, benchmarks, **options) for pair in pairs]
-    ends = mc.evaluation.benchmarks.OTHER_PICTURES
-    shown = lambda rows: rows[~rows.benchmark.str.endswith(ends)]
-    results = [(shown(rows), answers) for rows, answers in results]
+    results = [mc.evaluation.evaluate(*pair, names, **options) for pair in pairs]
+    results = [(rows[rows.benchmark.isin(names)], answers) for rows, answers in results]
     costs = cost_table(*(lambda pair=pair: pair for pair in pairs))
     tables = {"costs": costs} | score_tables(*results, examples)
     if "grounding" in tables:
@@ -300,7 +298,7 @@ class CompareRequest(MeasureRequest):
     examples: cli.Limit = 5
     "Answers to show side by side."
     pictures: bool = True
-    "Ask questions about pictures also with wrong pictures and with none: does the model look?"
+    "Ask about pictures three times, with the right one, a wrong one and none: does it look?"
     out: cli.File | None = None
     "Folder for tables (CSV) and the picture."
 

@@ -32,7 +32,7 @@ class CalibratedRequest(cli.DataRequest):
     pruning: str = ""
     "layerwise or widthwise, where both have a method of that name."
     samples: cli.Count | None = None
-    "Calibration samples; default: 64, or all."
+    "Calibration samples; default: 64, or as many as a refit needs."
     seed: Seed = 0
     "Seed of the calibration draw and of random scores."
     scenes: cli.Count = 2000
@@ -41,8 +41,9 @@ class CalibratedRequest(cli.DataRequest):
     """Read the weights layer by layer while scoring; default: where the model does not fit into the
     free memory."""
 
-    def calibration(self, model, processor, device: str, refit: bool = False) -> tuple:
+    def calibration(self, model, processor, device: str, recipe=None) -> tuple:
         "Calibration batches on the device, as many as a refit needs, and a record of them."
+        refit = recipe is not None and recipe.reconstruct
         draw = lambda data, n: mc.data.calibration.calibration_data(data, n, self.seed)
         answered = self.samples or (512 if refit else 64)
         data = self.load_data(processor, self.scenes, model, lambda data: draw(data, answered))
@@ -62,11 +63,12 @@ class CalibratedRequest(cli.DataRequest):
         samples, tokens = sum(len(b["input_ids"]) for b in batches), count(batches)
         kinds = mc.data.calibration.coverage(draw(data, samples))
         if refit:
-            scored = count(mc.pruning.one_step.scored_rows(model, batches))
+            scored = count(mc.pruning.one_step.scored_rows(model, batches, recipe))
             seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, tokens, scored)))
+            part = f" ({scored:,} of them for scores)" * (scored < tokens)
             cli.note(
-                f"calibration on {tokens:,} tokens of {len(kinds)} kind(s) of data; scores and "
-                f"refit take about {seconds} s."
+                f"calibration on {tokens:,} tokens{part} of {len(kinds)} kind(s) of data; scores "
+                f"and refit take about {seconds} s."
             )
         if refit and len(kinds) == 1:
             cli.note(
@@ -372,7 +374,7 @@ def prune(request: PruneRequest) -> dict:
     plan = make_plan(request, model, processor=processor) if early else None
     batches, record = None, None
     if request.needs_data:
-        batches, record = request.calibration(model, processor, where, recipe.reconstruct)
+        batches, record = request.calibration(model, processor, where, recipe)
     plan = plan or make_plan(request, model, batches, processor)
     total = plan  # in terms of the first dense model
     if mc.checkpoint.is_checkpoint(name):

@@ -214,13 +214,9 @@ def picture_hash(image) -> str:  # of a PIL image or StoredImage; 20 hexadecimal
 OTHER_PICTURES = ("wrong-picture", "no-picture")  # ends of names
 
 
-def other_pictures(
-    pictures: str,  # one of OTHER_PICTURES
-    *asked,  # arguments of `load_questions`
-    **options,
-) -> list:  # of Question
-    "The questions that have pictures, with those of another question, or without any."
-    questions = [q for q in load_questions(*asked, **options) if q.images]
+def other_pictures(pictures: str, name: str, split: str, limit: int | None, root) -> list:
+    "The questions of `name` that have pictures, with another question's, or without any."
+    questions = [q for q in load_questions(name, split, limit, root) if q.images]
     if pictures == "no-picture":
         text = lambda prompt: prompt.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
         return [replace(q, images=(), prompt=text(q.prompt)) for q in questions]
@@ -231,9 +227,10 @@ def other_pictures(
     changed = []
     for i, q in enumerate(questions):
         other = lambda k: len(shown[k]) == len(shown[i]) and not {*shown[k]} & {*shown[i]}
-        fits = lambda k: other(k) and sizes[k] == sizes[i] and questions[k].answer != q.answer
+        differs = lambda k: other(k) and questions[k].answer != q.answer
+        alike = lambda k: differs(k) and sizes[k] == sizes[i]
         places = lambda: ((i + n // 2 + k) % n for k in range(n))
-        chosen = next(filter(fits, places()), next(filter(other, places()), None))
+        chosen = next((k for f in (alike, differs, other) for k in places() if f(k)), None)
         if chosen is not None:
             changed.append(replace(q, images=questions[chosen].images))
     return changed

@@ -6,6 +6,7 @@
 __all__ = ['RECIPES', 'SCORED', 'pruning_of', 'Recipe', 'choose_recipe', 'refitted', 'scored_rows', 'plan_by_recipe', 'prune']
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-003
+import random
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
@@ -163,24 +164,25 @@ def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
     return small, facts | {k: round(float(v), 4) for k, v in error.items()}
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #scored-code
-SCORED = 2000  # answer tokens from which scores are computed, at least, if there are so many
+SCORED = 2000, 16  # answer tokens and samples of which scores are computed, if there are so many
 
 
-def scored_rows(
-    model: PreTrainedModel,
-    batches: list,  # calibration batches
-) -> list:  # of batches
-    "Rows of text, or batches with pictures, spread evenly over the calibration."
-    answers, _ = answer_labels(model, check_batches(batches))[2]
-    if (step := answers // SCORED) < 2:
+def scored_rows(model: PreTrainedModel, batches: list | None, recipe: Recipe) -> list | None:
+    "One row (with pictures: batch) of every few, for Gauss-Newton scores before a refit; else all."
+    if not recipe.reconstruct or recipe.method != "gauss_newton":
         return batches
-    return [part for batch in batches for part in split_rows(batch, PART)][::step]
+    totals = answer_labels(model, check_batches(batches))[2]
+    if (step := min(n // least for n, least in zip(totals, SCORED))) < 2:
+        return batches
+    parts = [part for batch in batches for part in split_rows(batch, PART)]
+    draw = random.Random(0).choice
+    return [draw(parts[k : k + step]) for k in range(0, len(parts), step)]
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #plan-by-recipe-code
 def plan_by_recipe(
     model: PreTrainedModel,  # with scores that are given, on any device, meta included
     recipe: Recipe,
-    batches: list | None,  # calibration batches
+    batches: list | None,  # of calibration; before a refit, scores are of `scored_rows` of them
     ratio: float | None,  # fraction of LM-decoder parameters to remove; None: see budget
     *,
     scores=None,  # LayerScores, WidthScores, or one of each; None: those of the recipe
@@ -222,12 +224,11 @@ def plan_by_recipe(
                 f"{recipe.method} scores layers already; a share for layers goes with a method for "
                 "heads and neurons, such as gauss_newton."
             )
-        few = recipe.reconstruct and recipe.method == "gauss_newton"
-        scored = scored_rows(model, batches) if few else batches
         if recipe.method == "obs":  # no row of CRITERIA: it is an allocation's own
             scores = [obs_scores(model, batches, seed=seed)]
         else:
-            scores = [measure(kind, recipe.method, model, scored, seed)]
+            rows = scored_rows(model, batches, recipe)
+            scores = [measure(kind, recipe.method, model, rows, seed)]
         if layer_method:
             scores.insert(0, measure("layerwise", layer_method, model, batches, seed))
     layers, widths = scores_by_kind(scores)

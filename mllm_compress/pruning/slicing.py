@@ -66,8 +66,7 @@ def sync_modules(
     "Set attributes and configs of all layers to the sizes of their weights."
     for i, layer in enumerate(parts.layers):
         counts = layer_counts(parts, i)
-        heads = {name: n for name, n in counts.items() if name == "num_attention_heads"}
-        values = counts | {"num_heads": n for n in heads.values()}
+        values = counts | {"num_heads": n for k, n in counts.items() if k == "num_attention_heads"}
         for module in layer.children():
             for name in values:
                 if name in vars(module):

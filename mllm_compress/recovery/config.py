@@ -51,10 +51,10 @@ class RecoveryConfig:
     def __post_init__(self):
         from mllm_compress.recovery.losses import HIDDEN_LAYERS, TRAINS, check_losses
 
+        if self.hidden_layers is not None:
+            check_choice("hidden_layers", self.hidden_layers, [*HIDDEN_LAYERS])
         check_fields(self)
         check_choice("train", self.train, TRAINS)
-        if self.hidden_layers is not None:
-            check_choice("hidden_layers", self.hidden_layers, HIDDEN_LAYERS)
         if self.lr == "search" and not self.held_out:
             raise ValueError("lr='search' compares rates on held-out data: give held_out=0.1.")
         if self.train == "projector" and self.lora:

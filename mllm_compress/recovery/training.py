@@ -483,7 +483,7 @@ def recover(
     data,  # InstructionData, or a path, a `datasets.Dataset` or a list of dicts: see as_data
     config: RecoveryConfig | dict = RecoveryConfig(),
     processor=None,  # of the teacher; None: found where the teacher was loaded from
-    plan=None,  # PruningPlan of the student; needed where hidden_layers is not "final"
+    plan=None,  # PruningPlan of the student; needed for states between layers, if some are gone
     folder=None,  # where checkpoints go; a run found there is resumed
     save_every: int | None = None,  # steps between checkpoints
     cache: SizedCache = CACHE,  # of teacher outputs, shared between runs
@@ -511,6 +511,12 @@ def recover(
     pairs, half = steps.layer_pairs(config.hidden_layers, kept), student.dtype.itemsize == 2
     by_block = "student_blocks" in needed_tensors(config.losses)
     blocks = steps.layer_pairs("every", kept) if by_block else ()
+    shallow = anatomy(student).num_layers < anatomy(source).num_layers
+    if shallow and plan is None and (blocks or len(pairs) > 1):
+        raise ValueError(
+            "states between layers are compared, and the student lost layers: give plan=, which "
+            "says which ones are left."
+        )
 
     def trainable():
         set_seed(config.seed)
