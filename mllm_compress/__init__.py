@@ -42,17 +42,13 @@ def __dir__() -> list:
     return sorted({*globals(), *_all_, *(module for module in _MODULES if "." not in module)})
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-006
-_IGNORED = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors")
-
-
 class PrunedLoader:
     "What auto classes call for a checkpoint whose layers differ in width."
 
     @classmethod
     def from_pretrained(cls, folder, config=None, **options):
         "The model of a checkpoint; ValueError for an option that is not supported."
-        ignored = lambda key, value: value is None or key.startswith("_") or key in _IGNORED
-        given = {key: value for key, value in options.items() if not ignored(key, value)}
+        given = {key: value for key, value in options.items() if not key.startswith("_")}
         return __getattr__("load_pruned")(folder, **given)[0]
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-006m

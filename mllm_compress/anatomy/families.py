@@ -334,6 +334,8 @@ def family_of(config) -> Family:
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-040
 def anatomy(model: PreTrainedModel) -> Anatomy:
     "The parts of an MLLM or a causal LM on any device, meta included; ValueError for others."
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError("the model carries adapters: give what merge_and_unload() returns.")
     family, wrapper = family_of(model.config), wrapper_of(model.config)
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if lm_head is None or not hasattr(decoder, "layers"):

@@ -96,7 +96,8 @@ def fetched(
 
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-_PASSED = ("attn_implementation", "device_map", "quantization_config")  # to from_pretrained
+_PASSED = "attn_implementation device_map max_memory offload_folder quantization_config".split()
+_IGNORED = ("trust_remote_code", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors")
 
 
 def load_pruned(
@@ -105,9 +106,10 @@ def load_pruned(
     dtype: torch.dtype | str | None = None,  # None: as stored
     check_files: bool = True,  # compare every checksum (seconds for a model of some GB)
     torch_dtype=None,  # another name of dtype
-    **options,  # for the hub, or for from_pretrained: see _HUB and _PASSED
+    **options,  # for the hub, or for from_pretrained: see _HUB, _PASSED
 ) -> tuple:  # (model in eval mode, processor or None, plan); ValueError where anything does not fit
     "Model, processor and plan of a checkpoint of `save_pruned`, loaded strictly."
+    options = {k: v for k, v in options.items() if v is not None and k not in _IGNORED}
     if unknown := sorted(set(options) - {*_HUB, *_PASSED}):
         raise ValueError(
             f"{unknown[0]}= is not supported for a checkpoint whose layers differ in width: "

@@ -488,7 +488,7 @@ def check_output_file(
         raise IsADirectoryError(f"{path} is a folder: name a file to write.")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists: name another file, or replace it with --overwrite.")
-    if path.exists() and not path.open("rb").read(len(begins)) == begins:
+    if path.exists() and not begins.startswith(path.open("rb").read(len(begins))):
         raise FileExistsError(f"{path} was not written by this command: name another file.")
     mc.checkpoint.saving.check_writable(path)
 

@@ -218,8 +218,6 @@ def check_tokens(config, ids: torch.Tensor) -> None:
 
 def model_inputs(model, batch: dict) -> dict:
     "The part of `batch` that goes into the forward pass (labels do not)."
-    if hasattr(model, "merge_and_unload"):
-        raise ValueError("the model carries adapters: give what merge_and_unload() returns.")
     check_tokens(model.config, batch["input_ids"])
     batch = batch | token_inputs(model.config, batch)
     known = set(inspect.signature(model.forward).parameters) - {"labels"}

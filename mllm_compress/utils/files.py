@@ -18,7 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
@@ -109,14 +109,17 @@ def alone(
     path,  # of an output
     waiting: Callable,  # called where another process has it
 ):
-    "No two processes of a machine are in a block of the same path."
-    name = f"mllm_compress-{os.getuid()}-{content_hash(str(Path(path).resolve()))}.lock"
-    with open(Path(tempfile.gettempdir(), name), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    "No two processes of a user are in a block of the same path."
+    file = cache_folder("locks") / content_hash(str(Path(path).resolve()))
+    with ExitStack() as stack:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(file, "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-016

@@ -184,8 +184,8 @@ def cast(
 def check_finite(model: torch.nn.Module) -> None:
     "ValueError where a weight is infinite or not a number."
     for name, p in model.named_parameters():
-        if p.is_floating_point() and p.itemsize > 1 and not p.is_meta:
-            if not p.detach().sum(dtype=torch.float32).isfinite():
+        if p.is_floating_point() and p.itemsize > 1 and p.numel() and not p.is_meta:
+            if not all(extreme.isfinite() for extreme in p.detach().aminmax()):
                 raise ValueError(
                     f"{name} holds weights that are infinite or not a number: take another copy "
                     "of the model, or train it again at a lower rate."
@@ -318,21 +318,23 @@ def _load_streamed(name: str, layout: str, folder: Path | None, device: str, dty
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-051
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
-    device: str = "cpu",  # where to put it
+    device: str = "cpu",  # where to put it; auto: a GPU if there is one
     dtype: torch.dtype | str | None = None,  # None keeps the checkpoint's
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
     torch_dtype: torch.dtype | str | None = None,  # another name of dtype
-    device_map: str | None = None,  # another name of device; auto: a GPU if there is one
+    device_map: str | None = None,  # another name of device
     vision_tower: str | None = None,  # folder of the tower, for releases that come without one
     stream: bool = False,  # leave the weights in their files, for models larger than the memory
 ) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor; ValueError for an unknown name or pickled weights."
     name, dtype = str(name), torch_dtype if dtype is None else dtype
-    if device_map is not None:
-        gpu = "cuda" if torch.cuda.is_available() else "cpu"
-        device = gpu if device_map == "auto" else device_map
-        if isinstance(device, dict):
-            raise ValueError("device_map is a dict: name one device, such as 'cuda:0', or 'auto'.")
+    device = device if device_map is None else device_map
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{device!r}: name one device, such as 'cuda:0', or 'auto'.") from None
     if isinstance(dtype, str):
         given, dtype = dtype, getattr(torch, dtype.removeprefix("torch."), None)
         known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
