@@ -218,10 +218,9 @@ def score_tables(dense: tuple, small: tuple, examples: int) -> dict:  # name -> 
     if first is None:  # perplexity alone
         return {"scores": scores}
     table = mc.evaluation.grounding(first, second)
-    first = first[first.benchmark.isin(scores.benchmark)]
-    second = second[second.benchmark.isin(scores.benchmark)]
     gaps = mc.evaluation.compare(second, first)[["benchmark", "difference", "low", "high", "p"]]
     scores = scores.merge(gaps, on="benchmark", how="left", suffixes=("", "_difference"))
+    first = first[first.benchmark.isin(scores.benchmark)]
     keys, suffixes = ["benchmark", "id"], ("_dense", "_small")
     both = first.merge(second[[*keys, "prediction"]], on=keys, suffixes=suffixes)
     differ = both.prediction_dense != both.prediction_small
@@ -239,13 +238,14 @@ def compare_models(
     limit: int | None = 100,  # questions of each; those about pictures are asked three times
     examples: int = 5,  # answers to show side by side, first those that differ
 ) -> dict:  # costs, scores, grounding (see evaluation.grounding) and answers as DataFrames
-    "What the command `compare` shows of two models; of two frames of answers, their differences."
+    "What the command `compare` shows of two models; of two frames of answers, first minus second."
     if hasattr(dense, "columns"):  # judged answers, as `evaluate` returns them
         return mc.evaluation.compare(dense, small)
     pairs = [mc.load_model(m) if isinstance(m, (str, Path)) else (m, None) for m in (dense, small)]
     processor = processor or pairs[0][1]
-    if processor is None:
-        processor = mc.zoo.models.load_processor(Path(dense.config._name_or_path))
+    if processor is None and not dense.config._name_or_path:
+        raise ValueError("the dense model has no folder with a processor: give processor=.")
+    processor = processor or mc.zoo.models.load_processor(Path(dense.config._name_or_path))
     pairs = [(model, processor) for model, _ in pairs]
     names = [benchmarks] if isinstance(benchmarks, str) else benchmarks or mc.evaluation.SMALL_SUITE
     options = dict(limit=limit, return_predictions=True, other_pictures=True)
