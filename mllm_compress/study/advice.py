@@ -100,7 +100,7 @@ def situation(rows: pd.DataFrame, ratio: float, data: float) -> pd.DataFrame:  #
         studied = ", ".join(f"{r:.2f}" for r in sorted(set(rows.achieved.round(2))))
         raise ValueError(
             f"Nothing was studied within {WITHIN:.2f} of ratio {ratio} or above it: "
-            f"studied ratios are {studied}. {BEYOND}"
+            f"studied ratios are {studied or 'none'}. {BEYOND}"
         )
     here = rows[rows.ratio == near.idxmin()]
     here = here[here.data <= data + 1e-9]
@@ -160,6 +160,7 @@ def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) 
     untrained = training and (rows.recovery == "none").all()
     off, heavy = best.achieved - ratio, best.retained < HEAVY
     words = best.get("guessed", math.nan)  # nan too where it is not known
+    blind = best.retained < (100 + words) / 2 < 100
     notes = {
         f"Nothing was studied within {WITHIN:.2f} of ratio {ratio}: this is the next larger "
         "step, so expect to keep a little more.": off > WITHIN,
@@ -167,7 +168,7 @@ def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) 
         "The other pruning was not tried with this recovery, or not at all.": not best.rival,
         BLOCKWISE: best["shape"] == "blockwise" and best.pruning == "widthwise",
         f"It loses the picture: answers from the words alone would keep {words:.0f} %, and less "
-        "than half of what the pictures add to them is left.": best.retained < (100 + words) / 2,
+        "than half of what the pictures add to them is left.": blind,
         "That is a heavy loss: consider a smaller model instead of pruning this far.": heavy,
         BEYOND: ratio > WRONG_TOOL + 0.005 and not heavy,
     }

@@ -50,9 +50,9 @@ def draw_answers(
     size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(answers))
     fig, axes = panels(len(pictures), **size, sharex=False, sharey=False)
     texts = [textwrap.fill(textwrap.shorten(q, 84, placeholder=" …"), 28) for q in questions]
-    below = 0.13 + 0.08 * max(text.count("\n") + 1 for text in texts)
+    below = 0.13 + 0.08 * max((text.count("\n") + 1 for text in texts), default=1)
     with page():
-        for k, ax in enumerate(axes):
+        for k, ax in enumerate(axes[: len(pictures)]):
             if pictures[k] is not None:
                 ax.imshow(pictures[k], interpolation="nearest")
             ax.set_axis_off()

@@ -98,7 +98,7 @@ def curves(
     rows = titled(rows[rows[y].notna()], panel)
     titles, names = list(dict.fromkeys(rows.title)), list(dict.fromkeys(rows[by]))
     first = pd.DataFrame([] if start is None else [{x: 0.0, y: start, "low": start, "high": start}])
-    fig, axes = panels(max(len(titles), 1), **how)
+    fig, axes = panels(len(titles), **how)
     with page():
         ends = {ax: {} for ax in axes}
         for ax, title in zip(axes, titles):
@@ -173,7 +173,7 @@ def dots(
     names = {t: list(dict.fromkeys((rows if shared else its[t])[label])) for t in titles}
     how.setdefault("height", 0.24 * (1 + apart) * max(map(len, names.values()), default=1) + 0.9)
     heights = dict(zip(kinds, np.linspace(-apart / 2, apart / 2, len(kinds))))
-    fig, axes = panels(max(len(titles), 1), **how)
+    fig, axes = panels(len(titles), **how)
     with page():
         for ax, title in zip(axes, titles):
             y = its[title][label].map(names[title].index)
@@ -265,7 +265,7 @@ def heatmaps(
     **how,  # of style.panels
 ) -> tuple:  # (figure, panels)
     "Shares in per cent, or their differences, as colours in steps that can be told apart."
-    fig, axes = panels(max(len(grids), 1), **{"sharex": False, "sharey": False} | how)
+    fig, axes = panels(len(grids), **{"sharex": False, "sharey": False} | how)
     lowest = 0.0 if label else min([99.0, *(g.min().min() for g in grids.values())])
     look = dict(vmin=lowest, vmax=100, cmap=sns.color_palette(cmap, 10), cbar=False)
     look |= dict(fmt=".0f", annot_kws={"fontsize": 8}, rasterized=True)
@@ -295,7 +295,7 @@ def pareto(
     "Quality over cost, with the front of the points that no other beats in both."
     points = titled(points, panel).reset_index(drop=True)
     panes = dict(list(points.groupby("title", sort=False)))
-    fig, axes = panels(max(len(panes), 1), **how)
+    fig, axes = panels(len(panes), **how)
     with page():
         for ax, (title, its) in zip(axes, panes.items()):
             cheap = its.sort_values(["cost", "quality"], ascending=[True, False])
@@ -325,7 +325,7 @@ def fields(
     "Coloured fields with words: a panel per group of fields."
     cells = titled(cells, panel)
     titles, rows, columns = (list(dict.fromkeys(cells[c])) for c in ("title", "row", "column"))
-    fig, axes = panels(max(len(titles), 1), **how)
+    fig, axes = panels(len(titles), **how)
     with page():
         for ax, title in zip(axes, titles):
             for cell in cells[cells.title == title].itertuples():

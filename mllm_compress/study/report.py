@@ -16,11 +16,12 @@ from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display, update_display
 
 from . import notebooks, runs, store
-from .claims import MARGIN, POINTS, Claim, claimed, usual
+from .claims import MARGIN, POINTS, Claim, claimed
 from .experiments import FIRST, Experiment
 from .figures import Figure, forest
 from .profiles import Profile, load_profile
@@ -60,7 +61,7 @@ class Report:
     def run(self, experiments: list) -> pd.DataFrame:  # as `study.run`
         "The results of experiments, which captions and verdicts then rest on."
         frame = runs.run(experiments, self.setup)
-        self.basis = basis_of(usual(frame))
+        self.basis = basis_of(frame)
         return frame
 
     def answer(self, *sentences, figure=None) -> None:
@@ -101,7 +102,8 @@ class Report:
     def figure(self, fig, name: str, caption: str, basis="") -> Figure:
         "Write a figure as PDF and PNG, and its caption, and close it."
         plt.close(fig)  # so that no notebook shows it twice
-        if not any(ax.has_data() for ax in fig.axes):
+        limits = np.array([ax.dataLim.get_points() for ax in fig.axes])
+        if not np.isfinite(limits).all(axis=(1, 2)).any():  # lines across a panel are no data
             return self.nothing()
         pdf, drawn = self.path(name, "pdf"), BytesIO()
         with page():

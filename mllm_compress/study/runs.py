@@ -39,15 +39,15 @@ def frame_of(
     rows = []
     for experiment in dict.fromkeys(experiments):
         same = asdict(experiment) | {"requested_ratio": experiment.ratio}
+        same["importance"] = method_of(experiment)
         result = stages.result_of(experiment, profile, results)
         if result is None:
             message = errors.get(canonical(experiment), "not computed")
             rows.append(same | {"status": "failed", "error": message})
             continue
-        same |= {"importance": method_of(experiment), "achieved_ratio": result["achieved_ratio"]}
         same |= {"status": "done", "error": ""} | {k: result["record"].get(k) for k in RECORDED}
         same |= {"precision": result["training"].get("precision")}
-        same |= {"result": name_of(experiment, profile)}
+        same |= {"achieved_ratio": result["achieved_ratio"], "result": name_of(experiment, profile)}
         for row in result["rows"]:
             name = row["benchmark"]
             nats = result["log_likelihoods"].get(name)

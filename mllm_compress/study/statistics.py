@@ -355,7 +355,7 @@ def average(
 def crossing(
     effects: list,  # of Estimate, of one model at several ratios
 ) -> Estimate | None:  # a ratio; None: the sign is the same at all ratios
-    "The ratio at which a difference changes its sign; several such ratios are covered together."
+    "The ratio at which a difference changes its sign; nan with an interval if it does so again."
     known = sorted((e for e in effects if e.value == e.value), key=lambda e: e.ratio)
     if not known:
         return None
@@ -369,7 +369,18 @@ def crossing(
     first = max(sure[sure < changes[0]], default=at[0])
     last = min(sure[sure > changes[-1]], default=at[-1])
     n, seeds = (max(getattr(e, name) for e in known) for name in ("n", "seeds"))
-    return Estimate(*map(float, (np.median(changes), first, last)), n, seeds)
+    value = changes[0] if len(changes) == 1 else math.nan
+    return Estimate(*map(float, (value, first, last)), n, seeds)
+
+
+def say_crossing(effects: list) -> str:  # as `crossing`
+    "Where two sides change places, in words."
+    place = crossing(effects)
+    if place is None:
+        return "nowhere within the studied ratios"
+    if math.isnan(place.value):
+        return f"more than once between ratios of {place.low:.2f} and {place.high:.2f}"
+    return f"at a ratio of {place:2}"
 
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-005
 @dataclass(frozen=True)

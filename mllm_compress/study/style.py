@@ -83,13 +83,14 @@ use_style = partial(plt.style.use, SHEET)  # from here on, where matplotlib is u
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-025
 def panels(
-    n: int,  # how many
+    n: int,  # how many; 0: one that stays empty
     columns: int = 2,  # side by side
     width: float = 7.2,  # inches, of the whole figure
     height: float = 2.9,  # inches, of a row
     **kwargs,
 ):
     "A figure of n panels with shared axes, and the panels."
+    n = max(n, 1)
     rows = -(-n // columns)
     with page():
         fig, axes = plt.subplots(
