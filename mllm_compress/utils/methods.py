@@ -107,9 +107,9 @@ def in_words(
         return unknown_choice(f"{title} option".strip(), key, fields)
     schema, words = model.model_json_schema()["properties"][key], []
     for kind in kinds_of(schema):
-        if "enum" in kind:
+        if "enum" in kind and "const" not in kind:
             return unknown_choice(name.lstrip("-").replace("-", " "), value, kind["enum"])
-        bounds = [f"{word} {kind[bound]:,}" for bound, word in BOUNDS.items() if bound in kind]
+        bounds = [f"{word} {kind[bound]:,.12g}" for bound, word in BOUNDS.items() if bound in kind]
         words.append(kind.get("const") or " ".join([TYPES[kind["type"]][1], *bounds]))
     examples = ", ".join(map(str, schema.get("examples", [])))
     such_as = f", such as {examples}" if examples else ""
