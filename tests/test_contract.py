@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mllm_compress.anatomy import FAMILIES, WRAPPERS, anatomy, part_parameters
 from mllm_compress.anatomy.wrappers import token_inputs
 from mllm_compress.cli import app
-from mllm_compress.cli.check import CHECKS, PICTURES, Case, noise, run_checks, trial_data
+from mllm_compress.cli.check import CHECKS, Case, run_checks, trial_data
 from mllm_compress.cost.arithmetic import (
     decoder_flops,
     example_inputs,
@@ -236,15 +236,19 @@ def files(name: str, folder: Path) -> Path:
     "A checkpoint with its processor, conversations and their pictures, in a folder."
     cases.build(name, torch.float32).save_pretrained(folder / "model")
     cases.processor(name).save_pretrained(folder / "model")
-    for k, size in enumerate(PICTURES):
-        noise(size, k).save(folder / f"{k}.png")
-    entries = []
-    for entry in trial_data(name in cases.MLLMS).samples:
-        named = [f"{i}.png" for i in entry.get("image", ())]
-        picture = {"image": named if len(named) > 1 else named[0]} if named else {}
-        entries.append({k: v for k, v in entry.items() if k != "image"} | picture)
+    data, entries = trial_data(name in cases.MLLMS), []
+    for i, entry in enumerate(data.samples):
+        names = [f"{i}-{k}.png" for k, _ in enumerate(data.stored(i))]
+        for file, picture in zip(names, data.pictures(i)):
+            picture.save(folder / file)
+        entries.append(entry | {"image": names})
     (folder / "data.json").write_text(json.dumps(entries))
-    question = {"image": "0.png", "question": "is it red ?", "answer": "yes", "candidates": ["yes"]}
+    question = {
+        "image": "0-0.png",
+        "question": "is it red ?",
+        "answer": "yes",
+        "candidates": ["yes"],
+    }
     (folder / "questions.json").write_text(json.dumps([question]))
     return folder
 

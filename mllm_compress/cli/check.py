@@ -21,26 +21,19 @@ import mllm_compress as mc
 from ..anatomy.pictures import shares_prefixes
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-006
-PICTURES = ((96, 96), (160, 80), (80, 160), (200, 200))  # width and height
-
-
-def noise(size: tuple, seed: int = 0) -> Image.Image:
-    "A picture of noise."
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+SHAPES = ((96, 96, 3), (80, 160, 3), (160, 80, 3), (200, 200, 3))  # of pictures
 
 
 def trial_data(pictures: bool) -> mc.data.InstructionData:
     "Conversations about noise: with one picture, with two, and without any."
-    groups = [[0], [1, 2], [], [3], [2], [0]]
-    samples = []
-    for k, group in enumerate(groups):
-        ask = "<image>\n" * len(group) * pictures + f"what is in the picture {k} ?"
-        turns = [("human", ask), ("gpt", "a red circle"), ("human", "is it red ?"), ("gpt", "yes")]
-        entry = {"id": k, "conversations": [{"from": who, "value": text} for who, text in turns]}
-        samples.append(entry | ({"image": [str(i) for i in group]} if group and pictures else {}))
-    pictures_of = lambda e: [noise(PICTURES[int(i)], int(i)) for i in e["image"]]
-    return mc.data.InstructionData(samples, images=pictures_of, name="trial")
+    draw = lambda seed: np.random.default_rng(seed).integers(0, 255, SHAPES[seed], dtype=np.uint8)
+    noise, rows = [Image.fromarray(draw(seed)) for seed in range(len(SHAPES))], []
+    for k, group in enumerate([[0], [1, 2], [], [3], [2], [0]] if pictures else [[]] * 6):
+        ask = "<image>\n" * len(group) + f"what is in the picture {k} ?"
+        texts = (ask, "a red circle", "is it red ?", "yes")
+        turns = [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * 2, texts)]
+        rows.append({"conversations": turns, "images": [noise[i] for i in group]})
+    return mc.data.from_rows(rows, "trial")
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-008
 def noise_batch(model, seed: int = 0, batch: int = 2) -> dict:
@@ -157,15 +150,18 @@ def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-022
 @mc.zoo.models.quiet_loading()
-def reloaded(model, plan: mc.pruning.PruningPlan) -> tuple:  # (model, format)
-    "The model as a user gets it back."
+def reloaded(model, plan: mc.pruning.PruningPlan, batch: dict) -> tuple:  # (model, format)
+    "The model as a user gets it back, which has the logits of the model that was saved."
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "saved")
         mc.checkpoint.save_pruned(model, plan, folder)
         if mc.checkpoint.formats.read_manifest(folder)["kind"] == "pruned":
-            return mc.checkpoint.load_pruned(folder)[0], "own format"
-        loader = mc.zoo.weight_files.auto_classes(model.config)[0]
-        return loader.from_pretrained(folder, dtype="auto").eval(), "stock"
+            back, kind = mc.checkpoint.load_pruned(folder)[0], "own format"
+        else:
+            loader = mc.zoo.weight_files.auto_classes(model.config)[0]
+            back, kind = loader.from_pretrained(folder, dtype="auto").eval(), "stock"
+    need_near(logits_of(back, batch), logits_of(model, batch), model.dtype, "reloaded logits")
+    return back, kind
 
 
 def same_with_cache(model, batch: dict) -> str:
@@ -181,7 +177,7 @@ def same_with_cache(model, batch: dict) -> str:
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-024
 def pruned(case: Case, kind: str) -> str:
-    "Pruned equals silenced, and reload equals what was saved."
+    "Pruned equals silenced, and is saved and loaded."
     model, batch = case.model, case.batch
     plan = trial_plan(model, kind)
     small = mc.pruning.apply_plan(model, plan)
@@ -192,17 +188,8 @@ def pruned(case: Case, kind: str) -> str:
     achieved = 1 - mc.anatomy.lm_parameters(small) / mc.anatomy.lm_parameters(model)
     if abs(achieved - plan.achieved_ratio) > 1e-9:
         raise Broken(f"the plan says {plan.achieved_ratio:.4f}, removed are {achieved:.4f}")
-    back, kind_of_file = reloaded(small.cpu(), plan)
-    need_near(logits_of(back, batch), logits_of(small, batch), model.dtype, "reloaded logits")
+    back, kind_of_file = reloaded(small.cpu(), plan, batch)
     same_with_cache(back, case.conversation)
-    return kind_of_file
-
-# %% ../../nbs/library/cli/08_check.ipynb #cell-026
-def reload(case: Case) -> str:
-    "The unpruned model, saved and loaded, is the model."
-    back, kind_of_file = reloaded(case.model, mc.pruning.plan_none(case.model))
-    unpruned = logits_of(case.model, case.batch)
-    need_near(logits_of(back, case.batch), unpruned, case.model.dtype, "reloaded logits")
     return kind_of_file
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-028
@@ -292,7 +279,7 @@ CHECKS = {  # name -> Case -> a few words
     "recover": recovered,
     "evaluate": evaluated,
     "cache": lambda case: same_with_cache(case.model, case.conversation),
-    "reload": reload,
+    "reload": lambda case: reloaded(case.model, mc.pruning.plan_none(case.model), case.batch)[1],
 }
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-036

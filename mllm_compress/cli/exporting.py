@@ -6,7 +6,6 @@
 __all__ = ['ConvertRequest', 'convert', 'ExportRequest', 'export', 'QuantizeRequest', 'quantize', 'PushRequest', 'push']
 
 # %% ../../nbs/library/cli/10_exporting.ipynb #cell-002
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -80,9 +79,6 @@ class ExportRequest(cli.Request):
 @cli.command(ExportRequest)
 def export(request: ExportRequest) -> dict:
     "Write a model for an inference engine: llama.cpp (GGUF), vLLM, or plain transformers."
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     cli.check_models(request.model)
     r = request
     facts = mc.checkpoint.export_model(r.model, r.to, r.out, r.dtype or None, r.fill, r.overwrite)
@@ -108,14 +104,9 @@ class QuantizeRequest(cli.Request):
 @cli.command(QuantizeRequest)
 def quantize(request: QuantizeRequest) -> dict:
     "Store a pruned checkpoint with 8 or 4 bits per weight of its decoder."
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    mc.checkpoint.quantize(request.model, request.to, request.out, request.overwrite)
-    before, after = (
-        sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
-        for folder in (request.model, request.out)
-    )
+    with mc.zoo.models.quiet_loading():
+        mc.checkpoint.quantize(request.model, request.to, request.out, request.overwrite)
+    before, after = map(cli.stored_bytes, (request.model, request.out))
     sizes = f"weights of {after / 2**20:.1f} MiB, before {before / 2**20:.1f} MiB"
     facts = {"out": str(request.out), "bytes": after, "bytes_before": before}
     return cli.emit(f"written to {request.out}: {sizes}", facts)

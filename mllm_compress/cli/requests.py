@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
@@ -32,7 +32,7 @@ from ..utils.files import alone, remembered
 from ..utils.methods import TYPES, Count, described, in_words, kinds_of, naming_extras
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-005
-_OUTPUT = {"quiet": False, "verbose": False, "json": False, "begun": time.monotonic()}
+OUTPUT = {"quiet": False, "verbose": False, "json": False, "begun": time.monotonic()}
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bars.")]
 Verbose = Annotated[
     bool,
@@ -65,35 +65,30 @@ def options(
     ] = False,
 ):
     "Structural pruning and recovery for multimodal language models."
-    _OUTPUT.update(quiet=quiet, verbose=verbose, json=False, begun=time.monotonic())
+    OUTPUT.update(quiet=quiet, verbose=verbose, json=False, begun=time.monotonic())
 
 
 def progress() -> bool:
     "Whether to show progress bars: not where the output is piped, nor with -q."
-    return not _OUTPUT["quiet"] and sys.stderr.isatty()
+    return not OUTPUT["quiet"] and sys.stderr.isatty()
 
 
 def note(text: str) -> None:
     "A remark on standard error, so that it does not mix with results."
-    if not _OUTPUT["quiet"]:
+    if not OUTPUT["quiet"]:
         typer.echo(f"Note: {text}", err=True)
 
 
 def detail(text: str) -> None:
     "A progress message with the seconds since the start, on standard error; with -v only."
-    if _OUTPUT["verbose"]:
-        typer.echo(f"[{time.monotonic() - _OUTPUT['begun']:6.1f} s] {text}", err=True)
+    if OUTPUT["verbose"]:
+        typer.echo(f"[{time.monotonic() - OUTPUT['begun']:6.1f} s] {text}", err=True)
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-007
-def prints_json() -> bool:
-    "Whether the command prints one JSON object."
-    return _OUTPUT["json"]
-
-
 def emit(text: str, facts: dict) -> dict:  # the facts
     "Print a result, as text or as one JSON object."
     plain = json.loads(json.dumps(facts, default=str), parse_constant=lambda name: None)
-    typer.echo(json.dumps(plain) if prints_json() else text)
+    typer.echo(json.dumps(plain) if OUTPUT["json"] else text)
     return facts
 
 
@@ -146,7 +141,7 @@ def politely(
                 f"out of memory: {line} For recover, give more --passes, or --lora; otherwise use "
                 "a larger GPU, or --device cpu."
             )
-        elif os.environ.get("MLLM_COMPRESS_DEBUG") or _OUTPUT["verbose"]:
+        elif os.environ.get("MLLM_COMPRESS_DEBUG") or OUTPUT["verbose"]:
             raise
         else:
             code = 1
@@ -228,12 +223,12 @@ def command(request: type):
             **options,
         ):
             with politely(Request.kept):
-                quiet, verbose = quiet or _OUTPUT["quiet"], verbose or _OUTPUT["verbose"]
+                quiet, verbose = quiet or OUTPUT["quiet"], verbose or OUTPUT["verbose"]
                 if quiet and verbose:
                     raise ValueError("--quiet and --verbose contradict each other: give one.")
                 if quiet:
                     os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
-                _OUTPUT.update(quiet=quiet, verbose=verbose, json=as_json)
+                OUTPUT.update(quiet=quiet, verbose=verbose, json=as_json)
                 packages = (f"{p} {version(p)}" for p in ("mllm_compress", "torch", "transformers"))
                 detail(", ".join([f"Python {sys.version.split()[0]}", *packages]))
                 given = {k: v for k, v in options.items() if v not in (None, [], ())}
@@ -242,12 +237,10 @@ def command(request: type):
                     for k in (given if config else options)
                 }
                 parsed = request(names, **(read_yaml(config) if config else {}) | given)
-            with politely(parsed.kept):
-                if (out := getattr(parsed, "out", None)) is None:
-                    function(parsed)
-                else:
-                    with alone(out, lambda: note(f"another command writes {out}: waiting for it.")):
-                        function(parsed)
+            out = getattr(parsed, "out", None)
+            waiting = lambda: note(f"another command writes {out}: waiting for it.")
+            with politely(parsed.kept), alone(out, waiting) if out else nullcontext():
+                function(parsed)
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on a Mac
             memory = most / (2**20 if sys.platform == "darwin" else 2**10)
             detail(f"done; at most {memory:,.0f} MiB of memory were held")
@@ -419,7 +412,10 @@ def resolve_device(
 
 
 def check_models(*models: str) -> None:
-    "An error where a model is missing or damaged, before any of them is loaded."
+    "An error where a model is missing or damaged, before any of them is loaded without a bar."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     for model in models:
         is_pruned = mc.checkpoint.is_checkpoint(model)
         (mc.checkpoint.verify if is_pruned else mc.zoo.models.check_model)(model)
@@ -431,9 +427,6 @@ def load(
     stream: bool = False,  # leave the weights in their files
 ) -> tuple:  # (model, processor)
     "A pruned checkpoint or any other model."
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     detail(f"loading {model}")
     if not stream and mc.checkpoint.is_checkpoint(model):
         loaded, processor, _ = mc.checkpoint.load_pruned(model, device=device)
@@ -442,6 +435,11 @@ def load(
     size = f"{loaded.num_parameters():,} parameters in {loaded.dtype} on {loaded.device}"
     detail(f"{type(loaded).__name__}: {size}")
     return loaded, processor
+
+
+def stored_bytes(folder) -> int:  # 0 where there are none
+    "The size of the weights in a folder."
+    return sum(p.stat().st_size for p in Path(folder).glob("*.safetensors"))
 
 
 def open_source(model: str):  # FileModel, or None where the model must be loaded as a whole
@@ -461,8 +459,7 @@ def choose_stream(model: str, device: str, stream: bool | None, method: str = "t
     if stream is not None:
         return stream
     folder, free = mc.zoo.models.native_folder(model), mc.importance.scores.free_memory(device)
-    size = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder else 0
-    if 4 * size < free or (source := open_source(model)) is None:
+    if 4 * stored_bytes(folder or model) < free or (source := open_source(model)) is None:
         return False
     kind = dict(method=method, dtype=source.model.dtype, device=device)
     needed = mc.importance.scoring_memory(source.model, **kind)

@@ -52,7 +52,7 @@ class _Lines(io.StringIO):
 @contextmanager
 def _as_one_object(**facts):
     "The lines that the block prints and its exit code, as one JSON object if wanted."
-    if not cli.prints_json():
+    if not cli.OUTPUT["json"]:
         yield
         return
     printed, code = _Lines(), 0

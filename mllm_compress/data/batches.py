@@ -269,17 +269,14 @@ def pack(
     "Several single-question conversations behind one shared image prefix."
     ids = encoded[0][0]  # the prefix is all up to the last image token
     prefix = len(ids) - ids[::-1].index(image_id) if image_id in ids else 0
-    row = {
-        "ids": list(ids[:prefix]),
-        "answer": [False] * prefix,
-        "segment": [0] * prefix,
-        "position": list(range(prefix)),
-    }
-    for k, (ids, answer) in enumerate(encoded, 1):
-        row["ids"] += ids[prefix:]
-        row["answer"] += answer[prefix:]
-        row["segment"] += [k] * (len(ids) - prefix)
-        row["position"] += range(prefix, len(ids))
+    shared = ids[:prefix], [False] * prefix
+    row = {"ids": [], "answer": [], "segment": [], "position": []}
+    for k, (ids, answer) in enumerate([shared, *encoded]):
+        begin = prefix if k else 0
+        row["ids"] += ids[begin:]
+        row["answer"] += answer[begin:]
+        row["segment"] += [k] * (len(ids) - begin)
+        row["position"] += range(begin, len(ids))
     return row
 
 # %% ../../nbs/library/data/03_batches.ipynb #packing-cell-010

@@ -17,8 +17,9 @@ import re
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -127,14 +128,11 @@ def _raw_turns(entry: dict, answered: bool):  # turns as they are written
         question, more = entry[asks], entry.get("input") if asks == "instruction" else None
         if isinstance(question, list) and isinstance(entry.get(reply, []), list):
             return question + entry.get(reply, [])  # lists of messages
-        texts = [
-            _text_of(entry, text, repr(asks)) for text in (question, *([more] if more else []))
-        ]
-        turns, answers = [{"from": "human", "value": "\n".join(texts)}], answers_of(entry, replies)
-        if answers:
-            answer = Counter(answers).most_common(1)[0][0]
-            turns.append({"from": "gpt", "value": answer})
-        return turns
+        parts = [question, more] if more else [question]
+        lines = [_text_of(entry, text, repr(asks)) for text in parts]
+        answer = Counter(answers_of(entry, replies)).most_common(1)  # none, or with its number
+        texts = ["\n".join(lines), *dict(answer)]
+        return [{"from": who, "value": text} for who, text in zip(("human", "gpt"), texts)]
     return None
 
 
@@ -331,15 +329,12 @@ def turns(
     return list(zip(texts[::2], texts[1::2]))
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-012
+@dataclass(eq=False, repr=False)
 class LazyEntries(Sequence):
     "Entries that are made when they are read."
 
-    def __init__(
-        self,
-        ids: list,  # of the entries
-        make,  # number of an entry -> entry
-    ):
-        self.ids, self.make = ids, make
+    ids: list  # of the entries
+    make: Callable  # number of an entry -> entry
 
     def __len__(self):
         return len(self.ids)
@@ -404,17 +399,14 @@ def read_image(
     return in_rgb(picture)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-026
+@dataclass(eq=False, repr=False)
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
 
-    def __init__(
-        self,
-        samples: Sequence,  # of LLaVA entries
-        image_root=None,  # folder that the entries' image paths start from
-        images=None,  # or a function entry -> its picture or a list: PIL images, or bytes of files
-        name: str = "data",
-    ):
-        self.samples, self.image_root, self.images, self.name = samples, image_root, images, name
+    samples: Sequence  # of LLaVA entries
+    image_root: str | Path | None = None  # folder that the entries' image paths start from
+    images: Callable | None = None  # or entry -> its picture or a list: PIL images, or file bytes
+    name: str = "data"
 
     def __len__(self):
         return len(self.samples)

@@ -75,10 +75,9 @@ CORNERS = {
 def render(
     items: tuple,  # of Items
     shade: int = 236,  # grey level of the background
-    zoom: int = 4,  # oversampling
 ) -> Image.Image:  # 64 x 64 RGB
     "Draw a scene."
-    side = GRID * CELL
+    side, zoom = GRID * CELL, 4  # drawn larger than it is shown
     img = Image.new("RGB", (side * zoom,) * 2, (shade,) * 3)
     draw = ImageDraw.Draw(img)
     for it in items:
@@ -101,25 +100,16 @@ def image(
     "The picture of scene `index`."
     return render(scene(index, split), shade=228 + index % 16)
 
-# %% ../../nbs/library/data/02_scenes.ipynb #cell-019
-def _noun(want):
-    "A noun phrase for wanted attributes: {'color': 'red'} -> 'red object'."
-    words = want.get("size"), want.get("color"), want.get("shape", "object")
-    return " ".join(filter(None, words))
-
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-021
 def _unique(items, ask, rng):
-    "A description without attribute `ask` that fits exactly one item: (want, item), or None."
+    "A description that fits exactly one item: ('red object', its attribute `ask`), or None."
     matches = []
     for keys in (("shape",), ("color",), ("size", "shape"), ("color", "shape"), ("size", "color")):
-        if ask in keys:
-            continue
-        counts = Counter(tuple(getattr(it, k) for k in keys) for it in items)
-        matches += [
-            (dict(zip(keys, v)), it)
-            for it in items
-            if counts[v := tuple(getattr(it, k) for k in keys)] == 1
-        ]
+        noun = () if "shape" in keys else ("object",)
+        words = [(*(getattr(it, key) for key in keys), *noun) for it in items]
+        if ask not in keys:
+            named = [(w, it) for w, it in zip(words, items) if words.count(w) == 1]
+            matches += [(" ".join(w), getattr(it, ask)) for w, it in named]
     return matches[rng.integers(len(matches))] if matches else None
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-023
@@ -153,9 +143,9 @@ def ask_open(items, rng):
         return wordings[rng.integers(2)], most, None
     if not (hit := _unique(items, attribute, rng)):
         return None
-    noun, item = _noun(hit[0]), hit[1]
+    noun, answer = hit
     wordings = (f"what {attribute} is the {noun}?", f"what is the {attribute} of the {noun}?")
-    return wordings[rng.integers(2)], getattr(item, attribute), None
+    return wordings[rng.integers(2)], answer, None
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-033
 def ask_hallucination(items, rng):
@@ -177,16 +167,18 @@ def ask_perception(items, rng):
     attribute = ("color", "size", "shape")[rng.integers(3)]
     if not (hit := _unique(items, attribute, rng)):
         return None
-    ref, right = _noun(hit[0]), getattr(hit[1], attribute)
+    noun, right = hit
     near = sorted({getattr(it, attribute) for it in items} - {right})
     wrong = near[rng.integers(len(near))] if near else _others(attribute, right, 1, rng)[0]
     say = {"shape": "is the {} a {}?"}.get(attribute, "is the {} {}?")
-    return [(say.format(ref, right), "yes", None), (say.format(ref, wrong), "no", None)]
+    return [(say.format(noun, right), "yes", None), (say.format(noun, wrong), "no", None)]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-045
-def _plural(shape):
-    "circle -> circles, cross -> crosses."
-    return shape + ("es" if shape.endswith("s") else "s")
+def _plural(attribute, value):
+    "circle -> circles, cross -> crosses, red -> red objects."
+    if attribute != "shape":
+        return f"{value} objects"
+    return value + ("es" if value.endswith("s") else "s")
 
 
 def _rules(items):
@@ -199,9 +191,9 @@ def _rules(items):
         for value, seen in groups.items():
             if len(seen) < 2:
                 continue
-            group = _plural(value) if have == "shape" else f"{value} objects"
-            values = [_plural(v) if then == "shape" else v for v in sorted(set(seen))]
-            (holds if len(values) == 1 else partly).extend(f"are all {group} {v}?" for v in values)
+            values = [_plural(then, v) if then == "shape" else v for v in sorted(set(seen))]
+            asked = [f"are all {_plural(have, value)} {v}?" for v in values]
+            (holds if len(values) == 1 else partly).extend(asked)
     return holds, partly
 
 
@@ -216,14 +208,9 @@ def ask_cognition(items, rng):
     pairs = [(a, b) for a in counts for b in counts if counts[a] > counts[b]]
     if not pairs:
         return None
-    a, b = (
-        f"{v} objects" if attribute == "color" else _plural(v)
-        for v in pairs[rng.integers(len(pairs))]
-    )
-    return [
-        (f"are there more {a} than {b}?", "yes", None),
-        (f"are there more {b} than {a}?", "no", None),
-    ]
+    a, b = (_plural(attribute, value) for value in pairs[rng.integers(len(pairs))])
+    asked = (a, b, "yes"), (b, a, "no")
+    return [(f"are there more {c} than {d}?", answer, None) for c, d, answer in asked]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-047
 def ask_choice(items, rng):
@@ -231,9 +218,9 @@ def ask_choice(items, rng):
     attribute = ("color", "shape")[rng.integers(2)]
     if not (hit := _unique(items, attribute, rng)):
         return None
-    answer = getattr(hit[1], attribute)
+    noun, answer = hit
     wrong = _others(attribute, answer, 2, rng)
-    return _by_letter(f"what {attribute} is the {_noun(hit[0])}?", answer, wrong, rng)
+    return _by_letter(f"what {attribute} is the {noun}?", answer, wrong, rng)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-049
 def ask_composition(items, rng):
