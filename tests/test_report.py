@@ -18,7 +18,7 @@ from mllm_compress.study.claims import (
     CLAIMS,
     places,
     recommended,
-    split_grid,
+    grid_points,
 )
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import curves
@@ -379,8 +379,8 @@ def test_only_shared_seeds_are_paired():
 
 def test_grids_that_cannot_be_are_named():
     with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"):
-        split_grid(["sft"], [0.3], [0], {"dpo": {}})
+        grid_points(["sft"], [0.3], [0], {"dpo": {}})
     own = {"sft": {"models": ["m"]}}
-    assert split_grid(["sft"], [0.3], [0], own, also=("models",)) == ([("sft", 0.3, 0)], [])
+    assert grid_points(["sft"], [0.3], [0], own, also=("models",)) == [("sft", 0.3, 0)]
     with pytest.raises(ValueError, match="sft must hold ratios or seeds"):
-        split_grid(["sft"], [0.3], [0], own)
+        grid_points(["sft"], [0.3], [0], own)

@@ -39,7 +39,7 @@ class CardsRequest(cli.Request):
 
 @cli.command(CardsRequest)
 def cards(request: CardsRequest) -> dict:
-    "What a real model of the study needs, dense and pruned, and on which card it fits."
+    "Estimate the memory of a model of the study, original and pruned, and the cards it fits on."
     needs = mc.cost.memory.memory_table(request.name)
     title = "GiB, estimated; training with the dense teacher loaded, one sample per pass"
     kinds = ("answering", "scoring", *mc.cost.memory.KINDS)
@@ -54,7 +54,7 @@ class CostRequest(cli.Request):
     arguments: ClassVar = ("model",)
     model: cli.Model
     latency: bool = False
-    "Measure seconds too."
+    "Also measure seconds per prompt and per token."
     ratio: float | None = None
     "Show what pruning by this ratio would save; needs no weights."
     stream: bool = False
@@ -102,7 +102,7 @@ def timed_units(model, processor):
 
 @cli.command(CostRequest)
 def cost(request: CostRequest) -> dict:
-    "Parameters, operations, bytes and seconds of a model; with --ratio by its config alone."
+    "Count parameters, operations and bytes, and measure speed; --ratio needs the config alone."
     if request.ratio is not None or request.stream:
         request.refuse(["latency", "units"], "with --ratio and --stream, which need no weights")
         return _cost_without_weights(request)
@@ -122,13 +122,13 @@ class CheckRequest(cli.ChatRequest):
     arguments: ClassVar = ("model",)
     model: cli.Model
     only: list[str] = []
-    "A check to run; several times for several."
+    "A check to run; may be repeated."
     device: cli.Device = "cpu"
 
 
 @cli.command(CheckRequest)
 def check(request: CheckRequest) -> dict:
-    "Check which steps work on a checkpoint: parts, pruning, recovery, evaluation, reload."
+    "Try every step on a checkpoint: parts, pruning, recovery, evaluation, reload."
     from mllm_compress.cli import check as checks
 
     for name in request.only:
@@ -155,7 +155,7 @@ class ShowRequest(cli.Request):
 
 @cli.command(ShowRequest)
 def show(request: ShowRequest) -> dict:
-    "How a folder was made: plan, scores, data, losses, rates, seeds, versions and results."
+    "Show how a folder was made: plan, scores, data, losses, rates, seeds, versions, results."
     folder = request.folder
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: check the path.")

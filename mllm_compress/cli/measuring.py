@@ -33,13 +33,13 @@ class MeasureRequest(cli.DataRequest):
     """May be repeated; default: the scenes and easy-vqa. Public sets are read from
     $MLLM_COMPRESS_BENCHMARKS."""
     questions: cli.File | None = None
-    "A file with questions of your own, with answers."
+    "A file of your own questions and answers."
     scorer: str = "exact"
-    "For --questions."
+    "How answers to --questions are judged."
     limit: cli.Limit = 0
     "Questions per benchmark; 0: all, and 256 samples for perplexity."
     answers: cli.File | None = None
-    "Folder for every answer; after an interruption the same command continues from it."
+    "Folder that keeps every answer; after an interruption the same command continues from it."
 
     tables: ClassVar = {
         "benchmark": lambda: (
@@ -125,12 +125,12 @@ class EvaluateRequest(MeasureRequest):
     arguments: ClassVar = ("model",)
     model: cli.Model
     dense: str = ""
-    "The original, for AVG-%."
+    "The original model, to compute AVG-% (the score in per cent of its score)."
     out: cli.File | None = None
     "CSV file to write."
     record: bool = False
-    """Add the scores to the checkpoint and its card; with --dense also whether the model still
-    looks, for which both are asked with other pictures too."""
+    """Add the scores to the checkpoint and its card; with --dense also whether answers still depend
+    on the picture, for which both models also answer with other pictures."""
 
     @property
     def kept(self):
@@ -142,7 +142,7 @@ class EvaluateRequest(MeasureRequest):
 
 @cli.command(EvaluateRequest)
 def evaluate(request: EvaluateRequest) -> dict:
-    "Score a model on benchmarks, on own questions, or by perplexity."
+    "Score a model on benchmarks, on your own questions, or by perplexity."
     model, dense, out = request.model, request.dense, request.out
     cli.check_output_file(out, request.overwrite, b"benchmark,")
     device = cli.resolve_device(request.device)
@@ -298,7 +298,7 @@ class CompareRequest(MeasureRequest):
     examples: cli.Limit = 5
     "Answers to show side by side."
     pictures: bool = True
-    "Ask about pictures three times, with the right one, a wrong one and none: does it look?"
+    "Test whether answers depend on the picture: ask with the right one, a wrong one and none."
     out: cli.File | None = None
     "Folder for tables (CSV) and the picture."
 
@@ -310,7 +310,7 @@ class CompareRequest(MeasureRequest):
 
 @cli.command(CompareRequest)
 def compare(request: CompareRequest) -> dict:
-    "Two models: sizes, seconds, memory, scores with paired differences, grounding, and answers."
+    "Compare two models: size, speed, memory, scores with paired differences, and answers."
     dense, small, out = request.dense, request.small, request.out
     if out is not None:
         tables = ("costs.csv", "scores.csv", "grounding.csv", "answers.csv")

@@ -47,16 +47,16 @@ class RecoverRequest(Training):
     recipe: str = ""
     "llava, bunny or internvl: the study's options for that model."
     losses: str | dict[str, float] | None = Field(None, examples=["sft+hidden_kd"])
-    "Joined by plus signs, equal weights; in a file also a mapping of weights."
+    "Losses joined by plus signs, weighted equally; a config file may map them to weights."
     lr: Literal["search"] | Rate | None = Field(None, examples=["2e-5"])
-    """Learning rate, or search: by short trainings on the held-out part; default: 1e-3, for the
+    """Learning rate, or `search`, which tries several in short trainings; default: 1e-3, for the
     projector alone 2e-3, with LoRA 2e-5."""
     lora: Annotated[int, Field(ge=0)] | dict | None = None
-    "Rank of adapters; 0: train in full; in a file also a mapping of peft's options."
+    "LoRA rank; 0: train all weights; a config file may give peft's options instead."
     scenes: Count = 40_000
     "Training scenes of the data 'small'."
     save_every: Limit | None = None
-    "Steps between checkpoints; 0: none; default: by length."
+    "Steps between checkpoints; 0: none; default: a tenth of the run, at most 100."
     restart: bool = False
     "Start again: delete the checkpoints of an interrupted run."
     report_to: Literal["tensorboard", "wandb", "trackio"] | None = None
@@ -139,7 +139,7 @@ def train(request: RecoverRequest, folder: Path, student, teacher, data, config,
 # %% ../../nbs/library/cli/04_recovering.ipynb #cell-020
 @cli.command(RecoverRequest)
 def recover(request: RecoverRequest) -> dict:
-    "Train a pruned model and write it; after an interruption the same command continues."
+    "Train a pruned model and save it; after an interruption the same command continues."
     from importlib.util import find_spec
 
     name, out, options = Path(request.model), request.out, request.options()

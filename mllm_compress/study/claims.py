@@ -33,34 +33,22 @@ def other(ratio: float) -> str:
     return {"layerwise": "widthwise", "widthwise": "layerwise"}[recommended(ratio)]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
-def split_grid(
+def grid_points(
     kinds: list,  # what is compared: losses, or fractions
     ratios: list,
     seeds: list,
     fewer: dict,  # kind -> {"ratios": [...], "seeds": [...]}, where it runs on fewer
     also: tuple = (),  # further keys, which the caller uses
-) -> tuple:  # two lists of (kind, ratio, seed): what is run, and what is left out
-    "The full grid, split into what runs and what is left out."
+) -> list:  # of (kind, ratio, seed)
+    "The points of the full grid that are run."
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, limits in fewer.items():
         if not isinstance(limits, dict) or set(limits) - {"ratios", "seeds", *also}:
             raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {limits!r}.")
     grids = {k: {"ratios": ratios, "seeds": seeds} | fewer.get(k, {}) for k in kinds}
-    full = list(product(kinds, ratios, seeds))
-    run = [(k, r, s) for k, r, s in full if r in grids[k]["ratios"] and s in grids[k]["seeds"]]
-    return run, [point for point in full if point not in run]
-
-# %% ../../nbs/library/study/23_claims.ipynb #cell-015
-def holes(
-    left_out: list,  # of (kind, ratio, seed)
-    name=str,  # kind -> its name
-) -> str:
-    "What a grid leaves out."
-    seeds = {}
-    for kind, ratio, seed in left_out:
-        seeds.setdefault(f"{name(kind)} at {ratio:.2f}", []).append(str(seed))
-    return "; ".join(f"{at} (seeds {', '.join(its)})" for at, its in seeds.items()) or "nothing"
+    full = product(kinds, ratios, seeds)
+    return [(k, r, s) for k, r, s in full if r in grids[k]["ratios"] and s in grids[k]["seeds"]]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-018
 def places(
