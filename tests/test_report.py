@@ -16,9 +16,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from mllm_compress.study import style
 from mllm_compress.study.claims import (
     CLAIMS,
+    grid_points,
     places,
     recommended,
-    grid_points,
 )
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import curves

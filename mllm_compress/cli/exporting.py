@@ -21,7 +21,7 @@ class ConvertRequest(cli.Request):
     source: cli.File
     "Folder of an original LLaVA-v1.5, Bunny-v1.0 or Mini-InternVL release."
     out: cli.File
-    "New folder, for plain from_pretrained."
+    "New folder to write, which plain from_pretrained loads."
     tower: cli.File | None = None
     "Folder of the vision tower, for LLaVA, whose release has none."
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -67,7 +67,7 @@ class ExportRequest(cli.Request):
     dtype: str = ""
     "Type of the weights."
     fill: bool = False
-    "Fill widths up with zero units where the engine needs it."
+    "Pad widths with zero units where the engine requires it."
     overwrite: cli.Overwrite = False
 
     tables: ClassVar = {
@@ -128,7 +128,7 @@ class PushRequest(cli.Request):
 
 @cli.command(PushRequest)
 def push(request: PushRequest) -> dict:
-    "Verify a checkpoint and publish it on the hub; other files of its folder are left out."
+    "Verify a checkpoint and publish it on the hub, without other files in its folder."
     if not mc.checkpoint.is_checkpoint(request.folder):
         raise ValueError(
             f"{request.folder} is not a checkpoint of prune or recover: give its folder."

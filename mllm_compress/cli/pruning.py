@@ -38,7 +38,7 @@ class CalibratedRequest(cli.DataRequest):
     scenes: cli.Count = 2000
     "Training scenes of the data 'small'."
     stream: bool | None = None
-    """Read the weights layer by layer while scoring; default: where the model does not fit into the
+    """Read the weights layer by layer while scoring; default: if the model does not fit into the
     free memory."""
 
     def calibration(self, model, processor, device: str, recipe=None) -> tuple:
@@ -173,14 +173,14 @@ class PruneRequest(CalibratedRequest):
     ratio: float | None = None
     "Fraction of the LM decoder's parameters to remove, in (0, 0.95)."
     budget: written(r"^\w+=\d*\.?\d+$", share) | None = Field(None, examples=["latency=0.6"])
-    "Instead of a ratio, the share of the dense model's cost that may stay, as latency=0.6."
+    "Instead of a ratio: the share of the original's cost to keep, such as latency=0.6."
     search: written(MINUTES, share) | None = Field(None, examples=["minutes=5"])
-    """With --ratio or --budget: improve the plan for so long, by KL to the dense model after the
-    refit, as minutes=5."""
+    """With --ratio or --budget: time for improving the plan, such as minutes=5; plans are compared
+    by their KL divergence from the original after the refit."""
     costs: cli.File | None = None
-    "With --budget latency: a table that `cost --units` wrote, of any device."
+    "With --budget latency: a table that `cost --units` wrote, on any device."
     scores: list[str] = []
-    "Folder that `score` wrote; twice, for layers and for heads and neurons."
+    "Folder that `score` wrote; may be given twice, for layers and for heads and neurons."
     recipe: str | None = None
     "The recipe."
     method: str | None = None
@@ -194,16 +194,16 @@ class PruneRequest(CalibratedRequest):
     layers: Annotated[str, AfterValidator(layer_numbers)] | None = None
     "Layers to remove, such as 3,5-7."
     plan: cli.File | None = None
-    "A plan that was saved as JSON."
+    "A plan saved as JSON."
     shape: Literal["uniform", "blockwise"] | None = None
     "Widthwise: uniform (plain from_pretrained loads it) or blockwise."
     protect: Pair | None = Field(None, examples=["1,1"])
     "Widthwise, blockwise: first,last layers kept whole; default 1,1."
     round_to: Literal["auto"] | Annotated[int, Field(ge=1, le=9_999_999, strict=False)] = 1
-    """Widthwise: widths stay multiples of this; auto: 64 for a GPU, 32 for a CPU, less in narrow
+    """Widthwise: round widths to multiples of this; auto: 64 on a GPU, 32 on a CPU, less in narrow
     models."""
     layer_share: Annotated[float, Field(ge=0, le=1)] | None = None
-    "Also remove whole layers: their part of the ratio, such as 0.5."
+    "Also remove whole layers: their share of the ratio, such as 0.5."
     layer_method: str = "block_influence"
     "With --layer-share: the criterion for layers."
 
@@ -339,7 +339,7 @@ def make_plan(request: PruneRequest, model, batches=None, processor=None):
 
 @cli.command(PruneRequest)
 def prune(request: PruneRequest) -> dict:
-    "Score if there are no scores, plan, apply the plan, refit, and write the smaller model."
+    "Prune a model and save it: score, plan, remove, refit."
     import pandas as pd
 
     name, out, recipe, stored = request.model, request.out, request.chosen, request.stored

@@ -37,7 +37,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no prog
 Verbose = Annotated[
     bool,
     typer.Option(
-        "--verbose", "-v", help="Also print what is loaded, times, memory, and tracebacks."
+        "--verbose", "-v", help="Also print what is loaded, times, memory and tracebacks."
     ),
 ]
 app = typer.Typer(
@@ -299,7 +299,7 @@ class DataRequest(ChatRequest):
     data: str = "small"
     """A file in LLaVA's or a chat API's JSON, JSON lines, or plain text; or 'small': generated
     scenes and easy-VQA; or 'self:FILE': the dense model answers its questions, or continues its
-    texts; or 'self': it writes texts from nothing."""
+    texts; or 'self': it writes texts without a prompt."""
     own_tokens: Count = 20_000
     "With --data self: tokens that the model writes."
     image_root: str = ""

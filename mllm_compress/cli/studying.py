@@ -24,11 +24,11 @@ class AdviseRequest(cli.Request):
     ratio: float
     "Fraction of the LM decoder's parameters to remove."
     data: float = 0.05
-    "Fraction of the training data at hand."
+    "Fraction of the training data that you have."
     training: bool = True
-    "Whether students may be trained."
+    "Whether the pruned model may be trained."
     profile: str | None = None
-    "The study profile to use; the recommended one otherwise."
+    "The study profile to use; default: the recommended one."
 
 
 @cli.command(AdviseRequest)
@@ -72,7 +72,7 @@ class StudyRequest(cli.Request):
     "A profile, and how much of its study is run."
 
     profile: str = "quick"
-    "Scale of the study, or a path to a .yaml file."
+    "Name of a profile, or a path to a .yaml file."
     model: str = ""
     "Only this model of the profile."
     only: list[str] = []
@@ -118,12 +118,12 @@ class ReportRequest(cli.Request):
     "The profile whose page is made."
 
     profile: str = "quick"
-    "Whose executed notebooks to show."
+    "The profile whose executed notebooks are shown."
 
 
 @cli.command(ReportRequest)
 def report(request: ReportRequest) -> dict:
-    "Make the page of a profile, index.html, again from its executed notebooks."
+    "Rebuild a profile's page, index.html, from its executed notebooks."
     from mllm_compress.study.report import build
 
     where = f"file://{build(request.profile)}"
