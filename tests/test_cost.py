@@ -14,7 +14,6 @@ from mllm_compress.cost.arithmetic import (
     example_inputs,
     forward,
     image_tokens,
-    kv_bytes_per_token,
     picture_cost,
     shape_of_model,
     weight_bytes,
@@ -78,7 +77,8 @@ def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
     with torch.no_grad():
         cache = getattr(forward(pruned, inputs), CACHE_ARGUMENT)
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    per_token = kv_bytes_per_token(shape_of_model(pruned), itemsize=4)
+    shape = shape_of_model(pruned)
+    per_token = 4 * 2 * shape.head_dim * sum(shape.groups)
     assert held == per_token * inputs["input_ids"].shape[1]
 
 

@@ -46,14 +46,12 @@ def embed(
     parts: Anatomy,
     input_ids: torch.Tensor,  # [batch, tokens]
     features: torch.Tensor | None,  # [images, image tokens, vision hidden]
-    order: list | None = None,  # images in the order of their placeholders; None: each once
 ) -> torch.Tensor:  # [batch, tokens, hidden]; ValueError where placeholders and features differ
     "Token embeddings with the projected image features in their places."
     if features is None:
         return embed_words(parts, input_ids)
     weight = next(parts.projector.parameters())
-    images = parts.projector(features.to(weight.device, weight.dtype))
-    return put_pictures(parts, input_ids, images if order is None else images[order])
+    return put_pictures(parts, input_ids, parts.projector(features.to(weight.device, weight.dtype)))
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #pictures-cell-006
 def frozen_modules(parts: Anatomy) -> dict:  # module -> whether its output is recorded

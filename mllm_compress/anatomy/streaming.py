@@ -101,13 +101,10 @@ def weight_names(
 # %% ../../nbs/library/anatomy/03_streaming.ipynb #streaming-cell-009
 def tied_names(model: PreTrainedModel) -> dict:  # name -> the earlier one
     "Names of weights that are another name of an earlier one."
-    seen, tied = {}, {}
+    names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            tied[name] = seen[id(parameter)]
-        else:
-            seen[id(parameter)] = name
-    return tied
+        names.setdefault(id(parameter), []).append(name)
+    return {name: first for first, *others in names.values() for name in others}
 
 # %% ../../nbs/library/anatomy/03_streaming.ipynb #streaming-cell-011
 @contextmanager

@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'PIXELS', 'DecoderShape', 'shape_of_model', 'without_weights', 'shape_of_config', 'layer_matrices',
            'decoder_parameters', 'squares', 'grids', 'in_rows', 'flat_patches', 'patch_rows', 'example_pictures',
            'ShapesOnly', 'PictureCost', 'picture_cost', 'image_tokens', 'closed_parameters', 'decoder_flops',
-           'example_inputs', 'forward', 'kv_bytes_per_token', 'weight_bytes']
+           'example_inputs', 'forward', 'weight_bytes']
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-005
 import json
@@ -358,14 +358,6 @@ def forward(
                 if getattr(m, "rope_type", None) == "longrope":
                     switched_off.enter_context(patch.object(m, "rope_type", "default"))
         return model(**{"use_cache": True, "logits_to_keep": 1, **inputs, **kwargs})
-
-# %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-054
-def kv_bytes_per_token(
-    shape: DecoderShape,
-    itemsize: int = 2,  # bytes of one number
-) -> int:
-    "Bytes that one token adds to the KV cache."
-    return 2 * shape.head_dim * sum(shape.groups) * itemsize
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-056
 def weight_bytes(*modules: nn.Module) -> int:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import anatomy, count_parameters, lm_parameters
-from ..anatomy.streaming import PeakTensors, tied_names, weight_names
+from ..anatomy.streaming import PeakTensors, weight_names
 from ..anatomy.wrappers import CHECKPOINTING
 from mllm_compress.cost.arithmetic import (
     closed_parameters,
@@ -190,7 +190,7 @@ def streaming_table(
     front, norm, head = of("vision") + of("front"), of("norm"), of("head")
     layers = [of(i) for i in range(parts.num_layers)]
     forward, widest = front + norm + sum(layers), max(layers)
-    total = sum(sizes.values()) - sum(sizes[name] for name in tied_names(model))
+    total = sum(item * p.numel() for p in model.parameters())  # tied weights once
     files = 2 * total - int(ratio * lm_parameters(model) * item)  # the dense, and the pruned
     backward = max(front, widest, norm + head), forward + head + sum(layers)
     steps = {

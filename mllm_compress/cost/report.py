@@ -19,7 +19,6 @@ from mllm_compress.cost.arithmetic import (
     decoder_parameters,
     example_inputs,
     forward,
-    kv_bytes_per_token,
     picture_cost,
     shape_of_model,
     weight_bytes,
@@ -116,7 +115,7 @@ def cost_report(
     flops = decoder_flops(shape, prompt, batch=batch)
     add("prefill operations", {"lm": flops, "total": sum(seen.values()) + flops})
     add("decode operations", {"total": decoder_flops(shape, 1, prompt, batch)})
-    cache = kv_bytes_per_token(shape, model.dtype.itemsize)
+    cache = 2 * shape.head_dim * sum(shape.groups) * model.dtype.itemsize  # keys and values
     add("KV cache per token", {"total": cache}, "byte")
     add("KV cache of prompt", {"total": cache * prompt * batch}, "byte")
     add("weights", {"total": weight_bytes(model)}, "byte", "measured")

@@ -153,32 +153,18 @@ def trail_gradients(run: Passes, trails: list) -> list:  # of Trail, per batch a
     run.meta["loss"] = totals["loss"] / run.meta["answer_tokens"]
     return trail_gradients(run, trails) if run.choose(run.meta["loss"]) else ends
 
-
-def backward_by_layer(model, batches, of: str, draws: int, seed: int, totals: dict, see) -> Passes:
-    "The backward passes of a streamed model; `see` as in `taps`, with the number of draws."
-    run = Passes(model, batches, of, draws, seed)
-    with kept_states(model, run.batches) as trails, frozen(model):
-        with in_memory(run.parts, "norm", "head"), torch.enable_grad():
-            kept = trail_gradients(run, trails)
-        see_of = lambda _: partial(see, len(run.generators))
-        through_layers(run.parts, kept, totals, see_of, listen=taps)
-    return run
-
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-044
 SPARE = 0.18  # of the model's bytes: what activations may take
 
 
-def backward_by_batch(
-    model, batches, of, draws, seed, recompute, totals: dict, see_of, listen=taps
-) -> Passes:
-    "The backward passes of a model in memory; see_of(batch) as in `taps`, with the draws."
-    run = Passes(model, batches, of, draws, seed)
+def backward_by_batch(run: Passes, recompute, totals: dict, see_of, listen=taps) -> None:
+    "The backward passes of a model in memory; see_of(batch) returns `see` as in `taps`."
     count, longest = len(run.batches), max(b["input_ids"].numel() for b in run.batches)
     if recompute is None:
         linears, layers = [slot.module for slot in run.parts.linears(0)], run.parts.num_layers
         layer = longest * sum(m.in_features + m.out_features for m in linears)
         state = longest * run.parts.hidden_size  # what a layer that runs again keeps
-        room = SPARE * count_parameters(model) - layers * state
+        room = SPARE * count_parameters(run.parts.model) - layers * state
         recompute = layers - max(0, min(layers, int(room / (layer - state))))
     bar = dict(total=count, desc="scores", unit="batch", leave=False, disable=None)
     for k in tqdm(batches_left(2 * count, totals), **bar):
@@ -192,9 +178,7 @@ def backward_by_batch(
             if ("generator", d) in totals:
                 generator.set_state(totals["generator", d])
         batch, labels = run.batches[k % count], run.labels[k % count]
-        see = see_of(batch)
-        listener = lambda *seen: see(len(run.generators), *seen)
-        with output_gradients(run.parts, listener, recompute, listen):
+        with output_gradients(run.parts, see_of(batch), recompute, listen):
             f, targets = answer_states(run.parts, batch, labels)
             gradients = end_gradients(run, f, targets, totals)
             for n, gradient in enumerate(gradients, 1):
@@ -203,7 +187,6 @@ def backward_by_batch(
             totals["labels"] = float(run.of == "labels")
         totals |= {("generator", d): g.get_state() for d, g in enumerate(run.generators)}
     run.meta["loss"] = totals["loss"] / run.meta["answer_tokens"]
-    return run
 
 # %% ../../nbs/library/importance/04_gauss_newton.ipynb #cell-046
 def gauss_newton(
@@ -215,17 +198,18 @@ def gauss_newton(
     recompute: bool | None = None,  # run layers again, all or none; None: where memory needs it
 ) -> WidthScores:  # squared effect per head (key/value group) and neuron, summed over tokens
     "Gauss-Newton diagonal for silencing units (LeCun et al. 1990, eq. 5); lower is removed first."
-    totals = {}  # (kind, layer) -> [units]
+    run, totals = Passes(model, batches, of, draws, seed), {}  # totals: (kind, layer) -> [units]
 
-    def see(draws, i, slot, x, gradient):
-        effects = squared_effects(x, gradient, slot.units).cpu() / draws
+    def see(i, slot, x, gradient):
+        effects = squared_effects(x, gradient, slot.units).cpu() / len(run.generators)
         totals[slot.kind, i] = totals.get((slot.kind, i), 0) + effects
 
     if is_streamed(model):
-        run = backward_by_layer(model, batches, of, draws, seed, totals, see)
+        with kept_states(model, run.batches) as trails, frozen(model):
+            with in_memory(run.parts, "norm", "head"):
+                draws_of_batches = trail_gradients(run, trails)
+            through_layers(run.parts, draws_of_batches, totals, lambda _: see, listen=taps)
     else:
-        run = backward_by_batch(
-            model, batches, of, draws, seed, recompute, totals, see_of=lambda batch: see
-        )
+        backward_by_batch(run, recompute, totals, lambda _: see)
     of_kind = lambda kind: {key[1]: v for key, v in totals.items() if key[0] == kind}
     return WidthScores(of_kind("head"), of_kind("neuron"), "gauss_newton", run.meta)

@@ -57,6 +57,11 @@ def _as_scores(
 class _Stored:
     "What scores of layers and of widths have in common: they can be written to a folder."
 
+    @property
+    def record(self) -> dict:
+        "Kind and options, for a plan."
+        return {"kind": self.kind, **{k: v for k, v in self.meta.items() if k != "model"}}
+
     def save(self, folder: str | Path) -> None:
         "Write the tensors first, then the JSON with their checksum."
         folder = Path(folder)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
 from ..anatomy.streaming import is_streamed
-from ..importance.gauss_newton import backward_by_batch
+from ..importance.gauss_newton import Passes, backward_by_batch
 from ..importance.scores import WidthScores, real_tokens
 from ..importance.taylor import probes
 from mllm_compress.pruning.pruning_plan import (
@@ -31,7 +31,6 @@ from mllm_compress.pruning.pruning_plan import (
     nearest_prefix,
     removable,
     rounded_steps,
-    score_record,
 )
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice
@@ -141,7 +140,7 @@ def costs_of_budget(model: PreTrainedModel, name: str, costs: UnitCosts | None) 
         if name not in COUNTED:
             raise ValueError(
                 f"a {name} budget needs costs, a table for a device: measure one with "
-                "cost.unit_costs.unit_seconds(model), or load one with load_costs(path)."
+                "cost.timing.unit_seconds(model), or load one with load_costs(path)."
             )
         return COUNTED[name](model)
     layers = anatomy(model).num_layers
@@ -173,13 +172,13 @@ def removal_steps(
     return steps
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-011
-def checked_scores(scores: WidthScores, sizes: list, i: int, kind: str) -> torch.Tensor:
-    "The scores of the heads or neurons of layer `i`; a ValueError if they are not of this model."
+def ranked_units(scores: WidthScores, sizes: list, i: int, kind: str) -> tuple:
+    "Scores of the heads or neurons of layer `i`, in float64, and the units, lowest score first."
     units = getattr(sizes[i], kind)
     values = getattr(scores, kind).get(i, torch.zeros(0))
     if len(values) != units:
         raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
-    return values
+    return values.double(), ascending(values, f"{kind} scores of layer {i}")
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #15148135
 def standardized(
@@ -212,14 +211,13 @@ def layer_queue(
     "Every step of one layer; the last one removes it, where it may go."
     removals, saliency, units, even = [], 0.0, 0, allocation == "layer"
     for kind in FLOOR:
-        values, price = checked_scores(scores, sizes, i, kind), getattr(costs, kind)[i]
-        order = ascending(values, f"{kind} scores of layer {i}")
+        (values, order), price = ranked_units(scores, sizes, i, kind), getattr(costs, kind)[i]
         counts = kept_counts(len(values), steps[kind], 1 if even else FLOOR[kind])
-        saliency += values.double().sum().item()
+        saliency += values.sum().item()
         units += len(values) * price
         if price > 0:
             scaled = standardized(values) * price if allocation == "standardized" else values
-            taken = removal_steps(scaled.double()[order], price, counts, even)
+            taken = removal_steps(scaled[order], price, counts, even)
             removals += [(rate, kind, *step) for rate, *step in taken]
     removals.sort(key=lambda step: step[0])
     rates, saved = [step[0] for step in removals], [step[-1] for step in removals]
@@ -267,12 +265,11 @@ def plan_of_counts(
     layers = [i for i in kept if i not in counts.get("layer", ())]
     for kind in units:
         for i in counts[kind].keys() & set(layers):
-            if len(values := checked_scores(scores, sizes, i, kind)):
-                order = ascending(values, f"{kind} scores of layer {i}")
+            if order := ranked_units(scores, sizes, i, kind)[1]:
                 units[kind][i] = order[len(order) - counts[kind][i] :]
     if "shape" in fields:
         fields["method"] = "widthwise" if base is None else "layerwise+widthwise"
-    return make_plan(model, layers, **units, **fields, scores=score_record(scores))
+    return make_plan(model, layers, **units, **fields, scores=scores.record)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-019
 def plan_global(
@@ -395,21 +392,22 @@ def obs_scores(
             "obs needs the whole model in memory: load it without stream (--no-stream), or use "
             "gauss_newton, which works layer by layer."
         )
+    run = Passes(model, batches, of, draws, seed)
     totals, errors = {}, {"head": {}, "neuron": {}}  # totals: (kind, layer, slot name) -> sums
 
     def see_of(batch):
         real = real_tokens(batch)
 
-        def see(draws, i, slot, x, delta):
+        def see(i, slot, x, delta):
             pick = real.to(x.device)
             for kind, rows in (("gram", x), ("curvature", delta)) if slot.axis == 1 else ():
                 rows = rows.detach()[pick].float() if rows.dtype.itemsize < 4 else rows[pick]
                 key = (kind, i, slot.name)
-                totals[key] = totals.get(key, 0) + (rows.T @ rows).double() / draws
+                totals[key] = totals.get(key, 0) + (rows.T @ rows).double() / len(run.generators)
 
         return see
 
-    run = backward_by_batch(model, batches, of, draws, seed, None, totals, see_of, probes)
+    backward_by_batch(run, None, totals, see_of, probes)
     tokens = sum(int(real_tokens(batch).sum()) for batch in run.batches)
     for i in range(run.parts.num_layers):
         for slot in run.parts.writers(i):

@@ -25,7 +25,6 @@ from mllm_compress.pruning.pruning_plan import (
     nearest_prefix,
     removable,
     rounded_steps,
-    score_record,
     spans,
 )
 from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, Method, check_choice
@@ -125,7 +124,7 @@ def plan_layerwise(
         method="layerwise",
         shape="layers",
         removal_order=removed,
-        scores=score_record(scores),
+        scores=scores and scores.record,
     )
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-032

@@ -332,13 +332,6 @@ def ascending(values: torch.Tensor, what: str) -> list:
         raise ValueError(f"{what} contain NaN; score again in float32.")
     return torch.argsort(values, stable=True).tolist()
 
-# %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-052
-def score_record(scores) -> dict | None:
-    "Kind and options of scores, for the plan."
-    if scores is None:
-        return None
-    return {"kind": scores.kind, **{k: v for k, v in scores.meta.items() if k != "model"}}
-
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-drawing-cell-006
 def kept_grid(
     plan: PruningPlan,

@@ -42,10 +42,10 @@ from mllm_compress.pruning.allocation import (
     FLOOR,
     UnitCosts,
     check_budget_request,
-    checked_scores,
     costs_of_budget,
     plan_global,
     plan_of_counts,
+    ranked_units,
 )
 from .plans import ALLOCATIONS, plan_none, scores_by_kind, unprotected
 from mllm_compress.pruning.pruning_plan import (
@@ -213,8 +213,7 @@ class Space:
         self.lost = {}  # saliency lost with the first n units
         self.comparable = scores.kind in ALLOCATIONS["global"].scores
         for kind, i in self.levels:
-            values = checked_scores(scores, self.sizes, i, kind).double()
-            order = ascending(values, f"{kind} scores of layer {i}")
+            values, order = ranked_units(scores, self.sizes, i, kind)
             ranked = values[order] if self.comparable else torch.arange(1.0, 1 + len(order))
             self.lost[kind, i] = [0.0, *ranked.cumsum(0).tolist()]
         self.spent_on = "neurons" if any(costs.neurons) else "heads"
