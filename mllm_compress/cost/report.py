@@ -13,17 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import lm_parameters, part_parameters
-from . import timing
-from mllm_compress.cost.arithmetic import (
-    decoder_flops,
-    decoder_parameters,
-    example_inputs,
-    forward,
-    picture_cost,
-    shape_of_model,
-    weight_bytes,
-    without_weights,
-)
+from . import arithmetic, timing
 from .memory import WAYS, peak_memory, pruned_on_meta
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-011
@@ -93,34 +83,34 @@ def cost_report(
     warmup: int = 2,
 ) -> CostReport:
     "Parameters, operations, bytes and, on request, seconds of a model."
-    on_meta, shape = model.device.type == "meta", shape_of_model(model)
+    on_meta, shape = model.device.type == "meta", arithmetic.shape_of_model(model)
     if latency and on_meta:
         raise ValueError(
             "Seconds cannot be measured on the meta device: "
             "move the model to a CPU or GPU, or use latency=False."
         )
     text_tokens = prompt_tokens(processor) if processor else text_tokens
-    inputs = example_inputs(model, text_tokens, images, batch)
+    inputs = arithmetic.example_inputs(model, text_tokens, images, batch)
     prompt, rows = inputs["input_ids"].shape[1], []
 
     def add(quantity: str, counts: dict, unit: str = "", source: str = "closed form"):
         rows.extend((quantity, part, n, unit, source) for part, n in counts.items())
 
-    measured, lm = part_parameters(model), sum(decoder_parameters(shape).values())
+    measured, lm = part_parameters(model), sum(arithmetic.decoder_parameters(shape).values())
     add("parameters", {"lm": lm, "total": sum((measured | {"lm": lm}).values())})
     add("parameters", measured | {"total": sum(measured.values())}, source="measured")
     sees = getattr(model.config, "vision_config", None) is not None and images
-    seen = picture_cost(model.config, batch * images).operations if sees else {}
+    seen = arithmetic.picture_cost(model.config, batch * images).operations if sees else {}
     add("prefill operations", seen, source="counted")
-    flops = decoder_flops(shape, prompt, batch=batch)
+    flops = arithmetic.decoder_flops(shape, prompt, batch=batch)
     add("prefill operations", {"lm": flops, "total": sum(seen.values()) + flops})
-    add("decode operations", {"total": decoder_flops(shape, 1, prompt, batch)})
+    add("decode operations", {"total": arithmetic.decoder_flops(shape, 1, prompt, batch)})
     cache = 2 * shape.head_dim * sum(shape.groups) * model.dtype.itemsize  # keys and values
     add("KV cache per token", {"total": cache}, "byte")
     add("KV cache of prompt", {"total": cache * prompt * batch}, "byte")
-    add("weights", {"total": weight_bytes(model)}, "byte", "measured")
+    add("weights", {"total": arithmetic.weight_bytes(model)}, "byte", "measured")
     if on_meta if memory is None else memory:
-        peak = peak_memory(lambda: forward(model, inputs), model.device)
+        peak = peak_memory(lambda: arithmetic.forward(model, inputs), model.device)
         add("peak beyond weights", {"prefill": peak}, "byte", "measured")
     if latency:
         for phase, seconds in timing.latency(model, inputs, repeats, warmup).items():
@@ -136,10 +126,10 @@ def cost_by_ratio(
     ratio: float,  # of LM-decoder parameters
 ) -> pd.DataFrame:
     "Size and cost of a model after each kind of pruning; no weights are needed."
-    dense, rows = without_weights(config), []
+    dense, rows = arithmetic.without_weights(config), []
     for pruning in WAYS:
         model = pruned_on_meta(dense, pruning, ratio)
-        report, shape = cost_report(model), shape_of_model(model)
+        report, shape = cost_report(model), arithmetic.shape_of_model(model)
         lm, middle = report.value("parameters", "lm"), len(shape) // 2
         rows.append(
             {

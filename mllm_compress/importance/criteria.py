@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from ..anatomy.families import anatomy
-from ..anatomy.streaming import in_memory, is_streamed
+from ..anatomy.streaming import hooked, in_memory, is_streamed
 from .gauss_newton import gauss_newton
 from .influence import angular_distance, block_influence
 from mllm_compress.importance.scores import (
@@ -22,7 +22,6 @@ from mllm_compress.importance.scores import (
     WidthScores,
     add_channels,
     check_batches,
-    hooked,
     mean_weights,
     model_record,
     run_forward,

@@ -15,14 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, LinearSlot, anatomy, count_parameters
-from ..anatomy.streaming import in_memory, is_streamed
-from mllm_compress.importance.scores import (
-    WidthScores,
-    check_batches,
-    hooked,
-    kept_states,
-    split_rows,
-)
+from ..anatomy.streaming import hooked, in_memory, is_streamed
+from .scores import WidthScores, check_batches, kept_states, split_rows
 from mllm_compress.importance.taylor import (
     Probe,
     answer_labels,

@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..anatomy.families import FAMILIES, Anatomy, LinearSlot, anatomy, count_parameters
-from ..anatomy.streaming import PeakTensors, in_memory, is_streamed
+from ..anatomy.streaming import PeakTensors, hooked, in_memory, is_streamed
 from mllm_compress.importance.scores import (
     WidthScores,
     add_channels,
     check_batches,
     evaluating,
-    hooked,
     kept_states,
     model_inputs,
     replaced_forward,

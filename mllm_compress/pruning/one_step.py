@@ -17,11 +17,7 @@ from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.gauss_newton import PART
 from ..importance.scores import check_batches, split_rows
 from ..importance.taylor import answer_labels
-from mllm_compress.pruning.allocation import (
-    check_budget_request,
-    costs_of_budget,
-    obs_scores,
-)
+from .allocation import check_budget_request, costs_of_budget, obs_scores
 from mllm_compress.pruning.plans import (
     ALLOCATIONS,
     check_comparable,

@@ -23,12 +23,10 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
-from ..anatomy.streaming import is_streamed
+from ..anatomy.streaming import evaluating, hooked, is_streamed
 from ..importance.criteria import measure
 from mllm_compress.importance.scores import (
     check_batches,
-    evaluating,
-    hooked,
     model_inputs,
     model_record,
     open_passages,
