@@ -5,19 +5,9 @@ import copy
 import pruning_cases as cases
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from mllm_compress.anatomy.families import (
-    ATTENTION,
-    FAMILIES,
-    Family,
-    Slot,
-    anatomy,
-    lm_parameters,
-)
+from mllm_compress.anatomy.families import ATTENTION, FAMILIES, Family, Slot, anatomy, lm_parameters
 from mllm_compress.importance.criteria import random_scores, width_importance
 from mllm_compress.importance.influence import block_influence
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise

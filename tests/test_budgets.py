@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.cli import app
-from mllm_compress.cost.arithmetic import shape_of_model
+from mllm_compress.cost.report import cost_report
 from mllm_compress.cost.timing import fitted
 from mllm_compress.data import calibration_batches, small_data
 from mllm_compress.importance.scores import WidthScores
@@ -85,8 +85,7 @@ def test_costs_are_those_of_the_pruned_model(model):
         small = apply_plan(model, plan)
         assert table(small).total(plan_none(small)) == table(model).total(plan)
     assert weight_costs(small).total(plan_none(small)) == 4 * lm_parameters(small)
-    shape = shape_of_model(small)
-    of_cache = 4 * 2 * shape.head_dim * sum(shape.groups)
+    of_cache = cost_report(small).value("KV cache per token")
     assert cache_costs(small).total(plan_none(small)) == of_cache
 
 

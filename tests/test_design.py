@@ -13,11 +13,7 @@ from test_study import DENSE, LAYERS, SMOKE, TRAINED, WIDTH, inline
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.cost.arithmetic import without_weights
 from mllm_compress.data import InstructionData, scene_data, small_data
-from mllm_compress.data.calibration import (
-    calibration_data,
-    calibration_hash,
-    coverage,
-)
+from mllm_compress.data.calibration import calibration_data, calibration_hash, coverage
 from mllm_compress.data.scenes import entry
 from mllm_compress.importance.criteria import random_scores
 from mllm_compress.importance.scores import LayerScores, WidthScores

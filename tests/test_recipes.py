@@ -15,13 +15,7 @@ from mllm_compress.checkpoint import load_pruned
 from mllm_compress.cli import app
 from mllm_compress.data import scenes
 from mllm_compress.importance import layer_importance, width_importance
-from mllm_compress.pruning import (
-    apply_plan,
-    plan_layerwise,
-    plan_widthwise,
-    prune,
-    reconstruct,
-)
+from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise, prune, reconstruct
 from mllm_compress.pruning.one_step import RECIPES, Recipe, auto_round, choose_recipe
 
 

@@ -28,11 +28,7 @@ from mllm_compress.recovery.config import (
     learning_rate,
     run_identity,
 )
-from mllm_compress.recovery.states import (
-    SHARED_PREFIX,
-    decoder_states,
-    use_attention,
-)
+from mllm_compress.recovery.states import SHARED_PREFIX, decoder_states, use_attention
 from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
 from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
 from mllm_compress.utils.files import content_hash

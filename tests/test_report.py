@@ -14,24 +14,13 @@ from hypothesis import strategies as hypothesis
 from nbformat.v4 import new_code_cell, new_notebook
 
 from mllm_compress.study import style
-from mllm_compress.study.claims import (
-    CLAIMS,
-    grid_points,
-    places,
-    recommended,
-)
+from mllm_compress.study.claims import CLAIMS, grid_points, places, recommended
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import curves
 from mllm_compress.study.notebooks import output_folder, overridden
 from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 from mllm_compress.study.report import Report
-from mllm_compress.study.statistics import (
-    Estimate,
-    Verdict,
-    basis_of,
-    difference,
-    summary,
-)
+from mllm_compress.study.statistics import Estimate, Verdict, basis_of, difference, summary
 from mllm_compress.study.tables import Table, score_table, to_html, to_latex
 
 FRAME = pd.DataFrame(

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from ..anatomy.families import FAMILIES, Anatomy, LinearSlot, anatomy, count_parameters
 from ..anatomy.streaming import PeakTensors, hooked, in_memory, is_streamed
@@ -372,11 +372,6 @@ def activation_bytes(
 ) -> dict:  # bytes per token: saved by each "layer" and by the "ends", "working", "forward"
     "Activation memory of the architecture per token, measured on a narrow copy of it."
     config, measured = config.get_text_config(), []
-    if name := FAMILIES[config.model_type].text_model:
-        known = set(AutoConfig.for_model(name).to_dict())
-        known -= {"model_type", "architectures", "rope_parameters", "layer_types"}
-        given = {k: v for k, v in config.to_dict().items() if k in known and v is not None}
-        config = AutoConfig.for_model(name, **given)
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     k = math.gcd(config.num_attention_heads, groups, config.intermediate_size, config.hidden_size)
     small = copy.deepcopy(config)
@@ -389,14 +384,15 @@ def activation_bytes(
         small.num_hidden_layers = layers
         if getattr(small, "layer_types", None):
             small.layer_types = config.layer_types[:layers]
-        model = AutoModelForCausalLM.from_config(small, dtype=dtype).eval()
+        model = AutoModel.from_config(small, dtype=dtype).eval()
+        parts = Anatomy(model, FAMILIES[small.model_type], small, small, model, lm_head=None)
         x = torch.zeros(1, tokens, small.hidden_size, dtype=dtype)
-        with PeakTensors() as memory, output_gradients(anatomy(model), lambda *_: None):
-            y = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        with PeakTensors() as memory, output_gradients(parts, lambda *_: None):
+            y = model(inputs_embeds=x, use_cache=False).last_hidden_state
             saved = memory.now
             y.backward(torch.ones_like(y))
         with PeakTensors() as forward, torch.no_grad():
-            model.model(inputs_embeds=x, use_cache=False)
+            model(inputs_embeds=x, use_cache=False)
         peaks = saved, memory.peak - saved, forward.peak
         measured.append([k * peak / tokens for peak in peaks])
     (one, working, forward), (two, *_) = measured
