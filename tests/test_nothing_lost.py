@@ -18,6 +18,7 @@ from mllm_compress.checkpoint import saving as target
 from mllm_compress.cli import app
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
+from mllm_compress.utils import files
 from mllm_compress.utils.files import clean_leftovers, replacing_folder
 
 
@@ -262,46 +263,48 @@ METHODS = ("block_influence", "taylor", "activation", "gauss_newton")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
 @pytest.mark.parametrize("method", METHODS)
 def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how):
-    from mllm_compress.utils import files as resuming
-
     entry = json.loads(Path("mine.json").read_text())[0]
     Path("mine.json").write_text(json.dumps([entry | {"id": k} for k in range(40)]))
     args = ("score", "llava", "--method", method, *DATA, "--samples", 40)
     run(*args, "-o", "whole")
-    write, done = resuming.SavedSums.write, []
+    write, done = files.write_sums, []
 
-    def stop_at_the_second(saved, count, totals):
-        write(saved, count, totals)
+    def stop_at_the_second(path, count, totals):
+        write(path, count, totals)
         done.append(count)
         if len(done) == 2:
             os.kill(os.getpid(), how)
 
-    monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
-    monkeypatch.setattr(resuming.SavedSums, "write", stop_at_the_second)
+    monkeypatch.setattr(files, "PAUSE", 0)
+    monkeypatch.setattr(files, "write_sums", stop_at_the_second)
     assert "continues from there" in run(*args, "-o", "parts", code=130)
-    assert not Path("parts").exists() and Path(".parts.scoring").is_file()
+    assert not Path("parts").exists() and list(Path(".parts.unfinished").glob("*/sums.*"))
     run(*args, "-o", "parts")
     steps = [1, 2, 3, 4] if method == "taylor" else [1, 2, 3]  # layers, or batches
-    assert done == steps and not Path(".parts.scoring").exists()
+    assert done == steps and not Path(".parts.unfinished").exists()
     assert tree("whole") == tree("parts")
 
 
-def test_sums_of_another_pass_or_damaged_ones_are_not_used(here, monkeypatch):
-    from mllm_compress.utils import files as resuming
+def test_sums_of_another_pass_or_damaged_ones_are_not_used(tmp_path, monkeypatch):
+    def left(key):
+        totals = {}
+        with files.resuming(tmp_path / "pass", key):
+            for k in files.batches_left(3, totals):
+                totals["sum"] = totals.get("sum", torch.zeros(2)) + k
+        return totals["sum"].tolist()
 
-    for content in (b"", b"x" * 100, None):
-        if content is None:
-            sums = resuming.SavedSums(".out.scoring", "another")
-            sums.write(1, {"changes": torch.ones(4)})
-        else:
-            Path(".out.scoring").write_bytes(content)
-        run("score", "llava", "-o", "out", *DATA, "--overwrite")
-        assert not Path(".out.scoring").exists()
-    first = tree("out")
-    monkeypatch.setattr(resuming.SavedSums, "write", lambda *a: 1 / 0)
+    sums = tmp_path / "pass/this/sums.safetensors"
+    files.write_sums(tmp_path / "pass/another/sums.safetensors", 2, {"sum": torch.ones(2)})
+    assert left("this") == [3, 3] and [p.name for p in sums.parents[1].iterdir()] == ["this"]
+    files.write_sums(sums, 2, {"sum": torch.ones(2)})
+    assert left("this") == [3, 3]  # 1 and the last batch
+    for content in (b"", b"x" * 100):
+        sums.write_bytes(content)
+        assert left("this") == [3, 3]
+    monkeypatch.setattr(files, "write_sums", lambda *a: 1 / 0)
+    sums.unlink()
     with pytest.warns(UserWarning, match="cannot be kept"):
-        run("score", "llava", "-o", "out", *DATA, "--overwrite")
-    assert tree("out") == first
+        assert left("this") == [3, 3]
 
 
 def test_results_are_shown_although_their_file_finds_no_space(here, monkeypatch):

@@ -23,8 +23,7 @@ from mllm_compress.importance.criteria import CRITERIA, Criterion, measure
 from mllm_compress.importance.scores import model_record
 from mllm_compress.pruning import apply_plan, plan_widthwise
 from mllm_compress.pruning.allocation import obs_scores
-from mllm_compress.utils import files as resuming
-from mllm_compress.utils.files import states_folder
+from mllm_compress.utils import files
 from mllm_compress.zoo.models import load_model
 from mllm_compress.zoo.tiny_models import tiny_processor
 from mllm_compress.zoo.weight_files import FileModel, open_files
@@ -276,35 +275,24 @@ def test_prune_from_files(here, recipe):  # noqa: F811
 def test_stopped_streaming_goes_on_to_the_same_bits(here, monkeypatch, method, reads):  # noqa: F811
     args = ("score", "lm", "--method", method, *TEXT, "--stream")
     assert ask(*args, "-o", "whole")[0] == 0
-    all_reads, write, done = sum(reads.values()), resuming.SavedSums.write, []
+    all_reads, write, done = sum(reads.values()), files.write_sums, []
     reads.clear()
 
-    def stop_at_the_second(saved, count, totals):
-        write(saved, count, totals)
+    def stop_at_the_second(path, count, totals):
+        write(path, count, totals)
         done.append(count)
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(resuming.SavedSums, "due", property(lambda s: 0, lambda s, v: None), False)
-    monkeypatch.setattr(resuming.SavedSums, "write", stop_at_the_second)
+    monkeypatch.setattr(files, "PAUSE", 0)
+    monkeypatch.setattr(files, "write_sums", stop_at_the_second)
     assert ask(*args, "-o", "parts")[0] == 130
-    sums = here / ".parts.scoring"
+    kept = [path.name for path in (here / ".parts.unfinished").rglob("*.safetensors")]
     gradients = method in ("gauss_newton", "taylor")
-    assert sums.is_file() and states_folder(sums).is_dir() == gradients
+    assert "sums.safetensors" in kept and ("0.safetensors" in kept) == gradients
     first = sum(reads.values())
     assert ask(*args, "-o", "parts")[0] == 0
     front_and_end = 8  # embedding, norm and head, which are read again
     assert sum(reads.values()) <= all_reads + front_and_end and first < all_reads
     assert torch.equal(values(load_scores("whole")), values(load_scores("parts")))
-    assert not sums.exists() and not states_folder(sums).exists()
-
-
-def test_states_of_another_pass_are_not_used(here):  # noqa: F811
-    stale = states_folder(here / ".out.scoring")
-    stale.mkdir()
-    (stale / "key").write_text("another")
-    (stale / "0.safetensors").write_bytes(b"damaged")
-    args = ("--method", "gauss_newton", *TEXT, "--stream")
-    assert ask("score", "lm", "-o", "out", *args)[0] == 0
-    assert ask("score", "lm", "-o", "again", *args)[0] == 0
-    assert torch.equal(values(load_scores("out")), values(load_scores("again")))
+    assert not (here / ".parts.unfinished").exists()

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..anatomy.families import anatomy
 from . import formats, llama_cpp
 from .loading import fill_up, load_pruned
-from .saving import check_not_read, check_writable
+from .saving import check_output, check_writable
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice
 from ..zoo.models import check_finite, load_model
@@ -146,15 +146,9 @@ def export_model(
     elif dtype is not None:
         check_choice("dtype", dtype, ENGINES[to].dtypes)
     for file in (path, llama_cpp.projector_path(path)) if to == "gguf" else (path,):
-        check_not_read(file.resolve(), {"checkpoint": folder})
-        if file.exists() and not overwrite:
-            raise FileExistsError(
-                f"{file} exists: name another one, or replace it with --overwrite."
-            )
-        if file.is_file() and (to != "gguf" or file.open("rb").read(4) != b"GGUF"):
-            raise FileExistsError(f"{file} was not written by export: name another one.")
-        if file.is_dir() and any(file.iterdir()) and not (file / RECORD).is_file():
-            raise ValueError(f"{file} was not written by export: choose another folder.")
+        begins = file.open("rb").read(4) if to == "gguf" and file.is_file() else b""
+        ours = begins == b"GGUF" or (file / RECORD).is_file()
+        check_output(file, "export", ours, overwrite, {"checkpoint": folder})
         check_writable(file)
     load = load_pruned if formats.is_checkpoint(folder) else load_model
     model, processor = load(folder)[:2]

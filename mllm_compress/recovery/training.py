@@ -62,7 +62,7 @@ from mllm_compress.recovery.config import (
 )
 from .losses import COUNTS, LOSSES, batch_counts, needed_tensors
 from .states import CACHE, compute_teacher_outputs, use_attention
-from ..utils.files import content_hash, replacing_folder, write_atomically
+from ..utils.files import claim, content_hash, replacing_folder, write_atomically
 from ..zoo.models import cast
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-cell-016
@@ -437,20 +437,6 @@ def training_arguments(
     args._n_gpu = min(args.n_gpu, 1)
     return args
 
-# %% ../../nbs/library/recovery/05_training.ipynb #cell-017
-def _claim(folder: Path, run: dict) -> None:
-    "Write the description of a run to its folder, or check that it is the same run."
-    path = folder / "run.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return write_atomically(path, json.dumps(run, indent=1))
-    before = json.loads(path.read_text())
-    if differs := [key for key in run if before.get(key) != run[key]]:
-        raise ValueError(
-            f"{folder} holds checkpoints of another run (different {', '.join(differs)}): "
-            "give another folder, or delete it (--restart)."
-        )
-
 # %% ../../nbs/library/recovery/05_training.ipynb #search-code
 def _search(
     fit,  # (rate, steps, start) -> RecoveryTrainer after these steps
@@ -558,7 +544,7 @@ def recover(
                 "student": weights_hash(student),
                 "teacher": weights_hash(teacher) if teacher is not None else None,
             }
-            _claim(Path(folder), identity)
+            claim(folder, identity, "checkpoints")
         compares = any(LOSSES[name].needs_teacher for name in config.losses)
         teacher = teacher.to(args.device).eval() if compares else None
         tower, kind = source.to(args.device), args.device.type

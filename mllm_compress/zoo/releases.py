@@ -350,7 +350,9 @@ def generation_config(source: OriginalCheckpoint) -> transformers.GenerationConf
 def image_processor(source: OriginalCheckpoint):  # -> image processor of transformers
     "Pad to a square, resize, crop and normalise, or make tiles, as the release does."
     original, tower = source.settings, source.tower
-    if source.release.placeholder != "<image>":  # tiles of the nearest aspect ratio, and a thumbnail
+    if (
+        source.release.placeholder != "<image>"
+    ):  # tiles of the nearest aspect ratio, and a thumbnail
         side = original["force_image_size"]
         return transformers.GotOcr2ImageProcessorPil(
             size={"height": side, "width": side},
