@@ -146,7 +146,7 @@ def expand2square(image, color):  # LLaVA, mm_utils.py
 
 @pytest.mark.parametrize("name, side", [("llava", 56), ("bunny", 60)])
 def test_pixels_of_many_shapes(layouts, name, side):
-    process, draw = image_processor(layouts / name), np.random.default_rng(0)
+    process, draw = image_processor(open_original(layouts / name)), np.random.default_rng(0)
     for width, height in draw.integers(3, 200, (25, 2)).tolist():
         image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         square = expand2square(image, tuple(int(255 * m) for m in process.image_mean))
@@ -173,7 +173,7 @@ def original_grid(width, height, size, largest):  # InternVL, find_closest_aspec
 
 
 def test_tiles_are_the_originals(layouts):
-    process, draw = image_processor(layouts / "internvl"), np.random.default_rng(1)
+    process, draw = image_processor(open_original(layouts / "internvl")), np.random.default_rng(1)
     for width, height in draw.integers(10, 400, (25, 2)).tolist():
         image = Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         columns, rows = original_grid(width, height, 56, 12)
