@@ -38,11 +38,8 @@ def stock_model(
     fill: bool = False,  # fill widths up with zero units
 ) -> PreTrainedModel:  # ValueError where no class of transformers fits
     "The model in a class that plain from_pretrained loads."
-    model = widened(model) if fill else model
     try:
-        if not formats.alike(formats.layer_widths(anatomy(model))):
-            raise ValueError("its layers differ in width")
-        return formats.fit_class(model, (model.config, formats.equivalent_config(model.config)))
+        return formats.stock_class(widened(model) if fill else model)
     except ValueError as error:
         raise ValueError(
             f"transformers {transformers.__version__} has no class for this model "

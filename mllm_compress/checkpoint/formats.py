@@ -115,11 +115,6 @@ def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons), one per layer
     "The widths of every layer of a model."
     return [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
 
-
-def alike(widths: list) -> bool:
-    "Whether all layers that have heads have as many, and all that have neurons."
-    return all(len(set(counts) - {0}) < 2 for counts in zip(*widths))
-
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-012
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
@@ -189,17 +184,22 @@ def fit_class(
     raise ValueError(f"no class of transformers fits this {type(model).__name__}: {reason}")
 
 
+def stock_class(model: PreTrainedModel) -> PreTrainedModel:  # ValueError where no class fits
+    "The model in a class that plain `from_pretrained` loads."
+    if any(len(set(counts) - {0}) > 1 for counts in zip(*layer_widths(anatomy(model)))):
+        raise ValueError("its layers differ in width")
+    return fit_class(model, (model.config, equivalent_config(model.config)))
+
+
 def choose_format(
     model: PreTrainedModel,  # pruned
     plan: PruningPlan,  # that was applied
 ) -> tuple:  # (the model as it is saved, "stock" or "pruned"); ValueError where no class fits
     "The model in the class that it is saved as, and the name of the format."
-    if alike(planned_widths(plan)):
-        try:
-            return fit_class(model, (model.config, equivalent_config(model.config))), "stock"
-        except ValueError:
-            pass  # our own format holds it
-    return fit_class(model, enclosing_configs(model, plan), plan), "pruned"
+    try:
+        return stock_class(model), "stock"
+    except ValueError:  # our own format holds it
+        return fit_class(model, enclosing_configs(model, plan), plan), "pruned"
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-024
 def check_describes(model: PreTrainedModel, plan: PruningPlan) -> None:

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ from ..importance.scores import check_batches
 from ..pruning import reconstruction
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import apply_plan
-from ..zoo.weight_files import FileModel, write_weights
+from ..zoo.weight_files import FileModel, read_tensor, write_weights
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-007
 class CutWeights:
@@ -47,8 +46,7 @@ class CutWeights:
     def tensor(self, name: str) -> torch.Tensor:
         "A weight by its name in the pruned model."
         if name in self.fitted:
-            with safe_open(self.fitted[name], "pt") as file:
-                return file.get_tensor(name)
+            return read_tensor(self.fitted[name], name)
         origin, cut = self.origins.get(name, (name, None))
         tensor = self.source.tensor(origin)
         return tensor if cut is None else tensor.index_select(*cut)

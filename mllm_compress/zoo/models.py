@@ -142,8 +142,7 @@ def load_processor(folder: Path):
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-028
 def layout_of(folder: Path) -> str:
     "How a checkpoint is loaded: a model_type of LOADERS, original or native."
-    config = folder / "config.json"
-    kind = weight_files.read_config(config).get("model_type") if config.is_file() else None
+    kind = weight_files.read_json(folder / "config.json").get("model_type")
     if kind in LOADERS:
         return kind
     return "original" if is_original_layout(folder) else "native"

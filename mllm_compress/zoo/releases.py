@@ -7,7 +7,6 @@ __all__ = ['NATIVE', 'RELEASED', 'REAL_MODELS', 'is_original_layout', 'Released'
            'native_config', 'open_original', 'load_original', 'convert_original']
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #cell-003
-import json
 import re
 import shutil
 import warnings
@@ -23,6 +22,7 @@ from transformers.initialization import no_init_weights
 from ..utils.files import replacing_folder
 from ..utils.methods import naming_extras
 from . import weight_files
+from .weight_files import read_json
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #cell-005
 def config_from(config_class: type, original: dict, **changed) -> PreTrainedConfig:
@@ -149,11 +149,6 @@ RELEASES = {
         "phi3-chat", internvl_config, INTERNVL_NAMES, placeholder="<IMG_CONTEXT>"
     ),
 }
-
-
-def read_json(path: Path) -> dict:
-    "A JSON file, or nothing if there is none."
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-018
 def is_original_layout(folder: str | Path) -> bool:
