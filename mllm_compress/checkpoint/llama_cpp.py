@@ -15,19 +15,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy
-from .formats import layer_widths
-from .loading import fill_up
-from .saving import check_writable
-from ..utils.files import replacing
-from ..utils.methods import naming_extras
+from mllm_compress.anatomy.families import Anatomy, anatomy
+from mllm_compress.checkpoint.formats import layer_widths
+from mllm_compress.checkpoint.loading import fill_up
+from mllm_compress.checkpoint.saving import check_writable
+from mllm_compress.utils.files import replacing
+from mllm_compress.utils.methods import lazily
 
-
-def _gguf():
-    "The package gguf; an ImportError names the extra that installs it."
-    with naming_extras():
-        import gguf
-    return gguf
+gguf = lazily("gguf")
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-006
 @dataclass(frozen=True)
@@ -127,7 +122,7 @@ def check_dtype(dtype: str) -> None:
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-028
 def tensor_type(name: str, tensor: torch.Tensor, dtype: str):  # a gguf.GGMLQuantizationType
     "The type that a tensor is written in."
-    kinds = _gguf().GGMLQuantizationType
+    kinds = gguf.GGMLQuantizationType
     if tensor.ndim == 1:
         return kinds.F32
     if dtype.startswith("q") and tensor.shape[-1] % BLOCK:
@@ -151,7 +146,6 @@ SPLIT = {
 
 def decoder_tensors(parts: Anatomy, row: Architecture):  # yields (name in the file, tensor)
     "The tensors of a decoder."
-    gguf = _gguf()
     architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[row.name]
     names = gguf.get_tensor_name_map(architecture, parts.num_layers)
     fused = {}  # module -> (paths of its blocks, their sizes)
@@ -208,7 +202,7 @@ def hyperparameters(parts: Anatomy) -> dict:  # method of gguf.GGUFWriter -> its
         return values
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return values | {
-        "add_rope_scaling_type": _gguf().RopeScalingType.LONGROPE,
+        "add_rope_scaling_type": gguf.RopeScalingType.LONGROPE,
         "add_rope_scaling_orig_ctx_len": original,
         "add_rope_scaling_attn_factors": float(parts.decoder.rotary_emb.attention_scaling),
     }
@@ -260,7 +254,7 @@ def add_vocabulary(
         writer.add_add_bos_token(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
         if isinstance(tokenizer.chat_template, str):
             writer.add_chat_template(tokenizer.chat_template)
-    model, kind, note = description["model"], _gguf().TokenType, ""
+    model, kind, note = description["model"], gguf.TokenType, ""
     texts, kinds = [f"[PAD{i}]" for i in range(size)], [kind.UNUSED] * size
     if name or model["type"] == "WordLevel":
         ordinary, added = kind.NORMAL, tokenizer.added_tokens_decoder
@@ -320,7 +314,7 @@ def projector_writer(parts: Anatomy, image_processor, dtype: str):  # a gguf.GGU
     "The file of vision tower and projector, ready to be written."
     vision, layer = parts.config.vision_config, parts.config.vision_feature_layer
     layers = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
-    gguf, tensors = _gguf(), {}  # name in the file -> tensor
+    tensors = {}  # name in the file -> tensor
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, layers)
     for path, tensor in parts.vision_tower.named_parameters():
         name = names.get_name(f"vision_tower.vision_model.{path}", (".weight", ".bias"))
@@ -356,7 +350,6 @@ def announced(
     interleaved: int = 0,  # width of the heads of queries and keys to be interleaved
 ):  # a gguf.GGUFWriter
     "A writer that knows its tensors and converts each when it is written."
-    gguf = _gguf()
     writer = gguf.GGUFWriter(None, architecture)
     kinds = "ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[kinds])
@@ -389,7 +382,7 @@ def write_gguf(
     "Write the decoder of a model as a GGUF file, and its vision tower and projector beside it."
     dtype = dtype or "f16"
     check_dtype(dtype)
-    before, path, beside, gguf = anatomy(model), Path(path), projector_path(path), _gguf()
+    before, path, beside = anatomy(model), Path(path), projector_path(path)
     row = choose_architecture(before, fill)
     block = BLOCK if dtype.startswith("q") else 1
     widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(before)]

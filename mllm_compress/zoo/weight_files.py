@@ -27,7 +27,7 @@ from transformers.modeling_utils import str_to_torch_dtype
 
 from ..anatomy.streaming import SOURCE, tied_names
 from ..utils.files import cache_folder, replacing_folder, sha256
-from ..utils.methods import naming_extras
+from ..utils.methods import lazily
 
 AGAIN = "copy or download it again"
 SHIPPED = Path(str(files("mllm_compress"))) / "models"  # what comes with the package
@@ -298,14 +298,13 @@ PACKAGED = {
 
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #gguf-cell-011
 READ_FROM_GGUF = ("llama", "mistral", "qwen2", "phi3")
+gguf = lazily("gguf")
 
 
 def check_gguf(path: Path) -> None:
     "ValueError where a GGUF file is damaged, or its architecture or a quantization is unknown."
-    with naming_extras():
-        from gguf import GGUFReader, quants
     try:
-        reader = GGUFReader(path)
+        reader = gguf.GGUFReader(path)
         kind = reader.fields["general.architecture"].contents()
     except (ValueError, IndexError, KeyError) as error:
         line = " ".join(str(error).split())[:120]
@@ -317,7 +316,7 @@ def check_gguf(path: Path) -> None:
         )
     for tensor in {t.tensor_type: t for t in reader.tensors}.values():
         try:
-            quants.dequantize(tensor.data[:1], tensor.tensor_type)
+            gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError:
             raise ValueError(
                 f"{path} holds weights of type {tensor.tensor_type.name}, which the installed "
