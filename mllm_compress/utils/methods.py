@@ -9,12 +9,11 @@ __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'BLUE', 'RED', 'PINK', 'GREY', 'WI
            'lazily', 'offering']
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-002
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module, util
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -173,18 +172,15 @@ def naming_extras():
         ) from error
 
 # %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-010b
-def lazily(
-    name: str,  # of a package
-):  # the module
-    "A package that is imported when one of its attributes is first used."
-    if name in sys.modules:
-        return sys.modules[name]
-    if (spec := util.find_spec(name)) is None:
-        return import_module(name)  # which says that it is missing
-    spec.loader = util.LazyLoader(spec.loader)
-    module = sys.modules[name] = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class lazily:
+    "A package that is imported when one of its attributes is used."
+
+    def __init__(self, name: str):
+        self.package = name
+
+    def __getattr__(self, attribute: str):
+        with naming_extras():
+            return getattr(import_module(self.package), attribute)
 
 # %% ../../nbs/library/utils/02_methods.ipynb #offering-code
 def offering(
