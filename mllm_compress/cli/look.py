@@ -74,7 +74,7 @@ def _cost_without_weights(request: CostRequest) -> dict:
     model, ratio = request.model, 0.3 if request.ratio is None else request.ratio
     folder = mc.zoo.models.native_folder(model) or Path(model)
     present = (folder / "config.json").is_file()
-    config = AutoConfig.from_pretrained(folder) if present else mc.zoo.releases.known_config(model)
+    config = AutoConfig.from_pretrained(folder) if present else mc.zoo.releases.real_config(model)
     if request.stream:
         empty = mc.cost.arithmetic.without_weights(config, config.dtype or torch.bfloat16)
         frame = mc.cost.memory.streaming_table(empty, ratio=ratio)

@@ -57,7 +57,7 @@ class MeasureRequest(cli.DataRequest):
         "Names of benchmarks, own questions among them, and whether perplexity is measured."
         benchmarks, file = mc.evaluation.benchmarks, Path(model) / "config.json"
         check_choice("scorer", self.scorer, benchmarks.OWN_SCORERS)
-        config = mc.zoo.weight_files.read_config(file) if file.is_file() else {}
+        config = mc.zoo.weight_files.read_json(file)
         is_text = bool(config) and "vision_config" not in config.get("config", config)
         if not self.benchmark and self.questions is None and is_text:
             if self.data == "small":
@@ -316,7 +316,7 @@ def compare(request: CompareRequest) -> dict:
         tables = ("costs.csv", "scores.csv", "grounding.csv", "answers.csv")
         files = (*tables, "comparison.png")
         inputs = {"dense model": dense, "small model": small}
-        cli.check_output_folder(out, request.overwrite, files, "a comparison's files", inputs)
+        cli.check_output_folder(out, request.overwrite, files, inputs)
     device = cli.resolve_device(request.device)
     cli.check_models(dense, small)
     suite = request.suite(dense)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, model_validator
 import mllm_compress as mc
 from . import requests as cli
 from .look import timed_units
-from ..utils.files import content_hash, resuming, states_folder
+from ..utils.files import content_hash, resuming
 from ..utils.methods import Seed
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-004
@@ -112,7 +112,7 @@ def score(request: ScoreRequest) -> dict:
     "Score the importance of layers, or of heads and neurons, and write the scores."
     out, method, seed = request.out, request.method, request.seed
     files, inputs = ("scores.json", "scores.safetensors"), {"model": request.model}
-    cli.check_output_folder(out, request.overwrite, files, "scores", inputs)
+    cli.check_output_folder(out, request.overwrite, files, inputs)
     import torch
 
     from mllm_compress.anatomy.streaming import device_of, is_streamed
@@ -126,7 +126,8 @@ def score(request: ScoreRequest) -> dict:
     needs = "taylor" if backward else "block_influence"  # alike in memory
     stream = cli.choose_stream(request.model, device, request.stream, needs)
     model, processor = cli.load(request.model, device, stream)
-    sums, batches, record, keeping = out.parent / f".{out.name}.scoring", None, None, nullcontext()
+    unfinished, keeping = out.parent / f".{out.name}.unfinished", nullcontext()
+    batches = record = None
     if with_data:
         batches, record = request.calibration(model, processor, device)
         order = "layer by layer" if is_streamed(model) else "in parts of batches"
@@ -134,13 +135,12 @@ def score(request: ScoreRequest) -> dict:
         key += [mc.importance.scores.model_record(model), order]
         key += [str(model.dtype), str(device_of(model)), torch.__version__]
         key += mc.importance.scores.tensor_hashes(batches)
-        keeping = resuming(sums, content_hash(key))
+        keeping = resuming(unfinished, content_hash(key))
     with keeping:
         scores = mc.importance.criteria.measure(kind, method, model, batches, seed)
     scores.meta.update({"calibration": record} if record else {})
     mc.checkpoint.saving.save_or_rescue(scores.save, out)
-    sums.unlink(missing_ok=True)
-    shutil.rmtree(states_folder(sums), ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     facts = {"out": str(out), "kind": scores.kind, "meta": scores.meta}
     return cli.emit(f"{scores}\nwritten to {out}", facts)
 

@@ -483,10 +483,8 @@ def check_output_file(
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}: make it first.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: name another file, or replace it with --overwrite.")
-    if path.exists() and not begins.startswith(path.open("rb").read(len(begins))):
-        raise FileExistsError(f"{path} was not written by this command: name another file.")
+    ours = path.exists() and begins.startswith(path.open("rb").read(len(begins)))
+    mc.checkpoint.saving.check_output(path, "this command", ours, overwrite)
     mc.checkpoint.saving.check_writable(path)
 
 
@@ -494,21 +492,13 @@ def check_output_folder(
     out: Path,
     overwrite: bool,
     files: tuple,  # names of all files that a result may have; every result has the first
-    what: str,  # is in the folder, such as "scores"
     inputs: dict,  # name -> folder that is read
 ) -> None:
     "ValueError or OSError where results cannot be written, or the folder holds other files."
-    mc.checkpoint.saving.check_not_read(out.resolve(), inputs)
+    place = Path(os.path.abspath(out))
+    present = {p.name for p in place.iterdir()} if place.is_dir() else set()
+    ours = files[0] in present
+    mc.checkpoint.saving.check_output(out, "this command", ours, overwrite, inputs)
     mc.checkpoint.saving.check_writable(out / files[0])
-    out = Path(os.path.abspath(out))
-    present = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    other = sorted(present - {*files})
-    if other or present and files[0] not in present:
-        raise ValueError(
-            f"{out} holds other files ({', '.join(other[:3]) or f'no {what}'}): choose a new "
-            "folder."
-        )
-    if present and not overwrite:
-        raise ValueError(
-            f"{out} holds {what}: choose another folder, or replace them with --overwrite."
-        )
+    if other := sorted(present - {*files}):
+        raise ValueError(f"{out} holds other files ({', '.join(other[:3])}): choose a new folder.")
