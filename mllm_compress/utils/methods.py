@@ -142,17 +142,13 @@ LOADERS = {}  # model_type -> function of (folder, dtype) that returns model and
 
 # %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-004
 EXTRAS = {
-    "torchvision": "vision",
-    "num2words": "vision",
+    "vision": "torchvision num2words",
     "gguf": "gguf",
-    "resvg_py": "eyes",
-    "bitsandbytes": "quantize",
-    **dict.fromkeys(
-        "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel "
-        "jupyter_client".split(),
-        "study",
-    ),
-}  # package -> extra
+    "eyes": "resvg_py",
+    "quantize": "bitsandbytes",
+    "study": "matplotlib seaborn jinja2 papermill nbformat nbclient nbconvert ipython ipykernel "
+    "jupyter_client",
+}  # extra -> its packages
 
 # %% ../../nbs/library/utils/02_methods.ipynb #extras-cell-006
 @contextmanager
@@ -162,12 +158,13 @@ def naming_extras():
         yield
     except ImportError as error:
         text = f"{error.name or ''} {error}".lower()
-        package = next((name for name in EXTRAS if name in text), None)
+        extras = {name: extra for extra, names in EXTRAS.items() for name in names.split()}
+        package = next((name for name in extras if name in text), None)
         if package is None or "mllm_compress" in text:
             raise
         raise ImportError(
             f"{package} is not installed and is needed here: "
-            f"pip install 'mllm_compress[{EXTRAS[package]}]'",
+            f"pip install 'mllm_compress[{extras[package]}]'",
             name=package,
         ) from error
 
