@@ -27,7 +27,7 @@ setup(
     package_data={
         "mllm_compress": [
             "profiles/*.yaml",
-            "public_sets.yaml",
+            "benchmarks.yaml",
             "published/*.csv",
             "advice.csv",
             "study.mplstyle",

@@ -15,14 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..anatomy.families import anatomy
 from ..data.batches import Collator
-from mllm_compress.evaluation.generation import (
-    Answer,
-    Prompt,
-    entry_losses,
-    read_prefixes,
-    read_questions,
-    score_answers,
-)
+from . import generation
 from .intervals import bootstrap
 from ..zoo.models import check_finite
 
@@ -39,10 +32,8 @@ def perplexity_row(
     check_finite(model)
     collate = Collator(processor, data, turns="sequential", max_length=max_length)
     numbers = range(min(limit, len(data)))
-    parts = [
-        entry_losses(model, collate([data[i] for i in numbers[start : start + batch_size]]))
-        for start in range(0, len(numbers), batch_size)
-    ]
+    batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))
+    parts = [generation.entry_losses(model, collate([data[i] for i in some])) for some in batches]
     losses, tokens, _ = counts = np.concatenate(parts, 1)
     if not tokens.sum():
         raise ValueError(f"{data.name}: no supervised token: its texts are too short to predict.")
@@ -105,13 +96,13 @@ def answer_by_likelihood(
         (context,) = encode_texts(tokenizer, [q.prompt])
         words = tokenizer([f" {c}" for c in q.candidates], add_special_tokens=False)["input_ids"]
         right = words[q.candidates.index(q.answer)] if q.answer in q.candidates else []
-        prompts.append(Prompt((), tuple(context), (), tuple(words), right, place))
+        prompts.append(generation.Prompt((), tuple(context), (), tuple(words), right, place))
     prompts.sort(key=lambda p: len(p.own))
     for batch in (prompts[i : i + size] for i in range(0, len(prompts), size)):
-        asked = read_questions(parts, read_prefixes(parts, batch, {}), batch)
-        for prompt, (best, *numbers) in zip(batch, score_answers(parts, asked, batch)):
+        asked = generation.read_questions(parts, generation.read_prefixes(parts, batch, {}), batch)
+        for prompt, (best, *numbers) in zip(batch, generation.score_answers(parts, asked, batch)):
             word = questions[prompt.place].candidates[best]
-            answers[prompt.place] = Answer(word, word, *numbers)
+            answers[prompt.place] = generation.Answer(word, word, *numbers)
         report(len(batch))
     places = [k for k, q in enumerate(questions) if not q.candidates]
     rows = encode_texts(tokenizer, [questions[k].prompt for k in places]) if places else []
@@ -119,7 +110,9 @@ def answer_by_likelihood(
         ids = [torch.tensor(rows[k]) for k in batch]
         labels = pad_sequence(ids, batch_first=True, padding_value=-100)
         texts = {"input_ids": labels.clamp(min=0), "attention_mask": (labels >= 0).long()}
-        for k, (loss, n, right) in zip(batch, entry_losses(model, texts | {"labels": labels}).T):
-            answers[places[k]] = Answer(f"{loss:.4f} {int(right)} {int(n)}", None, -float(loss) / n)
+        counts = generation.entry_losses(model, texts | {"labels": labels})
+        for k, (loss, n, right) in zip(batch, counts.T):
+            text = f"{loss:.4f} {int(right)} {int(n)}"
+            answers[places[k]] = generation.Answer(text, None, -float(loss) / n)
         report(len(batch))
     return answers
