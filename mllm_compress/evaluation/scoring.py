@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import wrapper_of
+from . import intervals
 from mllm_compress.evaluation.benchmarks import (
     OTHER_PICTURES,
     SMALL_SUITE,
@@ -23,15 +24,6 @@ from mllm_compress.evaluation.benchmarks import (
     load_questions,
 )
 from .generation import answer_questions
-from mllm_compress.evaluation.intervals import (
-    TAILS,
-    bootstrap,
-    mcnemar,
-    paired_difference,
-    paired_units,
-    require_same_benchmarks,
-    score_interval,
-)
 from .likelihood import answer_by_likelihood
 from .scorers import SCORERS, question_worth
 from ..utils.files import claim, replacing
@@ -74,7 +66,7 @@ def score(frame: pd.DataFrame) -> dict:
     name, n = frame.benchmark.iloc[0], len(frame)
     scorer = SCORERS[benchmark(name).scorer]
     parts = scorer.combine(frame)
-    low, high, method = score_interval(scorer.worth(frame), scorer.scale)
+    low, high, method = intervals.score_interval(scorer.worth(frame), scorer.scale)
     likely = frame.get("log_likelihood", pd.Series(np.nan, frame.index)).astype(float)
     return {
         "benchmark": name,
@@ -238,24 +230,24 @@ def grounding(
     """
     models, rows = {"dense": dense, "pruned": pruned}, []
     parts = {m: dict(iter(f.groupby("benchmark", sort=False))) for m, f in models.items()}
-    require_same_benchmarks(*parts.values())
+    intervals.require_same_benchmarks(*parts.values())
     for name, original in parts["dense"].items():
         if name.endswith(OTHER_PICTURES) or (original.answer == "").all():  # the last are texts
             continue
         before, was = by_picture(parts["dense"], name), original.set_index("id")
         looked = before.right - before.wrong
         for model, answers in parts.items():
-            both = paired_units(question_worth(answers[name]), question_worth(original))
+            both = intervals.paired_units(question_worth(answers[name]), question_worth(original))
             right, was_right = both["first"] >= 0.5, both["second"] >= 0.5
             lost, gained = int((was_right & ~right).sum()), int((right & ~was_right).sum())
             values, own = by_picture(answers, name), answers[name].set_index("id").loc[was.index]
-            draws = bootstrap(2 * (values.right - values.wrong) - looked)
+            draws = intervals.bootstrap(2 * (values.right - values.wrong) - looked)
             equal = own.parsed.fillna(own.prediction) == was.parsed.fillna(was.prediction)
             row = {"benchmark": name, "model": model, "n": len(values), **100 * values.mean()}
             row |= {"yes_bias": yes_bias(own), "calibration_error": calibration_error(own)}
             row |= {"agreement": 100 * equal.mean(), "lost": lost, "gained": gained}
-            away = looked.mean() > 0 and np.quantile(draws, TAILS[1]) < 0
-            rows.append(row | {"p": mcnemar(lost, gained), "looks_away": bool(away)})
+            away = looked.mean() > 0 and np.quantile(draws, intervals.TAILS[1]) < 0
+            rows.append(row | {"p": intervals.mcnemar(lost, gained), "looks_away": bool(away)})
     return pd.DataFrame(rows)
 
 
@@ -274,8 +266,8 @@ def say_grounding(table: pd.DataFrame) -> list:  # of str; of `grounding`
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:  # one row a benchmark
     "First minus second on every benchmark, paired by question; both frames are judged answers."
     a, b, rows = units(first), units(second), []
-    require_same_benchmarks(a, b)
+    intervals.require_same_benchmarks(a, b)
     for name in (name for name in a if not name.endswith(OTHER_PICTURES)):
-        gap = paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
+        gap = intervals.paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
         rows.append({"benchmark": name} | gap._asdict())
     return pd.DataFrame(rows).rename(columns={"value": "difference"})
