@@ -151,6 +151,7 @@ class Profile:
     per_model: dict[Word, OfModel] = field(default_factory=dict)  # sections of single models
     dtype: Dtype = ""  # of the weights; empty: as in the checkpoint
     slurm: Slurm = field(default_factory=Slurm)
+    ratio_of: Literal["decoder", "layers"] = field(default="decoder", repr=False)  # its weights
 
     def __hash__(self):  # keys are cached by profile; equality compares all of its values
         return hash(self.name)

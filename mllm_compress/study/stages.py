@@ -133,13 +133,18 @@ def scores_inputs(e: Experiment, profile: Profile) -> dict:
     inputs |= {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
     inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
     inputs |= {"seed": e.calibration_seed} | profiles.model_inputs(e.model, profile)
-    return inputs | ({"ratio": e.ratio} if blocks else {})
+    return inputs | ({"ratio": e.ratio} | ratio_inputs(profile) if blocks else {})
+
+
+def ratio_inputs(profile: Profile) -> dict:
+    "What a ratio is a share of, where that is not the LM decoder."
+    return {} if profile.ratio_of == "decoder" else {"ratio_of": profile.ratio_of}
 
 
 def plan_inputs(e: Experiment, profile: Profile) -> dict:
     "Pruning, scores and ratio, and the settings of widthwise plans."
     inputs = {"version": plans.PRUNINGS[e.pruning].version, "pruning": e.pruning}
-    inputs |= {"scores": key_of("scores", e, profile), "ratio": e.ratio}
+    inputs |= {"scores": key_of("scores", e, profile), "ratio": e.ratio} | ratio_inputs(profile)
     inputs |= {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
     settings = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
     inputs |= {name: value for name, value in settings.items() if value != LATER[name]}
@@ -252,13 +257,20 @@ def scores_of(experiment: Experiment, profile: Profile, results: Store, device: 
     return load_scores(store.folder_of(results, "scores", key))
 
 
+def decoder_ratio(e: Experiment, profile: Profile, model) -> float:
+    "The share of LM-decoder parameters that an experiment is to remove."
+    if profile.ratio_of == "decoder":
+        return e.ratio
+    return e.ratio * sum(size.parameters for size in layer_sizes(model)) / lm_parameters(model)
+
+
 def make_scores(e: Experiment, profile: Profile, device: str, folder: Path) -> dict:
     "Measure the scores of an experiment and save them in a folder."
     model, processor = teacher_of(e.model, profile, device)
     batches = calibration_batches_of(e, profile, processor, device)
     options, began = score_options(e, profile), time.perf_counter()
     if e.importance not in criteria_of(e.pruning):
-        options["n"] = plans.layers_for_ratio(model, e.ratio)
+        options["n"] = plans.layers_for_ratio(model, decoder_ratio(e, profile, model))
     if e.allocation == "obs":
         scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
     else:
@@ -324,6 +336,7 @@ def make_plan(e: Experiment, profile: Profile, results: Store, device: str) -> s
     "The plan of an experiment from its scores, and for a hybrid from its layerwise plan."
     model, scores = teacher_of(e.model, profile, device)[0], scores_of(e, profile, results, device)
     base = plan_of(layers_first(e), profile, results, device) if e.layer_share else None
+    e = replace(e, ratio=decoder_ratio(e, profile, model))
     return planned(e, model, scores, profile.width, base).to_json()
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-020
