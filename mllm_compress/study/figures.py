@@ -45,6 +45,7 @@ class Figure:
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-016
 REMOVED = "fraction of LM-decoder parameters removed"
+SHARES = {"decoder": REMOVED, "layers": "fraction of the weights of all layers removed"}
 KEPT = "retained, % of the original"
 
 

@@ -47,7 +47,8 @@ def frame_of(
             continue
         same |= {"status": "done", "error": ""} | {k: result["record"].get(k) for k in RECORDED}
         same |= {"precision": result["training"].get("precision")}
-        same |= {"achieved_ratio": result["achieved_ratio"], "result": name_of(experiment, profile)}
+        same |= {name: result[name] for name in stages.REMOVED}
+        same |= {"result": name_of(experiment, profile)}
         for row in result["rows"]:
             name = row["benchmark"]
             nats = result["log_likelihoods"].get(name)

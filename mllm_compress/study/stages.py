@@ -708,6 +708,18 @@ def compute(experiment: Experiment, profile: Profile, results: Store, device: st
     made("experiment", experiment, profile, results, device)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-015b
+REMOVED = ("achieved_ratio", "decoder_ratio")
+
+
+def removed_by(plan: dict, profile: Profile) -> dict:
+    "What a plan removes: of what the profile's ratios are a share of, and of the LM decoder."
+    of_decoder = achieved = plan["achieved_ratio"]
+    if profile.ratio_of == "layers":
+        sizes = sum(size["parameters"] for size in plan["meta"]["sizes"])
+        achieved *= plan["meta"]["lm_parameters"] / sizes
+    return dict(zip(REMOVED, (achieved, of_decoder)))
+
+
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and record of an experiment; None where a score is missing."
     e, evaluation = canonical(experiment), profile.evaluation
@@ -731,6 +743,6 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "sample": [row for v in scores.values() for row in v["sample"]],
         "plan": plan or "",
         "training": student.get("training", {}),
-        "achieved_ratio": json.loads(plan)["achieved_ratio"] if plan else 0.0,
+        **(removed_by(json.loads(plan), profile) if plan else dict.fromkeys(REMOVED, 0.0)),
         "record": circumstances,
     }

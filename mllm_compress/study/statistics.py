@@ -212,7 +212,7 @@ def summary(
         row |= {"n": 0, "seeds": 0}
         if len(done) and row["model"] in originals:
             e = originals[row["model"]].retained(done)
-            row["achieved_ratio"] = done.achieved_ratio.mean()
+            row |= done.filter(["achieved_ratio", "decoder_ratio"]).mean().to_dict()
             row |= {"avg_percent": e.value, "low": e.low, "high": e.high, "n": e.n}
             row |= {"seeds": e.seeds, "by_seed": list(e.by_seed.values())}
             row |= done.groupby("benchmark", sort=False).score.mean().to_dict()

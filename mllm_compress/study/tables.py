@@ -123,6 +123,7 @@ def to_html(table: Table) -> str:
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-034
 ABOVE = "AVG-% above guessing"
+OF_LAYERS, OF_DECODER = "of the layers", "of the decoder"
 
 
 def score_table(
@@ -144,18 +145,28 @@ def score_table(
         requested=order.requested_ratio.map("{:.2f}".format),
         achieved=achieved,
     ).rename(columns={"avg_percent": "AVG-%"})
+    removed = ["achieved"]
+    if setup.ratio_of == "layers":
+        order = order.rename(columns={"achieved": OF_LAYERS, "decoder_ratio": OF_DECODER})
+        order[OF_DECODER] = order[OF_DECODER].map("{:.3f}".format)
+        removed = [OF_LAYERS, OF_DECODER]
     order.loc[order.pruning == "original", ["low", "high"]] = np.nan
     names = ["model", "requested", "pruning", *columns, "AVG-%", "low", "high"]
     if guessed:
         chance = order.model.map(guessed).where(lambda share: share < 100)
         order[ABOVE] = 100 * (order["AVG-%"] - chance) / (100 - chance)
         names.append(ABOVE)
-    return order.reindex(columns=[*names, "achieved", *setup.evaluation.benchmarks])
+    return order.reindex(columns=[*names, *removed, *setup.evaluation.benchmarks])
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-039
 GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "
     "to be removed, and that was",
+    (
+        "requested",
+        OF_LAYERS,
+    ): f"requested, {OF_LAYERS}: share of the weights of all layers that was "
+    f"to be removed, and that was; {OF_DECODER}: the same, embeddings counted in the whole",
     ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
     ("low", "high"): "low, high: the ends of its 95 % interval over questions and seeds",
     (ABOVE,): f"{ABOVE}: the same scale with 0 for the most frequent training answer to each "
