@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from test_refit_files import Peak
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mllm_compress.zoo.models import MODELS
 from mllm_compress.zoo.releases import (
     CHAT_TEMPLATES,
     REAL_MODELS,
@@ -446,12 +445,6 @@ def test_native_config_reads_the_placeholder_from_tokenizer_files(layouts, tmp_p
 
 
 # names of the real models
-
-
-def test_the_zoo_lists_every_hub_id_of_a_real_model():
-    listed = {hub_id: text for hub_id, text in MODELS.items() if "/" in hub_id}
-    assert set(listed) == {i for real in REAL_MODELS.values() for i in real.hub_ids}
-    assert all(text.startswith(real_name(hub_id)) for hub_id, text in listed.items())
 
 
 @pytest.mark.parametrize("text", ["llava", "llava-v1.5-13b", ""])

@@ -60,10 +60,8 @@ def check_not_read(
 ) -> None:
     "ValueError where the target is, contains or lies in something that is read."
     for what, given in inputs.items():
-        source = Path(given).resolve()
-        if not source.exists():
-            continue  # a name or a hub id
-        if source == target or source in target.parents or target in source.parents:
+        source = Path(given).resolve()  # where it is no name or hub id
+        if source.exists() and (target.is_relative_to(source) or source.is_relative_to(target)):
             relation = "is" if source == target else "overlaps"
             raise ValueError(
                 f"the output {target} {relation} the {what} {given}: choose another folder."

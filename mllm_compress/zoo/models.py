@@ -246,14 +246,13 @@ def check_model(
 def from_hub(name: str, trust_remote_code: bool = False, **options) -> Path:
     "The folder of a checkpoint of the hub, without its pickles; OSError where it is out of reach."
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     packaged = weight_files.PACKAGED.get(name)
     repo = packaged.hub if packaged else name
     ignored = ["*.bin"] if trust_remote_code else ["*.bin", "*.pt", "*.pth", "*.py"]
     try:
         return Path(snapshot_download(repo, ignore_patterns=ignored, **options))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # of the hub, too
         reason = type(error).__name__
         if packaged:
             raise OSError(
