@@ -134,8 +134,9 @@ def check_budget_request(
     return name, float(share)
 
 
-def costs_of_budget(model: PreTrainedModel, name: str, costs: UnitCosts | None) -> UnitCosts:
+def costs_of_budget(model: PreTrainedModel, budget: dict, costs: UnitCosts | None) -> UnitCosts:
     "The table that a budget is counted in; ValueError where it is missing or of another model."
+    name, _ = check_budget_request(budget)
     if costs is None:
         if name not in COUNTED:
             raise ValueError(
@@ -257,6 +258,8 @@ def plan_of_counts(
     scores: WidthScores,
     counts: dict,  # "heads" and "neurons" -> layer -> how many stay; "layer" -> layers that go
     base: PruningPlan | None,  # a layerwise plan to continue from
+    budget: dict | None = None,
+    costs: UnitCosts | None = None,  # that the budget is counted in
     **fields,  # of the plan, or for its meta
 ) -> PruningPlan:
     "Keep the units with the highest scores, as many as the counts say."
@@ -269,7 +272,13 @@ def plan_of_counts(
                 units[kind][i] = order[len(order) - counts[kind][i] :]
     if "shape" in fields:
         fields["method"] = "widthwise" if base is None else "layerwise+widthwise"
-    return make_plan(model, layers, **units, **fields, scores=scores.record)
+    if budget is not None:
+        fields |= dict(budget=budget, costs=asdict(costs))
+    plan = make_plan(model, layers, **units, **fields, scores=scores.record)
+    if budget is not None:
+        share = costs.total(plan) / costs.total(make_plan(model))
+        plan.meta["achieved_budget"] = dict.fromkeys(budget, share)
+    return plan
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-019
 def plan_global(
@@ -290,8 +299,8 @@ def plan_global(
         check_ratio(ratio)
         name, share, costs = "parameters", 1 - ratio, parameter_costs(model)
     else:
+        costs = costs_of_budget(model, budget, costs)
         name, share = check_budget_request(budget)
-        costs = costs_of_budget(model, name, costs)
     parts, sizes, everything = anatomy(model), layer_sizes(model), make_plan(model)
     dense, start = costs.total(everything), costs.total(base or everything)
     free, gone = free or (base or everything).layers, dense - start
@@ -327,12 +336,7 @@ def plan_global(
     fields |= dict(round_to=round_to, allocation=allocation)
     if budget is None:
         fields |= dict(requested_ratio=ratio, shape=shape)
-    else:
-        fields |= dict(budget={name: share}, costs=asdict(costs))
-    plan = plan_of_counts(model, scores, counts, base, **fields)
-    if budget is not None:
-        plan.meta["achieved_budget"] = {name: costs.total(plan) / dense}
-    return plan
+    return plan_of_counts(model, scores, counts, base, budget, costs, **fields)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-025
 def unit_errors(inverse: torch.Tensor, cost: torch.Tensor, width: int) -> torch.Tensor:

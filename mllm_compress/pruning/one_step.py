@@ -17,7 +17,7 @@ from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.gauss_newton import PART
 from ..importance.scores import check_batches, split_rows
 from ..importance.taylor import answer_labels
-from .allocation import check_budget_request, costs_of_budget, obs_scores
+from .allocation import costs_of_budget, obs_scores
 from mllm_compress.pruning.plans import (
     ALLOCATIONS,
     check_comparable,
@@ -211,7 +211,7 @@ def plan_by_recipe(
         layer_method = layer_method or default_method("layerwise")
     if scores is None:
         if budget is not None:
-            table = costs_of_budget(model, check_budget_request(budget)[0], costs)
+            table = costs_of_budget(model, budget, costs)
             if sum(table.layers) > WORTH_A_TRY * table.total(plan_none(model)):
                 layer_method = layer_method or default_method("layerwise")
         kind = pruning_of(recipe.method, recipe.pruning)

@@ -39,7 +39,6 @@ from mllm_compress.pruning.allocation import (
     COUNTED,
     FLOOR,
     UnitCosts,
-    check_budget_request,
     costs_of_budget,
     plan_global,
     plan_of_counts,
@@ -196,9 +195,9 @@ class Space:
 
     def __init__(self, model, scores, layer_scores, budget: dict, costs, round_to: int = 1):
         self.model, self.parts, self.scores = model, anatomy(model), scores
-        self.budget, self.costs, self.round_to = budget, costs, round_to
-        self.dense = costs.total(plan_none(model))
-        self.limit = self.dense * next(iter(budget.values()))
+        self.budget, self.costs = budget, costs
+        self.about = dict(budget=budget, costs=costs, round_to=round_to)  # every plan
+        self.limit = costs.total(plan_none(model)) * next(iter(budget.values()))
         self.sizes, order = layer_sizes(model), ascending(layer_scores.values, "layer scores")
         self.removable = removable(self.parts, order)
         steps = rounded_steps(round_to, self.parts.queries_per_group(0) * self.parts.head_dim)
@@ -264,16 +263,12 @@ class Space:
         stay = {i: counts for i, *counts in candidate.counts}
         counts = {kind: {i: n[k] for i, n in stay.items()} for k, kind in enumerate(FLOOR)}
         counts["layer"] = set(range(len(self.sizes))) - set(stay)
-        about = dict(budget=self.budget, costs=asdict(self.costs), allocation="search")
-        about |= dict(round_to=self.round_to)
-        plan = plan_of_counts(self.model, self.scores, counts, None, **about)
-        share = {name: self.costs.total(plan) / self.dense for name in self.budget}
-        return replace(plan, meta=plan.meta | {"achieved_budget": share})
+        about = dict(allocation="search", **self.about)
+        return plan_of_counts(self.model, self.scores, counts, None, **about)
 
     def recipes(self) -> list:  # of Candidate
         "Fixed plans of the budget; ValueError where it is out of reach."
         plans, going = [], self.removable
-        about = dict(budget=self.budget, costs=self.costs, round_to=self.round_to)
         bases = [
             make_plan(self.model, layers=set(range(len(self.sizes))) - set(going[:n]))
             for n in range(len(going) + 1)
@@ -283,14 +278,16 @@ class Space:
         spread, kind = {"layer": "evenly"}, self.scores.kind
         if self.comparable:
             spread["global"] = "over all"
-            plan = plan_global(self.model, self.scores, **about)  # also decides which layers go
+            plan = plan_global(
+                self.model, self.scores, **self.about
+            )  # also decides which layers go
             plans.append((plan, f"one ranking by {kind}"))
         for n, (allocation, how) in product(depths, spread.items()):
             try:
                 where = dict(base=bases[n], allocation=allocation)
                 if allocation == "layer":
                     where["free"] = unprotected(bases[n].layers, None, "blockwise")
-                plan = plan_global(self.model, self.scores, **where, **about)
+                plan = plan_global(self.model, self.scores, **where, **self.about)
             except ValueError:  # width alone cannot meet the budget
                 continue
             plans.append((plan, f"{n} layers, then {kind} {how}"))
@@ -544,8 +541,8 @@ def search(
     "The plan of a budget with the smallest KL to the dense model after the refit."
     if is_streamed(model):
         raise ValueError("a search needs the model in memory: load it without stream.")
-    (name, _), batches = check_budget_request(budget), check_batches(batches)
-    costs, seconds = costs_of_budget(model, name, costs), check_time(minutes)
+    costs, batches = costs_of_budget(model, budget, costs), check_batches(batches)
+    seconds = check_time(minutes)
     layers, widths = (None, None) if scores is None else scores_by_kind(scores)
     layers = layers or measure("layerwise", "block_influence", model, batches)
     widths = widths or measure("widthwise", "gauss_newton", model, batches)
