@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import lm_parameters, part_parameters
 from . import arithmetic, timing
-from .memory import WAYS, peak_memory, pruned_on_meta
+from .memory import FORMS, peak_memory, pruned_on_meta
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-011
 SCALES = {  # unit -> (name, size), the largest that fits is printed
@@ -127,7 +127,7 @@ def cost_by_ratio(
 ) -> pd.DataFrame:
     "Size and cost of a model after each kind of pruning; no weights are needed."
     dense, rows = arithmetic.without_weights(config), []
-    for pruning in WAYS:
+    for pruning in FORMS:
         model = pruned_on_meta(dense, pruning, ratio)
         report, shape = cost_report(model), arithmetic.shape_of_model(model)
         lm, middle = report.value("parameters", "lm"), len(shape) // 2

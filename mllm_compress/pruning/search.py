@@ -196,7 +196,7 @@ class Space:
     def __init__(self, model, scores, layer_scores, budget: dict, costs, round_to: int = 1):
         self.model, self.parts, self.scores = model, anatomy(model), scores
         self.budget, self.costs = budget, costs
-        self.about = dict(budget=budget, costs=costs, round_to=round_to)  # every plan
+        self.options = dict(budget=budget, costs=costs, round_to=round_to)  # of every plan
         self.limit = costs.total(plan_none(model)) * next(iter(budget.values()))
         self.sizes, order = layer_sizes(model), ascending(layer_scores.values, "layer scores")
         self.removable = removable(self.parts, order)
@@ -263,7 +263,7 @@ class Space:
         stay = {i: counts for i, *counts in candidate.counts}
         counts = {kind: {i: n[k] for i, n in stay.items()} for k, kind in enumerate(FLOOR)}
         counts["layer"] = set(range(len(self.sizes))) - set(stay)
-        about = dict(allocation="search", **self.about)
+        about = dict(allocation="search", **self.options)
         return plan_of_counts(self.model, self.scores, counts, None, **about)
 
     def recipes(self) -> list:  # of Candidate
@@ -279,7 +279,7 @@ class Space:
         if self.comparable:
             spread["global"] = "over all"
             plan = plan_global(
-                self.model, self.scores, **self.about
+                self.model, self.scores, **self.options
             )  # also decides which layers go
             plans.append((plan, f"one ranking by {kind}"))
         for n, (allocation, how) in product(depths, spread.items()):
@@ -287,7 +287,7 @@ class Space:
                 where = dict(base=bases[n], allocation=allocation)
                 if allocation == "layer":
                     where["free"] = unprotected(bases[n].layers, None, "blockwise")
-                plan = plan_global(self.model, self.scores, **where, **self.about)
+                plan = plan_global(self.model, self.scores, **where, **self.options)
             except ValueError:  # width alone cannot meet the budget
                 continue
             plans.append((plan, f"{n} layers, then {kind} {how}"))
