@@ -57,7 +57,7 @@ def starcoder2(monkeypatch, tiny_lm):
 def set_units_to_zero(model, plan):
     "The columns of all units that a plan removes."
     for i in range(anatomy(model).num_layers):
-        for slot in (s for s in anatomy(model).linears(i) if s.axis == 1):
+        for slot in anatomy(model).writers(i):
             kept = (plan.heads if slot.kind == "head" else plan.neurons).get(i, range(slot.units))
             for unit in set(range(slot.units)) - set(kept):
                 slot.module.weight.data[:, slot.index([unit])] = 0

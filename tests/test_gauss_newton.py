@@ -52,8 +52,7 @@ def mask_gradients(model, batch, of_states):
             *batch["input_ids"].shape, s.units, dtype=model.dtype, requires_grad=True
         )
         for i in range(parts.num_layers)
-        for s in parts.linears(i)
-        if s.axis == 1
+        for s in parts.writers(i)
     }
     value = of_states(masked_states(model, batch, masks))
     return dict(zip(masks, torch.autograd.grad(value, list(masks.values()))))
@@ -100,7 +99,7 @@ def test_draws_average_to_the_squared_jacobian():
 def test_units_that_write_nothing_score_zero(of):
     model = build("phi3-3x2")
     with torch.no_grad():
-        for slot in (s for s in anatomy(model).linears(2) if s.axis == 1):
+        for slot in anatomy(model).writers(2):
             slot.module.weight[:, slot.index([1])] = 0
     scores = gauss_newton(model, [text_batch()], of=of)
     assert scores.heads[2][1] == 0 == scores.neurons[2][1]

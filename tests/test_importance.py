@@ -265,7 +265,7 @@ def test_baselines(tiny_lm, family):
             )
             assert sizes.heads[i][u].allclose(total, rtol=1e-4)
     outputs = {}
-    for s in (s for s in parts.linears(2) if s.axis == 1):
+    for s in parts.writers(2):
         s.module.register_forward_pre_hook(lambda _, a, k=s.kind: outputs.update({k: a[0].clone()}))
     scores = width_importance(model, [batch], "activation")
     squares = {kind: x.square() for kind, x in outputs.items()}

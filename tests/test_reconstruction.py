@@ -46,12 +46,7 @@ def logits(model, batches):
 
 def projections(model):
     parts = anatomy(model)
-    return {
-        (i, s.name): s.module
-        for i in range(parts.num_layers)
-        for s in parts.linears(i)
-        if s.axis == 1
-    }
+    return {(i, s.name): s.module for i in range(parts.num_layers) for s in parts.writers(i)}
 
 
 # --- a rival with full forward passes, all activations, and numpy's least squares
@@ -465,7 +460,7 @@ def test_removal_errors_equal_refitting_after_every_removal(width):
 def test_obs_scores(case):
     model, batches = build(case), text_batches()
     with torch.no_grad():
-        for slot in (s for s in anatomy(model).linears(1) if s.axis == 1):
+        for slot in anatomy(model).writers(1):
             slot.module.weight[:, slot.index([1])] = 0
     scores = obs_scores(model, batches, of="states")
     assert scores.heads[1][1] == pytest.approx(0, abs=1e-6 * scores.heads[1].max().item())
