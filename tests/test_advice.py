@@ -12,7 +12,7 @@ import pytest
 
 from mllm_compress.study import advice, guide
 from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.statistics import difference, setting_of
+from mllm_compress.study.statistics import SETTING, difference
 
 
 def made(pruning="none", ratio=0.0, share=1.0, recovery="none", fraction=1.0, **more) -> dict:
@@ -20,7 +20,7 @@ def made(pruning="none", ratio=0.0, share=1.0, recovery="none", fraction=1.0, **
     row = dict(model="tiny-llava", importance="x", train="projector+lm", n=400)
     row |= dict(pruning=pruning, ratio=ratio, recovery=recovery, fraction=fraction)
     row |= dict(epochs=0, calibration="default", seed=0, status="done", error="", profile="p")
-    row |= dict(calibration_seed=0)
+    row |= dict(calibration_seed=0, hidden_layers="final")
     row |= dict(benchmark="b", score=100 * share, requested_ratio=ratio, achieved_ratio=ratio)
     row |= more
     return row | {"units": np.arange(row["n"]) < row["n"] * share}
@@ -191,7 +191,7 @@ def test_the_distances_are_those_of_the_paired_differences():
     frame = pd.DataFrame([row | {"images": [f"i{k // 2}" for k in range(400)]} for row in rows])
     order = guide.ranked(frame, "tiny-llava", 0.3, data=1.0)
     assert len(order) == 5 and order.avg_percent.is_monotonic_decreasing
-    settings = [dict(row[setting_of(order)].drop("model")) for _, row in order.iterrows()]
+    settings = [dict(row[SETTING].drop("model")) for _, row in order.iterrows()]
     for (_, row), setting in zip(order.iterrows(), settings):
         gap = difference(frame, "tiny-llava", settings[0], setting)
         assert (row.behind, row.behind_low, row.behind_high) == (gap.value, gap.low, gap.high)

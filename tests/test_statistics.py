@@ -9,7 +9,7 @@ from scipy.stats import ttest_ind
 
 from mllm_compress.evaluation import intervals as S
 from mllm_compress.study import statistics
-from mllm_compress.study.statistics import WORDS, Verdict, average, estimate, pooled
+from mllm_compress.study.statistics import WORDS, Estimate, Verdict, average, estimate, pooled
 
 
 def units(values, strata="", names=None):
@@ -155,7 +155,8 @@ def test_settings_that_contradict_are_counted_beside_the_average():
 def test_intervals_stay_within_what_is_possible(share, half, bounds):
     floor, top = bounds
     value = share if np.isinf(top) else floor + share * (top - floor)
-    low, high = statistics.bounded_interval(value, half, floor, top)
+    e = Estimate(value, value - half, value + half, 9, 3, floor=floor, top=top).at(0.95)
+    low, high = e.low, e.high
     assert floor <= low <= value <= high <= top
     if half < 0.01 and not np.isinf(top) and 0.1 < share < 0.9:
         assert high - low == pytest.approx(2 * half, rel=0.02)
@@ -172,11 +173,12 @@ def test_logit_intervals_near_the_bound_cover_the_truth():
     assert 0.93 < np.mean([e.low <= truth <= e.high for e in found]) < 0.98
 
 
-def test_satterthwaite_is_welchs_for_two_samples():
+def test_freedom_of_two_models_is_welchs_for_two_samples():
     rng = np.random.default_rng(7)
     a, b = rng.normal(0, 1, 6), rng.normal(0, 3, 9)
-    v, f = [a.var(ddof=1) / 6, b.var(ddof=1) / 9], [5, 8]
-    assert statistics.satterthwaite(v, f) == pytest.approx(ttest_ind(a, b, equal_var=False).df)
+    both = {name: estimate([its[:, None]], model=name) for name, its in (("a", a), ("b", b))}
+    freedom = statistics.average(both).freedom
+    assert freedom == pytest.approx(ttest_ind(a, b, equal_var=False).df)
 
 
 def test_the_interval_of_a_crossing_covers_the_true_ratio():

@@ -29,17 +29,6 @@ def check_recovery(recovery: str) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"Recovery {recovery!r} names a loss twice.")
 
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-008
-def calibration_words(calibration: str) -> tuple:  # (design, questions)
-    "The parts of a calibration such as 'stratified 512'; ValueError for anything else."
-    design, _, count = calibration.partition(" ")
-    if design not in DESIGNS or not count.isdecimal() or not int(count):
-        raise ValueError(
-            f"Calibration {calibration!r}: give a design and a number of questions, as "
-            f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
-        )
-    return design, int(count)
-
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 def study_criteria(pruning: str) -> tuple:
     "The criteria of a pruning, the study's default first."
@@ -106,8 +95,13 @@ def _mistakes(e: Experiment):
     for name in ("seed", "calibration_seed", "epochs"):
         if (value := getattr(e, name)) < 0:
             yield f"{name} {value} is negative: use 0, 1, 2 and so on."
-    if e.calibration != "default":
-        calibration_words(e.calibration)
+    design, _, count = e.calibration.partition(" ")
+    fits = design in DESIGNS and count.isdecimal() and int(count)
+    if e.calibration != "default" and not fits:
+        yield (
+            f"Calibration {e.calibration!r}: give a design and a number of questions, as "
+            f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
+        )
     check_choice("of", e.of, ("auto", *PRESERVED))
     check_choice("allocation", e.allocation, ALLOCATIONS)
     check_choice("shape", e.shape, ("default", "blockwise", "uniform"))

@@ -44,9 +44,9 @@ def ranked(
     rows = rows.sort_values("avg_percent", ascending=False)
     if rows.empty:
         return rows
-    names, original = statistics.setting_of(its), statistics.original_of(its, model)
-    by_setting = dict(iter(its.groupby(names, sort=False)))
-    settings = [by_setting[tuple(row)] for row in rows[names].itertuples(index=False)]
+    original = statistics.original_of(its, model)
+    by_setting = dict(iter(its.groupby(statistics.SETTING, sort=False)))
+    settings = [by_setting[tuple(row)] for row in rows[statistics.SETTING].itertuples(index=False)]
     gaps = [statistics.paired(settings[0], setting, original) for setting in settings]
     tied = [k == 0 or is_tied(gap) for k, gap in enumerate(gaps)]
     recipe = ["recovery", "train", "fraction", "epochs"]
@@ -130,7 +130,7 @@ def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: flo
         return "no rival"
     if equal.pruning.iloc[0] == choice:
         return "same"
-    settings = equal[statistics.setting_of(equal)].drop(columns="model").to_dict("records")
+    settings = equal[statistics.SETTING].drop(columns="model").to_dict("records")
     best, rivals = settings[0], [its for its in settings if its["pruning"] == choice]
     gaps = [statistics.difference(frame, equal.model.iloc[0], best, its) for its in rivals]
     if any(map(is_tied, gaps)):

@@ -188,7 +188,7 @@ def run_study(
     publishing = patch_environment(**{notebooks.PUBLISH: "1" if publish else ""})
     with tempfile.TemporaryDirectory() as folder, publishing:
         plan = plan_study(profile, only, given)
-        runs.require_inputs(loaded)
+        missing_inputs(loaded, required=True)
         experiments = experiments_of_plan(plan)
         errors = runs.settled(experiments, profile, executor, workers) if experiments else {}
         failures = {stages.name_of(e, loaded): message for e, message in errors.items()}

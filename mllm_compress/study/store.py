@@ -98,19 +98,15 @@ def write(
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # damaged files
 
 
-def unsealed(text: str, key: str) -> dict:
-    "The content of a result; an error in BROKEN where it is not what was written under this key."
-    content = json.loads(text)
-    seal = content.pop("seal")
-    if seal != files.content_hash(content) or files.content_hash(content["inputs"]) != key:
-        raise ValueError("broken seal")
-    return content
-
-
 @lru_cache(maxsize=100_000)
 def _parsed(path: Path, changed: int) -> dict:
-    "The content of a file as it was at a time."
-    return unsealed(path.read_text(encoding="utf-8"), path.stem)
+    "The content of a file as it was at a time; an error in BROKEN where it is damaged."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    seal, inputs = content.pop("seal"), content["inputs"]
+    sealed = seal == files.content_hash(content)
+    if not sealed or (inputs["stage"], files.content_hash(inputs)) != (path.parent.name, path.stem):
+        raise ValueError("broken seal")
+    return content
 
 
 def read(store: Store, stage: str, key: str):  # dict (do not change it), or None
@@ -239,13 +235,7 @@ def unpack(
     taken = {stage: [] for stage in STORED}
     for stage in STORED:
         for key, line in sorted(_lines(path, stage).items()):
-            try:
-                sound = unsealed(line, key)["inputs"]["stage"] == stage
-            except BROKEN:
-                sound = False
-            if not sound:
-                warnings.warn(f"The {stage} {key} in {path} is corrupt and was left out.")
-            elif read(store, stage, key) is None:
+            if read(store, stage, key) is None:
                 files.write_atomically(store.path(stage, key), line)
-                taken[stage].append(key)
+                taken[stage] += [key] if read(store, stage, key) else []
     return taken

@@ -78,7 +78,7 @@ def complete(experiment: Experiment, profile: Profile, results: Store, device="c
                 print(f"{now} {describe(experiment)}: {where}", flush=True)
                 stages.compute(experiment, profile, results, device)
                 shutil.rmtree(results.checkpoints(subject), ignore_errors=True)
-            stages.made("experiment", experiment, profile, results, device)
+            stages.value_of("experiment", experiment, profile, results, device=device)
             return "done", ""
     except Exception as error:
         with suppress(OSError):
