@@ -11,7 +11,7 @@ from mllm_compress.importance.scores import LayerScores
 from mllm_compress.pruning.plans import PRUNINGS
 from mllm_compress.pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from mllm_compress.pruning.slicing import apply_plan
-from mllm_compress.study.alternatives import STARTS
+from mllm_compress.study.alternatives import SCRATCH_VERSION, STARTS, from_scratch
 
 CRITERIA_AT = "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
 PRUNINGS_AT = "PRUNINGS (nbs/library/pruning/04_plans.ipynb)"
@@ -116,11 +116,11 @@ def test_reconstruction(name, update_golden):
 def test_start(name, update_golden):
     "A few weights of where training starts."
     model = build("phi-4x1")
-    made = model if STARTS[name].function is None else STARTS[name].function(model, 3)
+    made = from_scratch(model, 3) if name == "scratch" else model
     layer = anatomy(made).layers[1]
     numbers = [few(p.detach().flatten()) for p in list(layer.parameters())[:4]]
-    where = "STARTS (nbs/library/study/10_alternatives.ipynb)"
-    check_golden("start", name, STARTS[name].version, numbers, update_golden, where)
+    where = "SCRATCH_VERSION (nbs/library/study/10_alternatives.ipynb)"
+    check_golden("start", name, SCRATCH_VERSION, numbers, update_golden, where)
 
 
 def test_no_golden_value_is_stale(update_golden):

@@ -7,27 +7,20 @@ __all__ = ['CLAIMS', 'Claim', 'Estimate', 'Experiment', 'Profile', 'Report', 'St
            'difference', 'load_profile', 'plan_of', 'profile_names', 'run', 'run_study', 'status', 'summary']
 
 # %% ../../nbs/library/study/00_index.ipynb #cell-003
-import importlib
+from ..utils.methods import offering
 
-_HOMES = {  # module -> its public names
-    "advice": ["advise"],
-    "claims": ["CLAIMS", "Claim"],
-    "experiments": ["Experiment"],
-    "profiles": ["Profile", "load_profile", "profile_names"],
-    "report": ["Report", "answer_here"],
-    "runner": ["run_study"],
-    "runs": ["plan_of", "run", "status"],
-    "statistics": ["Estimate", "Verdict", "difference", "summary"],
-    "store": ["Store"],
+_MODULES = {  # module -> its public names
+    "advice": "advise",
+    "claims": "CLAIMS Claim",
+    "experiments": "Experiment",
+    "profiles": "Profile load_profile profile_names",
+    "report": "Report answer_here",
+    "runner": "run_study",
+    "runs": "plan_of run status",
+    "statistics": "Estimate Verdict difference summary",
+    "store": "Store",
 }
-
-
-def __getattr__(name: str):
-    "A public name, imported from its module on first use."
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+__getattr__ = offering(__name__, _MODULES)
 
 # %% ../../nbs/library/study/00_index.ipynb #public-names
 _all_ = ["CLAIMS", "Claim", "Estimate", "Experiment", "Profile", "Report", "Store", "Verdict"]

@@ -313,12 +313,10 @@ def type_questions(
 # %% ../../nbs/library/study/51_emoji.ipynb #sets-001
 def emoji_questions(type: str, split: str, limit: int | None, root) -> list:  # of Question
     "Questions of one type, about pictures that are drawn when they are loaded."
-    made = type_questions(type, split, 500 if limit is None else limit)
-    questions = []
-    for q in made:
-        rest = {"candidates": TYPES[type][1], "options": q["options"]}
-        shown = (draw_picture(q["places"]),)
-        questions.append(Question(q["id"], q["question"], q["answer"], shown, **rest))
+    questions, n = [], 500 if limit is None else limit
+    for q in type_questions(type, split, n):
+        asked = q["id"], q["question"], q["answer"], (draw_picture(q["places"]),)
+        questions.append(Question(*asked, TYPES[type][1], q["options"]))
     return questions
 
 

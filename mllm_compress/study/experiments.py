@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 
 from ..data.calibration import DESIGNS
-from ..importance.criteria import CRITERIA, criteria_of
+from ..importance.criteria import CRITERIA
 from ..importance.gauss_newton import PRESERVED
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstruction import RECONSTRUCTIONS
@@ -34,8 +34,8 @@ def study_criteria(pruning: str) -> tuple:
     "The criteria of a pruning, the study's default first."
     if pruning == "none":
         return ("none",)
-    names = [name for prunes, name in CRITERIA if prunes == pruning]
-    return tuple(dict.fromkeys([*criteria_of(pruning), *names]))
+    rows = {name: row for (prunes, name), row in CRITERIA.items() if prunes == pruning}
+    return tuple(sorted(rows, key=lambda name: bool(rows[name].needs)))
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-012
 @dataclass(frozen=True, order=True)
@@ -59,7 +59,7 @@ class Experiment:
     reconstruct: str = "none"  # of what is left, a row of RECONSTRUCTIONS
     quantize: str = UNROUNDED  # at the end, a row of QUANTIZERS
     layer_share: float = 0.0  # widthwise: part of the ratio that whole layers take before it
-    start: str = "pruned"  # of training, a row of STARTS
+    start: str = "pruned"  # of training, one of STARTS
     hidden_layers: str = "final"  # that hidden_kd compares, a row of HIDDEN_LAYERS
 
     def __post_init__(self):

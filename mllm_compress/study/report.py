@@ -149,9 +149,9 @@ class Report:
         same = {"rivals": verdict.rivals, "parts": verdict.parts, "unit": "nats per answer"}
         return self.verdict(text, effects or measured, name="nats", **same)
 
-    def claim(self, claim: Claim, frame: pd.DataFrame, basis="", name="verdict") -> Verdict:
+    def claim(self, claim: Claim, frame: pd.DataFrame, name="verdict") -> Verdict:
         "Test a claim of the study on a frame of `study.run`, and write the verdict."
-        return self.verdict(claim.text, basis=basis, name=name, **claim.measure(claimed(frame)))
+        return self.verdict(claim.text, name=name, **claim.measure(claimed(frame)))
 
 # %% ../../nbs/library/study/28_report.ipynb #cell-019
 def recorded(profile: str, notebook: str, name: str) -> dict | None:

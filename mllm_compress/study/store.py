@@ -146,13 +146,14 @@ def lock(
     store: Store,
     name: str,  # what to lock
     wait: bool = False,  # wait for it, or return at once
-):  # yields True where we hold the lock
+):  # yields who else holds it, in words; empty where we do
     "Hold a lock until the block or the process ends."
-    with open(store.folder / "locks" / name, "a") as file:
+    with open(store.folder / "locks" / name, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
+            file.seek(0)
+            yield file.read() or "another process"
             return
         except OSError as error:
             raise OSError(
@@ -164,15 +165,9 @@ def lock(
         file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}")
         file.flush()
         try:
-            yield True
+            yield ""
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def holder(store: Store, name: str) -> str:
-    "Who took a lock last, in words."
-    path = store.folder / "locks" / name
-    return path.read_text(encoding="utf-8") if path.exists() else "nobody"
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-040
 LIMIT = 2**30  # bytes of a member, unpacked

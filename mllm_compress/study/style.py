@@ -133,10 +133,8 @@ def line(
     "Draw one method's line with its interval."
     m = look(name)
     drawn = dict(color=m.color, marker=m.marker, linestyle=m.line, clip_on=False, zorder=3)
-    if m.marker in "x+":
-        ax.plot(x, y, markeredgecolor=m.color, markeredgewidth=1.2, **drawn)
-    else:
-        ax.plot(x, y, markeredgecolor="white", markeredgewidth=0.6, **drawn)
+    edge, width = (m.color, 1.2) if m.marker in "x+" else ("white", 0.6)
+    ax.plot(x, y, markeredgecolor=edge, markeredgewidth=width, **drawn)
     if low is not None:
         ax.fill_between(x, low, high, color=m.color, alpha=0.15, linewidth=0)
     if hollow is not None and any(hollow):
@@ -145,16 +143,12 @@ def line(
         ax.plot(*points, linestyle="none", clip_on=False, zorder=4, **empty)
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-036
-def label_ends(
-    ax,
-    ends: dict,  # method or look -> (x, y) of its last point
-    gap: float = 0.075,  # least distance, as a fraction of the axis
-):
+def label_ends(ax, ends: dict):  # method or look -> (x, y) of its last point
     "Write each method's name right of the panel, level with the end of its line."
     if not ends:
         return
     low, high = ax.get_ylim()
-    gap = min(gap, 1 / len(ends)) * (high - low)
+    gap = min(0.075, 1 / len(ends)) * (high - low)  # least distance
     heights = spread([y for _, y in ends.values()], gap, low + gap / 2, high - gap / 2)
     right = ax.get_yaxis_transform()
     beside = lambda points: right + ScaledTranslation(points / 72, 0, ax.figure.dpi_scale_trans)

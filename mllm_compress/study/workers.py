@@ -69,9 +69,9 @@ def complete(experiment: Experiment, profile: Profile, results: Store, device="c
     "Store an experiment's stages: (done, busy as another run has it, or failed; a message)."
     try:
         subject = stages.subject_key(experiment, profile)
-        with store.lock(results, subject) as ours:
-            if not ours:
-                return "busy", store.holder(results, subject)
+        with store.lock(results, subject) as holder:
+            if holder:
+                return "busy", holder
             if stages.missing_stages(experiment, profile, results)["score"]:
                 n, now = torch.get_num_threads(), time.strftime("%Y-%m-%d %H:%M:%S")
                 where = f"process {os.getpid()}, {n} thread{'s' * (n > 1)}, on {device}"
