@@ -62,8 +62,7 @@ class Parameter(NamedTuple):
 
     type: str
     default: object
-    comment: str
-    line: str  # as it stands there
+    line: str  # as it stands there, with its comment
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #cell-010
 def _tagged(nb, tag: str) -> list:
@@ -91,8 +90,7 @@ def parameters_in(source: str) -> dict:  # name -> Parameter
                 "The parameters cell must hold lines like 'seeds: list = [0]  # why', "
                 f"not {ast.unparse(node)!r}."
             )
-        comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
-        given = ast.unparse(node.annotation), ast.literal_eval(node.value), comment
+        given = ast.unparse(node.annotation), ast.literal_eval(node.value)
         parameters[node.target.id] = Parameter(*given, lines[node.lineno - 1])
     return parameters
 

@@ -15,15 +15,9 @@ from ..utils.methods import check_choice
 # %% ../../nbs/library/study/53_paper.ipynb #cell-006
 def published(
     name: str = "best_compressed",  # or "pruning_without_recovery", "models"
-) -> pd.DataFrame:  # columns as in the CSV file, and "avg_percent" in a table of scores
-    "A table of the paper, with AVG-% recomputed beside the reported one."
+) -> pd.DataFrame:  # columns as in the CSV file
+    "A table of the paper."
     folder = files("mllm_compress") / "published"
     names = sorted(p.name[:-4] for p in folder.iterdir() if p.name.endswith(".csv"))
     check_choice("table of the paper", name, names)
-    table = pd.read_csv(folder / f"{name}.csv")
-    if "gqa" not in table:
-        return table
-    scores = table.loc[:, "mmmu":"gqa"]
-    dense = scores[table.pruning == "none"].set_index(table.model[table.pruning == "none"])
-    percent = 100 * scores.to_numpy() / dense.loc[table.model].to_numpy()
-    return table.assign(avg_percent=percent.mean(1))
+    return pd.read_csv(folder / f"{name}.csv")

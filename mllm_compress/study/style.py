@@ -116,9 +116,7 @@ def spread(
     steps = gap * np.arange(len(order))
     heights = isotonic_regression(np.asarray(positions, float)[order] - steps).x + steps
     heights = np.clip(heights, low + steps, high - steps[::-1])
-    out = np.empty(len(order))
-    out[order] = heights
-    return out.tolist()
+    return heights[np.argsort(order)].tolist()
 
 # %% ../../nbs/library/study/21_style.ipynb #cell-034
 def line(

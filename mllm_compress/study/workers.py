@@ -76,9 +76,8 @@ def complete(experiment: Experiment, profile: Profile, results: Store, device="c
                 n, now = torch.get_num_threads(), time.strftime("%Y-%m-%d %H:%M:%S")
                 where = f"process {os.getpid()}, {n} thread{'s' * (n > 1)}, on {device}"
                 print(f"{now} {describe(experiment)}: {where}", flush=True)
-                stages.compute(experiment, profile, results, device)
-                shutil.rmtree(results.checkpoints(subject), ignore_errors=True)
-            stages.value_of("experiment", experiment, profile, results, device=device)
+            stages.compute(experiment, profile, results, device)
+            shutil.rmtree(results.checkpoints(subject), ignore_errors=True)
             return "done", ""
     except Exception as error:
         with suppress(OSError):
