@@ -14,20 +14,9 @@ from ..importance.criteria import CRITERIA
 from ..importance.gauss_newton import PRESERVED
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstruction import RECONSTRUCTIONS
-from ..recovery.losses import HIDDEN_LAYERS, LOSSES, TRAINS
+from ..recovery.losses import HIDDEN_LAYERS, TRAINS, canonical_objective
 from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
-
-# %% ../../nbs/library/study/01_experiments.ipynb #cell-004
-def check_recovery(recovery: str) -> None:
-    "ValueError where a recovery, as 'none' or 'sft+hidden_kd', has an unknown loss or one twice."
-    names = recovery.split("+")
-    if recovery == "none":
-        return
-    for name in names:
-        check_choice("loss", name, LOSSES)
-    if len(set(names)) < len(names):
-        raise ValueError(f"Recovery {recovery!r} names a loss twice.")
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 def study_criteria(pruning: str) -> tuple:
@@ -69,7 +58,7 @@ class Experiment:
             object.__setattr__(self, "importance", allowed[0])
         check_choice(f"importance for {self.pruning} pruning", self.importance, allowed)
         check_choice("train", self.train, TRAINS)
-        check_recovery(self.recovery)
+        canonical_objective(self.recovery)  # an unknown or repeated loss is an error
         if self.calibration_seed is None:
             object.__setattr__(self, "calibration_seed", self.seed)
         kinds = dict.fromkeys(("ratio", "fraction", "layer_share"), (float, Real, "a number"))
@@ -152,8 +141,7 @@ def canonical(experiment: Experiment) -> Experiment:
         changes |= dict(seed=seed, calibration_seed=seed)
         changes |= dict(train="projector+lm", fraction=1.0, epochs=0)
     else:
-        names = e.recovery.split("+")
-        changes["recovery"] = "+".join(name for name in LOSSES if name in names)
+        changes["recovery"] = canonical_objective(e.recovery)
     same = all(getattr(e, name) == value for name, value in changes.items())
     return e if same else replace(e, **changes)
 
