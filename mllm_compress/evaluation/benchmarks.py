@@ -32,7 +32,7 @@ from ..data.instructions import IMAGE, answers_of, read_image
 from .scorers import LETTERS
 from ..utils.files import content_hash
 from ..utils.files import sha256 as file_sha256
-from ..utils.methods import check_choice
+from ..utils.methods import check_choice, unknown_choice
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-005
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ def register_benchmarks(rows) -> None:
 
 def benchmark(name: str) -> Benchmark:
     "The benchmark of that name, or of the name before one of OTHER_PICTURES."
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
     base, _, pictures = name.rpartition("/")
-    if pictures in OTHER_PICTURES and base in BENCHMARKS:
-        load = partial(other_pictures, pictures, base)
-        return replace(BENCHMARKS[base], name=name, load=load)
-    check_choice("benchmark", name, BENCHMARKS)
-    return BENCHMARKS[name]
+    if pictures not in OTHER_PICTURES or base not in BENCHMARKS:
+        raise ValueError(unknown_choice("benchmark", name, BENCHMARKS))
+    return replace(BENCHMARKS[base], name=name, load=partial(other_pictures, pictures, base))
 
 
 @lru_cache(64)

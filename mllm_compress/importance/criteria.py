@@ -9,7 +9,7 @@ __all__ = ['CRITERIA', 'random_scores', 'random_layers', 'criterion', 'criteria_
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-004
 import inspect
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -136,11 +136,16 @@ class Criterion(methods.Method):  # (model, batches, **options) -> LayerScores o
 
     streams: bool = True  # works layer by layer, so weights may stay in files
 
-    @property
+    @cached_property
     def options(self) -> dict:  # name -> inspect.Parameter
         "The parameters of the function besides the model and the batches."
         known = inspect.signature(self.function).parameters
         return {k: p for k, p in known.items() if k not in ("model", "batches")}
+
+    @cached_property
+    def needs(self) -> list:
+        "The options without a default."
+        return [k for k, p in self.options.items() if p.default is p.empty]
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-032
 CRITERIA = {  # (pruning, name) -> row
@@ -240,8 +245,7 @@ def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
     "Names of the criteria of a pruning that need no option; the first is the study's default."
-    needed = lambda row: [k for k, p in row.options.items() if p.default is p.empty]
-    return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not needed(row))
+    return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not row.needs)
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-052
 def measure(

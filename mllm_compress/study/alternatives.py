@@ -20,6 +20,10 @@ from ..anatomy.families import anatomy, lm_parameters
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/10_alternatives.ipynb #cell-004
+STARTS = ("pruned", "scratch")  # of training: the weights that pruning left, or new ones
+SCRATCH_VERSION = 1  # of `from_scratch`; raised when its weights change
+
+
 def from_scratch(
     model: nn.Module,  # a pruned MLLM, or a plain LM; it is not changed
     seed: int,
@@ -36,20 +40,6 @@ def from_scratch(
                 owner.__dict__.pop("_is_hf_initialized", None)
             fresh._init_weights(module)
     return fresh
-
-# %% ../../nbs/library/study/10_alternatives.ipynb #cell-008
-@dataclass(frozen=True)
-class Start:
-    "Where the training of a student starts."
-
-    function: Callable | None  # (pruned model, seed) -> model; None: the pruned model itself
-    version: int  # raised when its weights change
-
-
-STARTS = {
-    "pruned": Start(None, 1),  # the weights that pruning left
-    "scratch": Start(from_scratch, 1),  # the same shape with new weights
-}
 
 # %% ../../nbs/library/study/10_alternatives.ipynb #rounding-cell-006
 def rounded_rows(w: torch.Tensor) -> torch.Tensor:  # [out, in]

@@ -152,7 +152,7 @@ def weakest(comparisons: dict) -> dict:  # name -> effects; the effects of one, 
 
     def lead(name: str) -> float:
         e = statistics.average(comparisons[name])
-        return e.value / max(e.variance[0] ** 0.5, 1e-9)
+        return e.value / max((e.questions + e.spread) ** 0.5, 1e-9)
 
     name = min((name for name in comparisons if comparisons[name]), key=lead, default="")
     return {f"{where}, {name}": e for where, e in comparisons.get(name, {}).items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import display
 from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -38,8 +39,6 @@ class Figure:
         return [shown | {"text/plain": self.caption} for shown in (picture, {"text/html": below})]
 
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
         for output in self.outputs:
             display(output, raw=True)
 
@@ -66,14 +65,14 @@ def mark_guessing(ax, level: float | None, vertical: bool = False) -> None:
     ax.annotate("guessing", place, xycoords=across, **note)
 
 
-def legend_above(fig, names: list, ncols: int = 4) -> None:
+def legend_above(fig, names: list) -> None:
     "One legend above the panels, for methods or looks in their order."
     looks = {k.label: k for k in map(look, names)}
     lines = [
         Line2D([], [], color=k.color, marker=k.marker, linestyle=k.line) for k in looks.values()
     ]
     style = dict(frameon=False, fontsize=8.5, handlelength=2.8, columnspacing=1.4)
-    fig.legend(lines, list(looks), loc="outside upper left", ncols=ncols, **style)
+    fig.legend(lines, list(looks), loc="outside upper left", ncols=4, **style)
 
 # %% ../../nbs/library/study/25_figures.ipynb #curves
 def curves(
@@ -137,12 +136,12 @@ def curves(
     return fig, axes
 
 # %% ../../nbs/library/study/25_figures.ipynb #dots
-def symmetric_scale(ax, least: float = 1.0, linear: float = 8.0) -> str:  # to add to the label
+def symmetric_scale(ax) -> str:  # to add to the label
     "A linear axis for small effects; linear up to 2 and logarithmic beyond for large ones."
     low, high = ax.get_xlim()
-    low, high = min(low, -least), max(high, least)
+    low, high = min(low, -1), max(high, 1)
     ax.set_xlim(low, high)
-    if max(-low, high) <= linear:
+    if max(-low, high) <= 8:
         return ""
     ax.set_xscale("symlog", linthresh=2, linscale=0.7)
     ax.set_xlim(low * (1.1 if low < -2 else 1), high * (1.1 if high > 2 else 1))

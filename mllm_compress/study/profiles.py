@@ -27,9 +27,8 @@ from ..data.instructions import InstructionData
 from ..data.scenes import SCENES_VERSION, mix
 from ..evaluation.benchmarks import benchmark, load_questions
 from ..pruning.plans import PRUNINGS
-from ..recovery.losses import LOSSES, TRAINS
+from ..recovery.losses import TRAINS, canonical_objective
 from .emoji import emoji_data, emoji_hash, missing_emoji
-from .experiments import check_recovery
 from .texts import TEXTS, missing_text, text_data, text_hash
 from ..utils.files import checkout, file_hash
 from ..utils.methods import check_choice
@@ -241,9 +240,7 @@ def misfits(p: Profile):
             yield "training, text needs a tokenizer: the model whose tokens are counted."
     rates = [(train, *pair) for train, group in p.learning_rates.items() for pair in group.items()]
     for train, recovery, rate in rates:
-        check_recovery(recovery)
-        ordered = "+".join(name for name in LOSSES if name in recovery.split("+"))
-        if ordered != recovery:
+        if (ordered := canonical_objective(recovery)) != recovery:
             yield f"learning_rates, {train}: write {ordered!r}, not {recovery!r}."
         if not is_rate(rate):
             yield (
@@ -394,6 +391,7 @@ def model_identity(name: str) -> str:
     return f"{name} {Path(hf_hub_download(name, 'config.json')).parent.name}"
 
 # %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-008
+@lru_cache
 def model_inputs(model: str, profile: Profile) -> dict:
     "What determines a model of a profile: weights, dtype, and a vision tower that lies elsewhere."
     inputs, tower = {"model": model_identity(source_of(model, profile))}, profile.towers.get(model)
@@ -457,11 +455,6 @@ def calibration_source(training: Training) -> InstructionData:
     return text_windows(training, "calibration") if only_text else training_data(training)
 
 # %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-018
-def root_of(evaluation: Evaluation) -> str | None:
-    "The folder of the public evaluation sets; None: as the benchmarks find them."
-    return str(located(evaluation.root)) if evaluation.root else None
-
-
 def missing_at(path: str) -> str:
     "What a path of a profile lacks, in words; empty where something is there."
     try:
@@ -472,7 +465,10 @@ def missing_at(path: str) -> str:
     return "" if place.exists() else f"nothing at {shown}"
 
 
-def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all is there
+def missing_inputs(
+    profile: Profile,
+    required: bool = False,  # FileNotFoundError where anything is missing
+) -> list:  # of sentences; empty where all is there
     "What a profile names and this machine does not have."
     models, e = {m: profile.folders.get(m, m) for m in profile.models}, profile.evaluation
     trainings = [training_of(m, profile) for m in models]
@@ -493,9 +489,13 @@ def missing_inputs(profile: Profile) -> list:  # of sentences; empty where all i
             if callable(source):  # a text
                 load_questions(name, e.split, 1)
             elif e.root and not isinstance(source, str):  # a public set, not a generated one
-                source.files(root_of(e))
+                source.files(located(e.root))
         except FileNotFoundError as error:
             missing.append((f"benchmark {name}", str(error)))
         except ValueError as error:
             missing.append(("benchmarks", str(error)))
-    return [f"{what}: {lacking}" for what, lacking in dict.fromkeys(missing) if lacking]
+    texts = [f"{what}: {lacking}" for what, lacking in dict.fromkeys(missing) if lacking]
+    if texts and required:
+        head = f"Profile {profile.name} cannot run here; {len(texts)} of its inputs are missing:"
+        raise FileNotFoundError("\n  ".join([head, *texts]))
+    return texts

@@ -26,7 +26,7 @@ from .stages import key_of, missing_stages, name_of
 from .store import Store, results_of
 from .workers import inline, local
 from ..utils.files import checkout
-from ..utils.methods import check_choice
+from ..utils.methods import unknown_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-010
 RECORDED = ("seconds", "device", "date", "torch", "transformers", "peak_memory_mb")
@@ -47,7 +47,7 @@ def frame_of(
             continue
         same |= {"status": "done", "error": ""} | {k: result["record"].get(k) for k in RECORDED}
         same |= {"precision": result["training"].get("precision")}
-        same |= {name: result[name] for name in stages.REMOVED}
+        same |= {name: result[name] for name in ("achieved_ratio", "decoder_ratio")}
         same |= {"result": name_of(experiment, profile)}
         for row in result["rows"]:
             name = row["benchmark"]
@@ -148,15 +148,6 @@ def hours(seconds: float) -> str:
 EXECUTORS = {"local": local, "inline": inline, "slurm": slurm}
 RUN_CONTEXT = "MLLM_COMPRESS_RUN_CONTEXT"
 
-
-def require_inputs(profile: Profile) -> None:
-    "FileNotFoundError that lists what a profile names and this machine does not have."
-    if missing := missing_inputs(profile):
-        raise FileNotFoundError(
-            f"Profile {profile.name} cannot run here; {len(missing)} of its inputs are missing:\n  "
-            + "\n  ".join(missing)
-        )
-
 # %% ../../nbs/library/study/13_runs.ipynb #cell-050
 def run(
     experiments: list,  # of Experiment
@@ -182,13 +173,14 @@ def settled(
     if path := os.environ.get(RUN_CONTEXT):  # of the run that this process belongs to
         context |= json.loads(Path(path).read_text(encoding="utf-8"))
     executor, workers = executor or context["executor"], workers or context["workers"]
-    check_choice("executor", executor, EXECUTORS)
-    require_inputs(profile)
+    if executor not in EXECUTORS:
+        raise ValueError(unknown_choice("executor", executor, EXECUTORS))
+    missing_inputs(profile, required=True)
     results, distinct = results_of(profile), list(dict.fromkeys(map(canonical, experiments)))
     lacks = lambda e: bool(missing_stages(e, profile, results)["score"])
     missing = [e for e in distinct if lacks(e)]
     for e in set(distinct) - set(missing):
-        stages.made("experiment", e, profile, results, "cpu")
+        stages.value_of("experiment", e, profile, results, device="cpu")
     names, failures = {e: name_of(e, profile) for e in missing}, context["failures"]
     errors = {e: failures[name] for e, name in names.items() if name in failures}
     if todo := [e for e in missing if e not in errors]:

@@ -37,7 +37,7 @@ from ..evaluation import benchmarks
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
-from ..importance.criteria import CRITERIA, criteria_of, criterion, measure
+from ..importance.criteria import CRITERIA, measure
 from ..importance.scores import load_scores
 from ..pruning import PruningPlan, apply_plan, obs_scores, plans
 from ..pruning.pruning_plan import layer_sizes
@@ -46,8 +46,8 @@ from ..recovery import LOSSES, RecoveryConfig, config_from_dict, recover
 from ..recovery.config import learning_rate, run_identity, settled
 from ..recovery.steps import with_adapters
 from ..recovery.training import RECOVERY_VERSION
-from . import experiments, profiles, store
-from .alternatives import QUANTIZERS, STARTS, UNROUNDED, rounded
+from . import alternatives, experiments, profiles, store
+from .alternatives import QUANTIZERS, UNROUNDED, rounded
 from .experiments import LATER, Experiment, canonical
 from .profiles import Evaluation, Profile, Training, training_of
 from .store import Store, results_of
@@ -75,13 +75,17 @@ def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
     return replace(config, lr=rate)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-010
-def calibration_of(e: Experiment, profile: Profile) -> profiles.Calibration:
-    "On what the scores of an experiment are measured."
-    c = profile.calibration
+def calibration_of(e: Experiment, profile: Profile) -> tuple:  # (Calibration, options)
+    "On what the scores of an experiment are measured, and the options of its criterion."
+    c, options = profile.calibration, {} if e.of == "auto" else {"of": e.of}
     if e.calibration != "default":
-        design, samples = experiments.calibration_words(e.calibration)
-        return replace(c, design=design, samples=samples)
-    return replace(c, samples=e.pruning == "layerwise" and c.layerwise_samples or c.samples)
+        design, samples = e.calibration.split()
+        c = replace(c, design=design, samples=int(samples))
+    elif e.pruning == "layerwise" and c.layerwise_samples:
+        c = replace(c, samples=c.layerwise_samples)
+    if c.mode != "default" and "mode" in CRITERIA[e.pruning, e.importance].options:
+        options["mode"] = c.mode
+    return c, options
 
 # %% ../../nbs/library/study/05_stages.ipynb #kept-hash
 LARGE = 100  # questions of a draw whose hash is kept
@@ -101,15 +105,6 @@ def drawn_hash(training: Training, design: str, samples: int, per_entry: int, se
     named = [profiles.data_inputs(training), design, samples, per_entry, seed, made_by]
     return remembered("calibration", named, draw)
 
-
-def score_options(e: Experiment, profile: Profile) -> dict:
-    "Options of the criterion that are not at their defaults."
-    mode = profile.calibration.mode
-    options = {"of": e.of} if e.of != "auto" else {}
-    if mode != "default" and "mode" in criterion(e.pruning, e.importance).options:
-        options["mode"] = mode
-    return options
-
 # %% ../../nbs/library/study/05_stages.ipynb #cell-016
 def layers_first(e: Experiment) -> Experiment:
     "The layerwise experiment whose plan says which whole layers a hybrid removes."
@@ -117,6 +112,7 @@ def layers_first(e: Experiment) -> Experiment:
     return Experiment(e.model, "layerwise", e.ratio * e.layer_share, **seeds)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-018
+RATIO_OF = {"decoder": {}, "layers": {"ratio_of": "layers"}}  # what a ratio is a share of
 OBS_VERSION = 1  # of `obs_scores`; raised when its numbers change
 CURVE = {"questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
 _hash_of_questions = lru_cache(None)(benchmarks.questions_hash)
@@ -124,27 +120,24 @@ _hash_of_questions = lru_cache(None)(benchmarks.questions_hash)
 
 def scores_inputs(e: Experiment, profile: Profile) -> dict:
     "Criterion, model and calibration questions; the ratio for blocks of layers only."
-    c, training = calibration_of(e, profile), training_of(e.model, profile)
+    (c, options), training = calibration_of(e, profile), training_of(e.model, profile)
     drawn = drawn_hash(training, c.design, c.samples, c.per_entry, e.calibration_seed)
     calibration = {"version": CALIBRATION_VERSION, "design": c.design, "questions": drawn}
-    calibration |= {"samples": c.samples} | score_options(e, profile)
-    obs, blocks = e.allocation == "obs", e.importance not in criteria_of(e.pruning)
-    inputs = {"version": OBS_VERSION if obs else CRITERIA[e.pruning, e.importance].version}
+    calibration |= {"samples": c.samples} | options
+    criterion, obs = CRITERIA[e.pruning, e.importance], e.allocation == "obs"
+    inputs = {"version": OBS_VERSION if obs else criterion.version}
     inputs |= {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
     inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
     inputs |= {"seed": e.calibration_seed} | profiles.model_inputs(e.model, profile)
-    return inputs | ({"ratio": e.ratio} | ratio_inputs(profile) if blocks else {})
-
-
-def ratio_inputs(profile: Profile) -> dict:
-    "What a ratio is a share of, where that is not the LM decoder."
-    return {} if profile.ratio_of == "decoder" else {"ratio_of": profile.ratio_of}
+    return inputs | ({"ratio": e.ratio} | RATIO_OF[profile.ratio_of] if criterion.needs else {})
 
 
 def plan_inputs(e: Experiment, profile: Profile) -> dict:
     "Pruning, scores and ratio, and the settings of widthwise plans."
     inputs = {"version": plans.PRUNINGS[e.pruning].version, "pruning": e.pruning}
-    inputs |= {"scores": key_of("scores", e, profile), "ratio": e.ratio} | ratio_inputs(profile)
+    inputs |= {"scores": key_of("scores", e, profile), "ratio": e.ratio} | RATIO_OF[
+        profile.ratio_of
+    ]
     inputs |= {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
     settings = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
     inputs |= {name: value for name, value in settings.items() if value != LATER[name]}
@@ -176,8 +169,8 @@ def refit_inputs(e: Experiment, profile: Profile) -> dict:
 
 def start_inputs(e: Experiment, profile: Profile) -> dict:
     "How new weights are drawn, in the shape of a plan."
-    version, plan = STARTS[e.start].version, key_of("plan", e, profile)
-    return {"version": version, "how": e.start, "seed": e.seed, "plan": plan}
+    new = {"version": alternatives.SCRATCH_VERSION, "how": e.start, "seed": e.seed}
+    return new | {"plan": key_of("plan", e, profile)}
 
 
 def rounding_inputs(e: Experiment, profile: Profile) -> dict:
@@ -203,7 +196,8 @@ def score_inputs(e: Experiment, profile: Profile, benchmark: str) -> dict:
 
 def asked_of(name: str, e: Evaluation) -> tuple:
     "The benchmark, split, limit and folder of its questions, as `load_questions` takes them."
-    return name, e.split, e.limits.get(name, e.questions), profiles.root_of(e)
+    root = str(profiles.located(e.root)) if e.root else None  # None: as the benchmarks find them
+    return name, e.split, e.limits.get(name, e.questions), root
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-004
 def record(
@@ -238,7 +232,7 @@ def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, pr
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-010
 def calibration_batches_of(e: Experiment, profile: Profile, processor, device: str) -> list:
     "The questions that the scores of an experiment are measured on, as batches."
-    c = calibration_of(e, profile)
+    c, _ = calibration_of(e, profile)
     samples = profiles.calibration_source(training_of(e.model, profile))
     size = c.batch_size if c.mode == "default" else c.samples
     draw = dict(seed=e.calibration_seed, design=c.design, per_entry=c.per_entry)
@@ -246,9 +240,8 @@ def calibration_batches_of(e: Experiment, profile: Profile, processor, device: s
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
 
-def scores_of(experiment: Experiment, profile: Profile, results: Store, device: str):
+def scores_of(e: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
-    e = canonical(experiment)
     key = key_of("scores", e, profile)
     with store.lock(results, f"scores-{key}", wait=True):
         if store.folder_of(results, "scores", key) is None:
@@ -268,14 +261,13 @@ def make_scores(e: Experiment, profile: Profile, device: str, folder: Path) -> d
     "Measure the scores of an experiment and save them in a folder."
     model, processor = teacher_of(e.model, profile, device)
     batches = calibration_batches_of(e, profile, processor, device)
-    options, began = score_options(e, profile), time.perf_counter()
-    if e.importance not in criteria_of(e.pruning):
+    (_, options), began = calibration_of(e, profile), time.perf_counter()
+    if CRITERIA[e.pruning, e.importance].needs:  # the length of a block of layers
         options["n"] = plans.layers_for_ratio(model, decoder_ratio(e, profile, model))
     if e.allocation == "obs":
         scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
     else:
-        given = (model, batches, e.calibration_seed)
-        scores = measure(e.pruning, e.importance, *given, **options)
+        scores = measure(e.pruning, e.importance, model, batches, e.calibration_seed, **options)
     scores.save(folder)
     return record(device, began)
 
@@ -324,12 +316,11 @@ def planned(
     return plans.PRUNINGS[e.pruning].function(model, scores, ratio, protect, shape)
 
 
-def plan_of(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu"):
+def plan_of(e: Experiment, profile: Profile, results: Store, device: str = "cpu"):
     "What an experiment removes: a PruningPlan. Reading a stored one needs no model."
-    e = canonical(experiment)
     if e.pruning == "none":
         return plans.plan_none(teacher_of(e.model, profile, device)[0])
-    return PruningPlan.from_json(made("plan", e, profile, results, device))
+    return PruningPlan.from_json(value_of("plan", e, profile, results, device=device))
 
 
 def make_plan(e: Experiment, profile: Profile, results: Store, device: str) -> str:  # JSON
@@ -340,14 +331,13 @@ def make_plan(e: Experiment, profile: Profile, results: Store, device: str) -> s
     return planned(e, model, scores, profile.width, base).to_json()
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-020
-def start_of(experiment: Experiment, profile: Profile, results: Store, device: str):
+def start_of(e: Experiment, profile: Profile, results: Store, device: str):
     "The pruned model before any training."
-    e = canonical(experiment)
     model, processor = teacher_of(e.model, profile, device)
     plan = plan_of(e, profile, results, device)
     small = apply_plan(model, plan)
     if e.start != "pruned":
-        return STARTS[e.start].function(small, e.seed)
+        return alternatives.from_scratch(small, e.seed)
     if e.reconstruct == "none":
         return small
     batches = calibration_batches_of(e, profile, processor, device)
@@ -509,24 +499,6 @@ def missing_stages(experiment: Experiment, profile: Profile, results: Store) -> 
     scores = [name for name in profile.evaluation.benchmarks if value("score", name) is None]
     return {"score": scores, "answers": [name for name in scores if value("answers", name) is None]}
 
-
-def answer(experiment: Experiment, profile: Profile, results: Store, device: str) -> None:
-    "Ask the model of an experiment the questions that it has not answered, and keep the answers."
-    x, e = canonical(experiment), profile.evaluation
-    if not (names := missing_stages(x, profile, results)["answers"]):
-        return
-    student = student_of(x, profile, results, device)
-    limits = {name: asked_of(name, e)[2] for name in names}
-    options = dict(limit=limits, split=e.split, batch_size=e.batch_size, root=profiles.root_of(e))
-    _, processor = teacher_of(x.model, profile, device)
-    began = time.perf_counter()
-    _, answers = evaluate(student, processor, names, **options, return_predictions=True)
-    share = (time.perf_counter() - began) / len(answers)  # seconds of a question
-    for name, rows in answers.groupby("benchmark", sort=False):
-        took = {"seconds": round(share * len(rows), 3)}
-        value = packed_answers(rows) | {"record": record(device) | took}
-        store.write(results, inputs_of("answers", x, profile, name), value)
-
 # %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-010
 def units_of(name: str, answers: pd.DataFrame) -> list:  # their mean is score / 100
     "What each question, or group of questions that belong together, was worth in a benchmark."
@@ -559,15 +531,6 @@ def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
     numbers, questions = {}, benchmarks.load_questions(name, split, limit, root)
     keys = [(str(q.extra.get("subtask", "")), q.group or q.id) for q in questions]
     return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
-
-
-def likelihoods_of(name: str, thousandths: list, e: Evaluation) -> list:  # of nats, or nan
-    "Mean log-likelihood of the right answers of each unit, from that of each question."
-    units, nats = np.array(unit_numbers(*asked_of(name, e))), np.array(thousandths, float) / 1000
-    known = ~np.isnan(nats)
-    count = partial(np.bincount, units[known], minlength=units.max() + 1)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing of a unit is known
-        return (count(nats[known]) / count()).tolist()
 
 # %% ../../nbs/library/study/05_stages.ipynb #curves-cell-004
 def validated(profile: Profile) -> list:  # of names
@@ -604,14 +567,13 @@ def make_curve(e: Experiment, profile: Profile, results: Store, device: str) -> 
 def recovery_curves(
     recovered: list,  # of Experiments
     profile,  # a name, a path, or a Profile
-    device: str = "cpu",
 ) -> pd.DataFrame:  # columns model, recovery, step, score
     "The validation score over the steps of each experiment; a stored curve is not computed again."
     profile, rows = profiles.load_profile(profile), []
     for e in map(canonical, recovered):
         if e.recovery == "none":
             raise ValueError(f"{e.model}: an experiment without recovery has no curve.")
-        curve = made("curve", e, profile, results_of(profile), device)
+        curve = value_of("curve", e, profile, results_of(profile), device="cpu")
         rows += [(e.model, e.recovery, *point) for point in curve["points"]]
     return pd.DataFrame(rows, columns=["model", "recovery", "step", "score"])
 
@@ -653,20 +615,16 @@ def key_of(stage: str, experiment: Experiment, profile: Profile, *benchmark: str
     return content_hash(inputs_of(stage, experiment, profile, *benchmark))
 
 
-def value_of(stage: str, e: Experiment, profile: Profile, results: Store, *benchmark: str):
-    "The stored value of a stage, which JSON can hold; None where the store has none."
-    content = store.read(results, stage, key_of(stage, e, profile, *benchmark))
-    return content["value"] if content else None
-
-
-def made(
-    stage: str, e: Experiment, profile: Profile, results: Store, device: str, *benchmark: str
-):  # as `value_of`
-    "The value of a stage, made and stored where the store has none."
-    value = value_of(stage, e, profile, results, *benchmark)
-    if value is None:
-        value = STAGES[stage].make(canonical(e), profile, results, device, *benchmark)
-        store.write(results, inputs_of(stage, e, profile, *benchmark), value)
+def value_of(
+    stage: str, e: Experiment, profile: Profile, results: Store, *benchmark: str, device: str = ""
+):  # what JSON can hold; None where there is none
+    "The value of a stage; with a device, one that the store lacks is made there and stored."
+    if content := store.read(results, stage, key_of(stage, e, profile, *benchmark)):
+        return content["value"]
+    if not device:
+        return None
+    value = STAGES[stage].make(canonical(e), profile, results, device, *benchmark)
+    store.write(results, inputs_of(stage, e, profile, *benchmark), value)
     return value
 
 # %% ../../nbs/library/study/05_stages.ipynb #subject-code
@@ -702,24 +660,25 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
 # %% ../../nbs/library/study/05_stages.ipynb #cell-009b
 def compute(experiment: Experiment, profile: Profile, results: Store, device: str = "cpu") -> None:
     "Compute the stages of an experiment that are missing."
-    answer(experiment, profile, results, device)
-    for name in missing_stages(experiment, profile, results)["score"]:
-        made("score", experiment, profile, results, device, name)
-    made("experiment", experiment, profile, results, device)
+    x, e = canonical(experiment), profile.evaluation
+    missing = missing_stages(x, profile, results)
+    if names := missing["answers"]:
+        student = student_of(x, profile, results, device)
+        _, processor = teacher_of(x.model, profile, device)
+        limits, root = {name: asked_of(name, e)[2] for name in names}, asked_of(names[0], e)[3]
+        options = dict(limit=limits, split=e.split, batch_size=e.batch_size, root=root)
+        began = time.perf_counter()
+        _, answers = evaluate(student, processor, names, **options, return_predictions=True)
+        share = (time.perf_counter() - began) / len(answers)  # seconds of a question
+        for name, rows in answers.groupby("benchmark", sort=False):
+            took = {"seconds": round(share * len(rows), 3)}
+            value = packed_answers(rows) | {"record": record(device) | took}
+            store.write(results, inputs_of("answers", x, profile, name), value)
+    for name in missing["score"]:
+        value_of("score", x, profile, results, name, device=device)
+    value_of("experiment", x, profile, results, device=device)
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-015b
-REMOVED = ("achieved_ratio", "decoder_ratio")
-
-
-def removed_by(plan: dict, profile: Profile) -> dict:
-    "What a plan removes: of what the profile's ratios are a share of, and of the LM decoder."
-    of_decoder = achieved = plan["achieved_ratio"]
-    if profile.ratio_of == "layers":
-        sizes = sum(size["parameters"] for size in plan["meta"]["sizes"])
-        achieved *= plan["meta"]["lm_parameters"] / sizes
-    return dict(zip(REMOVED, (achieved, of_decoder)))
-
-
 def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict, or None
     "Rows, units, sample answers, plan and record of an experiment; None where a score is missing."
     e, evaluation = canonical(experiment), profile.evaluation
@@ -728,14 +687,25 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
     if not all(scores.values()):
         return None
     answers = {name: its for name in scores if (its := value("answers", name))}
-    stages = ("plan", "student", "reconstruction")
-    plan, student, refit = (value(s) if STAGES[s].applies(e) else {} for s in stages)
+    made = lambda stage: value(stage) if STAGES[stage].applies(e) else {}
+    plan, student, refit = map(made, ("plan", "student", "reconstruction"))
     records = [its["record"] for its in (student, refit, *answers.values()) if its.get("record")]
     circumstances = (records[-1] | records[0] if records else {}) | {
         "seconds": round(sum(r.get("seconds", 0) for r in records), 2) if records else None,
         "peak_memory_mb": max((r.get("peak_memory_mb", 0) for r in records), default=None),
     }
-    nats = {n: likelihoods_of(n, v["log_likelihood"], evaluation) for n, v in answers.items()}
+    achieved = of_decoder = json.loads(plan)["achieved_ratio"] if plan else 0.0
+    if plan and profile.ratio_of == "layers":
+        meta = json.loads(plan)["meta"]
+        achieved *= meta["lm_parameters"] / sum(size["parameters"] for size in meta["sizes"])
+    nats = {}  # the mean over the questions of each unit
+    for name, its in answers.items():
+        units, likely = unit_numbers(*asked_of(name, evaluation)), its["log_likelihood"]
+        likely = np.array(likely, float) / 1000  # nan where there is none
+        units, known = np.array(units), ~np.isnan(likely)
+        count = partial(np.bincount, units[known], minlength=units.max() + 1)
+        with np.errstate(invalid="ignore"):  # 0 / 0 where nothing of a unit is known
+            nats[name] = (count(likely[known]) / count()).tolist()
     return {
         "rows": [v["row"] for v in scores.values()],
         "units": {name: v["units"] for name, v in scores.items()},
@@ -743,6 +713,7 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
         "sample": [row for v in scores.values() for row in v["sample"]],
         "plan": plan or "",
         "training": student.get("training", {}),
-        **(removed_by(json.loads(plan), profile) if plan else dict.fromkeys(REMOVED, 0.0)),
+        "achieved_ratio": achieved,
+        "decoder_ratio": of_decoder,
         "record": circumstances,
     }
