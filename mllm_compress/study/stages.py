@@ -226,8 +226,7 @@ def teacher_of(model: str, profile: Profile, device: str = "cpu"):  # (model, pr
     "An uncompressed model of a profile."
     source, tower = profiles.source_of(model, profile), profile.towers.get(model)
     tower = str(profiles.located(tower)) if tower else None
-    dtype = getattr(torch, profile.dtype) if profile.dtype else None
-    return _loaded(source, device=device, vision_tower=tower, dtype=dtype)
+    return _loaded(source, device=device, vision_tower=tower, dtype=profile.dtype or None)
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-010
 def calibration_batches_of(e: Experiment, profile: Profile, processor, device: str) -> list:

@@ -162,11 +162,8 @@ def score_table(
 GLOSSARY = {
     ("requested", "achieved"): "requested, achieved: share of the LM decoder's parameters that was "
     "to be removed, and that was",
-    (
-        "requested",
-        OF_LAYERS,
-    ): f"requested, {OF_LAYERS}: share of the weights of all layers that was "
-    f"to be removed, and that was; {OF_DECODER}: the same, embeddings counted in the whole",
+    (OF_LAYERS,): f"requested, {OF_LAYERS}: share of the weights of all layers that was to be "
+    f"removed, and that was; {OF_DECODER}: the same, embeddings counted in the whole",
     ("AVG-%",): "AVG-%: mean over benchmarks of the score in per cent of the original's",
     ("low", "high"): "low, high: the ends of its 95 % interval over questions and seeds",
     (ABOVE,): f"{ABOVE}: the same scale with 0 for the most frequent training answer to each "
