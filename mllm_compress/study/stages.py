@@ -135,9 +135,8 @@ def scores_inputs(e: Experiment, profile: Profile) -> dict:
 def plan_inputs(e: Experiment, profile: Profile) -> dict:
     "Pruning, scores and ratio, and the settings of widthwise plans."
     inputs = {"version": plans.PRUNINGS[e.pruning].version, "pruning": e.pruning}
-    inputs |= {"scores": key_of("scores", e, profile), "ratio": e.ratio} | RATIO_OF[
-        profile.ratio_of
-    ]
+    inputs |= {"scores": key_of("scores", e, profile)}
+    inputs |= {"ratio": e.ratio} | RATIO_OF[profile.ratio_of]
     inputs |= {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
     settings = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
     inputs |= {name: value for name, value in settings.items() if value != LATER[name]}
