@@ -58,19 +58,15 @@ LOADERS[PRUNED_TYPE] = lambda folder, dtype: __getattr__("load_pruned")(folder, 
 def register() -> None:
     "Let the auto classes of transformers load checkpoints whose layers differ in width."
     from transformers import PreTrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    from transformers.models.auto import configuration_auto, modeling_auto
 
-    if PRUNED_TYPE in CONFIG_MAPPING:
+    if PRUNED_TYPE in configuration_auto.CONFIG_MAPPING:
         return
     about = {"model_type": PRUNED_TYPE, "__doc__": "The config that auto classes see."}
     config = type("PrunedConfig", (PreTrainedConfig,), about)
     PrunedLoader.config_class = config
-    AutoConfig.register(PRUNED_TYPE, config)
-    for auto in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    configuration_auto.AutoConfig.register(PRUNED_TYPE, config)
+    for auto in (modeling_auto.AutoModelForImageTextToText, modeling_auto.AutoModelForCausalLM):
         auto.register(config, PrunedLoader)
 
 # %% ../nbs/library/00_package.ipynb #auto-cell-010

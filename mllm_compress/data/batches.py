@@ -10,6 +10,7 @@ __all__ = ['PLAIN_CHAT', 'SHAPES', 'PICTURE_INPUTS', 'TURNS', 'DATA_VERSION', 'S
 # %% ../../nbs/library/data/03_batches.ipynb #cell-003
 import hashlib
 import itertools
+import re
 from collections import OrderedDict
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -51,16 +52,13 @@ def question_parts(
     image_token: str | None,  # the placeholder; None: the template keeps the order of parts
 ) -> list:  # of parts of a message
     "A question as parts of a message, pictures where its markers are."
-    front, rest = instructions.split_front(question)
-    text = lambda words: {"type": "text", "text": words}
-    parts = [{"type": "image"}] * front
-    if instructions.IMAGE not in rest:
-        return [*parts, text(rest)]
-    if image_token is not None:
-        return [*parts, text(rest.replace(instructions.IMAGE, image_token))]
-    pieces = [text(words) if words else None for words in rest.split(instructions.IMAGE)]
-    between = [part for piece in pieces for part in ({"type": "image"}, piece)][1:]
-    return parts + [part for part in between if part]
+    (front, rest), mark = instructions.split_front(question), instructions.IMAGE
+    if image_token is None:
+        texts = list(filter(None, re.split(f"({mark})", rest))) or [""]
+    else:
+        texts = [rest.replace(mark, image_token)]
+    image = {"type": "image"}
+    return [image] * front + [image if t == mark else {"type": "text", "text": t} for t in texts]
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-011
 def pictures_amid(
@@ -144,9 +142,8 @@ def expand(
     images: tuple,  # the text of each picture, in order
 ) -> str:
     "A rendered conversation, or its first turns, with the tokens of its pictures."
-    pieces = text.split(token) if images else [text]
-    pairs = itertools.zip_longest(pieces, images[: len(pieces) - 1], fillvalue="")
-    return "".join(piece + image for piece, image in pairs)
+    images_left = iter(images)
+    return re.sub(re.escape(token), lambda _: next(images_left, ""), text) if images else text
 
 
 class Renderer:
