@@ -1,16 +1,12 @@
-"""Instruction data in the folders of LLaVA's mix-665k and Bunny's 695k, in little memory."""
+"""Instruction data in the folders of LLaVA's mix-665k and Bunny's 695k."""
 
 import json
-import tracemalloc
 
 import pytest
-import torch
 from PIL import Image
 
 from mllm_compress.data.batches import Collator
-from mllm_compress.data.instructions import InstructionData, LazyEntries, load_json, turns
-from mllm_compress.data.scenes import entry
-from mllm_compress.recovery.steps import Batches
+from mllm_compress.data.instructions import load_json, turns
 
 
 def conversation(*said):
@@ -87,27 +83,3 @@ def test_a_missing_download_is_reported_before_anything_runs(tmp_path):
     ):
         load_json(path, root)
     assert len(load_json(path, root, skip_missing=True)) == 6
-
-
-def test_many_samples_pass_without_staying():
-    "With entries made on demand, memory does not grow with the entries read."
-    n = 60_000
-    data = InstructionData(
-        LazyEntries(range(n), lambda i: entry(i, None, [(f"question {i}", "yes" * 50)]))
-    )
-    batches, seen = iter(Batches([1] * n, 32)), torch.zeros(n, dtype=torch.bool)
-
-    def drain(steps):
-        for _, batch in zip(range(steps), batches):
-            seen[[data[i]["index"] for i in batch]] = True
-
-    drain(100)
-    tracemalloc.start()
-    drain(1000)
-    early = tracemalloc.get_traced_memory()[0]
-    tracemalloc.reset_peak()
-    drain(n)
-    late, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    # bytes; all entries at once are over 40 MB
-    assert seen.all() and late - early < 100_000 and peak - early < 1_000_000

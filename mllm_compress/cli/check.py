@@ -66,8 +66,7 @@ class Case:
         else:
             self.data = trial_data(hasattr(processor, "image_processor"))
             collate, n = mc.data.Collator(processor, self.data, "sequential"), len(self.data)
-            pairs = ((self.data[k], self.data[(k + 1) % n]) for k in range(n))
-            self.batches = [collate(list(pair)) for pair in pairs]
+            self.batches = [collate([self.data[k], self.data[(k + 1) % n]]) for k in range(n)]
             self.conversation = collate([self.data[0]])  # without padding
         self.batch = self.batches[0]  # two conversations, with one picture and with two
 

@@ -335,12 +335,8 @@ class Collator:
             batch["position_ids"] = pad["position"]
         if self.block or separate:
             batch["first_row"] = first
-        shown = [
-            e["index"]
-            for e, rows in zip(entries, cut)
-            for _ in (rows if separate else rows[:1])
-            if instructions.has_image(e)
-        ]
+        copies = zip(entries, (len(rows) if separate else 1 for rows in cut))  # of pictures
+        shown = [e["index"] for e, n in copies if instructions.has_image(e) for _ in range(n)]
         if not self.images:
             return batch | {"image_index": torch.tensor(shown)}
         if not shown:

@@ -53,11 +53,8 @@ def _text_of(entry: dict, value, where: str) -> str:
         kind = "null" if value is None else type(value).__name__
         what = f"has {kind} where {where} should be text"
         raise EntryError(entry, what, "write a text, or leave it out")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        what = f"has half a surrogate pair in {where}"
-        raise EntryError(entry, what, "repair its encoding") from None
+    if re.search("[\ud800-\udfff]", value):
+        raise EntryError(entry, f"has half a surrogate pair in {where}", "repair its encoding")
     return value
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-013
