@@ -155,9 +155,8 @@ def ask_hallucination(items, rng):
     here = sorted(here)
     pair = here[rng.integers(len(here))], absent[rng.integers(len(absent))]
     word = ("is there a {} in the image?", "does the image contain a {}?", "can you see a {}?")
-    return [
-        (word[rng.integers(3)].format(" ".join(p)), a, None) for p, a in zip(pair, ("yes", "no"))
-    ]
+    things = zip(map(" ".join, pair), ("yes", "no"))
+    return [(word[rng.integers(3)].format(thing), answer, None) for thing, answer in things]
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-035
 def ask_perception(items, rng):
