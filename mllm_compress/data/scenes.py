@@ -257,8 +257,7 @@ def ask(
     items, out = scene(index, split), []
     for kind in kinds:
         rng = np.random.default_rng([77, SPLITS[split], index, [*KINDS].index(kind)])
-        paired = kind in PAIRED
-        make = KINDS[kind]
+        make, paired = KINDS[kind], kind in PAIRED
         made = make(items, rng) if paired else [make(items, rng) for _ in range(2)]
         for q, a, options in {q[0]: q for q in made or [] if q}.values():  # no question twice
             pair = f"{split}-{index}-{kind}" if paired else None
