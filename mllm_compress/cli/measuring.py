@@ -155,7 +155,7 @@ def evaluate(request: EvaluateRequest) -> dict:
     suite = request.suite(model)
     beside = out and out.parent / f".{out.name}.answers"
     answers = request.answers or beside
-    looks, grounding = bool(request.record and dense), None
+    looks = bool(request.record and dense)
     rows, small_answers = measured(request, model, suite, answers, looks)
     facts, lines = {"model": model, "rows": cli.table_rows(rows)}, [cli.table_text(rows, ".1f")]
     dense_scores = None
@@ -174,8 +174,7 @@ def evaluate(request: EvaluateRequest) -> dict:
     if request.record:
         columns = ["benchmark", "metric", "score", "low", "high", "n"]
         results = {"results": cli.table_rows(rows[columns]), "dense_scores": dense_scores}
-        if grounding is not None:
-            results["grounding"] = facts["grounding"]
+        results |= {"grounding": facts["grounding"]} if "grounding" in facts else {}
         if template := rows.attrs["chat_template"]:
             results["chat_template"] = template
         step = mc.checkpoint.formats.make_step("evaluate", device, **results)
@@ -223,10 +222,9 @@ def score_tables(dense: tuple, small: tuple, examples: int) -> dict:  # name -> 
     first = first[first.benchmark.isin(scores.benchmark)]
     keys, suffixes = ["benchmark", "id"], ("_dense", "_small")
     both = first.merge(second[[*keys, "prediction"]], on=keys, suffixes=suffixes)
-    differ = both.prediction_dense != both.prediction_small
-    order = differ.sort_values(ascending=False, kind="stable").index
+    both["same"] = both.prediction_dense == both.prediction_small
     columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
-    answers = both.loc[order, columns].head(examples)
+    answers = both.sort_values("same", kind="stable")[columns].head(examples)
     return {"scores": scores} | ({} if table.empty else {"grounding": table}) | {"answers": answers}
 
 
@@ -313,8 +311,7 @@ def compare(request: CompareRequest) -> dict:
     "Compare two models: size, speed, memory, scores with paired differences, and answers."
     dense, small, out = request.dense, request.small, request.out
     if out is not None:
-        tables = ("costs.csv", "scores.csv", "grounding.csv", "answers.csv")
-        files = (*tables, "comparison.png")
+        files = ("costs.csv", "scores.csv", "grounding.csv", "answers.csv", "comparison.png")
         inputs = {"dense model": dense, "small model": small}
         cli.check_output_folder(out, request.overwrite, files, inputs)
     device = cli.resolve_device(request.device)

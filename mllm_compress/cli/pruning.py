@@ -9,7 +9,6 @@ __all__ = ['written', 'MINUTES', 'Pair', 'CalibratedRequest', 'needs_no_data', '
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-002
 import re
 import shutil
-from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -126,17 +125,16 @@ def score(request: ScoreRequest) -> dict:
     needs = "taylor" if backward else "block_influence"  # alike in memory
     stream = cli.choose_stream(request.model, device, request.stream, needs)
     model, processor = cli.load(request.model, device, stream)
-    unfinished, keeping = out.parent / f".{out.name}.unfinished", nullcontext()
+    unfinished = out.parent / f".{out.name}.unfinished"
     batches = record = None
     if with_data:
         batches, record = request.calibration(model, processor, device)
-        order = "layer by layer" if is_streamed(model) else "in parts of batches"
-        key = [kind, method, mc.importance.criteria.criterion(kind, method).version, seed]
-        key += [mc.importance.scores.model_record(model), order]
-        key += [str(model.dtype), str(device_of(model)), torch.__version__]
-        key += mc.importance.scores.tensor_hashes(batches)
-        keeping = resuming(unfinished, content_hash(key))
-    with keeping:
+    order = "layer by layer" if is_streamed(model) else "in parts of batches"
+    key = [kind, method, mc.importance.criteria.criterion(kind, method).version, seed]
+    key += [mc.importance.scores.model_record(model), order]
+    key += [str(model.dtype), str(device_of(model)), torch.__version__]
+    key += mc.importance.scores.tensor_hashes(batches or [])
+    with resuming(unfinished, content_hash(key)):
         scores = mc.importance.criteria.measure(kind, method, model, batches, seed)
     scores.meta.update({"calibration": record} if record else {})
     mc.checkpoint.saving.save_or_rescue(scores.save, out)
@@ -264,11 +262,9 @@ class PruneRequest(CalibratedRequest):
             mc.pruning.pruning_plan.check_ratio(self.ratio)
             if not self.ratio:
                 raise ValueError("--ratio is 0, so nothing would be removed: give e.g. 0.3.")
-        recipe, widthwise = self.chosen, self.stored == "--scores"
-        if not self.stored:
-            kind = mc.pruning.one_step.pruning_of(recipe.method, recipe.pruning)
-            widthwise = kind == "widthwise"
-        if not widthwise:
+        recipe, pruning_of = self.chosen, mc.pruning.one_step.pruning_of
+        kind = self.stored or pruning_of(recipe.method, recipe.pruning)
+        if kind not in ("--scores", "widthwise"):
             self.refuse(["shape", "protect", "round_to"], "where whole layers are removed")
         if not recipe.reconstruct:
             self.refuse(["ridge"], "without a refit (--reconstruct)")

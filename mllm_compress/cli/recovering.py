@@ -182,16 +182,11 @@ def recover(request: RecoverRequest) -> dict:
     record = {"name": data.name, "hash": data.hash, "samples": result.samples}
     record |= {"chat_template": template} if template else {}
     local = Path(request.teacher)
-    step = mc.checkpoint.formats.make_step(
-        "recover",
-        device,
-        teacher=local.name if local.exists() else request.teacher,
-        data=record,
-        config=settings | {"lr": result.lr},
-        best_step=result.best_step,
-        seconds=round(seconds, 1),
-        last={k: round(float(v), 5) for k, v in history.iloc[-1].items() if v == v},
-    )
+    about = {"teacher": local.name if local.exists() else request.teacher, "data": record}
+    about |= {"config": settings | {"lr": result.lr}, "best_step": result.best_step}
+    last = {k: round(float(v), 5) for k, v in history.iloc[-1].items() if v == v}
+    about |= {"seconds": round(seconds, 1), "last": last}
+    step = mc.checkpoint.formats.make_step("recover", device, **about)
 
     def further(to: Path) -> None:
         if (name / "plan.png").is_file():

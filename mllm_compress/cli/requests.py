@@ -14,7 +14,6 @@ import re
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 from contextlib import contextmanager, nullcontext
@@ -120,8 +119,7 @@ def politely(
     kept: str,  # a sentence about what an interruption leaves
 ):
     "Show errors as one message."
-    here = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if here else None
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with naming_extras():
             yield
@@ -153,8 +151,7 @@ def politely(
         typer.secho(f"Error: {text}", fg="red", err=True)
         raise typer.Exit(code) from None
     finally:
-        if here:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-015
 Limit = Annotated[int, Field(ge=0, le=10_000_000)]  # 0: none, or all
@@ -412,10 +409,10 @@ def resolve_device(
 
 
 def check_models(*models: str) -> None:
-    "An error where a model is missing or damaged, before any of them is loaded without a bar."
+    "An error where a model is missing or damaged, before any of them is loaded."
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # of all that is loaded and saved from now on
     for model in models:
         is_pruned = mc.checkpoint.is_checkpoint(model)
         (mc.checkpoint.verify if is_pruned else mc.zoo.models.check_model)(model)

@@ -73,19 +73,15 @@ def own_data(
     else:
         places = [(i, k) for i, e in enumerate(data.samples) for k in range(len(turns(e)))]
         entries = [one_question(data.samples[i], k) for i, k in places]
-        answer = {"from": "gpt", "value": "x"}  # behind the beginning; there may be none
-        for entry in (e for e in entries if "conversations" in e):
-            entry["conversations"] = [entry["conversations"][0], answer]
         asked = InstructionData(entries, data.image_root, data.images)
         collate = Collator(processor, asked, turns="sequential")
         for i, entry in enumerate(entries):
+            if is_chat := "conversations" in entry:  # it may have no answer to begin with
+                entry["conversations"][1] = {"from": "gpt", "value": "x"}
             (row,) = collate.rows(asked[i])
-            size = min(len(row["ids"]), max_length or len(row["ids"]))
-            read = max(1, size // 4)
-            if "conversations" in entry:
-                begun.append((row["ids"][: row["answer"].index(True)], length))
-            else:
-                begun.append((row["ids"][:read], max(1, size - read)))
+            size = len(row["ids"][:max_length])
+            read = row["answer"].index(True) if is_chat else max(1, size // 4)
+            begun.append((row["ids"][:read], length if is_chat else max(1, size - read)))
     drawn = np.random.default_rng(seed).random(len(begun)) < sampled
     order = sorted(range(len(begun)), key=lambda i: (drawn[i], len(begun[i][0]), begun[i][1]))
     groups = [[i for i in order if drawn[i] == kind] for kind in (False, True)]
