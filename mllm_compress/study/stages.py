@@ -34,6 +34,7 @@ from .. import data
 from ..anatomy.families import anatomy, lm_parameters
 from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
 from ..evaluation import benchmarks
+from ..evaluation.benchmarks import unit_numbers
 from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
@@ -521,14 +522,6 @@ def make_score(e: Experiment, profile: Profile, results: Store, _, benchmark: st
     row = {k: None if v != v else v for k, v in score(frame).items()}  # JSON has no nan
     sample = frame.head(6)[SHOWN].to_dict("records")
     return {"row": row, "units": units_of(benchmark, frame), "sample": sample}
-
-# %% ../../nbs/library/study/05_stages.ipynb #stored-answers-cell-012
-@lru_cache
-def unit_numbers(name: str, split: str, limit: int, root: str | None) -> tuple:
-    "For each question of a benchmark the number of its unit, in the order of `units_of`."
-    numbers, questions = {}, benchmarks.load_questions(name, split, limit, root)
-    keys = [(str(q.extra.get("subtask", "")), q.group or q.id) for q in questions]
-    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 # %% ../../nbs/library/study/05_stages.ipynb #curves-cell-004
 def validated(profile: Profile) -> list:  # of names
