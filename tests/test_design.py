@@ -156,14 +156,14 @@ def test_a_size_out_of_reach_of_width_falls_back_to_the_request(away):
 
 def test_a_ratio_may_be_a_share_of_the_weights_of_the_layers(away):
     of_layers = replace(SMOKE, ratio_of="layers")
-    half = [replace(e, ratio=0.5) for e in (LAYERS, WIDTH)]
-    frame = inline([DENSE, *half], of_layers).groupby("pruning")
+    quarter = [replace(e, ratio=0.25) for e in (LAYERS, WIDTH)]
+    frame = inline([DENSE, *quarter], of_layers).groupby("pruning")
     sizes = frame[["achieved_ratio", "decoder_ratio"]].first()
-    assert sizes.achieved_ratio.layerwise == 0.5  # two of four layers
-    assert abs(sizes.achieved_ratio.widthwise - 0.5) < 0.03
+    assert sizes.achieved_ratio.layerwise == 0.25  # one of four layers
+    assert abs(sizes.achieved_ratio.widthwise - 0.25) < 0.03
     assert (sizes.decoder_ratio < sizes.achieved_ratio)[["layerwise", "widthwise"]].all()
     for stage, same in (("scores", True), ("plan", False)):
-        keys = {key_of(stage, half[0], profile) for profile in (SMOKE, of_layers)}
+        keys = {key_of(stage, quarter[0], profile) for profile in (SMOKE, of_layers)}
         assert (len(keys) == 1) == same
 
 
