@@ -191,7 +191,7 @@ def test_the_command_searches_and_says_why(tmp_path, monkeypatch):
     for line, says in {
         "-o x --ratio 0.3 --search 5": "minutes=5",
         "-o x --layers 1 --search minutes=5": "leave --layers",
-        "-o x --ratio 0.3 --search minutes=5 --protect 1,1": "decides itself",
+        "-o x --ratio 0.3 --search minutes=5 --protect 1,1": "chooses the layers",
         "-o x --ratio 0.3 --search minutes=5 --recipe paper": "after the refit",
         "-o x --ratio 0.3 --search minutes=0.00001 --samples 64": "shorter than one candidate",
     }.items():
