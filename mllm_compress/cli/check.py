@@ -111,7 +111,7 @@ def closed_form(case: Case) -> str:
 def tokens_shown(case: Case) -> str:
     "The tokens of a conversation, with the supervised ones marked."
     if case.processor is None:
-        raise NotTried("takes a processor")
+        raise NotTried("needs a processor")
     tokenizer = getattr(case.processor, "tokenizer", case.processor)
     ids, labels = (case.conversation[name][0].tolist() for name in ("input_ids", "labels"))
     picture, shown = mc.data.batches.placeholder_id(case.processor), []
@@ -186,7 +186,7 @@ def pruned(case: Case, kind: str) -> str:
     need_near(ours, masked, model.dtype, "pruned and silenced logits", rough)
     achieved = 1 - mc.anatomy.lm_parameters(small) / mc.anatomy.lm_parameters(model)
     if abs(achieved - plan.achieved_ratio) > 1e-9:
-        raise Broken(f"the plan says {plan.achieved_ratio:.4f}, removed are {achieved:.4f}")
+        raise Broken(f"the plan says {plan.achieved_ratio:.4f}, but {achieved:.4f} is gone")
     back, kind_of_file = reloaded(small.cpu(), plan, batch)
     same_with_cache(back, case.conversation)
     return kind_of_file
@@ -196,7 +196,7 @@ def reconstructed(case: Case) -> str:
     "The refit brings the pruned model nearer to the dense one."
     widest = mc.pruning.reconstruction.widest_fit(mc.anatomy.anatomy(case.model))
     if sum(int(b["attention_mask"].sum()) for b in case.batches) <= 2 * widest:
-        raise NotTried(f"takes more than {2 * widest} calibration tokens")
+        raise NotTried(f"needs more than {2 * widest} calibration tokens")
     plan = trial_plan(case.model, "layerwise")
     small = mc.pruning.apply_plan(case.model, plan)
     fitted = mc.pruning.reconstruct(small, case.model, case.batches, plan, ridge=0.1)
@@ -240,7 +240,7 @@ def recovered(case: Case) -> str:
             raise Broken(f"{kind}: loss {loss}, {reached} weights have a gradient")
     itself, _ = distilled(case, case.model, {"hidden_kd": 1.0})
     if not itself < NEAR.get(case.model.dtype, 1e-4):
-        raise Broken(f"a student that is its own teacher has the loss {itself:.1e}")
+        raise Broken(f"a student that is its own teacher has a loss of {itself:.1e}")
     return ", ".join(kinds)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-032
@@ -261,7 +261,7 @@ def evaluated(case: Case) -> str:
         ids = new[0, inputs["input_ids"].shape[1] :]
         text = case.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         if text != answer.text:
-            raise Broken(f"answered {answer.text!r}, and generate {text!r}")
+            raise Broken(f"answered {answer.text!r}, but generate says {text!r}")
     return "shared prefixes" if shares_prefixes(parts) else "one by one"
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-034

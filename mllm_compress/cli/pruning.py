@@ -49,8 +49,8 @@ class CalibratedRequest(cli.DataRequest):
         template = self.template(processor, cli.has_chat(data))
         if self.samples is not None and self.samples > len(data):
             raise ValueError(
-                f"--samples is {self.samples}, but the data have {len(data)} entries: give at most "
-                "so many."
+                f"--samples is {self.samples}, but the data have only {len(data)} entries: give "
+                "a smaller number."
             )
         text = None if cli.is_multimodal(processor) else 1024  # a text may be a whole book
         options = dict(seed=self.seed, max_length=self.max_length or text)
@@ -71,8 +71,8 @@ class CalibratedRequest(cli.DataRequest):
             )
         if refit and len(kinds) == 1:
             cli.note(
-                f"all calibration data are of one kind ({next(iter(kinds))}): elsewhere the loss "
-                "may be twice as large. Add data of every use to --data."
+                f"all calibration data are of one kind ({next(iter(kinds))}): on other data the "
+                "loss may be twice as large. Add every kind that the model will see to --data."
             )
         record = {"name": data.name, "samples": samples, "tokens": tokens, "kinds": kinds}
         record |= {"chat_template": template} if template else {}
@@ -285,7 +285,7 @@ class PruneRequest(CalibratedRequest):
         "ValueError for a wrong budget, or for options that it does not go with."
         if self.budget:
             mc.pruning.allocation.check_budget_request(self.budget)
-        self.refuse(["protect", "layer_share"], f"with {option}, which decides itself about layers")
+        self.refuse(["protect", "layer_share"], f"with {option}, which chooses the layers itself")
         rankings = [name for name, row in mc.pruning.plans.ALLOCATIONS.items() if row.scores]
         recipe, ranked = self.chosen, mc.pruning.plans.ALLOCATIONS["global"].scores
         if not self.stored and (recipe.allocation not in rankings or recipe.method not in ranked):

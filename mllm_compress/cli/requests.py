@@ -366,8 +366,8 @@ class DataRequest(ChatRequest):
             return data
         if model is None or is_streamed(model):
             raise ValueError(
-                f"--data {self.data} needs the dense model in memory, to write with: it goes with "
-                "score, prune and recover, without --stream."
+                f"--data {self.data} needs the dense model in memory, which writes the data: use "
+                "score, prune or recover without --stream."
             )
         data = draw(data) if draw and data else data
         note(f"the dense model writes the data: {f'to {len(data)} entries' if data else 'texts'}.")
