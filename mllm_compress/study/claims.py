@@ -93,7 +93,7 @@ def ahead(
     out = {}
     for (model, label), ways in ways_at.items():
         pair = [ways.get(first), ways.get(second)]
-        if not all(w and statistics.finished(frame, model=model, **w) for w in pair):
+        if not all(w and statistics.having(frame, model=model, **w).any() for w in pair):
             continue
         sizes = [statistics.select(frame, model=model, **w).achieved_ratio.mean() for w in pair]
         apart = abs(sizes[0] - sizes[1]) > 0.02
@@ -106,7 +106,7 @@ def values(frame: pd.DataFrame, ways_at: dict) -> pd.DataFrame:  # columns panel
     "AVG-% of every way at every place; nan without a result."
     rows = []
     for (model, label), ways in ways_at.items():
-        there = [way for way in ways if statistics.finished(frame, model=model, **ways[way])]
+        there = [way for way in ways if statistics.having(frame, model=model, **ways[way]).any()]
         scores = {way: statistics.retained(frame, model, **ways[way]).value for way in there}
         rows.append({"panel": model, "label": label} | dict.fromkeys(ways, float("nan")) | scores)
     return pd.DataFrame(rows, columns=None if rows else ["panel", "label"])
@@ -143,7 +143,7 @@ def keeps(
     return {
         f"{model} at {ratio:.2f}": statistics.above(statistics.retained(frame, **its), least)
         for (model, ratio), its in settings.items()
-        if statistics.finished(frame, **its)
+        if statistics.having(frame, **its).any()
     }
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-040

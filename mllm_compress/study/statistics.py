@@ -233,11 +233,6 @@ def having(frame: pd.DataFrame, **wanted) -> np.ndarray:  # a bool per row
     return np.logical_and.reduce([rows.to_numpy(bool) for rows in fits])
 
 
-def finished(frame: pd.DataFrame, **wanted) -> bool:
-    "Whether any finished row has these values."
-    return bool(having(frame, **wanted).any())
-
-
 def select(frame: pd.DataFrame, **wanted) -> pd.DataFrame:
     "The finished rows of one setting; ValueError where none or several settings fit."
     rows = frame[having(frame, **wanted)]
