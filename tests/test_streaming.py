@@ -38,7 +38,8 @@ MODELS = {  # name -> (case, options)
 OPTIONS = {"angular_distance": [{"n": 1}, {"n": 3}], "block_influence": [{}, {"mode": "reference"}]}
 OPTIONS |= {"gauss_newton": [{"of": "states", "draws": 2}, {"of": "labels"}, {"of": "logits"}]}
 OPTIONS |= {"taylor": [{}, {"mode": "reference"}]}
-ROWS = [(*key, o) for key in CRITERIA for o in OPTIONS.get(key[1], [{}])]
+DENSE = [key for key, row in CRITERIA.items() if not row.mixtures]
+ROWS = [(*key, o) for key in DENSE for o in OPTIONS.get(key[1], [{}])]
 
 
 def calibration(model, count=3):

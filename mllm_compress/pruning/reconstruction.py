@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy, below, lm_parameters
+from ..anatomy.families import UNITS, Anatomy, anatomy, below, lm_parameters
 from ..anatomy.streaming import device_of, in_memory
 from ..importance.criteria import input_moments
 from mllm_compress.importance.scores import (
@@ -516,10 +516,10 @@ def check_pruned(small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPl
         )
     parts = anatomy(small)
     expected = list(plan.counts().values())
-    present = [(parts.groups(j), parts.neurons(j)) for j in range(parts.num_layers)]
+    present = [tuple(parts.units(k, j) for k in UNITS) for j in range(parts.num_layers)]
     if present != expected:
         raise ValueError(
-            f"the pruned model has {len(present)} layers, first {present[0]} heads and neurons; "
+            f"the pruned model has {len(present)} layers, first {present[0]} {', '.join(UNITS)}; "
             f"the plan leaves {len(expected)}, first {expected[0]}. Use apply_plan(dense, plan)."
         )
 
