@@ -28,7 +28,7 @@ from ..zoo.models import check_finite, load_model
 def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
     "The model with one width for all layers; square: with all heads that the hidden size holds."
     parts = anatomy(model)
-    heads, neurons = (max(widths) for widths in zip(*formats.layer_widths(parts)))
+    heads, neurons, _ = (max(widths) for widths in zip(*formats.layer_widths(parts)))
     widths = (llama_cpp.all_heads(parts) if square else heads, neurons)
     return fill_up(model, [widths] * parts.num_layers)
 

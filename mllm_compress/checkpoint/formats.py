@@ -20,7 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .. import __version__
-from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.families import UNITS, Anatomy, anatomy
 from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.reconstruction import MARK
 from ..pruning.slicing import cut
@@ -104,23 +104,23 @@ def verify(
     return manifest
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-010
-def planned_widths(plan: PruningPlan) -> list:  # of (heads, neurons), one per kept layer
+def planned_widths(plan: PruningPlan) -> list:  # of (heads, neurons, experts), one per kept layer
     "The widths of every layer of the pruned model, from the plan alone."
     if "sizes" not in plan.meta:
         raise ValueError("this plan does not know the sizes of its model: make it with make_plan.")
     return list(plan.counts().values())
 
 
-def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons), one per layer
+def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons, experts), one per layer
     "The widths of every layer of a model."
-    return [(parts.groups(i), parts.neurons(i)) for i in range(parts.num_layers)]
+    return [tuple(parts.units(kind, i) for kind in UNITS) for i in range(parts.num_layers)]
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-012
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
-    heads, neurons = zip(*planned_widths(plan))
     kept = lambda counts: {i: range(count) for i, count in enumerate(counts) if count}
-    return cut(model, make_plan(model, heads=kept(heads), neurons=kept(neurons)))
+    units = {kind: kept(counts) for kind, counts in zip(UNITS, zip(*planned_widths(plan)))}
+    return cut(model, make_plan(model, **units))
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-016
 EQUIVALENTS = {"llama": ("mistral", {"sliding_window": None})}  # same computation, freer config
@@ -148,9 +148,10 @@ def enclosing_configs(model: PreTrainedModel, plan: PruningPlan):  # yields conf
     "Configs of the model's own class with room for its widest layer, smallest first."
     parts, config = anatomy(model), copy.deepcopy(model.config)
     queries, text = parts.queries_per_group(0), config.get_text_config()
-    heads, neurons = (max(w) for w in zip(*planned_widths(plan)))
+    heads, neurons, experts = (max(w) for w in zip(*planned_widths(plan)))
     text.head_dim = parts.head_dim
     widths = [("intermediate_size", neurons), *parts.family.settings] if neurons else []
+    widths += [(parts.experts_entry, experts)] if experts else []
     for name, value in widths:
         setattr(text, name, value)
     original = [size["heads"] for size in plan.meta["sizes"]]
@@ -213,7 +214,7 @@ def check_describes(model: PreTrainedModel, plan: PruningPlan) -> None:
     i = next(unequal, min(len(widths), len(planned)))
     raise ValueError(
         "the plan does not describe this model: "
-        f"planned {len(planned)} layers, found {len(widths)}; (heads, neurons) from layer {i} on "
+        f"planned {len(planned)} layers, found {len(widths)}; {', '.join(UNITS)} from layer {i} on "
         f"planned {planned[i : i + 1]}, found {widths[i : i + 1]}. "
         "Save what apply_plan returned, with its plan."
     )

@@ -176,7 +176,7 @@ def decoder_tensors(parts: Anatomy, row: Architecture):  # yields (name in the f
 def hyperparameters(parts: Anatomy) -> dict:  # method of gguf.GGUFWriter -> its argument
     "What llama.cpp must know of a decoder."
     config, rope = parts.text_config, parts.text_config.rope_parameters
-    groups, neurons = (list(widths) for widths in zip(*layer_widths(parts)))
+    groups, neurons, _ = (list(widths) for widths in zip(*layer_widths(parts)))
     queries = [count * parts.queries_per_group(i) for i, count in enumerate(groups)]
     one_or_all = lambda values: values[0] if len(set(values)) == 1 else values
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -385,7 +385,7 @@ def write_gguf(
     before, path, beside = anatomy(model), Path(path), projector_path(path)
     row = choose_architecture(before, fill)
     block = BLOCK if dtype.startswith("q") else 1
-    widths = [(heads, -(-neurons // block) * block) for heads, neurons in layer_widths(before)]
+    widths = [(heads, -(-neurons // block) * block) for heads, neurons, _ in layer_widths(before)]
     if "per layer" not in row.traits:
         heads, neurons = (max(w) for w in zip(*widths))
         widths = [(all_heads(before) if "square" in row.traits else heads, neurons)] * len(widths)
@@ -400,7 +400,7 @@ def write_gguf(
     notes, writers = [add_vocabulary(writer, tokenizer, parts.vocab_size)], {path: writer}
     totals = [[sum(w) for w in zip(*layer_widths(p))] for p in (before, parts)]
     if totals[0] != totals[1]:
-        heads, neurons = (after - dense for dense, after in zip(*totals))
+        heads, neurons, _ = (after - dense for dense, after in zip(*totals))
         notes.append(f"filled up with {heads} heads and {neurons} neurons of zeros")
     if parts.vision_tower is not None:
         notes.append("this file holds the decoder of the MLLM")

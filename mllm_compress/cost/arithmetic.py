@@ -72,7 +72,6 @@ def shape_of_model(
     matrices, slots = linears(model), [s for i in layers for s in parts.linears(i)]
     units = {id(slot.module.weight) for slot in slots}
     fixed = lambda m: sum(w.numel() for key, w in linears(m).items() if key not in units)
-    routed = getattr(parts.text_config, "num_experts_per_tok", None) or 0
     stacks = lambda m: (
         p
         for module in m.modules()
@@ -91,7 +90,7 @@ def shape_of_model(
         matrices=blocks.count("neuron"),
         projections=blocks.count("query") + 2 * blocks.count("gated_query"),
         fixed=tuple(map(fixed, parts.layers)),
-        active=tuple(sum(routed * p[0].numel() for p in stacks(m)) for m in parts.layers),
+        active=tuple(sum(parts.top_k * p[0].numel() for p in stacks(m)) for m in parts.layers),
         vectors=tuple(map(others, [*parts.layers, ends])),
         tied=parts.lm_head.weight is parts.embed_tokens.weight,
     )

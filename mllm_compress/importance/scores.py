@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy
+from ..anatomy.families import UNITS, Anatomy, anatomy
 from mllm_compress.anatomy.streaming import (
     SOURCE,
     device_of,
@@ -99,15 +99,16 @@ class LayerScores(_Stored):
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-012
 @dataclass(frozen=True, eq=False)
 class WidthScores(_Stored):
-    "One score per head and neuron of every layer; lower is removed first, within a layer."
+    "One score per head, neuron and expert of every layer; lower is removed first, within a layer."
 
     heads: dict  # layer -> [groups] float32
     neurons: dict  # layer -> [neurons] float32
     kind: str  # how they were made, such as "taylor"
     meta: dict = field(default_factory=dict)  # JSON values: order, mode, samples, loss, …
+    experts: dict = field(default_factory=dict)  # layer -> [experts] float32, of a mixture
 
     def __post_init__(self):
-        for name in ("heads", "neurons"):
+        for name in UNITS:
             checked = {
                 int(i): _as_scores(v, f"{self.kind} {name} of layer {i}")
                 for i, v in getattr(self, name).items()
@@ -117,15 +118,15 @@ class WidthScores(_Stored):
     def __repr__(self):
         counts = [
             f"{sum(map(len, d.values()))} {n} in {len(d)} layers"
-            for n, d in (("heads", self.heads), ("neurons", self.neurons))
+            for n in UNITS
+            if (d := getattr(self, n))
         ]
         return f"WidthScores({self.kind}, {', '.join(counts)})"
 
     @property
     def tensors(self) -> dict:
         "The numbers by name, as they are stored."
-        named = {"heads": self.heads, "neurons": self.neurons}
-        return {f"{n}.{i}": v for n, d in named.items() for i, v in d.items()}
+        return {f"{n}.{i}": v for n in UNITS for i, v in getattr(self, n).items()}
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-022
 def load_scores(
@@ -153,7 +154,7 @@ def load_scores(
     tensors = load_file(numbers)
     if layerwise:
         return LayerScores(tensors["values"], **about)
-    by_kind = {"heads": {}, "neurons": {}}
+    by_kind = {kind: {} for kind in UNITS}
     for name, values in tensors.items():
         kind, layer = name.split(".")
         by_kind[kind][int(layer)] = values
@@ -273,17 +274,17 @@ def add_channels(
     meta: dict,
 ) -> WidthScores:
     "Sum channel scores over the channels of each unit, and over the linear layers it runs through."
-    units = {"head": {}, "neuron": {}}
+    units = {kind: {} for kind in UNITS}
     for i in range(parts.num_layers):
-        for slot in parts.linears(i):
+        for slot in [*parts.linears(i), *parts.routed(i)]:
             if (i, slot.name) not in channels:
                 continue
             owner = torch.cat([torch.arange(slot.units).repeat_interleave(w) for w in slot.widths])
             values = channels[i, slot.name].detach().float().cpu()[slot.index(range(slot.units))]
-            total = units[slot.kind].setdefault(i, torch.zeros(slot.units))
+            total = units[f"{slot.kind}s"].setdefault(i, torch.zeros(slot.units))
             total.index_add_(0, owner, values)
     meta = {"model_type": parts.text_config.model_type} | meta
-    return WidthScores(units["head"], units["neuron"], kind, meta)
+    return WidthScores(**units, kind=kind, meta=meta)
 
 # %% ../../nbs/library/importance/01_scores.ipynb #cell-056
 SAMPLED = 256  # weights of every tensor, at least

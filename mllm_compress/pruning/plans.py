@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.families import anatomy, lm_parameters
+from ..anatomy.families import UNITS, anatomy, lm_parameters
 from ..importance.scores import LayerScores, WidthScores, check_record, model_record
 from .allocation import UnitCosts, plan_global, plan_of_counts
 from mllm_compress.pruning.pruning_plan import (
@@ -153,7 +153,8 @@ def widthwise_reach(
     "The largest ratio that a widthwise plan can remove."
     sizes = layer_sizes(model)
     free = [sizes[i] for i in unprotected(tuple(range(len(sizes))), protect, shape)]
-    most = sum(size.parameters - kept_parameters(size, 1, 1) for size in free)
+    least = lambda size: kept_parameters(size, 1, 1, size.least_experts)
+    most = sum(size.parameters - least(size) for size in free)
     return most / lm_parameters(model)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-040
@@ -162,17 +163,19 @@ def reference_counts(
     head_dim: int,  # channels of a head
     channel_ratio: float,  # fraction of the channels of a layer to remove
     steps: dict,  # see rounded_steps
-    **layers,  # heads and neurons: the layers that lose them
+    **layers,  # heads, neurons and experts: the layers that lose them
 ) -> dict:  # kind -> layer -> how many stay
     "What the original implementation keeps (its rounding bit for bit), then up to whole steps."
     if not 0 <= channel_ratio < 1:
         raise ValueError(f"channel_ratio {channel_ratio} is outside [0, 1).")
-    counts = {"heads": {}, "neurons": {}}
-    for kind, width in (("heads", head_dim), ("neurons", 1)):
-        for i in layers[kind]:
+    counts = {kind: {} for kind in UNITS}
+    for kind, width in zip(UNITS, (head_dim, 1, 1)):
+        for i in layers.get(kind, ()):
             units = getattr(sizes[i], kind)
             left = units - (units * width - int(units * width * (1 - channel_ratio))) // width
             counts[kind][i] = min(units, -(-left // steps[kind]) * steps[kind])
+            if kind == "experts":
+                counts[kind][i] = max(sizes[i].least_experts, counts[kind][i])
     return counts
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-049
@@ -219,7 +222,7 @@ def plan_widthwise(
     shape: str = "blockwise",  # or "uniform"
     round_to: int = 1,  # neurons and attention channels stay multiples of this
     attention_layers=None,  # with channel_ratio: layers that lose heads; None: all unprotected
-    mlp_layers=None,  # with channel_ratio: layers that lose neurons; None: all unprotected
+    mlp_layers=None,  # with channel_ratio: those that lose neurons or experts; None: the same
     base: PruningPlan | None = None,  # a layerwise plan to continue from
     allocation: str = "layer",  # the same share in every layer; or "global", "obs": see ALLOCATIONS
     budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see BUDGETS
@@ -265,7 +268,7 @@ def plan_widthwise(
                 "a uniform plan prunes every layer alike; layer ranges need shape='blockwise'."
             )
     steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
-    ranges = dict(zip(("heads", "neurons"), ranges))
+    ranges = dict(zip(UNITS, (*ranges, ranges[1])))  # experts are in the MLP
     sizes = layer_sizes(model)
     counts = reference_counts(sizes, parts.head_dim, channel_ratio, steps, **ranges)
     return plan_of_counts(model, scores, counts, base, shape=shape, round_to=round_to, **records)

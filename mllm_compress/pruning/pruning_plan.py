@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.families import Anatomy, anatomy, count_parameters, lm_parameters
+from mllm_compress.anatomy.families import (
+    UNITS,
+    Anatomy,
+    anatomy,
+    count_parameters,
+    entries,
+    lm_parameters,
+)
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice, naming_extras
 
@@ -30,6 +37,9 @@ class LayerSize:
     head_parameters: int  # in one group with its query heads
     neuron_parameters: int  # in one neuron
     parameters: int  # in the whole layer, norms included
+    experts: int = 0  # of a mixture
+    expert_parameters: int = 0  # in one expert, with its row of the router
+    least_experts: int = 0  # that must stay: a token passes so many
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-008
 def layer_sizes(
@@ -38,23 +48,22 @@ def layer_sizes(
     "One LayerSize per decoder layer."
     parts, sizes = anatomy(model), []
     for i, layer in enumerate(parts.layers):
-        cost = {"head": 0, "neuron": 0}
-        for slot in parts.linears(i):
-            per_channel = slot.module.weight.shape[1 - slot.axis]
-            if slot.axis == 0 and slot.module.bias is not None:
-                per_channel += 1
-            cost[slot.kind] += per_channel * sum(slot.widths)
-        for norm in parts.norms(i):
-            cost["head"] += norm.module.weight.numel() // norm.units
-        units = parts.groups(i), parts.neurons(i)
-        sizes.append(LayerSize(*units, cost["head"], cost["neuron"], count_parameters(layer)))
+        counts = {kind: parts.units(kind, i) for kind in UNITS}
+        costs = dict.fromkeys(UNITS, 0)
+        for slot in [*parts.linears(i), *parts.norms(i), *parts.routed(i)]:
+            tensors = (entries(p) for p in slot.module.parameters() if p.ndim > slot.axis)
+            costs[f"{slot.kind}s"] += sum(tensors) // slot.units
+        counts |= {f"{kind[:-1]}_parameters": cost for kind, cost in costs.items()}
+        least = min(counts["experts"], max(2, parts.top_k))
+        sizes.append(LayerSize(parameters=count_parameters(layer), least_experts=least, **counts))
     return sizes
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-012
-def kept_parameters(size: LayerSize, heads: int, neurons: int) -> int:
-    "Parameters of a layer that keeps this many heads and neurons."
+def kept_parameters(size: LayerSize, heads: int, neurons: int, experts: int = 0) -> int:
+    "Parameters of a layer that keeps this many heads, neurons and experts."
     removed = (size.heads - heads) * size.head_parameters
-    return size.parameters - removed - (size.neurons - neurons) * size.neuron_parameters
+    removed += (size.neurons - neurons) * size.neuron_parameters
+    return size.parameters - removed - (size.experts - experts) * size.expert_parameters
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-017
 MAX_RATIO = 0.95  # beyond it too little is left for a useful model
@@ -100,13 +109,14 @@ def rounded_steps(
     "Step sizes, in units, that keep both widths multiples of `round_to`."
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, not {round_to}.")
-    return {"heads": round_to // gcd(round_to, group_channels), "neurons": round_to}
+    heads = round_to // gcd(round_to, group_channels)
+    return {"heads": heads, "neurons": round_to, "experts": 1}
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-016
-def check_kept(name: str, kept: tuple, total: int | None) -> None:
-    "ValueError unless kept indices are ascending, distinct, in range and not empty."
-    if not kept:
-        raise ValueError(f"{name}: at least one must stay.")
+def check_kept(name: str, kept: tuple, total: int | None, least: int = 1) -> None:
+    "ValueError unless kept indices are ascending, distinct, in range and enough."
+    if len(kept) < least:
+        raise ValueError(f"{name}: at least {'one' if least == 1 else least} must stay.")
     if list(kept) != sorted(set(kept)):
         raise ValueError(f"{name} must be ascending and distinct, not {kept[:8]} …")
     if kept[0] < 0 or (total and kept[-1] >= total):
@@ -122,7 +132,7 @@ def spans(numbers) -> str:
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-012
 @dataclass(frozen=True, repr=False)
 class PruningPlan:
-    "What stays of a model: layers, and heads and neurons per layer, in original indices."
+    "What stays of a model: layers, and heads, neurons and experts per layer, in original indices."
 
     model_type: str  # of the LM decoder the plan was made for
     num_layers: int  # decoder layers of that model
@@ -134,10 +144,11 @@ class PruningPlan:
     method: str = "none"  # none, layerwise, widthwise or layerwise+widthwise
     shape: str = "none"  # none, layers, blockwise or uniform
     meta: dict = field(default_factory=dict)  # sizes of the original model, how it was made
+    experts: dict = field(default_factory=dict)  # layer -> kept experts of a mixture, ascending
 
     def __post_init__(self):
         indices = lambda kept: {int(i): tuple(map(int, kept[i])) for i in sorted(kept, key=int)}
-        for name in ("heads", "neurons"):
+        for name in UNITS:
             object.__setattr__(self, name, indices(getattr(self, name)))
         object.__setattr__(self, "layers", tuple(map(int, self.layers)))
         object.__setattr__(self, "meta", json.loads(json.dumps(self.meta)))
@@ -146,11 +157,12 @@ class PruningPlan:
         check_choice("shape of a plan", self.shape, ("none", "layers", "blockwise", "uniform"))
         check_kept("layers", self.layers, self.num_layers)
         sizes = self.meta.get("sizes", [{}] * self.num_layers)
-        for kind in ("heads", "neurons"):
+        for kind in UNITS:
             for i, kept in getattr(self, kind).items():
                 if i not in self.layers:
                     raise ValueError(f"{kind} names layer {i}, which is not kept.")
-                check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind))
+                least = sizes[i].get("least_experts", 1) if kind == "experts" else 1
+                check_kept(f"{kind} of layer {i}", kept, sizes[i].get(kind), least)
 
     def __repr__(self):
         "Method, shape, and the requested and achieved ratio or budget."
@@ -168,22 +180,26 @@ class PruningPlan:
         "The plan as a readable table, one line per run of equal layers."
         if "sizes" not in self.meta:
             return repr(self)
-        rows = [("-", "-", "0.0%")] * self.num_layers
-        for i, (heads, neurons) in self.counts().items():
+        widths = {"layers": 10, "heads": 9, "neurons": 13, "parameters kept": 16}
+        if any(size.get("experts") for size in self.meta["sizes"]):
+            widths = {"layers": 10, "heads": 9, "neurons": 13, "experts": 9, "parameters kept": 16}
+        kinds = [kind for kind in UNITS if kind in widths]
+        rows = [(*["-"] * len(kinds), "0.0%")] * self.num_layers
+        for i, counts in self.counts().items():
             size = LayerSize(**self.meta["sizes"][i])
-            share = kept_parameters(size, heads, neurons) / size.parameters
-            rows[i] = f"{heads}/{size.heads}", f"{neurons}/{size.neurons}", f"{share:.1%}"
-        lines = [repr(self)]
-        lines.append(f"{'layers':>10} {'heads':>9} {'neurons':>13} {'parameters kept':>16}")
-        for row, run in groupby(range(len(rows)), rows.__getitem__):
-            lines.append(f"{spans(run):>10} {row[0]:>9} {row[1]:>13} {row[2]:>16}")
-        return "\n".join(lines)
+            units = [f"{n}/{getattr(size, kind)}" for kind, n in zip(kinds, counts)]
+            rows[i] = *units, f"{kept_parameters(size, *counts) / size.parameters:.1%}"
+        line = lambda row: " ".join(f"{text:>{width}}" for text, width in zip(row, widths.values()))
+        runs = groupby(range(len(rows)), rows.__getitem__)
+        return "\n".join(
+            [repr(self), line(widths), *(line((spans(run), *row)) for row, run in runs)]
+        )
 
     def __le__(self, other: "PruningPlan") -> bool:
         "Whether `other`, of the same model, keeps everything that this plan keeps."
         return set(self.layers) <= set(other.layers) and all(
             set(self.kept(kind, i)) <= set(other.kept(kind, i))
-            for kind in ("heads", "neurons")
+            for kind in UNITS
             for i in self.layers
         )
 
@@ -193,16 +209,16 @@ class PruningPlan:
         return tuple(i for i in range(self.num_layers) if i not in set(self.layers))
 
     def kept(self, kind: str, layer: int):  # a tuple, or a range where all stay
-        "Units of a kept layer that stay; `kind` is heads or neurons."
+        "Units of a kept layer that stay; `kind` is heads, neurons or experts."
         kept = getattr(self, kind).get(layer)
-        return range(self.meta["sizes"][layer][kind]) if kept is None else kept
+        return range(self.meta["sizes"][layer].get(kind, 0)) if kept is None else kept
 
-    def counts(self) -> dict:  # layer -> (heads, neurons)
+    def counts(self) -> dict:  # layer -> (heads, neurons, experts)
         "How many units of each kept layer stay."
-        return {i: (len(self.kept("heads", i)), len(self.kept("neurons", i))) for i in self.layers}
+        return {i: tuple(len(self.kept(kind, i)) for kind in UNITS) for i in self.layers}
 
     def removed(self, kind: str, layer: int) -> tuple:
-        "Removed units of a kept layer; `kind` is heads or neurons."
+        "Removed units of a kept layer; `kind` is heads, neurons or experts."
         if layer not in getattr(self, kind):
             return ()
         units = range(self.meta["sizes"][layer][kind])
@@ -236,21 +252,20 @@ def plan_of_record(
     model_type: str,
     meta: dict,  # sizes and lm_parameters of the model, and how the plan was made
     layers: tuple,  # kept layers
-    heads: dict,  # layer -> kept heads
-    neurons: dict,  # layer -> kept neurons
+    units: dict,  # heads, neurons and experts -> layer -> those that stay
     **fields,  # requested_ratio, method, shape; those left out follow from what is removed
 ) -> PruningPlan:
     "A plan with explicit lists of what stays; the achieved ratio is computed."
     sizes, kept = [LayerSize(**size) for size in meta["sizes"]], 0
     for i in layers:
-        counts = (heads.get(i, range(sizes[i].heads)), neurons.get(i, range(sizes[i].neurons)))
-        kept += kept_parameters(sizes[i], *map(len, counts))
+        stay = [units[kind].get(i, range(getattr(sizes[i], kind))) for kind in UNITS]
+        kept += kept_parameters(sizes[i], *map(len, stay))
     achieved = (sum(s.parameters for s in sizes) - kept) / meta["lm_parameters"]
-    used = {"layerwise": len(layers) < len(sizes), "widthwise": heads or neurons}
+    used = {"layerwise": len(layers) < len(sizes), "widthwise": any(units.values())}
     method = "+".join(name for name, given in used.items() if given) or "none"
     shape = "blockwise" if used["widthwise"] else "layers" if used["layerwise"] else "none"
     fields = dict(method=method, shape=shape, achieved_ratio=achieved) | fields
-    return PruningPlan(model_type, len(sizes), layers, heads, neurons, meta=meta, **fields)
+    return PruningPlan(model_type, len(sizes), layers, **units, meta=meta, **fields)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-030
 def removable(
@@ -272,12 +287,14 @@ def make_plan(
     layers=None,  # kept layers; None keeps all
     heads: dict | None = None,  # layer -> kept heads
     neurons: dict | None = None,  # layer -> kept neurons
+    experts: dict | None = None,  # layer -> kept experts
     **fields,  # requested_ratio, method, shape, and anything else for meta
 ) -> PruningPlan:
     "A plan with explicit lists of what stays; the achieved ratio is computed."
     parts, sizes = anatomy(model), layer_sizes(model)
     layers = tuple(range(len(sizes))) if layers is None else tuple(sorted(layers))
-    heads, neurons = ({i: sorted(v) for i, v in (kept or {}).items()} for kept in (heads, neurons))
+    kept_units = zip(UNITS, (heads, neurons, experts))
+    units = {kind: {i: sorted(v) for i, v in (kept or {}).items()} for kind, kept in kept_units}
     known = {k: fields.pop(k) for k in ("requested_ratio", "method", "shape") if k in fields}
     check_kept("layers", layers, len(sizes))
     if missing := sorted(set(parts.fixed_layers) - set(layers)):
@@ -297,7 +314,7 @@ def make_plan(
         queries_per_group=parts.queries_per_group(0),
         **fields,
     )
-    return plan_of_record(parts.family.name, meta, layers, heads, neurons, **known)
+    return plan_of_record(parts.family.name, meta, layers, units, **known)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-047
 def compose_plans(
@@ -310,12 +327,12 @@ def compose_plans(
             f"the second plan is of a model of {second.num_layers} layers, but the first one "
             f"leaves {len(first.layers)}: make it for the pruned model."
         )
-    layers, units = tuple(first.layers[i] for i in second.layers), {"heads": {}, "neurons": {}}
+    layers, units = tuple(first.layers[i] for i in second.layers), {kind: {} for kind in UNITS}
     for kind in units:
         for i, original in zip(second.layers, layers):
             left = first.kept(kind, original)
             kept = tuple(left[k] for k in getattr(second, kind).get(i, range(len(left))))
-            if len(kept) < first.meta["sizes"][original][kind]:
+            if len(kept) < first.meta["sizes"][original].get(kind, 0):
                 units[kind][original] = kept
     alike = any(units.values()) and "blockwise" not in (first.shape, second.shape)
     meta = first.meta | {
@@ -323,7 +340,7 @@ def compose_plans(
         "plans": [*first.meta.get("plans", [repr(first)]), repr(second)],
     }
     shape = {"shape": "uniform"} if alike else {}
-    return plan_of_record(first.model_type, meta, layers, **units, **shape)
+    return plan_of_record(first.model_type, meta, layers, units, **shape)
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-cell-050
 def ascending(values: torch.Tensor, what: str) -> list:
@@ -335,10 +352,10 @@ def ascending(values: torch.Tensor, what: str) -> list:
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-drawing-cell-006
 def kept_grid(
     plan: PruningPlan,
-    kind: str,  # heads or neurons
+    kind: str,  # heads, neurons or experts
 ) -> torch.Tensor:  # [layers, units] float32, 1 where a unit stays
     "Which units of which layer stay."
-    grid = torch.zeros(plan.num_layers, max(size[kind] for size in plan.meta["sizes"]))
+    grid = torch.zeros(plan.num_layers, max(size.get(kind, 0) for size in plan.meta["sizes"]))
     for i in plan.layers:
         grid[i, list(plan.kept(kind, i))] = 1
     return grid
@@ -346,7 +363,7 @@ def kept_grid(
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #pruning-plan-drawing-cell-008
 def draw_plan(
     plan: PruningPlan,
-    axes=None,  # two matplotlib axes, for heads and neurons; None makes a figure
+    axes=None,  # two matplotlib axes, for heads and neurons (or experts); None makes a figure
 ):
     "Draw which heads and neurons of which layer stay (dark) and which are removed (white)."
     with naming_extras():
@@ -357,7 +374,8 @@ def draw_plan(
         size = (9, 0.8 + 0.16 * max(8, plan.num_layers))
         axes = plt.subplots(1, 2, figsize=size, width_ratios=(1, 3), layout="constrained")[1]
     colors = dict(cmap=ListedColormap(["#ffffff", "#0b3c6f"]), vmin=0, vmax=1)
-    for ax, kind in zip(axes, ("heads", "neurons")):
+    mixed = any(size.get("experts") for size in plan.meta["sizes"])
+    for ax, kind in zip(axes, ("heads", "experts" if mixed else "neurons")):
         grid = kept_grid(plan, kind)
         ax.imshow(grid, aspect="auto", interpolation="nearest", **colors)
         ax.set(xlabel=kind[:-1], ylabel="layer", title=f"{grid.mean():.0%} of {kind} kept")
