@@ -64,7 +64,7 @@ def test_removed_experts_are_never_chosen(name, shape, monkeypatch):
     assert lm_parameters(model) - lm_parameters(small) == lost
     assert plan.achieved_ratio == lost / lm_parameters(model)
     assert parameter_costs(model).total(plan) == lm_parameters(small)
-    back, kind = reloaded(small, plan)
+    back, kind = reloaded(small, plan, batch)
     assert kind == ("stock" if shape == "uniform" else "own format")
     assert (logits_of(back, batch) - logits_of(small, batch)).abs().max() < 1e-6
     assert PruningPlan.from_json(plan.to_json()) == plan

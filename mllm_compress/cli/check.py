@@ -127,7 +127,7 @@ def scored(case: Case) -> str:
     results = {"block influence": mc.importance.block_influence(case.model, case.batches).values}
     for method in ("taylor", "gauss_newton"):
         scores = mc.importance.width_importance(case.model, case.batches, method=method)
-        results[method] = torch.cat([*scores.heads.values(), *scores.neurons.values()])
+        results[method] = torch.cat([*scores.tensors.values()])
     for name, values in results.items():
         if not values.isfinite().all() or values.std() == 0:
             raise Broken(f"{name} scores are not finite, or all alike")

@@ -108,7 +108,7 @@ class ScoreRequest(CalibratedRequest):
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-008
 @cli.command(ScoreRequest)
 def score(request: ScoreRequest) -> dict:
-    "Score the importance of layers, or of heads and neurons, and write the scores."
+    "Score the importance of layers, or of heads, neurons and experts, and write the scores."
     out, method, seed = request.out, request.method, request.seed
     files, inputs = ("scores.json", "scores.safetensors"), {"model": request.model}
     cli.check_output_folder(out, request.overwrite, files, inputs)
@@ -178,7 +178,7 @@ class PruneRequest(CalibratedRequest):
     costs: cli.File | None = None
     "With --budget latency: a table that `cost --units` wrote, on any device."
     scores: list[str] = []
-    "Folder that `score` wrote; may be given twice, for layers and for heads and neurons."
+    "Folder that `score` wrote; may be given twice, for layers and for their units."
     recipe: str | None = None
     "The recipe."
     method: str | None = None

@@ -15,17 +15,19 @@ import torch
 from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
-from ..anatomy.families import anatomy, lm_parameters
+from ..anatomy.families import UNITS, anatomy, lm_parameters
 from ..anatomy.streaming import is_streamed
 from ..importance.gauss_newton import Passes, backward_by_batch
 from ..importance.scores import WidthScores, real_tokens
 from ..importance.taylor import probes
 from mllm_compress.pruning.pruning_plan import (
+    LayerSize,
     PruningPlan,
     ascending,
     check_ratio,
     check_reachable,
     kept_counts,
+    kept_parameters,
     layer_sizes,
     make_plan,
     nearest_prefix,
@@ -47,13 +49,16 @@ class UnitCosts:
     heads: tuple  # of one head (key/value group) of each layer
     neurons: tuple  # of one neuron of each layer
     meta: dict = field(default_factory=dict)  # how it was measured
+    experts: tuple = ()  # of one expert of each layer; (): they cost nothing
+
+    def price(self, kind: str, i: int) -> float:  # in `unit`
+        "The cost of one unit of layer `i`; `kind` is heads, neurons or experts."
+        return getattr(self, kind)[i] if getattr(self, kind) else 0.0
 
     def total_of(self, counts: dict) -> float:  # in `unit`
-        "The cost of layer -> (heads, neurons) of the layers that stay."
-        return self.fixed + sum(
-            self.layers[i] + self.heads[i] * heads + self.neurons[i] * neurons
-            for i, (heads, neurons) in counts.items()
-        )
+        "The cost of layer -> (heads, neurons, experts) of the layers that stay."
+        units = lambda i: (self.price(kind, i) * n for kind, n in zip(UNITS, counts[i]))
+        return self.fixed + sum(sum(units(i), self.layers[i]) for i in counts)
 
     def total(self, plan: PruningPlan) -> float:  # in `unit`
         "The cost of what a plan keeps."
@@ -71,7 +76,7 @@ def load_costs(
     is_cost = lambda value: type(value) in (int, float) and 0 <= value < float("inf")
     try:
         costs = UnitCosts(**json.loads(Path(path).read_text(encoding="utf-8")))
-        rows = (costs.layers, costs.heads, costs.neurons)
+        rows = (costs.layers, costs.heads, costs.neurons, costs.experts or costs.layers)
         good = all(map(is_cost, [costs.fixed, *(v for row in rows for v in row)]))
         good &= len({len(row) for row in rows}) == 1 and isinstance(costs.meta, dict)
     except (TypeError, ValueError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -87,18 +92,17 @@ def load_costs(
 def parameter_costs(model: PreTrainedModel) -> UnitCosts:
     "Parameters of the LM decoder, embedding and LM head included."
     sizes = layer_sizes(model)
-    heads, neurons = zip(*((s.head_parameters, s.neuron_parameters) for s in sizes))
-    units = [s.heads * h + s.neurons * n for s, h, n in zip(sizes, heads, neurons)]
-    layers = [s.parameters - u for s, u in zip(sizes, units)]
+    prices = lambda kind: tuple(getattr(s, f"{kind[:-1]}_parameters") for s in sizes)
+    layers = tuple(kept_parameters(s, 0, 0, 0) for s in sizes)
     fixed = lm_parameters(model) - sum(s.parameters for s in sizes)
-    return UnitCosts("parameters", "", fixed, tuple(layers), heads, neurons)
+    return UnitCosts("parameters", "", fixed, layers, **{kind: prices(kind) for kind in UNITS})
 
 
 def weight_costs(model: PreTrainedModel) -> UnitCosts:
     "Bytes of the LM decoder's weights, embedding and LM head included."
     counted, size = parameter_costs(model), model.dtype.itemsize
-    columns = (tuple(n * size for n in getattr(counted, k)) for k in ("layers", "heads", "neurons"))
-    return UnitCosts("bytes", "byte", counted.fixed * size, *columns)
+    columns = {k: tuple(n * size for n in getattr(counted, k)) for k in ("layers", *UNITS)}
+    return UnitCosts("bytes", "byte", counted.fixed * size, **columns)
 
 
 def cache_costs(model: PreTrainedModel) -> UnitCosts:
@@ -153,7 +157,18 @@ def costs_of_budget(model: PreTrainedModel, budget: dict, costs: UnitCosts | Non
     return costs
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-006
-FLOOR = {"heads": 1, "neurons": 8}  # units that every layer keeps
+FLOOR = {"heads": 1, "neurons": 8}  # units that every layer keeps, beside enough experts
+
+
+def levels_of(size: LayerSize, kind: str, step: int, even: bool = False) -> list:
+    "Counts of a kind of units that a layer may keep, descending."
+    floor = size.least_experts if kind == "experts" else 1 if even else FLOOR[kind]
+    return kept_counts(getattr(size, kind), step, floor)
+
+
+def scored_kinds(scores: WidthScores) -> list:
+    "The kinds of units that have scores; all units of the others stay."
+    return [kind for kind in UNITS if getattr(scores, kind)] or list(UNITS)
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-009
 def removal_steps(
@@ -174,7 +189,7 @@ def removal_steps(
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-011
 def ranked_units(scores: WidthScores, sizes: list, i: int, kind: str) -> tuple:
-    "Scores of the heads or neurons of layer `i`, in float64, and the units, lowest score first."
+    "Scores of the units of layer `i`, in float64, and the units, lowest score first."
     units = getattr(sizes[i], kind)
     values = getattr(scores, kind).get(i, torch.zeros(0))
     if len(values) != units:
@@ -211,9 +226,9 @@ def layer_queue(
 ) -> list:  # steps (rate, layers, kind, kept, cost saved) in order
     "Every step of one layer; the last one removes it, where it may go."
     removals, saliency, units, even = [], 0.0, 0, allocation == "layer"
-    for kind in FLOOR:
-        (values, order), price = ranked_units(scores, sizes, i, kind), getattr(costs, kind)[i]
-        counts = kept_counts(len(values), steps[kind], 1 if even else FLOOR[kind])
+    for kind in scored_kinds(scores):
+        (values, order), price = ranked_units(scores, sizes, i, kind), costs.price(kind, i)
+        counts = levels_of(sizes[i], kind, steps[kind], even)
         saliency += values.sum().item()
         units += len(values) * price
         if price > 0:
@@ -244,7 +259,7 @@ def ranked_steps(
         may_go = removable(anatomy(model), [i for _, i in last])
         queues |= {i: layer_queue(i, False, *about) for i in free if i not in may_go}
     if uniform:  # the steps of one layer, in all layers that have such units
-        having = {kind: [i for i in free if getattr(about[1][i], kind)] for kind in FLOOR}
+        having = {kind: [i for i in free if getattr(about[1][i], kind)] for kind in UNITS}
         first = [s for kind, i in having.items() if i for s in queues[i[0]] if s[2] == kind]
         first.sort(key=lambda step: step[0])
         return [(s[0], having[s[2]], *s[2:4], s[4] * len(having[s[2]])) for s in first]
@@ -256,14 +271,14 @@ def ranked_steps(
 def plan_of_counts(
     model: PreTrainedModel,
     scores: WidthScores,
-    counts: dict,  # "heads" and "neurons" -> layer -> how many stay; "layer" -> layers that go
+    counts: dict,  # kind of units -> layer -> how many stay; "layer" -> layers that go
     base: PruningPlan | None,  # a layerwise plan to continue from
     budget: dict | None = None,
     costs: UnitCosts | None = None,  # that the budget is counted in
     **fields,  # of the plan, or for its meta
 ) -> PruningPlan:
     "Keep the units with the highest scores, as many as the counts say."
-    sizes, units = layer_sizes(model), {kind: {} for kind in FLOOR}
+    sizes, units = layer_sizes(model), {kind: {} for kind in scored_kinds(scores)}
     kept = range(len(sizes)) if base is None else base.layers
     layers = [i for i in kept if i not in counts.get("layer", ())]
     for kind in units:
@@ -304,7 +319,7 @@ def plan_global(
     parts, sizes, everything = anatomy(model), layer_sizes(model), make_plan(model)
     dense, start = costs.total(everything), costs.total(base or everything)
     free, gone = free or (base or everything).layers, dense - start
-    widths = [{getattr(sizes[i], kind) for i in free} - {0} for kind in FLOOR]
+    widths = [{getattr(sizes[i], kind) for i in free} - {0} for kind in UNITS]
     if shape == "uniform" and any(len(counts) > 1 for counts in widths):
         raise ValueError(
             "a uniform plan needs a model whose layers have equal widths; use shape='blockwise'."
@@ -330,7 +345,7 @@ def plan_global(
             "or lower round_to."
         )
     target = start - share * dense if budget else ratio * dense - gone
-    counts = {"layer": {}, "heads": {}, "neurons": {}}
+    counts = {kind: {} for kind in ("layer", *UNITS)}
     for _, layers, kind, count, _ in queue[: nearest_prefix(saved, target)]:
         counts[kind].update(dict.fromkeys(layers, count))
     fields |= dict(round_to=round_to, allocation=allocation)

@@ -72,6 +72,8 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
     size, total = layer_sizes(model)[0], plan.meta["lm_parameters"]
     layer, neuron = size.parameters / total, size.neuron_parameters / total
     step = f"one layer ({layer:.1%})" if plan.method == "layerwise" else f"a neuron ({neuron:.2%})"
+    if size.experts and plan.method == "widthwise":
+        step = f"an expert of one layer ({size.expert_parameters / total:.1%})"
     raise ValueError(
         f"ratio {ratio} removes nothing: the smallest step is {step}. Ask for more, or prune "
         "heads and neurons with shape='blockwise' (--shape blockwise)."

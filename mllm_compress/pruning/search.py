@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from ..anatomy.families import anatomy
+from ..anatomy.families import UNITS, anatomy
 from ..anatomy.streaming import evaluating, hooked, is_streamed
 from ..importance.criteria import measure
 from mllm_compress.importance.scores import (
@@ -37,18 +37,18 @@ from mllm_compress.importance.scores import (
 from ..importance.taylor import answer_labels, answers_of
 from mllm_compress.pruning.allocation import (
     COUNTED,
-    FLOOR,
     UnitCosts,
     costs_of_budget,
+    levels_of,
     plan_global,
     plan_of_counts,
     ranked_units,
+    scored_kinds,
 )
 from .plans import ALLOCATIONS, plan_none, scores_by_kind, unprotected
 from mllm_compress.pruning.pruning_plan import (
     PruningPlan,
     ascending,
-    kept_counts,
     layer_sizes,
     make_plan,
     removable,
@@ -178,9 +178,9 @@ class SharedSums:
 # %% ../../nbs/library/pruning/07_search.ipynb #se-012
 @dataclass(frozen=True)
 class Candidate:
-    "How many heads and neurons of which layers stay."
+    "How many units of which layers stay."
 
-    counts: tuple  # (layer, heads, neurons) of the layers that stay, ascending
+    counts: tuple  # (layer, heads, neurons, experts) of the layers that stay, ascending
     origin: str = field(compare=False)  # the recipe that it comes from
     moves: int = field(default=0, compare=False)  # generations away from it
 
@@ -201,19 +201,26 @@ class Space:
         self.sizes, order = layer_sizes(model), ascending(layer_scores.values, "layer scores")
         self.removable = removable(self.parts, order)
         steps = rounded_steps(round_to, self.parts.queries_per_group(0) * self.parts.head_dim)
+        kinds = scored_kinds(scores)
         self.levels = {  # counts that may stay, descending
-            (kind, i): kept_counts(getattr(size, kind), steps[kind], FLOOR[kind])
+            (kind, i): levels_of(size, kind, steps[kind])
+            if kind in kinds
+            else [getattr(size, kind)]
             for i, size in enumerate(self.sizes)
-            for kind in FLOOR
+            for kind in UNITS
         }
         self.places = {at: {n: p for p, n in enumerate(ns)} for at, ns in self.levels.items()}
         self.lost = {}  # saliency lost with the first n units
         self.comparable = scores.kind in ALLOCATIONS["global"].scores
-        for kind, i in self.levels:
+        for kind, i in (at for at in self.levels if at[0] in kinds):
             values, order = ranked_units(scores, self.sizes, i, kind)
             ranked = values[order] if self.comparable else torch.arange(1.0, 1 + len(order))
             self.lost[kind, i] = [0.0, *ranked.cumsum(0).tolist()]
-        self.spent_on = "neurons" if any(costs.neurons) else "heads"
+        paid = [
+            kind for kind in ("neurons", "experts") if kind in kinds and any(getattr(costs, kind))
+        ]
+        self.spent_on = paid[0] if paid else "heads"
+        self.wide = "neurons" if any(size.neurons for size in self.sizes) else "experts"
 
     def nearest(self, kind: str, i: int, n: int) -> int:
         "The count that layer `i` may keep and that is nearest to `n`."
@@ -228,17 +235,17 @@ class Space:
     def step(self, i: int, counts: dict, down: bool) -> tuple | None:
         "(saliency per cost, layer, count, cost) of the next unit to leave or to come back."
         kind = self.spent_on
-        n, lost = counts[i][kind == "neurons"], self.lost[kind, i]
+        n, lost = counts[i][UNITS.index(kind)], self.lost[kind, i]
         if (m := self.beside(kind, i, n, down)) is None:
             return None
-        price = abs(n - m) * getattr(self.costs, kind)[i]
+        price = abs(n - m) * self.costs.price(kind, i)
         gained = lost[len(lost) - 1 - min(n, m)] - lost[len(lost) - 1 - max(n, m)]
         return (gained if down else -gained) / max(price, 1e-300), i, m, price
 
     def within(self, counts: dict) -> dict | None:
         "Counts that use the budget and do not exceed it; None where the floor is too high."
-        whole = lambda i, units: [self.nearest(kind, i, n) for kind, n in zip(FLOOR, units)]
-        counts, place = {i: whole(i, n) for i, n in counts.items()}, int(self.spent_on == "neurons")
+        whole = lambda i, units: [self.nearest(kind, i, n) for kind, n in zip(UNITS, units)]
+        counts, place = {i: whole(i, n) for i, n in counts.items()}, UNITS.index(self.spent_on)
         cost = self.costs.total_of(counts)
         for down in (True, False):
             queue = [s for i in counts if (s := self.step(i, counts, down))]
@@ -261,7 +268,7 @@ class Space:
     def plan(self, candidate: Candidate) -> PruningPlan:
         "The plan of a candidate."
         stay = {i: counts for i, *counts in candidate.counts}
-        counts = {kind: {i: n[k] for i, n in stay.items()} for k, kind in enumerate(FLOOR)}
+        counts = {kind: dict(zip(stay, ns)) for kind, ns in zip(UNITS, zip(*stay.values()))}
         counts["layer"] = set(range(len(self.sizes))) - set(stay)
         about = dict(allocation="search", **self.options)
         return plan_of_counts(self.model, self.scores, counts, None, **about)
@@ -313,8 +320,9 @@ class Space:
         if move == "neurons" and len(counts) > 1:
             (a, b), portion = rng.sample(sorted(counts), 2), rng.choice(PORTIONS)
             for i, sign in ((a, -1), (b, 1)):
-                n = counts[i][1] + sign * round(portion * self.sizes[i].neurons)
-                counts[i][1] = self.nearest("neurons", i, n)
+                k, units = UNITS.index(self.wide), getattr(self.sizes[i], self.wide)
+                n = counts[i][k] + sign * round(portion * units)
+                counts[i][k] = self.nearest(self.wide, i, n)
         elif move == "heads":
             beside = lambda i, down: self.beside("heads", i, counts[i][0], down)
             rich, poor = ([i for i in sorted(counts) if beside(i, down)] for down in (True, False))
@@ -326,10 +334,10 @@ class Space:
                     counts[b][0] = beside(b, False)
         elif move == "swap" and gone and leaving:
             a, b = rng.choice(leaving), rng.choice(gone)
-            counts[b] = [self.nearest(kind, b, n) for kind, n in zip(FLOOR, counts.pop(a))]
+            counts[b] = [self.nearest(kind, b, n) for kind, n in zip(UNITS, counts.pop(a))]
         elif move == "depth" and gone and (rng.random() < 0.5 or not leaving):
             b = rng.choice(gone)
-            counts[b] = [getattr(self.sizes[b], kind) for kind in FLOOR]
+            counts[b] = [getattr(self.sizes[b], kind) for kind in UNITS]
         elif move == "depth" and leaving:
             counts.pop(rng.choice(leaving[: max(1, len(leaving) // 3)]))
         return counts
