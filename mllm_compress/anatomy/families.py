@@ -49,7 +49,6 @@ class Family:
     mixers: tuple = ()  # of Slot: output projections of what some layers have instead of attention
     experts: tuple = ()  # of Slot: modules whose tensors have a row per expert, the router first
     residual: str = ""  # config entry that scales what is added to the residual
-    text_model: str = ""  # model_type of a text model with these layers, where it has none itself
     settings: tuple = ()  # (config entry, value) under which widths are as the config says
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-012
@@ -137,19 +136,19 @@ _EXPERTS = (
     gated("qwen2_moe", "as Qwen2, experts", **_MIXED),
     gated("qwen3_moe", "as Qwen3, experts", **_MIXED),
     gated("glm4_moe", "as Llama, experts", **_MIXED),
-    gated("qwen3_vl_moe_text", "as Qwen3-VL, experts", text_model="qwen3_moe", **_MIXED),
-    gated("glm4v_moe_text", "positions of three axes, experts", text_model="glm4_moe", **_MIXED),
+    gated("qwen3_vl_moe_text", "as Qwen3-VL, experts", **_MIXED),
+    gated("glm4v_moe_text", "positions of three axes, experts", **_MIXED),
     Family("qwen3_5_moe_text", help="as Qwen3.5, experts", **_LINEAR, **_MIXED),
     Family("qwen3_next", help="as Qwen3.5, experts", **_LINEAR, **_MIXED),
 )
 _OTHERS = (
     gated("cohere", "attention and MLP in parallel, one norm", norms=WIDE_NORMS),
     gated("cohere2", "as Cohere, sliding; the decoder of Aya Vision"),
-    gated("qwen2_vl_text", "as Qwen2, positions of three axes", text_model="qwen2"),
-    gated("qwen2_5_vl_text", "as Qwen2, positions of three axes", text_model="qwen2"),
-    gated("qwen3_vl_text", "as Qwen3, positions of three axes", text_model="qwen3"),
+    gated("qwen2_vl_text", "as Qwen2, positions of three axes"),
+    gated("qwen2_5_vl_text", "as Qwen2, positions of three axes"),
+    gated("qwen3_vl_text", "as Qwen3, positions of three axes"),
     Family("glm4", help="fused MLP, norms on both sides", **_GLM),
-    Family("glm4v_text", help="as GLM-4, positions of three axes", text_model="glm4", **_GLM),
+    Family("glm4v_text", help="as GLM-4, positions of three axes", **_GLM),
     Family(
         "phi",
         PHI_ATTENTION + PLAIN_MLP,
