@@ -647,6 +647,7 @@ def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):
 
 BATCHES = [{"input_ids": torch.tensor([[1, 30, 2]])}]
 ADAPTERS = LoraConfig(r=2, target_modules=["q_proj"])
+SFT = {"losses": {"sft": 1}}
 PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.prune(m, [], rato=0.3), "unexpected keyword argument 'rato'"),
     (lambda m, p, mc, lm: mc.prune(m, [], layer_share=3), "outside"),
@@ -657,7 +658,8 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.data.calibration_batches("mine.json", p, n=0), "number from 1"),
     (lambda m, p, mc, lm: mc.data.calibration_batches([{"image": b""}], p), "has neither"),
     (lambda m, p, mc, lm: mc.recovery.RecoveryConfig(warmup=5), "a number from 0 to 1"),
-    (lambda m, p, mc, lm: mc.recover(m, m, "gone.json", {}, p), "There is no file gone.json"),
+    (lambda m, p, mc, lm: mc.recover(m, m, "mine.json", {}, p), "is its own teacher"),
+    (lambda m, p, mc, lm: mc.recover(m, None, "gone.json", SFT, p), "There is no file gone.json"),
     (lambda m, p, mc, lm: mc.load_model("llava", device_map={"": 0}), "name one device"),
     (lambda m, p, mc, lm: mc.load_pruned("small", attention="eager"), "is not supported"),
     (lambda m, p, mc, lm: mc.prune(get_peft_model(lm("llama"), ADAPTERS), BATCHES), "merge_and"),

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CPU_PASS', 'BLOCK', 'Batches', 'passes_per_step', 'block_size', 'attention_for', 'processor_hash', 'run_collator',
-           'layer_pairs', 'Student', 'Teacher', 'check_pair', 'trainable_copy', 'add_lora', 'with_adapters']
+           'check_samples', 'layer_pairs', 'Student', 'Teacher', 'check_pair', 'trainable_copy', 'add_lora',
+           'with_adapters']
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #cell-003
 import copy
+import math
 import warnings
 
 import numpy as np
@@ -16,10 +18,12 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.utils.data import Sampler
 
-from ..anatomy.families import anatomy, lm_parameters
+from ..anatomy.families import Anatomy, anatomy, lm_parameters
 from ..anatomy.pictures import tower_hash
+from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CHECKPOINTING
 from ..data.batches import Collator
+from ..data.instructions import has_image
 from .config import RecoveryConfig
 from mllm_compress.recovery.losses import (
     HIDDEN_LAYERS,
@@ -125,13 +129,34 @@ def run_collator(
     processor,
     data,  # data.InstructionData
     config: RecoveryConfig,
-    images: bool = True,  # whether batches have pixel_values
     shares: bool = True,  # whether the model lets questions share a prefix
 ) -> Collator:
     "The run's collator."
     turns = "separate" if config.turns == "independent" and not shares else config.turns
     block = block_size(config) if shares else None
-    return Collator(processor, data, turns, images, config.max_length, block)
+    return Collator(processor, data, turns, max_length=config.max_length, block=block)
+
+# %% ../../nbs/library/recovery/04_steps.ipynb #samples-code
+def check_samples(
+    collate: Collator,  # of the run
+    parts: Anatomy,  # of the student
+) -> None:
+    "ValueError where the model reads no answer token of a sample."
+    lost, data, tiled = [], collate.dataset, collate.render.multimodal and collate.render.tiled
+    context = getattr(parts.text_config, "max_position_embeddings", None) or math.inf
+    for entry in (data[i] for i in range(len(data))):
+        if "conversations" not in entry or tiled and has_image(entry):
+            continue  # a text has no prompt; only the decoded picture says how long a sample is
+        rows = [zip(row["position"], row["answer"]) for row in collate.rows(entry)]
+        if not any(supervised and k < context for row in rows for k, supervised in row):
+            lost.append(entry.get("id", entry["index"]))
+    if lost:
+        most = min(context, collate.max_length or context)
+        raise ValueError(
+            f"no supervised token in {len(lost)} of {len(data)} samples, such as {lost[0]!r}: an "
+            f"answer is empty, or begins after token {most:,} (max_length, or the context of the "
+            "model). Leave these samples out, or give more (--max-length)."
+        )
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #distillation-cell-009
 def layer_pairs(
@@ -254,6 +279,7 @@ def check_pair(
     student: nn.Module,
     teacher: nn.Module | None,
     config: RecoveryConfig,
+    plan=None,  # PruningPlan of the student
 ) -> None:
     "ValueError where this student cannot learn from this teacher."
     needing = [name for name in config.losses if LOSSES[name].needs_teacher]
@@ -275,6 +301,13 @@ def check_pair(
     if lm_parameters(student) > lm_parameters(teacher):
         raise ValueError(
             "the student is larger than its teacher: swap them, or merge its adapters first."
+        )
+    equal = lambda: student is teacher or weights_hash(student) == weights_hash(teacher)
+    pruned = plan is None or plan.achieved_ratio
+    if pruned and lm_parameters(student) == lm_parameters(teacher) and equal():
+        raise ValueError(
+            "the student is its own teacher, with the same weights: give the dense model that it "
+            "was pruned from, or plan=plan_none(teacher) where nothing was pruned on purpose."
         )
     towers = [tower_hash(part) for part in (s, t) if part.vision_tower is not None]
     if len(towers) == 1 or len(set(towers)) > 1:

@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +33,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
 from ..anatomy.families import anatomy
 from ..anatomy.pictures import shares_prefixes
@@ -42,17 +42,7 @@ from ..anatomy.wrappers import CHECKPOINTING, caches_projector_input
 from ..data.batches import SizedCache
 from ..data.instructions import as_data, entry_ids
 from ..pruning.reconstruction import MARK
-from . import steps
-from mllm_compress.recovery.best_state import (
-    LOOKS,
-    MEASURES,
-    RATES,
-    best_look,
-    held_out_samples,
-    is_over,
-    successive_halving,
-    sure_gain,
-)
+from . import best_state, steps
 from mllm_compress.recovery.config import (
     RecoveryConfig,
     config_from_dict,
@@ -77,8 +67,6 @@ def write_checkpoint(
     trainer_state,  # transformers' TrainerState
 ) -> None:
     "Write everything that the rest of a run depends on."
-    for leftover in folder.parent.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
     with replacing_folder(folder) as new:
         for file, named in tensors.items():
             save_file(named, new / file)
@@ -92,9 +80,8 @@ def write_checkpoint(
 def checkpoints(
     folder,  # of a run
 ) -> list:  # of paths, oldest first
-    "The complete checkpoints in a folder."
-    complete = [p for p in Path(folder).glob("checkpoint-*") if (p / FILES[3]).exists()]
-    return sorted(complete, key=lambda path: int(path.name.split("-")[1]))
+    "The checkpoints in a folder."
+    return sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-sharded-cell-005
 def gathered(
@@ -147,8 +134,6 @@ class Watch(TrainerCallback):
 class RecoveryTrainer(Trainer):
     "A Trainer whose model is a Student and whose batches come with a Teacher."
 
-    kept = 2  # checkpoints
-
     def __init__(
         self,
         module,
@@ -192,17 +177,12 @@ class RecoveryTrainer(Trainer):
         loader.set_epoch = self.batches.set_epoch  # which the Trainer calls
         return loader
 
-    def names(self, index: list) -> list:
-        "The ids of some samples."
-        ids = entry_ids(self.train_dataset.samples)
-        return [ids[i] for i in index]
-
     def stop(self, what: str):
         "Stop with the samples of the batch and the last good checkpoint."
         last = [None, *checkpoints(self.args.output_dir)][-1]
-        good = f"The last good checkpoint is {last}."
+        good, ids = f"The last good checkpoint is {last}.", entry_ids(self.train_dataset.samples)
         raise NonFiniteLoss(
-            f"{what} at step {self.state.global_step}, samples {self.names(self.current)}. "
+            f"{what} at step {self.state.global_step}, samples {[ids[i] for i in self.current]}. "
             f"{good if last else 'There is no checkpoint (folder= was not given).'} "
             "Look at these samples, lower lr, or train in float32."
         )
@@ -210,8 +190,8 @@ class RecoveryTrainer(Trainer):
     @property
     def looks(self) -> list:
         "The looks at the held-out part so far."
-        columns, rows = ("step", *MEASURES), self.state.log_history
-        return [{k: row[k] for k in columns} for row in rows if MEASURES[0] in row]
+        columns, rows = ("step", *best_state.MEASURES), self.state.log_history
+        return [{k: row[k] for k in columns} for row in rows if best_state.MEASURES[0] in row]
 
     def evaluate(self, *args, **kwargs) -> dict:
         "Look at the held-out part: keep the state if it is the best, stop if none was for long."
@@ -219,12 +199,12 @@ class RecoveryTrainer(Trainer):
         if step not in [look["step"] for look in self.looks]:
             losses, score = self.start if self.start and not step else self.measured()
             self.start = self.start or (losses, score)
-            gain = sure_gain(self.start[0], losses)
-            self.log(dict(zip(MEASURES, (sum(losses) / len(losses), score, gain))))
-            if step and best_look(self.looks)["step"] == step:
+            gain = best_state.sure_gain(self.start[0], losses)
+            self.log(dict(zip(best_state.MEASURES, (sum(losses) / len(losses), score, gain))))
+            if step and best_state.best_look(self.looks)["step"] == step:
                 named = self.model.named_parameters()
                 self.best = {n: gathered(p).clone() for n, p in named if p.requires_grad}
-        if is_over(self.looks, self.patience):
+        if best_state.is_over(self.looks, self.patience):
             self.control.should_training_stop, self.control.should_save = True, False
         return {}
 
@@ -239,27 +219,13 @@ class RecoveryTrainer(Trainer):
         model.train()
         sums = self.accelerator.reduce(torch.stack(sums).float(), "mean")
         answers, positions = sums[:, -1].sum(), self.student.positions
-        if not answers:
-            raise self._silent(self.held_out)
         divisors = [COUNTS.index(LOSSES[n].divisor(positions)) for n in self.student.losses]
         terms = sums[:, :-2] / torch.stack(counts).float().mean(0)[divisors]
         return (terms @ self.weights).tolist(), float(sums[:, -2].sum() / answers)
 
-    def _silent(self, index: list) -> ValueError:
-        "The error of samples without a supervised token."
-        return ValueError(
-            f"step {self.state.global_step}: no supervised token in samples {self.names(index)}. "
-            "Their answers are empty or cut off: check 'conversations' and max_length."
-        )
-
     def _get_num_items_in_batch(self, batch_samples, device):
         counts = torch.stack([batch_counts(batch["labels"]) for batch in batch_samples]).sum(0)
-        counts = self.accelerator.reduce(counts.to(device), "sum")
-        positions = self.student.positions
-        divisors = {LOSSES[name].divisor(positions) for name in self.student.losses}
-        if not counts[0] and "answers" in divisors:
-            raise self._silent([i for batch in batch_samples for i in batch["index"].tolist()])
-        return counts
+        return self.accelerator.reduce(counts.to(device), "sum")
 
     def _terms(self, model, inputs, counts):
         "The terms of the loss of one forward pass."
@@ -313,8 +279,7 @@ class RecoveryTrainer(Trainer):
         schedule, optimizer = self.lr_scheduler.state_dict(), optimizer | {"state": numbers}
         state = dict(optimizer=optimizer, schedule=schedule, random=generators, start=self.start)
         write_checkpoint(folder, tensors, state, self.state)
-        for old in checkpoints(self.args.output_dir)[: -self.kept]:
-            shutil.rmtree(old)
+        rotate_checkpoints(self.args.output_dir, save_total_limit=2)
 
     def _restore(self, tensors: dict):
         "Give the model trained weights."
@@ -329,8 +294,6 @@ class RecoveryTrainer(Trainer):
         self.start = json.loads((Path(checkpoint) / FILES[2]).read_text()).get("start")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None:
-            return
         state = json.loads((Path(checkpoint) / FILES[2]).read_text())
         optimizer = state["optimizer"]
         entries = {int(i): entry for i, entry in optimizer["state"].items()}  # JSON has strings
@@ -344,8 +307,6 @@ class RecoveryTrainer(Trainer):
             entry.update({k: sliced(v, p.data) for k, v in entry.items() if torch.is_tensor(v)})
 
     def _load_rng_state(self, checkpoint):
-        if checkpoint is None:
-            return
         generators = json.loads((Path(checkpoint) / FILES[2]).read_text())["random"]
         state = generators[self.args.process_index % len(generators)]
         tensor = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
@@ -422,7 +383,7 @@ def training_arguments(
         save_steps=save_every or 500,
         eval_strategy="steps" if config.held_out else "no",
         eval_on_start=bool(config.held_out),
-        eval_steps=1 / LOOKS,
+        eval_steps=1 / best_state.LOOKS,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
@@ -459,7 +420,8 @@ def _search(
                 write_atomically(path, json.dumps(done))
         return done[name]
 
-    best, trials = successive_halving([rate * factor for factor in RATES], steps, trial)
+    rates = [rate * factor for factor in best_state.RATES]
+    best, trials = best_state.successive_halving(rates, steps, trial)
     return best, done["start"], pd.DataFrame(trials).drop(columns="step")
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-038
@@ -480,7 +442,7 @@ def recover(
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
     config = settled(config_from_dict(config) if isinstance(config, dict) else config)
-    steps.check_pair(student, teacher, config)
+    steps.check_pair(student, teacher, config, plan)
     reconstructed = getattr(student.config, MARK, None) is not None
     rate = learning_rate(config, reconstructed=reconstructed)
     source = teacher if teacher is not None else student
@@ -491,8 +453,11 @@ def recover(
         except Exception as error:
             raise ValueError(f"no processor found at {path!r}: pass processor=.") from error
     data = as_data(data).fraction(config.fraction, config.seed)
-    held_out = held_out_samples(entry_ids(data.samples), config.held_out)
+    held_out = best_state.held_out_samples(entry_ids(data.samples), config.held_out)
     members = sorted(set(range(len(data))) - set(held_out))
+    shares = shares_prefixes(anatomy(student))
+    collate = steps.run_collator(processor, data, config, shares)
+    steps.check_samples(collate, anatomy(student))
     kept = plan.layers if plan is not None else tuple(range(anatomy(student).num_layers))
     pairs, half = steps.layer_pairs(config.hidden_layers, kept), student.dtype.itemsize == 2
     by_block = "student_blocks" in needed_tensors(config.losses)
@@ -527,7 +492,6 @@ def recover(
         key = content_hash([weights_hash(*owners), data.hash, *rows, wanted, bf16])
         if (outputs := cache.get(key)) is not None:
             return outputs
-        collate = steps.run_collator(processor, data, config, shares=shares)
         size = dict(limit=cache.limit, progress=progress)
         with use_attention(tower, attention), torch.autocast(kind, torch.bfloat16, enabled=bf16):
             outputs = compute_teacher_outputs(tower, data, collate, wanted, **size)
@@ -548,9 +512,9 @@ def recover(
         compares = any(LOSSES[name].needs_teacher for name in config.losses)
         teacher = teacher.to(args.device).eval() if compares else None
         tower, kind = source.to(args.device), args.device.type
-        shares, started = shares_prefixes(anatomy(student)), time.perf_counter()
-        attention = steps.attention_for(config, kind, shares)
+        attention, started = steps.attention_for(config, kind, shares), time.perf_counter()
         outputs = teacher_outputs()
+        collate.images = outputs is None
         teacher_seconds, processes = time.perf_counter() - started, args.world_size
         passes = steps.passes_per_step(config, len(members), kind, processes)
         place, lengths = (passes, processes, args.process_index), [1] * len(members)
@@ -559,7 +523,6 @@ def recover(
             dialogues = (s.get("conversations") or [{"value": s["text"]}] for s in dialogues)
             lengths = [sum(len(turn["value"]) for turn in turns) for turns in dialogues]
         batches = steps.Batches(lengths, config.batch_size, *place, config.seed, members)
-        collate = steps.run_collator(processor, data, config, outputs is None, shares)
         numbers = lambda samples: torch.tensor([sample["index"] for sample in samples])
         indexed = lambda samples: collate(samples) | {"index": numbers(samples)}
 
@@ -594,7 +557,7 @@ def recover(
                 except NonFiniteLoss:
                     if not last_step:
                         raise
-                    run.log(dict(zip(MEASURES, (math.inf, 0.0, -math.inf))))
+                    run.log(dict(zip(best_state.MEASURES, (math.inf, 0.0, -math.inf))))
             return run
 
         start = search = None
@@ -605,7 +568,7 @@ def recover(
         trained_from = time.perf_counter()
         run = fit(rate, start=start)
         seconds = time.perf_counter() - trained_from
-    best = best_look(run.looks)["step"] if held_out else run.state.global_step
+    best = best_state.best_look(run.looks)["step"] if held_out else run.state.global_step
     model = run.student.model if best else trainable().to(args.device)
     adapters = None
     if config.lora:
