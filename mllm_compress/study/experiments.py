@@ -20,10 +20,11 @@ from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 def study_criteria(pruning: str) -> tuple:
-    "The criteria of a pruning, the study's default first."
+    "The criteria of a pruning for models without mixtures, the study's default first."
     if pruning == "none":
         return ("none",)
-    rows = {name: row for (prunes, name), row in CRITERIA.items() if prunes == pruning}
+    dense = {key: row for key, row in CRITERIA.items() if not row.mixtures}
+    rows = {name: row for (prunes, name), row in dense.items() if prunes == pruning}
     return tuple(sorted(rows, key=lambda name: bool(rows[name].needs)))
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-012
