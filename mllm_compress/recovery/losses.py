@@ -13,18 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mllm_compress.utils.methods import (
-    DASHDOTTED,
-    DASHED,
-    INDIGO,
-    OLIVE,
-    ORANGE,
-    PINK,
-    SKY,
-    Look,
-    Method,
-    check_choice,
-)
+from ..utils import methods
+from ..utils.methods import Look, check_choice
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-004
 def sft(
@@ -70,7 +60,7 @@ def block_kd(
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-018
 @dataclass(frozen=True)
-class Loss(Method):  # whose function returns one value per position
+class Loss(methods.Method):  # whose function returns one value per position
     "A loss of recovery: one row of LOSSES."
 
     needs: tuple = ()  # names of tensors, in the order of the function's parameters
@@ -91,7 +81,7 @@ LOSSES = {
         sft,
         needs=("answer_logits", "targets"),
         version=1,
-        look=Look("SFT", SKY, "o"),
+        look=Look("SFT", methods.SKY, "o"),
         help="cross-entropy on the answers of the data",
         divisor_all="answers",
     ),
@@ -99,7 +89,7 @@ LOSSES = {
         logits_kd,
         needs=("student_logits", "teacher_logits", "temperature"),
         version=1,
-        look=Look("logits KD", ORANGE, "^", DASHED),
+        look=Look("logits KD", methods.ORANGE, "^", methods.DASHED),
         help="KL(teacher ‖ student) of the next-token distributions",
         divisor_all="rows",
     ),
@@ -107,7 +97,7 @@ LOSSES = {
         logits_kd,
         needs=("teacher_logits", "student_logits", "temperature"),
         version=1,
-        look=Look("reverse KD", PINK, "v", DASHDOTTED),
+        look=Look("reverse KD", methods.PINK, "v", methods.DASHDOTTED),
         help="KL(student ‖ teacher) of the next-token distributions",
         divisor_all="rows",
     ),
@@ -115,14 +105,14 @@ LOSSES = {
         hidden_kd,
         needs=("student_hidden", "teacher_hidden"),
         version=1,
-        look=Look("hidden KD", INDIGO, "s", DASHED),
+        look=Look("hidden KD", methods.INDIGO, "s", methods.DASHED),
         help="mean squared difference of the final hidden states",
     ),
     "block_kd": Loss(
         block_kd,
         needs=("student_blocks", "teacher_blocks"),
         version=1,
-        look=Look("block KD", OLIVE, "d", DASHDOTTED),
+        look=Look("block KD", methods.OLIVE, "d", methods.DASHDOTTED),
         help="relative squared difference of the states after every block",
     ),
 }
@@ -175,10 +165,11 @@ class TrainedParts:
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-034
 TRAINS = {
     "projector": TrainedParts(
-        Look("projector only", ORANGE, "v", DASHDOTTED), "the projector; the LM decoder is frozen"
+        Look("projector only", methods.ORANGE, "v", methods.DASHDOTTED),
+        "the projector; the LM decoder is frozen",
     ),
     "projector+lm": TrainedParts(
-        Look("projector + LM", SKY, "o"), "projector and LM decoder, in full or with LoRA"
+        Look("projector + LM", methods.SKY, "o"), "projector and LM decoder, in full or with LoRA"
     ),
 }
 

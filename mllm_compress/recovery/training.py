@@ -18,21 +18,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import transformers
 from accelerate.utils import gather_object, parse_flag_from_env
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoProcessor,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..anatomy.families import anatomy
@@ -107,7 +99,7 @@ class NonFiniteLoss(FloatingPointError):
     "The loss or its gradient became infinite or not a number."
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-trainer-cell-017
-class Bar(ProgressCallback):
+class Bar(transformers.ProgressCallback):
     "One bar per run, on the main process, with the loss."
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -115,7 +107,7 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
-class Watch(TrainerCallback):
+class Watch(transformers.TrainerCallback):
     "Calls a function after every optimiser step, on the main process."
 
     def __init__(self, look, student):
@@ -131,7 +123,7 @@ class Watch(TrainerCallback):
         self.student.model.train()
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-trainer-cell-019
-class RecoveryTrainer(Trainer):
+class RecoveryTrainer(transformers.Trainer):
     "A Trainer whose model is a Student and whose batches come with a Teacher."
 
     def __init__(
@@ -149,7 +141,7 @@ class RecoveryTrainer(Trainer):
         self.teacher, self.student, self.batches = teacher, teacher.student, batches
         self.held_out, self.patience, self.start, self.best = held_out, patience, start, {}
         super().__init__(module, args, **kwargs)
-        self.remove_callback(PrinterCallback)  # a line per step, where there is no bar
+        self.remove_callback(transformers.PrinterCallback)  # a line per step, where there is no bar
         weights = list(self.student.losses.values())
         self.weights = torch.tensor(weights, device=self.args.device)
         self.terms, self.logged = torch.zeros_like(self.weights), None
@@ -359,7 +351,7 @@ def training_arguments(
     save_every: int | None,  # steps between checkpoints
     device,  # None: the accelerator, if there is one
     trainer: dict,  # further TrainingArguments
-) -> TrainingArguments:
+) -> transformers.TrainingArguments:
     "The Trainer's arguments; ValueError for a GPU that the Trainer would not take."
     device = None if device is None else torch.device(device)
     arguments = dict(
@@ -388,7 +380,7 @@ def training_arguments(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
-    args = TrainingArguments(**arguments | trainer)
+    args = transformers.TrainingArguments(**arguments | trainer)
     if device and (device.type, device.index or 0) != (args.device.type, args.device.index or 0):
         raise ValueError(
             f"device={str(device)!r}: the Trainer takes {args.device}, the first device that torch "
@@ -449,7 +441,7 @@ def recover(
     if processor is None:
         path = source.config._name_or_path
         try:
-            processor = AutoProcessor.from_pretrained(path)
+            processor = transformers.AutoProcessor.from_pretrained(path)
         except Exception as error:
             raise ValueError(f"no processor found at {path!r}: pass processor=.") from error
     data = as_data(data).fraction(config.fraction, config.seed)
@@ -470,7 +462,7 @@ def recover(
         )
 
     def trainable():
-        set_seed(config.seed)
+        transformers.set_seed(config.seed)
         model = steps.trainable_copy(student, config)
         model = steps.add_lora(model, config.lora) if config.lora else model
         for p in model.parameters():
