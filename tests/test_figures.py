@@ -12,7 +12,7 @@ from mllm_compress.study import guide, scoreboard
 from mllm_compress.study.figures import forest
 from mllm_compress.study.notebooks import parameters_of
 from mllm_compress.study.profiles import load_profile
-from mllm_compress.study.statistics import Estimate, Verdict
+from mllm_compress.study.statistics import SETTING, Estimate, Verdict
 from mllm_compress.study.tables import beside_printed
 
 STUDY = Path(__file__).parent.parent / "nbs/study"
@@ -61,7 +61,8 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
             ("layerwise", "none", 1.0, False),
         ]
         names = ["pruning", "recovery", "fraction", "rival"]
-        return pd.DataFrame(rows, columns=names).assign(model="m")
+        table = pd.DataFrame(rows, columns=names).assign(model="m")
+        return table.reindex(columns=[*SETTING, "rival"])
 
     assert [agreement(ranking(f), 0.3, f) for f in behind] == ["tied", "open", "behind"]
     first = ranking(1.0, ("layerwise", "sft", 1.0, True))

@@ -207,7 +207,7 @@ VERSIONS = [  # what is raised, and which of the dense, layerwise, widthwise, tr
 @pytest.mark.parametrize("place, name, concerned", VERSIONS, ids=[n for _, n, _ in VERSIONS])
 def test_a_raised_version_renames_what_it_makes(monkeypatch, place, name, concerned):
     def names():
-        kept = (stages.key_of, stages.name_of, stages.drawn_hash)
+        kept = (stages.key_of, stages.name_of, stages.drawn_hash, profiles.model_inputs)
         for cached in (*kept, profiles.model_identity, profiles.data_inputs):
             cached.cache_clear()
         return [name_of(e, SMOKE) for e in (DENSE, LAYERS, WIDTH, TRAINED)]
