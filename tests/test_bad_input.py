@@ -291,7 +291,8 @@ CASES = [
         )
     ),
     Case(
-        ("score", "llava", "-o", "out", "--data", "mine.json", "--samples", "9"), "have 2 entries"
+        ("score", "llava", "-o", "out", "--data", "mine.json", "--samples", "9"),
+        "have only 2 entries",
     ),
     *(
         Case((*RECOVER, option, value), f"{option} is {value}: give a number from")
