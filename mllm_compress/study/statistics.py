@@ -194,7 +194,8 @@ def summary(
             row |= {"seeds": e.seeds, "by_seed": list(e.by_seed.values())}
             row |= done.groupby("benchmark", sort=False).score.mean().to_dict()
         rows.append(row)
-    return pd.DataFrame(rows)
+    known = (*SETTING, "failed", "achieved_ratio", "avg_percent", "low", "high", "n", "seeds")
+    return pd.DataFrame(rows, columns=None if rows else known)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-038
 def difference(
