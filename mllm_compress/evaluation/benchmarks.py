@@ -509,4 +509,4 @@ for name, row in ROWS.items():
         load = partial(public_questions, partial(ADAPTERS[function], *details), source)
     about = dict(max_new_tokens=row["max_new_tokens"], help=row["help"], source=source)
     register_benchmarks([Benchmark(name, row["scorer"], load, **about)])
-SMALL_SUITE = tuple(name for name in BENCHMARKS if "source" not in ROWS[name])
+SMALL_SUITE = tuple(name for name, row in ROWS.items() if "source" not in row)

@@ -269,7 +269,7 @@ CRITERIA = {  # (pruning, name) -> row
     ("widthwise", "reap"): Criterion(
         reap,
         version=1,
-        look=Look("REAP", "#999933", "*", methods.DASHED),
+        look=Look("REAP", "#996633", "*", methods.DASHED),
         help="Mean norm of an expert's weighted output, over its tokens (Lasby et al. 2025).",
         mixtures=True,
     ),
