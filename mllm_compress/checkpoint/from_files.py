@@ -34,9 +34,8 @@ class CutWeights:
         for new, old in enumerate(plan.layers):
             for name, _ in parts.layers[old].named_parameters():
                 self.origins[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
-            kept = {"head": plan.heads.get(old), "neuron": plan.neurons.get(old)}
-            for slot in (*parts.linears(old), *parts.norms(old)):
-                if (units := kept[slot.kind]) is None:
+            for slot in (*parts.linears(old), *parts.norms(old), *parts.routed(old)):
+                if (units := getattr(plan, f"{slot.kind}s").get(old)) is None:
                     continue
                 for kind, p in slot.module.named_parameters():
                     if p.ndim > slot.axis:  # a bias has no columns

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
@@ -119,7 +119,9 @@ def politely(
     kept: str,  # a sentence about what an interruption leaves
 ):
     "Show errors as one message."
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    with suppress(ValueError):  # outside of the main thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with naming_extras():
             yield
@@ -151,7 +153,8 @@ def politely(
         typer.secho(f"Error: {text}", fg="red", err=True)
         raise typer.Exit(code) from None
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-015
 Limit = Annotated[int, Field(ge=0, le=10_000_000)]  # 0: none, or all

@@ -17,18 +17,8 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import UNITS, Anatomy, LinearSlot, anatomy, count_parameters
 from ..anatomy.streaming import hooked, in_memory, is_streamed
+from . import taylor
 from .scores import WidthScores, check_batches, kept_states, split_rows
-from mllm_compress.importance.taylor import (
-    Probe,
-    answer_labels,
-    answer_states,
-    answers_of,
-    check_finite,
-    frozen,
-    log_likelihood,
-    output_gradients,
-    through_layers,
-)
 from ..utils.files import batches_left
 from ..utils.methods import check_choice
 
@@ -67,7 +57,8 @@ def taps(
     "Within this context, a backward pass calls `see` per output projection of `layers`."
 
     def tap(i: int, slot: LinearSlot):
-        return lambda _, args: (Probe.apply(args[0], args[0], partial(see, i, slot)), *args[1:])
+        probe = taylor.Probe.apply
+        return lambda _, args: (probe(args[0], args[0], partial(see, i, slot)), *args[1:])
 
     def tap_experts(i: int, slot: LinearSlot):
         def seen(args, x, gradient):
@@ -76,7 +67,7 @@ def taps(
                 effects[tokens, expert] = (y.float() * gradient[tokens].float()).sum(-1)
             see(i, slot, effects[None], torch.ones_like(effects)[None])
 
-        return lambda _, args, y: Probe.apply(y, args[0], partial(seen, args[1:]))
+        return lambda _, args, y: taylor.Probe.apply(y, args[0], partial(seen, args[1:]))
 
     writers = [(i, slot) for i in layers for slot in parts.writers(i)]
     mixtures = [(i, slot) for i in layers for slot in parts.routed(i)[1:]]
@@ -94,7 +85,7 @@ def random_direction(like: torch.Tensor, generator: torch.Generator) -> torch.Te
 PRESERVED = {
     "states": lambda f, head, targets, rng: (random_direction(f, rng) * f).sum(),
     "logits": lambda f, head, targets, rng: (random_direction(z := head(f), rng) * z).sum(),
-    "labels": lambda f, head, targets, rng: log_likelihood(head(f), targets),
+    "labels": lambda f, head, targets, rng: taylor.log_likelihood(head(f), targets),
 }
 CONFIDENT = 0.1  # nats per answer token; below it label gradients say little
 
@@ -112,7 +103,7 @@ class Passes:
         self.parts, self.batches = anatomy(model), check_batches(batches)
         if not is_streamed(model):  # whose states are written batch by batch
             self.batches = [part for batch in self.batches for part in split_rows(batch, PART)]
-        self.labels, _, (tokens, samples) = answer_labels(model, self.batches)
+        self.labels, _, (tokens, samples) = taylor.answer_labels(model, self.batches)
         self.requested, self.draws, self.seed = of, draws, seed
         self.of, self.generators = "", []  # known with the first loss; a generator per draw
         self.meta = dict(of=of, draws=draws, seed=seed, loss=0.0, samples=samples)
@@ -148,7 +139,7 @@ def end_gradients(
         loss = None
         if run.of != "labels":
             with torch.no_grad():
-                loss = -log_likelihood(head(states), tokens).item()
+                loss = -taylor.log_likelihood(head(states), tokens).item()
             if not run.of:
                 run.choose(loss / len(tokens))
         gradients = []
@@ -157,7 +148,7 @@ def end_gradients(
             value = PRESERVED[run.of](leaf, head, tokens, rng)
             gradients += torch.autograd.grad(value, leaf)
         loss = -value.item() if run.of == "labels" else loss
-        totals["loss"] = check_finite(totals.get("loss", 0.0) + loss)
+        totals["loss"] = taylor.check_finite(totals.get("loss", 0.0) + loss)
         pieces.append(gradients)
     return [torch.cat(draw) for draw in zip(*pieces)]
 
@@ -167,7 +158,7 @@ def trail_gradients(run: Passes, trails: list) -> list:  # of Trail, per batch a
     totals, ends = {}, []
     for trail, label in zip(trails, run.labels):
         end = trail.end.requires_grad_()
-        f, targets = answers_of(run.parts.final_norm(end), label)
+        f, targets = taylor.answers_of(run.parts.final_norm(end), label)
         for gradient in end_gradients(run, f, targets, totals):
             (delta,) = torch.autograd.grad(f, end, gradient, retain_graph=True)
             ends.append(replace(trail, delta=delta))
@@ -199,8 +190,8 @@ def backward_by_batch(run: Passes, recompute, totals: dict, see_of, listen=taps)
             if ("generator", d) in totals:
                 generator.set_state(totals["generator", d])
         batch, labels = run.batches[k % count], run.labels[k % count]
-        with output_gradients(run.parts, see_of(batch), recompute, listen):
-            f, targets = answer_states(run.parts, batch, labels)
+        with taylor.output_gradients(run.parts, see_of(batch), recompute, listen):
+            f, targets = taylor.answer_states(run.parts, batch, labels)
             gradients = end_gradients(run, f, targets, totals)
             for n, gradient in enumerate(gradients, 1):
                 f.backward(gradient, retain_graph=n < len(gradients))
@@ -226,10 +217,10 @@ def gauss_newton(
         totals[slot.kind, i] = totals.get((slot.kind, i), 0) + effects
 
     if is_streamed(model):
-        with kept_states(model, run.batches) as trails, frozen(model):
+        with kept_states(model, run.batches) as trails, taylor.frozen(model):
             with in_memory(run.parts, "norm", "head"):
                 draws_of_batches = trail_gradients(run, trails)
-            through_layers(run.parts, draws_of_batches, totals, lambda _: see, listen=taps)
+            taylor.through_layers(run.parts, draws_of_batches, totals, lambda _: see, listen=taps)
     else:
         backward_by_batch(run, recompute, totals, lambda _: see)
     of_kind = lambda kind: {key[1]: v for key, v in totals.items() if f"{key[0]}s" == kind}

@@ -281,7 +281,7 @@ def prune(
     seed: int = 0,  # for criteria that draw random numbers
     scores=None,  # computed before; then method is not used
     budget: dict | None = None,  # instead of a ratio: {"latency": 0.6}, {"bytes": 0.7}, {"kv": 0.5}
-    costs=None,  # of a latency budget: what cost.unit_costs.unit_seconds measured
+    costs=None,  # of a latency budget: what cost.timing.unit_seconds measured
     shape: str | None = None,  # widthwise: blockwise or uniform; None: the recipe's
     protect: tuple | None = None,  # these and the rest: see plan_by_recipe
     round_to: int | str = 1,

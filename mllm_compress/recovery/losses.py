@@ -215,8 +215,8 @@ def loss_terms(
     counts: torch.Tensor,  # [3], of the whole optimiser step, in the order of COUNTS
     positions: str = "answer",  # one of POSITIONS
 ) -> torch.Tensor:  # [losses]; the total is the dot product with the weights
-    "Every loss of a run, summed over positions and divided by its count."
-    terms = []
+    "Every loss of a run, summed over positions and divided by its count; 0 without positions."
+    terms, counts = [], counts.clamp(min=1)
     for loss in (LOSSES[name] for name in losses):
         values = loss.function(*(state[name] for name in loss.needs))  # [positions]
         terms.append(values.sum() / counts[COUNTS.index(loss.divisor(positions))])

@@ -188,6 +188,8 @@ def open_files(
         raise NotFromFiles("its weights are quantized")
     with init_empty_weights(include_buffers=False):
         model = auto_classes(config)[0].from_config(config, dtype=dtype)
+    if any(".experts.gate_up_proj" in name for name, _ in model.named_parameters()):
+        raise NotFromFiles("its experts are stacked, and written one by one")
     model.tie_weights()  # the empty weights are not tied yet
     for buffer in model.buffers():
         buffer.data = buffer.to(device)
