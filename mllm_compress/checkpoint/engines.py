@@ -41,10 +41,12 @@ def stock_model(
     try:
         return formats.stock_class(widened(model) if fill else model)
     except ValueError as error:
+        fill_up_first = "Fill its widths up with zero units by --fill (fill=True), which computes "
+        leave = "Leave" if fill else fill_up_first + "the same; or leave"
         raise ValueError(
             f"transformers {transformers.__version__} has no class for this model "
-            f"({str(error)[:160]}). Fill its widths up with zero units by --fill (fill=True), "
-            "which computes the same; or leave the checkpoint as it is: load_pruned loads it."
+            f"({str(error)[:160]}). {leave} the checkpoint as it is: "
+            "load_pruned loads it."
         ) from None
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-023
