@@ -31,7 +31,7 @@ def check_golden(
             f"{table} {name}: its numbers moved but its version is still {version}. If the change "
             f"is intended, raise `version` in its row of {where} and run {command}.\n{change}"
         )
-    if update:
+    if update and (old is None or old["version"] != version):  # other rows keep their digits
         stored[name] = {"version": version, "numbers": numbers}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _text(stored))
