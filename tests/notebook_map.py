@@ -1,13 +1,15 @@
 """Files that follow from others, written by `python tests/notebook_map.py`.
 
-The map of the notebooks (nbs/README.md), llms.txt, and the rows of tables that the help of commands
-lists (mllm_compress/cli/rows.json).
+The map of the notebooks (nbs/README.md), llms.txt, the rows of tables that the help of commands
+lists (mllm_compress/cli/rows.json), and the outputs of nbs/study, which are those of profile quick.
 """
 
 import ast
 import csv
 import json
 from pathlib import Path
+
+import nbformat
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 ROOMS = (
@@ -177,7 +179,23 @@ def rows() -> str:
     return json.dumps(dict(sorted(filled.items())), indent=1, ensure_ascii=False) + "\n"
 
 
+def show_quick() -> None:
+    "Copy the outputs of profile quick into the notebooks that they were run from."
+    for path in (NOTEBOOKS.parent / "figures/quick").glob("[0-9]*.ipynb"):
+        source, run = NOTEBOOKS / "study" / path.name, nbformat.read(path, 4)
+        notebook = nbformat.read(source, 4)
+        given = [c for c in run.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+        for cell, done in zip(notebook.cells, given, strict=True):
+            if cell.cell_type == "code":
+                cell.outputs = done.outputs
+                for output in cell.outputs:
+                    if "execution_count" in output:
+                        output.execution_count = None
+        nbformat.write(notebook, source)
+
+
 if __name__ == "__main__":
+    show_quick()
     (NOTEBOOKS / "README.md").write_text(text(), encoding="utf-8")
     (NOTEBOOKS.parent / "llms.txt").write_text(llms(), encoding="utf-8")
     (NOTEBOOKS.parent / "mllm_compress/cli/rows.json").write_text(rows(), encoding="utf-8")
