@@ -1,5 +1,6 @@
 """Experiments, profiles and the running of experiments: nothing lost, nothing twice."""
 
+import copy
 import multiprocessing
 from concurrent.futures import Future
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pruning_cases as cases
 import pytest
 import torch
 
@@ -269,6 +271,14 @@ def test_a_kept_student_gives_the_same_answers(away):
 def test_students_are_kept_as_the_profile_says(away, students, train, kept):
     inline([replace(TRAINED, train=train)], replace(SMOKE, students=students))
     assert len(list((away / "runs/smoke/student").glob("*/weights.safetensors"))) == kept
+
+
+def test_a_tied_weight_is_kept_once():
+    start = cases.build("llama-4x1", tie_word_embeddings=True)
+    student = copy.deepcopy(start)
+    student.lm_head.weight.data += 1
+    kept = stages.tensors_to_keep(TRAINED, replace(SMOKE, students="all"), student, start, None)
+    assert [*kept] == ["model.embed_tokens.weight"]
 
 
 def test_adapters_are_kept_and_give_the_same_student(away):

@@ -430,7 +430,7 @@ def tensors_to_keep(e: Experiment, profile: Profile, student, start, adapters): 
         return None
     before, projector = start.state_dict(), {id(p) for p in anatomy(student).projector_parameters}
     kept = {f"{ADAPTER}{name}": tensor for name, tensor in (adapters or {}).items()}
-    for name, tensor in student.state_dict(keep_vars=True).items():
+    for name, tensor in student.named_parameters():  # a tied weight once
         same = torch.equal(tensor.cpu(), before[name].cpu().to(tensor.dtype))
         if not same and (not adapters or id(tensor) in projector):
             kept[name] = tensor.detach().cpu().contiguous()
