@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 
 import mllm_compress
 from mllm_compress.cli import app
+from mllm_compress.cli.measuring import cost_text
+from mllm_compress.cli.requests import table_text
 
 
 def run(*args, code=0) -> str:
@@ -215,6 +218,12 @@ def test_own_questions_and_the_comparison(here):
     assert len(both["answers"]) == 3 and {"low", "high", "difference"} <= set(both["scores"][0])
     assert [row["model"] for row in both["grounding"]] == ["dense", "pruned"]
     assert both["grounding"][1]["none"] is not None and len(both["scores"]) == 1
+    times = dict(zip(("what", "dense", "dense low", "dense high"), ("decode, s", 4e-3, 3e-3, 5e-3)))
+    times |= {"small": 3e-3, "small low": 2.9e-3, "small high": 3.1e-3, "small / dense": 0.75}
+    assert "own/" not in table_text(pd.DataFrame(both["scores"]))
+    text = cost_text(pd.DataFrame([times, times | {"small high": 2.95e-3}]))
+    assert "4.00 ms (3.00 ms to 5.00 ms)" in text and text.count("too noisy to say") == 1
+    assert text.splitlines()[-1].endswith("0.75")
     tables = mllm_compress.compare("llava", "small", benchmarks="scenes/open", limit=4)
     assert list(tables) == ["costs", "scores", "grounding", "answers"]
     assert len(tables["scores"]) == 1 and tables["grounding"].wrong.notna().all()

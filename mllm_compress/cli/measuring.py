@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['all_benchmarks', 'MeasureRequest', 'measured', 'grounding_text', 'EvaluateRequest', 'evaluate', 'cost_table',
-           'score_tables', 'compare_models', 'comparison_picture', 'CompareRequest', 'compare']
+           'cost_text', 'score_tables', 'compare_models', 'comparison_picture', 'CompareRequest', 'compare']
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-002
 import shutil
@@ -204,8 +204,34 @@ def cost_table(dense, small):  # functions that return a model and its processor
     for column, load in {"dense": dense, "small": small}.items():
         report = mc.cost.cost_report(*load(), **how)
         table[column] = [float(report.value(*where)) for where in _SIZES.values()]
+        for end in ("low", "high"):  # of a time; the other quantities are exact
+            ends = [(quantity.replace("median", end), part) for quantity, part in _SIZES.values()]
+            table[f"{column} {end}"] = [float(report.value(*where)) for where in ends]
     table = pd.DataFrame(table)
     return table.assign(**{"small / dense": (table.small / table.dense).where(table.dense != 0)})
+
+
+def cost_text(table) -> str:  # from `cost_table`
+    "The costs of two models for people: times with their spread, and ratios that are clear."
+    import pandas as pd
+
+    from mllm_compress.cost.report import scaled
+
+    lines = []
+    for row in table.to_dict("records"):
+        what, _, unit = row["what"].partition(", ")
+        unit, _, per = unit.partition(" ")
+        line, ends = {"what": f"{what} {per}".strip()}, {}
+        for column in ("dense", "small"):
+            ends[column] = row[f"{column} low"], row[f"{column} high"]
+            values = dict.fromkeys((row[column], *ends[column]))  # one where nothing varies
+            first, *spread = [scaled(value, unit) for value in values]
+            line[column] = f"{first} ({' to '.join(spread)})" if spread else first
+        (low, high), (small_low, small_high) = ends.values()
+        clear = low == high or high < small_low or small_high < low
+        line["small / dense"] = row["small / dense"] if clear else "too noisy to say"
+        lines.append(line)
+    return cli.table_text(pd.DataFrame(lines), ".3g")
 
 
 def score_tables(dense: tuple, small: tuple, examples: int) -> dict:  # name -> DataFrame
@@ -271,7 +297,7 @@ def comparison_picture(costs, scores, file: Path) -> None:
     left.set(xlabel="% of the dense model", xlim=(0, max(110, 1.12 * percent.max())), title="cost")
     for right in others:
         shown = scores.dropna(subset="difference")[::-1]
-        names = shown.benchmark.str.replace(r"^own/(.*)-[^-]*$", r"\1", regex=True)
+        names = shown.benchmark.replace(*cli.OWN, regex=True)
         names = [f"{name} (n = {n:.0f})" for name, n in zip(names, shown.n)]
         low, high = shown.low_difference, shown.high_difference
         error = [shown.difference - low, high - shown.difference]
@@ -322,8 +348,9 @@ def compare(request: CompareRequest) -> dict:
     costs = cost_table(*(partial(cli.load, name, device) for name in (dense, small)))
     tables = {"costs": costs} | score_tables(*results, request.examples)
     facts = {name: cli.table_rows(table) for name, table in tables.items()}
-    say = lambda name: grounding_text if name == "grounding" else cli.table_text
-    cli.emit("\n\n".join(say(name)(table) for name, table in tables.items()), facts)
+    say = {"costs": cost_text, "grounding": grounding_text}
+    texts = [say.get(name, cli.table_text)(table) for name, table in tables.items()]
+    cli.emit("\n\n".join(texts), facts)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
