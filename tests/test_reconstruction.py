@@ -328,7 +328,7 @@ def test_bad_input_says_what_to_do():
         ((small, model, [], plan), {}, "no calibration batches"),
         ((small, model, few, plan), {}, "more than 72 tokens are needed"),
         ((small, other, batches, plan), {}, "this plan was made for"),
-        ((model, model, batches, plan), {}, r"Use apply_plan\(dense, plan\)"),
+        ((model, model, batches, plan), {}, "does not describe this model"),
         ((small, model, batches, plan), dict(ridge=-1), "at least 0"),
         ((small, model, text_batches(rows=2, count=1), plan), {}, "at least 4 samples"),
     ):

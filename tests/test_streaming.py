@@ -186,7 +186,7 @@ def test_a_criterion_that_needs_the_whole_model(pair, monkeypatch):
     _, streamed = pair
     with pytest.raises(ValueError, match="gauss_newton, which works layer by layer"):
         obs_scores(streamed, calibration(streamed))
-    row = Criterion(lambda model, batches=None: 1 / 0, 1, None, "Another one.", False)
+    row = Criterion(lambda model, batches=None: 1 / 0, None, help="Another one.", streams=False)
     monkeypatch.setitem(CRITERIA, ("widthwise", "whole"), row)
     with pytest.raises(ValueError, match="layer by layer: taylor, magnitude.*gauss_newton"):
         width_importance(streamed, method="whole")

@@ -315,6 +315,11 @@ class Anatomy:
         return self.units("neurons", i)
 
     @property
+    def widths(self) -> list:  # of (heads, neurons, experts), one per layer
+        "Units of every layer."
+        return [tuple(self.units(kind, i) for kind in UNITS) for i in range(self.num_layers)]
+
+    @property
     def top_k(self) -> int:
         "Experts that one token passes; 0 without a mixture."
         return getattr(self.text_config, "num_experts_per_tok", None) or 0

@@ -18,17 +18,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..anatomy.families import anatomy
 from . import formats, llama_cpp
-from .loading import fill_up, load_pruned
+from .loading import fill_up, load_any
 from .saving import check_output, check_writable
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice
-from ..zoo.models import check_finite, load_model
+from ..zoo.models import check_finite
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-012
 def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
     "The model with one width for all layers; square: with all heads that the hidden size holds."
     parts = anatomy(model)
-    heads, neurons, _ = (max(widths) for widths in zip(*formats.layer_widths(parts)))
+    heads, neurons, _ = (max(widths) for widths in zip(*parts.widths))
     widths = (llama_cpp.all_heads(parts) if square else heads, neurons)
     return fill_up(model, [widths] * parts.num_layers)
 
@@ -149,8 +149,7 @@ def export_model(
         ours = begins == b"GGUF" or (file / RECORD).is_file()
         check_output(file, "export", ours, overwrite, {"checkpoint": folder})
         check_writable(file)
-    load = load_pruned if formats.is_checkpoint(folder) else load_model
-    model, processor = load(folder)[:2]
+    model, processor = load_any(folder)
     check_finite(model)
     if to != "gguf":
         check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))

@@ -20,11 +20,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .. import __version__
-from ..anatomy.families import UNITS, Anatomy, anatomy
+from ..anatomy.families import UNITS, anatomy
 from ..pruning.pruning_plan import PruningPlan, make_plan
 from ..pruning.reconstruction import MARK
 from ..pruning.slicing import cut
 from ..utils.files import sha256
+from ..zoo.weight_files import read_json
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #cell-004
 MANIFEST, PLAN, CARD = "mllm_compress.json", "pruning_plan.json", "README.md"
@@ -61,11 +62,8 @@ def read_manifest(folder: Path) -> dict:
             f"{folder} holds no {MANIFEST}: it was not written by save_pruned. "
             "Plain checkpoints load with zoo.load_model or from_pretrained."
         )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError:
-        raise ValueError(f"{path} is damaged: it is not valid JSON.") from None
-    if not isinstance(manifest, dict) or manifest.get("checksum") != checksum(manifest):
+    manifest = read_json(path)
+    if manifest.get("checksum") != checksum(manifest):
         raise ValueError(f"{path} was edited or damaged: its checksum does not match.")
     return manifest
 
@@ -103,23 +101,11 @@ def verify(
         raise ValueError(f"damaged checkpoint {folder}: {listed}")
     return manifest
 
-# %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-010
-def planned_widths(plan: PruningPlan) -> list:  # of (heads, neurons, experts), one per kept layer
-    "The widths of every layer of the pruned model, from the plan alone."
-    if "sizes" not in plan.meta:
-        raise ValueError("this plan does not know the sizes of its model: make it with make_plan.")
-    return list(plan.counts().values())
-
-
-def layer_widths(parts: Anatomy) -> list:  # of (heads, neurons, experts), one per layer
-    "The widths of every layer of a model."
-    return [tuple(parts.units(kind, i) for kind in UNITS) for i in range(parts.num_layers)]
-
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-012
 def shrink(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     "Give the layers of a fresh model the widths of the pruned one."
     kept = lambda counts: {i: range(count) for i, count in enumerate(counts) if count}
-    units = {kind: kept(counts) for kind, counts in zip(UNITS, zip(*planned_widths(plan)))}
+    units = {kind: kept(counts) for kind, counts in zip(UNITS, zip(*plan.counts().values()))}
     return cut(model, make_plan(model, **units))
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-016
@@ -148,7 +134,7 @@ def enclosing_configs(model: PreTrainedModel, plan: PruningPlan):  # yields conf
     "Configs of the model's own class with room for its widest layer, smallest first."
     parts, config = anatomy(model), copy.deepcopy(model.config)
     queries, text = parts.queries_per_group(0), config.get_text_config()
-    heads, neurons, experts = (max(w) for w in zip(*planned_widths(plan)))
+    heads, neurons, experts = (max(w) for w in zip(*plan.counts().values()))
     text.head_dim = parts.head_dim
     widths = [("intermediate_size", neurons), *parts.family.settings] if neurons else []
     widths += [(parts.experts_entry, experts)] if experts else []
@@ -187,7 +173,7 @@ def fit_class(
 
 def stock_class(model: PreTrainedModel) -> PreTrainedModel:  # ValueError where no class fits
     "The model in a class that plain `from_pretrained` loads."
-    if any(len(set(counts) - {0}) > 1 for counts in zip(*layer_widths(anatomy(model)))):
+    if any(len(set(counts) - {0}) > 1 for counts in zip(*anatomy(model).widths)):
         raise ValueError("its layers differ in width")
     return fit_class(model, (model.config, equivalent_config(model.config)))
 
@@ -201,23 +187,6 @@ def choose_format(
         return stock_class(model), "stock"
     except ValueError:  # our own format holds it
         return fit_class(model, enclosing_configs(model, plan), plan), "pruned"
-
-# %% ../../nbs/library/checkpoint/01_formats.ipynb #formats-cell-024
-def check_describes(model: PreTrainedModel, plan: PruningPlan) -> None:
-    "ValueError where `plan` does not describe the pruned `model`, or adapters are not merged."
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("the model carries LoRA adapters: call merge_and_unload() before saving.")
-    widths, planned = layer_widths(anatomy(model)), planned_widths(plan)
-    if widths == planned:
-        return
-    unequal = (i for i, (a, b) in enumerate(zip(widths, planned)) if a != b)
-    i = next(unequal, min(len(widths), len(planned)))
-    raise ValueError(
-        "the plan does not describe this model: "
-        f"planned {len(planned)} layers, found {len(widths)}; {', '.join(UNITS)} from layer {i} on "
-        f"planned {planned[i : i + 1]}, found {widths[i : i + 1]}. "
-        "Save what apply_plan returned, with its plan."
-    )
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #provenance-cell-005
 _PACKAGES = ("torch", "transformers", "peft", "safetensors")

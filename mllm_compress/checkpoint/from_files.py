@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy
 from ..anatomy.streaming import SOURCE, layers_prefix, weight_names
-from .formats import check_describes, choose_format
+from .formats import choose_format
 from .saving import write_checkpoint
 from ..importance.scores import check_batches
 from ..pruning import reconstruction
 from ..pruning.pruning_plan import PruningPlan
-from ..pruning.slicing import apply_plan
+from ..pruning.slicing import apply_plan, check_describes
 from ..zoo.weight_files import FileModel, read_tensor, write_weights
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-007
@@ -91,7 +91,7 @@ def reconstruct_files(
     batches = check_batches(batches)
     small, weights = apply_plan(source.model, plan), CutWeights(source, plan)
     reconstruction.check_pruned(small, source.model, plan)
-    reconstruction.check_tokens(small, batches, ridge)
+    reconstruction.check_calibration(small, batches, ridge)
     setattr(small, SOURCE, weights)
     parts = anatomy(small)
     with tempfile.TemporaryDirectory(prefix="mllm_compress-") as work:

@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel
 
 from mllm_compress.anatomy.families import Anatomy, anatomy
-from mllm_compress.checkpoint.formats import layer_widths
 from mllm_compress.checkpoint.loading import fill_up
 from mllm_compress.checkpoint.saving import check_writable
 from mllm_compress.utils.files import replacing
@@ -48,9 +47,8 @@ ARCHITECTURES = (
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-010
 def rotary_channels(parts: Anatomy) -> int:
     "Channels of a head that the rotary embedding turns."
-    return int(
-        parts.head_dim * (parts.text_config.rope_parameters.get("partial_rotary_factor") or 1)
-    )
+    share = parts.text_config.rope_parameters.get("partial_rotary_factor") or 1
+    return int(parts.head_dim * share)
 
 
 def all_heads(parts: Anatomy) -> int:
@@ -68,7 +66,7 @@ def choose_architecture(
     if not rows:
         known = sorted({name for row in ARCHITECTURES for name in row.families})
         raise ValueError(f"{family} is not written as GGUF here; known: {', '.join(known)}.")
-    config, widths = parts.text_config, set(layer_widths(parts))
+    config, widths = parts.text_config, set(parts.widths)
     kind = config.rope_parameters["rope_type"]
     queries = parts.groups(0) * parts.queries_per_group(0)
 
@@ -176,7 +174,7 @@ def decoder_tensors(parts: Anatomy, row: Architecture):  # yields (name in the f
 def hyperparameters(parts: Anatomy) -> dict:  # method of gguf.GGUFWriter -> its argument
     "What llama.cpp must know of a decoder."
     config, rope = parts.text_config, parts.text_config.rope_parameters
-    groups, neurons, _ = (list(widths) for widths in zip(*layer_widths(parts)))
+    groups, neurons, _ = (list(widths) for widths in zip(*parts.widths))
     queries = [count * parts.queries_per_group(i) for i, count in enumerate(groups)]
     one_or_all = lambda values: values[0] if len(set(values)) == 1 else values
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -385,7 +383,7 @@ def write_gguf(
     before, path, beside = anatomy(model), Path(path), projector_path(path)
     row = choose_architecture(before, fill)
     block = BLOCK if dtype.startswith("q") else 1
-    widths = [(heads, -(-neurons // block) * block) for heads, neurons, _ in layer_widths(before)]
+    widths = [(heads, -(-neurons // block) * block) for heads, neurons, _ in before.widths]
     if "per layer" not in row.traits:
         heads, neurons = (max(w) for w in zip(*widths))
         widths = [(all_heads(before) if "square" in row.traits else heads, neurons)] * len(widths)
@@ -398,7 +396,7 @@ def write_gguf(
         getattr(writer, method)(value)
     tokenizer = getattr(processor, "tokenizer", processor)
     notes, writers = [add_vocabulary(writer, tokenizer, parts.vocab_size)], {path: writer}
-    totals = [[sum(w) for w in zip(*layer_widths(p))] for p in (before, parts)]
+    totals = [[sum(w) for w in zip(*p.widths)] for p in (before, parts)]
     if totals[0] != totals[1]:
         heads, neurons, _ = (after - dense for dense, after in zip(*totals))
         notes.append(f"filled up with {heads} heads and {neurons} neurons of zeros")

@@ -22,9 +22,9 @@ from ..anatomy.families import anatomy
 from . import formats
 from .saving import VARIANT
 from ..pruning.pruning_plan import PruningPlan
-from ..pruning.slicing import sync_config, sync_modules
+from ..pruning.slicing import check_describes, sync_config, sync_modules
 from ..utils.methods import naming_extras
-from ..zoo.models import HUB_ID, from_hub
+from ..zoo.models import HUB_ID, from_hub, load_model
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #cell-006
 def _class_named(name: str, *kinds: type) -> type:
@@ -66,7 +66,7 @@ def load_strictly(
     if faults := {k: sorted(map(str, v))[:5] for k, v in report.items() if v}:
         raise ValueError(f"{folder} does not fit {cls.__name__}: {faults}")
     model.__class__ = cls
-    formats.check_describes(model, plan)
+    check_describes(model, plan)
     for parameter in (p for p in model.parameters() if p.device.type == "cpu"):
         parameter.data = parameter.data.clone()
     return model.eval()
@@ -128,6 +128,12 @@ def load_pruned(
             return model, processor_class.from_pretrained(folder), plan
     finally:
         transformers.logging.set_verbosity(level)
+
+# %% ../../nbs/library/checkpoint/03_loading.ipynb #either-code
+def load_any(name, **options) -> tuple:  # (model, processor)
+    "A checkpoint of `save_pruned`, or any model that `load_model` takes."
+    load = load_pruned if formats.is_checkpoint(name) else load_model
+    return load(name, **options)[:2]
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #hub-cell-004
 def push_to_hub(

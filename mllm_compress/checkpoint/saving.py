@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..anatomy.families import part_parameters
 from . import formats
 from ..pruning.pruning_plan import PruningPlan, spans
+from ..pruning.slicing import check_describes
 from ..utils.files import clean_leftovers, replacing_folder, sha256, write_atomically
 from ..utils.methods import PRUNED_TYPE
 from ..zoo.weight_files import SHIPPED
@@ -284,7 +285,7 @@ def save_pruned(
     **options,  # overwrite, card, provenance, further: see write_checkpoint
 ) -> Path:  # the folder; ValueError where plan and model differ, or the folder is not ours
     "Write a pruned model with its config, processor, plan, card and checksums."
-    formats.check_describes(model, plan)
+    check_describes(model, plan)
     saved, kind = formats.choose_format(model, plan)
     write = lambda new, variant: saved.save_pretrained(
         new, max_shard_size=max_shard_size, variant=variant

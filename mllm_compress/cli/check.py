@@ -134,6 +134,9 @@ def scored(case: Case) -> str:
     return ", ".join(results)
 
 # %% ../../nbs/library/cli/08_check.ipynb #cell-020
+KINDS = ("layerwise", "uniform", "blockwise", "combined")  # of pruning
+
+
 def trial_plan(model, kind: str) -> mc.pruning.PruningPlan:
     "A plan that removes about a third, by random scores."
     units = mc.importance.criteria.random_scores(model)
@@ -270,10 +273,7 @@ CHECKS = {  # name -> Case -> a few words
     "cost": closed_form,
     "tokens": tokens_shown,
     "score": scored,
-    "layerwise": partial(pruned, kind="layerwise"),
-    "uniform": partial(pruned, kind="uniform"),
-    "blockwise": partial(pruned, kind="blockwise"),
-    "combined": partial(pruned, kind="combined"),
+    **{kind: partial(pruned, kind=kind) for kind in KINDS},
     "reconstruct": reconstructed,
     "recover": recovered,
     "evaluate": evaluated,

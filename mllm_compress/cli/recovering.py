@@ -80,10 +80,8 @@ class RecoverRequest(Training):
         given = {f.name for f in fields(RecoveryConfig)} & self.model_fields_set
         options = PAPER.get(self.recipe, {}) | {name: getattr(self, name) for name in given}
         if isinstance(losses := options.get("losses"), str):
-            losses = losses.split("+")
-            if len({*losses}) < len(losses):
-                raise ValueError(f"--losses {'+'.join(losses)} has a loss twice: give each once.")
-            options["losses"] = {name: 1 / len(losses) for name in losses}
+            names = mc.recovery.losses.canonical_objective(losses).split("+")
+            options["losses"] = dict.fromkeys(names, 1 / len(names))
         if isinstance(rank := options.get("lora"), int):
             adapters = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
             options["lora"] = adapters if rank else None

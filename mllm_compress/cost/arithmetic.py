@@ -22,15 +22,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import anatomy, parameter_bytes, part_parameters
 from ..anatomy.wrappers import WRAPPERS, caches_projector_input, token_inputs
+from ..zoo.weight_files import auto_classes
 
 # %% ../../nbs/library/cost/01_arithmetic.ipynb #cell-011
 @dataclass(frozen=True)
@@ -72,12 +68,9 @@ def shape_of_model(
     matrices, slots = linears(model), [s for i in layers for s in parts.linears(i)]
     units = {id(slot.module.weight) for slot in slots}
     fixed = lambda m: sum(w.numel() for key, w in linears(m).items() if key not in units)
-    stacks = lambda m: (
-        p
-        for module in m.modules()
-        for p in module.parameters(recurse=False)
-        if p.ndim == 3 and not isinstance(module, nn.Conv1d)
-    )  # [experts, rows, columns]
+    owned = lambda m: ((x, p) for x in m.modules() for p in x.parameters(recurse=False))
+    # stacks are [experts, rows, columns]
+    stacks = lambda m: (p for x, p in owned(m) if p.ndim == 3 and not isinstance(x, nn.Conv1d))
     others = lambda m: sum(p.numel() for p in m.parameters() if id(p) not in matrices)
     return DecoderShape(
         family=parts.family.name,
@@ -101,10 +94,9 @@ def without_weights(
     dtype: torch.dtype = torch.bfloat16,
 ) -> PreTrainedModel:
     "A model of a config on the meta device."
-    sees = getattr(config, "vision_config", None) is not None
-    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    options = dict(dtype=dtype, attn_implementation="eager")
     with torch.device("meta"):
-        return auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        return auto_classes(config)[0].from_config(config, **options).eval()
 
 
 @lru_cache

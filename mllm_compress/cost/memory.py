@@ -14,17 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..anatomy.families import anatomy, count_parameters, lm_parameters
 from ..anatomy.streaming import PeakTensors, weight_names
 from ..anatomy.wrappers import CHECKPOINTING
-from mllm_compress.cost.arithmetic import (
-    closed_parameters,
-    decoder_flops,
-    example_inputs,
-    forward,
-    image_tokens,
-    picture_cost,
-    shape_of_config,
-    weight_bytes,
-    without_weights,
-)
+from . import arithmetic
 from ..importance.criteria import random_scores, whole_layers
 from ..importance.taylor import scoring_memory
 from ..pruning.plans import plan_layerwise, plan_widthwise
@@ -57,8 +47,9 @@ def answering_bytes(
     batch: int = 1,
 ) -> int:
     "Memory of a prefill with one image per prompt, weights included."
-    inputs = example_inputs(model, batch=batch)  # counting pictures takes memory too
-    return weight_bytes(model) + peak_memory(lambda: forward(model, inputs), "meta")
+    inputs = arithmetic.example_inputs(model, batch=batch)  # counting pictures takes memory too
+    peak = peak_memory(lambda: arithmetic.forward(model, inputs), "meta")
+    return arithmetic.weight_bytes(model) + peak
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-015
 def recovery_memory(
@@ -74,7 +65,7 @@ def recovery_memory(
             "build it there, or call .to('meta') on a copy."
         )
     batch = -(-config.batch_size // (config.passes or 1))
-    inputs = example_inputs(student, text_tokens, batch=batch)
+    inputs = arithmetic.example_inputs(student, text_tokens, batch=batch)
     ids = inputs["input_ids"]
     inputs |= {"labels": ids, "attention_mask": torch.ones_like(ids)}
     model, beside = trainable_copy(student, config), 0
@@ -85,10 +76,12 @@ def recovery_memory(
     model.train().set_attn_implementation("eager")
     trained = [p for p in model.parameters() if p.requires_grad]
     if teacher is not None:
-        beside = weight_bytes(teacher) - weight_bytes(anatomy(teacher).vision_tower)
-    step = lambda: forward(model, inputs, logits_to_keep=0, use_cache=False).loss.backward()
+        tower = anatomy(teacher).vision_tower
+        beside = arithmetic.weight_bytes(teacher) - arithmetic.weight_bytes(tower)
+    options = dict(logits_to_keep=0, use_cache=False)
+    step = lambda: arithmetic.forward(model, inputs, **options).loss.backward()
     needed = {
-        "weights": weight_bytes(model),
+        "weights": arithmetic.weight_bytes(model),
         "teacher": beside,
         "optimizer": 2 * sum(p.numel() * p.element_size() for p in trained),
         "step": peak_memory(step, "meta"),
@@ -128,7 +121,7 @@ def memory_table(
     ratios: tuple = (0.15, 0.3, 0.45, 0.6),
 ) -> pd.DataFrame:
     "What a real model of the study needs, dense and pruned, in GiB."
-    dense = without_weights(real_config(name))
+    dense = arithmetic.without_weights(real_config(name))
     settings = [(pruning, ratio) for pruning in ("layerwise", "widthwise") for ratio in ratios]
     rows = []
     for pruning, ratio in [("none", 0.0), *settings]:
@@ -138,7 +131,7 @@ def memory_table(
         row["parameters"] = count_parameters(small)
         row["answering"] = answering_bytes(small) / 2**30
         if pruning == "none":
-            tokens = image_tokens(small.config) + 64
+            tokens = arithmetic.image_tokens(small.config) + 64
             row["scoring"] = scoring_memory(small, tokens=tokens, dtype=small.dtype) / 2**30
         elif pruning == "layerwise" and ratio == 0.3:  # training takes seconds to dry-run
             for kind, config in KINDS.items():
@@ -168,10 +161,10 @@ def sample_operations(
     answer_tokens: int = 8,  # of them
 ) -> int:
     "Operations of a sample with one image, vision tower and teacher included."
-    pictures = picture_cost(config)
+    pictures, shape = arithmetic.picture_cost(config), arithmetic.shape_of_config(config)
     tokens = pictures.tokens + text_tokens
-    dense = decoder_flops(shape_of_config(config), tokens, logits=answer_tokens)
-    work = dense - 2 * tokens * ratio * closed_parameters(config)["lm"]
+    dense = arithmetic.decoder_flops(shape, tokens, logits=answer_tokens)
+    work = dense - 2 * tokens * ratio * arithmetic.closed_parameters(config)["lm"]
     if recovery is not None:
         full = recovery.train == "projector+lm" and not recovery.lora
         distils = any(LOSSES[name].needs_teacher for name in recovery.losses)

@@ -12,11 +12,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..checkpoint.formats import is_checkpoint
-from ..checkpoint.loading import load_pruned
+from ..checkpoint.loading import load_any
 from .benchmarks import Question, pad_to_square
 from .generation import answer_questions
-from ..zoo.models import load_model
 
 try:
     from lmms_eval.api.instance import GenerationResult
@@ -77,9 +75,8 @@ class CompressedModel(lmms):
         shared = self._world_size > 1 or device is None
         self.device = torch.device(self.accelerator.device if shared else device)
         self.batch_size = 256 if str(batch_size).startswith("auto") else int(batch_size)
-        load = load_pruned if is_checkpoint(pretrained) else load_model
-        loaded = load(str(pretrained), device=str(self.device), dtype=dtype)
-        self.model, self.processor = loaded[:2]
+        options = dict(device=str(self.device), dtype=dtype)
+        self.model, self.processor = load_any(str(pretrained), **options)
 
     def question(self, request, answer: str = "") -> Question:
         "A request of lmms-eval as a Question."

@@ -190,19 +190,16 @@ class Criterion(methods.Method):  # (model, batches, **options) -> LayerScores o
 CRITERIA = {  # (pruning, name) -> row
     ("layerwise", "block_influence"): Criterion(
         block_influence,
-        version=1,
         look=Look("block influence", methods.RED, "o"),
         help="How much a layer changes the direction of its input (Men et al. 2024).",
     ),
     ("layerwise", "angular_distance"): Criterion(
         angular_distance,
-        version=1,
         look=Look("angular distance", methods.ORANGE, "^", methods.DASHDOTTED),
         help="The angle between the input and the output of n layers (Gromov et al. 2024).",
     ),
     ("layerwise", "random"): Criterion(
         random_layers,
-        version=1,
         look=Look("random layers", methods.GREY, "x", methods.DOTTED),
         help="A random order of the layers, the baseline.",
     ),
@@ -214,31 +211,26 @@ CRITERIA = {  # (pruning, name) -> row
     ),
     ("widthwise", "magnitude"): Criterion(
         magnitude,
-        version=1,
         look=Look("magnitude", methods.GREEN, "D", methods.DASHDOTTED),
         help="The sum of the squared weights (Li et al. 2017); needs no data.",
     ),
     ("widthwise", "activation"): Criterion(
         activation,
-        version=1,
         look=Look("activation", methods.PINK, "v"),
         help="The RMS of a unit's output over the calibration tokens.",
     ),
     ("widthwise", "random"): Criterion(
         random_scores,
-        version=1,
         look=Look("random units", methods.GREY, "X", methods.DOTTED),
         help="A random order of heads and neurons, the baseline.",
     ),
     ("widthwise", "taylor_vectorize"): Criterion(
         partial(taylor, order="vectorize"),
-        version=1,
         look=Look("Taylor, vectorize", methods.INDIGO, "P", methods.DASHED),
         help="First-order change of the loss, with the absolute value after the sum.",
     ),
     ("widthwise", "taylor_param_second"): Criterion(
         partial(taylor, order="param_second"),
-        version=1,
         look=Look("Taylor, second order", methods.OLIVE, ">", methods.DOTTED),
         help="Second-order change of the loss, with the Fisher diagonal as curvature.",
     ),
@@ -250,25 +242,21 @@ CRITERIA = {  # (pruning, name) -> row
     ),
     ("widthwise", "gauss_newton"): Criterion(
         gauss_newton,
-        version=1,
         look=Look("Gauss-Newton", methods.SKY, "p"),
         help="Squared effect of a unit on the final states (LeCun et al. 1990, for hidden KD).",
     ),
     ("widthwise", "wanda_sp"): Criterion(
         wanda_sp,
-        version=1,
         look=Look("Wanda-sp", "#44AA99", "h", methods.DASHED),
         help="Output weights times the norm of their inputs (Sun et al. 2024).",
     ),
     ("widthwise", "flap"): Criterion(
         flap,
-        version=1,
         look=Look("fluctuation (FLAP)", "#661100", "d"),
         help="Variance of a unit's output times its squared output weights (An et al. 2024).",
     ),
     ("widthwise", "reap"): Criterion(
         reap,
-        version=1,
         look=Look("REAP", "#996633", "*", methods.DASHED),
         help="Mean norm of an expert's weighted output, over its tokens (Lasby et al. 2025).",
         mixtures=True,
@@ -291,6 +279,7 @@ def criteria_of(
     prunes: str,  # layerwise or widthwise
 ) -> tuple:
     "Names of the criteria of a pruning that need no option; the first is the study's default."
+    check_choice("pruning", prunes, dict.fromkeys(p for p, _ in CRITERIA))
     return tuple(n for (p, n), row in CRITERIA.items() if p == prunes and not row.needs)
 
 # %% ../../nbs/library/importance/05_criteria.ipynb #cell-052

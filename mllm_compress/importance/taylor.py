@@ -37,19 +37,15 @@ class Order:
     "One variant of Taylor importance."
 
     formula: Callable  # (w, g, H, dim) -> [channels]; its absolute value is the score
-    curvature: bool  # needs H
-    additive: bool  # samples add up to exactly the score of one batch
+    curvature: bool = False  # needs H
+    additive: bool = False  # samples add up to exactly the score of one batch
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-008
 ORDERS = {
-    "vectorize": Order(lambda w, g, H, dim: (w * g).sum(dim), curvature=False, additive=True),
-    "param_first": Order(
-        lambda w, g, H, dim: (w * g).abs().sum(dim), curvature=False, additive=False
-    ),
+    "vectorize": Order(lambda w, g, H, dim: (w * g).sum(dim), additive=True),
+    "param_first": Order(lambda w, g, H, dim: (w * g).abs().sum(dim)),
     "param_second": Order(lambda w, g, H, dim: (w * w * H).sum(dim), curvature=True, additive=True),
-    "param_mix": Order(
-        lambda w, g, H, dim: (w * g - w * w * H / 2).abs().sum(dim), curvature=True, additive=False
-    ),
+    "param_mix": Order(lambda w, g, H, dim: (w * g - w * w * H / 2).abs().sum(dim), curvature=True),
 }
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-012

@@ -82,12 +82,6 @@ def check_removes(model: PreTrainedModel, plan: PruningPlan, ratio: float) -> Pr
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-017
 WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 
-# %% ../../nbs/library/pruning/08_one_step.ipynb #cell-021x
-def default_method(pruning: str) -> str:
-    "The criterion of the study for a pruning."
-    check_choice("pruning", pruning, dict.fromkeys(p for p, _ in CRITERIA))
-    return criteria_of(pruning)[0]
-
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
 @dataclass(frozen=True)
 class Recipe:
@@ -129,7 +123,7 @@ def choose_recipe(
                 "method or the recipe out."
             )
     elif "method" in given or "pruning" in given:
-        start = Recipe(given.get("method") or default_method(given["pruning"]))
+        start = Recipe(given.get("method") or criteria_of(given["pruning"])[0])
     elif given.get("allocation") == "obs":
         start = replace(RECIPES["recommended"], method="obs")
     else:
@@ -196,11 +190,8 @@ def plan_by_recipe(
 ) -> PruningPlan:  # ValueError where it would remove nothing
     "The plan that a recipe makes."
     requested = None
-    if layer_share is not None:
-        if not 0 <= layer_share <= 1:
-            raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
-        if scores is None:
-            layer_method = layer_method or default_method("layerwise")
+    if layer_share is not None and not 0 <= layer_share <= 1:
+        raise ValueError(f"layer_share {layer_share} is outside [0, 1].")
     if search is not None:
         if budget is None:
             check_ratio(ratio)
@@ -210,12 +201,13 @@ def plan_by_recipe(
                 "a search compares plans after the refit: give reconstruct=True (--reconstruct), "
                 "and calibration data."
             )
-        layer_method = layer_method or default_method("layerwise")
     if scores is None:
+        whole_layers = layer_share is not None or search is not None
         if budget is not None:
             table = costs_of_budget(model, budget, costs)
-            if sum(table.layers) > WORTH_A_TRY * table.total(plan_none(model)):
-                layer_method = layer_method or default_method("layerwise")
+            whole_layers |= sum(table.layers) > WORTH_A_TRY * table.total(plan_none(model))
+        if whole_layers:
+            layer_method = layer_method or criteria_of("layerwise")[0]
         kind = pruning_of(recipe.method, recipe.pruning)
         if layer_method and kind != "widthwise":
             raise ValueError(
@@ -297,7 +289,7 @@ def prune(
         named = dict(method=method, pruning=pruning, allocation=allocation, shape=shape)
         chosen = choose_recipe(recipe, reconstruct=reconstruct, **named)
     else:  # they take the place of the recipe's method
-        usual = "layer" if budget is None else "global"
+        usual = "layer" if budget is None and search is None else "global"
         chosen = Recipe("stored", allocation or usual, shape, bool(reconstruct))
     if ridge is not None and not chosen.reconstruct:
         raise ValueError("ridge has no effect without a refit: leave it out, or reconstruct=True.")

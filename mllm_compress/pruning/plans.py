@@ -275,19 +275,15 @@ def plan_widthwise(
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-076
 PRUNINGS = {
-    "none": Method(
-        lambda model, *_: plan_none(model), version=1, look=Look("original", BLACK, "*")
-    ),
+    "none": Method(lambda model, *_: plan_none(model), look=Look("original", BLACK, "*")),
     "layerwise": Method(
         lambda model, scores, ratio, protect, shape: plan_layerwise(model, scores, ratio=ratio),
-        version=1,
         look=Look("layerwise", RED, "o"),
     ),
     "widthwise": Method(
         lambda model, scores, ratio, protect, shape: plan_widthwise(
             model, scores, ratio=ratio, protect=protect, shape=shape
         ),
-        version=1,
         look=Look("widthwise", BLUE, "s", DASHED),
     ),
 }

@@ -214,7 +214,9 @@ class PruningPlan:
         return range(self.meta["sizes"][layer].get(kind, 0)) if kept is None else kept
 
     def counts(self) -> dict:  # layer -> (heads, neurons, experts)
-        "How many units of each kept layer stay."
+        "How many units of each kept layer stay; ValueError for a plan without sizes."
+        if "sizes" not in self.meta:
+            raise ValueError("this plan does not know its model's sizes: make it with make_plan.")
         return {i: tuple(len(self.kept(kind, i)) for kind in UNITS) for i in self.layers}
 
     def removed(self, kind: str, layer: int) -> tuple:

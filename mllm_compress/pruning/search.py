@@ -216,10 +216,8 @@ class Space:
             values, order = ranked_units(scores, self.sizes, i, kind)
             ranked = values[order] if self.comparable else torch.arange(1.0, 1 + len(order))
             self.lost[kind, i] = [0.0, *ranked.cumsum(0).tolist()]
-        paid = [
-            kind for kind in ("neurons", "experts") if kind in kinds and any(getattr(costs, kind))
-        ]
-        self.spent_on = paid[0] if paid else "heads"
+        paid = (k for k in ("neurons", "experts") if k in kinds and any(getattr(costs, k)))
+        self.spent_on = next(paid, "heads")
         self.wide = "neurons" if any(size.neurons for size in self.sizes) else "experts"
 
     def nearest(self, kind: str, i: int, n: int) -> int:
@@ -285,9 +283,8 @@ class Space:
         spread, kind = {"layer": "evenly"}, self.scores.kind
         if self.comparable:
             spread["global"] = "over all"
-            plan = plan_global(
-                self.model, self.scores, **self.options
-            )  # also decides which layers go
+            # this ranking also decides which layers go
+            plan = plan_global(self.model, self.scores, **self.options)
             plans.append((plan, f"one ranking by {kind}"))
         for n, (allocation, how) in product(depths, spread.items()):
             try:

@@ -111,8 +111,7 @@ def check_fits(parts: Anatomy, plan: PruningPlan) -> None:
     "ValueError if `plan` was made for another model, or the model is quantized."
     if getattr(parts.model, "is_quantized", False):
         raise ValueError("a quantized model cannot be pruned: prune first, then quantize.")
-    layers = range(parts.num_layers)
-    sizes = [{kind: parts.units(kind, i) for kind in UNITS} for i in layers]
+    sizes = [dict(zip(UNITS, units)) for units in parts.widths]
     planned = [{kind: s.get(kind, 0) for kind in UNITS} for s in plan.meta.get("sizes", sizes)]
     same = (plan.model_type, plan.num_layers) == (parts.family.name, parts.num_layers)
     if not same or planned != sizes:
@@ -159,6 +158,23 @@ def apply_plan(
     small = cut(copy.deepcopy(model, {id(x): x for x in shared}), plan)
     vars(small).pop(SOURCE, None)  # the files hold the weights of the original
     return small
+
+# %% ../../nbs/library/pruning/05_slicing.ipynb #describes-code
+def check_describes(model: PreTrainedModel, plan: PruningPlan) -> None:
+    "ValueError where `plan` does not describe the pruned `model`, or adapters are not merged."
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model carries LoRA adapters: call merge_and_unload() first.")
+    widths, planned = anatomy(model).widths, list(plan.counts().values())
+    if widths == planned:
+        return
+    unequal = (i for i, (a, b) in enumerate(zip(widths, planned)) if a != b)
+    i = next(unequal, min(len(widths), len(planned)))
+    raise ValueError(
+        "the plan does not describe this model: "
+        f"planned {len(planned)} layers, found {len(widths)}; {', '.join(UNITS)} from layer {i} on "
+        f"planned {planned[i : i + 1]}, found {widths[i : i + 1]}. "
+        "Give what apply_plan returned, with its plan."
+    )
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-028
 @torch.no_grad()

@@ -80,7 +80,6 @@ LOSSES = {
     "sft": Loss(
         sft,
         needs=("answer_logits", "targets"),
-        version=1,
         look=Look("SFT", methods.SKY, "o"),
         help="cross-entropy on the answers of the data",
         divisor_all="answers",
@@ -88,7 +87,6 @@ LOSSES = {
     "logits_kd": Loss(
         logits_kd,
         needs=("student_logits", "teacher_logits", "temperature"),
-        version=1,
         look=Look("logits KD", methods.ORANGE, "^", methods.DASHED),
         help="KL(teacher ‖ student) of the next-token distributions",
         divisor_all="rows",
@@ -96,7 +94,6 @@ LOSSES = {
     "reverse_logits_kd": Loss(
         logits_kd,
         needs=("teacher_logits", "student_logits", "temperature"),
-        version=1,
         look=Look("reverse KD", methods.PINK, "v", methods.DASHDOTTED),
         help="KL(student ‖ teacher) of the next-token distributions",
         divisor_all="rows",
@@ -104,14 +101,12 @@ LOSSES = {
     "hidden_kd": Loss(
         hidden_kd,
         needs=("student_hidden", "teacher_hidden"),
-        version=1,
         look=Look("hidden KD", methods.INDIGO, "s", methods.DASHED),
         help="mean squared difference of the final hidden states",
     ),
     "block_kd": Loss(
         block_kd,
         needs=("student_blocks", "teacher_blocks"),
-        version=1,
         look=Look("block KD", methods.OLIVE, "d", methods.DASHDOTTED),
         help="relative squared difference of the states after every block",
     ),
@@ -190,9 +185,8 @@ def right_answers(
     "How many answers greedy decoding would give."
     begins = mask & ~F.pad(mask, (1, 0))[:, :-1]
     answer = begins.flatten().cumsum(0)[mask.flatten()] - 1  # [positions] which answer it is of
-    wrong = torch.zeros(int(begins.sum()), device=mask.device).index_add(
-        0, answer, 1.0 - right.float()
-    )
+    wrong = torch.zeros(int(begins.sum()), device=mask.device)
+    wrong = wrong.index_add(0, answer, 1.0 - right.float())
     return torch.stack([(wrong == 0).sum().float(), begins.sum().float()])
 
 # %% ../../nbs/library/recovery/01_losses.ipynb #cell-040

@@ -157,9 +157,7 @@ def decoder_states(
     "Hidden states of the decoder, final ones after the norm, others as they leave their layer."
     states, handles = {}, []
     for i in (i for i in wanted if i != "final"):
-        keep = lambda module, args, out, i=i: states.update(
-            {i: out[0] if isinstance(out, tuple) else out}
-        )
+        keep = lambda module, args, output, i=i: states.update({i: output})
         handles.append(parts.layers[i].register_forward_hook(keep))
     with hooked(handles), last_layer_at(parts, where):
         return states | {"final": final_states(parts, batch, features)}

@@ -557,9 +557,8 @@ def recover(
 
         start = search = None
         if config.lr == "search":
-            rate, start, search = _search(
-                fit, rate, math.ceil(config.epochs * batches.steps), folder
-            )
+            planned = math.ceil(config.epochs * batches.steps)
+            rate, start, search = _search(fit, rate, planned, folder)
         trained_from = time.perf_counter()
         run = fit(rate, start=start)
         seconds = time.perf_counter() - trained_from

@@ -36,8 +36,8 @@ class Method:
     "A row of a table: one way to score, to prune or to refit."
 
     function: Callable  # its parameters are the same in all rows of a table
-    version: int  # raised when its numbers change
     look: Look
+    version: int = 1  # raised when its numbers change
     help: str = ""  # one sentence
 
 # %% ../../nbs/library/utils/02_methods.ipynb #cell-006
