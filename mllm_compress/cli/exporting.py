@@ -38,6 +38,8 @@ def convert(request: ConvertRequest) -> dict:
             f"{source} is not a folder. Download the release first, as safetensors, and give its "
             "folder."
         )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not an empty folder; give a new folder.")
     import torch
 
     mc.checkpoint.saving.check_not_read(out.resolve(), {"release": source})

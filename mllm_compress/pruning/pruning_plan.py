@@ -216,7 +216,7 @@ class PruningPlan:
     def counts(self) -> dict:  # layer -> (heads, neurons, experts)
         "How many units of each kept layer stay; ValueError for a plan without sizes."
         if "sizes" not in self.meta:
-            raise ValueError("this plan does not know its model's sizes: make it with make_plan.")
+            raise ValueError("this plan lacks the sizes of its model: make it with make_plan.")
         return {i: tuple(len(self.kept(kind, i)) for kind in UNITS) for i in self.layers}
 
     def removed(self, kind: str, layer: int) -> tuple:

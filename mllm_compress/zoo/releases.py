@@ -498,8 +498,8 @@ def convert_original(
 ) -> Path:
     "Convert an original checkpoint into one that `from_pretrained` of transformers loads."
     out, source = Path(out), open_original(folder, tower, dtype)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; give a new folder.")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; give a new folder")
     config = source.model.config
     config.dtype, config.architectures = source.model.dtype, [type(source.model).__name__]
     with replacing_folder(out) as partial:
