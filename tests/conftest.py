@@ -1,6 +1,7 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -110,6 +111,14 @@ def tiny_lm():
         return AutoModelForCausalLM.from_config(config).eval()
 
     return build
+
+
+@pytest.fixture
+def here(shop, tmp_path, monkeypatch) -> Path:
+    "A copy of a test file's `shop`, a folder with models and data, as the current folder."
+    shutil.copytree(shop, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture

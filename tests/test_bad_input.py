@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import save_models
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -544,11 +545,7 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
 
     folder = tmp_path_factory.mktemp("shop") / "shop"
     folder.mkdir()
-    for part in tiny_llava:
-        part.save_pretrained(folder / "llava")
-    lm = tiny_lm("llama", vocab=len(tiny_llava[1].tokenizer))
-    lm.save_pretrained(folder / "lm")
-    tiny_llava[1].tokenizer.save_pretrained(folder / "lm")
+    lm = save_models(folder, tiny_llava, tiny_lm)
     shutil.copytree(folder / "llava", folder / "other")
     tensors = load_file(folder / "other/model.safetensors")
     tensors = {k: v + 0.01 if "up_proj" in k else v for k, v in tensors.items()}

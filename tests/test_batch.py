@@ -13,12 +13,11 @@ from types import ModuleType
 import nbformat
 import pytest
 import yaml
+from commands import options_of
 from jupyter_core.command import list_subcommands
 from nbclient.cli import NbClientApp
 from nbconvert.nbconvertapp import NbConvertApp
-from typer.testing import CliRunner
 
-from mllm_compress.cli import app
 from mllm_compress.study.notebooks import check_parameters, parameters_of
 from mllm_compress.study.profiles import PROFILES, Slurm, load_profile
 
@@ -59,8 +58,7 @@ def test_a_command_names_what_exists(words):
     if words[0] == "papermill" and "--help-notebook" not in words:
         assert checked_papermill(words)["profile"] in ("quick", "smoke")
     elif words[0] == "mllm-compress":
-        text = CliRunner().invoke(app, [words[1], "--help"], env={"COLUMNS": "200"}).output
-        assert options <= set(re.findall(r"--[\w-]+", text))
+        assert options <= options_of(words[1])
     elif words[0] == "jupyter":
         assert words[1] in list_subcommands()
         known = {"execute": NbClientApp, "nbconvert": NbConvertApp}[words[1]]

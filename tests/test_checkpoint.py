@@ -27,6 +27,12 @@ def pruned(name, kind, dtype=torch.float32, **kw):
     return apply_plan(model, plan), plan
 
 
+def saved(tmp_path, *given, **options):
+    "A pruned model, and the folder that it is saved to."
+    model, plan = pruned(*given, **options)
+    return model, save_pruned(model, plan, tmp_path / "out")
+
+
 def same(one, other) -> bool:
     "Whether two models give the same logits, to the last bit."
     batch = cases.inputs(one)
@@ -130,10 +136,9 @@ LONG_ROPE |= {"original_max_position_embeddings": 64, "partial_rotary_factor": 1
     ],
 )
 def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp_path):
-    model, plan = pruned(name, "uniform", **options)
-    save_pruned(model, plan, tmp_path / "out")
-    assert kind_of(tmp_path / "out") == "pruned"
-    again = load_pruned(tmp_path / "out")[0]
+    model, folder = saved(tmp_path, name, "uniform", **options)
+    assert kind_of(folder) == "pruned"
+    again = load_pruned(folder)[0]
     assert same(model, again)
 
 
@@ -142,23 +147,21 @@ def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp
     [("tiny-llava", "AutoModelForImageTextToText"), ("llama-4x1", "AutoModelForCausalLM")],
 )
 def test_auto_classes_load_blockwise_folders_with_us(name, auto, tmp_path):
-    model, plan = pruned(name, "blockwise")
-    save_pruned(model, plan, tmp_path / "out")
+    model, folder = saved(tmp_path, name, "blockwise")
     load = getattr(transformers, auto).from_pretrained
-    again = load(tmp_path / "out")
+    again = load(folder)
     theirs, ours = again.state_dict(), model.state_dict()
     assert type(again) is type(model) and all(torch.equal(theirs[k], ours[k]) for k in ours)
-    assert load(tmp_path / "out", dtype="bfloat16").dtype == torch.bfloat16
-    assert load(tmp_path / "out", dtype="auto").dtype == model.dtype
+    assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
+    assert load(folder, dtype="auto").dtype == model.dtype
     with pytest.raises(ValueError, match="leave it out"):
-        load(tmp_path / "out", output_loading_info=True)
+        load(folder, output_loading_info=True)
 
 
 def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):
     "In three processes: without this package, and with it imported before or after transformers."
-    model, plan = pruned("llama-4x1", "blockwise")
-    save_pruned(model, plan, tmp_path / "out")
-    load = f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}).num_parameters()"
+    model, folder = saved(tmp_path, "llama-4x1", "blockwise")
+    load = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).num_parameters()"
     them, us = "from transformers import AutoModelForCausalLM", "import mllm_compress"
     runs = {}
     for name, lines in {"without": [them], "before": [us, them], "after": [them, us]}.items():
@@ -170,8 +173,7 @@ def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):
 
 
 def test_the_full_size_model_never_exists(tmp_path, monkeypatch):
-    model, plan = pruned("tiny-llava", "blockwise")
-    save_pruned(model, plan, tmp_path / "out")
+    model, folder = saved(tmp_path, "tiny-llava", "blockwise")
     seen, shrink = [], loading.formats.shrink
 
     def seeing(fresh, plan):
@@ -179,7 +181,7 @@ def test_the_full_size_model_never_exists(tmp_path, monkeypatch):
         return shrink(fresh, plan)
 
     monkeypatch.setattr(loading.formats, "shrink", seeing)
-    load_pruned(tmp_path / "out")
+    load_pruned(folder)
     assert seen and set(seen) == {"meta"}
 
 
@@ -224,8 +226,7 @@ def test_damage_is_found_and_named(kind, tmp_path):
 
 
 def test_without_checksums_loading_is_still_strict(tmp_path):
-    model, plan = pruned("llama-4x1", "layerwise")
-    folder = save_pruned(model, plan, tmp_path / "out")
+    model, folder = saved(tmp_path, "llama-4x1", "layerwise")
     config = json.loads((folder / "config.json").read_text())
     for layers in (2, 4):
         (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
@@ -234,8 +235,7 @@ def test_without_checksums_loading_is_still_strict(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    model, plan = pruned("llama-4x1", "layerwise")
-    folder = save_pruned(model, plan, tmp_path / "out")
+    model, folder = saved(tmp_path, "llama-4x1", "layerwise")
     before = (folder / "model.safetensors").read_bytes()
     other, other_plan = pruned("llama-4x1", "blockwise")
     monkeypatch.setattr(saving, "model_card", lambda *a: 1 / 0)
@@ -273,10 +273,9 @@ def test_adapters_must_be_merged(tmp_path):
 
 @pytest.mark.parametrize("kind", ["none", "blockwise"])
 def test_dtype_is_kept_or_changed_on_request(kind, tmp_path):
-    model, plan = pruned("phi-4x1", kind, torch.bfloat16)
-    save_pruned(model, plan, tmp_path / "out")
-    again = load_pruned(tmp_path / "out")[0]
-    wide = load_pruned(tmp_path / "out", dtype=torch.float32)[0]
+    model, folder = saved(tmp_path, "phi-4x1", kind, torch.bfloat16)
+    again = load_pruned(folder)[0]
+    wide = load_pruned(folder, dtype=torch.float32)[0]
     dtypes = lambda m: {p.dtype for p in m.parameters()}
     assert dtypes(again) == {torch.bfloat16} and dtypes(wide) == {torch.float32}
     pairs = zip(again.state_dict().values(), model.state_dict().values())
@@ -285,8 +284,7 @@ def test_dtype_is_kept_or_changed_on_request(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["layerwise", "blockwise"])
 def test_tied_embeddings_are_stored_once_and_come_back_tied(kind, tmp_path):
-    model, plan = pruned("qwen2-4x1", kind, tie_word_embeddings=True)
-    folder = save_pruned(model, plan, tmp_path / "out")
+    model, folder = saved(tmp_path, "qwen2-4x1", kind, tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(next(folder.glob("*.safetensors")))
     again = load_pruned(folder)[0]
     assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
@@ -294,8 +292,7 @@ def test_tied_embeddings_are_stored_once_and_come_back_tied(kind, tmp_path):
 
 
 def test_a_loaded_model_does_not_depend_on_its_file(tmp_path):
-    model, plan = pruned("llama-4x1", "blockwise")
-    folder = save_pruned(model, plan, tmp_path / "out")
+    model, folder = saved(tmp_path, "llama-4x1", "blockwise")
     again, batch = load_pruned(folder)[0], cases.inputs(model)
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(b"\0" * weights.stat().st_size)

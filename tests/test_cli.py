@@ -6,30 +6,24 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import facts, run
 from typer.testing import CliRunner
 
 from mllm_compress.cli import app
 
 
-def ask(*args, code=0) -> str:
-    "Run a command and return what it prints."
-    result = CliRunner().invoke(app, list(map(str, args)), catch_exceptions=code == 2)
-    assert result.exit_code == code, result.output
-    return result.output
-
-
 def test_advice_without_results_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = ask("advise", "--model", "m", "--ratio", ".3", "--profile", "smoke", code=2)
+    said = run("advise", "--model", "m", "--ratio", ".3", "--profile", "smoke", code=2)
     assert "run mllm-compress study --profile smoke first" in said
 
 
 def test_advice_of_the_command_is_that_of_the_function():
     from mllm_compress import advise
 
-    text = ask("advise", "--model", "tiny-bunny", "--ratio", ".3", "--no-training")
+    text = run("advise", "--model", "tiny-bunny", "--ratio", ".3", "--no-training")
     assert text.strip() == str(advise("tiny-bunny", 0.3, training=False)).strip()
-    far = ask("advise", "--model", "tiny-bunny", "--ratio", ".94", "--no-training", code=2)
+    far = run("advise", "--model", "tiny-bunny", "--ratio", ".94", "--no-training", code=2)
     assert "Nothing was studied within" in far
 
 
@@ -42,15 +36,15 @@ def test_convert_an_original_release(golden, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = copy_of(golden / "original_layout", "llava", tmp_path)
     shutil.move(source / "vision_tower", "clip")
-    said = ask("convert", source, "out", code=2)
+    said = run("convert", source, "out", code=2)
     assert "Download openai/clip-vit-large-patch14-336" in said and not Path("out").exists()
-    text = ask("convert", source, "out", "--tower", "clip", "--dtype", "bfloat16")
+    text = run("convert", source, "out", "--tower", "clip", "--dtype", "bfloat16")
     assert "vicuna_v1" in text and "bfloat16" in text and "written to out" in text
     assert str(AutoModelForImageTextToText.from_pretrained("out").dtype) == "torch.bfloat16"
-    full = ask("convert", source, "out", "--tower", "clip", code=2)
+    full = run("convert", source, "out", "--tower", "clip", code=2)
     assert "exists and is not an empty folder" in full
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    said = ask("convert", source, "again", "--tower", "clip", code=2)
+    said = run("convert", source, "again", "--tower", "clip", code=2)
     assert "weights_only=True" in said and not Path("again").exists()
 
 
@@ -75,9 +69,9 @@ def test_a_request_is_the_same_from_python_a_file_and_options(tmp_path, monkeypa
         x for k, v in values.items() if k != "model" for x in (f"--{k.replace('_', '-')}", v)
     ]
     prune(PruneRequest(**values, out="python"))
-    ask("prune", "smoke-llava", "-o", "options", *options)
+    run("prune", "smoke-llava", "-o", "options", *options)
     Path("run.yaml").write_text(yaml.safe_dump(values | {"out": "file", "ratio": 0.9}))
-    ask("prune", "--config", "run.yaml", "--ratio", 0.3)
+    run("prune", "--config", "run.yaml", "--ratio", 0.3)
     weights = {Path(out, "model.safetensors").read_bytes() for out in ("python", "options", "file")}
     assert len(weights) == 1
     for wrong, says in (({"rat": 1}, "Unknown option 'rat'"), ({"ratio": "x"}, "ratio is 'x'")):
@@ -104,23 +98,16 @@ def test_verbose_says_what_happens_and_quiet_nothing():
 
 
 def test_commands_of_the_study_as_json(tmp_path, monkeypatch):
-    import json
-
     from mllm_compress.study import report as page
     from mllm_compress.study import runner
 
-    def said(*args, code=0):
-        result = CliRunner().invoke(app, [*args, "--json"])
-        assert result.exit_code == code, result.output
-        return json.loads(result.stdout)
-
-    found = said("study", "--profile", "smoke", "--only", "02_pruning", "--dry-run")
+    found = facts("study", "--profile", "smoke", "--only", "02_pruning", "--dry-run")
     assert found["exit_code"] == 0 and "02_pruning" in found["lines"][0]
     monkeypatch.setattr(runner, "run_study", lambda *a: print("PROBLEM: it rains") or 1)
-    found = said("study", "--profile", "smoke", code=1)
+    found = facts("study", "--profile", "smoke", code=1)
     assert found["problems"] == ["it rains"] and found["exit_code"] == 1
     monkeypatch.setattr(page, "build", lambda profile: tmp_path / "index.html")
-    assert said("report")["page"] == f"file://{tmp_path / 'index.html'}"
+    assert facts("report")["page"] == f"file://{tmp_path / 'index.html'}"
 
 
 def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monkeypatch):
@@ -138,4 +125,4 @@ def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monke
         ("recover", "x", "--teacher", "smoke-llava", "-o", "out"),
         ("evaluate", "smoke-llava", "--benchmark", "perplexity"),
     ):
-        assert "Entry 7" in ask(*args, *data, code=2)
+        assert "Entry 7" in run(*args, *data, code=2)

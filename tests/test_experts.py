@@ -1,20 +1,18 @@
 """Whole experts of a mixture: their scores, their removal, and what is loaded afterwards."""
 
-import json
 from unittest.mock import patch
 
 import contract_cases as cases
 import pytest
 import torch
+from commands import facts, run
 from test_contract import files
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from mllm_compress import prune
 from mllm_compress.anatomy import anatomy, lm_parameters
 from mllm_compress.anatomy.families import FAMILIES
-from mllm_compress.cli import app
 from mllm_compress.cli.check import logits_of, noise_batch, reloaded
 from mllm_compress.importance import load_scores, width_importance
 from mllm_compress.pruning import PruningPlan, apply_plan, plan_widthwise
@@ -128,10 +126,9 @@ def test_the_command_line_removes_experts(tmp_path):
     folder, small = files("mixtral", tmp_path), tmp_path / "small"
     options = ["--data", str(folder / "data.json"), "--samples", "4", "-o", str(small)]
     steps = ["prune", str(folder / "model"), "--ratio", "0.2", "--method", "reap", *options]
-    for step in (steps, ["show", str(small)], ["cost", str(small), "--json"]):
-        found = CliRunner().invoke(app, ["-q", *step])
-        assert found.exit_code == 0, found.output
-    rows = json.loads(found.stdout)["rows"]
+    for step in (steps, ["show", small]):
+        run(*step)
+    rows = facts("cost", small)["rows"]
     rows = {(r["quantity"], r["part"], r["source"]): r["value"] for r in rows}
     assert rows["parameters", "lm", "closed form"] == rows["parameters", "lm", "measured"]
     assert AutoModelForCausalLM.from_pretrained(small).config.num_local_experts == 3

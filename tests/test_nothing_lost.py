@@ -9,24 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run, save_models
 from PIL import Image
 from safetensors import SafetensorError
-from typer.testing import CliRunner
 
 from mllm_compress.checkpoint import load_pruned, save_pruned, verify
 from mllm_compress.checkpoint import saving as target
-from mllm_compress.cli import app
 from mllm_compress.pruning.plans import plan_layerwise
 from mllm_compress.pruning.slicing import apply_plan
 from mllm_compress.utils import files
 from mllm_compress.utils.files import clean_leftovers, replacing_folder
-
-
-def run(*args, code=0) -> str:
-    "Run a command in this process and return what it prints."
-    result = CliRunner().invoke(app, list(map(str, args)))
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
 
 
 def tree(folder) -> dict:
@@ -36,25 +28,16 @@ def tree(folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory, tiny_llava):
+def shop(tmp_path_factory, tiny_llava, tiny_lm):
     folder = tmp_path_factory.mktemp("shop")
     model, processor = tiny_llava
-    model.save_pretrained(folder / "llava")
-    processor.save_pretrained(folder / "llava")
+    save_models(folder, tiny_llava, tiny_lm)
     plan = plan_layerwise(model, layers=[1])
     save_pruned(apply_plan(model, plan), plan, folder / "small", processor)
     Image.new("RGB", (32, 32)).save(folder / "0.png")
     pairs = {"image": "0.png", "question": "what color is the circle?", "answer": "red"}
     (folder / "mine.json").write_text(json.dumps([{"id": k, **pairs} for k in range(6)]))
     return folder
-
-
-@pytest.fixture
-def here(shop, tmp_path, monkeypatch):
-    "A copy of the shop as the current folder."
-    shutil.copytree(shop, tmp_path / "shop")
-    monkeypatch.chdir(tmp_path / "shop")
-    return tmp_path / "shop"
 
 
 DATA = ("--data", "mine.json")

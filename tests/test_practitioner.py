@@ -7,39 +7,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from commands import facts, run, save_models
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import mllm_compress
-from mllm_compress.cli import app
 from mllm_compress.cli.measuring import cost_text
 from mllm_compress.cli.requests import table_text
-
-
-def run(*args, code=0) -> str:
-    "Run a command in this process and return what it prints."
-    result = CliRunner().invoke(app, list(map(str, args)))
-    assert result.exit_code == code, (result.output, result.exception)
-    return result.output
-
-
-def facts(*args) -> dict:
-    "What a command prints with --json."
-    result = CliRunner().invoke(app, ["-q", *map(str, args), "--json"])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return json.loads(result.stdout)
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, tiny_llava, tiny_lm):
     "A folder with a multimodal model, a language model, and data for both."
     folder = tmp_path_factory.mktemp("shop")
-    model, processor = tiny_llava
-    model.save_pretrained(folder / "llava")
-    processor.save_pretrained(folder / "llava")
-    tokenizer = processor.tokenizer
-    tiny_lm("llama", vocab=len(tokenizer)).save_pretrained(folder / "lm")
-    tokenizer.save_pretrained(folder / "lm")
+    save_models(folder, tiny_llava, tiny_lm)
     from mllm_compress.data import scenes
 
     entries = []
@@ -52,14 +32,6 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     lines = [{"text": "the circle is red " + "and the square is blue " * k} for k in range(8)]
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
-
-
-@pytest.fixture
-def here(shop, tmp_path, monkeypatch):
-    "A copy of the shop as the current folder."
-    shutil.copytree(shop, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_prune_in_one_step_is_prune_from_scores(here):

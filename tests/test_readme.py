@@ -10,10 +10,9 @@ import shlex
 import nbformat
 import pytest
 import yaml
+from commands import options_of
 from notebook_map import NOTEBOOKS
-from typer.testing import CliRunner
 
-from mllm_compress.cli import app
 from mllm_compress.study.notebooks import check_parameters, parameters_of
 
 ROOT = NOTEBOOKS.parent
@@ -105,10 +104,7 @@ def test_every_command_exists():
     "words", [w for w in lines_of_shell() if w[0] == "mllm-compress"], ids=" ".join
 )
 def test_a_command_line_has_its_options(words):
-    wide = {"COLUMNS": "200"}
-    text = CliRunner().invoke(app, [words[1], "--help"], env=wide).output
-    options = re.findall(r"--[\w-]+", text)
-    assert {w for w in words if w.startswith("--")} <= set(options), words
+    assert {w for w in words if w.startswith("--")} <= options_of(words[1]), words
 
 
 def test_the_papermill_command_has_parameters_of_its_notebook():

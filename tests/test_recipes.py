@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import save_models
 from pruning_cases import build
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -123,11 +124,7 @@ def test_automatic_rounding_keeps_the_ratio(device, most):
 def shop(tmp_path_factory, tiny_llava, tiny_lm):
     "A multimodal model, a language model, and data for both."
     folder = tmp_path_factory.mktemp("shop")
-    model, processor = tiny_llava
-    model.save_pretrained(folder / "llava")
-    processor.save_pretrained(folder / "llava")
-    tiny_lm("llama", vocab=len(processor.tokenizer)).save_pretrained(folder / "lm")
-    processor.tokenizer.save_pretrained(folder / "lm")
+    save_models(folder, tiny_llava, tiny_lm)
     entries = []
     for k in range(24):
         scenes.image(k, "train").save(folder / f"{k}.png")
@@ -149,13 +146,6 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     weights[name][0, 0] = float("nan")
     save_file(weights, folder / "nan/model.safetensors", {"format": "pt"})
     return folder
-
-
-@pytest.fixture
-def here(shop, tmp_path, monkeypatch):
-    shutil.copytree(shop, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 DATA = ("--data", "mine.json")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pruning_cases import build
-from test_recipes import ask, here, shop  # noqa: F401  the fixtures
+from test_recipes import ask, shop  # noqa: F401  the fixture
 
 from mllm_compress.anatomy.streaming import PeakTensors
 from mllm_compress.checkpoint import load_pruned, reconstruct_files, save_pruned
@@ -83,7 +83,7 @@ def test_bad_input_comes_before_any_work(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
-def test_stored_scores_are_refitted_from_files(here):  # noqa: F811
+def test_stored_scores_are_refitted_from_files(here):
     data = ("--data", "text.jsonl")
     assert ask("score", "lm", "-o", "scores", "--method", "gauss_newton", *data)[0] == 0
     options = ("--scores", "scores", "--ratio", 0.3, "--allocation", "global", "--reconstruct")

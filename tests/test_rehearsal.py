@@ -13,11 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from commands import run
 from original_layouts import instruction_json, with_tokenizer
 from test_benchmarks import SETS, write
-from typer.testing import CliRunner
 
-from mllm_compress.cli import app
 from mllm_compress.evaluation.benchmarks import REAL_SUITE
 from mllm_compress.recovery.config import PAPER
 from mllm_compress.study.experiments import Experiment
@@ -60,12 +59,6 @@ def test_each_model_has_the_data_of_its_authors():
 
 
 # ---- the rehearsal
-
-
-def ask(*args) -> str:
-    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
-    assert result.exit_code == 0, result.output[-4000:]
-    return result.output
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +124,9 @@ def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     profile = able(smaller(PAPER_YAML))
     (tmp_path / "rehearsal.yaml").write_text(yaml.safe_dump(profile))
-    plan = ask("study", "--profile", "rehearsal.yaml", "--dry-run")
+    plan = run("study", "--profile", "rehearsal.yaml", "--dry-run")
     assert "This machine lacks" not in plan and "GPU hours" in plan
-    text = ask("study", "--profile", "rehearsal.yaml", "--executor", "inline")
+    text = run("study", "--profile", "rehearsal.yaml", "--executor", "inline")
     assert "FAILED" not in text and "PROBLEM" not in text
     table = pd.read_csv(tmp_path / "runs/rehearsal/figures/06_best-scores.csv")
     assert set(table.model) == set(profile["models"]) and set(REAL_SUITE) <= set(table.columns)

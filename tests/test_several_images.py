@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import facts, run
 from PIL import Image
-from typer.testing import CliRunner
 
-from mllm_compress.cli import app
 from mllm_compress.data import instructions, scenes
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.calibration import calibration_batches, one_question
@@ -201,11 +200,6 @@ def test_the_whole_path(shop, tiny_llava, tmp_path, monkeypatch):
     for part in tiny_llava:
         part.save_pretrained("llava")
 
-    def run(*args):
-        result = CliRunner().invoke(app, ["-q", *map(str, args)])
-        assert result.exit_code == 0, (result.output, result.exception)
-        return result.stdout
-
     data = ("--data", shop / "mine.json", "--image-root", shop)
     run("score", "llava", "-o", "scores", "--method", "taylor", *data)
     run("prune", "llava", "-o", "small", "--scores", "scores", "--ratio", 0.2)
@@ -214,5 +208,5 @@ def test_the_whole_path(shop, tiny_llava, tmp_path, monkeypatch):
         out = ("-o", turns, "--teacher", "llava", "--batch-size", 2)
         run("recover", "small", *out, *data, "--config", "run.yaml")
     asked = ("--questions", shop / "mine.json", "--image-root", shop)
-    rows = json.loads(run("evaluate", "independent", *asked, "--json"))["rows"]
+    rows = facts("evaluate", "independent", *asked)["rows"]
     assert rows[0]["n"] == 6

@@ -11,7 +11,7 @@ import pruning_cases as cases
 import pytest
 import torch
 import transformers
-from test_recipes import ask, here, shop  # noqa: F401  the fixtures
+from test_recipes import ask, shop  # noqa: F401  the fixture
 from test_refit_files import Peak
 
 from mllm_compress.anatomy.families import anatomy
@@ -236,7 +236,7 @@ TEXT = ("--data", "text.jsonl")
 
 
 @pytest.mark.parametrize("method", ["block_influence", "gauss_newton", "taylor", "magnitude"])
-def test_score_from_files(here, method):  # noqa: F811
+def test_score_from_files(here, method):
     for out, more in (("one", "--no-stream"), ("two", "--stream")):
         assert ask("score", "lm", "-o", out, "--method", method, *TEXT, more)[0] == 0
     one, two = load_scores("one"), load_scores("two")
@@ -245,7 +245,7 @@ def test_score_from_files(here, method):  # noqa: F811
     assert sorted(p.name for p in here.iterdir() if p.name.startswith(".")) == []
 
 
-def test_a_model_larger_than_the_memory_is_streamed(here, monkeypatch):  # noqa: F811
+def test_a_model_larger_than_the_memory_is_streamed(here, monkeypatch):
     from mllm_compress.importance import scores as memory
 
     read, tensor = [], FileModel.tensor
@@ -259,7 +259,7 @@ def test_a_model_larger_than_the_memory_is_streamed(here, monkeypatch):  # noqa:
 
 
 @pytest.mark.parametrize("recipe", ["recommended", "paper"])
-def test_prune_from_files(here, recipe):  # noqa: F811
+def test_prune_from_files(here, recipe):
     from safetensors.torch import load_file
 
     for out, more in (("one", "--no-stream"), ("two", "--stream")):
@@ -273,7 +273,7 @@ def test_prune_from_files(here, recipe):  # noqa: F811
 
 
 @pytest.mark.parametrize("method", ["block_influence", "activation", "gauss_newton", "taylor"])
-def test_stopped_streaming_goes_on_to_the_same_bits(here, monkeypatch, method, reads):  # noqa: F811
+def test_stopped_streaming_goes_on_to_the_same_bits(here, monkeypatch, method, reads):
     args = ("score", "lm", "--method", method, *TEXT, "--stream")
     assert ask(*args, "-o", "whole")[0] == 0
     all_reads, write, done = sum(reads.values()), files.write_sums, []

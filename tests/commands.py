@@ -1,0 +1,39 @@
+"""Commands in this process, what they print, and a folder with models for them."""
+
+import json
+import re
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from mllm_compress.cli import app
+
+
+def run(*args, code=0) -> str:
+    "Run a command and return what it prints."
+    result = CliRunner().invoke(app, list(map(str, args)))
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def facts(*args, code=0) -> dict:
+    "What a command prints with --json."
+    result = CliRunner().invoke(app, ["-q", *map(str, args), "--json"])
+    assert result.exit_code == code, (result.output, result.exception)
+    return json.loads(result.stdout)
+
+
+def options_of(command: str) -> set:
+    "The options that the help of a command names."
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    return set(re.findall(r"--[\w-]+", text))
+
+
+def save_models(folder: Path, mllm: tuple, tiny_lm):
+    "Save an MLLM with its processor as `llava`, and a language model of its words as `lm`."
+    for part in mllm:
+        part.save_pretrained(folder / "llava")
+    lm = tiny_lm("llama", vocab=len(mllm[1].tokenizer))
+    for part in (lm, mllm[1].tokenizer):
+        part.save_pretrained(folder / "lm")
+    return lm
