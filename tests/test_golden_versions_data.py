@@ -55,6 +55,8 @@ def smoke_numbers(
 ) -> list:
     "Shape and first values of every weight, rounded to three decimals."
     weights = tiny_models.tiny_model(family, layers=4).state_dict()
+    if family == "bunny":  # SigLIP's is a truncated normal, which torch 2.8 draws in another way
+        del weights["model.vision_tower.embeddings.patch_embedding.weight"]
     return [
         [name, list(w.shape), (w.flatten()[:8] * 1000).round().int().tolist()]
         for name, w in weights.items()
@@ -84,7 +86,7 @@ GOLDEN = {  # what: (where its version is, numbers, hash)
         "cabde4ff8af7f59ac635",
     ),
     "smoke-llava": (SMOKE, lambda: smoke_numbers("llava"), "dac2d4502ac753d350f2"),
-    "smoke-bunny": (SMOKE, lambda: smoke_numbers("bunny"), "e4ddaccc1f3862731619"),
+    "smoke-bunny": (SMOKE, lambda: smoke_numbers("bunny"), "dc6b6a7e962f7d68d051"),
 }
 
 
