@@ -123,18 +123,26 @@ def politely(
     kept: str,  # a sentence about what an interruption leaves
 ):
     "Show errors as one message."
-    before = signal.getsignal(signal.SIGTERM)
-    with suppress(ValueError):  # outside of the main thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stopped, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: handler for s, handler in handlers.items() if handler != signal.SIG_IGN}
+
+    def stop(*received):
+        stopped.append(received)
+        raise KeyboardInterrupt
+
     try:
+        with suppress(ValueError):  # outside of the main thread
+            for received in handlers:
+                signal.signal(received, stop)
         with naming_extras():
             yield
-    except KeyboardInterrupt:
-        typer.secho(f"Stopped. {kept}", err=True)
-        raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort, BrokenPipeError):  # click ends quietly where a pipe breaks
         raise
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        # An event loop that is stopped in the middle of a step raises an error of its own.
+        if stopped or isinstance(error, KeyboardInterrupt):
+            typer.secho(f"Stopped. {kept}", err=True)
+            raise typer.Exit(130) from None
         line, name, code = " ".join(str(error).split())[:300], type(error).__name__, 2
         if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) and error.strerror
@@ -158,7 +166,8 @@ def politely(
         raise typer.Exit(code) from None
     finally:
         with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            for received, handler in handlers.items():
+                signal.signal(received, handler or signal.SIG_DFL)
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-015
 Limit = Annotated[int, Field(ge=0, le=10_000_000)]  # 0: none, or all
