@@ -206,7 +206,7 @@ def yes_bias(frame: pd.DataFrame) -> float:  # points; of judged answers; nan wi
 
 
 def calibration_error(frame: pd.DataFrame) -> float:  # percent; nan without candidate answers
-    "Sum over ten bins b of equally many answers of n_b / n |accuracy_b - confidence_b|."
+    "Sum over ten bins b of equally many answers of n_b / n abs(accuracy_b - confidence_b)."
     sure = frame.reindex(columns=["confidence", "candidate_value"]).dropna()
     sure = sure.sort_values("confidence", kind="stable")
     gaps = (sure.candidate_value - sure.confidence).to_numpy()
@@ -222,7 +222,7 @@ def grounding(
 
     right, wrong, none: mean value in % of answers with the right picture, a wrong one and none;
     yes_bias: (P(yes | yes) + P(yes | no)) / 2 - 1/2, in points (Li et al. 2023, balanced labels);
-    calibration_error: sum_b n_b / n |accuracy_b - confidence_b| in %, in ten bins of equal mass
+    calibration_error: sum_b n_b / n abs(accuracy_b - confidence_b) in %, in ten bins of equal mass
     (Naeini et al. 2015; Nixon et al. 2019); agreement: answers equal to the original's, in %;
     lost, gained: answers right -> wrong and wrong -> right; p: 2 P(X <= min(lost, gained)),
     X ~ Bin(lost + gained, 1/2) (McNemar 1947); looks_away: 2 (right - wrong) is below the
