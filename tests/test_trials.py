@@ -270,14 +270,14 @@ ALL += ["layers hidden", "layers both", "bunny"]
     [
         (
             "importance/05_criteria.ipynb",
-            "        magnitude,\n        version=1",
-            "        magnitude,\n        version=2",
+            "        magnitude,\n        look",
+            "        magnitude,\n        version=2,\n        look",
             {"magnitude": ANSWERS, "magnitude sft": ANSWERS},
         ),
         (
             "recovery/01_losses.ipynb",
-            '("student_hidden", "teacher_hidden"),\n        version=1',
-            '("student_hidden", "teacher_hidden"),\n        version=2',
+            '("student_hidden", "teacher_hidden"),\n        look',
+            '("student_hidden", "teacher_hidden"),\n        version=2,\n        look',
             {"layers hidden": ANSWERS, "layers both": ANSWERS},
         ),
         (
