@@ -176,6 +176,8 @@ def test_prune_searches_for_a_ratio_or_a_budget(model, batches):
     found = plan.meta["search"]
     assert found["front"][0]["kl_refit"] == min(row["kl_refit"] for row in found["front"])
     assert math.isfinite(found["front"][0]["kl_refit"]) and "Chosen" in found["reason"]
+    with_scores = prune(model, batches, scores=scored(), ratio=0.3, search=RUN, reconstruct=True)[1]
+    assert with_scores.achieved_ratio >= 0.3 and with_scores.meta["search"]["front"]
     with pytest.raises(ValueError, match="after the refit"):
         prune(model, batches, ratio=0.3, search=RUN, reconstruct=False)
 
