@@ -441,10 +441,10 @@ def load(
 ) -> tuple:  # (model, processor)
     "A pruned checkpoint or any other model."
     detail(f"loading {model}")
-    if not stream and mc.checkpoint.is_checkpoint(model):
-        loaded, processor, _ = mc.checkpoint.load_pruned(model, device=device)
+    if stream:
+        loaded, processor = mc.zoo.load_model(model, device=device, stream=True)
     else:
-        loaded, processor = mc.zoo.load_model(model, device=device, stream=stream)
+        loaded, processor = mc.checkpoint.loading.load_any(model, device=device)
     size = f"{loaded.num_parameters():,} parameters in {loaded.dtype} on {loaded.device}"
     detail(f"{type(loaded).__name__}: {size}")
     return loaded, processor
