@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.checkpoint import load_pruned, save_pruned, verify
+from mllm_compress.checkpoint.engines import QUANTIZATIONS, quantize
 from mllm_compress.checkpoint.loading import unpackable
-from mllm_compress.checkpoint.quantizing import QUANTIZATIONS, quantize
 from mllm_compress.cli import app
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.pruning.slicing import apply_plan

@@ -14,8 +14,7 @@ from .saving import check_target, save_pruned
 _all_ = ["check_target", "is_checkpoint", "load_pruned", "push_to_hub", "save_pruned", "verify"]
 
 # %% ../../nbs/library/checkpoint/00_index.ipynb #cell-003b
-from .engines import export_model
+from .engines import export_model, quantize
 from .from_files import prune_files, reconstruct_files
-from .quantizing import quantize
 
 _all_ = ["export_model", "prune_files", "quantize", "reconstruct_files"]

@@ -98,7 +98,7 @@ class QuantizeRequest(cli.Request):
     out: cli.Out
     overwrite: cli.Overwrite = False
 
-    tables: ClassVar = {"to": lambda: mc.checkpoint.quantizing.QUANTIZATIONS}
+    tables: ClassVar = {"to": lambda: mc.checkpoint.engines.QUANTIZATIONS}
 
 
 @cli.command(QuantizeRequest)
