@@ -46,6 +46,7 @@ setup(
         "gguf": gguf,
         "eyes": eyes,
         "quantize": cfg["quantize_requirements"].split(),
+        "trl": cfg["trl_requirements"].split(),
         "lmms-eval": cfg["lmms_eval_requirements"].split(),
     },
     entry_points={

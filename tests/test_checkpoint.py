@@ -149,13 +149,15 @@ def test_uniform_plans_no_stock_class_can_hold_use_our_format(name, options, tmp
 def test_auto_classes_load_blockwise_folders_with_us(name, auto, tmp_path):
     model, folder = saved(tmp_path, name, "blockwise")
     load = getattr(transformers, auto).from_pretrained
-    again = load(folder)
+    again = load(folder, subfolder="")  # as lm-eval calls it
     theirs, ours = again.state_dict(), model.state_dict()
     assert type(again) is type(model) and all(torch.equal(theirs[k], ours[k]) for k in ours)
     assert load(folder, dtype="bfloat16").dtype == torch.bfloat16
     assert load(folder, dtype="auto").dtype == model.dtype
     with pytest.raises(ValueError, match="leave it out"):
         load(folder, output_loading_info=True)
+    named = transformers.AutoConfig.from_pretrained(folder).architectures[0]  # as TRL reads it
+    assert type(getattr(transformers, named).from_pretrained(folder)) is type(model)
 
 
 def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):

@@ -18,6 +18,8 @@ PLACES = ("/work/", "/tmp/", "/home/", "/root/")
 
 @pytest.mark.parametrize("path", GUIDES + START, ids=lambda p: p.stem)
 def test_a_guide_runs_and_is_a_page(path, tmp_path, monkeypatch):
+    if path.stem == "train_with_trl":
+        pytest.importorskip("trl", reason="needs the extra: pip install mllm_compress[trl]")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MLLM_COMPRESS_EMOJI", str(tmp_path))  # minutes of training where they are
     nb = nbformat.read(path, 4)

@@ -14,6 +14,7 @@ from mllm_compress.data.batches import Collator, Renderer
 from mllm_compress.data.instructions import (
     EntryError,
     InstructionData,
+    as_data,
     from_rows,
     load_json,
     read_entry,
@@ -249,6 +250,9 @@ def test_rows_with_pictures_and_parquet_files(tmp_path):
         from_rows([{"images": [rows[0]["image"]] * 2, "question": "a?", "answer": "b"}])
     with pytest.raises(ValueError, match="is empty"):
         from_rows([])
+    for splits_or_stream in ({"train": rows}, iter(rows)):
+        with pytest.raises(ValueError, match="one split"):
+            as_data(splits_or_stream)
 
 
 def test_a_prompt_leaves_its_last_space_to_the_answer(byte_level, tiny_lm):

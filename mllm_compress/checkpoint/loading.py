@@ -97,7 +97,7 @@ def load_pruned(
     **options,  # for the hub, or for from_pretrained: see _HUB, _PASSED
 ) -> tuple:  # (model in eval mode, processor or None, plan); ValueError where anything does not fit
     "Model, processor and plan of a checkpoint of `save_pruned`, loaded strictly."
-    options = {k: v for k, v in options.items() if v is not None and k not in _IGNORED}
+    options = {k: v for k, v in options.items() if v not in (None, "") and k not in _IGNORED}
     if unknown := sorted(set(options) - {*_HUB, *_PASSED}):
         raise ValueError(
             f"{unknown[0]}= is not supported for a checkpoint whose layers differ in width: "
@@ -117,9 +117,8 @@ def load_pruned(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per layer and token
     for module in unpackable(model):
         module.support_avx512bf16_for_cpu = False
-    if manifest["processor_class"] is None:
+    if (name := manifest["processor_class"]) is None:
         return model, None, plan
-    name = manifest["processor_class"]
     processor_class = _class_named(name, ProcessorMixin, PreTrainedTokenizerBase)
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()

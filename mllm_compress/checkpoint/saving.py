@@ -213,7 +213,7 @@ def model_card(
         plan=plan,
         scores=json.dumps(plan.meta.get("scores")),
         removed=spans(plan.removed_layers) or "none",
-        saved_as=model.config.get_text_config().model_type,
+        config=model.config,
         kind=kind,
         auto="AutoModelForCausalLM" if text_only else "AutoModelForImageTextToText",
         sections=[card_section(title, value) for title, value in sections.items()],
@@ -242,6 +242,7 @@ def write_checkpoint(
         if pruned:
             config = {
                 "model_type": PRUNED_TYPE,
+                "architectures": ["AutoModelForCausalLM"],  # loads an MLLM too: see register()
                 "note": "layers differ in width; load with mllm_compress.checkpoint.load_pruned",
                 "config": json.loads((new / "config.json").read_text()),
             }

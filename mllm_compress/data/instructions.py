@@ -537,4 +537,7 @@ def as_data(
         return data
     if isinstance(data, (str, Path)):
         return load_json(data, Path(data).parent)
+    if isinstance(data, dict) or not hasattr(data, "__len__"):  # all splits, or a stream
+        use = "give one split, data['train'], or the first rows of a stream, list(data.take(1000))"
+        raise ValueError(f"A {type(data).__name__} is no list of rows: {use}.")
     return from_rows(data)
