@@ -59,10 +59,9 @@ ENTRIES = {
     "two-markers": (pair("<image><image>\nwhat?"), "write one marker per image"),
     "marker-without-image": (said(("human", "<image>\na"), ("gpt", "b")), "remove the marker"),
     "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),
-    "missing-among-images": (
-        pair("<image><image>?", image=["0.png", "gone.png"]),
-        "check|Complete",
-    ),
+    "missing-among-images": (pair("<image><image>?", image=["0.png", "gone.png"]), "Complete"),
+    "unread-key": ({"question": "a?", "answer": "b", "history": [["c?", "d"]]}, "is not read"),
+    "empty-answer": ({"question": "a?", "answer": " "}, "leave the entry out"),
     "url": (pair(image="https://example.org/a.jpg"), "download it"),
     "number-image": (pair(image=5), "name the file"),
     "empty-image": (pair(image=""), "name the file"),
@@ -94,6 +93,10 @@ MODELS = {
     "bad/header": "damaged header",
     "bad/half-config": "config.json is damaged",
     "bad/no-type": "check its config.json",
+    "bad/list-type": "check its config.json",
+    "bad/generation": "generation_config.json is damaged",
+    "bad/link": "or a link to none",
+    "bad/adapter": "merge the adapter into its model",
     "bad/token": "copy both from the same checkpoint",
     "bad/default": "Copy config.json again",
     "bad/vit": "no anatomy for model_type .vit",
@@ -134,6 +137,9 @@ def make_damaged(folder: Path) -> None:
         ("header", "model.safetensors", weights[:9] + b"!!!!" + weights[13:]),
         ("half-config", "config.json", b'{"model_type": '),
         ("no-type", "config.json", text({"vocab_size": 4})),
+        ("list-type", "config.json", text({**config, "model_type": ["llava"]})),
+        ("generation", "generation_config.json", b"[1]"),
+        ("adapter", "adapter_config.json", b"{}"),
         ("vit", "config.json", text({"model_type": "vit"})),
         ("mark", "config.json", b"\xef\xbb\xbf" + text(config)),
         ("token", "config.json", text({**config, "image_token_index": 9, "image_token_id": 9})),
@@ -154,6 +160,9 @@ def make_damaged(folder: Path) -> None:
         save_file(changed_tensors, bad / name / "model.safetensors", {"format": "pt"})
     shutil.copytree(dense, bad / "pickles")
     (bad / "pickles/model.safetensors").rename(bad / "pickles/pytorch_model.bin")
+    (bad / "adapter/config.json").unlink()
+    shutil.copytree(bad / "pickles", bad / "link")
+    (bad / "link/model.safetensors").symlink_to("gone")
     (bad / "empty").mkdir()
     shutil.copytree(dense, bad / "weightless")
     (bad / "weightless/model.safetensors").unlink()
@@ -184,8 +193,11 @@ WITH_DATA = {
     "questions": lambda d: ("evaluate", "llava", "--questions", d),
 }
 PRUNE = ("prune", "llava", "-o", "out")
+LAYERWISE = (*PRUNE, "--pruning", "layerwise", *MINE)
 RECOVER = ("recover", "small", "--teacher", "llava", "-o", "out", *MINE[:2])
 EVALUATE = ("evaluate", "llava", "--questions", "mine.json")
+DRAWN = "--samples=0 --samples=99999999 --scenes=0 --max-length=0 --seed=-1"  # wrong numbers
+TRAINED = "--batch-size=-1 --passes=-2 --max-length=-5 --seed=-1 --save-every=-1 --lora=-4"
 YAML_VALUES = [
     *(("lr", v) for v in ("fast", "-1", ".inf", ".nan", "2", "true", "[1]")),
     *(("epochs", v) for v in ("'3'", "x", "-1", "[]")),
@@ -193,9 +205,7 @@ YAML_VALUES = [
     *(("passes", v) for v in ("0", "1.5", "x")),
     *(("patience", v) for v in ("0", "x")),
     *(("seed", v) for v in ("x", "-1", "1.5", "99999999999")),
-    *(("warmup", v) for v in ("x", "-1")),
-    *(("weight_decay", v) for v in ("x", "-1")),
-    *(("max_grad_norm", v) for v in ("x", "-1")),
+    *((name, v) for name in ("warmup", "weight_decay", "max_grad_norm") for v in ("x", "-1")),
     *(("max_length", v) for v in ("x", "0", "1.5")),
     *(("losses", v) for v in ("luck", "[sft]", "{sft: abc}", "{luck: 1}", "3")),
     *(("lora", v) for v in ("x", "-5", "{foo: 1}", "{r: 0}", "{r: 2, lora_alpha: x}")),
@@ -217,14 +227,8 @@ CASES = [
         Case((*PRUNE, "--ratio", r), r"outside \[0, 0.95\)")
         for r in ("-0.1", "0.95", "1", "30", "nan")
     ),
-    Case(
-        (*PRUNE, "--ratio", ".01", "--pruning", "layerwise", *MINE),
-        "removes nothing: the smallest step is one layer",
-    ),
-    Case(
-        (*PRUNE, "--ratio", ".94", "--pruning", "layerwise", *MINE),
-        "add widthwise pruning or request less",
-    ),
+    Case((*LAYERWISE, "--ratio", ".01"), "removes nothing: the smallest step is one layer"),
+    Case((*LAYERWISE, "--ratio", ".94"), "add widthwise pruning or request less"),
     Case((*PRUNE, "--ratio", ".3", "--layers", "1"), "not several"),
     Case((*PRUNE, "--plan", "plan.json", "--layers", "1"), "not several"),
     *(
@@ -243,10 +247,7 @@ CASES = [
     Case((*PRUNE, "--ratio", ".3", "--method", "luck"), "use one of block_influence"),
     Case((*PRUNE, "--ratio", ".3", "--pruning", "depth"), "use one of"),
     Case((*PRUNE, "--ratio", ".3", "--method", "taylor", "--pruning", "layerwise"), "use one of"),
-    Case(
-        (*PRUNE, "--ratio", ".3", "--method", "angular_distance", *MINE),
-        "use one of block_influence",
-    ),
+    Case((*LAYERWISE, "--ratio", ".3", "--method", "angular_distance"), "use one of block_infl"),
     # budgets
     *(
         Case((*PRUNE, "--budget", b), says)
@@ -281,40 +282,40 @@ CASES = [
     Case((*PRUNE, "--ratio", ".3", "--scores", "scores", "--scores", "scores"), "one of each"),
     # numbers
     *(
-        Case((*command, option, value), f"{option} is {value}: give a number from")
-        for command in (("score", "llava", "-o", "out"), (*PRUNE, "--ratio", ".3"))
-        for option, value in (
-            ("--samples", "0"),
-            ("--samples", "99999999"),
-            ("--scenes", "0"),
-            ("--max-length", "0"),
-            ("--seed", "-1"),
+        Case((*command, option), f"{option.replace('=', ' is ')}: give a number from")
+        for command, options in (
+            (("score", "llava", "-o", "out"), DRAWN),
+            ((*PRUNE, "--ratio", ".3"), DRAWN),
+            (RECOVER, TRAINED),
         )
+        for option in options.split()
     ),
     Case(
         ("score", "llava", "-o", "out", "--data", "mine.json", "--samples", "9"),
         "have only 2 entries",
-    ),
-    *(
-        Case((*RECOVER, option, value), f"{option} is {value}: give a number from")
-        for option, value in (
-            ("--batch-size", "-1"),
-            ("--passes", "-2"),
-            ("--max-length", "-5"),
-            ("--seed", "-1"),
-            ("--save-every", "-1"),
-            ("--lora", "-4"),
-        )
     ),
     *(Case((*RECOVER, "--lr", lr), "a number above 0 and below 1") for lr in ("-1", "1", "nan")),
     *(Case((*RECOVER, "--epochs", n), "a number above 0 to 10,000") for n in ("0", "inf", "nan")),
     Case((*RECOVER, "--epochs", "1e-9"), "less than one sample"),
     Case((*RECOVER, "--warmup", "5"), "a number from 0 to 1"),
     Case((*RECOVER, "--losses", "sft+sft"), "a loss twice"),
-    Case((*RECOVER, "--scenes", "9"), "no effect on the data 'mine.json'"),
     Case((*RECOVER[:3], "small", *RECOVER[4:]), "is its own teacher"),
-    Case((*PRUNE, "--layers", "1", "--shape", "uniform"), "--shape has no effect"),
-    Case((*EVALUATE, "--data", "mine.json"), "no effect without --benchmark perplexity"),
+    *(
+        Case((*command, *args.split()), f"{args.split()[-2]} has no effect {why}")
+        for command, args, why in (
+            (RECOVER, "--scenes 9", "on the data 'mine.json'"),
+            (RECOVER, "--train projector --lora 4", "where the projector alone"),
+            (RECOVER, "--losses sft --temperature 3", "without a logits_kd"),
+            (RECOVER, "--held-out 0 --patience 3", "without held-out data"),
+            (PRUNE, "--layers 1 --shape uniform", "where whole layers"),
+            (PRUNE, "--layers 1 --samples 4", "where no calibration data"),
+            (PRUNE, "--layers 1 --layer-share .5", "where --layers says"),
+            (PRUNE, "--ratio .3 --method magnitude --data mine.json", "where no calibration"),
+            (EVALUATE, "--data mine.json", "without --benchmark perplexity"),
+            (EVALUATE[:2], "--benchmark scenes/open --scorer anls", "without --questions"),
+            (("cost", "llava"), "--ratio .3 --device cpu", "with --ratio"),
+        )
+    ),
     *(Case((*RECOVER, "--fraction", f), "a number above 0 to 1") for f in ("0", "-1", "2", "nan")),
     Case((*RECOVER, "--passes", "5"), "use fewer, or more data"),
     Case((*EVALUATE, "--limit", "-1"), "--limit is -1"),
@@ -327,10 +328,7 @@ CASES = [
     Case((*EVALUATE, "--scorer", "luck"), "use one of exact, anls, letter, yes_no"),
     Case((*EVALUATE, "--scorer", "letter"), "needs a list of texts"),
     Case((*EVALUATE, "--scorer", "yes_no"), "needs one of yes, no"),
-    Case(
-        ("evaluate", "llava", "--questions", "options.json", "--scorer", "letter"),
-        "needs one of A, B",
-    ),
+    Case((*EVALUATE[:3], "options.json", "--scorer", "letter"), "needs one of A, B"),
     Case(("evaluate", "llava", "--questions", "text.jsonl"), "is plain text"),
     *(
         Case((*command, "--device", device), says)
@@ -354,9 +352,8 @@ CASES = [
     Case((*RECOVER, "--lr", "search", "--held-out", "0"), "compares rates on held-out data"),
     Case((*RECOVER, "--held-out", "1"), "a number from 0 and below 1"),
     Case(("score", "llava", "-o", "out", "--data", "self", "--stream"), "without --stream"),
-    Case(
-        ("recover", "small", "--teacher", "llava", "-o", "out", "--data", "self:no.json"), "no.json"
-    ),
+    Case((*RECOVER[:7], "self:no.json"), "no.json"),
+    Case((*RECOVER[:7], "self:"), "give text, such as mine.json"),
     *(
         Case((*command, "--chat-template", file), says)
         for command in (RECOVER, EVALUATE, ("score", "llava", "-o", "out", *MINE))
@@ -406,6 +403,8 @@ CASES = [
     Case((*EVALUATE, "-o", "gone/rows.csv"), "make it first"),
     Case((*EVALUATE, "-o", "notes"), "name a file to write"),
     Case((*EVALUATE, "-o", "notes.txt"), "was not written by this command"),
+    Case((*EVALUATE, "-o", "null", "--overwrite"), "was not written by this command"),
+    Case((*EVALUATE, "--answers", "mine.json"), "is a file, so nothing can be written"),
     Case((*EVALUATE, "-o", "mine.json", "--overwrite"), "was not written by this command"),
     Case(("evaluate", "llava", "--questions", "long.json"), "context of the model 512"),
     Case((*PRUNE, "--ratio", ".3", "--recipe", "paper", "--method", "obs"), "leave the method or"),
@@ -433,13 +432,13 @@ CASES = [
     Case(("advise", "--model", "m", "--ratio", "1.5"), r"outside \(0, 0.95\)"),
     Case(("advise", "--model", "m", "--ratio", ".3", "--profile", "huge"), "use|huge"),
     Case(("push", "small", "small"), "give text, such as owner/name"),
-    Case(("push", "llava", "me/llava"), "is not a checkpoint of prune or recover"),
+    Case(("push", "llava", "me/llava"), "was not written by save_pruned"),
     Case(("push", "bad/edited", "me/x"), "truncated"),
     *(Case(make("notes"), "without parquet files|is a folder") for make in WITH_DATA.values()),
     *(Case(make("gone.json"), "There is no file gone.json") for make in WITH_DATA.values()),
     # converting
     Case(("convert", "gone", "out"), "is not a folder. Download"),
-    Case(("convert", "llava", "notes"), "give a new folder"),
+    Case(("convert", "llava", "notes"), "was not written by this"),
     Case(("convert", "llava", "out"), "the original layouts that can be read"),
     Case(("convert", "llava", "out", "--dtype", "int8"), "use one of float32, bfloat16, float16"),
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
@@ -559,6 +558,7 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     (folder / "notes").mkdir()
     (folder / "notes/thesis.txt").write_text("years of work")
     (folder / "notes.txt").write_text("years of work")
+    (folder / "null").symlink_to("/dev/null")
     make_data(folder)
     make_scores(folder)
     make_damaged(folder)
@@ -579,12 +579,11 @@ def entries(table: dict) -> list:
     return [(f"entry-{name}.json", says) for name, (_, says) in table.items()]
 
 
-LATER = [make for key, make in WITH_DATA.items() if key != "questions"]  # they use the pictures
 BUILT = [
     *CASES,
     *rotated(WITH_MODEL.values(), MODELS.items()),
     *rotated(WITH_DATA.values(), entries(ENTRIES)),
-    *rotated(LATER, entries(READ_LATER)),
+    *rotated(WITH_DATA.values(), entries(READ_LATER)),
     *rotated(WITH_DATA.values(), ((name, says) for name, (_, says) in FILES.items())),
 ]
 
@@ -656,9 +655,14 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.data.calibration_batches("mine.json", p, n=0), "number from 1"),
     (lambda m, p, mc, lm: mc.data.calibration_batches([{"image": b""}], p), "has neither"),
     (lambda m, p, mc, lm: mc.recovery.RecoveryConfig(warmup=5), "a number from 0 to 1"),
+    (lambda m, p, mc, lm: mc.recovery.RecoveryConfig(lora={"rank": 4}), "Unknown LoRA option"),
+    (lambda m, p, mc, lm: mc.recover(m, None, {"train": []}, SFT, p), "give one split"),
+    (lambda m, p, mc, lm: mc.recover(m, None, [3], SFT, p), "not an object"),
+    (lambda m, p, mc, lm: mc.evaluate(m, p, []), "benchmarks is 0"),
+    (lambda m, p, mc, lm: mc.load_model("llava", device_map="cuda:64"), "There is no cuda:64"),
     (lambda m, p, mc, lm: mc.recover(m, m, "mine.json", {}, p), "is its own teacher"),
     (lambda m, p, mc, lm: mc.recover(m, None, "gone.json", SFT, p), "There is no file gone.json"),
-    (lambda m, p, mc, lm: mc.load_model("llava", device_map={"": 0}), "name one device"),
+    (lambda m, p, mc, lm: mc.load_model("llava", device_map={"": 0}), "Unknown device"),
     (lambda m, p, mc, lm: mc.load_pruned("small", attention="eager"), "is not supported"),
     (lambda m, p, mc, lm: mc.prune(get_peft_model(lm("llama"), ADAPTERS), BATCHES), "merge_and"),
     (lambda m, p, mc, lm: mc.prune(lm("llama", vocab=9), BATCHES), "embeddings of 9"),

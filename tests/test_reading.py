@@ -85,6 +85,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory, content):
 @quick
 @given(st.lists(st.tuples(plain, plain), min_size=1, max_size=4), st.booleans(), plain)
 def test_all_forms_say_the_same(pairs, picture, system):
+    pairs[0] = pairs[0][0], f"a{pairs[0][1]}"  # an entry has some answer
     flat = [t for pair in pairs for t in pair]
     roles, llava = ("user", "assistant") * len(pairs), ("human", "gpt") * len(pairs)
     image = {"image": "0.png"} if picture else {}
@@ -159,6 +160,7 @@ def test_pictures_are_read_as_they_are_meant(tmp_path):
 
 
 pieces = st.text(st.sampled_from("aB1 :\n<|é"), max_size=6)
+templates = st.tuples(*[pieces] * 4, st.sampled_from(["", "<thought>"]))  # of the last turn
 sentences = ["the red circle is large", "A: yes", "Assistant: no. 12"] * 4
 
 
@@ -171,14 +173,16 @@ def byte_level():
 
 
 @quick
-@given(st.tuples(pieces, pieces, pieces, pieces), st.lists(st.tuples(plain, plain), min_size=1))
-@example(("", "\n", "Assistant: ", "</s>"), [("is it red?", "yes")])
+@given(templates, st.lists(st.tuples(plain, plain), min_size=1))
+@example(("", "\n", "Assistant: ", "</s>", ""), [("is it red?", "yes")])
+@example(("", "\n", "A: ", "</s>", "<thought>"), [("is it red?", "yes"), ("large?", "no")])
 def test_every_answer_is_supervised(byte_level, template, pairs):
-    before, behind, begin, end = map(json.dumps, template)
+    before, behind, begin, end, thought = map(json.dumps, template)
     byte_level.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}"
         f"{{{{ {before} + m.content + {behind} }}}}{{% else %}}"
-        f"{{{{ {begin} + m.content + {end} }}}}{{% endif %}}{{% endfor %}}"
+        f"{{{{ {begin} + ({thought} if loop.last else '') + m.content + {end} }}}}"
+        "{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {begin} }}}}{{% endif %}}"
     )
     pairs = [(question, answer.strip() or "no") for question, answer in pairs]

@@ -65,6 +65,8 @@ def read_manifest(folder: Path) -> dict:
     manifest = read_json(path)
     if manifest.get("checksum") != checksum(manifest):
         raise ValueError(f"{path} was edited or damaged: its checksum does not match.")
+    if manifest.get("format") != 1 or not isinstance(manifest.get("files"), dict):
+        raise ValueError(f"{path} is of another format: upgrade mllm_compress, or save again.")
     return manifest
 
 # %% ../../nbs/library/checkpoint/01_formats.ipynb #cell-014

@@ -104,11 +104,11 @@ def timed_units(model, processor):
 def cost(request: CostRequest) -> dict:
     "Count parameters, operations and bytes, and measure speed; --ratio needs the config alone."
     if request.ratio is not None or request.stream:
-        request.refuse(["latency", "units"], "with --ratio and --stream, which need no weights")
+        request.refuse(["latency", "units", "device", "overwrite"], "with --ratio and --stream")
         return _cost_without_weights(request)
     cli.check_output_file(request.units, request.overwrite, b'{\n "name": "latency"')
     cli.check_models(request.model)
-    model, processor = cli.load(request.model, cli.resolve_device(request.device))
+    model, processor = cli.load(request.model, mc.zoo.models.resolve_device(request.device))
     report = mc.cost.cost_report(model, processor, latency=request.latency)
     if request.units is not None:
         timed_units(model, processor).save(request.units)
@@ -134,7 +134,7 @@ def check(request: CheckRequest) -> dict:
     for name in request.only:
         check_choice("check", name, checks.CHECKS)
     cli.check_models(request.model)
-    model, processor = cli.load(request.model, cli.resolve_device(request.device))
+    model, processor = cli.load(request.model, mc.zoo.models.resolve_device(request.device))
     if processor is not None:
         request.template(processor, True)
     case = checks.Case(model, processor)

@@ -57,6 +57,8 @@ class MeasureRequest(cli.DataRequest):
         "Names of benchmarks, own questions among them, and whether perplexity is measured."
         benchmarks, file = mc.evaluation.benchmarks, Path(model) / "config.json"
         check_choice("scorer", self.scorer, benchmarks.OWN_SCORERS)
+        if self.answers:
+            mc.checkpoint.saving.check_writable(self.answers / "answers")
         config = mc.zoo.weight_files.read_json(file)
         is_text = bool(config) and "vision_config" not in config.get("config", config)
         if not self.benchmark and self.questions is None and is_text:
@@ -72,11 +74,13 @@ class MeasureRequest(cli.DataRequest):
             known = benchmarks.BENCHMARKS
             check_choice("benchmark", plain, known if plain in known else all_benchmarks())
         if self.questions is not None:
-            images = self.image_root or self.questions.parent
-            names.append(benchmarks.own_benchmark(self.questions, images, self.scorer).name)
+            own = dict(scorer=self.scorer, skip_missing=self.skip_missing)
+            names.append(benchmarks.own_benchmark(self.questions, self.image_root, **own).name)
+        else:
+            self.refuse(["scorer"], "without --questions")
         perplexity = "perplexity" in self.benchmark
         if not perplexity:
-            self.refuse(["data"], "without --benchmark perplexity")
+            self.refuse(["data", "max_length"], "without --benchmark perplexity")
         return names if names or perplexity else list(benchmarks.SMALL_SUITE), perplexity
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-008
@@ -91,7 +95,7 @@ def measured(
     names, perplexity = suite
     if perplexity:
         request.check_data()
-    loaded, processor = cli.load(model, cli.resolve_device(request.device))
+    loaded, processor = cli.load(model, mc.zoo.models.resolve_device(request.device))
     rows, judged, template = [], None, request.template(processor, bool(names))
     if names:
         other = f"-{content_hash(template)[:8]}" if template else ""
@@ -144,8 +148,8 @@ class EvaluateRequest(MeasureRequest):
 def evaluate(request: EvaluateRequest) -> dict:
     "Score a model on benchmarks, on your own questions, or by perplexity."
     model, dense, out = request.model, request.dense, request.out
-    cli.check_output_file(out, request.overwrite, b"benchmark,")
-    device = cli.resolve_device(request.device)
+    cli.check_output_file(out, request.overwrite, b"benchmark,metric,")
+    device = mc.zoo.models.resolve_device(request.device)
     cli.check_models(model, *([dense] if dense else []))
     if request.record and not mc.checkpoint.is_checkpoint(model):
         raise ValueError(
@@ -340,7 +344,7 @@ def compare(request: CompareRequest) -> dict:
         files = ("costs.csv", "scores.csv", "grounding.csv", "answers.csv", "comparison.png")
         inputs = {"dense model": dense, "small model": small}
         cli.check_output_folder(out, request.overwrite, files, inputs)
-    device = cli.resolve_device(request.device)
+    device = mc.zoo.models.resolve_device(request.device)
     cli.check_models(dense, small)
     suite = request.suite(dense)
     asked = suite, request.answers, request.pictures

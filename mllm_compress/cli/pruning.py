@@ -78,6 +78,12 @@ class CalibratedRequest(cli.DataRequest):
         record |= {"chat_template": template} if template else {}
         return [{k: v.to(device) for k, v in b.items()} for b in batches], record
 
+    def refuse_data(self, method: str) -> None:
+        "ValueError for options of the data, with a method that reads none."
+        idle = {*cli.DataRequest.model_fields, "samples"} - {"device", "overwrite"}
+        idle |= set() if method == "random" else {"seed"}
+        self.refuse(sorted(idle), "where no calibration data are read")
+
 
 def needs_no_data(pruning: str | None, method: str) -> bool:
     "Whether a criterion reads the weights alone."
@@ -120,7 +126,9 @@ def score(request: ScoreRequest) -> dict:
     cli.check_models(request.model)
     if with_data := not needs_no_data(kind, method):
         request.check_data()
-    device = cli.resolve_device(request.device)
+    else:
+        request.refuse_data(method)
+    device = mc.zoo.models.resolve_device(request.device)
     backward = "recompute" in mc.importance.criteria.criterion(kind, method).options
     needs = "taylor" if backward else "block_influence"  # alike in memory
     stream = cli.choose_stream(request.model, device, request.stream, needs)
@@ -229,7 +237,7 @@ class PruneRequest(CalibratedRequest):
             given = {name: getattr(self, name) for name in names}
             pruning = self.pruning or None
             return mc.pruning.one_step.choose_recipe(self.recipe, pruning=pruning, **given)
-        idle = ["recipe", "method"] + ["allocation"] * (self.stored != "--scores")
+        idle = ["recipe", "method"] + ["allocation", "layer_share"] * (self.stored != "--scores")
         self.refuse(idle, f"where {self.stored} says what is removed")
         usual = "global" if self.budget or self.search else "layer"
         how = (self.allocation or usual, self.shape, bool(self.reconstruct))
@@ -279,6 +287,10 @@ class PruneRequest(CalibratedRequest):
             self._check_budget("--search" if self.search else "--budget")
         if self.layer_share is not None and not self.stored:
             mc.importance.criteria.criterion("layerwise", self.layer_method)
+        if self.layer_share is None or self.stored:
+            self.refuse(["layer_method"], "without --layer-share and new scores")
+        if not self.needs_data:
+            self.refuse_data(recipe.method)
         return self
 
     def _check_budget(self, option: str) -> None:
@@ -349,7 +361,7 @@ def prune(request: PruneRequest) -> dict:
         request.check_data()
     if not (stored or request.recipe or request.method):
         cli.note(f"the recipe is {recipe}; --recipe or --method chooses otherwise.")
-    device = cli.resolve_device(request.device)
+    device = mc.zoo.models.resolve_device(request.device)
     timed = "latency" in (request.budget or ()) and not request.costs
     in_memory = timed or request.search
     if in_memory and request.stream:

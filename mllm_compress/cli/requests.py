@@ -34,10 +34,7 @@ from ..utils.methods import TYPES, Count, described, in_words, kinds_of, naming_
 OUTPUT = {"quiet": False, "verbose": False, "json": False, "begun": time.monotonic()}
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bars.")]
 Verbose = Annotated[
-    bool,
-    typer.Option(
-        "--verbose", "-v", help="Also print what is loaded, times, memory and tracebacks."
-    ),
+    bool, typer.Option("--verbose", "-v", help="Print what is loaded, times, memory, tracebacks.")
 ]
 app = typer.Typer(
     help="Structural pruning and recovery for multimodal language models.",
@@ -309,7 +306,7 @@ class ChatRequest(Request):
 class DataRequest(ChatRequest):
     "The options of a command that takes data."
 
-    data: str = "small"
+    data: str = Field("small", pattern="[^:]$", examples=["mine.json"])
     """A file in LLaVA's or a chat API's JSON, JSON lines, or plain text; or 'small': generated
     scenes and easy-VQA; or 'self:FILE': the dense model answers its questions, or continues its
     texts; or 'self': it writes texts without a prompt."""
@@ -405,25 +402,6 @@ def is_multimodal(processor) -> bool:
     return hasattr(processor, "image_processor")
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-024
-def resolve_device(
-    device: str,  # as given: auto, cpu, cuda, cuda:1, mps
-) -> str:  # auto becomes cuda or cpu; ValueError for a device that is not here
-    "The device that a command runs on."
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.device_count() else "cpu"
-    if not (named := re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", device)):
-        raise ValueError(f"Unknown device {device!r}: use auto, cpu, cuda, cuda:1 and so on, mps.")
-    count = getattr(torch, named[1]).device_count()
-    if int(named[2] or 0) >= count:
-        raise ValueError(
-            f"There is no {device} here: torch finds {count or 'no'} {named[1]} device"
-            f"{'s' * (count != 1)}. Use --device cpu, or see nvidia-smi."
-        )
-    return device
-
-
 def check_models(*models: str) -> None:
     "An error where a model is missing or damaged, before any of them is loaded."
     from transformers.utils import logging
@@ -496,7 +474,7 @@ def check_output_file(
         raise FileNotFoundError(f"There is no folder {path.parent} for {path.name}: make it first.")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write.")
-    ours = path.exists() and begins.startswith(path.open("rb").read(len(begins)))
+    ours = path.is_file() and path.open("rb").read(len(begins)) in (b"", begins)
     mc.checkpoint.saving.check_output(path, "this command", ours, overwrite)
     mc.checkpoint.saving.check_writable(path)
 

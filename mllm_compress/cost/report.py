@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..anatomy.families import lm_parameters, part_parameters
 from . import arithmetic, timing
 from .memory import FORMS, peak_memory, pruned_on_meta
+from ..data.batches import Renderer
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-011
 SCALES = {  # unit -> (name, size), the largest that fits is printed
@@ -70,12 +71,9 @@ class CostReport:
 def prompt_tokens(processor, question: str = "What is shown in the picture?") -> int:
     "Text tokens of a short question in the processor's chat template."
     tokenizer = getattr(processor, "tokenizer", processor)
-    if not getattr(processor, "chat_template", None):
-        return len(tokenizer(question)["input_ids"])
-    content = question if tokenizer is processor else [{"type": "text", "text": question}]
-    turn = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-    return len(tokenizer(text)["input_ids"])
+    if getattr(processor, "chat_template", None):
+        question = Renderer(processor).text([(question, "")], 0, prompt_only=True)
+    return len(tokenizer(question)["input_ids"])
 
 # %% ../../nbs/library/cost/05_report.ipynb #cell-023
 @torch.no_grad()

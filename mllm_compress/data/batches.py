@@ -177,11 +177,6 @@ class Renderer:
 
     def text(self, pairs, front: int, prompt_only=False) -> str:
         "The rendered conversation with pictures before it, or its part before the last answer."
-        if not getattr(self.processor, "chat_template", None):
-            raise ValueError(
-                "The processor has no chat_template: give the file of one that renders the model's "
-                'conversation format (--chat-template), or use plain text ({"text": …}).'
-            )
         amid, messages = self.multimodal and pictures_amid(pairs), []
         token = self.amid_token if amid else None
         for k, (question, answer) in enumerate(pairs):
@@ -192,7 +187,13 @@ class Renderer:
             messages.append({"role": "assistant", "content": answer})
         messages = messages[:-1] if prompt_only else messages
         options = {"tokenize": False, "add_generation_prompt": prompt_only}
-        return self.processor.apply_chat_template(messages, **options)
+        try:
+            return self.processor.apply_chat_template(messages, **options)
+        except Exception as error:  # jinja2 raises errors of many kinds
+            raise ValueError(
+                f"The processor's chat_template cannot render a conversation ({error}): give the "
+                'file of another (--chat-template), or use plain text ({"text": …}).'
+            ) from None
 
     def encode(self, pairs: tuple, images: tuple) -> tuple:
         "Token ids of a conversation, and for each whether it belongs to an answer."
@@ -207,17 +208,23 @@ class Renderer:
 
     def _encode_chat(self, pairs: tuple, images: tuple) -> tuple:
         front, token = 0 if pictures_amid(pairs) else len(images), self.image_token
-        spans = []  # of answers: first character, character after the last
-        for k in range(1, len(pairs) + 1):
-            rendered = self.text(pairs[:k], front)
+        rendered, spans, end = self.text(pairs, front), [], 0
+        text = expand(rendered, token, images)
+        for k, (question, answer) in enumerate(pairs, 1):
             prompt = expand(self.text(pairs[:k], front, True), token, images)
-            text = expand(rendered, token, images)
-            if not text.startswith(prompt):
+            part = expand(self.text(pairs[:k], front), token, images) if k < len(pairs) else text
+            if not part.startswith(prompt):
                 raise ValueError(
                     "The chat template renders an answered conversation differently from its "
                     "prompt, so answers cannot be located. Use a template that only appends."
                 )
-            spans.append((len(prompt), len(text)))
+            after = max(end, text.find(question, end) + len(question))
+            begin, end = len(prompt), len(part)
+            if not text.startswith(part):  # a template may leave thoughts out of earlier turns
+                reply = part[max(begin, part.rfind(answer)) :]
+                begin = text.find(reply, after)
+                end = begin + len(reply)
+            spans.append((begin, end))  # of an answer: first character, character after the last
         if images and (placeholders := rendered.count(token)) != len(images):
             raise ValueError(
                 f"The chat template renders {placeholders} placeholders {token!r} for "
@@ -227,17 +234,18 @@ class Renderer:
         out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not begun)
         places = out["offset_mapping"]  # of tokens: first character, character after the last
         overlap = lambda a, b: [start < end and start < b and a < end for start, end in places]
-        supervised = [overlap(*span) for span in spans]
-        for (begin, end), (_, answer) in zip(spans, pairs):
-            rendered = lambda words: text.find(words, begin, end) >= 0
-            words = next(filter(rendered, (answer, *answer.split())), "")  # it may be laid out anew
+        for (begin, end), (_, answer) in zip(spans, pairs):  # whose words may be laid out anew
+            words = next(
+                (w for w in (answer, *answer.split()) if text.find(w, begin, end) >= 0), ""
+            )
             at = text.find(words, begin, end)
             if answer and not (words and any(overlap(at, at + len(words)))):
                 raise ValueError(
                     f"No token belongs to the answer {answer!r:.40}: give a chat template that "
                     "renders answers (--chat-template), and a tokenizer that keeps their text."
                 )
-        return tuple(out["input_ids"]), tuple(map(any, zip(*supervised)))
+        supervised = zip(*(overlap(*span) for span in spans))
+        return tuple(out["input_ids"]), tuple(map(any, supervised))
 
 # %% ../../nbs/library/data/03_batches.ipynb #packing-cell-005
 def packed_mask(

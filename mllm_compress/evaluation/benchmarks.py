@@ -297,9 +297,10 @@ def own_questions(
     split: str = "test",  # there is one set only
     limit: int | None = None,
     root=None,  # of the public sets; not needed
+    skip_missing: bool = False,  # leave out questions whose image does not exist
 ) -> list:  # of Question
     "The questions of a file; an error for an entry that cannot be asked or judged."
-    data, questions = load_json(path, images), []
+    data, questions = load_json(path, images, skip_missing), []
     for number, entry in enumerate(data.samples):
         name, options = f"Entry {entry.get('id')!r}", entry.get("options") or ()
         if "conversations" not in entry:
@@ -309,6 +310,7 @@ def own_questions(
         if scorer == "letter" and (not isinstance(options, list) or len(options) < 2):
             raise ValueError(f"{name} has no 'options': the scorer letter needs a list of texts.")
         allowed = {"letter": LETTERS[: len(options)], "yes_no": ("yes", "no")}.get(scorer)
+        data.pictures(number)  # an error that names the entry, before anything is answered
         files = [s.read_bytes() if isinstance(s, Path) else s for s in data.stored(number)]
         pictures = tuple(StoredImage(file, square=False, among=len(files)) for file in files)
         pairs, seen = turns(entry), 0
@@ -335,15 +337,18 @@ def own_benchmark(
     image_root=None,  # folder of the images; None: the folder of the file
     scorer: str = "exact",  # one of OWN_SCORERS
     max_new_tokens: int = 32,
+    skip_missing: bool = False,  # leave out questions whose image does not exist
 ) -> Benchmark:  # also in the table, under its name
     "Add a file of questions to the benchmarks."
     check_choice("scorer", scorer, OWN_SCORERS)
     path = Path(path)
-    load = partial(own_questions, path, Path(image_root) if image_root else path.parent, scorer)
+    root = Path(image_root) if image_root else path.parent
+    load = partial(own_questions, path, root, scorer, skip_missing=skip_missing)
     help = f"{len(load())} questions of {path.name}."
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     digest = "".join(map(file_sha256, files))
-    name = f"own/{path.stem}-{content_hash([digest, scorer])[:6]}"
+    asked = [digest, scorer] + [len(load())] * skip_missing
+    name = f"own/{path.stem}-{content_hash(asked)[:6]}"
     row = Benchmark(name, scorer, load, max_new_tokens, help=help, source=digest)
     register_benchmarks([row])
     return row

@@ -126,6 +126,7 @@ def evaluate(
 ) -> pd.DataFrame:  # one row per benchmark
     "Score a model on benchmarks."
     names = [benchmarks] if isinstance(benchmarks, str) else benchmarks
+    check_counts(batch_size=batch_size, save_every=save_every, benchmarks=len(names))
     most = limit if isinstance(limit, dict) else dict.fromkeys(names, limit)
     for name, count in most.items():
         check_choice("benchmark in limit", name, names)

@@ -142,7 +142,7 @@ def load_scores(
         )
     try:
         content = json.loads(record.read_text())
-        about = {k: content[k] for k in ("kind", "meta")}
+        about = {"kind": content["kind"], "meta": dict(content["meta"])}
         layerwise = content["type"] == "LayerScores"
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record} describes no scores ({error!r}); score again.") from None

@@ -222,6 +222,8 @@ def plan_by_recipe(
         if layer_method:
             scores.insert(0, measure("layerwise", layer_method, model, batches, seed))
     layers, widths = scores_by_kind(scores)
+    if layer_share is not None and (budget is not None or None in (layers, widths)):
+        raise ValueError("layer_share needs a ratio, and scores of layers and of their units.")
     if widths is None and (protect or recipe.shape or round_to != 1):
         raise ValueError(
             "protect, shape and round_to have no effect where whole layers are removed: leave "

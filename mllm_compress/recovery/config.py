@@ -8,10 +8,12 @@ __all__ = ['Rate', 'Turns', 'LEARNING_RATES', 'PAPER', 'RecoveryConfig', 'config
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-003
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ..utils import methods
 from ..utils.methods import Count, Seed, check_choice, check_fields, described
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-007
@@ -57,6 +59,12 @@ class RecoveryConfig:
         check_choice("train", self.train, TRAINS)
         if self.lr == "search" and not self.held_out:
             raise ValueError("lr='search' compares rates on held-out data: give held_out=0.1.")
+        if self.lora:
+            from peft import LoraConfig
+
+            for name in self.lora:
+                check_choice("LoRA option", name, signature(LoraConfig).parameters)
+            methods.check_counts(**{f"lora: {n}": self.lora.get(n) for n in ("r", "lora_alpha")})
         if self.train == "projector" and self.lora:
             raise ValueError("lora adapts the LM decoder: use train='projector+lm', or lora=None.")
         object.__setattr__(self, "losses", check_losses(self.losses))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATED', 'ASSEMBLED', 'MODELS', 'quiet_loading', 'load_processor', 'cast', 'check_finite', 'native_folder',
-           'check_model', 'from_hub', 'packaged_identity', 'load_tokenizer', 'load_model']
+           'check_model', 'from_hub', 'packaged_identity', 'load_tokenizer', 'resolve_device', 'load_model']
 
 # %% ../../nbs/library/zoo/01_models.ipynb #cell-004
 import difflib
@@ -142,7 +142,7 @@ def load_processor(folder: Path):
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-028
 def layout_of(folder: Path) -> str:
     "How a checkpoint is loaded: a model_type of LOADERS, original or native."
-    kind = weight_files.read_json(folder / "config.json").get("model_type")
+    kind = str(weight_files.read_json(folder / "config.json").get("model_type"))
     if kind in LOADERS:
         return kind
     return "original" if is_original_layout(folder) else "native"
@@ -286,6 +286,25 @@ def load_tokenizer(
     return getattr(processor, "tokenizer", processor)
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-051
+def resolve_device(
+    device,  # auto, cpu, cuda, cuda:1, mps …, or a torch.device
+) -> str:  # auto becomes cuda or cpu; ValueError for a device that is not here
+    "The device that a model is put on."
+    if (device := str(device)) == "auto":
+        return "cuda" if torch.cuda.device_count() else "cpu"
+    named = re.fullmatch(r"(\w+)(?::(\d+))?", device)
+    backend = getattr(torch, named[1], None) if named else None
+    if not hasattr(backend, "device_count"):
+        raise ValueError(f"Unknown device {device!r}: use auto, cpu, cuda, cuda:1 and so on, mps.")
+    count = backend.device_count()
+    if int(named[2] or 0) >= count:
+        raise ValueError(
+            f"There is no {device} here: torch finds {count or 'no'} {named[1]} device"
+            f"{'s' * (count != 1)}. Use cpu (--device cpu), or see nvidia-smi."
+        )
+    return device
+
+
 def load_model(
     name: str | Path,  # a name of MODELS, a folder, or a hub id
     device: str = "cpu",  # where to put it; auto: a GPU if there is one
@@ -298,13 +317,7 @@ def load_model(
 ) -> tuple:  # (model in evaluation mode, processor or tokenizer)
     "Load a model and its processor; ValueError for an unknown name or pickled weights."
     name, dtype = str(name), torch_dtype if dtype is None else dtype
-    device = device if device_map is None else device_map
-    if str(device) == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"{device!r}: name one device, such as 'cuda:0', or 'auto'.") from None
+    device = resolve_device(device if device_map is None else device_map)
     if isinstance(dtype, str):
         given, dtype = dtype, getattr(torch, dtype.removeprefix("torch."), None)
         known = isinstance(dtype, torch.dtype) and dtype.is_floating_point

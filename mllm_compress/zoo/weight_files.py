@@ -61,6 +61,8 @@ def listed(faults: dict) -> str:
 # %% ../../nbs/library/zoo/04_weight_files.ipynb #cell-007
 def read_header(path: Path) -> dict:  # name -> (dtype, shape), in the order of the file
     "The tensors of a safetensors file; ValueError where the file is damaged or cut short."
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file, or a link to none: {AGAIN}.")
     try:
         with safe_open(path, "pt", backend="pread") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -125,8 +127,11 @@ def check_files(folder: Path, name: str = "", twin: str = "") -> None:
         refuse_pickle(folder, name, twin=twin)
     config = folder / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: give the folder of a checkpoint.")
-    read_json(config)
+        adapter = (folder / "adapter_config.json").is_file()
+        cure = "merge the adapter into its model" if adapter else "give the folder of a checkpoint"
+        raise FileNotFoundError(f"{folder} has no config.json: {cure}.")
+    for path in (config, folder / "generation_config.json"):
+        read_json(path)
     for path in shards(folder):
         read_header(path)
 
