@@ -95,7 +95,6 @@ MODELS = {
     "bad/no-type": "check its config.json",
     "bad/list-type": "check its config.json",
     "bad/generation": "generation_config.json is damaged",
-    "bad/link": "or a link to none",
     "bad/adapter": "merge the adapter into its model",
     "bad/token": "copy both from the same checkpoint",
     "bad/default": "Copy config.json again",
@@ -161,8 +160,6 @@ def make_damaged(folder: Path) -> None:
     shutil.copytree(dense, bad / "pickles")
     (bad / "pickles/model.safetensors").rename(bad / "pickles/pytorch_model.bin")
     (bad / "adapter/config.json").unlink()
-    shutil.copytree(bad / "pickles", bad / "link")
-    (bad / "link/model.safetensors").symlink_to("gone")
     (bad / "empty").mkdir()
     shutil.copytree(dense, bad / "weightless")
     (bad / "weightless/model.safetensors").unlink()
@@ -309,11 +306,9 @@ CASES = [
             (RECOVER, "--held-out 0 --patience 3", "without held-out data"),
             (PRUNE, "--layers 1 --shape uniform", "where whole layers"),
             (PRUNE, "--layers 1 --samples 4", "where no calibration data"),
-            (PRUNE, "--layers 1 --layer-share .5", "where --layers says"),
             (PRUNE, "--ratio .3 --method magnitude --data mine.json", "where no calibration"),
             (EVALUATE, "--data mine.json", "without --benchmark perplexity"),
             (EVALUATE[:2], "--benchmark scenes/open --scorer anls", "without --questions"),
-            (("cost", "llava"), "--ratio .3 --device cpu", "with --ratio"),
         )
     ),
     *(Case((*RECOVER, "--fraction", f), "a number above 0 to 1") for f in ("0", "-1", "2", "nan")),
@@ -656,7 +651,6 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.data.calibration_batches([{"image": b""}], p), "has neither"),
     (lambda m, p, mc, lm: mc.recovery.RecoveryConfig(warmup=5), "a number from 0 to 1"),
     (lambda m, p, mc, lm: mc.recovery.RecoveryConfig(lora={"rank": 4}), "Unknown LoRA option"),
-    (lambda m, p, mc, lm: mc.recover(m, None, {"train": []}, SFT, p), "give one split"),
     (lambda m, p, mc, lm: mc.recover(m, None, [3], SFT, p), "not an object"),
     (lambda m, p, mc, lm: mc.evaluate(m, p, []), "benchmarks is 0"),
     (lambda m, p, mc, lm: mc.load_model("llava", device_map="cuda:64"), "There is no cuda:64"),

@@ -38,11 +38,9 @@ def convert(request: ConvertRequest) -> dict:
             f"{source} is not a folder. Download the release first, as safetensors, and give its "
             "folder."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and is not an empty folder; give a new folder.")
     import torch
 
-    mc.checkpoint.saving.check_not_read(out.resolve(), {"release": source})
+    mc.checkpoint.saving.check_output(out, "this command", False, False, {"release": source})
     mc.checkpoint.saving.check_writable(out)
     dtype = getattr(torch, request.dtype) if request.dtype else None
     original = mc.zoo.releases.open_original(source, request.tower, dtype)
@@ -129,9 +127,5 @@ class PushRequest(cli.Request):
 @cli.command(PushRequest)
 def push(request: PushRequest) -> dict:
     "Verify a checkpoint and publish it on the hub, without other files in its folder."
-    if not mc.checkpoint.is_checkpoint(request.folder):
-        raise ValueError(
-            f"{request.folder} is not a checkpoint of prune or recover: give its folder."
-        )
     where = mc.checkpoint.push_to_hub(request.folder, request.repo, request.private)
     return cli.emit(f"published at {where}", {"repo": request.repo, "commit": where})
