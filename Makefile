@@ -5,6 +5,7 @@
 # make test    the tests of every change, ten minutes on two cores
 # make test-all  all tests, before an issue is closed
 # make lab     the notebooks in JupyterLab
+# make play    nbs/start/play.ipynb as a page in the browser, with Voilà, which it installs once
 # make docs    one site of everything: the study, the notebooks, the guides, the public names: _docs/index.html
 # make readme  README.md from nbs/index.ipynb
 # make lowest  all tests at the oldest versions that settings.ini promises (PYTHON=python3.10 for the oldest Python too)
@@ -26,7 +27,7 @@ READY := $(VENV)/.ready
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: study test test-all lowest lab docs readme bench clean setup gpu-check
+.PHONY: study test test-all lowest lab play docs readme bench clean setup gpu-check
 .DEFAULT_GOAL := study
 
 setup: $(READY)
@@ -78,6 +79,13 @@ lowest:
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
+
+$(VENV)/.play: $(READY)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt -e '.[dev,play]'
+	@touch $@
+
+play: $(VENV)/.play
+	@$(BIN)/voila --Voila.root_dir=. --VoilaConfiguration.file_allowlist='.*\.svg' nbs/start/play.ipynb
 
 # Sphinx reads a copy, so that everything it needs is below one folder and it writes nothing into nbs/.
 docs: $(READY)

@@ -45,6 +45,7 @@ setup(
         "internvl": vision,  # its former name
         "gguf": gguf,
         "eyes": eyes,
+        "play": study + cfg["play_requirements"].split(),
         "quantize": cfg["quantize_requirements"].split(),
         "trl": cfg["trl_requirements"].split(),
         "lmms-eval": cfg["lmms_eval_requirements"].split(),

@@ -47,6 +47,13 @@ def test_a_start_notebook_shows_its_results(path):
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
 
 
+def test_quickstart_shows_the_result_first():
+    path = next(p for p in START if p.stem == "quickstart")
+    first = next(c for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+    assert len(first.source.splitlines()) < 5
+    assert "% of its score" in str(first.outputs) and "retained score" in str(first.outputs)
+
+
 def test_the_commands_of_the_compression_guide_exist():
     path = next(p for p in START if p.stem == "compress_your_own")
     text = path.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from hypothesis import strategies as hypothesis
 from nbformat.v4 import new_code_cell, new_notebook
 
 from mllm_compress.study import style
-from mllm_compress.study.claims import CLAIMS, grid_points, places, recommended
+from mllm_compress.study.claims import CLAIMS, check_fewer, places, recommended
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import curves
 from mllm_compress.study.notebooks import output_folder, overridden
@@ -368,8 +368,8 @@ def test_only_shared_seeds_are_paired():
 
 def test_grids_that_cannot_be_are_named():
     with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"):
-        grid_points(["sft"], [0.3], [0], {"dpo": {}})
+        check_fewer({"dpo": {}}, ["sft"])
     own = {"sft": {"models": ["m"]}}
-    assert grid_points(["sft"], [0.3], [0], own, also=("models",)) == [("sft", 0.3, 0)]
+    assert check_fewer(own, ["sft"], also=("models",)) == own
     with pytest.raises(ValueError, match="sft must hold ratios or seeds"):
-        grid_points(["sft"], [0.3], [0], own)
+        check_fewer(own, ["sft"])

@@ -10,6 +10,8 @@ import textwrap
 
 import pandas as pd
 
+from ..evaluation.benchmarks import load_questions, open_image
+from .stages import asked_of
 from .style import page, panels
 from ..utils.methods import GREEN, RED
 
@@ -29,13 +31,15 @@ def choose(
             why[new] = f"first lost at {r:.0%}"
     return why
 
-# %% ../../nbs/library/study/35_answers.ipynb #cell-010
-def text_of(answer: str, right: bool, width: int = 30) -> str:
-    "An answer as it is shown."
-    text = "–"
-    if isinstance(answer, str):
-        text = textwrap.shorten(answer, width, placeholder="…") or "(nothing)"
-    return text if right else f"{text} ×"
+# %% ../../nbs/library/study/35_answers.ipynb #pictures-of
+def pictures_of(
+    places: list,  # of (benchmark, id)
+    evaluation,  # of a profile
+) -> list:  # of PIL images; None where a question has none
+    "The pictures of questions."
+    asked = {name: load_questions(*asked_of(name, evaluation)) for name in dict(places)}
+    images = {(name, q.id): q.images for name, its in asked.items() for q in its}
+    return [open_image(images[at][0]) if images[at] else None for at in places]
 
 # %% ../../nbs/library/study/35_answers.ipynb #cell-020
 def draw_answers(
@@ -62,5 +66,6 @@ def draw_answers(
                 color, sign = (GREEN, "✓") if right[name][k] else (RED, "×")
                 y = -below - 0.11 * i
                 ax.text(0, y, name, color="#333333", **text)
-                ax.text(0.6, y, f"{sign} {answers[name][k]}", color=color, **text)
+                said = textwrap.shorten(str(answers[name][k]), 13, placeholder="…") or "(nothing)"
+                ax.text(0.6, y, f"{sign} {said}", color=color, **text)
     return fig

@@ -8,7 +8,6 @@ __all__ = ['CLAIMS', 'Claim']
 # %% ../../nbs/library/study/23_claims.ipynb #cell-003
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import pandas as pd
 
@@ -33,22 +32,18 @@ def other(ratio: float) -> str:
     return {"layerwise": "widthwise", "widthwise": "layerwise"}[recommended(ratio)]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
-def grid_points(
-    kinds: list,  # what is compared: losses, or fractions
-    ratios: list,
-    seeds: list,
+def check_fewer(
     fewer: dict,  # kind -> {"ratios": [...], "seeds": [...]}, where it runs on fewer
+    kinds: list,  # what is compared: losses, or fractions
     also: tuple = (),  # further keys, which the caller uses
-) -> list:  # of (kind, ratio, seed)
-    "The points of the full grid that are run."
+) -> dict:  # the same
+    "The kinds that run at a part of the grid, if they are compared and the part can be read."
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, limits in fewer.items():
         if not isinstance(limits, dict) or set(limits) - {"ratios", "seeds", *also}:
             raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {limits!r}.")
-    grids = {k: {"ratios": ratios, "seeds": seeds} | fewer.get(k, {}) for k in kinds}
-    full = product(kinds, ratios, seeds)
-    return [(k, r, s) for k, r, s in full if r in grids[k]["ratios"] and s in grids[k]["seeds"]]
+    return fewer
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-018
 def places(
@@ -210,6 +205,8 @@ SMALL = 0.2  # claim 2: ratios below are small
 LITTLE = 0.05  # claim 4: fraction of the data
 PROMISED = 95  # claim 4: AVG-%
 BEST = "sft+hidden_kd"  # claim 3
+OURS = {"pruning": "widthwise", "importance": "gauss_newton", "allocation": "global"}
+OURS |= {"reconstruct": "stream"}  # fields of Experiment: the recipe that is compared with these
 
 UNTRAINED = {"pruning": recommended, "recovery": "none"}
 PROJECTOR = {"pruning": recommended, "train": "projector"}

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from .statistics import COLORS, UNDECIDED, WORDS
+from .statistics import COLORS, UNDECIDED, WORDS, of_original
 from .style import LOOKS, label_ends, line, look, page, panels
 from ..utils.methods import GREY, Look
 
@@ -205,12 +205,11 @@ def dots(
 
 
 def dumbbells(
-    rows: pd.DataFrame,  # columns panel, label, and a column of values for each end
-    ends: tuple = ("printed", "ours"),  # columns, which are keys of LOOKS; the last on top
+    rows: pd.DataFrame,  # columns panel, label, and one per end: keys of LOOKS, the last on top
     guessed: dict = {},  # panel -> the value of the question-only baseline
 ):  # a figure
     "Values that belong together, joined by a line: a row for each label, a panel for each group."
-    values = rows.reindex(columns=["panel", "label", *ends]).melt(["panel", "label"], None, "look")
+    values = rows.melt(["panel", "label"], None, "look")
     return dots(values, panel=["panel"], joined=True, guessed=guessed, sharey=False)[0]
 
 # %% ../../nbs/library/study/25_figures.ipynb #cell-032
@@ -284,6 +283,18 @@ def heatmaps(
         if label and grids:
             fig.colorbar(axes[0].collections[0], ax=axes, label=label, shrink=0.8, pad=0.02)
     return fig, axes
+
+# %% ../../nbs/library/study/25_figures.ipynb #gaps
+def gaps(scores: pd.DataFrame):  # columns model, benchmark, pruning, ratio and score; a figure
+    "Widthwise minus layerwise in per cent of the original's score, by benchmark and ratio."
+    keys = ["model", "benchmark"]
+    shares = scores.assign(share=of_original(scores, ["score"], keys).score)
+    share = shares.pivot_table("share", [*keys, "ratio"], "pruning", sort=False)
+    gap = (share.widthwise - share.layerwise).dropna().rename("gap").reset_index()
+    by_model, at = gap.groupby("model", sort=False), dict(index="benchmark", columns="ratio")
+    grids = {m: its.pivot_table("gap", **at, sort=False) for m, its in by_model}
+    shape = dict(height=0.24 * gap.benchmark.nunique() + 1, columns=3)
+    return heatmaps(grids, cmap="RdBu", differences=True, **shape)[0]
 
 # %% ../../nbs/library/study/25_figures.ipynb #pareto
 def pareto(

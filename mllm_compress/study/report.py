@@ -12,7 +12,9 @@ import lzma
 import os
 import re
 from dataclasses import asdict, replace
+from functools import cached_property
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,16 +22,16 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display, update_display
 
-from . import notebooks, runs, store
-from .claims import MARGIN, POINTS, Claim, claimed
+from . import claims, notebooks, runs, store
+from .claims import MARGIN, POINTS, Claim
 from .experiments import FIRST, Experiment
-from .figures import Figure, forest
+from .figures import Figure, dumbbells, forest
 from .profiles import Profile, load_profile
 from .stages import name_of, stage_keys
 from .statistics import Verdict, basis_of, in_nats
 from .store import results_of
 from .style import few_colours, page
-from .tables import Table, explained, guessing, to_latex
+from .tables import Table, explained, guessing, score_table, to_latex
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
 
@@ -50,13 +52,36 @@ class Report:
         notebooks.check_injected()
         changed = notebooks.overridden(notebook, values)
         self.notebook, self.setup = notebook, load_profile(profile)
-        self.profile, self.guessed, self.verdicts = self.setup.name, None, {}
+        self.profile, self.verdicts = self.setup.name, {}
         self.folder = notebooks.output_folder(notebook, profile, changed)
         self.parameters = notebooks.resolved(notebook, self.setup, values) if values else None
         self.basis = ""
         if changed:
             given, where = ", ".join(f"{k}={v!r}" for k, v in changed.items()), self.folder
             print(f"Run with {given}: files are written to {os.path.relpath(where, checkout())}.")
+
+    @cached_property
+    def guessed(self) -> dict:  # model -> AVG-% of the question-only baseline
+        "As `tables.guessing`."
+        return guessing(self.setup)
+
+    def experiments(self, fewer: dict = {}, **fields) -> list:  # of Experiment
+        "Every combination of the listed values, at the notebook's models, ratios and seeds."
+        named = vars(self.parameters)
+        grid = {"model": self.setup.models, "pruning": "none", "ratio": named.get("ratios")}
+        grid |= {"seed": named.get("seeds")} | fields
+        lists = [v if isinstance(v, list | tuple) else [v] for v in grid.values()]
+        ways = [dict(zip(grid, values)) for values in product(*lists)]
+        for name, some in fewer.items():  # "ratios": the only values of "ratio"
+            ways = [way for way in ways if way.get(name[:-1], some[0]) in some]
+        at = [{k: v(way["ratio"]) if callable(v) else v for k, v in way.items()} for way in ways]
+        return [Experiment(**values) for values in at]  # a function depends on the ratio
+
+    def labelled(self, frame: pd.DataFrame, labels: dict) -> pd.DataFrame:  # Experiment -> label
+        "The rows of these experiments and of the originals, with the label as `importance`."
+        names = frame.result.map({name_of(e, self.setup): label for e, label in labels.items()})
+        unnamed = names.isna() & (frame.pruning == "none") & bool(labels)
+        return frame.assign(importance=names.mask(unnamed, "original")).dropna(subset="importance")
 
     def run(self, experiments: list) -> pd.DataFrame:  # as `study.run`
         "The results of experiments, which captions and verdicts then rest on."
@@ -99,6 +124,14 @@ class Report:
             shown += f" All columns are in {self.path(name, 'csv').name}."
         return replace(table, frame=frame.iloc[:, : columns or None], caption=shown)
 
+    def scores(
+        self, rows: pd.DataFrame, caption: str, *columns, by=("model", "requested"), **how
+    ):  # rows: of `statistics.summary`; columns: of `score_table`; how: as in `table`
+        "Write the table of retained scores; the best of each group in bold."
+        table = score_table(rows, self.setup, *columns, guessed=self.guessed)
+        how = {"name": "scores", "best": {"AVG-%": [*by]}, "once": tuple(by)} | how
+        return self.table(table, caption=caption, **how)
+
     def figure(self, fig, name: str, caption: str, basis="") -> Figure:
         "Write a figure as PDF and PNG, and its caption, and close it."
         plt.close(fig)  # so that no notebook shows it twice
@@ -125,9 +158,8 @@ class Report:
     ) -> Verdict:
         "Write a verdict as data; the arguments are those of Verdict, for points with a margin."
         near = any(e.better < 100 for e in effects.values())
-        if near and self.guessed is None:
-            self.guessed = guessing(self.setup)
-        usual = {"margin": MARGIN if unit == POINTS else None, "guessed": self.guessed or {}}
+        usual = {"margin": MARGIN if unit == POINTS else None}
+        usual["guessed"] = self.guessed if near else {}
         verdict = Verdict(claim, effects, basis or self.basis, unit, **usual | how)
         self.verdicts[name] = verdict.record()
         text = json.dumps(self.verdicts, indent=1, ensure_ascii=False)
@@ -143,7 +175,7 @@ class Report:
 
     def likelihood(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> Verdict:
         "A claim tested once more, by the log-likelihood of the right answers."
-        measured = claim.effects(in_nats(claimed(frame)))
+        measured = claim.effects(in_nats(claims.claimed(frame)))
         effects = {where: e for where, e in measured.items() if where in verdict.settings}
         text = f"By the log-likelihood of the right answers: {claim.text}"
         same = {"rivals": verdict.rivals, "parts": verdict.parts, "unit": "nats per answer"}
@@ -151,7 +183,21 @@ class Report:
 
     def claim(self, claim: Claim, frame: pd.DataFrame, name="verdict") -> Verdict:
         "Test a claim of the study on a frame of `study.run`, and write the verdict."
-        return self.verdict(claim.text, name=name, **claim.measure(claimed(frame)))
+        return self.verdict(claim.text, name=name, **claim.measure(claims.claimed(frame)))
+
+    def beside(self, frame, ways_at: dict, name: str, text: str, caption: str, guessed={}) -> None:
+        "Show the ways at each place (as in `claims`), and if the last is better than the first."
+        ways = [*next(iter(ways_at.values()), [""])]
+        effects = claims.ahead(frame, ways_at, ways[-1], ways[0])
+        fig = dumbbells(claims.values(frame, ways_at), guessed)
+        display(self.verdict(text, effects, name=name), self.figure(fig, name, caption))
+
+    def checks(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> dict:  # of Verdict
+        "What a claim about prunings says at ratios above the paper's, and by log-likelihood."
+        text = "Above 60 % removed, which the paper does not test, "
+        text += "widthwise keeps more than layerwise."
+        beyond = self.verdict(text, claim.effects(claims.beyond(frame)), name="beyond")
+        return {"Above 60 %": beyond, "Likelihood": self.likelihood(claim, frame, verdict)}
 
 # %% ../../nbs/library/study/28_report.ipynb #cell-019
 def recorded(profile: str, notebook: str, name: str) -> dict | None:

@@ -254,6 +254,17 @@ def above(e: Estimate, threshold: float) -> Estimate:
     moved = {k: getattr(e, k) - threshold for k in ("value", "low", "high", "floor", "top")}
     return replace(e, by_seed={seed: v - threshold for seed, v in e.by_seed.items()}, **moved)
 
+# %% ../../nbs/library/study/22_statistics.ipynb #of-original
+def of_original(
+    rows: pd.DataFrame,  # with those of the originals, whose pruning is none
+    columns: list,
+    keys: tuple = ("model",),  # columns that tell originals apart
+) -> pd.DataFrame:  # the columns; nan where the original has 0
+    "Columns in per cent of the original's."
+    dense = rows[rows.pruning == "none"].drop_duplicates([*keys])[[*keys, *columns]]
+    dense = rows[[*keys]].merge(dense, "left", [*keys])[columns].astype(float)
+    return 100 * rows[columns].astype(float) / dense.replace(0, math.nan).to_numpy()
+
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-042b
 def in_nats(frame: pd.DataFrame) -> pd.DataFrame:
     "The rows with the log-likelihood of the right answer as the outcome of each question."

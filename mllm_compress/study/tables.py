@@ -153,7 +153,7 @@ def score_table(
     order.loc[order.pruning == "original", ["low", "high"]] = np.nan
     names = ["model", "requested", "pruning", *columns, "AVG-%", "low", "high"]
     if guessed:
-        chance = order.model.map(guessed).where(lambda share: share < 100)
+        chance = order.model.map(guessed).astype(float).where(lambda share: share < 100)
         order[ABOVE] = 100 * (order["AVG-%"] - chance) / (100 - chance)
         names.append(ABOVE)
     return order.reindex(columns=[*names, *removed, *setup.evaluation.benchmarks])
@@ -232,7 +232,7 @@ def beside_printed(
     rows: pd.DataFrame,  # of `statistics.summary`, one recovery
     setup: Profile,
     table: str,  # a name of `published`
-) -> pd.DataFrame:  # columns panel, label, ours, printed
+) -> pd.DataFrame:  # columns panel, label, printed, ours
     "Our AVG-% and the reported one, where both exist."
     ours = rows.rename(columns={"requested_ratio": "ratio", "avg_percent": "ours"})
     ours["theirs"] = [setup.printed.get(m, "") for m in ours.model]
@@ -242,7 +242,7 @@ def beside_printed(
     paper["label"] = paper.pruning + paper.ratio.map(" {:.2f}".format)
     both = paper.merge(ours, on=["theirs", "pruning", "ratio"]).dropna(subset="ours")
     order = both.model.map([*setup.printed].index).argsort(kind="stable")
-    return both.iloc[order][["panel", "label", "ours", "printed"]]
+    return both.iloc[order][["panel", "label", "printed", "ours"]]
 
 # %% ../../nbs/library/study/24_tables.ipynb #study-tables-cell-027b
 def perplexities(
