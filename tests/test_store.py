@@ -112,17 +112,17 @@ def test_lock_ends_with_its_process(tmp_path):
     s = Store(tmp_path / "s")
     code = (
         "import sys, time; from mllm_compress.study import store\n"
-        "with store.Store(sys.argv[1]).lock('x') as holder: print([holder], flush=True); "
+        "with store.lock(store.Store(sys.argv[1]), 'x') as holder: print([holder], flush=True); "
         "time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(s.folder)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline().strip() == "['']"
-    with s.lock("x") as holder:
+    with store.lock(s, "x") as holder:
         assert f"process {other.pid}" in holder
     other.kill()
     other.wait()
-    with s.lock("x") as holder:
+    with store.lock(s, "x") as holder:
         assert not holder
 
 

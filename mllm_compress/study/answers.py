@@ -32,11 +32,8 @@ def choose(
     return why
 
 # %% ../../nbs/library/study/35_answers.ipynb #pictures-of
-def pictures_of(
-    places: list,  # of (benchmark, id)
-    evaluation,  # of a profile
-) -> list:  # of PIL images; None where a question has none
-    "The pictures of questions."
+def pictures_of(places: list, evaluation) -> list:  # of PIL images
+    "The pictures of questions by (benchmark, id); None where a question has none."
     asked = {name: load_questions(*asked_of(name, evaluation)) for name in dict(places)}
     images = {(name, q.id): q.images for name, its in asked.items() for q in its}
     return [open_image(images[at][0]) if images[at] else None for at in places]

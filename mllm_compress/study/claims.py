@@ -32,12 +32,8 @@ def other(ratio: float) -> str:
     return {"layerwise": "widthwise", "widthwise": "layerwise"}[recommended(ratio)]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
-def check_fewer(
-    fewer: dict,  # kind -> {"ratios": [...], "seeds": [...]}, where it runs on fewer
-    kinds: list,  # what is compared: losses, or fractions
-    also: tuple = (),  # further keys, which the caller uses
-) -> dict:  # the same
-    "The kinds that run at a part of the grid, if they are compared and the part can be read."
+def check_fewer(fewer: dict, kinds: list, also: tuple = ()) -> dict:  # fewer
+    "Check what runs at a part of the grid: kind -> {ratios: [...], seeds: [...], also: ...}."
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, limits in fewer.items():

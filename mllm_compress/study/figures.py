@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from .statistics import COLORS, UNDECIDED, WORDS, of_original
+from .statistics import COLORS, UNDECIDED, WORDS
 from .style import LOOKS, label_ends, line, look, page, panels
 from ..utils.methods import GREY, Look
 
@@ -283,18 +283,6 @@ def heatmaps(
         if label and grids:
             fig.colorbar(axes[0].collections[0], ax=axes, label=label, shrink=0.8, pad=0.02)
     return fig, axes
-
-# %% ../../nbs/library/study/25_figures.ipynb #gaps
-def gaps(scores: pd.DataFrame):  # columns model, benchmark, pruning, ratio and score; a figure
-    "Widthwise minus layerwise in per cent of the original's score, by benchmark and ratio."
-    keys = ["model", "benchmark"]
-    shares = scores.assign(share=of_original(scores, ["score"], keys).score)
-    share = shares.pivot_table("share", [*keys, "ratio"], "pruning", sort=False)
-    gap = (share.widthwise - share.layerwise).dropna().rename("gap").reset_index()
-    by_model, at = gap.groupby("model", sort=False), dict(index="benchmark", columns="ratio")
-    grids = {m: its.pivot_table("gap", **at, sort=False) for m, its in by_model}
-    shape = dict(height=0.24 * gap.benchmark.nunique() + 1, columns=3)
-    return heatmaps(grids, cmap="RdBu", differences=True, **shape)[0]
 
 # %% ../../nbs/library/study/25_figures.ipynb #pareto
 def pareto(

@@ -124,10 +124,8 @@ class Report:
             shown += f" All columns are in {self.path(name, 'csv').name}."
         return replace(table, frame=frame.iloc[:, : columns or None], caption=shown)
 
-    def scores(
-        self, rows: pd.DataFrame, caption: str, *columns, by=("model", "requested"), **how
-    ):  # rows: of `statistics.summary`; columns: of `score_table`; how: as in `table`
-        "Write the table of retained scores; the best of each group in bold."
+    def scores(self, rows, caption: str, *columns, by=("model", "requested"), **how):
+        "Write the table of retained scores, with the best of each group in bold."
         table = score_table(rows, self.setup, *columns, guessed=self.guessed)
         how = {"name": "scores", "best": {"AVG-%": [*by]}, "once": tuple(by)} | how
         return self.table(table, caption=caption, **how)

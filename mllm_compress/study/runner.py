@@ -158,7 +158,7 @@ def check_executor(executor: str, workers: int = 0) -> None:
 def run_notebooks(plan: dict, profile: str) -> list:  # of problems, in the order of the plan
     "Execute the notebooks that are not up to date."
     problems = {}
-    alone = results_of(load_profile(profile)).lock("notebooks", wait=True)
+    alone = store.lock(results_of(load_profile(profile)), "notebooks", wait=True)
     with alone, closing(notebooks.Kernel()) as kernel:
         in_order = sorted(plan.items(), key=lambda item: item[1].last)
         for name, notebook in tqdm(in_order, desc="notebooks", leave=False):

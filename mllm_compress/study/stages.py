@@ -242,7 +242,7 @@ def calibration_batches_of(e: Experiment, profile: Profile, processor, device: s
 def scores_of(e: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
     key = key_of("scores", e, profile)
-    with results.lock(f"scores-{key}", wait=True):
+    with store.lock(results, f"scores-{key}", wait=True):
         if store.folder_of(results, "scores", key) is None:
             measured = partial(make_scores, e, profile, device)
             store.write(results, inputs_of("scores", e, profile), fill=measured)

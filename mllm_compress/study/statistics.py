@@ -255,12 +255,8 @@ def above(e: Estimate, threshold: float) -> Estimate:
     return replace(e, by_seed={seed: v - threshold for seed, v in e.by_seed.items()}, **moved)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #of-original
-def of_original(
-    rows: pd.DataFrame,  # with those of the originals, whose pruning is none
-    columns: list,
-    keys: tuple = ("model",),  # columns that tell originals apart
-) -> pd.DataFrame:  # the columns; nan where the original has 0
-    "Columns in per cent of the original's."
+def of_original(rows: pd.DataFrame, columns: list, keys=("model",)) -> pd.DataFrame:
+    "Columns in per cent of the original's (pruning: none) with the same keys; nan where it has 0."
     dense = rows[rows.pruning == "none"].drop_duplicates([*keys])[[*keys, *columns]]
     dense = rows[[*keys]].merge(dense, "left", [*keys])[columns].astype(float)
     return 100 * rows[columns].astype(float) / dense.replace(0, math.nan).to_numpy()

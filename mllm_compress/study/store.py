@@ -6,12 +6,15 @@
 __all__ = ['STORED', 'MARK', 'MARKED', 'Store']
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-002
+import fcntl
 import json
 import os
+import socket
+import time
 import uuid
 import warnings
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,10 +64,6 @@ class Store:
     def log(self, key: str) -> Path:
         "Where the log of an experiment is written."
         return self.folder / "logs" / f"{key}.txt"
-
-    def lock(self, name: str, wait: bool = False):  # a context, as of `files.lock`
-        "Hold the lock of a result, so that no two processes compute it."
-        return files.lock(self.folder / "locks" / name, wait)
 
     def checkpoints(self, subject: str) -> Path:
         "Where the checkpoints of a student in training are."
@@ -140,6 +139,35 @@ def folder_of(store: Store, stage: str, key: str):  # Path, or None
             return folder
     set_aside(store, folder, f"Files of the {stage} {key} are damaged")
     return None
+
+# %% ../../nbs/library/study/03_store.ipynb #cell-032
+@contextmanager
+def lock(
+    store: Store,
+    name: str,  # what to lock
+    wait: bool = False,  # wait for it, or return at once
+):  # yields who else holds it, in words; empty where we do
+    "Hold a lock until the block or the process ends."
+    with open(store.folder / "locks" / name, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            yield file.read() or "another process"
+            return
+        except OSError as error:
+            raise OSError(
+                f"{store.folder} is on a file system without locks ({error.strerror}): "
+                "mount it with flock, or make runs/ a link to one that has them."
+            ) from error
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"{socket.gethostname()}, process {os.getpid()}, since {since}")
+        file.flush()
+        try:
+            yield ""
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-040
 LIMIT = 2**30  # bytes of a member, unpacked

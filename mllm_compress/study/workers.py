@@ -70,7 +70,7 @@ def complete(experiment: Experiment, profile: Profile, results: Store, device="c
     "Store an experiment's stages: (done, busy as another run has it, or failed; a message)."
     try:
         subject = stages.subject_key(experiment, profile)
-        with results.lock(subject) as holder:
+        with store.lock(results, subject) as holder:
             if holder:
                 return "busy", holder
             if stages.missing_stages(experiment, profile, results)["score"]:
