@@ -3,10 +3,8 @@
 import ast
 import importlib
 import inspect
-import re
 import subprocess
 import sys
-from configparser import ConfigParser
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -154,13 +152,3 @@ def test_the_map_lists_every_notebook():
 def test_the_help_of_commands_lists_the_rows_of_tables():
     text = (PACKAGE / "cli/rows.json").read_text(encoding="utf-8")
     assert text == notebook_map.rows(), "run: python tests/notebook_map.py"
-
-
-def test_contributing_names_every_requirement():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    keys = [key for key in config["DEFAULT"] if key.endswith("requirements")]
-    names = [re.match(r"[\w-]+", one)[0] for key in keys for one in config["DEFAULT"][key].split()]
-    listed = set(re.findall(r"[\w-]+", text.split("## Dependencies")[1]))
-    assert names and set(names) <= listed, set(names) - listed

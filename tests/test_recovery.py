@@ -320,6 +320,15 @@ def test_the_best_state_is_returned(run, pair, data):
     assert result.samples == 6
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_weights_between_start_and_end(run, pair, lora):
+    options = SFT | {"lr": 1e-2, "lora": lora, "batch_size": 3}
+    models = [pair[0], *(run(**options, interpolate=share).model for share in (1.0, 0.25))]
+    for start, end, between in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(between, start.lerp(end, 0.25), rtol=1e-5, atol=1e-7)
+    assert weights_hash(models[0]) != weights_hash(models[1])
+
+
 def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
     result = run(**HIDDEN, **WILD, lr="search")
     first, last = (result.search[result.search["round"] == i] for i in (0, 1))
@@ -430,7 +439,7 @@ def process(tmp_path, launcher=(sys.executable,), name="result.json", **options)
 @pytest.mark.parametrize("lr, left", [(1e-3, SAVED), ("search", [])])  # killed in a trial
 def test_killed_and_resumed_is_bit_identical(tmp_path, lr, left):
     lora = {"lora": {"r": 4, "lora_dropout": 0.1}, "held_out": 0.25, "patience": 9}
-    config = {"batch_size": 4, "epochs": 3, "lr": lr} | lora
+    config = {"batch_size": 4, "epochs": 3, "lr": lr, "interpolate": 0.5} | lora
     _, whole = process(tmp_path, name="whole.json", config=config)
     options = {"config": config, "folder": str(tmp_path / "run"), "save_every": 2}
     killed, nothing = process(tmp_path, **options, kill_at=5)
@@ -456,7 +465,7 @@ def test_fsdp(tmp_path):
     "The losses of one process; the same bits when killed and resumed; a whole model at the end."
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     config = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "held_out": 0.2, "patience": 9}
-    options = {"config": config, "n": 18}  # 14 are trained on
+    options = {"config": config | {"interpolate": 0.5}, "n": 18}  # 14 are trained on
     sharded = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
     _, one = process(tmp_path, name="one.json", **options)
     code, two = process(tmp_path, TWO, name="two.json", **sharded)

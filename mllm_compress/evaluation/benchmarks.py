@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'REAL_SUITE', 'unit_of', 'OTHER_PICTURES', 'EASY_ANSWERS', 'OWN_SCORERS', 'ADAPTERS', 'MADE', 'ROWS',
-           'SMALL_SUITE', 'Question', 'Benchmark', 'Source', 'register_benchmarks', 'benchmark', 'load_questions',
-           'take', 'questions_hash', 'unit_numbers', 'unit_images', 'picture_hash', 'other_pictures',
-           'easy_vqa_questions', 'own_questions', 'own_benchmark']
+           'SMALL_SUITE', 'Question', 'Benchmark', 'Source', 'StoredImage', 'pad_to_square', 'open_image',
+           'register_benchmarks', 'benchmark', 'load_questions', 'take', 'questions_hash', 'unit_numbers',
+           'unit_images', 'picture_hash', 'other_pictures', 'easy_vqa_questions', 'own_questions', 'own_benchmark']
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-003
 import ast

@@ -49,6 +49,7 @@ class RecoveryConfig:
     gradient_checkpointing: described(bool, "Compute activations again, for memory.") = False
     held_out: described(float, "Part that chooses the best state; 0: the last.", ge=0, lt=1) = 0.1
     patience: described(Count, "Looks at it without a better state, then training stops.") = 4
+    interpolate: described(float, "From start (0) to trained weights (1).", gt=0, le=1) = 1.0
 
     def __post_init__(self):
         from mllm_compress.recovery.losses import HIDDEN_LAYERS, TRAINS, check_losses
@@ -96,6 +97,7 @@ def run_identity(
 ) -> dict:
     "What determines a run: all options, later ones only where they are used."
     later = () if values["held_out"] else ("held_out", "patience")
+    later += ("interpolate",) if values["interpolate"] == 1 else ()
     return {name: value for name, value in values.items() if name not in later}
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-013

@@ -567,6 +567,9 @@ def recover(
         seconds = time.perf_counter() - trained_from
     best = best_state.best_look(run.looks)["step"] if held_out else run.state.global_step
     model = run.student.model if best else trainable().to(args.device)
+    if best and config.interpolate < 1:  # of LoRA, whose B is zero at the start, B alone
+        for (name, p), start in zip(model.named_parameters(), trainable().parameters()):
+            p.data.lerp_(start.data.to(p), 0 if "lora_A" in name else 1 - config.interpolate)
     adapters = None
     if config.lora:
         state = get_peft_model_state_dict(model)

@@ -48,7 +48,7 @@ def draw_answers(
 ):  # a figure
     "Pictures with their questions and the answers of some models."
     n = columns or len(pictures)
-    size = dict(columns=n, width=2.4 * n, height=2.9 + 0.25 * len(answers))
+    size = dict(columns=n, width=2.4 * n, height=3.3 + 0.25 * len(answers))
     fig, axes = panels(len(pictures), **size, sharex=False, sharey=False)
     texts = [textwrap.fill(textwrap.shorten(q, 84, placeholder=" …"), 28) for q in questions]
     below = 0.13 + 0.08 * max((text.count("\n") + 1 for text in texts), default=1)

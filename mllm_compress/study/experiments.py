@@ -19,6 +19,9 @@ from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
+RETURNED = {"last": 1.0, "halfway": 0.5}  # weights, from the start of training (0) to its end (1)
+
+
 def study_criteria(pruning: str) -> tuple:
     "The criteria of a pruning for models without mixtures, the study's default first."
     if pruning == "none":
@@ -51,6 +54,7 @@ class Experiment:
     layer_share: float = 0.0  # widthwise: part of the ratio that whole layers take before it
     start: str = "pruned"  # of training, one of STARTS
     hidden_layers: str = "final"  # that hidden_kd compares, a row of HIDDEN_LAYERS
+    returned: str = "last"  # of training, a row of RETURNED
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -92,11 +96,11 @@ def _mistakes(e: Experiment):
             f"Calibration {e.calibration!r}: give a design and a number of questions, as "
             f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
         )
-    check_choice("of", e.of, ("auto", *PRESERVED))
-    check_choice("allocation", e.allocation, ALLOCATIONS)
-    check_choice("shape", e.shape, ("default", "blockwise", "uniform"))
-    check_choice("reconstruct", e.reconstruct, RECONSTRUCTIONS)
-    check_choice("quantize", e.quantize, (UNROUNDED, *QUANTIZERS))
+    choices = dict(allocation=ALLOCATIONS, reconstruct=RECONSTRUCTIONS, start=STARTS)
+    choices |= dict(of=("auto", *PRESERVED), shape=("default", "blockwise", "uniform"))
+    choices |= dict(quantize=(UNROUNDED, *QUANTIZERS), hidden_layers=HIDDEN_LAYERS)
+    for name, allowed in (choices | dict(returned=RETURNED)).items():
+        check_choice(name, getattr(e, name), allowed)
     if e.quantize != UNROUNDED and e.recovery != "none":
         yield f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}."
     if e.of != "auto" and e.importance != "gauss_newton":
@@ -112,8 +116,6 @@ def _mistakes(e: Experiment):
             f"allocation {e.allocation!r} compares layers, which {e.importance} cannot: use "
             "importance gauss_newton."
         )
-    check_choice("start", e.start, STARTS)
-    check_choice("hidden_layers", e.hidden_layers, HIDDEN_LAYERS)
     if e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"):
         yield f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states."
     if not 0 <= e.layer_share < 1:
@@ -140,7 +142,7 @@ def canonical(experiment: Experiment) -> Experiment:
     if e.recovery == "none":
         seed = 0 if e.pruning == "none" else e.calibration_seed
         changes |= dict(seed=seed, calibration_seed=seed)
-        changes |= dict(train="projector+lm", fraction=1.0, epochs=0)
+        changes |= dict(train="projector+lm", fraction=1.0, epochs=0, returned="last")
     else:
         changes["recovery"] = canonical_objective(e.recovery)
     same = all(getattr(e, name) == value for name, value in changes.items())
@@ -159,7 +161,7 @@ def described(experiment: Experiment) -> dict:
     return {k: v for k, v in values.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
-METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start")
+METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start", "returned")
 
 
 def method_of(experiment: Experiment) -> str:

@@ -49,7 +49,7 @@ from ..recovery.steps import with_adapters
 from ..recovery.training import RECOVERY_VERSION
 from . import alternatives, experiments, profiles, store
 from .alternatives import QUANTIZERS, UNROUNDED, rounded
-from .experiments import LATER, Experiment, canonical
+from .experiments import LATER, RETURNED, Experiment, canonical
 from .profiles import Evaluation, Profile, Training, training_of
 from .store import Store, results_of
 from ..utils.files import code_of, content_hash, remembered
@@ -59,7 +59,7 @@ from ..zoo.models import cast, load_model
 def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
     "The training of an experiment."
     losses = e.recovery.split("+")
-    options = {"held_out": 0.0}  # the last state, as in the paper, unless a profile says otherwise
+    options = {"held_out": 0.0, "interpolate": RETURNED[e.returned]}  # unless a profile has others
     options |= profile.recovery | profile.per_model.get(e.model, {}).get("recovery", {})
     options |= {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
     options |= {"seed": e.seed, "fraction": e.fraction} | ({"epochs": e.epochs} if e.epochs else {})
