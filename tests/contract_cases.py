@@ -169,6 +169,7 @@ LMS = {
 
 def build(name: str, dtype=torch.float64, **more):
     "A random model."
+    torch.manual_seed(0)  # for what a class draws and `random_weights` only moves
     if name in LMS:
         return random_weights(
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**text(name, **LMS[name] | more)))

@@ -322,8 +322,7 @@ def test_the_best_state_is_returned(run, pair, data):
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 def test_weights_between_start_and_end(run, pair, lora):
-    options = SFT | {"lr": 1e-2, "lora": lora, "batch_size": 3}
-    models = [pair[0], *(run(**options, interpolate=share).model for share in (1.0, 0.25))]
+    models = [pair[0], *(run(**SFT, lr=1e-2, lora=lora, interpolate=s).model for s in (1.0, 0.25))]
     for start, end, between in zip(*(model.parameters() for model in models)):
         torch.testing.assert_close(between, start.lerp(end, 0.25), rtol=1e-5, atol=1e-7)
     assert weights_hash(models[0]) != weights_hash(models[1])

@@ -238,7 +238,8 @@ TEXT = ("--data", "text.jsonl")
 @pytest.mark.parametrize("method", ["block_influence", "gauss_newton", "taylor", "magnitude"])
 def test_score_from_files(here, method):
     for out, more in (("one", "--no-stream"), ("two", "--stream")):
-        assert ask("score", "lm", "-o", out, "--method", method, *TEXT, more)[0] == 0
+        asked = TEXT if method != "magnitude" else ()  # which reads no data
+        assert ask("score", "lm", "-o", out, "--method", method, *asked, more)[0] == 0
     one, two = load_scores("one"), load_scores("two")
     near = {k: pytest.approx(v) if isinstance(v, float) else v for k, v in two.meta.items()}
     assert torch.equal(values(one), values(two)) and one.meta == near

@@ -447,7 +447,7 @@ def recover(
         except Exception as error:
             raise ValueError(f"no processor found at {path!r}: pass processor=.") from error
     data = as_data(data)
-    if len(data) * (part := config.fraction * config.epochs) < 1:
+    if len(data) * (part := config.fraction * config.epochs) < 0.5:
         raise ValueError(f"{part:g} of {len(data)} samples is less than one sample: give more.")
     data = data.fraction(config.fraction, config.seed)
     held_out = best_state.held_out_samples(entry_ids(data.samples), config.held_out)
