@@ -322,10 +322,10 @@ def test_the_best_state_is_returned(run, pair, data):
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 def test_weights_between_start_and_end(run, pair, lora):
-    models = [pair[0], *(run(**SFT, lr=1e-2, lora=lora, interpolate=s).model for s in (1.0, 0.25))]
-    for start, end, between in zip(*(model.parameters() for model in models)):
+    ends = [run(**SFT | TWO_STEPS, lora=lora, interpolate=share).model for share in (1.0, 0.25)]
+    for start, end, between in zip(pair[0].parameters(), *(model.parameters() for model in ends)):
         torch.testing.assert_close(between, start.lerp(end, 0.25), rtol=1e-5, atol=1e-7)
-    assert weights_hash(models[0]) != weights_hash(models[1])
+    assert weights_hash(pair[0]) != weights_hash(ends[0])
 
 
 def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
