@@ -162,7 +162,7 @@ def test_intervals_stay_within_what_is_possible(share, half, bounds):
         assert high - low == pytest.approx(2 * half, rel=0.02)
 
 
-def test_logit_intervals_near_the_bound_cover_the_truth():
+def test_intervals_near_the_bound_cover_the_truth():
     "Where 99 of 100 answers are right, a symmetric interval would end above 100."
     rng, truth = np.random.default_rng(4), 97.0
     found = [

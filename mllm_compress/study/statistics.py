@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.optimize import brentq
-from scipy.special import digamma, expit, logit, polygamma
+from scipy.special import digamma, polygamma
 
 from ..utils.methods import BLUE, GREEN, GREY, RED
 
@@ -63,11 +63,10 @@ class Estimate:
         if half == 0 or math.isinf(top - floor) or not floor < value < top:
             low, high = max(value - half, min(floor, value)), min(value + half, max(top, value))
         else:
-            slope = (top - floor) / ((value - floor) * (top - value))
-            centre = (value - floor) / (top - floor)
-            ends = expit(logit(centre) + slope * half * np.array([-1.0, 1.0]))
-            low, high = (float(floor + (top - floor) * end) for end in ends)
-            low, high = min(low, value), max(high, value)
+            share = half**2 / ((value - floor) * (top - value))
+            centre = (value + share * (floor + top) / 2) / (1 + share)
+            half = math.sqrt(centre**2 - (value**2 + share * floor * top) / (1 + share))
+            low, high = min(centre - half, value), max(centre + half, value)
         return replace(self, low=low, high=high)
 
     def record(self) -> dict:
