@@ -90,11 +90,13 @@ def curves(
     **how,  # of style.panels
 ) -> tuple:  # (figure, panels)
     "Values over a position: a panel per group of rows, a line per method."
-    if start is not None and rows.groupby([*panel, by], sort=False).size().max() == 1:
+    one_place = start is not None or rows[x].round(2).nunique() == 1
+    if one_place and rows.groupby([*panel, by], sort=False).size().max() == 1:
         names = [f"{look(name).label}, {at:.2f} removed" for name, at in zip(rows[by], rows[x])]
         groups = rows.assign(label=names).groupby([*panel], sort=False)
         rows = pd.concat([its.sort_values(y, ascending=False, kind="stable") for _, its in groups])
-        return dots(rows, y, by=by, panel=panel, guessed=guessed, sharey=False)
+        how = dict(guessed=guessed, xlabel=labels[1], sharey=False)
+        return dots(rows, y, by=by, panel=panel, **how)
     rows = titled(rows[rows[y].notna()], panel)
     titles, names = list(dict.fromkeys(rows.title)), list(dict.fromkeys(rows[by]))
     first = pd.DataFrame([] if start is None else [{x: 0.0, y: start, "low": start, "high": start}])
