@@ -171,7 +171,7 @@ def few_colours(
     how = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # small areas, too
     for colours in (32, 64, 128):
         few, png = drawn.quantize(colours, **how), BytesIO()
-        if np.abs(np.asarray(few.convert("RGB")).astype(int) - np.asarray(drawn)).mean() < 0.25:
+        if np.abs(np.asarray(few.convert("RGB")).astype(int) - np.asarray(drawn)).max() < 24:
             break
     few.save(png, "PNG", optimize=True)
     return png.getvalue()
