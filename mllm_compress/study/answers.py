@@ -20,15 +20,17 @@ def choose(
     right: pd.DataFrame,  # [questions by benchmark and id, original and `30% recovered`] of bool
     ratios: list,
 ) -> dict:  # question -> why it is shown
-    "The k-th stored question of the k-th benchmark, and the first one lost at every ratio."
-    of_each = right.groupby(level="benchmark", sort=False)
-    kinds = enumerate(rows.index for _, rows in of_each)
-    why = {index[k % len(index)]: "one of its kind" for k, index in kinds}
+    "A right answer of the original on every benchmark, and a lost one at every ratio."
+    able, taken, why = right[right["original"]], set(), {}
+    for _, rows in right.groupby(level="benchmark", sort=False):
+        places = rows["original"].to_numpy().nonzero()[0].tolist()
+        for place in [k for k in places if k not in taken][:1] or places[:1]:
+            taken.add(place)
+            why[rows.index[place]] = "one of its kind"
     for r in ratios:
-        lost = right.index[right["original"] & ~right[f"{r:.0%} recovered"]]
-        new = next((q for q in lost if q not in why), None)
-        if new:
-            why[new] = f"first lost at {r:.0%}"
+        lost = able.index[~able[f"{r:.0%} recovered"]]
+        if len(lost) and not why.keys() & set(lost):
+            why[lost[0]] = f"first lost at {r:.0%}"
     return why
 
 # %% ../../nbs/library/study/35_answers.ipynb #pictures-of
