@@ -179,7 +179,7 @@ class LinearSlot:
 
     @property
     def units(self) -> int:
-        "Units present."
+        "Number of units."
         module, sizes = self.module, next(self.module.parameters()).shape
         if isinstance(module, nn.Linear):
             sizes = module.out_features, module.in_features  # of packed weights too
@@ -321,7 +321,7 @@ class Anatomy:
 
     @property
     def top_k(self) -> int:
-        "Experts that one token passes; 0 without a mixture."
+        "Number of experts that process one token; 0 without a mixture."
         return getattr(self.text_config, "num_experts_per_tok", None) or 0
 
     @property

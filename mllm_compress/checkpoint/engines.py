@@ -32,7 +32,7 @@ from ..zoo.models import check_finite
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-012
 def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
-    "The model with one width for all layers; square: with all heads that the hidden size holds."
+    "The model with one width for all layers; `square`: with as many heads as fill the hidden size."
     parts = anatomy(model)
     heads, neurons, _ = (max(widths) for widths in zip(*parts.widths))
     widths = (llama_cpp.all_heads(parts) if square else heads, neurons)
@@ -141,7 +141,7 @@ def export_model(
     fill: bool = False,  # fill widths up with zero units where the engine needs it
     overwrite: bool = False,  # replace an earlier export
 ) -> dict:  # engine, architecture, bytes, notes
-    "Write a checkpoint as an engine wants it; ValueError names the shape that does not fit."
+    "Write a checkpoint for an engine; a ValueError names the shape that does not fit."
     check_choice("engine", to, ENGINES)
     path = Path(out)
     if to == "gguf":

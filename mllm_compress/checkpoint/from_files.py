@@ -43,7 +43,7 @@ class CutWeights:
                         self.origins[name] = (self.origins[name][0], (slot.axis, cut))
 
     def tensor(self, name: str) -> torch.Tensor:
-        "A weight by its name in the pruned model."
+        "A weight of the pruned model, by its name there."
         if name in self.fitted:
             return read_tensor(self.fitted[name], name)
         origin, cut = self.origins.get(name, (name, None))

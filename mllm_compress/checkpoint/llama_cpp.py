@@ -172,7 +172,7 @@ def decoder_tensors(parts: Anatomy, row: Architecture):  # yields (name in the f
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-041
 def hyperparameters(parts: Anatomy) -> dict:  # method of gguf.GGUFWriter -> its argument
-    "What llama.cpp must know of a decoder."
+    "The hyperparameters of a decoder that llama.cpp reads."
     config, rope = parts.text_config, parts.text_config.rope_parameters
     groups, neurons, _ = (list(widths) for widths in zip(*parts.widths))
     queries = [count * parts.queries_per_group(i) for i, count in enumerate(groups)]
@@ -292,7 +292,7 @@ FLAGS = {"quick_gelu": None, "gelu": "clip.use_gelu", "silu": "clip.use_silu"}
 
 
 def vision_misfit(model: PreTrainedModel) -> str:  # empty where it fits
-    "Why llama.cpp's LLaVA graph does not compute the pictures of a model."
+    "The reason why llama.cpp's LLaVA graph cannot process the pictures of a model."
     config, vision = model.config, getattr(model.config, "vision_config", None)
     if config.model_type != "llava" or vision.model_type != "clip_vision_model":
         kind = getattr(vision, "model_type", "no vision tower")
@@ -366,7 +366,7 @@ def announced(
 
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-065
 def projector_path(path: Path) -> Path:
-    "Where the second file of a model lies beside the first."
+    "The path of a model's second file, beside the first."
     return Path(path).with_name(f"mmproj-{Path(path).name}")
 
 

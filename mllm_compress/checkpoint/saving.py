@@ -32,7 +32,7 @@ def check_writable(
     path,  # of a file or folder that will be written
     needed: int = 0,  # bytes
 ) -> None:
-    "OSError where nothing can be written there, or not so much."
+    "OSError if nothing can be written there, or fewer bytes than needed."
     folder = next(p for p in Path(os.path.abspath(path)).parents if p.exists())
     if not folder.is_dir():
         raise NotADirectoryError(
@@ -76,7 +76,7 @@ def check_output(
     overwrite: bool,  # whether it may be replaced
     inputs: dict | None = None,  # what is read -> its path, such as {"teacher": "llava"}
 ) -> None:
-    "ValueError where a result at `path` would replace what is not its predecessor."
+    "ValueError where a result at `path` would replace anything but an earlier result."
     check_not_read(Path(path).resolve(), inputs or {})
     place = Path(os.path.abspath(path))
     taken = any(place.iterdir()) if place.is_dir() else place.exists()
@@ -297,7 +297,7 @@ def save_pruned(
 def add_step(
     folder,  # written by save_pruned
     model: PreTrainedModel,  # that is in it
-    step: dict,  # of checkpoint.provenance
+    step: dict,  # of make_step
 ) -> None:
     "Add a step to the provenance of a checkpoint; ValueError where the checkpoint is damaged."
     folder, manifest = Path(folder), formats.verify(folder)

@@ -18,7 +18,7 @@ from ..utils.methods import check_choice
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-004
 class ModelsRequest(cli.Request):
-    "No options."
+    "The command has no options of its own."
 
 
 @cli.command(ModelsRequest)
@@ -49,7 +49,7 @@ def cards(request: CardsRequest) -> dict:
 
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
 class CostRequest(cli.Request):
-    "A model, and what of its cost is shown."
+    "A model, and which of its costs are shown."
 
     arguments: ClassVar = ("model",)
     model: cli.Model

@@ -115,7 +115,7 @@ def measured(
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-010
 def grounding_text(table) -> str:  # of evaluation.grounding
-    "Whether the small model still looks, and how far that was asked."
+    "Whether the small model still uses its pictures, and which pictures it was tested with."
     asked = "with the right picture, a wrong one, and none"
     asked = asked if table.wrong.notna().any() else "questions as they are, no other pictures"
     shown = cli.table_text(table.dropna(axis="columns", how="all"), ".3g")
@@ -129,7 +129,7 @@ class EvaluateRequest(MeasureRequest):
     arguments: ClassVar = ("model",)
     model: cli.Model
     dense: str = ""
-    "The original model, to compute AVG-% (the score in per cent of its score)."
+    "The original model, to compute AVG-% (the score in % of the original's)."
     out: cli.File | None = None
     "CSV file to write."
     record: bool = False
@@ -216,7 +216,7 @@ def cost_table(dense, small):  # functions that return a model and its processor
 
 
 def cost_text(table) -> str:  # from `cost_table`
-    "The costs of two models for people: times with their spread, and ratios that are clear."
+    "The costs of two models as text: times with their spread, and ratios that exceed the noise."
     import pandas as pd
 
     from mllm_compress.cost.report import scaled
@@ -266,7 +266,7 @@ def compare_models(
     limit: int | None = 100,  # questions of each; those about pictures are asked three times
     examples: int = 5,  # answers to show side by side, first those that differ
 ) -> dict:  # costs, scores, grounding (see evaluation.grounding) and answers as DataFrames
-    "What the command `compare` shows of two models; of two frames of answers, first minus second."
+    "What the command `compare` shows for two models, or for two frames of answers."
     if hasattr(dense, "columns"):  # judged answers, as `evaluate` returns them
         return mc.evaluation.compare(dense, small)
     pairs = [mc.load_model(m) if isinstance(m, (str, Path)) else (m, None) for m in (dense, small)]
@@ -288,7 +288,7 @@ def compare_models(
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-027
 def comparison_picture(costs, scores, file: Path) -> None:
-    "Sizes and seconds in percent, and the differences of scores where there are any."
+    "A figure of sizes and seconds in per cent, and of the differences of scores, if any."
     if (figure := cli.new_figure(10, 3.2)) is None:
         return
     paired = "difference" in scores and scores.difference.notna().any()
@@ -314,7 +314,7 @@ def comparison_picture(costs, scores, file: Path) -> None:
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-031
 class CompareRequest(MeasureRequest):
-    "Two models, and what of them is compared."
+    "Two models, and what is compared."
 
     arguments: ClassVar = ("dense", "small")
     dense: str

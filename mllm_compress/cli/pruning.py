@@ -163,7 +163,7 @@ def layer_numbers(text: str) -> list:
 
 
 def share(text: str) -> dict:
-    "A text such as latency=0.6 as a dictionary."
+    "A text such as latency=0.6 as a dictionary {name: number}."
     name, _, number = text.partition("=")
     return {name: float(number)}
 

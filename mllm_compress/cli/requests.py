@@ -45,7 +45,7 @@ app = typer.Typer(
 
 
 def _show_version(wanted: bool):
-    "Print the version and end."
+    "Print the version and exit."
     if wanted:
         typer.echo(f"mllm_compress {version('mllm_compress')}")
         raise typer.Exit()
@@ -119,7 +119,7 @@ _FULL = "allocate memory|Memory ran out"  # how torch and `evaluate` say so on a
 def politely(
     kept: str,  # a sentence about what an interruption leaves
 ):
-    "Show errors as one message."
+    "Show an error as one message and set the exit code."
     stopped, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     handlers = {s: handler for s, handler in handlers.items() if handler != signal.SIG_IGN}
 
@@ -171,7 +171,7 @@ Limit = Annotated[int, Field(ge=0, le=10_000_000)]  # 0: none, or all
 File = Annotated[Path, Field(strict=False)]  # may be given as text; also a folder
 Model = described(str, "A name (see `models`), a folder, or a hub id.")
 Out = described(File, "Folder to write.")
-Overwrite = described(bool, "Replace an earlier result there; other files are kept.")
+Overwrite = described(bool, "Replace an earlier result in the output folder; keep other files.")
 Device = described(str, "auto (a GPU if there is one), cpu, cuda, cuda:1, mps ...")
 
 
@@ -323,7 +323,7 @@ class DataRequest(ChatRequest):
 
     @property
     def is_own(self) -> bool:
-        "Whether the dense model writes the data."
+        "Whether the dense model itself writes the data (`--data self`)."
         return self.data == "self" or self.data.startswith("self:")
 
     @property
@@ -354,7 +354,7 @@ class DataRequest(ChatRequest):
         return self
 
     def check_data(self) -> None:
-        "An error where the data cannot be used, before a model is loaded."
+        "Raise an error if the data cannot be used, before a model is loaded."
         _ = self.entries
 
     def load_data(
@@ -403,7 +403,7 @@ def is_multimodal(processor) -> bool:
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-024
 def check_models(*models: str) -> None:
-    "An error where a model is missing or damaged, before any of them is loaded."
+    "Raise an error if a model is missing or damaged, before any of them is loaded."
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of all that is loaded and saved from now on
@@ -417,7 +417,7 @@ def load(
     device: str,  # resolved
     stream: bool = False,  # leave the weights in their files
 ) -> tuple:  # (model, processor)
-    "A pruned checkpoint or any other model."
+    "Load a pruned checkpoint or any other model."
     detail(f"loading {model}")
     if stream:
         loaded, processor = mc.zoo.load_model(model, device=device, stream=True)

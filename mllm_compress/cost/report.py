@@ -29,7 +29,7 @@ def scaled(
     value: float,
     unit: str,  # of SCALES
 ) -> str:
-    "A number for people, as 1.66 million or 20.79 ms."
+    "A number in a readable unit, such as 1.66 million or 20.79 ms."
     scales = [*SCALES[unit].items()]
     name, scale = [(n, s) for n, s in scales if value >= s or s == scales[0][1]][-1]
     return f"{value / scale:.2f} {name}" if name else f"{value:.0f}"
@@ -37,7 +37,7 @@ def scaled(
 
 @dataclass(frozen=True)
 class CostReport:
-    "What a model costs; prints as a table, `to_frame()` for everything."
+    "The costs of a model; prints as a table, and `to_frame()` has all rows."
 
     title: str
     setting: dict  # prompt, batch, dtype, device: what the numbers hold for

@@ -21,7 +21,7 @@ CALIBRATION_VERSION = 2  # how questions are drawn; raised when the draw changes
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-008
 def answer_form(answer: str) -> str:
-    "letter, yes or no, number, word, phrase or text."
+    "The form of an answer: letter, yes or no, number, word, phrase or text."
     text = answer.strip().rstrip(".").lower()
     if len(text) == 1 and text.isalpha():
         return "letter"

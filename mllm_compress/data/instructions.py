@@ -109,7 +109,7 @@ def pictures_first(
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-026
 def answers_of(entry: dict, keys: tuple = PAIRS["question"]) -> list:  # of texts
-    "The answers to an entry's question: several where people differ, none where it has none."
+    "The answers to an entry's question: several if annotators differ, none if it has none."
     answers = next((entry[key] for key in keys if entry.get(key) is not None), [])
     answers = answers if isinstance(answers, list) else [answers]
     answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]

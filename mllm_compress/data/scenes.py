@@ -127,7 +127,7 @@ def _others(attribute, answer, n, rng):
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-027
 def _most(items, attribute):
-    "The value most items have, or None where two tie."
+    "The value that most items have, or None if two tie."
     (value, n), *rest = Counter(getattr(it, attribute) for it in items).most_common()
     return value if not rest or rest[0][1] < n else None
 
@@ -211,7 +211,7 @@ def ask_cognition(items, rng):
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-047
 def ask_choice(items, rng):
-    "An attribute of one object, by letter."
+    "A question by letter about an attribute of one object."
     attribute = ("color", "shape")[rng.integers(2)]
     if not (hit := _unique(items, attribute, rng)):
         return None
@@ -221,7 +221,7 @@ def ask_choice(items, rng):
 
 # %% ../../nbs/library/data/02_scenes.ipynb #cell-049
 def ask_composition(items, rng):
-    "Which of three is there, or which value is most common, by letter."
+    "A question by letter: which of three things is there, or which value is most common."
     attribute = ("color", "shape")[rng.integers(2)]
     if (most := _most(items, attribute)) and rng.random() < 0.5:
         wrong = sorted({getattr(it, attribute) for it in items} - {most})

@@ -27,7 +27,7 @@ def written(
     sampled: bool,  # from the model's distribution, or the most likely tokens
     seed: int,
 ) -> list:  # of token id lists, without what ends them
-    "What a model writes behind some beginnings."
+    "The continuations that a model writes for some beginnings."
     tokenizer = getattr(processor, "tokenizer", processor)
     width, pad = max(len(ids) for ids, _ in begun), pad_id(tokenizer)
     rows = torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids, _ in begun])

@@ -106,7 +106,7 @@ class Probe(torch.autograd.Function):
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-022
 @contextmanager
 def frozen(model):
-    "Autograd runs through the model in evaluation mode, and not to its weights, in this block."
+    "Within this block the model is in evaluation mode, and no weight requires a gradient."
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
@@ -200,7 +200,7 @@ def answer_labels(
     batches: list,
     mode: str = "default",  # without labels, padding is not predicted; "reference": it is
 ) -> tuple:  # labels of each batch, supervised tokens per sample, (tokens, samples) in total
-    "The labels of every batch; without any answer token a ValueError."
+    "The labels of every batch; a ValueError if there is no answer token at all."
     labels = []
     for batch in batches:
         ids, given, mask = (batch.get(k) for k in ("input_ids", "labels", "attention_mask"))
@@ -223,7 +223,7 @@ def answer_labels(
 
 
 def check_finite(loss: float) -> float:
-    "A loss; a ValueError where it is not finite, because it would make all scores invalid."
+    "The given loss; a ValueError if it is not finite, as it would make all scores invalid."
     if not math.isfinite(loss):
         raise ValueError(
             f"the calibration loss is {loss}: look for NaN in the weights or in the batches, "
@@ -234,7 +234,7 @@ def check_finite(loss: float) -> float:
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-048
 @contextmanager
 def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a list of Trail
-    "Within this block a backward pass of the summed loss can be led through the layers."
+    "Run all batches; in this block, the summed loss can be led back layer by layer."
     with frozen(parts.model), kept_states(parts.model, batches) as trails:
         with in_memory(parts, "norm", "head"):
             for trail, supervision in zip(trails, labels):

@@ -113,7 +113,7 @@ def cache_costs(model: PreTrainedModel) -> UnitCosts:
     return UnitCosts("kv", "byte", 0.0, nothing, (group,) * parts.num_layers, nothing)
 
 
-COUNTED = {"bytes": weight_costs, "kv": cache_costs, "parameters": parameter_costs}  # no clock
+COUNTED = {"bytes": weight_costs, "kv": cache_costs, "parameters": parameter_costs}  # not measured
 BUDGETS = {
     "latency": "seconds per token; measured on this device, or a table of costs",
     "bytes": "bytes of the LM decoder's weights",
@@ -177,7 +177,7 @@ def removal_steps(
     counts: list,  # see `kept_counts`
     even: bool = False,  # whatever the scores: in step with all other layers
 ) -> list:  # of (rate, units kept after the step, cost saved), rates never falling
-    "The steps that take one layer's heads or neurons away."
+    "The steps that remove one layer's heads or neurons."
     steps, rate, units = [], float("-inf"), len(ranked)
     for more, fewer in zip(counts, counts[1:]):
         if even:
@@ -224,7 +224,7 @@ def layer_queue(
     steps: dict,  # see rounded_steps
     allocation: str,  # a row of ALLOCATIONS
 ) -> list:  # steps (rate, layers, kind, kept, cost saved) in order
-    "Every step of one layer; the last one removes it, where it may go."
+    "Every step of one layer; the last one removes the layer, if that is allowed."
     removals, saliency, units, even = [], 0.0, 0, allocation == "layer"
     for kind in scored_kinds(scores):
         (values, order), price = ranked_units(scores, sizes, i, kind), costs.price(kind, i)

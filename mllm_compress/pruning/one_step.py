@@ -85,7 +85,7 @@ WORTH_A_TRY = 0.02  # of the dense model's cost; bytes of norms are far below it
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-019
 @dataclass(frozen=True)
 class Recipe:
-    "How to score, where to take the budget, and whether to refit."
+    "How units are scored, how many each layer loses, and whether the rest is refitted."
 
     method: str  # a criterion
     allocation: str = "layer"  # a row of ALLOCATIONS
@@ -156,11 +156,11 @@ def refitted(small, model, batches, plan, ridge: float | None) -> tuple:
     return small, facts | {k: round(float(v), 4) for k, v in error.items()}
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #scored-code
-SCORED = 2000, 16  # answer tokens and samples of which scores are computed, if there are so many
+SCORED = 2000, 16  # answer tokens and samples that scores are computed from, at least
 
 
 def scored_rows(model: PreTrainedModel, batches: list | None, recipe: Recipe) -> list | None:
-    "One row (with pictures: batch) of every few, for Gauss-Newton scores before a refit; else all."
+    "Some rows (with pictures: batches) for Gauss-Newton scores before a refit; else all rows."
     if not recipe.reconstruct or recipe.method != "gauss_newton":
         return batches
     totals = answer_labels(model, check_batches(batches))[2]

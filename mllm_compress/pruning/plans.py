@@ -47,7 +47,7 @@ def scores_by_kind(scores) -> tuple:  # LayerScores and WidthScores, either of t
 
 
 def check_kind(scores, kind: type, other: str, model) -> None:
-    "ValueError for scores of the other kind, or of another model."
+    "ValueError for layer scores instead of unit scores, or the reverse, or of another model."
     if not isinstance(scores, kind):
         raise ValueError(f"{kind.__name__} are needed, not {type(scores).__name__}: {other}")
     if scores.meta.get("model"):
@@ -181,7 +181,7 @@ def reference_counts(
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-049
 @dataclass(frozen=True)
 class Allocation:
-    "How the steps of all layers are ranked, and so where a widthwise plan takes its budget."
+    "A way to rank the steps of all layers, which decides how much each layer loses."
 
     help: str
     scores: tuple = ()  # the kinds of scores that it can compare across layers; (): any

@@ -45,7 +45,7 @@ def sure_gain(
     start: list,  # losses of the held-out samples before the first step
     losses: list,  # the same later
 ) -> float:
-    "How far the loss fell since the start, less two standard errors."
+    "The mean drop of the loss since the start, minus two standard errors."
     drops = np.subtract(start, losses)
     error = drops.std(ddof=1) / len(drops) ** 0.5 if len(drops) > 1 else 0.0
     return float(drops.mean() - SURE * error)
@@ -54,7 +54,7 @@ def sure_gain(
 def best_look(
     looks: list,  # of dicts with step and MEASURES; the first is the start
 ) -> dict:
-    "The look at the best state."
+    "Of some looks, the one at the best state."
     start, *later = looks
     better = [x for x in later if x["held_out_gain"] > 0]
     better = [x for x in better if x["held_out_score"] >= start["held_out_score"]]

@@ -27,29 +27,29 @@ class RecoveryConfig:
 
     train: described(str, "What is trained.") = "projector+lm"  # a row of TRAINS
     losses: dict = field(default_factory=lambda: {"sft": 0.5, "hidden_kd": 0.5})  # name -> weight
-    fraction: described(float, "Fraction of the data, 0.05 of 'small'.", gt=0, le=1) = 1.0  # nested
+    fraction: described(float, "Part of the data; 0.05 for 'small'.", gt=0, le=1) = 1.0  # nested
     seed: described(Seed, "Seed of the fraction, the order of samples, and LoRA.") = 0
     lr: Literal["search"] | Rate | None = None  # None: from LEARNING_RATES
     epochs: described(float, "Passes over the data.", gt=0, le=10_000) = 1.0
     batch_size: described(Count, "Samples per step, over all processes.") = 32
     passes: described(Count | None, "Forward passes per step; default: as fits the device.") = None
     positions: described(Literal["answer", "all"], "answer, or all positions.") = "answer"
-    temperature: described(Rate, "Of logits distillation.") = 2.0
+    temperature: described(Rate, "Temperature of logits distillation.") = 2.0
     hidden_layers: described(str | None, "Of hidden_kd: final (default), quarters or every.") = None
     turns: described(Turns, "Questions on a picture: independent or sequential.") = "independent"
     max_length: described(Count | None, "Tokens of a sample; longer ones are cut.") = None
-    group_by_length: described(bool, "Samples of similar lengths share a batch.") = False
+    group_by_length: described(bool, "Put samples of similar lengths into one batch.") = False
     lora: dict | None = None  # options of peft's LoraConfig, see PAPER; None: full finetuning
     schedule: described(str, "Schedule of the learning rate.") = "cosine"
-    warmup: described(float, "Fraction of the steps.", ge=0, le=1) = 0.03
+    warmup: described(float, "Fraction of the steps with a rising rate.", ge=0, le=1) = 0.03
     weight_decay: described(float, "Weight decay.", ge=0, allow_inf_nan=False) = 0.0
-    max_grad_norm: described(float, "Largest norm of a gradient.", ge=0) = 1.0
+    max_grad_norm: described(float, "Norm to which gradients are clipped.", ge=0) = 1.0
     precision: described(Literal["fp32", "bf16", "fastest"], "fp32, bf16 or fastest.") = "fp32"
-    optimizer: described(str, "One of the Trainer's.") = "adamw_torch_fused"
-    gradient_checkpointing: described(bool, "Compute activations again, for memory.") = False
-    held_out: described(float, "Part that chooses the best state; 0: the last.", ge=0, lt=1) = 0.1
-    patience: described(Count, "Looks at it without a better state, then training stops.") = 4
-    interpolate: described(float, "From start (0) to trained weights (1).", gt=0, le=1) = 1.0
+    optimizer: described(str, "An optimizer of transformers' Trainer.") = "adamw_torch_fused"
+    gradient_checkpointing: described(bool, "Recompute activations, to save memory.") = False
+    held_out: described(float, "Part held out to find the best state; 0: none.", ge=0, lt=1) = 0.1
+    patience: described(Count, "Stop after so many evaluations without a better state.") = 4
+    interpolate: described(float, "Weights from the start (0) to the end (1).", gt=0, le=1) = 1.0
 
     def __post_init__(self):
         from mllm_compress.recovery.losses import HIDDEN_LAYERS, TRAINS, check_losses
@@ -95,7 +95,7 @@ def settled(config: RecoveryConfig) -> RecoveryConfig:
 def run_identity(
     values: dict,  # field of RecoveryConfig -> value
 ) -> dict:
-    "What determines a run: all options, later ones only where they are used."
+    "What determines a run: all options, but those added later only where they are used."
     later = () if values["held_out"] else ("held_out", "patience")
     later += ("interpolate",) if values["interpolate"] == 1 else ()
     return {name: value for name, value in values.items() if name not in later}

@@ -139,7 +139,7 @@ def needed_tensors(
 def canonical_objective(
     text: str,  # "none", or losses joined by plus signs in any order
 ) -> str:  # in the order of LOSSES; ValueError for an unknown or repeated loss
-    "The one spelling of an objective."
+    "The canonical spelling of an objective."
     if text == "none":
         return text
     names = text.split("+")

@@ -172,7 +172,7 @@ class TeacherOutputs:
 
     @property
     def nbytes(self) -> int:
-        "Bytes of its tensors, shared ones once."
+        "Bytes of its tensors; a tensor that samples share counts once."
         tensors = [t for rows in (*self.features, *self.states.values()) for t in rows]
         return sum({id(t): t.nbytes for t in tensors}.values())
 

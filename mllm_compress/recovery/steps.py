@@ -144,7 +144,7 @@ def check_samples(
     collate: Collator,  # of the run
     parts: Anatomy,  # of the student
 ) -> None:
-    "ValueError where the model reads no answer token of any sample, a warning where of some."
+    "ValueError if no sample has an answer token that the model reads, a warning if some have none."
     lost, data, tiled = [], collate.dataset, collate.render.multimodal and collate.render.tiled
     numbers = range(0, len(data), -(-len(data) // LOOKED_AT))
     context = getattr(parts.text_config, "max_position_embeddings", None) or math.inf
@@ -200,7 +200,7 @@ class Student(nn.Module):
         self._no_split_modules = getattr(self.parts.model, "_no_split_modules", None)
 
     def compared(self, labels: torch.Tensor) -> torch.Tensor:  # [batch, tokens] bool
-        "Where distillation compares: at the answers or everywhere."
+        "The positions at which distillation compares: those of the answers, or all."
         everywhere = torch.ones_like(labels, dtype=torch.bool)
         return answer_positions(labels)[0] if self.positions == "answer" else everywhere
 

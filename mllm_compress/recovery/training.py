@@ -79,7 +79,7 @@ def checkpoints(
 def gathered(
     tensor,  # a tensor or a slice of one; anything else stays as it is
 ):
-    "The tensor of which every process has a slice, on the CPU."
+    "The whole tensor on the CPU, gathered from the slices of all processes."
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu() if torch.is_tensor(tensor) else tensor
@@ -89,7 +89,7 @@ def sliced(
     tensor: torch.Tensor,  # whole
     like: torch.Tensor,  # a slice of a tensor of the same shape, or a plain tensor
 ) -> torch.Tensor:
-    "This process's slice."
+    "This process's slice of a whole tensor."
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
@@ -181,12 +181,12 @@ class RecoveryTrainer(transformers.Trainer):
 
     @property
     def looks(self) -> list:
-        "The looks at the held-out part so far."
+        "The evaluations of the held-out part so far, as dicts."
         columns, rows = ("step", *best_state.MEASURES), self.state.log_history
         return [{k: row[k] for k in columns} for row in rows if best_state.MEASURES[0] in row]
 
     def evaluate(self, *args, **kwargs) -> dict:
-        "Look at the held-out part: keep the state if it is the best, stop if none was for long."
+        "Evaluate the held-out part: keep the best state, stop where there was no new low for long."
         step = self.state.global_step
         if step not in [look["step"] for look in self.looks]:
             losses, score = self.start if self.start and not step else self.measured()
@@ -276,7 +276,7 @@ class RecoveryTrainer(transformers.Trainer):
         rotate_checkpoints(self.args.output_dir, save_total_limit=2)
 
     def _restore(self, tensors: dict):
-        "Give the model trained weights."
+        "Load trained weights into the model."
         trained = dict(self.model.named_parameters())
         for name, tensor in tensors.items():
             trained[name].data.copy_(sliced(tensor, trained[name].data))
@@ -525,7 +525,7 @@ def recover(
         indexed = lambda samples: collate(samples) | {"index": numbers(samples)}
 
         def fit(rate: float, last_step: int | None = None, start: tuple | None = None):
-            "A training of its own: the whole run, or a trial of a few steps."
+            "Train a copy of the student: for the whole run, or for a trial of a few steps."
             own = dict(trainer, max_steps=last_step, report_to="none") if last_step else trainer
             every, where = (None, scratch) if last_step else (save_every, folder or scratch)
             args = training_arguments(replace(config, lr=rate), where, every, device, own)
