@@ -205,7 +205,7 @@ def unit_numbers(name: str, *asked, **options) -> tuple:  # of int
 
 @lru_cache(16)
 def unit_images(name: str, *asked, **options) -> tuple:  # of str: 20 digits, or the unit itself
-    "Each unit's picture, of a benchmark as `load_questions` has it; without one, it is its own."
+    "The picture of each unit of a benchmark; a unit without one stands for itself."
     units = {}
     for q in load_questions(name, *asked, **options):
         units.setdefault(unit_of(q), q.images[0] if q.images else None)
@@ -225,7 +225,7 @@ OTHER_PICTURES = ("wrong-picture", "no-picture")  # ends of names
 
 
 def other_pictures(pictures: str, name: str, split: str, limit: int | None, root) -> list:
-    "The questions of `name` that have pictures, with another question's, or without any."
+    "The questions of `name` with pictures, but each with another question's picture or none."
     questions = [q for q in load_questions(name, split, limit, root) if q.images]
     if pictures == "no-picture":
         text = lambda prompt: prompt.replace(f"{IMAGE}\n", "").replace(IMAGE, "")
@@ -416,7 +416,7 @@ def short_answer(id: str, answer: str, image: str, row: dict) -> dict:
 
 
 def yes_or_no(row: dict) -> dict:
-    "What POPE and MME have in common."
+    "A yes-or-no question, in the form that POPE and MME share."
     question = row["question"].replace("Please answer yes or no.", "").strip()
     fields = {"prompt": question + SHORT, "answer": row["answer"].strip()}
     fields |= {"images": [row["image"]], "candidates": ("Yes", "No")}
@@ -436,7 +436,7 @@ def mme(subtasks: str, row: dict) -> dict | None:
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #public-sets-public-sets-cell-021
 def lettered(options) -> str:
-    "Options, one a line, behind their letters."
+    "The options, one per line, each after its letter."
     return "\n".join(f"{c}. {o}" for c, o in zip(LETTERS, options))
 
 

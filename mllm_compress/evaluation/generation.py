@@ -55,7 +55,7 @@ def in_batches(
     batch_size: int,  # items at a time
     on_batch: Callable | None = None,  # called with the number of results of each batch
 ) -> list:  # all results
-    "Run items in batches; when memory runs out, halve the batch and go on."
+    "Run items in batches; when memory runs out, halve the batch size and continue."
     results, done = [], 0
     while done < len(items):
         try:
@@ -104,7 +104,7 @@ def encode_images(model, processor, images: list) -> list:  # of ImageFeatures
 
 
 def pictures_of(processor, images) -> list:  # of PIL images in RGB
-    "The pictures that a model sees, padded as its preprocessing wants."
+    "The pictures that a model sees, padded as its preprocessing requires."
     mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
     return [open_image(image, mean) for image in images]
 
@@ -172,7 +172,7 @@ class Prompt:
         return (*self.candidates, self.right) if more else self.candidates
 
     def compared(self, scores: list) -> tuple:  # best candidate, score of the right answer, share
-        "From the scores of `scored`: the best candidate's share is of the likelihood of all."
+        "The best candidate with its share of the likelihood, and the right answer's score."
         right = scores[self.scored.index(self.right)] if self.right else None
         if not (among := np.array(scores[: len(self.candidates)])).size:
             return None, right, None

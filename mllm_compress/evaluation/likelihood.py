@@ -89,7 +89,7 @@ def answer_by_likelihood(
     batch_size: int = 32,  # at most, of a pass
     on_batch: Callable | None = None,  # called with the number of questions of each pass
 ) -> list:  # of Answer, in the order of the questions
-    "The most likely candidates, and what the model makes of the texts that have none."
+    "The most likely candidates; for texts without candidates, their likelihood."
     parts, tokenizer = anatomy(model), getattr(processor, "tokenizer", processor)
     answers, report = [None] * len(questions), on_batch or (lambda n: None)
     prompts, size = [], min(batch_size, CHOICES)

@@ -33,7 +33,7 @@ def manifest():
 
 # %% ../../nbs/library/evaluation/08_lmms_eval.ipynb #cell-009
 def settings(generation: dict) -> tuple:  # (max_new_tokens, strings that end an answer)
-    "How long an answer may be and where it ends, of a task's generation arguments."
+    "The maximum length and the end strings of answers, from a task's generation arguments."
     sampled = generation.get("do_sample") and generation.get("temperature", 1)
     if sampled or (generation.get("num_beams") or 1) > 1:
         raise ValueError(

@@ -256,7 +256,7 @@ def mme_score(frame: pd.DataFrame) -> dict:
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-021
 def counts_of(parsed: pd.Series) -> pd.DataFrame:  # of float, columns "loss", "right", "tokens"
-    "The numbers that stand for a model's reading of each text: loss, right tokens, tokens."
+    "Three numbers for each text: summed loss, tokens predicted right, and predicted tokens."
     rows = [[float(number) for number in text.split()] for text in parsed]
     return pd.DataFrame(rows, columns=["loss", "right", "tokens"], index=parsed.index)
 

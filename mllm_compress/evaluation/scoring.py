@@ -191,7 +191,7 @@ def by_picture(
     answers: dict,  # benchmark -> judged answers
     name: str,  # of a benchmark
 ) -> pd.DataFrame:  # question -> value with the right picture, a wrong one and none
-    "What the answers are worth with each picture; only questions that have one, if any has."
+    "Values of the answers with each kind of picture; only questions with one, if there are any."
     asked = {kind: answers.get(f"{name}{end}") for kind, end in _SHOWN.items()}
     values = {k: f.set_index("id").value for k, f in asked.items() if f is not None}
     table = pd.DataFrame(values, columns=[*_SHOWN]).astype(float)
@@ -219,7 +219,7 @@ def grounding(
     dense: pd.DataFrame,  # judged answers of the original
     pruned: pd.DataFrame,  # and of the pruned model, to the same questions
 ) -> pd.DataFrame:  # two rows a benchmark, of dense and pruned; nan where a number does not apply
-    """Whether a pruned model still looks, and how its answers differ from the original's.
+    """Whether a pruned model still uses the picture, and how its answers have changed.
 
     right, wrong, none: mean value in % of answers with the right picture, a wrong one and none;
     yes_bias: (P(yes | yes) + P(yes | no)) / 2 - 1/2, in points (Li et al. 2023, balanced labels);

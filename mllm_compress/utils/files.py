@@ -109,7 +109,7 @@ def alone(
     path,  # of an output
     waiting: Callable,  # called where another process has it
 ):
-    "No two processes of a user are in a block of the same path."
+    "Only one process of a user at a time is inside this block for the same path."
     file = cache_folder("locks") / content_hash(str(Path(path).resolve()))
     with ExitStack() as stack:
         with suppress(OSError):

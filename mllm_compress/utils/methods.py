@@ -83,7 +83,7 @@ BOUNDS = {
 
 
 def kinds_of(schema: dict) -> list:  # of JSON Schemas whose type is one of TYPES
-    "What a field may be, besides None."
+    "The types that a field may have, besides None."
     kinds = [kind for kind in schema.get("anyOf", [schema]) if kind["type"] != "null"]
     return [kind | {"type": kind.get("format", kind["type"])} for kind in kinds]
 

@@ -54,7 +54,7 @@ TOWER_CONFIG = EfficientNetConfig(**_SIZES, image_size=SIDE, hidden_act="relu6")
 
 
 def efficientnet_lite0() -> EfficientNetModel:
-    "The pretrained tower, whose package is there."
+    "The pretrained tower; its package must be installed."
     stored = torch.load(TOWER.path, weights_only=True)
     weights = {new: v for k, v in stored.items() for new in native_names(k, TOWER_NAMES)}
     tower = EfficientNetModel(TOWER_CONFIG)
@@ -153,7 +153,7 @@ def missing_eyes() -> str:  # empty where nothing is missing
 
 
 def untrained_eyes() -> tuple:  # (model, processor)
-    "EfficientNet-lite0 and SmolLM2 with an untrained projector; FileNotFoundError with the cure."
+    "EfficientNet-lite0 and SmolLM2 with an untrained projector; an error says what to install."
     if missing := missing_eyes():
         raise FileNotFoundError(missing)
     decoder = gguf_folder(DECODER.path)
@@ -182,7 +182,7 @@ def eyes_identity() -> str | None:  # None where a package is not installed
 
 
 def eyes_folder() -> Path:  # of a checkpoint in the cache
-    "The trained model, put together at the first call; FileNotFoundError with the cure."
+    "Folder of the trained model, made at the first call; an error says what to install."
     if missing := missing_eyes():
         raise FileNotFoundError(f"smollm2-eyes: {missing}")
     folder = cache_folder("eyes") / eyes_identity()

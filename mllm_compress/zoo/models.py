@@ -50,7 +50,7 @@ MODELS |= {
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-010
 @contextmanager
 def quiet_loading():
-    "Without the loading bar of transformers, for a model of 6 MB."
+    "Load without the progress bar of transformers, which a model of 6 MB does not need."
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -152,7 +152,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def _check_hub_id(name: str) -> None:
-    "An error for a name that is no model here, and cannot be one on the hub."
+    "Raise an error for a name that is neither a model here nor a possible hub id."
     path = Path(name).expanduser()
     if path.is_file():
         raise NotADirectoryError(f"{name} is a file: give the folder of a checkpoint.")
@@ -280,7 +280,7 @@ def packaged_identity(
 def load_tokenizer(
     name: str,  # as for load_model
 ):
-    "The tokenizer of a model; a generated model is made for it."
+    "The tokenizer of a model; a generated model is built to get it."
     folder = native_folder(name)
     processor = load_processor(folder) if folder else load_model(name)[1]
     return getattr(processor, "tokenizer", processor)

