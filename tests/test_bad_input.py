@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from mllm_compress.checkpoint.formats import checksum
 from mllm_compress.cli import app
 
 Case = namedtuple("Case", "args says")
@@ -61,6 +62,8 @@ ENTRIES = {
     "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),
     "missing-among-images": (pair("<image><image>?", image=["0.png", "gone.png"]), "Complete"),
     "unread-key": ({"question": "a?", "answer": "b", "history": [["c?", "d"]]}, "is not read"),
+    "system-of-text": ({"text": "a b c", "system": "d"}, "has 'system', which is not read"),
+    "system-list": (pair(system=["a"]), "a part of type None|should be text"),
     "empty-answer": ({"question": "a?", "answer": " "}, "leave the entry out"),
     "url": (pair(image="https://example.org/a.jpg"), "download it"),
     "number-image": (pair(image=5), "name the file"),
@@ -112,6 +115,8 @@ MODELS = {
     "bad/edited": "config.json: truncated",
     "bad/manifest": "is damaged",
     "bad/no-manifest": "was not written by save_pruned",
+    "bad/no-class": "is of another format",
+    "bad/feature-layer": "the vision tower has 3 layers",
     "bad/no-weights": "model.safetensors: missing",
     "bad/emty": "did you mean empty",
     "./lama": "did you mean",
@@ -137,6 +142,7 @@ def make_damaged(folder: Path) -> None:
         ("half-config", "config.json", b'{"model_type": '),
         ("no-type", "config.json", text({"vocab_size": 4})),
         ("list-type", "config.json", text({**config, "model_type": ["llava"]})),
+        ("feature-layer", "config.json", text({**config, "vision_feature_layer": -99})),
         ("generation", "generation_config.json", b"[1]"),
         ("adapter", "adapter_config.json", b"{}"),
         ("vit", "config.json", text({"model_type": "vit"})),
@@ -163,8 +169,13 @@ def make_damaged(folder: Path) -> None:
     (bad / "empty").mkdir()
     shutil.copytree(dense, bad / "weightless")
     (bad / "weightless/model.safetensors").unlink()
-    for name in ("edited", "manifest", "no-manifest", "no-weights"):
+    for name in ("edited", "manifest", "no-class", "no-manifest", "no-weights"):
         shutil.copytree(folder / "small", bad / name)
+    manifest = json.loads((bad / "no-class/mllm_compress.json").read_text())
+    del manifest["model_class"]
+    (bad / "no-class/mllm_compress.json").write_text(
+        json.dumps(manifest | {"checksum": checksum(manifest)})
+    )
     (bad / "edited/config.json").write_text("{}")
     (bad / "manifest/mllm_compress.json").write_text("{")
     (bad / "no-manifest/mllm_compress.json").unlink()
@@ -204,7 +215,8 @@ YAML_VALUES = [
     *(("seed", v) for v in ("x", "-1", "1.5", "99999999999")),
     *((name, v) for name in ("warmup", "weight_decay", "max_grad_norm") for v in ("x", "-1")),
     *(("max_length", v) for v in ("x", "0", "1.5")),
-    *(("losses", v) for v in ("luck", "[sft]", "{sft: abc}", "{luck: 1}", "3")),
+    *(("losses", v) for v in ("luck", "[sft]", "{sft: abc}", "{luck: 1}", "3", "{}")),
+    *(("losses", f"{{sft: {weight}}}") for weight in ("0", "-1", ".nan", ".inf")),
     *(("lora", v) for v in ("x", "-5", "{foo: 1}", "{r: 0}", "{r: 2, lora_alpha: x}")),
     *(("train", v) for v in ("[projector]", "luck", "3")),
     *(("precision", v) for v in ("fp8", "16")),
@@ -320,6 +332,7 @@ CASES = [
     Case((*RECOVER, "--train", "everything"), "use one of projector"),
     Case((*RECOVER, "--recipe", "gpt"), "use one of llava, bunny, internvl"),
     Case(("evaluate", "llava", "--benchmark", "luck"), "use one of scenes/open"),
+    Case(("evaluate", "llava", "--benchmark", "pope"), "in MLLM_COMPRESS_BENCHMARKS"),
     Case((*EVALUATE, "--scorer", "luck"), "use one of exact, anls, letter, yes_no"),
     Case((*EVALUATE, "--scorer", "letter"), "needs a list of texts"),
     Case((*EVALUATE, "--scorer", "yes_no"), "needs one of yes, no"),
@@ -362,7 +375,7 @@ CASES = [
     *(
         Case(
             (*RECOVER, "--config", f"option-{k}.yaml"),
-            f"(?i){name}.* (give|use one of)|Unknown loss|must be|the teacher has",
+            f"(?i){name}.* (give|use one of)|Unknown loss|must be|no loss given",
         )
         for k, (name, _) in enumerate(YAML_VALUES)
     ),
@@ -395,6 +408,10 @@ CASES = [
     Case((*PRUNE[:2], "-o", "extra-weights", "--ratio", ".3", "--overwrite"), "move them away"),
     Case(("score", "llava", "-o", "scores", *MINE), "replace it with --overwrite"),
     Case(("score", "llava", "-o", "small", *MINE, "--overwrite"), "was not written by this"),
+    *(
+        Case((*command, "-o", f"x/{command[0]}"), "training|unfinished|answers exists and was not")
+        for command in (RECOVER, ("score", "llava", *MINE), EVALUATE)
+    ),
     Case((*EVALUATE, "-o", "gone/rows.csv"), "make it first"),
     Case((*EVALUATE, "-o", "notes"), "name a file to write"),
     Case((*EVALUATE, "-o", "notes.txt"), "was not written by this command"),
@@ -554,6 +571,8 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     (folder / "notes/thesis.txt").write_text("years of work")
     (folder / "notes.txt").write_text("years of work")
     (folder / "null").symlink_to("/dev/null")
+    for name in (".recover.training", ".score.unfinished", ".evaluate.answers"):
+        shutil.copytree(folder / "notes", folder / "x" / name)
     make_data(folder)
     make_scores(folder)
     make_damaged(folder)
@@ -600,6 +619,7 @@ LAST = {}  # folder -> its state after the last case, which is that before the n
 def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     monkeypatch.chdir(shop)
     monkeypatch.setenv("MLLM_COMPRESS_CHECKOUT", str(Path(__file__).parents[1]))  # of the study
+    monkeypatch.setenv("MLLM_COMPRESS_BENCHMARKS", "gone")
     before = LAST.get(shop) or changed(shop.parent)
     result = CliRunner().invoke(app, list(args))
     after = LAST[shop] = changed(shop.parent)
@@ -615,14 +635,6 @@ def test_a_mistake_is_answered_in_one_line(shop, monkeypatch, args, says):
     assert re.search(says, result.stderr), result.stderr
     assert "Traceback" not in result.output
     assert after == before
-
-
-def test_a_benchmark_without_data_names_the_folder_to_set(shop, monkeypatch):
-    monkeypatch.chdir(shop)
-    monkeypatch.setenv("MLLM_COMPRESS_BENCHMARKS", "gone")
-    for name in ("pope", "gqa", "mme_perception"):
-        result = CliRunner().invoke(app, ["evaluate", "llava", "--benchmark", name])
-        assert result.exit_code == 2 and "MLLM_COMPRESS_BENCHMARKS" in result.stderr
 
 
 def test_a_missing_package_is_named_with_its_extra(shop, monkeypatch):
@@ -660,6 +672,7 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.load_pruned("small", attention="eager"), "is not supported"),
     (lambda m, p, mc, lm: mc.prune(get_peft_model(lm("llama"), ADAPTERS), BATCHES), "merge_and"),
     (lambda m, p, mc, lm: mc.prune(lm("llama", vocab=9), BATCHES), "embeddings of 9"),
+    (lambda m, p, mc, lm: mc.recovery.RecoveryConfig("projector", lora={"r": 2}), "lora adapts"),
 ]
 
 

@@ -114,7 +114,7 @@ def test_unsupported_settings_are_errors():
     with pytest.raises(ValueError, match="greedily"):
         plugin.settings({"num_beams": 3})
     assert plugin.settings({"do_sample": True, "temperature": 0}) == (1024, ())
-    with pytest.raises(ValueError, match="unknown model_args pretraind"):
+    with pytest.raises(TypeError, match="pretraind"):
         plugin.CompressedModel("tiny-llava", pretraind="x")
     with pytest.raises(ValueError, match="float8"):
         plugin.CompressedModel("tiny-llava", dtype="float8")

@@ -13,7 +13,6 @@ from mllm_compress.recovery.losses import (
     answer_positions,
     batch_counts,
     canonical_objective,
-    check_losses,
     hidden_kd,
     logits_kd,
     loss_terms,
@@ -129,27 +128,9 @@ def test_half_precision_states_are_compared_in_float32():
     assert even.item() == pytest.approx(math.log(4), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "losses, says",
-    [
-        ({"l2": 1}, "Unknown loss 'l2': use one of sft"),
-        ({}, "no loss given"),
-        ({"sft": 0}, "positive"),
-        ({"sft": float("nan")}, "positive"),
-        ({"sft": -1}, "positive"),
-    ],
-)
-def test_wrong_losses(losses, says):
-    with pytest.raises(ValueError, match=says):
-        check_losses(losses)
-
-
 def test_an_objective_has_one_spelling():
     assert canonical_objective("hidden_kd+sft") == "sft+hidden_kd"
     assert canonical_objective("none") == "none"
-    for wrong, says in (("sft+sft", "names a loss twice"), ("sft+kd", "Unknown loss 'kd'")):
-        with pytest.raises(ValueError, match=says):
-            canonical_objective(wrong)
 
 
 def test_every_objective_of_the_study_has_a_look_of_its_own():

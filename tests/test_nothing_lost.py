@@ -80,8 +80,6 @@ COMMANDS = {  # command -> (its arguments, where it is interrupted, what it says
         "Nothing is kept",
     ),
     "cost": (("cost", "llava"), "mllm_compress.cost.report.part_parameters", "Stopped"),
-    "cards": (("cards", "llava"), "mllm_compress.cost.memory.memory_table", "Stopped"),
-    "models": (("models",), "mllm_compress.cli.requests.emit", "Stopped"),
     "show": (("show", "small"), "mllm_compress.checkpoint.formats.sha256", "Stopped"),
     "study": (
         ("study", "--profile", "smoke", "--status"),

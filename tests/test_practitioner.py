@@ -350,4 +350,3 @@ def test_conversations_for_a_model_without_a_chat_template(here):
         Path("bad.jinja").write_text(content)
         wrong = run(*args, "-o", "bad", "--chat-template", "bad.jinja", code=2)
         assert says in wrong and not Path("bad").exists()
-    assert "check --chat-template" in run(*args, "-o", "bad", "--chat-template", "x", code=2)

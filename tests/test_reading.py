@@ -1,6 +1,7 @@
 """Whatever a JSON file holds, the reader returns entries in one form or an error in one line."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -99,8 +100,9 @@ def test_all_forms_say_the_same(pairs, picture, system):
     first, second = (turns(read_entry(e, 0)) for e in (one, two))
     assert first == second == [(q.strip(), a.strip()) for q, a in pairs]
     said = [{"from": "Developer", "value": system}, *one["conversations"]]
-    with_system = turns(read_entry(one | {"conversations": said}, 0))
-    assert with_system[1:] == first[1:] and with_system[0][0].startswith(system.strip())
+    for form in (one | {"conversations": said}, one | {"system": system}):
+        entry = read_entry(form, 0)
+        assert entry.get("system", "") == system and turns(entry) == first
     chat = [{"role": role, "content": text} for role, text in zip(("User", "GPT"), marked)]
     other_marker = marked[0].replace("<image>", "<|image_1|>")
     for form in (
@@ -148,6 +150,11 @@ def test_pictures_are_read_as_they_are_meant(tmp_path):
     Image.fromarray(1000 * stored["tiff"]).save(tmp_path / "depth.tiff")
     with pytest.raises(ValueError, match="grey values are 0 … 1000: save it with 8 bits"):
         read_image(tmp_path / "depth.tiff")
+    for name, white in (("dark.png", 65535), ("stated.tiff", 4095)):
+        Image.fromarray((grey * 4095).astype(np.uint16)).save(tmp_path / name, tiffinfo={281: 4095})
+        with warnings.catch_warnings(record=True) as notes:
+            brightest = np.asarray(read_image(tmp_path / name)).max()
+        assert brightest == round(255 * 4095 / white) and len(notes) == (white == 65535)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored on its side
     Image.fromarray(stored["bmp"]).save(tmp_path / "side.jpg", exif=exif)
@@ -197,6 +204,22 @@ def test_an_answer_that_the_template_drops_is_an_error(byte_level):
     byte_level.chat_template = "{% for m in messages %}{{ m.role }}: {% endfor %}assistant: "
     with pytest.raises(ValueError, match="No token belongs to the answer 'yes'"):
         Renderer(byte_level).encode((("is it red?", "yes"),), ())
+
+
+def test_a_system_text_is_a_turn_where_the_template_has_one(byte_level, tiny_lm):
+    data = from_rows([{"system": "Be brief.", "question": "is it red?", "answer": "yes"}])
+    question = Question("0", "is it red?", "yes", extra={"system": "Be brief."})
+    for begin, end, asked in (
+        ("", "", "system: Be brief. user: is it red? assistant:"),
+        ("{% if m.role != 'system' %}", "{% endif %}", "user: Be brief.\nis it red? assistant:"),
+    ):
+        turn = f"{begin}{{{{ m.role }}}}: {{{{ m.content }}}} {end}"
+        loop = "{% for m in messages %}" + turn + "{% endfor %}"
+        byte_level.chat_template = f"{loop}{{% if add_generation_prompt %}}assistant:{{% endif %}}"
+        ids = Collator(byte_level, data)([data[0]])["input_ids"][0]
+        assert byte_level.decode(ids) == f"{asked} yes "
+        _, (prompt,), _ = prepare(tiny_lm("llama", vocab=len(byte_level)), byte_level, [question])
+        assert byte_level.decode(prompt.own) == asked
 
 
 def test_plain_text_is_supervised_but_for_its_first_token(tiny_llava):

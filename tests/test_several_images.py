@@ -80,7 +80,7 @@ def test_all_forms_of_several_images_are_one():
     entry = read_entry(
         {"messages": [system, {"role": "user", "content": [*listed, text]}, answer]}, 0
     )
-    assert instructions.turns(entry) == [("Be brief.\nsame?", "no")]
+    assert entry["system"] == "Be brief." and instructions.turns(entry) == [("same?", "no")]
     amid = {"messages": [{"role": "user", "content": [listed[0], text, listed[1]]}, answer]}
     assert instructions.turns(read_entry(amid, 0))[0][0] == f"{MARK}\nsame?\n{MARK}"
 

@@ -61,14 +61,11 @@ class RecoverRequest(Training):
     report_to: Literal["tensorboard", "wandb", "trackio"] | None = None
     "tensorboard, wandb or trackio."
 
+    kept: ClassVar = (
+        "Training is kept up to its last checkpoint, and the same command continues from there; "
+        "with --save-every 0 nothing is kept."
+    )
     tables: ClassVar = {"losses": lambda: mc.recovery.LOSSES, "train": lambda: mc.recovery.TRAINS}
-
-    @property
-    def kept(self):
-        "What an interruption leaves."
-        if self.save_every == 0:
-            return "Without checkpoints (--save-every 0) nothing is kept."
-        return "Training is kept up to its last checkpoint; the same command continues from there."
 
     def options(self) -> dict:
         "The options of a RecoveryConfig that were given, or that the recipe has."
@@ -147,6 +144,7 @@ def recover(request: RecoverRequest) -> dict:
         request.refuse([option] * (not used(config)), why)
     inputs = {"model": name, "teacher": request.teacher}
     mc.checkpoint.check_target(out, request.overwrite, inputs)
+    folder = cli.hidden_folder(out, "training")
     device = mc.zoo.models.resolve_device(request.device)
     if request.report_to and find_spec(request.report_to) is None:
         raise ImportError(f"{request.report_to} is not installed: pip install {request.report_to}.")
@@ -164,7 +162,6 @@ def recover(request: RecoverRequest) -> dict:
     config = config_from_dict(options)
     size = sum(p.numel() * p.element_size() for p in student.parameters())
     trained = 0.1 if config.lora else 1.0  # adapters are a small part
-    folder = out.parent / f".{out.name}.training"
     mc.checkpoint.saving.check_writable(folder, int(size * (1 + 11 * trained)))
     if request.restart:
         shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from ..cost import memory
 from ..cost.arithmetic import without_weights
 from .experiments import Experiment
 from .profiles import Profile, Training, located, source_of, training_of
-from .stages import recovery_config
+from .stages import decoder_ratio, recovery_config
 from ..zoo.releases import is_original_layout, native_config, real_config, real_name
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-004
@@ -63,15 +63,15 @@ ASSUMED = (
 )
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-018
-def hours_of(experiment: Experiment, profile: Profile, config) -> float:
-    "GPU hours of an experiment: training and evaluation."
+def hours_of(experiment: Experiment, profile: Profile, config, ratio: float) -> float:
+    "GPU hours of an experiment: training and evaluation of a decoder without this share."
     e, limit = experiment, profile.evaluation.questions
     questions = sum(min(QUESTIONS.get(n, limit), limit) for n in profile.evaluation.benchmarks)
-    work = questions * memory.sample_operations(config, e.ratio)
+    work = questions * memory.sample_operations(config, ratio)
     if e.recovery != "none":
         recovery = recovery_config(e, profile)
         samples = samples_of(training_of(e.model, profile)) * e.fraction * recovery.epochs
-        work += samples * memory.sample_operations(config, e.ratio, recovery, 256, 64)
+        work += samples * memory.sample_operations(config, ratio, recovery, 256, 64)
     return work / SPEED / 3600
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-026
@@ -84,12 +84,13 @@ def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per m
     configs = {m: config_of(m, profile) for m in dict.fromkeys(m for m, _ in kinds)}
     for (model, kind), alike in kinds.items():
         if (config := configs[model]) is not None:
-            hours = sum(hours_of(e, profile, config) for e in alike)
             e, dense = min(alike, key=lambda e: e.ratio), without_weights(config)
+            removed = lambda e: decoder_ratio(e, profile, dense)
+            hours = sum(hours_of(e, profile, config, removed(e)) for e in alike)
             if e.recovery == "none":
                 peak = memory.answering_bytes(dense, batch=profile.evaluation.batch_size)
             else:
-                student = memory.pruned_on_meta(dense, e.pruning, e.ratio)
+                student = memory.pruned_on_meta(dense, e.pruning, removed(e))
                 training = recovery_config(e, profile)
                 peak = memory.recovery_memory(student, training, dense, 256)["total"]
             row = {"model": model, "kind": kind, "experiments": len(alike)}
