@@ -422,6 +422,7 @@ CASES = [
     Case((*PRUNE, "--ratio", ".3", "--recipe", "paper", "--method", "obs"), "leave the method or"),
     Case(("export", "bad/nan", "--to", "transformers", "-o", "out"), "infinite or not a number"),
     Case(("check", "llava", "--chat-template", "mine.json"), "does not render"),
+    Case(("check", "llava", "--only", "luck"), "use one of parts, cost"),
     Case(("compare", "llava", "small", "-o", "notes"), "was not written by this command"),
     Case(("compare", "llava", "small", "-o", "small"), "choose another folder"),
     # models without pictures, and the like
@@ -429,7 +430,7 @@ CASES = [
     Case(("score", "lm", "-o", "out", *MINE), "use entries without images"),
     Case(("evaluate", "lm"), "give --data FILE for its perplexity"),
     Case(("evaluate", "lm", "--benchmark", "easy-vqa"), "--benchmark perplexity"),
-    Case(("recover", "llava", "--teacher", "llava", "-o", "out"), "is not a pruned checkpoint"),
+    Case(("recover", "llava", "--teacher", "llava", "-o", "out"), "is not a checkpoint of prune"),
     Case(("recover", "small", "--teacher", "lm", "-o", "out", *MINE[:2]), "dense model"),
     Case((*RECOVER, "--image-root", "gone"), "check --image-root"),
     Case((*RECOVER[:6], "--data", "missing-all.json", "--skip-missing"), "none of the images"),
@@ -672,6 +673,10 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.load_pruned("small", attention="eager"), "is not supported"),
     (lambda m, p, mc, lm: mc.prune(get_peft_model(lm("llama"), ADAPTERS), BATCHES), "merge_and"),
     (lambda m, p, mc, lm: mc.prune(lm("llama", vocab=9), BATCHES), "embeddings of 9"),
+    (
+        lambda m, p, mc, lm: mc.cost.cost_report(lm("llama").to("meta"), latency=True),
+        "load the wei",
+    ),
     (lambda m, p, mc, lm: mc.recovery.RecoveryConfig("projector", lora={"r": 2}), "lora adapts"),
 ]
 

@@ -160,23 +160,6 @@ def test_large_models_get_adapters_and_say_so(here, monkeypatch):
     assert "lora" not in facts("show", "full")["provenance"][-1]["config"]
 
 
-def test_a_language_model_goes_all_the_way(here):
-    data = ("--data", "text.jsonl")
-    run("score", "lm", "-o", "scores", "--method", "taylor", *data)
-    run("prune", "lm", "-o", "small", "--scores", "scores", "--ratio", 0.3)
-    options = ("--batch-size", 4, "--epochs", 2, "--lr", 1e-3)
-    run("recover", "small", "--teacher", "lm", "-o", "again", *data, *options)
-    rows = facts("evaluate", "again", *data)["rows"]
-    assert [r["benchmark"] for r in rows] == ["perplexity"] and rows[0]["low"] < rows[0]["high"]
-    assert "parameters" in run("cost", "again")
-    both = facts("compare", "lm", "again", *data)
-    assert both["scores"][0]["benchmark"] == "perplexity"
-    from transformers import AutoModelForCausalLM
-
-    AutoModelForCausalLM.from_pretrained("again")
-    assert "pipeline_tag: text-generation" in Path("again/README.md").read_text()
-
-
 def test_own_questions_and_the_comparison(here):
     run("prune", "llava", "-o", "small", "--layers", "1,2")
     asked = ("--questions", "mine.json")

@@ -148,10 +148,7 @@ def recover(request: RecoverRequest) -> dict:
     device = mc.zoo.models.resolve_device(request.device)
     if request.report_to and find_spec(request.report_to) is None:
         raise ImportError(f"{request.report_to} is not installed: pip install {request.report_to}.")
-    if not mc.checkpoint.is_checkpoint(name):
-        raise ValueError(
-            f"{name} is not a pruned checkpoint: give the folder that `mllm-compress prune` wrote."
-        )
+    mc.checkpoint.formats.require_checkpoint(name, "give a folder that `mllm-compress prune` wrote")
     if name.resolve() == Path(request.teacher).resolve():
         raise ValueError(f"{name} is its own teacher: give the dense model it was pruned from.")
     cli.check_models(name, request.teacher)

@@ -79,6 +79,8 @@ def latency(
     warmup: int = 2,
 ) -> dict:  # "prefill" and "decode" (seconds per token) -> Timing
     "Time to the first token, and per further token at this context length."
+    if model.device.type == "meta":
+        raise ValueError("seconds cannot be measured on the meta device: load the weights.")
     calls = phase_calls(model, inputs)
     return {name: time_call(call, repeats, warmup, model.device) for name, call in calls.items()}
 
@@ -95,8 +97,6 @@ def unit_seconds(
     inputs: dict | None = None,  # as the model takes them; None: one picture, 64 text tokens
 ) -> UnitCosts:  # the largest relative error of the linear model is in its meta
     "Seconds per head, neuron and layer, from timing the model at half of each."
-    if model.device.type == "meta":
-        raise ValueError("seconds cannot be measured on the meta device: load the weights.")
     inputs = example_inputs(model) if inputs is None else inputs
     parts = anatomy(model)
     layers = range(parts.num_layers)

@@ -24,17 +24,15 @@ def wilson(right: float, n: int) -> tuple:  # (low, high) as fractions
 def bootstrap(
     values: np.ndarray,  # [units, k], k numbers that belong to the same unit
     strata=None,  # [units] names, or one stratum
-    replicates: int = 2000,
-    seed: int = 0,
-) -> np.ndarray:  # [replicates, k] sums over strata of the resampled means
+) -> np.ndarray:  # [2000, k] sums over strata of the resampled means
     "Resampled means, units drawn within strata."
     values = np.asarray(values, float).reshape(len(values), -1)
     strata = np.zeros(len(values)) if strata is None else np.asarray(strata)
-    rng, total = np.random.default_rng(seed), 0
+    rng, total = np.random.default_rng(0), 0
     for name in pd.unique(strata):
         distinct, counts = np.unique(values[strata == name], axis=0, return_counts=True)
         n = counts.sum()
-        total = total + rng.multinomial(n, counts / n, replicates) @ distinct / n
+        total = total + rng.multinomial(n, counts / n, 2000) @ distinct / n
     return total
 
 # %% ../../nbs/library/evaluation/04_intervals.ipynb #cell-018

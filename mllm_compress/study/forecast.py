@@ -93,6 +93,5 @@ def table(experiments: list, profile: Profile) -> pd.DataFrame:  # one row per m
                 student = memory.pruned_on_meta(dense, e.pruning, removed(e))
                 training = recovery_config(e, profile)
                 peak = memory.recovery_memory(student, training, dense, 256)["total"]
-            row = {"model": model, "kind": kind, "experiments": len(alike)}
-            rows.append(row | {"GPU hours": hours, "GiB": peak / 2**30})
-    return pd.DataFrame(rows)
+            rows.append([model, kind, len(alike), hours, peak / 2**30])
+    return pd.DataFrame(rows, columns=["model", "kind", "experiments", "GPU hours", "GiB"])
