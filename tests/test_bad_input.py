@@ -171,11 +171,9 @@ def make_damaged(folder: Path) -> None:
     (bad / "weightless/model.safetensors").unlink()
     for name in ("edited", "manifest", "no-class", "no-manifest", "no-weights"):
         shutil.copytree(folder / "small", bad / name)
-    manifest = json.loads((bad / "no-class/mllm_compress.json").read_text())
-    del manifest["model_class"]
-    (bad / "no-class/mllm_compress.json").write_text(
-        json.dumps(manifest | {"checksum": checksum(manifest)})
-    )
+    files = json.loads((bad / "no-class/mllm_compress.json").read_text())["files"]
+    manifest = {"format": 1, "files": files, "checksum": checksum({"format": 1, "files": files})}
+    (bad / "no-class/mllm_compress.json").write_text(json.dumps(manifest))
     (bad / "edited/config.json").write_text("{}")
     (bad / "manifest/mllm_compress.json").write_text("{")
     (bad / "no-manifest/mllm_compress.json").unlink()
@@ -673,10 +671,7 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.load_pruned("small", attention="eager"), "is not supported"),
     (lambda m, p, mc, lm: mc.prune(get_peft_model(lm("llama"), ADAPTERS), BATCHES), "merge_and"),
     (lambda m, p, mc, lm: mc.prune(lm("llama", vocab=9), BATCHES), "embeddings of 9"),
-    (
-        lambda m, p, mc, lm: mc.cost.cost_report(lm("llama").to("meta"), latency=True),
-        "load the wei",
-    ),
+    (lambda m, p, mc, lm: mc.cost.latency(lm("llama").to("meta"), {}), "load the weights"),
     (lambda m, p, mc, lm: mc.recovery.RecoveryConfig("projector", lora={"r": 2}), "lora adapts"),
 ]
 

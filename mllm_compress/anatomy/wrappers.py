@@ -148,6 +148,14 @@ def wrapper_of(config) -> Wrapper | None:
             f"Add a row Wrapper({config.model_type!r}, …) with the paths of its vision tower and "
             "projector to mllm_compress.anatomy.WRAPPERS (guide: add a model)."
         )
+    read = getattr(config, "vision_feature_layer", None)
+    depth = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    for layer in read if isinstance(read, (list, tuple)) else [read]:
+        if depth and layer is not None and not -depth - 1 <= layer <= depth:
+            raise ValueError(
+                f"vision_feature_layer is {layer} in config.json, but the vision tower has {depth} "
+                "layers: the checkpoint is damaged, so copy its config.json again."
+            )
     return WRAPPERS[config.model_type]
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-022

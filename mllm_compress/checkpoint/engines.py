@@ -18,14 +18,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..anatomy.families import anatomy
-from . import formats, llama_cpp
+from . import formats, llama_cpp, saving
 from .loading import fill_up, load_any, load_pruned, unpackable
-from mllm_compress.checkpoint.saving import (
-    check_output,
-    check_target,
-    check_writable,
-    write_checkpoint,
-)
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice, naming_extras
 from ..zoo.models import check_finite
@@ -153,12 +147,12 @@ def export_model(
     for file in (path, llama_cpp.projector_path(path)) if to == "gguf" else (path,):
         begins = file.open("rb").read(4) if to == "gguf" and file.is_file() else b""
         ours = begins == b"GGUF" or (file / RECORD).is_file()
-        check_output(file, "export", ours, overwrite, {"checkpoint": folder})
-        check_writable(file)
+        saving.check_output(file, "export", ours, overwrite, {"checkpoint": folder})
+        saving.check_writable(file)
     model, processor = load_any(folder)
     check_finite(model)
     if to != "gguf":
-        check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
+        saving.check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
     facts = ENGINES[to].write(model, out, processor, dtype, fill)
     if path.is_dir():
         facts["bytes"] = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
@@ -202,10 +196,7 @@ def quantize(
 ) -> Path:  # the folder; ValueError for a second quantization or another type
     "Write a checkpoint with fewer bits per weight; load_pruned loads it."
     check_choice("quantization", name, QUANTIZATIONS)
-    if not formats.is_checkpoint(folder):
-        raise ValueError(
-            f"{folder} is not a checkpoint of prune or recover: prune first, then quantize."
-        )
+    formats.require_checkpoint(folder, "prune first, then quantize")
     if earlier := next((s for s in formats.history(folder) if s["step"] == "quantize"), None):
         raise ValueError(
             f"{folder} is quantized to {earlier['quantization']} already: quantize the checkpoint "
@@ -213,7 +204,7 @@ def quantize(
         )
     manifest = formats.verify(folder)
     kind, files = manifest["kind"], manifest["files"].values()
-    check_target(out, overwrite, {"checkpoint": folder}, sum(f["bytes"] for f in files))
+    saving.check_target(out, overwrite, {"checkpoint": folder}, sum(f["bytes"] for f in files))
     with naming_extras():
         import bitsandbytes  # noqa: F401
     config = BitsAndBytesConfig(llm_int8_skip_modules=KEPT, **QUANTIZATIONS[name].options)
@@ -227,5 +218,5 @@ def quantize(
         unpacked = formats.shrink(unpacked, plan) if kind == "pruned" else unpacked
     write = lambda new, variant: model.save_pretrained(new, variant=variant)
     step = formats.make_step("quantize", quantization=name, bits=QUANTIZATIONS[name].bits)
-    steps = [*formats.history(folder), step]
-    return write_checkpoint(out, write, unpacked, plan, kind, processor, overwrite, None, steps)
+    options = dict(overwrite=overwrite, provenance=[*formats.history(folder), step])
+    return saving.write_checkpoint(out, write, unpacked, plan, kind, processor, **options)

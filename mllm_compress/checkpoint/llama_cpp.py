@@ -65,7 +65,7 @@ def choose_architecture(
     rows = [row for row in ARCHITECTURES if family in row.families]
     if not rows:
         known = sorted({name for row in ARCHITECTURES for name in row.families})
-        raise ValueError(f"{family} is not written as GGUF here; known: {', '.join(known)}.")
+        raise ValueError(f"GGUF is written of {', '.join(known)}, not {family}: use another --to.")
     config, widths = parts.text_config, set(parts.widths)
     kind = config.rope_parameters["rope_type"]
     queries = parts.groups(0) * parts.queries_per_group(0)

@@ -120,13 +120,8 @@ def load_pruned(
     if (name := manifest["processor_class"]) is None:
         return model, None, plan
     processor_class = _class_named(name, ProcessorMixin, PreTrainedTokenizerBase)
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with naming_extras():
-            return model, processor_class.from_pretrained(folder), plan
-    finally:
-        transformers.logging.set_verbosity(level)
+    with naming_extras():
+        return model, processor_class.from_pretrained(folder), plan
 
 # %% ../../nbs/library/checkpoint/03_loading.ipynb #either-code
 def load_any(name, **options) -> tuple:  # (model, processor)

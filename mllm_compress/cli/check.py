@@ -117,7 +117,7 @@ def tokens_shown(case: Case) -> str:
     picture, shown = mc.data.batches.placeholder_id(case.processor), []
     for before, token, label in zip([None, *ids], ids, labels):
         if not before == token == picture:
-            text = tokenizer.decode([token])
+            text = tokenizer.decode([token]).replace("\n", "\\n")
             shown.append(text if label == -100 else f"«{text}»")
     return " ".join(shown)
 

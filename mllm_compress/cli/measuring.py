@@ -116,8 +116,8 @@ def measured(
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-010
 def grounding_text(table) -> str:  # of evaluation.grounding
     "Whether the small model still uses its pictures, and which pictures it was tested with."
-    asked = "with the right picture, a wrong one, and none"
-    asked = asked if table.wrong.notna().any() else "questions as they are, no other pictures"
+    pictures = {"right": "with the right picture", "wrong": "a wrong one", "none": "none"}
+    asked = ", ".join(text for kind, text in pictures.items() if table[kind].notna().any())
     shown = cli.table_text(table.dropna(axis="columns", how="all"), ".3g")
     sentences = mc.evaluation.scoring.say_grounding(table)
     return "\n".join([f"Grounding ({asked}):", shown, *sentences])
@@ -136,12 +136,10 @@ class EvaluateRequest(MeasureRequest):
     """Add the scores to the checkpoint and its card; with --dense also whether answers still depend
     on the picture, for which both models also answer with other pictures."""
 
-    @property
-    def kept(self):
-        "What an interruption leaves."
-        if self.out or self.answers:
-            return "Answers are kept; the same command continues from there."
-        return "Nothing is kept without --out or --answers."
+    kept: ClassVar = (
+        "Nothing is kept without --out or --answers; with one of them, the same command continues "
+        "from there."
+    )
 
 
 @cli.command(EvaluateRequest)
@@ -149,15 +147,12 @@ def evaluate(request: EvaluateRequest) -> dict:
     "Score a model on benchmarks, on your own questions, or by perplexity."
     model, dense, out = request.model, request.dense, request.out
     cli.check_output_file(out, request.overwrite, b"benchmark,metric,")
+    beside = out and cli.hidden_folder(out, "answers")
     device = mc.zoo.models.resolve_device(request.device)
     cli.check_models(model, *([dense] if dense else []))
-    if request.record and not mc.checkpoint.is_checkpoint(model):
-        raise ValueError(
-            f"{model} is not a checkpoint of prune or recover, so nothing can be recorded in it: "
-            "leave --record out."
-        )
+    if request.record:
+        mc.checkpoint.formats.require_checkpoint(model, "leave --record out")
     suite = request.suite(model)
-    beside = out and out.parent / f".{out.name}.answers"
     answers = request.answers or beside
     looks = bool(request.record and dense)
     rows, small_answers = measured(request, model, suite, answers, looks)
@@ -330,10 +325,7 @@ class CompareRequest(MeasureRequest):
     out: cli.File | None = None
     "Folder for tables (CSV) and the picture."
 
-    @property
-    def kept(self):
-        "What an interruption leaves."
-        return "Answers are kept in --answers." if self.answers else "Nothing is kept."
+    kept: ClassVar = "Nothing is kept without --answers, which keeps the answers."
 
 
 @cli.command(CompareRequest)

@@ -118,6 +118,7 @@ def score(request: ScoreRequest) -> dict:
     out, method, seed = request.out, request.method, request.seed
     files, inputs = ("scores.json", "scores.safetensors"), {"model": request.model}
     cli.check_output_folder(out, request.overwrite, files, inputs)
+    unfinished = cli.hidden_folder(out, "unfinished")
     import torch
 
     from mllm_compress.anatomy.streaming import device_of, is_streamed
@@ -133,7 +134,6 @@ def score(request: ScoreRequest) -> dict:
     needs = "taylor" if backward else "block_influence"  # alike in memory
     stream = cli.choose_stream(request.model, device, request.stream, needs)
     model, processor = cli.load(request.model, device, stream)
-    unfinished = out.parent / f".{out.name}.unfinished"
     batches = record = None
     if with_data:
         batches, record = request.calibration(model, processor, device)

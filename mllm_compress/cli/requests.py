@@ -112,7 +112,7 @@ def new_figure(width: float, height: float):  # a matplotlib Figure, or None
     return Figure(figsize=(width, height), layout="constrained")
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-013
-_FULL = "allocate memory|Memory ran out"  # how torch and `evaluate` say so on a CPU
+_FULL = "allocate memory"  # how torch says so on a CPU
 
 
 @contextmanager
@@ -477,6 +477,20 @@ def check_output_file(
     ours = path.is_file() and path.open("rb").read(len(begins)) in (b"", begins)
     mc.checkpoint.saving.check_output(path, "this command", ours, overwrite)
     mc.checkpoint.saving.check_writable(path)
+
+
+WORK = {"training": "run.json", "unfinished": "[0-9a-f]" * 20, "answers": "*/run.json"}
+
+
+def hidden_folder(
+    out: Path,  # of a command
+    kind: str,  # one of WORK, which says what such a folder holds
+) -> Path:  # hidden, beside the output; ValueError where it holds something else
+    "Where a command keeps what is not finished."
+    folder = out.parent / f".{out.name}.{kind}"
+    ours = folder.is_dir() and any(folder.glob(WORK[kind]))
+    mc.checkpoint.saving.check_output(folder, "this command", ours, overwrite=True)
+    return folder
 
 
 def check_output_folder(

@@ -90,11 +90,6 @@ def cost_report(
 ) -> CostReport:
     "Parameters, operations, bytes and, on request, seconds of a model."
     on_meta, shape = model.device.type == "meta", arithmetic.shape_of_model(model)
-    if latency and on_meta:
-        raise ValueError(
-            "Seconds cannot be measured on the meta device: "
-            "move the model to a CPU or GPU, or use latency=False."
-        )
     text_tokens = prompt_tokens(processor) if processor else text_tokens
     inputs = arithmetic.example_inputs(model, text_tokens, images, batch)
     prompt, rows = inputs["input_ids"].shape[1], []

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import re
 from collections import OrderedDict
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def pictures_amid(
 PLAIN_CHAT = """\
 {% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}\
 {% if m.role == 'assistant' %}Assistant: {{ m.content }}{{ eos_token }}\
-{% else %}User: {{ m.content }}{% endif %}{% endfor %}\
+{% else %}{{ 'User: ' if m.role != 'system' }}{{ m.content }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '\\n' }}Assistant:{% endif %}"""
 
 
@@ -91,8 +92,7 @@ def set_chat_template(
         raise FileNotFoundError(f"There is no file {file}: check --chat-template.")
     processor.chat_template = template = instructions.decoded(Path(file))
     words = {"user": "first words", "assistant": "last words"}
-    content = lambda text: [{"type": "text", "text": text}] if multimodal else text
-    messages = [{"role": role, "content": content(text)} for role, text in words.items()]
+    messages = [Renderer(processor).turn(role, text) for role, text in words.items()]
     try:
         rendered = processor.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # jinja2 raises errors of many kinds
@@ -175,16 +175,32 @@ class Renderer:
         inputs = process_images(self.processor, [Image.new("RGB", size)])
         return self.processor.replace_image_token(inputs, 0)
 
-    def text(self, pairs, front: int, prompt_only=False) -> str:
+    def turn(self, role: str, text: str) -> dict:
+        "A message without pictures."
+        content = [{"type": "text", "text": text}] if self.multimodal else text
+        return {"role": role, "content": content}
+
+    @cached_property
+    def takes_system(self) -> bool:
+        "Whether the template renders a system turn."
+        messages = [self.turn("system", "first words"), self.turn("user", "last words")]
+        with suppress(Exception):  # jinja2 raises errors of many kinds
+            return "first words" in self.processor.apply_chat_template(messages, tokenize=False)
+        return False
+
+    def text(self, pairs, front: int, prompt_only=False, system: str = "") -> str:
         "The rendered conversation with pictures before it, or its part before the last answer."
         amid, messages = self.multimodal and pictures_amid(pairs), []
+        if system and self.takes_system:
+            messages.append(self.turn("system", system))
+        elif system:
+            pairs = [(f"{system}\n{pairs[0][0]}", pairs[0][1]), *pairs[1:]]
         token = self.amid_token if amid else None
         for k, (question, answer) in enumerate(pairs):
             if self.multimodal:
                 question = question_parts(instructions.IMAGE * front * (k == 0) + question, token)
-                answer = [{"type": "text", "text": answer}]
             messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
+            messages.append(self.turn("assistant", answer))
         messages = messages[:-1] if prompt_only else messages
         options = {"tokenize": False, "add_generation_prompt": prompt_only}
         try:
@@ -195,24 +211,24 @@ class Renderer:
                 'file of another (--chat-template), or use plain text ({"text": …}).'
             ) from None
 
-    def encode(self, pairs: tuple, images: tuple) -> tuple:
+    def encode(self, pairs: tuple, images: tuple, system: str = "") -> tuple:
         "Token ids of a conversation, and for each whether it belongs to an answer."
-        if (encoded := self.encoded.get((pairs, images))) is None:
+        if (encoded := self.encoded.get((pairs, images, system))) is None:
             if pairs[0][0] is None:  # plain text
                 ids = tuple(self.tokenizer(pairs[0][1])["input_ids"])
                 encoded = ids, (False, *[True] * (len(ids) - 1))[: len(ids)]
             else:
-                encoded = self._encode_chat(pairs, images)
-            self.encoded.put((pairs, images), encoded, len(encoded[0]))
+                encoded = self._encode_chat(pairs, images, system)
+            self.encoded.put((pairs, images, system), encoded, len(encoded[0]))
         return encoded
 
-    def _encode_chat(self, pairs: tuple, images: tuple) -> tuple:
+    def _encode_chat(self, pairs: tuple, images: tuple, system: str) -> tuple:
         front, token = 0 if pictures_amid(pairs) else len(images), self.image_token
-        rendered, spans, end = self.text(pairs, front), [], 0
-        text = expand(rendered, token, images)
+        rendered = self.text(pairs, front, system=system)
+        text, spans, end = expand(rendered, token, images), [], 0
+        begins = lambda k, asks: expand(self.text(pairs[:k], front, asks, system), token, images)
         for k, (question, answer) in enumerate(pairs, 1):
-            prompt = expand(self.text(pairs[:k], front, True), token, images)
-            part = expand(self.text(pairs[:k], front), token, images) if k < len(pairs) else text
+            prompt, part = begins(k, True), begins(k, False) if k < len(pairs) else text
             if not part.startswith(prompt):
                 raise ValueError(
                     "The chat template renders an answered conversation differently from its "
@@ -355,12 +371,12 @@ class Collator:
 
     def rows(self, entry: dict) -> list:  # of dicts of lists: ids, answer, segment, position
         "The rows of one entry: a single one, or one per question if questions are separate."
-        pairs, images = tuple(instructions.turns(entry)), self.image_texts(entry)
-        render = self.render
+        pairs, render = tuple(instructions.turns(entry)), self.render
+        context = self.image_texts(entry), entry.get("system", "")
         if self.turns == "sequential" or pictures_amid(pairs):
-            rows = [pack([render.encode(pairs, images)], -1)]
+            rows = [pack([render.encode(pairs, *context)], -1)]
         else:
-            questions = [render.encode((pair,), images) for pair in pairs]
+            questions = [render.encode((pair,), *context) for pair in pairs]
             groups = [[q] for q in questions] if self.turns == "separate" else [questions]
             rows = [pack(group, render.image_id) for group in groups]
         name, most = f"Entry {entry.get('id')!r}", self.max_length

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'PAIRS', 'UNREAD', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front',
            'pictures_first', 'answers_of', 'read_entry', 'decoded', 'image_paths', 'turns', 'LazyEntries', 'entry_ids',
-           'has_image', 'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'as_data']
+           'has_image', 'white_values', 'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'as_data']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -37,7 +37,7 @@ PAIRS = {  # keys of a question and of its answer
     "prompt": ("completion",),
     "instruction": ("output",),
 }
-UNREAD = "system history context video videos audio image_path img".split()  # keys of other formats
+UNREAD = "history context video videos audio image_path img".split()  # keys of other formats
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-005
 class EntryError(ValueError):
@@ -144,8 +144,8 @@ def _check_speakers(entry: dict, conversation: list) -> None:
         raise EntryError(entry, what, "start with a question and end with an answer")
 
 
-def _read_turns(entry: dict, raw, answered: bool) -> tuple:  # (turns, pictures in them)
-    "Turns as human and gpt, the system turn part of the first question."
+def _read_turns(entry: dict, raw, answered: bool) -> tuple:  # (turns, their pictures, system)
+    "Turns as human and gpt, and apart from them what stands before the first question."
     conversation, system, pictures, numbers = [], [], [], []
     if not isinstance(raw, list) or not all(isinstance(turn, dict) for turn in raw):
         raise EntryError(entry, "has no list of turns", "write a list of objects")
@@ -171,11 +171,7 @@ def _read_turns(entry: dict, raw, answered: bool) -> tuple:  # (turns, pictures 
     if not answered and conversation and conversation[-1]["from"] == "human":
         conversation.append({"from": "gpt", "value": ""})
     _check_speakers(entry, conversation)
-    if system:
-        front, question = split_front(conversation[0]["value"].strip())
-        text = "\n".join([*(t["value"] for t in system), question])
-        conversation[0] = conversation[0] | {"value": f"{IMAGE}\n" * front + text}
-    return conversation, pictures
+    return conversation, pictures, "\n".join(turn["value"] for turn in system)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-032
 def _stored_images(entry: dict) -> list:
@@ -225,10 +221,12 @@ def read_entry(
         raise EntryError({"id": number}, what, "write one per sample")
     if entry.get("id") is None:
         entry = entry | {"id": number}
-    if unread := [key for key in UNREAD if entry.get(key)]:
+    raw = _raw_turns(entry, answered)
+    if entry.get("system") and isinstance(raw, list):
+        raw = [{"from": "system", "value": entry["system"]}, *raw]
+    if unread := [key for key in (*UNREAD, *["system"] * (raw is None)) if entry.get(key)]:
         cure = "write it into the turns (pictures: 'images'), or leave it out"
         raise EntryError(entry, f"has {unread[0]!r}, which is not read", cure)
-    raw = _raw_turns(entry, answered)
     if raw is None and "text" not in entry:
         keys = "'conversations', 'messages', 'question' with 'answer', 'prompt' with 'completion'"
         what = f"has neither {keys}, 'instruction' with 'output', nor 'text'"
@@ -241,14 +239,14 @@ def read_entry(
             raise EntryError(entry, "has an empty 'text'", "leave it out")
         entry = {k: v for k, v in entry.items() if k not in ("image", "images")}
         return entry | {"text": text}
-    conversation, pictures = _read_turns(entry, raw, answered)
+    conversation, pictures, system = _read_turns(entry, raw, answered)
     if answered and not any(turn["value"].strip() for turn in conversation[1::2]):
         raise EntryError(entry, "has an empty answer", "write one, or leave the entry out")
     image = _image_of(entry, conversation, pictures)
-    entry = {k: v for k, v in entry.items() if k != "messages"}
+    entry = {k: v for k, v in entry.items() if k not in ("messages", "system")}
     if image is not None or "image" in entry:
         entry = entry | {"image": image}
-    return entry | {"conversations": conversation}
+    return entry | ({"system": system} if system else {}) | {"conversations": conversation}
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-037
 def decoded(path: Path) -> str:
@@ -365,16 +363,30 @@ MAX_PIXELS, LONGEST_SIDE = 100_000_000, 4096
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError)
 
 
+def white_values(picture: Image.Image) -> tuple:  # the first that no value exceeds is meant
+    "What may be white in a picture of grey values: as its file says, or as the type allows."
+    tags = getattr(picture, "tag_v2", {})  # of TIFF
+    stated = max(tags.get(281, ()), default=4095 if tags.get(258) == (12,) else 0)
+    if stated or picture.mode == "F":
+        return (stated,) if stated else (1, 255)
+    return (255, 65535) if picture.mode == "I" and picture.format != "PPM" else (65535,)
+
+
 def in_rgb(picture: Image.Image) -> Image.Image:
-    "A picture in 8-bit RGB; ValueError for grey values whose range is unknown."
+    "A picture upright, in 8-bit RGB; ValueError for grey values whose range is unknown."
+    upright = ImageOps.exif_transpose(picture)
     if picture.mode[0] not in "IF":
-        return picture.convert("RGB")
-    values = np.asarray(picture, dtype=float)
-    low, high = values.min(), values.max()
-    ranges = (1, 255) if picture.mode == "F" else (255, 4095, 65535)  # of 8, 12 and 16 bits
-    white = next((white for white in ranges if 0 <= low and high <= white), None)
+        return upright.convert("RGB")
+    values = np.asarray(upright, dtype=float)
+    low, high, allowed = values.min(), values.max(), white_values(picture)
+    white = next((white for white in allowed if 0 <= low and high <= white), None)
     if white is None:
         raise ValueError(f"its grey values are {low:g} … {high:g}: save it with 8 bits a value")
+    if white == 65535 and high <= 4095 and picture.format != "PPM":
+        warnings.warn(
+            "a grey picture of 16 bits has no value above 4,095, so it is read as a dark one: if "
+            "4,095 is its white, save it as TIFF of 12 bits, or with 8 bits a value."
+        )
     grey = np.round(values * (255 / white)).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 
@@ -386,7 +398,7 @@ def read_image(
     "A picture, reduced if it is very large; ValueError for one that is too large to unpack."
     if isinstance(source, Image.Image):
         plain = source.mode == "RGB" and not source.getexif()
-        return source if plain else in_rgb(ImageOps.exif_transpose(source))
+        return source if plain else in_rgb(source)
     side = int(LONGEST_SIDE / max(1, among) ** 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -396,11 +408,10 @@ def read_image(
             f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS // 10**6} million"
         )
     if picture.mode[0] in "IF":  # before resizing, which leaves the range of the values
-        picture = in_rgb(ImageOps.exif_transpose(picture))
+        picture = in_rgb(picture)
     if max(picture.size) > side:
         picture.draft("RGB", (side, side))
         picture.thumbnail((side, side))
-    ImageOps.exif_transpose(picture, in_place=True)
     return in_rgb(picture)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-026

@@ -32,14 +32,7 @@ from mllm_compress.anatomy.pictures import (
 )
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CACHE_ARGUMENT, caches_projector_input
-from mllm_compress.data.batches import (
-    Renderer,
-    SizedCache,
-    expand,
-    placeholder_id,
-    process_images,
-    stop_tokens,
-)
+from ..data import batches
 from ..data.instructions import IMAGE
 from ..data.self_data import written
 from .benchmarks import StoredImage, open_image, picture_hash
@@ -62,13 +55,8 @@ def in_batches(
             new = run(items[done : done + batch_size], batch_size)
         except (RuntimeError, MemoryError) as error:
             full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not (full or should_reduce_batch_size(error)):
+            if batch_size == 1 or not (full or should_reduce_batch_size(error)):
                 raise
-            if batch_size == 1:
-                raise RuntimeError(
-                    "Memory ran out on a single question or image: "
-                    "use a smaller dtype or a larger device."
-                ) from error
             batch_size //= 2
             clear_device_cache()
             continue
@@ -91,11 +79,11 @@ class ImageFeatures:
 @torch.inference_mode()
 def encode_images(model, processor, images: list) -> list:  # of ImageFeatures
     "Preprocessing and vision tower on a batch of PIL images."
-    pixels = process_images(processor, images)
+    pixels = batches.process_images(processor, images)
     texts = [processor.replace_image_token(pixels, i) for i in range(len(images))]
     if not caches_projector_input(model.config):
         states = picture_features(anatomy(model), pixels)
-        token = processor.tokenizer.convert_ids_to_tokens(placeholder_id(processor))
+        token = processor.tokenizer.convert_ids_to_tokens(batches.placeholder_id(processor))
         split = states.cpu().split([text.count(token) for text in texts])
         return [ImageFeatures(f, text, projected=True) for f, text in zip(split, texts)]
     states = image_features(model, pixels["pixel_values"])
@@ -109,7 +97,7 @@ def pictures_of(processor, images) -> list:  # of PIL images in RGB
     return [open_image(image, mean) for image in images]
 
 
-FEATURES = SizedCache(2**29)  # bytes
+FEATURES = batches.SizedCache(2**29)  # bytes
 IMAGES = 64  # encoded at a time
 
 
@@ -139,18 +127,20 @@ def render_prompts(
     processor,  # or tokenizer, with a chat template
     prompts: list,  # the user's texts
     image_texts: list,  # for each prompt, the texts that stand for its images
+    systems: list | None = None,  # for each prompt its system turn; None: there are none
 ) -> list:  # of str
     "Prompts in the model's conversation format, image tokens expanded."
-    render = Renderer(processor)
-    prompt_of = lambda words, front: render.text([(words, "")], front, prompt_only=True)
-    frames, rendered = {n: prompt_of(_PLACE, n) for n in set(map(len, image_texts))}, []
-    for prompt, texts in zip(prompts, image_texts):
+    render, rendered = batches.Renderer(processor), []
+    prompt_of = lambda words, front, system: render.text([(words, "")], front, True, system)
+    kinds = [*zip(map(len, image_texts), systems or [""] * len(prompts))]
+    frames = {kind: prompt_of(_PLACE, *kind) for kind in {*kinds}}
+    for prompt, texts, kind in zip(prompts, image_texts, kinds):
         if texts and prompt.count(IMAGE) == len(texts):
-            text = prompt_of(prompt, 0)
+            text = prompt_of(prompt, 0, kind[1])
         else:
             words = prompt.replace(render.image_token, "") if render.multimodal else prompt
-            text = frames[len(texts)].replace(_PLACE, words)
-        rendered.append(expand(text, render.image_token, texts))
+            text = frames[kind].replace(_PLACE, words)
+        rendered.append(batches.expand(text, render.image_token, texts))
     return rendered
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #prompts-cell-013
@@ -339,7 +329,7 @@ def prompt_batch(parts, processor, question, ids: tuple, answer: int = 0) -> dic
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, : len(ids) - answer] = -100
     if question.images:
-        pictures = process_images(processor, pictures_of(processor, question.images))
+        pictures = batches.process_images(processor, pictures_of(processor, question.images))
         batch |= picture_inputs(parts, pictures)
     return batch
 
@@ -356,13 +346,14 @@ class Answer:
 
 def prepare(model, processor, questions: list) -> tuple:
     "The inputs of the passes: (Anatomy, list of Prompt, {key: ImageFeatures})."
-    token = placeholder_id(processor)
+    token = batches.placeholder_id(processor)
     pictures = {id(image): image for q in questions for image in q.images}
     known, features = features_of(model, processor, [*pictures.values()])
     key = dict(zip(pictures, known))
     keys = [tuple(key[id(image)] for image in q.images) for q in questions]
     image_texts = [[features[k].text for k in ks] for ks in keys]
-    rendered = render_prompts(processor, [q.prompt for q in questions], image_texts)
+    systems = [q.extra.get("system", "") for q in questions]
+    rendered = render_prompts(processor, [q.prompt for q in questions], image_texts, systems)
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
     end = re.search(r"\S+\s*$", rendered[0])[0]  # how every prompt ends, e.g. "ASSISTANT:"
@@ -401,7 +392,7 @@ def answer_questions(
         return []
     parts, prompts, features = prepare(model, processor, questions)
     tokenizer = getattr(processor, "tokenizer", processor)
-    stop = stop_tokens(model, tokenizer)
+    stop = batches.stop_tokens(model, tokenizer)
     by_prefix = lambda prompt: (-len(prompt.shared), prompt.images, prompt.shared)
     groups = [list(g) for _, g in groupby(sorted(prompts, key=by_prefix), by_prefix)]
 

@@ -61,14 +61,8 @@ class CompressedModel(lmms):
         dtype: str = "auto",  # as stored, or float32, bfloat16, float16
         square: bool = True,  # pad images to a square, as LLaVA-1.5 does
         max_batch_size=None,  # lmms-eval passes it; halving makes it unnecessary
-        **unknown,
     ):
         super().__init__()
-        if unknown:
-            raise ValueError(
-                f"unknown model_args {', '.join(unknown)}: "
-                "use pretrained, device, batch_size, dtype or square."
-            )
         self.accelerator, self.square, self.task_dict = Accelerator(), square, {}
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes

@@ -319,23 +319,24 @@ class RecoveryResult:
     model: nn.Module  # on the device it was trained on, in eval mode; LoRA merged
     history: pd.DataFrame  # step, epoch, learning_rate, loss, grad_norm and each loss term
     seconds: float  # of training with its looks, without the teacher's outputs and the search
-    teacher_seconds: float  # of the pass that computes them; about 0 when they were cached
     samples: int  # that one epoch goes through
-    trained_parameters: int
-    peak_memory: int | None  # bytes on the GPU, None on a CPU
     adapters: dict | None = None  # name -> tensor, of LoRA before it was merged
     lr: float | None = None  # that was used
     best_step: int | None = None  # whose state the model is; 0: the student as it was given
     looks: pd.DataFrame | None = None  # step and MEASURES of every look at the held-out part
     search: pd.DataFrame | None = None  # round, lr, steps, seconds and look of every trial
+    interpolate: float = 1.0  # how far the weights are moved from the start to that state
 
     def __str__(self):
-        lines, last = [], int(self.history.step.iloc[-1])
+        lines, mixed, last = [], [], int(self.history.step.iloc[-1])
         if self.search is not None:
             steps, seconds = self.search.steps.sum(), self.search.seconds.sum()
             lines.append(f"learning rate {self.lr:.2g}, found in {steps} steps, {seconds:.0f} s")
+        if self.best_step and self.interpolate < 1:
+            way = f"{self.interpolate:g} of the way from the start to that state"
+            mixed.append(f"weights interpolated: {way}")
         if self.looks is None:
-            return "\n".join([*lines, f"the state after the last of {last} steps"])
+            return "\n".join([*lines, f"the state after the last of {last} steps", *mixed])
         start, best = (self.looks[self.looks.step == step].iloc[0] for step in (0, self.best_step))
         loss, before = f"{best.held_out_loss:.4g}", f"{start.held_out_loss:.4g}"
         if self.looks.held_out_score.any():
@@ -344,7 +345,7 @@ class RecoveryResult:
         kept = f"the state after step {self.best_step} of {last}: held-out loss {loss}"
         if not self.best_step:
             kept = f"no state of {last} steps was better than the start, which is returned"
-        return "\n".join([*lines, f"{kept} (start: {before})"])
+        return "\n".join([*lines, f"{kept} (start: {before})", *mixed])
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-013
 def training_arguments(
@@ -510,10 +511,9 @@ def recover(
         compares = any(LOSSES[name].needs_teacher for name in config.losses)
         teacher = teacher.to(args.device).eval() if compares else None
         tower, kind = source.to(args.device), args.device.type
-        attention, started = steps.attention_for(config, kind, shares), time.perf_counter()
+        attention, processes = steps.attention_for(config, kind, shares), args.world_size
         outputs = teacher_outputs()
         collate.images = outputs is None
-        teacher_seconds, processes = time.perf_counter() - started, args.world_size
         passes = steps.passes_per_step(config, len(members), kind, processes)
         place, lengths = (passes, processes, args.process_index), [1] * len(members)
         if config.group_by_length:  # in characters
@@ -580,13 +580,11 @@ def recover(
         model.eval(),
         pd.DataFrame([row for row in run.state.log_history if "loss" in row]),
         seconds,
-        teacher_seconds,
         len(members),
-        sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        torch.cuda.max_memory_allocated() if kind == "cuda" else None,
         adapters,
         rate,
         best,
         pd.DataFrame(run.looks) if held_out else None,
         search,
+        config.interpolate,
     )
