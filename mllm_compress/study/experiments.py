@@ -154,7 +154,7 @@ LATER = {f.name: f.default for f in fields(Experiment) if f.name not in FIRST}
 
 
 def described(experiment: Experiment) -> dict:
-    "The fields of an experiment, without later ones at their defaults."
+    "The fields of an experiment; fields that were added later only if not at their defaults."
     values = asdict(experiment)
     if values["calibration_seed"] == values["seed"]:
         del values["calibration_seed"]
@@ -165,7 +165,7 @@ METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start"
 
 
 def method_of(experiment: Experiment) -> str:
-    "The criterion of an experiment, with what else belongs to its way of pruning."
+    "The criterion of an experiment, and its pruning settings that differ from defaults."
     e = experiment
     layers = [f"{100 * e.layer_share:g} % by layers"] if e.layer_share else []
     settings = [getattr(e, name) for name in METHOD_FIELDS if getattr(e, name) != LATER[name]]
@@ -173,7 +173,7 @@ def method_of(experiment: Experiment) -> str:
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-030
 def describe(experiment: Experiment) -> str:
-    "An experiment in a few words."
+    "A short text that names an experiment."
     e, words = experiment, [experiment.model]
     how = method_of(e) if e.calibration == "default" else f"{method_of(e)}, {e.calibration}"
     words += [f"{e.pruning} {e.ratio:.0%} ({how})"] if e.pruning != "none" else ["dense"]

@@ -112,7 +112,7 @@ def advice_table(
 
 
 def ship(root: Path) -> None:  # a checkout
-    "Put the tables of the published profiles into the one that ships with the package."
+    "Combine the tables of the published profiles into the one that ships with the package."
     tables = [advice.read(path) for path in sorted(root.glob("figures/*/08_guide-advice.csv"))]
     old, new = advice.shipped(), {name for table in tables for name in table.profile}
     joined = pd.concat([old[~old.profile.isin(new)], *tables])

@@ -40,7 +40,7 @@ PLACES = ("answer", "figure", "caption")
 
 
 def answer_here() -> None:
-    "Keep a place where the run of a study notebook writes its answer."
+    "Reserve the outputs in which the run of a study notebook shows its answer."
     for place, text in zip(PLACES, ("*The run writes the answer here.*", "", "")):
         display(Markdown(text), display_id=place)
 
@@ -84,13 +84,13 @@ class Report:
         return frame.assign(importance=names.mask(unnamed, "original")).dropna(subset="importance")
 
     def run(self, experiments: list) -> pd.DataFrame:  # as `study.run`
-        "The results of experiments, which captions and verdicts then rest on."
+        "The results of experiments, on which captions and verdicts are then based."
         frame = runs.run(experiments, self.setup)
         self.basis = basis_of(frame)
         return frame
 
     def answer(self, *sentences, figure=None) -> None:
-        "Show sentences or verdicts, what they rest on, and a figure in the notebook's first cell."
+        "Show sentences or verdicts, their basis, and a figure in the notebook's first cell."
         texts = [re.sub("^([A-Z][a-z ]+): “", "**\\1:** “", str(text)) for text in sentences]
         texts = texts or [self.nothing().data]
         texts += [f"*{self.basis}.*"] * bool(self.basis)
@@ -99,11 +99,11 @@ class Report:
             update_display(output, raw=True, display_id=place)
 
     def nothing(self) -> Markdown:
-        "What is shown in place of an empty table or figure."
+        "The sentence that is shown in place of an empty table or figure."
         return Markdown(f"Profile {self.profile} has no results for this.")
 
     def captions(self, caption: str, basis) -> tuple:  # as shown, and as files have it
-        "A caption with its basis, which a notebook does not repeat where it is its own."
+        "A caption with its basis, and without it where the notebook has the same basis."
         return tuple(f"{caption} {b}." if b else caption for b in (basis, basis or self.basis))
 
     def path(self, name: str, ending: str) -> Path:
@@ -172,7 +172,7 @@ class Report:
         return replace(verdict, beside=f"Profile {larger}: {other['word']} ({average:+.1f}).")
 
     def likelihood(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> Verdict:
-        "A claim tested once more, by the log-likelihood of the right answers."
+        "The verdict on a claim by the log-likelihood of the right answers."
         measured = claim.effects(in_nats(claims.claimed(frame)))
         effects = {where: e for where, e in measured.items() if where in verdict.settings}
         text = f"By the log-likelihood of the right answers: {claim.text}"
@@ -184,14 +184,14 @@ class Report:
         return self.verdict(claim.text, name=name, **claim.measure(claims.claimed(frame)))
 
     def beside(self, frame, ways_at: dict, name: str, text: str, caption: str, guessed={}) -> None:
-        "Show the ways at each place (as in `claims`), and if the last is better than the first."
+        "Show the ways at each place (as in `claims`), and whether the last beats the first."
         ways = [*next(iter(ways_at.values()), [""])]
         effects = claims.ahead(frame, ways_at, ways[-1], ways[0])
         fig = dumbbells(claims.values(frame, ways_at), guessed)
         display(self.verdict(text, effects, name=name), self.figure(fig, name, caption))
 
     def checks(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> dict:  # of Verdict
-        "What a claim about prunings says at ratios above the paper's, and by log-likelihood."
+        "Verdicts on a claim about prunings at ratios above the paper's, and by log-likelihood."
         text = "Above 60 % removed, which the paper does not test, "
         text += "widthwise keeps more than layerwise."
         beyond = self.verdict(text, claim.effects(claims.beyond(frame)), name="beyond")
@@ -199,7 +199,7 @@ class Report:
 
 # %% ../../nbs/library/study/28_report.ipynb #cell-019
 def recorded(profile: str, notebook: str, name: str) -> dict | None:
-    "A verdict that a notebook of a profile has left; None where there is none."
+    "A verdict that a notebook of a profile has written; None if there is none."
     paths = notebooks.figure_files(profile, f"{notebook}-verdicts.json")
     return json.loads(paths[0].read_text(encoding="utf-8")).get(name) if paths else None
 

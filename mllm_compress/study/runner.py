@@ -118,7 +118,7 @@ def dry_run(
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-026
 def show_status(profile: str) -> None:
-    "Print the results at hand."
+    "Print the results in the store."
     notebooks.notebooks()  # an error outside of a checkout, where no study has left results
     loaded = load_profile(profile)
     results, lacking = results_of(loaded), missing_inputs(loaded)
@@ -137,7 +137,7 @@ def show_status(profile: str) -> None:
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-032
 def take_in(path: Path, profile: str) -> None:
-    "Fill a profile's store with results that were computed elsewhere, from a results.zip."
+    "Import the results of a results.zip into a profile's store."
     results = results_of(load_profile(profile))
     before = len(results.keys("experiment"))
     taken = store.unpack(Path(path), results)

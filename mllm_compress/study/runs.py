@@ -91,7 +91,7 @@ def stored(profile: Profile) -> dict:  # Experiment -> result
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-020
 def at_hand(experiment: Experiment, profile: Profile, results: Store) -> dict:
-    "What the store has of an experiment."
+    "The stages of an experiment that the store has."
     missing, trained = missing_stages(experiment, profile, results), None
     value = lambda name: stages.value_of("answers", experiment, profile, results, name)
     answers = filter(None, map(value, profile.evaluation.benchmarks))
@@ -139,7 +139,7 @@ def status(experiments: list, profile: Profile) -> pd.DataFrame:
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-039
 def hours(seconds: float) -> str:
-    "A duration for people."
+    "A duration as readable text."
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -228,7 +228,7 @@ def paired(
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-040
 def having(frame: pd.DataFrame, **wanted) -> np.ndarray:  # a bool per row
-    "Which finished rows have these values."
+    "For each row, whether it is finished and has these values."
     fits = (frame[column] == value for column, value in {"status": "done", **wanted}.items())
     return np.logical_and.reduce([rows.to_numpy(bool) for rows in fits])
 
@@ -249,7 +249,7 @@ def retained(frame: pd.DataFrame, model: str, **wanted) -> Estimate:
 
 
 def above(e: Estimate, threshold: float) -> Estimate:
-    "How far an estimate lies above a threshold."
+    "An estimate minus a threshold."
     moved = {k: getattr(e, k) - threshold for k in ("value", "low", "high", "floor", "top")}
     return replace(e, by_seed={seed: v - threshold for seed, v in e.by_seed.items()}, **moved)
 
@@ -287,7 +287,7 @@ def prior_variance(
 def pooled(
     effects: dict,  # where -> Estimate
 ) -> dict:  # the same with variances over seeds shrunk towards each other
-    "Settings with the degrees of freedom of all their seeds."
+    "Estimates whose variances over seeds are shrunk towards each other."
     several = [e for e in effects.values() if e.seeds > 1 and e.spread > 0]
     variances, freedoms = [e.spread * e.seeds for e in several], [e.seeds - 1 for e in several]
     common, known = prior_variance(variances, freedoms)
@@ -423,7 +423,7 @@ def word(
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-021
 @dataclass(frozen=True, repr=False)
 class Verdict:
-    "A claim, what was measured, and what follows."
+    "A claim with its measured effects and the verdict on it."
 
     claim: str
     effects: dict  # where -> Estimate, positive if the claim is right there
@@ -437,7 +437,7 @@ class Verdict:
     guessed: dict = field(default_factory=dict)  # model -> AVG-% of guessing
 
     def compares(self, e: Estimate) -> bool:
-        "Whether an effect is a comparison: not where both sides are no better than guessing."
+        "Whether an effect compares anything: not if both sides are no better than guessing."
         return not e.better <= self.guessed.get(e.model, 0.0)
 
     @cached_property
@@ -502,7 +502,7 @@ class Verdict:
 
     @property
     def used(self) -> object:  # a Basis, or words
-        "The basis with the seeds of these effects, which may be fewer than those of the frame."
+        "The basis, with the seeds of these effects, which may be fewer than the frame has."
         if not isinstance(self.basis, Basis) or not self.settings:
             return self.basis
         return replace(self.basis, seeds=max(e.seeds for e in self.settings.values()))

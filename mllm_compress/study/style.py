@@ -111,7 +111,7 @@ def spread(
     low: float = -np.inf,  # bound of the lowest
     high: float = np.inf,  # bound of the highest
 ) -> list:  # heights in the same order
-    "Heights at least `gap` apart, in the same order, as near to the wanted ones as possible."
+    "Heights at least `gap` apart, in the same order, as near to the given ones as possible."
     order = np.argsort(positions, kind="stable")
     steps = gap * np.arange(len(order))
     heights = isotonic_regression(np.asarray(positions, float)[order] - steps).x + steps

@@ -67,7 +67,7 @@ def surroundings(device: str, processes: int = 1, threads: int = 0) -> dict:
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-006
 def complete(experiment: Experiment, profile: Profile, results: Store, device="cpu") -> tuple:
-    "Store an experiment's stages: (done, busy as another run has it, or failed; a message)."
+    "Compute an experiment's stages: (done, busy in another run, or failed; a message)."
     try:
         subject = stages.subject_key(experiment, profile)
         with store.lock(results, subject) as holder:
@@ -114,7 +114,7 @@ def check_gpus(profile: Profile) -> None:
 
 # %% ../../nbs/library/study/11_workers.ipynb #workers-cell-031
 def _begin(threads: int) -> None:
-    "What a worker does first."
+    "The first function that a worker process runs."
     torch.set_num_threads(threads)
     tqdm.set_lock(
         threading.RLock()
@@ -135,7 +135,7 @@ class Place:
         self.pool = self.process = self.last = None
 
     def submit(self, experiment: Experiment) -> Future:
-        "Give the process here an experiment; a new process where there is none."
+        "Give an experiment to the process of this place; start one if there is none."
         self.last, gpu = experiment, "cpu" if self.device == "cpu" else "cuda:0"
         given = (complete_logged, experiment, self.profile, self.results, gpu)
         if self.pool is not None:
@@ -155,7 +155,7 @@ class Place:
         return future
 
     def answer(self, future: Future) -> tuple:  # (status, message)
-        "What became of the experiment."
+        "Status and message of the experiment."
         try:
             status, message = future.result()
         except BrokenProcessPool:
@@ -195,7 +195,7 @@ def say_busy(experiment: Experiment, holder: str) -> None:
 
 
 def in_memory(experiment: Experiment | None) -> tuple:
-    "What a worker has after an experiment: a model, and the teacher's outputs on some data."
+    "What a worker holds in memory after an experiment: a model, and the teacher's outputs."
     if (e := experiment) is None:
         return ()
     if e.recovery == "none":
@@ -204,7 +204,7 @@ def in_memory(experiment: Experiment | None) -> tuple:
 
 
 def completed(experiments: list, places: list):
-    "Complete experiments at some places; yield each with its status and message."
+    "Complete experiments at the given places; yield each with its status and message."
     waiting, aside, running = list(experiments), [], {}
 
     def cost(experiment):  # of an experiment at `place`: what must be loaded, or loaded twice
