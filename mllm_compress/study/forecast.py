@@ -43,7 +43,7 @@ QUESTIONS |= {"mme_cognition": 260, "mme_perception": 2114, "docvqa": 5349, "gqa
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-009
 @lru_cache
 def samples_of(training: Training) -> int:
-    "Entries of the training data, about."
+    "The approximate number of entries of the training data."
     if not training.json:
         return training.scenes or training.emoji or training.tokens // training.window
     try:
