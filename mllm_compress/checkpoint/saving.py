@@ -65,7 +65,7 @@ def check_output(
     "ValueError where a result at `path` would replace what is read, or not its predecessor."
     target, place = Path(path).resolve(), Path(os.path.abspath(path))
     for what, given in (inputs or {}).items():
-        source = Path(given).resolve()  # where it is no name or hub id
+        source = Path(given).resolve()  # if it is not a name or hub id
         if source.exists() and (target.is_relative_to(source) or source.is_relative_to(target)):
             relation = "is" if source == target else "overlaps"
             raise ValueError(

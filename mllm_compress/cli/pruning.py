@@ -89,7 +89,7 @@ def needs_no_data(pruning: str | None, method: str) -> bool:
     "Whether a criterion reads the weights alone."
     from inspect import signature
 
-    if method == "obs":  # which is no criterion
+    if method == "obs":  # which is not a criterion
         return False
     pruning = mc.pruning.one_step.pruning_of(method, pruning)
     row = mc.importance.criteria.criterion(pruning, method)

@@ -328,7 +328,7 @@ def example_inputs(
     if device.type == "meta" and not caches_projector_input(config):
         return {"input_ids": torch.cat([text.new_zeros(placeholders), text], 1)}
     marker = torch.full(placeholders, config.image_token_id, device=device)
-    text = text + (config.image_token_id == 0)  # a word that is no placeholder
+    text = text + (config.image_token_id == 0)  # a word that is not a placeholder
     inputs = {"input_ids": torch.cat([marker, text], 1)}
     put = lambda x: x.to(device, model.dtype) if x.is_floating_point() else x.to(device)
     pictures = example_pictures(config, batch, images)

@@ -51,7 +51,7 @@ def calibration_data(
     dataset: instructions.InstructionData,
     n: int = 64,  # questions
     seed: int = 0,  # which
-    design: str = "stratified",  # all types of question alike; or "first", as the original draws
+    design: str = "stratified",  # all types equally often; or "first", as the original draws
     per_entry: int = 2,  # stratified: questions of one entry, at most
 ) -> instructions.InstructionData:  # an entry per question
     "The questions that scores are measured on."

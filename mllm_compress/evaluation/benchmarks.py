@@ -159,7 +159,7 @@ def load_questions(
 
 def take(
     questions: list,  # of Question
-    limit: int | None,  # at most so many, but no group is cut
+    limit: int | None,  # the most questions; no group is cut
 ) -> list:
     "The first questions, group by group, subtasks in turn."
     if limit is None:

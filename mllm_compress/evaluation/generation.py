@@ -181,7 +181,7 @@ def run_tokens(
     x: torch.Tensor,  # [batch, tokens, hidden] embeddings of the new tokens
     mask: torch.Tensor,  # [batch, past + tokens] 1 = token, 0 = padding
     cache: DynamicCache,
-    keep: int = 1,  # logits of the last so many tokens
+    keep: int = 1,  # number of last tokens whose logits are computed
 ) -> torch.Tensor:  # [batch, keep, vocabulary] float32
     "Run new tokens through the decoder, behind what is in the cache."
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]

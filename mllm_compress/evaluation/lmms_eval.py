@@ -86,7 +86,7 @@ class CompressedModel(lmms):
         return Question(f"{task}/{row}", prompt, answer, images)
 
     def answers(self, requests: list, lengths: list, options: list) -> list:  # of Answer
-        "Answers of up to so many tokens, with the likelihoods of options, in the requests' order."
+        "Answers of limited length, with the likelihoods of options, in the requests' order."
         answers = [None] * len(requests)
         with tqdm(total=len(requests), desc="questions", disable=self._rank != 0) as bar:
             for length in sorted(set(lengths)):

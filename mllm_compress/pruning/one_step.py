@@ -267,7 +267,7 @@ def prune(
     ratio: float | None = None,  # fraction of LM-decoder parameters to remove; None: 0.3
     method: str | None = None,  # a criterion of importance.CRITERIA, or obs; None: the recipe's
     pruning: str | None = None,  # layerwise or widthwise; None: as the criterion has it
-    recipe: str | None = None,  # recommended, uniform, layers, paper; None: as asked for
+    recipe: str | None = None,  # recommended, uniform, layers, paper; None: by the options
     allocation: str | None = None,  # a row of ALLOCATIONS; None: the recipe's
     reconstruct: bool | None = None,  # refit the output projections; None: the recipe's
     ridge: float | None = None,  # of the refit; None: chosen on held-out samples

@@ -450,7 +450,7 @@ class Run:
         return sorted(reached, key=lambda c: self.seen[c][stage])
 
     def evolve(self, rng: random.Random, generations: int, until: float) -> None:
-        "Improve the best candidates by moves, until so many seconds are spent."
+        "Improve the best candidates by moves, until the given seconds are spent."
         parents, idle = self.ranked("held")[:PARENTS], 0
         for generation in range(generations):
             if self.spent >= until or idle >= PATIENCE:

@@ -139,7 +139,7 @@ def ratio_within(
     limit: float,  # bytes
     step: float = 0.001,  # fraction of LM parameters; ratios are multiples of it
 ) -> float:  # of LM-decoder parameters; 0 where the dense model fits
-    "The smallest ratio at which a pruned and rounded model has at most so many bytes."
+    "The smallest ratio at which a pruned and rounded model has at most `limit` bytes."
     inside, size, others = parts_in_bytes(model, how)
     ratio = max(0.0, (inside - (limit - others) * inside / size) / lm_parameters(model))
     return round(step * math.ceil(ratio / step - 1e-6), 4)

@@ -265,7 +265,7 @@ def heatmaps(
     differences: bool = False,  # of per cents
     **how,  # of style.panels
 ) -> tuple:  # (figure, panels)
-    "Shares in per cent, or their differences, as colours in steps that can be told apart."
+    "Shares in per cent, or their differences, as colours in steps that can be distinguished."
     fig, axes = panels(len(grids), **{"sharex": False, "sharey": False} | how)
     lowest = 0.0 if label else min([99.0, *(g.min().min() for g in grids.values())])
     look = dict(vmin=lowest, vmax=100, cmap=sns.color_palette(cmap, 10), cbar=False)

@@ -134,7 +134,7 @@ class Report:
         "Write a figure as PDF and PNG, and its caption, and close it."
         plt.close(fig)  # so that no notebook shows it twice
         limits = np.array([ax.dataLim.get_points() for ax in fig.axes])
-        if not np.isfinite(limits).all(axis=(1, 2)).any():  # lines across a panel are no data
+        if not np.isfinite(limits).all(axis=(1, 2)).any():  # lines across a panel are not data
             return self.nothing()
         pdf, drawn = self.path(name, "pdf"), BytesIO()
         with page():

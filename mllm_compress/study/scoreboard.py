@@ -116,7 +116,7 @@ def verdicts_of_claims(
     setup: Profile,
     results: pd.DataFrame,  # of `frame_of`, of everything that is finished
 ) -> dict:  # claim -> Verdict
-    "The verdict on each claim from the results at hand."
+    "The verdict on each claim, from the results in the store."
     verdicts, guessed = {}, guessing(setup)
     for n, claim in CLAIMS.items():
         frame, place = results, {name_of(e, setup): i for i, e in enumerate(wanted[n])}

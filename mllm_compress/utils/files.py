@@ -223,7 +223,7 @@ def read_sums(path: Path) -> tuple:  # (batches done, sums)
 
 
 def write_sums(path: Path, done: int, totals: dict) -> None:
-    "Save the sums after so many batches, atomically."
+    "Save the sums and the number of batches in them, atomically."
     import torch
     from safetensors.torch import save_file
 

@@ -166,7 +166,7 @@ class FileModel:
         return read_tensor(*self.places[name]).to(self.device, self.model.dtype)
 
     def numbers(self, name: str, step: int) -> torch.Tensor:
-        "One number in so many of a weight, in the dtype of the model, from a map of the file."
+        "Numbers at regular distances in a weight, in the model's dtype, from a map of the file."
         mapped = read_tensor(*self.places[name], backend="mmap")
         return mapped.flatten()[::step].to(self.model.dtype)
 
