@@ -263,7 +263,7 @@ def decoded(path: Path) -> str:
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-043
 def _parsed(text: str, where: str):
-    "JSON, or a ValueError that names the place."
+    "The content of a JSON text; a ValueError names the place of a mistake."
     try:
         return json.loads(text)
     except RecursionError:
@@ -364,7 +364,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Decompr
 
 
 def white_values(picture: Image.Image) -> tuple:  # the first that no value exceeds is meant
-    "What may be white in a picture of grey values: as its file says, or as the type allows."
+    "Possible values of white in a grey picture, from its file or else from its type."
     tags = getattr(picture, "tag_v2", {})  # of TIFF
     stated = max(tags.get(281, ()), default=4095 if tags.get(258) == (12,) else 0)
     if stated or picture.mode == "F":

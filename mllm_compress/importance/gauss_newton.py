@@ -110,7 +110,7 @@ class Passes:
         self.meta |= dict(answer_tokens=tokens, model_type=self.parts.text_config.model_type)
 
     def choose(self, loss: float) -> bool:
-        "Decide what is preserved by a mean loss; returns whether that changes the choice."
+        "Choose what is preserved, from a mean loss; returns whether the choice has changed."
         auto, before = "states" if loss < CONFIDENT else "labels", self.of
         self.of = auto if self.requested == "auto" else self.requested
         if self.of == before:

@@ -70,7 +70,7 @@ def layers_for_ratio(
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-016
 def layers_to_remove(model, scores, ratio, n_layers) -> list:
-    "Layers to remove, first to go first."
+    "Layers to remove, in the order of removal."
     parts, block = anatomy(model), scores.meta.get("n") or 1
     total = parts.num_layers
     if len(scores.values) != total - block + 1:

@@ -323,7 +323,7 @@ def mixer_of(parts: Anatomy, layer: torch.nn.Module) -> torch.nn.Module:
 
 
 def added(parts: Anatomy, layer: torch.nn.Module, outputs: dict) -> torch.Tensor:
-    "What outputs of projections, by slot, add to the stream."
+    "The sum of what the outputs of projections, by slot, add to the stream."
     return sum(written(parts, layer, name, y) for name, y in outputs.items())
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-019

@@ -416,7 +416,7 @@ class Run:
 
     @cached_property
     def estimate(self) -> float:  # seconds
-        "What one full refit takes, from one forward pass: its runs and sums cost about four."
+        "Seconds of one full refit, which takes about four times as long as a forward pass."
         model = self.space.model
 
         def compute() -> float:

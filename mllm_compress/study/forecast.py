@@ -64,7 +64,7 @@ ASSUMED = (
 
 # %% ../../nbs/library/study/14_forecast.ipynb #cell-018
 def hours_of(experiment: Experiment, profile: Profile, config, ratio: float) -> float:
-    "GPU hours of an experiment: training and evaluation of a decoder without this share."
+    "GPU hours of training and evaluation, with this ratio of the decoder removed."
     e, limit = experiment, profile.evaluation.questions
     questions = sum(min(QUESTIONS.get(n, limit), limit) for n in profile.evaluation.benchmarks)
     work = questions * memory.sample_operations(config, ratio)

@@ -103,7 +103,7 @@ class Report:
         return Markdown(f"Profile {self.profile} has no results for this.")
 
     def captions(self, caption: str, basis) -> tuple:  # as shown, and as files have it
-        "A caption with its basis, and without it where the notebook has the same basis."
+        "A caption for the notebook, without a basis that it has stated, and for files."
         return tuple(f"{caption} {b}." if b else caption for b in (basis, basis or self.basis))
 
     def path(self, name: str, ending: str) -> Path:

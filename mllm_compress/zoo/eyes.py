@@ -127,7 +127,7 @@ def save_trained(
 
 @torch.no_grad()
 def add_trained(model, path: Path) -> None:  # the model is changed in place
-    "Give a model the projector and the adapters of a file; ValueError where they do not fit."
+    "Load the projector and the adapters of a file into a model; ValueError where they do not fit."
     with safe_open(path, "pt") as file:
         scale = float(file.metadata()["scale"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
