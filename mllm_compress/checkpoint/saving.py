@@ -62,7 +62,7 @@ def check_output(
     overwrite: bool,  # whether it may be replaced
     inputs: dict | None = None,  # what is read -> its path, such as {"teacher": "llava"}
 ) -> None:
-    "ValueError where a result at `path` would replace what is read, or is no older result."
+    "ValueError unless `path` is new, or an earlier result that is not read and may be replaced."
     target, place = Path(path).resolve(), Path(os.path.abspath(path))
     for what, given in (inputs or {}).items():
         source = Path(given).resolve()  # if it is not a name or hub id

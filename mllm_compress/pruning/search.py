@@ -352,7 +352,7 @@ REFITS = 4  # searched plans that are refitted; without moves: recipes
 
 
 class Front(NamedTuple):
-    "What a search saw and what it chose."
+    "The plans that a search compared, and the chosen one."
 
     frame: pd.DataFrame  # a row per plan, lowest KL after the refit first
     plan: PruningPlan  # the chosen one

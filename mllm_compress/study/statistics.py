@@ -448,7 +448,7 @@ class Verdict:
 
     @property
     def level(self) -> float:
-        "Of the intervals of single settings, which hold simultaneously at 95 %."
+        "The level of the intervals of single settings, which hold simultaneously at 95 %."
         return 1 - 0.05 / max(len(self.settings), 1)
 
     @cached_property
