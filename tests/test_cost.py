@@ -124,8 +124,7 @@ def test_recovery_memory_by_purpose(tiny_llava):
     optimizer = lambda **options: recovery_memory(model, RecoveryConfig(**options))["optimizer"]
     assert optimizer(lora={"r": 4}) < optimizer() == 8 * (parts["projector"] + parts["lm"])
     assert not any(p.grad is not None for p in model.parameters())
-    with pytest.raises(ValueError, match="meta device"):
-        recovery_memory(tiny_llava[0], projector)
+    assert recovery_memory(tiny_llava[0], projector)["optimizer"] == needs["optimizer"]
 
 
 def test_float32_for_what_is_trained_in_full():

@@ -368,6 +368,8 @@ def family_of(config) -> Family:
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-040
 def anatomy(model: PreTrainedModel) -> Anatomy:
     "The parts of an MLLM or a causal LM on any device, meta included; ValueError for others."
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{model!r:.60} is no model: give a loaded one, as of load_model.")
     if hasattr(model, "merge_and_unload"):
         raise ValueError("the model carries adapters: give what merge_and_unload() returns.")
     family, wrapper = family_of(model.config), wrapper_of(model.config)

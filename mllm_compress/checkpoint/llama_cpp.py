@@ -411,6 +411,7 @@ def write_gguf(
             notes.append(f"{beside.name} holds vision tower and projector (--mmproj)")
     infos = [info for w in writers.values() for group in w.tensors for info in group.values()]
     check_writable(path, sum(info.nbytes for info in infos))
+    path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         for file, writer in writers.items():
             writer.write_header_to_file(files.enter_context(replacing(file)))

@@ -161,9 +161,10 @@ def evaluate(request: EvaluateRequest) -> dict:
     if dense:
         original, dense_answers = measured(request, dense, suite, answers, looks)
         scored = [frame[frame.benchmark != "perplexity"] for frame in (rows, original)]
-        percent = mc.evaluation.avg_percent(*scored) if len(scored[0]) else None
+        defined = len(scored[0]) and scored[1].score.all()  # nothing is divided by 0
+        percent = mc.evaluation.avg_percent(*scored) if defined else None
         facts |= {"avg_percent": percent, "dense": cli.table_rows(original)}
-        lines += [f"AVG-%: {percent:.2f}"] if percent else []
+        lines += [f"AVG-%: {percent:.2f}"] if defined else []
         dense_scores = dict(zip(original.benchmark, original.score.round(3)))
         if looks and dense_answers is not None:
             grounding = mc.evaluation.grounding(dense_answers, small_answers)

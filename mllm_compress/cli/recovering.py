@@ -109,7 +109,7 @@ class RecoverRequest(Training):
 
 # %% ../../nbs/library/cli/04_recovering.ipynb #cell-012
 def train(request: RecoverRequest, folder: Path, student, teacher, data, config, **options):
-    "`recover` with checkpoints in a folder, which is removed where it holds none."
+    "`recover` with checkpoints in a folder, which is removed if it holds no progress."
     interval = request.save_every
     if interval is None:  # a tenth of the run, at most 100 steps
         steps = math.ceil(len(data) * config.fraction * config.epochs / config.batch_size)
@@ -118,11 +118,10 @@ def train(request: RecoverRequest, folder: Path, student, teacher, data, config,
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{request.out}.runs")
         options["trainer"] = {"report_to": [tracker], "run_name": request.out.name}
     options |= dict(folder=folder, save_every=interval) if interval else {}
-    is_new = not folder.exists()
     try:
         return mc.recovery.recover(student, teacher, data, config, **options)
     finally:
-        if is_new and not mc.recovery.training.checkpoints(folder):
+        if [path.name for path in folder.glob("*")] == ["run.json"]:  # nothing to continue from
             shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/library/cli/04_recovering.ipynb #c-f707ad71

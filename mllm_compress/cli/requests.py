@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from importlib.metadata import version
@@ -131,7 +132,8 @@ def politely(
         with suppress(ValueError):  # outside of the main thread
             for received in handlers:
                 signal.signal(received, stop)
-        with naming_extras():
+        with naming_extras(), warnings.catch_warnings():
+            warnings.showwarning = lambda text, *_: typer.echo(f"Warning: {text}", err=True)
             yield
     except (typer.Exit, typer.Abort, BrokenPipeError):  # click ends quietly where a pipe breaks
         raise
@@ -482,11 +484,8 @@ def check_output_file(
 WORK = {"training": "run.json", "unfinished": "[0-9a-f]" * 20, "answers": "*/run.json"}
 
 
-def hidden_folder(
-    out: Path,  # of a command
-    kind: str,  # one of WORK, which says what such a folder holds
-) -> Path:  # hidden, beside the output; ValueError where it holds something else
-    "Where a command keeps what is not finished."
+def hidden_folder(out: Path, kind: str) -> Path:  # kind: one of WORK
+    "Where a command keeps what is not finished, beside its output; ValueError if it is not ours."
     folder = out.parent / f".{out.name}.{kind}"
     ours = folder.is_dir() and any(folder.glob(WORK[kind]))
     mc.checkpoint.saving.check_output(folder, "this command", ours, overwrite=True)

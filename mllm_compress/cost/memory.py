@@ -59,16 +59,11 @@ def recovery_memory(
     text_tokens: int = 64,
 ) -> dict:  # bytes of "weights", "teacher", "optimizer", "step", "float32" and "total"
     "Bytes at the peak of one recovery step, by purpose, computed on the meta device."
-    if student.device.type != "meta":
-        raise ValueError(
-            f"The dry run needs a model on the meta device, not on {student.device}: "
-            "build it there, or call .to('meta') on a copy."
-        )
     batch = -(-config.batch_size // (config.passes or 1))
-    inputs = arithmetic.example_inputs(student, text_tokens, batch=batch)
+    model, beside = trainable_copy(student, config).to("meta"), 0
+    inputs = arithmetic.example_inputs(model, text_tokens, batch=batch)
     ids = inputs["input_ids"]
     inputs |= {"labels": ids, "attention_mask": torch.ones_like(ids)}
-    model, beside = trainable_copy(student, config), 0
     if config.lora:
         add_lora(model, dict(config.lora))
     if config.gradient_checkpointing:

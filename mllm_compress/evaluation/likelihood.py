@@ -39,11 +39,9 @@ def perplexity_row(
         raise ValueError(f"{data.name}: no supervised token: its texts are too short to predict.")
     sums = bootstrap(counts[:2].T)
     low, high = np.exp(np.quantile(sums[:, 0] / np.maximum(sums[:, 1], 1e-9), [0.025, 0.975]))
-    row = dict(
-        benchmark="perplexity", metric="perplexity", n=len(numbers), tokens=int(tokens.sum())
-    )
-    row |= dict(score=float(np.exp(losses.sum() / tokens.sum())), low=low, high=high)
-    return pd.DataFrame([row | {"interval": "bootstrap"}])
+    row = {"benchmark": "perplexity", "metric": "perplexity", "n": len(numbers)}
+    row |= dict(tokens=int(tokens.sum()), score=float(np.exp(losses.sum() / tokens.sum())))
+    return pd.DataFrame([row | dict(low=low, high=high, interval="bootstrap")])
 
 # %% ../../nbs/library/evaluation/06_likelihood.ipynb #likelihood-cell-004
 def encode_texts(tokenizer, texts: list) -> list:  # of token id lists

@@ -174,7 +174,7 @@ def check_batches(
             "there are no calibration batches: give at least one (a used generator is empty)."
         )
     for k, batch in enumerate(batches):
-        ids = batch.get("input_ids")
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if ids is None:
             raise ValueError(f"batch {k} has no input_ids, only {sorted(batch)}.")
         shape = tuple(ids.shape)

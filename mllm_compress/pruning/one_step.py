@@ -295,6 +295,7 @@ def prune(
         chosen = Recipe("stored", allocation or usual, shape, bool(reconstruct))
     if ridge is not None and not chosen.reconstruct:
         raise ValueError("ridge has no effect without a refit: leave it out, or reconstruct=True.")
+    anatomy(model)  # an error for anything but a model
     about = dict(seed=seed, ridge=ridge, scores=scores, budget=budget, costs=costs, search=search)
     about |= dict(layer_method=layer_method, layer_share=layer_share)
     about |= dict(protect=protect, round_to=round_to)

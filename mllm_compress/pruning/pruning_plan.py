@@ -71,7 +71,7 @@ MAX_RATIO = 0.95  # beyond it too little is left for a useful model
 
 def check_ratio(ratio: float) -> None:
     "ValueError unless the ratio lies in [0, 0.95)."
-    if not 0 <= ratio < MAX_RATIO:
+    if not isinstance(ratio, (int, float)) or not 0 <= ratio < MAX_RATIO:
         raise ValueError(
             f"ratio {ratio} is outside [0, {MAX_RATIO}); "
             "it is the fraction of LM-decoder parameters to remove."

@@ -113,6 +113,8 @@ def check_fits(parts: Anatomy, plan: PruningPlan) -> None:
     "ValueError if `plan` was made for another model, or the model is quantized."
     if getattr(parts.model, "is_quantized", False):
         raise ValueError("a quantized model cannot be pruned: prune first, then quantize.")
+    if not isinstance(plan, PruningPlan):
+        raise TypeError(f"{plan!r:.60} is no PruningPlan: make one, as with plan_layerwise.")
     sizes = [dict(zip(UNITS, units)) for units in parts.widths]
     planned = [{kind: s.get(kind, 0) for kind in UNITS} for s in plan.meta.get("sizes", sizes)]
     same = (plan.model_type, plan.num_layers) == (parts.family.name, parts.num_layers)

@@ -45,6 +45,7 @@ from mllm_compress.recovery.config import (
 from .losses import COUNTS, LOSSES, batch_counts, needed_tensors
 from .states import CACHE, compute_teacher_outputs, use_attention
 from ..utils.files import claim, content_hash, replacing_folder, write_atomically
+from ..utils.methods import check_counts
 from ..zoo.models import cast
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-cell-016
@@ -436,7 +437,8 @@ def recover(
     watch=None,  # called after every step with step, last step and model
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
-    config = settled(config_from_dict(config) if isinstance(config, dict) else config)
+    config = settled(config if isinstance(config, RecoveryConfig) else config_from_dict(config))
+    check_counts(save_every=save_every)
     steps.check_pair(student, teacher, config, plan)
     reconstructed = getattr(student.config, MARK, None) is not None
     rate = learning_rate(config, reconstructed=reconstructed)

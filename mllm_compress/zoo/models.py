@@ -122,6 +122,8 @@ def _load_native(folder: Path, name: str, device: str, dtype, stream: bool, **op
         else:
             model = _load_strictly(folder, config, dtype, **options)
         processor = weight_files.auto_classes(config)[1].from_pretrained(folder, **options)
+    if wrapper_of(config) and not hasattr(processor, "image_processor"):
+        raise ValueError(f"{folder} has no processor of pictures: copy its files again.")
     expected = getattr(config, "image_token_id", None)
     given = getattr(getattr(processor, "tokenizer", None), "image_token_id", None)
     given = getattr(processor, "image_token_id", None) if given is None else given
