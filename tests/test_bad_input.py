@@ -478,8 +478,8 @@ CASES = [
             ("--only 02_pruning -p seeds=[a]", "seed must be a whole number"),
             ("--only 02_pruning -p seeds=[0] -p seeds=[1]", "seeds is given twice"),
             (
-                "--only 04_distillation -p fewer={sft:{ratio:[0.3]}}",
-                "fewer: sft must hold ratios or seeds",
+                "--only 05_data -p fewer={0.05:{ratio:[0.3]}}",
+                "fewer: 0.05 must hold ratios or seeds",
             ),
         )
     ),

@@ -91,7 +91,7 @@ def smaller(profile: dict) -> dict:
         "notebooks": {
             "02b_calibration": {"sizes": [2], "criteria": ["magnitude", "angular_distance"]},
             "04_distillation": {"objectives": ["sft", "hidden_kd", "sft+hidden_kd"]},
-            "11_beyond": {"rivals": ["wanda_sp"]},
+            "11_beyond": {"others": ["Wanda-sp"]},
         },
         "evaluation": profile["evaluation"] | {"questions": 2},
         "recovery": profile["recovery"]

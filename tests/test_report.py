@@ -111,17 +111,6 @@ def test_the_strongest_of_several_rivals_contradicts_at_a_stricter_level():
     assert Verdict("A.", barely, "", margin=1.0, rivals=5).word == "undecided"
 
 
-def test_the_larger_profile_stands_beside_the_direction(checkout):
-    claim, effects = "A beats B.", {"here": Estimate(2, 1, 3, 100, 3)}
-    Report("02_demo", "tiny", given(profile="tiny")).verdict(claim, effects, "n = 100")
-    said = Report("02_demo", "quick", given()).verdict(claim, effects, "n = 100")
-    assert said.sentence().endswith("Profile tiny: supported (+2.0).")
-    written = json.loads((checkout / "runs/quick/figures/02_demo-verdicts.json").read_text())
-    assert "tiny" not in written["verdict"]["sentence"]  # of the results of its profile only
-    other = Report("02_demo", "quick", given()).verdict("B beats A.", effects, "n = 100")
-    assert "tiny" not in other.sentence()
-
-
 def test_bounds_are_never_printed_as_a_zero_that_they_are_not():
     assert format(Estimate(-0.7, -1.34, -0.04, 9, 3), "+1") == "-0.70 [-1.34, -0.04]"
     assert format(Estimate(-0.04, -0.5, 0.4, 9, 3), "1") == "0.0 [-0.5, 0.4]"

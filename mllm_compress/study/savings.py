@@ -25,6 +25,7 @@ from .profiles import Profile
 from .stages import teacher_of
 from .statistics import Estimate
 from .style import look
+from ..utils.methods import GREY, Look
 from ..zoo.releases import REAL_MODELS, real_config
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-004
@@ -149,6 +150,16 @@ def time_table(pairs: pd.DataFrame) -> pd.DataFrame:
     return named(table.sort_values("phase", ascending=False, kind="stable"))  # prefill, decode
 
 # %% ../../nbs/library/study/37_savings.ipynb #cell-028
+def speed_ups(pairs: pd.DataFrame) -> pd.DataFrame:  # method, speed-up, low, high; the ideal too
+    "The median speed-up of every pruned model, with its quartiles, and that by operations."
+    keys, columns = ["model", "phase", "method", "achieved"], ["low", "speed-up", "high"]
+    faster = pairs.assign(up=pairs.dense / pairs.pruned).groupby(keys, sort=False).up
+    points = faster.quantile([0.25, 0.5, 0.75]).unstack().set_axis(columns, axis=1).reset_index()
+    even = pairs[pairs.method == "uniform"].drop_duplicates(keys)[[*keys, "ideal"]]
+    even["method"] = [Look("ideal", GREY, "")] * len(even)
+    return pd.concat([points, even.rename(columns={"ideal": "speed-up"})])
+
+
 def real_sizes(setup: Profile, ratios: list, multiple: int) -> pd.DataFrame:
     "Sizes of the paper's models and of their pruned versions, on the meta device; not measured."
     rows, methods = [], ("layerwise", "rounded")
