@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Claim', 'Estimate', 'Experiment', 'Profile', 'Report', 'Store', 'Verdict', 'advise', 'answer_here',
-           'difference', 'load_profile', 'plan_of', 'profile_names', 'run', 'run_study', 'status', 'summary']
+           'difference', 'load_profile', 'profile_names', 'run', 'run_study', 'status', 'summary']
 
 # %% ../../nbs/library/study/00_index.ipynb #cell-003
 from ..utils.methods import offering
@@ -16,7 +16,7 @@ _MODULES = {  # module -> its public names
     "profiles": "Profile load_profile profile_names",
     "report": "Report answer_here",
     "runner": "run_study",
-    "runs": "plan_of run status",
+    "runs": "run status",
     "statistics": "Estimate Verdict difference summary",
     "store": "Store",
 }
@@ -24,5 +24,5 @@ __getattr__ = offering(__name__, _MODULES)
 
 # %% ../../nbs/library/study/00_index.ipynb #public-names
 _all_ = ["CLAIMS", "Claim", "Estimate", "Experiment", "Profile", "Report", "Store", "Verdict"]
-_all_ += ["advise", "answer_here", "difference", "load_profile", "plan_of", "profile_names"]
+_all_ += ["advise", "answer_here", "difference", "load_profile", "profile_names"]
 _all_ += ["run", "run_study", "status", "summary"]

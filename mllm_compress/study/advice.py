@@ -175,8 +175,8 @@ def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) 
     return " ".join(note for note, applies in notes.items() if applies)
 
 # %% ../../nbs/library/study/31_advice.ipynb #cell-052
-SETTING = ["model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "epochs"]
-SETTING += ["calibration"]
+RECIPE = ["pruning", "importance", "recovery", "train", "fraction", "epochs", "calibration"]
+SETTING = ["model", "ratio", *RECIPE]
 SHOWN = ["model", "pruning", "ratio", "achieved", "importance", "recovery", "train", "fraction"]
 SHOWN += ["epochs", "retained", "low", "high", "n", "seeds", "behind", "tied", "open", "rival"]
 

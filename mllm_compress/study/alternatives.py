@@ -10,13 +10,14 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..anatomy.families import anatomy, lm_parameters
+from ..pruning import plans
+from ..pruning.pruning_plan import layer_sizes
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/10_alternatives.ipynb #cell-004
@@ -55,15 +56,14 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-INT4 = tuple(k / 7 for k in range(-7, 8))
 
 
-def rounded_blocks(w: torch.Tensor, levels: tuple) -> torch.Tensor:
+def rounded_blocks(w: torch.Tensor) -> torch.Tensor:
     "Weights rounded to 4 bits and a scale per block; blocks run along the rows of a matrix."
     flat = w.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    values = torch.tensor(levels, dtype=w.dtype, device=w.device)
+    values = torch.tensor(NF4, dtype=w.dtype, device=w.device)
     middle = (values[1:] + values[:-1]) / 2
     nearest = values[torch.bucketize(blocks / scale, middle)]
     return (nearest * scale).flatten()[: len(flat)].view_as(w)
@@ -81,8 +81,7 @@ class Quantizer:
 
 QUANTIZERS = {
     "int8": Quantizer(rounded_rows, 8, None, 1),
-    "nf4": Quantizer(partial(rounded_blocks, levels=NF4), 4, BLOCK, 1),  # quantiles of a normal
-    "int4": Quantizer(partial(rounded_blocks, levels=INT4), 4, BLOCK, 1),  # even steps
+    "nf4": Quantizer(rounded_blocks, 4, BLOCK, 1),
 }
 UNROUNDED = "none"  # and its bytes
 HALF = 2  # bytes of everything that is not rounded: embedding, LM head, norms, biases
@@ -137,9 +136,12 @@ def ratio_within(
     model: PreTrainedModel,  # dense, on any device
     how: str,  # how what is left is rounded
     limit: float,  # bytes
-    step: float = 0.001,  # fraction of LM parameters; ratios are multiples of it
-) -> float:  # of LM-decoder parameters; 0 where the dense model fits
+    aim: str = "ratio",  # of Width: multiples of 0.001, or of the size of a layer
+) -> float:  # of LM-decoder parameters; 0 where the dense model fits, nan where no width does
     "The smallest ratio at which a pruned and rounded model has at most `limit` bytes."
     inside, size, others = parts_in_bytes(model, how)
     ratio = max(0.0, (inside - (limit - others) * inside / size) / lm_parameters(model))
-    return round(step * math.ceil(ratio / step - 1e-6), 4)
+    layer = layer_sizes(model)[0].parameters / lm_parameters(model)
+    step = layer if aim == "layers" else 0.001
+    ratio = round(step * math.ceil(ratio / step - 1e-6), 4)
+    return ratio if ratio <= plans.widthwise_reach(model) else math.nan

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from ..recovery.losses import LOSSES
 from . import statistics
 from .experiments import LATER
 
@@ -32,8 +33,9 @@ def other(ratio: float) -> str:
     return {"layerwise": "widthwise", "widthwise": "layerwise"}[recommended(ratio)]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
-def check_fewer(fewer: dict, kinds: list, also: tuple = ()) -> dict:  # fewer
-    "Check which kinds run on a part of the grid: {ratios: [...], seeds: [...], also: ...}."
+def check_fewer(fewer: dict, kinds: list, also: tuple = (), usual: dict = {}) -> dict:
+    "Which kinds run on a part of the grid, checked: {ratios: [...], seeds: [...], also: ...}."
+    fewer = fewer or {kind: limits for kind, limits in usual.items() if kind in kinds}
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, limits in fewer.items():
@@ -109,6 +111,15 @@ def at_ratio(way: dict, ratio: float) -> dict:
     return {"requested_ratio": ratio} | columns
 
 
+def everywhere(frame: pd.DataFrame, ways: dict, covers=lambda r: True, label: str = "") -> dict:
+    "Ways (name -> columns as in `contrast`) at every place, as `ahead` takes them; with a label."
+    return {
+        (model, f"{r:.2f}{label}"): {way: at_ratio(columns, r) for way, columns in ways.items()}
+        for model, r in places(frame)
+        if covers(r)
+    }
+
+
 def contrast(
     frame: pd.DataFrame,  # of `study.run`
     first: dict,  # {column: value, or a function of the ratio}, names the one way
@@ -116,12 +127,18 @@ def contrast(
     covers: Callable = lambda ratio: True,  # whether a ratio is compared
 ) -> dict:  # "model at ratio" -> Estimate
     "How much more the first way retains than the second, wherever both have results."
-    ways_at = {
-        (model, f"{r:.2f}"): {"first": at_ratio(first, r), "second": at_ratio(second, r)}
-        for model, r in places(frame)
-        if covers(r)
-    }
-    return ahead(frame, ways_at, "first", "second")
+    ways = {"first": first, "second": second}
+    return ahead(frame, everywhere(frame, ways, covers), *ways)
+
+
+def over_shares(frame: pd.DataFrame, first: dict, second: dict, shares: list) -> dict:
+    "As `contrast`, at each share of the data; the second may name a share of its own."
+    out = {}
+    for share in shares:
+        at = {"fraction": share}
+        effects = contrast(frame, first | at, at | second)
+        out |= {f"{where}, {100 * share:g} % of the data": e for where, e in effects.items()}
+    return out
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-037
 def keeps(
@@ -201,6 +218,8 @@ SMALL = 0.2  # claim 2: ratios below are small
 LITTLE = 0.05  # claim 4: fraction of the data
 PROMISED = 95  # claim 4: AVG-%
 BEST = "sft+hidden_kd"  # claim 3
+OBJECTIVES = (*LOSSES, "sft+logits_kd", "sft+reverse_logits_kd", "logits_kd+hidden_kd")
+OBJECTIVES += ("reverse_logits_kd+hidden_kd", BEST)  # of Figures 4 and 5
 OURS = {"pruning": "widthwise", "importance": "gauss_newton", "allocation": "global"}
 OURS |= {"reconstruct": "stream"}  # fields of Experiment: the recipe that is compared with these
 

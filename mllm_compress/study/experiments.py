@@ -11,7 +11,6 @@ from numbers import Integral, Real
 
 from ..data.calibration import DESIGNS
 from ..importance.criteria import CRITERIA
-from ..importance.gauss_newton import PRESERVED
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstruction import RECONSTRUCTIONS
 from ..recovery.losses import HIDDEN_LAYERS, TRAINS, canonical_objective
@@ -46,7 +45,6 @@ class Experiment:
     calibration_seed: int | None = None  # of the calibration questions; None: as seed
     calibration: str = "default"  # design and questions, as "stratified 512"; or the profile's
     epochs: int = 0  # of training; 0: as the profile says
-    of: str = "auto"  # gauss_newton: what must not change, a row of PRESERVED
     allocation: str = "layer"  # widthwise: where the budget is taken, a row of ALLOCATIONS
     shape: str = "default"  # widthwise: blockwise or uniform; "default": as the profile says
     reconstruct: str = "none"  # of what is left, a row of RECONSTRUCTIONS
@@ -96,15 +94,14 @@ def _mistakes(e: Experiment):
             f"Calibration {e.calibration!r}: give a design and a number of questions, as "
             f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
         )
-    choices = dict(allocation=ALLOCATIONS, reconstruct=RECONSTRUCTIONS, start=STARTS)
-    choices |= dict(of=("auto", *PRESERVED), shape=("default", "blockwise", "uniform"))
+    allocations = [name for name in ALLOCATIONS if name != "obs"]  # which has scores of its own
+    choices = dict(allocation=allocations, shape=("default", "blockwise", "uniform"), start=STARTS)
     choices |= dict(quantize=(UNROUNDED, *QUANTIZERS), hidden_layers=HIDDEN_LAYERS)
-    for name, allowed in (choices | dict(returned=RETURNED)).items():
+    choices |= dict(reconstruct=RECONSTRUCTIONS, returned=RETURNED)
+    for name, allowed in choices.items():
         check_choice(name, getattr(e, name), allowed)
     if e.quantize != UNROUNDED and e.recovery != "none":
         yield f"quantize={e.quantize!r} is studied without training: leave out {e.recovery}."
-    if e.of != "auto" and e.importance != "gauss_newton":
-        yield f"of={e.of!r} is an option of gauss_newton, not of {e.importance}."
     if e.pruning == "none" and e.reconstruct != "none":
         yield f"reconstruct={e.reconstruct!r} needs a pruning."
     if e.pruning != "widthwise" and (e.allocation, e.shape) != ("layer", "default"):
@@ -161,7 +158,7 @@ def described(experiment: Experiment) -> dict:
     return {k: v for k, v in values.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
-METHOD_FIELDS = ("of", "allocation", "shape", "reconstruct", "quantize", "start", "returned")
+METHOD_FIELDS = ("allocation", "shape", "reconstruct", "quantize", "start", "returned")
 
 
 def method_of(experiment: Experiment) -> str:

@@ -170,6 +170,7 @@ def dots(
     rows = rows.reindex(columns=[*dict.fromkeys([*rows, *panel, x, label, by])])  # if empty
     rows = titled(rows, panel).reset_index(drop=True)
     titles, kinds = list(dict.fromkeys(rows.title)), list(dict.fromkeys(rows[by]))
+    apart *= len(kinds) > 1
     its = {title: rows[rows.title == title] for title in titles}
     shared = how.setdefault("sharey", True)
     names = {t: list(dict.fromkeys((rows if shared else its[t])[label])) for t in titles}
@@ -258,32 +259,18 @@ def forest(
     return fig
 
 # %% ../../nbs/library/study/25_figures.ipynb #heatmaps
-def heatmaps(
-    grids: dict,  # title -> DataFrame of per cents
-    label: str = "",  # of a colour bar; empty: numbers in the cells
-    cmap: str = "cividis",
-    differences: bool = False,  # of per cents
-    **how,  # of style.panels
-) -> tuple:  # (figure, panels)
-    "Shares in per cent, or their differences, as colours in steps that can be distinguished."
+def heatmaps(grids: dict, **how) -> tuple:  # title -> DataFrame; of style.panels; as `curves`
+    "Differences of shares in per cent, as colours in steps that can be distinguished."
     fig, axes = panels(len(grids), **{"sharex": False, "sharey": False} | how)
-    lowest = 0.0 if label else min([99.0, *(g.min().min() for g in grids.values())])
-    look = dict(vmin=lowest, vmax=100, cmap=sns.color_palette(cmap, 10), cbar=False)
-    look |= dict(fmt=".0f", annot_kws={"fontsize": 8}, rasterized=True)
-    if differences:
-        most = max([1.0, *(g.abs().max().max() for g in grids.values())])
-        look |= dict(vmin=-most, vmax=most, cmap=sns.color_palette(cmap, 15), fmt="+.0f")
+    most = max([1.0, *(grid.abs().max().max() for grid in grids.values())])
+    look = dict(vmin=-most, vmax=most, cmap=sns.color_palette("RdBu", 15), cbar=False)
+    look |= dict(fmt="+.0f", annot_kws={"fontsize": 8}, rasterized=True)
     with page():
         for ax, (title, grid) in zip(axes, grids.items()):
-            every = [max(1, k // 5) if label else 1 for k in grid.shape]
-            steps = dict(zip(("yticklabels", "xticklabels"), every))
-            numbers = False if label else grid.round() + 0.0  # no "-0"
-            sns.heatmap(grid, ax=ax, annot=numbers, **look, **steps)
+            sns.heatmap(grid, ax=ax, annot=grid.round() + 0.0, **look)  # no "-0"
             ax.set_title(title, fontsize=8.5)
             ax.tick_params(labelsize=8)
             ax.xaxis.label.set_size(8.5)
-        if label and grids:
-            fig.colorbar(axes[0].collections[0], ax=axes, label=label, shrink=0.8, pad=0.02)
     return fig, axes
 
 # %% ../../nbs/library/study/25_figures.ipynb #pareto
@@ -308,7 +295,7 @@ def pareto(
                 m = m if r.Index in front.index else replace(m, color="#bbbbbb")
                 if "low" in its:
                     ax.vlines([r.cost], r.low, r.high, color=m.color, linewidth=1.2)
-                line(ax, [r.cost], [r.quality], m, hollow=[r.hollow])
+                line(ax, [r.cost], [r.quality], m, hollow=[getattr(r, "hollow", False)])
                 ends |= {m: (r.cost, r.quality)} if r.Index in front.index else {}
             ax.set_title(title)
             ax.margins(0.08)

@@ -73,9 +73,6 @@ def situations(
     return out
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-t1
-RECIPE = ["pruning", "importance", "recovery", "train", "fraction", "epochs", "calibration"]
-
-
 def larger_ratio(fitting: dict, model: str, ratio: float, budget: float) -> float:  # nan: none
     "The smallest larger ratio at which a recipe that was not run here kept over a point more."
     here, most = fitting[model, ratio, budget], {}  # ratio -> the largest budget within this one
@@ -84,7 +81,7 @@ def larger_ratio(fitting: dict, model: str, ratio: float, budget: float) -> floa
             most[r] = max(b, most.get(r, 0))
     for r in sorted(most):
         best = fitting[model, r, most[r]].iloc[0]
-        known = (here[RECIPE] == best[RECIPE]).all(axis=1).any()
+        known = (here[advice.RECIPE] == best[advice.RECIPE]).all(axis=1).any()
         if best.avg_percent > here.avg_percent[0] + MARGIN and not known:
             return r
     return float("nan")
@@ -95,6 +92,8 @@ def advice_table(
 ) -> pd.DataFrame:
     "The best settings of situations, as `advice` reads them; `guessed` is of `tables.guessing`."
     parts, names = [], {"avg_percent": "retained", "achieved_ratio": "achieved"}
+    if any(n.startswith(("text/", "perplexity/")) for n in setup.evaluation.benchmarks):
+        guessed = {}  # which is a score without the picture
     for (model, ratio, budget), rows in fitting.items():
         basis = statistics.basis_of(frame[frame.model == model])
         shown = rows[(rows.index < 8) | (rows.index == advice.cheapest(rows).name)]
@@ -104,7 +103,7 @@ def advice_table(
         same["larger"] = larger_ratio(fitting, model, ratio, budget)
         same["guessed"] = guessed.get(model, float("nan"))
         parts.append(shown.rename(columns=names).assign(**same))
-    columns = ["profile", "model", "paper", "ratio", "data", *RECIPE, "shape", "achieved"]
+    columns = ["profile", "model", "paper", "ratio", "data", *advice.RECIPE, "shape", "achieved"]
     columns += ["retained", "low", "high", "n", "seeds", "drawn", "behind", "behind_low"]
     columns += ["behind_high", "tied", "open", "rival", "ties", "larger", "guessed"]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

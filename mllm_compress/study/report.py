@@ -31,7 +31,14 @@ from .stages import name_of, stage_keys
 from .statistics import Verdict, basis_of, in_nats
 from .store import results_of
 from .style import few_colours, page
-from .tables import Table, explained, guessing, score_table, to_latex
+from mllm_compress.study.tables import (
+    Table,
+    explained,
+    guessing,
+    perplexities,
+    score_table,
+    to_latex,
+)
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
 
@@ -162,14 +169,8 @@ class Report:
         self.verdicts[name] = verdict.record()
         text = json.dumps(self.verdicts, indent=1, ensure_ascii=False)
         write_atomically(self.path("verdicts", "json"), text + "\n")
-        larger = notebooks.LARGER.get(self.profile, "")
-        other = recorded(larger, self.notebook, name) if larger else None
-        if verdict.used == self.basis:  # which is shown with the answer
-            verdict = replace(verdict, basis="")
-        if not other or other["claim"] != claim or not other.get("average"):
-            return verdict
-        average = other["average"]["value"]
-        return replace(verdict, beside=f"Profile {larger}: {other['word']} ({average:+.1f}).")
+        same = verdict.used == self.basis  # which is shown with the answer
+        return replace(verdict, basis="") if same else verdict
 
     def likelihood(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> Verdict:
         "The verdict on a claim by the log-likelihood of the right answers."
@@ -184,11 +185,30 @@ class Report:
         return self.verdict(claim.text, name=name, **claim.measure(claims.claimed(frame)))
 
     def beside(self, frame, ways_at: dict, name: str, text: str, caption: str, guessed={}) -> None:
-        "Show the ways at each place (as in `claims`), and whether the last beats the first."
-        ways = [*next(iter(ways_at.values()), [""])]
+        "Show the ways where the first and the last have run, and whether the last beats the first."
+        ways = [*next(iter(ways_at.values()), ["label"])]
         effects = claims.ahead(frame, ways_at, ways[-1], ways[0])
-        fig = dumbbells(claims.values(frame, ways_at), guessed)
-        display(self.verdict(text, effects, name=name), self.figure(fig, name, caption))
+        shown = claims.values(frame, ways_at).dropna(subset=[ways[0], ways[-1]])
+        figure = self.figure(dumbbells(shown, guessed), name, caption)
+        display(self.verdict(text, effects, name=name), figure)
+
+    def ahead(self, frame, first: str, second: str, name="", at="", shares=(), untrained=False):
+        "Whether one label of `labelled` keeps more: at every ratio, `at` all, or at each share."
+        pair = {way: {"importance": way} for way in (first, second)}
+        if shares:  # of the data; maybe against the second before training
+            start = {"fraction": 0.0} if untrained else {}
+            effects = claims.over_shares(frame, pair[first], pair[second] | start, shares)
+        else:
+            whole = {(model, at): pair for model in self.setup.models}
+            effects = claims.ahead(frame, whole if at else claims.everywhere(frame, pair), *pair)
+        head = f"{first[0].upper()}{first[1:]}{',' * (',' in first)} keeps more than {second}"
+        claim = f"{head}{', untrained' * untrained}."
+        return self.verdict(claim, effects, name=name or f"{first} − {second}")
+
+    def perplexities(self, frame, *columns: str):  # a Table
+        "Write the table of perplexities per token, where a profile has texts that are read."
+        caption = "Perplexity per token, geometric mean over seeds."
+        return self.table(perplexities(frame, ["model", *columns]), "perplexity", caption)
 
     def checks(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> dict:  # of Verdict
         "Verdicts on a claim about prunings at ratios above the paper's, and by log-likelihood."

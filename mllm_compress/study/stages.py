@@ -35,12 +35,12 @@ from ..anatomy.families import anatomy, lm_parameters
 from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
 from ..evaluation import benchmarks
 from ..evaluation.benchmarks import unit_numbers
-from ..evaluation.generation import GENERATION_VERSION, Answer
+from ..evaluation.generation import GENERATION_VERSION, Answer, entry_losses
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
 from ..importance.criteria import CRITERIA, measure
 from ..importance.scores import load_scores
-from ..pruning import PruningPlan, apply_plan, obs_scores, plans
+from ..pruning import PruningPlan, apply_plan, plans
 from ..pruning.pruning_plan import layer_sizes
 from ..pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from ..recovery import LOSSES, RecoveryConfig, config_from_dict, recover
@@ -69,8 +69,8 @@ def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
         options["hidden_layers"] = e.hidden_layers
     config, refitted = config_from_dict(options), e.reconstruct != "none"
     section = "reconstructed" if refitted and e.train == "projector+lm" else e.train
-    rates = profile.learning_rates.get(section, {})
-    rates = rates | profile.learning_rates.get(e.start, {})  # where new weights have a rate
+    known = profile.learning_rates  # new weights may have rates of their own
+    rates = known.get(section, {}) | known.get(e.start, {})
     rate = profiles.rate_of(rates.get(e.recovery), e.pruning, e.ratio)
     rate = learning_rate(config, reconstructed=refitted) if rate is None else rate
     return replace(config, lr=rate)
@@ -78,7 +78,7 @@ def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
 # %% ../../nbs/library/study/05_stages.ipynb #cell-010
 def calibration_of(e: Experiment, profile: Profile) -> tuple:  # (Calibration, options)
     "The calibration settings of an experiment, and the options of its criterion."
-    c, options = profile.calibration, {} if e.of == "auto" else {"of": e.of}
+    c, options = profile.calibration, {}
     if e.calibration != "default":
         design, samples = e.calibration.split()
         c = replace(c, design=design, samples=int(samples))
@@ -114,7 +114,6 @@ def layers_first(e: Experiment) -> Experiment:
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-018
 RATIO_OF = {"decoder": {}, "layers": {"ratio_of": "layers"}}  # what a ratio is a share of
-OBS_VERSION = 1  # of `obs_scores`; raised when its numbers change
 CURVE = {"questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
 _hash_of_questions = lru_cache(None)(benchmarks.questions_hash)
 
@@ -125,9 +124,8 @@ def scores_inputs(e: Experiment, profile: Profile) -> dict:
     drawn = drawn_hash(training, c.design, c.samples, c.per_entry, e.calibration_seed)
     calibration = {"version": CALIBRATION_VERSION, "design": c.design, "questions": drawn}
     calibration |= {"samples": c.samples} | options
-    criterion, obs = CRITERIA[e.pruning, e.importance], e.allocation == "obs"
-    inputs = {"version": OBS_VERSION if obs else criterion.version}
-    inputs |= {"prunes": e.pruning, "criterion": "obs" if obs else e.importance}
+    criterion = CRITERIA[e.pruning, e.importance]
+    inputs = {"version": criterion.version, "prunes": e.pruning, "criterion": e.importance}
     inputs |= {"calibration": calibration, "data": profiles.data_inputs(training)}
     inputs |= {"seed": e.calibration_seed} | profiles.model_inputs(e.model, profile)
     return inputs | ({"ratio": e.ratio} | RATIO_OF[profile.ratio_of] if criterion.needs else {})
@@ -239,6 +237,19 @@ def calibration_batches_of(e: Experiment, profile: Profile, processor, device: s
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
 
+def coverage(e: Experiment, profile: Profile) -> pd.DataFrame:  # columns type, questions, loss
+    "The same questions by type, with the original's loss on them in nats per answer token."
+    (c, _), training = calibration_of(e, profile), training_of(e.model, profile)
+    how = c.samples, e.calibration_seed, c.design, c.per_entry
+    drawn = calibration_data(profiles.calibration_source(training), *how)
+    model, processor = teacher_of(e.model, profile)
+    collate = data.Collator(processor, drawn, turns="sequential")
+    sums = [entry_losses(model, collate([entry])) for entry in drawn]
+    losses = pd.Series([(total / tokens).item() for total, tokens, _ in sums])
+    of_type = losses.groupby([sample["types"][0] for sample in drawn.samples])
+    return of_type.agg(questions="size", loss="mean").rename_axis("type").reset_index()
+
+
 def scores_of(e: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
     key = key_of("scores", e, profile)
@@ -263,11 +274,8 @@ def make_scores(e: Experiment, profile: Profile, device: str, folder: Path) -> d
     (_, options), began = calibration_of(e, profile), time.perf_counter()
     if CRITERIA[e.pruning, e.importance].needs:  # the length of a block of layers
         options["n"] = plans.layers_for_ratio(model, decoder_ratio(e, profile, model))
-    if e.allocation == "obs":
-        scores = obs_scores(model, batches, seed=e.calibration_seed, **options)
-    else:
-        scores = measure(e.pruning, e.importance, model, batches, e.calibration_seed, **options)
-    scores.save(folder)
+    seed = e.calibration_seed
+    measure(e.pruning, e.importance, model, batches, seed, **options).save(folder)
     return record(device, began)
 
 # %% ../../nbs/library/study/05_stages.ipynb #planners
@@ -689,14 +697,11 @@ def result_of(experiment: Experiment, profile: Profile, results: Store):  # dict
     if plan and profile.ratio_of == "layers":
         meta = json.loads(plan)["meta"]
         achieved *= meta["lm_parameters"] / sum(size["parameters"] for size in meta["sizes"])
-    nats = {}  # the mean over the questions of each unit
+    nats = {}  # the mean over the questions of each unit; nan where there is none
     for name, its in answers.items():
-        units, likely = unit_numbers(*asked_of(name, evaluation)), its["log_likelihood"]
-        likely = np.array(likely, float) / 1000  # nan where there is none
-        units, known = np.array(units), ~np.isnan(likely)
-        count = partial(np.bincount, units[known], minlength=units.max() + 1)
-        with np.errstate(invalid="ignore"):  # 0 / 0 where nothing of a unit is known
-            nats[name] = (count(likely[known]) / count()).tolist()
+        likely = pd.Series(its["log_likelihood"], dtype=float) / 1000
+        units = list(unit_numbers(*asked_of(name, evaluation)))
+        nats[name] = likely.groupby(units).mean().tolist()
     return {
         "rows": [v["row"] for v in scores.values()],
         "units": {name: v["units"] for name, v in scores.items()},
