@@ -180,12 +180,14 @@ def summary(
     frame: pd.DataFrame,  # of `study.run`
 ) -> pd.DataFrame:  # a row per setting: AVG-%, interval, n, seeds, and the score on each benchmark
     "AVG-% and the score on every benchmark, for each setting."
+    known = (*SETTING, "failed", "achieved_ratio", "avg_percent", "low", "high", "n", "seeds")
+    if frame.empty:
+        return pd.DataFrame(columns=known)
     originals, rows = {m: Original(its) for m, its in dense_rows(frame).groupby("model")}, []
     for key, group in frame.groupby(SETTING, sort=False):
         done = group[group.status == "done"]
-        row = dict(zip(SETTING, key)) | {"failed": len(group) - len(done)}
-        row |= dict.fromkeys(("achieved_ratio", "avg_percent", "low", "high"), math.nan)
-        row |= {"n": 0, "seeds": 0}
+        row = dict.fromkeys(known, math.nan) | dict(zip(SETTING, key))
+        row |= {"failed": len(group) - len(done), "n": 0, "seeds": 0}
         if len(done) and row["model"] in originals:
             e = originals[row["model"]].retained(done)
             row |= done.filter(["achieved_ratio", "decoder_ratio"]).mean().to_dict()
@@ -193,8 +195,7 @@ def summary(
             row |= {"seeds": e.seeds, "by_seed": list(e.by_seed.values())}
             row |= done.groupby("benchmark", sort=False).score.mean().to_dict()
         rows.append(row)
-    known = (*SETTING, "failed", "achieved_ratio", "avg_percent", "low", "high", "n", "seeds")
-    return pd.DataFrame(rows, columns=None if rows else known)
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-038
 def difference(
@@ -331,37 +332,6 @@ def average(
     numbers |= {name: mean(name) for name in ("floor", "top")}
     return Estimate(*[mean("value")] * 3, **numbers).at(0.95)
 
-# %% ../../nbs/library/study/22_statistics.ipynb #crossing
-def crossing(
-    effects: list,  # of Estimate, of one model at several ratios
-) -> Estimate | None:  # a ratio; None: the sign is the same at all ratios
-    "The ratio at which a difference changes its sign; nan with an interval if it does so again."
-    known = sorted((e for e in effects if e.value == e.value), key=lambda e: e.ratio)
-    if not known:
-        return None
-    at = np.linspace(known[0].ratio, known[-1].ratio, 1001)
-    ends = ([getattr(e, end) for e in known] for end in ("low", "value", "high"))
-    low, value, high = (np.interp(at, [e.ratio for e in known], end) for end in ends)
-    changes = at[1:][np.diff(value > 0)]
-    if not len(changes):
-        return None
-    sure = at[(low > 0) | (high < 0)]
-    first = max(sure[sure < changes[0]], default=at[0])
-    last = min(sure[sure > changes[-1]], default=at[-1])
-    n, seeds = (max(getattr(e, name) for e in known) for name in ("n", "seeds"))
-    value = changes[0] if len(changes) == 1 else math.nan
-    return Estimate(*map(float, (value, first, last)), n, seeds)
-
-
-def say_crossing(effects: list) -> str:  # as `crossing`
-    "Where two sides change places, in words."
-    place = crossing(effects)
-    if place is None:
-        return "nowhere within the studied ratios"
-    if math.isnan(place.value):
-        return f"more than once between ratios of {place.low:.2f} and {place.high:.2f}"
-    return f"at a ratio of {place:2}"
-
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-005
 @dataclass(frozen=True)
 class Basis:
@@ -432,7 +402,6 @@ class Verdict:
     margin: float | None = None  # differences within it are equivalent; None: a threshold
     rivals: int = 1  # among how many the rival was chosen that the claim is compared with
     missing: str = ""  # the part of the claim without results
-    beside: str = ""  # what a larger profile says
     parts: dict = field(default_factory=dict)  # name -> where, if the claim consists of parts
     guessed: dict = field(default_factory=dict)  # model -> AVG-% of guessing
 
@@ -511,7 +480,7 @@ class Verdict:
         "The verdict in words and numbers, with the interval of the average."
         head = f"{self.word.capitalize()}: “{self.claim.rstrip('.')}.” "
         if not self.settings:
-            return f"{head}{self.beside}".strip()
+            return head.strip()
         texts = []
         for name, part in self.by_part.items():
             n = len(part.settings)
@@ -522,8 +491,8 @@ class Verdict:
         counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
         texts += [f"{counts} of {len(self.effects)} settings"] * (len(self.effects) > 1)
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
-        rests_on = f"{self.used}. " if self.used else ""
-        return f"{head}{'; '.join(texts)}. {rests_on}{self.beside}".strip()
+        rests_on = f" {self.used}." if self.used else ""
+        return f"{head}{'; '.join(texts)}.{rests_on}"
 
     def record(self) -> dict:
         "The verdict as JSON can express it: every number is a field."
