@@ -118,7 +118,7 @@ def test_a_mistake_in_the_data_is_found_before_a_model_is_loaded(tmp_path, monke
     Path("bad.json").write_text('[{"id": 7, "question": "why?", "answer": null}]')
     monkeypatch.setattr(requests, "load", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setattr(requests, "check_models", lambda *a: None)
-    monkeypatch.setattr(checkpoint, "is_checkpoint", lambda *a: True)
+    monkeypatch.setattr(checkpoint.formats, "is_checkpoint", lambda *a: True)
     data = ("--data", "bad.json")
     for args in (
         ("score", "smoke-llava", "-o", "out"),

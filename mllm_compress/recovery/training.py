@@ -177,7 +177,7 @@ class RecoveryTrainer(transformers.Trainer):
         raise NonFiniteLoss(
             f"{what} at step {self.state.global_step}, samples {[ids[i] for i in self.current]}. "
             f"{good if last else 'There is no checkpoint (folder= was not given).'} "
-            "Look at these samples, lower lr, or train in float32."
+            "Look at these samples and at the weights, lower lr, or train in float32."
         )
 
     @property
