@@ -44,6 +44,7 @@ SLIDING = dict(
     layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2), sliding_window=64
 )
 MROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+multi = lambda kind: text(kind, rope_parameters=MROPE)
 QWEN_EYES = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
 
 
@@ -76,6 +77,9 @@ def of_type(eyes: dict, model_type: str) -> dict:
 
 LAST, BOTH = dict(vision_feature_layer=-2), [-2, -1]
 GEMMA = dict(query_pre_attn_scalar=8, **SLIDING)
+SHARED = dict(num_kv_shared_layers=2, use_double_wide_mlp=True, final_logit_softcapping=5.0)
+SHARED |= dict(hidden_size_per_layer_input=4, vocab_size_per_layer_input=96, global_head_dim=16)
+GEMMA4_EYES = VISION | dict(head_dim=8, num_key_value_heads=2, patch_size=4, pooling_kernel_size=2)
 MERGED = QWEN_EYES | dict(hidden_size=16, intermediate_size=24, out_hidden_size=32)
 QWEN2_EYES = QWEN_EYES | dict(embed_dim=16, hidden_size=32)
 QWEN25_EYES = MERGED | dict(window_size=16, fullatt_block_indexes=[1])
@@ -88,9 +92,20 @@ QWEN35 |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
 QWEN35_EYES = MERGED | dict(num_position_embeddings=64)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 EXPERTS |= dict(shared_expert_intermediate_size=16, n_routed_experts=4)
+GEMMA4_MOE = EXPERTS | dict(enable_moe_block=True, top_k_experts=2, num_attention_heads=8)
+GEMMA4_MOE |= dict(num_key_value_heads=4, num_global_key_value_heads=2, attention_k_eq_v=True)
+GEMMA4_MOE |= dict(hidden_size_per_layer_input=0, global_head_dim=16)
+GEMMA4_MOE |= dict(use_bidirectional_attention="vision")
+GEMMA4, GEMMA4_MOE = (text("gemma4_text", **SLIDING | more) for more in (SHARED, GEMMA4_MOE))
 GLM_MOE = EXPERTS | dict(rope_parameters=MROPE | {"partial_rotary_factor": 1.0})
 QWEN3_MOE, QWEN35_MOE = "qwen3_vl_moe_text", "qwen3_5_moe_text"
 NEXT, QWEN35 = QWEN35 | EXPERTS, text("qwen3_5_text", rope_parameters=PARTIAL, **QWEN35)
+ARIA = text("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+OVIS = dict(hidden_size=32, vocab_size=96, visual_indicator_token_ids=[90, 91, 92, 93, 94])
+OVIS_EYES = of_type(VISION, "ovis2_vision") | dict(vocab_size=24)
+LATENT = EXPERTS | dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+LATENT |= dict(v_head_dim=8, n_group=1, topk_group=1, num_key_value_heads=4, head_dim=4)
+LATENT |= dict(first_k_dense_replace=1)
 GLM_EYES = MERGED | dict(image_size=28)
 LFM = dict(layer_types=["conv", "full_attention"] * (LAYERS // 2), block_multiple_of=8)
 SIGLIP2 = of_type(VISION, "siglip2_vision_model") | dict(num_patches=16, vision_use_head=False)
@@ -102,7 +117,6 @@ DRAWING |= dict(image_token_embed_dim=32)
 PALI = dict(projection_dim=32, hidden_size=32)
 FEATURES = dict(vision_feature_layers=BOTH, vision_feature_layer=BOTH)
 FULL = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
-multi = lambda kind: text(kind, rope_parameters=MROPE)
 MLLMS = {
     "llava-llama": row("llava", "llama", CLIP, **LAST),
     "llava-phi3": row("llava", "phi3", CLIP, **LAST),
@@ -123,12 +137,18 @@ MLLMS = {
     "qwen2.5-vl": row("qwen2_5_vl", multi("qwen2_5_vl_text"), QWEN25_EYES),
     "qwen3-vl": row("qwen3_vl", QWEN3, QWEN3_EYES),
     "gemma3": row("gemma3", text("gemma3_text", **GEMMA), SIGLIP, mm_tokens_per_image=4),
+    "gemma4": row("gemma4", GEMMA4, of_type(GEMMA4_EYES, "gemma4_vision")),
+    "gemma4-moe": row("gemma4", GEMMA4_MOE, of_type(GEMMA4_EYES, "gemma4_vision")),
     "qwen3.5": row("qwen3_5", QWEN35, QWEN35_EYES),
     "glm4v": row("glm4v", multi("glm4v_text"), GLM_EYES),
     "glm46v": row("glm46v", multi("glm4v_text"), of_type(GLM_EYES, "glm4v_vision")),
     "qwen3-vl-moe": row("qwen3_vl_moe", QWEN3 | EXPERTS | {"model_type": QWEN3_MOE}, QWEN3_EYES),
     "qwen3.5-moe": row("qwen3_5_moe", QWEN35 | EXPERTS | {"model_type": QWEN35_MOE}, QWEN35_EYES),
     "glm4v-moe": row("glm4v_moe", text("glm4v_moe_text", **GLM_MOE), GLM_EYES),
+    "aria-moe": row(
+        "aria", ARIA, of_type(VISION, "idefics3_vision"), projector_patch_to_query_dict={16: 4}
+    ),
+    "ovis2": row("ovis2", "qwen2", OVIS_EYES, **OVIS),
     "lfm2-vl": row("lfm2_vl", text("lfm2", **LFM), SIGLIP2, **LFM_EYES),
     "cohere2-vision": row(
         "cohere2_vision", text("cohere2", **SLIDING), SIGLIP, alignment_intermediate_size=24
@@ -155,11 +175,15 @@ LMS = {
     "olmo3": SLIDING,
     "glm4": {},
     "lfm2": LFM,
+    "gemma4_text": SLIDING | SHARED,
     "mixtral": dict(num_local_experts=4),
     "glm4_moe": EXPERTS,
     "qwen2_moe": EXPERTS,
     "qwen3_moe": EXPERTS,
     "qwen3_next": NEXT,
+    "deepseek_v3": LATENT,
+    "gpt_oss": SLIDING | dict(num_local_experts=4, num_experts_per_tok=2),
+    "gpt_neox": {},
     "cohere": dict(use_qk_norm=True),
     "cohere2": dict(**SLIDING),
     "phi": {},
@@ -204,6 +228,7 @@ def tokenizer(mark: str | None = None):
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"image_token": "<image>", "video_token": "<video>", "boi_token": "<boi>"}
     names |= {"eoi_token": "<eoi>", "context_image_token": "<image>"}
+    names |= {"audio_token": "<video>", "boa_token": "<boi>", "eoa_token": "<eoi>"}
     names |= {"start_image_token": "<img>", "end_image_token": "</img>"}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tok,
@@ -246,6 +271,7 @@ def processor(name: str):
     aya = dict(patch_size=7, downsample_factor=2, img_size=28)
     aya |= dict(image_token="<picture>", img_patch_token="<image>")
     one_frame = dict(video_processor=SimpleNamespace(num_frames=1, fps=1))
+    tiles = dict(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
     pinned = dict(image_grid_pinpoints=grid)
     kinds = {
         "llava": ("Llava", ("CLIP", clip), clipped),
@@ -268,6 +294,7 @@ def processor(name: str):
         "qwen2.5-vl": ("Qwen2_5_VL", ("Qwen2VL", merged), silent),
         "qwen3-vl": ("Qwen3VL", ("Qwen2VL", merged), silent),
         "gemma3": ("Gemma3", ("Gemma3", square), dict(image_seq_length=4)),
+        "gemma4": ("Gemma4", ("Gemma4", tiles), silent | dict(feature_extractor=None)),
         "qwen3.5": ("Qwen3VL", ("Qwen2VL", merged), silent),
         "glm4v": ("Glm4v", ("Glm4v", merged), silent),
         "glm46v": ("Glm46V", ("Glm46V", merged), silent),
@@ -298,7 +325,8 @@ def without_torchvision():
     check = ProcessorMixin.check_argument_for_proper_class
 
     def lenient(self, name, value):
-        return None if name == "video_processor" else check(self, name, value)
+        absent = name in ("video_processor", "feature_extractor")
+        return None if absent else check(self, name, value)
 
     with (
         patch.object(ProcessorMixin, "check_argument_for_proper_class", lenient),

@@ -20,6 +20,9 @@ def random_weights(model, seed=0):
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(noise * 0.2 if p.ndim > 1 else p + 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # Gemma 4 scales what each layer returns
+                buffer.fill_(0.8)
     return model.eval()
 
 

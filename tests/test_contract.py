@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from typer.testing import CliRunner
 
 from mllm_compress.anatomy import FAMILIES, WRAPPERS, anatomy, part_parameters
+from mllm_compress.anatomy.families import family_of
 from mllm_compress.anatomy.wrappers import token_inputs
 from mllm_compress.cli import app
 from mllm_compress.cli.check import Case, run_checks, trial_data
@@ -39,8 +40,9 @@ SUPPORT = Path(__file__).parents[1] / "figures/support.csv"
 FOUND = {}  # name -> its row of the table
 ROWS = [*cases.MLLMS, *cases.LMS]
 PROCESSED = [name for name in cases.MLLMS if cases.processor(name)]
-# linear attention and experts are counted in part, and VideoLLaMA scores all tokens
-COUNTED = [name for name in cases.MLLMS if not re.match("qwen3.5|lfm2|.*moe|video", name)]
+# counted in part: linear attention, experts; VideoLLaMA scores all tokens, and late layers of
+# Gemma 4 compute the last one only
+COUNTED = [name for name in cases.MLLMS if not re.match("qwen3.5|lfm2|.*moe|video|gemma4", name)]
 
 
 def support_row(config, findings: list) -> dict:
@@ -179,12 +181,11 @@ def test_layers_without_positions_keep_their_place():
 # What is refused
 
 
-def test_experts_without_a_row_are_refused():
-    config = AutoConfig.for_model("gpt_oss", **cases.TEXT | dict(num_local_experts=4))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="mixtures of experts.*num_experts"):
-        anatomy(model)
+def test_decoders_that_no_row_describes_are_refused():
+    with pytest.raises(ValueError, match="mixtures of experts.*num_local_experts"):
+        family_of(AutoConfig.for_model("granitemoe", **cases.TEXT | dict(num_local_experts=4)))
+    with pytest.raises(ValueError, match="tower is a part of its decoder.*vision_config"):
+        family_of(AutoConfig.for_model("phi4_multimodal", **cases.TEXT))
 
 
 def test_a_class_without_a_row_is_named_before_its_processor(tmp_path):
@@ -277,7 +278,7 @@ def files(name: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    ["llava-next", "idefics3", "gemma3", "aya-vision", "deepseek-vl", "lfm2"]
+    ["llava-next", "idefics3", "gemma3", "aya-vision", "gemma4_text", "lfm2"]
     + ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in USERS[1:])],
 )
 def test_the_command_line_from_scores_to_answers(name, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from mllm_compress.pruning.allocation import parameter_costs
 from mllm_compress.pruning.pruning_plan import compose_plans, make_plan
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "qwen3_next"]
-MIXTURES += ["qwen3-vl-moe", "qwen3.5-moe", "glm4v-moe"]
+MIXTURES += ["qwen3-vl-moe", "qwen3.5-moe", "glm4v-moe", "aria-moe", "deepseek_v3", "gpt_oss"]
 
 
 def test_every_mixture_is_tried():

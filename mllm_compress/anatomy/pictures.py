@@ -6,13 +6,14 @@
 __all__ = ['shares_prefixes']
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-003
+import copy
 from contextlib import nullcontext
 from itertools import count
 
 import torch
 from torch import nn
 
-from .families import Anatomy, anatomy
+from .families import Anatomy, anatomy, below
 from .streaming import evaluating, hooked, replaced_forward, weights_hash
 from .wrappers import token_inputs
 
@@ -23,6 +24,13 @@ def embed_words(parts: Anatomy, input_ids: torch.Tensor) -> torch.Tensor:  # [ba
     if token is not None and token >= parts.vocab_size:
         input_ids = input_ids.masked_fill(input_ids == token, 0)
     return parts.embed_tokens(input_ids)
+
+# %% ../../nbs/library/anatomy/04_pictures.ipynb #c-0265863f
+def token_rows(parts: Anatomy, input_ids: torch.Tensor) -> dict:
+    "What the decoder needs of the tokens besides their embeddings, as an argument."
+    if not below(parts.decoder, "embed_tokens_per_layer"):
+        return {}
+    return {"per_layer_inputs": parts.decoder.get_per_layer_inputs(input_ids)}
 
 # %% ../../nbs/library/anatomy/04_pictures.ipynb #cell-007
 def put_pictures(
@@ -69,7 +77,8 @@ def replaying(parts: Anatomy, record: dict):
 
     def recorded(_):
         i = next(numbers)
-        return lambda *args, **kwargs: record[i] if i in record else [*args, *kwargs.values()][0]
+        taken = lambda args, kwargs: record[i] if i in record else [*args, *kwargs.values()][0]
+        return lambda *args, **kwargs: copy.copy(taken(args, kwargs))  # classes write to it
 
     return replaced_forward(frozen_modules(parts), recorded)
 
@@ -88,7 +97,7 @@ def record_pictures(parts: Anatomy, batch: dict) -> dict:  # for `replaying`
     record, handles = {}, []
     for i, (module, read) in enumerate(frozen_modules(parts).items()):
         if read:
-            keep = lambda module, args, output, i=i: record.__setitem__(i, output)
+            keep = lambda module, args, output, i=i: record.__setitem__(i, copy.copy(output))
             handles.append(module.register_forward_hook(keep))
     with hooked(handles), evaluating(parts.vision_tower):
         parts.model.model.get_image_features(**picture_inputs(parts, batch))

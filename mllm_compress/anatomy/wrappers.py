@@ -49,6 +49,8 @@ class Wrapper:
 _SIZED = {"inputs": ("image_sizes",), "cached": "tower"}
 _TILED = _SIZED | {"projector": ("model.multi_modal_projector", "model.image_newline")}
 _MANY = _TILED | {"inputs": ("image_sizes", "batch_num_images")}
+_MASKED = {"inputs": ("pixel_mask",), "cached": "tower"}
+_TABLE = {"projector": ("model.visual_embeddings_table",), "cached": "tower", "plain": False}
 _LLAVA = (
     Wrapper("llava", "LLaVA-1.5, Bunny, Pixtral", inputs=("image_sizes",)),
     Wrapper("vipllava", "LLaVA with features of several vision layers"),
@@ -59,9 +61,9 @@ _LLAVA = (
     Wrapper("mistral3", "Mistral 3: Pixtral's tower, patches merged by the projector", **_SIZED),
     Wrapper("aya_vision", "Aya Vision: tiles, pixel shuffle in the projector"),
     Wrapper("cohere2_vision", "Command A Vision: as Aya Vision, a gated projector"),
-    Wrapper(
-        "perception_lm", "Perception LM: tiles, tokens pooled in the projector", cached="tower"
-    ),
+    Wrapper("aria", "Aria: queries of the projector read a picture", **_MASKED),
+    Wrapper("ovis2", "Ovis2: words of a learned vocabulary, mixed", **_TABLE),
+    Wrapper("perception_lm", "Perception LM: tiles, pooled in the projector", cached="tower"),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-010
@@ -116,9 +118,7 @@ _MERGED = (
     Wrapper("glm4v_moe", "GLM-4.5V: as GLM-4.1V, with experts", **_QWEN),
     Wrapper("qwen2_vl", "Qwen2-VL: any picture size, M-RoPE", **_QWEN),
     Wrapper("qwen2_5_vl", "Qwen2.5-VL: as Qwen2-VL, windowed attention in the tower", **_QWEN),
-    Wrapper(
-        "qwen3_vl", "Qwen3-VL: features of several tower layers, each to one decoder layer", **_DEEP
-    ),
+    Wrapper("qwen3_vl", "Qwen3-VL: tower layers reach one decoder layer each", **_DEEP),
     Wrapper("qwen3_5", "Qwen3.5: as Qwen3-VL, without those features", **_QWEN),
     Wrapper("glm4v", "GLM-4.1V: as Qwen2-VL", **_QWEN),
     Wrapper("glm46v", "GLM-4.6V: as GLM-4.1V", **_QWEN),
@@ -128,10 +128,16 @@ _MERGED = (
 _TYPED = {"tokens": ("token_type_ids",), "plain": False, "cached": "tower"}
 _CAPPED = _TYPED | {"marks": "answer", "logits": ("final_logit_softcapping",)}
 _BOTH_WAYS = (
-    Wrapper(
-        "paligemma", "PaliGemma 1 and 2: attention in both directions within the prompt", **_CAPPED
-    ),
+    Wrapper("paligemma", "PaliGemma 1 and 2: the prompt is read in both directions", **_CAPPED),
     Wrapper("gemma3", "Gemma 3: attention in both directions within a picture", **_TYPED),
+    Wrapper(
+        "gemma4",
+        "Gemma 4: as Gemma 3, pictures of any size; a table of inputs per layer, or experts",
+        projector=("model.embed_vision",),
+        inputs=("image_position_ids",),
+        others=("model.audio_tower", "model.embed_audio"),
+        **_TYPED | {"tokens": ("mm_token_type_ids",), "logits": ("final_logit_softcapping",)},
+    ),
 )
 
 # %% ../../nbs/library/anatomy/01_wrappers.ipynb #wrappers-cell-016

@@ -145,11 +145,14 @@ def enclosing_configs(model: PreTrainedModel, plan: PruningPlan):  # yields conf
     parts, config = anatomy(model), copy.deepcopy(model.config)
     queries, text = parts.queries_per_group(0), config.get_text_config()
     heads, neurons, experts = (max(w) for w in zip(*plan.counts().values()))
-    text.head_dim = parts.head_dim
     widths = [("intermediate_size", neurons), *parts.family.settings] if neurons else []
     widths += [(parts.experts_entry, experts)] if experts else []
-    for name, value in widths:
+    for name, value in widths if not parts.family.tables else ():  # with those of the dense model
         setattr(text, name, value)
+    if not heads or parts.family.tables:
+        yield config
+        return
+    text.head_dim = parts.head_dim
     original = [size["heads"] for size in plan.meta["sizes"]]
     most = max(original + [parts.hidden_size // (queries * parts.head_dim)])
     for groups in range(heads, most + 1):
@@ -183,7 +186,8 @@ def fit_class(
 
 def stock_class(model: PreTrainedModel) -> PreTrainedModel:  # ValueError where no class fits
     "The model in a class that plain `from_pretrained` loads."
-    if any(len(set(counts) - {0}) > 1 for counts in zip(*anatomy(model).widths)):
+    differ = any(len(set(counts) - {0}) > 1 for counts in zip(*anatomy(model).widths))
+    if differ and not anatomy(model).family.tables:  # where they do so by themselves
         raise ValueError("its layers differ in width")
     return fit_class(model, (model.config, equivalent_config(model.config)))
 

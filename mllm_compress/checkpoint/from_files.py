@@ -32,15 +32,19 @@ class CutWeights:
         self.origins = {}  # name here -> (name in the dense model, (axis, kept) or None)
         parts, prefix = anatomy(source.model), layers_prefix(source.model)
         for new, old in enumerate(plan.layers):
-            for name, _ in parts.layers[old].named_parameters():
+            for name in parts.layers[old].state_dict():
                 self.origins[f"{prefix}.{new}.{name}"] = (f"{prefix}.{old}.{name}", None)
             for slot in (*parts.linears(old), *parts.norms(old), *parts.routed(old)):
                 if (units := getattr(plan, f"{slot.kind}s").get(old)) is None:
                     continue
-                for kind, p in slot.module.named_parameters():
+                for kind, p in slot.module.named_parameters(recurse=False):
                     if p.ndim > slot.axis:  # a bias has no columns
                         name, cut = f"{prefix}.{new}.{slot.slot.path}.{kind}", slot.index(units)
                         self.origins[name] = (self.origins[name][0], (slot.axis, cut))
+
+        for slot in parts.tables:
+            name = f"{prefix.rpartition('.')[0]}.{slot.slot.path}.weight"
+            self.origins[name] = (name, (slot.axis, slot.index(plan.layers)))
 
     def tensor(self, name: str) -> torch.Tensor:
         "A weight of the pruned model, by its name there."

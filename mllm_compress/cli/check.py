@@ -170,6 +170,7 @@ def same_with_cache(model, batch: dict) -> str:
     "Raise `Broken` where five greedy tokens differ with the cache and without."
     row = mc.anatomy.anatomy(model).wrapper
     pictures = None if row is None else [getattr(model.config, row.image_token)]
+    pictures = pictures and [*pictures, *getattr(model.config, "visual_indicator_token_ids", ())]
     options = dict(eos_token_id=None, pad_token_id=0, suppress_tokens=pictures)
     options |= mc.importance.scores.model_inputs(model, batch)
     options |= dict(max_new_tokens=5, do_sample=False)

@@ -106,7 +106,7 @@ def cost_report(
     flops = arithmetic.decoder_flops(shape, prompt, batch=batch)
     add("prefill operations", {"lm": flops, "total": sum(seen.values()) + flops})
     add("decode operations", {"total": arithmetic.decoder_flops(shape, 1, prompt, batch)})
-    cache = 2 * shape.head_dim * sum(shape.groups) * model.dtype.itemsize  # keys and values
+    cache = sum(shape.cached) * model.dtype.itemsize  # keys and values
     add("KV cache per token", {"total": cache}, "byte")
     add("KV cache of prompt", {"total": cache * prompt * batch}, "byte")
     add("weights", {"total": arithmetic.weight_bytes(model)}, "byte", "measured")

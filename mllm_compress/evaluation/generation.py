@@ -29,6 +29,7 @@ from mllm_compress.anatomy.pictures import (
     picture_inputs,
     put_pictures,
     shares_prefixes,
+    token_rows,
 )
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CACHE_ARGUMENT, caches_projector_input
@@ -105,7 +106,9 @@ def features_of(model, processor, images: list) -> tuple:  # a key each, {key: I
     "Features of PIL images or StoredImages, from the cache where possible."
     parts, tower = anatomy(model), None
     if parts.vision_tower is not None:
+        read = {k: v for k, v in vars(model.config).items() if k.startswith("vision_feature")}
         tower = weights_hash(parts.vision_tower), processor.image_processor.to_json_string()
+        tower += (str(read),)
         if not caches_projector_input(model.config):
             tower += (weights_hash(nn.ParameterList(parts.projector_parameters)),)
     stored = lambda image: isinstance(image, StoredImage)
@@ -178,19 +181,20 @@ def pad_left(rows: list, device) -> tuple:  # ids and mask, both [batch, tokens]
 
 def run_tokens(
     parts,  # Anatomy
-    x: torch.Tensor,  # [batch, tokens, hidden] embeddings of the new tokens
+    x: torch.Tensor,  # [batch, tokens] the new tokens, or [batch, tokens, hidden] their embeddings
     mask: torch.Tensor,  # [batch, past + tokens] 1 = token, 0 = padding
     cache: DynamicCache,
     keep: int = 1,  # number of last tokens whose logits are computed
 ) -> torch.Tensor:  # [batch, keep, vocabulary] float32
     "Run new tokens through the decoder, behind what is in the cache."
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
+    x, more = (x, {}) if x.is_floating_point() else (parts.embed_tokens(x), token_rows(parts, x))
     hidden = parts.decoder(
         inputs_embeds=x,
         attention_mask=None if bool(mask.all()) else mask,
         position_ids=positions,
         use_cache=True,
-        **{CACHE_ARGUMENT: cache},
+        **{CACHE_ARGUMENT: cache} | more,
     ).last_hidden_state
     return parts.logits(hidden[:, -keep:]).float()
 
@@ -247,7 +251,7 @@ def read_questions(
     cache = DynamicCache(copied, config=parts.text_config)
     ids, own = pad_left([p.own for p in prompts], prefix.mask.device)
     mask = torch.cat([prefix.mask[rows], own], 1)
-    return Asked(run_tokens(parts, parts.embed_tokens(ids), mask, cache)[:, -1], mask, cache)
+    return Asked(run_tokens(parts, ids, mask, cache)[:, -1], mask, cache)
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-022
 def greedy(
@@ -271,8 +275,7 @@ def greedy(
             cache.batch_select_indices(torch.tensor(going, device=mask.device))
             mask = mask[going]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        new = parts.embed_tokens(mask.new_tensor(tokens)[:, None])
-        logits = run_tokens(parts, new, mask, cache)[:, -1]
+        logits = run_tokens(parts, mask.new_tensor(tokens)[:, None], mask, cache)[:, -1]
     return answers
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-028
@@ -295,7 +298,7 @@ def score_answers(
         new = ids.shape[1] - 1  # the second and later tokens
         longer = torch.cat([mask, mask.new_ones(len(ids), new)], 1)
         cache = copy.deepcopy(asked.cache) if recurrent else asked.cache
-        logits = run_tokens(parts, parts.embed_tokens(ids[:, :-1]), longer, cache, new)
+        logits = run_tokens(parts, ids[:, :-1], longer, cache, new)
         if not recurrent:
             cache.crop(-new)
         rest = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()

@@ -338,6 +338,9 @@ def check_record(
             )
 
 # %% ../../nbs/library/importance/01_scores.ipynb #layer-by-layer-cell-005
+LAST = torch.tensor([-1])  # the position of logits; a number would cut late layers (Gemma 4)
+
+
 class Reached(Exception):
     "Raised to end a forward pass at the final norm."
 
@@ -365,9 +368,10 @@ def open_passages(model: PreTrainedModel, batches: list) -> list:  # of Passage
     "The batches in front of the first layer, from a pass in which layers pass their input on."
     parts, passages, states, calls = anatomy(model), [], [], []
 
-    def pass_on(hidden_states, **kwargs):
+    def pass_on(hidden_states, per_layer_input=None, **kwargs):
         states.append(hidden_states)
-        calls.append(kwargs)
+        own = {} if per_layer_input is None else {"per_layer_input": per_layer_input}  # Gemma 4
+        calls.append(kwargs | own)
         return hidden_states
 
     def stop(*_):
@@ -384,7 +388,7 @@ def open_passages(model: PreTrainedModel, batches: list) -> list:  # of Passage
             end = parts.final_norm.register_forward_pre_hook(stop)
             passing_on = replaced_forward(parts.layers, lambda _: pass_on)
             with hooked([end]), passing_on, suppress(Reached):
-                model(**model_inputs(model, batch), use_cache=False, logits_to_keep=1)
+                model(**model_inputs(model, batch), use_cache=False, logits_to_keep=LAST)
             between = [None, *map(added, states, states[1:])]
             passages.append(Passage(states[0], list(calls), between))
             states.clear()
@@ -405,7 +409,7 @@ def run_forward(
         with evaluating(model), listening:
             for k in batches_left(len(batches), totals):
                 begin(k)
-                model(**model_inputs(model, batches[k]), use_cache=False, logits_to_keep=1)
+                model(**model_inputs(model, batches[k]), use_cache=False, logits_to_keep=LAST)
         return
     parts, passages = anatomy(model), open_passages(model, batches)
     with evaluating(model), listening:

@@ -6,7 +6,6 @@
 __all__ = ['scoring_memory']
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-004
-import copy
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,12 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 
-from ..anatomy.families import FAMILIES, Anatomy, LinearSlot, anatomy, count_parameters
+from ..anatomy.families import Anatomy, LinearSlot, anatomy, count_parameters
 from ..anatomy.streaming import PeakTensors, hooked, in_memory, is_streamed
 from mllm_compress.importance.scores import (
+    LAST,
     WidthScores,
     add_channels,
     check_batches,
@@ -165,7 +166,7 @@ def answer_states(
     normed = []
     read = lambda _, args, output: normed.append(output)
     with hooked([parts.final_norm.register_forward_hook(read)]):
-        parts.model(**model_inputs(parts.model, batch), use_cache=False, logits_to_keep=1)
+        parts.model(**model_inputs(parts.model, batch), use_cache=False, logits_to_keep=LAST)
     return answers_of(normed[0], labels)
 
 
@@ -246,6 +247,12 @@ def keeping_inputs(parts: Anatomy, batches: list, labels: list):  # yields a lis
         yield trails
 
 # %% ../../nbs/library/importance/03_taylor.ipynb #cell-046
+def shared_leaves(trail) -> dict:  # kind of layer -> [keys, values]
+    "What late layers read of an earlier one (Gemma 4), to collect its gradients in."
+    states = trail.passage.calls[0].get("shared_kv_states") or {}
+    return {kind: [t.detach().requires_grad_() for t in pair] for kind, pair in states.items()}
+
+
 def through_layers(
     parts: Anatomy,
     trails: list,  # the `delta` of each moves from the end of the last layer to the first
@@ -256,16 +263,25 @@ def through_layers(
 ) -> None:
     "Lead the gradients of all batches back through one layer, then through the one before."
     with frozen(parts.model):
-        for step in batches_left(parts.num_layers, totals):
+        reads = [shared_leaves(trail) for trail in trails]
+        steps = parts.num_layers  # a run that shares keys is not resumed: their gradients are lost
+        for step in range(steps) if parts.shares_keys else batches_left(steps, totals):
             i = parts.num_layers - 1 - step
             with in_memory(parts, i):
                 for k, trail in enumerate(trails):
                     delta = totals.pop(("delta", k), trail.delta)
                     hidden, arguments = trail[i]
                     hidden = hidden.detach().requires_grad_()
+                    own = dict(reads[k])
+                    arguments = arguments | ({"shared_kv_states": own} if own else {})
                     with listen(parts, [i], see_of(k)):
                         output = parts.layers[i](hidden, **arguments)
-                        (trail.delta,) = torch.autograd.grad(output, hidden, delta.to(output))
+                        ends = [(output, delta.to(output))]
+                        wrote = [pair for kind in own for pair in zip(own[kind], reads[k][kind])]
+                        wrote = [(new, x.grad) for new, x in wrote if new is not x]
+                        ends += [(new, slope) for new, slope in wrote if slope is not None]
+                        torch.autograd.backward(*zip(*ends))
+                        trail.delta = hidden.grad
                 leave(i)
             totals.update({("delta", k): trail.delta for k, trail in enumerate(trails)})
     for k in range(len(trails)):
@@ -360,40 +376,6 @@ def taylor(
     meta = dict(order=order, mode=mode, loss=loss, samples=samples, supervised_tokens=tokens)
     return add_channels(run.parts, {k: v.abs() for k, v in channels.items()}, "taylor", meta)
 
-# %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-012
-def activation_bytes(
-    config,  # a text config, or that of an MLLM
-    dtype: torch.dtype = torch.bfloat16,
-    tokens: int = 64,
-) -> dict:  # bytes per token: saved by each "layer" and by the "ends", "working", "forward"
-    "Activation memory of the architecture per token, measured on a narrow copy of it."
-    config, measured = config.get_text_config(), []
-    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    k = math.gcd(config.num_attention_heads, groups, config.intermediate_size, config.hidden_size)
-    small = copy.deepcopy(config)
-    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if getattr(small, name, None):
-            setattr(small, name, getattr(small, name) // k)
-    small.vocab_size = 8
-    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    for layers in (1, 2):
-        small.num_hidden_layers = layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = config.layer_types[:layers]
-        model = AutoModel.from_config(small, dtype=dtype).eval()
-        parts = Anatomy(model, FAMILIES[small.model_type], small, small, model, lm_head=None)
-        x = torch.zeros(1, tokens, small.hidden_size, dtype=dtype)
-        with PeakTensors() as memory, output_gradients(parts, lambda *_: None):
-            y = model(inputs_embeds=x, use_cache=False).last_hidden_state
-            saved = memory.now
-            y.backward(torch.ones_like(y))
-        with PeakTensors() as forward, torch.no_grad():
-            model(inputs_embeds=x, use_cache=False)
-        peaks = saved, memory.peak - saved, forward.peak
-        measured.append([k * peak / tokens for peak in peaks])
-    (one, working, forward), (two, *_) = measured
-    return {"layer": two - one, "ends": 2 * one - two, "working": working, "forward": forward}
-
 # %% ../../nbs/library/importance/03_taylor.ipynb #memory-cell-024
 def scoring_memory(
     model: PreTrainedModel,  # also on the meta device
@@ -405,13 +387,23 @@ def scoring_memory(
 ) -> int:  # bytes
     "Estimated peak memory of scoring one sample; nothing of the model's size is allocated."
     check_choice("method", method, ("taylor", "block_influence"))
-    parts, size = anatomy(model), dtype.itemsize
-    per, weights = activation_bytes(parts.text_config, dtype), count_parameters(model) * size
-    if method == "block_influence":
-        return int(weights + tokens * per["forward"] + parts.vocab_size * size)
-    kept = tokens * (parts.num_layers * per["layer"] + per["ends"])
-    logits = supervised * parts.vocab_size * (size + 3 * 4)
-    slots = (slot for i in range(parts.num_layers) for slot in parts.linears(i))
-    largest = max(slot.module.weight.numel() for slot in slots)
-    block = min(CHUNK.get(device, CHUNK["cuda"]), largest) * (size + 3 * 4)
-    return int(weights + kept + max(logits, tokens * per["working"] + block))
+    parts, backward = anatomy(model), method == "taylor"
+    config, most = parts.text_config, CHUNK.get(device, CHUNK["cuda"])
+
+    def see(i, slot, x, delta):  # a block of the gradient, and three numbers for each of its own
+        block = min(most, slot.module.weight.numel())
+        torch.empty(block * (dtype.itemsize + 3 * 4), dtype=torch.uint8)
+
+    with FakeTensorMode():
+        decoder = AutoModel.from_config(config, dtype=dtype).eval()
+        head = torch.nn.Linear(parts.hidden_size, parts.vocab_size, dtype=dtype)
+        alone = Anatomy(decoder, parts.family, config, config, decoder, head)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        options = dict(attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=dtype))
+        listening = output_gradients(alone, see)
+        with PeakTensors() as memory, listening, torch.set_grad_enabled(backward):
+            states = decoder(ids, use_cache=False, **options).last_hidden_state
+            logits = alone.logits(states[0, -(supervised if backward else 1) :])
+            if backward:
+                log_likelihood(logits, ids[0, :supervised]).backward()
+    return memory.peak + count_parameters(model) * dtype.itemsize

@@ -108,9 +108,11 @@ def weight_costs(model: PreTrainedModel) -> UnitCosts:
 def cache_costs(model: PreTrainedModel) -> UnitCosts:
     "Bytes that one token adds to the KV cache."
     parts = anatomy(model)
-    nothing = (0.0,) * parts.num_layers
-    group = 2 * parts.head_dim * model.dtype.itemsize
-    return UnitCosts("kv", "byte", 0.0, nothing, (group,) * parts.num_layers, nothing)
+    layers, nothing = range(parts.num_layers), (0.0,) * parts.num_layers
+    cached = [parts.cached(i) * model.dtype.itemsize for i in layers]
+    groups = tuple(size // max(1, parts.groups(i)) for i, size in enumerate(cached))
+    fixed = tuple(size * (not parts.groups(i)) for i, size in enumerate(cached))
+    return UnitCosts("kv", "byte", 0.0, fixed, groups, nothing)
 
 
 COUNTED = {"bytes": weight_costs, "kv": cache_costs, "parameters": parameter_costs}  # not measured

@@ -229,7 +229,8 @@ def plan_by_recipe(
             "protect, shape and round_to have no effect where whole layers are removed: leave "
             "them out."
         )
-    same = recipe.allocation == "layer" and not protect
+    alike = all(len({*units} - {0}) < 2 for units in zip(*anatomy(model).widths))
+    same = recipe.allocation == "layer" and not protect and alike
     shape = recipe.shape or ("uniform" if same else "blockwise")
     step = auto_round(model) if round_to == "auto" else round_to
     options = dict(protect=protect, shape=shape, round_to=step, allocation=recipe.allocation)

@@ -36,7 +36,7 @@ class LayerSize:
     neurons: int  # of the MLP
     head_parameters: int  # in one group with its query heads
     neuron_parameters: int  # in one neuron
-    parameters: int  # in the whole layer, norms included
+    parameters: int  # in the whole layer, norms and its part of tables included
     experts: int = 0  # of a mixture
     expert_parameters: int = 0  # in one expert, with its row of the router
     least_experts: int = 0  # that must stay: as many as process one token
@@ -51,11 +51,13 @@ def layer_sizes(
         counts = {kind: parts.units(kind, i) for kind in UNITS}
         costs = dict.fromkeys(UNITS, 0)
         for slot in [*parts.linears(i), *parts.norms(i), *parts.routed(i)]:
-            tensors = (entries(p) for p in slot.module.parameters() if p.ndim > slot.axis)
-            costs[f"{slot.kind}s"] += sum(tensors) // slot.units
+            tensors = [p for p in slot.module.parameters(recurse=False) if p.ndim > slot.axis]
+            costs[f"{slot.kind}s"] += sum(map(entries, tensors)) // slot.units
         counts |= {f"{kind[:-1]}_parameters": cost for kind, cost in costs.items()}
+        rows = sum(entries(slot.module.weight) // slot.units for slot in parts.tables)
         least = min(counts["experts"], max(2, parts.top_k))
-        sizes.append(LayerSize(parameters=count_parameters(layer), least_experts=least, **counts))
+        counts |= {"parameters": count_parameters(layer) + rows, "least_experts": least}
+        sizes.append(LayerSize(**counts))
     return sizes
 
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-012
@@ -299,10 +301,10 @@ def make_plan(
     units = {kind: {i: sorted(v) for i, v in (kept or {}).items()} for kind, kept in kept_units}
     known = {k: fields.pop(k) for k in ("requested_ratio", "method", "shape") if k in fields}
     check_kept("layers", layers, len(sizes))
-    if missing := sorted(set(parts.fixed_layers) - set(layers)):
-        raise ValueError(
-            f"layers {spans(missing)} receive image features and must stay; others may go."
-        )
+    for why in dict.fromkeys(parts.fixed_layers.values()):
+        fixed = {i for i, reason in parts.fixed_layers.items() if reason == why}
+        if missing := sorted(fixed - set(layers)):
+            raise ValueError(f"layers {spans(missing)} {why} and must stay; others may go.")
     if kinds := set(parts.layer_types) - {parts.layer_types[i] for i in layers}:
         raise ValueError(
             f"all layers with {', '.join(sorted(kinds))} would go, and one must stay: keep one of "

@@ -181,12 +181,14 @@ class Stream:
     dense: torch.Tensor  # [batch, tokens, hidden] of the dense model
     pruned: torch.Tensor  # the same of the pruned model
     calls: list  # keyword arguments of every layer of the dense model
+    again: list  # the same for the pruned model, which shares its own keys and values (Gemma 4)
     real: torch.Tensor  # [batch, tokens] bool: not padding
     held: torch.Tensor  # [batch] bool: held out when the ridge is chosen
     targets: torch.Tensor  # [batch, tokens] the supervised token that follows, or -100
     between: list  # for each layer what is added in front of it (Qwen3-VL), or None
     in_files: bool  # whether the states are kept in files
     middle: torch.Tensor | None = None  # dense stream between attention and MLP
+    end: torch.Tensor | None = None  # dense stream behind the MLP, where a layer goes on
     inputs: torch.Tensor | None = None  # [batch, tokens, channels] of the projections to be fitted
     outputs: dict = field(default_factory=dict)  # slot -> its dense output, where a norm follows
     parallel: bool = False  # attention and MLP of the layer read the same state (Phi)
@@ -247,7 +249,9 @@ def open_streams(
             labels = labels if anatomy(dense).wrapper is None else torch.full_like(labels, -100)
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).to(device)
         calls = [tree_map(float_, arguments) for arguments in front.calls]
-        streams.append(Stream(None, None, calls, real, held, targets, front.between, in_files))
+        own = {"shared_kv_states": {}} if "shared_kv_states" in calls[0] else {}
+        calls = calls, [arguments | own for arguments in calls]
+        streams.append(Stream(None, None, *calls, real, held, targets, front.between, in_files))
         streams[-1].keep(dense=front.first.to(dtype), pruned=pruned.first.to(dtype))
     return streams
 
@@ -306,13 +310,16 @@ def run_layer(
     handles += [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
     with hooked(handles):
         after = layer(hidden, **call)
-    return outputs, after, read[0] is read[1]
+    parallel = getattr(parts.text_config, parts.family.parallel, False)
+    return outputs, after, parallel or read[0] is read[1]
 
 
 def projections(parts: Anatomy, layer: torch.nn.Module) -> dict:  # slot name -> module
     "The output projections of a layer, that of attention or of what is in its place first."
     slots = [s for s in (*parts.family.mixers, *parts.family.slots) if s.axis == 1]
     modules = {s.name: below(layer, s.path) for s in slots}
+    if below(layer, "experts") is not None:  # a norm follows the sum of experts and MLP (Gemma 4)
+        modules["down"] = None
     return {name: module for name, module in modules.items() if module is not None}
 
 
@@ -343,18 +350,22 @@ def projection_inputs(
         if len(inputs) == len(names):
             raise Reached
 
-    done = nullcontext() if next(iter(modules)) in names else without_mixer(parts, layer, hidden)
+    done = nullcontext() if next(iter(modules)) in names else without(parts, layer, hidden)
     handles = [modules[name].register_forward_pre_hook(see) for name in names]
     with hooked(handles), done, suppress(Reached):
         layer(hidden, **call)
     return torch.cat(inputs, -1)
 
 
-def without_mixer(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor):
-    "A context in which the attention of a layer, or what is in its place, adds nothing."
+@contextmanager
+def without(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, mlp: bool = False):
+    "A context in which the attention of a layer, or what is in its place, or the MLP adds nothing."
     zeros, mixer = torch.zeros_like(hidden), mixer_of(parts, layer)
     silent = (zeros, None) if mixer is below(layer, parts.family.attention) else zeros
-    return replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent)
+    blocks = [layer.get_submodule(parts.family.mlp)] if mlp else []
+    with replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent):
+        with replaced_forward(blocks, lambda _: lambda *args, **kwargs: zeros):
+            yield
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-021
 @contextmanager
@@ -380,8 +391,9 @@ def advance_dense(
                 before = plus(s.take("dense"), s.between[i])
                 outputs, after, parallel = run_layer(parts, layer, before, s.calls[i])
                 near = partial(torch.allclose, after, rtol=1e-3, atol=1e-3, equal_nan=True)
-                checked = s is streams[0] and parts.neurons(i)  # experts add more
-                if checked and not near(before + added(parts, layer, outputs)):
+                checked = s is streams[0] and len(outputs) > 1  # experts add more
+                end = before + added(parts, layer, outputs)
+                if checked and not parts.family.tail and not near(end):
                     raise ValueError(
                         f"layer {i} adds more to its input than its output projections write; "
                         "reconstruction has no closed form there."
@@ -390,6 +402,8 @@ def advance_dense(
                 if i == layers[0]:
                     s.parallel, first = parallel, dict([next(iter(outputs.items()))])
                     s.keep(middle=before + added(parts, layer, first))
+                    if parts.family.tail:
+                        s.keep(end=end)
                     behind = {name: y for name, y in outputs.items() if name in normed}
                     s.outputs = {name: s.placed(y) for name, y in behind.items()}
 
@@ -406,7 +420,7 @@ def stage_moments(
     moments = Moments(), Moments()
     for s in streams:
         before, goal = s.take("pruned"), s.take(target)
-        x = projection_inputs(parts, layer, names, before, s.calls[i])
+        x = projection_inputs(parts, layer, names, before, s.again[i])
         s.keep(inputs=x)
         r, factor = sought(parts, layer, names[0], goal - before, s.outputs.get(names[0]))
         size = goal.square().mean(-1)  # [batch, tokens]
@@ -466,7 +480,8 @@ def fit_layer(
         for s in streams:
             s.keep(pruned=plus(s.take("pruned"), s.between[i]))
         for stage in stages:
-            target = "dense" if stage[-1] == names[-1] and parts.neurons(j) else "middle"
+            last = "end" if parts.family.tail else "dense"
+            target = last if stage[-1] == names[-1] and len(names) > 1 else "middle"
             moments = stage_moments(parts, i, layer, streams, stage, target)
             about = dict(layer=i, projection="+".join(stage))
             rows.append(about | fit_stage([stored[name] for name in stage], moments, ridge))
@@ -478,9 +493,10 @@ def fit_layer(
                 outputs = {name: m(part) for (name, m), part in zip(modules.items(), x)}
                 s.keep(pruned=s.take("pruned") + added(parts, layer, outputs))
                 s.inputs = None
-        for s in streams if not parts.neurons(j) else ():  # experts are not refitted
-            with without_mixer(parts, layer, before := s.take("pruned")):
-                s.keep(pruned=layer(before, **s.calls[i]))
+        mlp = len(names) > 1  # experts are not refitted
+        for s in streams if parts.family.tail or not mlp else ():
+            with without(parts, layer, before := s.take("pruned"), mlp):
+                s.keep(pruned=layer(before, **s.again[i]))
     return rows
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-037
@@ -621,7 +637,7 @@ def fit_layers(
             rows += fit_layer(after, j, i, streams, ridge)
             keep(j)
         for s in streams:
-            s.middle, s.outputs = None, {}
+            s.middle, s.end, s.outputs = None, None, {}
         if tokens := lost_sinks(streams):
             lost[i] = tokens
     if norm:
@@ -718,7 +734,7 @@ def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTraine
         if end > i + 1:
             moments, slot = Moments(), after.writers(j)[-1]
             for s in streams:
-                outputs, state, _ = run_layer(after, after.layers[j], s.pruned, s.calls[i])
+                outputs, state, _ = run_layer(after, after.layers[j], s.pruned, s.again[i])
                 wrote = written(after, after.layers[j], slot.name, outputs[slot.name])
                 missing = s.dense - (state - wrote)
                 size = s.dense.square().sum(-1)
@@ -728,7 +744,7 @@ def fold_linear_map(small, dense, batches: list, plan: PruningPlan) -> PreTraine
             for p in slot.module.parameters():
                 p.copy_(fitted @ p.double())
         for s in streams:
-            s.pruned = after.layers[j](s.pruned, **s.calls[i])
+            s.pruned = after.layers[j](s.pruned, **s.again[i])
     return small.to(dtype)
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-014x

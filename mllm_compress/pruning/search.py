@@ -26,6 +26,7 @@ from ..anatomy.families import UNITS, anatomy
 from ..anatomy.streaming import evaluating, hooked, is_streamed
 from ..importance.criteria import measure
 from mllm_compress.importance.scores import (
+    LAST,
     check_batches,
     model_inputs,
     model_record,
@@ -422,7 +423,7 @@ class Run:
         def compute() -> float:
             start = time.perf_counter()
             with torch.no_grad(), evaluating(model):
-                model(**model_inputs(model, self.fit[0]), use_cache=False, logits_to_keep=1)
+                model(**model_inputs(model, self.fit[0]), use_cache=False, logits_to_keep=LAST)
             return 4 * len(self.fit) * (time.perf_counter() - start)
 
         return self.timed("estimate", None, compute)

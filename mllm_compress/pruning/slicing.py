@@ -7,6 +7,7 @@ __all__ = ['refuse_saving', 'apply_plan', 'silence']
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-004
 import copy
+import itertools
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.families import UNITS, Anatomy, anatomy, below
+from ..anatomy.families import UNITS, Anatomy, anatomy
 from ..anatomy.streaming import SOURCE
 from .pruning_plan import PruningPlan
 
@@ -26,7 +27,8 @@ def slice_module(
     axis: int,  # 0: rows, 1: columns
 ) -> None:
     "Keep only `index` of the rows or columns of a module's tensors."
-    for name, p in [*module.named_parameters(), *module.named_buffers()]:
+    own = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+    for name, p in [*itertools.chain(*own)]:
         if p.ndim > axis:  # a bias has no columns
             kept = p.index_select(axis, index.to(p.device))
             if isinstance(p, nn.Parameter):
@@ -88,24 +90,42 @@ def sync_modules(
 PER_LAYER = ("layer_types", "no_rope_layers")
 
 
+def layer_overrides(config) -> list:
+    "The entries of a config that differ between its layers (Gemma 4), for every layer."
+    names = getattr(config, "per_layer_attributes", None) or ()
+    layers = config.per_layer_config if names else [config] * config.num_hidden_layers
+    return [{name: getattr(layer, name) for name in names} for layer in layers]
+
+
 def sync_config(
     parts: Anatomy,
     kept: tuple,  # layers of the original that stayed
 ) -> bool:
     "Bring the decoder's config in line with its layers; returns whether all layers are alike."
     config, counts = parts.text_config, [layer_counts(parts, i) for i in range(len(kept))]
+    overrides, before = layer_overrides(config), config.num_hidden_layers
+    overrides = [overrides[i] for i in kept]
     config.num_hidden_layers = len(kept)
+    if reading := getattr(config, "num_kv_shared_layers", 0):  # the last ones
+        config.num_kv_shared_layers = sum(i >= before - reading for i in kept)
+        parts.decoder.first_kv_shared_layer_idx = len(kept) - config.num_kv_shared_layers
     for name in PER_LAYER:
         if values := getattr(config, name, None):
             setattr(config, name, [values[i] for i in kept])
     if dense := getattr(config, "first_k_dense_replace", None):  # the first have no experts
         config.first_k_dense_replace = sum(i < dense for i in kept)
-    shared = {name: value for c in counts for name, value in c.items()}
-    uniform = all(shared[name] == value for c in counts for name, value in c.items())
+    alike = [{n: v for n, v in c.items() if n not in o} for c, o in zip(counts, overrides)]
+    shared = {name: value for c in alike for name, value in c.items()}
+    uniform = all(shared[name] == value for c in alike for name, value in c.items())
+    if uniform:
+        overrides = [o | {n: c[n] for n in o if n in c} for c, o in zip(counts, overrides)]
     if uniform and any(getattr(config, name) != value for name, value in shared.items()):
-        config.head_dim = parts.head_dim
+        if "num_attention_heads" in shared:
+            config.head_dim = parts.head_dim
         for name, value in (*shared.items(), *parts.family.settings):
             setattr(config, name, value)
+    if overrides[0]:
+        config.per_layer_config = dict(enumerate(overrides))
     return uniform
 
 # %% ../../nbs/library/pruning/05_slicing.ipynb #cell-018
@@ -137,6 +157,8 @@ def cut(
         for slot in [*parts.linears(i), *parts.norms(i), *parts.routed(i)]:
             if (kept := getattr(plan, f"{slot.kind}s").get(i)) is not None:
                 slice_module(slot.module, slot.index(kept), slot.axis)
+    for slot in parts.tables if plan.removed_layers else ():
+        slice_module(slot.module, slot.index(plan.layers), slot.axis)
     parts.decoder.layers = nn.ModuleList(parts.layers[i] for i in plan.layers)
     sync_modules(parts, sync_config(parts, plan.layers))
     if "num_experts" in vars(model):  # for the loss that balances them
@@ -161,6 +183,7 @@ def apply_plan(
     parts = anatomy(model)
     check_fits(parts, plan)
     shared = [parts.layers[i] for i in plan.removed_layers]
+    shared += [slot.module.weight for slot in parts.tables if plan.removed_layers]
     for i in plan.layers:
         for slot in [*parts.linears(i), *parts.routed(i)]:
             if i in getattr(plan, f"{slot.kind}s"):
@@ -201,22 +224,16 @@ def silence(
     "A full-size copy in which what the plan removes contributes nothing, for tests."
     model = copy.deepcopy(model)
     parts = anatomy(model)
-    for i in range(plan.num_layers):
-        joint, layer = parts.family.joint_norm and i in plan.heads, parts.layers[i]
-        if i not in plan.layers:  # what has no units is silenced as a whole
-            mixers = (below(layer, slot.path) for slot in parts.family.mixers)
-            whole = [*mixers, None if parts.neurons(i) else parts.mlp(i)]
-            for p in (p for module in whole if module is not None for p in module.parameters()):
-                p.zero_()
+    for i in plan.removed_layers:
+        parts.layers[i].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    for i in plan.layers:
+        joint = parts.family.joint_norm and i in plan.heads
         for slot in parts.linears(i):
-            kind = f"{slot.kind}s"
-            gone = plan.removed(kind, i) if i in plan.layers else range(slot.units)
-            gone, module = slot.index(gone).to(slot.module.weight.device), slot.module
+            module, gone = slot.module, slot.index(plan.removed(f"{slot.kind}s", i))
+            gone = gone.to(module.weight.device)
             if slot.axis == 1:
                 module.weight[:, gone] = 0
-                if i not in plan.layers and module.bias is not None:
-                    module.bias.zero_()
-            elif joint and kind == "heads":  # a mean over all heads counts only those that remain
+            elif joint and slot.kind == "head":  # a mean over all heads counts those that remain
                 module.weight[gone] = 0
                 if module.bias is not None:
                     module.bias[gone] = 0

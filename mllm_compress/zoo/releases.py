@@ -85,37 +85,9 @@ def internvl_config(original: dict, _) -> transformers.InternVLConfig:
         vision_feature_layer=original["select_layer"],
     )
 
-# %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-005
-LLAVA_NAMES = (
-    (r".*(rotary_emb\.inv_freq|embeddings\.position_ids)$", ()),
-    (r"(text_model|text_projection|visual_projection|logit_scale|logit_bias).*", ()),
-    (r"(model\.vision_tower\.vision_tower\.)?vision_model\.", ("model.vision_tower.",)),
-    (r"model\.mm_projector\.0\.", ("model.multi_modal_projector.linear_1.",)),
-    (r"model\.mm_projector\.2\.", ("model.multi_modal_projector.linear_2.",)),
-    (r"model\.(?=embed_tokens|layers|norm|final_layernorm)", ("model.language_model.",)),
-    (r"lm_head\.", ("lm_head.",)),
-)
-
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-007
-LAYER = r"vision_model\.encoder\.layers\.(\d+)\."
-VIT, VIT_LAYER = "model.vision_tower.embeddings.", r"model.vision_tower.encoder.layer.\1."
-INTERNVL_NAMES = (
-    (r".*rotary_emb\.inv_freq$", ()),
-    (r"vision_model\.embeddings\.class_embedding", (VIT + "cls_token",)),
-    (r"vision_model\.embeddings\.position_embedding", (VIT + "position_embeddings",)),
-    (r"vision_model\.embeddings\.patch_embedding\.", (VIT + "patch_embeddings.projection.",)),
-    (LAYER + r"attn\.qkv\.", tuple(VIT_LAYER + f"attention.{x}_proj." for x in "qkv")),
-    (LAYER + r"attn\.proj\.", (VIT_LAYER + "attention.projection_layer.",)),
-    (LAYER + r"norm1\.", (VIT_LAYER + "layernorm_before.",)),
-    (LAYER + r"norm2\.", (VIT_LAYER + "layernorm_after.",)),
-    (LAYER + r"ls([12])", (VIT_LAYER + r"lambda_\2",)),
-    (LAYER + r"(?=mlp\.)", (VIT_LAYER,)),
-    (r"mlp1\.0\.", ("model.multi_modal_projector.layer_norm.",)),
-    (r"mlp1\.1\.", ("model.multi_modal_projector.linear_1.",)),
-    (r"mlp1\.3\.", ("model.multi_modal_projector.linear_2.",)),
-    (r"language_model\.model\.", ("model.language_model.",)),
-    (r"language_model\.lm_head\.", ("lm_head.",)),
-)
+TENSOR_NAMES = read_json(weight_files.SHIPPED / "tensor_names.json")
+LLAVA_NAMES, INTERNVL_NAMES = TENSOR_NAMES["llava"], TENSOR_NAMES["internvl"]
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #releases-cell-009
 def native_names(name: str, rules: tuple) -> tuple:
@@ -431,12 +403,7 @@ def load_tokenizer(folder: Path, **options):  # -> tokenizer
         return auto.from_pretrained(apart, **options)
 
 # %% ../../nbs/library/zoo/02_releases.ipynb #convert-original-processors-cell-042
-INTERNVL_TOKENS = {
-    "start_image_token": "<img>",
-    "end_image_token": "</img>",
-    "context_image_token": "<IMG_CONTEXT>",
-    "video_token": "<video>",
-}
+INTERNVL_TOKENS = weight_files.NAMED["internvl_tokens"]
 
 
 def read_processor(source: OriginalCheckpoint):  # -> native processor, or image processor
