@@ -209,3 +209,14 @@ def test_notebooks_draw_every_table_and_verdict_of_quick_from_the_results_again(
     assert len(written) > 15
     for path in written:
         compare(path, tmp_path / "runs/quick/figures" / path.name)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_no_seed_of_a_refit_is_a_copy_of_another(folder):
+    "Every seed fits the weights to other samples, so its students answer some questions otherwise."
+    lines = pd.read_csv(folder / "experiments.csv.xz")
+    lines = lines[(lines.reconstruct != "none") & (lines.quantize == "none")]
+    fields = [*lines.loc[:, "model":"returned"].columns.drop(["seed", "calibration_seed"])]
+    scores = lines.pivot(index=[*fields, "result"], columns="benchmark", values="score")
+    scores = scores[scores.mean(axis=1) < 95].droplevel("result").reset_index()
+    assert not scores.duplicated().any(), scores[scores.duplicated(keep=False)]
