@@ -131,6 +131,15 @@ def contrast(
     return ahead(frame, everywhere(frame, ways, covers), *ways)
 
 
+def least_without_one(frame: pd.DataFrame, first: dict, second: dict) -> str:
+    "What is left of the average `contrast` without the benchmark that the first way gains most on."
+    names = frame.benchmark.unique()
+    left = {name: contrast(frame[frame.benchmark != name], first, second) for name in names}
+    left = {name: statistics.average(effects) for name, effects in left.items() if effects}
+    name = min(left, key=lambda name: left[name].value, default="")
+    return f"Without {name}: {left[name]:+1}." if name else ""
+
+
 def over_shares(frame: pd.DataFrame, first: dict, second: dict, shares: list) -> dict:
     "As `contrast`, at each share of the data; the second may name a share of its own."
     out = {}

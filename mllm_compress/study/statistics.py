@@ -404,6 +404,7 @@ class Verdict:
     missing: str = ""  # the part of the claim without results
     parts: dict = field(default_factory=dict)  # name -> where, if the claim consists of parts
     guessed: dict = field(default_factory=dict)  # model -> AVG-% of guessing
+    note: str = ""  # a sentence about the average
 
     def compares(self, e: Estimate) -> bool:
         "Whether an effect compares anything: not if both sides are no better than guessing."
@@ -491,8 +492,8 @@ class Verdict:
         counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
         texts += [f"{counts} of {len(self.effects)} settings"] * (len(self.effects) > 1)
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
-        rests_on = f" {self.used}." if self.used else ""
-        return f"{head}{'; '.join(texts)}.{rests_on}"
+        more = [str(text).rstrip(".") for text in (self.note, self.used) if text]
+        return head + " ".join(f"{text}." for text in ("; ".join(texts), *more))
 
     def record(self) -> dict:
         "The verdict as JSON can express it: every number is a field."
