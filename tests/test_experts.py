@@ -14,7 +14,7 @@ from mllm_compress import prune
 from mllm_compress.anatomy import anatomy, lm_parameters
 from mllm_compress.anatomy.families import FAMILIES
 from mllm_compress.cli.check import logits_of, noise_batch, reloaded
-from mllm_compress.importance import load_scores, width_importance
+from mllm_compress.importance import load_scores, scoring_memory, width_importance
 from mllm_compress.pruning import PruningPlan, apply_plan, plan_widthwise
 from mllm_compress.pruning.allocation import parameter_costs
 from mllm_compress.pruning.pruning_plan import compose_plans, make_plan
@@ -70,6 +70,8 @@ def test_removed_experts_are_never_chosen(name, shape, monkeypatch):
 
 def test_scores_are_those_of_their_definitions():
     model = cases.build("qwen2_moe", torch.float32)
+    wide, half = (scoring_memory(model, 9, dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert wide == 2 * half
     ids = torch.randint(5, 96, (2, 12), generator=torch.Generator().manual_seed(0))
     real = (torch.arange(12) < torch.tensor([[12], [7]])).long()
     batch = {"input_ids": ids, "attention_mask": real, "labels": ids.masked_fill(real == 0, -100)}

@@ -389,21 +389,22 @@ def scoring_memory(
     check_choice("method", method, ("taylor", "block_influence"))
     parts, backward = anatomy(model), method == "taylor"
     config, most = parts.text_config, CHUNK.get(device, CHUNK["cuda"])
+    built = torch.bfloat16 if parts.top_k else dtype  # in which the product of experts is faked
 
     def see(i, slot, x, delta):  # a block of the gradient, and three numbers for each of its own
         block = min(most, slot.module.weight.numel())
         torch.empty(block * (dtype.itemsize + 3 * 4), dtype=torch.uint8)
 
     with FakeTensorMode():
-        decoder = AutoModel.from_config(config, dtype=dtype).eval()
-        head = torch.nn.Linear(parts.hidden_size, parts.vocab_size, dtype=dtype)
+        decoder = AutoModel.from_config(config, dtype=built).eval()
+        head = torch.nn.Linear(parts.hidden_size, parts.vocab_size, dtype=built)
         alone = Anatomy(decoder, parts.family, config, config, decoder, head)
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        options = dict(attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=dtype))
+        options = dict(attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=built))
         listening = output_gradients(alone, see)
         with PeakTensors() as memory, listening, torch.set_grad_enabled(backward):
             states = decoder(ids, use_cache=False, **options).last_hidden_state
             logits = alone.logits(states[0, -(supervised if backward else 1) :])
             if backward:
                 log_likelihood(logits, ids[0, :supervised]).backward()
-    return memory.peak + count_parameters(model) * dtype.itemsize
+    return memory.peak * dtype.itemsize // built.itemsize + count_parameters(model) * dtype.itemsize
