@@ -332,6 +332,22 @@ def average(
     numbers |= {name: mean(name) for name in ("floor", "top")}
     return Estimate(*[mean("value")] * 3, **numbers).at(0.95)
 
+# %% ../../nbs/library/study/22_statistics.ipynb #crossing
+def crossing(effects: list) -> tuple | None:  # of Estimate of a model -> (ratio, low, high)
+    "Where a difference changes its sign, if it does; nan with an interval if it does so again."
+    known = sorted((e for e in effects if e.value == e.value), key=lambda e: e.ratio)
+    if not known:
+        return None
+    at = np.linspace(known[0].ratio, known[-1].ratio, 1001)
+    ends = ([getattr(e, end) for e in known] for end in ("low", "value", "high"))
+    low, value, high = (np.interp(at, [e.ratio for e in known], end) for end in ends)
+    if not len(changes := at[1:][np.diff(value > 0)]):
+        return None
+    sure = at[(low > 0) | (high < 0)]
+    first = max(sure[sure < changes[0]], default=at[0])
+    last = min(sure[sure > changes[-1]], default=at[-1])
+    return changes[0] if len(changes) == 1 else math.nan, first, last
+
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-005
 @dataclass(frozen=True)
 class Basis:
