@@ -131,7 +131,7 @@ def contrast(
     return ahead(frame, everywhere(frame, ways, covers), *ways)
 
 
-def least_without_one(frame: pd.DataFrame, first: dict, second: dict) -> str:
+def without_best(frame: pd.DataFrame, first: dict, second: dict) -> str:
     "What is left of the average `contrast` without the benchmark that the first way gains most on."
     names = frame.benchmark.unique()
     left = {name: contrast(frame[frame.benchmark != name], first, second) for name in names}

@@ -203,9 +203,7 @@ class Report:
             effects = claims.ahead(frame, whole if at else claims.everywhere(frame, pair), *pair)
         head = f"{first[0].upper()}{first[1:]}{',' * (',' in first)} keeps more than {second}"
         claim = f"{head}{', untrained' * untrained}."
-        note = (
-            claims.least_without_one(frame, *pair.values()) if name and not (shares or at) else ""
-        )
+        note = claims.without_best(frame, *pair.values()) if name and not (shares or at) else ""
         return self.verdict(claim, effects, name=name or f"{first} − {second}", note=note)
 
     def perplexities(self, frame, *columns: str):  # a Table
