@@ -168,9 +168,9 @@ def few_colours(
     "A picture with as few colours as show no difference."
     with Image.open(picture) as image:
         drawn = image.convert("RGB")
-    how = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)  # small areas, too
+    how = dict(method=Image.Quantize.MAXCOVERAGE, kmeans=1)  # small areas, too; large ones exactly
     for colours in (32, 64, 128):
-        few, png = drawn.quantize(colours, **how), BytesIO()
+        few, png = drawn.quantize(colours, **how, dither=Image.Dither.NONE), BytesIO()
         if np.abs(np.asarray(few.convert("RGB")).astype(int) - np.asarray(drawn)).max() < 24:
             break
     few.save(png, "PNG", optimize=True)
