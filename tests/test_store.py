@@ -182,6 +182,10 @@ def test_a_packed_result_stays_when_its_store_is_gone(tmp_path):
     assert store.unpack(path, Store(tmp_path / "again"))["plan"] == keys[1:2]
     store.pack(s, {"plan": keys[2:]}, path, keep=True)  # where some keys are unknown
     assert store.unpack(path, Store(tmp_path / "both"))["plan"] == keys[1:]
+    other = Store(tmp_path / "of another day")  # whose result of the same key is not published
+    assert store.write(other, inputs(1), {"score": 9.0}) == keys[1]
+    store.pack(other, {"plan": keys[1:]}, path)
+    assert b'"score":9.0' not in zipfile.ZipFile(path).read("plan.jsonl")
     before = path.stat().st_ino  # of another file as soon as it is written again
     store.pack(s, {"plan": keys[1:]}, path)
     assert path.stat().st_ino == before

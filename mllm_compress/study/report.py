@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display, update_display
 
-from . import claims, notebooks, runs, store
+from . import claims, notebooks, runs, store, tables
 from .claims import MARGIN, POINTS, Claim
 from .experiments import FIRST, Experiment
 from .figures import Figure, dumbbells, forest
@@ -31,14 +31,7 @@ from .stages import name_of, stage_keys
 from .statistics import Verdict, basis_of, in_nats
 from .store import results_of
 from .style import few_colours, page
-from mllm_compress.study.tables import (
-    Table,
-    explained,
-    guessing,
-    perplexities,
-    score_table,
-    to_latex,
-)
+from .tables import Table, explained, guessing, score_table, to_latex
 from ..utils.files import checkout, write_atomically
 from ..utils.methods import lazily
 
@@ -209,7 +202,7 @@ class Report:
     def perplexities(self, frame, *columns: str):  # a Table
         "Write the table of perplexities per token, where a profile has texts that are read."
         caption = "Perplexity per token, geometric mean over seeds."
-        return self.table(perplexities(frame, ["model", *columns]), "perplexity", caption)
+        return self.table(tables.perplexities(frame, ["model", *columns]), "perplexity", caption)
 
     def checks(self, claim: Claim, frame: pd.DataFrame, verdict: Verdict) -> dict:  # of Verdict
         "Verdicts on a claim about prunings at ratios above the paper's, and by log-likelihood."

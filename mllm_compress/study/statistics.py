@@ -65,7 +65,7 @@ class Estimate:
         else:
             share = half**2 / ((value - floor) * (top - value))
             centre = (value + share * (floor + top) / 2) / (1 + share)
-            half = math.sqrt(centre**2 - (value**2 + share * floor * top) / (1 + share))
+            half = math.hypot(half, share * (top - floor) / 2) / (1 + share)
             low, high = min(centre - half, value), max(centre + half, value)
         return replace(self, low=low, high=high)
 

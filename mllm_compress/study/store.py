@@ -189,7 +189,9 @@ def _lines(path: Path, stage: str) -> dict:  # key -> JSON
         raise ValueError(f"{wrong} ({name} would take more than {LIMIT >> 20} MB): {cure}")
     for line in content.decode("utf-8", "replace").splitlines():
         try:
-            lines[files.content_hash(json.loads(line)["inputs"])] = line
+            content = json.loads(line)
+            sealed = content.pop("seal") == files.content_hash(content)
+            lines[files.content_hash(content["inputs"] if sealed else line)] = line
         except BROKEN:
             lines[files.content_hash(line)] = line
     return lines
@@ -201,13 +203,14 @@ def pack(
     path: Path,  # the zip file
     keep: bool = False,  # also what the file has beyond the keys
 ) -> None:
-    "Write results into one file, from the store or else from the file as it was."
+    "Write results into one file: as it has them already, or else from the store."
     old = {stage: _lines(path, stage) for stage in keys} if path.exists() else {}
     new = {}
     for stage, wanted in sorted(keys.items()):
-        lines = dict(old.get(stage, {}))
-        wanted = {*wanted, *(lines if keep else ())}
-        lines |= {k: store.path(stage, k).read_text("utf-8") for k in wanted & {*store.keys(stage)}}
+        there = old.get(stage, {})  # what is published stays: a store may be of another day
+        wanted = {*wanted, *(there if keep else ())}
+        fresh = wanted & {*store.keys(stage)} - {*there}
+        lines = there | {k: store.path(stage, k).read_text("utf-8") for k in fresh}
         new[stage] = {key: lines[key] for key in sorted(wanted & set(lines))}
     if new == old and {f"{stage}.jsonl" for stage in new} == set(zipfile.ZipFile(path).namelist()):
         return
