@@ -239,7 +239,8 @@ def shown_by(nb, given: dict, experiments: list, profile: Profile) -> dict:
     }
 
 # %% ../../nbs/library/study/27_notebooks.ipynb #kernel
-RESET = "%reset -f\n%reset -f in"  # the first cell of a run: the kernel may have had another
+# the first cell of a run: the kernel may have had another; starting a process reads __spec__
+RESET = "%reset -f\n%reset -f in\n__spec__ = None"
 
 
 class Kernel:
