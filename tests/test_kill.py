@@ -269,7 +269,9 @@ def test_a_timed_notebook_has_all_threads_and_a_broken_one_stops_none(checkout, 
 
 def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
-    sources = {"01_table": "print('mine' in globals())", "02_dies": "import os\n\nos._exit(3)"}
+    starts = "from multiprocessing import get_context\np = get_context('spawn').Process()\np.start()\n"
+    starts += "p.join()\nprint('mine' in globals(), p.exitcode)"
+    sources = {"01_table": starts, "02_dies": "import os\n\nos._exit(3)"}
     for name, source in (sources | {"03_third": sources["01_table"]}).items():
         nb = nbformat.from_dict(NOTEBOOK)
         nb.cells = [nb.cells[1], new_code_cell("experiments = []", metadata={"tags": ["grid"]})]
@@ -279,7 +281,7 @@ def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch):
     (problem,) = runner.run_notebooks(plan, "small.yaml")
     assert problem.startswith("02_dies failed") and "Dead" in problem
     for name in ("01_table", "03_third"):
-        assert "False" in Path(f"runs/small/figures/{name}.ipynb").read_text()
+        assert "False 0" in Path(f"runs/small/figures/{name}.ipynb").read_text()
     assert soon(lambda: alive(checkout) == [os.getpid()], 60), alive(checkout)
 
 
