@@ -18,6 +18,7 @@ NOTEBOOKS = sorted(
     if ".ipynb_checkpoints" not in p.parts
 )
 LONG = {  # half a minute and more
+    "cost/01_arithmetic",
     "cost/02_memory",
     "cost/05_report",
     "pruning/06_reconstruction",

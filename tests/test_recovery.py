@@ -434,7 +434,10 @@ def process(tmp_path, launcher=(sys.executable,), name="result.json", **options)
     return code, json.loads(result.read_text()) if result.exists() else None
 
 
-@pytest.mark.parametrize("lr, left", [(1e-3, SAVED), ("search", [])])  # killed in a trial
+SLOWLY = pytest.param("search", [], marks=pytest.mark.slow)  # killed in a trial
+
+
+@pytest.mark.parametrize("lr, left", [(1e-3, SAVED), SLOWLY])
 def test_killed_and_resumed_is_bit_identical(tmp_path, lr, left):
     lora = {"lora": {"r": 4, "lora_dropout": 0.1}, "held_out": 0.25, "patience": 9}
     config = {"batch_size": 4, "epochs": 3, "lr": lr, "interpolate": 0.5} | lora
@@ -449,6 +452,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, lr, left):
     assert resumed == whole and len(whole["looks"]["step"]) == 10
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_loss_curve_of_one(tmp_path):
     config = {"batch_size": 4, "epochs": 2, "lr": 1e-3}
     _, one = process(tmp_path, name="one.json", config=config, n=14)

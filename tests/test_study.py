@@ -361,6 +361,7 @@ def test_whatever_goes_wrong_is_a_failed_experiment(away, monkeypatch):
     assert word == "failed" and "No space left" in message
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(away):
     "Killed between two experiments, or at the start of one, it costs one at most."
     run = workers.local([DENSE, LAYERS, WIDTH], SMOKE, results_of(SMOKE), workers=1)

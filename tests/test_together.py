@@ -42,6 +42,7 @@ def test_two_processes_train_what_one_trains(alone, tmp_path, capfd):
     assert [r["benchmark"] for r in two["rows"]] == [r["benchmark"] for r in alone["rows"]]
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_the_processes_is_told(tmp_path, capfd):
     profile = replace(SMOKE, processes=2, recovery=SMOKE.recovery | {"optimizer": "none_such"})
     status, message = workers.complete(EXPERIMENT, profile, Store(tmp_path))
@@ -60,6 +61,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_processes_do_not_outlive_the_one_that_started_them():
     subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, timeout=60)  # its pipe ends
 
