@@ -442,7 +442,7 @@ CASES = [
     Case(("show", "llava"), "mllm-compress cost"),
     Case(("show", "bad/edited"), "truncated"),
     Case(("show", "cut-scores"), "score again"),
-    Case(("cards", "gpt"), "use one of LLaVA-v1.5-7B"),
+    Case(("cost", "gpt", "--memory"), "use one of LLaVA-v1.5-7B"),
     Case(("advise", "--model", "m", "--ratio", "1.5"), r"outside \(0, 0.95\)"),
     Case(("advise", "--model", "m", "--ratio", ".3", "--profile", "huge"), "use|huge"),
     Case(("push", "small", "small"), "give text, such as owner/name"),

@@ -272,7 +272,7 @@ def test_options_of_the_program(here):
     command = [sys.executable, "-m", "mllm_compress", "models", "--json"]
     assert "tiny-llava" in json.loads(subprocess.run(command, capture_output=True).stdout)
     run("prune", "llava", "-o", "small", "--layers", "1")
-    for command in ("models", "cost llava", "show small", "cards LLaVA-v1.5-7B"):
+    for command in ("models", "cost llava", "show small", "cost LLaVA-v1.5-7B --memory"):
         assert isinstance(facts(*command.split()), dict)
 
 

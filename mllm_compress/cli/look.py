@@ -29,24 +29,6 @@ def models(request: ModelsRequest) -> dict:
     return cli.emit("\n".join(f"{name:<{width}}  {about}" for name, about in known.items()), known)
 
 
-class CardsRequest(cli.Request):
-    "A model whose memory is estimated."
-
-    arguments: ClassVar = ("name",)
-    name: str
-    "LLaVA-v1.5-7B, Bunny-v1.0-3B or Mini-InternVL-Chat-4B."
-
-
-@cli.command(CardsRequest)
-def cards(request: CardsRequest) -> dict:
-    "Estimate the memory of a model of the study, original and pruned, and the cards it fits on."
-    needs = mc.cost.memory.memory_table(request.name)
-    title = "GiB, estimated; training with the dense teacher loaded, one sample per pass"
-    kinds = ("answering", "scoring", *mc.cost.memory.KINDS)
-    lines = [title, cli.table_text(needs, ".2f")]
-    lines += [f"{kind:<10} {mc.cost.memory.fits(needs[kind].max())}" for kind in kinds]
-    return cli.emit("\n".join(lines), {"GiB": cli.table_rows(needs)})
-
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
 class CostRequest(cli.Request):
     "A model, and which of its costs are shown."
@@ -60,6 +42,8 @@ class CostRequest(cli.Request):
     stream: bool = False
     """Show what scoring, pruning and refitting take while the weights stay in their files: weights
     in memory at once, and bytes read."""
+    memory: bool = False
+    "Estimate the memory of a model of the study at each ratio, and the GPUs it fits on."
     units: cli.File | None = None
     "JSON file to write: seconds per head, neuron and layer, for a budget."
     device: cli.Device = "auto"
@@ -67,11 +51,16 @@ class CostRequest(cli.Request):
 
 
 def _cost_without_weights(request: CostRequest) -> dict:
-    "What pruning by a ratio saves, or what each step takes while the weights stay in files."
+    "What pruning by a ratio saves, what each step takes with weights in files, or memory."
     import torch
     from transformers import AutoConfig
 
     model, ratio = request.model, 0.3 if request.ratio is None else request.ratio
+    if request.memory:
+        frame = mc.cost.memory.memory_table(model)
+        title = "GiB, estimated; training with the dense teacher loaded, one sample per pass"
+        text, needs = cli.table_text(frame, ".2f"), frame.iloc[:, 5:].max().map(mc.cost.memory.fits)
+        return cli.emit(f"{title}\n{text}\n{needs.to_string()}", {"GiB": cli.table_rows(frame)})
     folder = mc.zoo.models.native_folder(model) or Path(model)
     present = (folder / "config.json").is_file()
     config = AutoConfig.from_pretrained(folder) if present else mc.zoo.releases.real_config(model)
@@ -103,8 +92,9 @@ def timed_units(model, processor):
 @cli.command(CostRequest)
 def cost(request: CostRequest) -> dict:
     "Count parameters, operations and bytes, and measure speed; --ratio needs the config alone."
-    if request.ratio is not None or request.stream:
-        request.refuse(["latency", "units", "device", "overwrite"], "with --ratio and --stream")
+    if request.ratio is not None or request.stream or request.memory:
+        with_weights = ["latency", "units", "device", "overwrite"]
+        request.refuse(with_weights, "with --ratio, --stream and --memory")
         return _cost_without_weights(request)
     cli.check_output_file(request.units, request.overwrite, b'{\n "name": "latency"')
     cli.check_models(request.model)
