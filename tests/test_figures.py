@@ -77,7 +77,7 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     monkeypatch.chdir(tmp_path)
     average = {"value": -7.0, "low": -11.4, "high": -2.6, "n": 7000, "seeds": 3}
     written = {"claim": "", "word": "contradicted", "average": average, "n": 7000, "seeds": 3}
-    written["counts"] = {"undecided": 3, "contradicted": 5}
+    written |= {"counts": {"undecided": 3, "contradicted": 5}, "parts": {}, "agree": True}
     (tmp_path / "figures/tiny/10_findings-verdicts.json").write_text(
         json.dumps({"claim-1": written})
     )
@@ -85,7 +85,13 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     board = scoreboard.scoreboard(mine, "quick")
     assert list(board.tiny) == ["contradicted", "not tested"]
     assert list(board.quick) == ["undecided", "not tested"]
-    assert board["tiny, average effect"][0] == "-7.0 [-11.4, -2.6]"
+    assert board["tiny, effect"][0] == "-7.0 [-11.4, -2.6]"
+    ends = {f"m at {r:.2f}": {"value": 9.0 - 20 * r} for r in (0.15, 0.3, 0.6)}
+    words = dict(zip(ends, ("supported", "undecided", "contradicted")))
+    apart = written | {"agree": False, "effects": ends, "words": words}
+    assert scoreboard.shown_effect(apart) == "-3.0 ✗ (0.60); +6.0 ✓ (0.15)"
+    halves = {"parts": {"below": {"word": "undecided", "average": {"value": -1.2}}}}
+    assert scoreboard.shown_effect(apart | halves) == "-1.2 ? (below)"
     assert board["tiny, contradicted in"][0] == "5 of 8"
     assert board["tiny, questions x seeds"][0] == "7,000 x 3"
     ax = scoreboard.scoreboard_figure(board, "quick").axes[0]

@@ -186,9 +186,13 @@ def test_the_interval_of_a_crossing_covers_the_true_ratio():
     rng, truth = np.random.default_rng(5), [8.0, 2.0, -4.0, -10.0]  # zero at 0.35
     for shared, least in ((1.0, 0.92), (0.0, 0.94)):
         draws = [study_of(rng, truth, shared=shared, models="a") for _ in range(150)]
-        found = np.array([statistics.crossing(pooled(made).values()) for made in draws])
+        found = np.array([statistics.crossings(pooled(made).values())[0] for made in draws])
         assert least < np.mean((found[:, 1] <= 0.35) & (found[:, 2] >= 0.35)) <= 1
         assert np.median(found[:, 0]) == pytest.approx(0.35, abs=0.01)
-        assert np.mean(found[:, 2] - found[:, 1]) < 0.15
-    assert statistics.crossing(study_of(rng, 9.0, models="a").values()) is None
-    assert statistics.crossing([]) is None
+        assert np.mean(np.diff(found[:, 1:])[np.isfinite(found).all(1)]) < 0.15
+        sides = [([*made.values()][:2], [*made.values()][2:]) for made in draws]
+        grown = [statistics.change(*side) for side in sides]  # by -12
+        assert least < np.mean([e.low <= -12 <= e.high for e in grown]) <= 1
+        assert np.mean([e.value for e in grown]) == pytest.approx(-12, abs=0.3)
+    assert statistics.crossings(study_of(rng, 9.0, models="a").values()) == []
+    assert statistics.crossings([]) == []

@@ -7,7 +7,7 @@ __all__ = ['CLAIMS', 'Claim']
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-003
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -129,6 +129,16 @@ def contrast(
     "How much more the first way retains than the second, wherever both have results."
     ways = {"first": first, "second": second}
     return ahead(frame, everywhere(frame, ways, covers), *ways)
+
+
+def growth(effects: dict, after: float, to: float = 1.0) -> dict:  # model -> Estimate
+    "How much larger effects are at ratios after one, up to another, than before it."
+    out = {}
+    for model in dict.fromkeys(e.model for e in effects.values()):
+        its = [e for e in effects.values() if e.model == model and e.ratio <= to]
+        sides = [e for e in its if e.ratio <= after], [e for e in its if e.ratio > after]
+        out |= {model: replace(statistics.change(*sides), model=model)} if all(sides) else {}
+    return out
 
 
 def without_best(frame: pd.DataFrame, first: dict, second: dict) -> str:

@@ -236,7 +236,8 @@ def forest(
             row |= {"hollow": word == UNDECIDED, "lowest": wide.low, "highest": wide.high}
             row |= {"value": e.value, "low": e.low, "high": e.high}
             rows.append(row | dict.fromkeys(columns[4:8] if brief else (), np.nan))
-        for name, part in v.by_part.items() if brief or len(v.settings) > 1 else ():
+        shared = v.by_part.items() if brief or len(v.settings) > 1 else ()
+        for name, part in ((name, part) for name, part in shared if part.agree):
             row = {"title": title, "label": f"average, {name}" if name else "average"}
             row |= {"look": Look("average", COLORS[part.word], "D", "none"), "hollow": False}
             ends = {end: getattr(part.average, end) for end in ("value", "low", "high")}

@@ -34,13 +34,14 @@ def printed_claims() -> dict:  # claim -> sentence
     more = wide.widthwise - wide.layerwise
     best = published("best_compressed").query("ratio > 0")
     kept = best.avg_percent_as_printed
+    over = (kept > PROMISED).groupby(best.ratio).agg(["sum", "size"]).query("sum > 0")
+    over = ", ".join(f"{ratio:.2f} in {k} of {n}" for ratio, k, n in over.itertuples())
     return {
         1: f"Tab. 2: {more.min():+.1f} to {more.max():+.1f}, {(more > 0).sum()} of {len(more)} "
         "settings",
         2: "Fig. 3, text",
         3: "Fig. 4 and 5, text",
-        4: f"Tab. 5, all data: over {PROMISED} % up to "
-        f"{best.ratio[kept > PROMISED].max():.2f}; none for {100 * LITTLE:g} %",
+        4: f"Tab. 5, all data: over {PROMISED} % at {over} models; none for {100 * LITTLE:g} %",
         5: f"Tab. 5: {kept.min():.1f} to {kept.max():.1f} %, no rival",
     }
 
@@ -54,6 +55,23 @@ def columns_of(shown: str) -> list:  # of profile names
     return list(filter(there, dict.fromkeys([*PROFILES, shown])))
 
 
+def shown_effect(record: dict) -> str:  # of `Verdict.record`
+    "The average effect, that of each part of a claim, or the ends of settings that disagree."
+    if not record["average"]:
+        return "–"
+    if parts := record["parts"]:
+        of = {name: (part["word"], part["average"]["value"]) for name, part in parts.items()}
+    elif record.get("agree", True):
+        return f"{statistics.Estimate(**record['average']):+1}"
+    else:
+        values = {where: e["value"] for where, e in record["effects"].items()}
+        ends = min(values, key=values.get), max(values, key=values.get)
+        of = {where: (record["words"][where], values[where]) for where in ends}
+    short = lambda where: where.rpartition(" at ")[2]
+    values = (f"{v:+.1f} {statistics.SIGNS[w]} ({short(where)})" for where, (w, v) in of.items())
+    return "; ".join(values)
+
+
 def scoreboard(
     verdicts: dict,  # claim -> Verdict, of the profile that is shown
     shown: str,  # its name
@@ -65,12 +83,12 @@ def scoreboard(
         row = {"claim": text, "reported in the paper": printed[n]}
         for p in columns_of(shown):
             record = v.record() if p == shown else recorded(p, "10_findings", name) or NOT_RUN
-            average, total = record["average"], sum(record["counts"].values())
+            total = sum(record["counts"].values())
             against = record["counts"].get(statistics.CONTRADICTED, 0)
             row[p] = record["word"]
-            row[f"{p}, average effect"] = f"{statistics.Estimate(**average):+1}" if average else "–"
+            row[f"{p}, effect"] = shown_effect(record)
             row[f"{p}, contradicted in"] = f"{against} of {total}" if total else "–"
-            extent = f"{record['n']:,} x {record['seeds']}" if average else record["why"]
+            extent = f"{record['n']:,} x {record['seeds']}" if record["average"] else record["why"]
             row[f"{p}, questions x seeds"] = extent
         rows.append(row)
     return pd.DataFrame(rows)
@@ -88,7 +106,7 @@ def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
         cells.append((claim, "reported in\nthe paper", printed, GREY, 0.0))
         for p in names:
             word, against = row[p], row[f"{p}, contradicted in"]
-            lines = [f"{statistics.SIGNS[word]} {word}", row[f"{p}, average effect"]]
+            lines = [f"{statistics.SIGNS[word]} {word}", *row[f"{p}, effect"].split("; ")]
             lines.append(row[f"{p}, questions x seeds"])
             if not against.startswith(("–", "0 ")):
                 lines.append(f"contradicted in {against}")

@@ -333,20 +333,36 @@ def average(
     return Estimate(*[mean("value")] * 3, **numbers).at(0.95)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #crossing
-def crossing(effects: list) -> tuple | None:  # of Estimate of a model -> (ratio, low, high)
-    "Where a difference changes its sign, if it does; nan with an interval if it does so again."
+def crossings(effects: list) -> list:  # of Estimate of a model -> of (ratio, low, high)
+    "Where a difference changes its sign; an end is infinite where no ratio bounds it."
     known = sorted((e for e in effects if e.value == e.value), key=lambda e: e.ratio)
     if not known:
-        return None
+        return []
     at = np.linspace(known[0].ratio, known[-1].ratio, 1001)
     ends = ([getattr(e, end) for e in known] for end in ("low", "value", "high"))
     low, value, high = (np.interp(at, [e.ratio for e in known], end) for end in ends)
-    if not len(changes := at[1:][np.diff(value > 0)]):
-        return None
-    sure = at[(low > 0) | (high < 0)]
-    first = max(sure[sure < changes[0]], default=at[0])
-    last = min(sure[sure > changes[-1]], default=at[-1])
-    return changes[0] if len(changes) == 1 else math.nan, first, last
+    changes, sure = at[1:][np.diff(value > 0)], at[(low > 0) | (high < 0)]
+    first = lambda change: max(sure[sure < change], default=-math.inf)
+    last = lambda change: min(sure[sure > change], default=math.inf)
+    return [(change, first(change), last(change)) for change in changes]
+
+
+def scaled(e: Estimate, factor: float) -> Estimate:
+    "A multiple of an estimate."
+    parts = {"value": factor * e.value, "by_seed": {s: factor * v for s, v in e.by_seed.items()}}
+    parts |= {"by_image": None if e.by_image is None else factor * e.by_image}
+    for low, high in (("low", "high"), ("floor", "top")):
+        ends = sorted(factor * getattr(e, end) for end in (low, high))
+        parts |= dict(zip((low, high), ends))
+    variances = {name: factor**2 * getattr(e, name) for name in ("questions", "spread")}
+    return replace(e, **parts, **variances)
+
+
+def change(small: list, large: list) -> Estimate:  # of Estimate, at small and at large ratios
+    "How much larger an effect is at large ratios than at small ones: their interaction."
+    n = len(small) + len(large)
+    parts = [scaled(e, -n / len(small)) for e in small] + [scaled(e, n / len(large)) for e in large]
+    return average(dict(enumerate(parts)))
 
 # %% ../../nbs/library/study/22_statistics.ipynb #verdicts-cell-005
 @dataclass(frozen=True)
@@ -469,15 +485,24 @@ class Verdict:
         "The mean effect, of the part that decides."
         return average(self.decisive.settings)
 
+    @property
+    def agree(self) -> bool:
+        "Whether the average lies in the interval of every setting that it stands for."
+        ends = (e.at(self.decisive.level) for e in self.decisive.settings.values())
+        return all(e.low <= self.average.value <= e.high for e in ends)
+
     @cached_property
     def word(self) -> str:  # of WORDS
         "The verdict on the claim as a whole."
         if not self.settings:
             return UNTESTED
         part, mean = self.decisive, self.average
+        signs = {e.value > 0 for e in part.settings.values()}
+        verdict = word(mean, self.margin)
         if {SUPPORTED, CONTRADICTED} <= set(part.words.values()):
             return UNDECIDED  # an average over settings that contradict each other says nothing
-        verdict = word(mean, self.margin)
+        if verdict != EQUIVALENT and len(signs) > 1 and not self.agree:
+            return UNDECIDED
         if verdict == CONTRADICTED:
             verdict = word(mean, self.margin, 1 - 0.05 / self.rivals)
         if verdict == EQUIVALENT:
@@ -493,6 +518,18 @@ class Verdict:
             return self.basis
         return replace(self.basis, seeds=max(e.seeds for e in self.settings.values()))
 
+    def listed(self) -> str:
+        "Each word with its settings, or with their number where there are many."
+        if len(self.effects) > 6:
+            counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
+            return f"{counts} of {len(self.effects)} settings"
+        words = {where: self.words.get(where, UNTESTED) for where in self.effects}
+        one = len({where.partition(" at ")[0] for where in words}) == 1  # model
+        short = {where: where.partition(" at ")[2] if one else where for where in words}
+        found = {word: [short[w] for w in words if words[w] == word] for word in WORDS}
+        link = " at " if one else ": "
+        return "; ".join(f"{word}{link}{', '.join(at)}" for word, at in found.items() if at)
+
     def sentence(self) -> str:
         "The verdict in words and numbers, with the interval of the average."
         head = f"{self.word.capitalize()}: “{self.claim.rstrip('.')}.” "
@@ -500,13 +537,15 @@ class Verdict:
             return head.strip()
         texts = []
         for name, part in self.by_part.items():
-            n = len(part.settings)
+            n, digits = len(part.settings), DIGITS.get(self.unit, 1)
             where = f"average over {n} settings" if n > 1 else next(iter(part.settings))
-            value = f"{part.average:+{DIGITS.get(self.unit, 1)}} {self.unit}"
-            named = f"{name}: {part.word}, " if name else ""
-            texts.append(f"{named}{value} (95 % interval; {where})")
-        counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
-        texts += [f"{counts} of {len(self.effects)} settings"] * (len(self.effects) > 1)
+            value = f"{part.average:+{digits}} {self.unit} (95 % interval; {where})"
+            if not part.agree:
+                ends = sorted(part.settings.items(), key=lambda its: its[1].value)[:: n - 1]
+                ends = " to ".join(f"{e.value:+.{digits}f} ({where})" for where, e in ends)
+                value = f"{ends} {self.unit}, settings that are too different to average"
+            texts.append(f"{name}: {part.word}, {value}" if name else value)
+        texts += [self.listed()] * (len(self.effects) > 1)
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
         more = [str(text).rstrip(".") for text in (self.note, self.used) if text]
         return head + " ".join(f"{text}." for text in ("; ".join(texts), *more))
@@ -515,11 +554,12 @@ class Verdict:
         "The verdict as JSON can express it: every number is a field."
         mean, tested = self.average, bool(self.settings)
         counted = self.used if isinstance(self.used, Basis) else mean
-        fields = {name: getattr(self, name) for name in ("claim", "word", "unit", "margin")}
+        fields = {name: getattr(self, name) for name in ("claim", "word", "unit", "margin", "note")}
         return fields | {
             "why": "" if tested else "no better than guessing" if self.effects else "not run",
             **{"n": counted.n, "seeds": counted.seeds, "counts": self.counts},
             "average": mean.record() if tested else None,
+            "agree": self.agree if tested else True,
             "effects": {where: e.record() for where, e in self.settings.items()},
             "words": self.words,
             "parts": {
