@@ -247,15 +247,3 @@ def test_states_of_several_layers_are_a_setting_of_training():
     assert "hidden_kd (quarters)" in describe(deeper)
     halfway = replace(plain, returned="halfway")
     assert stages.recovery_config(halfway, SMOKE).interpolate == 0.5 != configs[0].interpolate
-
-
-def test_a_curve_belongs_to_a_recovered_student_and_changes_no_other_key():
-    assert "curve" not in stages.stage_keys(LAYERS, SMOKE)
-    keys = stages.stage_keys(TRAINED, SMOKE)
-    assert len(keys["curve"]) == 1 and keys["student"] == {key_of("student", TRAINED, SMOKE)}
-    with pytest.raises(ValueError, match="without recovery"):
-        stages.recovery_curves([LAYERS], SMOKE)
-    unseen = replace(SMOKE, evaluation=replace(SMOKE.evaluation, benchmarks=["pope"]))
-    assert stages.validated(SMOKE) and not stages.validated(unseen)
-    with pytest.raises(ValueError, match="has a validation split"):
-        stages.validation_of(unseen, 10)

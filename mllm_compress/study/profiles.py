@@ -220,7 +220,7 @@ def models_in(given: dict) -> list:
     for key, value in given.items():
         if isinstance(value, dict):
             models += models_in(value)
-        elif key in ("models", "curves"):
+        elif key == "models":
             models += value if isinstance(value, list) else [value]
     return models
 

@@ -51,7 +51,7 @@ from . import alternatives, experiments, profiles, store
 from .alternatives import QUANTIZERS, UNROUNDED, rounded
 from .experiments import LATER, RETURNED, Experiment, canonical
 from .profiles import Evaluation, Profile, Training, training_of
-from .store import Store, results_of
+from .store import Store
 from ..utils.files import code_of, content_hash, remembered
 from ..zoo.models import cast, load_model
 
@@ -114,7 +114,6 @@ def layers_first(e: Experiment) -> Experiment:
 
 # %% ../../nbs/library/study/05_stages.ipynb #cell-018
 RATIO_OF = {"decoder": {}, "layers": {"ratio_of": "layers"}}  # what a ratio is a share of
-CURVE = {"questions": 100, "looks": 8}  # per benchmark; beside the one before step 1
 _hash_of_questions = lru_cache(None)(benchmarks.questions_hash)
 
 
@@ -151,12 +150,6 @@ def student_inputs(e: Experiment, profile: Profile) -> dict:
     inputs = {"version": RECOVERY_VERSION, "start": subject_key(e, profile, trained=False)}
     return inputs | {"losses": losses, "options": options, "data": profiles.data_inputs(data)}
 
-
-def curve_inputs(e: Experiment, profile: Profile) -> dict:
-    "The student, and its answers to validation questions."
-    looks = replace(profile, evaluation=validation_of(profile, CURVE["questions"]))
-    answers = {n: key_of("answers", e, looks, n) for n in looks.evaluation.benchmarks}
-    return {"asked": answers, "looks": CURVE["looks"], "student": subject_key(e, profile)}
 
 
 def refit_inputs(e: Experiment, profile: Profile) -> dict:
@@ -357,13 +350,13 @@ def start_of(e: Experiment, profile: Profile, results: Store, device: str):
 
 # %% ../../nbs/library/study/05_stages.ipynb #students-cell-008
 def trained(
-    e: Experiment, profile: Profile, results: Store, start, device: str, watch=None
+    e: Experiment, profile: Profile, results: Store, start, device: str
 ) -> tuple:  # (model, record of the training, adapters or None)
     "The student of an experiment after its recovery, in this process."
     config = settled(recovery_config(e, profile))
     teacher, processor = teacher_of(e.model, profile, device)
     plan, samples = plan_of(e, profile, results, device), training_of(e.model, profile)
-    options = dict(processor=processor, plan=plan, device=device, progress=False, watch=watch)
+    options = dict(processor=processor, plan=plan, device=device, progress=False)
     if profile.checkpoint_every:
         options["folder"] = results.checkpoints(subject_key(e, profile))
         options["save_every"] = profile.checkpoint_every
@@ -531,51 +524,6 @@ def make_score(e: Experiment, profile: Profile, results: Store, _, benchmark: st
     sample = frame.head(6)[SHOWN].to_dict("records")
     return {"row": row, "units": units_of(benchmark, frame), "sample": sample}
 
-# %% ../../nbs/library/study/05_stages.ipynb #curves-cell-004
-def validated(profile: Profile) -> list:  # of names
-    "The benchmarks of a profile that have a validation split."
-    known = ("scenes/", "emoji/", "text/quotes", "text/glosses")
-    return [name for name in profile.evaluation.benchmarks if name.startswith(known)]
-
-
-def validation_of(profile: Profile, questions: int) -> Evaluation:
-    "The benchmarks of a profile that have a validation split, with its questions."
-    if not (names := validated(profile)):
-        raise ValueError(f"No benchmark of profile {profile.name} has a validation split.")
-    how = dict(benchmarks=names, questions=questions, limits={}, split="validation")
-    return replace(profile.evaluation, **how)
-
-
-def make_curve(e: Experiment, profile: Profile, results: Store, device: str) -> dict:
-    "Pairs of step and validation score, from the pruned model to the student."
-    asked, spread = validation_of(profile, CURVE["questions"]), range(1, CURVE["looks"] + 1)
-    _, processor = teacher_of(e.model, profile, device)
-    options = dict(limit=asked.questions, split=asked.split, batch_size=asked.batch_size)
-    mean = lambda model: float(evaluate(model, processor, asked.benchmarks, **options).score.mean())
-    start = start_of(e, profile, results, device)
-    points = [(0, mean(start))]
-
-    def watch(step, last, model):
-        if step in {max(1, round(last * k / CURVE["looks"])) for k in spread}:
-            points.append((step, mean(model)))
-
-    trained(e, profile, results, start, device, watch)
-    return {"points": points, "record": record(device)}
-
-
-def recovery_curves(
-    recovered: list,  # of Experiments
-    profile,  # a name, a path, or a Profile
-) -> pd.DataFrame:  # columns model, recovery, step, score
-    "The validation score over the steps of each experiment; a stored curve is not computed again."
-    profile, rows = profiles.load_profile(profile), []
-    for e in map(canonical, recovered):
-        if e.recovery == "none":
-            raise ValueError(f"{e.model}: an experiment without recovery has no curve.")
-        curve = value_of("curve", e, profile, results_of(profile), device="cpu")
-        rows += [(e.model, e.recovery, *point) for point in curve["points"]]
-    return pd.DataFrame(rows, columns=["model", "recovery", "step", "score"])
-
 # %% ../../nbs/library/study/05_stages.ipynb #table-code
 @dataclass(frozen=True)
 class Stage:
@@ -595,7 +543,6 @@ STAGES = {
     "start": Stage(start_inputs, lambda e: e.start != "pruned"),
     "student": Stage(student_inputs, recovered),
     "rounding": Stage(rounding_inputs, lambda e: e.quantize != UNROUNDED),
-    "curve": Stage(curve_inputs, recovered, make_curve),
     "answers": Stage(answers_inputs, of_benchmark=True),
     "score": Stage(score_inputs, make=make_score, of_benchmark=True),
     "experiment": Stage(lambda e, _: experiments.described(e), make=lambda *_: {}),
@@ -649,7 +596,7 @@ def stage_keys(experiment: Experiment, profile: Profile) -> dict:  # stage -> se
     "The keys of all stages of an experiment that are stored."
     e, keys = canonical(experiment), {}
     for stage in store.STORED:
-        if STAGES[stage].applies(e) and (stage != "curve" or validated(profile)):
+        if STAGES[stage].applies(e):
             each = zip(profile.evaluation.benchmarks) if STAGES[stage].of_benchmark else [()]
             keys[stage] = {key_of(stage, e, profile, *benchmark) for benchmark in each}
     for stage in ("scores", "plan") if e.layer_share else ():

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..utils import files
 
 # %% ../../nbs/library/study/03_store.ipynb #cell-011
-STORED = ("scores", "plan", "reconstruction", "student", "curve", "answers", "score", "experiment")
+STORED = ("scores", "plan", "reconstruction", "student", "answers", "score", "experiment")
 MARK, MARKED = "store.json", '{"mllm_compress store": 2}'  # raised when the layout changes
 
 
