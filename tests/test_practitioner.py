@@ -116,10 +116,13 @@ def test_a_model_writes_its_own_data(here):
     asked = [
         {k: e[k] for k in ("image", "question")} for e in json.loads(Path("mine.json").read_text())
     ]
+    shutil.copy("mine.json", "answered.json")
     Path("mine.json").write_text(json.dumps(asked))  # nobody knows the answers
     args = ("recover", "small", "--teacher", "llava", "--batch-size", 2)
-    assert "state" in run(*args, "-o", "out", *own, "--lr", "search")
+    validated = ("--lr", "search", "--validation", "answered.json")
+    assert "state" in run(*args, "-o", "out", *own, *validated)
     step = facts("show", "out")["provenance"][-1]
+    assert step["data"]["samples"] == len(asked) and len(step["data"]["validation"]) == 16
     assert step["data"]["name"] == "self:mine.json" and 5e-5 < step["config"]["lr"] < 5e-3
     run(*args, "-o", "free", "--data", "self", "--own-tokens", 300, "--held-out", 0)
     data = facts("show", "free")["provenance"][-1]["data"]

@@ -32,6 +32,7 @@ from mllm_compress.recovery.states import SHARED_PREFIX, decoder_states, use_att
 from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
 from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
 from mllm_compress.utils.files import content_hash
+from mllm_compress.zoo.models import load_model
 
 N = 8
 SFT = {"losses": {"sft": 1}}
@@ -317,6 +318,20 @@ def test_the_best_state_is_returned(run, pair, data):
     loss = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     assert len(held) == 2 and loss.item() == pytest.approx(looks[result.best_step], rel=1e-4)
     assert result.samples == 6
+
+
+def test_validation_data_decide_in_place_of_a_part_of_the_data(run, data):
+    "Wrong answers can be learned, which is better on held-out ones, and worse on right ones."
+    (model, processor), said = load_model("tiny-llava"), {"from": "gpt", "value": "of another kind"}
+    wrong = [s | {"conversations": [s["conversations"][0], said]} for s in data.samples]
+    how = SFT | TWO_STEPS | {"models": (model, model, processor), "held_out": 0.25}
+    how["samples"], whole = InstructionData(wrong, images=data.images), {"plan": plan_none(model)}
+    assert run(**how, how=whole).best_step > 0
+    kept = run(**how, how=whole | {"validation": scene_data("validation", 3)})
+    assert kept.samples == N and kept.best_step == 0 and kept.looks.held_out_loss[0] < 0.1
+    assert weights_hash(kept.model) == weights_hash(model)
+    with pytest.raises(ValueError, match="held_out=0 returns the last state"):
+        run(how={"validation": data})
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])

@@ -54,6 +54,9 @@ class RecoverRequest(Training):
     "LoRA rank; 0: train all weights; a config file may give peft's options instead."
     scenes: Count = 40_000
     "Training scenes of the data 'small'."
+    validation: cli.File | None = None
+    """File of samples like those of the later use: they, not a part of --data, decide which state
+    is returned."""
     save_every: Limit | None = None
     "Steps between checkpoints; 0: none; default: a tenth of the run, at most 100."
     restart: bool = False
@@ -165,10 +168,14 @@ def recover(request: RecoverRequest) -> dict:
     data = request.load_data(processor, request.scenes, teacher)
     template = request.template(processor, cli.has_chat(data))
     extras = dict(processor=processor, plan=plan, device=device, progress=cli.progress())
+    if request.validation:
+        root = request.image_root or request.validation.parent
+        extras["validation"] = mc.data.load_json(request.validation, root, request.skip_missing)
     result = train(request, folder, student, teacher, data, config, **extras)
     history, seconds = result.history, result.seconds
     settings = {k: v for k, v in asdict(config).items() if v is not None}
     record = {"name": data.name, "hash": data.hash, "samples": result.samples}
+    record |= {"validation": extras["validation"].hash} if request.validation else {}
     record |= {"chat_template": template} if template else {}
     local = Path(request.teacher)
     about = {"teacher": local.name if local.exists() else request.teacher, "data": record}

@@ -33,6 +33,7 @@ from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CHECKPOINTING, caches_projector_input
 from ..data.batches import SizedCache
 from ..data.instructions import as_data, entry_ids
+from ..data.scenes import mix
 from ..pruning.reconstruction import MARK
 from . import best_state, steps
 from mllm_compress.recovery.config import (
@@ -435,6 +436,7 @@ def recover(
     progress: bool = True,
     trainer: dict = {},  # further TrainingArguments
     watch=None,  # called after every step with step, last step and model
+    validation=None,  # as data, of the later use: decides on the state in place of a part of data
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
     config = settled(config if isinstance(config, RecoveryConfig) else config_from_dict(config))
@@ -454,6 +456,13 @@ def recover(
         raise ValueError(f"{part:g} of {len(data)} samples is less than one sample: give more.")
     data = data.fraction(config.fraction, config.seed)
     held_out = best_state.held_out_samples(entry_ids(data.samples), config.held_out)
+    if validation is not None:
+        if not held_out:
+            raise ValueError("held_out=0 returns the last state: leave it out, or validation=.")
+        few = as_data(validation)
+        few = few.fraction(min(1.0, best_state.MOST_HELD_OUT / len(few)), config.seed)
+        held_out = list(range(len(data), len(data) + len(few)))
+        data = mix(data, few)
     members = sorted(set(range(len(data))) - set(held_out))
     shares = shares_prefixes(anatomy(student))
     collate = steps.run_collator(processor, data, config, shares)
