@@ -335,12 +335,11 @@ def mix(*parts: InstructionData) -> InstructionData:
 
     def make(n):
         k, i = where[n]
-        return parts[k].samples[i] | {"source": k}
+        entry = parts[k].samples[i]  # of a part that may be mixed, too
+        source = f"{k}/{entry['source']}" if "source" in entry else k
+        return entry | {"source": source, "place": [k, i]}
 
-    def images(entry):
-        part = parts[entry["source"]]
-        return InstructionData([entry], part.image_root, part.images).pictures(0)
-
+    images = lambda entry: parts[entry["place"][0]].pictures(entry["place"][1])
     ids = [name for part in parts for name in entry_ids(part.samples)]
     name = "+".join(part.name for part in parts)
     return InstructionData(LazyEntries(ids, make), images=images, name=name)

@@ -18,7 +18,11 @@ from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
-RETURNED = {"last": 1.0, "halfway": 0.5}  # weights, from the start of training (0) to its end (1)
+RETURNED = {  # which weights are returned -> options of a RecoveryConfig
+    "last": {"held_out": 0.0},
+    "halfway": {"held_out": 0.0, "interpolate": 0.5},
+    "validated": {"held_out": 0.1},  # the best on samples of the validation split
+}
 
 
 def study_criteria(pruning: str) -> tuple:

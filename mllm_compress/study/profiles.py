@@ -415,14 +415,15 @@ def text_identity(training: Training) -> list:
     return [hashes, training.window, training.tokens, model_identity(training.tokenizer)]
 
 
-json_data = lambda t: data.load_json(located(t.json), located(t.image_root))
-SOURCES = {
-    "scenes": (lambda t: [t.scenes, SCENES_VERSION], lambda t: data.scene_data("train", t.scenes)),
-    "easy_vqa": (lambda t: version("easy-vqa"), lambda t: data.easy_vqa("train")),
-    "emoji": (lambda t: [t.emoji, emoji_hash()], lambda t: emoji_data("train", t.emoji)),
+json_data = lambda t, _: data.load_json(located(t.json), located(t.image_root))
+SOURCES = {  # name -> identity, data of a part
+    "scenes": (lambda t: [t.scenes, SCENES_VERSION], lambda t, p: data.scene_data(p, t.scenes)),
+    "easy_vqa": (lambda t: version("easy-vqa"), lambda t, part: data.easy_vqa(part)),
+    "emoji": (lambda t: [t.emoji, emoji_hash()], lambda t, part: emoji_data(part, t.emoji)),
     "json": (lambda t: file_hash(located(t.json)), json_data),
-    "text": (text_identity, lambda t: text_windows(t, "train")),
+    "text": (text_identity, text_windows),
 }
+UNSPLIT = "easy_vqa", "json"  # have no validation split
 
 
 def sources_of(training: Training) -> list:  # of (name, identity, data); the last two are functions
@@ -437,10 +438,11 @@ def data_inputs(training: Training) -> dict:
     return {"version": DATA_VERSION} | named
 
 # %% ../../nbs/library/study/02_profiles.ipynb #profile-inputs-cell-012
-@lru_cache(maxsize=1)
-def training_data(training: Training) -> InstructionData:
-    "The data that students are trained on and scores are measured on."
-    parts = [load(training) for _, _, load in sources_of(training)]
+@lru_cache(maxsize=2)
+def training_data(training: Training, part: str = "train") -> InstructionData:
+    "The data that students are trained on and scores are measured on, or those of another part."
+    used = [row for row in sources_of(training) if part == "train" or row[0] not in UNSPLIT]
+    parts = [load(training, part) for _, _, load in used]
     if not parts:
         raise ValueError(
             f"The profile's training section names no data: give one of {', '.join(SOURCES)}."

@@ -59,8 +59,8 @@ from ..zoo.models import cast, load_model
 def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
     "The training of an experiment."
     losses = e.recovery.split("+")
-    options = {"held_out": 0.0, "interpolate": RETURNED[e.returned]}  # unless a profile has others
-    options |= profile.recovery | profile.per_model.get(e.model, {}).get("recovery", {})
+    options = RETURNED[e.returned]  # unless a profile has others
+    options = options | profile.recovery | profile.per_model.get(e.model, {}).get("recovery", {})
     options |= {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
     options |= {"seed": e.seed, "fraction": e.fraction} | ({"epochs": e.epochs} if e.epochs else {})
     if e.train == "projector":
@@ -148,6 +148,7 @@ def student_inputs(e: Experiment, profile: Profile) -> dict:
     del options["passes"]  # which changes only the speed
     losses = {name: [w, LOSSES[name].version] for name, w in options.pop("losses").items()}
     inputs = {"version": RECOVERY_VERSION, "start": subject_key(e, profile, trained=False)}
+    inputs |= {"validation": "of the split"} if e.returned == "validated" else {}
     return inputs | {"losses": losses, "options": options, "data": profiles.data_inputs(data)}
 
 
@@ -364,6 +365,8 @@ def trained(
         layer = type(anatomy(start).layers[0]).__name__
         sharding = {"version": 2, "transformer_layer_cls_to_wrap": [layer]}
         options["trainer"] = {"fsdp": True, "fsdp_config": sharding}
+    if e.returned == "validated":
+        options["validation"] = profiles.training_data(samples, "validation")
     result = recover(start, teacher, profiles.training_data(samples), config, **options)
     about = {"lr": config.lr, "precision": config.precision, "samples": result.samples}
     about |= {"seconds": result.seconds, "loss": float(result.history.loss.iloc[-1])}
