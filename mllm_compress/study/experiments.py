@@ -20,7 +20,6 @@ from ..utils.methods import check_choice
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 RETURNED = {  # which weights are returned -> options of a RecoveryConfig
     "last": {"held_out": 0.0},
-    "halfway": {"held_out": 0.0, "interpolate": 0.5},
     "validated": {"held_out": 0.1},  # the best on samples of the validation split
 }
 
