@@ -17,7 +17,7 @@ from mllm_compress.study import style
 from mllm_compress.study.claims import CLAIMS, check_fewer, places, recommended
 from mllm_compress.study.experiments import Experiment
 from mllm_compress.study.figures import curves
-from mllm_compress.study.notebooks import output_folder, overridden
+from mllm_compress.study.notebooks import overridden
 from mllm_compress.study.profiles import load_profile, profile_names, resolve_parameters
 from mllm_compress.study.report import Report
 from mllm_compress.study.statistics import Estimate, Verdict, basis_of, difference, summary
@@ -168,16 +168,6 @@ def test_a_maintainer_publishes(checkout, monkeypatch):
     assert Report("02_demo", "quick", given()).folder == checkout / "figures/quick"
 
 
-@pytest.mark.parametrize("profile", ["quick", "tiny", "smoke"])
-def test_a_notebook_with_its_own_parameters_writes_to_the_folder_of_its_profile(
-    checkout, profile, capsys
-):
-    out = Report("02_demo", profile, given(profile=profile))
-    out.table(FRAME, "t", "A table.")
-    assert (checkout / "runs" / profile / "figures/02_demo-t.csv").exists()
-    assert not (checkout / "figures").exists() and capsys.readouterr().out == ""
-
-
 def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout, capsys):
     Report("02_demo", "quick", given()).table(FRAME, "t", "A table.")
     before = (checkout / "runs/quick/figures/02_demo-t.tex").read_bytes()
@@ -195,13 +185,6 @@ def test_a_notebook_with_overridden_parameters_leaves_the_figures_alone(checkout
     assert len(list(scratch.iterdir())) == 6
     printed = f"Run with ratios=[0.3]: files are written to runs/scratch/{scratch.name}.\n"
     assert capsys.readouterr().out == printed
-
-
-def test_each_combination_of_overrides_and_profile_has_its_own_folder(checkout):
-    runs = [({"ratios": [0.3]}, "quick"), ({"ratios": [0.6]}, "quick"), ({"ratios": [0.3]}, "tiny")]
-    runs.append(({"fewer": {0.05: {"seeds": [0]}, "sft": {}}}, "quick"))
-    folders = [output_folder("02_demo", profile, changed) for changed, profile in runs]
-    assert len(set(folders)) == 4
 
 
 def test_what_a_profile_sets_for_a_notebook_is_no_override(checkout):

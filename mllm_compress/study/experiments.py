@@ -18,10 +18,7 @@ from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
-RETURNED = {  # which weights are returned -> options of a RecoveryConfig
-    "last": {"held_out": 0.0},
-    "validated": {"held_out": 0.1},  # the best on samples of the validation split
-}
+RETURNED = {"last": {"held_out": 0.0}, "validated": {"held_out": 0.1}}  # of a RecoveryConfig
 
 
 def study_criteria(pruning: str) -> tuple:

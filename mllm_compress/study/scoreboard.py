@@ -59,17 +59,13 @@ def shown_effect(record: dict) -> str:  # of `Verdict.record`
     "The average effect, that of each part of a claim, or the ends of settings that disagree."
     if not record["average"]:
         return "–"
-    if parts := record["parts"]:
-        of = {name: (part["word"], part["average"]["value"]) for name, part in parts.items()}
-    elif record.get("agree", True):
+    of = [(p["average"]["value"], p["word"], name) for name, p in record["parts"].items()]
+    if not of and record["agree"]:
         return f"{statistics.Estimate(**record['average']):+1}"
-    else:
-        values = {where: e["value"] for where, e in record["effects"].items()}
-        ends = min(values, key=values.get), max(values, key=values.get)
-        of = {where: (record["words"][where], values[where]) for where in ends}
-    short = lambda where: where.rpartition(" at ")[2]
-    values = (f"{v:+.1f} {statistics.SIGNS[w]} ({short(where)})" for where, (w, v) in of.items())
-    return "; ".join(values)
+    words, last = record["words"], len(record["words"]) - 1
+    of = of or sorted((e["value"], words[at], at) for at, e in record["effects"].items())[::last]
+    texts = (f"{v:+.1f} {statistics.SIGNS[w]} ({at.rpartition(' at ')[2]})" for v, w, at in of)
+    return "; ".join(texts)
 
 
 def scoreboard(

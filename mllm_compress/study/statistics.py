@@ -526,9 +526,8 @@ class Verdict:
         words = {where: self.words.get(where, UNTESTED) for where in self.effects}
         one = len({where.partition(" at ")[0] for where in words}) == 1  # model
         short = {where: where.partition(" at ")[2] if one else where for where in words}
-        found = {word: [short[w] for w in words if words[w] == word] for word in WORDS}
-        link = " at " if one else ": "
-        return "; ".join(f"{word}{link}{', '.join(at)}" for word, at in found.items() if at)
+        found = {word: [short[w] for w in words if words[w] == word] for word in self.counts}
+        return "; ".join(f"{w}{' at' if one else ':'} {', '.join(at)}" for w, at in found.items())
 
     def sentence(self) -> str:
         "The verdict in words and numbers, with the interval of the average."
