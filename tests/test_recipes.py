@@ -15,7 +15,7 @@ from mllm_compress.anatomy import lm_parameters
 from mllm_compress.checkpoint import load_pruned
 from mllm_compress.cli import app
 from mllm_compress.data import scenes
-from mllm_compress.importance import layer_importance, width_importance
+from mllm_compress.importance import block_influence, width_importance
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise, prune, reconstruct
 from mllm_compress.pruning.one_step import RECIPES, Recipe, auto_round, choose_recipe
 
@@ -94,7 +94,7 @@ def test_the_recommended_recipe_is_its_steps(name):
 def test_layers_are_removed_and_the_rest_is_refitted():
     model, data = build("llama-4x1", num_hidden_layers=6), batches()
     small, plan = prune(model, data, 0.3, recipe="layers")
-    same = plan_layerwise(model, layer_importance(model, data), ratio=0.3)
+    same = plan_layerwise(model, block_influence(model, data), ratio=0.3)
     again = reconstruct(apply_plan(model, same), model, data, same)
     assert plan == same and plan.method == "layerwise" and len(small.model.layers) == 4
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
