@@ -70,8 +70,7 @@ class CalibratedRequest(cli.DataRequest):
             part = f" ({count(rows):,} of them for scores)" * (count(rows) < tokens)
             part += "" if unknown else f" of {len(kinds)} kind(s) of data"
             cli.note(
-                f"calibration on {tokens:,} tokens{part}; scores and refit take "
-                f"about {seconds} s."
+                f"calibration on {tokens:,} tokens{part}; scores and refit take about {seconds} s."
             )
         if refit and self.source and (one or unknown):
             kind = "of unknown kinds" if unknown else f"all of one kind ({next(iter(kinds))})"
