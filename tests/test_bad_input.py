@@ -535,11 +535,11 @@ def make_data(folder: Path) -> None:
 
 def make_scores(folder: Path) -> None:
     "Scores, good and bad."
-    from mllm_compress.importance import layer_importance
+    from mllm_compress.importance.criteria import measure
     from mllm_compress.zoo import load_model
 
     def score(name, out):
-        layer_importance(load_model(folder / name)[0], None, "magnitude").save(folder / out)
+        measure("layerwise", "random", load_model(folder / name)[0]).save(folder / out)
 
     score("llava", "scores")
     score("other", "other-scores")

@@ -131,8 +131,8 @@ def test_the_depth_with_the_smallest_divergence_is_taken(tiny_llava):
     costs = UnitCosts("latency", "s", 0.0, (1.0,) * n, (0.01,) * n, (0.001,) * n)
     small, plan = prune(model, batches, budget={"latency": 0.6}, costs=costs)
     tried = plan.meta["search"]["front"]
-    best = min(tried, key=lambda row: row["kl_refit"])
-    assert len(tried) > 1 and len(plan.layers) == best["layers"] == len(anatomy(small).layers)
+    assert tried[0]["kl_refit"] <= tried[1]["kl_refit"]
+    assert len(plan.layers) == tried[0]["layers"] == len(anatomy(small).layers)
     assert PruningPlan.from_json(plan.to_json()).meta["budget"] == {"latency": 0.6}
 
 

@@ -127,6 +127,9 @@ def test_a_model_writes_its_own_data(here):
     run(*args, "-o", "free", "--data", "self", "--own-tokens", 300, "--held-out", 0)
     data = facts("show", "free")["provenance"][-1]["data"]
     assert data["samples"] == 3  # of up to 128 tokens
+    said = run("prune", "lm", "-o", "own", "--ratio", 0.3, "--data", "self")
+    used = facts("show", "own")["provenance"][0]["calibration"]
+    assert used["samples"] > 200 and f" {used['tokens']:,} tokens" in said and "kind" not in said
 
 
 def test_checkpoints_of_another_run_are_not_mixed_in(here):

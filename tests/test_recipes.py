@@ -15,7 +15,7 @@ from mllm_compress.anatomy import lm_parameters
 from mllm_compress.checkpoint import load_pruned
 from mllm_compress.cli import app
 from mllm_compress.data import scenes
-from mllm_compress.importance import layer_importance, width_importance
+from mllm_compress.importance import block_influence, width_importance
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise, prune, reconstruct
 from mllm_compress.pruning.one_step import RECIPES, Recipe, auto_round, choose_recipe
 
@@ -94,7 +94,7 @@ def test_the_recommended_recipe_is_its_steps(name):
 def test_layers_are_removed_and_the_rest_is_refitted():
     model, data = build("llama-4x1", num_hidden_layers=6), batches()
     small, plan = prune(model, data, 0.3, recipe="layers")
-    same = plan_layerwise(model, layer_importance(model, data), ratio=0.3)
+    same = plan_layerwise(model, block_influence(model, data), ratio=0.3)
     again = reconstruct(apply_plan(model, same), model, data, same)
     assert plan == same and plan.method == "layerwise" and len(small.model.layers) == 4
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
@@ -153,14 +153,15 @@ DATA = ("--data", "mine.json")
 
 def test_without_options_it_says_what_it_did(here):
     for out in ("a", "b"):
-        code, said, note = ask("prune", "llava", "-o", out, "--ratio", 0.3, *DATA)
-        assert code == 0 and "gauss_newton" in note and "--recipe" in note, (said, note)
-        assert "allocation global, reconstruction" in said
+        code, told, note = ask("prune", "llava", "-o", out, "--ratio", 0.3, *DATA)
+        assert code == 0 and "gauss_newton" in note and "--recipe" in note, (told, note)
+        assert "allocation global, reconstruction" in told
     one, two = (load_file(f"{out}/model.pruned.safetensors") for out in "ab")
     assert all(torch.equal(one[k], two[k]) for k in one)  # the same seed, the same bits
     step = json.loads(ask("show", "a", "--json")[1])["provenance"][0]
     assert step["reconstruction"]["tokens"] > 1000 and step["reconstruction"]["ridge"]
-    assert step["reconstruction"]["error_after"] < step["reconstruction"]["error_before"]
+    before, after = (step["reconstruction"][f"error_{k}"] for k in ("before", "after"))
+    assert after < before and f"last layer from {before} to {after}." in told
     said = step["calibration"]
     assert said["samples"] == 48  # all questions of 24 images
     assert f"{said['tokens']:,} tokens of {len(said['kinds'])} kind" in note
@@ -209,9 +210,16 @@ def test_both_at_once_and_rounded(here):
 
 
 def test_a_language_model_from_plain_text(here):
-    code, said, note = ask("prune", "lm", "-o", "small", "--ratio", 0.3, "--data", "text.jsonl")
-    assert code == 0, note
-    assert load_pruned("small")[0].config.reconstructed["tokens"] > 500
+    entries = [json.loads(line) for line in Path("text.jsonl").read_text().splitlines()]
+    options = ("--ratio", 0.3, "--data", "named.json")
+    for kinds, says in ("", "of unknown kinds"), ("b", "of one kind (b)"), ("ab", "of 2 kind(s)"):
+        named = [e | {"source": (2 * kinds)[k % 2 :][:1]} for k, e in enumerate(entries)]
+        Path("named.json").write_text(json.dumps(named))
+        code, said, note = ask("prune", "lm", "-o", f"s{kinds}", *options)
+        assert code == 0 and says in note and ("twice as large" in note) == (kinds != "ab"), note
+    assert load_pruned("sab")[0].config.reconstructed["tokens"] > 500
+    (step,) = json.loads(ask("show", "sab", "--json")[1])["provenance"]
+    assert step["calibration"]["kinds"] == {"a": 12, "b": 12}
 
 
 MISTAKES = {  # options after `prune llava -o out --ratio 0.3`, and what the message must say

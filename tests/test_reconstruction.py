@@ -175,35 +175,6 @@ def test_units_that_write_nothing_can_go_without_a_trace(case):
     assert logits(small, batches).allclose(logits(model, batches), rtol=1e-5, atol=1e-6)
 
 
-def with_copies(model):
-    "The last head group and half of the neurons of every layer become copies of others."
-    parts = anatomy(model)
-    with torch.no_grad():
-        for i in range(parts.num_layers):
-            for slot in (s for s in parts.linears(i) if s.axis == 0):
-                for unit in range(slot.units // 2, slot.units) if slot.kind == "neuron" else [-1]:
-                    unit %= slot.units
-                    source = unit - slot.units // 2 if slot.kind == "neuron" else 0
-                    rows, other = slot.index([unit]), slot.index([source])
-                    slot.module.weight[rows] = slot.module.weight[other]
-                    if slot.module.bias is not None:
-                        slot.module.bias[rows] = slot.module.bias[other]
-    keep = {i: range(parts.groups(i) - 1) for i in range(parts.num_layers)}
-    half = {i: range(parts.neurons(i) // 2) for i in range(parts.num_layers)}
-    return model, make_plan(model, heads=keep, neurons=half)
-
-
-@pytest.mark.parametrize("case", ALL_CASES)
-def test_copies_are_recovered_exactly(case):
-    "The dense layer is linear in what stays: least squares must find it."
-    model, plan = with_copies(random_model(case))
-    batches, small = text_batches(), apply_plan(model, plan)
-    fitted = reconstruct(small, model, batches, plan, ridge=0.0)
-    dense = logits(model, batches)
-    assert not logits(small, batches).allclose(dense, rtol=1e-2)
-    assert logits(fitted, batches).allclose(dense, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_errors_fall_and_outputs_come_nearer(case):
     model, batches = random_model(case), text_batches(rows=12)

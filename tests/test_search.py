@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,12 +176,33 @@ def test_prune_searches_for_a_ratio_or_a_budget(model, batches):
     small, plan = prune(model, batches, ratio=0.3, search=RUN | dict(ridge=0.1))
     assert plan.achieved_ratio >= 0.3 and small.config.reconstructed["ridge"] is None
     found = plan.meta["search"]
-    assert found["front"][0]["kl_refit"] == min(row["kl_refit"] for row in found["front"])
-    assert math.isfinite(found["front"][0]["kl_refit"]) and "Chosen" in found["reason"]
+    refitted = [row["kl_refit"] for row in found["front"] if row["kl_refit"] is not None]
+    assert refitted[0] == min(refitted) and "Chosen" in found["reason"]
+    assert len(found["front"]) == min(12, found["seen"]) and "In this time" not in found["reason"]
+    for row in found["front"]:
+        assert 0.6 < row["parameters"] <= 0.7 and math.isfinite(row["kl_look"])
     with_scores = prune(model, batches, scores=scored(), ratio=0.3, search=RUN, reconstruct=True)[1]
     assert with_scores.achieved_ratio >= 0.3 and with_scores.meta["search"]["front"]
     with pytest.raises(ValueError, match="after the refit"):
         prune(model, batches, ratio=0.3, search=RUN, reconstruct=False)
+
+
+def test_a_short_search_says_which_time_would_do(model, batches, monkeypatch):
+    clock = SimpleNamespace(perf_counter=count().__next__)  # a second per value
+    monkeypatch.setitem(search.__globals__, "time", clock)
+    monkeypatch.setitem(search.__globals__, "refit_seconds", lambda *_: 4 / 3)
+    about = dict(scores=scored(), generations=4, ridge=0.1)
+    front = search(model, batches, {"latency": 0.6}, DEVICE, minutes=2 / 60, **about)
+    look, held, refit = (int(front.frame[f"kl_{k}"].count()) for k in ("look", "held", "refit"))
+    needed = math.ceil(1.5 * (1 + look + held + 60) / 6) / 10
+    few = f"no plan was moved and only one was refitted: minutes={needed:g} allows more."
+    assert refit == 1 and few in front.reason
+    more = search(model, batches, {"latency": 0.6}, DEVICE, minutes=needed, **about)
+    assert more.frame.kl_refit.count() > 1 and more.frame.moves.any()
+    assert "In this time" not in more.reason
+    monkeypatch.setitem(prune.__globals__, "measure", None)  # as no scores are reached
+    with pytest.raises(ValueError, match="shorter than one candidate"):
+        prune(model, batches, ratio=0.3, search=dict(minutes=0.01))
 
 
 def test_the_command_searches_and_says_why(tmp_path, monkeypatch):

@@ -43,9 +43,10 @@ class CalibratedRequest(cli.DataRequest):
     def calibration(self, model, processor, device: str, recipe=None) -> tuple:
         "Calibration batches on the device, as many as a refit needs, and a record of them."
         refit = recipe is not None and recipe.reconstruct
-        draw = lambda data, n: mc.data.calibration.calibration_data(data, n, self.seed)
-        answered = self.samples or (512 if refit else 64)
-        data = self.load_data(processor, self.scenes, model, lambda data: draw(data, answered))
+        of_own = self.samples or (512 if refit else 64)  # entries that the model answers
+        draw = lambda data, n=of_own: mc.data.calibration.calibration_data(data, n, self.seed)
+        needed = mc.pruning.reconstruction.enough_tokens(model) if refit else 20_000
+        data = self.load_data(processor, self.scenes, model, draw, needed)
         template = self.template(processor, cli.has_chat(data))
         if self.samples is not None and self.samples > len(data):
             raise ValueError(
@@ -57,22 +58,26 @@ class CalibratedRequest(cli.DataRequest):
         count = lambda batches: sum(int(b["attention_mask"].sum()) for b in batches)
         batches = mc.data.calibration_batches(data, processor, self.samples or 64, **options)
         if refit and self.samples is None:
-            samples = -(-mc.pruning.reconstruction.enough_tokens(model) * 64 // count(batches))
+            samples = -(-needed * 64 // count(batches))
             batches = mc.data.calibration_batches(data, processor, samples, **options)
         samples, tokens = sum(len(b["input_ids"]) for b in batches), count(batches)
         kinds = mc.data.calibration.coverage(draw(data, samples))
+        one, unnamed = len(kinds) == 1, mc.data.calibration.UNKNOWN
+        unknown = (one or not cli.has_chat(data)) and all(k.startswith(unnamed) for k in kinds)
         if refit:
-            scored = count(mc.pruning.one_step.scored_rows(model, batches, recipe))
-            seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, tokens, scored)))
-            part = f" ({scored:,} of them for scores)" * (scored < tokens)
+            rows = mc.pruning.one_step.scored_rows(model, batches, recipe)
+            seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, batches, rows)))
+            part = f" ({count(rows):,} of them for scores)" * (count(rows) < tokens)
+            part += "" if unknown else f" of {len(kinds)} kind(s) of data"
             cli.note(
-                f"calibration on {tokens:,} tokens{part} of {len(kinds)} kind(s) of data; scores "
-                f"and refit take about {seconds} s."
+                f"calibration on {tokens:,} tokens{part}; scores and refit take about {seconds} s."
             )
-        if refit and len(kinds) == 1:
+        if refit and self.source and (one or unknown):
+            kind = "of unknown kinds" if unknown else f"all of one kind ({next(iter(kinds))})"
+            named = ', and name the kind of each entry: {"text": …, "source": "manual"}' * unknown
             cli.note(
-                f"all calibration data are of one kind ({next(iter(kinds))}): on other data the "
-                "loss may be twice as large. Add every kind that the model will see to --data."
+                f"the calibration data are {kind}: on other data the loss may be twice as large. "
+                f"Add every kind that the model will see to --data{named}."
             )
         record = {"name": data.name, "samples": samples, "tokens": tokens, "kinds": kinds}
         record |= {"chat_template": template} if template else {}
@@ -384,12 +389,14 @@ def prune(request: PruneRequest) -> dict:
     if mc.checkpoint.is_checkpoint(name):
         first = mc.pruning.PruningPlan.load(Path(name) / mc.checkpoint.formats.PLAN)
         total = mc.pruning.pruning_plan.compose_plans(first, plan)
-    facts, ridge = {} if stored else {"recipe": str(recipe)}, request.ridge
+    facts, ridge, refit = {} if stored else {"recipe": str(recipe)}, request.ridge, None
     if source is None:
         small = mc.pruning.apply_plan(model, plan)
         if recipe.reconstruct:
             small, fit = mc.pruning.one_step.refitted(small, model, batches, plan, ridge)
             facts["reconstruction"] = fit
+            refit = f"The refit on {fit['tokens']:,} tokens took the relative error of the states "
+            refit += f"behind the last layer from {fit['error_before']} to {fit['error_after']}."
         write = partial(mc.checkpoint.save_pruned, small, total)
     elif recipe.reconstruct:
         facts["reconstruction"] = {"ridge": ridge or "chosen", "weights": "in files"}
@@ -411,7 +418,7 @@ def prune(request: PruneRequest) -> dict:
     records = dict(provenance=[*mc.checkpoint.formats.history(name), step], processor=processor)
     records |= dict(overwrite=request.overwrite, further=further)
     mc.checkpoint.saving.save_or_rescue(lambda to: write(folder=to, **records), out)
-    lines = [*([facts["recipe"]] if "recipe" in facts else []), str(total), f"written to {out}"]
+    lines = [facts.get("recipe"), str(total), refit, f"written to {out}"]
     if "search" in plan.meta:
         request.search_file.unlink(missing_ok=True)
         facts["search"] = plan.meta["search"]
@@ -420,4 +427,4 @@ def prune(request: PruneRequest) -> dict:
     facts |= {"out": str(out), "achieved_ratio": total.achieved_ratio, "plan": repr(total)}
     facts |= {"requested_ratio": request.ratio, "layers": len(total.layers)}
     facts |= {k: total.meta[k] for k in ("budget", "achieved_budget", "costs") if k in total.meta}
-    return cli.emit("\n".join(lines), facts)
+    return cli.emit("\n".join(filter(None, lines)), facts)

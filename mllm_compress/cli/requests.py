@@ -312,8 +312,8 @@ class DataRequest(ChatRequest):
     """A file in LLaVA's or a chat API's JSON, JSON lines, or plain text; or 'small': generated
     scenes and easy-VQA; or 'self:FILE': the dense model answers its questions, or continues its
     texts; or 'self': it writes texts without a prompt."""
-    own_tokens: Count = 20_000
-    "With --data self: tokens that the model writes."
+    own_tokens: Count | None = None
+    "With --data self: tokens that the model writes; default: 20000, or as many as a refit needs."
     image_root: str = ""
     "Folder of the images that the data name; default: theirs."
     skip_missing: bool = False
@@ -365,6 +365,7 @@ class DataRequest(ChatRequest):
         scenes: int,  # of the data 'small'
         model=None,  # that writes the data 'self'
         draw=None,  # function of the data that the model answers; default: all of them
+        tokens: int = 20_000,  # of texts that the model writes, where it is not said
     ):  # InstructionData
         "The data; ValueError where the model cannot use or write them."
         from mllm_compress.anatomy.streaming import is_streamed, weights_hash
@@ -386,7 +387,7 @@ class DataRequest(ChatRequest):
             )
         data = draw(data) if draw and data else data
         note(f"the dense model writes the data: {f'to {len(data)} entries' if data else 'texts'}.")
-        options = dict(tokens=self.own_tokens, max_length=self.max_length)
+        options = dict(tokens=self.own_tokens or tokens, max_length=self.max_length)
         key = [weights_hash(model), data and data.hash, options, str(processor)]
         make = lambda: mc.data.own_data(model, processor, data, progress=progress(), **options)
         entries = remembered("own", key, lambda: list(make().samples))

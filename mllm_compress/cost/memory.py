@@ -15,7 +15,7 @@ from ..anatomy.families import anatomy, count_parameters, lm_parameters
 from ..anatomy.streaming import PeakTensors, weight_names
 from ..anatomy.wrappers import CHECKPOINTING
 from . import arithmetic
-from ..importance.criteria import random_scores, whole_layers
+from ..importance.criteria import random_layers, random_scores
 from ..importance.taylor import scoring_memory
 from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
@@ -106,7 +106,7 @@ def pruned_on_meta(
         return model
     scores = random_scores(model)
     if pruning == "layerwise":
-        return apply_plan(model, plan_layerwise(model, whole_layers(scores), ratio))
+        return apply_plan(model, plan_layerwise(model, random_layers(model), ratio))
     shape = "uniform" if pruning == "uniform" else "blockwise"
     return apply_plan(model, plan_widthwise(model, scores, ratio, shape=shape))
 

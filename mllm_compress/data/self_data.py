@@ -104,6 +104,11 @@ def own_data(
         elif new:
             text = tokenizer.decode([*begun[i][0], *new], skip_special_tokens=data is not None)
             entries[place] = {**entry, "text": text.removeprefix(tokenizer.bos_token or "\0")}
+    if data is None and sum(map(len, results.values())) < 4 * len(begun):
+        raise ValueError(
+            "the model answers nothing to a bare beginning: its texts have fewer than 4 tokens on "
+            "average. Give it questions or texts: self:FILE (--data), or data."
+        )
     if not entries:
         raise ValueError(
             f"the model wrote nothing behind {len(begun)} beginnings: check that it answers, "

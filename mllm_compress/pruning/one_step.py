@@ -28,6 +28,7 @@ from mllm_compress.pruning.plans import (
 )
 from .pruning_plan import PruningPlan, check_ratio, layer_sizes
 from .reconstruction import reconstruct as refit
+from .search import check_time
 from .search import search as searched
 from .slicing import apply_plan
 from ..utils.methods import check_choice
@@ -201,6 +202,7 @@ def plan_by_recipe(
                 "a search compares plans after the refit: give reconstruct=True (--reconstruct), "
                 "and calibration data."
             )
+        check_time(model, batches, search.get("minutes", 5.0))  # before the scores
     if scores is None:
         whole_layers = layer_share is not None or search is not None
         if budget is not None:
@@ -298,8 +300,7 @@ def prune(
         raise ValueError("ridge has no effect without a refit: leave it out, or reconstruct=True.")
     anatomy(model)  # an error for anything but a model
     about = dict(seed=seed, ridge=ridge, scores=scores, budget=budget, costs=costs, search=search)
-    about |= dict(layer_method=layer_method, layer_share=layer_share)
-    about |= dict(protect=protect, round_to=round_to)
-    plan = plan_by_recipe(model, chosen, batches, ratio, **about)
+    about |= dict(layer_method=layer_method, layer_share=layer_share, protect=protect)
+    plan = plan_by_recipe(model, chosen, batches, ratio, round_to=round_to, **about)
     small = apply_plan(model, plan)
     return (refitted(small, model, batches, plan, ridge)[0] if chosen.reconstruct else small), plan

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy, below, lm_parameters
-from ..anatomy.streaming import device_of, in_memory
+from ..anatomy.streaming import in_memory
 from ..importance.criteria import input_moments
 from mllm_compress.importance.scores import (
     Reached,
@@ -38,7 +38,7 @@ from mllm_compress.importance.scores import (
     replaced_forward,
     split_rows,
 )
-from .pruning_plan import PruningPlan
+from .pruning_plan import PruningPlan, layer_sizes
 from .slicing import check_describes, check_fits
 from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, Method, check_choice
 
@@ -686,21 +686,23 @@ def enough_tokens(model: PreTrainedModel) -> int:
 
 def refit_seconds(
     model: PreTrainedModel,  # dense; its weights may be in files
-    tokens: int,  # of calibration
-    scored: int | None = None,  # those that scores are computed from; None: all
-) -> float:  # seconds, or more
-    "A forecast for Gauss-Newton scores and the refit on this device, if nothing is removed."
-    parts, device = anatomy(model), device_of(model)
-    hidden, weights = parts.hidden_size, sum(p.numel() for p in parts.layers.parameters())
-    work = 4 * tokens * weights + 6 * (scored or tokens) * lm_parameters(model)
+    batches: list,  # of calibration
+    scored: list = (),  # those that scores are computed from
+) -> float:  # seconds
+    "A forecast for the refit, and Gauss-Newton scores, from the time of one layer."
+    tokens = lambda some: sum(b["input_ids"].numel() for b in some)
+    parts, seconds, timed = anatomy(model), [], split_rows(check_batches(batches)[0], 2048)[:1]
+    (passage,), sizes = open_passages(model, timed), [x.parameters for x in layer_sizes(model)]
+    with torch.no_grad(), in_memory(parts, 0), evaluating(model):
+        for _ in range(4):  # the first run warms up, and others may be disturbed
+            start = time.perf_counter()
+            parts.layers[0](passage.first, **passage.calls[0]).sum().item()
+            seconds.append(time.perf_counter() - start)
+    hidden, n = parts.hidden_size, tokens(batches)
+    work = 4 * n * sum(sizes) + 8 * tokens(scored) * lm_parameters(model)
     for k in (s.module.in_features for i in range(parts.num_layers) for s in parts.writers(i)):
-        work += tokens * k * (k + 2 * hidden) + 14 * k**3 + 22 * k**2 * hidden
-    x, w = (torch.randn(512, hidden, device=device) for _ in range(2))
-    for _ in range(2):  # the first product warms up
-        start = time.perf_counter()
-        (x @ w.T).sum().item()
-    speed = 2 * len(x) * w.numel() / (time.perf_counter() - start)
-    return work / speed
+        work += n * k * (k + 2 * hidden) + 14 * k**3 + 22 * k**2 * hidden
+    return min(seconds) * work / (2 * tokens(timed) * sizes[0])
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #reconstructions-cell-008
 @torch.no_grad()
