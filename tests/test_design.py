@@ -245,6 +245,6 @@ def test_states_of_several_layers_are_a_setting_of_training():
     ours, theirs = (stages.stage_keys(e, SMOKE) for e in (deeper, plain))
     assert ours["plan"] == theirs["plan"] and ours["student"] != theirs["student"]
     assert "hidden_kd (quarters)" in describe(deeper)
-    validated = replace(plain, returned="validated")
-    assert [stages.recovery_config(e, SMOKE).held_out for e in (plain, validated)] == [0.0, 0.1]
-    assert stages.inputs_of("student", validated, SMOKE)["validation"]
+    best = replace(plain, returned="validated")
+    assert [stages.recovery_config(e, SMOKE).held_out for e in (plain, best)] == [0.0, 0.1]
+    assert stages.inputs_of("student", best, SMOKE)["validation"]

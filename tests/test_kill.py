@@ -269,8 +269,8 @@ def test_a_timed_notebook_has_all_threads_and_a_broken_one_stops_none(checkout, 
 
 def test_a_notebook_whose_kernel_dies_stops_no_other(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
-    starts = "import multiprocessing as m\np = m.get_context('spawn').Process()\np.start()\n"
-    starts += "p.join()\nprint('mine' in globals(), p.exitcode)"
+    starts = "p = __import__('multiprocessing').get_context('spawn').Process()\np.start()\np.join()"
+    starts += "\nprint('mine' in globals(), p.exitcode)"
     sources = {"01_table": starts, "02_dies": "import os\n\nos._exit(3)"}
     for name, source in (sources | {"03_third": sources["01_table"]}).items():
         nb = nbformat.from_dict(NOTEBOOK)

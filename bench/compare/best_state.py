@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from transformers import TrainerCallback
 
 from mllm_compress import data, evaluate, load_model, prune, recover
 from mllm_compress.recovery import RecoveryConfig
@@ -51,16 +52,19 @@ def main():
             for share in shares:
                 values = {0: untrained}
 
-                def watch(step: int, last: int, student):
-                    if step == last or share and step % -(-last // 10) == 0:
-                        values[step] = retained(student)
+                class Watch(TrainerCallback):
+                    def on_step_end(self, args, state, control, model=None, **kwargs):
+                        step, last = state.global_step, state.max_steps
+                        if step == last or share and step % -(-last // 10) == 0:
+                            with torch.random.fork_rng(), torch.no_grad():
+                                values[step] = retained(model.model.eval())
+                            model.train()
 
                 config = RecoveryConfig(
                     fraction=0.1, seed=seed, lr=lr, held_out=share, patience=100
                 )
-                result = recover(
-                    start, model, training, config, processor, progress=False, watch=watch
-                )
+                how = dict(progress=False, callbacks=(Watch(),))
+                result = recover(start, model, training, config, processor, **how)
                 looks = pd.DataFrame({"step": values.keys(), "retained": values.values()})
                 if share:
                     looks = looks.merge(result.looks, on="step")

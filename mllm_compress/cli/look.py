@@ -28,7 +28,6 @@ def models(request: ModelsRequest) -> dict:
     width = max(map(len, known))
     return cli.emit("\n".join(f"{name:<{width}}  {about}" for name, about in known.items()), known)
 
-
 # %% ../../nbs/library/cli/02_look.ipynb #cell-010
 class CostRequest(cli.Request):
     "A model, and which of its costs are shown."

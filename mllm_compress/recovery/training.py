@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'BEST', 'RECOVERY_VERSION', 'write_checkpoint', 'checkpoints', 'gathered', 'sliced', 'NonFiniteLoss', 'Bar',
-           'Watch', 'RecoveryTrainer', 'RecoveryResult', 'training_arguments', 'recover']
+           'RecoveryTrainer', 'RecoveryResult', 'training_arguments', 'recover']
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-003
 import copy
@@ -107,22 +107,6 @@ class Bar(transformers.ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-
-class Watch(transformers.TrainerCallback):
-    "Calls a function after every optimiser step, on the main process."
-
-    def __init__(self, look, student):
-        self.look, self.student = look, student  # look: (step, last step, model) -> None
-        self.attention = student.parts.text_config._attn_implementation
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        answering = use_attention(self.student.parts.model, self.attention)
-        with torch.random.fork_rng(), torch.no_grad(), answering:
-            self.look(state.global_step, state.max_steps, self.student.model.eval())
-        self.student.model.train()
 
 # %% ../../nbs/library/recovery/05_training.ipynb #trainer-trainer-cell-019
 class RecoveryTrainer(transformers.Trainer):
@@ -435,7 +419,7 @@ def recover(
     device=None,  # None: the accelerator, if there is one, or else the CPU
     progress: bool = True,
     trainer: dict = {},  # further TrainingArguments
-    watch=None,  # called after every step with step, last step and model
+    callbacks: tuple = (),  # further TrainerCallbacks; their model has the MLLM as .model
     validation=None,  # as data, of the later use: decides on the state in place of a part of data
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
@@ -555,10 +539,8 @@ def recover(
                 held_out=held_out,
                 patience=config.patience,
                 start=start,
-                callbacks=[Bar()] * progress,
+                callbacks=[Bar()] * progress + [*callbacks] * (not last_step),
             )
-            if watch is not None and not last_step:
-                run.add_callback(Watch(watch, module))
             last = [None, *map(str, checkpoints(args.output_dir))][-1]
             with use_attention(module.parts.model, attention), use_attention(tower, attention):
                 try:

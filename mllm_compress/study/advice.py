@@ -147,11 +147,9 @@ def say_ties(rows: pd.DataFrame) -> str:  # of one situation
     return text
 
 # %% ../../nbs/library/study/31_advice.ipynb #cell-042
-BLOCKWISE = (
-    "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
-    "checkpoint.load_pruned; the retained score of the uniform shape, which "
-    "plain from_pretrained loads, was not measured."
-)
+BLOCKWISE = "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
+BLOCKWISE += "checkpoint.load_pruned; the retained score of the uniform shape, which plain "
+BLOCKWISE += "from_pretrained loads, was not measured."
 
 
 def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) -> str:

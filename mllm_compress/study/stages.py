@@ -152,7 +152,6 @@ def student_inputs(e: Experiment, profile: Profile) -> dict:
     return inputs | {"losses": losses, "options": options, "data": profiles.data_inputs(data)}
 
 
-
 def refit_inputs(e: Experiment, profile: Profile) -> dict:
     "The method, and the plan whose weights it refits."
     version, plan = RECONSTRUCTIONS[e.reconstruct].version, key_of("plan", e, profile)
@@ -350,10 +349,8 @@ def start_of(e: Experiment, profile: Profile, results: Store, device: str):
     return small
 
 # %% ../../nbs/library/study/05_stages.ipynb #students-cell-008
-def trained(
-    e: Experiment, profile: Profile, results: Store, start, device: str
-) -> tuple:  # (model, record of the training, adapters or None)
-    "The student of an experiment after its recovery, in this process."
+def trained(e: Experiment, profile: Profile, results: Store, start, device: str) -> tuple:
+    "The recovered student of an experiment, the record of its training, and its adapters or None."
     config = settled(recovery_config(e, profile))
     teacher, processor = teacher_of(e.model, profile, device)
     plan, samples = plan_of(e, profile, results, device), training_of(e.model, profile)
