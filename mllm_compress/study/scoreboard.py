@@ -60,7 +60,7 @@ def shown_effect(record: dict) -> str:  # of `Verdict.record`
     if not record["average"]:
         return "–"
     of = [(p["average"]["value"], p["word"], name) for name, p in record["parts"].items()]
-    if not of and record["agree"]:
+    if not of and record.get("agree", True):
         return f"{statistics.Estimate(**record['average']):+1}"
     words, last = record["words"], len(record["words"]) - 1
     of = of or sorted((e["value"], words[at], at) for at, e in record["effects"].items())[::last]

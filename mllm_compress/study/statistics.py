@@ -8,6 +8,8 @@ __all__ = ['NORMAL', 'Estimate', 'summary', 'difference', 'paired', 'Verdict']
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-002
 import html
 import math
+import os
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -524,10 +526,10 @@ class Verdict:
             counts = ", ".join(f"{w} in {n}" for w, n in self.counts.items())
             return f"{counts} of {len(self.effects)} settings"
         words = {where: self.words.get(where, UNTESTED) for where in self.effects}
-        one = len({where.partition(" at ")[0] for where in words}) == 1  # model
-        short = {where: where.partition(" at ")[2] if one else where for where in words}
+        shared = re.match(r".*(?: at |, )|", os.path.commonprefix([*words]))[0]
+        short = {where: where.removeprefix(shared) for where in words}
         found = {word: [short[w] for w in words if words[w] == word] for word in self.counts}
-        return "; ".join(f"{w}{' at' if one else ':'} {', '.join(at)}" for w, at in found.items())
+        return "; ".join(f"{word} at {', '.join(at)}" for word, at in found.items())
 
     def sentence(self) -> str:
         "The verdict in words and numbers, with the interval of the average."
