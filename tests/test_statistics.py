@@ -195,4 +195,3 @@ def test_the_interval_of_a_crossing_covers_the_true_ratio():
         assert least < np.mean([e.low <= -12 <= e.high for e in grown]) <= 1
         assert np.mean([e.value for e in grown]) == pytest.approx(-12, abs=0.3)
     assert statistics.crossings(study_of(rng, 9.0, models="a").values()) == []
-    assert statistics.crossings([]) == []

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-002
+import re
 import textwrap
 
 import pandas as pd
@@ -65,7 +66,7 @@ def shown_effect(record: dict) -> str:  # of `Verdict.record`
     words, last = record["words"], len(record["words"]) - 1
     of = of or sorted((e["value"], words[at], at) for at, e in record["effects"].items())[::last]
     texts = (f"{v:+.1f} {statistics.SIGNS[w]} ({at.rpartition(' at ')[2]})" for v, w, at in of)
-    return "; ".join(texts)
+    return re.sub(r"(\d+ %) and (below|above)", r"\2 \1", "; ".join(texts))
 
 
 def scoreboard(

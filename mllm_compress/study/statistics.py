@@ -356,8 +356,7 @@ def scaled(e: Estimate, factor: float) -> Estimate:
     for low, high in (("low", "high"), ("floor", "top")):
         ends = sorted(factor * getattr(e, end) for end in (low, high))
         parts |= dict(zip((low, high), ends))
-    variances = {name: factor**2 * getattr(e, name) for name in ("questions", "spread")}
-    return replace(e, **parts, **variances)
+    return replace(e, **parts, **{n: factor**2 * getattr(e, n) for n in ("questions", "spread")})
 
 
 def change(small: list, large: list) -> Estimate:  # of Estimate, at small and at large ratios
@@ -527,8 +526,7 @@ class Verdict:
             return f"{counts} of {len(self.effects)} settings"
         words = {where: self.words.get(where, UNTESTED) for where in self.effects}
         shared = re.match(r".*(?: at |, )|", os.path.commonprefix([*words]))[0]
-        short = {where: where.removeprefix(shared) for where in words}
-        found = {word: [short[w] for w in words if words[w] == word] for word in self.counts}
+        found = {x: [w.removeprefix(shared) for w in words if words[w] == x] for x in self.counts}
         return "; ".join(f"{word} at {', '.join(at)}" for word, at in found.items())
 
     def sentence(self) -> str:
