@@ -65,7 +65,8 @@ def shown_effect(record: dict) -> str:  # of `Verdict.record`
         return f"{statistics.Estimate(**record['average']):+1}"
     words, last = record["words"], len(record["words"]) - 1
     of = of or sorted((e["value"], words[at], at) for at, e in record["effects"].items())[::last]
-    texts = (f"{v:+.1f} {statistics.SIGNS[w]} ({at.rpartition(' at ')[2]})" for v, w, at in of)
+    short = lambda at: re.sub(".* at |,.*", "", at)
+    texts = (f"{v:+.1f} {statistics.SIGNS[w]} ({short(at)})" for v, w, at in of)
     return re.sub(r"(\d+ %) and (below|above)", r"\2 \1", "; ".join(texts))
 
 

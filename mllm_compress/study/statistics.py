@@ -344,9 +344,8 @@ def crossings(effects: list) -> list:  # of Estimate of a model -> of (ratio, lo
     ends = ([getattr(e, end) for e in known] for end in ("low", "value", "high"))
     low, value, high = (np.interp(at, [e.ratio for e in known], end) for end in ends)
     changes, sure = at[1:][np.diff(value > 0)], at[(low > 0) | (high < 0)]
-    first = lambda change: max(sure[sure < change], default=-math.inf)
-    last = lambda change: min(sure[sure > change], default=math.inf)
-    return [(change, first(change), last(change)) for change in changes]
+    ends = lambda x: (max(sure[sure < x], default=-math.inf), min(sure[sure > x], default=math.inf))
+    return [(change, *ends(change)) for change in changes]
 
 
 def scaled(e: Estimate, factor: float) -> Estimate:
