@@ -344,8 +344,8 @@ def crossings(effects: list) -> list:  # of Estimate of a model -> of (ratio, lo
     ends = ([getattr(e, end) for e in known] for end in ("low", "value", "high"))
     low, value, high = (np.interp(at, [e.ratio for e in known], end) for end in ends)
     changes, sure = at[1:][np.diff(value > 0)], at[(low > 0) | (high < 0)]
-    ends = lambda x: (max(sure[sure < x], default=-math.inf), min(sure[sure > x], default=math.inf))
-    return [(change, *ends(change)) for change in changes]
+    first = lambda x: max(sure[sure < x], default=-math.inf)
+    return [(x, first(x), min(sure[sure > x], default=math.inf)) for x in changes]
 
 
 def scaled(e: Estimate, factor: float) -> Estimate:
