@@ -56,6 +56,7 @@ def _cost_without_weights(request: CostRequest) -> dict:
 
     model, ratio = request.model, 0.3 if request.ratio is None else request.ratio
     if request.memory:
+        request.refuse(["ratio", "stream"], "with --memory")
         frame = mc.cost.memory.memory_table(model)
         title = "GiB, estimated; training with the dense teacher loaded, one sample per pass"
         text, needs = cli.table_text(frame, ".2f"), frame.iloc[:, 5:].max().map(mc.cost.memory.fits)

@@ -132,6 +132,7 @@ IDLE = (  # option, whether a RecoveryConfig uses it, and where it does not
     ("temperature", lambda c: any("logits" in loss for loss in c.losses), "without a logits_kd"),
     ("hidden_layers", lambda c: "hidden_kd" in c.losses, "without hidden_kd"),
     ("patience", lambda c: c.held_out, "without held-out data"),
+    ("validation", lambda c: c.held_out, "without held-out data"),
 )
 
 # %% ../../nbs/library/cli/04_recovering.ipynb #cell-020
@@ -155,6 +156,9 @@ def recover(request: RecoverRequest) -> dict:
         raise ValueError(f"{name} is its own teacher: give the dense model it was pruned from.")
     cli.check_models(name, request.teacher)
     request.check_data()
+    if (validation := request.validation) is not None:  # a mistake in it, too, before loading
+        root = request.image_root or validation.parent
+        validation = mc.data.load_json(validation, root, request.skip_missing)
     student, processor = cli.load(name, device)
     plan = mc.pruning.PruningPlan.load(name / mc.checkpoint.formats.PLAN)
     options = request.with_defaults(options, student, processor, device)
@@ -168,14 +172,12 @@ def recover(request: RecoverRequest) -> dict:
     data = request.load_data(processor, request.scenes, teacher)
     template = request.template(processor, cli.has_chat(data))
     extras = dict(processor=processor, plan=plan, device=device, progress=cli.progress())
-    if request.validation:
-        root = request.image_root or request.validation.parent
-        extras["validation"] = mc.data.load_json(request.validation, root, request.skip_missing)
+    extras |= dict(validation=validation)
     result = train(request, folder, student, teacher, data, config, **extras)
     history, seconds = result.history, result.seconds
     settings = {k: v for k, v in asdict(config).items() if v is not None}
     record = {"name": data.name, "hash": data.hash, "samples": result.samples}
-    record |= {"validation": extras["validation"].hash} if request.validation else {}
+    record |= {"validation": validation.hash} if validation else {}
     record |= {"chat_template": template} if template else {}
     local = Path(request.teacher)
     about = {"teacher": local.name if local.exists() else request.teacher, "data": record}

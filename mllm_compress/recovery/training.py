@@ -439,9 +439,10 @@ def recover(
     if len(data) * (part := config.fraction * config.epochs) < 0.5:
         raise ValueError(f"{part:g} of {len(data)} samples is less than one sample: give more.")
     data = data.fraction(config.fraction, config.seed)
-    held_out = best_state.held_out_samples(entry_ids(data.samples), config.held_out)
-    if validation is not None:
-        if not held_out:
+    if validation is None:
+        held_out = best_state.held_out_samples(entry_ids(data.samples), config.held_out)
+    else:
+        if not config.held_out:
             raise ValueError("held_out=0 returns the last state: leave it out, or validation=.")
         few = as_data(validation)
         few = few.fraction(min(1.0, best_state.MOST_HELD_OUT / len(few)), config.seed)
