@@ -9,9 +9,7 @@ from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo import tiny_models
 
 
-def scene_numbers(
-    split: str,
-) -> list:
+def scene_numbers(split: str) -> list:
     "Objects and questions of three scenes, and the sum of each row of pixels."
     numbers = []
     for i in range(3):
@@ -24,17 +22,12 @@ def scene_numbers(
     return numbers
 
 
-def integers(
-    batch: dict,
-) -> dict:
+def integers(batch: dict) -> dict:
     "The integer tensors of a batch as lists; pixels are floats and depend on the platform."
     return {k: v.int().tolist() for k, v in sorted(batch.items()) if not torch.is_floating_point(v)}
 
 
-def batch_numbers(
-    turns: str,
-    **kwargs,
-) -> dict:
+def batch_numbers(turns: str, **kwargs) -> dict:
     "One batch of three scenes."
     data = scenes.scene_data(n=3)
     processor = tiny_models.tiny_processor("llava")
@@ -50,9 +43,7 @@ def calibration_numbers(design: str) -> list:
     return [integers(batch) for batch in drawn]
 
 
-def smoke_numbers(
-    family: str,
-) -> list:
+def smoke_numbers(family: str) -> list:
     "Shape and first values of every weight, rounded to three decimals."
     weights = tiny_models.tiny_model(family, layers=4).state_dict()
     if family == "bunny":  # SigLIP's is a truncated normal, which torch 2.8 draws in another way

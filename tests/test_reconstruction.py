@@ -175,6 +175,33 @@ def test_units_that_write_nothing_can_go_without_a_trace(case):
     assert logits(small, batches).allclose(logits(model, batches), rtol=1e-5, atol=1e-6)
 
 
+def with_copies(model):
+    "The last head group and half of the neurons of every layer become copies of others."
+    parts = anatomy(model)
+    layers = range(parts.num_layers)
+    for slot in (slot for i in layers for slot in parts.linears(i) if slot.axis == 0):
+        half = slot.units // 2
+        for unit in range(half, slot.units) if slot.kind == "neuron" else [slot.units - 1]:
+            rows = slot.index([unit])
+            other = slot.index([unit - half if slot.kind == "neuron" else 0])
+            for p in (p for p in (slot.module.weight, slot.module.bias) if p is not None):
+                p.data[rows] = p.data[other]
+    heads = {i: range(parts.groups(i) - 1) for i in layers}
+    neurons = {i: range(parts.neurons(i) // 2) for i in layers}
+    return model, make_plan(model, heads=heads, neurons=neurons)
+
+
+@pytest.mark.parametrize("case", ALL_CASES)
+def test_copies_are_recovered_exactly(case):
+    "The dense layer is linear in what stays: least squares must find it."
+    model, plan = with_copies(random_model(case))
+    batches, small = text_batches(), apply_plan(model, plan)
+    fitted = reconstruct(small, model, batches, plan, ridge=0.0)
+    dense = logits(model, batches)
+    assert not logits(small, batches).allclose(dense, rtol=1e-2)
+    assert logits(fitted, batches).allclose(dense, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_errors_fall_and_outputs_come_nearer(case):
     model, batches = random_model(case), text_batches(rows=12)

@@ -22,12 +22,7 @@ from mllm_compress.data.scenes import scene_data
 from mllm_compress.pruning.plans import plan_none
 from mllm_compress.recovery import training
 from mllm_compress.recovery.best_state import held_out_samples
-from mllm_compress.recovery.config import (
-    PAPER,
-    RecoveryConfig,
-    learning_rate,
-    run_identity,
-)
+from mllm_compress.recovery.config import PAPER, RecoveryConfig, learning_rate, run_identity
 from mllm_compress.recovery.states import SHARED_PREFIX, decoder_states, use_attention
 from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
 from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
@@ -90,9 +85,7 @@ def test_sft_equals_the_models_own_loss(run, pair, data):
 
 
 @pytest.mark.parametrize(
-    "losses",
-    [["logits_kd"], ["reverse_logits_kd"], ["hidden_kd", "logits_kd"]],
-    ids="+".join,
+    "losses", [["logits_kd"], ["reverse_logits_kd"], ["hidden_kd", "logits_kd"]], ids="+".join
 )
 def test_all_positions_equal_the_original(run, pair, data, losses):
     "The original's formulas on full sequences, padding included."
