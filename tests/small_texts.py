@@ -74,9 +74,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_language_model(
-    folder: Path,
-) -> Path:
+def write_language_model(folder: Path) -> Path:
     "A random Llama of six layers with that tokenizer, as a checkpoint."
     set_seed(0)
     config = LlamaConfig(

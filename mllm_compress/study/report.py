@@ -239,8 +239,6 @@ def write_experiments(profile: Profile) -> pd.DataFrame:  # as written
     complete = archive.exists() and set(before.result) == wanted
     if complete and path.stat().st_mtime_ns > newest:
         return before
-    if archive.exists():
-        store.unpack(archive, results)
     there = {name_of(e, profile): (e, result) for e, result in runs.stored(profile).items()}
     there = {name: there[name] for name in sorted(wanted & set(there))}
     used = [stage_keys(experiment, profile) for experiment, _ in there.values()]

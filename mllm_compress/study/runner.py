@@ -142,7 +142,9 @@ def take_in(path: Path, profile: str) -> None:
     before = len(results.keys("experiment"))
     taken = store.unpack(Path(path), results)
     n, new = sum(map(len, taken.values())), f"{len(taken['experiment'])} experiments"
-    print(f"{path}: {n} stages of {new} taken, {before} experiments were in the store.")
+    print(
+        f"{os.path.relpath(path)}: {n} stages of {new} taken, {before} experiments were in the store."
+    )
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-043
 def check_executor(executor: str, workers: int = 0) -> None:
@@ -187,6 +189,8 @@ def run_study(
     start, loaded = time.time(), load_profile(profile)
     publishing = patch_environment(**{notebooks.PUBLISH: "1" if publish else ""})
     with tempfile.TemporaryDirectory() as folder, publishing:
+        if (known := notebooks.figures_folder(loaded.name) / page.RESULTS).exists():
+            take_in(known, profile)
         plan = plan_study(profile, only, given)
         missing_inputs(loaded, required=True)
         experiments = experiments_of_plan(plan)
