@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from mllm_compress.data.batches import Collator
-from mllm_compress.data.instructions import load_json, turns
+from mllm_compress.data.instructions import from_rows, load_json, turns
+from mllm_compress.evaluation.benchmarks import own_benchmark
 
 
 def conversation(*said):
@@ -72,3 +73,16 @@ def test_real_layouts(tmp_path, tiny_llava, name, how):
     again = load_json(*on_disk(tmp_path, name))
     ids = lambda data: [e["id"] for e in data.fraction(0.5, 1).samples]
     assert ids(data) == ids(again) and data.hash == again.hash
+
+
+def test_hashes_see_stored_pictures(tmp_path):
+    hashes, names = set(), set()
+    entry = entry_of(1, "a.png", "<image>\nWhich colour?", "red")
+    (tmp_path / "e.json").write_text(json.dumps([entry]))
+    for colour in ("red", "blue", "red"):
+        picture = Image.new("RGB", (8, 8), colour)
+        picture.save(tmp_path / "a.png")
+        hashes |= {from_rows([entry | {"image": picture}]).hash}
+        hashes |= {load_json(tmp_path / "e.json", tmp_path).hash}
+        names.add(own_benchmark(tmp_path / "e.json").name)
+    assert len(hashes) == 4 and len(names) == 2

@@ -327,14 +327,6 @@ def test_validation_data_decide_in_place_of_a_part_of_the_data(run, data):
         run(how={"validation": data})
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 2}])
-def test_weights_between_start_and_end(run, pair, lora):
-    ends = [run(**SFT | TWO_STEPS, lora=lora, interpolate=share).model for share in (1.0, 0.25)]
-    for start, end, between in zip(pair[0].parameters(), *(model.parameters() for model in ends)):
-        torch.testing.assert_close(between, start.lerp(end, 0.25), rtol=1e-5, atol=1e-7)
-    assert weights_hash(pair[0]) != weights_hash(ends[0])
-
-
 def test_the_search_picks_the_best_rate_on_the_held_out_part(run):
     result = run(**HIDDEN, **WILD, lr="search")
     first, last = (result.search[result.search["round"] == i] for i in (0, 1))
@@ -448,7 +440,7 @@ SLOWLY = pytest.param("search", [], marks=pytest.mark.slow)  # killed in a trial
 @pytest.mark.parametrize("lr, left", [(1e-3, SAVED), SLOWLY])
 def test_killed_and_resumed_is_bit_identical(tmp_path, lr, left):
     lora = {"lora": {"r": 4, "lora_dropout": 0.1}, "held_out": 0.25, "patience": 9}
-    config = {"batch_size": 4, "epochs": 3, "lr": lr, "interpolate": 0.5} | lora
+    config = {"batch_size": 4, "epochs": 3, "lr": lr} | lora
     _, whole = process(tmp_path, name="whole.json", config=config)
     options = {"config": config, "folder": str(tmp_path / "run"), "save_every": 2}
     killed, nothing = process(tmp_path, **options, kill_at=5)
@@ -475,7 +467,7 @@ def test_fsdp(tmp_path):
     "The losses of one process; the same bits when killed and resumed; a whole model at the end."
     sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     config = {"batch_size": 4, "epochs": 2, "lr": 1e-3, "held_out": 0.2, "patience": 9}
-    options = {"config": config | {"interpolate": 0.5}, "n": 18}  # 14 are trained on
+    options = {"config": config, "n": 18}  # 14 are trained on
     sharded = options | {"fsdp": True, "trainer": {"fsdp": True, "fsdp_config": sharding}}
     _, one = process(tmp_path, name="one.json", **options)
     code, two = process(tmp_path, TWO, name="two.json", **sharded)

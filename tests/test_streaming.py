@@ -17,7 +17,6 @@ from test_refit_files import Peak
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import is_streamed
 from mllm_compress.cli.check import noise_batch
-from mllm_compress.cost.memory import streaming_table
 from mllm_compress.importance import block_influence, load_scores, width_importance
 from mllm_compress.importance.criteria import CRITERIA, Criterion, measure
 from mllm_compress.importance.scores import model_record
@@ -161,23 +160,6 @@ def test_one_layer_is_in_memory(tmp_path, method):
 def test_the_record_reads_a_few_numbers(pair, reads):
     dense, streamed = pair
     assert model_record(streamed) == model_record(dense) and not reads
-
-
-def test_cost_counts_the_bytes_that_are_read(pair, monkeypatch):
-    dense, streamed = pair
-    read, tensor, table = [0], FileModel.tensor, streaming_table(streamed).set_index("step")
-
-    def counting(source, name):
-        found = tensor(source, name)
-        read[0] += found.nbytes
-        return found
-
-    monkeypatch.setattr(FileModel, "tensor", counting)
-    for method in ("block_influence", "gauss_newton", "taylor"):
-        read[0] = 0
-        prunes = next(p for p, name in CRITERIA if name == method)
-        measure(prunes, method, streamed, calibration(streamed, 2))
-        assert table.read_gib[method] * 2**30 == read[0]
 
 
 # Bad input

@@ -38,9 +38,6 @@ class CostRequest(cli.Request):
     "Also measure seconds per prompt and per token."
     ratio: float | None = None
     "Show what pruning by this ratio would save; needs no weights."
-    stream: bool = False
-    """Show what scoring, pruning and refitting take while the weights stay in their files: weights
-    in memory at once, and bytes read."""
     memory: bool = False
     "Estimate the memory of a model of the study at each ratio, and the GPUs it fits on."
     units: cli.File | None = None
@@ -50,29 +47,24 @@ class CostRequest(cli.Request):
 
 
 def _cost_without_weights(request: CostRequest) -> dict:
-    "What pruning by a ratio saves, what each step takes with weights in files, or memory."
-    import torch
+    "What pruning by a ratio saves, or the memory that is needed."
     from transformers import AutoConfig
 
-    model, ratio = request.model, 0.3 if request.ratio is None else request.ratio
+    model, ratio = request.model, request.ratio
     if request.memory:
-        request.refuse(["ratio", "stream"], "with --memory")
+        request.refuse(["ratio"], "with --memory")
         frame = mc.cost.memory.memory_table(model)
         title = "GiB, estimated; training with the dense teacher loaded, one sample per pass"
         text, needs = cli.table_text(frame, ".2f"), frame.iloc[:, 5:].max().map(mc.cost.memory.fits)
         return cli.emit(f"{title}\n{text}\n{needs.to_string()}", {"GiB": cli.table_rows(frame)})
     folder = mc.zoo.models.native_folder(model) or Path(model)
+    if (folder / mc.checkpoint.formats.PLAN).is_file():
+        raise ValueError(f"{model} is pruned: give the dense model, or leave out --ratio.")
     present = (folder / "config.json").is_file()
     config = AutoConfig.from_pretrained(folder) if present else mc.zoo.releases.real_config(model)
-    if request.stream:
-        empty = mc.cost.arithmetic.without_weights(config, config.dtype or torch.bfloat16)
-        frame = mc.cost.memory.streaming_table(empty, ratio=ratio)
-        title = f"{model}, its weights in files; states and activations come on top"
-        text = cli.table_text(frame, ",.2f")
-    else:
-        frame = mc.cost.report.cost_by_ratio(config, ratio)
-        title = f"{model}, bfloat16, one picture and 64 words"
-        text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
+    frame = mc.cost.report.cost_by_ratio(config, ratio)
+    title = f"{model}, bfloat16, one picture and 64 words"
+    text = frame.set_index("pruning").T.to_string(float_format="{:,.2f}".format)
     facts = {"model": model, "ratio": ratio, "rows": cli.table_rows(frame)}
     return cli.emit(f"{title}\n{text}", facts)
 
@@ -92,9 +84,9 @@ def timed_units(model, processor):
 @cli.command(CostRequest)
 def cost(request: CostRequest) -> dict:
     "Count parameters, operations and bytes, and measure speed; --ratio needs the config alone."
-    if request.ratio is not None or request.stream or request.memory:
+    if request.ratio is not None or request.memory:
         with_weights = ["latency", "units", "device", "overwrite"]
-        request.refuse(with_weights, "with --ratio, --stream and --memory")
+        request.refuse(with_weights, "with --ratio and --memory")
         return _cost_without_weights(request)
     cli.check_output_file(request.units, request.overwrite, b'{\n "name": "latency"')
     cli.check_models(request.model)

@@ -164,7 +164,8 @@ def evaluate(request: EvaluateRequest) -> dict:
         defined = len(scored[0]) and scored[1].score.all()  # nothing is divided by 0
         percent = mc.evaluation.avg_percent(*scored) if defined else None
         facts |= {"avg_percent": percent, "dense": cli.table_rows(original)}
-        lines += [f"AVG-%: {percent:.2f}"] if defined else []
+        shown = original[["benchmark", "score", "low", "high", "n"]]
+        lines += [f"AVG-%: {percent:.2f}"] if defined else ["dense:", cli.table_text(shown, ".4g")]
         dense_scores = dict(zip(original.benchmark, original.score.round(3)))
         if looks and dense_answers is not None:
             grounding = mc.evaluation.grounding(dense_answers, small_answers)
@@ -251,7 +252,8 @@ def score_tables(dense: tuple, small: tuple, examples: int) -> dict:  # name -> 
     both["same"] = both.prediction_dense == both.prediction_small
     columns = ["benchmark", "prompt", "answer", "prediction_dense", "prediction_small"]
     answers = both.sort_values("same", kind="stable")[columns].head(examples)
-    return {"scores": scores} | ({} if table.empty else {"grounding": table}) | {"answers": answers}
+    shown = {"scores": scores} | ({} if table.empty else {"grounding": table})
+    return shown | ({"answers": answers} if examples else {})
 
 
 def compare_models(

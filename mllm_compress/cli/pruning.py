@@ -46,8 +46,8 @@ class CalibratedRequest(cli.DataRequest):
         of_own = self.samples or (512 if refit else 64)  # entries that the model answers
         draw = lambda data, n=of_own: mc.data.calibration.calibration_data(data, n, self.seed)
         needed = mc.pruning.reconstruction.enough_tokens(model) if refit else 20_000
+        template = self.template(processor, self.is_chat)  # before the model writes data with it
         data = self.load_data(processor, self.scenes, model, draw, needed)
-        template = self.template(processor, cli.has_chat(data))
         if self.samples is not None and self.samples > len(data):
             raise ValueError(
                 f"--samples is {self.samples}, but the data have only {len(data)} entries: give "
@@ -399,7 +399,10 @@ def prune(request: PruneRequest) -> dict:
             refit += f"behind the last layer from {fit['error_before']} to {fit['error_after']}."
         write = partial(mc.checkpoint.save_pruned, small, total)
     elif recipe.reconstruct:
-        facts["reconstruction"] = {"ridge": ridge or "chosen", "weights": "in files"}
+        facts["reconstruction"] = {
+            "weights": "in files",
+            "ridge": "chosen" if ridge is None else ridge,
+        }
         how = dict(stored=total, ridge=ridge)
         write = partial(mc.checkpoint.reconstruct_files, source, plan, batches, **how)
     else:

@@ -132,6 +132,7 @@ IDLE = (  # option, whether a RecoveryConfig uses it, and where it does not
     ("temperature", lambda c: any("logits" in loss for loss in c.losses), "without a logits_kd"),
     ("hidden_layers", lambda c: "hidden_kd" in c.losses, "without hidden_kd"),
     ("patience", lambda c: c.held_out, "without held-out data"),
+    ("warmup", lambda c: c.schedule != "constant", "with the schedule constant"),
     ("validation", lambda c: c.held_out, "without held-out data"),
 )
 
@@ -169,8 +170,8 @@ def recover(request: RecoverRequest) -> dict:
     if request.restart:
         shutil.rmtree(folder, ignore_errors=True)
     teacher, _ = cli.load(request.teacher, device)
+    template = request.template(processor, request.is_chat)
     data = request.load_data(processor, request.scenes, teacher)
-    template = request.template(processor, cli.has_chat(data))
     extras = dict(processor=processor, plan=plan, device=device, progress=cli.progress())
     extras |= dict(validation=validation)
     result = train(request, folder, student, teacher, data, config, **extras)

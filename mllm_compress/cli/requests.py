@@ -355,6 +355,11 @@ class DataRequest(ChatRequest):
         self.refuse(idle, f"on the data {self.data!r}")
         return self
 
+    @property
+    def is_chat(self) -> bool:
+        "Whether some entries are conversations."
+        return self.source == "small" or self.entries is not None and has_chat(self.entries)
+
     def check_data(self) -> None:
         "Raise an error if the data cannot be used, before a model is loaded."
         _ = self.entries
@@ -388,7 +393,8 @@ class DataRequest(ChatRequest):
         data = draw(data) if draw and data else data
         note(f"the dense model writes the data: {f'to {len(data)} entries' if data else 'texts'}.")
         options = dict(tokens=self.own_tokens or tokens, max_length=self.max_length)
-        key = [weights_hash(model), data and data.hash, options, str(processor)]
+        template = getattr(getattr(processor, "tokenizer", processor), "chat_template", None)
+        key = [weights_hash(model), data and data.hash, options, str(processor), template]
         make = lambda: mc.data.own_data(model, processor, data, progress=progress(), **options)
         entries = remembered("own", key, lambda: list(make().samples))
         root, images = (data.image_root, data.images) if data else (None, None)

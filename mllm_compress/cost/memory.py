@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'CARDS', 'peak_memory', 'answering_bytes', 'recovery_memory', 'pruned_on_meta', 'memory_table',
-           'fits', 'sample_operations', 'streaming_table']
+           'fits', 'sample_operations']
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-003
 import pandas as pd
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..anatomy.families import anatomy, count_parameters, lm_parameters
-from ..anatomy.streaming import PeakTensors, weight_names
+from ..anatomy.streaming import PeakTensors
 from ..anatomy.wrappers import CHECKPOINTING
 from . import arithmetic
 from ..importance.criteria import random_layers, random_scores
@@ -165,28 +165,3 @@ def sample_operations(
         distils = any(LOSSES[name].needs_teacher for name in recovery.losses)
         work = (2 + full + recovery.gradient_checkpointing) * work + distils * dense
     return int(work + sum(pictures.operations.values()))
-
-# %% ../../nbs/library/cost/02_memory.ipynb #streaming-cell-015
-def streaming_table(
-    model: PreTrainedModel,  # on the meta device
-    ratio: float = 0.3,  # of prune and reconstruct
-) -> pd.DataFrame:  # columns step, weights_gib (held at once), read_gib
-    "What each step on a model that stays in its files takes: weights held at once, and bytes read."
-    parts, item = anatomy(model), model.dtype.itemsize
-    sizes = {n: item * p.numel() for n, p in model.named_parameters(remove_duplicate=False)}
-    of = lambda part: sum(sizes[name] for name in weight_names(parts, part))
-    front, norm, head = of("vision") + of("front"), of("norm"), of("head")
-    layers = [of(i) for i in range(parts.num_layers)]
-    forward, widest = front + norm + sum(layers), max(layers)
-    total = sum(item * p.numel() for p in model.parameters())  # tied weights once
-    files = 2 * total - int(ratio * lm_parameters(model) * item)  # the dense, and the pruned
-    backward = max(front, widest, norm + head), forward + head + sum(layers)
-    steps = {
-        "block_influence": (max(front, widest), forward),
-        "gauss_newton": backward,
-        "taylor": backward,
-        "prune": (2 * max(sizes.values()), files),
-        "reconstruct": (max(front, 2 * widest), files + 2 * (front + sum(layers))),
-    }
-    rows = [(step, held / 2**30, read / 2**30) for step, (held, read) in steps.items()]
-    return pd.DataFrame(rows, columns=["step", "weights_gib", "read_gib"])

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'PAIRS', 'UNREAD', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front',
            'pictures_first', 'answers_of', 'read_entry', 'decoded', 'image_paths', 'turns', 'LazyEntries', 'entry_ids',
-           'has_image', 'white_values', 'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'as_data']
+           'has_image', 'white_values', 'in_rgb', 'read_image', 'picture_mark', 'InstructionData', 'load_json',
+           'from_rows', 'as_data']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -17,11 +18,12 @@ import re
 import struct
 import sys
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -415,6 +417,19 @@ def read_image(
     return in_rgb(picture)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-026
+def picture_mark(
+    source,  # path, bytes of a file, or PIL image
+) -> list:  # [bytes, checksum]
+    "Size and checksum of a stored picture; of a file, the checksum of its first 64 KB."
+    if isinstance(source, Path):
+        if not source.is_file():
+            return [0, 0]
+        with open(source, "rb") as file:
+            return [source.stat().st_size, zlib.crc32(file.read(2**16))]
+    stored = source.tobytes() if isinstance(source, Image.Image) else source
+    return [len(stored), zlib.crc32(stored)]
+
+
 @dataclass(eq=False, repr=False)
 class InstructionData(torch.utils.data.Dataset):
     "LLaVA entries with their images, opened on demand."
@@ -473,8 +488,11 @@ class InstructionData(torch.utils.data.Dataset):
 
     @cached_property
     def hash(self) -> str:
-        "16 hexadecimal digits that depend on every entry."
+        "16 hexadecimal digits that depend on every entry, and on stored pictures."
         text = json.dumps(list(self.samples), sort_keys=True, default=str)
+        if self.images is None or isinstance(self.images, partial):  # or the entry says all
+            marks = [picture_mark(s) for i in range(len(self)) for s in self.stored(i)]
+            text += json.dumps(marks) if marks else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-029
@@ -530,6 +548,10 @@ def _row_pictures(row: dict) -> list:  # of PIL images, or bytes
     return pictures
 
 
+def _of_row(rows, entry: dict) -> list:
+    return _row_pictures(rows[entry["row"]])
+
+
 def from_rows(
     rows,  # a data set of the `datasets` package, or any sequence of dicts
     name: str = "rows",
@@ -547,7 +569,7 @@ def from_rows(
             yield row | ({"image": names if names[1:] else f"row-{number}"} if names else {})
 
     entries = _entries(named(), name, answered)
-    return InstructionData(entries, images=lambda e: _row_pictures(rows[e["row"]]), name=name)
+    return InstructionData(entries, images=partial(_of_row, rows), name=name)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #as_data-code
 def as_data(

@@ -51,6 +51,8 @@ def score_interval(
     "The 95 % interval of a score: Wilson's for proportions, else bootstrap percentiles."
     if is_proportion(worth):
         low, high, method = *wilson(worth.worth.sum(), len(worth)), "wilson"
+    elif len(worth) < 2:  # whose spread is not known
+        low, high, method = np.nan, np.nan, ""
     else:
         draws = bootstrap(worth.worth.to_numpy(), worth.stratum.to_numpy())
         low, high = np.quantile(draws, TAILS)

@@ -171,7 +171,7 @@ class PruningPlan:
         ratio, reached = self.requested_ratio, self.meta.get("achieved_budget", {})
         requested = "" if ratio is None else f"requested {ratio:.1%}, "
         for name, share in self.meta.get("budget", {}).items():
-            requested += f"{name} {reached.get(name, share):.1%} of {share:.1%} allowed, "
+            requested += f"{name} {reached.get(name, share):.1%} of {share:.1%} requested, "
         return (
             f"{self.method} plan ({self.shape}) for {self.model_type}: {requested}"
             f"achieved {self.achieved_ratio:.1%} of the LM decoder, "

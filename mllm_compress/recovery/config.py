@@ -49,7 +49,6 @@ class RecoveryConfig:
     gradient_checkpointing: described(bool, "Recompute activations, to save memory.") = False
     held_out: described(float, "Part held out to find the best state; 0: none.", ge=0, lt=1) = 0.1
     patience: described(Count, "Stop after so many evaluations without a better state.") = 4
-    interpolate: described(float, "Weights from the start (0) to the end (1).", gt=0, le=1) = 1.0
 
     def __post_init__(self):
         from mllm_compress.recovery.losses import HIDDEN_LAYERS, TRAINS, check_losses
@@ -97,7 +96,6 @@ def run_identity(
 ) -> dict:
     "What determines a run: all options, but those added later only where they are used."
     later = () if values["held_out"] else ("held_out", "patience")
-    later += ("interpolate",) if values["interpolate"] == 1 else ()
     return {name: value for name, value in values.items() if name not in later}
 
 # %% ../../nbs/library/recovery/02_config.ipynb #cell-013

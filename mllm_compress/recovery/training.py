@@ -311,18 +311,14 @@ class RecoveryResult:
     best_step: int | None = None  # whose state the model is; 0: the student as it was given
     looks: pd.DataFrame | None = None  # step and MEASURES of every look at the held-out part
     search: pd.DataFrame | None = None  # round, lr, steps, seconds and look of every trial
-    interpolate: float = 1.0  # how far the weights are moved from the start to that state
 
     def __str__(self):
-        lines, mixed, last = [], [], int(self.history.step.iloc[-1])
+        lines, last = [], int(self.history.step.iloc[-1])
         if self.search is not None:
             steps, seconds = self.search.steps.sum(), self.search.seconds.sum()
             lines.append(f"learning rate {self.lr:.2g}, found in {steps} steps, {seconds:.0f} s")
-        if self.best_step and self.interpolate < 1:
-            way = f"{self.interpolate:g} of the way from the start to that state"
-            mixed.append(f"weights interpolated: {way}")
         if self.looks is None:
-            return "\n".join([*lines, f"the state after the last of {last} steps", *mixed])
+            return "\n".join([*lines, f"the state after the last of {last} steps"])
         start, best = (self.looks[self.looks.step == step].iloc[0] for step in (0, self.best_step))
         loss, before = f"{best.held_out_loss:.4g}", f"{start.held_out_loss:.4g}"
         if self.looks.held_out_score.any():
@@ -330,8 +326,8 @@ class RecoveryResult:
             before += f" and {start.held_out_score:.1%}"
         kept = f"the state after step {self.best_step} of {last}: held-out loss {loss}"
         if not self.best_step:
-            kept = f"no state of {last} steps was better than the start, which is returned"
-        return "\n".join([*lines, f"{kept} (start: {before})", *mixed])
+            kept = f"no state of {last} steps was surely better than the start, which is returned"
+        return "\n".join([*lines, f"{kept} (start: {before})"])
 
 # %% ../../nbs/library/recovery/05_training.ipynb #cell-013
 def training_arguments(
@@ -561,9 +557,6 @@ def recover(
         seconds = time.perf_counter() - trained_from
     best = best_state.best_look(run.looks)["step"] if held_out else run.state.global_step
     model = run.student.model if best else trainable().to(args.device)
-    if best and config.interpolate < 1:  # of LoRA, whose B is zero at the start, B alone
-        for (name, p), start in zip(model.named_parameters(), trainable().parameters()):
-            p.data.lerp_(start.data.to(p), 0 if "lora_A" in name else 1 - config.interpolate)
     adapters = None
     if config.lora:
         state = get_peft_model_state_dict(model)
@@ -580,5 +573,4 @@ def recover(
         best,
         pd.DataFrame(run.looks) if held_out else None,
         search,
-        config.interpolate,
     )

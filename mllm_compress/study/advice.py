@@ -135,6 +135,7 @@ def say(row) -> str:  # a row of the table
 
 def say_ties(rows: pd.DataFrame) -> str:  # of one situation
     "A sentence that compares the best setting with the others."
+    rows = rows[~rows.apply(say, axis=1).duplicated()]  # alike but for the data of their scores
     if len(rows) == 1:
         return "Nothing else that fits was studied."
     second, low_cost = rows.iloc[1], cheapest(rows)
@@ -214,8 +215,7 @@ def answer(table: pd.DataFrame, model: str, ratio: float, data: float, training:
         say_warnings(here, ratio, data, training),
         say_published(paper_name(model, table), ratio, training),
     ]
-    text = " ".join(part for part in parts if part)
-    return Advice(best[SETTING].to_dict(), text, here[SHOWN], best.profile)
+    return Advice(best[SETTING].to_dict(), " ".join(filter(None, parts)), here[SHOWN], best.profile)
 
 # %% ../../nbs/library/study/31_advice.ipynb #cell-061
 def advise(

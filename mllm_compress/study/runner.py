@@ -142,9 +142,7 @@ def take_in(path: Path, profile: str) -> None:
     before = len(results.keys("experiment"))
     taken = store.unpack(Path(path), results)
     n, new = sum(map(len, taken.values())), f"{len(taken['experiment'])} experiments"
-    print(
-        f"{os.path.relpath(path)}: {n} stages of {new} taken, {before} experiments were in the store."
-    )
+    print(f"{path}: {n} stages of {new} taken, {before} experiments were in the store.")
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-043
 def check_executor(executor: str, workers: int = 0) -> None:
@@ -190,7 +188,7 @@ def run_study(
     publishing = patch_environment(**{notebooks.PUBLISH: "1" if publish else ""})
     with tempfile.TemporaryDirectory() as folder, publishing:
         if (known := notebooks.figures_folder(loaded.name) / page.RESULTS).exists():
-            take_in(known, profile)
+            take_in(Path(os.path.relpath(known)), profile)
         plan = plan_study(profile, only, given)
         missing_inputs(loaded, required=True)
         experiments = experiments_of_plan(plan)
