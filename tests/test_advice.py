@@ -112,6 +112,8 @@ def test_a_tie_must_be_shown(ask):
     sure = seeds([made("layerwise", 0.3, 0.95, "sft", 0.05)] * 3)
     given = ask(rows=[made(), *sure, *wide], ratio=0.3)
     assert given.rows.open.tolist() == [False, True] and "not shown to be more than" in given.text
+    same = [made("layerwise", 0.3, 0.9), made("layerwise", 0.3, 0.8, calibration="first 9")]
+    assert "Nothing else that fits" in ask(rows=[made(), *same], ratio=0.3).text
 
 
 def test_a_pruning_that_was_tried_alone(ask):

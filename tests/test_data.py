@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from mllm_compress.data.batches import Collator
-from mllm_compress.data.instructions import from_rows, load_json, turns
+from mllm_compress.data import Collator, from_rows, load_json, scene_data, turns
+from mllm_compress.data.scenes import mix
 from mllm_compress.evaluation.benchmarks import own_benchmark
 
 
@@ -76,13 +76,11 @@ def test_real_layouts(tmp_path, tiny_llava, name, how):
 
 
 def test_hashes_see_stored_pictures(tmp_path):
-    hashes, names = set(), set()
-    entry = entry_of(1, "a.png", "<image>\nWhich colour?", "red")
+    entry, seen = entry_of(1, "a.png", "<image>\nWhich colour?", "red"), set()
     (tmp_path / "e.json").write_text(json.dumps([entry]))
     for colour in ("red", "blue", "red"):
-        picture = Image.new("RGB", (8, 8), colour)
-        picture.save(tmp_path / "a.png")
-        hashes |= {from_rows([entry | {"image": picture}]).hash}
-        hashes |= {load_json(tmp_path / "e.json", tmp_path).hash}
-        names.add(own_benchmark(tmp_path / "e.json").name)
-    assert len(hashes) == 4 and len(names) == 2
+        (picture := Image.new("RGB", (8, 8), colour)).save(tmp_path / "a.png")
+        read = from_rows([entry | {"image": picture}]), load_json(tmp_path / "e.json", tmp_path)
+        read += read[0].fraction(1.0), mix(read[1], scene_data("train", 1))
+        seen |= {d.hash for d in read} | {own_benchmark(tmp_path / "e.json").name}
+    assert len(seen) == 8

@@ -128,13 +128,14 @@ def test_a_model_writes_its_own_data(here):
     data = facts("show", "free")["provenance"][-1]["data"]
     assert data["samples"] == 3  # of up to 128 tokens
     Path("chat.json").write_text(json.dumps([{"question": "Why?"}, {"question": "Who?"}]))
-    Path("t.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    chat = ("--data", "self:chat.json", "--samples", 2, "--chat-template", "t.jinja")
+    Path("t.txt").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    chat = ("--data", "self:chat.json", "--samples", 2, "--chat-template", "t.txt")
     said = run("prune", "lm", "-o", "told", "--ratio", 0.3, *chat, "--method", "taylor")
-    assert said.index("template t.jinja") < said.index("the dense model writes")
+    assert said.index("template t.txt") < said.index("the dense model writes")
     said = run("prune", "lm", "-o", "own", "--ratio", 0.3, "--data", "self")
     used = facts("show", "own")["provenance"][0]["calibration"]
     assert used["samples"] > 200 and f" {used['tokens']:,} tokens" in said and "kind" not in said
+    assert "dense:" in run("evaluate", "own", "--data", "t.txt", "--dense", "lm")
 
 
 def test_checkpoints_of_another_run_are_not_mixed_in(here):

@@ -40,6 +40,7 @@ def test_bootstrap_keeps_strata_apart():
 def test_interval_method_follows_the_kind_of_score():
     assert S.score_interval(units([1, 0, 1, 1]))[2] == "wilson"
     assert S.score_interval(units([1, 0, 0.25, 1]))[2] == "bootstrap"
+    assert np.isnan(S.score_interval(units([0.25]))[:2]).all()
     assert S.score_interval(units([1, 0, 1, 1], ["a", "a", "b", "b"]), 200)[2] == "bootstrap"
 
 

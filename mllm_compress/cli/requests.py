@@ -18,6 +18,7 @@ import time
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
@@ -397,8 +398,8 @@ class DataRequest(ChatRequest):
         key = [weights_hash(model), data and data.hash, options, str(processor), template]
         make = lambda: mc.data.own_data(model, processor, data, progress=progress(), **options)
         entries = remembered("own", key, lambda: list(make().samples))
-        root, images = (data.image_root, data.images) if data else (None, None)
-        return mc.data.InstructionData(entries, root, images, self.data)
+        data = data or mc.data.InstructionData([])
+        return replace(data, samples=entries, name=self.data)
 
 
 def has_chat(data) -> bool:

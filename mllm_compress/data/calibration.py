@@ -8,6 +8,7 @@ __all__ = ['CALIBRATION_VERSION', 'UNKNOWN', 'DESIGNS', 'answer_form', 'question
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-004
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 
@@ -81,8 +82,7 @@ def calibration_data(
             used[pair[0]] += 1
             drawn.append(pair)
     entries = [one_question(dataset.samples[i], k) for i, k in drawn]
-    name = f"{dataset.name}@{seed}"
-    return instructions.InstructionData(entries, dataset.image_root, dataset.images, name)
+    return replace(dataset, samples=entries, name=f"{dataset.name}@{seed}")
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-019
 def one_question(entry: dict, k: int) -> dict:

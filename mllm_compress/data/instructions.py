@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'PAIRS', 'UNREAD', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front',
            'pictures_first', 'answers_of', 'read_entry', 'decoded', 'image_paths', 'turns', 'LazyEntries', 'entry_ids',
-           'has_image', 'white_values', 'in_rgb', 'read_image', 'picture_mark', 'InstructionData', 'load_json',
-           'from_rows', 'as_data']
+           'has_image', 'white_values', 'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'as_data']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -22,8 +21,8 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -417,10 +416,10 @@ def read_image(
     return in_rgb(picture)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-026
-def picture_mark(
+def _mark(
     source,  # path, bytes of a file, or PIL image
 ) -> list:  # [bytes, checksum]
-    "Size and checksum of a stored picture; of a file, the checksum of its first 64 KB."
+    "Size and checksum of a picture; of a file, the checksum of its first 64 KB."
     if isinstance(source, Path):
         if not source.is_file():
             return [0, 0]
@@ -438,6 +437,7 @@ class InstructionData(torch.utils.data.Dataset):
     image_root: str | Path | None = None  # folder that the entries' image paths start from
     images: Callable | None = None  # or entry -> its picture or a list: PIL images, or file bytes
     name: str = "data"
+    fixed: bool = False  # pictures follow from the entries: drawn, or files of a package
 
     def __len__(self):
         return len(self.samples)
@@ -484,14 +484,14 @@ class InstructionData(torch.utils.data.Dataset):
         order = np.argsort(np.array(rank, dtype="S32"), kind="stable")
         kept = sorted(order[: max(1, math.ceil(fraction * len(names)))])
         name = f"{self.name}[{fraction:g}@{seed}]"
-        return InstructionData([self.samples[i] for i in kept], self.image_root, self.images, name)
+        return replace(self, samples=[self.samples[i] for i in kept], name=name)
 
     @cached_property
     def hash(self) -> str:
-        "16 hexadecimal digits that depend on every entry, and on stored pictures."
+        "16 hexadecimal digits that depend on every entry, and on pictures that are not fixed."
         text = json.dumps(list(self.samples), sort_keys=True, default=str)
-        if self.images is None or isinstance(self.images, partial):  # or the entry says all
-            marks = [picture_mark(s) for i in range(len(self)) for s in self.stored(i)]
+        if not self.fixed:
+            marks = [_mark(s) for i in range(len(self)) for s in self.stored(i)]
             text += json.dumps(marks) if marks else ""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -548,10 +548,6 @@ def _row_pictures(row: dict) -> list:  # of PIL images, or bytes
     return pictures
 
 
-def _of_row(rows, entry: dict) -> list:
-    return _row_pictures(rows[entry["row"]])
-
-
 def from_rows(
     rows,  # a data set of the `datasets` package, or any sequence of dicts
     name: str = "rows",
@@ -569,7 +565,7 @@ def from_rows(
             yield row | ({"image": names if names[1:] else f"row-{number}"} if names else {})
 
     entries = _entries(named(), name, answered)
-    return InstructionData(entries, images=partial(_of_row, rows), name=name)
+    return InstructionData(entries, images=lambda e: _row_pictures(rows[e["row"]]), name=name)
 
 # %% ../../nbs/library/data/01_instructions.ipynb #as_data-code
 def as_data(

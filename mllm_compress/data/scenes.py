@@ -307,6 +307,7 @@ def scene_data(
         LazyEntries(ids, make),
         images=lambda e: image(e["scene"], e["split"]),
         name=f"scenes-{split}",
+        fixed=True,
     )
 
 # %% ../../nbs/library/data/02_scenes.ipynb #small-sets-cell-011
@@ -326,7 +327,7 @@ def easy_vqa(
     for i, asked in pairs.items():
         types = [f"easy-vqa/{kind(answer)}" for _, answer in asked]
         samples.append(entry(f"easy-{split}-{i}", Path(paths[i]).name, asked, types=types))
-    return InstructionData(samples, root, name=f"easy-vqa-{split}")
+    return InstructionData(samples, root, name=f"easy-vqa-{split}", fixed=True)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #small-sets-cell-013
 def mix(*parts: InstructionData) -> InstructionData:
@@ -342,7 +343,8 @@ def mix(*parts: InstructionData) -> InstructionData:
     images = lambda entry: parts[entry["place"][0]].pictures(entry["place"][1])
     ids = [name for part in parts for name in entry_ids(part.samples)]
     name = "+".join(part.name for part in parts)
-    return InstructionData(LazyEntries(ids, make), images=images, name=name)
+    known = dict(name=name, fixed=all(part.fixed for part in parts))
+    return InstructionData(LazyEntries(ids, make), images=images, **known)
 
 # %% ../../nbs/library/data/02_scenes.ipynb #small-sets-cell-015
 def small_data(

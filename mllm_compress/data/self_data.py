@@ -6,6 +6,8 @@
 __all__ = ['written', 'own_data']
 
 # %% ../../nbs/library/data/05_self_data.ipynb #cell-003
+from dataclasses import replace
+
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -73,7 +75,7 @@ def own_data(
     else:
         places = [(i, k) for i, e in enumerate(data.samples) for k in range(len(turns(e)))]
         entries = [one_question(data.samples[i], k) for i, k in places]
-        asked = InstructionData(entries, data.image_root, data.images)
+        asked = replace(data, samples=entries)
         collate = Collator(processor, asked, turns="sequential")
         for i, entry in enumerate(entries):
             if is_chat := "conversations" in entry:  # it may have no answer to begin with
@@ -115,4 +117,4 @@ def own_data(
             "and its chat template (--chat-template), or give data with answers."
         )
     name = "own" if data is None else f"{data.name}, own"
-    return InstructionData(list(entries.values()), asked.image_root, asked.images, name)
+    return replace(asked, samples=list(entries.values()), name=name)

@@ -28,10 +28,9 @@ from PIL import Image
 
 from ..data import load_json, scenes, turns
 from ..data.batches import pictures_amid
-from ..data.instructions import IMAGE, answers_of, picture_mark, read_image
+from ..data.instructions import IMAGE, answers_of, read_image
 from .scorers import LETTERS
 from ..utils.files import content_hash
-from ..utils.files import sha256 as file_sha256
 from ..utils.methods import check_choice, unknown_choice
 
 # %% ../../nbs/library/evaluation/01_benchmarks.ipynb #cell-005
@@ -345,14 +344,10 @@ def own_benchmark(
     path = Path(path)
     root = Path(image_root) if image_root else path.parent
     load = partial(own_questions, path, root, scorer, skip_missing=skip_missing)
-    questions = load()
-    help = f"{len(questions)} questions of {path.name}."
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
-    digest = "".join(map(file_sha256, files))
-    marks = [picture_mark(picture.data) for q in questions for picture in q.images]
-    asked = [digest, scorer] + [len(questions)] * skip_missing + [marks] * bool(marks)
-    name = f"own/{path.stem}-{content_hash(asked)[:6]}"
-    row = Benchmark(name, scorer, load, max_new_tokens, help=help, source=digest)
+    about = dict(help=f"{len(load())} questions of {path.name}.")
+    about["source"] = load_json(path, root, skip_missing).hash
+    name = f"own/{path.stem}-{content_hash([about['source'], scorer])[:6]}"
+    row = Benchmark(name, scorer, load, max_new_tokens, **about)
     register_benchmarks([row])
     return row
 

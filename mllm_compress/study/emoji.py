@@ -280,8 +280,8 @@ def emoji_data(
         types = [f"emoji/{q['type']}" for q in questions]
         return entry(ids[i], ids[i], pairs, places=questions[0]["places"], types=types)
 
-    picture = lambda e: draw_picture(e["places"])
-    return InstructionData(LazyEntries(ids, make), images=picture, name=f"emoji-{part}")
+    drawn = dict(images=lambda e: draw_picture(e["places"]), fixed=True)
+    return InstructionData(LazyEntries(ids, make), name=f"emoji-{part}", **drawn)
 
 # %% ../../nbs/library/study/51_emoji.ipynb #cell-029
 def type_questions(
