@@ -343,7 +343,7 @@ class DataRequest(ChatRequest):
             raise FileNotFoundError(f"There is no folder {self.image_root}: check --image-root.")
         root = self.image_root or Path(self.source).parent
         entries = mc.data.load_json(self.source, root, self.skip_missing, answered=not self.is_own)
-        detail(f"{len(entries)} entries of {self.source}, hash {entries.hash}")
+        detail(f"{len(entries)} entries of {self.source}")  # their hash would read every picture
         return entries
 
     @model_validator(mode="after")
