@@ -54,10 +54,6 @@ def test_losses(name, update_golden):
     check_golden("loss", name, loss.version, numbers, update_golden, LOSS_TABLE)
 
 
-def test_no_stale_losses(update_golden):
-    check_no_stale("loss", LOSSES, update_golden)
-
-
 @pytest.fixture(scope="module")
 def curve(tiny_llava):
     "Three steps of a recovery with some options; the loss and its terms at every step."
@@ -85,10 +81,6 @@ def test_loss_curves(name, curve, update_golden):
     check_golden("recovery", name, RECOVERY_VERSION, curve(**CONFIGS[name]), update_golden, LOOP)
 
 
-def test_no_stale_loss_curves(update_golden):
-    check_no_stale("recovery", CONFIGS, update_golden)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_curve_of_a_loss(name, curve, update_golden):
     version = [RECOVERY_VERSION, LOSSES[name].version]
@@ -96,8 +88,9 @@ def test_the_curve_of_a_loss(name, curve, update_golden):
     check_golden("loss curve", name, version, numbers, update_golden, ROW_OR_LOOP)
 
 
-def test_no_stale_curves_of_losses(update_golden):
-    check_no_stale("loss curve", LOSSES, update_golden)
+@pytest.mark.parametrize("kind", ["loss", "recovery", "loss curve"])
+def test_no_golden_value_is_stale(kind, update_golden):
+    check_no_stale(kind, CONFIGS if kind == "recovery" else LOSSES, update_golden)
 
 
 def test_a_new_loss_moves_no_golden_number_and_no_key(curve, monkeypatch):

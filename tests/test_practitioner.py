@@ -135,6 +135,9 @@ def test_a_model_writes_its_own_data(here):
     said = run("prune", "lm", "-o", "own", "--ratio", 0.3, "--data", "self")
     used = facts("show", "own")["provenance"][0]["calibration"]
     assert used["samples"] > 200 and f" {used['tokens']:,} tokens" in said and "kind" not in said
+    said = run("recover", "own", "--teacher", "lm", "-o", "kd", *chat[:2], *chat[4:])
+    config = facts("show", "kd")["provenance"][-1]["config"]
+    assert "outputs" in said and (config["losses"], config["lr"]) == ({"logits_kd": 1.0}, 1e-4)
     assert "dense:" in run("evaluate", "own", "--data", "t.txt", "--dense", "lm")
 
 

@@ -26,10 +26,7 @@ def test_wilson_solves_its_equation(n, share):
             half = 1.959964 * np.sqrt(bound * (1 - bound) / n)
             assert abs(bound - right / n) == pytest.approx(half, rel=1e-4)
     assert S.wilson(right, n)[0] <= right / n <= S.wilson(right, n)[1]
-
-
-def test_wilson_ends():
-    assert S.wilson(0, 5)[0] == 0 and S.wilson(5, 5)[1] == 1
+    assert S.wilson(0, n)[0] == 0 and S.wilson(n, n)[1] == 1
 
 
 def test_bootstrap_keeps_strata_apart():

@@ -162,6 +162,6 @@ def sample_operations(
     work = dense - 2 * tokens * ratio * arithmetic.closed_parameters(config)["lm"]
     if recovery is not None:
         full = recovery.train == "projector+lm" and not recovery.lora
-        distils = any(LOSSES[name].needs_teacher for name in recovery.losses)
+        distils = any(LOSSES[name].needs_teacher for name in recovery.losses or ["logits_kd"])
         work = (2 + full + recovery.gradient_checkpointing) * work + distils * dense
     return int(work + sum(pictures.operations.values()))

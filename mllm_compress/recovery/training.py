@@ -419,10 +419,11 @@ def recover(
     validation=None,  # as data, of the later use: decides on the state in place of a part of data
 ) -> RecoveryResult:  # ValueError where models, data and config do not fit; NonFiniteLoss
     "Train a pruned student back with SFT, distillation, or both."
-    config = settled(config if isinstance(config, RecoveryConfig) else config_from_dict(config))
+    reconstructed = getattr(student.config, MARK, None) is not None
+    config = config if isinstance(config, RecoveryConfig) else config_from_dict(config)
+    config = settled(config, reconstructed)
     check_counts(save_every=save_every)
     steps.check_pair(student, teacher, config, plan)
-    reconstructed = getattr(student.config, MARK, None) is not None
     rate = learning_rate(config, reconstructed=reconstructed)
     source = teacher if teacher is not None else student
     if processor is None:
