@@ -1,10 +1,11 @@
 """What calibration must cover: SmolLM2-135M after pruning, by tokens and kinds of text.
 
 Nothing is trained. Windows of 128 tokens without padding, as many of each kind; scores by
-Gauss-Newton on at most `--scores` tokens of them, one ranking over all layers, and the refit on
-all. Two texts are foreign to all calibration sets: an installation manual and licences.
+Gauss-Newton on the first of them, one ranking over all layers, and the refit on all that `--refit`
+asks for. Two texts are foreign to all calibration sets: an installation manual and licences.
+`own` is what the model writes with nothing before it. Rows that the table has are not run again.
 
-    python bench/calibration.py [--ratio 0.3] [--tokens 4096 16384] [--windows 16] [--seed 0]
+    python bench/calibration.py [--sets four] [--refit 4096 16384] [--scores 4096] [--seed 0]
 """
 
 import argparse
@@ -13,6 +14,7 @@ import math
 import random
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -20,15 +22,18 @@ import pandas as pd
 import torch
 from machine import facts, text
 
+from mllm_compress.data.self_data import own_data
 from mllm_compress.importance.gauss_newton import gauss_newton
 from mllm_compress.pruning import apply_plan, plan_widthwise, reconstruct
 from mllm_compress.study.texts import documents
 
 OUT = Path(__file__).resolve().parent.parent / "figures" / "bench" / "calibration.csv"
+WHAT = ("calibration", "score_tokens", "refit_tokens")  # differs between rows
 SETS = {
-    1: ("quotes",),
-    2: ("quotes", "docstrings"),
-    4: ("quotes", "glosses", "docstrings", "reference"),
+    "one": ("quotes",),
+    "two": ("quotes", "docstrings"),
+    "four": ("quotes", "glosses", "docstrings", "reference"),
+    "own": ("own",),
 }
 TESTS = ("quotes", "docstrings", "technical", "licences")  # the last two in no set
 LICENCES = Path("/usr/share/common-licenses")
@@ -65,10 +70,15 @@ def texts(kind: str, part: str) -> list:
     return [d for k, d in enumerate(docstrings()) if (k % 10 == 0) == (part == "test")]
 
 
-def windows(tokenizer, kind: str, part: str, count: int, seed: int) -> torch.Tensor:
+def windows(model, tokenizer, kind: str, part: str, count: int, seed: int) -> torch.Tensor:
     "[count, 128] tokens of shuffled texts, one behind the other."
-    drawn, ids = texts(kind, part), []
-    random.Random(seed).shuffle(drawn)
+    if kind == "own":
+        wanted = dict(tokens=2 * count * text.WINDOW, length=text.WINDOW, batch_size=64, seed=seed)
+        drawn = [e["text"] for e in own_data(model, tokenizer, **wanted).samples]
+    else:
+        drawn = texts(kind, part)
+        random.Random(seed).shuffle(drawn)
+    ids = []
     for one in drawn:
         ids += tokenizer(one + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= count * text.WINDOW:
@@ -77,58 +87,82 @@ def windows(tokenizer, kind: str, part: str, count: int, seed: int) -> torch.Ten
 
 
 @torch.no_grad()
-def perplexity(model, held: torch.Tensor) -> float:
-    total = 0.0
-    for part in held.split(8):
-        logits = model(part, use_cache=False).logits[:, :-1].flatten(0, 1)
-        target = part[:, 1:].flatten()
-        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
-    return math.exp(total / held[:, 1:].numel())
+def judged(model, held: dict) -> dict:  # kind -> [windows, tokens]
+    "Perplexity, and the share of tokens that are the most likely ones (%), of each kind."
+    row = {}
+    for kind, tokens in held.items():
+        loss, right = 0.0, 0
+        for part in tokens.split(8):
+            logits = model(part, use_cache=False).logits[:, :-1].flatten(0, 1)
+            target = part[:, 1:].flatten()
+            loss += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+            right += (logits.argmax(-1) == target).sum().item()
+        count = tokens[:, 1:].numel()
+        row[f"perplexity_{kind}"] = round(math.exp(loss / count), 2)
+        row[f"right_{kind}"] = round(100 * right / count, 2)
+    return row
 
 
-def rows(options):
-    "Yields a row for the dense model, and one for each set and number of tokens."
+def rows(options, known: pd.DataFrame):
+    "Yields a row for the dense model, and one for each set and pair of numbers of tokens."
     model, tokenizer = text.load()
-    held = {k: windows(tokenizer, k, "test", options.windows, options.seed) for k in TESTS}
-    judged = lambda m: {f"perplexity_{k}": round(perplexity(m, w), 2) for k, w in held.items()}
-    about = dict(model=text.NAME, seed=options.seed, windows=options.windows, **facts("cpu"))
-    yield about | dict(kinds=0, tokens=0) | judged(model)
-    for tokens in options.tokens:
-        for kinds, names in SETS.items():
-            each = tokens // text.WINDOW // kinds
-            drawn = [windows(tokenizer, k, "calibration", each, options.seed) for k in names]
-            mixed = torch.stack(drawn, 1).flatten(0, 1)
+    drawn = lambda k, part, n: windows(model, tokenizer, k, part, n, options.seed)
+    held = {k: drawn(k, "test", options.windows) for k in TESTS}
+    about = dict(model=text.NAME, seed=options.seed, windows=options.windows, ratio=options.ratio)
+    last, scores, many = None, None, product(options.sets, options.scores, options.refit)
+    for name, score_tokens, tokens in [("dense", 0, 0), *many]:
+        row = about | dict(zip(WHAT, (name, score_tokens, tokens)))
+        if len(known) and (known[list(row)] == pd.Series(row)).all(axis=1).any():
+            continue
+        small, spent = model, {}
+        if name != "dense":
+            kinds, most = SETS[name], max(*options.scores, *options.refit)
+            sets = [drawn(k, "calibration", most // text.WINDOW // len(kinds)) for k in kinds]
+            mixed = torch.stack(sets, 1).flatten(0, 1)
             batches = [{"input_ids": b, "labels": b} for b in mixed.split(8)]
+            some = lambda n: batches[: n // (8 * text.WINDOW)]
             start = time.process_time()
-            few = batches[: max(1, options.scores // (8 * text.WINDOW))]
-            scores = gauss_newton(model, few)
-            scored = time.process_time()
+            scores = (
+                gauss_newton(model, some(score_tokens)) if last != (name, score_tokens) else scores
+            )
+            last, scored = (name, score_tokens), time.process_time()
             plan = plan_widthwise(model, scores, ratio=options.ratio, allocation="global")
-            small = reconstruct(apply_plan(model, plan), model, batches, plan, inplace=True)
+            pruned = apply_plan(model, plan)
+            small = reconstruct(pruned, model, some(tokens), plan, inplace=True)
             spent = dict(score_cpu_s=scored - start, refit_cpu_s=time.process_time() - scored)
-            row = about | dict(kinds=kinds, names="+".join(names), tokens=tokens)
-            row |= dict(score_tokens=len(few) * 8 * text.WINDOW, ratio=plan.achieved_ratio)
-            yield row | judged(small) | {k: round(v, 1) for k, v in spent.items()}
+        yield row | judged(small, held) | {k: round(v, 1) for k, v in spent.items()} | facts("cpu")
+
+
+def missing() -> str:
+    "What is not on this machine, empty where nothing is."
+    return text.missing() or ("" if LICENCES.is_dir() else str(LICENCES))
+
+
+def run(rows, options) -> None:
+    "Write the table of some rows, after each of them."
+    table = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame()
+    for row in rows(options, table):
+        print({k: v for k, v in row.items() if not k.startswith(("right", "model"))}, flush=True)
+        table = pd.concat([table, pd.DataFrame([row])])
+        table.to_csv(options.out, index=False)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
     parser.add_argument("--ratio", type=float, default=0.3)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
-    parser.add_argument("--scores", type=int, default=4096)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--refit", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--scores", type=int, nargs="+", default=[4096])
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
-    options, table = parser.parse_args(), []
+    options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    if missing := text.missing() or ("" if LICENCES.is_dir() else str(LICENCES)):
-        print(f"bench/calibration.py: skipped, {missing}")
+    if said := missing():
+        print(f"bench/calibration.py: skipped, {said}")
         return
-    for row in rows(options):
-        table.append(row)
-        print({k: v for k, v in row.items() if k.startswith(("kinds", "tokens", "perp", "refit"))})
-        pd.DataFrame(table).to_csv(options.out, index=False)
+    run(rows, options)
 
 
 if __name__ == "__main__":

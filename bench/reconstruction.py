@@ -34,7 +34,7 @@ from mllm_compress.evaluation.scoring import evaluate
 from mllm_compress.importance.gauss_newton import gauss_newton
 from mllm_compress.importance.influence import block_influence
 from mllm_compress.importance.taylor import taylor
-from mllm_compress.pruning.allocation import obs_scores, plan_global
+from mllm_compress.pruning.allocation import plan_global
 from mllm_compress.pruning.plans import plan_layerwise, plan_widthwise
 from mllm_compress.pruning.reconstruction import reconstruct
 from mllm_compress.pruning.slicing import apply_plan
@@ -44,7 +44,6 @@ OUT = Path(__file__).resolve().parent.parent / "figures" / "bench"
 SCORES = {
     "taylor": taylor,
     "gauss_newton": gauss_newton,
-    "obs": obs_scores,
     "block_influence": block_influence,
 }
 PLANS = {  # name -> (score, how the budget is allocated)
@@ -53,7 +52,6 @@ PLANS = {  # name -> (score, how the budget is allocated)
         lambda m, s, ratio: plan_widthwise(m, s, ratio=ratio),
     ),
     "Gauss-Newton, global": ("gauss_newton", plan_global),
-    "OBS, global": ("obs", plan_global),
     "Gauss-Newton, uniform widths": (
         "gauss_newton",
         lambda m, s, ratio: plan_widthwise(m, s, ratio=ratio, shape="uniform"),

@@ -18,6 +18,7 @@ from mllm_compress.data import scenes
 from mllm_compress.importance import block_influence, width_importance
 from mllm_compress.pruning import apply_plan, plan_layerwise, plan_widthwise, prune, reconstruct
 from mllm_compress.pruning.one_step import RECIPES, Recipe, auto_round, choose_recipe
+from mllm_compress.pruning.pruning_plan import compose_plans
 
 
 def ask(*args):
@@ -35,7 +36,6 @@ CHOICES = [
     ({}, RECIPES["recommended"]),
     ({"shape": "uniform"}, RECIPES["uniform"]),
     ({"allocation": "layer"}, Recipe("gauss_newton", "layer", "uniform", True)),
-    ({"allocation": "obs"}, Recipe("obs", "obs", "blockwise", True)),
     ({"reconstruct": False}, Recipe("gauss_newton", "global", "blockwise")),
     ({"method": "flap", "allocation": "standardized"}, Recipe("flap", "standardized")),
     ({"method": "taylor"}, Recipe("taylor")),
@@ -64,8 +64,7 @@ CONTRADICTIONS = [
     ({"method": "luck"}, "method"),
     ({"allocation": "fair"}, "allocation"),
     ({"pruning": "diagonal"}, "pruning"),
-    ({"method": "taylor", "allocation": "global"}, "gauss_newton or obs"),
-    ({"method": "gauss_newton", "allocation": "obs"}, "use method obs"),
+    ({"method": "taylor", "allocation": "global"}, "use method gauss_newton"),
     ({"method": "block_influence", "allocation": "global"}, "leave it out"),
     ({"shape": "uniform", "allocation": "global"}, "shape blockwise, or allocation layer"),
     ({"shape": "uniform", "allocation": "standardized"}, "shape blockwise, or allocation layer"),
@@ -89,6 +88,26 @@ def test_the_recommended_recipe_is_its_steps(name):
     again = reconstruct(apply_plan(model, same), model, data, same)
     assert plan == same
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
+
+
+def test_a_second_round_scores_what_the_first_one_left():
+    model, data = build("llama-4x1", num_hidden_layers=6), batches()
+    how = dict(method="gauss_newton", allocation="global", reconstruct=True, ridge=0.1)
+    small, plan = prune(model, data, 0.5, ridge=0.1)  # of the recommended recipe: two rounds
+    middle, first = prune(model, data, 0.25, **how)
+    scores = width_importance(middle, data, method="gauss_newton")
+    rest = 1 - 0.5 / (1 - first.achieved_ratio)
+    second = plan_widthwise(middle, scores, ratio=rest, allocation="global")
+    total = compose_plans(first, second)
+    again = reconstruct(apply_plan(model, total), model, data, total, ridge=0.1)
+    assert (plan.heads, plan.neurons) == (total.heads, total.neurons) and plan <= first
+    assert plan.requested_ratio == 0.5 and abs(plan.achieved_ratio - 0.5) < 0.02
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
+    once = prune(model, data, 0.5, rounds=1, ridge=0.1)[1]
+    assert once == prune(model, data, 0.5, **how)[1] != plan
+    for options in (dict(budget={"bytes": 0.5}), dict(ratio=0.5, recipe="layers")):
+        with pytest.raises(ValueError, match="rounds score heads and neurons again"):
+            prune(model, data, rounds=2, **options)
 
 
 def test_layers_are_removed_and_the_rest_is_refitted():

@@ -10,7 +10,7 @@ from pruning_cases import build, width_scores
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.importance.scores import WidthScores
 from mllm_compress.pruning import reconstruction
-from mllm_compress.pruning.allocation import obs_scores, plan_global, removal_errors
+from mllm_compress.pruning.allocation import plan_global
 from mllm_compress.pruning.plans import plan_layerwise, plan_none, plan_widthwise
 from mllm_compress.pruning.pruning_plan import layer_sizes, make_plan
 from mllm_compress.pruning.reconstruction import reconstruct
@@ -421,51 +421,3 @@ def test_global_allocation_refuses_bad_input():
     ):
         with pytest.raises(ValueError, match=words):
             plan_global(*args, **kw)
-
-
-# --- block OBS
-
-
-@pytest.mark.parametrize("width", [1, 3])
-def test_removal_errors_equal_refitting_after_every_removal(width):
-    "Loss tr(C D H Dᵀ), minimised over the columns that stay, for the greedy order."
-    rng = np.random.default_rng(0)
-    n, out = 6, 5
-    h, c = (a @ a.T for a in (rng.normal(size=(n * width, 40)), rng.normal(size=(out, 20))))
-    w = rng.normal(size=(out, n * width))
-    ours = removal_errors(*(torch.tensor(x) for x in (h, w.T @ c @ w)), width)
-
-    def loss(units):
-        gone = np.isin(np.arange(n * width) // width, units)
-        d = np.zeros_like(w)
-        d[:, gone] = -w[:, gone]
-        stay = ~gone
-        d[:, stay] = (
-            w[:, gone] @ h[gone][:, stay] @ np.linalg.inv(h[stay][:, stay]) if any(stay) else 0
-        )
-        return np.trace(c @ d @ h @ d.T)
-
-    gone, worst = [], 0.0
-    while len(gone) < n:
-        now = {u: loss([*gone, u]) - (loss(gone) if gone else 0) for u in range(n) if u not in gone}
-        u = min(now, key=now.get)
-        worst = max(worst, now[u])
-        assert ours[u] == pytest.approx(worst, rel=1e-6)
-        gone.append(u)
-
-
-@pytest.mark.parametrize("case", ["llama-4x1", "phi3-3x2"])
-def test_obs_scores(case):
-    model, batches = build(case), text_batches()
-    with torch.no_grad():
-        for slot in anatomy(model).writers(1):
-            slot.module.weight[:, slot.index([1])] = 0
-    scores = obs_scores(model, batches, of="states")
-    assert scores.heads[1][1] == pytest.approx(0, abs=1e-6 * scores.heads[1].max().item())
-    assert scores.neurons[1].argmin() == 1
-    assert torch.equal(scores.neurons[0], obs_scores(model, batches, of="states").neurons[0])
-    coarse = obs_scores(model, batches, of="states", chunk=5)
-    overlap = set(coarse.neurons[0].argsort()[:20].tolist()) & set(
-        scores.neurons[0].argsort()[:20].tolist()
-    )
-    assert len(overlap) >= 15

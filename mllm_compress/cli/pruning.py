@@ -40,7 +40,7 @@ class CalibratedRequest(cli.DataRequest):
     """Read the weights layer by layer while scoring; default: if the model does not fit into the
     free memory."""
 
-    def calibration(self, model, processor, device: str, recipe=None) -> tuple:
+    def calibration(self, model, processor, device: str, recipe=None, rounds: int = 1) -> tuple:
         "Calibration batches on the device, as many as a refit needs, and a record of them."
         refit = recipe is not None and recipe.reconstruct
         of_own = self.samples or (512 if refit else 64)  # entries that the model answers
@@ -66,11 +66,12 @@ class CalibratedRequest(cli.DataRequest):
         unknown = (one or not cli.has_chat(data)) and all(k.startswith(unnamed) for k in kinds)
         if refit:
             rows = mc.pruning.one_step.scored_rows(model, batches, recipe)
-            seconds = max(1, round(mc.pruning.reconstruction.refit_seconds(model, batches, rows)))
+            seconds = rounds * mc.pruning.reconstruction.refit_seconds(model, batches, rows)
             part = f" ({count(rows):,} of them for scores)" * (count(rows) < tokens)
             part += "" if unknown else f" of {len(kinds)} kind(s) of data"
             cli.note(
-                f"calibration on {tokens:,} tokens{part}; scores and refit take about {seconds} s."
+                f"calibration on {tokens:,} tokens{part}; scores and refit take about "
+                f"{max(1, seconds):.0f} s."
             )
         if refit and self.source and (one or unknown):
             kind = "of unknown kinds" if unknown else f"all of one kind ({next(iter(kinds))})"
@@ -94,8 +95,6 @@ def needs_no_data(pruning: str | None, method: str) -> bool:
     "Whether a criterion reads the weights alone."
     from inspect import signature
 
-    if method == "obs":  # which is not a criterion
-        return False
     pruning = mc.pruning.one_step.pruning_of(method, pruning)
     row = mc.importance.criteria.criterion(pruning, method)
     return signature(row.function).parameters["batches"].default is None
@@ -213,6 +212,9 @@ class PruneRequest(CalibratedRequest):
     round_to: Literal["auto"] | Annotated[int, Field(ge=1, le=9_999_999, strict=False)] = 1
     """Widthwise: round widths to multiples of this; auto: 64 on a GPU, 32 on a CPU, less in narrow
     models."""
+    rounds: cli.Count | None = None
+    """Widthwise, refitted: select units in so many rounds, each after a refit; default: 2 by the
+    recommended recipe beyond a ratio of 0.35, else 1."""
     layer_share: Annotated[float, Field(ge=0, le=1)] | None = None
     "Also remove whole layers: their share of the ratio, such as 0.5."
     layer_method: str = "block_influence"
@@ -228,6 +230,12 @@ class PruneRequest(CalibratedRequest):
     def stored(self) -> str:
         "The option that says what is removed, without new scores; empty: none."
         return next((f"--{n}" for n in ("plan", "layers", "scores") if getattr(self, n)), "")
+
+    def rounds_on(self, model=None) -> int:
+        "In how many rounds units are selected; ValueError where that is impossible."
+        alone = not (self.stored or self.budget or self.search or self.layer_share is not None)
+        alone = alone and not (model and mc.anatomy.streaming.is_streamed(model))
+        return mc.pruning.one_step.rounds_of(self.chosen, self.ratio, alone, self.rounds)
 
     @cached_property
     def search_file(self) -> Path:
@@ -296,6 +304,7 @@ class PruneRequest(CalibratedRequest):
             self.refuse(["layer_method"], "without --layer-share and new scores")
         if not self.needs_data:
             self.refuse_data(recipe.method)
+        self.rounds_on()
         return self
 
     def _check_budget(self, option: str) -> None:
@@ -308,7 +317,7 @@ class PruneRequest(CalibratedRequest):
         if not self.stored and (recipe.allocation not in rankings or recipe.method not in ranked):
             raise ValueError(
                 f"{option} ranks the units of all layers: leave --recipe, --shape and --method "
-                "out, or use --allocation global or obs."
+                "out, or use --allocation global."
             )
 
 # %% ../../nbs/library/cli/03_pruning.ipynb #cell-015
@@ -339,7 +348,7 @@ def make_plan(request: PruneRequest, model, batches=None, processor=None):
     costs = mc.pruning.allocation.load_costs(request.costs) if request.costs else None
     if "latency" in (request.budget or ()) and costs is None:
         costs = timed_units(model, processor)
-    names = ("budget", "layer_share", "protect", "ridge", "round_to", "seed")
+    names = ("budget", "layer_share", "protect", "ridge", "round_to", "rounds", "seed")
     options = {name: getattr(request, name) for name in names} | dict(costs=costs, scores=scores)
     if request.layer_share is not None and not scores:
         options["layer_method"] = request.layer_method
@@ -383,7 +392,8 @@ def prune(request: PruneRequest) -> dict:
     plan = make_plan(request, model, processor=processor) if early else None
     batches, record = None, None
     if request.needs_data:
-        batches, record = request.calibration(model, processor, where, recipe)
+        rounds = request.rounds_on(model)
+        batches, record = request.calibration(model, processor, where, recipe, rounds)
     plan = plan or make_plan(request, model, batches, processor)
     total = plan  # in terms of the first dense model
     if mc.checkpoint.is_checkpoint(name):

@@ -169,8 +169,8 @@ def trail_gradients(run: Passes, trails: list) -> list:  # of Trail, per batch a
 SPARE = 0.18  # of the model's bytes: what activations may take
 
 
-def backward_by_batch(run: Passes, recompute, totals: dict, see_of, listen=taps) -> None:
-    "The backward passes of a model in memory; see_of(batch) returns `see` as in `taps`."
+def backward_by_batch(run: Passes, recompute, totals: dict, see) -> None:
+    "The backward passes of a model in memory; `see` as in `taps`."
     count, longest = len(run.batches), max(b["input_ids"].numel() for b in run.batches)
     if recompute is None:
         linears, layers = [slot.module for slot in run.parts.linears(0)], run.parts.num_layers
@@ -190,7 +190,7 @@ def backward_by_batch(run: Passes, recompute, totals: dict, see_of, listen=taps)
             if ("generator", d) in totals:
                 generator.set_state(totals["generator", d])
         batch, labels = run.batches[k % count], run.labels[k % count]
-        with taylor.output_gradients(run.parts, see_of(batch), recompute, listen):
+        with taylor.output_gradients(run.parts, see, recompute, taps):
             f, targets = taylor.answer_states(run.parts, batch, labels)
             gradients = end_gradients(run, f, targets, totals)
             for n, gradient in enumerate(gradients, 1):
@@ -222,6 +222,6 @@ def gauss_newton(
                 draws_of_batches = trail_gradients(run, trails)
             taylor.through_layers(run.parts, draws_of_batches, totals, lambda _: see, listen=taps)
     else:
-        backward_by_batch(run, recompute, totals, lambda _: see)
+        backward_by_batch(run, recompute, totals, see)
     of_kind = lambda kind: {key[1]: v for key, v in totals.items() if f"{key[0]}s" == kind}
     return WidthScores(**{k: of_kind(k) for k in UNITS}, kind="gauss_newton", meta=run.meta)

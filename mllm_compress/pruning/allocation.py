@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'BUDGETS', 'load_costs', 'parameter_costs', 'weight_costs', 'cache_costs', 'check_budget_request',
-           'costs_of_budget', 'obs_scores']
+           'costs_of_budget']
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-004
 import json
@@ -16,10 +16,7 @@ from scipy.optimize import isotonic_regression
 from transformers import PreTrainedModel
 
 from ..anatomy.families import UNITS, anatomy, lm_parameters
-from ..anatomy.streaming import is_streamed
-from ..importance.gauss_newton import Passes, backward_by_batch
-from ..importance.scores import WidthScores, real_tokens
-from ..importance.taylor import probes
+from ..importance.scores import WidthScores
 from mllm_compress.pruning.pruning_plan import (
     LayerSize,
     PruningPlan,
@@ -300,13 +297,13 @@ def plan_of_counts(
 # %% ../../nbs/library/pruning/03_allocation.ipynb #cell-019
 def plan_global(
     model: PreTrainedModel,
-    scores: WidthScores,  # global: comparable across layers, gauss_newton or obs_scores
+    scores: WidthScores,  # global: comparable across layers, such as gauss_newton
     ratio: float | None = None,  # fraction of LM-decoder parameters to remove, in total
     budget: dict | None = None,  # instead: a row of BUDGETS with the share that may stay
     costs: UnitCosts | None = None,  # of a latency budget: the table of a device
     round_to: int = 1,  # neurons and attention channels stay multiples of this
     base: PruningPlan | None = None,  # a layerwise plan to continue from, by width alone
-    allocation: str = "global",  # or layer, obs, standardized: how steps are ranked
+    allocation: str = "global",  # or layer, standardized: how steps are ranked
     free: tuple | None = None,  # layers that may lose units; None: all that the base keeps
     shape: str = "blockwise",  # or uniform: the same counts in every layer
     **fields,  # for meta of the plan
@@ -354,91 +351,3 @@ def plan_global(
     if budget is None:
         fields |= dict(requested_ratio=ratio, shape=shape)
     return plan_of_counts(model, scores, counts, base, budget, costs, **fields)
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-025
-def unit_errors(inverse: torch.Tensor, cost: torch.Tensor, width: int) -> torch.Tensor:
-    "Error of removing each unit alone, the others refitted; float64."
-    n = len(inverse) // width
-    diagonal = lambda m: m.view(n, width, n, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    blocks = torch.linalg.solve(diagonal(inverse), diagonal(cost))  # [units, width, width]
-    return blocks.diagonal(dim1=1, dim2=2).sum(1)
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-029
-def remove_channels(inverse, cost, gone, stay) -> tuple:
-    "Inverse of H and K for the channels that stay, after their refit."
-    share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])  # [gone, stay]
-    taken = cost[stay][:, gone] @ share
-    cost = cost[stay][:, stay] - taken - taken.T + share.T @ cost[gone][:, gone] @ share
-    return inverse[stay][:, stay] - inverse[stay][:, gone] @ share, cost
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-031
-def removal_errors(
-    gram: torch.Tensor,  # H [units * width, units * width], positive definite, float64
-    cost: torch.Tensor,  # WᵀCW, the same shape
-    width: int = 1,  # channels of a unit
-    chunk: int = 1,  # units removed between two updates
-) -> torch.Tensor:  # [units] float64, never falling in the order of removal
-    "Error of removing each unit in greedy order, the remaining ones refitted every time."
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    left, worst = torch.arange(len(gram) // width, device=gram.device), 0.0
-    lanes = torch.arange(width, device=gram.device)
-    errors = torch.zeros(len(left), dtype=torch.float64)
-    while len(left):
-        value = unit_errors(inverse, cost, width)
-        order = value.argsort(stable=True)
-        for k in order[:chunk].tolist():
-            errors[left[k].item()] = worst = max(worst, value[k].item())
-        gone, stay = order[:chunk], order[chunk:].sort().values
-        channels = lambda units: (units[:, None] * width + lanes).flatten()
-        left = left[stay]
-        if len(left):
-            inverse, cost = remove_channels(inverse, cost, channels(gone), channels(stay))
-    return errors
-
-# %% ../../nbs/library/pruning/03_allocation.ipynb #cell-039
-def obs_scores(
-    model: PreTrainedModel,  # MLLM or causal LM of a known family
-    batches: list,  # as for gauss_newton
-    of: str = "auto",  # what is preserved, as for gauss_newton
-    draws: int = 1,  # random directions per answer position
-    seed: int = 0,  # of the draws
-    ridge: float = 0.1,  # on the Gram matrix, as a fraction of its mean diagonal
-    chunk: int | None = None,  # units removed between two updates; None: 1 up to 1,023 units
-) -> WidthScores:  # per head (key/value group) and neuron
-    "Block Optimal Brain Surgeon: error of removing a unit after the others are refitted."
-    if not ridge > 0:
-        raise ValueError(f"ridge={ridge}: a number above 0 is needed, such as 0.1.")
-    if is_streamed(model):
-        raise ValueError(
-            "obs needs the whole model in memory: load it without stream (--no-stream), or use "
-            "gauss_newton, which works layer by layer."
-        )
-    run = Passes(model, batches, of, draws, seed)
-    totals, errors = {}, {"head": {}, "neuron": {}}  # totals: (kind, layer, slot name) -> sums
-
-    def see_of(batch):
-        real = real_tokens(batch)
-
-        def see(i, slot, x, delta):
-            pick = real.to(x.device)
-            for kind, rows in (("gram", x), ("curvature", delta)) if slot.axis == 1 else ():
-                rows = rows.detach()[pick].float() if rows.dtype.itemsize < 4 else rows[pick]
-                key = (kind, i, slot.name)
-                totals[key] = totals.get(key, 0) + (rows.T @ rows).double() / len(run.generators)
-
-        return see
-
-    backward_by_batch(run, None, totals, see_of, probes)
-    tokens = sum(int(real_tokens(batch).sum()) for batch in run.batches)
-    for i in range(run.parts.num_layers):
-        for slot in run.parts.writers(i):
-            gram, curvature = (totals.pop((k, i, slot.name)) for k in ("gram", "curvature"))
-            errors[slot.kind][i], mean = torch.zeros(slot.units), gram.diagonal().mean()
-            if mean == 0:  # all inputs are zero
-                continue
-            gram.diagonal().add_(ridge * mean)
-            weight, step = slot.module.weight.detach().double(), chunk or max(1, slot.units // 512)
-            cost = weight.T @ (curvature / tokens) @ weight
-            errors[slot.kind][i] = removal_errors(gram, cost, sum(slot.widths), step).cpu()
-    meta = run.meta | {"ridge": ridge, "tokens": tokens}
-    return WidthScores(errors["head"], errors["neuron"], "obs", meta)

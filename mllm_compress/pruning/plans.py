@@ -191,11 +191,7 @@ ALLOCATIONS = {
     "layer": Allocation("the same share of every layer that is not protected"),
     "global": Allocation(
         "one ranking of the units of all layers by score per parameter",
-        scores=("gauss_newton", "obs"),
-    ),
-    "obs": Allocation(
-        "the same ranking of obs_scores: the error left after the other units adapt",
-        scores=("obs",),
+        scores=("gauss_newton",),
     ),
     "standardized": Allocation(
         "one ranking by any scores, standardised within each layer (as in FLAP)"
@@ -224,7 +220,7 @@ def plan_widthwise(
     attention_layers=None,  # with channel_ratio: layers that lose heads; None: all unprotected
     mlp_layers=None,  # with channel_ratio: those that lose neurons or experts; None: the same
     base: PruningPlan | None = None,  # a layerwise plan to continue from
-    allocation: str = "layer",  # the same share in every layer; or "global", "obs": see ALLOCATIONS
+    allocation: str = "layer",  # the same share in every layer; or "global": see ALLOCATIONS
     budget: dict | None = None,  # instead of a ratio, such as {"latency": 0.6}: see BUDGETS
     costs: UnitCosts | None = None,  # of a latency budget: the table of a device
 ) -> PruningPlan:

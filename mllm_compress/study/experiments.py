@@ -94,8 +94,7 @@ def _mistakes(e: Experiment):
             f"Calibration {e.calibration!r}: give a design and a number of questions, as "
             f"'stratified 64'; the designs are {', '.join(DESIGNS)}."
         )
-    allocations = [name for name in ALLOCATIONS if name != "obs"]  # which has scores of its own
-    choices = dict(allocation=allocations, shape=("default", "blockwise", "uniform"), start=STARTS)
+    choices = dict(allocation=ALLOCATIONS, shape=("default", "blockwise", "uniform"), start=STARTS)
     choices |= dict(quantize=(UNROUNDED, *QUANTIZERS), hidden_layers=HIDDEN_LAYERS)
     choices |= dict(reconstruct=RECONSTRUCTIONS, returned=RETURNED)
     for name, allowed in choices.items():
