@@ -279,7 +279,7 @@ CASES = [
     Case((*PRUNE, "--budget", "kv=.5", "--method", "taylor"), "ranks the units of all layers"),
     Case((*PRUNE, "--budget", "kv=.5", "--protect", "1,1"), "--protect has no effect"),
     Case((*PRUNE, "--budget", "kv=.5", "--layer-share", ".5"), "--layer-share has no effect"),
-    Case((*PRUNE, "--budget", "kv=.5", "--scores", "scores"), "use method gauss_newton"),
+    Case((*PRUNE, "--budget", "kv=.5", "--scores", "scores"), "of method gauss_newton"),
     Case((*PRUNE, "--budget", "kv=.01", "--no-reconstruct", *MINE), "cannot be met: the least"),
     Case(("cost", "llava", "--units", "notes.txt"), "was not written by this command"),
     Case(("cost", "llava", "--units", "gone/costs.json"), "There is no folder gone"),

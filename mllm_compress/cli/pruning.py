@@ -390,16 +390,16 @@ def prune(request: PruneRequest) -> dict:
     model, processor = cli.load(name, where, stream or bool(stored and source))
     early = stored and not request.search  # the plan needs no data
     plan = make_plan(request, model, processor=processor) if early else None
-    batches, record = None, None
+    batches, record, rounds = None, None, request.rounds_on(model)
     if request.needs_data:
-        rounds = request.rounds_on(model)
         batches, record = request.calibration(model, processor, where, recipe, rounds)
     plan = plan or make_plan(request, model, batches, processor)
     total = plan  # in terms of the first dense model
+    again = f", {rounds} rounds" * (rounds > 1)
     if mc.checkpoint.is_checkpoint(name):
         first = mc.pruning.PruningPlan.load(Path(name) / mc.checkpoint.formats.PLAN)
         total = mc.pruning.pruning_plan.compose_plans(first, plan)
-    facts, ridge, refit = {} if stored else {"recipe": str(recipe)}, request.ridge, None
+    facts, ridge, refit = {} if stored else {"recipe": f"{recipe}{again}"}, request.ridge, None
     if source is None:
         small = mc.pruning.apply_plan(model, plan)
         if recipe.reconstruct:

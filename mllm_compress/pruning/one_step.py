@@ -177,6 +177,8 @@ def rounds_of(
             "rounds score heads and neurons again after a refit: give a ratio and a refit "
             "(--reconstruct), without stored scores, budget, search, whole layers and stream."
         )
+    if able:
+        check_ratio(ratio)
     return rounds or (2 if able and recipe == RECIPES["recommended"] and ratio > ONE_ROUND else 1)
 
 
@@ -280,7 +282,8 @@ def plan_by_recipe(
             check_ratio(ratio)
             share = 0.5 if layer_share is None else layer_share
             base = plan_layerwise(model, layers, ratio=ratio * share)
-        plan = plan_widthwise(model, widths, ratio=ratio / rounds, base=base, **options)
+        start = ratio if rounds == 1 else ratio / rounds
+        plan = plan_widthwise(model, widths, ratio=start, base=base, **options)
         for k in range(2, rounds + 1):  # what is left is refitted, and scored again
             small = refitted(apply_plan(model, plan), model, batches, plan, ridge)[0]
             again = measure(kind, recipe.method, small, rows, seed)
