@@ -67,7 +67,9 @@ def curve(tiny_llava):
     )
 
     def numbers(**chosen) -> dict:
-        config = RecoveryConfig(**{"batch_size": 4, "lr": 1e-3, "held_out": 0.0} | chosen)
+        losses = {"sft": 0.5, "hidden_kd": 0.5}
+        usual = {"batch_size": 4, "lr": 1e-3, "held_out": 0.0, "losses": losses}
+        config = RecoveryConfig(**usual | chosen)
         history = recover(student, teacher, data, config, processor, **options).history
         assert len(history) == 3
         return {column: history[column].tolist() for column in ("loss", *config.losses)}

@@ -95,6 +95,7 @@ def test_learning_rates_are_those_that_validation_chose(profile):
         f"{train}/{losses}": rate
         for train, rates in load_profile(profile).learning_rates.items()
         for losses, rate in rates.items()
+        if train != "reconstructed"  # not searched
     }
     found = list(csv.DictReader(file.open()))
     assert set(used) == {r["objective"] for r in found} and len(used) == 10

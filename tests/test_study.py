@@ -507,7 +507,7 @@ def test_a_refitted_student_is_the_refit_of_its_plan(tmp_path):
     assert plan.meta["allocation"] == "global" and all(torch.equal(a, b) for a, b in pairs)
     assert results.keys("reconstruction") == sorted(stages.stage_keys(e, smoke)["reconstruction"])
     trained = replace(e, recovery="hidden_kd", fraction=0.2)
-    assert stages.recovery_config(trained, smoke).lr == 3e-4
+    assert stages.recovery_config(trained, smoke).lr == 1e-4
     assert stages.recovery_config(replace(trained, train="projector"), smoke).lr == 2e-3
     one, two = (stages.student_of(trained, smoke, results, "cpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
