@@ -103,43 +103,50 @@ def judged(model, held: dict) -> dict:  # kind -> [windows, tokens]
     return row
 
 
+def batches_of(model, tokenizer, name: str, tokens: int, seed: int) -> list:
+    "Calibration batches of a set, with as many windows of each of its kinds, in turn."
+    each = tokens // text.WINDOW // len(SETS[name])
+    drawn = [windows(model, tokenizer, k, "calibration", each, seed) for k in SETS[name]]
+    return [{"input_ids": b, "labels": b} for b in torch.stack(drawn, 1).flatten(0, 1).split(8)]
+
+
 def rows(options, known: pd.DataFrame):
     "Yields a row for the dense model, and one for each set and pair of numbers of tokens."
     model, tokenizer = text.load()
-    drawn = lambda k, part, n: windows(model, tokenizer, k, part, n, options.seed)
-    held = {k: drawn(k, "test", options.windows) for k in TESTS}
+    drawn = lambda k: windows(model, tokenizer, k, "test", options.windows, options.seed)
+    held = {k: drawn(k) for k in TESTS}
     about = dict(model=text.NAME, seed=options.seed, windows=options.windows, ratio=options.ratio)
-    last, scores, many = None, None, product(options.sets, options.scores, options.refit)
+    most = max(*options.scores, *options.refit)
+    many = product(options.sets, options.scores, options.refit)
+    batches, scored = {}, {}  # by set, and by set and tokens of the scores
     for name, score_tokens, tokens in [("dense", 0, 0), *many]:
         row = about | dict(zip(WHAT, (name, score_tokens, tokens)))
         if len(known) and (known[list(row)] == pd.Series(row)).all(axis=1).any():
             continue
         small, spent = model, {}
         if name != "dense":
-            kinds, most = SETS[name], max(*options.scores, *options.refit)
-            sets = [drawn(k, "calibration", most // text.WINDOW // len(kinds)) for k in kinds]
-            mixed = torch.stack(sets, 1).flatten(0, 1)
-            batches = [{"input_ids": b, "labels": b} for b in mixed.split(8)]
-            some = lambda n: batches[: n // (8 * text.WINDOW)]
+            if name not in batches:
+                batches[name] = batches_of(model, tokenizer, name, most, options.seed)
+            some = lambda n: batches[name][: n // (8 * text.WINDOW)]
             start = time.process_time()
-            scores = (
-                gauss_newton(model, some(score_tokens)) if last != (name, score_tokens) else scores
-            )
-            last, scored = (name, score_tokens), time.process_time()
+            if (name, score_tokens) not in scored:
+                scores = gauss_newton(model, some(score_tokens))
+                scored[name, score_tokens] = scores, time.process_time() - start
+            (scores, seconds), start = scored[name, score_tokens], time.process_time()
             plan = plan_widthwise(model, scores, ratio=options.ratio, allocation="global")
             pruned = apply_plan(model, plan)
             small = reconstruct(pruned, model, some(tokens), plan, inplace=True)
-            spent = dict(score_cpu_s=scored - start, refit_cpu_s=time.process_time() - scored)
+            spent = dict(score_cpu_s=seconds, refit_cpu_s=time.process_time() - start)
         yield row | judged(small, held) | {k: round(v, 1) for k, v in spent.items()} | facts("cpu")
 
 
-def missing() -> str:
-    "What is not on this machine, empty where nothing is."
-    return text.missing() or ("" if LICENCES.is_dir() else str(LICENCES))
-
-
-def run(rows, options) -> None:
-    "Write the table of some rows, after each of them."
+def run(script: str, rows, options) -> None:
+    "Write the table of some rows, after each of them, where this machine has what they need."
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if missing := text.missing() or ("" if LICENCES.is_dir() else str(LICENCES)):
+        print(f"bench/{script}: skipped, {missing}")
+        return
     table = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame()
     for row in rows(options, table):
         print({k: v for k, v in row.items() if not k.startswith(("right", "model"))}, flush=True)
@@ -156,13 +163,7 @@ def main():
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    if said := missing():
-        print(f"bench/calibration.py: skipped, {said}")
-        return
-    run(rows, options)
+    run("calibration.py", rows, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ two are foreign to it). Rows that the table has are not run again.
 
 import argparse
 import time
-import warnings
 from itertools import product
 from pathlib import Path
 
 import calibration
 import pandas as pd
-import torch
 from machine import facts, text
 
 from mllm_compress import prune
@@ -26,13 +24,9 @@ def rows(options, known: pd.DataFrame):
     "Yields a row for each seed, ratio and number of rounds; 0 rounds: the dense model."
     model, tokenizer = text.load()
     for seed in options.seeds:
-        drawn = lambda k, part, n: calibration.windows(model, tokenizer, k, part, n, seed)
-        held = {k: drawn(k, "test", options.windows) for k in calibration.TESTS}
-        kinds = calibration.SETS["four"]
-        sets = [drawn(k, "calibration", options.tokens // text.WINDOW // len(kinds)) for k in kinds]
-        batches = [
-            {"input_ids": b, "labels": b} for b in torch.stack(sets, 1).flatten(0, 1).split(8)
-        ]
+        drawn = lambda k: calibration.windows(model, tokenizer, k, "test", options.windows, seed)
+        held = {k: drawn(k) for k in calibration.TESTS}
+        batches = calibration.batches_of(model, tokenizer, "four", options.tokens, seed)
         for ratio, rounds in [(0.0, 0), *product(options.ratios, options.rounds)]:
             about = dict(model=text.NAME, seed=seed, windows=options.windows)
             row = about | dict(tokens=options.tokens, ratio=ratio, rounds=rounds)
@@ -54,13 +48,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    if missing := calibration.missing():
-        print(f"bench/rounds.py: skipped, {missing}")
-        return
-    calibration.run(rows, options)
+    calibration.run("rounds.py", rows, parser.parse_args())
 
 
 if __name__ == "__main__":
