@@ -29,6 +29,7 @@ from mllm_compress.study.stages import (
     planned,
     subject_key,
 )
+from mllm_compress.study.store import results_of
 from mllm_compress.zoo.releases import real_config
 
 # ---- calibration
@@ -225,6 +226,19 @@ def test_a_hybrid_has_keys_of_its_own_and_the_scores_of_its_parts():
     assert (first.pruning, first.ratio) == ("layerwise", hybrid.ratio / 2)
     ours, width, layers = (stages.stage_keys(e, SMOKE) for e in (hybrid, WIDTH, first))
     assert ours["scores"] == width["scores"] | layers["scores"] and layers["plan"] < ours["plan"]
+
+
+def test_two_rounds_have_the_size_of_one_and_the_same_first_scores(away):
+    "The second round scores what the first has left, which chooses other units."
+    once = replace(WIDTH, ratio=0.45, reconstruct="stream")
+    twice = replace(once, rounds=2)
+    sizes = inline([DENSE, once, twice]).groupby("importance").achieved_ratio.first()
+    assert sizes["taylor + stream"] == pytest.approx(sizes["taylor + stream + 2 rounds"], abs=0.01)
+    first, second = (stages.plan_of(e, SMOKE, results_of(SMOKE)) for e in (once, twice))
+    assert first.neurons != second.neurons and second.requested_ratio == first.achieved_ratio
+    for stage, same in (("scores", True), ("plan", False)):
+        assert (key_of(stage, once, SMOKE) == key_of(stage, twice, SMOKE)) == same
+    assert Experiment(**described(twice)) == twice
 
 
 def test_a_student_from_scratch_differs_by_seed_and_in_nothing_else_of_its_key():

@@ -56,7 +56,7 @@ def places(
 
 
 BESIDE = ("epochs", "layer_share", "start", "hidden_layers")  # vary beside the claims
-BESIDE += ("allocation", "reconstruct")
+BESIDE += ("allocation", "reconstruct", "rounds")
 PAPERS = (0.15, 0.3, 0.45, 0.6)  # the paper's requested ratios
 
 

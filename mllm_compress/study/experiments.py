@@ -25,9 +25,9 @@ def study_criteria(pruning: str) -> tuple:
     "The criteria of a pruning for models without mixtures, the study's default first."
     if pruning == "none":
         return ("none",)
-    dense = {key: row for key, row in CRITERIA.items() if not row.mixtures}
-    rows = {name: row for (prunes, name), row in dense.items() if prunes == pruning}
-    return tuple(sorted(rows, key=lambda name: bool(rows[name].needs)))
+    known = ((name, row) for (prunes, name), row in CRITERIA.items() if prunes == pruning)
+    needs = {name: bool(row.needs) for name, row in known if not row.mixtures}
+    return tuple(sorted(needs, key=needs.get))
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-012
 @dataclass(frozen=True, order=True)
@@ -53,6 +53,7 @@ class Experiment:
     start: str = "pruned"  # of training, one of STARTS
     hidden_layers: str = "final"  # that hidden_kd compares, a row of HIDDEN_LAYERS
     returned: str = "last"  # of training, a row of RETURNED
+    rounds: int = 1  # widthwise, refitted: units are selected in so many rounds of refits
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -66,7 +67,7 @@ class Experiment:
             object.__setattr__(self, "calibration_seed", self.seed)
         kinds = dict.fromkeys(("ratio", "fraction", "layer_share"), (float, Real, "a number"))
         whole = (int, Integral, "a whole number")
-        kinds |= dict.fromkeys(("seed", "calibration_seed", "epochs"), whole)
+        kinds |= dict.fromkeys(("seed", "calibration_seed", "epochs", "rounds"), whole)
         for name, (kind, allowed, word) in kinds.items():
             if not isinstance(given := getattr(self, name), allowed) or isinstance(given, bool):
                 raise ValueError(f"{name} must be {word}, not {given!r}.")
@@ -114,19 +115,20 @@ def _mistakes(e: Experiment):
         )
     if e.hidden_layers != "final" and "hidden_kd" not in e.recovery.split("+"):
         yield f"hidden_layers={e.hidden_layers!r} is of hidden_kd: {e.recovery} compares no states."
-    if not 0 <= e.layer_share < 1:
-        yield f"layer_share {e.layer_share} is outside [0, 1)."
-    if e.layer_share and (e.pruning, e.allocation) != ("widthwise", "layer"):
+    shared = (e.pruning, e.allocation) == ("widthwise", "layer")
+    if e.layer_share and not (shared and 0 < e.layer_share < 1):
         yield (
-            f"layer_share {e.layer_share} is of widthwise plans with allocation 'layer', not of "
-            f"{e.pruning!r} with {e.allocation!r}."
+            f"layer_share {e.layer_share}: it is inside (0, 1), and of widthwise plans with "
+            "allocation 'layer'."
         )
-    if e.start != "pruned" and (e.recovery == "none" or e.train == "projector"):
-        yield f"start={e.start!r} has a new decoder: give a recovery, and train='projector+lm'."
-    if e.start != "pruned" and (e.pruning == "none" or e.reconstruct != "none"):
+    able = e.pruning == "widthwise" and e.reconstruct != "none" and not e.layer_share
+    if e.rounds != 1 and not (able and e.rounds > 1):
+        yield f"rounds={e.rounds} is of widthwise plans that are refitted, without layer_share."
+    trained = e.recovery != "none" and e.train != "projector"
+    if e.start != "pruned" and (not trained or e.pruning == "none" or e.reconstruct != "none"):
         yield (
-            f"start={e.start!r} has the shape of a plan and no refitted weights: give a pruning, "
-            "and no reconstruct."
+            f"start={e.start!r} has a new decoder in the shape of a plan: give a recovery and a "
+            "pruning, train='projector+lm', and no reconstruct."
         )
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-021
@@ -141,8 +143,7 @@ def canonical(experiment: Experiment) -> Experiment:
         changes |= dict(train="projector+lm", fraction=1.0, epochs=0, returned="last")
     else:
         changes["recovery"] = canonical_objective(e.recovery)
-    same = all(getattr(e, name) == value for name, value in changes.items())
-    return e if same else replace(e, **changes)
+    return replace(e, **changes)
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-024
 FIRST = ("model", "pruning", "ratio", "importance", "recovery", "train", "fraction", "seed")
@@ -165,6 +166,7 @@ def method_of(experiment: Experiment) -> str:
     e = experiment
     layers = [f"{100 * e.layer_share:g} % by layers"] if e.layer_share else []
     settings = [getattr(e, name) for name in METHOD_FIELDS if getattr(e, name) != LATER[name]]
+    settings += [f"{e.rounds} rounds"] * (e.rounds > 1)
     return " + ".join([e.importance, *layers, *settings])
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-030

@@ -141,8 +141,8 @@ def take_in(path: Path, profile: str) -> None:
     results = results_of(load_profile(profile))
     before = len(results.keys("experiment"))
     taken = store.unpack(Path(path), results)
-    n, new = sum(map(len, taken.values())), f"{len(taken['experiment'])} experiments"
-    print(f"{path}: {n} stages of {new} taken, {before} experiments were in the store.")
+    new = f"{sum(map(len, taken.values()))} stages of {len(taken['experiment'])} experiments"
+    print(f"{path}: {new} taken, {before} experiments were in the store.")
 
 # %% ../../nbs/library/study/30_runner.ipynb #cell-043
 def check_executor(executor: str, workers: int = 0) -> None:

@@ -35,12 +35,13 @@ from ..anatomy.families import anatomy, lm_parameters
 from ..data.calibration import CALIBRATION_VERSION, calibration_data, calibration_hash
 from ..evaluation import benchmarks
 from ..evaluation.benchmarks import unit_numbers
-from ..evaluation.generation import GENERATION_VERSION, Answer, entry_losses
+from ..evaluation.generation import GENERATION_VERSION, Answer
 from ..evaluation.scorers import SCORERS
 from ..evaluation.scoring import answer_rows, evaluate, judge, score
 from ..importance.criteria import CRITERIA, measure
 from ..importance.scores import load_scores
 from ..pruning import PruningPlan, apply_plan, plans
+from ..pruning.one_step import in_rounds
 from ..pruning.pruning_plan import layer_sizes
 from ..pruning.reconstruction import RECONSTRUCTIONS, reconstructed
 from ..recovery import LOSSES, RecoveryConfig, config_from_dict, recover
@@ -136,10 +137,11 @@ def plan_inputs(e: Experiment, profile: Profile) -> dict:
     inputs |= {"scores": key_of("scores", e, profile)}
     inputs |= {"ratio": e.ratio} | RATIO_OF[profile.ratio_of]
     inputs |= {"width": asdict(profile.width)} if e.pruning == "widthwise" else {}
-    settings = {name: getattr(e, name) for name in ("allocation", "shape", "layer_share")}
-    inputs |= {name: value for name, value in settings.items() if value != LATER[name]}
-    base = {"base": key_of("plan", layers_first(e), profile)} if e.layer_share else {}
-    return inputs | base
+    settings = ("allocation", "shape", "layer_share", "rounds")
+    inputs |= {n: value for n in settings if (value := getattr(e, n)) != LATER[n]}
+    inputs |= {"base": key_of("plan", layers_first(e), profile)} if e.layer_share else {}
+    between = {"between": [e.reconstruct, RECONSTRUCTIONS[e.reconstruct].version]}
+    return inputs | (between if e.rounds > 1 else {})
 
 
 def student_inputs(e: Experiment, profile: Profile) -> dict:
@@ -230,19 +232,6 @@ def calibration_batches_of(e: Experiment, profile: Profile, processor, device: s
     return [{k: v.to(device) for k, v in b.items()} for b in batches]
 
 
-def coverage(e: Experiment, profile: Profile) -> pd.DataFrame:  # columns type, questions, loss
-    "The same questions by type, with the original's loss on them in nats per answer token."
-    (c, _), training = calibration_of(e, profile), training_of(e.model, profile)
-    how = c.samples, e.calibration_seed, c.design, c.per_entry
-    drawn = calibration_data(profiles.calibration_source(training), *how)
-    model, processor = teacher_of(e.model, profile)
-    collate = data.Collator(processor, drawn, turns="sequential")
-    sums = [entry_losses(model, collate([entry])) for entry in drawn]
-    losses = pd.Series([(total / tokens).item() for total, tokens, _ in sums])
-    of_type = losses.groupby([sample["types"][0] for sample in drawn.samples])
-    return of_type.agg(questions="size", loss="mean").rename_axis("type").reset_index()
-
-
 def scores_of(e: Experiment, profile: Profile, results: Store, device: str):
     "An experiment's importance scores."
     key = key_of("scores", e, profile)
@@ -267,8 +256,7 @@ def make_scores(e: Experiment, profile: Profile, device: str, folder: Path) -> d
     (_, options), began = calibration_of(e, profile), time.perf_counter()
     if CRITERIA[e.pruning, e.importance].needs:  # the length of a block of layers
         options["n"] = plans.layers_for_ratio(model, decoder_ratio(e, profile, model))
-    seed = e.calibration_seed
-    measure(e.pruning, e.importance, model, batches, seed, **options).save(folder)
+    measure(e.pruning, e.importance, model, batches, e.calibration_seed, **options).save(folder)
     return record(device, began)
 
 # %% ../../nbs/library/study/05_stages.ipynb #planners
@@ -325,10 +313,21 @@ def plan_of(e: Experiment, profile: Profile, results: Store, device: str = "cpu"
 
 def make_plan(e: Experiment, profile: Profile, results: Store, device: str) -> str:  # JSON
     "The plan of an experiment from its scores, and for a hybrid from its layerwise plan."
-    model, scores = teacher_of(e.model, profile, device)[0], scores_of(e, profile, results, device)
+    model, processor = teacher_of(e.model, profile, device)
+    scores = scores_of(e, profile, results, device)
     base = plan_of(layers_first(e), profile, results, device) if e.layer_share else None
     e = replace(e, ratio=decoder_ratio(e, profile, model))
-    return planned(e, model, scores, profile.width, base).to_json()
+    plan = planned(e, model, scores, profile.width, base)
+    if e.rounds == 1:
+        return plan.to_json()
+    batches = calibration_batches_of(e, profile, processor, device)
+    size, w = plan.achieved_ratio, replace(profile.width, aim="ratio")  # of one round
+    fit = lambda small, plan: reconstructed(e.reconstruct, small, model, batches, plan)
+    seed, options = e.calibration_seed, calibration_of(e, profile)[1]
+    score = lambda small: measure(e.pruning, e.importance, small, batches, seed, **options)
+    replan = lambda small, scores, ratio: planned(replace(e, ratio=ratio), small, scores, w)
+    first = replan(model, scores, size / e.rounds)
+    return in_rounds(model, first, size, e.rounds, fit, score, replan).to_json()
 
 # %% ../../nbs/library/study/05_stages.ipynb #pruned-models-cell-020
 def start_of(e: Experiment, profile: Profile, results: Store, device: str):

@@ -116,9 +116,7 @@ def check_gpus(profile: Profile) -> None:
 def _begin(threads: int) -> None:
     "The first function that a worker process runs."
     torch.set_num_threads(threads)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own is of all processes, and stays when this one is killed
+    tqdm.set_lock(threading.RLock())  # its own is of all processes, and outlives a killed one
     sys.stdout.reconfigure(line_buffering=True)  # each line goes to the log of its experiment
     if "SUBMITIT_EXECUTOR" in os.environ:  # the cluster's signals are for the job, not for us
         for ours in (signal.SIGUSR2, signal.SIGTERM):
