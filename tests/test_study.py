@@ -73,7 +73,7 @@ WRONG = [
     (LAYERWISE | dict(recovery="sft", hidden_layers="every"), "compares no states"),
     (LAYERWISE | dict(recovery="hidden_kd", hidden_layers="all"), "quarters"),
     (LAYERWISE | dict(layer_share=0.5), "widthwise plans"),
-    (WIDTHWISE | dict(layer_share=1.0), "inside"),
+    (WIDTHWISE | dict(layer_share=1.0), "outside"),
     (WIDTHWISE | dict(layer_share="half"), "must be a number"),
     (WIDTHWISE | dict(rounds=2), "rounds=2 is of widthwise plans that are refitted"),
     (WIDTHWISE | dict(rounds=0, reconstruct="stream"), "rounds=0"),

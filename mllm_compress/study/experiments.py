@@ -118,7 +118,7 @@ def _mistakes(e: Experiment):
     shared = (e.pruning, e.allocation) == ("widthwise", "layer")
     if e.layer_share and not (shared and 0 < e.layer_share < 1):
         yield (
-            f"layer_share {e.layer_share}: it is inside (0, 1), and of widthwise plans with "
+            f"layer_share {e.layer_share} is outside [0, 1), or not of widthwise plans with "
             "allocation 'layer'."
         )
     able = e.pruning == "widthwise" and e.reconstruct != "none" and not e.layer_share

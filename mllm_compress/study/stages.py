@@ -312,7 +312,7 @@ def plan_of(e: Experiment, profile: Profile, results: Store, device: str = "cpu"
 
 
 def make_plan(e: Experiment, profile: Profile, results: Store, device: str) -> str:  # JSON
-    "The plan of an experiment from its scores, and for a hybrid from its layerwise plan."
+    "The plan of an experiment from its scores, its rounds, and for a hybrid its layerwise plan."
     model, processor = teacher_of(e.model, profile, device)
     scores = scores_of(e, profile, results, device)
     base = plan_of(layers_first(e), profile, results, device) if e.layer_share else None
