@@ -140,6 +140,12 @@ def test_warnings(ask):
     assert "advises against pruning" not in ask(ratio=0.6, rows=fine).text
     blockwise = ask(ratio=0.3, training=False).text
     assert "prune widthwise, blockwise (x)" in blockwise and "was not measured" in blockwise
+    equal = made("widthwise", 0.3, 0.86, importance="x + uniform", calibration="first 4")
+    assert (
+        "from_pretrained loads, kept 86.0 %"
+        in ask(ratio=0.3, training=False, rows=[*RESULTS, equal]).text
+    )
+    assert "calibration first 4, profile" in ask(ratio=0.3, rows=[made(), equal]).text
 
 
 @pytest.mark.parametrize(

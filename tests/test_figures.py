@@ -47,6 +47,7 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
         0.05: Estimate(0.2, -0.3, 0.6, 100, 3),
         0.1: Estimate(0.8, -0.3, 1.9, 100, 3),
         1.0: Estimate(3.0, 2.0, 4.0, 100, 3),
+        0.2: Estimate(3.0, 2.0, 4.0, 100, 1),
     }  # of layerwise, by fraction
     gap = lambda frame, model, best, setting: behind[setting["fraction"]]
     monkeypatch.setattr(guide.statistics, "difference", gap)
@@ -64,7 +65,7 @@ def test_the_guide_compares_prunings_by_recoveries_tried_after_both(monkeypatch)
         table = pd.DataFrame(rows, columns=names).assign(model="m")
         return table.reindex(columns=[*SETTING, "rival"])
 
-    assert [agreement(ranking(f), 0.3, f) for f in behind] == ["tied", "open", "behind"]
+    assert [agreement(ranking(f), 0.3, f) for f in behind] == ["tied", "open", "behind", "open"]
     first = ranking(1.0, ("layerwise", "sft", 1.0, True))
     assert agreement(ranking(1.0), 0.6, 1.0) == agreement(first, 0.3, 1.0) == "same"
     assert agreement(ranking(1.0).query("not rival"), 0.3, 1.0) == "no rival"

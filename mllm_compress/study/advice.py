@@ -148,9 +148,13 @@ def say_ties(rows: pd.DataFrame) -> str:  # of one situation
     return text
 
 # %% ../../nbs/library/study/31_advice.ipynb #cell-042
-BLOCKWISE = "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
-BLOCKWISE += "checkpoint.load_pruned; the retained score of the uniform shape, which plain "
-BLOCKWISE += "from_pretrained loads, was not measured."
+def say_shape(rows: pd.DataFrame) -> str:  # of one situation
+    "How layers of unequal width are loaded, and what the best plan of equal widths kept."
+    equal = rows.retained[(rows["shape"] == "uniform") & (rows.pruning == "widthwise")]
+    kept = f"kept {equal.max():.1f} %" if len(equal) else "was not measured"
+    text = "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
+    text += "checkpoint.load_pruned; the uniform shape, which plain from_pretrained loads, "
+    return f"{text}{kept}."
 
 
 def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) -> str:
@@ -165,7 +169,7 @@ def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) 
         "step, so expect to keep a little more.": off > WITHIN,
         f"No training on {data:.0%} of the data or less was studied at this ratio.": untrained,
         "The other pruning was not tried with this recovery, or not at all.": not best.rival,
-        BLOCKWISE: best["shape"] == "blockwise" and best.pruning == "widthwise",
+        say_shape(rows): best["shape"] == "blockwise" and best.pruning == "widthwise",
         f"It loses the picture: answers from the words alone would keep {words:.0f} %, and less "
         "than half of what the pictures add to them is left.": blind,
         "That is a heavy loss: consider a smaller model instead of pruning this far.": heavy,
@@ -206,7 +210,9 @@ def answer(table: pd.DataFrame, model: str, ratio: float, data: float, training:
         )
     seeds = f"{best.seeds} seeds{best.drawn and f' of {best.drawn}'}"
     seeds = seeds if best.seeds > 1 else "1 seed (intervals cover questions only)"
-    basis = f"n = {best.n:,} questions per model, {seeds}, profile {best.profile}"
+    basis = f"n = {best.n:,} questions per model, {seeds}, "
+    other = best.calibration not in ("", "default")
+    basis += f"calibration {best.calibration}, " * other + f"profile {best.profile}"
     parts = [
         f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best)}. It kept "
         f"{best.retained:.1f} % [{best.low:.1f}, {best.high:.1f}] of the original ({basis}).",

@@ -98,7 +98,9 @@ def advice_table(
         basis = statistics.basis_of(frame[frame.model == model])
         shown = rows[(rows.index < 8) | (rows.index == advice.cheapest(rows).name)]
         same = {"profile": setup.name, "paper": setup.printed.get(model, ""), "ratio": ratio}
-        same |= {"data": budget, "n": basis.n, "drawn": basis.of, "shape": setup.width.shape}
+        same |= {"data": budget, "n": basis.n, "drawn": basis.of}
+        equal = rows.importance.str.contains("+ uniform", regex=False)
+        same["shape"] = equal.map({True: "uniform", False: setup.width.shape})
         same["ties"] = int(rows.tied.sum()) - 1
         same["larger"] = larger_ratio(fitting, model, ratio, budget)
         same["guessed"] = guessed.get(model, float("nan"))
@@ -134,11 +136,12 @@ def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: flo
     gaps = [statistics.difference(frame, equal.model.iloc[0], best, its) for its in rivals]
     if any(map(is_tied, gaps)):
         return "tied"
-    return "open" if any(gap.low <= MARGIN for gap in gaps) else "behind"
+    unsure = any(gap.low <= MARGIN or gap.seeds < 2 for gap in gaps)
+    return "open" if unsure else "behind"
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-016
 SHOWN = ["model", "ratio", "data", "retained", "low", "high", "pruning", "importance", "recovery"]
-SHOWN += ["train", "fraction", "larger", "ties"]
+SHOWN += ["train", "fraction", "calibration", "seeds", "larger", "ties"]
 
 
 def decisions(frame: pd.DataFrame, fitting: dict, setup: Profile) -> pd.DataFrame:
