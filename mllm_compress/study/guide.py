@@ -136,8 +136,7 @@ def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: flo
     gaps = [statistics.difference(frame, equal.model.iloc[0], best, its) for its in rivals]
     if any(map(is_tied, gaps)):
         return "tied"
-    unsure = any(gap.low <= MARGIN or gap.seeds < 2 for gap in gaps)
-    return "open" if unsure else "behind"
+    return "open" if any(gap.low <= MARGIN or gap.seeds < 2 for gap in gaps) else "behind"
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-016
 SHOWN = ["model", "ratio", "data", "retained", "low", "high", "pruning", "importance", "recovery"]

@@ -216,13 +216,9 @@ def is_rate(rate) -> bool:
 # %% ../../nbs/library/study/02_profiles.ipynb #cell-032
 def models_in(given: dict) -> list:
     "The models that parameters name, also in nested mappings."
-    models = []
-    for key, value in given.items():
-        if isinstance(value, dict):
-            models += models_in(value)
-        elif key == "models":
-            models += value if isinstance(value, list) else [value]
-    return models
+    named = given.get("models", [])
+    deeper = [m for value in given.values() if isinstance(value, dict) for m in models_in(value)]
+    return ([*named] if isinstance(named, (list, dict)) else [named]) + deeper
 
 
 def misfits(p: Profile):

@@ -120,11 +120,9 @@ def scoreboard_figure(table: pd.DataFrame, shown: str):  # a figure
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-017
 def wanted_by(profile: str) -> dict:  # claim -> experiments of its notebook
     "The experiments that the notebooks of the claims need."
-    needed = {}
-    for n, claim in CLAIMS.items():
-        nb = nbformat.read(notebooks()[claim.notebook], 4)
-        needed[n] = list(dict.fromkeys(map(canonical, experiments_of(nb, {"profile": profile}))))
-    return needed
+    needed = lambda nb: dict.fromkeys(map(canonical, experiments_of(nb, {"profile": profile})))
+    paths = {n: notebooks()[claim.notebook] for n, claim in CLAIMS.items()}
+    return {n: list(needed(nbformat.read(path, 4))) for n, path in paths.items()}
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-019
 def verdicts_of_claims(
