@@ -200,7 +200,9 @@ def recover(request: RecoverRequest) -> dict:
     def further(to: Path) -> None:
         if (name / "plan.png").is_file():
             shutil.copy2(name / "plan.png", to / "plan.png")
-        history.to_csv(to / "learning_curve.csv", index=False)
+        looks = history[["step"]] if result.looks is None else result.looks
+        curve = history.merge(looks, how="outer", on="step")  # the start is a look, and no step
+        curve.to_csv(to / "learning_curve.csv", index=False)
         if (figure := cli.new_figure(6, 3.2)) is not None:
             axes = figure.subplots()
             axes.plot(history.step, history.loss, color="#0072B2", lw=1, marker=".", ms=3)
