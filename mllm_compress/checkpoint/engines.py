@@ -64,13 +64,17 @@ def write_folder(
     "A checkpoint's folder, complete or absent."
     if dtype is not None and FLOATS[dtype] != model.dtype:
         model = copy.deepcopy(model).to(FLOATS[dtype])
-    with replacing_folder(Path(out).resolve()) as new:
+    with replacing_folder(old := Path(out).resolve()) as new:
         model.save_pretrained(new)
         if processor is not None:
             processor.save_pretrained(new)
         if config is not None:
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (new / RECORD).write_text("{}")
+        names = [p.name for p in new.iterdir()]
+        if (old / RECORD).is_file():
+            before = json.loads((old / RECORD).read_text()).get("files", names)
+            saving.keep_files(saving.unlisted(old, {RECORD, *before}), old, new)
+        (new / RECORD).write_text(json.dumps({"files": sorted(names)}))
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-031
 def to_transformers(model, out, processor, dtype, fill) -> dict:
@@ -155,8 +159,9 @@ def export_model(
         saving.check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
     facts = ENGINES[to].write(model, out, processor, dtype, fill)
     if path.is_dir():
-        facts["bytes"] = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-        record = {"engine": to, "source": Path(str(folder)).name, **facts}
+        names = json.loads((path / RECORD).read_text())["files"]
+        facts["bytes"] = sum((path / name).stat().st_size for name in names)
+        record = {"engine": to, "source": Path(str(folder)).name, **facts, "files": names}
         (path / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return {"engine": to, "out": str(out)} | facts
 

@@ -80,11 +80,26 @@ def check_output(
         )
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-011
-def unlisted(folder: Path) -> list:  # of paths
-    "Files of a checkpoint's folder that its manifest does not name."
-    listed = {formats.MANIFEST, *formats.read_manifest(folder)["files"]}
+def unlisted(folder: Path, listed=None) -> list:  # of paths; None: by the manifest
+    "Files of a checkpoint's folder that its list does not name."
+    listed = listed or {formats.MANIFEST, *formats.read_manifest(folder)["files"]}
     paths = (p for p in sorted(folder.rglob("*")) if p.is_symlink() or not p.is_dir())
     return [p for p in paths if str(p.relative_to(folder)) not in listed]
+
+
+def keep_files(paths: list, old: Path, new: Path) -> None:
+    "Link or copy files of an old folder into the new one; FileExistsError where a name is needed."
+    for path in paths:
+        copy = new / path.relative_to(old)
+        if copy.exists():
+            raise FileExistsError(
+                f"{path} is not part of the old checkpoint, but its name is needed: move it away."
+            )
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, copy, follow_symlinks=False)
+        except OSError:  # no links on this file system
+            shutil.copy2(path, copy, follow_symlinks=False)
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-013
 def check_target(
@@ -254,18 +269,8 @@ def write_checkpoint(
             processor_class=None if processor is None else type(processor).__name__,
             provenance=list(provenance or ()),
         )
-        for path in unlisted(target) if (target / formats.MANIFEST).is_file() else ():
-            copy = new / path.relative_to(target)
-            if copy.exists():
-                raise FileExistsError(
-                    f"{path} is not part of the old checkpoint, but its name is needed: move it "
-                    "away."
-                )
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, copy, follow_symlinks=False)
-            except OSError:  # no links on this file system
-                shutil.copy2(path, copy, follow_symlinks=False)
+        if (target / formats.MANIFEST).is_file():
+            keep_files(unlisted(target), target, new)
     return Path(folder)
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #saving-cell-012

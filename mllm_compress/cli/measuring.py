@@ -90,16 +90,14 @@ def measured(
     "(scores, judged answers or None) of a model; on request also answers with other pictures."
     import pandas as pd
 
-    from mllm_compress.anatomy.streaming import weights_hash
-
     names, perplexity = suite
     if perplexity:
         request.check_data()
     loaded, processor = cli.load(model, mc.zoo.models.resolve_device(request.device))
     rows, judged, template = [], None, request.template(processor, bool(names))
     if names:
-        other = f"-{content_hash(template)[:8]}" if template else ""
-        folder = answers and answers / f"{weights_hash(loaded)}{other}"
+        by = mc.evaluation.scoring.answered_by(loaded, processor)
+        folder = answers and answers / content_hash(by)
         options = dict(folder=folder, save_every=512, return_predictions=True)
         options |= dict(limit=request.limit or None, other_pictures=pictures)
         scores, judged = mc.evaluation.evaluate(loaded, processor, names, **options)

@@ -180,7 +180,7 @@ Pair = written(r"^\s*\d+\s*,\s*\d+\s*$", lambda text: tuple(map(int, text.split(
 class PruneRequest(CalibratedRequest):
     "A model, what to remove from it, and how that is chosen."
 
-    ratio: float | None = None
+    ratio: Annotated[float, Field(strict=False)] | None = None
     "Fraction of the LM decoder's parameters to remove, in (0, 0.95)."
     budget: written(r"^\w+=\d*\.?\d+$", share) | None = Field(None, examples=["latency=0.6"])
     "Instead of a ratio: the share of the original's cost to keep, such as latency=0.6."
@@ -437,7 +437,8 @@ def prune(request: PruneRequest) -> dict:
         facts["search"] = plan.meta["search"]
         front = cli.table_text(pd.DataFrame(facts["search"]["front"]), ".3g")
         lines[-1:] = [front, facts["search"]["reason"], lines[-1]]
-    facts |= {"out": str(out), "achieved_ratio": total.achieved_ratio, "plan": repr(total)}
+    facts |= {"out": str(out), "achieved_ratio": plan.achieved_ratio, "plan": repr(total)}
+    facts["total_ratio"] = total.achieved_ratio  # of the first dense model
     facts |= {"requested_ratio": request.ratio, "layers": len(total.layers)}
     facts |= {k: total.meta[k] for k in ("budget", "achieved_budget", "costs") if k in total.meta}
     return cli.emit("\n".join(filter(None, lines)), facts)

@@ -169,8 +169,7 @@ def recover(request: RecoverRequest) -> dict:
     cli.check_models(name, request.teacher)
     request.check_data()
     if (validation := request.validation) is not None:  # a mistake in it, too, before loading
-        root = request.image_root or validation.parent
-        validation = mc.data.load_json(validation, root, request.skip_missing)
+        validation = mc.data.load_json(validation, request.image_root or None, request.skip_missing)
     student, processor = cli.load(name, device)
     plan = mc.pruning.PruningPlan.load(name / mc.checkpoint.formats.PLAN)
     config = checked(request, request.with_defaults(options, student, processor, device))
@@ -201,8 +200,7 @@ def recover(request: RecoverRequest) -> dict:
         if (name / "plan.png").is_file():
             shutil.copy2(name / "plan.png", to / "plan.png")
         looks = history[["step"]] if result.looks is None else result.looks
-        curve = history.merge(looks, how="outer", on="step")  # the start is a look, and no step
-        curve.to_csv(to / "learning_curve.csv", index=False)
+        history.merge(looks, "outer", "step").to_csv(to / "learning_curve.csv", index=False)
         if (figure := cli.new_figure(6, 3.2)) is not None:
             axes = figure.subplots()
             axes.plot(history.step, history.loss, color="#0072B2", lw=1, marker=".", ms=3)

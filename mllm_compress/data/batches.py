@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLAIN_CHAT', 'SHAPES', 'PICTURE_INPUTS', 'TURNS', 'DATA_VERSION', 'SizedCache', 'question_parts', 'pictures_amid',
            'set_chat_template', 'pad_id', 'stop_tokens', 'placeholder_id', 'process_images', 'expand', 'Renderer',
-           'packed_mask', 'pack', 'blocks', 'Collator']
+           'packed_mask', 'pack', 'blocks', 'Collator', 'processor_hash']
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-003
 import hashlib
@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..anatomy.wrappers import WRAPPERS
 from . import instructions
+from ..utils.files import content_hash
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/data/03_batches.ipynb #cell-005
@@ -411,3 +412,12 @@ class Collator:
 
 # %% ../../nbs/library/data/03_batches.ipynb #collator-cell-022
 DATA_VERSION = 1  # how conversations become batches; raised when the numbers of a batch change
+
+# %% ../../nbs/library/data/03_batches.ipynb #processor-hash-code
+def processor_hash(processor) -> str:
+    "A hash of everything in a processor that affects its output."
+    backend = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
+    text = backend.to_str() if backend else str(processor)  # a tokenizer written in Python
+    images = getattr(processor, "image_processor", None)
+    images = {k: str(v) for k, v in images.to_dict().items()} if images is not None else {}
+    return content_hash([text, processor.chat_template, images])

@@ -41,14 +41,15 @@ def question_types(
     entry: dict,  # of LLaVA's format; `types` names those of its questions, where it has them
 ) -> list:  # a name per question
     "The type of each question: as the entry names it, else source and form of the answer."
-    named = instructions.image_names(entry)
-    if "types" in entry:
-        return entry["types"]
+    named, pairs = instructions.image_names(entry), instructions.turns(entry)
+    types = entry.get("types")
+    if isinstance(types, list) and [*map(type, types)] == [str] * len(pairs):
+        return types
     if not named and entry.get("source"):
-        return [str(entry["source"])] * len(instructions.turns(entry))
+        return [str(entry["source"])] * len(pairs)
     folder = str((named or [UNKNOWN])[0]).split("/")
     source = folder[0] if len(folder) > 1 or not named else "image"
-    return [f"{source}/{answer_form(answer)}" for _, answer in instructions.turns(entry)]
+    return [f"{source}/{answer_form(answer)}" for _, answer in pairs]
 
 # %% ../../nbs/library/data/04_calibration.ipynb #cell-020
 DESIGNS = ("stratified", "first")

@@ -498,12 +498,12 @@ class InstructionData(torch.utils.data.Dataset):
 # %% ../../nbs/library/data/01_instructions.ipynb #instructions-cell-029
 def load_json(
     path,  # a JSON, JSON-lines or text file; a parquet file, or a folder of them
-    image_root,  # folder of the images
+    image_root=None,  # folder of the images; None: the folder of the file
     skip_missing: bool = False,  # leave out entries whose image does not exist
     answered: bool = True,  # False: entries may end with a question, for a model to answer
 ) -> InstructionData:
     "Read a data set; FileNotFoundError where an image does not exist, ValueError for bad entries."
-    path, root = Path(path), Path(image_root)
+    path, root = Path(path), Path(path).parent if image_root is None else Path(image_root)
     if not path.exists():
         raise FileNotFoundError(
             f"There is no file {path}: check the path of the data (--data, --questions)."
@@ -575,7 +575,7 @@ def as_data(
     if isinstance(data, InstructionData):
         return data
     if isinstance(data, (str, Path)):
-        return load_json(data, Path(data).parent)
+        return load_json(data)
     if isinstance(data, dict) or not hasattr(data, "__len__"):  # all splits, or a stream
         use = "give one split, data['train'], or the first rows of a stream, list(data.take(1000))"
         raise ValueError(f"A {type(data).__name__} is no list of rows: {use}.")

@@ -291,7 +291,7 @@ OWN_SCORERS = ("exact", "anls", "letter", "yes_no")
 
 def own_questions(
     path: Path,  # of the file
-    images: Path,  # folder of its images
+    images,  # folder of its images; None: the folder of the file
     scorer: str,
     split: str = "test",  # there is one set only
     limit: int | None = None,
@@ -306,8 +306,10 @@ def own_questions(
             raise ValueError(
                 f"{name} is plain text: give questions with answers, or use --benchmark perplexity."
             )
-        if scorer == "letter" and (not isinstance(options, list) or len(options) < 2):
-            raise ValueError(f"{name} has no 'options': the scorer letter needs a list of texts.")
+        if not isinstance(options, (list, tuple)) or scorer == "letter" and len(options) < 2:
+            raise ValueError(
+                f"{name} has no list of texts as 'options': the scorer letter needs it."
+            )
         allowed = {"letter": LETTERS[: len(options)], "yes_no": ("yes", "no")}.get(scorer)
         data.pictures(number)  # an error that names the entry, before anything is answered
         files = [s.read_bytes() if isinstance(s, Path) else s for s in data.stored(number)]
@@ -342,10 +344,9 @@ def own_benchmark(
     "Add a file of questions to the benchmarks."
     check_choice("scorer", scorer, OWN_SCORERS)
     path = Path(path)
-    root = Path(image_root) if image_root else path.parent
-    load = partial(own_questions, path, root, scorer, skip_missing=skip_missing)
+    load = partial(own_questions, path, image_root or None, scorer, skip_missing=skip_missing)
     about = dict(help=f"{len(load())} questions of {path.name}.")
-    about["source"] = load_json(path, root, skip_missing).hash
+    about["source"] = load_json(path, image_root or None, skip_missing).hash
     name = f"own/{path.stem}-{content_hash([about['source'], scorer])[:6]}"
     row = Benchmark(name, scorer, load, max_new_tokens, **about)
     register_benchmarks([row])

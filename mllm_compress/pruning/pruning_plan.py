@@ -8,9 +8,10 @@ __all__ = ['MAX_RATIO', 'layer_sizes', 'check_ratio', 'PruningPlan', 'removable'
 # %% ../../nbs/library/pruning/02_pruning_plan.ipynb #cell-004
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from math import gcd
+from operator import index
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def check_ratio(ratio: float) -> None:
     "ValueError unless the ratio lies in [0, 0.95)."
     if not isinstance(ratio, (int, float)) or not 0 <= ratio < MAX_RATIO:
         raise ValueError(
-            f"ratio {ratio} is outside [0, {MAX_RATIO}); "
+            f"ratio {ratio!r} is outside [0, {MAX_RATIO}); "
             "it is the fraction of LM-decoder parameters to remove."
         )
 
@@ -149,10 +150,10 @@ class PruningPlan:
     experts: dict = field(default_factory=dict)  # layer -> kept experts of a mixture, ascending
 
     def __post_init__(self):
-        indices = lambda kept: {int(i): tuple(map(int, kept[i])) for i in sorted(kept, key=int)}
+        indices = lambda kept: {int(i): tuple(map(index, kept[i])) for i in sorted(kept, key=int)}
         for name in UNITS:
             object.__setattr__(self, name, indices(getattr(self, name)))
-        object.__setattr__(self, "layers", tuple(map(int, self.layers)))
+        object.__setattr__(self, "layers", tuple(map(index, self.layers)))
         object.__setattr__(self, "meta", json.loads(json.dumps(self.meta)))
         methods = ("none", "layerwise", "widthwise", "layerwise+widthwise")
         check_choice("method of a plan", self.method, methods)
@@ -243,9 +244,17 @@ class PruningPlan:
 
     @staticmethod
     def load(path) -> "PruningPlan":
-        "The plan of a JSON file; ValueError where it holds none."
+        "The plan of a JSON file, its ratio computed; ValueError where it holds none."
         try:
-            return PruningPlan.from_json(Path(path).read_text(encoding="utf-8"))
+            plan = PruningPlan.from_json(Path(path).read_text(encoding="utf-8"))
+            if not {"sizes", "lm_parameters"} <= {*plan.meta}:
+                return plan
+            widths = zip(*plan.counts().values())
+            if plan.shape == "uniform" and any(len({*n} - {0}) > 1 for n in widths):
+                raise ValueError("its shape is uniform, and its layers differ in width")
+            kept = {kind: getattr(plan, kind) for kind in UNITS}
+            made = plan_of_record(plan.model_type, plan.meta, plan.layers, kept)
+            return replace(plan, achieved_ratio=made.achieved_ratio)
         except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"{path} holds no pruning plan ({error}): give a file that plan.save wrote."
@@ -326,10 +335,12 @@ def compose_plans(
     second: PruningPlan,  # of what the first plan left
 ) -> PruningPlan:  # of the original model
     "One plan with the effect of two plans applied one after the other."
-    if second.num_layers != len(first.layers):
+    left = [[len(first.kept(kind, i)) for kind in UNITS] for i in first.layers]
+    seen = [[size.get(kind, 0) for kind in UNITS] for size in second.meta.get("sizes", [])]
+    if second.num_layers != len(left) or seen and seen != left:
         raise ValueError(
-            f"the second plan is of a model of {second.num_layers} layers, but the first one "
-            f"leaves {len(first.layers)}: make it for the pruned model."
+            f"the second plan is of a model of {second.num_layers} layers, or of other widths than "
+            f"those of the {len(left)} that the first one leaves: make it for the pruned model."
         )
     layers, units = tuple(first.layers[i] for i in second.layers), {kind: {} for kind in UNITS}
     for kind in units:

@@ -31,7 +31,7 @@ from ..anatomy.families import anatomy
 from ..anatomy.pictures import shares_prefixes
 from ..anatomy.streaming import weights_hash
 from ..anatomy.wrappers import CHECKPOINTING, caches_projector_input
-from ..data.batches import SizedCache
+from ..data.batches import SizedCache, processor_hash
 from ..data.instructions import as_data, entry_ids
 from ..data.scenes import mix
 from ..pruning.reconstruction import MARK
@@ -480,7 +480,7 @@ def recover(
         if parts.wrapper and not caches_projector_input(parts.config):
             return None
         owners = [m for m in (parts.vision_tower, teacher if wanted else None) if m is not None]
-        rows = [steps.processor_hash(processor), config.turns, config.max_length]
+        rows = [processor_hash(processor), config.turns, config.max_length]
         key = content_hash([weights_hash(*owners), data.hash, *rows, wanted, bf16])
         if (outputs := cache.get(key)) is not None:
             return outputs
@@ -497,6 +497,7 @@ def recover(
             identity = {
                 "config": json.loads(json.dumps(run_identity(asdict(config)))),
                 "data": data.hash,
+                "processor": processor_hash(processor),
                 "student": weights_hash(student),
                 "teacher": weights_hash(teacher) if teacher is not None else None,
             }
