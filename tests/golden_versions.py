@@ -18,10 +18,9 @@ def check_golden(
     numbers,  # what the method computes: nested dicts and lists of floats, integers and words
     update: bool,  # the fixture update_golden: --update-golden was given
     where: str,  # the table to edit: "CRITERIA (nbs/library/importance/05_criteria.ipynb)"
-    folder: Path = FOLDER,
 ) -> None:
     "Fail if a row's numbers changed and its version did not, or if the golden value is missing."
-    path = folder / f"{table}.json"
+    path = FOLDER / f"{table}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     numbers, old = json.loads(json.dumps(_rounded(numbers))), stored.get(name)
     change = None if old is None else first_difference(old["numbers"], numbers)
@@ -33,7 +32,7 @@ def check_golden(
         )
     if update and (old is None or old["version"] != version):  # other rows keep their digits
         stored[name] = {"version": version, "numbers": numbers}
-        folder.mkdir(parents=True, exist_ok=True)
+        FOLDER.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _text(stored))
     elif old is None:
         raise AssertionError(f"{table} {name}: it has no golden value yet. Run {command}.")
@@ -44,9 +43,9 @@ def check_golden(
         )
 
 
-def check_no_stale(table: str, names, update: bool, folder: Path = FOLDER) -> None:
+def check_no_stale(table: str, names, update: bool) -> None:
     "Fail if the golden file has values of rows that no longer exist; --update-golden removes them."
-    path = folder / f"{table}.json"
+    path = FOLDER / f"{table}.json"
     stored = json.loads(path.read_text()) if path.exists() else {}
     stale = sorted(set(stored) - set(names))
     if stale and update:

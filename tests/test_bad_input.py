@@ -337,6 +337,7 @@ CASES = [
     Case(("evaluate", "llava", "--benchmark", "pope"), "in MLLM_COMPRESS_BENCHMARKS"),
     Case((*EVALUATE, "--scorer", "luck"), "use one of exact, anls, letter, yes_no"),
     Case((*EVALUATE, "--scorer", "letter"), "needs a list of texts"),
+    Case((*EVALUATE[:3], "odd_options.json"), "needs a list of texts"),
     Case((*EVALUATE, "--scorer", "yes_no"), "needs one of yes, no"),
     Case((*EVALUATE[:3], "options.json", "--scorer", "letter"), "needs one of A, B"),
     Case(("evaluate", "llava", "--questions", "text.jsonl"), "is plain text"),
@@ -519,6 +520,7 @@ def make_data(folder: Path) -> None:
     (folder / "text.jsonl").write_text('{"text": "the circle is red"}\n' * 4)
     letters = [pair(options=["red", "blue"], answer="green")]
     (folder / "options.json").write_text(json.dumps(letters))
+    (folder / "odd_options.json").write_text(json.dumps([pair(options=5, answer="red")]))
     for name, (entry, _) in {**ENTRIES, **READ_LATER}.items():
         (folder / f"entry-{name}.json").write_text(json.dumps([entry, entry]))
     for name, (content, _) in FILES.items():
@@ -679,7 +681,7 @@ PYTHON = [  # calls that are refused, and what the message must say
     (lambda m, p, mc, lm: mc.prune(lm("llama", vocab=9), BATCHES), "embeddings of 9"),
     (lambda m, p, mc, lm: mc.prune("llava", BATCHES), "'llava' is no model"),
     (lambda m, p, mc, lm: mc.prune(m, ["a"], ratio=0.3), "batch 0 has no input_ids"),
-    (lambda m, p, mc, lm: mc.prune(m, method="magnitude", ratio="0.3"), "ratio 0.3 is outside"),
+    (lambda m, p, mc, lm: mc.prune(m, method="magnitude", ratio="0.3"), "ratio .0.3. is outside"),
     (lambda m, p, mc, lm: mc.pruning.apply_plan(m, {"layers": [1]}), "is no PruningPlan"),
     (lambda m, p, mc, lm: mc.recover(m, "llava", "mine.json", {}, p), "'llava' is no model"),
     (lambda m, p, mc, lm: mc.recover(m, None, "mine.json", SFT, p, save_every=-1), "save_every"),

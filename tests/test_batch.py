@@ -1,14 +1,11 @@
 """The commands and files of the guide on batch use: they parse, and name what exists."""
 
-import contextlib
 import os
 import re
 import shlex
 import subprocess
-import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
@@ -118,36 +115,6 @@ def test_the_argo_workflow_runs_notebooks_with_parameters_that_they_have():
         assert checked_papermill(words) == {"profile": "tiny"}
     order = TopologicalSorter({n: t.get("dependencies", []) for n, t in tasks.items()})
     assert [*order.static_order()][-1] == "findings"
-
-
-def test_the_airflow_graph_is_the_same(monkeypatch):
-    operators, edges = {}, []
-
-    class Operator:
-        def __init__(self, task_id: str, bash_command: str):
-            self.task_id, operators[task_id] = task_id, shlex.split(bash_command)
-
-        def __rrshift__(self, before: list):
-            edges.extend((b.task_id, self.task_id) for b in before)
-
-    class Dag(contextlib.nullcontext):
-        def __init__(self, *_, **options):
-            super().__init__()
-            assert options == {"schedule": None, "catchup": False}
-
-    for name, own in {"operators.bash": {"BashOperator": Operator}, "sdk": {"DAG": Dag}}.items():
-        full = "airflow.sdk" if name == "sdk" else f"airflow.providers.standard.{name}"
-        parts = full.split(".")
-        for k in range(1, len(parts) + 1):
-            module = sys.modules.get(here := ".".join(parts[:k])) or ModuleType(here)
-            monkeypatch.setitem(sys.modules, here, module)
-        vars(module).update(own)
-    (program,) = blocks("python")
-    exec(program, {})
-    assert edges == [("02_pruning", "10_findings"), ("05_data", "10_findings")]
-    for words in operators.values():
-        assert words[0].endswith(".venv/bin/papermill")
-        assert checked_papermill(words) == {"profile": "tiny"}
 
 
 def test_the_image_installs_what_is_in_the_checkout():

@@ -80,7 +80,7 @@ def test_hashes_see_stored_pictures(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps([entry]))
     for colour in ("red", "blue", "red"):
         (picture := Image.new("RGB", (8, 8), colour)).save(tmp_path / "a.png")
-        read = from_rows([entry | {"image": picture}]), load_json(tmp_path / "e.json", tmp_path)
+        read = from_rows([entry | {"image": picture}]), load_json(tmp_path / "e.json")
         read += read[0].fraction(1.0), mix(read[1], scene_data("train", 1))
         seen |= {d.hash for d in read} | {own_benchmark(tmp_path / "e.json").name}
     assert len(seen) == 8

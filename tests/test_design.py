@@ -49,6 +49,8 @@ def test_a_small_set_gives_what_it_has():
     drawn = calibration_data(two, 50, per_entry=2)
     assert len(drawn) == 4 and set(coverage(drawn)) == {"no image/letter", "no image/yes or no"}
     assert len(calibration_data(two, 50, design="first")) == 2
+    odd = [two.samples[0] | {"types": types} for types in (None, "vqa", ["one"], 3)]
+    assert set(coverage(InstructionData(odd))) == set(coverage(drawn))
     with pytest.raises(ValueError, match="design"):
         calibration_data(two, 5, design="last")
 

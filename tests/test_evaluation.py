@@ -255,6 +255,10 @@ def test_an_interrupted_evaluation_resumes(tiny_llava, tmp_path, monkeypatch):
     columns = ["benchmark", "id", "prediction", "candidate", "value"]
     assert answers[columns].equals(uninterrupted[columns])
     assert np.allclose(answers.log_likelihood, uninterrupted.log_likelihood, atol=1e-4)
+    for what, part in zip(("config", "processor"), (tiny_llava[0].config, tiny_llava[1])):
+        with monkeypatch.context() as other, pytest.raises(ValueError, match=f"different {what}"):
+            other.setattr(part, "chat_template", "another", raising=False)
+            run(folder=tmp_path)
     again = score_all(load_predictions(tmp_path)).set_index("benchmark").score
     assert again.to_dict() == expected.set_index("benchmark").score.to_dict()
 

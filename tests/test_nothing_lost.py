@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run, save_models
+from commands import facts, run, save_models
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -219,6 +219,20 @@ def test_overwrite_removes_only_the_files_of_the_manifest(here):
     assert Path("small/link").is_symlink() and "notes/log.txt" not in verify("small")["files"]
     run(*args, "--overwrite")
     assert Path("small/notes/log.txt").read_text() == "years of work"
+
+
+def test_an_export_replaces_only_its_own_files(here):
+    args = ("export", "small", "--to", "transformers", "-o", "exp")
+    first = facts(*args)["bytes"]
+    (here / "exp/sub").mkdir()
+    for name in ("exp/notes.txt", "exp/sub/adapter.safetensors"):
+        (here / name).write_text("years of work")
+    (here / "exp/config.json").write_text("half")
+    assert facts(*args, "--overwrite")["bytes"] == first  # of its own files alone
+    assert (
+        Path("exp/notes.txt").read_text() == "years of work" != Path("exp/config.json").read_text()
+    )
+    assert Path("exp/sub/adapter.safetensors").read_text() == "years of work"
 
 
 def test_a_name_that_the_new_checkpoint_needs_is_not_taken_from_the_user(here):

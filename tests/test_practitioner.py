@@ -69,7 +69,11 @@ def test_knobs_of_the_plans(here):
 
 def test_pruned_twice_knows_the_first_model(here):
     run("prune", "llava", "-o", "once", "--layers", "1")
-    run("prune", "once", "-o", "twice", "--ratio", 0.3, "--method", "magnitude")
+    args = ("prune", "once", "-o", "twice", "--ratio", 0.3, "--method", "magnitude")
+    assert "make it for the pruned model" in run(
+        *args[:4], "--plan", "once/pruning_plan.json", code=2
+    )
+    done = facts(*args)
     from mllm_compress.checkpoint import load_pruned
 
     model, _, plan = load_pruned("twice")
@@ -77,7 +81,8 @@ def test_pruned_twice_knows_the_first_model(here):
     from mllm_compress.anatomy import lm_parameters
 
     removed = 1 - lm_parameters(model) / plan.meta["lm_parameters"]
-    assert abs(removed - plan.achieved_ratio) < 1e-12
+    assert abs(removed - plan.achieved_ratio) < 1e-12 and done["total_ratio"] == plan.achieved_ratio
+    assert 0.25 < done["achieved_ratio"] < 0.35 < done["total_ratio"]  # of this step, of both
     assert [s["step"] for s in facts("show", "twice")["provenance"]] == ["prune", "prune"]
 
 
@@ -100,6 +105,10 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
     assert "continues from there" in run(*args, "-o", "parts", code=130)
     monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     assert not Path("parts").exists() and len(list(Path(".parts.training").iterdir())) > 1
+    other = Path("llava/chat_template.jinja").read_text() + "{# another #}"
+    Path("other.jinja").write_text(other)
+    more = ("-o", "parts", "--chat-template", "other.jinja")
+    assert "of another run (different processor)" in run(*args, *more, code=2)
     run(*args, "-o", "parts")
     assert not Path(".parts.training").exists()
     one, two = (Path(name, "model.safetensors").read_bytes() for name in ("whole", "parts"))

@@ -250,6 +250,19 @@ def test_plan_survives_json(llama):
         plan.layers = ()
 
 
+def test_a_plan_in_a_file_is_what_it_keeps(llama, tmp_path):
+    plan = plan_widthwise(llama, cases.width_scores(llama), ratio=0.5, shape="uniform")
+    text, path = json.loads(plan.to_json()), tmp_path / "plan.json"
+    load = lambda **changed: path.write_text(json.dumps(text | changed)) and PruningPlan.load(path)
+    assert load(achieved_ratio=0.9) == plan
+    fewer = text["neurons"] | {"0": text["neurons"]["0"][:-1]}
+    with pytest.raises(ValueError, match="its layers differ in width"):
+        load(neurons=fewer)
+    assert load(neurons=fewer, shape="blockwise").achieved_ratio > plan.achieved_ratio
+    with pytest.raises(ValueError, match="holds no pruning plan .*float"):
+        load(layers=[0, 1.5])
+
+
 # ---- bad input
 
 

@@ -307,9 +307,7 @@ def own_questions(
                 f"{name} is plain text: give questions with answers, or use --benchmark perplexity."
             )
         if not isinstance(options, (list, tuple)) or scorer == "letter" and len(options) < 2:
-            raise ValueError(
-                f"{name} has no list of texts as 'options': the scorer letter needs it."
-            )
+            raise ValueError(f"{name} needs a list of texts as 'options', with letter two or more.")
         allowed = {"letter": LETTERS[: len(options)], "yes_no": ("yes", "no")}.get(scorer)
         data.pictures(number)  # an error that names the entry, before anything is answered
         files = [s.read_bytes() if isinstance(s, Path) else s for s in data.stored(number)]
