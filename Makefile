@@ -91,7 +91,8 @@ play: $(VENV)/.play
 docs: $(READY)
 	@rm -rf build/site && mkdir -p build/site
 	@cp -Rp site/index.md nbs figures bench README.md CONTRIBUTING.md CITATION.cff LICENSE build/site
-	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -b html -c site -d build/doctrees build/site _docs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -b html -c site -d build/doctrees build/site build/html
+	@rm -rf _docs && mv build/html _docs
 	@echo "Open _docs/index.html in a browser."
 
 readme: $(READY)
