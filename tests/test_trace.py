@@ -38,7 +38,10 @@ def scores_of(notebook: Path) -> pd.DataFrame:  # columns KEYS, avg, achieved, a
     return means.merge(frame.pivot_table("score", KEYS, "benchmark").reset_index(), on=KEYS)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+PRUNED = [folder for folder in FOLDERS if (folder / "02_pruning.ipynb").exists()]
+
+
+@pytest.mark.parametrize("folder", PRUNED, ids=lambda p: p.name)
 def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
     table = pd.read_csv(folder / "02_pruning-scores.csv")
     rows = scores_of(folder / "02_pruning.ipynb")
@@ -53,6 +56,29 @@ def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
         assert np.allclose(means, np.array(shown, float), rtol=2e-5, equal_nan=True), row
         removed = row.get("achieved", row.get("of the layers"))
         assert abs(its.achieved.mean() - float(str(removed).split()[0])) < 6e-4
+
+
+def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
+    folder = ROOT / "figures/power"
+    lines = pd.read_csv(folder / "experiments.csv.xz")
+    dense = lines[lines.pruning == "none"].set_index("benchmark").score
+    lines["avg"] = 100 * lines.score / lines.benchmark.map(dense)
+    avg = lines.groupby(["importance", "rounds", "ratio", "seed"]).avg.mean()
+    layers, ours = ("block_influence", 1), ("gauss_newton", 1)
+    ways = {"ours, untrained": ours, "whole layers, refitted": layers}
+    ways |= {"paper's heads and neurons, refitted": ("taylor", 1)}
+    ways |= {"ours, two rounds": ("gauss_newton", 2)}
+    table = pd.read_csv(folder / "11_beyond-scores.csv").query("requested > 0")
+    for row in table.to_dict("records"):
+        mean = avg[(*ways[row["way"]], row["requested"])].mean()
+        assert np.isclose(mean, row["AVG-%"], rtol=2e-5), row
+    verdicts = json.loads((folder / "11_beyond-verdicts.json").read_text(encoding="utf-8"))
+    effects = verdicts["ours, untrained − whole layers, refitted"]["effects"]
+    for ratio, seeds in ((0.3, 6), (0.45, 3)):
+        leads = (avg[(*ours, ratio)] - avg[(*layers, ratio)]).dropna()
+        shown = effects[f"smollm2-135m at {ratio:.2f}"]
+        assert len(leads) == shown["seeds"] == seeds
+        assert np.isclose(leads.mean(), shown["value"], atol=1e-3)
 
 
 def by_hand(number: int, where: str, table: pd.DataFrame) -> pd.Series:  # seed -> effect
