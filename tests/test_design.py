@@ -50,8 +50,7 @@ def test_a_small_set_gives_what_it_has():
     assert len(drawn) == 4 and set(coverage(drawn)) == {"no image/letter", "no image/yes or no"}
     assert len(calibration_data(two, 50, design="first")) == 2
     odd = [two.samples[0] | {"types": types} for types in (None, "vqa", ["one"], 3)]
-    again = calibration_data(InstructionData(odd), 50)
-    assert set(coverage(again)) == set(coverage(drawn))
+    assert set(coverage(calibration_data(InstructionData(odd), 50))) == set(coverage(drawn))
     with pytest.raises(ValueError, match="design"):
         calibration_data(two, 5, design="last")
 

@@ -70,9 +70,8 @@ def test_knobs_of_the_plans(here):
 def test_pruned_twice_knows_the_first_model(here):
     run("prune", "llava", "-o", "once", "--layers", "1")
     args = ("prune", "once", "-o", "twice", "--ratio", 0.3, "--method", "magnitude")
-    assert "make it for the pruned model" in run(
-        *args[:4], "--plan", "once/pruning_plan.json", code=2
-    )
+    again = ("--plan", "once/pruning_plan.json")
+    assert "make it for the pruned model" in run(*args[:4], *again, code=2)
     done = facts(*args)
     from mllm_compress.checkpoint import load_pruned
 
@@ -105,9 +104,8 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
     assert "continues from there" in run(*args, "-o", "parts", code=130)
     monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     assert not Path("parts").exists() and len(list(Path(".parts.training").iterdir())) > 1
-    other = Path("llava/chat_template.jinja").read_text() + "{# another #}"
-    Path("other.jinja").write_text(other)
-    more = ("-o", "parts", "--chat-template", "other.jinja")
+    Path("other").write_text(Path("llava/chat_template.jinja").read_text() + "{# another #}")
+    more = ("-o", "parts", "--chat-template", "other")
     assert "of another run (different processor)" in run(*args, *more, code=2)
     run(*args, "-o", "parts")
     assert not Path(".parts.training").exists()

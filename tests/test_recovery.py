@@ -517,6 +517,9 @@ def test_another_runs_folder_is_refused(run, tmp_path):
     run(**SFT, **ONE_STEP, how=saving)
     with pytest.raises(ValueError, match="another run .different config"):
         run(**SFT, batch_size=N, lr=2e-3, how=saving)
+    (tmp_path / "run.json").write_text('{"model": "a", "split": "test"}')  # of stored answers
+    with pytest.raises(ValueError, match="another run .different .*split"):
+        run(**SFT, **ONE_STEP, how=saving)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(run, data, tmp_path):

@@ -66,8 +66,8 @@ def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
     avg = lines.groupby(["importance", "rounds", "ratio", "seed"]).avg.mean()
     layers, ours = ("block_influence", 1), ("gauss_newton", 1)
     ways = {"ours, untrained": ours, "whole layers, refitted": layers}
-    ways |= {"paper's heads and neurons, refitted": ("taylor", 1)}
-    ways |= {"ours, two rounds": ("gauss_newton", 2)}
+    ways["paper's heads and neurons, refitted"] = ("taylor", 1)
+    ways["ours, two rounds"] = ("gauss_newton", 2)
     table = pd.read_csv(folder / "11_beyond-scores.csv").query("requested > 0")
     for row in table.to_dict("records"):
         mean = avg[(*ways[row["way"]], row["requested"])].mean()

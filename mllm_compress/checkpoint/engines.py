@@ -70,11 +70,11 @@ def write_folder(
             processor.save_pretrained(new)
         if config is not None:
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        names = [p.name for p in new.iterdir()]
+        names = sorted(str(p.relative_to(new)) for p in new.rglob("*") if p.is_file())
         if (old / RECORD).is_file():
             before = json.loads((old / RECORD).read_text()).get("files", names)
             saving.keep_files(saving.unlisted(old, {RECORD, *before}), old, new)
-        (new / RECORD).write_text(json.dumps({"files": sorted(names)}))
+        (new / RECORD).write_text(json.dumps({"files": names}))
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-031
 def to_transformers(model, out, processor, dtype, fill) -> dict:

@@ -96,8 +96,8 @@ def measured(
     loaded, processor = cli.load(model, mc.zoo.models.resolve_device(request.device))
     rows, judged, template = [], None, request.template(processor, bool(names))
     if names:
-        by = mc.evaluation.scoring.answered_by(loaded, processor)
-        folder = answers and answers / content_hash(by)
+        key = mc.evaluation.scoring.answered_by  # reads every weight
+        folder = answers and answers / content_hash(key(loaded, processor))
         options = dict(folder=folder, save_every=512, return_predictions=True)
         options |= dict(limit=request.limit or None, other_pictures=pictures)
         scores, judged = mc.evaluation.evaluate(loaded, processor, names, **options)

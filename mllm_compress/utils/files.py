@@ -200,7 +200,8 @@ def claim(
         path.parent.mkdir(parents=True, exist_ok=True)
         return write_atomically(path, json.dumps(run, indent=1))
     before = json.loads(path.read_text())
-    if differs := [key for key in run if before.get(key, run[key]) != run[key]]:
+    known = run | before  # an older description lacks keys, and has none that we do not know
+    if differs := [key for key in known if known[key] != run.get(key)]:
         raise ValueError(
             f"{folder} holds {what} of another run (different {', '.join(differs)}): "
             "give another folder, or delete it (recover: --restart)."
