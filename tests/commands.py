@@ -7,6 +7,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from mllm_compress.cli import app
+from mllm_compress.data import scenes
 
 
 def run(*args, code=0) -> str:
@@ -37,3 +38,12 @@ def save_models(folder: Path, mllm: tuple, tiny_lm):
     for part in (lm, mllm[1].tokenizer):
         part.save_pretrained(folder / "lm")
     return lm
+
+
+def save_data(folder: Path, entries: list, texts: list):
+    "Write mine.json, with a picture for each entry, and text.jsonl."
+    for k, entry in enumerate(entries):
+        entry |= {"id": k, "image": f"{k}.png"}
+        scenes.image(k, "train").save(folder / entry["image"])
+    (folder / "mine.json").write_text(json.dumps(entries))
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))

@@ -1,5 +1,6 @@
 """Shared fixtures: the golden cases and tiny random models that every test may copy."""
 
+import copy
 import os
 import shutil
 import signal
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_texts import write_texts
+from small_texts import IDS, write_texts
 
 torch.set_num_threads(1)
 
@@ -51,6 +52,18 @@ def tiny_llava():
     from mllm_compress.zoo.models import load_model
 
     return load_model("smoke-llava")
+
+
+@pytest.fixture(scope="session")
+def pair(tiny_llava):
+    "A student whose decoder was disturbed, its teacher, and the processor."
+    from mllm_compress.anatomy.families import anatomy
+
+    teacher, processor = tiny_llava
+    student, g = copy.deepcopy(teacher), torch.Generator().manual_seed(1)
+    for p in anatomy(student).decoder.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=g)
+    return student, teacher, processor
 
 
 @pytest.fixture(scope="session")
@@ -101,9 +114,7 @@ def tiny_lm():
             num_key_value_heads=groups,
             vocab_size=vocab,
             max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
+            **IDS,
             tie_word_embeddings=False,
             **kw,
         )

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from pruning_cases import random_weights
+from small_texts import IDS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -28,9 +29,7 @@ TEXT = dict(
     num_key_value_heads=2,
     vocab_size=96,
     max_position_embeddings=256,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=2,
+    **IDS,
 )
 VISION = dict(
     hidden_size=16,

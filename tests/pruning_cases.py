@@ -1,6 +1,7 @@
 """Models and plans of the pruning tests; tests/test_contract.py has every family and wrapper."""
 
 import torch
+from small_texts import IDS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import anatomy
@@ -41,9 +42,7 @@ def lm_config(name, **kw):
                 num_key_value_heads=groups,
                 vocab_size=64,
                 max_position_embeddings=128,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
+                **IDS,
                 tie_word_embeddings=False,
             )
             | kw

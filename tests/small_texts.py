@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 NOUNS = """anchor basket candle desert engine feather glove harbour island jacket kettle ladder
 mirror needle orchard pocket quarry ribbon saddle tunnel""".split()
 VERBS = """carry gather follow open borrow repair measure polish whisper scatter balance
@@ -86,9 +87,7 @@ def write_language_model(folder: Path) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=600,
         tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **IDS,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

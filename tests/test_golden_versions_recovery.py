@@ -2,13 +2,10 @@
 
 A curve belongs to a row of LOSSES or to a fixed set of losses: a new row moves no other number."""
 
-import copy
-
 import pytest
 import torch
 from golden_versions import check_golden, check_no_stale
 
-from mllm_compress.anatomy.families import anatomy
 from mllm_compress.data.batches import SizedCache
 from mllm_compress.data.scenes import scene_data
 from mllm_compress.recovery.config import RecoveryConfig
@@ -55,16 +52,11 @@ def test_losses(name, update_golden):
 
 
 @pytest.fixture(scope="module")
-def curve(tiny_llava):
+def curve(pair):
     "Three steps of a recovery with some options; the loss and its terms at every step."
-    teacher, processor = tiny_llava
-    student, g = copy.deepcopy(teacher), torch.Generator().manual_seed(1)
-    for p in anatomy(student).decoder.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=g)
-    options, data = (
-        dict(device="cpu", progress=False, cache=SizedCache(2**31)),
-        scene_data("train", 12),
-    )
+    student, teacher, processor = pair
+    options = dict(device="cpu", progress=False, cache=SizedCache(2**31))
+    data = scene_data("train", 12)
 
     def numbers(**chosen) -> dict:
         losses = {"sft": 0.5, "hidden_kd": 0.5}

@@ -1,18 +1,20 @@
 """The way of a practitioner through all commands, on small models with and without pictures."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from commands import facts, run, save_models
+from commands import facts, run, save_data, save_models
 from safetensors.torch import load_file
 
 import mllm_compress
 from mllm_compress.cli.measuring import cost_text
 from mllm_compress.cli.requests import table_text
+from mllm_compress.data import scenes
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +22,10 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     "A folder with a multimodal model, a language model, and data for both."
     folder = tmp_path_factory.mktemp("shop")
     save_models(folder, tiny_llava, tiny_lm)
-    from mllm_compress.data import scenes
-
-    entries = []
-    for k in range(6):
-        scenes.image(k, "train").save(folder / f"{k}.png")
-        asked = scenes.ask(k, "train")[0]
-        pair = {"question": asked["question"], "answer": asked["answer"]}
-        entries.append({"id": k, "image": f"{k}.png", **pair})
-    (folder / "mine.json").write_text(json.dumps(entries))
-    lines = [{"text": "the circle is red " + "and the square is blue " * k} for k in range(8)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = (scenes.ask(k, "train")[0] for k in range(6))
+    entries = [{key: a[key] for key in ("question", "answer")} for a in asked]
+    texts = ["the circle is red " + "and the square is blue " * k for k in range(8)]
+    save_data(folder, entries, texts)
     return folder
 
 
@@ -85,7 +80,7 @@ def test_pruned_twice_knows_the_first_model(here):
     assert [s["step"] for s in facts("show", "twice")["provenance"]] == ["prune", "prune"]
 
 
-def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
+def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch, caplog):
     from mllm_compress.recovery import training as checkpoints
 
     run("prune", "llava", "-o", "small", "--layers", "1")
@@ -107,7 +102,9 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch):
     Path("other").write_text(Path("llava/chat_template.jinja").read_text() + "{# another #}")
     more = ("-o", "parts", "--chat-template", "other")
     assert "of another run (different processor)" in run(*args, *more, code=2)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     run(*args, "-o", "parts")
+    assert "eval_steps" not in caplog.text  # of the checkpoint and of the run are one
     assert not Path(".parts.training").exists()
     one, two = (Path(name, "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == two and Path("parts/learning_curve.png").is_file()

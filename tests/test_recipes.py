@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import save_models
+from commands import save_data, save_models
 from pruning_cases import build
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -146,19 +146,16 @@ def shop(tmp_path_factory, tiny_llava, tiny_lm):
     save_models(folder, tiny_llava, tiny_lm)
     entries = []
     for k in range(24):
-        scenes.image(k, "train").save(folder / f"{k}.png")
         said = [
             {"from": who, "value": a[key] if n or key == "answer" else "<image>\n" + a[key]}
             for n, a in enumerate(scenes.ask(k, "train")[:2])
             for who, key in (("human", "question"), ("gpt", "answer"))
         ]
-        entries.append({"id": k, "image": f"{k}.png", "conversations": said})
-    (folder / "mine.json").write_text(json.dumps(entries))
+        entries.append({"conversations": said})
     words = "the red circle and a blue square are left of some green triangle".split()
     rng = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(words), (24, 60), generator=rng).tolist()
-    lines = [{"text": " ".join(words[i] for i in row)} for row in drawn]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    save_data(folder, entries, [" ".join(words[i] for i in row) for row in drawn])
     shutil.copytree(folder / "llava", folder / "nan")
     weights = load_file(folder / "llava/model.safetensors")
     name = next(n for n in weights if n.endswith("down_proj.weight"))

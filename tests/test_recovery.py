@@ -43,16 +43,6 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_llava):
-    "A student whose decoder was disturbed, its teacher, and the processor."
-    teacher, processor = tiny_llava
-    student, g = copy.deepcopy(teacher), torch.Generator().manual_seed(1)
-    for p in anatomy(student).decoder.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=g)
-    return student, teacher, processor
-
-
-@pytest.fixture(scope="module")
 def run(pair, data):
     "Recover with options of the config; `models`, `samples` and `how` replace those above."
 
@@ -325,6 +315,8 @@ def test_validation_data_decide_in_place_of_a_part_of_the_data(run, data):
     assert weights_hash(kept.model) == weights_hash(model)
     with pytest.raises(ValueError, match="held_out=0 returns the last state"):
         run(how={"validation": data})
+    with pytest.raises(ValueError, match="validation is the data of the training"):
+        run(**how, how={"validation": how["samples"]})
 
 
 def test_the_search_picks_the_best_rate_on_the_held_out_part(run):

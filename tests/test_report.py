@@ -341,6 +341,8 @@ def test_only_shared_seeds_are_paired():
 def test_grids_that_cannot_be_are_named():
     with pytest.raises(ValueError, match="fewer names .'dpo'., which is not compared"):
         check_fewer({"dpo": {}}, ["sft"])
-    assert check_fewer({"sft": {"models": ["m"]}}, ["sft"], also=("models",))
+    assert check_fewer({"sft": {"models": ["m"]}}, ["sft"], {"models": None})
+    with pytest.raises(ValueError, match="layer.*layers"):
+        check_fewer({"sft": {"ways": ["layer"]}}, ["sft"], {"ways": ["layers"]})
     with pytest.raises(ValueError, match="sft must hold ratios or seeds"):
         check_fewer({"sft": {"models": ["m"]}}, ["sft"])

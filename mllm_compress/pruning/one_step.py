@@ -29,12 +29,7 @@ from mllm_compress.pruning.plans import (
     plan_widthwise,
     scores_by_kind,
 )
-from mllm_compress.pruning.pruning_plan import (
-    PruningPlan,
-    check_ratio,
-    compose_plans,
-    layer_sizes,
-)
+from .pruning_plan import PruningPlan, check_ratio, compose_plans, layer_sizes
 from .reconstruction import reconstruct as refit
 from .search import check_time
 from .search import search as searched

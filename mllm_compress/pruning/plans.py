@@ -30,9 +30,7 @@ from mllm_compress.pruning.pruning_plan import (
 from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, Method, check_choice
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-008
-def plan_none(
-    model: PreTrainedModel,
-) -> PruningPlan:
+def plan_none(model: PreTrainedModel) -> PruningPlan:
     "The plan that keeps everything."
     return make_plan(model, requested_ratio=0.0, method="none", shape="none")
 

@@ -315,10 +315,7 @@ def check_pair(
         )
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-007
-def trainable_copy(
-    student: nn.Module,
-    config: RecoveryConfig,
-) -> nn.Module:
+def trainable_copy(student: nn.Module, config: RecoveryConfig) -> nn.Module:
     "A copy whose trained weights are its own and whose frozen weights are shared."
     parts = anatomy(student)
     trained = {id(p) for p in parts.projector_parameters}

@@ -432,7 +432,7 @@ def recover(
             processor = transformers.AutoProcessor.from_pretrained(path)
         except Exception as error:
             raise ValueError(f"no processor found at {path!r}: pass processor=.") from error
-    data = as_data(data)
+    data = whole = as_data(data)
     if len(data) * (part := config.fraction * config.epochs) < 0.5:
         raise ValueError(f"{part:g} of {len(data)} samples is less than one sample: give more.")
     data = data.fraction(config.fraction, config.seed)
@@ -441,7 +441,8 @@ def recover(
     else:
         if not config.held_out:
             raise ValueError("held_out=0 returns the last state: leave it out, or validation=.")
-        few = as_data(validation)
+        if (few := as_data(validation)).hash == whole.hash:
+            raise ValueError("validation is the data of the training: give other samples.")
         few = few.fraction(min(1.0, best_state.MOST_HELD_OUT / len(few)), config.seed)
         held_out = list(range(len(data), len(data) + len(few)))
         data = mix(data, few)
@@ -517,6 +518,7 @@ def recover(
         batches = steps.Batches(lengths, config.batch_size, *place, config.seed, members)
         numbers = lambda samples: torch.tensor([sample["index"] for sample in samples])
         indexed = lambda samples: collate(samples) | {"index": numbers(samples)}
+        planned = math.ceil(config.epochs * batches.steps)
 
         def fit(rate: float, last_step: int | None = None, start: tuple | None = None):
             "Train a copy of the student: for the whole run, or for a trial of a few steps."
@@ -524,7 +526,9 @@ def recover(
             every, where = (None, scratch) if last_step else (save_every, folder or scratch)
             args = training_arguments(replace(config, lr=rate), where, every, device, own)
             args.gradient_accumulation_steps = passes
-            args.eval_steps = last_step or args.eval_steps
+            looks = last_step or args.eval_steps
+            total = args.max_steps if args.max_steps > 0 else planned
+            args.eval_steps = looks if looks >= 1 else math.ceil(looks * total)
             about = (config.losses, config.positions, config.temperature, pairs, blocks)
             module = steps.Student(trainable(), *about)
             run = RecoveryTrainer(
@@ -552,7 +556,6 @@ def recover(
 
         start = search = None
         if config.lr == "search":
-            planned = math.ceil(config.epochs * batches.steps)
             rate, start, search = _search(fit, rate, planned, folder)
         trained_from = time.perf_counter()
         run = fit(rate, start=start)

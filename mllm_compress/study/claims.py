@@ -14,6 +14,7 @@ import pandas as pd
 from ..recovery.losses import LOSSES
 from . import statistics
 from .experiments import LATER
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-005
 LAYERWISE_TO, WIDTHWISE_FROM, WIDTHWISE_SURE = 0.3, 0.375, 0.45
@@ -33,14 +34,16 @@ def other(ratio: float) -> str:
     return {"layerwise": "widthwise", "widthwise": "layerwise"}[recommended(ratio)]
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
-def check_fewer(fewer: dict, kinds: list, also: tuple = (), usual: dict = {}) -> dict:
-    "Which kinds run on a part of the grid, checked: {ratios: [...], seeds: [...], also: ...}."
+def check_fewer(fewer: dict, kinds: list, also: dict = {}, usual: dict = {}) -> dict:
+    "Parts of the grid, checked: kind -> {ratios: [...], names of `also`: its values or any}."
     fewer = fewer or {kind: limits for kind, limits in usual.items() if kind in kinds}
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
     for kind, limits in fewer.items():
         if not isinstance(limits, dict) or set(limits) - {"ratios", "seeds", *also}:
             raise ValueError(f"fewer: {kind} must hold ratios or seeds, not {limits!r}.")
+        for name, value in ((n, v) for n in also if also[n] for v in limits.get(n, ())):
+            check_choice(f"value of fewer[{kind}][{name!r}]", value, also[name])
     return fewer
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-018
@@ -50,13 +53,11 @@ def places(
     "Where compressed models have results, and their originals too."
     evaluated = frame.model.isin(statistics.dense_rows(frame).model)
     done = frame[(frame.status == "done") & (frame.pruning != "none") & evaluated]
-    models = list(dict.fromkeys(frame.model))
-    pairs = set(zip(done.model, done.requested_ratio))
-    return sorted(pairs, key=lambda place: (models.index(place[0]), place[1]))
+    order = [*dict.fromkeys(frame.model)].index
+    return sorted({*zip(done.model, done.requested_ratio)}, key=lambda p: (order(p[0]), p[1]))
 
 
-BESIDE = ("epochs", "layer_share", "start", "hidden_layers")  # vary beside the claims
-BESIDE += ("allocation", "reconstruct", "rounds")
+BESIDE = "epochs layer_share start hidden_layers allocation reconstruct rounds".split()
 PAPERS = (0.15, 0.3, 0.45, 0.6)  # the paper's requested ratios
 
 
