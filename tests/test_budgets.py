@@ -1,6 +1,7 @@
 """Plans for a budget of seconds, bytes or KV cache: met, nested, and refused where impossible."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,9 @@ def test_one_layer_of_each_kind_stays(tiny_lm):
         costs = UnitCosts("latency", "s", 0.0, (1.0,) * 2, (0.0,) * 2, (0.0,) * 2)
         plan_global(model, scores, budget={"latency": 0.1}, costs=costs)
     assert "Ask for 0.500 or more" in str(e.value)
+    other = replace(costs, meta={"parameters": 7})
+    with pytest.raises(ValueError, match="of latency, 2 layers and 7 parameters; the budget"):
+        plan_global(model, scores, budget={"latency": 0.6}, costs=other)
 
 
 def test_the_depth_with_the_smallest_divergence_is_taken(tiny_llava):

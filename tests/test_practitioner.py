@@ -100,6 +100,8 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch, caplog):
     monkeypatch.setattr(checkpoints, "write_checkpoint", write)
     assert not Path("parts").exists() and len(list(Path(".parts.training").iterdir())) > 1
     Path("other").write_text(Path("llava/chat_template.jinja").read_text() + "{# another #}")
+    again = (*args, "-o", "parts", "--restart", "--validation", "mine.json")
+    assert "validation is the data" in run(*again, code=2)  # and deletes nothing
     more = ("-o", "parts", "--chat-template", "other")
     assert "of another run (different processor)" in run(*args, *more, code=2)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
@@ -220,6 +222,9 @@ def test_a_stopped_evaluation_goes_on(here, monkeypatch):
     args = ("evaluate", "llava", "--benchmark", "scenes/open", "--limit", 600, "-o", "rows.csv")
     monkeypatch.setattr(scoring, "answer_questions", counted)
     assert "continues from there" in run(*args, code=130)
+    other = ("--benchmark", "perplexity", "--data", "text.jsonl", "-o", "rows.csv")
+    run("evaluate", "lm", *other)  # leaves the answers of llava
+    Path("rows.csv").unlink()
     counted = lambda *a: asked.append(len(a[2])) or answer(*a)
     monkeypatch.setattr(scoring, "answer_questions", counted)
     run(*args)

@@ -58,6 +58,7 @@ READ = [
     ("mmmu", {"answer": "1"}, {None: [" "], "7.0": ["7"]}),  # only silence is unparseable
 ]
 WORTH = [
+    ("exact", {"answer": "Red."}, {1: ["red", "RED."], 0: ["", "."]}),
     ("exact", {"answer": "Red"}, {1: ["red", "Red.", " RED ", "red ."], 0: ["dark red", "", "re"]}),
     ("mmmu", {"answer": "12"}, {1: ["12", "12.004"], 0: ["13", "", "is ?"]}),
     ("mmmu", {"answer": "1250"}, {1: ["the sum is 1,250"]}),

@@ -405,7 +405,8 @@ def write_gguf(
         images = getattr(processor, "image_processor", None)
         reason = vision_misfit(model) or ("" if images else "no image processor is given")
         if reason:
-            notes.append(f"vision tower and projector are not written: {reason}")
+            stale = f"; {beside.name} is of another model" * beside.exists()
+            notes.append(f"vision tower and projector are not written: {reason}{stale}")
         else:
             writers[beside] = projector_writer(parts, images, dtype)
             notes.append(f"{beside.name} holds vision tower and projector (--mmproj)")

@@ -94,7 +94,7 @@ def measured(
     if perplexity:
         request.check_data()
     loaded, processor = cli.load(model, mc.zoo.models.resolve_device(request.device))
-    rows, judged, template = [], None, request.template(processor, bool(names))
+    rows, judged, folder, template = [], None, None, request.template(processor, bool(names))
     if names:
         key = mc.evaluation.scoring.answered_by  # reads every weight
         folder = answers and answers / content_hash(key(loaded, processor))
@@ -108,7 +108,7 @@ def measured(
         limits = dict(limit=request.limit or 256, max_length=request.max_length or 1024)
         rows.append(mc.evaluation.likelihood.perplexity_row(loaded, processor, samples, **limits))
     rows = pd.concat(rows, ignore_index=True)
-    rows.attrs["chat_template"] = template
+    rows.attrs |= {"chat_template": template, "answers": None if request.answers else folder}
     return rows, judged
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-010
@@ -155,7 +155,7 @@ def evaluate(request: EvaluateRequest) -> dict:
     looks = bool(request.record and dense)
     rows, small_answers = measured(request, model, suite, answers, looks)
     facts, lines = {"model": model, "rows": cli.table_rows(rows)}, [cli.table_text(rows, ".1f")]
-    dense_scores = None
+    dense_scores, original = None, rows
     if dense:
         original, dense_answers = measured(request, dense, suite, answers, looks)
         scored = [frame[frame.benchmark != "perplexity"] for frame in (rows, original)]
@@ -180,8 +180,10 @@ def evaluate(request: EvaluateRequest) -> dict:
         mc.checkpoint.saving.add_step(model, cli.load(model, "cpu")[0], step)
     if out:
         write_atomically(out, rows.to_csv(index=False))
-        if not request.answers:
-            shutil.rmtree(beside, ignore_errors=True)
+        for folder in {frame.attrs["answers"] for frame in (rows, original)} - {None}:
+            shutil.rmtree(folder, ignore_errors=True)
+        if beside.is_dir() and not any(beside.iterdir()):
+            beside.rmdir()
     return facts
 
 # %% ../../nbs/library/cli/05_measuring.ipynb #cell-018

@@ -66,8 +66,8 @@ class RecoverRequest(Training):
     "tensorboard, wandb or trackio."
 
     kept: ClassVar = (
-        "Training is kept up to its last checkpoint, and the same command continues from there; "
-        "with --save-every 0 nothing is kept."
+        "Training is kept up to its last checkpoint, and the same command, without --restart, "
+        "continues from there; with --save-every 0 nothing is kept."
     )
     tables: ClassVar = {"losses": lambda: mc.recovery.LOSSES, "train": lambda: mc.recovery.TRAINS}
 
@@ -126,11 +126,18 @@ def train(request: RecoverRequest, folder: Path, student, teacher, data, config,
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{request.out}.runs")
         options["trainer"] = {"report_to": [tracker], "run_name": request.out.name}
     options |= dict(folder=folder, save_every=interval) if interval else {}
+    before = folder.with_name(f"{folder.name}.before")  # what --restart deletes, until it has begun
+    if request.restart and folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
     try:
         return mc.recovery.recover(student, teacher, data, config, **options)
     finally:
         if [path.name for path in folder.glob("*")] == ["run.json"]:  # nothing to continue from
             shutil.rmtree(folder, ignore_errors=True)
+        if before.exists() and not folder.exists():
+            before.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
 
 # %% ../../nbs/library/cli/04_recovering.ipynb #c-f707ad71
 IDLE = (  # option, whether a RecoveryConfig uses it, and where it does not
@@ -176,8 +183,6 @@ def recover(request: RecoverRequest) -> dict:
     size = sum(p.numel() * p.element_size() for p in student.parameters())
     trained = 0.1 if config.lora else 1.0  # adapters are a small part
     mc.checkpoint.saving.check_writable(folder, int(size * (1 + 11 * trained)))
-    if request.restart:
-        shutil.rmtree(folder, ignore_errors=True)
     teacher, _ = cli.load(request.teacher, device)
     template = request.template(processor, request.is_chat)
     data = request.load_data(processor, request.scenes, teacher)
@@ -214,7 +219,8 @@ def recover(request: RecoverRequest) -> dict:
     records |= dict(provenance=[*mc.checkpoint.formats.history(name), step])
     write = partial(mc.checkpoint.save_pruned, result.model, plan, **records)
     mc.checkpoint.saving.save_or_rescue(write, out)
-    shutil.rmtree(folder, ignore_errors=True)
+    if request.save_every != 0:  # else it may be of another run
+        shutil.rmtree(folder, ignore_errors=True)
     loss = float(history.loss.iloc[-1])
     text = f"trained on {result.samples} samples in {seconds:.0f} s, last loss {loss:.3f}\n{result}"
     facts = {"out": str(out), "samples": result.samples, "seconds": seconds, "last_loss": loss}

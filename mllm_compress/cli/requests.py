@@ -295,6 +295,8 @@ class ChatRequest(Request):
 
     def template(self, processor, conversations: bool) -> str | None:
         "Give a processor the chat template it needs; returns which, if not the model's own."
+        if processor is None:
+            raise ValueError("the model's folder has no processor: save_pruned takes it, too.")
         which = mc.data.batches.set_chat_template(processor, self.chat_template, conversations)
         if which == "plain":
             note(

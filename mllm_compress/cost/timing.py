@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import nnls
 from transformers import PreTrainedModel
 
-from ..anatomy.families import anatomy
+from ..anatomy.families import anatomy, lm_parameters
 from ..anatomy.wrappers import CACHE_ARGUMENT
 from .arithmetic import example_inputs, forward, shape_of_model
 from ..pruning.allocation import UnitCosts
@@ -119,5 +119,6 @@ def unit_seconds(
     kind = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
     meta = dict(phase="decode", batch=batch, context=tokens, dtype=str(model.dtype).split(".")[-1])
     meta |= dict(device=kind, threads=torch.get_num_threads(), dense=float(low[0]), error=error)
+    meta["parameters"] = lm_parameters(model)
     flat = lambda value: (value,) * parts.num_layers
     return UnitCosts("latency", "s", fixed, flat(layer), flat(head), flat(neuron), meta)

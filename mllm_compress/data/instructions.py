@@ -38,7 +38,7 @@ PAIRS = {  # keys of a question and of its answer
     "prompt": ("completion",),
     "instruction": ("output",),
 }
-UNREAD = "history context choices tools video videos audio image_path img".split()  # other formats
+UNREAD = "history context choices tools video videos audio image_path image_url img".split()
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-005
 class EntryError(ValueError):

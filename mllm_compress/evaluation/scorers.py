@@ -31,8 +31,8 @@ def judged(parsed: str | None, right: bool) -> Judgement:
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-009
 def exact(text: str, question: dict) -> Judgement:  # needs "answer"
     "The answer is the expected string, whatever its case and final full stop (GQA)."
-    parsed = text.strip().rstrip(".").strip().lower()
-    return judged(parsed or None, parsed == str(question["answer"]).strip().lower())
+    plain = lambda text: str(text).strip().rstrip(".").strip().lower()
+    return judged(plain(text) or None, plain(text) == plain(question["answer"]))
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #cell-012
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)

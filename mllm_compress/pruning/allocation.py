@@ -147,11 +147,12 @@ def costs_of_budget(model: PreTrainedModel, budget: dict, costs: UnitCosts | Non
                 "cost.timing.unit_seconds(model), or load one with load_costs(path)."
             )
         return COUNTED[name](model)
-    layers = anatomy(model).num_layers
-    if costs.name != name or len(costs.layers) != layers:
+    layers, size = anatomy(model).num_layers, lm_parameters(model)
+    measured = costs.meta.get("parameters", size)
+    if (costs.name, len(costs.layers), measured) != (name, layers, size):
         raise ValueError(
-            f"the table of costs is of {costs.name} and {len(costs.layers)} layers; the budget is "
-            f"of {name} and the model has {layers} layers."
+            f"the table of costs is of {costs.name}, {len(costs.layers)} layers and {measured:,} "
+            f"parameters; the budget is of {name}, the model has {layers} layers and {size:,}."
         )
     return costs
 

@@ -188,8 +188,7 @@ class Allocation:
 ALLOCATIONS = {
     "layer": Allocation("the same share of every layer that is not protected"),
     "global": Allocation(
-        "one ranking of the units of all layers by score per parameter",
-        scores=("gauss_newton",),
+        "one ranking of the units of all layers by score per parameter", scores=("gauss_newton",)
     ),
     "standardized": Allocation(
         "one ranking by any scores, standardised within each layer (as in FLAP)"

@@ -218,9 +218,7 @@ def working_dtype(model) -> torch.dtype:
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-009
 def open_streams(
-    small: PreTrainedModel,
-    dense: PreTrainedModel,
-    batches: list,
+    small: PreTrainedModel, dense: PreTrainedModel, batches: list
 ) -> list:  # of Stream
     "The streams of all batches, with what enters the first layer."
     dtype, streams, samples, wide = working_dtype(dense), [], -1, {}

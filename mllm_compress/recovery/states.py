@@ -35,10 +35,7 @@ from ..data.instructions import image_names
 from .losses import answer_positions
 
 # %% ../../nbs/library/recovery/03_states.ipynb #cell-007
-def shared_features(
-    model: nn.Module,
-    batch: dict,
-):  # a tensor as above, a record, or None without pictures
+def shared_features(model: nn.Module, batch: dict):  # a tensor, a record; None without pictures
     "The outputs of the frozen vision tower for a batch."
     if batch.get("pixel_values") is None:
         return None

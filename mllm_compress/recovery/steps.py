@@ -53,10 +53,10 @@ class Batches(Sampler):
         self.members = np.arange(len(lengths)) if members is None else np.asarray(members)
         self.pieces, self.rank, self.seed, self.epoch = passes * processes, rank, seed, 0
         n = len(lengths)
-        if n < self.pieces:
+        if (few := min(n, batch_size)) < self.pieces:
             raise ValueError(
-                f"{n} samples cannot be split into {self.pieces} parts "
-                "(passes x processes): use fewer, or more data."
+                f"{few} samples cannot be split into {self.pieces} parts "
+                "(passes x processes): use fewer, or more data in larger batches."
             )
         self.steps = max(1, n // batch_size + (n % batch_size >= self.pieces))  # of an epoch
 
