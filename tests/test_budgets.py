@@ -152,7 +152,7 @@ MISTAKES = {
     "above one": (dict(budget={"kv": 1.5}), "between 0 and 1"),
     "text": (dict(budget={"kv": "half"}), "between 0 and 1"),
     "no table": (dict(budget={"latency": 0.5}), "unit_seconds"),
-    "another table": (dict(budget={"kv": 0.5}, costs=device()), "of latency and 6 layers"),
+    "another table": (dict(budget={"kv": 0.5}, costs=device()), "of latency, 6 layers"),
     "a ratio too": (dict(budget={"kv": 0.5}, ratio=0.3), "give one of"),
     "equal shares": (dict(budget={"kv": 0.5}, allocation="layer"), "allocation='global'"),
     "standardized": (dict(budget={"kv": 0.5}, allocation="standardized"), "allocation='global'"),
