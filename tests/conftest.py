@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_texts import IDS, write_texts
+from small_texts import sizes, write_texts
 
 torch.set_num_threads(1)
 
@@ -107,14 +107,7 @@ def tiny_lm():
     ):
         config = AutoConfig.for_model(
             family,
-            hidden_size=hidden,
-            intermediate_size=neurons,
-            num_hidden_layers=layers,
-            num_attention_heads=groups * queries,
-            num_key_value_heads=groups,
-            vocab_size=vocab,
-            max_position_embeddings=128,
-            **IDS,
+            **sizes(hidden, neurons, layers, groups * queries, groups, vocab, 128),
             tie_word_embeddings=False,
             **kw,
         )

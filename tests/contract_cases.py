@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from pruning_cases import random_weights
-from small_texts import IDS
+from small_texts import sizes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -20,17 +20,7 @@ from transformers import (
 )
 
 IMAGE, PAD, LAYERS = 3, 0, 6
-TEXT = dict(
-    hidden_size=32,
-    head_dim=8,
-    intermediate_size=40,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=96,
-    max_position_embeddings=256,
-    **IDS,
-)
+TEXT = sizes(32, 40, LAYERS, 4, 2, 96, 256) | {"head_dim": 8}
 VISION = dict(
     hidden_size=16,
     intermediate_size=24,

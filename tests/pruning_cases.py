@@ -1,7 +1,7 @@
 """Models and plans of the pruning tests; tests/test_contract.py has every family and wrapper."""
 
 import torch
-from small_texts import IDS
+from small_texts import sizes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mllm_compress.anatomy.families import anatomy
@@ -30,24 +30,9 @@ def random_weights(model, seed=0):
 def lm_config(name, **kw):
     family, shape = name.split("-")
     groups, queries = map(int, shape.split("x"))
-    return AutoConfig.for_model(
-        family,
-        **(
-            dict(
-                hidden_size=groups * queries * 8,
-                head_dim=8,
-                intermediate_size=40,
-                num_hidden_layers=4,
-                num_attention_heads=groups * queries,
-                num_key_value_heads=groups,
-                vocab_size=64,
-                max_position_embeddings=128,
-                **IDS,
-                tie_word_embeddings=False,
-            )
-            | kw
-        ),
-    )
+    heads = groups * queries
+    usual = sizes(heads * 8, 40, 4, heads, groups, 64, 128)
+    return AutoConfig.for_model(family, **usual | dict(head_dim=8, tie_word_embeddings=False) | kw)
 
 
 def build(name, dtype=torch.float64, **kw):

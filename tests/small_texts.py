@@ -7,7 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+vocab_size max_position_embeddings""".split()
 NOUNS = """anchor basket candle desert engine feather glove harbour island jacket kettle ladder
 mirror needle orchard pocket quarry ribbon saddle tunnel""".split()
 VERBS = """carry gather follow open borrow repair measure polish whisper scatter balance
@@ -75,20 +76,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def sizes(*values) -> dict:
+    "The options of a config that SIZES names, and the ids of special tokens."
+    return dict(zip(SIZES, values)) | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
 def write_language_model(folder: Path) -> Path:
     "A random Llama of six layers with that tokenizer, as a checkpoint."
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=600,
-        tie_word_embeddings=True,
-        **IDS,
-    )
+    config = LlamaConfig(**sizes(32, 64, 6, 4, 2, 260, 600), tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

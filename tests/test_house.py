@@ -5,6 +5,7 @@ import importlib
 import inspect
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import notebook_map
@@ -47,6 +48,10 @@ def imports(module: str) -> list:  # of (module, name or "")
     return [(m, name) for m, name in pairs if m in MODULES and m != module]
 
 
+def test_the_subpackages_are_known():
+    assert sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py")) == sorted(ORDER)
+
+
 def test_no_import_goes_upwards():
     "The library never imports the study or the command line."
     wrong = [
@@ -69,6 +74,11 @@ def test_the_study_and_the_command_line_use_public_names_of_the_library():
         if name not in importlib.import_module(other).__all__
     ]
     assert not wrong, f"`#| export` makes a name public: {wrong}"
+
+
+def test_no_circle_of_imports():
+    graph = {m: {other for other, _ in imports(m)} for m in MODULES if subpackage(m)}
+    list(TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
 HEAVY = "matplotlib seaborn papermill nbformat nbconvert IPython ipykernel jupyter_client typer"

@@ -102,6 +102,11 @@ def test_a_stopped_recovery_goes_on_to_the_same_bits(here, monkeypatch, caplog):
     Path("other").write_text(Path("llava/chat_template.jinja").read_text() + "{# another #}")
     again = (*args, "-o", "parts", "--restart", "--validation", "mine.json")
     assert "validation is the data" in run(*again, code=2)  # and deletes nothing
+    Path(".parts.restarted").mkdir()
+    Path(".parts.restarted/thesis.txt").write_text("years of work")
+    assert ".parts.restarted" in run(*again[:-2], code=2)
+    assert Path(".parts.restarted/thesis.txt").read_text() == "years of work"
+    shutil.rmtree(".parts.restarted")
     more = ("-o", "parts", "--chat-template", "other")
     assert "of another run (different processor)" in run(*args, *more, code=2)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)

@@ -61,6 +61,15 @@ def test_links_of_texts_and_notebooks_exist(path):
             assert anchor.lower() in slugs, target
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_git_keeps_results_tables_and_executed_notebooks():
+    command = ["git", "ls-files", "figures"]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    kept = {".zip", ".csv", ".xz", ".json", ".png", ".svg", ".ipynb"}
+    others = [path for path in tracked if Path(path).suffix not in kept]
+    assert not others
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("myst_nb"), reason="no MyST-NB here")
 def test_the_site_has_notebooks_names_with_parameters_and_commands(tmp_path):

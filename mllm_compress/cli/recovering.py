@@ -126,7 +126,7 @@ def train(request: RecoverRequest, folder: Path, student, teacher, data, config,
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{request.out}.runs")
         options["trainer"] = {"report_to": [tracker], "run_name": request.out.name}
     options |= dict(folder=folder, save_every=interval) if interval else {}
-    before = folder.with_name(f"{folder.name}.before")  # what --restart deletes, until it has begun
+    before = cli.hidden_folder(request.out, "restarted")  # is deleted once training has begun
     if request.restart and folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)

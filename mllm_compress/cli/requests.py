@@ -492,6 +492,7 @@ def check_output_file(
 
 
 WORK = {"training": "run.json", "unfinished": "[0-9a-f]" * 20, "answers": "*/run.json"}
+WORK |= {"restarted": "run.json"}
 
 
 def hidden_folder(out: Path, kind: str) -> Path:  # kind: one of WORK

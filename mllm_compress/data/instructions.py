@@ -38,6 +38,7 @@ PAIRS = {  # keys of a question and of its answer
     "prompt": ("completion",),
     "instruction": ("output",),
 }
+# Keys of other formats, which are not read:
 UNREAD = "history context choices tools video videos audio image_path image_url img".split()
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-005

@@ -35,7 +35,7 @@ def other(ratio: float) -> str:
 
 # %% ../../nbs/library/study/23_claims.ipynb #cell-012
 def check_fewer(fewer: dict, kinds: list, also: dict = {}, usual: dict = {}) -> dict:
-    "Parts of the grid, checked: kind -> {ratios: [...], names of `also`: its values or any}."
+    "Which kinds run on a part of the grid, checked; also: further name -> allowed values, or None."
     fewer = fewer or {kind: limits for kind, limits in usual.items() if kind in kinds}
     if unknown := [k for k in fewer if k not in kinds]:
         raise ValueError(f"fewer names {unknown}, which is not compared: use some of {kinds}.")
