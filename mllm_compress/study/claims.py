@@ -57,7 +57,7 @@ def places(
     return sorted({*zip(done.model, done.requested_ratio)}, key=lambda p: (order(p[0]), p[1]))
 
 
-BESIDE = "epochs layer_share start hidden_layers allocation reconstruct rounds".split()
+BESIDE = "epochs layer_share start hidden_layers allocation reconstruct rounds adapters".split()
 PAPERS = (0.15, 0.3, 0.45, 0.6)  # the paper's requested ratios
 
 

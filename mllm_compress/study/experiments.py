@@ -13,12 +13,14 @@ from ..data.calibration import DESIGNS
 from ..importance.criteria import CRITERIA
 from ..pruning.plans import ALLOCATIONS, PRUNINGS
 from ..pruning.reconstruction import RECONSTRUCTIONS
+from ..recovery.config import PAPER
 from ..recovery.losses import HIDDEN_LAYERS, TRAINS, canonical_objective
 from .alternatives import QUANTIZERS, STARTS, UNROUNDED
 from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 RETURNED = {"last": {"held_out": 0.0}, "validated": {"held_out": 0.1}}  # of a RecoveryConfig
+ADAPTERS = {"none": {}, "LoRA": {"lora": PAPER["llava"]["lora"]}}  # too
 
 
 def study_criteria(pruning: str) -> tuple:
@@ -54,6 +56,7 @@ class Experiment:
     hidden_layers: str = "final"  # that hidden_kd compares, a row of HIDDEN_LAYERS
     returned: str = "last"  # of training, a row of RETURNED
     rounds: int = 1  # widthwise, refitted: units are selected in so many rounds of refits
+    adapters: str = "none"  # trained in place of the LM's weights, a row of ADAPTERS
 
     def __post_init__(self):
         check_choice("pruning", self.pruning, PRUNINGS)
@@ -97,7 +100,7 @@ def _mistakes(e: Experiment):
         )
     choices = dict(allocation=ALLOCATIONS, shape=("default", "blockwise", "uniform"), start=STARTS)
     choices |= dict(quantize=(UNROUNDED, *QUANTIZERS), hidden_layers=HIDDEN_LAYERS)
-    choices |= dict(reconstruct=RECONSTRUCTIONS, returned=RETURNED)
+    choices |= dict(reconstruct=RECONSTRUCTIONS, returned=RETURNED, adapters=ADAPTERS)
     for name, allowed in choices.items():
         check_choice(name, getattr(e, name), allowed)
     if e.quantize != UNROUNDED and e.recovery != "none":
@@ -140,7 +143,8 @@ def canonical(experiment: Experiment) -> Experiment:
     if e.recovery == "none":
         seed = 0 if e.pruning == "none" else e.calibration_seed
         changes |= dict(seed=seed, calibration_seed=seed)
-        changes |= dict(train="projector+lm", fraction=1.0, epochs=0, returned="last")
+        unused = ("train", "fraction", "epochs", "returned", "adapters")
+        changes |= {f.name: f.default for f in fields(e) if f.name in unused}
     else:
         changes["recovery"] = canonical_objective(e.recovery)
     return replace(e, **changes)
@@ -158,7 +162,7 @@ def described(experiment: Experiment) -> dict:
     return {k: v for k, v in values.items() if LATER.get(k, ...) != v}
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-027
-METHOD_FIELDS = ("allocation", "shape", "reconstruct", "quantize", "start", "returned")
+METHOD_FIELDS = ("allocation", "shape", "reconstruct", "quantize", "start", "returned", "adapters")
 
 
 def method_of(experiment: Experiment) -> str:

@@ -22,7 +22,7 @@ from ..utils.methods import GREEN, ORANGE, SKY, Look
 # %% ../../nbs/library/study/34_guide.ipynb #cell-r1
 def studied(profile: Profile) -> list:  # of Experiment, sorted
     "The experiments of a profile that have results; without rounded or new weights, or hybrids."
-    elsewhere = ("quantize", "start", "layer_share", "hidden_layers", "returned")
+    elsewhere = ("quantize", "start", "layer_share", "hidden_layers", "returned", "adapters")
     usual = lambda e: all(getattr(e, name) == LATER[name] for name in elsewhere)
     return sorted(filter(usual, complete(profile)))
 

@@ -48,7 +48,8 @@ Fraction = Annotated[float, Strict(), Field(gt=0, le=1)]
 Word = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
 Dtype = Literal["", "float32", "bfloat16", "float16"]
-LearningRates = Literal[(*TRAINS, "reconstructed", "scratch")]  # what is trained, or from what
+TRAINED = (*TRAINS, "reconstructed", "scratch")  # what is trained, or from what
+LearningRates = Literal[(*TRAINED, *(f"{t}, LoRA" for t in TRAINED))]
 OfModel = dict[Literal["training", "recovery"], dict]
 STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 

@@ -50,7 +50,7 @@ from ..recovery.steps import with_adapters
 from ..recovery.training import RECOVERY_VERSION
 from . import alternatives, experiments, profiles, store
 from .alternatives import QUANTIZERS, UNROUNDED, rounded
-from .experiments import LATER, RETURNED, Experiment, canonical
+from .experiments import ADAPTERS, LATER, RETURNED, Experiment, canonical
 from .profiles import Evaluation, Profile, Training, training_of
 from .store import Store
 from ..utils.files import code_of, content_hash, remembered
@@ -66,10 +66,12 @@ def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
     options |= {"seed": e.seed, "fraction": e.fraction} | ({"epochs": e.epochs} if e.epochs else {})
     if e.train == "projector":
         options.pop("lora", None)
+    options |= ADAPTERS[e.adapters]
     if e.hidden_layers != LATER["hidden_layers"]:
         options["hidden_layers"] = e.hidden_layers
     config, refitted = config_from_dict(options), e.reconstruct != "none"
     section = "reconstructed" if refitted and e.train == "projector+lm" else e.train
+    section += f", {e.adapters}" * (e.adapters != "none")
     known = profile.learning_rates  # new weights may have rates of their own
     rates = known.get(section, {}) | known.get(e.start, {})
     rate = profiles.rate_of(rates.get(e.recovery), e.pruning, e.ratio)
