@@ -20,7 +20,7 @@ from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/01_experiments.ipynb #cell-010
 RETURNED = {"last": {"held_out": 0.0}, "validated": {"held_out": 0.1}}  # of a RecoveryConfig
-ADAPTERS = {"none": {}, "LoRA": {"lora": PAPER["llava"]["lora"]}}  # too
+ADAPTERS = {"none": {}, "LoRA": {"lora": PAPER["llava"]["lora"]}}  # and its options
 
 
 def study_criteria(pruning: str) -> tuple:
@@ -143,8 +143,8 @@ def canonical(experiment: Experiment) -> Experiment:
     if e.recovery == "none":
         seed = 0 if e.pruning == "none" else e.calibration_seed
         changes |= dict(seed=seed, calibration_seed=seed)
-        unused = ("train", "fraction", "epochs", "returned", "adapters")
-        changes |= {f.name: f.default for f in fields(e) if f.name in unused}
+        training = ("train", "fraction", "epochs", "returned", "adapters")
+        changes |= {f.name: f.default for f in fields(e) if f.name in training}
     else:
         changes["recovery"] = canonical_objective(e.recovery)
     return replace(e, **changes)

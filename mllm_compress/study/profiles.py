@@ -48,8 +48,8 @@ Fraction = Annotated[float, Strict(), Field(gt=0, le=1)]
 Word = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
 Dtype = Literal["", "float32", "bfloat16", "float16"]
-TRAINED = (*TRAINS, "reconstructed", "scratch")  # what is trained, or from what
-LearningRates = Literal[(*TRAINED, *(f"{t}, LoRA" for t in TRAINED))]
+ADAPTED = ("projector+lm, LoRA", "reconstructed, LoRA")
+LearningRates = Literal[(*TRAINS, "reconstructed", "scratch", *ADAPTED)]  # what, or from what
 OfModel = dict[Literal["training", "recovery"], dict]
 STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 

@@ -64,9 +64,7 @@ def recovery_config(e: Experiment, profile: Profile) -> RecoveryConfig:
     options = options | profile.recovery | profile.per_model.get(e.model, {}).get("recovery", {})
     options |= {"train": e.train, "losses": {name: 1 / len(losses) for name in losses}}
     options |= {"seed": e.seed, "fraction": e.fraction} | ({"epochs": e.epochs} if e.epochs else {})
-    if e.train == "projector":
-        options.pop("lora", None)
-    options |= ADAPTERS[e.adapters]
+    options |= ({"lora": None} if e.train == "projector" else {}) | ADAPTERS[e.adapters]
     if e.hidden_layers != LATER["hidden_layers"]:
         options["hidden_layers"] = e.hidden_layers
     config, refitted = config_from_dict(options), e.reconstruct != "none"

@@ -172,9 +172,7 @@ def original_of(frame: pd.DataFrame, model: str) -> Original:
     "The uncompressed model's answers."
     rows = dense_rows(frame[frame.model == model])
     if rows.empty:
-        raise ValueError(
-            f"The frame has no dense rows of {model}: add Experiment({model!r}) to the experiments."
-        )
+        raise ValueError(f"The frame has no dense rows: add Experiment({model!r}) to what is run.")
     return Original(rows)
 
 # %% ../../nbs/library/study/22_statistics.ipynb #cell-032

@@ -159,10 +159,8 @@ def run_tool(command: list, folder: Path, cure: str) -> str:
 def fetch_texts(*names: str) -> None:
     "Fetch missing texts, all by default; OSError that says what to do if this fails."
     wanted = "; ".join(f"{row.files} of package {row.package}" for row in TEXTS.values())
-    cure = (
-        "Run `apt-get update` first, or copy these files to a folder, and name it in "
-        f"MLLM_COMPRESS_TEXTS: {wanted}."
-    )
+    cure = "Run `apt-get update` first, or copy these files to a folder, and name it in "
+    cure += f"MLLM_COMPRESS_TEXTS: {wanted}."
     for package in (TEXTS[name].package for name in names or TEXTS if missing_text(name)):
         with replacing_folder(cache_folder("texts") / package) as new:
             run_tool(["apt-get", "download", package], new, cure)
@@ -336,9 +334,7 @@ WORDS = {
     "cloze": (cloze_question, "Which of four words stands in an example of WordNet?"),
 }
 register_benchmarks(
-    text_benchmark(
-        f"text/{name}", "likelihood_choice", partial(word_questions, make), help, "glosses"
-    )
-    for name, (make, help) in WORDS.items()
+    text_benchmark(f"text/{n}", "likelihood_choice", partial(word_questions, make), help, "glosses")
+    for n, (make, help) in WORDS.items()
 )
 TEXT_SUITE = tuple(f"text/{name}" for name in (*TEXTS, *WORDS))
