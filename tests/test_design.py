@@ -264,3 +264,18 @@ def test_states_of_several_layers_are_a_setting_of_training():
     best = replace(plain, returned="validated")
     assert [stages.recovery_config(e, SMOKE).held_out for e in (plain, best)] == [0.0, 0.1]
     assert stages.inputs_of("student", best, SMOKE)["validation"]
+
+
+def test_adapters_are_trained_at_rates_of_their_own():
+    full = replace(LAYERS, recovery="sft", fraction=0.5)
+    adapted = replace(full, adapters="LoRA")
+    own = {"projector+lm": {"sft": 0.1}, "projector+lm, LoRA": {"sft": 0.2}}
+    own |= {"reconstructed": {"sft": 0.3}, "reconstructed, LoRA": {"sft": 0.4}}
+    ways = [full, adapted, *(replace(e, reconstruct="stream") for e in (full, adapted))]
+    configs = [stages.recovery_config(e, replace(SMOKE, learning_rates=own)) for e in ways]
+    assert [c.lr for c in configs] == [0.1, 0.2, 0.3, 0.4]
+    assert [(c.lora or {}).get("r") for c in configs] == [None, 128, None, 128]
+    assert canonical(replace(adapted, recovery="none")) == canonical(replace(full, recovery="none"))
+    assert describe(adapted).replace(" + LoRA", "") == describe(full) != describe(adapted)
+    with pytest.raises(ValueError, match="lora adapts the LM decoder: use train='projector.lm'"):
+        stages.recovery_config(replace(adapted, train="projector"), SMOKE)

@@ -39,7 +39,8 @@ PAIRS = {  # keys of a question and of its answer
     "instruction": ("output",),
 }
 # Keys of other formats, which are not read:
-UNREAD = "history context choices tools video videos audio image_path image_url img".split()
+UNREAD = "history context choices tools video videos audio".split()
+UNREAD += "image_file image_files image_path image_paths image_url image_urls img".split()
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-005
 class EntryError(ValueError):
