@@ -62,6 +62,7 @@ ENTRIES = {
     "null-among-images": (pair("<image><image>?", image=["0.png", None]), "leave it out"),
     "missing-among-images": (pair("<image><image>?", image=["0.png", "gone.png"]), "Complete"),
     "unread-key": ({"question": "a?", "answer": "b", "history": [["c?", "d"]]}, "is not read"),
+    "unread-picture": ({"question": "a?", "answer": "b", "image_file": "c.png"}, "is not read"),
     "choices": ({"question": "a?", "choices": ["b"], "answer": 0}, "has 'choices', which is not"),
     "system-of-text": ({"text": "a b c", "system": "d"}, "has 'system', which is not read"),
     "system-list": (pair(system=["a"]), "a part of type None|should be text"),
