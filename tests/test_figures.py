@@ -92,7 +92,7 @@ def test_the_scoreboard_has_a_column_for_every_profile_with_verdicts(tmp_path, m
     apart = written | {"agree": False, "effects": ends, "words": words}
     assert scoreboard.shown_effect(apart) == "-3.0 ✗ (0.60); +6.0 ✓ (0.15)"
     halves = {"parts": {"30 % and below": {"word": "undecided", "average": {"value": -1.2}}}}
-    assert scoreboard.shown_effect(apart | halves) == "-1.2 ? (below 30 %)"
+    assert scoreboard.shown_effect(apart | halves) == "-1.2 ? (≤30 %)"
     assert board["tiny, contradicted in"][0] == "5 of 8"
     assert board["tiny, questions x seeds"][0] == "7,000 x 3"
     ax = scoreboard.scoreboard_figure(board, "quick").axes[0]

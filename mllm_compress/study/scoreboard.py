@@ -67,7 +67,8 @@ def shown_effect(record: dict) -> str:  # of `Verdict.record`
     of = of or sorted((e["value"], words[at], at) for at, e in record["effects"].items())[::last]
     short = lambda at: re.sub(".* at |,.*", "", at)
     texts = (f"{v:+.1f} {statistics.SIGNS[w]} ({short(at)})" for v, w, at in of)
-    return re.sub(r"(\d+ %) and (below|above)", r"\2 \1", "; ".join(texts))
+    text = re.sub(r"(\d+ %) and below", r"≤\1", "; ".join(texts))
+    return re.sub(r"(\d+ %) and above", r"≥\1", text)
 
 
 def scoreboard(
