@@ -29,7 +29,7 @@ setup(
             "profiles/*.yaml",
             "benchmarks.yaml",
             "published/*.csv",
-            "advice.csv",
+            "advice.csv.xz",
             "study.mplstyle",
             "cli/rows.json",
             "models/*.*",

@@ -25,7 +25,7 @@ TEXT += ["shape", "drawn"]
 
 def shipped() -> pd.DataFrame:
     "The rows of the committed profiles."
-    return read(files("mllm_compress") / "advice.csv")
+    return read(files("mllm_compress") / "advice.csv.xz")
 
 
 def read(path) -> pd.DataFrame:

@@ -117,7 +117,7 @@ def ship(root: Path) -> None:  # a checkout
     tables = [advice.read(path) for path in sorted(root.glob("figures/*/08_guide-advice.csv"))]
     old, new = advice.shipped(), {name for table in tables for name in table.profile}
     joined = pd.concat([old[~old.profile.isin(new)], *tables])
-    joined.to_csv(root / "mllm_compress/advice.csv", index=False, float_format="%.6g")
+    joined.to_csv(root / "mllm_compress/advice.csv.xz", index=False, float_format="%.6g")
 
 # %% ../../nbs/library/study/34_guide.ipynb #cell-010
 def agreement(frame: pd.DataFrame, rows: pd.DataFrame, ratio: float, budget: float) -> str:

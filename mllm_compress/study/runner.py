@@ -203,7 +203,7 @@ def run_study(
         problems = ["some experiments failed (above)"] * bool(failures) + problems
         for problem in problems:
             print(f"PROBLEM: {problem}")
-        if publish and (checkout() / "mllm_compress/advice.csv").exists():
+        if publish and (checkout() / "mllm_compress/advice.csv.xz").exists():
             from mllm_compress.study.guide import ship  # it draws, which workers need not
 
             ship(checkout())
