@@ -26,9 +26,9 @@ def scores_of(notebook: Path) -> pd.DataFrame:  # columns KEYS, avg, achieved, a
     results = nbformat.read(notebook, 4).metadata["mllm_compress"]["results"]
     assert set(results) <= set(lines.result)
     usual = {"epochs": 0, "layer_share": 0, "start": "pruned", "hidden_layers": "final"}
-    usual |= {"reconstruct": "none"}
+    usual |= {"reconstruct": "none", "quantize": "none", "adapters": "none"}
     frame = lines[lines.result.isin(results)]
-    for column, value in usual.items():  # claims are about one epoch, nothing refitted
+    for column, value in usual.items():  # claims are about one epoch, nothing refitted or rounded
         frame = frame[frame[column] == value] if column in frame else frame
     dense = frame[frame.pruning == "none"].set_index(["model", "benchmark"]).score
     whole = np.array([dense[m, b] for m, b in zip(frame.model, frame.benchmark)])
