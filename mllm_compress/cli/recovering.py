@@ -50,7 +50,7 @@ class RecoverRequest(Training):
     sft+hidden_kd, after a refit logits_kd."""
     lr: Literal["search"] | Rate | None = Field(None, examples=["2e-5"])
     """Learning rate, or `search`, which tries several in short trainings; default: 1e-3, after a
-    refit 1e-4, for the projector alone 2e-3, with LoRA 2e-5 (small models: 1e-3)."""
+    refit 1e-4, for the projector alone 2e-3, with LoRA 2e-5, too low for small models."""
     lora: Annotated[int, Field(ge=0)] | dict | None = None
     "LoRA rank; 0: train all weights; a config file may give peft's options instead."
     scenes: Count = 40_000
