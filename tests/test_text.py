@@ -154,14 +154,13 @@ def test_the_real_model_knows_a_capital():
     assert "Paris" in tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
 
 
-GEMMA = packaged.PACKAGED["gemma3-270m"].missing
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(bool(GEMMA), reason=GEMMA)
-def test_the_real_gemma_reads_documentation():
-    "Its normalisation weights are stored as one more than they are, and its embeddings scaled."
-    model, tokenizer = zoo.load_model("gemma3-270m")
+@pytest.mark.parametrize("name", ("gemma3-270m", "qwen2.5-coder-1.5b"))
+def test_a_real_model_in_several_packages_reads_documentation(name):
+    "Gemma's normalisation weights are stored as one more than they are, its embeddings scaled."
+    if missing := packaged.PACKAGED[name].missing:
+        pytest.skip(missing)
+    model, tokenizer = zoo.load_model(name, dtype="bfloat16")
     documentation = " ".join(json.__doc__.split())
     ids = tokenizer(documentation, return_tensors="pt").input_ids[:, :256]
     assert documentation.startswith(tokenizer.decode(ids[0], skip_special_tokens=True))

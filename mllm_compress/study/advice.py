@@ -30,8 +30,7 @@ def shipped() -> pd.DataFrame:
 
 def read(path) -> pd.DataFrame:
     "A table of advice."
-    table = pd.read_csv(path, dtype=dict.fromkeys(TEXT, str))
-    return table.fillna(dict.fromkeys(TEXT, ""))
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str)).fillna(dict.fromkeys(TEXT, ""))
 
 
 def table_of(profile, model: str) -> pd.DataFrame:  # of one profile

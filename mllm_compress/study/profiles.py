@@ -471,9 +471,7 @@ def missing_inputs(
     "The inputs that a profile names and this machine does not have."
     models, e = {m: profile.folders.get(m, m) for m in profile.models}, profile.evaluation
     trainings = [training_of(m, profile) for m in models]
-    paths = [
-        (f"model {m}", s) for m, s in models.items() if s not in MODELS and not HUB.fullmatch(s)
-    ]
+    paths = [(f"model {m}", s) for m, s in models.items() if not (s in MODELS or HUB.fullmatch(s))]
     paths += [(f"vision tower of {m}", t) for m, t in profile.towers.items() if m in models]
     paths += [(f"training {k}", getattr(t, k)) for t in trainings for k in ("json", "image_root")]
     missing = [(what, missing_at(path)) for what, path in paths if path]

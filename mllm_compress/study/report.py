@@ -185,7 +185,13 @@ class Report:
         figure = self.figure(dumbbells(shown, guessed), name, caption)
         display(self.verdict(text, effects, name=name), figure)
 
-    def ahead(self, frame, first: str, second: str, name="", at="", shares=(), untrained=False):
+    def kinds(self, frame: pd.DataFrame) -> dict:  # name -> rows; empty if there is one sort only
+        "The rows on the kinds of text that are trained on, and those on other kinds."
+        known = frame.benchmark.isin([f"text/{kind}" for kind in self.setup.training.text])
+        sorts = {"kinds of text that are trained on": known, "other kinds of text": ~known}
+        return {name: frame[rows] for name, rows in sorts.items()} if 0 < known.mean() < 1 else {}
+
+    def ahead(self, frame, first, second, name="", at="", shares=(), untrained=False, on=""):
         "Whether one label of `labelled` keeps more: at every ratio, `at` all, or at each share."
         pair = {way: {"importance": way} for way in (first, second)}
         if shares:  # of the data; maybe against the second before training
@@ -195,9 +201,11 @@ class Report:
             whole = {(model, at): pair for model in self.setup.models}
             effects = claims.ahead(frame, whole if at else claims.everywhere(frame, pair), *pair)
         head = f"{first[0].upper()}{first[1:]}{',' * (',' in first)} keeps more than {second}"
-        claim = f"{head}{', untrained' * untrained}."
-        note = claims.without_best(frame, *pair.values()) if name and not (shares or at) else ""
-        return self.verdict(claim, effects, name=name or f"{first} − {second}", note=note)
+        claim = f"{head}{', untrained' * untrained}{f', on {on}' * bool(on)}."
+        alone = name and not (shares or at or on)
+        note = claims.without_best(frame, *pair.values()) if alone else ""
+        name = name or f"{first} − {second}"
+        return self.verdict(claim, effects, name=name + f", {on}" * bool(on), note=note)
 
     def perplexities(self, frame, *columns: str):  # a Table
         "Write the table of perplexities per token, where a profile has texts that are read."

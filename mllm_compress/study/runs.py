@@ -25,7 +25,7 @@ from .stages import key_of, missing_stages, name_of
 from .store import Store, results_of
 from .workers import inline, local
 from ..utils.files import checkout
-from ..utils.methods import unknown_choice
+from ..utils.methods import check_choice
 
 # %% ../../nbs/library/study/13_runs.ipynb #cell-010
 def frame_of(
@@ -159,8 +159,7 @@ def settled(
     if path := os.environ.get(RUN_CONTEXT):  # of the run that this process belongs to
         context |= json.loads(Path(path).read_text(encoding="utf-8"))
     executor, workers = executor or context["executor"], workers or context["workers"]
-    if executor not in EXECUTORS:
-        raise ValueError(unknown_choice("executor", executor, EXECUTORS))
+    check_choice("executor", executor, EXECUTORS)
     missing_inputs(profile, required=True)
     results, distinct = results_of(profile), list(dict.fromkeys(map(canonical, experiments)))
     lacks = lambda e: bool(missing_stages(e, profile, results)["score"])

@@ -445,8 +445,7 @@ def kept_student(e: Experiment, profile: Profile, results: Store, device: str):
     tensors = load_file(folder / "weights.safetensors")
     names = [name for name in tensors if name.startswith(ADAPTER)]
     if adapters := {name.removeprefix(ADAPTER): tensors.pop(name) for name in names}:
-        lora = recovery_config(e, profile).lora
-        student = with_adapters(student, lora, adapters).eval()
+        student = with_adapters(student, recovery_config(e, profile).lora, adapters).eval()
     student.load_state_dict(student.state_dict() | tensors)
     return student
 

@@ -566,8 +566,7 @@ class Verdict:
             "sentence": self.sentence(),
         }
 
-    def __repr__(self) -> str:
-        return self.sentence()
+    __repr__ = sentence
 
     def _repr_html_(self) -> str:
         bar = f"border-left:4px solid {COLORS[self.word]};padding-left:.8em"

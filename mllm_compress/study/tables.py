@@ -104,8 +104,7 @@ def to_latex(table: Table) -> str:
         longest = max(map(len, texts[column]), default=0)
         wrapped = r">{\raggedright\arraybackslash}p{4.5cm}"
         kinds.append("r" if numeric else wrapped if longest > 40 else "l")
-    laid_out = Styler(texts).hide(axis="index")
-    tabular = laid_out.to_latex(hrules=True, column_format="".join(kinds))
+    tabular = Styler(texts).hide(axis="index").to_latex(hrules=True, column_format="".join(kinds))
     return _FLOAT.replace("CAPTION", escape(table.caption)).replace("TABULAR", tabular)
 
 # %% ../../nbs/library/study/24_tables.ipynb #cell-026
