@@ -149,9 +149,10 @@ def held_out_errors(
     "E(λ) of many ridges from one eigendecomposition."
     x, r = train.means(bias)
     gram, cross, _ = train.about(x, r)
-    sums = gram, cross, weight.T, *held.about(x, r)
-    gram, cross, start, seen, wanted, square = (s.to(dtype) for s in sums)
+    narrow = (s.to(dtype) for s in (gram, cross, weight.T, *held.about(x, r)))
+    gram, cross, start, seen, wanted, square = narrow  # what is wider is freed
     values, basis = torch.linalg.eigh(gram)
+    del gram
     seen, wanted, start = basis.T @ seen @ basis, basis.T @ wanted, basis.T @ start
     moves = basis.T @ cross - values[:, None] * start  # D, what the fit adds before it is shrunk
     predicted = seen @ start
