@@ -462,7 +462,7 @@ CASES = [
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
     Case(("convert", "llava", "llava/out"), "choose another folder"),
     # the study
-    Case(("study", "--profile", "huge"), "use authors, eyes, families, gpu, llava-small"),
+    Case(("study", "--profile", "huge"), "use authors, eyes, families, gpu, larger, llava-small"),
     Case(("study", "--profile", "gone.yaml"), "gone.yaml"),
     *(
         Case(("study", "--profile", "smoke", "--dry-run", *args.split()), says)
