@@ -406,15 +406,13 @@ CASES = [
     ),
     Case(("prune", "small", "-o", "small", "--layers", "0", "--overwrite"), "is the model small"),
     Case((*RECOVER[:5], "small", *MINE[:2], "--overwrite"), "is the model small"),
-    Case(
-        ("recover", "small", "--teacher", "other", "-o", "other", *MINE[:2]), "is the teacher other"
-    ),
+    Case(("recover", "small", "--teacher", "other", "-o", "other", *MINE[:2]), "the teacher other"),
     Case((*PRUNE[:2], "-o", "extra-weights", "--ratio", ".3", "--overwrite"), "move them away"),
     Case(("score", "llava", "-o", "scores", *MINE), "replace it with --overwrite"),
     Case(("score", "llava", "-o", "small", *MINE, "--overwrite"), "was not written by this"),
     *(
         Case((*command, "-o", f"x/{command[0]}"), "training|unfinished|answers exists and was not")
-        for command in (RECOVER, ("score", "llava", *MINE), EVALUATE)
+        for command in ((*RECOVER[:4], *MINE[:2]), ("score", "llava", *MINE), EVALUATE)
     ),
     Case((*EVALUATE, "-o", "gone/rows.csv"), "make it first"),
     Case((*EVALUATE, "-o", "notes"), "name a file to write"),
@@ -461,6 +459,7 @@ CASES = [
     Case(("convert", "llava", "out", "--dtype", "int8"), "use one of float32, bfloat16, float16"),
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
     Case(("convert", "llava", "llava/out"), "choose another folder"),
+    Case(("convert", "a", "b", "--dtype=int8", "--dtype", "int8"), "--dtype is given 2 times"),
     # the study
     Case(("study", "--profile", "huge"), "use authors, eyes, families, gpu, larger, llava-small"),
     Case(("study", "--profile", "gone.yaml"), "gone.yaml"),

@@ -161,9 +161,8 @@ def test_a_real_model_in_several_packages_reads_documentation(name):
     if missing := packaged.PACKAGED[name].missing:
         pytest.skip(missing)
     model, tokenizer = zoo.load_model(name, dtype="bfloat16")
-    documentation = " ".join(json.__doc__.split())
-    ids = tokenizer(documentation, return_tensors="pt").input_ids[:, :256]
-    assert documentation.startswith(tokenizer.decode(ids[0], skip_special_tokens=True))
+    ids = tokenizer(doc := " ".join(json.__doc__.split()), return_tensors="pt").input_ids[:, :256]
+    assert doc.startswith(tokenizer.decode(ids[0], skip_special_tokens=True))
     with torch.inference_mode():
         assert model(input_ids=ids, labels=ids).loss.exp() < 40
 

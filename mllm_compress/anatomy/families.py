@@ -64,9 +64,8 @@ def slots(module: str, *rows: str) -> tuple:
 
 QUERY_KEY_VALUE = slots("self_attn", "q q_proj 0 query", "k k_proj 0 key", "v v_proj 0 value")
 OUTPUT = slots("self_attn", "o o_proj 1 query")
-ATTENTION, PHI_ATTENTION = (
-    QUERY_KEY_VALUE + output for output in (OUTPUT, slots("self_attn", "o dense 1 query"))
-)
+ATTENTION = QUERY_KEY_VALUE + OUTPUT
+PHI_ATTENTION = QUERY_KEY_VALUE + slots("self_attn", "o dense 1 query")
 FUSED_ATTENTION = slots("self_attn", "qkv qkv_proj 0 query key value") + OUTPUT
 NEOX_ATTENTION = slots("attention", "qkv query_key_value 0 joined", "o dense 1 query")
 _DOWN = slots("mlp", "down down_proj 1 neuron")
@@ -258,9 +257,8 @@ class Anatomy:
     def tables(self) -> list:
         "The slots below the decoder that hold a part for every layer."
         modules = ((slot, below(self.decoder, slot.path)) for slot in self.family.tables)
-        modules = [(slot, m) for slot, m in modules if m is not None]
         width = lambda slot, m: m.weight.shape[slot.axis] // self.num_layers
-        return [LinearSlot(slot, m, (width(slot, m),)) for slot, m in modules]
+        return [LinearSlot(s, m, (width(s, m),)) for s, m in modules if m is not None]
 
     @property
     def projector_parameters(self) -> list:
@@ -436,8 +434,7 @@ def parameter_bytes(p: torch.Tensor) -> int:
     if (packed := getattr(p, "quant_state", None)) is not None:
         extra = packed.as_dict(packed=False).values()
         return size + sum(t.nbytes for t in extra if isinstance(t, torch.Tensor))
-    scales = 4 * p.shape[0] if p.dtype == torch.int8 else 0  # float32, one per row
-    return size + scales
+    return size + (4 * p.shape[0] if p.dtype == torch.int8 else 0)  # float32 scales, one per row
 
 # %% ../../nbs/library/anatomy/02_families.ipynb #cell-052
 def count_parameters(*modules) -> int:

@@ -85,8 +85,7 @@ def timed_units(model, processor):
 def cost(request: CostRequest) -> dict:
     "Count parameters, operations and bytes, and measure speed; --ratio needs the config alone."
     if request.ratio is not None or request.memory:
-        with_weights = ["latency", "units", "device", "overwrite"]
-        request.refuse(with_weights, "with --ratio and --memory")
+        request.refuse(["latency", "units", "device", "overwrite"], "with --ratio and --memory")
         return _cost_without_weights(request)
     cli.check_output_file(request.units, request.overwrite, b'{\n "name": "latency"')
     cli.check_models(request.model)

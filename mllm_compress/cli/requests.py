@@ -221,6 +221,17 @@ def _parameter(request: type, name: str, schema: dict, rows: str) -> inspect.Par
     return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 
 
+class Once(typer.core.TyperCommand):
+    "A command that refuses an option given twice, of which the last would count."
+
+    def parse_args(self, context, args: list) -> list:
+        names = [arg.partition("=")[0] for arg in args]
+        for option in (p for p in self.params if not p.multiple and p.param_type_name == "option"):
+            if len(twice := [name for name in names if name in option.opts]) > 1:
+                raise typer.BadParameter(f"{twice[0]} is given {len(twice)} times: give it once.")
+        return super().parse_args(context, args)
+
+
 def command(request: type):
     "Make a command of a function that takes a request: one option per field."
     inherited = request.__base__.model_fields  # after the command's own
@@ -264,7 +275,7 @@ def command(request: type):
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__name__, run.__doc__, run.request = function.__name__, function.__doc__, request
-        app.command()(run)
+        app.command(cls=Once)(run)
         return function
 
     return register
@@ -512,8 +523,7 @@ def check_output_folder(
     "ValueError or OSError where results cannot be written, or the folder holds other files."
     place = Path(os.path.abspath(out))
     present = {p.name for p in place.iterdir()} if place.is_dir() else set()
-    ours = files[0] in present
-    mc.checkpoint.saving.check_output(out, "this command", ours, overwrite, inputs)
+    mc.checkpoint.saving.check_output(out, "this command", files[0] in present, overwrite, inputs)
     mc.checkpoint.saving.check_writable(out / files[0])
     if other := sorted(present - {*files}):
         raise ValueError(f"{out} holds other files ({', '.join(other[:3])}): choose a new folder.")

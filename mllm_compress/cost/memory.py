@@ -104,11 +104,10 @@ def pruned_on_meta(
     "A pruned model on the meta device."
     if pruning in ("none", "dense"):
         return model
-    scores = random_scores(model)
     if pruning == "layerwise":
         return apply_plan(model, plan_layerwise(model, random_layers(model), ratio))
     shape = "uniform" if pruning == "uniform" else "blockwise"
-    return apply_plan(model, plan_widthwise(model, scores, ratio, shape=shape))
+    return apply_plan(model, plan_widthwise(model, random_scores(model), ratio, shape=shape))
 
 # %% ../../nbs/library/cost/02_memory.ipynb #gpu-memory-cell-026
 def memory_table(

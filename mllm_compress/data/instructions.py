@@ -390,8 +390,7 @@ def in_rgb(picture: Image.Image) -> Image.Image:
             "a grey picture of 16 bits has no value above 4,095, so it is read as a dark one: if "
             "4,095 is its white, save it as TIFF of 12 bits, or with 8 bits a value."
         )
-    grey = np.round(values * (255 / white)).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
 
 
 def read_image(

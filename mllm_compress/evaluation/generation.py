@@ -304,8 +304,7 @@ def score_answers(
         rest = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].cpu()
         for i, answer in enumerate(chosen):
             if len(answer) > 1:
-                later = rest[i, : len(answer) - 1].sum()
-                scores[i][k] = (scores[i][k] + later) / len(answer)
+                scores[i][k] = (scores[i][k] + rest[i, : len(answer) - 1].sum()) / len(answer)
     return [p.compared([value.item() for value in row]) for p, row in zip(prompts, scores)]
 
 # %% ../../nbs/library/evaluation/05_generation.ipynb #generation-cell-040

@@ -345,7 +345,7 @@ def prune(
     anatomy(model)  # an error for anything but a model
     about = dict(seed=seed, ridge=ridge, scores=scores, budget=budget, costs=costs, search=search)
     about |= dict(layer_method=layer_method, layer_share=layer_share, protect=protect)
-    about |= dict(rounds=rounds)
-    plan = plan_by_recipe(model, chosen, batches, ratio, round_to=round_to, **about)
+    about |= dict(rounds=rounds, round_to=round_to)
+    plan = plan_by_recipe(model, chosen, batches, ratio, **about)
     small = apply_plan(model, plan)
     return (refitted(small, model, batches, plan, ridge)[0] if chosen.reconstruct else small), plan

@@ -77,9 +77,8 @@ def sync_modules(
         counts = layer_counts(parts, i)
         values = counts | {"num_heads": n for k, n in counts.items() if k == "num_attention_heads"}
         for module in layer.children():
-            for name in values:
-                if name in vars(module):
-                    setattr(module, name, values[name])
+            for name in values.keys() & vars(module).keys():
+                setattr(module, name, values[name])
             if hasattr(module, "config"):
                 shared = parts.text_config
                 module.config = shared if uniform else LayerConfig(shared, **counts)
