@@ -1,6 +1,7 @@
 """Commands in this process, what they print, and a folder with models for them."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from mllm_compress.cli import app
 from mllm_compress.data import scenes
+from mllm_compress.utils import files
 
 
 def run(*args, code=0) -> str:
@@ -22,6 +24,21 @@ def facts(*args, code=0) -> dict:
     result = CliRunner().invoke(app, ["-q", *map(str, args), "--json"])
     assert result.exit_code == code, (result.output, result.exception)
     return json.loads(result.stdout)
+
+
+def stop_at_the_second_write(monkeypatch, how: int) -> list:  # counts of batches, as written
+    "Send this process a signal when it writes sums for the second time."
+    write, done = files.write_sums, []
+
+    def write_and_stop(path, count, totals):
+        write(path, count, totals)
+        done.append(count)
+        if len(done) == 2:
+            os.kill(os.getpid(), how)
+
+    monkeypatch.setattr(files, "PAUSE", 0)
+    monkeypatch.setattr(files, "write_sums", write_and_stop)
+    return done
 
 
 def options_of(command: str) -> set:

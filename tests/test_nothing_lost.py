@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import facts, run, save_models
+from commands import facts, run, save_models, stop_at_the_second_write
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -272,16 +272,7 @@ def test_stopped_scoring_goes_on_to_the_same_bits(here, monkeypatch, method, how
     Path("mine.json").write_text(json.dumps([entry | {"id": k} for k in range(40)]))
     args = ("score", "llava", "--method", method, *DATA, "--samples", 40)
     run(*args, "-o", "whole")
-    write, done = files.write_sums, []
-
-    def stop_at_the_second(path, count, totals):
-        write(path, count, totals)
-        done.append(count)
-        if len(done) == 2:
-            os.kill(os.getpid(), how)
-
-    monkeypatch.setattr(files, "PAUSE", 0)
-    monkeypatch.setattr(files, "write_sums", stop_at_the_second)
+    done = stop_at_the_second_write(monkeypatch, how)
     assert "continues from there" in run(*args, "-o", "parts", code=130)
     assert not Path("parts").exists() and list(Path(".parts.unfinished").glob("*/sums.*"))
     run(*args, "-o", "parts")

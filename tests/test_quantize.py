@@ -7,15 +7,14 @@ import warnings
 
 import pytest
 import torch
+from commands import facts, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from mllm_compress.anatomy.families import anatomy, lm_parameters
 from mllm_compress.checkpoint import load_pruned, save_pruned, verify
 from mllm_compress.checkpoint.engines import QUANTIZATIONS, quantize
 from mllm_compress.checkpoint.loading import unpackable
-from mllm_compress.cli import app
 from mllm_compress.pruning.pruning_plan import make_plan
 from mllm_compress.pruning.slicing import apply_plan
 
@@ -135,14 +134,10 @@ def test_bad_input_of_quantize(small, tmp_path, monkeypatch):
 @LIBRARY
 def test_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = lambda line: CliRunner().invoke(app, line.split())
-    assert run("prune smoke-llava -o small --ratio 0.3 --method magnitude").exit_code == 0
-    found = run("quantize small --to nf4 -o q --json")
-    facts = json.loads(found.stdout)
-    assert found.exit_code == 0 and facts["bytes"] < facts["bytes_before"]
-    assert "quantize" in run("show q").stdout
-    compared = run("compare small q --benchmark scenes/perception --limit 4 --json")
-    assert compared.exit_code == 0, compared.output
+    run(*"prune smoke-llava -o small --ratio 0.3 --method magnitude".split())
+    found = facts(*"quantize small --to nf4 -o q".split())
+    assert found["bytes"] < found["bytes_before"] and "quantize" in run("show", "q")
+    run(*"compare small q --benchmark scenes/perception --limit 4 --json".split())
 
 
 @LIBRARY

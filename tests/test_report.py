@@ -138,8 +138,7 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
     assert written["AVG-%"].tolist()[:2] == [97.11, 97.14]
 
 
-def test_kinds_of_text_that_are_trained_on_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_kinds_of_text_that_are_trained_on_are_told_apart():
     rows = pd.DataFrame({"benchmark": ["text/quotes", "text/glosses", "text/cloze", "text/quotes"]})
     known, other = (out := Report("99_demo", "smol")).kinds(rows).values()
     assert known.index.tolist() == [0, 1, 3] and other.index.tolist() == [2]

@@ -1,7 +1,6 @@
 """Models whose weights stay in files: the scores of a model in memory, in little memory."""
 
 import json
-import os
 import shutil
 import signal
 from collections import Counter
@@ -11,6 +10,7 @@ import pruning_cases as cases
 import pytest
 import torch
 import transformers
+from commands import stop_at_the_second_write
 from test_recipes import ask, shop  # noqa: F401  the fixture
 from test_refit_files import Peak
 
@@ -21,7 +21,6 @@ from mllm_compress.importance import block_influence, load_scores, width_importa
 from mllm_compress.importance.criteria import CRITERIA, Criterion, measure
 from mllm_compress.importance.scores import model_record
 from mllm_compress.pruning import apply_plan, plan_widthwise
-from mllm_compress.utils import files
 from mllm_compress.zoo.models import load_model
 from mllm_compress.zoo.tiny_models import tiny_processor
 from mllm_compress.zoo.weight_files import FileModel, open_files
@@ -257,17 +256,9 @@ def test_prune_from_files(here, recipe):
 def test_stopped_streaming_goes_on_to_the_same_bits(here, monkeypatch, method, reads):
     args = ("score", "lm", "--method", method, *TEXT, "--stream")
     assert ask(*args, "-o", "whole")[0] == 0
-    all_reads, write, done = sum(reads.values()), files.write_sums, []
+    all_reads = sum(reads.values())
     reads.clear()
-
-    def stop_at_the_second(path, count, totals):
-        write(path, count, totals)
-        done.append(count)
-        if len(done) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(files, "PAUSE", 0)
-    monkeypatch.setattr(files, "write_sums", stop_at_the_second)
+    stop_at_the_second_write(monkeypatch, signal.SIGINT)
     assert ask(*args, "-o", "parts")[0] == 130
     kept = [path.name for path in (here / ".parts.unfinished").rglob("*.safetensors")]
     gradients = method in ("gauss_newton", "taylor")

@@ -63,23 +63,30 @@ def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
     lines = pd.read_csv(folder / "experiments.csv.xz")
     dense = lines[lines.pruning == "none"].set_index("benchmark").score
     lines["avg"] = 100 * lines.score / lines.benchmark.map(dense)
-    refitted = lines[lines.reconstruct == "stream"]
-    avg = refitted.groupby(["importance", "rounds", "ratio", "seed"]).avg.mean()
-    layers, ours = ("block_influence", 1), ("gauss_newton", 1)
-    ways = {"ours, untrained": ours, "whole layers, refitted": layers}
-    ways["paper's heads and neurons, refitted"] = ("taylor", 1)
-    ways["ours, two rounds"] = ("gauss_newton", 2)
-    table = pd.read_csv(folder / "11_beyond-scores.csv").query("requested > 0")
-    for row in table.to_dict("records"):
-        mean = avg[(*ways[row["way"]], row["requested"])].mean()
-        assert np.isclose(mean, row["AVG-%"], rtol=2e-5), row
+    fields = {  # score, refit, rounds, recovery -> way
+        "block_influence none 1 sft+hidden_kd": "paper, trained",
+        "block_influence stream 1 none": "whole layers, refitted",
+        "taylor stream 1 none": "paper's heads and neurons, refitted",
+        "gauss_newton stream 1 none": "ours, untrained",
+        "gauss_newton stream 2 none": "ours, two rounds",
+        "gauss_newton stream 1 sft+hidden_kd": "ours, paper's objective",
+        "gauss_newton stream 1 logits_kd": "ours, trained on logits_kd",
+    }
+    how = lines[["importance", "reconstruct", "rounds", "recovery"]].astype(str).agg(" ".join, 1)
+    avg_of = lambda rows: rows.groupby([how.map(fields), "ratio", "seed"]).avg.mean()
+    for row in pd.read_csv(folder / "11_beyond-scores.csv")[1:].to_dict("records"):
+        assert np.isclose(avg_of(lines)[row["way"], row["requested"]].mean(), row["AVG-%"], 2e-5)
     verdicts = json.loads((folder / "11_beyond-verdicts.json").read_text(encoding="utf-8"))
-    effects = verdicts["ours, untrained − whole layers, refitted"]["effects"]
-    for ratio, seeds in ((0.3, 6), (0.45, 3)):
-        leads = (avg[(*ours, ratio)] - avg[(*layers, ratio)]).dropna()
-        shown = effects[f"smollm2-135m at {ratio:.2f}"]
-        assert len(leads) == shown["seeds"] == seeds
-        assert np.isclose(leads.mean(), shown["value"], atol=1e-3)
+    known, layers = lines.benchmark.isin(["text/quotes", "text/glosses"]), "whole layers, refitted"
+    kinds = {", kinds of text that are trained on": known, ", other kinds of text": ~known}
+    judged = {f"untrained{on}": ("paper, trained", part) for on, part in kinds.items()}
+    judged[f"ours, untrained − {layers}"] = layers, ~known | known
+    for name, (rival, rows) in judged.items():
+        avg = avg_of(lines[rows])
+        for where, shown in verdicts[name]["effects"].items():
+            leads = (avg["ours, untrained"] - avg[rival])[float(where[-4:])].dropna()
+            assert len(leads) == shown["seeds"] > 2
+            assert np.isclose(leads.mean(), shown["value"], atol=1e-3)
 
 
 def by_hand(number: int, where: str, table: pd.DataFrame) -> pd.Series:  # seed -> effect
