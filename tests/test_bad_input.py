@@ -406,7 +406,7 @@ CASES = [
     ),
     Case(("prune", "small", "-o", "small", "--layers", "0", "--overwrite"), "is the model small"),
     Case((*RECOVER[:5], "small", *MINE[:2], "--overwrite"), "is the model small"),
-    Case(("recover", "small", "--teacher", "other", "-o", "other", *MINE[:2]), "the teacher other"),
+    Case((*RECOVER[:3], "other", "-o", "other", *MINE[:2]), "is the teacher other"),
     Case((*PRUNE[:2], "-o", "extra-weights", "--ratio", ".3", "--overwrite"), "move them away"),
     Case(("score", "llava", "-o", "scores", *MINE), "replace it with --overwrite"),
     Case(("score", "llava", "-o", "small", *MINE, "--overwrite"), "was not written by this"),
