@@ -134,15 +134,15 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
     assert seen[0] == seen[1] and len(seen[0]) == 6
     assert b"/FontFile2" in seen[0]["99_demo-f.pdf"] and b"/Type3" not in seen[0]["99_demo-f.pdf"]
     assert json.loads(seen[0]["99_demo-verdicts.json"])["verdict"]["word"] == "supported"
-    written = pd.read_csv("runs/smoke/figures/99_demo-t.csv")
-    assert written["AVG-%"].tolist()[:2] == [97.11, 97.14]
+    assert [*pd.read_csv("runs/smoke/figures/99_demo-t.csv")["AVG-%"]][:2] == [97.11, 97.14]
 
 
 def test_kinds_of_text_that_are_trained_on_are_told_apart():
     rows = pd.DataFrame({"benchmark": ["text/quotes", "text/glosses", "text/cloze", "text/quotes"]})
-    known, other = (out := Report("99_demo", "smol")).kinds(rows).values()
-    assert known.index.tolist() == [0, 1, 3] and other.index.tolist() == [2]
-    assert out.kinds(known) == {} == Report("99_demo", "smoke").kinds(rows)
+    (ours, known), (name, cloze) = (out := Report("99_demo", "smol")).kinds(rows).items()
+    assert (ours, name) == ("texts of the kinds trained on", "text/cloze")
+    assert (known.index.tolist(), cloze.index.tolist()) == ([0, 1, 3], [2])
+    assert out.kinds(rows[:2]) == {} == Report("99_demo", "smoke").kinds(rows)
 
 
 # ---- overridden parameters

@@ -16,16 +16,13 @@ from .advice import PROFILES
 from .claims import CLAIMS, LITTLE, PROMISED, claimed
 from .experiments import canonical
 from .figures import fields
-from .notebooks import experiments_of, notebooks
+from .notebooks import experiments_of, nbformat, notebooks
 from .paper import published
 from .profiles import Profile
 from .report import recorded
 from .stages import name_of
 from .tables import guessing
-from ..utils.methods import GREY, lazily
-
-# %% ../../nbs/library/study/36_scoreboard.ipynb #cell-lazily
-nbformat = lazily("nbformat")
+from ..utils.methods import GREY
 
 # %% ../../nbs/library/study/36_scoreboard.ipynb #cell-004
 def printed_claims() -> dict:  # claim -> sentence

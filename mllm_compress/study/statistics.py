@@ -541,7 +541,7 @@ class Verdict:
                 ends = " to ".join(f"{e.value:+.{digits}f} ({where})" for where, e in ends)
                 value = f"{ends} {self.unit}, settings that are too different to average"
             texts.append(f"{name}: {part.word}, {value}" if name else value)
-        texts += [self.listed()] * (len(self.effects) > 1)
+        texts += [self.listed()] * (len(self.effects) > len(texts))
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
         more = [str(text).rstrip(".") for text in (self.note, self.used) if text]
         return head + " ".join(f"{text}." for text in ("; ".join(texts), *more))
