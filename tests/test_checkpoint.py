@@ -160,6 +160,7 @@ def test_auto_classes_load_blockwise_folders_with_us(name, auto, tmp_path):
     assert type(getattr(transformers, named).from_pretrained(folder)) is type(model)
 
 
+@pytest.mark.slow
 def test_auto_classes_refuse_blockwise_folders_without_us(tmp_path):
     "In three processes: without this package, and with it imported before or after transformers."
     model, folder = saved(tmp_path, "llama-4x1", "blockwise")

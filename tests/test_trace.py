@@ -78,9 +78,8 @@ def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
         assert np.isclose(avg_of(lines)[row["way"], row["requested"]].mean(), row["AVG-%"], 2e-5)
     verdicts = json.loads((folder / "11_beyond-verdicts.json").read_text(encoding="utf-8"))
     known, layers = lines.benchmark.isin(["text/quotes", "text/glosses"]), "whole layers, refitted"
-    kinds = {f", {name}": lines.benchmark == name for name in lines.benchmark[~known].unique()}
-    kinds = {", texts of the kinds trained on": known, "": ~known | known} | kinds
-    judged = {f"untrained{on}": ("paper, trained", part, [3]) for on, part in kinds.items()}
+    lines["kind"] = lines.benchmark.where(~known, "texts of the kinds trained on")
+    judged = {f"untrained, {k}": ("paper, trained", lines.kind == k, [3]) for k in set(lines.kind)}
     judged[f"ours, untrained − {layers}"] = layers, ~known | known, [6, 3]  # seeds
     for name, (rival, rows, seeds) in judged.items():
         avg = avg_of(lines[rows])

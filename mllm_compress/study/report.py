@@ -26,9 +26,9 @@ from . import claims, notebooks, runs, store, tables
 from .claims import MARGIN, POINTS, Claim
 from .experiments import FIRST, Experiment
 from .figures import Figure, dumbbells, forest
+from .notebooks import nbconvert, nbformat
 from .profiles import Profile, load_profile
 from .stages import name_of, stage_keys
-from .notebooks import nbconvert, nbformat
 from .statistics import Verdict, basis_of, in_nats
 from .store import results_of
 from .style import few_colours, page
