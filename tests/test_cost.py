@@ -8,17 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mllm_compress.anatomy.families import part_parameters
 from mllm_compress.anatomy.wrappers import CACHE_ARGUMENT
-from mllm_compress.cost.arithmetic import (
-    closed_parameters,
-    decoder_flops,
-    example_inputs,
-    forward,
-    image_tokens,
-    picture_cost,
-    shape_of_model,
-    weight_bytes,
-    without_weights,
-)
+from mllm_compress.cost import arithmetic
+from mllm_compress.cost.arithmetic import closed_parameters, example_inputs, forward
 from mllm_compress.cost.memory import KINDS, peak_memory, recovery_memory, sample_operations
 from mllm_compress.cost.report import cost_report
 from mllm_compress.cost.timing import latency
@@ -47,14 +38,14 @@ def test_flops_of_a_blockwise_pruned_decoder(tiny_lm, family):
     dense = tiny_lm(family, groups=4, queries=1)
     dense.set_attn_implementation("eager")
     pruned = apply_plan(dense, plan_widthwise(dense, random_scores(dense), ratio=0.25))
-    shape, ids = shape_of_model(pruned), torch.ones(2, 7, dtype=torch.long)
+    shape, ids = arithmetic.shape_of_model(pruned), torch.ones(2, 7, dtype=torch.long)
     assert len(set(shape.neurons)) > 1  # protected layers are wider
     assert closed_parameters(pruned.config, shape) == part_parameters(pruned)
-    assert operations_of(pruned, {"input_ids": ids}) == decoder_flops(shape, 7, batch=2)
+    assert operations_of(pruned, {"input_ids": ids}) == arithmetic.decoder_flops(shape, 7, batch=2)
     with torch.no_grad():
         cache = getattr(forward(pruned, {"input_ids": ids}), CACHE_ARGUMENT)
     step = {"input_ids": ids[:, :1], CACHE_ARGUMENT: cache}
-    assert operations_of(pruned, step) == decoder_flops(shape, 1, cached=7, batch=2)
+    assert operations_of(pruned, step) == arithmetic.decoder_flops(shape, 1, cached=7, batch=2)
 
 
 def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
@@ -68,14 +59,14 @@ def test_kv_bytes_follow_the_cache_after_pruning(tiny_llava):
 
 
 def test_real_sizes_on_meta():
-    giants = {name: without_weights(real_config(name)) for name in REAL_MODELS}
+    giants = {name: arithmetic.without_weights(real_config(name)) for name in REAL_MODELS}
     parts = {name: part_parameters(giant) for name, giant in giants.items()}
     assert parts == {name: closed_parameters(real_config(name)) for name in REAL_MODELS}
     assert parts["LLaVA-v1.5-7B"] == dict(
         vision=303_507_456, projector=20_979_712, lm=6_738_939_904
     )
     assert parts["Bunny-v1.0-3B"]["projector"] == 9_507_840
-    assert [image_tokens(real_config(name)) for name in REAL_MODELS] == [576, 729, 256]
+    assert [arithmetic.image_tokens(real_config(name)) for name in REAL_MODELS] == [576, 729, 256]
 
 
 def test_peak_memory_of_known_cases():
@@ -128,7 +119,7 @@ def test_recovery_memory_by_purpose(tiny_llava):
 
 
 def test_float32_for_what_is_trained_in_full():
-    half = without_weights(load_model("smoke-llava")[0].config)
+    half = arithmetic.without_weights(load_model("smoke-llava")[0].config)
     projector, lm = (part_parameters(half)[part] for part in ("projector", "lm"))
     extra = {kind: recovery_memory(half, config)["float32"] for kind, config in KINDS.items()}
     assert [*extra.values()] == [8 * projector, 8 * projector, 8 * (projector + lm)]
@@ -141,7 +132,9 @@ def test_latency_and_report(tiny_llava):
     report = cost_report(model, processor, latency=True, memory=True, repeats=2, warmup=1)
     frame = report.to_frame()
     assert report.value("latency median", "decode") > 0 and frame.attrs["device"] == "cpu"
-    assert report.value("weights") == weight_bytes(model) == 4 * report.value("parameters")
+    assert (
+        report.value("weights") == arithmetic.weight_bytes(model) == 4 * report.value("parameters")
+    )
     assert "closed form = measured" in str(report)
     assert report.value("peak beyond weights", "prefill") > 0
     with pytest.raises(KeyError, match="no wattage"):
@@ -164,7 +157,7 @@ def test_decode_latency_leaves_the_context_as_it_was(tiny_lm):
 
 def test_operations_of_training_are_those_of_its_passes():
     config = real_config("LLaVA-v1.5-7B")
-    seen = sum(picture_cost(config).operations.values())
+    seen = sum(arithmetic.picture_cost(config).operations.values())
 
     def operations(ratio=0.0, **options):
         recovery = RecoveryConfig(**{"losses": {"sft": 1.0}} | options)

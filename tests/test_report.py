@@ -138,10 +138,10 @@ def test_files_are_the_same_twice_and_fonts_are_embedded(tmp_path, monkeypatch):
 
 
 def test_kinds_of_text_that_are_trained_on_are_told_apart():
-    rows = pd.DataFrame({"benchmark": ["text/quotes", "text/glosses", "text/cloze", "text/quotes"]})
-    (ours, known), (name, cloze) = (out := Report("99_demo", "smol")).kinds(rows).items()
-    assert (ours, name) == ("texts of the kinds trained on", "text/cloze")
-    assert (known.index.tolist(), cloze.index.tolist()) == ([0, 1, 3], [2])
+    names = [f"text/{kind}" for kind in ("quotes", "glosses", "cloze", "quotes", "technical")]
+    split = (out := Report("99_demo", "smol")).kinds(rows := pd.DataFrame({"benchmark": names}))
+    assert [*split] == ["texts of the kinds trained on", "text/cloze", "text/technical"]
+    assert [part.index.tolist() for part in split.values()] == [[0, 1, 3], [2], [4]]
     assert out.kinds(rows[:2]) == {} == Report("99_demo", "smoke").kinds(rows)
 
 
@@ -321,6 +321,7 @@ def test_half_of_claim_5_is_undecided():
     assert [v.word for v in (small, large, both)] == ["undecided", "undecided", "supported"]
     assert (large.missing, both.missing) == ("30 % and below", "")
     assert "not tested: 45 % and above" in small.sentence()
+    assert "45 % and above: supported" in both.sentence() and both.listed() not in both.sentence()
     assert verdict(0.38).effects == {}  # of these ratios the claim says nothing
 
 

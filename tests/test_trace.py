@@ -79,13 +79,16 @@ def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
     verdicts = json.loads((folder / "11_beyond-verdicts.json").read_text(encoding="utf-8"))
     known, layers = lines.benchmark.isin(["text/quotes", "text/glosses"]), "whole layers, refitted"
     lines["kind"] = lines.benchmark.where(~known, "texts of the kinds trained on")
-    judged = {f"untrained, {k}": ("paper, trained", lines.kind == k, [3]) for k in set(lines.kind)}
-    judged[f"ours, untrained − {layers}"] = layers, ~known | known, [6, 3]  # seeds
-    for name, (rival, rows, seeds) in judged.items():
+    mine, kinds = "ours, untrained", {k: lines.kind == k for k in set(lines.kind)}
+    judged = {f"untrained, {k}": (mine, "paper, trained", of, [3]) for k, of in kinds.items()}
+    for way in ("ours, paper's objective", "ours, trained on logits_kd"):
+        judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
+    judged[f"{mine} − {layers}"] = mine, layers, ~known | known, [6, 3]  # seeds
+    for name, (first, rival, rows, seeds) in judged.items():
         avg = avg_of(lines[rows])
         assert [e["seeds"] for e in verdicts[name]["effects"].values()] == seeds
         for where, shown in verdicts[name]["effects"].items():
-            leads = (avg["ours, untrained"] - avg[rival])[float(where[-4:])].dropna()
+            leads = (avg[first] - avg[rival])[float(where[-4:])].dropna()
             assert len(leads) == shown["seeds"]
             assert np.isclose(leads.mean(), shown["value"], atol=1e-3)
 
