@@ -17,20 +17,8 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import UNITS, anatomy, lm_parameters
 from ..importance.scores import WidthScores
-from mllm_compress.pruning.pruning_plan import (
-    LayerSize,
-    PruningPlan,
-    ascending,
-    check_ratio,
-    check_reachable,
-    kept_counts,
-    kept_parameters,
-    layer_sizes,
-    make_plan,
-    nearest_prefix,
-    removable,
-    rounded_steps,
-)
+from . import pruning_plan
+from .pruning_plan import LayerSize, PruningPlan
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice
 
@@ -88,9 +76,9 @@ def load_costs(
 # %% ../../nbs/library/pruning/03_allocation.ipynb #budgets-cell-010
 def parameter_costs(model: PreTrainedModel) -> UnitCosts:
     "Parameters of the LM decoder, embedding and LM head included."
-    sizes = layer_sizes(model)
+    sizes = pruning_plan.layer_sizes(model)
     prices = lambda kind: tuple(getattr(s, f"{kind[:-1]}_parameters") for s in sizes)
-    layers = tuple(kept_parameters(s, 0, 0, 0) for s in sizes)
+    layers = tuple(pruning_plan.kept_parameters(s, 0, 0, 0) for s in sizes)
     fixed = lm_parameters(model) - sum(s.parameters for s in sizes)
     return UnitCosts("parameters", "", fixed, layers, **{kind: prices(kind) for kind in UNITS})
 
@@ -163,7 +151,7 @@ FLOOR = {"heads": 1, "neurons": 8}  # units that every layer keeps, beside enoug
 def levels_of(size: LayerSize, kind: str, step: int, even: bool = False) -> list:
     "Counts of a kind of units that a layer may keep, descending."
     floor = size.least_experts if kind == "experts" else 1 if even else FLOOR[kind]
-    return kept_counts(getattr(size, kind), step, floor)
+    return pruning_plan.kept_counts(getattr(size, kind), step, floor)
 
 
 def scored_kinds(scores: WidthScores) -> list:
@@ -194,7 +182,7 @@ def ranked_units(scores: WidthScores, sizes: list, i: int, kind: str) -> tuple:
     values = getattr(scores, kind).get(i, torch.zeros(0))
     if len(values) != units:
         raise ValueError(f"no scores for the {units} {kind} of layer {i}; score this model itself.")
-    return values.double(), ascending(values, f"{kind} scores of layer {i}")
+    return values.double(), pruning_plan.ascending(values, f"{kind} scores of layer {i}")
 
 # %% ../../nbs/library/pruning/03_allocation.ipynb #15148135
 def standardized(
@@ -256,7 +244,7 @@ def ranked_steps(
     queues = {i: layer_queue(i, whole_layers, *about) for i in free}
     if whole_layers:
         last = sorted((queue[-1][0], i) for i, queue in queues.items() if queue)
-        may_go = removable(anatomy(model), [i for _, i in last])
+        may_go = pruning_plan.removable(anatomy(model), [i for _, i in last])
         queues |= {i: layer_queue(i, False, *about) for i in free if i not in may_go}
     if uniform:  # the steps of one layer, in all layers that have such units
         having = {kind: [i for i in free if getattr(about[1][i], kind)] for kind in UNITS}
@@ -278,7 +266,7 @@ def plan_of_counts(
     **fields,  # of the plan, or for its meta
 ) -> PruningPlan:
     "Keep the units with the highest scores, as many as the counts say."
-    sizes, units = layer_sizes(model), {kind: {} for kind in scored_kinds(scores)}
+    sizes, units = pruning_plan.layer_sizes(model), {kind: {} for kind in scored_kinds(scores)}
     kept = range(len(sizes)) if base is None else base.layers
     layers = [i for i in kept if i not in counts.get("layer", ())]
     for kind in units:
@@ -289,9 +277,9 @@ def plan_of_counts(
         fields["method"] = "widthwise" if base is None else "layerwise+widthwise"
     if budget is not None:
         fields |= dict(budget=budget, costs=asdict(costs))
-    plan = make_plan(model, layers, **units, **fields, scores=scores.record)
+    plan = pruning_plan.make_plan(model, layers, **units, **fields, scores=scores.record)
     if budget is not None:
-        share = costs.total(plan) / costs.total(make_plan(model))
+        share = costs.total(plan) / costs.total(pruning_plan.make_plan(model))
         plan.meta["achieved_budget"] = dict.fromkeys(budget, share)
     return plan
 
@@ -311,12 +299,16 @@ def plan_global(
 ) -> PruningPlan:
     "Take the steps of one ranking over all layers until a ratio or a budget is reached."
     if budget is None:
-        check_ratio(ratio)
+        pruning_plan.check_ratio(ratio)
         name, share, costs = "parameters", 1 - ratio, parameter_costs(model)
     else:
         costs = costs_of_budget(model, budget, costs)
         name, share = check_budget_request(budget)
-    parts, sizes, everything = anatomy(model), layer_sizes(model), make_plan(model)
+    parts, sizes, everything = (
+        anatomy(model),
+        pruning_plan.layer_sizes(model),
+        pruning_plan.make_plan(model),
+    )
     dense, start = costs.total(everything), costs.total(base or everything)
     free, gone = free or (base or everything).layers, dense - start
     widths = [{getattr(sizes[i], kind) for i in free} - {0} for kind in UNITS]
@@ -329,7 +321,7 @@ def plan_global(
             f"the base plan alone removes {gone / dense:.4f}, more than the ratio {ratio}; "
             "give a base that removes fewer layers, or a larger ratio."
         )
-    steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
+    steps = pruning_plan.rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
     whole_layers = budget is not None and base is None
     about = (scores, sizes, costs, steps, allocation)
     queue = ranked_steps(model, free, whole_layers, shape == "uniform", *about)
@@ -337,7 +329,7 @@ def plan_global(
     least = (start - float(saved.sum())) / dense
     if budget is None:
         remedy = "Protect fewer layers, lower round_to, or remove layers first."
-        check_reachable(ratio, 1 - least, remedy)
+        pruning_plan.check_reachable(ratio, 1 - least, remedy)
     elif share < least - 1e-9:
         raise ValueError(
             f"budget {name}={share:g} cannot be met: the least that this plan can keep is "
@@ -346,7 +338,7 @@ def plan_global(
         )
     target = start - share * dense if budget else ratio * dense - gone
     counts = {kind: {} for kind in ("layer", *UNITS)}
-    for _, layers, kind, count, _ in queue[: nearest_prefix(saved, target)]:
+    for _, layers, kind, count, _ in queue[: pruning_plan.nearest_prefix(saved, target)]:
         counts[kind].update(dict.fromkeys(layers, count))
     fields |= dict(round_to=round_to, allocation=allocation)
     if budget is None:

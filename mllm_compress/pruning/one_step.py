@@ -20,15 +20,9 @@ from ..importance.criteria import CRITERIA, criteria_of, measure
 from ..importance.gauss_newton import PART
 from ..importance.scores import check_batches, split_rows
 from ..importance.taylor import answer_labels
+from . import plans
 from .allocation import costs_of_budget
-from mllm_compress.pruning.plans import (
-    ALLOCATIONS,
-    check_comparable,
-    plan_layerwise,
-    plan_none,
-    plan_widthwise,
-    scores_by_kind,
-)
+from .plans import ALLOCATIONS
 from .pruning_plan import PruningPlan, check_ratio, compose_plans, layer_sizes
 from .reconstruction import reconstruct as refit
 from .search import check_time
@@ -142,7 +136,7 @@ def choose_recipe(
             f"allocation {chosen.allocation!r} gives every layer a width of its own, and the "
             "uniform shape gives all the same: use shape blockwise, or allocation layer."
         )
-    check_comparable(chosen.allocation, chosen.method)
+    plans.check_comparable(chosen.allocation, chosen.method)
     return chosen
 
 # %% ../../nbs/library/pruning/08_one_step.ipynb #cell-028
@@ -247,7 +241,7 @@ def plan_by_recipe(
         whole_layers = layer_share is not None or search is not None
         if budget is not None:
             table = costs_of_budget(model, budget, costs)
-            whole_layers |= sum(table.layers) > WORTH_A_TRY * table.total(plan_none(model))
+            whole_layers |= sum(table.layers) > WORTH_A_TRY * table.total(plans.plan_none(model))
         if whole_layers:
             layer_method = layer_method or criteria_of("layerwise")[0]
         kind = pruning_of(recipe.method, recipe.pruning)
@@ -260,7 +254,7 @@ def plan_by_recipe(
         scores = [measure(kind, recipe.method, model, rows, seed)]
         if layer_method:
             scores.insert(0, measure("layerwise", layer_method, model, batches, seed))
-    layers, widths = scores_by_kind(scores)
+    layers, widths = plans.scores_by_kind(scores)
     if layer_share is not None and (budget is not None or None in (layers, widths)):
         raise ValueError("layer_share needs a ratio, and scores of layers and of their units.")
     if widths is None and (protect or recipe.shape or round_to != 1):
@@ -281,7 +275,7 @@ def plan_by_recipe(
                 "a budget ranks heads and neurons of all layers: give scores of them, of method "
                 "gauss_newton."
             )
-        plan = plan_widthwise(model, widths, budget=budget, costs=costs, **options)
+        plan = plans.plan_widthwise(model, widths, budget=budget, costs=costs, **options)
         compared = recipe.reconstruct and batches is not None and not is_streamed(model)
         if search is not None or layers is not None and compared:
             about = dict(scores=scores, round_to=step, seed=seed)
@@ -290,19 +284,19 @@ def plan_by_recipe(
             plan = searched(model, batches, budget, costs, **about).plan
             plan = replace(plan, requested_ratio=requested)
     elif widths is None:
-        plan = plan_layerwise(model, layers, ratio=ratio)
+        plan = plans.plan_layerwise(model, layers, ratio=ratio)
     else:
         base = None
         if layers is not None:
             check_ratio(ratio)
             share = 0.5 if layer_share is None else layer_share
-            base = plan_layerwise(model, layers, ratio=ratio * share)
+            base = plans.plan_layerwise(model, layers, ratio=ratio * share)
         start = ratio if rounds == 1 else ratio / rounds
-        plan = plan_widthwise(model, widths, ratio=start, base=base, **options)
+        plan = plans.plan_widthwise(model, widths, ratio=start, base=base, **options)
         if rounds > 1:
             fit = lambda small, plan: refitted(small, model, batches, plan, ridge)[0]
             score = lambda small: measure(kind, recipe.method, small, rows, seed)
-            replan = partial(plan_widthwise, **options)
+            replan = partial(plans.plan_widthwise, **options)
             plan = in_rounds(model, plan, ratio, rounds, fit, score, replan)
     return check_removes(model, plan, ratio)
 

@@ -13,26 +13,15 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import UNITS, anatomy, lm_parameters
 from ..importance.scores import LayerScores, WidthScores, check_record, model_record
+from . import pruning_plan
 from .allocation import UnitCosts, plan_global, plan_of_counts
-from mllm_compress.pruning.pruning_plan import (
-    PruningPlan,
-    ascending,
-    check_ratio,
-    check_reachable,
-    kept_parameters,
-    layer_sizes,
-    make_plan,
-    nearest_prefix,
-    removable,
-    rounded_steps,
-    spans,
-)
+from .pruning_plan import PruningPlan
 from ..utils.methods import BLACK, BLUE, DASHED, RED, Look, Method, check_choice
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-008
 def plan_none(model: PreTrainedModel) -> PruningPlan:
     "The plan that keeps everything."
-    return make_plan(model, requested_ratio=0.0, method="none", shape="none")
+    return pruning_plan.make_plan(model, requested_ratio=0.0, method="none", shape="none")
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-010
 def scores_by_kind(scores) -> tuple:  # LayerScores and WidthScores, either of them or None
@@ -58,13 +47,13 @@ def layers_for_ratio(
     order=None,  # layers, first to go first; None is any order (layers of equal size)
 ) -> int:
     "The number of layers whose removal comes nearest to `ratio`."
-    check_ratio(ratio)
-    sizes, total = layer_sizes(model), lm_parameters(model)
-    order = removable(anatomy(model), range(len(sizes)) if order is None else order)
+    pruning_plan.check_ratio(ratio)
+    sizes, total = pruning_plan.layer_sizes(model), lm_parameters(model)
+    order = pruning_plan.removable(anatomy(model), range(len(sizes)) if order is None else order)
     costs = torch.tensor([sizes[i].parameters for i in order])
     remedy = "One layer (of each kind) must stay; add widthwise pruning or request less."
-    check_reachable(ratio, float(costs.sum()) / total, remedy)
-    return nearest_prefix(costs, ratio * total)
+    pruning_plan.check_reachable(ratio, float(costs.sum()) / total, remedy)
+    return pruning_plan.nearest_prefix(costs, ratio * total)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-016
 def layers_to_remove(model, scores, ratio, n_layers) -> list:
@@ -75,9 +64,9 @@ def layers_to_remove(model, scores, ratio, n_layers) -> list:
         raise ValueError(
             f"{len(scores.values)} scores do not fit {total} layers; score this model itself."
         )
-    order = ascending(scores.values, "layer scores")
+    order = pruning_plan.ascending(scores.values, "layer scores")
     n = n_layers if ratio is None else layers_for_ratio(model, ratio, order if block == 1 else None)
-    may_go = removable(parts, order if block == 1 else range(total))
+    may_go = pruning_plan.removable(parts, order if block == 1 else range(total))
     if not 0 <= n <= len(may_go):
         raise ValueError(f"n_layers must be in 0 … {len(may_go)}, not {n}.")
     if block == 1:
@@ -88,7 +77,7 @@ def layers_to_remove(model, scores, ratio, n_layers) -> list:
             f"score again with angular_distance(model, batches, n={n})."
         )
     blocks = (list(range(first, first + block)) for first in order)
-    return next(b for b in blocks if removable(parts, b) == b)
+    return next(b for b in blocks if pruning_plan.removable(parts, b) == b)
 
 # %% ../../nbs/library/pruning/04_plans.ipynb #cell-024
 def plan_layerwise(
@@ -115,7 +104,7 @@ def plan_layerwise(
             f"layers to remove must be distinct, fewer than {total}, and in 0 … {total - 1}, "
             f"not {removed}."
         )
-    return make_plan(
+    return pruning_plan.make_plan(
         model,
         set(range(total)) - set(removed),
         requested_ratio=ratio,
@@ -149,9 +138,9 @@ def widthwise_reach(
     shape: str = "blockwise",
 ) -> float:  # of LM-decoder parameters
     "The largest ratio that a widthwise plan can remove."
-    sizes = layer_sizes(model)
+    sizes = pruning_plan.layer_sizes(model)
     free = [sizes[i] for i in unprotected(tuple(range(len(sizes))), protect, shape)]
-    least = lambda size: kept_parameters(size, 1, 1, size.least_experts)
+    least = lambda size: pruning_plan.kept_parameters(size, 1, 1, size.least_experts)
     most = sum(size.parameters - least(size) for size in free)
     return most / lm_parameters(model)
 
@@ -255,14 +244,15 @@ def plan_widthwise(
     ranges = [list(free) if r is None else r for r in ranges]
     for layers in ranges:
         if not set(layers) <= set(kept):
-            raise ValueError(f"layers {spans(sorted(layers))} are not all among {spans(kept)}.")
+            given, allowed = pruning_plan.spans(sorted(layers)), pruning_plan.spans(kept)
+            raise ValueError(f"layers {given} are not all among {allowed}.")
         if shape == "uniform" and set(layers) != set(kept):
             raise ValueError(
                 "a uniform plan prunes every layer alike; layer ranges need shape='blockwise'."
             )
-    steps = rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
+    steps = pruning_plan.rounded_steps(round_to, parts.queries_per_group(0) * parts.head_dim)
     ranges = dict(zip(UNITS, (*ranges, ranges[1])))  # experts are in the MLP
-    sizes = layer_sizes(model)
+    sizes = pruning_plan.layer_sizes(model)
     counts = reference_counts(sizes, parts.head_dim, channel_ratio, steps, **ranges)
     return plan_of_counts(model, scores, counts, base, shape=shape, round_to=round_to, **records)
 

@@ -17,14 +17,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from mllm_compress.anatomy.families import (
-    UNITS,
-    Anatomy,
-    anatomy,
-    count_parameters,
-    entries,
-    lm_parameters,
-)
+from ..anatomy import families
+from ..anatomy.families import UNITS, Anatomy
 from ..utils.files import write_atomically
 from ..utils.methods import check_choice, naming_extras
 
@@ -47,17 +41,17 @@ def layer_sizes(
     model: PreTrainedModel,  # on any device
 ) -> list:
     "One LayerSize per decoder layer."
-    parts, sizes = anatomy(model), []
+    parts, sizes = families.anatomy(model), []
     for i, layer in enumerate(parts.layers):
         counts = {kind: parts.units(kind, i) for kind in UNITS}
         costs = dict.fromkeys(UNITS, 0)
         for slot in [*parts.linears(i), *parts.norms(i), *parts.routed(i)]:
             tensors = [p for p in slot.module.parameters(recurse=False) if p.ndim > slot.axis]
-            costs[f"{slot.kind}s"] += sum(map(entries, tensors)) // slot.units
+            costs[f"{slot.kind}s"] += sum(map(families.entries, tensors)) // slot.units
         counts |= {f"{kind[:-1]}_parameters": cost for kind, cost in costs.items()}
-        rows = sum(entries(slot.module.weight) // slot.units for slot in parts.tables)
+        rows = sum(families.entries(slot.module.weight) // slot.units for slot in parts.tables)
         least = min(counts["experts"], max(2, parts.top_k))
-        counts |= {"parameters": count_parameters(layer) + rows, "least_experts": least}
+        counts |= {"parameters": families.count_parameters(layer) + rows, "least_experts": least}
         sizes.append(LayerSize(**counts))
     return sizes
 
@@ -304,7 +298,7 @@ def make_plan(
     **fields,  # requested_ratio, method, shape, and anything else for meta
 ) -> PruningPlan:
     "A plan with explicit lists of what stays; the achieved ratio is computed."
-    parts, sizes = anatomy(model), layer_sizes(model)
+    parts, sizes = families.anatomy(model), layer_sizes(model)
     layers = tuple(range(len(sizes))) if layers is None else tuple(sorted(layers))
     kept_units = zip(UNITS, (heads, neurons, experts))
     units = {kind: {i: sorted(v) for i, v in (kept or {}).items()} for kind, kept in kept_units}
@@ -321,7 +315,7 @@ def make_plan(
         )
     meta = dict(
         sizes=[asdict(s) for s in sizes],
-        lm_parameters=lm_parameters(model),
+        lm_parameters=families.lm_parameters(model),
         head_dim=parts.head_dim,
         hidden_size=parts.hidden_size,
         queries_per_group=parts.queries_per_group(0),

@@ -24,20 +24,9 @@ from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy, below, lm_parameters
 from ..anatomy.streaming import in_memory
+from ..importance import scores
 from ..importance.criteria import input_moments
-from mllm_compress.importance.scores import (
-    Reached,
-    check_batches,
-    check_disk,
-    evaluating,
-    free_memory,
-    hooked,
-    open_passages,
-    plus,
-    real_tokens,
-    replaced_forward,
-    split_rows,
-)
+from ..importance.scores import Reached
 from .pruning_plan import PruningPlan, layer_sizes
 from .slicing import check_describes, check_fits
 from ..utils.methods import BLACK, DOTTED, GREEN, PINK, SKY, Look, Method, check_choice
@@ -204,7 +193,7 @@ class Stream:
         if not self.in_files:
             return state
         with tempfile.NamedTemporaryFile(prefix="mllm_compress-") as file:
-            check_disk(file.name, state.nbytes)
+            scores.check_disk(file.name, state.nbytes)
             kind = dict(size=state.numel(), dtype=state.dtype)
             return torch.from_file(file.name, shared=True, **kind).view(state.shape).copy_(state)
 
@@ -223,25 +212,25 @@ def open_streams(
 ) -> list:  # of Stream
     "The streams of all batches, with what enters the first layer."
     dtype, streams, samples, wide = working_dtype(dense), [], -1, {}
-    batches = [part for batch in batches for part in split_rows(batch, ROWS)]
+    batches = [part for batch in batches for part in scores.split_rows(batch, ROWS)]
 
     def float_(x):  # one wide copy of what all layers share
         if not torch.is_tensor(x) or not x.is_floating_point() or x.dtype == dtype:
             return x
         return wide.setdefault(id(x), (x, x.to(dtype)))[1]
 
-    fronts = [open_passages(model, batches) for model in (dense, small)]
+    fronts = [scores.open_passages(model, batches) for model in (dense, small)]
     widest = widest_fit(anatomy(small))
     size = sum(p.first[..., 0].numel() for p in fronts[0]) * dtype.itemsize
     needed = size * (3 * fronts[0][0].first.shape[-1] + widest)
-    in_files = needed > free_memory(fronts[0][0].first.device) / 4
+    in_files = needed > scores.free_memory(fronts[0][0].first.device) / 4
     for batch, front, pruned in zip(batches, *fronts):
         held = []
         for new in sample_groups(batch):
             samples += new
             held.append(samples % HELD == HELD - 1)
         device = pruned.first.device
-        real, held = real_tokens(batch).to(device), torch.tensor(held, device=device)
+        real, held = scores.real_tokens(batch).to(device), torch.tensor(held, device=device)
         labels, labels_on = batch.get("labels"), batch["input_ids"].device
         if labels is None:  # a plain LM predicts every token
             labels = batch["input_ids"].masked_fill(~real.to(labels_on), -100)
@@ -307,7 +296,7 @@ def run_layer(
     blocks = [mixer_of(parts, layer), layer.get_submodule(parts.family.mlp)]
     handles = [m.register_forward_hook(keep(n)) for n, m in projections(parts, layer).items()]
     handles += [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
-    with hooked(handles):
+    with scores.hooked(handles):
         after = layer(hidden, **call)
     parallel = getattr(parts.text_config, parts.family.parallel, False)
     return outputs, after, parallel or read[0] is read[1]
@@ -351,7 +340,7 @@ def projection_inputs(
 
     done = nullcontext() if next(iter(modules)) in names else without(parts, layer, hidden)
     handles = [modules[name].register_forward_pre_hook(see) for name in names]
-    with hooked(handles), done, suppress(Reached):
+    with scores.hooked(handles), done, suppress(Reached):
         layer(hidden, **call)
     return torch.cat(inputs, -1)
 
@@ -362,8 +351,8 @@ def without(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, mlp: b
     zeros, mixer = torch.zeros_like(hidden), mixer_of(parts, layer)
     silent = (zeros, None) if mixer is below(layer, parts.family.attention) else zeros
     blocks = [layer.get_submodule(parts.family.mlp)] if mlp else []
-    with replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent):
-        with replaced_forward(blocks, lambda _: lambda *args, **kwargs: zeros):
+    with scores.replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent):
+        with scores.replaced_forward(blocks, lambda _: lambda *args, **kwargs: zeros):
             yield
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-021
@@ -373,7 +362,7 @@ def in_dtype(parts: Anatomy, i: int, dtype: torch.dtype):
     with in_memory(parts, i):
         layer = parts.layers[i]
         same = all(p.dtype == dtype for p in layer.parameters())
-        with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
+        with scores.evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
             yield layer
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-023
@@ -387,7 +376,7 @@ def advance_dense(
     for i in layers:
         with in_dtype(parts, i, working_dtype(parts.model)) as layer:
             for s in streams:
-                before = plus(s.take("dense"), s.between[i])
+                before = scores.plus(s.take("dense"), s.between[i])
                 outputs, after, parallel = run_layer(parts, layer, before, s.calls[i])
                 near = partial(torch.allclose, after, rtol=1e-3, atol=1e-3, equal_nan=True)
                 checked = s is streams[0] and len(outputs) > 1  # experts add more
@@ -477,7 +466,7 @@ def fit_layer(
     stages = [names] if streams[0].parallel else filter(None, [names[:1], names[1:]])
     with in_dtype(parts, j, working_dtype(parts.model)) as layer:
         for s in streams:
-            s.keep(pruned=plus(s.take("pruned"), s.between[i]))
+            s.keep(pruned=scores.plus(s.take("pruned"), s.between[i]))
         for stage in stages:
             last = "end" if parts.family.tail else "dense"
             target = last if stage[-1] == names[-1] and len(names) > 1 else "middle"
@@ -541,7 +530,7 @@ def widest_fit(parts: Anatomy) -> int:
 def check_calibration(small: PreTrainedModel, batches: list, ridge: float | tuple | None) -> None:
     "Raise ValueError if the widest fit has more unknowns per row than there are tokens."
     needed = widest_fit(anatomy(small))
-    tokens = sum(int(real_tokens(batch).sum()) for batch in batches)
+    tokens = sum(int(scores.real_tokens(batch).sum()) for batch in batches)
     if tokens <= needed:
         raise ValueError(
             f"{tokens} calibration tokens are too few: the widest fit has {needed} channels, so "
@@ -666,7 +655,7 @@ def reconstruct(
     inplace: bool = False,  # change `small` itself, for models too large to copy
 ) -> PreTrainedModel | tuple:  # the model, or (model, frame)
     "Refit output projections and final norm by least squares towards the dense model's states."
-    batches = check_batches(batches)
+    batches = scores.check_batches(batches)
     check_pruned(small, dense, plan)
     check_calibration(small, batches, ridge)
     small = small if inplace else copy.deepcopy(small)
@@ -690,9 +679,16 @@ def refit_seconds(
 ) -> float:  # seconds
     "A forecast for the refit, and Gauss-Newton scores, from the time of one layer."
     tokens = lambda some: sum(b["input_ids"].numel() for b in some)
-    parts, seconds, timed = anatomy(model), [], split_rows(check_batches(batches)[0], 2048)[:1]
-    (passage,), sizes = open_passages(model, timed), [x.parameters for x in layer_sizes(model)]
-    with torch.no_grad(), in_memory(parts, 0), evaluating(model):
+    parts, seconds, timed = (
+        anatomy(model),
+        [],
+        scores.split_rows(scores.check_batches(batches)[0], 2048)[:1],
+    )
+    (passage,), sizes = (
+        scores.open_passages(model, timed),
+        [x.parameters for x in layer_sizes(model)],
+    )
+    with torch.no_grad(), in_memory(parts, 0), scores.evaluating(model):
         for _ in range(4):  # the first run warms up, and others may be disturbed
             start = time.perf_counter()
             parts.layers[0](passage.first, **passage.calls[0]).sum().item()

@@ -34,6 +34,7 @@ from mllm_compress.importance.scores import (
     tensor_hashes,
 )
 from ..importance.taylor import answer_labels, answers_of
+from . import pruning_plan
 from mllm_compress.pruning.allocation import (
     COUNTED,
     UnitCosts,
@@ -45,14 +46,7 @@ from mllm_compress.pruning.allocation import (
     scored_kinds,
 )
 from .plans import ALLOCATIONS, plan_none, scores_by_kind, unprotected
-from mllm_compress.pruning.pruning_plan import (
-    PruningPlan,
-    ascending,
-    layer_sizes,
-    make_plan,
-    removable,
-    rounded_steps,
-)
+from .pruning_plan import PruningPlan
 from .reconstruction import reconstruct, refit_seconds
 from .slicing import apply_plan
 from ..utils.files import content_hash, write_atomically
@@ -197,9 +191,14 @@ class Space:
         self.budget, self.costs = budget, costs
         self.options = dict(budget=budget, costs=costs, round_to=round_to)  # of every plan
         self.limit = costs.total(plan_none(model)) * next(iter(budget.values()))
-        self.sizes, order = layer_sizes(model), ascending(layer_scores.values, "layer scores")
-        self.removable = removable(self.parts, order)
-        steps = rounded_steps(round_to, self.parts.queries_per_group(0) * self.parts.head_dim)
+        self.sizes, order = (
+            pruning_plan.layer_sizes(model),
+            pruning_plan.ascending(layer_scores.values, "layer scores"),
+        )
+        self.removable = pruning_plan.removable(self.parts, order)
+        steps = pruning_plan.rounded_steps(
+            round_to, self.parts.queries_per_group(0) * self.parts.head_dim
+        )
         kinds = scored_kinds(scores)
         self.levels = {  # counts that may stay, descending
             (kind, i): levels_of(size, kind, steps[kind])
@@ -274,7 +273,7 @@ class Space:
         "Fixed plans of the budget; ValueError where it is out of reach."
         plans, going = [], self.removable
         bases = [
-            make_plan(self.model, layers=set(range(len(self.sizes))) - set(going[:n]))
+            pruning_plan.make_plan(self.model, layers=set(range(len(self.sizes))) - set(going[:n]))
             for n in range(len(going) + 1)
         ]
         alone = next((n for n, b in enumerate(bases) if self.costs.total(b) <= self.limit), None)
@@ -311,7 +310,7 @@ class Space:
         counts = {i: list(n) for i, n in counts.items()}
         move, gone = rng.choice(MOVES), [i for i in self.removable if i not in counts]
         removed = [i for i in range(len(self.sizes)) if i not in counts]
-        fits = lambda i: removable(self.parts, [*removed, i]) == [*removed, i]
+        fits = lambda i: pruning_plan.removable(self.parts, [*removed, i]) == [*removed, i]
         leaving = [i for i in self.removable if i in counts and fits(i)]  # low scores first
         if move == "neurons" and len(counts) > 1:
             (a, b), portion = rng.sample(sorted(counts), 2), rng.choice(PORTIONS)
