@@ -423,6 +423,7 @@ CASES = [
     Case(("evaluate", "llava", "--questions", "long.json"), "context of the model 512"),
     Case((*PRUNE, "--ratio", ".3", "--recipe", "paper", "--method", "flap"), "leave the method or"),
     Case(("export", "bad/nan", "--to", "transformers", "-o", "out"), "infinite or not a number"),
+    Case(("prune", "bad/nan", "--layers", "1", "-o", "out"), "infinite or not a number"),
     Case(("check", "llava", "--chat-template", "mine.json"), "does not render"),
     Case(("check", "llava", "--only", "luck"), "use one of parts, cost"),
     Case(("compare", "llava", "small", "-o", "notes"), "was not written by this command"),

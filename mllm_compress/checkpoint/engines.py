@@ -154,7 +154,7 @@ def export_model(
         saving.check_output(file, "export", ours, overwrite, {"checkpoint": folder})
         saving.check_writable(file)
     model, processor = load_any(folder)
-    check_finite(model)
+    check_finite(model.named_parameters())
     if to != "gguf":
         saving.check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
     facts = ENGINES[to].write(model, out, processor, dtype, fill)

@@ -21,6 +21,7 @@ from ..importance.scores import check_batches
 from ..pruning import reconstruction
 from ..pruning.pruning_plan import PruningPlan
 from ..pruning.slicing import apply_plan, check_describes
+from ..zoo.models import check_finite
 from ..zoo.weight_files import FileModel, read_tensor, write_weights
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-007
@@ -52,6 +53,7 @@ class CutWeights:
             return read_tensor(self.fitted[name], name)
         origin, cut = self.origins.get(name, (name, None))
         tensor = self.source.tensor(origin)
+        check_finite([(origin, tensor)])
         return tensor if cut is None else tensor.index_select(*cut)
 
 # %% ../../nbs/library/checkpoint/04_from_files.ipynb #cell-015

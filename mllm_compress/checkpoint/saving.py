@@ -25,6 +25,7 @@ from ..pruning.pruning_plan import PruningPlan, spans
 from ..pruning.slicing import check_describes
 from ..utils.files import clean_leftovers, replacing_folder, sha256, write_atomically
 from ..utils.methods import PRUNED_TYPE
+from ..zoo.models import check_finite
 from ..zoo.weight_files import SHIPPED
 
 # %% ../../nbs/library/checkpoint/02_saving.ipynb #cell-007
@@ -284,6 +285,7 @@ def save_pruned(
 ) -> Path:  # the folder; ValueError where plan and model differ, or the folder is not ours
     "Write a pruned model with its config, processor, plan, card and checksums."
     check_describes(model, plan)
+    check_finite(model.named_parameters())
     saved, kind = formats.choose_format(model, plan)
     write = lambda new, variant: saved.save_pretrained(
         new, max_shard_size=max_shard_size, variant=variant

@@ -29,7 +29,7 @@ def perplexity_row(
     max_length: int | None = 1024,  # tokens of an entry
 ) -> pd.DataFrame:  # one row, as `evaluate` has them; lower is better
     "The perplexity of the supervised tokens, with a bootstrap interval over the entries."
-    check_finite(model)
+    check_finite(model.named_parameters())
     collate = Collator(processor, data, turns="sequential", max_length=max_length)
     numbers = range(min(limit, len(data)))
     batches = (numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size))

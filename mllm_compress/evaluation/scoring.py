@@ -142,7 +142,7 @@ def evaluate(
         check_counts(**{f"the limit of {name}": count})
     if wrapper_of(model.config) and not hasattr(processor, "image_processor"):
         raise ValueError(f"{processor!r:.60} is no processor of pictures: give that of the model.")
-    check_finite(model)
+    check_finite(model.named_parameters())
     root, frames = None if root is None else str(root), []
     load = lambda name, end="": load_questions(name + end, split, most.get(name), root)
     questions = {name: load(name) for name in names}

@@ -172,9 +172,9 @@ def cast(
     return model
 
 # %% ../../nbs/library/zoo/01_models.ipynb #finite-code
-def check_finite(model: torch.nn.Module) -> None:
+def check_finite(weights) -> None:  # of (name, tensor), as named_parameters() gives them
     "ValueError where a weight is infinite or not a number."
-    for name, p in model.named_parameters():
+    for name, p in weights:
         if p.is_floating_point() and p.itemsize > 1 and p.numel() and not p.is_meta:
             if not all(extreme.isfinite() for extreme in p.detach().aminmax()):
                 raise ValueError(
