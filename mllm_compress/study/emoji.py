@@ -308,15 +308,7 @@ def emoji_questions(type: str, split: str, limit: int | None, root) -> list:  # 
     return questions
 
 
-register_benchmarks(
-    Benchmark(
-        f"emoji/{type}",
-        scorer,
-        partial(emoji_questions, type),
-        12,
-        version=2 if candidates else 1,  # 1 had no candidates
-        help=help,
-        source=emoji_hash,
-    )
-    for type, (scorer, candidates, help) in TYPES.items()
-)
+for type, (scorer, candidates, help) in TYPES.items():
+    about = dict(version=2 if candidates else 1, help=help)  # 1 had no candidates
+    found = partial(emoji_questions, type)
+    register_benchmarks([Benchmark(f"emoji/{type}", scorer, found, 12, source=emoji_hash, **about)])

@@ -72,7 +72,9 @@ def legend_above(fig, names: list) -> None:
         Line2D([], [], color=k.color, marker=k.marker, linestyle=k.line) for k in looks.values()
     ]
     style = dict(frameon=False, fontsize=8.5, handlelength=2.8, columnspacing=1.4)
-    fig.legend(lines, list(looks), loc="outside upper left", ncols=4, **style)
+    widest = 0.8 + 0.06 * max(map(len, looks), default=0)  # inches
+    style["ncols"] = max(1, min(4, int(fig.get_figwidth() / widest)))
+    fig.legend(lines, list(looks), loc="outside upper left", **style)
 
 # %% ../../nbs/library/study/25_figures.ipynb #curves
 def curves(

@@ -543,6 +543,8 @@ class Verdict:
             texts.append(f"{name}: {part.word}, {value}" if name else value)
         texts += [self.listed()] * (len(self.effects) > len(texts))
         texts += [f"not tested: {self.missing}"] * bool(self.missing)
+        alone = self.word == UNDECIDED and {e.seeds for e in self.settings.values()} == {1}
+        texts += ["one seed decides nothing"] * alone
         more = [str(text).rstrip(".") for text in (self.note, self.used) if text]
         return head + " ".join(f"{text}." for text in ("; ".join(texts), *more))
 
