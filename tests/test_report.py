@@ -38,7 +38,7 @@ def test_what_rests_on_fewer_seeds_says_so():
     rows = rows.assign(n=100, pruning="layerwise", profile="p", recovery="none")
     rows = rows.assign(calibration_seed=0)
     lost, named = ["done", "done", "failed"], rows.assign(calibration_seed=rows.seed)
-    trained = named.assign(recovery="sft")
+    trained, mixed = named.assign(recovery="sft"), ["none", "none", "sft"]
     n = "n = 100 questions per model"
     for frame, says in (
         (rows, f"{n}, 3 seeds, profile p"),
@@ -47,17 +47,15 @@ def test_what_rests_on_fewer_seeds_says_so():
         (rows[:1], f"{n}, 1 seed (intervals cover questions only), profile p"),
         (named, f"{n}, 3 seeds of calibration, profile p"),
         (trained, f"{n}, 3 seeds of calibration and training, profile p"),
-        (
-            trained.assign(recovery=["none", "none", "sft"]),
-            f"{n}, 3 seeds of calibration, 1 of training, profile p",
-        ),
+        (trained.assign(recovery=mixed), f"{n}, 3 seeds of calibration, 1 of training, profile p"),
         (trained.assign(calibration_seed=0), f"{n}, 3 seeds of training, profile p"),
     ):
         assert str(basis_of(frame)) == says
     text = Verdict("A.", {"here": Estimate(2, 1, 3, 100, 3)}, basis_of(rows)).sentence()
     assert text.startswith("Supported: “A.” +2.0 [1.0, 3.0] points") and "3 seeds" in text
     once = Verdict("A.", {"there": Estimate(4, 3, 5, 100, 1)}, basis_of(rows)).sentence()
-    assert "1 seed (intervals" in once and "3 seeds" not in once  # of the difference, not the frame
+    assert "1 seed (intervals" in once and "; one seed decides nothing." in once
+    assert "3 seeds" not in once and "decides" not in text  # of the difference, not the frame
 
 
 def test_every_notation_escapes_marks_and_fits():

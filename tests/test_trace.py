@@ -87,6 +87,8 @@ def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
     for way in ("ours, paper's objective", "ours, trained on logits_kd"):
         judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
     judged[f"{mine} − {layers}"] = mine, layers, ~known | known, [6, 3]  # seeds
+    twice, paper = "ours, two rounds", "paper, trained"
+    judged[f"{twice} − {paper}"] = twice, paper, ~known | known, [3]
     for name, (first, rival, rows, seeds) in judged.items():
         avg = avg_of(lines[rows])
         assert [e["seeds"] for e in verdicts[name]["effects"].values()] == seeds

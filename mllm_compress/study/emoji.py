@@ -308,7 +308,7 @@ def emoji_questions(type: str, split: str, limit: int | None, root) -> list:  # 
     return questions
 
 
-for type, (scorer, candidates, help) in TYPES.items():
-    about = dict(version=2 if candidates else 1, help=help)  # 1 had no candidates
-    found = partial(emoji_questions, type)
-    register_benchmarks([Benchmark(f"emoji/{type}", scorer, found, 12, source=emoji_hash, **about)])
+for name, (scorer, few, sentence) in TYPES.items():
+    about = dict(version=2 if few else 1, help=sentence)  # 1 had no candidates
+    found = partial(emoji_questions, name)
+    register_benchmarks([Benchmark(f"emoji/{name}", scorer, found, 12, source=emoji_hash, **about)])
