@@ -304,11 +304,8 @@ def plan_global(
     else:
         costs = costs_of_budget(model, budget, costs)
         name, share = check_budget_request(budget)
-    parts, sizes, everything = (
-        anatomy(model),
-        pruning_plan.layer_sizes(model),
-        pruning_plan.make_plan(model),
-    )
+    parts, sizes = anatomy(model), pruning_plan.layer_sizes(model)
+    everything = pruning_plan.make_plan(model)
     dense, start = costs.total(everything), costs.total(base or everything)
     free, gone = free or (base or everything).layers, dense - start
     widths = [{getattr(sizes[i], kind) for i in free} - {0} for kind in UNITS]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..anatomy.families import Anatomy, anatomy, below, lm_parameters
-from ..anatomy.streaming import in_memory
+from ..anatomy.streaming import evaluating, hooked, in_memory, replaced_forward
 from ..importance import scores
 from ..importance.criteria import input_moments
 from ..importance.scores import Reached
@@ -296,7 +296,7 @@ def run_layer(
     blocks = [mixer_of(parts, layer), layer.get_submodule(parts.family.mlp)]
     handles = [m.register_forward_hook(keep(n)) for n, m in projections(parts, layer).items()]
     handles += [block.register_forward_pre_hook(see, with_kwargs=True) for block in blocks]
-    with scores.hooked(handles):
+    with hooked(handles):
         after = layer(hidden, **call)
     parallel = getattr(parts.text_config, parts.family.parallel, False)
     return outputs, after, parallel or read[0] is read[1]
@@ -340,7 +340,7 @@ def projection_inputs(
 
     done = nullcontext() if next(iter(modules)) in names else without(parts, layer, hidden)
     handles = [modules[name].register_forward_pre_hook(see) for name in names]
-    with scores.hooked(handles), done, suppress(Reached):
+    with hooked(handles), done, suppress(Reached):
         layer(hidden, **call)
     return torch.cat(inputs, -1)
 
@@ -351,8 +351,8 @@ def without(parts: Anatomy, layer: torch.nn.Module, hidden: torch.Tensor, mlp: b
     zeros, mixer = torch.zeros_like(hidden), mixer_of(parts, layer)
     silent = (zeros, None) if mixer is below(layer, parts.family.attention) else zeros
     blocks = [layer.get_submodule(parts.family.mlp)] if mlp else []
-    with scores.replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent):
-        with scores.replaced_forward(blocks, lambda _: lambda *args, **kwargs: zeros):
+    with replaced_forward([mixer], lambda _: lambda *args, **kwargs: silent):
+        with replaced_forward(blocks, lambda _: lambda *args, **kwargs: zeros):
             yield
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-021
@@ -362,7 +362,7 @@ def in_dtype(parts: Anatomy, i: int, dtype: torch.dtype):
     with in_memory(parts, i):
         layer = parts.layers[i]
         same = all(p.dtype == dtype for p in layer.parameters())
-        with scores.evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
+        with evaluating(layer if same else copy.deepcopy(layer).to(dtype)) as layer:
             yield layer
 
 # %% ../../nbs/library/pruning/06_reconstruction.ipynb #streams-cell-023
@@ -679,16 +679,11 @@ def refit_seconds(
 ) -> float:  # seconds
     "A forecast for the refit, and Gauss-Newton scores, from the time of one layer."
     tokens = lambda some: sum(b["input_ids"].numel() for b in some)
-    parts, seconds, timed = (
-        anatomy(model),
-        [],
-        scores.split_rows(scores.check_batches(batches)[0], 2048)[:1],
-    )
-    (passage,), sizes = (
-        scores.open_passages(model, timed),
-        [x.parameters for x in layer_sizes(model)],
-    )
-    with torch.no_grad(), in_memory(parts, 0), scores.evaluating(model):
+    parts, seconds = anatomy(model), []
+    timed = scores.split_rows(scores.check_batches(batches)[0], 2048)[:1]
+    (passage,) = scores.open_passages(model, timed)
+    sizes = [x.parameters for x in layer_sizes(model)]
+    with torch.no_grad(), in_memory(parts, 0), evaluating(model):
         for _ in range(4):  # the first run warms up, and others may be disturbed
             start = time.perf_counter()
             parts.layers[0](passage.first, **passage.calls[0]).sum().item()

@@ -191,10 +191,8 @@ class Space:
         self.budget, self.costs = budget, costs
         self.options = dict(budget=budget, costs=costs, round_to=round_to)  # of every plan
         self.limit = costs.total(plan_none(model)) * next(iter(budget.values()))
-        self.sizes, order = (
-            pruning_plan.layer_sizes(model),
-            pruning_plan.ascending(layer_scores.values, "layer scores"),
-        )
+        self.sizes = pruning_plan.layer_sizes(model)
+        order = pruning_plan.ascending(layer_scores.values, "layer scores")
         self.removable = pruning_plan.removable(self.parts, order)
         steps = pruning_plan.rounded_steps(
             round_to, self.parts.queries_per_group(0) * self.parts.head_dim
