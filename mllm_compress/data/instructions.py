@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE', 'ROLES', 'PAIRS', 'UNREAD', 'MAX_PIXELS', 'LONGEST_SIDE', 'EntryError', 'image_names', 'split_front',
            'pictures_first', 'answers_of', 'read_entry', 'decoded', 'image_paths', 'turns', 'LazyEntries', 'entry_ids',
-           'has_image', 'white_values', 'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'as_data']
+           'has_image', 'white_values', 'in_rgb', 'read_image', 'InstructionData', 'load_json', 'from_rows', 'lengths',
+           'windows', 'as_data']
 
 # %% ../../nbs/library/data/01_instructions.ipynb #cell-003
 import hashlib
@@ -567,6 +568,38 @@ def from_rows(
 
     entries = _entries(named(), name, answered)
     return InstructionData(entries, images=lambda e: _row_pictures(rows[e["row"]]), name=name)
+
+# %% ../../nbs/library/data/01_instructions.ipynb #windows-code
+def lengths(texts: list, tokenizer=None) -> list:  # of int
+    "The lengths of texts: tokens of a tokenizer; without one, characters."
+    if tokenizer is None or not texts:
+        return [len(text) for text in texts]
+    encode = getattr(tokenizer, "tokenizer", tokenizer)
+    return [len(ids) for ids in encode(texts, verbose=False)["input_ids"]]
+
+
+def _pieces(text: str, limit: int, tokenizer) -> list:
+    "A text cut in halves, between words, until no piece is longer than the limit."
+    if len(text) < 2 or lengths([text], tokenizer)[0] <= limit:
+        return [text]
+    middle = text.rfind(" ", 0, len(text) // 2 + 1)
+    at = middle if middle > 0 else len(text) // 2  # one long word is cut anywhere
+    parts = (text[:at], text[at:].strip())
+    return [piece for part in parts if part for piece in _pieces(part, limit, tokenizer)]
+
+
+def windows(texts: list, limit: int, tokenizer=None) -> list:  # of texts
+    "Texts put together, in their order, to windows of at most a length, counted as in `lengths`."
+    pieces, filled, room = [], [], 0
+    for text, size in zip(texts, lengths(texts, tokenizer)):
+        pieces += [text] if size < limit else _pieces(text, limit - 1, tokenizer)
+    for piece, size in zip(pieces, lengths(pieces, tokenizer)):
+        if size + 1 > room:
+            filled.append([])
+            room = limit
+        filled[-1].append(piece)
+        room -= size + 1
+    return ["\n".join(pieces) for pieces in filled]
 
 # %% ../../nbs/library/data/01_instructions.ipynb #as_data-code
 def as_data(
