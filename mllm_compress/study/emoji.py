@@ -27,7 +27,6 @@ from PIL import Image
 from ..data.instructions import InstructionData, LazyEntries
 from ..data.scenes import entry
 from ..evaluation.benchmarks import Benchmark, Question, register_benchmarks
-from .texts import run_tool
 from ..utils import files
 from ..utils.methods import check_choice, naming_extras
 from ..zoo import weight_files
@@ -89,11 +88,9 @@ FETCH = 'python -c "from mllm_compress.study.emoji import fetch_emoji; fetch_emo
 
 def _downloaded(package: str, folder: str, *names: str) -> list:  # the JSON of each named file
     "Files of a package of npm; OSError that says what to do if it cannot be fetched."
-    cure = (
-        "Install Node.js and see that there is a network, or copy the folder of a machine that "
-        "has the pictures, and name it in MLLM_COMPRESS_EMOJI."
-    )
-    printed = run_tool(["npm", "pack", "--silent", package], folder, cure)
+    cure = "Install Node.js and see that there is a network, or copy the folder of a machine that "
+    cure += "has the pictures, and name it in MLLM_COMPRESS_EMOJI."
+    printed = files.run_tool(["npm", "pack", "--silent", package], folder, cure)
     with tarfile.open(Path(folder) / printed.split()[-1]) as archive:
         return [json.load(archive.extractfile(f"package/{name}")) for name in names]
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEXT_VERSION', 'HEADING', 'ENTRIES', 'ASIDE', 'MEANING', 'SENTENCES', 'MARKS', 'WORDNET', 'FORTUNES', 'MANUAL',
-           'SECTIONS', 'HELP', 'NOT_TEXT', 'ARTICLES', 'ESSAYS', 'PARAGRAPHS', 'COMPUTING', 'WEBSTER', 'TEXTS', 'FETCH',
+           'SECTIONS', 'NOT_TEXT', 'ARTICLES', 'ESSAYS', 'PARAGRAPHS', 'COMPUTING', 'WEBSTER', 'TEXTS', 'FETCH',
            'INSTALLED', 'PARTS', 'PLACES', 'WINDOW', 'COMMON', 'DEFINITION', 'WORDS', 'Document', 'Meaning', 'tidy',
            'read_meanings', 'read_parts', 'rates', 'read_entries', 'read_gaps', 'Text', 'text_files', 'missing_text',
-           'run_tool', 'fetch_texts', 'text_hash', 'part_of', 'documents', 'text_data', 'text_questions',
-           'text_benchmark', 'definition_question', 'cloze_question', 'word_questions']
+           'fetch_texts', 'text_hash', 'part_of', 'documents', 'text_data', 'text_questions', 'text_benchmark',
+           'definition_question', 'cloze_question', 'word_questions']
 
 # %% ../../nbs/library/study/52_texts.ipynb #cell-002
 import gzip
@@ -16,7 +16,6 @@ import hashlib
 import math
 import os
 import re
-import subprocess
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from ..data.instructions import InstructionData, decoded, lengths, windows
 from ..evaluation.benchmarks import Benchmark, Question, register_benchmarks
-from ..utils.files import cache_folder, content_hash, replacing_folder, sha256
+from ..utils.files import cache_folder, content_hash, replacing_folder, run_tool, sha256
 from ..utils.methods import check_choice
 
 TEXT_VERSION = 1  # how documents are read, split and cut; raised when a window changes
@@ -90,9 +89,8 @@ def read_parts(
     documents = {}
     for path in paths:
         packed = path.suffix in (".gz", ".dz")
-        text = (
-            gzip.decompress(path.read_bytes()).decode(errors="replace") if packed else decoded(path)
-        )
+        raw = gzip.decompress(path.read_bytes()) if packed else b""
+        text = raw.decode(errors="replace") if packed else decoded(path)
         for part in map(tidy, re.split(split, re.sub(drop, "", text, flags=re.M), flags=re.M)):
             if len(part.split()) >= words:
                 name = hashlib.sha256(part.encode()).hexdigest()[:12]
@@ -119,16 +117,16 @@ def read_entries(paths: tuple) -> list:  # of Meaning
     for entry in entries:
         if found := re.match(MEANING, entry.text):
             word, part, definition = found[1].lower(), found[2], found[3].strip()
-            name, text = f"{part}-{entry.id}", f"{word}: {definition}"
-            meanings.append(Meaning(name, text, word, definition, (), counts[word]))
+            same = f"{word}: {definition}", word, definition, (), counts[word]
+            meanings.append(Meaning(f"{part}-{entry.id}", *same))
     return meanings
 
 
 def read_gaps(paths: tuple) -> list:  # of Meaning
-    "Sentences, as examples of a longer word in each."
+    "Sentences of 12 to 18 words, as examples of a longer word in each."
     sentences = read_parts(paths, SENTENCES, words=12, drop=MARKS)
     counts, gaps = rates(sentences), []
-    for s in sentences:
+    for s in [s for s in sentences if s.text.count(" ") < 18]:
         if inner := [w for w in s.text.split()[2:-1] if re.fullmatch("[a-z]{5,}", w)]:
             word = inner[int(s.id, 16) % len(inner)]
             gaps.append(Meaning(f"{word[-2:]}-{s.id}", s.text, word, "", (s.text,), counts[word]))
@@ -151,8 +149,7 @@ WORDNET = "wordnet-base", "usr/share/wordnet/data.*", read_meanings
 FORTUNES = "fortunes", "usr/share/games/fortunes/*", partial(read_parts, split="^%$", words=5)
 MANUAL = "usr/share/doc/debian-reference-common/docs/debian-reference.en.txt.gz"
 SECTIONS = dict(split=HEADING, words=20, drop=rf"\A(?s:.*?){HEADING}|^\s*[|+].*$")
-HELP = "a system manual (Debian Reference); never trained on"
-MANUAL = "debian-reference-en", MANUAL, partial(read_parts, **SECTIONS), HELP
+MANUAL = "debian-reference-en", MANUAL, partial(read_parts, **SECTIONS)
 NOT_TEXT = r".*\.(dat|u8)$|ascii-art$"
 ARTICLES = partial(read_parts, split=ENTRIES, words=20, drop=ASIDE)
 ESSAYS = "anarchism", "usr/share/doc/anarchism/markdown/sec*.md.gz"
@@ -162,7 +159,9 @@ WEBSTER = "dict-gcide", "usr/share/dictd/gcide.dict.dz", read_entries
 TEXTS = {
     "glosses": Text(*WORDNET, "definitions of words, with examples (WordNet 3.0)"),
     "quotes": Text(*FORTUNES, "quotes, jokes and verses (fortunes)", skip=NOT_TEXT),
-    "technical": Text(*MANUAL, trained=False),
+    "technical": Text(
+        *MANUAL, "a system manual (Debian Reference); never trained on", trained=False
+    ),
     "computing": Text(*COMPUTING, "articles on computing (FOLDOC)", trained=False),
     "essays": Text(*ESSAYS, PARAGRAPHS, "political essays (An Anarchist FAQ)", trained=False),
     "sentences": Text(*ESSAYS, read_gaps, "sentences of these essays", trained=False),
@@ -191,16 +190,6 @@ def missing_text(name: str) -> str:  # empty where it is there
     if text_files(name):
         return ""
     return f"the Debian package {TEXTS[name].package} is not on this machine: {FETCH}"
-
-
-def run_tool(command: list, folder: Path, cure: str) -> str:
-    "The output of a command; OSError that says what to do if it is missing or fails."
-    try:
-        how = dict(check=True, capture_output=True, text=True, timeout=600)
-        return subprocess.run(command, cwd=folder, **how).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        message = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
-        raise OSError(f"{' '.join(command)} failed ({message[:160]}). {cure}") from None
 
 
 def fetch_texts(*names: str) -> None:
@@ -325,16 +314,10 @@ def cloze_question(meaning: Meaning, words: tuple) -> Question | None:  # None: 
     return None
 
 
-def word_questions(
-    make: Callable,  # (meaning, four words) -> Question, or None
-    name: str,  # of TEXTS, whose documents are meanings
-    split: str,
-    limit: int | None,
-    root,
-) -> list:  # of Question
-    "The questions that `make` makes of meanings, with four words; no word twice."
+def word_questions(make, text: str, split: str, limit: int | None, root) -> list:  # of Question
+    "The questions that `make` makes of a text's meanings, with four words; no word twice."
     parts, seen, questions = {}, set(), []  # part of speech -> meanings
-    for m in documents(name, split):
+    for m in documents(text, split):
         plain = m.word.isalpha() and m.word.islower() and len(m.word) > 2
         if plain and m.count >= COMMON and m.word not in seen and m.word not in m.definition:
             seen.add(m.word)
@@ -352,15 +335,14 @@ def word_questions(
 
 
 WORDS = {
-    "definition": (definition_question, "glosses", "has a definition of WordNet"),
-    "cloze": (cloze_question, "glosses", "stands in an example of WordNet"),
-    "meaning": (definition_question, "webster", "has a definition of Webster's"),
-    "gap": (cloze_question, "sentences", "stands in a sentence of an essay"),
+    "definition": (definition_question, "glosses", "Which of four words does WordNet define so?"),
+    "cloze": (cloze_question, "glosses", "Which of four words is in an example of WordNet?"),
+    "meaning": (definition_question, "webster", "Which of four words does Webster's define so?"),
+    "gap": (cloze_question, "sentences", "Which of four words stands in a sentence of an essay?"),
 }
 register_benchmarks(
     text_benchmark(
         f"text/{n}", "likelihood_choice", partial(word_questions, make, name), help, name
     )
-    for n, (make, name, does) in WORDS.items()
-    for help in [f"Which of four words {does}?"]
+    for n, (make, name, help) in WORDS.items()
 )

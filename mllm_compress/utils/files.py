@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAUSE', 'content_hash', 'sha256', 'file_hash', 'replacing', 'write_atomically', 'alone', 'replacing_folder',
-           'checkout', 'cache_folder', 'remembered', 'code_of', 'claim', 'resuming', 'batches_left', 'work_folder']
+           'checkout', 'cache_folder', 'remembered', 'code_of', 'run_tool', 'claim', 'resuming', 'batches_left',
+           'work_folder']
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-002
 import fcntl
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 import uuid
@@ -187,6 +189,16 @@ def code_of(*packages) -> str:
     "A hash of the modules of some packages."
     folders = [Path(package.__file__).parent for package in packages]
     return content_hash([[p.name, sha256(p)] for f in folders for p in sorted(f.glob("*.py"))])
+
+# %% ../../nbs/library/utils/01_files.ipynb #tool-code
+def run_tool(command: list, folder: Path, cure: str) -> str:
+    "The output of a command; OSError that says what to do if it is missing or fails."
+    try:
+        how = dict(check=True, capture_output=True, text=True, timeout=600)
+        return subprocess.run(command, cwd=folder, **how).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        message = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        raise OSError(f"{' '.join(command)} failed ({message[:160]}). {cure}") from None
 
 # %% ../../nbs/library/utils/01_files.ipynb #claim-code
 def claim(
