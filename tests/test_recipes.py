@@ -32,6 +32,7 @@ def batches(rows=8, tokens=40, vocab=64, seed=0):
     return [{"input_ids": torch.randint(3, vocab, (rows, tokens), generator=rng)}]
 
 
+GLOBAL = dict(method="gauss_newton", allocation="global", reconstruct=True)
 CHOICES = [
     ({}, RECIPES["recommended"]),
     ({"shape": "uniform"}, RECIPES["uniform"]),
@@ -46,10 +47,7 @@ CHOICES = [
     ({"recipe": "paper"}, Recipe("taylor", "layer", "blockwise")),
     ({"recipe": "paper", "reconstruct": True}, Recipe("taylor", "layer", "blockwise", True)),
     ({"recipe": "uniform", "method": "gauss_newton"}, RECIPES["uniform"]),
-    (
-        {"method": "gauss_newton", "allocation": "global", "reconstruct": True},
-        Recipe("gauss_newton", "global", None, True),
-    ),
+    (GLOBAL, Recipe("gauss_newton", "global", None, True)),
 ]
 
 
@@ -92,9 +90,8 @@ def test_the_recommended_recipe_is_its_steps(name):
 
 def test_a_second_round_scores_what_the_first_one_left():
     model, data = build("llama-4x1", num_hidden_layers=6), batches()
-    how = dict(method="gauss_newton", allocation="global", reconstruct=True, ridge=0.1)
     small, plan = prune(model, data, 0.5, ridge=0.1)  # of the recommended recipe: two rounds
-    middle, first = prune(model, data, 0.25, **how)
+    middle, first = prune(model, data, 0.25, ridge=0.1, **GLOBAL)
     scores = width_importance(middle, data, method="gauss_newton")
     rest = 1 - 0.5 / (1 - first.achieved_ratio)
     second = plan_widthwise(middle, scores, ratio=rest, allocation="global")
@@ -104,7 +101,7 @@ def test_a_second_round_scores_what_the_first_one_left():
     assert plan.requested_ratio == 0.5 and abs(plan.achieved_ratio - 0.5) < 0.02
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters()))
     once = prune(model, data, 0.5, rounds=1, ridge=0.1)[1]
-    assert once == prune(model, data, 0.5, **how)[1] != plan
+    assert once == prune(model, data, 0.5, ridge=0.1, **GLOBAL)[1] != plan
     for options in (dict(budget={"bytes": 0.5}), dict(ratio=0.5, recipe="layers")):
         with pytest.raises(ValueError, match="rounds score heads and neurons again"):
             prune(model, data, rounds=2, **options)
@@ -128,6 +125,20 @@ def test_depth_and_width_in_one_step():
     assert abs(1 - lm_parameters(small) / lm_parameters(model) - 0.5) < 0.03
     with pytest.raises(ValueError, match="scores layers already"):
         prune(model, data, method="block_influence", layer_method="random")
+
+
+def test_a_plan_out_of_reach_is_an_error_before_the_scores(monkeypatch):
+    where = "mllm_compress.pruning.one_step.scored_rows"
+    monkeypatch.setattr(where, lambda *_: pytest.fail("it began to score"))
+    for says, options in (
+        ("outside", dict(ratio=0.97)),
+        ("removes nothing", dict(ratio=1e-5)),
+        ("every layer alike", dict(recipe="uniform", protect=(1, 1))),
+        ("round_to have no effect", dict(recipe="layers", round_to=4)),
+        ("cannot be met", dict(budget={"bytes": 0.01})),
+    ):
+        with pytest.raises(ValueError, match=says):
+            prune(build("llama-4x1"), batches(), **options)
 
 
 @pytest.mark.parametrize("device, most", [("cpu", 32), ("cuda", 64), ("cuda:1", 64), ("mps", 32)])

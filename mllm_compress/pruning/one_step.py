@@ -250,6 +250,10 @@ def plan_by_recipe(
                 f"{recipe.method} scores layers already; a share for layers goes with a method for "
                 "heads and neurons, such as gauss_newton."
             )
+        kinds = ["layerwise"] * bool(layer_method) + [kind]
+        drawn = [replace(measure(k, "random", model, None, 0), kind=recipe.method) for k in kinds]
+        about = dict(layer_share=layer_share, protect=protect, round_to=round_to, budget=budget)
+        plan_by_recipe(model, recipe, None, ratio, scores=drawn, costs=costs, **about)  # an error
         rows = scored_rows(model, batches, recipe)
         scores = [measure(kind, recipe.method, model, rows, seed)]
         if layer_method:
