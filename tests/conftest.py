@@ -10,6 +10,8 @@ import pytest
 import torch
 from small_texts import sizes, write_texts
 
+from mllm_compress.zoo.models import load_model
+
 torch.set_num_threads(1)
 
 
@@ -49,7 +51,6 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def tiny_llava():
     "A random 4-layer CLIP + Llama model with its processor; copy it before changing it."
-    from mllm_compress.zoo.models import load_model
 
     return load_model("smoke-llava")
 
@@ -69,14 +70,13 @@ def pair(tiny_llava):
 @pytest.fixture(scope="session")
 def tiny_bunny():
     "A random 4-layer SigLIP + Phi model with its processor; copy it before changing it."
-    from mllm_compress.zoo.models import load_model
 
     return load_model("smoke-bunny")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def small_texts(tmp_path_factory):
-    "The three texts, made up and small, in place of the packages that a machine may have."
+    "The texts, made up and small, in place of the packages that a machine may have."
     root = write_texts(tmp_path_factory.mktemp("texts"))
     before = os.environ.get("MLLM_COMPRESS_TEXTS")
     os.environ["MLLM_COMPRESS_TEXTS"] = str(root)

@@ -202,10 +202,11 @@ WITH_DATA = {
     "perplexity": lambda d: ("evaluate", "llava", "--benchmark", "perplexity", "--data", d),
     "questions": lambda d: ("evaluate", "llava", "--questions", d),
 }
-PRUNE = ("prune", "llava", "-o", "out")
+PRUNE, SCORE = (("prune", "llava", "-o", "out"), ("score", "llava", "-o", "out"))
 LAYERWISE = (*PRUNE, "--pruning", "layerwise", *MINE)
 RECOVER = ("recover", "small", "--teacher", "llava", "-o", "out", *MINE[:2])
 EVALUATE = ("evaluate", "llava", "--questions", "mine.json")
+OTHERS = ("cost", "llava"), ("compare", "llava", "small")
 DRAWN = "--samples=0 --samples=99999999 --scenes=0 --max-length=0 --seed=-1"  # wrong numbers
 TRAINED = "--batch-size=-1 --passes=-2 --max-length=-5 --seed=-1 --save-every=-1 --lora=-4"
 YAML_VALUES = [
@@ -295,16 +296,13 @@ CASES = [
     *(
         Case((*command, option), f"{option.replace('=', ' is ')}: give a number from")
         for command, options in (
-            (("score", "llava", "-o", "out"), DRAWN),
+            (SCORE, DRAWN),
             ((*PRUNE, "--ratio", ".3"), DRAWN),
             (RECOVER, TRAINED),
         )
         for option in options.split()
     ),
-    Case(
-        ("score", "llava", "-o", "out", "--data", "mine.json", "--samples", "9"),
-        "have only 2 entries",
-    ),
+    Case((*SCORE, "--data", "mine.json", "--samples", "9"), "have only 2 entries"),
     *(Case((*RECOVER, "--lr", lr), "a number above 0 and below 1") for lr in ("-1", "1", "nan")),
     *(Case((*RECOVER, "--epochs", n), "a number above 0 to 10,000") for n in ("0", "inf", "nan")),
     Case((*RECOVER, "--epochs", "1e-9"), "less than one sample"),
@@ -344,14 +342,7 @@ CASES = [
     Case(("evaluate", "llava", "--questions", "text.jsonl"), "is plain text"),
     *(
         Case((*command, "--device", device), says)
-        for command in (
-            ("score", "llava", "-o", "out"),
-            (*PRUNE, "--ratio", ".3"),
-            RECOVER,
-            EVALUATE,
-            ("cost", "llava"),
-            ("compare", "llava", "small"),
-        )
+        for command in (SCORE, (*PRUNE, "--ratio", ".3"), RECOVER, EVALUATE, *OTHERS)
         for device, says in (
             ("gpu", "use auto, cpu"),
             ("cuda:64", "There is no cuda:64 here"),

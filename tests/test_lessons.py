@@ -17,16 +17,9 @@ NOTEBOOKS = sorted(
     for p in LIBRARY.rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
-LONG = {  # half a minute and more
-    "cost/01_arithmetic",
-    "cost/02_memory",
-    "cost/05_report",
-    "pruning/06_reconstruction",
-    "recovery/05_training",
-    "study/11_workers",
-    "study/14_forecast",
-    "study/30_runner",
-}
+LONG = """checkpoint/03_loading cost/01_arithmetic cost/02_memory cost/05_report
+importance/04_gauss_newton pruning/06_reconstruction pruning/07_search pruning/08_one_step
+recovery/05_training study/11_workers study/14_forecast study/30_runner"""  # 15 s and more
 SKIPPED = re.compile(r"(?m)^#\|\s*(default_exp|eval:\s*false)|nbdev_export\(\)")
 
 
@@ -45,7 +38,7 @@ def checkout(tmp_path_factory) -> Path:
 
 def marked(name: str):
     "A notebook; `make test` leaves out those that take long."
-    long = name.removeprefix("nbs/library/").removesuffix(".ipynb") in LONG
+    long = name.removeprefix("nbs/library/").removesuffix(".ipynb") in LONG.split()
     return pytest.param(name, marks=[pytest.mark.slow] if long else [])
 
 

@@ -246,12 +246,16 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def test_the_study_runs_at_smoke_and_once(checkout, monkeypatch, capsys):
+SOME = "02_pruning", "05_data", "10_findings", "11_beyond"
+
+
+@pytest.mark.parametrize("only", [SOME, pytest.param((), marks=pytest.mark.slow)])
+def test_the_study_runs_at_smoke_and_once(only, checkout, monkeypatch, capsys):
     monkeypatch.chdir(checkout)
-    assert runner.run_study("smoke", workers=2) == 0
+    assert runner.run_study("smoke", only=only, workers=2) == 0
     made = checkout / "runs/smoke/figures"
     for path in STUDY:
-        if path.stem.startswith("00"):
+        if path.stem.startswith("00") or only and path.stem not in only:
             continue
         nb = nbformat.read(made / path.name, 4)
         outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
@@ -261,7 +265,7 @@ def test_the_study_runs_at_smoke_and_once(checkout, monkeypatch, capsys):
     assert 'src="data:image/png;base64,' in page and "<details><summary>code</summary>" in page
     assert str(checkout) not in page
     written = {p: p.stat().st_mtime_ns for p in made.glob("*.ipynb")}
-    assert runner.run_study("smoke", workers=2) == 0
+    assert runner.run_study("smoke", only=only, workers=2) == 0
     assert {p: p.stat().st_mtime_ns for p in made.glob("*.ipynb")} == written, "nothing changed"
     assert "Figures and tables: runs/smoke/figures/" in capsys.readouterr().out
     assert not (checkout / "figures").exists()

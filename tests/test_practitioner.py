@@ -3,15 +3,19 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from commands import facts, run, save_data, save_models
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import mllm_compress
+from mllm_compress.checkpoint import load_pruned
 from mllm_compress.cli.measuring import cost_text
 from mllm_compress.cli.requests import table_text
 from mllm_compress.data import scenes
@@ -49,7 +53,6 @@ def test_knobs_of_the_plans(here):
     assert gone["layers"] == 2
     options = ("--method", "magnitude", "--shape", "blockwise", "--protect", "0,1")
     run("prune", "llava", "-o", "b", "--ratio", 0.3, *options, "--round-to", 4)
-    from mllm_compress.checkpoint import load_pruned
 
     plan = load_pruned("b")[2]
     assert 3 not in plan.neurons and all(len(n) % 4 == 0 for n in plan.neurons.values())
@@ -68,7 +71,6 @@ def test_pruned_twice_knows_the_first_model(here):
     again = ("--plan", "once/pruning_plan.json")
     assert "make it for the pruned model" in run(*args[:4], *again, code=2)
     done = facts(*args)
-    from mllm_compress.checkpoint import load_pruned
 
     model, _, plan = load_pruned("twice")
     assert plan.removed_layers == (1,) and plan.num_layers == 4 and len(plan.meta["plans"]) == 2
@@ -251,7 +253,6 @@ def test_a_blockwise_folder_loads_as_a_model_and_as_a_teacher(here):
 
 
 def test_the_card_is_what_the_hub_reads(here):
-    from huggingface_hub import ModelCard
 
     Path("llava/README.md").write_text("---\nlicense: apache-2.0\nbase_model: me/dense\n---\n")
     run("prune", "llava", "-o", "small", "--layers", "1")
@@ -293,12 +294,8 @@ def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
 
 
 def test_options_of_the_program(here):
-    import subprocess
-    import sys
 
-    from mllm_compress import __version__
-
-    assert run("--version").strip() == f"mllm_compress {__version__}"
+    assert run("--version").strip() == f"mllm_compress {mllm_compress.__version__}"
     command = [sys.executable, "-m", "mllm_compress", "models", "--json"]
     assert "tiny-llava" in json.loads(subprocess.run(command, capture_output=True).stdout)
     run("prune", "llava", "-o", "small", "--layers", "1")
@@ -307,9 +304,6 @@ def test_options_of_the_program(here):
 
 
 def test_scores_become_part_of_the_checkpoint(here):
-    from huggingface_hub import ModelCard
-
-    from mllm_compress.checkpoint import load_pruned
 
     run("prune", "llava", "-o", "small", "--layers", "1")
     Path("small/diary.txt").write_text("mine")
