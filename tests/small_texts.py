@@ -1,4 +1,4 @@
-"""The three texts of `study.texts`, made up here and small, in the layout of their packages."""
+"""The texts of `study.texts`, made up here and small, in the layout of their packages."""
 
 import gzip
 import random
@@ -13,6 +13,9 @@ NOUNS = """anchor basket candle desert engine feather glove harbour island jacke
 mirror needle orchard pocket quarry ribbon saddle tunnel""".split()
 VERBS = """carry gather follow open borrow repair measure polish whisper scatter balance
 stretch wander invent hammer""".split()
+MANUAL = "usr/share/doc/debian-reference-common/docs/debian-reference.en.txt.gz"
+WEBSTER, FOLDOC = "usr/share/dictd/gcide.dict.dz", "usr/share/dictd/foldoc.dict.dz"
+ESSAYS = "usr/share/doc/anarchism/markdown/secA.md.gz"
 PLACES = "near the river|under the old bridge|before the winter|in a quiet street|at the harbour"
 PARTS = "made of iron|used by sailors|kept for the night|that is never finished|of small value"
 
@@ -31,11 +34,10 @@ def _glosses(words: list, letter: str, draw: random.Random) -> list:  # of lines
 def write_texts(
     root: Path,  # becomes what MLLM_COMPRESS_TEXTS names
 ) -> Path:
-    "Write the files of the three packages; the same ones at every call."
+    "Write the files of the packages; the same ones at every call."
     draw = random.Random(0)
     wordnet, fortunes = root / "usr/share/wordnet", root / "usr/share/games/fortunes"
-    manual = root / "usr/share/doc/debian-reference-common/docs"
-    for folder in (wordnet, fortunes, manual):
+    for folder in (wordnet, fortunes):
         folder.mkdir(parents=True, exist_ok=True)
     for kind, words in (("noun", NOUNS), ("verb", VERBS)):
         lines = _glosses(words, kind[0], draw)
@@ -58,8 +60,19 @@ def write_texts(
         for n in range(60)
     ]
     text = "Contents\n\n" + "\n".join(sections)
-    with gzip.GzipFile(manual / "debian-reference.en.txt.gz", "wb", mtime=0) as file:
-        file.write(text.encode())
+    kinds, part = PARTS.title().split("|"), dict.fromkeys(NOUNS, "n") | dict.fromkeys(VERBS, "v. t")
+    webster = [
+        f"{word.title()} \\{word}\\, {part[word]}. [L.]\n   1. {draw.choice(kinds)}, number {k}."
+        for k, word in enumerate(2 * [*part])
+    ]
+    articles = [f"term{k}\n\n   <of it> " + f"a {{{NOUNS[k % 20]}}} " * 10 for k in range(60)]
+    said = [quote.split("\t")[0].replace("the", "_the_") for quote in quotes]
+    essays = "\n\n".join(map(" ".join, zip(said[::2], said[1::2])))
+    files = (MANUAL, text), (WEBSTER, "\n\n".join(webster)), (FOLDOC, "\n\n".join(articles))
+    for path, text in (*files, (ESSAYS, essays)):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        with gzip.GzipFile(root / path, "wb", mtime=0) as file:
+            file.write(text.encode())
     return root
 
 

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 import torch
 import yaml
-from small_texts import byte_tokenizer, write_language_model, write_texts
+from small_texts import NOUNS, VERBS, byte_tokenizer, write_language_model, write_texts
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from mllm_compress import evaluation, zoo
 from mllm_compress.cli import app
 from mllm_compress.data.batches import Collator
 from mllm_compress.data.instructions import InstructionData, load_json
-from mllm_compress.evaluation.benchmarks import BENCHMARKS, load_questions
+from mllm_compress.evaluation.benchmarks import BENCHMARKS, Question, load_questions
 from mllm_compress.evaluation.likelihood import answer_by_likelihood
 from mllm_compress.evaluation.scorers import SCORERS
 from mllm_compress.study import profiles, stages
@@ -30,7 +30,6 @@ from mllm_compress.study.runner import plan_study
 from mllm_compress.study.runs import frame_of
 from mllm_compress.study.statistics import summary
 from mllm_compress.study.store import Store
-from mllm_compress.study.texts import TEXT_SUITE
 from mllm_compress.zoo import weight_files as packaged
 
 
@@ -177,6 +176,7 @@ def test_texts_are_read_and_split(small_texts):
         assert not any("\n" in d.text or "  " in d.text for d in found)
     assert not any("table" in d.text for d in read["technical"])
     assert not any("drawing" in d.text for d in read["quotes"])
+    assert {d.word for d in read["webster"]} == {*NOUNS, *VERBS}
     parts = [{d.id for d in text.documents("quotes", part)} for part in text.PARTS]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 300
     with pytest.raises(ValueError, match="technical is for tests only.*'train'"):
@@ -265,8 +265,6 @@ def test_a_text_beyond_the_context_is_named(tokenizer, model, tmp_path):
 
 
 def evaluation_question(prompt: str, candidates: tuple = ()):
-    from mllm_compress.evaluation.benchmarks import Question
-
     return Question("q", prompt, "", candidates=candidates)
 
 
@@ -288,13 +286,12 @@ def test_losses_are_those_of_the_model(tiny_lm, tokenizer, family, more):
 
 
 def test_every_row_of_the_text_suite_is_scored(model, tokenizer):
-    rows, found = evaluation.evaluate(
-        model, tokenizer, TEXT_SUITE, limit=12, return_predictions=True
-    )
-    assert list(rows.benchmark) == list(TEXT_SUITE) and rows.score.between(0, 100).all()
+    suite = [f"text/{name}" for name in (*text.TEXTS, *text.WORDS)]
+    rows, found = evaluation.evaluate(model, tokenizer, suite, limit=12, return_predictions=True)
+    assert list(rows.benchmark) == suite and rows.score.between(0, 100).all()
     assert rows.low.le(rows.score + 1e-9).all() and rows.high.ge(rows.score - 1e-9).all()
     read = rows[rows.metric == "next-token accuracy"]
-    assert len(read) == 3 and read.perplexity.between(100, 1000).all()
+    assert len(read) == len(text.TEXTS) and read.perplexity.between(100, 1000).all()
     right = found[found.benchmark == "text/definition"]
     assert (right.value == (right.prediction == right.answer)).all()
 
@@ -313,12 +310,13 @@ def test_retained_perplexity_is_the_ratio_of_perplexities(model, tokenizer, tiny
 
 
 def test_word_questions_are_balanced_and_of_one_part():
-    for name in ("text/definition", "text/cloze"):
-        questions = load_questions(name)
-        assert len(questions) > 5 and BENCHMARKS[name].max_new_tokens == 0
+    for name in text.WORDS:
+        questions = load_questions(f"text/{name}")
+        assert len(questions) > 5 and BENCHMARKS[f"text/{name}"].max_new_tokens == 0
         for q in questions:
             assert len(set(q.candidates)) == 4 and q.answer in q.candidates
             assert q.answer.split()[0] not in q.prompt
+            assert name != "gap" or len({word[-2:] for word in q.options}) == 1  # of one ending
 
 
 def test_texts_have_their_own_hash(monkeypatch, tmp_path):
@@ -402,14 +400,14 @@ def test_a_notebook_that_does_not_apply_says_so(tmp_path):
         plan_study(str(tmp_path / "mine.yaml"))
 
 
-@pytest.mark.parametrize(
-    "given, says",
-    [
-        ({"text": ("novels",)}, "Unknown text 'novels': use one of glosses"),
-        ({"tokenizer": ""}, "training, text needs a tokenizer"),
-        ({"text": ("technical",)}, "technical is for tests only"),
-    ],
-)
+WRONG = [
+    ({"text": ("novels",)}, "Unknown text 'novels': use one of glosses"),
+    ({"tokenizer": ""}, "training, text needs a tokenizer"),
+    ({"text": ("technical",)}, "technical is for tests only"),
+]
+
+
+@pytest.mark.parametrize("given, says", WRONG)
 def test_wrong_text_in_a_profile_is_named(words, given, says):
     with pytest.raises(ValueError, match=says):
         checked(replace(words, training=replace(words.training, **given)))
