@@ -58,18 +58,19 @@ def test_every_score_without_recovery_is_the_mean_of_its_results(folder):
         assert abs(its.achieved.mean() - float(str(removed).split()[0])) < 6e-4
 
 
-def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
-    folder = ROOT / "figures/power"
+@pytest.mark.parametrize("profile, draws, count", [("power", [6, 3], 15), ("unseen", [3, 3], 10)])
+def test_scores_and_leads_are_those_of_a_recount(profile, draws, count):
+    folder = ROOT / "figures" / profile
     lines = pd.read_csv(folder / "experiments.csv.xz")
     dense = lines[lines.pruning == "none"].set_index("benchmark").score
     lines["avg"] = 100 * lines.score / lines.benchmark.map(dense)
     fields = {  # score, refit, rounds, recovery -> way
         "block_influence none 1 sft+hidden_kd": "paper, trained",
         "taylor none 1 sft+hidden_kd": "paper, trained",
-        "block_influence stream 1 sft+hidden_kd": "whole layers, refitted and trained",
+        "block_influence stream 1 sft+hidden_kd": "layers + refit, trained",
         "gauss_newton stream 2 logits_kd": "ours, two rounds, trained on logits_kd",
-        "block_influence stream 1 none": "whole layers, refitted",
-        "taylor stream 1 none": "paper's heads and neurons, refitted",
+        "block_influence stream 1 none": "layers + refit",
+        "taylor stream 1 none": "paper's ranking + refit",
         "gauss_newton stream 1 none": "ours, untrained",
         "gauss_newton stream 2 none": "ours, two rounds",
         "gauss_newton stream 1 sft+hidden_kd": "ours, paper's objective",
@@ -80,15 +81,17 @@ def test_scores_and_leads_of_profile_power_are_those_of_a_recount():
     for row in pd.read_csv(folder / "11_beyond-scores.csv")[1:].to_dict("records"):
         assert np.isclose(avg_of(lines)[row["way"], row["requested"]].mean(), row["AVG-%"], 2e-5)
     verdicts = json.loads((folder / "11_beyond-verdicts.json").read_text(encoding="utf-8"))
-    known, layers = lines.benchmark.isin(["text/quotes", "text/glosses"]), "whole layers, refitted"
+    known, layers = lines.benchmark.isin(["text/quotes", "text/glosses"]), "layers + refit"
     lines["kind"] = lines.benchmark.where(~known, "texts of the kinds trained on")
     mine, kinds = "ours, untrained", {k: lines.kind == k for k in set(lines.kind)}
     judged = {f"untrained, {k}": (mine, "paper, trained", of, [3, 3]) for k, of in kinds.items()}
     for way in ("ours, paper's objective", "ours, trained on logits_kd"):
         judged |= {f"{way} − {mine}, {k}": (way, mine, of, [3]) for k, of in kinds.items()}
-    judged[f"{mine} − {layers}"] = mine, layers, ~known | known, [6, 3]  # seeds
-    twice, paper = "ours, two rounds", "paper, trained"
-    judged[f"{twice} − {paper}"] = twice, paper, ~known | known, [3]
+    twice, paper, every = "ours, two rounds", "paper, trained", ~known | known
+    judged |= {"untrained": (mine, paper, every, [3, 3])}  # seeds
+    judged |= {f"{mine} − {layers}": (mine, layers, every, draws)}
+    judged |= {f"{twice} − {paper}": (twice, paper, every, [3])}
+    assert len(judged := {n: how for n, how in judged.items() if n in verdicts}) == count
     for name, (first, rival, rows, seeds) in judged.items():
         avg = avg_of(lines[rows])
         assert [e["seeds"] for e in verdicts[name]["effects"].values()] == seeds

@@ -188,9 +188,9 @@ class Report:
     def kinds(self, frame: pd.DataFrame) -> dict:  # name -> rows; empty if there is one sort only
         "The rows on the kinds of text that are trained on, and those of each other benchmark."
         known = frame.benchmark.isin([f"text/{kind}" for kind in self.setup.training.text])
-        others = {name: frame.benchmark == name for name in frame.benchmark[~known].unique()}
-        sorts = {"texts of the kinds trained on": known} | others
-        return {name: frame[rows] for name, rows in sorts.items()} if 0 < known.mean() < 1 else {}
+        names = frame.benchmark[~known].unique() if self.setup.training.text else []
+        sorts = {"texts of the kinds trained on": known} | {n: frame.benchmark == n for n in names}
+        return {n: frame[its] for n, its in sorts.items() if its.any()} if len(names) else {}
 
     def ahead(self, frame, first, second, name="", at="", shares=(), untrained=False, on=""):
         "Whether one label of `labelled` keeps more: at every ratio, `at` all, or at each share."
