@@ -290,6 +290,7 @@ register_benchmarks(
         ("perplexity", "perplexity", "Perplexity on %s."),
     )
     for name, row in TEXTS.items()
+    if row.read not in (read_gaps, read_entries)  # of which only questions are made
 )
 
 # %% ../../nbs/library/study/52_texts.ipynb #sets-003
@@ -341,8 +342,6 @@ WORDS = {
     "gap": (cloze_question, "sentences", "Which of four words stands in a sentence of an essay?"),
 }
 register_benchmarks(
-    text_benchmark(
-        f"text/{n}", "likelihood_choice", partial(word_questions, make, name), help, name
-    )
-    for n, (make, name, help) in WORDS.items()
+    text_benchmark(f"text/{n}", "likelihood_choice", partial(word_questions, make, of), help, of)
+    for n, (make, of, help) in WORDS.items()
 )
