@@ -50,7 +50,6 @@ from mllm_compress.recovery.losses import answer_positions, batch_counts
 from mllm_compress.recovery.states import decoder_states, image_features, use_attention
 from mllm_compress.recovery.steps import (
     Student,
-    add_lora,
     attention_for,
     block_size,
     passes_per_step,
@@ -181,7 +180,6 @@ class Loop:
         self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=autocast)
         config = replace(config, precision="bf16" if autocast else "fp32")
         model = trainable_copy(student, config)
-        model = add_lora(model, config.lora) if config.lora else model
         self.module = Student(model, LOSSES) if self.ours else model
         self.inner = anatomy(model.get_base_model() if config.lora else model).model
         self.optimizer = torch.optim.AdamW(

@@ -424,6 +424,7 @@ CASES = [
     Case(("score", "lm", "-o", "out", *MINE), "use entries without images"),
     Case(("evaluate", "lm"), "give --data FILE for its perplexity"),
     Case(("evaluate", "lm", "--benchmark", "easy-vqa"), "--benchmark perplexity"),
+    Case(("evaluate", "lm", "--benchmark", "text/quotes/no-picture"), "none with pictures"),
     Case(("recover", "llava", "--teacher", "llava", "-o", "out"), "is not a checkpoint of prune"),
     Case(("recover", "small", "--teacher", "lm", "-o", "out", *MINE[:2]), "dense model"),
     Case((*RECOVER, "--image-root", "gone"), "check --image-root"),
@@ -452,6 +453,9 @@ CASES = [
     Case(("convert", "llava", "/sys/out"), "cannot be written"),
     Case(("convert", "llava", "llava/out"), "choose another folder"),
     Case(("convert", "a", "b", "--dtype=int8", "--dtype", "int8"), "--dtype is given 2 times"),
+    Case(
+        ("prune", "a", "--reconstruct", "--no-reconstruct"), "or --no-reconstruct is given 2 times"
+    ),
     # the study
     Case(("study", "--profile", "huge"), "use authors, eyes, families, gpu, larger, llava-small"),
     Case(("study", "--profile", "gone.yaml"), "gone.yaml"),

@@ -211,6 +211,8 @@ def test_sharded_checkpoints(kind, tmp_path):
 def test_damage_is_found_and_named(kind, tmp_path):
     model, plan = pruned("llama-4x1", kind)
     folder = save_pruned(model, plan, tmp_path / "out", card={"note": 1})
+    saving.add_step(folder, model, {"step": "evaluate"})
+    assert "**note**: 1" in (folder / "README.md").read_text()  # what the user wrote stays
     files = sorted(p.name for p in folder.iterdir() if p.name != "README.md")
     for name in files:
         intact = (folder / name).read_bytes()

@@ -65,9 +65,8 @@ def test_a_request_is_the_same_from_python_a_file_and_options(tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     values = {"model": "smoke-llava", "ratio": 0.3, "method": "magnitude", "round_to": 4}
-    options = [
-        x for k, v in values.items() if k != "model" for x in (f"--{k.replace('_', '-')}", v)
-    ]
+    named = {f"--{k.replace('_', '-')}": v for k, v in values.items() if k != "model"}
+    options = [x for pair in named.items() for x in pair]
     prune(PruneRequest(**values, out="python"))
     run("prune", "smoke-llava", "-o", "options", *options)
     Path("run.yaml").write_text(yaml.safe_dump(values | {"out": "file", "ratio": 0.9}))

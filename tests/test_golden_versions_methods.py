@@ -52,15 +52,13 @@ DENSE = [key for key, row in CRITERIA.items() if not row.mixtures]
 @pytest.mark.parametrize("key", DENSE, ids=name_of)
 def test_criterion(key, update_golden):
     prunes, name = key
-    numbers = {}
+    values = {}
     for model_name in MODELS[prunes]:
         model = build(model_name)  # float64, so that rounding is not what is compared
         scores = measure(prunes, name, model, calibration(model), seed=1, **OPTIONS.get(name, {}))
-        numbers[model_name] = numbers_of_scores(scores)
+        values[model_name] = numbers_of_scores(scores)
     table_name = name_of(key) if name == "random" else name  # both prunings have a random
-    check_golden(
-        "criterion", table_name, CRITERIA[key].version, numbers, update_golden, CRITERIA_AT
-    )
+    check_golden("criterion", table_name, CRITERIA[key].version, values, update_golden, CRITERIA_AT)
 
 
 def layer_scores(model):

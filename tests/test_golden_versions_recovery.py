@@ -33,9 +33,7 @@ def step_tensors() -> dict:
     g = torch.Generator().manual_seed(0)
     tensors = {f"{who}_logits": torch.randn(3, 6, generator=g) for who in ("student", "teacher")}
     tensors |= {f"{who}_hidden": torch.randn(3, 4, generator=g) for who in ("student", "teacher")}
-    tensors |= {
-        f"{who}_blocks": torch.randn(3, 2, 4, generator=g) for who in ("student", "teacher")
-    }
+    tensors |= {f"{w}_blocks": torch.randn(3, 2, 4, generator=g) for w in ("student", "teacher")}
     answers = {"answer_logits": tensors["student_logits"], "targets": torch.tensor([1, 5, 2])}
     return tensors | answers | {"temperature": 2.0}
 

@@ -159,9 +159,7 @@ def tables(folder: Path) -> tuple:
     return (figures / "01_table-scores.csv").read_bytes(), lines.to_csv()
 
 
-linux = pytest.mark.skipif(
-    not Path("/proc/self/cwd").exists(), reason="looks for processes in /proc"
-)
+linux = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="looks into /proc")
 
 
 def computed(folder: Path, checkout: Path) -> None:

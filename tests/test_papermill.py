@@ -66,9 +66,7 @@ def test_papermill_from_another_folder_uses_the_checkout_and_its_scratch_folder(
     ],
     ids=["mistyped", "type"],
 )
-def test_a_wrong_parameter_is_an_error_before_anything_is_computed(
-    source, tmp_path, given, message
-):
+def test_a_wrong_parameter_is_an_error_before_all_work(source, tmp_path, given, message):
     before = sorted(source.glob("runs/*/*"))
     done = papermill(source, tmp_path, *given)
     assert done.returncode != 0 and message in done.stderr

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import mllm_compress
-from mllm_compress.checkpoint import load_pruned
+from mllm_compress.checkpoint import load_pruned, saving
 from mllm_compress.cli.measuring import cost_text
 from mllm_compress.cli.requests import table_text
 from mllm_compress.data import scenes
@@ -281,8 +281,8 @@ def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
         def create_repo(self, repo_id, private, exist_ok):
             sent.append((repo_id, private))
 
-        def upload_folder(self, allow_patterns, **options):
-            sent.append(sorted(allow_patterns))
+        def upload_folder(self, allow_patterns, delete_patterns, **options):
+            sent.extend([sorted(allow_patterns), delete_patterns])
             return "https://huggingface.co/me/small/commit/1"
 
     sent = []
@@ -291,6 +291,7 @@ def test_publishing_sends_the_files_of_the_manifest(here, monkeypatch):
     Path("small/diary.txt").write_text("private")
     assert "commit/1" in run("push", "small", "me/small")
     assert sent[0] == ("me/small", True) and "diary.txt" not in sent[1] and "plan.png" in sent[1]
+    assert "model*.safetensors" in sent[2]  # shards of an earlier push
 
 
 def test_options_of_the_program(here):
@@ -320,6 +321,9 @@ def test_scores_become_part_of_the_checkpoint(here):
     run("evaluate", "small", *asked)
     assert Path("small/README.md").read_text() == "my own words"
     assert len(facts("show", "small")["provenance"]) == 3
+    endless = {"step": "evaluate", "results": [{"benchmark": "endless", "score": None}]}
+    saving.add_step("small", load_pruned("small")[0], endless)
+    assert "endless: null" in run("show", "small")
     run("prune", "llava", "-o", "small", "--layers", "2", "--overwrite")
     assert Path("small/diary.txt").read_text() == "mine"
 

@@ -32,10 +32,8 @@ def small(tiny_lm, tmp_path):
     def make(shape="blockwise", family="llama", neurons=200):
         model = tiny_lm(family, hidden=128, groups=4, queries=1, neurons=256)
         layers = {"blockwise": (1,), "uniform": range(4)}[shape]
-        kept = dict(
-            heads={i: range(2) for i in layers}, neurons={i: range(neurons) for i in layers}
-        )
-        plan = make_plan(model, **kept)
+        cut = dict(heads={i: range(2) for i in layers}, neurons={i: range(neurons) for i in layers})
+        plan = make_plan(model, **cut)
         pruned = apply_plan(model, plan)
         return save_pruned(pruned, plan, tmp_path / f"{shape}-{family}"), pruned, plan
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers.trainer_utils import sort_checkpoints
 
 from mllm_compress.anatomy.families import anatomy
 from mllm_compress.anatomy.streaming import weights_hash
@@ -25,7 +26,12 @@ from mllm_compress.recovery.best_state import held_out_samples
 from mllm_compress.recovery.config import PAPER, RecoveryConfig, learning_rate, run_identity
 from mllm_compress.recovery.states import SHARED_PREFIX, decoder_states, use_attention
 from mllm_compress.recovery.steps import Batches, add_lora, layer_pairs
-from mllm_compress.recovery.training import NonFiniteLoss, RecoveryTrainer, checkpoints, recover
+from mllm_compress.recovery.training import (
+    NonFiniteLoss,
+    RecoveryTrainer,
+    recover,
+    training_arguments,
+)
 from mllm_compress.utils.files import content_hash
 from mllm_compress.zoo.models import load_model
 
@@ -221,6 +227,11 @@ def test_projector_alone(run, pair, data):
     text = [{k: v for k, v in s.items() if k != "image"} for s in data.samples]
     model = run(samples=InstructionData(text), train="projector", **ONE_STEP).model
     assert changed(student, model) == set()
+
+
+def test_a_warmup_may_take_all_steps(tmp_path):
+    arguments = training_arguments(RecoveryConfig(**SFT, warmup=1.0), tmp_path, 0, None, {})
+    assert arguments.get_warmup_steps(100) == 100
 
 
 def test_projector_and_lm_in_full(run, pair):
@@ -435,7 +446,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, lr, left):
     options = {"config": config, "folder": str(tmp_path / "run"), "save_every": 2}
     killed, nothing = process(tmp_path, **options, kill_at=5)
     assert killed.returncode == -9 and nothing is None
-    assert [p.name for p in checkpoints(options["folder"])] == left
+    assert [Path(p).name for p in sort_checkpoints(options["folder"])] == left
     written = {p.suffix for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert written == ({".json", ".safetensors"} if left else {".json"})  # nothing pickled
     _, resumed = process(tmp_path, **options)
@@ -469,13 +480,13 @@ def test_fsdp(tmp_path):
         assert two["history"][column] == pytest.approx(one["history"][column], rel=1e-4, abs=1e-6)
     folder = {"folder": str(tmp_path / "run"), "save_every": 2}
     _, nothing = process(tmp_path, TWO, **sharded, **folder, kill_at=5)
-    assert nothing is None and [p.name for p in checkpoints(folder["folder"])] == SAVED
+    assert nothing is None and [Path(p).name for p in sort_checkpoints(folder["folder"])] == SAVED
     code, resumed = process(tmp_path, TWO, **sharded, **folder)
     assert resumed is not None, code.stderr[-2000:]
     assert resumed["weights"] == two["weights"]
     assert resumed["history"]["loss"] == two["history"]["loss"]
     assert resumed["looks"] == two["looks"] and two["chosen"] == one["chosen"]
-    checkpoint = load_file(checkpoints(folder["folder"])[-1] / "weights.safetensors")
+    checkpoint = load_file(sort_checkpoints(folder["folder"])[-1] + "/weights.safetensors")
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.items()}
     assert shapes and shapes.items() <= two["shapes"].items()
 
@@ -517,7 +528,7 @@ def test_a_loss_that_is_no_number_stops_the_run(run, data, tmp_path):
     with pytest.raises(NonFiniteLoss, match="checkpoint-1") as error:
         run(**options, how={"folder": tmp_path, "save_every": 1})
     assert sum(s["id"] in str(error.value) for s in data.samples) == 4
-    assert "at step 1, " in str(error.value) and checkpoints(tmp_path)
+    assert "at step 1, " in str(error.value) and sort_checkpoints(tmp_path)
 
 
 # -- wrong input -------------------------------------------------------------------------------

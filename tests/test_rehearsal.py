@@ -141,9 +141,7 @@ def test_the_paper_profile_end_to_end(machine, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["llava-v1.5-7b", "bunny-v1.0-3b"])
-def test_two_processes_train_an_experiment_of_the_paper_profile(
-    machine, model, tmp_path, monkeypatch
-):
+def test_two_processes_train_an_experiment_of_profile_paper(machine, model, tmp_path, monkeypatch):
     "Adapters, gradient checkpointing, half precision, and checkpoints that go in the end."
     monkeypatch.chdir(tmp_path)
     profile = smaller(PAPER_YAML) | {"checkpoint_every": 1}

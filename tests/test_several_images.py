@@ -173,9 +173,7 @@ def test_rows_with_several_pictures():
     pictures = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 0, 255))]
     content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same?"}]
     chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
-    data = from_rows(
-        [{"images": pictures, "messages": chat}, {"image": pictures, "messages": chat}]
-    )
+    data = from_rows([{key: pictures, "messages": chat} for key in ("images", "image")])
     for i in range(2):
         assert [p.getpixel((0, 0)) for p in data.pictures(i)] == [(255, 0, 0), (0, 0, 255)]
     with pytest.raises(ValueError, match="2 images and 0"):

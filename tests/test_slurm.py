@@ -210,11 +210,9 @@ def test_nothing_is_submitted_while_slurm_does_not_answer(cluster, monkeypatch):
     assert [(job.job_id, names) for job, names in jobs.items()] == [("7_0", ["a"])]
     monkeypatch.setattr(slurm, "queue", queue)
     monkeypatch.setattr(slurm, "POLL", 0)
-    answers = [
-        SimpleNamespace(returncode=code, stdout="7_0 a job\n") for code in (1, 1, 0, 1, 1, 1)
-    ]
-    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **how: answers.pop(0))
-    assert slurm.queue() == {"7_0": "a job"} and len(answers) == 3  # the third time
+    given = [SimpleNamespace(returncode=code, stdout="7_0 a job\n") for code in (1, 1, 0, 1, 1, 1)]
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **how: given.pop(0))
+    assert slurm.queue() == {"7_0": "a job"} and len(given) == 3  # the third time
     with pytest.raises(ValueError, match="does not answer"):
         slurm.in_queue({"a"}, results)
 

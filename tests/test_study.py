@@ -116,8 +116,9 @@ def test_shipped_profiles_read(name):
 
 
 BAD_LINES = [
-    ("ratios: [0.3", "is not YAML"),
-    ("- a\n- b", "must hold keys and values"),
+    ("ratios: [0.3", "is not valid YAML"),
+    ("- a\n- b", "holds no keys and values"),
+    ("1: 2", "holds no keys and values"),
     ("ratios: [1.45]", r"ratios\[0\] is 1.45: it must be less than 0.95"),
     ("seed: [0]", "unknown seed; the keys are name, about, models"),
     ("seeds: [0.5]", r"seeds\[0\] is 0.5: it must be"),

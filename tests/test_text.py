@@ -294,6 +294,8 @@ def test_every_row_of_the_text_suite_is_scored(model, tokenizer):
     assert [len(suite), len(read)] == [9, 5] and read.perplexity.between(100, 1000).all()
     right = found[found.benchmark == "text/definition"]
     assert (right.value == (right.prediction == right.answer)).all()
+    words = [f"text/{name}" for name in text.WORDS for _ in "ab"]  # of texts there is no agreement
+    assert evaluation.grounding(found, found).benchmark.tolist() == words
 
 
 def test_retained_perplexity_is_the_ratio_of_perplexities(model, tokenizer, tiny_lm):

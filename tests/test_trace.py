@@ -234,9 +234,7 @@ def compare(ours: Path, again: Path) -> None:
 
 
 @pytest.mark.slow
-def test_notebooks_draw_every_table_and_verdict_of_quick_from_the_results_again(
-    tmp_path, monkeypatch
-):
+def test_notebooks_draw_all_tables_and_verdicts_of_quick_again(tmp_path, monkeypatch):
     committed = ROOT / "figures/quick"
     shutil.copy(ROOT / "settings.ini", tmp_path)
     shutil.copytree(ROOT / "nbs/study", tmp_path / "nbs/study")

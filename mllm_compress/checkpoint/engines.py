@@ -19,27 +19,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..anatomy.families import anatomy
 from . import formats, llama_cpp, saving
-from .loading import fill_up, load_any, load_pruned, unpackable
+from .loading import load_any, load_pruned, unpackable
 from ..utils.files import replacing_folder
 from ..utils.methods import check_choice, naming_extras
 from ..zoo.models import check_finite
 
 # %% ../../nbs/library/checkpoint/06_engines.ipynb #cell-012
-def widened(model: PreTrainedModel, square: bool = False) -> PreTrainedModel:
-    "The model with one width for all layers; `square`: with as many heads as fill the hidden size."
-    parts = anatomy(model)
-    heads, neurons, _ = (max(widths) for widths in zip(*parts.widths))
-    widths = (llama_cpp.all_heads(parts) if square else heads, neurons)
-    return fill_up(model, [widths] * parts.num_layers)
-
-
 def stock_model(
     model: PreTrainedModel,  # pruned
     fill: bool = False,  # fill widths up with zero units
 ) -> PreTrainedModel:  # ValueError where no class of transformers fits
     "The model in a class that plain from_pretrained loads."
     try:
-        return formats.stock_class(widened(model) if fill else model)
+        return formats.stock_class(llama_cpp.widened(model) if fill else model)
     except ValueError as error:
         fill_up_first = "Fill its widths up with zero units by --fill (fill=True), which computes "
         leave = "Leave" if fill else fill_up_first + "the same; or leave"
@@ -90,7 +82,7 @@ SQUARE = ("phi", "qwen2")  # families whose head size vLLM computes as hidden / 
 def to_vllm(model, out, processor, dtype, fill) -> dict:
     "A folder for vLLM and SGLang."
     family = anatomy(model).family.name
-    model = widened(model, square=family in SQUARE) if fill else model
+    model = llama_cpp.widened(model, family in SQUARE) if fill else model
     parts, notes = anatomy(model), ["not run in vLLM here: the config follows its source"]
     groups = max(map(parts.groups, range(parts.num_layers)))
     dim, hidden = parts.head_dim, parts.hidden_size
@@ -156,7 +148,7 @@ def export_model(
     model, processor = load_any(folder)
     check_finite(model.named_parameters())
     if to != "gguf":
-        saving.check_writable(out, model.num_parameters() * (4 if dtype == "f32" else 2))
+        saving.check_writable(out, model.num_parameters() * FLOATS.get(dtype, model.dtype).itemsize)
     facts = ENGINES[to].write(model, out, processor, dtype, fill)
     if path.is_dir():
         names = json.loads((path / RECORD).read_text())["files"]
@@ -224,4 +216,5 @@ def quantize(
     write = lambda new, variant: model.save_pretrained(new, variant=variant)
     step = formats.make_step("quantize", quantization=name, bits=QUANTIZATIONS[name].bits)
     options = dict(overwrite=overwrite, provenance=[*formats.history(folder), step])
+    options |= dict(card=manifest.get("card"))
     return saving.write_checkpoint(out, write, unpacked, plan, kind, processor, **options)

@@ -55,6 +55,16 @@ def all_heads(parts: Anatomy) -> int:
     "Key/value heads with which heads times head width is the hidden size."
     return parts.hidden_size // (parts.head_dim * parts.queries_per_group(0))
 
+
+def widened(model, square: bool = False, alike: bool = True, block: int = 1) -> PreTrainedModel:
+    "The model with one width for all layers; `square`: with as many heads as fill the hidden size."
+    parts = anatomy(model)
+    widths = [(heads, -(-neurons // block) * block) for heads, neurons, _ in parts.widths]
+    if alike:
+        heads, neurons = map(max, zip(*widths))
+        widths = [(all_heads(parts) if square else heads, neurons)] * len(widths)
+    return fill_up(model, widths)
+
 # %% ../../nbs/library/checkpoint/05_llama_cpp.ipynb #cell-018
 def choose_architecture(
     parts: Anatomy,
@@ -382,12 +392,8 @@ def write_gguf(
     check_dtype(dtype)
     before, path, beside = anatomy(model), Path(path), projector_path(path)
     row = choose_architecture(before, fill)
-    block = BLOCK if dtype.startswith("q") else 1
-    widths = [(heads, -(-neurons // block) * block) for heads, neurons, _ in before.widths]
-    if "per layer" not in row.traits:
-        heads, neurons = (max(w) for w in zip(*widths))
-        widths = [(all_heads(before) if "square" in row.traits else heads, neurons)] * len(widths)
-    parts = anatomy(fill_up(model, widths))
+    alike, block = "per layer" not in row.traits, BLOCK if dtype.startswith("q") else 1
+    parts = anatomy(widened(model, "square" in row.traits, alike, block))
     head_dim = parts.head_dim if "interleaved" in row.traits else 0
     writer = announced(row.name, decoder_tensors(parts, row), dtype, head_dim)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -140,6 +140,7 @@ def push_to_hub(
     "Publish a checkpoint: the files of its manifest and nothing else."
     files, api = [formats.MANIFEST, *formats.verify(folder)["files"]], api or HfApi(token=token)
     about = dict(folder_path=str(folder), commit_message="Pruned checkpoint")
+    about |= dict(delete_patterns=["model*.safetensors", "model.safetensors.index*"])  # of before
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, allow_patterns=files, **about))

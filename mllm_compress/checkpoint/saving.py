@@ -269,6 +269,7 @@ def write_checkpoint(
             transformers=transformers.__version__,
             processor_class=None if processor is None else type(processor).__name__,
             provenance=list(provenance or ()),
+            card=json.loads(json.dumps(card, default=str)),  # for `add_step`
         )
         if (target / formats.MANIFEST).is_file():
             keep_files(unlisted(target), target, new)
@@ -303,7 +304,9 @@ def add_step(
     files, steps = manifest["files"], [*manifest.get("provenance", []), step]
     card, plan = folder / formats.CARD, PruningPlan.load(folder / formats.PLAN)
     if card.is_file() and sha256(card) == files[formats.CARD]["sha256"]:
-        write_atomically(card, model_card(model, plan, manifest["kind"], None, steps))
+        write_atomically(
+            card, model_card(model, plan, manifest["kind"], manifest.get("card"), steps)
+        )
         files[formats.CARD] = {"bytes": card.stat().st_size, "sha256": sha256(card)}
     manifest = manifest | {"files": files, "provenance": steps}
     manifest["checksum"] = formats.checksum(manifest)

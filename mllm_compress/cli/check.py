@@ -217,7 +217,6 @@ def distilled(case: Case, student, losses: dict, **options) -> tuple:  # (loss, 
     "The loss of one batch, and how many weights its gradients reach."
     config = mc.recovery.RecoveryConfig(losses=losses, **options)
     model = mc.recovery.steps.trainable_copy(student, config)
-    model = mc.recovery.steps.add_lora(model, config.lora) if config.lora else model
     module = mc.recovery.steps.Student(model, config.losses)
     teacher = mc.recovery.steps.Teacher(case.model, case.model, module)
     batch = {k: v.to(case.model.device) for k, v in case.batch.items()}

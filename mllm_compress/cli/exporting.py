@@ -56,7 +56,6 @@ def convert(request: ConvertRequest) -> dict:
 class ExportRequest(cli.Request):
     "A model, and the engine that it is written for."
 
-    arguments: ClassVar = ("model",)
     model: cli.Model
     to: str
     "The engine."
@@ -75,10 +74,9 @@ class ExportRequest(cli.Request):
 
 
 @cli.command(ExportRequest)
-def export(request: ExportRequest) -> dict:
+def export(r: ExportRequest) -> dict:
     "Write a model for an inference engine: llama.cpp (GGUF), vLLM, or plain transformers."
-    cli.check_models(request.model)
-    r = request
+    cli.check_models(r.model)
     facts = mc.checkpoint.export_model(r.model, r.to, r.out, r.dtype or None, r.fill, r.overwrite)
     notes = "".join(f"\n- {line}" for line in facts["notes"])
     size = f"{facts['bytes'] / 2**20:.1f} MiB"
@@ -88,7 +86,6 @@ def export(request: ExportRequest) -> dict:
 class QuantizeRequest(cli.Request):
     "A pruned checkpoint, and its bits per weight."
 
-    arguments: ClassVar = ("model",)
     model: str
     "Folder that `prune` or `recover` wrote."
     to: str

@@ -32,7 +32,6 @@ def models(request: ModelsRequest) -> dict:
 class CostRequest(cli.Request):
     "A model, and which of its costs are shown."
 
-    arguments: ClassVar = ("model",)
     model: cli.Model
     latency: bool = False
     "Also measure seconds per prompt and per token."
@@ -100,7 +99,6 @@ def cost(request: CostRequest) -> dict:
 class CheckRequest(cli.ChatRequest):
     "A model, and the checks to run on it."
 
-    arguments: ClassVar = ("model",)
     model: cli.Model
     only: list[str] = []
     "A check to run; may be repeated."
@@ -158,7 +156,9 @@ def show(request: ShowRequest) -> dict:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     about = f"{folder}: {model_class} in format {kind}, {size / 2**20:.1f} MiB"
     loader = "plain transformers" if kind == "stock" else "mllm_compress.load_pruned"
-    scores = lambda step: {r["benchmark"]: round(r["score"], 1) for r in step["results"]}
+    scores = lambda step: {
+        r["benchmark"]: r["score"] and round(r["score"], 1) for r in step["results"]
+    }
     brief = [step | ({"results": scores(step)} if step.get("results") else {}) for step in steps]
     text = yaml.safe_dump(brief, sort_keys=False).rstrip()
     lines = [about, str(plan), text, f"Loads with {loader}."]

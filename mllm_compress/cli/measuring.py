@@ -68,11 +68,9 @@ class MeasureRequest(cli.DataRequest):
                 )
             return [], True
         names = [name for name in dict.fromkeys(self.benchmark) if name != "perplexity"]
-        for name in names:
-            base, _, end = name.rpartition("/")
-            plain = base if end in benchmarks.OTHER_PICTURES else name
-            known = benchmarks.BENCHMARKS
-            check_choice("benchmark", plain, known if plain in known else all_benchmarks())
+        for name in (name for name in names if name not in benchmarks.BENCHMARKS):
+            all_benchmarks()  # adds those of the study
+            benchmarks.benchmark(name)
         if self.questions is not None:
             own = dict(scorer=self.scorer, skip_missing=self.skip_missing)
             names.append(benchmarks.own_benchmark(self.questions, self.image_root, **own).name)
@@ -124,7 +122,6 @@ def grounding_text(table) -> str:  # of evaluation.grounding
 class EvaluateRequest(MeasureRequest):
     "A model, and where its scores are written."
 
-    arguments: ClassVar = ("model",)
     model: cli.Model
     dense: str = ""
     "The original model, to compute AVG-% (the score in % of the original's)."

@@ -25,7 +25,6 @@ from ..utils.methods import Seed
 class CalibratedRequest(cli.DataRequest):
     "The options of a command that takes calibration data."
 
-    arguments: ClassVar = ("model",)
     model: cli.Model
     out: cli.Out
     pruning: str = ""

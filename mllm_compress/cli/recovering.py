@@ -37,7 +37,6 @@ class RecoverRequest(Training):
     "A pruned model, its teacher, and the training."
 
     title: ClassVar = "recovery"
-    arguments: ClassVar = ("model",)
     model: str
     "Folder that `prune` wrote."
     teacher: str
@@ -182,7 +181,8 @@ def recover(request: RecoverRequest) -> dict:
     config = checked(request, request.with_defaults(options, student, processor, device))
     size = sum(p.numel() * p.element_size() for p in student.parameters())
     trained = 0.1 if config.lora else 1.0  # adapters are a small part
-    mc.checkpoint.saving.check_writable(folder, int(size * (1 + 11 * trained)))
+    kept = 1 + 11 * trained * (request.save_every != 0)  # times the model
+    mc.checkpoint.saving.check_writable(folder, int(size * kept))
     teacher, _ = cli.load(request.teacher, device)
     template = request.template(processor, request.is_chat)
     data = request.load_data(processor, request.scenes, teacher)

@@ -29,7 +29,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import mllm_compress as mc
-from ..utils.files import alone, remembered
+from ..utils.files import alone, read_yaml, remembered
 from ..utils.methods import TYPES, Count, described, in_words, kinds_of, naming_extras
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-005
@@ -182,7 +182,7 @@ class Request(BaseModel):
     "The options of a command; ValueError for a wrong one."
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-    arguments: ClassVar[tuple] = ()  # fields that are written without the name of an option
+    arguments: ClassVar[tuple] = ("model",)  # fields that are written without the name of an option
     title: ClassVar[str] = ""  # of its options, in messages
     kept: ClassVar[str] = "Nothing was written."  # what an interruption leaves
     tables: ClassVar[dict] = {}  # field -> function that returns the table its help lists
@@ -227,8 +227,10 @@ class Once(typer.core.TyperCommand):
     def parse_args(self, context, args: list) -> list:
         names = [arg.partition("=")[0] for arg in args]
         for option in (p for p in self.params if not p.multiple and p.param_type_name == "option"):
-            if len(twice := [name for name in names if name in option.opts]) > 1:
-                raise typer.BadParameter(f"{twice[0]} is given {len(twice)} times: give it once.")
+            known = (*option.opts, *option.secondary_opts)
+            if len(twice := [name for name in names if name in known]) > 1:
+                both = " or ".join(dict.fromkeys(twice))
+                raise typer.BadParameter(f"{both} is given {len(twice)} times: give it once.")
         return super().parse_args(context, args)
 
 
@@ -279,22 +281,6 @@ def command(request: type):
         return function
 
     return register
-
-
-def read_yaml(path: Path) -> dict:
-    "The options of a YAML file; ValueError or OSError where it holds none."
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: check --config.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML ({line}): repair it.") from None
-    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        raise ValueError(f"{path} holds no options: write lines such as `lr: 2.0e-5`.")
-    return values
 
 # %% ../../nbs/library/cli/01_requests.ipynb #cell-022
 class ChatRequest(Request):

@@ -19,6 +19,7 @@ from . import requests as cli
 class AdviseRequest(cli.Request):
     "The model to compress, and the data and the training that are possible."
 
+    arguments: ClassVar = ()
     model: str
     "Name of a model, of the study or another."
     ratio: float
@@ -71,6 +72,7 @@ def _as_one_object(**facts):
 class StudyRequest(cli.Request):
     "A profile, and how much of its study is run."
 
+    arguments: ClassVar = ()
     profile: str = "quick"
     "Name of a profile, or a path to a .yaml file."
     model: str = ""

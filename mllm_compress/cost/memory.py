@@ -21,7 +21,7 @@ from ..pruning.plans import plan_layerwise, plan_widthwise
 from ..pruning.slicing import apply_plan
 from ..recovery.config import PAPER, RecoveryConfig, config_from_dict
 from ..recovery.losses import LOSSES
-from ..recovery.steps import add_lora, trainable_copy
+from ..recovery.steps import trainable_copy
 from ..zoo.releases import real_config
 
 # %% ../../nbs/library/cost/02_memory.ipynb #cell-005
@@ -64,8 +64,6 @@ def recovery_memory(
     inputs = arithmetic.example_inputs(model, text_tokens, batch=batch)
     ids = inputs["input_ids"]
     inputs |= {"labels": ids, "attention_mask": torch.ones_like(ids)}
-    if config.lora:
-        add_lora(model, dict(config.lora))
     if config.gradient_checkpointing:
         getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     model.train().set_attn_implementation("eager")

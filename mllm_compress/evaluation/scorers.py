@@ -183,7 +183,7 @@ def last_list(text: str) -> list | None:
     for written in reversed(re.findall(r"\[[^\[\]]*\]", text)):
         try:
             return [float(v) for v in ast.literal_eval(written)]
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, OverflowError):
             continue
     return None
 
@@ -206,7 +206,8 @@ def mathvista(text: str, question: dict) -> Judgement:  # needs "answer_type", "
             places = int(question["precision"] or 0)
             shorten = lambda number: round(number, places)
             expected = shorten(expected)
-        parsed = shorten(float(numbers[-1].replace(",", ""))) if numbers else None
+        number = float(numbers[-1].replace(",", "")) if numbers else math.nan
+        parsed = shorten(number) if math.isfinite(number) else None
     return judged(None if parsed is None else str(parsed), parsed == expected)
 
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-005
@@ -257,8 +258,7 @@ def mme_score(frame: pd.DataFrame) -> dict:
 # %% ../../nbs/library/evaluation/03_scorers.ipynb #scorers-cell-021
 def counts_of(parsed: pd.Series) -> pd.DataFrame:  # of float, columns "loss", "right", "tokens"
     "Three numbers for each text: summed loss, tokens predicted right, and predicted tokens."
-    rows = [[float(number) for number in text.split()] for text in parsed]
-    return pd.DataFrame(rows, columns=["loss", "right", "tokens"], index=parsed.index)
+    return parsed.str.split(expand=True).astype(float).set_axis(["loss", "right", "tokens"], axis=1)
 
 
 def next_token(text: str, question: dict) -> Judgement:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'answer_rows', 'judge', 'score', 'score_all', 'answered_by', 'write_part', 'load_predictions', 'evaluate',
-           'units', 'by_picture', 'yes_bias', 'calibration_error', 'grounding', 'say_grounding', 'compare']
+           'by_picture', 'yes_bias', 'calibration_error', 'grounding', 'say_grounding', 'compare']
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-004
 import json
@@ -146,6 +146,10 @@ def evaluate(
     root, frames = None if root is None else str(root), []
     load = lambda name, end="": load_questions(name + end, split, most.get(name), root)
     questions = {name: load(name) for name in names}
+    if empty := [name for name in names if not questions[name]]:
+        raise ValueError(
+            f"{', '.join(empty)}: no questions there, or none with pictures; leave it out."
+        )
     pictures = [name for name in names if any(q.images for q in questions[name])]
     if pictures and wrapper_of(model.config) is None:
         raise ValueError(
@@ -187,12 +191,6 @@ def evaluate(
     in_order = indexed.loc[[(n, q.id) for n, q in asked]].reset_index()[frame.columns]
     judged = judge(in_order)
     return (score_all(judged), judged) if return_predictions else score_all(judged)
-
-# %% ../../nbs/library/evaluation/07_scoring.ipynb #cell-038
-def units(frame: pd.DataFrame) -> dict:  # benchmark -> columns "unit", "stratum", "worth"
-    "The worth of every question, or pair of questions, from judged answers."
-    groups = frame.groupby("benchmark", sort=False)
-    return {name: SCORERS[benchmark(name).scorer].worth(f) for name, f in groups}
 
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #grounding-code
 _SHOWN = {"right": "", "wrong": "/wrong-picture", "none": "/no-picture"}  # ends of the names
@@ -244,7 +242,7 @@ def grounding(
     parts = {m: dict(iter(f.groupby("benchmark", sort=False))) for m, f in models.items()}
     intervals.require_same_benchmarks(*parts.values())
     for name, original in parts["dense"].items():
-        if name.endswith(OTHER_PICTURES) or (original.answer == "").all():  # the last are texts
+        if name.endswith(OTHER_PICTURES) or benchmark(name).scorer in ("next_token", "perplexity"):
             continue
         before, was = by_picture(parts["dense"], name), original.set_index("id")
         looked = before.right - before.wrong
@@ -277,9 +275,11 @@ def say_grounding(table: pd.DataFrame) -> list:  # of str; of `grounding`
 # %% ../../nbs/library/evaluation/07_scoring.ipynb #compare-code
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:  # one row a benchmark
     "First minus second on every benchmark, paired by question; both frames are judged answers."
-    a, b, rows = units(first), units(second), []
+    a, b = (dict(iter(f.groupby("benchmark", sort=False))) for f in (first, second))
     intervals.require_same_benchmarks(a, b)
+    rows = []
     for name in (name for name in a if not name.endswith(OTHER_PICTURES)):
-        gap = intervals.paired_difference(a[name], b[name], SCORERS[benchmark(name).scorer].scale)
+        scorer = SCORERS[benchmark(name).scorer]
+        gap = intervals.paired_difference(*map(scorer.worth, (a[name], b[name])), scorer.scale)
         rows.append({"benchmark": name} | gap._asdict())
     return pd.DataFrame(rows).rename(columns={"value": "difference"})

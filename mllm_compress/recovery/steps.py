@@ -195,31 +195,39 @@ class Student(nn.Module):
         everywhere = torch.ones_like(labels, dtype=torch.bool)
         return answer_positions(labels)[0] if self.positions == "answer" else everywhere
 
+    def states(self, parts: Anatomy, batch: dict, features, side: int) -> dict:
+        "States of the student (side 0) or the teacher (1) at the compared positions, by layer."
+        where = self.compared(batch["labels"])
+        wanted = dict.fromkeys(["final", *(pair[side] for pair in (*self.pairs, *self.blocks))])
+        only = where if self.positions == "answer" else None
+        states = decoder_states(parts, batch, features, tuple(wanted), only)
+        return {name: state[where] for name, state in states.items()}
+
+    def tensors(self, parts: Anatomy, states: dict, side: int) -> dict:
+        "What the losses need of these states."
+        make = {
+            "hidden": lambda: torch.cat([states[pair[side]] for pair in self.pairs], -1),
+            "blocks": lambda: torch.stack([states[pair[side]] for pair in self.blocks], 1),
+            "logits": lambda: parts.logits(states["final"]),
+        }
+        names = {f"{('student', 'teacher')[side]}_{kind}": kind for kind in make}
+        return {name: make[kind]() for name, kind in names.items() if name in self.needs}
+
     def forward(self, batch: dict, features, teacher: dict, counts: torch.Tensor) -> torch.Tensor:
         "The terms of the loss, [losses]; in eval mode also the right answers and all answers."
         answers, targets = answer_positions(batch["labels"])
-        where = self.compared(batch["labels"])
-        wanted = tuple(dict.fromkeys(["final", *(s for s, _ in (*self.pairs, *self.blocks))]))
-        only = answers if self.positions == "answer" else None
-        states = decoder_states(self.parts, batch, features, wanted, only)
-        tensors = teacher | {"targets": targets, "temperature": self.temperature}
-        if "answer_logits" in self.needs:
-            tensors["answer_logits"] = self.parts.logits(states["final"][answers])
-        if "student_logits" in self.needs:
-            same = self.positions == "answer" and "answer_logits" in tensors
-            logits = None if same else self.parts.logits(states["final"][where])
-            tensors["student_logits"] = tensors["answer_logits"] if same else logits
-        if "student_hidden" in self.needs:
-            tensors["student_hidden"] = torch.cat([states[s][where] for s, _ in self.pairs], -1)
-        if "student_blocks" in self.needs:
-            tensors["student_blocks"] = torch.stack([states[s][where] for s, _ in self.blocks], 1)
+        states = self.states(self.parts, batch, features, 0)
+        tensors = teacher | self.tensors(self.parts, states, 0)
+        tensors |= {"targets": targets, "temperature": self.temperature}
+        if "answer_logits" in self.needs or not self.training:
+            logits = tensors.get("student_logits") if self.positions == "answer" else None
+            final = states["final"][answers[self.compared(batch["labels"])]]
+            tensors["answer_logits"] = self.parts.logits(final) if logits is None else logits
         terms = loss_terms(self.losses, tensors, counts, self.positions)
         if features is None and self.parts.projector is not None:
             terms = terms + 0 * sum(p.sum() for p in self.parts.projector_parameters)
         if self.training:
             return terms
-        if "answer_logits" not in tensors:
-            tensors["answer_logits"] = self.parts.logits(states["final"][answers])
         right = tensors["answer_logits"].argmax(-1) == targets
         return torch.cat([terms.float(), right_answers(answers, right)])
 
@@ -257,20 +265,8 @@ class Teacher:
         if outputs is not None and outputs.states:
             states = {name: s.to(device) for name, s in outputs.batch_states(index).items()}
         else:
-            where = student.compared(batch["labels"])
-            only = where if student.positions == "answer" else None
-            compared = (*student.pairs, *student.blocks)
-            wanted = tuple(dict.fromkeys(["final", *(t for _, t in compared)]))
-            states = decoder_states(self.parts, batch, features, wanted, only)
-            states = {name: state[where] for name, state in states.items()}
-        tensors = {}
-        if "teacher_hidden" in student.needs:
-            tensors["teacher_hidden"] = torch.cat([states[t] for _, t in student.pairs], -1)
-        if "teacher_blocks" in student.needs:
-            tensors["teacher_blocks"] = torch.stack([states[t] for _, t in student.blocks], 1)
-        if "teacher_logits" in student.needs:
-            tensors["teacher_logits"] = self.parts.logits(states["final"])
-        return features, tensors
+            states = student.states(self.parts, batch, features, 1)
+        return features, student.tensors(self.parts, states, 1)
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-005
 def check_pair(
@@ -328,7 +324,7 @@ def trainable_copy(student: nn.Module, config: RecoveryConfig) -> nn.Module:
     model = copy.deepcopy(student, dict(shared)).requires_grad_(True)
     for p in shared.values():
         p.requires_grad_(False)
-    return model
+    return add_lora(model, config.lora) if config.lora else model
 
 # %% ../../nbs/library/recovery/04_steps.ipynb #student-cell-011
 def add_lora(

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
-import yaml
 from huggingface_hub import hf_hub_download
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -30,7 +29,7 @@ from ..pruning.plans import PRUNINGS
 from ..recovery.losses import TRAINS, canonical_objective
 from .emoji import emoji_data, emoji_hash, missing_emoji
 from .texts import TEXTS, missing_text, text_data, text_hash
-from ..utils.files import checkout, file_hash
+from ..utils.files import checkout, file_hash, read_yaml
 from ..utils.methods import check_choice
 from ..zoo import models as named_models
 from ..zoo.eyes import missing_eyes
@@ -284,13 +283,8 @@ def profile_names() -> list:
 @lru_cache(16)
 def _profile_in(content: bytes, path: Path) -> Profile:
     "The profile that a file describes."
-    try:
-        data = yaml.safe_load(content) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold keys and values, not {type(data).__name__}.")
-    return checked(read_strictly(Profile, {"name": path.stem, **data}, f"profile {path.stem}"))
+    given = {"name": path.stem} | read_yaml(path)
+    return checked(read_strictly(Profile, given, f"profile {path.stem}"))
 
 
 def load_profile(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAUSE', 'content_hash', 'sha256', 'file_hash', 'replacing', 'write_atomically', 'alone', 'replacing_folder',
-           'checkout', 'cache_folder', 'remembered', 'code_of', 'run_tool', 'claim', 'resuming', 'batches_left',
-           'work_folder']
+           'checkout', 'cache_folder', 'remembered', 'read_yaml', 'code_of', 'run_tool', 'claim', 'resuming',
+           'batches_left', 'work_folder']
 
 # %% ../../nbs/library/utils/01_files.ipynb #cell-002
 import fcntl
@@ -182,6 +182,22 @@ def remembered(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"value": value}))
     return value
+
+
+def read_yaml(path: Path) -> dict:
+    "The keys and values of a YAML file; ValueError or OSError where it holds none."
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}: check --config.")
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML ({line}): repair it.") from None
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise ValueError(f"{path} holds no keys and values: write lines such as `seed: 1`.")
+    return values
 
 
 @lru_cache(None)
